@@ -1,0 +1,106 @@
+"""Sempre: LLM inference whose outputs are reproducible bit for bit.
+
+    from sempre.engine import LLM, SamplingParams
+
+    with LLM("tiny") as llm:
+        print(llm.generate("It is a truth", SamplingParams(max_tokens=32, seed=1))[0].outputs[0].text)
+
+Names are imported when they are first used, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from sempre.engine.version import __version__
+
+if TYPE_CHECKING:
+    from sempre.engine.arguments import engine_config
+    from sempre.engine.async_llm import AsyncLLM
+    from sempre.engine.config import EngineConfig
+    from sempre.engine.llm import LLM
+    from sempre.engine.metrics import Counter, Gauge, Metric
+    from sempre.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ScoringOutput
+    from sempre.engine.prompts import PromptType, TextPrompt, TokensPrompt
+    from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
+    from sempre.ipc.errors import (
+        ConfigError,
+        CoordinatorDied,
+        EngineDeadError,
+        InvarianceError,
+        ModelError,
+        RequestError,
+        SeedMismatch,
+        SempreError,
+        StartupError,
+        WorkerDied,
+    )
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "ConfigError",
+    "CoordinatorDied",
+    "Counter",
+    "EngineConfig",
+    "EngineDeadError",
+    "Gauge",
+    "InvarianceError",
+    "Logprob",
+    "Metric",
+    "ModelError",
+    "PromptType",
+    "RequestError",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "ScoringOutput",
+    "SeedMismatch",
+    "SempreError",
+    "StartupError",
+    "TextPrompt",
+    "TokensPrompt",
+    "WorkerDied",
+    "__version__",
+    "engine_config",
+]
+
+_NAMES_BY_MODULE = {
+    "sempre.engine.arguments": ("engine_config",),
+    "sempre.engine.async_llm": ("AsyncLLM",),
+    "sempre.engine.config": ("EngineConfig",),
+    "sempre.engine.llm": ("LLM",),
+    "sempre.engine.metrics": ("Counter", "Gauge", "Metric"),
+    "sempre.engine.outputs": ("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "ScoringOutput"),
+    "sempre.engine.prompts": ("PromptType", "TextPrompt", "TokensPrompt"),
+    "sempre.engine.sampling_params": ("RequestOutputKind", "SamplingParams"),
+    "sempre.ipc.errors": (
+        "ConfigError",
+        "CoordinatorDied",
+        "EngineDeadError",
+        "InvarianceError",
+        "ModelError",
+        "RequestError",
+        "SeedMismatch",
+        "SempreError",
+        "StartupError",
+        "WorkerDied",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

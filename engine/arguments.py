@@ -1,0 +1,253 @@
+"""From the keywords of `LLM`, `AsyncLLM` and the command line to validated settings."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Mapping
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+from sempre.engine.config import Dtype, EngineConfig, Numerics, SchedulingPolicy
+from sempre.ipc.errors import ConfigError
+
+MULTIPROCESSING_VARIABLE = "SEMPRE_MULTIPROCESSING"
+
+
+def _doc(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class FrontendConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of the user's process alone; coordinator and workers never see them."""
+
+    tokenizer: Annotated[str | None, _doc("folder of another tokenizer; None is the model's")] = None
+    revision: Annotated[str | None, _doc("branch, tag or commit of a hub id")] = None
+    generation_config: Annotated[
+        Literal["auto", "vllm"], _doc("default sampling parameters: the model's (auto), or SamplingParams' (vllm)")
+    ] = "auto"
+    chat_template: Annotated[str | None, _doc("Jinja chat template, or a file with one; None is the model's")] = None
+
+
+class EngineKeywords(TypedDict, total=False):
+    """Keywords of `LLM` and `AsyncLLM`: the fields of EngineConfig and FrontendConfig, with their defaults."""
+
+    seed: int
+    dtype: Dtype
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    enable_prefix_caching: bool
+    kv_cache_memory_bytes: int | None
+    data_parallel_size: int
+    tensor_parallel_size: int
+    num_threads: int
+    multiprocessing: bool
+    scheduling_policy: SchedulingPolicy
+    device: str
+    numerics: Numerics
+    load_format: Literal["auto", "safetensors", "dummy"]
+    max_logprobs: int
+    heartbeat_interval_s: float
+    heartbeat_timeout_s: float
+    startup_timeout_s: float
+    max_message_bytes: int
+    tokenizer: str | None
+    revision: str | None
+    generation_config: Literal["auto", "vllm"]
+    chat_template: str | None
+
+
+class Arguments(NamedTuple):
+    """Validated settings, the model found."""
+
+    engine: EngineConfig
+    frontend: FrontendConfig
+
+
+# Keywords of vLLM that this engine lacks, each with the values that ask for nothing beyond what is done anyway.
+_VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
+    "allowed_local_media_path": ("",),
+    "allowed_media_domains": (None,),
+    "async_scheduling": (None, False),
+    "attention_config": (None,),
+    "compilation_config": (None, 0),
+    "convert": ("auto", "none"),
+    "cpu_offload_gb": (0,),
+    "disable_custom_all_reduce": (True, False),
+    "disable_log_stats": (True,),
+    "distributed_executor_backend": (None, "mp"),
+    "download_dir": (None,),
+    "enable_chunked_prefill": (None, True),
+    "enable_expert_parallel": (False,),
+    "enable_lora": (False,),
+    "enforce_eager": (True, False),
+    "gpu_memory_utilization": (),
+    "hf_overrides": (None,),
+    "hf_token": (None,),
+    "kv_cache_dtype": ("auto",),
+    "logits_processors": (None,),
+    "logprobs_mode": ("raw_logprobs",),
+    "num_gpu_blocks_override": (None,),
+    "override_generation_config": (None,),
+    "pipeline_parallel_size": (1,),
+    "prefix_caching_hash_algo": ("sha256",),
+    "quantization": (None,),
+    "runner": ("auto", "generate"),
+    "skip_tokenizer_init": (False,),
+    "spec_method": (None,),
+    "spec_model": (None,),
+    "spec_tokens": (None,),
+    "speculative_config": (None,),
+    "structured_outputs_config": (None,),
+    "swap_space": (0,),
+    "tokenizer_mode": ("auto",),
+    "tokenizer_revision": (None,),
+    "trust_remote_code": (False,),
+}
+_INSTEAD = {
+    "gpu_memory_utilization": "The KV cache is sized by kv_cache_memory_bytes.",
+    "quantization": "The storage of weights is chosen by dtype.",
+    "logits_processors": "Use logit_bias, allowed_token_ids or bad_words of SamplingParams.",
+    "trust_remote_code": "Code from a checkpoint is never run.",
+    "hf_token": "Set the environment variable HF_TOKEN.",
+    "override_generation_config": "Give SamplingParams.",
+}
+_LEAST = {
+    "max_model_len": 1,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "kv_cache_memory_bytes": 1,
+    "data_parallel_size": 1,
+    "num_threads": 0,
+    "max_logprobs": -1,
+    "max_message_bytes": 1 << 16,
+}
+_ONLY_VALUE: dict[str, object] = {"block_size": 16, "tensor_parallel_size": 1, "device": "cpu"}
+_DERIVED_FIELDS = ("model", "model_path")
+
+
+def field_types(config: type[Struct]) -> dict[str, Any]:
+    """Return the annotated type of each field a user may set."""
+    hints = get_type_hints(config, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name not in _DERIVED_FIELDS}
+
+
+def parse_arguments(model: str, keywords: Mapping[str, object], *, progress: bool = True) -> Arguments:
+    """Validate all keywords, then find the model (which may download it, with a bar if `progress`).
+
+    `multiprocessing` that is not given is read from the environment variable SEMPRE_MULTIPROCESSING (0 or 1).
+
+    Raises TypeError for an unknown keyword, ConfigError for a refused value, ModelError for an unusable model.
+    """
+    engine_types, frontend_types = field_types(EngineConfig), field_types(FrontendConfig)
+    engine: dict[str, Any] = {}
+    frontend: dict[str, Any] = {}
+    for name, value in keywords.items():
+        if name in engine_types:
+            engine[name] = _typed(name, value, engine_types[name])
+        elif name in frontend_types:
+            frontend[name] = _typed(name, value, frontend_types[name])
+        else:
+            _refuse_unknown(name, value, [*engine_types, *frontend_types])
+    if "multiprocessing" not in engine and MULTIPROCESSING_VARIABLE in os.environ:
+        engine["multiprocessing"] = _multiprocessing_from_environment()
+    _check_ranges(engine)
+    front = FrontendConfig(**frontend)
+
+    from sempre.engine.models import resolve_model
+
+    resolved = resolve_model(model, revision=front.revision, progress=progress)
+    return Arguments(EngineConfig(model=resolved.name, model_path=resolved.path, **engine), front)
+
+
+def engine_config(model: str, *, revision: str | None = None, **keywords: Any) -> EngineConfig:
+    """Return the validated configuration of an engine; `keywords` are the fields of EngineConfig.
+
+    Raises as `parse_arguments` does.
+    """
+    for name, value in keywords.items():
+        if name not in field_types(EngineConfig):
+            _refuse_unknown(name, value, list(field_types(EngineConfig)))
+    return parse_arguments(model, {**keywords, "revision": revision}).engine
+
+
+def _refuse_unknown(name: str, value: object, known: list[str]) -> None:
+    """Accept a keyword of vLLM that asks for what is done anyway; raise for every other one."""
+    if name in _VLLM_KEYWORDS:
+        if any(type(value) is type(same) and value == same for same in _VLLM_KEYWORDS[name]):
+            return
+        raise ConfigError(
+            f"{name}={value!r} is not supported by this engine. {_INSTEAD.get(name, 'Leave it out.')}",
+            parameter=name,
+            value=value,
+        )
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise TypeError(f"unknown keyword {name!r}.{hint}")
+
+
+def _typed(name: str, value: object, hint: Any) -> object:
+    if name == "seed":
+        from sempre.engine.seeding import validate_seed
+
+        return validate_seed(value)  # type: ignore[arg-type]
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError:
+        raise ConfigError(f"{name} must be {_words(hint)}, got {value!r}.", parameter=name, value=value) from None
+
+
+def _words(hint: Any) -> str:
+    """Return a type in words: `an int or None`."""
+    if get_origin(hint) is Annotated:
+        return _words(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(hint))
+    if get_args(hint):
+        return " or ".join(_words(option) for option in get_args(hint))
+    return {int: "an int", float: "a number", str: "a string", bool: "True or False", NoneType: "None"}[hint]
+
+
+def _multiprocessing_from_environment() -> bool:
+    value = os.environ[MULTIPROCESSING_VARIABLE]
+    if value not in ("0", "1"):
+        raise ConfigError(
+            f"{MULTIPROCESSING_VARIABLE} must be 0 or 1, got {value!r}.",
+            parameter=MULTIPROCESSING_VARIABLE,
+            value=value,
+        )
+    return value == "1"
+
+
+def _check_ranges(engine: Mapping[str, Any]) -> None:
+    for name, value in engine.items():
+        least = _LEAST.get(name)
+        if least is not None and value is not None and value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}.", parameter=name, value=value)
+        if name in _ONLY_VALUE and value != _ONLY_VALUE[name]:
+            raise ConfigError(
+                f"{name} can only be {_ONLY_VALUE[name]!r} for now, got {value!r}.", parameter=name, value=value
+            )
+        if name.endswith("_s") and not (math.isfinite(value) and value > 0.0):
+            raise ConfigError(f"{name} must be a positive number of seconds, got {value}.", parameter=name, value=value)
+    defaults = {field.name: field.default for field in msgspec.structs.fields(EngineConfig)}
+    settings = {**defaults, **engine}
+    if settings["heartbeat_timeout_s"] <= settings["heartbeat_interval_s"]:
+        raise ConfigError(
+            f"heartbeat_timeout_s={settings['heartbeat_timeout_s']} must be greater than "
+            f"heartbeat_interval_s={settings['heartbeat_interval_s']}.",
+            parameter="heartbeat_timeout_s",
+            value=settings["heartbeat_timeout_s"],
+        )
+    if settings["data_parallel_size"] > 1 and not settings["multiprocessing"]:
+        raise ConfigError(
+            f"data_parallel_size={settings['data_parallel_size']} needs multiprocessing=True: "
+            "one process holds one worker.",
+            parameter="data_parallel_size",
+            value=settings["data_parallel_size"],
+        )

@@ -1,0 +1,240 @@
+"""The asynchronous Python interface."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from itertools import count
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from sempre.engine.arguments import EngineKeywords, parse_arguments
+from sempre.engine.client import AsyncEngineClient, launch_async
+from sempre.engine.frontend import Frontend, call_results, check_method, log_progress, raise_failure
+from sempre.engine.metrics import Metric, read_metrics
+from sempre.engine.output_processor import RequestState
+from sempre.engine.outputs import RequestOutput
+from sempre.engine.prompts import PromptType
+from sempre.engine.request_builder import PreparedRequest
+from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.session import check_refused, frames_of
+from sempre.engine.tokenizer import Tokenizer
+from sempre.ipc.errors import EngineDeadError, SempreError
+from sempre.ipc.messages import (
+    AbortRequests,
+    AddRequests,
+    CallWorkers,
+    CallWorkersReply,
+    ClientCommand,
+    ClientEvent,
+    GetMetrics,
+    MetricsReply,
+    OutputsReady,
+    ResetPrefixCache,
+    ResetPrefixCacheReply,
+)
+
+Reply = TypeVar("Reply", CallWorkersReply, MetricsReply, ResetPrefixCacheReply)
+
+
+class AsyncLLM:
+    """A model with its coordinator and workers, for one event loop.
+
+        async with AsyncLLM("tiny") as engine:
+            async for output in engine.generate("It is a truth", SamplingParams(max_tokens=32)):
+                print(output.outputs[0].text)
+
+    Keywords are those of `LLM`. `start` (or `async with`) launches the processes. Any number of tasks may generate
+    at the same time.
+    """
+
+    def __init__(self, model: str, **keywords: Unpack[EngineKeywords]) -> None:
+        """Check the keywords and find the model; nothing is started. Raises as `LLM` does."""
+        self._frontend = Frontend(parse_arguments(model, keywords))
+        self._client: AsyncEngineClient | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+        self._call_ids = count()
+        # Set when a request has news; the reader and the generators share the request's state.
+        self._news: dict[str, asyncio.Event] = {}
+        self._replies: dict[int, asyncio.Future[Any]] = {}
+
+    async def start(self) -> None:
+        """Launch the engine and wait until it is ready. Raises as `LLM` does."""
+        if self._client is not None or self._failure is not None:
+            raise EngineDeadError("this AsyncLLM was started before; make a new one")
+        self._client = await launch_async(self._frontend.config, log_progress)
+        self._frontend.connect(self._client.ready)
+        self._reader = asyncio.create_task(self._read(self._client), name="sempre reader")
+
+    async def generate(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Complete one prompt and yield outputs as they come, of the kind that `output_kind` says.
+
+        A slow reader gets fewer, larger outputs; nothing piles up. Closing the generator aborts the request.
+
+        Raises RequestError for a refused request or one that failed, EngineDeadError when the engine died.
+        """
+        client = self._connected()
+        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        request = self._frontend.builder.build(prompt, params, priority, request_id=request_id)
+        state = self._frontend.processor.add(request)
+        news = self._news[request.request_id] = asyncio.Event()
+        try:
+            for frame in frames_of([request]):
+                client.send(AddRequests(requests=frame))
+            while True:
+                output = await self._next_output(state, news)
+                yield output
+                if output.finished:
+                    return
+        finally:
+            del self._news[request.request_id]
+            self._drop(request)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request: its generator yields a last output with finish_reason `abort`. Unknown ids are ignored."""
+        client = self._connected()
+        state, sequence_ids = self._frontend.processor.end_aborted(request_id)
+        if sequence_ids:
+            client.send(AbortRequests(request_ids=sequence_ids))
+        if state is not None:
+            self._wake(state)
+
+    async def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> list[object]:
+        """Call a public method of every worker by name, as `LLM.collective_rpc`."""
+        call_id = next(self._call_ids)
+        command = CallWorkers(call_id=call_id, method=check_method(method), args=list(args), kwargs=dict(kwargs or {}))
+        try:
+            async with asyncio.timeout(timeout):
+                return call_results(await self._ask(command, call_id, CallWorkersReply), method)
+        except TimeoutError:
+            raise TimeoutError(f"no answer to CallWorkers within {timeout} s") from None
+
+    async def get_metrics(self) -> list[Metric]:
+        """Return the engine's counters and gauges as they are now."""
+        call_id = next(self._call_ids)
+        reply = await self._ask(GetMetrics(call_id=call_id), call_id, MetricsReply)
+        return read_metrics(reply.values, self._frontend.config.model)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Empty the prefix cache; False, and nothing is done, while requests run."""
+        call_id = next(self._call_ids)
+        return (await self._ask(ResetPrefixCache(call_id=call_id), call_id, ResetPrefixCacheReply)).done
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer in use."""
+        return self._frontend.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the parameters used when none are given."""
+        return self._frontend.default_sampling_params
+
+    @property
+    def fingerprint(self) -> str:
+        """As `LLM.fingerprint`; empty before the start."""
+        return self._frontend.fingerprint
+
+    def shutdown(self) -> None:
+        """End the workers and the coordinator; running generators raise EngineDeadError. May be called again."""
+        self._fail(EngineDeadError("this AsyncLLM was shut down"))
+        if self._reader is not None:
+            self._reader.cancel()
+            self._reader = None
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        reader = self._reader
+        self.shutdown()
+        if reader is not None:
+            await asyncio.gather(reader, return_exceptions=True)
+
+    def _connected(self) -> AsyncEngineClient:
+        if self._failure is not None:
+            raise self._failure
+        if self._client is None:
+            raise EngineDeadError("this AsyncLLM is not started; use `async with` or `await engine.start()`")
+        return self._client
+
+    async def _next_output(self, state: RequestState, news: asyncio.Event) -> RequestOutput:
+        while True:
+            output = state.take_output()
+            if output is not None:
+                raise_failure(state)
+                return output
+            if self._failure is not None:
+                raise self._failure
+            await news.wait()
+            news.clear()
+
+    def _drop(self, request: PreparedRequest) -> None:
+        sequence_ids = self._frontend.processor.forget([request.request_id])
+        if sequence_ids and self._client is not None and self._failure is None:
+            self._client.send(AbortRequests(request_ids=sequence_ids))
+
+    async def _ask(self, command: ClientCommand, call_id: int, kind: type[Reply]) -> Reply:
+        client = self._connected()
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._replies[call_id] = future
+        try:
+            client.send(command)
+            return await future
+        finally:
+            del self._replies[call_id]
+
+    async def _read(self, client: AsyncEngineClient) -> None:
+        try:
+            while True:
+                self._take(client, await client.receive())
+        except SempreError as error:
+            self._fail(error)
+
+    def _take(self, client: AsyncEngineClient, event: ClientEvent) -> None:
+        match event:
+            case OutputsReady(outputs=outputs):
+                processed = self._frontend.processor.process(outputs)
+                if processed.stopped_ids:
+                    client.send(AbortRequests(request_ids=processed.stopped_ids))
+                for state in processed.updated:
+                    self._wake(state)
+            case CallWorkersReply() | MetricsReply() | ResetPrefixCacheReply():
+                future = self._replies.get(event.call_id)
+                if future is not None and not future.done():
+                    future.set_result(event)
+            case _:
+                check_refused(event)
+
+    def _wake(self, state: RequestState) -> None:
+        news = self._news.get(state.request.request_id)
+        if news is not None:
+            news.set()
+
+    def _fail(self, error: BaseException) -> None:
+        """Let everybody who waits, and whoever comes later, see `error`; the first one stands."""
+        if self._failure is None:
+            self._failure = error
+        for news in self._news.values():
+            news.set()
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(self._failure)

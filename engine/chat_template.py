@@ -1,0 +1,221 @@
+"""Chat messages to a prompt, by the model's own Jinja template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+from sempre.ipc.errors import ConfigError, ModelError, RequestError
+
+# Put behind the last message to find where it ends in the prompt; templates trim spaces, never this.
+_END_MARK = "\ue000sempre-end-of-final-message\ue000"
+
+
+def load_chat_template(folder: Path | str, *, tools: Sequence[object] | None = None) -> str:
+    """Return the chat template of a model folder.
+
+    chat_template.jinja comes first, then `chat_template` in tokenizer_config.json: a string, or a list of named
+    templates, of which "tool_use" is taken when `tools` are given and the list has it, else "default".
+
+    Raises ConfigError when the folder has no template, ModelError when it has one that cannot be read.
+    """
+    folder = Path(folder)
+    jinja_path = folder / "chat_template.jinja"
+    if jinja_path.is_file():
+        return jinja_path.read_text(encoding="utf-8")
+    config_path = folder / "tokenizer_config.json"
+    template: object = None
+    if config_path.is_file():
+        try:
+            template = json.loads(config_path.read_text(encoding="utf-8")).get("chat_template")
+        except ValueError as error:
+            raise ModelError(f"{config_path} is not valid JSON: {error}") from error
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("tool_use") if tools and "tool_use" in named else named.get("default")
+    if template is None:
+        raise ConfigError(
+            f"{folder} has no chat template: neither chat_template.jinja nor chat_template in tokenizer_config.json. "
+            "It may be a base model; use generate() with a plain prompt, or give the parameter chat_template.",
+            parameter="chat_template",
+        )
+    if not isinstance(template, str):
+        raise ModelError(f"{config_path}: chat_template must be a string, found {type(template).__name__}.")
+    return template
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, Any]],
+    template: str,
+    *,
+    bos_token: str | None,
+    eos_token: str | None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **kwargs: Any,
+) -> str:
+    """Render `messages` into a prompt; `kwargs` reach the template as variables.
+
+    The prompt is a function of the arguments alone. A template may ask for today's date (`strftime_now`): it is
+    answered with the argument `date_string` and not at all without it. Templates that bring a fixed date of their
+    own for that case use it, the others are refused.
+
+    `continue_final_message` ends the prompt inside the last message, so that the model goes on with it; it
+    excludes `add_generation_prompt`.
+
+    Raises RequestError naming the message field, the argument, or what the template itself objects to.
+    """
+    if continue_final_message and add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude each other; set add_generation_prompt=False.",
+            parameter="continue_final_message",
+            value=True,
+        )
+    checked = [_checked_message(message, index) for index, message in enumerate(messages)]
+    if not checked:
+        raise RequestError("messages must hold at least one message.", parameter="messages", value=messages)
+    if continue_final_message:
+        _mark_end(checked[-1], len(checked) - 1)
+    variables: dict[str, Any] = {
+        "messages": checked,
+        "tools": list(tools) if tools else None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        "bos_token": bos_token or "",
+        "eos_token": eos_token or "",
+        **kwargs,
+    }
+    if "date_string" in kwargs:
+        variables["strftime_now"] = lambda _format: kwargs["date_string"]
+    prompt = _render(template, variables)
+    return _cut_at_mark(prompt) if continue_final_message else prompt
+
+
+def _render(template: str, variables: Mapping[str, Any]) -> str:
+    try:
+        return _compile(template).render(variables)
+    except jinja2.UndefinedError as error:
+        if "strftime_now" in str(error):
+            raise RequestError(
+                "chat_template asks for today's date (strftime_now), which would make the prompt depend on the "
+                "day it is run. Give the date as a template argument, for example date_string='26 Jul 2024'.",
+                parameter="chat_template",
+            ) from error
+        raise RequestError(f"chat_template cannot render these messages: {error}", parameter="messages") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise RequestError(
+            f"chat_template is not valid Jinja: line {error.lineno}: {error.message}", parameter="chat_template"
+        ) from error
+    # TypeError and ValueError: an expression of the template met a value it was not written for.
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise RequestError(f"chat_template refused these messages: {error}", parameter="messages") from error
+
+
+def _checked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Return a copy of the message with its content as one string. Raises RequestError naming the field."""
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise RequestError(
+            f"{where} must be a mapping with role and content, got {type(message).__name__}.",
+            parameter=where,
+            value=message,
+        )
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise RequestError(
+            f"{where}.role must be a non-empty string, got {role!r}.", parameter=f"{where}.role", value=role
+        )
+    content = message.get("content")
+    checked = dict(message)
+    if isinstance(content, list):
+        checked["content"] = "\n".join(_part_text(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    elif content is None and message.get("tool_calls"):
+        checked["content"] = ""
+    elif not isinstance(content, str):
+        raise RequestError(
+            f"{where}.content must be a string or a list of text parts, got {type(content).__name__}.",
+            parameter=f"{where}.content",
+            value=content,
+        )
+    return checked
+
+
+def _part_text(part: object, where: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise RequestError(
+            f"{where} must be {{'type': 'text', 'text': …}}, got type {kind!r}; only text can be given to this engine.",
+            parameter=where,
+            value=part,
+        )
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise RequestError(f"{where}.text must be a string, got {text!r}.", parameter=f"{where}.text", value=text)
+    return text
+
+
+def _mark_end(message: dict[str, Any], index: int) -> None:
+    if not message["content"]:
+        raise RequestError(
+            f"continue_final_message needs a last message with text; messages[{index}].content is empty.",
+            parameter="continue_final_message",
+        )
+    message["content"] += _END_MARK
+
+
+def _cut_at_mark(prompt: str) -> str:
+    end = prompt.rfind(_END_MARK)
+    if end < 0:
+        raise RequestError(
+            "continue_final_message: this chat_template does not put the last message into the prompt.",
+            parameter="continue_final_message",
+        )
+    return prompt[:end]
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks what a trainer learns from; for a prompt it is its body."""
+
+    tags = {"generation"}  # noqa: RUF012  the base class declares it as an attribute of the instance
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Like json.dumps; Jinja's own filter escapes HTML, which no model was trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    filters: dict[str, Callable[..., Any]] = environment.filters
+    filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    # These draw from the process's random stream: a prompt must not, and a library must not touch that stream.
+    del filters["random"]
+    del environment.globals["lipsum"]
+    return environment.from_string(template)

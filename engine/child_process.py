@@ -1,0 +1,117 @@
+"""A child process started as `python -m module`, with its log and a file descriptor that tells of its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import sempre
+
+_LOG_TAIL_BYTES = 8192
+
+
+class ChildProcess:
+    """Owns one process; stdout and stderr go to `log_path`."""
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        log_path: Path,
+        environment: Mapping[str, str],
+        stdin: bytes = b"",
+        own_group: bool = False,
+    ) -> None:
+        self.log_path = log_path
+        with open(log_path, "wb", buffering=0) as log:
+            # -P: a file in the current folder must not shadow a module
+            self._popen = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, *arguments],
+                stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=dict(environment),
+                process_group=0 if own_group else None,
+            )
+        self.pid = self._popen.pid
+        self._pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else None
+        if self._popen.stdin is not None:
+            self._feed(stdin)
+
+    def _feed(self, stdin: bytes) -> None:
+        assert self._popen.stdin is not None
+        try:
+            with self._popen.stdin as pipe:
+                pipe.write(stdin)
+        except BrokenPipeError:
+            # it ended already; its exit code tells the story
+            return
+
+    def fileno(self) -> int | None:
+        """A descriptor that is readable once the process has ended; None where the system has no such thing."""
+        return self._pidfd
+
+    def exitcode(self) -> int | None:
+        """None while it runs; negative: the signal that ended it."""
+        return self._popen.poll()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit code, or None when it still runs after `timeout_s`."""
+        try:
+            return self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_kill(self) -> None:
+        """SIGKILL, without waiting for the end."""
+        self._popen.kill()
+
+    def kill(self) -> None:
+        """SIGKILL, also to a stopped process; returns when it is gone."""
+        self._popen.kill()
+        self._popen.wait()
+
+    def kill_group(self) -> None:
+        """SIGKILL to the process and to all it has started; needs `own_group`."""
+        if self._popen.returncode is None:
+            # not yet waited for, so that the number cannot belong to anybody else
+            os.killpg(self.pid, signal.SIGKILL)
+            self._popen.wait()
+
+    def close(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    def log_tail(self) -> str:
+        """The last lines that it wrote."""
+        try:
+            data = self.log_path.read_bytes()
+        except FileNotFoundError:
+            return ""
+        return data[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
+
+    def describe_exit(self) -> str:
+        code = self.exitcode()
+        if code is None:
+            return "still running"
+        if code < 0:
+            return f"killed by {signal.Signals(-code).name}"
+        return f"exit code {code}"
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, with the folder that `sempre` was imported from on PYTHONPATH."""
+    environment = dict(os.environ)
+    site_folders = {entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))}
+    known = environment.get("PYTHONPATH", "").split(os.pathsep)
+    roots = [str(Path(folder).parent) for folder in sempre.__path__]
+    extra = [root for root in roots if root in sys.path and root not in site_folders and root not in known]
+    if extra:
+        environment["PYTHONPATH"] = os.pathsep.join([*extra, *filter(None, known)])
+    return environment

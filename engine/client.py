@@ -1,0 +1,69 @@
+"""The user process's end of an engine: commands out, events in.
+
+    launch        → ProcessClient (client_process.py), or InprocClient (client_inproc.py) with multiprocessing off
+    launch_async  → AsyncProcessClient, or AsyncInprocClient (client_async.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from sempre.engine.config import EngineConfig
+from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady, StartupProgress
+
+ProgressCallback = Callable[[StartupProgress], None]
+
+
+class EngineClient(Protocol):
+    """A started engine. Not thread-safe."""
+
+    ready: EngineReady
+
+    def send(self, command: ClientCommand) -> None:
+        """Queue a command; never blocks. Raises EngineDeadError, MessageTooLarge, or TypeError (no msgpack form)."""
+
+    def receive(self, timeout_s: float | None = None) -> ClientEvent | None:
+        """The next event; None when there is none within `timeout_s`, or when none can ever come.
+
+        Raises EngineDeadError when the engine has ended, and ProtocolError when a frame was refused or lost: what is
+        unfinished then may never be answered.
+        """
+
+    def close(self) -> None:
+        """End the engine and all its processes; may be called again."""
+
+
+class AsyncEngineClient(Protocol):
+    """The same for asyncio; belongs to the event loop it was launched in."""
+
+    ready: EngineReady
+
+    def send(self, command: ClientCommand) -> None: ...
+
+    async def receive(self) -> ClientEvent: ...
+
+    def close(self) -> None: ...
+
+
+def launch(config: EngineConfig, on_progress: ProgressCallback | None = None) -> EngineClient:
+    """Start an engine and wait until it is ready.
+
+    Raises the error that stopped it: ModelError, ConfigError, SeedMismatch, InvarianceError, StartupError, …
+    """
+    if config.multiprocessing:
+        from sempre.engine.client_process import ProcessClient
+
+        return ProcessClient.launch(config, on_progress=on_progress)
+    from sempre.engine.client_inproc import InprocClient
+
+    return InprocClient.launch(config, on_progress=on_progress)
+
+
+async def launch_async(config: EngineConfig, on_progress: ProgressCallback | None = None) -> AsyncEngineClient:
+    """As `launch`, for asyncio; the event loop runs on while the engine starts."""
+    from sempre.engine import client_async
+
+    if config.multiprocessing:
+        return await client_async.AsyncProcessClient.launch(config, on_progress=on_progress)
+    return await client_async.AsyncInprocClient.launch(config, on_progress=on_progress)

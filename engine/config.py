@@ -1,0 +1,46 @@
+"""The frozen configuration of an engine: the one source for Python keywords, CLI flags, documents and fingerprint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+Numerics = Literal["invariant", "control"]
+
+
+def _doc(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one engine. Build it with `engine.arguments.engine_config(...)`, which validates and resolves."""
+
+    model: Annotated[str, _doc("name in the catalogue, folder, or hub id")]
+    model_path: Annotated[Path, _doc("the local folder that `model` was resolved to")]
+    seed: Annotated[int, _doc("seed of every worker's global generators and of requests without a seed")] = 0
+    dtype: Annotated[Dtype, _doc("storage of weights and KV cache; auto is the checkpoint's")] = "auto"
+    max_model_len: Annotated[int | None, _doc("longest prompt plus output, tokens; None is the model's")] = None
+    max_num_seqs: Annotated[int, _doc("most sequences in one step")] = 128
+    max_num_batched_tokens: Annotated[int, _doc("most tokens in one step; longer prompts are cut")] = 2048
+    block_size: Annotated[int, _doc("tokens in one KV cache block")] = 16
+    enable_prefix_caching: Annotated[bool, _doc("reuse the KV cache of equal prefixes")] = True
+    kv_cache_memory_bytes: Annotated[int | None, _doc("KV cache of one worker; None is sized from free memory")] = None
+    data_parallel_size: Annotated[int, _doc("replicas of the model, one worker each")] = 1
+    tensor_parallel_size: Annotated[int, _doc("workers that share one replica; 1 for now")] = 1
+    num_threads: Annotated[int, _doc("compute threads of one worker; 0 divides the usable cores")] = 0
+    multiprocessing: Annotated[bool, _doc("coordinator and workers in processes of their own")] = True
+    scheduling_policy: Annotated[SchedulingPolicy, _doc("order of waiting requests")] = "fcfs"
+    device: Annotated[str, _doc("cpu")] = "cpu"
+    numerics: Annotated[
+        Numerics, _doc("`control` uses the ordinary, non-invariant matrix product: only to show that tests can fail")
+    ] = "invariant"
+    load_format: Annotated[Literal["auto", "safetensors", "dummy"], _doc("dummy: seeded random weights")] = "auto"
+    max_logprobs: Annotated[int, _doc("most log-probabilities per token; -1 allows the whole vocabulary")] = 20
+    heartbeat_interval_s: Annotated[float, _doc("seconds between heartbeats")] = 0.5
+    heartbeat_timeout_s: Annotated[float, _doc("a silent process counts as stuck after this many seconds")] = 30.0
+    startup_timeout_s: Annotated[float, _doc("seconds a worker may take to become ready")] = 600.0
+    max_message_bytes: Annotated[int, _doc("largest frame accepted on a socket")] = 256 * 1024 * 1024

@@ -1,0 +1,188 @@
+"""The coordinator process: `python -m sempre.engine.coordinator`, with CoordinatorArguments as JSON on stdin.
+
+One thread, one poll loop: commands of the client, events of the workers, ends of worker processes. It starts the
+workers before it does anything else, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import zmq
+from msgspec import Struct
+
+from sempre.engine.config import EngineConfig
+from sempre.engine.config_json import decode_json
+from sempre.engine.executor.local import LocalExecutor
+from sempre.ipc.channel import HubChannel
+from sempre.ipc.endpoint import PrivateDirectory
+from sempre.ipc.error_info import describe
+from sempre.ipc.errors import MessageMalformed, ProtocolError
+from sempre.ipc.handshake import check_pid, check_version
+from sempre.ipc.liveness import watch_parent
+from sempre.ipc.messages import (
+    ClientCommand,
+    ClientEvent,
+    ClientHello,
+    EngineFailed,
+    ErrorInfo,
+    Heartbeat,
+    Refused,
+    ShutdownEngine,
+)
+
+logger = logging.getLogger(__name__)
+
+_POLL_MS = 200
+_FLUSH_MS = 2000
+_HELLO_S = 10.0
+
+
+class CoordinatorArguments(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`worker_connect` is where workers connect, for a proxy in between; None is the coordinator's own hub."""
+
+    config: EngineConfig
+    directory: str
+    client_pid: int
+    worker_module: str = "sempre.workers"
+    worker_connect: str | None = None
+
+
+class Coordinator:
+    """Serves one client with the workers of one executor."""
+
+    def __init__(
+        self, config: EngineConfig, executor: LocalExecutor, hub: HubChannel[ClientCommand], client_pid: int
+    ) -> None:
+        # imported here: the workers are on their way while the scheduler is loaded
+        from sempre.engine.core import EngineCore
+
+        self._executor = executor
+        self._hub = hub
+        self._client_pid = client_pid
+        self._client: bytes | None = None
+        self._unsent: list[ClientEvent] = []
+        self._core = EngineCore(config, executor)
+        self._stopping = False
+        self._poller = zmq.Poller()
+        self._poller.register(hub.socket, zmq.POLLIN)
+        executor.register(self._poller)
+
+    def run(self) -> None:
+        """Until ShutdownEngine. Raises what ends the engine, for `main` to pass on."""
+        while not self._stopping:
+            self._poller.poll(_POLL_MS)
+            self._serve_client()
+            self._serve_workers()
+            self._core.advance()
+
+    def tell(self, events: Iterable[ClientEvent]) -> None:
+        """Send events to the client, or keep them until it has said hello."""
+        self._unsent += events
+        if self._client is not None:
+            for event in self._unsent:
+                self._hub.send(self._client, event)
+            self._unsent.clear()
+
+    def fail(self, error: ErrorInfo) -> None:
+        """Tell the client why the engine ends; one that is still connecting is waited for."""
+        self._unsent.append(EngineFailed(error=error))
+        deadline = time.monotonic() + _HELLO_S
+        while self._client is None and time.monotonic() < deadline:
+            self._hub.socket.poll(_POLL_MS)
+            self._serve_client()
+        self.tell([])
+
+    def _serve_workers(self) -> None:
+        while (arrival := self._executor.receive()) is not None:
+            self.tell(self._core.handle_event(*arrival))
+
+    def _serve_client(self) -> None:
+        while (arrival := self._hub.receive()) is not None:
+            identity, command = arrival
+            if isinstance(command, ProtocolError):
+                continue  # answered by the hub; the client knows what it sent
+            try:
+                self._obey(identity, command)
+            except ProtocolError as error:
+                self._hub.refuse(identity, error)
+
+    def _obey(self, identity: bytes, command: ClientCommand) -> None:
+        if identity != self._client:
+            self._welcome(identity, command)
+            return
+        match command:
+            case Heartbeat():
+                self.tell([Heartbeat()])
+            case ShutdownEngine():
+                self._stopping = True
+            case Refused(error=error):
+                # the client has raised the error to its user
+                logger.warning("the client refused a frame: %s", error.message)
+            case _:
+                self.tell(self._core.handle_command(command))
+
+    def _welcome(self, identity: bytes, command: ClientCommand) -> None:
+        if not isinstance(command, ClientHello):
+            raise MessageMalformed(f"tag: expected ClientHello, found {type(command).__name__}", field="tag")
+        check_version(command)
+        check_pid(command, self._client_pid)
+        if self._client is not None:
+            raise MessageMalformed("ClientHello: expected one client, found a second", field="tag")
+        self._hub.accept(identity)
+        self._client = identity
+        self.tell([])
+
+
+def main() -> int:
+    """Entry point. Exit code 0 after ShutdownEngine, 1 after a failure that the client was told of."""
+    arguments = decode_json(sys.stdin.buffer.read(), CoordinatorArguments)
+    config = arguments.config
+    if os.getppid() != arguments.client_pid:
+        return 1
+    faulthandler.enable()
+    # an interrupt from the terminal is the user process's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="coordinator: %(levelname)s: %(message)s")
+    directory = PrivateDirectory(Path(arguments.directory))
+    hub: HubChannel[ClientCommand] = HubChannel(
+        directory.client_address, receives=ClientCommand, limit_bytes=config.max_message_bytes
+    )
+    executor = LocalExecutor(
+        config, directory, worker_module=arguments.worker_module, connect_address=arguments.worker_connect
+    )
+
+    def end_as_orphan() -> None:
+        executor.kill_all()
+        directory.remove()
+
+    watch_parent(arguments.client_pid, end_as_orphan)
+    with hub:
+        code = _serve(config, executor, hub, arguments.client_pid)
+    zmq.Context.instance().term()
+    return code
+
+
+def _serve(config: EngineConfig, executor: LocalExecutor, hub: HubChannel[ClientCommand], client_pid: int) -> int:
+    coordinator = Coordinator(config, executor, hub, client_pid)
+    try:
+        coordinator.run()
+    except Exception as error:
+        logger.exception("the engine failed")
+        hub.socket.setsockopt(zmq.LINGER, _FLUSH_MS)
+        coordinator.fail(describe(error))
+        return 1
+    finally:
+        executor.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

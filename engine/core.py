@@ -1,0 +1,157 @@
+"""The engine's core, the same in a coordinator process and in the user's: requests to replicas, steps to workers.
+
+A step, per replica: `step = scheduler.schedule()`; the workers execute it; `outputs = scheduler.update(step, result)`.
+Commands and events go in, client events come out; nothing here waits.
+"""
+
+from __future__ import annotations
+
+from sempre.engine.config import EngineConfig
+from sempre.engine.executor.base import Executor
+from sempre.engine.metrics_report import metrics_report
+from sempre.engine.replica import Replica
+from sempre.engine.scheduling import Scheduler
+from sempre.engine.startup import StartUp
+from sempre.engine.worker_calls import WorkerCalls
+from sempre.ipc.error_info import describe
+from sempre.ipc.errors import MessageMalformed, RequestError
+from sempre.ipc.messages import (
+    AbortRequests,
+    AddRequests,
+    CallMethodReply,
+    CallWorkers,
+    ClientCommand,
+    ClientEvent,
+    EngineReady,
+    GetMetrics,
+    MetricsReply,
+    OutputsReady,
+    RequestOutputDelta,
+    RequestSpec,
+    ResetPrefixCache,
+    ResetPrefixCacheReply,
+    StepResult,
+    WorkerEvent,
+)
+
+
+class EngineCore:
+    """Starts the workers of `executor`, then serves requests with them."""
+
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self._config = config
+        self._executor = executor
+        self._startup = StartUp(config, executor)
+        self._replicas: list[Replica] = []
+        self._owners: dict[str, Replica] = {}
+        self._calls = WorkerCalls(executor)
+
+    @property
+    def ready(self) -> EngineReady | None:
+        return self._startup.ready
+
+    def has_unfinished(self) -> bool:
+        """Whether an output or a reply is still to come."""
+        return bool(self._owners) or self._calls.pending()
+
+    def advance(self) -> None:
+        """Give every replica with room for it the next step. Raises WorkerDied."""
+        for replica in self._replicas:
+            replica.advance()
+
+    def handle_event(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
+        """What the client is to be told about a worker's event. Raises what ends the engine."""
+        match event:
+            case StepResult():
+                outputs = self._replica_of(rank).take(rank, event)
+                for output in outputs:
+                    if output.finish_reason is not None:
+                        del self._owners[output.request_id]
+                return [OutputsReady(outputs=outputs)] if outputs else []
+            case CallMethodReply():
+                reply = self._calls.take(rank, event)
+                return [] if reply is None else [reply]
+            case _:
+                return self._start_up(rank, event)
+
+    def handle_command(self, command: ClientCommand) -> list[ClientEvent]:
+        """Raises MessageMalformed for a command that has no place here."""
+        if self.ready is None:
+            name = type(command).__name__
+            raise MessageMalformed(f"{name}: expected no command before EngineReady, found {name}", field="tag")
+        match command:
+            case AddRequests(requests=requests):
+                return _outputs([self._add(spec) for spec in requests])
+            case AbortRequests(request_ids=request_ids):
+                return _outputs([self._abort(request_id) for request_id in request_ids])
+            case CallWorkers():
+                self._calls.start(command)
+                return []
+            case ResetPrefixCache(call_id=call_id):
+                return [ResetPrefixCacheReply(call_id=call_id, done=self._reset_prefix_cache())]
+            case GetMetrics(call_id=call_id):
+                values = metrics_report([replica.stats() for replica in self._replicas])
+                return [MetricsReply(call_id=call_id, values=values)]
+            case _:
+                name = type(command).__name__
+                raise MessageMalformed(f"{name}: expected a command of a serving engine, found {name}", field="tag")
+
+    def _start_up(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
+        progress = self._startup.handle(rank, event)
+        ready = self._startup.ready
+        if ready is None:
+            return [*progress]
+        size = self._config.tensor_parallel_size
+        for first in range(0, self._executor.world_size, size):
+            self._replicas.append(Replica(range(first, first + size), self._scheduler(ready), self._executor))
+        return [*progress, ready]
+
+    def _scheduler(self, ready: EngineReady) -> Scheduler:
+        config = self._config
+        return Scheduler(
+            num_blocks=ready.num_blocks,
+            block_size=ready.block_size,
+            max_model_len=ready.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            policy=config.scheduling_policy,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+
+    def _replica_of(self, rank: int) -> Replica:
+        return self._replicas[rank // self._config.tensor_parallel_size]
+
+    def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:
+        """Queue a request with the replica that has the least to do, the first of equals; or say why not."""
+        replica = min(self._replicas, key=lambda candidate: candidate.load)
+        try:
+            self._refuse_known(spec)
+            replica.add(spec)
+        except RequestError as error:
+            return RequestOutputDelta(request_id=spec.request_id, finish_reason="error", error=describe(error))
+        self._owners[spec.request_id] = replica
+        return None
+
+    def _refuse_known(self, spec: RequestSpec) -> None:
+        if spec.request_id in self._owners:
+            raise RequestError(
+                f"request id {spec.request_id!r} is in use by an unfinished request",
+                parameter="request_id",
+                value=spec.request_id,
+                request_id=spec.request_id,
+            )
+
+    def _abort(self, request_id: str) -> RequestOutputDelta | None:
+        replica = self._owners.pop(request_id, None)
+        return None if replica is None else replica.abort(request_id)
+
+    def _reset_prefix_cache(self) -> bool:
+        """All replicas or none."""
+        if any(replica.num_unfinished for replica in self._replicas):
+            return False
+        return all([replica.reset_prefix_cache() for replica in self._replicas])
+
+
+def _outputs(deltas: list[RequestOutputDelta | None]) -> list[ClientEvent]:
+    outputs = [delta for delta in deltas if delta is not None]
+    return [OutputsReady(outputs=outputs)] if outputs else []

@@ -1,0 +1,56 @@
+"""The seam between the engine's core and its workers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sempre.engine.config import EngineConfig
+from sempre.ipc.messages import WorkerCommand, WorkerConfig, WorkerEvent
+
+
+class Executor(Protocol):
+    """Carries commands to the workers of all ranks and hands back their events.
+
+    Nothing here blocks for long: a command is queued, its answer is a later event. Each worker answers its commands
+    in the order in which they were sent, and says `WorkerHello` before anything else.
+    """
+
+    world_size: int
+
+    def send(self, rank: int, command: WorkerCommand) -> None:
+        """Queue a command. Raises WorkerDied."""
+
+    def receive(self) -> tuple[int, WorkerEvent] | None:
+        """The next event and the rank it comes from; None when there is none yet. Raises WorkerDied.
+
+        While the workers start, an error of theirs is raised as its own type (ModelError, ConfigError, …), and
+        StartupError when it has none.
+        """
+
+    def shutdown(self) -> None:
+        """End all workers; returns when they are gone. May be called again."""
+
+
+def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerConfig:
+    """The share of worker `rank`: replicas are numbered first, then the ranks within a replica."""
+    tp_size = config.tensor_parallel_size
+    return WorkerConfig(
+        rank=rank,
+        world_size=config.data_parallel_size * tp_size,
+        dp_rank=rank // tp_size,
+        tp_rank=rank % tp_size,
+        tp_size=tp_size,
+        seed=config.seed,
+        model_path=str(config.model_path),
+        dtype=config.dtype,
+        device=config.device,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+        num_threads=num_threads,
+        numerics=config.numerics,
+        load_format=config.load_format,
+        heartbeat_interval_s=config.heartbeat_interval_s,
+    )

@@ -1,0 +1,91 @@
+"""Worker objects in this process: no sockets, no other processes.
+
+The workers seed this process's global generators; that is the price of multiprocessing off.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sempre.engine.config import EngineConfig
+from sempre.ipc.error_info import describe
+from sempre.ipc.errors import SempreError, WorkerDied
+from sempre.ipc.messages import (
+    PROTOCOL_VERSION,
+    CallMethod,
+    ExecuteStep,
+    LoadModel,
+    StartServing,
+    WorkerCommand,
+    WorkerEvent,
+    WorkerHello,
+)
+
+if TYPE_CHECKING:
+    from sempre.workers.main import WorkerProtocol
+
+
+class InprocExecutor:
+    """One worker per rank, each used when its event is asked for."""
+
+    def __init__(self, config: EngineConfig, make_worker: Callable[[], WorkerProtocol] | None = None) -> None:
+        self.world_size = config.data_parallel_size * config.tensor_parallel_size
+        make = make_worker or _default_worker
+        self._workers = [make() for _ in range(self.world_size)]
+        self._serving: set[int] = set()
+        self._commands: deque[tuple[int, WorkerCommand]] = deque()
+        self._hellos = deque(
+            (rank, WorkerHello(protocol_version=PROTOCOL_VERSION, rank=rank, pid=os.getpid()))
+            for rank in range(self.world_size)
+        )
+
+    def send(self, rank: int, command: WorkerCommand) -> None:
+        self._commands.append((rank, command))
+
+    def receive(self) -> tuple[int, WorkerEvent] | None:
+        if self._hellos:
+            return self._hellos.popleft()
+        if not self._commands:
+            return None
+        rank, command = self._commands.popleft()
+        return rank, self._run(rank, command)
+
+    def shutdown(self) -> None:
+        for worker in self._workers:
+            worker.shutdown()
+        self._workers.clear()
+
+    def _run(self, rank: int, command: WorkerCommand) -> WorkerEvent:
+        from sempre.workers.main import run_command
+
+        try:
+            event = run_command(self._workers[rank], command)
+        except SempreError as error:
+            if rank not in self._serving:
+                raise
+            raise _died(rank, error) from error
+        except Exception as error:
+            raise _died(rank, error) from error
+        if isinstance(command, StartServing):
+            self._serving.add(rank)
+        return event
+
+
+def _died(rank: int, error: Exception) -> WorkerDied:
+    info = describe(error, rank)
+    return WorkerDied(
+        f"worker {rank} failed: {info.type}: {info.message}",
+        rank=rank,
+        cause=f"{info.type}: {info.message}",
+        worker_traceback=info.traceback,
+    )
+
+
+def _default_worker() -> WorkerProtocol:
+    # brings in torch, which the engine does without elsewhere
+    from sempre.workers.worker import Worker
+
+    return Worker()

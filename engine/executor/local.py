@@ -1,0 +1,181 @@
+"""Worker processes on this machine, started as `python -m`, connected by ZeroMQ over a private folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import zmq
+
+from sempre.engine.child_process import ChildProcess, child_environment
+from sempre.engine.config import EngineConfig
+from sempre.engine.executor.threads import thread_variables, threads_per_worker
+from sempre.engine.executor.worker_peer import WorkerPeer
+from sempre.ipc.channel import HubChannel
+from sempre.ipc.endpoint import PrivateDirectory
+from sempre.ipc.errors import MessageMalformed, ProtocolError, SempreError
+from sempre.ipc.handshake import check_pid, check_version
+from sempre.ipc.messages import Heartbeat, Refused, ShutdownWorker, WorkerCommand, WorkerEvent, WorkerFailed, WorkerHello
+
+logger = logging.getLogger(__name__)
+
+_GOODBYE_S = 2.0
+# a worker that announced its failure is left this long to end by itself
+_LAST_WORD_S = 1.0
+_LAST_FRAMES_S = 0.02
+
+
+class LocalExecutor:
+    """Starts its workers on construction, watches them, and ends them.
+
+    `connect_address` is where workers are told to connect, for a proxy in between; the default is this hub.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        directory: PrivateDirectory,
+        *,
+        worker_module: str = "sempre.workers",
+        connect_address: str | None = None,
+    ) -> None:
+        self.world_size = config.data_parallel_size * config.tensor_parallel_size
+        self._config = config
+        self._hub: HubChannel[WorkerEvent] = HubChannel(
+            directory.worker_address, receives=WorkerEvent, limit_bytes=config.max_message_bytes
+        )
+        self._startup_deadline = time.monotonic() + config.startup_timeout_s
+        threads = threads_per_worker(config.num_threads, self.world_size)
+        environment = child_environment() | thread_variables(threads)
+        address = connect_address or directory.worker_address
+        self._peers: list[WorkerPeer] = []
+        for rank in range(self.world_size):
+            arguments = ["--connect", address, "--rank", str(rank), "--parent-pid", str(os.getpid())]
+            arguments += ["--heartbeat-interval-s", repr(config.heartbeat_interval_s)]
+            arguments += ["--max-message-bytes", str(config.max_message_bytes)]
+            log_path = directory.log_path(f"worker-{rank}")
+            child = ChildProcess(worker_module, arguments, log_path=log_path, environment=environment)
+            self._peers.append(WorkerPeer(rank, child))
+        self._by_identity: dict[bytes, WorkerPeer] = {}
+
+    def register(self, poller: zmq.Poller) -> None:
+        """Have `poller` wake up for frames of the workers and for their ends."""
+        poller.register(self._hub.socket, zmq.POLLIN)
+        for peer in self._peers:
+            if (descriptor := peer.child.fileno()) is not None:
+                poller.register(descriptor, zmq.POLLIN)
+
+    def send(self, rank: int, command: WorkerCommand) -> None:
+        peer = self._peers[rank]
+        assert peer.identity is not None, "a worker is sent nothing before its hello"
+        try:
+            self._hub.send(peer.identity, command)
+        except ProtocolError as error:
+            raise self._end(peer, str(error)) from error
+        peer.sent(command)
+
+    def receive(self) -> tuple[int, WorkerEvent] | None:
+        event = self._next_event()
+        if event is None and any(peer.child.exitcode() is not None for peer in self._peers):
+            # its last frames may still be on their way
+            time.sleep(_LAST_FRAMES_S)
+            event = self._next_event()
+        if event is None:
+            self._check_alive()
+        return event
+
+    def _next_event(self) -> tuple[int, WorkerEvent] | None:
+        while (arrival := self._hub.receive()) is not None:
+            identity, event = arrival
+            peer = self._by_identity.get(identity)
+            if isinstance(event, ProtocolError):
+                assert peer is not None
+                raise self._end(peer, f"its link broke: {event}")
+            if peer is None:
+                welcomed = self._welcome(identity, event)
+                if welcomed is not None:
+                    return welcomed
+            elif self._accept(peer, identity, event):
+                return peer.rank, event
+        return None
+
+    def kill_all(self) -> None:
+        """SIGKILL without waiting; callable from any thread."""
+        for peer in self._peers:
+            peer.child.send_kill()
+
+    def shutdown(self) -> None:
+        for peer in self._peers:
+            if peer.identity is not None and peer.child.exitcode() is None:
+                try:
+                    self._hub.send(peer.identity, ShutdownWorker())
+                except ProtocolError as error:
+                    logger.debug("%s", error)
+        deadline = time.monotonic() + _GOODBYE_S
+        for peer in self._peers:
+            # one that is not connected has nothing to finish
+            patience = deadline - time.monotonic() if peer.identity is not None else 0.0
+            if peer.child.wait(max(0.0, patience)) is None:
+                peer.child.kill()
+            peer.child.close()
+        self._hub.close()
+
+    def _welcome(self, identity: bytes, event: WorkerEvent) -> tuple[int, WorkerEvent] | None:
+        """Accept the peer when `event` is the hello of a worker that we started; else refuse it."""
+        try:
+            if not isinstance(event, WorkerHello):
+                raise MessageMalformed(f"tag: expected WorkerHello, found {type(event).__name__}", field="tag")
+            check_version(event)
+            if event.rank >= self.world_size:
+                text = f"WorkerHello.rank: expected less than {self.world_size}, found {event.rank}"
+                raise MessageMalformed(text, field="WorkerHello.rank")
+            peer = self._peers[event.rank]
+            check_pid(event, peer.child.pid)
+            if peer.identity is not None:
+                raise MessageMalformed(f"WorkerHello.rank: rank {event.rank} is connected", field="WorkerHello.rank")
+        except ProtocolError as error:
+            self._hub.refuse(identity, error)
+            return None
+        self._hub.accept(identity)
+        peer.identity = identity
+        peer.last_heard = time.monotonic()
+        self._by_identity[identity] = peer
+        return event.rank, event
+
+    def _accept(self, peer: WorkerPeer, identity: bytes, event: WorkerEvent) -> bool:
+        """True when the event is for the core. Raises what a worker's failure means."""
+        peer.last_heard = time.monotonic()
+        match event:
+            case Heartbeat():
+                self._hub.send(identity, Heartbeat(steps_done=event.steps_done))
+                return False
+            case Refused(error=error):
+                raise self._end(peer, f"it refused a frame: {error.message}")
+        try:
+            peer.check(event)
+        except MessageMalformed as error:
+            self._hub.refuse(identity, error)
+            if peer.is_repetition(event):
+                return False
+            raise self._end(peer, f"it broke the protocol: {error}") from error
+        if isinstance(event, WorkerFailed):
+            peer.child.wait(_LAST_WORD_S)
+            raise self._end(peer)
+        return True
+
+    def _check_alive(self) -> None:
+        now = time.monotonic()
+        for peer in self._peers:
+            if peer.child.exitcode() is not None:
+                raise peer.death()
+            silence_s = now - peer.last_heard
+            if peer.serving and silence_s > self._config.heartbeat_timeout_s:
+                raise self._end(peer, f"no heartbeat for {silence_s:.1f} s")
+            if not peer.serving and now > self._startup_deadline:
+                raise self._end(peer, f"not ready after {self._config.startup_timeout_s:g} s (startup_timeout_s)")
+
+    def _end(self, peer: WorkerPeer, cause: str | None = None) -> SempreError:
+        """Make sure that the process is gone, and say why."""
+        peer.child.kill()
+        return peer.death(cause)

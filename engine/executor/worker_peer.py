@@ -1,0 +1,101 @@
+"""One worker process as the executor sees it: its link, what it owes, and what its end means."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from sempre.engine.child_process import ChildProcess
+from sempre.ipc.error_info import restore
+from sempre.ipc.errors import MessageMalformed, SempreError, StartupError, WorkerDied
+from sempre.ipc.messages import (
+    CallMethod,
+    CallMethodReply,
+    ErrorInfo,
+    ExecuteStep,
+    LoadModel,
+    ModelLoaded,
+    StartServing,
+    StepResult,
+    WorkerCommand,
+    WorkerEvent,
+    WorkerFailed,
+    WorkerHello,
+    WorkerReady,
+)
+
+_ANSWERS: dict[type[WorkerCommand], type[WorkerEvent]] = {
+    LoadModel: ModelLoaded,
+    StartServing: WorkerReady,
+    ExecuteStep: StepResult,
+    CallMethod: CallMethodReply,
+}
+
+
+class WorkerPeer:
+    """Tracks the commands that a worker has yet to answer, oldest first."""
+
+    def __init__(self, rank: int, child: ChildProcess) -> None:
+        self.rank = rank
+        self.child = child
+        self.identity: bytes | None = None
+        self.serving = False
+        self.last_heard = time.monotonic()
+        self._owed: deque[WorkerCommand] = deque()
+        self._last_step_id = -1
+        self._last_word: ErrorInfo | None = None
+
+    def sent(self, command: WorkerCommand) -> None:
+        if type(command) in _ANSWERS:
+            self._owed.append(command)
+
+    def check(self, event: WorkerEvent) -> None:
+        """Raises MessageMalformed unless `event` answers the oldest open command."""
+        name = type(event).__name__
+        if isinstance(event, WorkerHello):
+            raise MessageMalformed(f"{name}: rank {self.rank} said hello before", field="tag")
+        _expect(f"{name}.rank", self.rank, getattr(event, "rank", self.rank))
+        if isinstance(event, WorkerFailed):
+            self._last_word = event.error
+            return
+        owed = self._owed[0] if self._owed else None
+        _expect("tag", _ANSWERS[type(owed)].__name__ if owed else "nothing", name)
+        match owed, event:
+            case ExecuteStep(step_id=expected), StepResult(step_id=found):
+                _expect("StepResult.step_id", expected, found)
+            case CallMethod(call_id=expected), CallMethodReply(call_id=found):
+                _expect("CallMethodReply.call_id", expected, found)
+        self._owed.popleft()
+        if isinstance(event, StepResult):
+            self._last_step_id = event.step_id
+        if isinstance(event, WorkerReady):
+            self.serving = True
+
+    def is_repetition(self, event: WorkerEvent) -> bool:
+        """Whether it answers a step that has been answered: harmless, as nobody waits for it."""
+        return isinstance(event, StepResult) and event.step_id <= self._last_step_id
+
+    def death(self, cause: str | None = None) -> SempreError:
+        """The error to raise once the process has ended; `cause` is ours, where we ended it."""
+        word = self._last_word
+        exitcode = self.child.exitcode()
+        if word is not None and cause is None:
+            cause = f"{word.type}: {word.message}"
+        ending = self.child.describe_exit()
+        text = f"worker {self.rank} (pid {self.child.pid}) died: {ending}" + (f"; {cause}" if cause else "")
+        traceback = word.traceback if word else self.child.log_tail()
+        if not self.serving:
+            original = restore(word) if word else None
+            return original or StartupError(f"{text}\n{traceback}".rstrip(), rank=self.rank, cause=cause or ending)
+        return WorkerDied(
+            f"{text}\n{traceback}".rstrip(),
+            rank=self.rank,
+            exitcode=exitcode,
+            cause=cause or ending,
+            worker_traceback=traceback,
+        )
+
+
+def _expect(field: str, expected: object, found: object) -> None:
+    if expected != found:
+        raise MessageMalformed(f"{field}: expected {expected}, found {found}", field=field)

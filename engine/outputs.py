@@ -1,0 +1,80 @@
+"""What a user gets back; field names are those of vLLM, plus `seed`, `fingerprint` and `error`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+
+
+class Logprob(Struct, frozen=True, gc=False):
+    """One token's natural log-probability (before temperature and penalties), exactly the worker's float32."""
+
+    logprob: float
+    rank: int | None = None
+    """1-based place in the vocabulary, by value, then lowest token id."""
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Host times in seconds since the epoch. They inform only: nothing depends on them."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion of a prompt."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    """Sum of the sampled tokens' log-probabilities; None unless `logprobs` were asked for."""
+    logprobs: list[dict[int, Logprob]] | None
+    """Per token: the sampled token first, then the k best."""
+    finish_reason: str | None = None
+    """`stop`, `length`, `abort`, `error`, or None while unfinished."""
+    stop_reason: int | str | None = None
+    """The stop string or token id; None for the end-of-sequence token."""
+    seed: int = 0
+    """The seed in use: the same request with this seed gives the same tokens."""
+    error: str | None = None
+    """What went wrong, when `finish_reason` is `error`."""
+
+    def finished(self) -> bool:
+        """Whether this completion has ended."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All completions of one request."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    """Per prompt token, None for the first; None unless asked for."""
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int | None = None
+    """Prompt tokens found in the prefix cache."""
+    fingerprint: str = ""
+    """Digest of everything besides seed and request that the output depends on."""
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """How probable the model finds a given prompt."""
+
+    token_ids: list[int]
+    logprobs: list[float | None] = field(default_factory=list)
+    """Natural log-probability of each token after the ones before it; None for the first."""
+    total: float = 0.0
+    """Sum of the log-probabilities, added in order."""
+    fingerprint: str = ""

@@ -1,0 +1,104 @@
+"""The forms in which a prompt may be given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+from sempre.ipc.errors import RequestError
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text. Prompts with different `cache_salt` share no prefix cache."""
+
+    prompt: str
+    cache_salt: NotRequired[str]
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids, used exactly as given."""
+
+    prompt_token_ids: Sequence[int]
+    cache_salt: NotRequired[str]
+
+
+PromptType = str | TextPrompt | TokensPrompt | Sequence[int]
+"""One prompt."""
+
+_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+
+class ParsedPrompt(NamedTuple):
+    """A prompt taken apart; `text` or `token_ids` is given."""
+
+    text: str | None
+    token_ids: Sequence[int] | None
+    cache_salt: str | None
+
+
+def parse_prompt(prompt: object) -> ParsedPrompt:
+    """Take one prompt apart. Raises RequestError for any other form."""
+    if isinstance(prompt, str):
+        return ParsedPrompt(prompt, None, None)
+    if isinstance(prompt, Mapping):
+        return _parse_mapping(prompt)
+    if is_token_ids(prompt):
+        return ParsedPrompt(None, prompt, None)  # type: ignore[arg-type]
+    raise RequestError(
+        "a prompt must be a string, a list of token ids, {'prompt': …} or {'prompt_token_ids': …}, "
+        f"got {type(prompt).__name__}.",
+        parameter="prompt",
+        value=prompt,
+    )
+
+
+def list_prompts(prompts: object) -> tuple[list[Any], bool]:
+    """Return the prompts as a list, and whether a list was given (else it was one prompt)."""
+    if isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0):  # type: ignore[arg-type]
+        return [prompts], False
+    if isinstance(prompts, Sequence):
+        return list(prompts), True
+    raise RequestError(
+        f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}.",
+        parameter="prompts",
+        value=prompts,
+    )
+
+
+def is_token_ids(value: object) -> bool:
+    """Whether `value` is a sequence that holds no texts, mappings or sequences; what it holds is checked later."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str | bytes)
+        and not any(isinstance(item, str | Mapping | Sequence) for item in value)
+    )
+
+
+def _parse_mapping(prompt: Mapping[Any, Any]) -> ParsedPrompt:
+    for key in prompt:
+        if key not in _KEYS:
+            raise RequestError(
+                f"a prompt has no key {key!r}; the keys are {', '.join(_KEYS)}.", parameter="prompt", value=prompt
+            )
+    if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
+        raise RequestError(
+            "a prompt needs exactly one of the keys prompt and prompt_token_ids.", parameter="prompt", value=prompt
+        )
+    salt = prompt.get("cache_salt")
+    if "cache_salt" in prompt and (not isinstance(salt, str) or not salt):
+        raise RequestError(
+            f"cache_salt must be a non-empty string, got {salt!r}.", parameter="cache_salt", value=salt
+        )
+    if "prompt" in prompt:
+        text = prompt["prompt"]
+        if not isinstance(text, str):
+            raise RequestError(f"prompt must be a string, got {text!r}.", parameter="prompt", value=text)
+        return ParsedPrompt(text, None, salt)
+    token_ids = prompt["prompt_token_ids"]
+    if not is_token_ids(token_ids):
+        raise RequestError(
+            f"prompt_token_ids must be a list of ints, got {token_ids!r}.",
+            parameter="prompt_token_ids",
+            value=token_ids,
+        )
+    return ParsedPrompt(None, token_ids, salt)

@@ -1,0 +1,18 @@
+"""Which request computes what in the next step: continuous batching over a paged, prefix-cached KV cache.
+
+    scheduler.py         Scheduler: add, abort, schedule, update, restart
+    request.py           Request: one sequence and how far it has come
+    limits.py            Limits: how long a sequence can get
+    step_in_flight.py    StepInFlight: a step whose result is not back yet, and the check of that result
+    kv_cache_manager.py  KVCacheManager: block tables of requests; prefix hits
+    block_pool.py        BlockPool: reference counts, free blocks, order of eviction
+    prefix_cache.py      PrefixCache: content of a full block ↔ block
+    stats.py             SchedulerStats
+
+Pure Python: no I/O, no clock, no randomness, no tensors. The same sequence of calls gives the same steps.
+"""
+
+from sempre.engine.scheduling.scheduler import Scheduler
+from sempre.engine.scheduling.stats import SchedulerStats
+
+__all__ = ["Scheduler", "SchedulerStats"]

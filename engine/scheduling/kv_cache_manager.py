@@ -1,0 +1,124 @@
+"""Block tables of requests: growth, prefix hits, release."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from sempre.engine.scheduling.block_pool import BlockPool
+from sempre.engine.scheduling.prefix_cache import PrefixCache
+from sempre.engine.scheduling.request import Request
+
+
+class KVCacheManager:
+    """Gives blocks to requests and takes them back.
+
+        block_ids   | committed: full, written, findable | full or being filled | reserved |
+                    0                   num_committed_blocks                    num_slots / block_size
+
+    Only committed blocks are ever shared, so nobody writes into a block that another request reads.
+    """
+
+    def __init__(self, *, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._prefix_cache = PrefixCache(num_blocks, block_size)
+        self._pool = BlockPool(num_blocks, self._prefix_cache)
+
+    @property
+    def usage(self) -> float:
+        """Share of all blocks that requests hold, 0…1."""
+        return self._pool.num_used / self.num_blocks
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self._pool.num_used
+
+    def find_cached_blocks(self, request: Request) -> list[int]:
+        """Blocks of the longest cached prefix of a waiting request.
+
+        At most all tokens but the last: that one has to be computed, or nothing could be sampled.
+        """
+        if not (self.enable_prefix_caching and request.reads_prefix_cache):
+            return []
+        num_blocks = (len(request.token_ids) - 1) // self.block_size
+        self._extend_keys(request, num_blocks)
+        blocks = []
+        for key in request.block_keys[:num_blocks]:
+            block = self._prefix_cache.find(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def can_admit(self, request: Request, cached_blocks: Sequence[int]) -> bool:
+        """True if all tokens of the request fit now, not only its first chunk: one that has to leave again is waste."""
+        num_new = -(-request.num_tokens // self.block_size) - len(cached_blocks)
+        return num_new <= self._pool.num_available - self._pool.num_cached(cached_blocks)
+
+    def admit(self, request: Request, cached_blocks: Sequence[int], num_tokens: int) -> None:
+        """Give a waiting request its cached blocks and room for its first `num_tokens` tokens."""
+        self._pool.acquire(cached_blocks)
+        request.block_ids = [*cached_blocks]
+        request.num_slots = len(cached_blocks) * self.block_size
+        request.num_computed_tokens = request.num_slots
+        request.num_committed_blocks = len(cached_blocks)
+        request.next_commit_at = request.num_slots + self.block_size if self.enable_prefix_caching else sys.maxsize
+        if self.grow(request, num_tokens) is None:
+            raise AssertionError("admitted without room")
+
+    def grow(self, request: Request, num_tokens: int) -> list[int] | None:
+        """Blocks added so that the request's first `num_tokens` tokens have room; None if too few are available."""
+        num_new = -(-num_tokens // self.block_size) - len(request.block_ids)
+        if num_new > self._pool.num_available:
+            return None
+        blocks = self._pool.allocate(num_new)
+        request.block_ids += blocks
+        request.num_slots = len(request.block_ids) * self.block_size
+        return blocks
+
+    def commit(self, request: Request, num_written_tokens: int) -> None:
+        """Offer the blocks that [0, num_written_tokens) fills to the prefix cache.
+
+        Called when the step that wrote them has returned, not when it is planned: a step that fails, wholly or for
+        this request, then never leaves a findable block without content.
+        """
+        num_full = num_written_tokens // self.block_size
+        self._extend_keys(request, num_full)
+        for index in range(request.num_committed_blocks, num_full):
+            self._prefix_cache.insert(request.block_keys[index], request.block_ids[index])
+        request.num_committed_blocks = num_full
+        request.next_commit_at = (num_full + 1) * self.block_size
+
+    def release(self, request: Request) -> None:
+        """Take all blocks back; committed ones stay findable until they are needed."""
+        self._pool.release(request.block_ids)
+        request.block_ids = []
+        request.num_slots = 0
+        request.num_computed_tokens = 0
+        request.num_committed_blocks = 0
+
+    def forget_cached(self) -> None:
+        """Empty the prefix cache; no request may hold a block."""
+        assert not self._pool.num_used
+        self._pool.forget_cached()
+
+    def check_invariants(self, running: Sequence[Request]) -> None:
+        """Raise AssertionError unless pool, prefix cache and the running requests' block tables agree."""
+        self._pool.check_invariants([request.block_ids for request in running])
+        self._prefix_cache.check_invariants()
+        holders: dict[int, int] = {}
+        for request in running:
+            assert request.num_slots == len(request.block_ids) * self.block_size
+            assert request.num_committed_blocks * self.block_size <= request.num_computed_tokens <= request.num_slots
+            for index, block in enumerate(request.block_ids):
+                assert holders.setdefault(block, index) == index, "one block at two positions"
+                uncommitted = index >= request.num_committed_blocks
+                assert not (uncommitted and self._prefix_cache.holds(block)), "findable before it is written"
+                assert not (uncommitted and self._pool.is_shared(block)), "shared before it is full"
+
+    def _extend_keys(self, request: Request, num_blocks: int) -> None:
+        if num_blocks > len(request.block_keys):
+            salt = request.spec.cache_salt
+            self._prefix_cache.extend_keys(request.block_keys, request.token_ids, num_blocks, salt)

@@ -1,0 +1,114 @@
+"""One sequence and how far it has come."""
+
+from __future__ import annotations
+
+from sempre.engine.scheduling.limits import Limits
+from sempre.engine.scheduling.prefix_cache import BlockKey
+from sempre.ipc.messages import RequestSpec
+
+OrderKey = tuple[int, int, str]
+
+
+class Request:
+    """A request inside the scheduler.
+
+        token_ids   | prompt ……………………… | output …………… |
+                    0              num_prompt_tokens     len(token_ids)
+        num_tokens  = len(token_ids) + sampled tokens still in flight
+        KV cache    [0, num_computed_tokens) is written by the steps scheduled so far
+                    [0, num_slots) has blocks, num_slots = len(block_ids) * block_size
+
+    There is no prefill or decode phase: `num_computed_tokens` has to catch up with `num_tokens`, as far as
+    `compute_limit`. Past it nothing is computed: the last token a request may have never needs keys and values.
+    """
+
+    __slots__ = (
+        "admitted_at_step",
+        "block_ids",
+        "block_keys",
+        "cached_tokens_to_report",
+        "compute_limit",
+        "finish_reason",
+        "is_known_to_worker",
+        "is_running",
+        "max_total_tokens",
+        "min_total_tokens",
+        "next_commit_at",
+        "num_committed_blocks",
+        "num_computed_tokens",
+        "num_prompt_logprobs_delivered",
+        "num_prompt_tokens",
+        "num_slots",
+        "num_tokens",
+        "order_key",
+        "prompt_logprobs_start",
+        "reads_prefix_cache",
+        "request_id",
+        "spec",
+        "stop_reason",
+        "stop_reasons",
+        "token_ids",
+        "wants_prompt_logprobs",
+        "was_admitted",
+    )
+
+    def __init__(self, spec: RequestSpec, priority: int, limits: Limits) -> None:
+        """`priority` is the spec's, or 0 under a policy that does not look at it."""
+        params = spec.params
+        self.spec = spec
+        self.request_id = spec.request_id
+        self.order_key: OrderKey = (priority, spec.ordinal, spec.request_id)
+
+        self.token_ids = list(spec.prompt_token_ids)
+        self.num_prompt_tokens = len(spec.prompt_token_ids)
+        self.num_tokens = self.num_prompt_tokens
+        self.num_computed_tokens = 0
+        self.min_total_tokens = self.num_prompt_tokens + params.min_tokens
+        self.max_total_tokens = min(self.num_prompt_tokens + params.max_tokens, limits.max_model_len)
+        self.compute_limit = min(self.max_total_tokens - 1, limits.max_kv_tokens)
+
+        # a token that is both ends the request as end of sequence
+        self.stop_reasons: dict[int, int | None] = {token_id: token_id for token_id in params.stop_token_ids}
+        self.stop_reasons.update(dict.fromkeys(params.eos_token_ids))
+        self.finish_reason: str | None = None
+        self.stop_reason: int | None = None
+
+        self.is_running = False
+        self.was_admitted = False
+        self.is_known_to_worker = False
+        self.cached_tokens_to_report = 0
+        self.wants_prompt_logprobs = params.prompt_logprobs is not None
+        self.prompt_logprobs_start = 1
+        self.num_prompt_logprobs_delivered = 0
+
+        # owned by KVCacheManager
+        self.block_ids: list[int] = []
+        self.num_slots = 0
+        self.block_keys: list[BlockKey] = []
+        self.num_committed_blocks = 0
+        self.next_commit_at = 0
+        # results of steps before this one do not tell what `block_ids` holds: they wrote to blocks given away
+        self.admitted_at_step = 0
+        # a hit would skip positions whose log-probabilities are asked for
+        self.reads_prefix_cache = not self.wants_prompt_logprobs
+
+    def append(self, token_id: int) -> bool:
+        """Append a sampled token; True when it ends the request, with `finish_reason` and `stop_reason` set."""
+        token_ids = self.token_ids
+        token_ids.append(token_id)
+        num_tokens = len(token_ids)
+        if token_id in self.stop_reasons and num_tokens >= self.min_total_tokens:
+            self.finish_reason = "stop"
+            self.stop_reason = self.stop_reasons[token_id]
+            return True
+        if num_tokens > self.compute_limit:
+            # its keys and values fit nowhere, whoever else runs: the same token ends it in every batch
+            self.finish_reason = "length" if num_tokens >= self.max_total_tokens else "error"
+            return True
+        return False
+
+    def lose_worker(self) -> None:
+        """Forget what the worker held or was about to answer; tokens already here stay."""
+        self.num_tokens = len(self.token_ids)
+        self.is_known_to_worker = False
+        self.prompt_logprobs_start = 1 + self.num_prompt_logprobs_delivered

@@ -1,0 +1,349 @@
+"""Continuous batching: decides which request computes what in the next step, and applies what came back.
+
+Order is (priority, ordinal, request id), lower first; the priority counts only under the policy "priority".
+One step takes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests:
+
+1. running requests, in order; one that needs a block when none is left preempts the last running request, or itself;
+2. then, if nobody was preempted, waiting requests, in order, while the first of them fits. None overtakes another.
+
+A preempted request gives its blocks back and waits again at its place in the order; what it had computed is
+computed again. None of this shows in a request's tokens: they depend on its own prompt, parameters and seed alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from operator import attrgetter
+
+import msgspec
+from sempre.engine.scheduling.kv_cache_manager import KVCacheManager
+from sempre.engine.scheduling.limits import Limits
+from sempre.engine.scheduling.request import OrderKey, Request
+from sempre.engine.scheduling.stats import SchedulerStats
+from sempre.engine.scheduling.step_in_flight import StepInFlight, first_rows, num_rows
+from sempre.ipc.errors import ConfigError, ProtocolError, RequestError
+from sempre.ipc.messages import (
+    ErrorInfo,
+    ExecuteStep,
+    NewRequest,
+    RequestOutputDelta,
+    RequestSpec,
+    SampledTokens,
+    StepResult,
+)
+
+ORDER_KEY = attrgetter("order_key")
+
+
+class Scheduler:
+    """All requests of one replica.
+
+    `schedule` may be called again before `update` for the former step: what is in flight is counted as one token per
+    sampling request, and a step is never planned past a request's last possible token. Steps are updated in the order
+    in which they were scheduled.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        policy: str,
+        enable_prefix_caching: bool,
+    ) -> None:
+        """Raises ConfigError for a size below 1 or an unknown policy."""
+        sizes = {
+            "num_blocks": num_blocks,
+            "block_size": block_size,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError(f"{name} must be at least 1, got {size}.", parameter=name, value=size)
+        if policy not in ("fcfs", "priority"):
+            message = f"scheduling_policy must be 'fcfs' or 'priority', got {policy!r}."
+            raise ConfigError(message, parameter="scheduling_policy", value=policy)
+        self._limits = Limits(max_model_len, num_blocks, block_size)
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._uses_priority = policy == "priority"
+        self._kv_cache = KVCacheManager(
+            num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching
+        )
+        self._requests: dict[str, Request] = {}
+        self._running: list[Request] = []  # sorted by order key, as is _waiting
+        self._waiting: list[Request] = []
+        self._in_flight: deque[StepInFlight] = deque()
+        self._finished_ids: list[str] = []  # known to the worker, to be told with the next step
+        self._next_step_id = 0
+        self._counters = SchedulerStats()
+
+    # Requests come and go
+
+    def add(self, spec: RequestSpec) -> None:
+        """Queue a request. Raises RequestError when its id is in use or it can never run."""
+        if spec.request_id in self._requests:
+            message = f"The request id {spec.request_id!r} belongs to an unfinished request; choose another one."
+            raise RequestError(message, parameter="request_id", value=spec.request_id, request_id=spec.request_id)
+        self._limits.check_prompt(spec)
+        request = Request(spec, spec.priority if self._uses_priority else 0, self._limits)
+        self._requests[spec.request_id] = request
+        insort(self._waiting, request, key=ORDER_KEY)
+
+    def abort(self, request_id: str) -> RequestOutputDelta | None:
+        """End a request now; what is in flight for it is dropped. None if the id is unknown."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        request.finish_reason = "abort"
+        self._retire(request)
+        return RequestOutputDelta(
+            request_id=request_id, finish_reason="abort", num_cached_tokens=request.cached_tokens_to_report
+        )
+
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    # A step is planned
+
+    def schedule(self) -> ExecuteStep | None:
+        """Plan the next step; None when there is nothing to compute before the next add or update."""
+        draft = StepInFlight(self._next_step_id, self._max_num_batched_tokens)
+        if self._schedule_running(draft):
+            self._schedule_waiting(draft)
+        if not draft.scheduled:
+            return None
+        self._next_step_id += 1
+        self._counters.num_steps += 1
+        self._in_flight.append(draft)
+        finished_ids, self._finished_ids = self._finished_ids, []
+        return ExecuteStep(
+            step_id=draft.step_id,
+            finished_request_ids=finished_ids,
+            new_requests=draft.new_requests,
+            scheduled=draft.scheduled,
+        )
+
+    def _schedule_running(self, draft: StepInFlight) -> bool:
+        """Plan running requests; False if one was preempted, so that nobody takes the blocks it waits for."""
+        running = self._running
+        num_running = len(running)
+        # preemption removes from the end only, behind the request in hand, or that one itself
+        for index, request in enumerate(running):
+            if not draft.budget:
+                break
+            start = request.num_computed_tokens
+            num_new = min(request.num_tokens, request.compute_limit) - start
+            if num_new < 1:
+                continue  # its last token is in flight
+            if num_new > 1:
+                # a long prompt leaves a token to each request behind it: they go on decoding meanwhile
+                num_new = min(num_new, max(1, draft.budget - (num_running - index - 1)))
+            block_table_start = len(request.block_ids)
+            block_ids: list[int] = []
+            if start + num_new > request.num_slots:
+                grown = self._grow_or_preempt(request, start + num_new)
+                if grown is None:
+                    break
+                block_ids = grown
+            draft.plan(request, num_new, block_table_start, block_ids)
+        return len(running) == num_running
+
+    def _grow_or_preempt(self, request: Request, num_tokens: int) -> list[int] | None:
+        """Blocks for the first `num_tokens` tokens, at the cost of the last requests; None if that was this one."""
+        while (block_ids := self._kv_cache.grow(request, num_tokens)) is None:
+            victim = self._running.pop()
+            victim.is_running = False
+            self._kv_cache.release(victim)
+            insort(self._waiting, victim, key=ORDER_KEY)
+            self._counters.num_preemptions += 1
+            if victim is request:
+                return None
+        return block_ids
+
+    def _schedule_waiting(self, draft: StepInFlight) -> None:
+        """Admit waiting requests, strictly in order."""
+        while self._waiting and draft.budget and len(self._running) < self._max_num_seqs:
+            request = self._waiting[0]
+            if request.num_tokens > request.compute_limit:
+                break  # preempted while its last token was in flight: the update to come ends it
+            cached_blocks = self._kv_cache.find_cached_blocks(request)
+            if not self._kv_cache.can_admit(request, cached_blocks):
+                break
+            num_cached = len(cached_blocks) * self._kv_cache.block_size
+            num_new = min(request.num_tokens - num_cached, draft.budget)
+            self._kv_cache.admit(request, cached_blocks, num_cached + num_new)
+            self._count_admission(request, num_cached)
+            del self._waiting[0]
+            insort(self._running, request, key=ORDER_KEY)
+            request.is_running = True
+            request.admitted_at_step = draft.step_id
+            if not request.is_known_to_worker:
+                request.is_known_to_worker = True
+                draft.new_requests.append(_new_request(request))
+            draft.plan(request, num_new, 0, request.block_ids.copy())
+
+    def _count_admission(self, request: Request, num_cached: int) -> None:
+        counters = self._counters
+        if self._kv_cache.enable_prefix_caching and request.reads_prefix_cache:
+            counters.prefix_cache_queries += len(request.token_ids)
+            counters.prefix_cache_hits += num_cached
+        if not request.was_admitted:
+            request.was_admitted = True
+            request.cached_tokens_to_report = num_cached
+            counters.prompt_tokens += request.num_prompt_tokens
+            counters.cached_prompt_tokens += num_cached
+
+    # A result is applied
+
+    def update(self, step: ExecuteStep, result: StepResult) -> list[RequestOutputDelta]:
+        """Append what was sampled, end what is done, and tell what is new, in the order of the step.
+
+        Raises ProtocolError, with nothing changed, when `result` does not answer the oldest step in flight.
+        """
+        if not self._in_flight:
+            raise ProtocolError(f"StepResult.step_id: expected no result, no step is in flight, found {result.step_id}")
+        flight = self._in_flight[0]
+        flight.check(step, result)
+        self._in_flight.popleft()
+        deltas = []
+        for request, planned, sampled in zip(flight.requests, flight.scheduled, result.sampled, strict=True):
+            if request.finish_reason is not None:
+                continue  # aborted or stopped while this step was in flight
+            if sampled.error is not None:
+                request.finish_reason = "error"
+                deltas.append(self._ended_by_error(request, sampled.error))
+                continue
+            num_written = planned.num_computed_tokens + planned.num_tokens
+            if (
+                num_written >= request.next_commit_at
+                and request.is_running
+                and request.admitted_at_step <= flight.step_id
+            ):
+                self._kv_cache.commit(request, num_written)
+            if sampled.token_ids or sampled.prompt_logprobs is not None:
+                deltas.append(self._apply(request, sampled))
+        return deltas
+
+    def _apply(self, request: Request, sampled: SampledTokens) -> RequestOutputDelta:
+        """Take over one request's tokens up to the first that ends it."""
+        token_ids = sampled.token_ids
+        logprobs = sampled.logprobs
+        ended = False
+        for count, token_id in enumerate(token_ids, 1):
+            if request.append(token_id):
+                ended = True
+                if count < len(token_ids):
+                    token_ids = token_ids[:count]
+                    logprobs = first_rows(logprobs, count)
+                break
+        if token_ids:
+            request.num_tokens += len(token_ids) - 1  # one was counted when the step was planned
+            self._counters.generation_tokens += len(token_ids)
+        if sampled.prompt_logprobs is not None:
+            request.num_prompt_logprobs_delivered += num_rows(sampled.prompt_logprobs)
+        num_cached_tokens = request.cached_tokens_to_report
+        request.cached_tokens_to_report = 0
+        error = None
+        if ended:
+            self._retire(request)
+            if request.finish_reason == "error":
+                error = self._limits.outgrown(request.request_id, len(request.token_ids))
+        return RequestOutputDelta(
+            request_id=request.request_id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=sampled.prompt_logprobs,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            num_cached_tokens=num_cached_tokens,
+            error=error,
+        )
+
+    def _ended_by_error(self, request: Request, error: ErrorInfo) -> RequestOutputDelta:
+        self._retire(request)
+        return RequestOutputDelta(
+            request_id=request.request_id,
+            finish_reason="error",
+            num_cached_tokens=request.cached_tokens_to_report,
+            error=error,
+        )
+
+    def _retire(self, request: Request) -> None:
+        """Take a request that has a finish reason out of everything."""
+        assert request.finish_reason is not None
+        queue = self._running if request.is_running else self._waiting
+        key: OrderKey = request.order_key
+        del queue[bisect_left(queue, key, key=ORDER_KEY)]
+        request.is_running = False
+        self._kv_cache.release(request)
+        del self._requests[request.request_id]
+        if request.is_known_to_worker:
+            self._finished_ids.append(request.request_id)
+        self._counters.finished[request.finish_reason] += 1
+
+    # The rest
+
+    def restart(self) -> None:
+        """The worker was replaced by one that knows nothing: every unfinished request waits again.
+
+        Steps in flight are lost; their results must not be given to `update` any more.
+        """
+        for request in self._running:
+            request.is_running = False
+            self._kv_cache.release(request)
+        for request in self._requests.values():
+            request.lose_worker()
+        self._running.clear()
+        self._waiting = sorted(self._requests.values(), key=ORDER_KEY)
+        self._in_flight.clear()
+        self._finished_ids.clear()
+        self._kv_cache.forget_cached()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached blocks; False, and nothing done, while a request holds blocks."""
+        if self._running:
+            return False
+        self._kv_cache.forget_cached()
+        return True
+
+    def stats(self) -> SchedulerStats:
+        """A snapshot."""
+        return msgspec.structs.replace(
+            self._counters,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            kv_cache_usage=self._kv_cache.usage,
+            finished=self._counters.finished.copy(),
+        )
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError unless queues, block tables, pool and prefix cache agree."""
+        for queue in (self._running, self._waiting):
+            keys = [request.order_key for request in queue]
+            assert keys == sorted(set(keys))
+        assert len(self._running) + len(self._waiting) == len(self._requests)
+        assert all(request.is_running and request.block_ids for request in self._running)
+        assert not any(request.is_running or request.block_ids for request in self._waiting)
+        assert all(request.finish_reason is None for request in self._requests.values())
+        self._kv_cache.check_invariants(self._running)
+
+
+def _new_request(request: Request) -> NewRequest:
+    return NewRequest(
+        request_id=request.request_id,
+        token_ids=request.token_ids.copy(),
+        num_prompt_tokens=request.num_prompt_tokens,
+        seed=request.spec.seed,
+        params=request.spec.params,
+    )

@@ -1,0 +1,24 @@
+"""What a scheduler has done so far, and how full it is."""
+
+from __future__ import annotations
+
+from msgspec import Struct, field
+
+
+class SchedulerStats(Struct, kw_only=True):
+    """Gauges are of now; counters run since the scheduler was made. Token counts include no placeholder."""
+
+    # gauges
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0  # blocks held by requests / all blocks, 0…1
+
+    # counters
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0  # of requests admitted for the first time
+    cached_prompt_tokens: int = 0  # those of them taken from the prefix cache
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0  # tokens looked up, at every admission that may read the cache
+    prefix_cache_hits: int = 0  # tokens found
+    finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0})

@@ -1,0 +1,113 @@
+"""A step whose result is not back yet, and the check of that result."""
+
+from __future__ import annotations
+
+import msgspec
+from sempre.engine.scheduling.request import Request
+from sempre.ipc.errors import ProtocolError
+from sempre.ipc.messages import ExecuteStep, LogprobRows, NewRequest, SampledTokens, ScheduledRequest, StepResult
+
+
+class StepInFlight:
+    """Built up by `Scheduler.schedule`, consumed by `Scheduler.update`; entry i of each list is of one request.
+
+    It holds the requests themselves, not their ids: an id may finish and be used again while the step runs.
+    """
+
+    __slots__ = ("budget", "new_requests", "requests", "samples", "scheduled", "step_id")
+
+    def __init__(self, step_id: int, budget: int) -> None:
+        self.step_id = step_id
+        self.budget = budget  # tokens that may still be planned
+        self.requests: list[Request] = []
+        self.samples: list[bool] = []
+        self.scheduled: list[ScheduledRequest] = []
+        self.new_requests: list[NewRequest] = []
+
+    def plan(self, request: Request, num_tokens: int, block_table_start: int, block_ids: list[int]) -> None:
+        """Plan the next `num_tokens` tokens of a request and count them as computed."""
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        rows_start = 0
+        if request.wants_prompt_logprobs:
+            rows_start = request.prompt_logprobs_start
+            request.prompt_logprobs_start = max(rows_start, min(end, request.num_prompt_tokens - 1) + 1)
+        self.scheduled.append(
+            ScheduledRequest(
+                request_id=request.request_id,
+                num_computed_tokens=start,
+                num_tokens=num_tokens,
+                block_table_start=block_table_start,
+                block_ids=block_ids,
+                prompt_logprobs_start=rows_start,
+            )
+        )
+        self.requests.append(request)
+        self.budget -= num_tokens
+        request.num_computed_tokens = end
+        samples = end == request.num_tokens
+        self.samples.append(samples)
+        if samples:
+            request.num_tokens += 1
+
+    def check(self, step: ExecuteStep, result: StepResult) -> None:
+        """Raise ProtocolError unless `step` is this one and `result` answers all of it; changes nothing."""
+        if not step.step_id == result.step_id == self.step_id:
+            raise ProtocolError(
+                f"StepResult.step_id: expected {self.step_id}, the oldest step in flight, "
+                f"found {result.step_id} for step {step.step_id}; results must come in the order of the steps"
+            )
+        if len(result.sampled) != len(self.requests):
+            raise ProtocolError(
+                f"StepResult.sampled: expected {len(self.requests)} entries in step {self.step_id}, "
+                f"found {len(result.sampled)}"
+            )
+        for index, (request, samples, sampled) in enumerate(
+            zip(self.requests, self.samples, result.sampled, strict=True)
+        ):
+            if sampled.request_id != request.request_id:
+                found = f"request {sampled.request_id!r}"
+                raise self._refused(index, "request_id", f"request {request.request_id!r}", found)
+            if sampled.error is None:
+                if bool(sampled.token_ids) != samples:
+                    expected = "at least one token" if samples else "no token"
+                    raise self._refused(index, "token_ids", expected, f"{len(sampled.token_ids)} tokens")
+                if request.wants_prompt_logprobs:
+                    self._check_prompt_logprobs(index, sampled)
+
+    def _check_prompt_logprobs(self, index: int, sampled: SampledTokens) -> None:
+        expected = num_prompt_logprob_rows(self.scheduled[index], self.requests[index].num_prompt_tokens)
+        found = num_rows(sampled.prompt_logprobs)
+        if found != expected:
+            raise self._refused(index, "prompt_logprobs", f"{expected} rows", f"{found} rows")
+
+    def _refused(self, index: int, field: str, expected: str, found: str) -> ProtocolError:
+        return ProtocolError(
+            f"StepResult.sampled[{index}].{field}: expected {expected} in step {self.step_id}, found {found}"
+        )
+
+
+def num_rows(rows: LogprobRows | None) -> int:
+    return 0 if rows is None else rows.num_rows
+
+
+def num_prompt_logprob_rows(planned: ScheduledRequest, num_prompt_tokens: int) -> int:
+    """Rows a worker reports for one planned chunk, see `ScheduledRequest`."""
+    start = planned.num_computed_tokens
+    first = max(start + 1, planned.prompt_logprobs_start)
+    last = min(start + planned.num_tokens, num_prompt_tokens - 1)
+    return max(0, last - first + 1)
+
+
+def first_rows(rows: LogprobRows | None, count: int) -> LogprobRows | None:
+    """The first `count` rows."""
+    if rows is None or rows.num_rows <= count:
+        return rows
+    num_bytes = 4 * count * rows.width
+    return msgspec.structs.replace(
+        rows,
+        num_rows=count,
+        token_ids=rows.token_ids[:num_bytes],
+        logprobs=rows.logprobs[:num_bytes],
+        ranks=rows.ranks[: 4 * count],
+    )

@@ -1,0 +1,71 @@
+"""Seeds of the engine and of requests: validation, derivation, and the comparison of the workers' generators."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Sequence
+
+import msgspec
+
+from sempre.ipc.errors import ConfigError, SeedMismatch
+from sempre.ipc.messages import RngDigests
+
+SEED_LIMIT = 2**64
+_TAG = b"sempre request seed\0"
+
+
+def validate_seed(seed: object) -> int:
+    """`seed` as an int in [0, 2**64); integer types of other libraries are taken. Raises ConfigError."""
+    if seed is None:
+        raise _refuse(
+            seed,
+            "seed cannot be None: the seed of an engine cannot be un-specified, because all workers (every rank, target "
+            "and draft) must sample alike; leave it out for 0, or pass an int",
+        )
+    if isinstance(seed, bool):
+        raise _refuse(seed, f"seed must be an int, got the bool {seed}; write {int(seed)} if that is meant")
+    try:
+        value = operator.index(seed)  # type: ignore[arg-type]  # refuses what is no integer
+    except TypeError:
+        raise _refuse(seed, f"seed must be an int, got {seed!r} of type {type(seed).__name__}") from None
+    if not 0 <= value < SEED_LIMIT:
+        raise _refuse(seed, f"seed must be in [0, 2**64), got {value}")
+    return value
+
+
+def derive_request_seed(engine_seed: int, ordinal: int) -> int:
+    """The seed of a request that came without one: the first 8 bytes, little-endian, of
+    SHA-256("sempre request seed\\0" + engine seed (8 bytes, little-endian) + ordinal (8 bytes, little-endian))."""
+    packed = _TAG + engine_seed.to_bytes(8, "little") + ordinal.to_bytes(8, "little")
+    return int.from_bytes(hashlib.sha256(packed).digest()[:8], "little")
+
+
+def child_seed(seed: int, index: int) -> int:
+    """The seed of sequence `index` of a request with n > 1: (seed + index) mod 2**64."""
+    return (seed + index) % SEED_LIMIT
+
+
+def compare_digests(digests: Sequence[RngDigests], when: str) -> None:
+    """Raises SeedMismatch naming the first rank (the index) whose generators differ from those of rank 0."""
+    expected = msgspec.structs.asdict(digests[0])
+    for rank, candidate in enumerate(digests):
+        found = msgspec.structs.asdict(candidate)
+        different = [name for name in expected if expected[name] != found[name]]
+        if different:
+            wanted, got = ({name: states[name] for name in different} for states in (expected, found))
+            raise SeedMismatch(
+                f"rank {rank} is seeded differently from rank 0 {when}: {', '.join(different)}: "
+                f"expected {_text(wanted)}, found {_text(got)}; every worker must run the same library versions",
+                rank=rank,
+                expected=_text(wanted),
+                found=_text(got),
+            )
+
+
+def _text(states: dict[str, str]) -> str:
+    return ", ".join(f"{name}={digest or 'none'}" for name, digest in states.items())
+
+
+def _refuse(seed: object, text: str) -> ConfigError:
+    return ConfigError(text, parameter="seed", value=seed)

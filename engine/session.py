@@ -1,0 +1,111 @@
+"""The conversation of a synchronous front end with its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from typing import TypeVar
+
+from sempre.engine.client import EngineClient
+from sempre.engine.deadline import Deadline
+from sempre.engine.output_processor import OutputProcessor, RequestState
+from sempre.engine.request_builder import PreparedRequest
+from sempre.ipc.error_info import restore
+from sempre.ipc.errors import EngineDeadError, ProtocolError
+from sempre.ipc.messages import (
+    AbortRequests,
+    AddRequests,
+    CallWorkersReply,
+    ClientCommand,
+    ClientEvent,
+    MetricsReply,
+    OutputsReady,
+    Refused,
+    RequestSpec,
+    ResetPrefixCacheReply,
+)
+
+Reply = TypeVar("Reply", CallWorkersReply, MetricsReply, ResetPrefixCacheReply)
+
+# Requests travel in frames of about this size, so that the first ones are at work while the last ones are sent.
+FRAME_BYTES = 1 << 20
+
+
+class Session:
+    """Sends requests and hands every event to whom it concerns: outputs to the processor, replies to the asker."""
+
+    def __init__(self, client: EngineClient, processor: OutputProcessor) -> None:
+        self._client = client
+        self._processor = processor
+        self._call_ids = count()
+
+    def submit(self, requests: Sequence[PreparedRequest]) -> list[RequestState]:
+        """Follow and send requests. Raises RequestError for an id in use."""
+        states = [self._processor.add(request) for request in requests]
+        for frame in frames_of(requests):
+            self._client.send(AddRequests(requests=frame))
+        return states
+
+    def receive(self) -> list[RequestState]:
+        """Wait for one event; return the requests that have news. Raises EngineDeadError."""
+        event = self._client.receive()
+        return [] if event is None else self._take(event)
+
+    def ask(self, command: ClientCommand, call_id: int, kind: type[Reply], timeout_s: float | None = None) -> Reply:
+        """Send `command` and wait for its reply; outputs that arrive meanwhile are kept. Raises TimeoutError."""
+        deadline = Deadline(timeout_s)
+        self._client.send(command)
+        while True:
+            event = self._client.receive(deadline.remaining_s(f"no answer to {type(command).__name__}"))
+            # A reply with another number answers a call whose asker was interrupted.
+            if isinstance(event, kind) and event.call_id == call_id:
+                return event
+            if event is not None:
+                self._take(event)
+
+    def next_call_id(self) -> int:
+        """Return a number for a call."""
+        return next(self._call_ids)
+
+    def drop(self, requests: Iterable[PreparedRequest], because: BaseException) -> None:
+        """Forget what has not finished and, unless the engine died, abort it."""
+        sequence_ids = self._processor.forget(request.request_id for request in requests)
+        if sequence_ids and not isinstance(because, EngineDeadError):
+            self._client.send(AbortRequests(request_ids=sequence_ids))
+
+    def _take(self, event: ClientEvent) -> list[RequestState]:
+        if isinstance(event, OutputsReady):
+            processed = self._processor.process(event.outputs)
+            if processed.stopped_ids:
+                self._client.send(AbortRequests(request_ids=processed.stopped_ids))
+            return processed.updated
+        check_refused(event)
+        return []
+
+
+def frames_of(requests: Iterable[PreparedRequest]) -> Iterator[list[RequestSpec]]:
+    """Return the sequences of all requests in order, cut into lists of about FRAME_BYTES each."""
+    frame: list[RequestSpec] = []
+    size = 0
+    for request in requests:
+        for spec in request.sequences:
+            frame.append(spec)
+            size += _estimated_bytes(spec)
+            if size >= FRAME_BYTES:
+                yield frame
+                frame, size = [], 0
+    if frame:
+        yield frame
+
+
+def check_refused(event: ClientEvent) -> None:
+    """Raise the error with which the coordinator refused a frame of ours."""
+    if isinstance(event, Refused):
+        raise restore(event.error) or ProtocolError(f"{event.error.type}: {event.error.message}")
+
+
+def _estimated_bytes(spec: RequestSpec) -> int:
+    """Return roughly the packed size: five bytes per token id, nine more per float."""
+    params = spec.params
+    num_ids = len(spec.prompt_token_ids) + len(params.allowed_token_ids or []) + 3 * len(params.logit_bias)
+    return 256 + 5 * (num_ids + sum(map(len, params.bad_words_token_ids)))

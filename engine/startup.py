@@ -1,0 +1,116 @@
+"""Brings the workers of an engine from connected to serving, in two phases, and holds them to the same seeds.
+
+    WorkerHello → LoadModel → ModelLoaded      all ranks: digests before load, limits, fingerprint compared
+                → StartServing → WorkerReady   all ranks: digests after warm-up compared
+
+Each worker moves on by itself within a phase; a phase ends when its last worker has answered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from sempre.engine.config import EngineConfig
+from sempre.engine.executor.base import Executor, worker_config
+from sempre.engine.executor.threads import threads_per_worker
+from sempre.engine.seeding import compare_digests
+from sempre.ipc.errors import StartupError
+from sempre.ipc.messages import (
+    EngineReady,
+    LoadModel,
+    ModelLoaded,
+    StartServing,
+    StartupProgress,
+    WorkerEvent,
+    WorkerHello,
+    WorkerReady,
+)
+
+_ALIKE = ("vocab_size", "max_model_len", "eos_token_ids", "fingerprint", "kv_block_bytes")
+
+
+class StartUp:
+    """Fed with the workers' events; `ready` is set by the last of them."""
+
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self.ready: EngineReady | None = None
+        self._config = config
+        self._executor = executor
+        self._num_threads = threads_per_worker(config.num_threads, executor.world_size)
+        self._connected: set[int] = set()
+        self._loaded: dict[int, ModelLoaded] = {}
+        self._warm: dict[int, WorkerReady] = {}
+        self._phase_began = time.monotonic()
+        self._phase_seconds: dict[str, float] = {}
+
+    def handle(self, rank: int, event: WorkerEvent) -> list[StartupProgress]:
+        """Progress made by the event. Raises SeedMismatch, or StartupError when the workers are not alike."""
+        size = self._executor.world_size
+        match event:
+            case WorkerHello():
+                self._connected.add(rank)
+                config = worker_config(self._config, rank, self._num_threads)
+                self._executor.send(rank, LoadModel(config=config))
+                return self._end_phase("start") if len(self._connected) == size else []
+            case ModelLoaded():
+                self._loaded[rank] = event
+                return self._all_loaded() if len(self._loaded) == size else []
+            case WorkerReady():
+                self._warm[rank] = event
+                return self._all_warm() if len(self._warm) == size else []
+            case _:
+                raise AssertionError(f"{type(event).__name__} during start-up")
+
+    @property
+    def _num_blocks(self) -> int:
+        """Replicas are alike to the scheduler, so the smallest memory decides for all."""
+        return min(loaded.available_kv_blocks for loaded in self._loaded.values())
+
+    def _all_loaded(self) -> list[StartupProgress]:
+        ranks = range(self._executor.world_size)
+        compare_digests([self._loaded[rank].digests_before_load for rank in ranks], "before the model is loaded")
+        for rank in ranks:
+            self._refuse_other(rank)
+        for rank in ranks:
+            self._executor.send(rank, StartServing(num_blocks=self._num_blocks))
+        return self._end_phase("load", (loaded.phase_seconds for loaded in self._loaded.values()))
+
+    def _refuse_other(self, rank: int) -> None:
+        for field in _ALIKE:
+            expected, found = getattr(self._loaded[0], field), getattr(self._loaded[rank], field)
+            if expected != found:
+                raise StartupError(
+                    f"rank {rank} differs from rank 0 in {field}: expected {expected}, found {found}; "
+                    "all workers must run the same versions on the same kind of device",
+                    rank=rank,
+                    cause=field,
+                )
+
+    def _all_warm(self) -> list[StartupProgress]:
+        ranks = range(self._executor.world_size)
+        compare_digests([self._warm[rank].digests_after_warm_up for rank in ranks], "after warm-up")
+        progress = self._end_phase("warm_up", (ready.phase_seconds for ready in self._warm.values()))
+        first = self._loaded[0]
+        self.ready = EngineReady(
+            vocab_size=first.vocab_size,
+            max_model_len=first.max_model_len,
+            eos_token_ids=first.eos_token_ids,
+            num_blocks=self._num_blocks,
+            block_size=self._config.block_size,
+            world_size=self._executor.world_size,
+            fingerprint=first.fingerprint,
+            phase_seconds=self._phase_seconds,
+        )
+        return progress
+
+    def _end_phase(self, phase: str, workers: Iterable[dict[str, float]] = ()) -> list[StartupProgress]:
+        """`workers`: seconds of each worker's own parts of the phase; the slowest worker's are kept."""
+        now = time.monotonic()
+        seconds, self._phase_began = now - self._phase_began, now
+        self._phase_seconds[phase] = seconds
+        for parts in workers:
+            for name, value in parts.items():
+                key = f"{phase}.{name}"
+                self._phase_seconds[key] = max(value, self._phase_seconds.get(key, 0.0))
+        return [StartupProgress(phase=phase, seconds=seconds)]

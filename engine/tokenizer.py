@@ -1,0 +1,189 @@
+"""Text to token ids and back, on the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sempre.ipc.errors import ModelError
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Return the byte-level BPE alphabet: which character stands for which byte.
+
+    The mapping of GPT-2 (Radford et al. 2019): printable Latin-1 characters stand for themselves, the remaining
+    bytes for the characters from U+0100 on, in ascending order.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    mapping = {chr(byte): byte for byte in printable}
+    mapping.update({chr(0x100 + index): byte for index, byte in enumerate(others)})
+    return mapping
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
+
+
+class Tokenizer:
+    """A model's tokenizer. Calls are safe from several threads; nothing changes after construction but a cache."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Wrap `backend`; `eos_token_ids` end an output in addition to `eos_token`.
+
+        Raises ModelError when `bos_token` or `eos_token` is not in the vocabulary.
+        """
+        # A file may carry the padding and truncation of its training; either would silently change prompts.
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.bos_token = bos_token
+        """The beginning-of-sequence token's text, None when the model has none."""
+        self.eos_token = eos_token
+        """The end-of-sequence token's text, None when the model has none."""
+        self.bos_token_id = self._id_of(bos_token, "bos_token")
+        self.eos_token_id = self._id_of(eos_token, "eos_token")
+        first = [] if self.eos_token_id is None else [self.eos_token_id]
+        self.eos_token_ids = tuple(dict.fromkeys([*first, *eos_token_ids]))
+        """Every token id that ends an output; the tokenizer's own comes first."""
+        if self.eos_token_id is None and self.eos_token_ids:
+            self.eos_token_id = self.eos_token_ids[0]
+        added = backend.get_added_tokens_decoder()
+        self.all_special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        """Ids of special tokens, which `skip_special_tokens` leaves out of text."""
+        self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        self._anchor: tuple[list[int], str] | None = None
+        self._token_bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> Tokenizer:
+        """Load tokenizer.json from a model folder.
+
+        bos and eos come from tokenizer_config.json; further end tokens from generation_config.json, and where that
+        has none from config.json. Raises ModelError when tokenizer.json is missing or unreadable, or when one
+        of these files names a token that does not exist.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(
+                f"{path} is missing. The tokenizer is read from that file; for a model that ships only tokenizer.model "
+                "or vocab.json, load its tokenizer once with transformers and save it with save_pretrained()."
+            )
+        try:
+            backend = Backend.from_file(str(path))
+        # The library raises plain Exception for whatever it cannot parse.
+        except Exception as error:
+            raise ModelError(f"{path} cannot be read as a tokenizer: {error}") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        generation = _read_json(folder / "generation_config.json").get("eos_token_id")
+        eos = generation if generation is not None else _read_json(folder / "config.json").get("eos_token_id")
+        return cls(
+            backend,
+            bos_token=_token_content(config, "bos_token", folder),
+            eos_token=_token_content(config, "eos_token", folder),
+            eos_token_ids=_id_list(eos, folder),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; the model's own vocabulary may be padded beyond it."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of `text`; `add_special_tokens` adds what tokenizer.json's post-processor says."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Return the token ids of each text; equal to `encode` on each, but in parallel."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [list(encoding.ids) for encoding in encodings]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of `token_ids`; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def token_text(self, token_id: int) -> str:
+        """Return one token as text, with its leading space; part of a character shows as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the UTF-8 bytes that the token adds to a text it stands inside of; b"" beyond the vocabulary.
+
+        One token may hold a part of a character only; joined in order the bytes of all tokens are the text.
+        """
+        cached = self._token_bytes.get(token_id)
+        if cached is None:
+            cached = self._token_bytes[token_id] = self._compute_token_bytes(token_id)
+        return cached
+
+    def _compute_token_bytes(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._is_byte_level:
+            try:
+                return bytes([_BYTE_OF_CHARACTER[character] for character in token])
+            except KeyError:
+                return token.encode()  # an added token, written as plain text
+        byte_token = _BYTE_TOKEN.fullmatch(token)
+        if byte_token and self.decode([token_id], skip_special_tokens=False) != token:
+            return bytes([int(byte_token[1], 16)])
+        # Other decoders treat a text's first token apart (they drop its space), so it is decoded after another one.
+        if self._anchor is None:
+            anchor_ids = self.encode("a", add_special_tokens=False)
+            self._anchor = (anchor_ids, self.decode(anchor_ids, skip_special_tokens=False))
+        anchor_ids, anchor_text = self._anchor
+        return self.decode([*anchor_ids, token_id], skip_special_tokens=False).removeprefix(anchor_text).encode()
+
+    def _id_of(self, token: str | None, field: str) -> int | None:
+        if token is None:
+            return None
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise ModelError(f"{field} {token!r} is not in the tokenizer's vocabulary of {self.vocab_size} tokens.")
+        return int(token_id)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in `path`, {} when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def _token_content(config: dict[str, Any], field: str, folder: Path) -> str | None:
+    """Return a token given as its text or as an object with a `content`."""
+    value = config.get(field)
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise ModelError(f"{folder / 'tokenizer_config.json'}: {field} must be a string, found {value!r}.")
+    return value
+
+
+def _id_list(value: object, folder: Path) -> list[int]:
+    """Return eos_token_id, which files give as null, one id or a list of ids."""
+    ids: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0 for token_id in ids):
+        raise ModelError(f"{folder}: eos_token_id must be a token id or a list of them, found {value!r}.")
+    return ids

@@ -1,0 +1,177 @@
+"""Typed ZeroMQ channels: a hub that binds, and peers that connect to it.
+
+A frame that cannot be accepted is answered with `Refused` and logged, here and only here. From a peer that has not
+been accepted it then counts for nothing; on an established link the owner is told, because what the frame said is lost.
+Errors carry the address. Channels belong to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from types import TracebackType, UnionType
+from typing import Generic, Self
+
+import zmq
+from sempre.ipc.codec import UNSEQUENCED, FrameDecoder, FrameEncoder, MessageT
+from sempre.ipc.error_info import describe
+from sempre.ipc.errors import ProtocolError
+from sempre.ipc.link import Link, single_part
+from sempre.ipc.messages import Message, Refused
+
+logger = logging.getLogger(__name__)
+
+# two ends that refuse each other's refusals must fall silent
+_MOST_REFUSALS = 16
+_RECONNECT_MS = 10
+
+
+def configure(socket: zmq.SyncSocket, limit_bytes: int) -> None:
+    """No lingering, no silent dropping at a high-water mark, and the transport's own limit behind the codec's."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, 2 * limit_bytes)
+    socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+
+
+class PeerChannel(Generic[MessageT]):
+    """The connecting end; `receives` is the union of the messages that may arrive."""
+
+    def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
+        self.address = address
+        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        configure(self.socket, limit_bytes)
+        self.refusals = Refusals(address)
+        self._link: Link[MessageT] = Link(FrameEncoder(limit_bytes), FrameDecoder(receives, limit_bytes))
+        try:
+            self.socket.connect(address)
+        except zmq.ZMQError as error:
+            self.socket.close()
+            raise ProtocolError(f"cannot connect to {address}: {error}") from error
+
+    def send(self, message: Message) -> None:
+        """Never blocks. Raises MessageTooLarge; TypeError when a free-form value has no msgpack form."""
+        self.socket.send(self._link.pack(message), zmq.DONTWAIT)
+
+    def receive(self, timeout_s: float | None = None) -> MessageT | None:
+        """The next message; None when there is none within `timeout_s`. Raises ProtocolError for a refused frame."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while self.socket.poll(_remaining_ms(deadline)):
+            message = self.take(self.socket.recv_multipart(zmq.DONTWAIT))
+            if message is not None:
+                return message
+        return None
+
+    def take(self, parts: Sequence[bytes]) -> MessageT | None:
+        """The message of one arrival; None for a repetition. Raises ProtocolError after having answered."""
+        try:
+            return self._link.unpack(parts)
+        except ProtocolError as error:
+            if self.refusals.note(error, "the hub"):
+                self.send(Refused(error=describe(error)))
+            raise
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class HubChannel(Generic[MessageT]):
+    """The binding end, with many peers; a peer is known by the routing id that ZeroMQ gave its connection."""
+
+    def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
+        self.address = address
+        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
+        configure(self.socket, limit_bytes)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.refusals = Refusals(address)
+        self._encoder = FrameEncoder(limit_bytes)
+        self._decoder: FrameDecoder[MessageT] = FrameDecoder(receives, limit_bytes)
+        self._links: dict[bytes, Link[MessageT]] = {}
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError as error:
+            self.socket.close()
+            raise ProtocolError(f"cannot bind {address}: {error}") from error
+
+    def accept(self, identity: bytes) -> None:
+        """Establish the link with a peer whose hello, the first frame of its count, was in order."""
+        self._links[identity] = Link(self._encoder, self._decoder, received=1)
+
+    def send(self, identity: bytes, message: Message) -> None:
+        """Never blocks. Raises ProtocolError when the peer is gone, MessageTooLarge, TypeError (no msgpack form)."""
+        self._send_frame(identity, self._links[identity].pack(message))
+
+    def receive(self, timeout_s: float = 0.0) -> tuple[bytes, MessageT | ProtocolError] | None:
+        """The next message and its sender, or the error of a frame refused on an established link; None: nothing."""
+        deadline = time.monotonic() + timeout_s
+        while self.socket.poll(_remaining_ms(deadline)):
+            identity, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
+            link = self._links.get(identity)
+            try:
+                message = link.unpack(parts) if link else self._decoder.decode(single_part(parts))[1]
+            except ProtocolError as error:
+                self.refuse(identity, error)
+                if link:
+                    return identity, error
+                message = None
+            if message is not None:
+                return identity, message
+            if time.monotonic() >= deadline:
+                # a flood of refused frames must not hold the caller
+                return None
+        return None
+
+    def refuse(self, identity: bytes, error: ProtocolError) -> None:
+        """Answer a frame with `Refused`; a peer that is gone meanwhile needs no answer."""
+        if not self.refusals.note(error, f"peer {identity.hex()}") and identity in self._links:
+            return
+        message = Refused(error=describe(error))
+        link = self._links.get(identity)
+        frame = link.pack(message) if link else self._encoder.encode(message, UNSEQUENCED)
+        try:
+            self._send_frame(identity, frame)
+        except ProtocolError as gone:
+            logger.debug("%s", gone)
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def _send_frame(self, identity: bytes, frame: bytearray) -> None:
+        try:
+            self.socket.send_multipart([identity, frame], zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            raise ProtocolError(f"{self.address}: cannot reach peer {identity.hex()}: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class Refusals:
+    """The refusals of one socket: each is logged once, and after `_MOST_REFUSALS` a peer is left without an answer."""
+
+    def __init__(self, address: str) -> None:
+        self.count = 0
+        self._address = address
+
+    def note(self, error: ProtocolError, sender: str) -> bool:
+        """Log it; True while it may be answered."""
+        self.count += 1
+        logger.warning("%s: refused a frame from %s: %s", self._address, sender, error)
+        return self.count <= _MOST_REFUSALS
+
+
+def _remaining_ms(deadline: float | None) -> int | None:
+    if deadline is None:
+        return None
+    return max(0, round((deadline - time.monotonic()) * 1000))

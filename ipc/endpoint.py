@@ -1,0 +1,49 @@
+"""The private directory that holds one engine's sockets and the logs of its processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from sempre.ipc.errors import StartupError
+
+# AF_UNIX paths end at 107 bytes; this is the longest name below
+_LONGEST_SOCKET_NAME = "/sempre-12345678/workers.sock"
+_AF_UNIX_LIMIT = 107
+
+
+class PrivateDirectory:
+    """A folder of mode 0700 on a local file system; `remove` deletes it with everything in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls) -> PrivateDirectory:
+        """Under XDG_RUNTIME_DIR, else the system's temporary folder. Raises StartupError when no path is short enough."""
+        candidates = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
+        for parent in candidates:
+            fits = len(os.fsencode(parent + _LONGEST_SOCKET_NAME)) <= _AF_UNIX_LIMIT
+            if parent and fits and os.access(parent, os.W_OK | os.X_OK):
+                return cls(Path(tempfile.mkdtemp(prefix="sempre-", dir=parent)))
+        raise StartupError(
+            f"no folder for sockets: each of {candidates} is not writable or longer than a socket path may be "
+            f"({_AF_UNIX_LIMIT} bytes); set XDG_RUNTIME_DIR to a short, writable folder"
+        )
+
+    @property
+    def client_address(self) -> str:
+        return f"ipc://{self.path}/client.sock"
+
+    @property
+    def worker_address(self) -> str:
+        return f"ipc://{self.path}/workers.sock"
+
+    def log_path(self, process_name: str) -> Path:
+        return self.path / f"{process_name}.log"
+
+    def remove(self) -> None:
+        # the other side may be removing it too
+        shutil.rmtree(self.path, ignore_errors=True)

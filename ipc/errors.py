@@ -1,0 +1,159 @@
+"""Every exception a user can meet, in one tree.
+
+    SempreError
+    ├── ConfigError                a setting or argument is refused          (parameter, value); also a ValueError
+    │   └── RequestError           one request is refused                    (request_id)
+    ├── ModelError                 a checkpoint cannot be used
+    │   ├── UnknownArchitecture    no decoder for it                         (architecture)
+    │   └── TensorMismatch         a tensor is missing or does not fit       (tensor, expected, found)
+    ├── InvarianceError            an operation cannot keep the guarantee    (operation)
+    ├── SeedMismatch               a worker's RNG digests differ             (rank, expected, found)
+    ├── ProtocolError              a frame is refused
+    │   ├── MessageMalformed       it does not decode                        (field)
+    │   ├── MessageTooLarge        it exceeds the limit                      (size_bytes, limit_bytes)
+    │   ├── FrameLost              frames of a link are missing              (expected, found)
+    │   └── VersionMismatch        the peer speaks another protocol          (expected, found)
+    ├── StartupError               a process did not become ready            (rank, cause)
+    └── EngineDeadError            the engine cannot go on
+        ├── WorkerDied             (rank, exitcode, cause, worker_traceback)
+        └── CoordinatorDied        (exitcode, cause)
+"""
+
+from __future__ import annotations
+
+
+class SempreError(Exception):
+    """Base of all errors raised by the project."""
+
+
+class ConfigError(SempreError, ValueError):
+    """A setting or argument is refused; `parameter` names it, `value` is what was found."""
+
+    def __init__(self, message: str, *, parameter: str | None = None, value: object = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+        self.value = value
+
+
+class RequestError(ConfigError):
+    """One request is refused or failed; the engine and all other requests go on."""
+
+    def __init__(
+        self, message: str, *, parameter: str | None = None, value: object = None, request_id: str | None = None
+    ) -> None:
+        super().__init__(message, parameter=parameter, value=value)
+        self.request_id = request_id
+
+
+class ModelError(SempreError):
+    """A checkpoint cannot be used."""
+
+
+class UnknownArchitecture(ModelError):
+    """No decoder exists for the checkpoint's architecture."""
+
+    def __init__(self, message: str, *, architecture: str) -> None:
+        super().__init__(message)
+        self.architecture = architecture
+
+
+class TensorMismatch(ModelError):
+    """A tensor is missing, unexpected, or has another shape or dtype."""
+
+    def __init__(self, message: str, *, tensor: str, expected: str, found: str) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+        self.expected = expected
+        self.found = found
+
+
+class InvarianceError(SempreError):
+    """An operation does not keep the guarantee on this machine; `operation` names it."""
+
+    def __init__(self, message: str, *, operation: str) -> None:
+        super().__init__(message)
+        self.operation = operation
+
+
+class SeedMismatch(SempreError):
+    """A worker's random states are not those of its peers."""
+
+    def __init__(self, message: str, *, rank: int, expected: str, found: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.expected = expected
+        self.found = found
+
+
+class ProtocolError(SempreError):
+    """A frame from a peer is refused."""
+
+
+class MessageMalformed(ProtocolError):
+    """A frame does not decode; `field` is the path of the first offending field."""
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class MessageTooLarge(ProtocolError):
+    """A frame exceeds the size limit."""
+
+    def __init__(self, message: str, *, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(message)
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
+
+
+class FrameLost(ProtocolError):
+    """Frames of an established link did not arrive; the counts are sequence numbers."""
+
+    def __init__(self, message: str, *, expected: int, found: int) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.found = found
+
+
+class VersionMismatch(ProtocolError):
+    """The peer speaks another version of the protocol."""
+
+    def __init__(self, message: str, *, expected: int, found: int) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.found = found
+
+
+class StartupError(SempreError):
+    """A process did not become ready; `cause` is its own last word."""
+
+    def __init__(self, message: str, *, rank: int | None = None, cause: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.cause = cause
+
+
+class EngineDeadError(SempreError):
+    """The engine cannot go on; unfinished requests are lost to this engine object."""
+
+
+class WorkerDied(EngineDeadError):
+    """A worker process ended or stopped answering."""
+
+    def __init__(
+        self, message: str, *, rank: int, exitcode: int | None = None, cause: str = "", worker_traceback: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.exitcode = exitcode
+        self.cause = cause
+        self.worker_traceback = worker_traceback
+
+
+class CoordinatorDied(EngineDeadError):
+    """The coordinator process ended or stopped answering."""
+
+    def __init__(self, message: str, *, exitcode: int | None = None, cause: str = "") -> None:
+        super().__init__(message)
+        self.exitcode = exitcode
+        self.cause = cause

@@ -1,0 +1,158 @@
+"""User process ⇄ coordinator."""
+
+from __future__ import annotations
+
+from sempre.ipc.messages.common import (
+    Data,
+    ErrorInfo,
+    Heartbeat,
+    LogprobRows,
+    Message,
+    NonNegative,
+    Positive,
+    Refused,
+    SamplingSpec,
+    TokenId,
+    Uint64,
+)
+
+
+class ClientHello(Message, kw_only=True):
+    """First command of a client."""
+
+    protocol_version: int
+    pid: int
+
+
+class RequestSpec(Data, kw_only=True):
+    """One sequence to generate. `seed` is the one in use; `priority` lower is sooner; `ordinal` breaks every tie."""
+
+    request_id: str
+    prompt_token_ids: list[TokenId]
+    params: SamplingSpec
+    seed: Uint64
+    ordinal: NonNegative
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+class AddRequests(Message, kw_only=True):
+    requests: list[RequestSpec]
+
+
+class AbortRequests(Message, kw_only=True):
+    """Unknown ids are ignored: the request may have finished meanwhile."""
+
+    request_ids: list[str]
+
+
+class CallWorkers(Message, kw_only=True):
+    """Call one of the workers' public methods on every worker."""
+
+    call_id: NonNegative
+    method: str
+    args: list[object] = []
+    kwargs: dict[str, object] = {}
+
+
+class ResetPrefixCache(Message, kw_only=True):
+    call_id: NonNegative
+
+
+class GetMetrics(Message, kw_only=True):
+    call_id: NonNegative
+
+
+class ShutdownEngine(Message, kw_only=True):
+    """End workers and coordinator; unfinished requests are dropped."""
+
+
+ClientCommand = (
+    ClientHello
+    | AddRequests
+    | AbortRequests
+    | CallWorkers
+    | ResetPrefixCache
+    | GetMetrics
+    | ShutdownEngine
+    | Heartbeat
+    | Refused
+)
+
+
+class StartupProgress(Message, kw_only=True):
+    """A start-up phase has ended."""
+
+    phase: str
+    seconds: float
+
+
+class EngineReady(Message, kw_only=True):
+    """All workers are ready and seeded alike."""
+
+    vocab_size: Positive
+    max_model_len: Positive
+    eos_token_ids: list[TokenId]
+    num_blocks: Positive
+    block_size: Positive
+    world_size: Positive
+    fingerprint: dict[str, str]
+    phase_seconds: dict[str, float] = {}
+
+
+class RequestOutputDelta(Data, kw_only=True):
+    """What is new for one request since the last delta. `finish_reason`: stop, length, abort or error."""
+
+    request_id: str
+    token_ids: list[TokenId] = []
+    logprobs: LogprobRows | None = None
+    prompt_logprobs: LogprobRows | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: NonNegative = 0
+    error: ErrorInfo | None = None
+
+
+class OutputsReady(Message, kw_only=True):
+    outputs: list[RequestOutputDelta]
+
+
+class CallWorkersReply(Message, kw_only=True):
+    """One result per worker, in rank order, or the first error."""
+
+    call_id: NonNegative
+    results: list[object] = []
+    error: ErrorInfo | None = None
+
+
+class ResetPrefixCacheReply(Message, kw_only=True):
+    """`done` is False while requests hold blocks: nothing was reset."""
+
+    call_id: NonNegative
+    done: bool
+
+
+class MetricsReply(Message, kw_only=True):
+    """Counters and gauges by name; lists are per-replica values."""
+
+    call_id: NonNegative
+    values: dict[str, float | list[float] | dict[str, float]]
+
+
+class EngineFailed(Message, kw_only=True):
+    """The coordinator's last word."""
+
+    error: ErrorInfo
+
+
+ClientEvent = (
+    StartupProgress
+    | EngineReady
+    | OutputsReady
+    | CallWorkersReply
+    | ResetPrefixCacheReply
+    | MetricsReply
+    | EngineFailed
+    | Heartbeat
+    | Refused
+)

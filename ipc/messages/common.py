@@ -1,0 +1,96 @@
+"""Structs that both protocols share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 1
+
+# msgpack itself bounds an integer at 2**64 - 1; msgspec cannot state that bound
+Uint64 = Annotated[int, Meta(ge=0)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+NonNegative = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class Message(Struct, tag=True, frozen=True, array_like=True, kw_only=True):
+    """Base of everything on a wire: [tag, field, field, …] in msgpack."""
+
+
+class Data(Struct, frozen=True, array_like=True, kw_only=True):
+    """Base of the parts of a message (untagged)."""
+
+
+class ErrorInfo(Data, kw_only=True):
+    """An exception in transit: its type's name, text, where it was raised, and the facts its class carries."""
+
+    type: str
+    message: str
+    rank: int | None = None
+    traceback: str = ""
+    facts: dict[str, str | int | None] = {}
+
+
+class RngDigests(Data, kw_only=True):
+    """SHA-256 (hex) of the state of each global generator of one process."""
+
+    python_random: str
+    numpy_random: str
+    torch_cpu: str
+    torch_accelerator: str = ""
+
+
+class Heartbeat(Message, kw_only=True):
+    """Sent by either side of a link every `heartbeat_interval_s`, also while the sender computes."""
+
+    rank: int | None = None
+    steps_done: int = 0
+
+
+class Refused(Message, kw_only=True):
+    """The receiver's answer to a frame that it could not accept; the sender's process is not harmed."""
+
+    error: ErrorInfo
+
+
+class SamplingSpec(Data, kw_only=True):
+    """Sampling parameters as the worker needs them: validated, resolved, in token ids.
+
+    Greedy is `temperature == 0`. `top_k == 0` is off. `stop_token_ids` end the request with that id as the reason;
+    `eos_token_ids` end it with reason None and are empty under `ignore_eos`. `logprobs` is None (off), k best, or -1
+    for the whole vocabulary; the same for `prompt_logprobs`.
+    """
+
+    max_tokens: Positive
+    min_tokens: NonNegative = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: NonNegative = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[TokenId, float] = {}
+    allowed_token_ids: list[TokenId] | None = None
+    bad_words_token_ids: list[list[TokenId]] = []
+    eos_token_ids: list[TokenId] = []
+    stop_token_ids: list[TokenId] = []
+    logprobs: Annotated[int, Meta(ge=-1)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
+
+
+class LogprobRows(Data, kw_only=True):
+    """Log-probabilities of `num_rows` positions, `width` columns each, as packed little-endian arrays.
+
+    Column 0 is the token that was sampled (or stands in the prompt), columns 1…k the k best in descending order
+    (value, then lowest id). `token_ids` int32, `logprobs` float32, `ranks` int32, the 1-based vocabulary rank of
+    column 0 (one per row). Packed bytes keep the float32 bits and cost no float parsing.
+    """
+
+    num_rows: NonNegative
+    width: Positive
+    token_ids: bytes
+    logprobs: bytes
+    ranks: bytes

@@ -1,0 +1,181 @@
+"""Coordinator ⇄ worker. A worker is one process on one device; it holds a shard of one replica of the model."""
+
+from __future__ import annotations
+
+from sempre.ipc.messages.common import (
+    Data,
+    ErrorInfo,
+    Heartbeat,
+    LogprobRows,
+    Message,
+    NonNegative,
+    Positive,
+    Refused,
+    RngDigests,
+    SamplingSpec,
+    TokenId,
+    Uint64,
+)
+
+
+class WorkerConfig(Data, kw_only=True):
+    """Everything a worker needs to know before it loads the model."""
+
+    rank: NonNegative
+    world_size: Positive
+    dp_rank: NonNegative = 0
+    tp_rank: NonNegative = 0
+    tp_size: Positive = 1
+    role: str = "target"
+    seed: Uint64 = 0
+    model_path: str
+    dtype: str = "auto"
+    device: str = "cpu"
+    max_model_len: int | None = None
+    max_num_seqs: Positive = 128
+    max_num_batched_tokens: Positive = 2048
+    block_size: Positive = 16
+    kv_cache_memory_bytes: int | None = None
+    num_threads: NonNegative = 0
+    numerics: str = "invariant"
+    load_format: str = "auto"
+    heartbeat_interval_s: float = 0.5
+
+
+class LoadModel(Message, kw_only=True):
+    """First command: seed the global generators, load the model, run the self-test."""
+
+    config: WorkerConfig
+
+
+class StartServing(Message, kw_only=True):
+    """Second command: allocate the KV cache, warm up, seed again."""
+
+    num_blocks: Positive
+
+
+class NewRequest(Data, kw_only=True):
+    """A request the worker has not seen: all tokens known so far, the first `num_prompt_tokens` of them the prompt."""
+
+    request_id: str
+    token_ids: list[TokenId]
+    num_prompt_tokens: Positive
+    seed: Uint64
+    params: SamplingSpec
+
+
+class ScheduledRequest(Data, kw_only=True):
+    """What one request computes in one step.
+
+    [0, num_computed_tokens) of its sequence is in the KV cache; [num_computed_tokens, + num_tokens) is computed now.
+    `block_ids` are written into its block table from index `block_table_start` on. A token is sampled if, and only
+    if, the step computes the last token that the worker knows; the worker appends it to the sequence itself.
+    A request computed again from an earlier position keeps its tokens; its block table is written anew from index 0.
+
+    Row p of the prompt log-probabilities tells token p given the tokens before it, so computing position p - 1 yields
+    it; there is no row 0. Computing [a, b) reports the rows p of the prompt (of P tokens) with
+    max(a + 1, `prompt_logprobs_start`) ≤ p ≤ min(b, P - 1), if the request asked for any. Rows below
+    `prompt_logprobs_start` were reported before the request was preempted.
+    """
+
+    request_id: str
+    num_computed_tokens: NonNegative
+    num_tokens: Positive
+    block_table_start: NonNegative
+    block_ids: list[NonNegative]
+    prompt_logprobs_start: NonNegative = 0
+
+
+class ExecuteStep(Message, kw_only=True):
+    """One forward pass over the scheduled requests. `finished_request_ids` are forgotten before it."""
+
+    step_id: NonNegative
+    finished_request_ids: list[str] = []
+    new_requests: list[NewRequest] = []
+    scheduled: list[ScheduledRequest] = []
+
+
+class CallMethod(Message, kw_only=True):
+    """A call of one of the worker's public methods (a fixed list); arguments are msgpack values."""
+
+    call_id: NonNegative
+    method: str
+    args: list[object] = []
+    kwargs: dict[str, object] = {}
+
+
+class ShutdownWorker(Message, kw_only=True):
+    """Finish and exit with code 0."""
+
+
+WorkerCommand = LoadModel | StartServing | ExecuteStep | CallMethod | ShutdownWorker | Heartbeat | Refused
+
+
+class WorkerHello(Message, kw_only=True):
+    """First event of a worker."""
+
+    protocol_version: int
+    rank: NonNegative
+    pid: int
+    versions: dict[str, str] = {}
+
+
+class ModelLoaded(Message, kw_only=True):
+    """Answer to LoadModel. `max_model_len` is the limit in use; `fingerprint` the parts this worker knows."""
+
+    rank: NonNegative
+    digests_before_load: RngDigests
+    vocab_size: Positive
+    max_model_len: Positive
+    kv_block_bytes: Positive
+    available_kv_blocks: Positive
+    eos_token_ids: list[TokenId] = []
+    fingerprint: dict[str, str] = {}
+    phase_seconds: dict[str, float] = {}
+
+
+class WorkerReady(Message, kw_only=True):
+    """Answer to StartServing."""
+
+    rank: NonNegative
+    digests_after_warm_up: RngDigests
+    phase_seconds: dict[str, float] = {}
+
+
+class SampledTokens(Data, kw_only=True):
+    """The result of one request in one step: no token (chunked prefill goes on), one, or several (speculation)."""
+
+    request_id: str
+    token_ids: list[TokenId] = []
+    logprobs: LogprobRows | None = None
+    prompt_logprobs: LogprobRows | None = None
+    error: ErrorInfo | None = None
+
+
+class StepResult(Message, kw_only=True):
+    """Answer to ExecuteStep; `sampled` is in the order of `ExecuteStep.scheduled`."""
+
+    rank: NonNegative
+    step_id: NonNegative
+    sampled: list[SampledTokens] = []
+
+
+class CallMethodReply(Message, kw_only=True):
+    """Answer to CallMethod: a msgpack value, or the error."""
+
+    rank: NonNegative
+    call_id: NonNegative
+    result: object = None
+    error: ErrorInfo | None = None
+
+
+class WorkerFailed(Message, kw_only=True):
+    """The worker's last word: the exception that ends it."""
+
+    rank: NonNegative
+    error: ErrorInfo
+
+
+WorkerEvent = (
+    WorkerHello | ModelLoaded | WorkerReady | StepResult | CallMethodReply | WorkerFailed | Heartbeat | Refused
+)

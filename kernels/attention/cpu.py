@@ -1,0 +1,274 @@
+"""CPU paged attention.
+
+# R requests, T query tokens, Hq query heads, Hkv key heads, G = Hq / Hkv, D head dim, B = 16 keys per block
+One unit of work is (a few query tokens of one request) x (one key head): up to MAX_ROWS rows that share the keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numba import prange
+from sempre.kernels.attention.cpu_tiles import (
+    copy_row,
+    pv_1,
+    pv_2,
+    pv_3,
+    pv_4,
+    qk_1,
+    qk_2,
+    qk_3,
+    qk_4,
+    scale_row,
+    softmax_row,
+)
+from sempre.kernels.jit import address_of, compiled
+from sempre.kernels.storage import ELEMENT_SIZE, storage_code, widen
+
+BLOCK = 16
+TILE = 64
+BLOCKS_PER_TILE = TILE // BLOCK
+MAX_ROWS = 12
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """One layer's cache: `k` [blocks, Hkv, D, B] (transposed), `v` [blocks, Hkv, B, D], in the storage dtype."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def allocate_kv_cache(
+    num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> KvCache:
+    """A cache of zeros; memory that is never written stays unmapped. ValueError unless block_size is 16."""
+    if block_size != BLOCK:
+        raise ValueError(f"block_size must be {BLOCK} on CPU, got {block_size}")
+    if head_dim % 16:
+        raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
+    return KvCache(
+        torch.zeros((num_blocks, num_kv_heads, head_dim, block_size), dtype=dtype),
+        torch.zeros((num_blocks, num_kv_heads, block_size, head_dim), dtype=dtype),
+    )
+
+
+@compiled()
+def _scores(q: int, rows: int, dim: int, k0: int, k1: int, k2: int, k3: int, scores: int) -> None:
+    row_bytes = dim * 4
+    done = 0
+    while done < rows:
+        q_at, out, left = q + done * row_bytes, scores + done * TILE * 4, rows - done
+        if left >= 4:
+            qk_4(q_at, row_bytes, k0, k1, k2, k3, dim, out)
+            done += 4
+        elif left == 3:
+            qk_3(q_at, row_bytes, k0, k1, k2, k3, dim, out)
+            done += 3
+        elif left == 2:
+            qk_2(q_at, row_bytes, k0, k1, k2, k3, dim, out)
+            done += 2
+        else:
+            qk_1(q_at, row_bytes, k0, k1, k2, k3, dim, out)
+            done += 1
+
+
+@compiled()
+def _weighted_values(p: int, rows: int, dim: int, v0: int, v1: int, v2: int, v3: int, keys: int, acc: int) -> None:
+    done = 0
+    while done < rows:
+        p_at, out, left = p + done * TILE * 4, acc + done * dim * 4, rows - done
+        if left >= 4:
+            pv_4(p_at, v0, v1, v2, v3, keys, dim, out)
+            done += 4
+        elif left == 3:
+            pv_3(p_at, v0, v1, v2, v3, keys, dim, out)
+            done += 3
+        elif left == 2:
+            pv_2(p_at, v0, v1, v2, v3, keys, dim, out)
+            done += 2
+        else:
+            pv_1(p_at, v0, v1, v2, v3, keys, dim, out)
+            done += 1
+
+
+@compiled()
+def _unit(
+    q: int,
+    q_row_bytes: int,
+    tokens: int,
+    first_position: int,
+    group: int,
+    dim: int,
+    keys: int,
+    values: int,
+    storage: int,
+    head: int,
+    kv_heads: int,
+    table: np.ndarray,
+    scale: float,
+    window: int,
+    out: int,
+    out_row_bytes: int,
+) -> None:
+    rows = tokens * group
+    head_bytes = dim * 4
+    queries = np.empty((rows, dim), np.float32)
+    scores = np.empty((rows, TILE), np.float32)
+    acc = np.zeros((rows, dim), np.float32)
+    state = np.empty((rows, 2), np.float32)
+    wide = np.empty((2 * TILE * dim if storage != 0 else 1,), np.float32)
+    queries_at, scores_at, wide_at = address_of(queries), address_of(scores), address_of(wide)
+    acc_at, state_at = address_of(acc), address_of(state)
+    for t in range(tokens):
+        for g in range(group):
+            copy_row(q + t * q_row_bytes + g * head_bytes, queries_at + (t * group + g) * head_bytes, dim)
+    for i in range(rows):
+        state[i, 0], state[i, 1] = -1e30, 0.0
+    last_position = first_position + tokens - 1
+    start = 0
+    if window > 0 and first_position - window + 1 > 0:
+        start = (first_position - window + 1) // TILE * TILE
+    block_bytes = BLOCK * dim * ELEMENT_SIZE[storage]
+    for tile in range(start, last_position + 1, TILE):
+        in_tile = min(TILE, last_position + 1 - tile)
+        last_block = (in_tile - 1) // BLOCK
+        first = tile // BLOCK
+        # blocks past the last key repeat it: their scores are masked and their values never read
+        b0 = (table[first] * kv_heads + head) * block_bytes
+        b1 = (table[first + min(1, last_block)] * kv_heads + head) * block_bytes
+        b2 = (table[first + min(2, last_block)] * kv_heads + head) * block_bytes
+        b3 = (table[first + min(3, last_block)] * kv_heads + head) * block_bytes
+        k0, k1, k2, k3 = keys + b0, keys + b1, keys + b2, keys + b3
+        v0, v1, v2, v3 = values + b0, values + b1, values + b2, values + b3
+        if storage != 0:
+            count, step = BLOCK * dim, BLOCK * dim * 4
+            base = wide_at
+            widen(k0, base, count, storage)
+            widen(k1, base + step, count, storage)
+            widen(k2, base + 2 * step, count, storage)
+            widen(k3, base + 3 * step, count, storage)
+            widen(v0, base + 4 * step, count, storage)
+            widen(v1, base + 5 * step, count, storage)
+            widen(v2, base + 6 * step, count, storage)
+            widen(v3, base + 7 * step, count, storage)
+            k0, k1, k2, k3 = base, base + step, base + 2 * step, base + 3 * step
+            v0, v1, v2, v3 = base + 4 * step, base + 5 * step, base + 6 * step, base + 7 * step
+        _scores(queries_at, rows, dim, k0, k1, k2, k3, scores_at)
+        for i in range(rows):
+            position = first_position + i // group
+            low = position - window + 1 - tile if window > 0 else 0
+            softmax_row(
+                scores_at + i * TILE * 4,
+                low,
+                position + 1 - tile,
+                scale,
+                state_at + i * 8,
+                acc_at + i * head_bytes,
+                dim,
+            )
+        _weighted_values(scores_at, rows, dim, v0, v1, v2, v3, in_tile, acc_at)
+    for i in range(rows):
+        t, g = i // group, i % group
+        scale_row(
+            acc_at + i * head_bytes,
+            state_at + i * 8 + 4,
+            out + t * out_row_bytes + g * head_bytes,
+            dim,
+        )
+
+
+@compiled(parallel=True)
+def _paged_attention(
+    qkv: int,
+    keys: int,
+    values: int,
+    storage: int,
+    block_tables: np.ndarray,
+    query_starts: np.ndarray,
+    context_lens: np.ndarray,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    scale: float,
+    window: int,
+    out: int,
+) -> None:
+    group = heads // kv_heads
+    tile_tokens = max(1, MAX_ROWS // group)
+    requests = len(context_lens)
+    first_unit = np.empty(requests + 1, np.int64)
+    first_unit[0] = 0
+    for r in range(requests):
+        tokens = query_starts[r + 1] - query_starts[r]
+        first_unit[r + 1] = first_unit[r] + (tokens + tile_tokens - 1) // tile_tokens
+    q_row_bytes, out_row_bytes = (heads + 2 * kv_heads) * dim * 4, heads * dim * 4
+    num_tiles = first_unit[requests]
+    for unit in prange(num_tiles * kv_heads):
+        # neighbouring units differ in the key head, and long and short tiles alternate between the threads
+        query_tile, head = unit // kv_heads, unit % kv_heads
+        r = np.searchsorted(first_unit, query_tile, side="right") - 1
+        first_token = (query_tile - first_unit[r]) * tile_tokens
+        start, stop = query_starts[r], query_starts[r + 1]
+        tokens = min(tile_tokens, stop - start - first_token)
+        row = start + first_token
+        first_position = context_lens[r] - (stop - start) + first_token
+        shift = head * group * dim * 4
+        _unit(
+            qkv + row * q_row_bytes + shift,
+            q_row_bytes,
+            tokens,
+            first_position,
+            group,
+            dim,
+            keys,
+            values,
+            storage,
+            head,
+            kv_heads,
+            block_tables[r],
+            scale,
+            window,
+            out + row * out_row_bytes + shift,
+            out_row_bytes,
+        )
+
+
+def paged_attention(
+    qkv: torch.Tensor,
+    cache: KvCache,
+    block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    context_lens: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    window: int | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of the queries in qkv [T, (Hq + 2 Hkv) D] over the cache into out [T, Hq D].
+
+    `block_tables` int32 [R, most blocks], `query_starts` int32 [R + 1] (rows of request r are
+    [query_starts[r], query_starts[r + 1])), `context_lens` int32 [R] (keys visible to the request's last row).
+    `window`: a row sees the last `window` keys up to itself; None sees all.
+    """
+    _paged_attention(
+        qkv.data_ptr(),
+        cache.k.data_ptr(),
+        cache.v.data_ptr(),
+        storage_code(cache.k.dtype),
+        block_tables.numpy(),
+        query_starts.numpy(),
+        context_lens.numpy(),
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        scale,
+        window or 0,
+        out.data_ptr(),
+    )
+    return out

@@ -1,0 +1,194 @@
+"""The register tiles of the CPU attention: scores, online softmax and weighted values for one tile of 64 keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from sempre.kernels.vector_ir import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    address_intrinsic,
+    constant,
+    exp,
+    fma,
+    load,
+    loop,
+    splat,
+    store,
+    tree_max,
+    tree_sum,
+    unrolled_loop,
+    vec,
+)
+
+BLOCKS = 4  # of 16 keys each
+TILE_ROW_BYTES = BLOCKS * LANES * 4
+NEGATIVE_INFINITY = float("-inf")
+
+
+def _qk(rows: int) -> Any:
+    """Intrinsic (q, q_row_bytes, k0…k3, dim, scores): rows x 64 dot products over ascending dimensions.
+
+    k0…k3 are the addresses of four transposed key blocks [dim, 16], float32.
+    """
+
+    def emit(b: ir.IRBuilder, q: ir.Value, q_row: ir.Value, *rest: ir.Value) -> None:
+        *blocks, dim, scores = rest
+        q_rows = [b.add(q, b.mul(q_row, I64(i))) for i in range(rows)]
+
+        def step(b: ir.IRBuilder, d: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            shift = b.mul(d, I64(64))
+            keys = [load(b, b.add(block, shift), vec(F32)) for block in blocks]
+            following = []
+            for i in range(rows):
+                factor = splat(b, load(b, b.add(q_rows[i], b.mul(d, I64(4))), F32))
+                following += [fma(b, factor, keys[j], sums[i * BLOCKS + j]) for j in range(BLOCKS)]
+            return following
+
+        sums = unrolled_loop(b, dim, 4, [constant(0.0)] * (rows * BLOCKS), step)
+        for i in range(rows):
+            for j in range(BLOCKS):
+                store(b, sums[i * BLOCKS + j], b.add(scores, I64(i * TILE_ROW_BYTES + j * 64)))
+
+    return address_intrinsic(emit)
+
+
+def _pv(rows: int) -> Any:
+    """Intrinsic (p, v0…v3, keys, dim, acc): acc[i] += p[i, j] * v[j] for the first `keys` keys, ascending.
+
+    v0…v3 are four value blocks [16, dim] and acc [rows, dim], float32.
+    """
+
+    def emit(b: ir.IRBuilder, p: ir.Value, *rest: ir.Value) -> None:
+        *blocks, keys, dim, acc = rest
+
+        def columns(vectors: int) -> Callable[[ir.IRBuilder, ir.Value, list[ir.Value]], list[ir.Value]]:
+            def body(b: ir.IRBuilder, column: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+                shift = b.mul(column, I64(4))
+                shifted = [b.add(block, shift) for block in blocks]
+                _emit_pv_columns(b, rows, vectors, p, shifted, keys, dim, b.add(acc, shift))
+                return carried
+
+            return body
+
+        wide = b.and_(dim, I64(-64))
+        loop(b, I64(0), wide, 4 * LANES, [], columns(4))
+        loop(b, wide, dim, LANES, [], columns(1))
+
+    return address_intrinsic(emit)
+
+
+def _emit_pv_columns(
+    b: ir.IRBuilder,
+    rows: int,
+    vectors: int,
+    p: ir.Value,
+    blocks: list[ir.Value],
+    keys: ir.Value,
+    dim: ir.Value,
+    acc: ir.Value,
+) -> None:
+    row_bytes = b.mul(dim, I64(4))
+    acc_rows = [b.add(acc, b.mul(row_bytes, I64(i))) for i in range(rows)]
+    sums = [load(b, b.add(acc_rows[i], I64(64 * n)), vec(F32)) for i in range(rows) for n in range(vectors)]
+    for number, block in enumerate(blocks):
+        p_block = b.add(p, I64(number * 64))
+        left = b.sub(keys, I64(number * LANES))
+        count = b.select(b.icmp_signed(">", left, I64(LANES)), I64(LANES), left)
+        count = b.select(b.icmp_signed("<", count, I64(0)), I64(0), count)
+
+        def step(
+            b: ir.IRBuilder, j: ir.Value, sums: list[ir.Value], block: ir.Value = block, p_block: ir.Value = p_block
+        ) -> list[ir.Value]:
+            row = b.add(block, b.mul(j, row_bytes))
+            values = [load(b, b.add(row, I64(64 * n)), vec(F32)) for n in range(vectors)]
+            following = []
+            for i in range(rows):
+                at = b.add(p_block, b.add(I64(i * TILE_ROW_BYTES), b.mul(j, I64(4))))
+                factor = splat(b, load(b, at, F32))
+                following += [fma(b, factor, values[n], sums[i * vectors + n]) for n in range(vectors)]
+            return following
+
+        sums = loop(b, I64(0), count, 1, sums, step)
+    for i in range(rows):
+        for n in range(vectors):
+            store(b, sums[i * vectors + n], b.add(acc_rows[i], I64(64 * n)))
+
+
+def _emit_softmax_row(
+    b: ir.IRBuilder,
+    scores: ir.Value,
+    low: ir.Value,
+    high: ir.Value,
+    scale: ir.Value,
+    state: ir.Value,
+    acc: ir.Value,
+    dim: ir.Value,
+) -> None:
+    """Scores of one row and tile -> weights, in place; update (max, sum) at `state` and rescale the accumulator.
+
+    Keys outside [low, high) of the tile are masked.
+    """
+    factor = splat(b, scale)
+    first, past = splat(b, b.trunc(low, I32)), splat(b, b.trunc(high, I32))
+    masked = []
+    for j in range(BLOCKS):
+        index = ir.Constant(vec(I32), [j * LANES + lane for lane in range(LANES)])
+        seen = b.and_(b.icmp_signed(">=", index, first), b.icmp_signed("<", index, past))
+        score = b.fmul(load(b, b.add(scores, I64(j * 64)), vec(F32)), factor)
+        masked.append(b.select(seen, score, constant(NEGATIVE_INFINITY)))
+
+    def larger(x: ir.Value, y: ir.Value) -> ir.Value:
+        return b.select(b.fcmp_ordered(">", y, x), y, x)
+
+    tile_max = tree_max(b, larger(larger(masked[0], masked[1]), larger(masked[2], masked[3])))
+    old_max, old_sum = load(b, state, F32), load(b, b.add(state, I64(4)), F32)
+    new_max = b.select(b.fcmp_ordered(">", tile_max, old_max), tile_max, old_max)
+    shift = splat(b, new_max)
+    weights = [exp(b, b.fsub(score, shift)) for score in masked]
+    for j in range(BLOCKS):
+        store(b, weights[j], b.add(scores, I64(j * 64)))
+    tile_sum = tree_sum(b, b.fadd(b.fadd(weights[0], weights[1]), b.fadd(weights[2], weights[3])))
+    correction = exp(b, b.fsub(splat(b, old_max), shift))
+    rescaled = b.fmul(old_sum, b.extract_element(correction, I32(0)))
+    store(b, new_max, state)
+    store(b, b.fadd(rescaled, tile_sum), b.add(state, I64(4)))
+
+    def rescale(b: ir.IRBuilder, d: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        at = b.add(acc, b.mul(d, I64(4)))
+        store(b, b.fmul(load(b, at, vec(F32)), correction), at)
+        return carried
+
+    loop(b, I64(0), dim, LANES, [], rescale)
+
+
+def _emit_scale_row(b: ir.IRBuilder, acc: ir.Value, total: ir.Value, out: ir.Value, dim: ir.Value) -> None:
+    """out = acc / total, where `total` is the address of the row's sum."""
+    divisor = splat(b, load(b, total, F32))
+
+    def body(b: ir.IRBuilder, d: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        offset = b.mul(d, I64(4))
+        store(b, b.fdiv(load(b, b.add(acc, offset), vec(F32)), divisor), b.add(out, offset))
+        return carried
+
+    loop(b, I64(0), dim, LANES, [], body)
+
+
+def _emit_copy_row(b: ir.IRBuilder, source: ir.Value, target: ir.Value, dim: ir.Value) -> None:
+    def body(b: ir.IRBuilder, d: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        offset = b.mul(d, I64(4))
+        store(b, load(b, b.add(source, offset), vec(F32)), b.add(target, offset))
+        return carried
+
+    loop(b, I64(0), dim, LANES, [], body)
+
+
+qk_1, qk_2, qk_3, qk_4 = (_qk(rows) for rows in (1, 2, 3, 4))
+pv_1, pv_2, pv_3, pv_4 = (_pv(rows) for rows in (1, 2, 3, 4))
+softmax_row = address_intrinsic(_emit_softmax_row)
+scale_row = address_intrinsic(_emit_scale_row)
+copy_row = address_intrinsic(_emit_copy_row)

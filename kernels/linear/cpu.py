@@ -1,0 +1,124 @@
+"""CPU: register tiles of up to 12 rows by 32 columns over weights packed in panels of 32 columns.
+
+# T rows of x, K in features, N out features, P = ceil(N / 32) panels
+A panel [K, 32] is contiguous, so a decode step streams each weight once, in order. From WIDEN_ROWS rows on, a 16-bit
+panel is first widened into scratch memory, which is the same bits and saves the widening in the inner loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numba import prange
+from sempre.kernels.jit import address_of, compiled
+from sempre.kernels.linear.cpu_tiles import PANEL, add_rows, copy_rows, tile_1, tile_2, tile_4, tile_8, tile_12
+from sempre.kernels.storage import ELEMENT_SIZE, storage_code, widen
+
+ROW_BLOCK = 240  # rows of x that stay in the second-level cache while panels pass
+WIDEN_ROWS = 24
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A weight in panels: `panels` [P, K, 32] in its storage dtype, columns past N zero; `bias` [N] float32 or None."""
+
+    panels: torch.Tensor
+    bias: torch.Tensor | None
+    in_features: int
+    out_features: int
+    storage: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.panels.nbytes + (self.bias.nbytes if self.bias is not None else 0))
+
+
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
+    """Pack `weight` [N, K] (float32, bfloat16 or float16, kept as stored) and `bias` [N]."""
+    out_features, in_features = weight.shape
+    num_panels = -(-out_features // PANEL)
+    if out_features % PANEL:
+        padded = weight.new_zeros((num_panels * PANEL, in_features))
+        padded[:out_features] = weight
+        weight = padded
+    panels = weight.view(num_panels, PANEL, in_features).transpose(1, 2).contiguous()
+    return PackedLinear(
+        panels,
+        bias.float().contiguous() if bias is not None else None,
+        in_features,
+        out_features,
+        storage_code(weight.dtype),
+    )
+
+
+def linear(x: torch.Tensor, w: PackedLinear, out: torch.Tensor) -> torch.Tensor:
+    """x [T, K] float32 times the packed weight into out [T, N] float32; both contiguous. Returns `out`."""
+    rows = x.shape[0]
+    if x.shape[1] != w.in_features or out.shape[0] != rows or out.shape[1] != w.out_features:
+        raise ValueError(
+            f"linear: x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of"
+            f" {w.out_features} x {w.in_features}"
+        )
+    bias = w.bias.data_ptr() if w.bias is not None else 0
+    _linear(x.data_ptr(), rows, w.in_features, w.panels.data_ptr(), w.storage, w.out_features, bias, out.data_ptr())
+    return out
+
+
+@compiled()
+def _tiles(x: int, rows: int, depth: int, panel: int, storage: int, out: int, out_row: int) -> None:
+    x_row = depth * 4
+    done = 0
+    while done < rows:
+        x_at, out_at, left = x + done * x_row, out + done * out_row, rows - done
+        if left >= 12:
+            tile_12(x_at, x_row, panel, storage, depth, out_at, out_row)
+            done += 12
+        elif left >= 8:
+            tile_8(x_at, x_row, panel, storage, depth, out_at, out_row)
+            done += 8
+        elif left >= 4:
+            tile_4(x_at, x_row, panel, storage, depth, out_at, out_row)
+            done += 4
+        elif left >= 2:
+            tile_2(x_at, x_row, panel, storage, depth, out_at, out_row)
+            done += 2
+        else:
+            tile_1(x_at, x_row, panel, storage, depth, out_at, out_row)
+            done += 1
+
+
+@compiled()
+def _panel_rows(x: int, rows: int, depth: int, panel: int, storage: int, out: int, out_row: int) -> None:
+    if storage != 0 and rows >= WIDEN_ROWS:
+        scratch = np.empty(depth * PANEL, np.float32)
+        wide = address_of(scratch)
+        widen(panel, wide, depth * PANEL, storage)
+        _tiles(x, rows, depth, wide, 0, out, out_row)
+    else:
+        _tiles(x, rows, depth, panel, storage, out, out_row)
+
+
+@compiled(parallel=True)
+def _linear(x: int, rows: int, depth: int, panels: int, storage: int, columns: int, bias: int, out: int) -> None:
+    num_panels = (columns + PANEL - 1) // PANEL
+    num_row_blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
+    panel_bytes = depth * PANEL * ELEMENT_SIZE[storage]
+    for unit in prange(num_row_blocks * num_panels):
+        p, block = unit // num_row_blocks, unit % num_row_blocks
+        first_row = block * ROW_BLOCK
+        block_rows = min(ROW_BLOCK, rows - first_row)
+        x_at = x + first_row * depth * 4
+        out_at = out + (first_row * columns + p * PANEL) * 4
+        panel = panels + p * panel_bytes
+        width = min(PANEL, columns - p * PANEL)
+        if width == PANEL:
+            _panel_rows(x_at, block_rows, depth, panel, storage, out_at, columns * 4)
+        else:
+            # the last, partial panel goes through scratch rows so that nothing past a row's end is written
+            part = np.empty((block_rows, PANEL), np.float32)
+            _panel_rows(x_at, block_rows, depth, panel, storage, address_of(part), PANEL * 4)
+            copy_rows(address_of(part), PANEL * 4, out_at, columns * 4, block_rows, width)
+        if bias != 0:
+            add_rows(bias + p * PANEL * 4, 0, out_at, columns * 4, block_rows, width)

@@ -1,0 +1,122 @@
+"""The register tiles of the CPU matrix product, and small copies around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from sempre.kernels.vector_ir import (
+    ELEMENT_BYTES,
+    F32,
+    I64,
+    LANES,
+    STORAGES,
+    address_intrinsic,
+    constant,
+    fma,
+    load,
+    load_widened,
+    loop,
+    splat,
+    store,
+    unrolled_loop,
+)
+
+VECTORS = 2
+PANEL = VECTORS * LANES
+
+
+def fma_tile(rows: int) -> Any:
+    """Intrinsic (x, x_row_bytes, panel, storage, depth, out, out_row_bytes): `rows` x 32 elements of a product.
+
+    out[i, j] = sum over k ascending of x[i, k] * panel[k, j], one fused multiply-add per term, starting at 0. x and
+    out are float32; the panel [depth, 32] holds elements of format `storage` (a code of `kernels.storage`).
+    """
+
+    def emit(
+        b: ir.IRBuilder,
+        x: ir.Value,
+        x_row: ir.Value,
+        panel: ir.Value,
+        storage: ir.Value,
+        depth: ir.Value,
+        out: ir.Value,
+        out_row: ir.Value,
+    ) -> None:
+        for code, name in enumerate(STORAGES):
+            with b.if_then(b.icmp_signed("==", storage, I64(code))):
+                _emit_tile(b, rows, name, x, x_row, panel, depth, out, out_row)
+
+    return address_intrinsic(emit)
+
+
+def _emit_tile(
+    b: ir.IRBuilder,
+    rows: int,
+    storage: str,
+    x: ir.Value,
+    x_row: ir.Value,
+    panel: ir.Value,
+    depth: ir.Value,
+    out: ir.Value,
+    out_row: ir.Value,
+) -> None:
+    width = LANES * ELEMENT_BYTES[storage]
+    x_rows, out_rows = [x], [out]
+    for _ in range(rows - 1):
+        x_rows.append(b.add(x_rows[-1], x_row))
+        out_rows.append(b.add(out_rows[-1], out_row))
+
+    def step(b: ir.IRBuilder, k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        at = b.add(panel, b.mul(k, I64(VECTORS * width)))
+        columns = [load_widened(b, b.add(at, I64(width * j)), storage) for j in range(VECTORS)]
+        following = []
+        for i in range(rows):
+            factor = splat(b, load(b, b.add(x_rows[i], b.mul(k, I64(4))), F32))
+            following += [fma(b, factor, columns[j], sums[i * VECTORS + j]) for j in range(VECTORS)]
+        return following
+
+    sums = unrolled_loop(b, depth, 4, [constant(0.0)] * (rows * VECTORS), step)
+    for i in range(rows):
+        for j in range(VECTORS):
+            store(b, sums[i * VECTORS + j], b.add(out_rows[i], I64(64 * j)))
+
+
+def _rows_of_scalars(emit_element: Callable[[ir.IRBuilder, ir.Value, ir.Value], None]) -> Any:
+    """Intrinsic (source, source_row, target, target_row, rows, columns): apply to each float32 of a small block."""
+
+    def emit(
+        b: ir.IRBuilder,
+        source: ir.Value,
+        source_row: ir.Value,
+        target: ir.Value,
+        target_row: ir.Value,
+        rows: ir.Value,
+        columns: ir.Value,
+    ) -> None:
+        def row(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+            source_at, target_at = b.add(source, b.mul(i, source_row)), b.add(target, b.mul(i, target_row))
+
+            def element(b: ir.IRBuilder, j: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+                emit_element(b, b.add(source_at, b.mul(j, I64(4))), b.add(target_at, b.mul(j, I64(4))))
+                return carried
+
+            loop(b, I64(0), columns, 1, [], element)
+            return carried
+
+        loop(b, I64(0), rows, 1, [], row)
+
+    return address_intrinsic(emit)
+
+
+def _emit_copy(b: ir.IRBuilder, source: ir.Value, target: ir.Value) -> None:
+    store(b, load(b, source, F32), target)
+
+
+def _emit_add(b: ir.IRBuilder, source: ir.Value, target: ir.Value) -> None:
+    store(b, b.fadd(load(b, target, F32), load(b, source, F32)), target)
+
+
+tile_1, tile_2, tile_4, tile_8, tile_12 = (fma_tile(rows) for rows in (1, 2, 4, 8, 12))
+copy_rows, add_rows = _rows_of_scalars(_emit_copy), _rows_of_scalars(_emit_add)

@@ -1,0 +1,108 @@
+"""CPU RMSNorm. T rows, H width."""
+
+from __future__ import annotations
+
+import torch
+from llvmlite import ir
+from numba import prange
+from sempre.kernels.jit import compiled
+from sempre.kernels.vector_ir import (
+    F32,
+    I64,
+    LANES,
+    address_intrinsic,
+    constant,
+    fma,
+    llvm_sqrt,
+    load,
+    loop,
+    splat,
+    store,
+    tree_sum,
+    vec,
+)
+
+
+def emit_rms_norm(
+    b: ir.IRBuilder, x: ir.Value, weight: ir.Value, width: ir.Value, eps: ir.Value, out: ir.Value
+) -> None:
+    """Normalise the row of `width` float32 values at address `x` into `out` (which may be `x`)."""
+
+    def square(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        value = load(b, b.add(x, b.mul(i, I64(4))), vec(F32))
+        return [fma(b, value, value, carried[0])]
+
+    [squares] = loop(b, I64(0), width, LANES, [constant(0.0)], square)
+    mean = b.fdiv(tree_sum(b, squares), b.sitofp(width, F32))
+    factor = splat(b, b.fdiv(F32(1.0), llvm_sqrt(b, b.fadd(mean, eps))))
+
+    def scale(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        offset = b.mul(i, I64(4))
+        value = b.fmul(load(b, b.add(x, offset), vec(F32)), factor)
+        store(b, b.fmul(value, load(b, b.add(weight, offset), vec(F32))), b.add(out, offset))
+        return carried
+
+    loop(b, I64(0), width, LANES, [], scale)
+
+
+def _emit_add(b: ir.IRBuilder, x: ir.Value, residual: ir.Value, width: ir.Value) -> None:
+    def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        offset = b.mul(i, I64(4))
+        at = b.add(residual, offset)
+        store(b, b.fadd(load(b, at, vec(F32)), load(b, b.add(x, offset), vec(F32))), at)
+        return carried
+
+    loop(b, I64(0), width, LANES, [], body)
+
+
+_rms_norm_row = address_intrinsic(emit_rms_norm)
+_add_row = address_intrinsic(_emit_add)
+
+
+@compiled()
+def _rms_norm(x: int, weight: int, rows: int, width: int, eps: float, out: int) -> None:
+    for t in range(rows):
+        _rms_norm_row(x + t * width * 4, weight, width, eps, out + t * width * 4)
+
+
+@compiled(parallel=True)
+def _rms_norm_parallel(x: int, weight: int, rows: int, width: int, eps: float, out: int) -> None:
+    for t in prange(rows):
+        _rms_norm_row(x + t * width * 4, weight, width, eps, out + t * width * 4)
+
+
+@compiled()
+def _add_rms_norm(x: int, residual: int, weight: int, rows: int, width: int, eps: float, out: int) -> None:
+    for t in range(rows):
+        row = t * width * 4
+        _add_row(x + row, residual + row, width)
+        _rms_norm_row(residual + row, weight, width, eps, out + row)
+
+
+@compiled(parallel=True)
+def _add_rms_norm_parallel(x: int, residual: int, weight: int, rows: int, width: int, eps: float, out: int) -> None:
+    for t in prange(rows):
+        row = t * width * 4
+        _add_row(x + row, residual + row, width)
+        _rms_norm_row(residual + row, weight, width, eps, out + row)
+
+
+PARALLEL_ELEMENTS = 65_536  # below, starting the threads costs more than they save
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
+    """x [T, H] -> out [T, H], weight [H]; `out` may be `x`."""
+    rows, width = x.shape
+    run = _rms_norm_parallel if x.numel() >= PARALLEL_ELEMENTS else _rms_norm
+    run(x.data_ptr(), weight.data_ptr(), rows, width, eps, out.data_ptr())
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+) -> torch.Tensor:
+    """residual [T, H] += x [T, H]; out [T, H] = the norm of the new residual."""
+    rows, width = x.shape
+    run = _add_rms_norm_parallel if x.numel() >= PARALLEL_ELEMENTS else _add_rms_norm
+    run(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), rows, width, eps, out.data_ptr())
+    return out

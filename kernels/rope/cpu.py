@@ -1,0 +1,241 @@
+"""CPU: optional per-head RMSNorm of q and k, rotation, and cache write, in one pass over the fused qkv rows.
+
+# T tokens, Hq query heads, Hkv key heads, D head dim, B block size
+Keys are stored transposed, [block, Hkv, D, B], so that one vector holds one dimension of 16 keys; values are stored
+[block, Hkv, B, D].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import prange
+from sempre.kernels.jit import address_of, compiled
+from sempre.kernels.norms import emit_rms_norm
+from sempre.kernels.storage import ELEMENT_SIZE, storage_code
+from sempre.kernels.vector_ir import (
+    ELEMENT_BYTES,
+    F32,
+    I16,
+    I32,
+    I64,
+    STORAGES,
+    address_intrinsic,
+    fma,
+    load,
+    loop,
+    store,
+    store_rounded,
+    vec,
+)
+
+LANES_8 = 8  # half a head may be a multiple of 8 only (D = 80)
+PARALLEL_ROWS = 8
+
+
+def _emit_rotate(b: ir.IRBuilder, x: ir.Value, angles: ir.Value, head_dim: ir.Value) -> None:
+    half = b.mul(head_dim, I64(2))  # bytes of D/2 float32
+
+    def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        first = b.add(x, b.mul(i, I64(4)))
+        second = b.add(first, half)
+        at = b.add(angles, b.mul(i, I64(4)))
+        cosine, sine = load(b, at, vec(F32, LANES_8)), load(b, b.add(at, half), vec(F32, LANES_8))
+        low, high = load(b, first, vec(F32, LANES_8)), load(b, second, vec(F32, LANES_8))
+        store(b, fma(b, low, cosine, b.fneg(b.fmul(high, sine))), first)
+        store(b, fma(b, high, cosine, b.fmul(low, sine)), second)
+        return carried
+
+    loop(b, I64(0), b.sdiv(head_dim, I64(2)), LANES_8, [], body)
+
+
+def _narrow(storage: str) -> Any:
+    def emit(b: ir.IRBuilder, source: ir.Value, target: ir.Value, count: ir.Value) -> None:
+        def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+            value = load(b, b.add(source, b.mul(i, I64(4))), vec(F32, LANES_8))
+            store_rounded(b, value, b.add(target, b.mul(i, I64(ELEMENT_BYTES[storage]))), storage)
+            return carried
+
+        loop(b, I64(0), count, LANES_8, [], body)
+
+    return address_intrinsic(emit)
+
+
+def _scatter(kind: ir.IntType) -> Any:
+    size = kind.width // 8
+
+    def emit(b: ir.IRBuilder, source: ir.Value, target: ir.Value, count: ir.Value, target_step: ir.Value) -> None:
+        def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+            store(b, load(b, b.add(source, b.mul(i, I64(size))), kind), b.add(target, b.mul(i, target_step)))
+            return carried
+
+        loop(b, I64(0), count, 1, [], body)
+
+    return address_intrinsic(emit)
+
+
+_rotate = address_intrinsic(_emit_rotate)
+_norm_row = address_intrinsic(emit_rms_norm)
+_narrow_float32, _narrow_bfloat16, _narrow_float16 = (_narrow(storage) for storage in STORAGES)
+_scatter_32, _scatter_16 = _scatter(I32), _scatter(I16)
+
+
+@compiled()
+def _store_row(source: int, target: int, count: int, storage: int) -> None:
+    if storage == 0:
+        _narrow_float32(source, target, count)
+    elif storage == 1:
+        _narrow_bfloat16(source, target, count)
+    else:
+        _narrow_float16(source, target, count)
+
+
+@compiled()
+def _token(
+    row: int,
+    angles: int,
+    slot: int,
+    keys: int,
+    values: int,
+    storage: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
+) -> None:
+    size = ELEMENT_SIZE[storage]
+    block_id, offset = slot // block, slot % block
+    for h in range(heads + kv_heads):
+        head = row + h * dim * 4
+        norm = q_norm if h < heads else k_norm
+        if norm != 0:
+            _norm_row(head, norm, dim, eps, head)
+        _rotate(head, angles, dim)
+    rounded = np.empty(dim * 4, np.uint8)
+    for h in range(kv_heads):
+        base = (block_id * kv_heads + h) * block * dim * size
+        _store_row(row + (heads + h) * dim * 4, address_of(rounded), dim, storage)
+        if size == 4:
+            _scatter_32(address_of(rounded), keys + base + offset * 4, dim, block * 4)
+        else:
+            _scatter_16(address_of(rounded), keys + base + offset * 2, dim, block * 2)
+        value = row + (heads + kv_heads + h) * dim * 4
+        _store_row(value, values + base + offset * dim * size, dim, storage)
+
+
+@compiled()
+def _rope(
+    qkv: int,
+    positions: np.ndarray,
+    table: int,
+    slots: np.ndarray,
+    keys: int,
+    values: int,
+    storage: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
+) -> None:
+    row_bytes = (heads + 2 * kv_heads) * dim * 4
+    for t in range(len(positions)):
+        _token(
+            qkv + t * row_bytes,
+            table + positions[t] * dim * 4,
+            slots[t],
+            keys,
+            values,
+            storage,
+            heads,
+            kv_heads,
+            dim,
+            block,
+            q_norm,
+            k_norm,
+            eps,
+        )
+
+
+@compiled(parallel=True)
+def _rope_parallel(
+    qkv: int,
+    positions: np.ndarray,
+    table: int,
+    slots: np.ndarray,
+    keys: int,
+    values: int,
+    storage: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block: int,
+    q_norm: int,
+    k_norm: int,
+    eps: float,
+) -> None:
+    row_bytes = (heads + 2 * kv_heads) * dim * 4
+    for t in prange(len(positions)):
+        _token(
+            qkv + t * row_bytes,
+            table + positions[t] * dim * 4,
+            slots[t],
+            keys,
+            values,
+            storage,
+            heads,
+            kv_heads,
+            dim,
+            block,
+            q_norm,
+            k_norm,
+            eps,
+        )
+
+
+def rope_and_cache_write(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Rotate q and k of qkv [T, (Hq + 2 Hkv) D] in place and write k, v to their slots.
+
+    `positions` and `slot_mapping` int64 [T] (slot = block id * B + offset); `table` from `cos_sin_table`; `q_norm`
+    and `k_norm` [D] are RMSNorm weights applied before the rotation. D must be a multiple of 16.
+    """
+    rows = positions.shape[0]
+    run = _rope_parallel if rows >= PARALLEL_ROWS else _rope
+    run(
+        qkv.data_ptr(),
+        positions.numpy(),
+        table.data_ptr(),
+        slot_mapping.numpy(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        storage_code(k_cache.dtype),
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        k_cache.shape[3],
+        q_norm.data_ptr() if q_norm is not None else 0,
+        k_norm.data_ptr() if k_norm is not None else 0,
+        eps,
+    )

@@ -1,0 +1,14 @@
+"""The compute threads of the CPU kernels. No kernel's result depends on their number."""
+
+from __future__ import annotations
+
+import numba
+
+
+def set_num_threads(count: int) -> None:
+    """Use `count` threads from now on, at most as many as numba started with (the usable cores)."""
+    numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
+
+
+def get_num_threads() -> int:
+    return int(numba.get_num_threads())

@@ -1,0 +1,249 @@
+"""Building blocks of the CPU kernels: numba intrinsics that emit LLVM vector code with explicit fused multiply-adds.
+
+Why not ordinary loops: a compiler may fuse, unroll and vectorise a loop differently for each shape, and then a row's
+bits depend on its neighbours. Here every operation of every lane is written out, so IEEE 754 alone decides the
+result; it depends neither on the number of rows, nor on threads, nor on the width of the machine's vectors.
+Memory is addressed by integers (`tensor.data_ptr()`), which keeps calls from Python cheap.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16  # float32 lanes of one vector; narrower machines split it, with equal bits
+STORAGES = ("float32", "bfloat16", "float16")
+
+F32 = ir.FloatType()
+F16 = ir.HalfType()
+I16 = ir.IntType(16)
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def vec(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
+    return ir.VectorType(element, lanes)
+
+
+def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
+    """A vector that holds `scalar` in every lane."""
+    kind = vec(scalar.type, lanes)
+    one = b.insert_element(ir.Constant(kind, ir.Undefined), scalar, I32(0))
+    return b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(vec(I32, lanes), [0] * lanes))
+
+
+def constant(value: float, lanes: int = LANES) -> ir.Constant:
+    """A float32 vector constant; `value` must be a float32 value exactly."""
+    return ir.Constant(vec(F32, lanes), [value] * lanes)
+
+
+def int_constant(value: int, lanes: int = LANES) -> ir.Constant:
+    return ir.Constant(vec(I32, lanes), [value] * lanes)
+
+
+def _llvm(b: ir.IRBuilder, operation: str, *operands: ir.Value) -> ir.Value:
+    """Call an LLVM intrinsic whose operands and result are all float32 vectors of one length."""
+    kind = operands[0].type
+    name = f"llvm.{operation}.v{kind.count}f32"
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind] * len(operands)), name)
+    return b.call(function, operands)
+
+
+def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """x * y + z, rounded once."""
+    return _llvm(b, "fma", x, y, z)
+
+
+def llvm_sqrt(b: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    """Square root of one float32, correctly rounded."""
+    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32, [F32]), "llvm.sqrt.f32")
+    return b.call(function, [scalar])
+
+
+def address(b: ir.IRBuilder, base: ir.Value, offset_bytes: ir.Value | int) -> ir.Value:
+    offset = I64(offset_bytes) if isinstance(offset_bytes, int) else offset_bytes
+    return b.add(base, offset)
+
+
+def load(b: ir.IRBuilder, addr: ir.Value, kind: ir.Type) -> ir.Value:
+    """Load `kind` from the integer address; alignment 1 element, so that any row may start anywhere."""
+    pointer = b.inttoptr(addr, kind.as_pointer())
+    value = b.load(pointer)
+    value.align = 2
+    return value
+
+
+def store(b: ir.IRBuilder, value: ir.Value, addr: ir.Value) -> None:
+    pointer = b.inttoptr(addr, value.type.as_pointer())
+    instruction = b.store(value, pointer)
+    instruction.align = 2
+
+
+def load_widened(b: ir.IRBuilder, addr: ir.Value, storage: str, lanes: int = LANES) -> ir.Value:
+    """`lanes` elements in `storage`, widened exactly to float32."""
+    if storage == "float32":
+        return load(b, addr, vec(F32, lanes))
+    if storage == "bfloat16":
+        wide = b.zext(load(b, addr, vec(I16, lanes)), vec(I32, lanes))
+        return b.bitcast(b.shl(wide, int_constant(16, lanes)), vec(F32, lanes))
+    return b.fpext(load(b, addr, vec(F16, lanes)), vec(F32, lanes))
+
+
+def store_rounded(b: ir.IRBuilder, value: ir.Value, addr: ir.Value, storage: str) -> None:
+    """Store a float32 vector in `storage`, rounded to nearest, ties to even; NaN stays NaN."""
+    lanes = value.type.count
+    if storage == "float32":
+        store(b, value, addr)
+    elif storage == "bfloat16":
+        bits = b.bitcast(value, vec(I32, lanes))
+        odd = b.and_(b.lshr(bits, int_constant(16, lanes)), int_constant(1, lanes))
+        rounded = b.add(bits, b.add(odd, int_constant(0x7FFF, lanes)))
+        is_nan = b.fcmp_unordered("uno", value, value)
+        kept = b.select(is_nan, b.or_(bits, int_constant(0x400000, lanes)), rounded)
+        store(b, b.trunc(b.lshr(kept, int_constant(16, lanes)), vec(I16, lanes)), addr)
+    else:
+        store(b, b.fptrunc(value, vec(F16, lanes)), addr)
+
+
+def loop(
+    b: ir.IRBuilder,
+    start: ir.Value,
+    stop: ir.Value,
+    step: int,
+    carried: list[ir.Value],
+    body: Callable[[ir.IRBuilder, ir.Value, list[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """`for i in range(start, stop, step)` with loop-carried values; returns their last values."""
+    before = b.block
+    head, inside, after = (b.append_basic_block(name) for name in ("head", "inside", "after"))
+    b.branch(head)
+    b.position_at_end(head)
+    index = b.phi(I64)
+    index.add_incoming(start, before)
+    phis = []
+    for value in carried:
+        phi = b.phi(value.type)
+        phi.add_incoming(value, before)
+        phis.append(phi)
+    b.cbranch(b.icmp_signed("<", index, stop), inside, after)
+    b.position_at_end(inside)
+    results = body(b, index, phis)
+    following = b.add(index, I64(step))
+    index.add_incoming(following, b.block)
+    for phi, value in zip(phis, results, strict=True):
+        phi.add_incoming(value, b.block)
+    b.branch(head)
+    b.position_at_end(after)
+    return phis
+
+
+def unrolled_loop(
+    b: ir.IRBuilder,
+    count: ir.Value,
+    unroll: int,
+    carried: list[ir.Value],
+    body: Callable[[ir.IRBuilder, ir.Value, list[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """`for i in range(count)`, `unroll` iterations at a time, in ascending order."""
+
+    def several(b: ir.IRBuilder, index: ir.Value, values: list[ir.Value]) -> list[ir.Value]:
+        for u in range(unroll):
+            values = body(b, b.add(index, I64(u)), values)
+        return values
+
+    whole = b.sub(count, b.srem(count, I64(unroll)))
+    carried = loop(b, I64(0), whole, unroll, carried, several)
+    return loop(b, whole, count, 1, carried, body)
+
+
+def tree_sum(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Sum of the lanes of a vector in a fixed tree: halves are added until one lane is left."""
+    lanes = value.type.count
+    while lanes > 1:
+        lanes //= 2
+        undefined = ir.Constant(value.type, ir.Undefined)
+        low = b.shuffle_vector(value, undefined, ir.Constant(vec(I32, lanes), list(range(lanes))))
+        high = b.shuffle_vector(value, undefined, ir.Constant(vec(I32, lanes), list(range(lanes, 2 * lanes))))
+        value = b.fadd(low, high)
+    return b.extract_element(value, I32(0))
+
+
+def tree_max(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Largest lane of a vector without NaN."""
+    lanes = value.type.count
+    while lanes > 1:
+        lanes //= 2
+        undefined = ir.Constant(value.type, ir.Undefined)
+        low = b.shuffle_vector(value, undefined, ir.Constant(vec(I32, lanes), list(range(lanes))))
+        high = b.shuffle_vector(value, undefined, ir.Constant(vec(I32, lanes), list(range(lanes, 2 * lanes))))
+        value = b.select(b.fcmp_ordered(">", high, low), high, low)
+    return b.extract_element(value, I32(0))
+
+
+# exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln(2)/2: Cody-Waite reduction with ln 2 in two float32 parts, then
+# a minimax polynomial of degree 7 (the coefficients of Moshier's Cephes expf); within 2 ulp, and exp(0) = 1 exactly.
+EXP_LOWEST = -87.0
+_LOG2E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
+_EXP_COEFFICIENTS = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+
+
+def _rounded(value: float) -> ir.Constant:
+    """A float32 vector constant nearest to `value`."""
+    return constant(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """exp of each of LANES lanes for x <= 88; below EXP_LOWEST the result is 0 exactly (also for -inf)."""
+    tiny = b.fcmp_ordered("<", x, constant(EXP_LOWEST))
+    safe = b.select(tiny, constant(0.0), x)
+    n = _llvm(b, "rint", b.fmul(safe, _rounded(_LOG2E)))
+    r = fma(b, n, _rounded(-_LN2_HIGH), safe)
+    r = fma(b, n, _rounded(-_LN2_LOW), r)
+    p: ir.Value = _rounded(_EXP_COEFFICIENTS[0])
+    for coefficient in _EXP_COEFFICIENTS[1:]:
+        p = fma(b, p, r, _rounded(coefficient))
+    y = b.fadd(fma(b, p, b.fmul(r, r), r), constant(1.0))
+    exponent = b.shl(b.add(b.fptosi(n, vec(I32)), int_constant(127)), int_constant(23))
+    scaled = b.fmul(y, b.bitcast(exponent, vec(F32)))
+    return b.select(tiny, constant(0.0), scaled)
+
+
+def address_intrinsic(emit: Callable[..., ir.Value | None], *, returns: Any = types.void) -> Any:
+    """A numba intrinsic whose code `emit(builder, *arguments)` writes.
+
+    Integer arguments (addresses, counts, strides) arrive as int64, floating ones as float32.
+    """
+
+    def typing(typing_context: Any, *arguments: Any) -> Any:
+        signature = returns(types.StarArgTuple.from_types(arguments))
+
+        def codegen(context: Any, builder: ir.IRBuilder, sig: Any, packed: tuple[ir.Value, ...]) -> ir.Value:
+            values = [_as_operand(builder, value) for value in cgutils.unpack_tuple(builder, packed[0])]
+            result = emit(builder, *values)
+            return context.get_dummy_value() if result is None else result
+
+        return signature, codegen
+
+    return intrinsic(typing)
+
+
+def _as_operand(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    if isinstance(value.type, ir.DoubleType):
+        return b.fptrunc(value, F32)
+    if isinstance(value.type, ir.IntType) and value.type.width < 64:
+        return b.sext(value, I64)
+    return value

@@ -1,0 +1,463 @@
+"""The scheduler against a scripted worker that simulates the KV cache.
+
+The worker's next token is a pure function of (seed, all tokens before), so the right output of a request is known
+without any scheduler. Its KV cache holds, per slot, a digest of the whole prefix that was computed there; whenever a
+token is computed, every slot that it would attend to must hold the request's own prefix. Any wrong block table, early
+reuse, or false prefix hit shows at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sempre.engine.scheduling import Scheduler
+from sempre.ipc.messages import (
+    ErrorInfo,
+    ExecuteStep,
+    LogprobRows,
+    NewRequest,
+    RequestSpec,
+    SampledTokens,
+    SamplingSpec,
+    ScheduledRequest,
+    StepResult,
+)
+
+MASK = 2**64 - 1
+NUM_TOKEN_IDS = 6
+
+
+def extend(prefix: int, token_id: int) -> int:
+    """Digest of a prefix with one more token."""
+    mixed = ((prefix ^ (token_id + 1)) * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) & MASK
+    return mixed ^ (mixed >> 29)
+
+
+def next_token(seed: int, prefix: int) -> int:
+    return extend(prefix, seed + 1000) % NUM_TOKEN_IDS
+
+
+@dataclass
+class WorkerRequest:
+    """A request as the worker knows it; `prefixes[i]` is the digest of tokens [0, i]."""
+
+    new: NewRequest
+    token_ids: list[int] = field(default_factory=list)
+    prefixes: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    failed: bool = False
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        self.prefixes.append(extend(self.prefixes[-1] if self.prefixes else 0, token_id))
+
+
+class ScriptedWorker:
+    """Executes steps; `fail_at[request id]` is the position whose computation fails for that request alone."""
+
+    def __init__(self, block_size: int, fail_at: dict[str, int]) -> None:
+        self.block_size = block_size
+        self.fail_at = fail_at
+        self.kv_cache: dict[tuple[int, int], int] = {}
+        self.requests: dict[str, WorkerRequest] = {}
+
+    def execute(self, step: ExecuteStep) -> StepResult:
+        for request_id in step.finished_request_ids:
+            del self.requests[request_id]
+        for new in step.new_requests:
+            assert new.request_id not in self.requests
+            request = self.requests[new.request_id] = WorkerRequest(new)
+            for token_id in new.token_ids:
+                request.append(token_id)
+        sampled = [self.run(self.requests[item.request_id], item) for item in step.scheduled]
+        return StepResult(rank=0, step_id=step.step_id, sampled=sampled)
+
+    def run(self, request: WorkerRequest, item: ScheduledRequest) -> SampledTokens:
+        start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_tokens
+        table_start = item.block_table_start
+        if request.failed or start <= self.fail_at.get(item.request_id, -1) < end:
+            request.failed = True
+            return SampledTokens(request_id=item.request_id, error=ErrorInfo(type="ValueError", message="scripted"))
+        assert end <= len(request.token_ids)
+        assert table_start <= len(request.block_table)
+        request.block_table[table_start : table_start + len(item.block_ids)] = item.block_ids
+        self.check_kv_cache(request, start)
+        for position in range(start, end):
+            self.kv_cache[self.slot(request, position)] = request.prefixes[position]
+        self.check_kv_cache(request, end)
+        rows = self.prompt_logprobs(request, item)
+        if end < len(request.token_ids):
+            return SampledTokens(request_id=item.request_id, prompt_logprobs=rows)
+        token_id = next_token(request.new.seed, request.prefixes[-1])
+        request.append(token_id)
+        return SampledTokens(request_id=item.request_id, token_ids=[token_id], prompt_logprobs=rows)
+
+    def slot(self, request: WorkerRequest, position: int) -> tuple[int, int]:
+        return request.block_table[position // self.block_size], position % self.block_size
+
+    def check_kv_cache(self, request: WorkerRequest, num_tokens: int) -> None:
+        for position in range(num_tokens):
+            found = self.kv_cache.get(self.slot(request, position))
+            assert found == request.prefixes[position], f"KV cache: {request.new.request_id} at position {position}"
+
+    def prompt_logprobs(self, request: WorkerRequest, item: ScheduledRequest) -> LogprobRows | None:
+        """Rows as `ScheduledRequest` says; `ranks` carries the positions, so that a test can see which ones came."""
+        if request.new.params.prompt_logprobs is None:
+            return None
+        start = item.num_computed_tokens
+        last = min(start + item.num_tokens, request.new.num_prompt_tokens - 1)
+        positions = range(max(start + 1, item.prompt_logprobs_start), last + 1)
+        packed = struct.pack(f"<{len(positions)}i", *positions)
+        return LogprobRows(num_rows=len(positions), width=1, token_ids=packed, logprobs=packed, ranks=packed)
+
+
+@dataclass
+class Outcome:
+    token_ids: list[int] = field(default_factory=list)
+    prompt_positions: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+    num_deltas: int = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests with the tick at which each comes, and what happens to them."""
+
+    specs: list[RequestSpec]
+    arrivals: list[int]
+    aborts: dict[str, int]
+    fail_at: dict[str, int]
+    restarts: frozenset[int]
+    resets: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Setup:
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    policy: str
+    enable_prefix_caching: bool
+    max_in_flight: int = 1
+
+    def scheduler(self) -> Scheduler:
+        arguments = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "max_in_flight"}
+        return Scheduler(**arguments)
+
+
+def expected(spec: RequestSpec, setup: Setup) -> Outcome:
+    """The one right outcome, without a scheduler."""
+    token_ids = list(spec.prompt_token_ids)
+    prefix = 0
+    for token_id in token_ids:
+        prefix = extend(prefix, token_id)
+    outcome = Outcome()
+    limit = min(len(token_ids) + spec.params.max_tokens, setup.max_model_len)
+    while outcome.finish_reason is None:
+        token_id = next_token(spec.seed, prefix)
+        prefix = extend(prefix, token_id)
+        token_ids.append(token_id)
+        outcome.token_ids.append(token_id)
+        may_stop = len(outcome.token_ids) >= spec.params.min_tokens
+        if may_stop and token_id in spec.params.eos_token_ids:
+            outcome.finish_reason = "stop"
+        elif may_stop and token_id in spec.params.stop_token_ids:
+            outcome.finish_reason, outcome.stop_reason = "stop", token_id
+        elif len(token_ids) == limit:
+            outcome.finish_reason = "length"
+        elif len(token_ids) > setup.num_blocks * setup.block_size:
+            outcome.finish_reason = "error"
+    if spec.params.prompt_logprobs is not None:
+        outcome.prompt_positions = list(range(1, len(spec.prompt_token_ids)))
+    return outcome
+
+
+def identity(step: ExecuteStep) -> ExecuteStep:
+    return step
+
+
+class Simulation:
+    """Runs a workload to its end; `tamper` may falsify the steps on their way to the worker."""
+
+    def __init__(
+        self, workload: Workload, setup: Setup, tamper: Callable[[ExecuteStep], ExecuteStep] = identity
+    ) -> None:
+        self.workload = workload
+        self.setup = setup
+        self.tamper = tamper
+        self.scheduler = setup.scheduler()
+        self.worker = ScriptedWorker(setup.block_size, workload.fail_at)
+        self.in_flight: deque[tuple[ExecuteStep, StepResult]] = deque()
+        self.outcomes = {spec.request_id: Outcome() for spec in workload.specs}
+        self.steps: list[ExecuteStep] = []
+
+    def run(self) -> dict[str, Outcome]:
+        last_arrival = max(self.workload.arrivals)
+        tick = 0
+        while tick <= last_arrival or self.scheduler.has_unfinished() or self.in_flight:
+            assert tick < 4000, "no progress"
+            self.command(tick)
+            self.advance()
+            self.scheduler.check_invariants()
+            tick += 1
+        assert self.scheduler.stats().kv_cache_usage == 0
+        assert self.scheduler.reset_prefix_cache()
+        self.scheduler.check_invariants()
+        return self.outcomes
+
+    def command(self, tick: int) -> None:
+        for spec, arrival in zip(self.workload.specs, self.workload.arrivals, strict=True):
+            if arrival == tick:
+                self.scheduler.add(spec)
+        for request_id, at in self.workload.aborts.items():
+            delta = self.scheduler.abort(request_id) if at == tick else None
+            if delta is not None:
+                self.outcomes[request_id].finish_reason = delta.finish_reason
+        if tick in self.workload.restarts:
+            self.worker = ScriptedWorker(self.setup.block_size, self.workload.fail_at)
+            self.in_flight.clear()
+            self.scheduler.restart()
+        if tick in self.workload.resets:
+            self.scheduler.reset_prefix_cache()
+
+    def advance(self) -> None:
+        while len(self.in_flight) < self.setup.max_in_flight:
+            step = self.scheduler.schedule()
+            self.scheduler.check_invariants()
+            if step is None:
+                break
+            assert sum(item.num_tokens for item in step.scheduled) <= self.setup.max_num_batched_tokens
+            assert len(step.scheduled) <= self.setup.max_num_seqs
+            self.steps.append(step)
+            self.in_flight.append((step, self.worker.execute(self.tamper(step))))
+        if self.in_flight:
+            for delta in self.scheduler.update(*self.in_flight.popleft()):
+                outcome = self.outcomes[delta.request_id]
+                assert outcome.finish_reason is None
+                outcome.token_ids += delta.token_ids
+                outcome.finish_reason = delta.finish_reason
+                outcome.stop_reason = delta.stop_reason
+                assert not (outcome.num_deltas and delta.num_cached_tokens)
+                outcome.num_cached_tokens += delta.num_cached_tokens
+                outcome.num_deltas += 1
+                if delta.prompt_logprobs is not None:
+                    rows = delta.prompt_logprobs
+                    outcome.prompt_positions += struct.unpack(f"<{rows.num_rows}i", rows.ranks)
+
+
+def check_outcomes(workload: Workload, setup: Setup, outcomes: dict[str, Outcome]) -> None:
+    for spec in workload.specs:
+        found, right = outcomes[spec.request_id], expected(spec, setup)
+        assert found.num_cached_tokens < len(spec.prompt_token_ids)
+        cut_short = found.finish_reason == "abort" or spec.request_id in workload.fail_at
+        if cut_short and found.finish_reason in ("abort", "error"):
+            assert found.token_ids == right.token_ids[: len(found.token_ids)]
+            assert found.prompt_positions == right.prompt_positions[: len(found.prompt_positions)]
+            continue
+        assert (found.token_ids, found.finish_reason, found.stop_reason, found.prompt_positions) == (
+            right.token_ids,
+            right.finish_reason,
+            right.stop_reason,
+            right.prompt_positions,
+        )
+
+
+token_ids = st.integers(0, NUM_TOKEN_IDS - 1)
+SHARED_PREFIX = [1, 0, 2, 1, 3, 0, 1, 1, 2, 0, 3, 3, 1, 0, 2, 2, 1, 3, 0, 0]
+
+
+@st.composite
+def request_specs(draw: st.DrawFn, ordinal: int, longest_prompt: int) -> RequestSpec:
+    shared = draw(st.integers(0, min(longest_prompt, len(SHARED_PREFIX))))
+    prompt = SHARED_PREFIX[:shared] + draw(st.lists(token_ids, max_size=max(0, longest_prompt - shared)))
+    max_tokens = draw(st.integers(1, 16))
+    params = SamplingSpec(
+        max_tokens=max_tokens,
+        min_tokens=draw(st.integers(0, max_tokens)),
+        eos_token_ids=draw(st.sampled_from([[], [4]])),
+        stop_token_ids=draw(st.sampled_from([[], [], [5], [4]])),
+        prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
+    )
+    return RequestSpec(
+        request_id=f"r{ordinal}",
+        prompt_token_ids=prompt or [0],
+        params=params,
+        seed=draw(st.integers(0, 3)),
+        ordinal=ordinal,
+        priority=draw(st.integers(0, 2)),
+        cache_salt=draw(st.sampled_from([None, None, None, "salt"])),
+    )
+
+
+@st.composite
+def setups(draw: st.DrawFn) -> Setup:
+    block_size = draw(st.sampled_from([1, 2, 4, 16]))
+    return Setup(
+        num_blocks=draw(st.integers(-(-6 // block_size), 40 // block_size + 3)),
+        block_size=block_size,
+        max_model_len=draw(st.integers(4, 40)),
+        max_num_seqs=draw(st.sampled_from([1, 2, 3, 8])),
+        max_num_batched_tokens=draw(st.sampled_from([1, 2, 3, 7, 16, 64])),
+        policy=draw(st.sampled_from(["fcfs", "priority"])),
+        enable_prefix_caching=draw(st.booleans()),
+        max_in_flight=draw(st.integers(1, 3)),
+    )
+
+
+@st.composite
+def workloads(draw: st.DrawFn, setup: Setup) -> Workload:
+    longest_prompt = min(setup.max_model_len, setup.num_blocks * setup.block_size) - 1
+    num_requests = draw(st.integers(1, 7))
+    specs = [draw(request_specs(ordinal, longest_prompt)) for ordinal in range(num_requests)]
+    ids = st.sampled_from([spec.request_id for spec in specs])
+    return Workload(
+        specs=draw(st.permutations(specs)),
+        arrivals=draw(st.lists(st.integers(0, 20), min_size=num_requests, max_size=num_requests)),
+        aborts=draw(st.dictionaries(ids, st.integers(0, 40), max_size=2)),
+        fail_at=draw(st.dictionaries(ids, st.integers(0, 30), max_size=1)),
+        restarts=draw(st.frozensets(st.integers(0, 40), max_size=2)),
+        resets=draw(st.frozensets(st.integers(0, 40), max_size=2)),
+    )
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+def test_outputs_do_not_depend_on_scheduling(data: st.DataObject) -> None:
+    setup = data.draw(setups())
+    workload = data.draw(workloads(setup))
+    check_outcomes(workload, setup, Simulation(workload, setup).run())
+
+
+def busy_workload() -> Workload:
+    """Twelve requests with shared prefixes, enough to preempt in a small pool."""
+    specs = [
+        RequestSpec(
+            request_id=f"r{ordinal}",
+            prompt_token_ids=SHARED_PREFIX[: 4 + ordinal] + [ordinal % NUM_TOKEN_IDS] * (ordinal % 5),
+            params=SamplingSpec(max_tokens=10 + ordinal, prompt_logprobs=0 if ordinal % 4 == 3 else None),
+            seed=ordinal,
+            ordinal=ordinal,
+            priority=ordinal % 3,
+        )
+        for ordinal in range(12)
+    ]
+    arrivals = [ordinal // 2 for ordinal in range(12)]
+    return Workload(specs, arrivals, aborts={}, fail_at={}, restarts=frozenset(), resets=frozenset())
+
+
+def small_setup(**changes: object) -> Setup:
+    values: dict[str, object] = {
+        "num_blocks": 12,
+        "block_size": 4,
+        "max_model_len": 64,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 16,
+        "policy": "fcfs",
+        "enable_prefix_caching": True,
+    }
+    return Setup(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_blocks": 200},
+        {"policy": "priority"},
+        {"enable_prefix_caching": False},
+        {"max_num_batched_tokens": 1},
+        {"max_num_seqs": 1},
+        {"block_size": 1, "num_blocks": 45},
+        {"max_in_flight": 2},
+        {"max_in_flight": 3, "policy": "priority"},
+    ],
+    ids=str,
+)
+def test_a_busy_workload_ends_right_under_every_setting(changes: dict[str, object]) -> None:
+    workload, setup = busy_workload(), small_setup(**changes)
+    check_outcomes(workload, setup, Simulation(workload, setup).run())
+
+
+def test_the_busy_workload_preempts_and_hits_the_prefix_cache() -> None:
+    simulation = Simulation(busy_workload(), small_setup())
+    simulation.run()
+    stats = simulation.scheduler.stats()
+    assert stats.num_preemptions > 3
+    assert stats.cached_prompt_tokens > 10
+    assert stats.prefix_cache_hits > stats.cached_prompt_tokens
+    assert stats.finished == {"stop": 0, "length": 12, "abort": 0, "error": 0}
+    assert stats.generation_tokens == sum(10 + ordinal for ordinal in range(12))
+
+
+def steps_digest() -> str:
+    simulation = Simulation(busy_workload(), small_setup(policy="priority", max_in_flight=2))
+    simulation.run()
+    return hashlib.sha256(msgspec.msgpack.encode(simulation.steps)).hexdigest()
+
+
+def test_steps_are_the_same_in_every_process() -> None:
+    """Python's own hash seed differs between the processes."""
+    digests = {steps_digest()}
+    for hash_seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        command = [sys.executable, __file__]
+        digests.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip())
+    assert len(digests) == 1
+
+
+# Negative controls: the simulation must notice each of these
+
+
+def foreign_block(step: ExecuteStep) -> ExecuteStep:
+    """The last request of a step gets a block of the first one."""
+    *others, last = step.scheduled
+    if not (others and others[0].block_ids and last.block_ids):
+        return step
+    table = [*last.block_ids[:-1], others[0].block_ids[0]]
+    return msgspec.structs.replace(step, scheduled=[*others, msgspec.structs.replace(last, block_ids=table)])
+
+
+def false_hit(step: ExecuteStep) -> ExecuteStep:
+    """A new request is told that one token more than is true was found in the cache."""
+    new = {request.request_id for request in step.new_requests}
+    scheduled = [
+        msgspec.structs.replace(item, num_computed_tokens=item.num_computed_tokens + 1, num_tokens=item.num_tokens - 1)
+        if item.request_id in new and item.num_tokens > 1
+        else item
+        for item in step.scheduled
+    ]
+    return msgspec.structs.replace(step, scheduled=scheduled)
+
+
+def swapped_blocks(step: ExecuteStep) -> ExecuteStep:
+    """A request's growth lands one place too early in its block table."""
+    scheduled = [
+        msgspec.structs.replace(item, block_table_start=max(0, item.block_table_start - 1)) for item in step.scheduled
+    ]
+    return msgspec.structs.replace(step, scheduled=scheduled)
+
+
+@pytest.mark.parametrize("tamper", [foreign_block, false_hit, swapped_blocks])
+def test_the_simulation_notices_a_wrong_step(tamper: Callable[[ExecuteStep], ExecuteStep]) -> None:
+    simulation = Simulation(busy_workload(), small_setup(), tamper)
+    with pytest.raises((AssertionError, IndexError), match=r"KV cache|out of range"):
+        simulation.run()
+
+
+if __name__ == "__main__":
+    print(steps_digest())

@@ -1,0 +1,18 @@
+"""`python -m sempre.workers`: one worker process."""
+
+from __future__ import annotations
+
+import sys
+
+from sempre.workers.main import WorkerProtocol, main
+
+
+def make_worker() -> WorkerProtocol:
+    """The worker that runs a model; torch is imported only now, after hello was said."""
+    from sempre.workers.worker import Worker
+
+    return Worker()
+
+
+if __name__ == "__main__":
+    sys.exit(main(make_worker))

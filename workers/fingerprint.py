@@ -1,0 +1,52 @@
+"""The worker's parts of the fingerprint: everything but the request that its output bits may depend on."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import llvmlite
+import numba
+import numpy as np
+import torch
+
+from sempre.kernels.threads import get_num_threads
+from sempre.workers.weights import DecoderWeights
+
+# name of the order of operations that the CPU kernels follow; a change of any result's bits raises the number
+CPU_PROFILE = "cpu-fma-1"
+
+# vector extensions that code generation may use, widest first
+_VECTOR_LEVELS = ("avx512f", "avx2", "avx", "asimd")
+
+
+def fingerprint_parts(weights: DecoderWeights, numerics: str) -> dict[str, str]:
+    """Named parts; equal parts, seeds and requests give equal bits."""
+    return {
+        "weights": weights.digest,
+        "dtype": _name(weights.dtype),
+        "storage": _name(weights.storage),
+        "numerics": CPU_PROFILE if numerics == "invariant" else numerics,
+        "threads": str(get_num_threads()),
+        "architecture": cpu_architecture(),
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+        "llvmlite": llvmlite.__version__,
+        "numpy": np.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }
+
+
+def cpu_architecture() -> str:
+    """Machine and widest vector extension, for example `x86_64-avx512f`."""
+    flags: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.lower().startswith(("flags", "features")):
+            flags = set(line.split(":", 1)[1].split())
+            break
+    level = next((name for name in _VECTOR_LEVELS if name in flags), "")
+    return f"{platform.machine()}-{level}" if level else platform.machine()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

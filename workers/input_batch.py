@@ -1,0 +1,201 @@
+"""The worker's own copy of every request it knows, and the arrays of one step built from it.
+
+# T tokens in the step, R requests in the step, B block size, S slots (one per known request)
+
+    tokens of a request:   [0 ............ num_computed) [num_computed ... + num_tokens) [... known)
+                            keys, values in the cache     computed in this step          later chunks
+
+The step samples a token for a request exactly when it computes the request's last known token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sempre.ipc.errors import MessageMalformed
+from sempre.ipc.messages import ErrorInfo, NewRequest, SamplingSpec, ScheduledRequest
+from sempre.workers.models.decoder import StepInput
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass
+class RequestState:
+    """One request as the worker knows it."""
+
+    request_id: str
+    params: SamplingSpec
+    seed: int
+    num_prompt_tokens: int
+    num_tokens: int
+    """prompt and output tokens known so far"""
+    tokens: Int64
+    """[capacity]; the first `num_tokens` are known"""
+    slot: int
+    """row in the batch's persistent arrays"""
+    error: ErrorInfo | None = field(default=None)
+    """why the request cannot be computed; it fails alone"""
+
+    @property
+    def token_ids(self) -> Int64:
+        """The known tokens (a view)."""
+        return self.tokens[: self.num_tokens]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+
+@dataclass(frozen=True)
+class BatchStep:
+    """The arrays of one step, and where each request's rows are."""
+
+    model_input: StepInput
+    first_rows: Int64
+    """[R]: first row of each request"""
+    last_rows: Int64
+    """[R]: last row of each request"""
+    samples: npt.NDArray[np.bool_]
+    """[R]: whether the request samples a token in this step"""
+
+
+class InputBatch:
+    """Known requests by id, in the order of arrival, with their block tables in one persistent array."""
+
+    def __init__(self, *, num_blocks: int, block_size: int, max_model_len: int, num_slots: int) -> None:
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._max_model_len = max_model_len
+        self._requests: dict[str, RequestState] = {}
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._block_tables: Int32 = np.zeros((num_slots, -(-max_model_len // block_size)), np.int32)
+        self._table_lens: Int64 = np.zeros(num_slots, np.int64)
+        self._num_tokens: Int64 = np.zeros(num_slots, np.int64)
+        self._last_tokens: Int64 = np.zeros(num_slots, np.int64)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, new: NewRequest, error: ErrorInfo | None = None) -> RequestState:
+        """Take in a request; `error` marks one that is known but can never be computed."""
+        num_tokens = len(new.token_ids)
+        capacity = max(num_tokens, min(new.num_prompt_tokens + new.params.max_tokens, self._max_model_len))
+        tokens: Int64 = np.empty(capacity, np.int64)
+        tokens[:num_tokens] = new.token_ids
+        slot = self._take_slot()
+        state = RequestState(
+            new.request_id, new.params, new.seed, new.num_prompt_tokens, num_tokens, tokens, slot, error
+        )
+        self._table_lens[slot] = 0
+        self._num_tokens[slot] = num_tokens
+        self._last_tokens[slot] = new.token_ids[-1]
+        self._requests[new.request_id] = state
+        return state
+
+    def remove(self, request_id: str) -> RequestState | None:
+        """Forget a request; None when it was not known."""
+        state = self._requests.pop(request_id, None)
+        if state is not None:
+            self._free_slots.append(state.slot)
+        return state
+
+    def get(self, request_id: str) -> RequestState:
+        return self._requests[request_id]
+
+    def append(self, state: RequestState, token_id: int) -> None:
+        """Add a sampled token to the request's sequence."""
+        state.tokens[state.num_tokens] = token_id
+        state.num_tokens += 1
+        self._num_tokens[state.slot] = state.num_tokens
+        self._last_tokens[state.slot] = token_id
+
+    def build(self, scheduled: list[ScheduledRequest]) -> BatchStep:
+        """The step's arrays; every scheduled request must be known. Raises MessageMalformed when the numbers of one
+        request do not fit what is known of it."""
+        count = len(scheduled)
+        states = [self._requests[item.request_id] for item in scheduled]
+        slots = np.fromiter((state.slot for state in states), np.int64, count)
+        computed = np.fromiter((item.num_computed_tokens for item in scheduled), np.int64, count)
+        num_tokens = np.fromiter((item.num_tokens for item in scheduled), np.int64, count)
+        for item, state in zip(scheduled, states, strict=True):
+            if item.block_ids:
+                self._extend_table(item, state.slot)
+        context = computed + num_tokens
+        known = self._num_tokens[slots]
+        self._check_reach(scheduled, slots, context, known)
+        ends = np.cumsum(num_tokens)
+        first_rows = ends - num_tokens
+        samples = context == known
+        if ends[-1] == count and samples.all():
+            token_ids, positions, row_slots = self._last_tokens[slots], computed, slots
+        else:
+            token_ids = np.concatenate(
+                [state.tokens[start:end] for state, start, end in zip(states, computed, context, strict=True)]
+            )
+            positions = np.arange(ends[-1]) - np.repeat(first_rows - computed, num_tokens)
+            row_slots = np.repeat(slots, num_tokens)
+        block_size = self._block_size
+        blocks = self._block_tables[row_slots, positions // block_size].astype(np.int64)
+        width = -(-int(context.max()) // block_size)
+        query_starts: Int32 = np.zeros(count + 1, np.int32)
+        query_starts[1:] = ends
+        model_input = StepInput(
+            token_ids=torch.from_numpy(token_ids),
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
+            block_tables=torch.from_numpy(np.ascontiguousarray(self._block_tables[slots, :width])),
+            query_starts=torch.from_numpy(query_starts),
+            context_lens=torch.from_numpy(context.astype(np.int32)),
+        )
+        return BatchStep(model_input, first_rows, ends - 1, samples)
+
+    def _take_slot(self) -> int:
+        if not self._free_slots:
+            # preempted requests stay known, so more may be known than fit in one step
+            old = len(self._num_tokens)
+            self._block_tables = np.concatenate([self._block_tables, np.zeros_like(self._block_tables)])
+            self._table_lens = np.concatenate([self._table_lens, np.zeros_like(self._table_lens)])
+            self._num_tokens = np.concatenate([self._num_tokens, np.zeros_like(self._num_tokens)])
+            self._last_tokens = np.concatenate([self._last_tokens, np.zeros_like(self._last_tokens)])
+            self._free_slots.extend(range(2 * old - 1, old - 1, -1))
+        return self._free_slots.pop()
+
+    def _extend_table(self, item: ScheduledRequest, slot: int) -> None:
+        start, end = item.block_table_start, item.block_table_start + len(item.block_ids)
+        if start > self._table_lens[slot] or end > self._block_tables.shape[1]:
+            raise _malformed(
+                item,
+                "block_table_start",
+                f"at most {self._table_lens[slot]}, with room for {self._block_tables.shape[1]} blocks in all",
+                f"{start} with {len(item.block_ids)} blocks",
+            )
+        if max(item.block_ids) >= self._num_blocks:
+            raise _malformed(item, "block_ids", f"ids less than {self._num_blocks}", str(max(item.block_ids)))
+        self._block_tables[slot, start:end] = item.block_ids
+        self._table_lens[slot] = end
+
+    def _check_reach(self, scheduled: list[ScheduledRequest], slots: Int64, context: Int64, known: Int64) -> None:
+        beyond_known = context > known
+        if beyond_known.any():
+            index = int(np.argmax(beyond_known))
+            raise _malformed(scheduled[index], "num_tokens", f"an end within {known[index]} tokens", str(context[index]))
+        beyond_table = context > self._table_lens[slots] * self._block_size
+        if beyond_table.any():
+            index = int(np.argmax(beyond_table))
+            held = self._table_lens[slots[index]] * self._block_size
+            raise _malformed(scheduled[index], "block_ids", f"blocks for {context[index]} tokens", f"room for {held}")
+
+
+def _malformed(item: ScheduledRequest, name: str, expected: str, found: str) -> MessageMalformed:
+    return MessageMalformed(
+        f"ExecuteStep: scheduled request {item.request_id!r}: {name}: expected {expected}, found {found}.",
+        field=f"scheduled.{name}",
+    )

@@ -1,0 +1,96 @@
+"""The paged KV cache of one worker: its size, its memory, and digests of its blocks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sempre.ipc.errors import ConfigError
+from sempre.ipc.messages import WorkerConfig
+from sempre.kernels.attention import KvCache, allocate_kv_cache
+from sempre.workers.models.spec import ModelSpec
+
+# the one block size that the attention kernel takes
+BLOCK_SIZE = 16
+
+# share of the free memory that the caches of all workers of a host may claim
+MEMORY_SHARE = 0.4
+
+
+def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: keys and values of `block_size` tokens in every layer."""
+    return spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * block_size * dtype.itemsize
+
+
+def available_blocks(config: WorkerConfig, bytes_per_block: int, max_model_len: int) -> int:
+    """How many blocks the worker can hold; raises ConfigError with the sums when not even one full sequence fits.
+
+    `kv_cache_memory_bytes` decides; without it, enough for `max_num_seqs` sequences of `max_model_len` tokens, within
+    the worker's share of the free memory.
+    """
+    per_sequence = -(-max_model_len // config.block_size)
+    if config.kv_cache_memory_bytes is not None:
+        memory_bytes, origin = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+        num_blocks = memory_bytes // bytes_per_block
+    else:
+        memory_bytes = int(MEMORY_SHARE * available_memory_bytes()) // config.world_size
+        origin = f"{MEMORY_SHARE:.0%} of the free memory over {config.world_size} worker(s)"
+        num_blocks = min(memory_bytes // bytes_per_block, per_sequence * config.max_num_seqs)
+    if num_blocks < per_sequence:
+        raise ConfigError(
+            f"kv_cache_memory_bytes: one sequence of max_model_len={max_model_len} tokens needs {per_sequence} blocks"
+            f" of {bytes_per_block} bytes = {per_sequence * bytes_per_block} bytes; {origin} = {memory_bytes} bytes"
+            f" holds {num_blocks} blocks. Lower max_model_len or raise kv_cache_memory_bytes.",
+            parameter="kv_cache_memory_bytes",
+            value=config.kv_cache_memory_bytes,
+        )
+    return num_blocks
+
+
+def available_memory_bytes() -> int:
+    """Free memory of the host, or of the control group that bounds this process, whichever is less."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    limit, current = group / "memory.max", group / "memory.current"
+    if limit.exists() and current.exists() and (text := limit.read_text().strip()) != "max":
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # file pages are dropped on demand
+        used = int(current.read_text()) - int(stat["inactive_file"])
+        available = min(available, max(0, int(text) - used))
+    return available
+
+
+class PagedKvCache:
+    """One cache per layer, addressed by the same block ids. Memory is resident once a block is written."""
+
+    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.layers: list[KvCache] = [
+            allocate_kv_cache(num_blocks, spec.num_kv_heads, spec.head_dim, block_size, dtype)
+            for _ in range(spec.num_layers)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(int(layer.k.nbytes + layer.v.nbytes) for layer in self.layers)
+
+    def clear(self, block_ids: Sequence[int]) -> None:
+        """Zero the blocks, as they were when allocated."""
+        for layer in self.layers:
+            for block_id in block_ids:
+                layer.k[block_id].zero_()
+                layer.v[block_id].zero_()
+
+    def digest(self, block_ids: Sequence[int]) -> str:
+        """SHA-256 over the blocks' keys and values in every layer, in the order given."""
+        digest = hashlib.sha256()
+        for layer in self.layers:
+            for block_id in block_ids:
+                for tensor in (layer.k[block_id], layer.v[block_id]):
+                    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()

@@ -1,0 +1,209 @@
+"""The worker process: a socket loop around a worker object.
+
+The loop says hello, then answers each command in order. A heartbeat goes out every interval: from the loop while it
+waits, from a second thread while a command computes; the lock decides which of them has the socket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib.metadata
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import zmq
+
+from sempre.ipc.channel import PeerChannel
+from sempre.ipc.error_info import describe
+from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError
+from sempre.ipc.liveness import die_with_parent_thread, watch_parent
+from sempre.ipc.messages import (
+    PROTOCOL_VERSION,
+    CallMethod,
+    CallMethodReply,
+    ExecuteStep,
+    Heartbeat,
+    LoadModel,
+    Message,
+    ModelLoaded,
+    Refused,
+    ShutdownWorker,
+    StartServing,
+    StepResult,
+    WorkerCommand,
+    WorkerEvent,
+    WorkerFailed,
+    WorkerHello,
+    WorkerReady,
+)
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_MS = 2000
+
+
+class WorkerProtocol(Protocol):
+    """What the loop, and the in-process executor, need of a worker."""
+
+    def load_model(self, command: LoadModel) -> ModelLoaded: ...
+
+    def start_serving(self, command: StartServing) -> WorkerReady: ...
+
+    def execute(self, command: ExecuteStep) -> StepResult: ...
+
+    def call(self, command: CallMethod) -> CallMethodReply:
+        """An error of the called method is part of the reply."""
+
+    def shutdown(self) -> None: ...
+
+
+def run_command(worker: WorkerProtocol, command: WorkerCommand) -> WorkerEvent:
+    """Have `worker` answer one command. Raises what the worker raises."""
+    match command:
+        case ExecuteStep():
+            return worker.execute(command)
+        case CallMethod():
+            return worker.call(command)
+        case LoadModel():
+            return worker.load_model(command)
+        case StartServing():
+            return worker.start_serving(command)
+        case _:
+            raise AssertionError(f"{type(command).__name__} has no answer")
+
+
+class WorkerLoop:
+    """One worker's conversation with its coordinator."""
+
+    def __init__(
+        self, rank: int, channel: PeerChannel[WorkerCommand], make_worker: Callable[[], WorkerProtocol], interval_s: float
+    ) -> None:
+        self._rank = rank
+        self._channel = channel
+        self._make_worker = make_worker
+        self._interval_s = interval_s
+        self._worker: WorkerProtocol | None = None
+        self._accepts: tuple[type[WorkerCommand], ...] = (LoadModel,)
+        self._steps_done = 0
+        self._socket_lock = threading.Lock()
+        self._ended = threading.Event()
+
+    def run(self) -> int:
+        """The exit code: 0 after ShutdownWorker, 1 after a failure that the coordinator was told of."""
+        versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
+        hello = WorkerHello(protocol_version=PROTOCOL_VERSION, rank=self._rank, pid=os.getpid(), versions=versions)
+        self._send(hello)
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        try:
+            self._serve()
+        except Exception as error:
+            logger.exception("worker %d failed", self._rank)
+            self._channel.socket.setsockopt(zmq.LINGER, _FLUSH_MS)
+            self._send(WorkerFailed(rank=self._rank, error=describe(error, self._rank)))
+            return 1
+        finally:
+            with self._socket_lock:
+                self._ended.set()
+            if self._worker is not None:
+                self._worker.shutdown()
+        return 0
+
+    def _serve(self) -> None:
+        while True:
+            command = self._next_command()
+            match command:
+                case None | Heartbeat():
+                    continue
+                case ShutdownWorker():
+                    return
+                case Refused(error=error):
+                    # the coordinator decides whether it can go on without that frame
+                    logger.warning("the coordinator refused a frame: %s", error.message)
+                case _:
+                    self._answer(command)
+
+    def _next_command(self) -> WorkerCommand | None:
+        with self._socket_lock:
+            try:
+                command = self._channel.receive(self._interval_s)
+            except ProtocolError:
+                # answered and logged by the channel; the coordinator knows what it sent
+                return None
+            if command is None:
+                self._channel.send(self._heartbeat())
+            return command
+
+    def _answer(self, command: WorkerCommand) -> None:
+        if type(command) not in self._accepts:
+            names = " or ".join(kind.__name__ for kind in self._accepts)
+            found = type(command).__name__
+            self._send(Refused(error=describe(MessageMalformed(f"tag: expected {names}, found {found}", field="tag"))))
+            return
+        if self._worker is None:
+            self._worker = self._make_worker()
+        event = run_command(self._worker, command)
+        match command:
+            case LoadModel():
+                self._accepts = (StartServing,)
+            case StartServing():
+                self._accepts = (ExecuteStep, CallMethod)
+            case ExecuteStep():
+                self._steps_done += 1
+        try:
+            self._send(event)
+        except (TypeError, MessageTooLarge) as error:
+            if not isinstance(event, CallMethodReply):
+                raise
+            self._send(CallMethodReply(rank=self._rank, call_id=event.call_id, error=describe(error, self._rank)))
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(rank=self._rank, steps_done=self._steps_done)
+
+    def _send(self, message: Message) -> None:
+        with self._socket_lock:
+            self._channel.send(message)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._interval_s):
+            # taken: the loop has the socket and sends heartbeats itself
+            if self._socket_lock.acquire(blocking=False):
+                try:
+                    if not self._ended.is_set():
+                        self._channel.send(self._heartbeat())
+                finally:
+                    self._socket_lock.release()
+
+
+def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None = None) -> int:
+    """Entry point of a worker process."""
+    options = _parse(argv)
+    die_with_parent_thread()
+    if os.getppid() != options.parent_pid:
+        return 1
+    faulthandler.enable()
+    # an interrupt from the terminal is the user process's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format=f"worker {options.rank}: %(levelname)s: %(message)s")
+    watch_parent(options.parent_pid, lambda: None)
+    channel: PeerChannel[WorkerCommand] = PeerChannel(
+        options.connect, receives=WorkerCommand, limit_bytes=options.max_message_bytes
+    )
+    with channel:
+        code = WorkerLoop(options.rank, channel, make_worker, options.heartbeat_interval_s).run()
+    zmq.Context.instance().term()
+    return code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m sempre.workers", description="A worker; started by a coordinator.")
+    parser.add_argument("--connect", required=True, help="address of the coordinator's hub")
+    parser.add_argument("--rank", required=True, type=int)
+    parser.add_argument("--parent-pid", required=True, type=int, help="the process that must not be outlived")
+    parser.add_argument("--heartbeat-interval-s", type=float, default=0.5)
+    parser.add_argument("--max-message-bytes", type=int, default=256 * 1024 * 1024)
+    return parser.parse_args(argv)

@@ -1,0 +1,1 @@
+"""The decoder models: `registry` (families as data), `spec` (config.json), `decoder` (the one forward pass)."""

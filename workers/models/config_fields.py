@@ -1,0 +1,59 @@
+"""Typed reading of a JSON configuration: each error names the file, the field, what was expected and what was found."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+from sempre.ipc.errors import ModelError
+
+
+class ConfigFields:
+    """The fields of one JSON object; a field that is null counts as absent."""
+
+    def __init__(self, raw: dict[str, object], source: str = "config.json") -> None:
+        self.raw = raw
+        self.source = source
+
+    def fail(self, name: str, expected: str, found: object) -> NoReturn:
+        raise ModelError(f"{self.source}: {name}: expected {expected}, found {found!r}.")
+
+    def natural(self, name: str, default: int | None = None) -> int:
+        return self._integer(name, default, minimum=0)
+
+    def positive(self, name: str, default: int | None = None) -> int:
+        return self._integer(name, default, minimum=1)
+
+    def positive_number(self, name: str, default: float | None = None) -> float:
+        value = self._get(name, default)
+        # bool is an int to Python, never to a configuration
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            self.fail(name, "a finite number greater than 0", value)
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            self.fail(name, "true or false", value)
+        return value
+
+    def section(self, name: str) -> ConfigFields:
+        """The object under `name`, empty when absent."""
+        value = self._get(name, {})
+        if not isinstance(value, dict):
+            self.fail(name, "an object", value)
+        return ConfigFields(value, f"{self.source}: {name}")
+
+    def _integer(self, name: str, default: int | None, minimum: int) -> int:
+        value = self._get(name, default)
+        if type(value) is not int or value < minimum:
+            self.fail(name, f"an integer of at least {minimum}", value)
+        return value
+
+    def _get(self, name: str, default: object) -> object:
+        value = self.raw.get(name)
+        if value is not None:
+            return value
+        if default is None:
+            self.fail(name, "a value", "nothing")
+        return default

@@ -1,0 +1,135 @@
+"""The one forward pass of every dense decoder family, over the tokens of one step.
+
+# T tokens in the step, R requests, H hidden size, I intermediate size, V vocabulary
+# Hq query heads, Hkv key-value heads, D head dimension
+The residual stream and all activations are float32. Every operation works on one row at a time as far as the result
+is concerned, so a row's bits depend on its own request only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sempre.kernels.activation import silu_and_mul
+from sempre.kernels.attention import KvCache, paged_attention
+from sempre.kernels.embedding import embed
+from sempre.kernels.norms import add_rms_norm, rms_norm
+from sempre.kernels.rope import cos_sin_table, rope_and_cache_write
+from sempre.workers.models.numerics import LinearKernel
+from sempre.workers.models.spec import ModelSpec
+from sempre.workers.weights import DecoderWeights, LayerWeights
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """The arrays of one step; rows of one request are neighbours, requests in the order of the step."""
+
+    token_ids: torch.Tensor
+    """int64 [T]"""
+    positions: torch.Tensor
+    """int64 [T], absolute in the sequence"""
+    slot_mapping: torch.Tensor
+    """int64 [T]: block id * block_size + offset, where the token's keys and values are written"""
+    block_tables: torch.Tensor
+    """int32 [R, blocks]; entries past a request's context are not read"""
+    query_starts: torch.Tensor
+    """int32 [R + 1]: rows [query_starts[r], query_starts[r + 1]) belong to request r"""
+    context_lens: torch.Tensor
+    """int32 [R]: keys visible to the last row of request r"""
+
+
+class Decoder:
+    """Weights and the buffers of a step of at most `max_tokens` rows."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: DecoderWeights, product: LinearKernel, *, max_tokens: int, max_model_len: int
+    ) -> None:
+        self.spec = spec
+        self.weights = weights
+        self._linear = product.apply
+        self._scale = spec.head_dim**-0.5
+        self._cos_sin = cos_sin_table(spec.rope, max_model_len)
+        self._residual_TH = torch.empty(max_tokens, spec.hidden_size)
+        self._hidden_TH = torch.empty(max_tokens, spec.hidden_size)
+        self._branch_TH = torch.empty(max_tokens, spec.hidden_size)
+        self._qkv = torch.empty(max_tokens, spec.qkv_size)
+        self._attended = torch.empty(max_tokens, spec.num_heads * spec.head_dim)
+        self._gate_up = torch.empty(max_tokens, 2 * spec.intermediate_size)
+        self._activated = torch.empty(max_tokens, spec.intermediate_size)
+
+    def forward(self, step: StepInput, caches: list[KvCache]) -> torch.Tensor:
+        """Write the step's keys and values into `caches` (one per layer); return the final hidden states [T, H].
+
+        The result is a view of a buffer that the next call overwrites.
+        """
+        num_tokens = step.token_ids.shape[0]
+        residual, hidden, branch = (
+            buffer[:num_tokens] for buffer in (self._residual_TH, self._hidden_TH, self._branch_TH)
+        )
+        eps = self.spec.rms_norm_eps
+        embed(step.token_ids, self.weights.embedding, residual)
+        for index, (layer, cache) in enumerate(zip(self.weights.layers, caches, strict=True)):
+            if index == 0:
+                rms_norm(residual, layer.input_norm, eps, hidden)
+            else:
+                add_rms_norm(branch, residual, layer.input_norm, eps, hidden)
+            self._attention(layer, step, cache, self.spec.windows[index], hidden, branch)
+            add_rms_norm(branch, residual, layer.post_attention_norm, eps, hidden)
+            self._mlp(layer, hidden, branch)
+        add_rms_norm(branch, residual, self.weights.final_norm, eps, hidden)
+        return hidden
+
+    def logits(self, hidden_RH: torch.Tensor, out_RV: torch.Tensor) -> torch.Tensor:
+        """Logits of the given final hidden states, written to and returned as `out_RV`."""
+        return self._linear(hidden_RH, self.weights.lm_head, out_RV)
+
+    def _attention(
+        self,
+        layer: LayerWeights,
+        step: StepInput,
+        cache: KvCache,
+        window: int | None,
+        hidden: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        spec = self.spec
+        num_tokens = hidden.shape[0]
+        qkv, attended = self._qkv[:num_tokens], self._attended[:num_tokens]
+        self._linear(hidden, layer.qkv, qkv)
+        rope_and_cache_write(
+            qkv,
+            step.positions,
+            self._cos_sin,
+            step.slot_mapping,
+            cache.k,
+            cache.v,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=spec.rms_norm_eps,
+        )
+        paged_attention(
+            qkv,
+            cache,
+            step.block_tables,
+            step.query_starts,
+            step.context_lens,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            scale=self._scale,
+            window=window,
+            out=attended,
+        )
+        self._linear(attended, layer.o, out)
+
+    def _mlp(self, layer: LayerWeights, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        num_tokens = hidden.shape[0]
+        gate_up, activated = self._gate_up[:num_tokens], self._activated[:num_tokens]
+        self._linear(hidden, layer.gate_up, gate_up)
+        silu_and_mul(gate_up, activated)
+        self._linear(activated, layer.down, out)

@@ -1,0 +1,217 @@
+"""config.json → ModelSpec: every field the decoder depends on, validated; whatever it cannot honour is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sempre.ipc.errors import ModelError
+from sempre.kernels.rope import RopeSpec
+from sempre.workers.models.config_fields import ConfigFields
+from sempre.workers.models.registry import BiasRule, Family, WindowRule, family_of
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+# rows of activations are walked in vectors of this many elements
+WIDTH_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A dense decoder: what its config.json says, resolved. Sizes are counts of elements."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeSpec
+    max_position_embeddings: int
+    windows: tuple[int | None, ...]
+    """per layer: keys visible to a query, itself included; None is all"""
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    initializer_range: float
+    """standard deviation of dummy weights"""
+    checkpoint_dtype: str | None
+    """dtype that config.json states, if it does"""
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def qkv_size(self) -> int:
+        """Columns of the fused query, key and value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+def read_json_object(path: Path) -> dict[str, object]:
+    """The JSON object in `path`; raises ModelError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: file not found; a checkpoint folder needs {path.name}.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def load_spec(folder: Path) -> ModelSpec:
+    """The spec of the checkpoint in `folder`; raises ModelError or UnknownArchitecture."""
+    if not folder.is_dir():
+        raise ModelError(f"model_path: expected a checkpoint folder, found no folder at {folder}.")
+    config = read_json_object(folder / "config.json")
+    generation_path = folder / "generation_config.json"
+    generation = read_json_object(generation_path) if generation_path.exists() else {}
+    return parse_spec(config, generation)
+
+
+def parse_spec(config: dict[str, object], generation_config: dict[str, object]) -> ModelSpec:
+    """`config` is config.json, `generation_config` generation_config.json or empty."""
+    fields = ConfigFields(config)
+    architecture = _architecture(fields)
+    family = family_of(architecture)
+    _refuse_unsupported(fields)
+    hidden_size = _multiple("hidden_size", fields.positive("hidden_size"), fields)
+    num_heads = fields.positive("num_attention_heads")
+    num_kv_heads = fields.positive("num_key_value_heads", default=num_heads)
+    if num_heads % num_kv_heads:
+        fields.fail("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}", num_kv_heads)
+    num_layers = fields.positive("num_hidden_layers")
+    head_dim = _head_dim(fields, family, hidden_size, num_heads)
+    vocab_size = fields.positive("vocab_size")
+    max_position_embeddings = fields.positive("max_position_embeddings")
+    return ModelSpec(
+        architecture=architecture,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=_multiple("intermediate_size", fields.positive("intermediate_size"), fields),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=fields.positive_number("rms_norm_eps", default=1e-6),
+        rope=_rope(fields, head_dim, max_position_embeddings),
+        max_position_embeddings=max_position_embeddings,
+        windows=_windows(fields, family, num_layers),
+        qkv_bias=_bias(fields, family.qkv_bias),
+        o_bias=_bias(fields, family.o_bias),
+        mlp_bias=_bias(fields, family.mlp_bias),
+        qk_norm=family.qk_norm,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
+        initializer_range=fields.positive_number("initializer_range", default=0.02),
+        checkpoint_dtype=_checkpoint_dtype(fields),
+        eos_token_ids=_eos_token_ids(fields, ConfigFields(generation_config, "generation_config.json"), vocab_size),
+    )
+
+
+def _architecture(fields: ConfigFields) -> str:
+    value = fields.raw.get("architectures")
+    if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], str):
+        fields.fail("architectures", "a list of one architecture name", value)
+    return value[0]
+
+
+def _refuse_unsupported(fields: ConfigFields) -> None:
+    if fields.raw.get("quantization_config") is not None:
+        fields.fail("quantization_config", "no quantization (float32, bfloat16 or float16 weights)", "one")
+    activation = fields.raw.get("hidden_act", "silu")
+    if activation != "silu":
+        fields.fail("hidden_act", "'silu'", activation)
+
+
+def _head_dim(fields: ConfigFields, family: Family, hidden_size: int, num_heads: int) -> int:
+    if fields.raw.get("head_dim") is None and family.default_head_dim is None and hidden_size % num_heads:
+        fields.fail("hidden_size", f"a multiple of num_attention_heads={num_heads}, or head_dim", hidden_size)
+    head_dim = fields.positive("head_dim", default=family.default_head_dim or hidden_size // num_heads)
+    return _multiple("head_dim", head_dim, fields)
+
+
+def _multiple(name: str, size: int, fields: ConfigFields) -> int:
+    if size % WIDTH_MULTIPLE:
+        fields.fail(name, f"a multiple of {WIDTH_MULTIPLE} (the width of the kernels' vectors)", size)
+    return size
+
+
+def _bias(fields: ConfigFields, rule: BiasRule) -> bool:
+    if rule in (BiasRule.ATTENTION_BIAS, BiasRule.MLP_BIAS):
+        return fields.boolean(rule.value, default=False)
+    return rule is BiasRule.ALWAYS
+
+
+def _rope(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RopeSpec:
+    name = "rope_parameters" if fields.raw.get("rope_parameters") is not None else "rope_scaling"
+    rope = fields.section(name)
+    kind = rope.raw.get("rope_type", rope.raw.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        rope.fail("rope_type", "'default', 'linear' or 'llama3'", kind)
+    for holder in (rope, fields):
+        partial = holder.raw.get("partial_rotary_factor")
+        if partial not in (None, 1, 1.0):
+            holder.fail("partial_rotary_factor", "1.0 (all of each head turns)", partial)
+    theta = (rope if rope.raw.get("rope_theta") is not None else fields).positive_number("rope_theta", default=10000.0)
+    if kind == "default":
+        return RopeSpec(head_dim=head_dim, theta=theta)
+    factor = rope.positive_number("factor")
+    if kind == "linear":
+        return RopeSpec(head_dim=head_dim, theta=theta, scaling="linear", factor=factor)
+    low, high = rope.positive_number("low_freq_factor"), rope.positive_number("high_freq_factor")
+    if high <= low:
+        rope.fail("high_freq_factor", f"more than low_freq_factor={low}", high)
+    return RopeSpec(
+        head_dim=head_dim,
+        theta=theta,
+        scaling="llama3",
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=rope.positive(
+            "original_max_position_embeddings", default=max_position_embeddings
+        ),
+    )
+
+
+def _windows(fields: ConfigFields, family: Family, num_layers: int) -> tuple[int | None, ...]:
+    full: tuple[int | None, ...] = (None,) * num_layers
+    windows = full
+    if family.window is WindowRule.EVERY_LAYER and fields.raw.get("sliding_window") is not None:
+        windows = (fields.positive("sliding_window"),) * num_layers
+    elif family.window is WindowRule.UPPER_LAYERS and fields.boolean("use_sliding_window", default=False):
+        first = min(fields.natural("max_window_layers"), num_layers)
+        windows = full[:first] + (fields.positive("sliding_window"),) * (num_layers - first)
+    layer_types = fields.raw.get("layer_types")
+    if layer_types is not None:
+        implied = ["full_attention" if window is None else "sliding_attention" for window in windows]
+        if layer_types != implied:
+            fields.fail("layer_types", f"what the sliding-window fields imply, {implied}", layer_types)
+    return windows
+
+
+def _checkpoint_dtype(fields: ConfigFields) -> str | None:
+    name = "dtype" if fields.raw.get("dtype") is not None else "torch_dtype"
+    value = fields.raw.get(name)
+    if value is None:
+        return None
+    if value not in FLOAT_DTYPES:
+        fields.fail(name, f"one of {', '.join(FLOAT_DTYPES)}", value)
+    return str(value)
+
+
+def _eos_token_ids(config: ConfigFields, generation: ConfigFields, vocab_size: int) -> tuple[int, ...]:
+    fields = generation if generation.raw.get("eos_token_id") is not None else config
+    value = fields.raw.get("eos_token_id")
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            fields.fail("eos_token_id", f"token ids in [0, vocab_size={vocab_size})", value)
+    return tuple(dict.fromkeys(ids))

@@ -1,0 +1,143 @@
+"""Where tensors come from: a folder of safetensors files (memory-mapped), or seeded random numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sempre.ipc.errors import ModelError, TensorMismatch
+from sempre.workers.models.spec import read_json_object
+
+# names that safetensors gives to the dtypes a weight may have
+FLOAT_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+class TensorSource(Protocol):
+    """Named tensors, read one at a time."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype_name(self, name: str) -> str:
+        """Safetensors' name of the dtype, for example BF16."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor; a memory-mapped view where possible, not to be written to."""
+        ...
+
+
+class SafetensorsSource:
+    """The tensors of `model.safetensors`, or of the shards that its index names."""
+
+    def __init__(self, files: Mapping[str, Any]) -> None:
+        self._files = files
+        """tensor name → open file that holds it"""
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype_name(self, name: str) -> str:
+        return str(self._files[name].get_slice(name).get_dtype())
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+class DummySource:
+    """Random weights as at initialisation: normal with `std`, norms one, biases zero; a pure function of the seed."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, seed: int, std: float) -> None:
+        self._shapes = shapes
+        self._dtype = dtype
+        self._seed = seed
+        self._std = std
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype_name(self, name: str) -> str:
+        return next(key for key, dtype in FLOAT_NAMES.items() if dtype == self._dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        shape = self._shapes[name]
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=self._dtype)
+        if name.endswith(".bias"):
+            return torch.zeros(shape, dtype=self._dtype)
+        # seeded by name, so that the order of reading cannot matter; never the global generator
+        key = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
+        return torch.empty(shape).normal_(0.0, self._std, generator=generator).to(self._dtype)
+
+
+@contextmanager
+def open_safetensors(folder: Path) -> Iterator[SafetensorsSource]:
+    """Open the checkpoint's files; raises ModelError naming the file or the index entry that does not fit."""
+    with ExitStack() as stack:
+        if (folder / INDEX_FILE).exists():
+            yield SafetensorsSource(_open_shards(stack, folder))
+        elif (folder / SINGLE_FILE).exists():
+            opened = _open(stack, folder / SINGLE_FILE)
+            yield SafetensorsSource(dict.fromkeys(opened.keys(), opened))
+        else:
+            found = sorted(path.name for path in folder.glob("*.*") if path.suffix in (".bin", ".pt", ".safetensors"))
+            raise ModelError(
+                f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found {', '.join(found) or 'no weight files'}. "
+                "Weights are read from safetensors only; pickled ones are refused."
+            )
+
+
+def _open(stack: ExitStack, path: Path) -> Any:
+    try:
+        return stack.enter_context(safe_open(str(path), framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: cannot be opened as safetensors: {error}") from error
+
+
+def _open_shards(stack: ExitStack, folder: Path) -> dict[str, Any]:
+    index = folder / INDEX_FILE
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index}: weight_map: expected an object of tensor name to file name, found {weight_map!r}.")
+    shards: dict[str, Any] = {}
+    for file_name in dict.fromkeys(weight_map.values()):
+        if Path(file_name).name != file_name:
+            raise ModelError(f"{index}: weight_map: expected plain file names, found {file_name!r}.")
+        shards[file_name] = _open(stack, folder / file_name)
+    held = {file_name: set(shard.keys()) for file_name, shard in shards.items()}
+    for tensor, file_name in weight_map.items():
+        if tensor not in held[file_name]:
+            raise TensorMismatch(
+                f"{index}: tensor {tensor!r}: expected in {file_name}, found nothing there.",
+                tensor=tensor,
+                expected=file_name,
+                found="nothing",
+            )
+    for file_name, names in held.items():
+        for tensor in sorted(names):
+            if weight_map.get(tensor) != file_name:
+                raise TensorMismatch(
+                    f"{index}: tensor {tensor!r} of {file_name}: expected in the index, found nothing there.",
+                    tensor=tensor,
+                    expected=f"{file_name} in {INDEX_FILE}",
+                    found=str(weight_map.get(tensor)),
+                )
+    return {tensor: shards[file_name] for tensor, file_name in weight_map.items()}

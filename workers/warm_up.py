@@ -1,0 +1,59 @@
+"""Warm-up: every kernel runs once before the first request, so that none is compiled or loaded while users wait."""
+
+from __future__ import annotations
+
+from sempre.ipc.messages import ExecuteStep, NewRequest, SamplingSpec, ScheduledRequest
+from sempre.workers.model_runner import ModelRunner
+
+PROMPT_TOKENS = 20
+
+# between them they reach each part of the sampler
+_PARAMS = (
+    SamplingSpec(max_tokens=2, temperature=0.0, logprobs=1, prompt_logprobs=1),
+    SamplingSpec(
+        max_tokens=2,
+        temperature=0.8,
+        top_k=50,
+        top_p=0.9,
+        min_p=0.01,
+        presence_penalty=0.1,
+        frequency_penalty=0.1,
+        repetition_penalty=1.1,
+        logprobs=1,
+    ),
+)
+
+
+def warm_up(runner: ModelRunner) -> None:
+    """Run a prompt and a decode step for each kind of sampling, then wipe the cache blocks they wrote."""
+    room = min(runner.max_model_len, runner.cache.num_blocks * runner.cache.block_size, runner.max_num_batched_tokens)
+    num_tokens = max(1, min(PROMPT_TOKENS, room - 1))
+    block_ids = list(range(-(-min(num_tokens + 1, room) // runner.cache.block_size)))
+    for index, params in enumerate(_PARAMS):
+        request_id = f"warm-up-{index}"
+        new = NewRequest(
+            request_id=request_id,
+            token_ids=[0] * num_tokens,
+            num_prompt_tokens=num_tokens,
+            seed=0,
+            params=params,
+        )
+        prompt = ScheduledRequest(
+            request_id=request_id,
+            num_computed_tokens=0,
+            num_tokens=num_tokens,
+            block_table_start=0,
+            block_ids=block_ids,
+        )
+        runner.execute(ExecuteStep(step_id=0, new_requests=[new], scheduled=[prompt]))
+        if num_tokens < room:
+            decode = ScheduledRequest(
+                request_id=request_id,
+                num_computed_tokens=num_tokens,
+                num_tokens=1,
+                block_table_start=len(block_ids),
+                block_ids=[],
+            )
+            runner.execute(ExecuteStep(step_id=0, scheduled=[decode]))
+        runner.execute(ExecuteStep(step_id=0, finished_request_ids=[request_id]))
+    runner.cache.clear(block_ids)

@@ -1,0 +1,253 @@
+"""The decoder's weights: which tensors a ModelSpec expects, and loading them tensor by tensor into packed form."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from functools import reduce
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from sempre.ipc.errors import TensorMismatch
+from sempre.workers.models.numerics import LinearKernel, Packed
+from sempre.workers.models.spec import ModelSpec
+from sempre.workers.tensor_source import FLOAT_NAMES, DummySource, TensorSource, open_safetensors
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
+
+# tensors that old checkpoints carry and that are computed from config.json instead
+HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer. Norm weights are float32."""
+
+    input_norm: torch.Tensor
+    qkv: Packed
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: Packed
+    post_attention_norm: torch.Tensor
+    gate_up: Packed
+    down: Packed
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """All weights of a decoder, with the digest of the tensors they were made of."""
+
+    embedding: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    final_norm: torch.Tensor
+    lm_head: Packed
+    dtype: torch.dtype
+    """what the engine's `dtype` came to: the KV cache's storage"""
+    storage: torch.dtype
+    """how the matrices are stored"""
+    digest: str
+    """SHA-256 of names, shapes, dtypes and bytes in the checkpoint; how it is cut into files does not matter"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices and the embedding."""
+        packed = sum(w.nbytes for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        return packed + self.lm_head.nbytes + self.embedding.nbytes
+
+
+def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the spec's decoder reads; lm_head is absent when tied."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, hidden)}
+    for index in range(spec.num_layers):
+        layer = f"model.layers.{index}."
+        attention, mlp = layer + "self_attn.", layer + "mlp."
+        shapes[layer + "input_layernorm.weight"] = (hidden,)
+        for part, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+            shapes[f"{attention}{part}_proj.weight"] = (size, hidden)
+            if spec.qkv_bias:
+                shapes[f"{attention}{part}_proj.bias"] = (size,)
+        if spec.qk_norm:
+            shapes[attention + "q_norm.weight"] = (spec.head_dim,)
+            shapes[attention + "k_norm.weight"] = (spec.head_dim,)
+        shapes[attention + "o_proj.weight"] = (hidden, q_size)
+        if spec.o_bias:
+            shapes[attention + "o_proj.bias"] = (hidden,)
+        shapes[layer + "post_attention_layernorm.weight"] = (hidden,)
+        for part, out_size, in_size in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+            shapes[f"{mlp}{part}_proj.weight"] = (out_size, in_size)
+            if spec.mlp_bias:
+                shapes[f"{mlp}{part}_proj.bias"] = (out_size,)
+    shapes[FINAL_NORM] = (hidden,)
+    if not spec.tie_word_embeddings:
+        shapes[LM_HEAD] = (spec.vocab_size, hidden)
+    return shapes
+
+
+def load_weights(
+    spec: ModelSpec, folder: Path, product: LinearKernel, *, dtype: str, load_format: str, seed: int
+) -> DecoderWeights:
+    """Load and pack; `dtype` auto is the checkpoint's. Raises TensorMismatch or ModelError before reading any tensor.
+
+    Storage of the matrices: float32 keeps 16-bit checkpoints in 16 bit (widening is exact, the bits are the same);
+    bfloat16 and float16 round to nearest even. Norm weights and biases are float32.
+    """
+    shapes = expected_shapes(spec)
+    with _open_source(spec, shapes, folder, dtype, load_format, seed) as source:
+        _check(spec, shapes, source)
+        target = _target_dtype(spec, source, dtype)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            return _Loader(spec, source, target, product, pool).load()
+
+
+@contextmanager
+def _open_source(
+    spec: ModelSpec, shapes: dict[str, tuple[int, ...]], folder: Path, dtype: str, load_format: str, seed: int
+) -> Iterator[TensorSource]:
+    if load_format == "dummy":
+        name = dtype if dtype != "auto" else spec.checkpoint_dtype or "float32"
+        yield DummySource(shapes, getattr(torch, name), seed, spec.initializer_range)
+    else:
+        with open_safetensors(folder) as source:
+            yield source
+
+
+def _target_dtype(spec: ModelSpec, source: TensorSource, dtype: str) -> torch.dtype:
+    name = dtype if dtype != "auto" else spec.checkpoint_dtype
+    return FLOAT_NAMES[source.dtype_name(EMBEDDING)] if name is None else getattr(torch, name)
+
+
+def _mismatch(tensor: str, expected: str, found: str) -> NoReturn:
+    message = f"tensor {tensor!r}: expected {expected}, found {found}."
+    raise TensorMismatch(message, tensor=tensor, expected=expected, found=found)
+
+
+def _check(spec: ModelSpec, shapes: dict[str, tuple[int, ...]], source: TensorSource) -> None:
+    present = set(source.names())
+    for name, shape in shapes.items():
+        if name not in present:
+            hint = " (tie_word_embeddings is false)" if name == LM_HEAD else ""
+            _mismatch(name, f"a tensor of shape {list(shape)}{hint}", "nothing")
+        if source.shape(name) != shape:
+            _mismatch(name, f"shape {list(shape)}", f"shape {list(source.shape(name))}")
+    for name in sorted(present):
+        if name.endswith(HARMLESS_SUFFIX):
+            continue
+        if name not in shapes and not (name == LM_HEAD and spec.tie_word_embeddings):
+            _mismatch(name, "no such tensor in this architecture", f"shape {list(source.shape(name))}")
+        if source.dtype_name(name) not in FLOAT_NAMES:
+            _mismatch(name, f"dtype {', '.join(FLOAT_NAMES)}", f"dtype {source.dtype_name(name)}")
+    if spec.tie_word_embeddings and LM_HEAD in present and not _same_tensor(source, LM_HEAD, EMBEDDING):
+        _mismatch(LM_HEAD, f"a copy of {EMBEDDING} (tie_word_embeddings is true)", "other values")
+
+
+def _same_tensor(source: TensorSource, a: str, b: str) -> bool:
+    first, second = source.read(a), source.read(b)
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+class _Loader:
+    """Reads each tensor once, hashes it in `pool` while it is packed, and lets go of it."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: TensorSource,
+        dtype: torch.dtype,
+        product: LinearKernel,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self._spec = spec
+        self._source = source
+        self._dtype = dtype
+        self._product = product
+        self._pool = pool
+        self._hashes: dict[str, Future[bytes]] = {}
+
+    def load(self) -> DecoderWeights:
+        spec = self._spec
+        # a copy: a view would keep the whole file mapped
+        embedding = self._stored(self._read(EMBEDDING)).clone(memory_format=torch.contiguous_format)
+        layers = tuple(self._layer(f"model.layers.{index}.") for index in range(spec.num_layers))
+        final_norm = self._vector(FINAL_NORM)
+        if spec.tie_word_embeddings:
+            lm_head = self._product.pack(embedding, None)
+        else:
+            lm_head = self._linear(LM_HEAD.removesuffix(".weight"))
+        return DecoderWeights(
+            embedding=embedding,
+            layers=layers,
+            final_norm=final_norm,
+            lm_head=lm_head,
+            dtype=self._dtype,
+            storage=embedding.dtype,
+            digest=self._digest(),
+        )
+
+    def _layer(self, layer: str) -> LayerWeights:
+        spec = self._spec
+        attention, mlp = layer + "self_attn.", layer + "mlp."
+        return LayerWeights(
+            input_norm=self._vector(layer + "input_layernorm.weight"),
+            qkv=self._linear(*(f"{attention}{part}_proj" for part in "qkv"), bias=spec.qkv_bias),
+            q_norm=self._vector(attention + "q_norm.weight") if spec.qk_norm else None,
+            k_norm=self._vector(attention + "k_norm.weight") if spec.qk_norm else None,
+            o=self._linear(attention + "o_proj", bias=spec.o_bias),
+            post_attention_norm=self._vector(layer + "post_attention_layernorm.weight"),
+            gate_up=self._linear(mlp + "gate_proj", mlp + "up_proj", bias=spec.mlp_bias),
+            down=self._linear(mlp + "down_proj", bias=spec.mlp_bias),
+        )
+
+    def _linear(self, *names: str, bias: bool = False) -> Packed:
+        """The named projections, fused along their outputs in the order given."""
+        parts = [self._stored(self._read(name + ".weight")) for name in names]
+        common = reduce(torch.promote_types, (part.dtype for part in parts))
+        weight = torch.cat([part.to(common) for part in parts]) if len(parts) > 1 else parts[0]
+        return self._product.pack(weight, torch.cat([self._vector(name + ".bias") for name in names]) if bias else None)
+
+    def _vector(self, name: str) -> torch.Tensor:
+        return self._read(name).to(torch.float32, copy=True)
+
+    def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self._dtype == torch.float32 else tensor.to(self._dtype)
+
+    def _read(self, name: str) -> torch.Tensor:
+        tensor = self._source.read(name)
+        self._hashes[name] = self._pool.submit(_tensor_digest, name, tensor)
+        return tensor
+
+    def _digest(self) -> str:
+        return hashlib.sha256(b"".join(self._hashes[name].result() for name in sorted(self._hashes))).hexdigest()
+
+
+def _tensor_digest(name: str, tensor: torch.Tensor) -> bytes:
+    digest = hashlib.sha256(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def live_digest(weights: DecoderWeights) -> str:
+    """SHA-256 over the loaded tensors as they are in memory now."""
+    digest = hashlib.sha256()
+    for tensor in _tensors(weights):
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
