@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get
 
 import msgspec
 from msgspec import Meta, Struct
+
 from sempre.engine.config import Dtype, EngineConfig, Numerics, SchedulingPolicy
 from sempre.ipc.errors import ConfigError
 
@@ -195,7 +196,7 @@ def _typed(name: str, value: object, hint: Any) -> object:
     if name == "seed":
         from sempre.engine.seeding import validate_seed
 
-        return validate_seed(value)  # type: ignore[arg-type]
+        return validate_seed(value)
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -19,7 +20,7 @@ from sempre.engine.request_builder import PreparedRequest
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.session import check_refused, frames_of
 from sempre.engine.tokenizer import Tokenizer
-from sempre.ipc.errors import EngineDeadError, SempreError
+from sempre.ipc.errors import EngineDeadError, ProtocolError
 from sempre.ipc.messages import (
     AbortRequests,
     AddRequests,
@@ -35,6 +36,14 @@ from sempre.ipc.messages import (
 )
 
 Reply = TypeVar("Reply", CallWorkersReply, MetricsReply, ResetPrefixCacheReply)
+
+
+@dataclass(slots=True)
+class _Waiter:
+    """How the reader tells a generator of its request's news, or that none will come."""
+
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    failure: BaseException | None = None
 
 
 class AsyncLLM:
@@ -55,8 +64,7 @@ class AsyncLLM:
         self._reader: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
         self._call_ids = count()
-        # Set when a request has news; the reader and the generators share the request's state.
-        self._news: dict[str, asyncio.Event] = {}
+        self._waiters: dict[str, _Waiter] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
 
     async def start(self) -> None:
@@ -85,17 +93,17 @@ class AsyncLLM:
         params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
         request = self._frontend.builder.build(prompt, params, priority, request_id=request_id)
         state = self._frontend.processor.add(request)
-        news = self._news[request.request_id] = asyncio.Event()
+        waiter = self._waiters[request.request_id] = _Waiter()
         try:
             for frame in frames_of([request]):
                 client.send(AddRequests(requests=frame))
             while True:
-                output = await self._next_output(state, news)
+                output = await self._next_output(state, waiter)
                 yield output
                 if output.finished:
                     return
         finally:
-            del self._news[request.request_id]
+            del self._waiters[request.request_id]
             self._drop(request)
 
     async def abort(self, request_id: str) -> None:
@@ -176,16 +184,16 @@ class AsyncLLM:
             raise EngineDeadError("this AsyncLLM is not started; use `async with` or `await engine.start()`")
         return self._client
 
-    async def _next_output(self, state: RequestState, news: asyncio.Event) -> RequestOutput:
+    async def _next_output(self, state: RequestState, waiter: _Waiter) -> RequestOutput:
         while True:
             output = state.take_output()
             if output is not None:
                 raise_failure(state)
                 return output
-            if self._failure is not None:
-                raise self._failure
-            await news.wait()
-            news.clear()
+            if waiter.failure is not None:
+                raise waiter.failure
+            await waiter.news.wait()
+            waiter.news.clear()
 
     def _drop(self, request: PreparedRequest) -> None:
         sequence_ids = self._frontend.processor.forget([request.request_id])
@@ -205,8 +213,13 @@ class AsyncLLM:
     async def _read(self, client: AsyncEngineClient) -> None:
         try:
             while True:
-                self._take(client, await client.receive())
-        except SempreError as error:
+                try:
+                    self._take(client, await client.receive())
+                except ProtocolError as error:
+                    # A frame is lost, and nobody knows whose it was; requests that come later are not concerned.
+                    self._fail_waiting(error)
+        # Whatever ends the reader would leave all generators waiting, so it is raised in each of them.
+        except Exception as error:
             self._fail(error)
 
     def _take(self, client: AsyncEngineClient, event: ClientEvent) -> None:
@@ -225,16 +238,20 @@ class AsyncLLM:
                 check_refused(event)
 
     def _wake(self, state: RequestState) -> None:
-        news = self._news.get(state.request.request_id)
-        if news is not None:
-            news.set()
+        waiter = self._waiters.get(state.request.request_id)
+        if waiter is not None:
+            waiter.news.set()
 
     def _fail(self, error: BaseException) -> None:
         """Let everybody who waits, and whoever comes later, see `error`; the first one stands."""
         if self._failure is None:
             self._failure = error
-        for news in self._news.values():
-            news.set()
+        self._fail_waiting(self._failure)
+
+    def _fail_waiting(self, error: BaseException) -> None:
+        for waiter in self._waiters.values():
+            waiter.failure = error
+            waiter.news.set()
         for future in self._replies.values():
             if not future.done():
-                future.set_exception(self._failure)
+                future.set_exception(error)

@@ -13,6 +13,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+
 from sempre.ipc.errors import ConfigError, ModelError, RequestError
 
 # Put behind the last message to find where it ends in the prompt; templates trim spaces, never this.

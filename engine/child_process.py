@@ -60,6 +60,12 @@ class ChildProcess:
         """None while it runs; negative: the signal that ended it."""
         return self._popen.poll()
 
+    def ended(self) -> bool:
+        """Whether it has ended; unlike `exitcode` this leaves the zombie, and with it the number, in place."""
+        if self._popen.returncode is not None:
+            return True
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def wait(self, timeout_s: float) -> int | None:
         """The exit code, or None when it still runs after `timeout_s`."""
         try:

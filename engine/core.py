@@ -149,7 +149,7 @@ class EngineCore:
         """All replicas or none."""
         if any(replica.num_unfinished for replica in self._replicas):
             return False
-        return all([replica.reset_prefix_cache() for replica in self._replicas])
+        return all(replica.reset_prefix_cache() for replica in self._replicas)
 
 
 def _outputs(deltas: list[RequestOutputDelta | None]) -> list[ClientEvent]:

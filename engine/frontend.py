@@ -11,6 +11,7 @@ from typing import Any
 from sempre.engine.arguments import Arguments
 from sempre.engine.fingerprint import fingerprint_digest, fingerprint_parts
 from sempre.engine.output_processor import OutputProcessor, RequestState
+from sempre.engine.prompts import TokensPrompt
 from sempre.engine.request_builder import RequestBuilder, RequestLimits
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.tokenizer import Tokenizer
@@ -76,14 +77,14 @@ class Frontend:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
+    ) -> TokensPrompt:
         """Return the conversation as a prompt. Raises ConfigError without a template, RequestError for bad messages."""
         from sempre.engine.chat_template import load_chat_template, render_chat
 
         given = self._options.chat_template if chat_template is None else chat_template
         folder = self._options.tokenizer or self.config.model_path
         template = load_chat_template(folder, tools=tools) if given is None else _template_text(given)
-        return render_chat(
+        text = render_chat(
             messages,
             template,
             bos_token=self.tokenizer.bos_token,
@@ -93,6 +94,8 @@ class Frontend:
             tools=tools,
             **(chat_template_kwargs or {}),
         )
+        # The template has written the special tokens itself.
+        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
     def _default_sampling_params(self) -> SamplingParams:
         path = Path(self.config.model_path) / "generation_config.json"

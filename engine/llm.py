@@ -13,7 +13,7 @@ from sempre.engine.frontend import Frontend, call_results, check_method, log_pro
 from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.outputs import RequestOutput, ScoringOutput
 from sempre.engine.progress import GenerationProgress, UseTqdm
-from sempre.engine.prompts import PromptType
+from sempre.engine.prompts import PromptType, TokensPrompt
 from sempre.engine.request_builder import PreparedRequest
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.session import Session
@@ -103,13 +103,13 @@ class LLM:
             for conversation in conversations
         ]
         params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
-        # The template writes the special tokens itself.
-        requests = self._frontend.builder.build_all(prompts, params, priority, add_special_tokens=False)
-        return self._run(requests, use_tqdm)
+        return self._run(self._frontend.builder.build_all(prompts, params, priority), use_tqdm)
 
-    def score(
-        self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: UseTqdm = False
-    ) -> list[ScoringOutput]:
+    def render_chat(self, messages: Sequence[Message]) -> TokensPrompt:
+        """Return one conversation as the prompt that `chat` makes of it. Raises as `chat` does."""
+        return self._frontend.render_chat(messages)
+
+    def score(self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: UseTqdm = False) -> list[ScoringOutput]:
         """Return the log-probability of each prompt, per token and in all; the same bits as while generating.
 
         A prompt must leave room for one token. Raises RequestError, also when a request fails while it runs.

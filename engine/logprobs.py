@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from array import array
+from typing import TypeVar
 
 from sempre.engine.outputs import Logprob
 from sempre.engine.tokenizer import Tokenizer
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import LogprobRows
+
+Number = TypeVar("Number", int, float)
 
 
 def unpack_logprobs(rows: LogprobRows, tokenizer: Tokenizer | None) -> list[dict[int, Logprob]]:
@@ -17,9 +20,9 @@ def unpack_logprobs(rows: LogprobRows, tokenizer: Tokenizer | None) -> list[dict
     Every `logprob` is exactly the worker's float32. `decoded_token` needs a tokenizer. Raises MessageMalformed when
     the packed sizes do not fit.
     """
-    token_ids = _unpack("token_ids", "i", rows.token_ids, rows.num_rows * rows.width)
-    logprobs = _unpack("logprobs", "f", rows.logprobs, rows.num_rows * rows.width)
-    ranks = _unpack("ranks", "i", rows.ranks, rows.num_rows)
+    token_ids = _unpack("token_ids", array("i"), rows.token_ids, rows.num_rows * rows.width)
+    logprobs = _unpack("logprobs", array("f"), rows.logprobs, rows.num_rows * rows.width)
+    ranks = _unpack("ranks", array("i"), rows.ranks, rows.num_rows)
     unpacked = []
     for row in range(rows.num_rows):
         entries: dict[int, Logprob] = {}
@@ -35,8 +38,8 @@ def unpack_logprobs(rows: LogprobRows, tokenizer: Tokenizer | None) -> list[dict
     return unpacked
 
 
-def _unpack(field: str, kind: str, data: bytes, count: int) -> array[int] | array[float]:
-    values = array(kind)
+def _unpack(field: str, values: array[Number], data: bytes, count: int) -> array[Number]:
+    """Fill the empty `values` from little-endian bytes."""
     if len(data) != count * values.itemsize:
         raise MessageMalformed(
             f"LogprobRows.{field}: expected {count * values.itemsize} bytes, found {len(data)}.", field=field

@@ -20,11 +20,7 @@ class GenerationProgress:
         self._num_output_tokens = 0
         if use_tqdm is False:
             return
-        if use_tqdm is True:
-            from tqdm import tqdm
-
-            use_tqdm = tqdm
-        self._bar = use_tqdm(
+        self._bar = (_tqdm() if use_tqdm is True else use_tqdm)(
             total=num_sequences, desc="Processed prompts", dynamic_ncols=True, postfix=_speeds(0.0, 0.0)
         )
 
@@ -43,6 +39,13 @@ class GenerationProgress:
         """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _tqdm() -> Callable[..., Any]:
+    from tqdm import tqdm
+
+    make: Callable[..., Any] = tqdm
+    return make
 
 
 def _speeds(input_speed: float, output_speed: float) -> str:

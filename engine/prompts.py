@@ -16,9 +16,10 @@ class TextPrompt(TypedDict):
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids, used exactly as given."""
+    """A prompt as token ids, used exactly as given; `prompt` is its text, for the output only."""
 
     prompt_token_ids: Sequence[int]
+    prompt: NotRequired[str]
     cache_salt: NotRequired[str]
 
 
@@ -29,7 +30,7 @@ _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
 class ParsedPrompt(NamedTuple):
-    """A prompt taken apart; `text` or `token_ids` is given."""
+    """A prompt taken apart; `text` is encoded when there are no `token_ids`."""
 
     text: str | None
     token_ids: Sequence[int] | None
@@ -80,25 +81,17 @@ def _parse_mapping(prompt: Mapping[Any, Any]) -> ParsedPrompt:
             raise RequestError(
                 f"a prompt has no key {key!r}; the keys are {', '.join(_KEYS)}.", parameter="prompt", value=prompt
             )
-    if ("prompt" in prompt) == ("prompt_token_ids" in prompt):
-        raise RequestError(
-            "a prompt needs exactly one of the keys prompt and prompt_token_ids.", parameter="prompt", value=prompt
-        )
-    salt = prompt.get("cache_salt")
-    if "cache_salt" in prompt and (not isinstance(salt, str) or not salt):
-        raise RequestError(
-            f"cache_salt must be a non-empty string, got {salt!r}.", parameter="cache_salt", value=salt
-        )
-    if "prompt" in prompt:
-        text = prompt["prompt"]
-        if not isinstance(text, str):
-            raise RequestError(f"prompt must be a string, got {text!r}.", parameter="prompt", value=text)
-        return ParsedPrompt(text, None, salt)
-    token_ids = prompt["prompt_token_ids"]
-    if not is_token_ids(token_ids):
+    text, token_ids, salt = (prompt.get(key) for key in _KEYS)
+    if text is None and token_ids is None:
+        raise RequestError("a prompt needs prompt or prompt_token_ids.", parameter="prompt", value=prompt)
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f"prompt must be a string, got {text!r}.", parameter="prompt", value=text)
+    if token_ids is not None and not is_token_ids(token_ids):
         raise RequestError(
             f"prompt_token_ids must be a list of ints, got {token_ids!r}.",
             parameter="prompt_token_ids",
             value=token_ids,
         )
-    return ParsedPrompt(None, token_ids, salt)
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise RequestError(f"cache_salt must be a non-empty string, got {salt!r}.", parameter="cache_salt", value=salt)
+    return ParsedPrompt(text, token_ids, salt)

@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any
 
 from msgspec.structs import replace
+
 from sempre.engine.prompts import list_prompts, parse_prompt
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.seeding import child_seed, derive_request_seed
@@ -65,8 +66,6 @@ class RequestBuilder:
         prompts: object,
         params: SamplingParams | Sequence[SamplingParams],
         priorities: Sequence[int] | None = None,
-        *,
-        add_special_tokens: bool = True,
     ) -> list[PreparedRequest]:
         """Build one request per prompt; all are checked before the first is numbered.
 
@@ -80,9 +79,7 @@ class RequestBuilder:
         try:
             for i, (prompt, prompt_params, priority) in enumerate(zip(parts, params_list, priority_list, strict=True)):
                 where = f"prompts[{i}]" if is_list else ""
-                requests.append(
-                    self.build(prompt, prompt_params, priority, where=where, add_special_tokens=add_special_tokens)
-                )
+                requests.append(self.build(prompt, prompt_params, priority, where=where))
         except BaseException:
             self._num_requests, self._num_sequences = first_request, first_sequence
             raise
@@ -96,7 +93,6 @@ class RequestBuilder:
         *,
         request_id: str | None = None,
         where: str = "",
-        add_special_tokens: bool = True,
     ) -> PreparedRequest:
         """Build one request. `where` precedes error texts. Raises RequestError."""
         if not isinstance(params, SamplingParams):
@@ -107,10 +103,10 @@ class RequestBuilder:
             )
         try:
             text, given_ids, cache_salt = parse_prompt(prompt)
-            if text is not None:
-                token_ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            if given_ids is None:
+                token_ids = self._tokenizer.encode(text or "")
             else:
-                token_ids = self._checked_ids("prompt_token_ids", given_ids or [])
+                token_ids = self._checked_ids("prompt_token_ids", given_ids)
             spec = self._fitted(self._sampling_spec(params), params, token_ids)
             self._check_priority(priority)
         except RequestError as error:
@@ -230,28 +226,29 @@ class RequestBuilder:
                 raise RequestError(
                     f"{parameter} must contain only ints, got {token_id!r}.", parameter=parameter, value=token_id
                 )
-            if not 0 <= token_id < self._limits.vocab_size:
+            number = int(token_id)
+            if not 0 <= number < self._limits.vocab_size:
                 raise RequestError(
                     f"Token id {token_id} is out of vocabulary: {parameter} takes ids in "
                     f"[0, {self._limits.vocab_size}).",
                     parameter=parameter,
                     value=token_id,
                 )
-            checked.append(int(token_id))
+            checked.append(number)
         return checked
 
     def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
         """Return the token sequences that may not be generated: each word, and the word behind a space.
 
-        The second form counts only when it has as many tokens as the first and begins with another one: that is
-        the word in the middle of a text. A longer form is the first one behind a space token, so already banned.
+        The second form is what the word looks like in the middle of a text. It is left out when it ends with the
+        first one (a space token before it), which bans it already.
         """
         sequences = []
         for word in words:
             plain = self._tokenizer.encode(word.lstrip(), add_special_tokens=False)
             spaced = self._tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
             forms = [plain]
-            if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
+            if spaced[-len(plain) :] != plain:
                 forms.append(spaced)
             sequences += [self._checked_ids("bad_words", form) for form in forms]
         return sequences

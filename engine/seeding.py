@@ -20,8 +20,8 @@ def validate_seed(seed: object) -> int:
     if seed is None:
         raise _refuse(
             seed,
-            "seed cannot be None: the seed of an engine cannot be un-specified, because all workers (every rank, target "
-            "and draft) must sample alike; leave it out for 0, or pass an int",
+            "seed cannot be None: the seed of an engine cannot be un-specified, because all workers (every rank, "
+            "target and draft) must sample alike; leave it out for 0, or pass an int",
         )
     if isinstance(seed, bool):
         raise _refuse(seed, f"seed must be an int, got the bool {seed}; write {int(seed)} if that is meant")

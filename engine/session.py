@@ -47,21 +47,26 @@ class Session:
         return states
 
     def receive(self) -> list[RequestState]:
-        """Wait for one event; return the requests that have news. Raises EngineDeadError."""
+        """Wait for one event; return the requests that have news. Raises EngineDeadError, ProtocolError."""
         event = self._client.receive()
-        return [] if event is None else self._take(event)
+        if event is None:
+            raise EngineDeadError(f"the engine is idle, but {self._processor.num_unfinished} requests are unfinished")
+        return self._take(event)
 
     def ask(self, command: ClientCommand, call_id: int, kind: type[Reply], timeout_s: float | None = None) -> Reply:
         """Send `command` and wait for its reply; outputs that arrive meanwhile are kept. Raises TimeoutError."""
         deadline = Deadline(timeout_s)
         self._client.send(command)
         while True:
-            event = self._client.receive(deadline.remaining_s(f"no answer to {type(command).__name__}"))
+            remaining_s = deadline.remaining_s(f"no answer to {type(command).__name__}")
+            event = self._client.receive(remaining_s)
             # A reply with another number answers a call whose asker was interrupted.
             if isinstance(event, kind) and event.call_id == call_id:
                 return event
             if event is not None:
                 self._take(event)
+            elif remaining_s is None:
+                raise EngineDeadError(f"the engine is idle and has not answered {type(command).__name__}")
 
     def next_call_id(self) -> int:
         """Return a number for a call."""

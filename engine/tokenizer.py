@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sempre.ipc.errors import ModelError
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
+
+from sempre.ipc.errors import ModelError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 

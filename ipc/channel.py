@@ -11,9 +11,11 @@ import logging
 import time
 from collections.abc import Sequence
 from types import TracebackType, UnionType
-from typing import Generic, Self
+from typing import Any, Generic, Self
 
 import zmq
+import zmq.asyncio
+
 from sempre.ipc.codec import UNSEQUENCED, FrameDecoder, FrameEncoder, MessageT
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import ProtocolError
@@ -27,7 +29,7 @@ _MOST_REFUSALS = 16
 _RECONNECT_MS = 10
 
 
-def configure(socket: zmq.SyncSocket, limit_bytes: int) -> None:
+def configure(socket: zmq.Socket[Any], limit_bytes: int) -> None:
     """No lingering, no silent dropping at a high-water mark, and the transport's own limit behind the codec's."""
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
@@ -36,35 +38,26 @@ def configure(socket: zmq.SyncSocket, limit_bytes: int) -> None:
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
 
 
-class PeerChannel(Generic[MessageT]):
-    """The connecting end; `receives` is the union of the messages that may arrive."""
+class _Peer(Generic[MessageT]):
+    """The connecting end, whatever kind of socket it uses."""
 
-    def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
+    def __init__(self, address: str, *, receives: UnionType, limit_bytes: int, socket: zmq.Socket[Any]) -> None:
         self.address = address
-        self.socket = zmq.Context.instance().socket(zmq.DEALER)
-        configure(self.socket, limit_bytes)
+        self.socket = socket
+        configure(socket, limit_bytes)
         self.refusals = Refusals(address)
         self._link: Link[MessageT] = Link(FrameEncoder(limit_bytes), FrameDecoder(receives, limit_bytes))
         try:
-            self.socket.connect(address)
+            socket.connect(address)
         except zmq.ZMQError as error:
-            self.socket.close()
+            socket.close()
             raise ProtocolError(f"cannot connect to {address}: {error}") from error
 
     def send(self, message: Message) -> None:
         """Never blocks. Raises MessageTooLarge; TypeError when a free-form value has no msgpack form."""
         self.socket.send(self._link.pack(message), zmq.DONTWAIT)
 
-    def receive(self, timeout_s: float | None = None) -> MessageT | None:
-        """The next message; None when there is none within `timeout_s`. Raises ProtocolError for a refused frame."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self.socket.poll(_remaining_ms(deadline)):
-            message = self.take(self.socket.recv_multipart(zmq.DONTWAIT))
-            if message is not None:
-                return message
-        return None
-
-    def take(self, parts: Sequence[bytes]) -> MessageT | None:
+    def _take(self, parts: Sequence[bytes]) -> MessageT | None:
         """The message of one arrival; None for a repetition. Raises ProtocolError after having answered."""
         try:
             return self._link.unpack(parts)
@@ -83,12 +76,46 @@ class PeerChannel(Generic[MessageT]):
         self.close()
 
 
+class PeerChannel(_Peer[MessageT]):
+    """The connecting end; `receives` is the union of the messages that may arrive."""
+
+    def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        super().__init__(address, receives=receives, limit_bytes=limit_bytes, socket=socket)
+
+    def receive(self, timeout_s: float | None = None) -> MessageT | None:
+        """The next message; None when there is none within `timeout_s`. Raises ProtocolError for a refused frame."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while self.socket.poll(_remaining_ms(deadline)):
+            message = self._take(self.socket.recv_multipart(zmq.DONTWAIT))
+            if message is not None:
+                return message
+        return None
+
+
+class AsyncPeerChannel(_Peer[MessageT]):
+    """The connecting end for asyncio; belongs to the event loop that runs when it is made."""
+
+    def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
+        self._async_socket = zmq.asyncio.Context(zmq.Context.instance()).socket(zmq.DEALER)
+        super().__init__(address, receives=receives, limit_bytes=limit_bytes, socket=self._async_socket)
+
+    async def receive(self, timeout_s: float) -> MessageT | None:
+        """As PeerChannel.receive. Safe to cancel: with DONTWAIT a frame is taken only once it can be returned."""
+        deadline = time.monotonic() + timeout_s
+        while await self._async_socket.poll(_remaining_ms(deadline)):
+            message = self._take(await self._async_socket.recv_multipart(zmq.DONTWAIT))
+            if message is not None:
+                return message
+        return None
+
+
 class HubChannel(Generic[MessageT]):
     """The binding end, with many peers; a peer is known by the routing id that ZeroMQ gave its connection."""
 
     def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
         self.address = address
-        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         configure(self.socket, limit_bytes)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.refusals = Refusals(address)

@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Generic, TypeVar, get_args
 
 import msgspec
+
 from sempre.ipc.errors import MessageMalformed, MessageTooLarge
 from sempre.ipc.field_path import field_path
 from sempre.ipc.messages import Message

@@ -22,7 +22,7 @@ class PrivateDirectory:
 
     @classmethod
     def create(cls) -> PrivateDirectory:
-        """Under XDG_RUNTIME_DIR, else the system's temporary folder. Raises StartupError when no path is short enough."""
+        """Under XDG_RUNTIME_DIR, else the temporary folder. Raises StartupError when no path is short enough."""
         candidates = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
         for parent in candidates:
             fits = len(os.fsencode(parent + _LONGEST_SOCKET_NAME)) <= _AF_UNIX_LIMIT

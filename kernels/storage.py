@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from llvmlite import ir
+
 from sempre.kernels.jit import compiled
 from sempre.kernels.vector_ir import ELEMENT_BYTES, I64, LANES, address_intrinsic, load_widened, loop, store
 

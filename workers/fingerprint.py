@@ -29,7 +29,7 @@ def fingerprint_parts(weights: DecoderWeights, numerics: str) -> dict[str, str]:
         "numerics": CPU_PROFILE if numerics == "invariant" else numerics,
         "threads": str(get_num_threads()),
         "architecture": cpu_architecture(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numba": numba.__version__,
         "llvmlite": llvmlite.__version__,
         "numpy": np.__version__,

@@ -10,56 +10,49 @@ The step samples a token for a request exactly when it computes the request's la
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from sempre.ipc.errors import MessageMalformed
-from sempre.ipc.messages import ErrorInfo, NewRequest, SamplingSpec, ScheduledRequest
+from sempre.ipc.messages import ErrorInfo, NewRequest, ScheduledRequest
 from sempre.workers.models.decoder import StepInput
+from sempre.workers.sampling import SamplingState
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 
 
-@dataclass
+@dataclass(eq=False)
 class RequestState:
     """One request as the worker knows it."""
 
     request_id: str
-    params: SamplingSpec
-    seed: int
-    num_prompt_tokens: int
-    num_tokens: int
+    token_ids: list[int]
     """prompt and output tokens known so far"""
-    tokens: Int64
-    """[capacity]; the first `num_tokens` are known"""
+    num_prompt_tokens: int
+    sampling: SamplingState
+    """reads `token_ids`"""
     slot: int
     """row in the batch's persistent arrays"""
-    error: ErrorInfo | None = field(default=None)
-    """why the request cannot be computed; it fails alone"""
-
-    @property
-    def token_ids(self) -> Int64:
-        """The known tokens (a view)."""
-        return self.tokens[: self.num_tokens]
-
-    @property
-    def num_output_tokens(self) -> int:
-        return self.num_tokens - self.num_prompt_tokens
+    error: ErrorInfo | None
+    """why the request cannot go on; it fails alone, and again whenever it is scheduled"""
 
 
 @dataclass(frozen=True)
 class BatchStep:
     """The arrays of one step, and where each request's rows are."""
 
+    states: list[RequestState]
     model_input: StepInput
     first_rows: Int64
     """[R]: first row of each request"""
     last_rows: Int64
     """[R]: last row of each request"""
+    context: Int64
+    """[R]: tokens of each request after the step's; the position of the token it may sample"""
     samples: npt.NDArray[np.bool_]
     """[R]: whether the request samples a token in this step"""
 
@@ -70,7 +63,6 @@ class InputBatch:
     def __init__(self, *, num_blocks: int, block_size: int, max_model_len: int, num_slots: int) -> None:
         self._num_blocks = num_blocks
         self._block_size = block_size
-        self._max_model_len = max_model_len
         self._requests: dict[str, RequestState] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._block_tables: Int32 = np.zeros((num_slots, -(-max_model_len // block_size)), np.int32)
@@ -86,17 +78,13 @@ class InputBatch:
 
     def add(self, new: NewRequest, error: ErrorInfo | None = None) -> RequestState:
         """Take in a request; `error` marks one that is known but can never be computed."""
-        num_tokens = len(new.token_ids)
-        capacity = max(num_tokens, min(new.num_prompt_tokens + new.params.max_tokens, self._max_model_len))
-        tokens: Int64 = np.empty(capacity, np.int64)
-        tokens[:num_tokens] = new.token_ids
         slot = self._take_slot()
-        state = RequestState(
-            new.request_id, new.params, new.seed, new.num_prompt_tokens, num_tokens, tokens, slot, error
-        )
+        token_ids = list(new.token_ids)
+        sampling = SamplingState(new.params, new.seed, token_ids, new.num_prompt_tokens)
+        state = RequestState(new.request_id, token_ids, new.num_prompt_tokens, sampling, slot, error)
         self._table_lens[slot] = 0
-        self._num_tokens[slot] = num_tokens
-        self._last_tokens[slot] = new.token_ids[-1]
+        self._num_tokens[slot] = len(token_ids)
+        self._last_tokens[slot] = token_ids[-1]
         self._requests[new.request_id] = state
         return state
 
@@ -112,9 +100,8 @@ class InputBatch:
 
     def append(self, state: RequestState, token_id: int) -> None:
         """Add a sampled token to the request's sequence."""
-        state.tokens[state.num_tokens] = token_id
-        state.num_tokens += 1
-        self._num_tokens[state.slot] = state.num_tokens
+        state.token_ids.append(token_id)
+        self._num_tokens[state.slot] = len(state.token_ids)
         self._last_tokens[state.slot] = token_id
 
     def build(self, scheduled: list[ScheduledRequest]) -> BatchStep:
@@ -134,14 +121,15 @@ class InputBatch:
         ends = np.cumsum(num_tokens)
         first_rows = ends - num_tokens
         samples = context == known
-        if ends[-1] == count and samples.all():
-            token_ids, positions, row_slots = self._last_tokens[slots], computed, slots
-        else:
-            token_ids = np.concatenate(
-                [state.tokens[start:end] for state, start, end in zip(states, computed, context, strict=True)]
-            )
-            positions = np.arange(ends[-1]) - np.repeat(first_rows - computed, num_tokens)
-            row_slots = np.repeat(slots, num_tokens)
+        token_ids: Int64 = np.empty(ends[-1], np.int64)
+        # the last known token of a decoding request is at hand; prompts are copied piece by piece
+        decodes = samples & (num_tokens == 1)
+        token_ids[first_rows[decodes]] = self._last_tokens[slots[decodes]]
+        for index in np.flatnonzero(~decodes).tolist():
+            piece = states[index].token_ids[computed[index] : context[index]]
+            token_ids[first_rows[index] : ends[index]] = piece
+        positions = np.arange(ends[-1]) - np.repeat(first_rows - computed, num_tokens)
+        row_slots = np.repeat(slots, num_tokens)
         block_size = self._block_size
         blocks = self._block_tables[row_slots, positions // block_size].astype(np.int64)
         width = -(-int(context.max()) // block_size)
@@ -155,7 +143,7 @@ class InputBatch:
             query_starts=torch.from_numpy(query_starts),
             context_lens=torch.from_numpy(context.astype(np.int32)),
         )
-        return BatchStep(model_input, first_rows, ends - 1, samples)
+        return BatchStep(states, model_input, first_rows, ends - 1, context, samples)
 
     def _take_slot(self) -> int:
         if not self._free_slots:
@@ -186,7 +174,9 @@ class InputBatch:
         beyond_known = context > known
         if beyond_known.any():
             index = int(np.argmax(beyond_known))
-            raise _malformed(scheduled[index], "num_tokens", f"an end within {known[index]} tokens", str(context[index]))
+            raise _malformed(
+                scheduled[index], "num_tokens", f"an end within {known[index]} tokens", str(context[index])
+            )
         beyond_table = context > self._table_lens[slots] * self._block_size
         if beyond_table.any():
             index = int(np.argmax(beyond_table))

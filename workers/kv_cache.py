@@ -12,6 +12,7 @@ from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import KvCache, allocate_kv_cache
 from sempre.workers.models.spec import ModelSpec
+from sempre.workers.tensor_source import tensor_bytes
 
 # the one block size that the attention kernel takes
 BLOCK_SIZE = 16
@@ -92,5 +93,5 @@ class PagedKvCache:
         for layer in self.layers:
             for block_id in block_ids:
                 for tensor in (layer.k[block_id], layer.v[block_id]):
-                    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+                    digest.update(tensor_bytes(tensor))
         return digest.hexdigest()

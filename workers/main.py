@@ -81,7 +81,11 @@ class WorkerLoop:
     """One worker's conversation with its coordinator."""
 
     def __init__(
-        self, rank: int, channel: PeerChannel[WorkerCommand], make_worker: Callable[[], WorkerProtocol], interval_s: float
+        self,
+        rank: int,
+        channel: PeerChannel[WorkerCommand],
+        make_worker: Callable[[], WorkerProtocol],
+        interval_s: float,
     ) -> None:
         self._rank = rank
         self._channel = channel

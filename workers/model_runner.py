@@ -6,6 +6,7 @@ end of what is known.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from msgspec.structs import replace
 
@@ -15,7 +16,7 @@ from sempre.ipc.messages import ErrorInfo, ExecuteStep, LogprobRows, NewRequest,
 from sempre.workers.input_batch import BatchStep, InputBatch, RequestState
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder
-from sempre.workers.sampling import Sampler
+from sempre.workers.sampling import RowError, Sampler
 
 # rows of logits computed at a time for prompt log-probabilities: bounds the memory, cannot be seen in the result
 PROMPT_LOGPROB_ROWS = 64
@@ -47,7 +48,7 @@ class ModelRunner:
             max_model_len=max_model_len,
             num_slots=max_num_seqs,
         )
-        self._sampler = Sampler(self._vocab_size)
+        self._sampler = Sampler()
         rows = max(max_num_seqs, PROMPT_LOGPROB_ROWS)
         self._rows_RH = torch.empty(rows, decoder.spec.hidden_size)
         self._logits_RV = torch.empty(rows, self._vocab_size)
@@ -65,11 +66,11 @@ class ModelRunner:
             if (error := self._batch.get(item.request_id).error) is not None
         }
         healthy = [item for item in step.scheduled if item.request_id not in errors]
-        computed = {result.request_id: result for result in self._compute(healthy)} if healthy else {}
+        computed = iter(self._compute(healthy) if healthy else [])
         return [
-            computed[item.request_id]
-            if item.request_id in computed
-            else SampledTokens(request_id=item.request_id, error=errors[item.request_id])
+            SampledTokens(request_id=item.request_id, error=errors[item.request_id])
+            if item.request_id in errors
+            else next(computed)
             for item in step.scheduled
         ]
 
@@ -107,52 +108,64 @@ class ModelRunner:
     def _compute(self, scheduled: list[ScheduledRequest]) -> list[SampledTokens]:
         batch_step = self._batch.build(scheduled)
         hidden_TH = self._decoder.forward(batch_step.model_input, self.cache.layers)
-        states = [self._batch.get(item.request_id) for item in scheduled]
-        prompt_rows = [
-            self._prompt_logprobs(item, state, int(first_row), hidden_TH)
-            for item, state, first_row in zip(scheduled, states, batch_step.first_rows, strict=True)
-        ]
-        sampled = self._sample(batch_step, states, hidden_TH)
-        results = (sampled.get(state.request_id) or SampledTokens(request_id=state.request_id) for state in states)
-        return [
-            result if rows is None else replace(result, prompt_logprobs=rows)
-            for result, rows in zip(results, prompt_rows, strict=True)
-        ]
+        results = self._sample(batch_step, hidden_TH)
+        for index, (item, state) in enumerate(zip(scheduled, batch_step.states, strict=True)):
+            if state.sampling.params.prompt_logprobs is not None:
+                first_row = int(batch_step.first_rows[index])
+                results[index] = self._add_prompt_logprobs(results[index], item, state, first_row, hidden_TH)
+        for state, result in zip(batch_step.states, results, strict=True):
+            # a failed request stays failed: a step for it may be on its way already
+            state.error = result.error
+        return results
 
-    def _prompt_logprobs(
-        self, item: ScheduledRequest, state: RequestState, first_row: int, hidden_TH: torch.Tensor
-    ) -> LogprobRows | None:
-        """Rows for the prompt positions q in [first, last] of this chunk: the hidden state at q - 1 predicts q."""
-        width = state.params.prompt_logprobs
+    def _sample(self, batch_step: BatchStep, hidden_TH: torch.Tensor) -> list[SampledTokens]:
+        """One result per request of the step; the tokens sampled are appended to the sequences."""
+        results = [SampledTokens(request_id=state.request_id) for state in batch_step.states]
+        sampling = np.flatnonzero(batch_step.samples)
+        if not sampling.size:
+            return results
+        rows = torch.from_numpy(batch_step.last_rows[sampling])
+        hidden_RH = torch.index_select(hidden_TH, 0, rows, out=self._rows_RH[: sampling.size])
+        logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[: sampling.size])
+        states = [batch_step.states[index] for index in sampling.tolist()]
+        positions = batch_step.context[sampling].tolist()
+        outcomes = self._sampler.sample(logits_RV, [state.sampling for state in states], positions)
+        for index, state, outcome in zip(sampling.tolist(), states, outcomes, strict=True):
+            if outcome.token_id is not None:
+                self._batch.append(state, outcome.token_id)
+            results[index] = SampledTokens(
+                request_id=state.request_id,
+                token_ids=[] if outcome.token_id is None else [outcome.token_id],
+                logprobs=outcome.logprobs,
+                error=None if outcome.error is None else replace(outcome.error, rank=self._rank),
+            )
+        return results
+
+    def _add_prompt_logprobs(
+        self,
+        result: SampledTokens,
+        item: ScheduledRequest,
+        state: RequestState,
+        first_row: int,
+        hidden_TH: torch.Tensor,
+    ) -> SampledTokens:
+        """With rows for the prompt positions q in [first, last] of this chunk: the hidden state at q - 1 predicts q."""
+        width = state.sampling.params.prompt_logprobs
         start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_tokens
         first = max(start + 1, item.prompt_logprobs_start, 1)
         last = min(end, state.num_prompt_tokens - 1)
-        if width is None or first > last:
-            return None
+        if width is None or first > last or result.error is not None:
+            return result
         parts = []
         for low in range(first, last + 1, PROMPT_LOGPROB_ROWS):
             high = min(low + PROMPT_LOGPROB_ROWS, last + 1)
             row = first_row + low - 1 - start
             logits = self._decoder.logits(hidden_TH[row : row + high - low], self._logits_RV[: high - low])
-            parts.append(self._sampler.logprob_rows(logits, state.tokens[low:high], width))
-        return _joined(parts)
-
-    def _sample(
-        self, batch_step: BatchStep, states: list[RequestState], hidden_TH: torch.Tensor
-    ) -> dict[str, SampledTokens]:
-        """The results of the requests whose last known token was computed; their tokens are appended."""
-        samplers = [state for state, samples in zip(states, batch_step.samples, strict=True) if samples]
-        if not samplers:
-            return {}
-        count = len(samplers)
-        rows = torch.from_numpy(batch_step.last_rows[batch_step.samples])
-        hidden_RH = torch.index_select(hidden_TH, 0, rows, out=self._rows_RH[:count])
-        logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[:count])
-        results = self._sampler.sample(logits_RV, samplers)
-        for state, result in zip(samplers, results, strict=True):
-            for token_id in result.token_ids:
-                self._batch.append(state, token_id)
-        return {state.request_id: result for state, result in zip(samplers, results, strict=True)}
+            try:
+                parts.append(self._sampler.prompt_logprobs(logits, state.token_ids[low:high], width))
+            except RowError as error:
+                return SampledTokens(request_id=state.request_id, error=replace(error.info(), rank=self._rank))
+        return replace(result, prompt_logprobs=_joined(parts))
 
 
 def _joined(parts: list[LogprobRows]) -> LogprobRows:

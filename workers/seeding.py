@@ -43,13 +43,14 @@ def rng_digests() -> RngDigests:
 
 def _accelerator_in_use() -> bool:
     # asking for the state of an unused accelerator would start it up
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _numpy_state() -> bytes:
     name, keys, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
     words = np.asarray(keys, dtype="<u4").tobytes()
-    return b"|".join([str(name).encode(), words, repr((int(position), int(has_gauss), float(cached_gaussian))).encode()])
+    rest = repr((str(name), int(position), int(has_gauss), float(cached_gaussian)))
+    return words + rest.encode()
 
 
 def _sha256(data: bytes) -> str:

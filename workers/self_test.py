@@ -9,6 +9,7 @@ model's own packed weight of that shape in full at one M. Nothing here draws fro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 
@@ -167,7 +168,7 @@ def _attend(
     positions = torch.arange(ATTENTION_TOKENS)
     slots = torch.tensor(block_ids)[positions // block_size] * block_size + positions % block_size
     norm = torch.linspace(0.5, 1.5, spec.head_dim) if spec.qk_norm else None
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         _write(spec, rotated[start:end], positions[start:end], table, slots[start:end], cache, norm)
     out = torch.empty(ATTENTION_TOKENS, spec.num_heads * spec.head_dim)
     paged_attention(

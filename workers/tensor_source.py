@@ -88,6 +88,12 @@ class DummySource:
         return torch.empty(shape).normal_(0.0, self._std, generator=generator).to(self._dtype)
 
 
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The elements' bytes in row order, without a copy where the tensor is contiguous."""
+    data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return data
+
+
 @contextmanager
 def open_safetensors(folder: Path) -> Iterator[SafetensorsSource]:
     """Open the checkpoint's files; raises ModelError naming the file or the index entry that does not fit."""

@@ -16,7 +16,7 @@ import torch
 from sempre.ipc.errors import TensorMismatch
 from sempre.workers.models.numerics import LinearKernel, Packed
 from sempre.workers.models.spec import ModelSpec
-from sempre.workers.tensor_source import FLOAT_NAMES, DummySource, TensorSource, open_safetensors
+from sempre.workers.tensor_source import FLOAT_NAMES, DummySource, TensorSource, open_safetensors, tensor_bytes
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -230,7 +230,7 @@ class _Loader:
 
 def _tensor_digest(name: str, tensor: torch.Tensor) -> bytes:
     digest = hashlib.sha256(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(tensor_bytes(tensor))
     return digest.digest()
 
 
@@ -238,7 +238,7 @@ def live_digest(weights: DecoderWeights) -> str:
     """SHA-256 over the loaded tensors as they are in memory now."""
     digest = hashlib.sha256()
     for tensor in _tensors(weights):
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -15,9 +15,6 @@ from sempre.ipc.error_info import describe
 from sempre.ipc.errors import SempreError, WorkerDied
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
-    CallMethod,
-    ExecuteStep,
-    LoadModel,
     StartServing,
     WorkerCommand,
     WorkerEvent,

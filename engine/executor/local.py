@@ -16,7 +16,15 @@ from sempre.ipc.channel import HubChannel
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.errors import MessageMalformed, ProtocolError, SempreError
 from sempre.ipc.handshake import check_pid, check_version
-from sempre.ipc.messages import Heartbeat, Refused, ShutdownWorker, WorkerCommand, WorkerEvent, WorkerFailed, WorkerHello
+from sempre.ipc.messages import (
+    Heartbeat,
+    Refused,
+    ShutdownWorker,
+    WorkerCommand,
+    WorkerEvent,
+    WorkerFailed,
+    WorkerHello,
+)
 
 logger = logging.getLogger(__name__)
 

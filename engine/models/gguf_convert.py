@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
+
 from sempre.engine.models.gguf_metadata import GGUFMetadata
 from sempre.engine.models.safetensors_writer import write_bfloat16
 from sempre.ipc.errors import ModelError, TensorMismatch
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -57,6 +58,7 @@ def convert_gguf(gguf_path: Path, folder: Path, *, progress: bool = True) -> Non
     converter does not know stops it.
     """
     from gguf import GGUFReader
+
     from sempre.engine.models.gguf_tokenizer import special_token_ids, write_tokenizer
 
     # Reading fails with one of these when the file is cut short or is no GGUF at all.

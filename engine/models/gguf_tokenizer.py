@@ -8,9 +8,10 @@ from enum import IntEnum
 from pathlib import Path
 from types import MappingProxyType
 
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
 from sempre.engine.models.gguf_metadata import GGUFMetadata
 from sempre.ipc.errors import ModelError
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 
 class _TokenType(IntEnum):

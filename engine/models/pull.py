@@ -13,11 +13,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+from tqdm import tqdm
+
 from sempre.engine.models.cache import exclusive, model_cache_folder
 from sempre.engine.models.catalog import CATALOG, CatalogModel
 from sempre.engine.models.gguf_convert import CONVERTER_REVISION, convert_gguf
 from sempre.ipc.errors import ConfigError, ModelError
-from tqdm import tqdm
 
 PROVENANCE_FILE = "provenance.json"
 _POLL_SECONDS = 0.1

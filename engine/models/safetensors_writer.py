@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from sempre.ipc.errors import ModelError
 
 _ALIGNMENT = 8

@@ -17,6 +17,7 @@ from collections import deque
 from operator import attrgetter
 
 import msgspec
+
 from sempre.engine.scheduling.kv_cache_manager import KVCacheManager
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.request import OrderKey, Request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+
 from sempre.engine.scheduling.request import Request
 from sempre.ipc.errors import ProtocolError
 from sempre.ipc.messages import ExecuteStep, LogprobRows, NewRequest, SampledTokens, ScheduledRequest, StepResult

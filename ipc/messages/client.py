@@ -17,14 +17,14 @@ from sempre.ipc.messages.common import (
 )
 
 
-class ClientHello(Message, kw_only=True):
+class ClientHello(Message, frozen=True, kw_only=True):
     """First command of a client."""
 
     protocol_version: int
     pid: int
 
 
-class RequestSpec(Data, kw_only=True):
+class RequestSpec(Data, frozen=True, kw_only=True):
     """One sequence to generate. `seed` is the one in use; `priority` lower is sooner; `ordinal` breaks every tie."""
 
     request_id: str
@@ -36,17 +36,17 @@ class RequestSpec(Data, kw_only=True):
     cache_salt: str | None = None
 
 
-class AddRequests(Message, kw_only=True):
+class AddRequests(Message, frozen=True, kw_only=True):
     requests: list[RequestSpec]
 
 
-class AbortRequests(Message, kw_only=True):
+class AbortRequests(Message, frozen=True, kw_only=True):
     """Unknown ids are ignored: the request may have finished meanwhile."""
 
     request_ids: list[str]
 
 
-class CallWorkers(Message, kw_only=True):
+class CallWorkers(Message, frozen=True, kw_only=True):
     """Call one of the workers' public methods on every worker."""
 
     call_id: NonNegative
@@ -55,15 +55,15 @@ class CallWorkers(Message, kw_only=True):
     kwargs: dict[str, object] = {}
 
 
-class ResetPrefixCache(Message, kw_only=True):
+class ResetPrefixCache(Message, frozen=True, kw_only=True):
     call_id: NonNegative
 
 
-class GetMetrics(Message, kw_only=True):
+class GetMetrics(Message, frozen=True, kw_only=True):
     call_id: NonNegative
 
 
-class ShutdownEngine(Message, kw_only=True):
+class ShutdownEngine(Message, frozen=True, kw_only=True):
     """End workers and coordinator; unfinished requests are dropped."""
 
 
@@ -80,14 +80,14 @@ ClientCommand = (
 )
 
 
-class StartupProgress(Message, kw_only=True):
+class StartupProgress(Message, frozen=True, kw_only=True):
     """A start-up phase has ended."""
 
     phase: str
     seconds: float
 
 
-class EngineReady(Message, kw_only=True):
+class EngineReady(Message, frozen=True, kw_only=True):
     """All workers are ready and seeded alike."""
 
     vocab_size: Positive
@@ -100,7 +100,7 @@ class EngineReady(Message, kw_only=True):
     phase_seconds: dict[str, float] = {}
 
 
-class RequestOutputDelta(Data, kw_only=True):
+class RequestOutputDelta(Data, frozen=True, kw_only=True):
     """What is new for one request since the last delta. `finish_reason`: stop, length, abort or error."""
 
     request_id: str
@@ -113,11 +113,11 @@ class RequestOutputDelta(Data, kw_only=True):
     error: ErrorInfo | None = None
 
 
-class OutputsReady(Message, kw_only=True):
+class OutputsReady(Message, frozen=True, kw_only=True):
     outputs: list[RequestOutputDelta]
 
 
-class CallWorkersReply(Message, kw_only=True):
+class CallWorkersReply(Message, frozen=True, kw_only=True):
     """One result per worker, in rank order, or the first error."""
 
     call_id: NonNegative
@@ -125,21 +125,21 @@ class CallWorkersReply(Message, kw_only=True):
     error: ErrorInfo | None = None
 
 
-class ResetPrefixCacheReply(Message, kw_only=True):
+class ResetPrefixCacheReply(Message, frozen=True, kw_only=True):
     """`done` is False while requests hold blocks: nothing was reset."""
 
     call_id: NonNegative
     done: bool
 
 
-class MetricsReply(Message, kw_only=True):
+class MetricsReply(Message, frozen=True, kw_only=True):
     """Counters and gauges by name; lists are per-replica values."""
 
     call_id: NonNegative
     values: dict[str, float | list[float] | dict[str, float]]
 
 
-class EngineFailed(Message, kw_only=True):
+class EngineFailed(Message, frozen=True, kw_only=True):
     """The coordinator's last word."""
 
     error: ErrorInfo

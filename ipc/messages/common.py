@@ -23,7 +23,7 @@ class Data(Struct, frozen=True, array_like=True, kw_only=True):
     """Base of the parts of a message (untagged)."""
 
 
-class ErrorInfo(Data, kw_only=True):
+class ErrorInfo(Data, frozen=True, kw_only=True):
     """An exception in transit: its type's name, text, where it was raised, and the facts its class carries."""
 
     type: str
@@ -33,7 +33,7 @@ class ErrorInfo(Data, kw_only=True):
     facts: dict[str, str | int | None] = {}
 
 
-class RngDigests(Data, kw_only=True):
+class RngDigests(Data, frozen=True, kw_only=True):
     """SHA-256 (hex) of the state of each global generator of one process."""
 
     python_random: str
@@ -42,20 +42,20 @@ class RngDigests(Data, kw_only=True):
     torch_accelerator: str = ""
 
 
-class Heartbeat(Message, kw_only=True):
+class Heartbeat(Message, frozen=True, kw_only=True):
     """Sent by either side of a link every `heartbeat_interval_s`, also while the sender computes."""
 
     rank: int | None = None
     steps_done: int = 0
 
 
-class Refused(Message, kw_only=True):
+class Refused(Message, frozen=True, kw_only=True):
     """The receiver's answer to a frame that it could not accept; the sender's process is not harmed."""
 
     error: ErrorInfo
 
 
-class SamplingSpec(Data, kw_only=True):
+class SamplingSpec(Data, frozen=True, kw_only=True):
     """Sampling parameters as the worker needs them: validated, resolved, in token ids.
 
     Greedy is `temperature == 0`. `top_k == 0` is off. `stop_token_ids` end the request with that id as the reason;
@@ -81,7 +81,7 @@ class SamplingSpec(Data, kw_only=True):
     prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
 
 
-class LogprobRows(Data, kw_only=True):
+class LogprobRows(Data, frozen=True, kw_only=True):
     """Log-probabilities of `num_rows` positions, `width` columns each, as packed little-endian arrays.
 
     Column 0 is the token that was sampled (or stands in the prompt), columns 1…k the k best in descending order

@@ -18,7 +18,7 @@ from sempre.ipc.messages.common import (
 )
 
 
-class WorkerConfig(Data, kw_only=True):
+class WorkerConfig(Data, frozen=True, kw_only=True):
     """Everything a worker needs to know before it loads the model."""
 
     rank: NonNegative
@@ -42,19 +42,19 @@ class WorkerConfig(Data, kw_only=True):
     heartbeat_interval_s: float = 0.5
 
 
-class LoadModel(Message, kw_only=True):
+class LoadModel(Message, frozen=True, kw_only=True):
     """First command: seed the global generators, load the model, run the self-test."""
 
     config: WorkerConfig
 
 
-class StartServing(Message, kw_only=True):
+class StartServing(Message, frozen=True, kw_only=True):
     """Second command: allocate the KV cache, warm up, seed again."""
 
     num_blocks: Positive
 
 
-class NewRequest(Data, kw_only=True):
+class NewRequest(Data, frozen=True, kw_only=True):
     """A request the worker has not seen: all tokens known so far, the first `num_prompt_tokens` of them the prompt."""
 
     request_id: str
@@ -64,7 +64,7 @@ class NewRequest(Data, kw_only=True):
     params: SamplingSpec
 
 
-class ScheduledRequest(Data, kw_only=True):
+class ScheduledRequest(Data, frozen=True, kw_only=True):
     """What one request computes in one step.
 
     [0, num_computed_tokens) of its sequence is in the KV cache; [num_computed_tokens, + num_tokens) is computed now.
@@ -86,7 +86,7 @@ class ScheduledRequest(Data, kw_only=True):
     prompt_logprobs_start: NonNegative = 0
 
 
-class ExecuteStep(Message, kw_only=True):
+class ExecuteStep(Message, frozen=True, kw_only=True):
     """One forward pass over the scheduled requests. `finished_request_ids` are forgotten before it."""
 
     step_id: NonNegative
@@ -95,7 +95,7 @@ class ExecuteStep(Message, kw_only=True):
     scheduled: list[ScheduledRequest] = []
 
 
-class CallMethod(Message, kw_only=True):
+class CallMethod(Message, frozen=True, kw_only=True):
     """A call of one of the worker's public methods (a fixed list); arguments are msgpack values."""
 
     call_id: NonNegative
@@ -104,14 +104,14 @@ class CallMethod(Message, kw_only=True):
     kwargs: dict[str, object] = {}
 
 
-class ShutdownWorker(Message, kw_only=True):
+class ShutdownWorker(Message, frozen=True, kw_only=True):
     """Finish and exit with code 0."""
 
 
 WorkerCommand = LoadModel | StartServing | ExecuteStep | CallMethod | ShutdownWorker | Heartbeat | Refused
 
 
-class WorkerHello(Message, kw_only=True):
+class WorkerHello(Message, frozen=True, kw_only=True):
     """First event of a worker."""
 
     protocol_version: int
@@ -120,7 +120,7 @@ class WorkerHello(Message, kw_only=True):
     versions: dict[str, str] = {}
 
 
-class ModelLoaded(Message, kw_only=True):
+class ModelLoaded(Message, frozen=True, kw_only=True):
     """Answer to LoadModel. `max_model_len` is the limit in use; `fingerprint` the parts this worker knows."""
 
     rank: NonNegative
@@ -134,7 +134,7 @@ class ModelLoaded(Message, kw_only=True):
     phase_seconds: dict[str, float] = {}
 
 
-class WorkerReady(Message, kw_only=True):
+class WorkerReady(Message, frozen=True, kw_only=True):
     """Answer to StartServing."""
 
     rank: NonNegative
@@ -142,7 +142,7 @@ class WorkerReady(Message, kw_only=True):
     phase_seconds: dict[str, float] = {}
 
 
-class SampledTokens(Data, kw_only=True):
+class SampledTokens(Data, frozen=True, kw_only=True):
     """The result of one request in one step: no token (chunked prefill goes on), one, or several (speculation)."""
 
     request_id: str
@@ -152,7 +152,7 @@ class SampledTokens(Data, kw_only=True):
     error: ErrorInfo | None = None
 
 
-class StepResult(Message, kw_only=True):
+class StepResult(Message, frozen=True, kw_only=True):
     """Answer to ExecuteStep; `sampled` is in the order of `ExecuteStep.scheduled`."""
 
     rank: NonNegative
@@ -160,7 +160,7 @@ class StepResult(Message, kw_only=True):
     sampled: list[SampledTokens] = []
 
 
-class CallMethodReply(Message, kw_only=True):
+class CallMethodReply(Message, frozen=True, kw_only=True):
     """Answer to CallMethod: a msgpack value, or the error."""
 
     rank: NonNegative
@@ -169,7 +169,7 @@ class CallMethodReply(Message, kw_only=True):
     error: ErrorInfo | None = None
 
 
-class WorkerFailed(Message, kw_only=True):
+class WorkerFailed(Message, frozen=True, kw_only=True):
     """The worker's last word: the exception that ends it."""
 
     rank: NonNegative

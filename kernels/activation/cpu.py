@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from llvmlite import ir
 from numba import prange
+
 from sempre.kernels.jit import compiled
 from sempre.kernels.vector_ir import F32, I64, LANES, address_intrinsic, constant, exp, load, loop, store, vec
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numba import prange
+
 from sempre.kernels.attention.cpu_tiles import (
     copy_row,
     pv_1,

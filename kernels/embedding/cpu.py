@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from sempre.kernels.jit import compiled
 from sempre.kernels.storage import ELEMENT_SIZE, storage_code, widen
 

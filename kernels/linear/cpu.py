@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numba import prange
+
 from sempre.kernels.jit import address_of, compiled
 from sempre.kernels.linear.cpu_tiles import PANEL, add_rows, copy_rows, tile_1, tile_2, tile_4, tile_8, tile_12
 from sempre.kernels.storage import ELEMENT_SIZE, storage_code, widen

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+
 from sempre.kernels.vector_ir import (
     ELEMENT_BYTES,
     F32,

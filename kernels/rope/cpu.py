@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import prange
+
 from sempre.kernels.jit import address_of, compiled
 from sempre.kernels.norms import emit_rms_norm
 from sempre.kernels.storage import ELEMENT_SIZE, storage_code

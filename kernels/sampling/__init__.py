@@ -1,0 +1,169 @@
+"""Sampling on logits: the noisy argmax, its truncations, penalties, and log-probabilities.
+
+A token is argmax_v (x_v + g_v): x the processed logits divided by the temperature, g = gumbel(seed, position, v) as
+`rng.py` defines it; both and their sum are float32. Temperature 0 is the plain argmax. Ties go to the lowest id. One
+row is one computation: its result depends neither on the other rows nor on the number of threads.
+
+`sample` and `logprobs` dispatch on the logits' device; so far there is one, the CPU.
+"""
+
+# M rows of logits, V vocabulary, R reported rows, k best tokens
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sempre.kernels.sampling.penalties import add_bias, allow_only, apply_penalties, forbid
+
+__all__ = [
+    "Logprobs",
+    "Sampled",
+    "SamplingRows",
+    "add_bias",
+    "allow_only",
+    "apply_penalties",
+    "forbid",
+    "logprobs",
+    "sample",
+    "warm_up",
+]
+
+# rows whose log-probabilities are gathered at a time: bounds the scratch memory when the whole vocabulary is asked for
+_ROWS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """What `sample` needs to know of each row; arrays [M], made by `SamplingRows.of` with checked dtypes."""
+
+    seeds: npt.NDArray[np.uint64]
+    temperature: npt.NDArray[np.float32]
+    top_k: npt.NDArray[np.int64]
+    top_p: npt.NDArray[np.float64]
+    min_p: npt.NDArray[np.float32]
+    truncated: npt.NDArray[np.int64]
+    """Indices of the rows that are random and use top_k, top_p or min_p."""
+    temperature_after_truncation: npt.NDArray[np.float32]
+    """1 for the truncated rows, whose logits are already divided."""
+
+    @classmethod
+    def of(cls, *, seeds: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> SamplingRows:
+        """Sequences of M numbers; top_k 0, top_p 1 and min_p 0 are off."""
+        temperatures = np.asarray(temperature, np.float32)
+        ks, ps, floors = np.asarray(top_k, np.int64), np.asarray(top_p, np.float64), np.asarray(min_p, np.float32)
+        truncates = (temperatures > 0) & ((ks > 0) | (ps < 1.0) | (floors > 0))
+        after = np.where(truncates, np.float32(1), temperatures)
+        return cls(np.asarray(seeds, np.uint64), temperatures, ks, ps, floors, np.flatnonzero(truncates), after)
+
+
+class Sampled(NamedTuple):
+    """token_ids int32 [M]; values float32 [M], the winning noisy logits.
+
+    A value of +inf marks a row with NaN or +inf among its logits, -inf one in which no token is allowed: its id means
+    nothing.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
+
+
+class Logprobs(NamedTuple):
+    """Columns of token_ids (int32) and logprobs (float32) [R, 1 + k]: the target, then the k best in order.
+
+    ranks int32 [R]: 1 + the number of tokens before the target in the order value descending, id ascending. `valid`
+    bool [R] is False for a row without a distribution (NaN, +inf, or only -inf).
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    ranks: npt.NDArray[np.int32]
+    valid: npt.NDArray[np.bool_]
+
+    def part(self, rows: slice) -> Logprobs:
+        """Views of some rows."""
+        return Logprobs(self.token_ids[rows], self.logprobs[rows], self.ranks[rows], self.valid[rows])
+
+
+def _as_array(logits: torch.Tensor) -> npt.NDArray[np.float32]:
+    if logits.device.type != "cpu" or logits.dtype != torch.float32 or logits.dim() != 2 or not logits.is_contiguous():
+        raise ValueError(
+            "logits: expected a contiguous float32 CPU tensor [rows, vocabulary], found "
+            f"{logits.dtype} {list(logits.shape)} on {logits.device}, strides {logits.stride()}"
+        )
+    if logits.shape[1] == 0:
+        raise ValueError("logits: expected at least one column, found an empty vocabulary")
+    array: npt.NDArray[np.float32] = logits.numpy()
+    return array
+
+
+def sample(logits: torch.Tensor, rows: SamplingRows, positions: npt.NDArray[np.int64]) -> Sampled:
+    """Sample one token per row of logits [M, V]; truncated rows are overwritten.
+
+    `positions` [M] are the indices, in their sequences, of the tokens that are sampled (0 <= position < 2**32).
+    """
+    from sempre.kernels.sampling.noise import CHUNK, best_of_chunks
+    from sempre.kernels.sampling.truncation import truncate_rows
+
+    array = _as_array(logits)
+    if rows.truncated.size:
+        truncate_rows(array, rows.truncated, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+    num_rows, vocabulary = array.shape
+    shape = (num_rows, -(-vocabulary // CHUNK))
+    values, ids = np.empty(shape, np.float32), np.empty(shape, np.int32)
+    best_of_chunks(array, rows.temperature_after_truncation, rows.seeds, positions, values, ids)
+    best = values.argmax(axis=1)  # the first of equals, hence the lowest id
+    each = np.arange(num_rows)
+    return Sampled(ids[each, best], values[each, best])
+
+
+def logprobs(
+    logits: torch.Tensor, rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], num_best: int
+) -> Logprobs:
+    """Log-probabilities of targets [R] and of the `num_best` best tokens (-1: all) in logits[rows], rows [R].
+
+    Raises ValueError when a target is outside the vocabulary.
+    """
+    array = _as_array(logits)
+    vocabulary = array.shape[1]
+    if targets.size and not 0 <= targets.min() <= targets.max() < vocabulary:
+        raise ValueError(f"targets: expected ids in [0, {vocabulary}), found {targets.min()} … {targets.max()}")
+    k = vocabulary if num_best < 0 else min(num_best, vocabulary)
+    result = Logprobs(
+        np.empty((rows.size, 1 + k), np.int32),
+        np.empty((rows.size, 1 + k), np.float32),
+        np.empty(rows.size, np.int32),
+        np.empty(rows.size, np.bool_),
+    )
+    for start in range(0, rows.size, _ROWS_AT_A_TIME):
+        part = slice(start, start + _ROWS_AT_A_TIME)
+        _fill_logprobs(array, rows[part], targets[part], result.part(part))
+    return result
+
+
+def _fill_logprobs(
+    array: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], out: Logprobs
+) -> None:
+    from sempre.kernels.sampling.log_softmax import row_statistics
+
+    maximum, log_sum = np.empty(rows.size, np.float32), np.empty(rows.size, np.float32)
+    best = np.zeros((rows.size, out.token_ids.shape[1] - 1), np.uint64)
+    row_statistics(array, rows, targets, maximum, log_sum, out.ranks, best)
+    best.sort(axis=1)
+    out.token_ids[:, 0] = targets
+    out.token_ids[:, 1:] = (best & np.uint64(0xFFFFFFFF)).astype(np.int32)
+    out.valid[:] = np.isfinite(maximum)
+    with np.errstate(invalid="ignore"):  # rows that are not valid
+        out.logprobs[:] = (array[rows[:, None], out.token_ids] - maximum[:, None]) - log_sum[:, None]
+
+
+def warm_up() -> None:
+    """Compile every sampling kernel, or load it from the cache."""
+    logits = torch.zeros(2, 64)
+    rows = SamplingRows.of(seeds=[0, 1], temperature=[1.0, 1.0], top_k=[2, 0], top_p=[0.5, 1.0], min_p=[0.1, 0.0])
+    sample(logits, rows, np.zeros(2, np.int64))
+    logprobs(logits, np.arange(2), np.zeros(2, np.int64), 1)

@@ -2,13 +2,16 @@
 
 No call of a mathematics library, no subnormal results. The polynomials are weighted least squares fits, iterated
 towards the smallest maximal error, computed in float64 and rounded to float32. Greatest errors against float64,
-measured over 2**24 arguments: `exp32` 1.0 ulp on [-87, 0], `log32` 1.0 ulp on [2**-64, 2**64].
+measured over 2**24 arguments: `exp32` 1.1 ulp on [-87, 0], `log32` 0.9 ulp on [2**-64, 2**64].
 `reference.py` states the same operations in numpy; the two agree bit for bit.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
 from sempre.kernels.intrinsics import float32_bits, float32_from_bits, fma, inlined
 
 
@@ -30,9 +33,7 @@ LOG = _float32(
     "-0x1.41ed50p-4",
 )
 # -log(1-u) = u + u**2 * (LOG1P[0] + LOG1P[1] u + …) on [0, 1/4], relative error 2**-28
-LOG1P = _float32(
-    "0x1.ffffd4p-2", "0x1.556224p-2", "0x1.fd8496p-3", "0x1.b58658p-3", "0x1.765fe0p-4", "0x1.53a84ap-2"
-)
+LOG1P = _float32("0x1.ffffd4p-2", "0x1.556224p-2", "0x1.fd8496p-3", "0x1.b58658p-3", "0x1.765fe0p-4", "0x1.53a84ap-2")
 # log(2) in two parts: the first has 10 trailing zero bits, so that its product with an exponent is exact
 LN2_HIGH, LN2_LOW = _float32("0x1.62e400p-1", "0x1.7f7d1cp-20")
 LOG2_E = np.float32(1.4426950408889634)
@@ -50,7 +51,7 @@ _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
 
 
 @inlined
-def exp32(x: np.float32) -> np.float32:
+def exp32(x: Any) -> Any:
     """e**x for x <= 0 (float32); 0 below -87, also for -inf."""
     shifted = fma(x, LOG2_E, ROUND_MAGIC)
     n = shifted - ROUND_MAGIC
@@ -63,7 +64,7 @@ def exp32(x: np.float32) -> np.float32:
 
 
 @inlined
-def log32(x: np.float32) -> np.float32:
+def log32(x: Any) -> Any:
     """log(x) for a positive normal float32."""
     offset = np.uint32(float32_bits(x) - SQRT_HALF_BITS)
     exponent = np.float32(np.int32(np.int32(offset) >> np.int32(23)))
@@ -77,7 +78,7 @@ def log32(x: np.float32) -> np.float32:
 
 
 @inlined
-def minus_log1m32(u: np.float32) -> np.float32:
+def minus_log1m32(u: Any) -> Any:
     """-log(1 - u) for u in [0, 1/4], with full relative precision near 0."""
     p = fma(fma(fma(fma(fma(_U5, u, _U4), u, _U3), u, _U2), u, _U1), u, _U0)
     return fma(u * u, p, u)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numba import prange
+
 from sempre.kernels.intrinsics import fma, inlined
 from sempre.kernels.jit import compiled
 from sempre.kernels.sampling.elementary import log32, minus_log1m32
@@ -126,9 +127,7 @@ def _best_of_chunk(logits: Any, first: Any, temperature: Any, seed: Any, positio
 
 
 @compiled(parallel=True)
-def best_of_chunks(
-    logits: Any, temperature: Any, seeds: Any, positions: Any, best_value: Any, best_id: Any
-) -> None:
+def best_of_chunks(logits: Any, temperature: Any, seeds: Any, positions: Any, best_value: Any, best_id: Any) -> None:
     """Fill best_value (float32) and best_id (int32), both [M, C], from logits [M, V]; one work item per entry."""
     rows, chunks = best_value.shape
     for item in prange(rows * chunks):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from sempre.kernels.sampling.elementary import (
     EXP,
     EXP_LOWEST,
@@ -29,7 +30,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def fma(a: Any, b: Any, c: Any) -> Float32Array:
-    """float32 a * b + c with one rounding: the sum is taken in float64 rounded to odd, which a second rounding keeps."""
+    """float32 a * b + c with one rounding: a float64 sum rounded to odd, which survives the second rounding."""
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)  # exact: 48 of 53 bits
     addend = np.asarray(c, np.float64)
     total = product + addend
@@ -88,3 +89,45 @@ def gumbel(words: Uint32Array) -> Float32Array:
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> Float32Array:
     """The noise of ids 0 … vocab_size - 1."""
     return gumbel(noise_words(seed, position, vocab_size))
+
+
+def truncated(x: Float32Array, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> BoolArray:
+    """Which tokens survive, by a full sort and float64 probabilities; x are the logits divided by the temperature."""
+    order = np.lexsort((np.arange(x.size), -x.astype(np.float64)))
+    probability = np.exp(x[order].astype(np.float64) - float(x.max()))
+    count = int(np.isfinite(x).sum())
+    if min_p > 0:
+        count = int((probability[:count] >= min_p).sum())
+    if top_k > 0:
+        count = min(count, top_k)
+    if top_p < 1.0:
+        cumulative = np.cumsum(probability[:count])
+        count = min(count, int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1)
+    keep = np.zeros(x.size, np.bool_)
+    keep[order[: max(count, 1)]] = True
+    return keep
+
+
+def log_softmax(x: Float32Array) -> Float64Array:
+    """log_softmax of one row in float64."""
+    wide = x.astype(np.float64)
+    shifted: Float64Array = wide - wide.max()
+    log_sum: np.float64 = np.log(np.exp(shifted).sum())
+    return shifted - log_sum
+
+
+def penalised(
+    x: Float32Array, prompt: list[int], output: list[int], *, repetition: float, frequency: float, presence: float
+) -> Float64Array:
+    """Penalties token by token in float64."""
+    y = x.astype(np.float64)
+    for token in {*prompt, *output}:
+        y[token] = y[token] / repetition if y[token] > 0 else y[token] * repetition
+        y[token] -= frequency * output.count(token)
+        y[token] -= presence if token in output else 0.0
+    return y
+
+
+def sample(x: Float32Array, seed: int, position: int, keep: BoolArray) -> int:
+    """argmax over the kept tokens of x + noise, float32, the lowest id among equals."""
+    return int(np.argmax(np.where(keep, x + gumbel_noise(seed, position, x.size), np.float32(-np.inf))))

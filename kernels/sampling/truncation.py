@@ -22,8 +22,7 @@ MASS_ONE = np.float32(2.0**40)
 # three digits of an order key, most significant first: (shift, bits)
 DIGITS = ((21, 11), (10, 11), (0, 10))
 
-# the order key of -inf
-LOWEST_KEY = np.uint32(0x007FFFFF)
+_KEY_OF_MINUS_INFINITY = np.uint32(0x007FFFFF)
 
 _LANES = 64
 _INFINITY = np.float32(np.inf)
@@ -63,7 +62,7 @@ def prefix_cut(keys: Any, weights: Any, need: Any) -> Any:
     """(key, number): the shortest prefix whose weight is at least `need` (1 <= need <= total weight).
 
     The prefix consists of the elements above `key`, and of the first `number` of those equal to it, in the order of
-    their index. `weights` (int64) are equal where keys are; an empty array stands for a weight of 1 each, 0 for -inf.
+    their index. `weights` (int64) are equal where keys are; an empty array stands for a weight of 1 each.
     """
     digits = np.empty(1 << DIGITS[0][1], np.int64)
     count = keys.size
@@ -74,8 +73,7 @@ def prefix_cut(keys: Any, weights: Any, need: Any) -> Any:
         digits[:] = 0
         if counting:
             for i in range(count):
-                if keys[i] > LOWEST_KEY:
-                    digits[(keys[i] >> np.uint32(shift)) & mask] += 1
+                digits[(keys[i] >> np.uint32(shift)) & mask] += 1
         else:
             for i in range(count):
                 if weights[i] > 0:
@@ -126,7 +124,7 @@ def _truncate_row(x: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) 
     for i in range(x.size):
         x[i] = x[i] / temperature
     maximum = greatest(x)
-    if maximum == _INFINITY or maximum == _MINUS_INFINITY:
+    if not _MINUS_INFINITY < maximum < _INFINITY:
         return  # no distribution: the argmax reports it
     if min_p > _ZERO:
         lowest = log32(max(min_p, _SMALLEST_NORMAL))
@@ -136,7 +134,7 @@ def _truncate_row(x: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) 
     allowed = 0
     for i in range(x.size):
         keys[i] = order_key(x[i])
-        allowed += keys[i] > LOWEST_KEY
+        allowed += keys[i] > _KEY_OF_MINUS_INFINITY
     if 0 < top_k < allowed:
         _keep_prefix(x, keys, np.empty(0, np.int64), top_k)
     if top_p < 1.0:

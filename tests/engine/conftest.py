@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import settings
-from sempre.engine.tokenizer import Tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
+
+from sempre.engine.tokenizer import Tokenizer
 
 # The same examples in every run, and no deadline: a busy machine is no failure.
 settings.register_profile("reproducible", deadline=None, derandomize=True)

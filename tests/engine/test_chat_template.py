@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sempre.engine.chat_template import load_chat_template, render_chat
-from sempre.ipc.errors import ConfigError, ModelError, RequestError
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
+
+from sempre.engine.chat_template import load_chat_template, render_chat
+from sempre.ipc.errors import ConfigError, ModelError, RequestError
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sempre.engine.detokenizer import IncrementalDetokenizer, TextUpdate
 from sempre.engine.tokenizer import Tokenizer
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sempre.engine.tokenizer import Tokenizer
-from sempre.ipc.errors import ModelError
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
+
+from sempre.engine.tokenizer import Tokenizer
+from sempre.ipc.errors import ModelError
 
 
 def save(folder: Path, backend: Backend, **files: object) -> Path:

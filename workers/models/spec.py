@@ -13,6 +13,18 @@ from sempre.workers.models.registry import BiasRule, Family, WindowRule, family_
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
+# whatever else stands in the rope section belongs to a kind of scaling that is not supported
+ROPE_FIELDS = (
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+)
+
 # rows of activations are walked in vectors of this many elements
 WIDTH_MULTIPLE = 16
 
@@ -150,6 +162,9 @@ def _bias(fields: ConfigFields, rule: BiasRule) -> bool:
 def _rope(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RopeSpec:
     name = "rope_parameters" if fields.raw.get("rope_parameters") is not None else "rope_scaling"
     rope = fields.section(name)
+    for key in rope.raw:
+        if key not in ROPE_FIELDS:
+            rope.fail(key, f"only the fields {', '.join(ROPE_FIELDS)}", rope.raw[key])
     kind = rope.raw.get("rope_type", rope.raw.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         rope.fail("rope_type", "'default', 'linear' or 'llama3'", kind)

@@ -13,11 +13,12 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
 from sempre.engine.models import convert_gguf
 from sempre.engine.models.safetensors_writer import bfloat16_bits, write_bfloat16
 from sempre.engine.tokenizer import Tokenizer
 from sempre.ipc.errors import ModelError, TensorMismatch
-from transformers import LlamaForCausalLM
 
 IDS = torch.tensor([[1, 40, 77, 5, 130, 200, 9, 9, 31, 2]])
 

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from sempre.engine.models import CATALOG, CatalogModel, cache_folder, pull
 from sempre.engine.models.pull import pull_model
 from sempre.ipc.errors import ConfigError, ModelError

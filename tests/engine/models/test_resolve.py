@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from sempre.engine.models import CATALOG, EMBEDDED_NAMES, cache_folder, resolve_model
 from sempre.engine.models.cache import model_cache_folder
 from sempre.ipc.errors import ConfigError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from sempre.engine.scheduling.block_pool import BlockPool
 from sempre.engine.scheduling.prefix_cache import BlockKey, PrefixCache
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+
 from sempre.engine.scheduling.prefix_cache import BlockKey, PrefixCache, root_digest
 
 

@@ -21,6 +21,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sempre.engine.scheduling import Scheduler
 from sempre.ipc.messages import (
     ErrorInfo,

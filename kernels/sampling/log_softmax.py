@@ -31,7 +31,7 @@ def _collect_best(x: Any, best: Any) -> None:
         keys[i] = order_key(x[i])
     lowest, last = np.uint32(0), x.size - 1
     if best.size < x.size:
-        lowest, number = prefix_cut(keys, np.ones(x.size, np.int64), best.size)
+        lowest, number = prefix_cut(keys, np.empty(0, np.int64), best.size)
         last = last_id_of_cut(keys, lowest, number)
     count = 0
     for i in range(x.size):
@@ -44,7 +44,7 @@ def _collect_best(x: Any, best: Any) -> None:
 def _row_statistics(x: Any, target: Any) -> Any:
     """(max, log of the sum relative to max, rank of target)."""
     maximum = greatest(x)
-    if maximum == _INFINITY or maximum == _MINUS_INFINITY:
+    if not _MINUS_INFINITY < maximum < _INFINITY:
         return maximum, np.float32(0.0), 0
     total = 0
     for i in range(x.size):
@@ -59,9 +59,7 @@ def _row_statistics(x: Any, target: Any) -> Any:
 
 
 @compiled(parallel=True)
-def row_statistics(
-    logits: Any, rows: Any, targets: Any, maximum: Any, log_sum: Any, ranks: Any, best: Any
-) -> None:
+def row_statistics(logits: Any, rows: Any, targets: Any, maximum: Any, log_sum: Any, ranks: Any, best: Any) -> None:
     """Statistics of logits[rows[r]] (of float32 [M, V]) for each r; rows and targets are int64 [R].
 
     Fills maximum and log_sum (float32 [R]; a maximum that is not finite marks a row without a distribution: +inf for

@@ -1,0 +1,144 @@
+"""Flags made from the fields of the settings, so that both always say the same."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from sempre.engine.arguments import FrontendConfig, field_types
+from sempre.engine.cli.parser import UsageError
+from sempre.engine.config import EngineConfig
+from sempre.engine.sampling_params import SamplingParams
+
+SAMPLING_SEED = "sampling_seed"
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+_REPEATED = ("stop", "bad_words")
+_NOT_FLAGS = ("output_kind",)
+
+
+def add_model_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--model`; its absence is reported by `model_of`, after mistyped flags."""
+    parser.add_argument("--model", metavar="MODEL", help="name (tiny, smollm2-135m), folder, or hub id")
+
+
+def model_of(namespace: argparse.Namespace) -> str:
+    """Return the model's name. Raises UsageError when none is given."""
+    model: str | None = namespace.model
+    if model is None:
+        raise UsageError("--model is missing; the model `tiny` is always at hand: --model tiny")
+    return model
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of EngineConfig and FrontendConfig."""
+    group = parser.add_argument_group("engine")
+    for config in (EngineConfig, FrontendConfig):
+        defaults = {field.name: field.default for field in msgspec.structs.fields(config)}
+        for name, hint in field_types(config).items():
+            _add_flag(group, name, hint, f"default: {defaults[name]}")
+
+
+def add_sampling_flags(
+    parser: argparse.ArgumentParser, *, without: Collection[str] = (), defaults: dict[str, object] | None = None
+) -> None:
+    """Add a flag for every field of SamplingParams but those in `without`; `defaults` differ from the struct's.
+
+    The seed of a request is `--sampling-seed`: `--seed` is the engine's, from which it is derived otherwise.
+    """
+    group = parser.add_argument_group("sampling", "What is left out is the model's own default, else the one below.")
+    hints = get_type_hints(SamplingParams, include_extras=True)
+    for field in dataclasses.fields(SamplingParams):
+        if field.name in _NOT_FLAGS or field.name in without:
+            continue
+        default = (defaults or {}).get(field.name, field.default)
+        _add_flag(group, _flag_name(field.name), hints[field.name], f"default: {default}")
+
+
+def engine_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Return the engine keywords that were given."""
+    names = [*field_types(EngineConfig), *field_types(FrontendConfig)]
+    return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
+
+
+def sampling_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Return the sampling keywords that were given."""
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    return {name: getattr(namespace, _flag_name(name)) for name in names if hasattr(namespace, _flag_name(name))}
+
+
+def _flag_name(field: str) -> str:
+    return SAMPLING_SEED if field == "seed" else field
+
+
+def _add_flag(group: Any, name: str, hint: Any, default: str) -> None:
+    kind, description = _unwrap(hint)
+    keywords: dict[str, Any] = {
+        "dest": name,
+        "default": argparse.SUPPRESS,
+        "help": f"{description} ({default})".replace("%", "%%"),
+    }
+    if kind is bool:
+        keywords["action"] = argparse.BooleanOptionalAction
+    elif name in _REPEATED:
+        keywords.update(action="append", metavar="TEXT")
+    elif get_origin(kind) is Literal:
+        keywords["choices"] = get_args(kind)
+    else:
+        converter, keywords["metavar"] = _converter(kind)
+        keywords["type"] = converter
+    group.add_argument("--" + name.replace("_", "-"), **keywords)
+
+
+def _unwrap(hint: Any) -> tuple[Any, str]:
+    """Return the type without None, and the field's description."""
+    description = ""
+    if get_origin(hint) is Annotated:
+        hint, meta = get_args(hint)
+        description = meta.description
+    options = [option for option in get_args(hint) if option is not type(None)]
+    if type(None) in get_args(hint):
+        hint = options[0]
+    return hint, description
+
+
+def _converter(kind: Any) -> tuple[Callable[[str], Any], str]:
+    if kind is int:
+        return _integer, "N"
+    if kind is float:
+        return float, "X"
+    if kind is str:
+        return str, "TEXT"
+    if get_origin(kind) is list:
+        return _integers, "N,N,…"
+    return _json_object, "JSON"
+
+
+def _integer(text: str) -> int:
+    """Read 2048, 2k (2000) or 2K (2048)."""
+    match = re.fullmatch(r"(-?\d+)([kKmMgG]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected an integer such as 2048, 2k or 2K, got {text!r}")
+    return int(match[1]) * _UNITS.get(match[2], 1)
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers with commas between, got {text!r}") from None
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'expected a JSON object such as {{"5": 1.5}}, got {text!r}')
+    return value

@@ -1,0 +1,137 @@
+"""Entry point: which command, and how errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from sempre.engine.cli.parser import CommandParser, UsageError
+from sempre.engine.version import __version__
+from sempre.ipc.errors import (
+    ConfigError,
+    EngineDeadError,
+    InvarianceError,
+    ModelError,
+    ProtocolError,
+    SeedMismatch,
+    SempreError,
+    StartupError,
+)
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_MODEL = 3
+EXIT_ENGINE = 4
+EXIT_INTERRUPTED = 130
+
+DEBUG_VARIABLE = "SEMPRE_DEBUG"
+
+COMMANDS = {
+    "generate": "complete prompts from arguments, standard input or a JSONL file",
+    "chat": "talk with a model",
+    "pull": "fetch a model of the catalogue",
+    "fingerprint": "print what the outputs of a model depend on, and its digest",
+    "collect-env": "print versions and facts of this machine",
+}
+
+_EPILOG = f"""exit codes: {EXIT_OK} success, {EXIT_FAILURE} other failure, {EXIT_USAGE} usage or setting,
+{EXIT_MODEL} model, {EXIT_ENGINE} engine could not start or died, {EXIT_INTERRUPTED} interrupted.
+`sempre COMMAND --help` describes a command."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get(DEBUG_VARIABLE) == "1" or "--debug" in arguments
+    try:
+        return _run(arguments, debug)
+    except KeyboardInterrupt:
+        print("sempre: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has left; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except (UsageError, SempreError, OSError, TypeError, TimeoutError) as error:
+        _report(error, debug)
+        return exit_code(error)
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code that tells this kind of error from others."""
+    match error:
+        case UsageError() | ConfigError():
+            return EXIT_USAGE
+        case ModelError():
+            return EXIT_MODEL
+        case StartupError() | EngineDeadError() | SeedMismatch() | InvarianceError() | ProtocolError():
+            return EXIT_ENGINE
+        case _:
+            return EXIT_FAILURE
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        parser = _top_parser()
+        parser.parse(arguments)
+        parser.print_help()
+        return EXIT_OK
+    command, *rest = arguments
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
+        raise UsageError(f"unknown command {command!r}.{hint}")
+    module = import_module(f"sempre.engine.cli.{command.replace('-', '_')}")
+    parser = CommandParser(prog=f"sempre {command}", description=f"{COMMANDS[command].capitalize()}.")
+    module.add_flags(parser)
+    parser.add_argument("--debug", action="store_true", help="log everything, and show tracebacks of errors")
+    namespace = parser.parse(rest)
+    _set_up_output(debug)
+    code: int = module.run(namespace)
+    sys.stdout.flush()
+    return code
+
+
+def _top_parser() -> CommandParser:
+    parser = CommandParser(
+        prog="sempre",
+        usage="sempre COMMAND [flags]",
+        description="LLM inference whose outputs are reproducible bit for bit.\n\ncommands:\n"
+        + "\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items()),
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sempre {__version__}")
+    return parser
+
+
+def _set_up_output(debug: bool) -> None:
+    """Log to standard error, and write UTF-8 whatever the locale, so that output is the same everywhere."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("sempre: %(levelname)s: %(message)s"))
+    root = logging.getLogger("sempre")
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG if debug else logging.WARNING)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(encoding="utf-8")
+
+
+def _report(error: BaseException, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(error)
+        worker_traceback = getattr(error, "worker_traceback", "")
+        if worker_traceback:
+            print(f"last traceback of the worker:\n{worker_traceback}", file=sys.stderr)
+    first_line, *more = str(error).strip().splitlines() or [type(error).__name__]
+    print(f"sempre: error: {first_line}", file=sys.stderr)
+    if more and not debug:
+        print(f"sempre: {len(more)} more lines with --debug or {DEBUG_VARIABLE}=1", file=sys.stderr)

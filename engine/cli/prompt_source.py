@@ -1,0 +1,72 @@
+"""The prompts of `sempre generate`: arguments, lines of standard input, or rows of a JSONL file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sempre.ipc.errors import ConfigError
+
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One prompt and what it asks for itself."""
+
+    prompt: str | None = None
+    prompt_token_ids: list[int] | None = None
+    messages: list[Mapping[str, Any]] | None = None
+    cache_salt: str | None = None
+    priority: int = 0
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Sampling parameters that override the flags."""
+    where: str = ""
+    """Place of the row, for errors."""
+
+
+def prompts_from_arguments(arguments: Sequence[str], standard_input: Iterable[str]) -> list[PromptRow]:
+    """Return one row per argument; `-` stands for the lines of standard input, empty ones left out."""
+    rows = []
+    for argument in arguments:
+        if argument != "-":
+            rows.append(PromptRow(prompt=argument))
+            continue
+        lines = (line.rstrip("\n") for line in standard_input)
+        rows += [PromptRow(prompt=line) for line in lines if line]
+    return rows
+
+
+def prompts_from_file(path: str) -> list[PromptRow]:
+    """Return the rows of a JSONL file, one object per line.
+
+    A row has one of `prompt`, `prompt_token_ids` and `messages`, optionally `cache_salt` and `priority`, and any field
+    of SamplingParams. Raises ConfigError that names the line, OSError when the file cannot be read.
+    """
+    rows = []
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                rows.append(_row(line, f"{path}:{number}"))
+    return rows
+
+
+def _row(line: str, where: str) -> PromptRow:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not valid JSON: {error}", parameter="input", value=line) from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: expected a JSON object, got {value!r}.", parameter="input", value=value)
+    given = [key for key in _PROMPT_KEYS if key in value]
+    if len(given) != 1:
+        raise ConfigError(
+            f"{where}: expected exactly one of {', '.join(_PROMPT_KEYS)}, found {', '.join(given) or 'none'}.",
+            parameter="input",
+            value=value,
+        )
+    taken = {key: value.pop(key) for key in (*given, "cache_salt", "priority") if key in value}
+    return PromptRow(**taken, sampling=value, where=where)

@@ -1,0 +1,98 @@
+"""The client of an engine inside this process: coordinator's core and worker in one, driven by `receive`."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+
+from sempre.engine.client import ProgressCallback
+from sempre.engine.config import EngineConfig
+from sempre.engine.core import EngineCore
+from sempre.engine.engine_process import ended_by
+from sempre.engine.executor.base import Executor
+from sempre.engine.executor.inproc import InprocExecutor
+from sempre.ipc.errors import EngineDeadError, SempreError
+from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady, ShutdownEngine, StartupProgress
+
+
+class InprocClient:
+    """Computes while `receive` is waiting for an event, and only then."""
+
+    ready: EngineReady
+
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+        self._executor = executor
+        self._core = EngineCore(config, executor)
+        self._commands: deque[ClientCommand] = deque()
+        self._events: deque[ClientEvent] = deque()
+        self._error: EngineDeadError | None = None
+        self._finalizer = weakref.finalize(self, executor.shutdown)
+
+    @classmethod
+    def launch(
+        cls, config: EngineConfig, *, executor: Executor | None = None, on_progress: ProgressCallback | None = None
+    ) -> InprocClient:
+        """Load the model into this process; its global generators are seeded. Raises what stops the start-up."""
+        client = cls(config, executor or InprocExecutor(config))
+        try:
+            client._start(on_progress)
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    def send(self, command: ClientCommand) -> None:
+        """Queue a command for the next `receive`; the one method that may be called from another thread."""
+        if self._error is not None:
+            raise self._error
+        self._commands.append(command)
+
+    def receive(self, timeout_s: float | None = None) -> ClientEvent | None:
+        """As EngineClient. A step in progress is finished, whatever `timeout_s` says: nothing can interrupt it."""
+        if self._error is not None:
+            raise self._error
+        self._obey_commands()
+        try:
+            while not self._events and self._work():
+                pass
+        except SempreError as error:
+            self._error = ended_by(error)
+            raise
+        return self._events.popleft() if self._events else None
+
+    def has_work(self) -> bool:
+        """Whether `receive` has an event at hand or can compute one."""
+        return bool(self._commands or self._events) or self._core.has_unfinished()
+
+    def close(self) -> None:
+        self._finalizer()
+        if self._error is None:
+            self._error = ended_by(EngineDeadError("the engine was shut down"))
+
+    def _obey_commands(self) -> None:
+        """Raises MessageMalformed for a command that has no place here; the engine is not harmed."""
+        while self._commands:
+            command = self._commands.popleft()
+            if isinstance(command, ShutdownEngine):
+                self.close()
+            else:
+                self._events += self._core.handle_command(command)
+
+    def _work(self) -> bool:
+        """Run one command of a worker; False when there was nothing to do."""
+        self._core.advance()
+        arrival = self._executor.receive()
+        if arrival is None:
+            return False
+        self._events += self._core.handle_event(*arrival)
+        return True
+
+    def _start(self, on_progress: ProgressCallback | None) -> None:
+        while self._core.ready is None:
+            if not self._work():
+                raise AssertionError("a worker in this process has not answered")
+            while self._events:
+                event = self._events.popleft()
+                if isinstance(event, StartupProgress) and on_progress is not None:
+                    on_progress(event)
+        self.ready = self._core.ready

@@ -1,0 +1,104 @@
+"""The coordinator process and its private folder, as the user's process holds them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from sempre.engine.child_process import ChildProcess, child_environment
+from sempre.engine.config import EngineConfig
+from sempre.engine.config_json import encode_json
+from sempre.engine.coordinator import CoordinatorArguments
+from sempre.ipc.endpoint import PrivateDirectory
+from sempre.ipc.error_info import restore
+from sempre.ipc.errors import CoordinatorDied, EngineDeadError, ProtocolError, SempreError
+from sempre.ipc.messages import ClientEvent, EngineFailed, Heartbeat, Refused
+
+_GOODBYE_S = 5.0
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """How the processes find each other; the defaults are what users get.
+
+    `directory` is made when None; `client_connect` and `worker_connect` put a proxy in between.
+    """
+
+    worker_module: str = "sempre.workers"
+    directory: PrivateDirectory | None = None
+    client_connect: str | None = None
+    worker_connect: str | None = None
+
+
+class EngineProcess:
+    """Starts the coordinator on construction."""
+
+    def __init__(self, config: EngineConfig, options: ProcessOptions) -> None:
+        self.directory = options.directory or PrivateDirectory.create()
+        self.client_address = options.client_connect or self.directory.client_address
+        self._owner_pid = os.getpid()
+        arguments = CoordinatorArguments(
+            config=config,
+            directory=str(self.directory.path),
+            client_pid=self._owner_pid,
+            worker_module=options.worker_module,
+            worker_connect=options.worker_connect,
+        )
+        try:
+            self.child = ChildProcess(
+                "sempre.engine.coordinator",
+                [],
+                log_path=self.directory.log_path("coordinator"),
+                environment=child_environment(),
+                stdin=encode_json(arguments),
+                own_group=True,
+            )
+        except BaseException:
+            self.directory.remove()
+            raise
+
+    def is_inherited(self) -> bool:
+        """Whether this is a forked copy of the process that started the engine."""
+        return os.getpid() != self._owner_pid
+
+    def check_alive(self) -> None:
+        """Raises CoordinatorDied when the process has ended."""
+        if self.child.ended():
+            raise self.death()
+
+    def death(self, cause: str | None = None) -> CoordinatorDied:
+        """End what is left of the engine, and the error that says why; `cause` is ours, where we ended it."""
+        self.child.kill_group()
+        ending = self.child.describe_exit()
+        text = f"the coordinator (pid {self.child.pid}) died: {ending}" + (f"; {cause}" if cause else "")
+        return CoordinatorDied(
+            f"{text}\n{self.child.log_tail()}".rstrip(), exitcode=self.child.exitcode(), cause=cause or ending
+        )
+
+    def end(self) -> None:
+        """Wait for the end that was asked for, enforce it, and remove the folder."""
+        if self.child.ended() or self.child.wait(_GOODBYE_S) is None:
+            self.child.kill_group()
+        self.child.close()
+        self.directory.remove()
+
+
+def client_event(event: ClientEvent) -> ClientEvent | None:
+    """The event, unless it is for the client itself (None). Raises what EngineFailed and Refused carry."""
+    match event:
+        case Heartbeat():
+            return None
+        case EngineFailed(error=info):
+            text = f"the engine failed: {info.type}: {info.message}\n{info.traceback}".rstrip()
+            raise restore(info) or CoordinatorDied(text, cause=f"{info.type}: {info.message}")
+        case Refused(error=info):
+            raise restore(info) or ProtocolError(f"the coordinator refused a frame: {info.type}: {info.message}")
+        case _:
+            return event
+
+
+def ended_by(error: SempreError) -> EngineDeadError:
+    """The error of an engine that is used after it ended."""
+    if isinstance(error, EngineDeadError):
+        return error
+    return CoordinatorDied(f"the engine has ended: {error}", cause=str(error))

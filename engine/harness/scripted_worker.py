@@ -1,0 +1,160 @@
+"""A worker without a model: its next token is a pure function of the seed and of the tokens before it.
+
+It seeds, digests, and keeps sequences as the real one does, so that everything around a worker can be tested in a
+second. Started with `python -m sempre.engine.harness.scripted_worker`; used in-process as `ScriptedWorker()`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import sys
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from sempre.ipc.error_info import describe
+from sempre.ipc.errors import ConfigError
+from sempre.ipc.messages import (
+    CallMethod,
+    CallMethodReply,
+    ExecuteStep,
+    LoadModel,
+    LogprobRows,
+    ModelLoaded,
+    NewRequest,
+    SampledTokens,
+    SamplingSpec,
+    ScheduledRequest,
+    StartServing,
+    StepResult,
+    WorkerConfig,
+    WorkerReady,
+)
+
+VOCAB_SIZE = 1000
+_DEFAULT_MODEL_LEN = 4096
+_DEFAULT_BLOCKS = 1024
+
+
+@dataclass
+class _Sequence:
+    token_ids: list[int]
+    num_prompt_tokens: int
+    seed: int
+    params: SamplingSpec
+
+
+class ScriptedWorker:
+    """Implements the worker's interface. `load_format` of the configuration is not looked at."""
+
+    def __init__(self) -> None:
+        self._sequences: dict[str, _Sequence] = {}
+        self._config: WorkerConfig | None = None
+        self._step_seconds = 0.0
+
+    def load_model(self, command: LoadModel) -> ModelLoaded:
+        # brings in torch, whose generator is one of the three
+        from sempre.workers.seeding import rng_digests, seed_everything
+
+        self._config = command.config
+        seed_everything(command.config.seed)
+        return ModelLoaded(
+            rank=command.config.rank,
+            digests_before_load=rng_digests(),
+            vocab_size=VOCAB_SIZE,
+            max_model_len=command.config.max_model_len or _DEFAULT_MODEL_LEN,
+            kv_block_bytes=1,
+            available_kv_blocks=command.config.kv_cache_memory_bytes or _DEFAULT_BLOCKS,
+            fingerprint={"model": "scripted"},
+        )
+
+    def start_serving(self, command: StartServing) -> WorkerReady:
+        from sempre.workers.seeding import rng_digests, seed_everything
+
+        seed_everything(self._settings.seed)
+        return WorkerReady(rank=self._settings.rank, digests_after_warm_up=rng_digests())
+
+    def execute(self, command: ExecuteStep) -> StepResult:
+        time.sleep(self._step_seconds)
+        for request_id in command.finished_request_ids:
+            del self._sequences[request_id]
+        for request in command.new_requests:
+            self._sequences[request.request_id] = _sequence(request)
+        sampled = [self._run(scheduled) for scheduled in command.scheduled]
+        return StepResult(rank=self._settings.rank, step_id=command.step_id, sampled=sampled)
+
+    def call(self, command: CallMethod) -> CallMethodReply:
+        methods = {"rng_digests": self.rng_digests, "ping": lambda: "pong", "fail": self.fail, "slow": self.slow}
+        rank = self._settings.rank
+        try:
+            method = methods.get(command.method)
+            if method is None:
+                raise ConfigError(f"method: no worker method {command.method!r}", parameter="method")
+            result = method(*command.args, **command.kwargs)  # type: ignore[operator]
+        except Exception as error:  # goes to the caller
+            return CallMethodReply(rank=rank, call_id=command.call_id, error=describe(error, rank))
+        return CallMethodReply(rank=rank, call_id=command.call_id, result=result)
+
+    def shutdown(self) -> None:
+        self._sequences.clear()
+
+    def rng_digests(self) -> dict[str, str]:
+        from sempre.workers.seeding import rng_digests
+
+        digests: dict[str, str] = msgspec.structs.asdict(rng_digests())
+        return digests
+
+    def slow(self, seconds: float) -> None:
+        """Let every further step take this long."""
+        self._step_seconds = seconds
+
+    def fail(self, kind: str) -> None:
+        """Have the next step fail with an exception."""
+        if kind != "step":
+            raise ConfigError(f"kind: expected 'step', found {kind!r}", parameter="kind", value=kind)
+        # a request that nobody knows: the step raises KeyError
+        self._sequences.clear()
+
+    @property
+    def _settings(self) -> WorkerConfig:
+        assert self._config is not None
+        return self._config
+
+    def _run(self, scheduled: ScheduledRequest) -> SampledTokens:
+        sequence = self._sequences[scheduled.request_id]
+        end = scheduled.num_computed_tokens + scheduled.num_tokens
+        if end < len(sequence.token_ids):
+            return SampledTokens(request_id=scheduled.request_id)
+        token = next_token(sequence.seed, sequence.token_ids)
+        sequence.token_ids.append(token)
+        rows = _rows(token) if sequence.params.logprobs is not None else None
+        return SampledTokens(request_id=scheduled.request_id, token_ids=[token], logprobs=rows)
+
+
+def next_token(seed: int, token_ids: list[int]) -> int:
+    """In [0, VOCAB_SIZE): from SHA-256 over the seed and the last 8 tokens with their position."""
+    tail = token_ids[-8:]
+    data = struct.pack(f"<QQ{len(tail)}I", seed, len(token_ids), *tail)
+    return int.from_bytes(hashlib.sha256(data).digest()[:4], "little") % VOCAB_SIZE
+
+
+def _sequence(request: NewRequest) -> _Sequence:
+    return _Sequence([*request.token_ids], request.num_prompt_tokens, request.seed, request.params)
+
+
+def _rows(token: int) -> LogprobRows:
+    return LogprobRows(
+        num_rows=1,
+        width=1,
+        token_ids=struct.pack("<i", token),
+        logprobs=struct.pack("<f", -token / VOCAB_SIZE),
+        ranks=struct.pack("<i", token + 1),
+    )
+
+
+if __name__ == "__main__":
+    from sempre.workers.main import main
+
+    sys.exit(main(ScriptedWorker))

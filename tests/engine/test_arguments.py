@@ -1,0 +1,152 @@
+"""Keywords of the engine: types, ranges, unknown names, the environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from sempre.engine.arguments import (
+    MULTIPROCESSING_VARIABLE,
+    EngineKeywords,
+    FrontendConfig,
+    engine_config,
+    field_types,
+    parse_arguments,
+)
+from sempre.engine.config import EngineConfig
+from sempre.ipc.errors import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.delenv(MULTIPROCESSING_VARIABLE, raising=False)
+    (tmp_path / "config.json").write_text("{}")
+    return str(tmp_path)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"dtype": "int8"}, "dtype must be 'auto' or 'float32' or 'bfloat16' or 'float16', got 'int8'."),
+    ({"max_num_seqs": "8"}, "max_num_seqs must be an int, got '8'."),
+    ({"max_num_seqs": True}, "max_num_seqs must be an int, got True."),
+    ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0."),
+    ({"max_model_len": 1.5}, "max_model_len must be an int or None, got 1.5."),
+    ({"max_model_len": 0}, "max_model_len must be at least 1, got 0."),
+    ({"max_num_batched_tokens": 0}, "max_num_batched_tokens must be at least 1, got 0."),
+    ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes must be at least 1, got 0."),
+    ({"data_parallel_size": 0}, "data_parallel_size must be at least 1, got 0."),
+    ({"num_threads": -1}, "num_threads must be at least 0, got -1."),
+    ({"max_logprobs": -2}, "max_logprobs must be at least -1, got -2."),
+    ({"max_message_bytes": 5}, "max_message_bytes must be at least 65536, got 5."),
+    ({"block_size": 32}, "block_size can only be 16 for now, got 32."),
+    ({"tensor_parallel_size": 2}, "tensor_parallel_size can only be 1 for now, got 2."),
+    ({"device": "cuda"}, "device can only be 'cpu' for now, got 'cuda'."),
+    ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False, got 1."),
+    ({"scheduling_policy": "lifo"}, "scheduling_policy must be 'fcfs' or 'priority', got 'lifo'."),
+    ({"numerics": "fast"}, "numerics must be 'invariant' or 'control', got 'fast'."),
+    ({"load_format": "pt"}, "load_format must be 'auto' or 'safetensors' or 'dummy', got 'pt'."),
+    ({"heartbeat_interval_s": 0}, "heartbeat_interval_s must be a positive number of seconds, got 0.0."),
+    ({"startup_timeout_s": float("inf")}, "startup_timeout_s must be a positive number of seconds, got inf."),
+    (
+        {"heartbeat_interval_s": 31.0},
+        "heartbeat_timeout_s=30.0 must be greater than heartbeat_interval_s=31.0.",
+    ),
+    (
+        {"data_parallel_size": 2, "multiprocessing": False},
+        "data_parallel_size=2 needs multiprocessing=True: one process holds one worker.",
+    ),
+    ({"tokenizer": 5}, "tokenizer must be a string or None, got 5."),
+    ({"generation_config": "model"}, "generation_config must be 'auto' or 'vllm', got 'model'."),
+    (
+        {"gpu_memory_utilization": 0.9},
+        "gpu_memory_utilization=0.9 is not supported by this engine. The KV cache is sized by kv_cache_memory_bytes.",
+    ),
+    (
+        {"quantization": "awq"},
+        "quantization='awq' is not supported by this engine. The storage of weights is chosen by dtype.",
+    ),
+    (
+        {"trust_remote_code": True},
+        "trust_remote_code=True is not supported by this engine. Code from a checkpoint is never run.",
+    ),
+    ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported by this engine. Leave it out."),
+    ({"pipeline_parallel_size": True}, "pipeline_parallel_size=True is not supported by this engine. Leave it out."),
+]
+
+
+@pytest.mark.parametrize(("keywords", "message"), REFUSED, ids=[str(keywords) for keywords, _ in REFUSED])
+def test_refused(folder: str, keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(folder, keywords)
+    assert str(caught.value) == message
+    assert caught.value.parameter is not None
+
+
+@pytest.mark.parametrize("seed", [None, True, 1.0, -1, 2**64, "0"])
+def test_refused_seeds(folder: str, seed: object) -> None:
+    with pytest.raises(ConfigError, match="seed") as caught:
+        parse_arguments(folder, {"seed": seed})
+    assert caught.value.parameter == "seed"
+
+
+def test_unknown_keyword_names_the_near_one(folder: str) -> None:
+    with pytest.raises(TypeError, match=r"unknown keyword 'max_num_seq'. Did you mean 'max_num_seqs'\?"):
+        parse_arguments(folder, {"max_num_seq": 8})
+
+
+def test_unknown_keyword_without_a_near_one(folder: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        parse_arguments(folder, {"xyzzy": 8})
+    assert str(caught.value) == "unknown keyword 'xyzzy'."
+
+
+def test_keywords_that_change_nothing_are_accepted(folder: str) -> None:
+    keywords = {"enforce_eager": True, "trust_remote_code": False, "pipeline_parallel_size": 1, "quantization": None}
+    assert parse_arguments(folder, keywords) == parse_arguments(folder, {})
+
+
+def test_config_and_frontend_settings(folder: str) -> None:
+    config, frontend = parse_arguments(folder, {"seed": 7, "max_num_seqs": 4, "chat_template": "{{ x }}"})
+    assert config == EngineConfig(model=folder, model_path=Path(folder).resolve(), seed=7, max_num_seqs=4)
+    assert frontend == FrontendConfig(chat_template="{{ x }}")
+
+
+def test_a_small_token_budget_is_no_error(folder: str) -> None:
+    assert parse_arguments(folder, {"max_num_batched_tokens": 64}).engine.max_num_batched_tokens == 64
+
+
+def test_engine_config(folder: str) -> None:
+    assert engine_config(folder, data_parallel_size=2).data_parallel_size == 2
+    with pytest.raises(TypeError, match="unknown keyword 'chat_template'"):
+        engine_config(folder, chat_template="x")
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", False), ("1", True)])
+def test_multiprocessing_from_the_environment(
+    folder: str, monkeypatch: pytest.MonkeyPatch, value: str, expected: bool
+) -> None:
+    monkeypatch.setenv(MULTIPROCESSING_VARIABLE, value)
+    assert parse_arguments(folder, {}).engine.multiprocessing is expected
+    assert parse_arguments(folder, {"multiprocessing": True}).engine.multiprocessing is True
+
+
+def test_multiprocessing_from_the_environment_refused(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MULTIPROCESSING_VARIABLE, "no")
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(folder, {})
+    assert str(caught.value) == "SEMPRE_MULTIPROCESSING must be 0 or 1, got 'no'."
+
+
+def test_keyword_types_are_those_of_the_settings() -> None:
+    fields = [*field_types(EngineConfig), *field_types(FrontendConfig)]
+    assert list(EngineKeywords.__annotations__) == fields
+
+
+def test_every_setting_is_described() -> None:
+    for config in (EngineConfig, FrontendConfig):
+        for name, hint in field_types(config).items():
+            (meta,) = hint.__metadata__
+            assert isinstance(meta, msgspec.Meta), name
+            assert meta.description, name

@@ -1,0 +1,154 @@
+"""Paged attention with rotation and cache write: decode, chunks and whole prompts give the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from sempre.kernels import reference
+from sempre.kernels.attention import KvCache, allocate_kv_cache, paged_attention
+from sempre.kernels.rope import RopeSpec, cos_sin_table, rope_and_cache_write
+from sempre.kernels.rope.table import _frequencies
+from sempre.kernels.threads import get_num_threads, set_num_threads
+
+LENGTHS = [1, 17, 64, 150]
+HEADS = [(9, 3, 64), (4, 4, 128), (14, 2, 64), (8, 1, 80), (4, 2, 96), (16, 1, 32), (4, 1, 16), (2, 1, 256)]
+BLOCK = 16
+
+
+@dataclass
+class Sequences:
+    """Random q, k, v rows of a few sequences with scattered block tables."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    window: int | None = None
+    norm: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.num_heads * 1000 + self.head_dim)
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv = [torch.randn(length, width, generator=generator) for length in LENGTHS]
+        blocks = [-(-length // BLOCK) for length in LENGTHS]
+        self.num_blocks = sum(blocks) + 3
+        order = torch.randperm(self.num_blocks, generator=generator).to(torch.int32)
+        self.tables = torch.zeros(len(LENGTHS), max(blocks), dtype=torch.int32)
+        taken = 0
+        for row, count in enumerate(blocks):
+            self.tables[row, :count] = order[taken : taken + count]
+            taken += count
+        self.angles = cos_sin_table(RopeSpec(self.head_dim), 256)
+
+    def empty_cache(self) -> KvCache:
+        """A cache full of NaN: whatever is read without having been written shows."""
+        cache = allocate_kv_cache(self.num_blocks, self.num_kv_heads, self.head_dim, BLOCK, self.dtype)
+        cache.k.fill_(float("nan"))
+        cache.v.fill_(float("nan"))
+        return cache
+
+    def step(self, cache: KvCache, parts: list[tuple[int, int, int]]) -> list[torch.Tensor]:
+        """One forward step over `parts` (sequence, start, stop)."""
+        rows = torch.cat([self.qkv[s][a:b] for s, a, b in parts]).clone()
+        positions = torch.cat([torch.arange(a, b) for _, a, b in parts])
+        slots = torch.cat([self.tables[s][torch.arange(a, b) // BLOCK].long() * BLOCK + torch.arange(a, b) % BLOCK
+                           for s, a, b in parts])  # fmt: skip
+        shape = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        rope_and_cache_write(
+            rows, positions, self.angles, slots, cache.k, cache.v, q_norm=self.norm, k_norm=self.norm, eps=1e-6, **shape
+        )
+        sizes = [b - a for _, a, b in parts]
+        starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32)
+        out = torch.full((rows.shape[0], self.num_heads * self.head_dim), float("nan"))
+        paged_attention(
+            rows,
+            cache,
+            self.tables[[s for s, _, _ in parts]].contiguous(),
+            starts,
+            torch.tensor([b for _, _, b in parts], dtype=torch.int32),
+            scale=self.head_dim**-0.5,
+            window=self.window,
+            out=out,
+            **shape,
+        )
+        return list(out.split(sizes))
+
+    def whole(self) -> list[torch.Tensor]:
+        return self.step(self.empty_cache(), [(s, 0, length) for s, length in enumerate(LENGTHS)])
+
+
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_decode_and_chunks_give_the_bits_of_the_whole_prompt(
+    heads: tuple[int, int, int], dtype: torch.dtype, window: int | None
+) -> None:
+    sequences = Sequences(*heads, dtype, window, norm=torch.rand(heads[2]) if heads[0] % 2 == 0 else None)
+    whole = sequences.whole()
+    for size in (1, 7, 64, 65):
+        cache = sequences.empty_cache()
+        for start in range(0, max(LENGTHS), size):
+            parts = [(s, start, min(length, start + size)) for s, length in enumerate(LENGTHS) if length > start]
+            for out, (s, a, b) in zip(sequences.step(cache, parts), parts, strict=True):
+                assert torch.equal(out, whole[s][a:b]), f"sequence {s}, rows {a}..{b}, chunks of {size}"
+
+
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_accuracy_against_float64(heads: tuple[int, int, int], window: int | None) -> None:
+    num_heads, num_kv_heads, dim = heads
+    sequences = Sequences(*heads, torch.float32, window, norm=torch.rand(dim))
+    frequencies = torch.from_numpy(_frequencies(RopeSpec(dim)))
+    for s, length in enumerate(LENGTHS):
+        x = sequences.qkv[s].view(length, num_heads + 2 * num_kv_heads, dim)
+        positions = torch.arange(length)
+        q, k, v = x.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        q, k = (reference.rope(reference.rms_norm(y, sequences.norm, 1e-6), positions, frequencies) for y in (q, k))
+        expected = reference.attention(q, k, v, positions, dim**-0.5, window).reshape(length, -1)
+        error = (sequences.whole()[s] - expected).norm() / expected.norm()
+        assert error < 1e-6
+
+
+@pytest.mark.skipif("__import__('os').cpu_count() < 2")
+def test_result_does_not_depend_on_threads() -> None:
+    sequences = Sequences(9, 3, 64, torch.float32)
+    before = get_num_threads()
+    set_num_threads(1)
+    one = sequences.whole()
+    set_num_threads(2)
+    two = sequences.whole()
+    set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_control_another_key_order_gives_other_bits() -> None:
+    """Shifting a sequence by one tile position changes the grouping of its sums, so equality above is not trivial."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, 150, 2, 64, generator=generator).transpose(1, 2) for _ in range(3))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    whole = attend(q, k, v, is_causal=True)[:, :, -1:]
+    decode = attend(q[:, :, -1:], k, v)
+    assert not torch.equal(whole, decode)
+
+
+def test_tables_of_angles() -> None:
+    plain = cos_sin_table(RopeSpec(64), 8)
+    assert plain.shape == (8, 64)
+    assert torch.equal(plain[0], torch.cat([torch.ones(32), torch.zeros(32)]))
+    linear = cos_sin_table(RopeSpec(64, scaling="linear", factor=2.0), 8)
+    assert torch.equal(linear[6], plain[3])
+    long_waves = _frequencies(RopeSpec(128, theta=500000.0, scaling="llama3", factor=8.0, low_freq_factor=1.0,
+                                       high_freq_factor=4.0, original_max_position_embeddings=8192))  # fmt: skip
+    unscaled = _frequencies(RopeSpec(128, theta=500000.0))
+    assert long_waves[0] == unscaled[0]
+    assert long_waves[-1] == unscaled[-1] / 8
+
+
+def test_unsupported_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="block_size must be 16"):
+        allocate_kv_cache(2, 1, 64, 32, torch.float32)
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 16, got 40"):
+        allocate_kv_cache(2, 1, 40, 16, torch.float32)

@@ -1,0 +1,258 @@
+"""Random tiny checkpoints of every family, saved by transformers, and a worker driven by real messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from sempre.ipc.messages import (
+    ExecuteStep,
+    LoadModel,
+    LogprobRows,
+    ModelLoaded,
+    NewRequest,
+    SampledTokens,
+    SamplingSpec,
+    ScheduledRequest,
+    StartServing,
+    WorkerConfig,
+    WorkerReady,
+)
+from sempre.workers.worker import Worker
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
+    """The variants that differ in what the decoder must do."""
+    llama, mistral = transformers.LlamaConfig, transformers.MistralConfig
+    qwen2, qwen3 = transformers.Qwen2Config, transformers.Qwen3Config
+    return {
+        "llama": llama(**COMMON),
+        "llama-multi-head-tied": llama(**{**COMMON, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+        "llama-biases": llama(**COMMON, attention_bias=True, mlp_bias=True),
+        "llama-llama3-rope": llama(**COMMON, rope_parameters=LLAMA3_ROPE),
+        "llama-linear-rope": llama(**COMMON, rope_parameters=LINEAR_ROPE),
+        "llama-head-dim": llama(**COMMON, head_dim=48),
+        "mistral-window": mistral(**COMMON, sliding_window=24),
+        "qwen2": qwen2(**COMMON, tie_word_embeddings=True),
+        "qwen2-upper-window": qwen2(**COMMON, use_sliding_window=True, sliding_window=20, max_window_layers=1),
+        "qwen3": qwen3(**COMMON, head_dim=32),
+        "qwen3-biases": qwen3(**COMMON, head_dim=32, attention_bias=True),
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    model: Any
+    """the transformers model that was saved, in float32"""
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """name → checkpoint, made on first use."""
+    made: dict[str, Checkpoint] = {}
+
+    def get(name: str) -> Checkpoint:
+        if name not in made:
+            made[name] = _make(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+def _make(name: str, folder: Path) -> Checkpoint:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = transformers.AutoModelForCausalLM.from_config(
+            tiny_configs()[name], dtype=torch.float32, attn_implementation="eager"
+        )
+        for parameter_name, parameter in model.named_parameters():
+            # norms and biases would otherwise be ones and zeros, and a forgotten one invisible
+            if parameter_name.endswith(".bias") or "norm" in parameter_name:
+                torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name else 0.0, 0.3)
+    model.eval().save_pretrained(folder)
+    return Checkpoint(folder, model)
+
+
+@dataclass
+class Finished:
+    """What a request got over its steps."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[LogprobRows] = field(default_factory=list)
+    prompt_logprobs: list[LogprobRows] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request, and how its prompt is cut: tokens per step, the last one repeated."""
+
+    request_id: str
+    token_ids: list[int]
+    params: SamplingSpec
+    seed: int = 0
+    chunks: tuple[int, ...] = (10_000,)
+    num_prompt_tokens: int | None = None
+    prompt_logprobs_start: int = 0
+
+
+class ServingWorker:
+    """A worker after start_serving, and a scheduler just large enough to drive it."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        config = WorkerConfig(rank=0, world_size=1, model_path=str(folder), num_threads=1, **settings)
+        self.worker = Worker()
+        self.loaded: ModelLoaded = self.worker.load_model(LoadModel(config=config))
+        self.num_blocks = min(self.loaded.available_kv_blocks, 64)
+        self.ready: WorkerReady = self.worker.start_serving(StartServing(num_blocks=self.num_blocks))
+        self.block_size = config.block_size
+        # from the top down, so that block order differs from position order
+        self._free_blocks = list(range(self.num_blocks))
+        self._step_id = 0
+
+    def step(
+        self,
+        scheduled: list[ScheduledRequest],
+        new: list[NewRequest] | None = None,
+        finished: list[str] | None = None,
+    ) -> list[SampledTokens]:
+        self._step_id += 1
+        command = ExecuteStep(
+            step_id=self._step_id,
+            new_requests=new or [],
+            scheduled=scheduled,
+            finished_request_ids=finished or [],
+        )
+        result = self.worker.execute(command)
+        assert result.step_id == self._step_id
+        assert [item.request_id for item in result.sampled] == [item.request_id for item in scheduled]
+        return result.sampled
+
+    def run(self, *prompts: Prompt) -> dict[str, Finished]:
+        """All prompts side by side until each has its `max_tokens`, then forget them."""
+        done = {prompt.request_id: Finished() for prompt in prompts}
+        computed = dict.fromkeys(done, 0)
+        tables: dict[str, list[int]] = {request_id: [] for request_id in done}
+        chunks = {prompt.request_id: list(prompt.chunks) for prompt in prompts}
+        new = [self.new_request(prompt) for prompt in prompts]
+        while True:
+            scheduled = []
+            for prompt in prompts:
+                request_id, outcome = prompt.request_id, done[prompt.request_id]
+                if len(outcome.token_ids) >= prompt.params.max_tokens or outcome.errors:
+                    continue
+                known = len(prompt.token_ids) + len(outcome.token_ids)
+                left = known - computed[request_id]
+                cut = chunks[request_id]
+                amount = min(left, cut.pop(0) if len(cut) > 1 else cut[0])
+                scheduled.append(
+                    ScheduledRequest(
+                        request_id=request_id,
+                        num_computed_tokens=computed[request_id],
+                        num_tokens=amount,
+                        block_table_start=len(tables[request_id]),
+                        block_ids=self._grow(tables[request_id], computed[request_id] + amount),
+                        prompt_logprobs_start=prompt.prompt_logprobs_start,
+                    )
+                )
+                computed[request_id] += amount
+            if not scheduled:
+                break
+            for result in self.step(scheduled, new):
+                _record(done[result.request_id], result)
+            new = []
+        self.step([], finished=list(done))
+        for table in tables.values():
+            self._free_blocks.extend(table)
+        return done
+
+    @staticmethod
+    def new_request(prompt: Prompt) -> NewRequest:
+        return NewRequest(
+            request_id=prompt.request_id,
+            token_ids=prompt.token_ids,
+            num_prompt_tokens=prompt.num_prompt_tokens or len(prompt.token_ids),
+            seed=prompt.seed,
+            params=prompt.params,
+        )
+
+    def _grow(self, table: list[int], num_tokens: int) -> list[int]:
+        added = [self._free_blocks.pop() for _ in range(-(-num_tokens // self.block_size) - len(table))]
+        table.extend(added)
+        return added
+
+
+def _record(outcome: Finished, result: SampledTokens) -> None:
+    outcome.token_ids.extend(result.token_ids)
+    if result.logprobs is not None:
+        outcome.logprobs.append(result.logprobs)
+    if result.prompt_logprobs is not None:
+        outcome.prompt_logprobs.append(result.prompt_logprobs)
+    if result.error is not None:
+        outcome.errors.append(result.error.message)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., ServingWorker]]:
+    """folder, settings → a serving worker; all are shut down at the end."""
+    workers: list[ServingWorker] = []
+
+    def start(folder: Path, **settings: Any) -> ServingWorker:
+        workers.append(ServingWorker(folder, **settings))
+        return workers[-1]
+
+    yield start
+    for serving in workers:
+        serving.worker.shutdown()
+
+
+def dense_logprobs(parts: list[LogprobRows], vocab_size: int) -> torch.Tensor:
+    """[rows, vocab_size] in id order, from rows that report the whole vocabulary."""
+    rows = []
+    for part in parts:
+        ids = np.frombuffer(part.token_ids, "<i4").reshape(part.num_rows, part.width)
+        values = np.frombuffer(part.logprobs, "<f4").reshape(part.num_rows, part.width)
+        dense = np.full((part.num_rows, vocab_size), np.nan, np.float32)
+        np.put_along_axis(dense, ids.astype(np.int64), values, axis=1)
+        rows.append(torch.from_numpy(dense))
+    return torch.cat(rows)
+
+
+@pytest.fixture
+def dense() -> Callable[[list[LogprobRows], int], torch.Tensor]:
+    return dense_logprobs
+
+
+@pytest.fixture
+def prompt() -> type[Prompt]:
+    return Prompt

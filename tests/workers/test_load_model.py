@@ -1,0 +1,154 @@
+"""LoadModel and StartServing: what they answer, what they refuse, and the public methods."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from sempre.ipc.errors import ConfigError
+from sempre.ipc.messages import CallMethod, LoadModel, WorkerConfig
+from sempre.workers.seeding import rng_digests
+from sempre.workers.worker import Worker
+
+
+def load(folder: Path, **settings: Any) -> Any:
+    worker = Worker()
+    try:
+        return worker.load_model(
+            LoadModel(config=WorkerConfig(rank=0, world_size=1, model_path=str(folder), num_threads=1, **settings))
+        )
+    finally:
+        worker.shutdown()
+
+
+def test_answers(checkpoints: Any, serve: Any) -> None:
+    serving = serve(checkpoints("llama").folder, max_num_seqs=3, max_model_len=100)
+    loaded = serving.loaded
+    assert loaded.vocab_size == 320
+    assert loaded.max_model_len == 100
+    assert loaded.eos_token_ids == [2]
+    # 3 layers, keys and values, 2 heads of 16, 16 tokens, 4 bytes
+    assert loaded.kv_block_bytes == 3 * 2 * 2 * 16 * 16 * 4
+    assert loaded.available_kv_blocks == 3 * 7
+    assert {"load_weights", "self_test"} <= set(loaded.phase_seconds)
+    assert {"allocate", "warm_up"} <= set(serving.ready.phase_seconds)
+    assert set(loaded.fingerprint) == {
+        "weights",
+        "dtype",
+        "storage",
+        "numerics",
+        "threads",
+        "architecture",
+        "torch",
+        "numba",
+        "llvmlite",
+        "numpy",
+        "python",
+    }
+    assert loaded.fingerprint["numerics"] == "cpu-fma-1"
+
+
+def test_generation_config_decides_the_end_of_sequence(checkpoints: Any, tmp_path: Path) -> None:
+    source = checkpoints("llama").folder
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2, 7]}')
+    assert load(tmp_path).eos_token_ids == [7, 2]
+
+
+def test_generators_are_seeded_twice_as_a_plain_process_would(checkpoints: Any, serve: Any) -> None:
+    serving = serve(checkpoints("llama").folder, seed=2**40 + 5)
+    random.seed(2**40 + 5)
+    np.random.seed([5, 2**8])
+    torch.manual_seed(2**40 + 5)
+    assert serving.loaded.digests_before_load == serving.ready.digests_after_warm_up == rng_digests()
+
+
+def test_execution_draws_nothing_from_the_global_generators(checkpoints: Any, serve: Any, prompt: Any) -> None:
+    from sempre.ipc.messages import SamplingSpec
+
+    serving = serve(checkpoints("qwen2").folder)
+    before = serving.worker.call(CallMethod(call_id=1, method="rng_digests")).result
+    serving.run(prompt("a", [4, 5, 6], SamplingSpec(max_tokens=5, temperature=1.0, top_p=0.9)))
+    assert serving.worker.call(CallMethod(call_id=2, method="rng_digests")).result == before
+
+
+def test_public_methods_answer_in_msgpack_values(checkpoints: Any, serve: Any) -> None:
+    worker = serve(checkpoints("llama").folder).worker
+    for method, args in (
+        ("fingerprint", []),
+        ("kv_cache_digest", [[0]]),
+        ("memory", []),
+        ("num_threads", []),
+        ("parameter_digest", []),
+        ("ping", []),
+        ("rng_digests", []),
+        ("self_test", []),
+    ):
+        reply = worker.call(CallMethod(call_id=1, method=method, args=args))
+        assert reply.error is None, method
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(reply.result)) == reply.result
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameter"),
+    [
+        ({"max_model_len": 257}, "max_model_len"),
+        ({"max_model_len": 0}, "max_model_len"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"device": "tpu"}, "device"),
+        ({"block_size": 32}, "block_size"),
+        ({"tp_size": 2}, "tp_size"),
+        ({"load_format": "pickle"}, "load_format"),
+        ({"numerics": "fast"}, "numerics"),
+        ({"kv_cache_memory_bytes": 15 * 12288}, "kv_cache_memory_bytes"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_refused(
+    settings: dict[str, Any], parameter: str, checkpoints: Any
+) -> None:
+    with pytest.raises(ConfigError, match=parameter) as caught:
+        load(checkpoints("llama").folder, **settings)
+    assert caught.value.parameter == parameter
+
+
+def test_more_threads_than_cores_are_refused(checkpoints: Any) -> None:
+    config = WorkerConfig(rank=0, world_size=1, model_path=str(checkpoints("llama").folder), num_threads=4096)
+    with pytest.raises(ConfigError, match="num_threads"):
+        Worker().load_model(LoadModel(config=config))
+
+
+def test_too_little_cache_memory_states_the_sums(checkpoints: Any) -> None:
+    with pytest.raises(ConfigError, match=r"needs 16 blocks of 12288 bytes = 196608 bytes; .* = 184320 bytes holds 15"):
+        load(checkpoints("llama").folder, kv_cache_memory_bytes=15 * 12288)
+    assert load(checkpoints("llama").folder, kv_cache_memory_bytes=16 * 12288).available_kv_blocks == 16
+
+
+def test_dummy_weights_are_a_function_of_the_seed(checkpoints: Any, tmp_path: Path) -> None:
+    config = json.loads((checkpoints("qwen3").folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    first = load(tmp_path, load_format="dummy", seed=1).fingerprint
+    assert load(tmp_path, load_format="dummy", seed=1).fingerprint == first
+    assert load(tmp_path, load_format="dummy", seed=2).fingerprint["weights"] != first["weights"]
+
+
+def test_dummy_weights_generate(checkpoints: Any, serve: Any, prompt: Any, tmp_path: Path) -> None:
+    from sempre.ipc.messages import SamplingSpec
+
+    (tmp_path / "config.json").write_text((checkpoints("llama-biases").folder / "config.json").read_text())
+    serving = serve(tmp_path, load_format="dummy", dtype="bfloat16")
+    done = serving.run(prompt("a", [3, 4, 5], SamplingSpec(max_tokens=4)))["a"]
+    assert len(done.token_ids) == 4
+
+
+def test_thread_count_is_restored_at_shutdown(checkpoints: Any) -> None:
+    before = torch.get_num_threads()
+    load(checkpoints("llama").folder)
+    assert torch.get_num_threads() == before

@@ -1,0 +1,181 @@
+"""The whole worker, through its messages: bits against other cuts and companions, values against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sempre.ipc.messages import CallMethod, LogprobRows, SamplingSpec
+
+GREEDY = SamplingSpec(max_tokens=6, temperature=0.0, logprobs=-1, prompt_logprobs=-1)
+RANDOM = SamplingSpec(max_tokens=6, temperature=0.9, logprobs=-1, prompt_logprobs=-1)
+
+FAMILIES = [
+    "llama",
+    "llama-multi-head-tied",
+    "llama-biases",
+    "llama-llama3-rope",
+    "llama-linear-rope",
+    "llama-head-dim",
+    "mistral-window",
+    "qwen2",
+    "qwen2-upper-window",
+    "qwen3",
+    "qwen3-biases",
+]
+
+
+def prompt_ids(length: int, salt: int = 0) -> list[int]:
+    return np.random.default_rng(salt).integers(3, 320, length).tolist()
+
+
+def packed(rows: list[LogprobRows]) -> tuple[bytes, bytes, bytes]:
+    """The rows' bits, however they were spread over steps."""
+    return (
+        b"".join(part.token_ids for part in rows),
+        b"".join(part.logprobs for part in rows),
+        b"".join(part.ranks for part in rows),
+    )
+
+
+def outcome(finished: Any) -> tuple[object, ...]:
+    assert finished.errors == []
+    return finished.token_ids, packed(finished.logprobs), packed(finished.prompt_logprobs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_equal_transformers_and_bits_equal_each_other(
+    family: str, checkpoints: Any, serve: Any, dense: Callable[..., torch.Tensor], prompt: Any
+) -> None:
+    checkpoint = checkpoints(family)
+    serving = serve(checkpoint.folder)
+    ids = prompt_ids(90)
+    whole = serving.run(prompt("whole", ids, GREEDY))["whole"]
+    assert len(whole.token_ids) == GREEDY.max_tokens
+
+    sequence = torch.tensor([ids + whole.token_ids])
+    with torch.no_grad():
+        expected = torch.log_softmax(checkpoint.model(sequence).logits[0].double(), dim=-1)[:-1]
+    found = torch.cat([dense(whole.prompt_logprobs, 320), dense(whole.logprobs, 320)]).double()
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+    for chunks in ((1, 63, 10), (64, 7), (16,), (1,)):
+        assert outcome(serving.run(prompt("cut", ids, GREEDY, chunks=chunks))["cut"]) == outcome(whole)
+
+
+def test_bits_do_not_depend_on_companions(checkpoints: Any, serve: Any, prompt: Any) -> None:
+    serving = serve(checkpoints("qwen3").folder)
+    wanted = prompt("wanted", prompt_ids(37), RANDOM, seed=11)
+    alone = serving.run(wanted)["wanted"]
+    others = [
+        prompt(f"other-{i}", prompt_ids(5 + 9 * i, salt=i + 1), RANDOM, seed=i, chunks=(3 + i,)) for i in range(7)
+    ]
+    for position in (0, 3, 7):
+        together = serving.run(*others[:position], wanted, *others[position:])
+        assert outcome(together["wanted"]) == outcome(alone)
+
+
+@pytest.mark.parametrize("num_outputs", [1, 4])
+def test_resumed_request_continues_with_the_same_bits(
+    num_outputs: int, checkpoints: Any, serve: Any, prompt: Any
+) -> None:
+    """A fresh worker gets prompt and outputs so far, as after preemption or a crash."""
+    folder = checkpoints("llama").folder
+    ids = prompt_ids(30)
+    params = SamplingSpec(
+        max_tokens=6,
+        temperature=0.8,
+        logprobs=3,
+        repetition_penalty=1.2,
+        presence_penalty=0.5,
+        bad_words_token_ids=[[5, 6]],
+    )
+    full = serve(folder).run(prompt("a", ids, params, seed=3))["a"]
+    known = ids + full.token_ids[:num_outputs]
+    rest_params = SamplingSpec(
+        max_tokens=6 - num_outputs,
+        temperature=0.8,
+        logprobs=3,
+        repetition_penalty=1.2,
+        presence_penalty=0.5,
+        bad_words_token_ids=[[5, 6]],
+    )
+    rest = serve(folder).run(prompt("b", known, rest_params, seed=3, num_prompt_tokens=len(ids)))["b"]
+    assert rest.token_ids == full.token_ids[num_outputs:]
+    assert packed(rest.logprobs) == packed(full.logprobs[num_outputs:])
+
+
+def test_prompt_logprobs_equal_the_logprobs_of_generation(checkpoints: Any, serve: Any, prompt: Any) -> None:
+    serving = serve(checkpoints("mistral-window").folder)
+    ids = prompt_ids(40)
+    generated = serving.run(prompt("generate", ids, RANDOM, seed=5))["generate"]
+    score = SamplingSpec(max_tokens=1, temperature=0.0, prompt_logprobs=-1)
+    scored = serving.run(prompt("score", ids + generated.token_ids, score, chunks=(33, 5)))["score"]
+    rows = packed(scored.prompt_logprobs)
+    for found, expected in zip(rows, packed(generated.prompt_logprobs + generated.logprobs), strict=True):
+        assert found == expected
+
+
+def test_prompt_logprobs_are_reported_from_the_start_asked_for(checkpoints: Any, serve: Any, prompt: Any) -> None:
+    serving = serve(checkpoints("llama").folder)
+    ids = prompt_ids(150)
+    params = SamplingSpec(max_tokens=1, temperature=0.0, prompt_logprobs=2)
+    everything = serving.run(prompt("all", ids, params))["all"].prompt_logprobs
+    assert [part.num_rows for part in everything] == [149]
+    part = serving.run(prompt("part", ids, params, chunks=(70, 10), prompt_logprobs_start=100))["part"].prompt_logprobs
+    # the chunk [90, 100) reports position 100, whose row is computed at 99
+    assert [rows.num_rows for rows in part] == [1, 10, 10, 10, 10, 9]
+    tail = packed(everything)[1][-50 * 3 * 4 :]
+    assert packed(part)[1] == tail
+
+
+def test_reporting_does_not_change_tokens(checkpoints: Any, serve: Any, prompt: Any) -> None:
+    serving = serve(checkpoints("qwen2").folder)
+    silent = SamplingSpec(max_tokens=6, temperature=0.9)
+    ids = prompt_ids(21)
+    with_logprobs = serving.run(prompt("a", ids, RANDOM, seed=9))["a"]
+    without = serving.run(prompt("b", ids, silent, seed=9))["b"]
+    assert without.token_ids == with_logprobs.token_ids
+    assert without.logprobs == [] and without.prompt_logprobs == []
+
+
+def test_a_worker_restarted_gives_equal_bits_and_fingerprint(checkpoints: Any, serve: Any, prompt: Any) -> None:
+    folder = checkpoints("llama-biases").folder
+    first, second = serve(folder), serve(folder)
+    assert first.loaded.fingerprint == second.loaded.fingerprint
+    assert first.ready.digests_after_warm_up == second.ready.digests_after_warm_up
+    ids = prompt_ids(50)
+    assert outcome(first.run(prompt("a", ids, RANDOM, seed=1))["a"]) == outcome(
+        second.run(prompt("b", ids, RANDOM, seed=1))["b"]
+    )
+
+
+def test_control_numerics_make_bits_depend_on_companions(checkpoints: Any, serve: Any, prompt: Any) -> None:
+    """The negative control: the same comparison with the ordinary matrix product fails."""
+    serving = serve(checkpoints("llama").folder, numerics="control")
+    assert serving.loaded.fingerprint["numerics"] == "control"
+    ids = prompt_ids(90)
+    whole = serving.run(prompt("whole", ids, GREEDY))["whole"]
+    cut = serving.run(prompt("cut", ids, GREEDY, chunks=(1,)))["cut"]
+    assert packed(cut.prompt_logprobs) != packed(whole.prompt_logprobs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_storage_keeps_the_guarantee(dtype: str, checkpoints: Any, serve: Any, prompt: Any) -> None:
+    serving = serve(checkpoints("qwen3").folder, dtype=dtype)
+    assert serving.loaded.fingerprint["dtype"] == serving.loaded.fingerprint["storage"] == dtype
+    ids = prompt_ids(75)
+    whole = serving.run(prompt("whole", ids, GREEDY))["whole"]
+    assert outcome(serving.run(prompt("cut", ids, GREEDY, chunks=(1, 64, 3)))["cut"]) == outcome(whole)
+
+
+def test_warm_up_leaves_no_trace_in_the_cache(checkpoints: Any, serve: Any) -> None:
+    serving = serve(checkpoints("llama").folder)
+    call = CallMethod(call_id=1, method="kv_cache_digest", args=[[0, 1]])
+    untouched = CallMethod(call_id=2, method="kv_cache_digest", args=[[40, 41]])
+    assert serving.worker.call(call).result == serving.worker.call(untouched).result

@@ -1,0 +1,168 @@
+"""From logits to tokens: the steps of sampling in their order, over a batch of requests."""
+
+# M rows of logits, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sempre.ipc.messages import ErrorInfo, LogprobRows
+from sempre.kernels import sampling
+from sempre.kernels.sampling import Logprobs, SamplingRows
+from sempre.workers.sampling.state import RowError, SamplingState
+
+Rows = npt.NDArray[np.int64]
+
+
+class RowResult(NamedTuple):
+    """The token of one row and, if asked for, its log-probabilities (one row); or the error of this row alone."""
+
+    token_id: int | None
+    logprobs: LogprobRows | None
+    error: ErrorInfo | None
+
+
+def pack_logprobs(logprobs: Logprobs, rows: slice) -> LogprobRows:
+    """The wire form of some rows."""
+    part = logprobs.part(rows)
+    return LogprobRows(
+        num_rows=part.token_ids.shape[0],
+        width=part.token_ids.shape[1],
+        token_ids=part.token_ids.astype("<i4", copy=False).tobytes(),
+        logprobs=part.logprobs.astype("<f4", copy=False).tobytes(),
+        ranks=part.ranks.astype("<i4", copy=False).tobytes(),
+    )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What follows from the states alone; reused while the batch is made of the same requests."""
+
+    states: list[SamplingState]
+    parameters: SamplingRows
+    rewritten: list[int]
+    """Rows with a step among 2 to 6."""
+    saved: Rows
+    """Rows whose raw logits are wanted after sampling has overwritten them."""
+    reported: dict[int, Rows]
+    """Rows by the number of best log-probabilities they ask for."""
+
+    @classmethod
+    def of(cls, states: list[SamplingState]) -> _Batch:
+        params = [state.params for state in states]
+        parameters = SamplingRows.of(
+            seeds=np.fromiter((state.seed for state in states), np.uint64, len(states)),
+            temperature=[p.temperature for p in params],
+            top_k=[p.top_k for p in params],
+            top_p=[p.top_p for p in params],
+            min_p=[p.min_p for p in params],
+        )
+        rewritten = [row for row, state in enumerate(states) if state.rewrites_logits]
+        overwritten = {*rewritten, *parameters.truncated.tolist()}
+        saved = [row for row, p in enumerate(params) if p.logprobs is not None and row in overwritten]
+        reported: dict[int, list[int]] = {}
+        for row, p in enumerate(params):
+            if p.logprobs is not None:
+                reported.setdefault(p.logprobs, []).append(row)
+        arrays = {k: np.asarray(rows, np.int64) for k, rows in reported.items()}
+        return cls(states, parameters, rewritten, np.asarray(saved, np.int64), arrays)
+
+
+class Sampler:
+    """Turns rows of logits into tokens. For each row, in this order:
+
+    1. log-probabilities, if asked for, are those of the raw logits (computed last, from a saved copy);
+    2. allowed_token_ids: everything else becomes -inf;
+    3. bad_words: the token that would complete one becomes -inf (multi-token words match within the output);
+    4. min_tokens: end-of-sequence and stop ids become -inf while the output is shorter;
+    5. logit_bias is added;
+    6. penalties: repetition (prompt and output), frequency, presence (output);
+    7. division by the temperature; temperature 0 ends here, with the argmax;
+    8. min_p: keep x - max >= log(min_p);
+    9. top_k: keep the first k in the order (value descending, id ascending);
+    10. top_p: keep the shortest prefix, in that order, with at least top_p of the mass that is left;
+    11. add the noise of (seed, position, id), take the argmax, the lowest id among equals.
+
+    A row's result is a function of its logits, its state and its position: no other row and no thread count enters.
+    """
+
+    def __init__(self) -> None:
+        self._batch = _Batch.of([])
+
+    def sample(
+        self, logits: torch.Tensor, states: Sequence[SamplingState], positions: Sequence[int]
+    ) -> list[RowResult]:
+        """Sample one token per row of logits (float32 [M, V], may be overwritten).
+
+        `positions[m]` is the index, in its sequence, of the token that row m samples; the state's tokens before it are
+        its history. One state may stand in several rows. Raises ValueError when the lengths do not fit.
+        """
+        if not logits.shape[0] == len(states) == len(positions):
+            raise ValueError(
+                f"sample: expected as many states and positions as the {logits.shape[0]} rows of logits, "
+                f"found {len(states)} and {len(positions)}"
+            )
+        if list(states) != self._batch.states:  # compares identities
+            self._batch = _Batch.of(list(states))
+        batch = self._batch
+        raw = logits[batch.saved] if batch.saved.size else None
+        errors = self._rewrite(logits, positions)
+        sampled = sampling.sample(logits, batch.parameters, np.asarray(positions, np.int64))
+        for row in np.flatnonzero(~np.isfinite(sampled.values)).tolist():
+            errors.setdefault(row, _row_error(float(sampled.values[row])))
+        if raw is not None:
+            logits[batch.saved] = raw
+        packed = self._logprobs(logits, sampled.token_ids) if batch.reported else {}
+        tokens = sampled.token_ids.tolist()
+        return [
+            RowResult(None, None, errors[row].info()) if row in errors else RowResult(token, packed.get(row), None)
+            for row, token in enumerate(tokens)
+        ]
+
+    def prompt_logprobs(self, logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> LogprobRows:
+        """Log-probabilities of token_ids[m], the prompt token after row m of logits [M, V]; num_best -1: all.
+
+        Raises RowError when a row has no distribution.
+        """
+        rows = np.arange(logits.shape[0], dtype=np.int64)
+        logprobs = sampling.logprobs(logits, rows, np.asarray(token_ids, np.int64), num_best)
+        for row in np.flatnonzero(~logprobs.valid).tolist():
+            raise RowError("prompt_logprobs", f"the logits of row {row} contain NaN or +inf, or nothing finite")
+        return pack_logprobs(logprobs, slice(None))
+
+    def _rewrite(self, logits: torch.Tensor, positions: Sequence[int]) -> dict[int, RowError]:
+        """Steps 2 to 6; the errors by row."""
+        errors: dict[int, RowError] = {}
+        for row in self._batch.rewritten:
+            values: npt.NDArray[np.float32] = logits[row].numpy()
+            if not values.max() < np.inf:  # a mask could hide it
+                errors[row] = _row_error(np.inf)
+                continue
+            try:
+                with np.errstate(over="ignore"):  # an overflow to +inf becomes the error of this row
+                    self._batch.states[row].process(values, positions[row])
+            except RowError as error:
+                errors[row] = error
+        return errors
+
+    def _logprobs(self, logits: torch.Tensor, token_ids: npt.NDArray[np.int32]) -> dict[int, LogprobRows]:
+        packed: dict[int, LogprobRows] = {}
+        for num_best, rows in self._batch.reported.items():
+            logprobs = sampling.logprobs(logits, rows, token_ids[rows].astype(np.int64), num_best)
+            for index, row in enumerate(rows.tolist()):
+                packed[row] = pack_logprobs(logprobs, slice(index, index + 1))
+        return packed
+
+
+def _row_error(value: float) -> RowError:
+    if value > 0:
+        return RowError("logits", "expected finite values or -inf, found NaN or +inf")
+    return RowError(
+        "sampling", "no token is allowed: allowed_token_ids, bad_words, min_tokens and logit_bias leave none"
+    )
