@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from collections.abc import Callable
 from typing import Generic, Self, TypeVar
 
 import zmq
@@ -48,7 +49,7 @@ class ProcessClientBase(Generic[Channel]):
         self._channel: Channel = channel_type(
             self.process.client_address, receives=ClientEvent, limit_bytes=config.max_message_bytes
         )
-        self._finalizer = weakref.finalize(self, _close, self.process, self._channel)
+        self._finalizer: Callable[[], object] = weakref.finalize(self, _close, self.process, self._channel)
         self._vigil = Vigil(config.heartbeat_interval_s, config.heartbeat_timeout_s)
         self._startup_timeout_s = config.startup_timeout_s
         self._startup_deadline = time.monotonic() + config.startup_timeout_s + _STARTUP_MARGIN_S

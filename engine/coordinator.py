@@ -160,8 +160,9 @@ def main() -> int:
     )
 
     def end_as_orphan() -> None:
-        executor.kill_all()
+        # in this order: the main thread ends the process as soon as it sees its workers die
         directory.remove()
+        executor.kill_all()
 
     watch_parent(arguments.client_pid, end_as_orphan)
     with hub:

@@ -14,7 +14,7 @@ from sempre.engine.scheduling import Scheduler
 from sempre.engine.startup import StartUp
 from sempre.engine.worker_calls import WorkerCalls
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import MessageMalformed, RequestError
+from sempre.ipc.errors import MessageMalformed, ProtocolError, RequestError
 from sempre.ipc.messages import (
     AbortRequests,
     AddRequests,
@@ -63,7 +63,7 @@ class EngineCore:
         """What the client is to be told about a worker's event. Raises what ends the engine."""
         match event:
             case StepResult():
-                outputs = self._replica_of(rank).take(rank, event)
+                outputs = self._take(rank, event)
                 for output in outputs:
                     if output.finish_reason is not None:
                         del self._owners[output.request_id]
@@ -96,6 +96,12 @@ class EngineCore:
                 name = type(command).__name__
                 raise MessageMalformed(f"{name}: expected a command of a serving engine, found {name}", field="tag")
 
+    def _take(self, rank: int, result: StepResult) -> list[RequestOutputDelta]:
+        try:
+            return self._replicas[rank // self._config.tensor_parallel_size].take(rank, result)
+        except ProtocolError as error:
+            raise self._executor.blame(rank, error) from error
+
     def _start_up(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
         progress = self._startup.handle(rank, event)
         ready = self._startup.ready
@@ -117,9 +123,6 @@ class EngineCore:
             policy=config.scheduling_policy,
             enable_prefix_caching=config.enable_prefix_caching,
         )
-
-    def _replica_of(self, rank: int) -> Replica:
-        return self._replicas[rank // self._config.tensor_parallel_size]
 
     def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:
         """Queue a request with the replica that has the least to do, the first of equals; or say why not."""

@@ -104,7 +104,7 @@ class RequestBuilder:
         try:
             text, given_ids, cache_salt = parse_prompt(prompt)
             if given_ids is None:
-                token_ids = self._tokenizer.encode(text or "")
+                token_ids = self._encoded(text or "")
             else:
                 token_ids = self._checked_ids("prompt_token_ids", given_ids)
             spec = self._fitted(self._sampling_spec(params), params, token_ids)
@@ -133,6 +133,15 @@ class RequestBuilder:
         self._num_requests += 1
         self._num_sequences += params.n
         return PreparedRequest(name, text, token_ids, params, sequences, time.time())
+
+    def _encoded(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"prompt has no UTF-8 form: {error.reason} at character {error.start}.", parameter="prompt", value=text
+            ) from None
+        return self._tokenizer.encode(text)
 
     def _sampling_spec(self, params: SamplingParams) -> SamplingSpec:
         """Return what depends on parameters and model, but not on the prompt; `max_tokens` is set by `_fitted`."""

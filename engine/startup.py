@@ -38,7 +38,7 @@ class StartUp:
         self._config = config
         self._executor = executor
         self._num_threads = threads_per_worker(config.num_threads, executor.world_size)
-        self._connected: set[int] = set()
+        self._pids: dict[int, int] = {}
         self._loaded: dict[int, ModelLoaded] = {}
         self._warm: dict[int, WorkerReady] = {}
         self._phase_began = time.monotonic()
@@ -48,11 +48,11 @@ class StartUp:
         """Progress made by the event. Raises SeedMismatch, or StartupError when the workers are not alike."""
         size = self._executor.world_size
         match event:
-            case WorkerHello():
-                self._connected.add(rank)
+            case WorkerHello(pid=pid):
+                self._pids[rank] = pid
                 config = worker_config(self._config, rank, self._num_threads)
                 self._executor.send(rank, LoadModel(config=config))
-                return self._end_phase("start") if len(self._connected) == size else []
+                return self._end_phase("start") if len(self._pids) == size else []
             case ModelLoaded():
                 self._loaded[rank] = event
                 return self._all_loaded() if len(self._loaded) == size else []
@@ -101,6 +101,7 @@ class StartUp:
             world_size=self._executor.world_size,
             fingerprint=first.fingerprint,
             phase_seconds=self._phase_seconds,
+            worker_pids=[self._pids[rank] for rank in ranks],
         )
         return progress
 

@@ -29,7 +29,7 @@ def restore(info: ErrorInfo) -> errors.SempreError | None:
     kind = getattr(errors, info.type, None)
     if not (inspect.isclass(kind) and issubclass(kind, errors.SempreError)):
         return None
-    wanted = inspect.signature(kind).parameters
+    wanted = inspect.signature(kind.__init__).parameters
     error: errors.SempreError = kind(info.message, **{k: v for k, v in info.facts.items() if k in wanted})
     return error
 

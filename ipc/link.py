@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Generic
 
 from sempre.ipc.codec import UNSEQUENCED, FrameDecoder, FrameEncoder, MessageT
-from sempre.ipc.errors import FrameLost, MessageMalformed
+from sempre.ipc.errors import FrameLost, MessageMalformed, ProtocolError
 from sempre.ipc.messages import Message
 
 
@@ -26,7 +26,12 @@ class Link(Generic[MessageT]):
 
     def unpack(self, parts: Sequence[bytes]) -> MessageT | None:
         """The message of one arrival; None for a repetition. Raises ProtocolError, after which the count goes on."""
-        sequence, message = self._decoder.decode(single_part(parts))
+        try:
+            sequence, message = self._decoder.decode(single_part(parts))
+        except ProtocolError:
+            # whatever it was, it took the place of one frame
+            self._received += 1
+            raise
         if sequence == UNSEQUENCED:
             return message
         expected = self._received + 1

@@ -1,9 +1,10 @@
-"""How a process notices that its parent is gone: no process of an engine outlives the user's."""
+"""How a process notices that it is on its own: no process of an engine outlives the user's."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable
 
 PARENT_POLL_S = 0.25
+# what the parent is left with to end in order after its own parent did
+_ORDERLY_END_S = 1.5
 _PR_SET_PDEATHSIG = 1
 
 
@@ -27,7 +30,7 @@ def die_with_parent_thread() -> None:
         raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
 
 
-def watch_parent(parent_pid: int, on_orphaned: Callable[[], None]) -> threading.Thread:
+def watch_parent(parent_pid: int, on_orphaned: Callable[[], None]) -> None:
     """Call `on_orphaned` from a daemon thread, then exit the process, once its parent is no longer `parent_pid`."""
 
     def watch() -> None:
@@ -38,6 +41,26 @@ def watch_parent(parent_pid: int, on_orphaned: Callable[[], None]) -> threading.
         finally:
             os._exit(1)
 
-    thread = threading.Thread(target=watch, name="parent-watch", daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def watch_grandparent(grandparent_pid: int, parent_pid: int) -> None:
+    """Kill the parent from a daemon thread when it stays on although the grandparent is gone: it may be stopped.
+
+    Needs process descriptors (Linux 5.3); without them the parent's own watch has to do.
+    """
+    if not hasattr(os, "pidfd_open"):
+        return
+    try:
+        descriptor = os.pidfd_open(grandparent_pid)
+    except ProcessLookupError:
+        descriptor = None
+
+    def watch() -> None:
+        if descriptor is not None:
+            select.select([descriptor], [], [])
+        time.sleep(_ORDERLY_END_S)
+        if os.getppid() == parent_pid:
+            os.kill(parent_pid, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="grandparent-watch", daemon=True).start()

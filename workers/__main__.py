@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from sempre.workers.main import WorkerProtocol, main
 
 
@@ -15,4 +13,4 @@ def make_worker() -> WorkerProtocol:
 
 
 if __name__ == "__main__":
-    sys.exit(main(make_worker))
+    main(make_worker)

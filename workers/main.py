@@ -14,14 +14,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import zmq
 
 from sempre.ipc.channel import PeerChannel
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError
-from sempre.ipc.liveness import die_with_parent_thread, watch_parent
+from sempre.ipc.liveness import die_with_parent_thread, watch_grandparent, watch_parent
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
     CallMethod,
@@ -183,31 +183,35 @@ class WorkerLoop:
                     self._socket_lock.release()
 
 
-def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None = None) -> int:
-    """Entry point of a worker process."""
+def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of a worker process; the exit code is 0 after ShutdownWorker, else 1."""
     options = _parse(argv)
     die_with_parent_thread()
     if os.getppid() != options.parent_pid:
-        return 1
+        raise SystemExit("the coordinator is gone")
     faulthandler.enable()
     # an interrupt from the terminal is the user process's to handle
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format=f"worker {options.rank}: %(levelname)s: %(message)s")
     watch_parent(options.parent_pid, lambda: None)
+    watch_grandparent(options.client_pid, options.parent_pid)
     channel: PeerChannel[WorkerCommand] = PeerChannel(
         options.connect, receives=WorkerCommand, limit_bytes=options.max_message_bytes
     )
     with channel:
         code = WorkerLoop(options.rank, channel, make_worker, options.heartbeat_interval_s).run()
     zmq.Context.instance().term()
-    return code
+    logging.shutdown()
+    # nothing is left to be kept; taking torch apart would only take time
+    os._exit(code)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sempre.workers", description="A worker; started by a coordinator.")
     parser.add_argument("--connect", required=True, help="address of the coordinator's hub")
     parser.add_argument("--rank", required=True, type=int)
-    parser.add_argument("--parent-pid", required=True, type=int, help="the process that must not be outlived")
+    parser.add_argument("--parent-pid", required=True, type=int, help="the coordinator, which must not be outlived")
+    parser.add_argument("--client-pid", required=True, type=int, help="the user's process, which must not be either")
     parser.add_argument("--heartbeat-interval-s", type=float, default=0.5)
     parser.add_argument("--max-message-bytes", type=int, default=256 * 1024 * 1024)
     return parser.parse_args(argv)

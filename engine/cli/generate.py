@@ -46,9 +46,9 @@ def run(namespace: argparse.Namespace) -> int:
     given = sampling_keywords(namespace)
     rows = _rows(namespace)
     # Wrong values are found before a model is loaded.
-    SamplingParams(**given)
+    checked = SamplingParams(**_with_length(given))
     for row in rows:
-        _with_row(SamplingParams(), {**given, **row.sampling}, row)
+        _with_row(checked, row.sampling, row)
 
     from sempre.engine.llm import LLM
 
@@ -77,9 +77,12 @@ def _rows(namespace: argparse.Namespace) -> list[PromptRow]:
 
 def _base_params(llm: LLM, given: dict[str, Any]) -> SamplingParams:
     defaults = llm.get_default_sampling_params()
-    if defaults.max_tokens == SamplingParams().max_tokens:
-        given = {"max_tokens": max(DEFAULT_MAX_TOKENS, given.get("min_tokens", 0)), **given}
-    return dataclasses.replace(defaults, **given)
+    model_sets_length = defaults.max_tokens != SamplingParams().max_tokens
+    return dataclasses.replace(defaults, **(given if model_sets_length else _with_length(given)))
+
+
+def _with_length(given: dict[str, Any]) -> dict[str, Any]:
+    return {"max_tokens": max(DEFAULT_MAX_TOKENS, given.get("min_tokens", 0)), **given}
 
 
 def _with_row(base: SamplingParams, fields: dict[str, Any], row: PromptRow) -> SamplingParams:

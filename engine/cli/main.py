@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has left; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
-    except (UsageError, SempreError, OSError, TypeError, TimeoutError) as error:
+    except (UsageError, SempreError, OSError) as error:
         _report(error, debug)
         return exit_code(error)
 

@@ -19,11 +19,19 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **keywords)
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parse; flags and positional arguments may be mixed. Raises UsageError."""
-        namespace, unknown = self.parse_known_intermixed_args(_with_dashes(arguments))
+        """Parse; flags and positional arguments may be mixed, and after `--` all is positional. Raises UsageError."""
+        words = list(arguments)
+        end = words.index("--") if "--" in words else len(words)
+        namespace, unknown = self.parse_known_intermixed_args([_with_dashes(word) for word in words[:end]])
         for argument in unknown:
             if argument.startswith("-") and argument != "-":
                 self._refuse(argument.partition("=")[0])
+        # Parsed by hand: intermixed parsing takes words behind `--` for flags.
+        lists = [action.dest for action in self._get_positional_actions() if action.nargs == "*"]
+        if lists:
+            setattr(namespace, lists[0], [*getattr(namespace, lists[0]), *words[end + 1 :]])
+        else:
+            unknown += words[end + 1 :]
         if unknown:
             raise UsageError(f"unexpected arguments: {' '.join(unknown)}. See {self.prog} --help.")
         return namespace
@@ -37,12 +45,7 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"unknown flag {flag}. {hint}")
 
 
-def _with_dashes(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with `--max_tokens` written `--max-tokens`; values and what follows `--` stay."""
-    words = list(arguments)
-    end = words.index("--") if "--" in words else len(words)
-    for i, word in enumerate(words[:end]):
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            words[i] = flag.replace("_", "-") + equals + value
-    return words
+def _with_dashes(word: str) -> str:
+    """Return `--max_tokens=3` as `--max-tokens=3`, anything but a flag as it is."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if word.startswith("--") else word

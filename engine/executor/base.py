@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from sempre.engine.config import EngineConfig
+from sempre.ipc.errors import ProtocolError, SempreError
 from sempre.ipc.messages import WorkerCommand, WorkerConfig, WorkerEvent
 
 
@@ -26,6 +27,9 @@ class Executor(Protocol):
         While the workers start, an error of theirs is raised as its own type (ModelError, ConfigError, …), and
         StartupError when it has none.
         """
+
+    def blame(self, rank: int, error: ProtocolError) -> SempreError:
+        """End a worker whose event is wrong; the error to raise for it."""
 
     def shutdown(self) -> None:
         """End all workers; returns when they are gone. May be called again."""

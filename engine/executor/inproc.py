@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sempre.engine.config import EngineConfig
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import SempreError, WorkerDied
+from sempre.ipc.errors import ProtocolError, SempreError, WorkerDied
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
     StartServing,
@@ -49,6 +49,9 @@ class InprocExecutor:
             return None
         rank, command = self._commands.popleft()
         return rank, self._run(rank, command)
+
+    def blame(self, rank: int, error: ProtocolError) -> SempreError:
+        return _died(rank, error)
 
     def shutdown(self) -> None:
         for worker in self._workers:

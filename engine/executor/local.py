@@ -60,6 +60,7 @@ class LocalExecutor:
         self._peers: list[WorkerPeer] = []
         for rank in range(self.world_size):
             arguments = ["--connect", address, "--rank", str(rank), "--parent-pid", str(os.getpid())]
+            arguments += ["--client-pid", str(os.getppid())]
             arguments += ["--heartbeat-interval-s", repr(config.heartbeat_interval_s)]
             arguments += ["--max-message-bytes", str(config.max_message_bytes)]
             log_path = directory.log_path(f"worker-{rank}")
@@ -107,6 +108,9 @@ class LocalExecutor:
             elif self._accept(peer, identity, event):
                 return peer.rank, event
         return None
+
+    def blame(self, rank: int, error: ProtocolError) -> SempreError:
+        return self._end(self._peers[rank], f"it broke the protocol: {error}")
 
     def kill_all(self) -> None:
         """SIGKILL without waiting; callable from any thread."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import sys
 import time
 from dataclasses import dataclass
 
@@ -157,4 +156,4 @@ def _rows(token: int) -> LogprobRows:
 if __name__ == "__main__":
     from sempre.workers.main import main
 
-    sys.exit(main(ScriptedWorker))
+    main(ScriptedWorker)

@@ -8,14 +8,13 @@
 """
 
 from sempre.engine.models.cache import cache_folder
-from sempre.engine.models.catalog import CATALOG, EMBEDDED_NAMES, CatalogModel
+from sempre.engine.models.catalog import CATALOG, CatalogModel
 from sempre.engine.models.gguf_convert import convert_gguf
 from sempre.engine.models.pull import pull
 from sempre.engine.models.resolve import ResolvedModel, resolve_model
 
 __all__ = [
     "CATALOG",
-    "EMBEDDED_NAMES",
     "CatalogModel",
     "ResolvedModel",
     "cache_folder",

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-EMBEDDED_NAMES = ("tiny", "tiny-draft")
-"""Models shipped inside the package; they need no network."""
-
 
 @dataclass(frozen=True, slots=True)
 class CatalogModel:

@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sempre.engine.models.catalog import CATALOG, EMBEDDED_NAMES
+from sempre.engine.checkpoints import EMBEDDED, embedded_checkpoint
+from sempre.engine.models.catalog import CATALOG
 from sempre.engine.models.pull import pull
 from sempre.ipc.errors import ConfigError, ModelError
 
@@ -45,11 +46,10 @@ def resolve_model(model: str, *, revision: str | None = None, progress: bool = T
     if (local / "config.json").is_file():
         _refuse_revision(model, revision)
         return ResolvedModel(model, local.resolve())
-    if model in EMBEDDED_NAMES:
+    embedded = embedded_checkpoint(model)
+    if embedded is not None:
         _refuse_revision(model, revision)
-        from sempre.engine.checkpoints import embedded_checkpoint
-
-        return ResolvedModel(model, Path(embedded_checkpoint(model)))
+        return ResolvedModel(model, embedded)
     if model in CATALOG:
         _refuse_revision(model, revision)
         return ResolvedModel(model, pull(model, progress=progress))
@@ -106,7 +106,7 @@ def _unknown(model: str, local: Path) -> ConfigError:
 
 
 def _known_names(model: str) -> str:
-    known = [*EMBEDDED_NAMES, *CATALOG]
+    known = [*EMBEDDED, *CATALOG]
     near = difflib.get_close_matches(model.lower().rpartition("/")[2], known, n=2, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     return f"{hint}Known names: {', '.join(known)}."

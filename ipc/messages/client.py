@@ -98,6 +98,7 @@ class EngineReady(Message, frozen=True, kw_only=True):
     world_size: Positive
     fingerprint: dict[str, str]
     phase_seconds: dict[str, float] = {}
+    worker_pids: list[int] = []
 
 
 class RequestOutputDelta(Data, frozen=True, kw_only=True):

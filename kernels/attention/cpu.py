@@ -6,6 +6,7 @@ One unit of work is (a few query tokens of one request) x (one key head): up to 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,9 +52,17 @@ def allocate_kv_cache(
     if head_dim % 16:
         raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
     return KvCache(
-        torch.zeros((num_blocks, num_kv_heads, head_dim, block_size), dtype=dtype),
-        torch.zeros((num_blocks, num_kv_heads, block_size, head_dim), dtype=dtype),
+        _unmapped_zeros((num_blocks, num_kv_heads, head_dim, block_size), dtype),
+        _unmapped_zeros((num_blocks, num_kv_heads, block_size, head_dim), dtype),
     )
+
+
+def _unmapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros aligned to 64 bytes; torch.zeros would write, and so map, every page."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(num_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
 
 
 @compiled()

@@ -40,6 +40,7 @@ def refusal(builder: RequestBuilder, prompt: Any, **params: Any) -> RequestError
     ("prompt", "params", "message"),
     [
         ("", {}, "The decoder prompt cannot be empty."),
+        ("ab\ud800", {}, "prompt has no UTF-8 form: surrogates not allowed at character 2."),
         ({"prompt_token_ids": []}, {}, "The decoder prompt cannot be empty."),
         ([5, 360], {}, "Token id 360 is out of vocabulary: prompt_token_ids takes ids in [0, 360)."),
         ([-1], {}, "Token id -1 is out of vocabulary: prompt_token_ids takes ids in [0, 360)."),

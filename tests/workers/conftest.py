@@ -130,7 +130,7 @@ class ServingWorker:
     """A worker after start_serving, and a scheduler just large enough to drive it."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        config = WorkerConfig(rank=0, world_size=1, model_path=str(folder), num_threads=1, **settings)
+        config = WorkerConfig(rank=0, world_size=1, model_path=str(folder), **{"num_threads": 1, **settings})
         self.worker = Worker()
         self.loaded: ModelLoaded = self.worker.load_model(LoadModel(config=config))
         self.num_blocks = min(self.loaded.available_kv_blocks, 64)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
-from sempre.ipc.messages import CallMethod, LogprobRows, SamplingSpec
+from sempre.ipc.messages import CallMethod, LogprobRows, SamplingSpec, ScheduledRequest
 
 GREEDY = SamplingSpec(max_tokens=6, temperature=0.0, logprobs=-1, prompt_logprobs=-1)
 RANDOM = SamplingSpec(max_tokens=6, temperature=0.9, logprobs=-1, prompt_logprobs=-1)
@@ -97,14 +99,7 @@ def test_resumed_request_continues_with_the_same_bits(
     )
     full = serve(folder).run(prompt("a", ids, params, seed=3))["a"]
     known = ids + full.token_ids[:num_outputs]
-    rest_params = SamplingSpec(
-        max_tokens=6 - num_outputs,
-        temperature=0.8,
-        logprobs=3,
-        repetition_penalty=1.2,
-        presence_penalty=0.5,
-        bad_words_token_ids=[[5, 6]],
-    )
+    rest_params = replace(params, max_tokens=6 - num_outputs)
     rest = serve(folder).run(prompt("b", known, rest_params, seed=3, num_prompt_tokens=len(ids)))["b"]
     assert rest.token_ids == full.token_ids[num_outputs:]
     assert packed(rest.logprobs) == packed(full.logprobs[num_outputs:])
@@ -141,7 +136,7 @@ def test_reporting_does_not_change_tokens(checkpoints: Any, serve: Any, prompt: 
     with_logprobs = serving.run(prompt("a", ids, RANDOM, seed=9))["a"]
     without = serving.run(prompt("b", ids, silent, seed=9))["b"]
     assert without.token_ids == with_logprobs.token_ids
-    assert without.logprobs == [] and without.prompt_logprobs == []
+    assert without.logprobs == without.prompt_logprobs == []
 
 
 def test_a_worker_restarted_gives_equal_bits_and_fingerprint(checkpoints: Any, serve: Any, prompt: Any) -> None:
@@ -153,6 +148,38 @@ def test_a_worker_restarted_gives_equal_bits_and_fingerprint(checkpoints: Any, s
     assert outcome(first.run(prompt("a", ids, RANDOM, seed=1))["a"]) == outcome(
         second.run(prompt("b", ids, RANDOM, seed=1))["b"]
     )
+
+
+def test_bits_do_not_depend_on_threads(checkpoints: Any, serve: Any, prompt: Any) -> None:
+    folder = checkpoints("qwen3").folder
+    requests = [prompt(f"r{i}", prompt_ids(60 + i, salt=i), RANDOM, seed=i) for i in range(4)]
+    one = serve(folder, num_threads=1).run(*requests)
+    assert serve(folder, num_threads=min(2, len(os.sched_getaffinity(0)))).run(*requests) == one
+
+
+def test_more_requests_may_be_known_than_run(checkpoints: Any, serve: Any, prompt: Any) -> None:
+    """Preempted requests stay known; here six of them while two at most are in a step."""
+    serving = serve(checkpoints("llama").folder, max_num_seqs=2)
+    params = SamplingSpec(max_tokens=3, temperature=0.8)
+    requests = [prompt(f"r{i}", prompt_ids(20, salt=i), params, seed=i) for i in range(6)]
+    expected = [serving.run(request)[request.request_id].token_ids for request in requests]
+    serving.step([], [serving.new_request(request) for request in requests])
+    found: list[list[int]] = [[] for _ in requests]
+    for step in range(3):
+        for first in (0, 2, 4):
+            pair = [
+                ScheduledRequest(
+                    request_id=f"r{i}",
+                    num_computed_tokens=0 if step == 0 else 19 + step,
+                    num_tokens=20 if step == 0 else 1,
+                    block_table_start=0 if step == 0 else 2,
+                    block_ids=[2 * i, 2 * i + 1] if step == 0 else [],
+                )
+                for i in (first, first + 1)
+            ]
+            for i, result in zip((first, first + 1), serving.step(pair), strict=True):
+                found[i] += result.token_ids
+    assert found == expected
 
 
 def test_control_numerics_make_bits_depend_on_companions(checkpoints: Any, serve: Any, prompt: Any) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sempre.engine.models import CATALOG, EMBEDDED_NAMES, cache_folder, resolve_model
+from sempre.engine.checkpoints import EMBEDDED
+from sempre.engine.models import CATALOG, cache_folder, resolve_model
 from sempre.engine.models.cache import model_cache_folder
 from sempre.ipc.errors import ConfigError
 
@@ -31,7 +32,7 @@ def test_a_local_folder_wins_over_names(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_embedded_names_are_inside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in EMBEDDED_NAMES:
+    for name in EMBEDDED:
         path = resolve_model(name).path
         assert path.name == name
         assert (path / "config.json").is_file()

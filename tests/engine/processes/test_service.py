@@ -1,0 +1,229 @@
+"""An engine in processes does its work: same results anywhere, commands answered, errors told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sempre.engine.client_async import AsyncInprocClient
+from sempre.engine.client_inproc import InprocClient
+from sempre.engine.client_process import AsyncProcessClient
+from sempre.engine.config import EngineConfig
+from sempre.engine.engine_process import ProcessOptions
+from sempre.engine.executor.inproc import InprocExecutor
+from sempre.engine.harness import Cluster, generate, make_request
+from sempre.engine.harness.cluster import SCRIPTED_WORKER
+from sempre.engine.harness.scripted_worker import ScriptedWorker, next_token
+from sempre.ipc.errors import ConfigError, EngineDeadError, MessageMalformed, MessageTooLarge, RequestError
+from sempre.ipc.messages import (
+    AbortRequests,
+    AddRequests,
+    CallWorkers,
+    CallWorkersReply,
+    ClientHello,
+    OutputsReady,
+    RequestSpec,
+    ResetPrefixCache,
+    ResetPrefixCacheReply,
+    ShutdownEngine,
+)
+
+Start = Callable[..., Cluster]
+Requests = Callable[..., list[RequestSpec]]
+SCRIPTED = EngineConfig(model="scripted", model_path=Path("/"))
+
+
+def expected_tokens(spec: RequestSpec) -> list[int]:
+    tokens = list(spec.prompt_token_ids)
+    for _ in range(spec.params.max_tokens):
+        tokens.append(next_token(spec.seed, tokens))
+    return tokens[len(spec.prompt_token_ids) :]
+
+
+def inproc(config: EngineConfig = SCRIPTED) -> InprocClient:
+    return InprocClient.launch(config, executor=InprocExecutor(config, ScriptedWorker))
+
+
+@pytest.mark.parametrize("settings", [{}, {"data_parallel_size": 3}, {"max_num_seqs": 2, "max_num_batched_tokens": 4}])
+def test_results_do_not_depend_on_processes_or_settings(
+    start: Start, requests: Requests, settings: dict[str, int]
+) -> None:
+    specs = requests(7)
+    results = start(**settings).generate(specs)
+    assert [result.token_ids for result in results] == [expected_tokens(spec) for spec in specs]
+    assert [len(result.logprobs) for result in results] == [spec.params.max_tokens for spec in specs]
+    assert {result.finish_reason for result in results} == {"length"}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_engine_in_this_process_gives_the_same(requests: Requests, replicas: int) -> None:
+    specs = requests(5)
+    config = EngineConfig(model="scripted", model_path=Path("/"), data_parallel_size=replicas)
+    client = inproc(config)
+    assert [result.token_ids for result in generate(client, specs)] == [expected_tokens(spec) for spec in specs]
+    assert client.receive(0) is None
+    client.close()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        client.receive(0)
+
+
+def test_replicas_share_the_work_by_load(start: Start, requests: Requests) -> None:
+    cluster = start(data_parallel_size=2)
+    cluster.generate(requests(8))
+    metrics = cluster.metrics()
+    assert metrics["prompt_tokens"] == [12.0, 12.0]
+    assert metrics["request_success"] == {"stop": 0.0, "length": 8.0, "abort": 0.0, "error": 0.0}
+    assert metrics["num_requests_running"] == [0.0, 0.0]
+
+
+def test_an_abort_ends_a_request(start: Start) -> None:
+    cluster = start()
+    client = cluster.client
+    client.send(CallWorkers(call_id=1, method="slow", args=[0.01]))
+    assert client.receive(10) == CallWorkersReply(call_id=1, results=[None])
+    client.send(AddRequests(requests=[make_request([1], request_id="long", max_tokens=4000)]))
+    assert isinstance(client.receive(10), OutputsReady)
+    client.send(AbortRequests(request_ids=["unknown", "long"]))
+    reasons: list[str | None] = []
+    while "abort" not in reasons:
+        event = client.receive(10)
+        assert isinstance(event, OutputsReady)
+        reasons += [output.finish_reason for output in event.outputs]
+    # the worker goes on with others, under the same id too
+    assert cluster.generate([make_request([1], request_id="long", max_tokens=2)])[0].finish_reason == "length"
+
+
+def test_a_request_that_cannot_run_is_refused_alone(start: Start, requests: Requests) -> None:
+    cluster = start(max_model_len=16)
+    bad = make_request(range(20), request_id="too long", ordinal=100)
+    with pytest.raises(RequestError, match="maximum model length of 16"):
+        cluster.generate([*requests(2), bad])
+    specs = requests(3, first=50)
+    assert [result.token_ids for result in cluster.generate(specs)] == [expected_tokens(spec) for spec in specs]
+
+
+def test_an_id_in_use_is_refused(start: Start) -> None:
+    cluster = start()
+    twins = [make_request([1], request_id="twin", ordinal=i, max_tokens=500) for i in range(2)]
+    with pytest.raises(RequestError, match="'twin' is in use"):
+        cluster.generate(twins)
+
+
+def test_calls_are_answered_in_rank_order_between_steps(start: Start) -> None:
+    cluster = start(data_parallel_size=2)
+    assert cluster.call("ping") == ["pong", "pong"]
+    with pytest.raises(ConfigError, match="no worker method 'shut_down'"):
+        cluster.call("shut_down")
+    with pytest.raises(Exception, match="TypeError"):
+        cluster.call("ping", "an argument too many")
+    assert cluster.call("ping") == ["pong", "pong"]
+
+
+def test_the_prefix_cache_is_reset_only_when_idle(start: Start) -> None:
+    cluster = start()
+    client = cluster.client
+    prompt = list(range(100))
+    cluster.generate([make_request(prompt)])
+    assert cluster.generate([make_request(prompt)])[0].num_cached_tokens == 96
+    client.send(ResetPrefixCache(call_id=1))
+    assert client.receive(10) == ResetPrefixCacheReply(call_id=1, done=True)
+    assert cluster.generate([make_request(prompt)])[0].num_cached_tokens == 0
+    client.send(AddRequests(requests=[make_request(prompt, max_tokens=1000)]))
+    client.send(ResetPrefixCache(call_id=2))
+    replies = []
+    while not replies:
+        event = client.receive(10)
+        replies += [event] if isinstance(event, ResetPrefixCacheReply) else []
+    assert replies == [ResetPrefixCacheReply(call_id=2, done=False)]
+
+
+def test_a_command_out_of_place_is_refused_and_harms_nobody(start: Start, requests: Requests) -> None:
+    cluster = start()
+    cluster.client.send(ClientHello(protocol_version=1, pid=1))
+    with pytest.raises(MessageMalformed, match="expected a command of a serving engine, found ClientHello"):
+        cluster.client.receive(10)
+    assert len(cluster.generate(requests(3))) == 3
+
+
+def test_a_command_that_is_too_large_is_refused_before_it_is_sent(start: Start, requests: Requests) -> None:
+    cluster = start(max_message_bytes=1 << 16)
+    with pytest.raises(MessageTooLarge, match="max_message_bytes"):
+        cluster.client.send(CallWorkers(call_id=1, method="ping", args=["x" * (1 << 16)]))
+    assert len(cluster.generate(requests(3))) == 3
+
+
+def test_receive_returns_in_time_when_there_is_nothing(start: Start) -> None:
+    cluster = start()
+    assert cluster.client.receive(0) is None
+    assert cluster.client.receive(0.05) is None
+
+
+def test_an_idle_engine_stays_alive_beyond_its_heartbeat_timeout(start: Start, requests: Requests) -> None:
+    cluster = start(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.4)
+    time.sleep(1.0)
+    assert len(cluster.generate(requests(2))) == 2
+    assert cluster.client.receive(1.0) is None
+
+
+def test_a_step_longer_than_the_heartbeat_timeout_is_no_death(start: Start) -> None:
+    cluster = start(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.4)
+    cluster.call("slow", 1.2)
+    assert len(cluster.generate([make_request([1], max_tokens=1)])) == 1
+
+
+def test_a_closed_engine_says_so_and_can_be_closed_again(start: Start) -> None:
+    cluster = start()
+    cluster.close()
+    cluster.close()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        cluster.client.send(ShutdownEngine())
+    with pytest.raises(EngineDeadError, match="shut down"):
+        cluster.client.receive(0)
+
+
+def test_the_asynchronous_client(requests: Requests) -> None:
+    async def run() -> list[OutputsReady]:
+        client = await AsyncProcessClient.launch(SCRIPTED, options=ProcessOptions(worker_module=SCRIPTED_WORKER))
+        with client:
+            client.send(AddRequests(requests=requests(3)))
+            outputs = []
+            while sum(o.finish_reason is not None for event in outputs for o in event.outputs) < 3:
+                waiting = asyncio.create_task(client.receive())
+                await asyncio.sleep(0)
+                waiting.cancel()  # loses nothing
+                event = await client.receive()
+                assert isinstance(event, OutputsReady)
+                outputs.append(event)
+            return outputs
+
+    assert tokens_of(asyncio.run(run())) == {spec.request_id: expected_tokens(spec) for spec in requests(3)}
+
+
+def test_the_asynchronous_client_in_this_process(requests: Requests) -> None:
+    async def run() -> list[OutputsReady]:
+        client = await AsyncInprocClient.launch(SCRIPTED, executor=InprocExecutor(SCRIPTED, ScriptedWorker))
+        idle = asyncio.create_task(client.receive())
+        await asyncio.sleep(0.01)
+        client.send(AddRequests(requests=requests(3)))
+        outputs = [await idle]
+        while sum(o.finish_reason is not None for event in outputs for o in event.outputs) < 3:
+            waiting = asyncio.create_task(client.receive())
+            await asyncio.sleep(0)
+            waiting.cancel()
+            outputs.append(await client.receive())
+        client.close()
+        return [event for event in outputs if isinstance(event, OutputsReady)]
+
+    assert tokens_of(asyncio.run(run())) == {spec.request_id: expected_tokens(spec) for spec in requests(3)}
+
+
+def tokens_of(events: list[OutputsReady]) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    for event in events:
+        for output in event.outputs:
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+    return tokens

@@ -1,0 +1,205 @@
+"""The asynchronous interface on the embedded model, in real processes, one engine for all tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import psutil
+import pytest
+
+from sempre.engine import (
+    LLM,
+    AsyncLLM,
+    EngineDeadError,
+    Gauge,
+    RequestError,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    WorkerDied,
+)
+
+PROMPT = "It is a truth"
+SETTINGS: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 8, "num_threads": 1}
+DELTA = RequestOutputKind.DELTA
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as loop_runner:
+        yield loop_runner
+
+
+@pytest.fixture(scope="module")
+def engine(runner: asyncio.Runner) -> Iterator[AsyncLLM]:
+    async_llm = AsyncLLM("tiny", seed=3, **SETTINGS)
+    runner.run(async_llm.start())
+    yield async_llm
+    runner.run(async_llm.__aexit__(None, None, None))
+
+
+@pytest.fixture
+def run(runner: asyncio.Runner) -> Run:
+    return lambda coroutine: runner.run(asyncio.wait_for(coroutine, 120))
+
+
+def short(**keywords: Any) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 12, "seed": 5, "ignore_eos": True, **keywords})
+
+
+async def collect(stream: AsyncGenerator[RequestOutput, None]) -> list[RequestOutput]:
+    return [output async for output in stream]
+
+
+async def wait_for_idle(engine: AsyncLLM) -> bool:
+    for _ in range(500):
+        metrics = await engine.get_metrics()
+        running = [metric.value for metric in metrics if isinstance(metric, Gauge) and "num_requests" in metric.name]
+        if not any(running):
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+def test_equal_to_the_synchronous_interface(engine: AsyncLLM, run: Run) -> None:
+    async def both() -> list[list[RequestOutput]]:
+        streams = [engine.generate(PROMPT, short(logprobs=2)), engine.generate("The whale", short(n=2))]
+        return await asyncio.gather(*map(collect, streams))
+
+    first, second = run(both())
+    with LLM("tiny", seed=3, **SETTINGS) as llm:
+        expected = llm.generate([PROMPT, "The whale"], [short(logprobs=2), short(n=2)], use_tqdm=False)
+        assert engine.fingerprint == llm.fingerprint
+    assert first[-1].outputs == expected[0].outputs
+    last = {completion.index: completion for output in second for completion in output.outputs}
+    assert [last[0], last[1]] == expected[1].outputs
+    assert second[-1].finished
+
+
+def test_delta_outputs_join_to_the_cumulative_one(engine: AsyncLLM, run: Run) -> None:
+    whole = run(collect(engine.generate(PROMPT, short())))[-1].outputs[0]
+    deltas = run(collect(engine.generate(PROMPT, short(output_kind=DELTA))))
+    assert "".join(output.outputs[0].text for output in deltas) == whole.text
+    assert [token_id for output in deltas for token_id in output.outputs[0].token_ids] == whole.token_ids
+    (final,) = run(collect(engine.generate(PROMPT, short(output_kind=RequestOutputKind.FINAL_ONLY))))
+    assert final.outputs[0] == whole
+
+
+def test_stop_string(engine: AsyncLLM, run: Run) -> None:
+    text = run(collect(engine.generate(PROMPT, short())))[-1].outputs[0].text
+    stop = text[len(text) // 2 :][:4]
+    completion = run(collect(engine.generate(PROMPT, short(max_tokens=None, stop=stop))))[-1].outputs[0]
+    assert (completion.text, completion.stop_reason) == (text[: text.index(stop)], stop)
+    assert run(wait_for_idle(engine))
+
+
+def test_abort(engine: AsyncLLM, run: Run) -> None:
+    async def abort_after_two() -> list[RequestOutput]:
+        outputs = []
+        async for output in engine.generate(PROMPT, short(max_tokens=None), "mine"):
+            outputs.append(output)
+            if len(outputs) == 2:
+                await engine.abort("mine")
+        await engine.abort("mine")
+        return outputs
+
+    outputs = run(abort_after_two())
+    assert (outputs[-1].finished, outputs[-1].outputs[0].finish_reason) == (True, "abort")
+    assert outputs[-1].request_id == "mine"
+    assert run(wait_for_idle(engine))
+
+
+def test_closing_the_generator_aborts(engine: AsyncLLM, run: Run) -> None:
+    async def leave_early() -> None:
+        async with aclosing(engine.generate(PROMPT, short(max_tokens=None))) as stream:
+            async for _ in stream:
+                break
+
+    run(leave_early())
+    assert run(wait_for_idle(engine))
+
+
+def test_cancelling_the_task_aborts(engine: AsyncLLM, run: Run) -> None:
+    async def cancel() -> None:
+        task = asyncio.create_task(collect(engine.generate(PROMPT, short(max_tokens=None))))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(cancel())
+    assert run(wait_for_idle(engine))
+
+
+def test_errors_are_raised(engine: AsyncLLM, run: Run) -> None:
+    with pytest.raises(RequestError, match="Token id 99999 is out of vocabulary"):
+        run(collect(engine.generate([99999], short())))
+
+    async def twice() -> None:
+        async with aclosing(engine.generate(PROMPT, short(max_tokens=None), "same")) as stream:
+            await anext(stream)
+            await collect(engine.generate(PROMPT, short(), "same"))
+
+    with pytest.raises(RequestError, match="request_id 'same' is in use by an unfinished request"):
+        run(twice())
+
+
+def test_calls(engine: AsyncLLM, run: Run) -> None:
+    (result,) = run(engine.collective_rpc("rng_digests"))
+    assert set(result) >= {"python_random", "numpy_random", "torch_cpu"}
+    with pytest.raises(TimeoutError, match=r"no answer to CallWorkers within 0 s"):
+        run(engine.collective_rpc("rng_digests", timeout=0))
+    assert run(wait_for_idle(engine))
+    assert run(engine.reset_prefix_cache()) is True
+    assert engine.get_default_sampling_params() == SamplingParams()
+    assert engine.get_tokenizer().decode(engine.get_tokenizer().encode(PROMPT)) == PROMPT
+
+
+def test_nothing_is_kept(engine: AsyncLLM, run: Run) -> None:
+    run(collect(engine.generate(PROMPT, short(n=2))))
+    assert engine._frontend.processor.num_unfinished == 0
+    assert engine._waiters == {}
+    assert engine._replies == {}
+
+
+def test_use_before_the_start_and_after_the_end(run: Run) -> None:
+    async def lifecycle() -> None:
+        async_llm = AsyncLLM("tiny", **SETTINGS)
+        with pytest.raises(EngineDeadError, match="this AsyncLLM is not started"):
+            await anext(async_llm.generate(PROMPT))
+        async with async_llm:
+            with pytest.raises(EngineDeadError, match="this AsyncLLM was started before"):
+                await async_llm.start()
+            stream = async_llm.generate(PROMPT, short(max_tokens=None))
+            await anext(stream)
+        for use in (collect(stream), collect(async_llm.generate(PROMPT)), async_llm.get_metrics()):
+            with pytest.raises(EngineDeadError, match="this AsyncLLM was shut down"):
+                await use
+
+    before = len(psutil.Process().children(recursive=True))
+    run(lifecycle())
+    assert len(psutil.Process().children(recursive=True)) == before
+
+
+def test_death_of_a_worker_reaches_every_generator(run: Run) -> None:
+    async def die() -> None:
+        before = {process.pid for process in psutil.Process().children(recursive=True)}
+        async with AsyncLLM("tiny", **SETTINGS) as async_llm:
+            streams = [async_llm.generate(PROMPT, short(max_tokens=None)) for _ in range(2)]
+            for stream in streams:
+                await anext(stream)
+            new = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+            (worker,) = [process for process in new if "sempre.workers" in process.cmdline()]
+            worker.kill()
+            for stream in streams:
+                with pytest.raises(WorkerDied) as caught:
+                    await collect(stream)
+                assert (caught.value.rank, caught.value.exitcode) == (0, -9)
+            with pytest.raises(WorkerDied):
+                await async_llm.get_metrics()
+
+    run(die())

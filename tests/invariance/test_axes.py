@@ -1,0 +1,117 @@
+"""Axes A1–A5, A7, A8 and A11: what a request gives does not depend on what the engine does around it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import pytest
+from workload import KV_BLOCK_BYTES, SETTINGS, launch_inproc, run_inproc
+
+from sempre.engine.harness import Cluster, Generation, compare_generations, generate
+from sempre.ipc.messages import GetMetrics, MetricsReply, RequestSpec
+
+Check = Callable[[Sequence[Generation]], None]
+
+
+def test_batch(requests: list[RequestSpec], numerics: str, check: Check) -> None:
+    """A1: all requests in one batch."""
+    check(run_inproc(requests, numerics=numerics))
+
+
+@pytest.mark.parametrize("max_num_seqs", [3, 7])
+def test_batch_size(requests: list[RequestSpec], numerics: str, check: Check, max_num_seqs: int) -> None:
+    """A1: batches that fill and drain."""
+    check(run_inproc(requests, numerics=numerics, max_num_seqs=max_num_seqs))
+
+
+def test_order(requests: list[RequestSpec], numerics: str, check: Check) -> None:
+    """A2: the reverse order of arrival."""
+    backwards = [msgspec.structs.replace(r, ordinal=len(requests) - r.ordinal) for r in reversed(requests)]
+    check(run_inproc(backwards, numerics=numerics, max_num_seqs=5)[::-1])
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [16, 33, 64])
+def test_chunking(requests: list[RequestSpec], numerics: str, check: Check, max_num_batched_tokens: int) -> None:
+    """A3: prompts cut at even and odd places, beside decoding requests."""
+    check(run_inproc(requests, numerics=numerics, max_num_seqs=12, max_num_batched_tokens=max_num_batched_tokens))
+
+
+def test_prefix_cache(requests: list[RequestSpec], numerics: str, check: Check) -> None:
+    """A4: cold, then warm, then partly evicted by the other requests."""
+    # fewer blocks than the requests fill together, so some prefixes are gone when their request comes again
+    client = launch_inproc(numerics=numerics, kv_cache_memory_bytes=64 * KV_BLOCK_BYTES)
+    try:
+        rounds = [generate(client, [_named(r, f"{n}-{r.request_id}") for r in requests]) for n in range(3)]
+    finally:
+        client.close()
+    for run in rounds:
+        check(run)
+    cached = [run_of.num_cached_tokens for run_of in rounds[2]]
+    whole = [(len(r.prompt_token_ids) - 1) // 16 * 16 for r in requests if r.params.prompt_logprobs is None]
+    assert 0 < sum(cached) < sum(whole), "the cache should be warm, and partly evicted"
+
+
+def test_preemption(requests: list[RequestSpec], numerics: str, check: Check) -> None:
+    """A5: too few blocks for all, so running requests are evicted and computed anew."""
+    client = launch_inproc(numerics=numerics, kv_cache_memory_bytes=34 * KV_BLOCK_BYTES, max_num_seqs=12)
+    try:
+        run = generate(client, requests)
+        client.send(GetMetrics(call_id=1))
+        reply = client.receive()
+    finally:
+        client.close()
+    assert isinstance(reply, MetricsReply)
+    assert reply.values["num_preemptions"] > [0.0], "nothing was preempted"
+    check(run)
+
+
+def test_processes(requests: list[RequestSpec], numerics: str, check: Check) -> None:
+    """A7: coordinator and worker in processes of their own."""
+    with Cluster(**SETTINGS, numerics=numerics) as cluster:
+        check(cluster.generate(requests))
+
+
+def test_replicas(requests: list[RequestSpec], numerics: str, check: Check) -> None:
+    """A8: two replicas, and therefore other batches; which one served a request is not seen either."""
+    with Cluster(**SETTINGS, numerics=numerics, data_parallel_size=2) as cluster:
+        check(cluster.generate(requests))
+
+
+def test_new_process(numerics: str, check: Check) -> None:
+    """A11: another interpreter, with another hash seed."""
+    program = (
+        "import sys, msgspec; from workload import make_requests, run_inproc\n"
+        "sys.stdout.buffer.write(msgspec.msgpack.encode(run_inproc(make_requests(), numerics=sys.argv[1])))"
+    )
+    support = str(Path(__file__).parents[1] / "support")
+    environment = os.environ | {"PYTHONHASHSEED": "4242", "PYTHONPATH": support}
+    done = subprocess.run(
+        [sys.executable, "-c", program, numerics], capture_output=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    check(msgspec.msgpack.decode(done.stdout, type=list[Generation]))
+
+
+def test_threads(requests: list[RequestSpec], numerics: str, check: Check) -> None:
+    """The number of compute threads of a worker cannot be seen either."""
+    threads = min(2, os.cpu_count() or 1)
+    check(run_inproc(requests, numerics=numerics, num_threads=threads))
+
+
+def test_another_seed_is_noticed(requests: list[RequestSpec]) -> None:
+    """The comparison sees a difference in one request's seed, and names that request."""
+    changed = list(requests)
+    changed[3] = msgspec.structs.replace(changed[3], seed=changed[3].seed + 1)
+    comparison = compare_generations(run_inproc(requests), run_inproc(changed))
+    assert not comparison.equal
+    assert comparison.first_difference is not None
+    assert comparison.first_difference.startswith("request 3 ")
+
+
+def _named(request: RequestSpec, request_id: str) -> RequestSpec:
+    return msgspec.structs.replace(request, request_id=request_id)

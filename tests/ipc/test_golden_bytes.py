@@ -1,0 +1,141 @@
+"""The bytes of every message, one example each: a change here is a change of the protocol.
+
+Appending a field with a default lengthens a message and is compatible; anything else needs a new PROTOCOL_VERSION.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import msgspec
+import pytest
+
+from sempre.ipc import messages as m
+
+DIGESTS = m.RngDigests(python_random="p", numpy_random="n", torch_cpu="t")
+ROWS = m.LogprobRows(num_rows=1, width=1, token_ids=b"\1\0\0\0", logprobs=b"\0\0\x80\xbf", ranks=b"\1\0\0\0")
+ERROR = m.ErrorInfo(type="T", message="m", rank=1, facts={"a": 1, "b": None})
+PARAMS = m.SamplingSpec(max_tokens=4, logit_bias={7: 0.5}, bad_words_token_ids=[[1, 2]])
+SPEC = m.RequestSpec(request_id="r", prompt_token_ids=[1, 300], params=PARAMS, seed=2**64 - 1, ordinal=0)
+DELTA = m.RequestOutputDelta(request_id="r", token_ids=[5], logprobs=ROWS, finish_reason="stop", stop_reason=5)
+
+EXAMPLES: list[m.Message] = [
+    m.ClientHello(protocol_version=1, pid=2),
+    m.AddRequests(requests=[SPEC]),
+    m.AbortRequests(request_ids=["r"]),
+    m.CallWorkers(call_id=1, method="ping", args=[1], kwargs={"k": None}),
+    m.ResetPrefixCache(call_id=1),
+    m.GetMetrics(call_id=1),
+    m.ShutdownEngine(),
+    m.Heartbeat(rank=0, steps_done=3),
+    m.Refused(error=ERROR),
+    m.StartupProgress(phase="load", seconds=0.5),
+    m.EngineReady(
+        vocab_size=10,
+        max_model_len=20,
+        eos_token_ids=[2],
+        num_blocks=3,
+        block_size=16,
+        world_size=1,
+        fingerprint={"a": "b"},
+        worker_pids=[9],
+    ),
+    m.OutputsReady(outputs=[DELTA]),
+    m.CallWorkersReply(call_id=1, results=["pong"]),
+    m.ResetPrefixCacheReply(call_id=1, done=True),
+    m.MetricsReply(call_id=1, values={"a": 1.0, "b": [1.0], "c": {"d": 1.0}}),
+    m.EngineFailed(error=ERROR),
+    m.LoadModel(config=m.WorkerConfig(rank=0, world_size=1, model_path="/m")),
+    m.StartServing(num_blocks=3),
+    m.ExecuteStep(
+        step_id=1,
+        finished_request_ids=["q"],
+        new_requests=[m.NewRequest(request_id="r", token_ids=[1, 2], num_prompt_tokens=2, seed=0, params=PARAMS)],
+        scheduled=[
+            m.ScheduledRequest(
+                request_id="r", num_computed_tokens=0, num_tokens=2, block_table_start=0, block_ids=[4]
+            )
+        ],
+    ),
+    m.CallMethod(call_id=1, method="ping"),
+    m.ShutdownWorker(),
+    m.WorkerHello(protocol_version=1, rank=0, pid=2, versions={"torch": "2"}),
+    m.ModelLoaded(
+        rank=0, digests_before_load=DIGESTS, vocab_size=10, max_model_len=20, kv_block_bytes=64, available_kv_blocks=3
+    ),
+    m.WorkerReady(rank=0, digests_after_warm_up=DIGESTS),
+    m.StepResult(rank=0, step_id=1, sampled=[m.SampledTokens(request_id="r", token_ids=[5], logprobs=ROWS)]),
+    m.CallMethodReply(rank=0, call_id=1, result={"a": [1, 2.5, None, True]}),
+    m.WorkerFailed(rank=0, error=ERROR),
+]
+
+GOLDEN = {
+    "ClientHello": "93ab436c69656e7448656c6c6f0102",
+    "AddRequests": """
+        92ab41646452657175657374739197a1729201cd012cdc00100400cb3ff0000000000000cb3ff000000000000000cb00
+        00000000000000cb0000000000000000cb0000000000000000cb3ff00000000000008107cb3fe0000000000000c09192
+        01029090c0c0cfffffffffffffffff0000c0
+    """,
+    "AbortRequests": "92ad41626f7274526571756573747391a172",
+    "CallWorkers": "95ab43616c6c576f726b65727301a470696e67910181a16bc0",
+    "ResetPrefixCache": "92b05265736574507265666978436163686501",
+    "GetMetrics": "92aa4765744d65747269637301",
+    "ShutdownEngine": "91ae53687574646f776e456e67696e65",
+    "Heartbeat": "93a94865617274626561740003",
+    "Refused": "92a75265667573656495a154a16d01a082a16101a162c0",
+    "StartupProgress": "93af5374617274757050726f6772657373a46c6f6164cb3fe0000000000000",
+    "EngineReady": "9aab456e67696e6552656164790a14910203100181a161a1628090",
+    "OutputsReady": """
+        92ac4f75747075747352656164799198a1729105950101c40401000000c404000080bfc40401000000c0a473746f7005
+        00c0
+    """,
+    "CallWorkersReply": "94b043616c6c576f726b6572735265706c790191a4706f6e67c0",
+    "ResetPrefixCacheReply": "93b5526573657450726566697843616368655265706c7901c3",
+    "MetricsReply": """
+        93ac4d6574726963735265706c790183a161cb3ff0000000000000a16291cb3ff0000000000000a16381a164cb3ff000
+        0000000000
+    """,
+    "EngineFailed": "92ac456e67696e654661696c656495a154a16d01a082a16101a162c0",
+    "LoadModel": """
+        92a94c6f61644d6f64656cdc00130001000001a674617267657400a22f6da46175746fa3637075c0cc80cd080010c000
+        a9696e76617269616e74a46175746fcb3fe0000000000000
+    """,
+    "StartServing": "92ac537461727453657276696e6703",
+    "ExecuteStep": """
+        95ab45786563757465537465700191a1719195a1729201020200dc00100400cb3ff0000000000000cb3ff00000000000
+        0000cb0000000000000000cb0000000000000000cb0000000000000000cb3ff00000000000008107cb3fe00000000000
+        00c0919201029090c0c09196a172000200910400
+    """,
+    "CallMethod": "95aa43616c6c4d6574686f6401a470696e679080",
+    "ShutdownWorker": "91ae53687574646f776e576f726b6572",
+    "WorkerHello": "95ab576f726b657248656c6c6f01000281a5746f726368a132",
+    "ModelLoaded": "9aab4d6f64656c4c6f616465640094a170a16ea174a00a144003908080",
+    "WorkerReady": "94ab576f726b657252656164790094a170a16ea174a080",
+    "StepResult": "94aa53746570526573756c7400019195a1729105950101c40401000000c404000080bfc40401000000c0c0",
+    "CallMethodReply": "95af43616c6c4d6574686f645265706c79000181a1619401cb4004000000000000c0c3c0",
+    "WorkerFailed": "93ac576f726b65724661696c65640095a154a16d01a082a16101a162c0",
+}
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_the_bytes_are_the_agreed_ones(message: m.Message) -> None:
+    name = type(message).__name__
+    data = msgspec.msgpack.encode(message)
+    assert data.hex() == "".join(GOLDEN[name].split())
+    assert msgspec.msgpack.decode(data, type=type(message)) == message
+
+
+def test_every_message_has_an_example() -> None:
+    unions = (m.ClientCommand, m.ClientEvent, m.WorkerCommand, m.WorkerEvent)
+    assert {kind.__name__ for union in unions for kind in get_args(union)} == set(GOLDEN)
+    assert {type(message).__name__ for message in EXAMPLES} == set(GOLDEN)
+
+
+def test_an_appended_field_is_ignored_by_an_older_reader() -> None:
+    longer = msgspec.msgpack.encode(["GetMetrics", 1, "a field of the future"])
+    assert msgspec.msgpack.decode(longer, type=m.ClientCommand) == m.GetMetrics(call_id=1)
+
+
+def test_messages_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        m.GetMetrics(call_id=1).call_id = 2  # type: ignore[misc]

@@ -1,0 +1,65 @@
+"""One set of requests under every kind of sampling, and how to run it. Imported by tests and by processes they start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from sempre.engine.client_inproc import InprocClient
+from sempre.engine.harness import Generation, generate, make_request
+from sempre.engine.harness.cluster import cluster_config
+from sempre.ipc.messages import RequestSpec
+
+SETTINGS: dict[str, Any] = {"model": "tiny", "max_model_len": 512, "num_threads": 1}
+KV_BLOCK_BYTES = 2 * 6 * 2 * 64 * 16 * 2  # k and v, 6 layers, 2 heads, 64 dimensions, 16 tokens, bfloat16
+
+
+def _prompt(start: int, length: int) -> list[int]:
+    return [3 + (start * 7919 + j * 104729) % 4000 for j in range(length)]
+
+
+def make_requests() -> list[RequestSpec]:
+    """Prompts of 1 to 300 tokens, some with a common beginning, under every kind of sampling."""
+    shared = _prompt(1, 80)
+    kinds: list[tuple[list[int], dict[str, Any]]] = [
+        (_prompt(2, 1), {"temperature": 0.0}),
+        (_prompt(3, 5), {"temperature": 1.0}),
+        (_prompt(4, 17), {"temperature": 0.7, "top_p": 0.9}),
+        (_prompt(5, 64), {"temperature": 1.3, "top_k": 40}),
+        (_prompt(6, 65), {"temperature": 1.0, "min_p": 0.05, "prompt_logprobs": 3}),
+        (_prompt(7, 130), {"temperature": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.4}),
+        (_prompt(8, 300), {"temperature": 1.0, "presence_penalty": 0.7, "top_k": 100, "top_p": 0.95}),
+        (shared + _prompt(9, 3), {"temperature": 0.0, "prompt_logprobs": 0}),
+        (shared + _prompt(10, 20), {"temperature": 1.0}),
+        (shared + _prompt(11, 40), {"temperature": 1.0, "logit_bias": {17: 2.5, 99: -3.0}, "min_tokens": 5}),
+        (shared, {"temperature": 0.8, "bad_words_token_ids": [[11], [12, 13]]}),
+        (_prompt(12, 200), {"temperature": 1.0, "allowed_token_ids": list(range(100, 900))}),
+    ]
+    return [
+        make_request(prompt, seed=1000 + i, ordinal=i, max_tokens=24, **({"logprobs": 4} | sampling))
+        for i, (prompt, sampling) in enumerate(kinds)
+    ]
+
+
+def launch_inproc(**settings: Any) -> InprocClient:
+    return InprocClient.launch(cluster_config(**(SETTINGS | {"multiprocessing": False} | settings)))
+
+
+def run_inproc(requests: Sequence[RequestSpec], **settings: Any) -> list[Generation]:
+    """All requests at once, in an engine of this process."""
+    client = launch_inproc(**settings)
+    try:
+        return generate(client, requests)
+    finally:
+        client.close()
+
+
+@cache
+def run_alone(numerics: str) -> tuple[Generation, ...]:
+    """Every request by itself, one after the other, without a prefix cache."""
+    client = launch_inproc(enable_prefix_caching=False, numerics=numerics)
+    try:
+        return tuple(generate(client, [request])[0] for request in make_requests())
+    finally:
+        client.close()
