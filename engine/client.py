@@ -1,7 +1,7 @@
 """The user process's end of an engine: commands out, events in.
 
     launch        → ProcessClient (client_process.py), or InprocClient (client_inproc.py) with multiprocessing off
-    launch_async  → AsyncProcessClient (client_process.py), or AsyncInprocClient (client_async.py)
+    launch_async  → AsyncProcessClient, or AsyncInprocClient with multiprocessing off (client_async.py)
 """
 
 from __future__ import annotations
@@ -62,10 +62,8 @@ def launch(config: EngineConfig, on_progress: ProgressCallback | None = None) ->
 
 async def launch_async(config: EngineConfig, on_progress: ProgressCallback | None = None) -> AsyncEngineClient:
     """As `launch`, for asyncio; the event loop runs on while the engine starts."""
+    from sempre.engine.client_async import AsyncInprocClient, AsyncProcessClient
+
     if config.multiprocessing:
-        from sempre.engine.client_process import AsyncProcessClient
-
         return await AsyncProcessClient.launch(config, on_progress=on_progress)
-    from sempre.engine.client_async import AsyncInprocClient
-
     return await AsyncInprocClient.launch(config, on_progress=on_progress)

@@ -1,15 +1,68 @@
-"""The client for asyncio of an engine inside this process."""
+"""The clients for asyncio, of an engine in processes of its own and of one inside this process."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from sempre.engine.client import ProgressCallback
 from sempre.engine.client_inproc import InprocClient
+from sempre.engine.client_process import LOOK_S, ProcessClientBase
 from sempre.engine.config import EngineConfig
+from sempre.engine.engine_process import ProcessOptions
 from sempre.engine.executor.base import Executor
+from sempre.ipc.async_channel import AsyncPeerChannel
 from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady
+
+
+class AsyncProcessClient(ProcessClientBase[AsyncPeerChannel[ClientEvent]]):
+    """The client for asyncio; belongs to the event loop that runs when it is made."""
+
+    def __init__(self, config: EngineConfig, options: ProcessOptions) -> None:
+        super().__init__(config, options, _connect)
+
+    @classmethod
+    async def launch(
+        cls,
+        config: EngineConfig,
+        *,
+        options: ProcessOptions | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> AsyncProcessClient:
+        """As ProcessClient.launch; the event loop runs on meanwhile."""
+        client = cls(config, options or ProcessOptions())
+        try:
+            while not client._startup_event(await client._receive(client._startup_seconds_left()), on_progress):
+                pass
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    async def receive(self) -> ClientEvent:
+        """The next event; may be cancelled without losing one. Raises as ProcessClient.receive."""
+        while True:
+            event = await self._receive(LOOK_S)
+            if event is not None:
+                return event
+
+    async def _receive(self, timeout_s: float) -> ClientEvent | None:
+        self._raise_if_ended()
+        deadline = time.monotonic() + timeout_s
+        while (wait_s := min(LOOK_S, deadline - time.monotonic())) > 0:
+            arrival = await self._channel.receive(wait_s)
+            if arrival is None:
+                self._look_after()
+                continue
+            event = self._interpret(arrival)
+            if event is not None:
+                return event
+        return None
+
+
+def _connect(address: str, config: EngineConfig) -> AsyncPeerChannel[ClientEvent]:
+    return AsyncPeerChannel(address, receives=ClientEvent, limit_bytes=config.max_message_bytes)
 
 
 class AsyncInprocClient:

@@ -14,7 +14,7 @@ from sempre.engine.client import ProgressCallback
 from sempre.engine.config import EngineConfig
 from sempre.engine.engine_process import EngineProcess, ProcessOptions, client_event, ended_by
 from sempre.engine.vigil import Vigil
-from sempre.ipc.channel import AsyncPeerChannel, PeerChannel
+from sempre.ipc.channel import PeerBase, PeerChannel
 from sempre.ipc.errors import EngineDeadError, ProtocolError, SempreError, StartupError
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
@@ -30,10 +30,10 @@ from sempre.ipc.messages import (
 # the coordinator itself holds each worker to startup_timeout_s
 _STARTUP_MARGIN_S = 30.0
 # the longest wait without a look at the coordinator, where its end is not an event of its own
-_LOOK_S = 0.25
+LOOK_S = 0.25
 _LAST_FRAMES_S = 0.02
 
-Channel = TypeVar("Channel", PeerChannel[ClientEvent], AsyncPeerChannel[ClientEvent])
+Channel = TypeVar("Channel", bound=PeerBase[ClientEvent])
 
 
 class ProcessClientBase(Generic[Channel]):
@@ -44,11 +44,11 @@ class ProcessClientBase(Generic[Channel]):
 
     ready: EngineReady
 
-    def __init__(self, config: EngineConfig, options: ProcessOptions, channel_type: type[Channel]) -> None:
+    def __init__(
+        self, config: EngineConfig, options: ProcessOptions, connect: Callable[[str, EngineConfig], Channel]
+    ) -> None:
         self.process = EngineProcess(config, options)
-        self._channel: Channel = channel_type(
-            self.process.client_address, receives=ClientEvent, limit_bytes=config.max_message_bytes
-        )
+        self._channel = connect(self.process.client_address, config)
         self._finalizer: Callable[[], object] = weakref.finalize(self, _close, self.process, self._channel)
         self._vigil = Vigil(config.heartbeat_interval_s, config.heartbeat_timeout_s)
         self._startup_timeout_s = config.startup_timeout_s
@@ -128,7 +128,7 @@ class ProcessClient(ProcessClientBase[PeerChannel[ClientEvent]]):
     """The blocking client."""
 
     def __init__(self, config: EngineConfig, options: ProcessOptions) -> None:
-        super().__init__(config, options, PeerChannel)
+        super().__init__(config, options, _connect)
         self._poller = zmq.Poller()
         self._poller.register(self._channel.socket, zmq.POLLIN)
         if (descriptor := self.process.child.fileno()) is not None:
@@ -161,58 +161,17 @@ class ProcessClient(ProcessClientBase[PeerChannel[ClientEvent]]):
                 if event is not None:
                     return event
             self._look_after()
-            wait_s = _LOOK_S if deadline is None else min(_LOOK_S, deadline - time.monotonic())
+            wait_s = LOOK_S if deadline is None else min(LOOK_S, deadline - time.monotonic())
             if wait_s <= 0:
                 return None
             self._poller.poll(round(wait_s * 1000))
 
 
-class AsyncProcessClient(ProcessClientBase[AsyncPeerChannel[ClientEvent]]):
-    """The client for asyncio; belongs to the event loop that runs when it is made."""
-
-    def __init__(self, config: EngineConfig, options: ProcessOptions) -> None:
-        super().__init__(config, options, AsyncPeerChannel)
-
-    @classmethod
-    async def launch(
-        cls,
-        config: EngineConfig,
-        *,
-        options: ProcessOptions | None = None,
-        on_progress: ProgressCallback | None = None,
-    ) -> AsyncProcessClient:
-        """As ProcessClient.launch; the event loop runs on meanwhile."""
-        client = cls(config, options or ProcessOptions())
-        try:
-            while not client._startup_event(await client._receive(client._startup_seconds_left()), on_progress):
-                pass
-        except BaseException:
-            client.close()
-            raise
-        return client
-
-    async def receive(self) -> ClientEvent:
-        """The next event; may be cancelled without losing one. Raises as ProcessClient.receive."""
-        while True:
-            event = await self._receive(_LOOK_S)
-            if event is not None:
-                return event
-
-    async def _receive(self, timeout_s: float) -> ClientEvent | None:
-        self._raise_if_ended()
-        deadline = time.monotonic() + timeout_s
-        while (wait_s := min(_LOOK_S, deadline - time.monotonic())) > 0:
-            arrival = await self._channel.receive(wait_s)
-            if arrival is None:
-                self._look_after()
-                continue
-            event = self._interpret(arrival)
-            if event is not None:
-                return event
-        return None
+def _connect(address: str, config: EngineConfig) -> PeerChannel[ClientEvent]:
+    return PeerChannel(address, receives=ClientEvent, limit_bytes=config.max_message_bytes)
 
 
-def _close(process: EngineProcess, channel: PeerChannel[ClientEvent] | AsyncPeerChannel[ClientEvent]) -> None:
+def _close(process: EngineProcess, channel: PeerBase[ClientEvent]) -> None:
     if process.is_inherited():
         return
     if not process.child.ended():

@@ -24,16 +24,18 @@ from sempre.engine.executor.local import LocalExecutor
 from sempre.ipc.channel import HubChannel
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import MessageMalformed, ProtocolError
+from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError
 from sempre.ipc.handshake import check_pid, check_version
 from sempre.ipc.liveness import watch_parent
 from sempre.ipc.messages import (
+    CallWorkersReply,
     ClientCommand,
     ClientEvent,
     ClientHello,
     EngineFailed,
     ErrorInfo,
     Heartbeat,
+    OutputsReady,
     Refused,
     ShutdownEngine,
 )
@@ -88,8 +90,21 @@ class Coordinator:
         self._unsent += events
         if self._client is not None:
             for event in self._unsent:
-                self._hub.send(self._client, event)
+                self._send(self._client, event)
             self._unsent.clear()
+
+    def _send(self, client: bytes, event: ClientEvent) -> None:
+        try:
+            self._hub.send(client, event)
+        except MessageTooLarge as error:
+            match event:
+                case OutputsReady(outputs=[_, _, *_]):
+                    for output in event.outputs:
+                        self._send(client, OutputsReady(outputs=[output]))
+                case CallWorkersReply(call_id=call_id):
+                    self._hub.send(client, CallWorkersReply(call_id=call_id, error=describe(error)))
+                case _:
+                    raise
 
     def fail(self, error: ErrorInfo) -> None:
         """Tell the client why the engine ends; one that is still connecting is waited for."""

@@ -14,7 +14,6 @@ from types import TracebackType, UnionType
 from typing import Any, Generic, Self
 
 import zmq
-import zmq.asyncio
 
 from sempre.ipc.codec import UNSEQUENCED, FrameDecoder, FrameEncoder, MessageT
 from sempre.ipc.error_info import describe
@@ -38,7 +37,7 @@ def configure(socket: zmq.Socket[Any], limit_bytes: int) -> None:
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
 
 
-class _Peer(Generic[MessageT]):
+class PeerBase(Generic[MessageT]):
     """The connecting end, whatever kind of socket it uses."""
 
     def __init__(self, address: str, *, receives: UnionType, limit_bytes: int, socket: zmq.Socket[Any]) -> None:
@@ -76,7 +75,7 @@ class _Peer(Generic[MessageT]):
         self.close()
 
 
-class PeerChannel(_Peer[MessageT]):
+class PeerChannel(PeerBase[MessageT]):
     """The connecting end; `receives` is the union of the messages that may arrive."""
 
     def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
@@ -86,25 +85,8 @@ class PeerChannel(_Peer[MessageT]):
     def receive(self, timeout_s: float | None = None) -> MessageT | None:
         """The next message; None when there is none within `timeout_s`. Raises ProtocolError for a refused frame."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while self.socket.poll(_remaining_ms(deadline)):
+        while self.socket.poll(remaining_ms(deadline)):
             message = self._take(self.socket.recv_multipart(zmq.DONTWAIT))
-            if message is not None:
-                return message
-        return None
-
-
-class AsyncPeerChannel(_Peer[MessageT]):
-    """The connecting end for asyncio; belongs to the event loop that runs when it is made."""
-
-    def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
-        self._async_socket = zmq.asyncio.Context(zmq.Context.instance()).socket(zmq.DEALER)
-        super().__init__(address, receives=receives, limit_bytes=limit_bytes, socket=self._async_socket)
-
-    async def receive(self, timeout_s: float) -> MessageT | None:
-        """As PeerChannel.receive. Safe to cancel: with DONTWAIT a frame is taken only once it can be returned."""
-        deadline = time.monotonic() + timeout_s
-        while await self._async_socket.poll(_remaining_ms(deadline)):
-            message = self._take(await self._async_socket.recv_multipart(zmq.DONTWAIT))
             if message is not None:
                 return message
         return None
@@ -139,7 +121,7 @@ class HubChannel(Generic[MessageT]):
     def receive(self, timeout_s: float = 0.0) -> tuple[bytes, MessageT | ProtocolError] | None:
         """The next message and its sender, or the error of a frame refused on an established link; None: nothing."""
         deadline = time.monotonic() + timeout_s
-        while self.socket.poll(_remaining_ms(deadline)):
+        while self.socket.poll(remaining_ms(deadline)):
             identity, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
             link = self._links.get(identity)
             try:
@@ -198,7 +180,8 @@ class Refusals:
         return self.count <= _MOST_REFUSALS
 
 
-def _remaining_ms(deadline: float | None) -> int | None:
+def remaining_ms(deadline: float | None) -> int | None:
+    """What ZeroMQ's polls take; None is without end."""
     if deadline is None:
         return None
     return max(0, round((deadline - time.monotonic()) * 1000))

@@ -6,7 +6,7 @@ from sempre.workers.main import WorkerProtocol, main
 
 
 def make_worker() -> WorkerProtocol:
-    """The worker that runs a model; torch is imported only now, after hello was said."""
+    """The worker that runs a model; torch is imported only now, after the hello."""
     from sempre.workers.worker import Worker
 
     return Worker()

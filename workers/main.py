@@ -19,8 +19,8 @@ from typing import NoReturn, Protocol
 import zmq
 
 from sempre.ipc.channel import PeerChannel
-from sempre.ipc.error_info import describe
-from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError
+from sempre.ipc.error_info import describe, restore
+from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError, RequestError
 from sempre.ipc.liveness import die_with_parent_thread, watch_grandparent, watch_parent
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
@@ -32,6 +32,7 @@ from sempre.ipc.messages import (
     Message,
     ModelLoaded,
     Refused,
+    SampledTokens,
     ShutdownWorker,
     StartServing,
     StepResult,
@@ -77,6 +78,33 @@ def run_command(worker: WorkerProtocol, command: WorkerCommand) -> WorkerEvent:
             raise AssertionError(f"{type(command).__name__} has no answer")
 
 
+def sendable(event: WorkerEvent, error: TypeError | MessageTooLarge) -> WorkerEvent | None:
+    """What to send in place of an event that cannot be sent, so that only who asked for it is concerned.
+
+    None when nothing can be left out.
+    """
+    match event, error:
+        case CallMethodReply(rank=rank, call_id=call_id), _:
+            return CallMethodReply(rank=rank, call_id=call_id, error=describe(error, rank))
+        case StepResult(), MessageTooLarge(limit_bytes=limit_bytes) if event.sampled:
+            share = limit_bytes // (2 * len(event.sampled))
+            kept = [s if _logprob_bytes(s) <= share else _too_large(s, error) for s in event.sampled]
+            return StepResult(rank=event.rank, step_id=event.step_id, sampled=kept)
+        case _:
+            return None
+
+
+def _logprob_bytes(sampled: SampledTokens) -> int:
+    rows = [rows for rows in (sampled.logprobs, sampled.prompt_logprobs) if rows is not None]
+    return sum(len(part.token_ids) + len(part.logprobs) + len(part.ranks) for part in rows)
+
+
+def _too_large(sampled: SampledTokens, error: MessageTooLarge) -> SampledTokens:
+    text = f"the log-probabilities of request {sampled.request_id!r} in one step are too large to be sent: {error}"
+    refusal = RequestError(text, parameter="logprobs", request_id=sampled.request_id)
+    return SampledTokens(request_id=sampled.request_id, error=describe(refusal))
+
+
 class WorkerLoop:
     """One worker's conversation with its coordinator."""
 
@@ -104,7 +132,9 @@ class WorkerLoop:
         self._send(hello)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         try:
-            self._serve()
+            # imports what a worker needs while the coordinator still gets ready itself
+            self._worker = self._make_worker()
+            self._serve(self._worker)
         except Exception as error:
             logger.exception("worker %d failed", self._rank)
             self._channel.socket.setsockopt(zmq.LINGER, _FLUSH_MS)
@@ -117,7 +147,7 @@ class WorkerLoop:
                 self._worker.shutdown()
         return 0
 
-    def _serve(self) -> None:
+    def _serve(self, worker: WorkerProtocol) -> None:
         while True:
             command = self._next_command()
             match command:
@@ -125,11 +155,13 @@ class WorkerLoop:
                     continue
                 case ShutdownWorker():
                     return
+                case Refused(error=error) if self._accepts == (LoadModel,):
+                    raise restore(error) or ProtocolError(f"the coordinator refused this worker: {error.message}")
                 case Refused(error=error):
                     # the coordinator decides whether it can go on without that frame
                     logger.warning("the coordinator refused a frame: %s", error.message)
                 case _:
-                    self._answer(command)
+                    self._answer(worker, command)
 
     def _next_command(self) -> WorkerCommand | None:
         with self._socket_lock:
@@ -142,15 +174,13 @@ class WorkerLoop:
                 self._channel.send(self._heartbeat())
             return command
 
-    def _answer(self, command: WorkerCommand) -> None:
+    def _answer(self, worker: WorkerProtocol, command: WorkerCommand) -> None:
         if type(command) not in self._accepts:
             names = " or ".join(kind.__name__ for kind in self._accepts)
             found = type(command).__name__
             self._send(Refused(error=describe(MessageMalformed(f"tag: expected {names}, found {found}", field="tag"))))
             return
-        if self._worker is None:
-            self._worker = self._make_worker()
-        event = run_command(self._worker, command)
+        event = run_command(worker, command)
         match command:
             case LoadModel():
                 self._accepts = (StartServing,)
@@ -161,9 +191,10 @@ class WorkerLoop:
         try:
             self._send(event)
         except (TypeError, MessageTooLarge) as error:
-            if not isinstance(event, CallMethodReply):
+            substitute = sendable(event, error)
+            if substitute is None:
                 raise
-            self._send(CallMethodReply(rank=self._rank, call_id=event.call_id, error=describe(error, self._rank)))
+            self._send(substitute)
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(rank=self._rank, steps_done=self._steps_done)

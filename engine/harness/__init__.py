@@ -18,7 +18,8 @@
     faults.py           Fault, FaultProxy: delayed, dropped, duplicated and corrupted frames on a link
     generation.py       make_request, generate, Generation: requests and results in token ids and raw logprob bits
     comparison.py       compare_settings, Comparison
-    scripted_worker.py  a worker without a model, for tests of everything around it
+    scripted_worker.py  a worker without a model (model "scripted"), for tests of everything around it
+    light_worker.py     the same without torch ("scripted-light")
 
 Requests are made of token ids, so no tokenizer is involved. Works on Linux.
 """

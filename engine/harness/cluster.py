@@ -30,7 +30,10 @@ from sempre.ipc.messages import (
 )
 
 COORDINATOR = "coordinator"
-SCRIPTED_WORKER = "sempre.engine.harness.scripted_worker"
+MODELLESS_WORKERS = {
+    "scripted": "sempre.engine.harness.scripted_worker",
+    "scripted-light": "sempre.engine.harness.light_worker",
+}
 _REPLY_S = 60.0
 
 Reply = TypeVar("Reply", CallWorkersReply, MetricsReply)
@@ -39,10 +42,10 @@ Reply = TypeVar("Reply", CallWorkersReply, MetricsReply)
 class Cluster:
     """An engine in processes, open to inspection and to harm.
 
-    `settings` are those of `LLM` (data_parallel_size, max_num_seqs, heartbeat_timeout_s, …). The model "scripted"
-    stands for workers without a model; `worker_module` is run as a worker in place of the usual one. Faults may be
-    given from the start, or later to `worker_proxy.inject` and `client_proxy.inject`; a proxy exists only when its
-    argument is not None.
+    `settings` are those of `LLM` (data_parallel_size, max_num_seqs, heartbeat_timeout_s, …). The models "scripted" and
+    "scripted-light" stand for workers without one; `worker_module` is run as a worker in place of the usual one.
+    Faults may be given from the start, or later to `worker_proxy.inject` and `client_proxy.inject`; a proxy exists
+    only when its argument is not None.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Cluster:
         self.worker_proxy = self._proxy(worker_faults, "workers", self.directory.worker_address)
         self.client_proxy = self._proxy(client_faults, "client", self.directory.client_address)
         options = ProcessOptions(
-            worker_module=worker_module or (SCRIPTED_WORKER if model == "scripted" else "sempre.workers"),
+            worker_module=worker_module or MODELLESS_WORKERS.get(model, "sempre.workers"),
             directory=self.directory,
             worker_connect=self.worker_proxy.address if self.worker_proxy else None,
             client_connect=self.client_proxy.address if self.client_proxy else None,
@@ -158,7 +161,7 @@ class Cluster:
 
 
 def cluster_config(model: str, **settings: Any) -> EngineConfig:
-    """The configuration of a cluster; `model` may be "scripted"."""
-    if model != "scripted":
+    """The configuration of a cluster; `model` may be one of MODELLESS_WORKERS."""
+    if model not in MODELLESS_WORKERS:
         return engine_config(model, **settings)
     return EngineConfig(model=model, model_path=Path("/"), **settings)

@@ -2,6 +2,7 @@
 
 It seeds, digests, and keeps sequences as the real one does, so that everything around a worker can be tested in a
 second. Started with `python -m sempre.engine.harness.scripted_worker`; used in-process as `ScriptedWorker()`.
+`python -m sempre.engine.harness.light_worker` is the same without torch and numpy, and up at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sempre.ipc.messages import (
     LogprobRows,
     ModelLoaded,
     NewRequest,
+    RngDigests,
     SampledTokens,
     SamplingSpec,
     ScheduledRequest,
@@ -54,14 +56,10 @@ class ScriptedWorker:
         self._step_seconds = 0.0
 
     def load_model(self, command: LoadModel) -> ModelLoaded:
-        # brings in torch, whose generator is one of the three
-        from sempre.workers.seeding import rng_digests, seed_everything
-
         self._config = command.config
-        seed_everything(command.config.seed)
         return ModelLoaded(
             rank=command.config.rank,
-            digests_before_load=rng_digests(),
+            digests_before_load=self.seed(),
             vocab_size=VOCAB_SIZE,
             max_model_len=command.config.max_model_len or _DEFAULT_MODEL_LEN,
             kv_block_bytes=1,
@@ -70,10 +68,20 @@ class ScriptedWorker:
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
-        from sempre.workers.seeding import rng_digests, seed_everything
+        return WorkerReady(rank=self._settings.rank, digests_after_warm_up=self.seed())
+
+    def seed(self) -> RngDigests:
+        """Seed this process and digest its generators."""
+        # brings in torch, whose generator is one of the three
+        from sempre.workers.seeding import seed_everything
 
         seed_everything(self._settings.seed)
-        return WorkerReady(rank=self._settings.rank, digests_after_warm_up=rng_digests())
+        return self.digests()
+
+    def digests(self) -> RngDigests:
+        from sempre.workers.seeding import rng_digests
+
+        return rng_digests()
 
     def execute(self, command: ExecuteStep) -> StepResult:
         time.sleep(self._step_seconds)
@@ -85,7 +93,7 @@ class ScriptedWorker:
         return StepResult(rank=self._settings.rank, step_id=command.step_id, sampled=sampled)
 
     def call(self, command: CallMethod) -> CallMethodReply:
-        methods = {"rng_digests": self.rng_digests, "ping": lambda: "pong", "fail": self.fail, "slow": self.slow}
+        methods = {"rng_digests": self.rng_digests, "ping": lambda: "pong", "repeat": self.repeat, "slow": self.slow}
         rank = self._settings.rank
         try:
             method = methods.get(command.method)
@@ -100,21 +108,16 @@ class ScriptedWorker:
         self._sequences.clear()
 
     def rng_digests(self) -> dict[str, str]:
-        from sempre.workers.seeding import rng_digests
-
-        digests: dict[str, str] = msgspec.structs.asdict(rng_digests())
+        digests: dict[str, str] = msgspec.structs.asdict(self.digests())
         return digests
 
     def slow(self, seconds: float) -> None:
         """Let every further step take this long."""
         self._step_seconds = seconds
 
-    def fail(self, kind: str) -> None:
-        """Have the next step fail with an exception."""
-        if kind != "step":
-            raise ConfigError(f"kind: expected 'step', found {kind!r}", parameter="kind", value=kind)
-        # a request that nobody knows: the step raises KeyError
-        self._sequences.clear()
+    def repeat(self, text: str, times: int) -> str:
+        """A reply of any size."""
+        return text * times
 
     @property
     def _settings(self) -> WorkerConfig:

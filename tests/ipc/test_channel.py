@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from sempre.ipc.channel import AsyncPeerChannel, HubChannel, PeerChannel
+from sempre.ipc.async_channel import AsyncPeerChannel
+from sempre.ipc.channel import HubChannel, PeerChannel
 from sempre.ipc.codec import FrameDecoder, FrameEncoder
 from sempre.ipc.errors import FrameLost, MessageMalformed, MessageTooLarge, ProtocolError
 from sempre.ipc.messages import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -79,14 +80,9 @@ def test_mutated_payloads_decode_or_are_refused(data: st.DataObject) -> None:
 
 
 def decodes_or_refuses(decoder: FrameDecoder[object], frame: bytes) -> None:  # type: ignore[type-var]
-    try:
+    with suppress(MessageMalformed):
         _, message = decoder.decode(frame)
-    except MessageMalformed as error:
-        refused_field = error.field
-    else:
-        refused_field = ""
         assert isinstance(message, msgspec.Struct)
-    assert refused_field is not None
 
 
 @given(st.integers(0, 10**6))

@@ -42,11 +42,11 @@ def gone() -> Callable[[Iterable[int]], list[int]]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Cluster]]:
-    """Start scripted clusters; at the end nothing of them may be left."""
+    """Start clusters without a model; at the end nothing of them may be left."""
     clusters: list[Cluster] = []
 
-    def start_cluster(**settings: Any) -> Cluster:
-        clusters.append(Cluster("scripted", **settings))
+    def start_cluster(model: str = "scripted-light", **settings: Any) -> Cluster:
+        clusters.append(Cluster(model, **settings))
         return clusters[-1]
 
     yield start_cluster

@@ -12,11 +12,12 @@ import time
 
 import msgspec
 
-from sempre.engine.harness.scripted_worker import ScriptedWorker
+from sempre.engine.harness.light_worker import LightWorker
 from sempre.ipc.errors import TensorMismatch
 from sempre.ipc.messages import (
     ExecuteStep,
     LoadModel,
+    LogprobRows,
     ModelLoaded,
     SampledTokens,
     StartServing,
@@ -28,7 +29,7 @@ from sempre.workers.main import main
 ODDITY = os.environ["SEMPRE_TEST_ODDITY"]
 
 
-class OddWorker(ScriptedWorker):
+class OddWorker(LightWorker):
     def load_model(self, command: LoadModel) -> ModelLoaded:
         loaded = super().load_model(command)
         match ODDITY:
@@ -42,10 +43,8 @@ class OddWorker(ScriptedWorker):
             case "never loads":
                 time.sleep(60)
             case "draws before load" if command.config.rank == 1:
-                from sempre.workers.seeding import rng_digests
-
                 random.random()
-                return msgspec.structs.replace(loaded, digests_before_load=rng_digests())
+                return msgspec.structs.replace(loaded, digests_before_load=self.digests())
             case "other vocabulary" if command.config.rank == 1:
                 return msgspec.structs.replace(loaded, vocab_size=7)
             case "fewer blocks" if command.config.rank == 1:
@@ -74,6 +73,11 @@ class OddWorker(ScriptedWorker):
                     return StepResult(rank=0, step_id=3, sampled=[SampledTokens(request_id="nobody")])
                 case "step has another rank":
                     return StepResult(rank=5, step_id=3)
+                case "logprobs are too large":
+                    result = super().execute(command)
+                    rows = LogprobRows(num_rows=1, width=1, token_ids=b"", logprobs=b"\0" * 100_000, ranks=b"")
+                    large = msgspec.structs.replace(result.sampled[0], logprobs=rows)
+                    return msgspec.structs.replace(result, sampled=[large, *result.sampled[1:]])
                 case "step is too large":
                     super().execute(command)
                     return StepResult(rank=0, step_id=3, sampled=[SampledTokens(request_id="x" * 100_000)])

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from sempre.engine.client_async import AsyncInprocClient
+from sempre.engine.client_async import AsyncInprocClient, AsyncProcessClient
 from sempre.engine.client_inproc import InprocClient
-from sempre.engine.client_process import AsyncProcessClient
 from sempre.engine.config import EngineConfig
 from sempre.engine.engine_process import ProcessOptions
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import Cluster, generate, make_request
-from sempre.engine.harness.cluster import SCRIPTED_WORKER
-from sempre.engine.harness.scripted_worker import ScriptedWorker, next_token
+from sempre.engine.harness.cluster import MODELLESS_WORKERS
+from sempre.engine.harness.light_worker import LightWorker
+from sempre.engine.harness.scripted_worker import next_token
 from sempre.ipc.errors import ConfigError, EngineDeadError, MessageMalformed, MessageTooLarge, RequestError
 from sempre.ipc.messages import (
     AbortRequests,
@@ -26,6 +26,7 @@ from sempre.ipc.messages import (
     CallWorkersReply,
     ClientHello,
     OutputsReady,
+    RequestOutputDelta,
     RequestSpec,
     ResetPrefixCache,
     ResetPrefixCacheReply,
@@ -34,7 +35,7 @@ from sempre.ipc.messages import (
 
 Start = Callable[..., Cluster]
 Requests = Callable[..., list[RequestSpec]]
-SCRIPTED = EngineConfig(model="scripted", model_path=Path("/"))
+SCRIPTED = EngineConfig(model="scripted-light", model_path=Path("/"))
 
 
 def expected_tokens(spec: RequestSpec) -> list[int]:
@@ -45,7 +46,7 @@ def expected_tokens(spec: RequestSpec) -> list[int]:
 
 
 def inproc(config: EngineConfig = SCRIPTED) -> InprocClient:
-    return InprocClient.launch(config, executor=InprocExecutor(config, ScriptedWorker))
+    return InprocClient.launch(config, executor=InprocExecutor(config, LightWorker))
 
 
 @pytest.mark.parametrize("settings", [{}, {"data_parallel_size": 3}, {"max_num_seqs": 2, "max_num_batched_tokens": 4}])
@@ -62,7 +63,7 @@ def test_results_do_not_depend_on_processes_or_settings(
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_the_engine_in_this_process_gives_the_same(requests: Requests, replicas: int) -> None:
     specs = requests(5)
-    config = EngineConfig(model="scripted", model_path=Path("/"), data_parallel_size=replicas)
+    config = EngineConfig(model="scripted-light", model_path=Path("/"), data_parallel_size=replicas)
     client = inproc(config)
     assert [result.token_ids for result in generate(client, specs)] == [expected_tokens(spec) for spec in specs]
     assert client.receive(0) is None
@@ -156,6 +157,31 @@ def test_a_command_that_is_too_large_is_refused_before_it_is_sent(start: Start, 
     assert len(cluster.generate(requests(3))) == 3
 
 
+def test_log_probabilities_that_are_too_large_fail_their_request_alone(start_odd: Start, requests: Requests) -> None:
+    cluster = start_odd("logprobs are too large", max_message_bytes=1 << 16)
+    specs = requests(3)
+    cluster.client.send(AddRequests(requests=specs))
+    outputs = {spec.request_id: RequestOutputDelta(request_id=spec.request_id) for spec in specs}
+    while any(output.finish_reason is None for output in outputs.values()):
+        event = cluster.client.receive(10)
+        assert isinstance(event, OutputsReady)
+        outputs |= {output.request_id: output for output in event.outputs}
+    assert [outputs[spec.request_id].finish_reason for spec in specs] == ["error", "length", "length"]
+    error = outputs[specs[0].request_id].error
+    assert error is not None
+    assert error.type == "RequestError"
+    assert "max_message_bytes" in error.message
+
+
+def test_a_reply_that_is_too_large_fails_its_call_alone(start: Start) -> None:
+    cluster = start(data_parallel_size=2, max_message_bytes=1 << 16)
+    assert [len(text) for text in cluster.call("repeat", "x", 30_000)] == [30_000, 30_000]
+    for size in (40_000, 70_000):  # too large together, too large each
+        with pytest.raises(MessageTooLarge, match="max_message_bytes"):
+            cluster.call("repeat", "x", size)
+    assert cluster.call("ping") == ["pong", "pong"]
+
+
 def test_receive_returns_in_time_when_there_is_nothing(start: Start) -> None:
     cluster = start()
     assert cluster.client.receive(0) is None
@@ -187,7 +213,7 @@ def test_a_closed_engine_says_so_and_can_be_closed_again(start: Start) -> None:
 
 def test_the_asynchronous_client(requests: Requests) -> None:
     async def run() -> list[OutputsReady]:
-        client = await AsyncProcessClient.launch(SCRIPTED, options=ProcessOptions(worker_module=SCRIPTED_WORKER))
+        client = await AsyncProcessClient.launch(SCRIPTED, options=ProcessOptions(worker_module=MODELLESS_WORKERS["scripted-light"]))
         with client:
             client.send(AddRequests(requests=requests(3)))
             outputs = []
@@ -205,7 +231,7 @@ def test_the_asynchronous_client(requests: Requests) -> None:
 
 def test_the_asynchronous_client_in_this_process(requests: Requests) -> None:
     async def run() -> list[OutputsReady]:
-        client = await AsyncInprocClient.launch(SCRIPTED, executor=InprocExecutor(SCRIPTED, ScriptedWorker))
+        client = await AsyncInprocClient.launch(SCRIPTED, executor=InprocExecutor(SCRIPTED, LightWorker))
         idle = asyncio.create_task(client.receive())
         await asyncio.sleep(0.01)
         client.send(AddRequests(requests=requests(3)))

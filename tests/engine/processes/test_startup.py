@@ -14,7 +14,7 @@ from sempre.engine.client_process import ProcessClient
 from sempre.engine.config import EngineConfig
 from sempre.engine.engine_process import ProcessOptions
 from sempre.engine.harness import Cluster
-from sempre.engine.harness.cluster import SCRIPTED_WORKER
+from sempre.engine.harness.cluster import MODELLESS_WORKERS
 from sempre.ipc.errors import SeedMismatch, StartupError, TensorMismatch
 from sempre.ipc.messages import StartupProgress
 
@@ -29,9 +29,9 @@ def _no_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_is_reported_by_phase() -> None:
-    config = EngineConfig(model="scripted", model_path=Path("/"), data_parallel_size=2)
+    config = EngineConfig(model="scripted-light", model_path=Path("/"), data_parallel_size=2)
     phases: list[StartupProgress] = []
-    options = ProcessOptions(worker_module=SCRIPTED_WORKER)
+    options = ProcessOptions(worker_module=MODELLESS_WORKERS["scripted-light"])
     with ProcessClient.launch(config, options=options, on_progress=phases.append) as client:
         assert [progress.phase for progress in phases] == ["start", "load", "warm_up"]
         assert all(progress.seconds >= 0 for progress in phases)
@@ -99,7 +99,7 @@ def test_workers_that_hold_different_models_stop_the_start(start_odd: Start) -> 
 
 def test_a_worker_program_that_does_not_exist_is_named() -> None:
     with pytest.raises(StartupError, match="No module named"):
-        Cluster("scripted", worker_module="sempre.engine.harness.no_such_worker")
+        Cluster("scripted-light", worker_module="sempre.engine.harness.no_such_worker")
 
 
 def test_the_coordinator_imports_no_torch_and_no_numpy() -> None:

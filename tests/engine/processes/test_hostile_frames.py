@@ -1,0 +1,141 @@
+"""Garbage, truncated, oversized, wrongly-versioned and misplaced frames on every socket: refused by name, no harm."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import zmq
+
+from sempre.engine.harness import Cluster
+from sempre.ipc.codec import FrameDecoder, FrameEncoder
+from sempre.ipc.messages import (
+    AddRequests,
+    ClientEvent,
+    ClientHello,
+    ErrorInfo,
+    Heartbeat,
+    Message,
+    Refused,
+    RequestSpec,
+    RngDigests,
+    ShutdownEngine,
+    StepResult,
+    WorkerFailed,
+    WorkerHello,
+    WorkerReady,
+)
+
+LIMIT = 1 << 16
+ENCODER = FrameEncoder(1 << 20)
+DECODER: FrameDecoder[ClientEvent] = FrameDecoder(ClientEvent, LIMIT)
+Requests = Callable[..., list[RequestSpec]]
+
+
+def frame(message: Message) -> bytes:
+    return bytes(ENCODER.encode(message, 1))
+
+
+HELLO = ClientHello(protocol_version=1, pid=0)
+NO_DIGESTS = RngDigests(python_random="", numpy_random="", torch_cpu="")
+WORKER_HELLO = WorkerHello(protocol_version=1, rank=0, pid=0)
+GARBAGE = [
+    ([b""], "header"),
+    ([b"\0" * 64], "magic"),
+    ([os.urandom(200)], "magic"),
+    ([frame(HELLO)[:-1]], "checksum"),
+    ([frame(HELLO)[:10]], "header"),
+    ([frame(HELLO), b"second part"], "parts"),
+    ([b"\0" * (LIMIT + 1)], "MessageTooLarge"),
+]
+TO_CLIENT_SOCKET = [
+    *GARBAGE,
+    ([frame(Heartbeat())], "tag"),
+    ([frame(ShutdownEngine())], "tag"),
+    ([frame(AddRequests(requests=[]))], "tag"),
+    ([frame(WORKER_HELLO)], "tag"),
+    ([frame(ClientHello(protocol_version=9, pid=os.getpid()))], "VersionMismatch"),
+    ([frame(HELLO)], "ClientHello.pid"),
+    ([frame(ClientHello(protocol_version=1, pid=os.getpid()))], "tag"),  # a second client
+]
+TO_WORKER_SOCKET = [
+    *GARBAGE,
+    ([frame(StepResult(rank=0, step_id=0))], "tag"),
+    ([frame(WorkerFailed(rank=0, error=ErrorInfo(type="T", message="m")))], "tag"),
+    ([frame(WorkerReady(rank=0, digests_after_warm_up=NO_DIGESTS))], "tag"),
+    ([frame(HELLO)], "tag"),
+    ([frame(WorkerHello(protocol_version=9, rank=0, pid=0))], "VersionMismatch"),
+    ([frame(WorkerHello(protocol_version=1, rank=1, pid=0))], "WorkerHello.rank"),
+    ([frame(WORKER_HELLO)], "WorkerHello.pid"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster("scripted-light", max_message_bytes=LIMIT) as running:
+        yield running
+
+
+def refusal(address: str, frames: list[bytes]) -> Refused:
+    """Send frames as a stranger; what comes back."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(address)
+    try:
+        socket.send_multipart(frames)
+        assert socket.poll(10_000), "no answer"
+        _, message = DECODER.decode(socket.recv())
+    finally:
+        socket.close()
+    assert isinstance(message, Refused)
+    return message
+
+
+def names(message: Refused, field: str) -> bool:
+    return field in (message.error.type, message.error.facts.get("field"))
+
+
+@pytest.mark.parametrize(("frames", "field"), TO_CLIENT_SOCKET)
+def test_the_client_s_socket(cluster: Cluster, requests: Requests, frames: list[bytes], field: str) -> None:
+    answer = refusal(cluster.directory.client_address, frames)
+    assert names(answer, field), answer
+    assert len(cluster.generate(requests(2))) == 2
+
+
+@pytest.mark.parametrize(("frames", "field"), TO_WORKER_SOCKET)
+def test_the_workers_socket(cluster: Cluster, requests: Requests, frames: list[bytes], field: str) -> None:
+    answer = refusal(cluster.directory.worker_address, frames)
+    assert names(answer, field), answer
+    assert len(cluster.generate(requests(2))) == 2
+
+
+def test_a_second_worker_of_the_same_rank(cluster: Cluster, requests: Requests) -> None:
+    hello = WorkerHello(protocol_version=1, rank=0, pid=cluster.worker_pids()[0])
+    answer = refusal(cluster.directory.worker_address, [frame(hello)])
+    assert names(answer, "WorkerHello.rank")
+    assert "rank 0 is connected" in answer.error.message
+    assert len(cluster.generate(requests(2))) == 2
+
+
+@pytest.mark.parametrize("link", ["client_address", "worker_address"])
+def test_a_flood_beyond_the_transport_s_limit(cluster: Cluster, requests: Requests, link: str) -> None:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(getattr(cluster.directory, link))
+    for _ in range(50):
+        socket.send(b"\0" * (2 * LIMIT + 1))
+        socket.send(b"garbage")
+    assert len(cluster.generate(requests(4))) == 4
+    socket.close()
+
+
+def test_each_refusal_is_logged_once_with_the_address(requests: Requests) -> None:
+    with Cluster("scripted-light") as cluster:
+        refusal(cluster.directory.client_address, [b"first"])
+        refusal(cluster.directory.worker_address, [b"second"])
+        cluster.generate(requests(1))
+        log = cluster.directory.log_path("coordinator").read_text()
+        assert log.count("refused a frame") == 2
+        assert log.count(f"{cluster.directory.client_address}: refused a frame from peer") == 1
+        assert log.count(f"{cluster.directory.worker_address}: refused a frame from peer") == 1

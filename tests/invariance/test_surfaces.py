@@ -1,0 +1,171 @@
+"""Axes A12–A15: how a request is made and what is reported of it cannot be seen in the result.
+
+As in the other axes, each test compares with a request run alone, and must fail under the ordinary product.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from workload import SETTINGS
+
+from sempre.engine import LLM, AsyncLLM, SamplingParams
+from sempre.engine.outputs import CompletionOutput, RequestOutput
+
+PROMPTS = [
+    "It was a dark and stormy night, and the",
+    "The",
+    "And God said, Let there be",
+    "Fellow citizens of the Senate and of the House of Representatives: " * 6,
+    "To be, or not to be: that is the question",
+    "Call me",
+]
+PARAMS = SamplingParams(temperature=0.9, top_p=0.97, max_tokens=24, logprobs=3, seed=2024)
+
+# the facts of one completion: token ids, and (id, logprob) of every reported alternative; exact floats
+Facts = tuple[list[int], list[list[tuple[int, float]]]]
+
+
+def facts(completion: CompletionOutput) -> Facts:
+    rows = [[(token, entry.logprob) for token, entry in row.items()] for row in completion.logprobs or []]
+    return list(completion.token_ids), rows
+
+
+def sampled(completion: CompletionOutput) -> tuple[list[int], list[float]]:
+    """Token ids and the log-probability of each sampled token."""
+    rows = completion.logprobs or []
+    return list(completion.token_ids), [row[t].logprob for t, row in zip(completion.token_ids, rows, strict=True)]
+
+
+@pytest.fixture
+def llm(numerics: str) -> Iterator[LLM]:
+    with LLM(**SETTINGS, multiprocessing=False, numerics=numerics) as engine:
+        yield engine
+
+
+def generate(llm: LLM, prompts: list[str], params: SamplingParams) -> list[RequestOutput]:
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def alone(llm: LLM, params: SamplingParams = PARAMS) -> list[CompletionOutput]:
+    return [generate(llm, [prompt], params)[0].outputs[0] for prompt in PROMPTS]
+
+
+def expect(numerics: str, equal: bool) -> None:
+    assert equal is (numerics == "invariant")
+
+
+def test_surfaces(llm: LLM, numerics: str) -> None:
+    """A12: one call for all, a stream for each, and the asynchronous engine in deltas, all at once."""
+    lone = [facts(c) for c in alone(llm)]
+    together = [facts(output.outputs[0]) for output in generate(llm, PROMPTS, PARAMS)]
+    streamed = asyncio.run(_stream_all(numerics))
+    expect(numerics, together == lone)
+    expect(numerics, streamed == lone)
+
+
+async def _stream_all(numerics: str) -> list[Facts]:
+    from sempre.engine import RequestOutputKind
+
+    params = replace(PARAMS, output_kind=RequestOutputKind.DELTA)
+
+    async def one(engine: AsyncLLM, number: int, prompt: str) -> Facts:
+        tokens: list[int] = []
+        rows: list[list[tuple[int, float]]] = []
+        async for output in engine.generate(prompt, params, f"request-{number}"):
+            ids, logprobs = facts(output.outputs[0])
+            tokens += ids
+            rows += logprobs
+        return tokens, rows
+
+    async with AsyncLLM(**SETTINGS, numerics=numerics) as engine:
+        return list(await asyncio.gather(*(one(engine, i, prompt) for i, prompt in enumerate(PROMPTS))))
+
+
+def test_siblings(llm: LLM, numerics: str) -> None:
+    """A13: completion i of n equals a lone request with seed + i."""
+    lone = [[facts(c) for c in alone(llm, replace(PARAMS, seed=2024 + i))] for i in range(3)]
+    outputs = generate(llm, PROMPTS, replace(PARAMS, n=3))
+    together = [[facts(output.outputs[i]) for output in outputs] for i in range(3)]
+    expect(numerics, together == lone)
+    assert [[c.seed for c in output.outputs] for output in outputs] == [[2024, 2025, 2026]] * len(PROMPTS)
+    assert lone[0] != lone[1]
+
+
+def test_a_returned_seed_replays_an_unseeded_sample(llm: LLM, numerics: str) -> None:
+    """A request without a seed is told the one it got; with that seed, alone, it gives the same."""
+    outputs = generate(llm, PROMPTS, replace(PARAMS, seed=None))
+    seeds = [output.outputs[0].seed for output in outputs]
+    assert len(set(seeds)) == len(PROMPTS)
+    replayed = [
+        facts(generate(llm, [prompt], replace(PARAMS, seed=seed))[0].outputs[0])
+        for prompt, seed in zip(PROMPTS, seeds, strict=True)
+    ]
+    expect(numerics, replayed == [facts(output.outputs[0]) for output in outputs])
+
+
+REPORTING: list[dict[str, Any]] = [
+    {"logprobs": 0},
+    {"logprobs": 20},
+    {"logprobs": 3, "detokenize": False},
+    {"logprobs": 3, "prompt_logprobs": 5},
+    {"logprobs": 3, "skip_special_tokens": False},
+    {"logprobs": 3, "stop": ["a string that does not come"]},
+]
+
+
+@pytest.mark.parametrize("changes", REPORTING, ids=str)
+def test_reporting(llm: LLM, numerics: str, changes: dict[str, Any]) -> None:
+    """A14: what is reported changes no token and no log-probability."""
+    lone = [sampled(c) for c in alone(llm)]
+    reported = [sampled(output.outputs[0]) for output in generate(llm, PROMPTS, replace(PARAMS, **changes))]
+    expect(numerics, reported == lone)
+
+
+@pytest.mark.parametrize("numerics", ["invariant"])
+def test_no_logprobs_asked_for(llm: LLM) -> None:
+    """A14: without log-probabilities the tokens are the same; with another seed they are not."""
+    lone = [c.token_ids for c in alone(llm)]
+    silent = replace(PARAMS, logprobs=None)
+    assert [output.outputs[0].token_ids for output in generate(llm, PROMPTS, silent)] == lone
+    assert [output.outputs[0].token_ids for output in generate(llm, PROMPTS, replace(silent, seed=1))] != lone
+
+
+def test_stop_string_cuts_and_changes_nothing_before(llm: LLM, numerics: str) -> None:
+    """A14: a request that a stop string ends is a beginning of the one that it does not end."""
+    whole = alone(llm)
+    stopped = generate(llm, PROMPTS, replace(PARAMS, stop=["e"]))
+    beginnings = []
+    for output, full in zip(stopped, whole, strict=True):
+        tokens, logprobs = sampled(output.outputs[0])
+        all_tokens, all_logprobs = sampled(full)
+        beginnings.append(tokens == all_tokens[: len(tokens)] and logprobs == all_logprobs[: len(tokens)])
+    assert any(len(o.outputs[0].token_ids) < 24 for o in stopped)
+    expect(numerics, all(beginnings))
+
+
+def test_scoring(llm: LLM, numerics: str) -> None:
+    """A15: scoring prompt + output gives the log-probabilities that were given while generating."""
+    outputs = generate(llm, PROMPTS, replace(PARAMS, temperature=1.3))
+    texts = [output.prompt_token_ids + output.outputs[0].token_ids for output in outputs]
+    scores = llm.score([{"prompt_token_ids": text} for text in texts])
+    scored = [
+        score.logprobs[len(output.prompt_token_ids) :] for score, output in zip(scores, outputs, strict=True)
+    ]
+    expect(numerics, scored == [sampled(output.outputs[0])[1] for output in outputs])
+
+
+def test_continuing_from_ones_own_output(llm: LLM, numerics: str) -> None:
+    """Position is absolute: prompt + the first m output tokens with the same seed go on where the original was."""
+    whole = [facts(output.outputs[0]) for output in generate(llm, PROMPTS, PARAMS)]
+    resumed = []
+    for prompt, (tokens, rows) in zip(PROMPTS, whole, strict=True):
+        prefix = llm.get_tokenizer().encode(prompt) + tokens[:7]
+        params = replace(PARAMS, max_tokens=24 - 7)
+        rest_tokens, rest_rows = facts(llm.generate([prefix], params, use_tqdm=False)[0].outputs[0])
+        resumed.append((tokens[:7] + rest_tokens, rows[:7] + rest_rows))
+    expect(numerics, resumed == whole)
