@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError
 from sempre.ipc.handshake import check_pid, check_version
-from sempre.ipc.liveness import watch_parent
+from sempre.ipc.liveness import leave_terminal_signals_to_parent, watch_parent
 from sempre.ipc.messages import (
     CallWorkersReply,
     ClientCommand,
@@ -113,7 +112,10 @@ class Coordinator:
         while self._client is None and time.monotonic() < deadline:
             self._hub.socket.poll(_POLL_MS)
             self._serve_client()
-        self.tell([])
+        try:
+            self.tell([])
+        except ProtocolError as gone:
+            logger.warning("nobody is left to be told: %s", gone)
 
     def _serve_workers(self) -> None:
         while (arrival := self._executor.receive()) is not None:
@@ -163,8 +165,7 @@ def main() -> int:
     if os.getppid() != arguments.client_pid:
         return 1
     faulthandler.enable()
-    # an interrupt from the terminal is the user process's to handle
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_terminal_signals_to_parent()
     logging.basicConfig(level=logging.WARNING, format="coordinator: %(levelname)s: %(message)s")
     directory = PrivateDirectory(Path(arguments.directory))
     hub: HubChannel[ClientCommand] = HubChannel(
@@ -175,13 +176,15 @@ def main() -> int:
     )
 
     def end_as_orphan() -> None:
-        # in this order: the main thread ends the process as soon as it sees its workers die
-        directory.remove()
         executor.kill_all()
+        directory.remove()
 
     watch_parent(arguments.client_pid, end_as_orphan)
     with hub:
         code = _serve(config, executor, hub, arguments.client_pid)
+    if os.getppid() != arguments.client_pid:
+        # the client would have done it
+        directory.remove()
     zmq.Context.instance().term()
     return code
 

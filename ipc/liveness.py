@@ -30,6 +30,15 @@ def die_with_parent_thread() -> None:
         raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
 
 
+def leave_terminal_signals_to_parent() -> None:
+    """An interrupt or the end of the terminal is for the user's process to handle; the engine ends with that one.
+
+    The kernel also sends SIGHUP to a group that has lost its parent while one of its members is stopped.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def watch_parent(parent_pid: int, on_orphaned: Callable[[], None]) -> None:
     """Call `on_orphaned` from a daemon thread, then exit the process, once its parent is no longer `parent_pid`."""
 

@@ -11,7 +11,6 @@ import faulthandler
 import importlib.metadata
 import logging
 import os
-import signal
 import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
@@ -21,7 +20,12 @@ import zmq
 from sempre.ipc.channel import PeerChannel
 from sempre.ipc.error_info import describe, restore
 from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError, RequestError
-from sempre.ipc.liveness import die_with_parent_thread, watch_grandparent, watch_parent
+from sempre.ipc.liveness import (
+    die_with_parent_thread,
+    leave_terminal_signals_to_parent,
+    watch_grandparent,
+    watch_parent,
+)
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
     CallMethod,
@@ -221,8 +225,7 @@ def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None =
     if os.getppid() != options.parent_pid:
         raise SystemExit("the coordinator is gone")
     faulthandler.enable()
-    # an interrupt from the terminal is the user process's to handle
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_terminal_signals_to_parent()
     logging.basicConfig(level=logging.WARNING, format=f"worker {options.rank}: %(levelname)s: %(message)s")
     watch_parent(options.parent_pid, lambda: None)
     watch_grandparent(options.client_pid, options.parent_pid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 
-from sempre.engine.harness.scripted_worker import ScriptedWorker
+from sempre.engine.harness.scripted_worker import ScriptedWorker, run
 from sempre.ipc.messages import RngDigests
 
 
@@ -22,6 +22,4 @@ class LightWorker(ScriptedWorker):
 
 
 if __name__ == "__main__":
-    from sempre.workers.main import main
-
-    main(LightWorker)
+    run(LightWorker)

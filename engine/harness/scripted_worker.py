@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -156,7 +157,12 @@ def _rows(token: int) -> LogprobRows:
     )
 
 
-if __name__ == "__main__":
+def run(make_worker: Callable[[], ScriptedWorker]) -> None:
+    """The worker program around a scripted worker; ends the process."""
     from sempre.workers.main import main
 
-    main(ScriptedWorker)
+    main(make_worker)
+
+
+if __name__ == "__main__":
+    run(ScriptedWorker)

@@ -158,7 +158,8 @@ def test_the_death_of_the_user_s_process_takes_all_along(gone: Gone, stopped: in
     program.communicate()
     assert gone(engine) == []
     if stopped == 0:
-        shutil.rmtree(folder)  # nobody was left to do it
+        # whether a stopped coordinator is woken up to clean up depends on the session it is in
+        shutil.rmtree(folder, ignore_errors=True)
     assert not folder.exists()
 
 

@@ -213,7 +213,8 @@ def test_a_closed_engine_says_so_and_can_be_closed_again(start: Start) -> None:
 
 def test_the_asynchronous_client(requests: Requests) -> None:
     async def run() -> list[OutputsReady]:
-        client = await AsyncProcessClient.launch(SCRIPTED, options=ProcessOptions(worker_module=MODELLESS_WORKERS["scripted-light"]))
+        options = ProcessOptions(worker_module=MODELLESS_WORKERS["scripted-light"])
+        client = await AsyncProcessClient.launch(SCRIPTED, options=options)
         with client:
             client.send(AddRequests(requests=requests(3)))
             outputs = []
