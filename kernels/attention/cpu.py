@@ -6,7 +6,9 @@ One unit of work is (a few query tokens of one request) x (one key head): up to 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,11 +60,17 @@ def allocate_kv_cache(
 
 
 def _unmapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros aligned to 64 bytes; torch.zeros would write, and so map, every page."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(num_bytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(shape)
+    """Zeros that take no memory until they are written; in huge pages where the system has them.
+
+    torch.zeros would write, and so map, every page. Scattered blocks in small pages cost a page fault each at the
+    first write, and an address translation each at every read.
+    """
+    memory = mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # a kernel built without huge pages refuses the advice; small pages then do
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 @compiled()
