@@ -87,7 +87,9 @@ def _engines(args: argparse.Namespace, model: str) -> list[Engine]:
     common = ["--model", model, "--dtype", args.dtype, "--threads", threads]
     engines = [Engine("sempre", [sys.executable, str(PEERS / "run_sempre.py"), *common], {})]
     engines.append(
-        Engine("transformers", [sys.executable, str(PEERS / "run_transformers.py"), *common], {"OMP_NUM_THREADS": threads})
+        Engine(
+            "transformers", [sys.executable, str(PEERS / "run_transformers.py"), *common], {"OMP_NUM_THREADS": threads}
+        )
     )
     if args.vllm_python:
         # the settings that its manual advises for a CPU: both cores compute, tcmalloc and Intel's OpenMP preloaded
@@ -107,7 +109,9 @@ def _engines(args: argparse.Namespace, model: str) -> list[Engine]:
 
 def _prompts(count: int, length: int, round_number: int) -> list[list[int]]:
     """Distinct prompts in every round, so that no prefix cache helps anybody."""
-    return [[1000 + (i * 7919 + j * 104729 + round_number * 1299709) % 40000 for j in range(length)] for i in range(count)]
+    return [
+        [1000 + (i * 7919 + j * 104729 + round_number * 1299709) % 40000 for j in range(length)] for i in range(count)
+    ]
 
 
 def _measure(engines: list[Engine], args: argparse.Namespace) -> None:

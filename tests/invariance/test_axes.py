@@ -90,9 +90,7 @@ def test_new_process(numerics: str, check: Check) -> None:
     )
     support = str(Path(__file__).parents[1] / "support")
     environment = os.environ | {"PYTHONHASHSEED": "4242", "PYTHONPATH": support}
-    done = subprocess.run(
-        [sys.executable, "-c", program, numerics], capture_output=True, timeout=120, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", program, numerics], capture_output=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr.decode()
     check(msgspec.msgpack.decode(done.stdout, type=list[Generation]))
 

@@ -153,9 +153,7 @@ def test_scoring(llm: LLM, numerics: str) -> None:
     outputs = generate(llm, PROMPTS, replace(PARAMS, temperature=1.3))
     texts = [output.prompt_token_ids + output.outputs[0].token_ids for output in outputs]
     scores = llm.score([{"prompt_token_ids": text} for text in texts])
-    scored = [
-        score.logprobs[len(output.prompt_token_ids) :] for score, output in zip(scores, outputs, strict=True)
-    ]
+    scored = [score.logprobs[len(output.prompt_token_ids) :] for score, output in zip(scores, outputs, strict=True)]
     expect(numerics, scored == [sampled(output.outputs[0])[1] for output in outputs])
 
 

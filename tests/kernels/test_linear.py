@@ -97,7 +97,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 def test_unknown_storage_is_refused() -> None:
-    with pytest.raises(TypeError, match="got torch.float64"):
+    with pytest.raises(TypeError, match=r"got torch\.float64"):
         pack_linear(torch.ones(3, 4, dtype=torch.float64))
 
 

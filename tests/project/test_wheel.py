@@ -20,8 +20,8 @@ def test_wheel_holds_every_module_and_checkpoint(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, tree)
     for name in PACKAGES:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(tree)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(tree)]
+    done = subprocess.run([sys.executable, "-m", "pip", *build], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     [wheel] = tmp_path.glob("sempre-*.whl")
     with zipfile.ZipFile(wheel) as archive:

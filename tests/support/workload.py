@@ -1,4 +1,4 @@
-"""One set of requests under every kind of sampling, and how to run it. Imported by tests and by processes they start."""
+"""One set of requests under every kind of sampling, and how to run it; for tests and the processes they start."""
 
 from __future__ import annotations
 
