@@ -1,7 +1,7 @@
 """The user process's end of an engine: commands out, events in.
 
-    launch        → ProcessClient (client_process.py), or InprocClient (client_inproc.py) with multiprocessing off
-    launch_async  → AsyncProcessClient, or AsyncInprocClient with multiprocessing off (client_async.py)
+launch        → ProcessClient (client_process.py), or InprocClient (client_inproc.py) with multiprocessing off
+launch_async  → AsyncProcessClient, or AsyncInprocClient with multiprocessing off (client_async.py)
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
 """Every exception a user can meet, in one tree.
 
-    SempreError
-    ├── ConfigError                a setting or argument is refused          (parameter, value); also a ValueError
-    │   └── RequestError           one request is refused                    (request_id)
-    ├── ModelError                 a checkpoint cannot be used
-    │   ├── UnknownArchitecture    no decoder for it                         (architecture)
-    │   └── TensorMismatch         a tensor is missing or does not fit       (tensor, expected, found)
-    ├── InvarianceError            an operation cannot keep the guarantee    (operation)
-    ├── SeedMismatch               a worker's RNG digests differ             (rank, expected, found)
-    ├── ProtocolError              a frame is refused
-    │   ├── MessageMalformed       it does not decode                        (field)
-    │   ├── MessageTooLarge        it exceeds the limit                      (size_bytes, limit_bytes)
-    │   ├── FrameLost              frames of a link are missing              (expected, found)
-    │   └── VersionMismatch        the peer speaks another protocol          (expected, found)
-    ├── StartupError               a process did not become ready            (rank, cause)
-    └── EngineDeadError            the engine cannot go on
-        ├── WorkerDied             (rank, exitcode, cause, worker_traceback)
-        └── CoordinatorDied        (exitcode, cause)
+SempreError
+├── ConfigError                a setting or argument is refused          (parameter, value); also a ValueError
+│   └── RequestError           one request is refused                    (request_id)
+├── ModelError                 a checkpoint cannot be used
+│   ├── UnknownArchitecture    no decoder for it                         (architecture)
+│   └── TensorMismatch         a tensor is missing or does not fit       (tensor, expected, found)
+├── InvarianceError            an operation cannot keep the guarantee    (operation)
+├── SeedMismatch               a worker's RNG digests differ             (rank, expected, found)
+├── ProtocolError              a frame is refused
+│   ├── MessageMalformed       it does not decode                        (field)
+│   ├── MessageTooLarge        it exceeds the limit                      (size_bytes, limit_bytes)
+│   ├── FrameLost              frames of a link are missing              (expected, found)
+│   └── VersionMismatch        the peer speaks another protocol          (expected, found)
+├── StartupError               a process did not become ready            (rank, cause)
+└── EngineDeadError            the engine cannot go on
+    ├── WorkerDied             (rank, exitcode, cause, worker_traceback)
+    └── CoordinatorDied        (exitcode, cause)
 """
 
 from __future__ import annotations

@@ -52,9 +52,7 @@ EXAMPLES: list[m.Message] = [
         finished_request_ids=["q"],
         new_requests=[m.NewRequest(request_id="r", token_ids=[1, 2], num_prompt_tokens=2, seed=0, params=PARAMS)],
         scheduled=[
-            m.ScheduledRequest(
-                request_id="r", num_computed_tokens=0, num_tokens=2, block_table_start=0, block_ids=[4]
-            )
+            m.ScheduledRequest(request_id="r", num_computed_tokens=0, num_tokens=2, block_table_start=0, block_ids=[4])
         ],
     ),
     m.CallMethod(call_id=1, method="ping"),
