@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get
 import msgspec
 from msgspec import Meta, Struct
 
-from sempre.engine.config import Dtype, EngineConfig, Numerics, SchedulingPolicy
+from sempre.engine.config import Device, Dtype, EngineConfig, Numerics, SchedulingPolicy
 from sempre.ipc.errors import ConfigError
 
 MULTIPROCESSING_VARIABLE = "SEMPRE_MULTIPROCESSING"
@@ -49,7 +49,9 @@ class EngineKeywords(TypedDict, total=False):
     num_threads: int
     multiprocessing: bool
     scheduling_policy: SchedulingPolicy
-    device: str
+    device: Device
+    gpu_memory_utilization: float
+    enforce_eager: bool
     numerics: Numerics
     load_format: Literal["auto", "safetensors", "dummy"]
     max_logprobs: int
@@ -86,8 +88,6 @@ _VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "enable_chunked_prefill": (None, True),
     "enable_expert_parallel": (False,),
     "enable_lora": (False,),
-    "enforce_eager": (True, False),
-    "gpu_memory_utilization": (),
     "hf_overrides": (None,),
     "hf_token": (None,),
     "kv_cache_dtype": ("auto",),
@@ -111,7 +111,6 @@ _VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "trust_remote_code": (False,),
 }
 _INSTEAD = {
-    "gpu_memory_utilization": "The KV cache is sized by kv_cache_memory_bytes.",
     "quantization": "The storage of weights is chosen by dtype.",
     "logits_processors": "Use logit_bias, allowed_token_ids or bad_words of SamplingParams.",
     "trust_remote_code": "Code from a checkpoint is never run.",
@@ -128,7 +127,7 @@ _LEAST = {
     "max_logprobs": -1,
     "max_message_bytes": 1 << 16,
 }
-_ONLY_VALUE: dict[str, object] = {"block_size": 16, "tensor_parallel_size": 1, "device": "cpu"}
+_ONLY_VALUE: dict[str, object] = {"block_size": 16, "tensor_parallel_size": 1}
 _DERIVED_FIELDS = ("model", "model_path")
 
 
@@ -138,7 +137,9 @@ def field_types(config: type[Struct]) -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if name not in _DERIVED_FIELDS}
 
 
-def parse_arguments(model: str, keywords: Mapping[str, object], *, progress: bool = True) -> Arguments:
+def parse_arguments(
+    model: str | os.PathLike[str], keywords: Mapping[str, object], *, progress: bool = True
+) -> Arguments:
     """Validate all keywords, then find the model (which may download it, with a bar if `progress`).
 
     `multiprocessing` that is not given is read from the environment variable SEMPRE_MULTIPROCESSING (0 or 1).
@@ -234,6 +235,8 @@ def _check_ranges(engine: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{name} can only be {_ONLY_VALUE[name]!r} for now, got {value!r}.", parameter=name, value=value
             )
+        if name == "gpu_memory_utilization" and not 0.0 < value <= 1.0:
+            raise ConfigError(f"{name} must be in (0, 1], got {value}.", parameter=name, value=value)
         if name.endswith("_s") and not (math.isfinite(value) and value > 0.0):
             raise ConfigError(f"{name} must be a positive number of seconds, got {value}.", parameter=name, value=value)
     defaults = {field.name: field.default for field in msgspec.structs.fields(EngineConfig)}

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import AsyncEngineClient, launch_async
-from sempre.engine.frontend import Frontend, call_results, check_method, log_progress, raise_failure
+from sempre.engine.frontend import Frontend, call_results, log_progress, raise_failure, worker_call
 from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.output_processor import RequestState
 from sempre.engine.outputs import RequestOutput
@@ -19,12 +20,12 @@ from sempre.engine.prompts import PromptType
 from sempre.engine.request_builder import PreparedRequest
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.session import check_refused, frames_of
+from sempre.engine.startup_notice import StartupNotice
 from sempre.engine.tokenizer import Tokenizer
 from sempre.ipc.errors import EngineDeadError, ProtocolError
 from sempre.ipc.messages import (
     AbortRequests,
     AddRequests,
-    CallWorkers,
     CallWorkersReply,
     ClientCommand,
     ClientEvent,
@@ -57,7 +58,7 @@ class AsyncLLM:
     at the same time.
     """
 
-    def __init__(self, model: str, **keywords: Unpack[EngineKeywords]) -> None:
+    def __init__(self, model: str | PathLike[str], **keywords: Unpack[EngineKeywords]) -> None:
         """Check the keywords and find the model; nothing is started. Raises as `LLM` does."""
         self._frontend = Frontend(parse_arguments(model, keywords))
         self._client: AsyncEngineClient | None = None
@@ -71,7 +72,8 @@ class AsyncLLM:
         """Launch the engine and wait until it is ready. Raises as `LLM` does."""
         if self._client is not None or self._failure is not None:
             raise EngineDeadError("this AsyncLLM was started before; make a new one")
-        self._client = await launch_async(self._frontend.config, log_progress)
+        with StartupNotice(self._frontend.config.model):
+            self._client = await launch_async(self._frontend.config, log_progress)
         self._frontend.connect(self._client.ready)
         self._reader = asyncio.create_task(self._read(self._client), name="sempre reader")
 
@@ -124,7 +126,7 @@ class AsyncLLM:
     ) -> list[object]:
         """Call a public method of every worker by name, as `LLM.collective_rpc`."""
         call_id = next(self._call_ids)
-        command = CallWorkers(call_id=call_id, method=check_method(method), args=list(args), kwargs=dict(kwargs or {}))
+        command = worker_call(call_id, method, args, kwargs)
         try:
             async with asyncio.timeout(timeout):
                 return call_results(await self._ask(command, call_id, CallWorkersReply), method)

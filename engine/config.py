@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 Numerics = Literal["invariant", "control"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 def _doc(text: str) -> Meta:
@@ -34,7 +35,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     num_threads: Annotated[int, _doc("compute threads of one worker; 0 divides the usable cores")] = 0
     multiprocessing: Annotated[bool, _doc("coordinator and workers in processes of their own")] = True
     scheduling_policy: Annotated[SchedulingPolicy, _doc("order of waiting requests")] = "fcfs"
-    device: Annotated[str, _doc("cpu")] = "cpu"
+    device: Annotated[Device, _doc("where workers compute; auto is cuda where there is a GPU")] = "auto"
+    gpu_memory_utilization: Annotated[float, _doc("share of a GPU's memory that its worker may use")] = 0.92
+    enforce_eager: Annotated[bool, _doc("no CUDA graphs; the results are the same")] = False
     numerics: Annotated[
         Numerics, _doc("`control` uses the ordinary, non-invariant matrix product: only to show that tests can fail")
     ] = "invariant"

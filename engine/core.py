@@ -109,7 +109,9 @@ class EngineCore:
             return [*progress]
         size = self._config.tensor_parallel_size
         for first in range(0, self._executor.world_size, size):
-            self._replicas.append(Replica(range(first, first + size), self._scheduler(ready), self._executor))
+            ranks = range(first, first + size)
+            depth = self._startup.max_steps_in_flight
+            self._replicas.append(Replica(ranks, self._scheduler(ready), self._executor, max_steps_in_flight=depth))
         return [*progress, ready]
 
     def _scheduler(self, ready: EngineReady) -> Scheduler:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from sempre.engine.arguments import Arguments
 from sempre.engine.fingerprint import fingerprint_digest, fingerprint_parts
 from sempre.engine.output_processor import OutputProcessor, RequestState
@@ -17,7 +19,7 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.tokenizer import Tokenizer
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, ModelError, RequestError, SempreError
-from sempre.ipc.messages import CallWorkersReply, EngineReady, StartupProgress
+from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, StartupProgress
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +45,14 @@ class Frontend:
     """Digest of `parts`; set by `connect`."""
 
     def __init__(self, arguments: Arguments) -> None:
-        """Load the tokenizer. Raises ModelError when it or generation_config.json cannot be used."""
+        """Load the tokenizer. Raises ModelError when it or generation_config.json cannot be used, ConfigError for a
+        chat template that is not there."""
         self.config, self._options = arguments
         folder = self._options.tokenizer
         self.tokenizer = Tokenizer.from_folder(self.config.model_path if folder is None else folder)
         self.default_sampling_params = self._default_sampling_params()
+        given = self._options.chat_template
+        self._chat_template = None if given is None else _template_text(given)
         self.parts: dict[str, str] = {}
 
     def connect(self, ready: EngineReady) -> None:
@@ -81,9 +86,9 @@ class Frontend:
         """Return the conversation as a prompt. Raises ConfigError without a template, RequestError for bad messages."""
         from sempre.engine.chat_template import load_chat_template, render_chat
 
-        given = self._options.chat_template if chat_template is None else chat_template
-        folder = self._options.tokenizer or self.config.model_path
-        template = load_chat_template(folder, tools=tools) if given is None else _template_text(given)
+        template = self._chat_template if chat_template is None else _template_text(chat_template)
+        if template is None:
+            template = load_chat_template(self._options.tokenizer or self.config.model_path, tools=tools)
         text = render_chat(
             messages,
             template,
@@ -139,7 +144,22 @@ def raise_failure(state: RequestState) -> None:
         raise RequestError(f"request {name} failed: {state.error.type}: {state.error.message}", request_id=name)
 
 
-def check_method(method: object) -> str:
+def worker_call(
+    call_id: int, method: object, args: Sequence[object], kwargs: Mapping[str, object] | None
+) -> CallWorkers:
+    """Return the call of a worker method. Raises RequestError for what cannot cross a process."""
+    call = CallWorkers(call_id=call_id, method=_checked_method(method), args=list(args), kwargs=dict(kwargs or {}))
+    try:
+        msgspec.msgpack.encode(call)
+    except TypeError as error:
+        raise RequestError(
+            f"args and kwargs of {method} must be numbers, strings, bytes, None, lists or mappings: {error}.",
+            parameter="args",
+        ) from None
+    return call
+
+
+def _checked_method(method: object) -> str:
     """Return the name of a worker method. Raises RequestError for a function, which cannot cross a process."""
     if not isinstance(method, str):
         raise RequestError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import launch
-from sempre.engine.frontend import Frontend, call_results, check_method, log_progress, raise_failure
+from sempre.engine.frontend import Frontend, call_results, log_progress, raise_failure, worker_call
 from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.outputs import RequestOutput, ScoringOutput
 from sempre.engine.progress import GenerationProgress, UseTqdm
@@ -17,10 +18,10 @@ from sempre.engine.prompts import PromptType, TokensPrompt
 from sempre.engine.request_builder import PreparedRequest
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.session import Session
+from sempre.engine.startup_notice import StartupNotice
 from sempre.engine.tokenizer import Tokenizer
 from sempre.ipc.errors import EngineDeadError, RequestError
 from sempre.ipc.messages import (
-    CallWorkers,
     CallWorkersReply,
     GetMetrics,
     MetricsReply,
@@ -35,17 +36,19 @@ class LLM:
     """A model with its coordinator and workers.
 
     Keywords are the fields of `EngineConfig` and `FrontendConfig`. Closing is explicit (`shutdown`, `with`), but
-    losing the object or ending the program does it, too. One thread may use an object at a time.
+    losing the object or ending the program does it, too. One thread may use an object at a time; another one that
+    tries gets a RuntimeError, since the order of requests would depend on timing. `AsyncLLM` serves many tasks.
     """
 
-    def __init__(self, model: str, **keywords: Unpack[EngineKeywords]) -> None:
+    def __init__(self, model: str | PathLike[str], **keywords: Unpack[EngineKeywords]) -> None:
         """Start the engine and wait until it is ready.
 
         Raises TypeError for an unknown keyword, ConfigError for a refused value, ModelError for an unusable model,
         StartupError when a process does not become ready, SeedMismatch, InvarianceError.
         """
         self._frontend = Frontend(parse_arguments(model, keywords))
-        client = launch(self._frontend.config, log_progress)
+        with StartupNotice(self._frontend.config.model):
+            client = launch(self._frontend.config, log_progress)
         # Runs once: on shutdown, when this object is lost, or at the end of the program.
         self._closer = weakref.finalize(self, client.close)
         self._frontend.connect(client.ready)
@@ -69,7 +72,7 @@ class LLM:
         """
         self._check_open()
         params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
-        return self._run(self._frontend.builder.build_all(prompts, params, priority), use_tqdm)
+        return self._complete(prompts, params, priority, use_tqdm)
 
     def chat(
         self,
@@ -103,7 +106,7 @@ class LLM:
             for conversation in conversations
         ]
         params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
-        return self._run(self._frontend.builder.build_all(prompts, params, priority), use_tqdm)
+        return self._complete(prompts, params, priority, use_tqdm)
 
     def render_chat(self, messages: Sequence[Message]) -> TokensPrompt:
         """Return one conversation as the prompt that `chat` makes of it. Raises as `chat` does."""
@@ -116,7 +119,7 @@ class LLM:
         """
         self._check_open()
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._run(self._frontend.builder.build_all(prompts, params), use_tqdm)
+        outputs = self._complete(prompts, params, None, use_tqdm)
         return [_scored(output) for output in outputs]
 
     def stream(self, prompt: PromptType, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
@@ -126,7 +129,9 @@ class LLM:
         """
         self._check_open()
         params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
-        return self._stream(self._frontend.builder.build(prompt, params))
+        with self._session.exclusive():
+            request = self._frontend.builder.build(prompt, params)
+        return self._stream(request)
 
     def collective_rpc(
         self,
@@ -141,7 +146,7 @@ class LLM:
         """
         self._check_open()
         call_id = self._session.next_call_id()
-        command = CallWorkers(call_id=call_id, method=check_method(method), args=list(args), kwargs=dict(kwargs or {}))
+        command = worker_call(call_id, method, args, kwargs)
         return call_results(self._session.ask(command, call_id, CallWorkersReply, timeout), method)
 
     def get_metrics(self) -> list[Metric]:
@@ -187,6 +192,16 @@ class LLM:
     ) -> None:
         self.shutdown()
 
+    def _complete(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        params: SamplingParams | Sequence[SamplingParams],
+        priority: Sequence[int] | None,
+        use_tqdm: UseTqdm,
+    ) -> list[RequestOutput]:
+        with self._session.exclusive():
+            return self._run(self._frontend.builder.build_all(prompts, params, priority), use_tqdm)
+
     def _run(self, requests: list[PreparedRequest], use_tqdm: UseTqdm) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput | None] = {request.request_id: None for request in requests}
         num_running = len(requests)
@@ -211,11 +226,13 @@ class LLM:
 
     def _stream(self, request: PreparedRequest) -> Iterator[RequestOutput]:
         try:
-            state = self._session.submit([request])[0]
+            with self._session.exclusive():
+                state = self._session.submit([request])[0]
             while True:
                 output = state.take_output()
                 if output is None:
-                    self._session.receive()
+                    with self._session.exclusive():
+                        self._session.receive()
                     continue
                 raise_failure(state)
                 yield output

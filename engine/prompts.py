@@ -57,7 +57,7 @@ def list_prompts(prompts: object) -> tuple[list[Any], bool]:
     """Return the prompts as a list, and whether a list was given (else it was one prompt)."""
     if isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0):  # type: ignore[arg-type]
         return [prompts], False
-    if isinstance(prompts, Sequence):
+    if isinstance(prompts, Sequence) and not isinstance(prompts, bytes | bytearray):
         return list(prompts), True
     raise RequestError(
         f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}.",

@@ -8,15 +8,17 @@ from sempre.engine.executor.base import Executor
 from sempre.engine.scheduling import Scheduler, SchedulerStats
 from sempre.ipc.messages import ExecuteStep, RequestOutputDelta, RequestSpec, StepResult
 
-# the scheduler can plan ahead of the results; one step at a time keeps every planned token useful
-MAX_STEPS_IN_FLIGHT = 1
-
 
 class Replica:
-    """Keeps its workers busy with the scheduler's steps."""
+    """Keeps its workers busy with the scheduler's steps, at most `max_steps_in_flight` at a time.
 
-    def __init__(self, ranks: range, scheduler: Scheduler, executor: Executor) -> None:
+    With two, a step is planned and sent while the one before it runs. A request that turns out to have ended is then
+    computed once in vain; nothing else is seen of it.
+    """
+
+    def __init__(self, ranks: range, scheduler: Scheduler, executor: Executor, *, max_steps_in_flight: int = 1) -> None:
         self.ranks = ranks
+        self._max_steps_in_flight = max_steps_in_flight
         self._scheduler = scheduler
         self._executor = executor
         self._in_flight: deque[ExecuteStep] = deque()
@@ -39,7 +41,7 @@ class Replica:
 
     def advance(self) -> None:
         """Send the next step when the workers have room for one."""
-        while len(self._in_flight) < MAX_STEPS_IN_FLIGHT and self._scheduler.has_unfinished():
+        while len(self._in_flight) < self._max_steps_in_flight and self._scheduler.has_unfinished():
             step = self._scheduler.schedule()
             if step is None:
                 return

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import TypeVar
 
@@ -38,6 +40,24 @@ class Session:
         self._client = client
         self._processor = processor
         self._call_ids = count()
+        # A lock that its own thread may take again: a stream may be read inside of anything.
+        self._in_use = threading.RLock()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Context of one thread's work. Raises RuntimeError while another thread is in it.
+
+        Waiting instead would hide that the order of requests, hence their derived seeds, depends on timing.
+        """
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is using this LLM, and one thread may use it at a time: give all prompts to one call, "
+                "make one LLM per thread, or use AsyncLLM."
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
     def submit(self, requests: Sequence[PreparedRequest]) -> list[RequestState]:
         """Follow and send requests. Raises RequestError for an id in use."""
@@ -55,6 +75,20 @@ class Session:
 
     def ask(self, command: ClientCommand, call_id: int, kind: type[Reply], timeout_s: float | None = None) -> Reply:
         """Send `command` and wait for its reply; outputs that arrive meanwhile are kept. Raises TimeoutError."""
+        with self.exclusive():
+            return self._ask(command, call_id, kind, timeout_s)
+
+    def next_call_id(self) -> int:
+        """Return a number for a call."""
+        return next(self._call_ids)
+
+    def drop(self, requests: Iterable[PreparedRequest], because: BaseException) -> None:
+        """Forget what has not finished and, unless the engine died, abort it."""
+        sequence_ids = self._processor.forget(request.request_id for request in requests)
+        if sequence_ids and not isinstance(because, EngineDeadError):
+            self._client.send(AbortRequests(request_ids=sequence_ids))
+
+    def _ask(self, command: ClientCommand, call_id: int, kind: type[Reply], timeout_s: float | None) -> Reply:
         deadline = Deadline(timeout_s)
         self._client.send(command)
         while True:
@@ -67,16 +101,6 @@ class Session:
                 self._take(event)
             elif remaining_s is None:
                 raise EngineDeadError(f"the engine is idle and has not answered {type(command).__name__}")
-
-    def next_call_id(self) -> int:
-        """Return a number for a call."""
-        return next(self._call_ids)
-
-    def drop(self, requests: Iterable[PreparedRequest], because: BaseException) -> None:
-        """Forget what has not finished and, unless the engine died, abort it."""
-        sequence_ids = self._processor.forget(request.request_id for request in requests)
-        if sequence_ids and not isinstance(because, EngineDeadError):
-            self._client.send(AbortRequests(request_ids=sequence_ids))
 
     def _take(self, event: ClientEvent) -> list[RequestState]:
         if isinstance(event, OutputsReady):

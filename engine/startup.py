@@ -9,7 +9,7 @@ Each worker moves on by itself within a phase; a phase ends when its last worker
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from sempre.engine.config import EngineConfig
 from sempre.engine.executor.base import Executor, worker_config
@@ -27,7 +27,7 @@ from sempre.ipc.messages import (
     WorkerReady,
 )
 
-_ALIKE = ("vocab_size", "max_model_len", "eos_token_ids", "fingerprint", "kv_block_bytes")
+_ALIKE = ("vocab_size", "max_model_len", "eos_token_ids", "fingerprint", "kv_block_bytes", "max_steps_in_flight")
 
 
 class StartUp:
@@ -63,6 +63,11 @@ class StartUp:
                 raise AssertionError(f"{type(event).__name__} during start-up")
 
     @property
+    def max_steps_in_flight(self) -> int:
+        """Steps that a worker takes before it has answered the first of them."""
+        return self._loaded[0].max_steps_in_flight
+
+    @property
     def _num_blocks(self) -> int:
         """Replicas are alike to the scheduler, so the smallest memory decides for all."""
         return min(loaded.available_kv_blocks for loaded in self._loaded.values())
@@ -71,14 +76,14 @@ class StartUp:
         ranks = range(self._executor.world_size)
         compare_digests([self._loaded[rank].digests_before_load for rank in ranks], "before the model is loaded")
         for rank in ranks:
-            self._refuse_other(rank)
+            self._refuse_other(rank, self._loaded, _ALIKE)
         for rank in ranks:
             self._executor.send(rank, StartServing(num_blocks=self._num_blocks))
         return self._end_phase("load", (loaded.phase_seconds for loaded in self._loaded.values()))
 
-    def _refuse_other(self, rank: int) -> None:
-        for field in _ALIKE:
-            expected, found = getattr(self._loaded[0], field), getattr(self._loaded[rank], field)
+    def _refuse_other(self, rank: int, events: Mapping[int, WorkerEvent], alike: tuple[str, ...]) -> None:
+        for field in alike:
+            expected, found = getattr(events[0], field), getattr(events[rank], field)
             if expected != found:
                 raise StartupError(
                     f"rank {rank} differs from rank 0 in {field}: expected {expected}, found {found}; "
@@ -90,6 +95,8 @@ class StartUp:
     def _all_warm(self) -> list[StartupProgress]:
         ranks = range(self._executor.world_size)
         compare_digests([self._warm[rank].digests_after_warm_up for rank in ranks], "after warm-up")
+        for rank in ranks:
+            self._refuse_other(rank, self._warm, ("fingerprint",))
         progress = self._end_phase("warm_up", (ready.phase_seconds for ready in self._warm.values()))
         first = self._loaded[0]
         self.ready = EngineReady(
@@ -99,7 +106,7 @@ class StartUp:
             num_blocks=self._num_blocks,
             block_size=self._config.block_size,
             world_size=self._executor.world_size,
-            fingerprint=first.fingerprint,
+            fingerprint=first.fingerprint | self._warm[0].fingerprint,
             phase_seconds=self._phase_seconds,
             worker_pids=[self._pids[rank] for rank in ranks],
         )

@@ -26,7 +26,7 @@ def cache_folder() -> Path:
     """`<user cache>/sempre/kernels/<digest>`, created; a private temporary folder where that cannot be written."""
     digest = hashlib.sha256(f"{numba.__version__}".encode())
     root = Path(__file__).parent
-    for source in sorted(root.rglob("*.py")):
+    for source in sorted(path for path in root.rglob("*.py") if not path.name.startswith("gpu")):
         digest.update(source.relative_to(root).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
     base = os.environ.get("SEMPRE_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sempre"

@@ -42,19 +42,59 @@ class RequestState:
 
 
 @dataclass(frozen=True)
-class BatchStep:
-    """The arrays of one step, and where each request's rows are."""
+class StepPlan:
+    """What each request of a step computes, and where its rows are; arrays [R]."""
 
+    scheduled: list[ScheduledRequest]
     states: list[RequestState]
-    model_input: StepInput
-    first_rows: Int64
-    """[R]: first row of each request"""
-    last_rows: Int64
-    """[R]: last row of each request"""
+    slots: Int64
+    computed: Int64
+    """tokens in the cache before the step"""
+    num_tokens: Int64
     context: Int64
-    """[R]: tokens of each request after the step's; the position of the token it may sample"""
+    """tokens of each request after the step's; the position of the token it may sample"""
     samples: npt.NDArray[np.bool_]
-    """[R]: whether the request samples a token in this step"""
+    """whether the request samples a token in this step"""
+    first_rows: Int64
+    ends: Int64
+    """one past the last row"""
+
+    @property
+    def last_rows(self) -> Int64:
+        return self.ends - 1
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The model's inputs for the rows of a step, in order; see StepInput for the shapes."""
+
+    token_ids: Int64
+    positions: Int64
+    slot_mapping: Int64
+    block_tables: Int32
+    query_starts: Int32
+    context_lens: Int32
+
+    def on_cpu(self, block_size: int) -> StepInput:
+        """As tensors that share the arrays' memory; the bounds are wide, the CPU's kernels need none."""
+        return StepInput(
+            token_ids=torch.from_numpy(self.token_ids),
+            positions=torch.from_numpy(self.positions),
+            slot_mapping=torch.from_numpy(self.slot_mapping),
+            block_tables=torch.from_numpy(self.block_tables),
+            query_starts=torch.from_numpy(self.query_starts),
+            context_lens=torch.from_numpy(self.context_lens),
+            max_query_len=self.token_ids.shape[0],
+            max_context_len=self.block_tables.shape[1] * block_size,
+        )
+
+
+@dataclass(frozen=True)
+class BatchStep:
+    """A plan with its arrays as the model takes them."""
+
+    plan: StepPlan
+    model_input: StepInput
 
 
 class InputBatch:
@@ -104,9 +144,34 @@ class InputBatch:
         self._num_tokens[state.slot] = len(state.token_ids)
         self._last_tokens[state.slot] = token_id
 
+    def expect(self, slots: Int64) -> None:
+        """Count a token for each slot that is being sampled and will be recorded later."""
+        self._num_tokens[slots] += 1
+
+    def record(self, state: RequestState, token_id: int) -> None:
+        """Add a token that was expected; the request may have been removed meanwhile."""
+        state.token_ids.append(token_id)
+        if self._requests.get(state.request_id) is state:
+            self._last_tokens[state.slot] = token_id
+
+    @property
+    def num_slots(self) -> int:
+        """Slots so far; `add` doubles them when all are taken."""
+        return len(self._num_tokens)
+
+    @property
+    def table_width(self) -> int:
+        """Blocks in a table."""
+        return int(self._block_tables.shape[1])
+
     def build(self, scheduled: list[ScheduledRequest]) -> BatchStep:
-        """The step's arrays; every scheduled request must be known. Raises MessageMalformed when the numbers of one
-        request do not fit what is known of it."""
+        """A step on the CPU; raises as `plan` does."""
+        plan = self.plan(scheduled)
+        return BatchStep(plan, self.rows(plan).on_cpu(self._block_size))
+
+    def plan(self, scheduled: list[ScheduledRequest]) -> StepPlan:
+        """Take over the step's block tables; every scheduled request must be known. Raises MessageMalformed when the
+        numbers of one request do not fit what is known of it."""
         count = len(scheduled)
         states = [self._requests[item.request_id] for item in scheduled]
         slots = np.fromiter((state.slot for state in states), np.int64, count)
@@ -119,31 +184,35 @@ class InputBatch:
         known = self._num_tokens[slots]
         self._check_reach(scheduled, slots, context, known)
         ends = np.cumsum(num_tokens)
-        first_rows = ends - num_tokens
-        samples = context == known
+        return StepPlan(
+            scheduled, states, slots, computed, num_tokens, context, context == known, ends - num_tokens, ends
+        )
+
+    def rows(self, plan: StepPlan) -> StepRows:
+        """The step's arrays. The token of a decoding request whose last one is not recorded yet means nothing."""
+        ends, context, slots = plan.ends, plan.context, plan.slots
         token_ids: Int64 = np.empty(ends[-1], np.int64)
         # the last known token of a decoding request is at hand; prompts are copied piece by piece
-        decodes = samples & (num_tokens == 1)
-        token_ids[first_rows[decodes]] = self._last_tokens[slots[decodes]]
+        decodes = plan.samples & (plan.num_tokens == 1)
+        token_ids[plan.first_rows[decodes]] = self._last_tokens[slots[decodes]]
         for index in np.flatnonzero(~decodes).tolist():
-            piece = states[index].token_ids[computed[index] : context[index]]
-            token_ids[first_rows[index] : ends[index]] = piece
-        positions = np.arange(ends[-1]) - np.repeat(first_rows - computed, num_tokens)
-        row_slots = np.repeat(slots, num_tokens)
+            piece = plan.states[index].token_ids[plan.computed[index] : context[index]]
+            token_ids[plan.first_rows[index] : ends[index]] = piece
+        positions = np.arange(ends[-1]) - np.repeat(plan.first_rows - plan.computed, plan.num_tokens)
+        row_slots = np.repeat(slots, plan.num_tokens)
         block_size = self._block_size
         blocks = self._block_tables[row_slots, positions // block_size].astype(np.int64)
         width = -(-int(context.max()) // block_size)
-        query_starts: Int32 = np.zeros(count + 1, np.int32)
+        query_starts: Int32 = np.zeros(len(plan.states) + 1, np.int32)
         query_starts[1:] = ends
-        model_input = StepInput(
-            token_ids=torch.from_numpy(token_ids),
-            positions=torch.from_numpy(positions),
-            slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
-            block_tables=torch.from_numpy(np.ascontiguousarray(self._block_tables[slots, :width])),
-            query_starts=torch.from_numpy(query_starts),
-            context_lens=torch.from_numpy(context.astype(np.int32)),
+        return StepRows(
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=blocks * block_size + positions % block_size,
+            block_tables=np.ascontiguousarray(self._block_tables[slots, :width]),
+            query_starts=query_starts,
+            context_lens=context.astype(np.int32),
         )
-        return BatchStep(states, model_input, first_rows, ends - 1, context, samples)
 
     def _take_slot(self) -> int:
         if not self._free_slots:

@@ -12,7 +12,7 @@ from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import KvCache, allocate_kv_cache
 from sempre.workers.models.spec import ModelSpec
-from sempre.workers.tensor_source import tensor_bytes
+from sempre.workers.tensor_source import CPU, tensor_bytes
 
 # the one block size that the attention kernel takes
 BLOCK_SIZE = 16
@@ -68,11 +68,13 @@ def available_memory_bytes() -> int:
 class PagedKvCache:
     """One cache per layer, addressed by the same block ids. Memory is resident once a block is written."""
 
-    def __init__(self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device = CPU
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.layers: list[KvCache] = [
-            allocate_kv_cache(num_blocks, spec.num_kv_heads, spec.head_dim, block_size, dtype)
+            allocate_kv_cache(num_blocks, spec.num_kv_heads, spec.head_dim, block_size, dtype, device)
             for _ in range(spec.num_layers)
         ]
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
@@ -46,9 +47,12 @@ from sempre.ipc.messages import (
     WorkerHello,
     WorkerReady,
 )
+from sempre.workers.pipeline import StepPipeline
 
 logger = logging.getLogger(__name__)
 
+# how often a step that runs on an accelerator is asked whether it is done, while no command arrives
+_STEP_POLL_S = 20e-6
 _FLUSH_MS = 2000
 
 
@@ -68,10 +72,8 @@ class WorkerProtocol(Protocol):
 
 
 def run_command(worker: WorkerProtocol, command: WorkerCommand) -> WorkerEvent:
-    """Have `worker` answer one command. Raises what the worker raises."""
+    """Have `worker` answer one command that is no step. Raises what the worker raises."""
     match command:
-        case ExecuteStep():
-            return worker.execute(command)
         case CallMethod():
             return worker.call(command)
         case LoadModel():
@@ -125,6 +127,7 @@ class WorkerLoop:
         self._interval_s = interval_s
         self._worker: WorkerProtocol | None = None
         self._accepts: tuple[type[WorkerCommand], ...] = (LoadModel,)
+        self._max_steps_in_flight = 1
         self._steps_done = 0
         self._socket_lock = threading.Lock()
         self._ended = threading.Event()
@@ -152,11 +155,18 @@ class WorkerLoop:
         return 0
 
     def _serve(self, worker: WorkerProtocol) -> None:
+        steps = StepPipeline(worker)
         while True:
-            command = self._next_command()
+            command = self._next_command(steps)
             match command:
+                case None if steps:
+                    self._collect(steps)
                 case None | Heartbeat():
                     continue
+                case ExecuteStep() if ExecuteStep in self._accepts:
+                    steps.submit(command)
+                    if len(steps) >= self._max_steps_in_flight:
+                        self._collect(steps)
                 case ShutdownWorker():
                     return
                 case Refused(error=error) if self._accepts == (LoadModel,):
@@ -165,18 +175,35 @@ class WorkerLoop:
                     # the coordinator decides whether it can go on without that frame
                     logger.warning("the coordinator refused a frame: %s", error.message)
                 case _:
+                    while steps:
+                        self._collect(steps)  # answers go out in the order of the commands
                     self._answer(worker, command)
 
-    def _next_command(self) -> WorkerCommand | None:
+    def _collect(self, steps: StepPipeline) -> None:
+        result = steps.collect()
+        self._steps_done += 1
+        self._reply(result)
+
+    def _next_command(self, steps: StepPipeline) -> WorkerCommand | None:
+        """The next command; None after the interval, and as soon as the oldest step in flight is done."""
+        while steps and not steps.done():
+            if (command := self._receive(0.0)) is not None:
+                return command
+            time.sleep(_STEP_POLL_S)
+        if steps:
+            return self._receive(0.0)
+        command = self._receive(self._interval_s)
+        if command is None:
+            self._send(self._heartbeat())
+        return command
+
+    def _receive(self, timeout_s: float) -> WorkerCommand | None:
         with self._socket_lock:
             try:
-                command = self._channel.receive(self._interval_s)
+                return self._channel.receive(timeout_s)
             except ProtocolError:
                 # answered and logged by the channel; the coordinator knows what it sent
                 return None
-            if command is None:
-                self._channel.send(self._heartbeat())
-            return command
 
     def _answer(self, worker: WorkerProtocol, command: WorkerCommand) -> None:
         if type(command) not in self._accepts:
@@ -185,13 +212,15 @@ class WorkerLoop:
             self._send(Refused(error=describe(MessageMalformed(f"tag: expected {names}, found {found}", field="tag"))))
             return
         event = run_command(worker, command)
-        match command:
-            case LoadModel():
+        match event:
+            case ModelLoaded(max_steps_in_flight=depth):
                 self._accepts = (StartServing,)
-            case StartServing():
+                self._max_steps_in_flight = depth
+            case WorkerReady():
                 self._accepts = (ExecuteStep, CallMethod)
-            case ExecuteStep():
-                self._steps_done += 1
+        self._reply(event)
+
+    def _reply(self, event: WorkerEvent) -> None:
         try:
             self._send(event)
         except (TypeError, MessageTooLarge) as error:

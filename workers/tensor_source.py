@@ -17,6 +17,8 @@ from sempre.workers.models.spec import read_json_object
 # names that safetensors gives to the dtypes a weight may have
 FLOAT_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
+CPU = torch.device("cpu")
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -34,6 +36,10 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor; a memory-mapped view where possible, not to be written to."""
+        ...
+
+    def digest(self, name: str, tensor: torch.Tensor) -> bytes:
+        """SHA-256 that identifies the tensor read: over its name, shape, dtype and bytes, or what they follow from."""
         ...
 
 
@@ -57,15 +63,29 @@ class SafetensorsSource:
         tensor: torch.Tensor = self._files[name].get_tensor(name)
         return tensor
 
+    def digest(self, name: str, tensor: torch.Tensor) -> bytes:
+        return _content_digest(name, tensor)
+
 
 class DummySource:
-    """Random weights as at initialisation: normal with `std`, norms one, biases zero; a pure function of the seed."""
+    """Random weights as at initialisation: normal with `std`, norms one, biases zero; a pure function of the seed.
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, seed: int, std: float) -> None:
+    They are made on `device`; a GPU's generator gives other numbers than the CPU's.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        seed: int,
+        std: float,
+        device: torch.device = CPU,
+    ) -> None:
         self._shapes = shapes
         self._dtype = dtype
         self._seed = seed
         self._std = std
+        self._device = device
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -79,18 +99,32 @@ class DummySource:
     def read(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(shape, dtype=self._dtype)
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
         if name.endswith(".bias"):
-            return torch.zeros(shape, dtype=self._dtype)
+            return torch.zeros(shape, dtype=self._dtype, device=self._device)
         # seeded by name, so that the order of reading cannot matter; never the global generator
         key = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
-        return torch.empty(shape).normal_(0.0, self._std, generator=generator).to(self._dtype)
+        generator = torch.Generator(self._device).manual_seed(int.from_bytes(key[:8], "little"))
+        if self._device.type == "cpu":
+            return torch.empty(shape).normal_(0.0, self._std, generator=generator).to(self._dtype)
+        return torch.empty(shape, dtype=self._dtype, device=self._device).normal_(0.0, self._std, generator=generator)
+
+    def digest(self, name: str, tensor: torch.Tensor) -> bytes:
+        if self._device.type == "cpu":
+            return _content_digest(name, tensor)
+        origin = f"{self._device.type} normal {self._seed} {self._std!r} {name} {list(tensor.shape)} {tensor.dtype}"
+        return hashlib.sha256(origin.encode()).digest()
+
+
+def _content_digest(name: str, tensor: torch.Tensor) -> bytes:
+    digest = hashlib.sha256(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor_bytes(tensor))
+    return digest.digest()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The elements' bytes in row order, without a copy where the tensor is contiguous."""
-    data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    """The elements' bytes in row order, without a copy where the tensor is contiguous and on the CPU."""
+    data: memoryview = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
     return data
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sempre.ipc.messages import ExecuteStep, NewRequest, SamplingSpec, ScheduledRequest
-from sempre.workers.model_runner import ModelRunner
+from sempre.workers.backend import Runner
 
 PROMPT_TOKENS = 20
 
@@ -24,7 +24,7 @@ _PARAMS = (
 )
 
 
-def warm_up(runner: ModelRunner) -> None:
+def warm_up(runner: Runner) -> None:
     """Run a prompt and a decode step for each kind of sampling, then wipe the cache blocks they wrote."""
     room = min(runner.max_model_len, runner.cache.num_blocks * runner.cache.block_size, runner.max_num_batched_tokens)
     num_tokens = max(1, min(PROMPT_TOKENS, room - 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -16,7 +16,14 @@ import torch
 from sempre.ipc.errors import TensorMismatch
 from sempre.workers.models.numerics import LinearKernel, Packed
 from sempre.workers.models.spec import ModelSpec
-from sempre.workers.tensor_source import FLOAT_NAMES, DummySource, TensorSource, open_safetensors, tensor_bytes
+from sempre.workers.tensor_source import (
+    CPU,
+    FLOAT_NAMES,
+    DummySource,
+    TensorSource,
+    open_safetensors,
+    tensor_bytes,
+)
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -28,7 +35,7 @@ HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. Norm weights are float32."""
+    """One decoder layer. Norm weights are float32 on the CPU, in the model's dtype on a GPU."""
 
     input_norm: torch.Tensor
     qkv: Packed
@@ -54,6 +61,11 @@ class DecoderWeights:
     """how the matrices are stored"""
     digest: str
     """SHA-256 of names, shapes, dtypes and bytes in the checkpoint; how it is cut into files does not matter"""
+
+    @property
+    def activations(self) -> torch.dtype:
+        """The dtype of hidden states."""
+        return torch.float32 if self.embedding.device.type == "cpu" else self.dtype
 
     @property
     def nbytes(self) -> int:
@@ -92,29 +104,60 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where loaded tensors go."""
+
+    device: torch.device
+    upload: Callable[[torch.Tensor], torch.Tensor]
+    """a tensor of the source → the tensor on `device`; the source's must stay valid until all are loaded"""
+    hashing_threads: int
+
+    @property
+    def keeps_storage(self) -> bool:
+        """Whether matrices may be stored in 16 bit under dtype float32: the CPU's kernels widen them as they go."""
+        return self.device.type == "cpu"
+
+
+ON_CPU = Placement(CPU, lambda tensor: tensor, hashing_threads=1)
+
+
 def load_weights(
-    spec: ModelSpec, folder: Path, product: LinearKernel, *, dtype: str, load_format: str, seed: int
+    spec: ModelSpec,
+    folder: Path,
+    product: LinearKernel,
+    *,
+    dtype: str,
+    load_format: str,
+    seed: int,
+    placement: Placement = ON_CPU,
 ) -> DecoderWeights:
     """Load and pack; `dtype` auto is the checkpoint's. Raises TensorMismatch or ModelError before reading any tensor.
 
-    Storage of the matrices: float32 keeps 16-bit checkpoints in 16 bit (widening is exact, the bits are the same);
-    bfloat16 and float16 round to nearest even. Norm weights and biases are float32.
+    Storage of the matrices on the CPU: float32 keeps 16-bit checkpoints in 16 bit (widening is exact, the bits are the
+    same); bfloat16 and float16 round to nearest even. Norm weights and biases are float32. On a GPU all are in `dtype`.
     """
     shapes = expected_shapes(spec)
-    with _open_source(spec, shapes, folder, dtype, load_format, seed) as source:
+    with _open_source(spec, shapes, folder, dtype, load_format, seed, placement.device) as source:
         _check(spec, shapes, source)
         target = _target_dtype(spec, source, dtype)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            return _Loader(spec, source, target, product, pool).load()
+        with ThreadPoolExecutor(max_workers=placement.hashing_threads) as pool:
+            return _Loader(spec, source, target, product, placement, pool).load()
 
 
 @contextmanager
 def _open_source(
-    spec: ModelSpec, shapes: dict[str, tuple[int, ...]], folder: Path, dtype: str, load_format: str, seed: int
+    spec: ModelSpec,
+    shapes: dict[str, tuple[int, ...]],
+    folder: Path,
+    dtype: str,
+    load_format: str,
+    seed: int,
+    device: torch.device,
 ) -> Iterator[TensorSource]:
     if load_format == "dummy":
         name = dtype if dtype != "auto" else spec.checkpoint_dtype or "float32"
-        yield DummySource(shapes, getattr(torch, name), seed, spec.initializer_range)
+        yield DummySource(shapes, getattr(torch, name), seed, spec.initializer_range, device)
     else:
         with open_safetensors(folder) as source:
             yield source
@@ -155,7 +198,7 @@ def _same_tensor(source: TensorSource, a: str, b: str) -> bool:
 
 
 class _Loader:
-    """Reads each tensor once, hashes it in `pool` while it is packed, and lets go of it."""
+    """Reads each tensor once, hashes it in `pool` while it is placed and packed, and lets go of it."""
 
     def __init__(
         self,
@@ -163,12 +206,15 @@ class _Loader:
         source: TensorSource,
         dtype: torch.dtype,
         product: LinearKernel,
+        placement: Placement,
         pool: ThreadPoolExecutor,
     ) -> None:
         self._spec = spec
         self._source = source
         self._dtype = dtype
         self._product = product
+        self._placement = placement
+        self._vector_dtype = torch.float32 if placement.keeps_storage else dtype
         self._pool = pool
         self._hashes: dict[str, Future[bytes]] = {}
 
@@ -214,24 +260,20 @@ class _Loader:
         return self._product.pack(weight, torch.cat([self._vector(name + ".bias") for name in names]) if bias else None)
 
     def _vector(self, name: str) -> torch.Tensor:
-        return self._read(name).to(torch.float32, copy=True)
+        return self._read(name).to(self._vector_dtype, copy=True)
 
     def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self._dtype == torch.float32 else tensor.to(self._dtype)
+        if self._dtype == torch.float32 and self._placement.keeps_storage:
+            return tensor
+        return tensor.to(self._dtype)
 
     def _read(self, name: str) -> torch.Tensor:
         tensor = self._source.read(name)
-        self._hashes[name] = self._pool.submit(_tensor_digest, name, tensor)
-        return tensor
+        self._hashes[name] = self._pool.submit(self._source.digest, name, tensor)
+        return self._placement.upload(tensor)
 
     def _digest(self) -> str:
         return hashlib.sha256(b"".join(self._hashes[name].result() for name in sorted(self._hashes))).hexdigest()
-
-
-def _tensor_digest(name: str, tensor: torch.Tensor) -> bytes:
-    digest = hashlib.sha256(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-    digest.update(tensor_bytes(tensor))
-    return digest.digest()
 
 
 def live_digest(weights: DecoderWeights) -> str:

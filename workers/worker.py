@@ -4,14 +4,12 @@ them."""
 from __future__ import annotations
 
 import inspect
-import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from time import perf_counter
-
-import torch
 
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import ConfigError, ProtocolError
@@ -21,31 +19,33 @@ from sempre.ipc.messages import (
     ExecuteStep,
     LoadModel,
     ModelLoaded,
+    SampledTokens,
     StartServing,
     StepResult,
     WorkerConfig,
     WorkerReady,
 )
-from sempre.kernels.threads import get_num_threads, set_num_threads
-from sempre.workers.fingerprint import fingerprint_parts
-from sempre.workers.kv_cache import BLOCK_SIZE, PagedKvCache, available_blocks, block_bytes
-from sempre.workers.model_runner import ModelRunner
-from sempre.workers.models.decoder import Decoder
-from sempre.workers.models.numerics import LinearKernel, linear_kernel
+from sempre.kernels.threads import get_num_threads
+from sempre.workers.backend import Backend, LoadedModel, PipelinedRunner, Runner, make_backend
+from sempre.workers.device import resolve_device
+from sempre.workers.models.numerics import linear_kernel
 from sempre.workers.models.spec import FLOAT_DTYPES, ModelSpec, load_spec
 from sempre.workers.seeding import rng_digests, seed_everything
-from sempre.workers.self_test import self_test
 from sempre.workers.warm_up import warm_up
-from sempre.workers.weights import DecoderWeights, live_digest, load_weights
+from sempre.workers.weights import live_digest, load_weights
 
 
 class Worker:
-    """One replica on the CPU. Commands come in the order load_model, start_serving, then execute and call."""
+    """One replica on one device. Commands come in the order load_model, start_serving, then steps and calls."""
 
     def __init__(self) -> None:
-        self._loaded: _LoadedModel | None = None
-        self._runner: ModelRunner | None = None
-        self._torch_threads_before = torch.get_num_threads()
+        self._backend: Backend | None = None
+        self._loaded: LoadedModel | None = None
+        self._runner: Runner | None = None
+        self._ahead: PipelinedRunner | None = None
+        self._step_ids: deque[int] = deque()
+        self._computed: deque[list[SampledTokens]] = deque()
+        self._late_fingerprint: dict[str, str] = {}
         self._methods: dict[str, Callable[..., object]] = {
             "fingerprint": self._fingerprint,
             "kv_cache_digest": self._kv_cache_digest,
@@ -60,71 +60,77 @@ class Worker:
     def load_model(self, command: LoadModel) -> ModelLoaded:
         """Seed, load, pack and self-test. Raises ConfigError, ModelError or InvarianceError."""
         config = command.config
-        _check_config(config)
         seconds: dict[str, float] = {}
+        backend = make_backend(resolve_device(config.device, config.rank))
+        _check_config(config, backend)
         seed_everything(config.seed)
         digests = rng_digests()
-        set_num_threads(config.num_threads or max(1, _usable_cores() // config.world_size))
-        product = linear_kernel(config.numerics)
+        with _timed(seconds, "start_device"):
+            backend.begin(config)
+        self._backend = backend
         with _timed(seconds, "load_weights"):
-            folder = Path(config.model_path)
-            spec = load_spec(folder)
-            max_model_len = _max_model_len(config, spec)
-            weights = load_weights(
-                spec, folder, product, dtype=config.dtype, load_format=config.load_format, seed=config.seed
-            )
-        # torch's own threads would compete with the kernels' for the same cores
-        torch.set_num_threads(1)
-        loaded = _LoadedModel(config, spec, weights, product, max_model_len)
+            loaded = _load(config, backend)
         if config.numerics == "invariant":
             with _timed(seconds, "self_test"):
-                loaded.self_test()
+                loaded, _ = backend.self_test(loaded)
         self._loaded = loaded
-        bytes_per_block = block_bytes(spec, config.block_size, weights.dtype)
         return ModelLoaded(
             rank=config.rank,
             digests_before_load=digests,
-            vocab_size=spec.vocab_size,
-            max_model_len=max_model_len,
-            kv_block_bytes=bytes_per_block,
-            available_kv_blocks=available_blocks(config, bytes_per_block, max_model_len),
-            eos_token_ids=list(spec.eos_token_ids),
+            vocab_size=loaded.spec.vocab_size,
+            max_model_len=loaded.max_model_len,
+            kv_block_bytes=loaded.block_bytes,
+            available_kv_blocks=backend.available_blocks(loaded),
+            eos_token_ids=list(loaded.spec.eos_token_ids),
             fingerprint=self._fingerprint(),
             phase_seconds=seconds,
+            max_steps_in_flight=backend.max_steps_in_flight,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
         """Allocate the KV cache, run every kernel once, seed again."""
-        loaded = self._require_loaded()
+        loaded, backend = self._require_loaded(), self._require_backend()
         config = loaded.config
         seconds: dict[str, float] = {}
         with _timed(seconds, "allocate"):
-            cache = PagedKvCache(loaded.spec, command.num_blocks, config.block_size, loaded.weights.dtype)
-            decoder = Decoder(
-                loaded.spec,
-                loaded.weights,
-                loaded.product,
-                max_tokens=config.max_num_batched_tokens,
-                max_model_len=loaded.max_model_len,
-            )
-            runner = ModelRunner(
-                decoder,
-                cache,
-                max_model_len=loaded.max_model_len,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                rank=config.rank,
-            )
+            runner = backend.make_runner(loaded, command.num_blocks)
         with _timed(seconds, "warm_up"):
             warm_up(runner)
+        with _timed(seconds, "prepare_steps"):
+            self._late_fingerprint = backend.prepare_steps(runner)
         self._runner = runner
+        self._ahead = runner if isinstance(runner, PipelinedRunner) else None
         seed_everything(config.seed)
-        return WorkerReady(rank=config.rank, digests_after_warm_up=rng_digests(), phase_seconds=seconds)
+        return WorkerReady(
+            rank=config.rank,
+            digests_after_warm_up=rng_digests(),
+            phase_seconds=seconds,
+            fingerprint=self._late_fingerprint,
+        )
 
     def execute(self, command: ExecuteStep) -> StepResult:
         """One step. A request that cannot be computed carries its error; a step that is wrong raises ProtocolError."""
-        sampled = self._require_runner().execute(command)
-        return StepResult(rank=self._require_loaded().config.rank, step_id=command.step_id, sampled=sampled)
+        self.submit(command)
+        return self.collect()
+
+    def submit(self, command: ExecuteStep) -> None:
+        """Start a step; a device that works on its own is not waited for. Raises as `execute`."""
+        runner = self._require_runner()
+        if self._ahead is not None:
+            self._ahead.submit(command)
+        else:
+            self._computed.append(runner.execute(command))
+        self._step_ids.append(command.step_id)
+
+    def step_done(self) -> bool:
+        """Whether the oldest step submitted and not collected is done."""
+        return self._ahead is None or self._ahead.step_done()
+
+    def collect(self) -> StepResult:
+        """Wait for that step; its result."""
+        sampled = self._computed.popleft() if self._ahead is None else self._ahead.collect()
+        rank = self._require_loaded().config.rank
+        return StepResult(rank=rank, step_id=self._step_ids.popleft(), sampled=sampled)
 
     def call(self, command: CallMethod) -> CallMethodReply:
         """Call a public method; its error, or that of an unknown name or wrong arguments, is the reply's."""
@@ -136,10 +142,13 @@ class Worker:
         return CallMethodReply(rank=rank, call_id=command.call_id, result=result)
 
     def shutdown(self) -> None:
-        """Let go of weights and cache, and give torch its threads back."""
+        """Let go of weights and cache, and of what the device's backend took."""
         self._runner = None
+        self._ahead = None
         self._loaded = None
-        torch.set_num_threads(self._torch_threads_before)
+        if self._backend is not None:
+            self._backend.end()
+            self._backend = None
 
     def _method(self, command: CallMethod) -> Callable[..., object]:
         method = self._methods.get(command.method)
@@ -163,8 +172,7 @@ class Worker:
         return method
 
     def _fingerprint(self) -> dict[str, str]:
-        loaded = self._require_loaded()
-        return fingerprint_parts(loaded.weights, loaded.config.numerics)
+        return self._require_backend().fingerprint(self._require_loaded()) | self._late_fingerprint
 
     def _kv_cache_digest(self, block_ids: list[int]) -> str:
         cache = self._require_runner().cache
@@ -178,13 +186,9 @@ class Worker:
         return cache.digest(block_ids)
 
     def _memory(self) -> dict[str, int]:
-        """Bytes: resident now and at its peak (of the process), of the weights, and reserved for the KV cache."""
-        loaded = self._require_loaded()
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return {
-            "resident_bytes": int(status["VmRSS"].split()[0]) * 1024,
-            "peak_resident_bytes": int(status["VmHWM"].split()[0]) * 1024,
-            "weight_bytes": loaded.weights.nbytes,
+        """Bytes: what the device's backend counts, of the weights, and reserved for the KV cache."""
+        return self._require_backend().memory() | {
+            "weight_bytes": self._require_loaded().weights.nbytes,
             "kv_cache_bytes": self._runner.cache.nbytes if self._runner is not None else 0,
         }
 
@@ -196,44 +200,22 @@ class Worker:
         return {name: getattr(digests, name) for name in digests.__struct_fields__}
 
     def _self_test(self) -> dict[str, int]:
-        return self._require_loaded().self_test()
+        return self._require_backend().self_test(self._require_loaded())[1]
 
-    def _require_loaded(self) -> _LoadedModel:
+    def _require_backend(self) -> Backend:
+        self._require_loaded()
+        assert self._backend is not None
+        return self._backend
+
+    def _require_loaded(self) -> LoadedModel:
         if self._loaded is None:
             raise ProtocolError("worker: expected LoadModel as the first command, found another one.")
         return self._loaded
 
-    def _require_runner(self) -> ModelRunner:
+    def _require_runner(self) -> Runner:
         if self._runner is None:
             raise ProtocolError("worker: expected StartServing before this command.")
         return self._runner
-
-
-class _LoadedModel:
-    """What load_model leaves for start_serving."""
-
-    def __init__(
-        self,
-        config: WorkerConfig,
-        spec: ModelSpec,
-        weights: DecoderWeights,
-        product: LinearKernel,
-        max_model_len: int,
-    ) -> None:
-        self.config = config
-        self.spec = spec
-        self.weights = weights
-        self.product = product
-        self.max_model_len = max_model_len
-
-    def self_test(self) -> dict[str, int]:
-        return self_test(
-            self.spec,
-            self.weights,
-            self.product,
-            block_size=self.config.block_size,
-            max_tokens=self.config.max_num_batched_tokens,
-        )
 
 
 @contextmanager
@@ -243,30 +225,36 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = perf_counter() - start
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _load(config: WorkerConfig, backend: Backend) -> LoadedModel:
+    product = linear_kernel(config.numerics)
+    folder = Path(config.model_path)
+    spec = load_spec(folder)
+    max_model_len = _max_model_len(config, spec)
+    weights = load_weights(
+        spec,
+        folder,
+        product,
+        dtype=config.dtype,
+        load_format=config.load_format,
+        seed=config.seed,
+        placement=backend.placement,
+    )
+    return LoadedModel(config, spec, weights, product, max_model_len)
 
 
-def _check_config(config: WorkerConfig) -> None:
+def _check_config(config: WorkerConfig, backend: Backend) -> None:
     choices: dict[str, tuple[object, tuple[object, ...]]] = {
-        "device": (config.device, ("cpu",)),
         "role": (config.role, ("target",)),
         "tp_size": (config.tp_size, (1,)),
         "dtype": (config.dtype, ("auto", *FLOAT_DTYPES)),
         "load_format": (config.load_format, ("auto", "safetensors", "dummy")),
-        "block_size": (config.block_size, (BLOCK_SIZE,)),
+        "block_size": (config.block_size, backend.block_sizes),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ConfigError(
                 f"{name}: expected {' or '.join(map(repr, allowed))}, found {value!r}.", parameter=name, value=value
             )
-    if config.num_threads > _usable_cores():
-        raise ConfigError(
-            f"num_threads: expected at most the {_usable_cores()} usable cores, found {config.num_threads}.",
-            parameter="num_threads",
-            value=config.num_threads,
-        )
 
 
 def _max_model_len(config: WorkerConfig, spec: ModelSpec) -> int:

@@ -37,6 +37,7 @@ COMMANDS = {
     "generate": "complete prompts from arguments, standard input or a JSONL file",
     "chat": "talk with a model",
     "pull": "fetch a model of the catalogue",
+    "bench": "measure latency, throughput or start-up",
     "fingerprint": "print what the outputs of a model depend on, and its digest",
     "collect-env": "print versions and facts of this machine",
 }
@@ -89,7 +90,8 @@ def _run(arguments: list[str], debug: bool) -> int:
         hint = f" Did you mean {near[0]!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
         raise UsageError(f"unknown command {command!r}.{hint}")
     module = import_module(f"sempre.engine.cli.{command.replace('-', '_')}")
-    parser = CommandParser(prog=f"sempre {command}", description=f"{COMMANDS[command].capitalize()}.")
+    description = COMMANDS[command]
+    parser = CommandParser(prog=f"sempre {command}", description=f"{description[0].upper()}{description[1:]}.")
     module.add_flags(parser)
     parser.add_argument("--debug", action="store_true", help="log everything, and show tracebacks of errors")
     namespace = parser.parse(rest)

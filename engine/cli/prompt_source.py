@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ def prompts_from_arguments(arguments: Sequence[str], standard_input: Iterable[st
     rows = []
     for argument in arguments:
         if argument != "-":
-            rows.append(PromptRow(prompt=argument))
+            rows.append(PromptRow(prompt=_as_utf8(argument)))
             continue
         lines = (line.rstrip("\n") for line in standard_input)
         rows += [PromptRow(prompt=line) for line in lines if line]
@@ -47,14 +48,21 @@ def prompts_from_file(path: str) -> list[PromptRow]:
     of SamplingParams. Raises ConfigError that names the line, OSError when the file cannot be read.
     """
     rows = []
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                rows.append(_row(line, f"{path}:{number}"))
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if line.strip():
+            rows.append(_row(line, f"{path}:{number}"))
     return rows
 
 
-def _row(line: str, where: str) -> PromptRow:
+def _as_utf8(argument: str) -> str:
+    """Return an argument as it was typed: text here is UTF-8, also where the locale says otherwise."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        return argument  # refused, with its place, when the prompt is encoded
+
+
+def _row(line: bytes, where: str) -> PromptRow:
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -68,5 +76,8 @@ def _row(line: str, where: str) -> PromptRow:
             parameter="input",
             value=value,
         )
+    priority = value.get("priority", 0)
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise ConfigError(f"{where}: priority must be an int, got {priority!r}.", parameter="priority", value=priority)
     taken = {key: value.pop(key) for key in (*given, "cache_salt", "priority") if key in value}
     return PromptRow(**taken, sampling=value, where=where)

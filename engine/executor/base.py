@@ -57,4 +57,6 @@ def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerCo
         numerics=config.numerics,
         load_format=config.load_format,
         heartbeat_interval_s=config.heartbeat_interval_s,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enforce_eager=config.enforce_eager,
     )

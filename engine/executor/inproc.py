@@ -8,21 +8,26 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from sempre.engine.config import EngineConfig
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import ProtocolError, SempreError, WorkerDied
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
-    StartServing,
+    ExecuteStep,
     WorkerCommand,
     WorkerEvent,
     WorkerHello,
+    WorkerReady,
 )
 
 if TYPE_CHECKING:
     from sempre.workers.main import WorkerProtocol
+    from sempre.workers.pipeline import StepPipeline
+
+Result = TypeVar("Result")
 
 
 class InprocExecutor:
@@ -34,6 +39,7 @@ class InprocExecutor:
         self._workers = [make() for _ in range(self.world_size)]
         self._serving: set[int] = set()
         self._commands: deque[tuple[int, WorkerCommand]] = deque()
+        self._pipelines = [_pipeline(worker) for worker in self._workers]
         self._hellos = deque(
             (rank, WorkerHello(protocol_version=PROTOCOL_VERSION, rank=rank, pid=os.getpid()))
             for rank in range(self.world_size)
@@ -45,10 +51,16 @@ class InprocExecutor:
     def receive(self) -> tuple[int, WorkerEvent] | None:
         if self._hellos:
             return self._hellos.popleft()
+        while self._commands and isinstance(step := self._commands[0][1], ExecuteStep):
+            rank, _ = self._commands.popleft()
+            self._checked(rank, partial(self._pipelines[rank].submit, step))
+        for rank, pipeline in enumerate(self._pipelines):
+            if pipeline:
+                return rank, self._checked(rank, pipeline.collect)
         if not self._commands:
             return None
         rank, command = self._commands.popleft()
-        return rank, self._run(rank, command)
+        return rank, self._answer(rank, command)
 
     def blame(self, rank: int, error: ProtocolError) -> SempreError:
         return _died(rank, error)
@@ -57,21 +69,26 @@ class InprocExecutor:
         for worker in self._workers:
             worker.shutdown()
         self._workers.clear()
+        self._pipelines.clear()
 
-    def _run(self, rank: int, command: WorkerCommand) -> WorkerEvent:
+    def _answer(self, rank: int, command: WorkerCommand) -> WorkerEvent:
         from sempre.workers.main import run_command
 
+        event = self._checked(rank, partial(run_command, self._workers[rank], command))
+        if isinstance(event, WorkerReady):
+            self._serving.add(rank)
+        return event
+
+    def _checked(self, rank: int, action: Callable[[], Result]) -> Result:
+        """Run it; what it raises becomes the error to raise for this worker."""
         try:
-            event = run_command(self._workers[rank], command)
+            return action()
         except SempreError as error:
             if rank not in self._serving:
                 raise
             raise _died(rank, error) from error
         except Exception as error:
             raise _died(rank, error) from error
-        if isinstance(command, StartServing):
-            self._serving.add(rank)
-        return event
 
 
 def _died(rank: int, error: Exception) -> WorkerDied:
@@ -82,6 +99,12 @@ def _died(rank: int, error: Exception) -> WorkerDied:
         cause=f"{info.type}: {info.message}",
         worker_traceback=info.traceback,
     )
+
+
+def _pipeline(worker: WorkerProtocol) -> StepPipeline:
+    from sempre.workers.pipeline import StepPipeline
+
+    return StepPipeline(worker)
 
 
 def _default_worker() -> WorkerProtocol:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sempre.ipc.errors import ConfigError
+from sempre.ipc.errors import ConfigError, ModelError
 
 
 def cache_folder() -> Path:
@@ -41,9 +41,18 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold the lock beside `folder` (`<folder>.lock`); a second process waits here.
 
     The kernel frees the lock when its holder ends, however it ends, so no stale lock can remain.
+
+    Raises ModelError when the folder cannot be written to.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # The lock file stays: removing it would let two processes hold locks on two files of one name.
-    with open(folder.with_name(folder.name + ".lock"), "w", encoding="utf-8") as handle:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # The lock file stays: removing it would let two processes hold locks on two files of one name.
+        handle = open(folder.with_name(folder.name + ".lock"), "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise ModelError(
+            f"the cache folder {folder.parent} cannot be written to: {error.strerror}. "
+            "Set SEMPRE_CACHE to a folder that can."
+        ) from error
+    with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sempre.engine.checkpoints import EMBEDDED, embedded_checkpoint
+from sempre.engine.models.cache import cache_folder
 from sempre.engine.models.catalog import CATALOG
 from sempre.engine.models.pull import pull
 from sempre.ipc.errors import ConfigError, ModelError
@@ -27,7 +28,9 @@ class ResolvedModel:
     path: Path
 
 
-def resolve_model(model: str, *, revision: str | None = None, progress: bool = True) -> ResolvedModel:
+def resolve_model(
+    model: str | os.PathLike[str], *, revision: str | None = None, progress: bool = True
+) -> ResolvedModel:
     """Find `model`; the first of these that fits is used.
 
     1. a local folder that holds a config.json
@@ -40,8 +43,11 @@ def resolve_model(model: str, *, revision: str | None = None, progress: bool = T
 
     Raises ConfigError when the argument names nothing known, ModelError when a download or a conversion fails.
     """
+    if isinstance(model, os.PathLike):
+        model = os.fspath(model)
     if not isinstance(model, str) or not model:
-        raise ConfigError(f"model must be a non-empty string, got {model!r}.", parameter="model", value=model)
+        raise ConfigError(f"model must be a non-empty string or a path, got {model!r}.", parameter="model", value=model)
+    cache_folder()  # raises for a relative SEMPRE_CACHE, before a worker fills a folder of that name
     local = Path(model).expanduser()
     if (local / "config.json").is_file():
         _refuse_revision(model, revision)

@@ -40,6 +40,8 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     numerics: str = "invariant"
     load_format: str = "auto"
     heartbeat_interval_s: float = 0.5
+    gpu_memory_utilization: float = 0.92
+    enforce_eager: bool = False
 
 
 class LoadModel(Message, frozen=True, kw_only=True):
@@ -121,7 +123,10 @@ class WorkerHello(Message, frozen=True, kw_only=True):
 
 
 class ModelLoaded(Message, frozen=True, kw_only=True):
-    """Answer to LoadModel. `max_model_len` is the limit in use; `fingerprint` the parts this worker knows."""
+    """Answer to LoadModel. `max_model_len` is the limit in use; `fingerprint` the parts this worker knows.
+
+    Up to `max_steps_in_flight` steps may be sent before the first of them is answered.
+    """
 
     rank: NonNegative
     digests_before_load: RngDigests
@@ -132,14 +137,16 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     eos_token_ids: list[TokenId] = []
     fingerprint: dict[str, str] = {}
     phase_seconds: dict[str, float] = {}
+    max_steps_in_flight: Positive = 1
 
 
 class WorkerReady(Message, frozen=True, kw_only=True):
-    """Answer to StartServing."""
+    """Answer to StartServing. `fingerprint`: parts that are known only now."""
 
     rank: NonNegative
     digests_after_warm_up: RngDigests
     phase_seconds: dict[str, float] = {}
+    fingerprint: dict[str, str] = {}
 
 
 class SampledTokens(Data, frozen=True, kw_only=True):

@@ -1,8 +1,21 @@
 """SwiGLU's activation: out = silu(gate) * up, silu(g) = g / (1 + exp(-g)) (Shazeer 2020, arXiv 2002.05202).
 
-Contract: elementwise in float32; the exponential is the project's own polynomial, the division IEEE.
+Contract: elementwise in float32; the exponential is the project's own polynomial on CPU and the hardware's on a GPU.
 """
 
-from sempre.kernels.activation.cpu import silu_and_mul
+from __future__ import annotations
+
+import torch
+
+from sempre.kernels.activation import cpu
 
 __all__ = ["silu_and_mul"]
+
+
+def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """gate_up [T, 2 I] (gates first) -> out [T, I]."""
+    if not gate_up.is_cuda:
+        return cpu.silu_and_mul(gate_up, out)
+    from sempre.kernels.activation import gpu
+
+    return gpu.silu_and_mul(gate_up, out)

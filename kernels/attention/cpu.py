@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numba import prange
 
+from sempre.kernels.attention.cache import KvCache
 from sempre.kernels.attention.cpu_tiles import (
     copy_row,
     pv_1,
@@ -35,14 +35,6 @@ BLOCK = 16
 TILE = 64
 BLOCKS_PER_TILE = TILE // BLOCK
 MAX_ROWS = 12
-
-
-@dataclass(frozen=True)
-class KvCache:
-    """One layer's cache: `k` [blocks, Hkv, D, B] (transposed), `v` [blocks, Hkv, B, D], in the storage dtype."""
-
-    k: torch.Tensor
-    v: torch.Tensor
 
 
 def allocate_kv_cache(

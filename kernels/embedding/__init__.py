@@ -1,5 +1,21 @@
-"""Embedding: out[t] = table[token_ids[t]], widened exactly to float32. The width must be a multiple of 16."""
+"""Embedding: out[t] = table[token_ids[t]], widened exactly. On CPU the width must be a multiple of 16."""
 
-from sempre.kernels.embedding.cpu import embed
+from __future__ import annotations
+
+import torch
+
+from sempre.kernels.embedding import cpu
 
 __all__ = ["embed"]
+
+
+def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """token_ids int64 [T], table [V, H] -> out [T, H], float32 on CPU, the table's dtype on a GPU.
+
+    An id outside the table raises IndexError on CPU and gives a row of NaN on a GPU, where nothing waits.
+    """
+    if not table.is_cuda:
+        return cpu.embed(token_ids, table, out)
+    from sempre.kernels.embedding import gpu
+
+    return gpu.embed(token_ids, table, out)

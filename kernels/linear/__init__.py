@@ -1,11 +1,61 @@
 """Matrix product of activations with a weight: out[t, n] = sum over k of x[t, k] * weight[n, k] (+ bias[n]).
 
-Contract: every output element is one chain of float32 fused multiply-adds over k ascending, starting at 0; the bias
-is added last. So a row's result depends on nothing but that row and the weight: not on the number of rows, its place
-among them, the tile that computed it, or the number of threads. Weights stored in 16 bit are widened exactly.
+Contract: every output element is one float32 accumulator over k ascending, starting at 0; the bias is added last. So
+a row's result depends on nothing but that row and the weight: not on the number of rows, its place among them, the
+tile that computed it, or the number of threads. On CPU each step is one fused multiply-add and 16-bit weights are
+widened exactly; on a GPU the steps are the tensor core's own, K is never split, and x has the weight's dtype.
 """
 
-from sempre.kernels.linear.control import ControlLinear, control_linear, control_pack
-from sempre.kernels.linear.cpu import PackedLinear, linear, pack_linear
+from __future__ import annotations
 
-__all__ = ["ControlLinear", "PackedLinear", "control_linear", "control_pack", "linear", "pack_linear"]
+import torch
+
+from sempre.kernels.activation import silu_and_mul
+from sempre.kernels.linear import cpu
+from sempre.kernels.linear.control import ControlLinear, control_linear, control_pack
+from sempre.kernels.linear.cpu import PackedLinear
+from sempre.kernels.linear.weights import GpuLinear
+
+__all__ = [
+    "ControlLinear",
+    "GpuLinear",
+    "PackedLinear",
+    "control_linear",
+    "control_pack",
+    "linear",
+    "linear_silu_and_mul",
+    "pack_linear",
+]
+
+
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear | GpuLinear:
+    """Prepare `weight` [N, K] and `bias` [N]: packed in panels on CPU, as they are on a GPU."""
+    if weight.is_cuda:
+        return GpuLinear(weight.contiguous(), bias.to(weight.dtype).contiguous() if bias is not None else None)
+    return cpu.pack_linear(weight, bias)
+
+
+def linear(x: torch.Tensor, w: PackedLinear | GpuLinear, out: torch.Tensor) -> torch.Tensor:
+    """x [T, K] times the prepared weight into out [T, N]; both contiguous. Returns `out`.
+
+    CPU: x and out float32. GPU: x in the weight's dtype, out in it or float32.
+    """
+    if isinstance(w, PackedLinear):
+        return cpu.linear(x, w, out)
+    from sempre.kernels.linear import gpu
+
+    return gpu.linear(x, w, out)
+
+
+def linear_silu_and_mul(
+    x: torch.Tensor, w: PackedLinear | GpuLinear, gate_up: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """The product with w [2 I, K] (gates first), then `silu_and_mul`, into out [T, I]; gate_up [T, 2 I] is scratch.
+
+    The bits are those of the two calls; a GPU may run them as one.
+    """
+    if isinstance(w, PackedLinear):
+        return silu_and_mul(cpu.linear(x, w, gate_up), out)
+    from sempre.kernels.linear import gpu
+
+    return gpu.linear_silu_and_mul(x, w, gate_up, out)

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class ControlLinear:
-    """A weight [N, K] and bias [N] in float32."""
+    """A weight [N, K] and bias [N], float32 on CPU, as they are on a GPU."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -31,6 +31,8 @@ class ControlLinear:
 
 
 def control_pack(weight: torch.Tensor, bias: torch.Tensor | None = None) -> ControlLinear:
+    if weight.is_cuda:
+        return ControlLinear(weight, bias)
     return ControlLinear(weight.float(), bias.float() if bias is not None else None)
 
 

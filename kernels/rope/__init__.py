@@ -4,7 +4,54 @@ out[i] = x[i] cos - x[i + D/2] sin, out[i + D/2] = x[i + D/2] cos + x[i] sin, fo
 float32 operation, the second product fused; the table of angles is computed in float64.
 """
 
-from sempre.kernels.rope.cpu import rope_and_cache_write
+from __future__ import annotations
+
+import torch
+
+from sempre.kernels.rope import cpu
 from sempre.kernels.rope.table import RopeSpec, cos_sin_table
 
 __all__ = ["RopeSpec", "cos_sin_table", "rope_and_cache_write"]
+
+
+def rope_and_cache_write(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Rotate q of qkv [T, (Hq + 2 Hkv) D] in place and write the rotated k, and v, to their slots.
+
+    `positions` and `slot_mapping` int64 [T] (slot = block id * B + offset); `table` from `cos_sin_table`; `q_norm`
+    and `k_norm` [D] are RMSNorm weights applied before the rotation. D must be a multiple of 16. On a GPU a row with
+    a negative slot (padding) writes nothing to the cache; whether k in qkv is rotated too depends on the device.
+    """
+    if qkv.is_cuda:
+        from sempre.kernels.rope import gpu
+
+        run = gpu.rope_and_cache_write
+    else:
+        run = cpu.rope_and_cache_write
+    run(
+        qkv,
+        positions,
+        table,
+        slot_mapping,
+        k_cache,
+        v_cache,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        eps=eps,
+    )

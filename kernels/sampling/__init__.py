@@ -4,7 +4,8 @@ A token is argmax_v (x_v + g_v): x the processed logits divided by the temperatu
 `rng.py` defines it; both and their sum are float32. Temperature 0 is the plain argmax. Ties go to the lowest id. One
 row is one computation: its result depends neither on the other rows nor on the number of threads.
 
-`sample` and `logprobs` dispatch on the logits' device; so far there is one, the CPU.
+`sample` and `logprobs` are the CPU's. A GPU keeps the parameters in a table of its own and never waits for the host:
+its sequence of launches, with the same bits, is in `gpu.py`.
 """
 
 # M rows of logits, V vocabulary, R reported rows, k best tokens

@@ -42,7 +42,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_message_bytes": 5}, "max_message_bytes must be at least 65536, got 5."),
     ({"block_size": 32}, "block_size can only be 16 for now, got 32."),
     ({"tensor_parallel_size": 2}, "tensor_parallel_size can only be 1 for now, got 2."),
-    ({"device": "cuda"}, "device can only be 'cpu' for now, got 'cuda'."),
+    ({"device": "tpu"}, "device must be 'auto' or 'cpu' or 'cuda', got 'tpu'."),
     ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False, got 1."),
     ({"scheduling_policy": "lifo"}, "scheduling_policy must be 'fcfs' or 'priority', got 'lifo'."),
     ({"numerics": "fast"}, "numerics must be 'invariant' or 'control', got 'fast'."),
@@ -60,8 +60,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer": 5}, "tokenizer must be a string or None, got 5."),
     ({"generation_config": "model"}, "generation_config must be 'auto' or 'vllm', got 'model'."),
     (
-        {"gpu_memory_utilization": 0.9},
-        "gpu_memory_utilization=0.9 is not supported by this engine. The KV cache is sized by kv_cache_memory_bytes.",
+        {"gpu_memory_utilization": 1.5},
+        "gpu_memory_utilization must be in (0, 1], got 1.5.",
     ),
     (
         {"quantization": "awq"},
@@ -103,7 +103,7 @@ def test_unknown_keyword_without_a_near_one(folder: str) -> None:
 
 
 def test_keywords_that_change_nothing_are_accepted(folder: str) -> None:
-    keywords = {"enforce_eager": True, "trust_remote_code": False, "pipeline_parallel_size": 1, "quantization": None}
+    keywords = {"async_scheduling": None, "trust_remote_code": False, "pipeline_parallel_size": 1, "quantization": None}
     assert parse_arguments(folder, keywords) == parse_arguments(folder, {})
 
 

@@ -55,6 +55,13 @@ async def collect(stream: AsyncGenerator[RequestOutput, None]) -> list[RequestOu
     return [output async for output in stream]
 
 
+async def num_aborted(engine: AsyncLLM) -> int:
+    """Requests that the coordinator was told to end; one that was forgotten here only would run to its length."""
+    metrics = await engine.get_metrics()
+    (count,) = (metric.value for metric in metrics if metric.labels.get("finished_reason") == "abort")  # type: ignore[attr-defined]
+    return int(count)
+
+
 async def wait_for_idle(engine: AsyncLLM) -> bool:
     for _ in range(500):
         metrics = await engine.get_metrics()
@@ -92,9 +99,11 @@ def test_delta_outputs_join_to_the_cumulative_one(engine: AsyncLLM, run: Run) ->
 def test_stop_string(engine: AsyncLLM, run: Run) -> None:
     text = run(collect(engine.generate(PROMPT, short())))[-1].outputs[0].text
     stop = text[len(text) // 2 :][:4]
+    before = run(num_aborted(engine))
     completion = run(collect(engine.generate(PROMPT, short(max_tokens=None, stop=stop))))[-1].outputs[0]
     assert (completion.text, completion.stop_reason) == (text[: text.index(stop)], stop)
     assert run(wait_for_idle(engine))
+    assert run(num_aborted(engine)) == before + 1
 
 
 def test_abort(engine: AsyncLLM, run: Run) -> None:
@@ -107,10 +116,12 @@ def test_abort(engine: AsyncLLM, run: Run) -> None:
         await engine.abort("mine")
         return outputs
 
+    before = run(num_aborted(engine))
     outputs = run(abort_after_two())
     assert (outputs[-1].finished, outputs[-1].outputs[0].finish_reason) == (True, "abort")
     assert outputs[-1].request_id == "mine"
     assert run(wait_for_idle(engine))
+    assert run(num_aborted(engine)) == before + 1
 
 
 def test_closing_the_generator_aborts(engine: AsyncLLM, run: Run) -> None:
@@ -119,20 +130,30 @@ def test_closing_the_generator_aborts(engine: AsyncLLM, run: Run) -> None:
             async for _ in stream:
                 break
 
+    before = run(num_aborted(engine))
     run(leave_early())
     assert run(wait_for_idle(engine))
+    assert run(num_aborted(engine)) == before + 1
 
 
 def test_cancelling_the_task_aborts(engine: AsyncLLM, run: Run) -> None:
     async def cancel() -> None:
-        task = asyncio.create_task(collect(engine.generate(PROMPT, short(max_tokens=None))))
-        await asyncio.sleep(0.05)
+        has_begun = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in engine.generate(PROMPT, short(max_tokens=None)):
+                has_begun.set()
+
+        task = asyncio.create_task(read())
+        await has_begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
+    before = run(num_aborted(engine))
     run(cancel())
     assert run(wait_for_idle(engine))
+    assert run(num_aborted(engine)) == before + 1
 
 
 def test_errors_are_raised(engine: AsyncLLM, run: Run) -> None:

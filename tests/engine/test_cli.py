@@ -61,7 +61,7 @@ def test_help_names_every_command() -> None:
     ("arguments", "message"),
     [
         (["generat"], "unknown command 'generat'. Did you mean 'generate'?"),
-        (["xyzzy"], "unknown command 'xyzzy'. Commands: generate, chat, pull, fingerprint, collect-env."),
+        (["xyzzy"], "unknown command 'xyzzy'. Commands: generate, chat, pull, bench, fingerprint, collect-env."),
         (["--verison"], "unknown flag --verison. Did you mean --version?"),
         (["generate", "--modle", "tiny", "hi"], "unknown flag --modle. Did you mean --model?"),
         (
@@ -261,6 +261,7 @@ def test_bad_rows(tmp_path: Path, line: str, message: str) -> None:
             '{"prompt": "a", "temprature": 1}',
             "SamplingParams has no parameter 'temprature'. Did you mean 'temperature'?",
         ),
+        ('{"prompt": "a", "priority": "high"}', "priority must be an int, got 'high'."),
     ],
 )
 def test_bad_sampling_fields_of_a_row(tmp_path: Path, row: str, message: str) -> None:
@@ -268,3 +269,36 @@ def test_bad_sampling_fields_of_a_row(tmp_path: Path, row: str, message: str) ->
     path.write_text(row)
     result = sempre("generate", "--model", "tiny", "--input", str(path))
     assert (result.returncode, result.stderr) == (2, f"sempre: error: {path}:1: {message}\n")
+
+
+def test_rows_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
+    with pytest.raises(ConfigError, match=f"{path}:2: not valid JSON: 'utf-8' codec can't decode byte 0xe9"):
+        prompts_from_file(str(path))
+
+
+def test_line_separators_inside_a_row_do_not_end_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    assert [row.prompt for row in prompts_from_file(str(path))] == ["a\u2028b"]
+
+
+def test_prompts_are_utf8_whatever_the_locale() -> None:
+    code = "from sempre.engine.cli.prompt_source import *; import sys; "
+    code += "print(ascii(prompts_from_arguments(sys.argv[1:], [])[0].prompt))"
+    environment = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, "Hé 你".encode()],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "'H\\xe9 \\u4f60'\n"
+
+
+def test_pull_of_a_model_in_the_package_prints_its_folder() -> None:
+    result = sempre("pull", "tiny")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (Path(result.stdout.strip()) / "config.json").is_file()

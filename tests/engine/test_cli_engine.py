@@ -142,7 +142,9 @@ def test_interrupts_of_a_chat() -> None:
         again = process.stdout.read(1)
         os.killpg(process.pid, signal.SIGINT)
         while not again.endswith(" [stopped]\n"):
-            again += process.stdout.read(1)
+            character = process.stdout.read(1)
+            assert character, "the second answer was not stopped"
+            again += character
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert answer[0] == again[0]

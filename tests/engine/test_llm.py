@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from sempre.engine import (
     Counter,
     EngineDeadError,
     Gauge,
+    Logprob,
     RequestError,
     RequestOutput,
     RequestOutputKind,
@@ -44,6 +47,11 @@ def short(**keywords: Any) -> SamplingParams:
 def only(outputs: list[RequestOutput]) -> RequestOutput:
     (output,) = outputs
     return output
+
+
+def rank_of(entry: Logprob) -> int:
+    assert entry.rank is not None
+    return entry.rank
 
 
 def metric_values(llm: LLM, name: str) -> list[float]:
@@ -111,10 +119,11 @@ def test_log_probabilities(llm: LLM) -> None:
     total = 0.0
     for token_id, row in zip(completion.token_ids, completion.logprobs, strict=True):
         assert next(iter(row)) == token_id
-        assert 3 <= len(row) <= 4
         assert row[token_id].decoded_token == llm.get_tokenizer().token_text(token_id)
-        best = [entry.logprob for entry in row.values() if entry.rank is not None and entry.rank <= 3]
-        assert sorted(best, reverse=True) == sorted(best, reverse=True)[:3]
+        best = sorted((entry for entry in row.values() if entry.rank is not None and entry.rank <= 3), key=rank_of)
+        assert [entry.rank for entry in best] == [1, 2, 3]
+        assert [entry.logprob for entry in best] == sorted((entry.logprob for entry in best), reverse=True)
+        assert len(row) == 3 + (row[token_id].rank not in (1, 2, 3))
         total += row[token_id].logprob
     assert completion.cumulative_logprob == total
 
@@ -148,11 +157,18 @@ def test_prompt_log_probabilities(llm: LLM) -> None:
 def test_stop_string(llm: LLM) -> None:
     text = only(llm.generate(PROMPTS[0], short(max_tokens=30), use_tqdm=False)).outputs[0].text
     stop = text[len(text) // 2 :][:4]
-    completion = only(llm.generate(PROMPTS[0], short(max_tokens=30, stop=stop), use_tqdm=False)).outputs[0]
+    before = num_aborted(llm)
+    completion = only(llm.generate(PROMPTS[0], short(max_tokens=None, stop=stop), use_tqdm=False)).outputs[0]
     assert completion.text == text[: text.index(stop)]
     assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
-    # The coordinator was told: nothing runs on.
+    # The coordinator was told: nothing runs on until it ends by itself.
     assert wait_for_idle(llm)
+    assert num_aborted(llm) == before + 1
+
+
+def num_aborted(llm: LLM) -> int:
+    (count,) = (metric.value for metric in llm.get_metrics() if metric.labels.get("finished_reason") == "abort")  # type: ignore[attr-defined]
+    return int(count)
 
 
 def wait_for_idle(llm: LLM) -> bool:
@@ -210,9 +226,11 @@ def test_a_stream_goes_on_after_another_call(llm: LLM) -> None:
 def test_closing_a_stream_aborts_it(llm: LLM) -> None:
     stream = llm.stream(PROMPTS[0], short(max_tokens=None))
     next(stream)
+    before = num_aborted(llm)
     assert llm.reset_prefix_cache() is False
     stream.close()  # type: ignore[attr-defined]
     assert wait_for_idle(llm)
+    assert num_aborted(llm) == before + 1
     assert llm.reset_prefix_cache() is True
 
 
@@ -261,6 +279,7 @@ def test_tqdm_is_the_default_bar(llm: LLM, capsys: pytest.CaptureFixture[str]) -
 
 def test_an_interrupt_aborts_what_runs(llm: LLM) -> None:
     expected = llm.generate(PROMPTS, short(), use_tqdm=False)
+    before = num_aborted(llm)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(
             PROMPTS * 8,
@@ -268,6 +287,7 @@ def test_an_interrupt_aborts_what_runs(llm: LLM) -> None:
             use_tqdm=lambda **keywords: RecordingBar(fail_at=1, **keywords),
         )
     assert wait_for_idle(llm)
+    assert num_aborted(llm) == before + 23
     again = llm.generate(PROMPTS, short(), use_tqdm=False)
     assert [output.outputs for output in again] == [output.outputs for output in expected]
 
@@ -317,12 +337,17 @@ def test_request_metrics_are_in_order(llm: LLM) -> None:
     assert metrics.arrival_time <= metrics.first_token_time <= metrics.finished_time
 
 
+def generator_states() -> tuple[object, ...]:
+    """The whole states: a draw of NumPy's moves its position, and its words only now and then."""
+    name, words, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), name, words.tobytes(), *rest, torch.get_rng_state().numpy().tobytes()
+
+
 def num_children() -> int:
     return len(psutil.Process().children(recursive=True))
 
 
 def test_shutdown() -> None:
-    states = (random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist())  # type: ignore[union-attr]
     before = num_children()
     llm = LLM("tiny", **SETTINGS)
     assert num_children() > before
@@ -336,8 +361,32 @@ def test_shutdown() -> None:
             use()
     with pytest.raises(EngineDeadError):
         next(stream)
-    after = (random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist())  # type: ignore[union-attr]
-    assert after == states
+
+
+def test_the_user_s_generators_are_left_alone() -> None:
+    before = generator_states()
+    llm = LLM("tiny", seed=11, **SETTINGS)
+    assert generator_states() == before
+    llm.generate(PROMPTS, short(seed=None, temperature=1.0, logprobs=1, n=2), use_tqdm=False)
+    assert generator_states() == before
+    llm.chat([{"role": "user", "content": "Hello"}], short(), use_tqdm=False)
+    llm.score(PROMPTS)
+    assert generator_states() == before
+    llm.shutdown()
+    assert generator_states() == before
+
+
+def test_the_check_of_the_generators_notices_a_single_draw() -> None:
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = [generator_states()]
+    for draw in (random.random, np.random.rand, lambda: torch.rand(1)):
+        draw()
+        states.append(generator_states())
+    random.setstate(kept[0])
+    np.random.set_state(kept[1])
+    torch.set_rng_state(kept[2])
+    assert all(one != other for one, other in pairwise(states))
+    assert generator_states() == states[0]
 
 
 def test_losing_the_object_ends_the_processes() -> None:
@@ -367,3 +416,36 @@ def test_death_of_the_worker() -> None:
                 use()
             assert (caught.value.rank, caught.value.exitcode) == (0, -9)
         assert llm._frontend.processor.num_unfinished == 0
+
+
+def test_a_second_thread_is_refused_and_the_first_goes_on(llm: LLM) -> None:
+    refusals: list[BaseException] = []
+
+    def try_all() -> None:
+        for use in (lambda: llm.generate("a"), lambda: llm.stream("a"), llm.get_metrics, llm.reset_prefix_cache):
+            try:
+                use()
+            except RuntimeError as error:
+                refusals.append(error)
+
+    stream = llm.stream(PROMPTS[0], short())
+    first = next(stream)
+    with llm._session.exclusive():
+        thread = threading.Thread(target=try_all)
+        thread.start()
+        thread.join()
+        last = [first, *stream][-1]
+    assert [str(error).partition(",")[0] for error in refusals] == ["another thread is using this LLM"] * 4
+    assert last.outputs[0].token_ids == only(llm.generate(PROMPTS[0], short(), use_tqdm=False)).outputs[0].token_ids
+
+
+def test_a_chat_template_that_is_not_there_is_refused_at_the_start() -> None:
+    with pytest.raises(ConfigError, match="chat_template '/nowhere' is neither a file nor a Jinja template"):
+        LLM("tiny", chat_template="/nowhere")
+
+
+def test_arguments_of_a_worker_call_that_cannot_cross_a_process(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="args and kwargs of ping must be numbers, strings") as refusal:
+        llm.collective_rpc("ping", args=[object()])
+    assert refusal.value.parameter == "args"
+    assert llm.collective_rpc("ping") == ["pong"]

@@ -68,3 +68,8 @@ def test_list_prompts(prompts: Any, expected: tuple[list[Any], bool]) -> None:
 def test_list_prompts_refused() -> None:
     with pytest.raises(RequestError, match="prompts must be a prompt or a list of prompts, got NoneType"):
         list_prompts(None)
+
+
+def test_bytes_are_no_list_of_prompts() -> None:
+    with pytest.raises(RequestError, match="prompts must be a prompt or a list of prompts, got bytes"):
+        list_prompts(b"text")

@@ -89,7 +89,8 @@ def test_new_process(numerics: str, check: Check) -> None:
         "sys.stdout.buffer.write(msgspec.msgpack.encode(run_inproc(make_requests(), numerics=sys.argv[1])))"
     )
     support = str(Path(__file__).parents[1] / "support")
-    environment = os.environ | {"PYTHONHASHSEED": "4242", "PYTHONPATH": support}
+    folders = [support, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONHASHSEED": "4242", "PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run([sys.executable, "-c", program, numerics], capture_output=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr.decode()
     check(msgspec.msgpack.decode(done.stdout, type=list[Generation]))

@@ -127,6 +127,33 @@ def test_the_transport_drops_what_is_far_too_large(
     assert hub.receive(0.2) is None
     peer.send(GetMetrics(call_id=1))
     assert hub.receive(WAIT_S) == (identity, GetMetrics(call_id=1))
+    assert hub.refusals.count == 0, "it must not be taken into memory only to be refused"
+
+
+@pytest.mark.parametrize(
+    ("frames", "field"),
+    [
+        ([b""], "header"),
+        ([b"\0" * 100], "magic"),
+        ([b"\0" * (LIMIT + 1)], "max_message_bytes"),
+        ([bytes(FrameEncoder(LIMIT).encode(Heartbeat(), 1))[:-1]], "checksum"),
+        ([bytes(FrameEncoder(LIMIT).encode(Heartbeat(), 1)), b""], "parts"),
+        ([bytes(FrameEncoder(LIMIT).encode(GetMetrics(call_id=1), 1))], "tag"),
+    ],
+)
+def test_a_peer_refuses_what_a_hub_must_not_send(
+    hub: HubChannel[ClientCommand], peer: PeerChannel[ClientEvent], frames: list[bytes], field: str
+) -> None:
+    identity = establish(hub, peer)
+    hub._links[identity].pack(Heartbeat())  # the frame whose place they take
+    hub.socket.send_multipart([identity, *frames])
+    with pytest.raises(ProtocolError, match=field):
+        peer.receive(WAIT_S)
+    arrival = hub.receive(WAIT_S)
+    assert arrival is not None
+    assert isinstance(arrival[1], Refused)
+    hub.send(identity, Heartbeat(steps_done=1))
+    assert peer.receive(WAIT_S) == Heartbeat(steps_done=1)
 
 
 def test_a_refusal_on_an_established_link_reaches_both_ends(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sempre.ipc.errors import ConfigError
-from sempre.ipc.messages import CallMethod, LoadModel, WorkerConfig
+from sempre.ipc.messages import CallMethod, LoadModel, StartServing, WorkerConfig
 from sempre.workers.seeding import rng_digests
 from sempre.workers.worker import Worker
 
@@ -69,6 +69,17 @@ def test_generators_are_seeded_twice_as_a_plain_process_would(checkpoints: Any, 
     np.random.seed([5, 2**8])
     torch.manual_seed(2**40 + 5)
     assert serving.loaded.digests_before_load == serving.ready.digests_after_warm_up == rng_digests()
+
+
+def test_what_is_drawn_between_the_two_seedings_leaves_no_trace(checkpoints: Any) -> None:
+    worker = Worker()
+    config = WorkerConfig(rank=0, world_size=1, model_path=str(checkpoints("llama").folder), num_threads=1, seed=9)
+    loaded = worker.load_model(LoadModel(config=config))
+    random.random(), np.random.rand(), torch.rand(1)
+    drawn = rng_digests()
+    ready = worker.start_serving(StartServing(num_blocks=loaded.available_kv_blocks))
+    assert ready.digests_after_warm_up == rng_digests() == loaded.digests_before_load != drawn
+    worker.shutdown()
 
 
 def test_execution_draws_nothing_from_the_global_generators(checkpoints: Any, serve: Any, prompt: Any) -> None:
@@ -129,6 +140,16 @@ def test_too_little_cache_memory_states_the_sums(checkpoints: Any) -> None:
     with pytest.raises(ConfigError, match=r"needs 16 blocks of 12288 bytes = 196608 bytes; .* = 184320 bytes holds 15"):
         load(checkpoints("llama").folder, kv_cache_memory_bytes=15 * 12288)
     assert load(checkpoints("llama").folder, kv_cache_memory_bytes=16 * 12288).available_kv_blocks == 16
+
+
+@pytest.mark.parametrize(("dtype", "element_bytes"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_the_cache_is_stored_in_the_dtype_that_was_reckoned_with(
+    dtype: str, element_bytes: int, checkpoints: Any, serve: Any
+) -> None:
+    serving = serve(checkpoints("llama").folder, dtype=dtype, max_num_seqs=3, max_model_len=100)
+    assert serving.loaded.kv_block_bytes == 3 * 2 * 2 * 16 * 16 * element_bytes
+    memory = serving.worker.call(CallMethod(call_id=1, method="memory")).result
+    assert memory["kv_cache_bytes"] == serving.loaded.kv_block_bytes * serving.loaded.available_kv_blocks
 
 
 def test_dummy_weights_are_a_function_of_the_seed(checkpoints: Any, tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ def test_a_cached_gaussian_is_part_of_the_digest() -> None:
     seed_everything(3)
     np.random.randn()
     waiting = rng_digests().numpy_random
+    name, keys, position, has_gauss, value = np.random.get_state(legacy=True)
+    np.random.set_state((name, keys, position, has_gauss, value + 1.0))
+    assert rng_digests().numpy_random != waiting
     np.random.randn()
     assert rng_digests().numpy_random != waiting
     random.seed(3)

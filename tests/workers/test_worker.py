@@ -12,6 +12,7 @@ import torch
 from msgspec.structs import replace
 
 from sempre.ipc.messages import CallMethod, LogprobRows, SamplingSpec, ScheduledRequest
+from sempre.kernels.sampling.reference import gumbel_noise
 
 GREEDY = SamplingSpec(max_tokens=6, temperature=0.0, logprobs=-1, prompt_logprobs=-1)
 RANDOM = SamplingSpec(max_tokens=6, temperature=0.9, logprobs=-1, prompt_logprobs=-1)
@@ -68,6 +69,30 @@ def test_values_equal_transformers_and_bits_equal_each_other(
 
     for chunks in ((1, 63, 10), (64, 7), (16,), (1,)):
         assert outcome(serving.run(prompt("cut", ids, GREEDY, chunks=chunks))["cut"]) == outcome(whole)
+
+
+def test_a_token_is_the_best_under_the_noise_of_its_own_position(
+    checkpoints: Any, serve: Any, dense: Callable[..., torch.Tensor], prompt: Any
+) -> None:
+    """Positions count from the start of the sequence: the first output after P prompt tokens is at P."""
+    ids, seed = prompt_ids(21), 2**40 + 11
+    params = replace(RANDOM, temperature=1.0, max_tokens=8)
+    found = serve(checkpoints("llama").folder).run(prompt("a", ids, params, seed=seed))["a"]
+    rows = dense(found.logprobs, 320).numpy()
+    noisy = [row + gumbel_noise(seed, len(ids) + index, 320) for index, row in enumerate(rows)]
+    assert found.token_ids == [int(row.argmax()) for row in noisy]
+    assert found.token_ids != rows.argmax(axis=1).tolist()
+
+
+def test_penalties_see_every_token_before_the_position(
+    checkpoints: Any, serve: Any, dense: Callable[..., torch.Tensor], prompt: Any
+) -> None:
+    params = replace(GREEDY, presence_penalty=2.0, max_tokens=12)
+    found = serve(checkpoints("llama").folder).run(prompt("a", prompt_ids(21), params))["a"]
+    rows = dense(found.logprobs, 320).numpy().copy()
+    for index, row in enumerate(rows):
+        row[list(set(found.token_ids[:index]))] -= np.float32(2.0)
+    assert found.token_ids == rows.argmax(axis=1).tolist()
 
 
 def test_bits_do_not_depend_on_companions(checkpoints: Any, serve: Any, prompt: Any) -> None:

@@ -2,8 +2,9 @@
 
 # T tokens in the step, R requests, H hidden size, I intermediate size, V vocabulary
 # Hq query heads, Hkv key-value heads, D head dimension
-The residual stream and all activations are float32. Every operation works on one row at a time as far as the result
-is concerned, so a row's bits depend on its own request only.
+The residual stream and all activations are float32 on the CPU and in the model's dtype on a GPU; logits are float32.
+Every operation works on one row at a time as far as the result is concerned, so a row's bits depend on its own request
+only.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sempre.kernels.activation import silu_and_mul
-from sempre.kernels.attention import KvCache, paged_attention
+from sempre.kernels.attention import AttentionWorkspace, KvCache, paged_attention
 from sempre.kernels.embedding import embed
 from sempre.kernels.norms import add_rms_norm, rms_norm
 from sempre.kernels.rope import cos_sin_table, rope_and_cache_write
@@ -38,26 +38,43 @@ class StepInput:
     """int32 [R + 1]: rows [query_starts[r], query_starts[r + 1]) belong to request r"""
     context_lens: torch.Tensor
     """int32 [R]: keys visible to the last row of request r"""
+    max_query_len: int
+    """no request has more rows; 1: row r belongs to request r"""
+    max_context_len: int
+    """no context is longer; this bound and the one above choose grids on a GPU and cannot be seen in the result"""
 
 
 class Decoder:
-    """Weights and the buffers of a step of at most `max_tokens` rows."""
+    """Weights and the buffers of a step of at most `max_tokens` rows, on the weights' device."""
 
     def __init__(
-        self, spec: ModelSpec, weights: DecoderWeights, product: LinearKernel, *, max_tokens: int, max_model_len: int
+        self,
+        spec: ModelSpec,
+        weights: DecoderWeights,
+        product: LinearKernel,
+        *,
+        max_tokens: int,
+        max_model_len: int,
+        workspace: AttentionWorkspace | None = None,
     ) -> None:
         self.spec = spec
         self.weights = weights
-        self._linear = product.apply
+        device = weights.embedding.device
+        self._product = product
         self._scale = spec.head_dim**-0.5
-        self._cos_sin = cos_sin_table(spec.rope, max_model_len)
-        self._residual_TH = torch.empty(max_tokens, spec.hidden_size)
-        self._hidden_TH = torch.empty(max_tokens, spec.hidden_size)
-        self._branch_TH = torch.empty(max_tokens, spec.hidden_size)
-        self._qkv = torch.empty(max_tokens, spec.qkv_size)
-        self._attended = torch.empty(max_tokens, spec.num_heads * spec.head_dim)
-        self._gate_up = torch.empty(max_tokens, 2 * spec.intermediate_size)
-        self._activated = torch.empty(max_tokens, spec.intermediate_size)
+        self._workspace = workspace
+        self._cos_sin = cos_sin_table(spec.rope, max_model_len).to(device)
+
+        def rows(width: int) -> torch.Tensor:
+            return torch.empty(max_tokens, width, dtype=weights.activations, device=device)
+
+        self._residual_TH = rows(spec.hidden_size)
+        self._hidden_TH = rows(spec.hidden_size)
+        self._branch_TH = rows(spec.hidden_size)
+        self._qkv = rows(spec.qkv_size)
+        self._attended = rows(spec.num_heads * spec.head_dim)
+        self._gate_up = rows(2 * spec.intermediate_size)
+        self._activated = rows(spec.intermediate_size)
 
     def forward(self, step: StepInput, caches: list[KvCache]) -> torch.Tensor:
         """Write the step's keys and values into `caches` (one per layer); return the final hidden states [T, H].
@@ -83,7 +100,7 @@ class Decoder:
 
     def logits(self, hidden_RH: torch.Tensor, out_RV: torch.Tensor) -> torch.Tensor:
         """Logits of the given final hidden states, written to and returned as `out_RV`."""
-        return self._linear(hidden_RH, self.weights.lm_head, out_RV)
+        return self._product.apply(hidden_RH, self.weights.lm_head, out_RV)
 
     def _attention(
         self,
@@ -97,7 +114,7 @@ class Decoder:
         spec = self.spec
         num_tokens = hidden.shape[0]
         qkv, attended = self._qkv[:num_tokens], self._attended[:num_tokens]
-        self._linear(hidden, layer.qkv, qkv)
+        self._product.apply(hidden, layer.qkv, qkv)
         rope_and_cache_write(
             qkv,
             step.positions,
@@ -124,12 +141,14 @@ class Decoder:
             scale=self._scale,
             window=window,
             out=attended,
+            max_query_len=step.max_query_len,
+            max_context_len=step.max_context_len,
+            workspace=self._workspace,
         )
-        self._linear(attended, layer.o, out)
+        self._product.apply(attended, layer.o, out)
 
     def _mlp(self, layer: LayerWeights, hidden: torch.Tensor, out: torch.Tensor) -> None:
         num_tokens = hidden.shape[0]
         gate_up, activated = self._gate_up[:num_tokens], self._activated[:num_tokens]
-        self._linear(hidden, layer.gate_up, gate_up)
-        silu_and_mul(gate_up, activated)
-        self._linear(activated, layer.down, out)
+        self._product.apply_gated(hidden, layer.gate_up, gate_up, activated)
+        self._product.apply(activated, layer.down, out)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from sempre.ipc.errors import ConfigError
-from sempre.kernels.linear import control_linear, control_pack, linear, pack_linear
+from sempre.kernels.activation import silu_and_mul
+from sempre.kernels.linear import control_linear, control_pack, linear, linear_silu_and_mul, pack_linear
 
 
 class Packed(Protocol):
@@ -25,14 +26,22 @@ class Packed(Protocol):
 
 
 class LinearKernel(NamedTuple):
-    """`pack(weight [N, K], bias [N] or None)`, and `apply(x [T, K], packed, out [T, N])`, which returns `out`."""
+    """`pack(weight [N, K], bias [N] or None)`; `apply(x [T, K], packed, out [T, N])`, which returns `out`; and
+    `apply_gated(x [T, K], packed [2I, K], scratch [T, 2I], out [T, I])`: silu(first half) * second half of the product.
+    """
 
     pack: Callable[[torch.Tensor, torch.Tensor | None], Packed]
     apply: Callable[..., torch.Tensor]
+    apply_gated: Callable[..., object]
 
 
-INVARIANT = LinearKernel(pack_linear, linear)
-CONTROL = LinearKernel(control_pack, control_linear)
+def _control_gated(x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    control_linear(x, weight, gate_up)
+    silu_and_mul(gate_up, out)
+
+
+INVARIANT = LinearKernel(pack_linear, linear, linear_silu_and_mul)
+CONTROL = LinearKernel(control_pack, control_linear, _control_gated)
 
 
 def linear_kernel(numerics: str) -> LinearKernel:

@@ -115,7 +115,7 @@ class Sampler:
         errors = self._rewrite(logits, positions)
         sampled = sampling.sample(logits, batch.parameters, np.asarray(positions, np.int64))
         for row in np.flatnonzero(~np.isfinite(sampled.values)).tolist():
-            errors.setdefault(row, _row_error(float(sampled.values[row])))
+            errors.setdefault(row, row_error(float(sampled.values[row])))
         if raw is not None:
             logits[batch.saved] = raw
         packed = self._logprobs(logits, sampled.token_ids) if batch.reported else {}
@@ -142,7 +142,7 @@ class Sampler:
         for row in self._batch.rewritten:
             values: npt.NDArray[np.float32] = logits[row].numpy()
             if not values.max() < np.inf:  # a mask could hide it
-                errors[row] = _row_error(np.inf)
+                errors[row] = row_error(np.inf)
                 continue
             try:
                 with np.errstate(over="ignore"):  # an overflow to +inf becomes the error of this row
@@ -160,7 +160,7 @@ class Sampler:
         return packed
 
 
-def _row_error(value: float) -> RowError:
+def row_error(value: float) -> RowError:
     if value > 0:
         return RowError("logits", "expected finite values or -inf, found NaN or +inf")
     return RowError(

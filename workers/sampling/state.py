@@ -79,19 +79,19 @@ class SamplingState:
     def __init__(self, params: SamplingSpec, seed: int, token_ids: list[int], num_prompt_tokens: int) -> None:
         self.params = params
         self.seed = seed
-        self._token_ids = token_ids
-        self._num_prompt_tokens = num_prompt_tokens
+        self.token_ids = token_ids
+        self.num_prompt_tokens = num_prompt_tokens
         self._counts: TokenCounts | None = None
         self._allowed = (
             None if params.allowed_token_ids is None else np.unique(np.asarray(params.allowed_token_ids, np.int64))
         )
         self._bad_tokens = np.asarray([word[0] for word in params.bad_words_token_ids if len(word) == 1], np.int64)
         self._bad_phrases = [word for word in params.bad_words_token_ids if len(word) > 1]
-        self._end_tokens = np.unique(np.asarray([*params.eos_token_ids, *params.stop_token_ids], np.int64))
+        self.end_token_ids = np.unique(np.asarray([*params.eos_token_ids, *params.stop_token_ids], np.int64))
         biases = sorted(params.logit_bias.items())
         self._bias_ids = np.asarray([token for token, _ in biases], np.int64)
         self._biases = np.asarray([bias for _, bias in biases], np.float32)
-        self._penalises = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0)
+        self.penalises = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0)
         self._largest_ids = self._find_largest_ids()
 
     @property
@@ -101,9 +101,9 @@ class SamplingState:
         return bool(
             self._allowed is not None
             or params.bad_words_token_ids
-            or (params.min_tokens and self._end_tokens.size)
+            or (params.min_tokens and self.end_token_ids.size)
             or params.logit_bias
-            or self._penalises
+            or self.penalises
         )
 
     def process(self, row: npt.NDArray[np.float32], position: int) -> None:
@@ -111,8 +111,8 @@ class SamplingState:
 
         Raises RowError when a parameter names a token outside the vocabulary.
         """
-        self._check_ids(row.size)
-        output_length = position - self._num_prompt_tokens
+        self.check_ids(row.size)
+        output_length = position - self.num_prompt_tokens
         if self._allowed is not None:
             allow_only(row, self._allowed)
         if self.params.bad_words_token_ids:
@@ -120,10 +120,10 @@ class SamplingState:
             forbid(row, self._last_tokens_of_bad_phrases(position))
         if output_length < self.params.min_tokens:
             # an id outside the vocabulary can never end the request
-            forbid(row, self._end_tokens[self._end_tokens < row.size])
+            forbid(row, self.end_token_ids[self.end_token_ids < row.size])
         if self._bias_ids.size:
             add_bias(row, self._bias_ids, self._biases)
-        if self._penalises:
+        if self.penalises:
             self._penalise(row, position)
 
     def _find_largest_ids(self) -> dict[str, int]:
@@ -134,25 +134,26 @@ class SamplingState:
         }
         return {name: max(ids) for name, ids in groups.items() if ids}
 
-    def _check_ids(self, vocab_size: int) -> None:
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises RowError when a parameter names a token outside the vocabulary."""
         for name, largest in self._largest_ids.items():
             if largest >= vocab_size:
                 raise RowError(name, f"expected token ids below the vocabulary size {vocab_size}, found {largest}")
 
     def _last_tokens_of_bad_phrases(self, position: int) -> Ids:
         """The tokens that would complete a bad phrase whose beginning ends the output so far."""
-        tokens = self._token_ids
+        tokens = self.token_ids
         last = [
             phrase[-1]
             for phrase in self._bad_phrases
-            if position - len(phrase) + 1 >= self._num_prompt_tokens
+            if position - len(phrase) + 1 >= self.num_prompt_tokens
             and tokens[position - len(phrase) + 1 : position] == phrase[:-1]
         ]
         return np.asarray(last, np.int64)
 
     def _penalise(self, row: npt.NDArray[np.float32], position: int) -> None:
         if self._counts is None:
-            self._counts = TokenCounts(self._token_ids, self._num_prompt_tokens)
+            self._counts = TokenCounts(self.token_ids, self.num_prompt_tokens)
         self._counts.advance_to(position)
         token_ids, in_prompt, output_counts = self._counts.arrays()
         if token_ids.max(initial=0) >= row.size:

@@ -11,8 +11,8 @@ import pytest
 
 from sempre.engine.checkpoints import EMBEDDED
 from sempre.engine.models import CATALOG, cache_folder, resolve_model
-from sempre.engine.models.cache import model_cache_folder
-from sempre.ipc.errors import ConfigError
+from sempre.engine.models.cache import exclusive, model_cache_folder
+from sempre.ipc.errors import ConfigError, ModelError
 
 
 def make_folder(path: Path) -> Path:
@@ -126,3 +126,22 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEMPRE_CACHE", "relative")
     with pytest.raises(ConfigError, match="SEMPRE_CACHE must be an absolute path"):
         cache_folder()
+
+
+def test_a_path_object_is_a_model(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "here")
+    assert resolve_model(folder).path == folder.resolve()
+    assert resolve_model(folder).name == str(folder)
+
+
+def test_a_relative_cache_folder_is_refused_for_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMPRE_CACHE", "here")
+    with pytest.raises(ConfigError, match="SEMPRE_CACHE must be an absolute path, got 'here'"):
+        resolve_model("tiny")
+
+
+def test_a_cache_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    said = r"the cache folder .*/file cannot be written to: .*Set SEMPRE_CACHE"
+    with pytest.raises(ModelError, match=said), exclusive(tmp_path / "file" / "model"):
+        pytest.fail("the lock was given")

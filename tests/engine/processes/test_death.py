@@ -135,8 +135,7 @@ import sys, time
 from sempre.engine.harness import Cluster, make_request
 from sempre.ipc.messages import AddRequests
 cluster = Cluster("scripted-light", data_parallel_size=2)
-cluster.client.send(AddRequests(requests=[make_request([1], max_tokens=3)]))
-cluster.client.receive(10)
+cluster.generate([make_request([1], max_tokens=3)])
 print(cluster.directory.path, cluster.coordinator_pid, *cluster.worker_pids(), flush=True)
 """
 
@@ -149,9 +148,18 @@ def run_program(ending: str) -> tuple[subprocess.Popen[str], Path, list[int]]:
     return program, Path(folder), [int(number) for number in numbers]
 
 
+IDLE = "time.sleep(60)"
+BUSY = """
+cluster.client.send(AddRequests(requests=[make_request([1], ordinal=i, max_tokens=4000) for i in range(1, 9)]))
+cluster.client.receive(10)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("doing", [IDLE, BUSY], ids=["idle", "busy"])
 @pytest.mark.parametrize("stopped", [None, 0, 1], ids=["all running", "coordinator stopped", "worker stopped"])
-def test_the_death_of_the_user_s_process_takes_all_along(gone: Gone, stopped: int | None) -> None:
-    program, folder, engine = run_program("time.sleep(60)")
+def test_the_death_of_the_user_s_process_takes_all_along(gone: Gone, stopped: int | None, doing: str) -> None:
+    program, folder, engine = run_program(doing)
     if stopped is not None:
         os.kill(engine[stopped], signal.SIGSTOP)
     program.kill()
@@ -178,12 +186,15 @@ def test_an_interrupt_reaches_the_user_s_process_alone(gone: Gone) -> None:
     """The engine is not in the terminal's foreground group: it outlives Ctrl-C for as long as the user's code does."""
     ending = """
 try:
+    print("waiting", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     assert len(cluster.generate([make_request([1], ordinal=5)])) == 1
     sys.exit(7)
 """
     program, _, engine = run_program(ending)
+    assert program.stdout is not None
+    assert program.stdout.readline() == "waiting\n"
     program.send_signal(signal.SIGINT)
     program.communicate(timeout=20)
     assert program.returncode == 7

@@ -57,6 +57,16 @@ def test_every_worker_is_seeded_like_a_plain_process(start: Start, workers: int,
     assert cluster.rng_digests() == [plain_digests(seed)] * workers
 
 
+def test_workers_with_a_model_are_seeded_so_too_and_stay_so(
+    start: Start, requests: Callable[..., list[RequestSpec]]
+) -> None:
+    cluster = start("tiny", data_parallel_size=2, max_model_len=256, num_threads=1, seed=2**40 + 7)
+    expected = [plain_digests(2**40 + 7)] * 2
+    assert cluster.rng_digests() == expected
+    cluster.generate(requests(4))
+    assert cluster.rng_digests() == expected
+
+
 def test_different_seeds_give_different_states(start: Start) -> None:
     first, second = (start("scripted", seed=seed).rng_digests()[0] for seed in (1, 2))
     assert all(first[name] != second[name] for name in ("python_random", "numpy_random", "torch_cpu"))

@@ -18,19 +18,21 @@ from sempre.engine.harness import Cluster, generate, make_request
 from sempre.engine.harness.cluster import MODELLESS_WORKERS
 from sempre.engine.harness.light_worker import LightWorker
 from sempre.engine.harness.scripted_worker import next_token
-from sempre.ipc.errors import ConfigError, EngineDeadError, MessageMalformed, MessageTooLarge, RequestError
+from sempre.ipc.errors import ConfigError, EngineDeadError, MessageMalformed, MessageTooLarge, RequestError, WorkerDied
 from sempre.ipc.messages import (
     AbortRequests,
     AddRequests,
     CallWorkers,
     CallWorkersReply,
     ClientHello,
+    ExecuteStep,
     OutputsReady,
     RequestOutputDelta,
     RequestSpec,
     ResetPrefixCache,
     ResetPrefixCacheReply,
     ShutdownEngine,
+    StepResult,
 )
 
 Start = Callable[..., Cluster]
@@ -70,6 +72,20 @@ def test_the_engine_in_this_process_gives_the_same(requests: Requests, replicas:
     client.close()
     with pytest.raises(EngineDeadError, match="shut down"):
         client.receive(0)
+
+
+def test_an_error_of_a_step_in_this_process_is_the_death_of_its_worker() -> None:
+    """Also an error of the project: only before it serves does it speak for itself."""
+
+    class Refusing(LightWorker):
+        def execute(self, command: ExecuteStep) -> StepResult:
+            raise MessageMalformed("scheduled: expected nothing", field="scheduled")
+
+    client = InprocClient.launch(SCRIPTED, executor=InprocExecutor(SCRIPTED, Refusing))
+    with pytest.raises(WorkerDied, match="worker 0 failed: MessageMalformed: scheduled: expected nothing") as death:
+        generate(client, [make_request([1])])
+    assert death.value.rank == 0
+    client.close()
 
 
 def test_replicas_share_the_work_by_load(start: Start, requests: Requests) -> None:
@@ -180,6 +196,26 @@ def test_a_reply_that_is_too_large_fails_its_call_alone(start: Start) -> None:
         with pytest.raises(MessageTooLarge, match="max_message_bytes"):
             cluster.call("repeat", "x", size)
     assert cluster.call("ping") == ["pong", "pong"]
+
+
+def test_the_prefix_caches_of_all_replicas_are_reset_or_none(start: Start) -> None:
+    cluster = start(data_parallel_size=2)
+    client = cluster.client
+    prompt = list(range(1, 34))
+
+    def cached_tokens(ordinal: int) -> int:
+        return cluster.generate([make_request(prompt, ordinal=ordinal, max_tokens=1)])[0].num_cached_tokens
+
+    assert cached_tokens(0) == 0
+    assert cached_tokens(1) == 32
+    # the first replica has what is cached, and nothing to do; the second one is busy
+    client.send(AddRequests(requests=[make_request([i], request_id=f"long {i}", max_tokens=4000) for i in (1, 2)]))
+    client.send(AbortRequests(request_ids=["long 1"]))
+    client.send(ResetPrefixCache(call_id=5))
+    while not isinstance(event := client.receive(10), ResetPrefixCacheReply):
+        assert isinstance(event, OutputsReady)
+    assert event == ResetPrefixCacheReply(call_id=5, done=False)
+    assert cached_tokens(2) == 32
 
 
 def test_receive_returns_in_time_when_there_is_nothing(start: Start) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,8 @@ import pytest
 
 from sempre.engine.client_process import ProcessClient
 from sempre.engine.config import EngineConfig
+from sempre.engine.config_json import encode_json
+from sempre.engine.coordinator import CoordinatorArguments
 from sempre.engine.engine_process import ProcessOptions
 from sempre.engine.harness import Cluster
 from sempre.engine.harness.cluster import MODELLESS_WORKERS
@@ -92,14 +95,43 @@ def test_a_worker_that_is_seeded_differently_stops_the_start(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_workers_that_hold_different_models_stop_the_start(start_odd: Start) -> None:
-    with pytest.raises(StartupError, match="rank 1 differs from rank 0 in vocab_size: expected 1000, found 7"):
-        start_odd("other vocabulary", data_parallel_size=2)
+@pytest.mark.parametrize(
+    ("oddity", "difference"),
+    [
+        ("other vocabulary", "vocab_size: expected 1000, found 7"),
+        ("other length", "max_model_len: expected [0-9]+, found 7"),
+        ("other end", r"eos_token_ids: expected .*, found \[7\]"),
+        ("other fingerprint", "fingerprint: expected .*, found {'torch': '7'}"),
+        ("other block size", "kv_block_bytes: expected [0-9]+, found 7"),
+    ],
+)
+def test_workers_that_are_not_alike_stop_the_start(start_odd: Start, oddity: str, difference: str) -> None:
+    with pytest.raises(StartupError, match=f"rank 1 differs from rank 0 in {difference}") as error:
+        start_odd(oddity, data_parallel_size=2)
+    assert error.value.rank == 1
 
 
 def test_a_worker_program_that_does_not_exist_is_named() -> None:
     with pytest.raises(StartupError, match="No module named"):
         Cluster("scripted-light", worker_module="sempre.engine.harness.no_such_worker")
+
+
+def test_a_worker_whose_coordinator_is_gone_does_not_start() -> None:
+    """It may end between starting the worker and the worker's first look; nothing would tell the worker afterwards."""
+    arguments = ["--connect", "ipc:///nowhere", "--rank", "0", "--parent-pid", "1", "--client-pid", str(os.getpid())]
+    program = [sys.executable, "-m", MODELLESS_WORKERS["scripted-light"], *arguments]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "the coordinator is gone\n")
+
+
+def test_a_coordinator_whose_client_is_gone_does_not_start(tmp_path: Path) -> None:
+    config = EngineConfig(model="scripted-light", model_path=Path("/"))
+    worker = MODELLESS_WORKERS["scripted-light"]
+    arguments = CoordinatorArguments(config=config, directory=str(tmp_path), client_pid=1, worker_module=worker)
+    program = [sys.executable, "-m", "sempre.engine.coordinator"]
+    done = subprocess.run(program, input=encode_json(arguments), capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_coordinator_imports_no_torch_and_no_numpy() -> None:

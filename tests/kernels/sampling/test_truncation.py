@@ -89,6 +89,27 @@ def test_all_equal_logits_keep_the_lowest_ids(settings: dict[str, float], kept: 
     assert np.array_equal(np.flatnonzero(keep), np.arange(kept))
 
 
+def test_top_p_is_reached_and_never_just_missed() -> None:
+    """A prefix that lacks less than the smallest unit of probability is not enough."""
+    third = 2.0**40  # the integer weight of each of three equal tokens
+    for missing, kept in ((-0.5, 1), (0.0, 1), (0.5, 2)):
+        top_p = (third + missing) / (3 * third)
+        assert top_p * (3 * third) == third + missing, "the product is exact, or this test says nothing"
+        assert _kept(np.zeros(3, np.float32), top_p=top_p).sum() == kept
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 0.999999])
+def test_the_order_of_the_vocabulary_cannot_be_seen(top_p: float) -> None:
+    """Probabilities are added exactly: the same tokens are kept wherever they stand."""
+    x = _logits("flat")
+    kept = _kept(x, top_p=top_p)
+    for seed in range(8):
+        order = np.random.default_rng(seed).permutation(x.size)
+        moved = _kept(x[order], top_p=top_p)
+        assert moved.sum() == kept.sum()
+        assert np.array_equal(np.sort(x[order][moved]), np.sort(x[kept]))
+
+
 def test_both_zeros_are_one_value() -> None:
     x = np.array([-0.0, 0.0, -0.0, 0.0, -1.0], np.float32)
     assert np.flatnonzero(_kept(x, top_k=3)).tolist() == [0, 1, 2]

@@ -1,0 +1,170 @@
+"""How fast the GPU's attention runs for decode and prefill shapes, under several launch shapes; all must agree bitwise.
+
+Metric: time of one layer's attention inside a CUDA graph that walks over several caches, so that keys and values come
+from memory. GB/s counts keys and values once; TFLOP/s counts 4 D Hq per visible key and query.
+
+    python benchmarks/gpu_attention.py
+
+The last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import statistics
+from typing import NamedTuple
+
+import torch
+
+from sempre.kernels.attention import KvCache, allocate_attention_workspace, gpu
+from sempre.kernels.attention.cache import allocate_gpu_cache
+from sempre.kernels.attention.gpu import Launch
+
+
+class Case(NamedTuple):
+    """`requests` of `tokens` query rows each, whose contexts end at `context`."""
+
+    heads: int
+    kv_heads: int
+    requests: int
+    tokens: int
+    context: int
+
+
+class Variant(NamedTuple):
+    launch: Launch
+    sum_by_dot: bool
+    split: int
+    block: int
+
+
+DECODE = [
+    Case(32, 8, 1, 1, 384),
+    Case(32, 8, 1, 1, 4000),
+    Case(32, 8, 16, 1, 700),
+    Case(32, 8, 64, 1, 700),
+    Case(32, 8, 256, 1, 700),
+    Case(16, 8, 64, 1, 700),
+    Case(16, 8, 256, 1, 700),
+]
+PREFILL = [
+    Case(32, 8, 1, 4096, 4096),
+    Case(32, 8, 4, 1024, 4096),
+    Case(16, 8, 1, 4096, 4096),
+    Case(32, 8, 16, 512, 512),
+]
+DECODE_VARIANTS = [
+    *(Variant(Launch(16, 4, s), True, 512, block) for s in (2, 3, 4, 5) for block in (16, 64)),
+    *(Variant(Launch(16, 2, s), True, 512, 64) for s in (3, 4)),
+    *(Variant(Launch(16, 4, s), True, split, 64) for s in (3, 4) for split in (256, 1024)),
+    Variant(Launch(16, 1, 3), False, 512, 64),
+]
+PREFILL_VARIANTS = [
+    *(Variant(Launch(128, 8, s), True, 512, block) for s in (2, 3, 4) for block in (16, 64)),
+    *(Variant(Launch(64, 4, s), True, 512, 64) for s in (2, 3, 4)),
+    *(Variant(Launch(128, 8, 3), True, split, 64) for split in (256, 1024, 8192)),
+    *(Variant(Launch(128, 8, 3), False, split, 64) for split in (512, 8192)),
+    Variant(Launch(64, 4, 3), False, 512, 64),
+]
+DIM = 128
+
+
+def apply(variant: Variant) -> None:
+    gpu.SPLIT, gpu.SUM_BY_DOT = variant.split, variant.sum_by_dot
+    gpu.launch_shape = lambda *arguments: variant.launch
+
+
+class Step:
+    """Inputs of one case for a block size, with `copies` caches."""
+
+    def __init__(self, case: Case, variant: Variant, copies: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(1)
+        blocks = -(-case.context // variant.block)
+        # the contents of a cache do not depend on the block size
+        rows = torch.randn(2, case.requests, blocks * variant.block, case.kv_heads, DIM, generator=generator,
+                           device="cuda", dtype=torch.bfloat16)  # fmt: skip
+        self.case = case
+        self.caches = []
+        for _ in range(copies):
+            cache = allocate_gpu_cache(case.requests * blocks, case.kv_heads, DIM, variant.block, torch.bfloat16,
+                                       torch.device("cuda"))  # fmt: skip
+            for target, source in zip((cache.k, cache.v), rows, strict=True):
+                target.copy_(source.view(case.requests * blocks, variant.block, case.kv_heads, DIM).transpose(1, 2))
+            self.caches.append(cache)
+        generator = torch.Generator("cuda").manual_seed(2)
+        width = (case.heads + 2 * case.kv_heads) * DIM
+        self.qkv = torch.randn(case.requests * case.tokens, width, generator=generator, device="cuda",
+                               dtype=torch.bfloat16)  # fmt: skip
+        ints = {"device": "cuda", "dtype": torch.int32}
+        self.tables = torch.arange(case.requests * blocks, **ints).view(case.requests, blocks)
+        self.starts = torch.arange(case.requests + 1, **ints) * case.tokens
+        self.lens = torch.full((case.requests,), case.context, **ints)
+        self.out = torch.full((self.qkv.shape[0], case.heads * DIM), float("nan"), device="cuda", dtype=torch.bfloat16)
+        self.workspace = allocate_attention_workspace(case.heads, DIM, 8192, torch.device("cuda"))
+
+    def run(self, cache: KvCache) -> torch.Tensor:
+        return gpu.paged_attention(
+            self.qkv, cache, self.tables, self.starts, self.lens, num_heads=self.case.heads,
+            num_kv_heads=self.case.kv_heads, head_dim=DIM, scale=DIM**-0.5, window=None, out=self.out,
+            max_query_len=self.case.tokens, max_context_len=8192 if self.case.context > 1024 else self.case.context,
+            workspace=self.workspace,
+        )  # fmt: skip
+
+
+def compile_variants(pairs: list[tuple[Case, Variant]]) -> None:
+    for case, variant in pairs:
+        apply(variant)
+        step = Step(case, variant, 1)
+        step.run(step.caches[0])
+        torch.cuda.synchronize()
+
+
+def measure(case: Case, variant: Variant) -> tuple[float, str]:
+    apply(variant)
+    cache_bytes = 4 * case.requests * case.context * case.kv_heads * DIM
+    step = Step(case, variant, max(1, min(16, -(-(150 << 20) // cache_bytes))) if case.tokens == 1 else 1)
+    digest = hashlib.sha256(step.run(step.caches[0]).view(torch.int16).cpu().numpy().tobytes()).hexdigest()[:8]
+    graph = torch.cuda.CUDAGraph()
+    calls = max(4, len(step.caches)) if case.tokens == 1 else 2
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            step.run(step.caches[i % len(step.caches)])
+    graph.replay()
+    times = []
+    for _ in range(3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / calls)
+    return statistics.median(times), digest
+
+
+def main() -> None:
+    pairs = [(c, v) for c in DECODE for v in DECODE_VARIANTS] + [(c, v) for c in PREFILL for v in PREFILL_VARIANTS]
+    # one case per distinct compilation: groups of 4 and 2, one split or several
+    first = [
+        (c, v)
+        for c, v in pairs
+        if c in (DECODE[0], DECODE[1], DECODE[3], DECODE[5], PREFILL[0], PREFILL[2], PREFILL[3])
+    ]
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        pool.map(compile_variants, [first[i::14] for i in range(14)], chunksize=1)
+    results = []
+    for case, variant in pairs:
+        time_us, digest = measure(case, variant)
+        keys = 4 * case.requests * case.context * case.kv_heads * DIM
+        visible = sum(range(case.context - case.tokens + 1, case.context + 1)) * case.requests
+        teraflops = 4 * DIM * case.heads * visible / time_us / 1e6
+        print(f"{tuple(case)} {tuple(variant.launch)} dot={variant.sum_by_dot} split={variant.split} B={variant.block}"
+              f" {time_us:8.1f} us {keys / time_us / 1e3:6.0f} GB/s {teraflops:6.1f} TFLOP/s {digest}",
+              flush=True)  # fmt: skip
+        results.append((case, variant, time_us, digest))
+    print(json.dumps({"device": torch.cuda.get_device_name(), "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""`sempre bench latency | throughput | startup`: flags and result keys as in vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sempre.engine.cli.arguments import add_engine_flags, add_model_flag, engine_keywords, model_of
+from sempre.engine.cli.parser import UsageError
+
+
+class Flag(NamedTuple):
+    """An integer flag: its default for each kind of benchmark that has it."""
+
+    defaults: dict[str, int]
+    help: str
+
+
+KINDS = ("latency", "throughput", "startup")
+FLAGS = {
+    "input_len": Flag({"latency": 32, "throughput": 1024}, "tokens of each prompt"),
+    "output_len": Flag({"latency": 128, "throughput": 128}, "tokens generated for each prompt"),
+    "batch_size": Flag({"latency": 8}, "prompts at once"),
+    "n": Flag({"latency": 1, "throughput": 1}, "samples of each prompt"),
+    "num_prompts": Flag({"throughput": 1000}, "prompts in all"),
+    "num_iters_warmup": Flag({"latency": 10, "startup": 1}, "runs before those that count"),
+    "num_iters": Flag({"latency": 30}, "runs that count"),
+    "num_iters_cold": Flag({"startup": 3}, "starts with an empty kernel cache"),
+    "num_iters_warm": Flag({"startup": 3}, "starts with a filled one"),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument("kind", choices=KINDS, help="what to measure")
+    add_model_flag(parser)
+    group = parser.add_argument_group("workload", "Prompts are random token ids; nothing is detokenized.")
+    for name, flag in FLAGS.items():
+        defaults = ", ".join(f"{kind} {value}" for kind, value in flag.defaults.items())
+        group.add_argument(
+            "--" + name.replace("_", "-"), type=int, metavar="N", help=f"{flag.help} (default: {defaults})"
+        )
+    group.add_argument("--output-json", metavar="FILE", help="write the result there too")
+    add_engine_flags(parser)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Measure, and print the result as one JSON document in the last line."""
+    workload = _workload(namespace)
+    module = import_module(f"sempre.engine.cli.bench.{namespace.kind}")
+    result: dict[str, Any] = module.measure(model_of(namespace), engine_keywords(namespace), **workload)
+    for name, value in result.items():
+        if not isinstance(value, (list, dict)):
+            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    document = json.dumps(result)
+    if namespace.output_json is not None:
+        Path(namespace.output_json).write_text(document + "\n", encoding="utf-8")
+    print(document)
+    return 0
+
+
+def _workload(namespace: argparse.Namespace) -> dict[str, int]:
+    """The flags of this kind of benchmark. Raises UsageError for one that belongs to another, or is below 1."""
+    workload: dict[str, int] = {}
+    for name, flag in FLAGS.items():
+        value = getattr(namespace, name)
+        written = "--" + name.replace("_", "-")
+        if namespace.kind not in flag.defaults:
+            if value is not None:
+                raise UsageError(f"{written} belongs to {' and '.join(flag.defaults)}, not to {namespace.kind}.")
+            continue
+        workload[name] = flag.defaults[namespace.kind] if value is None else value
+        least = 0 if name.startswith("num_iters_") else 1
+        if workload[name] < least:
+            raise UsageError(f"{written} must be at least {least}, got {workload[name]}.")
+    return workload

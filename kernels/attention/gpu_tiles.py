@@ -1,0 +1,160 @@
+"""The one order in which a GPU program walks keys: tiles of 64 inside splits of SPLIT keys, both ascending from 0.
+
+# M query rows of a program (token, then head of the group), 64 keys of a tile, D head dim
+Scores and the running maximum are in units of log2; the row's sum is taken by the tensor core over the same rounded
+weights that meet the values, so that it has one order for every number of warps. A masked key contributes exact
+zeros and a fully masked tile changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+
+from sempre.kernels.gpu_jit import jit
+
+TILE = 64
+# a maximum that is below every score, and finite so that no difference of maxima is NaN
+LOWEST = tl.constexpr(-1.0e30)
+
+
+@jit()
+def find_request(starts: Any, index: Any, num_requests: Any, TOKENS: tl.constexpr) -> Any:
+    """The request of query tile `index` when request r's tiles begin at starts[r] // TOKENS + r."""
+    low = 0
+    high = num_requests
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(starts + middle) // TOKENS + middle <= index:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@jit()
+def walk_tiles(
+    q: Any,
+    m: Any,
+    l: Any,  # noqa: E741
+    acc: Any,
+    low: Any,
+    high: Any,
+    position: Any,
+    end: Any,
+    keys: Any,
+    values: Any,
+    table: Any,
+    head: Any,
+    scale_log2: Any,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+    SUM_BY_DOT: tl.constexpr,
+) -> Any:
+    """Add the tiles of keys [low, high) to the state (m, l, acc) of the online softmax; no key >= `end` is read."""
+    n = tl.arange(0, 64)
+    d = tl.arange(0, BLOCK_DIM)
+    for start in range(low, high, 64):
+        key = start + n
+        if BLOCK == 64:
+            page = tl.load(table + start // 64).to(tl.int64)
+            at = ((page * KV_HEADS + head) * BLOCK + n) * DIM
+        else:
+            if MASKED:
+                pages = tl.load(table + key // BLOCK, mask=key < end, other=0).to(tl.int64)
+            else:
+                pages = tl.load(table + key // BLOCK).to(tl.int64)
+            at = ((pages * KV_HEADS + head) * BLOCK + key % BLOCK) * DIM
+        k_at = keys + at[None, :] + d[:, None]
+        v_at = values + at[:, None] + d[None, :]
+        if MASKED:
+            k = tl.load(k_at, mask=(key < end)[None, :] & (d < DIM)[:, None], other=0.0)
+            v = tl.load(v_at, mask=(key < end)[:, None] & (d < DIM)[None, :], other=0.0)
+        elif BLOCK_DIM != DIM:
+            k = tl.load(k_at, mask=(d < DIM)[:, None], other=0.0)
+            v = tl.load(v_at, mask=(d < DIM)[None, :], other=0.0)
+        else:
+            k = tl.load(k_at)
+            v = tl.load(v_at)
+        scores = tl.dot(q, k, input_precision="ieee")
+        if MASKED:
+            seen = key[None, :] <= position[:, None]
+            if WINDOW > 0:
+                seen = seen & (key[None, :] > position[:, None] - WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)
+        p = tl.exp2(tl.fma(scores, scale_log2, -m_new[:, None]))
+        alpha = tl.exp2(m - m_new)
+        m = m_new
+        weights = p.to(q.dtype)
+        if SUM_BY_DOT:
+            ones = tl.full([64, 16], 1.0, q.dtype)
+            l = tl.dot(weights, ones, l * alpha[:, None], input_precision="ieee")  # noqa: E741
+        else:
+            l = l * alpha + tl.sum(p, axis=1)  # noqa: E741
+        acc = tl.dot(weights, v, acc * alpha[:, None], input_precision="ieee")
+    return m, l, acc
+
+
+@jit()
+def walk_split(
+    q: Any,
+    low: Any,
+    high: Any,
+    first_position: Any,
+    position: Any,
+    end: Any,
+    keys: Any,
+    values: Any,
+    table: Any,
+    head: Any,
+    scale_log2: Any,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SUM_BY_DOT: tl.constexpr,
+) -> Any:
+    """The partial (m, l, acc) of keys [low, high) of one split, from an empty state."""
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
+    if SUM_BY_DOT:
+        l = tl.zeros([BLOCK_M, 16], tl.float32)  # noqa: E741
+    else:
+        l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    middle = low
+    if WINDOW == 0:
+        # below `middle` every row sees every key
+        middle = tl.minimum(tl.maximum((first_position + 1) // 64 * 64, low), high)
+        m, l, acc = walk_tiles(  # noqa: E741
+            q, m, l, acc, low, middle, position, end, keys, values, table, head, scale_log2,
+            KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, False, SUM_BY_DOT,
+        )  # fmt: skip
+    m, l, acc = walk_tiles(  # noqa: E741
+        q, m, l, acc, middle, high, position, end, keys, values, table, head, scale_log2,
+        KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, True, SUM_BY_DOT,
+    )  # fmt: skip
+    if SUM_BY_DOT:
+        # all 16 columns hold the row's sum
+        row_sum = tl.max(l, axis=1)
+    else:
+        row_sum = l
+    return m, row_sum, acc
+
+
+@jit()
+def merge(m: Any, l: Any, acc: Any, m_split: Any, l_split: Any, acc_split: Any) -> Any:  # noqa: E741
+    """The state after one more split; merging an empty split changes nothing."""
+    m_new = tl.maximum(m, m_split)
+    old = tl.exp2(m - m_new)
+    new = tl.exp2(m_split - m_new)
+    l = tl.fma(l, old, l_split * new)  # noqa: E741
+    acc = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), acc_split * new[:, None])
+    return m_new, l, acc

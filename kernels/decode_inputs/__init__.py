@@ -1,0 +1,43 @@
+"""The inputs of a decode step on a GPU, made from state that stays there, and the way back of its tokens.
+
+Contract of `decode_inputs`: for each row r of a step, with slot s = slots[r] of the persistent state,
+token_ids[r] = last_tokens[s]; positions[r] is copied; a new block, if the row brings one (>= 0), is entered at index
+position // B of the slot's block table; slot_mapping[r] is where position r of that table lies; context_lens[r] =
+position + 1; and the first ceil(context / B) entries of the table are copied to block_tables[r]. A row with slot -1 is
+padding: it gets token 0, position 0, slot_mapping -1 and context 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class DecodeInputs(NamedTuple):
+    """Outputs, R rows: int64 [R], int64 [R], int64 [R], int32 [R], int32 [R, W]."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+
+
+def decode_inputs(
+    rows: torch.Tensor, last_tokens: torch.Tensor, tables: torch.Tensor, block_size: int, out: DecodeInputs
+) -> None:
+    """`rows` int32 [3, R]: slots, positions, new blocks; `last_tokens` int64 [S]; `tables` int32 [S, W], updated.
+
+    No slot may stand in two rows. All on one GPU, contiguous.
+    """
+    from sempre.kernels.decode_inputs.gpu import decode_inputs as on_gpu
+
+    on_gpu(rows, last_tokens, tables, block_size, out)
+
+
+def record_tokens(slots: torch.Tensor, token_ids: torch.Tensor, last_tokens: torch.Tensor) -> None:
+    """last_tokens[slots[r]] = token_ids[r] for each row r with a slot >= 0; int32 [R], int64 [R], int64 [S]."""
+    from sempre.kernels.decode_inputs.gpu import record_tokens as on_gpu
+
+    on_gpu(slots, token_ids, last_tokens)

@@ -1,0 +1,207 @@
+"""GPU products: Triton tiles for few rows, the vendor's library without split-K for many. T rows, N out, K in.
+
+Every output element is one float32 accumulator over ascending K, in the tensor cores' own steps; the bias is added in
+float32 and the sum rounded once. Weights are the left operand, so that a few rows still fill a tensor-core tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sempre.kernels.activation.gpu import silu_and_mul, silu_times
+from sempre.kernels.gpu_jit import EXACT, architecture, jit
+from sempre.kernels.linear.gpu_table import FLOAT32, MANY_ROWS, Choice, Library, Tile, choose, choose_fused
+from sempre.kernels.linear.weights import GpuLinear
+
+
+def configure() -> None:
+    """Set this process's matrix library: cuBLASLt, no split-K, no reduced precision. Call before any product."""
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (False, False)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@jit()
+def _accumulate(w: Any, x: Any, n: Any, t: Any, K: Any, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr) -> Any:  # noqa: E501  # fmt: skip
+    """acc[n, t] = sum over ascending k of w[n, k] x[t, k]."""
+    k = tl.arange(0, BK)
+    w_at = w + n.to(tl.int64)[:, None] * K + k[None, :]
+    x_at = x + t.to(tl.int64)[None, :] * K + k[:, None]
+    acc = tl.zeros([BN, BT], tl.float32)
+    for start in range(0, K, BK):
+        if EVEN_K:
+            w_tile = tl.load(w_at)
+            x_tile = tl.load(x_at)
+        else:
+            inside = start + k < K
+            w_tile = tl.load(w_at, mask=inside[None, :], other=0.0)
+            x_tile = tl.load(x_at, mask=inside[:, None], other=0.0)
+        acc = tl.dot(w_tile, x_tile, acc, input_precision="ieee")
+        w_at += BK
+        x_at += BK
+    return acc
+
+
+@jit(runtime=("T",))
+def _linear(
+    x: Any,
+    w: Any,
+    bias: Any,
+    out: Any,
+    T: Any,
+    N: Any,
+    K: Any,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+) -> None:
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    # rows past the end repeat the last one and are not stored
+    n_in, t_in = tl.minimum(n, N - 1), tl.minimum(t, T - 1)
+    acc = _accumulate(w, x, n_in, t_in, K, BN, BT, BK, EVEN_K)
+    if HAS_BIAS:
+        acc += tl.load(bias + n_in).to(tl.float32)[:, None]
+    at = out + t.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(at, tl.trans(acc).to(out.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
+
+
+@jit(runtime=("T",))
+def _linear_silu(
+    x: Any,
+    w: Any,
+    out: Any,
+    T: Any,
+    N: Any,
+    K: Any,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+) -> None:
+    """One program owns both halves, gate n and up n + N; each is rounded as the unfused product would store it."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    n_in, t_in = tl.minimum(n, N - 1), tl.minimum(t, T - 1)
+    k = tl.arange(0, BK)
+    gate_at = w + n_in.to(tl.int64)[:, None] * K + k[None, :]
+    up_at = w + (n_in + N).to(tl.int64)[:, None] * K + k[None, :]
+    x_at = x + t_in.to(tl.int64)[None, :] * K + k[:, None]
+    gate = tl.zeros([BN, BT], tl.float32)
+    up = tl.zeros([BN, BT], tl.float32)
+    for start in range(0, K, BK):
+        if EVEN_K:
+            gate_tile, up_tile, x_tile = tl.load(gate_at), tl.load(up_at), tl.load(x_at)
+        else:
+            inside = start + k < K
+            gate_tile = tl.load(gate_at, mask=inside[None, :], other=0.0)
+            up_tile = tl.load(up_at, mask=inside[None, :], other=0.0)
+            x_tile = tl.load(x_at, mask=inside[:, None], other=0.0)
+        gate = tl.dot(gate_tile, x_tile, gate, input_precision="ieee")
+        up = tl.dot(up_tile, x_tile, up, input_precision="ieee")
+        gate_at += BK
+        up_at += BK
+        x_at += BK
+    dtype = out.dtype.element_ty
+    value = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
+    at = out + t.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(at, tl.trans(value).to(dtype), mask=(t < T)[:, None] & (n < N)[None, :])
+
+
+def run_tile(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """The product by one given tile."""
+    rows, (columns, depth) = x.shape[0], w.weight.shape
+    grid = (triton.cdiv(rows, tile.block_t), triton.cdiv(columns, tile.block_n))
+    _linear[grid](
+        x,
+        w.weight,
+        w.bias,
+        out,
+        rows,
+        columns,
+        depth,
+        BT=tile.block_t,
+        BN=tile.block_n,
+        BK=tile.block_k,
+        EVEN_K=depth % tile.block_k == 0,
+        HAS_BIAS=w.bias is not None,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **EXACT,
+    )
+    return out
+
+
+def run_library(x: torch.Tensor, w: GpuLinear, out: torch.Tensor) -> torch.Tensor:
+    """The product by cuBLASLt as `configure` sets it; without bias, which it would round at its own place."""
+    if out.dtype == x.dtype:
+        return torch.mm(x, w.weight.t(), out=out)
+    return torch.mm(x, w.weight.t(), out_dtype=out.dtype, out=out)
+
+
+def run_choice(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, choice: Choice) -> torch.Tensor:
+    return run_library(x, w, out) if isinstance(choice, Library) else run_tile(x, w, out, choice)
+
+
+def _choice(x: torch.Tensor, w: GpuLinear) -> Choice:
+    if x.dtype == torch.float32:
+        return FLOAT32
+    choice = choose(architecture(x.device), x.shape[0], w.out_features, w.in_features, w.excluded)
+    return MANY_ROWS if isinstance(choice, Library) and w.bias is not None else choice
+
+
+def _check(operation: str, x: torch.Tensor, w: GpuLinear, out: torch.Tensor, columns: int) -> None:
+    if x.shape[1] != w.in_features or out.shape[0] != x.shape[0] or out.shape[1] != columns:
+        raise ValueError(
+            f"{operation}: x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of"
+            f" {w.out_features} x {w.in_features}"
+        )
+    if x.dtype != w.weight.dtype:
+        raise TypeError(f"{operation}: x is {x.dtype}, the weight {w.weight.dtype}; on a GPU they must be the same")
+
+
+def linear(x: torch.Tensor, w: GpuLinear, out: torch.Tensor) -> torch.Tensor:
+    """x [T, K] times the weight into out [T, N], of x's dtype or float32; all contiguous. Returns `out`."""
+    _check("linear", x, w, out, w.out_features)
+    return run_choice(x, w, out, _choice(x, w)) if x.shape[0] else out
+
+
+def linear_silu_and_mul(x: torch.Tensor, w: GpuLinear, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """silu(x Wg^T) * (x Wu^T) into out [T, I]; w [2 I, K] holds the gates first.
+
+    `gate_up` [T, 2 I] is scratch of x's dtype, used where the two steps are not fused; the bits are the same.
+    """
+    width = w.out_features // 2
+    _check("linear_silu_and_mul", x, w, out, width)
+    fused = choose_fused(architecture(x.device), x.shape[0], width, w.excluded)
+    if fused is None or w.bias is not None or x.dtype == torch.float32:
+        return silu_and_mul(linear(x, w, gate_up), out)
+    return run_fused_tile(x, w, out, fused) if x.shape[0] else out
+
+
+def run_fused_tile(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """silu(x Wg^T) * (x Wu^T) by one given tile, which holds `block_n` features of each half."""
+    rows, (columns, depth) = x.shape[0], w.weight.shape
+    _linear_silu[(triton.cdiv(rows, tile.block_t), triton.cdiv(columns // 2, tile.block_n))](
+        x,
+        w.weight,
+        out,
+        rows,
+        columns // 2,
+        depth,
+        BT=tile.block_t,
+        BN=tile.block_n,
+        BK=tile.block_k,
+        EVEN_K=depth % tile.block_k == 0,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **EXACT,
+    )
+    return out

@@ -1,0 +1,60 @@
+"""The self-test of products: every kernel the table may choose for a weight gives the bits of one reference kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from sempre.kernels.activation.gpu import silu_and_mul
+from sempre.kernels.gpu_jit import architecture
+from sempre.kernels.linear.gpu import run_choice, run_fused_tile, run_tile
+from sempre.kernels.linear.gpu_table import FUSED_TABLES, REFERENCE, choices, choose_fused
+from sempre.kernels.linear.weights import GpuLinear
+
+
+def disagreeing(w: GpuLinear, *, max_rows: int, out_dtype: torch.dtype | None = None) -> dict[str, int]:
+    """Choices that differ from the reference tile on this weight, with the number of different elements.
+
+    Random x of the weight's dtype from a fixed seed, at the row counts where the table changes up to `max_rows`;
+    outputs have `out_dtype` (the weight's, or float32 for logits) and start as NaN. The names go into
+    `GpuLinear.excluded`. One synchronisation at the end.
+    """
+    device, dtype = w.weight.device, w.weight.dtype
+    if dtype == torch.float32:
+        return {}
+    generator = torch.Generator(device).manual_seed(0x5E3F)
+    plans = choices(architecture(device), w.out_features, w.in_features, max_rows)
+    most = max((max(counts) for counts in plans.values()), default=0)
+    x = torch.randn(most, w.in_features, generator=generator, device=device, dtype=dtype)
+    differences: dict[str, torch.Tensor] = {}
+    for choice, counts in plans.items():
+        for rows in counts:
+            expected = run_tile(x[:rows], w, _nan(rows, w, out_dtype or dtype), REFERENCE)
+            wrong = (run_choice(x[:rows], w, _nan(rows, w, out_dtype or dtype), choice) != expected).sum()
+            differences[str(choice)] = differences.get(str(choice), 0) + wrong
+    return {name: int(count) for name, count in differences.items() if int(count)}
+
+
+def disagreeing_fused(w: GpuLinear, *, max_rows: int) -> dict[str, int]:
+    """As `disagreeing`, for the products fused with the activation: each against the reference in two steps."""
+    device, dtype, width = w.weight.device, w.weight.dtype, w.out_features // 2
+    arch = architecture(device)
+    plans = [entry for entry in FUSED_TABLES.get(arch, ()) if width <= entry.max_out]
+    if dtype == torch.float32 or w.bias is not None or not plans:
+        return {}
+    generator = torch.Generator(device).manual_seed(0x5E3F)
+    rows = min(plans[-1].max_rows, max_rows)
+    x = torch.randn(rows, w.in_features, generator=generator, device=device, dtype=dtype)
+    gate_up = run_tile(x, w, _nan(rows, w, dtype), REFERENCE)
+    expected = silu_and_mul(gate_up, gate_up.new_empty(rows, width))
+    differences: dict[str, torch.Tensor] = {}
+    for entry in plans:
+        count = min(entry.max_rows, rows)
+        tile = choose_fused(arch, count, width, frozenset())
+        if tile is not None:
+            found = run_fused_tile(x[:count], w, torch.full_like(expected[:count], float("nan")), tile)
+            differences[f"fused {tile}"] = (found != expected[:count]).sum()
+    return {name: int(wrong) for name, wrong in differences.items() if int(wrong)}
+
+
+def _nan(rows: int, w: GpuLinear, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((rows, w.out_features), float("nan"), device=w.weight.device, dtype=dtype)

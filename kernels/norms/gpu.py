@@ -1,0 +1,68 @@
+"""GPU RMSNorm: one program per row. T rows, H width.
+
+The sum of squares is one tree over the whole row; its shape depends on H alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sempre.kernels.gpu_jit import EXACT, jit
+
+
+@jit()
+def _normalised(x: Any, weight: Any, i: Any, inside: Any, width: Any, eps: Any) -> Any:
+    squares = tl.sum(x * x, axis=0)
+    factor = 1.0 / tl.sqrt_rn(squares / width + eps)
+    return x * factor * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit(runtime=("width", "eps"))
+def _rms_norm(x: Any, weight: Any, out: Any, width: Any, eps: Any, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0).to(tl.int64) * width
+    i = tl.arange(0, BLOCK)
+    inside = i < width
+    value = tl.load(x + at + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at + i, _normalised(value, weight, i, inside, width, eps), mask=inside)
+
+
+@jit(runtime=("width", "eps"))
+def _add_rms_norm(x: Any, residual: Any, weight: Any, out: Any, width: Any, eps: Any, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0).to(tl.int64) * width
+    i = tl.arange(0, BLOCK)
+    inside = i < width
+    value = tl.load(x + at + i, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(residual + at + i, mask=inside, other=0.0).to(tl.float32)
+    # what is normalised is what the next layer will read
+    total = value.to(residual.dtype.element_ty)
+    tl.store(residual + at + i, total, mask=inside)
+    tl.store(out + at + i, _normalised(total.to(tl.float32), weight, i, inside, width, eps), mask=inside)
+
+
+def _shape(width: int) -> tuple[int, int]:
+    block = triton.next_power_of_2(width)
+    return block, min(16, max(1, block // 1024))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
+    """x [T, H], weight [H] -> out [T, H]; float32 inside, rounded once."""
+    rows, width = x.shape
+    block, warps = _shape(width)
+    if rows:
+        _rms_norm[(rows,)](x, weight, out, width, eps, BLOCK=block, num_warps=warps, **EXACT)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+) -> torch.Tensor:
+    """residual += x (rounded to its dtype), then out = rms_norm(residual), with equal bits as the two in turn."""
+    rows, width = x.shape
+    block, warps = _shape(width)
+    if rows:
+        _add_rms_norm[(rows,)](x, residual, weight, out, width, eps, BLOCK=block, num_warps=warps, **EXACT)
+    return out

@@ -1,0 +1,140 @@
+"""GPU: optional per-head RMSNorm of q and k, rotation, and cache write, in one pass over the fused qkv rows.
+
+# T tokens, Hq query heads, Hkv key heads, D head dim, B block size; caches [blocks, Hkv, B, D]
+A program owns one token and HEADS heads of one kind. Float32 inside; q is rounded into qkv, k and v into the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sempre.kernels.gpu_jit import EXACT, jit
+
+HEADS = 8
+
+
+@jit()
+def _normalised(low: Any, high: Any, weight: Any, i: Any, inside: Any, eps: Any, DIM: tl.constexpr) -> Any:
+    squares = tl.sum(low * low + high * high, axis=1)
+    factor = (1.0 / tl.sqrt_rn(squares / DIM + eps))[:, None]
+    w_low = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+    w_high = tl.load(weight + DIM // 2 + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return low * factor * w_low, high * factor * w_high
+
+
+@jit(runtime=("eps",))
+def _rope(
+    qkv: Any,
+    positions: Any,
+    table: Any,
+    slots: Any,
+    k_cache: Any,
+    v_cache: Any,
+    q_norm: Any,
+    k_norm: Any,
+    eps: Any,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    NORM: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    Q_PARTS: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
+    KV_PARTS: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
+    HALF: tl.constexpr = DIM // 2
+    h = tl.arange(0, HEADS)
+    i = tl.arange(0, HALF_BLOCK)
+    inside = i < HALF
+    row = qkv + token * (Q_HEADS + 2 * KV_HEADS) * DIM
+    slot = tl.load(slots + token)
+    # padding writes no head
+    writing = tl.where(slot >= 0, KV_HEADS, 0)
+    if part < Q_PARTS:
+        h += part * HEADS
+        mask = (h < Q_HEADS)[:, None] & inside[None, :]
+        at = row + h[:, None] * DIM + i[None, :]
+        low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        high = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
+        if NORM:
+            low, high = _normalised(low, high, q_norm, i, inside, eps, DIM)
+        angle = table + tl.load(positions + token) * DIM + i
+        cosine = tl.load(angle, mask=inside, other=0.0)[None, :]
+        sine = tl.load(angle + HALF, mask=inside, other=0.0)[None, :]
+        tl.store(at, tl.fma(low, cosine, -(high * sine)), mask=mask)
+        tl.store(at + HALF, tl.fma(high, cosine, low * sine), mask=mask)
+    elif part < Q_PARTS + KV_PARTS:
+        h += (part - Q_PARTS) * HEADS
+        mask = (h < writing)[:, None] & inside[None, :]
+        at = row + (Q_HEADS + h)[:, None] * DIM + i[None, :]
+        low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        high = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
+        if NORM:
+            low, high = _normalised(low, high, k_norm, i, inside, eps, DIM)
+        angle = table + tl.load(positions + token) * DIM + i
+        cosine = tl.load(angle, mask=inside, other=0.0)[None, :]
+        sine = tl.load(angle + HALF, mask=inside, other=0.0)[None, :]
+        to = k_cache + ((slot // BLOCK * KV_HEADS + h) * BLOCK + slot % BLOCK)[:, None] * DIM + i[None, :]
+        tl.store(to, tl.fma(low, cosine, -(high * sine)), mask=mask)
+        tl.store(to + HALF, tl.fma(high, cosine, low * sine), mask=mask)
+    else:
+        h += (part - Q_PARTS - KV_PARTS) * HEADS
+        mask = (h < writing)[:, None] & inside[None, :]
+        at = row + (Q_HEADS + KV_HEADS + h)[:, None] * DIM + i[None, :]
+        to = v_cache + ((slot // BLOCK * KV_HEADS + h) * BLOCK + slot % BLOCK)[:, None] * DIM + i[None, :]
+        tl.store(to, tl.load(at, mask=mask), mask=mask)
+        tl.store(to + HALF, tl.load(at + HALF, mask=mask), mask=mask)
+
+
+def rope_and_cache_write(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Rotate q of qkv [T, (Hq + 2 Hkv) D] in place; write the rotated k, and v, to their slots of the caches.
+
+    Unlike on CPU, k in qkv keeps its old values. A row with slot < 0 writes nothing to the caches (padding).
+    `table` float32 from `cos_sin_table`; `q_norm` and `k_norm` are given both or neither.
+    """
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("rope_and_cache_write: q_norm and k_norm must be given both or neither")
+    parts = triton.cdiv(num_heads, HEADS) + 2 * triton.cdiv(num_kv_heads, HEADS)
+    if positions.shape[0] == 0:
+        return
+    _rope[(positions.shape[0], parts)](
+        qkv,
+        positions,
+        table,
+        slot_mapping,
+        k_cache,
+        v_cache,
+        q_norm,
+        k_norm,
+        eps,
+        Q_HEADS=num_heads,
+        KV_HEADS=num_kv_heads,
+        DIM=head_dim,
+        HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
+        BLOCK=k_cache.shape[2],
+        HEADS=HEADS,
+        NORM=q_norm is not None,
+        num_warps=2,
+        **EXACT,
+    )

@@ -1,0 +1,341 @@
+"""The sampling kernels of a GPU in their order: scratch memory, and launches that a CUDA graph can capture.
+
+No call synchronises with the host or allocates. One set of parameters per slot stands in a device table
+(`gpu_table.py`); `row_slots` says which slot each row of logits belongs to, so that one captured sequence serves every
+batch. Which stages run is the caller's choice (`Stages`); a row that uses none of a stage has the same bits with it.
+"""
+
+# R rows, V vocabulary, N tiles of a row
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sempre.kernels.gpu_jit import EXACT
+from sempre.kernels.sampling import (
+    gpu_estimate,
+    gpu_logprobs,
+    gpu_noise,
+    gpu_penalties,
+    gpu_search,
+    gpu_table,
+    gpu_truncation,
+)
+
+# the most best log-probabilities that the kernels report per row
+MAX_BEST = 20
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the work is cut; no number can be seen in the result."""
+
+    noise: int = 2048
+    """ids per program of the noisy argmax, a multiple of rng.TILE"""
+    logprobs: int = 4096
+    """ids per program"""
+    edits: int = 4096
+    """ids per program"""
+    phrases: int = 128
+    """phrases compared at a time"""
+    cut: int = 1024
+    """ids per step of the threshold search"""
+    cut_piece: int = 8192
+    """ids per program of its first pass"""
+    cut_sample: int = 128
+    """groups of ids that estimate where the threshold is"""
+    cut_list: int = 4096
+    """tokens in whose list the threshold search ends"""
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Which stages a sequence of launches contains."""
+
+    edits: bool
+    """masks, bias, penalties"""
+    truncates: bool
+    """top_k, top_p, min_p"""
+    num_best: int
+    """best log-probabilities, at most MAX_BEST; -1: no log-probabilities"""
+
+
+TILES = Tiles()
+
+
+def _divided_up(number: int, size: int) -> int:
+    return -(-number // size)
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+class SamplingBuffers:
+    """Scratch and results for up to `max_rows` rows; about max_rows * V * 4 bytes of device memory."""
+
+    def __init__(self, device: torch.device, vocab_size: int, max_rows: int, tiles: Tiles = TILES) -> None:
+        self.vocab_size = vocab_size
+        self.max_rows = max_rows
+        self.tiles = tiles
+
+        def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.num_tiles = _divided_up(vocab_size, tiles.noise)
+        self.num_logprob_tiles = _divided_up(vocab_size, tiles.logprobs)
+        # results
+        self.token_ids = empty(torch.int64, max_rows)
+        report = empty(torch.int32, max_rows * (gpu_noise.HEAD + 2 * MAX_BEST))
+        self.report = report
+        """all heads, then all best, in one block for one copy to the host"""
+        self.head = report[: max_rows * gpu_noise.HEAD].view(max_rows, gpu_noise.HEAD)
+        """int32 [R, HEAD]: token id, flags, rank, bits of the log-probability"""
+        self.best = report[max_rows * gpu_noise.HEAD :].view(max_rows, MAX_BEST, 2)
+        """int32 [R, MAX_BEST, 2]: id, bits of the log-probability"""
+        # scratch
+        self.edited = empty(torch.float32, max_rows, vocab_size)
+        self.row_errors = empty(torch.int32, max_rows)
+        self.tile_values = empty(torch.float32, max_rows * self.num_tiles)
+        self.tile_ids = empty(torch.int32, max_rows * self.num_tiles)
+        self.cut_keys = empty(torch.int32, max_rows)
+        self.cut_ids = empty(torch.int32, max_rows)
+        self.group_maxima = empty(torch.float32, max_rows * _divided_up(vocab_size, gpu_estimate.GROUP))
+        self.row_maxima = empty(torch.float32, max_rows)
+        self.cut_pivots = empty(torch.int32, max_rows, gpu_search.PIVOTS)
+        self.cut_sums = empty(torch.int64, max_rows, 2 * gpu_search.PIVOTS)
+        self.list_keys = empty(torch.int32, max_rows, tiles.cut_list)
+        self.list_counters = empty(torch.int32, max_rows)
+        self.tile_maxima = empty(torch.float32, max_rows * self.num_logprob_tiles)
+        self.tile_best = empty(torch.int64, max_rows * self.num_logprob_tiles * MAX_BEST)
+        self.totals = empty(torch.int64, max_rows)
+        self.ranks = empty(torch.int32, max_rows)
+
+    def check(self, logits: torch.Tensor) -> None:
+        """Raises ValueError unless logits are contiguous [R <= max_rows, V]."""
+        if (
+            logits.dim() != 2
+            or logits.shape[1] != self.vocab_size
+            or not 0 < logits.shape[0] <= self.max_rows
+            or not logits.is_contiguous()
+        ):
+            raise ValueError(
+                f"logits: expected a contiguous tensor [1 … {self.max_rows} rows, {self.vocab_size}], "
+                f"found {list(logits.shape)}, strides {logits.stride()}"
+            )
+
+
+def sample(
+    logits: torch.Tensor,
+    positions: torch.Tensor,
+    row_slots: torch.Tensor,
+    table: torch.Tensor,
+    buffers: SamplingBuffers,
+    stages: Stages,
+) -> torch.Tensor:
+    """Sample one token per row of logits (float32 or 16 bit [R, V], not changed): int64 [R], a view of the buffers.
+
+    positions (int32 or int64 [R]) are the indices of the sampled tokens in their sequences, row_slots (int32 [R]) point
+    into table (int32 [slots, gpu_table.WORDS]); -1 marks a row that is none. Heads and, for the rows that ask for them,
+    log-probabilities are in the buffers. Raises ValueError for logits of another shape.
+    """
+    buffers.check(logits)
+    rows, vocabulary = logits.shape
+    b, tiles, addresses = buffers, buffers.tiles, table.view(torch.int64)
+    if stages.edits:
+        gpu_penalties.edit[(_divided_up(vocabulary, tiles.edits), rows)](
+            logits,
+            b.edited,
+            row_slots,
+            positions,
+            table,
+            addresses,
+            b.row_errors,
+            vocabulary,
+            BLOCK=tiles.edits,
+            num_warps=8,
+            **EXACT,
+        )
+        gpu_penalties.forbid_phrases[(rows,)](
+            b.edited,
+            row_slots,
+            positions,
+            table,
+            addresses,
+            vocabulary,
+            BLOCK=tiles.phrases,
+            num_warps=4,
+            **EXACT,
+        )
+    if stages.truncates:
+        _find_cuts(logits, row_slots, table, buffers, stages.edits)
+    gpu_noise.best_of_tiles[(b.num_tiles, rows)](
+        logits,
+        b.edited,
+        row_slots,
+        positions,
+        table,
+        b.cut_keys,
+        b.cut_ids,
+        b.tile_values,
+        b.tile_ids,
+        vocabulary,
+        EDITS=stages.edits,
+        TRUNCATES=stages.truncates,
+        BLOCK=tiles.noise,
+        num_warps=4,
+        **EXACT,
+    )
+    gpu_noise.publish[(rows,)](
+        row_slots,
+        positions,
+        table,
+        addresses,
+        b.row_errors,
+        b.tile_values,
+        b.tile_ids,
+        b.token_ids,
+        b.head,
+        b.num_tiles,
+        EDITS=stages.edits,
+        TILES=_power_of_2(b.num_tiles),
+        num_warps=4,
+        **EXACT,
+    )
+    if stages.num_best >= 0:
+        report_logprobs(logits, b.token_ids, row_slots, table, buffers, stages.num_best)
+    return b.token_ids[:rows]
+
+
+def _find_cuts(
+    logits: torch.Tensor, row_slots: torch.Tensor, table: torch.Tensor, buffers: SamplingBuffers, edits: bool
+) -> None:
+    rows, vocabulary = logits.shape
+    b, tiles = buffers, buffers.tiles
+    source = (logits, b.edited, row_slots, table, table.view(torch.int64))
+    search = (b.row_maxima, b.cut_pivots, b.cut_sums)
+    pieces = (_divided_up(vocabulary, tiles.cut_piece), rows)
+    gpu_estimate.group_maxima[pieces](
+        *source, b.group_maxima, vocabulary, EDITS=edits, BLOCK=tiles.cut_piece, num_warps=8, **EXACT
+    )
+    gpu_estimate.place_pivots[(rows,)](
+        *source,
+        b.group_maxima,
+        *search,
+        b.list_counters,
+        vocabulary,
+        EDITS=edits,
+        GROUPS=_power_of_2(_divided_up(vocabulary, gpu_estimate.GROUP)),
+        SAMPLE=tiles.cut_sample,
+        num_warps=8,
+        **EXACT,
+    )
+    gpu_truncation.weigh_pivots[pieces](
+        *source, *search, vocabulary, EDITS=edits, PIECE=tiles.cut_piece, BLOCK=tiles.cut // 2, num_warps=4, **EXACT
+    )
+    gpu_truncation.collect_pieces[pieces](
+        *source,
+        *search,
+        b.list_keys,
+        b.list_counters,
+        vocabulary,
+        EDITS=edits,
+        PIECE=tiles.cut_piece,
+        BLOCK=tiles.cut,
+        LIST=tiles.cut_list,
+        num_warps=4,
+        **EXACT,
+    )
+    gpu_truncation.cut_rows[(rows,)](
+        *source,
+        *search,
+        b.cut_keys,
+        b.cut_ids,
+        b.list_keys,
+        b.list_counters,
+        vocabulary,
+        EDITS=edits,
+        BLOCK=tiles.cut,
+        LIST=tiles.cut_list,
+        num_warps=16,
+        **EXACT,
+    )
+
+
+def report_logprobs(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    row_slots: torch.Tensor,
+    table: torch.Tensor,
+    buffers: SamplingBuffers,
+    num_best: int,
+) -> None:
+    """Fill the heads' rank and log-probability of targets (int64 [R]), and the num_best (<= MAX_BEST) best tokens.
+
+    Of the rows whose slot's NUM_BEST is not -1. A row without a distribution has rank 0.
+    """
+    buffers.check(logits)
+    rows, vocabulary = logits.shape
+    b, grid = buffers, (buffers.num_logprob_tiles, logits.shape[0])
+    width = min(num_best, vocabulary)
+    tiles, num_tiles = b.tiles, _power_of_2(b.num_logprob_tiles)
+    gpu_logprobs.best_logits_of_tiles[grid](
+        logits,
+        row_slots,
+        table,
+        b.tile_maxima,
+        b.tile_best,
+        b.totals,
+        b.ranks,
+        vocabulary,
+        width,
+        BLOCK=tiles.logprobs,
+        num_warps=4,
+        **EXACT,
+    )
+    gpu_logprobs.sum_of_tiles[grid](
+        logits,
+        row_slots,
+        table,
+        targets,
+        b.tile_maxima,
+        b.totals,
+        b.ranks,
+        vocabulary,
+        BLOCK=tiles.logprobs,
+        TILES=num_tiles,
+        num_warps=4,
+        **EXACT,
+    )
+    gpu_logprobs.report[(rows,)](
+        logits,
+        row_slots,
+        table,
+        targets,
+        b.tile_maxima,
+        b.tile_best,
+        b.totals,
+        b.ranks,
+        b.head,
+        b.best,
+        vocabulary,
+        b.num_logprob_tiles,
+        width,
+        MAX_BEST,
+        TILES=num_tiles,
+        CANDIDATES=_power_of_2(max(1, b.num_logprob_tiles * width)),
+        num_warps=4,
+        **EXACT,
+    )
+
+
+def empty_table(num_slots: int, device: torch.device) -> torch.Tensor:
+    """A table of slots that are greedy, without edits and reports."""
+    table: torch.Tensor = torch.zeros(num_slots, gpu_table.WORDS, dtype=torch.int32, device=device)
+    table[:, gpu_table.NUM_BEST] = -1
+    return table
+
+
+__all__ = ["MAX_BEST", "SamplingBuffers", "Stages", "Tiles", "empty_table", "report_logprobs", "sample"]

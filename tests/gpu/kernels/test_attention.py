@@ -1,0 +1,123 @@
+"""GPU rotation, cache write and attention: accuracy, and equal bits however a sequence is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paged_sequences import PagedSequences
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = (1, 17, 64, 150, 515, 1300)
+HEADS = [(32, 8, 128), (16, 8, 128), (9, 3, 64), (14, 2, 64), (8, 1, 80), (4, 2, 96), (4, 1, 256), (28, 4, 128)]
+# every head shape in bfloat16, a few in the other dtypes
+CASES = [
+    *((heads, torch.bfloat16) for heads in HEADS),
+    ((16, 8, 128), torch.float16),
+    ((9, 3, 64), torch.float16),
+    ((14, 2, 64), torch.float32),
+    ((8, 1, 80), torch.float32),
+]
+ROUNDING = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def _sequences(heads: tuple[int, int, int], dtype: torch.dtype, **settings: object) -> PagedSequences:
+    return PagedSequences(LENGTHS, *heads, dtype, "cuda", with_norm=heads[0] % 2 == 0, **settings)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("heads", "dtype"), CASES, ids=str)
+def test_accuracy_against_float64(heads: tuple[int, int, int], dtype: torch.dtype, window: int | None) -> None:
+    sequences = _sequences(heads, dtype, window=window)
+    for s, out in enumerate(sequences.whole()):
+        expected = sequences.expected(s)
+        assert (out.cpu() - expected).norm() / expected.norm() < ROUNDING[dtype], f"sequence {s}"
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("heads", "dtype"), CASES, ids=str)
+def test_decode_and_chunks_give_the_bits_of_the_whole_prompt(
+    heads: tuple[int, int, int], dtype: torch.dtype, window: int | None
+) -> None:
+    sequences = _sequences(heads, dtype, window=window)
+    whole = sequences.whole()
+    workspace = sequences.workspace()
+    for size in (5, 16, 37, 128, 700):
+        cache = sequences.empty_cache()
+        for start in range(0, max(LENGTHS), size):
+            parts = [(s, start, min(n, start + size)) for s, n in enumerate(LENGTHS) if n > start]
+            found = sequences.step(cache, parts, workspace=workspace, padding=start % 3)
+            for out, (s, a, b) in zip(found, parts, strict=True):
+                assert torch.equal(out, whole[s][a:b]), f"sequence {s}, rows {a}..{b}, chunks of {size}"
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_decode_rows_by_splits_in_parallel_or_in_turn(heads: tuple[int, int, int], window: int | None) -> None:
+    sequences = _sequences(heads, torch.bfloat16, window=window)
+    cache = sequences.empty_cache()
+    whole = sequences.step(cache, [(s, 0, n) for s, n in enumerate(LENGTHS)])
+    workspace = sequences.workspace()
+    for back in (1, 2, 60, 150):
+        parts = [(s, n - back, n - back + 1) for s, n in enumerate(LENGTHS) if n >= back]
+        for options in ({}, {"workspace": workspace}, {"workspace": workspace, "padding": 11}, {"slack": 3000}):
+            for batch in (parts, parts[-1:], parts * 40):
+                for out, (s, a, b) in zip(sequences.step(cache, batch, **options), batch, strict=True):
+                    assert torch.equal(out, whole[s][a:b]), f"sequence {s}, row {a}, {sorted(options)}, {len(batch)}"
+
+
+def test_block_size_is_not_in_the_result() -> None:
+    results = [_sequences((32, 8, 128), torch.bfloat16, block=block).whole() for block in (16, 32, 64)]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_captured_graph_serves_other_contents() -> None:
+    """The grid is fixed at capture; lengths, tables and rows change under it."""
+    from sempre.kernels.attention import paged_attention
+
+    sequences = _sequences((32, 8, 128), torch.bfloat16)
+    cache = sequences.empty_cache()
+    sequences.step(cache, [(s, 0, n) for s, n in enumerate(LENGTHS)])
+    workspace = sequences.workspace()
+    qkv = torch.randn(4, 48 * 128, device="cuda").bfloat16()
+    tables = sequences.tables[[5, 4, 3, 2]].cuda()
+    starts = torch.arange(5, dtype=torch.int32, device="cuda")
+    lens = torch.tensor([1300, 3, 150, 0], dtype=torch.int32, device="cuda")
+    out = torch.zeros(4, 32 * 128, device="cuda", dtype=torch.bfloat16)
+
+    def run() -> None:
+        paged_attention(
+            qkv, cache, tables, starts, lens, scale=0.1, window=None, out=out, max_query_len=1, max_context_len=1300,
+            workspace=workspace, **sequences.shape,
+        )  # fmt: skip
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for contents in ([1300, 515, 150, 64], [7, 512, 1, 0], [1025, 513, 64, 1]):
+        lens.copy_(torch.tensor(contents, dtype=torch.int32))
+        qkv.normal_()
+        run()
+        eager = out.clone()
+        out.zero_()
+        graph.replay()
+        used = [i for i, n in enumerate(contents) if n]
+        assert torch.equal(out[used], eager[used])
+        assert not out[[i for i, n in enumerate(contents) if not n]].any()
+
+
+def test_padding_rows_write_nothing_to_the_cache() -> None:
+    from sempre.kernels.rope import rope_and_cache_write
+
+    sequences = _sequences((32, 8, 128), torch.bfloat16)
+    cache = sequences.empty_cache()
+    rope_and_cache_write(
+        sequences.qkv[1].clone(), torch.zeros(17, dtype=torch.int64, device="cuda"), sequences.angles,
+        torch.full((17,), -1, dtype=torch.int64, device="cuda"), cache.k, cache.v, eps=1e-6,
+        q_norm=sequences.norm, k_norm=sequences.norm, **sequences.shape,
+    )  # fmt: skip
+    assert cache.k.isnan().all()
+    assert cache.v.isnan().all()

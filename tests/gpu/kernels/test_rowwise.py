@@ -1,0 +1,60 @@
+"""GPU norms, activation and embedding: against float64, and bitwise alone or among others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sempre.kernels import reference
+from sempre.kernels.activation import silu_and_mul
+from sempre.kernels.embedding import embed
+from sempre.kernels.norms import add_rms_norm, rms_norm
+
+pytestmark = pytest.mark.gpu
+
+WIDTHS = [16, 100, 576, 1024, 4096, 5120, 12288]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+ROUNDING = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+
+
+def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape))
+    return (torch.randn(*shape, generator=generator, device="cuda") * scale).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norms(width: int, dtype: torch.dtype) -> None:
+    x, residual, weight = (_random(*shape, dtype=dtype, scale=2.0) for shape in ((300, width), (301, width), (width,)))
+    residual = residual[:300].contiguous()
+    out = rms_norm(x, weight, 1e-5, torch.full_like(x, float("nan")))
+    expected = reference.rms_norm(x, weight, 1e-5)
+    assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
+    total = residual.clone()
+    added = add_rms_norm(x, total, weight, 1e-5, torch.full_like(x, float("nan")))
+    assert torch.equal(total, (residual.float() + x.float()).to(dtype))
+    assert torch.equal(added, rms_norm(total, weight, 1e-5, torch.empty_like(x)))
+    for i in (0, 7, 299):
+        assert torch.equal(rms_norm(x[i : i + 1], weight, 1e-5, torch.empty_like(x[:1]))[0], out[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_silu_and_mul(width: int, dtype: torch.dtype) -> None:
+    gate_up = _random(70, 2 * width, dtype=dtype, scale=12.0)
+    gate_up[0, :4] = torch.tensor([0.0, -1e4, 1e4, -88.5])
+    out = silu_and_mul(gate_up, torch.full((70, width), float("nan"), device="cuda", dtype=dtype))
+    expected = reference.silu_and_mul(gate_up)
+    assert torch.isfinite(out).all()
+    assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
+    for i in (0, 69):
+        assert torch.equal(silu_and_mul(gate_up[i : i + 1], torch.empty_like(out[:1]))[0], out[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embedding(dtype: torch.dtype) -> None:
+    table = _random(1000, 1536, dtype=dtype)
+    ids = torch.tensor([999, 0, 5, 5, 1000, -1], device="cuda")
+    out = embed(ids, table, torch.empty(6, 1536, device="cuda", dtype=dtype))
+    assert torch.equal(out[:4], table[ids[:4]])
+    assert out[4:].isnan().all()

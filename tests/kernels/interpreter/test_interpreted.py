@@ -1,0 +1,88 @@
+"""GPU kernels on the CPU by Triton's interpreter: indexing, masks, accuracy, and equal results for equal rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paged_sequences import PagedSequences
+
+from sempre.kernels import reference
+from sempre.kernels.linear import GpuLinear
+
+DTYPES = [torch.float16, torch.float32]
+ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3}
+
+
+def _random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("depth", "columns"), [(96, 70), (64, 1), (128, 64)])
+def test_linear(depth: int, columns: int, dtype: torch.dtype) -> None:
+    from sempre.kernels.linear import gpu
+    from sempre.kernels.linear.gpu_table import REFERENCE, Tile
+
+    x = _random(37, depth, dtype=dtype)
+    w = GpuLinear(_random(columns, depth, dtype=dtype), _random(columns, dtype=dtype))
+    expected = reference.linear(x, w.weight, w.bias)
+    for tile in (REFERENCE, Tile(16, 16, 64, 1, 3), Tile(32, 32, 32, 2, 2)):
+        out = gpu.run_tile(x, w, torch.full((37, columns), float("nan")), tile)
+        assert (out - expected).norm() / expected.norm() < 1e-6
+    out = gpu.linear(x, w, torch.full((37, columns), float("nan"), dtype=dtype))
+    assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
+    assert torch.equal(gpu.linear(x[5:6].contiguous(), w, torch.empty(1, columns, dtype=dtype))[0], out[5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_activation(dtype: torch.dtype) -> None:
+    from sempre.kernels.activation import gpu as activation_gpu
+    from sempre.kernels.linear import gpu
+
+    x, w = _random(20, 96, dtype=dtype), GpuLinear(_random(70, 96, dtype=dtype), None)
+    out = torch.full((20, 35), float("nan"), dtype=dtype)
+    gpu.linear_silu_and_mul(x, w, torch.empty(20, 70, dtype=dtype), out)
+    product = gpu.linear(x, w, torch.empty(20, 70, dtype=dtype))
+    assert torch.equal(out, activation_gpu.silu_and_mul(product, torch.empty_like(out)))
+    expected = reference.silu_and_mul(product)
+    assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_and_embedding(dtype: torch.dtype) -> None:
+    from sempre.kernels.embedding import gpu as embedding_gpu
+    from sempre.kernels.norms import gpu as norms_gpu
+
+    x, residual, weight = (_random(*shape, dtype=dtype) for shape in ((5, 576), (5, 576), (576,)))
+    total = residual.clone()
+    out = norms_gpu.add_rms_norm(x, total, weight, 1e-5, torch.full_like(x, float("nan")))
+    assert torch.equal(total, residual + x)
+    assert torch.equal(out, norms_gpu.rms_norm(total, weight, 1e-5, torch.empty_like(x)))
+    expected = reference.rms_norm(total, weight, 1e-5)
+    assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
+    table, ids = _random(10, 100, dtype=dtype), torch.tensor([3, 9, 10, -1])
+    rows = embedding_gpu.embed(ids, table, torch.empty(4, 100, dtype=dtype))
+    assert torch.equal(rows[:2], table[ids[:2]])
+    assert rows[2:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "window", "block"),
+    [
+        ((4, 2, 64), torch.float16, None, 16),
+        ((3, 1, 80), torch.float32, 37, 32),
+    ],
+    ids=str,
+)
+def test_attention(heads: tuple[int, int, int], dtype: torch.dtype, window: int | None, block: int) -> None:
+    lengths = (515, 1, 20)
+    sequences = PagedSequences(lengths, *heads, dtype, "cpu", block=block, window=window, with_norm=heads[0] == 4)
+    cache = sequences.empty_cache()
+    whole = sequences.step(cache, [(s, 0, n) for s, n in enumerate(lengths)])
+    for s in range(3):
+        expected = sequences.expected(s)
+        assert (whole[s] - expected).norm() / expected.norm() < ROUNDING[dtype]
+    parts = [(0, 490, 515), (0, 514, 515), (1, 0, 1), (2, 15, 20)]
+    for options in ({"workspace": sequences.workspace(), "padding": 2}, {"slack": 9}):
+        for found, (s, a, b) in zip(sequences.step(cache, parts, **options), parts, strict=True):
+            torch.testing.assert_close(found, whole[s][a:b], rtol=0, atol=5 * ROUNDING[dtype])

@@ -1,0 +1,25 @@
+"""The sampler's GPU kernels in Triton's interpreter, against the CPU kernels, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from sampling_cases import PARAMETERS, disagreements
+
+CPU = torch.device("cpu")
+TRUNCATING = [values for values in PARAMETERS if {"top_k", "top_p", "min_p"} & values.keys()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab_size", "parameters"),
+    [("flat", 200, TRUNCATING[1:5]), ("tied", 130, PARAMETERS)],
+    ids=["narrowing", "every stage"],
+)
+def test_equals_the_cpu(kind: str, vocab_size: int, parameters: list[dict[str, Any]]) -> None:
+    from sempre.kernels.sampling.gpu import Tiles
+
+    # small enough that searches narrow before they list
+    tiles = Tiles(noise=128, logprobs=128, edits=256, phrases=2, cut=256, cut_piece=256, cut_sample=2, cut_list=16)
+    assert disagreements(CPU, kind, vocab_size, steps=1, seed=vocab_size, parameters=parameters, tiles=tiles) == []

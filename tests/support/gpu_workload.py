@@ -1,0 +1,115 @@
+"""A small model of random weights, whose logits are real ones, and requests for it. Imported by the GPU tests."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sempre.engine.client_inproc import InprocClient
+from sempre.engine.harness import Generation, generate, make_request
+from sempre.engine.harness.cluster import cluster_config
+from sempre.ipc.messages import RequestSpec
+
+VOCAB_SIZE = 8192
+# the last two layers see a window; (K=4096 in down_proj) is where an ordinary library splits K for few rows
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.04,
+    "intermediate_size": 4096,
+    "max_position_embeddings": 8192,
+    "max_window_layers": 2,
+    "model_type": "qwen3",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "sliding_window": 700,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": True,
+    "vocab_size": VOCAB_SIZE,
+}
+KV_BLOCK_BYTES = 2 * 4 * 2 * 128 * 16 * 2  # k and v, 4 layers, 2 heads, 128 dimensions, 16 tokens, bfloat16
+SETTINGS: dict[str, Any] = {
+    "device": "cuda",
+    "load_format": "dummy",
+    "max_model_len": 8192,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 8192,
+    "kv_cache_memory_bytes": 6000 * KV_BLOCK_BYTES,
+}
+OUTPUT_TOKENS = 24
+
+
+@cache
+def model_folder() -> str:
+    """A folder with the model's config.json; the weights are dummies."""
+    folder = Path(tempfile.mkdtemp(prefix="sempre-gpu-model-"))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return str(folder)
+
+
+def prompt(start: int, length: int) -> list[int]:
+    return [3 + (start * 7919 + j * 104729 + j * j * 31) % (VOCAB_SIZE - 8) for j in range(length)]
+
+
+def make_requests(count: int = 24) -> list[RequestSpec]:
+    """Prompts of 1 to 4,000 tokens, some with a common beginning, under every kind of sampling."""
+    shared = prompt(1, 80)
+    kinds: list[tuple[list[int], dict[str, Any]]] = [
+        (prompt(2, 1), {"temperature": 0.0}),
+        (prompt(3, 5), {"temperature": 1.0}),
+        (prompt(4, 17), {"temperature": 0.7, "top_p": 0.9}),
+        (prompt(5, 64), {"temperature": 1.3, "top_k": 40}),
+        (prompt(6, 65), {"temperature": 1.0, "min_p": 0.05, "prompt_logprobs": 3}),
+        (prompt(7, 511), {"temperature": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.4}),
+        (prompt(8, 1500), {"temperature": 1.0, "presence_penalty": 0.7, "top_k": 100, "top_p": 0.95}),
+        (shared + prompt(9, 3), {"temperature": 0.0, "prompt_logprobs": 0}),
+        (shared + prompt(10, 20), {"temperature": 1.0}),
+        (shared + prompt(11, 40), {"temperature": 1.0, "logit_bias": {17: 2.5, 99: -3.0}, "min_tokens": 5}),
+        (shared, {"temperature": 0.8, "bad_words_token_ids": [[11], [12, 13]]}),
+        (prompt(12, 200), {"temperature": 1.0, "allowed_token_ids": list(range(100, 900))}),
+        (prompt(13, 4000), {"temperature": 1.0}),
+        (prompt(14, 1017), {"temperature": 0.0}),
+    ]
+    plain = [(prompt(20 + i, 3 + 37 * i % 600), {"temperature": 1.0 if i % 3 else 0.0}) for i in range(count)]
+    return [
+        make_request(tokens, seed=1000 + i, ordinal=i, max_tokens=OUTPUT_TOKENS, **({"logprobs": 4} | sampling))
+        for i, (tokens, sampling) in enumerate([*kinds, *plain][:count])
+    ]
+
+
+def launch_inproc(**settings: Any) -> InprocClient:
+    return InprocClient.launch(
+        cluster_config(**(SETTINGS | {"model": model_folder(), "multiprocessing": False} | settings))
+    )
+
+
+def run_inproc(requests: Sequence[RequestSpec], **settings: Any) -> list[Generation]:
+    """All requests at once, in an engine of this process."""
+    client = launch_inproc(**settings)
+    try:
+        return generate(client, requests)
+    finally:
+        client.close()
+
+
+@cache
+def run_alone(count: int = 24, numerics: str = "invariant") -> tuple[Generation, ...]:
+    """Every request by itself, one after the other, without a prefix cache and without graphs."""
+    client = launch_inproc(enable_prefix_caching=False, enforce_eager=True, numerics=numerics)
+    try:
+        return tuple(generate(client, [request])[0] for request in make_requests(count))
+    finally:
+        client.close()

@@ -1,0 +1,124 @@
+"""Random sequences over a paged cache full of NaN, for tests of the GPU's rotation and attention on any device.
+
+# S sequences, T tokens, Hq query heads, Hkv key heads, D head dim
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sempre.kernels import reference
+from sempre.kernels.attention import AttentionWorkspace, KvCache, allocate_attention_workspace
+from sempre.kernels.attention.cache import allocate_gpu_cache
+from sempre.kernels.rope import RopeSpec, cos_sin_table
+from sempre.kernels.rope.table import _frequencies
+
+EPS = 1e-6
+
+
+@dataclass
+class PagedSequences:
+    """q, k, v rows [T, (Hq + 2 Hkv) D] of each sequence, with scattered block tables."""
+
+    lengths: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: str
+    block: int = 16
+    window: int | None = None
+    with_norm: bool = True
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.num_heads * 1000 + self.head_dim)
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv = [torch.randn(n, width, generator=generator).to(self.dtype).to(self.device) for n in self.lengths]
+        blocks = [-(-n // self.block) for n in self.lengths]
+        self.num_blocks = sum(blocks) + 3
+        order = torch.randperm(self.num_blocks, generator=generator).to(torch.int32)
+        self.tables = torch.full((len(self.lengths), max(blocks)), -(1 << 20), dtype=torch.int32)
+        taken = 0
+        for row, count in enumerate(blocks):
+            self.tables[row, :count] = order[taken : taken + count]
+            taken += count
+        self.angles = cos_sin_table(RopeSpec(self.head_dim), max(self.lengths)).to(self.device)
+        norm = torch.rand(self.head_dim, generator=generator) + 0.5
+        self.norm = norm.to(self.dtype).to(self.device) if self.with_norm else None
+        self.shape = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+
+    def empty_cache(self) -> KvCache:
+        """A cache full of NaN: whatever is read without having been written shows."""
+        device = torch.device(self.device)
+        cache = allocate_gpu_cache(self.num_blocks, self.num_kv_heads, self.head_dim, self.block, self.dtype, device)
+        cache.k.fill_(float("nan"))
+        cache.v.fill_(float("nan"))
+        return cache
+
+    def workspace(self) -> AttentionWorkspace:
+        return allocate_attention_workspace(self.num_heads, self.head_dim, max(self.lengths), torch.device(self.device))
+
+    def step(
+        self,
+        cache: KvCache,
+        parts: list[tuple[int, int, int]],
+        *,
+        workspace: AttentionWorkspace | None = None,
+        padding: int = 0,
+        slack: int = 0,
+    ) -> list[torch.Tensor]:
+        """One step over `parts` (sequence, start, stop): rotation, cache write, attention; the outputs of each part.
+
+        `padding` requests without rows are appended; `slack` is added to the host's bounds.
+        """
+        from sempre.kernels.attention import gpu as attention_gpu
+        from sempre.kernels.rope import gpu as rope_gpu
+
+        rows = torch.cat([self.qkv[s][a:b] for s, a, b in parts]).clone()
+        positions = torch.cat([torch.arange(a, b) for _, a, b in parts])
+        slots = torch.cat(
+            [self.tables[s][torch.arange(a, b) // self.block].long() * self.block + torch.arange(a, b) % self.block
+             for s, a, b in parts]
+        )  # fmt: skip
+        rope_gpu.rope_and_cache_write(
+            rows, positions.to(self.device), self.angles, slots.to(self.device), cache.k, cache.v,
+            q_norm=self.norm, k_norm=self.norm, eps=EPS, **self.shape,
+        )  # fmt: skip
+        sizes = [b - a for _, a, b in parts]
+        starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist(), *([sum(sizes)] * padding)])
+        out = torch.full(
+            (rows.shape[0], self.num_heads * self.head_dim), float("nan"), device=self.device, dtype=self.dtype
+        )
+        attention_gpu.paged_attention(
+            rows,
+            cache,
+            self.tables[[s for s, _, _ in parts] + [0] * padding].to(self.device).contiguous(),
+            starts.to(torch.int32).to(self.device),
+            torch.tensor([b for _, _, b in parts] + [0] * padding, dtype=torch.int32, device=self.device),
+            scale=self.head_dim**-0.5,
+            window=self.window,
+            out=out,
+            max_query_len=max(sizes) + slack if max(sizes) > 1 or slack else 1,
+            max_context_len=max(b for _, _, b in parts) + slack,
+            workspace=workspace,
+            **self.shape,
+        )
+        return list(out.split(sizes))
+
+    def whole(self) -> list[torch.Tensor]:
+        return self.step(self.empty_cache(), [(s, 0, n) for s, n in enumerate(self.lengths)])
+
+    def expected(self, s: int) -> torch.Tensor:
+        """Float64 attention of sequence `s` [T, Hq D], from rotated q and k rounded as the kernels store them."""
+        n = self.lengths[s]
+        x = self.qkv[s].cpu().view(n, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        q, k, v = x.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        frequencies = torch.from_numpy(_frequencies(RopeSpec(self.head_dim)))
+        rotated = []
+        for y in (q, k):
+            normed = reference.rms_norm(y, self.norm.cpu(), EPS) if self.norm is not None else y
+            rotated.append(reference.rope(normed, torch.arange(n), frequencies).to(self.dtype))
+        scale = self.head_dim**-0.5
+        return reference.attention(*rotated, v, torch.arange(n), scale, self.window).reshape(n, -1)

@@ -1,0 +1,113 @@
+"""Batches of requests that use every sampling parameter, and their comparison between a device and the CPU kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sempre.ipc.messages import SamplingSpec
+from sempre.workers.sampling import RowResult, Sampler, SamplingState
+
+if TYPE_CHECKING:  # imports Triton
+    from sempre.workers.sampling.gpu_sampler import GpuSampler
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+# every stage alone and together; the rows of one batch
+PARAMETERS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.7},
+    {"top_k": 1},
+    {"top_k": 5, "logprobs": 3},
+    {"top_k": 50, "top_p": 0.9},
+    {"top_k": 700, "temperature": 1.3},
+    {"top_p": 0.05},
+    {"top_p": 0.95, "temperature": 0.8},
+    {"top_p": 0.999999},
+    {"min_p": 0.1},
+    {"min_p": 0.02, "top_p": 0.7, "top_k": 40, "temperature": 0.6},
+    {"min_p": 1.0},
+    {"logprobs": 0},
+    {"logprobs": 20, "temperature": 0.0},
+    {"logprobs": 5, "top_p": 0.5},
+    {"repetition_penalty": 1.3},
+    {"frequency_penalty": 0.7, "presence_penalty": -0.3, "logprobs": 2},
+    {"repetition_penalty": 0.8, "frequency_penalty": -0.2, "temperature": 0.0},
+    {"logit_bias": {7: 3.5, 11: -100.0, 0: 0.25}, "top_k": 3},
+    {"allowed_token_ids": [2, 3, 40, 63, 64, 65]},
+    {"bad_words_token_ids": [[5], [40], [1, 2], [3, 4, 5]], "temperature": 0.0, "logprobs": 1},
+    {"min_tokens": 2, "eos_token_ids": [0, 33], "stop_token_ids": [10**6], "top_p": 0.9},
+    {"logprobs": -1, "presence_penalty": 1.5, "top_p": 0.9},
+    {"logprobs": 30},
+]
+
+
+def make_states(parameters: list[dict[str, Any]], seed: int) -> list[SamplingState]:
+    """One request per set of parameters, with the output so far [4, 4, 3]."""
+    return [
+        SamplingState(
+            SamplingSpec(max_tokens=64, **values), seed * 7919 + index * 2**33, [*PROMPT, 4, 4, 3], len(PROMPT)
+        )
+        for index, values in enumerate(parameters)
+    ]
+
+
+def make_logits(kind: str, rows: int, vocab_size: int, seed: int) -> torch.Tensor:
+    """float32 [rows, V]: "flat" (normal), "peaked" (a few far above), "tied" (many equal), "wide" (huge range)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, vocab_size, generator=generator)
+    if kind == "peaked":
+        return x * 2 + 14 * (torch.rand(rows, vocab_size, generator=generator) < 8 / vocab_size)
+    if kind == "tied":
+        return (x * 2).round() / 2
+    if kind == "wide":
+        return x * torch.exp(3 * torch.randn(rows, 1, generator=generator))
+    assert kind == "flat", kind
+    return x
+
+
+def run(
+    sampler: GpuSampler, device: torch.device, logits: torch.Tensor, states: list[SamplingState]
+) -> list[RowResult]:
+    """One step of every state, in rows in order, on the device."""
+    stages = sampler.prepare(range(len(states)))
+    on_device = logits.to(device)
+    positions = torch.tensor([len(state.token_ids) for state in states], dtype=torch.int32).to(device)
+    sampler.sample(on_device, positions, stages)
+    return sampler.collect(sampler.start_copy(on_device, stages, list(states)))
+
+
+def disagreements(
+    device: torch.device,
+    kind: str,
+    vocab_size: int,
+    *,
+    steps: int,
+    seed: int,
+    parameters: list[dict[str, Any]] = PARAMETERS,
+    **options: Any,
+) -> list[str]:
+    """What differs between the device and the CPU over some steps, each continuing with the CPU's tokens."""
+    from sempre.workers.sampling.gpu_sampler import GpuSampler
+
+    states = make_states(parameters, seed)
+    sampler = GpuSampler(
+        device=device, vocab_size=vocab_size, max_num_seqs=len(states), num_slots=len(states), **options
+    )
+    for slot, state in enumerate(states):
+        sampler.admit(slot, state)
+    found = []
+    for step in range(steps):
+        logits = make_logits(kind, len(states), vocab_size, seed + step)
+        positions = [len(state.token_ids) for state in states]
+        expected = Sampler().sample(logits.clone(), states, positions)
+        for row, (left, right) in enumerate(zip(run(sampler, device, logits, states), expected, strict=True)):
+            if left != right:
+                found.append(f"{kind} V={vocab_size} step {step} {parameters[row]}: {left} instead of {right}")
+        for state, result in zip(states, expected, strict=True):
+            if result.token_id is None:
+                raise AssertionError(f"{state.params}: {result.error}")
+            state.token_ids.append(result.token_id)
+    return found

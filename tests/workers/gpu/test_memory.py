@@ -1,0 +1,58 @@
+"""The sums that decide how large a GPU's KV cache is."""
+
+from __future__ import annotations
+
+import pytest
+
+from sempre.ipc.errors import ConfigError
+from sempre.workers.gpu.memory import RUNTIME_RESERVE_BYTES, MemoryPlan, cache_blocks
+
+GIB = 1 << 30
+PLAN = MemoryPlan(total=80 * GIB, free=60 * GIB, weights=16 * GIB, activations=GIB, allocated=17 * GIB, utilization=0.9)
+
+
+def blocks(plan: MemoryPlan, kv_cache_memory_bytes: int | None = None, max_model_len: int = 4096) -> int:
+    return cache_blocks(
+        plan,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        bytes_per_block=1 << 21,
+        block_size=16,
+        max_model_len=max_model_len,
+        max_num_seqs=1000,
+    )
+
+
+def test_the_share_less_what_is_taken() -> None:
+    assert PLAN.others == 3 * GIB
+    assert PLAN.for_cache == 72 * GIB - 17 * GIB - RUNTIME_RESERVE_BYTES
+    assert blocks(PLAN) == PLAN.for_cache >> 21
+
+
+def test_no_more_than_is_free() -> None:
+    crowded = MemoryPlan(**(vars(PLAN) | {"free": 10 * GIB}))
+    assert crowded.for_cache == 10 * GIB - RUNTIME_RESERVE_BYTES
+
+
+def test_no_more_than_can_be_used() -> None:
+    assert blocks(PLAN, max_model_len=16) == 1000
+
+
+def test_a_given_size_decides() -> None:
+    assert blocks(PLAN, kv_cache_memory_bytes=GIB) == 512
+
+
+@pytest.mark.parametrize(
+    ("given", "facts"),
+    [
+        (None, ("max_model_len=444416 would fit", "weights 16.00 GiB", "other processes hold 3.00 GiB")),
+        (100 << 21, ("max_model_len=1600 would fit",)),
+        (61 * GIB, ("61.00 GiB is needed", "60.00 GiB is left")),
+        (1, ("not even one block fits",)),
+    ],
+)
+def test_too_little_states_the_sums(given: int | None, facts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        blocks(PLAN, given, max_model_len=1_000_000 if given is None else 4096)
+    for fact in facts:
+        assert fact in str(caught.value)
+    assert caught.value.parameter == "max_model_len"

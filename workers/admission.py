@@ -1,0 +1,88 @@
+"""What every runner does with a step before it computes: forget, check, take in new requests, set failed ones aside."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sempre.ipc.error_info import describe
+from sempre.ipc.errors import MessageMalformed, RequestError
+from sempre.ipc.messages import ErrorInfo, ExecuteStep, NewRequest, ScheduledRequest
+from sempre.workers.input_batch import InputBatch, RequestState
+
+
+class StepLimits(NamedTuple):
+    """What a step and its requests may ask of a worker."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    vocab_size: int
+
+
+class Admitted(NamedTuple):
+    """A step that may be computed."""
+
+    healthy: list[ScheduledRequest]
+    errors: dict[str, ErrorInfo]
+    """why the other scheduled requests are not computed, by id"""
+    added: list[RequestState]
+    """new requests"""
+    removed: list[RequestState]
+    """requests forgotten"""
+
+
+class Admission:
+    """Keeps `batch` at what the coordinator knows."""
+
+    def __init__(self, batch: InputBatch, limits: StepLimits, rank: int) -> None:
+        self._batch = batch
+        self._limits = limits
+        self._rank = rank
+
+    def admit(self, step: ExecuteStep) -> Admitted:
+        """Raises MessageMalformed when the step itself is wrong."""
+        batch = self._batch
+        gone = [batch.remove(request_id) for request_id in step.finished_request_ids]
+        self._check(step)
+        added = [batch.add(new, self._refusal(new)) for new in step.new_requests]
+        errors = {
+            item.request_id: error for item in step.scheduled if (error := batch.get(item.request_id).error) is not None
+        }
+        healthy = [item for item in step.scheduled if item.request_id not in errors] if errors else step.scheduled
+        return Admitted(healthy, errors, added, [state for state in gone if state is not None])
+
+    def _check(self, step: ExecuteStep) -> None:
+        known = {new.request_id for new in step.new_requests}
+        if len(known) < len(step.new_requests) or any(request_id in self._batch for request_id in known):
+            again = [new.request_id for new in step.new_requests if new.request_id in self._batch]
+            raise _malformed("new_requests", "ids that are not known yet", f"{again or 'one id twice'}")
+        ids = [item.request_id for item in step.scheduled]
+        unknown = [request_id for request_id in ids if request_id not in self._batch and request_id not in known]
+        if unknown:
+            raise _malformed("scheduled.request_id", "known requests", f"unknown ids {unknown}")
+        if len(set(ids)) < len(ids):
+            raise _malformed("scheduled.request_id", "each request once", "one id twice")
+        limits = self._limits
+        if len(ids) > limits.max_num_seqs:
+            raise _malformed("scheduled", f"at most max_num_seqs={limits.max_num_seqs} requests", str(len(ids)))
+        num_tokens = sum(item.num_tokens for item in step.scheduled)
+        if num_tokens > limits.max_num_batched_tokens:
+            limit = f"at most max_num_batched_tokens={limits.max_num_batched_tokens} tokens"
+            raise _malformed("scheduled.num_tokens", limit, str(num_tokens))
+
+    def _refusal(self, new: NewRequest) -> ErrorInfo | None:
+        """Why this request can never be computed; None when it can."""
+        length, limits = len(new.token_ids), self._limits
+        if not new.num_prompt_tokens <= length <= limits.max_model_len:
+            expected, found = f"{new.num_prompt_tokens} to {limits.max_model_len} tokens", f"{length}"
+        elif max(new.token_ids) >= limits.vocab_size:
+            expected, found = f"ids less than vocab_size={limits.vocab_size}", f"{max(new.token_ids)}"
+        else:
+            return None
+        message = f"token_ids: expected {expected}, found {found}."
+        error = RequestError(message, parameter="token_ids", value=found, request_id=new.request_id)
+        return describe(error, self._rank)
+
+
+def _malformed(name: str, expected: str, found: str) -> MessageMalformed:
+    return MessageMalformed(f"ExecuteStep: {name}: expected {expected}, found {found}.", field=name)

@@ -1,0 +1,181 @@
+"""What a worker does differently from device to device, behind one interface; here the CPU's side of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from sempre.ipc.errors import ConfigError
+from sempre.ipc.messages import ExecuteStep, SampledTokens, WorkerConfig
+from sempre.kernels.threads import set_num_threads
+from sempre.workers.fingerprint import fingerprint_parts
+from sempre.workers.kv_cache import BLOCK_SIZE, PagedKvCache, available_blocks, block_bytes
+from sempre.workers.model_runner import ModelRunner
+from sempre.workers.models.decoder import Decoder
+from sempre.workers.models.numerics import LinearKernel
+from sempre.workers.models.spec import ModelSpec
+from sempre.workers.self_test import self_test
+from sempre.workers.weights import ON_CPU, DecoderWeights, Placement
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a backend knows of the model once its weights are on the device."""
+
+    config: WorkerConfig
+    spec: ModelSpec
+    weights: DecoderWeights
+    product: LinearKernel
+    max_model_len: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one KV cache block."""
+        return block_bytes(self.spec, self.config.block_size, self.weights.dtype)
+
+
+class Runner(Protocol):
+    """Computes steps; the limits are those of the warm-up too."""
+
+    cache: PagedKvCache
+    max_model_len: int
+    max_num_batched_tokens: int
+
+    def execute(self, step: ExecuteStep) -> list[SampledTokens]:
+        """One result per scheduled request, in order. Raises MessageMalformed when the step itself is wrong."""
+
+
+@runtime_checkable
+class PipelinedRunner(Runner, Protocol):
+    """Takes a step while the one before it runs."""
+
+    def submit(self, step: ExecuteStep) -> None:
+        """Queue a step on the device. Raises as `execute` does."""
+
+    def step_done(self) -> bool:
+        """Whether `collect` would not wait."""
+
+    def collect(self) -> list[SampledTokens]:
+        """The result of the oldest step submitted and not collected."""
+
+
+class Backend(Protocol):
+    """One worker's device."""
+
+    block_sizes: tuple[int, ...]
+    max_steps_in_flight: int
+
+    @property
+    def placement(self) -> Placement: ...
+
+    def begin(self, config: WorkerConfig) -> None:
+        """Before anything is loaded."""
+
+    def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
+        """Comparisons passed by operation, and the model without what did not agree. Raises InvarianceError."""
+
+    def available_blocks(self, model: LoadedModel) -> int:
+        """KV cache blocks that fit. Raises ConfigError with the sums when not even one full sequence does."""
+
+    def make_runner(self, model: LoadedModel, num_blocks: int) -> Runner: ...
+
+    def prepare_steps(self, runner: Runner) -> dict[str, str]:
+        """After the warm-up: whatever makes steps fast; the parts of the fingerprint that are known only now."""
+
+    def fingerprint(self, model: LoadedModel) -> dict[str, str]: ...
+
+    def memory(self) -> dict[str, int]:
+        """Bytes in use, by name."""
+
+    def end(self) -> None:
+        """Give back what `begin` took."""
+
+
+class CpuBackend:
+    """The CPU."""
+
+    placement = ON_CPU
+    block_sizes: tuple[int, ...] = (BLOCK_SIZE,)
+    max_steps_in_flight = 1
+
+    def __init__(self) -> None:
+        self._torch_threads_before = torch.get_num_threads()
+
+    def begin(self, config: WorkerConfig) -> None:
+        cores = len(os.sched_getaffinity(0))
+        if config.num_threads > cores:
+            raise ConfigError(
+                f"num_threads: expected at most the {cores} usable cores, found {config.num_threads}.",
+                parameter="num_threads",
+                value=config.num_threads,
+            )
+        set_num_threads(config.num_threads or max(1, cores // config.world_size))
+
+    def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
+        config = model.config
+        _leave_cores_to_kernels()
+        passed = self_test(
+            model.spec,
+            model.weights,
+            model.product,
+            block_size=config.block_size,
+            max_tokens=config.max_num_batched_tokens,
+        )
+        return model, passed
+
+    def available_blocks(self, model: LoadedModel) -> int:
+        return available_blocks(model.config, model.block_bytes, model.max_model_len)
+
+    def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner:
+        config = model.config
+        _leave_cores_to_kernels()
+        decoder = Decoder(
+            model.spec,
+            model.weights,
+            model.product,
+            max_tokens=config.max_num_batched_tokens,
+            max_model_len=model.max_model_len,
+        )
+        return ModelRunner(
+            decoder,
+            PagedKvCache(model.spec, num_blocks, config.block_size, model.weights.dtype),
+            max_model_len=model.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            rank=config.rank,
+        )
+
+    def prepare_steps(self, runner: Runner) -> dict[str, str]:
+        return {}
+
+    def fingerprint(self, model: LoadedModel) -> dict[str, str]:
+        return fingerprint_parts(model.weights, model.config.numerics)
+
+    def memory(self) -> dict[str, int]:
+        """Resident now and at its peak, of the process."""
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return {
+            "resident_bytes": int(status["VmRSS"].split()[0]) * 1024,
+            "peak_resident_bytes": int(status["VmHWM"].split()[0]) * 1024,
+        }
+
+    def end(self) -> None:
+        torch.set_num_threads(self._torch_threads_before)
+
+
+def _leave_cores_to_kernels() -> None:
+    """torch's own threads would compete with the kernels' for the same cores."""
+    torch.set_num_threads(1)
+
+
+def make_backend(device: torch.device) -> Backend:
+    """The backend of a resolved device."""
+    if device.type == "cpu":
+        return CpuBackend()
+    from sempre.workers.gpu.backend import GpuBackend
+
+    return GpuBackend(device)

@@ -1,0 +1,1 @@
+"""What a worker does differently on a GPU. Imported only where there is one."""

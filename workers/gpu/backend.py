@@ -1,0 +1,162 @@
+"""A worker's GPU: loading, self-test, memory, and the runner."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from time import perf_counter
+
+import torch
+
+from sempre.ipc.messages import WorkerConfig
+from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
+from sempre.workers.admission import StepLimits
+from sempre.workers.backend import LoadedModel, Runner
+from sempre.workers.gpu.fingerprint import fingerprint_parts
+from sempre.workers.gpu.memory import MemoryPlan, cache_blocks
+from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
+from sempre.workers.gpu.self_test import check_attention, check_products
+from sempre.workers.gpu.upload import Uploader
+from sempre.workers.kv_cache import PagedKvCache
+from sempre.workers.models.decoder import Decoder
+from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
+from sempre.workers.sampling.gpu_sampler import GpuSampler
+from sempre.workers.weights import Placement
+
+logger = logging.getLogger(__name__)
+
+HASHING_THREADS = 8
+# the graphs of plain decoding within these bounds are captured before the first request; the rest when needed
+CAPTURED_ROWS = 256
+CAPTURED_CONTEXT = 1024
+
+
+class GpuBackend:
+    """One GPU."""
+
+    block_sizes: tuple[int, ...] = (16, 32, 64)
+    max_steps_in_flight = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._excluded: dict[str, list[str]] = {}
+        self._workspace: AttentionWorkspace | None = None
+        self._steps: StepMemory | None = None
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.device, Uploader(self.device), HASHING_THREADS)
+
+    def begin(self, config: WorkerConfig) -> None:
+        torch.cuda.set_device(self.device)
+        if config.numerics == "invariant":
+            from sempre.kernels.linear.gpu import configure
+
+            configure()
+
+    def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
+        config = model.config
+        tested = check_products(
+            model.weights, max_tokens=config.max_num_batched_tokens, max_num_seqs=config.max_num_seqs
+        )
+        self._excluded = tested.excluded
+        if tested.excluded:
+            logger.warning("self-test: product kernels that disagree are not used: %s", tested.excluded)
+        windows = check_attention(
+            model.spec, model.weights.dtype, config.block_size, self._attention_workspace(model), self.device
+        )
+        passed = {"linear": tested.passed, "attention": windows}
+        return LoadedModel(config, model.spec, tested.weights, model.product, model.max_model_len), passed
+
+    def available_blocks(self, model: LoadedModel) -> int:
+        self._steps = self._allocate_steps(model)
+        gc.collect()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        allocated = torch.cuda.memory_reserved(self.device)
+        weights = model.weights.nbytes
+        config = model.config
+        plan = MemoryPlan(
+            total=total,
+            free=free,
+            weights=weights,
+            activations=max(0, allocated - weights),
+            allocated=allocated,
+            utilization=config.gpu_memory_utilization,
+        )
+        return cache_blocks(
+            plan,
+            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+            bytes_per_block=model.block_bytes,
+            block_size=config.block_size,
+            max_model_len=model.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+        )
+
+    def make_runner(self, model: LoadedModel, num_blocks: int) -> GpuModelRunner:
+        config = model.config
+        assert self._steps is not None, "available_blocks comes first"
+        cache = PagedKvCache(model.spec, num_blocks, config.block_size, model.weights.dtype, self.device)
+        limits = StepLimits(
+            model.max_model_len, config.max_num_seqs, config.max_num_batched_tokens, model.spec.vocab_size
+        )
+        return GpuModelRunner(self._steps, cache, limits, rank=config.rank, graphs=not config.enforce_eager)
+
+    def prepare_steps(self, runner: Runner) -> dict[str, str]:
+        assert isinstance(runner, GpuModelRunner)
+        began = perf_counter()
+        runner.capture_decode(CAPTURED_ROWS, CAPTURED_CONTEXT)
+        torch.cuda.synchronize(self.device)
+        logger.info("captured %d graphs in %.2f s", len(runner.graphs), perf_counter() - began)
+        return {"graphs": runner.graphs.state}
+
+    def fingerprint(self, model: LoadedModel) -> dict[str, str]:
+        return fingerprint_parts(model.weights, model.config.numerics, self.device, self._excluded)
+
+    def memory(self) -> dict[str, int]:
+        """On the GPU: by this process and in all."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return {
+            "gpu_allocated_bytes": torch.cuda.memory_allocated(self.device),
+            "gpu_reserved_bytes": torch.cuda.memory_reserved(self.device),
+            "gpu_used_bytes": total - free,
+            "gpu_total_bytes": total,
+        }
+
+    def end(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self._steps = None
+        self._workspace = None
+        gc.collect()
+        # the library's scratch memory, some of it inside the graphs' pool
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+    def _attention_workspace(self, model: LoadedModel) -> AttentionWorkspace:
+        if self._workspace is None:
+            spec = model.spec
+            self._workspace = allocate_attention_workspace(
+                spec.num_heads, spec.head_dim, max(model.max_model_len, 2048), self.device
+            )
+        return self._workspace
+
+    def _allocate_steps(self, model: LoadedModel) -> StepMemory:
+        config, spec, weights = model.config, model.spec, model.weights
+        decoder = Decoder(
+            spec,
+            weights,
+            model.product,
+            max_tokens=config.max_num_batched_tokens,
+            max_model_len=model.max_model_len,
+            workspace=self._attention_workspace(model),
+        )
+        rows = max(config.max_num_seqs, PROMPT_LOGPROB_ROWS)
+        sampler = GpuSampler(
+            device=self.device, vocab_size=spec.vocab_size, max_num_seqs=rows, num_slots=config.max_num_seqs
+        )
+        return StepMemory(
+            decoder,
+            sampler,
+            torch.empty(rows, spec.hidden_size, dtype=weights.activations, device=self.device),
+            torch.empty(rows, spec.vocab_size, device=self.device),
+        )

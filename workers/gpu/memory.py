@@ -1,0 +1,85 @@
+"""How much of a GPU's memory the KV cache gets, and the sums to show when that is too little."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sempre.ipc.errors import ConfigError
+
+# what graphs, compiled kernels and the libraries take on top of what is allocated here
+RUNTIME_RESERVE_BYTES = 768 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one GPU before the KV cache is allocated."""
+
+    total: int
+    free: int
+    """as the driver counts it now"""
+    weights: int
+    activations: int
+    """buffers of steps, allocated or to come"""
+    allocated: int
+    """by this process, of the above"""
+    utilization: float
+    """share of `total` that this worker may use"""
+
+    @property
+    def others(self) -> int:
+        """Taken by other processes and by the driver's context."""
+        return max(0, self.total - self.free - self.allocated)
+
+    @property
+    def for_cache(self) -> int:
+        """What the share leaves, and what is really free."""
+        taken = self.weights + self.activations + RUNTIME_RESERVE_BYTES
+        within_share = int(self.total * self.utilization) - taken
+        really_free = self.free + self.allocated - taken
+        return max(0, min(within_share, really_free))
+
+
+def cache_blocks(
+    plan: MemoryPlan,
+    *,
+    kv_cache_memory_bytes: int | None,
+    bytes_per_block: int,
+    block_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+) -> int:
+    """Blocks of the cache; more than `max_num_seqs` whole sequences are never needed. Raises ConfigError."""
+    per_sequence = -(-max_model_len // block_size)
+    budget = plan.for_cache
+    if kv_cache_memory_bytes is not None:
+        if kv_cache_memory_bytes > plan.free:
+            raise _too_little(plan, kv_cache_memory_bytes, plan.free, bytes_per_block, block_size, max_model_len)
+        budget = kv_cache_memory_bytes
+    num_blocks = budget // bytes_per_block
+    if num_blocks < per_sequence:
+        needed = per_sequence * bytes_per_block
+        raise _too_little(plan, needed, budget, bytes_per_block, block_size, max_model_len)
+    if kv_cache_memory_bytes is not None:
+        return num_blocks
+    return min(num_blocks, per_sequence * max_num_seqs)
+
+
+def _too_little(
+    plan: MemoryPlan, needed: int, budget: int, bytes_per_block: int, block_size: int, max_model_len: int
+) -> ConfigError:
+    def gib(count: int) -> str:
+        return f"{count / GIB:.2f} GiB"
+
+    fits = budget // bytes_per_block * block_size
+    advice = f"max_model_len={fits} would fit" if fits else "not even one block fits: free memory, or use another GPU"
+    return ConfigError(
+        f"max_model_len: a KV cache of {gib(needed)} is needed (one sequence of max_model_len={max_model_len} tokens"
+        f" takes {gib(-(-max_model_len // block_size) * bytes_per_block)}), and {gib(budget)} is left for it. The GPU"
+        f" has {gib(plan.total)}, of which gpu_memory_utilization={plan.utilization:g} allows"
+        f" {gib(int(plan.total * plan.utilization))}: weights {gib(plan.weights)}, activations"
+        f" {gib(plan.activations)}, reserved for graphs and libraries {gib(RUNTIME_RESERVE_BYTES)}; other processes"
+        f" hold {gib(plan.others)}. {advice}.",
+        parameter="max_model_len",
+        value=max_model_len,
+    )

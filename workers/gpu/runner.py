@@ -1,0 +1,263 @@
+"""Runs steps on a GPU, two at a time: the host plans and queues a step while the device computes the one before it.
+
+# R requests in the step, T tokens, V vocabulary, H hidden size
+
+A sampled token stays on the device on its way to the next step. Steps in which every request computes one token run as
+CUDA graphs; prompts, and steps that mix prompts with decoding, run kernel by kernel.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from msgspec.structs import replace
+
+from sempre.ipc.messages import ErrorInfo, ExecuteStep, SampledTokens
+from sempre.workers.admission import Admission, Admitted, StepLimits
+from sempre.workers.gpu.decode_graphs import DecodeGraphs, DecodeShape, context_bucket, row_buckets
+from sempre.workers.gpu.step_buffers import StepBuffers
+from sempre.workers.input_batch import InputBatch, Int32, RequestState, StepPlan
+from sempre.workers.kv_cache import PagedKvCache
+from sempre.workers.models.decoder import Decoder
+from sempre.workers.prompt_logprobs import PromptLogprobs
+from sempre.workers.sampling import RowError, RowResult
+from sempre.workers.sampling.gpu_sampler import GpuSampler, PendingSample
+
+
+@dataclass
+class _StepInFlight:
+    """A step whose tokens are not on the host yet."""
+
+    step: ExecuteStep
+    errors: dict[str, ErrorInfo]
+    plan: StepPlan | None
+    sampling: list[int]
+    """requests of the plan that sample, in the order of the rows of `pending`"""
+    pending: PendingSample | None
+    done: torch.cuda.Event
+    prompt_results: dict[str, SampledTokens] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What steps need besides the cache, which gets what is left."""
+
+    decoder: Decoder
+    sampler: GpuSampler
+    rows_RH: torch.Tensor
+    """model dtype: the final hidden states of the rows that sample"""
+    logits_RV: torch.Tensor
+    """float32"""
+
+
+class GpuModelRunner:
+    """One replica's decoder, cache, sampler, and the requests it knows."""
+
+    def __init__(self, memory: StepMemory, cache: PagedKvCache, limits: StepLimits, *, rank: int, graphs: bool) -> None:
+        self.cache = cache
+        self.max_model_len = limits.max_model_len
+        self.max_num_batched_tokens = limits.max_num_batched_tokens
+        self._decoder = memory.decoder
+        self._sampler = memory.sampler
+        self._rows_RH = memory.rows_RH
+        self._logits_RV = memory.logits_RV
+        self._rank = rank
+        self._batch = InputBatch(
+            num_blocks=cache.num_blocks,
+            block_size=cache.block_size,
+            max_model_len=limits.max_model_len,
+            num_slots=limits.max_num_seqs,
+        )
+        self._admission = Admission(self._batch, limits, rank)
+        self._buckets = row_buckets(limits.max_num_seqs)
+        self._buffers = StepBuffers(
+            self._logits_RV.device,
+            num_slots=self._batch.num_slots,
+            table_width=self._batch.table_width,
+            max_rows=limits.max_num_seqs,
+            max_tokens=limits.max_num_batched_tokens,
+            block_size=cache.block_size,
+        )
+        self._prompt_logprobs = PromptLogprobs(self._decoder, self._sampler, self._logits_RV, rank)
+        self.graphs = DecodeGraphs(self._launch_decode, enabled=graphs)
+        self._in_flight: deque[_StepInFlight] = deque()
+
+    def execute(self, step: ExecuteStep) -> list[SampledTokens]:
+        """One result per scheduled request, in order. Raises MessageMalformed when the step itself is wrong."""
+        self.submit(step)
+        return self.collect()
+
+    @torch.inference_mode()
+    def submit(self, step: ExecuteStep) -> None:
+        """Queue a step. Raises MessageMalformed."""
+        admitted = self._admission.admit(step)
+        self._update_slots(step, admitted)
+        healthy = [item for item in admitted.healthy if item.request_id not in admitted.errors]
+        flight = _StepInFlight(step, admitted.errors, None, [], None, _event())
+        if healthy:
+            plan = self._batch.plan(healthy)
+            flight.plan = plan
+            flight.sampling = np.flatnonzero(plan.samples).tolist()
+            self._batch.expect(plan.slots[plan.samples])
+            rows = None if step.new_requests else self._decode_rows(plan)
+            if rows is None:
+                self._run_mixed(flight, plan, [state for state in admitted.added if state.error is None])
+            else:
+                self._run_decode(flight, plan, rows)
+        flight.done.record()
+        self._in_flight.append(flight)
+
+    def step_done(self) -> bool:
+        """Whether `collect` would not wait."""
+        return bool(self._in_flight[0].done.query())  # type: ignore[no-untyped-call]
+
+    def collect(self) -> list[SampledTokens]:
+        """The results of the oldest step in flight."""
+        flight = self._in_flight.popleft()
+        results = self._results(flight) if flight.plan is not None else {}
+        return [
+            SampledTokens(request_id=item.request_id, error=flight.errors[item.request_id])
+            if item.request_id in flight.errors
+            else results[item.request_id]
+            for item in flight.step.scheduled
+        ]
+
+    # Requests come and go
+
+    def _update_slots(self, step: ExecuteStep, admitted: Admitted) -> None:
+        """Tell the sampler, and refuse at once what it refuses."""
+        if self._batch.num_slots > self._buffers.num_slots:
+            self._buffers.grow_slots(self._batch.num_slots)
+            self._sampler.grow_slots(self._batch.num_slots)
+            self.graphs.clear()
+        for state in admitted.removed:
+            self._sampler.release(state.slot)
+        for state in admitted.added:
+            if state.error is not None:
+                continue
+            try:
+                self._sampler.admit(state.slot, state.sampling)
+            except RowError as error:
+                state.error = replace(error.info(), rank=self._rank)
+                admitted.errors[state.request_id] = state.error
+
+    # A step of single tokens
+
+    def _decode_rows(self, plan: StepPlan) -> Int32 | None:
+        """int32 [3, R]: slot, position, new block; None when the step is not one token for each request."""
+        count = len(plan.states)
+        if count > self._buckets[-1] or not (plan.samples & (plan.num_tokens == 1)).all():
+            return None
+        rows: Int32 = np.empty((3, count), np.int32)
+        rows[0] = plan.slots
+        rows[1] = plan.computed
+        rows[2] = -1
+        for index, item in enumerate(plan.scheduled):
+            if item.block_ids:
+                if (
+                    len(item.block_ids) > 1
+                    or item.block_table_start != item.num_computed_tokens // self.cache.block_size
+                ):
+                    return None
+                rows[2, index] = item.block_ids[0]
+        return rows
+
+    def _run_decode(self, flight: _StepInFlight, plan: StepPlan, rows: Int32) -> None:
+        count = len(plan.states)
+        # without graphs there is nothing to pad for
+        num_rows = next(b for b in self._buckets if b >= count) if self.graphs.enabled else count
+        padded: Int32 = np.full((3, num_rows), -1, np.int32)
+        padded[:, :count] = rows
+        stages = self._sampler.prepare(padded[0].tolist())
+        self._buffers.stage_decode(padded)
+        self.graphs.run(DecodeShape(num_rows, context_bucket(int(plan.context.max()), self.max_model_len), stages))
+        states = [state.sampling for state in plan.states]
+        padding = [None] * (num_rows - count)
+        flight.pending = self._sampler.start_copy(self._logits_RV[:num_rows], stages, [*states, *padding])
+
+    def _launch_decode(self, shape: DecodeShape) -> None:
+        model_input = self._buffers.launch_decode_inputs(shape.num_rows, shape.max_context_len)
+        hidden_RH = self._decoder.forward(model_input, self.cache.layers)
+        logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[: shape.num_rows])
+        tokens_R = self._sampler.sample(logits_RV, model_input.context_lens, shape.stages)
+        self._buffers.record(self._buffers.decode_slots(shape.num_rows), tokens_R)
+
+    def capture_decode(self, max_rows: int, max_context_len: int) -> None:
+        """Capture for plain sampling and the given bounds, on rows of padding, the buckets that are powers of two,
+        largest first. The others are captured when a batch first needs them."""
+        for num_rows in reversed(self._buckets):
+            if self.graphs.enabled and num_rows <= max_rows and num_rows.bit_count() == 1:
+                self._capture_padding(num_rows, max_context_len)
+
+    @torch.inference_mode()
+    def _capture_padding(self, num_rows: int, max_context_len: int) -> None:
+        self._buffers.stage_decode(np.full((3, num_rows), -1, np.int32))
+        stages = self._sampler.prepare([-1] * num_rows)
+        self.graphs.run(DecodeShape(num_rows, context_bucket(max_context_len, self.max_model_len), stages))
+
+    # Any other step
+
+    def _run_mixed(self, flight: _StepInFlight, plan: StepPlan, added: Sequence[RequestState]) -> None:
+        new = ([state.slot for state in added], [state.token_ids[-1] for state in added])
+        model_input, sampled = self._buffers.stage(plan, self._batch.rows(plan), new)
+        hidden_TH = self._decoder.forward(model_input, self.cache.layers)
+        count = len(flight.sampling)
+        if count:
+            hidden_RH = torch.index_select(hidden_TH, 0, sampled.rows, out=self._rows_RH[:count])
+            logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[:count])
+            stages = self._sampler.prepare(plan.slots[flight.sampling].tolist())
+            tokens_R = self._sampler.sample(logits_RV, sampled.positions, stages)
+            self._buffers.record(sampled.slots, tokens_R)
+            states = [plan.states[index].sampling for index in flight.sampling]
+            flight.pending = self._sampler.start_copy(logits_RV, stages, states)
+        for index, (item, state) in enumerate(zip(plan.scheduled, plan.states, strict=True)):
+            if state.sampling.params.prompt_logprobs is not None:
+                empty = SampledTokens(request_id=item.request_id)
+                first_row = int(plan.first_rows[index])
+                scored = self._prompt_logprobs.add(empty, item, state, first_row, hidden_TH)
+                flight.prompt_results[item.request_id] = scored
+
+    # Results
+
+    def _results(self, flight: _StepInFlight) -> dict[str, SampledTokens]:
+        """By request id; the tokens are appended to the sequences."""
+        plan = flight.plan
+        assert plan is not None
+        outcomes = self._sampler.collect(flight.pending) if flight.pending is not None else []
+        by_request: dict[int, RowResult] = dict(zip(flight.sampling, outcomes, strict=False))
+        results: dict[str, SampledTokens] = {}
+        for index, state in enumerate(plan.states):
+            result = self._result(state, by_request.get(index), flight.prompt_results.get(state.request_id))
+            # a failed request stays failed: a step for it may be on its way already
+            state.error = result.error
+            results[state.request_id] = result
+        return results
+
+    def _result(
+        self, state: RequestState, outcome: RowResult | None, prompt_result: SampledTokens | None
+    ) -> SampledTokens:
+        if state.error is not None:  # it failed in the step before, when this one was queued already
+            return SampledTokens(request_id=state.request_id, error=state.error)
+        if prompt_result is not None and prompt_result.error is not None:
+            return prompt_result
+        prompt_logprobs = prompt_result.prompt_logprobs if prompt_result is not None else None
+        if outcome is None:
+            return SampledTokens(request_id=state.request_id, prompt_logprobs=prompt_logprobs)
+        if outcome.error is not None or outcome.token_id is None:
+            assert outcome.error is not None, "a row that samples has a token or an error"
+            return SampledTokens(request_id=state.request_id, error=replace(outcome.error, rank=self._rank))
+        self._batch.record(state, outcome.token_id)
+        return SampledTokens(
+            request_id=state.request_id,
+            token_ids=[outcome.token_id],
+            logprobs=outcome.logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

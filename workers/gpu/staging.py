@@ -1,0 +1,61 @@
+"""The numbers of one step on their way to the GPU: packed into pinned memory, sent in one copy.
+
+Several pinned buffers take turns, so that the host may pack a step while the copies of the ones before it are queued.
+The device buffer is one: the stream orders its uses.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+_TURNS = 3
+_ALIGNMENT = 16
+
+
+class StepStaging:
+    """Arrays put in one after the other; each becomes valid on the device with `send`."""
+
+    def __init__(self, device: torch.device, capacity_bytes: int) -> None:
+        self._device = device
+        self._copied = [torch.cuda.Event() for _ in range(_TURNS)]  # type: ignore[no-untyped-call]
+        self._turn = 0
+        self._used = 0
+        self._allocate(capacity_bytes)
+
+    def begin(self, needed_bytes: int = 0) -> None:
+        """Start a step that puts at most `needed_bytes`; views of the former step's arrays are valid no more."""
+        self._turn = (self._turn + 1) % _TURNS
+        self._copied[self._turn].synchronize()
+        self._used = 0
+        if needed_bytes > self._buffer.numel():
+            torch.cuda.current_stream(self._device).synchronize()
+            self._allocate(2 * needed_bytes)
+
+    def put(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        """Where `array` will be on the device. The first array of a step always lies at the same address."""
+        start = self._used
+        end = start + array.nbytes
+        self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
+        host = self._hosts[self._turn][start:end]
+        np.copyto(host.view(array.dtype).reshape(array.shape), array)
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        return self._buffer[start:end].view(dtype).view(array.shape)
+
+    def send(self) -> None:
+        self._buffer[: self._used].copy_(self._pinned[self._turn][: self._used], non_blocking=True)
+        self._copied[self._turn].record()
+
+    def first(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The view that `put` gives for the first array of a step."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        return self._buffer[:size].view(dtype).view(shape)
+
+    def _allocate(self, capacity_bytes: int) -> None:
+        capacity = -(-capacity_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._pinned = [torch.empty(capacity, dtype=torch.uint8, pin_memory=True) for _ in range(_TURNS)]
+        self._hosts: list[npt.NDArray[np.uint8]] = [pinned.numpy() for pinned in self._pinned]
+        self._buffer = torch.empty(capacity, dtype=torch.uint8, device=self._device)

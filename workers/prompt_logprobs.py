@@ -1,0 +1,76 @@
+"""Log-probabilities of prompt tokens, a slice of rows at a time.
+
+# T tokens in the step, V vocabulary, H hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from msgspec.structs import replace
+
+from sempre.ipc.messages import LogprobRows, SampledTokens, ScheduledRequest
+from sempre.workers.input_batch import RequestState
+from sempre.workers.models.decoder import Decoder
+from sempre.workers.sampling import RowError
+
+# rows of logits computed at a time: bounds the memory, cannot be seen in the result
+PROMPT_LOGPROB_ROWS = 64
+
+
+class PromptScorer(Protocol):
+    """A sampler, on whatever device the logits are."""
+
+    def prompt_logprobs(self, logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> LogprobRows: ...
+
+
+class PromptLogprobs:
+    """Adds prompt rows to results; `logits_RV` is scratch of at least PROMPT_LOGPROB_ROWS rows."""
+
+    def __init__(self, decoder: Decoder, scorer: PromptScorer, logits_RV: torch.Tensor, rank: int) -> None:
+        self._decoder = decoder
+        self._scorer = scorer
+        self._logits_RV = logits_RV
+        self._rank = rank
+
+    def add(
+        self,
+        result: SampledTokens,
+        item: ScheduledRequest,
+        state: RequestState,
+        first_row: int,
+        hidden_TH: torch.Tensor,
+    ) -> SampledTokens:
+        """With rows for the prompt positions q in [first, last] of this chunk: the hidden state at q - 1 predicts q.
+
+        `first_row` is the chunk's first row in the final hidden states; a result with an error stays as it is.
+        """
+        width = state.sampling.params.prompt_logprobs
+        start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_tokens
+        first = max(start + 1, item.prompt_logprobs_start, 1)
+        last = min(end, state.num_prompt_tokens - 1)
+        if width is None or first > last or result.error is not None:
+            return result
+        parts = []
+        for low in range(first, last + 1, PROMPT_LOGPROB_ROWS):
+            high = min(low + PROMPT_LOGPROB_ROWS, last + 1)
+            row = first_row + low - 1 - start
+            logits = self._decoder.logits(hidden_TH[row : row + high - low], self._logits_RV[: high - low])
+            try:
+                parts.append(self._scorer.prompt_logprobs(logits, state.token_ids[low:high], width))
+            except RowError as error:
+                return SampledTokens(request_id=state.request_id, error=replace(error.info(), rank=self._rank))
+        return replace(result, prompt_logprobs=_joined(parts))
+
+
+def _joined(parts: list[LogprobRows]) -> LogprobRows:
+    """The rows of all parts, which have one width, in order."""
+    return LogprobRows(
+        num_rows=sum(part.num_rows for part in parts),
+        width=parts[0].width,
+        token_ids=b"".join(part.token_ids for part in parts),
+        logprobs=b"".join(part.logprobs for part in parts),
+        ranks=b"".join(part.ranks for part in parts),
+    )

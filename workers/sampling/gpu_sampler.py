@@ -1,0 +1,284 @@
+"""Sampling on a GPU: the steps of `Sampler`, in the same order and with the same bits, without waiting for the device.
+
+    admit(slot, state)   once per request        parameters and planes go to the device
+    prepare(slots)       each step, on the host  which slots the rows belong to; which stages the step needs
+    sample(...)          each step, capturable   token ids on the device; counts and history advance there
+    start_copy(...)      each step, on the host  results begin their way to pinned memory
+    collect(pending)     a step or more later    waits for them
+
+Every call enqueues on the current stream, so that a later step may be launched before an earlier one is collected.
+"""
+
+# R rows, V vocabulary, N slots
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sempre.ipc.messages import LogprobRows
+from sempre.kernels import sampling as cpu
+from sempre.kernels.sampling import gpu, gpu_table
+from sempre.kernels.sampling.gpu import MAX_BEST, TILES, SamplingBuffers, Stages, Tiles
+from sempre.kernels.sampling.gpu_noise import BAD_LOGITS, HEAD
+from sempre.kernels.sampling.reference import log32
+from sempre.workers.sampling.gpu_planes import DevicePlanes
+from sempre.workers.sampling.sampler import RowResult, pack_logprobs, row_error
+from sempre.workers.sampling.state import RowError, SamplingState
+
+# log-probabilities are compiled and captured for these numbers of best tokens only
+_WIDTHS = (0, 5, MAX_BEST)
+_SMALLEST_NORMAL = np.float32(2.0**-126)
+_OFF = Stages(edits=False, truncates=False, num_best=-1)
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class PendingSample:
+    """One step's results on their way to the host."""
+
+    states: list[SamplingState | None]
+    report: torch.Tensor
+    """pinned int32: heads [R, HEAD], then the best [R, MAX_BEST, 2] if any row reports"""
+    wide_rows: list[int]
+    """rows that want more log-probabilities than the kernels report"""
+    wide_logits: torch.Tensor | None
+    """pinned float32 [len(wide_rows), V]"""
+    event: torch.cuda.Event | None
+    """None: the copy is done"""
+
+    def done(self) -> bool:
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call, unused-ignore]
+
+
+class GpuSampler:
+    """The sampler of one replica; constructs its scratch memory, about max_num_seqs * V * 4 bytes, at once."""
+
+    def __init__(
+        self, *, device: torch.device, vocab_size: int, max_num_seqs: int, num_slots: int, tiles: Tiles = TILES
+    ) -> None:
+        self._device = device
+        self._vocab_size = vocab_size
+        self._buffers = SamplingBuffers(device, vocab_size, max_num_seqs, tiles)
+        self._row_slots = torch.full((max_num_seqs,), -1, dtype=torch.int32, device=device)
+        self._host_row_slots: list[int] = []
+        self._planes: dict[int, DevicePlanes] = {}
+        self._stages: dict[int, Stages] = {}
+        self._set_table(gpu.empty_table(num_slots, torch.device("cpu")))
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """int64 [max_num_seqs] on the device: the tokens of the last step, at a fixed address."""
+        return self._buffers.token_ids
+
+    def grow_slots(self, num_slots: int) -> bool:
+        """Make room for more slots. True: the table has moved, and captured graphs must be captured anew."""
+        old = self._host_table
+        if num_slots <= old.shape[0]:
+            return False
+        table = gpu.empty_table(num_slots, torch.device("cpu"))
+        table[: old.shape[0]] = old
+        self._set_table(table)
+        return True
+
+    def admit(self, slot: int, state: SamplingState) -> None:
+        """Take in a new or resumed request, whose known tokens are all in the state.
+
+        Raises RowError, which concerns this request alone, when its parameters do not fit the vocabulary or the device
+        has no memory for what they need.
+        """
+        self.release(slot)
+        try:
+            planes = DevicePlanes.of(state, self._vocab_size, self._device)
+        except torch.OutOfMemoryError as error:
+            raise RowError(
+                "sampling",
+                "the device has no memory left for the request's penalties, bias or masks; lower the number of "
+                "concurrent requests that use them, or the memory given to the KV cache",
+            ) from error
+        self._planes[slot] = planes
+        row = self._host_table[slot]
+        row.copy_(torch.from_numpy(_table_row(state, planes)))
+        flags = int(row[gpu_table.FLAGS])
+        self._stages[slot] = Stages(
+            edits=bool(flags & gpu_table.EDITS),
+            truncates=bool(flags & gpu_table.TRUNCATES),
+            num_best=int(row[gpu_table.NUM_BEST]),
+        )
+        self._table_is_stale = True
+
+    def release(self, slot: int) -> None:
+        """Forget a request and free what it used."""
+        self._planes.pop(slot, None)
+        self._stages.pop(slot, None)
+
+    def prepare(self, slots: Sequence[int]) -> Stages:
+        """Say which slot each row of the next step belongs to (-1: none); the stages which that step needs."""
+        if self._table_is_stale:
+            self._table.copy_(self._pinned(self._host_table), non_blocking=True)
+            self._table_is_stale = False
+        if list(slots) != self._host_row_slots:
+            self._host_row_slots = list(slots)
+            row_slots = torch.tensor(self._host_row_slots, dtype=torch.int32)
+            self._row_slots[: len(slots)].copy_(self._pinned(row_slots), non_blocking=True)
+        used = [self._stages[slot] for slot in slots if slot >= 0]
+        widest = max((stages.num_best for stages in used), default=-1)
+        return Stages(
+            edits=any(stages.edits for stages in used),
+            truncates=any(stages.truncates for stages in used),
+            num_best=widest if widest < 0 else min(width for width in _WIDTHS if width >= widest),
+        )
+
+    def sample(self, logits: torch.Tensor, positions: torch.Tensor, stages: Stages) -> torch.Tensor:
+        """Sample one token per row of logits (float32 or 16 bit [R, V], not changed): int64 [R] on the device.
+
+        `positions` (int32 or int64 [R], on the device) are the indices of these tokens in their sequences. Launches
+        kernels only. The token of a row in error, or of no row, is 0.
+        """
+        return gpu.sample(logits, positions, self._row_slots[: logits.shape[0]], self._table, self._buffers, stages)
+
+    def start_copy(self, logits: torch.Tensor, stages: Stages, states: Sequence[SamplingState | None]) -> PendingSample:
+        """Begin to copy the results of the last `sample(logits, …)`; `states` [R], None for a row not wanted."""
+        buffers = self._buffers
+        rows = buffers.max_rows if stages.num_best > 0 else len(states)
+        size = buffers.report.numel() if stages.num_best > 0 else rows * HEAD
+        report = self._to_host(buffers.report[:size])
+        wide = [row for row, state in enumerate(states) if state is not None and _is_wide(state, self._vocab_size)]
+        wide_logits = None
+        if wide:
+            wide_logits = self._to_host(torch.stack([logits[row] for row in wide]).float())
+        event = None
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
+            event.record()
+        return PendingSample(list(states), report, wide, wide_logits, event)
+
+    def collect(self, pending: PendingSample) -> list[RowResult]:
+        """Wait for a step's results: one per row, in order; an empty one where no state was given."""
+        if pending.event is not None:
+            pending.event.synchronize()
+        report: Int32 = pending.report.numpy()
+        rows, split = len(pending.states), self._buffers.max_rows * HEAD
+        head = report[: rows * HEAD].reshape(rows, HEAD)
+        best = report[split:].reshape(-1, MAX_BEST, 2)
+        no_best = np.empty((1, 0, 2), np.int32)
+        results = []
+        for row, state in enumerate(pending.states):
+            token, flags = int(head[row, 0]), int(head[row, 1])
+            if state is None:
+                results.append(RowResult(None, None, None))
+            elif flags:
+                value = np.inf if flags == BAD_LOGITS else -np.inf
+                results.append(RowResult(None, None, row_error(value).info()))
+            elif row in pending.wide_rows:
+                results.append(RowResult(token, self._wide_logprobs(pending, row, token), None))
+            elif state.params.logprobs is None:
+                results.append(RowResult(token, None, None))
+            else:
+                width = min(state.params.logprobs, self._vocab_size)
+                results.append(
+                    RowResult(
+                        token, _pack(head[row : row + 1], best[row : row + 1, :width] if width else no_best), None
+                    )
+                )
+        return results
+
+    def prompt_logprobs(self, logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> LogprobRows:
+        """Log-probabilities of token_ids[m], the prompt token after row m of logits [M, V]; num_best -1: all.
+
+        Waits for the device. At most max_num_seqs rows. Raises RowError when a row has no distribution.
+        """
+        rows = logits.shape[0]
+        if num_best < 0 or num_best > MAX_BEST:
+            targets = np.asarray(token_ids, np.int64)
+            logprobs = cpu.logprobs(logits.float().cpu(), np.arange(rows, dtype=np.int64), targets, num_best)
+            _check_valid(logprobs.valid)
+            return pack_logprobs(logprobs, slice(None))
+        table = gpu.empty_table(1, torch.device("cpu"))
+        table[0, gpu_table.NUM_BEST] = num_best
+        slots = torch.zeros(rows, dtype=torch.int32, device=self._device)
+        targets_on_device = torch.tensor(token_ids, dtype=torch.int64).to(self._device)
+        gpu.report_logprobs(logits, targets_on_device, slots, table.to(self._device), self._buffers, num_best)
+        head: Int32 = self._buffers.head[:rows].cpu().numpy().copy()
+        head[:, 0] = token_ids
+        _check_valid(head[:, 2] > 0)
+        return _pack(head, self._buffers.best[:rows, :num_best].cpu().numpy())
+
+    def _set_table(self, host_table: torch.Tensor) -> None:
+        self._host_table = host_table
+        self._table = host_table.to(self._device, copy=True)
+        self._table_is_stale = False
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy that may be read by the device later on, whatever happens to `tensor`."""
+        return tensor.pin_memory() if self._device.type == "cuda" else tensor.clone()
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        pinned = self._device.type == "cuda"
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor, non_blocking=pinned)
+
+    def _wide_logprobs(self, pending: PendingSample, row: int, token: int) -> LogprobRows:
+        state = pending.states[row]
+        if state is None or state.params.logprobs is None or pending.wide_logits is None:
+            raise AssertionError(f"row {row} reports no log-probabilities")
+        index = pending.wide_rows.index(row)
+        target = np.asarray([token], np.int64)
+        logprobs = cpu.logprobs(pending.wide_logits, np.asarray([index], np.int64), target, state.params.logprobs)
+        return pack_logprobs(logprobs, slice(None))
+
+
+def _is_wide(state: SamplingState, vocab_size: int) -> bool:
+    number = state.params.logprobs
+    return number is not None and (number < 0 or min(number, vocab_size) > MAX_BEST)
+
+
+def _table_row(state: SamplingState, planes: DevicePlanes) -> Int32:
+    """The request's row of the table, int32 [WORDS]."""
+    params = state.params
+    row = np.zeros(gpu_table.WORDS, np.int32)
+    floats, wide, wide_floats = row.view(np.float32), row.view(np.int64), row.view(np.float64)
+    temperature, min_p = np.float32(params.temperature), np.float32(params.min_p)
+    truncates = temperature > 0 and (params.top_k > 0 or params.top_p < 1.0 or min_p > 0)
+    row[gpu_table.FLAGS] = (gpu_table.TRUNCATES if truncates else 0) | (gpu_table.EDITS if planes.tensors else 0)
+    floats[gpu_table.TEMPERATURE] = temperature
+    row.view(np.uint32)[gpu_table.SEED_LOW] = state.seed & 0xFFFFFFFF
+    row.view(np.uint32)[gpu_table.SEED_HIGH] = state.seed >> 32
+    row[gpu_table.TOP_K] = min(params.top_k, 2**31 - 1)
+    lowest = log32(np.maximum(min_p, _SMALLEST_NORMAL, dtype=np.float32)[None])[0] if min_p > 0 else -np.inf
+    floats[gpu_table.LOWEST] = lowest
+    wide_floats[gpu_table.TOP_P] = params.top_p
+    floats[gpu_table.REPETITION] = params.repetition_penalty
+    floats[gpu_table.FREQUENCY] = params.frequency_penalty
+    floats[gpu_table.PRESENCE] = params.presence_penalty
+    row[gpu_table.MIN_POSITION] = min(state.num_prompt_tokens + params.min_tokens, 2**31 - 1)
+    row[gpu_table.NUM_PHRASES] = planes.num_phrases
+    row[gpu_table.PHRASE_WIDTH] = planes.phrase_width
+    row[gpu_table.OUTPUT_START] = state.num_prompt_tokens
+    reported = params.logprobs is not None and not 0 <= params.logprobs <= MAX_BEST
+    row[gpu_table.NUM_BEST] = -1 if params.logprobs is None or reported else params.logprobs
+    for column, tensor in planes.tensors.items():
+        wide[column] = tensor.data_ptr()
+    return row
+
+
+def _check_valid(valid: npt.NDArray[np.bool_]) -> None:
+    for row in np.flatnonzero(~valid).tolist():
+        raise RowError("prompt_logprobs", f"the logits of row {row} contain NaN or +inf, or nothing finite")
+
+
+def _pack(head: Int32, best: Int32) -> LogprobRows:
+    """The wire form of heads [M, HEAD] and best [M, k, 2]."""
+    ids = np.concatenate([head[:, :1], best[:, :, 0]], axis=1)
+    logprobs = np.concatenate([head[:, 3:], best[:, :, 1]], axis=1)
+    return LogprobRows(
+        num_rows=head.shape[0],
+        width=ids.shape[1],
+        token_ids=ids.astype("<i4").tobytes(),
+        logprobs=logprobs.astype("<i4").tobytes(),
+        ranks=head[:, 2].astype("<i4").tobytes(),
+    )
