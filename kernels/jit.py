@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,8 +21,11 @@ Kernel = Callable[..., Any]
 
 
 @cache
-def cache_folder() -> Path:
-    """`<user cache>/sempre/kernels/<digest>`, created; a private temporary folder where that cannot be written."""
+def cache_folder() -> Path | None:
+    """`<user cache>/sempre/kernels/<digest>`, created; None where it cannot be written.
+
+    A read-only home is no reason to fail: the kernels are then compiled anew in each process.
+    """
     digest = hashlib.sha256(f"{numba.__version__}".encode())
     root = Path(__file__).parent
     for source in sorted(path for path in root.rglob("*.py") if not path.name.startswith("gpu")):
@@ -34,22 +36,21 @@ def cache_folder() -> Path:
     folder = Path(base) / "kernels" / digest.hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
     except OSError:
-        pass  # a read-only home is no reason to fail: the kernels are compiled anew in each process
-    return Path(tempfile.mkdtemp(prefix="sempre-kernels-"))
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def compiled(*, parallel: bool = False) -> Callable[[Kernel], Kernel]:
     """Decorator: numba without fast-math, GIL released, NumPy's error model (no exceptions), cached on disk."""
 
     def decorate(function: Kernel) -> Kernel:
+        folder = cache_folder()
         previous = config.CACHE_DIR
-        config.CACHE_DIR = str(cache_folder())
+        config.CACHE_DIR = str(folder or "")
         try:
             kernel: Kernel = numba.njit(
-                function, cache=True, nogil=True, parallel=parallel, fastmath=False, error_model="numpy"
+                function, cache=folder is not None, nogil=True, parallel=parallel, fastmath=False, error_model="numpy"
             )
             return kernel
         finally:

@@ -35,6 +35,14 @@ def available_blocks(config: WorkerConfig, bytes_per_block: int, max_model_len: 
     per_sequence = -(-max_model_len // config.block_size)
     if config.kv_cache_memory_bytes is not None:
         memory_bytes, origin = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+        free_bytes = available_memory_bytes()
+        if memory_bytes > free_bytes:
+            raise ConfigError(
+                f"kv_cache_memory_bytes: expected at most the {free_bytes} bytes of free memory, found {memory_bytes}."
+                " Lower it, or leave it out to have it sized.",
+                parameter="kv_cache_memory_bytes",
+                value=memory_bytes,
+            )
         num_blocks = memory_bytes // bytes_per_block
     else:
         memory_bytes = int(MEMORY_SHARE * available_memory_bytes()) // config.world_size

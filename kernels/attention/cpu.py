@@ -105,6 +105,19 @@ def _weighted_values(p: int, rows: int, dim: int, v0: int, v1: int, v2: int, v3:
 
 
 @compiled()
+def _widen_blocks(
+    b0: int, b1: int, b2: int, b3: int, target: int, count: int, storage: int
+) -> tuple[int, int, int, int]:
+    """Widen four blocks of `count` elements into scratch memory; their addresses there."""
+    step = count * 4
+    widen(b0, target, count, storage)
+    widen(b1, target + step, count, storage)
+    widen(b2, target + 2 * step, count, storage)
+    widen(b3, target + 3 * step, count, storage)
+    return target, target + step, target + 2 * step, target + 3 * step
+
+
+@compiled()
 def _unit(
     q: int,
     q_row_bytes: int,
@@ -154,18 +167,9 @@ def _unit(
         k0, k1, k2, k3 = keys + b0, keys + b1, keys + b2, keys + b3
         v0, v1, v2, v3 = values + b0, values + b1, values + b2, values + b3
         if storage != 0:
-            count, step = BLOCK * dim, BLOCK * dim * 4
-            base = wide_at
-            widen(k0, base, count, storage)
-            widen(k1, base + step, count, storage)
-            widen(k2, base + 2 * step, count, storage)
-            widen(k3, base + 3 * step, count, storage)
-            widen(v0, base + 4 * step, count, storage)
-            widen(v1, base + 5 * step, count, storage)
-            widen(v2, base + 6 * step, count, storage)
-            widen(v3, base + 7 * step, count, storage)
-            k0, k1, k2, k3 = base, base + step, base + 2 * step, base + 3 * step
-            v0, v1, v2, v3 = base + 4 * step, base + 5 * step, base + 6 * step, base + 7 * step
+            half = BLOCKS_PER_TILE * BLOCK * dim * 4
+            k0, k1, k2, k3 = _widen_blocks(k0, k1, k2, k3, wide_at, BLOCK * dim, storage)
+            v0, v1, v2, v3 = _widen_blocks(v0, v1, v2, v3, wide_at + half, BLOCK * dim, storage)
         _scores(queries_at, rows, dim, k0, k1, k2, k3, scores_at)
         for i in range(rows):
             position = first_position + i // group

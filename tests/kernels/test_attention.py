@@ -116,7 +116,6 @@ def test_accuracy_against_float64(heads: tuple[int, int, int], window: int | Non
         assert error < 1e-6
 
 
-@pytest.mark.skipif("__import__('os').cpu_count() < 2")
 def test_result_does_not_depend_on_threads() -> None:
     sequences = Sequences(9, 3, 64, torch.float32)
     before = get_num_threads()

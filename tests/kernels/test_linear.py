@@ -58,7 +58,6 @@ def test_sixteen_bit_storage_gives_the_bits_of_its_widened_copy(dtype: torch.dty
         assert torch.equal(_product(x[:rows], narrow), _product(x[:rows], wide))
 
 
-@pytest.mark.skipif("__import__('os').cpu_count() < 2")
 def test_result_does_not_depend_on_threads() -> None:
     x, weight, bias = _case(576, 960, torch.float32)
     packed = pack_linear(weight, bias)

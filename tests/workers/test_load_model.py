@@ -120,6 +120,7 @@ def test_public_methods_answer_in_msgpack_values(checkpoints: Any, serve: Any) -
         ({"load_format": "pickle"}, "load_format"),
         ({"numerics": "fast"}, "numerics"),
         ({"kv_cache_memory_bytes": 15 * 12288}, "kv_cache_memory_bytes"),
+        ({"kv_cache_memory_bytes": 10**15}, "kv_cache_memory_bytes"),
     ],
 )
 def test_settings_that_cannot_be_honoured_are_refused(
