@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import signal
 
+import torch
 from hypothesis import settings
+
+# read when Triton is imported, which any test module may do first
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # two threads also on a machine of one core, where comparing one thread with itself would show nothing
 os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, os.cpu_count() or 1)))

@@ -1,17 +1,13 @@
 """The GPU kernels in Triton's interpreter, where there is no GPU (with one, tests/gpu runs them compiled).
 
-The interpreter is chosen when Triton is imported; it rounds bfloat16 otherwise than a GPU, so float16 stands for it.
+The interpreter is chosen when Triton is imported, so tests/conftest.py does it. It rounds bfloat16 otherwise than a
+GPU, so float16 stands for it.
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
