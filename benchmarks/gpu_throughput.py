@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sempre.engine.arguments import engine_config
-from sempre.engine.client import EngineClient, launch
+from sempre.engine.client.interface import EngineClient, launch
 from sempre.engine.harness import make_request
 from sempre.engine.version import __version__
 from sempre.ipc.messages import AddRequests, OutputsReady, RequestSpec

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from sempre.engine.arguments import engine_config
     from sempre.engine.async_llm import AsyncLLM
     from sempre.engine.config import EngineConfig
+    from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
     from sempre.engine.llm import LLM
     from sempre.engine.metrics import Counter, Gauge, Metric
     from sempre.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ScoringOutput
-    from sempre.engine.prompts import PromptType, TextPrompt, TokensPrompt
     from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
     from sempre.ipc.errors import (
         ConfigError,
@@ -75,7 +75,7 @@ _NAMES_BY_MODULE = {
     "sempre.engine.llm": ("LLM",),
     "sempre.engine.metrics": ("Counter", "Gauge", "Metric"),
     "sempre.engine.outputs": ("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "ScoringOutput"),
-    "sempre.engine.prompts": ("PromptType", "TextPrompt", "TokensPrompt"),
+    "sempre.engine.frontend.prompts": ("PromptType", "TextPrompt", "TokensPrompt"),
     "sempre.engine.sampling_params": ("RequestOutputKind", "SamplingParams"),
     "sempre.ipc.errors": (
         "ConfigError",

@@ -11,17 +11,17 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
-from sempre.engine.client import AsyncEngineClient, launch_async
-from sempre.engine.frontend import Frontend, call_results, log_progress, raise_failure, worker_call
+from sempre.engine.client.interface import AsyncEngineClient, launch_async
+from sempre.engine.frontend.frontend import Frontend, call_results, log_progress, raise_failure, worker_call
+from sempre.engine.frontend.output_processor import RequestState
+from sempre.engine.frontend.prompts import PromptType
+from sempre.engine.frontend.request_builder import PreparedRequest
+from sempre.engine.frontend.session import check_refused, frames_of
+from sempre.engine.frontend.startup_notice import StartupNotice
 from sempre.engine.metrics import Metric, read_metrics
-from sempre.engine.output_processor import RequestState
 from sempre.engine.outputs import RequestOutput
-from sempre.engine.prompts import PromptType
-from sempre.engine.request_builder import PreparedRequest
 from sempre.engine.sampling_params import SamplingParams
-from sempre.engine.session import check_refused, frames_of
-from sempre.engine.startup_notice import StartupNotice
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import EngineDeadError, ProtocolError
 from sempre.ipc.messages import (
     AbortRequests,

@@ -9,17 +9,17 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
-from sempre.engine.client import launch
-from sempre.engine.frontend import Frontend, call_results, log_progress, raise_failure, worker_call
+from sempre.engine.client.interface import launch
+from sempre.engine.frontend.frontend import Frontend, call_results, log_progress, raise_failure, worker_call
+from sempre.engine.frontend.progress import GenerationProgress, UseTqdm
+from sempre.engine.frontend.prompts import PromptType, TokensPrompt
+from sempre.engine.frontend.request_builder import PreparedRequest
+from sempre.engine.frontend.session import Session
+from sempre.engine.frontend.startup_notice import StartupNotice
 from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.outputs import RequestOutput, ScoringOutput
-from sempre.engine.progress import GenerationProgress, UseTqdm
-from sempre.engine.prompts import PromptType, TokensPrompt
-from sempre.engine.request_builder import PreparedRequest
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
-from sempre.engine.session import Session
-from sempre.engine.startup_notice import StartupNotice
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import EngineDeadError, RequestError
 from sempre.ipc.messages import (
     CallWorkersReply,

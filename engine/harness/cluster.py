@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from sempre.engine.arguments import engine_config
-from sempre.engine.client_process import ProcessClient
+from sempre.engine.client.engine_process import ProcessOptions
+from sempre.engine.client.process import ProcessClient
 from sempre.engine.config import EngineConfig
-from sempre.engine.engine_process import ProcessOptions
 from sempre.engine.harness.faults import Fault, FaultProxy
 from sempre.engine.harness.generation import Generation, generate
 from sempre.ipc.endpoint import PrivateDirectory

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sempre.engine.client_inproc import InprocClient
+from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness.cluster import Cluster, cluster_config
 from sempre.engine.harness.generation import Generation, PositionLogprobs, generate
 from sempre.ipc.messages import RequestSpec

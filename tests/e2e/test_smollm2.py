@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from transformers import LlamaForCausalLM
 
-from sempre.engine.chat_template import load_chat_template, render_chat
-from sempre.engine.detokenizer import IncrementalDetokenizer
 from sempre.engine.models import resolve_model
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.chat_template import load_chat_template, render_chat
+from sempre.engine.text.detokenizer import IncrementalDetokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 
 PARAGRAPH = (
     "The sun rises in the east and sets in the west. In the morning, people wake up, eat breakfast and go to work "

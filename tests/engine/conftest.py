@@ -7,7 +7,7 @@ from hypothesis import settings
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 
 # The same examples in every run, and no deadline: a busy machine is no failure.
 settings.register_profile("reproducible", deadline=None, derandomize=True)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from sempre.engine.chat_template import load_chat_template, render_chat
+from sempre.engine.text.chat_template import load_chat_template, render_chat
 from sempre.ipc.errors import ConfigError, ModelError, RequestError
 
 CHATML = (

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sempre.engine.detokenizer import IncrementalDetokenizer, TextUpdate
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.detokenizer import IncrementalDetokenizer, TextUpdate
+from sempre.engine.text.tokenizer import Tokenizer
 
 
 def feed(detokenizer: IncrementalDetokenizer, groups: Sequence[Sequence[int]]) -> tuple[str, int, str | None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from sempre.engine.coordinator.metrics_report import metrics_report
 from sempre.engine.metrics import Counter, Gauge, read_metrics
-from sempre.engine.metrics_report import metrics_report
 from sempre.engine.scheduling import SchedulerStats
 
 

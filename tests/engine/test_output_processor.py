@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from sempre.engine.output_processor import OutputProcessor, Processed, RequestState
+from sempre.engine.frontend.output_processor import OutputProcessor, Processed, RequestState
+from sempre.engine.frontend.request_builder import RequestBuilder, RequestLimits
 from sempre.engine.outputs import Logprob, RequestOutput
-from sempre.engine.request_builder import RequestBuilder, RequestLimits
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import MessageMalformed, RequestError
 from sempre.ipc.messages import ErrorInfo, LogprobRows, RequestOutputDelta
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sempre.engine.prompts import ParsedPrompt, list_prompts, parse_prompt
+from sempre.engine.frontend.prompts import ParsedPrompt, list_prompts, parse_prompt
 from sempre.ipc.errors import RequestError
 
 

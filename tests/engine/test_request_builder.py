@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sempre.engine.request_builder import RequestBuilder, RequestLimits
+from sempre.engine.frontend.request_builder import RequestBuilder, RequestLimits
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.seeding import derive_request_seed
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
 
 LIMITS = RequestLimits(

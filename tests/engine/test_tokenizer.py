@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ModelError
 
 
@@ -145,7 +145,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 
 def test_importing_it_brings_in_no_heavy_library() -> None:
     code = (
-        f"import sys; sys.path[:] = {sys.path!r}; import sempre.engine.tokenizer, sempre.engine.detokenizer; "
+        f"import sys; sys.path[:] = {sys.path!r}; import sempre.engine.text.tokenizer, sempre.engine.text.detokenizer; "
         "print([name for name in ('torch', 'transformers', 'numpy', 'jinja2') if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sempre.engine.client_inproc import InprocClient
+from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness import Generation, generate, make_request
 from sempre.engine.harness.cluster import cluster_config
 from sempre.ipc.messages import RequestSpec

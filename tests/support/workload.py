@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from sempre.engine.client_inproc import InprocClient
+from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness import Generation, generate, make_request
 from sempre.engine.harness.cluster import cluster_config
 from sempre.ipc.messages import RequestSpec

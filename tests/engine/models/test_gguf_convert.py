@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from sempre.engine.models import convert_gguf
 from sempre.engine.models.safetensors_writer import bfloat16_bits, write_bfloat16
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ModelError, TensorMismatch
 
 IDS = torch.tensor([[1, 40, 77, 5, 130, 200, 9, 9, 31, 2]])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sempre.engine.client_inproc import InprocClient
+from sempre.engine.client.inproc import InprocClient
 from sempre.engine.config import EngineConfig
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import Cluster

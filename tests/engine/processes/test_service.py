@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sempre.engine.client_async import AsyncInprocClient, AsyncProcessClient
-from sempre.engine.client_inproc import InprocClient
+from sempre.engine.client.asynchronous import AsyncInprocClient, AsyncProcessClient
+from sempre.engine.client.engine_process import ProcessOptions
+from sempre.engine.client.inproc import InprocClient
 from sempre.engine.config import EngineConfig
-from sempre.engine.engine_process import ProcessOptions
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import Cluster, generate, make_request
 from sempre.engine.harness.cluster import MODELLESS_WORKERS

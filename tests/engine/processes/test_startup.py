@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from sempre.engine.client_process import ProcessClient
+from sempre.engine.client.engine_process import ProcessOptions
+from sempre.engine.client.process import ProcessClient
 from sempre.engine.config import EngineConfig
 from sempre.engine.config_json import encode_json
-from sempre.engine.coordinator import CoordinatorArguments
-from sempre.engine.engine_process import ProcessOptions
+from sempre.engine.coordinator.process import CoordinatorArguments
 from sempre.engine.harness import Cluster
 from sempre.engine.harness.cluster import MODELLESS_WORKERS
 from sempre.ipc.errors import SeedMismatch, StartupError, TensorMismatch
@@ -136,7 +136,7 @@ def test_a_coordinator_whose_client_is_gone_does_not_start(tmp_path: Path) -> No
 
 def test_the_coordinator_imports_no_torch_and_no_numpy() -> None:
     program = (
-        "import sys, sempre.engine.coordinator, sempre.engine.core, sempre.engine.client_process\n"
+        "import sys, sempre.engine.coordinator.process, sempre.engine.coordinator.core, sempre.engine.client.process\n"
         "print(sorted({'torch', 'numpy', 'numba', 'transformers', 'asyncio.runners'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sempre.engine.client_inproc import InprocClient
+from sempre.engine.client.inproc import InprocClient
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import Cluster, compare_generations, generate
 from sempre.engine.harness.cluster import cluster_config

@@ -21,7 +21,7 @@ from gpu_workload import (
     run_inproc,
 )
 
-from sempre.engine.client_inproc import InprocClient
+from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness import Cluster, Generation, compare_generations, generate, make_request
 from sempre.ipc.messages import GetMetrics, MetricsReply, RequestSpec
 

@@ -9,7 +9,7 @@ import torch
 from gpu_workload import KV_BLOCK_BYTES, SETTINGS, launch_inproc, make_requests, model_folder, prompt
 
 from sempre.engine import LLM, SamplingParams
-from sempre.engine.client_inproc import InprocClient
+from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness import generate, make_request
 from sempre.engine.harness.cluster import cluster_config
 from sempre.ipc.errors import ConfigError

@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from sempre.engine.detokenizer import IncrementalDetokenizer
-from sempre.engine.logprobs import unpack_logprobs
+from sempre.engine.frontend.logprobs import unpack_logprobs
+from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from sempre.engine.request_builder import PreparedRequest
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.detokenizer import IncrementalDetokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
 from sempre.ipc.messages import ErrorInfo, RequestOutputDelta
 

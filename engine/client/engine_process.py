@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sempre.engine.child_process import ChildProcess, child_environment
 from sempre.engine.config import EngineConfig
 from sempre.engine.config_json import encode_json
-from sempre.engine.coordinator import CoordinatorArguments
+from sempre.engine.coordinator.process import CoordinatorArguments
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import CoordinatorDied, EngineDeadError, ProtocolError, SempreError

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from itertools import count
 from typing import TypeVar
 
-from sempre.engine.client import EngineClient
-from sempre.engine.deadline import Deadline
-from sempre.engine.output_processor import OutputProcessor, RequestState
-from sempre.engine.request_builder import PreparedRequest
+from sempre.engine.client.interface import EngineClient
+from sempre.engine.frontend.deadline import Deadline
+from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
+from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import EngineDeadError, ProtocolError
 from sempre.ipc.messages import (

@@ -7,12 +7,12 @@ Commands and events go in, client events come out; nothing here waits.
 from __future__ import annotations
 
 from sempre.engine.config import EngineConfig
+from sempre.engine.coordinator.metrics_report import metrics_report
+from sempre.engine.coordinator.replica import Replica
+from sempre.engine.coordinator.startup import StartUp
+from sempre.engine.coordinator.worker_calls import WorkerCalls
 from sempre.engine.executor.base import Executor
-from sempre.engine.metrics_report import metrics_report
-from sempre.engine.replica import Replica
 from sempre.engine.scheduling import Scheduler
-from sempre.engine.startup import StartUp
-from sempre.engine.worker_calls import WorkerCalls
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, ProtocolError, RequestError
 from sempre.ipc.messages import (

@@ -10,10 +10,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from sempre.engine.prompts import list_prompts, parse_prompt
+from sempre.engine.frontend.prompts import list_prompts, parse_prompt
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.seeding import child_seed, derive_request_seed
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
 from sempre.ipc.messages import RequestSpec, SamplingSpec
 

@@ -10,10 +10,10 @@ from typing import Generic, Self, TypeVar
 
 import zmq
 
-from sempre.engine.client import ProgressCallback
+from sempre.engine.client.engine_process import EngineProcess, ProcessOptions, client_event, ended_by
+from sempre.engine.client.interface import ProgressCallback
+from sempre.engine.client.vigil import Vigil
 from sempre.engine.config import EngineConfig
-from sempre.engine.engine_process import EngineProcess, ProcessOptions, client_event, ended_by
-from sempre.engine.vigil import Vigil
 from sempre.ipc.channel import PeerBase, PeerChannel
 from sempre.ipc.errors import EngineDeadError, ProtocolError, SempreError, StartupError
 from sempre.ipc.messages import (

@@ -12,11 +12,11 @@ import msgspec
 
 from sempre.engine.arguments import Arguments
 from sempre.engine.fingerprint import fingerprint_digest, fingerprint_parts
-from sempre.engine.output_processor import OutputProcessor, RequestState
-from sempre.engine.prompts import TokensPrompt
-from sempre.engine.request_builder import RequestBuilder, RequestLimits
+from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
+from sempre.engine.frontend.prompts import TokensPrompt
+from sempre.engine.frontend.request_builder import RequestBuilder, RequestLimits
 from sempre.engine.sampling_params import SamplingParams
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, ModelError, RequestError, SempreError
 from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, StartupProgress
@@ -84,7 +84,7 @@ class Frontend:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> TokensPrompt:
         """Return the conversation as a prompt. Raises ConfigError without a template, RequestError for bad messages."""
-        from sempre.engine.chat_template import load_chat_template, render_chat
+        from sempre.engine.text.chat_template import load_chat_template, render_chat
 
         template = self._chat_template if chat_template is None else _template_text(chat_template)
         if template is None:

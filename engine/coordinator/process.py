@@ -63,7 +63,7 @@ class Coordinator:
         self, config: EngineConfig, executor: LocalExecutor, hub: HubChannel[ClientCommand], client_pid: int
     ) -> None:
         # imported here: the workers are on their way while the scheduler is loaded
-        from sempre.engine.core import EngineCore
+        from sempre.engine.coordinator.core import EngineCore
 
         self._executor = executor
         self._hub = hub
@@ -201,7 +201,3 @@ def _serve(config: EngineConfig, executor: LocalExecutor, hub: HubChannel[Client
     finally:
         executor.shutdown()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,7 @@ from array import array
 from typing import TypeVar
 
 from sempre.engine.outputs import Logprob
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import LogprobRows
 

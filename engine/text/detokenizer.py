@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sempre.engine.tokenizer import Tokenizer
+from sempre.engine.text.tokenizer import Tokenizer
 
 # A UTF-8 character has at most four bytes, so an unfinished one at most three.
 _MAX_UNFINISHED_BYTES = 3

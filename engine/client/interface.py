@@ -1,7 +1,7 @@
 """The user process's end of an engine: commands out, events in.
 
-launch        → ProcessClient (client_process.py), or InprocClient (client_inproc.py) with multiprocessing off
-launch_async  → AsyncProcessClient, or AsyncInprocClient with multiprocessing off (client_async.py)
+launch        → ProcessClient (process.py), or InprocClient (inproc.py) with multiprocessing off
+launch_async  → AsyncProcessClient, or AsyncInprocClient with multiprocessing off (asynchronous.py)
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def launch(config: EngineConfig, on_progress: ProgressCallback | None = None) ->
     Raises the error that stopped it: ModelError, ConfigError, SeedMismatch, InvarianceError, StartupError, …
     """
     if config.multiprocessing:
-        from sempre.engine.client_process import ProcessClient
+        from sempre.engine.client.process import ProcessClient
 
         return ProcessClient.launch(config, on_progress=on_progress)
-    from sempre.engine.client_inproc import InprocClient
+    from sempre.engine.client.inproc import InprocClient
 
     return InprocClient.launch(config, on_progress=on_progress)
 
 
 async def launch_async(config: EngineConfig, on_progress: ProgressCallback | None = None) -> AsyncEngineClient:
     """As `launch`, for asyncio; the event loop runs on while the engine starts."""
-    from sempre.engine.client_async import AsyncInprocClient, AsyncProcessClient
+    from sempre.engine.client.asynchronous import AsyncInprocClient, AsyncProcessClient
 
     if config.multiprocessing:
         return await AsyncProcessClient.launch(config, on_progress=on_progress)

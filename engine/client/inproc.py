@@ -5,10 +5,10 @@ from __future__ import annotations
 import weakref
 from collections import deque
 
-from sempre.engine.client import ProgressCallback
+from sempre.engine.client.engine_process import ended_by
+from sempre.engine.client.interface import ProgressCallback
 from sempre.engine.config import EngineConfig
-from sempre.engine.core import EngineCore
-from sempre.engine.engine_process import ended_by
+from sempre.engine.coordinator.core import EngineCore
 from sempre.engine.executor.base import Executor
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.ipc.errors import EngineDeadError, SempreError

@@ -6,11 +6,11 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from sempre.engine.client import ProgressCallback
-from sempre.engine.client_inproc import InprocClient
-from sempre.engine.client_process import LOOK_S, ProcessClientBase
+from sempre.engine.client.engine_process import ProcessOptions
+from sempre.engine.client.inproc import InprocClient
+from sempre.engine.client.interface import ProgressCallback
+from sempre.engine.client.process import LOOK_S, ProcessClientBase
 from sempre.engine.config import EngineConfig
-from sempre.engine.engine_process import ProcessOptions
 from sempre.engine.executor.base import Executor
 from sempre.ipc.async_channel import AsyncPeerChannel
 from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady

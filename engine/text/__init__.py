@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizer, incremental detokenizer with stop strings, chat templates."""
