@@ -229,7 +229,7 @@ class AsyncLLM:
             case OutputsReady(outputs=outputs):
                 processed = self._frontend.processor.process(outputs)
                 if processed.stopped_ids:
-                    client.send(AbortRequests(request_ids=processed.stopped_ids))
+                    client.send(AbortRequests(request_ids=processed.stopped_ids, finish_reason="stop"))
                 for state in processed.updated:
                     self._wake(state)
             case CallWorkersReply() | MetricsReply() | ResetPrefixCacheReply():

@@ -82,8 +82,8 @@ class EngineCore:
         match command:
             case AddRequests(requests=requests):
                 return _outputs([self._add(spec) for spec in requests])
-            case AbortRequests(request_ids=request_ids):
-                return _outputs([self._abort(request_id) for request_id in request_ids])
+            case AbortRequests(request_ids=request_ids, finish_reason=reason):
+                return _outputs([self._abort(request_id, reason) for request_id in request_ids])
             case CallWorkers():
                 self._calls.start(command)
                 return []
@@ -146,9 +146,9 @@ class EngineCore:
                 request_id=spec.request_id,
             )
 
-    def _abort(self, request_id: str) -> RequestOutputDelta | None:
+    def _abort(self, request_id: str, finish_reason: str) -> RequestOutputDelta | None:
         replica = self._owners.pop(request_id, None)
-        return None if replica is None else replica.abort(request_id)
+        return None if replica is None else replica.abort(request_id, finish_reason)
 
     def _reset_prefix_cache(self) -> bool:
         """All replicas or none."""

@@ -33,8 +33,8 @@ class Replica:
         self._tokens[spec.request_id] = tokens
         self.load += tokens
 
-    def abort(self, request_id: str) -> RequestOutputDelta | None:
-        delta = self._scheduler.abort(request_id)
+    def abort(self, request_id: str, finish_reason: str) -> RequestOutputDelta | None:
+        delta = self._scheduler.abort(request_id, finish_reason)
         if delta is not None:
             self._forget(request_id)
         return delta

@@ -106,7 +106,7 @@ class Session:
         if isinstance(event, OutputsReady):
             processed = self._processor.process(event.outputs)
             if processed.stopped_ids:
-                self._client.send(AbortRequests(request_ids=processed.stopped_ids))
+                self._client.send(AbortRequests(request_ids=processed.stopped_ids, finish_reason="stop"))
             return processed.updated
         check_refused(event)
         return []

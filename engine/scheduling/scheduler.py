@@ -97,15 +97,15 @@ class Scheduler:
         self._requests[spec.request_id] = request
         insort(self._waiting, request, key=ORDER_KEY)
 
-    def abort(self, request_id: str) -> RequestOutputDelta | None:
+    def abort(self, request_id: str, finish_reason: str = "abort") -> RequestOutputDelta | None:
         """End a request now; what is in flight for it is dropped. None if the id is unknown."""
         request = self._requests.get(request_id)
         if request is None:
             return None
-        request.finish_reason = "abort"
+        request.finish_reason = finish_reason
         self._retire(request)
         return RequestOutputDelta(
-            request_id=request_id, finish_reason="abort", num_cached_tokens=request.cached_tokens_to_report
+            request_id=request_id, finish_reason=finish_reason, num_cached_tokens=request.cached_tokens_to_report
         )
 
     def has_unfinished(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sempre.ipc.messages.common import (
     Data,
     ErrorInfo,
@@ -41,9 +43,13 @@ class AddRequests(Message, frozen=True, kw_only=True):
 
 
 class AbortRequests(Message, frozen=True, kw_only=True):
-    """Unknown ids are ignored: the request may have finished meanwhile."""
+    """Unknown ids are ignored: the request may have finished meanwhile.
+
+    `finish_reason` is what the requests count as: "stop" when the client has found a stop string.
+    """
 
     request_ids: list[str]
+    finish_reason: Literal["abort", "stop"] = "abort"
 
 
 class CallWorkers(Message, frozen=True, kw_only=True):

@@ -55,11 +55,15 @@ async def collect(stream: AsyncGenerator[RequestOutput, None]) -> list[RequestOu
     return [output async for output in stream]
 
 
+async def num_ended(engine: AsyncLLM, reason: str) -> int:
+    metrics = await engine.get_metrics()
+    (count,) = (metric.value for metric in metrics if metric.labels.get("finished_reason") == reason)  # type: ignore[attr-defined]
+    return int(count)
+
+
 async def num_aborted(engine: AsyncLLM) -> int:
     """Requests that the coordinator was told to end; one that was forgotten here only would run to its length."""
-    metrics = await engine.get_metrics()
-    (count,) = (metric.value for metric in metrics if metric.labels.get("finished_reason") == "abort")  # type: ignore[attr-defined]
-    return int(count)
+    return await num_ended(engine, "abort")
 
 
 async def wait_for_idle(engine: AsyncLLM) -> bool:
@@ -99,11 +103,11 @@ def test_delta_outputs_join_to_the_cumulative_one(engine: AsyncLLM, run: Run) ->
 def test_stop_string(engine: AsyncLLM, run: Run) -> None:
     text = run(collect(engine.generate(PROMPT, short())))[-1].outputs[0].text
     stop = text[len(text) // 2 :][:4]
-    before = run(num_aborted(engine))
+    before = run(num_ended(engine, "stop"))
     completion = run(collect(engine.generate(PROMPT, short(max_tokens=None, stop=stop))))[-1].outputs[0]
     assert (completion.text, completion.stop_reason) == (text[: text.index(stop)], stop)
     assert run(wait_for_idle(engine))
-    assert run(num_aborted(engine)) == before + 1
+    assert run(num_ended(engine, "stop")) == before + 1
 
 
 def test_abort(engine: AsyncLLM, run: Run) -> None:

@@ -157,18 +157,22 @@ def test_prompt_log_probabilities(llm: LLM) -> None:
 def test_stop_string(llm: LLM) -> None:
     text = only(llm.generate(PROMPTS[0], short(max_tokens=30), use_tqdm=False)).outputs[0].text
     stop = text[len(text) // 2 :][:4]
-    before = num_aborted(llm)
+    stopped, aborted = num_ended(llm, "stop"), num_aborted(llm)
     completion = only(llm.generate(PROMPTS[0], short(max_tokens=None, stop=stop), use_tqdm=False)).outputs[0]
     assert completion.text == text[: text.index(stop)]
     assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
     # The coordinator was told: nothing runs on until it ends by itself.
     assert wait_for_idle(llm)
-    assert num_aborted(llm) == before + 1
+    assert (num_ended(llm, "stop"), num_aborted(llm)) == (stopped + 1, aborted)
+
+
+def num_ended(llm: LLM, reason: str) -> int:
+    (count,) = (metric.value for metric in llm.get_metrics() if metric.labels.get("finished_reason") == reason)  # type: ignore[attr-defined]
+    return int(count)
 
 
 def num_aborted(llm: LLM) -> int:
-    (count,) = (metric.value for metric in llm.get_metrics() if metric.labels.get("finished_reason") == "abort")  # type: ignore[attr-defined]
-    return int(count)
+    return num_ended(llm, "abort")
 
 
 def wait_for_idle(llm: LLM) -> bool:
