@@ -146,6 +146,7 @@ class CpuBackend:
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_draft_tokens=config.max_draft_tokens,
             rank=config.rank,
         )
 

@@ -7,12 +7,13 @@ Commands and events go in, client events come out; nothing here waits.
 from __future__ import annotations
 
 from sempre.engine.config import EngineConfig
-from sempre.engine.coordinator.metrics_report import metrics_report
+from sempre.engine.coordinator.metrics_report import Report, metrics_report
 from sempre.engine.coordinator.replica import Replica
 from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.coordinator.worker_calls import WorkerCalls
 from sempre.engine.executor.base import Executor
 from sempre.engine.scheduling import Scheduler
+from sempre.engine.speculation import SpeculationPlan, max_draft_tokens
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, ProtocolError, RequestError
 from sempre.ipc.messages import (
@@ -90,11 +91,16 @@ class EngineCore:
             case ResetPrefixCache(call_id=call_id):
                 return [ResetPrefixCacheReply(call_id=call_id, done=self._reset_prefix_cache())]
             case GetMetrics(call_id=call_id):
-                values = metrics_report([replica.stats() for replica in self._replicas])
+                values = self._metrics()
                 return [MetricsReply(call_id=call_id, values=values)]
             case _:
                 name = type(command).__name__
                 raise MessageMalformed(f"{name}: expected a command of a serving engine, found {name}", field="tag")
+
+    def _metrics(self) -> Report:
+        speculative = self._config.speculative_config
+        longest = 0 if speculative is None else speculative.num_speculative_tokens
+        return metrics_report([replica.stats() for replica in self._replicas], speculation=longest)
 
     def _take(self, rank: int, result: StepResult) -> list[RequestOutputDelta]:
         try:
@@ -116,6 +122,10 @@ class EngineCore:
 
     def _scheduler(self, ready: EngineReady) -> Scheduler:
         config = self._config
+        speculation = None
+        if config.speculative_config is not None:
+            steps_ahead = self._startup.max_steps_in_flight > 1
+            speculation = SpeculationPlan(config.speculative_config, steps_ahead=steps_ahead)
         return Scheduler(
             num_blocks=ready.num_blocks,
             block_size=ready.block_size,
@@ -124,6 +134,8 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             policy=config.scheduling_policy,
             enable_prefix_caching=config.enable_prefix_caching,
+            speculation=speculation,
+            max_draft_tokens=max_draft_tokens(config),
         )
 
     def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from sempre.engine.config import EngineConfig
+from sempre.engine.speculation import max_draft_tokens
 from sempre.ipc.errors import ProtocolError, SempreError
 from sempre.ipc.messages import WorkerCommand, WorkerConfig, WorkerEvent
 
@@ -38,6 +39,8 @@ class Executor(Protocol):
 def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerConfig:
     """The share of worker `rank`: replicas are numbered first, then the ranks within a replica."""
     tp_size = config.tensor_parallel_size
+    speculative = config.speculative_config
+    colocated = speculative is not None and speculative.placement == "colocated" and speculative.model_path is not None
     return WorkerConfig(
         rank=rank,
         world_size=config.data_parallel_size * tp_size,
@@ -59,4 +62,6 @@ def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerCo
         heartbeat_interval_s=config.heartbeat_interval_s,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager,
+        max_draft_tokens=max_draft_tokens(config),
+        draft_model_path=str(speculative.model_path) if speculative is not None and colocated else None,
     )
