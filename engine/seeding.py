@@ -46,8 +46,12 @@ def child_seed(seed: int, index: int) -> int:
     return (seed + index) % SEED_LIMIT
 
 
-def compare_digests(digests: Sequence[RngDigests], when: str) -> None:
-    """Raises SeedMismatch naming the first rank (the index) whose generators differ from those of rank 0."""
+def compare_digests(digests: Sequence[RngDigests], when: str, names: Sequence[str] | None = None) -> None:
+    """Raises SeedMismatch naming the first rank (the index) whose generators differ from those of the first.
+
+    `names` say what the ranks are called, if not `rank 0`, `rank 1`, …
+    """
+    called = names or [f"rank {rank}" for rank in range(len(digests))]
     expected = msgspec.structs.asdict(digests[0])
     for rank, candidate in enumerate(digests):
         found = msgspec.structs.asdict(candidate)
@@ -55,7 +59,7 @@ def compare_digests(digests: Sequence[RngDigests], when: str) -> None:
         if different:
             wanted, got = ({name: states[name] for name in different} for states in (expected, found))
             raise SeedMismatch(
-                f"rank {rank} is seeded differently from rank 0 {when}: {', '.join(different)}: "
+                f"{called[rank]} is seeded differently from {called[0]} {when}: {', '.join(different)}: "
                 f"expected {_text(wanted)}, found {_text(got)}; every worker must run the same library versions",
                 rank=rank,
                 expected=_text(wanted),

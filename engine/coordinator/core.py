@@ -6,7 +6,10 @@ Commands and events go in, client events come out; nothing here waits.
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from sempre.engine.config import EngineConfig
+from sempre.engine.coordinator.draft_workers import DraftHost, DraftWorkers
 from sempre.engine.coordinator.metrics_report import Report, metrics_report
 from sempre.engine.coordinator.replica import Replica
 from sempre.engine.coordinator.startup import StartUp
@@ -23,6 +26,7 @@ from sempre.ipc.messages import (
     CallWorkers,
     ClientCommand,
     ClientEvent,
+    EngineNotice,
     EngineReady,
     GetMetrics,
     MetricsReply,
@@ -39,26 +43,37 @@ from sempre.ipc.messages import (
 class EngineCore:
     """Starts the workers of `executor`, then serves requests with them."""
 
-    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+    def __init__(self, config: EngineConfig, executor: Executor, draft_host: DraftHost | None = None) -> None:
+        """`draft_host` is where draft workers are started, if the settings ask for them."""
         self._config = config
         self._executor = executor
         self._startup = StartUp(config, executor)
         self._replicas: list[Replica] = []
         self._owners: dict[str, Replica] = {}
         self._calls = WorkerCalls(executor)
-
-    @property
-    def ready(self) -> EngineReady | None:
-        return self._startup.ready
+        self._drafts: DraftWorkers | None = None
+        speculative = config.speculative_config
+        if speculative is not None and speculative.placement == "worker":
+            assert draft_host is not None
+            self._drafts = DraftWorkers(config, draft_host, self._startup)
+        self.ready: EngineReady | None = None
 
     def has_unfinished(self) -> bool:
         """Whether an output or a reply is still to come."""
         return bool(self._owners) or self._calls.pending()
 
-    def advance(self) -> None:
-        """Give every replica with room for it the next step. Raises WorkerDied."""
+    def advance(self) -> list[ClientEvent]:
+        """Give every replica with room for it the next step; what the client is to be told. Raises WorkerDied."""
+        notices = [] if self._drafts is None else self._drafts.poll()
         for replica in self._replicas:
             replica.advance()
+        events: list[ClientEvent] = [EngineNotice(message=notice) for notice in notices]
+        return events if self.ready is not None else [*events, *self._end_start_up()]
+
+    def shutdown(self) -> None:
+        """End the draft workers; the executor of the others is the caller's."""
+        if self._drafts is not None:
+            self._drafts.shutdown()
 
     def handle_event(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
         """What the client is to be told about a worker's event. Raises what ends the engine."""
@@ -110,15 +125,24 @@ class EngineCore:
 
     def _start_up(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
         progress = self._startup.handle(rank, event)
+        return [*progress, *self._end_start_up()]
+
+    def _end_start_up(self) -> list[ClientEvent]:
+        """Once all workers are ready: make the replicas, and say so."""
         ready = self._startup.ready
-        if ready is None:
-            return [*progress]
+        if ready is None or (self._drafts is not None and not self._drafts.is_serving):
+            return []
+        if self._drafts is not None:
+            ready = replace(ready, draft_worker_pids=self._drafts.serve())
         size = self._config.tensor_parallel_size
         for first in range(0, self._executor.world_size, size):
             ranks = range(first, first + size)
             depth = self._startup.max_steps_in_flight
-            self._replicas.append(Replica(ranks, self._scheduler(ready), self._executor, max_steps_in_flight=depth))
-        return [*progress, ready]
+            link = None if self._drafts is None else self._drafts.links[first // size]
+            scheduler = self._scheduler(ready)
+            self._replicas.append(Replica(ranks, scheduler, self._executor, link, max_steps_in_flight=depth))
+        self.ready = ready
+        return [ready]
 
     def _scheduler(self, ready: EngineReady) -> Scheduler:
         config = self._config

@@ -38,6 +38,7 @@ class LocalExecutor:
     """Starts its workers on construction, watches them, and ends them.
 
     `connect_address` is where workers are told to connect, for a proxy in between; the default is this hub.
+    `hub_address` and `kind` (in messages and the names of logs) set draft workers apart from the others.
     """
 
     def __init__(
@@ -47,25 +48,27 @@ class LocalExecutor:
         *,
         worker_module: str = "sempre.workers",
         connect_address: str | None = None,
+        hub_address: str | None = None,
+        kind: str = "worker",
     ) -> None:
         self.world_size = config.data_parallel_size * config.tensor_parallel_size
         self._config = config
         self._hub: HubChannel[WorkerEvent] = HubChannel(
-            directory.worker_address, receives=WorkerEvent, limit_bytes=config.max_message_bytes
+            hub_address or directory.worker_address, receives=WorkerEvent, limit_bytes=config.max_message_bytes
         )
         self._startup_deadline = time.monotonic() + config.startup_timeout_s
         threads = threads_per_worker(config.num_threads, self.world_size)
         environment = child_environment() | thread_variables(threads)
-        address = connect_address or directory.worker_address
+        address = connect_address or hub_address or directory.worker_address
         self._peers: list[WorkerPeer] = []
         for rank in range(self.world_size):
             arguments = ["--connect", address, "--rank", str(rank), "--parent-pid", str(os.getpid())]
             arguments += ["--client-pid", str(os.getppid())]
             arguments += ["--heartbeat-interval-s", repr(config.heartbeat_interval_s)]
             arguments += ["--max-message-bytes", str(config.max_message_bytes)]
-            log_path = directory.log_path(f"worker-{rank}")
+            log_path = directory.log_path(f"{kind.replace(' ', '-')}-{rank}")
             child = ChildProcess(worker_module, arguments, log_path=log_path, environment=environment)
-            self._peers.append(WorkerPeer(rank, child))
+            self._peers.append(WorkerPeer(rank, child, kind))
         self._by_identity: dict[bytes, WorkerPeer] = {}
 
     def register(self, poller: zmq.Poller) -> None:
@@ -74,6 +77,13 @@ class LocalExecutor:
         for peer in self._peers:
             if (descriptor := peer.child.fileno()) is not None:
                 poller.register(descriptor, zmq.POLLIN)
+
+    def unregister(self, poller: zmq.Poller) -> None:
+        """Undo `register`, before `shutdown` closes what was registered."""
+        poller.unregister(self._hub.socket)
+        for peer in self._peers:
+            if (descriptor := peer.child.fileno()) is not None:
+                poller.unregister(descriptor)
 
     def send(self, rank: int, command: WorkerCommand) -> None:
         peer = self._peers[rank]

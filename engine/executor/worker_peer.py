@@ -38,8 +38,9 @@ _ANSWERS: dict[type[WorkerCommand], type[WorkerEvent]] = {
 class WorkerPeer:
     """Tracks the commands that a worker has yet to answer, oldest first."""
 
-    def __init__(self, rank: int, child: ChildProcess) -> None:
+    def __init__(self, rank: int, child: ChildProcess, kind: str = "worker") -> None:
         self.rank = rank
+        self.kind = kind
         self.child = child
         self.identity: bytes | None = None
         self.serving = False
@@ -87,7 +88,7 @@ class WorkerPeer:
         if word is not None and cause is None:
             cause = f"{word.type}: {word.message}"
         ending = self.child.describe_exit()
-        text = f"worker {self.rank} (pid {self.child.pid}) died: {ending}" + (f"; {cause}" if cause else "")
+        text = f"{self.kind} {self.rank} (pid {self.child.pid}) died: {ending}" + (f"; {cause}" if cause else "")
         traceback = word.traceback if word else self.child.log_tail()
         if not self.serving:
             original = restore(word) if word else None

@@ -89,6 +89,7 @@ class Scheduler:
         self._running: list[Request] = []  # sorted by order key, as is _waiting
         self._waiting: list[Request] = []
         self._in_flight: deque[StepInFlight] = deque()
+        self._awaiting_drafts: list[Request] = []
         self._finished_ids: list[str] = []  # known to the worker, to be told with the next step
         self._next_step_id = 0
         self._counters = SchedulerStats()
@@ -230,6 +231,11 @@ class Scheduler:
                 draft.new_requests.append(_new_request(request))
             draft.plan(request, num_new, 0, request.block_ids.copy())
 
+    def take_awaiting_drafts(self) -> list[Request]:
+        """Requests that have begun to await guesses since the last call; they are not planned until they have them."""
+        awaiting, self._awaiting_drafts = self._awaiting_drafts, []
+        return awaiting
+
     def _count_admission(self, request: Request, num_cached: int) -> None:
         counters = self._counters
         if self._kv_cache.enable_prefix_caching and request.reads_prefix_cache:
@@ -306,6 +312,8 @@ class Scheduler:
             request.num_prompt_logprobs_delivered += num_rows(sampled.prompt_logprobs)
         if request.speculation is not None and token_ids and not ended:
             request.speculation.sampled(request.token_ids, drafts, len(token_ids) - 1, sampled.draft_token_ids)
+            if request.speculation.awaits_worker:
+                self._awaiting_drafts.append(request)
         num_cached_tokens = request.cached_tokens_to_report
         request.cached_tokens_to_report = 0
         error = None

@@ -23,6 +23,9 @@ _MOST_DRAFTS_PER_STEP = 256
 class Speculation(Protocol):
     """One request's guesses. `token_ids` is its sequence as far as results have come back."""
 
+    awaits_worker: bool
+    """a draft worker is to be asked for guesses"""
+
     def must_wait(self, token_ids: list[int], num_in_flight: int) -> bool:
         """Whether its next step must not be planned yet: guesses are awaited, or the result of a step decides."""
 
@@ -50,6 +53,7 @@ class LookupSpeculation:
         self._drafter = drafter
         self._length = length
         self._longest = longest
+        self.awaits_worker = False
         self._num_seen = 0
         self._guesses: list[int] = []
 

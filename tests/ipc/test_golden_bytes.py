@@ -40,6 +40,7 @@ EXAMPLES: list[m.Message] = [
         fingerprint={"a": "b"},
         worker_pids=[9],
     ),
+    m.EngineNotice(message="m"),
     m.OutputsReady(outputs=[DELTA]),
     m.CallWorkersReply(call_id=1, results=["pong"]),
     m.ResetPrefixCacheReply(call_id=1, done=True),
@@ -88,7 +89,8 @@ GOLDEN = {
     "Heartbeat": "93a94865617274626561740003",
     "Refused": "92a75265667573656495a154a16d01a082a16101a162c0",
     "StartupProgress": "93af5374617274757050726f6772657373a46c6f6164cb3fe0000000000000",
-    "EngineReady": "9aab456e67696e6552656164790a14910203100181a161a162809109",
+    "EngineReady": "9bab456e67696e6552656164790a14910203100181a161a16280910990",
+    "EngineNotice": "92ac456e67696e654e6f74696365a16d",
     "OutputsReady": """
         92ac4f75747075747352656164799198a1729105950101c40401000000c404000080bfc40401000000c0a473746f7005
         00c0
