@@ -27,7 +27,15 @@ from sempre.ipc.messages import (
     WorkerReady,
 )
 
-_ALIKE = ("vocab_size", "max_model_len", "eos_token_ids", "fingerprint", "kv_block_bytes", "max_steps_in_flight")
+_ALIKE = (
+    "vocab_size",
+    "max_model_len",
+    "eos_token_ids",
+    "fingerprint",
+    "kv_block_bytes",
+    "max_steps_in_flight",
+    "block_size",
+)
 
 
 class StartUp:
@@ -104,7 +112,7 @@ class StartUp:
             max_model_len=first.max_model_len,
             eos_token_ids=first.eos_token_ids,
             num_blocks=self._num_blocks,
-            block_size=self._config.block_size,
+            block_size=first.block_size,
             world_size=self._executor.world_size,
             fingerprint=first.fingerprint | self._warm[0].fingerprint,
             phase_seconds=self._phase_seconds,
