@@ -91,6 +91,10 @@ class AsyncInprocClient:
             raise
         return cls(client, thread)
 
+    @property
+    def outage(self) -> str | None:
+        return None
+
     def send(self, command: ClientCommand) -> None:
         self._client.send(command)
         self._sent.set()

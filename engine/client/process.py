@@ -62,6 +62,11 @@ class ProcessClientBase(Generic[Channel]):
         self._raise_if_ended()
         self._channel.send(command)
 
+    @property
+    def outage(self) -> str | None:
+        """As AsyncEngineClient."""
+        return None
+
     def close(self) -> None:
         self._finalizer()
         if self._error is None:

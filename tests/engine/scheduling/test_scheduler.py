@@ -564,7 +564,7 @@ def test_restart_sends_every_token_again_and_counts_nothing_twice() -> None:
     replica.step()
     lost = replica.schedule()
     replica.scheduler.abort("b")
-    replica.scheduler.restart()
+    replica.scheduler.restart("killed")
     replica.scheduler.check_invariants()
     with pytest.raises(ProtocolError, match="no step is in flight"):
         replica.scheduler.update(lost, replica.answer(lost))
