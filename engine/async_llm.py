@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -40,6 +41,9 @@ from sempre.ipc.messages import (
 )
 
 Reply = TypeVar("Reply", CallWorkersReply, HealthReply, MetricsReply, ResetPrefixCacheReply)
+
+
+_OUTAGE_LOOK_S = 0.05
 
 
 @dataclass(slots=True)
@@ -154,20 +158,25 @@ class AsyncLLM:
         """
         if self._failure is not None:
             return unhealthy("dead", str(self._failure))
-        if self._client is None:
+        client = self._client
+        if client is None:
             return unhealthy("starting", "the engine is not ready yet")
-        if (outage := self._client.outage) is not None:
-            return unhealthy("restarting", outage)
         call_id = next(self._call_ids)
+        asking = asyncio.create_task(self._ask(GetHealth(call_id=call_id), call_id, HealthReply))
+        deadline = time.monotonic() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                reply = await self._ask(GetHealth(call_id=call_id), call_id, HealthReply)
-        except TimeoutError:
-            outage = self._client.outage if self._client is not None else None
-            return unhealthy("restarting", outage or f"the coordinator has not answered for {timeout_s:g} s")
+            while not asking.done():
+                # nobody answers during an outage, and it may begin while the answer is awaited
+                if (outage := client.outage) is not None:
+                    return unhealthy("restarting", outage)
+                if (wait_s := deadline - time.monotonic()) <= 0:
+                    return unhealthy("ready", f"the coordinator has not answered for {timeout_s:g} s")
+                await asyncio.wait([asking], timeout=min(wait_s, _OUTAGE_LOOK_S))
+            return judge(asking.result().workers, self._frontend.config)
         except SempreError as error:
             return unhealthy("dead", str(error))
-        return judge(reply.workers, self._frontend.config)
+        finally:
+            asking.cancel()
 
     async def check_health(self, timeout_s: float = 2.0) -> None:
         """Raise EngineUnhealthy, naming the rank, unless every worker is ready, was heard lately and is not stuck."""

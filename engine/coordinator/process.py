@@ -167,12 +167,13 @@ def main() -> int:
     """Entry point. Exit code 0 after ShutdownEngine, 1 after a failure that the client was told of."""
     arguments = decode_json(sys.stdin.buffer.read(), CoordinatorArguments)
     config = arguments.config
+    directory = PrivateDirectory(Path(arguments.directory))
     if os.getppid() != arguments.client_pid:
+        directory.remove()
         return 1
     faulthandler.enable()
     leave_terminal_signals_to_parent()
     logging.basicConfig(level=logging.WARNING, format="coordinator: %(levelname)s: %(message)s")
-    directory = PrivateDirectory(Path(arguments.directory))
     hub: HubChannel[ClientCommand] = HubChannel(
         directory.client_address, receives=ClientCommand, limit_bytes=config.max_message_bytes
     )

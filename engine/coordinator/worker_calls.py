@@ -13,16 +13,18 @@ from sempre.ipc.messages import CallMethod, CallMethodReply, CallWorkers, CallWo
 class WorkerCalls:
     """A worker answers between two steps; replies are handed on in rank order when the last is there.
 
-    While a worker is being restarted, calls wait for it.
+    While a worker is being restarted, calls wait for it. One that was under way is sent again, once: all methods only
+    read.
     """
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._next_id = 0
-        self._client_ids: dict[int, int] = {}
+        self._under_way: dict[int, CallWorkers] = {}
         self._replies: dict[int, dict[int, CallMethodReply]] = {}
         self._lost_ranks: set[int] = set()
         self._waiting: list[CallWorkers] = []
+        self._repeated: list[CallWorkers] = []
 
     def pending(self) -> bool:
         return bool(self._replies or self._waiting)
@@ -33,7 +35,7 @@ class WorkerCalls:
             return
         # numbered anew, as two calls of a client may carry the same number
         call_id, self._next_id = self._next_id, self._next_id + 1
-        self._client_ids[call_id] = call.call_id
+        self._under_way[call_id] = call
         self._replies[call_id] = {}
         command = CallMethod(call_id=call_id, method=call.method, args=call.args, kwargs=call.kwargs)
         for rank in range(self._executor.world_size):
@@ -47,7 +49,9 @@ class WorkerCalls:
         if len(replies) < self._executor.world_size:
             return None
         del self._replies[reply.call_id]
-        client_id = self._client_ids.pop(reply.call_id)
+        call = self._under_way.pop(reply.call_id)
+        self._repeated = [other for other in self._repeated if other is not call]
+        client_id = call.call_id
         in_order = [replies[rank] for rank in sorted(replies)]
         for candidate in in_order:
             if candidate.error is not None:
@@ -55,16 +59,17 @@ class WorkerCalls:
         return CallWorkersReply(call_id=client_id, results=[candidate.result for candidate in in_order])
 
     def lose(self, ranks: Iterable[int], death: WorkerDied) -> list[CallWorkersReply]:
-        """A worker died: calls that were under way have an error, as nobody knows what they did."""
+        """A worker died: calls under way wait for its successor; those that do so for the second time fail."""
         self._lost_ranks.update(ranks)
-        error = RequestError(
-            f"worker {death.rank} died during the call ({death.cause}) and is being restarted; call again.",
-            parameter="method",
-        )
-        replies = [CallWorkersReply(call_id=client, error=describe(error)) for client in self._client_ids.values()]
-        self._client_ids.clear()
+        calls = [*self._under_way.values()]
+        self._under_way.clear()
         self._replies.clear()
-        return replies
+        failed = [call for call in calls if any(call is other for other in self._repeated)]
+        self._repeated = [call for call in calls if not any(call is other for other in failed)]
+        self._waiting = [*self._repeated, *self._waiting]
+        text = f"worker {death.rank} died during the call for the second time ({death.cause})."
+        error = describe(RequestError(text, parameter="method"))
+        return [CallWorkersReply(call_id=call.call_id, error=error) for call in failed]
 
     def resume(self, ranks: Iterable[int]) -> None:
         """Fresh workers are ready: what waited for them is started. Raises WorkerDied."""

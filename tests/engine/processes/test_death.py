@@ -222,3 +222,33 @@ def test_an_engine_that_is_collected_ends(start: Start, gone: Gone) -> None:
     engine = pids(cluster)
     del cluster
     assert gone(engine) == []
+
+
+def test_the_user_s_process_dies_during_a_restart(gone: Gone) -> None:
+    ending = """
+cluster.kill(1)
+cluster.kill("coordinator")
+while cluster.client.outage is None:
+    cluster.client.receive(0.01)
+while cluster.client.outage is not None and cluster.client._gone_by is not None:
+    cluster.client.receive(0.01)
+print(cluster.coordinator_pid, flush=True)
+time.sleep(60)
+"""
+    program, folder, engine = run_program(ending)
+    assert program.stdout is not None
+    successor = int(program.stdout.readline())
+    program.kill()
+    program.communicate()
+    assert successor not in engine
+    assert gone([*engine, successor]) == []
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and str(folder) in _command(pid)]
+    assert not folder.exists()
+
+
+def _command(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
