@@ -187,9 +187,10 @@ def test_the_control_shows_a_difference() -> None:
     asyncio.run(scenario())
 
 
-def worker_and_coordinator() -> tuple[psutil.Process, psutil.Process]:
-    """Of the one engine that this process has."""
-    (worker,) = [p for p in psutil.Process().children(recursive=True) if "sempre.workers" in p.cmdline()]
+def worker_and_coordinator(others: set[psutil.Process]) -> tuple[psutil.Process, psutil.Process]:
+    """Of the one engine that this process has beside `others`."""
+    new = set(psutil.Process().children(recursive=True)) - others
+    (worker,) = [process for process in new if "sempre.workers" in process.cmdline()]
     parent = worker.parent()
     assert parent is not None
     return worker, parent
@@ -198,18 +199,19 @@ def worker_and_coordinator() -> tuple[psutil.Process, psutil.Process]:
 def test_the_synchronous_interface_goes_on() -> None:
     prompts = [TEXT[:20], TEXT[:50]]
     params = SamplingParams(temperature=1.0, seed=5, max_tokens=60, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+    others = set(psutil.Process().children(recursive=True))
     with LLM("tiny", seed=3, **SETTINGS) as llm:
         expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
         stream = llm.stream(prompts[0], params)
         for _ in range(5):
             next(stream)
-        worker_and_coordinator()[1].kill()
+        worker_and_coordinator(others)[1].kill()
         *_, last = stream
         assert last.outputs == expected[0]
         # found dead by the next call
-        worker_and_coordinator()[0].kill()
+        worker_and_coordinator(others)[0].kill()
         assert [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)] == expected
-        worker_and_coordinator()[0].kill()
+        worker_and_coordinator(others)[0].kill()
         assert llm.collective_rpc("ping", timeout=60) == ["pong"]
 
 
