@@ -57,7 +57,11 @@ class EngineKeywords(TypedDict, total=False):
     max_logprobs: int
     heartbeat_interval_s: float
     heartbeat_timeout_s: float
+    step_timeout_s: float
     startup_timeout_s: float
+    max_restarts: int
+    restart_window_s: float
+    max_request_crashes: int
     max_message_bytes: int
     tokenizer: str | None
     revision: str | None
@@ -126,6 +130,8 @@ _LEAST = {
     "data_parallel_size": 1,
     "num_threads": 0,
     "max_logprobs": -1,
+    "max_restarts": 0,
+    "max_request_crashes": 1,
     "max_message_bytes": 1 << 16,
 }
 _ONLY_VALUE: dict[str, object] = {"tensor_parallel_size": 1}
