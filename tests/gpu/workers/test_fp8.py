@@ -1,4 +1,4 @@
-"""fp8 models on a GPU: axes A1, A3, A5 and A6, the fingerprint, memory, and a checkpoint in the compressed-tensors layout."""
+"""fp8 models on a GPU: axes A1, A3, A5 and A6, the fingerprint, and a checkpoint in the compressed-tensors layout."""
 
 from __future__ import annotations
 
