@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get
 import msgspec
 from msgspec import Meta, Struct
 
-from sempre.engine.config import Device, Dtype, EngineConfig, Numerics, SchedulingPolicy
+from sempre.engine.config import Device, Dtype, EngineConfig, Numerics, Quantization, SchedulingPolicy
 from sempre.ipc.errors import ConfigError
 
 MULTIPROCESSING_VARIABLE = "SEMPRE_MULTIPROCESSING"
@@ -38,6 +38,7 @@ class EngineKeywords(TypedDict, total=False):
 
     seed: int
     dtype: Dtype
+    quantization: Quantization | None
     max_model_len: int | None
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -101,7 +102,6 @@ _VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "override_generation_config": (None,),
     "pipeline_parallel_size": (1,),
     "prefix_caching_hash_algo": ("sha256",),
-    "quantization": (None,),
     "runner": ("auto", "generate"),
     "skip_tokenizer_init": (False,),
     "spec_method": (None,),
@@ -115,7 +115,6 @@ _VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "trust_remote_code": (False,),
 }
 _INSTEAD = {
-    "quantization": "The storage of weights is chosen by dtype.",
     "logits_processors": "Use logit_bias, allowed_token_ids or bad_words of SamplingParams.",
     "trust_remote_code": "Code from a checkpoint is never run.",
     "hf_token": "Set the environment variable HF_TOKEN.",

@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 Numerics = Literal["invariant", "control"]
+Quantization = Literal["fp8", "fp8_weight_only"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -24,6 +25,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     model_path: Annotated[Path, _doc("the local folder that `model` was resolved to")]
     seed: Annotated[int, _doc("seed of every worker's global generators and of requests without a seed")] = 0
     dtype: Annotated[Dtype, _doc("storage of weights and KV cache; auto is the checkpoint's")] = "auto"
+    quantization: Annotated[
+        Quantization | None,
+        _doc("fp8: matrices and their inputs; fp8_weight_only: matrices; None is the checkpoint's"),
+    ] = None
     max_model_len: Annotated[int | None, _doc("longest prompt plus output, tokens; None is the model's")] = None
     max_num_seqs: Annotated[int, _doc("most sequences in one step")] = 128
     max_num_batched_tokens: Annotated[int, _doc("most tokens in one step; longer prompts are cut")] = 2048

@@ -25,6 +25,7 @@ from sempre.ipc.messages import (
     WorkerConfig,
     WorkerReady,
 )
+from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.threads import get_num_threads
 from sempre.workers.backend import Backend, LoadedModel, PipelinedRunner, Runner, make_backend
 from sempre.workers.device import resolve_device
@@ -238,6 +239,7 @@ def _load(config: WorkerConfig, backend: Backend) -> LoadedModel:
         dtype=config.dtype,
         load_format=config.load_format,
         seed=config.seed,
+        quantization=config.quantization,
         placement=backend.placement,
     )
     block_size = config.block_size or backend.block_sizes[0]
@@ -249,6 +251,7 @@ def _check_config(config: WorkerConfig, backend: Backend) -> None:
         "role": (config.role, ("target",)),
         "tp_size": (config.tp_size, (1,)),
         "dtype": (config.dtype, ("auto", *FLOAT_DTYPES)),
+        "quantization": (config.quantization, (None, *(scheme.value for scheme in Fp8Scheme))),
         "load_format": (config.load_format, ("auto", "safetensors", "dummy")),
         "block_size": (config.block_size or backend.block_sizes[0], backend.block_sizes),
     }

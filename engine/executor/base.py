@@ -72,4 +72,5 @@ def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerCo
         heartbeat_interval_s=config.heartbeat_interval_s,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager,
+        quantization=config.quantization,
     )

@@ -42,6 +42,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     heartbeat_interval_s: float = 0.5
     gpu_memory_utilization: float = 0.92
     enforce_eager: bool = False
+    quantization: str | None = None
 
 
 class LoadModel(Message, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from sempre.kernels.activation.gpu import silu_and_mul, silu_times
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, prefetch, wait_for_previous
+from sempre.kernels.linear import gpu_fp8
 from sempre.kernels.linear.gpu_table import FLOAT32, MANY_ROWS, Choice, Library, Tile, choose, choose_fused
 from sempre.kernels.linear.weights import GpuLinear
 
@@ -194,13 +195,15 @@ def _check(operation: str, x: torch.Tensor, w: GpuLinear, out: torch.Tensor, col
             f"{operation}: x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of"
             f" {w.out_features} x {w.in_features}"
         )
-    if x.dtype != w.weight.dtype:
+    if x.dtype != w.weight.dtype and w.scheme is None:
         raise TypeError(f"{operation}: x is {x.dtype}, the weight {w.weight.dtype}; on a GPU they must be the same")
 
 
 def linear(x: torch.Tensor, w: GpuLinear, out: torch.Tensor) -> torch.Tensor:
     """x [T, K] times the weight into out [T, N], of x's dtype or float32; all contiguous. Returns `out`."""
     _check("linear", x, w, out, w.out_features)
+    if w.scheme is not None:
+        return gpu_fp8.linear(x, w, out)
     return run_choice(x, w, out, _choice(x, w)) if x.shape[0] else out
 
 
@@ -212,7 +215,7 @@ def linear_silu_and_mul(x: torch.Tensor, w: GpuLinear, gate_up: torch.Tensor, ou
     width = w.out_features // 2
     _check("linear_silu_and_mul", x, w, out, width)
     fused = choose_fused(architecture(x.device), x.shape[0], width, w.excluded)
-    if fused is None or w.bias is not None or x.dtype == torch.float32:
+    if fused is None or w.bias is not None or w.scheme is not None or x.dtype == torch.float32:
         return silu_and_mul(linear(x, w, gate_up), out)
     return run_fused_tile(x, w, out, fused) if x.shape[0] else out
 

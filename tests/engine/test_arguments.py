@@ -65,7 +65,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"quantization": "awq"},
-        "quantization='awq' is not supported by this engine. The storage of weights is chosen by dtype.",
+        "quantization must be 'fp8' or 'fp8_weight_only' or None, got 'awq'.",
     ),
     (
         {"trust_remote_code": True},

@@ -11,12 +11,13 @@ import torch
 
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
+from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import LoadedModel, Runner
 from sempre.workers.gpu.fingerprint import fingerprint_parts
 from sempre.workers.gpu.memory import MemoryPlan, cache_blocks
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
-from sempre.workers.gpu.self_test import check_attention, check_products
+from sempre.workers.gpu.self_test import check_attention, check_products, require_fp8
 from sempre.workers.gpu.upload import Uploader
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder
@@ -57,6 +58,7 @@ class GpuBackend:
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         config = model.config
+        require_fp8(model.weights, self.device)
         tested = check_products(
             model.weights, max_tokens=config.max_num_batched_tokens, max_num_seqs=config.max_num_seqs
         )
@@ -81,7 +83,7 @@ class GpuBackend:
             total=total,
             free=free,
             weights=weights,
-            activations=max(0, allocated - weights),
+            activations=max(0, allocated - weights) + quantized_rows_bytes(model),
             allocated=allocated,
             utilization=config.gpu_memory_utilization,
         )
@@ -162,3 +164,12 @@ class GpuBackend:
             torch.empty(rows, spec.hidden_size, dtype=weights.activations, device=self.device),
             torch.empty(rows, spec.vocab_size, device=self.device),
         )
+
+
+def quantized_rows_bytes(model: LoadedModel) -> int:
+    """What a step allocates for activations in fp8: the rows of the widest product's input, and their scales."""
+    if model.weights.quantization is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
+        return 0
+    spec = model.spec
+    width = max(spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim)
+    return model.config.max_num_batched_tokens * (width + 4)
