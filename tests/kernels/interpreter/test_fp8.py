@@ -39,6 +39,7 @@ def test_linear(depth: int, columns: int, scheme: Fp8Scheme) -> None:
     from sempre.kernels.fp8 import gpu as quantize_gpu
     from sempre.kernels.linear import gpu_fp8
     from sempre.kernels.linear.gpu_table import Tile
+    from sempre.kernels.linear.gpu_table_fp8 import FP8_REFERENCE
 
     x, w = _case(depth, columns, scheme, torch.float16)
     assert w.scale is not None
