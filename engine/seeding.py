@@ -52,19 +52,27 @@ def compare_digests(digests: Sequence[RngDigests], when: str, names: Sequence[st
     `names` say what the ranks are called, if not `rank 0`, `rank 1`, …
     """
     called = names or [f"rank {rank}" for rank in range(len(digests))]
-    expected = msgspec.structs.asdict(digests[0])
     for rank, candidate in enumerate(digests):
-        found = msgspec.structs.asdict(candidate)
-        different = [name for name in expected if expected[name] != found[name]]
-        if different:
-            wanted, got = ({name: states[name] for name in different} for states in (expected, found))
-            raise SeedMismatch(
-                f"{called[rank]} is seeded differently from {called[0]} {when}: {', '.join(different)}: "
-                f"expected {_text(wanted)}, found {_text(got)}; every worker must run the same library versions",
-                rank=rank,
-                expected=_text(wanted),
-                found=_text(got),
-            )
+        _compare(rank, digests[0], candidate, (called[rank], called[0]), when)
+
+
+def compare_with_former(rank: int, former: RngDigests, successor: RngDigests, when: str) -> None:
+    """Raises SeedMismatch when a restarted worker's generators differ from those of the one that it replaces."""
+    _compare(rank, former, successor, (f"rank {rank}", "the worker that it replaces"), when)
+
+
+def _compare(rank: int, one: RngDigests, other: RngDigests, names: tuple[str, str], when: str) -> None:
+    expected, found = msgspec.structs.asdict(one), msgspec.structs.asdict(other)
+    different = [name for name in expected if expected[name] != found[name]]
+    if different:
+        wanted, got = ({name: states[name] for name in different} for states in (expected, found))
+        raise SeedMismatch(
+            f"{names[0]} is seeded differently from {names[1]} {when}: {', '.join(different)}: "
+            f"expected {_text(wanted)}, found {_text(got)}; every worker must run the same library versions",
+            rank=rank,
+            expected=_text(wanted),
+            found=_text(got),
+        )
 
 
 def _text(states: dict[str, str]) -> str:

@@ -29,6 +29,7 @@ from sempre.ipc.messages import (
     WorkerConfig,
     WorkerReady,
 )
+from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.threads import get_num_threads
 from sempre.workers.backend import Backend, LoadedModel, PipelinedRunner, Runner, make_backend
 from sempre.workers.device import resolve_device
@@ -66,9 +67,9 @@ class Worker:
 
     def load_model(self, command: LoadModel) -> ModelLoaded:
         """Seed, load, pack and self-test. Raises ConfigError, ModelError or InvarianceError."""
-        config = command.config
         seconds: dict[str, float] = {}
-        backend = make_backend(resolve_device(config.device, config.rank))
+        backend = make_backend(resolve_device(command.config.device, command.config.rank))
+        config = command.config
         _check_config(config, backend)
         seed_everything(config.seed)
         digests = rng_digests()
@@ -93,6 +94,7 @@ class Worker:
             fingerprint=self._fingerprint(),
             phase_seconds=seconds,
             max_steps_in_flight=backend.max_steps_in_flight,
+            block_size=loaded.block_size,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
@@ -271,9 +273,11 @@ def _load(config: WorkerConfig, backend: Backend) -> LoadedModel:
         dtype=config.dtype,
         load_format=config.load_format,
         seed=config.seed,
+        quantization=config.quantization,
         placement=backend.placement,
     )
-    return LoadedModel(config, spec, weights, product, max_model_len)
+    block_size = config.block_size or backend.block_sizes[0]
+    return LoadedModel(config, spec, weights, product, max_model_len, block_size)
 
 
 def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | None:
@@ -299,8 +303,9 @@ def _check_config(config: WorkerConfig, backend: Backend) -> None:
         "role": (config.role, ("target", "draft")),
         "tp_size": (config.tp_size, (1,)),
         "dtype": (config.dtype, ("auto", *FLOAT_DTYPES)),
+        "quantization": (config.quantization, (None, *(scheme.value for scheme in Fp8Scheme))),
         "load_format": (config.load_format, ("auto", "safetensors", "dummy")),
-        "block_size": (config.block_size, backend.block_sizes),
+        "block_size": (config.block_size or backend.block_sizes[0], backend.block_sizes),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:

@@ -15,7 +15,7 @@ from sempre.engine.config import EngineConfig
 from sempre.engine.coordinator.draft_link import PATIENCE_S, DraftLink
 from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.executor.base import Executor
-from sempre.ipc.errors import SempreError
+from sempre.ipc.errors import SempreError, StartupError, WorkerDied
 from sempre.ipc.messages import Proposed
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,8 @@ class DraftWorkers:
                     break
         except SempreError as error:
             if not self._has_served:
+                if isinstance(error, WorkerDied):
+                    raise StartupError(str(error), rank=error.rank, cause=error.cause) from error
                 raise
             notices += self._restart(error)
         now = time.monotonic()

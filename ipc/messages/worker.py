@@ -38,7 +38,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_num_seqs: Positive = 128
     max_num_batched_tokens: Positive = 2048
-    block_size: Positive = 16
+    block_size: Positive | None = 16
     kv_cache_memory_bytes: int | None = None
     num_threads: NonNegative = 0
     numerics: str = "invariant"
@@ -46,6 +46,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     heartbeat_interval_s: float = 0.5
     gpu_memory_utilization: float = 0.92
     enforce_eager: bool = False
+    quantization: str | None = None
     max_draft_tokens: NonNegative = 0
     draft_model_path: str | None = None
 
@@ -168,6 +169,7 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     fingerprint: dict[str, str] = {}
     phase_seconds: dict[str, float] = {}
     max_steps_in_flight: Positive = 1
+    block_size: Positive = 16
 
 
 class WorkerReady(Message, frozen=True, kw_only=True):

@@ -13,15 +13,17 @@ from typing import NamedTuple
 
 import torch
 
-from sempre.ipc.errors import InvarianceError
+from sempre.ipc.errors import ConfigError, InvarianceError
 from sempre.kernels.attention import AttentionWorkspace, KvCache, allocate_kv_cache, paged_attention
-from sempre.kernels.linear.gpu_check import disagreeing
+from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.linear.gpu_check import disagreeing, disagreeing_fp8
+from sempre.kernels.linear.gpu_fp8 import FIRST_CAPABILITY
 from sempre.kernels.linear.weights import GpuLinear
 from sempre.kernels.rope import cos_sin_table, rope_and_cache_write
 from sempre.workers.models.numerics import Packed
 from sempre.workers.models.spec import ModelSpec
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
-from sempre.workers.self_test import distinct_shapes
+from sempre.workers.self_test import distinct_shapes, shape_of
 from sempre.workers.weights import DecoderWeights
 
 # beyond one split of keys, with a ragged end
@@ -30,7 +32,7 @@ ATTENTION_CUTS = (0, 1, 70, 333, 1050, ATTENTION_TOKENS)
 # rows computed as decoding requests: few enough for splits in parallel
 DECODED_ROWS = 40
 
-Shape = tuple[int, int]
+Shape = tuple[int, int, Fp8Scheme | None]
 
 
 class ProductTest(NamedTuple):
@@ -43,6 +45,19 @@ class ProductTest(NamedTuple):
     passed: int
 
 
+def require_fp8(weights: DecoderWeights, device: torch.device) -> None:
+    """Raise ConfigError where the GPU cannot compute with the fp8 matrices of the model."""
+    capability = torch.cuda.get_device_capability(device)
+    if weights.quantization is not None and capability < FIRST_CAPABILITY:
+        least, found = (f"sm_{major}{minor}" for major, minor in (FIRST_CAPABILITY, capability))
+        raise ConfigError(
+            f"quantization: expected a GPU of {least} or later for {weights.quantization.value}, found"
+            f" {torch.cuda.get_device_name(device)} ({found}). Use a checkpoint that is not quantised, or the CPU.",
+            parameter="quantization",
+            value=weights.quantization.value,
+        )
+
+
 def check_products(weights: DecoderWeights, *, max_tokens: int, max_num_seqs: int) -> ProductTest:
     """Every (N, K) of the model, at the row counts where another kernel is chosen."""
     excluded: dict[Shape, frozenset[str]] = {}
@@ -51,22 +66,26 @@ def check_products(weights: DecoderWeights, *, max_tokens: int, max_num_seqs: in
         assert isinstance(packed, GpuLinear)
         is_head = packed is weights.lm_head
         max_rows = max(max_num_seqs, PROMPT_LOGPROB_ROWS) if is_head else max_tokens
-        wrong = disagreeing(packed, max_rows=max_rows)
+        if packed.scheme is None:
+            wrong = disagreeing(packed, max_rows=max_rows)
+        else:
+            wrong = disagreeing_fp8(packed, weights.dtype, max_rows=max_rows)
         if wrong:
-            excluded[_shape(packed)] = frozenset(wrong)
+            excluded[shape_of(packed)] = frozenset(wrong)
     torch.cuda.empty_cache()
-    names = {f"N={shape[0]},K={shape[1]}": sorted(choices) for shape, choices in excluded.items()}
+    names = {_name(shape): sorted(choices) for shape, choices in excluded.items()}
     return ProductTest(_without(weights, excluded) if excluded else weights, names, len(shapes))
 
 
-def _shape(packed: Packed) -> Shape:
-    return packed.out_features, packed.in_features
+def _name(shape: Shape) -> str:
+    columns, depth, scheme = shape
+    return f"N={columns},K={depth}" + (f",{scheme.value}" if scheme is not None else "")
 
 
 def _without(weights: DecoderWeights, excluded: dict[Shape, frozenset[str]]) -> DecoderWeights:
     def reduced(packed: Packed) -> GpuLinear:
         assert isinstance(packed, GpuLinear)
-        return replace(packed, excluded=excluded.get(_shape(packed), frozenset()))
+        return replace(packed, excluded=excluded.get(shape_of(packed), frozenset()))
 
     layers = tuple(
         replace(
