@@ -10,6 +10,7 @@ batch. Which stages run is the caller's choice (`Stages`); a row that uses none 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +23,7 @@ from sempre.kernels.sampling import (
     gpu_search,
     gpu_table,
     gpu_truncation,
+    gpu_verify,
 )
 
 # the most best log-probabilities that the kernels report per row
@@ -60,6 +62,17 @@ class Stages:
     """top_k, top_p, min_p"""
     num_best: int
     """best log-probabilities, at most MAX_BEST; -1: no log-probabilities"""
+
+
+class DraftedRows(NamedTuple):
+    """Rows that verify drafted tokens: those of a request are neighbours, in the order of their positions."""
+
+    offsets: torch.Tensor
+    """int32 [R]: how many tokens before the row's are drafted; 0 for a request's first row, and for padding"""
+    inputs: torch.Tensor
+    """int64 [R]: the token that the row computed, behind which it samples"""
+    last_tokens: torch.Tensor
+    """int64 [slots]: gets the last token of each slot that stands"""
 
 
 TILES = Tiles()
@@ -134,8 +147,11 @@ def sample(
     table: torch.Tensor,
     buffers: SamplingBuffers,
     stages: Stages,
+    drafts: DraftedRows | None = None,
 ) -> torch.Tensor:
     """Sample one token per row of logits (float32 or 16 bit [R, V], not changed): int64 [R], a view of the buffers.
+
+    With `drafts`, a slot may have several rows, and only the tokens that stand join its counts and history.
 
     positions (int32 or int64 [R]) are the indices of the sampled tokens in their sequences, row_slots (int32 [R]) point
     into table (int32 [slots, gpu_table.WORDS]); -1 marks a row that is none. Heads and, for the rows that ask for them,
@@ -144,6 +160,7 @@ def sample(
     buffers.check(logits)
     rows, vocabulary = logits.shape
     b, tiles, addresses = buffers, buffers.tiles, table.view(torch.int64)
+    offsets, inputs = (b.row_errors, b.token_ids) if drafts is None else drafts[:2]  # without drafts not looked at
     if stages.edits:
         gpu_penalties.edit[(_divided_up(vocabulary, tiles.edits), rows)](
             logits,
@@ -153,8 +170,11 @@ def sample(
             table,
             addresses,
             b.row_errors,
+            offsets,
+            inputs,
             vocabulary,
             BLOCK=tiles.edits,
+            VERIFIES=drafts is not None,
             num_warps=8,
             **EXACT,
         )
@@ -164,8 +184,11 @@ def sample(
             positions,
             table,
             addresses,
+            offsets,
+            inputs,
             vocabulary,
             BLOCK=tiles.phrases,
+            VERIFIES=drafts is not None,
             num_warps=4,
             **EXACT,
         )
@@ -200,10 +223,25 @@ def sample(
         b.head,
         b.num_tiles,
         EDITS=stages.edits,
+        ADVANCES=stages.edits and drafts is None,
         TILES=_power_of_2(b.num_tiles),
         num_warps=4,
         **CHAINED,
     )
+    if drafts is not None:
+        gpu_verify.keep_tokens[(rows,)](
+            row_slots,
+            *drafts[:2],
+            positions,
+            addresses,
+            b.token_ids,
+            b.head,
+            drafts.last_tokens,
+            rows,
+            EDITS=stages.edits,
+            num_warps=1,
+            **EXACT,
+        )
     if stages.num_best >= 0:
         report_logprobs(logits, b.token_ids, row_slots, table, buffers, stages.num_best)
     return b.token_ids[:rows]
@@ -338,4 +376,4 @@ def empty_table(num_slots: int, device: torch.device) -> torch.Tensor:
     return table
 
 
-__all__ = ["MAX_BEST", "SamplingBuffers", "Stages", "Tiles", "empty_table", "report_logprobs", "sample"]
+__all__ = ["MAX_BEST", "DraftedRows", "SamplingBuffers", "Stages", "Tiles", "empty_table", "report_logprobs", "sample"]

@@ -126,12 +126,13 @@ def publish(
     head: Any,
     num_tiles: Any,
     EDITS: tl.constexpr,
+    ADVANCES: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
     """token_ids int64 [R] and head int32 [R, HEAD] from the tiles' best; TILES >= num_tiles.
 
-    A row in error gets token 0 and a flag. The token joins its slot's counts and history (of `addresses`, the table as
-    int64) if it has them, for the next step. Clears row_errors.
+    A row in error gets token 0 and a flag. ADVANCES: the token joins its slot's counts and history (of `addresses`, the
+    table as int64) if it has them, for the next step. Clears row_errors.
     """
     wait_for_previous()
     row = tl.program_id(0)
@@ -154,7 +155,7 @@ def publish(
     tl.store(token_ids + row, token.to(tl.int64))
     tl.store(head + row * _HEAD, token)
     tl.store(head + row * _HEAD + 1, flag)
-    if EDITS:
+    if ADVANCES:
         planes = addresses + slot.to(tl.int64) * (_WORDS // 2)
         counts, history = tl.load(planes + _COUNTS), tl.load(planes + _HISTORY)
         if (flag == 0) & (counts != 0):

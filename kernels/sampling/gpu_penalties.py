@@ -38,12 +38,12 @@ def _forbid_bits(x: Any, ids: Any, valid: Any, address: Any) -> Any:
 
 
 @jit()
-def _penalise(x: Any, ids: Any, valid: Any, words: Any, address: Any) -> Any:
-    """`penalties.apply_penalties`, on the tokens whose count is not 0."""
+def _penalise(x: Any, ids: Any, valid: Any, words: Any, address: Any, drafted: Any) -> Any:
+    """`penalties.apply_penalties`, on the tokens whose count is not 0; `drafted` adds to it."""
     repetition = tl.load(words + _REPETITION).to(tl.float32, bitcast=True)
     frequency = tl.load(words + _FREQUENCY).to(tl.float32, bitcast=True)
     presence = tl.load(words + _PRESENCE).to(tl.float32, bitcast=True)
-    word = tl.load(address.to(tl.pointer_type(tl.int32)) + ids, mask=valid, other=0)
+    word = tl.load(address.to(tl.pointer_type(tl.int32)) + ids, mask=valid, other=0) + drafted
     count = word & (_IN_PROMPT - 1)
     y = x
     if repetition != 1.0:
@@ -64,11 +64,15 @@ def edit(
     table: Any,
     addresses: Any,
     row_errors: Any,
+    offsets: Any,
+    inputs: Any,
     vocabulary: Any,
     BLOCK: tl.constexpr,
+    VERIFIES: tl.constexpr,
 ) -> None:
     """edited[r] (float32 [R, V]) = logits[r] with masks, bias and penalties, for the rows whose flags ask for it.
 
+    VERIFIES: the last offsets[r] tokens before row r's are drafted ones, the inputs of its own row and of those before.
     Sets row_errors[r] (int32) where the raw logits hold NaN or +inf, which a mask could hide.
     """
     row = tl.program_id(1)
@@ -98,7 +102,11 @@ def edit(
         x = x + tl.load(bias.to(tl.pointer_type(tl.float32)) + ids, mask=valid, other=0.0)
     counts = tl.load(planes + _COUNTS)
     if counts != 0:
-        x = _penalise(x, ids, valid, words, counts)
+        drafted = tl.zeros([BLOCK], tl.int32)
+        if VERIFIES:
+            for back in range(tl.load(offsets + row)):
+                drafted += (ids == tl.load(inputs + row - back)).to(tl.int32)
+        x = _penalise(x, ids, valid, words, counts, drafted)
     tl.store(edited + start + ids, x, mask=valid)
 
 
@@ -109,8 +117,11 @@ def forbid_phrases(
     positions: Any,
     table: Any,
     addresses: Any,
+    offsets: Any,
+    inputs: Any,
     vocabulary: Any,
     BLOCK: tl.constexpr,
+    VERIFIES: tl.constexpr,
 ) -> None:
     """Set the token of edited[r] to -inf that would complete a phrase whose beginning ends the output so far.
 
@@ -138,7 +149,14 @@ def forbid_phrases(
         matches = exists & (begin >= output_start)
         for offset in range(width - 1):
             compared = matches & (offset < length - 1)
-            seen = tl.load(history + begin + offset, mask=compared, other=0)
+            at = begin + offset
+            known = compared
+            if VERIFIES:
+                known = compared & (at < position - tl.load(offsets + row))
+            seen = tl.load(history + at, mask=known, other=0)
+            if VERIFIES:
+                guess = tl.load(inputs + row - (position - 1 - at), mask=compared & ~known, other=0).to(tl.int32)
+                seen = tl.where(known, seen, guess)
             matches = matches & (
                 (seen == tl.load(phrase + 1 + offset, mask=compared, other=0)) | (offset >= length - 1)
             )

@@ -111,3 +111,73 @@ def disagreements(
                 raise AssertionError(f"{state.params}: {result.error}")
             state.token_ids.append(result.token_id)
     return found
+
+
+def verification_disagreements(
+    device: torch.device,
+    vocab_size: int,
+    *,
+    seed: int,
+    parameters: list[dict[str, Any]] = PARAMETERS,
+    **options: Any,
+) -> list[str]:
+    """What differs when rows verify drafts: the tokens of every row whose drafts are right so far, the last token that
+    stands, and a plain step after it. The CPU decodes one by one. A third of the drafts is wrong."""
+    from sempre.kernels.sampling.gpu import DraftedRows
+    from sempre.workers.sampling.gpu_sampler import GpuSampler
+
+    states = make_states(parameters, seed)
+    most = 4
+    sampler = GpuSampler(
+        device=device,
+        vocab_size=vocab_size,
+        max_num_seqs=(1 + most) * len(states) + 2,
+        num_slots=len(states),
+        **options,
+    )
+    last_tokens = torch.full((len(states),), -5)
+    rows: list[tuple[int, int, int, int, RowResult | None]] = []  # slot, offset, input, position, expected
+    logits = []
+    for slot, state in enumerate(states):
+        sampler.admit(slot, state)
+        stands = True
+        drafted = state.token_ids[-1]
+        for offset in range(1 + slot % (1 + most)):
+            logits.append(make_logits("peaked", 1, vocab_size, seed * 1000 + slot * 10 + offset))
+            position = len(state.token_ids) if stands else rows[-1][3] + 1
+            if not stands:
+                rows.append((slot, offset, drafted, position, None))
+                continue
+            result = Sampler().sample(logits[-1].clone(), [state], [position])[0]
+            assert result.token_id is not None, result.error
+            rows.append((slot, offset, drafted, position, result))
+            state.token_ids.append(result.token_id)
+            last_tokens[slot] = result.token_id
+            stands = (slot + offset) % 3 != 2
+            drafted = result.token_id if stands else (result.token_id + 1) % vocab_size
+    rows += [(-1, 0, 0, 0, None)] * 2
+    logits += [torch.zeros(2, vocab_size)]
+    slots, offsets, inputs, positions, expected = zip(*rows, strict=True)
+    on_device = torch.cat(logits).to(device)
+    stages = sampler.prepare(slots)
+    drafts = DraftedRows(
+        torch.tensor(offsets, dtype=torch.int32).to(device),
+        torch.tensor(inputs).to(device),
+        torch.full((len(states),), -5).to(device),
+    )
+    sampler.sample(on_device, torch.tensor(positions).to(device), stages, drafts)
+    row_states = [states[slot] if slot >= 0 else None for slot in slots]
+    results = sampler.collect(sampler.start_copy(on_device, stages, row_states))
+    found = [
+        f"slot {slot} row {offset} ({parameters[slot]}): {left} instead of {right}"
+        for left, right, slot, offset in zip(results, expected, slots, offsets, strict=True)
+        if right is not None and left != right
+    ]
+    if not torch.equal(drafts.last_tokens.cpu(), last_tokens):
+        found.append(f"last tokens {drafts.last_tokens.tolist()} instead of {last_tokens.tolist()}")
+    after = make_logits("flat", len(states), vocab_size, seed)
+    expected_after = Sampler().sample(after.clone(), states, [len(state.token_ids) for state in states])
+    for slot, (left, right) in enumerate(zip(run(sampler, device, after, states), expected_after, strict=True)):
+        if left != right:
+            found.append(f"slot {slot} ({parameters[slot]}) afterwards: {left} instead of {right}")
+    return found

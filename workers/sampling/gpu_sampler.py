@@ -23,7 +23,7 @@ import torch
 from sempre.ipc.messages import LogprobRows
 from sempre.kernels import sampling as cpu
 from sempre.kernels.sampling import gpu, gpu_table
-from sempre.kernels.sampling.gpu import MAX_BEST, TILES, SamplingBuffers, Stages, Tiles
+from sempre.kernels.sampling.gpu import MAX_BEST, TILES, DraftedRows, SamplingBuffers, Stages, Tiles
 from sempre.kernels.sampling.gpu_noise import BAD_LOGITS, HEAD
 from sempre.kernels.sampling.reference import log32
 from sempre.workers.sampling.gpu_planes import DevicePlanes
@@ -134,13 +134,17 @@ class GpuSampler:
             num_best=widest if widest < 0 else min(width for width in _WIDTHS if width >= widest),
         )
 
-    def sample(self, logits: torch.Tensor, positions: torch.Tensor, stages: Stages) -> torch.Tensor:
+    def sample(
+        self, logits: torch.Tensor, positions: torch.Tensor, stages: Stages, drafts: DraftedRows | None = None
+    ) -> torch.Tensor:
         """Sample one token per row of logits (float32 or 16 bit [R, V], not changed): int64 [R] on the device.
 
         `positions` (int32 or int64 [R], on the device) are the indices of these tokens in their sequences. Launches
-        kernels only. The token of a row in error, or of no row, is 0.
+        kernels only. The token of a row in error, or of no row, is 0. With `drafts`, a slot may have several rows; the
+        tokens that stand are recorded as its history and in `drafts.last_tokens`.
         """
-        return gpu.sample(logits, positions, self._row_slots[: logits.shape[0]], self._table, self._buffers, stages)
+        row_slots = self._row_slots[: logits.shape[0]]
+        return gpu.sample(logits, positions, row_slots, self._table, self._buffers, stages, drafts)
 
     def start_copy(self, logits: torch.Tensor, stages: Stages, states: Sequence[SamplingState | None]) -> PendingSample:
         """Begin to copy the results of the last `sample(logits, …)`; `states` [R], None for a row not wanted."""

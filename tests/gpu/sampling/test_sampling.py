@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sampling_cases import PARAMETERS, disagreements, make_logits, make_states, run
+from sampling_cases import PARAMETERS, disagreements, make_logits, make_states, run, verification_disagreements
 
 from sempre.kernels.sampling.noise import gumbel_noise
 from sempre.workers.sampling import RowResult, Sampler, SamplingState
@@ -39,6 +39,12 @@ def _sampler(device: torch.device, vocab_size: int, states: list[SamplingState],
 @pytest.mark.parametrize("kind", ["flat", "peaked", "tied", "wide"])
 def test_equals_the_cpu(device: torch.device, kind: str, vocab_size: int) -> None:
     assert disagreements(device, kind, vocab_size, steps=2, seed=vocab_size) == []
+
+
+@pytest.mark.parametrize("vocab_size", [200, 50_000])
+def test_verification_equals_decoding_one_by_one_on_the_cpu(device: torch.device, vocab_size: int) -> None:
+    for seed in range(4):
+        assert verification_disagreements(device, vocab_size, seed=seed) == []
 
 
 def test_tiles_cannot_be_seen(device: torch.device) -> None:

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from sampling_cases import PARAMETERS, disagreements
+from sampling_cases import PARAMETERS, disagreements, verification_disagreements
 
 CPU = torch.device("cpu")
 TRUNCATING = [values for values in PARAMETERS if {"top_k", "top_p", "min_p"} & values.keys()]
+
+# whose rows depend on the drafts before them, and two that do not
+HISTORIES = {"repetition_penalty", "frequency_penalty", "bad_words_token_ids", "min_tokens"}
+VERIFYING = [{}, {"top_k": 5, "logprobs": 3}, *[values for values in PARAMETERS if HISTORIES & values.keys()]]
 
 
 @pytest.mark.parametrize(
@@ -23,3 +27,10 @@ def test_equals_the_cpu(kind: str, vocab_size: int, parameters: list[dict[str, A
     # small enough that searches narrow before they list
     tiles = Tiles(noise=128, logprobs=128, edits=256, phrases=2, cut=256, cut_piece=256, cut_sample=2, cut_list=16)
     assert disagreements(CPU, kind, vocab_size, steps=1, seed=vocab_size, parameters=parameters, tiles=tiles) == []
+
+
+def test_verification_equals_decoding_one_by_one_on_the_cpu() -> None:
+    from sempre.kernels.sampling.gpu import Tiles
+
+    tiles = Tiles(noise=128, logprobs=128, edits=256, phrases=2, cut=256, cut_piece=256, cut_sample=2, cut_list=16)
+    assert verification_disagreements(CPU, 130, seed=3, parameters=VERIFYING, tiles=tiles) == []
