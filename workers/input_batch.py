@@ -51,6 +51,8 @@ class SampledRows(NamedTuple):
     rows: Int64
     positions: Int64
     """of the sampled tokens in their sequences"""
+    offsets: Int64
+    """drafted tokens between the request's last known one and the sampled one"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class StepPlan:
     def has_drafts(self) -> bool:
         return bool(self.num_drafts.any())
 
+    @property
+    def only_verifies(self) -> bool:
+        """Whether it has drafts, and every request computes its last known token and its drafts alone."""
+        return self.has_drafts and bool((self.samples & (self.num_tokens == self.num_drafts + 1)).all())
+
     def sampled_rows(self) -> SampledRows:
         """The rows behind which a token is sampled: a request's last one, and with drafts those before it."""
         requests = np.flatnonzero(self.samples)
@@ -88,7 +95,8 @@ class StepPlan:
         each = np.repeat(requests, counts)
         # 0 for the last row of a request, 1 for the one before it, …
         back = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(each.size)
-        return SampledRows(each, self.ends[each] - 1 - back, self.context[each] - back)
+        offsets = self.num_drafts[each] - back
+        return SampledRows(each, self.ends[each] - 1 - back, self.context[each] - back, offsets)
 
 
 @dataclass(frozen=True)
@@ -175,11 +183,12 @@ class InputBatch:
         """Count a token for each slot that is being sampled and will be recorded later."""
         self._num_tokens[slots] += 1
 
-    def record(self, state: RequestState, token_id: int) -> None:
-        """Add a token that was expected; the request may have been removed meanwhile."""
-        state.token_ids.append(token_id)
+    def record(self, state: RequestState, token_ids: list[int]) -> None:
+        """Add the token that was expected, and those that came with it; the request may have been removed meanwhile."""
+        state.token_ids += token_ids
         if self._requests.get(state.request_id) is state:
-            self._last_tokens[state.slot] = token_id
+            self._num_tokens[state.slot] += len(token_ids) - 1
+            self._last_tokens[state.slot] = token_ids[-1]
 
     @property
     def num_slots(self) -> int:

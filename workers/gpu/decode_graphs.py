@@ -7,8 +7,8 @@ attention's grids), and the stages of sampling. None of it can be seen in the re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -47,14 +47,17 @@ def context_bucket(context_len: int, max_model_len: int) -> int:
     return min(bound, max_model_len)
 
 
-class DecodeGraphs:
+Shape = TypeVar("Shape", bound=Hashable)
+
+
+class DecodeGraphs(Generic[Shape]):
     """Runs a decode step as a graph where one can be had, else directly; the bits are the same."""
 
-    def __init__(self, launch: Callable[[DecodeShape], None], *, enabled: bool) -> None:
+    def __init__(self, launch: Callable[[Shape], None], *, enabled: bool) -> None:
         """`launch` queues the kernels of a step; it must read its inputs at fixed addresses and allocate nothing."""
         self._launch = launch
         self._pool: Any = None
-        self._graphs: dict[DecodeShape, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self._enabled = enabled
         self.failure: str | None = None
 
@@ -72,7 +75,7 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, shape: DecodeShape) -> None:
+    def run(self, shape: Shape) -> None:
         """Queue one step of this shape."""
         graph = self._graphs.get(shape)
         if graph is not None:
@@ -83,7 +86,7 @@ class DecodeGraphs:
         if self.enabled:
             self._capture(shape)
 
-    def _capture(self, shape: DecodeShape) -> None:
+    def _capture(self, shape: Shape) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

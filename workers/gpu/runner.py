@@ -20,12 +20,14 @@ from sempre.ipc.messages import ErrorInfo, ExecuteStep, SampledTokens
 from sempre.workers.admission import Admission, Admitted, StepLimits
 from sempre.workers.gpu.decode_graphs import DecodeGraphs, DecodeShape, context_bucket, row_buckets
 from sempre.workers.gpu.step_buffers import StepBuffers
+from sempre.workers.gpu.verification import VerificationShape, verification_bucket
 from sempre.workers.input_batch import InputBatch, Int32, RequestState, StepPlan
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder
 from sempre.workers.prompt_logprobs import PromptLogprobs
-from sempre.workers.sampling import RowError, RowResult
-from sempre.workers.sampling.gpu_sampler import GpuSampler, PendingSample
+from sempre.workers.sampling import RowError, RowResult, SamplingState
+from sempre.workers.sampling.gpu_sampler import PLAIN, GpuSampler, PendingSample
+from sempre.workers.verification import verified
 
 
 @dataclass
@@ -36,7 +38,7 @@ class _StepInFlight:
     errors: dict[str, ErrorInfo]
     plan: StepPlan | None
     sampling: list[int]
-    """requests of the plan that sample, in the order of the rows of `pending`"""
+    """for each row of `pending` the request of the plan that samples there"""
     pending: PendingSample | None
     done: torch.cuda.Event
     prompt_results: dict[str, SampledTokens] = field(default_factory=dict)
@@ -79,12 +81,23 @@ class GpuModelRunner:
             num_slots=self._batch.num_slots,
             table_width=self._batch.table_width,
             max_rows=limits.max_num_seqs,
+            max_sampled_rows=limits.max_num_seqs + limits.max_draft_tokens,
             max_tokens=limits.max_num_batched_tokens,
             block_size=cache.block_size,
         )
         self._prompt_logprobs = PromptLogprobs(self._decoder, self._sampler, self._logits_RV, rank)
-        self.graphs = DecodeGraphs(self._launch_decode, enabled=graphs)
+        self.graphs: DecodeGraphs[DecodeShape] = DecodeGraphs(self._launch_decode, enabled=graphs)
+        self._verification_graphs: DecodeGraphs[VerificationShape] = DecodeGraphs(
+            self._launch_verification, enabled=graphs
+        )
+        self._max_requests = limits.max_num_seqs
+        self._max_sampled_rows = limits.max_num_seqs + limits.max_draft_tokens
         self._in_flight: deque[_StepInFlight] = deque()
+
+    @property
+    def verifies(self) -> bool:
+        """Whether steps may bring drafted tokens."""
+        return self._max_sampled_rows > self._max_requests
 
     def execute(self, step: ExecuteStep) -> list[SampledTokens]:
         """One result per scheduled request, in order. Raises MessageMalformed when the step itself is wrong."""
@@ -101,10 +114,12 @@ class GpuModelRunner:
         if healthy:
             plan = self._batch.plan(healthy)
             flight.plan = plan
-            flight.sampling = np.flatnonzero(plan.samples).tolist()
+            flight.sampling = plan.sampled_rows().requests.tolist()
             self._batch.expect(plan.slots[plan.samples])
             rows = None if step.new_requests else self._decode_rows(plan)
-            if rows is None:
+            if not step.new_requests and plan.only_verifies:
+                self._run_verification(flight, plan)
+            elif rows is None:
                 self._run_mixed(flight, plan, [state for state in admitted.added if state.error is None])
             else:
                 self._run_decode(flight, plan, rows)
@@ -134,6 +149,7 @@ class GpuModelRunner:
             self._buffers.grow_slots(self._batch.num_slots)
             self._sampler.grow_slots(self._batch.num_slots)
             self.graphs.clear()
+            self._verification_graphs.clear()
         for state in admitted.removed:
             self._sampler.release(state.slot)
         for state in admitted.added:
@@ -199,6 +215,47 @@ class GpuModelRunner:
         stages = self._sampler.prepare([-1] * num_rows)
         self.graphs.run(DecodeShape(num_rows, context_bucket(max_context_len, self.max_model_len), stages))
 
+    # A step of single tokens and of drafted ones behind them
+
+    def _run_verification(self, flight: _StepInFlight, plan: StepPlan) -> None:
+        """As `_run_decode`, with a row for every drafted token."""
+        shape = self._verification_shape(plan)
+        slots = np.full(shape.num_rows, -1, np.int64)
+        slots[: plan.ends[-1]] = plan.slots[flight.sampling]
+        stages = self._sampler.prepare(slots.tolist())
+        shape = shape._replace(stages=stages)
+        self._buffers.stage_verification(plan, self._batch.rows(plan), shape)
+        self._verification_graphs.run(shape)
+        states: list[SamplingState | None] = [plan.states[index].sampling for index in flight.sampling]
+        states += [None] * (shape.num_rows - len(states))
+        flight.pending = self._sampler.start_copy(self._logits_RV[: shape.num_rows], stages, states)
+
+    def _verification_shape(self, plan: StepPlan) -> VerificationShape:
+        count, num_rows, longest = len(plan.states), int(plan.ends[-1]), int(plan.num_tokens.max())
+        context_len = context_bucket(int(plan.context.max()), self.max_model_len)
+        if self._verification_graphs.enabled:
+            count = min(verification_bucket(count), self._max_requests)
+            num_rows = min(verification_bucket(num_rows), self._max_sampled_rows)
+            longest = verification_bucket(longest)
+        return VerificationShape(count, num_rows, longest, context_len, PLAIN)
+
+    def _launch_verification(self, shape: VerificationShape) -> None:
+        model_input, positions, drafts = self._buffers.launch_verification_inputs(shape)
+        hidden_TH = self._decoder.forward(model_input, self.cache.layers)
+        logits_RV = self._decoder.logits(hidden_TH, self._logits_RV[: shape.num_rows])
+        self._sampler.sample(logits_RV, positions, shape.stages, drafts)
+
+    @torch.inference_mode()
+    def capture_verification(self, most_rows: int, max_context_len: int) -> None:
+        """Capture for one request with plain sampling, on padding: every number of rows up to `most_rows`."""
+        context_len = context_bucket(max_context_len, self.max_model_len)
+        for num_rows in sorted({verification_bucket(count) for count in range(2, most_rows + 1)}):
+            if self._verification_graphs.enabled and num_rows <= self._max_sampled_rows:
+                stages = self._sampler.prepare([-1] * num_rows)
+                shape = VerificationShape(1, num_rows, num_rows, context_len, stages)
+                self._buffers.stage_verification_padding(shape)
+                self._verification_graphs.run(shape)
+
     # Any other step
 
     def _run_mixed(self, flight: _StepInFlight, plan: StepPlan, added: Sequence[RequestState]) -> None:
@@ -210,8 +267,9 @@ class GpuModelRunner:
             hidden_RH = torch.index_select(hidden_TH, 0, sampled.rows, out=self._rows_RH[:count])
             logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[:count])
             stages = self._sampler.prepare(plan.slots[flight.sampling].tolist())
-            tokens_R = self._sampler.sample(logits_RV, sampled.positions, stages)
-            self._buffers.record(sampled.slots, tokens_R)
+            tokens_R = self._sampler.sample(logits_RV, sampled.positions, stages, sampled.drafts)
+            if sampled.drafts is None:
+                self._buffers.record(sampled.slots, tokens_R)
             states = [plan.states[index].sampling for index in flight.sampling]
             flight.pending = self._sampler.start_copy(logits_RV, stages, states)
         for index, (item, state) in enumerate(zip(plan.scheduled, plan.states, strict=True)):
@@ -228,35 +286,38 @@ class GpuModelRunner:
         plan = flight.plan
         assert plan is not None
         outcomes = self._sampler.collect(flight.pending) if flight.pending is not None else []
-        by_request: dict[int, RowResult] = dict(zip(flight.sampling, outcomes, strict=False))
+        by_request: dict[int, list[RowResult]] = {}
+        for index, outcome in zip(flight.sampling, outcomes, strict=False):
+            by_request.setdefault(index, []).append(outcome)
         results: dict[str, SampledTokens] = {}
         for index, state in enumerate(plan.states):
-            result = self._result(state, by_request.get(index), flight.prompt_results.get(state.request_id))
+            drafts = plan.scheduled[index].draft_token_ids
+            prompt_result = flight.prompt_results.get(state.request_id)
+            result = self._result(state, by_request.get(index), drafts, prompt_result)
             # a failed request stays failed: a step for it may be on its way already
             state.error = result.error
             results[state.request_id] = result
         return results
 
     def _result(
-        self, state: RequestState, outcome: RowResult | None, prompt_result: SampledTokens | None
+        self,
+        state: RequestState,
+        outcomes: list[RowResult] | None,
+        drafts: Sequence[int],
+        prompt_result: SampledTokens | None,
     ) -> SampledTokens:
         if state.error is not None:  # it failed in the step before, when this one was queued already
             return SampledTokens(request_id=state.request_id, error=state.error)
         if prompt_result is not None and prompt_result.error is not None:
             return prompt_result
         prompt_logprobs = prompt_result.prompt_logprobs if prompt_result is not None else None
-        if outcome is None:
+        if outcomes is None:
             return SampledTokens(request_id=state.request_id, prompt_logprobs=prompt_logprobs)
-        if outcome.error is not None or outcome.token_id is None:
-            assert outcome.error is not None, "a row that samples has a token or an error"
-            return SampledTokens(request_id=state.request_id, error=replace(outcome.error, rank=self._rank))
-        self._batch.record(state, outcome.token_id)
-        return SampledTokens(
-            request_id=state.request_id,
-            token_ids=[outcome.token_id],
-            logprobs=outcome.logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
+        result = verified(state.request_id, drafts, outcomes, self._rank)
+        if result.error is not None:
+            return result
+        self._batch.record(state, result.token_ids)
+        return replace(result, prompt_logprobs=prompt_logprobs) if prompt_logprobs is not None else result
 
 
 def _event() -> torch.cuda.Event:

@@ -6,6 +6,7 @@ The device buffer is one: the stream orders its uses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,15 @@ class StepStaging:
         """The view that `put` gives for the first array of a step."""
         size = int(np.prod(shape)) * dtype.itemsize
         return self._buffer[:size].view(dtype).view(shape)
+
+    def views(self, arrays: Sequence[npt.NDArray[Any]]) -> list[torch.Tensor]:
+        """Where arrays of these shapes lie when a step puts them, and nothing before them."""
+        views, start = [], 0
+        for array in arrays:
+            dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+            views.append(self._buffer[start : start + array.nbytes].view(dtype).view(array.shape))
+            start = -(-(start + array.nbytes) // _ALIGNMENT) * _ALIGNMENT
+        return views
 
     def _allocate(self, capacity_bytes: int) -> None:
         capacity = -(-capacity_bytes // _ALIGNMENT) * _ALIGNMENT

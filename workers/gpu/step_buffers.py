@@ -6,11 +6,15 @@ Their addresses are fixed until slots are added: graphs refer to them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from sempre.kernels.decode_inputs import DecodeInputs, decode_inputs, record_tokens
+from sempre.kernels.sampling.gpu import DraftedRows
 from sempre.workers.gpu.staging import StepStaging
+from sempre.workers.gpu.verification import VerificationArrays, VerificationShape, VerificationStaging
 from sempre.workers.input_batch import Int32, StepPlan, StepRows
 from sempre.workers.models.decoder import StepInput
 
@@ -21,7 +25,15 @@ class StepBuffers:
     """Block tables and last tokens by slot; the inputs of the step in hand."""
 
     def __init__(
-        self, device: torch.device, *, num_slots: int, table_width: int, max_rows: int, max_tokens: int, block_size: int
+        self,
+        device: torch.device,
+        *,
+        num_slots: int,
+        table_width: int,
+        max_rows: int,
+        max_sampled_rows: int,
+        max_tokens: int,
+        block_size: int,
     ) -> None:
         self._device = device
         self._block_size = block_size
@@ -29,6 +41,9 @@ class StepBuffers:
         self._max_rows = max_rows
         self._allocate_slots(num_slots)
         self._decode_staging = StepStaging(device, 4 * _ROW_FIELDS * max_rows)
+        self._verification = VerificationStaging(
+            device, max_requests=max_rows, max_rows=max_sampled_rows, table_width=table_width
+        )
         self._staging = StepStaging(device, 32 * max_tokens + 64 * max_rows)
         self._decode = DecodeInputs(
             token_ids=torch.zeros(max_rows, dtype=torch.int64, device=device),
@@ -93,16 +108,15 @@ class StepBuffers:
         """
         arrays = (rows.token_ids, rows.positions, rows.slot_mapping, rows.block_tables)
         staging = self._staging
-        staging.begin(sum(array.nbytes for array in arrays) + 64 * (len(plan.states) + len(new[0]) + 16))
+        num_items = len(plan.states) + len(new[0]) + int(plan.num_drafts.sum()) + 16
+        staging.begin(sum(array.nbytes for array in arrays) + 64 * num_items)
         token_ids, positions, slot_mapping, block_tables = (staging.put(array) for array in arrays)
         query_starts, context_lens = staging.put(rows.query_starts), staging.put(rows.context_lens)
         slots = staging.put(plan.slots)
-        sampling = np.flatnonzero(plan.samples)
-        sampled = SampledRows(
-            rows=staging.put(plan.last_rows[sampling]),
-            slots=staging.put(plan.slots[sampling].astype(np.int32)),
-            positions=staging.put(plan.context[sampling]),
-        )
+        places = plan.sampled_rows()
+        sampled_rows = staging.put(places.rows)
+        sampled_slots = staging.put(plan.slots[places.requests].astype(np.int32))
+        sampled_positions, offsets = staging.put(places.positions), staging.put(places.offsets.astype(np.int32))
         new_slots, new_tokens = (staging.put(np.asarray(part, np.int64)) for part in new)
         # rows of decoding requests: their tokens may exist on the device only
         decodes = np.flatnonzero(plan.samples & (plan.num_tokens == 1))
@@ -123,17 +137,58 @@ class StepBuffers:
             max_query_len=int(plan.num_tokens.max()),
             max_context_len=int(plan.context.max()),
         )
-        return model_input, sampled
+        inputs = token_ids.index_select(0, sampled_rows)
+        drafts = DraftedRows(offsets, inputs, self._last_tokens) if plan.has_drafts else None
+        return model_input, SampledRows(sampled_rows, sampled_slots, sampled_positions, drafts)
+
+    # A step that verifies drafted tokens beside decoding, and computes nothing else
+
+    def stage_verification(self, plan: StepPlan, rows: StepRows, shape: VerificationShape) -> None:
+        """Send the arrays of a step, padded to `shape`; block tables on the device are brought up to date."""
+        width = self._table_blocks(shape)
+        arrays = VerificationArrays.empty(shape.num_requests, shape.num_rows, width)
+        arrays.fill(plan, rows)
+        self._verification.send(arrays)
+        if any(item.block_ids for item in plan.scheduled):
+            count = len(plan.states)
+            *_, block_tables, slots = self._verification.views(shape.num_requests, shape.num_rows, width)
+            self._tables[:, :width].index_copy_(0, slots[:count], block_tables[:count])
+
+    def stage_verification_padding(self, shape: VerificationShape) -> None:
+        """Send the arrays of a step without requests."""
+        width = self._table_blocks(shape)
+        self._verification.send(VerificationArrays.empty(shape.num_requests, shape.num_rows, width))
+
+    def launch_verification_inputs(self, shape: VerificationShape) -> tuple[StepInput, torch.Tensor, DraftedRows]:
+        """Queue the making of the inputs from what was staged, capturable: also positions of the sampled tokens."""
+        views = self._verification.views(shape.num_requests, shape.num_rows, self._table_blocks(shape))
+        tokens, positions, slot_mapping, sampled_positions, row_slots, offsets, starts, lens, block_tables, _ = views
+        token_ids = torch.where(tokens < 0, self._last_tokens.index_select(0, row_slots), tokens)
+        model_input = StepInput(
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slot_mapping,
+            block_tables=block_tables,
+            query_starts=starts,
+            context_lens=lens,
+            max_query_len=shape.max_query_len,
+            max_context_len=shape.max_context_len,
+        )
+        return model_input, sampled_positions, DraftedRows(offsets, token_ids, self._last_tokens)
+
+    def _table_blocks(self, shape: VerificationShape) -> int:
+        return -(-shape.max_context_len // self._block_size)
 
     def record(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Keep the sampled tokens (int64 [R]) of `slots` (int32 [R]) for the next step; capturable."""
         record_tokens(slots, token_ids, self._last_tokens)
 
 
-class SampledRows:
+class SampledRows(NamedTuple):
     """Where a step samples: rows of the hidden states int64, slots int32, positions int64; all [R'] on the device."""
 
-    def __init__(self, rows: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        self.rows = rows
-        self.slots = slots
-        self.positions = positions
+    rows: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    drafts: DraftedRows | None
+    """None when nothing is verified"""

@@ -33,7 +33,7 @@ from sempre.workers.sampling.state import RowError, SamplingState
 # log-probabilities are compiled and captured for these numbers of best tokens only
 _WIDTHS = (0, 5, MAX_BEST)
 _SMALLEST_NORMAL = np.float32(2.0**-126)
-_OFF = Stages(edits=False, truncates=False, num_best=-1)
+PLAIN = Stages(edits=False, truncates=False, num_best=-1)
 
 Int32 = npt.NDArray[np.int32]
 
