@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -20,6 +21,16 @@ from sempre.workers.models.numerics import LinearKernel
 from sempre.workers.models.spec import ModelSpec
 from sempre.workers.self_test import self_test
 from sempre.workers.weights import ON_CPU, DecoderWeights, Placement
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """What is known of a model before its weights are."""
+
+    config: WorkerConfig
+    spec: ModelSpec
+    product: LinearKernel
+    max_model_len: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,13 @@ class PipelinedRunner(Runner, Protocol):
         """The result of the oldest step submitted and not collected."""
 
 
+class Compilation(Protocol):
+    """Kernels that are being compiled."""
+
+    def finish(self) -> None:
+        """Wait for them. Raises what a compilation raised."""
+
+
 class Backend(Protocol):
     """One worker's device."""
 
@@ -74,6 +92,9 @@ class Backend(Protocol):
 
     def begin(self, config: WorkerConfig) -> None:
         """Before anything is loaded."""
+
+    def compilation(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
+        """Compiles in the background what the model will need, from entering until it is asked to finish."""
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         """Comparisons passed by operation, and the model without what did not agree. Raises InvarianceError."""
@@ -95,6 +116,13 @@ class Backend(Protocol):
         """Give back what `begin` took."""
 
 
+class _NothingToCompile:
+    """The CPU's kernels are compiled as they first run."""
+
+    def finish(self) -> None:
+        return
+
+
 class CpuBackend:
     """The CPU."""
 
@@ -114,6 +142,9 @@ class CpuBackend:
                 value=config.num_threads,
             )
         set_num_threads(config.num_threads or max(1, cores // config.world_size))
+
+    def compilation(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
+        return nullcontext(_NothingToCompile())
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         config = model.config

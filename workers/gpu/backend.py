@@ -11,11 +11,12 @@ import torch
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
 from sempre.workers.admission import StepLimits
-from sempre.workers.backend import LoadedModel, Runner
+from sempre.workers.backend import LoadedModel, ModelOutline, Runner
+from sempre.workers.gpu.compilation import KernelCompilation
 from sempre.workers.gpu.fingerprint import fingerprint_parts
 from sempre.workers.gpu.memory import MemoryPlan, cache_blocks
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
-from sempre.workers.gpu.self_test import check_attention, check_products
+from sempre.workers.gpu.self_test import require_equal, run_self_test
 from sempre.workers.gpu.upload import Uploader
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder
@@ -54,18 +55,16 @@ class GpuBackend:
 
             configure()
 
+    def compilation(self, outline: ModelOutline) -> KernelCompilation:
+        return KernelCompilation(outline, self.device)
+
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         config = model.config
-        tested = check_products(
-            model.weights, max_tokens=config.max_num_batched_tokens, max_num_seqs=config.max_num_seqs
-        )
+        tested = run_self_test(config, model.spec, model.weights, self._attention_workspace(model))
+        passed = require_equal(tested.comparisons)
         self._excluded = tested.excluded
         if tested.excluded:
             logger.warning("self-test: product kernels that disagree are not used: %s", tested.excluded)
-        windows = check_attention(
-            model.spec, model.weights.dtype, config.block_size, self._attention_workspace(model), self.device
-        )
-        passed = {"linear": tested.passed, "attention": windows}
         return LoadedModel(config, model.spec, tested.weights, model.product, model.max_model_len), passed
 
     def available_blocks(self, model: LoadedModel) -> int:
