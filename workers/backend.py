@@ -93,8 +93,9 @@ class Backend(Protocol):
     def begin(self, config: WorkerConfig) -> None:
         """Before anything is loaded."""
 
-    def compilation(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
-        """Compiles in the background what the model will need, from entering until it is asked to finish."""
+    def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
+        """Around the loading of weights: compiles meanwhile what the model will need. Raises ConfigError with the sums
+        when memory runs out inside."""
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         """Comparisons passed by operation, and the model without what did not agree. Raises InvarianceError."""
@@ -143,7 +144,7 @@ class CpuBackend:
             )
         set_num_threads(config.num_threads or max(1, cores // config.world_size))
 
-    def compilation(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
+    def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
         return nullcontext(_NothingToCompile())
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:

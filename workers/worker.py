@@ -69,7 +69,7 @@ class Worker:
             backend.begin(config)
         self._backend = backend
         outline = _outline(config)
-        with backend.compilation(outline) as compilation:
+        with backend.loading(outline) as compilation:
             with _timed(seconds, "load_weights"):
                 loaded = _load(outline, backend)
             with _timed(seconds, "compile"):

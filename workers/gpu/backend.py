@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 
 import torch
@@ -12,9 +14,9 @@ from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import LoadedModel, ModelOutline, Runner
-from sempre.workers.gpu.compilation import KernelCompilation
+from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
 from sempre.workers.gpu.fingerprint import fingerprint_parts
-from sempre.workers.gpu.memory import MemoryPlan, cache_blocks
+from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, out_of_memory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import require_equal, run_self_test
 from sempre.workers.gpu.upload import Uploader
@@ -55,8 +57,21 @@ class GpuBackend:
 
             configure()
 
-    def compilation(self, outline: ModelOutline) -> KernelCompilation:
-        return KernelCompilation(outline, self.device)
+    @contextmanager
+    def loading(self, outline: ModelOutline) -> Iterator[KernelCompilation]:
+        try:
+            with KernelCompilation(outline, self.device) as compilation:
+                yield compilation
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise out_of_memory(
+                "the weights",
+                weights=weight_bytes(outline),
+                allocated=torch.cuda.memory_reserved(self.device),
+                free=free,
+                total=total,
+                max_num_batched_tokens=outline.config.max_num_batched_tokens,
+            ) from error
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         config = model.config
@@ -68,7 +83,18 @@ class GpuBackend:
         return LoadedModel(config, model.spec, tested.weights, model.product, model.max_model_len), passed
 
     def available_blocks(self, model: LoadedModel) -> int:
-        self._steps = self._allocate_steps(model)
+        try:
+            self._steps = self._allocate_steps(model)
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise out_of_memory(
+                "the activations",
+                weights=model.weights.nbytes,
+                allocated=torch.cuda.memory_reserved(self.device),
+                free=free,
+                total=total,
+                max_num_batched_tokens=model.config.max_num_batched_tokens,
+            ) from error
         gc.collect()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)

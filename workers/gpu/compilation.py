@@ -65,11 +65,15 @@ class KernelCompilation:
         self._thread.shutdown()
 
 
+def weight_bytes(outline: ModelOutline) -> int:
+    """Of all tensors, if they are stored as `dtype` says."""
+    size = sum(math.prod(shape) for shape in expected_shapes(outline.spec).values())
+    return size * (torch.float32.itemsize if outline.config.dtype == "float32" else torch.bfloat16.itemsize)
+
+
 def _has_room(outline: ModelOutline, device: torch.device) -> bool:
     """Whether the weights leave memory for this; else kernels are compiled as they first run."""
-    size = sum(math.prod(shape) for shape in expected_shapes(outline.spec).values())
-    width = torch.float32.itemsize if outline.config.dtype == "float32" else torch.bfloat16.itemsize
-    return size * width + OUTLINE_BYTES < torch.cuda.mem_get_info(device)[0]
+    return weight_bytes(outline) + OUTLINE_BYTES < torch.cuda.mem_get_info(device)[0]
 
 
 @torch.inference_mode()
