@@ -31,6 +31,7 @@ class ModelOutline:
     spec: ModelSpec
     product: LinearKernel
     max_model_len: int
+    block_size: int
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,13 @@ class LoadedModel:
     weights: DecoderWeights
     product: LinearKernel
     max_model_len: int
+    block_size: int
+    """tokens in one KV cache block: the config's, or the device's best"""
 
     @property
     def block_bytes(self) -> int:
         """Of one KV cache block."""
-        return block_bytes(self.spec, self.config.block_size, self.weights.dtype)
+        return block_bytes(self.spec, self.block_size, self.weights.dtype)
 
 
 class Runner(Protocol):
@@ -85,6 +88,7 @@ class Backend(Protocol):
     """One worker's device."""
 
     block_sizes: tuple[int, ...]
+    """sizes that the kernels take, the best first"""
     max_steps_in_flight: int
 
     @property
@@ -154,13 +158,13 @@ class CpuBackend:
             model.spec,
             model.weights,
             model.product,
-            block_size=config.block_size,
+            block_size=model.block_size,
             max_tokens=config.max_num_batched_tokens,
         )
         return model, passed
 
     def available_blocks(self, model: LoadedModel) -> int:
-        return available_blocks(model.config, model.block_bytes, model.max_model_len)
+        return available_blocks(model.config, model.block_bytes, model.block_size, model.max_model_len)
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner:
         config = model.config
@@ -174,7 +178,7 @@ class CpuBackend:
         )
         return ModelRunner(
             decoder,
-            PagedKvCache(model.spec, num_blocks, config.block_size, model.weights.dtype),
+            PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

@@ -59,16 +59,16 @@ class Worker:
 
     def load_model(self, command: LoadModel) -> ModelLoaded:
         """Seed, load, pack and self-test. Raises ConfigError, ModelError or InvarianceError."""
-        config = command.config
         seconds: dict[str, float] = {}
-        backend = make_backend(resolve_device(config.device, config.rank))
+        backend = make_backend(resolve_device(command.config.device, command.config.rank))
+        config = command.config
         _check_config(config, backend)
         seed_everything(config.seed)
         digests = rng_digests()
         with _timed(seconds, "start_device"):
             backend.begin(config)
         self._backend = backend
-        outline = _outline(config)
+        outline = _outline(config, backend)
         with backend.loading(outline) as compilation:
             with _timed(seconds, "load_weights"):
                 loaded = _load(outline, backend)
@@ -89,6 +89,7 @@ class Worker:
             fingerprint=self._fingerprint(),
             phase_seconds=seconds,
             max_steps_in_flight=backend.max_steps_in_flight,
+            block_size=loaded.block_size,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
@@ -229,10 +230,11 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = perf_counter() - start
 
 
-def _outline(config: WorkerConfig) -> ModelOutline:
+def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
     product = linear_kernel(config.numerics)
     spec = load_spec(Path(config.model_path))
-    return ModelOutline(config, spec, product, _max_model_len(config, spec))
+    block_size = config.block_size or backend.block_sizes[0]
+    return ModelOutline(config, spec, product, _max_model_len(config, spec), block_size)
 
 
 def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
@@ -246,7 +248,7 @@ def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
         seed=config.seed,
         placement=backend.placement,
     )
-    return LoadedModel(config, outline.spec, weights, outline.product, outline.max_model_len)
+    return LoadedModel(config, outline.spec, weights, outline.product, outline.max_model_len, outline.block_size)
 
 
 def _check_config(config: WorkerConfig, backend: Backend) -> None:
@@ -255,7 +257,7 @@ def _check_config(config: WorkerConfig, backend: Backend) -> None:
         "tp_size": (config.tp_size, (1,)),
         "dtype": (config.dtype, ("auto", *FLOAT_DTYPES)),
         "load_format": (config.load_format, ("auto", "safetensors", "dummy")),
-        "block_size": (config.block_size, backend.block_sizes),
+        "block_size": (config.block_size or backend.block_sizes[0], backend.block_sizes),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:

@@ -40,7 +40,7 @@ PROMPTS = (
     (1, 2, 64), (1, 2, 4096), (1, 16, 64), (1, 16, 4096), (1, 256, 512), (1, 256, 4096), (64, 8, 64), (64, 8, 4096),
 )  # fmt: skip
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, MAX_ROWS)
-DECODE_CONTEXTS = (64, 1024, 1 << 30)
+DECODE_CONTEXTS = (64, 1024, 4096, 1 << 30)
 
 
 class KernelCompilation:
@@ -98,7 +98,7 @@ def _compile(outline: ModelOutline, device: torch.device) -> None:
         _launch_steps(replace(outline, spec=spec), weights, workspace, device)
         _launch_reports(spec.vocab_size, device)
         if config.numerics == "invariant":
-            run_self_test(config, spec, weights, workspace)
+            run_self_test(config, spec, weights, outline.block_size, workspace)
 
 
 def _launch_steps(
@@ -121,7 +121,7 @@ def _launch_steps(
         torch.empty(MAX_ROWS, spec.hidden_size, dtype=weights.activations, device=device),
         torch.empty(MAX_ROWS, spec.vocab_size, device=device),
     )
-    cache = PagedKvCache(spec, 1, config.block_size, weights.dtype, device)
+    cache = PagedKvCache(spec, 1, outline.block_size, weights.dtype, device)
     limits = StepLimits(outline.max_model_len, MAX_ROWS, MAX_TOKENS, spec.vocab_size)
     runner = GpuModelRunner(memory, cache, limits, rank=config.rank, graphs=False)
     plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
@@ -130,7 +130,7 @@ def _launch_steps(
     for edits, truncates, num_best in combinations((False, True), (False, True), (-1, 0, 5, 20)):
         stages = gpu_sampling.Stages(edits=edits, truncates=truncates, num_best=num_best)
         runner.launch_decode(DecodeShape(1, min(64, outline.max_model_len), stages))
-    width = -(-outline.max_model_len // config.block_size)
+    width = -(-outline.max_model_len // outline.block_size)
     for requests, tokens, context in PROMPTS:
         if context <= outline.max_model_len:
             decoder.forward(_prompts(requests, tokens, context, width, device), cache.layers)

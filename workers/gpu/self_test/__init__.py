@@ -35,15 +35,15 @@ class SelfTest(NamedTuple):
 
 
 def run_self_test(
-    config: WorkerConfig, spec: ModelSpec, weights: DecoderWeights, workspace: AttentionWorkspace
+    config: WorkerConfig, spec: ModelSpec, weights: DecoderWeights, block_size: int, workspace: AttentionWorkspace
 ) -> SelfTest:
     """Every operation of the model's forward pass, and sampling."""
     device = weights.embedding.device
     products = check_products(weights, max_tokens=config.max_num_batched_tokens, max_num_seqs=config.max_num_seqs)
     comparisons = [
         *products.reference,
-        *check_rows(spec, weights, config.block_size),
-        *check_attention(spec, weights.dtype, config.block_size, workspace, device),
+        *check_rows(spec, weights, block_size),
+        *check_attention(spec, weights.dtype, block_size, workspace, device),
         *check_sampling(spec.vocab_size, device),
     ]
     torch.cuda.empty_cache()
