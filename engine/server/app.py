@@ -16,6 +16,7 @@ from sempre.engine.server import openapi
 from sempre.engine.server.chat import create_chat_completion
 from sempre.engine.server.completions import create_completion
 from sempre.engine.server.errors import APIError, api_error
+from sempre.engine.server.health import check_health
 from sempre.engine.server.metrics import CONTENT_TYPE
 from sempre.engine.server.middleware import KeyRing, RequestGate
 from sempre.engine.server.responses import ModelCard, ModelList
@@ -92,9 +93,8 @@ async def _ready(service: Service, _request: Request) -> Response:
 
 async def _health(service: Service, _request: Request) -> Response:
     service.check_ready()
-    # Answered by the coordinator, so it shows that one to be alive too.
-    await service.engine.get_metrics()
-    return JSONResponse({"status": "healthy"})
+    found = await check_health(service.engine, step_timeout_s=service.config.step_timeout)
+    return Response(msgspec.json.encode(found), 503 if found.problems else 200, media_type="application/json")
 
 
 async def _version(_service: Service, _request: Request) -> Response:
