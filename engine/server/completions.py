@@ -107,8 +107,9 @@ class _Answer:
             system_fingerprint=self._fingerprint,
         )
 
-    def events(self, place: int, output: RequestOutput) -> bytes:
+    def events(self, output: RequestOutput) -> bytes:
         """Return the events of a prompt's news."""
+        place = self._generation.place(output)
         usage = self._generation.usage() if self._chunks.continuous_usage else None
         return b"".join([self._chunks.choice(self._choice(place, output, choice), usage) for choice in output.outputs])
 
