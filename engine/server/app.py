@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 
 from sempre.engine.metrics import Gauge
 from sempre.engine.server import openapi
@@ -27,7 +28,7 @@ from sempre.engine.version import __version__
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 
-def create_app(service: Service, keys: KeyRing) -> FastAPI:
+def create_app(service: Service, keys: KeyRing) -> ASGIApp:
     """Return the ASGI application of `service`."""
     config = service.config
     # The interactive pages of FastAPI load scripts from elsewhere, so they are left out.
@@ -36,14 +37,12 @@ def create_app(service: Service, keys: KeyRing) -> FastAPI:
         _add(app, service, operation, _ENDPOINTS[operation.path])
     app.add_exception_handler(HTTPException, _http_error)
     openapi.install(app)
-    app.add_middleware(RequestGate, keys=keys, access_log=config.enable_access_log)
+    outer: ASGIApp = RequestGate(app, keys, access_log=config.enable_access_log)
     if config.allowed_origins:
         from starlette.middleware.cors import CORSMiddleware
 
-        app.add_middleware(
-            CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"]
-        )
-    return app
+        outer = CORSMiddleware(outer, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+    return outer
 
 
 def _add(app: FastAPI, service: Service, operation: openapi.Operation, endpoint: Endpoint) -> None:

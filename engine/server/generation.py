@@ -114,17 +114,20 @@ class EventStream(Response):
             generation.watch(receive)
             # The headers that middleware adds come with `send`.
             await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-            # No middleware looks at what follows the head, so tokens go straight to the socket's server.
-            send = scope["state"]["server_send"]
-            try:
-                for event in self._first:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-                while outputs := await generation.next():
-                    body = b"".join(map(self._encode, outputs))
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-                end = self._last()
-            except ClientGone:
-                return
-            except Exception as error:
-                end = b"data: " + api_error(error).encode() + b"\n\n"
-            await send({"type": "http.response.body", "body": end + DONE, "more_body": False})
+            # No middleware looks at what follows the head, so tokens go straight to the socket's server. And they are
+            # sent by a task of their own: a task resumes through all frames that await it, here dozens of middleware's.
+            await asyncio.create_task(self._send_body(scope["state"]["server_send"]))
+
+    async def _send_body(self, send: Send) -> None:
+        try:
+            for event in self._first:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            while outputs := await self._generation.next():
+                body = b"".join(map(self._encode, outputs))
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            end = self._last()
+        except ClientGone:
+            return
+        except Exception as error:
+            end = b"data: " + api_error(error).encode() + b"\n\n"
+        await send({"type": "http.response.body", "body": end + DONE, "more_body": False})
