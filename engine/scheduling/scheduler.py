@@ -41,7 +41,8 @@ class Scheduler:
     """All requests of one replica.
 
     `schedule` may be called again before `update` for the former step: what is in flight is counted as one token per
-    sampling request, and a step is never planned past a request's last possible token. Steps are updated in the order
+    sampling request, and a step is never planned past a request's last possible token. A request with a grammar sits a
+    step out while its token is in flight; the others go on. Steps are updated in the order
     in which they were scheduled.
     """
 
@@ -145,7 +146,7 @@ class Scheduler:
                 break
             start = request.num_computed_tokens
             num_new = min(request.num_tokens, request.compute_limit) - start
-            if num_new < 1:
+            if num_new < 1 or request.is_held_back:
                 continue  # its last token is in flight
             if num_new > 1:
                 # a long prompt leaves a token to each request behind it: they go on decoding meanwhile
@@ -176,8 +177,8 @@ class Scheduler:
         """Admit waiting requests, strictly in order."""
         while self._waiting and draft.budget and len(self._running) < self._max_num_seqs:
             request = self._waiting[0]
-            if request.num_tokens > request.compute_limit:
-                break  # preempted while its last token was in flight: the update to come ends it
+            if request.num_tokens > request.compute_limit or request.is_held_back:
+                break  # preempted while its last token was in flight: the update to come ends it, or lets it go on
             cached_blocks = self._kv_cache.find_cached_blocks(request)
             if not self._kv_cache.can_admit(request, cached_blocks):
                 break

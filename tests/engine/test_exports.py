@@ -33,6 +33,7 @@ PUBLIC = {
     "SeedMismatch",
     "SempreError",
     "StartupError",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "WorkerDied",
