@@ -36,6 +36,7 @@ DEBUG_VARIABLE = "SEMPRE_DEBUG"
 COMMANDS = {
     "generate": "complete prompts from arguments, standard input or a JSONL file",
     "chat": "talk with a model",
+    "serve": "serve a model over HTTP, with the interface of OpenAI",
     "pull": "fetch a model of the catalogue",
     "bench": "measure latency, throughput or start-up",
     "fingerprint": "print what the outputs of a model depend on, and its digest",
