@@ -114,7 +114,8 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": event, "more_body": True})
                 async for placed in generation.outputs():
                     body = b"".join([self._encode(place, output) for place, output in placed])
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                    if body:
+                        await send({"type": "http.response.body", "body": body, "more_body": True})
                 end = self._last()
             except ClientGone:
                 return
