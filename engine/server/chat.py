@@ -30,6 +30,7 @@ from sempre.engine.server.responses import (
     ChatLogprobs,
 )
 from sempre.engine.server.service import Service
+from sempre.engine.server.structure import blame_on
 from sempre.engine.server.tools import ChatPlan
 from sempre.engine.server.tracing import RequestSpan
 
@@ -61,7 +62,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     params = dataclasses.replace(params, structured_outputs=plan.structured_behind(prompt["prompt"]))
     if request.cache_salt is not None:
         prompt["cache_salt"] = request.cache_salt
-    with RequestSpan.begin(http, service, params) as span:
+    with RequestSpan.begin(http, service, params) as span, blame_on(request):
         generation = Generation(service, service.open([prompt], params, request.priority), span)
     http.state.generation = generation
     response_id = f"chatcmpl-{http.state.request_id}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.requests import GenerationRequest
 from sempre.engine.structured_outputs import StructuredOutputsParams
+from sempre.ipc.errors import ConfigError
 
 
 def structured_outputs(request: GenerationRequest) -> StructuredOutputsParams | None:
@@ -24,6 +27,19 @@ def structured_outputs(request: GenerationRequest) -> StructuredOutputsParams | 
     except TypeError as error:
         text = str(error).replace("StructuredOutputsParams", "structured_outputs")
         raise BadRequest(text, param="structured_outputs") from None
+
+
+@contextmanager
+def blame_on(request: GenerationRequest) -> Iterator[None]:
+    """Let a grammar that is refused be blamed on the field that it came from."""
+    try:
+        yield
+    except ConfigError as error:
+        named = error.parameter or ""
+        if not named.startswith("structured_outputs") or request.structured_outputs is not None:
+            raise
+        field = "tools" if request.response_format is None else "response_format"
+        raise BadRequest(str(error).replace(named, field, 1), param=field) from None
 
 
 def _of_format(given: dict[str, Any] | None) -> StructuredOutputsParams | None:

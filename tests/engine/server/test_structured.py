@@ -167,7 +167,7 @@ def test_structured_outputs(client: openai.OpenAI, structured: dict[str, Any], p
 @pytest.mark.parametrize(
     ("keywords", "param"),
     [
-        ({"response_format": json_schema(schema={"type": "objekt"})}, "structured_outputs.json"),
+        ({"response_format": json_schema(schema={"type": "objekt"})}, "response_format"),
         ({"response_format": json_schema()}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"extra_body": {"structured_outputs": {"regex": "(a"}}}, "structured_outputs.regex"),
@@ -181,14 +181,13 @@ def test_structured_outputs(client: openai.OpenAI, structured: dict[str, Any], p
         ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
         ({"tools": [CLOCK], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": 3}}}],
-          "tool_choice": "required"}, "structured_outputs.json"),
+          "tool_choice": "required"}, "tools"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_field(client: openai.OpenAI, keywords: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, **keywords)
-    assert refused.value.param is not None
-    assert param in refused.value.param
+    assert refused.value.param == param
     assert ask(client, max_tokens=2).choices[0].message.content
 
 
