@@ -91,13 +91,11 @@ def test_siblings_have_a_state_each(llm: LLM) -> None:
 
 
 def test_a_request_that_runs_into_an_error_ends_alone(llm: LLM) -> None:
-    ambiguous = form(grammar="start: (a | b | c | d)+\na: X+\nb: X+\nc: X+\nd: X+\nX: /a/", max_tokens=400)
-    bias = SamplingParams(
-        max_tokens=400, structured_outputs=ambiguous.structured_outputs, logit_bias={0: -100, 2: -100}
-    )
+    ambiguous = StructuredOutputsParams(grammar="start: (a | b | c | d)+\na: X+\nb: X+\nc: X+\nd: X+\nX: /a/")
+    endless = SamplingParams(max_tokens=400, structured_outputs=ambiguous, logit_bias={0: -100, 2: -100})
     healthy = SamplingParams(max_tokens=30, seed=9)
     [expected] = generated(llm, [healthy])
-    outputs = llm.generate(["Chapter 0.", "Chapter 0."], [healthy, bias], use_tqdm=False)
+    outputs = llm.generate(["Chapter 0.", "Chapter 0."], [healthy, endless], use_tqdm=False)
     assert outputs[0].outputs[0].token_ids == expected.token_ids
     assert outputs[1].outputs[0].finish_reason == "error"
     assert "structured_outputs: " in (outputs[1].outputs[0].error or "")
