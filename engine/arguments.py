@@ -41,7 +41,7 @@ class EngineKeywords(TypedDict, total=False):
     max_model_len: int | None
     max_num_seqs: int
     max_num_batched_tokens: int
-    block_size: int
+    block_size: int | None
     enable_prefix_caching: bool
     kv_cache_memory_bytes: int | None
     data_parallel_size: int
@@ -57,7 +57,11 @@ class EngineKeywords(TypedDict, total=False):
     max_logprobs: int
     heartbeat_interval_s: float
     heartbeat_timeout_s: float
+    step_timeout_s: float
     startup_timeout_s: float
+    max_restarts: int
+    restart_window_s: float
+    max_request_crashes: int
     max_message_bytes: int
     tokenizer: str | None
     revision: str | None
@@ -121,13 +125,16 @@ _LEAST = {
     "max_model_len": 1,
     "max_num_seqs": 1,
     "max_num_batched_tokens": 1,
+    "block_size": 1,
     "kv_cache_memory_bytes": 1,
     "data_parallel_size": 1,
     "num_threads": 0,
     "max_logprobs": -1,
+    "max_restarts": 0,
+    "max_request_crashes": 1,
     "max_message_bytes": 1 << 16,
 }
-_ONLY_VALUE: dict[str, object] = {"block_size": 16, "tensor_parallel_size": 1}
+_ONLY_VALUE: dict[str, object] = {"tensor_parallel_size": 1}
 _DERIVED_FIELDS = ("model", "model_path")
 
 

@@ -12,11 +12,21 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 Kernel = Callable[..., Any]
 
+
+def _can_chain() -> bool:
+    """Whether kernels may be launched before the one in front of them has ended (compute capability 9 and above)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+CHAINS = tl.constexpr(_can_chain())
 # whether a product and a sum become one rounding or two must not depend on the tile around them
-EXACT = {"enable_fp_fusion": False}
+EXACT: dict[str, Any] = {"enable_fp_fusion": False}
+# for kernels that call `wait_for_previous` before they read or write what other kernels do
+CHAINED: dict[str, Any] = EXACT | ({"launch_pdl": True} if CHAINS.value else {})
 
 
 def jit(*, runtime: tuple[str, ...] = ()) -> Callable[[Kernel], Any]:
@@ -28,6 +38,28 @@ def jit(*, runtime: tuple[str, ...] = ()) -> Callable[[Kernel], Any]:
         return triton.jit(function, do_not_specialize=list(runtime))
 
     return decorate
+
+
+@jit()
+def wait_for_previous() -> None:
+    """Wait until the kernel before this one has ended, and let the next one get ready beside this one.
+
+    Programmatic dependent launch. Every program of a kernel launched with CHAINED calls it, before any early return:
+    then at most two kernels overlap, and what the last but one wrote may be read before the call.
+    """
+    if CHAINS:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@jit()
+def prefetch(addresses: Any) -> None:
+    """Bring the lines at `addresses` (a tensor of pointers) to the L2 cache; before `wait_for_previous`."""
+    if CHAINS:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @cache

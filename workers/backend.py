@@ -32,11 +32,13 @@ class LoadedModel:
     weights: DecoderWeights
     product: LinearKernel
     max_model_len: int
+    block_size: int
+    """tokens in one KV cache block: the config's, or the device's best"""
 
     @property
     def block_bytes(self) -> int:
         """Of one KV cache block."""
-        return block_bytes(self.spec, self.config.block_size, self.weights.dtype)
+        return block_bytes(self.spec, self.block_size, self.weights.dtype)
 
     def make_grammar_compiler(self) -> GrammarCompiler:
         """For the model's own tokenizer."""
@@ -72,6 +74,7 @@ class Backend(Protocol):
     """One worker's device."""
 
     block_sizes: tuple[int, ...]
+    """sizes that the kernels take, the best first"""
     max_steps_in_flight: int
 
     @property
@@ -127,13 +130,13 @@ class CpuBackend:
             model.spec,
             model.weights,
             model.product,
-            block_size=config.block_size,
+            block_size=model.block_size,
             max_tokens=config.max_num_batched_tokens,
         )
         return model, passed
 
     def available_blocks(self, model: LoadedModel) -> int:
-        return available_blocks(model.config, model.block_bytes, model.max_model_len)
+        return available_blocks(model.config, model.block_bytes, model.block_size, model.max_model_len)
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner:
         config = model.config
@@ -147,7 +150,7 @@ class CpuBackend:
         )
         return ModelRunner(
             decoder,
-            PagedKvCache(model.spec, num_blocks, config.block_size, model.weights.dtype),
+            PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
             model.make_grammar_compiler(),
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,

@@ -60,9 +60,9 @@ class Worker:
 
     def load_model(self, command: LoadModel) -> ModelLoaded:
         """Seed, load, pack and self-test. Raises ConfigError, ModelError or InvarianceError."""
-        config = command.config
         seconds: dict[str, float] = {}
-        backend = make_backend(resolve_device(config.device, config.rank))
+        backend = make_backend(resolve_device(command.config.device, command.config.rank))
+        config = command.config
         _check_config(config, backend)
         seed_everything(config.seed)
         digests = rng_digests()
@@ -86,6 +86,7 @@ class Worker:
             fingerprint=self._fingerprint(),
             phase_seconds=seconds,
             max_steps_in_flight=backend.max_steps_in_flight,
+            block_size=loaded.block_size,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
@@ -241,7 +242,8 @@ def _load(config: WorkerConfig, backend: Backend) -> LoadedModel:
         seed=config.seed,
         placement=backend.placement,
     )
-    return LoadedModel(config, spec, weights, product, max_model_len)
+    block_size = config.block_size or backend.block_sizes[0]
+    return LoadedModel(config, spec, weights, product, max_model_len, block_size)
 
 
 def _check_config(config: WorkerConfig, backend: Backend) -> None:
@@ -250,7 +252,7 @@ def _check_config(config: WorkerConfig, backend: Backend) -> None:
         "tp_size": (config.tp_size, (1,)),
         "dtype": (config.dtype, ("auto", *FLOAT_DTYPES)),
         "load_format": (config.load_format, ("auto", "safetensors", "dummy")),
-        "block_size": (config.block_size, backend.block_sizes),
+        "block_size": (config.block_size or backend.block_sizes[0], backend.block_sizes),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:

@@ -25,6 +25,7 @@ class Replica:
         self._results: dict[int, StepResult] = {}
         self._tokens: dict[str, int] = {}
         self.load = 0
+        self.has_workers = True
 
     def add(self, spec: RequestSpec) -> None:
         """Raises RequestError when the request can never run."""
@@ -41,6 +42,8 @@ class Replica:
 
     def advance(self) -> None:
         """Send the next step when the workers have room for one."""
+        if not self.has_workers:
+            return
         while len(self._in_flight) < self._max_steps_in_flight and self._scheduler.has_unfinished():
             step = self._scheduler.schedule()
             if step is None:
@@ -63,11 +66,20 @@ class Replica:
                 self._forget(output.request_id)
         return outputs
 
-    def restart(self) -> None:
-        """The workers were replaced by fresh ones: every unfinished request is computed again."""
-        self._scheduler.restart()
+    def lose_workers(self, cause: str) -> list[RequestOutputDelta]:
+        """A worker died by `cause`: requests wait for `resume` and are computed again; the ends of those that are not,
+        because they were at work in too many crashes."""
+        self.has_workers = False
         self._in_flight.clear()
         self._results.clear()
+        failed = self._scheduler.restart(cause)
+        for delta in failed:
+            self._forget(delta.request_id)
+        return failed
+
+    def resume(self) -> None:
+        """Fresh workers are ready."""
+        self.has_workers = True
 
     @property
     def num_unfinished(self) -> int:

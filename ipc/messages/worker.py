@@ -34,7 +34,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_num_seqs: Positive = 128
     max_num_batched_tokens: Positive = 2048
-    block_size: Positive = 16
+    block_size: Positive | None = 16
     kv_cache_memory_bytes: int | None = None
     num_threads: NonNegative = 0
     numerics: str = "invariant"
@@ -138,6 +138,7 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     fingerprint: dict[str, str] = {}
     phase_seconds: dict[str, float] = {}
     max_steps_in_flight: Positive = 1
+    block_size: Positive = 16
 
 
 class WorkerReady(Message, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ EXAMPLES: list[m.Message] = [
     m.CallWorkers(call_id=1, method="ping", args=[1], kwargs={"k": None}),
     m.ResetPrefixCache(call_id=1),
     m.GetMetrics(call_id=1),
+    m.GetHealth(call_id=1),
     m.ShutdownEngine(),
     m.Heartbeat(rank=0, steps_done=3),
     m.Refused(error=ERROR),
@@ -44,6 +45,8 @@ EXAMPLES: list[m.Message] = [
     m.CallWorkersReply(call_id=1, results=["pong"]),
     m.ResetPrefixCacheReply(call_id=1, done=True),
     m.MetricsReply(call_id=1, values={"a": 1.0, "b": [1.0], "c": {"d": 1.0}}),
+    m.HealthReply(call_id=1, workers=[m.WorkerHealth(rank=0, pid=9, state="ready", heartbeat_age_s=0.5)]),
+    m.WorkerStateChanged(rank=0, state="restarting", pid=9, error=ERROR),
     m.EngineFailed(error=ERROR),
     m.LoadModel(config=m.WorkerConfig(rank=0, world_size=1, model_path="/m")),
     m.StartServing(num_blocks=3),
@@ -70,14 +73,15 @@ EXAMPLES: list[m.Message] = [
 GOLDEN = {
     "ClientHello": "93ab436c69656e7448656c6c6f0102",
     "AddRequests": """
-        92ab41646452657175657374739197a1729201cd012cdc00110400cb3ff0000000000000cb3ff000000000000000cb00
+        92ab41646452657175657374739199a1729201cd012cdc00110400cb3ff0000000000000cb3ff000000000000000cb00
         00000000000000cb0000000000000000cb0000000000000000cb3ff00000000000008107cb3fe0000000000000c09192
-        01029090c0c0c0cfffffffffffffffff0000c0
+        01029090c0c0c0cfffffffffffffffff0000c09000
     """,
     "AbortRequests": "93ad41626f7274526571756573747391a172a561626f7274",
     "CallWorkers": "95ab43616c6c576f726b65727301a470696e67910181a16bc0",
     "ResetPrefixCache": "92b05265736574507265666978436163686501",
     "GetMetrics": "92aa4765744d65747269637301",
+    "GetHealth": "92a94765744865616c746801",
     "ShutdownEngine": "91ae53687574646f776e456e67696e65",
     "Heartbeat": "93a94865617274626561740003",
     "Refused": "92a75265667573656495a154a16d01a082a16101a162c0",
@@ -93,6 +97,10 @@ GOLDEN = {
         93ac4d6574726963735265706c790183a161cb3ff0000000000000a16291cb3ff0000000000000a16381a164cb3ff000
         0000000000
     """,
+    "HealthReply": "93ab4865616c74685265706c790191980009a57265616479cb3fe0000000000000c0c000a0",
+    "WorkerStateChanged": """
+        95b2576f726b657253746174654368616e67656400aa72657374617274696e670995a154a16d01a082a16101a162c0
+    """,
     "EngineFailed": "92ac456e67696e654661696c656495a154a16d01a082a16101a162c0",
     "LoadModel": """
         92a94c6f61644d6f64656cdc00150001000001a674617267657400a22f6da46175746fa3637075c0cc80cd080010c000
@@ -107,7 +115,7 @@ GOLDEN = {
     "CallMethod": "95aa43616c6c4d6574686f6401a470696e679080",
     "ShutdownWorker": "91ae53687574646f776e576f726b6572",
     "WorkerHello": "95ab576f726b657248656c6c6f01000281a5746f726368a132",
-    "ModelLoaded": "9bab4d6f64656c4c6f616465640094a170a16ea174a00a14400390808001",
+    "ModelLoaded": "9cab4d6f64656c4c6f616465640094a170a16ea174a00a1440039080800110",
     "WorkerReady": "95ab576f726b657252656164790094a170a16ea174a08080",
     "StepResult": "94aa53746570526573756c7400019195a1729105950101c40401000000c404000080bfc40401000000c0c0",
     "CallMethodReply": "95af43616c6c4d6574686f645265706c79000181a1619401cb4004000000000000c0c3c0",

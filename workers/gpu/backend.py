@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -28,13 +29,13 @@ logger = logging.getLogger(__name__)
 HASHING_THREADS = 8
 # the graphs of plain decoding within these bounds are captured before the first request; the rest when needed
 CAPTURED_ROWS = 256
-CAPTURED_CONTEXT = 1024
+CAPTURED_CONTEXTS = (512, 1024)
 
 
 class GpuBackend:
     """One GPU."""
 
-    block_sizes: tuple[int, ...] = (16, 32, 64)
+    block_sizes: tuple[int, ...] = (64, 32, 16)
     max_steps_in_flight = 2
 
     def __init__(self, device: torch.device) -> None:
@@ -63,10 +64,10 @@ class GpuBackend:
         if tested.excluded:
             logger.warning("self-test: product kernels that disagree are not used: %s", tested.excluded)
         windows = check_attention(
-            model.spec, model.weights.dtype, config.block_size, self._attention_workspace(model), self.device
+            model.spec, model.weights.dtype, model.block_size, self._attention_workspace(model), self.device
         )
         passed = {"linear": tested.passed, "attention": windows}
-        return LoadedModel(config, model.spec, tested.weights, model.product, model.max_model_len), passed
+        return replace(model, weights=tested.weights), passed
 
     def available_blocks(self, model: LoadedModel) -> int:
         self._steps = self._allocate_steps(model)
@@ -88,7 +89,7 @@ class GpuBackend:
             plan,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
             bytes_per_block=model.block_bytes,
-            block_size=config.block_size,
+            block_size=model.block_size,
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,
         )
@@ -96,7 +97,7 @@ class GpuBackend:
     def make_runner(self, model: LoadedModel, num_blocks: int) -> GpuModelRunner:
         config = model.config
         assert self._steps is not None, "available_blocks comes first"
-        cache = PagedKvCache(model.spec, num_blocks, config.block_size, model.weights.dtype, self.device)
+        cache = PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype, self.device)
         limits = StepLimits(
             model.max_model_len, config.max_num_seqs, config.max_num_batched_tokens, model.spec.vocab_size
         )
@@ -112,7 +113,8 @@ class GpuBackend:
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         assert isinstance(runner, GpuModelRunner)
         began = perf_counter()
-        runner.capture_decode(CAPTURED_ROWS, CAPTURED_CONTEXT)
+        for context_len in CAPTURED_CONTEXTS:
+            runner.capture_decode(CAPTURED_ROWS, context_len)
         torch.cuda.synchronize(self.device)
         logger.info("captured %d graphs in %.2f s", len(runner.graphs), perf_counter() - began)
         return {"graphs": runner.graphs.state}
