@@ -19,6 +19,7 @@ from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.decoder import Decoder
 from sempre.workers.models.numerics import LinearKernel
 from sempre.workers.models.spec import ModelSpec
+from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.self_test import self_test
 from sempre.workers.weights import ON_CPU, DecoderWeights, Placement
 
@@ -50,6 +51,10 @@ class LoadedModel:
     def block_bytes(self) -> int:
         """Of one KV cache block."""
         return block_bytes(self.spec, self.block_size, self.weights.dtype)
+
+    def make_grammar_compiler(self) -> GrammarCompiler:
+        """For the model's own tokenizer."""
+        return GrammarCompiler(Path(self.config.model_path), self.spec.vocab_size)
 
 
 class Runner(Protocol):
@@ -179,6 +184,7 @@ class CpuBackend:
         return ModelRunner(
             decoder,
             PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
+            model.make_grammar_compiler(),
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

@@ -31,6 +31,7 @@ from sempre.workers.backend import Backend, LoadedModel, ModelOutline, Pipelined
 from sempre.workers.device import resolve_device
 from sempre.workers.models.numerics import linear_kernel
 from sempre.workers.models.spec import FLOAT_DTYPES, ModelSpec, load_spec
+from sempre.workers.sampling.grammar import grammar_library_version
 from sempre.workers.seeding import rng_digests, seed_everything
 from sempre.workers.warm_up import warm_up
 from sempre.workers.weights import live_digest, load_weights
@@ -178,7 +179,8 @@ class Worker:
         return method
 
     def _fingerprint(self) -> dict[str, str]:
-        return self._require_backend().fingerprint(self._require_loaded()) | self._late_fingerprint
+        parts = self._require_backend().fingerprint(self._require_loaded())
+        return parts | {"llguidance": grammar_library_version()} | self._late_fingerprint
 
     def _kv_cache_digest(self, block_ids: list[int]) -> str:
         cache = self._require_runner().cache

@@ -45,7 +45,8 @@ class Scheduler:
     """All requests of one replica.
 
     `schedule` may be called again before `update` for the former step: what is in flight is counted as one token per
-    sampling request, and a step is never planned past a request's last possible token. Steps are updated in the order
+    sampling request, and a step is never planned past a request's last possible token. A request with a grammar sits a
+    step out while its token is in flight; the others go on. Steps are updated in the order
     in which they were scheduled.
     """
 
@@ -161,7 +162,7 @@ class Scheduler:
                 break
             start = request.num_computed_tokens
             num_new = min(request.num_tokens, request.compute_limit) - start
-            if num_new < 1:
+            if num_new < 1 or request.is_held_back:
                 continue  # its last token is in flight
             if num_new > 1:
                 # a long prompt leaves a token to each request behind it: they go on decoding meanwhile
@@ -205,8 +206,8 @@ class Scheduler:
 
     def _admit(self, draft: StepInFlight, request: Request) -> bool:
         """Plan the first tokens of a waiting request; False when it does not fit now."""
-        if request.num_tokens > request.compute_limit:
-            return False  # preempted while its last token was in flight: the update to come ends it
+        if request.num_tokens > request.compute_limit or request.is_held_back:
+            return False  # preempted while its last token was in flight: the update to come ends it, or lets it go on
         cached_blocks = self._kv_cache.find_cached_blocks(request)
         if not self._kv_cache.can_admit(request, cached_blocks):
             return False

@@ -21,6 +21,7 @@ from sempre.engine.server.parameters import check_model, completion_parameters
 from sempre.engine.server.requests import CompletionRequest
 from sempre.engine.server.responses import CompletionChoice, CompletionLogprobs, CompletionResponse
 from sempre.engine.server.service import Service
+from sempre.engine.server.structure import blame_on
 from sempre.engine.server.tracing import RequestSpan
 
 
@@ -31,7 +32,7 @@ async def create_completion(service: Service, http: Request) -> Response:
     check_model(request.model, service.model_names)
     params = completion_parameters(request, service.engine.get_default_sampling_params(), service.config)
     prompts = _prompts(request, service)
-    with RequestSpan.begin(http, service, params) as span:
+    with RequestSpan.begin(http, service, params) as span, blame_on(request):
         generation = Generation(service, service.open(prompts, params, request.priority), span)
     http.state.generation = generation
     answer = _Answer(service, request, generation, f"cmpl-{http.state.request_id}")

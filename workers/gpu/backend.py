@@ -128,7 +128,14 @@ class GpuBackend:
         limits = StepLimits(
             model.max_model_len, config.max_num_seqs, config.max_num_batched_tokens, model.spec.vocab_size
         )
-        return GpuModelRunner(self._steps, cache, limits, rank=config.rank, graphs=not config.enforce_eager)
+        return GpuModelRunner(
+            self._steps,
+            cache,
+            model.make_grammar_compiler(),
+            limits,
+            rank=config.rank,
+            graphs=not config.enforce_eager,
+        )
 
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         assert isinstance(runner, GpuModelRunner)
