@@ -257,7 +257,7 @@ def _servers(args: argparse.Namespace, model: str) -> list[Server]:
         }
         port = _free_port()
         listen = ["--host", "127.0.0.1", "--port", str(port)]
-        command = [str(Path(args.vllm_python).parent / "vllm"), "serve", model, *listen]
+        command = [args.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *listen]
         command += ["--max-num-seqs", str(args.max_num_seqs), "--disable-uvicorn-access-log"]
         servers.append(Server("vllm-cpu", command, environment, port, model))
     return servers
