@@ -50,8 +50,6 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     metrics_prefix: Annotated[MetricsPrefix, _doc("prefix of the names at /metrics")] = "sempre"
     log_format: Annotated[LogFormat, _doc("form of log lines")] = "text"
     enable_access_log: Annotated[bool, _doc("log a line per request")] = True
-    enable_log_requests: Annotated[bool, _doc("log prompts and parameters of requests")] = False
-    max_log_len: Annotated[int, _doc("most characters of a logged prompt")] = 1024
 
 
 _LEAST = {
@@ -60,7 +58,6 @@ _LEAST = {
     "max_body_bytes": 1024,
     "max_n": 1,
     "max_prompts": 1,
-    "max_log_len": 0,
     "shutdown_timeout": 0.0,
     "keep_alive_timeout": 0.0,
 }

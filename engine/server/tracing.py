@@ -37,9 +37,10 @@ class RequestSpan:
         """Start the span, with vLLM's attribute names."""
         if trace is None:
             return cls(None, "")
-        span = trace.get_tracer("sempre").start_span(
-            "llm_request", context=extract(http.headers), kind=trace.SpanKind.SERVER
-        )
+        # Where the HTTP framework has a span of its own, ours is its child.
+        is_child = trace.get_current_span().get_span_context().is_valid
+        context = None if is_child else extract(http.headers)
+        span = trace.get_tracer("sempre").start_span("llm_request", context=context)
         if not span.is_recording():
             return cls(None, "")
         span.set_attributes(
