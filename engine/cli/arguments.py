@@ -37,11 +37,22 @@ def model_of(namespace: argparse.Namespace) -> str:
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of EngineConfig and FrontendConfig."""
-    group = parser.add_argument_group("engine")
-    for config in (EngineConfig, FrontendConfig):
-        defaults = {field.name: field.default for field in msgspec.structs.fields(config)}
+    add_config_flags(parser, "engine", EngineConfig, FrontendConfig)
+
+
+def add_config_flags(parser: argparse.ArgumentParser, title: str, *configs: type[msgspec.Struct]) -> None:
+    """Add a flag for every field of `configs` that a user may set."""
+    group = parser.add_argument_group(title)
+    for config in configs:
+        fields = {field.name: field for field in msgspec.structs.fields(config)}
         for name, hint in field_types(config).items():
-            _add_flag(group, name, hint, f"default: {defaults[name]}")
+            default = fields[name].default
+            _add_flag(group, name, hint, f"default: {'none' if default is msgspec.NODEFAULT else default}")
+
+
+def config_values(namespace: argparse.Namespace, config: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the fields of `config` that were given."""
+    return {name: getattr(namespace, name) for name in field_types(config) if hasattr(namespace, name)}
 
 
 def add_sampling_flags(
@@ -62,8 +73,7 @@ def add_sampling_flags(
 
 def engine_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
     """Return the engine keywords that were given."""
-    names = [*field_types(EngineConfig), *field_types(FrontendConfig)]
-    return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
+    return config_values(namespace, EngineConfig) | config_values(namespace, FrontendConfig)
 
 
 def sampling_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -85,7 +95,7 @@ def _add_flag(group: Any, name: str, hint: Any, default: str) -> None:
     }
     if kind is bool:
         keywords["action"] = argparse.BooleanOptionalAction
-    elif name in _REPEATED:
+    elif (get_origin(kind) is list and get_args(kind) == (str,)) or name in _REPEATED:
         keywords.update(action="append", metavar="TEXT")
     elif get_origin(kind) is Literal:
         keywords["choices"] = get_args(kind)
@@ -114,7 +124,7 @@ def _converter(kind: Any) -> tuple[Callable[[str], Any], str]:
         return float, "X"
     if kind is str:
         return str, "TEXT"
-    if get_origin(kind) is list:
+    if get_origin(kind) is list and get_args(kind) == (int,):
         return _integers, "N,N,…"
     return json_object, "JSON"
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "chat": "talk with a model, in an engine of its own or on a running server",
     "complete": "complete prompts on a running server",
     "run-batch": "answer an OpenAI batch file",
+    "serve": "serve a model over HTTP, with the interface of OpenAI",
     "pull": "fetch a model of the catalogue",
     "bench": "measure latency, throughput or start-up",
     "bench serve": "measure a running server under load",
