@@ -130,7 +130,8 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.reusable = False
         if self._ended is not None and not self._ended.done():
-            self._outcome.error = f"the connection was lost: {error or 'closed by the server'}"
+            lost = f"the connection was lost: {error or 'closed by the server'}"
+            self._outcome.error = self._outcome.error or lost
             self._ended.set_result(None)
 
     def data_received(self, data: bytes) -> None:
@@ -138,8 +139,9 @@ class _Connection(asyncio.Protocol):
         self.heard = True
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, msgspec.DecodeError) as error:
-            self._outcome.error = f"the answer cannot be read: {error}"
+        except httptools.HttpParserError as error:
+            # What is raised in a callback comes as its context.
+            self._outcome.error = f"the answer cannot be read: {error.__context__ or error}"
             assert self.transport is not None
             self.transport.close()
 

@@ -271,7 +271,8 @@ def _common_fields(namespace: argparse.Namespace, model: str) -> dict[str, Any]:
     if namespace.logprobs is not None:
         chat = namespace.backend == "openai-chat"
         fields |= {"logprobs": True, "top_logprobs": namespace.logprobs} if chat else {"logprobs": namespace.logprobs}
-    return fields | namespace.extra_body
+    fields |= namespace.extra_body
+    return fields
 
 
 def _send(namespace: argparse.Namespace, endpoint: Any, bodies: list[bytes]) -> tuple[list[Any], float]:

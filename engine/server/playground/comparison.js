@@ -12,6 +12,11 @@ function sameToken(a, b) {
   );
 }
 
+function countLogprobs(token) {
+  const listed = token.alternatives.some((one) => one.text === token.text);
+  return token.alternatives.length + (listed ? 0 : 1);
+}
+
 // A run: {tokens, fingerprint, seed, finish, stopped}. Returns {equal, at, message}; `at` is the first token that
 // differs, or -1. A run that its reader stopped is compared as far as it goes.
 export function compare(first, second) {
@@ -31,7 +36,7 @@ function describe(first, second, equal, at, common, partial) {
     ? ` The fingerprint changed from ${first.fingerprint} to ${second.fingerprint}: this is another engine.`
     : "";
   if (equal) {
-    const numbers = second.tokens.slice(0, common).reduce((sum, token) => sum + 1 + token.alternatives.length, 0);
+    const numbers = second.tokens.slice(0, common).reduce((sum, token) => sum + countLogprobs(token), 0);
     const extent = partial ? "as far as both runs go, " : "";
     return `Equal bits: ${extent}${common} tokens and ${numbers} log-probabilities are the same.${engine}`;
   }
