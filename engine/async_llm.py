@@ -31,14 +31,17 @@ from sempre.ipc.messages import (
     ClientCommand,
     ClientEvent,
     EngineReady,
+    GetHealth,
     GetMetrics,
+    HealthReply,
     MetricsReply,
     OutputsReady,
     ResetPrefixCache,
     ResetPrefixCacheReply,
+    WorkerHealth,
 )
 
-Reply = TypeVar("Reply", CallWorkersReply, MetricsReply, ResetPrefixCacheReply)
+Reply = TypeVar("Reply", CallWorkersReply, HealthReply, MetricsReply, ResetPrefixCacheReply)
 
 
 class AsyncLLM:
@@ -141,6 +144,12 @@ class AsyncLLM:
         call_id = next(self._call_ids)
         reply = await self._ask(GetMetrics(call_id=call_id), call_id, MetricsReply)
         return read_metrics(reply.values, self._frontend.config.model)
+
+    async def get_health(self, timeout_s: float) -> list[WorkerHealth]:
+        """Return each rank's last signs of life. Raises TimeoutError when the coordinator gives none itself."""
+        call_id = next(self._call_ids)
+        async with asyncio.timeout(timeout_s):
+            return (await self._ask(GetHealth(call_id=call_id), call_id, HealthReply)).workers
 
     async def reset_prefix_cache(self) -> bool:
         """Empty the prefix cache; False, and nothing is done, while requests run."""
@@ -262,7 +271,7 @@ class AsyncLLM:
                     client.send(AbortRequests(request_ids=processed.stopped_ids, finish_reason="stop"))
                 for state in processed.updated:
                     self._wake(state)
-            case CallWorkersReply() | MetricsReply() | ResetPrefixCacheReply():
+            case CallWorkersReply() | HealthReply() | MetricsReply() | ResetPrefixCacheReply():
                 future = self._replies.get(event.call_id)
                 if future is not None and not future.done():
                     future.set_result(event)

@@ -23,7 +23,7 @@ class OutputStream:
         self._closed = False
         self._updated: dict[str, RequestState] = {}
         self._unfinished = {state.request.request_id for state in states}
-        self._news = asyncio.Event()
+        self._sleep: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
 
     @property
@@ -43,14 +43,17 @@ class OutputStream:
         when the engine died.
         """
         while True:
-            updated, self._updated = self._updated, {}
-            outputs = [output for state in updated.values() if (output := self._take(state)) is not None]
-            if outputs or not self._unfinished:
-                return outputs
+            if self._updated:
+                updated, self._updated = self._updated, {}
+                outputs = [output for state in updated.values() if (output := self._take(state)) is not None]
+                if outputs:
+                    return outputs
+            if not self._unfinished:
+                return []
             if self._failure is not None:
                 raise self._failure
-            await self._news.wait()
-            self._news.clear()
+            self._sleep = asyncio.get_running_loop().create_future()
+            await self._sleep
 
     def close(self) -> None:
         """Abort what has not finished; may be called again."""
@@ -67,17 +70,24 @@ class OutputStream:
     def wake(self, state: RequestState) -> None:
         """For the engine: a request has news."""
         self._updated[state.request.request_id] = state
-        self._news.set()
+        self._wake_up()
 
     def fail(self, error: BaseException) -> None:
         """For the engine: no more news will come."""
         self._failure = error
-        self._news.set()
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        sleep, self._sleep = self._sleep, None
+        if sleep is not None and not sleep.done():
+            sleep.set_result(None)
 
     def _take(self, state: RequestState) -> RequestOutput | None:
         output = state.take_output()
         if output is not None:
-            raise_failure(state)
+            for choice in output.outputs:
+                if choice.error is not None:
+                    raise_failure(state)
             if output.finished:
                 self._unfinished.discard(output.request_id)
         return output

@@ -23,7 +23,9 @@ from sempre.ipc.messages import (
     ClientCommand,
     ClientEvent,
     EngineReady,
+    GetHealth,
     GetMetrics,
+    HealthReply,
     MetricsReply,
     OutputsReady,
     RequestOutputDelta,
@@ -32,6 +34,7 @@ from sempre.ipc.messages import (
     ResetPrefixCacheReply,
     StepResult,
     WorkerEvent,
+    WorkerHealth,
 )
 
 
@@ -92,9 +95,18 @@ class EngineCore:
             case GetMetrics(call_id=call_id):
                 values = metrics_report([replica.stats() for replica in self._replicas])
                 return [MetricsReply(call_id=call_id, values=values)]
+            case GetHealth(call_id=call_id):
+                return [HealthReply(call_id=call_id, workers=self._health())]
             case _:
                 name = type(command).__name__
                 raise MessageMalformed(f"{name}: expected a command of a serving engine, found {name}", field="tag")
+
+    def _health(self) -> list[WorkerHealth]:
+        return [
+            WorkerHealth(rank=rank, silence_s=self._executor.silence_s(rank), step_age_s=replica.step_age_s)
+            for replica in self._replicas
+            for rank in replica.ranks
+        ]
 
     def _take(self, rank: int, result: StepResult) -> list[RequestOutputDelta]:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 from sempre.engine.executor.base import Executor
@@ -22,6 +23,7 @@ class Replica:
         self._scheduler = scheduler
         self._executor = executor
         self._in_flight: deque[ExecuteStep] = deque()
+        self._sent_at: deque[float] = deque()
         self._results: dict[int, StepResult] = {}
         self._tokens: dict[str, int] = {}
         self.load = 0
@@ -46,6 +48,7 @@ class Replica:
             if step is None:
                 return
             self._in_flight.append(step)
+            self._sent_at.append(time.monotonic())
             for rank in self.ranks:
                 self._executor.send(rank, step)
 
@@ -58,6 +61,7 @@ class Replica:
         self._results.clear()
         outputs = self._scheduler.update(self._in_flight[0], result)
         self._in_flight.popleft()
+        self._sent_at.popleft()
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget(output.request_id)
@@ -67,11 +71,17 @@ class Replica:
         """The workers were replaced by fresh ones: every unfinished request is computed again."""
         self._scheduler.restart()
         self._in_flight.clear()
+        self._sent_at.clear()
         self._results.clear()
 
     @property
     def num_unfinished(self) -> int:
         return self._scheduler.num_unfinished
+
+    @property
+    def step_age_s(self) -> float:
+        """Seconds since the oldest step in flight was sent; 0 while there is none."""
+        return time.monotonic() - self._sent_at[0] if self._sent_at else 0.0
 
     def reset_prefix_cache(self) -> bool:
         return self._scheduler.reset_prefix_cache()

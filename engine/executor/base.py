@@ -31,6 +31,9 @@ class Executor(Protocol):
     def blame(self, rank: int, error: ProtocolError) -> SempreError:
         """End a worker whose event is wrong; the error to raise for it."""
 
+    def silence_s(self, rank: int) -> float:
+        """Seconds since the last sign of life of a worker."""
+
     def shutdown(self) -> None:
         """End all workers; returns when they are gone. May be called again."""
 

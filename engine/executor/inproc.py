@@ -65,6 +65,9 @@ class InprocExecutor:
     def blame(self, rank: int, error: ProtocolError) -> SempreError:
         return _died(rank, error)
 
+    def silence_s(self, rank: int) -> float:
+        return 0.0  # it is this very thread
+
     def shutdown(self) -> None:
         for worker in self._workers:
             worker.shutdown()

@@ -112,6 +112,9 @@ class LocalExecutor:
     def blame(self, rank: int, error: ProtocolError) -> SempreError:
         return self._end(self._peers[rank], f"it broke the protocol: {error}")
 
+    def silence_s(self, rank: int) -> float:
+        return time.monotonic() - self._peers[rank].last_heard
+
     def kill_all(self) -> None:
         """SIGKILL without waiting; callable from any thread."""
         for peer in self._peers:

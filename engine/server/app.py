@@ -10,12 +10,14 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
 
 from sempre.engine.metrics import Gauge
 from sempre.engine.server import openapi
 from sempre.engine.server.chat import create_chat_completion
 from sempre.engine.server.completions import create_completion
 from sempre.engine.server.errors import APIError, api_error
+from sempre.engine.server.health import check_health
 from sempre.engine.server.metrics import CONTENT_TYPE
 from sempre.engine.server.middleware import KeyRing, RequestGate
 from sempre.engine.server.playground import PLAYGROUND_ROUTES
@@ -27,7 +29,7 @@ from sempre.engine.version import __version__
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 
-def create_app(service: Service, keys: KeyRing) -> FastAPI:
+def create_app(service: Service, keys: KeyRing) -> ASGIApp:
     """Return the ASGI application of `service`."""
     config = service.config
     # The interactive pages of FastAPI load scripts from elsewhere, so they are left out.
@@ -37,14 +39,12 @@ def create_app(service: Service, keys: KeyRing) -> FastAPI:
     app.router.routes.extend(PLAYGROUND_ROUTES)
     app.add_exception_handler(HTTPException, _http_error)
     openapi.install(app)
-    app.add_middleware(RequestGate, keys=keys, access_log=config.enable_access_log)
+    outer: ASGIApp = RequestGate(app, keys, access_log=config.enable_access_log)
     if config.allowed_origins:
         from starlette.middleware.cors import CORSMiddleware
 
-        app.add_middleware(
-            CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"]
-        )
-    return app
+        outer = CORSMiddleware(outer, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+    return outer
 
 
 def _add(app: FastAPI, service: Service, operation: openapi.Operation, endpoint: Endpoint) -> None:
@@ -94,9 +94,8 @@ async def _ready(service: Service, _request: Request) -> Response:
 
 async def _health(service: Service, _request: Request) -> Response:
     service.check_ready()
-    # Answered by the coordinator, so it shows that one to be alive too.
-    await service.engine.get_metrics()
-    return JSONResponse({"status": "healthy"})
+    found = await check_health(service.engine, step_timeout_s=service.config.step_timeout)
+    return Response(msgspec.json.encode(found), 503 if found.problems else 200, media_type="application/json")
 
 
 async def _version(_service: Service, _request: Request) -> Response:

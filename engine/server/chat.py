@@ -146,7 +146,7 @@ class _Answer:
             for index, seed in enumerate(seeds)
         ]
 
-    def events(self, place: int, output: RequestOutput) -> bytes:
+    def events(self, output: RequestOutput) -> bytes:
         """Return the events of what is new."""
         usage = self._generation.usage() if self._chunks.continuous_usage else None
         return b"".join([self._chunks.choice(self._chunk_choice(choice), usage) for choice in output.outputs])

@@ -10,7 +10,7 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sempre.engine.frontend.prompts import PromptType
+from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
 from sempre.engine.outputs import CompletionOutput, RequestOutput
 from sempre.engine.server.body import read_model
 from sempre.engine.server.chunks import ChunkEncoder
@@ -58,13 +58,17 @@ def _prompts(request: CompletionRequest, service: Service) -> list[PromptType]:
 
 
 def _prompt(prompt: str | list[int], request: CompletionRequest, service: Service) -> PromptType:
-    salt: dict[str, Any] = {} if request.cache_salt is None else {"cache_salt": request.cache_salt}
+    found: TextPrompt | TokensPrompt
     if not isinstance(prompt, str):
-        return {"prompt_token_ids": prompt, **salt}
-    if request.add_special_tokens is False:
+        found = {"prompt_token_ids": prompt}
+    elif request.add_special_tokens is False:
         token_ids = service.engine.get_tokenizer().encode(prompt, add_special_tokens=False)
-        return {"prompt": prompt, "prompt_token_ids": token_ids, **salt}
-    return {"prompt": prompt, **salt}
+        found = {"prompt": prompt, "prompt_token_ids": token_ids}
+    else:
+        found = {"prompt": prompt}
+    if request.cache_salt is not None:
+        found["cache_salt"] = request.cache_salt
+    return found
 
 
 class _Answer:
@@ -103,8 +107,9 @@ class _Answer:
             system_fingerprint=self._fingerprint,
         )
 
-    def events(self, place: int, output: RequestOutput) -> bytes:
+    def events(self, output: RequestOutput) -> bytes:
         """Return the events of a prompt's news."""
+        place = self._generation.place(output)
         usage = self._generation.usage() if self._chunks.continuous_usage else None
         return b"".join([self._chunks.choice(self._choice(place, output, choice), usage) for choice in output.outputs])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -45,21 +45,26 @@ class Generation:
         """Abort the request when its client disconnects."""
         self._watcher = asyncio.create_task(self._wait_for_disconnect(receive))
 
-    async def outputs(self) -> AsyncIterator[list[tuple[int, RequestOutput]]]:
-        """Yield news as lists of (place of the prompt, output), one list per wake-up."""
-        while outputs := await self.stream.next():
-            placed = [(self._places[output.request_id], output) for output in outputs]
-            for place, output in placed:
-                self.num_cached[place] = output.num_cached_tokens or 0
-                self.num_tokens += sum(len(choice.token_ids) for choice in output.outputs)
-            self._record.take(outputs)
-            yield placed
+    async def next(self) -> list[RequestOutput]:
+        """Wait for the news of a step; an empty list says that there will be none."""
+        outputs = await self.stream.next()
+        for output in outputs:
+            if output.num_cached_tokens:
+                self.num_cached[self.place(output)] = output.num_cached_tokens
+            for choice in output.outputs:
+                self.num_tokens += len(choice.token_ids)
+        self._record.take(outputs)
+        return outputs
+
+    def place(self, output: RequestOutput) -> int:
+        """Return which of the prompts an output is about."""
+        return self._places[output.request_id]
 
     async def finished(self) -> list[RequestOutput]:
         """Return the whole outputs, in the order of the prompts."""
         whole: dict[int, RequestOutput] = {}
-        async for placed in self.outputs():
-            whole.update(placed)
+        while outputs := await self.next():
+            whole.update((self.place(output), output) for output in outputs)
         return [whole[place] for place in range(len(self.requests))]
 
     def usage(self, num_completion_tokens: int | None = None) -> Usage:
@@ -89,7 +94,7 @@ class Generation:
         self.stream.abort(ClientGone())
 
 
-Encode = Callable[[int, RequestOutput], bytes]
+Encode = Callable[[RequestOutput], bytes]
 
 
 class EventStream(Response):
@@ -109,15 +114,20 @@ class EventStream(Response):
             generation.watch(receive)
             # The headers that middleware adds come with `send`.
             await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-            try:
-                for event in self._first:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-                async for placed in generation.outputs():
-                    body = b"".join([self._encode(place, output) for place, output in placed])
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-                end = self._last()
-            except ClientGone:
-                return
-            except Exception as error:
-                end = b"data: " + api_error(error).encode() + b"\n\n"
-            await send({"type": "http.response.body", "body": end + DONE, "more_body": False})
+            # No middleware looks at what follows the head, so tokens go straight to the socket's server. And they are
+            # sent by a task of their own: a task resumes through all frames that await it, here dozens of middleware's.
+            await asyncio.create_task(self._send_body(scope["state"]["server_send"]))
+
+    async def _send_body(self, send: Send) -> None:
+        try:
+            for event in self._first:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            while outputs := await self._generation.next():
+                body = b"".join(map(self._encode, outputs))
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            end = self._last()
+        except ClientGone:
+            return
+        except Exception as error:
+            end = b"data: " + api_error(error).encode() + b"\n\n"
+        await send({"type": "http.response.body", "body": end + DONE, "more_body": False})

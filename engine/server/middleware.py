@@ -53,7 +53,8 @@ class RequestGate:
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"], state["server_send"] = request_id, send
         REQUEST_ID.set(request_id)
         status = 0
         began = time.monotonic()

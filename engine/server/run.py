@@ -9,6 +9,7 @@ a second signal ── all of that at once
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -86,6 +87,9 @@ class Server:
         await starting
         seconds = time.monotonic() - began
         self._service.startup_seconds = {**self._engine.ready.phase_seconds, "total": seconds}
+        # What lives as long as the server need not be looked through by every collection.
+        gc.collect()
+        gc.freeze()
         self._service.is_ready = True
         ready = self._engine.ready
         logger.info("fingerprint %s, seed %d", self._engine.fingerprint, self._engine.config.seed)

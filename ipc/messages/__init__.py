@@ -14,7 +14,9 @@ from sempre.ipc.messages.client import (
     ClientHello,
     EngineFailed,
     EngineReady,
+    GetHealth,
     GetMetrics,
+    HealthReply,
     MetricsReply,
     OutputsReady,
     RequestOutputDelta,
@@ -23,6 +25,7 @@ from sempre.ipc.messages.client import (
     ResetPrefixCacheReply,
     ShutdownEngine,
     StartupProgress,
+    WorkerHealth,
 )
 from sempre.ipc.messages.common import (
     PROTOCOL_VERSION,
@@ -69,7 +72,9 @@ __all__ = [
     "EngineReady",
     "ErrorInfo",
     "ExecuteStep",
+    "GetHealth",
     "GetMetrics",
+    "HealthReply",
     "Heartbeat",
     "LoadModel",
     "LogprobRows",
@@ -96,6 +101,7 @@ __all__ = [
     "WorkerConfig",
     "WorkerEvent",
     "WorkerFailed",
+    "WorkerHealth",
     "WorkerHello",
     "WorkerReady",
 ]

@@ -69,6 +69,10 @@ class GetMetrics(Message, frozen=True, kw_only=True):
     call_id: NonNegative
 
 
+class GetHealth(Message, frozen=True, kw_only=True):
+    call_id: NonNegative
+
+
 class ShutdownEngine(Message, frozen=True, kw_only=True):
     """End workers and coordinator; unfinished requests are dropped."""
 
@@ -80,6 +84,7 @@ ClientCommand = (
     | CallWorkers
     | ResetPrefixCache
     | GetMetrics
+    | GetHealth
     | ShutdownEngine
     | Heartbeat
     | Refused
@@ -146,6 +151,21 @@ class MetricsReply(Message, frozen=True, kw_only=True):
     values: dict[str, float | list[float] | dict[str, float]]
 
 
+class WorkerHealth(Data, frozen=True, kw_only=True):
+    """Seconds since the last sign of life of a rank, and since it was given the oldest step it has yet to answer."""
+
+    rank: NonNegative
+    silence_s: float
+    step_age_s: float = 0.0
+
+
+class HealthReply(Message, frozen=True, kw_only=True):
+    """One entry per rank, in rank order."""
+
+    call_id: NonNegative
+    workers: list[WorkerHealth]
+
+
 class EngineFailed(Message, frozen=True, kw_only=True):
     """The coordinator's last word."""
 
@@ -159,6 +179,7 @@ ClientEvent = (
     | CallWorkersReply
     | ResetPrefixCacheReply
     | MetricsReply
+    | HealthReply
     | EngineFailed
     | Heartbeat
     | Refused
