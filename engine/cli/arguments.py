@@ -126,7 +126,7 @@ def _converter(kind: Any) -> tuple[Callable[[str], Any], str]:
         return str, "TEXT"
     if get_origin(kind) is list and get_args(kind) == (int,):
         return _integers, "N,N,…"
-    return _json_object, "JSON"
+    return json_object, "JSON"
 
 
 def _integer(text: str) -> int:
@@ -144,7 +144,8 @@ def _integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected integers with commas between, got {text!r}") from None
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """Read a JSON object, as the type of a flag."""
     try:
         value = json.loads(text)
     except ValueError:

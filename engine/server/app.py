@@ -19,6 +19,7 @@ from sempre.engine.server.completions import create_completion
 from sempre.engine.server.errors import APIError, api_error
 from sempre.engine.server.metrics import CONTENT_TYPE
 from sempre.engine.server.middleware import KeyRing, RequestGate
+from sempre.engine.server.playground import PLAYGROUND_ROUTES
 from sempre.engine.server.responses import ModelCard, ModelList
 from sempre.engine.server.service import Service
 from sempre.engine.server.tokenization import detokenize, tokenize
@@ -34,6 +35,7 @@ def create_app(service: Service, keys: KeyRing) -> ASGIApp:
     app = FastAPI(title="Sempre", version=__version__, docs_url=None, redoc_url=None, root_path=config.root_path)
     for operation in openapi.OPERATIONS:
         _add(app, service, operation, _ENDPOINTS[operation.path])
+    app.router.routes.extend(PLAYGROUND_ROUTES)
     app.add_exception_handler(HTTPException, _http_error)
     openapi.install(app)
     outer: ASGIApp = RequestGate(app, keys, access_log=config.enable_access_log)

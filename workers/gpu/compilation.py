@@ -124,7 +124,7 @@ def _launch_steps(
     )
     cache = PagedKvCache(spec, 1, outline.block_size, weights.dtype, device)
     limits = StepLimits(outline.max_model_len, MAX_ROWS, MAX_TOKENS, spec.vocab_size)
-    runner = GpuModelRunner(memory, cache, limits, rank=config.rank, graphs=False)
+    runner = GpuModelRunner(memory, cache, outline.make_grammar_compiler(), limits, rank=config.rank, graphs=False)
     plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
     for rows, context in combinations(DECODE_ROWS, DECODE_CONTEXTS):
         runner.launch_decode(DecodeShape(rows, min(context, outline.max_model_len), plain))
