@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.prefix_cache import BlockKey
+from sempre.engine.speculation import Speculation
 from sempre.ipc.messages import RequestSpec
 
 OrderKey = tuple[int, int, str]
@@ -14,7 +15,7 @@ class Request:
 
         token_ids   | prompt ……………………… | output …………… |
                     0              num_prompt_tokens     len(token_ids)
-        num_tokens  = len(token_ids) + sampled tokens still in flight
+        num_tokens  = len(token_ids) + sampled tokens still in flight, one for each step
         KV cache    [0, num_computed_tokens) is written by the steps scheduled so far
                     [0, num_slots) has blocks, num_slots = len(block_ids) * block_size
 
@@ -28,6 +29,7 @@ class Request:
         "block_keys",
         "cached_tokens_to_report",
         "compute_limit",
+        "drafts_in_flight",
         "finish_reason",
         "is_known_to_worker",
         "is_running",
@@ -45,6 +47,7 @@ class Request:
         "reads_prefix_cache",
         "request_id",
         "spec",
+        "speculation",
         "stop_reason",
         "stop_reasons",
         "token_ids",
@@ -53,7 +56,9 @@ class Request:
         "was_admitted",
     )
 
-    def __init__(self, spec: RequestSpec, priority: int, limits: Limits) -> None:
+    def __init__(
+        self, spec: RequestSpec, priority: int, limits: Limits, speculation: Speculation | None = None
+    ) -> None:
         """`priority` is the spec's, or 0 under a policy that does not look at it."""
         params = spec.params
         self.spec = spec
@@ -84,6 +89,10 @@ class Request:
         self.wants_prompt_logprobs = params.prompt_logprobs is not None
         self.num_prompt_logprobs_delivered = spec.num_prompt_logprobs_delivered
         self.prompt_logprobs_start = 1 + spec.num_prompt_logprobs_delivered
+
+        self.speculation = speculation
+        # while they are verified, nobody knows how many tokens the step will bring
+        self.drafts_in_flight: list[int] = []
 
         # owned by KVCacheManager
         self.block_ids: list[int] = []
@@ -119,5 +128,6 @@ class Request:
     def lose_worker(self) -> None:
         """Forget what the worker held or was about to answer; tokens already here stay."""
         self.num_tokens = len(self.token_ids)
+        self.drafts_in_flight = []
         self.is_known_to_worker = False
         self.prompt_logprobs_start = 1 + self.num_prompt_logprobs_delivered

@@ -36,6 +36,10 @@ class TokenCounts:
             slot = self._slot(self._sequence[self._end])  # first: it may replace the arrays
             self._output_counts[slot] += 1
             self._end += 1
+        self.retreat_to(position)
+
+    def retreat_to(self, position: int) -> None:
+        """Uncount the generated tokens from `position` on."""
         while self._end > position:
             self._end -= 1
             self._output_counts[self._slot(self._sequence[self._end])] -= 1
@@ -92,6 +96,11 @@ class SamplingState:
         self._biases = np.asarray([bias for _, bias in biases], np.float32)
         self.penalises = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0)
         self._largest_ids = self._find_largest_ids()
+
+    def rewind(self, position: int) -> None:
+        """Before the tokens from `position` on are replaced by others: uncount them."""
+        if self._counts is not None:
+            self._counts.retreat_to(position)
 
     @property
     def rewrites_logits(self) -> bool:
