@@ -55,7 +55,8 @@ def main() -> None:
     print("| prompts | T | drafting | tokens per step | kept guesses | off | on | speed-up |")
     print("|---|---|---|---|---|---|---|---|")
     settings: dict[str, Any] = {"multiprocessing": False, "num_threads": options.num_threads, "device": options.device}
-    settings |= {"max_model_len": 1024, "max_num_seqs": max(8, options.num_requests)}
+    # two engines share a GPU
+    settings |= {"max_model_len": 1024, "max_num_seqs": max(8, options.num_requests), "gpu_memory_utilization": 0.4}
     with LLM(options.model, **settings) as off:
         for method in options.methods:
             config: dict[str, Any] = {"method": method, "num_speculative_tokens": options.k}

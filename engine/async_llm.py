@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 from os import PathLike
 from types import TracebackType
@@ -13,14 +12,16 @@ from typing import Any, Self, TypeVar, Unpack
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client.interface import AsyncEngineClient, launch_async
-from sempre.engine.frontend.frontend import Frontend, call_results, log_progress, raise_failure, worker_call
+from sempre.engine.config import EngineConfig
+from sempre.engine.frontend.frontend import Frontend, call_results, log_progress, worker_call
 from sempre.engine.frontend.output_processor import RequestState
-from sempre.engine.frontend.prompts import PromptType
+from sempre.engine.frontend.prompts import PromptType, TokensPrompt, list_prompts
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import check_refused, frames_of
 from sempre.engine.frontend.startup_notice import StartupNotice
 from sempre.engine.health import EngineHealth, judge, unhealthy
 from sempre.engine.metrics import Metric, read_metrics
+from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.text.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ from sempre.ipc.messages import (
     CallWorkersReply,
     ClientCommand,
     ClientEvent,
+    EngineReady,
     GetHealth,
     GetMetrics,
     HealthReply,
@@ -44,14 +46,6 @@ Reply = TypeVar("Reply", CallWorkersReply, HealthReply, MetricsReply, ResetPrefi
 
 
 _OUTAGE_LOOK_S = 0.05
-
-
-@dataclass(slots=True)
-class _Waiter:
-    """How the reader tells a generator of its request's news, or that none will come."""
-
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    failure: BaseException | None = None
 
 
 class AsyncLLM:
@@ -72,7 +66,7 @@ class AsyncLLM:
         self._reader: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
         self._call_ids = count()
-        self._waiters: dict[str, _Waiter] = {}
+        self._streams: dict[str, OutputStream] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
 
     async def start(self) -> None:
@@ -98,22 +92,31 @@ class AsyncLLM:
 
         Raises RequestError for a refused request or one that failed, EngineDeadError when the engine died.
         """
-        client = self._connected()
+        self._connected()
         params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
-        request = self._frontend.builder.build(prompt, params, priority, request_id=request_id)
-        state = self._frontend.processor.add(request)
-        waiter = self._waiters[request.request_id] = _Waiter()
+        stream = self._follow([self._frontend.builder.build(prompt, params, priority, request_id=request_id)])
         try:
-            for frame in frames_of([request]):
-                client.send(AddRequests(requests=frame))
-            while True:
-                output = await self._next_output(state, waiter)
-                yield output
-                if output.finished:
-                    return
+            while outputs := await stream.next():
+                yield outputs[0]
         finally:
-            del self._waiters[request.request_id]
-            self._drop(request)
+            stream.close()
+
+    def stream(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+    ) -> OutputStream:
+        """Start to complete prompts, all or none of them, and return the outputs for one reader.
+
+        Raises RequestError for a refused prompt or parameter, EngineDeadError when the engine died.
+        """
+        self._connected()
+        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        builder = self._frontend.builder
+        num_prompts = len(list_prompts(prompts)[0])
+        return self._follow(builder.build_all(prompts, params, [priority] * num_prompts))
 
     async def abort(self, request_id: str) -> None:
         """End a request: its generator yields a last output with finish_reason `abort`. Unknown ids are ignored."""
@@ -182,6 +185,10 @@ class AsyncLLM:
         """Raise EngineUnhealthy, naming the rank, unless every worker is ready, was heard lately and is not stuck."""
         (await self.health(timeout_s)).check()
 
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
+        """Return the conversation as a prompt; keywords are those of `LLM.chat`."""
+        return self._frontend.render_chat(messages, **keywords)
+
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer in use."""
         return self._frontend.tokenizer
@@ -194,6 +201,21 @@ class AsyncLLM:
     def fingerprint(self) -> str:
         """As `LLM.fingerprint`; empty before the start."""
         return self._frontend.fingerprint
+
+    @property
+    def fingerprint_parts(self) -> dict[str, str]:
+        """What `fingerprint` is the digest of; empty before the start."""
+        return dict(self._frontend.parts)
+
+    @property
+    def config(self) -> EngineConfig:
+        """The settings in use."""
+        return self._frontend.config
+
+    @property
+    def ready(self) -> EngineReady:
+        """What the started engine said of itself: limits, seconds of each start-up phase, process ids of workers."""
+        return self._connected().ready
 
     def shutdown(self) -> None:
         """End the workers and the coordinator; running generators raise EngineDeadError. May be called again."""
@@ -224,19 +246,27 @@ class AsyncLLM:
             raise EngineDeadError("this AsyncLLM is not started; use `async with` or `await engine.start()`")
         return self._client
 
-    async def _next_output(self, state: RequestState, waiter: _Waiter) -> RequestOutput:
-        while True:
-            output = state.take_output()
-            if output is not None:
-                raise_failure(state)
-                return output
-            if waiter.failure is not None:
-                raise waiter.failure
-            await waiter.news.wait()
-            waiter.news.clear()
+    def _follow(self, requests: list[PreparedRequest]) -> OutputStream:
+        client = self._connected()
+        names = [request.request_id for request in requests]
+        states: list[RequestState] = []
+        try:
+            states += [self._frontend.processor.add(request) for request in requests]
+            frames = list(frames_of(requests))
+            for frame in frames:
+                client.send(AddRequests(requests=frame))
+        except BaseException:
+            self._drop([state.request.request_id for state in states])
+            raise
+        stream = OutputStream(states, lambda: self._drop(names))
+        self._streams.update(dict.fromkeys(names, stream))
+        return stream
 
-    def _drop(self, request: PreparedRequest) -> None:
-        sequence_ids = self._frontend.processor.forget([request.request_id])
+    def _drop(self, request_ids: list[str]) -> None:
+        """Forget requests; what has not finished is aborted."""
+        for name in request_ids:
+            self._streams.pop(name, None)
+        sequence_ids = self._frontend.processor.forget(request_ids)
         if sequence_ids and self._client is not None and self._failure is None:
             self._client.send(AbortRequests(request_ids=sequence_ids))
 
@@ -278,9 +308,9 @@ class AsyncLLM:
                 check_refused(event)
 
     def _wake(self, state: RequestState) -> None:
-        waiter = self._waiters.get(state.request.request_id)
-        if waiter is not None:
-            waiter.news.set()
+        stream = self._streams.get(state.request.request_id)
+        if stream is not None:
+            stream.wake(state)
 
     def _fail(self, error: BaseException) -> None:
         """Let everybody who waits, and whoever comes later, see `error`; the first one stands."""
@@ -289,9 +319,8 @@ class AsyncLLM:
         self._fail_waiting(self._failure)
 
     def _fail_waiting(self, error: BaseException) -> None:
-        for waiter in self._waiters.values():
-            waiter.failure = error
-            waiter.news.set()
+        for stream in self._streams.values():
+            stream.fail(error)
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(error)

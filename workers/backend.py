@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -18,8 +19,20 @@ from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.decoder import Decoder
 from sempre.workers.models.numerics import LinearKernel
 from sempre.workers.models.spec import ModelSpec
+from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.self_test import self_test
 from sempre.workers.weights import ON_CPU, DecoderWeights, Placement
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """What is known of a model before its weights are."""
+
+    config: WorkerConfig
+    spec: ModelSpec
+    product: LinearKernel
+    max_model_len: int
+    block_size: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,10 @@ class LoadedModel:
     def block_bytes(self) -> int:
         """Of one KV cache block."""
         return block_bytes(self.spec, self.block_size, self.weights.dtype)
+
+    def make_grammar_compiler(self) -> GrammarCompiler:
+        """For the model's own tokenizer."""
+        return GrammarCompiler(Path(self.config.model_path), self.spec.vocab_size)
 
 
 class Runner(Protocol):
@@ -65,6 +82,13 @@ class PipelinedRunner(Runner, Protocol):
         """The result of the oldest step submitted and not collected."""
 
 
+class Compilation(Protocol):
+    """Kernels that are being compiled."""
+
+    def finish(self) -> None:
+        """Wait for them. Raises what a compilation raised."""
+
+
 class Backend(Protocol):
     """One worker's device."""
 
@@ -77,6 +101,10 @@ class Backend(Protocol):
 
     def begin(self, config: WorkerConfig) -> None:
         """Before anything is loaded."""
+
+    def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
+        """Around the loading of weights: compiles meanwhile what the model will need. Raises ConfigError with the sums
+        when memory runs out inside."""
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         """Comparisons passed by operation, and the model without what did not agree. Raises InvarianceError."""
@@ -101,6 +129,13 @@ class Backend(Protocol):
         """Give back what `begin` took."""
 
 
+class _NothingToCompile:
+    """The CPU's kernels are compiled as they first run."""
+
+    def finish(self) -> None:
+        return
+
+
 class CpuBackend:
     """The CPU."""
 
@@ -120,6 +155,9 @@ class CpuBackend:
                 value=config.num_threads,
             )
         set_num_threads(config.num_threads or max(1, cores // config.world_size))
+
+    def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
+        return nullcontext(_NothingToCompile())
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         config = model.config
@@ -150,6 +188,7 @@ class CpuBackend:
         return ModelRunner(
             decoder,
             PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
+            model.make_grammar_compiler(),
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

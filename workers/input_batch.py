@@ -21,7 +21,7 @@ import torch
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import ErrorInfo, NewRequest, ScheduledRequest
 from sempre.workers.models.decoder import StepInput
-from sempre.workers.sampling import SamplingState
+from sempre.workers.sampling import GrammarCompiler, SamplingState
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -135,7 +135,10 @@ class BatchStep:
 class InputBatch:
     """Known requests by id, in the order of arrival, with their block tables in one persistent array."""
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_model_len: int, num_slots: int) -> None:
+    def __init__(
+        self, *, num_blocks: int, block_size: int, max_model_len: int, num_slots: int, grammars: GrammarCompiler
+    ) -> None:
+        self._grammars = grammars
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._requests: dict[str, RequestState] = {}
@@ -155,7 +158,10 @@ class InputBatch:
         """Take in a request; `error` marks one that is known but can never be computed."""
         slot = self._take_slot()
         token_ids = list(new.token_ids)
-        sampling = SamplingState(new.params, new.seed, token_ids, new.num_prompt_tokens)
+        params, grammar = new.params, None
+        if params.grammar is not None:
+            grammar = self._grammars.start(params.grammar, params.eos_token_ids, token_ids, new.num_prompt_tokens)
+        sampling = SamplingState(params, new.seed, token_ids, new.num_prompt_tokens, grammar)
         state = RequestState(new.request_id, token_ids, new.num_prompt_tokens, sampling, slot, error)
         self._table_lens[slot] = 0
         self._num_tokens[slot] = len(token_ids)

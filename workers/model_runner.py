@@ -14,7 +14,7 @@ from sempre.workers.input_batch import InputBatch, StepPlan
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS, PromptLogprobs
-from sempre.workers.sampling import RowResult, Sampler
+from sempre.workers.sampling import GrammarCompiler, RowResult, Sampler
 from sempre.workers.verification import drafts_in_place, verified
 
 
@@ -25,6 +25,7 @@ class ModelRunner:
         self,
         decoder: Decoder,
         cache: PagedKvCache,
+        grammars: GrammarCompiler,
         *,
         max_model_len: int,
         max_num_seqs: int,
@@ -42,6 +43,7 @@ class ModelRunner:
             block_size=cache.block_size,
             max_model_len=max_model_len,
             num_slots=max_num_seqs,
+            grammars=grammars,
         )
         limits = StepLimits(
             max_model_len, max_num_seqs, max_num_batched_tokens, decoder.spec.vocab_size, max_draft_tokens

@@ -31,11 +31,12 @@ from sempre.ipc.messages import (
 )
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.threads import get_num_threads
-from sempre.workers.backend import Backend, LoadedModel, PipelinedRunner, Runner, make_backend
+from sempre.workers.backend import Backend, LoadedModel, ModelOutline, PipelinedRunner, Runner, make_backend
 from sempre.workers.device import resolve_device
 from sempre.workers.drafting import Drafting
 from sempre.workers.models.numerics import linear_kernel
 from sempre.workers.models.spec import FLOAT_DTYPES, ModelSpec, load_spec
+from sempre.workers.sampling.grammar import grammar_library_version
 from sempre.workers.seeding import rng_digests, seed_everything
 from sempre.workers.warm_up import warm_up
 from sempre.workers.weights import live_digest, load_weights
@@ -76,9 +77,13 @@ class Worker:
         with _timed(seconds, "start_device"):
             backend.begin(config)
         self._backend = backend
-        with _timed(seconds, "load_weights"):
-            loaded = _load(config, backend)
-            self._draft_model = _load_draft_model(loaded, backend)
+        outline = _outline(config, backend)
+        with backend.loading(outline) as compilation:
+            with _timed(seconds, "load_weights"):
+                loaded = _load(outline, backend)
+                self._draft_model = _load_draft_model(loaded, backend)
+            with _timed(seconds, "compile"):
+                compilation.finish()
         if config.numerics == "invariant":
             with _timed(seconds, "self_test"):
                 loaded, _ = backend.self_test(loaded)
@@ -208,7 +213,8 @@ class Worker:
         return method
 
     def _fingerprint(self) -> dict[str, str]:
-        return self._require_backend().fingerprint(self._require_loaded()) | self._late_fingerprint
+        parts = self._require_backend().fingerprint(self._require_loaded())
+        return parts | {"llguidance": grammar_library_version()} | self._late_fingerprint
 
     def _kv_cache_digest(self, block_ids: list[int]) -> str:
         cache = self._require_runner().cache
@@ -261,23 +267,26 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = perf_counter() - start
 
 
-def _load(config: WorkerConfig, backend: Backend) -> LoadedModel:
+def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
     product = linear_kernel(config.numerics)
-    folder = Path(config.model_path)
-    spec = load_spec(folder)
-    max_model_len = _max_model_len(config, spec)
+    spec = load_spec(Path(config.model_path))
+    block_size = config.block_size or backend.block_sizes[0]
+    return ModelOutline(config, spec, product, _max_model_len(config, spec), block_size)
+
+
+def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
+    config = outline.config
     weights = load_weights(
-        spec,
-        folder,
-        product,
+        outline.spec,
+        Path(config.model_path),
+        outline.product,
         dtype=config.dtype,
         load_format=config.load_format,
         seed=config.seed,
         quantization=config.quantization,
         placement=backend.placement,
     )
-    block_size = config.block_size or backend.block_sizes[0]
-    return LoadedModel(config, spec, weights, product, max_model_len, block_size)
+    return LoadedModel(config, outline.spec, weights, outline.product, outline.max_model_len, outline.block_size)
 
 
 def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | None:
@@ -285,8 +294,14 @@ def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | No
     config = target.config
     if config.draft_model_path is None:
         return None
-    changes = {"role": "draft", "model_path": config.draft_model_path, "draft_model_path": None, "max_draft_tokens": 0}
-    draft = _load(replace(config, max_model_len=target.max_model_len, **changes), backend)
+    changes = {
+        "role": "draft",
+        "model_path": config.draft_model_path,
+        "draft_model_path": None,
+        "max_draft_tokens": 0,
+        "quantization": None,
+    }
+    draft = _load(_outline(replace(config, max_model_len=target.max_model_len, **changes), backend), backend)
     found, expected = draft.spec.vocab_size, target.spec.vocab_size
     if found != expected:
         raise ConfigError(

@@ -38,13 +38,25 @@ def model_of(namespace: argparse.Namespace) -> str:
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of EngineConfig and FrontendConfig."""
-    group = parser.add_argument_group("engine")
-    for config in (EngineConfig, FrontendConfig):
-        defaults = {field.name: field.default for field in msgspec.structs.fields(config)}
-        for name, hint in field_types(config).items():
-            _add_flag(group, name, hint, f"default: {defaults[name]}")
+    add_config_flags(parser, "engine", EngineConfig, FrontendConfig)
+    group = parser.add_argument_group("speculation, in short")
     for name, hint in SHORT_SPECULATION.items():
-        _add_flag(group, name, hint, "default: None")
+        _add_flag(group, name, hint, "default: none")
+
+
+def add_config_flags(parser: argparse.ArgumentParser, title: str, *configs: type[msgspec.Struct]) -> None:
+    """Add a flag for every field of `configs` that a user may set."""
+    group = parser.add_argument_group(title)
+    for config in configs:
+        fields = {field.name: field for field in msgspec.structs.fields(config)}
+        for name, hint in field_types(config).items():
+            default = fields[name].default
+            _add_flag(group, name, hint, f"default: {'none' if default is msgspec.NODEFAULT else default}")
+
+
+def config_values(namespace: argparse.Namespace, config: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the fields of `config` that were given."""
+    return {name: getattr(namespace, name) for name in field_types(config) if hasattr(namespace, name)}
 
 
 def add_sampling_flags(
@@ -65,8 +77,8 @@ def add_sampling_flags(
 
 def engine_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
     """Return the engine keywords that were given."""
-    names = [*field_types(EngineConfig), *field_types(FrontendConfig), *SHORT_SPECULATION]
-    return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
+    values = config_values(namespace, EngineConfig) | config_values(namespace, FrontendConfig)
+    return values | {name: getattr(namespace, name) for name in SHORT_SPECULATION if hasattr(namespace, name)}
 
 
 def sampling_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +100,7 @@ def _add_flag(group: Any, name: str, hint: Any, default: str) -> None:
     }
     if kind is bool:
         keywords["action"] = argparse.BooleanOptionalAction
-    elif name in _REPEATED:
+    elif (get_origin(kind) is list and get_args(kind) == (str,)) or name in _REPEATED:
         keywords.update(action="append", metavar="TEXT")
     elif get_origin(kind) is Literal:
         keywords["choices"] = get_args(kind)
@@ -118,9 +130,9 @@ def _converter(kind: Any) -> tuple[Callable[[str], Any], str]:
         return float, "X"
     if kind is str:
         return str, "TEXT"
-    if get_origin(kind) is list:
+    if get_origin(kind) is list and get_args(kind) == (int,):
         return _integers, "N,N,…"
-    return _json_object, "JSON"
+    return json_object, "JSON"
 
 
 def _integer(text: str) -> int:
@@ -138,7 +150,8 @@ def _integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected integers with commas between, got {text!r}") from None
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """Read a JSON object, as the type of a flag."""
     try:
         value = json.loads(text)
     except ValueError:

@@ -152,5 +152,6 @@ def draft_config(config: EngineConfig) -> EngineConfig:
         model=speculative.model,
         model_path=speculative.model_path,
         tensor_parallel_size=1,
+        quantization=None,
         speculative_config=None,
     )

@@ -51,6 +51,7 @@ class Request:
         "stop_reason",
         "stop_reasons",
         "token_ids",
+        "waits_for_tokens",
         "wants_prompt_logprobs",
         "was_admitted",
     )
@@ -83,6 +84,8 @@ class Request:
         self.was_admitted = bool(spec.output_token_ids or spec.num_prompt_logprobs_delivered)
         self.is_known_to_worker = False
         self.cached_tokens_to_report = 0
+        # what its grammar allows next follows from the token before, which must have come back
+        self.waits_for_tokens = params.grammar is not None
         self.wants_prompt_logprobs = params.prompt_logprobs is not None
         self.num_prompt_logprobs_delivered = spec.num_prompt_logprobs_delivered
         self.prompt_logprobs_start = 1 + spec.num_prompt_logprobs_delivered
@@ -101,6 +104,11 @@ class Request:
         self.admitted_at_step = 0
         # a hit would skip positions whose log-probabilities are asked for
         self.reads_prefix_cache = not self.wants_prompt_logprobs
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether nothing more may be planned for it before the token in flight is known."""
+        return self.waits_for_tokens and self.num_tokens > len(self.token_ids)
 
     def append(self, token_id: int) -> bool:
         """Append a sampled token; True when it ends the request, with `finish_reason` and `stop_reason` set."""

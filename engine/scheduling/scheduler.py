@@ -46,7 +46,8 @@ class Scheduler:
     """All requests of one replica.
 
     `schedule` may be called again before `update` for the former step: what is in flight is counted as one token per
-    sampling request, and a step is never planned past a request's last possible token. Steps are updated in the order
+    sampling request, and a step is never planned past a request's last possible token. A request with a grammar sits a
+    step out while its token is in flight; the others go on. Steps are updated in the order
     in which they were scheduled.
     """
 
@@ -108,7 +109,10 @@ class Scheduler:
             message = f"The request id {spec.request_id!r} belongs to an unfinished request; choose another one."
             raise RequestError(message, parameter="request_id", value=spec.request_id, request_id=spec.request_id)
         self._limits.check_prompt(spec)
-        speculation = None if self._speculation is None else self._speculation.start()
+        speculation = None
+        # a grammar follows tokens that are certain, one at a time
+        if self._speculation is not None and spec.params.grammar is None:
+            speculation = self._speculation.start()
         request = Request(spec, spec.priority if self._uses_priority else 0, self._limits, speculation)
         if request.num_tokens > request.compute_limit:
             length, limit = request.num_tokens, request.compute_limit
@@ -171,7 +175,7 @@ class Scheduler:
                 break
             start = request.num_computed_tokens
             num_new = min(request.num_tokens, request.compute_limit) - start
-            if num_new < 1:
+            if num_new < 1 or request.is_held_back:
                 continue  # its last token is in flight
             if request.speculation is not None and self._must_wait(request):
                 continue
@@ -240,8 +244,8 @@ class Scheduler:
 
     def _admit(self, draft: StepInFlight, request: Request) -> bool:
         """Plan the first tokens of a waiting request; False when it does not fit now."""
-        if request.num_tokens > request.compute_limit:
-            return False  # preempted while its last token was in flight: the update to come ends it
+        if request.num_tokens > request.compute_limit or request.is_held_back:
+            return False  # preempted while its last token was in flight: the update to come ends it, or lets it go on
         if request.drafts_in_flight:
             return False  # preempted while they were verified: the update to come tells how long it is
         cached_blocks = self._kv_cache.find_cached_blocks(request)

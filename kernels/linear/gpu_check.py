@@ -11,7 +11,7 @@ from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.gpu_jit import architecture
 from sempre.kernels.linear import gpu_fp8
 from sempre.kernels.linear.gpu import run_choice, run_fused_tile, run_tile
-from sempre.kernels.linear.gpu_table import FUSED_TABLES, REFERENCE, choices, choose_fused
+from sempre.kernels.linear.gpu_table import FUSED_TABLES, REFERENCE, Library, choices, choose_fused
 from sempre.kernels.linear.gpu_table_fp8 import FP8_REFERENCE, tested_rows
 from sempre.kernels.linear.weights import GpuLinear
 
@@ -32,6 +32,8 @@ def disagreeing(w: GpuLinear, *, max_rows: int, out_dtype: torch.dtype | None = 
     x = torch.randn(most, w.in_features, generator=generator, device=device, dtype=dtype)
     differences: dict[str, torch.Tensor] = {}
     for choice, counts in plans.items():
+        if isinstance(choice, Library) and w.bias is not None:
+            continue  # never chosen: it would round the bias at its own place
         for rows in counts:
             expected = run_tile(x[:rows], w, _nan(rows, w, out_dtype or dtype), REFERENCE)
             wrong = (run_choice(x[:rows], w, _nan(rows, w, out_dtype or dtype), choice) != expected).sum()

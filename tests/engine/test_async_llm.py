@@ -187,7 +187,7 @@ def test_calls(engine: AsyncLLM, run: Run) -> None:
 def test_nothing_is_kept(engine: AsyncLLM, run: Run) -> None:
     run(collect(engine.generate(PROMPT, short(n=2))))
     assert engine._frontend.processor.num_unfinished == 0
-    assert engine._waiters == {}
+    assert engine._streams == {}
     assert engine._replies == {}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 
@@ -13,11 +15,12 @@ from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.admission import StepLimits
-from sempre.workers.backend import LoadedModel, Runner
+from sempre.workers.backend import LoadedModel, ModelOutline, Runner
+from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
 from sempre.workers.gpu.fingerprint import fingerprint_parts
-from sempre.workers.gpu.memory import MemoryPlan, cache_blocks
+from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, out_of_memory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
-from sempre.workers.gpu.self_test import check_attention, check_products, require_fp8
+from sempre.workers.gpu.self_test import require_equal, require_fp8, run_self_test
 from sempre.workers.gpu.upload import Uploader
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder
@@ -56,23 +59,45 @@ class GpuBackend:
 
             configure()
 
+    @contextmanager
+    def loading(self, outline: ModelOutline) -> Iterator[KernelCompilation]:
+        try:
+            with KernelCompilation(outline, self.device) as compilation:
+                yield compilation
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise out_of_memory(
+                "the weights",
+                weights=weight_bytes(outline),
+                allocated=torch.cuda.memory_reserved(self.device),
+                free=free,
+                total=total,
+                max_num_batched_tokens=outline.config.max_num_batched_tokens,
+            ) from error
+
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         config = model.config
         require_fp8(model.weights, self.device)
-        tested = check_products(
-            model.weights, max_tokens=config.max_num_batched_tokens, max_num_seqs=config.max_num_seqs
-        )
+        tested = run_self_test(config, model.spec, model.weights, model.block_size, self._attention_workspace(model))
+        passed = require_equal(tested.comparisons)
         self._excluded = tested.excluded
         if tested.excluded:
             logger.warning("self-test: product kernels that disagree are not used: %s", tested.excluded)
-        windows = check_attention(
-            model.spec, model.weights.dtype, model.block_size, self._attention_workspace(model), self.device
-        )
-        passed = {"linear": tested.passed, "attention": windows}
         return replace(model, weights=tested.weights), passed
 
     def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
-        self._steps = {part.config.role: self._allocate_steps(part) for part in (model, draft) if part is not None}
+        try:
+            self._steps = {part.config.role: self._allocate_steps(part) for part in (model, draft) if part is not None}
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise out_of_memory(
+                "the activations",
+                weights=model.weights.nbytes,
+                allocated=torch.cuda.memory_reserved(self.device),
+                free=free,
+                total=total,
+                max_num_batched_tokens=model.config.max_num_batched_tokens,
+            ) from error
         gc.collect()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
@@ -107,7 +132,14 @@ class GpuBackend:
             model.spec.vocab_size,
             config.max_draft_tokens,
         )
-        return GpuModelRunner(steps, cache, limits, rank=config.rank, graphs=not config.enforce_eager)
+        return GpuModelRunner(
+            steps,
+            cache,
+            model.make_grammar_compiler(),
+            limits,
+            rank=config.rank,
+            graphs=not config.enforce_eager,
+        )
 
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         assert isinstance(runner, GpuModelRunner)

@@ -88,10 +88,13 @@ class DecodeGraphs(Generic[Shape]):
 
     def _capture(self, shape: Shape) -> None:
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._launch(shape)
         except RuntimeError as error:  # out of memory, or something that this driver does not capture
+            # an end of capture that fails leaves its own stream behind as the current one
+            torch.cuda.set_stream(stream)
             self.failure = str(error)
             self._graphs.clear()
             logger.warning("CUDA graphs are off: the capture of %s failed: %s", shape, error)

@@ -25,7 +25,7 @@ from sempre.workers.input_batch import InputBatch, Int32, RequestState, StepPlan
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder
 from sempre.workers.prompt_logprobs import PromptLogprobs
-from sempre.workers.sampling import RowError, RowResult, SamplingState
+from sempre.workers.sampling import GrammarCompiler, RowError, RowResult, SamplingState
 from sempre.workers.sampling.gpu_sampler import PLAIN, GpuSampler, PendingSample
 from sempre.workers.verification import verified
 
@@ -59,7 +59,16 @@ class StepMemory:
 class GpuModelRunner:
     """One replica's decoder, cache, sampler, and the requests it knows."""
 
-    def __init__(self, memory: StepMemory, cache: PagedKvCache, limits: StepLimits, *, rank: int, graphs: bool) -> None:
+    def __init__(
+        self,
+        memory: StepMemory,
+        cache: PagedKvCache,
+        grammars: GrammarCompiler,
+        limits: StepLimits,
+        *,
+        rank: int,
+        graphs: bool,
+    ) -> None:
         self.cache = cache
         self.max_model_len = limits.max_model_len
         self.max_num_batched_tokens = limits.max_num_batched_tokens
@@ -73,6 +82,7 @@ class GpuModelRunner:
             block_size=cache.block_size,
             max_model_len=limits.max_model_len,
             num_slots=limits.max_num_seqs,
+            grammars=grammars,
         )
         self._admission = Admission(self._batch, limits, rank)
         self._buckets = row_buckets(limits.max_num_seqs)
@@ -86,7 +96,7 @@ class GpuModelRunner:
             block_size=cache.block_size,
         )
         self._prompt_logprobs = PromptLogprobs(self._decoder, self._sampler, self._logits_RV, rank)
-        self.graphs: DecodeGraphs[DecodeShape] = DecodeGraphs(self._launch_decode, enabled=graphs)
+        self.graphs: DecodeGraphs[DecodeShape] = DecodeGraphs(self.launch_decode, enabled=graphs)
         self._verification_graphs: DecodeGraphs[VerificationShape] = DecodeGraphs(
             self._launch_verification, enabled=graphs
         )
@@ -195,7 +205,8 @@ class GpuModelRunner:
         padding = [None] * (num_rows - count)
         flight.pending = self._sampler.start_copy(self._logits_RV[:num_rows], stages, [*states, *padding])
 
-    def _launch_decode(self, shape: DecodeShape) -> None:
+    def launch_decode(self, shape: DecodeShape) -> None:
+        """Queue the kernels of a decode step whose rows are staged; capturable."""
         model_input = self._buffers.launch_decode_inputs(shape.num_rows, shape.max_context_len)
         hidden_RH = self._decoder.forward(model_input, self.cache.layers)
         logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[: shape.num_rows])

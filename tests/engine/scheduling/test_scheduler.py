@@ -686,6 +686,49 @@ def test_stats() -> None:
     assert before.finished["length"] == 0, "a snapshot does not change"
 
 
+# A grammar's next mask needs the token before
+
+
+def test_a_request_with_a_grammar_sits_out_while_its_token_is_in_flight() -> None:
+    replica = Replica(max_num_batched_tokens=8)
+    replica.add(spec("free", 2), spec("bound", 9, ordinal=1, grammar="start: /.*/"))
+    first = replica.schedule()
+    assert planned(first) == {"free": 2, "bound": 6}
+    second = replica.schedule()
+    assert planned(second) == {"free": 1, "bound": 3}, "its prompt goes on, nothing was sampled yet"
+    third = replica.schedule()
+    assert planned(third) == {"free": 1}
+    for step in (first, second):
+        replica.scheduler.update(step, replica.answer(step))
+    fourth = replica.schedule()
+    assert planned(fourth) == {"free": 1, "bound": 1}
+    for step in (third, fourth):
+        replica.scheduler.update(step, replica.answer(step))
+    assert replica.finish()["bound"].finish_reason == "length"
+
+
+def test_alone_it_leaves_nothing_to_plan_until_its_token_is_back() -> None:
+    replica = Replica()
+    replica.add(spec("bound", grammar="start: /.*/"))
+    step = replica.schedule()
+    assert replica.scheduler.schedule() is None
+    replica.scheduler.update(step, replica.answer(step))
+    assert planned(replica.schedule()) == {"bound": 1}
+
+
+def test_preempted_with_its_token_in_flight_it_waits_for_it() -> None:
+    replica = Replica(num_blocks=4, enable_prefix_caching=False)
+    replica.add(spec("free", 7), spec("bound", 6, ordinal=1, grammar="start: /.*/"))
+    steps = [replica.schedule()]
+    while replica.scheduler.stats().num_preemptions == 0:
+        steps.append(replica.schedule())
+    replica.scheduler.abort("free")
+    assert replica.scheduler.schedule() is None, "there is room, and its token is in flight"
+    for step in steps:
+        replica.scheduler.update(step, replica.answer(step))
+    assert planned(replica.schedule()) == {"bound": 7}
+
+
 # After a crash
 
 

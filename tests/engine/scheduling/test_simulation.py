@@ -273,6 +273,7 @@ class Simulation:
                 break
             assert sum(item.num_tokens for item in step.scheduled) <= self.setup.max_num_batched_tokens
             assert len(step.scheduled) <= self.setup.max_num_seqs
+            self.check_held_back(step)
             assert sum(len(item.draft_token_ids) for item in step.scheduled) <= 6
             self.steps.append(step)
             self.in_flight.append((step, self.worker.execute(self.tamper(step))))
@@ -289,6 +290,12 @@ class Simulation:
                 if delta.prompt_logprobs is not None:
                     rows = delta.prompt_logprobs
                     outcome.prompt_positions += struct.unpack(f"<{rows.num_rows}i", rows.ranks)
+
+    def check_held_back(self, step: ExecuteStep) -> None:
+        """A request with a grammar is in no step before the token that an earlier one samples for it is back."""
+        sampled = {s.request_id for _, result in self.in_flight for s in result.sampled if s.token_ids}
+        with_grammar = {spec.request_id for spec in self.workload.specs if spec.params.grammar is not None}
+        assert not sampled & with_grammar & {item.request_id for item in step.scheduled}
 
 
 def check_outcomes(workload: Workload, setup: Setup, outcomes: dict[str, Outcome]) -> None:
@@ -330,6 +337,7 @@ def request_specs(draw: st.DrawFn, ordinal: int, longest_prompt: int) -> Request
         eos_token_ids=draw(st.sampled_from([[], [4]])),
         stop_token_ids=draw(st.sampled_from([[], [], [5], [4]])),
         prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
+        grammar=draw(st.sampled_from([None, None, "start: /.*/"])),
     )
     return RequestSpec(
         request_id=f"r{ordinal}",
@@ -388,7 +396,11 @@ def busy_workload() -> Workload:
         RequestSpec(
             request_id=f"r{ordinal}",
             prompt_token_ids=SHARED_PREFIX[: 4 + ordinal] + [ordinal % NUM_TOKEN_IDS] * (ordinal % 5),
-            params=SamplingSpec(max_tokens=10 + ordinal, prompt_logprobs=0 if ordinal % 4 == 3 else None),
+            params=SamplingSpec(
+                max_tokens=10 + ordinal,
+                prompt_logprobs=0 if ordinal % 4 == 3 else None,
+                grammar="start: /.*/" if ordinal % 5 == 1 else None,
+            ),
             seed=ordinal,
             ordinal=ordinal,
             priority=ordinal % 3,

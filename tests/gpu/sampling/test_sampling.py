@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sampling_cases import PARAMETERS, disagreements, make_logits, make_states, run, verification_disagreements
+from sampling_cases import (
+    PARAMETERS,
+    WITH_GRAMMAR,
+    disagreements,
+    make_logits,
+    make_states,
+    run,
+    verification_disagreements,
+)
 
 from sempre.kernels.sampling.noise import gumbel_noise
 from sempre.workers.sampling import RowResult, Sampler, SamplingState
@@ -45,6 +53,10 @@ def test_equals_the_cpu(device: torch.device, kind: str, vocab_size: int) -> Non
 def test_verification_equals_decoding_one_by_one_on_the_cpu(device: torch.device, vocab_size: int) -> None:
     for seed in range(4):
         assert verification_disagreements(device, vocab_size, seed=seed) == []
+
+
+def test_a_grammar_masks_as_on_the_cpu(device: torch.device) -> None:
+    assert disagreements(device, "flat", 4096, steps=3, seed=1, parameters=[*WITH_GRAMMAR, *PARAMETERS]) == []
 
 
 def test_tiles_cannot_be_seen(device: torch.device) -> None:

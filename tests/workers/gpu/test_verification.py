@@ -22,7 +22,7 @@ from sempre.workers.backend import CpuBackend, LoadedModel
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.decoder import Decoder
-from sempre.workers.worker import _load
+from sempre.workers.worker import _load, _outline
 
 MAX_SEQS, MAX_TOKENS, MAX_LEN, MAX_DRAFTS, NUM_BLOCKS = 6, 24, 48, 16, 7
 KINDS: list[dict[str, Any]] = [
@@ -45,7 +45,7 @@ def model(checkpoints: Callable[[str], Any]) -> LoadedModel:
     )
     backend = CpuBackend()
     backend.begin(config)
-    return _load(config, backend)
+    return _load(_outline(config, backend), backend)
 
 
 class _NoEvent:
@@ -77,6 +77,7 @@ def _cpu_runner(model: LoadedModel) -> ModelRunner:
     return ModelRunner(
         _decoder(model),
         PagedKvCache(model.spec, NUM_BLOCKS, 16, model.weights.dtype),
+        model.make_grammar_compiler(),
         max_model_len=MAX_LEN,
         max_num_seqs=MAX_SEQS,
         max_num_batched_tokens=MAX_TOKENS,
@@ -112,7 +113,7 @@ def gpu_runner(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     limits = StepLimits(MAX_LEN, MAX_SEQS, MAX_TOKENS, spec.vocab_size, MAX_DRAFTS)
     cache = PagedKvCache(spec, NUM_BLOCKS, 16, model.weights.dtype)
-    return runner.GpuModelRunner(memory, cache, limits, rank=0, graphs=False)
+    return runner.GpuModelRunner(memory, cache, model.make_grammar_compiler(), limits, rank=0, graphs=False)
 
 
 def _specs() -> list[RequestSpec]:

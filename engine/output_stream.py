@@ -1,0 +1,93 @@
+"""The outputs of one or more requests, for one reader in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from sempre.engine.frontend.frontend import raise_failure
+from sempre.engine.frontend.output_processor import RequestState
+from sempre.engine.frontend.request_builder import PreparedRequest
+from sempre.engine.outputs import RequestOutput
+
+
+class OutputStream:
+    """Made by `AsyncLLM.stream`. A slow reader gets fewer, larger outputs; nothing piles up.
+
+    Close it when done: whatever has not finished is aborted. A reader is woken once for all the news of one step.
+    """
+
+    def __init__(self, states: Sequence[RequestState], close: Callable[[], None]) -> None:
+        self._states = states
+        self._close = close
+        self._closed = False
+        self._updated: dict[str, RequestState] = {}
+        self._unfinished = {state.request.request_id for state in states}
+        self._sleep: asyncio.Future[None] | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def requests(self) -> list[PreparedRequest]:
+        """The requests, in the order of their prompts: token ids, and the seed of each sequence."""
+        return [state.request for state in self._states]
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of all requests together."""
+        return sum(len(state.sequences) for state in self._states)
+
+    async def next(self) -> list[RequestOutput]:
+        """Wait for news; return one output per request that has some, of the kind that its parameters say.
+
+        An empty list says that all requests have finished. Raises RequestError for one that failed, EngineDeadError
+        when the engine died.
+        """
+        while True:
+            if self._updated:
+                updated, self._updated = self._updated, {}
+                outputs = [output for state in updated.values() if (output := self._take(state)) is not None]
+                if outputs:
+                    return outputs
+            if not self._unfinished:
+                return []
+            if self._failure is not None:
+                raise self._failure
+            self._sleep = asyncio.get_running_loop().create_future()
+            await self._sleep
+
+    def close(self) -> None:
+        """Abort what has not finished; may be called again."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def abort(self, error: BaseException) -> None:
+        """Close, and have the reader see `error` at once, whatever else there was for it."""
+        self.close()
+        self._updated.clear()
+        self.fail(error)
+
+    def wake(self, state: RequestState) -> None:
+        """For the engine: a request has news."""
+        self._updated[state.request.request_id] = state
+        self._wake_up()
+
+    def fail(self, error: BaseException) -> None:
+        """For the engine: no more news will come."""
+        self._failure = error
+        self._wake_up()
+
+    def _wake_up(self) -> None:
+        sleep, self._sleep = self._sleep, None
+        if sleep is not None and not sleep.done():
+            sleep.set_result(None)
+
+    def _take(self, state: RequestState) -> RequestOutput | None:
+        output = state.take_output()
+        if output is not None:
+            for choice in output.outputs:
+                if choice.error is not None:
+                    raise_failure(state)
+            if output.finished:
+                self._unfinished.discard(output.request_id)
+        return output

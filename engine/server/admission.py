@@ -1,0 +1,57 @@
+"""The bounded queue: how many sequences the server holds at a time, and when to come again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+
+from sempre.engine.server.errors import BadRequest, Busy
+
+_MAX_RETRY_S = 60
+_RATE_SAMPLES = 64
+
+
+class Admission:
+    """Counts sequences from their admission to their end; those beyond `capacity` are turned away."""
+
+    def __init__(self, *, max_running: int, max_queued: int) -> None:
+        self.capacity = max_running + max_queued
+        self.max_running = max_running
+        self.num_sequences = 0
+        self.num_rejected = 0
+        self.draining = False
+        self._ends: deque[float] = deque(maxlen=_RATE_SAMPLES)
+
+    def admit(self, num_sequences: int) -> None:
+        """Take `num_sequences` in. Raises Busy (503) for want of room, BadRequest for more than can ever be held."""
+        if num_sequences > self.capacity:
+            raise BadRequest(
+                f"The request asks for {num_sequences} sequences (prompts times n), and this server holds at most "
+                f"{self.capacity} (--max-num-seqs and --max-num-queued-reqs).",
+                param="n",
+            )
+        if self.draining:
+            self.num_rejected += 1
+            raise Busy("The server is shutting down and accepts no new requests.", 1)
+        if self.num_sequences + num_sequences > self.capacity:
+            self.num_rejected += 1
+            raise Busy(
+                "The engine is currently busy and cannot accept new requests. Please try again later or on a "
+                "different instance.",
+                self.retry_after_s(num_sequences),
+            )
+        self.num_sequences += num_sequences
+
+    def release(self, num_sequences: int) -> None:
+        """Let go of sequences that were admitted."""
+        self.num_sequences -= num_sequences
+        now = time.monotonic()
+        self._ends.extend(now for _ in range(min(num_sequences, _RATE_SAMPLES)))
+
+    def retry_after_s(self, num_sequences: int) -> int:
+        """Seconds until `num_sequences` will have ended, judged by the last ones that did."""
+        if len(self._ends) < 2:
+            return 1
+        seconds_each = (time.monotonic() - self._ends[0]) / len(self._ends)
+        return max(1, min(_MAX_RETRY_S, math.ceil(seconds_each * num_sequences)))

@@ -1,0 +1,173 @@
+"""The application: its routes, and what is asked about the server itself."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from sempre.engine.metrics import Gauge
+from sempre.engine.server import openapi
+from sempre.engine.server.chat import create_chat_completion
+from sempre.engine.server.completions import create_completion
+from sempre.engine.server.errors import APIError, api_error
+from sempre.engine.server.metrics import CONTENT_TYPE
+from sempre.engine.server.middleware import KeyRing, RequestGate
+from sempre.engine.server.playground import PLAYGROUND_ROUTES
+from sempre.engine.server.responses import ModelCard, ModelList
+from sempre.engine.server.service import Service
+from sempre.engine.server.tokenization import detokenize, tokenize
+from sempre.engine.version import __version__
+
+Endpoint = Callable[[Service, Request], Awaitable[Response]]
+
+
+def create_app(service: Service, keys: KeyRing) -> ASGIApp:
+    """Return the ASGI application of `service`."""
+    config = service.config
+    # The interactive pages of FastAPI load scripts from elsewhere, so they are left out.
+    app = FastAPI(title="Sempre", version=__version__, docs_url=None, redoc_url=None, root_path=config.root_path)
+    for operation in openapi.OPERATIONS:
+        _add(app, service, operation, _ENDPOINTS[operation.path])
+    app.router.routes.extend(PLAYGROUND_ROUTES)
+    app.add_exception_handler(HTTPException, _http_error)
+    openapi.install(app)
+    outer: ASGIApp = RequestGate(app, keys, access_log=config.enable_access_log)
+    if config.allowed_origins:
+        from starlette.middleware.cors import CORSMiddleware
+
+        outer = CORSMiddleware(outer, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+    return outer
+
+
+def _add(app: FastAPI, service: Service, operation: openapi.Operation, endpoint: Endpoint) -> None:
+    async def route(request: Request) -> Response:
+        try:
+            return await endpoint(service, request)
+        # Whatever goes wrong with a request is its answer, and nobody else's concern.
+        except Exception as error:
+            return api_error(error).response()
+
+    app.add_api_route(
+        operation.path,
+        route,
+        methods=[operation.method],
+        name=operation.name,
+        summary=operation.summary,
+        response_model=None,
+        openapi_extra=operation.schema(),
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    found = f"{request.method} {request.url.path}"
+    message = {404: f"Not found: {found}.", 405: f"Method not allowed: {found}."}.get(error.status_code, error.detail)
+    return APIError(error.status_code, message, headers=dict(error.headers or {})).response()
+
+
+async def _models(service: Service, _request: Request) -> Response:
+    service.check_ready()
+    length = service.engine.ready.max_model_len
+    root = service.engine.config.model
+    cards = [ModelCard(name, service.created, length, root) for name in service.model_names]
+    return Response(msgspec.json.encode(ModelList(cards)), media_type="application/json")
+
+
+async def _live(_service: Service, _request: Request) -> Response:
+    return JSONResponse({"status": "live"})
+
+
+async def _ready(service: Service, _request: Request) -> Response:
+    service.check_ready()
+    if service.admission.draining:
+        service.admission.admit(0)
+    return JSONResponse({"status": "ready"})
+
+
+async def _health(service: Service, _request: Request) -> Response:
+    service.check_ready()
+    found = await service.engine.health()
+    problems = [{"rank": problem.rank, "reason": problem.text} for problem in found.problems]
+    answer = {
+        "status": "healthy" if found.healthy else "unhealthy",
+        "state": found.state,
+        "problems": problems,
+        "workers": found.workers,
+    }
+    return Response(msgspec.json.encode(answer), 503 if problems else 200, media_type="application/json")
+
+
+async def _version(_service: Service, _request: Request) -> Response:
+    return JSONResponse({"version": __version__})
+
+
+async def _load(service: Service, _request: Request) -> Response:
+    service.check_ready()
+    gauges: dict[str, Any] = {}
+    for metric in await service.engine.get_metrics():
+        if isinstance(metric, Gauge):
+            gauges.setdefault(metric.name.partition(":")[2], []).append(metric.value)
+    admission = service.admission
+    return JSONResponse(
+        {
+            "server_load": service.num_requests,
+            "num_sequences": admission.num_sequences,
+            "capacity": admission.capacity,
+            **gauges,
+        }
+    )
+
+
+async def _metrics(service: Service, _request: Request) -> Response:
+    engine = await service.engine.get_metrics() if service.is_ready else []
+    rejected = service.admission.num_rejected
+    prefix = service.config.metrics_prefix
+    return Response(service.metrics.exposition(engine, num_rejected=rejected, prefix=prefix), media_type=CONTENT_TYPE)
+
+
+async def _server_info(service: Service, _request: Request) -> Response:
+    service.check_ready()
+    engine = service.engine
+    ready = engine.ready
+    shown = msgspec.to_builtins(service.config)
+    shown["api_key"] = f"{len(shown['api_key'])} keys"
+    return JSONResponse(
+        {
+            "version": __version__,
+            "fingerprint": engine.fingerprint,
+            "fingerprint_parts": engine.fingerprint_parts,
+            "engine_config": msgspec.to_builtins(engine.config, enc_hook=str),
+            "server_config": shown,
+            "limits": {
+                "max_model_len": ready.max_model_len,
+                "vocab_size": ready.vocab_size,
+                "num_blocks": ready.num_blocks,
+                "block_size": ready.block_size,
+                "world_size": ready.world_size,
+            },
+            "startup_seconds": service.startup_seconds,
+        }
+    )
+
+
+_ENDPOINTS: dict[str, Endpoint] = {
+    "/v1/completions": create_completion,
+    "/v1/chat/completions": create_chat_completion,
+    "/v1/models": _models,
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+    "/health": _health,
+    "/live": _live,
+    "/ready": _ready,
+    "/metrics": _metrics,
+    "/version": _version,
+    "/load": _load,
+    "/server_info": _server_info,
+}

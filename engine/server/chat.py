@@ -1,0 +1,224 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sempre.engine.frontend.prompts import TokensPrompt
+from sempre.engine.outputs import CompletionOutput, RequestOutput
+from sempre.engine.server.body import read_model
+from sempre.engine.server.chunks import ChunkEncoder
+from sempre.engine.server.errors import BadRequest
+from sempre.engine.server.generation import EventStream, Generation
+from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
+from sempre.engine.server.message_parser import MessageParser, message_of
+from sempre.engine.server.parameters import chat_parameters, check_model
+from sempre.engine.server.requests import ChatCompletionRequest
+from sempre.engine.server.responses import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletionResponse,
+    ChatDelta,
+    ChatLogprobs,
+)
+from sempre.engine.server.service import Service
+from sempre.engine.server.structure import blame_on
+from sempre.engine.server.tools import ChatPlan
+from sempre.engine.server.tracing import RequestSpan
+
+_EMPTY = ChatDelta()
+# What a template is given besides the caller's own variables; these cannot be replaced from outside.
+_RESERVED = frozenset(
+    {"messages", "template", "tools", "bos_token", "eos_token", "add_generation_prompt", "continue_final_message"}
+    | {"chat_template", "chat_template_kwargs", "strftime_now", "raise_exception"}
+)
+
+
+async def create_chat_completion(service: Service, http: Request) -> Response:
+    """Answer a conversation. Raises what `errors.api_error` knows."""
+    request = await read_model(http, ChatCompletionRequest, service.config)
+    service.check_ready()
+    check_model(request.model, service.model_names)
+    params = chat_parameters(request, service.engine.get_default_sampling_params(), service.config)
+    plan = ChatPlan.of(request, service.config)
+    prompt = render(
+        service,
+        request.messages,
+        chat_template_kwargs=_template_variables(request),
+        chat_template=request.chat_template,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        add_special_tokens=bool(request.add_special_tokens),
+        tools=plan.template_tools,
+    )
+    params = dataclasses.replace(params, structured_outputs=plan.structured_behind(prompt["prompt"]))
+    if request.cache_salt is not None:
+        prompt["cache_salt"] = request.cache_salt
+    with RequestSpan.begin(http, service, params) as span, blame_on(request):
+        generation = Generation(service, service.open([prompt], params, request.priority), span)
+    http.state.generation = generation
+    response_id = f"chatcmpl-{http.state.request_id}"
+    parsers = [plan.message_parser(prompt["prompt"], response_id, choice) for choice in range(request.n)]
+    answer = _Answer(service, request, generation, response_id, parsers)
+    if request.stream:
+        return EventStream(generation, answer.first_events(), answer.events, answer.last_event)
+    with generation:
+        generation.watch(http.receive)
+        [output] = await generation.finished()
+        body = answer.whole(output)
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+def render(
+    service: Service,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    add_special_tokens: bool = False,
+    **keywords: Any,
+) -> TokensPrompt:
+    """Return the conversation as a prompt. Raises BadRequest, ConfigError, RequestError."""
+    for name in chat_template_kwargs or ():
+        if name in _RESERVED:
+            raise BadRequest(f"chat_template_kwargs must not hold {name!r}.", param="chat_template_kwargs")
+    engine = service.engine
+    prompt = engine.render_chat(messages, chat_template_kwargs=chat_template_kwargs, **keywords)
+    if add_special_tokens:
+        prompt["prompt_token_ids"] = engine.get_tokenizer().encode(prompt["prompt"], add_special_tokens=True)
+    return prompt
+
+
+def _template_variables(request: ChatCompletionRequest) -> dict[str, Any]:
+    variables = dict(request.chat_template_kwargs or {})
+    if request.documents is not None:
+        variables["documents"] = request.documents
+    return variables
+
+
+class _Answer:
+    """Writes the choices of one conversation."""
+
+    def __init__(
+        self,
+        service: Service,
+        request: ChatCompletionRequest,
+        generation: Generation,
+        response_id: str,
+        parsers: Sequence[MessageParser],
+    ) -> None:
+        self._request = request
+        self._generation = generation
+        self._tokenizer = service.engine.get_tokenizer()
+        self._role = service.config.response_role
+        self._id = response_id
+        self._created = int(time.time())
+        self._model = request.model or service.model_names[0]
+        self._fingerprint = service.engine.fingerprint
+        self._parsers = parsers
+        self._chunks = ChunkEncoder(
+            response_id=response_id,
+            kind="chat.completion.chunk",
+            created=self._created,
+            model=self._model,
+            fingerprint=self._fingerprint,
+            options=request.stream_options,
+        )
+
+    def whole(self, output: RequestOutput) -> ChatCompletionResponse:
+        """Return the body of an answer that is not streamed."""
+        body = ChatCompletionResponse(
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=[self._whole_choice(choice) for choice in output.outputs],
+            usage=self._generation.usage(),
+            system_fingerprint=self._fingerprint,
+        )
+        if self._request.return_token_ids:
+            body.prompt_token_ids = output.prompt_token_ids
+        if self._request.prompt_logprobs is not None and output.prompt_logprobs is not None:
+            body.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
+        return body
+
+    def first_events(self) -> list[bytes]:
+        """Return the events with which each choice begins: its role."""
+        seeds = [spec.seed for spec in self._generation.requests[0].sequences]
+        opening = self._echoed()
+        return [
+            self._chunks.choice(
+                ChatChunkChoice(index, ChatDelta(role=self._role, content=opening), None, None, None, seed)
+            )
+            for index, seed in enumerate(seeds)
+        ]
+
+    def events(self, output: RequestOutput) -> bytes:
+        """Return the events of what is new."""
+        usage = self._generation.usage() if self._chunks.continuous_usage else None
+        chunks = [self._chunk_choice(choice) for choice in output.outputs]
+        return b"".join([self._chunks.choice(chunk, usage) for chunk in chunks if _says_something(chunk)])
+
+    def last_event(self) -> bytes:
+        """Return what comes before the end of the stream."""
+        return self._chunks.usage(self._generation.usage()) if self._chunks.include_usage else b""
+
+    def _chunk_choice(self, choice: CompletionOutput) -> ChatChunkChoice:
+        parser = self._parsers[choice.index]
+        delta = parser.feed(choice.text, choice.token_ids)
+        reason = choice.finish_reason
+        if reason is not None:
+            held, reason = parser.finish(reason)
+            delta = _merged(delta, held)
+        written = ChatChunkChoice(choice.index, delta, self._logprobs(choice), reason, choice.stop_reason, choice.seed)
+        if self._request.return_token_ids:
+            written.token_ids = choice.token_ids
+        return written
+
+    def _whole_choice(self, choice: CompletionOutput) -> ChatChoice:
+        parser = self._parsers[choice.index]
+        fed = parser.feed(choice.text, choice.token_ids)
+        held, reason = parser.finish(choice.finish_reason or "stop")
+        message = message_of([ChatDelta(content=self._echoed()), fed, held], self._role)
+        written = ChatChoice(choice.index, message, self._logprobs(choice), reason, choice.stop_reason, choice.seed)
+        if self._request.return_token_ids:
+            written.token_ids = choice.token_ids
+        return written
+
+    def _logprobs(self, choice: CompletionOutput) -> ChatLogprobs | None:
+        if not self._request.logprobs:
+            return None
+        return chat_logprobs(
+            choice.token_ids,
+            choice.logprobs or [],
+            num_top=self._request.top_logprobs or 0,
+            tokenizer=self._tokenizer,
+            as_token_ids=self._request.return_tokens_as_token_ids,
+        )
+
+    def _echoed(self) -> str:
+        """Return the last message's text, where the request wants it before the answer."""
+        content = self._request.messages[-1].get("content") if self._request.echo else None
+        return content if isinstance(content, str) else ""
+
+
+def _says_something(chunk: ChatChunkChoice) -> bool:
+    """False where all that was generated may still become something else."""
+    return bool(chunk.delta != _EMPTY or chunk.finish_reason or chunk.logprobs or chunk.token_ids)
+
+
+def _merged(first: ChatDelta, second: ChatDelta) -> ChatDelta:
+    """Return both deltas as one."""
+    if second == _EMPTY:
+        return first
+    merged = message_of([first, second], "")
+    delta = ChatDelta(reasoning=merged.reasoning, reasoning_content=merged.reasoning_content)
+    delta.content = merged.content if merged.content else UNSET
+    delta.tool_calls = [*(first.tool_calls or []), *(second.tool_calls or [])] or UNSET
+    return delta

@@ -1,0 +1,170 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
+from sempre.engine.outputs import CompletionOutput, RequestOutput
+from sempre.engine.server.body import read_model
+from sempre.engine.server.chunks import ChunkEncoder
+from sempre.engine.server.errors import BadRequest
+from sempre.engine.server.generation import EventStream, Generation
+from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
+from sempre.engine.server.parameters import check_model, completion_parameters
+from sempre.engine.server.requests import CompletionRequest
+from sempre.engine.server.responses import CompletionChoice, CompletionLogprobs, CompletionResponse
+from sempre.engine.server.service import Service
+from sempre.engine.server.structure import blame_on
+from sempre.engine.server.tracing import RequestSpan
+
+
+async def create_completion(service: Service, http: Request) -> Response:
+    """Complete one or several prompts. Raises what `errors.api_error` knows."""
+    request = await read_model(http, CompletionRequest, service.config)
+    service.check_ready()
+    check_model(request.model, service.model_names)
+    params = completion_parameters(request, service.engine.get_default_sampling_params(), service.config)
+    prompts = _prompts(request, service)
+    with RequestSpan.begin(http, service, params) as span, blame_on(request):
+        generation = Generation(service, service.open(prompts, params, request.priority), span)
+    http.state.generation = generation
+    answer = _Answer(service, request, generation, f"cmpl-{http.state.request_id}")
+    if request.stream:
+        return EventStream(generation, [], answer.events, answer.last_event)
+    with generation:
+        generation.watch(http.receive)
+        body = answer.whole(await generation.finished())
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+def _prompts(request: CompletionRequest, service: Service) -> list[PromptType]:
+    given: Any = request.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not given:
+        raise BadRequest("prompt must hold at least one prompt.", param="prompt")
+    if len(given) > service.config.max_prompts:
+        raise BadRequest(
+            f"prompt can hold at most {service.config.max_prompts} prompts (--max-prompts), got {len(given)}.",
+            param="prompt",
+        )
+    return [_prompt(prompt, request, service) for prompt in given]
+
+
+def _prompt(prompt: str | list[int], request: CompletionRequest, service: Service) -> PromptType:
+    found: TextPrompt | TokensPrompt
+    if not isinstance(prompt, str):
+        found = {"prompt_token_ids": prompt}
+    elif request.add_special_tokens is False:
+        token_ids = service.engine.get_tokenizer().encode(prompt, add_special_tokens=False)
+        found = {"prompt": prompt, "prompt_token_ids": token_ids}
+    else:
+        found = {"prompt": prompt}
+    if request.cache_salt is not None:
+        found["cache_salt"] = request.cache_salt
+    return found
+
+
+class _Answer:
+    """Writes the choices of one request; choice i of prompt p has the index p * n + i."""
+
+    def __init__(self, service: Service, request: CompletionRequest, generation: Generation, response_id: str) -> None:
+        self._request = request
+        self._generation = generation
+        self._tokenizer = service.engine.get_tokenizer()
+        self._id = response_id
+        self._created = int(time.time())
+        self._model = request.model or service.model_names[0]
+        self._fingerprint = service.engine.fingerprint
+        self._writers: dict[int, CompletionLogprobsWriter] = {}
+        self._begun: set[int] = set()
+        self._chunks = ChunkEncoder(
+            response_id=response_id,
+            kind="text_completion",
+            created=self._created,
+            model=self._model,
+            fingerprint=self._fingerprint,
+            options=request.stream_options,
+        )
+
+    def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
+        """Return the body of an answer that is not streamed."""
+        choices = [
+            self._choice(place, output, choice) for place, output in enumerate(outputs) for choice in output.outputs
+        ]
+        return CompletionResponse(
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            usage=self._generation.usage(0 if self._request.max_tokens == 0 else None),
+            system_fingerprint=self._fingerprint,
+        )
+
+    def events(self, output: RequestOutput) -> bytes:
+        """Return the events of a prompt's news."""
+        place = self._generation.place(output)
+        usage = self._generation.usage() if self._chunks.continuous_usage else None
+        return b"".join([self._chunks.choice(self._choice(place, output, choice), usage) for choice in output.outputs])
+
+    def last_event(self) -> bytes:
+        """Return what comes before the end of the stream."""
+        if not self._chunks.include_usage:
+            return b""
+        return self._chunks.usage(self._generation.usage(0 if self._request.max_tokens == 0 else None))
+
+    def _choice(self, place: int, output: RequestOutput, choice: CompletionOutput) -> CompletionChoice:
+        request = self._request
+        index = place * request.n + choice.index
+        only_prompt = request.max_tokens == 0
+        text, token_ids = ("", []) if only_prompt else (choice.text, choice.token_ids)
+        written = CompletionChoice(
+            index=index,
+            text=text,
+            logprobs=None,
+            finish_reason="length" if only_prompt and choice.finish_reason else choice.finish_reason,
+            stop_reason=None if only_prompt else choice.stop_reason,
+            seed=choice.seed,
+        )
+        first = index not in self._begun
+        if first:
+            self._begun.add(index)
+        if request.logprobs is not None:
+            rows = [] if only_prompt else choice.logprobs or []
+            written.logprobs = self._writer(index).write(token_ids, rows) if not (first and request.echo) else None
+        if first and request.echo:
+            prompt = output.prompt
+            written.text = (self._prompt_text(output) if prompt is None else prompt) + text
+            if request.logprobs is not None:
+                echoed = self._prompt_logprobs(index, output)
+                written.logprobs = joined(echoed, self._writer(index).write(token_ids, rows))
+        if request.return_token_ids:
+            written.token_ids = token_ids
+            written.prompt_token_ids = output.prompt_token_ids if first else UNSET
+        if request.prompt_logprobs is not None and output.prompt_logprobs is not None:
+            written.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
+        return written
+
+    def _writer(self, index: int) -> CompletionLogprobsWriter:
+        writer = self._writers.get(index)
+        if writer is None:
+            as_ids = self._request.return_tokens_as_token_ids
+            writer = self._writers[index] = CompletionLogprobsWriter(as_token_ids=as_ids)
+        return writer
+
+    def _prompt_text(self, output: RequestOutput) -> str:
+        return self._tokenizer.decode(output.prompt_token_ids, self._request.skip_special_tokens)
+
+    def _prompt_logprobs(self, index: int, output: RequestOutput) -> CompletionLogprobs:
+        first, *others = output.prompt_token_ids
+        writer = self._writer(index)
+        begun = writer.write_first(first, self._tokenizer.token_text(first))
+        rows = (output.prompt_logprobs or [None])[1:]
+        return joined(begun, writer.write(others, rows))

@@ -1,0 +1,87 @@
+"""The frozen configuration of the server: the one source for flags, environment, configuration file and documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from sempre.ipc.errors import ConfigError
+
+LogFormat = Literal["text", "json"]
+ToolParser = Literal["hermes", "llama3_json"]
+ReasoningParser = Literal["", "qwen3", "deepseek_r1"]
+MetricsPrefix = Literal["sempre", "vllm"]
+
+
+def _doc(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of the server alone; those of the engine are EngineConfig's. Build it with `server_config(...)`."""
+
+    host: Annotated[str, _doc("address to listen on")] = "0.0.0.0"
+    port: Annotated[int, _doc("port to listen on; 0 takes a free one")] = 8000
+    uds: Annotated[str | None, _doc("Unix socket to listen on, in place of host and port")] = None
+    served_model_name: Annotated[list[str], _doc("names the model is served under; the first one is reported")] = []
+    api_key: Annotated[list[str], _doc("keys that clients may use; none lets everybody in")] = []
+    api_key_file: Annotated[str | None, _doc("file with one key per line")] = None
+    ssl_keyfile: Annotated[str | None, _doc("private key, PEM; with ssl_certfile turns TLS on")] = None
+    ssl_certfile: Annotated[str | None, _doc("certificate chain, PEM")] = None
+    ssl_ca_certs: Annotated[str | None, _doc("certificate authorities of clients, PEM; clients must show one")] = None
+    allowed_origins: Annotated[list[str], _doc("origins of web pages that may call (CORS)")] = []
+    root_path: Annotated[str, _doc("path under which a proxy serves this server")] = ""
+    response_role: Annotated[str, _doc("role of the messages that are answered")] = "assistant"
+    enable_auto_tool_choice: Annotated[bool, _doc("let the model call tools; needs tool_call_parser")] = False
+    tool_call_parser: Annotated[ToolParser | None, _doc("the format in which the model calls tools")] = None
+    reasoning_parser: Annotated[ReasoningParser, _doc("how the model marks its reasoning")] = ""
+    ignore_unknown_fields: Annotated[bool, _doc("leave unknown request fields aside instead of refusing them")] = False
+    trust_request_chat_template: Annotated[bool, _doc("let requests bring a chat template")] = False
+    max_num_queued_reqs: Annotated[int, _doc("most sequences that wait while max_num_seqs run; more get 503")] = 1024
+    max_body_bytes: Annotated[int, _doc("largest body of a request")] = 32 * 1024 * 1024
+    max_n: Annotated[int, _doc("largest `n` of a request")] = 128
+    max_prompts: Annotated[int, _doc("most prompts in one request")] = 1024
+    shutdown_timeout: Annotated[float, _doc("seconds that running requests have left after SIGTERM")] = 30.0
+    keep_alive_timeout: Annotated[float, _doc("seconds that an idle connection stays open")] = 5.0
+    metrics_prefix: Annotated[MetricsPrefix, _doc("prefix of the names at /metrics")] = "sempre"
+    log_format: Annotated[LogFormat, _doc("form of log lines")] = "text"
+    enable_access_log: Annotated[bool, _doc("log a line per request")] = True
+
+
+_LEAST = {
+    "port": 0,
+    "max_num_queued_reqs": 0,
+    "max_body_bytes": 1024,
+    "max_n": 1,
+    "max_prompts": 1,
+    "shutdown_timeout": 0.0,
+    "keep_alive_timeout": 0.0,
+}
+SECRETS = ("api_key",)
+
+
+def server_config(settings: Mapping[str, Any]) -> ServerConfig:
+    """Return the checked configuration. Raises ConfigError naming the setting."""
+    try:
+        config = msgspec.convert(dict(settings), ServerConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"a setting of the server is refused: {error}") from None
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        if not least <= value < math.inf:
+            raise ConfigError(f"{name} must be at least {least}, got {value}.", parameter=name, value=value)
+    if config.port > 65535:
+        raise ConfigError(f"port must be at most 65535, got {config.port}.", parameter="port", value=config.port)
+    if (config.ssl_keyfile is None) != (config.ssl_certfile is None):
+        raise ConfigError("ssl_keyfile and ssl_certfile need each other; give both.", parameter="ssl_keyfile")
+    if config.ssl_ca_certs is not None and config.ssl_certfile is None:
+        raise ConfigError("ssl_ca_certs needs ssl_certfile and ssl_keyfile.", parameter="ssl_ca_certs")
+    if config.enable_auto_tool_choice and config.tool_call_parser is None:
+        raise ConfigError("enable_auto_tool_choice needs tool_call_parser.", parameter="enable_auto_tool_choice")
+    if any(not key for key in config.api_key):
+        raise ConfigError("api_key must not be empty.", parameter="api_key")
+    return config

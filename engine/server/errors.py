@@ -1,0 +1,95 @@
+"""OpenAI's error object, and which status an exception is answered with.
+
+{"error": {"message": "…", "type": "BadRequestError", "param": "top_p", "code": 400}}
+"""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+from starlette.responses import Response
+
+from sempre.ipc.errors import ConfigError, EngineDeadError, ProtocolError
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+}
+
+
+class ErrorObject(msgspec.Struct):
+    """`param` names the field that is to blame; `code` is the HTTP status."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorResponse(msgspec.Struct):
+    error: ErrorObject
+
+
+class APIError(Exception):
+    """Answered with `status` and OpenAI's error object."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.headers = headers or {}
+
+    def encode(self) -> bytes:
+        """Return the error object as JSON."""
+        error = ErrorObject(str(self), _TYPES.get(self.status, "APIError"), self.param, self.status)
+        return msgspec.json.encode(ErrorResponse(error))
+
+    def response(self) -> Response:
+        """Return the whole answer."""
+        return Response(self.encode(), self.status, self.headers, "application/json")
+
+
+class BadRequest(APIError):
+    """The request cannot be obeyed as it is."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(400, message, param=param)
+
+
+class Busy(APIError):
+    """Nothing is wrong with the request: the same one may be sent again after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(503, message, headers={"Retry-After": str(retry_after_s)})
+
+
+RESTART_RETRY_S = 5
+
+
+def api_error(error: Exception) -> APIError:
+    """Return what `error` is answered with; one that nobody foresaw is logged and says no more than that."""
+    match error:
+        case APIError():
+            return error
+        case ConfigError():
+            return BadRequest(str(error), param=error.parameter)
+        case EngineDeadError():
+            return Busy(f"The engine cannot serve: {str(error).splitlines()[0]}", RESTART_RETRY_S)
+        case ProtocolError():
+            return APIError(500, f"A frame between the processes of the engine was lost: {error}")
+        case _:
+            logger.error("unforeseen error", exc_info=error)
+            return APIError(500, f"Internal server error ({type(error).__name__}); the server's log has the details.")

@@ -1,0 +1,134 @@
+"""One HTTP request's way through the engine: streamed or whole, and aborted as soon as its client has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from sempre.engine.output_stream import OutputStream
+from sempre.engine.outputs import RequestOutput
+from sempre.engine.server.errors import api_error
+from sempre.engine.server.responses import PromptTokensDetails, Usage
+from sempre.engine.server.service import Service
+from sempre.engine.server.tracing import RequestSpan
+
+DONE = b"data: [DONE]\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class ClientGone(Exception):
+    """Nobody is left to read the answer."""
+
+
+class Generation:
+    """An admitted request. Use as a context: at its end, however it comes, nothing of the request is left."""
+
+    def __init__(self, service: Service, stream: OutputStream, span: RequestSpan) -> None:
+        self.stream = stream
+        self.requests = stream.requests
+        self.num_cached = [0] * len(self.requests)
+        self.num_tokens = 0
+        self._places = {request.request_id: place for place, request in enumerate(self.requests)}
+        self._service = service
+        self._record = service.metrics.begin(stream.requests)
+        self._span = span
+        self._watcher: asyncio.Task[None] | None = None
+
+    def watch(self, receive: Receive) -> None:
+        """Abort the request when its client disconnects."""
+        self._watcher = asyncio.create_task(self._wait_for_disconnect(receive))
+
+    async def next(self) -> list[RequestOutput]:
+        """Wait for the news of a step; an empty list says that there will be none."""
+        outputs = await self.stream.next()
+        for output in outputs:
+            if output.num_cached_tokens:
+                self.num_cached[self.place(output)] = output.num_cached_tokens
+            for choice in output.outputs:
+                self.num_tokens += len(choice.token_ids)
+        self._record.take(outputs)
+        return outputs
+
+    def place(self, output: RequestOutput) -> int:
+        """Return which of the prompts an output is about."""
+        return self._places[output.request_id]
+
+    async def finished(self) -> list[RequestOutput]:
+        """Return the whole outputs, in the order of the prompts."""
+        whole: dict[int, RequestOutput] = {}
+        while outputs := await self.next():
+            whole.update((self.place(output), output) for output in outputs)
+        return [whole[place] for place in range(len(self.requests))]
+
+    def usage(self, num_completion_tokens: int | None = None) -> Usage:
+        """Return the tokens spent so far."""
+        num_prompt = sum(len(request.prompt_token_ids) for request in self.requests)
+        num_output = self.num_tokens if num_completion_tokens is None else num_completion_tokens
+        return Usage(num_prompt, num_prompt + num_output, num_output, PromptTokensDetails(sum(self.num_cached)))
+
+    def close(self) -> None:
+        """End the request; may be called again."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            self._watcher = None
+        self._service.close(self.stream)
+        self._record.end()
+        self._span.end(self.requests, self.num_tokens)
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    async def _wait_for_disconnect(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.stream.abort(ClientGone())
+
+
+Encode = Callable[[RequestOutput], bytes]
+
+
+class EventStream(Response):
+    """Server-sent events of one generation; each step of the engine is one write."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, first: Sequence[bytes], encode: Encode, last: Callable[[], bytes]):
+        super().__init__()
+        self._generation = generation
+        self._first = first
+        self._encode = encode
+        self._last = last
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._generation as generation:
+            generation.watch(receive)
+            # The headers that middleware adds come with `send`.
+            await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            # No middleware looks at what follows the head, so tokens go straight to the socket's server. And they are
+            # sent by a task of their own: a task resumes through all frames that await it, here dozens of middleware's.
+            await asyncio.create_task(self._send_body(scope["state"]["server_send"]))
+
+    async def _send_body(self, send: Send) -> None:
+        try:
+            for event in self._first:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            while outputs := await self._generation.next():
+                body = b"".join(map(self._encode, outputs))
+                if body:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            end = self._last()
+        except ClientGone:
+            return
+        except Exception as error:
+            end = b"data: " + api_error(error).encode() + b"\n\n"
+        await send({"type": "http.response.body", "body": end + DONE, "more_body": False})

@@ -1,0 +1,171 @@
+"""/metrics: the engine's counters, and what only the server sees; vLLM's names under a prefix of ours.
+
+Observations are made for every streamed token, so they go to plain lists here and become prometheus-client's families
+when they are read.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from sempre.engine.frontend.request_builder import PreparedRequest
+from sempre.engine.metrics import PREFIX, Counter, Metric
+from sempre.engine.outputs import RequestOutput
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
+_REQUEST_S = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_COUNTS = (1, 2, 5, 10, 20)
+
+
+class Histogram:
+    """Counts of observations between `bounds`, the last of which is infinity."""
+
+    def __init__(self, name: str, help_text: str, bounds: Sequence[float]) -> None:
+        self.name = name
+        self.help_text = help_text
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return (upper bound, observations up to it) in ascending order."""
+        total = 0
+        buckets = []
+        for bound, count in zip((*self._bounds, None), self._counts, strict=True):
+            total += count
+            buckets.append(("+Inf" if bound is None else str(float(bound)), float(total)))
+        return buckets
+
+    @property
+    def sum(self) -> float:
+        return self._sum
+
+
+class ServerMetrics:
+    """Latencies and sizes of requests as clients meet them."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self.first_token = Histogram("time_to_first_token_seconds", "From arrival to first token.", _FIRST_TOKEN_S)
+        self.inter_token = Histogram("inter_token_latency_seconds", "Between tokens of a sequence.", _TOKEN_S)
+        self.per_token = Histogram(
+            "request_time_per_output_token_seconds", "Mean time per token after the first.", _TOKEN_S
+        )
+        self.end_to_end = Histogram("e2e_request_latency_seconds", "From arrival to the last token.", _REQUEST_S)
+        self.prompt_tokens = Histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self.output_tokens = Histogram("request_generation_tokens", "Tokens of an output.", _TOKENS)
+        self.params_n = Histogram("request_params_n", "`n` of a request.", _COUNTS)
+        self.params_max_tokens = Histogram("request_params_max_tokens", "`max_tokens` of a request.", _TOKENS)
+        self._histograms = [value for value in vars(self).values() if isinstance(value, Histogram)]
+
+    def begin(self, requests: Sequence[PreparedRequest]) -> RequestRecord:
+        """Count the requests of one call."""
+        for request in requests:
+            self.prompt_tokens.observe(len(request.prompt_token_ids))
+            self.params_n.observe(request.params.n)
+            self.params_max_tokens.observe(request.sequences[0].params.max_tokens)
+        return RequestRecord(self)
+
+    def exposition(self, engine: Iterable[Metric], *, num_rejected: int, prefix: str) -> bytes:
+        """Return everything in Prometheus's text format."""
+        registry = CollectorRegistry()
+        registry.register(_Families([*self._families(num_rejected), *_engine_families(engine)], prefix + ":"))
+        return generate_latest(registry)
+
+    def _families(self, num_rejected: int) -> Iterator[Family]:
+        labels = {"model_name": self._model_name}
+        for histogram in self._histograms:
+            family = HistogramMetricFamily(PREFIX + histogram.name, histogram.help_text, labels=list(labels))
+            family.add_metric(list(labels.values()), histogram.buckets(), histogram.sum)
+            yield family
+        rejected = CounterMetricFamily(
+            PREFIX + "admission_rejections", "Requests turned away with 503.", labels=list(labels)
+        )
+        rejected.add_metric(list(labels.values()), num_rejected)
+        yield rejected
+
+
+class RequestRecord:
+    """Times of one HTTP request."""
+
+    def __init__(self, metrics: ServerMetrics) -> None:
+        self._metrics = metrics
+        self._began = time.monotonic()
+        # sequence → (time of its first token, of its last one, tokens)
+        self._sequences: dict[tuple[str, int], tuple[float, float, int]] = {}
+        self._ended = False
+
+    def take(self, outputs: Iterable[RequestOutput]) -> None:
+        """Note the arrival of tokens."""
+        now = time.monotonic()
+        for output in outputs:
+            for choice in output.outputs:
+                if not choice.token_ids:
+                    continue
+                key = (output.request_id, choice.index)
+                seen = self._sequences.get(key)
+                if seen is None:
+                    self._sequences[key] = (now, now, len(choice.token_ids))
+                    self._metrics.first_token.observe(now - self._began)
+                else:
+                    first, last, count = seen
+                    self._sequences[key] = (first, now, count + len(choice.token_ids))
+                    self._metrics.inter_token.observe(now - last)
+
+    def end(self) -> None:
+        """Note the end of the request; a second call does nothing."""
+        if self._ended:
+            return
+        self._ended = True
+        self._metrics.end_to_end.observe(time.monotonic() - self._began)
+        for first, last, count in self._sequences.values():
+            self._metrics.output_tokens.observe(count)
+            if count > 1 and last > first:
+                self._metrics.per_token.observe((last - first) / (count - 1))
+
+
+class _Families(Collector):
+    def __init__(self, families: list[Family], prefix: str) -> None:
+        self._families = families
+        self._prefix = prefix
+
+    def collect(self) -> Iterator[Family]:
+        for family in self._families:
+            renamed = family
+            if self._prefix != PREFIX:
+                renamed.name = self._prefix + family.name.removeprefix(PREFIX)
+                renamed.samples = [
+                    sample._replace(name=self._prefix + sample.name.removeprefix(PREFIX)) for sample in family.samples
+                ]
+            yield renamed
+
+
+def _engine_families(metrics: Iterable[Metric]) -> Iterator[Family]:
+    families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+    for metric in metrics:
+        is_counter = isinstance(metric, Counter)
+        family = families.get(metric.name)
+        if family is None:
+            kind = CounterMetricFamily if is_counter else GaugeMetricFamily
+            family = families[metric.name] = kind(
+                metric.name,
+                f"{metric.name.removeprefix(PREFIX).replace('_', ' ')}, of the engine.",
+                labels=list(metric.labels),
+            )
+        family.add_metric(list(metric.labels.values()), metric.value)  # type: ignore[attr-defined]
+    yield from families.values()

@@ -1,0 +1,111 @@
+"""What every request passes: its id, the key, and a line in the log."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sempre.engine.server.errors import APIError
+from sempre.engine.server.logs import REQUEST_ID
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+# probes and scrapers have no key; neither has a page before its user has typed one
+OPEN_PATHS = frozenset({"/", "/health", "/live", "/ready", "/metrics", "/version", "/openapi.json"})
+OPEN_PREFIXES = ("/playground/",)
+
+
+class KeyRing:
+    """The keys that are let in. Only digests are kept, and all of them are compared, each in constant time."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def __contains__(self, key: str) -> bool:
+        found = _digest(key)
+        matches = [hmac.compare_digest(found, digest) for digest in self._digests]
+        return any(matches)
+
+
+class RequestGate:
+    """ASGI middleware: honours or makes X-Request-Id and returns it, asks for a key, writes the access log."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, *, access_log: bool) -> None:
+        self._app = app
+        self._keys = keys
+        self._access_log = access_log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers.get("x-request-id"))
+        state = scope.setdefault("state", {})
+        state["request_id"], state["server_send"] = request_id, send
+        REQUEST_ID.set(request_id)
+        status = 0
+        began = time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"].append((b"x-request-id", request_id.encode()))
+            await send(message)
+
+        try:
+            if self._is_let_in(scope, headers):
+                await self._app(scope, receive, send_with_id)
+            else:
+                await _unauthorized(headers).response()(scope, receive, send_with_id)
+        finally:
+            if self._access_log:
+                self._log(scope, status, time.monotonic() - began)
+
+    def _is_let_in(self, scope: Scope, headers: Headers) -> bool:
+        path = scope["path"]
+        if not self._keys or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES) or scope["method"] == "OPTIONS":
+            return True
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and key.strip() in self._keys
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        facts: dict[str, object] = {"status": status, "duration_s": round(seconds, 6)}
+        generation = scope["state"].get("generation")
+        if generation is not None:
+            requests = generation.requests
+            facts["prompt_tokens"] = sum(len(request.prompt_token_ids) for request in requests)
+            facts["output_tokens"] = generation.num_tokens
+            facts["seed"] = requests[0].sequences[0].seed
+        logger.info("%s %s", scope["method"], scope["path"], extra={"facts": facts})
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _request_id(given: str | None) -> str:
+    """Return the caller's id if it is harmless in logs and headers, else a new one."""
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def _unauthorized(headers: Headers) -> APIError:
+    told = {"WWW-Authenticate": "Bearer"}
+    if "authorization" not in headers:
+        return APIError(
+            401, "You didn't provide an API key. Send it in the header `Authorization: Bearer KEY`.", headers=told
+        )
+    return APIError(401, "Incorrect API key provided.", headers=told)

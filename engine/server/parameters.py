@@ -1,0 +1,107 @@
+"""From the fields of a request to SamplingParams, and to the prompts it is about."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
+from sempre.engine.server.config import ServerConfig
+from sempre.engine.server.errors import APIError, BadRequest
+from sempre.engine.server.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from sempre.engine.server.structure import structured_outputs
+
+_SAME_NAME = (
+    "n",
+    "seed",
+    "stop",
+    "temperature",
+    "top_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "allowed_token_ids",
+    "bad_words",
+    "prompt_logprobs",
+)
+
+
+def completion_parameters(request: CompletionRequest, defaults: SamplingParams, config: ServerConfig) -> SamplingParams:
+    """Return the parameters of /v1/completions. Raises BadRequest, or ConfigError naming the field."""
+    changes = _common(request, config)
+    changes["structured_outputs"] = structured_outputs(request)
+    if request.max_tokens == 0:
+        if not request.echo:
+            raise BadRequest("max_tokens must be at least 1, got 0; 0 is for echo only.", param="max_tokens")
+        # The prompt alone is wanted; the one token that has to be sampled is not reported.
+        changes["max_tokens"] = 1
+    elif "max_tokens" in request.model_fields_set or defaults.max_tokens is None:
+        changes["max_tokens"] = request.max_tokens
+    if request.logprobs is not None:
+        changes["logprobs"] = request.logprobs
+        if request.echo:
+            changes.setdefault("prompt_logprobs", request.logprobs)
+    return dataclasses.replace(defaults, **changes)
+
+
+def chat_parameters(request: ChatCompletionRequest, defaults: SamplingParams, config: ServerConfig) -> SamplingParams:
+    """Return the parameters of /v1/chat/completions. Raises as `completion_parameters`."""
+    _refuse_unserved(request)
+    changes = _common(request, config)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    if request.logprobs:
+        changes["logprobs"] = request.top_logprobs or 0
+    limits = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise BadRequest(
+            "max_tokens is the old name of max_completion_tokens; they differ, give one.", param="max_tokens"
+        )
+    # Without a limit an answer ends by itself, or with the context; the model's own default stands before that.
+    own_default = defaults.max_tokens if defaults.max_tokens != SamplingParams().max_tokens else None
+    changes["max_tokens"] = limits.pop() if limits else own_default
+    if request.chat_template is not None and not config.trust_request_chat_template:
+        raise BadRequest(
+            "chat_template of a request is refused unless the server runs with --trust-request-chat-template.",
+            param="chat_template",
+        )
+    if request.chat_template is not None and "{" not in request.chat_template:
+        raise BadRequest("chat_template must be a Jinja template, not the name of a file.", param="chat_template")
+    return dataclasses.replace(defaults, **changes)
+
+
+def check_model(name: str | None, served: list[str]) -> None:
+    """Raise 404 unless the model is one that is served."""
+    if name is not None and name not in served:
+        raise APIError(404, f"The model `{name}` does not exist.", param="model")
+
+
+def _common(request: GenerationRequest, config: ServerConfig) -> dict[str, Any]:
+    if request.stream_options is not None and not request.stream:
+        raise BadRequest("stream_options needs stream to be true.", param="stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise BadRequest("prompt_logprobs is not available when stream is true.", param="prompt_logprobs")
+    if request.n > config.max_n:
+        raise BadRequest(f"n must be at most {config.max_n} (--max-n), got {request.n}.", param="n")
+    given = {name: getattr(request, name) for name in _SAME_NAME if name in request.model_fields_set}
+    changes = {name: value for name, value in given.items() if value is not None}
+    changes["output_kind"] = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
+    return changes
+
+
+def _refuse_unserved(request: ChatCompletionRequest) -> None:
+    """Refuse what is part of the protocol and has nothing behind it yet."""
+    if request.reasoning_effort is not None:
+        raise _unserved("reasoning_effort")
+
+
+def _unserved(name: str) -> BadRequest:
+    return BadRequest(f"{name} is not supported by this server. Leave it out.", param=name)

@@ -1,0 +1,199 @@
+"""Start, signals and end of the server.
+
+listening ── engine starting: /live 200, /ready and requests 503
+          ── ready
+SIGTERM or SIGINT ── draining: new requests 503, running ones have shutdown_timeout ── aborted ── engine ended
+a second signal ── all of that at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import uvicorn
+
+from sempre.engine.async_llm import AsyncLLM
+from sempre.engine.server.app import create_app
+from sempre.engine.server.config import ServerConfig
+from sempre.engine.server.errors import Busy
+from sempre.engine.server.middleware import KeyRing
+from sempre.engine.server.service import Service
+from sempre.ipc.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_DRAIN_LOOK_S = 0.05
+_CLOSE_S = 5
+_BACKLOG = 2048
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn, with the signals left to us."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """One run of the server."""
+
+    def __init__(self, engine: AsyncLLM, config: ServerConfig) -> None:
+        self._config = config
+        self._engine = engine
+        self._service = Service(engine, config)
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+
+    async def run(self, listening: socket.socket) -> None:
+        """Serve until a signal. Raises what stops the engine's start."""
+        began = time.monotonic()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        http = _HttpServer(self._uvicorn_config())
+        serving = asyncio.create_task(http.serve(sockets=[listening]))
+        try:
+            if await self._start_engine(began):
+                await self._stop.wait()
+                await self._drain()
+        finally:
+            self._service.abort_all(Busy("The server is shutting down.", 1))
+            http.should_exit = True
+            http.force_exit = self._stop_now.is_set()
+            await serving
+            self._engine.shutdown()
+
+    async def _start_engine(self, began: float) -> bool:
+        """Return False when a signal came first."""
+        starting = asyncio.create_task(self._engine.start())
+        stopping = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            with suppress(asyncio.CancelledError):
+                await starting
+            return False
+        stopping.cancel()
+        await starting
+        seconds = time.monotonic() - began
+        self._service.startup_seconds = {**self._engine.ready.phase_seconds, "total": seconds}
+        # What lives as long as the server need not be looked through by every collection.
+        gc.collect()
+        gc.freeze()
+        self._service.is_ready = True
+        ready = self._engine.ready
+        logger.info("fingerprint %s, seed %d", self._engine.fingerprint, self._engine.config.seed)
+        logger.info(
+            "KV cache: %d blocks of %d tokens; up to %d tokens per sequence, %d sequences at a time",
+            ready.num_blocks,
+            ready.block_size,
+            ready.max_model_len,
+            self._service.admission.max_running,
+        )
+        logger.info("ready after %.2f s", seconds)
+        return True
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._stop_now.set()
+        self._stop.set()
+
+    async def _drain(self) -> None:
+        admission = self._service.admission
+        admission.draining = True
+        logger.info(
+            "shutting down: %d requests have %g s to finish", self._service.num_requests, self._config.shutdown_timeout
+        )
+        deadline = time.monotonic() + self._config.shutdown_timeout
+        while self._service.num_requests and time.monotonic() < deadline and not self._stop_now.is_set():
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        if self._service.num_requests:
+            logger.warning("%d requests are aborted", self._service.num_requests)
+
+    def _uvicorn_config(self) -> uvicorn.Config:
+        config = self._config
+        return uvicorn.Config(
+            create_app(self._service, KeyRing(api_keys(config))),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=round(config.keep_alive_timeout),
+            timeout_graceful_shutdown=_CLOSE_S,
+            ssl_keyfile=config.ssl_keyfile,
+            ssl_certfile=config.ssl_certfile,
+            ssl_ca_certs=config.ssl_ca_certs,
+            ssl_cert_reqs=2 if config.ssl_ca_certs is not None else 0,
+        )
+
+
+def serve(engine: AsyncLLM, config: ServerConfig) -> None:
+    """Serve `engine` until a signal. Raises ConfigError for an address in use, and what stops the engine's start."""
+    listening = listen(config)
+    kind = "https" if config.ssl_certfile is not None else "http"
+    where = config.uds or f"{kind}://{config.host}:{listening.getsockname()[1]}"
+    logger.info("listening on %s (process %d)", where, os.getpid())
+
+    async def run() -> None:
+        await Server(engine, config).run(listening)
+
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(run())
+    finally:
+        listening.close()
+        if config.uds is not None:
+            Path(config.uds).unlink(missing_ok=True)
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """Return the bound socket. Raises ConfigError when the address cannot be had."""
+    family = socket.AF_UNIX if config.uds else socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if config.uds is not None:
+            found.bind(config.uds)
+        else:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind((config.host, config.port))
+        found.listen(_BACKLOG)
+    except OSError as error:
+        found.close()
+        where = config.uds or f"{config.host}:{config.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror}.", parameter="port", value=where) from error
+    return found
+
+
+def api_keys(config: ServerConfig) -> list[str]:
+    """Return the keys of the configuration and of its file. Raises ConfigError for a file that gives none."""
+    keys = list(config.api_key)
+    if config.api_key_file is not None:
+        try:
+            lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ConfigError(
+                f"api_key_file {config.api_key_file} cannot be read: {error.strerror}.", parameter="api_key_file"
+            ) from error
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ConfigError(f"api_key_file {config.api_key_file} holds no key.", parameter="api_key_file")
+        keys += found
+    return keys
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not made for every platform
+        return None
+    return uvloop.Loop

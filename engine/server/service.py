@@ -1,0 +1,75 @@
+"""What the endpoints share: one engine, and what the server knows about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from sempre.engine.async_llm import AsyncLLM
+from sempre.engine.frontend.prompts import PromptType
+from sempre.engine.output_stream import OutputStream
+from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.server.admission import Admission
+from sempre.engine.server.config import ServerConfig
+from sempre.engine.server.errors import Busy
+from sempre.engine.server.metrics import ServerMetrics
+
+_STARTING_RETRY_S = 5
+
+
+class Service:
+    """The engine behind the endpoints. Made before the engine is ready: until then requests get 503."""
+
+    def __init__(self, engine: AsyncLLM, config: ServerConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.created = int(time.time())
+        self.is_ready = False
+        self.startup_seconds: dict[str, float] = {}
+        settings = engine.config
+        self.model_names = config.served_model_name or [settings.model]
+        self.admission = Admission(
+            max_running=settings.max_num_seqs * settings.data_parallel_size, max_queued=config.max_num_queued_reqs
+        )
+        self.metrics = ServerMetrics(self.model_names[0])
+        self._streams: dict[int, OutputStream] = {}
+
+    @property
+    def num_requests(self) -> int:
+        """HTTP requests that are being generated."""
+        return len(self._streams)
+
+    def check_ready(self) -> None:
+        """Raise Busy (503) while the engine starts."""
+        if not self.is_ready:
+            raise Busy("The engine is starting.", _STARTING_RETRY_S)
+
+    def open(
+        self, prompts: Sequence[PromptType], params: SamplingParams | list[SamplingParams], priority: int
+    ) -> OutputStream:
+        """Admit prompts and start them; `close` must follow. Raises APIError, RequestError, EngineDeadError."""
+        self.check_ready()
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        num_sequences = sum(prompt_params.n for prompt_params in each)
+        self.admission.admit(num_sequences)
+        try:
+            stream = self.engine.stream(list(prompts), params, priority=priority)
+        except BaseException:
+            self.admission.release(num_sequences)
+            raise
+        self._streams[id(stream)] = stream
+        return stream
+
+    def close(self, stream: OutputStream) -> None:
+        """Abort what is unfinished of a stream, and give its place back."""
+        if self._streams.pop(id(stream), None) is not None:
+            self.admission.release(stream.num_sequences)
+            # An engine that has died has nothing to be told.
+            with suppress(Exception):
+                stream.close()
+
+    def abort_all(self, error: Exception) -> None:
+        """End every running request with `error`."""
+        for stream in list(self._streams.values()):
+            stream.abort(error)

@@ -1,0 +1,53 @@
+"""/tokenize and /detokenize."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sempre.engine.server.body import read_model
+from sempre.engine.server.chat import render
+from sempre.engine.server.errors import BadRequest
+from sempre.engine.server.parameters import check_model
+from sempre.engine.server.requests import DetokenizeRequest, TokenizeRequest
+from sempre.engine.server.responses import DetokenizeResponse, TokenizeResponse
+from sempre.engine.server.service import Service
+
+
+async def tokenize(service: Service, http: Request) -> Response:
+    """Return the token ids of a text or a conversation."""
+    request = await read_model(http, TokenizeRequest, service.config)
+    service.check_ready()
+    check_model(request.model, service.model_names)
+    if (request.prompt is None) == (request.messages is None):
+        raise BadRequest("give either prompt or messages.", param="prompt")
+    tokenizer = service.engine.get_tokenizer()
+    if request.messages is not None:
+        prompt = render(
+            service,
+            request.messages,
+            chat_template_kwargs=request.chat_template_kwargs,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            add_special_tokens=bool(request.add_special_tokens),
+        )
+        token_ids = list(prompt["prompt_token_ids"])
+    else:
+        token_ids = tokenizer.encode(request.prompt or "", add_special_tokens=request.add_special_tokens is not False)
+    texts = [tokenizer.token_text(token_id) for token_id in token_ids] if request.return_token_strs else None
+    body = TokenizeResponse(len(token_ids), service.engine.ready.max_model_len, token_ids, texts)
+    return Response(msgspec.json.encode(body), media_type="application/json")
+
+
+async def detokenize(service: Service, http: Request) -> Response:
+    """Return the text of token ids."""
+    request = await read_model(http, DetokenizeRequest, service.config)
+    service.check_ready()
+    check_model(request.model, service.model_names)
+    size = service.engine.ready.vocab_size
+    for token_id in request.tokens:
+        if token_id >= size:
+            raise BadRequest(f"Token id {token_id} is out of vocabulary: ids are in [0, {size}).", param="tokens")
+    text = service.engine.get_tokenizer().decode(request.tokens, skip_special_tokens=False)
+    return Response(msgspec.json.encode(DetokenizeResponse(text)), media_type="application/json")

@@ -1,0 +1,324 @@
+"""What clients of OpenAI's and vLLM's interface meet, against a real server process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from server_process import ServerProcess
+
+from sempre.engine import LLM, SamplingParams
+
+PROMPT = "It is a truth"
+SETTINGS: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 8, "num_threads": 1, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("tiny", **SETTINGS) as made:
+        yield made
+
+
+def events(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_completion_is_that_of_the_python_interface(server: ServerProcess, llm: LLM) -> None:
+    """Axis A12: the same tokens and, bit for bit, the same log-probabilities."""
+    params = SamplingParams(max_tokens=12, seed=5, temperature=0.8, logprobs=3)
+    [expected] = llm.generate(PROMPT, params)
+    body = server.complete(
+        prompt=PROMPT, max_tokens=12, seed=5, temperature=0.8, logprobs=3, return_token_ids=True
+    ).json()
+    [choice] = body["choices"]
+    output = expected.outputs[0]
+    assert (choice["text"], choice["token_ids"]) == (output.text, output.token_ids)
+    assert output.logprobs is not None
+    own = [row[token_id].logprob for token_id, row in zip(output.token_ids, output.logprobs, strict=True)]
+    assert choice["logprobs"]["token_logprobs"] == own
+    tops = [{entry.decoded_token: entry.logprob for entry in row.values()} for row in output.logprobs]
+    assert choice["logprobs"]["top_logprobs"] == tops
+    assert (choice["seed"], body["system_fingerprint"]) == (5, expected.fingerprint)
+    other = server.complete(prompt=PROMPT, max_tokens=12, seed=6, temperature=0.8, return_token_ids=True).json()
+    assert other["choices"][0]["token_ids"] != output.token_ids
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_stream_adds_up_to_the_whole(server: ServerProcess, n: int) -> None:
+    fields: dict[str, Any] = {"prompt": [PROMPT, "The ship"], "max_tokens": 10, "seed": 7, "n": n, "logprobs": 1}
+    fields["return_token_ids"] = True
+    whole = server.complete(**fields).json()
+    chunks = events(server.complete(**fields, stream=True, stream_options={"include_usage": True}).text)
+    assert chunks[-1]["choices"] == []
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert chunks[-1]["usage"][name] == whole["usage"][name]
+    assert {chunk["system_fingerprint"] for chunk in chunks} == {whole["system_fingerprint"]}
+    for choice in whole["choices"]:
+        parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        assert [i for part in parts for i in part["token_ids"]] == choice["token_ids"]
+        for name in choice["logprobs"]:
+            assert [x for part in parts for x in part["logprobs"][name]] == choice["logprobs"][name]
+        assert {part["seed"] for part in parts} == {choice["seed"]} == {7 + choice["index"] % n}
+        assert parts[-1]["finish_reason"] == choice["finish_reason"]
+    assert [choice["index"] for choice in whole["choices"]] == list(range(2 * n))
+
+
+def test_a_sibling_is_a_lone_request_with_its_seed(server: ServerProcess) -> None:
+    fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 10, "return_token_ids": True}
+    siblings = server.complete(**fields, seed=20, n=3).json()["choices"]
+    lone = server.complete(**fields, seed=22).json()["choices"][0]
+    assert siblings[2]["token_ids"] == lone["token_ids"]
+    assert siblings[1]["token_ids"] != lone["token_ids"]
+
+
+def test_an_unseeded_answer_can_be_repeated_by_its_seed(server: ServerProcess) -> None:
+    fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 10, "return_token_ids": True, "logprobs": 0}
+    first = server.complete(**fields).json()["choices"][0]
+    again = server.complete(**fields, seed=first["seed"]).json()["choices"][0]
+    assert again == first
+    assert server.complete(**fields).json()["choices"][0]["seed"] != first["seed"]
+
+
+def test_echo_scores_the_prompt(server: ServerProcess, llm: LLM) -> None:
+    """What evaluation harnesses read: the log-probability of every prompt token after the first."""
+    body = server.complete(prompt=PROMPT, max_tokens=1, echo=True, logprobs=1, temperature=0).json()
+    [choice] = body["choices"]
+    [score] = llm.score(PROMPT)
+    assert choice["text"].startswith(PROMPT)
+    assert choice["logprobs"]["token_logprobs"][:-1] == score.logprobs
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    alone = server.complete(prompt=PROMPT, max_tokens=0, echo=True, logprobs=1, temperature=0).json()
+    assert alone["choices"][0]["text"] == PROMPT
+    assert alone["choices"][0]["logprobs"]["token_logprobs"] == score.logprobs
+    assert alone["usage"]["completion_tokens"] == 0
+
+
+def test_prompt_logprobs(server: ServerProcess, llm: LLM) -> None:
+    choice = server.complete(prompt=PROMPT, max_tokens=1, prompt_logprobs=1, seed=1).json()["choices"][0]
+    [score] = llm.score(PROMPT)
+    assert choice["prompt_logprobs"][0] is None
+    ids = score.token_ids[1:]
+    found = [row[str(token)]["logprob"] for token, row in zip(ids, choice["prompt_logprobs"][1:], strict=True)]
+    assert found == score.logprobs[1:]
+
+
+def test_sampling_fields_reach_the_engine(server: ServerProcess) -> None:
+    fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 8, "seed": 1, "return_token_ids": True}
+    assert server.complete(**fields, logit_bias={"300": 100}).json()["choices"][0]["token_ids"] == [300] * 8
+    allowed = server.complete(**fields, allowed_token_ids=[301, 302]).json()["choices"][0]
+    assert set(allowed["token_ids"]) <= {301, 302}
+    plain = server.complete(**fields).json()["choices"][0]
+    stop = plain["text"][3:5]
+    stopped = server.complete(**fields, stop=stop).json()["choices"][0]
+    assert stopped["text"] == plain["text"][: plain["text"].index(stop)]
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", stop)
+    late = server.complete(**fields, stop_token_ids=[plain["token_ids"][0]], min_tokens=4).json()["choices"][0]
+    assert len(late["token_ids"]) >= 4
+    assert server.complete(**fields, cache_salt="a").json()["choices"][0] == plain
+    assert server.complete(**{**fields, "prompt": [1, 300, 5]}).status_code == 200
+
+
+def test_openai_client(client: openai.OpenAI, server: ServerProcess) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    done = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=6, seed=4)
+    parts = list(client.completions.create(model="tiny", prompt=PROMPT, max_tokens=6, seed=4, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == done.choices[0].text
+    messages: Any = [{"role": "user", "content": "Who is there?"}]
+    common: dict[str, Any] = {"model": "tiny", "messages": messages, "max_completion_tokens": 6, "seed": 4}
+    answer = client.chat.completions.create(**common, logprobs=True, top_logprobs=2)
+    chunks = list(client.chat.completions.create(**common, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == answer.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == answer.choices[0].message.role == "assistant"
+    assert chunks[-1].usage is not None
+    assert answer.usage is not None
+    assert chunks[-1].usage.total_tokens == answer.usage.total_tokens
+    assert answer.choices[0].model_extra == {"stop_reason": None, "seed": 4}
+    content = answer.choices[0].logprobs.content if answer.choices[0].logprobs else None
+    assert content is not None
+    assert [len(token.top_logprobs) for token in content] == [2] * len(content)
+    assert bytes(b for token in content for b in token.bytes or []).decode() == text
+
+
+def test_async_openai_client(server: ServerProcess) -> None:
+    """Sixteen at once, each equal to its lone answer."""
+
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+
+            async def ask(seed: int) -> str:
+                done = await client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, seed=seed)
+                return done.choices[0].text
+
+            together = await asyncio.gather(*(ask(seed) for seed in range(16)))
+            assert together == [await ask(seed) for seed in range(16)]
+            assert len(set(together)) > 8
+            with pytest.raises(openai.NotFoundError, match="does not exist"):
+                await client.completions.create(model="other", prompt=PROMPT)
+
+    asyncio.run(run())
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("unknown field", {"topp": 1}, "topp"),
+    ("nested unknown field", {"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+    ("wrong type", {"max_tokens": "many"}, "max_tokens"),
+    ("bool for int", {"n": True}, "n"),
+    ("range", {"top_p": 0}, "top_p"),
+    ("too many stop strings", {"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    ("empty stop string", {"stop": [""]}, "stop"),
+    ("too many logprobs", {"logprobs": 21}, "logprobs"),
+    ("n beyond the limit", {"n": 129}, "n"),
+    ("greedy with n", {"n": 2, "temperature": 0}, "n"),
+    ("stream_options alone", {"stream_options": {"include_usage": True}}, "stream_options"),
+    ("prompt_logprobs in a stream", {"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+    ("empty prompt list", {"prompt": []}, "prompt"),
+    ("empty prompt", {"prompt": ""}, "prompt"),
+    ("mixed prompt", {"prompt": ["a", 1]}, "prompt"),
+    ("token out of vocabulary", {"prompt": [10**6]}, "prompt_token_ids"),
+    ("too long", {"prompt": [5] * 300}, "prompt"),
+    ("priority without its policy", {"priority": 1}, "priority"),
+    ("suffix", {"suffix": "end"}, "suffix"),
+    ("seed too large", {"seed": 2**64}, "seed"),
+    ("structured output", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("nothing to generate", {"max_tokens": 0}, "max_tokens"),
+    ("bias of no token", {"logit_bias": {"x": 1}}, "logit_bias"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_refusals_name_the_field(server: ServerProcess, fields: dict[str, Any], param: str) -> None:
+    answer = server.complete(**{"prompt": PROMPT, **fields})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("BadRequestError", param, 400)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"chat_template": "/etc/passwd"}, "chat_template"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"continue_final_message": True}, "continue_final_message"),
+    ],
+)
+def test_chat_refusals(server: ServerProcess, fields: dict[str, Any], param: str) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], **fields}
+    answer = server.http.post("/v1/chat/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff", b'{"prompt":"\\ud800"}', b"[" * 10_000])
+def test_bodies_that_are_none(server: ServerProcess, body: bytes) -> None:
+    answer = server.http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == 400
+
+
+def test_other_statuses(server: ServerProcess) -> None:
+    assert server.http.get("/nothing").json()["error"]["code"] == 404
+    assert server.http.get("/v1/completions").json()["error"]["code"] == 405
+    form = server.http.post("/v1/completions", data={"prompt": "a"})
+    assert (form.status_code, form.json()["error"]["code"]) == (415, 415)
+
+
+def test_request_id_is_honoured_and_logged(server: ServerProcess) -> None:
+    answer = server.http.post(
+        "/v1/completions", json={"prompt": "secret words", "max_tokens": 1}, headers={"X-Request-Id": "my-id.7"}
+    )
+    assert answer.headers["x-request-id"] == "my-id.7"
+    assert answer.json()["id"] == "cmpl-my-id.7"
+    evil = server.http.get("/live", headers={"X-Request-Id": "a b<script>"}).headers["x-request-id"]
+    assert len(evil) == 32
+    lines = [json.loads(line) for line in server.log.splitlines()]
+    [line] = [line for line in lines if line.get("request_id") == "my-id.7"]
+    assert (line["status"], line["output_tokens"], line["seed"]) == (200, 1, answer.json()["choices"][0]["seed"])
+    assert "secret words" not in server.log
+    assert len([line for line in lines if "request_id" not in line]) <= 10
+
+
+def test_tokenize_and_back(server: ServerProcess, llm: LLM) -> None:
+    done = server.http.post("/tokenize", json={"prompt": PROMPT, "return_token_strs": True}).json()
+    assert done["tokens"] == llm.get_tokenizer().encode(PROMPT)
+    assert "".join(done["token_strs"]) == PROMPT
+    assert server.http.post("/detokenize", json={"tokens": done["tokens"]}).json() == {"prompt": PROMPT}
+    chat: Any = [{"role": "user", "content": "Hi"}]
+    tokens = server.http.post("/tokenize", json={"messages": chat}).json()["tokens"]
+    assert tokens == llm.render_chat(chat)["prompt_token_ids"]
+
+
+def test_information(server: ServerProcess, llm: LLM) -> None:
+    info = server.http.get("/server_info").json()
+    assert info["fingerprint"] == llm.fingerprint
+    assert info["fingerprint_parts"] == llm.fingerprint_parts
+    assert info["engine_config"]["max_num_seqs"] == 8
+    assert {"start", "load", "warm_up", "total"} <= info["startup_seconds"].keys()
+    assert server.http.get("/health").json()["status"] == "healthy"
+    assert [worker["rank"] for worker in server.http.get("/health").json()["workers"]] == [0]
+
+
+def test_metrics_count(server: ServerProcess) -> None:
+    def read() -> dict[str, float]:
+        lines = [line for line in server.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+    server.wait_until_idle()
+    before = read()
+    assert server.complete(prompt=PROMPT, max_tokens=5, ignore_eos=True, n=2, seed=1).status_code == 200
+    after = read()
+    grown = {name: after[name] - value for name, value in before.items() if after[name] != value}
+    assert grown['sempre:generation_tokens_total{engine="0",model_name="tiny"}'] == 10
+    assert grown['sempre:request_generation_tokens_sum{model_name="tiny"}'] == 10
+    assert grown['sempre:request_generation_tokens_count{model_name="tiny"}'] == 2
+    assert grown['sempre:e2e_request_latency_seconds_count{model_name="tiny"}'] == 1
+    assert grown['sempre:request_success_total{finished_reason="length",model_name="tiny"}'] == 2
+
+
+def test_client_that_leaves_is_aborted(server: ServerProcess) -> None:
+    """Streamed and whole, with siblings, running and queued: nothing goes on without its client."""
+
+    def aborted() -> float:
+        line = next(x for x in server.http.get("/metrics").text.splitlines() if 'finished_reason="abort"' in x)
+        return float(line.rpartition(" ")[2])
+
+    async def leave() -> None:
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            common: dict[str, Any] = {"model": "tiny", "max_tokens": 240, "extra_body": {"ignore_eos": True}}
+            stream = await client.completions.create(prompt=PROMPT, stream=True, **common)
+            await stream.__anext__()
+            whole = [
+                asyncio.create_task(client.completions.create(prompt=[PROMPT] * 3, n=4, seed=seed, **common))
+                for seed in range(2)
+            ]
+            while len(server.http.get("/load").json()) and server.load()["num_sequences"] != 25:
+                await asyncio.sleep(0.01)
+            await stream.close()
+            for task in whole:
+                task.cancel()
+            await asyncio.gather(*whole, return_exceptions=True)
+
+    before = aborted()
+    asyncio.run(leave())
+    server.wait_until_idle()
+    assert aborted() - before == 25
+    assert server.load()["kv_cache_usage_perc"] == [0.0]

@@ -1,0 +1,251 @@
+"""Start, settings, keys, TLS, drain and end of a real server process."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from server_process import ServerProcess
+
+from sempre.engine.cli.main import main
+
+FLAGS = ("--max-model-len", "2048", "--max-num-seqs", "4", "--num-threads", "1")
+LONG: dict[str, Any] = {"prompt": "It is a truth", "max_tokens": 600, "ignore_eos": True, "seed": 1}
+
+
+class Background(threading.Thread):
+    """One request of which the answer is looked at later."""
+
+    def __init__(self, server: ServerProcess, **fields: object) -> None:
+        super().__init__()
+        self.answer: httpx2.Response | None = None
+        self._server = server
+        self._fields = fields
+        self.start()
+
+    def run(self) -> None:
+        with httpx2.Client(base_url=self._server.url, timeout=120.0) as http:
+            self.answer = http.post("/v1/completions", json=self._fields)
+
+    def result(self) -> httpx2.Response:
+        self.join(120)
+        assert self.answer is not None
+        return self.answer
+
+
+def wait_for_load(server: ServerProcess, num_sequences: int) -> None:
+    while server.load()["num_sequences"] != num_sequences:
+        time.sleep(0.01)
+
+
+def test_drain_finishes_what_runs(tmp_path: Path) -> None:
+    """SIGTERM: the running request ends well, a new one gets 503 with Retry-After, the exit code is 0."""
+    with ServerProcess(tmp_path / "log", *FLAGS) as server:
+        expected = server.complete(**LONG).json()["choices"]
+        running = Background(server, **LONG)
+        wait_for_load(server, 1)
+        server.terminate()
+        while server.http.get("/ready").status_code == 200:
+            time.sleep(0.01)
+        refused = server.complete(prompt="a")
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "ServiceUnavailableError")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert server.http.get("/live").status_code == 200
+        assert running.result().json()["choices"] == expected
+        assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("how", ["timeout", "second signal"])
+def test_drain_ends(tmp_path: Path, how: str) -> None:
+    """What has not finished in time is told so, whole and streamed; the exit code is 0 and nobody is left."""
+    seconds = "0.2" if how == "timeout" else "600"
+    with ServerProcess(tmp_path / "log", *FLAGS, "--shutdown-timeout", seconds) as server:
+        workers = server.workers()
+        whole = Background(server, **{**LONG, "max_tokens": 2000})
+        streamed = Background(server, **{**LONG, "max_tokens": 2000}, stream=True)
+        wait_for_load(server, 2)
+        server.terminate()
+        if how == "second signal":
+            while server.http.get("/ready").status_code == 200:
+                time.sleep(0.01)
+            server.terminate()
+        assert whole.result().status_code == 503
+        lines = [line.removeprefix("data: ") for line in streamed.result().text.splitlines() if line]
+        assert (json.loads(lines[-2])["error"]["code"], lines[-1]) == (503, "[DONE]")
+        assert server.process.wait(30) == 0
+        assert not any(worker.is_running() and worker.status() != "zombie" for worker in workers)
+
+
+def test_a_full_queue_turns_away(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log", *FLAGS, "--max-num-queued-reqs", "2") as server:
+        running = [Background(server, **LONG, n=2) for _ in range(3)]
+        wait_for_load(server, 6)
+        refused = server.complete(prompt="a")
+        assert refused.status_code == 503
+        assert "busy" in refused.json()["error"]["message"]
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        never = server.complete(prompt="a", n=7)
+        assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=8) as client:
+            # the client's own retries wait as they are told, and find room
+            assert client.completions.create(model="tiny", prompt="a", max_tokens=1).choices
+        texts = [running_one.result().json()["choices"] for running_one in running]
+        assert texts[0] == texts[1] == texts[2]
+        assert 'admission_rejections_total{model_name="tiny"} ' in server.http.get("/metrics").text
+
+
+def test_a_retry_after_a_restart_gives_the_same_answer(tmp_path: Path) -> None:
+    """A seeded request that SIGKILL cut off, sent again to a new process, gives the tokens of an undisturbed run."""
+    fields = {**LONG, "max_tokens": 300, "logprobs": 2}
+    with ServerProcess(tmp_path / "log", *FLAGS) as server:
+        expected = server.complete(**fields).json()
+    with ServerProcess(tmp_path / "log2", *FLAGS) as server:
+        # other work before it, so that batch, cache and ordinals differ
+        server.complete(prompt=["It is", "The ship"], n=3, max_tokens=20)
+        with server.http.stream("POST", "/v1/completions", json={**fields, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.kill()
+            with pytest.raises(httpx2.TransportError):
+                list(lines)
+        server.process.wait(20)
+    with ServerProcess(tmp_path / "log3", *FLAGS) as server:
+        server.complete(prompt="Once upon", max_tokens=20)
+        again = server.complete(**fields).json()
+    assert again["choices"] == expected["choices"]
+    assert again["system_fingerprint"] == expected["system_fingerprint"]
+
+
+def test_keys(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("from-the-file\n\n")
+    environment = {"SEMPRE_API_KEY": "from-the-environment"}
+    with ServerProcess(tmp_path / "log", *FLAGS, "--api-key-file", str(keys), environment=environment) as server:
+        missing = server.complete(prompt="a", max_tokens=1)
+        assert (missing.status_code, missing.json()["error"]["code"]) == (401, 401)
+        assert missing.json()["error"]["type"] == "AuthenticationError"
+        assert missing.headers["www-authenticate"] == "Bearer"
+        for key, status in [("wrong", 401), ("from-the-file", 200), ("from-the-environment", 200), ("é", 401)]:
+            answer = server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
+            assert answer.status_code == status, key
+        for path in ("/server_info", "/load", "/tokenize", "/nothing"):
+            assert server.http.get(path).status_code == 401, path
+        for path in ("/health", "/live", "/metrics", "/version"):
+            assert server.http.get(path).status_code == 200, path
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="wrong")
+        with client, pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
+            client.models.list()
+        info = server.http.get("/server_info", headers={"Authorization": "Bearer from-the-file"}).text
+        assert "from-the" not in server.log.replace(str(keys), "") + info
+
+
+def test_tls_body_limit_names_and_unknown_fields(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *files, *subject]
+    subprocess.run(command, check=True, capture_output=True)
+    flags = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--max-body-bytes", "2000"]
+    flags += ["--served-model-name", "a", "--served-model-name", "b", "--ignore-unknown-fields"]
+    flags += ["--allowed-origins", "https://page.example", "--metrics-prefix", "vllm"]
+    with ServerProcess(
+        tmp_path / "log", *FLAGS, *flags, scheme="https", verify=ssl.create_default_context(cafile=certificate)
+    ) as server:
+        done = server.complete(prompt="a", model="b", max_tokens=1, unheard_of=1)
+        assert (done.status_code, done.json()["model"]) == (200, "b")
+        assert server.complete(prompt="a", model="tiny").status_code == 404
+        large = server.complete(prompt="a" * 3000)
+        assert (large.status_code, large.json()["error"]["code"]) == (413, 413)
+        parts = iter([b'{"prompt":"', b"a" * 3000, b'"}'])
+        headers = {"Content-Type": "application/json"}
+        assert server.http.post("/v1/completions", content=parts, headers=headers).status_code == 413
+        seen = {}
+        for origin in ("https://page.example", "https://other.example"):
+            answer = server.http.get("/v1/models", headers={"Origin": origin})
+            seen[origin] = answer.headers.get("access-control-allow-origin")
+        assert seen == {"https://page.example": "https://page.example", "https://other.example": None}
+        assert "vllm:num_requests_running" in server.http.get("/metrics").text
+
+
+def test_health_names_the_rank(tmp_path: Path) -> None:
+    """A stopped worker, one of two, is named; once it goes on, all is well again."""
+    flags = ("--data-parallel-size", "2", "--heartbeat-interval-s", "0.05", "--num-threads", "1")
+    with ServerProcess(tmp_path / "log", *flags) as server:
+        assert server.http.get("/health").status_code == 200
+        [second] = [
+            worker for worker in server.workers() if worker.cmdline()[worker.cmdline().index("--rank") + 1] == "1"
+        ]
+        second.send_signal(signal.SIGSTOP)
+        while (answer := server.http.get("/health")).status_code == 200:
+            time.sleep(0.05)
+        second.send_signal(signal.SIGCONT)
+        assert answer.status_code == 503
+        assert [problem["rank"] for problem in answer.json()["problems"]] == [1]
+        assert "worker 1" in answer.json()["problems"][0]["reason"]
+        while server.http.get("/health").status_code != 200:
+            time.sleep(0.05)
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sempre.engine", "serve", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_settings_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flag comes before the environment, that before the file; what is printed can be read again."""
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: tiny\nport: 1\nmax-num-seqs: 7\nhost: ::1\napi_key: [hidden]\n")
+    monkeypatch.setenv("SEMPRE_PORT", "2")
+    monkeypatch.setenv("SEMPRE_HOST", "127.0.0.9")
+    assert main(["serve", "--config", str(file), "--print-config", "--port", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "hidden" not in printed
+    again = tmp_path / "again.yaml"
+    again.write_text(printed)
+    for name in ("PORT", "HOST"):
+        monkeypatch.delenv(f"SEMPRE_{name}")
+    assert main(["serve", "--config", str(again), "--print-config"]) == 0
+    second = capsys.readouterr().out
+    assert second == "".join(line for line in printed.splitlines(True) if not line.startswith("#"))
+    for line in ("port: 3", "host: 127.0.0.9", "max_num_seqs: 7", "model: tiny"):
+        assert line in second.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "which model"),
+        (("tiny", "--prot", "1"), "--port"),
+        (("tiny", "--port", "70000"), "port"),
+        (("tiny", "--ssl-keyfile", "k"), "ssl_certfile"),
+        (("tiny", "--api-key-file", "/nothing"), "api_key_file"),
+        (("tiny", "--config", "/nothing"), "/nothing"),
+    ],
+)
+def test_refused_settings(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_address_in_use_is_one_line() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        done = run_cli("tiny", "--host", "127.0.0.1", "--port", str(other.getsockname()[1]))
+    assert done.returncode == 2
+    assert "cannot listen" in done.stderr
+    assert "Traceback" not in done.stderr
