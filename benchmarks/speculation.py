@@ -4,7 +4,8 @@
     python benchmarks/speculation.py --model smollm2-135m --methods ngram    # on a GPU: lookup
 
 Greedy drafting is what the same draft model guesses at temperature 0. Engines are off, on, off, on, …; figures are
-medians. Everything runs in this process, with the same prompts and seeds; the outputs of all engines must be equal.
+medians. Everything runs in this process, on the same prompts, and the outputs of all engines must be equal. Seeds
+differ between repetitions; at temperature 0 `suffix` finds the text of the former one, as it would in a cache.
 """
 
 from __future__ import annotations
@@ -77,13 +78,14 @@ def main() -> None:
 
 def _row(off: LLM, on: LLM, kind: str, temperature: float, name: str, options: argparse.Namespace) -> None:
     prompts = [PROMPTS[kind][i % len(PROMPTS[kind])] for i in range(options.num_requests)]
-    params = [
-        SamplingParams(temperature=temperature, max_tokens=options.max_tokens, seed=100 + i, ignore_eos=True)
-        for i in range(options.num_requests)
-    ]
     seconds: dict[LLM, list[float]] = {off: [], on: []}
     before = _counts(on)
     for repetition in range(options.repetitions + 1):
+        # other seeds each time: recent outputs must not hold the very text that is generated again
+        params = [
+            SamplingParams(temperature=temperature, max_tokens=options.max_tokens, seed=seed, ignore_eos=True)
+            for seed in range(1000 * repetition, 1000 * repetition + options.num_requests)
+        ]
         outputs = []
         for llm in (off, on):
             began = time.perf_counter()
