@@ -5,7 +5,10 @@ Metric: time of one product inside a CUDA graph that walks over enough copies of
 every weight is read from memory, as in a decode step. GB/s counts the weight once; TFLOP/s counts 2 T N K. Every
 candidate is also compared bitwise with the reference tile; one that differs is marked and never recommended.
 
-    python benchmarks/gpu_linear.py [--shapes 4096x6144,...] [--rows 1,16,...]
+    python benchmarks/gpu_linear.py [--shapes 4096x6144,...] [--rows 1,16,...] [--scheme fp8|fp8_weight_only]
+
+With `--scheme` the weights are fp8, and "default" is still the ordinary product of bfloat16 weights of that shape;
+fp8 includes the time that quantising the rows takes, also shown alone. Its tiles are for `gpu_table_fp8.py`.
 
 The last line is one JSON document.
 """
@@ -23,9 +26,11 @@ import torch
 import triton
 
 from sempre.kernels.activation import silu_and_mul
-from sempre.kernels.linear import GpuLinear
+from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
+from sempre.kernels.linear import GpuLinear, gpu_fp8
 from sempre.kernels.linear.gpu import configure, run_choice, run_fused_tile
 from sempre.kernels.linear.gpu_table import LIBRARY, REFERENCE, Tile
+from sempre.kernels.linear.gpu_table_fp8 import FP8_REFERENCE
 
 # (K, N): qkv, o, gate_up, down, lm_head of an 8B and a 0.6B model
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096), (4096, 151936),
@@ -50,6 +55,16 @@ FUSED_CANDIDATES = tuple(
         (8, 16, 256, 2, 4), (8, 32, 128, 4, 6), (8, 64, 128, 4, 4), (16, 16, 256, 2, 4), (16, 32, 128, 4, 6),
         (16, 64, 128, 4, 4), (16, 64, 64, 4, 6), (32, 32, 128, 4, 5), (32, 64, 64, 4, 6), (64, 32, 128, 4, 4),
         (64, 64, 64, 4, 5), (128, 64, 64, 4, 4), (128, 64, 64, 8, 4),
+    )
+)  # fmt: skip
+# on the fp8 tensor cores: at least 64 features, 4 or 8 warps, block_k a multiple of 128
+FP8_CANDIDATES = tuple(
+    Tile(*numbers)
+    for numbers in (
+        (8, 64, 128, 4, 6), (8, 64, 256, 4, 5), (8, 64, 512, 4, 3), (8, 128, 256, 4, 4), (16, 64, 128, 4, 6),
+        (16, 64, 256, 4, 5), (16, 64, 512, 4, 3), (16, 128, 128, 4, 6), (32, 64, 128, 4, 6), (32, 64, 256, 4, 4),
+        (32, 128, 128, 4, 5), (64, 64, 128, 4, 5), (64, 64, 256, 4, 3), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4),
+        (128, 128, 128, 4, 4), (128, 128, 128, 8, 4), (256, 64, 128, 4, 3), (256, 128, 128, 8, 3),
     )
 )  # fmt: skip
 CACHE_OVERFLOW = 200 << 20
@@ -137,7 +152,40 @@ def measure(
         fused["two steps"] = microseconds(lambda w: silu_and_mul(run_choice(x, w, out, by_name[best]), half), weights)
         for tile in fused_tiles:
             fused[str(tile)] = microseconds(lambda w, c=tile: run_fused_tile(x, w, half, c), weights)
-    return {"K": depth, "N": columns, "T": rows, "default": control, "times": times, "fused": fused, "differ": differ}
+    return {"K": depth, "N": columns, "T": rows, "default": control, "times": times, "fused": fused, "differ": differ,
+            "weight_bytes": 2}  # fmt: skip
+
+
+def measure_fp8(depth: int, columns: int, rows: int, scheme: Fp8Scheme, tiles: list[Tile]) -> dict[str, Any]:
+    x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(rows, columns, device="cuda", dtype=torch.bfloat16)
+    plain = make(depth, columns, max(1, -(-CACHE_OVERFLOW // (2 * depth * columns))))
+    control = microseconds(lambda w: torch.mm(x, w.weight.t(), out=out), plain)
+    weights = []
+    for w in make(depth, columns, max(1, -(-CACHE_OVERFLOW // (depth * columns)))):
+        quantized = quantize_channels(w.weight)
+        weights.append(GpuLinear(quantized.values, None, scale=quantized.scale, scheme=scheme))
+
+    def run(w: GpuLinear, tile: Tile) -> torch.Tensor:
+        return gpu_fp8.run_tile(*gpu_fp8.operands(x, w), w, out, tile)
+
+    expected = run(weights[0], FP8_REFERENCE).clone()
+    times: dict[str, float] = {}
+    differ: list[str] = []
+    for tile in tiles:
+        try:
+            found = run(weights[0], tile)
+        except (RuntimeError, ValueError, triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
+            print(f"{tile}: {type(error).__name__}: {str(error)[:120]}", flush=True)
+            continue
+        if not torch.equal(found, expected):
+            differ.append(str(tile))
+        times[str(tile)] = microseconds(lambda w, t=tile: run(w, t), weights)
+    result = {"K": depth, "N": columns, "T": rows, "default": control, "times": times, "fused": {}, "differ": differ,
+              "weight_bytes": 1}  # fmt: skip
+    if scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
+        result["rows alone"] = microseconds(lambda w: gpu_fp8.operands(x, w), weights)
+    return result
 
 
 def report(result: dict[str, Any]) -> None:
@@ -147,8 +195,11 @@ def report(result: dict[str, Any]) -> None:
     best = ranking[0][1]
     line = f"K={depth:6} N={columns:6} T={rows:5} default {result['default']:8.1f} us"
     line += f" | library {times.get('cublaslt', 0):8.1f}"
-    line += f" | {2 * depth * columns / best / 1e3:6.0f} GB/s {2 * rows * depth * columns / best / 1e6:6.1f} TFLOP/s | "
+    line += f" | {result['weight_bytes'] * depth * columns / best / 1e3:6.0f} GB/s"
+    line += f" {2 * rows * depth * columns / best / 1e6:6.1f} TFLOP/s | "
     line += ", ".join(f"{name} {t:.1f}" for name, t in ranking)
+    if "rows alone" in result:
+        line += f" | rows alone {result['rows alone']:.1f}"
     if result["fused"]:
         line += " | fused " + ", ".join(
             f"{n} {t:.1f}" for n, t in sorted(result["fused"].items(), key=lambda i: i[1])[:3]
@@ -158,14 +209,33 @@ def report(result: dict[str, Any]) -> None:
     print(line, flush=True)
 
 
+def measure_scheme(scheme: Fp8Scheme, shapes: list[tuple[int, ...]], row_counts: list[int]) -> None:
+    configure()
+    candidates = FP8_CANDIDATES if scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS else CANDIDATES
+    results = []
+    for depth, columns in shapes:
+        if columns > 100_000:
+            continue  # the output matrix of a model stays in 16 bit
+        for rows in row_counts:
+            results.append(measure_fp8(depth, columns, rows, scheme, fitting(candidates, rows)))
+            report(results[-1])
+            torch.cuda.empty_cache()
+    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "scheme": scheme.value}
+    print(json.dumps(found | {"results": results}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--processes", type=int, default=12, help="for compilation")
+    parser.add_argument("--scheme", choices=[scheme.value for scheme in Fp8Scheme], help="fp8 weights")
     arguments = parser.parse_args()
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
     row_counts = [int(rows) for rows in arguments.rows.split(",")]
+    if arguments.scheme is not None:
+        measure_scheme(Fp8Scheme(arguments.scheme), shapes, row_counts)
+        return
     parts = arguments.processes
     with multiprocessing.get_context("spawn").Pool(parts) as pool:
         pool.starmap(compile_tiles, [(part, parts) for part in range(parts)], chunksize=1)

@@ -1,13 +1,15 @@
 """Speed on one GPU: latency, throughput and prefill of model shapes with random weights, guarantee on.
 
-Metrics, each the median of the repetitions after one warm-up run of the same workload:
+Metrics, each the median of the repetitions after one warm-up run, of the same workload or its first tokens:
   latency      one request, 128 tokens in and 256 out: milliseconds per output token, prompt included
   throughput   output tokens per second of a batch of requests given at once, wall clock of the whole batch
   requests     seconds for 1,000 short greedy requests given at once
   prefill      prompt tokens per second of 16 prompts of 4,096 tokens, one token out
-  startup      seconds from starting a process to its first token, the first and the second time
+  startup      seconds from starting a process to its first token: the first time (no kernel cache), and later ones
+  graphs       whether requests give the same bits with and without CUDA graphs, in tokens and log-probabilities
 Prompts are token ids, the end of sequence is ignored, no prefix cache. Engine in processes (the default) or in this
-one (--inproc). With --profile, the kernels of one batch are listed by their time on the device.
+one (--inproc). With --profile, the kernels of one batch are listed by their time on the device, and their sums set
+against the bytes and FLOPs that a step needs at least.
 
     python benchmarks/gpu_throughput.py --shape qwen3-8b --rows latency batch-64
 
@@ -26,12 +28,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from sempre.engine.arguments import engine_config
 from sempre.engine.client.interface import EngineClient, launch
-from sempre.engine.harness import make_request
+from sempre.engine.harness import compare_generations, generate, make_request
 from sempre.engine.version import __version__
 from sempre.ipc.messages import AddRequests, OutputsReady, RequestSpec
+
+if TYPE_CHECKING:
+    from roofline import Work
 
 SHAPES = Path(__file__).parent / "shapes"
 FIRST_TOKEN = (
@@ -93,6 +101,18 @@ ROWS: dict[str, tuple[str, Callable[[], list[RequestSpec]], Callable[[float, int
 }
 
 
+# rows that start engines of their own
+OWN_ENGINES = ("startup", "graphs")
+WARM_UP_TOKENS = 8
+
+
+def shortened(specs: list[RequestSpec]) -> list[RequestSpec]:
+    return [
+        replace(spec, params=replace(spec.params, max_tokens=min(spec.params.max_tokens, WARM_UP_TOKENS)))
+        for spec in specs
+    ]
+
+
 def configuration(args: argparse.Namespace, shape: str) -> dict[str, object]:
     return {
         "model": str(SHAPES / shape),
@@ -116,11 +136,12 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, object]:
     figures: dict[str, object] = {"ready_s": round(ready_s, 2), "phase_seconds": client.ready.phase_seconds}
     try:
         for name in args.rows:
-            if name == "startup":
+            if name in OWN_ENGINES:
                 continue
             unit, make, figure = ROWS[name]
             specs = make()
-            run(client, specs)
+            # ragged ends pass through many sizes of batch, which are captured when first met
+            run(client, specs if name == "requests-1000" else shortened(specs))
             values = [figure(*run(client, specs)) for _ in range(args.repetitions)]
             figures[name] = {"median": round(statistics.median(values), 3), "unit": unit, "all": values}
             print(
@@ -134,12 +155,42 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, object]:
     return figures
 
 
+def graphs_equal(args: argparse.Namespace, shape: str) -> bool:
+    """70 requests at once with CUDA graphs, and the same without, in smaller batches."""
+    specs = [
+        make_request(
+            [1000 + (i * 7919 + j * 104729) % 90000 for j in range(1 + 37 * i % 600)],
+            ordinal=i,
+            seed=i,
+            max_tokens=24,
+            temperature=float(i % 2),
+            logprobs=2,
+        )
+        for i in range(70)
+    ]
+    runs = []
+    for changes in ({"enforce_eager": False}, {"enforce_eager": True, "max_num_seqs": 48}):
+        client = launch(engine_config(**(configuration(args, shape) | changes)))  # type: ignore[arg-type]
+        try:
+            runs.append(generate(client, specs))
+        finally:
+            client.close()
+    comparison = compare_generations(*runs)
+    print(f"  graphs            {'equal bits' if comparison.equal else comparison.first_difference}", flush=True)
+    return comparison.equal
+
+
 def profile(client: EngineClient, shape: str, folder: Path) -> None:
     """Kernels by device time, prompts and decoding apart, at several batch sizes; needs the engine in this process."""
+    # here only: a start-up is measured without them
+    from roofline import work_of
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
+    from sempre.workers.models.spec import load_spec
+
     folder.mkdir(parents=True, exist_ok=True)
+    spec = load_spec(SHAPES / shape)
     lines = []
     for count, input_len, output_len in ((1, 128, 65), (64, 512, 33), (256, 512, 17), (2, 4096, 1)):
         specs = requests(count, input_len, output_len, temperature=1.0)
@@ -156,15 +207,22 @@ def profile(client: EngineClient, shape: str, folder: Path) -> None:
         ends = [end for _, end, name in kernels if name.startswith("_record_tokens")]
         steps = output_len - 1
         if steps:
-            lines += by_time(kernels, ends[-steps - 1], ends[-1], steps, "decode step")
+            contexts = [input_len + output_len // 2] * count
+            work = work_of(spec, count, contexts, logit_rows=count)
+            lines += by_time(kernels, ends[-steps - 1], ends[-1], steps, "decode step", work)
         else:
-            lines += by_time(kernels, kernels[0][0], ends[-1], 1, "prompts")
+            work = work_of(spec, count * input_len, [input_len] * count, logit_rows=count)
+            lines += by_time(kernels, kernels[0][0], ends[-1], 1, "prompts", work)
     (folder / f"{shape}.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
 
 
-def by_time(kernels: list[tuple[float, float, str]], start: float, end: float, steps: int, what: str) -> list[str]:
-    """Time per step of each kernel that ran in [start, end] (us), and how long the device was idle."""
+def by_time(
+    kernels: list[tuple[float, float, str]], start: float, end: float, steps: int, what: str, work: list[Work]
+) -> list[str]:
+    """Time per step of each kernel that ran in [start, end] (us), how long the device was idle, and the floor."""
+    from roofline import table
+
     totals: dict[str, tuple[float, int]] = {}
     busy, reached = 0.0, start
     for began, ended, name in kernels:
@@ -174,6 +232,8 @@ def by_time(kernels: list[tuple[float, float, str]], start: float, end: float, s
             busy += max(0.0, ended - max(began, reached))
             reached = max(reached, ended)
     lines = [f"  {what}: {(end - start) / steps:9.1f} us, device busy {busy / steps:9.1f} us"]
+    per_step = {name: total / steps for name, (total, _) in totals.items()}
+    lines += table(work, per_step, (end - start) / steps)
     ranked = sorted(totals.items(), key=lambda item: -item[1][0])
     lines += [
         f"    {total / steps:9.1f} us  {times / steps:6.1f} x {total / times:8.2f} us  {name[:90]}"
@@ -192,11 +252,11 @@ def first_token() -> None:
 
 
 def startup(args: argparse.Namespace, shape: str, cache: str) -> list[float]:
-    """Seconds of two starts, the first with an empty kernel cache."""
+    """Seconds of each start, the first with an empty kernel cache."""
     arguments = ["--shape", shape, "--max-model-len", str(args.max_model_len)]
     program = FIRST_TOKEN.format(arguments=arguments, folder=str(Path(__file__).parent))
     seconds = []
-    for _ in range(2):
+    for _ in range(1 + args.repetitions):
         began = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -212,8 +272,8 @@ def startup(args: argparse.Namespace, shape: str, cache: str) -> list[float]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=["qwen3-0.6b", "qwen3-8b"])
-    parser.add_argument("--rows", nargs="+", default=[*ROWS, "startup"], choices=[*ROWS, "startup"])
+    parser.add_argument("--shape", nargs="+", default=["qwen3-0.6b", "qwen3-8b", "llama-3.1-8b"])
+    parser.add_argument("--rows", nargs="+", default=[*ROWS, *OWN_ENGINES], choices=[*ROWS, *OWN_ENGINES])
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--max-model-len", type=int, default=4608)
     parser.add_argument("--max-num-seqs", type=int, default=1024)
@@ -226,17 +286,28 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def commit() -> str:
+    """Of the tree that is measured; with + when it has changes."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False, cwd=SHAPES
+    )
+    return done.stdout.strip() or "unknown"
+
+
 def main() -> None:
     import tempfile
 
     args = parse()
     report: dict[str, object] = {"benchmark": "gpu_throughput", "version": __version__, "machine": platform.machine()}
-    report["arguments"] = vars(args)
+    report |= {"commit": commit(), "command": sys.argv, "arguments": vars(args)}
     for shape in args.shape:
-        figures = measure(args, shape)
+        figures = measure(args, shape) if args.profile or set(args.rows) - set(OWN_ENGINES) else {}
+        if "graphs" in args.rows:
+            figures["graphs_equal"] = graphs_equal(args, shape)
         if "startup" in args.rows:
             with tempfile.TemporaryDirectory() as cache:
-                figures["startup_s"] = [round(s, 2) for s in startup(args, shape, cache)]
+                first, *later = (round(s, 2) for s in startup(args, shape, cache))
+            figures["startup_s"] = {"first": first, "later_median": statistics.median(later), "later": later}
         report[shape] = figures
     for name, value in report.get(args.shape[0], {}).get("fingerprint", {}).items():  # type: ignore[attr-defined]
         print(f"{name:13s} {value}")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sempre.engine.async_llm import AsyncLLM
     from sempre.engine.config import EngineConfig
     from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
+    from sempre.engine.health import EngineHealth, WorkerHealth
     from sempre.engine.llm import LLM
     from sempre.engine.metrics import Counter, Gauge, Metric
     from sempre.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ScoringOutput
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
         ConfigError,
         CoordinatorDied,
         EngineDeadError,
+        EngineUnhealthy,
         InvarianceError,
         ModelError,
+        RequestCrashed,
         RequestError,
         SeedMismatch,
         SempreError,
@@ -46,12 +49,15 @@ __all__ = [
     "Counter",
     "EngineConfig",
     "EngineDeadError",
+    "EngineHealth",
+    "EngineUnhealthy",
     "Gauge",
     "InvarianceError",
     "Logprob",
     "Metric",
     "ModelError",
     "PromptType",
+    "RequestCrashed",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
@@ -64,6 +70,7 @@ __all__ = [
     "TextPrompt",
     "TokensPrompt",
     "WorkerDied",
+    "WorkerHealth",
     "__version__",
     "engine_config",
 ]
@@ -72,6 +79,7 @@ _NAMES_BY_MODULE = {
     "sempre.engine.arguments": ("engine_config",),
     "sempre.engine.async_llm": ("AsyncLLM",),
     "sempre.engine.config": ("EngineConfig",),
+    "sempre.engine.health": ("EngineHealth", "WorkerHealth"),
     "sempre.engine.llm": ("LLM",),
     "sempre.engine.metrics": ("Counter", "Gauge", "Metric"),
     "sempre.engine.outputs": ("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "ScoringOutput"),
@@ -81,8 +89,10 @@ _NAMES_BY_MODULE = {
         "ConfigError",
         "CoordinatorDied",
         "EngineDeadError",
+        "EngineUnhealthy",
         "InvarianceError",
         "ModelError",
+        "RequestCrashed",
         "RequestError",
         "SeedMismatch",
         "SempreError",

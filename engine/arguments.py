@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get
 import msgspec
 from msgspec import Meta, Struct
 
-from sempre.engine.config import Device, Dtype, EngineConfig, Numerics, SchedulingPolicy
+from sempre.engine.config import Device, Dtype, EngineConfig, Numerics, Quantization, SchedulingPolicy
 from sempre.ipc.errors import ConfigError
 
 MULTIPROCESSING_VARIABLE = "SEMPRE_MULTIPROCESSING"
@@ -38,10 +38,11 @@ class EngineKeywords(TypedDict, total=False):
 
     seed: int
     dtype: Dtype
+    quantization: Quantization | None
     max_model_len: int | None
     max_num_seqs: int
     max_num_batched_tokens: int
-    block_size: int
+    block_size: int | None
     enable_prefix_caching: bool
     kv_cache_memory_bytes: int | None
     data_parallel_size: int
@@ -57,7 +58,11 @@ class EngineKeywords(TypedDict, total=False):
     max_logprobs: int
     heartbeat_interval_s: float
     heartbeat_timeout_s: float
+    step_timeout_s: float
     startup_timeout_s: float
+    max_restarts: int
+    restart_window_s: float
+    max_request_crashes: int
     max_message_bytes: int
     tokenizer: str | None
     revision: str | None
@@ -97,7 +102,6 @@ _VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "override_generation_config": (None,),
     "pipeline_parallel_size": (1,),
     "prefix_caching_hash_algo": ("sha256",),
-    "quantization": (None,),
     "runner": ("auto", "generate"),
     "skip_tokenizer_init": (False,),
     "spec_method": (None,),
@@ -111,7 +115,6 @@ _VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "trust_remote_code": (False,),
 }
 _INSTEAD = {
-    "quantization": "The storage of weights is chosen by dtype.",
     "logits_processors": "Use logit_bias, allowed_token_ids or bad_words of SamplingParams.",
     "trust_remote_code": "Code from a checkpoint is never run.",
     "hf_token": "Set the environment variable HF_TOKEN.",
@@ -121,13 +124,16 @@ _LEAST = {
     "max_model_len": 1,
     "max_num_seqs": 1,
     "max_num_batched_tokens": 1,
+    "block_size": 1,
     "kv_cache_memory_bytes": 1,
     "data_parallel_size": 1,
     "num_threads": 0,
     "max_logprobs": -1,
+    "max_restarts": 0,
+    "max_request_crashes": 1,
     "max_message_bytes": 1 << 16,
 }
-_ONLY_VALUE: dict[str, object] = {"block_size": 16, "tensor_parallel_size": 1}
+_ONLY_VALUE: dict[str, object] = {"tensor_parallel_size": 1}
 _DERIVED_FIELDS = ("model", "model_path")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from itertools import count
 from os import PathLike
@@ -18,12 +19,13 @@ from sempre.engine.frontend.prompts import PromptType, TokensPrompt, list_prompt
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import check_refused, frames_of
 from sempre.engine.frontend.startup_notice import StartupNotice
+from sempre.engine.health import EngineHealth, judge, unhealthy
 from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.text.tokenizer import Tokenizer
-from sempre.ipc.errors import EngineDeadError, ProtocolError
+from sempre.ipc.errors import EngineDeadError, ProtocolError, SempreError
 from sempre.ipc.messages import (
     AbortRequests,
     AddRequests,
@@ -38,10 +40,10 @@ from sempre.ipc.messages import (
     OutputsReady,
     ResetPrefixCache,
     ResetPrefixCacheReply,
-    WorkerHealth,
 )
 
 Reply = TypeVar("Reply", CallWorkersReply, HealthReply, MetricsReply, ResetPrefixCacheReply)
+_OUTAGE_LOOK_S = 0.05
 
 
 class AsyncLLM:
@@ -145,12 +147,6 @@ class AsyncLLM:
         reply = await self._ask(GetMetrics(call_id=call_id), call_id, MetricsReply)
         return read_metrics(reply.values, self._frontend.config.model)
 
-    async def get_health(self, timeout_s: float) -> list[WorkerHealth]:
-        """Return each rank's last signs of life. Raises TimeoutError when the coordinator gives none itself."""
-        call_id = next(self._call_ids)
-        async with asyncio.timeout(timeout_s):
-            return (await self._ask(GetHealth(call_id=call_id), call_id, HealthReply)).workers
-
     async def reset_prefix_cache(self) -> bool:
         """Empty the prefix cache; False, and nothing is done, while requests run."""
         call_id = next(self._call_ids)
@@ -159,6 +155,37 @@ class AsyncLLM:
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
         """Return the conversation as a prompt; keywords are those of `LLM.chat`."""
         return self._frontend.render_chat(messages, **keywords)
+
+    async def health(self, timeout_s: float = 2.0) -> EngineHealth:
+        """Return how the engine and each of its workers are; never raises for an engine that is not well.
+
+        A coordinator that does not answer within `timeout_s` is a problem by itself.
+        """
+        if self._failure is not None:
+            return unhealthy("dead", str(self._failure))
+        client = self._client
+        if client is None:
+            return unhealthy("starting", "the engine is not ready yet")
+        call_id = next(self._call_ids)
+        asking = asyncio.create_task(self._ask(GetHealth(call_id=call_id), call_id, HealthReply))
+        deadline = time.monotonic() + timeout_s
+        try:
+            while not asking.done():
+                # nobody answers during an outage, and it may begin while the answer is awaited
+                if (outage := client.outage) is not None:
+                    return unhealthy("restarting", outage)
+                if (wait_s := deadline - time.monotonic()) <= 0:
+                    return unhealthy("ready", f"the coordinator has not answered for {timeout_s:g} s")
+                await asyncio.wait([asking], timeout=min(wait_s, _OUTAGE_LOOK_S))
+            return judge(asking.result().workers, self._frontend.config)
+        except SempreError as error:
+            return unhealthy("dead", str(error))
+        finally:
+            asking.cancel()
+
+    async def check_health(self, timeout_s: float = 2.0) -> None:
+        """Raise EngineUnhealthy, naming the rank, unless every worker is ready, was heard lately and is not stuck."""
+        (await self.health(timeout_s)).check()
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer in use."""

@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 Numerics = Literal["invariant", "control"]
+Quantization = Literal["fp8", "fp8_weight_only"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -24,10 +25,14 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     model_path: Annotated[Path, _doc("the local folder that `model` was resolved to")]
     seed: Annotated[int, _doc("seed of every worker's global generators and of requests without a seed")] = 0
     dtype: Annotated[Dtype, _doc("storage of weights and KV cache; auto is the checkpoint's")] = "auto"
+    quantization: Annotated[
+        Quantization | None,
+        _doc("fp8: matrices and their inputs; fp8_weight_only: matrices; None is the checkpoint's"),
+    ] = None
     max_model_len: Annotated[int | None, _doc("longest prompt plus output, tokens; None is the model's")] = None
     max_num_seqs: Annotated[int, _doc("most sequences in one step")] = 128
     max_num_batched_tokens: Annotated[int, _doc("most tokens in one step; longer prompts are cut")] = 2048
-    block_size: Annotated[int, _doc("tokens in one KV cache block")] = 16
+    block_size: Annotated[int | None, _doc("tokens in one KV cache block; None is the device's best")] = None
     enable_prefix_caching: Annotated[bool, _doc("reuse the KV cache of equal prefixes")] = True
     kv_cache_memory_bytes: Annotated[int | None, _doc("KV cache of one worker; None is sized from free memory")] = None
     data_parallel_size: Annotated[int, _doc("replicas of the model, one worker each")] = 1
@@ -45,5 +50,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_logprobs: Annotated[int, _doc("most log-probabilities per token; -1 allows the whole vocabulary")] = 20
     heartbeat_interval_s: Annotated[float, _doc("seconds between heartbeats")] = 0.5
     heartbeat_timeout_s: Annotated[float, _doc("a silent process counts as stuck after this many seconds")] = 30.0
+    step_timeout_s: Annotated[float, _doc("a step that takes longer counts as stuck: the engine is unhealthy")] = 120.0
     startup_timeout_s: Annotated[float, _doc("seconds a worker may take to become ready")] = 600.0
+    max_restarts: Annotated[
+        int, _doc("restarts of one worker, or of the coordinator, per restart_window_s; one more ends the engine")
+    ] = 5
+    restart_window_s: Annotated[float, _doc("seconds after which a restart no longer counts")] = 600.0
+    max_request_crashes: Annotated[
+        int, _doc("a request at work in this many crashes of a worker fails; alone after the first of them")
+    ] = 3
     max_message_bytes: Annotated[int, _doc("largest frame accepted on a socket")] = 256 * 1024 * 1024

@@ -22,7 +22,7 @@ class Metric(Struct, frozen=True, kw_only=True):
 
 
 class Counter(Metric, frozen=True, kw_only=True):
-    """A count since the engine was started; it never falls."""
+    """A count since the engine was started; it never falls, but begins again when the coordinator was restarted."""
 
     value: int
 

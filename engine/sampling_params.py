@@ -241,7 +241,10 @@ def _integer(name: str, value: object, rest: str = "must be an int, got {value!r
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise _refusal(name, value, f"must be a number, got {value!r}.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise _refusal(name, value, "is too large for a float.") from None
 
 
 def _finite(name: str, value: object) -> float:

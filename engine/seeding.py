@@ -48,19 +48,27 @@ def child_seed(seed: int, index: int) -> int:
 
 def compare_digests(digests: Sequence[RngDigests], when: str) -> None:
     """Raises SeedMismatch naming the first rank (the index) whose generators differ from those of rank 0."""
-    expected = msgspec.structs.asdict(digests[0])
     for rank, candidate in enumerate(digests):
-        found = msgspec.structs.asdict(candidate)
-        different = [name for name in expected if expected[name] != found[name]]
-        if different:
-            wanted, got = ({name: states[name] for name in different} for states in (expected, found))
-            raise SeedMismatch(
-                f"rank {rank} is seeded differently from rank 0 {when}: {', '.join(different)}: "
-                f"expected {_text(wanted)}, found {_text(got)}; every worker must run the same library versions",
-                rank=rank,
-                expected=_text(wanted),
-                found=_text(got),
-            )
+        _compare(rank, digests[0], candidate, "rank 0", when)
+
+
+def compare_with_former(rank: int, former: RngDigests, successor: RngDigests, when: str) -> None:
+    """Raises SeedMismatch when a restarted worker's generators differ from those of the one that it replaces."""
+    _compare(rank, former, successor, "the worker that it replaces", when)
+
+
+def _compare(rank: int, one: RngDigests, other: RngDigests, model: str, when: str) -> None:
+    expected, found = msgspec.structs.asdict(one), msgspec.structs.asdict(other)
+    different = [name for name in expected if expected[name] != found[name]]
+    if different:
+        wanted, got = ({name: states[name] for name in different} for states in (expected, found))
+        raise SeedMismatch(
+            f"rank {rank} is seeded differently from {model} {when}: {', '.join(different)}: "
+            f"expected {_text(wanted)}, found {_text(got)}; every worker must run the same library versions",
+            rank=rank,
+            expected=_text(wanted),
+            found=_text(got),
+        )
 
 
 def _text(states: dict[str, str]) -> str:

@@ -114,6 +114,10 @@ class HubChannel(Generic[MessageT]):
         """Establish the link with a peer whose hello, the first frame of its count, was in order."""
         self._links[identity] = Link(self._encoder, self._decoder, received=1)
 
+    def forget(self, identity: bytes) -> None:
+        """End the link with a peer that has ended; what it sent before is not decoded in order any more."""
+        self._links.pop(identity, None)
+
     def send(self, identity: bytes, message: Message) -> None:
         """Never blocks. Raises ProtocolError when the peer is gone, MessageTooLarge, TypeError (no msgpack form)."""
         self._send_frame(identity, self._links[identity].pack(message))

@@ -3,6 +3,7 @@
 SempreError
 ├── ConfigError                a setting or argument is refused          (parameter, value); also a ValueError
 │   └── RequestError           one request is refused                    (request_id)
+│       └── RequestCrashed     its worker died under it again and again  (num_crashes)
 ├── ModelError                 a checkpoint cannot be used
 │   ├── UnknownArchitecture    no decoder for it                         (architecture)
 │   └── TensorMismatch         a tensor is missing or does not fit       (tensor, expected, found)
@@ -14,6 +15,7 @@ SempreError
 │   ├── FrameLost              frames of a link are missing              (expected, found)
 │   └── VersionMismatch        the peer speaks another protocol          (expected, found)
 ├── StartupError               a process did not become ready            (rank, cause)
+├── EngineUnhealthy            a worker does not work as it should       (rank, cause)
 └── EngineDeadError            the engine cannot go on
     ├── WorkerDied             (rank, exitcode, cause, worker_traceback)
     └── CoordinatorDied        (exitcode, cause)
@@ -43,6 +45,22 @@ class RequestError(ConfigError):
     ) -> None:
         super().__init__(message, parameter=parameter, value=value)
         self.request_id = request_id
+
+
+class RequestCrashed(RequestError):
+    """A request that was at work whenever its worker died is not tried again; the engine and all others go on."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        parameter: str | None = None,
+        value: object = None,
+        request_id: str | None = None,
+        num_crashes: int = 0,
+    ) -> None:
+        super().__init__(message, parameter=parameter, value=value, request_id=request_id)
+        self.num_crashes = num_crashes
 
 
 class ModelError(SempreError):
@@ -126,6 +144,15 @@ class VersionMismatch(ProtocolError):
 
 class StartupError(SempreError):
     """A process did not become ready; `cause` is its own last word."""
+
+    def __init__(self, message: str, *, rank: int | None = None, cause: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.cause = cause
+
+
+class EngineUnhealthy(SempreError):
+    """Requests may wait: a worker is being restarted, silent or stuck; `rank` is None for the coordinator."""
 
     def __init__(self, message: str, *, rank: int | None = None, cause: str = "") -> None:
         super().__init__(message)

@@ -1,6 +1,6 @@
 """Element formats of weights and KV cache, and exact widening to float32.
 
-A 16-bit element widens to float32 without loss, so kernels always compute in float32.
+An element of 16 or 8 bits widens to float32 without loss, so kernels always compute in float32.
 """
 
 from __future__ import annotations
@@ -11,10 +11,20 @@ import torch
 from llvmlite import ir
 
 from sempre.kernels.jit import compiled
-from sempre.kernels.vector_ir import ELEMENT_BYTES, I64, LANES, address_intrinsic, load_widened, loop, store
+from sempre.kernels.vector_ir import (
+    ELEMENT_BYTES,
+    I64,
+    LANES,
+    WEIGHT_STORAGES,
+    address_intrinsic,
+    load_widened,
+    loop,
+    store,
+)
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ELEMENT_SIZE = (4, 2, 2)
+FP8_CODE = 3  # float8_e4m3fn, which only the weights of matrix products are stored in
+ELEMENT_SIZE = (4, 2, 2, 1)
 
 
 def storage_code(dtype: torch.dtype) -> int:
@@ -36,7 +46,7 @@ def _widen(storage: str) -> Any:
     return address_intrinsic(emit)
 
 
-_widen_float32, _widen_bfloat16, _widen_float16 = (_widen(name) for name in ("float32", "bfloat16", "float16"))
+_widen_float32, _widen_bfloat16, _widen_float16, _widen_fp8 = (_widen(name) for name in WEIGHT_STORAGES)
 
 
 @compiled()
@@ -46,5 +56,7 @@ def widen(source: int, target: int, count: int, storage: int) -> None:
         _widen_float32(source, target, count)
     elif storage == 1:
         _widen_bfloat16(source, target, count)
-    else:
+    elif storage == 2:
         _widen_float16(source, target, count)
+    else:
+        _widen_fp8(source, target, count)

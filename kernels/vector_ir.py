@@ -19,13 +19,15 @@ from numba.extending import intrinsic
 
 LANES = 16  # float32 lanes of one vector; narrower machines split it, with equal bits
 STORAGES = ("float32", "bfloat16", "float16")
+WEIGHT_STORAGES = (*STORAGES, "float8_e4m3fn")  # what a matrix may be stored in besides
 
 F32 = ir.FloatType()
 F16 = ir.HalfType()
+I8 = ir.IntType(8)
 I16 = ir.IntType(16)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
 def vec(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
@@ -93,7 +95,21 @@ def load_widened(b: ir.IRBuilder, addr: ir.Value, storage: str, lanes: int = LAN
     if storage == "bfloat16":
         wide = b.zext(load(b, addr, vec(I16, lanes)), vec(I32, lanes))
         return b.bitcast(b.shl(wide, int_constant(16, lanes)), vec(F32, lanes))
+    if storage == "float8_e4m3fn":
+        return _load_fp8(b, addr, lanes)
     return b.fpext(load(b, addr, vec(F16, lanes)), vec(F32, lanes))
+
+
+def _load_fp8(b: ir.IRBuilder, addr: ir.Value, lanes: int) -> ir.Value:
+    """float8_e4m3fn without NaN: the bits placed in a float16, whose exponent is biased by 8 more, times 2**8."""
+
+    def each(value: int) -> ir.Constant:
+        return ir.Constant(vec(I16, lanes), [value] * lanes)
+
+    wide = b.zext(load(b, addr, vec(I8, lanes)), vec(I16, lanes))
+    sign = b.shl(b.and_(wide, each(0x80)), each(8))
+    half = b.or_(sign, b.shl(b.and_(wide, each(0x7F)), each(7)))
+    return b.fmul(b.fpext(b.bitcast(half, vec(F16, lanes)), vec(F32, lanes)), constant(256.0, lanes))
 
 
 def store_rounded(b: ir.IRBuilder, value: ir.Value, addr: ir.Value, storage: str) -> None:

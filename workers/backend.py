@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -23,6 +24,17 @@ from sempre.workers.weights import ON_CPU, DecoderWeights, Placement
 
 
 @dataclass(frozen=True)
+class ModelOutline:
+    """What is known of a model before its weights are."""
+
+    config: WorkerConfig
+    spec: ModelSpec
+    product: LinearKernel
+    max_model_len: int
+    block_size: int
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """What a backend knows of the model once its weights are on the device."""
 
@@ -31,11 +43,13 @@ class LoadedModel:
     weights: DecoderWeights
     product: LinearKernel
     max_model_len: int
+    block_size: int
+    """tokens in one KV cache block: the config's, or the device's best"""
 
     @property
     def block_bytes(self) -> int:
         """Of one KV cache block."""
-        return block_bytes(self.spec, self.config.block_size, self.weights.dtype)
+        return block_bytes(self.spec, self.block_size, self.weights.dtype)
 
 
 class Runner(Protocol):
@@ -63,10 +77,18 @@ class PipelinedRunner(Runner, Protocol):
         """The result of the oldest step submitted and not collected."""
 
 
+class Compilation(Protocol):
+    """Kernels that are being compiled."""
+
+    def finish(self) -> None:
+        """Wait for them. Raises what a compilation raised."""
+
+
 class Backend(Protocol):
     """One worker's device."""
 
     block_sizes: tuple[int, ...]
+    """sizes that the kernels take, the best first"""
     max_steps_in_flight: int
 
     @property
@@ -74,6 +96,10 @@ class Backend(Protocol):
 
     def begin(self, config: WorkerConfig) -> None:
         """Before anything is loaded."""
+
+    def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
+        """Around the loading of weights: compiles meanwhile what the model will need. Raises ConfigError with the sums
+        when memory runs out inside."""
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         """Comparisons passed by operation, and the model without what did not agree. Raises InvarianceError."""
@@ -93,6 +119,13 @@ class Backend(Protocol):
 
     def end(self) -> None:
         """Give back what `begin` took."""
+
+
+class _NothingToCompile:
+    """The CPU's kernels are compiled as they first run."""
+
+    def finish(self) -> None:
+        return
 
 
 class CpuBackend:
@@ -115,6 +148,9 @@ class CpuBackend:
             )
         set_num_threads(config.num_threads or max(1, cores // config.world_size))
 
+    def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
+        return nullcontext(_NothingToCompile())
+
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         config = model.config
         _leave_cores_to_kernels()
@@ -122,13 +158,13 @@ class CpuBackend:
             model.spec,
             model.weights,
             model.product,
-            block_size=config.block_size,
+            block_size=model.block_size,
             max_tokens=config.max_num_batched_tokens,
         )
         return model, passed
 
     def available_blocks(self, model: LoadedModel) -> int:
-        return available_blocks(model.config, model.block_bytes, model.max_model_len)
+        return available_blocks(model.config, model.block_bytes, model.block_size, model.max_model_len)
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner:
         config = model.config
@@ -142,7 +178,7 @@ class CpuBackend:
         )
         return ModelRunner(
             decoder,
-            PagedKvCache(model.spec, num_blocks, config.block_size, model.weights.dtype),
+            PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

@@ -26,6 +26,7 @@ def fingerprint_parts(weights: DecoderWeights, numerics: str) -> dict[str, str]:
         "weights": weights.digest,
         "dtype": _name(weights.dtype),
         "storage": _name(weights.storage),
+        "quantization": quantization_profile(weights),
         "numerics": CPU_PROFILE if numerics == "invariant" else numerics,
         "threads": str(get_num_threads()),
         "architecture": cpu_architecture(),
@@ -35,6 +36,11 @@ def fingerprint_parts(weights: DecoderWeights, numerics: str) -> dict[str, str]:
         "numpy": np.__version__,
         "python": ".".join(platform.python_version_tuple()[:2]),
     }
+
+
+def quantization_profile(weights: DecoderWeights) -> str:
+    """The scheme, with the number of its order of operations, which any change of a result's bits raises."""
+    return "none" if weights.quantization is None else f"{weights.quantization.value}-1"
 
 
 def cpu_architecture() -> str:

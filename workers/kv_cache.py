@@ -26,13 +26,13 @@ def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
     return spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * block_size * dtype.itemsize
 
 
-def available_blocks(config: WorkerConfig, bytes_per_block: int, max_model_len: int) -> int:
+def available_blocks(config: WorkerConfig, bytes_per_block: int, block_size: int, max_model_len: int) -> int:
     """How many blocks the worker can hold; raises ConfigError with the sums when not even one full sequence fits.
 
     `kv_cache_memory_bytes` decides; without it, enough for `max_num_seqs` sequences of `max_model_len` tokens, within
     the worker's share of the free memory.
     """
-    per_sequence = -(-max_model_len // config.block_size)
+    per_sequence = -(-max_model_len // block_size)
     if config.kv_cache_memory_bytes is not None:
         memory_bytes, origin = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
         free_bytes = available_memory_bytes()

@@ -16,6 +16,7 @@ import torch
 from sempre.ipc.errors import InvarianceError
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.attention import KvCache, allocate_kv_cache, paged_attention
+from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
 from sempre.kernels.norms import add_rms_norm, rms_norm
 from sempre.kernels.rope import cos_sin_table, rope_and_cache_write
 from sempre.workers.models.numerics import LinearKernel, Packed
@@ -50,15 +51,20 @@ def self_test(
 
 
 def distinct_shapes(weights: DecoderWeights) -> Iterator[tuple[str, Packed]]:
-    """The first matrix of each distinct (N, K), with its name."""
-    seen: set[tuple[int, int]] = set()
+    """The first matrix of each distinct (N, K) and fp8 scheme, with its name."""
+    seen: set[tuple[int, int, Fp8Scheme | None]] = set()
     for layer in weights.layers:
         for name, packed in (("qkv", layer.qkv), ("o", layer.o), ("gate_up", layer.gate_up), ("down", layer.down)):
-            if (packed.out_features, packed.in_features) not in seen:
-                seen.add((packed.out_features, packed.in_features))
+            if shape_of(packed) not in seen:
+                seen.add(shape_of(packed))
                 yield name, packed
-    if (weights.lm_head.out_features, weights.lm_head.in_features) not in seen:
+    if shape_of(weights.lm_head) not in seen:
         yield "lm_head", weights.lm_head
+
+
+def shape_of(packed: Packed) -> tuple[int, int, Fp8Scheme | None]:
+    """Matrices of equal shape and scheme are multiplied by the same kernels."""
+    return packed.out_features, packed.in_features, packed.scheme
 
 
 def check_linear(
@@ -72,12 +78,27 @@ def check_linear(
     """Compare rows computed one at a time with the same rows in batches; returns the number of comparisons."""
     depth, columns = packed.in_features, packed.out_features
     tested = columns if columns <= MAX_COLUMNS else MAX_COLUMNS - (-columns % 32)
-    operation = f"linear {name} [N={columns}, K={depth}, {str(storage).removeprefix('torch.')}]"
-    small = product.pack(torch.randn(tested, depth, generator=generator).to(storage), None)
+    stored_as = packed.scheme.value if packed.scheme is not None else str(storage).removeprefix("torch.")
+    operation = f"linear {name} [N={columns}, K={depth}, {stored_as}]"
+    small = _random_weight(tested, depth, packed.scheme, product, storage, generator)
     x = torch.randn(DISTINCT_ROWS, depth, generator=generator)
     compare_rows(operation, x, tested, lambda rows, out: product.apply(rows, small, out), row_counts)
     compare_rows(operation, x, columns, lambda rows, out: product.apply(rows, packed, out), (FULL_SIZE_ROWS,))
     return len(row_counts) + 1
+
+
+def _random_weight(
+    columns: int,
+    depth: int,
+    scheme: Fp8Scheme | None,
+    product: LinearKernel,
+    storage: torch.dtype,
+    generator: torch.Generator,
+) -> Packed:
+    weight = torch.randn(columns, depth, generator=generator)
+    if scheme is None:
+        return product.pack(weight.to(storage), None)
+    return product.pack_fp8(*quantize_channels(weight), None, scheme)
 
 
 def compare_rows(

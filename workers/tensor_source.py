@@ -16,6 +16,7 @@ from sempre.workers.models.spec import read_json_object
 
 # names that safetensors gives to the dtypes a weight may have
 FLOAT_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FP8_NAME = "F8_E4M3"
 
 CPU = torch.device("cpu")
 

@@ -14,11 +14,14 @@ from typing import NoReturn
 import torch
 
 from sempre.ipc.errors import TensorMismatch
+from sempre.kernels.fp8 import Fp8Scheme, QuantizedWeight, quantize_channels
 from sempre.workers.models.numerics import LinearKernel, Packed
+from sempre.workers.models.quantization import QuantizationSpec, resolve_quantization
 from sempre.workers.models.spec import ModelSpec
 from sempre.workers.tensor_source import (
     CPU,
     FLOAT_NAMES,
+    FP8_NAME,
     DummySource,
     TensorSource,
     open_safetensors,
@@ -28,6 +31,7 @@ from sempre.workers.tensor_source import (
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
+SCALE_SUFFIX = "_scale"  # after the name of the matrix that it belongs to
 
 # tensors that old checkpoints carry and that are computed from config.json instead
 HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
@@ -58,7 +62,9 @@ class DecoderWeights:
     dtype: torch.dtype
     """what the engine's `dtype` came to: the KV cache's storage"""
     storage: torch.dtype
-    """how the matrices are stored"""
+    """how the matrices that are not fp8 are stored"""
+    quantization: Fp8Scheme | None
+    """of the matrices that are fp8, if any are"""
     digest: str
     """SHA-256 of names, shapes, dtypes and bytes in the checkpoint; how it is cut into files does not matter"""
 
@@ -74,8 +80,23 @@ class DecoderWeights:
         return packed + self.lm_head.nbytes + self.embedding.nbytes
 
 
-def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def expected_shapes(spec: ModelSpec, quantization: QuantizationSpec | None) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the spec's decoder reads; lm_head is absent when tied."""
+    shapes = _decoder_shapes(spec)
+    for name, shape in list(shapes.items()):
+        if _is_stored_fp8(quantization, name):
+            assert quantization is not None
+            shapes[name + SCALE_SUFFIX] = (shape[0], 1) if quantization.weight_scales == "channel" else (1,)
+    return shapes
+
+
+def _is_stored_fp8(quantization: QuantizationSpec | None, name: str) -> bool:
+    """Whether the tensor `name` is a matrix that the checkpoint holds in fp8."""
+    module = name.removesuffix(".weight")
+    return quantization is not None and quantization.stored and module != name and quantization.covers(module)
+
+
+def _decoder_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, hidden)}
@@ -130,19 +151,22 @@ def load_weights(
     dtype: str,
     load_format: str,
     seed: int,
+    quantization: str | None = None,
     placement: Placement = ON_CPU,
 ) -> DecoderWeights:
     """Load and pack; `dtype` auto is the checkpoint's. Raises TensorMismatch or ModelError before reading any tensor.
 
     Storage of the matrices on the CPU: float32 keeps 16-bit checkpoints in 16 bit (widening is exact, the bits are the
     same); bfloat16 and float16 round to nearest even. Norm weights and biases are float32. On a GPU all are in `dtype`.
+    Matrices that are quantised, by the checkpoint or by the setting `quantization`, are fp8 whatever `dtype` is.
     """
-    shapes = expected_shapes(spec)
+    resolved = resolve_quantization(spec.quantization, quantization, load_format)
+    shapes = expected_shapes(spec, resolved)
     with _open_source(spec, shapes, folder, dtype, load_format, seed, placement.device) as source:
-        _check(spec, shapes, source)
+        _check(spec, shapes, source, resolved)
         target = _target_dtype(spec, source, dtype)
         with ThreadPoolExecutor(max_workers=placement.hashing_threads) as pool:
-            return _Loader(spec, source, target, product, placement, pool).load()
+            return _Loader(spec, source, target, product, placement, pool, resolved).load()
 
 
 @contextmanager
@@ -173,7 +197,9 @@ def _mismatch(tensor: str, expected: str, found: str) -> NoReturn:
     raise TensorMismatch(message, tensor=tensor, expected=expected, found=found)
 
 
-def _check(spec: ModelSpec, shapes: dict[str, tuple[int, ...]], source: TensorSource) -> None:
+def _check(
+    spec: ModelSpec, shapes: dict[str, tuple[int, ...]], source: TensorSource, quantization: QuantizationSpec | None
+) -> None:
     present = set(source.names())
     for name, shape in shapes.items():
         if name not in present:
@@ -186,8 +212,9 @@ def _check(spec: ModelSpec, shapes: dict[str, tuple[int, ...]], source: TensorSo
             continue
         if name not in shapes and not (name == LM_HEAD and spec.tie_word_embeddings):
             _mismatch(name, "no such tensor in this architecture", f"shape {list(source.shape(name))}")
-        if source.dtype_name(name) not in FLOAT_NAMES:
-            _mismatch(name, f"dtype {', '.join(FLOAT_NAMES)}", f"dtype {source.dtype_name(name)}")
+        allowed = (FP8_NAME,) if _is_stored_fp8(quantization, name) else tuple(FLOAT_NAMES)
+        if source.dtype_name(name) not in allowed:
+            _mismatch(name, f"dtype {', '.join(allowed)}", f"dtype {source.dtype_name(name)}")
     if spec.tie_word_embeddings and LM_HEAD in present and not _same_tensor(source, LM_HEAD, EMBEDDING):
         _mismatch(LM_HEAD, f"a copy of {EMBEDDING} (tie_word_embeddings is true)", "other values")
 
@@ -208,6 +235,7 @@ class _Loader:
         product: LinearKernel,
         placement: Placement,
         pool: ThreadPoolExecutor,
+        quantization: QuantizationSpec | None,
     ) -> None:
         self._spec = spec
         self._source = source
@@ -216,6 +244,7 @@ class _Loader:
         self._placement = placement
         self._vector_dtype = torch.float32 if placement.keeps_storage else dtype
         self._pool = pool
+        self._quantization = quantization
         self._hashes: dict[str, Future[bytes]] = {}
 
     def load(self) -> DecoderWeights:
@@ -235,6 +264,7 @@ class _Loader:
             lm_head=lm_head,
             dtype=self._dtype,
             storage=embedding.dtype,
+            quantization=self._quantization.scheme if self._quantization is not None else None,
             digest=self._digest(),
         )
 
@@ -254,10 +284,37 @@ class _Loader:
 
     def _linear(self, *names: str, bias: bool = False) -> Packed:
         """The named projections, fused along their outputs in the order given."""
+        biases = torch.cat([self._vector(name + ".bias") for name in names]) if bias else None
+        if self._quantization is not None and any(self._quantization.covers(name) for name in names):
+            return self._fp8_linear(self._quantization, names, biases)
         parts = [self._stored(self._read(name + ".weight")) for name in names]
         common = reduce(torch.promote_types, (part.dtype for part in parts))
         weight = torch.cat([part.to(common) for part in parts]) if len(parts) > 1 else parts[0]
-        return self._product.pack(weight, torch.cat([self._vector(name + ".bias") for name in names]) if bias else None)
+        return self._product.pack(weight, biases)
+
+    def _fp8_linear(self, quantization: QuantizationSpec, names: tuple[str, ...], bias: torch.Tensor | None) -> Packed:
+        for name in names:
+            if not quantization.covers(name):
+                beside = ", ".join(other for other in names if quantization.covers(other))
+                _mismatch(name + ".weight", f"fp8 like {beside}, with which it is one product", "an ignored module")
+        parts = [self._quantized(quantization, name + ".weight") for name in names]
+        # bytes: not every device can join fp8 tensors
+        values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(parts[0].values.dtype)
+        return self._product.pack_fp8(values, torch.cat([part.scale for part in parts]), bias, quantization.scheme)
+
+    def _quantized(self, quantization: QuantizationSpec, name: str) -> QuantizedWeight:
+        tensor = self._read(name)
+        if not quantization.stored:
+            quantized = quantize_channels(tensor)
+        else:
+            scale = self._read(name + SCALE_SUFFIX).float().reshape(-1)
+            quantized = QuantizedWeight(tensor, scale.expand(tensor.shape[0]))
+        for part, found in ((name + SCALE_SUFFIX, quantized.scale), (name, quantized.values.view(torch.uint8))):
+            # fp8 has no infinity, and two patterns of NaN
+            wrong = ~found.isfinite() if part != name else (found & 0x7F) == 0x7F
+            if bool(wrong.any()):
+                _mismatch(part, "finite values", f"{int(wrong.sum())} that are not")
+        return quantized
 
     def _vector(self, name: str) -> torch.Tensor:
         return self._read(name).to(self._vector_dtype, copy=True)

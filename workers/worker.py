@@ -25,8 +25,9 @@ from sempre.ipc.messages import (
     WorkerConfig,
     WorkerReady,
 )
+from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.threads import get_num_threads
-from sempre.workers.backend import Backend, LoadedModel, PipelinedRunner, Runner, make_backend
+from sempre.workers.backend import Backend, LoadedModel, ModelOutline, PipelinedRunner, Runner, make_backend
 from sempre.workers.device import resolve_device
 from sempre.workers.models.numerics import linear_kernel
 from sempre.workers.models.spec import FLOAT_DTYPES, ModelSpec, load_spec
@@ -59,17 +60,21 @@ class Worker:
 
     def load_model(self, command: LoadModel) -> ModelLoaded:
         """Seed, load, pack and self-test. Raises ConfigError, ModelError or InvarianceError."""
-        config = command.config
         seconds: dict[str, float] = {}
-        backend = make_backend(resolve_device(config.device, config.rank))
+        backend = make_backend(resolve_device(command.config.device, command.config.rank))
+        config = command.config
         _check_config(config, backend)
         seed_everything(config.seed)
         digests = rng_digests()
         with _timed(seconds, "start_device"):
             backend.begin(config)
         self._backend = backend
-        with _timed(seconds, "load_weights"):
-            loaded = _load(config, backend)
+        outline = _outline(config, backend)
+        with backend.loading(outline) as compilation:
+            with _timed(seconds, "load_weights"):
+                loaded = _load(outline, backend)
+            with _timed(seconds, "compile"):
+                compilation.finish()
         if config.numerics == "invariant":
             with _timed(seconds, "self_test"):
                 loaded, _ = backend.self_test(loaded)
@@ -85,6 +90,7 @@ class Worker:
             fingerprint=self._fingerprint(),
             phase_seconds=seconds,
             max_steps_in_flight=backend.max_steps_in_flight,
+            block_size=loaded.block_size,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
@@ -225,21 +231,26 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = perf_counter() - start
 
 
-def _load(config: WorkerConfig, backend: Backend) -> LoadedModel:
+def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
     product = linear_kernel(config.numerics)
-    folder = Path(config.model_path)
-    spec = load_spec(folder)
-    max_model_len = _max_model_len(config, spec)
+    spec = load_spec(Path(config.model_path))
+    block_size = config.block_size or backend.block_sizes[0]
+    return ModelOutline(config, spec, product, _max_model_len(config, spec), block_size)
+
+
+def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
+    config = outline.config
     weights = load_weights(
-        spec,
-        folder,
-        product,
+        outline.spec,
+        Path(config.model_path),
+        outline.product,
         dtype=config.dtype,
         load_format=config.load_format,
         seed=config.seed,
+        quantization=config.quantization,
         placement=backend.placement,
     )
-    return LoadedModel(config, spec, weights, product, max_model_len)
+    return LoadedModel(config, outline.spec, weights, outline.product, outline.max_model_len, outline.block_size)
 
 
 def _check_config(config: WorkerConfig, backend: Backend) -> None:
@@ -247,8 +258,9 @@ def _check_config(config: WorkerConfig, backend: Backend) -> None:
         "role": (config.role, ("target",)),
         "tp_size": (config.tp_size, (1,)),
         "dtype": (config.dtype, ("auto", *FLOAT_DTYPES)),
+        "quantization": (config.quantization, (None, *(scheme.value for scheme in Fp8Scheme))),
         "load_format": (config.load_format, ("auto", "safetensors", "dummy")),
-        "block_size": (config.block_size, backend.block_sizes),
+        "block_size": (config.block_size or backend.block_sizes[0], backend.block_sizes),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:

@@ -50,8 +50,12 @@ class AsyncProcessClient(ProcessClientBase[AsyncPeerChannel[ClientEvent]]):
     async def _receive(self, timeout_s: float) -> ClientEvent | None:
         self._raise_if_ended()
         deadline = time.monotonic() + timeout_s
-        while (wait_s := min(LOOK_S, deadline - time.monotonic())) > 0:
-            arrival = await self._channel.receive(wait_s)
+        while (wait_s := min(self._look_s, deadline - time.monotonic())) > 0:
+            if self._gone_by is not None:
+                await asyncio.sleep(wait_s)
+                arrival = None
+            else:
+                arrival = await self._link.channel.receive(wait_s)
             if arrival is None:
                 self._look_after()
                 continue
@@ -90,6 +94,10 @@ class AsyncInprocClient:
             thread.shutdown(wait=False)
             raise
         return cls(client, thread)
+
+    @property
+    def outage(self) -> str | None:
+        return None
 
     def send(self, command: ClientCommand) -> None:
         self._client.send(command)

@@ -31,10 +31,10 @@ class ProcessOptions:
 
 
 class EngineProcess:
-    """Starts the coordinator on construction."""
+    """Starts the coordinator on construction; `directory` may be that of one which has ended."""
 
-    def __init__(self, config: EngineConfig, options: ProcessOptions) -> None:
-        self.directory = options.directory or PrivateDirectory.create()
+    def __init__(self, config: EngineConfig, options: ProcessOptions, directory: PrivateDirectory) -> None:
+        self.directory = directory
         self.client_address = options.client_connect or self.directory.client_address
         self._owner_pid = os.getpid()
         arguments = CoordinatorArguments(
@@ -44,18 +44,14 @@ class EngineProcess:
             worker_module=options.worker_module,
             worker_connect=options.worker_connect,
         )
-        try:
-            self.child = ChildProcess(
-                "sempre.engine.coordinator",
-                [],
-                log_path=self.directory.log_path("coordinator"),
-                environment=child_environment(),
-                stdin=encode_json(arguments),
-                own_group=True,
-            )
-        except BaseException:
-            self.directory.remove()
-            raise
+        self.child = ChildProcess(
+            "sempre.engine.coordinator",
+            [],
+            log_path=self.directory.log_path("coordinator"),
+            environment=child_environment(),
+            stdin=encode_json(arguments),
+            own_group=True,
+        )
 
     def is_inherited(self) -> bool:
         """Whether this is a forked copy of the process that started the engine."""
@@ -74,6 +70,11 @@ class EngineProcess:
         return CoordinatorDied(
             f"{text}\n{self.child.log_tail()}".rstrip(), exitcode=self.child.exitcode(), cause=cause or ending
         )
+
+    def bury(self) -> None:
+        """Make sure that nothing of it runs; the folder stays for a successor."""
+        self.child.kill_group()
+        self.child.close()
 
     def end(self) -> None:
         """Wait for the end that was asked for, enforce it, and remove the folder."""

@@ -39,6 +39,10 @@ class AsyncEngineClient(Protocol):
 
     ready: EngineReady
 
+    @property
+    def outage(self) -> str | None:
+        """Why the engine as a whole is being restarted; None when it is not."""
+
     def send(self, command: ClientCommand) -> None: ...
 
     async def receive(self) -> ClientEvent: ...

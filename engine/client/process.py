@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import weakref
 from collections.abc import Callable
-from typing import Generic, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Self, TypeVar
 
 import zmq
+from msgspec.structs import replace
 
 from sempre.engine.client.engine_process import EngineProcess, ProcessOptions, client_event, ended_by
 from sempre.engine.client.interface import ProgressCallback
+from sempre.engine.client.ledger import Ledger
 from sempre.engine.client.vigil import Vigil
+from sempre.engine.client.worker_watch import WorkerWatch
 from sempre.engine.config import EngineConfig
+from sempre.engine.restart_budget import RestartBudget
 from sempre.ipc.channel import PeerBase, PeerChannel
-from sempre.ipc.errors import EngineDeadError, ProtocolError, SempreError, StartupError
+from sempre.ipc.codec import FrameEncoder
+from sempre.ipc.endpoint import PrivateDirectory
+from sempre.ipc.errors import CoordinatorDied, EngineDeadError, ProtocolError, SempreError, StartupError
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
     ClientCommand,
@@ -25,21 +33,39 @@ from sempre.ipc.messages import (
     Heartbeat,
     ShutdownEngine,
     StartupProgress,
+    WorkerStateChanged,
 )
+
+logger = logging.getLogger(__name__)
 
 # the coordinator itself holds each worker to startup_timeout_s
 _STARTUP_MARGIN_S = 30.0
 # the longest wait without a look at the coordinator, where its end is not an event of its own
 LOOK_S = 0.25
 _LAST_FRAMES_S = 0.02
+# workers that were killed have given back their memory by then
+_GONE_S = 10.0
+_GONE_POLL_S = 0.01
+_ALIKE = ("vocab_size", "max_model_len", "eos_token_ids", "block_size", "world_size", "fingerprint")
 
 Channel = TypeVar("Channel", bound=PeerBase[ClientEvent])
+
+
+@dataclass
+class _Link(Generic[Channel]):
+    """What there is of the engine now; replaced when the coordinator is restarted."""
+
+    process: EngineProcess
+    channel: Channel
+    workers: WorkerWatch
 
 
 class ProcessClientBase(Generic[Channel]):
     """Owns the coordinator process and watches it; how to wait for events is the subclass's.
 
-    The engine's processes end with `close`, with this object, or with this process.
+    A coordinator that dies after the start is restarted with its workers, and the unfinished requests go on where they
+    were: whoever receives sees a pause. The engine's processes end with `close`, with this object, or with this
+    process.
     """
 
     ready: EngineReady
@@ -47,20 +73,43 @@ class ProcessClientBase(Generic[Channel]):
     def __init__(
         self, config: EngineConfig, options: ProcessOptions, connect: Callable[[str, EngineConfig], Channel]
     ) -> None:
-        self.process = EngineProcess(config, options)
-        self._channel = connect(self.process.client_address, config)
-        self._finalizer: Callable[[], object] = weakref.finalize(self, _close, self.process, self._channel)
-        self._vigil = Vigil(config.heartbeat_interval_s, config.heartbeat_timeout_s)
-        self._startup_timeout_s = config.startup_timeout_s
-        self._startup_deadline = time.monotonic() + config.startup_timeout_s + _STARTUP_MARGIN_S
+        self._config = config
+        self._options = options
+        self._connect = connect
+        self._directory = options.directory or PrivateDirectory.create()
+        try:
+            process, channel = self._start()
+        except BaseException:
+            self._directory.remove()
+            raise
+        self._link = _Link(process, channel, WorkerWatch())
+        self._finalizer: Callable[[], object] = weakref.finalize(self, _close, self._link)
+        self._ledger = Ledger()
+        self._budget = RestartBudget(config.max_restarts, config.restart_window_s)
+        self._encoder = FrameEncoder(config.max_message_bytes)
         self._is_ready = False
-        self._saw_end = False
+        self._outage: str | None = None
+        self._gone_by: float | None = None
         self._error: EngineDeadError | None = None
-        self._channel.send(ClientHello(protocol_version=PROTOCOL_VERSION, pid=os.getpid()))
+
+    @property
+    def process(self) -> EngineProcess:
+        """The coordinator's process."""
+        return self._link.process
+
+    @property
+    def outage(self) -> str | None:
+        """As AsyncEngineClient."""
+        return self._outage
 
     def send(self, command: ClientCommand) -> None:
         self._raise_if_ended()
-        self._channel.send(command)
+        if self._outage is None:
+            self._link.channel.send(command)
+        else:
+            # goes out of the ledger once the engine is back; what cannot be sent is refused now
+            self._encoder.encode(command, 1)
+        self._ledger.sent(command)
 
     def close(self) -> None:
         self._finalizer()
@@ -73,33 +122,126 @@ class ProcessClientBase(Generic[Channel]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _start(self) -> tuple[EngineProcess, Channel]:
+        process = EngineProcess(self._config, self._options, self._directory)
+        channel = self._connect(process.client_address, self._config)
+        self._vigil = Vigil(self._config.heartbeat_interval_s, self._config.heartbeat_timeout_s)
+        self._startup_deadline = time.monotonic() + self._config.startup_timeout_s + _STARTUP_MARGIN_S
+        self._saw_end = False
+        channel.send(ClientHello(protocol_version=PROTOCOL_VERSION, pid=os.getpid()))
+        return process, channel
+
     def _interpret(self, arrival: ClientEvent) -> ClientEvent | None:
         """An event for the user, or None. Raises what the event carries."""
         self._vigil.heard()
         try:
-            return client_event(arrival)
+            event = client_event(arrival)
         except ProtocolError:
             raise  # one frame is lost, the engine is not
+        except CoordinatorDied as error:
+            # an error in the coordinator itself: its successor may fare better
+            self._lose(error)
+            self._raise_if_ended()
+            return None
         except SempreError as error:
             self._error = ended_by(error)
             raise
+        match event:
+            case WorkerStateChanged():
+                self._follow(event)
+                return None
+            case StartupProgress() | EngineReady() if self._outage is not None:
+                if isinstance(event, EngineReady):
+                    self._resume(event)
+                return None
+            case None:
+                return None
+        self._ledger.received(event)
+        return event
+
+    def _follow(self, change: WorkerStateChanged) -> None:
+        rank, pid = change.rank, change.pid
+        if change.error is not None:
+            logger.warning("%s: %s; worker %d is being restarted", change.error.type, change.error.message, rank)
+        else:
+            logger.warning("worker %d (pid %d) is ready again", rank, pid)
+        self._link.workers.follow({rank: pid})
+        pids = [*self.ready.worker_pids]
+        pids[rank] = pid
+        self.ready = replace(self.ready, worker_pids=pids)
 
     def _look_after(self) -> None:
-        """To be called when nothing is left to be read: raises CoordinatorDied when the coordinator has ended or,
-        once the engine has started, does not answer."""
+        """To be called when nothing is left to be read: notices that the coordinator has ended or, once the engine has
+        started, does not answer; and goes on with a restart. Raises EngineDeadError when there is none."""
+        if self._gone_by is not None:
+            self._start_successor(self._gone_by)
+            return
+        process = self._link.process
         silence_s = self._vigil.silence_s() if self._is_ready else None
-        if self.process.child.ended():
+        if process.child.ended():
             if self._saw_end:
-                self._error = self.process.death()
+                self._lose(process.death())
             else:
                 # its last frames may still be on their way: read once more
                 self._saw_end = True
                 time.sleep(_LAST_FRAMES_S)
         elif silence_s is not None:
-            self._error = self.process.death(f"no heartbeat for {silence_s:.1f} s")
+            self._lose(process.death(f"no heartbeat for {silence_s:.1f} s"))
+        elif self._outage is not None and time.monotonic() > self._startup_deadline:
+            limit = f"{self._config.startup_timeout_s:g} s (startup_timeout_s)"
+            self._lose(process.death(f"not ready again after {limit}"))
         elif self._vigil.is_due():
-            self._channel.send(Heartbeat())
+            self._link.channel.send(Heartbeat())
         self._raise_if_ended()
+
+    def _lose(self, error: CoordinatorDied) -> None:
+        """The coordinator has died or failed: begin a restart, or end the engine."""
+        started = self._is_ready or self._outage is not None
+        if not started or not self._budget.take():
+            text = f"{error}\nthe coordinator: {self._budget.exhausted()}" if started else str(error)
+            self._error = CoordinatorDied(text, exitcode=error.exitcode, cause=error.cause)
+            return
+        logger.warning("%s; it is being restarted; %d sequences wait", error, self._ledger.num_unfinished)
+        self._is_ready = False
+        self._outage = str(error).splitlines()[0]
+        self._link.channel.close()
+        self._link.process.bury()
+        self._gone_by = time.monotonic() + _GONE_S
+        self._rewatch()
+
+    def _start_successor(self, gone_by: float) -> None:
+        """Once nothing of the former engine runs."""
+        if ranks := self._link.workers.running():
+            if time.monotonic() > gone_by:
+                text = f"workers {ranks} still run {_GONE_S:g} s after they were killed with their coordinator"
+                self._error = CoordinatorDied(f"{self._outage}; {text}", cause=text)
+                raise self._error
+            return
+        self._gone_by = None
+        self._link.process, self._link.channel = self._start()
+        self._rewatch()
+
+    def _rewatch(self) -> None:
+        """Process and channel are others now."""
+
+    def _resume(self, ready: EngineReady) -> None:
+        """The successor is ready: it goes on with what is unfinished. Raises StartupError when it is not the same."""
+        for field in _ALIKE:
+            expected, found = getattr(self.ready, field), getattr(ready, field)
+            if expected != found:
+                text = f"the restarted engine differs in {field}: expected {expected}, found {found}"
+                self._error = CoordinatorDied(text, cause=text)
+                raise self._error
+        self._take_ready(ready)
+        self._outage = None
+        for command in self._ledger.owed():
+            self._link.channel.send(command)
+        logger.warning("the engine is ready again; %d sequences go on", self._ledger.num_unfinished)
+
+    def _take_ready(self, ready: EngineReady) -> None:
+        self.ready = ready
+        self._is_ready = True
+        self._link.workers.follow(dict(enumerate(ready.worker_pids)))
 
     def _raise_if_ended(self) -> None:
         if self._error is not None:
@@ -112,10 +254,10 @@ class ProcessClientBase(Generic[Channel]):
                 if on_progress is not None:
                     on_progress(event)
             case EngineReady():
-                self.ready = event
-                self._is_ready = True
+                self._take_ready(event)
             case None:
-                raise StartupError(f"the engine was not ready after {self._startup_timeout_s:g} s (startup_timeout_s)")
+                limit = f"{self._config.startup_timeout_s:g} s (startup_timeout_s)"
+                raise StartupError(f"the engine was not ready after {limit}")
             case _:
                 raise ProtocolError(f"tag: expected EngineReady, found {type(event).__name__}")
         return self._is_ready
@@ -123,14 +265,24 @@ class ProcessClientBase(Generic[Channel]):
     def _startup_seconds_left(self) -> float:
         return max(0.0, self._startup_deadline - time.monotonic())
 
+    @property
+    def _look_s(self) -> float:
+        """The longest wait without `_look_after`."""
+        return LOOK_S if self._gone_by is None else _GONE_POLL_S
+
 
 class ProcessClient(ProcessClientBase[PeerChannel[ClientEvent]]):
     """The blocking client."""
 
     def __init__(self, config: EngineConfig, options: ProcessOptions) -> None:
         super().__init__(config, options, _connect)
+        self._rewatch()
+
+    def _rewatch(self) -> None:
         self._poller = zmq.Poller()
-        self._poller.register(self._channel.socket, zmq.POLLIN)
+        if self._gone_by is not None:
+            return
+        self._poller.register(self._link.channel.socket, zmq.POLLIN)
         if (descriptor := self.process.child.fileno()) is not None:
             self._poller.register(descriptor, zmq.POLLIN)
 
@@ -156,12 +308,12 @@ class ProcessClient(ProcessClientBase[PeerChannel[ClientEvent]]):
         self._raise_if_ended()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            while (arrival := self._channel.receive(0)) is not None:
+            while self._gone_by is None and (arrival := self._link.channel.receive(0)) is not None:
                 event = self._interpret(arrival)
                 if event is not None:
                     return event
             self._look_after()
-            wait_s = LOOK_S if deadline is None else min(LOOK_S, deadline - time.monotonic())
+            wait_s = self._look_s if deadline is None else min(self._look_s, deadline - time.monotonic())
             if wait_s <= 0:
                 return None
             self._poller.poll(round(wait_s * 1000))
@@ -171,10 +323,11 @@ def _connect(address: str, config: EngineConfig) -> PeerChannel[ClientEvent]:
     return PeerChannel(address, receives=ClientEvent, limit_bytes=config.max_message_bytes)
 
 
-def _close(process: EngineProcess, channel: PeerBase[ClientEvent]) -> None:
-    if process.is_inherited():
+def _close(link: _Link[Any]) -> None:
+    if link.process.is_inherited():
         return
-    if not process.child.ended():
-        channel.send(ShutdownEngine())
-    process.end()
-    channel.close()
+    if not link.process.child.ended():
+        link.channel.send(ShutdownEngine())
+    link.process.end()
+    link.channel.close()
+    link.workers.close()

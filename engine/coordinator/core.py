@@ -6,6 +6,8 @@ Commands and events go in, client events come out; nothing here waits.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from sempre.engine.config import EngineConfig
 from sempre.engine.coordinator.metrics_report import metrics_report
 from sempre.engine.coordinator.replica import Replica
@@ -14,7 +16,7 @@ from sempre.engine.coordinator.worker_calls import WorkerCalls
 from sempre.engine.executor.base import Executor
 from sempre.engine.scheduling import Scheduler
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import MessageMalformed, ProtocolError, RequestError
+from sempre.ipc.errors import MessageMalformed, ProtocolError, RequestError, WorkerDied
 from sempre.ipc.messages import (
     AbortRequests,
     AddRequests,
@@ -34,8 +36,18 @@ from sempre.ipc.messages import (
     ResetPrefixCacheReply,
     StepResult,
     WorkerEvent,
-    WorkerHealth,
+    WorkerStateChanged,
 )
+
+
+class LostWorker(NamedTuple):
+    """What the death of a worker means."""
+
+    ranks: range
+    """of its replica, which go down together"""
+    events: list[ClientEvent]
+    num_explained_crashes: int
+    """crashes of this replica that are put down to requests which have been failed for it"""
 
 
 class EngineCore:
@@ -61,6 +73,17 @@ class EngineCore:
         """Give every replica with room for it the next step. Raises WorkerDied."""
         for replica in self._replicas:
             replica.advance()
+
+    def lose_worker(self, error: WorkerDied) -> LostWorker:
+        """Have all unfinished requests of the worker's replica wait for fresh workers."""
+        replica = self._replicas[error.rank // self._config.tensor_parallel_size]
+        failed = replica.lose_workers(error.cause)
+        for delta in failed:
+            del self._owners[delta.request_id]
+        self._startup.forget(replica.ranks)
+        events: list[ClientEvent] = [*self._calls.lose(replica.ranks, error), *_outputs([*failed])]
+        num_explained = self._config.max_request_crashes if failed else 0
+        return LostWorker(replica.ranks, events, num_explained)
 
     def handle_event(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
         """What the client is to be told about a worker's event. Raises what ends the engine."""
@@ -96,17 +119,10 @@ class EngineCore:
                 values = metrics_report([replica.stats() for replica in self._replicas])
                 return [MetricsReply(call_id=call_id, values=values)]
             case GetHealth(call_id=call_id):
-                return [HealthReply(call_id=call_id, workers=self._health())]
+                return [HealthReply(call_id=call_id, workers=self._executor.health())]
             case _:
                 name = type(command).__name__
                 raise MessageMalformed(f"{name}: expected a command of a serving engine, found {name}", field="tag")
-
-    def _health(self) -> list[WorkerHealth]:
-        return [
-            WorkerHealth(rank=rank, silence_s=self._executor.silence_s(rank), step_age_s=replica.step_age_s)
-            for replica in self._replicas
-            for rank in replica.ranks
-        ]
 
     def _take(self, rank: int, result: StepResult) -> list[RequestOutputDelta]:
         try:
@@ -115,6 +131,8 @@ class EngineCore:
             raise self._executor.blame(rank, error) from error
 
     def _start_up(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
+        if self._startup.ready is not None:
+            return self._rejoin(rank, event)
         progress = self._startup.handle(rank, event)
         ready = self._startup.ready
         if ready is None:
@@ -126,6 +144,18 @@ class EngineCore:
             self._replicas.append(Replica(ranks, self._scheduler(ready), self._executor, max_steps_in_flight=depth))
         return [*progress, ready]
 
+    def _rejoin(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
+        """A fresh worker has come one step further; its replica goes on when all its ranks are ready."""
+        if not self._startup.rejoin(rank, event):
+            return []
+        replica = self._replicas[rank // self._config.tensor_parallel_size]
+        if self._startup.awaits(replica.ranks):
+            return []
+        replica.resume()
+        self._calls.resume(replica.ranks)
+        pids = self._startup.pids
+        return [WorkerStateChanged(rank=peer, state="ready", pid=pids[peer]) for peer in replica.ranks]
+
     def _scheduler(self, ready: EngineReady) -> Scheduler:
         config = self._config
         return Scheduler(
@@ -136,11 +166,15 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             policy=config.scheduling_policy,
             enable_prefix_caching=config.enable_prefix_caching,
+            max_request_crashes=config.max_request_crashes,
         )
 
     def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:
-        """Queue a request with the replica that has the least to do, the first of equals; or say why not."""
-        replica = min(self._replicas, key=lambda candidate: candidate.load)
+        """Queue a request with the replica that has the least to do, the first of equals; or say why not.
+
+        One without workers is the last choice.
+        """
+        replica = min(self._replicas, key=lambda candidate: (not candidate.has_workers, candidate.load))
         try:
             self._refuse_known(spec)
             replica.add(spec)

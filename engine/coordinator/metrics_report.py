@@ -13,6 +13,7 @@ _NAMES = {
     "prefix_cache_queries": "prefix_cache_queries",
     "prefix_cache_hits": "prefix_cache_hits",
     "num_preemptions": "num_preemptions",
+    "worker_restarts": "num_worker_restarts",
     "prompt_tokens": "prompt_tokens",
     "prompt_tokens_cached": "cached_prompt_tokens",
     "generation_tokens": "generation_tokens",

@@ -23,7 +23,7 @@ from sempre.engine.executor.local import LocalExecutor
 from sempre.ipc.channel import HubChannel
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError
+from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError, WorkerDied
 from sempre.ipc.handshake import check_pid, check_version
 from sempre.ipc.liveness import leave_terminal_signals_to_parent, watch_parent
 from sempre.ipc.messages import (
@@ -64,6 +64,7 @@ class Coordinator:
     ) -> None:
         # imported here: the workers are on their way while the scheduler is loaded
         from sempre.engine.coordinator.core import EngineCore
+        from sempre.engine.coordinator.recovery import Recovery
 
         self._executor = executor
         self._hub = hub
@@ -71,6 +72,7 @@ class Coordinator:
         self._client: bytes | None = None
         self._unsent: list[ClientEvent] = []
         self._core = EngineCore(config, executor)
+        self._recovery = Recovery(config, self._core, executor)
         self._stopping = False
         self._poller = zmq.Poller()
         self._poller.register(hub.socket, zmq.POLLIN)
@@ -80,9 +82,12 @@ class Coordinator:
         """Until ShutdownEngine. Raises what ends the engine, for `main` to pass on."""
         while not self._stopping:
             self._poller.poll(_POLL_MS)
-            self._serve_client()
-            self._serve_workers()
-            self._core.advance()
+            try:
+                self._serve_client()
+                self._serve_workers()
+                self._core.advance()
+            except WorkerDied as error:
+                self.tell(self._recovery.replace(error))
 
     def tell(self, events: Iterable[ClientEvent]) -> None:
         """Send events to the client, or keep them until it has said hello."""
@@ -162,12 +167,13 @@ def main() -> int:
     """Entry point. Exit code 0 after ShutdownEngine, 1 after a failure that the client was told of."""
     arguments = decode_json(sys.stdin.buffer.read(), CoordinatorArguments)
     config = arguments.config
+    directory = PrivateDirectory(Path(arguments.directory))
     if os.getppid() != arguments.client_pid:
+        directory.remove()
         return 1
     faulthandler.enable()
     leave_terminal_signals_to_parent()
     logging.basicConfig(level=logging.WARNING, format="coordinator: %(levelname)s: %(message)s")
-    directory = PrivateDirectory(Path(arguments.directory))
     hub: HubChannel[ClientCommand] = HubChannel(
         directory.client_address, receives=ClientCommand, limit_bytes=config.max_message_bytes
     )

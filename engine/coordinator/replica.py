@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 
 from sempre.engine.executor.base import Executor
@@ -23,10 +22,10 @@ class Replica:
         self._scheduler = scheduler
         self._executor = executor
         self._in_flight: deque[ExecuteStep] = deque()
-        self._sent_at: deque[float] = deque()
         self._results: dict[int, StepResult] = {}
         self._tokens: dict[str, int] = {}
         self.load = 0
+        self.has_workers = True
 
     def add(self, spec: RequestSpec) -> None:
         """Raises RequestError when the request can never run."""
@@ -43,12 +42,13 @@ class Replica:
 
     def advance(self) -> None:
         """Send the next step when the workers have room for one."""
+        if not self.has_workers:
+            return
         while len(self._in_flight) < self._max_steps_in_flight and self._scheduler.has_unfinished():
             step = self._scheduler.schedule()
             if step is None:
                 return
             self._in_flight.append(step)
-            self._sent_at.append(time.monotonic())
             for rank in self.ranks:
                 self._executor.send(rank, step)
 
@@ -61,27 +61,29 @@ class Replica:
         self._results.clear()
         outputs = self._scheduler.update(self._in_flight[0], result)
         self._in_flight.popleft()
-        self._sent_at.popleft()
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget(output.request_id)
         return outputs
 
-    def restart(self) -> None:
-        """The workers were replaced by fresh ones: every unfinished request is computed again."""
-        self._scheduler.restart()
+    def lose_workers(self, cause: str) -> list[RequestOutputDelta]:
+        """A worker died by `cause`: requests wait for `resume` and are computed again; the ends of those that are not,
+        because they were at work in too many crashes."""
+        self.has_workers = False
         self._in_flight.clear()
-        self._sent_at.clear()
         self._results.clear()
+        failed = self._scheduler.restart(cause)
+        for delta in failed:
+            self._forget(delta.request_id)
+        return failed
+
+    def resume(self) -> None:
+        """Fresh workers are ready."""
+        self.has_workers = True
 
     @property
     def num_unfinished(self) -> int:
         return self._scheduler.num_unfinished
-
-    @property
-    def step_age_s(self) -> float:
-        """Seconds since the oldest step in flight was sent; 0 while there is none."""
-        return time.monotonic() - self._sent_at[0] if self._sent_at else 0.0
 
     def reset_prefix_cache(self) -> bool:
         return self._scheduler.reset_prefix_cache()

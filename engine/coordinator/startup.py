@@ -9,12 +9,12 @@ Each worker moves on by itself within a phase; a phase ends when its last worker
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from sempre.engine.config import EngineConfig
 from sempre.engine.executor.base import Executor, worker_config
 from sempre.engine.executor.threads import threads_per_worker
-from sempre.engine.seeding import compare_digests
+from sempre.engine.seeding import compare_digests, compare_with_former
 from sempre.ipc.errors import StartupError
 from sempre.ipc.messages import (
     EngineReady,
@@ -27,7 +27,15 @@ from sempre.ipc.messages import (
     WorkerReady,
 )
 
-_ALIKE = ("vocab_size", "max_model_len", "eos_token_ids", "fingerprint", "kv_block_bytes", "max_steps_in_flight")
+_ALIKE = (
+    "vocab_size",
+    "max_model_len",
+    "eos_token_ids",
+    "fingerprint",
+    "kv_block_bytes",
+    "max_steps_in_flight",
+    "block_size",
+)
 
 
 class StartUp:
@@ -38,7 +46,8 @@ class StartUp:
         self._config = config
         self._executor = executor
         self._num_threads = threads_per_worker(config.num_threads, executor.world_size)
-        self._pids: dict[int, int] = {}
+        self.pids: dict[int, int] = {}
+        self._absent: set[int] = set()
         self._loaded: dict[int, ModelLoaded] = {}
         self._warm: dict[int, WorkerReady] = {}
         self._phase_began = time.monotonic()
@@ -49,10 +58,10 @@ class StartUp:
         size = self._executor.world_size
         match event:
             case WorkerHello(pid=pid):
-                self._pids[rank] = pid
+                self.pids[rank] = pid
                 config = worker_config(self._config, rank, self._num_threads)
                 self._executor.send(rank, LoadModel(config=config))
-                return self._end_phase("start") if len(self._pids) == size else []
+                return self._end_phase("start") if len(self.pids) == size else []
             case ModelLoaded():
                 self._loaded[rank] = event
                 return self._all_loaded() if len(self._loaded) == size else []
@@ -61,6 +70,39 @@ class StartUp:
                 return self._all_warm() if len(self._warm) == size else []
             case _:
                 raise AssertionError(f"{type(event).__name__} during start-up")
+
+    def forget(self, ranks: Iterable[int]) -> None:
+        """These workers are replaced: each successor is brought to the same state by `rejoin`."""
+        self._absent.update(ranks)
+
+    def awaits(self, ranks: Iterable[int]) -> bool:
+        """Whether one of the successors is not ready yet."""
+        return not self._absent.isdisjoint(ranks)
+
+    def rejoin(self, rank: int, event: WorkerEvent) -> bool:
+        """Take a successor one step further; True when it is ready.
+
+        Raises SeedMismatch, or StartupError when it differs from the worker it replaces.
+        """
+        match event:
+            case WorkerHello(pid=pid):
+                self.pids[rank] = pid
+                self._executor.send(rank, LoadModel(config=worker_config(self._config, rank, self._num_threads)))
+            case ModelLoaded():
+                before = self._loaded[rank]
+                compare_with_former(rank, before.digests_before_load, event.digests_before_load, "before loading")
+                _refuse_other(rank, before, event, _ALIKE, "the worker that it replaces")
+                # as many blocks as before; the worker itself refuses what does not fit
+                self._executor.send(rank, StartServing(num_blocks=self._num_blocks))
+            case WorkerReady():
+                ready = self._warm[rank]
+                compare_with_former(rank, ready.digests_after_warm_up, event.digests_after_warm_up, "after warm-up")
+                _refuse_other(rank, ready, event, ("fingerprint",), "the worker that it replaces")
+                self._absent.discard(rank)
+                return True
+            case _:
+                raise AssertionError(f"{type(event).__name__} during the restart of worker {rank}")
+        return False
 
     @property
     def max_steps_in_flight(self) -> int:
@@ -76,27 +118,16 @@ class StartUp:
         ranks = range(self._executor.world_size)
         compare_digests([self._loaded[rank].digests_before_load for rank in ranks], "before the model is loaded")
         for rank in ranks:
-            self._refuse_other(rank, self._loaded, _ALIKE)
+            _refuse_other(rank, self._loaded[0], self._loaded[rank], _ALIKE, "rank 0")
         for rank in ranks:
             self._executor.send(rank, StartServing(num_blocks=self._num_blocks))
         return self._end_phase("load", (loaded.phase_seconds for loaded in self._loaded.values()))
-
-    def _refuse_other(self, rank: int, events: Mapping[int, WorkerEvent], alike: tuple[str, ...]) -> None:
-        for field in alike:
-            expected, found = getattr(events[0], field), getattr(events[rank], field)
-            if expected != found:
-                raise StartupError(
-                    f"rank {rank} differs from rank 0 in {field}: expected {expected}, found {found}; "
-                    "all workers must run the same versions on the same kind of device",
-                    rank=rank,
-                    cause=field,
-                )
 
     def _all_warm(self) -> list[StartupProgress]:
         ranks = range(self._executor.world_size)
         compare_digests([self._warm[rank].digests_after_warm_up for rank in ranks], "after warm-up")
         for rank in ranks:
-            self._refuse_other(rank, self._warm, ("fingerprint",))
+            _refuse_other(rank, self._warm[0], self._warm[rank], ("fingerprint",), "rank 0")
         progress = self._end_phase("warm_up", (ready.phase_seconds for ready in self._warm.values()))
         first = self._loaded[0]
         self.ready = EngineReady(
@@ -104,11 +135,11 @@ class StartUp:
             max_model_len=first.max_model_len,
             eos_token_ids=first.eos_token_ids,
             num_blocks=self._num_blocks,
-            block_size=self._config.block_size,
+            block_size=first.block_size,
             world_size=self._executor.world_size,
             fingerprint=first.fingerprint | self._warm[0].fingerprint,
             phase_seconds=self._phase_seconds,
-            worker_pids=[self._pids[rank] for rank in ranks],
+            worker_pids=[self.pids[rank] for rank in ranks],
         )
         return progress
 
@@ -122,3 +153,15 @@ class StartUp:
                 key = f"{phase}.{name}"
                 self._phase_seconds[key] = max(value, self._phase_seconds.get(key, 0.0))
         return [StartupProgress(phase=phase, seconds=seconds)]
+
+
+def _refuse_other(rank: int, one: WorkerEvent, other: WorkerEvent, alike: tuple[str, ...], model: str) -> None:
+    for field in alike:
+        expected, found = getattr(one, field), getattr(other, field)
+        if expected != found:
+            raise StartupError(
+                f"rank {rank} differs from {model} in {field}: expected {expected}, found {found}; "
+                "all workers must run the same versions on the same kind of device",
+                rank=rank,
+                cause=field,
+            )

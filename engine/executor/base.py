@@ -6,7 +6,7 @@ from typing import Protocol
 
 from sempre.engine.config import EngineConfig
 from sempre.ipc.errors import ProtocolError, SempreError
-from sempre.ipc.messages import WorkerCommand, WorkerConfig, WorkerEvent
+from sempre.ipc.messages import WorkerCommand, WorkerConfig, WorkerEvent, WorkerHealth
 
 
 class Executor(Protocol):
@@ -31,11 +31,21 @@ class Executor(Protocol):
     def blame(self, rank: int, error: ProtocolError) -> SempreError:
         """End a worker whose event is wrong; the error to raise for it."""
 
-    def silence_s(self, rank: int) -> float:
-        """Seconds since the last sign of life of a worker."""
+    def health(self) -> list[WorkerHealth]:
+        """What is known of each worker, in rank order."""
 
     def shutdown(self) -> None:
         """End all workers; returns when they are gone. May be called again."""
+
+
+class RestartingExecutor(Executor, Protocol):
+    """One whose workers can be replaced while the others go on."""
+
+    def restart(self, rank: int, cause: str) -> None:
+        """End the worker if it still runs and start another in its place, which begins with its `WorkerHello`.
+
+        Until that one is ready, its failure is a WorkerDied too.
+        """
 
 
 def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerConfig:
@@ -62,4 +72,5 @@ def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerCo
         heartbeat_interval_s=config.heartbeat_interval_s,
         gpu_memory_utilization=config.gpu_memory_utilization,
         enforce_eager=config.enforce_eager,
+        quantization=config.quantization,
     )

@@ -23,6 +23,7 @@ from sempre.ipc.messages import (
     WorkerCommand,
     WorkerEvent,
     WorkerFailed,
+    WorkerHealth,
     WorkerHello,
 )
 
@@ -53,27 +54,57 @@ class LocalExecutor:
         self._hub: HubChannel[WorkerEvent] = HubChannel(
             directory.worker_address, receives=WorkerEvent, limit_bytes=config.max_message_bytes
         )
-        self._startup_deadline = time.monotonic() + config.startup_timeout_s
         threads = threads_per_worker(config.num_threads, self.world_size)
-        environment = child_environment() | thread_variables(threads)
-        address = connect_address or directory.worker_address
-        self._peers: list[WorkerPeer] = []
-        for rank in range(self.world_size):
-            arguments = ["--connect", address, "--rank", str(rank), "--parent-pid", str(os.getpid())]
-            arguments += ["--client-pid", str(os.getppid())]
-            arguments += ["--heartbeat-interval-s", repr(config.heartbeat_interval_s)]
-            arguments += ["--max-message-bytes", str(config.max_message_bytes)]
-            log_path = directory.log_path(f"worker-{rank}")
-            child = ChildProcess(worker_module, arguments, log_path=log_path, environment=environment)
-            self._peers.append(WorkerPeer(rank, child))
+        self._environment = child_environment() | thread_variables(threads)
+        self._worker_module = worker_module
+        self._address = connect_address or directory.worker_address
+        self._directory = directory
+        self._poller: zmq.Poller | None = None
+        self._ending = False
+        self._peers = [self._start(rank) for rank in range(self.world_size)]
         self._by_identity: dict[bytes, WorkerPeer] = {}
+        self._departed: set[bytes] = set()
+
+    def _start(self, rank: int, *, num_restarts: int = 0, restart_cause: str = "") -> WorkerPeer:
+        arguments = ["--connect", self._address, "--rank", str(rank), "--parent-pid", str(os.getpid())]
+        arguments += ["--client-pid", str(os.getppid())]
+        arguments += ["--heartbeat-interval-s", repr(self._config.heartbeat_interval_s)]
+        arguments += ["--max-message-bytes", str(self._config.max_message_bytes)]
+        log_path = self._directory.log_path(f"worker-{rank}")
+        child = ChildProcess(self._worker_module, arguments, log_path=log_path, environment=self._environment)
+        ready_by = time.monotonic() + self._config.startup_timeout_s
+        return WorkerPeer(rank, child, ready_by, num_restarts=num_restarts, restart_cause=restart_cause)
 
     def register(self, poller: zmq.Poller) -> None:
         """Have `poller` wake up for frames of the workers and for their ends."""
+        self._poller = poller
         poller.register(self._hub.socket, zmq.POLLIN)
         for peer in self._peers:
-            if (descriptor := peer.child.fileno()) is not None:
-                poller.register(descriptor, zmq.POLLIN)
+            self._watch(peer)
+
+    def _watch(self, peer: WorkerPeer) -> None:
+        if self._poller is not None and (descriptor := peer.child.fileno()) is not None:
+            self._poller.register(descriptor, zmq.POLLIN)
+
+    def restart(self, rank: int, cause: str) -> None:
+        old = self._peers[rank]
+        if self._poller is not None and (descriptor := old.child.fileno()) is not None:
+            self._poller.unregister(descriptor)
+        old.child.kill()
+        old.child.close()
+        if old.identity is not None:
+            # what it sent before its end may still arrive
+            self._departed.add(old.identity)
+            del self._by_identity[old.identity]
+            self._hub.forget(old.identity)
+        self._peers[rank] = self._start(rank, num_restarts=old.num_restarts + 1, restart_cause=cause)
+        self._watch(self._peers[rank])
+        if self._ending:
+            # `kill_all` of another thread may have missed it
+            self._peers[rank].child.send_kill()
+
+    def health(self) -> list[WorkerHealth]:
+        return [peer.health() for peer in self._peers]
 
     def send(self, rank: int, command: WorkerCommand) -> None:
         peer = self._peers[rank]
@@ -97,6 +128,8 @@ class LocalExecutor:
     def _next_event(self) -> tuple[int, WorkerEvent] | None:
         while (arrival := self._hub.receive()) is not None:
             identity, event = arrival
+            if identity in self._departed:
+                continue
             peer = self._by_identity.get(identity)
             if isinstance(event, ProtocolError):
                 assert peer is not None
@@ -112,11 +145,9 @@ class LocalExecutor:
     def blame(self, rank: int, error: ProtocolError) -> SempreError:
         return self._end(self._peers[rank], f"it broke the protocol: {error}")
 
-    def silence_s(self, rank: int) -> float:
-        return time.monotonic() - self._peers[rank].last_heard
-
     def kill_all(self) -> None:
         """SIGKILL without waiting; callable from any thread."""
+        self._ending = True
         for peer in self._peers:
             peer.child.send_kill()
 
@@ -163,7 +194,10 @@ class LocalExecutor:
         peer.last_heard = time.monotonic()
         match event:
             case Heartbeat():
-                self._hub.send(identity, Heartbeat(steps_done=event.steps_done))
+                try:
+                    self._hub.send(identity, Heartbeat(steps_done=event.steps_done))
+                except ProtocolError as error:
+                    raise self._end(peer, str(error)) from error
                 return False
             case Refused(error=error):
                 raise self._end(peer, f"it refused a frame: {error.message}")
@@ -187,7 +221,7 @@ class LocalExecutor:
             silence_s = now - peer.last_heard
             if peer.serving and silence_s > self._config.heartbeat_timeout_s:
                 raise self._end(peer, f"no heartbeat for {silence_s:.1f} s")
-            if not peer.serving and now > self._startup_deadline:
+            if not peer.serving and now > peer.ready_by:
                 raise self._end(peer, f"not ready after {self._config.startup_timeout_s:g} s (startup_timeout_s)")
 
     def _end(self, peer: WorkerPeer, cause: str | None = None) -> SempreError:

@@ -20,8 +20,10 @@ from sempre.ipc.messages import (
     WorkerCommand,
     WorkerEvent,
     WorkerFailed,
+    WorkerHealth,
     WorkerHello,
     WorkerReady,
+    WorkerState,
 )
 
 _ANSWERS: dict[type[WorkerCommand], type[WorkerEvent]] = {
@@ -33,20 +35,32 @@ _ANSWERS: dict[type[WorkerCommand], type[WorkerEvent]] = {
 
 
 class WorkerPeer:
-    """Tracks the commands that a worker has yet to answer, oldest first."""
+    """Tracks the commands that a worker has yet to answer, oldest first.
 
-    def __init__(self, rank: int, child: ChildProcess) -> None:
+    `num_restarts` workers had this rank before; the last of them ended by `restart_cause`.
+    """
+
+    def __init__(
+        self, rank: int, child: ChildProcess, ready_by: float, *, num_restarts: int = 0, restart_cause: str = ""
+    ) -> None:
         self.rank = rank
         self.child = child
+        self.ready_by = ready_by
+        self.num_restarts = num_restarts
+        self.restart_cause = restart_cause
         self.identity: bytes | None = None
         self.serving = False
         self.last_heard = time.monotonic()
         self._owed: deque[WorkerCommand] = deque()
+        self._owed_since = 0.0
         self._last_step_id = -1
+        self._last_step_at: float | None = None
         self._last_word: ErrorInfo | None = None
 
     def sent(self, command: WorkerCommand) -> None:
         if type(command) in _ANSWERS:
+            if not self._owed:
+                self._owed_since = time.monotonic()
             self._owed.append(command)
 
     def check(self, event: WorkerEvent) -> None:
@@ -66,14 +80,35 @@ class WorkerPeer:
             case CallMethod(call_id=expected), CallMethodReply(call_id=found):
                 _expect("CallMethodReply.call_id", expected, found)
         self._owed.popleft()
+        # it can begin the next one only now
+        self._owed_since = time.monotonic()
         if isinstance(event, StepResult):
             self._last_step_id = event.step_id
+            self._last_step_at = self._owed_since
         if isinstance(event, WorkerReady):
             self.serving = True
 
     def is_repetition(self, event: WorkerEvent) -> bool:
         """Whether it answers a step that has been answered: harmless, as nobody waits for it."""
         return isinstance(event, StepResult) and event.step_id <= self._last_step_id
+
+    def health(self) -> WorkerHealth:
+        now = time.monotonic()
+        if self.serving:
+            state: WorkerState = "ready"
+        else:
+            state = "restarting" if self.num_restarts else "starting"
+        in_step = bool(self._owed) and isinstance(self._owed[0], ExecuteStep)
+        return WorkerHealth(
+            rank=self.rank,
+            pid=self.child.pid,
+            state=state,
+            heartbeat_age_s=None if self.identity is None else now - self.last_heard,
+            step_age_s=now - self._owed_since if in_step else None,
+            last_step_age_s=None if self._last_step_at is None else now - self._last_step_at,
+            num_restarts=self.num_restarts,
+            cause=self.restart_cause,
+        )
 
     def death(self, cause: str | None = None) -> SempreError:
         """The error to raise once the process has ended; `cause` is ours, where we ended it."""
@@ -84,7 +119,7 @@ class WorkerPeer:
         ending = self.child.describe_exit()
         text = f"worker {self.rank} (pid {self.child.pid}) died: {ending}" + (f"; {cause}" if cause else "")
         traceback = word.traceback if word else self.child.log_tail()
-        if not self.serving:
+        if not self.serving and not self.num_restarts:
             original = restore(word) if word else None
             return original or StartupError(f"{text}\n{traceback}".rstrip(), rank=self.rank, cause=cause or ending)
         return WorkerDied(

@@ -18,7 +18,7 @@ from sempre.engine.frontend.request_builder import RequestBuilder, RequestLimits
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.error_info import restore
-from sempre.ipc.errors import ConfigError, ModelError, RequestError, SempreError
+from sempre.ipc.errors import ConfigError, ModelError, RequestCrashed, RequestError, SempreError
 from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, StartupProgress
 
 logger = logging.getLogger(__name__)
@@ -138,10 +138,14 @@ def call_results(reply: CallWorkersReply, method: str) -> list[object]:
 
 
 def raise_failure(state: RequestState) -> None:
-    """Raise RequestError when a sequence of the request failed while it ran."""
+    """Raise RequestError when a sequence of the request failed while it ran; RequestCrashed if its worker did, too."""
     if state.error is not None:
         name = state.request.request_id
-        raise RequestError(f"request {name} failed: {state.error.type}: {state.error.message}", request_id=name)
+        text = f"request {name} failed: {state.error.type}: {state.error.message}"
+        original = restore(state.error)
+        if isinstance(original, RequestCrashed):
+            raise RequestCrashed(text, request_id=name, num_crashes=original.num_crashes)
+        raise RequestError(text, request_id=name)
 
 
 def worker_call(

@@ -109,6 +109,8 @@ class RequestBuilder:
                 token_ids = self._checked_ids("prompt_token_ids", given_ids)
             spec = self._fitted(self._sampling_spec(params), params, token_ids)
             self._check_priority(priority)
+            _check_text("cache_salt", cache_salt)
+            _check_text("request_id", request_id)
         except RequestError as error:
             if not where:
                 raise
@@ -156,7 +158,8 @@ class RequestBuilder:
             min_tokens=params.min_tokens,
             temperature=params.temperature,
             top_p=params.top_p,
-            top_k=params.top_k,
+            # more than the vocabulary keeps all of it
+            top_k=min(params.top_k, self._limits.vocab_size),
             min_p=params.min_p,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
@@ -221,6 +224,10 @@ class RequestBuilder:
                 )
 
     def _check_priority(self, priority: int) -> None:
+        if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
+            raise RequestError(
+                f"priority must be an int of 64 bits, got {priority!r}.", parameter="priority", value=priority
+            )
         if priority != 0 and not self._limits.allows_priority:
             raise RequestError(
                 f"Got priority {priority} but priority scheduling is not enabled. Set scheduling_policy='priority'.",
@@ -261,6 +268,22 @@ class RequestBuilder:
                 forms.append(spaced)
             sequences += [self._checked_ids("bad_words", form) for form in forms]
         return sequences
+
+
+def _check_text(parameter: str, value: object) -> None:
+    """Raise RequestError for what cannot cross a process as a string; None is left out."""
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise RequestError(f"{parameter} must be a string, got {value!r}.", parameter=parameter, value=value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{parameter} has no UTF-8 form: {error.reason} at character {error.start}.",
+            parameter=parameter,
+            value=value,
+        ) from None
 
 
 def _one_each(parameter: str, values: Any, kind: type, count: int) -> list[Any]:

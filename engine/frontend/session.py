@@ -9,6 +9,7 @@ from itertools import count
 from typing import TypeVar
 
 from sempre.engine.client.interface import EngineClient
+from sempre.engine.client.ledger import frames
 from sempre.engine.frontend.deadline import Deadline
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
 from sempre.engine.frontend.request_builder import PreparedRequest
@@ -28,9 +29,6 @@ from sempre.ipc.messages import (
 )
 
 Reply = TypeVar("Reply", CallWorkersReply, MetricsReply, ResetPrefixCacheReply)
-
-# Requests travel in frames of about this size, so that the first ones are at work while the last ones are sent.
-FRAME_BYTES = 1 << 20
 
 
 class Session:
@@ -113,28 +111,11 @@ class Session:
 
 
 def frames_of(requests: Iterable[PreparedRequest]) -> Iterator[list[RequestSpec]]:
-    """Return the sequences of all requests in order, cut into lists of about FRAME_BYTES each."""
-    frame: list[RequestSpec] = []
-    size = 0
-    for request in requests:
-        for spec in request.sequences:
-            frame.append(spec)
-            size += _estimated_bytes(spec)
-            if size >= FRAME_BYTES:
-                yield frame
-                frame, size = [], 0
-    if frame:
-        yield frame
+    """Return the sequences of all requests in order, cut into lists that fit into a frame."""
+    return frames(spec for request in requests for spec in request.sequences)
 
 
 def check_refused(event: ClientEvent) -> None:
     """Raise the error with which the coordinator refused a frame of ours."""
     if isinstance(event, Refused):
         raise restore(event.error) or ProtocolError(f"{event.error.type}: {event.error.message}")
-
-
-def _estimated_bytes(spec: RequestSpec) -> int:
-    """Return roughly the packed size: five bytes per token id, nine more per float."""
-    params = spec.params
-    num_ids = len(spec.prompt_token_ids) + len(params.allowed_token_ids or []) + 3 * len(params.logit_bias)
-    return 256 + 5 * (num_ids + sum(map(len, params.bad_words_token_ids)))

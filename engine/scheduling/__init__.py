@@ -1,6 +1,7 @@
 """Which request computes what in the next step: continuous batching over a paged, prefix-cached KV cache.
 
     scheduler.py         Scheduler: add, abort, schedule, update, restart
+    quarantine.py        Quarantine: after a crash, requests run alone until the one that caused it is found
     request.py           Request: one sequence and how far it has come
     limits.py            Limits: how long a sequence can get
     step_in_flight.py    StepInFlight: a step whose result is not back yet, and the check of that result

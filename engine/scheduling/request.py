@@ -59,9 +59,9 @@ class Request:
         self.request_id = spec.request_id
         self.order_key: OrderKey = (priority, spec.ordinal, spec.request_id)
 
-        self.token_ids = list(spec.prompt_token_ids)
+        self.token_ids = [*spec.prompt_token_ids, *spec.output_token_ids]
         self.num_prompt_tokens = len(spec.prompt_token_ids)
-        self.num_tokens = self.num_prompt_tokens
+        self.num_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.min_total_tokens = self.num_prompt_tokens + params.min_tokens
         self.max_total_tokens = min(self.num_prompt_tokens + params.max_tokens, limits.max_model_len)
@@ -74,12 +74,13 @@ class Request:
         self.stop_reason: int | None = None
 
         self.is_running = False
-        self.was_admitted = False
+        # one that another engine began: its prompt was counted and its cached tokens reported there
+        self.was_admitted = bool(spec.output_token_ids or spec.num_prompt_logprobs_delivered)
         self.is_known_to_worker = False
         self.cached_tokens_to_report = 0
         self.wants_prompt_logprobs = params.prompt_logprobs is not None
-        self.prompt_logprobs_start = 1
-        self.num_prompt_logprobs_delivered = 0
+        self.num_prompt_logprobs_delivered = spec.num_prompt_logprobs_delivered
+        self.prompt_logprobs_start = 1 + spec.num_prompt_logprobs_delivered
 
         # owned by KVCacheManager
         self.block_ids: list[int] = []

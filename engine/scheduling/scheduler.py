@@ -6,6 +6,8 @@ One step takes at most `max_num_batched_tokens` tokens of at most `max_num_seqs`
 1. running requests, in order; one that needs a block when none is left preempts the last running request, or itself;
 2. then, if nobody was preempted, waiting requests, in order, while the first of them fits. None overtakes another.
 
+After a crash of the worker the requests that were at work run alone first, see quarantine.py.
+
 A preempted request gives its blocks back and waits again at its place in the order; what it had computed is
 computed again. None of this shows in a request's tokens: they depend on its own prompt, parameters and seed alone.
 """
@@ -20,10 +22,12 @@ import msgspec
 
 from sempre.engine.scheduling.kv_cache_manager import KVCacheManager
 from sempre.engine.scheduling.limits import Limits
+from sempre.engine.scheduling.quarantine import Quarantine
 from sempre.engine.scheduling.request import OrderKey, Request
 from sempre.engine.scheduling.stats import SchedulerStats
 from sempre.engine.scheduling.step_in_flight import StepInFlight, first_rows, num_rows
-from sempre.ipc.errors import ConfigError, ProtocolError, RequestError
+from sempre.ipc.error_info import describe
+from sempre.ipc.errors import ConfigError, ProtocolError, RequestCrashed, RequestError
 from sempre.ipc.messages import (
     ErrorInfo,
     ExecuteStep,
@@ -55,6 +59,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         policy: str,
         enable_prefix_caching: bool,
+        max_request_crashes: int = 3,
     ) -> None:
         """Raises ConfigError for a size below 1 or an unknown policy."""
         sizes = {
@@ -81,6 +86,7 @@ class Scheduler:
         self._running: list[Request] = []  # sorted by order key, as is _waiting
         self._waiting: list[Request] = []
         self._in_flight: deque[StepInFlight] = deque()
+        self._quarantine = Quarantine(max_request_crashes)
         self._finished_ids: list[str] = []  # known to the worker, to be told with the next step
         self._next_step_id = 0
         self._counters = SchedulerStats()
@@ -94,6 +100,10 @@ class Scheduler:
             raise RequestError(message, parameter="request_id", value=spec.request_id, request_id=spec.request_id)
         self._limits.check_prompt(spec)
         request = Request(spec, spec.priority if self._uses_priority else 0, self._limits)
+        if request.num_tokens > request.compute_limit:
+            length, limit = request.num_tokens, request.compute_limit
+            message = f"output_token_ids: the sequence has {length} tokens, and at most {limit} can go on."
+            raise RequestError(message, parameter="output_token_ids", value=length, request_id=spec.request_id)
         self._requests[spec.request_id] = request
         insort(self._waiting, request, key=ORDER_KEY)
 
@@ -120,8 +130,14 @@ class Scheduler:
     def schedule(self) -> ExecuteStep | None:
         """Plan the next step; None when there is nothing to compute before the next add or update."""
         draft = StepInFlight(self._next_step_id, self._max_num_batched_tokens)
-        if self._schedule_running(draft):
-            self._schedule_waiting(draft)
+        suspect = self._quarantine.current
+        if suspect is None:
+            if self._schedule_running(draft):
+                self._schedule_waiting(draft)
+        elif suspect.is_running:
+            self._schedule_running(draft)  # nobody else is running
+        else:
+            self._admit(draft, suspect)
         if not draft.scheduled:
             return None
         self._next_step_id += 1
@@ -172,27 +188,42 @@ class Scheduler:
                 return None
         return block_ids
 
+    def _release_suspect(self, request: Request) -> None:
+        """It has passed: the next one runs alone, and its own turn comes again after the last."""
+        self._quarantine.release(request)
+        if request.is_running:
+            self._running.remove(request)
+            request.is_running = False
+            self._kv_cache.release(request)
+            insort(self._waiting, request, key=ORDER_KEY)
+
     def _schedule_waiting(self, draft: StepInFlight) -> None:
         """Admit waiting requests, strictly in order."""
         while self._waiting and draft.budget and len(self._running) < self._max_num_seqs:
-            request = self._waiting[0]
-            if request.num_tokens > request.compute_limit:
-                break  # preempted while its last token was in flight: the update to come ends it
-            cached_blocks = self._kv_cache.find_cached_blocks(request)
-            if not self._kv_cache.can_admit(request, cached_blocks):
+            if not self._admit(draft, self._waiting[0]):
                 break
-            num_cached = len(cached_blocks) * self._kv_cache.block_size
-            num_new = min(request.num_tokens - num_cached, draft.budget)
-            self._kv_cache.admit(request, cached_blocks, num_cached + num_new)
-            self._count_admission(request, num_cached)
-            del self._waiting[0]
-            insort(self._running, request, key=ORDER_KEY)
-            request.is_running = True
-            request.admitted_at_step = draft.step_id
-            if not request.is_known_to_worker:
-                request.is_known_to_worker = True
-                draft.new_requests.append(_new_request(request))
-            draft.plan(request, num_new, 0, request.block_ids.copy())
+
+    def _admit(self, draft: StepInFlight, request: Request) -> bool:
+        """Plan the first tokens of a waiting request; False when it does not fit now."""
+        if request.num_tokens > request.compute_limit:
+            return False  # preempted while its last token was in flight: the update to come ends it
+        cached_blocks = self._kv_cache.find_cached_blocks(request)
+        if not self._kv_cache.can_admit(request, cached_blocks):
+            return False
+        num_cached = len(cached_blocks) * self._kv_cache.block_size
+        num_new = min(request.num_tokens - num_cached, draft.budget)
+        self._kv_cache.admit(request, cached_blocks, num_cached + num_new)
+        self._count_admission(request, num_cached)
+        key: OrderKey = request.order_key
+        del self._waiting[bisect_left(self._waiting, key, key=ORDER_KEY)]
+        insort(self._running, request, key=ORDER_KEY)
+        request.is_running = True
+        request.admitted_at_step = draft.step_id
+        if not request.is_known_to_worker:
+            request.is_known_to_worker = True
+            draft.new_requests.append(_new_request(request))
+        draft.plan(request, num_new, 0, request.block_ids.copy())
+        return True
 
     def _count_admission(self, request: Request, num_cached: int) -> None:
         counters = self._counters
@@ -234,6 +265,8 @@ class Scheduler:
                 self._kv_cache.commit(request, num_written)
             if sampled.token_ids or sampled.prompt_logprobs is not None:
                 deltas.append(self._apply(request, sampled))
+            if self._quarantine and self._quarantine.has_passed(request):
+                self._release_suspect(request)
         return deltas
 
     def _apply(self, request: Request, sampled: SampledTokens) -> RequestOutputDelta:
@@ -288,6 +321,7 @@ class Scheduler:
         del queue[bisect_left(queue, key, key=ORDER_KEY)]
         request.is_running = False
         self._kv_cache.release(request)
+        self._quarantine.release(request)
         del self._requests[request.request_id]
         if request.is_known_to_worker:
             self._finished_ids.append(request.request_id)
@@ -295,11 +329,13 @@ class Scheduler:
 
     # The rest
 
-    def restart(self) -> None:
-        """The worker was replaced by one that knows nothing: every unfinished request waits again.
+    def restart(self, cause: str) -> list[RequestOutputDelta]:
+        """The worker died by `cause`; the next one knows nothing: every unfinished request waits again.
 
-        Steps in flight are lost; their results must not be given to `update` any more.
+        Steps in flight are lost; their results must not be given to `update` any more. Requests that were at work in
+        too many crashes end here, with an error.
         """
+        guilty = self._quarantine.note_crash(self._in_flight)
         for request in self._running:
             request.is_running = False
             self._kv_cache.release(request)
@@ -310,6 +346,18 @@ class Scheduler:
         self._in_flight.clear()
         self._finished_ids.clear()
         self._kv_cache.forget_cached()
+        self._counters.num_worker_restarts += 1
+        return [self._given_up(request, num_crashes, cause) for request, num_crashes in guilty]
+
+    def _given_up(self, request: Request, num_crashes: int, cause: str) -> RequestOutputDelta:
+        request.finish_reason = "error"
+        error = RequestCrashed(
+            f"Request {request.request_id!r} was being computed in {num_crashes} crashes of its worker, the last: "
+            f"{cause}. It is not tried again (max_request_crashes).",
+            request_id=request.request_id,
+            num_crashes=num_crashes,
+        )
+        return self._ended_by_error(request, describe(error))
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks; False, and nothing done, while a request holds blocks."""

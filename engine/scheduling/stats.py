@@ -16,6 +16,7 @@ class SchedulerStats(Struct, kw_only=True):
     # counters
     num_steps: int = 0
     num_preemptions: int = 0
+    num_worker_restarts: int = 0
     prompt_tokens: int = 0  # of requests admitted for the first time
     cached_prompt_tokens: int = 0  # those of them taken from the prefix cache
     generation_tokens: int = 0

@@ -42,7 +42,6 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_prompts: Annotated[int, _doc("most prompts in one request")] = 1024
     shutdown_timeout: Annotated[float, _doc("seconds that running requests have left after SIGTERM")] = 30.0
     keep_alive_timeout: Annotated[float, _doc("seconds that an idle connection stays open")] = 5.0
-    step_timeout: Annotated[float, _doc("/health calls a step stuck after this many seconds")] = 60.0
     metrics_prefix: Annotated[MetricsPrefix, _doc("prefix of the names at /metrics")] = "sempre"
     log_format: Annotated[LogFormat, _doc("form of log lines")] = "text"
     enable_access_log: Annotated[bool, _doc("log a line per request")] = True
@@ -72,12 +71,6 @@ def server_config(settings: Mapping[str, Any]) -> ServerConfig:
             raise ConfigError(f"{name} must be at least {least}, got {value}.", parameter=name, value=value)
     if config.port > 65535:
         raise ConfigError(f"port must be at most 65535, got {config.port}.", parameter="port", value=config.port)
-    if not 0.0 < config.step_timeout < math.inf:
-        raise ConfigError(
-            f"step_timeout must be a positive number of seconds, got {config.step_timeout}.",
-            parameter="step_timeout",
-            value=config.step_timeout,
-        )
     if (config.ssl_keyfile is None) != (config.ssl_certfile is None):
         raise ConfigError("ssl_keyfile and ssl_certfile need each other; give both.", parameter="ssl_keyfile")
     if config.ssl_ca_certs is not None and config.ssl_certfile is None:

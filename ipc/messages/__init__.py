@@ -26,6 +26,8 @@ from sempre.ipc.messages.client import (
     ShutdownEngine,
     StartupProgress,
     WorkerHealth,
+    WorkerState,
+    WorkerStateChanged,
 )
 from sempre.ipc.messages.common import (
     PROTOCOL_VERSION,
@@ -104,4 +106,6 @@ __all__ = [
     "WorkerHealth",
     "WorkerHello",
     "WorkerReady",
+    "WorkerState",
+    "WorkerStateChanged",
 ]

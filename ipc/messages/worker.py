@@ -34,7 +34,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     max_model_len: int | None = None
     max_num_seqs: Positive = 128
     max_num_batched_tokens: Positive = 2048
-    block_size: Positive = 16
+    block_size: Positive | None = 16
     kv_cache_memory_bytes: int | None = None
     num_threads: NonNegative = 0
     numerics: str = "invariant"
@@ -42,6 +42,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     heartbeat_interval_s: float = 0.5
     gpu_memory_utilization: float = 0.92
     enforce_eager: bool = False
+    quantization: str | None = None
 
 
 class LoadModel(Message, frozen=True, kw_only=True):
@@ -138,6 +139,7 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     fingerprint: dict[str, str] = {}
     phase_seconds: dict[str, float] = {}
     max_steps_in_flight: Positive = 1
+    block_size: Positive = 16
 
 
 class WorkerReady(Message, frozen=True, kw_only=True):

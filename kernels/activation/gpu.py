@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sempre.kernels.gpu_jit import EXACT, jit
+from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 BLOCK = 1024
 
@@ -21,6 +21,7 @@ def silu_times(gate: Any, up: Any) -> Any:
 
 @jit(runtime=("width",))
 def _silu_and_mul(gate_up: Any, out: Any, width: Any, BLOCK: tl.constexpr) -> None:
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
@@ -34,5 +35,5 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     rows, width = out.shape
     if rows:
         grid = (rows, triton.cdiv(width, BLOCK))
-        _silu_and_mul[grid](gate_up, out, width, BLOCK=BLOCK, num_warps=4, **EXACT)
+        _silu_and_mul[grid](gate_up, out, width, BLOCK=BLOCK, num_warps=4, **CHAINED)
     return out

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from sempre.kernels.attention.cache import AttentionWorkspace, KvCache
-from sempre.kernels.attention.gpu_tiles import LOWEST, find_request, merge, walk_split
-from sempre.kernels.gpu_jit import EXACT, jit
+from sempre.kernels.attention.gpu_tiles import LOWEST, find_request, merge, prefetch_tiles, walk_split
+from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 # a property of the result: never change it with the shape of a step
 SPLIT = 512
@@ -77,6 +77,7 @@ def _attend(
     SINGLE_ROWS: tl.constexpr,
     MODE: tl.constexpr,
     SUM_BY_DOT: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
     TOKENS: tl.constexpr = BLOCK_M // GROUP
@@ -91,6 +92,11 @@ def _attend(
     row = tl.load(starts + r)
     count = tl.load(starts + r + 1) - row
     context = tl.load(lens + r)
+    table = tables + r.to(tl.int64) * table_stride
+    if PREFETCH > 0:
+        # the keys of the step itself are being written, but that is seen when they are read
+        prefetch_tiles(context, tl.program_id(2) * SPLIT, keys, values, table, head, KV_HEADS, DIM, BLOCK, PREFETCH)
+    wait_for_previous()
     # requests of one row belong to the other launch; padding has no rows or no context
     if (first >= count) | (context < count) | ((count == 1) != SINGLE_ROWS):
         return
@@ -108,7 +114,6 @@ def _attend(
     q_at = qkv + (row + token).to(tl.int64)[:, None] * row_size + query_head[:, None] * DIM + d[None, :]
     q = tl.load(q_at, mask=in_dim, other=0.0)
     out_row = (row + token).to(tl.int64) * (KV_HEADS * GROUP) + query_head
-    table = tables + r.to(tl.int64) * table_stride
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(first_position - WINDOW + 1, 0) // 64 * 64
@@ -175,6 +180,7 @@ def _merge_splits(
     row = tl.load(starts + r)
     count = tl.load(starts + r + 1) - row
     context = tl.load(lens + r)
+    wait_for_previous()
     if (first >= count) | (context < count) | ((count == 1) != SINGLE_ROWS):
         return
     position = context - count + first
@@ -192,6 +198,13 @@ def _merge_splits(
         acc_split = tl.load(part_acc + at * DIM + d, mask=d < DIM, other=0.0)
         m, l, acc = merge(m, l, acc, tl.load(part_m + at + one), tl.load(part_l + at + one), acc_split)  # noqa: E741
     tl.store(out + out_row * DIM + d, acc / l[:, None], mask=d < DIM)
+
+
+def _prefetched_tiles(programs: int, block_size: int, head_dim: int) -> int:
+    """Tiles of keys that a decode program asks for before its query is there: what fits the L2 cache together."""
+    if block_size != 64 or head_dim & (head_dim - 1) or programs > TARGET_PROGRAMS:
+        return 0
+    return 4 if programs < FEW_PROGRAMS else 1
 
 
 def paged_attention(
@@ -292,9 +305,12 @@ def _launch(
         SINGLE_ROWS=single_rows,
         MODE=mode,
         SUM_BY_DOT=SUM_BY_DOT,
+        PREFETCH=_prefetched_tiles(num_requests * num_kv_heads, cache.k.shape[2], head_dim)
+        if single_rows and not window
+        else 0,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
-        **EXACT,
+        **CHAINED,
     )
     if mode == PARALLEL:
         heads = num_kv_heads * group
@@ -315,5 +331,5 @@ def _launch(
             SPLIT=SPLIT,
             SINGLE_ROWS=single_rows,
             num_warps=1,
-            **EXACT,
+            **CHAINED,
         )

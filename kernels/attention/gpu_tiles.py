@@ -12,9 +12,11 @@ from typing import Any
 
 import triton.language as tl
 
-from sempre.kernels.gpu_jit import jit
+from sempre.kernels.gpu_jit import jit, prefetch
 
 TILE = 64
+# elements of 16 bit in a cache line
+LINE = tl.constexpr(64)
 # a maximum that is below every score, and finite so that no difference of maxima is NaN
 LOWEST = tl.constexpr(-1.0e30)
 
@@ -31,6 +33,30 @@ def find_request(starts: Any, index: Any, num_requests: Any, TOKENS: tl.constexp
         else:
             high = middle
     return low - 1
+
+
+@jit()
+def prefetch_tiles(
+    context: Any,
+    low: Any,
+    keys: Any,
+    values: Any,
+    table: Any,
+    head: Any,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+) -> None:
+    """Ask for the keys and values of the first TILES tiles from key `low` on; a block holds one tile."""
+    LINES: tl.constexpr = 64 * DIM // LINE
+    for j in tl.static_range(TILES):
+        start = low + j * 64
+        if start < context:
+            page = tl.load(table + start // 64).to(tl.int64)
+            at = (page * KV_HEADS + head) * BLOCK * DIM + tl.arange(0, LINES) * LINE
+            prefetch(keys + at)
+            prefetch(values + at)
 
 
 @jit()

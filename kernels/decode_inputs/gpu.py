@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton.language as tl
 
-from sempre.kernels.gpu_jit import jit
+from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 if TYPE_CHECKING:
     from sempre.kernels.decode_inputs import DecodeInputs
@@ -30,6 +30,7 @@ def _decode_inputs_kernel(
     BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
+    wait_for_previous()
     row = tl.program_id(0)
     slot = tl.load(rows + row)
     if slot < 0:
@@ -66,12 +67,22 @@ def decode_inputs(
     """As the package says."""
     num_rows = rows.shape[1]
     _decode_inputs_kernel[(num_rows,)](
-        rows, last_tokens, tables, *out, num_rows, tables.shape[1], BLOCK_SIZE=block_size, CHUNK=_CHUNK, num_warps=2
+        rows,
+        last_tokens,
+        tables,
+        *out,
+        num_rows,
+        tables.shape[1],
+        BLOCK_SIZE=block_size,
+        CHUNK=_CHUNK,
+        num_warps=2,
+        **CHAINED,
     )
 
 
 @jit(runtime=("num_rows",))
 def _record_tokens_kernel(slots: Any, token_ids: Any, last_tokens: Any, num_rows: Any, ROWS: tl.constexpr) -> None:
+    wait_for_previous()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slots + row, mask=row < num_rows, other=-1)
     token = tl.load(token_ids + row, mask=slot >= 0, other=0)
@@ -81,4 +92,5 @@ def _record_tokens_kernel(slots: Any, token_ids: Any, last_tokens: Any, num_rows
 def record_tokens(slots: torch.Tensor, token_ids: torch.Tensor, last_tokens: torch.Tensor) -> None:
     """As the package says."""
     num_rows = slots.shape[0]
-    _record_tokens_kernel[(-(-num_rows // _CHUNK),)](slots, token_ids, last_tokens, num_rows, ROWS=_CHUNK, num_warps=2)
+    grid = (-(-num_rows // _CHUNK),)
+    _record_tokens_kernel[grid](slots, token_ids, last_tokens, num_rows, ROWS=_CHUNK, num_warps=2, **CHAINED)

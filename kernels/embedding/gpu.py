@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sempre.kernels.gpu_jit import EXACT, jit
+from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 BLOCK = 1024
 
@@ -22,6 +22,7 @@ def _embed(
     width: Any,
     BLOCK: tl.constexpr,
 ) -> None:
+    wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(token_ids + row)
@@ -38,5 +39,5 @@ def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> to
     rows, width = out.shape
     if rows:
         grid = (rows, triton.cdiv(width, BLOCK))
-        _embed[grid](token_ids, table, out, table.shape[0], width, BLOCK=BLOCK, num_warps=4, **EXACT)
+        _embed[grid](token_ids, table, out, table.shape[0], width, BLOCK=BLOCK, num_warps=4, **CHAINED)
     return out

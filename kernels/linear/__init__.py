@@ -2,8 +2,11 @@
 
 Contract: every output element is one float32 accumulator over k ascending, starting at 0; the bias is added last. So
 a row's result depends on nothing but that row and the weight: not on the number of rows, its place among them, the
-tile that computed it, or the number of threads. On CPU each step is one fused multiply-add and 16-bit weights are
-widened exactly; on a GPU the steps are the tensor core's own, K is never split, and x has the weight's dtype.
+tile that computed it, or the number of threads. On CPU each step is one fused multiply-add, and 16-bit and fp8 weights
+are widened exactly; on a GPU the steps are the tensor core's own, K is never split, and x has the weight's dtype.
+
+fp8 weights: the accumulator is multiplied by the scale of x's row, if the scheme quantises x (`kernels.fp8`), then by
+the scale of the output channel, each product rounded to float32, and the bias is added after.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from __future__ import annotations
 import torch
 
 from sempre.kernels.activation import silu_and_mul
+from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.linear import cpu
-from sempre.kernels.linear.control import ControlLinear, control_linear, control_pack
+from sempre.kernels.linear.control import ControlLinear, control_linear, control_pack, control_pack_fp8
 from sempre.kernels.linear.cpu import PackedLinear
 from sempre.kernels.linear.weights import GpuLinear
 
@@ -22,8 +26,10 @@ __all__ = [
     "PackedLinear",
     "control_linear",
     "control_pack",
+    "control_pack_fp8",
     "linear",
     "linear_silu_and_mul",
+    "pack_fp8_linear",
     "pack_linear",
 ]
 
@@ -35,10 +41,19 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
     return cpu.pack_linear(weight, bias)
 
 
+def pack_fp8_linear(
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
+) -> PackedLinear | GpuLinear:
+    """As `pack_linear`, of the fp8 `weight` [N, K] without NaN, times `scale` [N]."""
+    if weight.is_cuda:
+        return GpuLinear(weight.contiguous(), bias, scale=scale.float().contiguous(), scheme=scheme)
+    return cpu.pack_fp8_linear(weight, scale, bias, scheme)
+
+
 def linear(x: torch.Tensor, w: PackedLinear | GpuLinear, out: torch.Tensor) -> torch.Tensor:
     """x [T, K] times the prepared weight into out [T, N]; both contiguous. Returns `out`.
 
-    CPU: x and out float32. GPU: x in the weight's dtype, out in it or float32.
+    CPU: x and out float32. GPU: x in the weight's dtype (any, if that is fp8), out in x's or float32.
     """
     if isinstance(w, PackedLinear):
         return cpu.linear(x, w, out)

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
+from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
+
 
 @dataclass(frozen=True)
 class ControlLinear:
-    """A weight [N, K] and bias [N], float32 on CPU, as they are on a GPU."""
+    """A weight [N, K] and bias [N], float32 on CPU, as they are on a GPU; an fp8 weight widened to float32."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    scheme: Fp8Scheme | None = None
 
     @property
     def in_features(self) -> int:
@@ -36,7 +39,16 @@ def control_pack(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Cont
     return ControlLinear(weight.float(), bias.float() if bias is not None else None)
 
 
+def control_pack_fp8(
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
+) -> ControlLinear:
+    return ControlLinear(weight.float() * scale[:, None], bias.float() if bias is not None else None, scheme)
+
+
 def control_linear(x: torch.Tensor, w: ControlLinear, out: torch.Tensor) -> torch.Tensor:
     """As `linear`, by `torch.nn.functional.linear`."""
-    out.copy_(torch.nn.functional.linear(x, w.weight, w.bias))
+    if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
+        values, scales = quantize_rows(x)
+        x = values.float() * scales[:, None]
+    out.copy_(torch.nn.functional.linear(x.to(w.weight.dtype), w.weight, w.bias))
     return out

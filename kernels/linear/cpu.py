@@ -2,7 +2,8 @@
 
 # T rows of x, K in features, N out features, P = ceil(N / 32) panels
 A panel [K, 32] is contiguous, so a decode step streams each weight once, in order. From WIDEN_ROWS rows on, a 16-bit
-panel is first widened into scratch memory, which is the same bits and saves the widening in the inner loop.
+or fp8 panel is first widened into scratch memory, which is the same bits and saves the widening in the inner loop.
+An fp8 weight's sums are multiplied by the scale of their row of x, if that was quantised, then by their column's.
 """
 
 from __future__ import annotations
@@ -13,9 +14,21 @@ import numpy as np
 import torch
 from numba import prange
 
+from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.jit import address_of, compiled
-from sempre.kernels.linear.cpu_tiles import PANEL, add_rows, copy_rows, tile_1, tile_2, tile_4, tile_8, tile_12
-from sempre.kernels.storage import ELEMENT_SIZE, storage_code, widen
+from sempre.kernels.linear.cpu_tiles import (
+    PANEL,
+    add_rows,
+    copy_rows,
+    multiply_rows,
+    scale_rows,
+    tile_1,
+    tile_2,
+    tile_4,
+    tile_8,
+    tile_12,
+)
+from sempre.kernels.storage import ELEMENT_SIZE, FP8_CODE, storage_code, widen
 
 ROW_BLOCK = 240  # rows of x that stay in the second-level cache while panels pass
 WIDEN_ROWS = 24
@@ -23,35 +36,55 @@ WIDEN_ROWS = 24
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A weight in panels: `panels` [P, K, 32] in its storage dtype, columns past N zero; `bias` [N] float32 or None."""
+    """A weight in panels: `panels` [P, K, 32] in its storage dtype, columns past N zero; `bias` [N] float32 or None.
+
+    An fp8 weight has a `scheme`, and `scale` [N] float32.
+    """
 
     panels: torch.Tensor
     bias: torch.Tensor | None
     in_features: int
     out_features: int
     storage: int
+    scale: torch.Tensor | None = None
+    scheme: Fp8Scheme | None = None
 
     @property
     def nbytes(self) -> int:
-        return int(self.panels.nbytes + (self.bias.nbytes if self.bias is not None else 0))
+        return sum(int(part.nbytes) for part in (self.panels, self.bias, self.scale) if part is not None)
 
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
     """Pack `weight` [N, K] (float32, bfloat16 or float16, kept as stored) and `bias` [N]."""
+    out_features, in_features = weight.shape
+    return PackedLinear(_panels(weight), _vector(bias), in_features, out_features, storage_code(weight.dtype))
+
+
+def pack_fp8_linear(
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
+) -> PackedLinear:
+    """Pack the fp8 `weight` [N, K], `scale` [N] and `bias` [N]."""
+    out_features, in_features = weight.shape
+    panels = _panels(weight.view(torch.uint8)).view(weight.dtype)
+    return PackedLinear(panels, _vector(bias), in_features, out_features, FP8_CODE, _vector(scale), scheme)
+
+
+def _panels(weight: torch.Tensor) -> torch.Tensor:
     out_features, in_features = weight.shape
     num_panels = -(-out_features // PANEL)
     if out_features % PANEL:
         padded = weight.new_zeros((num_panels * PANEL, in_features))
         padded[:out_features] = weight
         weight = padded
-    panels = weight.view(num_panels, PANEL, in_features).transpose(1, 2).contiguous()
-    return PackedLinear(
-        panels,
-        bias.float().contiguous() if bias is not None else None,
-        in_features,
-        out_features,
-        storage_code(weight.dtype),
-    )
+    return weight.view(num_panels, PANEL, in_features).transpose(1, 2).contiguous()
+
+
+def _vector(values: torch.Tensor | None) -> torch.Tensor | None:
+    return values.float().contiguous() if values is not None else None
+
+
+def _address(values: torch.Tensor | None) -> int:
+    return values.data_ptr() if values is not None else 0
 
 
 def linear(x: torch.Tensor, w: PackedLinear, out: torch.Tensor) -> torch.Tensor:
@@ -62,8 +95,21 @@ def linear(x: torch.Tensor, w: PackedLinear, out: torch.Tensor) -> torch.Tensor:
             f"linear: x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of"
             f" {w.out_features} x {w.in_features}"
         )
-    bias = w.bias.data_ptr() if w.bias is not None else 0
-    _linear(x.data_ptr(), rows, w.in_features, w.panels.data_ptr(), w.storage, w.out_features, bias, out.data_ptr())
+    row_scales = None
+    if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
+        x, row_scales = quantize_rows(x)
+    _linear(
+        x.data_ptr(),
+        rows,
+        w.in_features,
+        w.panels.data_ptr(),
+        w.storage,
+        w.out_features,
+        _address(row_scales),
+        _address(w.scale),
+        _address(w.bias),
+        out.data_ptr(),
+    )
     return out
 
 
@@ -102,7 +148,18 @@ def _panel_rows(x: int, rows: int, depth: int, panel: int, storage: int, out: in
 
 
 @compiled(parallel=True)
-def _linear(x: int, rows: int, depth: int, panels: int, storage: int, columns: int, bias: int, out: int) -> None:
+def _linear(
+    x: int,
+    rows: int,
+    depth: int,
+    panels: int,
+    storage: int,
+    columns: int,
+    row_scales: int,
+    scale: int,
+    bias: int,
+    out: int,
+) -> None:
     num_panels = (columns + PANEL - 1) // PANEL
     num_row_blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
     panel_bytes = depth * PANEL * ELEMENT_SIZE[storage]
@@ -121,5 +178,9 @@ def _linear(x: int, rows: int, depth: int, panels: int, storage: int, columns: i
             part = np.empty((block_rows, PANEL), np.float32)
             _panel_rows(x_at, block_rows, depth, panel, storage, address_of(part), PANEL * 4)
             copy_rows(address_of(part), PANEL * 4, out_at, columns * 4, block_rows, width)
+        if row_scales != 0:
+            scale_rows(row_scales + first_row * 4, out_at, columns * 4, block_rows, width)
+        if scale != 0:
+            multiply_rows(scale + p * PANEL * 4, 0, out_at, columns * 4, block_rows, width)
         if bias != 0:
             add_rows(bias + p * PANEL * 4, 0, out_at, columns * 4, block_rows, width)

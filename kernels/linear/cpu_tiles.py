@@ -12,7 +12,7 @@ from sempre.kernels.vector_ir import (
     F32,
     I64,
     LANES,
-    STORAGES,
+    WEIGHT_STORAGES,
     address_intrinsic,
     constant,
     fma,
@@ -45,7 +45,7 @@ def fma_tile(rows: int) -> Any:
         out: ir.Value,
         out_row: ir.Value,
     ) -> None:
-        for code, name in enumerate(STORAGES):
+        for code, name in enumerate(WEIGHT_STORAGES):
             with b.if_then(b.icmp_signed("==", storage, I64(code))):
                 _emit_tile(b, rows, name, x, x_row, panel, depth, out, out_row)
 
@@ -119,5 +119,30 @@ def _emit_add(b: ir.IRBuilder, source: ir.Value, target: ir.Value) -> None:
     store(b, b.fadd(load(b, target, F32), load(b, source, F32)), target)
 
 
+def _emit_multiply(b: ir.IRBuilder, source: ir.Value, target: ir.Value) -> None:
+    store(b, b.fmul(load(b, target, F32), load(b, source, F32)), target)
+
+
+def _emit_scale_rows(
+    b: ir.IRBuilder, scales: ir.Value, target: ir.Value, target_row: ir.Value, rows: ir.Value, columns: ir.Value
+) -> None:
+    """Multiply row i of a small float32 block by scales[i]."""
+
+    def row(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        scale = load(b, b.add(scales, b.mul(i, I64(4))), F32)
+        start = b.add(target, b.mul(i, target_row))
+
+        def element(b: ir.IRBuilder, j: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+            at = b.add(start, b.mul(j, I64(4)))
+            store(b, b.fmul(load(b, at, F32), scale), at)
+            return carried
+
+        loop(b, I64(0), columns, 1, [], element)
+        return carried
+
+    loop(b, I64(0), rows, 1, [], row)
+
+
 tile_1, tile_2, tile_4, tile_8, tile_12 = (fma_tile(rows) for rows in (1, 2, 4, 8, 12))
-copy_rows, add_rows = _rows_of_scalars(_emit_copy), _rows_of_scalars(_emit_add)
+copy_rows, add_rows, multiply_rows = (_rows_of_scalars(emit) for emit in (_emit_copy, _emit_add, _emit_multiply))
+scale_rows = address_intrinsic(_emit_scale_rows)

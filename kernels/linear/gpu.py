@@ -13,9 +13,16 @@ import triton
 import triton.language as tl
 
 from sempre.kernels.activation.gpu import silu_and_mul, silu_times
-from sempre.kernels.gpu_jit import EXACT, architecture, jit
+from sempre.kernels.gpu_jit import CHAINED, architecture, jit, prefetch, wait_for_previous
+from sempre.kernels.linear import gpu_fp8
 from sempre.kernels.linear.gpu_table import FLOAT32, MANY_ROWS, Choice, Library, Tile, choose, choose_fused
 from sempre.kernels.linear.weights import GpuLinear
+
+LINE_BYTES = 128
+# a part of the L2 cache
+PREFETCHED_BYTES = 16 << 20
+# more rows are bound by arithmetic
+MOST_PREFETCHING_ROWS = 64
 
 
 def configure() -> None:
@@ -24,6 +31,14 @@ def configure() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (False, False)
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@jit()
+def _prefetch_rows(w: Any, n: Any, K: Any, LINES: tl.constexpr) -> None:
+    """Ask for the first LINES lines of 128 bytes of rows n of the weight, which no other kernel writes."""
+    if LINES > 0:
+        PER_LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
+        prefetch(w + n.to(tl.int64)[:, None] * K + (tl.arange(0, LINES) * PER_LINE)[None, :])
 
 
 @jit()
@@ -61,11 +76,14 @@ def _linear(
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LINES: tl.constexpr,
 ) -> None:
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     # rows past the end repeat the last one and are not stored
     n_in, t_in = tl.minimum(n, N - 1), tl.minimum(t, T - 1)
+    _prefetch_rows(w, n_in, K, LINES)
+    wait_for_previous()
     acc = _accumulate(w, x, n_in, t_in, K, BN, BT, BK, EVEN_K)
     if HAS_BIAS:
         acc += tl.load(bias + n_in).to(tl.float32)[:, None]
@@ -85,11 +103,15 @@ def _linear_silu(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
+    LINES: tl.constexpr,
 ) -> None:
     """One program owns both halves, gate n and up n + N; each is rounded as the unfused product would store it."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     n_in, t_in = tl.minimum(n, N - 1), tl.minimum(t, T - 1)
+    _prefetch_rows(w, n_in, K, LINES)
+    _prefetch_rows(w, n_in + N, K, LINES)
+    wait_for_previous()
     k = tl.arange(0, BK)
     gate_at = w + n_in.to(tl.int64)[:, None] * K + k[None, :]
     up_at = w + (n_in + N).to(tl.int64)[:, None] * K + k[None, :]
@@ -115,6 +137,15 @@ def _linear_silu(
     tl.store(at, tl.trans(value).to(dtype), mask=(t < T)[:, None] & (n < N)[None, :])
 
 
+def _lines(rows: int, weight: torch.Tensor) -> int:
+    """Lines of each weight row that a product of few rows asks for before it waits for its x; a power of two."""
+    if rows > MOST_PREFETCHING_ROWS:
+        return 0
+    columns, depth = weight.shape
+    lines = min(depth * weight.itemsize // LINE_BYTES, PREFETCHED_BYTES // (columns * LINE_BYTES))
+    return 1 << (lines.bit_length() - 1) if lines else 0
+
+
 def run_tile(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile) -> torch.Tensor:
     """The product by one given tile."""
     rows, (columns, depth) = x.shape[0], w.weight.shape
@@ -132,9 +163,10 @@ def run_tile(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile) -> to
         BK=tile.block_k,
         EVEN_K=depth % tile.block_k == 0,
         HAS_BIAS=w.bias is not None,
+        LINES=_lines(rows, w.weight),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **EXACT,
+        **CHAINED,
     )
     return out
 
@@ -163,13 +195,15 @@ def _check(operation: str, x: torch.Tensor, w: GpuLinear, out: torch.Tensor, col
             f"{operation}: x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of"
             f" {w.out_features} x {w.in_features}"
         )
-    if x.dtype != w.weight.dtype:
+    if x.dtype != w.weight.dtype and w.scheme is None:
         raise TypeError(f"{operation}: x is {x.dtype}, the weight {w.weight.dtype}; on a GPU they must be the same")
 
 
 def linear(x: torch.Tensor, w: GpuLinear, out: torch.Tensor) -> torch.Tensor:
     """x [T, K] times the weight into out [T, N], of x's dtype or float32; all contiguous. Returns `out`."""
     _check("linear", x, w, out, w.out_features)
+    if w.scheme is not None:
+        return gpu_fp8.linear(x, w, out)
     return run_choice(x, w, out, _choice(x, w)) if x.shape[0] else out
 
 
@@ -181,7 +215,7 @@ def linear_silu_and_mul(x: torch.Tensor, w: GpuLinear, gate_up: torch.Tensor, ou
     width = w.out_features // 2
     _check("linear_silu_and_mul", x, w, out, width)
     fused = choose_fused(architecture(x.device), x.shape[0], width, w.excluded)
-    if fused is None or w.bias is not None or x.dtype == torch.float32:
+    if fused is None or w.bias is not None or w.scheme is not None or x.dtype == torch.float32:
         return silu_and_mul(linear(x, w, gate_up), out)
     return run_fused_tile(x, w, out, fused) if x.shape[0] else out
 
@@ -200,8 +234,9 @@ def run_fused_tile(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile)
         BN=tile.block_n,
         BK=tile.block_k,
         EVEN_K=depth % tile.block_k == 0,
+        LINES=_lines(rows, w.weight),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **EXACT,
+        **CHAINED,
     )
     return out

@@ -6,17 +6,22 @@ from dataclasses import dataclass
 
 import torch
 
+from sempre.kernels.fp8 import Fp8Scheme
+
 
 @dataclass(frozen=True)
 class GpuLinear:
     """`weight` [N, K] and `bias` [N] or None, both in the model dtype, contiguous, on one device.
 
+    An fp8 `weight` has a `scheme`, and `scale` [N] float32.
     `excluded` names kernel choices (`str` of an entry of the table) that the self-test found to disagree.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     excluded: frozenset[str] = frozenset()
+    scale: torch.Tensor | None = None
+    scheme: Fp8Scheme | None = None
 
     @property
     def in_features(self) -> int:
@@ -28,4 +33,4 @@ class GpuLinear:
 
     @property
     def nbytes(self) -> int:
-        return int(self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0))
+        return sum(int(part.nbytes) for part in (self.weight, self.bias, self.scale) if part is not None)

@@ -11,14 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from sempre.kernels.gpu_jit import EXACT, jit
+from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 
 @jit()
-def _normalised(x: Any, weight: Any, i: Any, inside: Any, width: Any, eps: Any) -> Any:
+def _normalised(x: Any, weight: Any, width: Any, eps: Any) -> Any:
     squares = tl.sum(x * x, axis=0)
     factor = 1.0 / tl.sqrt_rn(squares / width + eps)
-    return x * factor * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    return x * factor * weight.to(tl.float32)
 
 
 @jit(runtime=("width", "eps"))
@@ -26,8 +26,10 @@ def _rms_norm(x: Any, weight: Any, out: Any, width: Any, eps: Any, BLOCK: tl.con
     at = tl.program_id(0).to(tl.int64) * width
     i = tl.arange(0, BLOCK)
     inside = i < width
+    w = tl.load(weight + i, mask=inside, other=0.0)
+    wait_for_previous()
     value = tl.load(x + at + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at + i, _normalised(value, weight, i, inside, width, eps), mask=inside)
+    tl.store(out + at + i, _normalised(value, w, width, eps), mask=inside)
 
 
 @jit(runtime=("width", "eps"))
@@ -35,12 +37,14 @@ def _add_rms_norm(x: Any, residual: Any, weight: Any, out: Any, width: Any, eps:
     at = tl.program_id(0).to(tl.int64) * width
     i = tl.arange(0, BLOCK)
     inside = i < width
+    w = tl.load(weight + i, mask=inside, other=0.0)
+    wait_for_previous()
     value = tl.load(x + at + i, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(residual + at + i, mask=inside, other=0.0).to(tl.float32)
     # what is normalised is what the next layer will read
     total = value.to(residual.dtype.element_ty)
     tl.store(residual + at + i, total, mask=inside)
-    tl.store(out + at + i, _normalised(total.to(tl.float32), weight, i, inside, width, eps), mask=inside)
+    tl.store(out + at + i, _normalised(total.to(tl.float32), w, width, eps), mask=inside)
 
 
 def _shape(width: int) -> tuple[int, int]:
@@ -53,7 +57,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     rows, width = x.shape
     block, warps = _shape(width)
     if rows:
-        _rms_norm[(rows,)](x, weight, out, width, eps, BLOCK=block, num_warps=warps, **EXACT)
+        _rms_norm[(rows,)](x, weight, out, width, eps, BLOCK=block, num_warps=warps, **CHAINED)
     return out
 
 
@@ -64,5 +68,5 @@ def add_rms_norm(
     rows, width = x.shape
     block, warps = _shape(width)
     if rows:
-        _add_rms_norm[(rows,)](x, residual, weight, out, width, eps, BLOCK=block, num_warps=warps, **EXACT)
+        _add_rms_norm[(rows,)](x, residual, weight, out, width, eps, BLOCK=block, num_warps=warps, **CHAINED)
     return out

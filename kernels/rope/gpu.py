@@ -12,18 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from sempre.kernels.gpu_jit import EXACT, jit
+from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 HEADS = 8
 
 
 @jit()
-def _normalised(low: Any, high: Any, weight: Any, i: Any, inside: Any, eps: Any, DIM: tl.constexpr) -> Any:
+def _normalised(low: Any, high: Any, w_low: Any, w_high: Any, eps: Any, DIM: tl.constexpr) -> Any:
     squares = tl.sum(low * low + high * high, axis=1)
     factor = (1.0 / tl.sqrt_rn(squares / DIM + eps))[:, None]
-    w_low = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)[None, :]
-    w_high = tl.load(weight + DIM // 2 + i, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return low * factor * w_low, high * factor * w_high
+    return low * factor * w_low.to(tl.float32)[None, :], high * factor * w_high.to(tl.float32)[None, :]
 
 
 @jit(runtime=("eps",))
@@ -57,30 +55,37 @@ def _rope(
     slot = tl.load(slots + token)
     # padding writes no head
     writing = tl.where(slot >= 0, KV_HEADS, 0)
+    angle = table + tl.load(positions + token) * DIM + i
     if part < Q_PARTS:
         h += part * HEADS
         mask = (h < Q_HEADS)[:, None] & inside[None, :]
         at = row + h[:, None] * DIM + i[None, :]
+        cosine = tl.load(angle, mask=inside, other=0.0)[None, :]
+        sine = tl.load(angle + HALF, mask=inside, other=0.0)[None, :]
+        if NORM:
+            w_low = tl.load(q_norm + i, mask=inside, other=0.0)
+            w_high = tl.load(q_norm + HALF + i, mask=inside, other=0.0)
+        wait_for_previous()
         low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         high = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
         if NORM:
-            low, high = _normalised(low, high, q_norm, i, inside, eps, DIM)
-        angle = table + tl.load(positions + token) * DIM + i
-        cosine = tl.load(angle, mask=inside, other=0.0)[None, :]
-        sine = tl.load(angle + HALF, mask=inside, other=0.0)[None, :]
+            low, high = _normalised(low, high, w_low, w_high, eps, DIM)
         tl.store(at, tl.fma(low, cosine, -(high * sine)), mask=mask)
         tl.store(at + HALF, tl.fma(high, cosine, low * sine), mask=mask)
     elif part < Q_PARTS + KV_PARTS:
         h += (part - Q_PARTS) * HEADS
         mask = (h < writing)[:, None] & inside[None, :]
         at = row + (Q_HEADS + h)[:, None] * DIM + i[None, :]
+        cosine = tl.load(angle, mask=inside, other=0.0)[None, :]
+        sine = tl.load(angle + HALF, mask=inside, other=0.0)[None, :]
+        if NORM:
+            w_low = tl.load(k_norm + i, mask=inside, other=0.0)
+            w_high = tl.load(k_norm + HALF + i, mask=inside, other=0.0)
+        wait_for_previous()
         low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         high = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
         if NORM:
-            low, high = _normalised(low, high, k_norm, i, inside, eps, DIM)
-        angle = table + tl.load(positions + token) * DIM + i
-        cosine = tl.load(angle, mask=inside, other=0.0)[None, :]
-        sine = tl.load(angle + HALF, mask=inside, other=0.0)[None, :]
+            low, high = _normalised(low, high, w_low, w_high, eps, DIM)
         to = k_cache + ((slot // BLOCK * KV_HEADS + h) * BLOCK + slot % BLOCK)[:, None] * DIM + i[None, :]
         tl.store(to, tl.fma(low, cosine, -(high * sine)), mask=mask)
         tl.store(to + HALF, tl.fma(high, cosine, low * sine), mask=mask)
@@ -89,6 +94,7 @@ def _rope(
         mask = (h < writing)[:, None] & inside[None, :]
         at = row + (Q_HEADS + KV_HEADS + h)[:, None] * DIM + i[None, :]
         to = v_cache + ((slot // BLOCK * KV_HEADS + h) * BLOCK + slot % BLOCK)[:, None] * DIM + i[None, :]
+        wait_for_previous()
         tl.store(to, tl.load(at, mask=mask), mask=mask)
         tl.store(to + HALF, tl.load(at + HALF, mask=mask), mask=mask)
 
@@ -136,5 +142,5 @@ def rope_and_cache_write(
         HEADS=HEADS,
         NORM=q_norm is not None,
         num_warps=2,
-        **EXACT,
+        **CHAINED,
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sempre.kernels.gpu_jit import EXACT
+from sempre.kernels.gpu_jit import CHAINED, EXACT
 from sempre.kernels.sampling import (
     gpu_estimate,
     gpu_logprobs,
@@ -186,7 +186,7 @@ def sample(
         TRUNCATES=stages.truncates,
         BLOCK=tiles.noise,
         num_warps=4,
-        **EXACT,
+        **CHAINED,
     )
     gpu_noise.publish[(rows,)](
         row_slots,
@@ -202,7 +202,7 @@ def sample(
         EDITS=stages.edits,
         TILES=_power_of_2(b.num_tiles),
         num_warps=4,
-        **EXACT,
+        **CHAINED,
     )
     if stages.num_best >= 0:
         report_logprobs(logits, b.token_ids, row_slots, table, buffers, stages.num_best)

@@ -12,7 +12,7 @@ from typing import Any
 
 import triton.language as tl
 
-from sempre.kernels.gpu_jit import jit
+from sempre.kernels.gpu_jit import jit, wait_for_previous
 from sempre.kernels.sampling import gpu_table
 from sempre.kernels.sampling.gpu_elementary import error_visible, gumbel, load_logits, order_key, philox
 
@@ -64,6 +64,7 @@ def best_of_tiles(
     Each program owns one tile of one row. Row r's parameters are table[row_slots[r]]; a slot of -1 is no row. The
     value is that of `noise.best_of_chunks`: the logit, or logit / temperature + noise, in float32.
     """
+    wait_for_previous()
     tile, row, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     slot = tl.load(row_slots + row)
     if slot < 0:
@@ -132,6 +133,7 @@ def publish(
     A row in error gets token 0 and a flag. The token joins its slot's counts and history (of `addresses`, the table as
     int64) if it has them, for the next step. Clears row_errors.
     """
+    wait_for_previous()
     row = tl.program_id(0)
     slot = tl.load(row_slots + row)
     if slot < 0:

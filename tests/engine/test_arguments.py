@@ -40,7 +40,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_threads": -1}, "num_threads must be at least 0, got -1."),
     ({"max_logprobs": -2}, "max_logprobs must be at least -1, got -2."),
     ({"max_message_bytes": 5}, "max_message_bytes must be at least 65536, got 5."),
-    ({"block_size": 32}, "block_size can only be 16 for now, got 32."),
+    ({"block_size": 0}, "block_size must be at least 1, got 0."),
     ({"tensor_parallel_size": 2}, "tensor_parallel_size can only be 1 for now, got 2."),
     ({"device": "tpu"}, "device must be 'auto' or 'cpu' or 'cuda', got 'tpu'."),
     ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False, got 1."),
@@ -65,7 +65,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"quantization": "awq"},
-        "quantization='awq' is not supported by this engine. The storage of weights is chosen by dtype.",
+        "quantization must be 'fp8' or 'fp8_weight_only' or None, got 'awq'.",
     ),
     (
         {"trust_remote_code": True},

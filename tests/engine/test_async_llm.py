@@ -210,10 +210,10 @@ def test_use_before_the_start_and_after_the_end(run: Run) -> None:
     assert len(psutil.Process().children(recursive=True)) == before
 
 
-def test_death_of_a_worker_reaches_every_generator(run: Run) -> None:
+def test_a_death_without_restarts_reaches_every_generator(run: Run) -> None:
     async def die() -> None:
         before = {process.pid for process in psutil.Process().children(recursive=True)}
-        async with AsyncLLM("tiny", **SETTINGS) as async_llm:
+        async with AsyncLLM("tiny", max_restarts=0, **SETTINGS) as async_llm:
             streams = [async_llm.generate(PROMPT, short(max_tokens=None)) for _ in range(2)]
             for stream in streams:
                 await anext(stream)

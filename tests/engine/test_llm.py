@@ -407,9 +407,9 @@ def test_priority_needs_the_policy(llm: LLM) -> None:
         llm.generate(["a", "b"], short(), priority=[0, 1])
 
 
-def test_death_of_the_worker() -> None:
+def test_death_of_the_worker_without_restarts() -> None:
     before = {process.pid for process in psutil.Process().children(recursive=True)}
-    with LLM("tiny", **SETTINGS) as llm:
+    with LLM("tiny", max_restarts=0, **SETTINGS) as llm:
         new = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
         (worker,) = [process for process in new if "sempre.workers" in process.cmdline()]
         stream = llm.stream(PROMPTS[0], short(max_tokens=None))

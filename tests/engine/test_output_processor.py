@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from sempre.engine.frontend.frontend import raise_failure
 from sempre.engine.frontend.output_processor import OutputProcessor, Processed, RequestState
 from sempre.engine.frontend.request_builder import RequestBuilder, RequestLimits
 from sempre.engine.outputs import Logprob, RequestOutput
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.tokenizer import Tokenizer
-from sempre.ipc.errors import MessageMalformed, RequestError
+from sempre.ipc.errors import MessageMalformed, RequestCrashed, RequestError
 from sempre.ipc.messages import ErrorInfo, LogprobRows, RequestOutputDelta
 
 LIMITS = RequestLimits(
@@ -316,3 +317,15 @@ def test_nothing_is_kept_of_finished_requests(harness: Harness) -> None:
     assert harness.processor.num_unfinished == 0
     held = [value for value in vars(harness.processor).values() if isinstance(value, dict)]
     assert held == [{}, {}]
+
+
+def test_a_request_that_crashed_its_worker_is_told_apart(harness: Harness) -> None:
+    facts: dict[str, str | int | None] = {"num_crashes": 3, "request_id": "r"}
+    for kind in (RequestCrashed, RequestError):
+        state = harness.add(request_id=kind.__name__)
+        harness.feed(
+            [], kind.__name__, finish_reason="error", error=ErrorInfo(type=kind.__name__, message="m", facts=facts)
+        )
+        with pytest.raises(RequestError, match=f"request {kind.__name__} failed: {kind.__name__}: m") as error:
+            raise_failure(state)
+        assert type(error.value) is kind

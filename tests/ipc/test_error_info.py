@@ -12,6 +12,7 @@ from sempre.ipc.messages import ErrorInfo
 EXAMPLES = [
     errors.ConfigError("refused", parameter="seed", value=-1),
     errors.RequestError("refused", parameter="n", value="x", request_id="r1"),
+    errors.RequestCrashed("again", request_id="r1", num_crashes=3),
     errors.ModelError("unusable"),
     errors.UnknownArchitecture("none", architecture="A"),
     errors.TensorMismatch("no", tensor="w", expected="[2]", found="[3]"),
@@ -23,6 +24,7 @@ EXAMPLES = [
     errors.FrameLost("no", expected=1, found=2),
     errors.VersionMismatch("no", expected=1, found=2),
     errors.StartupError("no", rank=0, cause="c"),
+    errors.EngineUnhealthy("no", rank=0, cause="c"),
     errors.WorkerDied("no", rank=0, exitcode=-9, cause="c", worker_traceback="t"),
     errors.CoordinatorDied("no", exitcode=1, cause="c"),
 ]

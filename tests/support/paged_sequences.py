@@ -36,6 +36,8 @@ class PagedSequences:
         generator = torch.Generator().manual_seed(self.num_heads * 1000 + self.head_dim)
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv = [torch.randn(n, width, generator=generator).to(self.dtype).to(self.device) for n in self.lengths]
+        # before the tables, whose size depends on the blocks: data do not
+        norm = torch.rand(self.head_dim, generator=generator) + 0.5
         blocks = [-(-n // self.block) for n in self.lengths]
         self.num_blocks = sum(blocks) + 3
         order = torch.randperm(self.num_blocks, generator=generator).to(torch.int32)
@@ -45,7 +47,6 @@ class PagedSequences:
             self.tables[row, :count] = order[taken : taken + count]
             taken += count
         self.angles = cos_sin_table(RopeSpec(self.head_dim), max(self.lengths)).to(self.device)
-        norm = torch.rand(self.head_dim, generator=generator) + 0.5
         self.norm = norm.to(self.dtype).to(self.device) if self.with_norm else None
         self.shape = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
 

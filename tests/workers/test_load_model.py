@@ -43,6 +43,7 @@ def test_answers(checkpoints: Any, serve: Any) -> None:
         "weights",
         "dtype",
         "storage",
+        "quantization",
         "numerics",
         "threads",
         "architecture",

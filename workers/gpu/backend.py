@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from time import perf_counter
 
 import torch
 
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
+from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.admission import StepLimits
-from sempre.workers.backend import LoadedModel, Runner
+from sempre.workers.backend import LoadedModel, ModelOutline, Runner
+from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
 from sempre.workers.gpu.fingerprint import fingerprint_parts
-from sempre.workers.gpu.memory import MemoryPlan, cache_blocks
+from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, out_of_memory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
-from sempre.workers.gpu.self_test import check_attention, check_products
+from sempre.workers.gpu.self_test import require_equal, require_fp8, run_self_test
 from sempre.workers.gpu.upload import Uploader
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder
@@ -28,13 +33,13 @@ logger = logging.getLogger(__name__)
 HASHING_THREADS = 8
 # the graphs of plain decoding within these bounds are captured before the first request; the rest when needed
 CAPTURED_ROWS = 256
-CAPTURED_CONTEXT = 1024
+CAPTURED_CONTEXTS = (512, 1024)
 
 
 class GpuBackend:
     """One GPU."""
 
-    block_sizes: tuple[int, ...] = (16, 32, 64)
+    block_sizes: tuple[int, ...] = (64, 32, 16)
     max_steps_in_flight = 2
 
     def __init__(self, device: torch.device) -> None:
@@ -54,22 +59,45 @@ class GpuBackend:
 
             configure()
 
+    @contextmanager
+    def loading(self, outline: ModelOutline) -> Iterator[KernelCompilation]:
+        try:
+            with KernelCompilation(outline, self.device) as compilation:
+                yield compilation
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise out_of_memory(
+                "the weights",
+                weights=weight_bytes(outline),
+                allocated=torch.cuda.memory_reserved(self.device),
+                free=free,
+                total=total,
+                max_num_batched_tokens=outline.config.max_num_batched_tokens,
+            ) from error
+
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         config = model.config
-        tested = check_products(
-            model.weights, max_tokens=config.max_num_batched_tokens, max_num_seqs=config.max_num_seqs
-        )
+        require_fp8(model.weights, self.device)
+        tested = run_self_test(config, model.spec, model.weights, model.block_size, self._attention_workspace(model))
+        passed = require_equal(tested.comparisons)
         self._excluded = tested.excluded
         if tested.excluded:
             logger.warning("self-test: product kernels that disagree are not used: %s", tested.excluded)
-        windows = check_attention(
-            model.spec, model.weights.dtype, config.block_size, self._attention_workspace(model), self.device
-        )
-        passed = {"linear": tested.passed, "attention": windows}
-        return LoadedModel(config, model.spec, tested.weights, model.product, model.max_model_len), passed
+        return replace(model, weights=tested.weights), passed
 
     def available_blocks(self, model: LoadedModel) -> int:
-        self._steps = self._allocate_steps(model)
+        try:
+            self._steps = self._allocate_steps(model)
+        except torch.OutOfMemoryError as error:
+            free, total = torch.cuda.mem_get_info(self.device)
+            raise out_of_memory(
+                "the activations",
+                weights=model.weights.nbytes,
+                allocated=torch.cuda.memory_reserved(self.device),
+                free=free,
+                total=total,
+                max_num_batched_tokens=model.config.max_num_batched_tokens,
+            ) from error
         gc.collect()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
@@ -80,7 +108,7 @@ class GpuBackend:
             total=total,
             free=free,
             weights=weights,
-            activations=max(0, allocated - weights),
+            activations=max(0, allocated - weights) + quantized_rows_bytes(model),
             allocated=allocated,
             utilization=config.gpu_memory_utilization,
         )
@@ -88,7 +116,7 @@ class GpuBackend:
             plan,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
             bytes_per_block=model.block_bytes,
-            block_size=config.block_size,
+            block_size=model.block_size,
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,
         )
@@ -96,7 +124,7 @@ class GpuBackend:
     def make_runner(self, model: LoadedModel, num_blocks: int) -> GpuModelRunner:
         config = model.config
         assert self._steps is not None, "available_blocks comes first"
-        cache = PagedKvCache(model.spec, num_blocks, config.block_size, model.weights.dtype, self.device)
+        cache = PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype, self.device)
         limits = StepLimits(
             model.max_model_len, config.max_num_seqs, config.max_num_batched_tokens, model.spec.vocab_size
         )
@@ -105,7 +133,8 @@ class GpuBackend:
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         assert isinstance(runner, GpuModelRunner)
         began = perf_counter()
-        runner.capture_decode(CAPTURED_ROWS, CAPTURED_CONTEXT)
+        for context_len in CAPTURED_CONTEXTS:
+            runner.capture_decode(CAPTURED_ROWS, context_len)
         torch.cuda.synchronize(self.device)
         logger.info("captured %d graphs in %.2f s", len(runner.graphs), perf_counter() - began)
         return {"graphs": runner.graphs.state}
@@ -160,3 +189,12 @@ class GpuBackend:
             torch.empty(rows, spec.hidden_size, dtype=weights.activations, device=self.device),
             torch.empty(rows, spec.vocab_size, device=self.device),
         )
+
+
+def quantized_rows_bytes(model: LoadedModel) -> int:
+    """What a step allocates for activations in fp8: the rows of the widest product's input, and their scales."""
+    if model.weights.quantization is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
+        return 0
+    spec = model.spec
+    width = max(spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim)
+    return model.config.max_num_batched_tokens * (width + 4)

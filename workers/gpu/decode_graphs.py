@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _SMALL_BUCKETS = (1, 2, 4, 8)
 # (up to, in steps of)
 _BUCKET_STEPS = ((256, 8), (1024, 64))
-_MIN_CONTEXT = 1024
+_MIN_CONTEXT = 512
 
 
 class DecodeShape(NamedTuple):
@@ -40,7 +40,7 @@ def row_buckets(max_num_seqs: int) -> list[int]:
 
 
 def context_bucket(context_len: int, max_model_len: int) -> int:
-    """The bound to capture for: 1,024 doubled until it holds `context_len`, at most `max_model_len`."""
+    """The bound to capture for: 512 doubled until it holds `context_len`, at most `max_model_len`."""
     bound = _MIN_CONTEXT
     while bound < context_len:
         bound *= 2
@@ -85,10 +85,13 @@ class DecodeGraphs:
 
     def _capture(self, shape: DecodeShape) -> None:
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._launch(shape)
         except RuntimeError as error:  # out of memory, or something that this driver does not capture
+            # an end of capture that fails leaves its own stream behind as the current one
+            torch.cuda.set_stream(stream)
             self.failure = str(error)
             self._graphs.clear()
             logger.warning("CUDA graphs are off: the capture of %s failed: %s", shape, error)

@@ -9,6 +9,7 @@ import torch
 import triton
 
 from sempre.kernels.gpu_jit import architecture
+from sempre.workers.fingerprint import quantization_profile
 from sempre.workers.weights import DecoderWeights
 
 # order of operations of the GPU kernels, by dtype; a change of any result's bits raises the number
@@ -24,6 +25,7 @@ def fingerprint_parts(
     return {
         "weights": weights.digest,
         "dtype": str(weights.dtype).removeprefix("torch."),
+        "quantization": quantization_profile(weights),
         "numerics": _PROFILES[weights.dtype] if numerics == "invariant" else numerics,
         "device": torch.cuda.get_device_name(device),
         "architecture": architecture(device),

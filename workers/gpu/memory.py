@@ -65,6 +65,23 @@ def cache_blocks(
     return min(num_blocks, per_sequence * max_num_seqs)
 
 
+def out_of_memory(
+    what: str, *, weights: int, allocated: int, free: int, total: int, max_num_batched_tokens: int
+) -> ConfigError:
+    """The error of a model that does not even leave room for `what`; sums in bytes, `weights` as 16 or 32 bit."""
+
+    def gib(count: int) -> str:
+        return f"{count / GIB:.2f} GiB"
+
+    return ConfigError(
+        f"model: no memory left for {what}. The GPU has {gib(total)}: this worker holds {gib(allocated)}, other"
+        f" processes {gib(max(0, total - free - allocated))}, and {gib(free)} is free; the weights need"
+        f" {gib(weights)} in all. End other processes on the GPU, use a GPU with more memory or a smaller dtype, or"
+        f" lower max_num_batched_tokens={max_num_batched_tokens}, which decides the size of the activations.",
+        parameter="model",
+    )
+
+
 def _too_little(
     plan: MemoryPlan, needed: int, budget: int, bytes_per_block: int, block_size: int, max_model_len: int
 ) -> ConfigError:

@@ -83,7 +83,7 @@ class GpuModelRunner:
             block_size=cache.block_size,
         )
         self._prompt_logprobs = PromptLogprobs(self._decoder, self._sampler, self._logits_RV, rank)
-        self.graphs = DecodeGraphs(self._launch_decode, enabled=graphs)
+        self.graphs = DecodeGraphs(self.launch_decode, enabled=graphs)
         self._in_flight: deque[_StepInFlight] = deque()
 
     def execute(self, step: ExecuteStep) -> list[SampledTokens]:
@@ -179,7 +179,8 @@ class GpuModelRunner:
         padding = [None] * (num_rows - count)
         flight.pending = self._sampler.start_copy(self._logits_RV[:num_rows], stages, [*states, *padding])
 
-    def _launch_decode(self, shape: DecodeShape) -> None:
+    def launch_decode(self, shape: DecodeShape) -> None:
+        """Queue the kernels of a decode step whose rows are staged; capturable."""
         model_input = self._buffers.launch_decode_inputs(shape.num_rows, shape.max_context_len)
         hidden_RH = self._decoder.forward(model_input, self.cache.layers)
         logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[: shape.num_rows])

@@ -9,7 +9,16 @@ import torch
 
 from sempre.ipc.errors import ConfigError
 from sempre.kernels.activation import silu_and_mul
-from sempre.kernels.linear import control_linear, control_pack, linear, linear_silu_and_mul, pack_linear
+from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.linear import (
+    control_linear,
+    control_pack,
+    control_pack_fp8,
+    linear,
+    linear_silu_and_mul,
+    pack_fp8_linear,
+    pack_linear,
+)
 
 
 class Packed(Protocol):
@@ -24,15 +33,21 @@ class Packed(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def scheme(self) -> Fp8Scheme | None:
+        """None: not fp8"""
+
 
 class LinearKernel(NamedTuple):
     """`pack(weight [N, K], bias [N] or None)`; `apply(x [T, K], packed, out [T, N])`, which returns `out`; and
     `apply_gated(x [T, K], packed [2I, K], scratch [T, 2I], out [T, I])`: silu(first half) * second half of the product.
+    `pack_fp8(weight [N, K] fp8, scale [N], bias [N] or None, scheme)` packs a quantised weight.
     """
 
     pack: Callable[[torch.Tensor, torch.Tensor | None], Packed]
     apply: Callable[..., torch.Tensor]
     apply_gated: Callable[..., object]
+    pack_fp8: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Fp8Scheme], Packed]
 
 
 def _control_gated(x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor) -> None:
@@ -40,8 +55,8 @@ def _control_gated(x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: tor
     silu_and_mul(gate_up, out)
 
 
-INVARIANT = LinearKernel(pack_linear, linear, linear_silu_and_mul)
-CONTROL = LinearKernel(control_pack, control_linear, _control_gated)
+INVARIANT = LinearKernel(pack_linear, linear, linear_silu_and_mul, pack_fp8_linear)
+CONTROL = LinearKernel(control_pack, control_linear, _control_gated, control_pack_fp8)
 
 
 def linear_kernel(numerics: str) -> LinearKernel:

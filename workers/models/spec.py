@@ -9,6 +9,7 @@ from pathlib import Path
 from sempre.ipc.errors import ModelError
 from sempre.kernels.rope import RopeSpec
 from sempre.workers.models.config_fields import ConfigFields
+from sempre.workers.models.quantization import QuantizationSpec, parse_quantization
 from sempre.workers.models.registry import BiasRule, Family, WindowRule, family_of
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -56,6 +57,8 @@ class ModelSpec:
     checkpoint_dtype: str | None
     """dtype that config.json states, if it does"""
     eos_token_ids: tuple[int, ...]
+    quantization: QuantizationSpec | None
+    """how the checkpoint's matrices are quantised, if they are"""
 
     @property
     def qkv_size(self) -> int:
@@ -122,6 +125,7 @@ def parse_spec(config: dict[str, object], generation_config: dict[str, object]) 
         initializer_range=fields.positive_number("initializer_range", default=0.02),
         checkpoint_dtype=_checkpoint_dtype(fields),
         eos_token_ids=_eos_token_ids(fields, ConfigFields(generation_config, "generation_config.json"), vocab_size),
+        quantization=parse_quantization(fields),
     )
 
 
@@ -133,8 +137,6 @@ def _architecture(fields: ConfigFields) -> str:
 
 
 def _refuse_unsupported(fields: ConfigFields) -> None:
-    if fields.raw.get("quantization_config") is not None:
-        fields.fail("quantization_config", "no quantization (float32, bfloat16 or float16 weights)", "one")
     activation = fields.raw.get("hidden_act", "silu")
     if activation != "silu":
         fields.fail("hidden_act", "'silu'", activation)

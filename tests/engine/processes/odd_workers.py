@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import msgspec
 
@@ -27,6 +29,17 @@ from sempre.ipc.messages import (
 from sempre.workers.main import main
 
 ODDITY = os.environ["SEMPRE_TEST_ODDITY"]
+
+
+def _is_first() -> bool:
+    """Whether no worker of this coordinator was here before."""
+    mark = Path(tempfile.gettempdir()) / f"sempre-test-{os.getppid()}"
+    try:
+        mark.mkdir()
+    except FileExistsError:
+        mark.rmdir()
+        return False
+    return True
 
 
 class OddWorker(LightWorker):
@@ -61,6 +74,9 @@ class OddWorker(LightWorker):
 
     def start_serving(self, command: StartServing) -> WorkerReady:
         ready = super().start_serving(command)
+        if ODDITY == "successor is seeded differently" and not _is_first():
+            random.random()
+            return msgspec.structs.replace(ready, digests_after_warm_up=self.digests())
         if ODDITY == "draws at warm-up" and self._settings.rank == 1:
             return msgspec.structs.replace(
                 ready, digests_after_warm_up=msgspec.structs.replace(ready.digests_after_warm_up, torch_cpu="0")
@@ -68,6 +84,8 @@ class OddWorker(LightWorker):
         return ready
 
     def execute(self, command: ExecuteStep) -> StepResult:
+        if ODDITY == "dies of a request":
+            self._die_of_it(command)
         if command.step_id == 3:
             match ODDITY:
                 case "step crashes":
@@ -90,6 +108,14 @@ class OddWorker(LightWorker):
                     super().execute(command)
                     return StepResult(rank=0, step_id=3, sampled=[SampledTokens(request_id="x" * 100_000)])
         return super().execute(command)
+
+    def _die_of_it(self, command: ExecuteStep) -> None:
+        """At the fifth token of a request whose prompt begins with 13."""
+        known = {new.request_id: new.token_ids for new in command.new_requests}
+        known |= {name: sequence.token_ids for name, sequence in self._sequences.items()}
+        for item in command.scheduled:
+            if known[item.request_id][0] == 13 and item.num_computed_tokens + item.num_tokens == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every process is killed in turn: the user is told who died and why, and nothing stays behind."""
+"""Every process is killed in turn, restarts off: the user is told who died and why, and nothing stays behind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pids(cluster: Cluster) -> list[int]:
 
 @pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
 def test_the_death_of_a_worker(start: Start, gone: Gone, busy: bool) -> None:
-    cluster = start(data_parallel_size=2)
+    cluster = start(max_restarts=0, data_parallel_size=2)
     if busy:
         cluster.client.send(AddRequests(requests=endless()))
         cluster.client.receive(10)
@@ -55,7 +55,7 @@ def test_the_death_of_a_worker(start: Start, gone: Gone, busy: bool) -> None:
 
 @pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
 def test_the_death_of_the_coordinator(start: Start, gone: Gone, busy: bool) -> None:
-    cluster = start(data_parallel_size=2)
+    cluster = start(max_restarts=0, data_parallel_size=2)
     if busy:
         cluster.client.send(AddRequests(requests=endless()))
         cluster.client.receive(10)
@@ -67,7 +67,7 @@ def test_the_death_of_the_coordinator(start: Start, gone: Gone, busy: bool) -> N
 
 
 def test_the_death_of_the_coordinator_takes_a_stopped_worker_along(start: Start, gone: Gone) -> None:
-    cluster = start()
+    cluster = start(max_restarts=0)
     cluster.stop(0)
     cluster.kill(COORDINATOR)
     with pytest.raises(CoordinatorDied):
@@ -77,7 +77,7 @@ def test_the_death_of_the_coordinator_takes_a_stopped_worker_along(start: Start,
 
 @pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
 def test_a_worker_that_stops_answering(start: Start, gone: Gone, busy: bool) -> None:
-    cluster = start(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.6)
+    cluster = start(max_restarts=0, heartbeat_interval_s=0.05, heartbeat_timeout_s=0.6)
     if busy:
         cluster.client.send(AddRequests(requests=endless()))
         cluster.client.receive(10)
@@ -90,7 +90,7 @@ def test_a_worker_that_stops_answering(start: Start, gone: Gone, busy: bool) -> 
 
 
 def test_a_worker_that_pauses_for_less_goes_on(start: Start) -> None:
-    cluster = start(heartbeat_interval_s=0.05, heartbeat_timeout_s=5.0)
+    cluster = start(max_restarts=0, heartbeat_interval_s=0.05, heartbeat_timeout_s=5.0)
     cluster.client.send(AddRequests(requests=endless()))
     cluster.client.receive(10)
     cluster.stop(0)
@@ -100,7 +100,7 @@ def test_a_worker_that_pauses_for_less_goes_on(start: Start) -> None:
 
 
 def test_a_coordinator_that_stops_answering(start: Start, gone: Gone) -> None:
-    cluster = start(heartbeat_interval_s=0.05, heartbeat_timeout_s=0.6)
+    cluster = start(max_restarts=0, heartbeat_interval_s=0.05, heartbeat_timeout_s=0.6)
     cluster.stop(COORDINATOR)
     with pytest.raises(CoordinatorDied, match="no heartbeat for"):
         keep_receiving(cluster)
@@ -121,7 +121,7 @@ def test_a_coordinator_that_stops_answering(start: Start, gone: Gone) -> None:
 def test_a_worker_that_fails_in_a_step(
     start_odd: Start, gone: Gone, oddity: str, exitcode: int, cause: str, traceback: str
 ) -> None:
-    cluster = start_odd(oddity, max_message_bytes=1 << 16)
+    cluster = start_odd(oddity, max_restarts=0, max_message_bytes=1 << 16)
     with pytest.raises(WorkerDied) as death:
         cluster.generate(endless(), timeout_s=20)
     assert (death.value.rank, death.value.exitcode) == (0, exitcode)
@@ -222,3 +222,33 @@ def test_an_engine_that_is_collected_ends(start: Start, gone: Gone) -> None:
     engine = pids(cluster)
     del cluster
     assert gone(engine) == []
+
+
+def test_the_user_s_process_dies_during_a_restart(gone: Gone) -> None:
+    ending = """
+cluster.kill(1)
+cluster.kill("coordinator")
+while cluster.client.outage is None:
+    cluster.client.receive(0.01)
+while cluster.client.outage is not None and cluster.client._gone_by is not None:
+    cluster.client.receive(0.01)
+print(cluster.coordinator_pid, flush=True)
+time.sleep(60)
+"""
+    program, folder, engine = run_program(ending)
+    assert program.stdout is not None
+    successor = int(program.stdout.readline())
+    program.kill()
+    program.communicate()
+    assert successor not in engine
+    assert gone([*engine, successor]) == []
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and str(folder) in _command(pid)]
+    assert not folder.exists()
+
+
+def _command(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""

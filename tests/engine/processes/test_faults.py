@@ -47,7 +47,7 @@ def test_delayed_and_repeated_frames_are_harmless(start: Start, requests: Reques
 def test_a_lost_or_corrupt_frame_on_the_worker_s_link(
     start: Start, requests: Requests, action: str, direction: Direction, message: str
 ) -> None:
-    cluster = start(worker_faults=[], heartbeat_interval_s=INTERVAL_S)
+    cluster = start(worker_faults=[], max_restarts=0, heartbeat_interval_s=INTERVAL_S)
     assert cluster.worker_proxy is not None
     cluster.call("slow", 0.02)
     cluster.worker_proxy.inject(Fault(action, direction, message))  # type: ignore[arg-type]

@@ -131,7 +131,7 @@ def test_a_coordinator_whose_client_is_gone_does_not_start(tmp_path: Path) -> No
     program = [sys.executable, "-m", "sempre.engine.coordinator"]
     done = subprocess.run(program, input=encode_json(arguments), capture_output=True, timeout=60)
     assert done.returncode == 1
-    assert list(tmp_path.iterdir()) == []
+    assert not tmp_path.exists()
 
 
 def test_the_coordinator_imports_no_torch_and_no_numpy() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from sempre.engine.client.inproc import InprocClient
 from sempre.engine.executor.inproc import InprocExecutor
-from sempre.engine.harness import Cluster, compare_generations, generate
+from sempre.engine.harness import COORDINATOR, Cluster, compare_generations, generate
 from sempre.engine.harness.cluster import cluster_config
 from sempre.ipc.messages import AbortRequests, AddRequests, CallWorkers, CallWorkersReply, OutputsReady, RequestSpec
 
@@ -75,3 +75,23 @@ def test_an_abort_with_steps_in_flight(ahead: Cluster, requests: MakeRequests) -
         if isinstance(event, OutputsReady):
             aborted += sum(delta.finish_reason == "abort" for delta in event.outputs)
     assert compare_generations(expected, ahead.generate(specs)).equal
+
+
+@pytest.mark.parametrize("target", [0, COORDINATOR])
+def test_a_death_with_steps_in_flight(ahead: Cluster, requests: MakeRequests, target: int | str) -> None:
+    """The tokens of both steps are lost with the process, and come again."""
+    specs = requests(8, max_tokens=25)
+    expected = ahead.generate(specs)
+    ahead.client.send(AddRequests(requests=specs))
+    found: dict[str, list[int]] = {spec.request_id: [] for spec in specs}
+    unfinished, killed = len(specs), False
+    while unfinished:
+        event = ahead.client.receive(20.0)
+        assert isinstance(event, OutputsReady)
+        for delta in event.outputs:
+            found[delta.request_id] += delta.token_ids
+            unfinished -= delta.finish_reason is not None
+        if not killed:
+            ahead.kill(target)
+            killed = True
+    assert [found[spec.request_id] for spec in specs] == [generation.token_ids for generation in expected]

@@ -564,7 +564,7 @@ def test_restart_sends_every_token_again_and_counts_nothing_twice() -> None:
     replica.step()
     lost = replica.schedule()
     replica.scheduler.abort("b")
-    replica.scheduler.restart()
+    replica.scheduler.restart("killed")
     replica.scheduler.check_invariants()
     with pytest.raises(ProtocolError, match="no step is in flight"):
         replica.scheduler.update(lost, replica.answer(lost))
@@ -655,3 +655,57 @@ def test_stats() -> None:
     assert (after.num_running, after.num_waiting, after.kv_cache_usage) == (0, 0, 0.0)
     assert after.finished == {"stop": 0, "length": 2, "abort": 0, "error": 0}
     assert before.finished["length"] == 0, "a snapshot does not change"
+
+
+# After a crash
+
+
+def crash(replica: Replica) -> list[str]:
+    """A step is under way when the worker dies; the ids of the requests that are given up."""
+    replica.schedule()
+    return [delta.request_id for delta in replica.scheduler.restart("killed")]
+
+
+def test_suspects_run_alone_until_each_has_passed() -> None:
+    replica = Replica()
+    replica.add(spec("a", 4, max_tokens=9), spec("b", 4, ordinal=1, max_tokens=9))
+    replica.step()
+    assert crash(replica) == []
+    replica.add(spec("c", 4, ordinal=2, max_tokens=9))
+    companies = []
+    for _ in range(4):
+        step = replica.schedule()
+        replica.scheduler.check_invariants()
+        companies.append([item.request_id for item in step.scheduled])
+        replica.scheduler.update(step, replica.answer(step))
+    assert companies == [["a"], ["b"], ["a", "b", "c"], ["a", "b", "c"]]
+
+
+def test_a_request_that_is_at_work_in_every_crash_is_given_up() -> None:
+    replica = Replica()
+    replica.add(spec("a", 4, max_tokens=9), spec("b", 4, ordinal=1, max_tokens=9))
+    replica.step()
+    assert crash(replica) == []
+    assert crash(replica) == [], "a for the second time, alone"
+    step = replica.schedule()
+    assert [item.request_id for item in step.scheduled] == ["b"], "the less suspicious one first"
+    replica.scheduler.update(step, replica.answer(step))
+    assert crash(replica) == ["a"]
+    replica.finish()
+    assert replica.scheduler.stats().finished == {"stop": 0, "length": 1, "abort": 0, "error": 1}
+
+
+def test_a_request_continues_from_its_tokens() -> None:
+    replica = Replica()
+    begun = msgspec.structs.replace(
+        spec("a", 4, max_tokens=4, prompt_logprobs=0), output_token_ids=[8, 9], num_prompt_logprobs_delivered=3
+    )
+    replica.add(begun)
+    step = replica.schedule()
+    (new,) = step.new_requests
+    assert (new.token_ids, new.num_prompt_tokens) == ([*begun.prompt_token_ids, 8, 9], 4)
+    assert step.scheduled[0].prompt_logprobs_start == 4
+    deltas = replica.scheduler.update(step, replica.answer(step))
+    assert (len(deltas), deltas[0].num_cached_tokens) == (1, 0)
+    with pytest.raises(RequestError, match=r"output_token_ids: the sequence has 8 tokens, and at most 7 can go on"):
+        replica.add(msgspec.structs.replace(begun, request_id="b", output_token_ids=[1, 2, 3, 4]))

@@ -232,7 +232,7 @@ class Simulation:
         if tick in self.workload.restarts:
             self.worker = ScriptedWorker(self.setup.block_size, self.workload.fail_at)
             self.in_flight.clear()
-            self.scheduler.restart()
+            self.scheduler.restart("killed")
         if tick in self.workload.resets:
             self.scheduler.reset_prefix_cache()
 

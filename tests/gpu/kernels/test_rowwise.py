@@ -43,6 +43,7 @@ def test_norms(width: int, dtype: torch.dtype) -> None:
 def test_silu_and_mul(width: int, dtype: torch.dtype) -> None:
     gate_up = _random(70, 2 * width, dtype=dtype, scale=12.0)
     gate_up[0, :4] = torch.tensor([0.0, -1e4, 1e4, -88.5])
+    gate_up[0, width : width + 4] = torch.tensor([1.0, 2.0, 0.5, -3.0])
     out = silu_and_mul(gate_up, torch.full((70, width), float("nan"), device="cuda", dtype=dtype))
     expected = reference.silu_and_mul(gate_up)
     assert torch.isfinite(out).all()

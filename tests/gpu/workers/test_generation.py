@@ -62,7 +62,7 @@ def test_the_cache_is_sized_from_free_memory() -> None:
     assert isinstance(reply, CallWorkersReply)
     memory = reply.results[0]
     assert isinstance(memory, dict)
-    assert 0.3 * memory["gpu_total_bytes"] < memory["gpu_used_bytes"] < 0.52 * memory["gpu_total_bytes"]
+    assert 0.3 * memory["gpu_total_bytes"] < memory["gpu_reserved_bytes"] < 0.52 * memory["gpu_total_bytes"]
 
 
 def test_too_little_memory_states_the_sums() -> None:

@@ -23,7 +23,9 @@ def test_padding_is_small() -> None:
         assert bucket - rows < max(8, rows / 4)
 
 
-@pytest.mark.parametrize(("context", "bound"), [(1, 1024), (1024, 1024), (1025, 2048), (4097, 8192), (9000, 10000)])
+@pytest.mark.parametrize(
+    ("context", "bound"), [(1, 512), (512, 512), (513, 1024), (1025, 2048), (4097, 8192), (9000, 10000)]
+)
 def test_contexts(context: int, bound: int) -> None:
     assert context_bucket(context, 10000) == bound
 

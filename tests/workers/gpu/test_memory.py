@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sempre.ipc.errors import ConfigError
-from sempre.workers.gpu.memory import RUNTIME_RESERVE_BYTES, MemoryPlan, cache_blocks
+from sempre.workers.gpu.memory import RUNTIME_RESERVE_BYTES, MemoryPlan, cache_blocks, out_of_memory
 
 GIB = 1 << 30
 PLAN = MemoryPlan(total=80 * GIB, free=60 * GIB, weights=16 * GIB, activations=GIB, allocated=17 * GIB, utilization=0.9)
@@ -56,3 +56,11 @@ def test_too_little_states_the_sums(given: int | None, facts: tuple[str, ...]) -
     for fact in facts:
         assert fact in str(caught.value)
     assert caught.value.parameter == "max_model_len"
+
+
+def test_weights_that_do_not_fit_state_the_sums() -> None:
+    error = out_of_memory(
+        "the weights", weights=130 * GIB, allocated=70 * GIB, free=GIB, total=80 * GIB, max_num_batched_tokens=8192
+    )
+    for fact in ("has 80.00 GiB", "holds 70.00 GiB", "processes 9.00 GiB", "1.00 GiB is free", "need 130.00 GiB"):
+        assert fact in str(error)

@@ -1,0 +1,75 @@
+"""What a step must at least read and compute, to set beside the time that its kernels took.
+
+Bytes: every matrix once, and the keys and values of all contexts. FLOPs: two per weight and
+token, and four per query dimension and key. Figures of the device are what an H100 SXM reaches, not its data sheet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from sempre.workers.models.spec import ModelSpec
+
+REACHED_BYTES_PER_S = 3.05e12
+REACHED_FLOPS = 750e12
+ITEM = 2  # bytes, bfloat16
+
+PRODUCTS = ("_linear", "nvjet", "cublas", "gemm", "cutlass")
+ATTENTION = ("_attend", "_merge")
+
+
+class Work(NamedTuple):
+    """Of one group of kernels in one step."""
+
+    name: str
+    bytes: float
+    flops: float
+
+    @property
+    def floor_us(self) -> float:
+        return 1e6 * max(self.bytes / REACHED_BYTES_PER_S, self.flops / REACHED_FLOPS)
+
+
+def work_of(spec: ModelSpec, tokens: int, contexts: Iterable[int], logit_rows: int) -> list[Work]:
+    """Products and attention of a step of `tokens` tokens, evenly from requests whose numbers of keys are `contexts`:
+    one token each, or whole prompts; `logit_rows` of them get logits."""
+    keys = list(contexts)
+    queries = spec.num_heads * spec.head_dim
+    layer = spec.hidden_size * (spec.qkv_size + queries + 3 * spec.intermediate_size)
+    head = spec.vocab_size * spec.hidden_size
+    matrices = spec.num_layers * layer
+    products = Work("products", ITEM * (matrices + head), 2.0 * (matrices * tokens + head * logit_rows))
+    key_bytes = 2 * ITEM * spec.num_kv_heads * spec.head_dim * spec.num_layers
+    per_request = tokens // len(keys)
+    # a prompt's row sees half of it on average
+    seen = sum(keys) * per_request / (1 if per_request == 1 else 2)
+    attention = Work("attention", key_bytes * sum(keys), 4.0 * queries * seen * spec.num_layers)
+    return [products, attention]
+
+
+def group_of(kernel: str) -> str:
+    """Which group a kernel's time belongs to."""
+    if kernel.startswith(ATTENTION):
+        return "attention"
+    return "products" if any(part in kernel for part in PRODUCTS) else "other"
+
+
+def table(work: list[Work], kernel_us: dict[str, float], step_us: float) -> list[str]:
+    """Lines: each group's time against its floor; what is neither; and the step against the sum of floors."""
+    times: dict[str, float] = {}
+    for kernel, duration in kernel_us.items():
+        times[group_of(kernel)] = times.get(group_of(kernel), 0.0) + duration
+    lines = []
+    for part in work:
+        us = times.get(part.name, 0.0)
+        if us:
+            lines.append(
+                f"    {part.name:10s} {us:9.1f} us, floor {part.floor_us:9.1f} us;"
+                f" {part.bytes / us / 1e6:5.2f} TB/s of {part.bytes / 1e9:7.3f} GB,"
+                f" {part.flops / us / 1e6:6.1f} TFLOP/s of {part.flops / 1e12:8.3f} TFLOP"
+            )
+    floor = sum(part.floor_us for part in work)
+    lines.append(f"    {'other':10s} {times.get('other', 0.0):9.1f} us")
+    lines.append(f"    {'step':10s} {step_us:9.1f} us, floor {floor:9.1f} us, {step_us / floor:5.2f} times")
+    return lines

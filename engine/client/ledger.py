@@ -1,0 +1,120 @@
+"""What a coordinator owes its client: enough to have another one go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from sempre.ipc.messages import (
+    AbortRequests,
+    AddRequests,
+    CallWorkers,
+    CallWorkersReply,
+    ClientCommand,
+    ClientEvent,
+    GetMetrics,
+    MetricsReply,
+    OutputsReady,
+    RequestSpec,
+    ResetPrefixCache,
+    ResetPrefixCacheReply,
+)
+
+# Requests travel in frames of about this size, so that the first ones are at work while the last ones are sent.
+FRAME_BYTES = 1 << 20
+
+Call = CallWorkers | GetMetrics | ResetPrefixCache
+_ANSWERS: dict[type[ClientEvent], type[Call]] = {
+    CallWorkersReply: CallWorkers,
+    MetricsReply: GetMetrics,
+    ResetPrefixCacheReply: ResetPrefixCache,
+}
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One unfinished sequence and what the client has of it."""
+
+    spec: RequestSpec
+    token_ids: list[int] = field(default_factory=list)
+    num_prompt_logprobs: int = 0
+
+
+class Ledger:
+    """The unfinished requests with their tokens so far, and the calls without an answer."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._calls: list[Call] = []
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences without an end."""
+        return len(self._entries)
+
+    def sent(self, command: ClientCommand) -> None:
+        """Take note of what a coordinator is asked for."""
+        match command:
+            case AddRequests(requests=specs):
+                # an id in use is refused by the coordinator; the first request with it goes on
+                self._entries.update({s.request_id: _Entry(s) for s in specs if s.request_id not in self._entries})
+            case AbortRequests(request_ids=request_ids):
+                for request_id in request_ids:
+                    self._entries.pop(request_id, None)
+            case CallWorkers() | GetMetrics() | ResetPrefixCache():
+                self._calls.append(command)
+
+    def received(self, event: ClientEvent) -> None:
+        """Take note of what it has answered."""
+        match event:
+            case OutputsReady(outputs=deltas):
+                for delta in deltas:
+                    entry = self._entries.get(delta.request_id)
+                    if entry is None:
+                        continue
+                    if delta.finish_reason is not None:
+                        del self._entries[delta.request_id]
+                        continue
+                    entry.token_ids += delta.token_ids
+                    if delta.prompt_logprobs is not None:
+                        entry.num_prompt_logprobs += delta.prompt_logprobs.num_rows
+            case CallWorkersReply() | MetricsReply() | ResetPrefixCacheReply():
+                kind, call_id = _ANSWERS[type(event)], event.call_id
+                answered = next((c for c in self._calls if type(c) is kind and c.call_id == call_id), None)
+                if answered is not None:
+                    self._calls.remove(answered)
+
+    def owed(self) -> Iterator[ClientCommand]:
+        """The commands that have another coordinator go on where the last one ended."""
+        for frame in frames(_resumed(entry) for entry in self._entries.values()):
+            yield AddRequests(requests=frame)
+        yield from self._calls
+
+
+def frames(specs: Iterable[RequestSpec]) -> Iterator[list[RequestSpec]]:
+    """The specs in order, cut into lists of about FRAME_BYTES each."""
+    frame: list[RequestSpec] = []
+    size = 0
+    for spec in specs:
+        frame.append(spec)
+        size += _estimated_bytes(spec)
+        if size >= FRAME_BYTES:
+            yield frame
+            frame, size = [], 0
+    if frame:
+        yield frame
+
+
+def _resumed(entry: _Entry) -> RequestSpec:
+    delivered = entry.num_prompt_logprobs
+    return replace(entry.spec, output_token_ids=entry.token_ids, num_prompt_logprobs_delivered=delivered)
+
+
+def _estimated_bytes(spec: RequestSpec) -> int:
+    """Roughly the packed size: five bytes per token id, nine more per float."""
+    params = spec.params
+    num_ids = len(spec.prompt_token_ids) + len(spec.output_token_ids)
+    num_ids += len(params.allowed_token_ids or []) + 3 * len(params.logit_bias)
+    return 256 + 5 * (num_ids + sum(map(len, params.bad_words_token_ids)))

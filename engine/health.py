@@ -1,0 +1,89 @@
+"""Whether an engine works as it should, and if not, which of its processes does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from sempre.engine.config import EngineConfig
+from sempre.ipc import messages
+from sempre.ipc.errors import EngineUnhealthy
+
+EngineState = Literal["starting", "ready", "restarting", "dead"]
+# A worker sends heartbeats while it computes, too: so many missing ones are more than a busy machine explains.
+HEARTBEATS_MISSED = 10
+
+
+class WorkerHealth(Struct, frozen=True, kw_only=True):
+    """One worker process. Ages are seconds; None where there is nothing to count from."""
+
+    rank: int
+    pid: int
+    state: messages.WorkerState
+    heartbeat_age_s: float | None
+    """Since the worker was heard last."""
+    step_age_s: float | None
+    """How long the step it is working on has taken so far; None when it has none."""
+    last_step_age_s: float | None
+    """Since it finished a step."""
+    num_restarts: int
+    cause: str
+    """Why it was restarted last; empty when it never was."""
+
+
+class Problem(Struct, frozen=True, kw_only=True):
+    """What is wrong with one process; `rank` is None for the coordinator or the whole engine."""
+
+    rank: int | None
+    text: str
+
+
+class EngineHealth(Struct, frozen=True, kw_only=True):
+    """The engine is healthy when there is no problem: every worker is ready, was heard lately, and no step is stuck."""
+
+    state: EngineState
+    problems: list[Problem]
+    workers: list[WorkerHealth] = []
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there is no problem."""
+        return not self.problems
+
+    def check(self) -> None:
+        """Raise EngineUnhealthy with all problems; its `rank` is that of the first."""
+        if self.problems:
+            first = self.problems[0]
+            text = "; ".join(problem.text for problem in self.problems)
+            raise EngineUnhealthy(f"the engine is {self.state}: {text}", rank=first.rank, cause=first.text)
+
+
+def unhealthy(state: EngineState, text: str) -> EngineHealth:
+    """The health of an engine whose workers cannot be asked."""
+    return EngineHealth(state=state, problems=[Problem(rank=None, text=text)])
+
+
+def judge(reports: Sequence[messages.WorkerHealth], config: EngineConfig) -> EngineHealth:
+    """The health of an engine whose coordinator has reported of its workers."""
+    problems = [problem for report in reports if (problem := _problem(report, config)) is not None]
+    # one spelling for users, by name; the message is an array
+    names = WorkerHealth.__struct_fields__
+    workers = [WorkerHealth(**{name: getattr(report, name) for name in names}) for report in reports]
+    restarting = any(report.state != "ready" for report in reports)
+    return EngineHealth(state="restarting" if restarting else "ready", problems=problems, workers=workers)
+
+
+def _problem(report: messages.WorkerHealth, config: EngineConfig) -> Problem | None:
+    rank, who = report.rank, f"worker {report.rank} (pid {report.pid})"
+    silence_limit_s = min(config.heartbeat_timeout_s, HEARTBEATS_MISSED * config.heartbeat_interval_s)
+    if report.state != "ready":
+        because = f": {report.cause}" if report.cause else ""
+        return Problem(rank=rank, text=f"{who} is {report.state}{because}")
+    if report.heartbeat_age_s is not None and report.heartbeat_age_s > silence_limit_s:
+        return Problem(rank=rank, text=f"{who} was last heard {report.heartbeat_age_s:.1f} s ago")
+    if report.step_age_s is not None and report.step_age_s > config.step_timeout_s:
+        limit = f"step_timeout_s={config.step_timeout_s:g}"
+        return Problem(rank=rank, text=f"{who} is stuck in a step for {report.step_age_s:.1f} s ({limit})")
+    return None

@@ -1,0 +1,64 @@
+"""Which request brought the worker down? After a crash those that were at work run alone, one after the other.
+
+A request passes once it has got as many tokens alone as it had steps under way at the crash. It then waits for the
+others at its place in the order. One that is at work in too many crashes before it passes is given up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sempre.engine.scheduling.request import Request
+from sempre.engine.scheduling.step_in_flight import StepInFlight
+
+
+@dataclass(slots=True)
+class _Suspect:
+    request: Request
+    num_crashes: int = 0
+    passes_at: int = 0
+    """length of its sequence, in tokens, with which it passes"""
+
+
+class Quarantine:
+    """The suspects of the last crashes; the least suspicious runs first, then the order of requests decides."""
+
+    def __init__(self, max_request_crashes: int) -> None:
+        self._max_request_crashes = max_request_crashes
+        self._suspects: dict[str, _Suspect] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._suspects)
+
+    @property
+    def current(self) -> Request | None:
+        """The one that runs alone now; None when all have passed."""
+        if not self._suspects:
+            return None
+        first = min(self._suspects.values(), key=lambda suspect: (suspect.num_crashes, suspect.request.order_key))
+        return first.request
+
+    def note_crash(self, in_flight: Iterable[StepInFlight]) -> list[tuple[Request, int]]:
+        """Suspect the unfinished requests of these steps; those to be given up, with their crashes, are left out."""
+        at_work = [request for step in in_flight for request in step.requests if request.finish_reason is None]
+        num_steps = Counter(request.request_id for request in at_work)
+        for request in at_work:
+            suspect = self._suspects.setdefault(request.request_id, _Suspect(request))
+            suspect.passes_at = len(request.token_ids) + num_steps[request.request_id]
+        for request_id in num_steps:
+            self._suspects[request_id].num_crashes += 1
+        guilty = [s for s in self._suspects.values() if s.num_crashes >= self._max_request_crashes]
+        for suspect in guilty:
+            self.release(suspect.request)
+        return [(suspect.request, suspect.num_crashes) for suspect in guilty]
+
+    def has_passed(self, request: Request) -> bool:
+        """Whether this suspect has got beyond the point of the crash."""
+        suspect = self._suspects.get(request.request_id)
+        return suspect is not None and len(request.token_ids) >= suspect.passes_at
+
+    def release(self, request: Request) -> None:
+        """It has passed, ended, or is given up; a request that is no suspect is ignored."""
+        self._suspects.pop(request.request_id, None)

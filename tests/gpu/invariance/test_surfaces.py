@@ -1,0 +1,57 @@
+"""Axis A12 on a GPU: one call for all, streams at once from the asynchronous engine, and requests alone."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from sempre.engine import LLM, AsyncLLM, RequestOutputKind, SamplingParams
+from sempre.engine.outputs import CompletionOutput
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = [
+    "It was a dark and stormy night, and the",
+    "The",
+    "And God said, Let there be",
+    "Fellow citizens of the Senate and of the House of Representatives: " * 6,
+    "To be, or not to be: that is the question",
+]
+PARAMS = SamplingParams(temperature=0.9, top_p=0.97, max_tokens=24, logprobs=3, seed=2024)
+SETTINGS = {"model": "tiny", "device": "cuda", "max_model_len": 512, "kv_cache_memory_bytes": 256 << 20}
+
+Facts = tuple[list[int], list[list[tuple[int, float]]]]
+
+
+def facts(completion: CompletionOutput) -> Facts:
+    rows = [[(token, entry.logprob) for token, entry in row.items()] for row in completion.logprobs or []]
+    return list(completion.token_ids), rows
+
+
+async def stream_all() -> list[Facts]:
+    params = replace(PARAMS, output_kind=RequestOutputKind.DELTA)
+
+    async def one(engine: AsyncLLM, number: int, prompt: str) -> Facts:
+        tokens: list[int] = []
+        rows: list[list[tuple[int, float]]] = []
+        async for output in engine.generate(prompt, params, f"request-{number}"):
+            ids, logprobs = facts(output.outputs[0])
+            tokens += ids
+            rows += logprobs
+        return tokens, rows
+
+    async with AsyncLLM(**SETTINGS) as engine:
+        return list(await asyncio.gather(*(one(engine, i, prompt) for i, prompt in enumerate(PROMPTS))))
+
+
+def test_surfaces() -> None:
+    with LLM(**SETTINGS, multiprocessing=False) as llm:
+        alone = [facts(llm.generate([p], PARAMS, use_tqdm=False)[0].outputs[0]) for p in PROMPTS]
+        together = [facts(output.outputs[0]) for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+        other = replace(PARAMS, seed=2025)
+        reseeded = [facts(output.outputs[0]) for output in llm.generate(PROMPTS, other, use_tqdm=False)]
+    assert together == alone
+    assert asyncio.run(stream_all()) == alone
+    assert reseeded != alone

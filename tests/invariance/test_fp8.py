@@ -1,0 +1,108 @@
+"""Axes A1–A5 for models whose matrices are fp8, made while loading or stored so; each with a control that must fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from fp8_checkpoints import write_tiny
+from workload import KV_BLOCK_BYTES, launch_inproc, make_requests
+
+from sempre.engine.harness import Generation, compare_generations, generate
+from sempre.ipc.messages import GetMetrics, MetricsReply, RequestSpec
+
+Run = Callable[..., list[Generation]]
+
+
+@pytest.fixture(scope="module", params=["fp8", "fp8_weight_only", "compressed-tensors fp8"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The engine's settings."""
+    if request.param in ("fp8", "fp8_weight_only"):
+        return {"quantization": request.param}
+    return {"model": str(write_tiny(tmp_path_factory.mktemp("tiny-fp8"), "fp8", "tensor"))}
+
+
+@pytest.fixture(scope="module", params=["invariant", "control"])
+def numerics(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[RequestSpec]:
+    return make_requests()[1::2]
+
+
+@pytest.fixture(scope="module")
+def run(model: dict[str, Any], numerics: str) -> Run:
+    """(requests, rounds, settings) → the results, one round after the other."""
+
+    def start(
+        requests: list[RequestSpec], rounds: int = 1, expect_preemption: bool = False, **settings: Any
+    ) -> list[Generation]:
+        client = launch_inproc(**model, numerics=numerics, **settings)
+        try:
+            results: list[Generation] = []
+            for number in range(rounds):
+                again = [msgspec.structs.replace(r, request_id=f"{number}-{r.request_id}") for r in requests]
+                results += generate(client, again)
+            client.send(GetMetrics(call_id=1))
+            reply = client.receive()
+            assert isinstance(reply, MetricsReply)
+            assert (reply.values["num_preemptions"] > [0.0]) is expect_preemption
+            return results
+        finally:
+            client.close()
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def alone(model: dict[str, Any], numerics: str, requests: list[RequestSpec]) -> Iterator[list[Generation]]:
+    client = launch_inproc(**model, numerics=numerics, enable_prefix_caching=False)
+    try:
+        yield [generate(client, [request])[0] for request in requests]
+    finally:
+        client.close()
+
+
+@pytest.fixture
+def check(numerics: str, alone: list[Generation]) -> Callable[[list[Generation]], None]:
+    def compare(results: list[Generation]) -> None:
+        for start in range(0, len(results), len(alone)):
+            comparison = compare_generations(alone, results[start : start + len(alone)])
+            if numerics == "invariant":
+                assert comparison.equal, comparison.first_difference
+            else:
+                assert not comparison.equal, "the control gave equal bits: this test could not notice a difference"
+
+    return compare
+
+
+def test_batch(run: Run, requests: list[RequestSpec], check: Any) -> None:
+    """A1."""
+    check(run(requests))
+
+
+def test_order(run: Run, requests: list[RequestSpec], check: Any) -> None:
+    """A2: the reverse order of arrival, in batches that fill and drain."""
+    backwards = [msgspec.structs.replace(r, ordinal=len(requests) - r.ordinal) for r in reversed(requests)]
+    check(run(backwards, max_num_seqs=3)[::-1])
+
+
+def test_chunking(run: Run, requests: list[RequestSpec], check: Any) -> None:
+    """A3."""
+    check(run(requests, max_num_seqs=12, max_num_batched_tokens=33))
+
+
+def test_prefix_cache(run: Run, requests: list[RequestSpec], check: Any) -> None:
+    """A4: cold, then warm."""
+    results = run(requests, rounds=2)
+    check(results)
+    assert sum(result.num_cached_tokens for result in results[len(requests) :]) > 0
+
+
+def test_preemption(run: Run, requests: list[RequestSpec], check: Any) -> None:
+    """A5: too few blocks for all, so running requests are evicted and computed anew."""
+    check(run(requests, expect_preemption=True, kv_cache_memory_bytes=33 * KV_BLOCK_BYTES, max_num_seqs=12))

@@ -1,0 +1,163 @@
+"""Compiles the kernels of a model, many at a time, while its weights are being loaded.
+
+Which variants a model needs is not listed anywhere: the code that launches them runs, with launches that only compile,
+on an outline of the model, one layer for each kind of window. What a step then still lacks is compiled when it comes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import product as combinations
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
+from sempre.kernels.gpu_jit import only_compiling
+from sempre.kernels.sampling import gpu as gpu_sampling
+from sempre.workers.admission import StepLimits
+from sempre.workers.backend import ModelOutline
+from sempre.workers.gpu.decode_graphs import DecodeShape
+from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
+from sempre.workers.gpu.self_test import run_self_test
+from sempre.workers.kv_cache import PagedKvCache
+from sempre.workers.models.decoder import Decoder, StepInput
+from sempre.workers.sampling.gpu_sampler import GpuSampler
+from sempre.workers.weights import DecoderWeights, Placement, expected_shapes, load_weights
+
+MOST_THREADS = 32
+# what the outline, its scratch memory and the self-test take at most
+OUTLINE_BYTES = 8 << 30
+MAX_ROWS = 256
+MAX_TOKENS = 512
+# requests, tokens of each, context of each: tiles of every size, in one split, in parallel splits, and in turn
+PROMPTS = (
+    (1, 2, 64), (1, 2, 4096), (1, 16, 64), (1, 16, 4096), (1, 256, 512), (1, 256, 4096), (64, 8, 64), (64, 8, 4096),
+)  # fmt: skip
+DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, MAX_ROWS)
+DECODE_CONTEXTS = (64, 1024, 4096, 1 << 30)
+
+
+class KernelCompilation:
+    """In the background from `__enter__` to `finish`."""
+
+    def __init__(self, outline: ModelOutline, device: torch.device) -> None:
+        self._outline = outline
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compilation")
+
+    def __enter__(self) -> Self:
+        self._done = self._thread.submit(_compile, self._outline, self._device)
+        return self
+
+    def finish(self) -> None:
+        """Wait. Raises what a kernel's compilation raised."""
+        self._done.result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+
+
+def weight_bytes(outline: ModelOutline) -> int:
+    """Of all tensors, if they are stored as `dtype` says; fp8 takes less."""
+    size = sum(math.prod(shape) for shape in expected_shapes(outline.spec, None).values())
+    return size * (torch.float32.itemsize if outline.config.dtype == "float32" else torch.bfloat16.itemsize)
+
+
+def _has_room(outline: ModelOutline, device: torch.device) -> bool:
+    """Whether the weights leave memory for this; else kernels are compiled as they first run."""
+    return weight_bytes(outline) + OUTLINE_BYTES < torch.cuda.mem_get_info(device)[0]
+
+
+@torch.inference_mode()
+def _compile(outline: ModelOutline, device: torch.device) -> None:
+    torch.cuda.set_device(device)
+    if not _has_room(outline, device):
+        return
+    windows = tuple(dict.fromkeys(outline.spec.windows))
+    spec = replace(outline.spec, num_layers=len(windows), windows=windows)
+    config = outline.config
+    weights = load_weights(
+        spec,
+        Path(config.model_path),
+        outline.product,
+        dtype=config.dtype,
+        load_format="dummy",
+        seed=0,
+        quantization=config.quantization,
+        placement=Placement(device, lambda tensor: tensor, hashing_threads=1),
+    )
+    workspace = allocate_attention_workspace(spec.num_heads, spec.head_dim, max(outline.max_model_len, 2048), device)
+    with only_compiling(device, min(MOST_THREADS, len(os.sched_getaffinity(0)))):
+        _launch_steps(replace(outline, spec=spec), weights, workspace, device)
+        _launch_reports(spec.vocab_size, device)
+        if config.numerics == "invariant":
+            run_self_test(config, spec, weights, outline.block_size, workspace)
+
+
+def _launch_steps(
+    outline: ModelOutline, weights: DecoderWeights, workspace: AttentionWorkspace, device: torch.device
+) -> None:
+    """Decode steps of every bucket, prompts of several sizes, and each combination of the stages of sampling."""
+    spec, config = outline.spec, outline.config
+    decoder = Decoder(
+        spec,
+        weights,
+        outline.product,
+        max_tokens=MAX_TOKENS,
+        max_model_len=outline.max_model_len,
+        workspace=workspace,
+    )
+    sampler = GpuSampler(device=device, vocab_size=spec.vocab_size, max_num_seqs=MAX_ROWS, num_slots=MAX_ROWS)
+    memory = StepMemory(
+        decoder,
+        sampler,
+        torch.empty(MAX_ROWS, spec.hidden_size, dtype=weights.activations, device=device),
+        torch.empty(MAX_ROWS, spec.vocab_size, device=device),
+    )
+    cache = PagedKvCache(spec, 1, outline.block_size, weights.dtype, device)
+    limits = StepLimits(outline.max_model_len, MAX_ROWS, MAX_TOKENS, spec.vocab_size)
+    runner = GpuModelRunner(memory, cache, limits, rank=config.rank, graphs=False)
+    plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
+    for rows, context in combinations(DECODE_ROWS, DECODE_CONTEXTS):
+        runner.launch_decode(DecodeShape(rows, min(context, outline.max_model_len), plain))
+    for edits, truncates, num_best in combinations((False, True), (False, True), (-1, 0, 5, 20)):
+        stages = gpu_sampling.Stages(edits=edits, truncates=truncates, num_best=num_best)
+        runner.launch_decode(DecodeShape(1, min(64, outline.max_model_len), stages))
+    width = -(-outline.max_model_len // outline.block_size)
+    for requests, tokens, context in PROMPTS:
+        if context <= outline.max_model_len:
+            decoder.forward(_prompts(requests, tokens, context, width, device), cache.layers)
+
+
+def _prompts(requests: int, tokens: int, context: int, width: int, device: torch.device) -> StepInput:
+    """Contents do not matter: nothing is launched."""
+    total = requests * tokens
+    return StepInput(
+        token_ids=torch.zeros(total, dtype=torch.int64, device=device),
+        positions=torch.zeros(total, dtype=torch.int64, device=device),
+        slot_mapping=torch.zeros(total, dtype=torch.int64, device=device),
+        block_tables=torch.zeros(requests, width, dtype=torch.int32, device=device),
+        query_starts=torch.zeros(requests + 1, dtype=torch.int32, device=device),
+        context_lens=torch.zeros(requests, dtype=torch.int32, device=device),
+        max_query_len=tokens,
+        max_context_len=context,
+    )
+
+
+def _launch_reports(vocab_size: int, device: torch.device) -> None:
+    """Log-probabilities of prompts, for every number of best tokens."""
+    buffers = gpu_sampling.SamplingBuffers(device, vocab_size, 1)
+    logits = torch.empty(1, vocab_size, device=device)
+    targets = torch.zeros(1, dtype=torch.int64, device=device)
+    slots = torch.zeros(1, dtype=torch.int32, device=device)
+    table = gpu_sampling.empty_table(1, device)
+    for num_best in range(gpu_sampling.MAX_BEST + 1):
+        gpu_sampling.report_logprobs(logits, targets, slots, table, buffers, num_best)

@@ -1,0 +1,136 @@
+"""Self-test of the products: each kernel that may be chosen for a weight gives the bits of one reference kernel.
+
+One that disagrees is left out of the choice for its shape. The reference must give a row the same bits alone and among
+others; when it does not, nothing is left to choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from sempre.ipc.errors import ConfigError
+from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.linear import gpu_fp8
+from sempre.kernels.linear.gpu import run_tile
+from sempre.kernels.linear.gpu_check import disagreeing, disagreeing_fp8, disagreeing_fused
+from sempre.kernels.linear.gpu_fp8 import FIRST_CAPABILITY
+from sempre.kernels.linear.gpu_table import FLOAT32, REFERENCE, Tile
+from sempre.kernels.linear.gpu_table_fp8 import FP8_REFERENCE
+from sempre.kernels.linear.weights import GpuLinear
+from sempre.workers.gpu.self_test.comparisons import Comparison, compare
+from sempre.workers.models.numerics import Packed
+from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
+from sempre.workers.self_test import shape_of
+from sempre.workers.weights import DecoderWeights
+
+# beyond one tile of the reference, with a ragged end
+REFERENCE_ROWS = 70
+LONE_ROWS = (0, 1, 63, 64, 69)
+
+Shape = tuple[int, int, Fp8Scheme | None]
+
+
+class ProductTest(NamedTuple):
+    """What the products' test found."""
+
+    weights: DecoderWeights
+    """with the kernels that disagreed left out"""
+    excluded: dict[str, list[str]]
+    """by shape, for the fingerprint"""
+    reference: list[Comparison]
+    """of the reference kernel with itself, to be judged"""
+
+
+def require_fp8(weights: DecoderWeights, device: torch.device) -> None:
+    """Raise ConfigError where the GPU cannot compute with the fp8 matrices of the model."""
+    capability = torch.cuda.get_device_capability(device)
+    if weights.quantization is not None and capability < FIRST_CAPABILITY:
+        least, found = (f"sm_{major}{minor}" for major, minor in (FIRST_CAPABILITY, capability))
+        raise ConfigError(
+            f"quantization: expected a GPU of {least} or later for {weights.quantization.value}, found"
+            f" {torch.cuda.get_device_name(device)} ({found}). Use a checkpoint that is not quantised, or the CPU.",
+            parameter="quantization",
+            value=weights.quantization.value,
+        )
+
+
+def check_products(weights: DecoderWeights, *, max_tokens: int, max_num_seqs: int) -> ProductTest:
+    """Every (N, K) of the model once, at the row counts where another kernel is chosen."""
+    excluded: dict[Shape, set[str]] = {}
+    reference: list[Comparison] = []
+    for name, packed in _distinct(weights):
+        logits = name == "lm_head"
+        # logits leave the product in float32, and are computed for the rows that sample or are scored
+        max_rows = min(max_tokens, max(max_num_seqs, PROMPT_LOGPROB_ROWS)) if logits else max_tokens
+        out_dtype = torch.float32 if logits else weights.dtype
+        if packed.scheme is None:
+            wrong = set(disagreeing(packed, max_rows=max_rows, out_dtype=out_dtype))
+        else:
+            wrong = set(disagreeing_fp8(packed, weights.dtype, max_rows=max_rows, out_dtype=out_dtype))
+        if name == "gate_up":
+            wrong |= set(disagreeing_fused(packed, max_rows=max_rows))
+        if wrong:
+            excluded.setdefault(shape_of(packed), set()).update(wrong)
+        reference += _check_reference(name, packed, weights.dtype, out_dtype)
+    names = {_name(shape): sorted(choices) for shape, choices in excluded.items()}
+    return ProductTest(_without(weights, excluded) if excluded else weights, names, reference)
+
+
+def _distinct(weights: DecoderWeights) -> Iterator[tuple[str, GpuLinear]]:
+    """The first weight of each shape among those computed in the same way: plain, gated, to logits."""
+    seen: set[tuple[str, Shape]] = set()
+    named: list[tuple[str, Packed]] = []
+    for layer in weights.layers:
+        named += [("qkv", layer.qkv), ("o", layer.o), ("down", layer.down), ("gate_up", layer.gate_up)]
+    for name, packed in [*named, ("lm_head", weights.lm_head)]:
+        assert isinstance(packed, GpuLinear)
+        kind = name if name in ("gate_up", "lm_head") else "plain"
+        if (kind, shape_of(packed)) not in seen:
+            seen.add((kind, shape_of(packed)))
+            yield name, packed
+
+
+def _name(shape: Shape) -> str:
+    columns, depth, scheme = shape
+    return f"N={columns},K={depth}" + (f",{scheme.value}" if scheme is not None else "")
+
+
+def _check_reference(name: str, w: GpuLinear, dtype: torch.dtype, out_dtype: torch.dtype) -> Iterator[Comparison]:
+    device = w.weight.device
+    tile = FLOAT32 if dtype == torch.float32 else REFERENCE if w.scheme is None else FP8_REFERENCE
+    generator = torch.Generator(device).manual_seed(0x5E3F)
+    x = torch.randn(REFERENCE_ROWS, w.in_features, generator=generator, device=device, dtype=dtype)
+    among_others = _run_reference(x, w, out_dtype, tile)
+    operation = f"linear {name} [N={w.out_features}, K={w.in_features}], {tile}"
+    for row in LONE_ROWS:
+        alone = _run_reference(x[row : row + 1], w, out_dtype, tile)
+        yield compare(operation, f"row {row} of {REFERENCE_ROWS} against itself alone", alone[0], among_others[row])
+
+
+def _run_reference(x: torch.Tensor, w: GpuLinear, out_dtype: torch.dtype, tile: Tile) -> torch.Tensor:
+    out = torch.empty(x.shape[0], w.out_features, dtype=out_dtype, device=x.device)
+    if w.scheme is None:
+        return run_tile(x, w, out, tile)
+    return gpu_fp8.run_tile(*gpu_fp8.operands(x, w), w, out, tile)
+
+
+def _without(weights: DecoderWeights, excluded: dict[Shape, set[str]]) -> DecoderWeights:
+    def reduced(packed: Packed) -> GpuLinear:
+        assert isinstance(packed, GpuLinear)
+        return replace(packed, excluded=frozenset(excluded.get(shape_of(packed), ())))
+
+    layers = tuple(
+        replace(
+            layer,
+            qkv=reduced(layer.qkv),
+            o=reduced(layer.o),
+            gate_up=reduced(layer.gate_up),
+            down=reduced(layer.down),
+        )
+        for layer in weights.layers
+    )
+    return replace(weights, layers=layers, lm_head=reduced(weights.lm_head))
