@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -30,6 +32,7 @@ from sempre.engine.server.responses import (
 )
 from sempre.engine.server.service import Service
 from sempre.engine.server.tracing import RequestSpan
+from sempre.engine.text.tokenizer import LONG_TEXT
 
 _EMPTY = ChatDelta()
 # What a template is given besides the caller's own variables; these cannot be replaced from outside.
@@ -45,7 +48,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     service.check_ready()
     check_model(request.model, service.model_names)
     params = chat_parameters(request, service.engine.get_default_sampling_params(), service.config)
-    prompt = render(
+    prompt = await render(
         service,
         request.messages,
         chat_template_kwargs=_template_variables(request),
@@ -56,20 +59,23 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     )
     if request.cache_salt is not None:
         prompt["cache_salt"] = request.cache_salt
+    service.checked_length(list(prompt["prompt_token_ids"]))
     with RequestSpan.begin(http, service, params) as span:
         generation = Generation(service, service.open([prompt], params, request.priority), span)
     http.state.generation = generation
-    answer = _Answer(service, request, generation, f"chatcmpl-{http.state.request_id}")
-    if request.stream:
-        return EventStream(generation, answer.first_events(), answer.events, answer.last_event)
-    with generation:
+    with ExitStack() as stack:
+        stack.enter_context(generation)
+        answer = _Answer(service, request, generation, f"chatcmpl-{http.state.request_id}")
+        if request.stream:
+            stack.pop_all()  # the stream ends it
+            return EventStream(generation, answer.first_events(), answer.events, answer.last_event)
         generation.watch(http.receive)
         [output] = await generation.finished()
         body = answer.whole(output)
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 
-def render(
+async def render(
     service: Service,
     messages: Sequence[Mapping[str, Any]],
     *,
@@ -82,10 +88,16 @@ def render(
         if name in _RESERVED:
             raise BadRequest(f"chat_template_kwargs must not hold {name!r}.", param="chat_template_kwargs")
     engine = service.engine
-    prompt = engine.render_chat(messages, chat_template_kwargs=chat_template_kwargs, **keywords)
-    if add_special_tokens:
-        prompt["prompt_token_ids"] = engine.get_tokenizer().encode(prompt["prompt"], add_special_tokens=True)
-    return prompt
+
+    def rendered() -> TokensPrompt:
+        prompt = engine.render_chat(messages, chat_template_kwargs=chat_template_kwargs, **keywords)
+        if add_special_tokens:
+            prompt["prompt_token_ids"] = engine.get_tokenizer().encode(prompt["prompt"], add_special_tokens=True)
+        return prompt
+
+    # The other requests go on while a long conversation is encoded.
+    is_long = sum(len(str(message.get("content"))) for message in messages) > LONG_TEXT
+    return await asyncio.to_thread(rendered) if is_long else rendered()
 
 
 def _template_variables(request: ChatCompletionRequest) -> dict[str, Any]:

@@ -322,3 +322,16 @@ def test_client_that_leaves_is_aborted(server: ServerProcess) -> None:
     server.wait_until_idle()
     assert aborted() - before == 25
     assert server.load()["kv_cache_usage_perc"] == [0.0]
+
+
+def test_a_huge_prompt_holds_nobody_up(server: ServerProcess) -> None:
+    """Text and token ids far beyond the context are refused; the log blames nobody for clients that left."""
+    text = server.complete(prompt="It is a truth " * 200_000)
+    ids = server.complete(prompt=[5] * 1_000_000)
+    chat = server.http.post(
+        "/v1/chat/completions", json={"messages": [{"role": "user", "content": "It is a truth " * 10_000}]}
+    )
+    for answer in (text, ids, chat):
+        assert answer.status_code == 400
+        assert "longer than the maximum model length" in answer.json()["error"]["message"]
+    assert '"level": "ERROR"' not in server.log
