@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sempre.engine.metrics import Counter, Gauge, Metric
     from sempre.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ScoringOutput
     from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
+    from sempre.engine.structured_outputs import StructuredOutputsParams
     from sempre.ipc.errors import (
         ConfigError,
         CoordinatorDied,
@@ -67,6 +68,7 @@ __all__ = [
     "SeedMismatch",
     "SempreError",
     "StartupError",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "WorkerDied",
@@ -85,6 +87,7 @@ _NAMES_BY_MODULE = {
     "sempre.engine.outputs": ("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "ScoringOutput"),
     "sempre.engine.frontend.prompts": ("PromptType", "TextPrompt", "TokensPrompt"),
     "sempre.engine.sampling_params": ("RequestOutputKind", "SamplingParams"),
+    "sempre.engine.structured_outputs": ("StructuredOutputsParams",),
     "sempre.ipc.errors": (
         "ConfigError",
         "CoordinatorDied",

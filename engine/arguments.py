@@ -12,7 +12,17 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get
 import msgspec
 from msgspec import Meta, Struct
 
-from sempre.engine.config import Device, Dtype, EngineConfig, Numerics, Quantization, SchedulingPolicy
+from sempre.engine.config import (
+    Device,
+    Dtype,
+    EngineConfig,
+    Numerics,
+    Quantization,
+    SchedulingPolicy,
+    SpeculativeConfig,
+    SpeculativeMethod,
+)
+from sempre.engine.speculation.settings import speculative_config
 from sempre.ipc.errors import ConfigError
 
 MULTIPROCESSING_VARIABLE = "SEMPRE_MULTIPROCESSING"
@@ -53,6 +63,7 @@ class EngineKeywords(TypedDict, total=False):
     device: Device
     gpu_memory_utilization: float
     enforce_eager: bool
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | None
     numerics: Numerics
     load_format: Literal["auto", "safetensors", "dummy"]
     max_logprobs: int
@@ -68,6 +79,9 @@ class EngineKeywords(TypedDict, total=False):
     revision: str | None
     generation_config: Literal["auto", "vllm"]
     chat_template: str | None
+    spec_method: SpeculativeMethod | None
+    spec_model: str | None
+    spec_tokens: int | None
 
 
 class Arguments(NamedTuple):
@@ -104,10 +118,6 @@ _VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "prefix_caching_hash_algo": ("sha256",),
     "runner": ("auto", "generate"),
     "skip_tokenizer_init": (False,),
-    "spec_method": (None,),
-    "spec_model": (None,),
-    "spec_tokens": (None,),
-    "speculative_config": (None,),
     "structured_outputs_config": (None,),
     "swap_space": (0,),
     "tokenizer_mode": ("auto",),
@@ -134,6 +144,11 @@ _LEAST = {
     "max_message_bytes": 1 << 16,
 }
 _ONLY_VALUE: dict[str, object] = {"tensor_parallel_size": 1}
+SHORT_SPECULATION: dict[str, Any] = {
+    "spec_method": Annotated[SpeculativeMethod | None, _doc("speculative_config's method")],
+    "spec_model": Annotated[str | None, _doc("speculative_config's model")],
+    "spec_tokens": Annotated[int | None, _doc("speculative_config's num_speculative_tokens")],
+}
 _DERIVED_FIELDS = ("model", "model_path")
 
 
@@ -155,21 +170,31 @@ def parse_arguments(
     engine_types, frontend_types = field_types(EngineConfig), field_types(FrontendConfig)
     engine: dict[str, Any] = {}
     frontend: dict[str, Any] = {}
+    short: dict[str, Any] = {}
     for name, value in keywords.items():
-        if name in engine_types:
+        if name in SHORT_SPECULATION:
+            short[name] = _typed(name, value, SHORT_SPECULATION[name])
+        elif name == "speculative_config":
+            pass
+        elif name in engine_types:
             engine[name] = _typed(name, value, engine_types[name])
         elif name in frontend_types:
             frontend[name] = _typed(name, value, frontend_types[name])
         else:
-            _refuse_unknown(name, value, [*engine_types, *frontend_types])
+            _refuse_unknown(name, value, [*engine_types, *frontend_types, *SHORT_SPECULATION])
     if "multiprocessing" not in engine and MULTIPROCESSING_VARIABLE in os.environ:
         engine["multiprocessing"] = _multiprocessing_from_environment()
     _check_ranges(engine)
+    speculative = speculative_config(keywords.get("speculative_config"), short)
     front = FrontendConfig(**frontend)
 
     from sempre.engine.models import resolve_model
 
     resolved = resolve_model(model, revision=front.revision, progress=progress)
+    if speculative is not None and speculative.model is not None:
+        draft = resolve_model(speculative.model, progress=progress)
+        speculative = msgspec.structs.replace(speculative, model=draft.name, model_path=draft.path)
+    engine["speculative_config"] = speculative
     return Arguments(EngineConfig(model=resolved.name, model_path=resolved.path, **engine), front)
 
 
@@ -179,7 +204,7 @@ def engine_config(model: str, *, revision: str | None = None, **keywords: Any) -
     Raises as `parse_arguments` does.
     """
     for name, value in keywords.items():
-        if name not in field_types(EngineConfig):
+        if name not in field_types(EngineConfig) and name not in SHORT_SPECULATION:
             _refuse_unknown(name, value, list(field_types(EngineConfig)))
     return parse_arguments(model, {**keywords, "revision": revision}).engine
 

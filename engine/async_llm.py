@@ -152,10 +152,6 @@ class AsyncLLM:
         call_id = next(self._call_ids)
         return (await self._ask(ResetPrefixCache(call_id=call_id), call_id, ResetPrefixCacheReply)).done
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
-        """Return the conversation as a prompt; keywords are those of `LLM.chat`."""
-        return self._frontend.render_chat(messages, **keywords)
-
     async def health(self, timeout_s: float = 2.0) -> EngineHealth:
         """Return how the engine and each of its workers are; never raises for an engine that is not well.
 
@@ -186,6 +182,10 @@ class AsyncLLM:
     async def check_health(self, timeout_s: float = 2.0) -> None:
         """Raise EngineUnhealthy, naming the rank, unless every worker is ready, was heard lately and is not stuck."""
         (await self.health(timeout_s)).check()
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
+        """Return the conversation as a prompt; keywords are those of `LLM.chat`."""
+        return self._frontend.render_chat(messages, **keywords)
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer in use."""

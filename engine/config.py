@@ -10,12 +10,28 @@ from msgspec import Meta, Struct
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 Numerics = Literal["invariant", "control"]
+SpeculativeMethod = Literal["ngram", "suffix", "draft_model"]
 Quantization = Literal["fp8", "fp8_weight_only"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
 def _doc(text: str) -> Meta:
     return Meta(description=text)
+
+
+class SpeculativeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are guessed ahead of the model; the outputs are the same with any of it, and without."""
+
+    method: Annotated[SpeculativeMethod, _doc("where guesses come from")]
+    model: Annotated[str | None, _doc("the draft model, for method draft_model")] = None
+    model_path: Annotated[Path | None, _doc("the local folder that `model` was resolved to")] = None
+    num_speculative_tokens: Annotated[int, _doc("most guesses per request and step")] = 4
+    placement: Annotated[
+        Literal["colocated", "worker"], _doc("the draft model in the target's worker, or in a worker of its own")
+    ] = "colocated"
+    adaptive: Annotated[bool, _doc("fewer guesses, or none, for a request whose guesses go wrong")] = True
+    prompt_lookup_min: Annotated[int, _doc("shortest n-gram that is looked up, tokens")] = 2
+    prompt_lookup_max: Annotated[int, _doc("longest n-gram that is looked up, tokens; for method ngram")] = 5
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,6 +59,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     device: Annotated[Device, _doc("where workers compute; auto is cuda where there is a GPU")] = "auto"
     gpu_memory_utilization: Annotated[float, _doc("share of a GPU's memory that its worker may use")] = 0.92
     enforce_eager: Annotated[bool, _doc("no CUDA graphs; the results are the same")] = False
+    speculative_config: Annotated[
+        SpeculativeConfig | None, _doc("guess tokens ahead, for speed alone: method, model, num_speculative_tokens, …")
+    ] = None
     numerics: Annotated[
         Numerics, _doc("`control` uses the ordinary, non-invariant matrix product: only to show that tests can fail")
     ] = "invariant"

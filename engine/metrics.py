@@ -8,7 +8,7 @@ from msgspec import Struct
 
 PREFIX = "sempre:"
 _GAUGES = frozenset({"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"})
-_LABEL_OF_PARTS = {"request_success": "finished_reason"}
+_LABEL_OF_PARTS = {"request_success": "finished_reason", "spec_decode_num_accepted_tokens_per_pos": "position"}
 
 Labels = dict[str, str]
 ReportedValue = float | list[float] | dict[str, float]

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from sempre.engine.structured_outputs import StructuredOutputsParams
 from sempre.ipc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ UNSUPPORTED_PARAMETERS = frozenset(
         "skip_reading_prefix_cache",
         "spaces_between_special_tokens",
         "stream_interval",
-        "structured_outputs",
         "thinking_token_budget",
         "truncate_prompt_tokens",
         "watermarking",
@@ -97,6 +97,7 @@ class SamplingParams:
     ] = None
     allowed_token_ids: Annotated[list[int] | None, _doc("only these token ids may be sampled")] = None
     bad_words: Annotated[list[str] | None, _doc("words that may not be generated")] = None
+    structured_outputs: Annotated[StructuredOutputsParams | None, _doc("the form the output must have")] = None
 
     def __new__(cls, **keywords: Any) -> SamplingParams:
         known = [field.name for field in fields(cls)]
@@ -116,6 +117,7 @@ class SamplingParams:
         self._normalise_lengths()
         self._normalise_stops()
         self._normalise_token_rules()
+        self._check_structured_outputs()
         if self.is_greedy:
             if self.n > 1:
                 raise _refusal("n", self.n, f"must be 1 when using greedy sampling, got {self.n}.")
@@ -225,6 +227,15 @@ class SamplingParams:
             raise _refusal("bad_words", self.bad_words, f"can hold at most {MAX_BAD_WORDS} words.")
         logit_bias = None if self.logit_bias is None else _logit_bias(self.logit_bias)
         self._set(allowed_token_ids=allowed, bad_words=bad_words, logit_bias=logit_bias)
+
+    def _check_structured_outputs(self) -> None:
+        value = self.structured_outputs
+        if value is None:
+            return
+        if not isinstance(value, StructuredOutputsParams):
+            raise _refusal("structured_outputs", value, f"must be StructuredOutputsParams, got {type(value).__name__}.")
+        if self.ignore_eos:
+            raise _refusal("ignore_eos", True, "cannot be used with structured_outputs, whose end is that token.")
 
 
 def _refusal(name: str, value: object, rest: str) -> ConfigError:

@@ -46,24 +46,28 @@ def child_seed(seed: int, index: int) -> int:
     return (seed + index) % SEED_LIMIT
 
 
-def compare_digests(digests: Sequence[RngDigests], when: str) -> None:
-    """Raises SeedMismatch naming the first rank (the index) whose generators differ from those of rank 0."""
+def compare_digests(digests: Sequence[RngDigests], when: str, names: Sequence[str] | None = None) -> None:
+    """Raises SeedMismatch naming the first rank (the index) whose generators differ from those of the first.
+
+    `names` say what the ranks are called, if not `rank 0`, `rank 1`, …
+    """
+    called = names or [f"rank {rank}" for rank in range(len(digests))]
     for rank, candidate in enumerate(digests):
-        _compare(rank, digests[0], candidate, "rank 0", when)
+        _compare(rank, digests[0], candidate, (called[rank], called[0]), when)
 
 
 def compare_with_former(rank: int, former: RngDigests, successor: RngDigests, when: str) -> None:
     """Raises SeedMismatch when a restarted worker's generators differ from those of the one that it replaces."""
-    _compare(rank, former, successor, "the worker that it replaces", when)
+    _compare(rank, former, successor, (f"rank {rank}", "the worker that it replaces"), when)
 
 
-def _compare(rank: int, one: RngDigests, other: RngDigests, model: str, when: str) -> None:
+def _compare(rank: int, one: RngDigests, other: RngDigests, names: tuple[str, str], when: str) -> None:
     expected, found = msgspec.structs.asdict(one), msgspec.structs.asdict(other)
     different = [name for name in expected if expected[name] != found[name]]
     if different:
         wanted, got = ({name: states[name] for name in different} for states in (expected, found))
         raise SeedMismatch(
-            f"rank {rank} is seeded differently from {model} {when}: {', '.join(different)}: "
+            f"{names[0]} is seeded differently from {names[1]} {when}: {', '.join(different)}: "
             f"expected {_text(wanted)}, found {_text(got)}; every worker must run the same library versions",
             rank=rank,
             expected=_text(wanted),

@@ -14,6 +14,7 @@ SempreError
 │   ├── MessageTooLarge        it exceeds the limit                      (size_bytes, limit_bytes)
 │   ├── FrameLost              frames of a link are missing              (expected, found)
 │   └── VersionMismatch        the peer speaks another protocol          (expected, found)
+├── ServerError                an HTTP server fails or cannot be reached (url, status)
 ├── StartupError               a process did not become ready            (rank, cause)
 ├── EngineUnhealthy            a worker does not work as it should       (rank, cause)
 └── EngineDeadError            the engine cannot go on
@@ -140,6 +141,15 @@ class VersionMismatch(ProtocolError):
         super().__init__(message)
         self.expected = expected
         self.found = found
+
+
+class ServerError(SempreError):
+    """A server, asked over HTTP, fails or cannot be reached; `status` is its answer's, if it gave one."""
+
+    def __init__(self, message: str, *, url: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.url = url
+        self.status = status
 
 
 class StartupError(SempreError):

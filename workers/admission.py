@@ -17,6 +17,7 @@ class StepLimits(NamedTuple):
     max_num_seqs: int
     max_num_batched_tokens: int
     vocab_size: int
+    max_draft_tokens: int = 0
 
 
 class Admitted(NamedTuple):
@@ -69,6 +70,13 @@ class Admission:
         if num_tokens > limits.max_num_batched_tokens:
             limit = f"at most max_num_batched_tokens={limits.max_num_batched_tokens} tokens"
             raise _malformed("scheduled.num_tokens", limit, str(num_tokens))
+        drafts = [token_id for item in step.scheduled for token_id in item.draft_token_ids]
+        if len(drafts) > limits.max_draft_tokens:
+            limit = f"at most max_draft_tokens={limits.max_draft_tokens} in all"
+            raise _malformed("scheduled.draft_token_ids", limit, str(len(drafts)))
+        if drafts and max(drafts) >= limits.vocab_size:
+            limit = f"ids less than vocab_size={limits.vocab_size}"
+            raise _malformed("scheduled.draft_token_ids", limit, str(max(drafts)))
 
     def _refusal(self, new: NewRequest) -> ErrorInfo | None:
         """Why this request can never be computed; None when it can."""

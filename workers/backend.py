@@ -19,6 +19,7 @@ from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.decoder import Decoder
 from sempre.workers.models.numerics import LinearKernel
 from sempre.workers.models.spec import ModelSpec
+from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.self_test import self_test
 from sempre.workers.weights import ON_CPU, DecoderWeights, Placement
 
@@ -50,6 +51,10 @@ class LoadedModel:
     def block_bytes(self) -> int:
         """Of one KV cache block."""
         return block_bytes(self.spec, self.block_size, self.weights.dtype)
+
+    def make_grammar_compiler(self) -> GrammarCompiler:
+        """For the model's own tokenizer."""
+        return GrammarCompiler(Path(self.config.model_path), self.spec.vocab_size)
 
 
 class Runner(Protocol):
@@ -104,8 +109,11 @@ class Backend(Protocol):
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
         """Comparisons passed by operation, and the model without what did not agree. Raises InvarianceError."""
 
-    def available_blocks(self, model: LoadedModel) -> int:
-        """KV cache blocks that fit. Raises ConfigError with the sums when not even one full sequence does."""
+    def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
+        """KV cache blocks that fit, with as many of the draft model that shares the device.
+
+        Raises ConfigError with the sums when not even one full sequence does.
+        """
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> Runner: ...
 
@@ -163,8 +171,9 @@ class CpuBackend:
         )
         return model, passed
 
-    def available_blocks(self, model: LoadedModel) -> int:
-        return available_blocks(model.config, model.block_bytes, model.block_size, model.max_model_len)
+    def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
+        block_bytes = model.block_bytes + (draft.block_bytes if draft is not None else 0)
+        return available_blocks(model.config, block_bytes, model.block_size, model.max_model_len)
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner:
         config = model.config
@@ -179,9 +188,11 @@ class CpuBackend:
         return ModelRunner(
             decoder,
             PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
+            model.make_grammar_compiler(),
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_draft_tokens=config.max_draft_tokens,
             rank=config.rank,
         )
 

@@ -5,12 +5,14 @@
     tokens of a request:   [0 ............ num_computed) [num_computed ... + num_tokens) [... known)
                             keys, values in the cache     computed in this step          later chunks
 
-The step samples a token for a request exactly when it computes the request's last known token.
+The step samples a token for a request exactly when it computes the request's last known token. Drafted tokens, if a
+step brings some for a request, come after that one; the step samples behind each of them, too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +21,7 @@ import torch
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import ErrorInfo, NewRequest, ScheduledRequest
 from sempre.workers.models.decoder import StepInput
-from sempre.workers.sampling import SamplingState
+from sempre.workers.sampling import GrammarCompiler, SamplingState
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -41,6 +43,16 @@ class RequestState:
     """why the request cannot go on; it fails alone, and again whenever it is scheduled"""
 
 
+class SampledRows(NamedTuple):
+    """Where a step samples; arrays [M], the rows of one request neighbours in ascending order."""
+
+    requests: Int64
+    """index within the step"""
+    rows: Int64
+    positions: Int64
+    """of the sampled tokens in their sequences"""
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """What each request of a step computes, and where its rows are; arrays [R]."""
@@ -52,9 +64,11 @@ class StepPlan:
     """tokens in the cache before the step"""
     num_tokens: Int64
     context: Int64
-    """tokens of each request after the step's; the position of the token it may sample"""
+    """tokens of each request after the step's, drafted ones among them"""
+    num_drafts: Int64
+    """drafted tokens at the end of each request's"""
     samples: npt.NDArray[np.bool_]
-    """whether the request samples a token in this step"""
+    """whether the request samples a token in this step, and one for each drafted token"""
     first_rows: Int64
     ends: Int64
     """one past the last row"""
@@ -62,6 +76,19 @@ class StepPlan:
     @property
     def last_rows(self) -> Int64:
         return self.ends - 1
+
+    @property
+    def has_drafts(self) -> bool:
+        return bool(self.num_drafts.any())
+
+    def sampled_rows(self) -> SampledRows:
+        """The rows behind which a token is sampled: a request's last one, and with drafts those before it."""
+        requests = np.flatnonzero(self.samples)
+        counts = 1 + self.num_drafts[requests]
+        each = np.repeat(requests, counts)
+        # 0 for the last row of a request, 1 for the one before it, …
+        back = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(each.size)
+        return SampledRows(each, self.ends[each] - 1 - back, self.context[each] - back)
 
 
 @dataclass(frozen=True)
@@ -100,7 +127,10 @@ class BatchStep:
 class InputBatch:
     """Known requests by id, in the order of arrival, with their block tables in one persistent array."""
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_model_len: int, num_slots: int) -> None:
+    def __init__(
+        self, *, num_blocks: int, block_size: int, max_model_len: int, num_slots: int, grammars: GrammarCompiler
+    ) -> None:
+        self._grammars = grammars
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._requests: dict[str, RequestState] = {}
@@ -120,7 +150,10 @@ class InputBatch:
         """Take in a request; `error` marks one that is known but can never be computed."""
         slot = self._take_slot()
         token_ids = list(new.token_ids)
-        sampling = SamplingState(new.params, new.seed, token_ids, new.num_prompt_tokens)
+        params, grammar = new.params, None
+        if params.grammar is not None:
+            grammar = self._grammars.start(params.grammar, params.eos_token_ids, token_ids, new.num_prompt_tokens)
+        sampling = SamplingState(params, new.seed, token_ids, new.num_prompt_tokens, grammar)
         state = RequestState(new.request_id, token_ids, new.num_prompt_tokens, sampling, slot, error)
         self._table_lens[slot] = 0
         self._num_tokens[slot] = len(token_ids)
@@ -181,11 +214,14 @@ class InputBatch:
             if item.block_ids:
                 self._extend_table(item, state.slot)
         context = computed + num_tokens
+        num_drafts = np.fromiter((len(item.draft_token_ids) for item in scheduled), np.int64, count)
         known = self._num_tokens[slots]
-        self._check_reach(scheduled, slots, context, known)
+        self._check_reach(scheduled, slots, context, known + num_drafts)
         ends = np.cumsum(num_tokens)
+        samples = context - num_drafts == known
+        _check_drafts(scheduled, num_drafts, samples & (num_tokens > num_drafts))
         return StepPlan(
-            scheduled, states, slots, computed, num_tokens, context, context == known, ends - num_tokens, ends
+            scheduled, states, slots, computed, num_tokens, context, num_drafts, samples, ends - num_tokens, ends
         )
 
     def rows(self, plan: StepPlan) -> StepRows:
@@ -196,8 +232,9 @@ class InputBatch:
         decodes = plan.samples & (plan.num_tokens == 1)
         token_ids[plan.first_rows[decodes]] = self._last_tokens[slots[decodes]]
         for index in np.flatnonzero(~decodes).tolist():
-            piece = plan.states[index].token_ids[plan.computed[index] : context[index]]
-            token_ids[plan.first_rows[index] : ends[index]] = piece
+            known_end = context[index] - plan.num_drafts[index]
+            piece = plan.states[index].token_ids[plan.computed[index] : known_end]
+            token_ids[plan.first_rows[index] : ends[index]] = piece + plan.scheduled[index].draft_token_ids
         positions = np.arange(ends[-1]) - np.repeat(plan.first_rows - plan.computed, plan.num_tokens)
         row_slots = np.repeat(slots, plan.num_tokens)
         block_size = self._block_size
@@ -251,6 +288,16 @@ class InputBatch:
             index = int(np.argmax(beyond_table))
             held = self._table_lens[slots[index]] * self._block_size
             raise _malformed(scheduled[index], "block_ids", f"blocks for {context[index]} tokens", f"room for {held}")
+
+
+def _check_drafts(scheduled: list[ScheduledRequest], num_drafts: Int64, fits: npt.NDArray[np.bool_]) -> None:
+    wrong = np.flatnonzero((num_drafts > 0) & ~fits)
+    if wrong.size:
+        item = scheduled[int(wrong[0])]
+        found = (
+            f"{item.num_tokens} tokens from {item.num_computed_tokens} on, {len(item.draft_token_ids)} of them drafts"
+        )
+        raise _malformed(item, "draft_token_ids", "the last known token and drafts after it", found)
 
 
 def _malformed(item: ScheduledRequest, name: str, expected: str, found: str) -> MessageMalformed:

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, runtime_checkable
 
 import zmq
 
@@ -36,6 +36,8 @@ from sempre.ipc.messages import (
     LoadModel,
     Message,
     ModelLoaded,
+    Propose,
+    Proposed,
     Refused,
     SampledTokens,
     ShutdownWorker,
@@ -71,6 +73,13 @@ class WorkerProtocol(Protocol):
     def shutdown(self) -> None: ...
 
 
+@runtime_checkable
+class Proposer(Protocol):
+    """A worker that can guess."""
+
+    def propose(self, command: Propose) -> Proposed: ...
+
+
 def run_command(worker: WorkerProtocol, command: WorkerCommand) -> WorkerEvent:
     """Have `worker` answer one command that is no step. Raises what the worker raises."""
     match command:
@@ -80,6 +89,8 @@ def run_command(worker: WorkerProtocol, command: WorkerCommand) -> WorkerEvent:
             return worker.load_model(command)
         case StartServing():
             return worker.start_serving(command)
+        case Propose() if isinstance(worker, Proposer):
+            return worker.propose(command)
         case _:
             raise AssertionError(f"{type(command).__name__} has no answer")
 
@@ -217,7 +228,9 @@ class WorkerLoop:
                 self._accepts = (StartServing,)
                 self._max_steps_in_flight = depth
             case WorkerReady():
-                self._accepts = (ExecuteStep, CallMethod)
+                self._accepts = (
+                    (ExecuteStep, CallMethod, Propose) if isinstance(worker, Proposer) else (ExecuteStep, CallMethod)
+                )
         self._reply(event)
 
     def _reply(self, event: WorkerEvent) -> None:

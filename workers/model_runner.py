@@ -6,9 +6,7 @@ end of what is known.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from msgspec.structs import replace
 
 from sempre.ipc.messages import ExecuteStep, SampledTokens, ScheduledRequest
 from sempre.workers.admission import Admission, StepLimits
@@ -16,7 +14,8 @@ from sempre.workers.input_batch import InputBatch, StepPlan
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS, PromptLogprobs
-from sempre.workers.sampling import Sampler
+from sempre.workers.sampling import GrammarCompiler, RowResult, Sampler
+from sempre.workers.verification import drafts_in_place, verified
 
 
 class ModelRunner:
@@ -26,10 +25,12 @@ class ModelRunner:
         self,
         decoder: Decoder,
         cache: PagedKvCache,
+        grammars: GrammarCompiler,
         *,
         max_model_len: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_draft_tokens: int = 0,
         rank: int,
     ) -> None:
         self.cache = cache
@@ -42,11 +43,14 @@ class ModelRunner:
             block_size=cache.block_size,
             max_model_len=max_model_len,
             num_slots=max_num_seqs,
+            grammars=grammars,
         )
-        limits = StepLimits(max_model_len, max_num_seqs, max_num_batched_tokens, decoder.spec.vocab_size)
+        limits = StepLimits(
+            max_model_len, max_num_seqs, max_num_batched_tokens, decoder.spec.vocab_size, max_draft_tokens
+        )
         self._admission = Admission(self._batch, limits, rank)
         self._sampler = Sampler()
-        rows = max(max_num_seqs, PROMPT_LOGPROB_ROWS)
+        rows = max(max_num_seqs + max_draft_tokens, PROMPT_LOGPROB_ROWS)
         self._rows_RH = torch.empty(rows, decoder.spec.hidden_size)
         self._logits_RV = torch.empty(rows, decoder.spec.vocab_size)
         self._prompt_logprobs = PromptLogprobs(decoder, self._sampler, self._logits_RV, rank)
@@ -80,22 +84,24 @@ class ModelRunner:
     def _sample(self, plan: StepPlan, hidden_TH: torch.Tensor) -> list[SampledTokens]:
         """One result per request of the step; the tokens sampled are appended to the sequences."""
         results = [SampledTokens(request_id=state.request_id) for state in plan.states]
-        sampling = np.flatnonzero(plan.samples)
-        if not sampling.size:
+        sampled = plan.sampled_rows()
+        if not sampled.rows.size:
             return results
-        rows = torch.from_numpy(plan.last_rows[sampling])
-        hidden_RH = torch.index_select(hidden_TH, 0, rows, out=self._rows_RH[: sampling.size])
-        logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[: sampling.size])
-        states = [plan.states[index] for index in sampling.tolist()]
-        positions = plan.context[sampling].tolist()
-        outcomes = self._sampler.sample(logits_RV, [state.sampling for state in states], positions)
-        for index, state, outcome in zip(sampling.tolist(), states, outcomes, strict=True):
-            if outcome.token_id is not None:
-                self._batch.append(state, outcome.token_id)
-            results[index] = SampledTokens(
-                request_id=state.request_id,
-                token_ids=[] if outcome.token_id is None else [outcome.token_id],
-                logprobs=outcome.logprobs,
-                error=None if outcome.error is None else replace(outcome.error, rank=self._rank),
-            )
+        hidden_RH = torch.index_select(
+            hidden_TH, 0, torch.from_numpy(sampled.rows), out=self._rows_RH[: sampled.rows.size]
+        )
+        logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[: sampled.rows.size])
+        requests = sampled.requests.tolist()
+        states = [plan.states[index].sampling for index in requests]
+        with drafts_in_place(plan):
+            outcomes = self._sampler.sample(logits_RV, states, sampled.positions.tolist())
+        by_request: dict[int, list[RowResult]] = {}
+        for index, outcome in zip(requests, outcomes, strict=True):
+            by_request.setdefault(index, []).append(outcome)
+        for index, rows in by_request.items():
+            state = plan.states[index]
+            result = verified(state.request_id, plan.scheduled[index].draft_token_ids, rows, self._rank)
+            for token_id in result.token_ids:
+                self._batch.append(state, token_id)
+            results[index] = result
         return results

@@ -15,6 +15,7 @@ from sempre.ipc.messages import LogprobRows, SampledTokens, ScheduledRequest
 from sempre.workers.input_batch import RequestState
 from sempre.workers.models.decoder import Decoder
 from sempre.workers.sampling import RowError
+from sempre.workers.verification import joined
 
 # rows of logits computed at a time: bounds the memory, cannot be seen in the result
 PROMPT_LOGPROB_ROWS = 64
@@ -62,15 +63,4 @@ class PromptLogprobs:
                 parts.append(self._scorer.prompt_logprobs(logits, state.token_ids[low:high], width))
             except RowError as error:
                 return SampledTokens(request_id=state.request_id, error=replace(error.info(), rank=self._rank))
-        return replace(result, prompt_logprobs=_joined(parts))
-
-
-def _joined(parts: list[LogprobRows]) -> LogprobRows:
-    """The rows of all parts, which have one width, in order."""
-    return LogprobRows(
-        num_rows=sum(part.num_rows for part in parts),
-        width=parts[0].width,
-        token_ids=b"".join(part.token_ids for part in parts),
-        logprobs=b"".join(part.logprobs for part in parts),
-        ranks=b"".join(part.ranks for part in parts),
-    )
+        return replace(result, prompt_logprobs=joined(parts))

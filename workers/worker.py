@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from time import perf_counter
 
+from msgspec.structs import replace
+
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import ConfigError, ProtocolError
 from sempre.ipc.messages import (
@@ -19,6 +21,8 @@ from sempre.ipc.messages import (
     ExecuteStep,
     LoadModel,
     ModelLoaded,
+    Propose,
+    Proposed,
     SampledTokens,
     StartServing,
     StepResult,
@@ -29,8 +33,10 @@ from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.threads import get_num_threads
 from sempre.workers.backend import Backend, LoadedModel, ModelOutline, PipelinedRunner, Runner, make_backend
 from sempre.workers.device import resolve_device
+from sempre.workers.drafting import Drafting
 from sempre.workers.models.numerics import linear_kernel
 from sempre.workers.models.spec import FLOAT_DTYPES, ModelSpec, load_spec
+from sempre.workers.sampling.grammar import grammar_library_version
 from sempre.workers.seeding import rng_digests, seed_everything
 from sempre.workers.warm_up import warm_up
 from sempre.workers.weights import live_digest, load_weights
@@ -44,7 +50,9 @@ class Worker:
         self._loaded: LoadedModel | None = None
         self._runner: Runner | None = None
         self._ahead: PipelinedRunner | None = None
-        self._step_ids: deque[int] = deque()
+        self._draft_model: LoadedModel | None = None
+        self._drafting: Drafting | None = None
+        self._steps: deque[ExecuteStep] = deque()
         self._computed: deque[list[SampledTokens]] = deque()
         self._late_fingerprint: dict[str, str] = {}
         self._methods: dict[str, Callable[..., object]] = {
@@ -73,6 +81,7 @@ class Worker:
         with backend.loading(outline) as compilation:
             with _timed(seconds, "load_weights"):
                 loaded = _load(outline, backend)
+                self._draft_model = _load_draft_model(loaded, backend)
             with _timed(seconds, "compile"):
                 compilation.finish()
         if config.numerics == "invariant":
@@ -85,7 +94,7 @@ class Worker:
             vocab_size=loaded.spec.vocab_size,
             max_model_len=loaded.max_model_len,
             kv_block_bytes=loaded.block_bytes,
-            available_kv_blocks=backend.available_blocks(loaded),
+            available_kv_blocks=backend.available_blocks(loaded, self._draft_model),
             eos_token_ids=list(loaded.spec.eos_token_ids),
             fingerprint=self._fingerprint(),
             phase_seconds=seconds,
@@ -100,10 +109,17 @@ class Worker:
         seconds: dict[str, float] = {}
         with _timed(seconds, "allocate"):
             runner = backend.make_runner(loaded, command.num_blocks)
+            guesser = self._make_draft_runner(runner, command.num_blocks)
         with _timed(seconds, "warm_up"):
             warm_up(runner)
+            if guesser is not None and guesser is not runner:
+                warm_up(guesser)
         with _timed(seconds, "prepare_steps"):
             self._late_fingerprint = backend.prepare_steps(runner)
+            if guesser is not None and guesser is not runner:
+                backend.prepare_steps(guesser)
+        if guesser is not None:
+            self._drafting = Drafting(guesser, max_num_seqs=config.max_num_seqs)
         self._runner = runner
         self._ahead = runner if isinstance(runner, PipelinedRunner) else None
         seed_everything(config.seed)
@@ -126,7 +142,7 @@ class Worker:
             self._ahead.submit(command)
         else:
             self._computed.append(runner.execute(command))
-        self._step_ids.append(command.step_id)
+        self._steps.append(command)
 
     def step_done(self) -> bool:
         """Whether the oldest step submitted and not collected is done."""
@@ -136,7 +152,18 @@ class Worker:
         """Wait for that step; its result."""
         sampled = self._computed.popleft() if self._ahead is None else self._ahead.collect()
         rank = self._require_loaded().config.rank
-        return StepResult(rank=rank, step_id=self._step_ids.popleft(), sampled=sampled)
+        step = self._steps.popleft()
+        if self._drafting is not None:
+            sampled = self._drafting.follow(step, sampled)
+        return StepResult(rank=rank, step_id=step.step_id, sampled=sampled)
+
+    def propose(self, command: Propose) -> Proposed:
+        """Guess how requests go on. Raises ProtocolError."""
+        config = self._require_loaded().config
+        if self._drafting is None or config.role != "draft":
+            raise ProtocolError(f"Propose: expected a serving worker of role 'draft', found role {config.role!r}.")
+        drafts = self._drafting.answer(command)
+        return Proposed(rank=config.rank, proposal_id=command.proposal_id, draft_token_ids=drafts)
 
     def call(self, command: CallMethod) -> CallMethodReply:
         """Call a public method; its error, or that of an unknown name or wrong arguments, is the reply's."""
@@ -152,9 +179,17 @@ class Worker:
         self._runner = None
         self._ahead = None
         self._loaded = None
+        self._draft_model = None
+        self._drafting = None
         if self._backend is not None:
             self._backend.end()
             self._backend = None
+
+    def _make_draft_runner(self, runner: Runner, num_blocks: int) -> Runner | None:
+        """What guesses: the model of a draft worker, or the second model of a target's, with as many blocks."""
+        if self._require_loaded().config.role == "draft":
+            return runner
+        return None if self._draft_model is None else self._require_backend().make_runner(self._draft_model, num_blocks)
 
     def _method(self, command: CallMethod) -> Callable[..., object]:
         method = self._methods.get(command.method)
@@ -178,7 +213,8 @@ class Worker:
         return method
 
     def _fingerprint(self) -> dict[str, str]:
-        return self._require_backend().fingerprint(self._require_loaded()) | self._late_fingerprint
+        parts = self._require_backend().fingerprint(self._require_loaded())
+        return parts | {"llguidance": grammar_library_version()} | self._late_fingerprint
 
     def _kv_cache_digest(self, block_ids: list[int]) -> str:
         cache = self._require_runner().cache
@@ -253,9 +289,27 @@ def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
     return LoadedModel(config, outline.spec, weights, outline.product, outline.max_model_len, outline.block_size)
 
 
+def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | None:
+    """The model that a target's worker guesses with, if any."""
+    config = target.config
+    if config.draft_model_path is None:
+        return None
+    changes = {"role": "draft", "model_path": config.draft_model_path, "draft_model_path": None, "max_draft_tokens": 0}
+    draft = _load(_outline(replace(config, max_model_len=target.max_model_len, **changes), backend), backend)
+    found, expected = draft.spec.vocab_size, target.spec.vocab_size
+    if found != expected:
+        raise ConfigError(
+            f"speculative_config: the draft model {config.draft_model_path} has a vocabulary of {found} tokens, and the"
+            f" model {config.model_path} one of {expected}; both must have the same tokens.",
+            parameter="speculative_config",
+            value=config.draft_model_path,
+        )
+    return draft
+
+
 def _check_config(config: WorkerConfig, backend: Backend) -> None:
     choices: dict[str, tuple[object, tuple[object, ...]]] = {
-        "role": (config.role, ("target",)),
+        "role": (config.role, ("target", "draft")),
         "tp_size": (config.tp_size, (1,)),
         "dtype": (config.dtype, ("auto", *FLOAT_DTYPES)),
         "quantization": (config.quantization, (None, *(scheme.value for scheme in Fp8Scheme))),
@@ -273,6 +327,9 @@ def _max_model_len(config: WorkerConfig, spec: ModelSpec) -> int:
     wanted = config.max_model_len
     if wanted is None:
         return spec.max_position_embeddings
+    if config.role == "draft":
+        # longer sequences go on without guesses
+        return min(wanted, spec.max_position_embeddings)
     if not 1 <= wanted <= spec.max_position_embeddings:
         raise ConfigError(
             f"max_model_len: expected 1 to {spec.max_position_embeddings} (max_position_embeddings of the model),"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from sempre.engine.arguments import FrontendConfig, field_types
+from sempre.engine.arguments import SHORT_SPECULATION, FrontendConfig, field_types
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.config import EngineConfig
 from sempre.engine.sampling_params import SamplingParams
@@ -19,6 +19,7 @@ from sempre.engine.sampling_params import SamplingParams
 SAMPLING_SEED = "sampling_seed"
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 _REPEATED = ("stop", "bad_words")
+_ALIASES = {"speculative_config": ("-sc",)}
 _NOT_FLAGS = ("output_kind",)
 
 
@@ -38,6 +39,9 @@ def model_of(namespace: argparse.Namespace) -> str:
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of EngineConfig and FrontendConfig."""
     add_config_flags(parser, "engine", EngineConfig, FrontendConfig)
+    group = parser.add_argument_group("speculation, in short")
+    for name, hint in SHORT_SPECULATION.items():
+        _add_flag(group, name, hint, "default: none")
 
 
 def add_config_flags(parser: argparse.ArgumentParser, title: str, *configs: type[msgspec.Struct]) -> None:
@@ -73,7 +77,8 @@ def add_sampling_flags(
 
 def engine_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
     """Return the engine keywords that were given."""
-    return config_values(namespace, EngineConfig) | config_values(namespace, FrontendConfig)
+    values = config_values(namespace, EngineConfig) | config_values(namespace, FrontendConfig)
+    return values | {name: getattr(namespace, name) for name in SHORT_SPECULATION if hasattr(namespace, name)}
 
 
 def sampling_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +107,8 @@ def _add_flag(group: Any, name: str, hint: Any, default: str) -> None:
     else:
         converter, keywords["metavar"] = _converter(kind)
         keywords["type"] = converter
-    group.add_argument("--" + name.replace("_", "-"), **keywords)
+    flags = ["--" + name.replace("_", "-"), *_ALIASES.get(name, ())]
+    group.add_argument(*flags, **keywords)
 
 
 def _unwrap(hint: Any) -> tuple[Any, str]:
@@ -126,7 +132,7 @@ def _converter(kind: Any) -> tuple[Callable[[str], Any], str]:
         return str, "TEXT"
     if get_origin(kind) is list and get_args(kind) == (int,):
         return _integers, "N,N,…"
-    return _json_object, "JSON"
+    return json_object, "JSON"
 
 
 def _integer(text: str) -> int:
@@ -144,7 +150,8 @@ def _integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected integers with commas between, got {text!r}") from None
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """Read a JSON object, as the type of a flag."""
     try:
         value = json.loads(text)
     except ValueError:

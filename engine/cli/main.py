@@ -35,10 +35,13 @@ DEBUG_VARIABLE = "SEMPRE_DEBUG"
 
 COMMANDS = {
     "generate": "complete prompts from arguments, standard input or a JSONL file",
-    "chat": "talk with a model",
+    "chat": "talk with a model, in an engine of its own or on a running server",
+    "complete": "complete prompts on a running server",
+    "run-batch": "answer an OpenAI batch file",
     "serve": "serve a model over HTTP, with the interface of OpenAI",
     "pull": "fetch a model of the catalogue",
     "bench": "measure latency, throughput or start-up",
+    "bench serve": "measure a running server under load",
     "fingerprint": "print what the outputs of a model depend on, and its digest",
     "collect-env": "print versions and facts of this machine",
 }
@@ -85,12 +88,13 @@ def _run(arguments: list[str], debug: bool) -> int:
         parser.parse(arguments)
         parser.print_help()
         return EXIT_OK
-    command, *rest = arguments
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    command, rest = " ".join(arguments[:words]), arguments[words:]
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
         raise UsageError(f"unknown command {command!r}.{hint}")
-    module = import_module(f"sempre.engine.cli.{command.replace('-', '_')}")
+    module = import_module(f"sempre.engine.cli.{command.replace('-', '_').replace(' ', '.')}")
     description = COMMANDS[command]
     parser = CommandParser(prog=f"sempre {command}", description=f"{description[0].upper()}{description[1:]}.")
     module.add_flags(parser)

@@ -10,6 +10,7 @@ from sempre.engine.client.interface import ProgressCallback
 from sempre.engine.config import EngineConfig
 from sempre.engine.coordinator.core import EngineCore
 from sempre.engine.executor.base import Executor
+from sempre.engine.executor.drafts import InprocDraftHost
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.ipc.errors import EngineDeadError, SempreError
 from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady, ShutdownEngine, StartupProgress
@@ -22,11 +23,11 @@ class InprocClient:
 
     def __init__(self, config: EngineConfig, executor: Executor) -> None:
         self._executor = executor
-        self._core = EngineCore(config, executor)
+        self._core = EngineCore(config, executor, InprocDraftHost())
         self._commands: deque[ClientCommand] = deque()
         self._events: deque[ClientEvent] = deque()
         self._error: EngineDeadError | None = None
-        self._finalizer = weakref.finalize(self, executor.shutdown)
+        self._finalizer = weakref.finalize(self, _shut_down, executor, self._core)
 
     @classmethod
     def launch(
@@ -80,7 +81,7 @@ class InprocClient:
 
     def _work(self) -> bool:
         """Run one command of a worker; False when there was nothing to do."""
-        self._core.advance()
+        self._events += self._core.advance()
         arrival = self._executor.receive()
         if arrival is None:
             return False
@@ -89,10 +90,15 @@ class InprocClient:
 
     def _start(self, on_progress: ProgressCallback | None) -> None:
         while self._core.ready is None:
-            if not self._work():
+            if not self._work() and self._core.ready is None:
                 raise AssertionError("a worker in this process has not answered")
             while self._events:
                 event = self._events.popleft()
                 if isinstance(event, StartupProgress) and on_progress is not None:
                     on_progress(event)
         self.ready = self._core.ready
+
+
+def _shut_down(executor: Executor, core: EngineCore) -> None:
+    executor.shutdown()
+    core.shutdown()

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from sempre.engine.config import EngineConfig
-from sempre.engine.coordinator.metrics_report import metrics_report
+from sempre.engine.coordinator.draft_workers import DraftHost, DraftWorkers
+from sempre.engine.coordinator.metrics_report import Report, metrics_report
 from sempre.engine.coordinator.replica import Replica
 from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.coordinator.worker_calls import WorkerCalls
 from sempre.engine.executor.base import Executor
 from sempre.engine.scheduling import Scheduler
+from sempre.engine.speculation import SpeculationPlan, max_draft_tokens
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, ProtocolError, RequestError, WorkerDied
 from sempre.ipc.messages import (
@@ -24,6 +28,7 @@ from sempre.ipc.messages import (
     CallWorkers,
     ClientCommand,
     ClientEvent,
+    EngineNotice,
     EngineReady,
     GetHealth,
     GetMetrics,
@@ -53,26 +58,37 @@ class LostWorker(NamedTuple):
 class EngineCore:
     """Starts the workers of `executor`, then serves requests with them."""
 
-    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+    def __init__(self, config: EngineConfig, executor: Executor, draft_host: DraftHost | None = None) -> None:
+        """`draft_host` is where draft workers are started, if the settings ask for them."""
         self._config = config
         self._executor = executor
         self._startup = StartUp(config, executor)
         self._replicas: list[Replica] = []
         self._owners: dict[str, Replica] = {}
         self._calls = WorkerCalls(executor)
-
-    @property
-    def ready(self) -> EngineReady | None:
-        return self._startup.ready
+        self._drafts: DraftWorkers | None = None
+        speculative = config.speculative_config
+        if speculative is not None and speculative.placement == "worker":
+            assert draft_host is not None
+            self._drafts = DraftWorkers(config, draft_host, self._startup)
+        self.ready: EngineReady | None = None
 
     def has_unfinished(self) -> bool:
         """Whether an output or a reply is still to come."""
         return bool(self._owners) or self._calls.pending()
 
-    def advance(self) -> None:
-        """Give every replica with room for it the next step. Raises WorkerDied."""
+    def advance(self) -> list[ClientEvent]:
+        """Give every replica with room for it the next step; what the client is to be told. Raises WorkerDied."""
+        notices = [] if self._drafts is None else self._drafts.poll()
         for replica in self._replicas:
             replica.advance()
+        events: list[ClientEvent] = [EngineNotice(message=notice) for notice in notices]
+        return events if self.ready is not None else [*events, *self._end_start_up()]
+
+    def shutdown(self) -> None:
+        """End the draft workers; the executor of the others is the caller's."""
+        if self._drafts is not None:
+            self._drafts.shutdown()
 
     def lose_worker(self, error: WorkerDied) -> LostWorker:
         """Have all unfinished requests of the worker's replica wait for fresh workers."""
@@ -116,13 +132,18 @@ class EngineCore:
             case ResetPrefixCache(call_id=call_id):
                 return [ResetPrefixCacheReply(call_id=call_id, done=self._reset_prefix_cache())]
             case GetMetrics(call_id=call_id):
-                values = metrics_report([replica.stats() for replica in self._replicas])
+                values = self._metrics()
                 return [MetricsReply(call_id=call_id, values=values)]
             case GetHealth(call_id=call_id):
                 return [HealthReply(call_id=call_id, workers=self._executor.health())]
             case _:
                 name = type(command).__name__
                 raise MessageMalformed(f"{name}: expected a command of a serving engine, found {name}", field="tag")
+
+    def _metrics(self) -> Report:
+        speculative = self._config.speculative_config
+        longest = 0 if speculative is None else speculative.num_speculative_tokens
+        return metrics_report([replica.stats() for replica in self._replicas], speculation=longest)
 
     def _take(self, rank: int, result: StepResult) -> list[RequestOutputDelta]:
         try:
@@ -134,15 +155,24 @@ class EngineCore:
         if self._startup.ready is not None:
             return self._rejoin(rank, event)
         progress = self._startup.handle(rank, event)
+        return [*progress, *self._end_start_up()]
+
+    def _end_start_up(self) -> list[ClientEvent]:
+        """Once all workers are ready: make the replicas, and say so."""
         ready = self._startup.ready
-        if ready is None:
-            return [*progress]
+        if ready is None or (self._drafts is not None and not self._drafts.is_serving):
+            return []
+        if self._drafts is not None:
+            ready = replace(ready, draft_worker_pids=self._drafts.serve())
         size = self._config.tensor_parallel_size
         for first in range(0, self._executor.world_size, size):
             ranks = range(first, first + size)
             depth = self._startup.max_steps_in_flight
-            self._replicas.append(Replica(ranks, self._scheduler(ready), self._executor, max_steps_in_flight=depth))
-        return [*progress, ready]
+            link = None if self._drafts is None else self._drafts.links[first // size]
+            scheduler = self._scheduler(ready)
+            self._replicas.append(Replica(ranks, scheduler, self._executor, link, max_steps_in_flight=depth))
+        self.ready = ready
+        return [ready]
 
     def _rejoin(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
         """A fresh worker has come one step further; its replica goes on when all its ranks are ready."""
@@ -158,6 +188,10 @@ class EngineCore:
 
     def _scheduler(self, ready: EngineReady) -> Scheduler:
         config = self._config
+        speculation = None
+        if config.speculative_config is not None:
+            steps_ahead = self._startup.max_steps_in_flight > 1
+            speculation = SpeculationPlan(config.speculative_config, steps_ahead=steps_ahead)
         return Scheduler(
             num_blocks=ready.num_blocks,
             block_size=ready.block_size,
@@ -167,6 +201,8 @@ class EngineCore:
             policy=config.scheduling_policy,
             enable_prefix_caching=config.enable_prefix_caching,
             max_request_crashes=config.max_request_crashes,
+            speculation=speculation,
+            max_draft_tokens=max_draft_tokens(config),
         )
 
     def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:

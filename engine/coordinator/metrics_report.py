@@ -19,13 +19,31 @@ _NAMES = {
     "generation_tokens": "generation_tokens",
     "iterations": "num_steps",
 }
+_OF_SPECULATION = {
+    "spec_decode_num_drafts": "num_drafts",
+    "spec_decode_num_draft_tokens": "num_draft_tokens",
+    "spec_decode_num_accepted_tokens": "num_accepted_tokens",
+}
 
 
-def metrics_report(replicas: Sequence[SchedulerStats]) -> dict[str, float | list[float] | dict[str, float]]:
-    """One list per name with a value per replica; `request_success` counts all replicas by finish reason."""
-    report: dict[str, float | list[float] | dict[str, float]] = {
-        name: [float(getattr(stats, attribute)) for stats in replicas] for name, attribute in _NAMES.items()
+Report = dict[str, float | list[float] | dict[str, float]]
+
+
+def metrics_report(replicas: Sequence[SchedulerStats], *, speculation: int = 0) -> Report:
+    """One list per name with a value per replica; `request_success` counts all replicas by finish reason.
+
+    `speculation` is the most guesses per step; accepted ones are counted, for all replicas, by their place in a guess.
+    """
+    names = _NAMES | _OF_SPECULATION if speculation else _NAMES
+    report: Report = {
+        name: [float(getattr(stats, attribute)) for stats in replicas] for name, attribute in names.items()
     }
+    if speculation:
+        counts = [stats.num_accepted_tokens_per_pos for stats in replicas]
+        report["spec_decode_num_accepted_tokens_per_pos"] = {
+            str(place): float(sum(count[place] for count in counts if place < len(count)))
+            for place in range(speculation)
+        }
     report["request_success"] = {
         reason: float(sum(stats.finished.get(reason, 0) for stats in replicas)) for reason in replicas[0].finished
     }

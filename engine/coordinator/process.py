@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from sempre.engine.config import EngineConfig
 from sempre.engine.config_json import decode_json
+from sempre.engine.executor.drafts import LocalDraftHost
 from sempre.engine.executor.local import LocalExecutor
 from sempre.ipc.channel import HubChannel
 from sempre.ipc.endpoint import PrivateDirectory
@@ -60,7 +61,12 @@ class Coordinator:
     """Serves one client with the workers of one executor."""
 
     def __init__(
-        self, config: EngineConfig, executor: LocalExecutor, hub: HubChannel[ClientCommand], client_pid: int
+        self,
+        config: EngineConfig,
+        executor: LocalExecutor,
+        draft_host: LocalDraftHost,
+        hub: HubChannel[ClientCommand],
+        client_pid: int,
     ) -> None:
         # imported here: the workers are on their way while the scheduler is loaded
         from sempre.engine.coordinator.core import EngineCore
@@ -71,12 +77,13 @@ class Coordinator:
         self._client_pid = client_pid
         self._client: bytes | None = None
         self._unsent: list[ClientEvent] = []
-        self._core = EngineCore(config, executor)
-        self._recovery = Recovery(config, self._core, executor)
         self._stopping = False
         self._poller = zmq.Poller()
         self._poller.register(hub.socket, zmq.POLLIN)
         executor.register(self._poller)
+        draft_host.watch_with(self._poller)
+        self._core = EngineCore(config, executor, draft_host)
+        self._recovery = Recovery(config, self._core, executor)
 
     def run(self) -> None:
         """Until ShutdownEngine. Raises what ends the engine, for `main` to pass on."""
@@ -85,7 +92,7 @@ class Coordinator:
             try:
                 self._serve_client()
                 self._serve_workers()
-                self._core.advance()
+                self.tell(self._core.advance())
             except WorkerDied as error:
                 self.tell(self._recovery.replace(error))
 
@@ -181,13 +188,16 @@ def main() -> int:
         config, directory, worker_module=arguments.worker_module, connect_address=arguments.worker_connect
     )
 
+    draft_host = LocalDraftHost(directory, arguments.worker_module)
+
     def end_as_orphan() -> None:
         executor.kill_all()
+        draft_host.kill_all()
         directory.remove()
 
     watch_parent(arguments.client_pid, end_as_orphan)
     with hub:
-        code = _serve(config, executor, hub, arguments.client_pid)
+        code = _serve(config, executor, draft_host, hub, arguments.client_pid)
     if os.getppid() != arguments.client_pid:
         # the client would have done it
         directory.remove()
@@ -195,8 +205,14 @@ def main() -> int:
     return code
 
 
-def _serve(config: EngineConfig, executor: LocalExecutor, hub: HubChannel[ClientCommand], client_pid: int) -> int:
-    coordinator = Coordinator(config, executor, hub, client_pid)
+def _serve(
+    config: EngineConfig,
+    executor: LocalExecutor,
+    draft_host: LocalDraftHost,
+    hub: HubChannel[ClientCommand],
+    client_pid: int,
+) -> int:
+    coordinator = Coordinator(config, executor, draft_host, hub, client_pid)
     try:
         coordinator.run()
     except Exception as error:
@@ -205,5 +221,6 @@ def _serve(config: EngineConfig, executor: LocalExecutor, hub: HubChannel[Client
         coordinator.fail(describe(error))
         return 1
     finally:
+        draft_host.stop()
         executor.shutdown()
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from sempre.engine.coordinator.draft_link import DraftLink
 from sempre.engine.executor.base import Executor
 from sempre.engine.scheduling import Scheduler, SchedulerStats
 from sempre.ipc.messages import ExecuteStep, RequestOutputDelta, RequestSpec, StepResult
@@ -16,8 +17,18 @@ class Replica:
     computed once in vain; nothing else is seen of it.
     """
 
-    def __init__(self, ranks: range, scheduler: Scheduler, executor: Executor, *, max_steps_in_flight: int = 1) -> None:
+    def __init__(
+        self,
+        ranks: range,
+        scheduler: Scheduler,
+        executor: Executor,
+        drafts: DraftLink | None = None,
+        *,
+        max_steps_in_flight: int = 1,
+    ) -> None:
+        """`drafts` leads to the worker that guesses for this replica, if it has one."""
         self.ranks = ranks
+        self._drafts = drafts
         self._max_steps_in_flight = max_steps_in_flight
         self._scheduler = scheduler
         self._executor = executor
@@ -64,6 +75,8 @@ class Replica:
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget(output.request_id)
+        if self._drafts is not None:
+            self._drafts.ask(self._scheduler.take_awaiting_drafts())
         return outputs
 
     def lose_workers(self, cause: str) -> list[RequestOutputDelta]:
@@ -93,3 +106,5 @@ class Replica:
 
     def _forget(self, request_id: str) -> None:
         self.load -= self._tokens.pop(request_id)
+        if self._drafts is not None:
+            self._drafts.forget(request_id)

@@ -15,7 +15,7 @@ from sempre.engine.config import EngineConfig
 from sempre.engine.executor.base import Executor, worker_config
 from sempre.engine.executor.threads import threads_per_worker
 from sempre.engine.seeding import compare_digests, compare_with_former
-from sempre.ipc.errors import StartupError
+from sempre.ipc.errors import ConfigError, StartupError
 from sempre.ipc.messages import (
     EngineReady,
     LoadModel,
@@ -41,8 +41,9 @@ _ALIKE = (
 class StartUp:
     """Fed with the workers' events; `ready` is set by the last of them."""
 
-    def __init__(self, config: EngineConfig, executor: Executor) -> None:
+    def __init__(self, config: EngineConfig, executor: Executor, *, role: str = "target") -> None:
         self.ready: EngineReady | None = None
+        self._role = role
         self._config = config
         self._executor = executor
         self._num_threads = threads_per_worker(config.num_threads, executor.world_size)
@@ -59,7 +60,7 @@ class StartUp:
         match event:
             case WorkerHello(pid=pid):
                 self.pids[rank] = pid
-                config = worker_config(self._config, rank, self._num_threads)
+                config = worker_config(self._config, rank, self._num_threads, role=self._role)
                 self._executor.send(rank, LoadModel(config=config))
                 return self._end_phase("start") if len(self.pids) == size else []
             case ModelLoaded():
@@ -87,7 +88,8 @@ class StartUp:
         match event:
             case WorkerHello(pid=pid):
                 self.pids[rank] = pid
-                self._executor.send(rank, LoadModel(config=worker_config(self._config, rank, self._num_threads)))
+                config = worker_config(self._config, rank, self._num_threads, role=self._role)
+                self._executor.send(rank, LoadModel(config=config))
             case ModelLoaded():
                 before = self._loaded[rank]
                 compare_with_former(rank, before.digests_before_load, event.digests_before_load, "before loading")
@@ -108,6 +110,24 @@ class StartUp:
     def max_steps_in_flight(self) -> int:
         """Steps that a worker takes before it has answered the first of them."""
         return self._loaded[0].max_steps_in_flight
+
+    def check_drafts(self, drafts: StartUp) -> None:
+        """Both have ended. Raises SeedMismatch when a draft worker is seeded otherwise than the targets, ConfigError
+        when it has other tokens."""
+        ranks = sorted(drafts._warm)
+        names = ["rank 0", *(f"draft worker {rank}" for rank in ranks)]
+        before = [drafts._loaded[rank].digests_before_load for rank in ranks]
+        after = [drafts._warm[rank].digests_after_warm_up for rank in ranks]
+        compare_digests([self._loaded[0].digests_before_load, *before], "before the model is loaded", names)
+        compare_digests([self._warm[0].digests_after_warm_up, *after], "after warm-up", names)
+        expected, found = self._loaded[0].vocab_size, drafts._loaded[0].vocab_size
+        if expected != found:
+            raise ConfigError(
+                f"speculative_config: the draft model {drafts._config.model_path} has a vocabulary of {found} tokens, "
+                f"and the model {self._config.model_path} one of {expected}; both must have the same tokens.",
+                parameter="speculative_config",
+                value=drafts._config.model,
+            )
 
     @property
     def _num_blocks(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from sempre.engine.config import EngineConfig
+from sempre.engine.speculation import max_draft_tokens
 from sempre.ipc.errors import ProtocolError, SempreError
 from sempre.ipc.messages import WorkerCommand, WorkerConfig, WorkerEvent, WorkerHealth
 
@@ -48,15 +49,27 @@ class RestartingExecutor(Executor, Protocol):
         """
 
 
-def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerConfig:
+# of a GPU's memory, for a draft worker that shares it
+_DRAFT_SHARE = 0.08
+
+
+def worker_config(config: EngineConfig, rank: int, num_threads: int, *, role: str = "target") -> WorkerConfig:
     """The share of worker `rank`: replicas are numbered first, then the ranks within a replica."""
     tp_size = config.tensor_parallel_size
+    speculative = config.speculative_config
+    colocated = speculative is not None and speculative.placement == "colocated" and speculative.model_path is not None
+    share = config.gpu_memory_utilization
+    if role == "draft":
+        share = _DRAFT_SHARE
+    elif speculative is not None and speculative.placement == "worker":
+        share -= _DRAFT_SHARE
     return WorkerConfig(
         rank=rank,
         world_size=config.data_parallel_size * tp_size,
         dp_rank=rank // tp_size,
         tp_rank=rank % tp_size,
         tp_size=tp_size,
+        role=role,
         seed=config.seed,
         model_path=str(config.model_path),
         dtype=config.dtype,
@@ -70,7 +83,9 @@ def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerCo
         numerics=config.numerics,
         load_format=config.load_format,
         heartbeat_interval_s=config.heartbeat_interval_s,
-        gpu_memory_utilization=config.gpu_memory_utilization,
+        gpu_memory_utilization=share,
         enforce_eager=config.enforce_eager,
         quantization=config.quantization,
+        max_draft_tokens=max_draft_tokens(config),
+        draft_model_path=str(speculative.model_path) if speculative is not None and colocated else None,
     )

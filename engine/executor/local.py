@@ -39,6 +39,7 @@ class LocalExecutor:
     """Starts its workers on construction, watches them, and ends them.
 
     `connect_address` is where workers are told to connect, for a proxy in between; the default is this hub.
+    `hub_address` and `kind` (in messages and the names of logs) set draft workers apart from the others.
     """
 
     def __init__(
@@ -48,17 +49,20 @@ class LocalExecutor:
         *,
         worker_module: str = "sempre.workers",
         connect_address: str | None = None,
+        hub_address: str | None = None,
+        kind: str = "worker",
     ) -> None:
         self.world_size = config.data_parallel_size * config.tensor_parallel_size
         self._config = config
         self._hub: HubChannel[WorkerEvent] = HubChannel(
-            directory.worker_address, receives=WorkerEvent, limit_bytes=config.max_message_bytes
+            hub_address or directory.worker_address, receives=WorkerEvent, limit_bytes=config.max_message_bytes
         )
         threads = threads_per_worker(config.num_threads, self.world_size)
         self._environment = child_environment() | thread_variables(threads)
         self._worker_module = worker_module
-        self._address = connect_address or directory.worker_address
+        self._address = connect_address or hub_address or directory.worker_address
         self._directory = directory
+        self._kind = kind
         self._poller: zmq.Poller | None = None
         self._ending = False
         self._peers = [self._start(rank) for rank in range(self.world_size)]
@@ -70,10 +74,12 @@ class LocalExecutor:
         arguments += ["--client-pid", str(os.getppid())]
         arguments += ["--heartbeat-interval-s", repr(self._config.heartbeat_interval_s)]
         arguments += ["--max-message-bytes", str(self._config.max_message_bytes)]
-        log_path = self._directory.log_path(f"worker-{rank}")
+        log_path = self._directory.log_path(f"{self._kind.replace(' ', '-')}-{rank}")
         child = ChildProcess(self._worker_module, arguments, log_path=log_path, environment=self._environment)
         ready_by = time.monotonic() + self._config.startup_timeout_s
-        return WorkerPeer(rank, child, ready_by, num_restarts=num_restarts, restart_cause=restart_cause)
+        return WorkerPeer(
+            rank, child, ready_by, num_restarts=num_restarts, restart_cause=restart_cause, kind=self._kind
+        )
 
     def register(self, poller: zmq.Poller) -> None:
         """Have `poller` wake up for frames of the workers and for their ends."""
@@ -105,6 +111,13 @@ class LocalExecutor:
 
     def health(self) -> list[WorkerHealth]:
         return [peer.health() for peer in self._peers]
+
+    def unregister(self, poller: zmq.Poller) -> None:
+        """Undo `register`, before `shutdown` closes what was registered."""
+        poller.unregister(self._hub.socket)
+        for peer in self._peers:
+            if (descriptor := peer.child.fileno()) is not None:
+                poller.unregister(descriptor)
 
     def send(self, rank: int, command: WorkerCommand) -> None:
         peer = self._peers[rank]

@@ -15,6 +15,8 @@ from sempre.ipc.messages import (
     ExecuteStep,
     LoadModel,
     ModelLoaded,
+    Propose,
+    Proposed,
     StartServing,
     StepResult,
     WorkerCommand,
@@ -30,6 +32,7 @@ _ANSWERS: dict[type[WorkerCommand], type[WorkerEvent]] = {
     LoadModel: ModelLoaded,
     StartServing: WorkerReady,
     ExecuteStep: StepResult,
+    Propose: Proposed,
     CallMethod: CallMethodReply,
 }
 
@@ -41,9 +44,17 @@ class WorkerPeer:
     """
 
     def __init__(
-        self, rank: int, child: ChildProcess, ready_by: float, *, num_restarts: int = 0, restart_cause: str = ""
+        self,
+        rank: int,
+        child: ChildProcess,
+        ready_by: float,
+        *,
+        num_restarts: int = 0,
+        restart_cause: str = "",
+        kind: str = "worker",
     ) -> None:
         self.rank = rank
+        self.kind = kind
         self.child = child
         self.ready_by = ready_by
         self.num_restarts = num_restarts
@@ -77,6 +88,8 @@ class WorkerPeer:
         match owed, event:
             case ExecuteStep(step_id=expected), StepResult(step_id=found):
                 _expect("StepResult.step_id", expected, found)
+            case Propose(proposal_id=expected), Proposed(proposal_id=found):
+                _expect("Proposed.proposal_id", expected, found)
             case CallMethod(call_id=expected), CallMethodReply(call_id=found):
                 _expect("CallMethodReply.call_id", expected, found)
         self._owed.popleft()
@@ -117,7 +130,7 @@ class WorkerPeer:
         if word is not None and cause is None:
             cause = f"{word.type}: {word.message}"
         ending = self.child.describe_exit()
-        text = f"worker {self.rank} (pid {self.child.pid}) died: {ending}" + (f"; {cause}" if cause else "")
+        text = f"{self.kind} {self.rank} (pid {self.child.pid}) died: {ending}" + (f"; {cause}" if cause else "")
         traceback = word.traceback if word else self.child.log_tail()
         if not self.serving and not self.num_restarts:
             original = restore(word) if word else None

@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from sempre.engine.frontend.grammars import GrammarBuilder
 from sempre.engine.frontend.prompts import list_prompts, parse_prompt
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.seeding import child_seed, derive_request_seed
@@ -56,6 +57,7 @@ class RequestBuilder:
     def __init__(self, tokenizer: Tokenizer, limits: RequestLimits) -> None:
         self._tokenizer = tokenizer
         self._limits = limits
+        self._grammars = GrammarBuilder(tokenizer)
         self._num_requests = 0
         self._num_sequences = 0
         # The parameters checked last: a list of prompts mostly shares one object.
@@ -171,9 +173,16 @@ class RequestBuilder:
             stop_token_ids=self._checked_ids("stop_token_ids", params.stop_token_ids or []),
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
+            grammar=self._grammar(params),
         )
         self._checked = (params, spec)
         return spec
+
+    def _grammar(self, params: SamplingParams) -> str | None:
+        if params.structured_outputs is None:
+            return None
+        limits = self._limits
+        return self._grammars.build(params.structured_outputs, limits.vocab_size, limits.eos_token_ids)
 
     def _fitted(self, spec: SamplingSpec, params: SamplingParams, token_ids: list[int]) -> SamplingSpec:
         """Return `spec` with as many tokens as asked for and as the context holds."""

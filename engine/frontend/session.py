@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +22,15 @@ from sempre.ipc.messages import (
     CallWorkersReply,
     ClientCommand,
     ClientEvent,
+    EngineNotice,
     MetricsReply,
     OutputsReady,
     Refused,
     RequestSpec,
     ResetPrefixCacheReply,
 )
+
+logger = logging.getLogger(__name__)
 
 Reply = TypeVar("Reply", CallWorkersReply, MetricsReply, ResetPrefixCacheReply)
 
@@ -116,6 +120,8 @@ def frames_of(requests: Iterable[PreparedRequest]) -> Iterator[list[RequestSpec]
 
 
 def check_refused(event: ClientEvent) -> None:
-    """Raise the error with which the coordinator refused a frame of ours."""
+    """Log a notice; raise the error with which the coordinator refused a frame of ours."""
+    if isinstance(event, EngineNotice):
+        logger.warning("%s", event.message)
     if isinstance(event, Refused):
         raise restore(event.error) or ProtocolError(f"{event.error.type}: {event.error.message}")

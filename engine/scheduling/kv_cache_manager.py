@@ -78,14 +78,15 @@ class KVCacheManager:
         request.num_slots = len(request.block_ids) * self.block_size
         return blocks
 
-    def commit(self, request: Request, num_written_tokens: int) -> None:
-        """Offer the blocks that [0, num_written_tokens) fills to the prefix cache.
+    def commit(self, request: Request, num_written_tokens: int, sampled: Sequence[int] = ()) -> None:
+        """Offer the blocks that [0, num_written_tokens) fills to the prefix cache; `sampled` is still to be appended
+        to the request, which holds the other tokens.
 
         Called when the step that wrote them has returned, not when it is planned: a step that fails, wholly or for
         this request, then never leaves a findable block without content.
         """
         num_full = num_written_tokens // self.block_size
-        self._extend_keys(request, num_full)
+        self._extend_keys(request, num_full, sampled)
         for index in range(request.num_committed_blocks, num_full):
             self._prefix_cache.insert(request.block_keys[index], request.block_ids[index])
         request.num_committed_blocks = num_full
@@ -118,7 +119,10 @@ class KVCacheManager:
                 assert not (uncommitted and self._prefix_cache.holds(block)), "findable before it is written"
                 assert not (uncommitted and self._pool.is_shared(block)), "shared before it is full"
 
-    def _extend_keys(self, request: Request, num_blocks: int) -> None:
+    def _extend_keys(self, request: Request, num_blocks: int, sampled: Sequence[int] = ()) -> None:
         if num_blocks > len(request.block_keys):
             salt = request.spec.cache_salt
-            self._prefix_cache.extend_keys(request.block_keys, request.token_ids, num_blocks, salt)
+            token_ids = request.token_ids
+            if num_blocks * self.block_size > len(token_ids):
+                token_ids = [*token_ids, *sampled]
+            self._prefix_cache.extend_keys(request.block_keys, token_ids, num_blocks, salt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.prefix_cache import BlockKey
+from sempre.engine.speculation import Speculation
 from sempre.ipc.messages import RequestSpec
 
 OrderKey = tuple[int, int, str]
@@ -14,7 +15,7 @@ class Request:
 
         token_ids   | prompt ……………………… | output …………… |
                     0              num_prompt_tokens     len(token_ids)
-        num_tokens  = len(token_ids) + sampled tokens still in flight
+        num_tokens  = len(token_ids) + sampled tokens still in flight, one for each step
         KV cache    [0, num_computed_tokens) is written by the steps scheduled so far
                     [0, num_slots) has blocks, num_slots = len(block_ids) * block_size
 
@@ -28,6 +29,7 @@ class Request:
         "block_keys",
         "cached_tokens_to_report",
         "compute_limit",
+        "drafts_in_flight",
         "finish_reason",
         "is_known_to_worker",
         "is_running",
@@ -45,14 +47,18 @@ class Request:
         "reads_prefix_cache",
         "request_id",
         "spec",
+        "speculation",
         "stop_reason",
         "stop_reasons",
         "token_ids",
+        "waits_for_tokens",
         "wants_prompt_logprobs",
         "was_admitted",
     )
 
-    def __init__(self, spec: RequestSpec, priority: int, limits: Limits) -> None:
+    def __init__(
+        self, spec: RequestSpec, priority: int, limits: Limits, speculation: Speculation | None = None
+    ) -> None:
         """`priority` is the spec's, or 0 under a policy that does not look at it."""
         params = spec.params
         self.spec = spec
@@ -78,9 +84,15 @@ class Request:
         self.was_admitted = bool(spec.output_token_ids or spec.num_prompt_logprobs_delivered)
         self.is_known_to_worker = False
         self.cached_tokens_to_report = 0
+        # what its grammar allows next follows from the token before, which must have come back
+        self.waits_for_tokens = params.grammar is not None
         self.wants_prompt_logprobs = params.prompt_logprobs is not None
         self.num_prompt_logprobs_delivered = spec.num_prompt_logprobs_delivered
         self.prompt_logprobs_start = 1 + spec.num_prompt_logprobs_delivered
+
+        self.speculation = speculation
+        # while they are verified, nobody knows how many tokens the step will bring
+        self.drafts_in_flight: list[int] = []
 
         # owned by KVCacheManager
         self.block_ids: list[int] = []
@@ -92,6 +104,11 @@ class Request:
         self.admitted_at_step = 0
         # a hit would skip positions whose log-probabilities are asked for
         self.reads_prefix_cache = not self.wants_prompt_logprobs
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether nothing more may be planned for it before the token in flight is known."""
+        return self.waits_for_tokens and self.num_tokens > len(self.token_ids)
 
     def append(self, token_id: int) -> bool:
         """Append a sampled token; True when it ends the request, with `finish_reason` and `stop_reason` set."""
@@ -111,5 +128,6 @@ class Request:
     def lose_worker(self) -> None:
         """Forget what the worker held or was about to answer; tokens already here stay."""
         self.num_tokens = len(self.token_ids)
+        self.drafts_in_flight = []
         self.is_known_to_worker = False
         self.prompt_logprobs_start = 1 + self.num_prompt_logprobs_delivered

@@ -26,6 +26,7 @@ from sempre.engine.scheduling.quarantine import Quarantine
 from sempre.engine.scheduling.request import OrderKey, Request
 from sempre.engine.scheduling.stats import SchedulerStats
 from sempre.engine.scheduling.step_in_flight import StepInFlight, first_rows, num_rows
+from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import ConfigError, ProtocolError, RequestCrashed, RequestError
 from sempre.ipc.messages import (
@@ -45,7 +46,8 @@ class Scheduler:
     """All requests of one replica.
 
     `schedule` may be called again before `update` for the former step: what is in flight is counted as one token per
-    sampling request, and a step is never planned past a request's last possible token. Steps are updated in the order
+    sampling request, and a step is never planned past a request's last possible token. A request with a grammar sits a
+    step out while its token is in flight; the others go on. Steps are updated in the order
     in which they were scheduled.
     """
 
@@ -60,8 +62,13 @@ class Scheduler:
         policy: str,
         enable_prefix_caching: bool,
         max_request_crashes: int = 3,
+        speculation: SpeculationPlan | None = None,
+        max_draft_tokens: int = 0,
     ) -> None:
-        """Raises ConfigError for a size below 1 or an unknown policy."""
+        """`max_draft_tokens` bounds the guesses in one step.
+
+        Raises ConfigError for a size below 1 or an unknown policy.
+        """
         sizes = {
             "num_blocks": num_blocks,
             "block_size": block_size,
@@ -78,6 +85,8 @@ class Scheduler:
         self._limits = Limits(max_model_len, num_blocks, block_size)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._speculation = speculation
+        self._max_draft_tokens = max_draft_tokens
         self._uses_priority = policy == "priority"
         self._kv_cache = KVCacheManager(
             num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching
@@ -86,6 +95,7 @@ class Scheduler:
         self._running: list[Request] = []  # sorted by order key, as is _waiting
         self._waiting: list[Request] = []
         self._in_flight: deque[StepInFlight] = deque()
+        self._awaiting_drafts: list[Request] = []
         self._quarantine = Quarantine(max_request_crashes)
         self._finished_ids: list[str] = []  # known to the worker, to be told with the next step
         self._next_step_id = 0
@@ -99,7 +109,11 @@ class Scheduler:
             message = f"The request id {spec.request_id!r} belongs to an unfinished request; choose another one."
             raise RequestError(message, parameter="request_id", value=spec.request_id, request_id=spec.request_id)
         self._limits.check_prompt(spec)
-        request = Request(spec, spec.priority if self._uses_priority else 0, self._limits)
+        speculation = None
+        # a grammar follows tokens that are certain, one at a time
+        if self._speculation is not None and spec.params.grammar is None:
+            speculation = self._speculation.start()
+        request = Request(spec, spec.priority if self._uses_priority else 0, self._limits, speculation)
         if request.num_tokens > request.compute_limit:
             length, limit = request.num_tokens, request.compute_limit
             message = f"output_token_ids: the sequence has {length} tokens, and at most {limit} can go on."
@@ -161,8 +175,10 @@ class Scheduler:
                 break
             start = request.num_computed_tokens
             num_new = min(request.num_tokens, request.compute_limit) - start
-            if num_new < 1:
+            if num_new < 1 or request.is_held_back:
                 continue  # its last token is in flight
+            if request.speculation is not None and self._must_wait(request):
+                continue
             if num_new > 1:
                 # a long prompt leaves a token to each request behind it: they go on decoding meanwhile
                 num_new = min(num_new, max(1, draft.budget - (num_running - index - 1)))
@@ -173,8 +189,31 @@ class Scheduler:
                 if grown is None:
                     break
                 block_ids = grown
-            draft.plan(request, num_new, block_table_start, block_ids)
+            drafts: list[int] = []
+            if request.speculation is not None and request.num_tokens == len(request.token_ids) == start + num_new:
+                room = draft.budget - num_new - (num_running - index - 1)
+                drafts, more_blocks = self._drafts(request, min(room, self._max_draft_tokens - draft.num_drafts))
+                block_ids = block_ids + more_blocks
+            draft.plan(request, num_new, block_table_start, block_ids, drafts)
         return len(running) == num_running
+
+    def _must_wait(self, request: Request) -> bool:
+        """Whether what its next step computes depends on something still to come."""
+        assert request.speculation is not None
+        num_in_flight = request.num_tokens - len(request.token_ids)
+        return bool(request.drafts_in_flight) or request.speculation.must_wait(request.token_ids, num_in_flight)
+
+    def _drafts(self, request: Request, room: int) -> tuple[list[int], list[int]]:
+        """Guesses to verify behind the request's last token, and blocks for them; nobody is preempted for a guess."""
+        assert request.speculation is not None
+        room = min(room, request.compute_limit - request.num_tokens)
+        drafts = request.speculation.drafts(request.token_ids, max(0, room))
+        block_ids: list[int] | None = []
+        if request.num_tokens + len(drafts) > request.num_slots:
+            block_ids = self._kv_cache.grow(request, request.num_tokens + len(drafts))
+        if block_ids is None:
+            drafts, block_ids = drafts[: request.num_slots - request.num_tokens], []
+        return drafts, block_ids
 
     def _grow_or_preempt(self, request: Request, num_tokens: int) -> list[int] | None:
         """Blocks for the first `num_tokens` tokens, at the cost of the last requests; None if that was this one."""
@@ -205,8 +244,10 @@ class Scheduler:
 
     def _admit(self, draft: StepInFlight, request: Request) -> bool:
         """Plan the first tokens of a waiting request; False when it does not fit now."""
-        if request.num_tokens > request.compute_limit:
-            return False  # preempted while its last token was in flight: the update to come ends it
+        if request.num_tokens > request.compute_limit or request.is_held_back:
+            return False  # preempted while its last token was in flight: the update to come ends it, or lets it go on
+        if request.drafts_in_flight:
+            return False  # preempted while they were verified: the update to come tells how long it is
         cached_blocks = self._kv_cache.find_cached_blocks(request)
         if not self._kv_cache.can_admit(request, cached_blocks):
             return False
@@ -224,6 +265,11 @@ class Scheduler:
             draft.new_requests.append(_new_request(request))
         draft.plan(request, num_new, 0, request.block_ids.copy())
         return True
+
+    def take_awaiting_drafts(self) -> list[Request]:
+        """Requests that have begun to await guesses since the last call; they are not planned until they have them."""
+        awaiting, self._awaiting_drafts = self._awaiting_drafts, []
+        return awaiting
 
     def _count_admission(self, request: Request, num_cached: int) -> None:
         counters = self._counters
@@ -256,20 +302,35 @@ class Scheduler:
                 request.finish_reason = "error"
                 deltas.append(self._ended_by_error(request, sampled.error))
                 continue
+            holds_blocks = request.is_running and request.admitted_at_step <= flight.step_id
             num_written = planned.num_computed_tokens + planned.num_tokens
-            if (
-                num_written >= request.next_commit_at
-                and request.is_running
-                and request.admitted_at_step <= flight.step_id
-            ):
-                self._kv_cache.commit(request, num_written)
+            if planned.draft_token_ids:
+                num_written -= self._count_rejected(request, planned.draft_token_ids, sampled)
+                if holds_blocks:
+                    request.num_computed_tokens = num_written
+            if holds_blocks and num_written >= request.next_commit_at:
+                self._kv_cache.commit(request, num_written, sampled.token_ids)
             if sampled.token_ids or sampled.prompt_logprobs is not None:
-                deltas.append(self._apply(request, sampled))
+                deltas.append(self._apply(request, sampled, planned.draft_token_ids))
             if self._quarantine and self._quarantine.has_passed(request):
                 self._release_suspect(request)
         return deltas
 
-    def _apply(self, request: Request, sampled: SampledTokens) -> RequestOutputDelta:
+    def _count_rejected(self, request: Request, drafts: list[int], sampled: SampledTokens) -> int:
+        """Count what became of verified guesses; how many of them were wrong, and their keys and values with them."""
+        request.drafts_in_flight = []
+        num_kept = len(sampled.token_ids) - 1
+        counters = self._counters
+        counters.num_drafts += 1
+        counters.num_draft_tokens += len(drafts)
+        counters.num_accepted_tokens += num_kept
+        per_position = counters.num_accepted_tokens_per_pos
+        per_position += [0] * (num_kept - len(per_position))
+        for index in range(num_kept):
+            per_position[index] += 1
+        return len(drafts) - num_kept
+
+    def _apply(self, request: Request, sampled: SampledTokens, drafts: list[int]) -> RequestOutputDelta:
         """Take over one request's tokens up to the first that ends it."""
         token_ids = sampled.token_ids
         logprobs = sampled.logprobs
@@ -286,6 +347,10 @@ class Scheduler:
             self._counters.generation_tokens += len(token_ids)
         if sampled.prompt_logprobs is not None:
             request.num_prompt_logprobs_delivered += num_rows(sampled.prompt_logprobs)
+        if request.speculation is not None and token_ids and not ended:
+            request.speculation.sampled(request.token_ids, drafts, len(token_ids) - 1, sampled.draft_token_ids)
+            if request.speculation.awaits_worker:
+                self._awaiting_drafts.append(request)
         num_cached_tokens = request.cached_tokens_to_report
         request.cached_tokens_to_report = 0
         error = None
@@ -316,6 +381,8 @@ class Scheduler:
     def _retire(self, request: Request) -> None:
         """Take a request that has a finish reason out of everything."""
         assert request.finish_reason is not None
+        if request.speculation is not None:
+            request.speculation.ended(request.token_ids, request.num_prompt_tokens)
         queue = self._running if request.is_running else self._waiting
         key: OrderKey = request.order_key
         del queue[bisect_left(queue, key, key=ORDER_KEY)]
@@ -373,6 +440,7 @@ class Scheduler:
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             kv_cache_usage=self._kv_cache.usage,
+            num_accepted_tokens_per_pos=self._counters.num_accepted_tokens_per_pos.copy(),
             finished=self._counters.finished.copy(),
         )
 

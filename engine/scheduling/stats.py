@@ -22,4 +22,8 @@ class SchedulerStats(Struct, kw_only=True):
     generation_tokens: int = 0
     prefix_cache_queries: int = 0  # tokens looked up, at every admission that may read the cache
     prefix_cache_hits: int = 0  # tokens found
+    num_drafts: int = 0  # times that guesses of a request were verified
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
     finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0})

@@ -15,20 +15,36 @@ class StepInFlight:
     It holds the requests themselves, not their ids: an id may finish and be used again while the step runs.
     """
 
-    __slots__ = ("budget", "new_requests", "requests", "samples", "scheduled", "step_id")
+    __slots__ = ("budget", "new_requests", "num_drafts", "requests", "samples", "scheduled", "step_id")
 
     def __init__(self, step_id: int, budget: int) -> None:
         self.step_id = step_id
         self.budget = budget  # tokens that may still be planned
+        self.num_drafts = 0
         self.requests: list[Request] = []
         self.samples: list[bool] = []
         self.scheduled: list[ScheduledRequest] = []
         self.new_requests: list[NewRequest] = []
 
-    def plan(self, request: Request, num_tokens: int, block_table_start: int, block_ids: list[int]) -> None:
-        """Plan the next `num_tokens` tokens of a request and count them as computed."""
+    def plan(
+        self,
+        request: Request,
+        num_tokens: int,
+        block_table_start: int,
+        block_ids: list[int],
+        drafts: list[int] | None = None,
+    ) -> None:
+        """Plan the next `num_tokens` tokens of a request and the drafts after them, and count all as computed."""
         start = request.num_computed_tokens
         end = start + num_tokens
+        samples = end == request.num_tokens
+        num_drafts = 0
+        if samples and request.speculation is not None:
+            num_drafts = request.speculation.num_wanted()
+        if drafts:
+            request.drafts_in_flight = drafts
+            self.num_drafts += len(drafts)
+            end += len(drafts)
         rows_start = 0
         if request.wants_prompt_logprobs:
             rows_start = request.prompt_logprobs_start
@@ -37,16 +53,17 @@ class StepInFlight:
             ScheduledRequest(
                 request_id=request.request_id,
                 num_computed_tokens=start,
-                num_tokens=num_tokens,
+                num_tokens=end - start,
                 block_table_start=block_table_start,
                 block_ids=block_ids,
                 prompt_logprobs_start=rows_start,
+                draft_token_ids=drafts or [],
+                num_drafts=num_drafts,
             )
         )
         self.requests.append(request)
-        self.budget -= num_tokens
+        self.budget -= end - start
         request.num_computed_tokens = end
-        samples = end == request.num_tokens
         self.samples.append(samples)
         if samples:
             request.num_tokens += 1
@@ -73,6 +90,10 @@ class StepInFlight:
                 if bool(sampled.token_ids) != samples:
                     expected = "at least one token" if samples else "no token"
                     raise self._refused(index, "token_ids", expected, f"{len(sampled.token_ids)} tokens")
+                drafts = self.scheduled[index].draft_token_ids
+                if samples and not follows_drafts(sampled.token_ids, drafts):
+                    expected = f"a beginning of the drafts {drafts} and one token"
+                    raise self._refused(index, "token_ids", expected, f"{sampled.token_ids}")
                 if request.wants_prompt_logprobs:
                     self._check_prompt_logprobs(index, sampled)
 
@@ -86,6 +107,12 @@ class StepInFlight:
         return ProtocolError(
             f"StepResult.sampled[{index}].{field}: expected {expected} in step {self.step_id}, found {found}"
         )
+
+
+def follows_drafts(token_ids: list[int], drafts: list[int]) -> bool:
+    """Whether a worker may have sampled these when `drafts` were verified."""
+    num_kept = len(token_ids) - 1
+    return num_kept <= len(drafts) and token_ids[:num_kept] == drafts[:num_kept]
 
 
 def num_rows(rows: LogprobRows | None) -> int:

@@ -20,6 +20,7 @@ from sempre.engine.server.completions import create_completion
 from sempre.engine.server.errors import APIError, api_error
 from sempre.engine.server.metrics import CONTENT_TYPE
 from sempre.engine.server.middleware import KeyRing, RequestGate
+from sempre.engine.server.playground import PLAYGROUND_ROUTES
 from sempre.engine.server.responses import ModelCard, ModelList
 from sempre.engine.server.service import Service
 from sempre.engine.server.tokenization import detokenize, tokenize
@@ -38,6 +39,7 @@ def create_app(service: Service, keys: KeyRing) -> ASGIApp:
     app = FastAPI(title="Sempre", version=__version__, docs_url=None, redoc_url=None, root_path=config.root_path)
     for operation in openapi.OPERATIONS:
         _add(app, service, operation, _ENDPOINTS[operation.path])
+    app.router.routes.extend(PLAYGROUND_ROUTES)
     app.add_exception_handler(HTTPException, _http_error)
     openapi.install(app)
     outer: ASGIApp = RequestGate(app, keys, access_log=config.enable_access_log)
@@ -94,14 +96,15 @@ async def _ready(service: Service, _request: Request) -> Response:
 
 
 async def _health(service: Service, _request: Request) -> Response:
-    health = await service.engine.health()
-    body = {
-        "status": "healthy" if health.healthy else "unhealthy",
-        "state": health.state,
-        "problems": health.problems,
-        "workers": health.workers,
+    found = await service.engine.health()
+    problems = [{"rank": problem.rank, "reason": problem.text} for problem in found.problems]
+    answer = {
+        "status": "healthy" if found.healthy else "unhealthy",
+        "state": found.state,
+        "problems": problems,
+        "workers": found.workers,
     }
-    return Response(msgspec.json.encode(body), 200 if health.healthy else 503, media_type="application/json")
+    return Response(msgspec.json.encode(answer), 503 if problems else 200, media_type="application/json")
 
 
 async def _version(_service: Service, _request: Request) -> Response:

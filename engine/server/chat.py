@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +32,8 @@ from sempre.engine.server.responses import (
     ChatLogprobs,
 )
 from sempre.engine.server.service import Service
+from sempre.engine.server.structure import blame_on
+from sempre.engine.server.tools import ChatPlan
 from sempre.engine.server.tracing import RequestSpan
 from sempre.engine.text.tokenizer import LONG_TEXT
 
@@ -48,6 +51,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     service.check_ready()
     check_model(request.model, service.model_names)
     params = chat_parameters(request, service.engine.get_default_sampling_params(), service.config)
+    plan = ChatPlan.of(request, service.config)
     prompt = await render(
         service,
         request.messages,
@@ -56,16 +60,20 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         add_special_tokens=bool(request.add_special_tokens),
+        tools=plan.template_tools,
     )
+    params = dataclasses.replace(params, structured_outputs=plan.structured_behind(prompt["prompt"]))
     if request.cache_salt is not None:
         prompt["cache_salt"] = request.cache_salt
     service.checked_length(list(prompt["prompt_token_ids"]))
-    with RequestSpan.begin(http, service, params) as span:
+    with RequestSpan.begin(http, service, params) as span, blame_on(request):
         generation = Generation(service, service.open([prompt], params, request.priority), span)
     http.state.generation = generation
+    response_id = f"chatcmpl-{http.state.request_id}"
     with ExitStack() as stack:
         stack.enter_context(generation)
-        answer = _Answer(service, request, generation, f"chatcmpl-{http.state.request_id}")
+        parsers = [plan.message_parser(prompt["prompt"], response_id, choice) for choice in range(request.n)]
+        answer = _Answer(service, request, generation, response_id, parsers)
         if request.stream:
             stack.pop_all()  # the stream ends it
             return EventStream(generation, answer.first_events(), answer.events, answer.last_event)
@@ -111,7 +119,12 @@ class _Answer:
     """Writes the choices of one conversation."""
 
     def __init__(
-        self, service: Service, request: ChatCompletionRequest, generation: Generation, response_id: str
+        self,
+        service: Service,
+        request: ChatCompletionRequest,
+        generation: Generation,
+        response_id: str,
+        parsers: Sequence[MessageParser],
     ) -> None:
         self._request = request
         self._generation = generation
@@ -121,7 +134,7 @@ class _Answer:
         self._created = int(time.time())
         self._model = request.model or service.model_names[0]
         self._fingerprint = service.engine.fingerprint
-        self._parsers: list[MessageParser] = [service.parser_for(request) for _ in range(request.n)]
+        self._parsers = parsers
         self._chunks = ChunkEncoder(
             response_id=response_id,
             kind="chat.completion.chunk",
@@ -161,7 +174,8 @@ class _Answer:
     def events(self, output: RequestOutput) -> bytes:
         """Return the events of what is new."""
         usage = self._generation.usage() if self._chunks.continuous_usage else None
-        return b"".join([self._chunks.choice(self._chunk_choice(choice), usage) for choice in output.outputs])
+        chunks = [self._chunk_choice(choice) for choice in output.outputs]
+        return b"".join([self._chunks.choice(chunk, usage) for chunk in chunks if _says_something(chunk)])
 
     def last_event(self) -> bytes:
         """Return what comes before the end of the stream."""
@@ -206,12 +220,17 @@ class _Answer:
         return content if isinstance(content, str) else ""
 
 
+def _says_something(chunk: ChatChunkChoice) -> bool:
+    """False where all that was generated may still become something else."""
+    return bool(chunk.delta != _EMPTY or chunk.finish_reason or chunk.logprobs or chunk.token_ids)
+
+
 def _merged(first: ChatDelta, second: ChatDelta) -> ChatDelta:
     """Return both deltas as one."""
     if second == _EMPTY:
         return first
     merged = message_of([first, second], "")
-    delta = ChatDelta(reasoning=merged.reasoning)
+    delta = ChatDelta(reasoning=merged.reasoning, reasoning_content=merged.reasoning_content)
     delta.content = merged.content if merged.content else UNSET
     delta.tool_calls = [*(first.tool_calls or []), *(second.tool_calls or [])] or UNSET
     return delta

@@ -23,6 +23,7 @@ from sempre.engine.server.parameters import check_model, completion_parameters
 from sempre.engine.server.requests import CompletionRequest
 from sempre.engine.server.responses import CompletionChoice, CompletionLogprobs, CompletionResponse
 from sempre.engine.server.service import Service
+from sempre.engine.server.structure import blame_on
 from sempre.engine.server.tracing import RequestSpan
 from sempre.engine.text.tokenizer import LONG_TEXT
 
@@ -34,7 +35,7 @@ async def create_completion(service: Service, http: Request) -> Response:
     check_model(request.model, service.model_names)
     params = completion_parameters(request, service.engine.get_default_sampling_params(), service.config)
     prompts = await _prompts(request, service)
-    with RequestSpan.begin(http, service, params) as span:
+    with RequestSpan.begin(http, service, params) as span, blame_on(request):
         generation = Generation(service, service.open(prompts, params, request.priority), span)
     http.state.generation = generation
     with ExitStack() as stack:

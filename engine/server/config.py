@@ -12,6 +12,8 @@ from msgspec import Meta, Struct
 from sempre.ipc.errors import ConfigError
 
 LogFormat = Literal["text", "json"]
+ToolParser = Literal["hermes", "llama3_json"]
+ReasoningParser = Literal["", "qwen3", "deepseek_r1"]
 MetricsPrefix = Literal["sempre", "vllm"]
 
 
@@ -34,6 +36,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     allowed_origins: Annotated[list[str], _doc("origins of web pages that may call (CORS)")] = []
     root_path: Annotated[str, _doc("path under which a proxy serves this server")] = ""
     response_role: Annotated[str, _doc("role of the messages that are answered")] = "assistant"
+    enable_auto_tool_choice: Annotated[bool, _doc("let the model call tools; needs tool_call_parser")] = False
+    tool_call_parser: Annotated[ToolParser | None, _doc("the format in which the model calls tools")] = None
+    reasoning_parser: Annotated[ReasoningParser, _doc("how the model marks its reasoning")] = ""
     ignore_unknown_fields: Annotated[bool, _doc("leave unknown request fields aside instead of refusing them")] = False
     trust_request_chat_template: Annotated[bool, _doc("let requests bring a chat template")] = False
     max_num_queued_reqs: Annotated[int, _doc("most sequences that wait while max_num_seqs run; more get 503")] = 1024
@@ -75,6 +80,8 @@ def server_config(settings: Mapping[str, Any]) -> ServerConfig:
         raise ConfigError("ssl_keyfile and ssl_certfile need each other; give both.", parameter="ssl_keyfile")
     if config.ssl_ca_certs is not None and config.ssl_certfile is None:
         raise ConfigError("ssl_ca_certs needs ssl_certfile and ssl_keyfile.", parameter="ssl_ca_certs")
+    if config.enable_auto_tool_choice and config.tool_call_parser is None:
+        raise ConfigError("enable_auto_tool_choice needs tool_call_parser.", parameter="enable_auto_tool_choice")
     if any(not key for key in config.api_key):
         raise ConfigError("api_key must not be empty.", parameter="api_key")
     return config

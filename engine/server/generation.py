@@ -120,7 +120,8 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             while outputs := await self._generation.next():
                 body = b"".join(map(self._encode, outputs))
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                if body:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
             end = self._last()
         except ClientGone:
             return

@@ -1,18 +1,19 @@
-"""From generated text to the parts of a chat message: the seam for tool calls and reasoning.
+"""From generated text to the parts of a chat message.
 
 A streamed answer and a whole one go through the same parser, so they hold the same message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
-from sempre.engine.server.requests import ChatCompletionRequest
-from sempre.engine.server.responses import ChatDelta, ChatMessage, ToolCall
+from sempre.engine.parsing import Arguments, CallStart, Content, OutputParser, Piece, Reasoning
+from sempre.engine.server.responses import ChatDelta, ChatMessage, ToolCall, ToolCallFunction
 
 
 class MessageParser(Protocol):
@@ -25,9 +26,6 @@ class MessageParser(Protocol):
         """Return what was held back, and the finish reason to report (`tool_calls` in place of `stop`)."""
 
 
-ParserFactory = Callable[[ChatCompletionRequest], MessageParser]
-
-
 class PlainContent:
     """All text is content."""
 
@@ -38,9 +36,50 @@ class PlainContent:
         return ChatDelta(), finish_reason
 
 
-def plain_content(request: ChatCompletionRequest) -> MessageParser:
-    """The parser of servers that have none for tool calls or reasoning."""
-    return PlainContent()
+class ParsedContent:
+    """Reasoning, tool calls and content."""
+
+    def __init__(self, parser: OutputParser, *, id_prefix: str, reports_calls: bool, include_reasoning: bool) -> None:
+        """Ids of tool calls follow from `id_prefix`. `reports_calls`: a choice with calls ends for `tool_calls`."""
+        self._parser = parser
+        self._id_prefix = id_prefix
+        self._reports_calls = reports_calls
+        self._include_reasoning = include_reasoning
+        self._num_calls = 0
+
+    def feed(self, text: str, token_ids: Sequence[int]) -> ChatDelta:
+        return self._delta(self._parser.feed(text))
+
+    def finish(self, finish_reason: str) -> tuple[ChatDelta, str]:
+        delta = self._delta(self._parser.finish())
+        if finish_reason == "stop" and self._num_calls and self._reports_calls:
+            finish_reason = "tool_calls"
+        return delta, finish_reason
+
+    def _delta(self, pieces: Sequence[Piece]) -> ChatDelta:
+        """The pieces as one delta."""
+        delta = ChatDelta()
+        content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+        reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+        if content:
+            delta.content = content
+        if reasoning and self._include_reasoning:
+            delta.reasoning = delta.reasoning_content = reasoning
+        calls: dict[int, ToolCall] = {}
+        for piece in pieces:
+            if isinstance(piece, CallStart):
+                self._num_calls += 1
+                function = ToolCallFunction(piece.name, "")
+                calls[piece.index] = ToolCall(function, self._call_id(piece.index), "function", piece.index)
+            elif isinstance(piece, Arguments):
+                part = calls.setdefault(piece.index, ToolCall(ToolCallFunction(), index=piece.index))
+                part.function.arguments = (part.function.arguments or "") + piece.text
+        if calls:
+            delta.tool_calls = list(calls.values())
+        return delta
+
+    def _call_id(self, index: int) -> str:
+        return "call_" + hashlib.sha256(f"{self._id_prefix}/{index}".encode()).hexdigest()[:24]
 
 
 def message_of(deltas: Sequence[ChatDelta], role: str) -> ChatMessage:
@@ -51,10 +90,13 @@ def message_of(deltas: Sequence[ChatDelta], role: str) -> ChatMessage:
     for delta in deltas:
         for part in delta.tool_calls or []:
             _add_call(calls, part)
+    joined = "".join(content)
+    thought: str | UnsetType = "".join(reasoning) if reasoning else UNSET
     return ChatMessage(
         role=role,
-        content="".join(content) if content or not calls else None,
-        reasoning="".join(reasoning) if reasoning else UNSET,
+        content=joined if joined or not (calls or reasoning) else None,
+        reasoning=thought,
+        reasoning_content=thought,
         tool_calls=list(calls.values()) if calls else UNSET,
     )
 

@@ -9,6 +9,7 @@ from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import APIError, BadRequest
 from sempre.engine.server.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from sempre.engine.server.structure import structured_outputs
 
 _SAME_NAME = (
     "n",
@@ -31,12 +32,12 @@ _SAME_NAME = (
     "bad_words",
     "prompt_logprobs",
 )
-_NEUTRAL_FORMAT = {"type": "text"}
 
 
 def completion_parameters(request: CompletionRequest, defaults: SamplingParams, config: ServerConfig) -> SamplingParams:
     """Return the parameters of /v1/completions. Raises BadRequest, or ConfigError naming the field."""
     changes = _common(request, config)
+    changes["structured_outputs"] = structured_outputs(request)
     if request.max_tokens == 0:
         if not request.echo:
             raise BadRequest("max_tokens must be at least 1, got 0; 0 is for echo only.", param="max_tokens")
@@ -53,7 +54,7 @@ def completion_parameters(request: CompletionRequest, defaults: SamplingParams, 
 
 def chat_parameters(request: ChatCompletionRequest, defaults: SamplingParams, config: ServerConfig) -> SamplingParams:
     """Return the parameters of /v1/chat/completions. Raises as `completion_parameters`."""
-    _refuse_unserved_chat(request)
+    _refuse_unserved(request)
     changes = _common(request, config)
     if request.top_logprobs is not None and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
@@ -84,7 +85,6 @@ def check_model(name: str | None, served: list[str]) -> None:
 
 
 def _common(request: GenerationRequest, config: ServerConfig) -> dict[str, Any]:
-    _refuse_unserved(request)
     if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options needs stream to be true.", param="stream_options")
     if request.prompt_logprobs is not None and request.stream:
@@ -97,25 +97,10 @@ def _common(request: GenerationRequest, config: ServerConfig) -> dict[str, Any]:
     return changes
 
 
-def _refuse_unserved(request: GenerationRequest) -> None:
+def _refuse_unserved(request: ChatCompletionRequest) -> None:
     """Refuse what is part of the protocol and has nothing behind it yet."""
-    if request.response_format not in (None, _NEUTRAL_FORMAT):
-        raise _unserved("response_format")
-    if request.structured_outputs is not None:
-        raise _unserved("structured_outputs")
-
-
-def _refuse_unserved_chat(request: ChatCompletionRequest) -> None:
-    if request.tools is not None:
-        if not request.tools:
-            raise BadRequest("tools must hold at least one tool; leave it out for none.", param="tools")
-        if request.tool_choice != "none":
-            raise _unserved("tools")
-    if request.tool_choice not in (None, "none", "auto"):
-        raise _unserved("tool_choice")
-    for name in ("reasoning_effort", "include_reasoning"):
-        if getattr(request, name) is not None:
-            raise _unserved(name)
+    if request.reasoning_effort is not None:
+        raise _unserved("reasoning_effort")
 
 
 def _unserved(name: str) -> BadRequest:

@@ -69,9 +69,10 @@ class GenerationRequest(BaseModel):
     store: Literal[False] | None = None
     use_beam_search: Literal[False] = False
 
-    # understood once something stands behind them; see `parameters.refuse_unserved`
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = Field(None, description="text, json_object, or json_schema with a schema")
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="one of json, regex, choice, grammar, json_object; disable_any_whitespace, begins_after"
+    )
 
 
 class CompletionRequest(GenerationRequest):
@@ -82,6 +83,43 @@ class CompletionRequest(GenerationRequest):
     echo: bool = Field(False, description="put the prompt before the output")
     logprobs: int | None = Field(None, ge=0, description="the k most probable tokens beside the one sampled")
     suffix: Literal[""] | None = None
+
+
+class FunctionName(BaseModel):
+    """The function of `tool_choice`."""
+
+    model_config = _STRICT
+
+    name: str
+
+
+class NamedToolChoice(BaseModel):
+    """Call this function."""
+
+    model_config = _STRICT
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class FunctionDefinition(BaseModel):
+    """A function that the model may call. Its schema is kept strictly where a call is enforced."""
+
+    model_config = _STRICT
+
+    name: str = Field(min_length=1, max_length=128)
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of the arguments")
+    strict: bool | None = Field(None, description="accepted, and without effect")
+
+
+class Tool(BaseModel):
+    """A tool, as the chat template is told of it."""
+
+    model_config = _STRICT
+
+    type: Literal["function"]
+    function: FunctionDefinition
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -100,12 +138,13 @@ class ChatCompletionRequest(GenerationRequest):
     documents: list[dict[str, str]] | None = None
     metadata: dict[str, str] | None = Field(None, description="accepted, and without effect")
 
-    # understood once something stands behind them; see `parameters.refuse_unserved`
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one tool call")
+    include_reasoning: bool | None = Field(None, description="false: leave the reasoning out of the answer")
+
+    # understood once something stands behind it; see `parameters.refuse_unserved`
     reasoning_effort: str | None = None
-    include_reasoning: bool | None = None
 
 
 class TokenizeRequest(BaseModel):

@@ -94,6 +94,8 @@ class ChatMessage(Struct):
     content: str | None
     refusal: str | None = None
     reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    """the same, under its older name"""
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
@@ -103,6 +105,8 @@ class ChatDelta(Struct):
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
     reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    """the same, under its older name"""
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 

@@ -13,7 +13,6 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.admission import Admission
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import BadRequest, Busy
-from sempre.engine.server.message_parser import ParserFactory, plain_content
 from sempre.engine.server.metrics import ServerMetrics
 
 _STARTING_RETRY_S = 5
@@ -21,9 +20,6 @@ _STARTING_RETRY_S = 5
 
 class Service:
     """The engine behind the endpoints. Made before the engine is ready: until then requests get 503."""
-
-    parser_for: ParserFactory = staticmethod(plain_content)
-    """Makes the parser of a chat request's choices."""
 
     def __init__(self, engine: AsyncLLM, config: ServerConfig) -> None:
         self.engine = engine

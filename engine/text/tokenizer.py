@@ -107,6 +107,10 @@ class Tokenizer:
         """Number of tokens, added ones included; the model's own vocabulary may be padded beyond it."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    def to_json(self) -> str:
+        """Return the tokenizer in the form of tokenizer.json."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`; `add_special_tokens` adds what tokenizer.json's post-processor says."""
         if len(text) > LONG_TEXT:

@@ -116,6 +116,13 @@ class EngineReady(Message, frozen=True, kw_only=True):
     fingerprint: dict[str, str]
     phase_seconds: dict[str, float] = {}
     worker_pids: list[int] = []
+    draft_worker_pids: list[int] = []
+
+
+class EngineNotice(Message, frozen=True, kw_only=True):
+    """Something a user should know; the engine goes on."""
+
+    message: str
 
 
 class RequestOutputDelta(Data, frozen=True, kw_only=True):
@@ -199,6 +206,7 @@ class EngineFailed(Message, frozen=True, kw_only=True):
 ClientEvent = (
     StartupProgress
     | EngineReady
+    | EngineNotice
     | OutputsReady
     | CallWorkersReply
     | ResetPrefixCacheReply

@@ -60,7 +60,8 @@ class SamplingSpec(Data, frozen=True, kw_only=True):
 
     Greedy is `temperature == 0`. `top_k == 0` is off. `stop_token_ids` end the request with that id as the reason;
     `eos_token_ids` end it with reason None and are empty under `ignore_eos`. `logprobs` is None (off), k best, or -1
-    for the whole vocabulary; the same for `prompt_logprobs`.
+    for the whole vocabulary; the same for `prompt_logprobs`. `grammar`, in llguidance's own form, is what the output's
+    text has to follow; one of `eos_token_ids` ends it.
     """
 
     max_tokens: Positive
@@ -79,6 +80,7 @@ class SamplingSpec(Data, frozen=True, kw_only=True):
     stop_token_ids: list[TokenId] = []
     logprobs: Annotated[int, Meta(ge=-1)] | None = None
     prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
+    grammar: str | None = None
 
 
 class LogprobRows(Data, frozen=True, kw_only=True):

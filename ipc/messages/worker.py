@@ -19,7 +19,11 @@ from sempre.ipc.messages.common import (
 
 
 class WorkerConfig(Data, frozen=True, kw_only=True):
-    """Everything a worker needs to know before it loads the model."""
+    """Everything a worker needs to know before it loads the model.
+
+    `role` is "target", or "draft" for a worker that only guesses. A step brings at most `max_draft_tokens` drafted
+    tokens. `draft_model_path` is the model that a target worker guesses with itself.
+    """
 
     rank: NonNegative
     world_size: Positive
@@ -43,6 +47,8 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.92
     enforce_eager: bool = False
     quantization: str | None = None
+    max_draft_tokens: NonNegative = 0
+    draft_model_path: str | None = None
 
 
 class LoadModel(Message, frozen=True, kw_only=True):
@@ -79,6 +85,11 @@ class ScheduledRequest(Data, frozen=True, kw_only=True):
     it; there is no row 0. Computing [a, b) reports the rows p of the prompt (of P tokens) with
     max(a + 1, `prompt_logprobs_start`) ≤ p ≤ min(b, P - 1), if the request asked for any. Rows below
     `prompt_logprobs_start` were reported before the request was preempted.
+
+    `draft_token_ids` are guesses of the tokens after the last known one; the last of the `num_tokens` are theirs. The
+    worker samples its own token after the last known one and after each guess, and keeps them up to and including the
+    first that the next guess does not equal: one token, or several, none of which depends on the guesses.
+    After a step that samples, a worker with a draft model guesses the next `num_drafts` tokens.
     """
 
     request_id: str
@@ -87,6 +98,8 @@ class ScheduledRequest(Data, frozen=True, kw_only=True):
     block_table_start: NonNegative
     block_ids: list[NonNegative]
     prompt_logprobs_start: NonNegative = 0
+    draft_token_ids: list[TokenId] = []
+    num_drafts: NonNegative = 0
 
 
 class ExecuteStep(Message, frozen=True, kw_only=True):
@@ -96,6 +109,23 @@ class ExecuteStep(Message, frozen=True, kw_only=True):
     finished_request_ids: list[str] = []
     new_requests: list[NewRequest] = []
     scheduled: list[ScheduledRequest] = []
+
+
+class DraftRequest(Data, frozen=True, kw_only=True):
+    """`token_ids` follow what the worker knows of the request; then `num_drafts` tokens are to be guessed."""
+
+    request_id: str
+    token_ids: list[TokenId]
+    num_drafts: Positive
+
+
+class Propose(Message, frozen=True, kw_only=True):
+    """To a draft worker: guess how requests go on. `finished_request_ids` are forgotten before it."""
+
+    proposal_id: NonNegative
+    finished_request_ids: list[str] = []
+    new_requests: list[NewRequest] = []
+    requests: list[DraftRequest] = []
 
 
 class CallMethod(Message, frozen=True, kw_only=True):
@@ -111,7 +141,7 @@ class ShutdownWorker(Message, frozen=True, kw_only=True):
     """Finish and exit with code 0."""
 
 
-WorkerCommand = LoadModel | StartServing | ExecuteStep | CallMethod | ShutdownWorker | Heartbeat | Refused
+WorkerCommand = LoadModel | StartServing | ExecuteStep | Propose | CallMethod | ShutdownWorker | Heartbeat | Refused
 
 
 class WorkerHello(Message, frozen=True, kw_only=True):
@@ -152,13 +182,17 @@ class WorkerReady(Message, frozen=True, kw_only=True):
 
 
 class SampledTokens(Data, frozen=True, kw_only=True):
-    """The result of one request in one step: no token (chunked prefill goes on), one, or several (speculation)."""
+    """The result of one request in one step: no token (chunked prefill goes on), one, or several (speculation).
+
+    `draft_token_ids` are guesses of the tokens after those.
+    """
 
     request_id: str
     token_ids: list[TokenId] = []
     logprobs: LogprobRows | None = None
     prompt_logprobs: LogprobRows | None = None
     error: ErrorInfo | None = None
+    draft_token_ids: list[TokenId] = []
 
 
 class StepResult(Message, frozen=True, kw_only=True):
@@ -167,6 +201,14 @@ class StepResult(Message, frozen=True, kw_only=True):
     rank: NonNegative
     step_id: NonNegative
     sampled: list[SampledTokens] = []
+
+
+class Proposed(Message, frozen=True, kw_only=True):
+    """Answer to Propose, in the order of its `requests`; a list may be shorter than asked for, or empty."""
+
+    rank: NonNegative
+    proposal_id: NonNegative
+    draft_token_ids: list[list[TokenId]] = []
 
 
 class CallMethodReply(Message, frozen=True, kw_only=True):
@@ -186,5 +228,13 @@ class WorkerFailed(Message, frozen=True, kw_only=True):
 
 
 WorkerEvent = (
-    WorkerHello | ModelLoaded | WorkerReady | StepResult | CallMethodReply | WorkerFailed | Heartbeat | Refused
+    WorkerHello
+    | ModelLoaded
+    | WorkerReady
+    | StepResult
+    | Proposed
+    | CallMethodReply
+    | WorkerFailed
+    | Heartbeat
+    | Refused
 )

@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sempre.kernels.sampling.penalties import add_bias, allow_only, apply_penalties, forbid
+from sempre.kernels.sampling.penalties import add_bias, allow_bits, allow_only, apply_penalties, forbid
 
 __all__ = [
     "Logprobs",
     "Sampled",
     "SamplingRows",
     "add_bias",
+    "allow_bits",
     "allow_only",
     "apply_penalties",
     "forbid",

@@ -28,6 +28,7 @@ _MASK, _END_MASK, _BIAS = (
 )
 _COUNTS, _HISTORY = tl.constexpr(gpu_table.COUNTS), tl.constexpr(gpu_table.HISTORY)
 _PHRASES = tl.constexpr(gpu_table.PHRASES)
+_GRAMMAR = tl.constexpr(gpu_table.GRAMMAR)
 _IN_PROMPT = tl.constexpr(gpu_table.IN_PROMPT)
 
 
@@ -89,6 +90,9 @@ def edit(
     mask = tl.load(planes + _MASK)
     if mask != 0:
         x = _forbid_bits(x, ids, valid, mask)
+    grammar = tl.load(planes + _GRAMMAR)
+    if grammar != 0:
+        x = _forbid_bits(x, ids, valid, grammar)
     end_mask = tl.load(planes + _END_MASK)
     if end_mask != 0:  # noqa: SIM102, Triton has no short circuit
         if tl.load(positions + row) < tl.load(words + _MIN_POSITION):

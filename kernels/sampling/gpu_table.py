@@ -33,6 +33,7 @@ BIAS = 10  # float32 [V]
 COUNTS = 11  # int32 [V]: times generated, + 2**30 for a token of the prompt
 HISTORY = 12  # int32 [max position]: token ids by position, for phrases
 PHRASES = 13  # int32 [NUM_PHRASES, 1 + PHRASE_WIDTH]: length, then the ids
+GRAMMAR = 14  # int32 [V / 32]: bits of the tokens that the grammar forbids now, written anew for each token
 
 # flags
 EDITS = 1

@@ -1,6 +1,6 @@
 """Changes of one row of logits, in place, in plain numpy float32: every operation is one IEEE rounding per element.
 
-Each touches the listed ids only, so its cost does not grow with the vocabulary (except `allow_only`).
+Each touches the listed ids only, so its cost does not grow with the vocabulary (except `allow_only` and `allow_bits`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,16 @@ def allow_only(row: Row, token_ids: Ids) -> None:
     kept = row[token_ids]
     row.fill(-np.inf)
     row[token_ids] = kept
+
+
+def allow_bits(row: Row, words: npt.NDArray[np.int32]) -> None:
+    """Set to -inf every token whose bit is 0.
+
+    Id v is bit v % 32 of words[v // 32]; ids beyond the words are forbidden.
+    """
+    allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: row.size]
+    row[: allowed.size][allowed == 0] = -np.inf
+    row[allowed.size :] = -np.inf
 
 
 def forbid(row: Row, token_ids: Ids) -> None:

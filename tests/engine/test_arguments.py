@@ -10,6 +10,7 @@ import pytest
 
 from sempre.engine.arguments import (
     MULTIPROCESSING_VARIABLE,
+    SHORT_SPECULATION,
     EngineKeywords,
     FrontendConfig,
     engine_config,
@@ -140,7 +141,7 @@ def test_multiprocessing_from_the_environment_refused(folder: str, monkeypatch: 
 
 
 def test_keyword_types_are_those_of_the_settings() -> None:
-    fields = [*field_types(EngineConfig), *field_types(FrontendConfig)]
+    fields = [*field_types(EngineConfig), *field_types(FrontendConfig), *SHORT_SPECULATION]
     assert list(EngineKeywords.__annotations__) == fields
 
 

@@ -61,7 +61,7 @@ def test_help_names_every_command() -> None:
     ("arguments", "message"),
     [
         (["generat"], "unknown command 'generat'. Did you mean 'generate'?"),
-        (["xyzzy"], "unknown command 'xyzzy'. Commands: generate, chat, serve, pull, bench, fingerprint, collect-env."),
+        (["xyzzy"], f"unknown command 'xyzzy'. Commands: {', '.join(COMMANDS)}."),
         (["--verison"], "unknown flag --verison. Did you mean --version?"),
         (["generate", "--modle", "tiny", "hi"], "unknown flag --modle. Did you mean --model?"),
         (

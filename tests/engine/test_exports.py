@@ -36,6 +36,7 @@ PUBLIC = {
     "SeedMismatch",
     "SempreError",
     "StartupError",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "WorkerDied",

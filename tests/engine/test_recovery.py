@@ -24,6 +24,7 @@ from sempre.engine import (
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
+    StructuredOutputsParams,
     WorkerDied,
 )
 
@@ -36,6 +37,7 @@ SETTINGS: dict[str, Any] = {
 }
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
 DELTA = RequestOutputKind.DELTA
+LETTERS = StructuredOutputsParams(regex="[a-z ]{120,}")
 
 
 def mixed_requests() -> list[tuple[str, SamplingParams]]:
@@ -48,6 +50,7 @@ def mixed_requests() -> list[tuple[str, SamplingParams]]:
         {"temperature": 1.0, "prompt_logprobs": 2, "logprobs": 1},
         {"temperature": 0.8, "stop": ["ee", "zz"], "min_tokens": 12, "logprobs": 1, "output_kind": DELTA},
         {"temperature": 1.1, "min_p": 0.02, "logit_bias": {17: 2.0}, "bad_words": ["the"], "logprobs": 1},
+        {"temperature": 0.9, "ignore_eos": False, "logprobs": 1, "structured_outputs": LETTERS},
         {
             "temperature": 0.7,
             "ignore_eos": False,

@@ -113,6 +113,7 @@ def test_defaults() -> None:
         "logit_bias": None,
         "allowed_token_ids": None,
         "bad_words": [],
+        "structured_outputs": None,
     }
 
 

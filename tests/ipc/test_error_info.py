@@ -23,6 +23,7 @@ EXAMPLES = [
     errors.MessageTooLarge("no", size_bytes=2, limit_bytes=1),
     errors.FrameLost("no", expected=1, found=2),
     errors.VersionMismatch("no", expected=1, found=2),
+    errors.ServerError("no", url="http://a", status=503),
     errors.StartupError("no", rank=0, cause="c"),
     errors.EngineUnhealthy("no", rank=0, cause="c"),
     errors.WorkerDied("no", rank=0, exitcode=-9, cause="c", worker_traceback="t"),

@@ -41,6 +41,7 @@ EXAMPLES: list[m.Message] = [
         fingerprint={"a": "b"},
         worker_pids=[9],
     ),
+    m.EngineNotice(message="m"),
     m.OutputsReady(outputs=[DELTA]),
     m.CallWorkersReply(call_id=1, results=["pong"]),
     m.ResetPrefixCacheReply(call_id=1, done=True),
@@ -58,6 +59,11 @@ EXAMPLES: list[m.Message] = [
             m.ScheduledRequest(request_id="r", num_computed_tokens=0, num_tokens=2, block_table_start=0, block_ids=[4])
         ],
     ),
+    m.Propose(
+        proposal_id=1,
+        finished_request_ids=["q"],
+        requests=[m.DraftRequest(request_id="r", token_ids=[5], num_drafts=2)],
+    ),
     m.CallMethod(call_id=1, method="ping"),
     m.ShutdownWorker(),
     m.WorkerHello(protocol_version=1, rank=0, pid=2, versions={"torch": "2"}),
@@ -66,6 +72,7 @@ EXAMPLES: list[m.Message] = [
     ),
     m.WorkerReady(rank=0, digests_after_warm_up=DIGESTS),
     m.StepResult(rank=0, step_id=1, sampled=[m.SampledTokens(request_id="r", token_ids=[5], logprobs=ROWS)]),
+    m.Proposed(rank=1, proposal_id=1, draft_token_ids=[[5, 6], []]),
     m.CallMethodReply(rank=0, call_id=1, result={"a": [1, 2.5, None, True]}),
     m.WorkerFailed(rank=0, error=ERROR),
 ]
@@ -73,9 +80,9 @@ EXAMPLES: list[m.Message] = [
 GOLDEN = {
     "ClientHello": "93ab436c69656e7448656c6c6f0102",
     "AddRequests": """
-        92ab41646452657175657374739199a1729201cd012cdc00100400cb3ff0000000000000cb3ff000000000000000cb00
+        92ab41646452657175657374739199a1729201cd012cdc00110400cb3ff0000000000000cb3ff000000000000000cb00
         00000000000000cb0000000000000000cb0000000000000000cb3ff00000000000008107cb3fe0000000000000c09192
-        01029090c0c0cfffffffffffffffff0000c09000
+        01029090c0c0c0cfffffffffffffffff0000c09000
     """,
     "AbortRequests": "93ad41626f7274526571756573747391a172a561626f7274",
     "CallWorkers": "95ab43616c6c576f726b65727301a470696e67910181a16bc0",
@@ -86,7 +93,8 @@ GOLDEN = {
     "Heartbeat": "93a94865617274626561740003",
     "Refused": "92a75265667573656495a154a16d01a082a16101a162c0",
     "StartupProgress": "93af5374617274757050726f6772657373a46c6f6164cb3fe0000000000000",
-    "EngineReady": "9aab456e67696e6552656164790a14910203100181a161a162809109",
+    "EngineReady": "9bab456e67696e6552656164790a14910203100181a161a16280910990",
+    "EngineNotice": "92ac456e67696e654e6f74696365a16d",
     "OutputsReady": """
         92ac4f75747075747352656164799198a1729105950101c40401000000c404000080bfc40401000000c0a473746f7005
         00c0
@@ -103,21 +111,23 @@ GOLDEN = {
     """,
     "EngineFailed": "92ac456e67696e654661696c656495a154a16d01a082a16101a162c0",
     "LoadModel": """
-        92a94c6f61644d6f64656cdc00160001000001a674617267657400a22f6da46175746fa3637075c0cc80cd080010c000
-        a9696e76617269616e74a46175746fcb3fe0000000000000cb3fed70a3d70a3d71c2c0
+        92a94c6f61644d6f64656cdc00180001000001a674617267657400a22f6da46175746fa3637075c0cc80cd080010c000
+        a9696e76617269616e74a46175746fcb3fe0000000000000cb3fed70a3d70a3d71c2c000c0
     """,
     "StartServing": "92ac537461727453657276696e6703",
     "ExecuteStep": """
-        95ab45786563757465537465700191a1719195a1729201020200dc00100400cb3ff0000000000000cb3ff00000000000
+        95ab45786563757465537465700191a1719195a1729201020200dc00110400cb3ff0000000000000cb3ff00000000000
         0000cb0000000000000000cb0000000000000000cb0000000000000000cb3ff00000000000008107cb3fe00000000000
-        00c0919201029090c0c09196a172000200910400
+        00c0919201029090c0c0c09198a1720002009104009000
     """,
+    "Propose": "95a750726f706f73650191a171909193a172910502",
     "CallMethod": "95aa43616c6c4d6574686f6401a470696e679080",
     "ShutdownWorker": "91ae53687574646f776e576f726b6572",
     "WorkerHello": "95ab576f726b657248656c6c6f01000281a5746f726368a132",
     "ModelLoaded": "9cab4d6f64656c4c6f616465640094a170a16ea174a00a1440039080800110",
     "WorkerReady": "95ab576f726b657252656164790094a170a16ea174a08080",
-    "StepResult": "94aa53746570526573756c7400019195a1729105950101c40401000000c404000080bfc40401000000c0c0",
+    "StepResult": "94aa53746570526573756c7400019196a1729105950101c40401000000c404000080bfc40401000000c0c090",
+    "Proposed": "94a850726f706f73656401019292050690",
     "CallMethodReply": "95af43616c6c4d6574686f645265706c79000181a1619401cb4004000000000000c0c3c0",
     "WorkerFailed": "93ac576f726b65724661696c65640095a154a16d01a082a16101a162c0",
 }

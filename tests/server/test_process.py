@@ -192,7 +192,7 @@ def test_health_names_the_rank(tmp_path: Path) -> None:
         second.send_signal(signal.SIGCONT)
         assert answer.status_code == 503
         assert [problem["rank"] for problem in answer.json()["problems"]] == [1]
-        assert "worker 1" in answer.json()["problems"][0]["text"]
+        assert "worker 1" in answer.json()["problems"][0]["reason"]
         while server.http.get("/health").status_code != 200:
             time.sleep(0.05)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import grammars
 import torch
 
 from sempre.ipc.messages import SamplingSpec
@@ -43,15 +44,29 @@ PARAMETERS: list[dict[str, Any]] = [
     {"logprobs": 30},
 ]
 
+# over the vocabulary of the embedded model
+WITH_GRAMMAR: list[dict[str, Any]] = [
+    {"grammar": grammars.LETTERS, "eos_token_ids": grammars.EOS, **others}
+    for others in (
+        {"temperature": 0.0, "logprobs": 3},
+        {"top_p": 0.9},
+        {"top_k": 4, "logit_bias": {67: 3.0}, "repetition_penalty": 1.2, "min_tokens": 2},
+    )
+]
+
 
 def make_states(parameters: list[dict[str, Any]], seed: int) -> list[SamplingState]:
-    """One request per set of parameters, with the output so far [4, 4, 3]."""
-    return [
-        SamplingState(
-            SamplingSpec(max_tokens=64, **values), seed * 7919 + index * 2**33, [*PROMPT, 4, 4, 3], len(PROMPT)
-        )
-        for index, values in enumerate(parameters)
-    ]
+    """One request per set of parameters, with the output so far [4, 4, 3]; none under a grammar."""
+    return [_make_state(SamplingSpec(max_tokens=64, **values), seed, index) for index, values in enumerate(parameters)]
+
+
+def _make_state(params: SamplingSpec, seed: int, index: int) -> SamplingState:
+    tokens = [*PROMPT, 4, 4, 3]
+    if params.grammar is None:
+        return SamplingState(params, seed * 7919 + index * 2**33, tokens, len(PROMPT))
+    del tokens[len(PROMPT) :]
+    grammar = grammars.compiler().start(params.grammar, params.eos_token_ids, tokens, len(PROMPT))
+    return SamplingState(params, seed * 7919 + index * 2**33, tokens, len(PROMPT), grammar)
 
 
 def make_logits(kind: str, rows: int, vocab_size: int, seed: int) -> torch.Tensor:

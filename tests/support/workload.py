@@ -14,6 +14,11 @@ from sempre.ipc.messages import RequestSpec
 SETTINGS: dict[str, Any] = {"model": "tiny", "max_model_len": 512, "num_threads": 1}
 KV_BLOCK_BYTES = 2 * 6 * 2 * 64 * 16 * 2  # k and v, 6 layers, 2 heads, 64 dimensions, 16 tokens, bfloat16
 
+_JSON_GRAMMAR = """{"grammars": [{"json_schema": {"type": "object", "x-guidance": {"whitespace_flexible": false},
+ "properties": {"name": {"type": "string"}, "sizes": {"type": "array", "items": {"type": "integer"}}},
+ "required": ["name", "sizes"]}}]}"""
+_LIST_GRAMMAR = """{"grammars": [{"lark_grammar": "start: (WORD \\"; \\")* \\"end\\"\\nWORD: /[a-z]+/"}]}"""
+
 
 def _prompt(start: int, length: int) -> list[int]:
     return [3 + (start * 7919 + j * 104729) % 4000 for j in range(length)]
@@ -35,6 +40,8 @@ def make_requests() -> list[RequestSpec]:
         (shared + _prompt(11, 40), {"temperature": 1.0, "logit_bias": {17: 2.5, 99: -3.0}, "min_tokens": 5}),
         (shared, {"temperature": 0.8, "bad_words_token_ids": [[11], [12, 13]]}),
         (_prompt(12, 200), {"temperature": 1.0, "allowed_token_ids": list(range(100, 900))}),
+        (shared + _prompt(13, 7), {"temperature": 1.0, "grammar": _JSON_GRAMMAR, "eos_token_ids": [0, 2]}),
+        (_prompt(14, 90), {"temperature": 0.9, "top_p": 0.9, "grammar": _LIST_GRAMMAR, "eos_token_ids": [0, 2]}),
     ]
     return [
         make_request(prompt, seed=1000 + i, ordinal=i, max_tokens=24, **({"logprobs": 4} | sampling))

@@ -52,6 +52,7 @@ def test_answers(checkpoints: Any, serve: Any) -> None:
         "llvmlite",
         "numpy",
         "python",
+        "llguidance",
     }
     assert loaded.fingerprint["numerics"] == "cpu-fma-1"
 

@@ -45,8 +45,8 @@ class GpuBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._excluded: dict[str, list[str]] = {}
-        self._workspace: AttentionWorkspace | None = None
-        self._steps: StepMemory | None = None
+        self._workspaces: dict[str, AttentionWorkspace] = {}
+        self._steps: dict[str, StepMemory] = {}
 
     @property
     def placement(self) -> Placement:
@@ -85,9 +85,9 @@ class GpuBackend:
             logger.warning("self-test: product kernels that disagree are not used: %s", tested.excluded)
         return replace(model, weights=tested.weights), passed
 
-    def available_blocks(self, model: LoadedModel) -> int:
+    def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
         try:
-            self._steps = self._allocate_steps(model)
+            self._steps = {part.config.role: self._allocate_steps(part) for part in (model, draft) if part is not None}
         except torch.OutOfMemoryError as error:
             free, total = torch.cuda.mem_get_info(self.device)
             raise out_of_memory(
@@ -102,7 +102,7 @@ class GpuBackend:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         allocated = torch.cuda.memory_reserved(self.device)
-        weights = model.weights.nbytes
+        weights = model.weights.nbytes + (draft.weights.nbytes if draft is not None else 0)
         config = model.config
         plan = MemoryPlan(
             total=total,
@@ -115,7 +115,7 @@ class GpuBackend:
         return cache_blocks(
             plan,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-            bytes_per_block=model.block_bytes,
+            bytes_per_block=model.block_bytes + (draft.block_bytes if draft is not None else 0),
             block_size=model.block_size,
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,
@@ -123,12 +123,23 @@ class GpuBackend:
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> GpuModelRunner:
         config = model.config
-        assert self._steps is not None, "available_blocks comes first"
+        steps = self._steps[config.role]  # allocated by available_blocks
         cache = PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype, self.device)
         limits = StepLimits(
-            model.max_model_len, config.max_num_seqs, config.max_num_batched_tokens, model.spec.vocab_size
+            model.max_model_len,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            model.spec.vocab_size,
+            config.max_draft_tokens,
         )
-        return GpuModelRunner(self._steps, cache, limits, rank=config.rank, graphs=not config.enforce_eager)
+        return GpuModelRunner(
+            steps,
+            cache,
+            model.make_grammar_compiler(),
+            limits,
+            rank=config.rank,
+            graphs=not config.enforce_eager,
+        )
 
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         assert isinstance(runner, GpuModelRunner)
@@ -154,20 +165,21 @@ class GpuBackend:
 
     def end(self) -> None:
         torch.cuda.synchronize(self.device)
-        self._steps = None
-        self._workspace = None
+        self._steps.clear()
+        self._workspaces.clear()
         gc.collect()
         # the library's scratch memory, some of it inside the graphs' pool
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
     def _attention_workspace(self, model: LoadedModel) -> AttentionWorkspace:
-        if self._workspace is None:
+        role = model.config.role
+        if role not in self._workspaces:
             spec = model.spec
-            self._workspace = allocate_attention_workspace(
+            self._workspaces[role] = allocate_attention_workspace(
                 spec.num_heads, spec.head_dim, max(model.max_model_len, 2048), self.device
             )
-        return self._workspace
+        return self._workspaces[role]
 
     def _allocate_steps(self, model: LoadedModel) -> StepMemory:
         config, spec, weights = model.config, model.spec, model.weights
@@ -179,7 +191,7 @@ class GpuBackend:
             max_model_len=model.max_model_len,
             workspace=self._attention_workspace(model),
         )
-        rows = max(config.max_num_seqs, PROMPT_LOGPROB_ROWS)
+        rows = max(config.max_num_seqs + config.max_draft_tokens, PROMPT_LOGPROB_ROWS)
         sampler = GpuSampler(
             device=self.device, vocab_size=spec.vocab_size, max_num_seqs=rows, num_slots=config.max_num_seqs
         )

@@ -27,6 +27,7 @@ from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import run_self_test
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder, StepInput
+from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.weights import DecoderWeights, Placement, expected_shapes, load_weights
 
@@ -124,7 +125,9 @@ def _launch_steps(
     )
     cache = PagedKvCache(spec, 1, outline.block_size, weights.dtype, device)
     limits = StepLimits(outline.max_model_len, MAX_ROWS, MAX_TOKENS, spec.vocab_size)
-    runner = GpuModelRunner(memory, cache, limits, rank=config.rank, graphs=False)
+    runner = GpuModelRunner(
+        memory, cache, GrammarCompiler(Path(config.model_path), spec.vocab_size), limits, rank=config.rank, graphs=False
+    )
     plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
     for rows, context in combinations(DECODE_ROWS, DECODE_CONTEXTS):
         runner.launch_decode(DecodeShape(rows, min(context, outline.max_model_len), plain))

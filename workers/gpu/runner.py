@@ -24,7 +24,7 @@ from sempre.workers.input_batch import InputBatch, Int32, RequestState, StepPlan
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder
 from sempre.workers.prompt_logprobs import PromptLogprobs
-from sempre.workers.sampling import RowError, RowResult
+from sempre.workers.sampling import GrammarCompiler, RowError, RowResult
 from sempre.workers.sampling.gpu_sampler import GpuSampler, PendingSample
 
 
@@ -57,7 +57,16 @@ class StepMemory:
 class GpuModelRunner:
     """One replica's decoder, cache, sampler, and the requests it knows."""
 
-    def __init__(self, memory: StepMemory, cache: PagedKvCache, limits: StepLimits, *, rank: int, graphs: bool) -> None:
+    def __init__(
+        self,
+        memory: StepMemory,
+        cache: PagedKvCache,
+        grammars: GrammarCompiler,
+        limits: StepLimits,
+        *,
+        rank: int,
+        graphs: bool,
+    ) -> None:
         self.cache = cache
         self.max_model_len = limits.max_model_len
         self.max_num_batched_tokens = limits.max_num_batched_tokens
@@ -71,6 +80,7 @@ class GpuModelRunner:
             block_size=cache.block_size,
             max_model_len=limits.max_model_len,
             num_slots=limits.max_num_seqs,
+            grammars=grammars,
         )
         self._admission = Admission(self._batch, limits, rank)
         self._buckets = row_buckets(limits.max_num_seqs)

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 
 from sempre.kernels.sampling import gpu_table
-from sempre.workers.sampling.state import RowError, SamplingState
+from sempre.workers.sampling.row_error import RowError
+from sempre.workers.sampling.state import SamplingState
 
 Int32 = npt.NDArray[np.int32]
 
@@ -44,6 +45,8 @@ class DevicePlanes:
             bias = np.full(vocab_size, -0.0, np.float32)  # x + -0.0 is x for every x
             bias[list(params.logit_bias)] = list(params.logit_bias.values())
             planes[gpu_table.BIAS] = bias
+        if state.grammar is not None:
+            planes[gpu_table.GRAMMAR] = np.zeros(-(-vocab_size // 32), np.int32)
         if state.penalises:
             planes[gpu_table.COUNTS] = _counts(state, vocab_size)
         phrases = [word for word in params.bad_words_token_ids if len(word) > 1]

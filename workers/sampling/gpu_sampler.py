@@ -27,8 +27,9 @@ from sempre.kernels.sampling.gpu import MAX_BEST, TILES, SamplingBuffers, Stages
 from sempre.kernels.sampling.gpu_noise import BAD_LOGITS, HEAD
 from sempre.kernels.sampling.reference import log32
 from sempre.workers.sampling.gpu_planes import DevicePlanes
+from sempre.workers.sampling.row_error import RowError
 from sempre.workers.sampling.sampler import RowResult, pack_logprobs, row_error
-from sempre.workers.sampling.state import RowError, SamplingState
+from sempre.workers.sampling.state import SamplingState
 
 # log-probabilities are compiled and captured for these numbers of best tokens only
 _WIDTHS = (0, 5, MAX_BEST)
@@ -45,6 +46,8 @@ class PendingSample:
     states: list[SamplingState | None]
     report: torch.Tensor
     """pinned int32: heads [R, HEAD], then the best [R, MAX_BEST, 2] if any row reports"""
+    errors: dict[int, RowError]
+    """rows that could not be prepared"""
     wide_rows: list[int]
     """rows that want more log-probabilities than the kernels report"""
     wide_logits: torch.Tensor | None
@@ -69,6 +72,8 @@ class GpuSampler:
         self._host_row_slots: list[int] = []
         self._planes: dict[int, DevicePlanes] = {}
         self._stages: dict[int, Stages] = {}
+        self._with_grammar: dict[int, SamplingState] = {}
+        self._unprepared: dict[int, RowError] = {}
         self._set_table(gpu.empty_table(num_slots, torch.device("cpu")))
 
     @property
@@ -102,6 +107,8 @@ class GpuSampler:
                 "concurrent requests that use them, or the memory given to the KV cache",
             ) from error
         self._planes[slot] = planes
+        if state.grammar is not None:
+            self._with_grammar[slot] = state
         row = self._host_table[slot]
         row.copy_(torch.from_numpy(_table_row(state, planes)))
         flags = int(row[gpu_table.FLAGS])
@@ -116,9 +123,14 @@ class GpuSampler:
         """Forget a request and free what it used."""
         self._planes.pop(slot, None)
         self._stages.pop(slot, None)
+        self._with_grammar.pop(slot, None)
 
     def prepare(self, slots: Sequence[int]) -> Stages:
-        """Say which slot each row of the next step belongs to (-1: none); the stages which that step needs."""
+        """Say which slot each row of the next step belongs to (-1: none); the stages which that step needs.
+
+        A request with a grammar samples the token after the last one in its state.
+        """
+        self._unprepared = self._write_grammar_masks(slots) if self._with_grammar else {}
         if self._table_is_stale:
             self._table.copy_(self._pinned(self._host_table), non_blocking=True)
             self._table_is_stale = False
@@ -156,7 +168,7 @@ class GpuSampler:
         if self._device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
             event.record()
-        return PendingSample(list(states), report, wide, wide_logits, event)
+        return PendingSample(list(states), report, self._unprepared, wide, wide_logits, event)
 
     def collect(self, pending: PendingSample) -> list[RowResult]:
         """Wait for a step's results: one per row, in order; an empty one where no state was given."""
@@ -172,6 +184,8 @@ class GpuSampler:
             token, flags = int(head[row, 0]), int(head[row, 1])
             if state is None:
                 results.append(RowResult(None, None, None))
+            elif row in pending.errors:
+                results.append(RowResult(None, None, pending.errors[row].info()))
             elif flags:
                 value = np.inf if flags == BAD_LOGITS else -np.inf
                 results.append(RowResult(None, None, row_error(value).info()))
@@ -208,6 +222,23 @@ class GpuSampler:
         head[:, 0] = token_ids
         _check_valid(head[:, 2] > 0)
         return _pack(head, self._buffers.best[:rows, :num_best].cpu().numpy())
+
+    def _write_grammar_masks(self, slots: Sequence[int]) -> dict[int, RowError]:
+        """The errors by row; such a row may sample nothing."""
+        errors: dict[int, RowError] = {}
+        for row, slot in enumerate(slots):
+            state = self._with_grammar.get(slot)
+            if state is None or state.grammar is None:
+                continue
+            plane = self._planes[slot].tensors[gpu_table.GRAMMAR]
+            forbidden = np.full(plane.shape[0], -1, np.int32)
+            try:
+                allowed = state.grammar.allowed_words(len(state.token_ids))
+                forbidden[: allowed.size] = ~allowed
+            except RowError as error:
+                errors[row] = error
+            plane.copy_(self._pinned(torch.from_numpy(forbidden)), non_blocking=True)
+        return errors
 
     def _set_table(self, host_table: torch.Tensor) -> None:
         self._host_table = host_table

@@ -15,7 +15,8 @@ import torch
 from sempre.ipc.messages import ErrorInfo, LogprobRows
 from sempre.kernels import sampling
 from sempre.kernels.sampling import Logprobs, SamplingRows
-from sempre.workers.sampling.state import RowError, SamplingState
+from sempre.workers.sampling.row_error import RowError
+from sempre.workers.sampling.state import SamplingState
 
 Rows = npt.NDArray[np.int64]
 
@@ -47,7 +48,7 @@ class _Batch:
     states: list[SamplingState]
     parameters: SamplingRows
     rewritten: list[int]
-    """Rows with a step among 2 to 6."""
+    """Rows with a step among 2 to 7."""
     saved: Rows
     """Rows whose raw logits are wanted after sampling has overwritten them."""
     reported: dict[int, Rows]
@@ -79,15 +80,16 @@ class Sampler:
 
     1. log-probabilities, if asked for, are those of the raw logits (computed last, from a saved copy);
     2. allowed_token_ids: everything else becomes -inf;
-    3. bad_words: the token that would complete one becomes -inf (multi-token words match within the output);
-    4. min_tokens: end-of-sequence and stop ids become -inf while the output is shorter;
-    5. logit_bias is added;
-    6. penalties: repetition (prompt and output), frequency, presence (output);
-    7. division by the temperature; temperature 0 ends here, with the argmax;
-    8. min_p: keep x - max >= log(min_p);
-    9. top_k: keep the first k in the order (value descending, id ascending);
-    10. top_p: keep the shortest prefix, in that order, with at least top_p of the mass that is left;
-    11. add the noise of (seed, position, id), take the argmax, the lowest id among equals.
+    3. grammar: every token that would leave it becomes -inf, and so do all ends until it is fulfilled;
+    4. bad_words: the token that would complete one becomes -inf (multi-token words match within the output);
+    5. min_tokens: end-of-sequence and stop ids become -inf while the output is shorter;
+    6. logit_bias is added;
+    7. penalties: repetition (prompt and output), frequency, presence (output);
+    8. division by the temperature; temperature 0 ends here, with the argmax;
+    9. min_p: keep x - max >= log(min_p);
+    10. top_k: keep the first k in the order (value descending, id ascending);
+    11. top_p: keep the shortest prefix, in that order, with at least top_p of the mass that is left;
+    12. add the noise of (seed, position, id), take the argmax, the lowest id among equals.
 
     A row's result is a function of its logits, its state and its position: no other row and no thread count enters.
     """
@@ -137,7 +139,7 @@ class Sampler:
         return pack_logprobs(logprobs, slice(None))
 
     def _rewrite(self, logits: torch.Tensor, positions: Sequence[int]) -> dict[int, RowError]:
-        """Steps 2 to 6; the errors by row."""
+        """Steps 2 to 7; the errors by row."""
         errors: dict[int, RowError] = {}
         for row in self._batch.rewritten:
             values: npt.NDArray[np.float32] = logits[row].numpy()
@@ -164,5 +166,6 @@ def row_error(value: float) -> RowError:
     if value > 0:
         return RowError("logits", "expected finite values or -inf, found NaN or +inf")
     return RowError(
-        "sampling", "no token is allowed: allowed_token_ids, bad_words, min_tokens and logit_bias leave none"
+        "sampling",
+        "no token is allowed: allowed_token_ids, structured_outputs, bad_words, min_tokens and logit_bias leave none",
     )

@@ -9,22 +9,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from sempre.ipc.messages import ErrorInfo, SamplingSpec
-from sempre.kernels.sampling import add_bias, allow_only, apply_penalties, forbid
+from sempre.ipc.messages import SamplingSpec
+from sempre.kernels.sampling import add_bias, allow_bits, allow_only, apply_penalties, forbid
+from sempre.workers.sampling.grammar import GrammarState
+from sempre.workers.sampling.row_error import RowError
 
 Ids = npt.NDArray[np.int64]
-
-
-class RowError(Exception):
-    """One row cannot be sampled; `operation` names the step. The other rows of the batch are not affected."""
-
-    def __init__(self, operation: str, message: str) -> None:
-        super().__init__(f"{operation}: {message}")
-        self.operation = operation
-
-    def info(self) -> ErrorInfo:
-        facts: dict[str, str | int | None] = {"operation": self.operation, "parameter": self.operation}
-        return ErrorInfo(type="RequestError", message=str(self), facts=facts)
 
 
 class TokenCounts:
@@ -46,6 +36,10 @@ class TokenCounts:
             slot = self._slot(self._sequence[self._end])  # first: it may replace the arrays
             self._output_counts[slot] += 1
             self._end += 1
+        self.retreat_to(position)
+
+    def retreat_to(self, position: int) -> None:
+        """Uncount the generated tokens from `position` on."""
         while self._end > position:
             self._end -= 1
             self._output_counts[self._slot(self._sequence[self._end])] -= 1
@@ -76,8 +70,17 @@ class SamplingState:
     `token_ids` is the worker's own list of the sequence, prompt first: the worker appends to it, the state only reads.
     """
 
-    def __init__(self, params: SamplingSpec, seed: int, token_ids: list[int], num_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        params: SamplingSpec,
+        seed: int,
+        token_ids: list[int],
+        num_prompt_tokens: int,
+        grammar: GrammarState | None = None,
+    ) -> None:
+        """`grammar` is that of `params.grammar`, and reads `token_ids` too."""
         self.params = params
+        self.grammar = grammar
         self.seed = seed
         self.token_ids = token_ids
         self.num_prompt_tokens = num_prompt_tokens
@@ -94,12 +97,18 @@ class SamplingState:
         self.penalises = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0)
         self._largest_ids = self._find_largest_ids()
 
+    def rewind(self, position: int) -> None:
+        """Before the tokens from `position` on are replaced by others: uncount them."""
+        if self._counts is not None:
+            self._counts.retreat_to(position)
+
     @property
     def rewrites_logits(self) -> bool:
         """Whether `process` may do anything."""
         params = self.params
         return bool(
             self._allowed is not None
+            or self.grammar is not None
             or params.bad_words_token_ids
             or (params.min_tokens and self.end_token_ids.size)
             or params.logit_bias
@@ -107,14 +116,16 @@ class SamplingState:
         )
 
     def process(self, row: npt.NDArray[np.float32], position: int) -> None:
-        """Steps 2 to 6 of `Sampler` on the logits (float32 [V], in place) for the token at `position`.
+        """Steps 2 to 7 of `Sampler` on the logits (float32 [V], in place) for the token at `position`.
 
-        Raises RowError when a parameter names a token outside the vocabulary.
+        Raises RowError when a parameter names a token outside the vocabulary, or the grammar cannot be followed.
         """
         self.check_ids(row.size)
         output_length = position - self.num_prompt_tokens
         if self._allowed is not None:
             allow_only(row, self._allowed)
+        if self.grammar is not None:
+            allow_bits(row, self.grammar.allowed_words(position))
         if self.params.bad_words_token_ids:
             forbid(row, self._bad_tokens)
             forbid(row, self._last_tokens_of_bad_phrases(position))

@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from sempre.engine.config import SpeculativeConfig
 from sempre.engine.scheduling import Scheduler
+from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.errors import ConfigError, ProtocolError, RequestError
 from sempre.ipc.messages import (
     ErrorInfo,
@@ -20,6 +22,8 @@ from sempre.ipc.messages import (
     SamplingSpec,
     StepResult,
 )
+
+DRAFT_MODEL = SpeculativeConfig(method="draft_model", num_speculative_tokens=4, adaptive=False)
 
 
 def spec(request_id: str, prompt: int | list[int] = 4, *, ordinal: int = 0, **fields: Any) -> RequestSpec:
@@ -295,26 +299,51 @@ def test_the_model_length_caps_max_tokens() -> None:
     assert replica.scheduler.stats().generation_tokens == 2
 
 
-def test_several_tokens_are_cut_at_the_first_end() -> None:
-    replica = Replica()
-    replica.add(spec("a", stop_token_ids=[3], logprobs=0))
+def guessing_replica(guesses: list[int], **params: Any) -> tuple[Replica, ExecuteStep]:
+    """A replica whose draft model has guessed what follows the first token, and the step that verifies it."""
+    replica = Replica(speculation=SpeculationPlan(DRAFT_MODEL, steps_ahead=False), max_draft_tokens=8)
+    replica.add(spec("a", **params))
     step = replica.schedule()
+    assert step.scheduled[0].num_drafts == 4
+    result = falsified(replica.answer(step), token_ids=[9], draft_token_ids=guesses)
+    replica.scheduler.update(step, result)
+    return replica, replica.schedule()
+
+
+def test_several_tokens_are_cut_at_the_first_end() -> None:
+    replica, step = guessing_replica([5, 3, 6], stop_token_ids=[3], max_tokens=9)
+    assert step.scheduled[0].draft_token_ids == [5, 3, 6]
     sampled = [SampledTokens(request_id="a", token_ids=[5, 3, 6, 3], logprobs=rows(0, 3))]
-    deltas = replica.scheduler.update(step, StepResult(rank=0, step_id=0, sampled=sampled))
+    deltas = replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled))
     expected = RequestOutputDelta(
         request_id="a", token_ids=[5, 3], logprobs=rows(0, 1), finish_reason="stop", stop_reason=3
     )
     assert deltas == [expected]
 
 
-def test_after_several_tokens_the_request_catches_up() -> None:
-    replica = Replica()
-    replica.add(spec("a"))
-    step = replica.schedule()
-    sampled = [SampledTokens(request_id="a", token_ids=[5, 6, 7])]
-    replica.scheduler.update(step, StepResult(rank=0, step_id=0, sampled=sampled))
+def test_after_rejected_guesses_the_request_goes_on_behind_its_last_token() -> None:
+    replica, step = guessing_replica([5, 6, 7], max_tokens=9)
+    assert (step.scheduled[0].num_computed_tokens, step.scheduled[0].num_tokens) == (4, 4)
+    sampled = [SampledTokens(request_id="a", token_ids=[5, 8])]
+    replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled))
     (item,) = replica.schedule().scheduled
-    assert (item.num_computed_tokens, item.num_tokens) == (4, 3)
+    assert (item.num_computed_tokens, item.num_tokens) == (6, 1)
+    stats = replica.scheduler.stats()
+    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (1, 3, 1)
+    assert stats.num_accepted_tokens_per_pos == [1]
+
+
+def test_guesses_never_reach_past_the_last_token_a_request_may_have() -> None:
+    _, step = guessing_replica([5, 6, 7], max_tokens=3)
+    assert step.scheduled[0].draft_token_ids == [5]
+
+
+@pytest.mark.parametrize("token_ids", [[5, 7, 6], [6, 6], [5, 6, 7, 8, 9]])
+def test_tokens_that_do_not_follow_the_guesses_are_refused(token_ids: list[int]) -> None:
+    replica, step = guessing_replica([5, 6, 7], max_tokens=9)
+    sampled = [SampledTokens(request_id="a", token_ids=token_ids)]
+    with pytest.raises(ProtocolError, match=r"expected a beginning of the drafts \[5, 6, 7\] and one token"):
+        replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled))
 
 
 def test_an_error_ends_one_request_and_leaves_nothing_findable_of_its_step() -> None:
@@ -655,6 +684,49 @@ def test_stats() -> None:
     assert (after.num_running, after.num_waiting, after.kv_cache_usage) == (0, 0, 0.0)
     assert after.finished == {"stop": 0, "length": 2, "abort": 0, "error": 0}
     assert before.finished["length"] == 0, "a snapshot does not change"
+
+
+# A grammar's next mask needs the token before
+
+
+def test_a_request_with_a_grammar_sits_out_while_its_token_is_in_flight() -> None:
+    replica = Replica(max_num_batched_tokens=8)
+    replica.add(spec("free", 2), spec("bound", 9, ordinal=1, grammar="start: /.*/"))
+    first = replica.schedule()
+    assert planned(first) == {"free": 2, "bound": 6}
+    second = replica.schedule()
+    assert planned(second) == {"free": 1, "bound": 3}, "its prompt goes on, nothing was sampled yet"
+    third = replica.schedule()
+    assert planned(third) == {"free": 1}
+    for step in (first, second):
+        replica.scheduler.update(step, replica.answer(step))
+    fourth = replica.schedule()
+    assert planned(fourth) == {"free": 1, "bound": 1}
+    for step in (third, fourth):
+        replica.scheduler.update(step, replica.answer(step))
+    assert replica.finish()["bound"].finish_reason == "length"
+
+
+def test_alone_it_leaves_nothing_to_plan_until_its_token_is_back() -> None:
+    replica = Replica()
+    replica.add(spec("bound", grammar="start: /.*/"))
+    step = replica.schedule()
+    assert replica.scheduler.schedule() is None
+    replica.scheduler.update(step, replica.answer(step))
+    assert planned(replica.schedule()) == {"bound": 1}
+
+
+def test_preempted_with_its_token_in_flight_it_waits_for_it() -> None:
+    replica = Replica(num_blocks=4, enable_prefix_caching=False)
+    replica.add(spec("free", 7), spec("bound", 6, ordinal=1, grammar="start: /.*/"))
+    steps = [replica.schedule()]
+    while replica.scheduler.stats().num_preemptions == 0:
+        steps.append(replica.schedule())
+    replica.scheduler.abort("free")
+    assert replica.scheduler.schedule() is None, "there is room, and its token is in flight"
+    for step in steps:
+        replica.scheduler.update(step, replica.answer(step))
+    assert planned(replica.schedule()) == {"bound": 7}
 
 
 # After a crash

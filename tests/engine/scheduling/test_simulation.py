@@ -22,7 +22,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sempre.engine.config import SpeculativeConfig
 from sempre.engine.scheduling import Scheduler
+from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.messages import (
     ErrorInfo,
     ExecuteStep,
@@ -90,19 +92,41 @@ class ScriptedWorker:
         if request.failed or start <= self.fail_at.get(item.request_id, -1) < end:
             request.failed = True
             return SampledTokens(request_id=item.request_id, error=ErrorInfo(type="ValueError", message="scripted"))
-        assert end <= len(request.token_ids)
+        drafts = item.draft_token_ids
+        if drafts:
+            assert end - len(drafts) == len(request.token_ids), "drafts come after the last known token"
+        assert end - len(drafts) <= len(request.token_ids)
         assert table_start <= len(request.block_table)
         request.block_table[table_start : table_start + len(item.block_ids)] = item.block_ids
         self.check_kv_cache(request, start)
+        prefixes = request.prefixes.copy()
+        for token_id in drafts:
+            prefixes.append(extend(prefixes[-1], token_id))
         for position in range(start, end):
-            self.kv_cache[self.slot(request, position)] = request.prefixes[position]
-        self.check_kv_cache(request, end)
+            self.kv_cache[self.slot(request, position)] = prefixes[position]
+        self.check_kv_cache(request, end - len(drafts))
         rows = self.prompt_logprobs(request, item)
         if end < len(request.token_ids):
             return SampledTokens(request_id=item.request_id, prompt_logprobs=rows)
-        token_id = next_token(request.new.seed, request.prefixes[-1])
-        request.append(token_id)
-        return SampledTokens(request_id=item.request_id, token_ids=[token_id], prompt_logprobs=rows)
+        sampled: list[int] = []
+        for guess in [*drafts, None]:
+            sampled.append(next_token(request.new.seed, request.prefixes[-1]))
+            request.append(sampled[-1])
+            if sampled[-1] != guess:
+                break
+        guesses = self.guess(request, item.num_drafts)
+        return SampledTokens(
+            request_id=item.request_id, token_ids=sampled, prompt_logprobs=rows, draft_token_ids=guesses
+        )
+
+    def guess(self, request: WorkerRequest, count: int) -> list[int]:
+        """As a draft model that is right three times out of four."""
+        guesses, prefix = [], request.prefixes[-1]
+        for _ in range(count):
+            right = next_token(request.new.seed, prefix)
+            guesses.append(right if prefix % 4 else (right + 1) % NUM_TOKEN_IDS)
+            prefix = extend(prefix, guesses[-1])
+        return guesses
 
     def slot(self, request: WorkerRequest, position: int) -> tuple[int, int]:
         return request.block_table[position // self.block_size], position % self.block_size
@@ -155,9 +179,14 @@ class Setup:
     policy: str
     enable_prefix_caching: bool
     max_in_flight: int = 1
+    speculative: SpeculativeConfig | None = None
 
     def scheduler(self) -> Scheduler:
-        arguments = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "max_in_flight"}
+        names = self.__dataclass_fields__.keys() - {"max_in_flight", "speculative"}
+        arguments = {name: getattr(self, name) for name in names}
+        if self.speculative is not None:
+            plan = SpeculationPlan(self.speculative, steps_ahead=self.max_in_flight > 1)
+            arguments |= {"speculation": plan, "max_draft_tokens": 6}
         return Scheduler(**arguments)
 
 
@@ -244,6 +273,8 @@ class Simulation:
                 break
             assert sum(item.num_tokens for item in step.scheduled) <= self.setup.max_num_batched_tokens
             assert len(step.scheduled) <= self.setup.max_num_seqs
+            self.check_held_back(step)
+            assert sum(len(item.draft_token_ids) for item in step.scheduled) <= 6
             self.steps.append(step)
             self.in_flight.append((step, self.worker.execute(self.tamper(step))))
         if self.in_flight:
@@ -259,6 +290,12 @@ class Simulation:
                 if delta.prompt_logprobs is not None:
                     rows = delta.prompt_logprobs
                     outcome.prompt_positions += struct.unpack(f"<{rows.num_rows}i", rows.ranks)
+
+    def check_held_back(self, step: ExecuteStep) -> None:
+        """A request with a grammar is in no step before the token that an earlier one samples for it is back."""
+        sampled = {s.request_id for _, result in self.in_flight for s in result.sampled if s.token_ids}
+        with_grammar = {spec.request_id for spec in self.workload.specs if spec.params.grammar is not None}
+        assert not sampled & with_grammar & {item.request_id for item in step.scheduled}
 
 
 def check_outcomes(workload: Workload, setup: Setup, outcomes: dict[str, Outcome]) -> None:
@@ -278,6 +315,13 @@ def check_outcomes(workload: Workload, setup: Setup, outcomes: dict[str, Outcome
         )
 
 
+speculative_configs = st.builds(
+    SpeculativeConfig,
+    method=st.sampled_from(["ngram", "suffix", "draft_model"]),
+    num_speculative_tokens=st.sampled_from([1, 2, 4, 7]),
+    adaptive=st.booleans(),
+    prompt_lookup_min=st.integers(1, 2),
+)
 token_ids = st.integers(0, NUM_TOKEN_IDS - 1)
 SHARED_PREFIX = [1, 0, 2, 1, 3, 0, 1, 1, 2, 0, 3, 3, 1, 0, 2, 2, 1, 3, 0, 0]
 
@@ -293,6 +337,7 @@ def request_specs(draw: st.DrawFn, ordinal: int, longest_prompt: int) -> Request
         eos_token_ids=draw(st.sampled_from([[], [4]])),
         stop_token_ids=draw(st.sampled_from([[], [], [5], [4]])),
         prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
+        grammar=draw(st.sampled_from([None, None, "start: /.*/"])),
     )
     return RequestSpec(
         request_id=f"r{ordinal}",
@@ -317,6 +362,7 @@ def setups(draw: st.DrawFn) -> Setup:
         policy=draw(st.sampled_from(["fcfs", "priority"])),
         enable_prefix_caching=draw(st.booleans()),
         max_in_flight=draw(st.integers(1, 3)),
+        speculative=draw(st.one_of(st.none(), speculative_configs)),
     )
 
 
@@ -350,7 +396,11 @@ def busy_workload() -> Workload:
         RequestSpec(
             request_id=f"r{ordinal}",
             prompt_token_ids=SHARED_PREFIX[: 4 + ordinal] + [ordinal % NUM_TOKEN_IDS] * (ordinal % 5),
-            params=SamplingSpec(max_tokens=10 + ordinal, prompt_logprobs=0 if ordinal % 4 == 3 else None),
+            params=SamplingSpec(
+                max_tokens=10 + ordinal,
+                prompt_logprobs=0 if ordinal % 4 == 3 else None,
+                grammar="start: /.*/" if ordinal % 5 == 1 else None,
+            ),
             seed=ordinal,
             ordinal=ordinal,
             priority=ordinal % 3,
@@ -374,6 +424,13 @@ def small_setup(**changes: object) -> Setup:
     return Setup(**{**values, **changes})  # type: ignore[arg-type]
 
 
+SPECULATIVE = [
+    SpeculativeConfig(method="ngram", prompt_lookup_min=1, adaptive=False),
+    SpeculativeConfig(method="suffix", prompt_lookup_min=1),
+    SpeculativeConfig(method="draft_model", num_speculative_tokens=7),
+]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -386,6 +443,8 @@ def small_setup(**changes: object) -> Setup:
         {"block_size": 1, "num_blocks": 45},
         {"max_in_flight": 2},
         {"max_in_flight": 3, "policy": "priority"},
+        *[{"speculative": config, "max_in_flight": depth} for config in SPECULATIVE for depth in (1, 2)],
+        {"speculative": SPECULATIVE[2], "num_blocks": 200},
     ],
     ids=str,
 )
@@ -403,6 +462,21 @@ def test_the_busy_workload_preempts_and_hits_the_prefix_cache() -> None:
     assert stats.prefix_cache_hits > stats.cached_prompt_tokens
     assert stats.finished == {"stop": 0, "length": 12, "abort": 0, "error": 0}
     assert stats.generation_tokens == sum(10 + ordinal for ordinal in range(12))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_guesses_are_kept_and_rejected_among_preemptions_and_prefix_hits(depth: int) -> None:
+    simulation = Simulation(busy_workload(), small_setup(speculative=SPECULATIVE[2], max_in_flight=depth))
+    simulation.run()
+    stats = simulation.scheduler.stats()
+    assert stats.num_preemptions > 3
+    assert stats.prefix_cache_hits > stats.cached_prompt_tokens > 10
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+    assert stats.num_accepted_tokens == sum(stats.num_accepted_tokens_per_pos)
+    assert stats.generation_tokens == sum(10 + ordinal for ordinal in range(12))
+    plain = Simulation(busy_workload(), small_setup(max_in_flight=depth))
+    plain.run()
+    assert stats.num_steps < plain.scheduler.stats().num_steps
 
 
 def steps_digest() -> str:
@@ -451,6 +525,15 @@ def swapped_blocks(step: ExecuteStep) -> ExecuteStep:
         msgspec.structs.replace(item, block_table_start=max(0, item.block_table_start - 1)) for item in step.scheduled
     ]
     return msgspec.structs.replace(step, scheduled=scheduled)
+
+
+def test_the_simulation_notices_rejected_guesses_counted_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the rollback, the next steps compute behind positions that hold other tokens' keys and values."""
+    monkeypatch.setattr(Scheduler, "_count_rejected", lambda *_: 0)
+    setup = small_setup(num_blocks=200, enable_prefix_caching=False, speculative=SPECULATIVE[2])
+    simulation = Simulation(busy_workload(), setup)
+    with pytest.raises(AssertionError):
+        simulation.run()
 
 
 @pytest.mark.parametrize("tamper", [foreign_block, false_hit, swapped_blocks])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sampling_cases import PARAMETERS, disagreements, make_logits, make_states, run
+from sampling_cases import PARAMETERS, WITH_GRAMMAR, disagreements, make_logits, make_states, run
 
 from sempre.kernels.sampling.noise import gumbel_noise
 from sempre.workers.sampling import RowResult, Sampler, SamplingState
@@ -39,6 +39,10 @@ def _sampler(device: torch.device, vocab_size: int, states: list[SamplingState],
 @pytest.mark.parametrize("kind", ["flat", "peaked", "tied", "wide"])
 def test_equals_the_cpu(device: torch.device, kind: str, vocab_size: int) -> None:
     assert disagreements(device, kind, vocab_size, steps=2, seed=vocab_size) == []
+
+
+def test_a_grammar_masks_as_on_the_cpu(device: torch.device) -> None:
+    assert disagreements(device, "flat", 4096, steps=3, seed=1, parameters=[*WITH_GRAMMAR, *PARAMETERS]) == []
 
 
 def test_tiles_cannot_be_seen(device: torch.device) -> None:

@@ -59,6 +59,7 @@ def _weights() -> DecoderWeights:
         dtype=torch.float16,
         storage=torch.float16,
         digest="",
+        quantization=None,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from sempre.ipc.messages import SamplingSpec
 from sempre.kernels.sampling import reference
 from sempre.workers.sampling import SamplingState
-from sempre.workers.sampling.state import RowError
+from sempre.workers.sampling.row_error import RowError
 
 VOCAB = 300
 PARAMS = SamplingSpec(

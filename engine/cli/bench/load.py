@@ -1,0 +1,267 @@
+"""Sends streamed requests to a server at planned times, and notes when each event comes.
+
+The client must not be what is measured. So there is one protocol object per connection on a bare event loop, the
+response parser is C (httptools), and an event is decoded into no more than three fields.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import httptools
+import msgspec
+
+from sempre.engine.cli.remote.server_sent_events import DONE, EventSplitter
+
+
+class Usage(msgspec.Struct):
+    """Token counts as the server states them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Delta(msgspec.Struct):
+    """What a chat's chunk adds."""
+
+    role: str | None = None
+    content: str | None = None
+    reasoning: str | None = None
+
+
+class Choice(msgspec.Struct):
+    """The text of a chunk."""
+
+    text: str | None = None
+    delta: Delta | None = None
+
+
+class Chunk(msgspec.Struct):
+    """One event of a stream; all other fields are skipped."""
+
+    choices: list[Choice] = []
+    usage: Usage | None = None
+    error: msgspec.Raw | None = None
+
+
+_DECODER = msgspec.json.Decoder(Chunk)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one request. Times in seconds; `start_time` on the monotonic clock."""
+
+    start_time: float = 0.0
+    client_queue_time: float = 0.0
+    ttft: float = 0.0
+    itl: list[float] = field(default_factory=list)
+    latency: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    text: list[str] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def success(self) -> bool:
+        """Whether the whole answer came."""
+        return not self.error
+
+
+class Planned(NamedTuple):
+    """A request's body, and when it is due, in seconds from the start."""
+
+    body: bytes
+    due: float = 0.0
+
+
+class Endpoint:
+    """Where requests go: the address, and the head of each request."""
+
+    def __init__(self, url: str, headers: dict[str, str]) -> None:
+        parts = urlsplit(url)
+        self.host = parts.hostname or ""
+        self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        lines = [f"POST {parts.path} HTTP/1.1", f"Host: {parts.netloc.rpartition('@')[2]}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        lines += ["Content-Type: application/json", "Accept: text/event-stream", "Content-Length: "]
+        self._head = "\r\n".join(lines).encode()
+
+    def request(self, body: bytes) -> bytes:
+        """Return the bytes of a request."""
+        return b"%s%d\r\n\r\n%s" % (self._head, len(body), body)
+
+
+class _Connection(asyncio.Protocol):
+    """One connection; one request at a time."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.reusable = False
+        self._ended: asyncio.Future[None] | None = None
+
+    async def exchange(self, request: bytes, outcome: Outcome) -> None:
+        """Send a request, and fill in what comes of it."""
+        assert self.transport is not None
+        self._ended = asyncio.get_running_loop().create_future()
+        self._outcome = outcome
+        self._parser = httptools.HttpResponseParser(self)
+        self._splitter = EventSplitter()
+        self._refusal = b""
+        self._events = 0
+        self._done = False
+        self.heard = False
+        self.reusable = False
+        self._last = outcome.start_time
+        self.transport.write(request)
+        await self._ended
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.reusable = False
+        if self._ended is not None and not self._ended.done():
+            lost = f"the connection was lost: {error or 'closed by the server'}"
+            self._outcome.error = self._outcome.error or lost
+            self._ended.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        self._now = time.perf_counter()
+        self.heard = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            # What is raised in a callback comes as its context.
+            self._outcome.error = f"the answer cannot be read: {error.__context__ or error}"
+            assert self.transport is not None
+            self.transport.close()
+
+    # called by the parser
+    def on_body(self, body: bytes) -> None:
+        if self._parser.get_status_code() != 200:
+            self._refusal += body
+            return
+        outcome = self._outcome
+        for event in self._splitter.feed(body):
+            if event == DONE:
+                self._done = True
+                continue
+            chunk = _DECODER.decode(event)
+            if chunk.error is not None:
+                outcome.error = bytes(chunk.error).decode(errors="replace")
+            if chunk.usage is not None:
+                outcome.prompt_tokens = chunk.usage.prompt_tokens
+                outcome.output_tokens = chunk.usage.completion_tokens
+            for choice in chunk.choices:
+                self._note(choice)
+
+    def _note(self, choice: Choice) -> None:
+        outcome = self._outcome
+        delta = choice.delta
+        text = choice.text if delta is None else (delta.reasoning or "") + (delta.content or "")
+        if not text and delta is not None and delta.role is not None:
+            return  # the event that opens a chat holds no token
+        if text:
+            outcome.text.append(text)
+        if self._events:
+            outcome.itl.append(self._now - self._last)
+        else:
+            outcome.ttft = self._now - outcome.start_time
+        self._events += 1
+        self._last = self._now
+
+    # called by the parser
+    def on_message_complete(self) -> None:
+        outcome = self._outcome
+        status = self._parser.get_status_code()
+        outcome.latency = self._last - outcome.start_time
+        outcome.output_tokens = outcome.output_tokens or self._events
+        if status != 200:
+            outcome.error = f"status {status}: {self._refusal.decode(errors='replace')[:500]}"
+        elif not self._done and not outcome.error:
+            outcome.error = "the stream ended without [DONE]"
+        elif not self._events and not outcome.error:
+            outcome.error = "the answer holds no token"
+        self.reusable = self._parser.should_keep_alive()
+        assert self._ended is not None
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
+class _Client:
+    """Connections to one server, used again when free."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._free: list[_Connection] = []
+
+    async def send(self, body: bytes, waited: float) -> Outcome:
+        request = self._endpoint.request(body)
+        while True:
+            outcome = Outcome(start_time=time.perf_counter(), client_queue_time=waited)
+            used = self._free.pop() if self._free else None
+            try:
+                connection = used or await self._connect()
+            except OSError as error:
+                outcome.error = f"no connection: {error}"
+                return outcome
+            await connection.exchange(request, outcome)
+            if connection.reusable:
+                self._free.append(connection)
+            elif connection.transport is not None:
+                connection.transport.close()
+            # A server may close an idle connection just when it is used again; nothing was asked of it then.
+            if used is None or connection.heard:
+                return outcome
+
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        where = self._endpoint
+        _, connection = await loop.create_connection(_Connection, where.host, where.port, ssl=where.ssl)
+        return connection
+
+    def close(self) -> None:
+        for connection in self._free:
+            if connection.transport is not None:
+                connection.transport.close()
+
+
+async def drive(
+    endpoint: Endpoint, plan: Sequence[Planned], max_concurrency: int | None, progress: Callable[[], object]
+) -> tuple[list[Outcome], float]:
+    """Send each request when it is due, or later if `max_concurrency` are under way; return outcomes and seconds."""
+    _allow_connections(max_concurrency or len(plan))
+    client = _Client(endpoint)
+    places = asyncio.Semaphore(max_concurrency or len(plan) or 1)
+    began = time.perf_counter()
+
+    async def one(planned: Planned) -> Outcome:
+        await asyncio.sleep(max(0.0, began + planned.due - time.perf_counter()))
+        queued = time.perf_counter()
+        async with places:
+            outcome = await client.send(planned.body, time.perf_counter() - queued)
+        progress()
+        return outcome
+
+    outcomes = await asyncio.gather(*(one(planned) for planned in plan))
+    seconds = time.perf_counter() - began
+    client.close()
+    return outcomes, seconds
+
+
+def _allow_connections(count: int) -> None:
+    """Raise the process's own limit of open files where it is too low and may be raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 64
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -1,0 +1,51 @@
+"""`sempre complete`: completions from a running server."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from sempre.engine.cli.arguments import add_model_flag, add_sampling_flags, sampling_keywords
+from sempre.engine.cli.parser import UsageError
+from sempre.engine.cli.remote.answers import completion_text, print_answer
+from sempre.engine.cli.remote.connection import DEFAULT_URL, Server, add_server_flags
+
+_HELP = "Each line is a prompt; Ctrl-C stops a completion, Ctrl-D ends."
+# A stream is one text; what HTTP does not carry or a stream cannot hold has no flag here.
+_WITHOUT = ("n", "logprobs", "prompt_logprobs", "detokenize")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument("-q", "--quick", metavar="PROMPT", help="complete this prompt, and end")
+    add_server_flags(parser)
+    add_model_flag(parser)
+    add_sampling_flags(parser, without=_WITHOUT)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Print completions as they come; exit code 1 when the last request was refused."""
+    if namespace.url is None:
+        raise UsageError(f"--url is missing, for example --url {DEFAULT_URL}; without a server use sempre generate")
+    with Server(namespace.url, namespace.api_key) as server:
+        body = {"model": server.model(namespace.model), "stream": True, **sampling_keywords(namespace)}
+        if namespace.quick is not None:
+            return _complete(server, {**body, "prompt": namespace.quick})
+        interactive = sys.stdin.isatty()
+        if interactive:
+            # With it imported, input() edits lines and remembers them.
+            import readline  # noqa: F401
+
+            print(_HELP, file=sys.stderr)
+        code = 0
+        while True:
+            try:
+                line = input("> " if interactive else "")
+            except EOFError:
+                return code
+            if line:
+                code = _complete(server, {**body, "prompt": line})
+
+
+def _complete(server: Server, body: dict[str, object]) -> int:
+    return int(print_answer(server.stream("/v1/completions", body), completion_text) is None)

@@ -1,0 +1,157 @@
+"""One server: its address and key, and the two kinds of calls, answered at once or streamed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sempre.engine.cli.parser import UsageError
+from sempre.engine.cli.remote.server_sent_events import DONE, EventSplitter
+from sempre.ipc.errors import RequestError, ServerError
+
+if TYPE_CHECKING:
+    pass
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_VARIABLES = ("SEMPRE_API_KEY", "OPENAI_API_KEY")
+# Connecting is quick or fails; the first token of a long queue may take any time.
+CONNECT_TIMEOUT_S = 10.0
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--url` and `--api-key`."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--url", metavar="URL", help="address of a running server, with or without /v1")
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"key of the server; better in the environment, as {' or '.join(KEY_VARIABLES)}",
+    )
+
+
+def headers_for(api_key: str | None) -> dict[str, str]:
+    """Return the header that carries the key: the one given, else the first set in the environment."""
+    key = api_key or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def base_url(url: str) -> str:
+    """Return the address without `/v1`. Raises UsageError for what is no HTTP address."""
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(f"--url must begin with http:// or https://, got {url!r}; for example {DEFAULT_URL}")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+class Server:
+    """A running server; closes its connections at the end of a `with`."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        import httpx
+
+        self.url = base_url(url)
+        self._client = httpx.Client(
+            base_url=self.url,
+            headers=headers_for(api_key),
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+        )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def models(self) -> list[dict[str, Any]]:
+        """Return the cards of the models that are served, at least one."""
+        document = self.get("/v1/models")
+        cards = document.get("data") if isinstance(document, dict) else None
+        if not cards or not all(isinstance(card, dict) and isinstance(card.get("id"), str) for card in cards):
+            raise ServerError(f"{self.url}/v1/models names no model: {document!r}", url=self.url)
+        return list(cards)
+
+    def model(self, wanted: str | None) -> str:
+        """Return the name of the model to ask for: `wanted`, which must be served, else the first one served."""
+        served = [str(card["id"]) for card in self.models()]
+        if wanted is not None and wanted not in served:
+            raise UsageError(f"{self.url} does not serve {wanted!r}; it serves {', '.join(served)}")
+        return wanted or served[0]
+
+    def get(self, path: str) -> Any:
+        """Return a JSON document."""
+        with self._failures():
+            response = self._client.get(path)
+        _check(self.url, response.status_code, response.content)
+        try:
+            return response.json()
+        except ValueError:
+            raise ServerError(f"{self.url}{path} answered with something that is not JSON", url=self.url) from None
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of a streamed answer. Leaving the loop closes the connection, which ends the request.
+
+        Raises RequestError when the request is refused, also in mid-stream; ServerError when the server fails, goes
+        away, or ends the stream without its closing mark.
+        """
+        splitter = EventSplitter()
+        with self._failures(), self._client.stream("POST", path, json=body) as response:
+            if response.status_code != 200:
+                _check(self.url, response.status_code, response.read())
+            for received in response.iter_raw():
+                for event in splitter.feed(received):
+                    if event == DONE:
+                        return
+                    yield _chunk(self.url, event)
+        raise ServerError(f"{self.url} ended the answer before its end", url=self.url)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        import httpx
+
+        try:
+            yield
+        except httpx.ConnectError as error:
+            raise ServerError(
+                f"no server answers at {self.url} ({error}); `sempre serve MODEL` starts one", url=self.url
+            ) from None
+        except httpx.HTTPError as error:
+            raise ServerError(
+                f"the connection to {self.url} failed: {str(error) or type(error).__name__}", url=self.url
+            ) from None
+
+
+def _chunk(url: str, event: bytes) -> dict[str, Any]:
+    try:
+        chunk = json.loads(event)
+    except ValueError:
+        chunk = None
+    if not isinstance(chunk, dict):
+        raise ServerError(f"{url} sent an event that is no JSON object: {event[:200]!r}", url=url)
+    if "error" in chunk:
+        code = chunk["error"].get("code") if isinstance(chunk["error"], dict) else None
+        _refuse(url, code if isinstance(code, int) else 500, chunk)
+    return chunk
+
+
+def _check(url: str, status: int, content: bytes) -> None:
+    if status < 400:
+        return
+    try:
+        document = json.loads(content)
+    except ValueError:
+        document = content.decode(errors="replace").strip()
+    _refuse(url, status, document)
+
+
+def _refuse(url: str, status: int, document: Any) -> None:
+    """Raise the server's own words: RequestError for 400 to 499, ServerError for the rest."""
+    error = document.get("error", document) if isinstance(document, dict) else document
+    message = error.get("message", error) if isinstance(error, dict) else error
+    text = f"{message or 'no reason given'} (status {status})"
+    if 400 <= status < 500:
+        parameter = error.get("param") if isinstance(error, dict) else None
+        raise RequestError(text, parameter=parameter)
+    raise ServerError(f"{url}: {text}", url=url, status=status)

@@ -1,0 +1,82 @@
+"""A server of a command's own: started on a Unix socket that nobody else can reach, stopped at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from sempre.ipc.errors import StartupError
+
+_PAUSE_S = 0.05
+_STOP_TIMEOUT_S = 60.0
+
+
+@contextmanager
+def own_server(model: str, engine: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the path of the socket of a server that is ready. Raises StartupError with the server's own last words."""
+    with tempfile.TemporaryDirectory(prefix="sempre-") as folder:
+        socket = os.path.join(folder, "http.sock")
+        log = os.path.join(folder, "server.log")
+        command = [sys.executable, "-m", "sempre.engine", "serve", model, "--uds", socket, "--no-enable-access-log"]
+        with open(log, "wb") as standard_error:
+            process = subprocess.Popen(
+                [*command, *as_flags(engine)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=standard_error,
+                # An interrupt at the terminal is this process's; the server is stopped below.
+                start_new_session=True,
+            )
+        try:
+            _wait_until_ready(process, socket, log)
+            yield socket
+        finally:
+            _stop(process)
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as the flags that set them."""
+    flags = []
+    for name, value in settings.items():
+        written = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{written}" if value else f"--no-{written}")
+        elif isinstance(value, (dict, list)):
+            flags.append(f"--{written}={json.dumps(value)}")
+        else:
+            flags.append(f"--{written}={value}")
+    return flags
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], socket: str, log: str) -> None:
+    import httpx
+
+    with httpx.Client(transport=httpx.HTTPTransport(uds=socket), base_url="http://sempre", timeout=10.0) as client:
+        while process.poll() is None:
+            try:
+                if client.get("/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass  # it does not listen yet
+            time.sleep(_PAUSE_S)
+    with open(log, encoding="utf-8", errors="replace") as file:
+        words = file.read().strip().splitlines() or ["it said nothing"]
+    raise StartupError(f"the server ended with code {process.returncode}: {words[-1]}", cause="\n".join(words))
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,209 @@
+"""`sempre run-batch`: an OpenAI batch file, answered line by line (https://platform.openai.com/docs/guides/batch).
+
+A line that is wrong, refused or lost says so in its own line of the output; all others are answered. Lines come out in
+the order in which they went in, each as soon as those before it are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from sempre.engine.cli.arguments import add_engine_flags, add_model_flag, engine_keywords, model_of
+from sempre.engine.cli.parser import UsageError
+from sempre.engine.cli.remote.connection import add_server_flags, base_url, headers_for
+
+_ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+# How long a line goes on asking a server that says it is busy.
+_BUSY_PATIENCE_S = 600.0
+_BUSY = (429, 503)
+
+
+class Line(NamedTuple):
+    """One line of the input: a request, or why it is none."""
+
+    number: int
+    custom_id: str | None
+    url: str = ""
+    body: bytes = b""
+    refusal: str | None = None
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this command."""
+    parser.add_argument("-i", "--input-file", metavar="FILE", help="JSONL: custom_id, method, url, body")
+    parser.add_argument("-o", "--output-file", metavar="FILE", help="JSONL: custom_id, response, error")
+    parser.add_argument(
+        "--max-concurrency", type=int, default=256, metavar="N", help="most lines under way at once (default: 256)"
+    )
+    add_server_flags(parser)
+    add_model_flag(parser)
+    add_engine_flags(parser)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Answer a batch on the server at `--url`, or on one of its own; exit code 1 when a line failed."""
+    for name in ("input_file", "output_file"):
+        if getattr(namespace, name) is None:
+            raise UsageError(f"--{name.replace('_', '-')} is missing")
+    if namespace.max_concurrency < 1:
+        raise UsageError(f"--max-concurrency must be at least 1, got {namespace.max_concurrency}.")
+    lines = read_lines(Path(namespace.input_file))
+    with open(namespace.output_file, "w", encoding="utf-8") as output:
+        if namespace.url is not None:
+            from sempre.engine.cli.remote.chat import refuse_engine_flags
+
+            refuse_engine_flags(namespace)
+            address = Address(base_url(namespace.url), None, headers_for(namespace.api_key))
+            failed = asyncio.run(answer(lines, address, output, namespace.max_concurrency))
+        else:
+            from sempre.engine.cli.remote.own_server import own_server
+
+            with own_server(model_of(namespace), engine_keywords(namespace)) as socket:
+                address = Address("http://sempre", socket, {})
+                failed = asyncio.run(answer(lines, address, output, namespace.max_concurrency))
+    if failed:
+        print(f"sempre: {failed} of {len(lines)} lines failed; {namespace.output_file} says why", file=sys.stderr)
+    return int(failed > 0)
+
+
+class Address(NamedTuple):
+    """A server: its URL, the Unix socket it listens on if any, and the headers it wants."""
+
+    url: str
+    socket: str | None
+    headers: dict[str, str]
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Return the lines of a batch file, empty ones left out."""
+    lines: list[Line] = []
+    seen: dict[str, int] = {}
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+        if text.strip():
+            lines.append(_line(number, text, seen))
+    return lines
+
+
+def _line(number: int, text: bytes, seen: dict[str, int]) -> Line:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        return Line(number, None, refusal=f"line {number} is not valid JSON: {error}")
+    if not isinstance(value, dict):
+        return Line(number, None, refusal=f"line {number} must be a JSON object")
+    custom_id = value.get("custom_id")
+    if not isinstance(custom_id, str):
+        return Line(number, None, refusal=f"custom_id of line {number} must be a string, got {custom_id!r}")
+    url, body = value.get("url"), value.get("body")
+    refusal = None
+    if custom_id in seen:
+        refusal = f"custom_id {custom_id!r} is also that of line {seen[custom_id]}"
+    elif value.get("method") != "POST":
+        refusal = f"method must be 'POST', got {value.get('method')!r}"
+    elif url not in _ENDPOINTS:
+        refusal = f"url must be {' or '.join(_ENDPOINTS)}, got {url!r}"
+    elif not isinstance(body, dict):
+        refusal = f"body must be a JSON object, got {type(body).__name__}"
+    elif body.get("stream"):
+        refusal = "body.stream must be left out: a batch is not streamed"
+    seen.setdefault(custom_id, number)
+    return Line(number, custom_id, str(url), json.dumps(body).encode(), refusal)
+
+
+async def answer(lines: list[Line], address: Address, output: IO[str], max_concurrency: int) -> int:
+    """Write one record per line, in order; return how many failed."""
+    import httpx
+    from tqdm import tqdm
+
+    transport = httpx.AsyncHTTPTransport(
+        uds=address.socket, limits=httpx.Limits(max_connections=max_concurrency), verify=address.socket is None
+    )
+    # Answers are long in coming; a server that has gone is noticed by its connections.
+    timeout = httpx.Timeout(None, connect=10.0)
+    waiting = iter(enumerate(lines))
+    write = _OrderedWriter(output)
+    with tqdm(total=len(lines), unit=" lines", disable=not sys.stderr.isatty()) as bar:
+        async with httpx.AsyncClient(
+            transport=transport, base_url=address.url, headers=address.headers, timeout=timeout
+        ) as client:
+
+            async def work() -> None:
+                for place, line in waiting:
+                    write(place, await _record(client, line))
+                    bar.update()
+
+            await asyncio.gather(*(work() for _ in range(min(max_concurrency, len(lines)))))
+    return write.num_failed
+
+
+class _OrderedWriter:
+    """Holds records back until all those before them are written."""
+
+    def __init__(self, output: IO[str]) -> None:
+        self._output = output
+        self._held: dict[int, str] = {}
+        self._next = 0
+        self.num_failed = 0
+
+    def __call__(self, place: int, record: dict[str, Any]) -> None:
+        self.num_failed += record["error"] is not None
+        self._held[place] = json.dumps(record, ensure_ascii=False)
+        while self._next in self._held:
+            self._output.write(self._held.pop(self._next) + "\n")
+            self._next += 1
+        self._output.flush()
+
+
+async def _record(client: Any, line: Line) -> dict[str, Any]:
+    """Ask for one line; a failure of any kind becomes its record."""
+    import httpx
+
+    if line.refusal is not None:
+        error = {"message": line.refusal, "type": "BadRequestError", "param": None, "code": 400}
+        return _result(line, 400, f"batch-{line.number}", None, {"error": error})
+    try:
+        response = await _ask(client, line)
+    except httpx.HTTPError as failure:
+        message = f"the connection to the server failed: {str(failure) or type(failure).__name__}"
+        error = {"message": message, "type": "APIConnectionError", "param": None, "code": None}
+        return {"id": _id(line), "custom_id": line.custom_id, "response": None, "error": {"error": error}}
+    try:
+        document = response.json()
+    except ValueError:
+        document = {"error": {"message": response.text[:500], "type": "APIError", "param": None}}
+    request_id = response.headers.get("x-request-id", f"batch-{line.number}")
+    if response.status_code == 200:
+        return _result(line, 200, request_id, document, None)
+    return _result(line, response.status_code, request_id, None, document)
+
+
+async def _ask(client: Any, line: Line) -> Any:
+    """Send a line, again while the server says that it is busy."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _BUSY_PATIENCE_S
+    while True:
+        response = await client.post(line.url, content=line.body, headers={"Content-Type": "application/json"})
+        pause = _retry_after(response.headers.get)
+        if response.status_code not in _BUSY or loop.time() + pause > until:
+            return response
+        await asyncio.sleep(pause)
+
+
+def _retry_after(header: Callable[[str, str], str]) -> float:
+    text = header("retry-after", "1")
+    return float(text) if text.isdigit() else 1.0
+
+
+def _id(line: Line) -> str:
+    return f"batch_req_{line.number}"
+
+
+def _result(line: Line, status: int, request_id: str, body: Any, error: Any) -> dict[str, Any]:
+    response = {"status_code": status, "request_id": request_id, "body": body}
+    return {"id": _id(line), "custom_id": line.custom_id, "response": response, "error": error}

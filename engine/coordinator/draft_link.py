@@ -1,0 +1,117 @@
+"""What one replica asks of its draft worker: one proposal at a time, and never longer than a moment.
+
+A request that awaits guesses is not planned. If the worker is not there, or late, its requests go on without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sempre.engine.scheduling.request import Request
+from sempre.engine.speculation import ModelSpeculation
+from sempre.ipc.messages import DraftRequest, NewRequest, Propose, Proposed
+
+# a proposal that takes longer is not waited for, and no other one until it is there
+PATIENCE_S = 0.5
+
+
+class DraftLink:
+    """Fed with requests that await guesses and with the worker's answers; says what to send."""
+
+    def __init__(self) -> None:
+        self._next_id = 0
+        self._known: dict[str, int] = {}
+        """tokens that the worker has been told, by request"""
+        self._finished: list[str] = []
+        self._queued: list[Request] = []
+        self._asked: list[tuple[Request, int]] = []
+        """what the proposal under way is for, with the number of tokens that it goes by"""
+        self._asked_at: float | None = None
+        self.is_late = False
+
+    def ask(self, requests: Sequence[Request]) -> None:
+        """These await guesses."""
+        self._queued += requests
+
+    def forget(self, request_id: str) -> None:
+        if self._known.pop(request_id, None) is not None:
+            self._finished.append(request_id)
+
+    def next_proposal(self, now: float, *, available: bool) -> Propose | None:
+        """What to send, if anything. While the worker is not available or late, nobody is kept waiting."""
+        if not available or self.is_late:
+            self._give_up(self._queued)
+            return None
+        if self._asked_at is not None or not self._queued:
+            return None
+        queued, self._queued = self._queued, []
+        new_requests, requests = [], []
+        for request in queued:
+            speculation = _speculation(request)
+            if request.finish_reason is not None or not speculation.awaits_worker:
+                continue
+            known = self._known.get(request.request_id)
+            if known is None:
+                new_requests.append(_new_request(request))
+                known = len(request.token_ids)
+            self._known[request.request_id] = len(request.token_ids)
+            requests.append(
+                DraftRequest(
+                    request_id=request.request_id, token_ids=request.token_ids[known:], num_drafts=speculation.length()
+                )
+            )
+            self._asked.append((request, len(request.token_ids)))
+        if not requests:
+            return None
+        finished, self._finished = self._finished, []
+        self._asked_at = now
+        self._next_id += 1
+        return Propose(
+            proposal_id=self._next_id, finished_request_ids=finished, new_requests=new_requests, requests=requests
+        )
+
+    def take(self, answer: Proposed) -> None:
+        """Hand out the guesses; those that come too late do no harm."""
+        asked, self._asked = self._asked, []
+        for (request, num_known), guesses in zip(asked, answer.draft_token_ids, strict=False):
+            if request.finish_reason is None and len(request.token_ids) == num_known:
+                _speculation(request).answered(num_known, guesses)
+        self._asked_at = None
+        self.is_late = False
+
+    def check_late(self, now: float) -> bool:
+        """Whether the proposal under way has just become late; its requests then go on without it."""
+        if self._asked_at is None or self.is_late or now - self._asked_at < PATIENCE_S:
+            return False
+        self.is_late = True
+        self._give_up([request for request, _ in self._asked])
+        return True
+
+    def reset(self) -> None:
+        """The worker is gone; the next one knows nothing."""
+        self._give_up([*self._queued, *(request for request, _ in self._asked)])
+        self._known.clear()
+        self._finished.clear()
+        self._asked.clear()
+        self._asked_at = None
+        self.is_late = False
+
+    def _give_up(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            _speculation(request).answered(len(request.token_ids), [])
+        self._queued = []
+
+
+def _speculation(request: Request) -> ModelSpeculation:
+    assert isinstance(request.speculation, ModelSpeculation)
+    return request.speculation
+
+
+def _new_request(request: Request) -> NewRequest:
+    return NewRequest(
+        request_id=request.request_id,
+        token_ids=request.token_ids.copy(),
+        num_prompt_tokens=request.num_prompt_tokens,
+        seed=request.spec.seed,
+        params=request.spec.params,
+    )

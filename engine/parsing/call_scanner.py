@@ -1,0 +1,170 @@
+"""One JSON object that names a function and its arguments, read character by character.
+
+The arguments are handed on as they stand while they come: parsing them anew for every token would cost the square of
+their length, and what it yields for half a text depends on where it was cut.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import Enum, auto
+
+_WHITE_SPACE = " \t\r\n"
+_CLOSING = {"{": "}", "[": "]"}
+_ARGUMENT_KEYS = ("arguments", "parameters")
+
+
+class _At(Enum):
+    OBJECT = auto()
+    KEY_OR_END = auto()
+    KEY = auto()
+    COLON = auto()
+    VALUE = auto()
+    INSIDE_VALUE = auto()
+    COMMA_OR_END = auto()
+
+
+class CallScanner:
+    """Fed with text until `done` or `malformed`.
+
+    `name` is set as soon as it is complete; from then on `take_arguments` gives what has come of the arguments since
+    the last call, and until then `raw` is all that was read. Strings and brackets are followed; what stands between
+    them is not checked.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.done = False
+        self.malformed = False
+        self._raw: list[str] = []
+        self._at = _At.OBJECT
+        self._key = ""
+        self._value: list[str] = []
+        self._closing: list[str] = []
+        self._in_string = False
+        self._escaped = False
+        self._arguments: list[str] = []
+        self._has_arguments = False
+
+    @property
+    def raw(self) -> str:
+        return "".join(self._raw)
+
+    def take_arguments(self) -> str:
+        """New text of the arguments; "{}" at the end of a call that has none."""
+        if self.name is None:
+            return ""
+        if self.done and not self._has_arguments:
+            self._has_arguments = True
+            self._arguments.append("{}")
+        news = "".join(self._arguments)
+        self._arguments.clear()
+        return news
+
+    def feed(self, text: str) -> str:
+        """Read `text` up to the end of the object, or where it is malformed; what stands behind."""
+        for position, character in enumerate(text):
+            if self.done or self.malformed:
+                return text[position:]
+            if self.name is None:
+                self._raw.append(character)
+            if self._at is _At.INSIDE_VALUE:
+                self._feed_value(character)
+            elif self._in_string:
+                self._feed_key(character)
+            elif character not in _WHITE_SPACE:
+                self._feed_between(character)
+        return ""
+
+    def _feed_between(self, character: str) -> None:
+        match self._at, character:
+            case _At.OBJECT, "{":
+                self._at = _At.KEY_OR_END
+            case ((_At.KEY_OR_END | _At.COMMA_OR_END), "}"):
+                self.done = self.name is not None
+                self.malformed = not self.done
+            case ((_At.KEY_OR_END | _At.KEY), '"'):
+                self._key, self._in_string = character, True
+            case _At.COLON, ":":
+                self._at = _At.VALUE
+            case _At.COMMA_OR_END, ",":
+                self._at = _At.KEY
+            case _At.VALUE, _ if character not in ",:]}":
+                self._at = _At.INSIDE_VALUE
+                self._value.clear()
+                self._feed_value(character)
+            case _:
+                self.malformed = True
+
+    def _feed_key(self, character: str) -> None:
+        self._key += character
+        if self._string_ends(character):
+            key = _decoded(self._key)
+            self.malformed = not isinstance(key, str)
+            self._key, self._at = str(key), _At.COLON
+
+    def _feed_value(self, character: str) -> None:
+        if self._in_string:
+            self._add(character)
+            if self._string_ends(character) and not self._closing:
+                self._end_value()
+        elif character == '"' and (self._closing or not self._value):
+            self._in_string = True
+            self._add(character)
+        elif character in _CLOSING and (self._closing or not self._value):
+            self._closing.append(_CLOSING[character])
+            self._add(character)
+        elif self._closing:
+            self._feed_nested(character)
+        elif character in _WHITE_SPACE or character in ",}":
+            self._end_value()
+            if character not in _WHITE_SPACE:
+                self._feed_between(character)
+        elif character in '"{[]:':
+            self.malformed = True
+        else:
+            self._add(character)
+
+    def _feed_nested(self, character: str) -> None:
+        self._add(character)
+        if character not in "}]":
+            return
+        if character != self._closing.pop():
+            self.malformed = True
+        elif not self._closing:
+            self._end_value()
+
+    def _add(self, character: str) -> None:
+        self._value.append(character)
+        if self._key in _ARGUMENT_KEYS and not self._has_arguments:
+            self._arguments.append(character)
+
+    def _end_value(self) -> None:
+        self._at = _At.COMMA_OR_END
+        if self._key in _ARGUMENT_KEYS:
+            self._has_arguments = True
+        elif self._key == "name" and self.name is None:
+            name = _decoded("".join(self._value))
+            if isinstance(name, str) and name:
+                self.name = name
+            else:
+                self.malformed = True
+
+    def _string_ends(self, character: str) -> bool:
+        """Follow a string; whether this is the quotation mark that ends it."""
+        if self._escaped:
+            self._escaped = False
+            return False
+        self._escaped = character == "\\"
+        # the first mark of a key is read elsewhere, that of a value has set the flag already
+        if character == '"':
+            self._in_string = False
+        return character == '"'
+
+
+def _decoded(text: str) -> object:
+    try:
+        value: object = json.loads(text)
+    except ValueError:
+        return None
+    return value

@@ -1,0 +1,57 @@
+"""Reasoning and tool calls of one output, in a row."""
+
+from __future__ import annotations
+
+from sempre.engine.parsing.pieces import Content, Parser, Piece
+from sempre.engine.parsing.reasoning import ReasoningSplitter, begins_inside
+from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser
+
+REASONING_PARSERS: dict[str, bool] = {"qwen3": False, "deepseek_r1": True}
+"""Models by name; True: an output begins inside its reasoning, whatever the prompt ends with."""
+
+TOOL_PARSERS: dict[str, type[HermesParser] | type[Llama3JsonParser]] = {
+    "hermes": HermesParser,
+    "llama3_json": Llama3JsonParser,
+}
+"""Formats of tool calls by name."""
+
+
+def reasoning_splitter(name: str, prompt: str) -> ReasoningSplitter | None:
+    """The splitter of an output behind `prompt`; None when the prompt has switched reasoning off."""
+    inside = begins_inside(prompt, REASONING_PARSERS[name])
+    return None if inside is None else ReasoningSplitter(inside=inside)
+
+
+class OutputParser:
+    """Splits reasoning off, and looks for tool calls in what is left; either may be None."""
+
+    def __init__(self, reasoning: ReasoningSplitter | None, tools: Parser | None, *, one_call: bool = False) -> None:
+        """`one_call`: leave out every tool call but the first."""
+        self._reasoning = reasoning
+        self._tools = tools
+        self._one_call = one_call
+
+    def feed(self, text: str) -> list[Piece]:
+        """What is certain after `text`."""
+        return self._through_tools([Content(text)] if self._reasoning is None else self._reasoning.feed(text))
+
+    def finish(self) -> list[Piece]:
+        """What is left when the text has ended."""
+        pieces = [] if self._reasoning is None else self._through_tools(self._reasoning.finish())
+        return pieces if self._tools is None else [*pieces, *self._counted(self._tools.finish())]
+
+    def parse(self, text: str) -> list[Piece]:
+        """All pieces of a whole text."""
+        return [*self.feed(text), *self.finish()]
+
+    def _through_tools(self, pieces: list[Piece]) -> list[Piece]:
+        tools = self._tools
+        if tools is None:
+            return [piece for piece in pieces if piece != Content("")]
+        found: list[Piece] = []
+        for piece in pieces:
+            found += self._counted(tools.feed(piece.text)) if isinstance(piece, Content) else [piece]
+        return found
+
+    def _counted(self, pieces: list[Piece]) -> list[Piece]:
+        return [piece for piece in pieces if not (self._one_call and getattr(piece, "index", 0) > 0)]

@@ -1,0 +1,83 @@
+"""What a parser yields, and the message that the pieces make up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """More of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """More of the reasoning before the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallStart:
+    """Tool call `index` begins; its name is complete."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """More of the arguments of tool call `index`: JSON text, exactly as generated."""
+
+    index: int
+    text: str
+
+
+Piece = Content | Reasoning | CallStart | Arguments
+
+
+class Parser(Protocol):
+    """Takes a text in chunks."""
+
+    def feed(self, text: str) -> list[Piece]:
+        """What is certain after `text`."""
+
+    def finish(self) -> list[Piece]:
+        """What is left when the text has ended."""
+
+
+@dataclass(slots=True)
+class ToolCall:
+    """One complete tool call."""
+
+    name: str
+    arguments: str = ""
+
+
+@dataclass(slots=True)
+class ParsedMessage:
+    """All pieces together; None: there was none."""
+
+    content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+
+def assemble(pieces: Iterable[Piece]) -> ParsedMessage:
+    """The message that pieces make up."""
+    message = ParsedMessage()
+    for piece in pieces:
+        match piece:
+            case Content(text):
+                message.content = (message.content or "") + text
+            case Reasoning(text):
+                message.reasoning = (message.reasoning or "") + text
+            case CallStart(_, name):
+                message.tool_calls.append(ToolCall(name))
+            case Arguments(index, text):
+                message.tool_calls[index].arguments += text
+    return message

@@ -1,0 +1,238 @@
+"""Tool calls in the text of an output, by the format that a model was trained on, or that a grammar enforces."""
+
+from __future__ import annotations
+
+from sempre.engine.parsing.call_scanner import CallScanner
+from sempre.engine.parsing.pieces import Arguments, CallStart, Content, Piece
+from sempre.engine.parsing.tags import split_before_tag
+
+
+class _CallParser:
+    """What the formats share: content around calls, and one call at a time.
+
+    White space alone, before, between or behind calls, is none of the answer. An object that turns out to name no
+    function is content, as it stands. One that names a function and then breaks off or goes wrong is a call with the
+    arguments it has: they were handed on already.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[Piece] = []
+        self._num_calls = 0
+        self._space = ""
+        self._content_is_blank = True
+        self._scanner: CallScanner | None = None
+        self._is_started = False
+
+    def feed(self, text: str) -> list[Piece]:
+        while text:
+            text = self._step(text)
+        return self._take()
+
+    def finish(self) -> list[Piece]:
+        self._end()
+        if self._space and not (self._content_is_blank and self._num_calls):
+            self._pieces.append(Content(self._space))
+        return self._take()
+
+    def _step(self, text: str) -> str:
+        """Read some of `text`, and return what is left of it."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """The text has ended."""
+        raise NotImplementedError
+
+    def _take(self) -> list[Piece]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def _say(self, text: str) -> None:
+        """More content; white space waits until it is clear that it belongs to some."""
+        text = self._space + text
+        end = len(text.rstrip())
+        self._space = text[end:]
+        if end:
+            self._content_is_blank = False
+            self._pieces.append(Content(text[:end]))
+
+    def _begin_call(self) -> None:
+        self._scanner, self._is_started = CallScanner(), False
+
+    def _scan(self, text: str) -> str:
+        """Read on in the call; what stands behind it."""
+        scanner = self._scanner
+        assert scanner is not None
+        rest = scanner.feed(text)
+        if scanner.name is not None:
+            if not self._is_started:
+                self._start_call(scanner.name)
+            if news := scanner.take_arguments():
+                self._pieces.append(Arguments(self._num_calls - 1, news))
+        return rest
+
+    def _start_call(self, name: str) -> None:
+        if self._space and not self._content_is_blank:
+            self._pieces.append(Content(self._space))
+        self._space, self._content_is_blank = "", True
+        self._is_started = True
+        self._num_calls += 1
+        self._pieces.append(CallStart(self._num_calls - 1, name))
+
+
+class HermesParser(_CallParser):
+    """<tool_call>{"name": …, "arguments": {…}}</tool_call>, any number of times, and content around them."""
+
+    START, END = "<tool_call>", "</tool_call>"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._undecided = ""
+
+    def _step(self, text: str) -> str:
+        scanner = self._scanner
+        if scanner is None:
+            return self._outside(text)
+        if not (scanner.done or scanner.malformed):
+            text = self._scan(text)
+        if scanner.malformed and scanner.name is None:
+            self._give_back(scanner)
+        elif scanner.done or scanner.malformed:
+            return self._behind_object(scanner, text)
+        return text
+
+    def _outside(self, text: str) -> str:
+        before, tag, after = (self._undecided + text).partition(self.START)
+        if tag:
+            self._say(before)
+            self._undecided = ""
+            self._begin_call()
+            return after
+        certain, self._undecided = split_before_tag(before, self.START)
+        self._say(certain)
+        return ""
+
+    def _behind_object(self, scanner: CallScanner, text: str) -> str:
+        before, tag, after = (self._undecided + text).partition(self.END)
+        if tag:
+            self._undecided = ""
+            self._leave(scanner, before)
+            self._scanner = None
+            return after
+        certain, self._undecided = split_before_tag(before, self.END)
+        self._leave(scanner, certain)
+        return ""
+
+    def _leave(self, scanner: CallScanner, text: str) -> None:
+        """Text between the object and the end tag."""
+        if scanner.done:
+            self._say(text)
+        elif text:
+            self._pieces.append(Arguments(self._num_calls - 1, text))
+
+    def _give_back(self, scanner: CallScanner) -> None:
+        self._say(self.START + scanner.raw)
+        self._scanner = None
+
+    def _end(self) -> None:
+        scanner, rest = self._scanner, self._undecided
+        self._undecided = ""
+        if scanner is None:
+            self._say(rest)
+        elif scanner.name is None:
+            self._give_back(scanner)
+        else:
+            self._leave(scanner, rest)
+
+
+class _JsonCallsParser(_CallParser):
+    """Calls, and nothing else: OPENING, separated by SEPARATOR, then CLOSING. A text that is not that is content."""
+
+    OPENING = ""
+    SEPARATOR = ""
+    CLOSING = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # white space and separators before a call that has not begun, or is not known to be one
+        self._head = ""
+        self._is_content = False
+
+    def _step(self, text: str) -> str:
+        if self._is_content:
+            self._say(text)
+            return ""
+        scanner = self._scanner
+        if scanner is None:
+            return self._between(self._head + text)
+        rest = self._scan(text)
+        if scanner.malformed and scanner.name is None:
+            self._give_back(scanner)
+        elif scanner.malformed:
+            if rest:
+                self._pieces.append(Arguments(self._num_calls - 1, rest))
+            return ""
+        elif scanner.done:
+            self._scanner, self._head = None, ""
+        return rest
+
+    def _between(self, text: str) -> str:
+        begin, separator = text.lstrip(), self.SEPARATOR if self._num_calls else self.OPENING
+        if begin.startswith(separator):
+            begin = begin[len(separator) :].lstrip()
+        elif separator.startswith(begin):
+            begin = ""
+        if not begin or (self._num_calls and begin.rstrip() == self.CLOSING):
+            self._head = text
+            return ""
+        if begin.startswith("{"):
+            self._head = text[: -len(begin)]
+            self._begin_call()
+            return begin
+        self._is_content = True
+        return text
+
+    def _give_back(self, scanner: CallScanner) -> None:
+        self._is_content = True
+        self._say(self._head + scanner.raw)
+        self._scanner = None
+
+    def _end(self) -> None:
+        if self._scanner is None and not self._is_content:
+            if not (self._num_calls and self._head.strip() in ("", self.CLOSING)):
+                self._say(self._head)
+        elif self._scanner is not None and self._scanner.name is None:
+            self._give_back(self._scanner)
+
+
+class Llama3JsonParser(_JsonCallsParser):
+    """{"name": …, "parameters": {…}}, several separated by `;`, at most behind <|python_tag|>."""
+
+    OPENING, SEPARATOR, CLOSING = "<|python_tag|>", ";", ";"
+
+
+class RequiredCallsParser(_JsonCallsParser):
+    """[{"name": …, "parameters": {…}}, …], as the grammar of `required_calls_schema` enforces it."""
+
+    OPENING, SEPARATOR, CLOSING = "[", ",", "]"
+
+
+class NamedCallParser:
+    """The arguments of one function, as its own schema enforces them: the whole text."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._is_started = False
+
+    def feed(self, text: str) -> list[Piece]:
+        pieces: list[Piece] = []
+        if not self._is_started:
+            text = text.lstrip()
+            if text:
+                self._is_started = True
+                pieces.append(CallStart(0, self._name))
+        if text:
+            pieces.append(Arguments(0, text))
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        return []

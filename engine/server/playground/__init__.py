@@ -1,0 +1,45 @@
+"""The page at `/`: try prompts, see probabilities, check that a second run gives the same bits.
+
+Plain files without a build step, sent as they are. The policy lets the page load and call nothing but this server,
+run no script from markup, and make no markup from text: what a model writes can only ever be text.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    # The page belongs to the server's version, so it is asked for anew.
+    "Cache-Control": "no-cache",
+}
+
+
+def _route(path: str, name: str) -> Route:
+    content = (files(__name__) / name).read_bytes()
+    media_type = _TYPES[name[name.rindex(".") :]]
+
+    async def send(_request: Request) -> Response:
+        return Response(content, headers=HEADERS, media_type=media_type)
+
+    return Route(path, send, name=f"playground {name}")
+
+
+ASSETS = ("playground.css", "icon.svg", "main.js", "api.js", "tokens.js", "comparison.js", "engine_status.js")
+PLAYGROUND_ROUTES = [_route("/", "index.html"), *(_route(f"/playground/{name}", name) for name in ASSETS)]

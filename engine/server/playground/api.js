@@ -1,0 +1,76 @@
+// Requests to this server: streamed answers as tokens.
+
+const DONE = "[DONE]";
+
+// A seed has up to 64 bits, a JavaScript number 53: seeds stay text on both ways. An unescaped `,"seed":` can only be a
+// key, as quotes within JSON strings are escaped.
+export function parseChunk(json) {
+  return JSON.parse(json.replace(/([{,]"seed":)(\d+)/g, '$1"$2"'));
+}
+
+export function encodeBody(body, seed) {
+  const text = JSON.stringify(body);
+  return seed === "" ? text : `${text.slice(0, -1)},"seed":${BigInt(seed)}}`;
+}
+
+function headers(apiKey) {
+  return { "Content-Type": "application/json", ...(apiKey ? { Authorization: `Bearer ${apiKey}` } : {}) };
+}
+
+function messageOf(text, status) {
+  try {
+    return JSON.parse(text).error.message;
+  } catch {
+    return `The server answered with status ${status}.`;
+  }
+}
+
+export async function get(path, apiKey) {
+  const response = await fetch(path, { headers: headers(apiKey), cache: "no-store" });
+  const text = await response.text();
+  if (!response.ok) throw new Error(messageOf(text, response.status));
+  return text;
+}
+
+// Yields the chunks of a streamed answer. Throws the server's own words when it refuses or fails.
+export async function* stream(path, body, seed, apiKey, signal) {
+  const response = await fetch(path, { method: "POST", headers: headers(apiKey), body: encodeBody(body, seed), signal });
+  if (!response.ok) throw new Error(messageOf(await response.text(), response.status));
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) throw new Error("The connection ended before the answer did.");
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      if (!line.startsWith("data:")) continue;
+      const data = line.slice(5).trim();
+      if (data === DONE) return;
+      const chunk = parseChunk(data);
+      if (chunk.error) throw new Error(chunk.error.message);
+      yield chunk;
+    }
+  }
+}
+
+// The tokens of one choice, in one form for both interfaces: {id, text, logprob, alternatives: [{text, logprob}]}.
+export function tokensOf(choice) {
+  const ids = choice.token_ids ?? [];
+  const logprobs = choice.logprobs;
+  if (!logprobs) return [];
+  if (logprobs.content) {
+    return logprobs.content.map((entry, i) => ({
+      id: ids[i],
+      text: entry.token,
+      logprob: entry.logprob,
+      alternatives: entry.top_logprobs.map(({ token, logprob }) => ({ text: token, logprob })),
+    }));
+  }
+  return logprobs.tokens.map((text, i) => ({
+    id: ids[i],
+    text,
+    logprob: logprobs.token_logprobs[i],
+    alternatives: Object.entries(logprobs.top_logprobs[i] ?? {}).map(([text, logprob]) => ({ text, logprob })),
+  }));
+}

@@ -1,0 +1,132 @@
+"""What a chat request's tools and the server's parsers mean for its prompt, its grammar and its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from dataclasses import replace as replaced
+from typing import Any
+
+from sempre.engine.parsing import TOOL_PARSERS, OutputParser, named_call_schema, required_calls_schema
+from sempre.engine.parsing.output_parser import reasoning_splitter
+from sempre.engine.parsing.pieces import Parser
+from sempre.engine.parsing.reasoning import END, ReasoningSplitter
+from sempre.engine.parsing.tool_calls import NamedCallParser, RequiredCallsParser
+from sempre.engine.server.config import ServerConfig
+from sempre.engine.server.errors import BadRequest
+from sempre.engine.server.message_parser import MessageParser, ParsedContent, PlainContent
+from sempre.engine.server.requests import ChatCompletionRequest, NamedToolChoice
+from sempre.engine.server.structure import structured_outputs
+from sempre.engine.structured_outputs import StructuredOutputsParams
+
+
+@dataclass(frozen=True)
+class ChatPlan:
+    """What follows from a request before its prompt is known."""
+
+    template_tools: list[dict[str, Any]] | None
+    """as the chat template is given them"""
+    structured: StructuredOutputsParams | None
+    call_parser: str | None
+    """the format of the tool calls to look for: a name of TOOL_PARSERS, "required", or "named" """
+    named: str
+    """the function of tool_choice, if it is one"""
+    one_call: bool
+    reasoning_parser: str | None
+    include_reasoning: bool
+
+    @classmethod
+    def of(cls, request: ChatCompletionRequest, config: ServerConfig) -> ChatPlan:
+        """Raises BadRequest, or ConfigError, naming the field."""
+        structured = structured_outputs(request)
+        parallel = request.parallel_tool_calls is not False
+        call_parser, named = _call_parser(request, config)
+        if call_parser in ("required", "named"):
+            if structured is not None:
+                raise BadRequest(
+                    "tool_choice enforces a tool call, and response_format or structured_outputs another form; "
+                    "give one.",
+                    param="tool_choice",
+                )
+            structured = StructuredOutputsParams(json=_call_schema(request, named, parallel=parallel))
+        return cls(
+            template_tools=[tool.model_dump(exclude_unset=True) for tool in request.tools] if request.tools else None,
+            structured=structured,
+            call_parser=call_parser,
+            named=named,
+            one_call=not parallel,
+            reasoning_parser=config.reasoning_parser or None,
+            include_reasoning=request.include_reasoning is not False,
+        )
+
+    def structured_behind(self, prompt: str) -> StructuredOutputsParams | None:
+        """The form of the output; reasoning before it is free, unless the request itself says where the form begins."""
+        if self.structured is None or self.structured.begins_after is not None or self._splitter(prompt) is None:
+            return self.structured
+        return replaced(self.structured, begins_after=END)
+
+    def message_parser(self, prompt: str, response_id: str, choice: int) -> MessageParser:
+        """The parser of one choice."""
+        reasoning = self._splitter(prompt)
+        if reasoning is None and self.call_parser is None:
+            return PlainContent()
+        return ParsedContent(
+            OutputParser(reasoning, self._tool_parser(), one_call=self.one_call),
+            id_prefix=f"{response_id}/{choice}",
+            reports_calls=self.call_parser != "named",
+            include_reasoning=self.include_reasoning,
+        )
+
+    def _splitter(self, prompt: str) -> ReasoningSplitter | None:
+        return None if self.reasoning_parser is None else reasoning_splitter(self.reasoning_parser, prompt)
+
+    def _tool_parser(self) -> Parser | None:
+        match self.call_parser:
+            case None:
+                return None
+            case "named":
+                return NamedCallParser(self.named)
+            case "required":
+                return RequiredCallsParser()
+            case name:
+                return TOOL_PARSERS[name]()
+
+
+def _call_parser(request: ChatCompletionRequest, config: ServerConfig) -> tuple[str | None, str]:
+    """(format of the calls, function that is named)."""
+    choice = request.tool_choice
+    if request.tools is not None and not request.tools:
+        raise BadRequest("tools must hold at least one tool; leave it out for none.", param="tools")
+    if not request.tools:
+        if choice in (None, "none"):
+            return None, ""
+        raise BadRequest(f"tool_choice {choice!r} needs tools.", param="tool_choice")
+    names = [tool.function.name for tool in request.tools]
+    if len(set(names)) < len(names):
+        raise BadRequest("tools: two functions have one name.", param="tools")
+    if isinstance(choice, NamedToolChoice):
+        if choice.function.name not in names:
+            raise BadRequest(
+                f"tool_choice names the function {choice.function.name!r}, which is not among the tools: {names}.",
+                param="tool_choice",
+            )
+        return "named", choice.function.name
+    if choice == "required":
+        return "required", ""
+    if choice == "none":
+        return None, ""
+    if not (config.enable_auto_tool_choice and config.tool_call_parser):
+        raise BadRequest(
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set.',
+            param="tool_choice",
+        )
+    return config.tool_call_parser, ""
+
+
+def _call_schema(request: ChatCompletionRequest, named: str, *, parallel: bool) -> dict[str, Any]:
+    functions = [(tool.function.name, tool.function.parameters) for tool in request.tools or []]
+    if named:
+        return named_call_schema(dict(functions)[named])
+    try:
+        return required_calls_schema(functions, parallel=parallel)
+    except ValueError as error:
+        raise BadRequest(str(error), param="tools") from None

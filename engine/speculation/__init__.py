@@ -1,0 +1,14 @@
+"""Guesses of the tokens to come, and how many of them are worth their verification. No torch, no randomness, no clock.
+
+    drafter.py    Drafter: what guesses from a sequence's own tokens
+    lookup.py     TokenIndex; NgramDrafter, SuffixDrafter, RecentOutputs
+    adaptive.py   DraftLength: how many tokens to guess, from how the last guesses went
+    speculation.py  Speculation: one request's side of it, as the scheduler asks for it; SpeculationPlan makes them
+
+A guess never reaches an output: the worker samples its own token at every position and keeps guesses only as far as
+they equal its tokens. So everything here is about speed.
+"""
+
+from sempre.engine.speculation.speculation import ModelSpeculation, Speculation, SpeculationPlan, max_draft_tokens
+
+__all__ = ["ModelSpeculation", "Speculation", "SpeculationPlan", "max_draft_tokens"]

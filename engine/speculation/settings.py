@@ -1,0 +1,70 @@
+"""From what a user asks for to a SpeculativeConfig."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from sempre.engine.config import SpeculativeConfig
+from sempre.ipc.errors import ConfigError
+
+_FIELDS = tuple(name for name in SpeculativeConfig.__struct_fields__ if name != "model_path")
+_SHORT = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+_MOST_TOKENS = 32
+
+
+def speculative_config(value: object, short: Mapping[str, object]) -> SpeculativeConfig | None:
+    """`value` is a mapping, a SpeculativeConfig or None; `short` holds spec_method, spec_model, spec_tokens if given.
+
+    None is off, and so is `num_speculative_tokens` 0. A method that is left out is draft_model where there is a model.
+    The draft model is not looked for yet. Raises ConfigError.
+    """
+    if isinstance(value, SpeculativeConfig):
+        value = {name: getattr(value, name) for name in _FIELDS}
+    if value is not None and not isinstance(value, Mapping):
+        raise _refused("speculative_config", value, "must be a mapping such as {'method': 'ngram'}")
+    fields: dict[str, Any] = dict(value or {})
+    for keyword, name in _SHORT.items():
+        given = short.get(keyword)
+        if given is not None and fields.setdefault(name, given) != given:
+            raise _refused(keyword, given, f"says otherwise than speculative_config[{name!r}]={fields[name]!r}")
+    if not fields or fields.get("num_speculative_tokens") == 0:
+        return None
+    for name in fields:
+        if name not in _FIELDS:
+            near = difflib.get_close_matches(str(name), _FIELDS, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(_FIELDS)}."
+            raise _refused(f"speculative_config[{name!r}]", fields[name], f"is no setting of speculation. {hint}")
+    if fields.get("method") is None and fields.get("model") is not None:
+        fields["method"] = "draft_model"
+    try:
+        config = msgspec.convert(fields, SpeculativeConfig)
+    except msgspec.ValidationError as error:
+        raise _refused("speculative_config", value, f"does not fit: {error}") from None
+    _check(config)
+    return config
+
+
+def _check(config: SpeculativeConfig) -> None:
+    if not 1 <= config.num_speculative_tokens <= _MOST_TOKENS:
+        raise _bad(config, "num_speculative_tokens", f"must be in [1, {_MOST_TOKENS}] (or 0 for off)")
+    uses_model = config.method == "draft_model"
+    if uses_model and config.model is None:
+        raise _bad(config, "model", "must name the draft model for method 'draft_model'")
+    if not uses_model and config.model is not None:
+        raise _bad(config, "model", f"must be left out for method {config.method!r}, which needs none")
+    if not uses_model and config.placement != "colocated":
+        raise _bad(config, "placement", f"must be left out for method {config.method!r}, which needs no worker")
+    if not 1 <= config.prompt_lookup_min <= config.prompt_lookup_max:
+        raise _bad(config, "prompt_lookup_min", f"must be in [1, prompt_lookup_max={config.prompt_lookup_max}]")
+
+
+def _bad(config: SpeculativeConfig, name: str, text: str) -> ConfigError:
+    return _refused(f"speculative_config[{name!r}]", getattr(config, name), text)
+
+
+def _refused(name: str, value: object, text: str) -> ConfigError:
+    return ConfigError(f"{name}={value!r} {text}", parameter=name.partition("[")[0], value=value)

@@ -1,0 +1,189 @@
+"""One request's guesses as the scheduler asks for them, and the plan that makes such objects for all requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from sempre.engine.config import EngineConfig, SpeculativeConfig
+from sempre.engine.speculation.adaptive import DraftLength
+from sempre.engine.speculation.drafter import Drafter
+from sempre.engine.speculation.lookup import NgramDrafter, RecentOutputs, SuffixDrafter
+
+# A request whose next step depends on the result of the last one cannot have two in flight; that must pay.
+_GATE = 0.25
+_GATE_AHEAD = 0.55
+_SUFFIX_LONGEST = 24
+# a draft model that was given up is asked again after this many tokens
+_PROBE_AFTER = 32
+# no step brings more guesses than this, so that the logits of their rows fit into a buffer of known size
+_MOST_DRAFTS_PER_STEP = 256
+
+
+class Speculation(Protocol):
+    """One request's guesses. `token_ids` is its sequence as far as results have come back."""
+
+    awaits_worker: bool
+    """a draft worker is to be asked for guesses"""
+
+    def must_wait(self, token_ids: list[int], num_in_flight: int) -> bool:
+        """Whether its next step must not be planned yet: guesses are awaited, or the result of a step decides."""
+
+    def drafts(self, token_ids: list[int], room: int) -> list[int]:
+        """Guesses to verify with the step that computes the last token; at most `room`, which may be 0."""
+
+    def num_wanted(self) -> int:
+        """Guesses that the worker is to make after that step."""
+
+    def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, proposed: list[int]) -> None:
+        """A step has returned that verified `drafts` and kept `num_kept`; the worker guesses `proposed` now."""
+
+    def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
+        """The request has ended, in whatever way."""
+
+
+class LookupSpeculation:
+    """Guesses of a drafter in this process.
+
+    Every token that comes is compared with the last guess, whether it was verified or not, so it costs nothing to
+    notice when guesses become worth while.
+    """
+
+    def __init__(self, drafter: Drafter, length: DraftLength, longest: int) -> None:
+        self._drafter = drafter
+        self._length = length
+        self._longest = longest
+        self.awaits_worker = False
+        self._num_seen = 0
+        self._guesses: list[int] = []
+
+    def must_wait(self, token_ids: list[int], num_in_flight: int) -> bool:
+        if not num_in_flight:
+            return False
+        self._follow(token_ids)
+        return self._length.current > 0 and len(self._guesses) > 1
+
+    def drafts(self, token_ids: list[int], room: int) -> list[int]:
+        self._follow(token_ids)
+        return self._guesses[: min(self._length.current, room)]
+
+    def num_wanted(self) -> int:
+        return 0
+
+    def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, proposed: list[int]) -> None:
+        pass
+
+    def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
+        if self._num_seen:
+            self._follow(token_ids)
+            self._drafter.finish(num_prompt_tokens)
+
+    def _follow(self, token_ids: list[int]) -> None:
+        new = token_ids[self._num_seen :]
+        if not new:
+            return
+        compared = [token_id == guess for token_id, guess in zip(new, self._guesses, strict=False)]
+        missed = False in compared
+        self._length.observe(compared.index(False) if missed else len(compared), missed=missed)
+        self._drafter.extend(new)
+        self._num_seen = len(token_ids)
+        # one more than can be verified: a step may be in flight
+        self._guesses = self._drafter.propose(self._longest + 1)
+
+
+class ModelSpeculation:
+    """Guesses of a draft model; `asks_worker`: it has a worker of its own, which is asked once a result is back."""
+
+    def __init__(self, length: DraftLength, *, asks_worker: bool) -> None:
+        self._length = length
+        self._asks_worker = asks_worker
+        self._guesses: list[int] = []
+        self._num_known = -1
+        self._tokens_without = 0
+        self._in_flight = False
+        self.awaits_worker = False
+
+    def must_wait(self, token_ids: list[int], num_in_flight: int) -> bool:
+        if self.awaits_worker:
+            return True
+        return num_in_flight > 0 and (self._in_flight or (self._asks_worker and self.length() > 0))
+
+    def drafts(self, token_ids: list[int], room: int) -> list[int]:
+        guesses = self._guesses[:room] if self._num_known == len(token_ids) else []
+        self._in_flight = bool(guesses)
+        return guesses
+
+    def num_wanted(self) -> int:
+        if self._asks_worker:
+            return 0
+        count = self.length()
+        self._in_flight = self._in_flight or count > 0
+        return count
+
+    def length(self) -> int:
+        """How many guesses to ask for."""
+        if self._length.current == 0 and self._tokens_without >= _PROBE_AFTER:
+            return 1
+        return self._length.current
+
+    def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, proposed: list[int]) -> None:
+        if drafts:
+            self._length.observe(num_kept, missed=num_kept < len(drafts))
+            self._tokens_without = 0
+        else:
+            self._tokens_without += 1
+        self._in_flight = False
+        self.awaits_worker = self._asks_worker and self.length() > 0
+        self._guesses, self._num_known = proposed, len(token_ids)
+
+    def answered(self, num_known: int, guesses: list[int]) -> None:
+        """The worker's guesses of what comes after the first `num_known` tokens; too late is as good as none."""
+        self.awaits_worker = False
+        self._guesses, self._num_known = guesses, num_known
+
+    def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
+        self.awaits_worker = False
+
+
+class SpeculationPlan:
+    """Makes a `Speculation` for each request of one replica."""
+
+    def __init__(self, config: SpeculativeConfig, *, steps_ahead: bool) -> None:
+        """`steps_ahead`: the worker takes a step before the result of the one before it is known."""
+        self._config = config
+        self._gate = _GATE_AHEAD if steps_ahead else _GATE
+        self._make_drafter = DRAFTERS[config.method](config) if config.method in DRAFTERS else None
+
+    @property
+    def asks_worker(self) -> bool:
+        return self._make_drafter is None and self._config.placement == "worker"
+
+    def start(self) -> Speculation:
+        config = self._config
+        longest = config.num_speculative_tokens
+        length = DraftLength(longest, gate=self._gate, adaptive=config.adaptive)
+        if self._make_drafter is None:
+            return ModelSpeculation(length, asks_worker=self.asks_worker)
+        return LookupSpeculation(self._make_drafter(), length, longest)
+
+
+def _ngram_drafters(config: SpeculativeConfig) -> Callable[[], Drafter]:
+    return lambda: NgramDrafter(config.prompt_lookup_min, config.prompt_lookup_max)
+
+
+def _suffix_drafters(config: SpeculativeConfig) -> Callable[[], Drafter]:
+    recent = RecentOutputs(config.prompt_lookup_min)
+    return lambda: SuffixDrafter(recent, config.prompt_lookup_min, _SUFFIX_LONGEST)
+
+
+DRAFTERS: dict[str, Callable[[SpeculativeConfig], Callable[[], Drafter]]] = {
+    "ngram": _ngram_drafters,
+    "suffix": _suffix_drafters,
+}
+
+
+def max_draft_tokens(config: EngineConfig) -> int:
+    """The most guesses in one step, of all requests."""
+    if config.speculative_config is None:
+        return 0
+    return min(config.max_num_seqs * config.speculative_config.num_speculative_tokens, _MOST_DRAFTS_PER_STEP)

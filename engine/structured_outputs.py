@@ -1,0 +1,115 @@
+"""What form an output must have: a JSON schema, any JSON object, a regular expression, a choice or a grammar."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sempre.ipc.errors import ConfigError
+
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
+
+# Fields of vLLM that have no meaning here.
+UNSUPPORTED_FIELDS = frozenset(
+    {"disable_additional_properties", "disable_fallback", "structural_tag", "whitespace_pattern"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """Exactly one constraint; the names are vLLM's.
+
+    json                    a JSON schema (draft 2020-12), as a dict or as text
+    regex                   a regular expression without look-around and back-references, matched as a whole
+    choice                  one of these strings
+    grammar                 a grammar in Lark's form, or in GBNF (rules with `::=`)
+    json_object             True: any JSON object
+    disable_any_whitespace  JSON without optional white space
+    begins_after            leave the output free up to and including the first such text (a reasoning model's
+                            "</think>"); the constraint rules what follows it and white space
+
+    Raises ConfigError (a ValueError) that names the field, TypeError for an unknown keyword.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    begins_after: str | None = None
+
+    def __new__(cls, **keywords: Any) -> StructuredOutputsParams:
+        known = [field.name for field in fields(cls)]
+        for name, value in keywords.items():
+            if name in UNSUPPORTED_FIELDS:
+                raise _refusal(name, value, "is not supported by this engine. Leave it out.")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"StructuredOutputsParams has no parameter {name!r}.{hint}")
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        given = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise ConfigError(
+                f"structured_outputs: expected exactly one of {', '.join(CONSTRAINTS)}, "
+                f"found {' and '.join(given) or 'none'}.",
+                parameter="structured_outputs",
+                value=given,
+            )
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema(self.json))
+        for name in ("regex", "grammar", "begins_after"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise _refusal(name, value, f"must be a string that is not empty, got {value!r}.")
+        for name in ("json_object", "disable_any_whitespace"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise _refusal(name, value, f"must be True or False, got {value!r}.")
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice))
+
+    @property
+    def constraint(self) -> str:
+        """The name of the field that is set."""
+        return next(name for name in CONSTRAINTS if getattr(self, name) not in (None, False))
+
+
+def _refusal(name: str, value: object, rest: str) -> ConfigError:
+    return ConfigError(f"structured_outputs.{name} {rest}", parameter=f"structured_outputs.{name}", value=value)
+
+
+def _schema(value: object) -> str:
+    """The schema as text."""
+    if isinstance(value, str):
+        try:
+            # numbers beyond float64 are the schema's own business; NaN is not JSON
+            value = json.loads(value, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise _refusal("json", value, f"is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise _refusal("json", value, f"must be a JSON schema, which is an object, got {type(value).__name__}.")
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _refusal("json", value, f"has no JSON form: {error}.") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _choices(value: object) -> list[str]:
+    valid = isinstance(value, Sequence) and not isinstance(value, str)
+    if not valid or not all(isinstance(item, str) for item in value):  # type: ignore[attr-defined]
+        raise _refusal("choice", value, f"must be a list of strings, got {value!r}.")
+    choices = list(value)  # type: ignore[call-overload]
+    if not choices or "" in choices:
+        raise _refusal("choice", value, f"must hold strings that are not empty, at least one, got {value!r}.")
+    return list(dict.fromkeys(choices))

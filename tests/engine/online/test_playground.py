@@ -1,0 +1,220 @@
+"""The page at `/`, in headless Chromium against a real server."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+
+from sempre.engine.server.playground import ASSETS, HEADERS
+
+CHROMIUM = shutil.which("chromium")
+browser_test = pytest.mark.skipif(CHROMIUM is None, reason="no `chromium` on the PATH (Debian's package of that name)")
+WAIT_MS = 60_000
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[sync_api.Browser]:
+    with sync_api.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: sync_api.Browser, server_url: str) -> Iterator[sync_api.Page]:
+    """The page, loaded; a complaint of the browser fails the test, but for answers it shows as failed requests."""
+    context = browser.new_context()
+    context.set_default_timeout(WAIT_MS)
+    opened = context.new_page()
+    complaints: list[str] = []
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    opened.goto(server_url)
+    yield opened
+    context.close()
+    assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
+
+
+def generate(page: sync_api.Page, **fields: str) -> None:
+    for name, value in fields.items():
+        page.fill(f"#{name}", value)
+    page.click("#generate")
+    page.wait_for_selector("#again:enabled")
+
+
+def run_again(page: sync_api.Page) -> str:
+    page.click("#again")
+    page.wait_for_selector("#verdict:not([hidden])")
+    return page.inner_text("#verdict")
+
+
+def test_files_and_policy(server_url: str) -> None:
+    for path in ("/", *(f"/playground/{name}" for name in ASSETS)):
+        response = httpx.get(server_url + path)
+        assert response.status_code == 200
+        assert {name: response.headers[name] for name in HEADERS} == HEADERS
+    html = httpx.get(server_url).text
+    assert "unsafe" not in HEADERS["Content-Security-Policy"]
+    assert re.findall(r"<script(?![^>]*\ssrc=)|<style|\sstyle=|\son\w+=|https?://", html) == []
+    scripts = "".join(httpx.get(f"{server_url}/playground/{name}").text for name in ASSETS if name.endswith(".js"))
+    assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|https?://", scripts) == []
+    assert httpx.get(f"{server_url}/playground/../app.py").status_code == 404
+
+
+@browser_test
+def test_tokens_with_probabilities_seed_and_fingerprint(page: sync_api.Page, server_url: str) -> None:
+    # more than 53 bits, which a JavaScript number would round
+    seed = 2**64 - 3
+    generate(page, seed=str(seed), max_tokens="20", prompt="The ship")
+    body = {"prompt": "The ship", "seed": seed, "max_tokens": 20, "logprobs": 5, "temperature": 1}
+    expected = httpx.post(f"{server_url}/v1/completions", json=body).json()
+    tokens = page.locator("#output .token")
+    logprobs = expected["choices"][0]["logprobs"]
+    assert [text.replace("⏎\n", "\n") for text in tokens.all_text_contents()] == logprobs["tokens"]
+    buckets = [sum(np.exp(p) >= bound for bound in (0.01, 0.1, 0.5, 0.9)) for p in logprobs["token_logprobs"]]
+    assert [tokens.nth(i).get_attribute("class") for i in range(20)] == [f"token p{b}" for b in buckets]
+    assert page.inner_text("#seed-used") == str(seed)
+    assert page.inner_text("#fingerprint") == expected["system_fingerprint"]
+    assert (page.inner_text("#count"), page.inner_text("#finish")) == ("20", "length")
+    tokens.nth(3).hover()
+    shown = {row.inner_text() for row in page.locator("#details tbody td:last-child").all()}
+    assert {float(text) for text in shown} == set(logprobs["top_logprobs"][3].values())
+
+
+@browser_test
+@pytest.mark.parametrize("mode", ["completion", "chat"])
+def test_run_again_finds_equal_bits(page: sync_api.Page, mode: str) -> None:
+    page.check(f"input[value={mode}]")
+    generate(page, max_tokens="24", temperature="1.2")
+    count, seed = page.inner_text("#count"), page.inner_text("#seed-used")
+    assert run_again(page).startswith(f"Equal bits: {count} tokens and ")
+    assert page.inner_text("#seed-used") == seed
+    assert page.get_attribute("#verdict", "class") == "equal"
+
+
+@browser_test
+@pytest.mark.parametrize(
+    "change", ["last bit of a logprob", "last bit of an alternative", "token", "length", "fingerprint"]
+)
+def test_run_again_finds_a_difference(page: sync_api.Page, change: str) -> None:
+    generate(page, max_tokens="8", seed="5")
+
+    def alter(route: sync_api.Route) -> None:
+        response = route.fetch()
+        events = response.text().split("\n\n")
+        chunk = json.loads(events[4].removeprefix("data: "))
+        choice = chunk["choices"][0]
+        logprobs = choice["logprobs"]
+        if change == "last bit of a logprob":
+            logprobs["token_logprobs"][0] = float(
+                np.nextafter(np.float32(logprobs["token_logprobs"][0]), np.float32(0))
+            )
+        elif change == "last bit of an alternative":
+            name = list(logprobs["top_logprobs"][0])[-1]
+            value = np.float32(logprobs["top_logprobs"][0][name])
+            logprobs["top_logprobs"][0][name] = float(np.nextafter(value, np.float32(0)))
+        elif change == "token":
+            choice["token_ids"][0] += 1
+        events[4] = f"data: {json.dumps(chunk)}"
+        if change == "length":
+            del events[4]
+        text = "\n\n".join(events)
+        if change == "fingerprint":
+            text = text.replace('"system_fingerprint":"', '"system_fingerprint":"other')
+        route.fulfill(response=response, body=text)
+
+    page.route("**/v1/completions", alter)
+    verdict = run_again(page)
+    if change == "fingerprint":
+        assert verdict.startswith("Equal bits: 8 tokens")
+        assert "The fingerprint changed from" in verdict
+    else:
+        assert verdict.startswith("Different: token 5 was ")
+        assert page.get_attribute("#verdict", "class") == "different"
+        assert page.locator("#output .token").nth(4).get_attribute("class").endswith("differs")
+
+
+@browser_test
+def test_text_of_a_model_is_never_markup(page: sync_api.Page) -> None:
+    markup = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
+    logprobs = {"tokens": [markup], "token_logprobs": [-0.1], "top_logprobs": [{markup: -0.1, "<b>": -3.0}]}
+    choice = {"index": 0, "text": markup, "logprobs": logprobs, "token_ids": [5], "finish_reason": "stop", "seed": 1}
+    stream = f"data: {json.dumps({'choices': [choice], 'system_fingerprint': markup})}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/completions", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
+    generate(page)
+    assert page.inner_text("#output") == page.inner_text("#fingerprint") == markup
+    page.locator("#output .token").hover()
+    assert page.locator("#details td").first.inner_text() == markup
+    assert page.locator("section img, section script, section b").count() == 0
+    assert page.title() == "Sempre playground"
+
+
+@browser_test
+def test_the_keyboard_reaches_everything(page: sync_api.Page) -> None:
+    page.focus("#prompt")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#again:enabled")
+    page.focus("#stop")
+    for expected in ("api_key", "generate", "again", "output"):
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == expected
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#details caption").startswith("Token 2, id ")
+    assert page.text_content("#announcement").startswith("Token 2: ")
+    page.keyboard.press("End")
+    assert page.inner_text("#details caption").startswith(f"Token {page.inner_text('#count')}, id ")
+    # every control has a name that is read out
+    unnamed = (
+        "[...document.querySelectorAll('input, textarea, meter')].filter((e) => !e.labels?.length && !e.ariaLabel)"
+    )
+    assert page.evaluate(f"{unnamed}.length") == 0
+
+
+@browser_test
+def test_light_and_dark(page: sync_api.Page) -> None:
+    def colours() -> list[str]:
+        style = "getComputedStyle(document.body)"
+        found: list[str] = page.evaluate(f"[{style}.backgroundColor, {style}.color]")
+        return found
+
+    page.emulate_media(color_scheme="light")
+    light = colours()
+    page.emulate_media(color_scheme="dark")
+    assert colours() != light
+
+
+@browser_test
+def test_a_refusal_is_shown_and_a_run_can_be_stopped(page: sync_api.Page) -> None:
+    page.fill("#stop", "x")
+    page.route("**/v1/completions", lambda route: route.continue_(post_data=json.dumps({"prompt": "a", "top_p": 7})))
+    page.click("#generate")
+    page.wait_for_selector("#status.bad")
+    assert page.inner_text("#status").startswith("top_p: ")
+    page.unroute("**/v1/completions")
+    page.route("**/v1/completions", lambda route: None)
+    page.click("#generate")
+    page.keyboard.press("Escape")
+    sync_api.expect(page.locator("#status")).to_have_text("Stopped.")
+    page.unroute_all(behavior="ignoreErrors")
+
+
+@browser_test
+def test_load_and_cache_usage_are_live(page: sync_api.Page, server_url: str) -> None:
+    running, meter = page.locator("#running"), page.locator("#kv-meter")
+    sync_api.expect(running).to_have_text("0", timeout=WAIT_MS)
+    body = {"prompt": "The ship", "n": 48, "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server_url}/v1/completions", json=body, timeout=None) as response:
+        # held, since the response ends with its iterator
+        received = response.iter_raw()
+        next(received)
+        sync_api.expect(running).to_have_text(re.compile(r"^[1-9]\d*$"), timeout=WAIT_MS)
+        sync_api.expect(meter).to_have_attribute("value", re.compile(r"[1-9]"), timeout=WAIT_MS)
+    sync_api.expect(running).to_have_text("0", timeout=WAIT_MS)

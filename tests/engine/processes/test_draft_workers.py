@@ -1,0 +1,145 @@
+"""Draft workers: held to the target's seed and tokens, and missed by nobody when they die or stall."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from sempre.engine.client.interface import EngineClient
+from sempre.engine.harness import Cluster, Generation, compare_generations, generate, make_request
+from sempre.ipc.errors import ConfigError, ModelError, SeedMismatch
+from sempre.ipc.messages import ClientCommand, ClientEvent, EngineNotice, OutputsReady, RequestSpec
+
+HERE = Path(__file__).parent
+DRAFTING = {"method": "draft_model", "model": "tiny-draft", "num_speculative_tokens": 4, "placement": "worker"}
+SETTINGS: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 1}
+
+
+def specs(count: int, max_tokens: int) -> list[RequestSpec]:
+    return [
+        make_request(
+            [5 + i, 300 + i, 7],
+            seed=i,
+            ordinal=i,
+            max_tokens=max_tokens,
+            temperature=(0.0, 0.7, 1.0)[i % 3],
+            logprobs=1,
+        )
+        for i in range(count)
+    ]
+
+
+class Watched:
+    """A client that acts once so many tokens have come, and keeps the notices."""
+
+    def __init__(self, client: EngineClient, at_tokens: int, act: Callable[[], None]) -> None:
+        self._client = client
+        self._at_tokens = at_tokens
+        self._act = act
+        self._tokens = 0
+        self.notices: list[str] = []
+        self.ready = client.ready
+
+    def send(self, command: ClientCommand) -> None:
+        self._client.send(command)
+
+    def receive(self, timeout_s: float | None = None) -> ClientEvent | None:
+        event = self._client.receive(timeout_s)
+        if isinstance(event, EngineNotice):
+            self.notices.append(event.message)
+        if isinstance(event, OutputsReady):
+            before = self._tokens
+            self._tokens += sum(len(delta.token_ids) for delta in event.outputs)
+            if before < self._at_tokens <= self._tokens:
+                self._act()
+        return event
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def accepted(cluster: Cluster) -> float:
+    (count,) = cluster.metrics()["spec_decode_num_accepted_tokens"]
+    return float(count)
+
+
+def generate_until_guesses_are_accepted(cluster: Cluster) -> None:
+    before, deadline = accepted(cluster), time.monotonic() + 60
+    while accepted(cluster) == before:
+        assert time.monotonic() < deadline, "the draft worker has not come back"
+        cluster.generate(specs(4, 8))
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Generation]:
+    with Cluster("tiny", **SETTINGS) as cluster:
+        return cluster.generate(specs(64, 40))
+
+
+def test_a_killed_draft_worker_costs_no_request(expected: list[Generation]) -> None:
+    """In the middle of 64 requests; it is said once, and a new one goes on guessing."""
+    with Cluster("tiny", speculative_config=DRAFTING, **SETTINGS) as cluster:
+        (pid,) = cluster.ready.draft_worker_pids
+        watched = Watched(cluster.client, 500, lambda: os.kill(pid, signal.SIGKILL))
+        run = generate(watched, specs(64, 40))
+        comparison = compare_generations(expected, run)
+        assert comparison.equal, comparison.first_difference
+        assert accepted(cluster) > 0
+        generate_until_guesses_are_accepted(cluster)
+        assert compare_generations(expected, cluster.generate(specs(64, 40))).equal
+    (notice,) = watched.notices
+    assert re.match(r"a draft worker has failed: draft worker 0 \(pid \d+\) died: .*SIGKILL.*restarted", notice)
+
+
+def test_a_stalled_draft_worker_costs_no_request(expected: list[Generation]) -> None:
+    with Cluster("tiny", speculative_config=DRAFTING, **SETTINGS) as cluster:
+        (pid,) = cluster.ready.draft_worker_pids
+        watched = Watched(cluster.client, 500, lambda: os.kill(pid, signal.SIGSTOP))
+        assert compare_generations(expected, generate(watched, specs(64, 40))).equal
+        os.kill(pid, signal.SIGCONT)
+        generate_until_guesses_are_accepted(cluster)
+    (notice,) = watched.notices
+    assert "has not answered within 0.5 s" in notice
+
+
+def test_a_draft_worker_with_another_seed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEMPRE_TEST_ODDITY", "other-seed")
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=":")
+    text = "draft worker 0 is seeded differently from rank 0 before the model is loaded: python_random"
+    with pytest.raises(SeedMismatch, match=text):
+        Cluster("tiny", worker_module="draft_workers", speculative_config=DRAFTING, **SETTINGS)
+
+
+@pytest.mark.parametrize("placement", ["colocated", "worker"])
+def test_a_draft_model_with_other_tokens_is_refused(tmp_path: Path, placement: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    drafting = {"method": "draft_model", "model": str(tmp_path), "placement": placement}
+    with pytest.raises(
+        ConfigError, match=r"draft model .* has a vocabulary of 320 tokens, and the model .* one of 4096"
+    ):
+        Cluster("tiny", speculative_config=drafting, **SETTINGS)
+
+
+def test_a_draft_worker_that_cannot_start_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    drafting = {**DRAFTING, "model": str(tmp_path)}
+    with pytest.raises(ModelError):
+        Cluster("tiny", speculative_config=drafting, **SETTINGS)

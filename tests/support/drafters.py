@@ -1,0 +1,56 @@
+"""Drafters for tests: one that guesses at random, one that is right half of the time, one that knows the output."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from sempre.engine.config import SpeculativeConfig
+from sempre.engine.speculation import speculation
+from sempre.engine.speculation.drafter import Drafter
+
+VOCAB_SIZE = 4096
+
+
+class ScriptedDrafter:
+    """Guesses the known continuation of its sequence, each token with the given probability, else any token."""
+
+    def __init__(self, outputs: Sequence[list[int]], share_right: float) -> None:
+        self._outputs = outputs
+        self._share_right = share_right
+        self._tokens: list[int] = []
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        self._tokens += token_ids
+
+    def propose(self, count: int) -> list[int]:
+        length = len(self._tokens)
+        matching = (whole for whole in self._outputs if whole[:length] == self._tokens)
+        known = next(matching, [])[length : length + count]
+        digests = [hashlib.sha256(repr((self._tokens, i)).encode()).digest() for i in range(count)]
+        return [
+            known[i]
+            if i < len(known) and digest[0] < 256 * self._share_right
+            else int.from_bytes(digest[1:3]) % VOCAB_SIZE
+            for i, digest in enumerate(digests)
+        ]
+
+    def finish(self, num_prompt_tokens: int) -> None:
+        pass
+
+
+@contextmanager
+def drafting_with(outputs: Sequence[list[int]], share_right: float) -> Iterator[None]:
+    """While this lasts, engines in this process that are told "ngram" draft by this script. `outputs` are whole
+    sequences, prompts first."""
+
+    def make(config: SpeculativeConfig) -> Callable[[], Drafter]:
+        return lambda: ScriptedDrafter(outputs, share_right)
+
+    before = speculation.DRAFTERS["ngram"]
+    speculation.DRAFTERS["ngram"] = make
+    try:
+        yield
+    finally:
+        speculation.DRAFTERS["ngram"] = before

@@ -1,0 +1,157 @@
+"""What a grammar allows next is a function of the tokens so far, however the state came there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from grammars import EOS, LETTERS, OBJECT, TINY, VOCABULARY, compiler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from sempre.ipc.messages import SamplingSpec
+from sempre.kernels.sampling import allow_bits
+from sempre.workers.sampling import GrammarCompiler, RowError, Sampler, SamplingState
+from sempre.workers.sampling.grammar import GrammarState
+
+TOKENIZER = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+PROMPT = [7, 8, 9]
+TEXT = '{"a": 17, "b": [1, "x"]}'
+
+
+def sequence(text: str) -> list[int]:
+    return [*PROMPT, *TOKENIZER.encode(text, add_special_tokens=False).ids]
+
+
+COMPILER = compiler()
+
+
+def started(grammar: str, tokens: list[int]) -> GrammarState:
+    return COMPILER.start(grammar, EOS, tokens, len(PROMPT))
+
+
+def allowed(state: GrammarState, position: int) -> list[int]:
+    bits = np.unpackbits(state.allowed_words(position).view(np.uint8), bitorder="little")
+    return np.flatnonzero(bits).tolist()
+
+
+def test_the_tokens_allowed_are_those_that_continue_a_valid_text() -> None:
+    ids = allowed(started(LETTERS, list(PROMPT)), len(PROMPT))
+    texts = {TOKENIZER.decode([token], skip_special_tokens=False) for token in ids}
+    every = [TOKENIZER.decode([token], skip_special_tokens=False) for token in range(VOCABULARY)]
+    assert texts == {text for text in every if 1 <= len(text) <= 9 and set(text) <= set("abcdefghijklm")}
+
+
+def test_the_end_is_allowed_exactly_when_the_text_is_complete() -> None:
+    tokens = sequence(TEXT)
+    state = started(OBJECT, tokens)
+    for position in range(len(PROMPT), len(tokens)):
+        ids = allowed(state, position)
+        assert tokens[position] in ids
+        assert not set(EOS) & set(ids)
+    assert allowed(state, len(tokens)) == EOS
+
+
+POSITIONS = st.lists(st.integers(len(PROMPT), len(sequence(TEXT))), min_size=1, max_size=12)
+
+
+@given(POSITIONS)
+@settings(max_examples=60)
+def test_a_state_that_went_to_and_fro_equals_a_fresh_one(positions: list[int]) -> None:
+    tokens = sequence(TEXT)
+    state = started(OBJECT, tokens)
+    for position in positions:
+        fresh = started(OBJECT, tokens[:position])
+        assert (state.allowed_words(position) == fresh.allowed_words(position)).all()
+
+
+def test_one_state_in_several_rows_gives_each_row_its_own_mask() -> None:
+    """As verification of drafted tokens asks for it."""
+    tokens = sequence(TEXT)
+    params = SamplingSpec(max_tokens=50, grammar=OBJECT, eos_token_ids=EOS)
+    logits = torch.randn(len(tokens) - len(PROMPT), VOCABULARY, generator=torch.Generator().manual_seed(1))
+    positions = list(range(len(PROMPT), len(tokens)))
+    shared = SamplingState(params, 5, tokens, len(PROMPT), started(OBJECT, tokens))
+    together = Sampler().sample(logits.clone(), [shared] * len(positions), positions)
+    for row, position in enumerate(positions):
+        lone = SamplingState(params, 5, tokens[:position], len(PROMPT), started(OBJECT, tokens[:position]))
+        assert Sampler().sample(logits[row : row + 1].clone(), [lone], [position]) == [together[row]]
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        ('{"grammars": [{"json_schema": {"type": "objekt"}}]}', "structured_outputs: .*objekt"),
+        ("nonsense {", "structured_outputs: "),
+        ('{"grammars": [{"lark_grammar": "start: <|nobody|>"}]}', "unknown special token"),
+    ],
+)
+def test_a_grammar_that_does_not_compile_is_the_error_of_its_row(grammar: str, message: str) -> None:
+    tokens = list(PROMPT)
+    with pytest.raises(RowError, match=message):
+        started(grammar, tokens).allowed_words(len(PROMPT))
+    bad = SamplingState(SamplingSpec(max_tokens=5, grammar=grammar), 1, tokens, 3, started(grammar, tokens))
+    good = SamplingState(SamplingSpec(max_tokens=5), 1, tokens, 3)
+    logits = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    results = Sampler().sample(logits.clone(), [bad, good], [3, 3])
+    assert results[0].token_id is None
+    assert results[0].error is not None
+    assert results[0].error.facts["parameter"] == "structured_outputs"
+    assert results[1:] == Sampler().sample(logits[1:].clone(), [good], [3])
+
+
+def test_a_token_that_leaves_the_grammar_is_an_error() -> None:
+    tokens = [*PROMPT, *TOKENIZER.encode("zebra").ids]
+    with pytest.raises(RowError, match=r"structured_outputs: .*satisfy the grammar"):
+        started(LETTERS, tokens).allowed_words(len(tokens))
+
+
+def test_a_grammar_beyond_its_limits_is_an_error_and_no_stall() -> None:
+    """Work per token is bounded, in counts: the same tokens meet the limit at the same place."""
+    ambiguous = '{"grammars": [{"lark_grammar": "start: (a | b | c | d)+\\na: X+\\nb: X+\\nc: X+\\nd: X+\\nX: /a/"}]}'
+    tokens = [*PROMPT, *TOKENIZER.encode("a" * 200).ids]
+
+    def limit_of(state: GrammarState) -> int:
+        for position in range(len(PROMPT), len(tokens)):
+            try:
+                state.allowed_words(position)
+            except RowError:
+                return position
+        raise AssertionError("no limit was met")
+
+    limit = limit_of(started(ambiguous, tokens))
+    assert limit_of(started(ambiguous, tokens)) == limit
+    with pytest.raises(RowError):
+        started(ambiguous, tokens).allowed_words(limit)
+
+
+def test_no_token_left_names_the_grammar_among_the_causes() -> None:
+    tokens = list(PROMPT)
+    params = SamplingSpec(max_tokens=5, grammar=LETTERS, allowed_token_ids=[3, 4], eos_token_ids=EOS)
+    state = SamplingState(params, 1, tokens, 3, started(LETTERS, tokens))
+    (result,) = Sampler().sample(torch.zeros(1, VOCABULARY), [state], [3])
+    assert result.error is not None
+    assert "structured_outputs" in result.error.message
+
+
+def test_a_model_without_a_tokenizer_file_is_an_error_of_the_request(tmp_path: Path) -> None:
+    state = GrammarCompiler(tmp_path, VOCABULARY).start(LETTERS, EOS, list(PROMPT), len(PROMPT))
+    with pytest.raises(RowError, match=r"structured_outputs: .*tokenizer\.json cannot be used with grammars"):
+        state.allowed_words(len(PROMPT))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 100])
+def test_allow_bits(vocabulary: int) -> None:
+    generator = np.random.default_rng(vocabulary)
+    row = generator.standard_normal(vocabulary).astype(np.float32)
+    words = generator.integers(-(2**31), 2**31, size=2).astype(np.int32)
+    expected = row.copy()
+    for token in range(vocabulary):
+        word = int(words[token // 32]) if token < 64 else 0
+        if not (word >> (token % 32)) & 1:
+            expected[token] = -np.inf
+    allow_bits(row, words)
+    assert (row == expected).all()
