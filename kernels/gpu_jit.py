@@ -10,6 +10,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -97,12 +98,15 @@ class _Loading(Executor):
 
     def __init__(self, threads: ThreadPoolExecutor) -> None:
         self._threads = threads
+        # CPython tells libraries apart by inode, and one of two that are built at once replaces the other's file
+        self._loading = Lock()
 
     def submit(self, compile_kernel: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         def load() -> Any:
             kernel = compile_kernel(*args, **kwargs)
-            # reading the property loads the binary
-            assert kernel.run is not None
+            with self._loading:
+                # reading the property loads the binary
+                assert kernel.run is not None
             return kernel
 
         return self._threads.submit(load)
