@@ -43,8 +43,6 @@ from sempre.ipc.messages import (
 )
 
 Reply = TypeVar("Reply", CallWorkersReply, HealthReply, MetricsReply, ResetPrefixCacheReply)
-
-
 _OUTAGE_LOOK_S = 0.05
 
 

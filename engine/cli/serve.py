@@ -12,6 +12,7 @@ from sempre.engine.arguments import FrontendConfig, field_types
 from sempre.engine.cli.arguments import add_config_flags, add_engine_flags, config_values, engine_keywords
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.config import EngineConfig
+from sempre.engine.executor.threads import threads_beside_a_server
 from sempre.engine.server.config import SECRETS, ServerConfig, server_config
 from sempre.ipc.errors import ConfigError
 
@@ -34,6 +35,9 @@ def run(namespace: argparse.Namespace) -> int:
     names = {"server": field_types(ServerConfig), "engine": field_types(EngineConfig) | field_types(FrontendConfig)}
     server = server_config({name: value for name, value in settings.items() if name in names["server"]})
     engine = {name: value for name, value in settings.items() if name in names["engine"]}
+    if not engine.get("num_threads"):
+        workers = engine.get("data_parallel_size", 1) * engine.get("tensor_parallel_size", 1)
+        engine["num_threads"] = threads_beside_a_server(workers)
     model = settings.get("model")
     if model is None:
         raise UsageError("which model? The model `tiny` is always at hand: sempre serve tiny")

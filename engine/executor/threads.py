@@ -9,11 +9,21 @@ def threads_per_worker(num_threads: int, num_workers: int) -> int:
     """`num_threads`, or for 0 the cores this process may use divided by the workers that share them, at least 1."""
     if num_threads > 0:
         return num_threads
+    return max(1, _usable_cores() // num_workers)
+
+
+def threads_beside_a_server(num_workers: int) -> int:
+    """The threads of a worker that leave one core to an HTTP server, its event loop and the coordinator.
+
+    Threads of a worker wait for each other, so one that has lost its core for a while to the server holds all up.
+    """
+    return max(1, (_usable_cores() - 1) // num_workers)
+
+
+def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, cores // num_workers)
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # About 0.1 ms of spinning: it bridges the gap between two kernels of a step, but a thread that has lost its core to

@@ -13,6 +13,8 @@ generation.py     one HTTP request's way through the engine: admitted, streamed,
 chunks.py         server-sent events, encoded once per request and then token by token
 logprobs.py       both forms of log-probabilities
 admission.py      the bounded queue, and the drain at the end
+metrics.py, logs.py, tracing.py, middleware.py, openapi.py, tokenization.py
+service.py        what the endpoints share
 app.py            the application and its routes
 run.py            start, signals, end
 """

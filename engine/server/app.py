@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from sempre.engine.metrics import Gauge
+from sempre.engine.metrics import Gauge, Metric
 from sempre.engine.server import openapi
 from sempre.engine.server.chat import create_chat_completion
 from sempre.engine.server.completions import create_completion
@@ -24,8 +25,11 @@ from sempre.engine.server.responses import ModelCard, ModelList
 from sempre.engine.server.service import Service
 from sempre.engine.server.tokenization import detokenize, tokenize
 from sempre.engine.version import __version__
+from sempre.ipc.errors import EngineDeadError
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
+
+_FIGURES_S = 2.0
 
 
 def create_app(service: Service, keys: KeyRing) -> ASGIApp:
@@ -92,7 +96,6 @@ async def _ready(service: Service, _request: Request) -> Response:
 
 
 async def _health(service: Service, _request: Request) -> Response:
-    service.check_ready()
     found = await service.engine.health()
     problems = [{"rank": problem.rank, "reason": problem.text} for problem in found.problems]
     answer = {
@@ -111,7 +114,7 @@ async def _version(_service: Service, _request: Request) -> Response:
 async def _load(service: Service, _request: Request) -> Response:
     service.check_ready()
     gauges: dict[str, Any] = {}
-    for metric in await service.engine.get_metrics():
+    for metric in await _engine_metrics(service):
         if isinstance(metric, Gauge):
             gauges.setdefault(metric.name.partition(":")[2], []).append(metric.value)
     admission = service.admission
@@ -126,10 +129,21 @@ async def _load(service: Service, _request: Request) -> Response:
 
 
 async def _metrics(service: Service, _request: Request) -> Response:
-    engine = await service.engine.get_metrics() if service.is_ready else []
+    engine = await _engine_metrics(service)
     rejected = service.admission.num_rejected
     prefix = service.config.metrics_prefix
     return Response(service.metrics.exposition(engine, num_rejected=rejected, prefix=prefix), media_type=CONTENT_TYPE)
+
+
+async def _engine_metrics(service: Service) -> list[Metric]:
+    """Return the engine's figures; none while it starts, or is being restarted and cannot tell."""
+    if not service.is_ready:
+        return []
+    try:
+        async with asyncio.timeout(_FIGURES_S):
+            return await service.engine.get_metrics()
+    except (TimeoutError, EngineDeadError):
+        return []
 
 
 async def _server_info(service: Service, _request: Request) -> Response:

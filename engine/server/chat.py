@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -33,6 +35,7 @@ from sempre.engine.server.service import Service
 from sempre.engine.server.structure import blame_on
 from sempre.engine.server.tools import ChatPlan
 from sempre.engine.server.tracing import RequestSpan
+from sempre.engine.text.tokenizer import LONG_TEXT
 
 _EMPTY = ChatDelta()
 # What a template is given besides the caller's own variables; these cannot be replaced from outside.
@@ -49,7 +52,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     check_model(request.model, service.model_names)
     params = chat_parameters(request, service.engine.get_default_sampling_params(), service.config)
     plan = ChatPlan.of(request, service.config)
-    prompt = render(
+    prompt = await render(
         service,
         request.messages,
         chat_template_kwargs=_template_variables(request),
@@ -62,22 +65,25 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     params = dataclasses.replace(params, structured_outputs=plan.structured_behind(prompt["prompt"]))
     if request.cache_salt is not None:
         prompt["cache_salt"] = request.cache_salt
+    service.checked_length(list(prompt["prompt_token_ids"]))
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
         generation = Generation(service, service.open([prompt], params, request.priority), span)
     http.state.generation = generation
     response_id = f"chatcmpl-{http.state.request_id}"
-    parsers = [plan.message_parser(prompt["prompt"], response_id, choice) for choice in range(request.n)]
-    answer = _Answer(service, request, generation, response_id, parsers)
-    if request.stream:
-        return EventStream(generation, answer.first_events(), answer.events, answer.last_event)
-    with generation:
+    with ExitStack() as stack:
+        stack.enter_context(generation)
+        parsers = [plan.message_parser(prompt["prompt"], response_id, choice) for choice in range(request.n)]
+        answer = _Answer(service, request, generation, response_id, parsers)
+        if request.stream:
+            stack.pop_all()  # the stream ends it
+            return EventStream(generation, answer.first_events(), answer.events, answer.last_event)
         generation.watch(http.receive)
         [output] = await generation.finished()
         body = answer.whole(output)
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 
-def render(
+async def render(
     service: Service,
     messages: Sequence[Mapping[str, Any]],
     *,
@@ -90,10 +96,16 @@ def render(
         if name in _RESERVED:
             raise BadRequest(f"chat_template_kwargs must not hold {name!r}.", param="chat_template_kwargs")
     engine = service.engine
-    prompt = engine.render_chat(messages, chat_template_kwargs=chat_template_kwargs, **keywords)
-    if add_special_tokens:
-        prompt["prompt_token_ids"] = engine.get_tokenizer().encode(prompt["prompt"], add_special_tokens=True)
-    return prompt
+
+    def rendered() -> TokensPrompt:
+        prompt = engine.render_chat(messages, chat_template_kwargs=chat_template_kwargs, **keywords)
+        if add_special_tokens:
+            prompt["prompt_token_ids"] = engine.get_tokenizer().encode(prompt["prompt"], add_special_tokens=True)
+        return prompt
+
+    # The other requests go on while a long conversation is encoded.
+    is_long = sum(len(str(message.get("content"))) for message in messages) > LONG_TEXT
+    return await asyncio.to_thread(rendered) if is_long else rendered()
 
 
 def _template_variables(request: ChatCompletionRequest) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -23,6 +25,7 @@ from sempre.engine.server.responses import CompletionChoice, CompletionLogprobs,
 from sempre.engine.server.service import Service
 from sempre.engine.server.structure import blame_on
 from sempre.engine.server.tracing import RequestSpan
+from sempre.engine.text.tokenizer import LONG_TEXT
 
 
 async def create_completion(service: Service, http: Request) -> Response:
@@ -31,20 +34,22 @@ async def create_completion(service: Service, http: Request) -> Response:
     service.check_ready()
     check_model(request.model, service.model_names)
     params = completion_parameters(request, service.engine.get_default_sampling_params(), service.config)
-    prompts = _prompts(request, service)
+    prompts = await _prompts(request, service)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
         generation = Generation(service, service.open(prompts, params, request.priority), span)
     http.state.generation = generation
-    answer = _Answer(service, request, generation, f"cmpl-{http.state.request_id}")
-    if request.stream:
-        return EventStream(generation, [], answer.events, answer.last_event)
-    with generation:
+    with ExitStack() as stack:
+        stack.enter_context(generation)
+        answer = _Answer(service, request, generation, f"cmpl-{http.state.request_id}")
+        if request.stream:
+            stack.pop_all()  # the stream ends it
+            return EventStream(generation, [], answer.events, answer.last_event)
         generation.watch(http.receive)
         body = answer.whole(await generation.finished())
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 
-def _prompts(request: CompletionRequest, service: Service) -> list[PromptType]:
+async def _prompts(request: CompletionRequest, service: Service) -> list[PromptType]:
     given: Any = request.prompt
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
@@ -55,16 +60,19 @@ def _prompts(request: CompletionRequest, service: Service) -> list[PromptType]:
             f"prompt can hold at most {service.config.max_prompts} prompts (--max-prompts), got {len(given)}.",
             param="prompt",
         )
-    return [_prompt(prompt, request, service) for prompt in given]
+    return [await _prompt(prompt, request, service) for prompt in given]
 
 
-def _prompt(prompt: str | list[int], request: CompletionRequest, service: Service) -> PromptType:
+async def _prompt(prompt: str | list[int], request: CompletionRequest, service: Service) -> PromptType:
     found: TextPrompt | TokensPrompt
     if not isinstance(prompt, str):
-        found = {"prompt_token_ids": prompt}
-    elif request.add_special_tokens is False:
-        token_ids = service.engine.get_tokenizer().encode(prompt, add_special_tokens=False)
-        found = {"prompt": prompt, "prompt_token_ids": token_ids}
+        found = {"prompt_token_ids": service.checked_length(prompt)}
+    elif request.add_special_tokens is False or len(prompt) > LONG_TEXT:
+        encode, special = service.engine.get_tokenizer().encode, request.add_special_tokens is not False
+        # The other requests go on while a long text is encoded.
+        is_long = len(prompt) > LONG_TEXT
+        token_ids = await asyncio.to_thread(encode, prompt, special) if is_long else encode(prompt, special)
+        found = {"prompt": prompt, "prompt_token_ids": service.checked_length(token_ids)}
     else:
         found = {"prompt": prompt}
     if request.cache_salt is not None:

@@ -76,6 +76,13 @@ class Busy(APIError):
         super().__init__(503, message, headers={"Retry-After": str(retry_after_s)})
 
 
+class ClientGone(APIError):
+    """Nobody is left to read the answer; the status is for the log."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "The client closed the connection.")
+
+
 RESTART_RETRY_S = 5
 
 

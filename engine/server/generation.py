@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import RequestOutput
-from sempre.engine.server.errors import api_error
+from sempre.engine.server.errors import ClientGone, api_error
 from sempre.engine.server.responses import PromptTokensDetails, Usage
 from sempre.engine.server.service import Service
 from sempre.engine.server.tracing import RequestSpan
@@ -21,10 +21,6 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-
-
-class ClientGone(Exception):
-    """Nobody is left to read the answer."""
 
 
 class Generation:

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -133,7 +134,7 @@ class Server:
             ssl_keyfile=config.ssl_keyfile,
             ssl_certfile=config.ssl_certfile,
             ssl_ca_certs=config.ssl_ca_certs,
-            ssl_cert_reqs=2 if config.ssl_ca_certs is not None else 0,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if config.ssl_ca_certs is not None else ssl.CERT_NONE,
         )
 
 

@@ -12,7 +12,7 @@ from sempre.engine.output_stream import OutputStream
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.admission import Admission
 from sempre.engine.server.config import ServerConfig
-from sempre.engine.server.errors import Busy
+from sempre.engine.server.errors import BadRequest, Busy
 from sempre.engine.server.metrics import ServerMetrics
 
 _STARTING_RETRY_S = 5
@@ -44,6 +44,17 @@ class Service:
         """Raise Busy (503) while the engine starts."""
         if not self.is_ready:
             raise Busy("The engine is starting.", _STARTING_RETRY_S)
+
+    def checked_length(self, token_ids: list[int]) -> list[int]:
+        """Return a prompt's token ids. Raises BadRequest for more than the context holds, before any is looked at."""
+        limit = self.engine.ready.max_model_len
+        if len(token_ids) >= limit:
+            raise BadRequest(
+                f"The decoder prompt (length {len(token_ids)}) plus the number of requested output tokens (at least 1) "
+                f"is longer than the maximum model length of {limit}.",
+                param="prompt",
+            )
+        return token_ids
 
     def open(
         self, prompts: Sequence[PromptType], params: SamplingParams | list[SamplingParams], priority: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,7 +26,7 @@ async def tokenize(service: Service, http: Request) -> Response:
         raise BadRequest("give either prompt or messages.", param="prompt")
     tokenizer = service.engine.get_tokenizer()
     if request.messages is not None:
-        prompt = render(
+        prompt = await render(
             service,
             request.messages,
             chat_template_kwargs=request.chat_template_kwargs,
@@ -34,7 +36,8 @@ async def tokenize(service: Service, http: Request) -> Response:
         )
         token_ids = list(prompt["prompt_token_ids"])
     else:
-        token_ids = tokenizer.encode(request.prompt or "", add_special_tokens=request.add_special_tokens is not False)
+        arguments = (request.prompt or "", request.add_special_tokens is not False)
+        token_ids = await asyncio.to_thread(tokenizer.encode, *arguments)
     texts = [tokenizer.token_text(token_id) for token_id in token_ids] if request.return_token_strs else None
     body = TokenizeResponse(len(token_ids), service.engine.ready.max_model_len, token_ids, texts)
     return Response(msgspec.json.encode(body), media_type="application/json")

@@ -13,6 +13,9 @@ from tokenizers import decoders
 
 from sempre.ipc.errors import ModelError
 
+LONG_TEXT = 20_000
+"""Characters from which on encoding takes milliseconds: an event loop should leave it to a thread."""
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -110,6 +113,9 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`; `add_special_tokens` adds what tokenizer.json's post-processor says."""
+        if len(text) > LONG_TEXT:
+            # unlike `encode`, this lets other threads run meanwhile
+            return self.encode_batch([text], add_special_tokens)[0]
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:

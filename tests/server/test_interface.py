@@ -193,7 +193,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("priority without its policy", {"priority": 1}, "priority"),
     ("suffix", {"suffix": "end"}, "suffix"),
     ("seed too large", {"seed": 2**64}, "seed"),
-    ("structured output", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("structured output of no kind", {"response_format": {"type": "xml"}}, "response_format.type"),
     ("nothing to generate", {"max_tokens": 0}, "max_tokens"),
     ("bias of no token", {"logit_bias": {"x": 1}}, "logit_bias"),
 ]
@@ -215,7 +215,7 @@ def test_refusals_name_the_field(server: ServerProcess, fields: dict[str, Any], 
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"tools": []}, "tools"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tool_choice"),
         ({"chat_template": "/etc/passwd"}, "chat_template"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
@@ -322,3 +322,16 @@ def test_client_that_leaves_is_aborted(server: ServerProcess) -> None:
     server.wait_until_idle()
     assert aborted() - before == 25
     assert server.load()["kv_cache_usage_perc"] == [0.0]
+
+
+def test_a_huge_prompt_holds_nobody_up(server: ServerProcess) -> None:
+    """Text and token ids far beyond the context are refused; the log blames nobody for clients that left."""
+    text = server.complete(prompt="It is a truth " * 200_000)
+    ids = server.complete(prompt=[5] * 1_000_000)
+    chat = server.http.post(
+        "/v1/chat/completions", json={"messages": [{"role": "user", "content": "It is a truth " * 10_000}]}
+    )
+    for answer in (text, ids, chat):
+        assert answer.status_code == 400
+        assert "longer than the maximum model length" in answer.json()["error"]["message"]
+    assert '"level": "ERROR"' not in server.log

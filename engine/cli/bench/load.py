@@ -48,9 +48,11 @@ class Chunk(msgspec.Struct):
 
     choices: list[Choice] = []
     usage: Usage | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = msgspec.Raw()
 
 
+# left out, or null
+_NO_ERROR = (b"", b"null")
 _DECODER = msgspec.json.Decoder(Chunk)
 
 
@@ -156,8 +158,9 @@ class _Connection(asyncio.Protocol):
                 self._done = True
                 continue
             chunk = _DECODER.decode(event)
-            if chunk.error is not None:
-                outcome.error = bytes(chunk.error).decode(errors="replace")
+            error = bytes(chunk.error)
+            if error not in _NO_ERROR:
+                outcome.error = error.decode(errors="replace")
             if chunk.usage is not None:
                 outcome.prompt_tokens = chunk.usage.prompt_tokens
                 outcome.output_tokens = chunk.usage.completion_tokens

@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from sempre.engine.arguments import field_types
+from sempre.engine.cli.serve import ENVIRONMENT_PREFIX
+from sempre.engine.server.config import ServerConfig
 from sempre.ipc.errors import StartupError
 
 _PAUSE_S = 0.05
@@ -32,6 +35,7 @@ def own_server(model: str, engine: Mapping[str, Any]) -> Iterator[str]:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=standard_error,
+                env=_environment(),
                 # An interrupt at the terminal is this process's; the server is stopped below.
                 start_new_session=True,
             )
@@ -49,11 +53,19 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
         written = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{written}" if value else f"--no-{written}")
-        elif isinstance(value, (dict, list)):
+        elif isinstance(value, list):
+            flags.append(f"--{written}={','.join(map(str, value))}")
+        elif isinstance(value, dict):
             flags.append(f"--{written}={json.dumps(value)}")
         else:
             flags.append(f"--{written}={value}")
     return flags
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment without what sets up servers: keys, ports and TLS are meant for others than this one."""
+    theirs = {f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in (*field_types(ServerConfig), "config")}
+    return {name: value for name, value in os.environ.items() if name not in theirs}
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], socket: str, log: str) -> None:

@@ -77,7 +77,7 @@ def test_requests_that_fail_are_counted_and_told(capsys: pytest.CaptureFixture[s
         Answer(pieces=[events({"error": {"message": "lost"}})]),
         Answer(pieces=[b"data: {nonsense\n\n"]),
         Answer(pieces=[events()]),
-        Answer(pieces=[events(text_chunk("a"), text_chunk("b"), USAGE)]),
+        Answer(pieces=[events(text_chunk("a", error=None), text_chunk("b"), USAGE)]),
     ]
     remaining = list(endings)
     with scripted_server(lambda path, body: remaining.pop(0)) as server:
@@ -86,7 +86,15 @@ def test_requests_that_fail_are_counted_and_told(capsys: pytest.CaptureFixture[s
     assert (result["completed"], result["failed"]) == (1, 6)
     for error, part in zip(
         result["errors"],
-        ["status 503", "without [DONE]", "connection was lost", "lost", "cannot be read", "holds no token", ""],
+        [
+            "status 503",
+            "without [DONE]",
+            "connection was lost",
+            '"message": "lost"',
+            "cannot be read",
+            "holds no token",
+            "",
+        ],
         strict=True,
     ):
         assert part in error

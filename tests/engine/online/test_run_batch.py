@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from scripted_http import Answer, as_json, refusal, scripted_server
 
+from sempre.engine.cli.arguments import add_engine_flags, engine_keywords
 from sempre.engine.cli.main import main
+from sempre.engine.cli.parser import CommandParser
+from sempre.engine.cli.remote.own_server import as_flags
 
 
 def request(custom_id: Any, body: Any, url: str = "/v1/completions", method: str = "POST") -> str:
@@ -61,7 +64,10 @@ def test_wrong_lines_harm_no_others(tmp_path: Path, server_url: str, capsys: pyt
         assert record["response"]["body"] is None
 
 
-def test_a_server_of_its_own_gives_the_same(tmp_path: Path, server_url: str) -> None:
+def test_a_server_of_its_own_gives_the_same(tmp_path: Path, server_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what sets up other servers is not for this one
+    monkeypatch.setenv("SEMPRE_API_KEY", "k")
+    monkeypatch.setenv("SEMPRE_SSL_KEYFILE", "/nowhere")
     lines = [request(str(i), {"prompt": "The ship", "max_tokens": 6, "seed": i, "logprobs": 2}) for i in range(4)]
     engine = ["--model", "tiny", "--max-model-len", "256", "--num-threads", "1", "--device", "cpu"]
     code, own = answers(tmp_path, lines, *engine)
@@ -74,6 +80,15 @@ def test_a_server_of_its_own_gives_the_same(tmp_path: Path, server_url: str) -> 
     assert choices(own) == choices(other)
     _, changed = answers(tmp_path, [line.replace('"seed": 0', '"seed": 9') for line in lines], "--url", server_url)
     assert choices(changed) != choices(other)
+
+
+def test_settings_survive_being_written_as_flags() -> None:
+    parser = CommandParser(prog="x")
+    add_engine_flags(parser)
+    given = ["--max-model-len", "2k", "--no-enable-prefix-caching", "--dtype", "bfloat16", "--heartbeat-timeout-s", "5"]
+    settings = engine_keywords(parser.parse(given))
+    assert len(settings) == 4
+    assert engine_keywords(parser.parse(as_flags(settings))) == settings
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
