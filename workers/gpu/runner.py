@@ -85,7 +85,8 @@ class GpuModelRunner:
             grammars=grammars,
         )
         self._admission = Admission(self._batch, limits, rank)
-        self._buckets = row_buckets(limits.max_num_seqs)
+        # a step has no more rows than tokens
+        self._buckets = row_buckets(min(limits.max_num_seqs, limits.max_num_batched_tokens))
         self._buffers = StepBuffers(
             self._logits_RV.device,
             num_slots=self._batch.num_slots,
@@ -246,7 +247,7 @@ class GpuModelRunner:
         context_len = context_bucket(int(plan.context.max()), self.max_model_len)
         if self._verification_graphs.enabled:
             count = min(verification_bucket(count), self._max_requests)
-            num_rows = min(verification_bucket(num_rows), self._max_sampled_rows)
+            num_rows = min(verification_bucket(num_rows), self._max_sampled_rows, self.max_num_batched_tokens)
             longest = verification_bucket(longest)
         return VerificationShape(count, num_rows, longest, context_len, PLAIN)
 
