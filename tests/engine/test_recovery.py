@@ -151,7 +151,7 @@ HARMS = {
 }
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.product)])
 def test_no_bit_changes_and_health_tells_of_the_outage(replicas: int) -> None:
     async def scenario() -> None:
         async with AsyncLLM("tiny", seed=3, data_parallel_size=replicas, **SETTINGS) as engine:

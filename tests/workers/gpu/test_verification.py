@@ -190,7 +190,8 @@ class _Guesser:
         pass
 
 
-@pytest.mark.parametrize(("depth", "size"), [pytest.param(1, 1, marks=pytest.mark.product), (2, 4)])
+@pytest.mark.product
+@pytest.mark.parametrize(("depth", "size"), [(1, 1), (2, 4)])
 def test_steps_with_drafts_give_the_bits_of_the_cpu_without(
     model: LoadedModel, gpu_runner: Any, monkeypatch: pytest.MonkeyPatch, depth: int, size: int
 ) -> None:
