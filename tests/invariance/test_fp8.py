@@ -16,7 +16,9 @@ from sempre.ipc.messages import GetMetrics, MetricsReply, RequestSpec
 Run = Callable[..., list[Generation]]
 
 
-@pytest.fixture(scope="module", params=["fp8", "fp8_weight_only", "compressed-tensors fp8"])
+@pytest.fixture(
+    scope="module", params=["fp8", pytest.param("fp8_weight_only", marks=pytest.mark.product), "compressed-tensors fp8"]
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The engine's settings."""
     if request.param in ("fp8", "fp8_weight_only"):

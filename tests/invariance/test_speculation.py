@@ -194,7 +194,9 @@ def test_accepting_wrong_guesses_fails(stack: ExitStack, monkeypatch: pytest.Mon
     assert run(llm) != plain()[0]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=[pytest.mark.product] if size in (2, 7) else []) for size in SIZES]
+)
 def test_an_oracle_gives_one_token_more_than_it_guesses_per_step(stack: ExitStack, size: int) -> None:
     params = SamplingParams(temperature=1.0, seed=7, max_tokens=1 + 3 * (size + 1), ignore_eos=True)
     with LLM("tiny", **SETTINGS) as llm:

@@ -70,7 +70,7 @@ def test_norms_and_embedding(dtype: torch.dtype) -> None:
     ("heads", "dtype", "window", "block"),
     [
         ((4, 2, 64), torch.float16, None, 16),
-        ((3, 1, 80), torch.float32, 37, 32),
+        pytest.param((3, 1, 80), torch.float32, 37, 32, marks=pytest.mark.product),
     ],
     ids=str,
 )

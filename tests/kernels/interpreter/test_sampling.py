@@ -27,7 +27,7 @@ VERIFYING = [{}, {"top_k": 5, "logprobs": 3}, *[values for values in PARAMETERS 
 
 @pytest.mark.parametrize(
     ("kind", "vocab_size", "parameters"),
-    [("flat", 200, TRUNCATING[1:5]), ("tied", 130, PARAMETERS)],
+    [pytest.param("flat", 200, TRUNCATING[1:5], marks=pytest.mark.product), ("tied", 130, PARAMETERS)],
     ids=["narrowing", "every stage"],
 )
 def test_equals_the_cpu(kind: str, vocab_size: int, parameters: list[dict[str, Any]]) -> None:
