@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from sempre.engine.scheduling.request import Request
 from sempre.engine.speculation import ModelSpeculation
-from sempre.ipc.messages import DraftRequest, NewRequest, Propose, Proposed
+from sempre.ipc.messages import DraftRequest, Propose, Proposed
 
 # a proposal that takes longer is not waited for, and no other one until it is there
 PATIENCE_S = 0.5
@@ -52,7 +52,7 @@ class DraftLink:
                 continue
             known = self._known.get(request.request_id)
             if known is None:
-                new_requests.append(_new_request(request))
+                new_requests.append(request.as_new())
                 known = len(request.token_ids)
             self._known[request.request_id] = len(request.token_ids)
             requests.append(
@@ -105,13 +105,3 @@ class DraftLink:
 def _speculation(request: Request) -> ModelSpeculation:
     assert isinstance(request.speculation, ModelSpeculation)
     return request.speculation
-
-
-def _new_request(request: Request) -> NewRequest:
-    return NewRequest(
-        request_id=request.request_id,
-        token_ids=request.token_ids.copy(),
-        num_prompt_tokens=request.num_prompt_tokens,
-        seed=request.spec.seed,
-        params=request.spec.params,
-    )

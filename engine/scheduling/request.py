@@ -5,7 +5,7 @@ from __future__ import annotations
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.prefix_cache import BlockKey
 from sempre.engine.speculation import Speculation
-from sempre.ipc.messages import RequestSpec
+from sempre.ipc.messages import NewRequest, RequestSpec
 
 OrderKey = tuple[int, int, str]
 
@@ -109,6 +109,16 @@ class Request:
     def is_held_back(self) -> bool:
         """Whether nothing more may be planned for it before the token in flight is known."""
         return self.waits_for_tokens and self.num_tokens > len(self.token_ids)
+
+    def as_new(self) -> NewRequest:
+        """All that a worker which does not know the request needs of it."""
+        return NewRequest(
+            request_id=self.request_id,
+            token_ids=self.token_ids.copy(),
+            num_prompt_tokens=self.num_prompt_tokens,
+            seed=self.spec.seed,
+            params=self.spec.params,
+        )
 
     def append(self, token_id: int) -> bool:
         """Append a sampled token; True when it ends the request, with `finish_reason` and `stop_reason` set."""

@@ -32,7 +32,6 @@ from sempre.ipc.errors import ConfigError, ProtocolError, RequestCrashed, Reques
 from sempre.ipc.messages import (
     ErrorInfo,
     ExecuteStep,
-    NewRequest,
     RequestOutputDelta,
     RequestSpec,
     SampledTokens,
@@ -262,7 +261,7 @@ class Scheduler:
         request.admitted_at_step = draft.step_id
         if not request.is_known_to_worker:
             request.is_known_to_worker = True
-            draft.new_requests.append(_new_request(request))
+            draft.new_requests.append(request.as_new())
         draft.plan(request, num_new, 0, request.block_ids.copy())
         return True
 
@@ -454,13 +453,3 @@ class Scheduler:
         assert not any(request.is_running or request.block_ids for request in self._waiting)
         assert all(request.finish_reason is None for request in self._requests.values())
         self._kv_cache.check_invariants(self._running)
-
-
-def _new_request(request: Request) -> NewRequest:
-    return NewRequest(
-        request_id=request.request_id,
-        token_ids=request.token_ids.copy(),
-        num_prompt_tokens=request.num_prompt_tokens,
-        seed=request.spec.seed,
-        params=request.spec.params,
-    )
