@@ -15,11 +15,12 @@ import torch
 
 from sempre.ipc.errors import InvarianceError
 from sempre.kernels.activation import silu_and_mul
-from sempre.kernels.attention import KvCache, allocate_kv_cache, paged_attention
+from sempre.kernels.attention import allocate_kv_cache, paged_attention
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
 from sempre.kernels.norms import add_rms_norm, rms_norm
-from sempre.kernels.rope import cos_sin_table, rope_and_cache_write
+from sempre.kernels.rope import cos_sin_table
 from sempre.workers.models.numerics import LinearKernel, Packed
+from sempre.workers.models.rotation import rotate_and_write
 from sempre.workers.models.spec import ModelSpec
 from sempre.workers.weights import DecoderWeights
 
@@ -190,7 +191,8 @@ def _attend(
     slots = torch.tensor(block_ids)[positions // block_size] * block_size + positions % block_size
     norm = torch.linspace(0.5, 1.5, spec.head_dim) if spec.qk_norm else None
     for start, end in pairwise(cuts):
-        _write(spec, rotated[start:end], positions[start:end], table, slots[start:end], cache, norm)
+        part = slice(start, end)
+        rotate_and_write(spec, rotated[part], positions[part], table, slots[part], cache, q_norm=norm, k_norm=norm)
     out = torch.empty(ATTENTION_TOKENS, spec.num_heads * spec.head_dim)
     paged_attention(
         rotated,
@@ -206,28 +208,3 @@ def _attend(
         out=out,
     )
     return out
-
-
-def _write(
-    spec: ModelSpec,
-    qkv: torch.Tensor,
-    positions: torch.Tensor,
-    table: torch.Tensor,
-    slots: torch.Tensor,
-    cache: KvCache,
-    norm: torch.Tensor | None,
-) -> None:
-    rope_and_cache_write(
-        qkv,
-        positions,
-        table,
-        slots,
-        cache.k,
-        cache.v,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        q_norm=norm,
-        k_norm=norm,
-        eps=spec.rms_norm_eps,
-    )

@@ -16,8 +16,9 @@ import torch
 from sempre.kernels.attention import AttentionWorkspace, KvCache, paged_attention
 from sempre.kernels.embedding import embed
 from sempre.kernels.norms import add_rms_norm, rms_norm
-from sempre.kernels.rope import cos_sin_table, rope_and_cache_write
+from sempre.kernels.rope import cos_sin_table
 from sempre.workers.models.numerics import LinearKernel
+from sempre.workers.models.rotation import rotate_and_write
 from sempre.workers.models.spec import ModelSpec
 from sempre.workers.weights import DecoderWeights, LayerWeights
 
@@ -115,19 +116,15 @@ class Decoder:
         num_tokens = hidden.shape[0]
         qkv, attended = self._qkv[:num_tokens], self._attended[:num_tokens]
         self._product.apply(hidden, layer.qkv, qkv)
-        rope_and_cache_write(
+        rotate_and_write(
+            spec,
             qkv,
             step.positions,
             self._cos_sin,
             step.slot_mapping,
-            cache.k,
-            cache.v,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
+            cache,
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
-            eps=spec.rms_norm_eps,
         )
         paged_attention(
             qkv,

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from sempre.kernels.attention import AttentionWorkspace, KvCache, allocate_kv_cache, paged_attention
-from sempre.kernels.rope import cos_sin_table, rope_and_cache_write
+from sempre.kernels.rope import cos_sin_table
 from sempre.workers.gpu.self_test.comparisons import Comparison, compare
+from sempre.workers.models.rotation import rotate_and_write
 from sempre.workers.models.spec import ModelSpec
 
 # beyond one split of keys, with a ragged end
@@ -102,18 +103,14 @@ class _AttentionCase(NamedTuple):
         positions = torch.arange(qkv.shape[0], device=device)
         blocks = torch.tensor(block_ids, device=device)[positions // self.block_size]
         norm = torch.linspace(0.5, 1.5, spec.head_dim, device=device).to(self.dtype) if spec.qk_norm else None
-        rope_and_cache_write(
+        rotate_and_write(
+            spec,
             rotated,
             positions,
             cos_sin_table(spec.rope, qkv.shape[0]).to(device),
             blocks * self.block_size + positions % self.block_size,
-            cache.k,
-            cache.v,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
+            cache,
             q_norm=norm,
             k_norm=norm,
-            eps=spec.rms_norm_eps,
         )
         return rotated

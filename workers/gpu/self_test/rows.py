@@ -10,8 +10,9 @@ from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.attention import allocate_kv_cache
 from sempre.kernels.embedding import embed
 from sempre.kernels.norms import add_rms_norm, rms_norm
-from sempre.kernels.rope import cos_sin_table, rope_and_cache_write
+from sempre.kernels.rope import cos_sin_table
 from sempre.workers.gpu.self_test.comparisons import Comparison, compare
+from sempre.workers.models.rotation import rotate_and_write
 from sempre.workers.models.spec import ModelSpec
 from sempre.workers.weights import DecoderWeights
 
@@ -86,19 +87,15 @@ def _check_rotation(
         caches, rotated, ([slice(0, ROWS)], [slice(i, i + 1) for i in range(ROWS)]), strict=True
     ):
         for part in calls:
-            rope_and_cache_write(
+            rotate_and_write(
+                spec,
                 rows[part],
                 positions[part].clone(),
                 table,
                 positions[part].clone(),
-                cache.k,
-                cache.v,
-                num_heads=spec.num_heads,
-                num_kv_heads=spec.num_kv_heads,
-                head_dim=spec.head_dim,
+                cache,
                 q_norm=layer.q_norm,
                 k_norm=layer.k_norm,
-                eps=spec.rms_norm_eps,
             )
     operation, what = f"rope [D={spec.head_dim}]", "one token at a time"
     queries = spec.num_heads * spec.head_dim
