@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import glob
 import json
 import os
 import platform
@@ -42,6 +41,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
+from peers import vllm_cpu
 
 from sempre.engine.models import resolve_model
 from sempre.engine.version import __version__
@@ -246,21 +246,11 @@ def _servers(args: argparse.Namespace, model: str) -> list[Server]:
     command += ["--max-num-seqs", str(args.max_num_seqs)]
     servers = [Server("sempre", command, {}, port, model)]
     if args.vllm_python:
-        # the settings that its manual advises for a CPU: both cores compute, tcmalloc and Intel's OpenMP preloaded
-        root = Path(args.vllm_python).parent.parent
-        preload = glob.glob("/usr/lib/*/libtcmalloc_minimal.so.4") + glob.glob(f"{root}/lib/libiomp5.so")
-        environment = {
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "LD_PRELOAD": ":".join(preload),
-        }
         port = _free_port()
         listen = ["--host", "127.0.0.1", "--port", str(port)]
         command = [args.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *listen]
         command += ["--max-num-seqs", str(args.max_num_seqs), "--disable-uvicorn-access-log"]
-        servers.append(Server("vllm-cpu", command, environment, port, model))
+        servers.append(Server("vllm-cpu", command, vllm_cpu.environment(args.vllm_python), port, model))
     return servers
 
 

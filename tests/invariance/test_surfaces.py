@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from surfaces import facts, stream_all
 from workload import SETTINGS
 
-from sempre.engine import LLM, AsyncLLM, SamplingParams
+from sempre.engine import LLM, SamplingParams
 from sempre.engine.outputs import CompletionOutput, RequestOutput
 
 PROMPTS = [
@@ -25,14 +26,6 @@ PROMPTS = [
     "Call me",
 ]
 PARAMS = SamplingParams(temperature=0.9, top_p=0.97, max_tokens=24, logprobs=3, seed=2024)
-
-# the facts of one completion: token ids, and (id, logprob) of every reported alternative; exact floats
-Facts = tuple[list[int], list[list[tuple[int, float]]]]
-
-
-def facts(completion: CompletionOutput) -> Facts:
-    rows = [[(token, entry.logprob) for token, entry in row.items()] for row in completion.logprobs or []]
-    return list(completion.token_ids), rows
 
 
 def sampled(completion: CompletionOutput) -> tuple[list[int], list[float]]:
@@ -63,27 +56,9 @@ def test_surfaces(llm: LLM, numerics: str) -> None:
     """A12: one call for all, a stream for each, and the asynchronous engine in deltas, all at once."""
     lone = [facts(c) for c in alone(llm)]
     together = [facts(output.outputs[0]) for output in generate(llm, PROMPTS, PARAMS)]
-    streamed = asyncio.run(_stream_all(numerics))
+    streamed = asyncio.run(stream_all({**SETTINGS, "numerics": numerics}, PROMPTS, PARAMS))
     expect(numerics, together == lone)
     expect(numerics, streamed == lone)
-
-
-async def _stream_all(numerics: str) -> list[Facts]:
-    from sempre.engine import RequestOutputKind
-
-    params = replace(PARAMS, output_kind=RequestOutputKind.DELTA)
-
-    async def one(engine: AsyncLLM, number: int, prompt: str) -> Facts:
-        tokens: list[int] = []
-        rows: list[list[tuple[int, float]]] = []
-        async for output in engine.generate(prompt, params, f"request-{number}"):
-            ids, logprobs = facts(output.outputs[0])
-            tokens += ids
-            rows += logprobs
-        return tokens, rows
-
-    async with AsyncLLM(**SETTINGS, numerics=numerics) as engine:
-        return list(await asyncio.gather(*(one(engine, i, prompt) for i, prompt in enumerate(PROMPTS))))
 
 
 def test_siblings(llm: LLM, numerics: str) -> None:

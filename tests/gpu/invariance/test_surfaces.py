@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from surfaces import facts, stream_all
 
-from sempre.engine import LLM, AsyncLLM, RequestOutputKind, SamplingParams
-from sempre.engine.outputs import CompletionOutput
+from sempre.engine import LLM, SamplingParams
 
 pytestmark = pytest.mark.gpu
 
@@ -22,29 +22,6 @@ PROMPTS = [
 PARAMS = SamplingParams(temperature=0.9, top_p=0.97, max_tokens=24, logprobs=3, seed=2024)
 SETTINGS = {"model": "tiny", "device": "cuda", "max_model_len": 512, "kv_cache_memory_bytes": 256 << 20}
 
-Facts = tuple[list[int], list[list[tuple[int, float]]]]
-
-
-def facts(completion: CompletionOutput) -> Facts:
-    rows = [[(token, entry.logprob) for token, entry in row.items()] for row in completion.logprobs or []]
-    return list(completion.token_ids), rows
-
-
-async def stream_all() -> list[Facts]:
-    params = replace(PARAMS, output_kind=RequestOutputKind.DELTA)
-
-    async def one(engine: AsyncLLM, number: int, prompt: str) -> Facts:
-        tokens: list[int] = []
-        rows: list[list[tuple[int, float]]] = []
-        async for output in engine.generate(prompt, params, f"request-{number}"):
-            ids, logprobs = facts(output.outputs[0])
-            tokens += ids
-            rows += logprobs
-        return tokens, rows
-
-    async with AsyncLLM(**SETTINGS) as engine:
-        return list(await asyncio.gather(*(one(engine, i, prompt) for i, prompt in enumerate(PROMPTS))))
-
 
 def test_surfaces() -> None:
     with LLM(**SETTINGS, multiprocessing=False) as llm:
@@ -53,5 +30,5 @@ def test_surfaces() -> None:
         other = replace(PARAMS, seed=2025)
         reseeded = [facts(output.outputs[0]) for output in llm.generate(PROMPTS, other, use_tqdm=False)]
     assert together == alone
-    assert asyncio.run(stream_all()) == alone
+    assert asyncio.run(stream_all(SETTINGS, PROMPTS, PARAMS)) == alone
     assert reseeded != alone
