@@ -60,9 +60,7 @@ def _restored_generators() -> Iterator[None]:
     torch.set_rng_state(states[2])
 
 
-@pytest.mark.parametrize(
-    ("workers", "seed"), [(2, 0), (1, 2**64 - 1), pytest.param(4, 0, marks=pytest.mark.product)]
-)
+@pytest.mark.parametrize(("workers", "seed"), [(2, 0), (1, 2**64 - 1), pytest.param(4, 0, marks=pytest.mark.product)])
 def test_every_worker_is_seeded_like_a_plain_process(start: Start, workers: int, seed: int) -> None:
     cluster = start("scripted", data_parallel_size=workers, seed=seed)
     assert cluster.rng_digests() == [plain_digests(seed)] * workers
