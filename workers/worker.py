@@ -34,6 +34,7 @@ from sempre.kernels.threads import get_num_threads
 from sempre.workers.backend import Backend, LoadedModel, ModelOutline, PipelinedRunner, Runner, make_backend
 from sempre.workers.device import resolve_device
 from sempre.workers.drafting import Drafting
+from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.models.numerics import linear_kernel
 from sempre.workers.models.spec import FLOAT_DTYPES, ModelSpec, load_spec
 from sempre.workers.sampling.grammar import grammar_library_version
@@ -45,7 +46,10 @@ from sempre.workers.weights import live_digest, load_weights
 class Worker:
     """One replica on one device. Commands come in the order load_model, start_serving, then steps and calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiler: CompilerProcess | None = None, *, import_seconds: float = 0.0) -> None:
+        """`compiler` was started ahead, for a GPU. `import_seconds` is what the imports took, for the report."""
+        self._compiler = compiler
+        self._import_seconds = import_seconds
         self._backend: Backend | None = None
         self._loaded: LoadedModel | None = None
         self._runner: Runner | None = None
@@ -68,8 +72,8 @@ class Worker:
 
     def load_model(self, command: LoadModel) -> ModelLoaded:
         """Seed, load, pack and self-test. Raises ConfigError, ModelError or InvarianceError."""
-        seconds: dict[str, float] = {}
-        backend = make_backend(resolve_device(command.config.device, command.config.rank))
+        seconds = {"imports": self._import_seconds}
+        backend = make_backend(resolve_device(command.config.device, command.config.rank), self._compiler)
         config = command.config
         _check_config(config, backend)
         seed_everything(config.seed)
@@ -83,7 +87,7 @@ class Worker:
                 loaded = _load(outline, backend)
                 self._draft_model = _load_draft_model(loaded, backend)
             with _timed(seconds, "compile"):
-                compilation.finish()
+                seconds |= compilation.finish()
         if config.numerics == "invariant":
             with _timed(seconds, "self_test"):
                 loaded, _ = backend.self_test(loaded)
@@ -184,6 +188,8 @@ class Worker:
         if self._backend is not None:
             self._backend.end()
             self._backend = None
+        if self._compiler is not None:
+            self._compiler.close()
 
     def _make_draft_runner(self, runner: Runner, num_blocks: int) -> Runner | None:
         """What guesses: the model of a draft worker, or the second model of a target's, with as many blocks."""

@@ -17,6 +17,7 @@ from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import LoadedModel, ModelOutline, Runner
 from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
+from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.fingerprint import fingerprint_parts
 from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, out_of_memory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
@@ -42,8 +43,9 @@ class GpuBackend:
     block_sizes: tuple[int, ...] = (64, 32, 16)
     max_steps_in_flight = 2
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, compiler: CompilerProcess | None) -> None:
         self.device = device
+        self._compiler = compiler
         self._excluded: dict[str, list[str]] = {}
         self._workspaces: dict[str, AttentionWorkspace] = {}
         self._steps: dict[str, StepMemory] = {}
@@ -62,7 +64,7 @@ class GpuBackend:
     @contextmanager
     def loading(self, outline: ModelOutline) -> Iterator[KernelCompilation]:
         try:
-            with KernelCompilation(outline, self.device) as compilation:
+            with KernelCompilation(outline, self.device, self._compiler) as compilation:
                 yield compilation
         except torch.OutOfMemoryError as error:
             free, total = torch.cuda.mem_get_info(self.device)

@@ -18,7 +18,8 @@ from sempre.engine.scheduling import Scheduler
 from sempre.engine.speculation import SpeculationPlan, speculation
 from sempre.ipc.messages import ExecuteStep, RequestSpec, SampledTokens, SamplingSpec, StepResult, WorkerConfig
 from sempre.workers.admission import StepLimits
-from sempre.workers.backend import CpuBackend, LoadedModel
+from sempre.workers.backend import LoadedModel
+from sempre.workers.cpu_backend import CpuBackend
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.decoder import Decoder
