@@ -27,6 +27,7 @@ class ModelOutline:
     product: LinearKernel
     max_model_len: int
     block_size: int
+    max_num_batched_tokens: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class LoadedModel:
     max_model_len: int
     block_size: int
     """tokens in one KV cache block: the config's, or the device's best"""
+    max_num_batched_tokens: int
+    """most tokens in one step, likewise"""
 
     @property
     def block_bytes(self) -> int:
@@ -88,6 +91,8 @@ class Backend(Protocol):
 
     block_sizes: tuple[int, ...]
     """sizes that the kernels take, the best first"""
+    max_num_batched_tokens: int
+    """the best, where the config has none"""
     max_steps_in_flight: int
 
     @property

@@ -32,6 +32,7 @@ class CpuBackend:
 
     placement = ON_CPU
     block_sizes: tuple[int, ...] = (BLOCK_SIZE,)
+    max_num_batched_tokens = 2048
     max_steps_in_flight = 1
 
     def __init__(self) -> None:
@@ -51,14 +52,13 @@ class CpuBackend:
         return nullcontext(_NothingToCompile())
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
-        config = model.config
         _leave_cores_to_kernels()
         passed = self_test(
             model.spec,
             model.weights,
             model.product,
             block_size=model.block_size,
-            max_tokens=config.max_num_batched_tokens,
+            max_tokens=model.max_num_batched_tokens,
         )
         return model, passed
 
@@ -73,7 +73,7 @@ class CpuBackend:
             model.spec,
             model.weights,
             model.product,
-            max_tokens=config.max_num_batched_tokens,
+            max_tokens=model.max_num_batched_tokens,
             max_model_len=model.max_model_len,
         )
         return ModelRunner(
@@ -82,7 +82,7 @@ class CpuBackend:
             model.make_grammar_compiler(),
             max_model_len=model.max_model_len,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=model.max_num_batched_tokens,
             max_draft_tokens=config.max_draft_tokens,
             rank=config.rank,
         )

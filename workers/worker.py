@@ -104,6 +104,7 @@ class Worker:
             phase_seconds=seconds,
             max_steps_in_flight=backend.max_steps_in_flight,
             block_size=loaded.block_size,
+            max_num_batched_tokens=loaded.max_num_batched_tokens,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
@@ -277,7 +278,8 @@ def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
     product = linear_kernel(config.numerics)
     spec = load_spec(Path(config.model_path))
     block_size = config.block_size or backend.block_sizes[0]
-    return ModelOutline(config, spec, product, _max_model_len(config, spec), block_size)
+    max_num_batched_tokens = config.max_num_batched_tokens or backend.max_num_batched_tokens
+    return ModelOutline(config, spec, product, _max_model_len(config, spec), block_size, max_num_batched_tokens)
 
 
 def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
@@ -292,7 +294,15 @@ def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
         quantization=config.quantization,
         placement=backend.placement,
     )
-    return LoadedModel(config, outline.spec, weights, outline.product, outline.max_model_len, outline.block_size)
+    return LoadedModel(
+        config,
+        outline.spec,
+        weights,
+        outline.product,
+        outline.max_model_len,
+        outline.block_size,
+        outline.max_num_batched_tokens,
+    )
 
 
 def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | None:

@@ -46,7 +46,15 @@ _LAST_FRAMES_S = 0.02
 # workers that were killed have given back their memory by then
 _GONE_S = 10.0
 _GONE_POLL_S = 0.01
-_ALIKE = ("vocab_size", "max_model_len", "eos_token_ids", "block_size", "world_size", "fingerprint")
+_ALIKE = (
+    "vocab_size",
+    "max_model_len",
+    "eos_token_ids",
+    "block_size",
+    "max_num_batched_tokens",
+    "world_size",
+    "fingerprint",
+)
 
 Channel = TypeVar("Channel", bound=PeerBase[ClientEvent])
 

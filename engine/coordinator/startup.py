@@ -35,6 +35,7 @@ _ALIKE = (
     "kv_block_bytes",
     "max_steps_in_flight",
     "block_size",
+    "max_num_batched_tokens",
 )
 
 
@@ -160,6 +161,7 @@ class StartUp:
             fingerprint=first.fingerprint | self._warm[0].fingerprint,
             phase_seconds=self._phase_seconds,
             worker_pids=[self.pids[rank] for rank in ranks],
+            max_num_batched_tokens=first.max_num_batched_tokens,
         )
         return progress
 

@@ -37,7 +37,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     device: str = "cpu"
     max_model_len: int | None = None
     max_num_seqs: Positive = 128
-    max_num_batched_tokens: Positive = 2048
+    max_num_batched_tokens: Positive | None = 2048
     block_size: Positive | None = 16
     kv_cache_memory_bytes: int | None = None
     num_threads: NonNegative = 0
@@ -154,7 +154,7 @@ class WorkerHello(Message, frozen=True, kw_only=True):
 
 
 class ModelLoaded(Message, frozen=True, kw_only=True):
-    """Answer to LoadModel. `max_model_len` is the limit in use; `fingerprint` the parts this worker knows.
+    """Answer to LoadModel. The limits and `block_size` are those in use; `fingerprint` the parts this worker knows.
 
     Up to `max_steps_in_flight` steps may be sent before the first of them is answered.
     """
@@ -170,6 +170,7 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     phase_seconds: dict[str, float] = {}
     max_steps_in_flight: Positive = 1
     block_size: Positive = 16
+    max_num_batched_tokens: Positive = 2048
 
 
 class WorkerReady(Message, frozen=True, kw_only=True):

@@ -41,6 +41,7 @@ class GpuBackend:
     """One GPU."""
 
     block_sizes: tuple[int, ...] = (64, 32, 16)
+    max_num_batched_tokens = 8192
     max_steps_in_flight = 2
 
     def __init__(self, device: torch.device, compiler: CompilerProcess | None) -> None:
@@ -74,13 +75,19 @@ class GpuBackend:
                 allocated=torch.cuda.memory_reserved(self.device),
                 free=free,
                 total=total,
-                max_num_batched_tokens=outline.config.max_num_batched_tokens,
+                max_num_batched_tokens=outline.max_num_batched_tokens,
             ) from error
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
-        config = model.config
         require_fp8(model.weights, self.device)
-        tested = run_self_test(config, model.spec, model.weights, model.block_size, self._attention_workspace(model))
+        tested = run_self_test(
+            model.spec,
+            model.weights,
+            self._attention_workspace(model),
+            block_size=model.block_size,
+            max_tokens=model.max_num_batched_tokens,
+            max_num_seqs=model.config.max_num_seqs,
+        )
         passed = require_equal(tested.comparisons)
         self._excluded = tested.excluded
         if tested.excluded:
@@ -98,7 +105,7 @@ class GpuBackend:
                 allocated=torch.cuda.memory_reserved(self.device),
                 free=free,
                 total=total,
-                max_num_batched_tokens=model.config.max_num_batched_tokens,
+                max_num_batched_tokens=model.max_num_batched_tokens,
             ) from error
         gc.collect()
         torch.cuda.empty_cache()
@@ -130,7 +137,7 @@ class GpuBackend:
         limits = StepLimits(
             model.max_model_len,
             config.max_num_seqs,
-            config.max_num_batched_tokens,
+            model.max_num_batched_tokens,
             model.spec.vocab_size,
             config.max_draft_tokens,
         )
@@ -189,7 +196,7 @@ class GpuBackend:
             spec,
             weights,
             model.product,
-            max_tokens=config.max_num_batched_tokens,
+            max_tokens=model.max_num_batched_tokens,
             max_model_len=model.max_model_len,
             workspace=self._attention_workspace(model),
         )
@@ -211,4 +218,4 @@ def quantized_rows_bytes(model: LoadedModel) -> int:
         return 0
     spec = model.spec
     width = max(spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim)
-    return model.config.max_num_batched_tokens * (width + 4)
+    return model.max_num_batched_tokens * (width + 4)

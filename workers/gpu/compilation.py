@@ -126,7 +126,14 @@ def collect_variants(outline: ModelOutline, device: torch.device) -> list[Varian
         _launch_steps(replace(outline, spec=spec), weights, workspace, device)
         _launch_reports(spec.vocab_size, device)
         if config.numerics == "invariant":
-            run_self_test(config, spec, weights, outline.block_size, workspace)
+            run_self_test(
+                spec,
+                weights,
+                workspace,
+                block_size=outline.block_size,
+                max_tokens=outline.max_num_batched_tokens,
+                max_num_seqs=config.max_num_seqs,
+            )
     return variants
 
 

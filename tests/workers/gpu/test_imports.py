@@ -18,7 +18,7 @@ PROGRAM = (
 
 
 @pytest.mark.parametrize(
-    "modules, imported",
+    ("modules", "imported"),
     [("import sempre.workers.gpu.backend", []), ("import sempre.kernels.linear.cpu", ["numba", "llvmlite", "scipy"])],
 )
 def test_costly_modules_of_a_worker(modules: str, imported: list[str]) -> None:
