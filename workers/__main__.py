@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from time import perf_counter
 
 from sempre.workers.gpu.head_start import head_start
@@ -12,8 +13,12 @@ def make_worker(device: str, rank: int) -> WorkerProtocol:
     """The worker that runs a model; torch is imported only now, after the hello."""
     began = perf_counter()
     compiler = head_start(device, rank)
+    # what is imported stays: looking through it, now or later, would only take time
+    gc.disable()
     from sempre.workers.worker import Worker
 
+    gc.enable()
+    gc.freeze()
     return Worker(compiler, import_seconds=perf_counter() - began)
 
 

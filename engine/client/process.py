@@ -301,10 +301,13 @@ class ProcessClient(ProcessClientBase[PeerChannel[ClientEvent]]):
         *,
         options: ProcessOptions | None = None,
         on_progress: ProgressCallback | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> ProcessClient:
-        """Start an engine and wait until it is ready; when it is not, its processes are gone before this raises."""
+        """Start an engine, call `meanwhile`, and wait until the engine is ready; when it is not, its processes are gone
+        before this raises."""
         client = cls(config, options or ProcessOptions())
         try:
+            meanwhile()
             while not client._startup_event(client.receive(client._startup_seconds_left()), on_progress):
                 pass
         except BaseException:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sempre.ipc.messages import WorkerConfig
-from sempre.workers.backend import CpuBackend, LoadedModel
+from sempre.workers.backend import LoadedModel
+from sempre.workers.cpu_backend import CpuBackend
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder, OutputRows, StepInput
 from sempre.workers.worker import _load, _outline

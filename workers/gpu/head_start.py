@@ -7,15 +7,18 @@ them.
 from __future__ import annotations
 
 import ctypes
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 
 from sempre.workers.gpu.compiler_process import CompilerProcess
 
+_CUDA_LIBRARY = "lib/libtorch_cuda.so"
+
 
 def head_start(device: str, rank: int) -> CompilerProcess | None:
-    """Begin, unless `device` is "cpu" or there is no CUDA driver. What goes wrong here is torch's to report."""
-    if device == "cpu":
+    """Begin, unless `device` is "cpu", or driver or PyTorch are without CUDA. What goes wrong is torch's to report."""
+    if device == "cpu" or not _torch_has_cuda():
         return None
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -31,6 +34,11 @@ def head_start(device: str, rank: int) -> CompilerProcess | None:
     Thread(target=triton_key, name="triton-key", daemon=True).start()
     folder = Path(triton.knobs.cache.dir)
     return None if folder.is_dir() and any(folder.iterdir()) else CompilerProcess()
+
+
+def _torch_has_cuda() -> bool:
+    found = find_spec("torch")
+    return found is not None and found.origin is not None and (Path(found.origin).parent / _CUDA_LIBRARY).exists()
 
 
 def _make_context(cuda: ctypes.CDLL, rank: int) -> None:
