@@ -14,6 +14,7 @@ from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import ExecuteStep, SampledTokens, WorkerConfig
 from sempre.kernels.threads import set_num_threads
 from sempre.workers.fingerprint import fingerprint_parts
+from sempre.workers.guessing import Guesser, StepGuesser
 from sempre.workers.kv_cache import BLOCK_SIZE, PagedKvCache, available_blocks, block_bytes
 from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.decoder import Decoder
@@ -117,6 +118,9 @@ class Backend(Protocol):
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> Runner: ...
 
+    def make_guesser(self, runner: Runner) -> Guesser:
+        """What guesses with the model of `runner`, which takes no steps any more."""
+
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         """After the warm-up: whatever makes steps fast; the parts of the fingerprint that are known only now."""
 
@@ -195,6 +199,10 @@ class CpuBackend:
             max_draft_tokens=config.max_draft_tokens,
             rank=config.rank,
         )
+
+    def make_guesser(self, runner: Runner) -> StepGuesser:
+        assert isinstance(runner, ModelRunner)
+        return StepGuesser(runner)
 
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         return {}
