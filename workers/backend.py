@@ -11,6 +11,7 @@ import torch
 
 from sempre.ipc.messages import ExecuteStep, SampledTokens, WorkerConfig
 from sempre.workers.gpu.compiler_process import CompilerProcess
+from sempre.workers.guessing import Guesser
 from sempre.workers.kv_cache import PagedKvCache, block_bytes
 from sempre.workers.models.numerics import LinearKernel
 from sempre.workers.models.spec import ModelSpec
@@ -115,6 +116,9 @@ class Backend(Protocol):
         """
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> Runner: ...
+
+    def make_guesser(self, runner: Runner) -> Guesser:
+        """What guesses with the model of `runner`, which takes no steps any more."""
 
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         """After the warm-up: whatever makes steps fast; the parts of the fingerprint that are known only now."""

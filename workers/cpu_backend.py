@@ -13,6 +13,7 @@ from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.threads import set_num_threads
 from sempre.workers.backend import Compilation, LoadedModel, ModelOutline, Runner
 from sempre.workers.fingerprint import fingerprint_parts
+from sempre.workers.guessing import StepGuesser
 from sempre.workers.kv_cache import BLOCK_SIZE, PagedKvCache, available_blocks
 from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.decoder import Decoder
@@ -86,6 +87,10 @@ class CpuBackend:
             max_draft_tokens=config.max_draft_tokens,
             rank=config.rank,
         )
+
+    def make_guesser(self, runner: Runner) -> StepGuesser:
+        assert isinstance(runner, ModelRunner)
+        return StepGuesser(runner)
 
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         return {}

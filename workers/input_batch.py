@@ -206,6 +206,13 @@ class InputBatch:
         self._num_tokens[state.slot] = len(state.token_ids)
         self._last_tokens[state.slot] = token_id
 
+    def revise(self, state: RequestState, start: int, token_ids: list[int]) -> None:
+        """Replace the request's tokens from `start` on."""
+        state.sampling.rewind(start)
+        state.token_ids[start:] = token_ids
+        self._num_tokens[state.slot] = len(state.token_ids)
+        self._last_tokens[state.slot] = state.token_ids[-1]
+
     def expect(self, slots: Int64) -> None:
         """Count a token for each slot that is being sampled and will be recorded later."""
         self._num_tokens[slots] += 1

@@ -67,6 +67,10 @@ class ModelRunner:
             for item in step.scheduled
         ]
 
+    def revise(self, request_id: str, start: int, token_ids: list[int]) -> None:
+        """The tokens of a known request from `start` on are these, and not those that were sampled."""
+        self._batch.revise(self._batch.get(request_id), start, token_ids)
+
     def _compute(self, scheduled: list[ScheduledRequest]) -> list[SampledTokens]:
         batch_step = self._batch.build(scheduled)
         hidden = self._decoder.forward(batch_step.model_input, self.cache.layers)

@@ -114,17 +114,18 @@ class Worker:
         seconds: dict[str, float] = {}
         with _timed(seconds, "allocate"):
             runner = backend.make_runner(loaded, command.num_blocks)
-            guesser = self._make_draft_runner(runner, command.num_blocks)
+            draft_runner = self._make_draft_runner(runner, command.num_blocks)
         with _timed(seconds, "warm_up"):
             warm_up(runner)
-            if guesser is not None and guesser is not runner:
-                warm_up(guesser)
+            if draft_runner is not None and draft_runner is not runner:
+                warm_up(draft_runner)
         with _timed(seconds, "prepare_steps"):
-            self._late_fingerprint = backend.prepare_steps(runner)
-            if guesser is not None and guesser is not runner:
-                backend.prepare_steps(guesser)
-        if guesser is not None:
-            self._drafting = Drafting(guesser, max_num_seqs=config.max_num_seqs)
+            if draft_runner is not runner:
+                self._late_fingerprint = backend.prepare_steps(runner)
+            if draft_runner is not None:
+                guesser = backend.make_guesser(draft_runner)
+                guesser.prepare()
+                self._drafting = Drafting(guesser, max_num_seqs=config.max_num_seqs)
         self._runner = runner
         self._ahead = runner if isinstance(runner, PipelinedRunner) else None
         seed_everything(config.seed)

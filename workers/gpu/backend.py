@@ -19,6 +19,7 @@ from sempre.workers.backend import LoadedModel, ModelOutline, Runner
 from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.fingerprint import fingerprint_parts
+from sempre.workers.gpu.guessing import GpuGuesser
 from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, out_of_memory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import require_equal, require_fp8, run_self_test
@@ -149,6 +150,10 @@ class GpuBackend:
             rank=config.rank,
             graphs=not config.enforce_eager,
         )
+
+    def make_guesser(self, runner: Runner) -> GpuGuesser:
+        assert isinstance(runner, GpuModelRunner)
+        return GpuGuesser(runner.memory, runner.cache, runner.limits, graphs=runner.graphs.enabled)
 
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         assert isinstance(runner, GpuModelRunner)

@@ -69,6 +69,8 @@ class GpuModelRunner:
         rank: int,
         graphs: bool,
     ) -> None:
+        self.memory = memory
+        self.limits = limits
         self.cache = cache
         self.max_model_len = limits.max_model_len
         self.max_num_batched_tokens = limits.max_num_batched_tokens
