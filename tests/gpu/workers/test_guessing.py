@@ -32,7 +32,7 @@ def drafting(*, enforce_eager: bool, max_num_batched_tokens: int) -> Drafting:
         device="cuda",
         enforce_eager=enforce_eager,
     )
-    backend = GpuBackend(torch.device("cuda", 0))
+    backend = GpuBackend(torch.device("cuda", 0), None)
     backend.begin(config)
     model = _load(_outline(config, backend), backend)
     backend.available_blocks(model)
