@@ -95,6 +95,9 @@ class Backend(Protocol):
     block_sizes: tuple[int, ...]
     """sizes that the kernels take, the best first"""
     max_steps_in_flight: int
+    """known once `begin` has been called"""
+    max_num_batched_tokens: int
+    """tokens in a step from which on more would not be faster, only later"""
 
     @property
     def placement(self) -> Placement: ...
@@ -141,10 +144,11 @@ class CpuBackend:
 
     placement = ON_CPU
     block_sizes: tuple[int, ...] = (BLOCK_SIZE,)
-    max_steps_in_flight = 1
+    max_num_batched_tokens = 512
 
     def __init__(self) -> None:
         self._torch_threads_before = torch.get_num_threads()
+        self.max_steps_in_flight = 2
 
     def begin(self, config: WorkerConfig) -> None:
         cores = len(os.sched_getaffinity(0))
@@ -155,6 +159,8 @@ class CpuBackend:
                 value=config.num_threads,
             )
         set_num_threads(config.num_threads or max(1, cores // config.world_size))
+        # the next step waits at the worker, which is then never idle; guesses, though, follow from results
+        self.max_steps_in_flight = 1 if config.max_draft_tokens else 2
 
     def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
         return nullcontext(_NothingToCompile())

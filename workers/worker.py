@@ -70,7 +70,8 @@ class Worker:
         """Seed, load, pack and self-test. Raises ConfigError, ModelError or InvarianceError."""
         seconds: dict[str, float] = {}
         backend = make_backend(resolve_device(command.config.device, command.config.rank))
-        config = command.config
+        num_tokens = command.config.max_num_batched_tokens or backend.max_num_batched_tokens
+        config = replace(command.config, max_num_batched_tokens=num_tokens)
         _check_config(config, backend)
         seed_everything(config.seed)
         digests = rng_digests()
@@ -100,6 +101,7 @@ class Worker:
             phase_seconds=seconds,
             max_steps_in_flight=backend.max_steps_in_flight,
             block_size=loaded.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:

@@ -34,6 +34,7 @@ _ALIKE = (
     "fingerprint",
     "kv_block_bytes",
     "max_steps_in_flight",
+    "max_num_batched_tokens",
     "block_size",
 )
 
@@ -110,6 +111,11 @@ class StartUp:
     def max_steps_in_flight(self) -> int:
         """Steps that a worker takes before it has answered the first of them."""
         return self._loaded[0].max_steps_in_flight
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """Most tokens in one step: what the settings say, or else the workers."""
+        return self._config.max_num_batched_tokens or self._loaded[0].max_num_batched_tokens
 
     def check_drafts(self, drafts: StartUp) -> None:
         """Both have ended. Raises SeedMismatch when a draft worker is seeded otherwise than the targets, ConfigError

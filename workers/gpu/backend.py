@@ -41,6 +41,7 @@ class GpuBackend:
 
     block_sizes: tuple[int, ...] = (64, 32, 16)
     max_steps_in_flight = 2
+    max_num_batched_tokens = 2048
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
