@@ -254,7 +254,7 @@ class AsyncLLM:
             for frame in frames:
                 client.send(AddRequests(requests=frame))
         except BaseException:
-            self._drop([state.request.request_id for state in states])
+            self._drop([state.request_id for state in states])
             raise
         stream = OutputStream(states, lambda: self._drop(names))
         self._streams.update(dict.fromkeys(names, stream))
@@ -306,7 +306,7 @@ class AsyncLLM:
                 check_refused(event)
 
     def _wake(self, state: RequestState) -> None:
-        stream = self._streams.get(state.request.request_id)
+        stream = self._streams.get(state.request_id)
         if stream is not None:
             stream.wake(state)
 

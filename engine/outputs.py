@@ -1,4 +1,8 @@
-"""What a user gets back; field names are those of vLLM, plus `seed`, `fingerprint` and `error`."""
+"""What a user gets back; field names are those of vLLM, plus `seed`, `fingerprint` and `error`.
+
+An output is made for every streamed token, so it is a Struct, which costs a third of a dataclass; none of them can
+be part of a cycle.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,7 @@ class RequestMetrics:
     finished_time: float | None = None
 
 
-@dataclass(slots=True)
-class CompletionOutput:
+class CompletionOutput(Struct, gc=False):
     """One completion of a prompt."""
 
     index: int
@@ -50,8 +53,7 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
-@dataclass(slots=True)
-class RequestOutput:
+class RequestOutput(Struct, gc=False):
     """All completions of one request."""
 
     request_id: str

@@ -30,7 +30,7 @@ class IncrementalDetokenizer:
     where a stop string ends it depends on how many tokens a step brought. Joined deltas equal
     `tokenizer.decode` of the output's ids (for decoders that drop a text's first space: of the ids after the prompt's).
 
-        output bytes:  | handed out | held: may begin a stop string | unfinished character (in the UTF-8 decoder) |
+        output bytes:  | handed out | held: may begin a stop string | unfinished character |
     """
 
     def __init__(
@@ -58,8 +58,9 @@ class IncrementalDetokenizer:
         self._handed_out: list[str] = []
         # The text's longest suffix that begins a stop string; a match can start nowhere before it.
         self._suffix = ""
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._utf8.decode(self._last_bytes(prompt_token_ids))
+        # The bytes of a character that is still incomplete.
+        self._unfinished = b""
+        self._decode(self._last_bytes(prompt_token_ids))
 
     @property
     def text(self) -> str:
@@ -74,11 +75,14 @@ class IncrementalDetokenizer:
         `include_stop_str_in_output`. A stop string ends the output by itself; calls after the end are an error.
         """
         assert not self._finished, "update() after the output ended"
+        if not self._stop:
+            return self._take_all(token_ids, ends=finished or stop_token, hides_last=stop_token)
         pieces: list[str] = []
         for index, token_id in enumerate(token_ids):
             is_stop_token = stop_token and index == len(token_ids) - 1
             hidden = is_stop_token and not self._include_stop
-            piece = "" if hidden or token_id in self._skipped_ids else self._decode(token_id)
+            skipped = hidden or token_id in self._skipped_ids
+            piece = "" if skipped else self._decode(self._tokenizer.token_bytes(token_id))
             self._num_tokens += 1
             stop_string = self._take(piece, pieces)
             if stop_string is not None:
@@ -87,12 +91,21 @@ class IncrementalDetokenizer:
             self._finished = True
             if not self._include_stop:
                 pieces.append(self._suffix)
-            pieces.append(self._utf8.decode(b"", final=True))
+            pieces.append(self._decode(b"", final=True))
         return self._hand_out(pieces, len(token_ids), None)
+
+    def _take_all(self, token_ids: Sequence[int], *, ends: bool, hides_last: bool) -> TextUpdate:
+        """Take tokens whose text cannot end the output: all of it at once."""
+        self._num_tokens += len(token_ids)
+        self._finished = ends
+        shown = token_ids[:-1] if hides_last and not self._include_stop else token_ids
+        skipped, bytes_of = self._skipped_ids, self._tokenizer.token_bytes
+        data = b"".join([bytes_of(token_id) for token_id in shown if token_id not in skipped])
+        return self._hand_out([self._decode(data, final=ends)], len(token_ids), None)
 
     def _take(self, piece: str, pieces: list[str]) -> str | None:
         """Append to `pieces` what `piece` lets out; return the stop string that it completes."""
-        if not self._stop or not piece:
+        if not piece:
             pieces.append(piece)
             return None
         text = self._suffix + piece
@@ -116,8 +129,12 @@ class IncrementalDetokenizer:
             self._handed_out.append(delta)
         return TextUpdate(delta, num_tokens, stop_string)
 
-    def _decode(self, token_id: int) -> str:
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+    def _decode(self, data: bytes, *, final: bool = False) -> str:
+        """Return the characters that `data` completes; bytes that are no UTF-8 become U+FFFD."""
+        data = self._unfinished + data
+        text, num_decoded = codecs.utf_8_decode(data, "replace", final)
+        self._unfinished = data[num_decoded:]
+        return text
 
     def _last_bytes(self, prompt_token_ids: Sequence[int]) -> bytes:
         """Return enough of the prompt's end to hold a character that it leaves unfinished."""
