@@ -111,9 +111,9 @@ class SequenceState:
             return
         token_ids = self._token_ids[self._num_decoded :]
         self._num_decoded, self._text_ended = len(self._token_ids), ended
-        update = self._detokenizer.update(token_ids, finished=ended, stop_token=self.finish_reason == "stop")
-        if update.delta:
-            self._text.append(update.delta)
+        text = self._detokenizer.take_all(token_ids, ends=ended, stop_token=self.finish_reason == "stop")
+        if text:
+            self._text.append(text)
 
 
 class RequestState:

@@ -76,7 +76,8 @@ class IncrementalDetokenizer:
         """
         assert not self._finished, "update() after the output ended"
         if not self._stop:
-            return self._take_all(token_ids, ends=finished or stop_token, hides_last=stop_token)
+            delta = self.take_all(token_ids, ends=finished or stop_token, stop_token=stop_token)
+            return TextUpdate(delta, len(token_ids), None)
         pieces: list[str] = []
         for index, token_id in enumerate(token_ids):
             is_stop_token = stop_token and index == len(token_ids) - 1
@@ -94,14 +95,24 @@ class IncrementalDetokenizer:
             pieces.append(self._decode(b"", final=True))
         return self._hand_out(pieces, len(token_ids), None)
 
-    def _take_all(self, token_ids: Sequence[int], *, ends: bool, hides_last: bool) -> TextUpdate:
-        """Take tokens whose text cannot end the output: all of it at once."""
-        self._num_tokens += len(token_ids)
+    def take_all(self, token_ids: Sequence[int], *, ends: bool, stop_token: bool = False) -> str:
+        """As `update`, where there are no stop strings, so that the text cannot end the output; return the new text."""
+        assert not self._stop and not self._finished
         self._finished = ends
-        shown = token_ids[:-1] if hides_last and not self._include_stop else token_ids
+        if stop_token and not self._include_stop:
+            token_ids = token_ids[:-1]
         skipped, bytes_of = self._skipped_ids, self._tokenizer.token_bytes
-        data = b"".join([bytes_of(token_id) for token_id in shown if token_id not in skipped])
-        return self._hand_out([self._decode(data, final=ends)], len(token_ids), None)
+        if len(token_ids) == 1 and not ends and not self._unfinished:
+            # a token of a stream, as a rule a whole number of characters
+            [token_id] = token_ids
+            data = b"" if token_id in skipped else bytes_of(token_id)
+        else:
+            data = self._unfinished + b"".join([bytes_of(token_id) for token_id in token_ids if token_id not in skipped])
+        delta, num_decoded = codecs.utf_8_decode(data, "replace", ends)
+        self._unfinished = data[num_decoded:]
+        if delta:
+            self._handed_out.append(delta)
+        return delta
 
     def _take(self, piece: str, pieces: list[str]) -> str | None:
         """Append to `pieces` what `piece` lets out; return the stop string that it completes."""
