@@ -12,6 +12,7 @@ import torch
 
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import ExecuteStep, SampledTokens, WorkerConfig
+from sempre.kernels.linear.cpu import ROW_BLOCK
 from sempre.kernels.threads import set_num_threads
 from sempre.workers.fingerprint import fingerprint_parts
 from sempre.workers.kv_cache import BLOCK_SIZE, PagedKvCache, available_blocks, block_bytes
@@ -96,11 +97,14 @@ class Backend(Protocol):
     """sizes that the kernels take, the best first"""
     max_steps_in_flight: int
     """known once `begin` has been called"""
-    max_num_batched_tokens: int
-    """tokens in a step from which on more would not be faster, only later"""
+    max_prompt_tokens: int | None
+    """tokens of prompts in a step from which on more would not be faster, but later for all others; None: no matter"""
 
     @property
     def placement(self) -> Placement: ...
+
+    def best_step_tokens(self, max_num_seqs: int) -> int:
+        """Most tokens in one step, where the settings leave it open."""
 
     def begin(self, config: WorkerConfig) -> None:
         """Before anything is loaded."""
@@ -144,11 +148,14 @@ class CpuBackend:
 
     placement = ON_CPU
     block_sizes: tuple[int, ...] = (BLOCK_SIZE,)
-    max_num_batched_tokens = 512
+    max_prompt_tokens: int | None = ROW_BLOCK
 
     def __init__(self) -> None:
         self._torch_threads_before = torch.get_num_threads()
         self.max_steps_in_flight = 2
+
+    def best_step_tokens(self, max_num_seqs: int) -> int:
+        return max_num_seqs + ROW_BLOCK
 
     def begin(self, config: WorkerConfig) -> None:
         cores = len(os.sched_getaffinity(0))

@@ -70,8 +70,9 @@ class Worker:
         """Seed, load, pack and self-test. Raises ConfigError, ModelError or InvarianceError."""
         seconds: dict[str, float] = {}
         backend = make_backend(resolve_device(command.config.device, command.config.rank))
-        num_tokens = command.config.max_num_batched_tokens or backend.max_num_batched_tokens
-        config = replace(command.config, max_num_batched_tokens=num_tokens)
+        config = command.config
+        if not config.max_num_batched_tokens:
+            config = replace(config, max_num_batched_tokens=backend.best_step_tokens(config.max_num_seqs))
         _check_config(config, backend)
         seed_everything(config.seed)
         digests = rng_digests()
@@ -102,6 +103,7 @@ class Worker:
             max_steps_in_flight=backend.max_steps_in_flight,
             block_size=loaded.block_size,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_prompt_tokens=backend.max_prompt_tokens,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:

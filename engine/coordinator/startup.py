@@ -35,6 +35,7 @@ _ALIKE = (
     "kv_block_bytes",
     "max_steps_in_flight",
     "max_num_batched_tokens",
+    "max_prompt_tokens",
     "block_size",
 )
 
@@ -116,6 +117,11 @@ class StartUp:
     def max_num_batched_tokens(self) -> int:
         """Most tokens in one step: what the settings say, or else the workers."""
         return self._config.max_num_batched_tokens or self._loaded[0].max_num_batched_tokens
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """Most tokens of prompts in one step; None: all of them may be."""
+        return None if self._config.max_num_batched_tokens else self._loaded[0].max_prompt_tokens
 
     def check_drafts(self, drafts: StartUp) -> None:
         """Both have ended. Raises SeedMismatch when a draft worker is seeded otherwise than the targets, ConfigError

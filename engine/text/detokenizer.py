@@ -97,7 +97,8 @@ class IncrementalDetokenizer:
 
     def take_all(self, token_ids: Sequence[int], *, ends: bool, stop_token: bool = False) -> str:
         """As `update`, where there are no stop strings, so that the text cannot end the output; return the new text."""
-        assert not self._stop and not self._finished
+        assert not self._stop, "a stop string is looked for token by token"
+        assert not self._finished, "tokens after the output ended"
         self._finished = ends
         if stop_token and not self._include_stop:
             token_ids = token_ids[:-1]
@@ -107,7 +108,8 @@ class IncrementalDetokenizer:
             [token_id] = token_ids
             data = b"" if token_id in skipped else bytes_of(token_id)
         else:
-            data = self._unfinished + b"".join([bytes_of(token_id) for token_id in token_ids if token_id not in skipped])
+            pieces = [bytes_of(token_id) for token_id in token_ids if token_id not in skipped]
+            data = self._unfinished + b"".join(pieces)
         delta, num_decoded = codecs.utf_8_decode(data, "replace", ends)
         self._unfinished = data[num_decoded:]
         if delta:

@@ -41,7 +41,7 @@ class GpuBackend:
 
     block_sizes: tuple[int, ...] = (64, 32, 16)
     max_steps_in_flight = 2
-    max_num_batched_tokens = 2048
+    max_prompt_tokens: int | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -52,6 +52,9 @@ class GpuBackend:
     @property
     def placement(self) -> Placement:
         return Placement(self.device, Uploader(self.device), HASHING_THREADS)
+
+    def best_step_tokens(self, max_num_seqs: int) -> int:
+        return 2048
 
     def begin(self, config: WorkerConfig) -> None:
         torch.cuda.set_device(self.device)
