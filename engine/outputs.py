@@ -1,8 +1,4 @@
-"""What a user gets back; field names are those of vLLM, plus `seed`, `fingerprint` and `error`.
-
-An output is made for every streamed token, so it is a Struct, which costs a third of a dataclass; none of them can
-be part of a cycle.
-"""
+"""What a user gets back; field names are those of vLLM, plus `seed`, `fingerprint` and `error`."""
 
 from __future__ import annotations
 
@@ -29,7 +25,8 @@ class RequestMetrics:
     finished_time: float | None = None
 
 
-class CompletionOutput(Struct, gc=False):
+@dataclass(slots=True)
+class CompletionOutput:
     """One completion of a prompt."""
 
     index: int
@@ -53,7 +50,8 @@ class CompletionOutput(Struct, gc=False):
         return self.finish_reason is not None
 
 
-class RequestOutput(Struct, gc=False):
+@dataclass(slots=True)
+class RequestOutput:
     """All completions of one request."""
 
     request_id: str

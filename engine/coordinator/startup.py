@@ -34,9 +34,9 @@ _ALIKE = (
     "fingerprint",
     "kv_block_bytes",
     "max_steps_in_flight",
+    "block_size",
     "max_num_batched_tokens",
     "max_prompt_tokens",
-    "block_size",
 )
 
 
@@ -114,11 +114,6 @@ class StartUp:
         return self._loaded[0].max_steps_in_flight
 
     @property
-    def max_num_batched_tokens(self) -> int:
-        """Most tokens in one step: what the settings say, or else the workers."""
-        return self._config.max_num_batched_tokens or self._loaded[0].max_num_batched_tokens
-
-    @property
     def max_prompt_tokens(self) -> int | None:
         """Most tokens of prompts in one step; None: all of them may be."""
         return None if self._config.max_num_batched_tokens else self._loaded[0].max_prompt_tokens
@@ -172,6 +167,7 @@ class StartUp:
             fingerprint=first.fingerprint | self._warm[0].fingerprint,
             phase_seconds=self._phase_seconds,
             worker_pids=[self.pids[rank] for rank in ranks],
+            max_num_batched_tokens=first.max_num_batched_tokens,
         )
         return progress
 

@@ -76,7 +76,7 @@ def worker_config(config: EngineConfig, rank: int, num_threads: int, *, role: st
         device=config.device,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or 0,
+        max_num_batched_tokens=config.max_num_batched_tokens,
         block_size=config.block_size,
         kv_cache_memory_bytes=config.kv_cache_memory_bytes,
         num_threads=num_threads,

@@ -164,6 +164,7 @@ async def _server_info(service: Service, _request: Request) -> Response:
                 "vocab_size": ready.vocab_size,
                 "num_blocks": ready.num_blocks,
                 "block_size": ready.block_size,
+                "max_num_batched_tokens": ready.max_num_batched_tokens,
                 "world_size": ready.world_size,
             },
             "startup_seconds": service.startup_seconds,

@@ -117,6 +117,7 @@ class EngineReady(Message, frozen=True, kw_only=True):
     phase_seconds: dict[str, float] = {}
     worker_pids: list[int] = []
     draft_worker_pids: list[int] = []
+    max_num_batched_tokens: Positive = 2048
 
 
 class EngineNotice(Message, frozen=True, kw_only=True):

@@ -22,8 +22,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     """Everything a worker needs to know before it loads the model.
 
     `role` is "target", or "draft" for a worker that only guesses. A step brings at most `max_draft_tokens` drafted
-    tokens. `draft_model_path` is the model that a target worker guesses with itself. `max_num_batched_tokens` 0 and
-    `block_size` None are the device's best.
+    tokens. `draft_model_path` is the model that a target worker guesses with itself.
     """
 
     rank: NonNegative
@@ -38,7 +37,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     device: str = "cpu"
     max_model_len: int | None = None
     max_num_seqs: Positive = 128
-    max_num_batched_tokens: NonNegative = 2048
+    max_num_batched_tokens: Positive | None = 2048
     block_size: Positive | None = 16
     kv_cache_memory_bytes: int | None = None
     num_threads: NonNegative = 0
@@ -155,7 +154,7 @@ class WorkerHello(Message, frozen=True, kw_only=True):
 
 
 class ModelLoaded(Message, frozen=True, kw_only=True):
-    """Answer to LoadModel. `max_model_len` is the limit in use; `fingerprint` the parts this worker knows.
+    """Answer to LoadModel. The limits and `block_size` are those in use; `fingerprint` the parts this worker knows.
 
     Up to `max_steps_in_flight` steps may be sent before the first of them is answered; none may bring more than
     `max_num_batched_tokens` tokens. Where those are left to the worker, `max_prompt_tokens` of them may be of prompts.

@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import prange
 
 from sempre.kernels.jit import address_of, compiled, keep
-from sempre.kernels.norms import emit_rms_norm
+from sempre.kernels.norms.cpu import emit_rms_norm
 from sempre.kernels.storage import ELEMENT_SIZE, storage_code
 from sempre.kernels.vector_ir import (
     ELEMENT_BYTES,

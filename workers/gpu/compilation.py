@@ -1,27 +1,29 @@
-"""Compiles the kernels of a model, many at a time, while its weights are being loaded.
+"""Compiles and loads the kernels of a model while its weights are being loaded.
 
-Which variants a model needs is not listed anywhere: the code that launches them runs, with launches that only compile,
-on an outline of the model, one layer for each kind of window. What a step then still lacks is compiled when it comes.
+Which variants a model needs is not listed anywhere: the code that launches them runs, with launches that are only noted
+down, on an outline of the model, one layer for each kind of window. Those that the cache folder lacks are compiled in
+many processes at a time. What a step then still lacks is compiled when it comes.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product as combinations
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
-from sempre.kernels.gpu_jit import only_compiling
+from sempre.kernels.gpu_jit import Variant, collecting
 from sempre.kernels.sampling import gpu as gpu_sampling
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import ModelOutline
+from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.decode_graphs import DecodeShape
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import run_self_test
@@ -31,7 +33,8 @@ from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.weights import DecoderWeights, Placement, expected_shapes, load_weights
 
-MOST_THREADS = 32
+# so many kernels are compiled here sooner than a process for it has started
+FEW = 4
 # what the outline, its scratch memory and the self-test take at most
 OUTLINE_BYTES = 8 << 30
 MAX_ROWS = 256
@@ -47,18 +50,19 @@ DECODE_CONTEXTS = (64, 1024, 4096, 1 << 30)
 class KernelCompilation:
     """In the background from `__enter__` to `finish`."""
 
-    def __init__(self, outline: ModelOutline, device: torch.device) -> None:
+    def __init__(self, outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> None:
+        """`compiler`, if one was started ahead, is used up."""
         self._outline = outline
         self._device = device
+        self._compiler = compiler
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compilation")
 
     def __enter__(self) -> Self:
-        self._done = self._thread.submit(_compile, self._outline, self._device)
+        self._done = self._thread.submit(_prepare, self._outline, self._device, self._compiler)
         return self
 
-    def finish(self) -> None:
-        """Wait. Raises what a kernel's compilation raised."""
-        self._done.result()
+    def finish(self) -> dict[str, float]:
+        return self._done.result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -77,11 +81,33 @@ def _has_room(outline: ModelOutline, device: torch.device) -> bool:
     return weight_bytes(outline) + OUTLINE_BYTES < torch.cuda.mem_get_info(device)[0]
 
 
-@torch.inference_mode()
-def _compile(outline: ModelOutline, device: torch.device) -> None:
+def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> dict[str, float]:
+    """Seconds of each part."""
     torch.cuda.set_device(device)
     if not _has_room(outline, device):
-        return
+        return {}
+    began = perf_counter()
+    variants = collect_variants(outline, device)
+    collected = perf_counter()
+    missing = [variant.describe() for variant in variants if not variant.is_on_disk()]
+    if len(missing) > FEW:
+        major, minor = torch.cuda.get_device_capability(device)
+        (compiler or CompilerProcess()).compile(10 * major + minor, missing)
+    elif compiler is not None:
+        compiler.close()
+    compiled = perf_counter()
+    for variant in variants:
+        variant.load()
+    return {
+        "collect_kernels": collected - began,
+        "compile_kernels": compiled - collected,
+        "load_kernels": perf_counter() - compiled,
+    }
+
+
+@torch.inference_mode()
+def collect_variants(outline: ModelOutline, device: torch.device) -> list[Variant]:
+    """The kernel variants that a model's steps and its self-test use."""
     windows = tuple(dict.fromkeys(outline.spec.windows))
     spec = replace(outline.spec, num_layers=len(windows), windows=windows)
     config = outline.config
@@ -96,11 +122,19 @@ def _compile(outline: ModelOutline, device: torch.device) -> None:
         placement=Placement(device, lambda tensor: tensor, hashing_threads=1),
     )
     workspace = allocate_attention_workspace(spec.num_heads, spec.head_dim, max(outline.max_model_len, 2048), device)
-    with only_compiling(device, min(MOST_THREADS, len(os.sched_getaffinity(0)))):
+    with collecting() as variants:
         _launch_steps(replace(outline, spec=spec), weights, workspace, device)
         _launch_reports(spec.vocab_size, device)
         if config.numerics == "invariant":
-            run_self_test(config, spec, weights, outline.block_size, workspace)
+            run_self_test(
+                spec,
+                weights,
+                workspace,
+                block_size=outline.block_size,
+                max_tokens=outline.max_num_batched_tokens,
+                max_num_seqs=config.max_num_seqs,
+            )
+    return variants
 
 
 def _launch_steps(

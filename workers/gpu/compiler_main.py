@@ -1,0 +1,83 @@
+"""`python -m sempre.workers.gpu.compiler_main`: compiles kernels into Triton's cache folder, in many processes.
+
+The first line on stdin is the compute capability (90 for 9.0), each further one describes a variant; none at all ends
+it. No GPU is touched. Triton holds the interpreter's lock for most of a compilation, so threads would not do; the
+processes are forks of this one, which has imported what they need and runs no other thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+
+# not used here: every module with kernels needs it
+import torch  # noqa: F401
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+from triton.runtime import driver
+from triton.runtime.cache import triton_key
+
+from sempre.ipc.liveness import die_with_parent_thread
+
+
+class TargetOnly(CudaDriver):  # type: ignore[misc]
+    """Stands for a GPU of a known kind; nothing can be run on it."""
+
+    launcher_cls = CudaLauncher
+
+    def __init__(self, target: GPUTarget) -> None:
+        """Not the parent's, which asks for a GPU."""
+        self._target = target
+
+    @property
+    def utils(self) -> CudaUtils:
+        return CudaUtils()
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _compile(description: str, launcher: bool) -> None:
+    from sempre.kernels.gpu_jit import compile_described
+
+    compile_described(description, launcher=launcher)
+
+
+def main() -> int:
+    """The first error ends it with a traceback and exit code 1."""
+    die_with_parent_thread()
+    parser = argparse.ArgumentParser(prog="python -m sempre.workers.gpu.compiler_main")
+    parser.add_argument("--processes", required=True, type=int)
+    parser.add_argument("--launchers", action="store_true", help="build the C modules that launch the kernels, too")
+    options = parser.parse_args()
+    # a digest of the compiler that every process needs, and keeps
+    triton_key()
+    lines = sys.stdin.read().splitlines()
+    if not lines:
+        return 0
+    architecture, *descriptions = lines
+    # before any module with kernels is imported: some code depends on the target
+    driver.set_active(TargetOnly(GPUTarget("cuda", int(architecture), 32)))
+    for module in dict.fromkeys(json.loads(description)[0] for description in descriptions):
+        import_module(module)
+    gc.freeze()
+    processes = min(options.processes, len(descriptions))
+    with ProcessPoolExecutor(processes, get_context("fork"), initializer=die_with_parent_thread) as pool:
+        for done in [pool.submit(_compile, description, options.launchers) for description in descriptions]:
+            done.result()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
