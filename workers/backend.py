@@ -95,7 +95,8 @@ class Backend(Protocol):
     max_num_batched_tokens: int
     """the best, where the config has none; known once `begin` has been called"""
     max_prompt_tokens: int | None
-    """tokens of prompts in a step from which on more would not be faster, but later for all others; None: no matter"""
+    """tokens of prompts in a step from which on more would not be faster, but later for all others; None: no matter;
+    known once `begin` has been called"""
     max_steps_in_flight: int
     """known once `begin` has been called"""
 

@@ -21,6 +21,9 @@ from sempre.workers.models.decoder import Decoder
 from sempre.workers.self_test import self_test
 from sempre.workers.weights import ON_CPU
 
+# longer ones would only take more memory
+_MOST_PROMPT_TOKENS = 2048
+
 
 class _NothingToCompile:
     """The CPU's kernels are compiled as they first run."""
@@ -34,11 +37,11 @@ class CpuBackend:
 
     placement = ON_CPU
     block_sizes: tuple[int, ...] = (BLOCK_SIZE,)
-    max_prompt_tokens: int | None = ROW_BLOCK
 
     def __init__(self) -> None:
         self._torch_threads_before = torch.get_num_threads()
         self.max_num_batched_tokens = ROW_BLOCK
+        self.max_prompt_tokens: int | None = ROW_BLOCK
         self.max_steps_in_flight = 1
 
     def begin(self, config: WorkerConfig) -> None:
@@ -49,8 +52,10 @@ class CpuBackend:
                 parameter="num_threads",
                 value=config.num_threads,
             )
-        set_num_threads(config.num_threads or max(1, cores // config.world_size))
-        self.max_num_batched_tokens = config.max_num_seqs + ROW_BLOCK
+        threads = config.num_threads or max(1, cores // config.world_size)
+        set_num_threads(threads)
+        self.max_prompt_tokens = min(ROW_BLOCK * threads, _MOST_PROMPT_TOKENS)
+        self.max_num_batched_tokens = config.max_num_seqs + self.max_prompt_tokens
         # the next step waits at the worker, which is then never idle; guesses, though, follow from results
         self.max_steps_in_flight = 1 if config.max_draft_tokens else 2
 
