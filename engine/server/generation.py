@@ -50,9 +50,7 @@ class Generation:
         for output in outputs:
             if output.num_cached_tokens:
                 self.num_cached[self.place(output)] = output.num_cached_tokens
-            for choice in output.outputs:
-                self.num_tokens += len(choice.token_ids)
-        self._record.take(outputs)
+        self.num_tokens += self._record.take(outputs)
         return outputs
 
     def place(self, output: RequestOutput) -> int:

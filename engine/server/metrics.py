@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -100,32 +101,44 @@ class ServerMetrics:
         yield rejected
 
 
+@dataclass(slots=True)
+class _Arrivals:
+    """When the first and the last token of a sequence came, and how many there were."""
+
+    first: float
+    last: float
+    count: int
+
+
 class RequestRecord:
     """Times of one HTTP request."""
 
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
         self._began = time.monotonic()
-        # sequence → (time of its first token, of its last one, tokens)
-        self._sequences: dict[tuple[str, int], tuple[float, float, int]] = {}
+        self._sequences: dict[tuple[str, int], _Arrivals] = {}
         self._ended = False
 
-    def take(self, outputs: Iterable[RequestOutput]) -> None:
-        """Note the arrival of tokens."""
+    def take(self, outputs: Iterable[RequestOutput]) -> int:
+        """Note the arrival of tokens; return how many there are."""
         now = time.monotonic()
+        num_tokens = 0
         for output in outputs:
             for choice in output.outputs:
                 if not choice.token_ids:
                     continue
+                num_new = len(choice.token_ids)
+                num_tokens += num_new
                 key = (output.request_id, choice.index)
                 seen = self._sequences.get(key)
                 if seen is None:
-                    self._sequences[key] = (now, now, len(choice.token_ids))
+                    self._sequences[key] = _Arrivals(now, now, num_new)
                     self._metrics.first_token.observe(now - self._began)
                 else:
-                    first, last, count = seen
-                    self._sequences[key] = (first, now, count + len(choice.token_ids))
-                    self._metrics.inter_token.observe(now - last)
+                    self._metrics.inter_token.observe(now - seen.last)
+                    seen.last = now
+                    seen.count += num_new
+        return num_tokens
 
     def end(self) -> None:
         """Note the end of the request; a second call does nothing."""
@@ -133,10 +146,10 @@ class RequestRecord:
             return
         self._ended = True
         self._metrics.end_to_end.observe(time.monotonic() - self._began)
-        for first, last, count in self._sequences.values():
-            self._metrics.output_tokens.observe(count)
-            if count > 1 and last > first:
-                self._metrics.per_token.observe((last - first) / (count - 1))
+        for seen in self._sequences.values():
+            self._metrics.output_tokens.observe(seen.count)
+            if seen.count > 1 and seen.last > seen.first:
+                self._metrics.per_token.observe((seen.last - seen.first) / (seen.count - 1))
 
 
 class _Families(Collector):

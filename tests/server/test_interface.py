@@ -272,7 +272,7 @@ def test_information(server: ServerProcess, llm: LLM) -> None:
     assert info["fingerprint"] == llm.fingerprint
     assert info["fingerprint_parts"] == llm.fingerprint_parts
     assert info["engine_config"]["max_num_seqs"] == 8
-    assert info["limits"]["max_num_batched_tokens"] == 2048
+    assert info["limits"]["max_num_batched_tokens"] == 8 + 240
     assert {"start", "load", "warm_up", "total"} <= info["startup_seconds"].keys()
     assert server.http.get("/health").json()["status"] == "healthy"
     assert [worker["rank"] for worker in server.http.get("/health").json()["workers"]] == [0]
