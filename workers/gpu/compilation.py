@@ -1,13 +1,15 @@
 """Compiles and loads the kernels of a model while its weights are being loaded.
 
 Which variants a model needs is not listed anywhere: the code that launches them runs, with launches that are only noted
-down, on an outline of the model, one layer for each kind of window. Those that the cache folder lacks are compiled in
-many processes at a time. What a step then still lacks is compiled when it comes.
+down, on an outline of the model, one layer for each kind of window; what it was is recorded for later starts. Those
+that the cache folder lacks are compiled in many processes at a time. What a step then still lacks is compiled when it
+comes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product as combinations
@@ -27,6 +29,7 @@ from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.decode_graphs import DecodeShape
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import run_self_test
+from sempre.workers.gpu.variant_record import read_record, record_key, write_record
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder, StepInput
 from sempre.workers.sampling import GrammarCompiler
@@ -84,20 +87,21 @@ def _has_room(outline: ModelOutline, device: torch.device) -> bool:
 def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> dict[str, float]:
     """Seconds of each part."""
     torch.cuda.set_device(device)
-    if not _has_room(outline, device):
-        return {}
     began = perf_counter()
-    variants = collect_variants(outline, device)
-    collected = perf_counter()
-    missing = [variant.describe() for variant in variants if not variant.is_on_disk()]
-    if len(missing) > FEW:
-        major, minor = torch.cuda.get_device_capability(device)
-        (compiler or CompilerProcess()).compile(10 * major + minor, missing)
-    elif compiler is not None:
+    key = record_key(outline, device)
+    recorded = read_record(key)
+    collects = recorded is None and _has_room(outline, device)
+    if compiler is not None and not collects:
         compiler.close()
+        compiler = None
+    variants = collect(outline, device, compiler) if collects else recorded or []
+    collected = perf_counter()
+    _compile(variants, device, compiler)
     compiled = perf_counter()
     for variant in variants:
         variant.load()
+    if collects:
+        write_record(key, variants)
     return {
         "collect_kernels": collected - began,
         "compile_kernels": compiled - collected,
@@ -105,9 +109,43 @@ def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProc
     }
 
 
+def collect(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> list[Variant]:
+    """The kernel variants that a model's steps and its self-test use; `compiler`, if there is one, gets each as it is
+    found."""
+    variants: list[Variant] = []
+
+    def found(variant: Variant) -> None:
+        variants.append(variant)
+        if compiler is not None:
+            compiler.add(variant.describe())
+
+    if compiler is not None:
+        compiler.start(_capability(device))
+    _launch_all(outline, device, found)
+    return variants
+
+
+def _compile(variants: Sequence[Variant], device: torch.device, compiler: CompilerProcess | None) -> None:
+    """Those that the cache folder lacks; a compiler that is given has them all."""
+    if compiler is None:
+        missing = [variant.describe() for variant in variants if not variant.is_on_disk()]
+        if len(missing) <= FEW:
+            return
+        compiler = CompilerProcess()
+        compiler.start(_capability(device))
+        for description in missing:
+            compiler.add(description)
+    compiler.finish()
+
+
+def _capability(device: torch.device) -> int:
+    """90 for 9.0"""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 @torch.inference_mode()
-def collect_variants(outline: ModelOutline, device: torch.device) -> list[Variant]:
-    """The kernel variants that a model's steps and its self-test use."""
+def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Variant], object]) -> None:
     windows = tuple(dict.fromkeys(outline.spec.windows))
     spec = replace(outline.spec, num_layers=len(windows), windows=windows)
     config = outline.config
@@ -122,7 +160,7 @@ def collect_variants(outline: ModelOutline, device: torch.device) -> list[Varian
         placement=Placement(device, lambda tensor: tensor, hashing_threads=1),
     )
     workspace = allocate_attention_workspace(spec.num_heads, spec.head_dim, max(outline.max_model_len, 2048), device)
-    with collecting() as variants:
+    with collecting(found):
         _launch_steps(replace(outline, spec=spec), weights, workspace, device)
         _launch_reports(spec.vocab_size, device)
         if config.numerics == "invariant":
@@ -134,7 +172,6 @@ def collect_variants(outline: ModelOutline, device: torch.device) -> list[Varian
                 max_tokens=outline.max_num_batched_tokens,
                 max_num_seqs=config.max_num_seqs,
             )
-    return variants
 
 
 def _launch_steps(

@@ -24,14 +24,18 @@ from sempre.kernels.gpu_jit import CHAINS, collecting
 from sempre.kernels.norms import gpu
 from sempre.workers.gpu.compiler_process import CompilerProcess
 assert CHAINS.value
-with collecting() as variants:
+variants = []
+with collecting(variants.append):
     for _ in range(2):
         for width in (64, 128):
             x = torch.zeros(2, width, dtype=torch.bfloat16)
             gpu.rms_norm(x, x[0], 1e-6, x)
 for lines in (['["json", "none", ""]'], [variant.describe() for variant in variants]):
-    done = CompilerProcess(launchers=False).compile(90, lines)
-    print(json.dumps([done, *(variant.is_on_disk() for variant in variants)]))
+    compiler = CompilerProcess(launchers=False)
+    compiler.start(90)
+    for line in lines:
+        compiler.add(line)
+    print(json.dumps([compiler.finish(), *(variant.is_on_disk() for variant in variants)]))
 """
 
 
