@@ -51,7 +51,7 @@ class EngineKeywords(TypedDict, total=False):
     quantization: Quantization | None
     max_model_len: int | None
     max_num_seqs: int
-    max_num_batched_tokens: int
+    max_num_batched_tokens: int | None
     block_size: int | None
     enable_prefix_caching: bool
     kv_cache_memory_bytes: int | None

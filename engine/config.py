@@ -47,7 +47,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = None
     max_model_len: Annotated[int | None, _doc("longest prompt plus output, tokens; None is the model's")] = None
     max_num_seqs: Annotated[int, _doc("most sequences in one step")] = 128
-    max_num_batched_tokens: Annotated[int, _doc("most tokens in one step; longer prompts are cut")] = 2048
+    max_num_batched_tokens: Annotated[
+        int | None, _doc("most tokens in one step; longer prompts are cut; None is the device's best")
+    ] = None
     block_size: Annotated[int | None, _doc("tokens in one KV cache block; None is the device's best")] = None
     enable_prefix_caching: Annotated[bool, _doc("reuse the KV cache of equal prefixes")] = True
     kv_cache_memory_bytes: Annotated[int | None, _doc("KV cache of one worker; None is sized from free memory")] = None

@@ -46,9 +46,13 @@ class LLM:
         Raises TypeError for an unknown keyword, ConfigError for a refused value, ModelError for an unusable model,
         StartupError when a process does not become ready, SeedMismatch, InvarianceError.
         """
-        self._frontend = Frontend(parse_arguments(model, keywords))
-        with StartupNotice(self._frontend.config.model):
-            client = launch(self._frontend.config, log_progress)
+        arguments = parse_arguments(model, keywords)
+
+        def load_frontend() -> None:
+            self._frontend = Frontend(arguments)
+
+        with StartupNotice(arguments.engine.model):
+            client = launch(arguments.engine, log_progress, meanwhile=load_frontend)
         # Runs once: on shutdown, when this object is lost, or at the end of the program.
         self._closer = weakref.finalize(self, client.close)
         self._frontend.connect(client.ready)
@@ -211,7 +215,7 @@ class LLM:
             while num_running:
                 for state in self._session.receive():
                     # A stream that is being read between two calls has its own reader.
-                    if state.finished and state.request.request_id in outputs:
+                    if state.finished and state.request_id in outputs:
                         output = state.take_output(RequestOutputKind.FINAL_ONLY)
                         assert output is not None
                         outputs[output.request_id] = output

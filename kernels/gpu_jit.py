@@ -5,25 +5,34 @@ Imported only by the GPU modules, so that a machine without Triton can use the C
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
-from threading import Lock
+from hashlib import sha256
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
 
 Kernel = Callable[..., Any]
 
 
 def _can_chain() -> bool:
     """Whether kernels may be launched before the one in front of them has ended (compute capability 9 and above)."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    try:
+        target = driver.active.get_current_target()
+    except RuntimeError:  # no driver: the interpreter
+        return False
+    return bool(target.backend == "cuda" and target.arch >= 90)
 
 
 CHAINS = tl.constexpr(_can_chain())
@@ -32,14 +41,107 @@ EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 # for kernels that call `wait_for_previous` before they read or write what other kernels do
 CHAINED: dict[str, Any] = EXACT | ({"launch_pdl": True} if CHAINS.value else {})
 
-_only_compiling: ContextVar[bool] = ContextVar("only_compiling", default=False)
+_collected: ContextVar[Callable[[Variant], object] | None] = ContextVar("collected", default=None)
 
 
 class _Kernel(triton.JITFunction):  # type: ignore[misc]
-    """A Triton kernel whose launches, inside `only_compiling`, compile it and launch nothing."""
+    """A Triton kernel whose launches, inside `collecting`, are noted down and do nothing else."""
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return super().run(*args, grid=grid, warmup=warmup or _only_compiling.get(), **options)
+        return super().run(*args, grid=grid, warmup=warmup or _collected.get() is not None, **options)
+
+    @property
+    def cache_key(self) -> str:
+        """Of the source, with all that it calls. Those come first: Triton counts the globals of a called function only
+        if it has met the function before, and the key would depend on what else was launched."""
+        if self.hash is None:
+            for callee in self._callees():
+                assert callee.cache_key
+        return str(super().cache_key)
+
+    def _callees(self) -> Iterator[_Kernel]:
+        names = self.fn.__code__.co_names
+        for value in [self.__globals__.get(name) for name in names]:
+            members = [getattr(value, name, None) for name in names] if isinstance(value, ModuleType) else [value]
+            yield from (member for member in members if isinstance(member, _Kernel))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel for one set of types, constants and options: what a launch compiles."""
+
+    kernel: Any
+    specialization: str
+    """JSON, as Triton writes it"""
+
+    def is_on_disk(self) -> bool:
+        """Whether Triton's cache folder has it."""
+        with _Lookup() as lookup:
+            self.kernel.preload(self.specialization)
+        folder = get_cache_manager(sha256(lookup.key.encode()).hexdigest())
+        return folder.get_group(f"{self.kernel.__name__[:150]}.json") is not None
+
+    def load(self) -> None:
+        """Onto the device, from Triton's cache folder; what that lacks is compiled."""
+        # reading the property loads the binary
+        assert self.kernel.preload(self.specialization).run is not None
+
+    def describe(self) -> str:
+        """One line, from which `from_description` makes it in another process."""
+        return json.dumps([self.kernel.module, self.kernel.fn.__qualname__, self.specialization])
+
+    @classmethod
+    def from_description(cls, description: str) -> Variant:
+        module, name, specialization = json.loads(description)
+        return cls(getattr(import_module(module), name), specialization)
+
+
+class _Lookup(triton.AsyncCompileMode):  # type: ignore[misc]
+    """Inside, what is to be compiled is not; its key in the cache folder is kept."""
+
+    key: str
+
+    def __init__(self) -> None:
+        super().__init__(executor=None)
+
+    def submit(self, key: str, *_: Any) -> None:
+        self.key = key
+
+
+def compile_described(description: str, *, launcher: bool) -> None:
+    """Compile a variant, for the active driver's target, into Triton's cache folder; no GPU is needed.
+
+    `launcher` also builds the C module that launches it, which needs the library of the CUDA driver.
+    """
+    variant = Variant.from_description(description)
+    compiled = variant.kernel.preload(variant.specialization)
+    if launcher:
+        driver.active.launcher_cls(compiled.src, compiled.metadata)
+
+
+@contextmanager
+def collecting(found: Callable[[Variant], object]) -> Iterator[None]:
+    """Inside, in the calling thread, launches run nothing; `found` gets each variant that they lack, once."""
+    known: set[str] = set()
+
+    def note(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool | None:
+        collected = _collected.get()
+        if collected is None:
+            return previous(fn=fn, compile=compile, **others) if previous is not None else None
+        specialization = compile["specialization_data"]
+        if specialization not in known:
+            known.add(specialization)
+            collected(Variant(fn.jit_function, specialization))
+        return True  # not to be compiled
+
+    knobs = triton.knobs.runtime
+    previous, knobs.jit_cache_hook = knobs.jit_cache_hook, note
+    reset = _collected.set(found)
+    try:
+        yield
+    finally:
+        _collected.reset(reset)
+        knobs.jit_cache_hook = previous
 
 
 def jit(*, runtime: tuple[str, ...] = ()) -> Callable[[Kernel], Any]:
@@ -75,41 +177,6 @@ def prefetch(addresses: Any) -> None:
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses.to(tl.int64)],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-
-
-@contextmanager
-def only_compiling(device: torch.device, num_threads: int) -> Iterator[None]:
-    """Inside, in the calling thread, a kernel that is launched is compiled and loaded in the background instead.
-
-    Leaving waits for all of them, and raises the first error of a compilation. Compilation releases the interpreter's
-    lock for most of its time, so threads do.
-    """
-    with ThreadPoolExecutor(num_threads, initializer=torch.cuda.set_device, initargs=(device,)) as threads:
-        reset = _only_compiling.set(True)
-        try:
-            with triton.AsyncCompileMode(_Loading(threads)):
-                yield
-        finally:
-            _only_compiling.reset(reset)
-
-
-class _Loading(Executor):
-    """Compiles kernels in `threads`, and loads each there too: that builds its launcher and takes as long again."""
-
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
-        self._threads = threads
-        # CPython tells libraries apart by inode, and one of two that are built at once replaces the other's file
-        self._loading = Lock()
-
-    def submit(self, compile_kernel: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        def load() -> Any:
-            kernel = compile_kernel(*args, **kwargs)
-            with self._loading:
-                # reading the property loads the binary
-                assert kernel.run is not None
-            return kernel
-
-        return self._threads.submit(load)
 
 
 @cache

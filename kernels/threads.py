@@ -1,14 +1,19 @@
-"""The compute threads of the CPU kernels. No kernel's result depends on their number."""
+"""The compute threads of the CPU kernels. No kernel's result depends on their number.
+
+numba is imported only when it is used: a worker on a GPU does without.
+"""
 
 from __future__ import annotations
-
-import numba
 
 
 def set_num_threads(count: int) -> None:
     """Use `count` threads from now on, at most as many as numba started with (the usable cores)."""
+    import numba
+
     numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
 
 
 def get_num_threads() -> int:
+    import numba
+
     return int(numba.get_num_threads())

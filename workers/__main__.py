@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from sempre.workers.main import WorkerProtocol, main
+import gc
+from time import perf_counter
+
+from sempre.workers.gpu.head_start import head_start
+from sempre.workers.main import WorkerProtocol, main, parse_options
 
 
-def make_worker() -> WorkerProtocol:
+def make_worker(device: str, rank: int) -> WorkerProtocol:
     """The worker that runs a model; torch is imported only now, after the hello."""
+    began = perf_counter()
+    compiler = head_start(device, rank)
+    # what is imported stays: looking through it, now or later, would only take time
+    gc.disable()
     from sempre.workers.worker import Worker
 
-    return Worker()
+    gc.enable()
+    gc.freeze()
+    return Worker(compiler, import_seconds=perf_counter() - began)
 
 
 if __name__ == "__main__":
-    main(make_worker)
+    options = parse_options()
+    main(lambda: make_worker(options.device, options.rank))

@@ -1,27 +1,22 @@
-"""What a worker does differently from device to device, behind one interface; here the CPU's side of it."""
+"""What a worker does differently from device to device, behind one interface."""
 
 from __future__ import annotations
 
-import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 
-from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import ExecuteStep, SampledTokens, WorkerConfig
-from sempre.kernels.threads import set_num_threads
-from sempre.workers.fingerprint import fingerprint_parts
-from sempre.workers.kv_cache import BLOCK_SIZE, PagedKvCache, available_blocks, block_bytes
-from sempre.workers.model_runner import ModelRunner
-from sempre.workers.models.decoder import Decoder
+from sempre.workers.gpu.compiler_process import CompilerProcess
+from sempre.workers.guessing import Guesser
+from sempre.workers.kv_cache import PagedKvCache, block_bytes
 from sempre.workers.models.numerics import LinearKernel
 from sempre.workers.models.spec import ModelSpec
 from sempre.workers.sampling import GrammarCompiler
-from sempre.workers.self_test import self_test
-from sempre.workers.weights import ON_CPU, DecoderWeights, Placement
+from sempre.workers.weights import DecoderWeights, Placement
 
 
 @dataclass(frozen=True)
@@ -33,6 +28,7 @@ class ModelOutline:
     product: LinearKernel
     max_model_len: int
     block_size: int
+    max_num_batched_tokens: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,8 @@ class LoadedModel:
     max_model_len: int
     block_size: int
     """tokens in one KV cache block: the config's, or the device's best"""
+    max_num_batched_tokens: int
+    """most tokens in one step, likewise"""
 
     @property
     def block_bytes(self) -> int:
@@ -85,8 +83,8 @@ class PipelinedRunner(Runner, Protocol):
 class Compilation(Protocol):
     """Kernels that are being compiled."""
 
-    def finish(self) -> None:
-        """Wait for them. Raises what a compilation raised."""
+    def finish(self) -> dict[str, float]:
+        """Wait for them; seconds of the parts of this work, by name. Raises what a compilation raised."""
 
 
 class Backend(Protocol):
@@ -94,7 +92,13 @@ class Backend(Protocol):
 
     block_sizes: tuple[int, ...]
     """sizes that the kernels take, the best first"""
+    max_num_batched_tokens: int
+    """the best, where the config has none; known once `begin` has been called"""
+    max_prompt_tokens: int | None
+    """tokens of prompts in a step from which on more would not be faster, but later for all others; None: no matter;
+    known once `begin` has been called"""
     max_steps_in_flight: int
+    """known once `begin` has been called"""
 
     @property
     def placement(self) -> Placement: ...
@@ -117,6 +121,9 @@ class Backend(Protocol):
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> Runner: ...
 
+    def make_guesser(self, runner: Runner) -> Guesser:
+        """What guesses with the model of `runner`, which takes no steps any more."""
+
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         """After the warm-up: whatever makes steps fast; the parts of the fingerprint that are known only now."""
 
@@ -129,100 +136,14 @@ class Backend(Protocol):
         """Give back what `begin` took."""
 
 
-class _NothingToCompile:
-    """The CPU's kernels are compiled as they first run."""
-
-    def finish(self) -> None:
-        return
-
-
-class CpuBackend:
-    """The CPU."""
-
-    placement = ON_CPU
-    block_sizes: tuple[int, ...] = (BLOCK_SIZE,)
-    max_steps_in_flight = 1
-
-    def __init__(self) -> None:
-        self._torch_threads_before = torch.get_num_threads()
-
-    def begin(self, config: WorkerConfig) -> None:
-        cores = len(os.sched_getaffinity(0))
-        if config.num_threads > cores:
-            raise ConfigError(
-                f"num_threads: expected at most the {cores} usable cores, found {config.num_threads}.",
-                parameter="num_threads",
-                value=config.num_threads,
-            )
-        set_num_threads(config.num_threads or max(1, cores // config.world_size))
-
-    def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
-        return nullcontext(_NothingToCompile())
-
-    def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
-        config = model.config
-        _leave_cores_to_kernels()
-        passed = self_test(
-            model.spec,
-            model.weights,
-            model.product,
-            block_size=model.block_size,
-            max_tokens=config.max_num_batched_tokens,
-        )
-        return model, passed
-
-    def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
-        block_bytes = model.block_bytes + (draft.block_bytes if draft is not None else 0)
-        return available_blocks(model.config, block_bytes, model.block_size, model.max_model_len)
-
-    def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner:
-        config = model.config
-        _leave_cores_to_kernels()
-        decoder = Decoder(
-            model.spec,
-            model.weights,
-            model.product,
-            max_tokens=config.max_num_batched_tokens,
-            max_model_len=model.max_model_len,
-        )
-        return ModelRunner(
-            decoder,
-            PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
-            model.make_grammar_compiler(),
-            max_model_len=model.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_draft_tokens=config.max_draft_tokens,
-            rank=config.rank,
-        )
-
-    def prepare_steps(self, runner: Runner) -> dict[str, str]:
-        return {}
-
-    def fingerprint(self, model: LoadedModel) -> dict[str, str]:
-        return fingerprint_parts(model.weights, model.config.numerics)
-
-    def memory(self) -> dict[str, int]:
-        """Resident now and at its peak, of the process."""
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return {
-            "resident_bytes": int(status["VmRSS"].split()[0]) * 1024,
-            "peak_resident_bytes": int(status["VmHWM"].split()[0]) * 1024,
-        }
-
-    def end(self) -> None:
-        torch.set_num_threads(self._torch_threads_before)
-
-
-def _leave_cores_to_kernels() -> None:
-    """torch's own threads would compete with the kernels' for the same cores."""
-    torch.set_num_threads(1)
-
-
-def make_backend(device: torch.device) -> Backend:
-    """The backend of a resolved device."""
+def make_backend(device: torch.device, compiler: CompilerProcess | None = None) -> Backend:
+    """The backend of a resolved device; `compiler`, if one was started ahead, is for a GPU."""
     if device.type == "cpu":
+        if compiler is not None:
+            compiler.close()
+        from sempre.workers.cpu_backend import CpuBackend
+
         return CpuBackend()
     from sempre.workers.gpu.backend import GpuBackend
 
-    return GpuBackend(device)
+    return GpuBackend(device, compiler)

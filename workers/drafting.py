@@ -13,55 +13,59 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from sempre.ipc.errors import ProtocolError
-from sempre.ipc.messages import ExecuteStep, NewRequest, Propose, SampledTokens, ScheduledRequest
-from sempre.workers.backend import Runner
+from sempre.ipc.messages import ExecuteStep, NewRequest, Propose, SampledTokens
+from sempre.workers.guessing import MOST_GUESSES, Continuation, Guesser
 
 
 @dataclass
 class _Sequence:
-    """The tokens of a request, and those (guesses may be among them) whose keys and values are in the cache."""
+    """The tokens of a request, and what was last guessed of them.
+
+    token_ids   | ……………………………………… known ……………………………………… |
+    guesses                   guessed_at | right … | wrong … |
+    """
 
     new: NewRequest
     token_ids: list[int]
-    written: list[int] = field(default_factory=list)
-    num_checked: int = 0
-    """this many of `written` are known to be those of `token_ids`"""
+    num_computed: int = 0
+    """keys and values of so many tokens are in the cache; those of guesses may be among them"""
+    guessed_at: int = 0
+    guesses: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
-    is_known_to_runner: bool = False
-
-    def forget_wrong_guesses(self) -> None:
-        """Keep of what was written the part that the sequence begins with; its last token is always computed."""
-        most = min(len(self.written), len(self.token_ids) - 1)
-        count = min(self.num_checked, most)
-        while count < most and self.written[count] == self.token_ids[count]:
-            count += 1
-        del self.written[count:]
-        self.num_checked = count
-
-
-@dataclass
-class _Guess:
-    """What is being guessed for one sequence."""
-
-    sequence: _Sequence
-    count: int
-    tokens: list[int] = field(default_factory=list)
-    failed: bool = False
+    is_admitted: bool = False
 
     @property
-    def goes_on(self) -> bool:
-        return not self.failed and len(self.tokens) < self.count
+    def most_guesses(self) -> int:
+        """A token of the request's own follows every guess that is verified."""
+        return self.new.num_prompt_tokens + self.new.params.max_tokens - 1 - len(self.token_ids)
+
+    def forget_wrong_guesses(self) -> int:
+        """How many tokens are known to have been guessed right, or before that; the last one is always computed."""
+        num_right = self.guessed_at
+        for guess, token_id in zip(self.guesses, self.token_ids[self.guessed_at :], strict=False):
+            if guess != token_id:
+                break
+            num_right += 1
+        self.num_computed = min(self.num_computed, num_right, len(self.token_ids) - 1)
+        return num_right
+
+    def take(self, guesses: list[int]) -> None:
+        """Guesses that were made after all known tokens."""
+        self.guessed_at, self.guesses = len(self.token_ids), guesses
+        if guesses:
+            self.num_computed = len(self.token_ids) + len(guesses) - 1
 
 
 class Drafting:
-    """Sequences by request id, and the runner of the draft model, used by nobody else."""
+    """Sequences by request id, and the guesser, used by nobody else."""
 
-    def __init__(self, runner: Runner, *, max_num_seqs: int) -> None:
-        self._runner = runner
-        self._max_num_seqs = max_num_seqs
-        self._free_blocks = list(range(runner.cache.num_blocks - 1, -1, -1))
+    def __init__(self, guesser: Guesser, *, max_num_seqs: int) -> None:
+        self._guesser = guesser
+        # a step has no more rows than tokens
+        self._max_num_seqs = min(max_num_seqs, guesser.max_num_batched_tokens)
+        self._free_blocks = list(range(guesser.cache.num_blocks - 1, -1, -1))
         self._sequences: dict[str, _Sequence] = {}  # in the order in which they were last asked about
-        self._gone: list[str] = []
+        self._num_admitted = 0
 
     def add(self, new: NewRequest) -> None:
         """A request with all tokens known so far."""
@@ -77,7 +81,8 @@ class Drafting:
         for request_id in request_ids:
             sequence = self._sequences.pop(request_id, None)
             if sequence is not None:
-                self._release(sequence)
+                self._release_blocks(sequence)
+                self._dismiss(sequence)
 
     def answer(self, command: Propose) -> list[list[int]]:
         """All that a Propose asks for. Raises ProtocolError."""
@@ -106,88 +111,86 @@ class Drafting:
 
     def propose(self, wanted: Sequence[tuple[str, int]]) -> list[list[int]]:
         """At most so many guesses for each request; fewer, or none, where they do not fit or cannot be sampled."""
-        guesses = [_Guess(self._sequence(request_id), count) for request_id, count in wanted]
-        for start in range(0, len(guesses), self._max_num_seqs):
-            self._guess(guesses[start : start + self._max_num_seqs])
-        return [guess.tokens for guess in guesses]
+        guesses: dict[str, list[int]] = {}
+        for start in range(0, len(wanted), self._max_num_seqs):
+            guesses |= self._guess(dict(wanted[start : start + self._max_num_seqs]))
+        return [guesses.get(request_id, []) for request_id, _ in wanted]
 
-    def _guess(self, guesses: list[_Guess]) -> None:
-        asked = {guess.sequence.new.request_id for guess in guesses}
-        for request_id in asked:
-            self._sequences[request_id] = self._sequences.pop(request_id)
-        for guess in guesses:
-            sequence = guess.sequence
-            sequence.forget_wrong_guesses()
-            length = len(sequence.token_ids)
-            guess.count = min(guess.count, self._runner.max_model_len - length)
-            guess.failed = guess.count < 1 or not self._make_room(sequence, length + guess.count - 1, asked)
-        self._catch_up([guess for guess in guesses if guess.goes_on])
-        while going_on := [guess for guess in guesses if guess.goes_on]:
-            self._run([self._scheduled(guess, 1) for guess in going_on], going_on)
+    def _guess(self, counts: dict[str, int]) -> dict[str, list[int]]:
+        """Guesses by request id, for requests that can be guessed."""
+        sequences = {request_id: self._sequence(request_id) for request_id in counts}
+        for request_id, sequence in sequences.items():
+            del self._sequences[request_id]
+            self._sequences[request_id] = sequence
+        continuations = [
+            continuation
+            for request_id, count in counts.items()
+            if (continuation := self._continuation(sequences[request_id], count, counts)) is not None
+        ]
+        answers = self._guesser.guess(continuations) if continuations else []
+        found = {}
+        for continuation, tokens in zip(continuations, answers, strict=True):
+            sequence = sequences[continuation.request_id]
+            sequence.take(tokens)
+            if len(tokens) < continuation.count:
+                self._dismiss(sequence)
+            found[continuation.request_id] = tokens
+        return found
 
-    def _catch_up(self, guesses: list[_Guess]) -> None:
-        """Compute what is missing, in steps of as many tokens as one may have; the last of each gives a guess."""
-        new_requests = []
-        for guess in guesses:
-            sequence = guess.sequence
-            if sequence.is_known_to_runner:
-                self._gone.append(sequence.new.request_id)
-            sequence.is_known_to_runner = True
-            new_requests.append(replace(sequence.new, token_ids=sequence.token_ids.copy()))
-        while behind := [guess for guess in guesses if not guess.tokens and not guess.failed]:
-            budget = self._runner.max_num_batched_tokens
-            scheduled = []
-            for guess in behind:
-                missing = min(len(guess.sequence.token_ids) - len(guess.sequence.written), budget)
-                if missing:
-                    scheduled.append(self._scheduled(guess, missing))
-                    budget -= missing
-            self._run(scheduled, behind[: len(scheduled)], new_requests)
-            new_requests = []
-
-    def _scheduled(self, guess: _Guess, num_tokens: int) -> ScheduledRequest:
-        sequence = guess.sequence
-        start = len(sequence.written)
-        tokens = (sequence.token_ids + guess.tokens)[start : start + num_tokens]
-        sequence.written += tokens
-        return ScheduledRequest(
+    def _continuation(self, sequence: _Sequence, count: int, asked: dict[str, int]) -> Continuation | None:
+        """What to guess, with blocks for it and a place at the guesser; None where there is nothing or no room."""
+        num_right = sequence.forget_wrong_guesses()
+        length = len(sequence.token_ids)
+        count = min(count, MOST_GUESSES, sequence.most_guesses, self._guesser.max_model_len - length)
+        if count < 1 or not self._make_room(sequence, length + count - 1, asked):
+            return None
+        if not sequence.is_admitted:
+            num_right = length
+            if not self._admit(sequence, asked):
+                return None
+        return Continuation(
             request_id=sequence.new.request_id,
-            num_computed_tokens=start,
-            num_tokens=num_tokens,
-            block_table_start=0,
+            token_ids=sequence.token_ids,
+            num_unchanged=num_right,
+            num_computed=sequence.num_computed,
             block_ids=sequence.block_ids,
+            count=count,
         )
 
-    def _run(
-        self, scheduled: list[ScheduledRequest], guesses: list[_Guess], new_requests: Sequence[NewRequest] = ()
-    ) -> None:
-        gone, self._gone = self._gone, []
-        step = ExecuteStep(step_id=0, finished_request_ids=gone, new_requests=list(new_requests), scheduled=scheduled)
-        for guess, result in zip(guesses, self._runner.execute(step), strict=True):
-            guess.tokens += result.token_ids
-            guess.failed = result.error is not None
+    def _admit(self, sequence: _Sequence, asked: dict[str, int]) -> bool:
+        """The guesser has a place for as many sequences as are asked about at a time."""
+        for request_id in self._sequences:
+            if self._num_admitted < self._max_num_seqs:
+                break
+            if request_id not in asked:
+                self._dismiss(self._sequences[request_id])
+        sequence.is_admitted = self._guesser.admit(replace(sequence.new, token_ids=sequence.token_ids.copy()))
+        self._num_admitted += sequence.is_admitted
+        return sequence.is_admitted
 
-    def _make_room(self, sequence: _Sequence, num_tokens: int, asked: set[str]) -> bool:
-        missing = -(-num_tokens // self._runner.cache.block_size) - len(sequence.block_ids)
-        for request_id in list(self._sequences):
+    def _dismiss(self, sequence: _Sequence) -> None:
+        """Let the guesser forget it; its keys and values stay."""
+        if sequence.is_admitted:
+            self._guesser.release(sequence.new.request_id)
+            sequence.is_admitted = False
+            self._num_admitted -= 1
+
+    def _make_room(self, sequence: _Sequence, num_tokens: int, asked: dict[str, int]) -> bool:
+        missing = -(-num_tokens // self._guesser.cache.block_size) - len(sequence.block_ids)
+        for request_id in self._sequences:
             if len(self._free_blocks) >= missing:
                 break
             if request_id not in asked:
-                self._release(self._sequences[request_id])
+                self._release_blocks(self._sequences[request_id])
         if len(self._free_blocks) < missing:
             return False
         sequence.block_ids += [self._free_blocks.pop() for _ in range(missing)]
         return True
 
-    def _release(self, sequence: _Sequence) -> None:
-        """Give its blocks back, and let the runner forget it with its next step."""
+    def _release_blocks(self, sequence: _Sequence) -> None:
         self._free_blocks += reversed(sequence.block_ids)
         sequence.block_ids = []
-        sequence.written.clear()
-        sequence.num_checked = 0
-        if sequence.is_known_to_runner:
-            sequence.is_known_to_runner = False
-            self._gone.append(sequence.new.request_id)
+        sequence.num_computed = 0
 
     def _sequence(self, request_id: str) -> _Sequence:
         sequence = self._sequences.get(request_id)

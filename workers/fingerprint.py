@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-import llvmlite
-import numba
 import numpy as np
 import torch
 
@@ -22,6 +20,10 @@ _VECTOR_LEVELS = ("avx512f", "avx2", "avx", "asimd")
 
 def fingerprint_parts(weights: DecoderWeights, numerics: str) -> dict[str, str]:
     """Named parts; equal parts, seeds and requests give equal bits."""
+    # here: a worker on a GPU shares this module, and does without them
+    import llvmlite
+    import numba
+
     return {
         "weights": weights.digest,
         "dtype": _name(weights.dtype),

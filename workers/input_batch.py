@@ -20,7 +20,7 @@ import torch
 
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import ErrorInfo, NewRequest, ScheduledRequest
-from sempre.workers.models.decoder import StepInput
+from sempre.workers.models.decoder import OutputRows, StepInput
 from sempre.workers.sampling import GrammarCompiler, SamplingState
 
 Int64 = npt.NDArray[np.int64]
@@ -53,6 +53,10 @@ class SampledRows(NamedTuple):
     """of the sampled tokens in their sequences"""
     offsets: Int64
     """drafted tokens between the request's last known one and the sampled one"""
+
+    def starts(self, num_requests: int) -> Int32:
+        """[R + 1]: the rows of request r of the step are entries [starts[r], starts[r + 1])."""
+        return np.searchsorted(self.requests, np.arange(num_requests + 1)).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,14 @@ class StepPlan:
         """Whether it has drafts, and every request computes its last known token and its drafts alone."""
         return self.has_drafts and bool((self.samples & (self.num_tokens == self.num_drafts + 1)).all())
 
+    @property
+    def reads_all_rows(self) -> bool:
+        """Whether final hidden states are wanted of rows behind which nothing is sampled, or there are no such rows."""
+        num_sampled = int((1 + self.num_drafts)[self.samples].sum())
+        return num_sampled == self.ends[-1] or any(
+            state.sampling.params.prompt_logprobs is not None for state in self.states
+        )
+
     def sampled_rows(self) -> SampledRows:
         """The rows behind which a token is sampled: a request's last one, and with drafts those before it."""
         requests = np.flatnonzero(self.samples)
@@ -110,8 +122,12 @@ class StepRows:
     query_starts: Int32
     context_lens: Int32
 
-    def on_cpu(self, block_size: int) -> StepInput:
-        """As tensors that share the arrays' memory; the bounds are wide, the CPU's kernels need none."""
+    def on_cpu(self, block_size: int, outputs: SampledRows | None) -> StepInput:
+        """As tensors that share the arrays' memory; the bounds are wide, the CPU's kernels need none.
+
+        `outputs`: the rows whose hidden states are wanted, None for all.
+        """
+        num_requests = self.context_lens.shape[0]
         return StepInput(
             token_ids=torch.from_numpy(self.token_ids),
             positions=torch.from_numpy(self.positions),
@@ -121,6 +137,11 @@ class StepRows:
             context_lens=torch.from_numpy(self.context_lens),
             max_query_len=self.token_ids.shape[0],
             max_context_len=self.block_tables.shape[1] * block_size,
+            outputs=None
+            if outputs is None
+            else OutputRows(
+                torch.from_numpy(outputs.rows), torch.from_numpy(outputs.starts(num_requests)), outputs.rows.shape[0]
+            ),
         )
 
 
@@ -185,6 +206,13 @@ class InputBatch:
         self._num_tokens[state.slot] = len(state.token_ids)
         self._last_tokens[state.slot] = token_id
 
+    def revise(self, state: RequestState, start: int, token_ids: list[int]) -> None:
+        """Replace the request's tokens from `start` on."""
+        state.sampling.rewind(start)
+        state.token_ids[start:] = token_ids
+        self._num_tokens[state.slot] = len(state.token_ids)
+        self._last_tokens[state.slot] = state.token_ids[-1]
+
     def expect(self, slots: Int64) -> None:
         """Count a token for each slot that is being sampled and will be recorded later."""
         self._num_tokens[slots] += 1
@@ -209,7 +237,8 @@ class InputBatch:
     def build(self, scheduled: list[ScheduledRequest]) -> BatchStep:
         """A step on the CPU; raises as `plan` does."""
         plan = self.plan(scheduled)
-        return BatchStep(plan, self.rows(plan).on_cpu(self._block_size))
+        outputs = None if plan.reads_all_rows else plan.sampled_rows()
+        return BatchStep(plan, self.rows(plan).on_cpu(self._block_size, outputs))
 
     def plan(self, scheduled: list[ScheduledRequest]) -> StepPlan:
         """Take over the step's block tables; every scheduled request must be known. Raises MessageMalformed when the

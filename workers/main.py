@@ -176,7 +176,7 @@ class WorkerLoop:
                     continue
                 case ExecuteStep() if ExecuteStep in self._accepts:
                     steps.submit(command)
-                    if len(steps) >= self._max_steps_in_flight:
+                    if steps.done() or len(steps) >= self._max_steps_in_flight:
                         self._collect(steps)
                 case ShutdownWorker():
                     return
@@ -262,7 +262,7 @@ class WorkerLoop:
 
 def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of a worker process; the exit code is 0 after ShutdownWorker, else 1."""
-    options = _parse(argv)
+    options = parse_options(argv)
     die_with_parent_thread()
     if os.getppid() != options.parent_pid:
         raise SystemExit("the coordinator is gone")
@@ -282,10 +282,12 @@ def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None =
     os._exit(code)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of a worker process."""
     parser = argparse.ArgumentParser(prog="python -m sempre.workers", description="A worker; started by a coordinator.")
     parser.add_argument("--connect", required=True, help="address of the coordinator's hub")
     parser.add_argument("--rank", required=True, type=int)
+    parser.add_argument("--device", default="cpu", help="where it will be told to compute: auto, cpu or cuda")
     parser.add_argument("--parent-pid", required=True, type=int, help="the coordinator, which must not be outlived")
     parser.add_argument("--client-pid", required=True, type=int, help="the user's process, which must not be either")
     parser.add_argument("--heartbeat-interval-s", type=float, default=0.5)

@@ -67,30 +67,37 @@ class ModelRunner:
             for item in step.scheduled
         ]
 
+    def revise(self, request_id: str, start: int, token_ids: list[int]) -> None:
+        """The tokens of a known request from `start` on are these, and not those that were sampled."""
+        self._batch.revise(self._batch.get(request_id), start, token_ids)
+
     def _compute(self, scheduled: list[ScheduledRequest]) -> list[SampledTokens]:
         batch_step = self._batch.build(scheduled)
-        hidden_TH = self._decoder.forward(batch_step.model_input, self.cache.layers)
+        hidden = self._decoder.forward(batch_step.model_input, self.cache.layers)
         plan = batch_step.plan
-        results = self._sample(plan, hidden_TH)
+        results = self._sample(plan, hidden, all_rows=batch_step.model_input.outputs is None)
         for index, (item, state) in enumerate(zip(scheduled, plan.states, strict=True)):
             if state.sampling.params.prompt_logprobs is not None:
                 first_row = int(plan.first_rows[index])
-                results[index] = self._prompt_logprobs.add(results[index], item, state, first_row, hidden_TH)
+                results[index] = self._prompt_logprobs.add(results[index], item, state, first_row, hidden)
         for state, result in zip(plan.states, results, strict=True):
             # a failed request stays failed: a step for it may be on its way already
             state.error = result.error
         return results
 
-    def _sample(self, plan: StepPlan, hidden_TH: torch.Tensor) -> list[SampledTokens]:
-        """One result per request of the step; the tokens sampled are appended to the sequences."""
+    def _sample(self, plan: StepPlan, hidden: torch.Tensor, *, all_rows: bool) -> list[SampledTokens]:
+        """One result per request of the step; the tokens sampled are appended to the sequences.
+
+        `hidden` [T, H] if it has all rows of the step, else [M, H] those that sample.
+        """
         results = [SampledTokens(request_id=state.request_id) for state in plan.states]
         sampled = plan.sampled_rows()
         if not sampled.rows.size:
             return results
-        hidden_RH = torch.index_select(
-            hidden_TH, 0, torch.from_numpy(sampled.rows), out=self._rows_RH[: sampled.rows.size]
-        )
-        logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[: sampled.rows.size])
+        if all_rows:
+            out = self._rows_RH[: sampled.rows.size]
+            hidden = torch.index_select(hidden, 0, torch.from_numpy(sampled.rows), out=out)
+        logits_RV = self._decoder.logits(hidden, self._logits_RV[: sampled.rows.size])
         requests = sampled.requests.tolist()
         states = [plan.states[index].sampling for index in requests]
         with drafts_in_place(plan):

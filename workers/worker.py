@@ -34,6 +34,7 @@ from sempre.kernels.threads import get_num_threads
 from sempre.workers.backend import Backend, LoadedModel, ModelOutline, PipelinedRunner, Runner, make_backend
 from sempre.workers.device import resolve_device
 from sempre.workers.drafting import Drafting
+from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.models.numerics import linear_kernel
 from sempre.workers.models.spec import FLOAT_DTYPES, ModelSpec, load_spec
 from sempre.workers.sampling.grammar import grammar_library_version
@@ -45,7 +46,10 @@ from sempre.workers.weights import live_digest, load_weights
 class Worker:
     """One replica on one device. Commands come in the order load_model, start_serving, then steps and calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiler: CompilerProcess | None = None, *, import_seconds: float = 0.0) -> None:
+        """`compiler` was started ahead, for a GPU. `import_seconds` is what the imports took, for the report."""
+        self._compiler = compiler
+        self._import_seconds = import_seconds
         self._backend: Backend | None = None
         self._loaded: LoadedModel | None = None
         self._runner: Runner | None = None
@@ -68,8 +72,8 @@ class Worker:
 
     def load_model(self, command: LoadModel) -> ModelLoaded:
         """Seed, load, pack and self-test. Raises ConfigError, ModelError or InvarianceError."""
-        seconds: dict[str, float] = {}
-        backend = make_backend(resolve_device(command.config.device, command.config.rank))
+        seconds = {"imports": self._import_seconds}
+        backend = make_backend(resolve_device(command.config.device, command.config.rank), self._compiler)
         config = command.config
         _check_config(config, backend)
         seed_everything(config.seed)
@@ -83,7 +87,7 @@ class Worker:
                 loaded = _load(outline, backend)
                 self._draft_model = _load_draft_model(loaded, backend)
             with _timed(seconds, "compile"):
-                compilation.finish()
+                seconds |= compilation.finish()
         if config.numerics == "invariant":
             with _timed(seconds, "self_test"):
                 loaded, _ = backend.self_test(loaded)
@@ -100,6 +104,8 @@ class Worker:
             phase_seconds=seconds,
             max_steps_in_flight=backend.max_steps_in_flight,
             block_size=loaded.block_size,
+            max_num_batched_tokens=loaded.max_num_batched_tokens,
+            max_prompt_tokens=backend.max_prompt_tokens,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
@@ -109,17 +115,18 @@ class Worker:
         seconds: dict[str, float] = {}
         with _timed(seconds, "allocate"):
             runner = backend.make_runner(loaded, command.num_blocks)
-            guesser = self._make_draft_runner(runner, command.num_blocks)
+            draft_runner = self._make_draft_runner(runner, command.num_blocks)
         with _timed(seconds, "warm_up"):
             warm_up(runner)
-            if guesser is not None and guesser is not runner:
-                warm_up(guesser)
+            if draft_runner is not None and draft_runner is not runner:
+                warm_up(draft_runner)
         with _timed(seconds, "prepare_steps"):
-            self._late_fingerprint = backend.prepare_steps(runner)
-            if guesser is not None and guesser is not runner:
-                backend.prepare_steps(guesser)
-        if guesser is not None:
-            self._drafting = Drafting(guesser, max_num_seqs=config.max_num_seqs)
+            if draft_runner is not runner:
+                self._late_fingerprint = backend.prepare_steps(runner)
+            if draft_runner is not None:
+                guesser = backend.make_guesser(draft_runner)
+                guesser.prepare()
+                self._drafting = Drafting(guesser, max_num_seqs=config.max_num_seqs)
         self._runner = runner
         self._ahead = runner if isinstance(runner, PipelinedRunner) else None
         seed_everything(config.seed)
@@ -184,6 +191,8 @@ class Worker:
         if self._backend is not None:
             self._backend.end()
             self._backend = None
+        if self._compiler is not None:
+            self._compiler.close()
 
     def _make_draft_runner(self, runner: Runner, num_blocks: int) -> Runner | None:
         """What guesses: the model of a draft worker, or the second model of a target's, with as many blocks."""
@@ -271,7 +280,8 @@ def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
     product = linear_kernel(config.numerics)
     spec = load_spec(Path(config.model_path))
     block_size = config.block_size or backend.block_sizes[0]
-    return ModelOutline(config, spec, product, _max_model_len(config, spec), block_size)
+    max_num_batched_tokens = config.max_num_batched_tokens or backend.max_num_batched_tokens
+    return ModelOutline(config, spec, product, _max_model_len(config, spec), block_size, max_num_batched_tokens)
 
 
 def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
@@ -286,7 +296,15 @@ def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
         quantization=config.quantization,
         placement=backend.placement,
     )
-    return LoadedModel(config, outline.spec, weights, outline.product, outline.max_model_len, outline.block_size)
+    return LoadedModel(
+        config,
+        outline.spec,
+        weights,
+        outline.product,
+        outline.max_model_len,
+        outline.block_size,
+        outline.max_num_batched_tokens,
+    )
 
 
 def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | None:

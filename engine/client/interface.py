@@ -50,17 +50,23 @@ class AsyncEngineClient(Protocol):
     def close(self) -> None: ...
 
 
-def launch(config: EngineConfig, on_progress: ProgressCallback | None = None) -> EngineClient:
-    """Start an engine and wait until it is ready.
+def launch(
+    config: EngineConfig,
+    on_progress: ProgressCallback | None = None,
+    *,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> EngineClient:
+    """Start an engine and wait until it is ready; `meanwhile` is called once its processes, if any, are on their way.
 
     Raises the error that stopped it: ModelError, ConfigError, SeedMismatch, InvarianceError, StartupError, …
     """
     if config.multiprocessing:
         from sempre.engine.client.process import ProcessClient
 
-        return ProcessClient.launch(config, on_progress=on_progress)
+        return ProcessClient.launch(config, on_progress=on_progress, meanwhile=meanwhile)
     from sempre.engine.client.inproc import InprocClient
 
+    meanwhile()
     return InprocClient.launch(config, on_progress=on_progress)
 
 

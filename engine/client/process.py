@@ -46,7 +46,15 @@ _LAST_FRAMES_S = 0.02
 # workers that were killed have given back their memory by then
 _GONE_S = 10.0
 _GONE_POLL_S = 0.01
-_ALIKE = ("vocab_size", "max_model_len", "eos_token_ids", "block_size", "world_size", "fingerprint")
+_ALIKE = (
+    "vocab_size",
+    "max_model_len",
+    "eos_token_ids",
+    "block_size",
+    "max_num_batched_tokens",
+    "world_size",
+    "fingerprint",
+)
 
 Channel = TypeVar("Channel", bound=PeerBase[ClientEvent])
 
@@ -293,10 +301,13 @@ class ProcessClient(ProcessClientBase[PeerChannel[ClientEvent]]):
         *,
         options: ProcessOptions | None = None,
         on_progress: ProgressCallback | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> ProcessClient:
-        """Start an engine and wait until it is ready; when it is not, its processes are gone before this raises."""
+        """Start an engine, call `meanwhile`, and wait until the engine is ready; when it is not, its processes are gone
+        before this raises."""
         client = cls(config, options or ProcessOptions())
         try:
+            meanwhile()
             while not client._startup_event(client.receive(client._startup_seconds_left()), on_progress):
                 pass
         except BaseException:

@@ -70,8 +70,8 @@ class LocalExecutor:
         self._departed: set[bytes] = set()
 
     def _start(self, rank: int, *, num_restarts: int = 0, restart_cause: str = "") -> WorkerPeer:
-        arguments = ["--connect", self._address, "--rank", str(rank), "--parent-pid", str(os.getpid())]
-        arguments += ["--client-pid", str(os.getppid())]
+        arguments = ["--connect", self._address, "--rank", str(rank), "--device", self._config.device]
+        arguments += ["--parent-pid", str(os.getpid()), "--client-pid", str(os.getppid())]
         arguments += ["--heartbeat-interval-s", repr(self._config.heartbeat_interval_s)]
         arguments += ["--max-message-bytes", str(self._config.max_message_bytes)]
         log_path = self._directory.log_path(f"{self._kind.replace(' ', '-')}-{rank}")

@@ -37,6 +37,7 @@ from sempre.ipc.messages import (
 
 VOCAB_SIZE = 1000
 _DEFAULT_MODEL_LEN = 4096
+_DEFAULT_BATCHED_TOKENS = 2048
 _DEFAULT_BLOCKS = 1024
 
 
@@ -66,6 +67,7 @@ class ScriptedWorker:
             kv_block_bytes=1,
             available_kv_blocks=command.config.kv_cache_memory_bytes or _DEFAULT_BLOCKS,
             fingerprint={"model": "scripted"},
+            max_num_batched_tokens=command.config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:

@@ -117,6 +117,7 @@ class EngineReady(Message, frozen=True, kw_only=True):
     phase_seconds: dict[str, float] = {}
     worker_pids: list[int] = []
     draft_worker_pids: list[int] = []
+    max_num_batched_tokens: Positive = 2048
 
 
 class EngineNotice(Message, frozen=True, kw_only=True):
@@ -136,6 +137,8 @@ class RequestOutputDelta(Data, frozen=True, kw_only=True):
     stop_reason: int | str | None = None
     num_cached_tokens: NonNegative = 0
     error: ErrorInfo | None = None
+    time_in_queue: float | None = None
+    """Seconds from arrival to the first step, in the first delta after that step. It informs only."""
 
 
 class OutputsReady(Message, frozen=True, kw_only=True):

@@ -37,7 +37,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     device: str = "cpu"
     max_model_len: int | None = None
     max_num_seqs: Positive = 128
-    max_num_batched_tokens: Positive = 2048
+    max_num_batched_tokens: Positive | None = 2048
     block_size: Positive | None = 16
     kv_cache_memory_bytes: int | None = None
     num_threads: NonNegative = 0
@@ -154,9 +154,10 @@ class WorkerHello(Message, frozen=True, kw_only=True):
 
 
 class ModelLoaded(Message, frozen=True, kw_only=True):
-    """Answer to LoadModel. `max_model_len` is the limit in use; `fingerprint` the parts this worker knows.
+    """Answer to LoadModel. The limits and `block_size` are those in use; `fingerprint` the parts this worker knows.
 
-    Up to `max_steps_in_flight` steps may be sent before the first of them is answered.
+    Up to `max_steps_in_flight` steps may be sent before the first of them is answered; none may bring more than
+    `max_num_batched_tokens` tokens. Where those are left to the worker, `max_prompt_tokens` of them may be of prompts.
     """
 
     rank: NonNegative
@@ -170,6 +171,8 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     phase_seconds: dict[str, float] = {}
     max_steps_in_flight: Positive = 1
     block_size: Positive = 16
+    max_num_batched_tokens: Positive = 2048
+    max_prompt_tokens: Positive | None = None
 
 
 class WorkerReady(Message, frozen=True, kw_only=True):

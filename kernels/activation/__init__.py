@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from sempre.kernels.activation import cpu
-
 __all__ = ["silu_and_mul"]
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """gate_up [T, 2 I] (gates first) -> out [T, I]."""
     if not gate_up.is_cuda:
+        from sempre.kernels.activation import cpu
+
         return cpu.silu_and_mul(gate_up, out)
     from sempre.kernels.activation import gpu
 

@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import torch
 
-from sempre.kernels.attention import cpu
 from sempre.kernels.attention.cache import (
     AttentionWorkspace,
     KvCache,
     allocate_attention_workspace,
     allocate_gpu_cache,
 )
-from sempre.kernels.attention.cpu import TILE
 
 __all__ = [
-    "TILE",
     "AttentionWorkspace",
     "KvCache",
     "allocate_attention_workspace",
@@ -45,6 +42,8 @@ def allocate_kv_cache(
 ) -> KvCache:
     """A cache of zeros for one layer. ValueError for a block size or head dim that the device's kernel cannot take."""
     if device.type == "cpu":
+        from sempre.kernels.attention import cpu
+
         return cpu.allocate_kv_cache(num_blocks, num_kv_heads, head_dim, block_size, dtype)
     return allocate_gpu_cache(num_blocks, num_kv_heads, head_dim, block_size, dtype, device)
 
@@ -75,6 +74,8 @@ def paged_attention(
     result; so is `workspace`.
     """
     if not qkv.is_cuda:
+        from sempre.kernels.attention import cpu
+
         return cpu.paged_attention(
             qkv,
             cache,

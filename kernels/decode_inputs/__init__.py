@@ -5,6 +5,11 @@ token_ids[r] = last_tokens[s]; positions[r] is copied; a new block, if the row b
 position // B of the slot's block table; slot_mapping[r] is where position r of that table lies; context_lens[r] =
 position + 1; and the first ceil(context / B) entries of the table are copied to block_tables[r]. A row with slot -1 is
 padding: it gets token 0, position 0, slot_mapping -1 and context 0.
+
+Contract of `next_draft_rows`: for each row r with slots[r] >= 0 a token was sampled at position p = context_lens[r].
+guesses[r, p - starts[r]] becomes that token, or -1 for a row in error. If there is a token and p < ends[r], row r goes
+on with it: token, position p, its place in block_tables[r], context p + 1, the same slot. Any other row becomes padding
+as above, with slot -1. Slots and contexts may be updated in place.
 """
 
 from __future__ import annotations
@@ -34,6 +39,45 @@ def decode_inputs(
     from sempre.kernels.decode_inputs.gpu import decode_inputs as on_gpu
 
     on_gpu(rows, last_tokens, tables, block_size, out)
+
+
+class SampledGuesses(NamedTuple):
+    """What was sampled for R rows, and where it belongs."""
+
+    token_ids: torch.Tensor
+    """int64 [R]"""
+    head: torch.Tensor
+    """int32 [R, HEAD] of the sampler: token id, flags, …"""
+    starts: torch.Tensor
+    """int32 [R]: position of the first guess"""
+    ends: torch.Tensor
+    """int32 [R]: position of the last guess, which is not computed"""
+    guesses: torch.Tensor
+    """int32 [R, most guesses]"""
+
+
+class DraftRows(NamedTuple):
+    """Outputs, R rows: int32 [R], int32 [R], int64 [R], int64 [R], int64 [R]."""
+
+    slots: torch.Tensor
+    context_lens: torch.Tensor
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+def next_draft_rows(
+    slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    sampled: SampledGuesses,
+    block_tables: torch.Tensor,
+    block_size: int,
+    out: DraftRows,
+) -> None:
+    """`slots`, `context_lens` int32 [R], `block_tables` int32 [R, W]. All on one GPU, contiguous."""
+    from sempre.kernels.decode_inputs.gpu import next_draft_rows as on_gpu
+
+    on_gpu(slots, context_lens, sampled, block_tables, block_size, out)
 
 
 def record_tokens(slots: torch.Tensor, token_ids: torch.Tensor, last_tokens: torch.Tensor) -> None:

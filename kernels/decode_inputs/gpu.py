@@ -8,11 +8,13 @@ import torch
 import triton.language as tl
 
 from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
+from sempre.kernels.sampling.gpu_noise import HEAD
 
 if TYPE_CHECKING:
-    from sempre.kernels.decode_inputs import DecodeInputs
+    from sempre.kernels.decode_inputs import DecodeInputs, DraftRows, SampledGuesses
 
 _CHUNK = 256
+_HEAD = tl.constexpr(HEAD)
 
 
 @jit(runtime=("num_rows", "width"))
@@ -94,3 +96,67 @@ def record_tokens(slots: torch.Tensor, token_ids: torch.Tensor, last_tokens: tor
     num_rows = slots.shape[0]
     grid = (-(-num_rows // _CHUNK),)
     _record_tokens_kernel[grid](slots, token_ids, last_tokens, num_rows, ROWS=_CHUNK, num_warps=2, **CHAINED)
+
+
+@jit(runtime=("width",))
+def _next_draft_rows_kernel(
+    slots: Any,
+    context_lens: Any,
+    sampled: Any,
+    head: Any,
+    starts: Any,
+    ends: Any,
+    block_tables: Any,
+    guesses: Any,
+    next_slots: Any,
+    next_context_lens: Any,
+    token_ids: Any,
+    positions: Any,
+    slot_mapping: Any,
+    width: Any,
+    BLOCK_SIZE: tl.constexpr,
+    MOST: tl.constexpr,
+) -> None:
+    wait_for_previous()
+    row = tl.program_id(0)
+    slot, position = tl.load(slots + row), tl.load(context_lens + row)
+    samples = slot >= 0
+    is_token = tl.load(head + row * _HEAD + 1) == 0
+    token = tl.load(sampled + row)
+    guess = tl.where(is_token, token.to(tl.int32), -1)
+    tl.store(guesses + row * MOST + position - tl.load(starts + row), guess, mask=samples)
+    goes_on = samples & is_token & (position < tl.load(ends + row))
+    tl.store(next_slots + row, tl.where(goes_on, slot, -1))
+    tl.store(next_context_lens + row, tl.where(goes_on, position + 1, 0))
+    tl.store(token_ids + row, tl.where(goes_on, token, 0))
+    tl.store(positions + row, tl.where(goes_on, position, 0).to(tl.int64))
+    block = tl.load(block_tables + row.to(tl.int64) * width + position // BLOCK_SIZE, mask=goes_on, other=0)
+    place = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
+    tl.store(slot_mapping + row, tl.where(goes_on, place, -1))
+
+
+def next_draft_rows(
+    slots: torch.Tensor,
+    context_lens: torch.Tensor,
+    sampled: SampledGuesses,
+    block_tables: torch.Tensor,
+    block_size: int,
+    out: DraftRows,
+) -> None:
+    """As the package says."""
+    _next_draft_rows_kernel[(slots.shape[0],)](
+        slots,
+        context_lens,
+        sampled.token_ids,
+        sampled.head,
+        sampled.starts,
+        sampled.ends,
+        block_tables,
+        sampled.guesses,
+        *out,
+        block_tables.shape[1],
+        BLOCK_SIZE=block_size,
+        MOST=sampled.guesses.shape[1],
+        num_warps=1,
+        **CHAINED,
+    )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from sempre.kernels.embedding import cpu
-
 __all__ = ["embed"]
 
 
@@ -15,6 +13,8 @@ def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> to
     An id outside the table raises IndexError on CPU and gives a row of NaN on a GPU, where nothing waits.
     """
     if not table.is_cuda:
+        from sempre.kernels.embedding import cpu
+
         return cpu.embed(token_ids, table, out)
     from sempre.kernels.embedding import gpu
 

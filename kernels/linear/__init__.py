@@ -11,19 +11,21 @@ the scale of the output channel, each product rounded to float32, and the bias i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.kernels.linear import cpu
 from sempre.kernels.linear.control import ControlLinear, control_linear, control_pack, control_pack_fp8
-from sempre.kernels.linear.cpu import PackedLinear
 from sempre.kernels.linear.weights import GpuLinear
+
+if TYPE_CHECKING:
+    from sempre.kernels.linear.cpu import PackedLinear
 
 __all__ = [
     "ControlLinear",
     "GpuLinear",
-    "PackedLinear",
     "control_linear",
     "control_pack",
     "control_pack_fp8",
@@ -38,6 +40,8 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
     """Prepare `weight` [N, K] and `bias` [N]: packed in panels on CPU, as they are on a GPU."""
     if weight.is_cuda:
         return GpuLinear(weight.contiguous(), bias.to(weight.dtype).contiguous() if bias is not None else None)
+    from sempre.kernels.linear import cpu
+
     return cpu.pack_linear(weight, bias)
 
 
@@ -47,6 +51,8 @@ def pack_fp8_linear(
     """As `pack_linear`, of the fp8 `weight` [N, K] without NaN, times `scale` [N]."""
     if weight.is_cuda:
         return GpuLinear(weight.contiguous(), bias, scale=scale.float().contiguous(), scheme=scheme)
+    from sempre.kernels.linear import cpu
+
     return cpu.pack_fp8_linear(weight, scale, bias, scheme)
 
 
@@ -55,7 +61,9 @@ def linear(x: torch.Tensor, w: PackedLinear | GpuLinear, out: torch.Tensor) -> t
 
     CPU: x and out float32. GPU: x in the weight's dtype (any, if that is fp8), out in x's or float32.
     """
-    if isinstance(w, PackedLinear):
+    if not isinstance(w, GpuLinear):
+        from sempre.kernels.linear import cpu
+
         return cpu.linear(x, w, out)
     from sempre.kernels.linear import gpu
 
@@ -69,7 +77,9 @@ def linear_silu_and_mul(
 
     The bits are those of the two calls; a GPU may run them as one.
     """
-    if isinstance(w, PackedLinear):
+    if not isinstance(w, GpuLinear):
+        from sempre.kernels.linear import cpu
+
         return silu_and_mul(cpu.linear(x, w, gate_up), out)
     from sempre.kernels.linear import gpu
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from sempre.kernels.norms import cpu
-from sempre.kernels.norms.cpu import emit_rms_norm
-
-__all__ = ["add_rms_norm", "emit_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm"]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
     """x [T, H], weight [H] -> out [T, H]."""
     if not x.is_cuda:
+        from sempre.kernels.norms import cpu
+
         return cpu.rms_norm(x, weight, eps, out)
     from sempre.kernels.norms import gpu
 
@@ -29,6 +28,8 @@ def add_rms_norm(
 ) -> torch.Tensor:
     """residual += x in place, then out = rms_norm(residual), with equal bits as the two in turn."""
     if not x.is_cuda:
+        from sempre.kernels.norms import cpu
+
         return cpu.add_rms_norm(x, residual, weight, eps, out)
     from sempre.kernels.norms import gpu
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from sempre.kernels.rope import cpu
 from sempre.kernels.rope.table import RopeSpec, cos_sin_table
 
 __all__ = ["RopeSpec", "cos_sin_table", "rope_and_cache_write"]
@@ -40,6 +39,8 @@ def rope_and_cache_write(
 
         run = gpu.rope_and_cache_write
     else:
+        from sempre.kernels.rope import cpu
+
         run = cpu.rope_and_cache_write
     run(
         qkv,

@@ -1,8 +1,8 @@
 """exp and log in float32 as fixed sequences of IEEE operations: equal bits on every machine with fused multiply-add.
 
-No call of a mathematics library, no subnormal results. The polynomials are weighted least squares fits, iterated
-towards the smallest maximal error, computed in float64 and rounded to float32. Greatest errors against float64,
-measured over 2**24 arguments: `exp32` 1.1 ulp on [-87, 0], `log32` 0.9 ulp on [2**-64, 2**64].
+No call of a mathematics library, no subnormal results. The polynomials (`coefficients.py`) are weighted least squares
+fits, iterated towards the smallest maximal error, computed in float64 and rounded to float32. Greatest errors against
+float64, measured over 2**24 arguments: `exp32` 1.1 ulp on [-87, 0], `log32` 0.9 ulp on [2**-64, 2**64].
 `reference.py` states the same operations in numpy; the two agree bit for bit.
 """
 
@@ -13,36 +13,18 @@ from typing import Any
 import numpy as np
 
 from sempre.kernels.intrinsics import float32_bits, float32_from_bits, fma, inlined
-
-
-def _float32(*hexadecimal: str) -> tuple[np.float32, ...]:
-    return tuple(np.float32(float.fromhex(text)) for text in hexadecimal)
-
-
-# e**r = 1 + r + r**2 * (EXP[0] + EXP[1] r + …) on |r| <= log(2)/2, relative error of the polynomial 2**-28
-EXP = _float32("0x1.0000000p-1", "0x1.55548ep-3", "0x1.55545ep-5", "0x1.123b4ap-7", "0x1.6db414p-10")
-# log(1+f) = f - f**2/2 + f**3 * (LOG[0] + LOG[1] f + …) on [sqrt(1/2)-1, sqrt(2)-1], relative error 2**-27
-LOG = _float32(
-    "0x1.55554ap-2",
-    "-0x1.000220p-2",
-    "0x1.99a596p-3",
-    "-0x1.54788ap-3",
-    "0x1.226e50p-3",
-    "-0x1.0ce08ep-3",
-    "0x1.07d0ccp-3",
-    "-0x1.41ed50p-4",
+from sempre.kernels.sampling.coefficients import (
+    EXP,
+    EXP_LOWEST,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG,
+    LOG1P,
+    LOG2_E,
+    MANTISSA_MASK,
+    ROUND_MAGIC,
+    SQRT_HALF_BITS,
 )
-# -log(1-u) = u + u**2 * (LOG1P[0] + LOG1P[1] u + …) on [0, 1/4], relative error 2**-28
-LOG1P = _float32("0x1.ffffd4p-2", "0x1.556224p-2", "0x1.fd8496p-3", "0x1.b58658p-3", "0x1.765fe0p-4", "0x1.53a84ap-2")
-# log(2) in two parts: the first has 10 trailing zero bits, so that its product with an exponent is exact
-LN2_HIGH, LN2_LOW = _float32("0x1.62e400p-1", "0x1.7f7d1cp-20")
-LOG2_E = np.float32(1.4426950408889634)
-# adding it rounds to an integer, which then stands in the low bits
-ROUND_MAGIC = np.float32(1.5 * 2**23)
-# below it exp32 is 0: its result would be subnormal
-EXP_LOWEST = np.float32(-87.0)
-SQRT_HALF_BITS = np.uint32(0x3F3504F3)
-MANTISSA_MASK = np.uint32(0x007FFFFF)
 
 _E0, _E1, _E2, _E3, _E4 = EXP
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = LOG

@@ -11,20 +11,20 @@ from typing import Any
 import triton.language as tl
 
 from sempre.kernels.gpu_jit import jit
-from sempre.kernels.sampling import elementary, rng
+from sempre.kernels.sampling import coefficients, rng
 
-_E0, _E1, _E2, _E3, _E4 = (tl.constexpr(float(value)) for value in elementary.EXP)
-_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (tl.constexpr(float(value)) for value in elementary.LOG)
-_U0, _U1, _U2, _U3, _U4, _U5 = (tl.constexpr(float(value)) for value in elementary.LOG1P)
-_LN2_HIGH = tl.constexpr(float(elementary.LN2_HIGH))
-_LN2_LOW = tl.constexpr(float(elementary.LN2_LOW))
-_MINUS_LN2_HIGH = tl.constexpr(-float(elementary.LN2_HIGH))
-_MINUS_LN2_LOW = tl.constexpr(-float(elementary.LN2_LOW))
-_LOG2_E = tl.constexpr(float(elementary.LOG2_E))
-_ROUND_MAGIC = tl.constexpr(float(elementary.ROUND_MAGIC))
-_EXP_LOWEST = tl.constexpr(float(elementary.EXP_LOWEST))
-_SQRT_HALF_BITS = tl.constexpr(int(elementary.SQRT_HALF_BITS))
-_MANTISSA_MASK = tl.constexpr(int(elementary.MANTISSA_MASK))
+_E0, _E1, _E2, _E3, _E4 = (tl.constexpr(float(value)) for value in coefficients.EXP)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = (tl.constexpr(float(value)) for value in coefficients.LOG)
+_U0, _U1, _U2, _U3, _U4, _U5 = (tl.constexpr(float(value)) for value in coefficients.LOG1P)
+_LN2_HIGH = tl.constexpr(float(coefficients.LN2_HIGH))
+_LN2_LOW = tl.constexpr(float(coefficients.LN2_LOW))
+_MINUS_LN2_HIGH = tl.constexpr(-float(coefficients.LN2_HIGH))
+_MINUS_LN2_LOW = tl.constexpr(-float(coefficients.LN2_LOW))
+_LOG2_E = tl.constexpr(float(coefficients.LOG2_E))
+_ROUND_MAGIC = tl.constexpr(float(coefficients.ROUND_MAGIC))
+_EXP_LOWEST = tl.constexpr(float(coefficients.EXP_LOWEST))
+_SQRT_HALF_BITS = tl.constexpr(int(coefficients.SQRT_HALF_BITS))
+_MANTISSA_MASK = tl.constexpr(int(coefficients.MANTISSA_MASK))
 _MASS_ONE = tl.constexpr(2.0**40)
 _MASS_UNIT = tl.constexpr(2.0**-40)
 

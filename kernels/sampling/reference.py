@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sempre.kernels.sampling.elementary import (
+from sempre.kernels.sampling.coefficients import (
     EXP,
     EXP_LOWEST,
     LN2_HIGH,

@@ -63,6 +63,8 @@ def test_startup(capsys: pytest.CaptureFixture[str]) -> None:
     result = result_of(capsys, "startup", "--num-iters-cold", "0", "--num-iters-warmup", "0", "--num-iters-warm", "1")
     assert isinstance(result["warm_startup_times"], list)
     assert result["avg_warm_startup_time"] == result["warm_startup_times"][0]
+    (phases,) = result["warm_startup_phases"]
+    assert {"start", "load", "load.imports", "load.load_weights", "warm_up"} <= phases.keys()
 
 
 @pytest.mark.parametrize(

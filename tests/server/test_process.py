@@ -88,7 +88,9 @@ def test_drain_ends(tmp_path: Path, how: str) -> None:
 
 
 def test_a_full_queue_turns_away(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "log", *FLAGS, "--max-num-queued-reqs", "2") as server:
+    """And requests are logged, if the operator asks for it, up to a length."""
+    flags = ("--max-num-queued-reqs", "2", "--enable-log-requests", "--max-log-len", "5", "--log-format", "json")
+    with ServerProcess(tmp_path / "log", *FLAGS, *flags) as server:
         running = [Background(server, **LONG, n=2) for _ in range(3)]
         wait_for_load(server, 6)
         refused = server.complete(prompt="a")
@@ -103,6 +105,11 @@ def test_a_full_queue_turns_away(tmp_path: Path) -> None:
         texts = [running_one.result().json()["choices"] for running_one in running]
         assert texts[0] == texts[1] == texts[2]
         assert 'admission_rejections_total{model_name="tiny"} ' in server.http.get("/metrics").text
+        lines = [json.loads(line) for line in server.log.splitlines()]
+    logged = [line for line in lines if line["message"] == "request" and "prompt" in line]
+    assert [line["prompt"] for line in logged] == ["It is"] * 3 + ["a"]
+    assert logged[0]["params"] == {"n": "2", "seed": "1", "max_tokens": "600", "ignore_eos": "True"}
+    assert (logged[0]["seed"], logged[0]["num_prompt_tokens"]) == (1, len(logged[0]["prompt_token_ids"]))
 
 
 def test_a_retry_after_a_restart_gives_the_same_answer(tmp_path: Path) -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from sempre.kernels.decode_inputs import DecodeInputs, decode_inputs, record_tokens
+from sempre.kernels.decode_inputs import (
+    DecodeInputs,
+    DraftRows,
+    SampledGuesses,
+    decode_inputs,
+    next_draft_rows,
+    record_tokens,
+)
 
 BLOCK_SIZE = 16
 WIDTH = 600
@@ -52,3 +59,40 @@ def check_record_tokens(device: torch.device) -> None:
     record_tokens(slots.to(device), torch.arange(1000, 1300, device=device), last_tokens)
     expected = [POISON if row % 3 == 0 else 1000 + row for row in range(300)]
     assert last_tokens.tolist() == expected
+
+
+def check_next_draft_rows(device: torch.device) -> None:
+    """Rows that go on, end, are in error, and padding; then once more, in place, by which one more ends."""
+    most, width = 4, 5
+    tables = torch.arange(5 * width, dtype=torch.int32).reshape(5, width) + 100
+    starts = torch.tensor([BLOCK_SIZE - 1, 40, 7, 0, 2 * BLOCK_SIZE - 2], dtype=torch.int32)
+    ends = starts + torch.tensor([1, 0, 3, 3, 3], dtype=torch.int32)
+    tokens = torch.arange(1000, 1005)
+    head = torch.zeros(5, 4, dtype=torch.int32)
+    head[2, 1] = 2
+    guesses = torch.full((5, most), POISON, dtype=torch.int32, device=device)
+    sampled = SampledGuesses(*(tensor.to(device) for tensor in (tokens, head, starts, ends)), guesses)
+    out = DraftRows(
+        *(torch.full((5,), POISON, dtype=torch.int32, device=device) for _ in range(2)),
+        *(torch.full((5,), POISON, device=device) for _ in range(3)),
+    )
+    slots = torch.tensor([3, 1, 0, -1, 2], dtype=torch.int32).to(device)
+    next_draft_rows(slots, starts.to(device), sampled, tables.to(device), BLOCK_SIZE, out)
+    assert out.slots.tolist() == [3, -1, -1, -1, 2]
+    assert out.context_lens.tolist() == [BLOCK_SIZE, 0, 0, 0, 2 * BLOCK_SIZE - 1]
+    assert out.token_ids.tolist() == [1000, 0, 0, 0, 1004]
+    assert out.positions.tolist() == [BLOCK_SIZE - 1, 0, 0, 0, 2 * BLOCK_SIZE - 2]
+    places = [100 * BLOCK_SIZE + BLOCK_SIZE - 1, -1, -1, -1, 121 * BLOCK_SIZE + BLOCK_SIZE - 2]
+    assert out.slot_mapping.tolist() == places
+    next_draft_rows(out.slots, out.context_lens, sampled, tables.to(device), BLOCK_SIZE, out)
+    assert out.slots.tolist() == [-1, -1, -1, -1, 2]
+    assert out.context_lens.tolist() == [0, 0, 0, 0, 2 * BLOCK_SIZE]
+    assert out.slot_mapping.tolist() == [-1, -1, -1, -1, 121 * BLOCK_SIZE + BLOCK_SIZE - 1]
+    nothing = [POISON] * most
+    assert guesses.tolist() == [
+        [1000, 1000, POISON, POISON],
+        [1001, *nothing[1:]],
+        [-1, *nothing[1:]],
+        nothing,
+        [1004, 1004, POISON, POISON],
+    ]

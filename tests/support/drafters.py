@@ -14,7 +14,10 @@ VOCAB_SIZE = 4096
 
 
 class ScriptedDrafter:
-    """Guesses the known continuation of its sequence, each token with the given probability, else any token."""
+    """Guesses the known continuation of its sequence, each token with the given probability, else any token.
+
+    Nothing while sequences that go on differently begin with its own: one prompt may be the beginning of another.
+    """
 
     def __init__(self, outputs: Sequence[list[int]], share_right: float) -> None:
         self._outputs = outputs
@@ -26,8 +29,10 @@ class ScriptedDrafter:
 
     def propose(self, count: int) -> list[int]:
         length = len(self._tokens)
-        matching = (whole for whole in self._outputs if whole[:length] == self._tokens)
-        known = next(matching, [])[length : length + count]
+        futures = {tuple(whole[length : length + count]) for whole in self._outputs if whole[:length] == self._tokens}
+        if len(futures) > 1:
+            return []
+        known = futures.pop() if futures else ()
         digests = [hashlib.sha256(repr((self._tokens, i)).encode()).digest() for i in range(count)]
         return [
             known[i]

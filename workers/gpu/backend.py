@@ -17,7 +17,9 @@ from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import LoadedModel, ModelOutline, Runner
 from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
+from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.fingerprint import fingerprint_parts
+from sempre.workers.gpu.guessing import GpuGuesser
 from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, out_of_memory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import require_equal, require_fp8, run_self_test
@@ -40,10 +42,13 @@ class GpuBackend:
     """One GPU."""
 
     block_sizes: tuple[int, ...] = (64, 32, 16)
+    max_num_batched_tokens = 8192
+    max_prompt_tokens: int | None = None
     max_steps_in_flight = 2
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, compiler: CompilerProcess | None) -> None:
         self.device = device
+        self._compiler = compiler
         self._excluded: dict[str, list[str]] = {}
         self._workspaces: dict[str, AttentionWorkspace] = {}
         self._steps: dict[str, StepMemory] = {}
@@ -62,7 +67,7 @@ class GpuBackend:
     @contextmanager
     def loading(self, outline: ModelOutline) -> Iterator[KernelCompilation]:
         try:
-            with KernelCompilation(outline, self.device) as compilation:
+            with KernelCompilation(outline, self.device, self._compiler) as compilation:
                 yield compilation
         except torch.OutOfMemoryError as error:
             free, total = torch.cuda.mem_get_info(self.device)
@@ -72,13 +77,19 @@ class GpuBackend:
                 allocated=torch.cuda.memory_reserved(self.device),
                 free=free,
                 total=total,
-                max_num_batched_tokens=outline.config.max_num_batched_tokens,
+                max_num_batched_tokens=outline.max_num_batched_tokens,
             ) from error
 
     def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
-        config = model.config
         require_fp8(model.weights, self.device)
-        tested = run_self_test(config, model.spec, model.weights, model.block_size, self._attention_workspace(model))
+        tested = run_self_test(
+            model.spec,
+            model.weights,
+            self._attention_workspace(model),
+            block_size=model.block_size,
+            max_tokens=model.max_num_batched_tokens,
+            max_num_seqs=model.config.max_num_seqs,
+        )
         passed = require_equal(tested.comparisons)
         self._excluded = tested.excluded
         if tested.excluded:
@@ -96,7 +107,7 @@ class GpuBackend:
                 allocated=torch.cuda.memory_reserved(self.device),
                 free=free,
                 total=total,
-                max_num_batched_tokens=model.config.max_num_batched_tokens,
+                max_num_batched_tokens=model.max_num_batched_tokens,
             ) from error
         gc.collect()
         torch.cuda.empty_cache()
@@ -128,7 +139,7 @@ class GpuBackend:
         limits = StepLimits(
             model.max_model_len,
             config.max_num_seqs,
-            config.max_num_batched_tokens,
+            model.max_num_batched_tokens,
             model.spec.vocab_size,
             config.max_draft_tokens,
         )
@@ -140,6 +151,10 @@ class GpuBackend:
             rank=config.rank,
             graphs=not config.enforce_eager,
         )
+
+    def make_guesser(self, runner: Runner) -> GpuGuesser:
+        assert isinstance(runner, GpuModelRunner)
+        return GpuGuesser(runner.memory, runner.cache, runner.limits, graphs=runner.graphs.enabled)
 
     def prepare_steps(self, runner: Runner) -> dict[str, str]:
         assert isinstance(runner, GpuModelRunner)
@@ -187,7 +202,7 @@ class GpuBackend:
             spec,
             weights,
             model.product,
-            max_tokens=config.max_num_batched_tokens,
+            max_tokens=model.max_num_batched_tokens,
             max_model_len=model.max_model_len,
             workspace=self._attention_workspace(model),
         )
@@ -209,4 +224,4 @@ def quantized_rows_bytes(model: LoadedModel) -> int:
         return 0
     spec = model.spec
     width = max(spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim)
-    return model.config.max_num_batched_tokens * (width + 4)
+    return model.max_num_batched_tokens * (width + 4)

@@ -1,37 +1,43 @@
-"""Compiles the kernels of a model, many at a time, while its weights are being loaded.
+"""Compiles and loads the kernels of a model while its weights are being loaded.
 
-Which variants a model needs is not listed anywhere: the code that launches them runs, with launches that only compile,
-on an outline of the model, one layer for each kind of window. What a step then still lacks is compiled when it comes.
+Which variants a model needs is not listed anywhere: the code that launches them runs, with launches that are only noted
+down, on an outline of the model, one layer for each kind of window; what it was is recorded for later starts. Those
+that the cache folder lacks are compiled in many processes at a time. What a step then still lacks is compiled when it
+comes.
 """
 
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product as combinations
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
-from sempre.kernels.gpu_jit import only_compiling
+from sempre.kernels.gpu_jit import Variant, collecting
 from sempre.kernels.sampling import gpu as gpu_sampling
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import ModelOutline
+from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.decode_graphs import DecodeShape
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import run_self_test
+from sempre.workers.gpu.variant_record import read_record, record_key, write_record
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder, StepInput
 from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.weights import DecoderWeights, Placement, expected_shapes, load_weights
 
-MOST_THREADS = 32
+# so many kernels are compiled here sooner than a process for it has started
+FEW = 4
 # what the outline, its scratch memory and the self-test take at most
 OUTLINE_BYTES = 8 << 30
 MAX_ROWS = 256
@@ -47,18 +53,19 @@ DECODE_CONTEXTS = (64, 1024, 4096, 1 << 30)
 class KernelCompilation:
     """In the background from `__enter__` to `finish`."""
 
-    def __init__(self, outline: ModelOutline, device: torch.device) -> None:
+    def __init__(self, outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> None:
+        """`compiler`, if one was started ahead, is used up."""
         self._outline = outline
         self._device = device
+        self._compiler = compiler
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compilation")
 
     def __enter__(self) -> Self:
-        self._done = self._thread.submit(_compile, self._outline, self._device)
+        self._done = self._thread.submit(_prepare, self._outline, self._device, self._compiler)
         return self
 
-    def finish(self) -> None:
-        """Wait. Raises what a kernel's compilation raised."""
-        self._done.result()
+    def finish(self) -> dict[str, float]:
+        return self._done.result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -77,11 +84,68 @@ def _has_room(outline: ModelOutline, device: torch.device) -> bool:
     return weight_bytes(outline) + OUTLINE_BYTES < torch.cuda.mem_get_info(device)[0]
 
 
-@torch.inference_mode()
-def _compile(outline: ModelOutline, device: torch.device) -> None:
+def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> dict[str, float]:
+    """Seconds of each part."""
     torch.cuda.set_device(device)
-    if not _has_room(outline, device):
-        return
+    began = perf_counter()
+    key = record_key(outline, device)
+    recorded = read_record(key)
+    collects = recorded is None and _has_room(outline, device)
+    if compiler is not None and not collects:
+        compiler.close()
+        compiler = None
+    variants = collect(outline, device, compiler) if collects else recorded or []
+    collected = perf_counter()
+    _compile(variants, device, compiler)
+    compiled = perf_counter()
+    for variant in variants:
+        variant.load()
+    if collects:
+        write_record(key, variants)
+    return {
+        "collect_kernels": collected - began,
+        "compile_kernels": compiled - collected,
+        "load_kernels": perf_counter() - compiled,
+    }
+
+
+def collect(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> list[Variant]:
+    """The kernel variants that a model's steps and its self-test use; `compiler`, if there is one, gets each as it is
+    found."""
+    variants: list[Variant] = []
+
+    def found(variant: Variant) -> None:
+        variants.append(variant)
+        if compiler is not None:
+            compiler.add(variant.describe())
+
+    if compiler is not None:
+        compiler.start(_capability(device))
+    _launch_all(outline, device, found)
+    return variants
+
+
+def _compile(variants: Sequence[Variant], device: torch.device, compiler: CompilerProcess | None) -> None:
+    """Those that the cache folder lacks; a compiler that is given has them all."""
+    if compiler is None:
+        missing = [variant.describe() for variant in variants if not variant.is_on_disk()]
+        if len(missing) <= FEW:
+            return
+        compiler = CompilerProcess()
+        compiler.start(_capability(device))
+        for description in missing:
+            compiler.add(description)
+    compiler.finish()
+
+
+def _capability(device: torch.device) -> int:
+    """90 for 9.0"""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@torch.inference_mode()
+def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Variant], object]) -> None:
     windows = tuple(dict.fromkeys(outline.spec.windows))
     spec = replace(outline.spec, num_layers=len(windows), windows=windows)
     config = outline.config
@@ -96,11 +160,18 @@ def _compile(outline: ModelOutline, device: torch.device) -> None:
         placement=Placement(device, lambda tensor: tensor, hashing_threads=1),
     )
     workspace = allocate_attention_workspace(spec.num_heads, spec.head_dim, max(outline.max_model_len, 2048), device)
-    with only_compiling(device, min(MOST_THREADS, len(os.sched_getaffinity(0)))):
+    with collecting(found):
         _launch_steps(replace(outline, spec=spec), weights, workspace, device)
         _launch_reports(spec.vocab_size, device)
         if config.numerics == "invariant":
-            run_self_test(config, spec, weights, outline.block_size, workspace)
+            run_self_test(
+                spec,
+                weights,
+                workspace,
+                block_size=outline.block_size,
+                max_tokens=outline.max_num_batched_tokens,
+                max_num_seqs=config.max_num_seqs,
+            )
 
 
 def _launch_steps(

@@ -69,6 +69,8 @@ class GpuModelRunner:
         rank: int,
         graphs: bool,
     ) -> None:
+        self.memory = memory
+        self.limits = limits
         self.cache = cache
         self.max_model_len = limits.max_model_len
         self.max_num_batched_tokens = limits.max_num_batched_tokens
@@ -273,10 +275,12 @@ class GpuModelRunner:
     def _run_mixed(self, flight: _StepInFlight, plan: StepPlan, added: Sequence[RequestState]) -> None:
         new = ([state.slot for state in added], [state.token_ids[-1] for state in added])
         model_input, sampled = self._buffers.stage(plan, self._batch.rows(plan), new)
-        hidden_TH = self._decoder.forward(model_input, self.cache.layers)
+        hidden = self._decoder.forward(model_input, self.cache.layers)
         count = len(flight.sampling)
         if count:
-            hidden_RH = torch.index_select(hidden_TH, 0, sampled.rows, out=self._rows_RH[:count])
+            hidden_RH = hidden
+            if model_input.outputs is None:
+                hidden_RH = torch.index_select(hidden, 0, sampled.rows, out=self._rows_RH[:count])
             logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[:count])
             stages = self._sampler.prepare(plan.slots[flight.sampling].tolist())
             tokens_R = self._sampler.sample(logits_RV, sampled.positions, stages, sampled.drafts)
@@ -288,7 +292,7 @@ class GpuModelRunner:
             if state.sampling.params.prompt_logprobs is not None:
                 empty = SampledTokens(request_id=item.request_id)
                 first_row = int(plan.first_rows[index])
-                scored = self._prompt_logprobs.add(empty, item, state, first_row, hidden_TH)
+                scored = self._prompt_logprobs.add(empty, item, state, first_row, hidden)
                 flight.prompt_results[item.request_id] = scored
 
     # Results

@@ -16,7 +16,7 @@ from sempre.kernels.sampling.gpu import DraftedRows
 from sempre.workers.gpu.staging import StepStaging
 from sempre.workers.gpu.verification import VerificationArrays, VerificationShape, VerificationStaging
 from sempre.workers.input_batch import Int32, StepPlan, StepRows
-from sempre.workers.models.decoder import StepInput
+from sempre.workers.models.decoder import OutputRows, StepInput
 
 _ROW_FIELDS = 3  # slot, position, new block
 
@@ -114,7 +114,7 @@ class StepBuffers:
         query_starts, context_lens = staging.put(rows.query_starts), staging.put(rows.context_lens)
         slots = staging.put(plan.slots)
         places = plan.sampled_rows()
-        sampled_rows = staging.put(places.rows)
+        sampled_rows, sampled_starts = staging.put(places.rows), staging.put(places.starts(len(plan.states)))
         sampled_slots = staging.put(plan.slots[places.requests].astype(np.int32))
         sampled_positions, offsets = staging.put(places.positions), staging.put(places.offsets.astype(np.int32))
         new_slots, new_tokens = (staging.put(np.asarray(part, np.int64)) for part in new)
@@ -136,6 +136,9 @@ class StepBuffers:
             context_lens=context_lens,
             max_query_len=int(plan.num_tokens.max()),
             max_context_len=int(plan.context.max()),
+            outputs=None
+            if plan.reads_all_rows
+            else OutputRows(sampled_rows, sampled_starts, 1 + int(plan.num_drafts.max())),
         )
         inputs = token_ids.index_select(0, sampled_rows)
         drafts = DraftedRows(offsets, inputs, self._last_tokens) if plan.has_drafts else None

@@ -24,6 +24,17 @@ from sempre.workers.weights import DecoderWeights, LayerWeights
 
 
 @dataclass(frozen=True)
+class OutputRows:
+    """The rows whose final hidden states are wanted: S of a step's T, the last ones of each request, in order."""
+
+    rows: torch.Tensor
+    """int64 [S]"""
+    starts: torch.Tensor
+    """int32 [R + 1]: entries [starts[r], starts[r + 1]) belong to request r, which may have none"""
+    max_per_request: int
+
+
+@dataclass(frozen=True)
 class StepInput:
     """The arrays of one step; rows of one request are neighbours, requests in the order of the step."""
 
@@ -43,6 +54,8 @@ class StepInput:
     """no request has more rows; 1: row r belongs to request r"""
     max_context_len: int
     """no context is longer; this bound and the one above choose grids on a GPU and cannot be seen in the result"""
+    outputs: OutputRows | None = None
+    """None: all rows"""
 
 
 class Decoder:
@@ -78,11 +91,12 @@ class Decoder:
         self._activated = rows(spec.intermediate_size)
 
     def forward(self, step: StepInput, caches: list[KvCache]) -> torch.Tensor:
-        """Write the step's keys and values into `caches` (one per layer); return the final hidden states [T, H].
+        """Write the step's keys and values into `caches` (one per layer); return the final hidden states.
 
-        The result is a view of a buffer that the next call overwrites.
+        Those of the rows in `step.outputs` [S, H], or of all rows [T, H]: a view of a buffer that the next call
+        overwrites.
         """
-        num_tokens = step.token_ids.shape[0]
+        num_tokens, last = step.token_ids.shape[0], len(caches) - 1
         residual, hidden, branch = (
             buffer[:num_tokens] for buffer in (self._residual_TH, self._hidden_TH, self._branch_TH)
         )
@@ -93,7 +107,15 @@ class Decoder:
                 rms_norm(residual, layer.input_norm, eps, hidden)
             else:
                 add_rms_norm(branch, residual, layer.input_norm, eps, hidden)
-            self._attention(layer, step, cache, self.spec.windows[index], hidden, branch)
+            qkv, starts, most = self._queries(layer, step, cache, hidden), step.query_starts, step.max_query_len
+            if step.outputs is not None and index == last:
+                # nothing reads the other rows once the last keys and values are in the cache
+                rows, starts, most = step.outputs.rows, step.outputs.starts, step.outputs.max_per_request
+                qkv, residual = qkv.index_select(0, rows), residual.index_select(0, rows)
+                hidden, branch = hidden[: rows.shape[0]], branch[: rows.shape[0]]
+                if not rows.shape[0]:
+                    return hidden
+            self._attention(layer, step, cache, self.spec.windows[index], qkv, starts, most, branch)
             add_rms_norm(branch, residual, layer.post_attention_norm, eps, hidden)
             self._mlp(layer, hidden, branch)
         add_rms_norm(branch, residual, self.weights.final_norm, eps, hidden)
@@ -103,21 +125,11 @@ class Decoder:
         """Logits of the given final hidden states, written to and returned as `out_RV`."""
         return self._product.apply(hidden_RH, self.weights.lm_head, out_RV)
 
-    def _attention(
-        self,
-        layer: LayerWeights,
-        step: StepInput,
-        cache: KvCache,
-        window: int | None,
-        hidden: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        spec = self.spec
-        num_tokens = hidden.shape[0]
-        qkv, attended = self._qkv[:num_tokens], self._attended[:num_tokens]
-        self._product.apply(hidden, layer.qkv, qkv)
+    def _queries(self, layer: LayerWeights, step: StepInput, cache: KvCache, hidden: torch.Tensor) -> torch.Tensor:
+        """The rotated queries, in the rows of the fused product [T, (Hq + 2 Hkv) D]; keys and values are written."""
+        qkv = self._product.apply(hidden, layer.qkv, self._qkv[: hidden.shape[0]])
         rotate_and_write(
-            spec,
+            self.spec,
             qkv,
             step.positions,
             self._cos_sin,
@@ -126,11 +138,26 @@ class Decoder:
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
         )
+        return qkv
+
+    def _attention(
+        self,
+        layer: LayerWeights,
+        step: StepInput,
+        cache: KvCache,
+        window: int | None,
+        qkv: torch.Tensor,
+        query_starts: torch.Tensor,
+        max_query_len: int,
+        out: torch.Tensor,
+    ) -> None:
+        spec = self.spec
+        attended = self._attended[: qkv.shape[0]]
         paged_attention(
             qkv,
             cache,
             step.block_tables,
-            step.query_starts,
+            query_starts,
             step.context_lens,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
@@ -138,7 +165,7 @@ class Decoder:
             scale=self._scale,
             window=window,
             out=attended,
-            max_query_len=step.max_query_len,
+            max_query_len=max_query_len,
             max_context_len=step.max_context_len,
             workspace=self._workspace,
         )

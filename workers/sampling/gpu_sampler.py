@@ -13,6 +13,7 @@ Every call enqueues on the current stream, so that a later step may be launched 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,16 @@ class GpuSampler:
         """int64 [max_num_seqs] on the device: the tokens of the last step, at a fixed address."""
         return self._buffers.token_ids
 
+    @property
+    def head(self) -> torch.Tensor:
+        """int32 [max_num_seqs, HEAD] on the device: token, flags, … of the last step, at a fixed address."""
+        return self._buffers.head
+
+    @property
+    def row_slots(self) -> torch.Tensor:
+        """int32 [max_num_seqs] on the device: what was last prepared, at a fixed address."""
+        return self._row_slots
+
     def grow_slots(self, num_slots: int) -> bool:
         """Make room for more slots. True: the table has moved, and captured graphs must be captured anew."""
         old = self._host_table
@@ -125,6 +136,20 @@ class GpuSampler:
         self._stages.pop(slot, None)
         self._with_grammar.pop(slot, None)
 
+    def revise(self, slot: int, position: int, old: Sequence[int], new: Sequence[int]) -> None:
+        """The tokens of a slot from `position` on, which are generated ones, are `new` instead of `old`."""
+        planes = self._planes[slot].tensors
+        counts, history = planes.get(gpu_table.COUNTS), planes.get(gpu_table.HISTORY)
+        if counts is not None:
+            changes = Counter(new)
+            changes.subtract(old)
+            changed = {token: change for token, change in changes.items() if change}
+            if changed:
+                tokens, numbers = (torch.tensor([*part]) for part in (changed.keys(), changed.values()))
+                counts.index_add_(0, self._send(tokens), self._send(numbers.int()))
+        if history is not None and new:
+            history[position : position + len(new)] = self._send(torch.tensor(new, dtype=torch.int32))
+
     def prepare(self, slots: Sequence[int]) -> Stages:
         """Say which slot each row of the next step belongs to (-1: none); the stages which that step needs.
 
@@ -147,15 +172,22 @@ class GpuSampler:
         )
 
     def sample(
-        self, logits: torch.Tensor, positions: torch.Tensor, stages: Stages, drafts: DraftedRows | None = None
+        self,
+        logits: torch.Tensor,
+        positions: torch.Tensor,
+        stages: Stages,
+        drafts: DraftedRows | None = None,
+        row_slots: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sample one token per row of logits (float32 or 16 bit [R, V], not changed): int64 [R] on the device.
 
         `positions` (int32 or int64 [R], on the device) are the indices of these tokens in their sequences. Launches
         kernels only. The token of a row in error, or of no row, is 0. With `drafts`, a slot may have several rows; the
-        tokens that stand are recorded as its history and in `drafts.last_tokens`.
+        tokens that stand are recorded as its history and in `drafts.last_tokens`. `row_slots` (int32 [R], on the
+        device) stand in place of the prepared ones, some of which they leave out.
         """
-        row_slots = self._row_slots[: logits.shape[0]]
+        if row_slots is None:
+            row_slots = self._row_slots[: logits.shape[0]]
         return gpu.sample(logits, positions, row_slots, self._table, self._buffers, stages, drafts)
 
     def start_copy(self, logits: torch.Tensor, stages: Stages, states: Sequence[SamplingState | None]) -> PendingSample:
@@ -248,6 +280,9 @@ class GpuSampler:
         self._host_table = host_table
         self._table = host_table.to(self._device, copy=True)
         self._table_is_stale = False
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._pinned(tensor).to(self._device, non_blocking=True)
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy that may be read by the device later on, whatever happens to `tensor`."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from sempre.engine.arguments import engine_config
 from sempre.engine.cli.bench.workload import percentiles
@@ -34,21 +34,28 @@ def measure(
         cold = []
         for _ in range(num_iters_cold):
             with _empty_caches():
-                cold.append(_seconds_to_ready(config))
+                cold.append(_start(config))
         result |= _summary("cold", cold)
     for _ in range(num_iters_warmup):
-        _seconds_to_ready(config)
+        _start(config)
     if num_iters_warm:
-        result |= _summary("warm", [_seconds_to_ready(config) for _ in range(num_iters_warm)])
+        result |= _summary("warm", [_start(config) for _ in range(num_iters_warm)])
     return result
 
 
-def _seconds_to_ready(config: EngineConfig) -> float:
+class Start(NamedTuple):
+    """Seconds until an engine was ready, and of the phases until then, as `/server_info` names them."""
+
+    seconds: float
+    phases: dict[str, float]
+
+
+def _start(config: EngineConfig) -> Start:
     began = time.perf_counter()
     client = launch(config)
-    seconds = time.perf_counter() - began
+    start = Start(time.perf_counter() - began, client.ready.phase_seconds)
     client.close()
-    return seconds
+    return start
 
 
 @contextmanager
@@ -66,9 +73,11 @@ def _empty_caches() -> Iterator[None]:
                     os.environ[name] = value
 
 
-def _summary(kind: str, times: list[float]) -> dict[str, Any]:
+def _summary(kind: str, starts: list[Start]) -> dict[str, Any]:
+    times = [start.seconds for start in starts]
     return {
         f"avg_{kind}_startup_time": fmean(times),
         f"{kind}_startup_times": times,
         f"{kind}_startup_percentiles": percentiles(times),
+        f"{kind}_startup_phases": [start.phases for start in starts],
     }

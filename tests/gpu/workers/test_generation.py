@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ from sempre.engine.harness import generate, make_request
 from sempre.engine.harness.cluster import cluster_config
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import CallWorkers, CallWorkersReply
+from sempre.workers.gpu.memory import RUNTIME_RESERVE_BYTES
 
 pytestmark = pytest.mark.gpu
+
+SEQUENCE_BYTES = SETTINGS["max_model_len"] // 16 * KV_BLOCK_BYTES  # in the cache
+SLACK_BYTES = 64 << 20  # of other tests' engines in this process
 
 # greedy continuations by the CPU's kernels, float32 activations
 CPU_TOKENS = {
@@ -49,11 +54,12 @@ def test_shutdown_returns_the_memory() -> None:
     client.close()
     gc.collect()
     assert during > before + 6000 * KV_BLOCK_BYTES
-    assert torch.cuda.memory_reserved() <= before + (64 << 20)
+    assert torch.cuda.memory_reserved() <= before + SLACK_BYTES
 
 
-def test_the_cache_is_sized_from_free_memory() -> None:
-    client = launch_inproc(kv_cache_memory_bytes=None, gpu_memory_utilization=0.5, max_num_seqs=1024)
+def memory_with(**settings: Any) -> dict[str, int]:
+    """Bytes, as the worker of an engine with these settings counts them."""
+    client = launch_inproc(kv_cache_memory_bytes=None, **settings)
     try:
         client.send(CallWorkers(call_id=1, method="memory"))
         reply = client.receive()
@@ -62,7 +68,25 @@ def test_the_cache_is_sized_from_free_memory() -> None:
     assert isinstance(reply, CallWorkersReply)
     memory = reply.results[0]
     assert isinstance(memory, dict)
-    assert 0.3 * memory["gpu_total_bytes"] < memory["gpu_reserved_bytes"] < 0.52 * memory["gpu_total_bytes"]
+    return memory
+
+
+def test_the_cache_is_sized_from_the_share_of_the_memory() -> None:
+    """A share in which half of what `max_num_seqs` could use has no place: on any card it alone decides."""
+    useful = 1024 * SEQUENCE_BYTES
+    total = torch.cuda.get_device_properties(0).total_memory
+    memory = memory_with(gpu_memory_utilization=useful / 2 / total, max_num_seqs=1024)
+    share = useful / 2 * memory["gpu_total_bytes"] / total
+    # all of it but what is kept for graphs and libraries, and less than a block; they may take that part
+    least = share - RUNTIME_RESERVE_BYTES - 4 * KV_BLOCK_BYTES
+    assert least - SLACK_BYTES < memory["gpu_reserved_bytes"] < share
+    assert memory["kv_cache_bytes"] > 0.8 * share
+
+
+def test_the_cache_holds_no_more_than_can_be_used() -> None:
+    memory = memory_with(gpu_memory_utilization=0.5, max_num_seqs=4)
+    assert 0.3 * memory["gpu_total_bytes"] > 5 * SEQUENCE_BYTES
+    assert memory["kv_cache_bytes"] == 4 * SEQUENCE_BYTES
 
 
 def test_too_little_memory_states_the_sums() -> None:

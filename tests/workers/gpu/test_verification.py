@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from no_gpu import without_gpu
 
 from sempre.engine.config import SpeculativeConfig
 from sempre.engine.scheduling import Scheduler
 from sempre.engine.speculation import SpeculationPlan, speculation
 from sempre.ipc.messages import ExecuteStep, RequestSpec, SampledTokens, SamplingSpec, StepResult, WorkerConfig
 from sempre.workers.admission import StepLimits
-from sempre.workers.backend import CpuBackend, LoadedModel
+from sempre.workers.backend import LoadedModel
+from sempre.workers.cpu_backend import CpuBackend
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.decoder import Decoder
@@ -48,31 +50,6 @@ def model(checkpoints: Callable[[str], Any]) -> LoadedModel:
     return _load(_outline(config, backend), backend)
 
 
-class _NoEvent:
-    """Everything is done at once."""
-
-    def query(self) -> bool:
-        return True
-
-    def record(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-class _Unpinned:
-    """`torch` for a module that pins memory and waits for streams."""
-
-    cuda = SimpleNamespace(Event=_NoEvent, current_stream=lambda _: _NoEvent())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def empty(self, *shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        return torch.empty(*shape, **options)
-
-
 def _cpu_runner(model: LoadedModel) -> ModelRunner:
     return ModelRunner(
         _decoder(model),
@@ -98,8 +75,7 @@ def gpu_runner(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     from sempre.workers.gpu import runner, staging
     from sempre.workers.sampling.gpu_sampler import GpuSampler
 
-    monkeypatch.setattr(torch.cuda, "Event", _NoEvent)
-    monkeypatch.setattr(staging, "torch", _Unpinned())
+    without_gpu(monkeypatch, staging)
     rows = MAX_SEQS + MAX_DRAFTS
     tiles = Tiles(noise=512, logprobs=512, edits=512, phrases=4, cut=512, cut_piece=512, cut_sample=2, cut_list=16)
     spec = model.spec
@@ -121,7 +97,7 @@ def _specs() -> list[RequestSpec]:
         RequestSpec(
             request_id=f"r{i}",
             prompt_token_ids=[10 + i, *([20, 21, 22 + i] * (1 + 2 * (i % 3)))],
-            params=SamplingSpec(max_tokens=6 + i, **kind),
+            params=SamplingSpec(max_tokens=12 + i, **kind),
             seed=i,
             ordinal=i,
         )

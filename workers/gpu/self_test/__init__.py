@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.workers.gpu.self_test.attention import check_attention
 from sempre.workers.gpu.self_test.comparisons import Comparison, compare, require_equal
@@ -35,11 +34,17 @@ class SelfTest(NamedTuple):
 
 
 def run_self_test(
-    config: WorkerConfig, spec: ModelSpec, weights: DecoderWeights, block_size: int, workspace: AttentionWorkspace
+    spec: ModelSpec,
+    weights: DecoderWeights,
+    workspace: AttentionWorkspace,
+    *,
+    block_size: int,
+    max_tokens: int,
+    max_num_seqs: int,
 ) -> SelfTest:
-    """Every operation of the model's forward pass, and sampling."""
+    """Every operation of the model's forward pass, and sampling. A step has at most `max_tokens` tokens."""
     device = weights.embedding.device
-    products = check_products(weights, max_tokens=config.max_num_batched_tokens, max_num_seqs=config.max_num_seqs)
+    products = check_products(weights, max_tokens=max_tokens, max_num_seqs=max_num_seqs)
     comparisons = [
         *products.reference,
         *check_rows(spec, weights, block_size),

@@ -1,0 +1,48 @@
+"""Guesses of a draft model on a GPU, as graphs and kernel by kernel; sequences that stay, and that are met anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from draft_cases import differences
+from gpu_workload import model_folder
+
+from sempre.ipc.messages import WorkerConfig
+from sempre.workers.drafting import Drafting
+from sempre.workers.gpu.backend import GpuBackend
+from sempre.workers.worker import _load, _outline
+
+pytestmark = pytest.mark.gpu
+
+MAX_SEQS = 3
+
+
+def drafting(*, enforce_eager: bool, max_num_batched_tokens: int) -> Drafting:
+    """With few places and blocks."""
+    config = WorkerConfig(
+        rank=0,
+        world_size=1,
+        model_path=model_folder(),
+        dtype="bfloat16",
+        load_format="dummy",
+        max_model_len=512,
+        max_num_seqs=MAX_SEQS,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=16,
+        device="cuda",
+        enforce_eager=enforce_eager,
+    )
+    backend = GpuBackend(torch.device("cuda", 0), None)
+    backend.begin(config)
+    model = _load(_outline(config, backend), backend)
+    backend.available_blocks(model)
+    guesser = backend.make_guesser(backend.make_runner(model, 9))
+    guesser.prepare()
+    return Drafting(guesser, max_num_seqs=MAX_SEQS)
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [5, 64])
+def test_sequences_that_stay(max_num_batched_tokens: int) -> None:
+    stays = drafting(enforce_eager=False, max_num_batched_tokens=max_num_batched_tokens)
+    other = drafting(enforce_eager=True, max_num_batched_tokens=512)
+    assert differences(stays, lambda: other, 60) == []

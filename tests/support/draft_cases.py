@@ -1,0 +1,81 @@
+"""Sequences that a draft model guesses again and again, against the same ones met anew each time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from msgspec import structs
+
+from sempre.ipc.messages import NewRequest, SamplingSpec
+from sempre.workers.drafting import Drafting
+
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.1, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
+    {"temperature": 0.2, "bad_words_token_ids": [[7], [9, 11], [3, 5, 8]], "presence_penalty": 0.4},
+    {"temperature": 0.1, "min_tokens": 9, "eos_token_ids": [2], "top_k": 30},
+    {"temperature": 0.05, "logit_bias": {5: 0.1}},
+]
+
+
+def make_requests() -> list[NewRequest]:
+    """Every kind of sampling."""
+    prompts = [[10 + i, *([20, 21, 22 + i] * (1 + 2 * (i % 3)))] for i in range(len(KINDS))]
+    return [
+        NewRequest(
+            request_id=f"r{i}",
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+            seed=i,
+            params=SamplingSpec(max_tokens=20, **kind),
+        )
+        for i, (prompt, kind) in enumerate(zip(prompts, KINDS, strict=True))
+    ]
+
+
+def guess_anew(drafting: Drafting, new: NewRequest, tokens: list[int], count: int) -> list[int]:
+    """Guesses after `tokens` by a drafting that does not know the request."""
+    drafting.add(structs.replace(new, token_ids=tokens.copy()))
+    guesses = drafting.propose([(new.request_id, count)])[0]
+    drafting.remove([new.request_id])
+    return guesses
+
+
+def differences(
+    drafting: Drafting, make_other: Callable[[], Drafting], rounds: int
+) -> list[tuple[list[int], list[int]]]:
+    """(found, expected) where guesses differ from those of another drafting that meets the sequences anew.
+
+    More sequences than places and blocks; of what is guessed, all, none or some is right; some sit rounds out.
+    """
+    drawn = random.Random(5)
+    requests = {new.request_id: new for new in make_requests()}
+    known = {name: list(new.token_ids) for name, new in requests.items()}
+    for new in requests.values():
+        drafting.add(new)
+    num_compared = 0
+    found_differences: list[tuple[list[int], list[int]]] = []
+    for _ in range(rounds):
+        counts = {name: drawn.choice([1, 2, 4]) for name in requests if drawn.random() < 0.7}
+        found = dict(zip(counts, drafting.propose([*counts.items()]), strict=True))
+        for name, new in requests.items():
+            tokens, guesses = known[name], found.get(name, [])
+            left = new.num_prompt_tokens + new.params.max_tokens - 1 - len(tokens)
+            if name in counts:
+                assert len(guesses) == min(counts[name], left)
+                expected = guess_anew(make_other(), new, tokens, counts[name]) if guesses else []
+                if guesses != expected:
+                    found_differences.append((guesses, expected))
+                num_compared += len(guesses)
+            num_right = drawn.choice([0, len(guesses), drawn.randint(0, len(guesses))])
+            more = guesses[:num_right] + [drawn.randint(3, 300) for _ in range(1 if guesses else drawn.choice([1, 3]))]
+            tokens += more
+            drafting.extend(name, more)
+            if len(more) > left:  # it ends, and comes again
+                drafting.remove([name])
+                known[name] = list(new.token_ids)
+                drafting.add(new)
+    assert num_compared > 3 * rounds
+    return found_differences

@@ -1,0 +1,143 @@
+"""Guesses of a draft model whose sequences stay with their guesser, against those of one that meets them anew.
+
+The GPU's guesser runs where there is no GPU: the CPU computes the forward pass, Triton's interpreter the rest.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from draft_cases import differences, guess_anew, make_requests
+from no_gpu import without_gpu
+from safetensors.torch import load_file, save_file
+
+from sempre.ipc.messages import WorkerConfig
+from sempre.kernels.attention import KvCache
+from sempre.workers.admission import StepLimits
+from sempre.workers.cpu_backend import CpuBackend, LoadedModel
+from sempre.workers.drafting import Drafting, _Sequence
+from sempre.workers.guessing import Guesser
+from sempre.workers.kv_cache import PagedKvCache
+from sempre.workers.models.decoder import Decoder, StepInput
+from sempre.workers.sampling import SamplingState
+from sempre.workers.worker import _load, _outline
+
+MAX_SEQS, MAX_TOKENS, MAX_LEN, NUM_BLOCKS = 3, 12, 64, 9
+
+
+@pytest.fixture(scope="module")
+def model(checkpoints: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """Of large weights, so that what comes next depends on all tokens and not on the last one alone."""
+    folder: Path = tmp_path_factory.mktemp("draft")
+    shutil.copytree(checkpoints("llama").folder, folder, dirs_exist_ok=True)
+    (file,) = folder.glob("*.safetensors")
+    tensors = {name: tensor * (10 if "proj" in name else 1) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    config = WorkerConfig(
+        rank=0,
+        world_size=1,
+        model_path=str(folder),
+        dtype="float32",
+        max_model_len=MAX_LEN,
+        max_num_seqs=MAX_SEQS,
+        max_num_batched_tokens=MAX_TOKENS,
+        num_threads=1,
+    )
+    backend = CpuBackend()
+    backend.begin(config)
+    return _load(_outline(config, backend), backend)
+
+
+class _PaddedDecoder(Decoder):
+    """The CPU's, with padding as a GPU's has it: it is written to a block that belongs to nobody."""
+
+    def forward(self, step: StepInput, caches: list[KvCache]) -> torch.Tensor:
+        nowhere = NUM_BLOCKS * 16
+        slot_mapping = torch.where(step.slot_mapping < 0, nowhere, step.slot_mapping)
+        return super().forward(replace(step, slot_mapping=slot_mapping), caches)
+
+
+def _on_cpu(model: LoadedModel, num_blocks: int = NUM_BLOCKS) -> Drafting:
+    backend = CpuBackend()
+    return Drafting(backend.make_guesser(backend.make_runner(model, num_blocks)), max_num_seqs=MAX_SEQS)
+
+
+@pytest.fixture
+def gpu_guesser(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Guesser:
+    pytest.importorskip("triton", reason="needs the triton package (test requirement on Linux)")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: tests/gpu runs the compiled kernels")
+    from sempre.kernels.sampling.gpu import Tiles
+    from sempre.workers.gpu import guessing, staging
+    from sempre.workers.gpu.runner import StepMemory
+    from sempre.workers.sampling.gpu_sampler import GpuSampler
+
+    without_gpu(monkeypatch, staging, guessing)
+    spec = model.spec
+    tiles = Tiles(noise=512, logprobs=512, edits=512, phrases=4, cut=512, cut_piece=512, cut_sample=2, cut_list=16)
+    device = torch.device("cpu")
+    memory = StepMemory(
+        _PaddedDecoder(spec, model.weights, model.product, max_tokens=MAX_TOKENS, max_model_len=MAX_LEN),
+        GpuSampler(device=device, vocab_size=spec.vocab_size, max_num_seqs=MAX_SEQS, num_slots=MAX_SEQS, tiles=tiles),
+        torch.empty(MAX_SEQS, spec.hidden_size),
+        torch.empty(MAX_SEQS, spec.vocab_size),
+    )
+    limits = StepLimits(MAX_LEN, MAX_SEQS, MAX_TOKENS, spec.vocab_size)
+    cache = PagedKvCache(spec, NUM_BLOCKS + 1, 16, model.weights.dtype)
+    cache.num_blocks = NUM_BLOCKS
+    return guessing.GpuGuesser(memory, cache, limits, graphs=False)
+
+
+def test_sequences_that_stay_on_a_cpu(model: LoadedModel) -> None:
+    assert differences(_on_cpu(model), partial(_on_cpu, model), 40) == []
+
+
+@pytest.mark.product
+def test_sequences_that_stay_on_a_gpu(model: LoadedModel, gpu_guesser: Guesser) -> None:
+    gpu_guesser.prepare()
+    assert differences(Drafting(gpu_guesser, max_num_seqs=MAX_SEQS), partial(_on_cpu, model), 12) == []
+
+
+def test_what_a_proposal_on_a_gpu_leaves_behind(model: LoadedModel, gpu_guesser: Any) -> None:
+    """Counts and history are those of the known tokens and the guesses, whatever was guessed before."""
+    from sempre.kernels.sampling import gpu_table
+    from sempre.workers.sampling.gpu_planes import DevicePlanes
+
+    drafting = Drafting(gpu_guesser, max_num_seqs=MAX_SEQS)
+    new = make_requests()[2]
+    drafting.add(new)
+    tokens = list(new.token_ids)
+    for num_right in (4, 1, 0):
+        guesses = drafting.propose([(new.request_id, 4)])[0]
+        assert guesses == guess_anew(_on_cpu(model), new, tokens, 4)
+        slot = gpu_guesser._states[new.request_id].slot
+        found = gpu_guesser._sampler._planes[slot].tensors
+        state = SamplingState(new.params, new.seed, tokens + guesses, new.num_prompt_tokens)
+        expected = DevicePlanes.of(state, model.spec.vocab_size, torch.device("cpu")).tensors
+        assert torch.equal(found[gpu_table.COUNTS], expected[gpu_table.COUNTS])
+        length = len(tokens + guesses)
+        assert torch.equal(found[gpu_table.HISTORY][:length], expected[gpu_table.HISTORY][:length])
+        more = [*guesses[:num_right], 77]
+        drafting.extend(new.request_id, more)
+        tokens += more
+
+
+def test_keys_and_values_of_wrong_guesses_are_noticed(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: without the part that takes them back, guesses differ."""
+    forget = _Sequence.forget_wrong_guesses
+
+    def keep(sequence: _Sequence) -> int:
+        num_computed = min(sequence.num_computed, len(sequence.token_ids) - 1)
+        num_right = forget(sequence)
+        sequence.num_computed = num_computed
+        return num_right
+
+    monkeypatch.setattr(_Sequence, "forget_wrong_guesses", keep)
+    assert differences(_on_cpu(model), partial(_on_cpu, model), 40)

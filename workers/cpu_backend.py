@@ -1,0 +1,125 @@
+"""A worker's CPU: loading, self-test, memory, and the runner."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from sempre.ipc.errors import ConfigError
+from sempre.ipc.messages import WorkerConfig
+from sempre.kernels.linear.cpu import ROW_BLOCK
+from sempre.kernels.threads import set_num_threads
+from sempre.workers.backend import Compilation, LoadedModel, ModelOutline, Runner
+from sempre.workers.fingerprint import fingerprint_parts
+from sempre.workers.guessing import StepGuesser
+from sempre.workers.kv_cache import BLOCK_SIZE, PagedKvCache, available_blocks
+from sempre.workers.model_runner import ModelRunner
+from sempre.workers.models.decoder import Decoder
+from sempre.workers.self_test import self_test
+from sempre.workers.weights import ON_CPU
+
+# longer ones would only take more memory
+_MOST_PROMPT_TOKENS = 2048
+
+
+class _NothingToCompile:
+    """The CPU's kernels are compiled as they first run."""
+
+    def finish(self) -> dict[str, float]:
+        return {}
+
+
+class CpuBackend:
+    """The CPU."""
+
+    placement = ON_CPU
+    block_sizes: tuple[int, ...] = (BLOCK_SIZE,)
+
+    def __init__(self) -> None:
+        self._torch_threads_before = torch.get_num_threads()
+        self.max_num_batched_tokens = ROW_BLOCK
+        self.max_prompt_tokens: int | None = ROW_BLOCK
+        self.max_steps_in_flight = 1
+
+    def begin(self, config: WorkerConfig) -> None:
+        cores = len(os.sched_getaffinity(0))
+        if config.num_threads > cores:
+            raise ConfigError(
+                f"num_threads: expected at most the {cores} usable cores, found {config.num_threads}.",
+                parameter="num_threads",
+                value=config.num_threads,
+            )
+        threads = config.num_threads or max(1, cores // config.world_size)
+        set_num_threads(threads)
+        self.max_prompt_tokens = min(ROW_BLOCK * threads, _MOST_PROMPT_TOKENS)
+        self.max_num_batched_tokens = config.max_num_seqs + self.max_prompt_tokens
+        # the next step waits at the worker, which is then never idle; guesses, though, follow from results
+        self.max_steps_in_flight = 1 if config.max_draft_tokens else 2
+
+    def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
+        return nullcontext(_NothingToCompile())
+
+    def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
+        _leave_cores_to_kernels()
+        passed = self_test(
+            model.spec,
+            model.weights,
+            model.product,
+            block_size=model.block_size,
+            max_tokens=model.max_num_batched_tokens,
+        )
+        return model, passed
+
+    def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
+        block_bytes = model.block_bytes + (draft.block_bytes if draft is not None else 0)
+        return available_blocks(model.config, block_bytes, model.block_size, model.max_model_len)
+
+    def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner:
+        config = model.config
+        _leave_cores_to_kernels()
+        decoder = Decoder(
+            model.spec,
+            model.weights,
+            model.product,
+            max_tokens=model.max_num_batched_tokens,
+            max_model_len=model.max_model_len,
+        )
+        return ModelRunner(
+            decoder,
+            PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
+            model.make_grammar_compiler(),
+            max_model_len=model.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=model.max_num_batched_tokens,
+            max_draft_tokens=config.max_draft_tokens,
+            rank=config.rank,
+        )
+
+    def make_guesser(self, runner: Runner) -> StepGuesser:
+        assert isinstance(runner, ModelRunner)
+        return StepGuesser(runner)
+
+    def prepare_steps(self, runner: Runner) -> dict[str, str]:
+        return {}
+
+    def fingerprint(self, model: LoadedModel) -> dict[str, str]:
+        return fingerprint_parts(model.weights, model.config.numerics)
+
+    def memory(self) -> dict[str, int]:
+        """Resident now and at its peak, of the process."""
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return {
+            "resident_bytes": int(status["VmRSS"].split()[0]) * 1024,
+            "peak_resident_bytes": int(status["VmHWM"].split()[0]) * 1024,
+        }
+
+    def end(self) -> None:
+        torch.set_num_threads(self._torch_threads_before)
+
+
+def _leave_cores_to_kernels() -> None:
+    """torch's own threads would compete with the kernels' for the same cores."""
+    torch.set_num_threads(1)
