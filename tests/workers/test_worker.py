@@ -257,3 +257,8 @@ def test_what_loading_and_warm_up_draw_is_forgotten(
         random.setstate(kept[0])
         np.random.set_state(kept[1])
         torch.set_rng_state(kept[2])
+
+
+def test_the_fingerprint_names_the_number_of_threads(checkpoints: Any, serve: Any) -> None:
+    folder = checkpoints("llama").folder
+    assert [serve(folder, num_threads=n).loaded.fingerprint["threads"] for n in (2, 1)] == ["2", "1"]
