@@ -88,7 +88,7 @@ def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProc
     """Seconds of each part."""
     torch.cuda.set_device(device)
     began = perf_counter()
-    key = record_key(outline, device)
+    key = record_key(outline, f"{torch.cuda.get_device_name(device)} {_capability(device)}")
     recorded = read_record(key)
     collects = recorded is None and _has_room(outline, device)
     if compiler is not None and not collects:
