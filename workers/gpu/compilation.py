@@ -177,7 +177,7 @@ def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Va
 def _launch_steps(
     outline: ModelOutline, weights: DecoderWeights, workspace: AttentionWorkspace, device: torch.device
 ) -> None:
-    """Decode steps of every bucket, prompts of several sizes, and each combination of the stages of sampling."""
+    """Each combination of the stages of sampling, prompts of several sizes, and decode steps of every bucket."""
     spec, config = outline.spec, outline.config
     decoder = Decoder(
         spec,
@@ -199,16 +199,17 @@ def _launch_steps(
     runner = GpuModelRunner(
         memory, cache, GrammarCompiler(Path(config.model_path), spec.vocab_size), limits, rank=config.rank, graphs=False
     )
-    plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
-    for rows, context in combinations(DECODE_ROWS, DECODE_CONTEXTS):
-        runner.launch_decode(DecodeShape(rows, min(context, outline.max_model_len), plain))
-    for edits, truncates, num_best in combinations((False, True), (False, True), (-1, 0, 5, 20)):
+    # what takes longest to compile comes first
+    for edits, truncates, num_best in combinations((True, False), (True, False), (-1, 0, 5, 20)):
         stages = gpu_sampling.Stages(edits=edits, truncates=truncates, num_best=num_best)
         runner.launch_decode(DecodeShape(1, min(64, outline.max_model_len), stages))
     width = -(-outline.max_model_len // outline.block_size)
     for requests, tokens, context in PROMPTS:
         if context <= outline.max_model_len:
             decoder.forward(_prompts(requests, tokens, context, width, device), cache.layers)
+    plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
+    for rows, context in combinations(DECODE_ROWS, DECODE_CONTEXTS):
+        runner.launch_decode(DecodeShape(rows, min(context, outline.max_model_len), plain))
 
 
 def _prompts(requests: int, tokens: int, context: int, width: int, device: torch.device) -> StepInput:
