@@ -47,6 +47,7 @@ from sempre.engine.models import resolve_model
 from sempre.engine.version import __version__
 
 _START_S = 600
+_PAUSE_S = 1.0  # threads of the server before, which spin for a while when they have nothing to do, come to rest
 OFFLINE = """
 import json, sys, time
 from sempre.engine import LLM, SamplingParams
@@ -346,6 +347,7 @@ def main() -> None:
         try:
             for repetition in range(args.repetitions):
                 for server in servers:
+                    time.sleep(_PAUSE_S)
                     server.rounds.append(server.run(_prompts(args, vocab_size, repetition), args.output_len))
                     print(f"  {server.name:9s} {server.rounds[-1].tokens_per_s:8.1f} tok/s", flush=True)
             report = _report(servers, args)

@@ -215,7 +215,7 @@ class LLM:
             while num_running:
                 for state in self._session.receive():
                     # A stream that is being read between two calls has its own reader.
-                    if state.finished and state.request.request_id in outputs:
+                    if state.finished and state.request_id in outputs:
                         output = state.take_output(RequestOutputKind.FINAL_ONLY)
                         assert output is not None
                         outputs[output.request_id] = output

@@ -21,8 +21,9 @@ class OutputStream:
         self._states = states
         self._close = close
         self._closed = False
-        self._updated: dict[str, RequestState] = {}
-        self._unfinished = {state.request.request_id for state in states}
+        # a dictionary, for the order in which news came
+        self._updated: dict[RequestState, None] = {}
+        self._unfinished = {state.request_id for state in states}
         self._sleep: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
 
@@ -45,7 +46,7 @@ class OutputStream:
         while True:
             if self._updated:
                 updated, self._updated = self._updated, {}
-                outputs = [output for state in updated.values() if (output := self._take(state)) is not None]
+                outputs = [output for state in updated if (output := self._take(state)) is not None]
                 if outputs:
                     return outputs
             if not self._unfinished:
@@ -69,7 +70,7 @@ class OutputStream:
 
     def wake(self, state: RequestState) -> None:
         """For the engine: a request has news."""
-        self._updated[state.request.request_id] = state
+        self._updated[state] = None
         self._wake_up()
 
     def fail(self, error: BaseException) -> None:

@@ -17,13 +17,27 @@ class AsyncPeerChannel(PeerBase[MessageT]):
 
     def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
         self._async_socket = zmq.asyncio.Context(zmq.Context.instance()).socket(zmq.DEALER)
+        self._blocking_socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._async_socket)
         super().__init__(address, receives=receives, limit_bytes=limit_bytes, socket=self._async_socket)
 
     async def receive(self, timeout_s: float) -> MessageT | None:
-        """As PeerChannel.receive. Safe to cancel: with DONTWAIT a frame is taken only once it can be returned."""
+        """As PeerChannel.receive; a message that is here is returned at once, without letting other tasks run.
+
+        Safe to cancel: a frame is taken only once it can be returned.
+        """
         deadline = time.monotonic() + timeout_s
-        while await self._async_socket.poll(remaining_ms(deadline)):
-            message = self._take(await self._async_socket.recv_multipart(zmq.DONTWAIT))
+        while (message := self._arrived()) is None:
+            if not await self._async_socket.poll(remaining_ms(deadline)):
+                return None
+        return message
+
+    def _arrived(self) -> MessageT | None:
+        """The next message, if there is one already."""
+        while True:
+            try:
+                parts = self._blocking_socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return None
+            message = self._take(parts)
             if message is not None:
                 return message
-        return None

@@ -61,5 +61,15 @@ def compiled(*, parallel: bool = False) -> Callable[[Kernel], Kernel]:
 
 @compiled()
 def address_of(array: np.ndarray) -> np.int64:
-    """The address of a contiguous array's first element, for use inside kernels."""
+    """The address of a contiguous array's first element, for use inside kernels.
+
+    An array made in a kernel must be passed to `keep` behind the last use of its address: numba frees it after the
+    last use of the array itself.
+    """
     return np.int64(array.ctypes.data)
+
+
+@compiled()
+def keep(array: np.ndarray) -> None:
+    """Nothing; the array lives at least until here."""
+    return

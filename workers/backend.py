@@ -93,8 +93,12 @@ class Backend(Protocol):
     block_sizes: tuple[int, ...]
     """sizes that the kernels take, the best first"""
     max_num_batched_tokens: int
-    """the best, where the config has none"""
+    """the best, where the config has none; known once `begin` has been called"""
+    max_prompt_tokens: int | None
+    """tokens of prompts in a step from which on more would not be faster, but later for all others; None: no matter;
+    known once `begin` has been called"""
     max_steps_in_flight: int
+    """known once `begin` has been called"""
 
     @property
     def placement(self) -> Placement: ...

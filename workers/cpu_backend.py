@@ -10,6 +10,7 @@ import torch
 
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
+from sempre.kernels.linear.cpu import ROW_BLOCK
 from sempre.kernels.threads import set_num_threads
 from sempre.workers.backend import Compilation, LoadedModel, ModelOutline, Runner
 from sempre.workers.fingerprint import fingerprint_parts
@@ -19,6 +20,9 @@ from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.decoder import Decoder
 from sempre.workers.self_test import self_test
 from sempre.workers.weights import ON_CPU
+
+# longer ones would only take more memory
+_MOST_PROMPT_TOKENS = 2048
 
 
 class _NothingToCompile:
@@ -33,11 +37,12 @@ class CpuBackend:
 
     placement = ON_CPU
     block_sizes: tuple[int, ...] = (BLOCK_SIZE,)
-    max_num_batched_tokens = 2048
-    max_steps_in_flight = 1
 
     def __init__(self) -> None:
         self._torch_threads_before = torch.get_num_threads()
+        self.max_num_batched_tokens = ROW_BLOCK
+        self.max_prompt_tokens: int | None = ROW_BLOCK
+        self.max_steps_in_flight = 1
 
     def begin(self, config: WorkerConfig) -> None:
         cores = len(os.sched_getaffinity(0))
@@ -47,7 +52,12 @@ class CpuBackend:
                 parameter="num_threads",
                 value=config.num_threads,
             )
-        set_num_threads(config.num_threads or max(1, cores // config.world_size))
+        threads = config.num_threads or max(1, cores // config.world_size)
+        set_num_threads(threads)
+        self.max_prompt_tokens = min(ROW_BLOCK * threads, _MOST_PROMPT_TOKENS)
+        self.max_num_batched_tokens = config.max_num_seqs + self.max_prompt_tokens
+        # the next step waits at the worker, which is then never idle; guesses, though, follow from results
+        self.max_steps_in_flight = 1 if config.max_draft_tokens else 2
 
     def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
         return nullcontext(_NothingToCompile())

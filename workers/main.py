@@ -176,7 +176,7 @@ class WorkerLoop:
                     continue
                 case ExecuteStep() if ExecuteStep in self._accepts:
                     steps.submit(command)
-                    if len(steps) >= self._max_steps_in_flight:
+                    if steps.done() or len(steps) >= self._max_steps_in_flight:
                         self._collect(steps)
                 case ShutdownWorker():
                     return

@@ -105,6 +105,7 @@ class Worker:
             max_steps_in_flight=backend.max_steps_in_flight,
             block_size=loaded.block_size,
             max_num_batched_tokens=loaded.max_num_batched_tokens,
+            max_prompt_tokens=backend.max_prompt_tokens,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:

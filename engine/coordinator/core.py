@@ -198,6 +198,7 @@ class EngineCore:
             max_model_len=ready.max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=ready.max_num_batched_tokens,
+            max_prompt_tokens=self._startup.max_prompt_tokens,
             policy=config.scheduling_policy,
             enable_prefix_caching=config.enable_prefix_caching,
             max_request_crashes=config.max_request_crashes,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
+
+from msgspec.structs import replace
 
 from sempre.engine.coordinator.draft_link import DraftLink
 from sempre.engine.executor.base import Executor
@@ -35,6 +38,9 @@ class Replica:
         self._in_flight: deque[ExecuteStep] = deque()
         self._results: dict[int, StepResult] = {}
         self._tokens: dict[str, int] = {}
+        # until the first step, then until the first output
+        self._added_at: dict[str, float] = {}
+        self._time_in_queue: dict[str, float] = {}
         self.load = 0
         self.has_workers = True
 
@@ -43,6 +49,7 @@ class Replica:
         self._scheduler.add(spec)
         tokens = len(spec.prompt_token_ids) + spec.params.max_tokens
         self._tokens[spec.request_id] = tokens
+        self._added_at[spec.request_id] = time.monotonic()
         self.load += tokens
 
     def abort(self, request_id: str, finish_reason: str) -> RequestOutputDelta | None:
@@ -60,6 +67,11 @@ class Replica:
             if step is None:
                 return
             self._in_flight.append(step)
+            for new in step.new_requests:
+                # known already: preempted, or the workers are fresh
+                if new.request_id in self._added_at:
+                    waited = time.monotonic() - self._added_at.pop(new.request_id)
+                    self._time_in_queue[new.request_id] = waited
             for rank in self.ranks:
                 self._executor.send(rank, step)
 
@@ -72,12 +84,18 @@ class Replica:
         self._results.clear()
         outputs = self._scheduler.update(self._in_flight[0], result)
         self._in_flight.popleft()
+        if self._time_in_queue:
+            outputs = [self._timed(output) for output in outputs]
         for output in outputs:
             if output.finish_reason is not None:
                 self._forget(output.request_id)
         if self._drafts is not None:
             self._drafts.ask(self._scheduler.take_awaiting_drafts())
         return outputs
+
+    def _timed(self, output: RequestOutputDelta) -> RequestOutputDelta:
+        waited = self._time_in_queue.pop(output.request_id, None)
+        return output if waited is None else replace(output, time_in_queue=waited)
 
     def lose_workers(self, cause: str) -> list[RequestOutputDelta]:
         """A worker died by `cause`: requests wait for `resume` and are computed again; the ends of those that are not,
@@ -106,5 +124,7 @@ class Replica:
 
     def _forget(self, request_id: str) -> None:
         self.load -= self._tokens.pop(request_id)
+        self._added_at.pop(request_id, None)
+        self._time_in_queue.pop(request_id, None)
         if self._drafts is not None:
             self._drafts.forget(request_id)

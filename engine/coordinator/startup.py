@@ -36,6 +36,7 @@ _ALIKE = (
     "max_steps_in_flight",
     "block_size",
     "max_num_batched_tokens",
+    "max_prompt_tokens",
 )
 
 
@@ -111,6 +112,11 @@ class StartUp:
     def max_steps_in_flight(self) -> int:
         """Steps that a worker takes before it has answered the first of them."""
         return self._loaded[0].max_steps_in_flight
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """Most tokens of prompts in one step; None: all of them may be."""
+        return None if self._config.max_num_batched_tokens else self._loaded[0].max_prompt_tokens
 
     def check_drafts(self, drafts: StartUp) -> None:
         """Both have ended. Raises SeedMismatch when a draft worker is seeded otherwise than the targets, ConfigError

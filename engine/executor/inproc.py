@@ -53,7 +53,10 @@ class InprocExecutor:
         if self._hellos:
             return self._hellos.popleft()
         while self._commands and isinstance(step := self._commands[0][1], ExecuteStep):
-            rank, _ = self._commands.popleft()
+            rank = self._commands[0][0]
+            if self._pipelines[rank] and self._pipelines[rank].done():
+                break
+            self._commands.popleft()
             self._checked(rank, partial(self._pipelines[rank].submit, step))
         for rank, pipeline in enumerate(self._pipelines):
             if pipeline:

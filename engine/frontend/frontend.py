@@ -140,7 +140,7 @@ def call_results(reply: CallWorkersReply, method: str) -> list[object]:
 def raise_failure(state: RequestState) -> None:
     """Raise RequestError when a sequence of the request failed while it ran; RequestCrashed if its worker did, too."""
     if state.error is not None:
-        name = state.request.request_id
+        name = state.request_id
         text = f"request {name} failed: {state.error.type}: {state.error.message}"
         original = restore(state.error)
         if isinstance(original, RequestCrashed):

@@ -13,13 +13,15 @@ from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.detokenizer import IncrementalDetokenizer
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
-from sempre.ipc.messages import ErrorInfo, RequestOutputDelta
+from sempre.ipc.messages import ErrorInfo, LogprobRows, RequestOutputDelta
 
 
 class SequenceState:
     """One sequence of a request: everything generated, and how much of it was handed out.
 
     tokens and text:  [0, _taken) handed out | [_taken, len) news
+
+    Without stop strings nobody needs the text before it is handed out, so tokens are decoded then, all at once.
     """
 
     def __init__(self, index: int, seed: int, params: SamplingParams, detokenizer: IncrementalDetokenizer | None):
@@ -33,6 +35,9 @@ class SequenceState:
         self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._cumulative_logprob = 0.0
         self._stop_reason: int | str | None = None
+        self._decodes_late = detokenizer is not None and not params.stop_strings
+        self._num_decoded = 0
+        self._text_ended = False
         self._taken_tokens = 0
         self._taken_pieces = 0
         self._has_news = False
@@ -52,7 +57,7 @@ class SequenceState:
         token_ids = delta.token_ids
         finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
         stopped_here = False
-        if self._detokenizer is not None:
+        if self._detokenizer is not None and not self._decodes_late:
             update = self._detokenizer.update(
                 token_ids, finished=finish_reason is not None, stop_token=finish_reason == "stop"
             )
@@ -80,6 +85,8 @@ class SequenceState:
 
     def take(self, *, only_new: bool) -> CompletionOutput:
         """Return everything so far, or what came since the last call."""
+        if self._decodes_late:
+            self._decode()
         first_token = self._taken_tokens if only_new else 0
         first_piece = self._taken_pieces if only_new else 0
         self._taken_tokens, self._taken_pieces = len(self._token_ids), len(self._text)
@@ -96,6 +103,18 @@ class SequenceState:
             error=None if self.error is None else f"{self.error.type}: {self.error.message}",
         )
 
+    def _decode(self) -> None:
+        """Turn the tokens that came since the last call into text."""
+        assert self._detokenizer is not None
+        ended = self.finish_reason is not None
+        if self._text_ended or (not ended and self._num_decoded == len(self._token_ids)):
+            return
+        token_ids = self._token_ids[self._num_decoded :]
+        self._num_decoded, self._text_ended = len(self._token_ids), ended
+        text = self._detokenizer.take_all(token_ids, ends=ended, stop_token=self.finish_reason == "stop")
+        if text:
+            self._text.append(text)
+
 
 class RequestState:
     """One request of a user: its sequences, and the output that is due."""
@@ -103,6 +122,7 @@ class RequestState:
     def __init__(self, request: PreparedRequest, tokenizer: Tokenizer, fingerprint: str) -> None:
         params = request.params
         self.request = request
+        self.request_id = request.request_id
         self.sequences = [
             SequenceState(i, spec.seed, params, _detokenizer(request, tokenizer) if params.detokenize else None)
             for i, spec in enumerate(request.sequences)
@@ -112,13 +132,18 @@ class RequestState:
         )
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
+        self._num_running = len(self.sequences)
         self._fingerprint = fingerprint
         self._prompt_logprobs_taken = False
 
     @property
     def finished(self) -> bool:
         """Whether all sequences have ended."""
-        return all(sequence.finish_reason is not None for sequence in self.sequences)
+        return self._num_running == 0
+
+    def end_sequence(self) -> None:
+        """Take note that one of them has."""
+        self._num_running -= 1
 
     @property
     def error(self) -> ErrorInfo | None:
@@ -143,7 +168,7 @@ class RequestState:
         prompt_logprobs = None if only_new and self._prompt_logprobs_taken else self.prompt_logprobs
         self._prompt_logprobs_taken = True
         return RequestOutput(
-            request_id=self.request.request_id,
+            request_id=self.request_id,
             prompt=self.request.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
             prompt_logprobs=prompt_logprobs,
@@ -198,7 +223,7 @@ class OutputProcessor:
     def process(self, deltas: Iterable[RequestOutputDelta]) -> Processed:
         """Apply deltas in order. Deltas of forgotten sequences are late news of an abort and are dropped."""
         processed = Processed()
-        updated: dict[str, RequestState] = {}
+        updated: dict[RequestState, None] = {}
         for delta in deltas:
             entry = self._sequences.get(delta.request_id)
             if entry is None:
@@ -206,13 +231,14 @@ class OutputProcessor:
             state, sequence = entry
             if self._apply(state, sequence, delta):
                 processed.stopped_ids.append(delta.request_id)
-            updated[state.request.request_id] = state
+            updated[state] = None
             if sequence.finish_reason is not None:
+                state.end_sequence()
                 del self._sequences[delta.request_id]
                 if state.finished:
                     state.metrics.finished_time = time.time()
-                    del self._requests[state.request.request_id]
-        processed.updated = list(updated.values())
+                    del self._requests[state.request_id]
+        processed.updated = list(updated)
         return processed
 
     def forget(self, request_ids: Iterable[str]) -> list[str]:
@@ -237,16 +263,19 @@ class OutputProcessor:
         return state, sequence_ids
 
     def _apply(self, state: RequestState, sequence: SequenceState, delta: RequestOutputDelta) -> bool:
-        tokenizer = self._tokenizer if state.request.params.detokenize else None
         # Siblings share one prompt: the first one's report is the request's.
         if delta.prompt_logprobs is not None and state.prompt_logprobs is not None and sequence.index == 0:
-            state.prompt_logprobs += unpack_logprobs(delta.prompt_logprobs, tokenizer)
-        if sequence.index == 0 and delta.num_cached_tokens:
+            state.prompt_logprobs += self._unpacked(state, delta.prompt_logprobs)
+        if delta.num_cached_tokens and sequence.index == 0:
             state.num_cached_tokens = delta.num_cached_tokens
-        logprobs = [] if delta.logprobs is None else unpack_logprobs(delta.logprobs, tokenizer)
-        if delta.token_ids and state.metrics.first_token_time is None:
+        if delta.time_in_queue is not None and state.metrics.time_in_queue is None:
+            state.metrics.time_in_queue = delta.time_in_queue
+        if state.metrics.first_token_time is None and delta.token_ids:
             state.metrics.first_token_time = time.time()
-        return sequence.apply(delta, logprobs)
+        return sequence.apply(delta, () if delta.logprobs is None else self._unpacked(state, delta.logprobs))
+
+    def _unpacked(self, state: RequestState, rows: LogprobRows) -> list[dict[int, Logprob]]:
+        return unpack_logprobs(rows, self._tokenizer if state.request.params.detokenize else None)
 
 
 def _detokenizer(request: PreparedRequest, tokenizer: Tokenizer) -> IncrementalDetokenizer:

@@ -68,6 +68,8 @@ def list_prompts(prompts: object) -> tuple[list[Any], bool]:
 
 def is_token_ids(value: object) -> bool:
     """Whether `value` is a sequence that holds no texts, mappings or sequences; what it holds is checked later."""
+    if type(value) is list and set(map(type, value)) == {int}:
+        return True  # the ordinary case, at a fraction of the cost
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str | bytes)

@@ -245,6 +245,8 @@ class RequestBuilder:
             )
 
     def _checked_ids(self, parameter: str, token_ids: Sequence[Any]) -> list[int]:
+        if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < self._limits.vocab_size:
+            return list(token_ids)
         checked = []
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, Integral):

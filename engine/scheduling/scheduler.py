@@ -1,7 +1,8 @@
 """Continuous batching: decides which request computes what in the next step, and applies what came back.
 
 Order is (priority, ordinal, request id), lower first; the priority counts only under the policy "priority".
-One step takes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests:
+One step takes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests, and at most
+`max_prompt_tokens` of them are of prompts, since whoever decodes waits for those:
 
 1. running requests, in order; one that needs a block when none is left preempts the last running request, or itself;
 2. then, if nobody was preempted, waiting requests, in order, while the first of them fits. None overtakes another.
@@ -63,8 +64,9 @@ class Scheduler:
         max_request_crashes: int = 3,
         speculation: SpeculationPlan | None = None,
         max_draft_tokens: int = 0,
+        max_prompt_tokens: int | None = None,
     ) -> None:
-        """`max_draft_tokens` bounds the guesses in one step.
+        """`max_draft_tokens` bounds the guesses in one step; without `max_prompt_tokens` prompts may fill it.
 
         Raises ConfigError for a size below 1 or an unknown policy.
         """
@@ -74,6 +76,7 @@ class Scheduler:
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens,
+            "max_prompt_tokens": max_num_batched_tokens if max_prompt_tokens is None else max_prompt_tokens,
         }
         for name, size in sizes.items():
             if size < 1:
@@ -84,6 +87,7 @@ class Scheduler:
         self._limits = Limits(max_model_len, num_blocks, block_size)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_prompt_tokens = sizes["max_prompt_tokens"]
         self._speculation = speculation
         self._max_draft_tokens = max_draft_tokens
         self._uses_priority = policy == "priority"
@@ -142,7 +146,7 @@ class Scheduler:
 
     def schedule(self) -> ExecuteStep | None:
         """Plan the next step; None when there is nothing to compute before the next add or update."""
-        draft = StepInFlight(self._next_step_id, self._max_num_batched_tokens)
+        draft = StepInFlight(self._next_step_id, self._max_num_batched_tokens, self._max_prompt_tokens)
         suspect = self._quarantine.current
         if suspect is None:
             if self._schedule_running(draft):
@@ -180,7 +184,9 @@ class Scheduler:
                 continue
             if num_new > 1:
                 # a long prompt leaves a token to each request behind it: they go on decoding meanwhile
-                num_new = min(num_new, max(1, draft.budget - (num_running - index - 1)))
+                num_new = min(num_new, draft.prompt_budget, max(1, draft.budget - (num_running - index - 1)))
+                if not num_new:
+                    continue
             block_table_start = len(request.block_ids)
             block_ids: list[int] = []
             if start + num_new > request.num_slots:
@@ -237,7 +243,7 @@ class Scheduler:
 
     def _schedule_waiting(self, draft: StepInFlight) -> None:
         """Admit waiting requests, strictly in order."""
-        while self._waiting and draft.budget and len(self._running) < self._max_num_seqs:
+        while self._waiting and len(self._running) < self._max_num_seqs and draft.has_room_for_prompts:
             if not self._admit(draft, self._waiting[0]):
                 break
 
@@ -251,7 +257,7 @@ class Scheduler:
         if not self._kv_cache.can_admit(request, cached_blocks):
             return False
         num_cached = len(cached_blocks) * self._kv_cache.block_size
-        num_new = min(request.num_tokens - num_cached, draft.budget)
+        num_new = min(request.num_tokens - num_cached, draft.budget, draft.prompt_budget)
         self._kv_cache.admit(request, cached_blocks, num_cached + num_new)
         self._count_admission(request, num_cached)
         key: OrderKey = request.order_key

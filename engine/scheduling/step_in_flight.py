@@ -15,16 +15,30 @@ class StepInFlight:
     It holds the requests themselves, not their ids: an id may finish and be used again while the step runs.
     """
 
-    __slots__ = ("budget", "new_requests", "num_drafts", "requests", "samples", "scheduled", "step_id")
+    __slots__ = (
+        "budget",
+        "new_requests",
+        "num_drafts",
+        "prompt_budget",
+        "requests",
+        "samples",
+        "scheduled",
+        "step_id",
+    )
 
-    def __init__(self, step_id: int, budget: int) -> None:
+    def __init__(self, step_id: int, budget: int, prompt_budget: int) -> None:
         self.step_id = step_id
         self.budget = budget  # tokens that may still be planned
+        self.prompt_budget = prompt_budget  # so many of them for requests that do more than decode
         self.num_drafts = 0
         self.requests: list[Request] = []
         self.samples: list[bool] = []
         self.scheduled: list[ScheduledRequest] = []
         self.new_requests: list[NewRequest] = []
+
+    @property
+    def has_room_for_prompts(self) -> bool:
+        return self.budget > 0 and self.prompt_budget > 0
 
     def plan(
         self,
@@ -63,6 +77,8 @@ class StepInFlight:
         )
         self.requests.append(request)
         self.budget -= end - start
+        if num_tokens > 1 or not samples:
+            self.prompt_budget -= num_tokens
         request.num_computed_tokens = end
         self.samples.append(samples)
         if samples:

@@ -17,11 +17,11 @@ from starlette.responses import Response
 from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.outputs import CompletionOutput, RequestOutput
 from sempre.engine.server.body import read_model
-from sempre.engine.server.chunks import ChunkEncoder
+from sempre.engine.server.chunks import ChunkEncoder, TextFrame
 from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
-from sempre.engine.server.message_parser import MessageParser, message_of
+from sempre.engine.server.message_parser import MessageParser, PlainContent, message_of
 from sempre.engine.server.parameters import chat_parameters, check_model
 from sempre.engine.server.requests import ChatCompletionRequest
 from sempre.engine.server.responses import (
@@ -143,6 +143,10 @@ class _Answer:
             fingerprint=self._fingerprint,
             options=request.stream_options,
         )
+        self._frames: dict[int, TextFrame] = {}
+        asks_for_more = request.logprobs or request.return_token_ids or self._chunks.continuous_usage
+        is_plain = all(isinstance(parser, PlainContent) for parser in parsers)
+        self._only_text_differs = is_plain and not asks_for_more
 
     def whole(self, output: RequestOutput) -> ChatCompletionResponse:
         """Return the body of an answer that is not streamed."""
@@ -173,9 +177,23 @@ class _Answer:
 
     def events(self, output: RequestOutput) -> bytes:
         """Return the events of what is new."""
+        if self._only_text_differs:
+            return b"".join([self._event(choice) for choice in output.outputs])
         usage = self._generation.usage() if self._chunks.continuous_usage else None
         chunks = [self._chunk_choice(choice) for choice in output.outputs]
         return b"".join([self._chunks.choice(chunk, usage) for chunk in chunks if _says_something(chunk)])
+
+    def _event(self, choice: CompletionOutput) -> bytes:
+        if choice.finish_reason is not None:
+            return self._chunks.choice(self._chunk_choice(choice))
+        index, seed = choice.index, choice.seed
+        frame = self._frames.get(index)
+        if frame is None:
+            frame = self._chunks.frame(
+                lambda text: ChatChunkChoice(index, ChatDelta(content=text), None, None, None, seed)
+            )
+            self._frames[index] = frame
+        return frame.around(choice.text)
 
     def last_event(self) -> bytes:
         """Return what comes before the end of the stream."""

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import msgspec
 
 from sempre.engine.server.requests import StreamOptions
 from sempre.engine.server.responses import ChatChunkChoice, CompletionChoice, Usage
 
 _ENCODER = msgspec.json.Encoder()
+_MARK = "\0"
+_ENCODED_MARK = _ENCODER.encode(_MARK)
+
+
+class TextFrame(NamedTuple):
+    """An event of which nothing but the text differs from token to token."""
+
+    before: bytes
+    behind: bytes
+
+    def around(self, text: str) -> bytes:
+        """Return the event with this text."""
+        return self.before + _ENCODER.encode(text) + self.behind
 
 
 class ChunkEncoder:
@@ -27,6 +43,11 @@ class ChunkEncoder:
         """Return the event of one choice."""
         tail = self._tail if usage is None else self._usage_tail(usage)
         return self._head + _ENCODER.encode(choice) + tail
+
+    def frame(self, marked: Callable[[str], CompletionChoice | ChatChunkChoice]) -> TextFrame:
+        """Return the event of `marked(text)` as a frame around the text; the text must stand in it once."""
+        before, _, behind = self.choice(marked(_MARK)).rpartition(_ENCODED_MARK)
+        return TextFrame(before, behind)
 
     def usage(self, usage: Usage) -> bytes:
         """Return the event that ends a stream with its usage."""

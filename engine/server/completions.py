@@ -15,7 +15,7 @@ from starlette.responses import Response
 from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
 from sempre.engine.outputs import CompletionOutput, RequestOutput
 from sempre.engine.server.body import read_model
-from sempre.engine.server.chunks import ChunkEncoder
+from sempre.engine.server.chunks import ChunkEncoder, TextFrame
 from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
@@ -93,6 +93,7 @@ class _Answer:
         self._fingerprint = service.engine.fingerprint
         self._writers: dict[int, CompletionLogprobsWriter] = {}
         self._begun: set[int] = set()
+        self._frames: dict[int, TextFrame] = {}
         self._chunks = ChunkEncoder(
             response_id=response_id,
             kind="text_completion",
@@ -101,6 +102,8 @@ class _Answer:
             fingerprint=self._fingerprint,
             options=request.stream_options,
         )
+        asks_for_more = request.logprobs is not None or request.echo or request.return_token_ids
+        self._only_text_differs = not (asks_for_more or request.max_tokens == 0 or self._chunks.continuous_usage)
 
     def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
         """Return the body of an answer that is not streamed."""
@@ -119,8 +122,21 @@ class _Answer:
     def events(self, output: RequestOutput) -> bytes:
         """Return the events of a prompt's news."""
         place = self._generation.place(output)
+        if self._only_text_differs:
+            return b"".join([self._event(place, output, choice) for choice in output.outputs])
         usage = self._generation.usage() if self._chunks.continuous_usage else None
         return b"".join([self._chunks.choice(self._choice(place, output, choice), usage) for choice in output.outputs])
+
+    def _event(self, place: int, output: RequestOutput, choice: CompletionOutput) -> bytes:
+        if choice.finish_reason is not None:
+            return self._chunks.choice(self._choice(place, output, choice))
+        index = place * self._request.n + choice.index
+        frame = self._frames.get(index)
+        if frame is None:
+            seed = choice.seed
+            frame = self._chunks.frame(lambda text: CompletionChoice(index, text, None, None, None, seed))
+            self._frames[index] = frame
+        return frame.around(choice.text)
 
     def last_event(self) -> bytes:
         """Return what comes before the end of the stream."""

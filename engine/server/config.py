@@ -50,6 +50,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     metrics_prefix: Annotated[MetricsPrefix, _doc("prefix of the names at /metrics")] = "sempre"
     log_format: Annotated[LogFormat, _doc("form of log lines")] = "text"
     enable_access_log: Annotated[bool, _doc("log a line per request")] = True
+    enable_log_requests: Annotated[bool, _doc("log prompts and parameters of requests")] = False
+    max_log_len: Annotated[int | None, _doc("most characters, and token ids, of a prompt that are logged")] = None
 
 
 _LEAST = {
@@ -60,6 +62,7 @@ _LEAST = {
     "max_prompts": 1,
     "shutdown_timeout": 0.0,
     "keep_alive_timeout": 0.0,
+    "max_log_len": 0,
 }
 SECRETS = ("api_key",)
 
@@ -72,6 +75,8 @@ def server_config(settings: Mapping[str, Any]) -> ServerConfig:
         raise ConfigError(f"a setting of the server is refused: {error}") from None
     for name, least in _LEAST.items():
         value = getattr(config, name)
+        if value is None:
+            continue
         if not least <= value < math.inf:
             raise ConfigError(f"{name} must be at least {least}, got {value}.", parameter=name, value=value)
     if config.port > 65535:

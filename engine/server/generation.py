@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.server.errors import ClientGone, api_error
+from sempre.engine.server.request_log import log_requests
 from sempre.engine.server.responses import PromptTokensDetails, Usage
 from sempre.engine.server.service import Service
 from sempre.engine.server.tracing import RequestSpan
@@ -33,6 +34,8 @@ class Generation:
         self.num_tokens = 0
         self._places = {request.request_id: place for place, request in enumerate(self.requests)}
         self._service = service
+        if service.config.enable_log_requests:
+            log_requests(stream.requests, service.config.max_log_len)
         self._record = service.metrics.begin(stream.requests)
         self._span = span
         self._watcher: asyncio.Task[None] | None = None
@@ -47,9 +50,7 @@ class Generation:
         for output in outputs:
             if output.num_cached_tokens:
                 self.num_cached[self.place(output)] = output.num_cached_tokens
-            for choice in output.outputs:
-                self.num_tokens += len(choice.token_ids)
-        self._record.take(outputs)
+        self.num_tokens += self._record.take(outputs)
         return outputs
 
     def place(self, output: RequestOutput) -> int:

@@ -30,7 +30,7 @@ class IncrementalDetokenizer:
     where a stop string ends it depends on how many tokens a step brought. Joined deltas equal
     `tokenizer.decode` of the output's ids (for decoders that drop a text's first space: of the ids after the prompt's).
 
-        output bytes:  | handed out | held: may begin a stop string | unfinished character (in the UTF-8 decoder) |
+        output bytes:  | handed out | held: may begin a stop string | unfinished character |
     """
 
     def __init__(
@@ -58,8 +58,9 @@ class IncrementalDetokenizer:
         self._handed_out: list[str] = []
         # The text's longest suffix that begins a stop string; a match can start nowhere before it.
         self._suffix = ""
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._utf8.decode(self._last_bytes(prompt_token_ids))
+        # The bytes of a character that is still incomplete.
+        self._unfinished = b""
+        self._decode(self._last_bytes(prompt_token_ids))
 
     @property
     def text(self) -> str:
@@ -74,11 +75,15 @@ class IncrementalDetokenizer:
         `include_stop_str_in_output`. A stop string ends the output by itself; calls after the end are an error.
         """
         assert not self._finished, "update() after the output ended"
+        if not self._stop:
+            delta = self.take_all(token_ids, ends=finished or stop_token, stop_token=stop_token)
+            return TextUpdate(delta, len(token_ids), None)
         pieces: list[str] = []
         for index, token_id in enumerate(token_ids):
             is_stop_token = stop_token and index == len(token_ids) - 1
             hidden = is_stop_token and not self._include_stop
-            piece = "" if hidden or token_id in self._skipped_ids else self._decode(token_id)
+            skipped = hidden or token_id in self._skipped_ids
+            piece = "" if skipped else self._decode(self._tokenizer.token_bytes(token_id))
             self._num_tokens += 1
             stop_string = self._take(piece, pieces)
             if stop_string is not None:
@@ -87,12 +92,33 @@ class IncrementalDetokenizer:
             self._finished = True
             if not self._include_stop:
                 pieces.append(self._suffix)
-            pieces.append(self._utf8.decode(b"", final=True))
+            pieces.append(self._decode(b"", final=True))
         return self._hand_out(pieces, len(token_ids), None)
+
+    def take_all(self, token_ids: Sequence[int], *, ends: bool, stop_token: bool = False) -> str:
+        """As `update`, where there are no stop strings, so that the text cannot end the output; return the new text."""
+        assert not self._stop, "a stop string is looked for token by token"
+        assert not self._finished, "tokens after the output ended"
+        self._finished = ends
+        if stop_token and not self._include_stop:
+            token_ids = token_ids[:-1]
+        skipped, bytes_of = self._skipped_ids, self._tokenizer.token_bytes
+        if len(token_ids) == 1 and not ends and not self._unfinished:
+            # a token of a stream, as a rule a whole number of characters
+            [token_id] = token_ids
+            data = b"" if token_id in skipped else bytes_of(token_id)
+        else:
+            pieces = [bytes_of(token_id) for token_id in token_ids if token_id not in skipped]
+            data = self._unfinished + b"".join(pieces)
+        delta, num_decoded = codecs.utf_8_decode(data, "replace", ends)
+        self._unfinished = data[num_decoded:]
+        if delta:
+            self._handed_out.append(delta)
+        return delta
 
     def _take(self, piece: str, pieces: list[str]) -> str | None:
         """Append to `pieces` what `piece` lets out; return the stop string that it completes."""
-        if not self._stop or not piece:
+        if not piece:
             pieces.append(piece)
             return None
         text = self._suffix + piece
@@ -116,8 +142,12 @@ class IncrementalDetokenizer:
             self._handed_out.append(delta)
         return TextUpdate(delta, num_tokens, stop_string)
 
-    def _decode(self, token_id: int) -> str:
-        return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+    def _decode(self, data: bytes, *, final: bool = False) -> str:
+        """Return the characters that `data` completes; bytes that are no UTF-8 become U+FFFD."""
+        data = self._unfinished + data
+        text, num_decoded = codecs.utf_8_decode(data, "replace", final)
+        self._unfinished = data[num_decoded:]
+        return text
 
     def _last_bytes(self, prompt_token_ids: Sequence[int]) -> bytes:
         """Return enough of the prompt's end to hold a character that it leaves unfinished."""

@@ -137,6 +137,8 @@ class RequestOutputDelta(Data, frozen=True, kw_only=True):
     stop_reason: int | str | None = None
     num_cached_tokens: NonNegative = 0
     error: ErrorInfo | None = None
+    time_in_queue: float | None = None
+    """Seconds from arrival to the first step, in the first delta after that step. It informs only."""
 
 
 class OutputsReady(Message, frozen=True, kw_only=True):

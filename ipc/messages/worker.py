@@ -156,7 +156,8 @@ class WorkerHello(Message, frozen=True, kw_only=True):
 class ModelLoaded(Message, frozen=True, kw_only=True):
     """Answer to LoadModel. The limits and `block_size` are those in use; `fingerprint` the parts this worker knows.
 
-    Up to `max_steps_in_flight` steps may be sent before the first of them is answered.
+    Up to `max_steps_in_flight` steps may be sent before the first of them is answered; none may bring more than
+    `max_num_batched_tokens` tokens. Where those are left to the worker, `max_prompt_tokens` of them may be of prompts.
     """
 
     rank: NonNegative
@@ -171,6 +172,7 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     max_steps_in_flight: Positive = 1
     block_size: Positive = 16
     max_num_batched_tokens: Positive = 2048
+    max_prompt_tokens: Positive | None = None
 
 
 class WorkerReady(Message, frozen=True, kw_only=True):

@@ -28,7 +28,7 @@ from sempre.kernels.attention.cpu_tiles import (
     scale_row,
     softmax_row,
 )
-from sempre.kernels.jit import address_of, compiled
+from sempre.kernels.jit import address_of, compiled, keep
 from sempre.kernels.storage import ELEMENT_SIZE, storage_code, widen
 
 BLOCK = 16
@@ -192,6 +192,11 @@ def _unit(
             out + t * out_row_bytes + g * head_bytes,
             dim,
         )
+    keep(queries)
+    keep(scores)
+    keep(acc)
+    keep(state)
+    keep(wide)
 
 
 @compiled(parallel=True)

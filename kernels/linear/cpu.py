@@ -15,7 +15,7 @@ import torch
 from numba import prange
 
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
-from sempre.kernels.jit import address_of, compiled
+from sempre.kernels.jit import address_of, compiled, keep
 from sempre.kernels.linear.cpu_tiles import (
     PANEL,
     add_rows,
@@ -143,6 +143,7 @@ def _panel_rows(x: int, rows: int, depth: int, panel: int, storage: int, out: in
         wide = address_of(scratch)
         widen(panel, wide, depth * PANEL, storage)
         _tiles(x, rows, depth, wide, 0, out, out_row)
+        keep(scratch)
     else:
         _tiles(x, rows, depth, panel, storage, out, out_row)
 
@@ -178,6 +179,7 @@ def _linear(
             part = np.empty((block_rows, PANEL), np.float32)
             _panel_rows(x_at, block_rows, depth, panel, storage, address_of(part), PANEL * 4)
             copy_rows(address_of(part), PANEL * 4, out_at, columns * 4, block_rows, width)
+            keep(part)
         if row_scales != 0:
             scale_rows(row_scales + first_row * 4, out_at, columns * 4, block_rows, width)
         if scale != 0:

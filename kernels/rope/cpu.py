@@ -14,7 +14,7 @@ import torch
 from llvmlite import ir
 from numba import prange
 
-from sempre.kernels.jit import address_of, compiled
+from sempre.kernels.jit import address_of, compiled, keep
 from sempre.kernels.norms.cpu import emit_rms_norm
 from sempre.kernels.storage import ELEMENT_SIZE, storage_code
 from sempre.kernels.vector_ir import (
@@ -128,6 +128,7 @@ def _token(
             _scatter_16(address_of(rounded), keys + base + offset * 2, dim, block * 2)
         value = row + (heads + kv_heads + h) * dim * 4
         _store_row(value, values + base + offset * dim * size, dim, storage)
+    keep(rounded)
 
 
 @compiled()

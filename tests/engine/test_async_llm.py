@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -82,7 +83,7 @@ def test_equal_to_the_synchronous_interface(engine: AsyncLLM, run: Run) -> None:
         return await asyncio.gather(*map(collect, streams))
 
     first, second = run(both())
-    with LLM("tiny", seed=3, **SETTINGS) as llm:
+    with LLM("tiny", seed=3, multiprocessing=False, **SETTINGS) as llm:
         expected = llm.generate([PROMPT, "The whale"], [short(logprobs=2), short(n=2)], use_tqdm=False)
         assert engine.fingerprint == llm.fingerprint
     assert first[-1].outputs == expected[0].outputs
@@ -98,6 +99,22 @@ def test_delta_outputs_join_to_the_cumulative_one(engine: AsyncLLM, run: Run) ->
     assert [token_id for output in deltas for token_id in output.outputs[0].token_ids] == whole.token_ids
     (final,) = run(collect(engine.generate(PROMPT, short(output_kind=RequestOutputKind.FINAL_ONLY))))
     assert final.outputs[0] == whole
+
+
+def test_a_loop_that_was_held_up_misses_nothing(engine: AsyncLLM, run: Run) -> None:
+    async def held_up() -> list[RequestOutput]:
+        stream = engine.stream(PROMPT, short(max_tokens=60, output_kind=DELTA))
+        outputs: list[RequestOutput] = []
+        while news := await stream.next():
+            outputs += news
+            time.sleep(0.02)  # the engine goes on meanwhile
+        stream.close()
+        return outputs
+
+    [whole] = run(collect(engine.generate(PROMPT, short(max_tokens=60, output_kind=RequestOutputKind.FINAL_ONLY))))
+    parts = run(held_up())
+    assert [token for part in parts for token in part.outputs[0].token_ids] == whole.outputs[0].token_ids
+    assert "".join(part.outputs[0].text for part in parts) == whole.outputs[0].text
 
 
 def test_stop_string(engine: AsyncLLM, run: Run) -> None:

@@ -254,3 +254,28 @@ def test_an_asynchronous_peer(hub: HubChannel[ClientCommand], address: str) -> N
             assert await peer.receive(WAIT_S) == Heartbeat(steps_done=5)
 
     asyncio.run(converse())
+
+
+def test_an_asynchronous_peer_returns_what_has_arrived_without_waiting(
+    hub: HubChannel[ClientCommand], address: str
+) -> None:
+    async def converse() -> None:
+        with AsyncPeerChannel[ClientEvent](address, receives=ClientEvent, limit_bytes=LIMIT) as peer:
+            peer.send(HELLO)
+            arrival = hub.receive(WAIT_S)
+            assert arrival is not None
+            hub.accept(arrival[0])
+            for number in range(3):
+                hub.send(arrival[0], Heartbeat(steps_done=number))
+            assert await peer.receive(WAIT_S) == Heartbeat(steps_done=0)
+            for number in (1, 2):
+                while not int(peer.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                    await asyncio.sleep(0.001)
+                with pytest.raises(StopIteration) as done:
+                    peer.receive(WAIT_S).send(None)
+                assert done.value.value == Heartbeat(steps_done=number)
+            assert await peer.receive(0.01) is None
+            hub.send(arrival[0], Heartbeat(steps_done=3))
+            assert await peer.receive(WAIT_S) == Heartbeat(steps_done=3)
+
+    asyncio.run(converse())

@@ -43,6 +43,7 @@ class GpuBackend:
 
     block_sizes: tuple[int, ...] = (64, 32, 16)
     max_num_batched_tokens = 8192
+    max_prompt_tokens: int | None = None
     max_steps_in_flight = 2
 
     def __init__(self, device: torch.device, compiler: CompilerProcess | None) -> None:

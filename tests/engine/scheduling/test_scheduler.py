@@ -149,6 +149,25 @@ def test_wrong_settings_are_refused(change: dict[str, Any], message: str) -> Non
 # Order and budget
 
 
+def test_prompts_leave_a_step_short_to_those_who_decode() -> None:
+    replica = Replica(max_num_batched_tokens=16, max_prompt_tokens=4)
+    replica.add(spec("a", 3), spec("b", 10, ordinal=1), spec("c", 2, ordinal=2))
+    steps = [replica.step()[0] for _ in range(5)]
+    assert steps == [
+        {"a": 3, "b": 1},
+        {"a": 1, "b": 4},
+        {"a": 1, "b": 4},
+        {"a": 1, "b": 1, "c": 2},
+        {"a": 1, "b": 1, "c": 1},
+    ]
+
+
+def test_without_a_limit_of_their_own_prompts_fill_the_step() -> None:
+    replica = Replica(max_num_batched_tokens=16)
+    replica.add(spec("a", 3), spec("b", 10, ordinal=1), spec("c", 2, ordinal=2))
+    assert replica.step()[0] == {"a": 3, "b": 10, "c": 2}
+
+
 def test_a_long_prompt_is_cut_and_samples_only_at_its_end() -> None:
     replica = Replica(max_num_batched_tokens=4)
     replica.add(spec("a", 10))

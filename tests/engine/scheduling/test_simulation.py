@@ -178,6 +178,7 @@ class Setup:
     max_num_batched_tokens: int
     policy: str
     enable_prefix_caching: bool
+    max_prompt_tokens: int | None = None
     max_in_flight: int = 1
     speculative: SpeculativeConfig | None = None
 
@@ -272,6 +273,9 @@ class Simulation:
             if step is None:
                 break
             assert sum(item.num_tokens for item in step.scheduled) <= self.setup.max_num_batched_tokens
+            if self.setup.max_prompt_tokens is not None:
+                planned = [item.num_tokens - len(item.draft_token_ids) for item in step.scheduled]
+                assert sum(count for count in planned if count > 1) <= self.setup.max_prompt_tokens
             assert len(step.scheduled) <= self.setup.max_num_seqs
             self.check_held_back(step)
             assert sum(len(item.draft_token_ids) for item in step.scheduled) <= 6
@@ -359,6 +363,7 @@ def setups(draw: st.DrawFn) -> Setup:
         max_model_len=draw(st.integers(4, 40)),
         max_num_seqs=draw(st.sampled_from([1, 2, 3, 8])),
         max_num_batched_tokens=draw(st.sampled_from([1, 2, 3, 7, 16, 64])),
+        max_prompt_tokens=draw(st.sampled_from([None, None, 1, 2, 5, 64])),
         policy=draw(st.sampled_from(["fcfs", "priority"])),
         enable_prefix_caching=draw(st.booleans()),
         max_in_flight=draw(st.integers(1, 3)),
