@@ -28,7 +28,7 @@ def test_the_queue_is_full_at_its_capacity_and_not_before() -> None:
 def test_what_can_never_fit_is_a_wrong_request() -> None:
     admission = Admission(max_running=4, max_queued=2)
     admission.admit(6)
-    with pytest.raises(BadRequest, match="asks for 7 sequences.*holds at most 6"):
+    with pytest.raises(BadRequest, match=r"asks for 7 sequences.*holds at most 6"):
         admission.admit(7)
 
 
