@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 
 import sempre
@@ -112,7 +113,8 @@ class ChildProcess:
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment, with the folder that `sempre` was imported from on PYTHONPATH."""
+    """This process's environment, with the folder that `sempre` was imported from on PYTHONPATH, and a folder for
+    bytecode where that is missing."""
     environment = dict(os.environ)
     site_folders = {entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))}
     known = environment.get("PYTHONPATH", "").split(os.pathsep)
@@ -120,4 +122,25 @@ def child_environment() -> dict[str, str]:
     extra = [root for root in roots if root in sys.path and root not in site_folders and root not in known]
     if extra:
         environment["PYTHONPATH"] = os.pathsep.join([*extra, *filter(None, known)])
-    return environment
+    return environment | _bytecode_variables()
+
+
+def _bytecode_variables() -> dict[str, str]:
+    """Where torch has no bytecode, and may not get any beside it, its sources would be compiled at every start, which
+    takes longer than all else: the children keep bytecode in the cache folder then."""
+    torch = find_spec("torch")
+    if sys.pycache_prefix is not None or torch is None or torch.origin is None:
+        return {}
+    beside = Path(cache_from_source(torch.origin))
+    if beside.exists() or (os.access(beside.parent.parent, os.W_OK) and not sys.dont_write_bytecode):
+        return {}
+    # not imported by a coordinator, which was started with these variables
+    from sempre.engine.models.cache import cache_folder
+
+    folder = cache_folder() / "bytecode"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return {}
+    # an empty value is none
+    return {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": ""}

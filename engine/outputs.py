@@ -23,6 +23,8 @@ class RequestMetrics:
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
+    time_in_queue: float | None = None
+    """Seconds until a step was sent for one of its sequences."""
 
 
 @dataclass(slots=True)

@@ -41,14 +41,18 @@ EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 # for kernels that call `wait_for_previous` before they read or write what other kernels do
 CHAINED: dict[str, Any] = EXACT | ({"launch_pdl": True} if CHAINS.value else {})
 
-_collected: ContextVar[dict[str, Variant] | None] = ContextVar("collected", default=None)
+_collection: ContextVar[Collection | None] = ContextVar("collection", default=None)
 
 
 class _Kernel(triton.JITFunction):  # type: ignore[misc]
     """A Triton kernel whose launches, inside `collecting`, are noted down and do nothing else."""
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return super().run(*args, grid=grid, warmup=warmup or _collected.get() is not None, **options)
+        collection = _collection.get()
+        compiled = super().run(*args, grid=grid, warmup=warmup or collection is not None, **options)
+        if collection is not None and compiled is not None:
+            collection.complete = False
+        return compiled
 
     @property
     def cache_key(self) -> str:
@@ -58,10 +62,6 @@ class _Kernel(triton.JITFunction):  # type: ignore[misc]
             for callee in self._callees():
                 assert callee.cache_key
         return str(super().cache_key)
-
-    def source_length(self) -> int:
-        """Characters, with all that it calls: a measure of how long it takes to compile."""
-        return len(self.src) + sum(callee.source_length() for callee in self._callees())
 
     def _callees(self) -> Iterator[_Kernel]:
         names = self.fn.__code__.co_names
@@ -91,8 +91,13 @@ class Variant:
         assert self.kernel.preload(self.specialization).run is not None
 
     def describe(self) -> str:
-        """One line, from which `compile_described` makes it in another process."""
+        """One line, from which `from_description` makes it in another process."""
         return json.dumps([self.kernel.module, self.kernel.fn.__qualname__, self.specialization])
+
+    @classmethod
+    def from_description(cls, description: str) -> Variant:
+        module, name, specialization = json.loads(description)
+        return cls(getattr(import_module(module), name), specialization)
 
 
 class _Lookup(triton.AsyncCompileMode):  # type: ignore[misc]
@@ -112,36 +117,46 @@ def compile_described(description: str, *, launcher: bool) -> None:
 
     `launcher` also builds the C module that launches it, which needs the library of the CUDA driver.
     """
-    module, name, specialization = json.loads(description)
-    compiled = getattr(import_module(module), name).preload(specialization)
+    variant = Variant.from_description(description)
+    compiled = variant.kernel.preload(variant.specialization)
     if launcher:
         driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
+@dataclass
+class Collection:
+    """What launches inside `collecting` lacked."""
+
+    variants: list[Variant]
+    complete: bool = True
+    """False when some did not lack theirs, because this process has launched it before"""
+
+
 @contextmanager
-def collecting() -> Iterator[list[Variant]]:
-    """Inside, in the calling thread, launches run nothing; on leaving, the list holds the variants that they lacked."""
-    variants: list[Variant] = []
-    found: dict[str, Variant] = {}
+def collecting(found: Callable[[Variant], object] = lambda variant: None) -> Iterator[Collection]:
+    """Inside, in the calling thread, launches run nothing; `found` gets each variant that they lack, once."""
+    known: set[str] = set()
 
     def note(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool | None:
-        collected = _collected.get()
-        if collected is None:
+        current = _collection.get()
+        if current is None:
             return previous(fn=fn, compile=compile, **others) if previous is not None else None
         specialization = compile["specialization_data"]
-        collected[specialization] = Variant(fn.jit_function, specialization)
+        if specialization not in known:
+            known.add(specialization)
+            current.variants.append(Variant(fn.jit_function, specialization))
+            found(current.variants[-1])
         return True  # not to be compiled
 
     knobs = triton.knobs.runtime
     previous, knobs.jit_cache_hook = knobs.jit_cache_hook, note
-    reset = _collected.set(found)
+    collection = Collection([])
+    reset = _collection.set(collection)
     try:
-        yield variants
+        yield collection
     finally:
-        _collected.reset(reset)
+        _collection.reset(reset)
         knobs.jit_cache_hook = previous
-    # the longest first, for who shares them out
-    variants += sorted(found.values(), key=lambda variant: -variant.kernel.source_length())
 
 
 def jit(*, runtime: tuple[str, ...] = ()) -> Callable[[Kernel], Any]:

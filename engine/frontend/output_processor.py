@@ -268,6 +268,8 @@ class OutputProcessor:
             state.prompt_logprobs += self._unpacked(state, delta.prompt_logprobs)
         if delta.num_cached_tokens and sequence.index == 0:
             state.num_cached_tokens = delta.num_cached_tokens
+        if delta.time_in_queue is not None and state.metrics.time_in_queue is None:
+            state.metrics.time_in_queue = delta.time_in_queue
         if state.metrics.first_token_time is None and delta.token_ids:
             state.metrics.first_token_time = time.time()
         return sequence.apply(delta, () if delta.logprobs is None else self._unpacked(state, delta.logprobs))

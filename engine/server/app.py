@@ -132,7 +132,8 @@ async def _metrics(service: Service, _request: Request) -> Response:
     engine = await _engine_metrics(service)
     rejected = service.admission.num_rejected
     prefix = service.config.metrics_prefix
-    return Response(service.metrics.exposition(engine, num_rejected=rejected, prefix=prefix), media_type=CONTENT_TYPE)
+    text = service.metrics.exposition(engine, _cache_config(service), num_rejected=rejected, prefix=prefix)
+    return Response(text, media_type=CONTENT_TYPE)
 
 
 async def _engine_metrics(service: Service) -> list[Metric]:
@@ -144,6 +145,19 @@ async def _engine_metrics(service: Service) -> list[Metric]:
             return await service.engine.get_metrics()
     except (TimeoutError, EngineDeadError):
         return []
+
+
+def _cache_config(service: Service) -> dict[str, object]:
+    if not service.is_ready:
+        return {}
+    ready, config = service.engine.ready, service.engine.config
+    return {
+        "block_size": ready.block_size,
+        # the label's name is vLLM's, on every device
+        "num_gpu_blocks": ready.num_blocks,
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+    }
 
 
 async def _server_info(service: Service, _request: Request) -> Response:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.metrics import PREFIX, Counter, Metric
-from sempre.engine.outputs import RequestOutput
+from sempre.engine.outputs import RequestMetrics, RequestOutput
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -68,6 +68,12 @@ class ServerMetrics:
             "request_time_per_output_token_seconds", "Mean time per token after the first.", _TOKEN_S
         )
         self.end_to_end = Histogram("e2e_request_latency_seconds", "From arrival to the last token.", _REQUEST_S)
+        self.queue = Histogram("request_queue_time_seconds", "From arrival to the first step.", _REQUEST_S)
+        self.prefill = Histogram("request_prefill_time_seconds", "From the first step to the first token.", _REQUEST_S)
+        self.decode = Histogram("request_decode_time_seconds", "From the first token to the last one.", _REQUEST_S)
+        self.inference = Histogram(
+            "request_inference_time_seconds", "From the first step to the last token.", _REQUEST_S
+        )
         self.prompt_tokens = Histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self.output_tokens = Histogram("request_generation_tokens", "Tokens of an output.", _TOKENS)
         self.params_n = Histogram("request_params_n", "`n` of a request.", _COUNTS)
@@ -82,10 +88,15 @@ class ServerMetrics:
             self.params_max_tokens.observe(request.sequences[0].params.max_tokens)
         return RequestRecord(self)
 
-    def exposition(self, engine: Iterable[Metric], *, num_rejected: int, prefix: str) -> bytes:
-        """Return everything in Prometheus's text format."""
+    def exposition(
+        self, engine: Iterable[Metric], cache: Mapping[str, object], *, num_rejected: int, prefix: str
+    ) -> bytes:
+        """Return everything in Prometheus's text format; `cache` says how the KV cache is laid out, once it is."""
+        info = GaugeMetricFamily(PREFIX + "cache_config_info", "Layout of the KV cache; always 1.", labels=list(cache))
+        if cache:
+            info.add_metric([str(value) for value in cache.values()], 1)
         registry = CollectorRegistry()
-        registry.register(_Families([*self._families(num_rejected), *_engine_families(engine)], prefix + ":"))
+        registry.register(_Families([*self._families(num_rejected), info, *_engine_families(engine)], prefix + ":"))
         return generate_latest(registry)
 
     def _families(self, num_rejected: int) -> Iterator[Family]:
@@ -117,6 +128,7 @@ class RequestRecord:
         self._metrics = metrics
         self._began = time.monotonic()
         self._sequences: dict[tuple[str, int], _Arrivals] = {}
+        self._requests: dict[str, RequestMetrics] = {}
         self._ended = False
 
     def take(self, outputs: Iterable[RequestOutput]) -> int:
@@ -133,6 +145,8 @@ class RequestRecord:
                 seen = self._sequences.get(key)
                 if seen is None:
                     self._sequences[key] = _Arrivals(now, now, num_new)
+                    if output.metrics is not None:
+                        self._requests[output.request_id] = output.metrics
                     self._metrics.first_token.observe(now - self._began)
                 else:
                     self._metrics.inter_token.observe(now - seen.last)
@@ -146,10 +160,22 @@ class RequestRecord:
             return
         self._ended = True
         self._metrics.end_to_end.observe(time.monotonic() - self._began)
+        for request_id, times in self._requests.items():
+            if times.time_in_queue is not None:
+                self._observe_parts(request_id, times.time_in_queue)
         for seen in self._sequences.values():
             self._metrics.output_tokens.observe(seen.count)
             if seen.count > 1 and seen.last > seen.first:
                 self._metrics.per_token.observe((seen.last - seen.first) / (seen.count - 1))
+
+    def _observe_parts(self, request_id: str, time_in_queue: float) -> None:
+        sequences = [seen for (owner, _), seen in self._sequences.items() if owner == request_id]
+        first, last = min(seen.first for seen in sequences), max(seen.last for seen in sequences)
+        started = self._began + time_in_queue
+        self._metrics.queue.observe(time_in_queue)
+        self._metrics.prefill.observe(first - started)
+        self._metrics.decode.observe(last - first)
+        self._metrics.inference.observe(last - started)
 
 
 class _Families(Collector):

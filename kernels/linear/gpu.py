@@ -15,6 +15,7 @@ import triton.language as tl
 from sempre.kernels.activation.gpu import silu_and_mul, silu_times
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, prefetch, wait_for_previous
 from sempre.kernels.linear import gpu_fp8
+from sempre.kernels.linear.gpu_loop import accumulate
 from sempre.kernels.linear.gpu_table import FLOAT32, MANY_ROWS, Choice, Library, Tile, choose, choose_fused
 from sempre.kernels.linear.weights import GpuLinear
 
@@ -41,27 +42,6 @@ def _prefetch_rows(w: Any, n: Any, K: Any, LINES: tl.constexpr) -> None:
         prefetch(w + n.to(tl.int64)[:, None] * K + (tl.arange(0, LINES) * PER_LINE)[None, :])
 
 
-@jit()
-def _accumulate(w: Any, x: Any, n: Any, t: Any, K: Any, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr) -> Any:  # noqa: E501  # fmt: skip
-    """acc[n, t] = sum over ascending k of w[n, k] x[t, k]."""
-    k = tl.arange(0, BK)
-    w_at = w + n.to(tl.int64)[:, None] * K + k[None, :]
-    x_at = x + t.to(tl.int64)[None, :] * K + k[:, None]
-    acc = tl.zeros([BN, BT], tl.float32)
-    for start in range(0, K, BK):
-        if EVEN_K:
-            w_tile = tl.load(w_at)
-            x_tile = tl.load(x_at)
-        else:
-            inside = start + k < K
-            w_tile = tl.load(w_at, mask=inside[None, :], other=0.0)
-            x_tile = tl.load(x_at, mask=inside[:, None], other=0.0)
-        acc = tl.dot(w_tile, x_tile, acc, input_precision="ieee")
-        w_at += BK
-        x_at += BK
-    return acc
-
-
 @jit(runtime=("T",))
 def _linear(
     x: Any,
@@ -84,7 +64,7 @@ def _linear(
     n_in, t_in = tl.minimum(n, N - 1), tl.minimum(t, T - 1)
     _prefetch_rows(w, n_in, K, LINES)
     wait_for_previous()
-    acc = _accumulate(w, x, n_in, t_in, K, BN, BT, BK, EVEN_K)
+    acc = accumulate(w, x, n_in, t_in, K, BN, BT, BK, EVEN_K, PROMOTED=0)
     if HAS_BIAS:
         acc += tl.load(bias + n_in).to(tl.float32)[:, None]
     at = out + t.to(tl.int64)[:, None] * N + n[None, :]

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, wait_for_previous
+from sempre.kernels.linear.gpu_loop import accumulate
 from sempre.kernels.linear.gpu_table import FLOAT32, Tile
 from sempre.kernels.linear.gpu_table_fp8 import FP8_TABLES, PROMOTED, WEIGHT_ONLY_TABLES, choose_fp8
 from sempre.kernels.linear.weights import GpuLinear
@@ -49,24 +50,7 @@ def _linear_fp8(
     # rows past the end repeat the last one and are not stored
     n_in, t_in = tl.minimum(n, N - 1), tl.minimum(t, T - 1)
     wait_for_previous()
-    k = tl.arange(0, BK)
-    w_at = w + n_in.to(tl.int64)[:, None] * K + k[None, :]
-    x_at = x + t_in.to(tl.int64)[None, :] * K + k[:, None]
-    acc = tl.zeros([BN, BT], tl.float32)
-    for start in range(0, K, BK):
-        if EVEN_K:
-            w_tile = tl.load(w_at)
-            x_tile = tl.load(x_at)
-        else:
-            inside = start + k < K
-            w_tile = tl.load(w_at, mask=inside[None, :], other=0.0)
-            x_tile = tl.load(x_at, mask=inside[:, None], other=0.0)
-        if HAS_ROW_SCALES:
-            acc = tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=PROMOTED)
-        else:
-            acc = tl.dot(w_tile.to(x_tile.dtype), x_tile, acc, input_precision="ieee")
-        w_at += BK
-        x_at += BK
+    acc = accumulate(w, x, n_in, t_in, K, BN, BT, BK, EVEN_K, PROMOTED if HAS_ROW_SCALES else 0)
     if HAS_ROW_SCALES:
         acc *= tl.load(row_scales + t_in)[None, :]
     acc *= tl.load(scale + n_in)[:, None]

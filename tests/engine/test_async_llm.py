@@ -83,7 +83,7 @@ def test_equal_to_the_synchronous_interface(engine: AsyncLLM, run: Run) -> None:
         return await asyncio.gather(*map(collect, streams))
 
     first, second = run(both())
-    with LLM("tiny", seed=3, **SETTINGS) as llm:
+    with LLM("tiny", seed=3, multiprocessing=False, **SETTINGS) as llm:
         expected = llm.generate([PROMPT, "The whale"], [short(logprobs=2), short(n=2)], use_tqdm=False)
         assert engine.fingerprint == llm.fingerprint
     assert first[-1].outputs == expected[0].outputs

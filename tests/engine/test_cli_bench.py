@@ -33,7 +33,7 @@ def test_latency(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         "--num-iters",
         "3",
     ]
-    result = result_of(capsys, "latency", *flags, "--output-json", str(file))
+    result = result_of(capsys, "latency", *flags, "--no-multiprocessing", "--output-json", str(file))
     assert set(result) == {"avg_latency", "latencies", "percentiles"}
     assert isinstance(result["latencies"], list)
     assert len(result["latencies"]) == 3
@@ -41,7 +41,19 @@ def test_latency(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_throughput(capsys: pytest.CaptureFixture[str]) -> None:
-    result = result_of(capsys, "throughput", "--input-len", "8", "--output-len", "4", "--num-prompts", "3", "--n", "2")
+    result = result_of(
+        capsys,
+        "throughput",
+        "--input-len",
+        "8",
+        "--output-len",
+        "4",
+        "--num-prompts",
+        "3",
+        "--n",
+        "2",
+        "--no-multiprocessing",
+    )
     assert result["num_requests"] == 3
     assert result["total_num_tokens"] == 3 * (8 + 2 * 4)
     assert {"elapsed_time", "requests_per_second", "tokens_per_second"} <= set(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sempre.engine import LLM, SamplingParams
+from sempre.engine.cli.main import main
 
 COMMON = ["--model", "tiny", "--max-model-len", "256", "--num-threads", "1"]
 
@@ -32,16 +36,21 @@ def records(*arguments: str, stdin: str = "") -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_alone_and_in_company_print_the_same_json() -> None:
-    sampling = ["--max-tokens", "12", "--logprobs", "3", "--ignore-eos"]
-    alone = sempre("generate", *COMMON, "--json", *sampling, "It is a truth")
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command prints when all of it runs in this process."""
+    assert main([*arguments, "--no-multiprocessing"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_alone_and_in_company_print_the_same_json(capsys: pytest.CaptureFixture[str]) -> None:
+    generate = ["generate", *COMMON, "--json", "--max-tokens", "12", "--logprobs", "3", "--ignore-eos"]
+    alone = printed(capsys, *generate, "It is a truth").splitlines()
     others = [f"Chapter {i}. It was the best of times, it was the worst of times" for i in range(31)]
-    company = sempre(
-        "generate", *COMMON, "--json", *sampling, "--max-num-batched-tokens", "64", "It is a truth", *others
-    )
-    assert (alone.returncode, company.returncode) == (0, 0)
-    assert len(company.stdout.splitlines()) == 32
-    assert company.stdout.splitlines()[:1] == alone.stdout.splitlines()
+    company = printed(capsys, *generate, "--max-num-batched-tokens", "64", "It is a truth", *others).splitlines()
+    assert (len(alone), len(company)) == (1, 32)
+    assert company[:1] == alone
 
 
 def test_json_lines(tmp_path: Path) -> None:
@@ -77,14 +86,15 @@ def test_json_lines(tmp_path: Path) -> None:
     }
 
 
-def test_text_from_standard_input_is_the_json_text() -> None:
+def test_text_from_standard_input_is_the_json_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sampling = ["--max-tokens", "4", "--sampling-seed", "5"]
     prompts = ["It is a truth", "The whale"]
     expected = [record["text"] for record in records(*sampling, *prompts)]
-    result = sempre("generate", *COMMON, *sampling, "--no-multiprocessing", stdin="\n".join(prompts))
-    assert (result.returncode, result.stderr) == (0, "")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
     blocks = [f"--- prompt {i}, completion 0 ---\n{text}\n" for i, text in enumerate(expected)]
-    assert result.stdout == "".join(blocks)
+    assert printed(capsys, "generate", *COMMON, *sampling) == "".join(blocks)
 
 
 def test_chat() -> None:
@@ -104,13 +114,13 @@ def test_chat() -> None:
     assert result.stdout == f"{first}\n{second}\n{first}\n"
 
 
-def test_fingerprint() -> None:
+def test_fingerprint(capsys: pytest.CaptureFixture[str]) -> None:
     result = sempre("fingerprint", "tiny", "--json", "--num-threads", "1")
     assert (result.returncode, result.stderr) == (0, "")
     found = json.loads(result.stdout)
     assert len(found["fingerprint"]) == 16
     assert set(found["parts"]) >= {"engine", "weights", "dtype", "numerics", "threads", "architecture", "torch"}
-    text = sempre("fingerprint", "tiny", "--num-threads", "1").stdout.splitlines()
+    text = printed(capsys, "fingerprint", "tiny", "--num-threads", "1").splitlines()
     assert text[0] == found["fingerprint"]
     assert [line.split()[0] for line in text[1:]] == list(found["parts"])
 

@@ -351,33 +351,28 @@ def num_children() -> int:
     return len(psutil.Process().children(recursive=True))
 
 
-def test_shutdown() -> None:
-    before = num_children()
-    llm = LLM("tiny", **SETTINGS)
+def test_shutdown_and_the_user_s_generators() -> None:
+    """They are left alone from the start to the end, which leaves no process."""
+    before, states = num_children(), generator_states()
+    llm = LLM("tiny", seed=11, **SETTINGS)
     assert num_children() > before
+    assert generator_states() == states
+    llm.generate(PROMPTS, short(seed=None, temperature=1.0, logprobs=1, n=2), use_tqdm=False)
+    assert generator_states() == states
+    llm.chat([{"role": "user", "content": "Hello"}], short(), use_tqdm=False)
+    llm.score(PROMPTS)
     stream = llm.stream(PROMPTS[0], short(max_tokens=None))
     next(stream)
+    assert generator_states() == states
     llm.shutdown()
     llm.shutdown()
     assert num_children() == before
+    assert generator_states() == states
     for use in (lambda: llm.generate("a"), llm.get_metrics, llm.reset_prefix_cache, lambda: llm.score("a")):
         with pytest.raises(EngineDeadError, match="this LLM was shut down; make a new one"):
             use()
     with pytest.raises(EngineDeadError):
         next(stream)
-
-
-def test_the_user_s_generators_are_left_alone() -> None:
-    before = generator_states()
-    llm = LLM("tiny", seed=11, **SETTINGS)
-    assert generator_states() == before
-    llm.generate(PROMPTS, short(seed=None, temperature=1.0, logprobs=1, n=2), use_tqdm=False)
-    assert generator_states() == before
-    llm.chat([{"role": "user", "content": "Hello"}], short(), use_tqdm=False)
-    llm.score(PROMPTS)
-    assert generator_states() == before
-    llm.shutdown()
-    assert generator_states() == before
 
 
 def test_the_check_of_the_generators_notices_a_single_draw() -> None:

@@ -268,6 +268,19 @@ def test_siblings_final_only(harness: Harness) -> None:
     assert [(completion.index, completion.text) for completion in output.outputs] == [(0, " fox"), (1, " quick")]
 
 
+def test_a_stop_string_ends_each_sibling_where_it_comes(harness: Harness) -> None:
+    """It ends that one alone; the others go on to their own."""
+    state = harness.add(n=3, seed=9, stop=[" brown"])
+    assert harness.feed(harness.ids(" quick brown fox"), "r_1").stopped_ids == ["r_1"]
+    assert harness.feed(harness.ids(" lazy"), "r_0").stopped_ids == []
+    assert harness.feed(harness.ids(" dog brown"), "r_2").stopped_ids == ["r_2"]
+    assert not state.finished
+    assert harness.feed(harness.ids(" brown"), "r_0").stopped_ids == ["r_0"]
+    found = [(c.text, c.finish_reason, c.stop_reason) for c in output_of(state, FINAL_ONLY).outputs]
+    assert found == [(text, "stop", " brown") for text in (" lazy", " quick", " dog")]
+    assert harness.processor.num_unfinished == 0
+
+
 def test_error(harness: Harness) -> None:
     state = harness.add()
     error = ErrorInfo(type="RequestError", message="too long")

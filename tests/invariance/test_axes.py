@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -18,12 +19,21 @@ from sempre.ipc.messages import GetMetrics, MetricsReply, RequestSpec
 Check = Callable[[Sequence[Generation]], None]
 
 
+def values_and_one_control(name: str, values: Sequence[int]) -> pytest.MarkDecorator:
+    """Every value under the invariant product, and the first one under the control; the rest is for the product."""
+    return pytest.mark.parametrize(
+        (name, "numerics"),
+        [(value, "invariant") for value in values]
+        + [pytest.param(v, "control", marks=[pytest.mark.product] if i else []) for i, v in enumerate(values)],
+    )
+
+
 def test_batch(requests: list[RequestSpec], numerics: str, check: Check) -> None:
     """A1: all requests in one batch."""
     check(run_inproc(requests, numerics=numerics))
 
 
-@pytest.mark.parametrize("max_num_seqs", [3, 7])
+@values_and_one_control("max_num_seqs", [3, 7])
 def test_batch_size(requests: list[RequestSpec], numerics: str, check: Check, max_num_seqs: int) -> None:
     """A1: batches that fill and drain."""
     check(run_inproc(requests, numerics=numerics, max_num_seqs=max_num_seqs))
@@ -35,7 +45,7 @@ def test_order(requests: list[RequestSpec], numerics: str, check: Check) -> None
     check(run_inproc(backwards, numerics=numerics, max_num_seqs=5)[::-1])
 
 
-@pytest.mark.parametrize("max_num_batched_tokens", [16, 33, 64])
+@values_and_one_control("max_num_batched_tokens", [33, 16, 64])
 def test_chunking(requests: list[RequestSpec], numerics: str, check: Check, max_num_batched_tokens: int) -> None:
     """A3: prompts cut at even and odd places, beside decoding requests."""
     check(run_inproc(requests, numerics=numerics, max_num_seqs=12, max_num_batched_tokens=max_num_batched_tokens))
@@ -82,18 +92,25 @@ def test_replicas(requests: list[RequestSpec], numerics: str, check: Check) -> N
         check(cluster.generate(requests))
 
 
-def test_new_process(numerics: str, check: Check) -> None:
-    """A11: another interpreter, with another hash seed."""
+@cache
+def run_in_a_new_process() -> dict[str, list[Generation]]:
+    """In another interpreter, with another hash seed; by numerics."""
     program = (
         "import sys, msgspec; from workload import make_requests, run_inproc\n"
-        "sys.stdout.buffer.write(msgspec.msgpack.encode(run_inproc(make_requests(), numerics=sys.argv[1])))"
+        "results = {name: run_inproc(make_requests(), numerics=name) for name in ('invariant', 'control')}\n"
+        "sys.stdout.buffer.write(msgspec.msgpack.encode(results))"
     )
     support = str(Path(__file__).parents[1] / "support")
     folders = [support, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONHASHSEED": "4242", "PYTHONPATH": os.pathsep.join(folders)}
-    done = subprocess.run([sys.executable, "-c", program, numerics], capture_output=True, timeout=120, env=environment)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr.decode()
-    check(msgspec.msgpack.decode(done.stdout, type=list[Generation]))
+    return msgspec.msgpack.decode(done.stdout, type=dict[str, list[Generation]])
+
+
+def test_new_process(numerics: str, check: Check) -> None:
+    """A11."""
+    check(run_in_a_new_process()[numerics])
 
 
 def test_threads(requests: list[RequestSpec], numerics: str, check: Check) -> None:

@@ -16,19 +16,39 @@ from sempre.ipc.messages import GetMetrics, MetricsReply, RequestSpec
 Run = Callable[..., list[Generation]]
 
 
-@pytest.fixture(
-    scope="module", params=["fp8", pytest.param("fp8_weight_only", marks=pytest.mark.product), "compressed-tensors fp8"]
-)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+STORED = "compressed-tensors fp8"
+# every storage under the invariant product; the control's is the same for all, so one always runs
+VARIANTS = [
+    pytest.param((storage, numerics), marks=[] if always else [pytest.mark.product], id=f"{storage}-{numerics}")
+    for storage, numerics, always in (
+        ("fp8", "invariant", True),
+        ("fp8", "control", True),
+        ("fp8_weight_only", "invariant", False),
+        ("fp8_weight_only", "control", False),
+        (STORED, "invariant", True),
+        (STORED, "control", False),
+    )
+]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """How the matrices are stored, and which product runs."""
+    found: tuple[str, str] = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(variant: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The engine's settings."""
-    if request.param in ("fp8", "fp8_weight_only"):
-        return {"quantization": request.param}
+    if variant[0] != STORED:
+        return {"quantization": variant[0]}
     return {"model": str(write_tiny(tmp_path_factory.mktemp("tiny-fp8"), "fp8", "tensor"))}
 
 
-@pytest.fixture(scope="module", params=["invariant", "control"])
-def numerics(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="module")
+def numerics(variant: tuple[str, str]) -> str:
+    return variant[1]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from sempre.engine import LLM, SamplingParams
 
 PROMPT = "The captain of the ship"
-NUM_SEEDS = 3000
+NUM_SEEDS = 1500
 TOP_K = 3
 LENGTH = 3
 SIGNIFICANCE = 1e-3

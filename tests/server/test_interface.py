@@ -293,6 +293,14 @@ def test_metrics_count(server: ServerProcess) -> None:
     assert grown['sempre:request_generation_tokens_count{model_name="tiny"}'] == 2
     assert grown['sempre:e2e_request_latency_seconds_count{model_name="tiny"}'] == 1
     assert grown['sempre:request_success_total{finished_reason="length",model_name="tiny"}'] == 2
+    parts = {}
+    for part in ("queue", "prefill", "decode", "inference"):
+        assert grown[f'sempre:request_{part}_time_seconds_count{{model_name="tiny"}}'] == 1
+        # decoding takes no time as far as a client sees that gets all tokens at once
+        parts[part] = grown.get(f'sempre:request_{part}_time_seconds_sum{{model_name="tiny"}}', 0.0)
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert parts["inference"] == pytest.approx(parts["prefill"] + parts["decode"])
+    assert any(name.startswith("sempre:cache_config_info{") and 'block_size="16"' in name for name in after)
 
 
 def test_client_that_leaves_is_aborted(server: ServerProcess) -> None:

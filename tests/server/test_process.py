@@ -21,7 +21,7 @@ from server_process import ServerProcess
 from sempre.engine.cli.main import main
 
 FLAGS = ("--max-model-len", "2048", "--max-num-seqs", "4", "--num-threads", "1")
-LONG: dict[str, Any] = {"prompt": "It is a truth", "max_tokens": 600, "ignore_eos": True, "seed": 1}
+LONG: dict[str, Any] = {"prompt": "It is a truth", "max_tokens": 400, "ignore_eos": True, "seed": 1}
 
 
 class Background(threading.Thread):
@@ -117,9 +117,6 @@ def test_a_retry_after_a_restart_gives_the_same_answer(tmp_path: Path) -> None:
     fields = {**LONG, "max_tokens": 300, "logprobs": 2}
     with ServerProcess(tmp_path / "log", *FLAGS) as server:
         expected = server.complete(**fields).json()
-    with ServerProcess(tmp_path / "log2", *FLAGS) as server:
-        # other work before it, so that batch, cache and ordinals differ
-        server.complete(prompt=["It is", "The ship"], n=3, max_tokens=20)
         with server.http.stream("POST", "/v1/completions", json={**fields, "stream": True}) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -127,48 +124,34 @@ def test_a_retry_after_a_restart_gives_the_same_answer(tmp_path: Path) -> None:
             with pytest.raises(httpx2.TransportError):
                 list(lines)
         server.process.wait(20)
-    with ServerProcess(tmp_path / "log3", *FLAGS) as server:
-        server.complete(prompt="Once upon", max_tokens=20)
+    with ServerProcess(tmp_path / "log2", *FLAGS) as server:
+        # other work before it, so that batch, cache and ordinals differ
+        server.complete(prompt=["It is", "The ship"], n=3, max_tokens=20)
         again = server.complete(**fields).json()
     assert again["choices"] == expected["choices"]
     assert again["system_fingerprint"] == expected["system_fingerprint"]
 
 
-def test_keys(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("from-the-file\n\n")
-    environment = {"SEMPRE_API_KEY": "from-the-environment"}
-    with ServerProcess(tmp_path / "log", *FLAGS, "--api-key-file", str(keys), environment=environment) as server:
-        missing = server.complete(prompt="a", max_tokens=1)
-        assert (missing.status_code, missing.json()["error"]["code"]) == (401, 401)
-        assert missing.json()["error"]["type"] == "AuthenticationError"
-        assert missing.headers["www-authenticate"] == "Bearer"
-        for key, status in [("wrong", 401), ("from-the-file", 200), ("from-the-environment", 200), ("é", 401)]:
-            answer = server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
-            assert answer.status_code == status, key
-        for path in ("/server_info", "/load", "/tokenize", "/nothing"):
-            assert server.http.get(path).status_code == 401, path
-        for path in ("/health", "/live", "/metrics", "/version"):
-            assert server.http.get(path).status_code == 200, path
-        client = openai.OpenAI(base_url=server.url + "/v1", api_key="wrong")
-        with client, pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
-            client.models.list()
-        info = server.http.get("/server_info", headers={"Authorization": "Bearer from-the-file"}).text
-        assert "from-the" not in server.log.replace(str(keys), "") + info
-
-
-def test_tls_body_limit_names_and_unknown_fields(tmp_path: Path) -> None:
+def test_keys_tls_body_limit_names_and_unknown_fields(tmp_path: Path) -> None:
+    """Settings that one server can have together, each with what it lets through and what it refuses."""
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
     files = ["-keyout", str(key), "-out", str(certificate)]
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *files, *subject]
     subprocess.run(command, check=True, capture_output=True)
+    keys = tmp_path / "keys"
+    keys.write_text("from-the-file\n\n")
     flags = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--max-body-bytes", "2000"]
     flags += ["--served-model-name", "a", "--served-model-name", "b", "--ignore-unknown-fields"]
-    flags += ["--allowed-origins", "https://page.example", "--metrics-prefix", "vllm"]
+    flags += ["--allowed-origins", "https://page.example", "--metrics-prefix", "vllm", "--api-key-file", str(keys)]
+    context = ssl.create_default_context(cafile=certificate)
+    environment = {"SEMPRE_API_KEY": "from-the-environment"}
     with ServerProcess(
-        tmp_path / "log", *FLAGS, *flags, scheme="https", verify=ssl.create_default_context(cafile=certificate)
+        tmp_path / "log", *FLAGS, *flags, scheme="https", verify=context, environment=environment
     ) as server:
+        check_keys(server, context)
+        server.http.headers["Authorization"] = "Bearer from-the-file"
+        assert "from-the" not in server.log.replace(str(keys), "") + server.http.get("/server_info").text
         done = server.complete(prompt="a", model="b", max_tokens=1, unheard_of=1)
         assert (done.status_code, done.json()["model"]) == (200, "b")
         assert server.complete(prompt="a", model="tiny").status_code == 404
@@ -183,6 +166,25 @@ def test_tls_body_limit_names_and_unknown_fields(tmp_path: Path) -> None:
             seen[origin] = answer.headers.get("access-control-allow-origin")
         assert seen == {"https://page.example": "https://page.example", "https://other.example": None}
         assert "vllm:num_requests_running" in server.http.get("/metrics").text
+
+
+def check_keys(server: ServerProcess, context: ssl.SSLContext) -> None:
+    missing = server.complete(prompt="a", max_tokens=1)
+    assert (missing.status_code, missing.json()["error"]["code"]) == (401, 401)
+    assert missing.json()["error"]["type"] == "AuthenticationError"
+    assert missing.headers["www-authenticate"] == "Bearer"
+    wrong = ["wrong", "é", "from-the-fil", "from-the-filee", "from-the"]
+    for key, status in [*((key, 401) for key in wrong), ("from-the-file", 200), ("from-the-environment", 200)]:
+        answer = server.http.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
+        assert answer.status_code == status, key
+    for path in ("/server_info", "/load", "/tokenize", "/nothing"):
+        assert server.http.get(path).status_code == 401, path
+    for path in ("/health", "/live", "/metrics", "/version"):
+        assert server.http.get(path).status_code == 200, path
+    http = httpx2.Client(verify=context)
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", http_client=http)
+    with client, pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
+        client.models.list()
 
 
 def test_health_names_the_rank(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,9 @@ from msgspec.structs import replace
 
 from sempre.ipc.messages import CallMethod, LogprobRows, SamplingSpec, ScheduledRequest
 from sempre.kernels.sampling.reference import gumbel_noise
+from sempre.workers import worker
+from sempre.workers.seeding import rng_digests
+from sempre.workers.warm_up import warm_up
 
 GREEDY = SamplingSpec(max_tokens=6, temperature=0.0, logprobs=-1, prompt_logprobs=-1)
 RANDOM = SamplingSpec(max_tokens=6, temperature=0.9, logprobs=-1, prompt_logprobs=-1)
@@ -231,3 +235,25 @@ def test_warm_up_leaves_no_trace_in_the_cache(checkpoints: Any, serve: Any) -> N
     call = CallMethod(call_id=1, method="kv_cache_digest", args=[[0, 1]])
     untouched = CallMethod(call_id=2, method="kv_cache_digest", args=[[40, 41]])
     assert serving.worker.call(call).result == serving.worker.call(untouched).result
+
+
+def test_what_loading_and_warm_up_draw_is_forgotten(
+    checkpoints: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker serves with the states of its seed, whatever drew from its generators before."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def draw_and_warm_up(runner: Any) -> None:
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        warm_up(runner)
+
+    monkeypatch.setattr(worker, "warm_up", draw_and_warm_up)
+    try:
+        serving = serve(checkpoints("llama").folder, seed=11)
+        assert serving.ready.digests_after_warm_up == serving.loaded.digests_before_load == rng_digests()
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])

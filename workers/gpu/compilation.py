@@ -1,13 +1,15 @@
 """Compiles and loads the kernels of a model while its weights are being loaded.
 
 Which variants a model needs is not listed anywhere: the code that launches them runs, with launches that are only noted
-down, on an outline of the model, one layer for each kind of window. Those that the cache folder lacks are compiled in
-many processes at a time. What a step then still lacks is compiled when it comes.
+down, on an outline of the model, one layer for each kind of window; what it was is recorded for later starts. Those
+that the cache folder lacks are compiled in many processes at a time. What a step then still lacks is compiled when it
+comes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product as combinations
@@ -19,7 +21,7 @@ from typing import Self
 import torch
 
 from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
-from sempre.kernels.gpu_jit import Variant, collecting
+from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.sampling import gpu as gpu_sampling
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import ModelOutline
@@ -27,6 +29,7 @@ from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.decode_graphs import DecodeShape
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import run_self_test
+from sempre.workers.gpu.variant_record import read_record, record_key, write_record
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder, StepInput
 from sempre.workers.sampling import GrammarCompiler
@@ -84,20 +87,21 @@ def _has_room(outline: ModelOutline, device: torch.device) -> bool:
 def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> dict[str, float]:
     """Seconds of each part."""
     torch.cuda.set_device(device)
-    if not _has_room(outline, device):
-        return {}
     began = perf_counter()
-    variants = collect_variants(outline, device)
-    collected = perf_counter()
-    missing = [variant.describe() for variant in variants if not variant.is_on_disk()]
-    if len(missing) > FEW:
-        major, minor = torch.cuda.get_device_capability(device)
-        (compiler or CompilerProcess()).compile(10 * major + minor, missing)
-    elif compiler is not None:
+    key = record_key(outline, f"{torch.cuda.get_device_name(device)} {_capability(device)}")
+    recorded = read_record(key)
+    collects = recorded is None and _has_room(outline, device)
+    if compiler is not None and not collects:
         compiler.close()
+        compiler = None
+    collection = collect(outline, device, compiler) if collects else Collection(recorded or [])
+    collected = perf_counter()
+    _compile(collection.variants, device, compiler)
     compiled = perf_counter()
-    for variant in variants:
+    for variant in collection.variants:
         variant.load()
+    if collects and collection.complete:
+        write_record(key, collection.variants)
     return {
         "collect_kernels": collected - began,
         "compile_kernels": compiled - collected,
@@ -105,9 +109,36 @@ def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProc
     }
 
 
+def collect(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> Collection:
+    """The kernel variants that a model's steps and its self-test use; `compiler`, if there is one, gets each as it is
+    found."""
+    if compiler is None:
+        return _launch_all(outline, device, lambda variant: None)
+    compiler.start(_capability(device))
+    return _launch_all(outline, device, lambda variant: compiler.add(variant.describe()))
+
+
+def _compile(variants: Sequence[Variant], device: torch.device, compiler: CompilerProcess | None) -> None:
+    """Those that the cache folder lacks; a compiler that is given has them all."""
+    if compiler is None:
+        missing = [variant.describe() for variant in variants if not variant.is_on_disk()]
+        if len(missing) <= FEW:
+            return
+        compiler = CompilerProcess()
+        compiler.start(_capability(device))
+        for description in missing:
+            compiler.add(description)
+    compiler.finish()
+
+
+def _capability(device: torch.device) -> int:
+    """90 for 9.0"""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 @torch.inference_mode()
-def collect_variants(outline: ModelOutline, device: torch.device) -> list[Variant]:
-    """The kernel variants that a model's steps and its self-test use."""
+def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Variant], object]) -> Collection:
     windows = tuple(dict.fromkeys(outline.spec.windows))
     spec = replace(outline.spec, num_layers=len(windows), windows=windows)
     config = outline.config
@@ -122,7 +153,7 @@ def collect_variants(outline: ModelOutline, device: torch.device) -> list[Varian
         placement=Placement(device, lambda tensor: tensor, hashing_threads=1),
     )
     workspace = allocate_attention_workspace(spec.num_heads, spec.head_dim, max(outline.max_model_len, 2048), device)
-    with collecting() as variants:
+    with collecting(found) as collection:
         _launch_steps(replace(outline, spec=spec), weights, workspace, device)
         _launch_reports(spec.vocab_size, device)
         if config.numerics == "invariant":
@@ -134,13 +165,13 @@ def collect_variants(outline: ModelOutline, device: torch.device) -> list[Varian
                 max_tokens=outline.max_num_batched_tokens,
                 max_num_seqs=config.max_num_seqs,
             )
-    return variants
+    return collection
 
 
 def _launch_steps(
     outline: ModelOutline, weights: DecoderWeights, workspace: AttentionWorkspace, device: torch.device
 ) -> None:
-    """Decode steps of every bucket, prompts of several sizes, and each combination of the stages of sampling."""
+    """Each combination of the stages of sampling, prompts of several sizes, and decode steps of every bucket."""
     spec, config = outline.spec, outline.config
     decoder = Decoder(
         spec,
@@ -162,16 +193,17 @@ def _launch_steps(
     runner = GpuModelRunner(
         memory, cache, GrammarCompiler(Path(config.model_path), spec.vocab_size), limits, rank=config.rank, graphs=False
     )
-    plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
-    for rows, context in combinations(DECODE_ROWS, DECODE_CONTEXTS):
-        runner.launch_decode(DecodeShape(rows, min(context, outline.max_model_len), plain))
-    for edits, truncates, num_best in combinations((False, True), (False, True), (-1, 0, 5, 20)):
+    # what takes longest to compile comes first
+    for edits, truncates, num_best in combinations((True, False), (True, False), (-1, 0, 5, 20)):
         stages = gpu_sampling.Stages(edits=edits, truncates=truncates, num_best=num_best)
         runner.launch_decode(DecodeShape(1, min(64, outline.max_model_len), stages))
     width = -(-outline.max_model_len // outline.block_size)
     for requests, tokens, context in PROMPTS:
         if context <= outline.max_model_len:
             decoder.forward(_prompts(requests, tokens, context, width, device), cache.layers)
+    plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
+    for rows, context in combinations(DECODE_ROWS, DECODE_CONTEXTS):
+        runner.launch_decode(DecodeShape(rows, min(context, outline.max_model_len), plain))
 
 
 def _prompts(requests: int, tokens: int, context: int, width: int, device: torch.device) -> StepInput:

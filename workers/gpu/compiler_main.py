@@ -1,27 +1,31 @@
 """`python -m sempre.workers.gpu.compiler_main`: compiles kernels into Triton's cache folder, in many processes.
 
-The first line on stdin is the compute capability (90 for 9.0), each further one describes a variant; none at all ends
-it. No GPU is touched. Triton holds the interpreter's lock for most of a compilation, so threads would not do; the
-processes are forks of this one, which has imported what they need and runs no other thread.
+The first line on stdin is the compute capability (90 for 9.0), each further one describes a variant, which is compiled
+while the next ones are awaited; the end of stdin ends it. No GPU is touched. Triton holds the interpreter's lock for
+most of a compilation, so threads would not do; the processes are forks of this one, which has imported what they need
+and runs no other thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
+from pkgutil import walk_packages
 
-# not used here: every module with kernels needs it
+# not used here: what modules with kernels, and compilations, would import in each process
 import torch  # noqa: F401
+import triton.compiler.code_generator  # noqa: F401
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime import driver
 from triton.runtime.cache import triton_key
 
+from sempre import kernels
 from sempre.ipc.liveness import die_with_parent_thread
 
 
@@ -63,21 +67,27 @@ def main() -> int:
     options = parser.parse_args()
     # a digest of the compiler that every process needs, and keeps
     triton_key()
-    lines = sys.stdin.read().splitlines()
-    if not lines:
+    # each as it comes
+    lines = iter(sys.stdin.readline, "")
+    architecture = next(lines, None)
+    if architecture is None:
         return 0
-    architecture, *descriptions = lines
     # before any module with kernels is imported: some code depends on the target
     driver.set_active(TargetOnly(GPUTarget("cuda", int(architecture), 32)))
-    for module in dict.fromkeys(json.loads(description)[0] for description in descriptions):
-        import_module(module)
+    for module in walk_packages(kernels.__path__, "sempre.kernels."):
+        if module.name.rpartition(".")[2].startswith("gpu"):
+            import_module(module.name)
     gc.freeze()
-    processes = min(options.processes, len(descriptions))
-    with ProcessPoolExecutor(processes, get_context("fork"), initializer=die_with_parent_thread) as pool:
-        for done in [pool.submit(_compile, description, options.launchers) for description in descriptions]:
-            done.result()
+    pool = ProcessPoolExecutor(options.processes, get_context("fork"), initializer=die_with_parent_thread)
+    # the first one makes the forks, before there is anything to compile
+    pool.submit(os.getpid)
+    for done in [pool.submit(_compile, line, options.launchers) for line in lines]:
+        done.result()
+    pool.shutdown(wait=False)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # the idle forks end with this process; taking torch apart would only take time
+    os._exit(code)

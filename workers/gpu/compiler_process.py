@@ -5,16 +5,19 @@ It takes seconds to start, which may happen before it is known what there is to 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
 MOST_PROCESSES = 32
 _TAIL = 2000
+# all descriptions; more than that only root may have
+_PIPE_BYTES = 1 << 20
 
 
 class CompilerProcess:
@@ -34,11 +37,23 @@ class CompilerProcess:
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
+        assert self._popen.stdin is not None
+        # so that `add` does not wait while the process is still starting; a smaller pipe does as well
+        with suppress(OSError):
+            fcntl.fcntl(self._popen.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
-    def compile(self, architecture: int, descriptions: Sequence[str]) -> bool:
-        """Have all compiled, and wait. False, with a warning, when that failed: who loads one that is missing compiles
-        it then, or meets its error. Call it once."""
-        _, errors = self._popen.communicate("\n".join([str(architecture), *descriptions]))
+    def start(self, architecture: int) -> None:
+        """Say what is compiled for: 90 for compute capability 9.0. First, and once."""
+        self._send(str(architecture))
+
+    def add(self, description: str) -> None:
+        """Have a variant compiled, without waiting."""
+        self._send(description)
+
+    def finish(self) -> bool:
+        """Wait for all. False, with a warning, when that failed: who loads one that is missing compiles it then, or
+        meets its error."""
+        _, errors = self._popen.communicate()
         code = self._popen.returncode
         if code != 0:
             logger.warning("kernels are compiled one at a time: the compiler ended with %d: %s", code, errors[-_TAIL:])
@@ -49,3 +64,9 @@ class CompilerProcess:
         if self._popen.returncode is None:
             self._popen.kill()
             self._popen.communicate()
+
+    def _send(self, line: str) -> None:
+        assert self._popen.stdin is not None
+        # one that has ended says why to `finish`
+        with suppress(BrokenPipeError):
+            print(line, file=self._popen.stdin, flush=True)

@@ -6,6 +6,10 @@ GPU, so float16 stands for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,3 +19,23 @@ def _interpreter() -> None:
     pytest.importorskip("triton", reason="needs the triton package (test requirement on Linux)")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU: tests/gpu runs the compiled kernels")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _language_replaced_once() -> Iterator[None]:
+    """The interpreter puts its own functions into the language's modules, anew at every call of a function of a
+    kernel, which takes most of its time; once for these tests is the same."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    replace, scopes = interpreter._patch_lang, {}
+
+    def replace_once(function: Any) -> Any:
+        # it looks for the language in the globals of a function, which are those of its module
+        if function.__module__ not in scopes:
+            scopes[function.__module__] = replace(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = replace_once
+    yield
+    interpreter._patch_lang = replace
+    for scope in reversed(scopes.values()):
+        scope.restore()

@@ -1,0 +1,48 @@
+"""The bounded queue counts sequences; keys are compared whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from sempre.engine.server.admission import Admission
+from sempre.engine.server.errors import BadRequest, Busy
+from sempre.engine.server.middleware import KeyRing
+
+
+def test_the_queue_is_full_at_its_capacity_and_not_before() -> None:
+    admission = Admission(max_running=4, max_queued=2)
+    admission.admit(3)
+    admission.admit(3)
+    with pytest.raises(Busy, match="busy"):
+        admission.admit(1)
+    admission.release(3)
+    with pytest.raises(Busy):
+        admission.admit(4)
+    admission.admit(3)
+    assert (admission.num_sequences, admission.num_rejected) == (6, 2)
+    admission.release(3)
+    admission.release(3)
+    assert admission.num_sequences == 0
+
+
+def test_what_can_never_fit_is_a_wrong_request() -> None:
+    admission = Admission(max_running=4, max_queued=2)
+    admission.admit(6)
+    with pytest.raises(BadRequest, match="asks for 7 sequences.*holds at most 6"):
+        admission.admit(7)
+
+
+def test_a_server_that_drains_lets_nobody_in() -> None:
+    admission = Admission(max_running=4, max_queued=2)
+    admission.draining = True
+    with pytest.raises(Busy, match="shutting down"):
+        admission.admit(1)
+    assert admission.num_sequences == 0
+
+
+@pytest.mark.parametrize("key", ["", "a", "a-ke", "a-key-", "a-key another", "A-key", " a-key", "another "])
+def test_a_key_is_compared_whole(key: str) -> None:
+    ring = KeyRing(["a-key", "another"])
+    assert key not in ring
+    assert "a-key" in ring
+    assert "another" in ring
