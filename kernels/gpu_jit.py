@@ -41,14 +41,18 @@ EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 # for kernels that call `wait_for_previous` before they read or write what other kernels do
 CHAINED: dict[str, Any] = EXACT | ({"launch_pdl": True} if CHAINS.value else {})
 
-_collected: ContextVar[Callable[[Variant], object] | None] = ContextVar("collected", default=None)
+_collection: ContextVar[Collection | None] = ContextVar("collection", default=None)
 
 
 class _Kernel(triton.JITFunction):  # type: ignore[misc]
     """A Triton kernel whose launches, inside `collecting`, are noted down and do nothing else."""
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return super().run(*args, grid=grid, warmup=warmup or _collected.get() is not None, **options)
+        collection = _collection.get()
+        compiled = super().run(*args, grid=grid, warmup=warmup or collection is not None, **options)
+        if collection is not None and compiled is not None:
+            collection.complete = False
+        return compiled
 
     @property
     def cache_key(self) -> str:
@@ -119,28 +123,39 @@ def compile_described(description: str, *, launcher: bool) -> None:
         driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
+@dataclass
+class Collection:
+    """What launches inside `collecting` lacked."""
+
+    variants: list[Variant]
+    complete: bool = True
+    """False when some did not lack theirs, because this process has launched it before"""
+
+
 @contextmanager
-def collecting(found: Callable[[Variant], object]) -> Iterator[None]:
+def collecting(found: Callable[[Variant], object] = lambda variant: None) -> Iterator[Collection]:
     """Inside, in the calling thread, launches run nothing; `found` gets each variant that they lack, once."""
     known: set[str] = set()
 
     def note(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool | None:
-        collected = _collected.get()
-        if collected is None:
+        current = _collection.get()
+        if current is None:
             return previous(fn=fn, compile=compile, **others) if previous is not None else None
         specialization = compile["specialization_data"]
         if specialization not in known:
             known.add(specialization)
-            collected(Variant(fn.jit_function, specialization))
+            current.variants.append(Variant(fn.jit_function, specialization))
+            found(current.variants[-1])
         return True  # not to be compiled
 
     knobs = triton.knobs.runtime
     previous, knobs.jit_cache_hook = knobs.jit_cache_hook, note
-    reset = _collected.set(found)
+    collection = Collection([])
+    reset = _collection.set(collection)
     try:
-        yield
+        yield collection
     finally:
-        _collected.reset(reset)
+        _collection.reset(reset)
         knobs.jit_cache_hook = previous
 
 

@@ -3,13 +3,11 @@
 `resolve_model`   a path, an embedded or catalogue name, or a hub id → `ResolvedModel`
 `pull`            fetch a catalogue model into the user's cache, checked and converted once
 `CATALOG`         the named models `pull` knows
-`convert_gguf`    one llama-architecture GGUF file → a safetensors folder
 `cache_folder`    where pulled models live
 """
 
 from sempre.engine.models.cache import cache_folder
 from sempre.engine.models.catalog import CATALOG, CatalogModel
-from sempre.engine.models.gguf_convert import convert_gguf
 from sempre.engine.models.pull import pull
 from sempre.engine.models.resolve import ResolvedModel, resolve_model
 
@@ -18,7 +16,6 @@ __all__ = [
     "CatalogModel",
     "ResolvedModel",
     "cache_folder",
-    "convert_gguf",
     "pull",
     "resolve_model",
 ]

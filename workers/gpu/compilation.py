@@ -21,7 +21,7 @@ from typing import Self
 import torch
 
 from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
-from sempre.kernels.gpu_jit import Variant, collecting
+from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.sampling import gpu as gpu_sampling
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import ModelOutline
@@ -88,20 +88,20 @@ def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProc
     """Seconds of each part."""
     torch.cuda.set_device(device)
     began = perf_counter()
-    key = record_key(outline, device)
+    key = record_key(outline, f"{torch.cuda.get_device_name(device)} {_capability(device)}")
     recorded = read_record(key)
     collects = recorded is None and _has_room(outline, device)
     if compiler is not None and not collects:
         compiler.close()
         compiler = None
-    variants = collect(outline, device, compiler) if collects else recorded or []
+    collection = collect(outline, device, compiler) if collects else Collection(recorded or [])
     collected = perf_counter()
-    _compile(variants, device, compiler)
+    _compile(collection.variants, device, compiler)
     compiled = perf_counter()
-    for variant in variants:
+    for variant in collection.variants:
         variant.load()
-    if collects:
-        write_record(key, variants)
+    if collects and collection.complete:
+        write_record(key, collection.variants)
     return {
         "collect_kernels": collected - began,
         "compile_kernels": compiled - collected,
@@ -109,20 +109,13 @@ def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProc
     }
 
 
-def collect(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> list[Variant]:
+def collect(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> Collection:
     """The kernel variants that a model's steps and its self-test use; `compiler`, if there is one, gets each as it is
     found."""
-    variants: list[Variant] = []
-
-    def found(variant: Variant) -> None:
-        variants.append(variant)
-        if compiler is not None:
-            compiler.add(variant.describe())
-
-    if compiler is not None:
-        compiler.start(_capability(device))
-    _launch_all(outline, device, found)
-    return variants
+    if compiler is None:
+        return _launch_all(outline, device, lambda variant: None)
+    compiler.start(_capability(device))
+    return _launch_all(outline, device, lambda variant: compiler.add(variant.describe()))
 
 
 def _compile(variants: Sequence[Variant], device: torch.device, compiler: CompilerProcess | None) -> None:
@@ -145,7 +138,7 @@ def _capability(device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Variant], object]) -> None:
+def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Variant], object]) -> Collection:
     windows = tuple(dict.fromkeys(outline.spec.windows))
     spec = replace(outline.spec, num_layers=len(windows), windows=windows)
     config = outline.config
@@ -160,7 +153,7 @@ def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Va
         placement=Placement(device, lambda tensor: tensor, hashing_threads=1),
     )
     workspace = allocate_attention_workspace(spec.num_heads, spec.head_dim, max(outline.max_model_len, 2048), device)
-    with collecting(found):
+    with collecting(found) as collection:
         _launch_steps(replace(outline, spec=spec), weights, workspace, device)
         _launch_reports(spec.vocab_size, device)
         if config.numerics == "invariant":
@@ -172,12 +165,13 @@ def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Va
                 max_tokens=outline.max_num_batched_tokens,
                 max_num_seqs=config.max_num_seqs,
             )
+    return collection
 
 
 def _launch_steps(
     outline: ModelOutline, weights: DecoderWeights, workspace: AttentionWorkspace, device: torch.device
 ) -> None:
-    """Decode steps of every bucket, prompts of several sizes, and each combination of the stages of sampling."""
+    """Each combination of the stages of sampling, prompts of several sizes, and decode steps of every bucket."""
     spec, config = outline.spec, outline.config
     decoder = Decoder(
         spec,
@@ -199,16 +193,17 @@ def _launch_steps(
     runner = GpuModelRunner(
         memory, cache, GrammarCompiler(Path(config.model_path), spec.vocab_size), limits, rank=config.rank, graphs=False
     )
-    plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
-    for rows, context in combinations(DECODE_ROWS, DECODE_CONTEXTS):
-        runner.launch_decode(DecodeShape(rows, min(context, outline.max_model_len), plain))
-    for edits, truncates, num_best in combinations((False, True), (False, True), (-1, 0, 5, 20)):
+    # what takes longest to compile comes first
+    for edits, truncates, num_best in combinations((True, False), (True, False), (-1, 0, 5, 20)):
         stages = gpu_sampling.Stages(edits=edits, truncates=truncates, num_best=num_best)
         runner.launch_decode(DecodeShape(1, min(64, outline.max_model_len), stages))
     width = -(-outline.max_model_len // outline.block_size)
     for requests, tokens, context in PROMPTS:
         if context <= outline.max_model_len:
             decoder.forward(_prompts(requests, tokens, context, width, device), cache.layers)
+    plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
+    for rows, context in combinations(DECODE_ROWS, DECODE_CONTEXTS):
+        runner.launch_decode(DecodeShape(rows, min(context, outline.max_model_len), plain))
 
 
 def _prompts(requests: int, tokens: int, context: int, width: int, device: torch.device) -> StepInput:

@@ -13,15 +13,19 @@ import gc
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
+from pkgutil import walk_packages
 
-# not used here: every module with kernels needs it
+# not used here: what modules with kernels, and compilations, would import in each process
 import torch  # noqa: F401
+import triton.compiler.code_generator  # noqa: F401
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 from triton.runtime import driver
 from triton.runtime.cache import triton_key
 
+from sempre import kernels
 from sempre.ipc.liveness import die_with_parent_thread
 
 
@@ -70,17 +74,20 @@ def main() -> int:
         return 0
     # before any module with kernels is imported: some code depends on the target
     driver.set_active(TargetOnly(GPUTarget("cuda", int(architecture), 32)))
-    # all of them
-    import sempre.workers.gpu.compilation  # noqa: F401
-
+    for module in walk_packages(kernels.__path__, "sempre.kernels."):
+        if module.name.rpartition(".")[2].startswith("gpu"):
+            import_module(module.name)
     gc.freeze()
-    with ProcessPoolExecutor(options.processes, get_context("fork"), initializer=die_with_parent_thread) as pool:
-        # the first one makes the forks, before there is anything to compile
-        pool.submit(os.getpid)
-        for done in [pool.submit(_compile, line, options.launchers) for line in lines]:
-            done.result()
+    pool = ProcessPoolExecutor(options.processes, get_context("fork"), initializer=die_with_parent_thread)
+    # the first one makes the forks, before there is anything to compile
+    pool.submit(os.getpid)
+    for done in [pool.submit(_compile, line, options.launchers) for line in lines]:
+        done.result()
+    pool.shutdown(wait=False)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # the idle forks end with this process; taking torch apart would only take time
+    os._exit(code)

@@ -5,6 +5,7 @@ It takes seconds to start, which may happen before it is known what there is to 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import subprocess
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 MOST_PROCESSES = 32
 _TAIL = 2000
+# all descriptions; more than that only root may have
+_PIPE_BYTES = 1 << 20
 
 
 class CompilerProcess:
@@ -34,6 +37,10 @@ class CompilerProcess:
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
+        assert self._popen.stdin is not None
+        # so that `add` does not wait while the process is still starting; a smaller pipe does as well
+        with suppress(OSError):
+            fcntl.fcntl(self._popen.stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def start(self, architecture: int) -> None:
         """Say what is compiled for: 90 for compute capability 9.0. First, and once."""

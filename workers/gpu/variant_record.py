@@ -17,7 +17,7 @@ from msgspec.structs import asdict
 from triton.runtime.cache import get_cache_manager
 
 from sempre import kernels, workers
-from sempre.kernels.gpu_jit import Variant, architecture
+from sempre.kernels.gpu_jit import Variant
 from sempre.workers.backend import ModelOutline
 
 logger = logging.getLogger(__name__)
@@ -30,14 +30,13 @@ _IRRELEVANT = (
 )  # fmt: skip
 
 
-def record_key(outline: ModelOutline, device: torch.device) -> str:
+def record_key(outline: ModelOutline, gpu: str) -> str:
     """The name of the record of this model, with these settings, on this kind of GPU, for this code."""
     settings = {name: value for name, value in asdict(outline.config).items() if name not in _IRRELEVANT}
     facts = (
         torch.__version__,
         triton.__version__,
-        architecture(device),
-        torch.cuda.get_device_name(device),
+        gpu,
         outline.spec,
         outline.max_model_len,
         outline.block_size,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from sempre.engine.models import convert_gguf
+from sempre.engine.models.gguf_convert import convert_gguf
 from sempre.engine.models.safetensors_writer import bfloat16_bits, write_bfloat16
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ModelError, TensorMismatch

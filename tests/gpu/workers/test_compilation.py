@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from gpu_workload import launch_inproc, make_requests, prompt
+from gpu_workload import SETTINGS, launch_inproc, make_requests, model_folder, prompt
 
+from sempre.engine.client.interface import launch
 from sempre.engine.harness import generate, make_request
+from sempre.engine.harness.cluster import cluster_config
 
 pytestmark = pytest.mark.gpu
+
+
+def test_a_later_start_collects_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    outputs, written = [], []
+    for _ in range(2):
+        client = launch(cluster_config(**SETTINGS, model=model_folder()))
+        try:
+            outputs.append(generate(client, make_requests()))
+        finally:
+            client.close()
+        # whoever collects writes
+        written.append([(record, record.stat().st_mtime_ns) for record in tmp_path.glob("*/variants")])
+    assert len(written[0]) == 1
+    assert written[0] == written[1]
+    assert outputs[0] == outputs[1]
 
 
 def test_nothing_is_compiled_while_requests_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
