@@ -108,7 +108,7 @@ def test_a_full_queue_turns_away(tmp_path: Path) -> None:
         lines = [json.loads(line) for line in server.log.splitlines()]
     logged = [line for line in lines if line["message"] == "request" and "prompt" in line]
     assert [line["prompt"] for line in logged] == ["It is"] * 3 + ["a"]
-    assert logged[0]["params"] == {"n": "2", "seed": "1", "max_tokens": "600", "ignore_eos": "True"}
+    assert logged[0]["params"] == {"n": "2", "seed": "1", "max_tokens": "400", "ignore_eos": "True"}
     assert (logged[0]["seed"], logged[0]["num_prompt_tokens"]) == (1, len(logged[0]["prompt_token_ids"]))
 
 

@@ -41,7 +41,8 @@ def test_a_server_under_load(capsys: pytest.CaptureFixture[str], tmp_path: Path,
     assert (result["completed"], result["failed"], result["errors"]) == (12, 0, [""] * 12)
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (12 * 9, 12 * 7)
     assert result["output_lens"] == [7] * 12
-    assert all(len(gaps) == 6 for gaps in result["itls"])
+    # tokens of several steps may come in one event
+    assert all(len(gaps) <= 6 for gaps in result["itls"])
     assert result["request_goodput"] == result["request_throughput"] == pytest.approx(12 / result["duration"])
     assert result["max_concurrent_requests"] <= 12
     assert json.loads((tmp_path / "r.json").read_text()) == result
@@ -52,7 +53,7 @@ def test_chats_under_load(capsys: pytest.CaptureFixture[str], server_url: str) -
     result = measure(capsys, server_url, "--backend", "openai-chat", *load, "--save-detailed")
     assert (result["completed"], result["output_lens"], result["request_rate"]) == (4, [6] * 4, 100.0)
     # the event with the role is no token
-    assert all(len(gaps) == 5 for gaps in result["itls"])
+    assert all(len(gaps) <= 5 for gaps in result["itls"])
 
 
 def test_a_sharegpt_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
