@@ -34,6 +34,7 @@ RECORDED = {
 
 
 # the fingerprint names the architecture; that another one gives the same is expected, but not promised
+@pytest.mark.product
 @pytest.mark.skipif(
     cpu_architecture() not in RECORDED_ON, reason=f"recorded on {RECORDED_ON}, not {cpu_architecture()}"
 )
