@@ -31,6 +31,9 @@ from sempre.engine.version import __version__
 
 PEERS = Path(__file__).parent / "peers"
 
+# the threads of the engine before may still spin
+PAUSE_S = 1.0
+
 
 @dataclass
 class Engine:
@@ -110,6 +113,7 @@ def _measure(engines: list[Engine], args: argparse.Namespace) -> None:
     for concurrency in args.concurrency:
         for repetition in range(args.repetitions):
             for engine in engines:
+                time.sleep(PAUSE_S)
                 prompts = _prompts(concurrency, args.input_len, concurrency * 100 + repetition)
                 speed = engine.run(prompts, args.output_len)
                 engine.tokens_per_s.setdefault(concurrency, []).append(speed)
