@@ -76,6 +76,26 @@ def test_a_stream_adds_up_to_the_whole(server: ServerProcess, n: int) -> None:
     assert [choice["index"] for choice in whole["choices"]] == list(range(2 * n))
 
 
+@pytest.mark.parametrize("endpoint", ["completions", "chat/completions"])
+def test_a_stream_of_text_alone_adds_up_to_the_whole(server: ServerProcess, endpoint: str) -> None:
+    """Every choice with its own index, seed and text, though only the text of an event is encoded anew."""
+    fields: dict[str, Any] = {"max_tokens": 10, "seed": 7, "n": 3, "ignore_eos": True}
+    if endpoint == "completions":
+        fields["prompt"] = [PROMPT, "The ship"]
+    else:
+        fields["messages"] = [{"role": "user", "content": "Who is there?"}]
+    whole = server.http.post(f"/v1/{endpoint}", json=fields).json()["choices"]
+    chunks = events(server.http.post(f"/v1/{endpoint}", json={**fields, "stream": True}).text)
+    for choice in whole:
+        parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
+        if endpoint == "completions":
+            assert "".join(part["text"] for part in parts) == choice["text"]
+        else:
+            assert "".join(part["delta"].get("content") or "" for part in parts) == choice["message"]["content"]
+        assert {part["seed"] for part in parts} == {choice["seed"]} == {7 + choice["index"] % 3}
+        assert parts[-1]["finish_reason"] == choice["finish_reason"]
+
+
 def test_a_sibling_is_a_lone_request_with_its_seed(server: ServerProcess) -> None:
     fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 10, "return_token_ids": True}
     siblings = server.complete(**fields, seed=20, n=3).json()["choices"]
