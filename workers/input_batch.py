@@ -12,6 +12,7 @@ step brings some for a request, come after that one; the step samples behind eac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -95,11 +96,11 @@ class StepPlan:
     @property
     def reads_all_rows(self) -> bool:
         """Whether final hidden states are wanted of rows behind which nothing is sampled, or there are no such rows."""
-        num_sampled = int((1 + self.num_drafts)[self.samples].sum())
-        return num_sampled == self.ends[-1] or any(
+        return self.sampled_rows.rows.size == self.ends[-1] or any(
             state.sampling.params.prompt_logprobs is not None for state in self.states
         )
 
+    @cached_property
     def sampled_rows(self) -> SampledRows:
         """The rows behind which a token is sampled: a request's last one, and with drafts those before it."""
         requests = np.flatnonzero(self.samples)
@@ -237,7 +238,7 @@ class InputBatch:
     def build(self, scheduled: list[ScheduledRequest]) -> BatchStep:
         """A step on the CPU; raises as `plan` does."""
         plan = self.plan(scheduled)
-        outputs = None if plan.reads_all_rows else plan.sampled_rows()
+        outputs = None if plan.reads_all_rows else plan.sampled_rows
         return BatchStep(plan, self.rows(plan).on_cpu(self._block_size, outputs))
 
     def plan(self, scheduled: list[ScheduledRequest]) -> StepPlan:

@@ -91,7 +91,7 @@ class ModelRunner:
         `hidden` [T, H] if it has all rows of the step, else [M, H] those that sample.
         """
         results = [SampledTokens(request_id=state.request_id) for state in plan.states]
-        sampled = plan.sampled_rows()
+        sampled = plan.sampled_rows
         if not sampled.rows.size:
             return results
         if all_rows:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.outputs import CompletionOutput, RequestOutput
 from sempre.engine.server.body import read_model
-from sempre.engine.server.chunks import ChunkEncoder, TextFrame
+from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
@@ -143,7 +143,6 @@ class _Answer:
             fingerprint=self._fingerprint,
             options=request.stream_options,
         )
-        self._frames: dict[int, TextFrame] = {}
         asks_for_more = request.logprobs or request.return_token_ids or self._chunks.continuous_usage
         is_plain = all(isinstance(parser, PlainContent) for parser in parsers)
         self._only_text_differs = is_plain and not asks_for_more
@@ -187,13 +186,9 @@ class _Answer:
         if choice.finish_reason is not None:
             return self._chunks.choice(self._chunk_choice(choice))
         index, seed = choice.index, choice.seed
-        frame = self._frames.get(index)
-        if frame is None:
-            frame = self._chunks.frame(
-                lambda text: ChatChunkChoice(index, ChatDelta(content=text), None, None, None, seed)
-            )
-            self._frames[index] = frame
-        return frame.around(choice.text)
+        return self._chunks.text(
+            index, choice.text, lambda text: ChatChunkChoice(index, ChatDelta(content=text), None, None, None, seed)
+        )
 
     def last_event(self) -> bytes:
         """Return what comes before the end of the stream."""

@@ -15,15 +15,11 @@ _MARK = "\0"
 _ENCODED_MARK = _ENCODER.encode(_MARK)
 
 
-class TextFrame(NamedTuple):
-    """An event of which nothing but the text differs from token to token."""
+class _Frame(NamedTuple):
+    """An event without its text."""
 
     before: bytes
     behind: bytes
-
-    def around(self, text: str) -> bytes:
-        """Return the event with this text."""
-        return self.before + _ENCODER.encode(text) + self.behind
 
 
 class ChunkEncoder:
@@ -37,6 +33,7 @@ class ChunkEncoder:
         self._fingerprint = b'],"system_fingerprint":' + _ENCODER.encode(fingerprint)
         self.include_usage = options is not None and options.include_usage
         self.continuous_usage = options is not None and options.continuous_usage_stats
+        self._frames: dict[int, _Frame] = {}
         self._tail = self._fingerprint + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
 
     def choice(self, choice: CompletionChoice | ChatChunkChoice, usage: Usage | None = None) -> bytes:
@@ -44,10 +41,14 @@ class ChunkEncoder:
         tail = self._tail if usage is None else self._usage_tail(usage)
         return self._head + _ENCODER.encode(choice) + tail
 
-    def frame(self, marked: Callable[[str], CompletionChoice | ChatChunkChoice]) -> TextFrame:
-        """Return the event of `marked(text)` as a frame around the text; the text must stand in it once."""
-        before, _, behind = self.choice(marked(_MARK)).rpartition(_ENCODED_MARK)
-        return TextFrame(before, behind)
+    def text(self, index: int, text: str, choice_of: Callable[[str], CompletionChoice | ChatChunkChoice]) -> bytes:
+        """Return the event of `choice_of(text)`, of which nothing else differs between calls for choice `index`; the
+        text must stand in it once."""
+        frame = self._frames.get(index)
+        if frame is None:
+            before, _, behind = self.choice(choice_of(_MARK)).rpartition(_ENCODED_MARK)
+            frame = self._frames[index] = _Frame(before, behind)
+        return frame.before + _ENCODER.encode(text) + frame.behind
 
     def usage(self, usage: Usage) -> bytes:
         """Return the event that ends a stream with its usage."""

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
 from sempre.engine.outputs import CompletionOutput, RequestOutput
 from sempre.engine.server.body import read_model
-from sempre.engine.server.chunks import ChunkEncoder, TextFrame
+from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
@@ -93,7 +93,6 @@ class _Answer:
         self._fingerprint = service.engine.fingerprint
         self._writers: dict[int, CompletionLogprobsWriter] = {}
         self._begun: set[int] = set()
-        self._frames: dict[int, TextFrame] = {}
         self._chunks = ChunkEncoder(
             response_id=response_id,
             kind="text_completion",
@@ -131,12 +130,8 @@ class _Answer:
         if choice.finish_reason is not None:
             return self._chunks.choice(self._choice(place, output, choice))
         index = place * self._request.n + choice.index
-        frame = self._frames.get(index)
-        if frame is None:
-            seed = choice.seed
-            frame = self._chunks.frame(lambda text: CompletionChoice(index, text, None, None, None, seed))
-            self._frames[index] = frame
-        return frame.around(choice.text)
+        seed = choice.seed
+        return self._chunks.text(index, choice.text, lambda text: CompletionChoice(index, text, None, None, None, seed))
 
     def last_event(self) -> bytes:
         """Return what comes before the end of the stream."""

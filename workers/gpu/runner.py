@@ -127,7 +127,7 @@ class GpuModelRunner:
         if healthy:
             plan = self._batch.plan(healthy)
             flight.plan = plan
-            flight.sampling = plan.sampled_rows().requests.tolist()
+            flight.sampling = plan.sampled_rows.requests.tolist()
             self._batch.expect(plan.slots[plan.samples])
             rows = None if step.new_requests else self._decode_rows(plan)
             if not step.new_requests and plan.only_verifies:

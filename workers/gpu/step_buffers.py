@@ -113,7 +113,7 @@ class StepBuffers:
         token_ids, positions, slot_mapping, block_tables = (staging.put(array) for array in arrays)
         query_starts, context_lens = staging.put(rows.query_starts), staging.put(rows.context_lens)
         slots = staging.put(plan.slots)
-        places = plan.sampled_rows()
+        places = plan.sampled_rows
         sampled_rows, sampled_starts = staging.put(places.rows), staging.put(places.starts(len(plan.states)))
         sampled_slots = staging.put(plan.slots[places.requests].astype(np.int32))
         sampled_positions, offsets = staging.put(places.positions), staging.put(places.offsets.astype(np.int32))

@@ -75,7 +75,7 @@ class VerificationArrays(NamedTuple):
     def fill(self, plan: StepPlan, rows: StepRows) -> None:
         """Put the step in front of the padding; every row of it samples."""
         count, num_rows = len(plan.states), rows.token_ids.size
-        sampled = plan.sampled_rows()
+        sampled = plan.sampled_rows
         self.token_ids[:num_rows] = rows.token_ids
         self.token_ids[plan.first_rows[plan.num_tokens == 1]] = -1
         self.positions[:num_rows] = rows.positions
