@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -248,9 +249,12 @@ def test_an_asynchronous_peer(hub: HubChannel[ClientCommand], address: str) -> N
             assert arrival is not None
             hub.accept(arrival[0])
             assert await peer.receive(0.01) is None
-            hub.send(arrival[0], Heartbeat(steps_done=5))
             cancelled = asyncio.create_task(peer.receive(WAIT_S))
-            cancelled.cancel()
+            await asyncio.sleep(0)
+            hub.send(arrival[0], Heartbeat(steps_done=5))
+            while not int(peer.socket.get(zmq.EVENTS)) & zmq.POLLIN:
+                time.sleep(0.001)
+            assert cancelled.cancel()  # while it waits, and after the message has arrived
             assert await peer.receive(WAIT_S) == Heartbeat(steps_done=5)
 
     asyncio.run(converse())
