@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from sempre.ipc.messages import ExecuteStep, SampledTokens, WorkerConfig
+from sempre.workers.device_speed import DeviceSpeed
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.guessing import Guesser
 from sempre.workers.kv_cache import PagedKvCache, block_bytes
@@ -99,6 +100,7 @@ class Backend(Protocol):
     known once `begin` has been called"""
     max_steps_in_flight: int
     """known once `begin` has been called"""
+    speed: DeviceSpeed
 
     @property
     def placement(self) -> Placement: ...

@@ -25,6 +25,7 @@ from sempre.ipc.messages import (
     Proposed,
     SampledTokens,
     StartServing,
+    StepCosts,
     StepResult,
     WorkerConfig,
     WorkerReady,
@@ -99,6 +100,7 @@ class Worker:
             max_model_len=loaded.max_model_len,
             kv_block_bytes=loaded.block_bytes,
             available_kv_blocks=backend.available_blocks(loaded, self._draft_model),
+            costs=self._expected_costs(loaded),
             eos_token_ids=list(loaded.spec.eos_token_ids),
             fingerprint=self._fingerprint(),
             phase_seconds=seconds,
@@ -220,6 +222,11 @@ class Worker:
                 value=repr((command.args, command.kwargs)),
             ) from error
         return method
+
+    def _expected_costs(self, loaded: LoadedModel) -> StepCosts:
+        speed, draft = self._require_backend().speed, self._draft_model
+        guess = 0.0 if draft is None else speed.decode_seconds(draft.spec, draft.weights)
+        return speed.costs(speed.decode_seconds(loaded.spec, loaded.weights), guess)
 
     def _fingerprint(self) -> dict[str, str]:
         parts = self._require_backend().fingerprint(self._require_loaded())

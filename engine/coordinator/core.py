@@ -191,7 +191,10 @@ class EngineCore:
         speculation = None
         if config.speculative_config is not None:
             steps_ahead = self._startup.max_steps_in_flight > 1
-            speculation = SpeculationPlan(config.speculative_config, steps_ahead=steps_ahead)
+            costs = self._startup.costs
+            if self._drafts is not None:
+                costs = replace(costs, guess=self._drafts.step_seconds)
+            speculation = SpeculationPlan(config.speculative_config, steps_ahead=steps_ahead, costs=costs)
         return Scheduler(
             num_blocks=ready.num_blocks,
             block_size=ready.block_size,

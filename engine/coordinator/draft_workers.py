@@ -54,6 +54,12 @@ class DraftWorkers:
     def is_serving(self) -> bool:
         return self._executor is not None and self._startup is not None and self._startup.ready is not None
 
+    @property
+    def step_seconds(self) -> float:
+        """What one guess may be expected to take; known while they serve."""
+        assert self._startup is not None
+        return self._startup.costs.step
+
     def poll(self) -> list[str]:
         """Take what has arrived and send what is wanted; what the user should know. Raises only before the engine has
         served: a draft worker that cannot start is an error of the settings."""

@@ -22,6 +22,7 @@ from sempre.ipc.messages import (
     ModelLoaded,
     StartServing,
     StartupProgress,
+    StepCosts,
     WorkerEvent,
     WorkerHello,
     WorkerReady,
@@ -112,6 +113,11 @@ class StartUp:
     def max_steps_in_flight(self) -> int:
         """Steps that a worker takes before it has answered the first of them."""
         return self._loaded[0].max_steps_in_flight
+
+    @property
+    def costs(self) -> StepCosts:
+        """What a worker's steps may be expected to cost."""
+        return self._loaded[0].costs
 
     @property
     def max_prompt_tokens(self) -> int | None:

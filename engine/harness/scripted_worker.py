@@ -30,6 +30,7 @@ from sempre.ipc.messages import (
     SamplingSpec,
     ScheduledRequest,
     StartServing,
+    StepCosts,
     StepResult,
     WorkerConfig,
     WorkerReady,
@@ -66,6 +67,7 @@ class ScriptedWorker:
             max_model_len=command.config.max_model_len or _DEFAULT_MODEL_LEN,
             kv_block_bytes=1,
             available_kv_blocks=command.config.kv_cache_memory_bytes or _DEFAULT_BLOCKS,
+            costs=StepCosts(step=1e-3, row=0.0, result=0.0),
             fingerprint={"model": "scripted"},
             max_num_batched_tokens=command.config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS,
         )

@@ -2,7 +2,7 @@
 
     drafter.py    Drafter: what guesses from a sequence's own tokens
     lookup.py     TokenIndex; NgramDrafter, SuffixDrafter, RecentOutputs
-    adaptive.py   DraftLength: how many tokens to guess, from how the last guesses went
+    adaptive.py   DraftLength: how many tokens to guess, from how the last guesses went and what they cost
     speculation.py  Speculation: one request's side of it, as the scheduler asks for it; SpeculationPlan makes them
 
 A guess never reaches an output: the worker samples its own token at every position and keeps guesses only as far as

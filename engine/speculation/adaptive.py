@@ -1,22 +1,32 @@
-"""How many tokens to guess, from how the last guesses of the same request went."""
+"""How many tokens to guess, from how the last guesses of the same request went and what a guess costs."""
 
 from __future__ import annotations
 
-# a guess this likely to be kept is worth its row in the step
-_FLOOR = 0.2
+from typing import NamedTuple
+
 _START = 0.7
 _WEIGHT = 1 / 8
 
 
-class DraftLength:
-    """At most `longest`; 0 while the share of right guesses, weighted towards the last of them, is below `gate`.
+class GuessCosts(NamedTuple):
+    """In steps of the target."""
 
-    With rate r, the j-th guess counts with probability r^j; as many are made as keep that at or above a floor.
+    first: float
+    """what a step with guesses costs more, however many: the next one is not planned before its result is known"""
+    each: float
+    """a guess and its row in the step"""
+
+
+class DraftLength:
+    """At most `longest`; 0 while steps without guesses bring more tokens in the same time.
+
+    With share r of right guesses, weighted towards the last of them, a step with k guesses brings 1 + r + … + r^k
+    tokens (Leviathan et al., arXiv:2211.17192, section 3.1, for independent guesses) and costs 1 + first + k · each.
     """
 
-    def __init__(self, longest: int, *, gate: float, adaptive: bool = True) -> None:
+    def __init__(self, longest: int, *, costs: GuessCosts, adaptive: bool = True) -> None:
         self._longest = longest
-        self._gate = gate
+        self._costs = costs
         self._adaptive = adaptive
         self._rate = _START
         self.current = longest if not adaptive else self._length()
@@ -32,10 +42,12 @@ class DraftLength:
         self.current = self._length()
 
     def _length(self) -> int:
-        if self._rate < self._gate:
-            return 0
-        length, kept = 0, self._rate
-        while length < self._longest and kept >= _FLOOR:
-            length += 1
+        best, best_speed = 0, 1.0
+        tokens, kept, cost = 1.0, 1.0, 1.0 + self._costs.first
+        for length in range(1, self._longest + 1):
             kept *= self._rate
-        return length
+            tokens += kept
+            cost += self._costs.each
+            if tokens / cost > best_speed:
+                best, best_speed = length, tokens / cost
+        return best

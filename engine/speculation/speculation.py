@@ -6,16 +6,17 @@ from collections.abc import Callable
 from typing import Protocol
 
 from sempre.engine.config import EngineConfig, SpeculativeConfig
-from sempre.engine.speculation.adaptive import DraftLength
+from sempre.engine.speculation.adaptive import DraftLength, GuessCosts
 from sempre.engine.speculation.drafter import Drafter
 from sempre.engine.speculation.lookup import NgramDrafter, RecentOutputs, SuffixDrafter
+from sempre.ipc.messages import StepCosts
 
-# A request whose next step depends on the result of the last one cannot have two in flight; that must pay.
-_GATE = 0.25
-_GATE_AHEAD = 0.55
 _SUFFIX_LONGEST = 24
-# a draft model that was given up is asked again after this many tokens
+# A draft model that was given up is asked again after this many tokens, and each time in vain after twice as many.
 _PROBE_AFTER = 32
+_PROBE_LENGTH = 2
+# the way to a draft worker and back
+_ASKING_SECONDS = 0.3e-3
 # no step brings more guesses than this, so that the logits of their rows fit into a buffer of known size
 _MOST_DRAFTS_PER_STEP = 256
 
@@ -94,12 +95,14 @@ class LookupSpeculation:
 class ModelSpeculation:
     """Guesses of a draft model; `asks_worker`: it has a worker of its own, which is asked once a result is back."""
 
-    def __init__(self, length: DraftLength, *, asks_worker: bool) -> None:
+    def __init__(self, length: DraftLength, longest: int, *, asks_worker: bool) -> None:
         self._length = length
+        self._probe_length = min(longest, _PROBE_LENGTH)
         self._asks_worker = asks_worker
         self._guesses: list[int] = []
         self._num_known = -1
         self._tokens_without = 0
+        self._probe_after = _PROBE_AFTER
         self._in_flight = False
         self.awaits_worker = False
 
@@ -111,6 +114,8 @@ class ModelSpeculation:
     def drafts(self, token_ids: list[int], room: int) -> list[int]:
         guesses = self._guesses[:room] if self._num_known == len(token_ids) else []
         self._in_flight = bool(guesses)
+        if guesses:
+            self._tokens_without = 0
         return guesses
 
     def num_wanted(self) -> int:
@@ -122,14 +127,18 @@ class ModelSpeculation:
 
     def length(self) -> int:
         """How many guesses to ask for."""
-        if self._length.current == 0 and self._tokens_without >= _PROBE_AFTER:
-            return 1
+        if self._length.current == 0 and self._tokens_without >= self._probe_after:
+            return self._probe_length
         return self._length.current
 
     def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, proposed: list[int]) -> None:
         if drafts:
+            was_probe = self._length.current == 0
             self._length.observe(num_kept, missed=num_kept < len(drafts))
-            self._tokens_without = 0
+            if self._length.current > 0:
+                self._probe_after = _PROBE_AFTER
+            elif was_probe:
+                self._probe_after *= 2
         else:
             self._tokens_without += 1
         self._in_flight = False
@@ -140,6 +149,8 @@ class ModelSpeculation:
         """The worker's guesses of what comes after the first `num_known` tokens; too late is as good as none."""
         self.awaits_worker = False
         self._guesses, self._num_known = guesses, num_known
+        if not guesses:
+            self._tokens_without = 0
 
     def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
         self.awaits_worker = False
@@ -148,23 +159,32 @@ class ModelSpeculation:
 class SpeculationPlan:
     """Makes a `Speculation` for each request of one replica."""
 
-    def __init__(self, config: SpeculativeConfig, *, steps_ahead: bool) -> None:
-        """`steps_ahead`: the worker takes a step before the result of the one before it is known."""
+    def __init__(self, config: SpeculativeConfig, *, steps_ahead: bool, costs: StepCosts) -> None:
+        """`steps_ahead`: the worker takes a step before the result of the one before it is known. `costs`: expected of
+        the target, and of a draft model, wherever it is."""
         self._config = config
-        self._gate = _GATE_AHEAD if steps_ahead else _GATE
+        self._costs = guess_costs(costs, steps_ahead=steps_ahead, asks_worker=self.asks_worker)
         self._make_drafter = DRAFTERS[config.method](config) if config.method in DRAFTERS else None
 
     @property
     def asks_worker(self) -> bool:
-        return self._make_drafter is None and self._config.placement == "worker"
+        return self._config.placement == "worker"
 
     def start(self) -> Speculation:
         config = self._config
         longest = config.num_speculative_tokens
-        length = DraftLength(longest, gate=self._gate, adaptive=config.adaptive)
+        length = DraftLength(longest, costs=self._costs, adaptive=config.adaptive)
         if self._make_drafter is None:
-            return ModelSpeculation(length, asks_worker=self.asks_worker)
+            return ModelSpeculation(length, longest, asks_worker=self.asks_worker)
         return LookupSpeculation(self._make_drafter(), length, longest)
+
+
+def guess_costs(costs: StepCosts, *, steps_ahead: bool, asks_worker: bool) -> GuessCosts:
+    """What guesses cost where steps and results take as long as `costs` says."""
+    waiting = costs.result if steps_ahead else 0.0
+    if asks_worker:
+        waiting += _ASKING_SECONDS
+    return GuessCosts(first=waiting / costs.step, each=(costs.row + costs.guess) / costs.step)
 
 
 def _ngram_drafters(config: SpeculativeConfig) -> Callable[[], Drafter]:

@@ -153,6 +153,19 @@ class WorkerHello(Message, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
 
 
+class StepCosts(Data, frozen=True, kw_only=True):
+    """What steps may be expected to take, in seconds: a function of the model and the kind of device, not measured.
+
+    `step` is one of a single sequence that decodes, `row` one row more in it; `result` passes between the result of a
+    step and the next step that follows from it. `guess`: a token of the draft model that shares the device.
+    """
+
+    step: float
+    row: float
+    result: float
+    guess: float = 0.0
+
+
 class ModelLoaded(Message, frozen=True, kw_only=True):
     """Answer to LoadModel. The limits and `block_size` are those in use; `fingerprint` the parts this worker knows.
 
@@ -166,6 +179,7 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     max_model_len: Positive
     kv_block_bytes: Positive
     available_kv_blocks: Positive
+    costs: StepCosts
     eos_token_ids: list[TokenId] = []
     fingerprint: dict[str, str] = {}
     phase_seconds: dict[str, float] = {}

@@ -116,7 +116,7 @@ def test_messages_come_back_as_they_were() -> None:
         (["StepResult", 0, 0, [["a", [0, 2**31]]]], "StepResult.sampled[0].token_ids[1]"),
         (["StepResult", 0, 0, [["a", [], [1, 0, b"", b"", b""]]]], "StepResult.sampled[0].logprobs.width"),
         (["StepResult", 0, 0, [["a", [], [1, 1, b""]]]], "StepResult.sampled[0].logprobs.logprobs"),
-        (["ModelLoaded", 0, ["a", "b"], 1, 1, 1, 1], "ModelLoaded.digests_before_load.torch_cpu"),
+        (["ModelLoaded", 0, ["a", "b"], 1, 1, 1, 1, [1, 1, 1]], "ModelLoaded.digests_before_load.torch_cpu"),
         (["Refused", ["T", "m", None, "", {"fact": 1.5}]], "Refused.error.facts[…]"),
         (["StepResults", 0, 0], "tag"),
         ([7], "tag"),

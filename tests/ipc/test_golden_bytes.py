@@ -68,7 +68,13 @@ EXAMPLES: list[m.Message] = [
     m.ShutdownWorker(),
     m.WorkerHello(protocol_version=1, rank=0, pid=2, versions={"torch": "2"}),
     m.ModelLoaded(
-        rank=0, digests_before_load=DIGESTS, vocab_size=10, max_model_len=20, kv_block_bytes=64, available_kv_blocks=3
+        rank=0,
+        digests_before_load=DIGESTS,
+        vocab_size=10,
+        max_model_len=20,
+        kv_block_bytes=64,
+        available_kv_blocks=3,
+        costs=m.StepCosts(step=0.5, row=0.25, result=0.125),
     ),
     m.WorkerReady(rank=0, digests_after_warm_up=DIGESTS),
     m.StepResult(rank=0, step_id=1, sampled=[m.SampledTokens(request_id="r", token_ids=[5], logprobs=ROWS)]),
@@ -124,7 +130,10 @@ GOLDEN = {
     "CallMethod": "95aa43616c6c4d6574686f6401a470696e679080",
     "ShutdownWorker": "91ae53687574646f776e576f726b6572",
     "WorkerHello": "95ab576f726b657248656c6c6f01000281a5746f726368a132",
-    "ModelLoaded": "9eab4d6f64656c4c6f616465640094a170a16ea174a00a1440039080800110cd0800c0",
+    "ModelLoaded": """
+        9fab4d6f64656c4c6f616465640094a170a16ea174a00a14400394cb3fe0000000000000cb3fd0000000000000cb3fc0
+        000000000000cb00000000000000009080800110cd0800c0
+    """,
     "WorkerReady": "95ab576f726b657252656164790094a170a16ea174a08080",
     "StepResult": "94aa53746570526573756c7400019196a1729105950101c40401000000c404000080bfc40401000000c0c090",
     "Proposed": "94a850726f706f73656401019292050690",

@@ -16,6 +16,7 @@ from sempre.kernels.attention import AttentionWorkspace, allocate_attention_work
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import LoadedModel, ModelOutline, Runner
+from sempre.workers.device_speed import DeviceSpeed
 from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.fingerprint import fingerprint_parts
@@ -45,6 +46,10 @@ class GpuBackend:
     max_num_batched_tokens = 8192
     max_prompt_tokens: int | None = None
     max_steps_in_flight = 2
+    # an H100, models of 20 MB to 16 GB
+    speed = DeviceSpeed(
+        step_seconds=0.2e-3, layer_seconds=20e-6, bytes_per_second=3e12, row_share=0.02, result_seconds=0.3e-3
+    )
 
     def __init__(self, device: torch.device, compiler: CompilerProcess | None) -> None:
         self.device = device

@@ -23,7 +23,13 @@ from sempre.ipc.errors import ConfigError, ModelError, SeedMismatch
 from sempre.ipc.messages import ClientCommand, ClientEvent, EngineNotice, OutputsReady, RequestSpec
 
 HERE = Path(__file__).parent
-DRAFTING = {"method": "draft_model", "model": "tiny-draft", "num_speculative_tokens": 4, "placement": "worker"}
+DRAFTING = {
+    "method": "draft_model",
+    "model": "tiny-draft",
+    "num_speculative_tokens": 4,
+    "placement": "worker",
+    "adaptive": False,
+}
 SETTINGS: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 1}
 
 

@@ -20,9 +20,11 @@ from sempre.ipc.messages import (
     RequestSpec,
     SampledTokens,
     SamplingSpec,
+    StepCosts,
     StepResult,
 )
 
+COSTS = StepCosts(step=1.0, row=0.0, result=0.0)
 DRAFT_MODEL = SpeculativeConfig(method="draft_model", num_speculative_tokens=4, adaptive=False)
 
 
@@ -320,7 +322,7 @@ def test_the_model_length_caps_max_tokens() -> None:
 
 def guessing_replica(guesses: list[int], **params: Any) -> tuple[Replica, ExecuteStep]:
     """A replica whose draft model has guessed what follows the first token, and the step that verifies it."""
-    replica = Replica(speculation=SpeculationPlan(DRAFT_MODEL, steps_ahead=False), max_draft_tokens=8)
+    replica = Replica(speculation=SpeculationPlan(DRAFT_MODEL, steps_ahead=False, costs=COSTS), max_draft_tokens=8)
     replica.add(spec("a", **params))
     step = replica.schedule()
     assert step.scheduled[0].num_drafts == 4

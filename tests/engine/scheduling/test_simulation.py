@@ -34,11 +34,13 @@ from sempre.ipc.messages import (
     SampledTokens,
     SamplingSpec,
     ScheduledRequest,
+    StepCosts,
     StepResult,
 )
 
 MASK = 2**64 - 1
 NUM_TOKEN_IDS = 6
+COSTS = StepCosts(step=1.0, row=0.05, result=0.2, guess=0.1)
 
 
 def extend(prefix: int, token_id: int) -> int:
@@ -186,7 +188,7 @@ class Setup:
         names = self.__dataclass_fields__.keys() - {"max_in_flight", "speculative"}
         arguments = {name: getattr(self, name) for name in names}
         if self.speculative is not None:
-            plan = SpeculationPlan(self.speculative, steps_ahead=self.max_in_flight > 1)
+            plan = SpeculationPlan(self.speculative, steps_ahead=self.max_in_flight > 1, costs=COSTS)
             arguments |= {"speculation": plan, "max_draft_tokens": 6}
         return Scheduler(**arguments)
 

@@ -17,7 +17,15 @@ from no_gpu import without_gpu
 from sempre.engine.config import SpeculativeConfig
 from sempre.engine.scheduling import Scheduler
 from sempre.engine.speculation import SpeculationPlan, speculation
-from sempre.ipc.messages import ExecuteStep, RequestSpec, SampledTokens, SamplingSpec, StepResult, WorkerConfig
+from sempre.ipc.messages import (
+    ExecuteStep,
+    RequestSpec,
+    SampledTokens,
+    SamplingSpec,
+    StepCosts,
+    StepResult,
+    WorkerConfig,
+)
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import LoadedModel
 from sempre.workers.cpu_backend import CpuBackend
@@ -184,7 +192,8 @@ def test_steps_with_drafts_give_the_bits_of_the_cpu_without(
 
     monkeypatch.setattr(gpu_runner, "_run_verification", count)
     config = SpeculativeConfig(method="ngram", num_speculative_tokens=size, adaptive=False)
-    found, scheduler = _run(gpu_runner, specs, SpeculationPlan(config, steps_ahead=depth > 1), depth)
+    plan = SpeculationPlan(config, steps_ahead=depth > 1, costs=StepCosts(step=1.0, row=0.0, result=0.0))
+    found, scheduler = _run(gpu_runner, specs, plan, depth)
     assert found == expected
     stats = scheduler.stats()
     assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
