@@ -19,7 +19,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from sempre.engine import LLM, SamplingParams
+from sempre.engine import LLM, Counter, SamplingParams
 from sempre.ipc.messages import NewRequest
 from sempre.workers.drafting import Drafting
 
@@ -109,7 +109,7 @@ def _row(off: LLM, on: LLM, kind: str, temperature: float, name: str, options: a
 
 def _counts(llm: LLM) -> tuple[int, int, int]:
     """Drafts, drafted tokens, accepted tokens."""
-    values = {m.name: m.value for m in llm.get_metrics() if "position" not in m.labels}  # type: ignore[attr-defined]
+    values = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
     drafts, tokens, accepted = (
         int(values[f"sempre:spec_decode_num_{name}"]) for name in ("drafts", "draft_tokens", "accepted_tokens")
     )

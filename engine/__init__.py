@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
     from sempre.engine.health import EngineHealth, WorkerHealth
     from sempre.engine.llm import LLM
-    from sempre.engine.metrics import Counter, Gauge, Metric
+    from sempre.engine.metrics import Counter, Gauge, Histogram, Metric
     from sempre.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ScoringOutput
     from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
     from sempre.engine.structured_outputs import StructuredOutputsParams
@@ -53,6 +53,7 @@ __all__ = [
     "EngineHealth",
     "EngineUnhealthy",
     "Gauge",
+    "Histogram",
     "InvarianceError",
     "Logprob",
     "Metric",
@@ -83,7 +84,7 @@ _NAMES_BY_MODULE = {
     "sempre.engine.config": ("EngineConfig",),
     "sempre.engine.health": ("EngineHealth", "WorkerHealth"),
     "sempre.engine.llm": ("LLM",),
-    "sempre.engine.metrics": ("Counter", "Gauge", "Metric"),
+    "sempre.engine.metrics": ("Counter", "Gauge", "Histogram", "Metric"),
     "sempre.engine.outputs": ("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "ScoringOutput"),
     "sempre.engine.frontend.prompts": ("PromptType", "TextPrompt", "TokensPrompt"),
     "sempre.engine.sampling_params": ("RequestOutputKind", "SamplingParams"),

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 PREFIX = "sempre:"
 _GAUGES = frozenset({"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"})
+_HISTOGRAMS = frozenset({"iteration_tokens_total"})
 _LABEL_OF_PARTS = {"request_success": "finished_reason", "spec_decode_num_accepted_tokens_per_pos": "position"}
 
 Labels = dict[str, str]
@@ -33,13 +34,30 @@ class Gauge(Metric, frozen=True, kw_only=True):
     value: float
 
 
+class Histogram(Metric, frozen=True, kw_only=True):
+    """How many of `count` observations, which add up to `sum`, were at most each bound of `buckets`; as Counter."""
+
+    count: int
+    sum: float
+    buckets: dict[str, int]
+
+
 def read_metrics(report: Mapping[str, ReportedValue], model_name: str) -> list[Metric]:
-    """Return one metric per value of the coordinator's report, in its order."""
-    return [
-        _metric(name, value, {"model_name": model_name, **labels})
-        for name, reported in report.items()
-        for value, labels in _labelled(name, reported)
-    ]
+    """Return one metric per value or histogram of the coordinator's report, in its order."""
+    metrics: list[Metric] = []
+    for name, reported in report.items():
+        if name in _HISTOGRAMS and isinstance(reported, dict):
+            metrics.append(_histogram(name, reported, {"model_name": model_name}))
+            continue
+        metrics += [
+            _metric(name, value, {"model_name": model_name, **labels}) for value, labels in _labelled(name, reported)
+        ]
+    return metrics
+
+
+def _histogram(name: str, reported: dict[str, float], labels: Labels) -> Histogram:
+    buckets = {bound: int(value) for bound, value in reported.items() if bound != "sum"}
+    return Histogram(name=PREFIX + name, labels=labels, count=buckets["+Inf"], sum=reported["sum"], buckets=buckets)
 
 
 def _labelled(name: str, reported: ReportedValue) -> list[tuple[float, Labels]]:

@@ -30,7 +30,8 @@ Report = dict[str, float | list[float] | dict[str, float]]
 
 
 def metrics_report(replicas: Sequence[SchedulerStats], *, speculation: int = 0) -> Report:
-    """One list per name with a value per replica; `request_success` counts all replicas by finish reason.
+    """One list per name with a value per replica. `request_success` counts all replicas by finish reason, and
+    `iteration_tokens_total` their steps by number of tokens: those up to each bound, and the sum.
 
     `speculation` is the most guesses per step; accepted ones are counted, for all replicas, by their place in a guess.
     """
@@ -44,6 +45,8 @@ def metrics_report(replicas: Sequence[SchedulerStats], *, speculation: int = 0) 
             str(place): float(sum(count[place] for count in counts if place < len(count)))
             for place in range(speculation)
         }
+    parts = [dict(stats.tokens_per_step.buckets()) | {"sum": stats.tokens_per_step.sum} for stats in replicas]
+    report["iteration_tokens_total"] = {name: sum(part[name] for part in parts) for name in parts[0]}
     report["request_success"] = {
         reason: float(sum(stats.finished.get(reason, 0) for stats in replicas)) for reason in replicas[0].finished
     }

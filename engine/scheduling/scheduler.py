@@ -159,6 +159,7 @@ class Scheduler:
             return None
         self._next_step_id += 1
         self._counters.num_steps += 1
+        self._counters.tokens_per_step.observe(self._max_num_batched_tokens - draft.budget)
         self._in_flight.append(draft)
         finished_ids, self._finished_ids = self._finished_ids, []
         return ExecuteStep(
@@ -439,7 +440,7 @@ class Scheduler:
         return True
 
     def stats(self) -> SchedulerStats:
-        """A snapshot."""
+        """A snapshot, but for `tokens_per_step`, which goes on."""
         return msgspec.structs.replace(
             self._counters,
             num_running=len(self._running),

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from msgspec import Struct, field
 
+from sempre.engine.observations import Observations
+
+# those of vLLM
+_ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
 
 class SchedulerStats(Struct, kw_only=True):
     """Gauges are of now; counters run since the scheduler was made. Token counts include no placeholder."""
@@ -15,6 +20,7 @@ class SchedulerStats(Struct, kw_only=True):
 
     # counters
     num_steps: int = 0
+    tokens_per_step: Observations = field(default_factory=lambda: Observations(_ITERATION_TOKENS))
     num_preemptions: int = 0
     num_worker_restarts: int = 0
     prompt_tokens: int = 0  # of requests admitted for the first time

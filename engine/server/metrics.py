@@ -7,7 +7,6 @@ when they are read.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,9 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from sempre.engine.frontend.request_builder import PreparedRequest
-from sempre.engine.metrics import PREFIX, Counter, Metric
+from sempre.engine.metrics import PREFIX, Counter, Gauge, Metric
+from sempre.engine.metrics import Histogram as EngineHistogram
+from sempre.engine.observations import Observations
 from sempre.engine.outputs import RequestMetrics, RequestOutput
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -29,32 +30,15 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 _COUNTS = (1, 2, 5, 10, 20)
 
 
-class Histogram:
-    """Counts of observations between `bounds`, the last of which is infinity."""
+class Histogram(Observations):
+    """Observations with the name and the help of their family."""
+
+    __slots__ = ("help_text", "name")
 
     def __init__(self, name: str, help_text: str, bounds: Sequence[float]) -> None:
+        super().__init__(bounds)
         self.name = name
         self.help_text = help_text
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Return (upper bound, observations up to it) in ascending order."""
-        total = 0
-        buckets = []
-        for bound, count in zip((*self._bounds, None), self._counts, strict=True):
-            total += count
-            buckets.append(("+Inf" if bound is None else str(float(bound)), float(total)))
-        return buckets
-
-    @property
-    def sum(self) -> float:
-        return self._sum
 
 
 class ServerMetrics:
@@ -195,16 +179,28 @@ class _Families(Collector):
 
 
 def _engine_families(metrics: Iterable[Metric]) -> Iterator[Family]:
-    families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+    by_name: dict[str, list[Metric]] = {}
     for metric in metrics:
-        is_counter = isinstance(metric, Counter)
-        family = families.get(metric.name)
-        if family is None:
-            kind = CounterMetricFamily if is_counter else GaugeMetricFamily
-            family = families[metric.name] = kind(
-                metric.name,
-                f"{metric.name.removeprefix(PREFIX).replace('_', ' ')}, of the engine.",
-                labels=list(metric.labels),
-            )
-        family.add_metric(list(metric.labels.values()), metric.value)  # type: ignore[attr-defined]
-    yield from families.values()
+        by_name.setdefault(metric.name, []).append(metric)
+    for name, values in by_name.items():
+        yield _engine_family(name, f"{name.removeprefix(PREFIX).replace('_', ' ')}, of the engine.", values)
+
+
+def _engine_family(name: str, help_text: str, metrics: list[Metric]) -> Family:
+    labels = list(metrics[0].labels)
+    histogram = HistogramMetricFamily(name, help_text, labels=labels)
+    counter = CounterMetricFamily(name, help_text, labels=labels)
+    gauge = GaugeMetricFamily(name, help_text, labels=labels)
+    family: Family = gauge
+    for metric in metrics:
+        places = list(metric.labels.values())
+        match metric:
+            case EngineHistogram(buckets=buckets, sum=total):
+                family = histogram
+                histogram.add_metric(places, [(bound, float(count)) for bound, count in buckets.items()], total)
+            case Counter(value=count):
+                family = counter
+                counter.add_metric(places, count)
+            case Gauge(value=value):
+                gauge.add_metric(places, value)
+    return family

@@ -12,7 +12,7 @@ import pytest
 from drafters import drafting_with
 from workload import KV_BLOCK_BYTES
 
-from sempre.engine import LLM, SamplingParams
+from sempre.engine import LLM, Counter, Gauge, SamplingParams
 from sempre.engine.outputs import CompletionOutput
 from sempre.engine.speculation.adaptive import GuessCosts
 from sempre.workers import model_runner
@@ -110,8 +110,9 @@ def run(llm: LLM, kinds: tuple[str, ...] = ALL_KINDS, *, alone: bool = False) ->
 def counted(llm: LLM) -> dict[str, float]:
     """Metrics of the one replica by name; accepted tokens per position under their position."""
     return {
-        metric.name.removeprefix("sempre:") + metric.labels.get("position", ""): metric.value  # type: ignore[attr-defined]
+        metric.name.removeprefix("sempre:") + metric.labels.get("position", ""): metric.value
         for metric in llm.get_metrics()
+        if isinstance(metric, Counter | Gauge)
     }
 
 

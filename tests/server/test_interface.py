@@ -313,6 +313,9 @@ def test_metrics_count(server: ServerProcess) -> None:
     assert grown['sempre:request_generation_tokens_count{model_name="tiny"}'] == 2
     assert grown['sempre:e2e_request_latency_seconds_count{model_name="tiny"}'] == 1
     assert grown['sempre:request_success_total{finished_reason="length",model_name="tiny"}'] == 2
+    steps = grown['sempre:iterations_total{engine="0",model_name="tiny"}']
+    assert grown['sempre:iteration_tokens_total_count{model_name="tiny"}'] == steps
+    assert steps < grown['sempre:iteration_tokens_total_sum{model_name="tiny"}'] <= 10 + 2 * len(PROMPT)
     parts = {}
     for part in ("queue", "prefill", "decode", "inference"):
         assert grown[f'sempre:request_{part}_time_seconds_count{{model_name="tiny"}}'] == 1
