@@ -92,7 +92,7 @@ class Arguments(NamedTuple):
 
 
 # Keywords of vLLM that this engine lacks, each with the values that ask for nothing beyond what is done anyway.
-_VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
+VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "allowed_local_media_path": ("",),
     "allowed_media_domains": (None,),
     "async_scheduling": (None, False),
@@ -214,8 +214,8 @@ def engine_config(model: str, *, revision: str | None = None, **keywords: Any) -
 
 def _refuse_unknown(name: str, value: object, known: list[str]) -> None:
     """Accept a keyword of vLLM that asks for what is done anyway; raise for every other one."""
-    if name in _VLLM_KEYWORDS:
-        if any(type(value) is type(same) and value == same for same in _VLLM_KEYWORDS[name]):
+    if name in VLLM_KEYWORDS:
+        if any(type(value) is type(same) and value == same for same in VLLM_KEYWORDS[name]):
             return
         shown = name if name in _SECRETS else f"{name}={value!r}"
         raise ConfigError(

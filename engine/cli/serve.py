@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from sempre.engine.arguments import SHORT_SPECULATION, FrontendConfig, field_types, parse_arguments
+from sempre.engine.arguments import SHORT_SPECULATION, VLLM_KEYWORDS, FrontendConfig, field_types, parse_arguments
 from sempre.engine.cli.arguments import add_config_flags, add_engine_flags, config_values, engine_keywords
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.config import EngineConfig
@@ -17,7 +17,7 @@ from sempre.engine.server.config import SECRETS, ServerConfig, server_config
 from sempre.ipc.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "SEMPRE_"
-_ENGINE_SETTINGS = (*field_types(EngineConfig), *field_types(FrontendConfig), *SHORT_SPECULATION)
+_ENGINE_SETTINGS = (*field_types(EngineConfig), *field_types(FrontendConfig), *SHORT_SPECULATION, *VLLM_KEYWORDS)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

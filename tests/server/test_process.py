@@ -229,7 +229,7 @@ def test_settings_from_everywhere(
 ) -> None:
     """A flag comes before the environment, that before the file; what is printed can be read again."""
     file = tmp_path / "serve.yaml"
-    file.write_text("model: tiny\nport: 1\nmax-num-seqs: 7\nhost: ::1\napi_key: [hidden]\n")
+    file.write_text("model: tiny\nport: 1\nmax-num-seqs: 7\nkv-cache-dtype: auto\nhost: ::1\napi_key: [hidden]\n")
     monkeypatch.setenv("SEMPRE_PORT", "2")
     monkeypatch.setenv("SEMPRE_HOST", "127.0.0.9")
     assert main(["serve", "--config", str(file), "--print-config", "--port", "3"]) == 0
@@ -272,6 +272,8 @@ def test_short_flags_of_speculation(where: str, tmp_path: Path, capsys: pytest.C
         (("tiny", "--ssl-keyfile", "/nothing", "--ssl-certfile", "/nothing"), "ssl_keyfile /nothing cannot be read"),
         (("tiny", "--ssl-keyfile", __file__, "--ssl-certfile", __file__), "no certificate and its key"),
         (("tiny", "--config", "/nothing"), "/nothing"),
+        (("tiny", "--kv-cache-dtype", "fp8"), "kv_cache_dtype='fp8' is not supported by this engine"),
+        (("tiny", "--no-enable-chunked-prefill"), "enable_chunked_prefill=False is not supported by this engine"),
         (("tiny", "--data-parallel-size", "0"), "data_parallel_size must be at least 1"),
     ],
 )
