@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from typing import Any
 
@@ -15,6 +16,8 @@ from sempre.engine.config import EngineConfig
 from sempre.engine.executor.threads import threads_beside_a_server
 from sempre.engine.server.config import SECRETS, ServerConfig, server_config
 from sempre.ipc.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 ENVIRONMENT_PREFIX = "SEMPRE_"
 _ENGINE_SETTINGS = (*field_types(EngineConfig), *field_types(FrontendConfig), *SHORT_SPECULATION, *VLLM_KEYWORDS)
@@ -50,8 +53,10 @@ def run(namespace: argparse.Namespace) -> int:
     from sempre.engine.server.logs import set_up_logging
     from sempre.engine.server.run import api_keys, serve
 
-    api_keys(server)
+    keys = api_keys(server)
     set_up_logging(server.log_format, debug=namespace.debug)
+    if not keys and os.environ.get("VLLM_API_KEY"):
+        logger.warning("VLLM_API_KEY is not read, so requests need no key; set %sAPI_KEY", ENVIRONMENT_PREFIX)
     serve(AsyncLLM(model, **engine), server)
     return 0
 

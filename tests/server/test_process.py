@@ -282,6 +282,19 @@ def test_refused_settings(arguments: tuple[str, ...], message: str, capsys: pyte
     assert message in capsys.readouterr().err
 
 
+def test_a_number_in_a_file_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text('data_parallel_size: "2"\n')
+    assert main(["serve", "tiny", "--config", str(file), "--print-config"]) == 2
+    assert "data_parallel_size must be an int, got '2'" in capsys.readouterr().err
+
+
+def test_a_key_for_vllm_is_not_taken_for_one(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log", *FLAGS, environment={"VLLM_API_KEY": "hidden"}) as server:
+        assert "VLLM_API_KEY is not read, so requests need no key; set SEMPRE_API_KEY" in server.log
+        assert "hidden" not in server.log
+
+
 def test_an_address_in_use_is_one_line() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
