@@ -92,7 +92,7 @@ class Arguments(NamedTuple):
 
 
 # Keywords of vLLM that this engine lacks, each with the values that ask for nothing beyond what is done anyway.
-_VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
+VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "allowed_local_media_path": ("",),
     "allowed_media_domains": (None,),
     "async_scheduling": (None, False),
@@ -130,6 +130,7 @@ _INSTEAD = {
     "hf_token": "Set the environment variable HF_TOKEN.",
     "override_generation_config": "Give SamplingParams.",
 }
+_SECRETS = ("hf_token",)
 _LEAST = {
     "max_model_len": 1,
     "max_num_seqs": 1,
@@ -143,6 +144,8 @@ _LEAST = {
     "max_request_crashes": 1,
     "max_message_bytes": 1 << 16,
 }
+# What a message can carry.
+_MOST = 2**63 - 1
 _ONLY_VALUE: dict[str, object] = {"tensor_parallel_size": 1}
 SHORT_SPECULATION: dict[str, Any] = {
     "spec_method": Annotated[SpeculativeMethod | None, _doc("speculative_config's method")],
@@ -211,13 +214,14 @@ def engine_config(model: str, *, revision: str | None = None, **keywords: Any) -
 
 def _refuse_unknown(name: str, value: object, known: list[str]) -> None:
     """Accept a keyword of vLLM that asks for what is done anyway; raise for every other one."""
-    if name in _VLLM_KEYWORDS:
-        if any(type(value) is type(same) and value == same for same in _VLLM_KEYWORDS[name]):
+    if name in VLLM_KEYWORDS:
+        if any(type(value) is type(same) and value == same for same in VLLM_KEYWORDS[name]):
             return
+        shown = name if name in _SECRETS else f"{name}={value!r}"
         raise ConfigError(
-            f"{name}={value!r} is not supported by this engine. {_INSTEAD.get(name, 'Leave it out.')}",
+            f"{shown} is not supported by this engine. {_INSTEAD.get(name, 'Leave it out.')}",
             parameter=name,
-            value=value,
+            value=None if name in _SECRETS else value,
         )
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -262,6 +266,8 @@ def _check_ranges(engine: Mapping[str, Any]) -> None:
         least = _LEAST.get(name)
         if least is not None and value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}.", parameter=name, value=value)
+        if least is not None and value is not None and value > _MOST:
+            raise ConfigError(f"{name} must be at most {_MOST}, got {value}.", parameter=name, value=value)
         if name in _ONLY_VALUE and value != _ONLY_VALUE[name]:
             raise ConfigError(
                 f"{name} can only be {_ONLY_VALUE[name]!r} for now, got {value!r}.", parameter=name, value=value

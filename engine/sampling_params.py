@@ -28,8 +28,11 @@ MAX_LOGIT_BIAS = 100.0
 UNSUPPORTED_PARAMETERS = frozenset(
     {
         "best_of",
+        "early_stopping",
         "extra_args",
         "flat_logprobs",
+        "guided_decoding",
+        "length_penalty",
         "logits_processors",
         "logprob_token_ids",
         "prompt_logprob_start",
@@ -40,9 +43,14 @@ UNSUPPORTED_PARAMETERS = frozenset(
         "stream_interval",
         "thinking_token_budget",
         "truncate_prompt_tokens",
+        "use_beam_search",
         "watermarking",
     }
 )
+_INSTEAD = {
+    "guided_decoding": "Use structured_outputs=StructuredOutputsParams(…).",
+    "logits_processors": "Use logit_bias, allowed_token_ids or bad_words.",
+}
 
 
 class RequestOutputKind(IntEnum):
@@ -103,8 +111,9 @@ class SamplingParams:
         known = [field.name for field in fields(cls)]
         for name in keywords:
             if name in UNSUPPORTED_PARAMETERS:
+                instead = _INSTEAD.get(name, "Leave it out.")
                 raise ConfigError(
-                    f"{name} is not supported by this engine. Leave it out.", parameter=name, value=keywords[name]
+                    f"{name} is not supported by this engine. {instead}", parameter=name, value=keywords[name]
                 )
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)

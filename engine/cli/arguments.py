@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from sempre.engine.arguments import SHORT_SPECULATION, FrontendConfig, field_types
+from sempre.engine.arguments import SHORT_SPECULATION, VLLM_KEYWORDS, FrontendConfig, field_types
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.config import EngineConfig
 from sempre.engine.sampling_params import SamplingParams
@@ -19,7 +19,14 @@ from sempre.engine.sampling_params import SamplingParams
 SAMPLING_SEED = "sampling_seed"
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 _REPEATED = ("stop", "bad_words")
-_ALIASES = {"speculative_config": ("-sc",)}
+_ALIASES = {
+    "compilation_config": ("-cc",),
+    "data_parallel_size": ("-dp",),
+    "enable_expert_parallel": ("-ep",),
+    "pipeline_parallel_size": ("-pp",),
+    "speculative_config": ("-sc",),
+    "tensor_parallel_size": ("-tp",),
+}
 _NOT_FLAGS = ("output_kind",)
 
 
@@ -42,6 +49,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("speculation, in short")
     for name, hint in SHORT_SPECULATION.items():
         _add_flag(group, name, hint, "default: none")
+    for name, accepted in VLLM_KEYWORDS.items():
+        _add_vllm_flag(parser, name, accepted)
 
 
 def add_config_flags(parser: argparse.ArgumentParser, title: str, *configs: type[msgspec.Struct]) -> None:
@@ -78,7 +87,8 @@ def add_sampling_flags(
 def engine_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
     """Return the engine keywords that were given."""
     values = config_values(namespace, EngineConfig) | config_values(namespace, FrontendConfig)
-    return values | {name: getattr(namespace, name) for name in SHORT_SPECULATION if hasattr(namespace, name)}
+    others = (*SHORT_SPECULATION, *VLLM_KEYWORDS)
+    return values | {name: getattr(namespace, name) for name in others if hasattr(namespace, name)}
 
 
 def sampling_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -107,8 +117,28 @@ def _add_flag(group: Any, name: str, hint: Any, default: str) -> None:
     else:
         converter, keywords["metavar"] = _converter(kind)
         keywords["type"] = converter
-    flags = ["--" + name.replace("_", "-"), *_ALIASES.get(name, ())]
-    group.add_argument(*flags, **keywords)
+    group.add_argument(*_flags(name), **keywords)
+
+
+def _add_vllm_flag(parser: argparse.ArgumentParser, name: str, accepted: tuple[object, ...]) -> None:
+    """Add a flag that help does not list: its value is accepted or refused as the keyword of `LLM` is."""
+    keywords: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    if any(isinstance(value, bool) for value in accepted):
+        keywords["action"] = argparse.BooleanOptionalAction
+    else:
+        keywords["type"] = _json_or_text
+    parser.add_argument(*_flags(name), **keywords)
+
+
+def _flags(name: str) -> list[str]:
+    return ["--" + name.replace("_", "-"), *_ALIASES.get(name, ())]
+
+
+def _json_or_text(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _unwrap(hint: Any) -> tuple[Any, str]:

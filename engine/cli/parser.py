@@ -40,7 +40,8 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{message}. See {self.prog} --help.")
 
     def _refuse(self, flag: str) -> NoReturn:
-        near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        listed = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
+        near = difflib.get_close_matches(flag, listed, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"See {self.prog} --help."
         raise UsageError(f"unknown flag {flag}. {hint}")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from typing import Any
 
 import msgspec
 
-from sempre.engine.arguments import FrontendConfig, field_types
+from sempre.engine.arguments import SHORT_SPECULATION, VLLM_KEYWORDS, FrontendConfig, field_types, parse_arguments
 from sempre.engine.cli.arguments import add_config_flags, add_engine_flags, config_values, engine_keywords
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.config import EngineConfig
@@ -16,7 +17,10 @@ from sempre.engine.executor.threads import threads_beside_a_server
 from sempre.engine.server.config import SECRETS, ServerConfig, server_config
 from sempre.ipc.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 ENVIRONMENT_PREFIX = "SEMPRE_"
+_ENGINE_SETTINGS = (*field_types(EngineConfig), *field_types(FrontendConfig), *SHORT_SPECULATION, *VLLM_KEYWORDS)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,15 +36,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     settings = _settings(namespace)
-    names = {"server": field_types(ServerConfig), "engine": field_types(EngineConfig) | field_types(FrontendConfig)}
-    server = server_config({name: value for name, value in settings.items() if name in names["server"]})
-    engine = {name: value for name, value in settings.items() if name in names["engine"]}
-    if not engine.get("num_threads"):
-        workers = engine.get("data_parallel_size", 1) * engine.get("tensor_parallel_size", 1)
-        engine["num_threads"] = threads_beside_a_server(workers)
+    server = server_config({name: value for name, value in settings.items() if name in field_types(ServerConfig)})
+    engine = {name: value for name, value in settings.items() if name in _ENGINE_SETTINGS}
     model = settings.get("model")
     if model is None:
         raise UsageError("which model? The model `tiny` is always at hand: sempre serve tiny")
+    if not engine.get("num_threads"):
+        # Checked before it is divided by.
+        config = parse_arguments(model, engine).engine
+        engine["num_threads"] = threads_beside_a_server(config.data_parallel_size * config.tensor_parallel_size)
     if namespace.print_config:
         _print_config(model, engine, server)
         return 0
@@ -49,8 +53,10 @@ def run(namespace: argparse.Namespace) -> int:
     from sempre.engine.server.logs import set_up_logging
     from sempre.engine.server.run import api_keys, serve
 
-    api_keys(server)
+    keys = api_keys(server)
     set_up_logging(server.log_format, debug=namespace.debug)
+    if not keys and os.environ.get("VLLM_API_KEY"):
+        logger.warning("VLLM_API_KEY is not read, so requests need no key; set %sAPI_KEY", ENVIRONMENT_PREFIX)
     serve(AsyncLLM(model, **engine), server)
     return 0
 
@@ -82,7 +88,7 @@ def _from_file(path: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} must hold settings as `name: value`, found {type(found).__name__}.")
     settings = {str(name).replace("-", "_"): value for name, value in found.items()}
-    known = {"model", *field_types(ServerConfig), *field_types(EngineConfig), *field_types(FrontendConfig)}
+    known = {"model", *field_types(ServerConfig), *_ENGINE_SETTINGS}
     for name in settings:
         if name not in known:
             raise ConfigError(f"{path}: there is no setting {name!r}.", parameter=name)
@@ -118,13 +124,14 @@ def _print_config(model: str, engine: dict[str, Any], server: ServerConfig) -> N
     """Print a file for `--config`; keys are left out."""
     import yaml
 
-    from sempre.engine.arguments import parse_arguments
-
     arguments = parse_arguments(model, engine)
     shown: dict[str, Any] = {"model": model}
     for config in (server, arguments.engine, arguments.frontend):
         values = msgspec.to_builtins(config, enc_hook=str)
         shown |= {name: values[name] for name in field_types(type(config)) if name not in SECRETS}
+    if shown["speculative_config"] is not None:
+        # Found again from the draft model's name, as the model's own path is.
+        del shown["speculative_config"]["model_path"]
     print(yaml.safe_dump(shown, sort_keys=False), end="")
     if server.api_key:
         print(f"# api_key: {len(server.api_key)} keys, not shown")

@@ -36,7 +36,9 @@ def create_app(service: Service, keys: KeyRing) -> ASGIApp:
     """Return the ASGI application of `service`."""
     config = service.config
     # The interactive pages of FastAPI load scripts from elsewhere, so they are left out.
-    app = FastAPI(title="Sempre", version=__version__, docs_url=None, redoc_url=None, root_path=config.root_path)
+    app = FastAPI(title="Sempre", version=__version__, docs_url=None, redoc_url=None)
+    # FastAPI's argument of that name is deprecated for uvicorn's, which would put the root before every path.
+    app.root_path = config.root_path
     for operation in openapi.OPERATIONS:
         _add(app, service, operation, _ENDPOINTS[operation.path])
     app.router.routes.extend(PLAYGROUND_ROUTES)

@@ -139,7 +139,11 @@ class Server:
 
 
 def serve(engine: AsyncLLM, config: ServerConfig) -> None:
-    """Serve `engine` until a signal. Raises ConfigError for an address in use, and what stops the engine's start."""
+    """Serve `engine` until a signal.
+
+    Raises ConfigError for an address in use or unusable files of TLS, and what stops the engine's start.
+    """
+    check_tls(config)
     listening = listen(config)
     kind = "https" if config.ssl_certfile is not None else "http"
     where = config.uds or f"{kind}://{config.host}:{listening.getsockname()[1]}"
@@ -173,6 +177,36 @@ def listen(config: ServerConfig) -> socket.socket:
         where = config.uds or f"{config.host}:{config.port}"
         raise ConfigError(f"cannot listen on {where}: {error.strerror}.", parameter="port", value=where) from error
     return found
+
+
+def check_tls(config: ServerConfig) -> None:
+    """Load the files of TLS once, before anything is started. Raises ConfigError naming the one that is unusable."""
+    if config.ssl_certfile is None or config.ssl_keyfile is None:
+        return
+    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+        path = getattr(config, name)
+        try:
+            if path is not None:
+                Path(path).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{name} {path} cannot be read: {error.strerror}.", parameter=name) from error
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Never asks at the terminal: a key with a password is refused.
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(
+            f"ssl_certfile {config.ssl_certfile} and ssl_keyfile {config.ssl_keyfile} are no certificate and its key "
+            f"without a password, in PEM: {error}.",
+            parameter="ssl_certfile",
+        ) from error
+    try:
+        if config.ssl_ca_certs is not None:
+            context.load_verify_locations(config.ssl_ca_certs)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"ssl_ca_certs {config.ssl_ca_certs} holds no certificates in PEM: {error}.", parameter="ssl_ca_certs"
+        ) from error
 
 
 def api_keys(config: ServerConfig) -> list[str]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
-from sempre.engine.config import SpeculativeConfig
+from sempre.engine.config import SpeculativeConfig, SpeculativeMethod
 from sempre.ipc.errors import ConfigError
 
 _FIELDS = tuple(name for name in SpeculativeConfig.__struct_fields__ if name != "model_path")
 _SHORT = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+_METHODS: tuple[str, ...] = get_args(SpeculativeMethod)
 _MOST_TOKENS = 32
 
 
@@ -40,6 +41,15 @@ def speculative_config(value: object, short: Mapping[str, object]) -> Speculativ
             raise _refused(f"speculative_config[{name!r}]", fields[name], f"is no setting of speculation. {hint}")
     if fields.get("method") is None and fields.get("model") is not None:
         fields["method"] = "draft_model"
+    if fields.get("method") is None:
+        given = " and ".join(f"{name}={value!r}" for name, value in fields.items())
+        raise ConfigError(
+            f"speculation with {given} needs a method: {', '.join(_METHODS)} (with a model).",
+            parameter="speculative_config",
+            value=value,
+        )
+    if fields["method"] not in _METHODS:
+        raise _refused("speculative_config['method']", fields["method"], f"must be one of {', '.join(_METHODS)}")
     try:
         config = msgspec.convert(fields, SpeculativeConfig)
     except msgspec.ValidationError as error:

@@ -73,6 +73,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "trust_remote_code=True is not supported by this engine. Code from a checkpoint is never run.",
     ),
     ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported by this engine. Leave it out."),
+    (
+        {"hf_token": "hf_abc"},
+        "hf_token is not supported by this engine. Set the environment variable HF_TOKEN.",
+    ),
+    ({"max_model_len": 2**63}, f"max_model_len must be at most {2**63 - 1}, got {2**63}."),
     ({"pipeline_parallel_size": True}, "pipeline_parallel_size=True is not supported by this engine. Leave it out."),
 ]
 
@@ -83,6 +88,12 @@ def test_refused(folder: str, keywords: dict[str, Any], message: str) -> None:
         parse_arguments(folder, keywords)
     assert str(caught.value) == message
     assert caught.value.parameter is not None
+
+
+def test_a_secret_is_not_in_the_error(folder: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments(folder, {"hf_token": "hf_abc"})
+    assert "hf_abc" not in str(caught.value) + repr(vars(caught.value))
 
 
 @pytest.mark.parametrize("seed", [None, True, 1.0, -1, 2**64, "0"])

@@ -190,6 +190,13 @@ def parsed(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         (["--no_multiprocessing"], {"multiprocessing": False}, {}),
         (["--dtype", "bfloat16", "--heartbeat-timeout-s", "5"], {"dtype": "bfloat16", "heartbeat_timeout_s": 5.0}, {}),
         (["--chat-template", "x.jinja"], {"chat_template": "x.jinja"}, {}),
+        (
+            ["-tp", "1", "-pp", "2", "--kv-cache-dtype", "auto"],
+            {"tensor_parallel_size": 1, "pipeline_parallel_size": 2, "kv_cache_dtype": "auto"},
+            {},
+        ),
+        (["-dp", "2", "--no-enable-chunked-prefill"], {"data_parallel_size": 2, "enable_chunked_prefill": False}, {}),
+        (["-cc", '{"mode": 3}'], {"compilation_config": {"mode": 3}}, {}),
         (["--stop", "a", "--stop", "b,c"], {}, {"stop": ["a", "b,c"]}),
         (["--stop-token-ids", "1,2", "--logprobs", "-1"], {}, {"stop_token_ids": [1, 2], "logprobs": -1}),
         (["--logit-bias", '{"5": -1.5}', "--bad-words", "x"], {}, {"logit_bias": {"5": -1.5}, "bad_words": ["x"]}),
@@ -208,6 +215,11 @@ def test_prompts_and_flags_may_be_mixed() -> None:
     assert parser.parse(["a", "--seed", "1", "--", "--max_tokens", "-"]).prompts == ["a", "--max_tokens", "-"]
     with pytest.raises(UsageError, match="unexpected arguments: extra"):
         CommandParser(prog="sempre collect-env").parse(["--", "extra"])
+
+
+def test_flags_that_help_leaves_out_are_not_suggested() -> None:
+    with pytest.raises(UsageError, match=r"unknown flag --kv-cache-dtipe. Did you mean --kv-cache-memory-bytes\?"):
+        parsed(["--kv-cache-dtipe", "auto"])
 
 
 def test_flags_must_be_written_out() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import yaml
 from server_process import ServerProcess
 
 from sempre.engine.cli.main import main
@@ -143,7 +144,16 @@ def test_keys_tls_body_limit_names_and_unknown_fields(tmp_path: Path) -> None:
     keys.write_text("from-the-file\n\n")
     flags = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--max-body-bytes", "2000"]
     flags += ["--served-model-name", "a", "--served-model-name", "b", "--ignore-unknown-fields"]
-    flags += ["--allowed-origins", "https://page.example", "--metrics-prefix", "vllm", "--api-key-file", str(keys)]
+    flags += [
+        "--root-path",
+        "/proxied",
+        "--allowed-origins",
+        "https://page.example",
+        "--metrics-prefix",
+        "vllm",
+        "--api-key-file",
+        str(keys),
+    ]
     context = ssl.create_default_context(cafile=certificate)
     environment = {"SEMPRE_API_KEY": "from-the-environment"}
     with ServerProcess(
@@ -166,6 +176,8 @@ def test_keys_tls_body_limit_names_and_unknown_fields(tmp_path: Path) -> None:
             seen[origin] = answer.headers.get("access-control-allow-origin")
         assert seen == {"https://page.example": "https://page.example", "https://other.example": None}
         assert "vllm:num_requests_running" in server.http.get("/metrics").text
+        assert server.http.get("/openapi.json").json()["servers"] == [{"url": "/proxied"}]
+        assert "Warning" not in server.log
 
 
 def check_keys(server: ServerProcess, context: ssl.SSLContext) -> None:
@@ -217,7 +229,7 @@ def test_settings_from_everywhere(
 ) -> None:
     """A flag comes before the environment, that before the file; what is printed can be read again."""
     file = tmp_path / "serve.yaml"
-    file.write_text("model: tiny\nport: 1\nmax-num-seqs: 7\nhost: ::1\napi_key: [hidden]\n")
+    file.write_text("model: tiny\nport: 1\nmax-num-seqs: 7\nkv-cache-dtype: auto\nhost: ::1\napi_key: [hidden]\n")
     monkeypatch.setenv("SEMPRE_PORT", "2")
     monkeypatch.setenv("SEMPRE_HOST", "127.0.0.9")
     assert main(["serve", "--config", str(file), "--print-config", "--port", "3"]) == 0
@@ -234,6 +246,21 @@ def test_settings_from_everywhere(
         assert line in second.splitlines()
 
 
+@pytest.mark.parametrize("where", ["flags", "file"])
+def test_short_flags_of_speculation(where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They reach the engine, and what is printed of them can be read again."""
+    file = tmp_path / "serve.yaml"
+    file.write_text("spec-model: tiny-draft\nspec_tokens: 3\n" if where == "file" else "")
+    flags = ["--spec-model", "tiny-draft", "--spec-tokens", "3"] if where == "flags" else []
+    assert main(["serve", "tiny", "--config", str(file), "--print-config", *flags]) == 0
+    printed = capsys.readouterr().out
+    shown = yaml.safe_load(printed)["speculative_config"]
+    assert (shown["method"], shown["model"], shown["num_speculative_tokens"]) == ("draft_model", "tiny-draft", 3)
+    file.write_text(printed)
+    assert main(["serve", "--config", str(file), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -242,12 +269,30 @@ def test_settings_from_everywhere(
         (("tiny", "--port", "70000"), "port"),
         (("tiny", "--ssl-keyfile", "k"), "ssl_certfile"),
         (("tiny", "--api-key-file", "/nothing"), "api_key_file"),
+        (("tiny", "--ssl-keyfile", "/nothing", "--ssl-certfile", "/nothing"), "ssl_keyfile /nothing cannot be read"),
+        (("tiny", "--ssl-keyfile", __file__, "--ssl-certfile", __file__), "no certificate and its key"),
         (("tiny", "--config", "/nothing"), "/nothing"),
+        (("tiny", "--kv-cache-dtype", "fp8"), "kv_cache_dtype='fp8' is not supported by this engine"),
+        (("tiny", "--no-enable-chunked-prefill"), "enable_chunked_prefill=False is not supported by this engine"),
+        (("tiny", "--data-parallel-size", "0"), "data_parallel_size must be at least 1"),
     ],
 )
 def test_refused_settings(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_number_in_a_file_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text('data_parallel_size: "2"\n')
+    assert main(["serve", "tiny", "--config", str(file), "--print-config"]) == 2
+    assert "data_parallel_size must be an int, got '2'" in capsys.readouterr().err
+
+
+def test_a_key_for_vllm_is_not_taken_for_one(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log", *FLAGS, environment={"VLLM_API_KEY": "hidden"}) as server:
+        assert "VLLM_API_KEY is not read, so requests need no key; set SEMPRE_API_KEY" in server.log
+        assert "hidden" not in server.log
 
 
 def test_an_address_in_use_is_one_line() -> None:

@@ -42,7 +42,12 @@ def test_settings_that_leave_it_off(keywords: dict[str, Any]) -> None:
     ("value", "message"),
     [
         ("ngram", "speculative_config='ngram' must be a mapping"),
-        ({"method": "eagle"}, "speculative_config=.*does not fit.*eagle"),
+        ({"method": "eagle"}, r"speculative_config\['method'\]='eagle' must be one of ngram, suffix, draft_model"),
+        (
+            {"num_speculative_tokens": "4", "method": "ngram"},
+            "speculative_config=.*does not fit.*num_speculative_tokens",
+        ),
+        ({"method": ["ngram"]}, r"method'\]=\['ngram'\] must be one of"),
         (
             {"method": "ngram", "model": "tiny-draft"},
             r"speculative_config\['model'\].*must be left out for method 'ngram'",
@@ -59,6 +64,11 @@ def test_settings_that_are_refused(value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         engine_config("tiny", speculative_config=value)
     assert caught.value.parameter == "speculative_config"
+
+
+def test_a_number_of_guesses_alone_asks_for_a_method() -> None:
+    with pytest.raises(ConfigError, match="num_speculative_tokens=3 needs a method: ngram, suffix, draft_model"):
+        engine_config("tiny", spec_tokens=3)
 
 
 def test_two_ways_that_disagree_are_refused() -> None:
