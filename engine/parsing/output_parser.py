@@ -25,11 +25,20 @@ def reasoning_splitter(name: str, prompt: str) -> ReasoningSplitter | None:
 class OutputParser:
     """Splits reasoning off, and looks for tool calls in what is left; either may be None."""
 
-    def __init__(self, reasoning: ReasoningSplitter | None, tools: Parser | None, *, one_call: bool = False) -> None:
-        """`one_call`: leave out every tool call but the first."""
+    def __init__(
+        self,
+        reasoning: ReasoningSplitter | None,
+        tools: Parser | None,
+        *,
+        one_call: bool = False,
+        calls_enforced: bool = False,
+    ) -> None:
+        """`one_call`: leave out every tool call but the first. `calls_enforced`: by a grammar, which begins behind the
+        reasoning; text without an end of reasoning is then no call, whatever it looks like."""
         self._reasoning = reasoning
         self._tools = tools
         self._one_call = one_call
+        self._calls_enforced = calls_enforced
 
     def feed(self, text: str) -> list[Piece]:
         """What is certain after `text`."""
@@ -46,7 +55,8 @@ class OutputParser:
 
     def _through_tools(self, pieces: list[Piece]) -> list[Piece]:
         tools = self._tools
-        if tools is None:
+        free = self._calls_enforced and self._reasoning is not None and not self._reasoning.has_split
+        if tools is None or free:
             return [piece for piece in pieces if piece != Content("")]
         found: list[Piece] = []
         for piece in pieces:

@@ -31,6 +31,8 @@ class ReasoningSplitter:
 
     def __init__(self, *, inside: bool) -> None:
         self._inside = inside
+        self.has_split = False
+        """</think> has come"""
         self._started = False
         self._ended = False
         self._undecided = ""
@@ -43,7 +45,8 @@ class ReasoningSplitter:
         if not self._ended:
             before, tag, after = self._undecided.partition(END)
             if tag:
-                self._ended, self._undecided = True, after
+                self._ended = self.has_split = True
+                self._undecided = after
             else:
                 before, self._undecided = split_before_tag(before, END)
             if before:

@@ -211,9 +211,16 @@ class Llama3JsonParser(_JsonCallsParser):
 
 
 class RequiredCallsParser(_JsonCallsParser):
-    """[{"name": …, "parameters": {…}}, …], as the grammar of `required_calls_schema` enforces it."""
+    """[{"name": …, "parameters": {…}}, …], as the grammar of `required_calls_schema` enforces it.
+
+    Behind a call there is nothing but calls: of one that was cut off before its name nothing is said.
+    """
 
     OPENING, SEPARATOR, CLOSING = "[", ",", "]"
+
+    def _end(self) -> None:
+        if not self._num_calls:
+            super()._end()
 
 
 class NamedCallParser:

@@ -20,6 +20,7 @@ from sempre.engine.server.completions import create_completion
 from sempre.engine.server.errors import APIError, api_error
 from sempre.engine.server.metrics import CONTENT_TYPE
 from sempre.engine.server.middleware import KeyRing, RequestGate
+from sempre.engine.server.parameters import check_model
 from sempre.engine.server.playground import PLAYGROUND_ROUTES
 from sempre.engine.server.responses import ModelCard, ModelList
 from sempre.engine.server.service import Service
@@ -80,10 +81,19 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _models(service: Service, _request: Request) -> Response:
     service.check_ready()
-    length = service.engine.ready.max_model_len
-    root = service.engine.config.model
-    cards = [ModelCard(name, service.created, length, root) for name in service.model_names]
+    cards = [_card(service, name) for name in service.model_names]
     return Response(msgspec.json.encode(ModelList(cards)), media_type="application/json")
+
+
+async def _model(service: Service, request: Request) -> Response:
+    service.check_ready()
+    name = request.path_params["model"]
+    check_model(name, service.model_names)
+    return Response(msgspec.json.encode(_card(service, name)), media_type="application/json")
+
+
+def _card(service: Service, name: str) -> ModelCard:
+    return ModelCard(name, service.created, service.engine.ready.max_model_len, service.engine.config.model)
 
 
 async def _live(_service: Service, _request: Request) -> Response:
@@ -192,6 +202,7 @@ _ENDPOINTS: dict[str, Endpoint] = {
     "/v1/completions": create_completion,
     "/v1/chat/completions": create_chat_completion,
     "/v1/models": _models,
+    "/v1/models/{model:path}": _model,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
     "/health": _health,

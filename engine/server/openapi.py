@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from sempre.engine.server.responses import (
     ChatCompletionResponse,
     CompletionResponse,
     DetokenizeResponse,
+    ModelCard,
     ModelList,
     TokenizeResponse,
 )
@@ -52,7 +54,7 @@ class Operation:
 
     @property
     def name(self) -> str:
-        return self.path.strip("/").replace("/", "_")
+        return re.sub(r"\W+", "_", self.path).strip("_")
 
     def schema(self) -> dict[str, Any]:
         """Return what FastAPI cannot know of the operation."""
@@ -61,7 +63,13 @@ class Operation:
         if self.streams:
             content["text/event-stream"] = {"schema": {"type": "string"}}
         found: dict[str, Any] = {"responses": {"200": {"description": "done", "content": content}}}
-        statuses = _ERRORS if self.body is not None else {401: _ERRORS[401], 500: _ERRORS[500], 503: _ERRORS[503]}
+        parameters = re.findall(r"{(\w+)", self.path)
+        if parameters:
+            found["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in parameters
+            ]
+        expected = (401, 404, 500, 503) if parameters else (401, 500, 503)
+        statuses = _ERRORS if self.body is not None else {status: _ERRORS[status] for status in expected}
         for status, text in statuses.items():
             error = {"schema": {"$ref": _TEMPLATE + ErrorResponse.__name__}}
             found["responses"][str(status)] = {"description": text, "content": {"application/json": error}}
@@ -82,6 +90,7 @@ OPERATIONS = (
         streams=True,
     ),
     Operation("GET", "/v1/models", "The model that is served", answer=ModelList),
+    Operation("GET", "/v1/models/{model:path}", "One of its names", answer=ModelCard),
     Operation("POST", "/tokenize", "Text or messages to token ids", TokenizeRequest, TokenizeResponse),
     Operation("POST", "/detokenize", "Token ids to text", DetokenizeRequest, DetokenizeResponse),
     Operation("GET", "/health", "Whether every worker answers and steps go on"),

@@ -70,7 +70,12 @@ class ChatPlan:
         if reasoning is None and self.call_parser is None:
             return PlainContent()
         return ParsedContent(
-            OutputParser(reasoning, self._tool_parser(), one_call=self.one_call),
+            OutputParser(
+                reasoning,
+                self._tool_parser(),
+                one_call=self.one_call,
+                calls_enforced=self.call_parser in ("required", "named"),
+            ),
             id_prefix=f"{response_id}/{choice}",
             reports_calls=self.call_parser != "named",
             include_reasoning=self.include_reasoning,

@@ -153,6 +153,9 @@ def test_sampling_fields_reach_the_engine(server: ServerProcess) -> None:
 
 def test_openai_client(client: openai.OpenAI, server: ServerProcess) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="`a/b` does not exist"):
+        client.models.retrieve("a/b")
     done = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=6, seed=4)
     parts = list(client.completions.create(model="tiny", prompt=PROMPT, max_tokens=6, seed=4, stream=True))
     assert "".join(part.choices[0].text for part in parts) == done.choices[0].text

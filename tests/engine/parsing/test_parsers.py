@@ -21,16 +21,19 @@ def make(kind: str) -> OutputParser:
         "llama3_json": Llama3JsonParser,
         "required": RequiredCallsParser,
         "named": lambda: NamedCallParser("f"),
+        "named thinking": lambda: NamedCallParser("f"),
         "hermes one": HermesParser,
         "hermes thinking": HermesParser,
     }.get(kind)
     reasoning = None
     if "think" in kind or kind == "inside":
         reasoning = ReasoningSplitter(inside=kind == "inside")
-    return OutputParser(reasoning, tools() if tools else None, one_call=kind == "hermes one")
+    enforced = kind in ("required", "named", "named thinking")
+    return OutputParser(reasoning, tools() if tools else None, one_call=kind == "hermes one", calls_enforced=enforced)
 
 
-KINDS = ["hermes", "hermes one", "hermes thinking", "llama3_json", "required", "named", "thinking", "inside"]
+KINDS = ["hermes", "hermes one", "hermes thinking", "llama3_json", "required", "named", "named thinking", "thinking"]
+KINDS += ["inside"]
 
 
 def parsed(kind: str, *chunks: str) -> ParsedMessage:
@@ -168,7 +171,16 @@ def test_reasoning_is_what_a_regular_expression_finds(text: str, inside: bool) -
             ParsedMessage(tool_calls=[ToolCall("f", '{"a": 1}'), ToolCall("g", "{}")]),
         ),
         ("required", '[{"name": "f", "parameters": {"a', ParsedMessage(tool_calls=[ToolCall("f", '{"a')])),
+        (
+            "required",  # cut by max_tokens
+            '[{"name": "f", "parameters": {}}, {"name',
+            ParsedMessage(tool_calls=[ToolCall("f", "{}")]),
+        ),
+        ("required", '[{"name": "f", "parameters": {}},', ParsedMessage(tool_calls=[ToolCall("f", "{}")])),
         ("named", ' {"a": 1}', ParsedMessage(tool_calls=[ToolCall("f", '{"a": 1}')])),
+        ("named thinking", "<think>a</think>{}", ParsedMessage(reasoning="a", tool_calls=[ToolCall("f", "{}")])),
+        ("named thinking", "Once upon", ParsedMessage("Once upon")),  # no form begins without an end of reasoning
+        ("named thinking", "<think>Once", ParsedMessage(reasoning="Once")),
     ],
 )
 def test_examples(kind: str, text: str, expected: ParsedMessage) -> None:
