@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
-from sempre.ipc.errors import ModelError
+from sempre.ipc.errors import ConfigError, ModelError
 
 LONG_TEXT = 20_000
 """Characters from which on encoding takes milliseconds: an event loop should leave it to a thread."""
@@ -45,8 +45,9 @@ class Tokenizer:
         bos_token: str | None = None,
         eos_token: str | None = None,
         eos_token_ids: Sequence[int] = (),
+        folder: Path | None = None,
     ) -> None:
-        """Wrap `backend`; `eos_token_ids` end an output in addition to `eos_token`.
+        """Wrap `backend`; `eos_token_ids` end an output in addition to `eos_token`, `folder` has the chat template.
 
         Raises ModelError when `bos_token` or `eos_token` is not in the vocabulary.
         """
@@ -54,6 +55,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
+        self._folder = folder
         self.bos_token = bos_token
         """The beginning-of-sequence token's text, None when the model has none."""
         self.eos_token = eos_token
@@ -100,12 +102,51 @@ class Tokenizer:
             bos_token=_token_content(config, "bos_token", folder),
             eos_token=_token_content(config, "eos_token", folder),
             eos_token_ids=_id_list(eos, folder),
+            folder=folder,
         )
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; the model's own vocabulary may be padded beyond it."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def __len__(self) -> int:
+        """As `vocab_size`, under the name that transformers has for it."""
+        return self.vocab_size
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        **variables: Any,
+    ) -> str | list[int]:
+        """Return a conversation as token ids, or as text; arguments and defaults are those of transformers.
+
+        `chat_template` is Jinja text, in place of the model's own. Raises ConfigError without a template, RequestError
+        for messages that it refuses.
+        """
+        from sempre.engine.text.chat_template import load_chat_template, render_chat
+
+        if chat_template is None:
+            if self._folder is None:
+                raise ConfigError("chat_template must be given: this tokenizer has none.", parameter="chat_template")
+            chat_template = load_chat_template(self._folder, tools=tools)
+        text = render_chat(
+            conversation,
+            chat_template,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **variables,
+        )
+        # the template has written the special tokens itself
+        return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def to_json(self) -> str:
         """Return the tokenizer in the form of tokenizer.json."""

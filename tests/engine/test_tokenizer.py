@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from sempre.engine.text.tokenizer import Tokenizer
-from sempre.ipc.errors import ModelError
+from sempre.ipc.errors import ConfigError, ModelError
 
 
 def save(folder: Path, backend: Backend, **files: object) -> Path:
@@ -150,3 +150,19 @@ def test_importing_it_brings_in_no_heavy_library() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
+
+
+def test_a_conversation_by_the_models_own_template(tmp_path: Path) -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ mark }}{% endfor %}{{ ':' * add_generation_prompt }}"
+    )
+    save(tmp_path, small_backend(), tokenizer_config={"bos_token": "<s>", "chat_template": template})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert tokenizer.apply_chat_template(conversation, tokenize=False) == "<s>ab"
+    ids = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, mark=".")
+    assert ids == tokenizer.encode("<s>a.b.:")
+    assert tokenizer.apply_chat_template(conversation, chat_template="{{ messages | length }}", tokenize=False) == "2"
+    assert len(tokenizer) == tokenizer.vocab_size == 259
+    with pytest.raises(ConfigError, match="chat_template must be given"):
+        Tokenizer(small_backend()).apply_chat_template(conversation)
