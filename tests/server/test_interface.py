@@ -63,6 +63,7 @@ def test_a_stream_adds_up_to_the_whole(server: ServerProcess, n: int) -> None:
     whole = server.complete(**fields).json()
     chunks = events(server.complete(**fields, stream=True, stream_options={"include_usage": True}).text)
     assert chunks[-1]["choices"] == []
+    assert {chunk["usage"] for chunk in chunks[:-1]} == {None}
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert chunks[-1]["usage"][name] == whole["usage"][name]
     assert {chunk["system_fingerprint"] for chunk in chunks} == {whole["system_fingerprint"]}
@@ -87,6 +88,7 @@ def test_a_stream_of_text_alone_adds_up_to_the_whole(server: ServerProcess, endp
         fields["messages"] = [{"role": "user", "content": "Who is there?"}]
     whole = server.http.post(f"/v1/{endpoint}", json=fields).json()["choices"]
     chunks = events(server.http.post(f"/v1/{endpoint}", json={**fields, "stream": True}).text)
+    assert not any("usage" in chunk for chunk in chunks)
     for choice in whole:
         parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
         if endpoint == "completions":
