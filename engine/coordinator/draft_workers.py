@@ -43,7 +43,7 @@ class DraftWorkers:
         self._config = draft_config(config)
         self._host = host
         self.links = [DraftLink() for _ in range(config.data_parallel_size)]
-        self._num_starts = 0
+        self._num_starts = 0  # since they last served
         self._has_served = False
         self._told_late = False
         self._executor: Executor | None = None
@@ -94,6 +94,7 @@ class DraftWorkers:
         assert self._startup.ready is not None
         self._target.check_drafts(self._startup)
         self._has_served = True
+        self._num_starts = 0
         return self._startup.ready.worker_pids
 
     def shutdown(self) -> None:
@@ -107,8 +108,6 @@ class DraftWorkers:
 
     def _restart(self, error: SempreError) -> list[str]:
         """After the death of one, all of them start anew."""
-        if self.is_serving:
-            self._num_starts = 0
         for link in self.links:
             link.reset()
         self._host.stop()
@@ -134,6 +133,7 @@ class DraftWorkers:
             self._startup.handle(rank, event)
             if self._has_served and self.is_serving:
                 self._target.check_drafts(self._startup)
+                self._num_starts = 0
         return True
 
     def _send_proposals(self) -> bool:

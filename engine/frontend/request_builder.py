@@ -60,7 +60,8 @@ class RequestBuilder:
         self._grammars = GrammarBuilder(tokenizer)
         self._num_requests = 0
         self._num_sequences = 0
-        # The parameters checked last: a list of prompts mostly shares one object.
+        # The parameters checked last: a list of prompts mostly shares one object. They are checked anew in every call,
+        # as the caller may change a list or mapping in between.
         self._checked: tuple[SamplingParams, SamplingSpec] | None = None
 
     def build_all(
@@ -78,25 +79,33 @@ class RequestBuilder:
         priority_list = _one_each("priority", 0 if priorities is None else priorities, int, len(parts))
         first_request, first_sequence = self._num_requests, self._num_sequences
         requests = []
+        self._checked = None
         try:
             for i, (prompt, prompt_params, priority) in enumerate(zip(parts, params_list, priority_list, strict=True)):
                 where = f"prompts[{i}]" if is_list else ""
-                requests.append(self.build(prompt, prompt_params, priority, where=where))
+                requests.append(self._build(prompt, prompt_params, priority, where=where))
         except BaseException:
             self._num_requests, self._num_sequences = first_request, first_sequence
             raise
         return requests
 
     def build(
+        self, prompt: object, params: SamplingParams, priority: int = 0, *, request_id: str | None = None
+    ) -> PreparedRequest:
+        """Build one request. Raises RequestError."""
+        self._checked = None
+        return self._build(prompt, params, priority, request_id=request_id)
+
+    def _build(
         self,
         prompt: object,
         params: SamplingParams,
-        priority: int = 0,
+        priority: int,
         *,
         request_id: str | None = None,
         where: str = "",
     ) -> PreparedRequest:
-        """Build one request. `where` precedes error texts. Raises RequestError."""
+        """`where` precedes error texts."""
         if not isinstance(params, SamplingParams):
             raise RequestError(
                 f"sampling_params must be SamplingParams, got {type(params).__name__}.",

@@ -24,7 +24,8 @@ from sempre.engine import (
 )
 
 PROMPT = "It is a truth"
-SETTINGS: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 8, "num_threads": 1}
+# a context long enough that a request without a limit runs for seconds: one that is ended has not ended by itself
+SETTINGS: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 8, "num_threads": 1}
 DELTA = RequestOutputKind.DELTA
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 

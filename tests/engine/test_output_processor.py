@@ -259,6 +259,33 @@ def test_siblings(harness: Harness) -> None:
     assert [(completion.index, completion.seed) for completion in last.outputs] == [(1, 10)]
 
 
+def test_of_siblings_the_first_one_tells_of_the_cache_and_the_first_news_of_the_time(harness: Harness) -> None:
+    """A sibling finds in the cache what the first one has just put there."""
+    state = harness.add(n=2, seed=9)
+    harness.feed([], "r_1", num_cached_tokens=16, time_in_queue=0.25)
+    assert state.metrics.first_token_time is None
+    harness.feed(harness.ids(" quick"), "r_0", time_in_queue=0.75)
+    first_token_time = state.metrics.first_token_time
+    harness.feed(harness.ids(" quick"), "r_1", finish_reason="length")
+    harness.feed(harness.ids(" fox"), "r_0", finish_reason="length")
+    output = output_of(state)
+    assert output.num_cached_tokens == 0
+    assert output.metrics is not None
+    assert output.metrics.time_in_queue == 0.25
+    assert first_token_time is not None
+    assert output.metrics.first_token_time == first_token_time
+
+
+@pytest.mark.parametrize("stop", [None, "END"])
+def test_an_end_without_tokens_lets_out_what_is_unfinished(harness: Harness, stop: str | None) -> None:
+    state = harness.add(stop=stop)
+    first, *_ = harness.ids("ß")
+    harness.feed([first])
+    assert output_of(state).outputs[0].text == ""
+    harness.feed([], finish_reason="abort")
+    assert output_of(state).outputs[0].text == harness.tokenizer.decode([first]) == "\N{REPLACEMENT CHARACTER}"
+
+
 def test_siblings_final_only(harness: Harness) -> None:
     state = harness.add(n=2, seed=9)
     harness.feed(harness.ids(" quick"), "r_1", finish_reason="length")

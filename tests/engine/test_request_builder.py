@@ -196,6 +196,22 @@ def test_salt_and_text(builder: RequestBuilder) -> None:
     assert (given.prompt, given.prompt_token_ids) == ("shown", [9])
 
 
+def test_more_than_the_vocabulary_keeps_all_of_it(builder: RequestBuilder) -> None:
+    assert builder.build([3], SamplingParams(top_k=10**15)).sequences[0].params.top_k == LIMITS.vocab_size
+
+
+def test_what_the_caller_changes_between_calls_counts(builder: RequestBuilder) -> None:
+    params = SamplingParams(logit_bias={3: 1.0}, stop_token_ids=[7])
+    builder.build([3], params)
+    assert params.logit_bias is not None
+    params.logit_bias[5] = 2.0
+    assert builder.build([3], params).sequences[0].params.logit_bias == {3: 1.0, 5: 2.0}
+    assert params.stop_token_ids is not None
+    params.stop_token_ids.append(9)
+    [request] = builder.build_all([[3]], params)
+    assert request.sequences[0].params.stop_token_ids == [7, 9]
+
+
 def test_shared_parameters_are_translated_once(builder: RequestBuilder) -> None:
     requests = builder.build_all(["a", "b"], SamplingParams(max_tokens=1, bad_words=["fox"]))
     assert requests[0].sequences[0].params is requests[1].sequences[0].params

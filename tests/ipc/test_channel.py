@@ -207,6 +207,17 @@ def test_two_ends_that_refuse_each_other_fall_silent(
         assert 0 < answers < 100
 
 
+def test_a_flood_of_refused_frames_does_not_hold_the_caller(
+    hub: HubChannel[ClientCommand], stranger: zmq.Socket[bytes]
+) -> None:
+    for _ in range(20):
+        stranger.send(b"garbage")
+    for count in range(1, 21):
+        assert hub.socket.poll(WAIT_S * 1000)
+        assert hub.receive() is None
+        assert hub.refusals.count == count, "one frame in a call that may not wait"
+
+
 def test_a_large_message_is_refused_before_it_is_sent(
     hub: HubChannel[ClientCommand], peer: PeerChannel[ClientEvent]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -62,6 +63,7 @@ def test_a_stream_adds_up_to_the_whole(server: ServerProcess, n: int) -> None:
     whole = server.complete(**fields).json()
     chunks = events(server.complete(**fields, stream=True, stream_options={"include_usage": True}).text)
     assert chunks[-1]["choices"] == []
+    assert {chunk["usage"] for chunk in chunks[:-1]} == {None}
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert chunks[-1]["usage"][name] == whole["usage"][name]
     assert {chunk["system_fingerprint"] for chunk in chunks} == {whole["system_fingerprint"]}
@@ -86,6 +88,7 @@ def test_a_stream_of_text_alone_adds_up_to_the_whole(server: ServerProcess, endp
         fields["messages"] = [{"role": "user", "content": "Who is there?"}]
     whole = server.http.post(f"/v1/{endpoint}", json=fields).json()["choices"]
     chunks = events(server.http.post(f"/v1/{endpoint}", json={**fields, "stream": True}).text)
+    assert not any("usage" in chunk for chunk in chunks)
     for choice in whole:
         parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
         if endpoint == "completions":
@@ -94,6 +97,80 @@ def test_a_stream_of_text_alone_adds_up_to_the_whole(server: ServerProcess, endp
             assert "".join(part["delta"].get("content") or "" for part in parts) == choice["message"]["content"]
         assert {part["seed"] for part in parts} == {choice["seed"]} == {7 + choice["index"] % 3}
         assert parts[-1]["finish_reason"] == choice["finish_reason"]
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat/completions"])
+def test_a_stream_may_tell_its_usage_all_along(server: ServerProcess, endpoint: str) -> None:
+    fields: dict[str, Any] = {"max_tokens": 6, "seed": 7, "ignore_eos": True}
+    if endpoint == "completions":
+        fields["prompt"] = PROMPT
+    else:
+        fields["messages"] = [{"role": "user", "content": "Who is there?"}]
+    whole = server.http.post(f"/v1/{endpoint}", json=fields).json()["usage"]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    answer = server.http.post(f"/v1/{endpoint}", json={**fields, "stream": True, "stream_options": options})
+    chunks = [
+        chunk for chunk in events(answer.text) if not any(c.get("delta", {}).get("role") for c in chunk["choices"])
+    ]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert (counts[0] > 0, counts[-2], counts[-1]) == (True, 6, 6)
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {whole["prompt_tokens"]}
+
+
+def cached_tokens(server: ServerProcess, **fields: Any) -> int:
+    found: int = server.complete(max_tokens=1, **fields).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return found
+
+
+def test_cached_tokens_of_all_prompts_are_counted_and_salts_share_none(server: ServerProcess) -> None:
+    prompts = [[11, *[5] * 40], [12, *[5] * 40]]
+    assert cached_tokens(server, prompt=prompts) == 0
+    assert cached_tokens(server, prompt=prompts) == 2 * 32
+    assert cached_tokens(server, prompt=prompts[0], cache_salt="mine") == 0
+    assert cached_tokens(server, prompt=prompts[0], cache_salt="mine") == 32
+    assert cached_tokens(server, prompt=prompts[0], cache_salt="yours") == 0
+
+    def chat(**more: Any) -> int:
+        messages = [{"role": "user", "content": "of salts and caches " * 4}]
+        answer = server.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1, **more}).json()
+        found: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return found
+
+    assert chat() == 0
+    assert chat() > 0
+    assert chat(cache_salt="mine") == 0
+
+
+def test_a_chat_without_a_limit_ends_with_the_context(server: ServerProcess) -> None:
+    body = {"messages": [{"role": "user", "content": "Go on."}], "ignore_eos": True, "seed": 1}
+    answer = server.http.post("/v1/chat/completions", json=body).json()
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["total_tokens"] == SETTINGS["max_model_len"]
+
+
+def test_a_chat_may_begin_with_the_text_that_it_goes_on_from(server: ServerProcess) -> None:
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It is I,"}]
+    body = {"messages": messages, "max_tokens": 6, "seed": 1, "ignore_eos": True}
+    body |= {"add_generation_prompt": False, "continue_final_message": True}
+
+    def content(**more: Any) -> str:
+        answer = server.http.post("/v1/chat/completions", json={**body, **more})
+        if "stream" not in more:
+            return str(answer.json()["choices"][0]["message"]["content"])
+        return "".join(c["delta"].get("content") or "" for chunk in events(answer.text) for c in chunk["choices"])
+
+    assert content(echo=True) == content(echo=True, stream=True) == "It is I," + content()
+
+
+def test_tokens_may_be_named_by_their_ids(server: ServerProcess) -> None:
+    common: dict[str, Any] = {"max_tokens": 3, "seed": 1, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    done = server.complete(prompt=PROMPT, logprobs=0, **common).json()["choices"][0]
+    assert done["logprobs"]["tokens"] == [f"token_id:{token_id}" for token_id in done["token_ids"]]
+    body = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, **common}
+    answer = server.http.post("/v1/chat/completions", json=body).json()["choices"][0]
+    names = [entry["token"] for entry in answer["logprobs"]["content"]]
+    assert names == [f"token_id:{token_id}" for token_id in answer["token_ids"]]
 
 
 def test_a_sibling_is_a_lone_request_with_its_seed(server: ServerProcess) -> None:
@@ -124,6 +201,11 @@ def test_echo_scores_the_prompt(server: ServerProcess, llm: LLM) -> None:
     assert alone["choices"][0]["text"] == PROMPT
     assert alone["choices"][0]["logprobs"]["token_logprobs"] == score.logprobs
     assert alone["usage"]["completion_tokens"] == 0
+    options = {"include_usage": True}
+    answer = server.complete(prompt=PROMPT, max_tokens=0, echo=True, stream=True, stream_options=options)
+    *parts, last = events(answer.text)
+    assert "".join(part["choices"][0]["text"] for part in parts) == PROMPT
+    assert last["usage"] == {**alone["usage"], "prompt_tokens_details": last["usage"]["prompt_tokens_details"]}
 
 
 def test_prompt_logprobs(server: ServerProcess, llm: LLM) -> None:
@@ -209,6 +291,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("stream_options alone", {"stream_options": {"include_usage": True}}, "stream_options"),
     ("prompt_logprobs in a stream", {"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
     ("empty prompt list", {"prompt": []}, "prompt"),
+    ("too many prompts", {"prompt": ["a"] * 1025}, "prompt"),
     ("empty prompt", {"prompt": ""}, "prompt"),
     ("mixed prompt", {"prompt": ["a", 1]}, "prompt"),
     ("token out of vocabulary", {"prompt": [10**6]}, "prompt_token_ids"),
@@ -285,6 +368,8 @@ def test_tokenize_and_back(server: ServerProcess, llm: LLM) -> None:
     assert done["tokens"] == llm.get_tokenizer().encode(PROMPT)
     assert "".join(done["token_strs"]) == PROMPT
     assert server.http.post("/detokenize", json={"tokens": done["tokens"]}).json() == {"prompt": PROMPT}
+    refused = server.http.post("/detokenize", json={"tokens": [10**6]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tokens")
     chat: Any = [{"role": "user", "content": "Hi"}]
     tokens = server.http.post("/tokenize", json={"messages": chat}).json()["tokens"]
     assert tokens == llm.render_chat(chat)["prompt_token_ids"]
@@ -329,16 +414,12 @@ def test_metrics_count(server: ServerProcess) -> None:
     assert any(name.startswith("sempre:cache_config_info{") and 'block_size="16"' in name for name in after)
 
 
-def test_client_that_leaves_is_aborted(server: ServerProcess) -> None:
+def test_client_that_leaves_is_aborted(tmp_path: Path) -> None:
     """Streamed and whole, with siblings, running and queued: nothing goes on without its client."""
 
-    def aborted() -> float:
-        line = next(x for x in server.http.get("/metrics").text.splitlines() if 'finished_reason="abort"' in x)
-        return float(line.rpartition(" ")[2])
-
-    async def leave() -> None:
+    async def leave(server: ServerProcess) -> None:
         async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
-            common: dict[str, Any] = {"model": "tiny", "max_tokens": 240, "extra_body": {"ignore_eos": True}}
+            common: dict[str, Any] = {"model": "tiny", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
             stream = await client.completions.create(prompt=PROMPT, stream=True, **common)
             await stream.__anext__()
             whole = [
@@ -352,11 +433,14 @@ def test_client_that_leaves_is_aborted(server: ServerProcess) -> None:
                 task.cancel()
             await asyncio.gather(*whole, return_exceptions=True)
 
-    before = aborted()
-    asyncio.run(leave())
-    server.wait_until_idle()
-    assert aborted() - before == 25
-    assert server.load()["kv_cache_usage_perc"] == [0.0]
+    # requests that run for seconds, so that none has ended before its client leaves
+    flags = ("--max-model-len", "2048", "--max-num-seqs", "8", "--num-threads", "1")
+    with ServerProcess(tmp_path / "log", *flags) as server:
+        asyncio.run(leave(server))
+        server.wait_until_idle()
+        line = next(x for x in server.http.get("/metrics").text.splitlines() if 'finished_reason="abort"' in x)
+        assert float(line.rpartition(" ")[2]) == 25
+        assert server.load()["kv_cache_usage_perc"] == [0.0]
 
 
 def test_a_huge_prompt_holds_nobody_up(server: ServerProcess) -> None:

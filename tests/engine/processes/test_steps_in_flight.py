@@ -56,6 +56,7 @@ def test_a_call_waits_for_the_steps_before_it(ahead: Cluster, requests: MakeRequ
     replied, unfinished = False, 4
     while unfinished or not replied:
         event = ahead.client.receive(10.0)
+        assert event is not None
         replied |= isinstance(event, CallWorkersReply)
         if isinstance(event, OutputsReady):
             unfinished -= sum(delta.finish_reason is not None for delta in event.outputs)
@@ -65,15 +66,18 @@ def test_an_abort_with_steps_in_flight(ahead: Cluster, requests: MakeRequests) -
     """What is in flight for the request is dropped, and its id may be used again at once."""
     specs = requests(3, max_tokens=25)
     expected = ahead.generate(specs)
+    ahead.call("slow", 0.2)  # so that they run for seconds, however late this process is to end them
     ahead.client.send(AddRequests(requests=specs))
-    while not isinstance(ahead.client.receive(10.0), OutputsReady):
-        pass
+    while not isinstance(event := ahead.client.receive(10.0), OutputsReady):
+        assert event is not None
     ahead.client.send(AbortRequests(request_ids=[spec.request_id for spec in specs]))
     aborted = 0
     while aborted < 3:
         event = ahead.client.receive(10.0)
+        assert event is not None
         if isinstance(event, OutputsReady):
             aborted += sum(delta.finish_reason == "abort" for delta in event.outputs)
+    ahead.call("slow", 0.0)
     assert compare_generations(expected, ahead.generate(specs)).equal
 
 

@@ -774,6 +774,21 @@ def test_suspects_run_alone_until_each_has_passed() -> None:
     assert companies == [["a"], ["b"], ["a", "b", "c"], ["a", "b", "c"]]
 
 
+def test_a_suspect_passes_with_all_tokens_that_were_under_way() -> None:
+    """The worker may have died of any of them."""
+    replica = Replica()
+    replica.add(spec("a", 4, max_tokens=9), spec("b", 4, ordinal=1, max_tokens=9))
+    replica.step()
+    replica.schedule()
+    assert crash(replica) == []
+    companies = []
+    for _ in range(5):
+        step = replica.schedule()
+        companies.append([item.request_id for item in step.scheduled])
+        replica.scheduler.update(step, replica.answer(step))
+    assert companies == [["a"], ["a"], ["b"], ["b"], ["a", "b"]]
+
+
 def test_a_request_that_is_at_work_in_every_crash_is_given_up() -> None:
     replica = Replica()
     replica.add(spec("a", 4, max_tokens=9), spec("b", 4, ordinal=1, max_tokens=9))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from sempre.engine.server.admission import Admission
@@ -30,6 +32,17 @@ def test_what_can_never_fit_is_a_wrong_request() -> None:
     admission.admit(6)
     with pytest.raises(BadRequest, match=r"asks for 7 sequences.*holds at most 6"):
         admission.admit(7)
+
+
+def test_who_is_turned_away_is_told_to_come_back_when_so_many_will_have_ended() -> None:
+    admission = Admission(max_running=4, max_queued=2)
+    assert admission.retry_after_s(6) == 1
+    admission.admit(2)
+    admission.release(2)
+    time.sleep(0.3)
+    assert admission.retry_after_s(20) >= 3
+    assert admission.retry_after_s(20) >= admission.retry_after_s(1) >= 1
+    assert admission.retry_after_s(10**6) == 60
 
 
 def test_a_server_that_drains_lets_nobody_in() -> None:

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
+from server_process import ServerProcess
 
 # A prompt that ends like this has switched reasoning off.
 ANSWER = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "</think>"}]
@@ -51,35 +44,15 @@ HERMES_TEXT = (
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[openai.OpenAI]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "sempre.engine", "serve", "tiny", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-model-len", "512", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    command += ["--reasoning-parser", "deepseek_r1"]
-    server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not _is_ready(port):
-            assert server.poll() is None, "the server ended"
-            assert time.monotonic() < deadline, "the server did not become ready"
-            time.sleep(0.1)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
-    finally:
-        if server.poll() is None:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def _is_ready(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, ConnectionError):
-        return False
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    flags = ("--max-model-len", "512", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    flags += ("--reasoning-parser", "deepseek_r1")
+    log_path = tmp_path_factory.mktemp("server") / "log"
+    with ServerProcess(log_path, *flags, environment={"OMP_NUM_THREADS": "1"}) as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+            yield made
+        server.terminate()
+        assert server.process.wait(30) == 0
 
 
 def ask(client: openai.OpenAI, **keywords: Any) -> Any:

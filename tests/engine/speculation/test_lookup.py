@@ -74,6 +74,17 @@ def test_suffix_lookup_takes_what_most_places_go_on_with() -> None:
     assert drafter.propose(4)[0] == 1
 
 
+def test_suffix_lookup_does_not_guess_where_every_place_goes_on_differently() -> None:
+    recent = RecentOutputs(2)
+    for last in (1, 2, 3):
+        recent.add([7, 8, last])
+    drafter = SuffixDrafter(recent, 2, 24)
+    drafter.extend([7, 8])
+    assert drafter.propose(1) == [3]
+    recent.add([7, 8, 4])
+    assert drafter.propose(1) == []
+
+
 def test_an_output_that_ends_is_found_by_the_next_request_and_never_read_past() -> None:
     recent = RecentOutputs(2)
     first = SuffixDrafter(recent, 2, 24)
@@ -82,6 +93,10 @@ def test_an_output_that_ends_is_found_by_the_next_request_and_never_read_past() 
     second = SuffixDrafter(recent, 2, 24)
     second.extend([9, 30, 31])
     assert second.propose(5) == [32]
+    second.finish(0)
+    third = SuffixDrafter(recent, 2, 24)
+    third.extend([9, 31, 32])
+    assert third.propose(5) == []
 
 
 def test_recent_outputs_are_bounded() -> None:

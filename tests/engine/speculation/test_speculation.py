@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
-from sempre.engine.config import SpeculativeConfig
-from sempre.engine.speculation import SpeculationPlan
+from sempre.engine.config import EngineConfig, SpeculativeConfig
+from sempre.engine.speculation import ModelSpeculation, SpeculationPlan, max_draft_tokens
 from sempre.engine.speculation.adaptive import DraftLength, GuessCosts
-from sempre.engine.speculation.speculation import guess_costs
+from sempre.engine.speculation.speculation import LookupSpeculation, guess_costs
 from sempre.ipc.messages import StepCosts
 
 CHEAP = GuessCosts(first=0.1, each=0.1)
@@ -93,6 +96,117 @@ def test_a_draft_model_as_slow_as_its_target_is_not_asked_but_for_a_look() -> No
     assert len(looks) == 3
     gaps = [later - former for former, later in pairwise(looks)]
     assert gaps[1] > 1.9 * gaps[0] > 60
+
+
+def model_speculation(
+    costs: StepCosts, *, placement: str = "colocated", steps_ahead: bool = False, **settings: bool
+) -> ModelSpeculation:
+    config = SpeculativeConfig(method="draft_model", model="m", placement=placement, **settings)  # type: ignore[arg-type]
+    speculation = SpeculationPlan(config, steps_ahead=steps_ahead, costs=costs).start()
+    assert isinstance(speculation, ModelSpeculation)
+    return speculation
+
+
+def test_the_guess_after_the_right_ones_counts_as_wrong() -> None:
+    """One right guess and then a wrong one, for ever: every other guess is right, and one at a time is worth while."""
+    speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.0, guess=0.2))
+    tokens = [1]
+    lengths = []
+    for step in range(100):
+        drafts = speculation.drafts(tokens, 10)
+        wanted = speculation.num_wanted()
+        tokens = [*tokens, step]
+        speculation.sampled(tokens, drafts, min(1, len(drafts)), [9] * wanted)
+        lengths.append(wanted)
+    assert lengths[0] > 1
+    # one guess is always right, two never are
+    assert set(lengths[-20:]) == {1, 2}
+
+
+def step_until_asked(speculation: ModelSpeculation, tokens: list[int]) -> int:
+    """Tokens until the draft model is asked again; its guesses are then there to be verified."""
+    for count in range(1000):
+        if speculation.num_wanted():
+            tokens.append(0)
+            speculation.sampled(tokens, [], 0, [9, 9])
+            return count
+        tokens.append(0)
+        speculation.sampled(tokens, [], 0, [])
+    raise AssertionError("it is never asked again")
+
+
+def test_a_draft_model_that_was_right_again_is_looked_at_as_often_as_at_first() -> None:
+    # one guess is worth while where every other one is right
+    speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.0, guess=0.4))
+    tokens = [1]
+    gaps = []
+    for num_right in (0, 0, 0, 0, 2, 0, 0):
+        gaps.append(step_until_asked(speculation, tokens))
+        drafts = speculation.drafts(tokens, 10)
+        tokens.append(0)
+        speculation.sampled(tokens, drafts, num_right, [])
+    *given_up, first, second, _, after_success = gaps
+    assert given_up == [0, 0, 0]
+    assert second > 1.9 * first > 50
+    assert after_success == first
+
+
+def test_a_draft_worker_that_is_not_there_is_not_waited_for_at_every_token() -> None:
+    speculation = model_speculation(COSTS, placement="worker")
+    tokens, asked = [1], []
+    for step in range(300):
+        # nearly all that was guessed was wrong, until the worker has gone
+        drafts = speculation.drafts(tokens, 10)
+        tokens = [*tokens, step]
+        speculation.sampled(tokens, drafts, 0, [])
+        asked.append(speculation.awaits_worker)
+        if asked[-1]:
+            speculation.answered(len(tokens), [9, 9] if step < 30 else [])
+    assert sum(asked[:30]) > 2
+    assert 1 <= sum(asked[100:]) <= 7
+
+
+def test_with_steps_ahead_a_request_waits_while_its_draft_worker_is_asked() -> None:
+    """A step planned before the result of the one before it would leave nothing for the guesses to be about."""
+    asking = model_speculation(COSTS, placement="worker", steps_ahead=True, adaptive=False)
+    assert asking.must_wait([1], 1)
+    assert not asking.must_wait([1], 0)
+    given_up = model_speculation(
+        StepCosts(step=1e-3, row=0.0, result=0.0, guess=1e-3), placement="worker", steps_ahead=True
+    )
+    assert given_up.length() == 0
+    assert not given_up.must_wait([1], 1)
+
+
+class FixedDrafter:
+    def __init__(self, guesses: list[int]) -> None:
+        self._guesses = guesses
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        pass
+
+    def propose(self, count: int) -> list[int]:
+        return self._guesses[:count]
+
+    def finish(self, num_prompt_tokens: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("longest", [1, 4])
+def test_lookup_waits_only_for_guesses_that_reach_past_the_token_in_flight(longest: int) -> None:
+    for guesses, waits in (([], False), ([7], False), ([7, 8], True)):
+        length = DraftLength(longest, costs=CHEAP, adaptive=False)
+        speculation = LookupSpeculation(FixedDrafter(guesses), length, longest)
+        assert speculation.must_wait([1, 2], 1) == waits
+
+
+def test_the_guesses_of_one_step_are_bounded() -> None:
+    """Their rows of logits have a buffer of fixed size."""
+    plain = EngineConfig(model="m", model_path=Path("/"), max_num_seqs=3)
+    guessing = SpeculativeConfig(method="ngram", num_speculative_tokens=4)
+    assert max_draft_tokens(plain) == 0
+    assert max_draft_tokens(replace(plain, speculative_config=guessing)) == 12
+    assert max_draft_tokens(replace(plain, speculative_config=guessing, max_num_seqs=1000)) == 256
 
 
 LOOP = [5, 6, 7] * 6

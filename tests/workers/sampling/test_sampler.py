@@ -140,8 +140,9 @@ def test_greedy_follows_the_masks() -> None:
 def test_bad_phrases_match_within_the_output_only() -> None:
     logits = torch.arange(VOCAB, dtype=torch.float32)[None]
     top = VOCAB - 1
-    for phrase, banned in [([20, 22], True), ([21, 20, 22], True), ([20, 21], False), ([9, 20, 21, 20, 22], False)]:
-        expected = top - 1 if banned else top
+    banned_phrases = [OUTPUT, [20, 22], [21, 20, 22]]
+    for phrase in [*banned_phrases, [20, 21], [9, *OUTPUT]]:
+        expected = top - 1 if phrase in banned_phrases else top
         assert _one(logits, temperature=0.0, bad_words_token_ids=[[*phrase, top]]).token_id == expected
 
 
@@ -151,6 +152,7 @@ def test_min_tokens_masks_end_and_stop_ids_until_reached() -> None:
     ends = {"temperature": 0.0, "eos_token_ids": [top], "stop_token_ids": [top - 1, VOCAB + 7]}
     assert _one(logits, min_tokens=len(OUTPUT) + 1, **ends).token_id == top - 2
     assert _one(logits, min_tokens=len(OUTPUT), **ends).token_id == top
+    assert _one(logits, len(PROMPT), min_tokens=1, **ends).token_id == top - 2
 
 
 def test_bias_comes_after_the_masks_and_before_the_penalties() -> None:

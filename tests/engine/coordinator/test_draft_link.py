@@ -1,0 +1,164 @@
+"""What a draft worker is asked, and that no request waits for one that is not there, late, or gone."""
+
+from __future__ import annotations
+
+from sempre.engine.config import SpeculativeConfig
+from sempre.engine.coordinator.draft_link import PATIENCE_S, DraftLink
+from sempre.engine.harness import make_request
+from sempre.engine.scheduling.limits import Limits
+from sempre.engine.scheduling.request import Request
+from sempre.engine.speculation import ModelSpeculation, SpeculationPlan
+from sempre.ipc.messages import Propose, Proposed, StepCosts
+
+PLAN = SpeculationPlan(
+    SpeculativeConfig(method="draft_model", model="m", placement="worker", num_speculative_tokens=3, adaptive=False),
+    steps_ahead=True,
+    costs=StepCosts(step=1.0, row=0.0, result=0.0, guess=0.0),
+)
+
+
+def make(name: str) -> Request:
+    return Request(make_request([1, 2, 3], request_id=name, max_tokens=90), 0, Limits(100, 100, 16), PLAN.start())
+
+
+def speculation(request: Request) -> ModelSpeculation:
+    assert isinstance(request.speculation, ModelSpeculation)
+    return request.speculation
+
+
+def sample(request: Request, *token_ids: int) -> Request:
+    """A step has brought these; the request now awaits guesses."""
+    request.token_ids += token_ids
+    speculation(request).sampled(request.token_ids, [], 0, [])
+    assert awaits(request)
+    return request
+
+
+def awaits(request: Request) -> bool:
+    return speculation(request).must_wait(request.token_ids, 0)
+
+
+def guesses(request: Request) -> list[int]:
+    return speculation(request).drafts(request.token_ids, 10)
+
+
+def propose(link: DraftLink, now: float = 0.0) -> Propose:
+    proposal = link.next_proposal(now, available=True)
+    assert proposal is not None
+    return proposal
+
+
+def answer(link: DraftLink, proposal: Propose, *draft_token_ids: list[int]) -> None:
+    link.take(Proposed(rank=0, proposal_id=proposal.proposal_id, draft_token_ids=[*draft_token_ids]))
+
+
+def asked(proposal: Propose) -> list[tuple[str, list[int], int]]:
+    return [(item.request_id, item.token_ids, item.num_drafts) for item in proposal.requests]
+
+
+def test_the_worker_is_told_every_token_once_and_every_end_once() -> None:
+    link, one, two = DraftLink(), make("one"), make("two")
+    link.ask([sample(one, 4)])
+    first = propose(link)
+    assert [(new.request_id, new.token_ids) for new in first.new_requests] == [("one", [1, 2, 3, 4])]
+    assert asked(first) == [("one", [], 3)]
+    answer(link, first, [7, 8, 9])
+    assert not awaits(one)
+    assert guesses(one) == [7, 8, 9]
+    link.ask([sample(one, 7, 8, 5), sample(two, 6)])
+    second = propose(link)
+    assert [new.request_id for new in second.new_requests] == ["two"]
+    assert asked(second) == [("one", [7, 8, 5], 3), ("two", [], 3)]
+    answer(link, second, [1], [2])
+    assert (guesses(one), guesses(two)) == ([1], [2])
+    link.forget("two")
+    link.forget("never asked about")
+    link.ask([sample(one, 1)])
+    third = propose(link)
+    assert third.finished_request_ids == ["two"]
+    assert asked(third) == [("one", [1], 3)]
+    answer(link, third, [])
+    link.ask([sample(one, 2)])
+    assert propose(link).finished_request_ids == []
+
+
+def test_one_proposal_at_a_time() -> None:
+    link, one, two = DraftLink(), make("one"), make("two")
+    link.ask([sample(one, 4)])
+    first = propose(link)
+    link.ask([sample(two, 4)])
+    assert link.next_proposal(0.0, available=True) is None
+    assert awaits(two)
+    answer(link, first, [5])
+    assert asked(propose(link)) == [("two", [], 3)]
+
+
+def test_nobody_waits_for_a_worker_that_is_not_there() -> None:
+    link, request = DraftLink(), make("one")
+    link.ask([sample(request, 4)])
+    assert link.next_proposal(0.0, available=False) is None
+    assert not awaits(request)
+    assert guesses(request) == []
+    link.ask([sample(request, 5)])
+    assert [new.token_ids for new in propose(link).new_requests] == [[1, 2, 3, 4, 5]]
+
+
+def test_a_request_that_has_ended_meanwhile_is_not_asked_about() -> None:
+    link, ended, other = DraftLink(), make("ended"), make("other")
+    link.ask([sample(ended, 4), sample(other, 4)])
+    ended.finish_reason = "abort"
+    assert asked(propose(link)) == [("other", [], 3)]
+    link.reset()
+    link.ask([ended])
+    assert link.next_proposal(0.0, available=True) is None
+
+
+def test_nobody_waits_for_a_worker_that_is_late() -> None:
+    link, one, two = DraftLink(), make("one"), make("two")
+    link.ask([sample(one, 4)])
+    late = propose(link, now=10.0)
+    assert not link.check_late(10.0 + 0.9 * PATIENCE_S)
+    assert awaits(one)
+    assert link.check_late(10.0 + PATIENCE_S)
+    assert not link.check_late(20.0), "it is late once"
+    assert not awaits(one)
+    link.ask([sample(one, 5), sample(two, 4)])
+    assert link.next_proposal(20.0, available=True) is None
+    assert not awaits(one)
+    assert not awaits(two)
+    link.ask([sample(one, 6)])
+    # its guesses are for a sequence that has gone on
+    answer(link, late, [7, 8])
+    assert awaits(one)
+    assert asked(propose(link, now=30.0)) == [("one", [5, 6], 3)]
+    assert not link.check_late(30.0)
+
+
+def test_guesses_reach_whom_they_are_for_when_another_has_ended() -> None:
+    link, one, two = DraftLink(), make("one"), make("two")
+    link.ask([sample(one, 4), sample(two, 4)])
+    proposal = propose(link)
+    one.finish_reason = "abort"
+    link.forget("one")
+    answer(link, proposal, [7], [8])
+    assert guesses(two) == [8]
+
+
+def test_a_new_worker_is_told_everything_anew() -> None:
+    link, one, two, three = DraftLink(), make("one"), make("two"), make("three")
+    link.ask([sample(one, 4), sample(three, 4)])
+    answer(link, propose(link), [5], [5])
+    link.ask([sample(one, 6)])
+    propose(link)
+    link.forget("three")
+    link.ask([sample(two, 4)])
+    link.reset()
+    assert not awaits(one)
+    assert not awaits(two)
+    link.ask([sample(one, 7)])
+    proposal = propose(link)
+    assert [new.token_ids for new in proposal.new_requests] == [[1, 2, 3, 4, 6, 7]]
+    assert proposal.finished_request_ids == []
+    answer(link, proposal, [9])
+    assert guesses(one) == [9]
+    assert guesses(two) == []

@@ -1,0 +1,66 @@
+"""What a front end takes from the model's folder, and from the engine that has become ready."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sempre.engine import SamplingParams
+from sempre.engine.arguments import parse_arguments
+from sempre.engine.frontend.frontend import Frontend
+from sempre.ipc.errors import ModelError
+from sempre.ipc.messages import EngineReady
+
+READY = EngineReady(
+    vocab_size=4096, max_model_len=64, eos_token_ids=[7], num_blocks=4, block_size=16, world_size=1, fingerprint={}
+)
+ALL_FIELDS = {
+    "repetition_penalty": 1.1,
+    "temperature": 0.6,
+    "top_k": 20,
+    "top_p": 0.95,
+    "min_p": 0.05,
+    "max_new_tokens": 9,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    source = parse_arguments("tiny", {})[0].model_path
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+def frontend(folder: Path, defaults: Any, **keywords: Any) -> Frontend:
+    """Of the model with `defaults` in its generation_config.json."""
+    text = defaults if isinstance(defaults, str) else json.dumps(defaults)
+    (folder / "generation_config.json").write_text(text)
+    return Frontend(parse_arguments(folder, keywords))
+
+
+def test_the_model_s_own_defaults(folder: Path) -> None:
+    found = frontend(folder, {**ALL_FIELDS, "eos_token_id": 2, "do_sample": True, "typical_p": None})
+    assert found.default_sampling_params == SamplingParams(
+        repetition_penalty=1.1, temperature=0.6, top_k=20, top_p=0.95, min_p=0.05, max_tokens=9
+    )
+    assert frontend(folder, {"top_p": None}).default_sampling_params == SamplingParams()
+    assert frontend(folder, ALL_FIELDS, generation_config="vllm").default_sampling_params == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"), [("{", "is not valid JSON"), ({"top_p": 7}, r"top_p.*generation_config='vllm'")]
+)
+def test_defaults_that_cannot_be_used_are_refused(folder: Path, defaults: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=f"generation_config.json.*{message}"):
+        frontend(folder, defaults)
+
+
+def test_the_end_tokens_of_tokenizer_and_model_both_end_an_output(folder: Path) -> None:
+    found = frontend(folder, {})
+    found.connect(READY)
+    (own,) = found.tokenizer.eos_token_ids
+    [sequence] = found.builder.build("It is", SamplingParams()).sequences
+    assert sequence.params.eos_token_ids == [own, 7]
