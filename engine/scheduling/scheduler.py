@@ -36,6 +36,7 @@ from sempre.ipc.messages import (
     RequestOutputDelta,
     RequestSpec,
     SampledTokens,
+    ScheduledRequest,
     StepResult,
 )
 
@@ -317,7 +318,7 @@ class Scheduler:
             if holds_blocks and num_written >= request.next_commit_at:
                 self._kv_cache.commit(request, num_written, sampled.token_ids)
             if sampled.token_ids or sampled.prompt_logprobs is not None:
-                deltas.append(self._apply(request, sampled, planned.draft_token_ids))
+                deltas.append(self._apply(request, sampled, planned))
             if self._quarantine and self._quarantine.has_passed(request):
                 self._release_suspect(request)
         return deltas
@@ -336,7 +337,7 @@ class Scheduler:
             per_position[index] += 1
         return len(drafts) - num_kept
 
-    def _apply(self, request: Request, sampled: SampledTokens, drafts: list[int]) -> RequestOutputDelta:
+    def _apply(self, request: Request, sampled: SampledTokens, planned: ScheduledRequest) -> RequestOutputDelta:
         """Take over one request's tokens up to the first that ends it."""
         token_ids = sampled.token_ids
         logprobs = sampled.logprobs
@@ -354,7 +355,13 @@ class Scheduler:
         if sampled.prompt_logprobs is not None:
             request.num_prompt_logprobs_delivered += num_rows(sampled.prompt_logprobs)
         if request.speculation is not None and token_ids and not ended:
-            request.speculation.sampled(request.token_ids, drafts, len(token_ids) - 1, sampled.draft_token_ids)
+            request.speculation.sampled(
+                request.token_ids,
+                planned.draft_token_ids,
+                len(token_ids) - 1,
+                planned.num_drafts,
+                sampled.draft_token_ids,
+            )
             if request.speculation.awaits_worker:
                 self._awaiting_drafts.append(request)
         num_cached_tokens = request.cached_tokens_to_report

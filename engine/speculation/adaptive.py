@@ -27,13 +27,13 @@ class DraftLength:
     def __init__(self, longest: int, *, costs: GuessCosts, adaptive: bool = True) -> None:
         self._longest = longest
         self._costs = costs
-        self._adaptive = adaptive
+        self.adapts = adaptive
         self._rate = _START
         self.current = longest if not adaptive else self._length()
 
     def observe(self, num_right: int, *, missed: bool) -> None:
         """`num_right` guesses in a row were right; the one after them was wrong if `missed`."""
-        if not self._adaptive:
+        if not self.adapts:
             return
         for _ in range(num_right):
             self._rate += (1.0 - self._rate) * _WEIGHT

@@ -13,7 +13,7 @@ from sempre.ipc.messages import StepCosts
 
 _SUFFIX_LONGEST = 24
 # A draft model that was given up is asked again after this many tokens, and each time in vain after twice as many.
-_PROBE_AFTER = 32
+_REST = 32
 _PROBE_LENGTH = 2
 # the way to a draft worker and back
 _ASKING_SECONDS = 0.3e-3
@@ -36,8 +36,11 @@ class Speculation(Protocol):
     def num_wanted(self) -> int:
         """Guesses that the worker is to make after that step."""
 
-    def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, proposed: list[int]) -> None:
-        """A step has returned that verified `drafts` and kept `num_kept`; the worker guesses `proposed` now."""
+    def sampled(
+        self, token_ids: list[int], drafts: list[int], num_kept: int, num_wanted: int, proposed: list[int]
+    ) -> None:
+        """A step has returned that verified `drafts` and kept `num_kept`; the worker, asked for `num_wanted` guesses,
+        has made those `proposed`."""
 
     def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
         """The request has ended, in whatever way."""
@@ -71,7 +74,9 @@ class LookupSpeculation:
     def num_wanted(self) -> int:
         return 0
 
-    def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, proposed: list[int]) -> None:
+    def sampled(
+        self, token_ids: list[int], drafts: list[int], num_kept: int, num_wanted: int, proposed: list[int]
+    ) -> None:
         pass
 
     def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
@@ -101,10 +106,12 @@ class ModelSpeculation:
         self._asks_worker = asks_worker
         self._guesses: list[int] = []
         self._num_known = -1
-        self._tokens_without = 0
-        self._probe_after = _PROBE_AFTER
-        self._in_flight = False
+        self._rest = 0  # tokens before the draft model is asked again
+        self._next_rest = _REST
+        self._in_flight = False  # a step whose result decides about guesses
         self.awaits_worker = False
+        if length.current == 0:
+            self._begin_rest()
 
     def must_wait(self, token_ids: list[int], num_in_flight: int) -> bool:
         if self.awaits_worker:
@@ -114,12 +121,11 @@ class ModelSpeculation:
     def drafts(self, token_ids: list[int], room: int) -> list[int]:
         guesses = self._guesses[:room] if self._num_known == len(token_ids) else []
         self._in_flight = bool(guesses)
-        if guesses:
-            self._tokens_without = 0
         return guesses
 
     def num_wanted(self) -> int:
-        if self._asks_worker:
+        # guesses that are a look only are verified before more are asked for
+        if self._asks_worker or (self._length.current == 0 and self._in_flight):
             return 0
         count = self.length()
         self._in_flight = self._in_flight or count > 0
@@ -127,21 +133,22 @@ class ModelSpeculation:
 
     def length(self) -> int:
         """How many guesses to ask for."""
-        if self._length.current == 0 and self._tokens_without >= self._probe_after:
-            return self._probe_length
-        return self._length.current
+        return 0 if self._rest else self._length.current or self._probe_length
 
-    def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, proposed: list[int]) -> None:
+    def sampled(
+        self, token_ids: list[int], drafts: list[int], num_kept: int, num_wanted: int, proposed: list[int]
+    ) -> None:
+        self._rest = max(0, self._rest - 1)
         if drafts:
-            was_probe = self._length.current == 0
             self._length.observe(num_kept, missed=num_kept < len(drafts))
             if self._length.current > 0:
-                self._probe_after = _PROBE_AFTER
-            elif was_probe:
-                self._probe_after *= 2
-        else:
-            self._tokens_without += 1
-        self._in_flight = False
+                self._next_rest = _REST
+            else:
+                self._begin_rest()
+        elif num_wanted and not proposed:
+            self._begin_rest()
+        if drafts or num_wanted:
+            self._in_flight = False
         self.awaits_worker = self._asks_worker and self.length() > 0
         self._guesses, self._num_known = proposed, len(token_ids)
 
@@ -150,7 +157,12 @@ class ModelSpeculation:
         self.awaits_worker = False
         self._guesses, self._num_known = guesses, num_known
         if not guesses:
-            self._tokens_without = 0
+            self._begin_rest()
+
+    def _begin_rest(self) -> None:
+        if self._length.adapts:
+            self._rest = self._next_rest
+            self._next_rest *= 2
 
     def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
         self.awaits_worker = False

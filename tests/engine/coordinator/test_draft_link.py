@@ -29,7 +29,7 @@ def speculation(request: Request) -> ModelSpeculation:
 def sample(request: Request, *token_ids: int) -> Request:
     """A step has brought these; the request now awaits guesses."""
     request.token_ids += token_ids
-    speculation(request).sampled(request.token_ids, [], 0, [])
+    speculation(request).sampled(request.token_ids, [], 0, 0, [])
     assert awaits(request)
     return request
 

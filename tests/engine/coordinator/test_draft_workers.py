@@ -117,7 +117,7 @@ def drafts(host: ScriptedHost) -> DraftWorkers:
 def ask(drafts: DraftWorkers) -> None:
     request = Request(make_request([1, 2], max_tokens=90), 0, Limits(100, 100, 16), PLAN.start())
     assert request.speculation is not None
-    request.speculation.sampled(request.token_ids, [], 0, [])
+    request.speculation.sampled(request.token_ids, [], 0, 0, [])
     drafts.links[0].ask([request])
 
 

@@ -90,7 +90,7 @@ def test_a_draft_model_as_slow_as_its_target_is_not_asked_but_for_a_look() -> No
         wanted = speculation.num_wanted()
         assert speculation.must_wait(tokens, 1) == (wanted > 0 or bool(drafts))
         tokens = [*tokens, step]
-        speculation.sampled(tokens, drafts, len(drafts), [9] * wanted)
+        speculation.sampled(tokens, drafts, len(drafts), wanted, [9] * wanted)
         if wanted:
             looks.append(step)
     assert len(looks) == 3
@@ -116,7 +116,7 @@ def test_the_guess_after_the_right_ones_counts_as_wrong() -> None:
         drafts = speculation.drafts(tokens, 10)
         wanted = speculation.num_wanted()
         tokens = [*tokens, step]
-        speculation.sampled(tokens, drafts, min(1, len(drafts)), [9] * wanted)
+        speculation.sampled(tokens, drafts, min(1, len(drafts)), wanted, [9] * wanted)
         lengths.append(wanted)
     assert lengths[0] > 1
     # one guess is always right, two never are
@@ -128,10 +128,10 @@ def step_until_asked(speculation: ModelSpeculation, tokens: list[int]) -> int:
     for count in range(1000):
         if speculation.num_wanted():
             tokens.append(0)
-            speculation.sampled(tokens, [], 0, [9, 9])
+            speculation.sampled(tokens, [], 0, 2, [9, 9])
             return count
         tokens.append(0)
-        speculation.sampled(tokens, [], 0, [])
+        speculation.sampled(tokens, [], 0, 0, [])
     raise AssertionError("it is never asked again")
 
 
@@ -144,7 +144,7 @@ def test_a_draft_model_that_was_right_again_is_looked_at_as_often_as_at_first() 
         gaps.append(step_until_asked(speculation, tokens))
         drafts = speculation.drafts(tokens, 10)
         tokens.append(0)
-        speculation.sampled(tokens, drafts, num_right, [])
+        speculation.sampled(tokens, drafts, num_right, 0, [])
     *given_up, first, second, _, after_success = gaps
     assert given_up == [0, 0, 0]
     assert second > 1.9 * first > 50
@@ -158,12 +158,45 @@ def test_a_draft_worker_that_is_not_there_is_not_waited_for_at_every_token() -> 
         # nearly all that was guessed was wrong, until the worker has gone
         drafts = speculation.drafts(tokens, 10)
         tokens = [*tokens, step]
-        speculation.sampled(tokens, drafts, 0, [])
+        speculation.sampled(tokens, drafts, 0, 0, [])
         asked.append(speculation.awaits_worker)
         if asked[-1]:
             speculation.answered(len(tokens), [9, 9] if step < 30 else [])
     assert sum(asked[:30]) > 2
     assert 1 <= sum(asked[100:]) <= 7
+
+
+def test_a_draft_model_that_has_no_guesses_is_asked_ever_more_rarely() -> None:
+    """It may have no room for a sequence, or a shorter context: steps go on ahead meanwhile."""
+    speculation = model_speculation(COSTS, steps_ahead=True)
+    tokens, asked = [1], []
+    for step in range(400):
+        assert not speculation.drafts(tokens, 10)
+        wanted = speculation.num_wanted()
+        asked.append(wanted > 0)
+        assert speculation.must_wait(tokens, 1) == asked[-1]
+        tokens = [*tokens, step]
+        speculation.sampled(tokens, [], 0, wanted, [])
+    assert asked[0]
+    assert 3 <= sum(asked) <= 5
+
+
+def test_a_look_with_two_steps_in_flight_is_at_the_guesses_it_asked_for() -> None:
+    """The result of the step before leaves the next one planned alone, until the guesses are there."""
+    speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.3, guess=1.0), steps_ahead=True)
+    tokens = [1]
+    in_flight = [speculation.num_wanted(), speculation.num_wanted()]
+    for step in range(200):
+        tokens = [*tokens, step]
+        wanted, *in_flight = in_flight
+        speculation.sampled(tokens, [], 0, wanted, [9] * wanted)
+        if wanted:
+            assert not in_flight
+            assert speculation.drafts(tokens, 10) == [9] * wanted
+            return
+        if not speculation.must_wait(tokens, len(in_flight)):
+            in_flight.append(speculation.num_wanted())
+    raise AssertionError("there was no look")
 
 
 def test_with_steps_ahead_a_request_waits_while_its_draft_worker_is_asked() -> None:
@@ -262,7 +295,7 @@ def test_a_draft_model_that_is_always_wrong_is_given_up_and_tried_again(placemen
         drafts = speculation.drafts(tokens, 10)
         wanted = speculation.num_wanted()
         tokens = [*tokens, step]
-        speculation.sampled(tokens, drafts, 0, [9] * wanted)
+        speculation.sampled(tokens, drafts, 0, wanted, [9] * wanted)
         if placement == "worker" and speculation.awaits_worker:
             wanted = 4
             speculation.answered(len(tokens), [9] * wanted)  # type: ignore[attr-defined]
@@ -277,7 +310,7 @@ def test_a_draft_model_that_is_always_wrong_is_given_up_and_tried_again(placemen
 def test_guesses_for_another_length_are_not_used() -> None:
     config = SpeculativeConfig(method="draft_model", model="m", placement="worker", adaptive=False)
     speculation = SpeculationPlan(config, steps_ahead=False, costs=COSTS).start()
-    speculation.sampled([1, 2, 3], [], 0, [])
+    speculation.sampled([1, 2, 3], [], 0, 0, [])
     assert speculation.awaits_worker
     assert speculation.must_wait([1, 2, 3], 0)
     speculation.answered(2, [7, 8])  # type: ignore[attr-defined]
