@@ -21,6 +21,7 @@ PUBLIC = {
     "EngineHealth",
     "EngineUnhealthy",
     "Gauge",
+    "Histogram",
     "InvarianceError",
     "Logprob",
     "Metric",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +135,7 @@ async def harm(engine: AsyncLLM, target: str, number: signal.Signals) -> tuple[E
     before.check()
     os.kill(before.workers[0].pid if target == "worker" else coordinator_pid(before), number)
     while (during := await engine.health(timeout_s=0.3)).healthy:
+        assert during.workers[0].pid == before.workers[0].pid, "the outage is over before it was looked at"
         await asyncio.sleep(0.01)
     after = await until_healthy(engine)
     assert after.workers[0].pid != before.workers[0].pid
@@ -237,5 +237,5 @@ def test_a_spent_budget_ends_the_engine_with_the_last_cause() -> None:
 
     began = {process.pid for process in psutil.Process().children(recursive=True)}
     asyncio.run(scenario())
-    time.sleep(0.1)
-    assert {process.pid for process in psutil.Process().children(recursive=True)} <= began
+    left = [process for process in psutil.Process().children(recursive=True) if process.pid not in began]
+    assert not psutil.wait_procs(left, timeout=10)[1]
