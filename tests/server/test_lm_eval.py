@@ -36,7 +36,7 @@ def test_local_completions(server: ServerProcess, tmp_path: Path) -> None:
     """Its accuracy is that of the log-probabilities which the Python interface gives."""
     python = os.environ.get(VARIABLE)
     if python is None:
-        pytest.skip(f"{VARIABLE} does not name the python of an environment with lm-eval[api]")
+        pytest.skip(f"{VARIABLE} does not name the python of an environment with lm-eval[api] and transformers")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
     (tmp_path / "task.yaml").write_text(TASK.replace("DATA", str(data)))
