@@ -50,7 +50,7 @@ class EngineKeywords(TypedDict, total=False):
     dtype: Dtype
     quantization: Quantization | None
     max_model_len: int | None
-    max_num_seqs: int
+    max_num_seqs: int | None
     max_num_batched_tokens: int | None
     block_size: int | None
     enable_prefix_caching: bool

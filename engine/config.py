@@ -45,8 +45,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Quantization | None,
         _doc("fp8: matrices and their inputs; fp8_weight_only: matrices; None is the checkpoint's"),
     ] = None
-    max_model_len: Annotated[int | None, _doc("longest prompt plus output, tokens; None is the model's")] = None
-    max_num_seqs: Annotated[int, _doc("most sequences in one step")] = 128
+    max_model_len: Annotated[
+        int | None, _doc("longest prompt plus output, tokens; None is the model's, or what the KV cache holds if less")
+    ] = None
+    max_num_seqs: Annotated[
+        int | None, _doc("most sequences in one step; None is 128, and on a GPU up to 1,024 as memory and model allow")
+    ] = None
     max_num_batched_tokens: Annotated[
         int | None, _doc("most tokens in one step; longer prompts are cut; None is the device's best")
     ] = None

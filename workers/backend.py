@@ -30,6 +30,7 @@ class ModelOutline:
     max_model_len: int
     block_size: int
     max_num_batched_tokens: int
+    max_num_seqs: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class LoadedModel:
     """tokens in one KV cache block: the config's, or the device's best"""
     max_num_batched_tokens: int
     """most tokens in one step, likewise"""
+    max_num_seqs: int
+    """most requests in one step, likewise"""
 
     @property
     def block_bytes(self) -> int:
@@ -108,6 +111,9 @@ class Backend(Protocol):
     def begin(self, config: WorkerConfig) -> None:
         """Before anything is loaded."""
 
+    def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
+        """The best, where the config has none; after `begin`."""
+
     def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
         """Around the loading of weights: compiles meanwhile what the model will need. Raises ConfigError with the sums
         when memory runs out inside."""
@@ -118,7 +124,8 @@ class Backend(Protocol):
     def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
         """KV cache blocks that fit, with as many of the draft model that shares the device.
 
-        Raises ConfigError with the sums when not even one full sequence does.
+        Raises ConfigError with the sums when not even one sequence of the config's `max_model_len` does, or, where that
+        is None, not even one block.
         """
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> Runner: ...

@@ -19,11 +19,14 @@ from sempre.workers.guessing import StepGuesser
 from sempre.workers.kv_cache import BLOCK_SIZE, PagedKvCache, available_blocks
 from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.decoder import Decoder
+from sempre.workers.models.spec import ModelSpec
 from sempre.workers.self_test import self_test
 from sempre.workers.weights import ON_CPU
 
 # longer ones would only take more memory
 _MOST_PROMPT_TOKENS = 2048
+# a step of more rows takes longer by as much
+_DEFAULT_MAX_NUM_SEQS = 128
 
 
 class _NothingToCompile:
@@ -60,9 +63,12 @@ class CpuBackend:
         threads = config.num_threads or max(1, cores // config.world_size)
         set_num_threads(threads)
         self.max_prompt_tokens = min(ROW_BLOCK * threads, _MOST_PROMPT_TOKENS)
-        self.max_num_batched_tokens = config.max_num_seqs + self.max_prompt_tokens
+        self.max_num_batched_tokens = (config.max_num_seqs or _DEFAULT_MAX_NUM_SEQS) + self.max_prompt_tokens
         # the next step waits at the worker, which is then never idle; guesses, though, follow from results
         self.max_steps_in_flight = 1 if config.max_draft_tokens else 2
+
+    def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
+        return _DEFAULT_MAX_NUM_SEQS
 
     def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
         return nullcontext(_NothingToCompile())
@@ -80,7 +86,13 @@ class CpuBackend:
 
     def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
         block_bytes = model.block_bytes + (draft.block_bytes if draft is not None else 0)
-        return available_blocks(model.config, block_bytes, model.block_size, model.max_model_len)
+        return available_blocks(
+            model.config,
+            block_bytes,
+            block_size=model.block_size,
+            max_model_len=model.max_model_len,
+            max_num_seqs=model.max_num_seqs,
+        )
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner:
         config = model.config
@@ -97,7 +109,7 @@ class CpuBackend:
             PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
             model.make_grammar_compiler(),
             max_model_len=model.max_model_len,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=model.max_num_seqs,
             max_num_batched_tokens=model.max_num_batched_tokens,
             max_draft_tokens=config.max_draft_tokens,
             rank=config.rank,

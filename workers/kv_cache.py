@@ -26,8 +26,11 @@ def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
     return spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * block_size * dtype.itemsize
 
 
-def available_blocks(config: WorkerConfig, bytes_per_block: int, block_size: int, max_model_len: int) -> int:
-    """How many blocks the worker can hold; raises ConfigError with the sums when not even one full sequence fits.
+def available_blocks(
+    config: WorkerConfig, bytes_per_block: int, *, block_size: int, max_model_len: int, max_num_seqs: int
+) -> int:
+    """How many blocks the worker can hold; raises ConfigError with the sums when not even one full sequence fits, or,
+    where the config leaves `max_model_len` open, not even one block.
 
     `kv_cache_memory_bytes` decides; without it, enough for `max_num_seqs` sequences of `max_model_len` tokens, within
     the worker's share of the free memory.
@@ -47,8 +50,8 @@ def available_blocks(config: WorkerConfig, bytes_per_block: int, block_size: int
     else:
         memory_bytes = int(MEMORY_SHARE * available_memory_bytes()) // config.world_size
         origin = f"{MEMORY_SHARE:.0%} of the free memory over {config.world_size} worker(s)"
-        num_blocks = min(memory_bytes // bytes_per_block, per_sequence * config.max_num_seqs)
-    if num_blocks < per_sequence:
+        num_blocks = min(memory_bytes // bytes_per_block, per_sequence * max_num_seqs)
+    if num_blocks < (1 if config.max_model_len is None else per_sequence):
         raise ConfigError(
             f"kv_cache_memory_bytes: one sequence of max_model_len={max_model_len} tokens needs {per_sequence} blocks"
             f" of {bytes_per_block} bytes = {per_sequence * bytes_per_block} bytes; {origin} = {memory_bytes} bytes"

@@ -4,9 +4,11 @@ them."""
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace as replace_fields
 from difflib import get_close_matches
 from pathlib import Path
 from time import perf_counter
@@ -42,6 +44,8 @@ from sempre.workers.sampling.grammar import grammar_library_version
 from sempre.workers.seeding import rng_digests, seed_everything
 from sempre.workers.warm_up import warm_up
 from sempre.workers.weights import live_digest, load_weights
+
+logger = logging.getLogger(__name__)
 
 
 class Worker:
@@ -92,14 +96,15 @@ class Worker:
         if config.numerics == "invariant":
             with _timed(seconds, "self_test"):
                 loaded, _ = backend.self_test(loaded)
-        self._loaded = loaded
+        blocks = backend.available_blocks(loaded, self._draft_model)
+        loaded = self._loaded = _fitted(loaded, blocks)
         return ModelLoaded(
             rank=config.rank,
             digests_before_load=digests,
             vocab_size=loaded.spec.vocab_size,
             max_model_len=loaded.max_model_len,
             kv_block_bytes=loaded.block_bytes,
-            available_kv_blocks=backend.available_blocks(loaded, self._draft_model),
+            available_kv_blocks=blocks,
             costs=self._expected_costs(loaded),
             eos_token_ids=list(loaded.spec.eos_token_ids),
             fingerprint=self._fingerprint(),
@@ -108,6 +113,7 @@ class Worker:
             block_size=loaded.block_size,
             max_num_batched_tokens=loaded.max_num_batched_tokens,
             max_prompt_tokens=backend.max_prompt_tokens,
+            max_num_seqs=loaded.max_num_seqs,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
@@ -128,7 +134,7 @@ class Worker:
             if draft_runner is not None:
                 guesser = backend.make_guesser(draft_runner)
                 guesser.prepare()
-                self._drafting = Drafting(guesser, max_num_seqs=config.max_num_seqs)
+                self._drafting = Drafting(guesser, max_num_seqs=loaded.max_num_seqs)
         self._runner = runner
         self._ahead = runner if isinstance(runner, PipelinedRunner) else None
         seed_everything(config.seed)
@@ -288,7 +294,15 @@ def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
     spec = load_spec(Path(config.model_path))
     block_size = config.block_size or backend.block_sizes[0]
     max_num_batched_tokens = config.max_num_batched_tokens or backend.max_num_batched_tokens
-    return ModelOutline(config, spec, product, _max_model_len(config, spec), block_size, max_num_batched_tokens)
+    return ModelOutline(
+        config,
+        spec,
+        product,
+        _max_model_len(config, spec),
+        block_size,
+        max_num_batched_tokens,
+        config.max_num_seqs or backend.default_max_num_seqs(config, spec),
+    )
 
 
 def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
@@ -311,6 +325,7 @@ def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
         outline.max_model_len,
         outline.block_size,
         outline.max_num_batched_tokens,
+        outline.max_num_seqs,
     )
 
 
@@ -336,6 +351,17 @@ def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | No
             value=config.draft_model_path,
         )
     return draft
+
+
+def _fitted(loaded: LoadedModel, num_blocks: int) -> LoadedModel:
+    """With a shorter `max_model_len` where the config leaves it open and the cache does not hold the model's."""
+    held = num_blocks * loaded.block_size
+    if loaded.config.max_model_len is not None or held >= loaded.max_model_len:
+        return loaded
+    logger.warning(
+        "max_model_len is %d tokens, what the KV cache holds; the model could take %d", held, loaded.max_model_len
+    )
+    return replace_fields(loaded, max_model_len=held)
 
 
 def _check_config(config: WorkerConfig, backend: Backend) -> None:

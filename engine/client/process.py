@@ -52,6 +52,7 @@ _ALIKE = (
     "eos_token_ids",
     "block_size",
     "max_num_batched_tokens",
+    "max_num_seqs",
     "world_size",
     "fingerprint",
 )
@@ -248,6 +249,8 @@ class ProcessClientBase(Generic[Channel]):
 
     def _take_ready(self, ready: EngineReady) -> None:
         self.ready = ready
+        # a successor keeps the limits that were chosen by the memory found, whatever it finds itself
+        self._config = replace(self._config, max_model_len=ready.max_model_len, max_num_seqs=ready.max_num_seqs)
         self._is_ready = True
         self._link.workers.follow(dict(enumerate(ready.worker_pids)))
 

@@ -199,7 +199,7 @@ class EngineCore:
             num_blocks=ready.num_blocks,
             block_size=ready.block_size,
             max_model_len=ready.max_model_len,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=ready.max_num_seqs,
             max_num_batched_tokens=ready.max_num_batched_tokens,
             max_prompt_tokens=self._startup.max_prompt_tokens,
             policy=config.scheduling_policy,

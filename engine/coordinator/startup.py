@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from msgspec.structs import replace
+
 from sempre.engine.config import EngineConfig
 from sempre.engine.executor.base import Executor, worker_config
 from sempre.engine.executor.threads import threads_per_worker
@@ -23,6 +25,7 @@ from sempre.ipc.messages import (
     StartServing,
     StartupProgress,
     StepCosts,
+    WorkerConfig,
     WorkerEvent,
     WorkerHello,
     WorkerReady,
@@ -30,7 +33,6 @@ from sempre.ipc.messages import (
 
 _ALIKE = (
     "vocab_size",
-    "max_model_len",
     "eos_token_ids",
     "fingerprint",
     "kv_block_bytes",
@@ -39,6 +41,9 @@ _ALIKE = (
     "max_num_batched_tokens",
     "max_prompt_tokens",
 )
+
+# by the memory that a worker finds; the least of them holds for all
+_CHOSEN = ("max_model_len", "max_num_seqs")
 
 
 class StartUp:
@@ -92,11 +97,11 @@ class StartUp:
             case WorkerHello(pid=pid):
                 self.pids[rank] = pid
                 config = worker_config(self._config, rank, self._num_threads, role=self._role)
-                self._executor.send(rank, LoadModel(config=config))
+                self._executor.send(rank, LoadModel(config=self._with_limits_of_former(config)))
             case ModelLoaded():
                 before = self._loaded[rank]
                 compare_with_former(rank, before.digests_before_load, event.digests_before_load, "before loading")
-                _refuse_other(rank, before, event, _ALIKE, "the worker that it replaces")
+                _refuse_other(rank, before, event, (*_ALIKE, *_CHOSEN), "the worker that it replaces")
                 # as many blocks as before; the worker itself refuses what does not fit
                 self._executor.send(rank, StartServing(num_blocks=self._num_blocks))
             case WorkerReady():
@@ -147,6 +152,11 @@ class StartUp:
         """Replicas are alike to the scheduler, so the smallest memory decides for all."""
         return min(loaded.available_kv_blocks for loaded in self._loaded.values())
 
+    def _with_limits_of_former(self, config: WorkerConfig) -> WorkerConfig:
+        """What the worker that is replaced chose by the memory that it found, and steps were planned for since."""
+        former = self._loaded[config.rank]
+        return replace(config, max_model_len=former.max_model_len, max_num_seqs=former.max_num_seqs)
+
     def _all_loaded(self) -> list[StartupProgress]:
         ranks = range(self._executor.world_size)
         compare_digests([self._loaded[rank].digests_before_load for rank in ranks], "before the model is loaded")
@@ -165,7 +175,8 @@ class StartUp:
         first = self._loaded[0]
         self.ready = EngineReady(
             vocab_size=first.vocab_size,
-            max_model_len=first.max_model_len,
+            # replicas are alike to the scheduler here too
+            max_model_len=min(loaded.max_model_len for loaded in self._loaded.values()),
             eos_token_ids=first.eos_token_ids,
             num_blocks=self._num_blocks,
             block_size=first.block_size,
@@ -174,6 +185,7 @@ class StartUp:
             phase_seconds=self._phase_seconds,
             worker_pids=[self.pids[rank] for rank in ranks],
             max_num_batched_tokens=first.max_num_batched_tokens,
+            max_num_seqs=min(loaded.max_num_seqs for loaded in self._loaded.values()),
         )
         return progress
 

@@ -39,6 +39,7 @@ from sempre.ipc.messages import (
 VOCAB_SIZE = 1000
 _DEFAULT_MODEL_LEN = 4096
 _DEFAULT_BATCHED_TOKENS = 2048
+_DEFAULT_NUM_SEQS = 128
 _DEFAULT_BLOCKS = 1024
 
 
@@ -70,6 +71,7 @@ class ScriptedWorker:
             costs=StepCosts(step=1e-3, row=0.0, result=0.0),
             fingerprint={"model": "scripted"},
             max_num_batched_tokens=command.config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS,
+            max_num_seqs=command.config.max_num_seqs or _DEFAULT_NUM_SEQS,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:

@@ -13,15 +13,22 @@ _RATE_SAMPLES = 64
 
 
 class Admission:
-    """Counts sequences from their admission to their end; those beyond `capacity` are turned away."""
+    """Counts sequences from their admission to their end; those beyond `capacity` are turned away.
 
-    def __init__(self, *, max_running: int, max_queued: int) -> None:
-        self.capacity = max_running + max_queued
+    `max_running` is the engine's, and known when that is ready.
+    """
+
+    def __init__(self, *, max_queued: int, max_running: int = 0) -> None:
+        self._max_queued = max_queued
         self.max_running = max_running
         self.num_sequences = 0
         self.num_rejected = 0
         self.draining = False
         self._ends: deque[float] = deque(maxlen=_RATE_SAMPLES)
+
+    @property
+    def capacity(self) -> int:
+        return self.max_running + self._max_queued
 
     def admit(self, num_sequences: int) -> None:
         """Take `num_sequences` in. Raises Busy (503) for want of room, BadRequest for more than can ever be held."""

@@ -191,6 +191,7 @@ async def _server_info(service: Service, _request: Request) -> Response:
                 "num_blocks": ready.num_blocks,
                 "block_size": ready.block_size,
                 "max_num_batched_tokens": ready.max_num_batched_tokens,
+                "max_num_seqs": ready.max_num_seqs,
                 "world_size": ready.world_size,
             },
             "startup_seconds": service.startup_seconds,

@@ -87,11 +87,10 @@ class Server:
         stopping.cancel()
         await starting
         seconds = time.monotonic() - began
-        self._service.startup_seconds = {**self._engine.ready.phase_seconds, "total": seconds}
         # What lives as long as the server need not be looked through by every collection.
         gc.collect()
         gc.freeze()
-        self._service.is_ready = True
+        self._service.serve({**self._engine.ready.phase_seconds, "total": seconds})
         ready = self._engine.ready
         logger.info("fingerprint %s, seed %d", self._engine.fingerprint, self._engine.config.seed)
         logger.info(

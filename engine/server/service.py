@@ -29,9 +29,7 @@ class Service:
         self.startup_seconds: dict[str, float] = {}
         settings = engine.config
         self.model_names = config.served_model_name or [settings.model]
-        self.admission = Admission(
-            max_running=settings.max_num_seqs * settings.data_parallel_size, max_queued=config.max_num_queued_reqs
-        )
+        self.admission = Admission(max_queued=config.max_num_queued_reqs)
         self.metrics = ServerMetrics(self.model_names[0])
         self._streams: dict[int, OutputStream] = {}
 
@@ -39,6 +37,13 @@ class Service:
     def num_requests(self) -> int:
         """HTTP requests that are being generated."""
         return len(self._streams)
+
+    def serve(self, startup_seconds: dict[str, float]) -> None:
+        """The engine is ready: requests are taken from now on."""
+        ready, settings = self.engine.ready, self.engine.config
+        self.admission.max_running = ready.max_num_seqs * settings.data_parallel_size
+        self.startup_seconds = startup_seconds
+        self.is_ready = True
 
     def check_ready(self) -> None:
         """Raise Busy (503) while the engine starts."""

@@ -218,4 +218,6 @@ def max_draft_tokens(config: EngineConfig) -> int:
     """The most guesses in one step, of all requests."""
     if config.speculative_config is None:
         return 0
+    if config.max_num_seqs is None:
+        return _MOST_DRAFTS_PER_STEP
     return min(config.max_num_seqs * config.speculative_config.num_speculative_tokens, _MOST_DRAFTS_PER_STEP)

@@ -118,6 +118,7 @@ class EngineReady(Message, frozen=True, kw_only=True):
     worker_pids: list[int] = []
     draft_worker_pids: list[int] = []
     max_num_batched_tokens: Positive = 2048
+    max_num_seqs: Positive = 128
 
 
 class EngineNotice(Message, frozen=True, kw_only=True):

@@ -36,7 +36,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     dtype: str = "auto"
     device: str = "cpu"
     max_model_len: int | None = None
-    max_num_seqs: Positive = 128
+    max_num_seqs: Positive | None = None
     max_num_batched_tokens: Positive | None = 2048
     block_size: Positive | None = 16
     kv_cache_memory_bytes: int | None = None
@@ -170,7 +170,8 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     """Answer to LoadModel. The limits and `block_size` are those in use; `fingerprint` the parts this worker knows.
 
     Up to `max_steps_in_flight` steps may be sent before the first of them is answered; none may bring more than
-    `max_num_batched_tokens` tokens. Where those are left to the worker, `max_prompt_tokens` of them may be of prompts.
+    `max_num_batched_tokens` tokens, or more than `max_num_seqs` requests. Where the tokens are left to the worker,
+    `max_prompt_tokens` of them may be of prompts.
     """
 
     rank: NonNegative
@@ -187,6 +188,7 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     block_size: Positive = 16
     max_num_batched_tokens: Positive = 2048
     max_prompt_tokens: Positive | None = None
+    max_num_seqs: Positive = 128
 
 
 class WorkerReady(Message, frozen=True, kw_only=True):

@@ -30,8 +30,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "int8"}, "dtype must be 'auto' or 'float32' or 'bfloat16' or 'float16', got 'int8'."),
-    ({"max_num_seqs": "8"}, "max_num_seqs must be an int, got '8'."),
-    ({"max_num_seqs": True}, "max_num_seqs must be an int, got True."),
+    ({"max_num_seqs": "8"}, "max_num_seqs must be an int or None, got '8'."),
+    ({"max_num_seqs": True}, "max_num_seqs must be an int or None, got True."),
     ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0."),
     ({"max_model_len": 1.5}, "max_model_len must be an int or None, got 1.5."),
     ({"max_model_len": 0}, "max_model_len must be at least 1, got 0."),

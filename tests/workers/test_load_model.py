@@ -121,7 +121,8 @@ def test_public_methods_answer_in_msgpack_values(checkpoints: Any, serve: Any) -
         ({"tp_size": 2}, "tp_size"),
         ({"load_format": "pickle"}, "load_format"),
         ({"numerics": "fast"}, "numerics"),
-        ({"kv_cache_memory_bytes": 15 * 12288}, "kv_cache_memory_bytes"),
+        ({"kv_cache_memory_bytes": 15 * 12288, "max_model_len": 256}, "kv_cache_memory_bytes"),
+        ({"kv_cache_memory_bytes": 12287}, "kv_cache_memory_bytes"),
         ({"kv_cache_memory_bytes": 10**15}, "kv_cache_memory_bytes"),
     ],
 )
@@ -141,8 +142,26 @@ def test_more_threads_than_cores_are_refused(checkpoints: Any) -> None:
 
 def test_too_little_cache_memory_states_the_sums(checkpoints: Any) -> None:
     with pytest.raises(ConfigError, match=r"needs 16 blocks of 12288 bytes = 196608 bytes; .* = 184320 bytes holds 15"):
-        load(checkpoints("llama").folder, kv_cache_memory_bytes=15 * 12288)
+        load(checkpoints("llama").folder, kv_cache_memory_bytes=15 * 12288, max_model_len=256)
     assert load(checkpoints("llama").folder, kv_cache_memory_bytes=16 * 12288).available_kv_blocks == 16
+
+
+def test_a_length_that_is_left_open_fits_the_cache(
+    checkpoints: Any, serve: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = checkpoints("llama").folder
+    assert load(folder, kv_cache_memory_bytes=16 * 12288).max_model_len == 256
+    assert not caplog.records
+    serving = serve(folder, kv_cache_memory_bytes=5 * 12288)
+    assert (serving.loaded.max_model_len, serving.loaded.available_kv_blocks) == (80, 5)
+    assert "max_model_len is 80 tokens, what the KV cache holds; the model could take 256" in caplog.text
+
+
+def test_the_number_of_sequences_that_is_left_open(checkpoints: Any) -> None:
+    loaded = load(checkpoints("llama").folder, max_num_batched_tokens=None)
+    assert loaded.max_num_seqs == 128
+    assert loaded.max_num_batched_tokens == 128 + loaded.max_prompt_tokens
+    assert load(checkpoints("llama").folder, max_num_seqs=200).max_num_seqs == 200
 
 
 @pytest.mark.parametrize(("dtype", "element_bytes"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])

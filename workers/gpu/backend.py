@@ -21,12 +21,13 @@ from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.fingerprint import fingerprint_parts
 from sempre.workers.gpu.guessing import GpuGuesser
-from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, out_of_memory
+from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, default_max_num_seqs, out_of_memory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import require_equal, require_fp8, run_self_test
 from sempre.workers.gpu.upload import Uploader
-from sempre.workers.kv_cache import PagedKvCache
+from sempre.workers.kv_cache import PagedKvCache, block_bytes
 from sempre.workers.models.decoder import Decoder
+from sempre.workers.models.spec import ModelSpec
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
 from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.weights import Placement
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 HASHING_THREADS = 8
 # the graphs of plain decoding within these bounds are captured before the first request; the rest when needed
-CAPTURED_ROWS = 256
+CAPTURED_ROWS = 1024
 CAPTURED_CONTEXTS = (512, 1024)
 
 
@@ -69,6 +70,25 @@ class GpuBackend:
 
             configure()
 
+    def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
+        free, total = torch.cuda.mem_get_info(self.device)
+        dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+        plan = MemoryPlan(
+            total=total,
+            free=free,
+            weights=weight_bytes(spec, config.dtype),
+            activations=0,
+            allocated=0,
+            utilization=config.gpu_memory_utilization,
+        )
+        return default_max_num_seqs(
+            plan,
+            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+            bytes_per_token=block_bytes(spec, 1, dtype),
+            bytes_per_row=row_bytes(spec),
+            max_model_len=config.max_model_len,
+        )
+
     @contextmanager
     def loading(self, outline: ModelOutline) -> Iterator[KernelCompilation]:
         try:
@@ -78,7 +98,7 @@ class GpuBackend:
             free, total = torch.cuda.mem_get_info(self.device)
             raise out_of_memory(
                 "the weights",
-                weights=weight_bytes(outline),
+                weights=weight_bytes(outline.spec, outline.config.dtype),
                 allocated=torch.cuda.memory_reserved(self.device),
                 free=free,
                 total=total,
@@ -93,7 +113,7 @@ class GpuBackend:
             self._attention_workspace(model),
             block_size=model.block_size,
             max_tokens=model.max_num_batched_tokens,
-            max_num_seqs=model.config.max_num_seqs,
+            max_num_seqs=model.max_num_seqs,
         )
         passed = require_equal(tested.comparisons)
         self._excluded = tested.excluded
@@ -134,7 +154,8 @@ class GpuBackend:
             bytes_per_block=model.block_bytes + (draft.block_bytes if draft is not None else 0),
             block_size=model.block_size,
             max_model_len=model.max_model_len,
-            max_num_seqs=config.max_num_seqs,
+            max_num_seqs=model.max_num_seqs,
+            shortens=config.max_model_len is None,
         )
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> GpuModelRunner:
@@ -143,7 +164,7 @@ class GpuBackend:
         cache = PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype, self.device)
         limits = StepLimits(
             model.max_model_len,
-            config.max_num_seqs,
+            model.max_num_seqs,
             model.max_num_batched_tokens,
             model.spec.vocab_size,
             config.max_draft_tokens,
@@ -211,9 +232,9 @@ class GpuBackend:
             max_model_len=model.max_model_len,
             workspace=self._attention_workspace(model),
         )
-        rows = max(config.max_num_seqs + config.max_draft_tokens, PROMPT_LOGPROB_ROWS)
+        rows = max(model.max_num_seqs + config.max_draft_tokens, PROMPT_LOGPROB_ROWS)
         sampler = GpuSampler(
-            device=self.device, vocab_size=spec.vocab_size, max_num_seqs=rows, num_slots=config.max_num_seqs
+            device=self.device, vocab_size=spec.vocab_size, max_num_seqs=rows, num_slots=model.max_num_seqs
         )
         return StepMemory(
             decoder,
@@ -221,6 +242,11 @@ class GpuBackend:
             torch.empty(rows, spec.hidden_size, dtype=weights.activations, device=self.device),
             torch.empty(rows, spec.vocab_size, device=self.device),
         )
+
+
+def row_bytes(spec: ModelSpec) -> int:
+    """What one more request takes in a step, beside the cache: logits, the sampler's copy of them, a hidden state."""
+    return 2 * spec.vocab_size * torch.float32.itemsize + spec.hidden_size * torch.float32.itemsize
 
 
 def quantized_rows_bytes(model: LoadedModel) -> int:

@@ -32,21 +32,21 @@ from sempre.workers.gpu.self_test import run_self_test
 from sempre.workers.gpu.variant_record import read_record, record_key, write_record
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.decoder import Decoder, StepInput
+from sempre.workers.models.spec import ModelSpec
 from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.weights import DecoderWeights, Placement, expected_shapes, load_weights
 
 # so many kernels are compiled here sooner than a process for it has started
 FEW = 4
-# what the outline, its scratch memory and the self-test take at most
+# what the outline, its scratch memory and the self-test take at most, but for logits
 OUTLINE_BYTES = 8 << 30
-MAX_ROWS = 256
-MAX_TOKENS = 512
+MAX_TOKENS = 1024
 # requests, tokens of each, context of each: tiles of every size, in one split, in parallel splits, and in turn
 PROMPTS = (
     (1, 2, 64), (1, 2, 4096), (1, 16, 64), (1, 16, 4096), (1, 256, 512), (1, 256, 4096), (64, 8, 64), (64, 8, 4096),
 )  # fmt: skip
-DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, MAX_ROWS)
+DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 DECODE_CONTEXTS = (64, 1024, 4096, 1 << 30)
 
 
@@ -73,15 +73,21 @@ class KernelCompilation:
         self._thread.shutdown()
 
 
-def weight_bytes(outline: ModelOutline) -> int:
+def weight_bytes(spec: ModelSpec, dtype: str) -> int:
     """Of all tensors, if they are stored as `dtype` says; fp8 takes less."""
-    size = sum(math.prod(shape) for shape in expected_shapes(outline.spec, None).values())
-    return size * (torch.float32.itemsize if outline.config.dtype == "float32" else torch.bfloat16.itemsize)
+    size = sum(math.prod(shape) for shape in expected_shapes(spec, None).values())
+    return size * (torch.float32.itemsize if dtype == "float32" else torch.bfloat16.itemsize)
+
+
+def _most_rows(outline: ModelOutline) -> int:
+    """Of a decode step, as far as kernels differ."""
+    return min(max(outline.max_num_seqs, 256), DECODE_ROWS[-1])
 
 
 def _has_room(outline: ModelOutline, device: torch.device) -> bool:
     """Whether the weights leave memory for this; else kernels are compiled as they first run."""
-    return weight_bytes(outline) + OUTLINE_BYTES < torch.cuda.mem_get_info(device)[0]
+    scratch = OUTLINE_BYTES + _most_rows(outline) * 2 * torch.float32.itemsize * outline.spec.vocab_size
+    return weight_bytes(outline.spec, outline.config.dtype) + scratch < torch.cuda.mem_get_info(device)[0]
 
 
 def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> dict[str, float]:
@@ -163,7 +169,7 @@ def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Va
                 workspace,
                 block_size=outline.block_size,
                 max_tokens=outline.max_num_batched_tokens,
-                max_num_seqs=config.max_num_seqs,
+                max_num_seqs=outline.max_num_seqs,
             )
     return collection
 
@@ -181,15 +187,16 @@ def _launch_steps(
         max_model_len=outline.max_model_len,
         workspace=workspace,
     )
-    sampler = GpuSampler(device=device, vocab_size=spec.vocab_size, max_num_seqs=MAX_ROWS, num_slots=MAX_ROWS)
+    most_rows = _most_rows(outline)
+    sampler = GpuSampler(device=device, vocab_size=spec.vocab_size, max_num_seqs=most_rows, num_slots=most_rows)
     memory = StepMemory(
         decoder,
         sampler,
-        torch.empty(MAX_ROWS, spec.hidden_size, dtype=weights.activations, device=device),
-        torch.empty(MAX_ROWS, spec.vocab_size, device=device),
+        torch.empty(most_rows, spec.hidden_size, dtype=weights.activations, device=device),
+        torch.empty(most_rows, spec.vocab_size, device=device),
     )
     cache = PagedKvCache(spec, 1, outline.block_size, weights.dtype, device)
-    limits = StepLimits(outline.max_model_len, MAX_ROWS, MAX_TOKENS, spec.vocab_size)
+    limits = StepLimits(outline.max_model_len, most_rows, MAX_TOKENS, spec.vocab_size)
     runner = GpuModelRunner(
         memory, cache, GrammarCompiler(Path(config.model_path), spec.vocab_size), limits, rank=config.rank, graphs=False
     )
@@ -202,7 +209,8 @@ def _launch_steps(
         if context <= outline.max_model_len:
             decoder.forward(_prompts(requests, tokens, context, width, device), cache.layers)
     plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
-    for rows, context in combinations(DECODE_ROWS, DECODE_CONTEXTS):
+    decode_rows = [rows for rows in DECODE_ROWS if rows <= most_rows]
+    for rows, context in combinations(decode_rows, DECODE_CONTEXTS):
         runner.launch_decode(DecodeShape(rows, min(context, outline.max_model_len), plain))
 
 

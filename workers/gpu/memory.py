@@ -10,6 +10,12 @@ from sempre.ipc.errors import ConfigError
 RUNTIME_RESERVE_BYTES = 768 << 20
 GIB = 1 << 30
 
+LEAST_SEQS, MOST_SEQS = 128, 1024
+# that a sequence is expected to take in the cache, tokens
+EXPECTED_LEN = 512
+# graphs of so many rows are that far apart
+SEQS_STEP = 64
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -40,6 +46,28 @@ class MemoryPlan:
         return max(0, min(within_share, really_free))
 
 
+def default_max_num_seqs(
+    plan: MemoryPlan,
+    *,
+    kv_cache_memory_bytes: int | None,
+    bytes_per_token: int,
+    bytes_per_row: int,
+    max_model_len: int | None,
+) -> int:
+    """Most sequences in a step: as many as find EXPECTED_LEN tokens each in the cache beside their rows of a step.
+
+    `plan` is of before the weights are loaded. An explicit `max_model_len`, tokens, keeps its room in the cache.
+    """
+    expected = min(EXPECTED_LEN, max_model_len or EXPECTED_LEN) * bytes_per_token
+    if kv_cache_memory_bytes is None:
+        fitting = plan.for_cache // (expected + bytes_per_row)
+        rows = (plan.for_cache - (max_model_len or 0) * bytes_per_token) // bytes_per_row
+    else:
+        fitting = kv_cache_memory_bytes // expected
+        rows = (plan.for_cache - kv_cache_memory_bytes) // bytes_per_row
+    return max(LEAST_SEQS, min(fitting, rows, MOST_SEQS) // SEQS_STEP * SEQS_STEP)
+
+
 def cache_blocks(
     plan: MemoryPlan,
     *,
@@ -48,8 +76,12 @@ def cache_blocks(
     block_size: int,
     max_model_len: int,
     max_num_seqs: int,
+    shortens: bool = False,
 ) -> int:
-    """Blocks of the cache; more than `max_num_seqs` whole sequences are never needed. Raises ConfigError."""
+    """Blocks of the cache; more than `max_num_seqs` whole sequences are never needed.
+
+    Raises ConfigError when not even one sequence fits, or, if it `shortens` to what fits, not even one block.
+    """
     per_sequence = -(-max_model_len // block_size)
     budget = plan.for_cache
     if kv_cache_memory_bytes is not None:
@@ -57,7 +89,7 @@ def cache_blocks(
             raise _too_little(plan, kv_cache_memory_bytes, plan.free, bytes_per_block, block_size, max_model_len)
         budget = kv_cache_memory_bytes
     num_blocks = budget // bytes_per_block
-    if num_blocks < per_sequence:
+    if num_blocks < (1 if shortens else per_sequence):
         needed = per_sequence * bytes_per_block
         raise _too_little(plan, needed, budget, bytes_per_block, block_size, max_model_len)
     if kv_cache_memory_bytes is not None:

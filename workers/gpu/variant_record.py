@@ -41,6 +41,7 @@ def record_key(outline: ModelOutline, gpu: str) -> str:
         outline.max_model_len,
         outline.block_size,
         outline.max_num_batched_tokens,
+        outline.max_num_seqs,
         settings,
     )
     digest = hashlib.sha256(repr(facts).encode())

@@ -60,16 +60,21 @@ class OddWorker(LightWorker):
                 return msgspec.structs.replace(loaded, digests_before_load=self.digests())
             case "other vocabulary" if command.config.rank == 1:
                 return msgspec.structs.replace(loaded, vocab_size=7)
-            case "other length" if command.config.rank == 1:
-                return msgspec.structs.replace(loaded, max_model_len=7)
             case "other end" if command.config.rank == 1:
                 return msgspec.structs.replace(loaded, eos_token_ids=[7])
             case "other fingerprint" if command.config.rank == 1:
                 return msgspec.structs.replace(loaded, fingerprint={"torch": "7"})
             case "other block size" if command.config.rank == 1:
                 return msgspec.structs.replace(loaded, kv_block_bytes=7)
-            case "fewer blocks" if command.config.rank == 1:
-                return msgspec.structs.replace(loaded, available_kv_blocks=7)
+            case "less memory" if command.config.rank == 1:
+                return msgspec.structs.replace(loaded, available_kv_blocks=7, max_model_len=70, max_num_seqs=3)
+            case "limits of its own":
+                # that no two workers choose alike
+                return msgspec.structs.replace(
+                    loaded,
+                    max_model_len=command.config.max_model_len or 10_000 + os.getpid(),
+                    max_num_seqs=command.config.max_num_seqs or os.getpid(),
+                )
         return loaded
 
     def start_serving(self, command: StartServing) -> WorkerReady:

@@ -140,6 +140,15 @@ def test_a_spent_budget_ends_the_engine(start: Start, gone: Gone) -> None:
         assert gone(engine) == []
 
 
+@pytest.mark.parametrize("target", [0, COORDINATOR])
+def test_a_successor_keeps_the_limits_that_were_chosen(start_odd: Start, target: int | str) -> None:
+    cluster = start_odd("limits of its own")
+    ready = cluster.ready
+    cluster.kill(target)
+    assert len(cluster.generate([make_request([1], ordinal=2)])) == 1
+    assert (cluster.ready.max_model_len, cluster.ready.max_num_seqs) == (ready.max_model_len, ready.max_num_seqs)
+
+
 def test_a_successor_that_differs_is_refused(start_odd: Start, gone: Gone) -> None:
     cluster = start_odd("successor is seeded differently")
     engine = [cluster.coordinator_pid, *cluster.worker_pids()]

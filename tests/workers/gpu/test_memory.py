@@ -5,13 +5,21 @@ from __future__ import annotations
 import pytest
 
 from sempre.ipc.errors import ConfigError
-from sempre.workers.gpu.memory import RUNTIME_RESERVE_BYTES, MemoryPlan, cache_blocks, out_of_memory
+from sempre.workers.gpu.memory import (
+    RUNTIME_RESERVE_BYTES,
+    MemoryPlan,
+    cache_blocks,
+    default_max_num_seqs,
+    out_of_memory,
+)
 
 GIB = 1 << 30
 PLAN = MemoryPlan(total=80 * GIB, free=60 * GIB, weights=16 * GIB, activations=GIB, allocated=17 * GIB, utilization=0.9)
 
 
-def blocks(plan: MemoryPlan, kv_cache_memory_bytes: int | None = None, max_model_len: int = 4096) -> int:
+def blocks(
+    plan: MemoryPlan, kv_cache_memory_bytes: int | None = None, max_model_len: int = 4096, *, shortens: bool = False
+) -> int:
     return cache_blocks(
         plan,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
@@ -19,6 +27,7 @@ def blocks(plan: MemoryPlan, kv_cache_memory_bytes: int | None = None, max_model
         block_size=16,
         max_model_len=max_model_len,
         max_num_seqs=1000,
+        shortens=shortens,
     )
 
 
@@ -39,6 +48,47 @@ def test_no_more_than_can_be_used() -> None:
 
 def test_a_given_size_decides() -> None:
     assert blocks(PLAN, kv_cache_memory_bytes=GIB) == 512
+
+
+def test_a_length_that_is_left_open_takes_what_there_is() -> None:
+    assert blocks(PLAN, 100 << 21, shortens=True) == 100
+    with pytest.raises(ConfigError, match="not even one block fits"):
+        blocks(PLAN, 1, shortens=True)
+
+
+# an H100, and Qwen3's 0.6B and 8B: bytes of the weights, and of a token's keys and values
+H100 = 85_000_000_000
+SHAPES = {"0.6B": (1_200_000_000, 28 * 2 * 8 * 128 * 2), "8B": (16_400_000_000, 36 * 2 * 8 * 128 * 2)}
+ROW = 2 * 4 * 151_936
+
+
+def sequences(total: int, shape: str, given: int | None = None, max_model_len: int | None = None) -> int:
+    weights, token = SHAPES[shape]
+    plan = MemoryPlan(total=total, free=total, weights=weights, activations=0, allocated=0, utilization=0.92)
+    return default_max_num_seqs(
+        plan, kv_cache_memory_bytes=given, bytes_per_token=token, bytes_per_row=ROW, max_model_len=max_model_len
+    )
+
+
+def test_the_most_sequences_follow_from_memory_and_model() -> None:
+    assert sequences(H100, "0.6B") == 1024
+    assert sequences(H100, "8B") == 768
+    assert sequences(H100 * 2, "8B") == 1024
+    assert sequences(24 << 30, "8B") == sequences(8 << 30, "8B") == 128
+    found = [sequences(gib << 30, "8B") for gib in range(16, 160)]
+    assert found == sorted(found)
+    assert len(set(found)) > 10
+    # short sequences take less of the cache
+    assert sequences(40 << 30, "8B") < sequences(40 << 30, "8B", max_model_len=128)
+
+
+def test_the_most_sequences_leave_room_for_what_was_asked_for() -> None:
+    token = SHAPES["8B"][1]
+    assert sequences(H100, "8B", given=400 * 512 * token) == 384
+    assert sequences(H100, "8B", given=token) == 128
+    longest = 400_000
+    rows = sequences(H100, "8B", max_model_len=longest) * ROW
+    assert rows + longest * token + 16_400_000_000 + RUNTIME_RESERVE_BYTES <= 0.92 * H100
 
 
 @pytest.mark.parametrize(

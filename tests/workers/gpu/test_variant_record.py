@@ -35,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def outline() -> ModelOutline:
     folder = Path(checkpoints.__file__).parent / "tiny"
     config = WorkerConfig(rank=0, world_size=1, model_path=str(folder))
-    return ModelOutline(config, load_spec(folder), linear_kernel("invariant"), 256, 64, 2048)
+    return ModelOutline(config, load_spec(folder), linear_kernel("invariant"), 256, 64, 2048, 128)
 
 
 def variants() -> list[Variant]:
