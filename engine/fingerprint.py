@@ -10,6 +10,9 @@ from sempre.engine.version import __version__
 
 DIGEST_LENGTH = 16
 
+# parts that no bit depends on, as tests show: they are told, and are not in the digest
+ENVIRONMENT = ("graphs", "threads")
+
 
 def fingerprint_parts(worker_parts: Mapping[str, str]) -> dict[str, str]:
     """Return the workers' parts and the engine version, sorted by name.
@@ -20,6 +23,7 @@ def fingerprint_parts(worker_parts: Mapping[str, str]) -> dict[str, str]:
 
 
 def fingerprint_digest(parts: Mapping[str, str]) -> str:
-    """Return the first 16 hex digits of the SHA-256 over the sorted parts as compact JSON (UTF-8)."""
-    canonical = json.dumps(dict(parts), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """Return the first 16 hex digits of the SHA-256 over the sorted parts but ENVIRONMENT as compact JSON (UTF-8)."""
+    deciding = {name: value for name, value in parts.items() if name not in ENVIRONMENT}
+    canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:DIGEST_LENGTH]

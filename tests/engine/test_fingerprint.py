@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sempre.engine.fingerprint import fingerprint_digest, fingerprint_parts
+import pytest
+
+from sempre.engine.fingerprint import ENVIRONMENT, fingerprint_digest, fingerprint_parts
 from sempre.engine.version import __version__
 
 PARTS = {"weights": "abc", "dtype": "float32"}
@@ -20,6 +22,13 @@ def test_digest_is_stable() -> None:
     # A change of this value changes every user's recorded fingerprints.
     assert fingerprint_digest(PARTS) == "ecde28cf72a9155c"
     assert fingerprint_digest(dict(reversed(PARTS.items()))) == fingerprint_digest(PARTS)
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_what_decides_no_bits_is_told_and_not_in_the_digest(name: str) -> None:
+    one, other = ({**PARTS, name: value} for value in ("1", "2"))
+    assert fingerprint_parts(one)[name] == "1"
+    assert fingerprint_digest(one) == fingerprint_digest(other) == fingerprint_digest(PARTS)
 
 
 def test_digest_depends_on_every_part() -> None:
