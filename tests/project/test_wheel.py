@@ -1,35 +1,115 @@
-"""The wheel holds every module and data file of the tree: a package missing from setup.cfg vanishes only there."""
+"""What is installed: every module and data file of the tree, and `sempre` itself, in each way of installing."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("engine", "workers", "ipc", "kernels")
 NOT_SHIPPED = ("engine/checkpoints/training/",)
+# becomes the package `sempre`, above all others
+ABOVE = "engine/namespace/"
+
+# without site: what is installed for the tests is not seen; a finder of the same name beside the libraries comes later
+PROBE = """
+import site, sys
+sys.path[1:] = sys.argv[1:]
+site.addsitedir(sys.argv[1])
+from sempre import LLM, SamplingParams, __version__
+import sempre, sempre.engine, sempre.ipc.errors, sempre.workers, sempre.kernels.threads
+assert LLM is sempre.LLM is sempre.engine.LLM
+names = {}
+exec("from sempre import *", names)
+assert set(sempre.engine.__all__) <= set(names) and set(sempre.engine.__all__) <= set(dir(sempre))
+try:
+    sempre.no_such_name
+except AttributeError as error:
+    print(error)
+print(sempre.__file__, "torch" in sys.modules)
+"""
 
 
-def test_wheel_holds_every_module_and_checkpoint(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, which no earlier build has been in."""
+    tree = tmp_path_factory.mktemp("install") / "tree"
     tree.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     for name in PACKAGES:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(tree)]
-    done = subprocess.run([sys.executable, "-m", "pip", *build], capture_output=True, text=True, timeout=200)
+    return tree
+
+
+def pip(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    [wheel] = tmp_path.glob("sempre-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        found = {n for n in archive.namelist() if ".dist-info/" not in n}
+
+
+def build_wheel(source: Path, folder: Path) -> Path:
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    [wheel] = folder.glob("sempre-*.whl")
+    return wheel
+
+
+def probe(site_packages: Path) -> Path:
+    """Where `sempre` comes from when only this folder is added to the libraries."""
+    libraries = [path for path in sys.path if Path(path).is_dir() and not Path(path).is_relative_to(ROOT / "tests")]
+    command = [sys.executable, "-I", "-S", "-c", PROBE, str(site_packages), *libraries]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=site_packages)
+    assert done.returncode == 0, done.stderr
+    message, found = done.stdout.splitlines()
+    assert message == "module 'sempre' has no attribute 'no_such_name'"
+    file, has_torch = found.split()
+    assert has_torch == "False"
+    return Path(file)
+
+
+def expected_files() -> set[str]:
     expected = set()
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*"):
             relative = path.relative_to(ROOT).as_posix()
             if path.is_file() and "__pycache__" not in relative and not relative.startswith(NOT_SHIPPED):
-                expected.add(f"sempre/{relative}")
-    assert found == expected
+                expected.add(f"sempre/{relative.removeprefix(ABOVE)}")
+    return expected
+
+
+def test_wheel_holds_every_module_and_checkpoint(tree: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(tree, tmp_path)
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        found = {n for n in archive.namelist() if ".dist-info/" not in n}
+        archive.extractall(installed)
+    assert found == expected_files()
+    assert probe(installed) == installed / "sempre" / "__init__.py"
+
+
+@pytest.mark.product
+def test_the_source_archive_gives_the_same_wheel(tree: Path, tmp_path: Path) -> None:
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, timeout=200, check=True)
+    [archive] = tmp_path.glob("sempre-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    wheel = build_wheel(tmp_path / archive.name.removesuffix(".tar.gz"), tmp_path)
+    with zipfile.ZipFile(wheel) as built:
+        assert {n for n in built.namelist() if ".dist-info/" not in n} == expected_files()
+
+
+def test_an_editable_install_finds_the_tree(tree: Path, tmp_path: Path) -> None:
+    pip("install", "--no-deps", "--no-build-isolation", "--ignore-installed", "--prefix", tmp_path, "-e", tree)
+    paths = sysconfig.get_paths(vars={"base": str(tmp_path), "platbase": str(tmp_path)})
+    site_packages = Path(paths["purelib"])
+    assert os.listdir(site_packages)
+    assert probe(site_packages) == tree / ABOVE / "__init__.py"

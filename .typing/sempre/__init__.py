@@ -1,0 +1,1 @@
+../../engine/namespace/__init__.py

@@ -1,0 +1,37 @@
+"""Sempre: LLM inference whose outputs are reproducible bit for bit.
+
+    from sempre import LLM, SamplingParams
+
+    with LLM("tiny") as llm:
+        print(llm.generate("It is a truth", SamplingParams(max_tokens=32, seed=1))[0].outputs[0].text)
+
+This file is the package `sempre` itself, by setup.cfg: every public name of `sempre.engine`, imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+_HERE = Path(__file__).parent
+if _HERE.name == "namespace":
+    # in a checkout the packages lie beside `engine`; an editable install finds them, but for `kernels`, which has no
+    # __init__.py
+    __path__.append(str(_HERE.parents[1]))
+
+if TYPE_CHECKING:
+    from sempre.engine import *  # noqa: F403
+    from sempre.engine import __version__ as __version__
+
+
+def __getattr__(name: str) -> object:
+    engine = import_module("sempre.engine")
+    if name != "__all__" and name not in engine.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(engine, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *import_module("sempre.engine").__all__})
