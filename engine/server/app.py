@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sempre.engine.metrics import Gauge, Metric
 from sempre.engine.server import openapi
@@ -36,16 +37,23 @@ _FIGURES_S = 2.0
 def create_app(service: Service, keys: KeyRing) -> ASGIApp:
     """Return the ASGI application of `service`."""
     config = service.config
-    # The interactive pages of FastAPI load scripts from elsewhere, so they are left out.
-    app = FastAPI(title="Sempre", version=__version__, docs_url=None, redoc_url=None)
-    # FastAPI's argument of that name is deprecated for uvicorn's, which would put the root before every path.
-    app.root_path = config.root_path
-    for operation in openapi.OPERATIONS:
-        _add(app, service, operation, _ENDPOINTS[operation.path])
-    app.router.routes.extend(PLAYGROUND_ROUTES)
-    app.add_exception_handler(HTTPException, _http_error)
-    openapi.install(app)
-    outer: ASGIApp = RequestGate(app, keys, access_log=config.enable_access_log)
+    description = msgspec.json.encode(openapi.description(config.root_path))
+
+    async def described(_request: Request) -> Response:
+        return Response(description, media_type="application/json")
+
+    routes = [_route(service, operation, _ENDPOINTS[operation.path]) for operation in openapi.OPERATIONS]
+    app = Starlette(
+        routes=[*routes, Route("/openapi.json", described), *PLAYGROUND_ROUTES],
+        exception_handlers={HTTPException: _http_error},
+    )
+
+    async def rooted(scope: Scope, receive: Receive, send: Send) -> None:
+        # uvicorn's own setting of that name would put the root before every path
+        scope["root_path"] = config.root_path
+        await app(scope, receive, send)
+
+    outer: ASGIApp = RequestGate(rooted if config.root_path else app, keys, access_log=config.enable_access_log)
     if config.allowed_origins:
         from starlette.middleware.cors import CORSMiddleware
 
@@ -53,23 +61,15 @@ def create_app(service: Service, keys: KeyRing) -> ASGIApp:
     return outer
 
 
-def _add(app: FastAPI, service: Service, operation: openapi.Operation, endpoint: Endpoint) -> None:
-    async def route(request: Request) -> Response:
+def _route(service: Service, operation: openapi.Operation, endpoint: Endpoint) -> Route:
+    async def answered(request: Request) -> Response:
         try:
             return await endpoint(service, request)
         # Whatever goes wrong with a request is its answer, and nobody else's concern.
         except Exception as error:
             return api_error(error).response()
 
-    app.add_api_route(
-        operation.path,
-        route,
-        methods=[operation.method],
-        name=operation.name,
-        summary=operation.summary,
-        response_model=None,
-        openapi_extra=operation.schema(),
-    )
+    return Route(operation.path, answered, methods=[operation.method], name=operation.name)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import APIError, BadRequest
+from sempre.engine.server.fields import to_model
+from sempre.engine.server.json_scan import check_structure
 
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound=msgspec.Struct)
 
 
 async def read_model(request: Request, model: type[Model], config: ServerConfig) -> Model:
@@ -21,10 +22,12 @@ async def read_model(request: Request, model: type[Model], config: ServerConfig)
 
 def parse_model(data: bytes, model: type[Model], *, ignore_unknown: bool = False) -> Model:
     """Return `data` as `model`. Raises BadRequest naming the field that does not fit."""
+    check_structure(data)
     try:
-        return model.model_validate_json(data, extra="ignore" if ignore_unknown else None)
-    except ValidationError as error:
-        raise _refusal(error, model) from None
+        plain = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"The body must be a JSON object: {error}.") from None
+    return to_model(plain, model, ignore_unknown=ignore_unknown)
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -50,21 +53,3 @@ async def _read(request: Request, limit: int) -> bytes:
 
 def _too_large(limit: int) -> APIError:
     return APIError(413, f"The body must not exceed {limit} bytes (--max-body-bytes).", headers={"Connection": "close"})
-
-
-def _refusal(error: ValidationError, model: type[BaseModel]) -> BadRequest:
-    problems: list[Any] = error.errors(include_url=False, include_context=False, include_input=False)
-    first = problems[0]
-    location = first["loc"]
-    if not location:
-        return BadRequest(f"The body must be a JSON object: {first['msg']}.")
-    field = str(location[0])
-    if first["type"] == "extra_forbidden":
-        path = ".".join(map(str, location))
-        near = difflib.get_close_matches(path, model.model_fields, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return BadRequest(f"Unknown field {path!r}: it is not supported by this server.{hint}", param=path)
-    # A field that may be of several types has a problem with each of them.
-    texts = [problem["msg"] for problem in problems if problem["loc"][0] == field]
-    path = field if len(texts) > 1 else ".".join(map(str, location))
-    return BadRequest(f"{path}: {'; or '.join(dict.fromkeys(texts))}.", param=path)

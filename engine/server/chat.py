@@ -112,6 +112,8 @@ def _template_variables(request: ChatCompletionRequest) -> dict[str, Any]:
     variables = dict(request.chat_template_kwargs or {})
     if request.documents is not None:
         variables["documents"] = request.documents
+    if request.reasoning_effort is not None:
+        variables["reasoning_effort"] = request.reasoning_effort
     return variables
 
 

@@ -60,6 +60,8 @@ async def _prompts(request: CompletionRequest, service: Service) -> list[PromptT
             f"prompt can hold at most {service.config.max_prompts} prompts (--max-prompts), got {len(given)}.",
             param="prompt",
         )
+    if len(set(map(type, given))) > 1:
+        raise BadRequest("prompt must hold texts only, or lists of token ids only, or token ids only.", param="prompt")
     return [await _prompt(prompt, request, service) for prompt in given]
 
 

@@ -78,10 +78,11 @@ def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionL
 def chat_logprobs(
     token_ids: Sequence[int], rows: Sequence[Row], *, num_top: int, tokenizer: Tokenizer, as_token_ids: bool
 ) -> ChatLogprobs:
-    """Return each token with its `num_top` most probable alternatives, itself among them if it is one."""
+    """Return each token with its `num_top` (-1: all) most probable alternatives, itself among them if it is one."""
     content = []
     for token_id, row in zip(token_ids, rows, strict=True):
-        best = sorted((entry.rank or 0, other) for other, entry in row.items() if (entry.rank or 0) <= num_top)
+        most = len(row) if num_top == -1 else num_top
+        best = sorted((entry.rank or 0, other) for other, entry in row.items() if (entry.rank or 0) <= most)
         top = [ChatTopLogprob(*_chat_token(other, row[other], tokenizer, as_token_ids)) for _, other in best]
         content.append(ChatTokenLogprob(*_chat_token(token_id, row[token_id], tokenizer, as_token_ids), top))
     return ChatLogprobs(content)

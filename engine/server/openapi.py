@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 
 from sempre.engine.server.errors import ErrorResponse
+from sempre.engine.server.neutral import NEUTRAL, Neutral
 from sempre.engine.server.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -27,6 +24,7 @@ from sempre.engine.server.responses import (
     ModelList,
     TokenizeResponse,
 )
+from sempre.engine.version import __version__
 
 _TEMPLATE = "#/components/schemas/"
 _ERRORS = {
@@ -47,7 +45,7 @@ class Operation:
     method: str
     path: str
     summary: str
-    body: type[BaseModel] | None = None
+    body: type[msgspec.Struct] | None = None
     answer: type[msgspec.Struct] | None = None
     media_type: str = "application/json"
     streams: bool = False
@@ -57,12 +55,13 @@ class Operation:
         return re.sub(r"\W+", "_", self.path).strip("_")
 
     def schema(self) -> dict[str, Any]:
-        """Return what FastAPI cannot know of the operation."""
+        """Return the operation object."""
         answer: dict[str, Any] = {} if self.answer is None else {"$ref": _TEMPLATE + self.answer.__name__}
         content = {self.media_type: {"schema": answer}}
         if self.streams:
             content["text/event-stream"] = {"schema": {"type": "string"}}
-        found: dict[str, Any] = {"responses": {"200": {"description": "done", "content": content}}}
+        found: dict[str, Any] = {"summary": self.summary, "operationId": f"{self.name}_{self.method.lower()}"}
+        found["responses"] = {"200": {"description": "done", "content": content}}
         parameters = re.findall(r"{(\w+)", self.path)
         if parameters:
             found["parameters"] = [
@@ -103,22 +102,56 @@ OPERATIONS = (
 )
 
 
-def install(app: FastAPI) -> None:
-    """Have `app` describe its bodies."""
-
-    def describe() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            schema.setdefault("components", {})["schemas"] = _schemas()
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = describe  # type: ignore[method-assign]
+def description(root_path: str) -> dict[str, Any]:
+    """Return the whole description; `root_path` is where a proxy serves this server."""
+    paths: dict[str, Any] = {}
+    for operation in OPERATIONS:
+        path = re.sub(r":\w+}", "}", operation.path)
+        paths.setdefault(path, {})[operation.method.lower()] = operation.schema()
+    found: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": "Sempre", "version": __version__}}
+    if root_path:
+        found["servers"] = [{"url": root_path}]
+    return {**found, "paths": paths, "components": {"schemas": _schemas()}}
 
 
 def _schemas() -> dict[str, Any]:
     bodies = [operation.body for operation in OPERATIONS if operation.body is not None]
-    _, requests = models_json_schema([(body, "validation") for body in bodies], ref_template=_TEMPLATE + "{model}")
     answers = [operation.answer for operation in OPERATIONS if operation.answer is not None]
-    _, responses = msgspec.json.schema_components([*answers, ErrorResponse], ref_template=_TEMPLATE + "{name}")
-    return {**requests["$defs"], **responses}
+    _, schemas = msgspec.json.schema_components([*bodies, *answers, ErrorResponse], ref_template=_TEMPLATE + "{name}")
+    for body, neutral in NEUTRAL.items():
+        schema = schemas[body.__name__]
+        schema["properties"].update({name: _neutral(field) for name, field in neutral.items()})
+        schema["additionalProperties"] = False
+    for name in _parts(bodies, schemas):
+        schema = schemas[name]
+        for field, found in schema["properties"].items():
+            if field not in schema.get("required", ()):
+                schema["properties"][field] = _nullable(found)
+    return schemas
+
+
+def _parts(bodies: list[type[msgspec.Struct]], schemas: dict[str, Any]) -> set[str]:
+    """The names of the schemas that requests are made of."""
+    names = {body.__name__ for body in bodies}
+    while True:
+        text = msgspec.json.encode([schemas[name] for name in sorted(names)]).decode()
+        found = names | set(re.findall(re.escape(_TEMPLATE) + r"(\w+)", text))
+        if found == names:
+            return names
+        names = found
+
+
+def _neutral(field: Neutral) -> dict[str, Any]:
+    schema = msgspec.json.schema(field.kind)
+    if field.values is not None:
+        schema = {"enum": list(field.values)} if field.values else {"type": "null"}
+    return {**schema, "description": "accepted, and without effect"}
+
+
+def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a member that may also be null, which is the same as left out."""
+    if {"type": "null"} in schema.get("anyOf", ()) or schema.get("type") == "null":
+        return schema
+    annotations: dict[str, Any] = {name: schema[name] for name in ("description", "default") if name in schema}
+    inner = {name: value for name, value in schema.items() if name not in annotations}
+    return {"anyOf": [inner, {"type": "null"}], **annotations}

@@ -43,7 +43,7 @@ def completion_parameters(request: CompletionRequest, defaults: SamplingParams, 
             raise BadRequest("max_tokens must be at least 1, got 0; 0 is for echo only.", param="max_tokens")
         # The prompt alone is wanted; the one token that has to be sampled is not reported.
         changes["max_tokens"] = 1
-    elif "max_tokens" in request.model_fields_set or defaults.max_tokens is None:
+    elif request.max_tokens is not None:
         changes["max_tokens"] = request.max_tokens
     if request.logprobs is not None:
         changes["logprobs"] = request.logprobs
@@ -54,7 +54,6 @@ def completion_parameters(request: CompletionRequest, defaults: SamplingParams, 
 
 def chat_parameters(request: ChatCompletionRequest, defaults: SamplingParams, config: ServerConfig) -> SamplingParams:
     """Return the parameters of /v1/chat/completions. Raises as `completion_parameters`."""
-    _refuse_unserved(request)
     changes = _common(request, config)
     if request.top_logprobs is not None and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
@@ -91,17 +90,7 @@ def _common(request: GenerationRequest, config: ServerConfig) -> dict[str, Any]:
         raise BadRequest("prompt_logprobs is not available when stream is true.", param="prompt_logprobs")
     if request.n > config.max_n:
         raise BadRequest(f"n must be at most {config.max_n} (--max-n), got {request.n}.", param="n")
-    given = {name: getattr(request, name) for name in _SAME_NAME if name in request.model_fields_set}
+    given = {name: getattr(request, name) for name in _SAME_NAME}
     changes = {name: value for name, value in given.items() if value is not None}
     changes["output_kind"] = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
     return changes
-
-
-def _refuse_unserved(request: ChatCompletionRequest) -> None:
-    """Refuse what is part of the protocol and has nothing behind it yet."""
-    if request.reasoning_effort is not None:
-        raise _unserved("reasoning_effort")
-
-
-def _unserved(name: str) -> BadRequest:
-    return BadRequest(f"{name} is not supported by this server. Leave it out.", param=name)

@@ -1,160 +1,166 @@
 """Bodies of requests: OpenAI's fields, and vLLM's beside them.
 
-Every field of a model does what it says or is refused. `_Neutral` fields of OpenAI's are accepted only with the
-values that ask for what is done anyway; fields that no model names are refused, unless the server was told otherwise.
+Every field does what it says or is refused. Fields of either that this server lacks are in `neutral.py`, with the
+values that ask for what is done anyway; fields that nobody names are refused, unless the server was told otherwise.
+A null member is one that is left out (see `fields.py`), so a type names None only where there is no default.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from msgspec import Meta, Struct
 
-from sempre.engine.sampling_params import MAX_STOP_STRINGS
+TokenId = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Logprobs = Annotated[int, Meta(ge=-1)]
+# msgspec takes no bound beyond an int64; SamplingParams has the upper one
+Seed = Annotated[int, Meta(ge=-(2**63), extra_json_schema={"maximum": 2**64 - 1})]
 
-TokenId = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=-1, lt=2**64)]
 
-_STRICT = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+def _doc(text: str) -> Meta:
+    return Meta(description=text)
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Struct, kw_only=True):
     """What a stream reports besides its tokens."""
 
-    model_config = _STRICT
-
-    include_usage: bool = Field(False, description="end with a chunk that holds the usage and no choices")
-    continuous_usage_stats: bool = Field(False, description="report the usage in every chunk")
+    include_usage: Annotated[bool, _doc("end with a chunk that holds the usage and no choices")] = False
+    continuous_usage_stats: Annotated[bool, _doc("report the usage in every chunk")] = False
 
 
-class GenerationRequest(BaseModel):
+class JsonSchemaFormat(Struct, kw_only=True):
+    """OpenAI's wrapper of a schema, which is always kept strictly."""
+
+    schema: Annotated[dict[str, Any], _doc("JSON schema of the output")]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, kw_only=True):
+    """The form of the output."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class GenerationRequest(Struct, kw_only=True):
     """What /v1/completions and /v1/chat/completions have in common."""
 
-    model_config = _STRICT
-
-    model: str | None = Field(None, description="a name at /v1/models; left out, the model that is served")
-    n: int = Field(1, ge=1, description="choices per prompt; choice i is sampled with seed + i")
-    seed: Seed | None = Field(None, description="the one in use is reported in each choice")
+    model: Annotated[str | None, _doc("a name at /v1/models; left out, the model that is served")] = None
+    n: Annotated[int, Meta(ge=1, description="choices per prompt; choice i is sampled with seed + i")] = 1
+    seed: Annotated[Seed | None, _doc("the one in use is reported in each choice")] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = Field(None, description="token id → number within ±100")
-    user: str | None = Field(None, description="accepted, and without effect")
+    stop: str | list[str] | None = None
+    temperature: NotNegative | None = None
+    top_p: Annotated[Share | None, _doc("0 takes the most probable token only")] = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, float] | None, _doc("token id → number within ±100")] = None
 
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: int = Field(0, ge=0)
+    min_tokens: Count = 0
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: Literal[True] = True
     allowed_token_ids: list[TokenId] | None = None
     bad_words: list[str] | None = None
-    prompt_logprobs: int | None = Field(None, ge=-1)
-    add_special_tokens: bool | None = Field(None, description="whether the tokenizer adds its own (bos) to text")
-    priority: int = Field(0, ge=-(2**31), lt=2**31, description="lower is sooner; needs --scheduling-policy priority")
-    cache_salt: str | None = Field(None, min_length=1, description="requests with other salts share no prefix cache")
-    return_token_ids: bool = Field(False, description="report token ids beside the text")
-    return_tokens_as_token_ids: bool = Field(False, description="name tokens `token_id:N` in log-probabilities")
+    prompt_logprobs: Logprobs | None = None
+    add_special_tokens: Annotated[bool | None, _doc("whether the tokenizer adds its own (bos) to text")] = None
+    priority: Annotated[
+        int, Meta(ge=-(2**31), lt=2**31, description="lower is sooner, with --scheduling-policy priority")
+    ] = 0
+    cache_salt: (
+        Annotated[str, Meta(min_length=1, description="requests with other salts share no prefix cache")] | None
+    ) = None
+    return_token_ids: Annotated[bool, _doc("report token ids beside the text")] = False
+    return_tokens_as_token_ids: Annotated[bool, _doc("name tokens `token_id:N` in log-probabilities")] = False
 
-    # fields of OpenAI and vLLM that are not supported, with the values that ask for nothing
-    best_of: Literal[1] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
-    use_beam_search: Literal[False] = False
-
-    response_format: dict[str, Any] | None = Field(None, description="text, json_object, or json_schema with a schema")
-    structured_outputs: dict[str, Any] | None = Field(
-        None, description="one of json, regex, choice, grammar, json_object; disable_any_whitespace, begins_after"
-    )
+    response_format: ResponseFormat | None = None
+    structured_outputs: Annotated[
+        dict[str, Any] | None,
+        _doc("one of json, regex, choice, grammar, json_object; disable_any_whitespace, begins_after"),
+    ] = None
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(GenerationRequest, kw_only=True):
     """Body of /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: int | None = Field(16, ge=0, description="0 only with echo; null is as many as the context holds")
-    echo: bool = Field(False, description="put the prompt before the output")
-    logprobs: int | None = Field(None, ge=0, description="the k most probable tokens beside the one sampled")
-    suffix: Literal[""] | None = None
+    prompt: Annotated[str | list[str | TokenId | list[TokenId]], _doc("text or token ids, or a list of either")]
+    max_tokens: Annotated[Count | None, _doc("0 only with echo; default: the model's own, or 16")] = None
+    echo: Annotated[bool, _doc("put the prompt before the output")] = False
+    logprobs: Annotated[Logprobs | None, _doc("the k most probable tokens beside the one sampled")] = None
 
 
-class FunctionName(BaseModel):
+class FunctionName(Struct, kw_only=True):
     """The function of `tool_choice`."""
-
-    model_config = _STRICT
 
     name: str
 
 
-class NamedToolChoice(BaseModel):
+class NamedToolChoice(Struct, kw_only=True):
     """Call this function."""
-
-    model_config = _STRICT
 
     type: Literal["function"]
     function: FunctionName
 
 
-class FunctionDefinition(BaseModel):
+class FunctionDefinition(Struct, kw_only=True, rename={"returns": "return"}, omit_defaults=True):
     """A function that the model may call. Its schema is kept strictly where a call is enforced."""
 
-    model_config = _STRICT
-
-    name: str = Field(min_length=1, max_length=128)
+    name: Annotated[str, Meta(min_length=1, max_length=128)]
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="JSON schema of the arguments")
-    strict: bool | None = Field(None, description="accepted, and without effect")
+    parameters: Annotated[dict[str, Any] | None, _doc("JSON schema of the arguments")] = None
+    returns: Annotated[dict[str, Any] | None, _doc("JSON schema of the result, for the chat template")] = None
+    strict: Annotated[bool | None, _doc("accepted, and without effect")] = None
 
 
-class Tool(BaseModel):
+class Tool(Struct, kw_only=True):
     """A tool, as the chat template is told of it."""
-
-    model_config = _STRICT
 
     type: Literal["function"]
     function: FunctionDefinition
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(GenerationRequest, kw_only=True):
     """Body of /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, description="deprecated name of max_completion_tokens")
-    max_completion_tokens: int | None = Field(None, ge=1, description="default: as many as the context holds")
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=1, description="deprecated name of max_completion_tokens")] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, description="default: as many as the context holds")] | None = None
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, description="the k most probable tokens; needs logprobs")
-    echo: bool = Field(False, description="put the last message's text before the answer")
+    top_logprobs: Annotated[Logprobs | None, _doc("the k most probable tokens; needs logprobs")] = None
+    echo: Annotated[bool, _doc("put the last message's text before the answer")] = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    chat_template: str | None = Field(None, description="needs --trust-request-chat-template")
+    chat_template: Annotated[str | None, _doc("needs --trust-request-chat-template")] = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, str]] | None = None
-    metadata: dict[str, str] | None = Field(None, description="accepted, and without effect")
 
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
-    parallel_tool_calls: bool | None = Field(None, description="false: at most one tool call")
-    include_reasoning: bool | None = Field(None, description="false: leave the reasoning out of the answer")
+    parallel_tool_calls: Annotated[bool | None, _doc("false: at most one tool call")] = None
+    include_reasoning: Annotated[bool | None, _doc("false: leave the reasoning out of the answer")] = None
+    reasoning_effort: Annotated[
+        Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None,
+        _doc("a variable of the chat template"),
+    ] = None
 
-    # understood once something stands behind it; see `parameters.refuse_unserved`
-    reasoning_effort: str | None = None
 
-
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Struct, kw_only=True):
     """Body of /tokenize: text, or messages."""
-
-    model_config = _STRICT
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(None, min_length=1)
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -162,10 +168,8 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Struct, kw_only=True):
     """Body of /detokenize."""
-
-    model_config = _STRICT
 
     model: str | None = None
     tokens: list[TokenId]

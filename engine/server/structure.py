@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from sempre.engine.server.errors import BadRequest
-from sempre.engine.server.requests import GenerationRequest
+from sempre.engine.server.requests import GenerationRequest, ResponseFormat
 from sempre.engine.structured_outputs import StructuredOutputsParams
 from sempre.ipc.errors import ConfigError
 
@@ -22,8 +21,9 @@ def structured_outputs(request: GenerationRequest) -> StructuredOutputsParams | 
             "response_format and structured_outputs both say what form the output has; give one.",
             param="structured_outputs",
         )
+    given = {name: value for name, value in request.structured_outputs.items() if value is not None}
     try:
-        return StructuredOutputsParams(**request.structured_outputs)
+        return StructuredOutputsParams(**given)
     except TypeError as error:
         text = str(error).replace("StructuredOutputsParams", "structured_outputs")
         raise BadRequest(text, param="structured_outputs") from None
@@ -42,45 +42,12 @@ def blame_on(request: GenerationRequest) -> Iterator[None]:
         raise BadRequest(str(error).replace(named, field, 1), param=field) from None
 
 
-def _of_format(given: dict[str, Any] | None) -> StructuredOutputsParams | None:
-    kind = None if given is None else given.get("type")
-    match kind:
-        case "text":
-            _only(given, "type")
-            return None
-        case "json_object":
-            _only(given, "type")
-            return StructuredOutputsParams(json_object=True)
-        case "json_schema":
-            _only(given, "type", "json_schema")
-            assert given is not None
-            return StructuredOutputsParams(json=_schema(given.get("json_schema")))
-    if given is None:
+def _of_format(given: ResponseFormat | None) -> StructuredOutputsParams | None:
+    if given is None or given.type == "text":
         return None
-    raise BadRequest(
-        f"response_format.type must be 'text', 'json_object' or 'json_schema', got {kind!r}.",
-        param="response_format.type",
-    )
-
-
-def _only(given: dict[str, Any] | None, *known: str) -> None:
-    for name in given or ():
-        if name not in known:
-            raise BadRequest(
-                f"Unknown field 'response_format.{name}': it is not supported by this server.",
-                param=f"response_format.{name}",
-            )
-
-
-def _schema(wrapper: object) -> dict[str, Any]:
-    """The schema inside OpenAI's {name, description, strict, schema}; it is always kept strictly."""
+    if given.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
     field = "response_format.json_schema"
-    if not isinstance(wrapper, dict):
-        raise BadRequest(f"{field} must be an object with name and schema, got {wrapper!r}.", param=field)
-    for name in wrapper:
-        if name not in ("name", "description", "strict", "schema"):
-            raise BadRequest(f"Unknown field '{field}.{name}': it is not supported by this server.", param=field)
-    schema = wrapper.get("schema")
-    if not isinstance(schema, dict):
-        raise BadRequest(f"{field}.schema must be a JSON schema, got {schema!r}.", param=f"{field}.schema")
-    return schema
+    if given.json_schema is None:
+        raise BadRequest(f"{field} is missing: an object with a schema.", param=field)
+    return StructuredOutputsParams(json=given.json_schema.schema)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from dataclasses import replace as replaced
 from typing import Any
 
+import msgspec
+
 from sempre.engine.parsing import TOOL_PARSERS, OutputParser, named_call_schema, required_calls_schema
 from sempre.engine.parsing.output_parser import reasoning_splitter
 from sempre.engine.parsing.pieces import Parser
@@ -49,7 +51,7 @@ class ChatPlan:
                 )
             structured = StructuredOutputsParams(json=_call_schema(request, named, parallel=parallel))
         return cls(
-            template_tools=[tool.model_dump(exclude_unset=True) for tool in request.tools] if request.tools else None,
+            template_tools=[msgspec.to_builtins(tool) for tool in request.tools] if request.tools else None,
             structured=structured,
             call_parser=call_parser,
             named=named,

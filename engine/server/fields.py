@@ -1,0 +1,215 @@
+"""From plain JSON to a request, by the request's type.
+
+A member that is null is one that is left out, whatever it is called; what a user's own JSON holds (schemas, messages,
+variables of a template) is left as it is. A whole float counts as an integer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+from msgspec import inspect as types
+
+from sempre.engine.server.errors import BadRequest
+from sempre.engine.server.neutral import NEUTRAL, Neutral
+
+Model = TypeVar("Model", bound=Struct)
+Cleaner = Callable[[Any, str, bool], Any]
+"""(value, its path, whether unknown fields pass) → the value without what is neutral"""
+
+_MOST_SHOWN = 80
+_WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
+
+
+def to_model(plain: Any, model: type[Model], *, ignore_unknown: bool = False) -> Model:
+    """Return `plain` as `model`. Raises BadRequest naming the path, what was expected there and what was found."""
+    cleaned = plain if not isinstance(plain, dict) else _members(plain, model, "", ignore_unknown)
+    try:
+        return msgspec.convert(cleaned, model)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error), cleaned, model) from None
+
+
+def _members(plain: dict[str, Any], model: type[Struct], path: str, ignore_unknown: bool) -> dict[str, Any]:
+    cleaners = _cleaners(model)
+    neutral = NEUTRAL.get(model, {})
+    kept = {}
+    for name, value in plain.items():
+        if value is None:
+            continue
+        cleaner = cleaners.get(name)
+        where = f"{path}{name}"
+        if cleaner is not None:
+            kept[name] = cleaner(value, where, ignore_unknown)
+        elif name in neutral:
+            _check_neutral(value, neutral[name], where)
+        elif not ignore_unknown:
+            raise _unknown(where, name, [*cleaners, *neutral])
+    return kept
+
+
+@cache
+def _cleaners(model: type[Struct]) -> dict[str, Cleaner]:
+    info = types.type_info(model)
+    assert isinstance(info, types.StructType)
+    return {field.encode_name: _cleaner(field.type) or _unchanged for field in info.fields}
+
+
+def _unchanged(value: Any, _path: str, _ignore_unknown: bool) -> Any:
+    return value
+
+
+def _cleaner(info: types.Type) -> Cleaner | None:
+    """How a value of this type is cleaned; None where there is nothing to do."""
+    match info:
+        case types.Metadata(type=inner):
+            return _cleaner(inner)
+        case types.UnionType(types=several):
+            return _union(several)
+        case types.IntType():
+            return _whole
+        case types.StructType(cls=model):
+            return lambda value, path, ignore: (
+                _members(value, model, f"{path}.", ignore) if isinstance(value, dict) else value
+            )
+        case types.ListType(item_type=item):
+            return _list(_cleaner(item))
+    return None
+
+
+def _union(several: tuple[types.Type, ...]) -> Cleaner | None:
+    found = [cleaner for info in several if (cleaner := _cleaner(info)) is not None]
+    if not found:
+        return None
+
+    def clean(value: Any, path: str, ignore_unknown: bool) -> Any:
+        for cleaner in found:
+            value = cleaner(value, path, ignore_unknown)
+        return value
+
+    return clean
+
+
+def _list(item: Cleaner | None) -> Cleaner | None:
+    if item is None:
+        return None
+
+    def clean(value: Any, path: str, ignore_unknown: bool) -> Any:
+        # token ids and texts are the ordinary case, and there may be many
+        if not isinstance(value, list) or set(map(type, value)) <= {int, str}:
+            return value
+        return [item(entry, f"{path}[{place}]", ignore_unknown) for place, entry in enumerate(value)]
+
+    return clean
+
+
+def _whole(value: Any, _path: str, _ignore_unknown: bool) -> Any:
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _check_neutral(value: Any, neutral: Neutral, path: str) -> None:
+    try:
+        found = msgspec.convert(_whole(value, path, False) if neutral.kind is int else value, neutral.kind)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"{path}: {_in_words(str(error), value)}.", param=path) from None
+    if neutral.values is None or found in neutral.values:
+        return
+    if not neutral.values:
+        raise BadRequest(f"{path} is not supported by this server. Leave it out.", param=path)
+    allowed = " or ".join(map(_shown, neutral.values))
+    raise BadRequest(f"{path} is supported as {allowed} only, found {_shown(value)}.", param=path)
+
+
+def _unknown(path: str, name: str, known: list[str]) -> BadRequest:
+    near = difflib.get_close_matches(name[:_MOST_SHOWN], known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    shown = path if len(path) <= _MOST_SHOWN else path[:_MOST_SHOWN] + "…"
+    return BadRequest(f"Unknown field {shown!r}: it is not supported by this server.{hint}", param=shown)
+
+
+def _refusal(text: str, plain: Any, model: type[Struct]) -> BadRequest:
+    problem, _, location = text.partition(" - at `$")
+    path = location.removesuffix("`").removeprefix(".")
+    missing = re.fullmatch(r"Object missing required field `(.*)`", problem)
+    if missing:
+        path = f"{path}.{missing[1]}" if path else missing[1]
+        return BadRequest(f"{path} is missing.", param=path)
+    if not path:
+        return BadRequest(f"The body must be a JSON object: {_in_words(problem, plain)}.")
+    keys = re.findall(r"\[\.\.\.\]|\[(\d+)\]|([^.\[\]]+)", path)
+    found: Any = plain
+    info: types.Type | None = types.type_info(model)
+    for place, name in keys:
+        info = _inside(info, name)
+        if place or name:
+            found = found[int(place)] if place else found[name]
+        else:  # a member that has no name in the message
+            return BadRequest(f"{path}: {_problem(problem)}.", param=path.partition("[")[0])
+    if problem.startswith("Invalid enum value"):
+        problem = "Expected one of " + ", ".join(map(repr, _literals(info)))
+    return BadRequest(f"{path}: {_in_words(problem, found)}.", param=path)
+
+
+def _in_words(problem: str, found: Any) -> str:
+    return f"{_problem(problem)}, found {_shown(found)}"
+
+
+def _problem(problem: str) -> str:
+    """Return msgspec's message without its type names: "Expected `int` >= 1" becomes "expected an integer >= 1"."""
+    expected = problem.partition(", got ")[0].replace("| null", "").replace(" `", "`")
+
+    def words(match: re.Match[str]) -> str:
+        names = [name.strip() for name in match[1].split("|")]
+        return " " + " or ".join(_WORDS.get(name, name) for name in names if name)
+
+    said = re.sub(r"`([^`]*)`", words, expected)
+    return said[:1].lower() + said[1:]
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON shows it, or what kind it is where that is long."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "[]" if not value else f"a list of {len(value)}" if len(value) > 1 else f"[{_shown(value[0])}]"
+    if isinstance(value, str) and len(value) > _MOST_SHOWN:
+        return f"a string of {len(value)} characters"
+    return msgspec.json.encode(value).decode()
+
+
+def _inside(info: types.Type | None, name: str) -> types.Type | None:
+    """The type of a member or an entry, None where it is not told."""
+    match info:
+        case types.Metadata(type=inner):
+            return _inside(inner, name)
+        case types.UnionType(types=several):
+            return next((found for each in several if (found := _inside(each, name)) is not None), None)
+        case types.StructType(fields=fields) if name:
+            return next((field.type for field in fields if field.encode_name == name), None)
+        case types.ListType(item_type=item) if not name:
+            return item
+    return None
+
+
+def _literals(info: types.Type | None) -> list[Any]:
+    match info:
+        case types.Metadata(type=inner):
+            return _literals(inner)
+        case types.UnionType(types=several):
+            return [value for each in several for value in _literals(each)]
+        case types.LiteralType(values=values):
+            return list(values)
+    return []

@@ -1,0 +1,87 @@
+"""Fields of OpenAI's and vLLM's interface that this server lacks, with the values that ask for what is done anyway.
+
+A field is refused only where it would change the answer. This table is the one place that says when it would not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from msgspec import Struct
+
+from sempre.engine.server.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    FunctionDefinition,
+    StreamOptions,
+    TokenizeRequest,
+    Tool,
+)
+
+
+class Neutral(NamedTuple):
+    """A field that is accepted and has no effect."""
+
+    kind: Any
+    """the type that its value must have"""
+    values: tuple[Any, ...] | None = None
+    """the values that are accepted; None: all of the type"""
+
+
+_NOTHING: tuple[Any, ...] = ()
+_OBJECT = dict[str, Any]
+
+_GENERATION = {
+    "user": Neutral(str),
+    "metadata": Neutral(_OBJECT),
+    "store": Neutral(bool),
+    "service_tier": Neutral(str),
+    "safety_identifier": Neutral(str),
+    "prompt_cache_key": Neutral(str),
+    "prompt_cache_retention": Neutral(str),
+    "best_of": Neutral(int, (1,)),
+    "use_beam_search": Neutral(bool, (False,)),
+    "length_penalty": Neutral(float, (1.0,)),
+    "early_stopping": Neutral(bool, (False,)),
+    "spaces_between_special_tokens": Neutral(bool, (True,)),
+    "logits_processors": Neutral(list[Any], ([],)),
+    "kv_transfer_params": Neutral(_OBJECT, ({},)),
+    "ec_transfer_params": Neutral(_OBJECT, ({},)),
+    "vllm_xargs": Neutral(_OBJECT, ({},)),
+    "mm_processor_kwargs": Neutral(_OBJECT, ({},)),
+    "repetition_detection": Neutral(_OBJECT, _NOTHING),
+    "guided_json": Neutral(_OBJECT, _NOTHING),
+    "guided_regex": Neutral(str, _NOTHING),
+    "guided_choice": Neutral(list[str], _NOTHING),
+    "guided_grammar": Neutral(str, _NOTHING),
+}
+
+NEUTRAL: dict[type[Struct], dict[str, Neutral]] = {
+    CompletionRequest: {
+        **_GENERATION,
+        "suffix": Neutral(str, ("",)),
+        "prompt_embeds": Neutral(str, _NOTHING),
+    },
+    ChatCompletionRequest: {
+        **_GENERATION,
+        "modalities": Neutral(list[str], (["text"],)),
+        "audio": Neutral(_OBJECT, _NOTHING),
+        # a guess at the answer, which makes it faster and never another one
+        "prediction": Neutral(_OBJECT),
+        "verbosity": Neutral(str, ("medium",)),
+        "web_search_options": Neutral(_OBJECT, _NOTHING),
+        "functions": Neutral(list[Any], ([],)),
+        "function_call": Neutral(str, ("none", "auto")),
+        "media_io_kwargs": Neutral(_OBJECT, ({},)),
+    },
+    TokenizeRequest: {
+        "mm_processor_kwargs": Neutral(_OBJECT, ({},)),
+        "media_io_kwargs": Neutral(_OBJECT, ({},)),
+    },
+    DetokenizeRequest: {},
+    # pads the events of a stream against observers of the network
+    StreamOptions: {"include_obfuscation": Neutral(bool)},
+    Tool: {"cache_control": Neutral(_OBJECT)},
+    FunctionDefinition: {"cache_control": Neutral(_OBJECT)},
+}
