@@ -120,15 +120,20 @@ def test_null_is_left_out(model: type[Any], place: tuple[str | int, ...], base: 
 def test_another_type_is_refused_by_path(
     model: type[Any], place: tuple[str | int, ...], base: dict[str, Any], name: str
 ) -> None:
-    refusals = 0
-    for value in (True, 17, 0.5, "text", [None], [[True]], {"a": [None]}):
-        try:
-            parsed(model, with_field(base, place, name, value))
-        except BadRequest as error:
-            refusals += 1
-            assert (error.param or "").startswith(path_of(place, name)), (value, error)
-            assert not {"NoneType", "int`", "str`", "Struct"} & set(str(error).split())
-    assert refusals >= 4
+    values = (True, 17, 0.5, "text", [None], [[True]], {"a": [None]})
+    refusals = [refusal for value in values if (refusal := refused_for(model, with_field(base, place, name, value)))]
+    assert len(refusals) >= 4
+    for refusal in refusals:
+        assert (refusal.param or "").startswith(path_of(place, name)), refusal
+        assert not {"NoneType", "int`", "str`", "Struct"} & set(str(refusal).split())
+
+
+def refused_for(model: type[Any], body: Any) -> BadRequest | None:
+    try:
+        parsed(model, body)
+    except BadRequest as error:
+        return error
+    return None
 
 
 @pytest.mark.parametrize(("model", "base"), BASES.items())
