@@ -3,7 +3,9 @@
 Contract: keys and values are in the cache before the call. Every query row walks the keys in tiles of 64 from
 position 0 upwards (from the first tile its window touches), with the online softmax of Milakov and Gimelshein (2018,
 arXiv 1805.02867). Masked keys contribute exact zeros, and a fully masked tile changes nothing, so a row's bits are
-the same in a decode step, a chunk of any length, or a whole prompt, and beside any other row.
+the same in a decode step, a chunk of any length, or a whole prompt, and beside any other row. That holds also beside
+keys and values that are not finite: the CPU skips masked values, and on a GPU, whose tensor cores multiply whole
+tiles, values in the cache are finite (see `kernels.rope`) and slots that were never written are not read.
 
 CPU: scores are one chain of fused multiply-adds over D; the row's sum adds 4 vectors of 16 lanes as (0 + 1) + (2 + 3)
 and then a fixed tree; values are added one key after the other. GPU: sums run in the tensor core's steps, and splits

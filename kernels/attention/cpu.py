@@ -86,22 +86,80 @@ def _scores(q: int, rows: int, dim: int, k0: int, k1: int, k2: int, k3: int, sco
 
 
 @compiled()
-def _weighted_values(p: int, rows: int, dim: int, v0: int, v1: int, v2: int, v3: int, keys: int, acc: int) -> None:
+def _weighted_values(
+    p: int, rows: int, dim: int, v0: int, v1: int, v2: int, v3: int, first: int, past: int, acc: int
+) -> None:
+    """Add the weighted values of the tile's keys [first, past) to each row."""
+    if past <= first:
+        return
     done = 0
     while done < rows:
         p_at, out, left = p + done * TILE * 4, acc + done * dim * 4, rows - done
         if left >= 4:
-            pv_4(p_at, v0, v1, v2, v3, keys, dim, out)
+            pv_4(p_at, v0, v1, v2, v3, first, past, dim, out)
             done += 4
         elif left == 3:
-            pv_3(p_at, v0, v1, v2, v3, keys, dim, out)
+            pv_3(p_at, v0, v1, v2, v3, first, past, dim, out)
             done += 3
         elif left == 2:
-            pv_2(p_at, v0, v1, v2, v3, keys, dim, out)
+            pv_2(p_at, v0, v1, v2, v3, first, past, dim, out)
             done += 2
         else:
-            pv_1(p_at, v0, v1, v2, v3, keys, dim, out)
+            pv_1(p_at, v0, v1, v2, v3, first, past, dim, out)
             done += 1
+
+
+@compiled()
+def _values_of_each(
+    p: int,
+    tokens: int,
+    group: int,
+    dim: int,
+    v0: int,
+    v1: int,
+    v2: int,
+    v3: int,
+    first: int,
+    past: int,
+    position: int,
+    window: int,
+    acc: int,
+) -> None:
+    """Add to each token's rows the weighted values of those keys in [first, past) that it sees."""
+    for t in range(tokens):
+        low = max(first, position + t - window + 1) if window > 0 else first
+        high = min(past, position + t + 1)
+        shift = t * group
+        _weighted_values(p + shift * TILE * 4, group, dim, v0, v1, v2, v3, low, high, acc + shift * dim * 4)
+
+
+@compiled()
+def _seen_values(
+    p: int,
+    tokens: int,
+    group: int,
+    dim: int,
+    v0: int,
+    v1: int,
+    v2: int,
+    v3: int,
+    in_tile: int,
+    position: int,
+    window: int,
+    acc: int,
+) -> None:
+    """Add to each row the weighted values of the keys that it sees; `position` is the first token's, in the tile.
+
+    A weight of zero would not keep a masked value that is not finite from a row, so masked values are skipped. Keys
+    that all tokens see are added to all rows together, those before and after them to the rows that see them.
+    """
+    low = min(max(0, position + tokens - window), in_tile) if window > 0 else 0
+    high = min(max(0, position + 1), in_tile)
+    if low > 0:
+        _values_of_each(p, tokens, group, dim, v0, v1, v2, v3, 0, low, position, window, acc)
+    _weighted_values(p, tokens * group, dim, v0, v1, v2, v3, low, high, acc)
+    if tokens > 1:
+        _values_of_each(p, tokens, group, dim, v0, v1, v2, v3, max(low, high), in_tile, position, window, acc)
 
 
 @compiled()
@@ -183,7 +241,7 @@ def _unit(
                 acc_at + i * head_bytes,
                 dim,
             )
-        _weighted_values(scores_at, rows, dim, v0, v1, v2, v3, in_tile, acc_at)
+        _seen_values(scores_at, tokens, group, dim, v0, v1, v2, v3, in_tile, first_position - tile, window, acc_at)
     for i in range(rows):
         t, g = i // group, i % group
         scale_row(

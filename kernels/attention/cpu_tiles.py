@@ -59,19 +59,19 @@ def _qk(rows: int) -> Any:
 
 
 def _pv(rows: int) -> Any:
-    """Intrinsic (p, v0…v3, keys, dim, acc): acc[i] += p[i, j] * v[j] for the first `keys` keys, ascending.
+    """Intrinsic (p, v0…v3, first, past, dim, acc): acc[i] += p[i, j] * v[j] for the keys [first, past), ascending.
 
-    v0…v3 are four value blocks [16, dim] and acc [rows, dim], float32.
+    v0…v3 are four value blocks [16, dim] and acc [rows, dim], float32; other keys of the tile are not read.
     """
 
     def emit(b: ir.IRBuilder, p: ir.Value, *rest: ir.Value) -> None:
-        *blocks, keys, dim, acc = rest
+        *blocks, first, past, dim, acc = rest
 
         def columns(vectors: int) -> Callable[[ir.IRBuilder, ir.Value, list[ir.Value]], list[ir.Value]]:
             def body(b: ir.IRBuilder, column: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
                 shift = b.mul(column, I64(4))
                 shifted = [b.add(block, shift) for block in blocks]
-                _emit_pv_columns(b, rows, vectors, p, shifted, keys, dim, b.add(acc, shift))
+                _emit_pv_columns(b, rows, vectors, p, shifted, (first, past), dim, b.add(acc, shift))
                 return carried
 
             return body
@@ -89,7 +89,7 @@ def _emit_pv_columns(
     vectors: int,
     p: ir.Value,
     blocks: list[ir.Value],
-    keys: ir.Value,
+    keys: tuple[ir.Value, ir.Value],
     dim: ir.Value,
     acc: ir.Value,
 ) -> None:
@@ -98,9 +98,7 @@ def _emit_pv_columns(
     sums = [load(b, b.add(acc_rows[i], I64(64 * n)), vec(F32)) for i in range(rows) for n in range(vectors)]
     for number, block in enumerate(blocks):
         p_block = b.add(p, I64(number * 64))
-        left = b.sub(keys, I64(number * LANES))
-        count = b.select(b.icmp_signed(">", left, I64(LANES)), I64(LANES), left)
-        count = b.select(b.icmp_signed("<", count, I64(0)), I64(0), count)
+        start, stop = (_within_block(b, b.sub(key, I64(number * LANES))) for key in keys)
 
         def step(
             b: ir.IRBuilder, j: ir.Value, sums: list[ir.Value], block: ir.Value = block, p_block: ir.Value = p_block
@@ -114,10 +112,16 @@ def _emit_pv_columns(
                 following += [fma(b, factor, values[n], sums[i * vectors + n]) for n in range(vectors)]
             return following
 
-        sums = loop(b, I64(0), count, 1, sums, step)
+        sums = loop(b, start, stop, 1, sums, step)
     for i in range(rows):
         for n in range(vectors):
             store(b, sums[i * vectors + n], b.add(acc_rows[i], I64(64 * n)))
+
+
+def _within_block(b: ir.IRBuilder, key: ir.Value) -> ir.Value:
+    """`key` clamped to [0, LANES]."""
+    key = b.select(b.icmp_signed(">", key, I64(LANES)), I64(LANES), key)
+    return b.select(b.icmp_signed("<", key, I64(0)), I64(0), key)
 
 
 def _emit_softmax_row(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import prange
+from numba import prange, types
 
 from sempre.kernels.jit import address_of, compiled, keep
 from sempre.kernels.norms.cpu import emit_rms_norm
@@ -78,9 +78,33 @@ def _scatter(kind: ir.IntType) -> Any:
     return address_intrinsic(emit)
 
 
+def _finite(storage: str) -> Any:
+    """Intrinsic (source, count): whether all elements are finite, 1 or 0."""
+    element, exponent = {"float32": (I32, 0x7F800000), "bfloat16": (I16, 0x7F80), "float16": (I16, 0x7C00)}[storage]
+    kind = vec(element, LANES_8)
+    mask, flags = ir.Constant(kind, [exponent] * LANES_8), vec(ir.IntType(1), LANES_8)
+
+    def emit(b: ir.IRBuilder, source: ir.Value, count: ir.Value) -> ir.Value:
+        def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+            bits = load(b, b.add(source, b.mul(i, I64(element.width // 8))), kind)
+            return [b.or_(carried[0], b.icmp_unsigned("==", b.and_(bits, mask), mask))]
+
+        (found,) = loop(b, I64(0), count, LANES_8, [ir.Constant(flags, [0] * LANES_8)], body)
+        packed = b.bitcast(found, ir.IntType(LANES_8))
+        return b.zext(b.icmp_unsigned("==", packed, ir.IntType(LANES_8)(0)), I64)
+
+    return address_intrinsic(emit, returns=types.int64)
+
+
+def _emit_store_zero(b: ir.IRBuilder, target: ir.Value) -> None:
+    store(b, I32(0), target)
+
+
 _rotate = address_intrinsic(_emit_rotate)
+_store_zero = address_intrinsic(_emit_store_zero)
 _norm_row = address_intrinsic(emit_rms_norm)
 _narrow_float32, _narrow_bfloat16, _narrow_float16 = (_narrow(storage) for storage in STORAGES)
+_finite_float32, _finite_bfloat16, _finite_float16 = (_finite(storage) for storage in STORAGES)
 _scatter_32, _scatter_16 = _scatter(I32), _scatter(I16)
 
 
@@ -92,6 +116,22 @@ def _store_row(source: int, target: int, count: int, storage: int) -> None:
         _narrow_bfloat16(source, target, count)
     else:
         _narrow_float16(source, target, count)
+
+
+@compiled()
+def _clear_row(target: int, size: int) -> None:
+    """Zero `size` bytes, a multiple of 16."""
+    for at in range(target, target + size, 4):
+        _store_zero(at)
+
+
+@compiled()
+def _is_finite(source: int, count: int, storage: int) -> bool:
+    if storage == 0:
+        return bool(_finite_float32(source, count))
+    if storage == 1:
+        return bool(_finite_bfloat16(source, count))
+    return bool(_finite_float16(source, count))
 
 
 @compiled()
@@ -121,13 +161,17 @@ def _token(
     rounded = np.empty(dim * 4, np.uint8)
     for h in range(kv_heads):
         base = (block_id * kv_heads + h) * block * dim * size
+        value, value_slot = row + (heads + kv_heads + h) * dim * 4, values + base + offset * dim * size
         _store_row(row + (heads + h) * dim * 4, address_of(rounded), dim, storage)
+        _store_row(value, value_slot, dim, storage)
+        if not (_is_finite(address_of(rounded), dim, storage) and _is_finite(value_slot, dim, storage)):
+            # all ones are a NaN in every format
+            rounded[:] = 255
+            _clear_row(value_slot, dim * size)
         if size == 4:
             _scatter_32(address_of(rounded), keys + base + offset * 4, dim, block * 4)
         else:
             _scatter_16(address_of(rounded), keys + base + offset * 2, dim, block * 2)
-        value = row + (heads + kv_heads + h) * dim * 4
-        _store_row(value, values + base + offset * dim * size, dim, storage)
     keep(rounded)
 
 

@@ -1,7 +1,8 @@
 """GPU: optional per-head RMSNorm of q and k, rotation, and cache write, in one pass over the fused qkv rows.
 
 # T tokens, Hq query heads, Hkv key heads, D head dim, B block size; caches [blocks, Hkv, B, D]
-A program owns one token and HEADS heads of one kind. Float32 inside; q is rounded into qkv, k and v into the cache.
+A program owns one token and HEADS query heads, or HEADS key heads with their values. Float32 inside; q is rounded into
+qkv, k and v into the cache.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ def _normalised(low: Any, high: Any, w_low: Any, w_high: Any, eps: Any, DIM: tl.
     squares = tl.sum(low * low + high * high, axis=1)
     factor = (1.0 / tl.sqrt_rn(squares / DIM + eps))[:, None]
     return low * factor * w_low.to(tl.float32)[None, :], high * factor * w_high.to(tl.float32)[None, :]
+
+
+@jit()
+def _not_finite(low: Any, high: Any) -> Any:
+    """Per row, how many elements are infinite or NaN."""
+    # a finite number less itself is zero, others give NaN
+    return tl.sum(tl.where(low - low == 0.0, 0, 1) + tl.where(high - high == 0.0, 0, 1), axis=1)
 
 
 @jit(runtime=("eps",))
@@ -46,7 +54,6 @@ def _rope(
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     Q_PARTS: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
-    KV_PARTS: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
     HALF: tl.constexpr = DIM // 2
     h = tl.arange(0, HEADS)
     i = tl.arange(0, HALF_BLOCK)
@@ -72,7 +79,7 @@ def _rope(
             low, high = _normalised(low, high, w_low, w_high, eps, DIM)
         tl.store(at, tl.fma(low, cosine, -(high * sine)), mask=mask)
         tl.store(at + HALF, tl.fma(high, cosine, low * sine), mask=mask)
-    elif part < Q_PARTS + KV_PARTS:
+    else:
         h += (part - Q_PARTS) * HEADS
         mask = (h < writing)[:, None] & inside[None, :]
         at = row + (Q_HEADS + h)[:, None] * DIM + i[None, :]
@@ -86,17 +93,16 @@ def _rope(
         high = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
         if NORM:
             low, high = _normalised(low, high, w_low, w_high, eps, DIM)
-        to = k_cache + ((slot // BLOCK * KV_HEADS + h) * BLOCK + slot % BLOCK)[:, None] * DIM + i[None, :]
-        tl.store(to, tl.fma(low, cosine, -(high * sine)), mask=mask)
-        tl.store(to + HALF, tl.fma(high, cosine, low * sine), mask=mask)
-    else:
-        h += (part - Q_PARTS - KV_PARTS) * HEADS
-        mask = (h < writing)[:, None] & inside[None, :]
-        at = row + (Q_HEADS + KV_HEADS + h)[:, None] * DIM + i[None, :]
-        to = v_cache + ((slot // BLOCK * KV_HEADS + h) * BLOCK + slot % BLOCK)[:, None] * DIM + i[None, :]
-        wait_for_previous()
-        tl.store(to, tl.load(at, mask=mask), mask=mask)
-        tl.store(to + HALF, tl.load(at + HALF, mask=mask), mask=mask)
+        k_low = tl.fma(low, cosine, -(high * sine)).to(k_cache.dtype.element_ty)
+        k_high = tl.fma(high, cosine, low * sine).to(k_cache.dtype.element_ty)
+        v_low = tl.load(at + KV_HEADS * DIM, mask=mask, other=0.0).to(v_cache.dtype.element_ty)
+        v_high = tl.load(at + KV_HEADS * DIM + HALF, mask=mask, other=0.0).to(v_cache.dtype.element_ty)
+        finite = (_not_finite(k_low, k_high) + _not_finite(v_low, v_high) == 0)[:, None]
+        to = ((slot // BLOCK * KV_HEADS + h) * BLOCK + slot % BLOCK)[:, None] * DIM + i[None, :]
+        tl.store(k_cache + to, tl.where(finite, k_low, float("nan")), mask=mask)
+        tl.store(k_cache + to + HALF, tl.where(finite, k_high, float("nan")), mask=mask)
+        tl.store(v_cache + to, tl.where(finite, v_low, 0.0), mask=mask)
+        tl.store(v_cache + to + HALF, tl.where(finite, v_high, 0.0), mask=mask)
 
 
 def rope_and_cache_write(
@@ -121,7 +127,7 @@ def rope_and_cache_write(
     """
     if (q_norm is None) != (k_norm is None):
         raise ValueError("rope_and_cache_write: q_norm and k_norm must be given both or neither")
-    parts = triton.cdiv(num_heads, HEADS) + 2 * triton.cdiv(num_kv_heads, HEADS)
+    parts = triton.cdiv(num_heads, HEADS) + triton.cdiv(num_kv_heads, HEADS)
     if positions.shape[0] == 0:
         return
     _rope[(positions.shape[0], parts)](

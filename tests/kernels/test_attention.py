@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
+from nonfinite_cases import DAMAGES, Damage, sees
 
 from sempre.kernels import reference
 from sempre.kernels.attention import KvCache, allocate_kv_cache, paged_attention
@@ -155,3 +157,96 @@ def test_unsupported_shapes_are_refused() -> None:
         allocate_kv_cache(2, 1, 64, 32, torch.float32)
     with pytest.raises(ValueError, match="head_dim must be a multiple of 16, got 40"):
         allocate_kv_cache(2, 1, 40, 16, torch.float32)
+
+
+LONGEST = len(LENGTHS) - 1
+DAMAGED_HEADS = [(9, 3, 64), (4, 4, 16), (4, 1, 32), (2, 1, 80)]
+
+
+def _damaged(sequences: Sequences, damage: Damage, positions: Sequence[int]) -> None:
+    """Put the damage into the rows of the longest sequence."""
+    heads, kv_heads, dim = sequences.num_heads, sequences.num_kv_heads, sequences.head_dim
+    for position in positions:
+        row = sequences.qkv[LONGEST][position].view(heads + 2 * kv_heads, dim)
+        damage.apply(row[heads : heads + kv_heads], row[heads + kv_heads :])
+
+
+# every damage with and without a window, each at a place of its own
+AT = (0, 15, 16, 63, 64, 100, 149)
+CASES = [
+    (damage, window, AT[(i + j) % len(AT)]) for i, damage in enumerate(DAMAGES) for j, window in enumerate((None, 37))
+]
+
+
+@pytest.mark.parametrize(("damage", "window", "position"), CASES, ids=str)
+def test_rows_that_see_no_damage_keep_their_bits(damage: Damage, window: int | None, position: int) -> None:
+    heads = DAMAGED_HEADS[position % len(DAMAGED_HEADS)]
+    clean, sequences = (Sequences(*heads, damage.dtype, window) for _ in range(2))
+    _damaged(sequences, damage, [position])
+    expected = clean.whole()
+    seen = sees(LENGTHS[LONGEST], [position], window)
+    for size in (LENGTHS[LONGEST], 7, 65):
+        cache = sequences.empty_cache()
+        for start in range(0, max(LENGTHS), size):
+            parts = [(s, start, min(n, start + size)) for s, n in enumerate(LENGTHS) if n > start]
+            for out, (s, a, b) in zip(sequences.step(cache, parts), parts, strict=True):
+                broken = seen[a:b] if s == LONGEST else torch.zeros(b - a, dtype=torch.bool)
+                assert torch.equal(out[~broken], expected[s][a:b][~broken]), f"sequence {s}, chunks of {size}"
+                assert not out[broken].isfinite().any(dim=1).any(), "a row that sees the damage must show it"
+
+
+@pytest.mark.parametrize("window", [None, 37])
+def test_masked_values_are_not_read(window: int | None) -> None:
+    """Damage in the cache itself: of later keys, and of keys below the window."""
+    sequences = Sequences(9, 3, 64, torch.float32, window)
+    cache = sequences.empty_cache()
+    whole = sequences.step(cache, [(s, 0, n) for s, n in enumerate(LENGTHS)])
+    for start, stop in ((100, 101), (97, 104), (60, 70)):
+        damaged = KvCache(cache.k.clone(), cache.v.clone())
+        table = sequences.tables[LONGEST]
+        unseen = [p for p in range(LENGTHS[LONGEST]) if p >= stop or (window is not None and p <= start - window)]
+        for p in unseen:
+            damaged.v[table[p // 16], :, p % 16] = float("nan")
+        out = torch.empty(stop - start, 9 * 64, dtype=torch.float32)
+        rows = _rotated_queries(sequences, start, stop)
+        paged_attention(
+            rows,
+            damaged,
+            table[None].contiguous(),
+            torch.tensor([0, stop - start], dtype=torch.int32),
+            torch.tensor([stop], dtype=torch.int32),
+            num_heads=9,
+            num_kv_heads=3,
+            head_dim=64,
+            scale=64**-0.5,
+            window=window,
+            out=out,
+        )
+        assert unseen
+        assert torch.equal(out, whole[LONGEST][start:stop])
+
+
+def _rotated_queries(sequences: Sequences, start: int, stop: int) -> torch.Tensor:
+    """The rows as the step leaves them: rotated in place."""
+    scratch = sequences.empty_cache()
+    rows = sequences.qkv[LONGEST][start:stop].clone()
+    rope_and_cache_write(
+        rows,
+        torch.arange(start, stop),
+        sequences.angles,
+        torch.arange(stop - start),
+        scratch.k,
+        scratch.v,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+    )
+    return rows
+
+
+def test_control_a_weight_of_zero_does_not_mask_a_value() -> None:
+    """The library's attention on the same rows: the damage reaches rows that do not see it."""
+    q, k, v = (torch.randn(1, 1, 8, 16, generator=torch.Generator().manual_seed(1)) for _ in range(3))
+    v[..., 7, :] = float("nan")
+    scores = (q @ k.transpose(2, 3)).masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), float("-inf"))
+    assert (scores.softmax(-1) @ v).isnan().all()

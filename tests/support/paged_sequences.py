@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from nonfinite_cases import Damage, sees
 
 from sempre.kernels import reference
 from sempre.kernels.attention import AttentionWorkspace, KvCache, allocate_attention_workspace
@@ -123,3 +124,31 @@ class PagedSequences:
             rotated.append(reference.rope(normed, torch.arange(n), frequencies).to(self.dtype))
         scale = self.head_dim**-0.5
         return reference.attention(*rotated, v, torch.arange(n), scale, self.window).reshape(n, -1)
+
+
+def check_damage(
+    sequences: PagedSequences, damage: Damage, positions: list[int], parts: list[tuple[int, int, int]]
+) -> None:
+    """Damage at `positions` of the first sequence changes no row that does not see it, in one step and in `parts`."""
+    whole_parts = [(s, 0, n) for s, n in enumerate(sequences.lengths)]
+    ways = [whole_parts, parts]
+    expected = [_outputs(sequences, way) for way in ways]
+    heads, kv_heads = sequences.num_heads, sequences.num_kv_heads
+    for position in positions:
+        row = sequences.qkv[0][position].view(heads + 2 * kv_heads, sequences.head_dim)
+        damage.apply(row[heads : heads + kv_heads], row[heads + kv_heads :])
+    seen = sees(sequences.lengths[0], positions, sequences.window)
+    for way, clean in zip(ways, expected, strict=True):
+        for out, reference_rows, (s, a, b) in zip(_outputs(sequences, way), clean, way, strict=True):
+            broken = seen[a:b].to(out.device) if s == 0 else torch.zeros(b - a, dtype=torch.bool, device=out.device)
+            assert torch.equal(out[~broken], reference_rows[~broken]), f"sequence {s}, rows {a}..{b}"
+            assert not out[broken].isfinite().any(dim=1).any(), "a row that sees the damage must show it"
+
+
+def _outputs(sequences: PagedSequences, parts: list[tuple[int, int, int]]) -> list[torch.Tensor]:
+    """The outputs of `parts`, once what comes before them is in the cache."""
+    cache = sequences.empty_cache()
+    before = [(s, 0, a) for s, a, _ in parts if a]
+    if before:
+        sequences.step(cache, before)
+    return sequences.step(cache, parts, workspace=sequences.workspace())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_sequences import PagedSequences
+from nonfinite_cases import DAMAGES, Damage
+from paged_sequences import PagedSequences, check_damage
 
 pytestmark = pytest.mark.gpu
 
@@ -70,6 +71,15 @@ def test_block_size_is_not_in_the_result() -> None:
     results = [_sequences((32, 8, 128), torch.bfloat16, block=block).whole() for block in (16, 32, 64)]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("position", [0, 63, 64, 511, 512, 1023, 1290])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("damage", DAMAGES, ids=str)
+def test_rows_that_see_no_damage_keep_their_bits(damage: Damage, window: int | None, position: int) -> None:
+    sequences = PagedSequences((1300, 300), 16, 8, 128, damage.dtype, "cuda", block=64, window=window)
+    parts = [(0, max(0, position - 9), min(1300, position + 9)), (1, 299, 300)]
+    check_damage(sequences, damage, [position], parts)
 
 
 def test_a_captured_graph_serves_other_contents() -> None:
