@@ -41,7 +41,6 @@ UNSUPPORTED_PARAMETERS = frozenset(
         "skip_reading_prefix_cache",
         "spaces_between_special_tokens",
         "stream_interval",
-        "thinking_token_budget",
         "truncate_prompt_tokens",
         "use_beam_search",
         "watermarking",
@@ -106,6 +105,7 @@ class SamplingParams:
     allowed_token_ids: Annotated[list[int] | None, _doc("only these token ids may be sampled")] = None
     bad_words: Annotated[list[str] | None, _doc("words that may not be generated")] = None
     structured_outputs: Annotated[StructuredOutputsParams | None, _doc("the form the output must have")] = None
+    thinking_token_budget: Annotated[int | None, _doc("after this many tokens of reasoning, </think> is forced")] = None
 
     def __new__(cls, **keywords: Any) -> SamplingParams:
         known = [field.name for field in fields(cls)]
@@ -187,6 +187,12 @@ class SamplingParams:
                 min_tokens,
                 f"must be less than or equal to max_tokens={max_tokens}, got {min_tokens}.",
             )
+        budget = self.thinking_token_budget
+        if budget is not None:
+            budget = _integer("thinking_token_budget", budget)
+            if budget < 0:
+                raise _refusal("thinking_token_budget", budget, f"must be non-negative, got {budget}.")
+            self._set(thinking_token_budget=budget)
         self._set(max_tokens=max_tokens, min_tokens=min_tokens)
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)

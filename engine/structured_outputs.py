@@ -30,6 +30,8 @@ class StructuredOutputsParams:
     disable_any_whitespace  JSON without optional white space
     begins_after            leave the output free up to and including the first such text (a reasoning model's
                             "</think>"); the constraint rules what follows it and white space
+    after_reasoning         an output that begins with "<think>", or whose prompt ends with it, is free up to and
+                            including "</think>"; one that does not reason is ruled from its first token
 
     Raises ConfigError (a ValueError) that names the field, TypeError for an unknown keyword.
     """
@@ -41,6 +43,7 @@ class StructuredOutputsParams:
     json_object: bool | None = None
     disable_any_whitespace: bool = False
     begins_after: str | None = None
+    after_reasoning: bool = False
 
     def __new__(cls, **keywords: Any) -> StructuredOutputsParams:
         known = [field.name for field in fields(cls)]
@@ -68,10 +71,12 @@ class StructuredOutputsParams:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
                 raise _refusal(name, value, f"must be a string that is not empty, got {value!r}.")
-        for name in ("json_object", "disable_any_whitespace"):
+        for name in ("json_object", "disable_any_whitespace", "after_reasoning"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise _refusal(name, value, f"must be True or False, got {value!r}.")
+        if self.after_reasoning and self.begins_after is not None:
+            raise _refusal("after_reasoning", True, "and begins_after both say where the form begins; give one.")
         if self.choice is not None:
             object.__setattr__(self, "choice", _choices(self.choice))
 

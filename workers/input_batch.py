@@ -181,8 +181,8 @@ class InputBatch:
         slot = self._take_slot()
         token_ids = list(new.token_ids)
         params, grammar = new.params, None
-        if params.grammar is not None:
-            grammar = self._grammars.start(params.grammar, params.eos_token_ids, token_ids, new.num_prompt_tokens)
+        if params.depends_on_output:
+            grammar = self._grammars.start(params, token_ids, new.num_prompt_tokens)
         sampling = SamplingState(params, new.seed, token_ids, new.num_prompt_tokens, grammar)
         state = RequestState(new.request_id, token_ids, new.num_prompt_tokens, sampling, slot, error)
         self._table_lens[slot] = 0

@@ -194,7 +194,7 @@ class RequestBuilder:
         return self._grammars.build(params.structured_outputs, limits.vocab_size, limits.eos_token_ids)
 
     def _fitted(self, spec: SamplingSpec, params: SamplingParams, token_ids: list[int]) -> SamplingSpec:
-        """Return `spec` with as many tokens as asked for and as the context holds."""
+        """Return `spec` with as many tokens as asked for and as the context holds, and what it may think before."""
         if not token_ids:
             raise RequestError("The decoder prompt cannot be empty.", parameter="prompt", value=token_ids)
         room = self._limits.max_model_len - len(token_ids)
@@ -222,7 +222,8 @@ class RequestBuilder:
                 value=params.min_tokens,
             )
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        return spec if spec.max_tokens == max_tokens else replace(spec, max_tokens=max_tokens)
+        spec = spec if spec.max_tokens == max_tokens else replace(spec, max_tokens=max_tokens)
+        return self._grammars.with_reasoning(spec, params, token_ids)
 
     def _check_logprobs(self, params: SamplingParams) -> None:
         limit = self._limits.max_logprobs

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from sempre.engine.parsing.pieces import Content, Parser, Piece
-from sempre.engine.parsing.reasoning import ReasoningSplitter, begins_inside
+from sempre.engine.parsing.reasoning import ReasoningSplitter, opens_reasoning
 from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser
 
 REASONING_PARSERS: dict[str, bool] = {"qwen3": False, "deepseek_r1": True}
-"""Models by name; True: an output begins inside its reasoning, whatever the prompt ends with."""
+"""Models by name; True: a free output begins inside its reasoning, whatever the prompt ends with."""
 
 TOOL_PARSERS: dict[str, type[HermesParser] | type[Llama3JsonParser]] = {
     "hermes": HermesParser,
@@ -16,29 +16,23 @@ TOOL_PARSERS: dict[str, type[HermesParser] | type[Llama3JsonParser]] = {
 """Formats of tool calls by name."""
 
 
-def reasoning_splitter(name: str, prompt: str) -> ReasoningSplitter | None:
-    """The splitter of an output behind `prompt`; None when the prompt has switched reasoning off."""
-    inside = begins_inside(prompt, REASONING_PARSERS[name])
-    return None if inside is None else ReasoningSplitter(inside=inside)
+def reasoning_splitter(name: str, prompt: str, *, is_bound: bool = False) -> ReasoningSplitter | None:
+    """The splitter of an output behind `prompt`; None when the prompt has switched reasoning off.
+
+    `is_bound`: the answer has a form, which an output that does not begin with the start tag keeps from its beginning.
+    """
+    opened = opens_reasoning(prompt)
+    return None if opened is None else ReasoningSplitter(inside=opened or (REASONING_PARSERS[name] and not is_bound))
 
 
 class OutputParser:
     """Splits reasoning off, and looks for tool calls in what is left; either may be None."""
 
-    def __init__(
-        self,
-        reasoning: ReasoningSplitter | None,
-        tools: Parser | None,
-        *,
-        one_call: bool = False,
-        calls_enforced: bool = False,
-    ) -> None:
-        """`one_call`: leave out every tool call but the first. `calls_enforced`: by a grammar, which begins behind the
-        reasoning; text without an end of reasoning is then no call, whatever it looks like."""
+    def __init__(self, reasoning: ReasoningSplitter | None, tools: Parser | None, *, one_call: bool = False) -> None:
+        """`one_call`: leave out every tool call but the first."""
         self._reasoning = reasoning
         self._tools = tools
         self._one_call = one_call
-        self._calls_enforced = calls_enforced
 
     def feed(self, text: str) -> list[Piece]:
         """What is certain after `text`."""
@@ -55,8 +49,7 @@ class OutputParser:
 
     def _through_tools(self, pieces: list[Piece]) -> list[Piece]:
         tools = self._tools
-        free = self._calls_enforced and self._reasoning is not None and not self._reasoning.has_split
-        if tools is None or free:
+        if tools is None:
             return [piece for piece in pieces if piece != Content("")]
         found: list[Piece] = []
         for piece in pieces:

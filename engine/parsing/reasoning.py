@@ -8,18 +8,13 @@ from sempre.engine.parsing.tags import split_before_tag
 START, END = "<think>", "</think>"
 
 
-def begins_inside(prompt: str, default: bool) -> bool | None:
-    """Whether an output behind `prompt` begins with reasoning whose start tag is not part of it.
+def opens_reasoning(prompt: str) -> bool | None:
+    """Whether `prompt` ends with the start tag; None where it ends with the end tag: there will be no reasoning.
 
-    Chat templates may end the prompt with the start tag, or with empty reasoning to switch it off (None: there will be
-    no reasoning); else it is what the model does by `default`.
+    Chat templates end a prompt so to have the model think, or with empty reasoning to keep it from that.
     """
     end = prompt.rstrip()
-    if end.endswith(START):
-        return True
-    if end.endswith(END):
-        return None
-    return default
+    return None if end.endswith(END) else end.endswith(START)
 
 
 class ReasoningSplitter:
@@ -31,8 +26,6 @@ class ReasoningSplitter:
 
     def __init__(self, *, inside: bool) -> None:
         self._inside = inside
-        self.has_split = False
-        """</think> has come"""
         self._started = False
         self._ended = False
         self._undecided = ""
@@ -45,7 +38,7 @@ class ReasoningSplitter:
         if not self._ended:
             before, tag, after = self._undecided.partition(END)
             if tag:
-                self._ended = self.has_split = True
+                self._ended = True
                 self._undecided = after
             else:
                 before, self._undecided = split_before_tag(before, END)

@@ -84,8 +84,8 @@ class Request:
         self.was_admitted = bool(spec.output_token_ids or spec.num_prompt_logprobs_delivered)
         self.is_known_to_worker = False
         self.cached_tokens_to_report = 0
-        # what its grammar allows next follows from the token before, which must have come back
-        self.waits_for_tokens = params.grammar is not None
+        # what its form allows next follows from the token before, which must have come back
+        self.waits_for_tokens = params.depends_on_output
         self.wants_prompt_logprobs = params.prompt_logprobs is not None
         self.num_prompt_logprobs_delivered = spec.num_prompt_logprobs_delivered
         self.prompt_logprobs_start = 1 + spec.num_prompt_logprobs_delivered
@@ -125,7 +125,7 @@ class Request:
         token_ids = self.token_ids
         token_ids.append(token_id)
         num_tokens = len(token_ids)
-        if token_id in self.stop_reasons and num_tokens >= self.min_total_tokens:
+        if token_id in self.stop_reasons and (num_tokens >= self.min_total_tokens or self._completes_form(token_id)):
             self.finish_reason = "stop"
             self.stop_reason = self.stop_reasons[token_id]
             return True
@@ -134,6 +134,11 @@ class Request:
             self.finish_reason = "length" if num_tokens >= self.max_total_tokens else "error"
             return True
         return False
+
+    def _completes_form(self, token_id: int) -> bool:
+        """A grammar lets the end of the sequence be sampled early only where nothing else could follow."""
+        params = self.spec.params
+        return params.grammar is not None and token_id in params.eos_token_ids
 
     def lose_worker(self) -> None:
         """Forget what the worker held or was about to answer; tokens already here stay."""

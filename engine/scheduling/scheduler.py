@@ -115,7 +115,7 @@ class Scheduler:
         self._limits.check_prompt(spec)
         speculation = None
         # a grammar follows tokens that are certain, one at a time
-        if self._speculation is not None and spec.params.grammar is None:
+        if self._speculation is not None and not spec.params.depends_on_output:
             speculation = self._speculation.start()
         request = Request(spec, spec.priority if self._uses_priority else 0, self._limits, speculation)
         if request.num_tokens > request.compute_limit:

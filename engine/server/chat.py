@@ -62,7 +62,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         add_special_tokens=bool(request.add_special_tokens),
         tools=plan.template_tools,
     )
-    params = dataclasses.replace(params, structured_outputs=plan.structured_behind(prompt["prompt"]))
+    params = dataclasses.replace(params, structured_outputs=plan.form)
     if request.cache_salt is not None:
         prompt["cache_salt"] = request.cache_salt
     service.checked_length(list(prompt["prompt_token_ids"]))

@@ -11,7 +11,7 @@ import msgspec
 from sempre.engine.parsing import TOOL_PARSERS, OutputParser, named_call_schema, required_calls_schema
 from sempre.engine.parsing.output_parser import reasoning_splitter
 from sempre.engine.parsing.pieces import Parser
-from sempre.engine.parsing.reasoning import END, ReasoningSplitter
+from sempre.engine.parsing.reasoning import ReasoningSplitter
 from sempre.engine.parsing.tool_calls import NamedCallParser, RequiredCallsParser
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import BadRequest
@@ -60,11 +60,12 @@ class ChatPlan:
             include_reasoning=request.include_reasoning is not False,
         )
 
-    def structured_behind(self, prompt: str) -> StructuredOutputsParams | None:
+    @property
+    def form(self) -> StructuredOutputsParams | None:
         """The form of the output; reasoning before it is free, unless the request itself says where the form begins."""
-        if self.structured is None or self.structured.begins_after is not None or self._splitter(prompt) is None:
+        if self.structured is None or self.structured.begins_after is not None or self.reasoning_parser is None:
             return self.structured
-        return replaced(self.structured, begins_after=END)
+        return replaced(self.structured, after_reasoning=True)
 
     def message_parser(self, prompt: str, response_id: str, choice: int) -> MessageParser:
         """The parser of one choice."""
@@ -72,19 +73,17 @@ class ChatPlan:
         if reasoning is None and self.call_parser is None:
             return PlainContent()
         return ParsedContent(
-            OutputParser(
-                reasoning,
-                self._tool_parser(),
-                one_call=self.one_call,
-                calls_enforced=self.call_parser in ("required", "named"),
-            ),
+            OutputParser(reasoning, self._tool_parser(), one_call=self.one_call),
             id_prefix=f"{response_id}/{choice}",
             reports_calls=self.call_parser != "named",
             include_reasoning=self.include_reasoning,
         )
 
     def _splitter(self, prompt: str) -> ReasoningSplitter | None:
-        return None if self.reasoning_parser is None else reasoning_splitter(self.reasoning_parser, prompt)
+        if self.reasoning_parser is None:
+            return None
+        form = self.form
+        return reasoning_splitter(self.reasoning_parser, prompt, is_bound=form is not None and form.after_reasoning)
 
     def _tool_parser(self) -> Parser | None:
         match self.call_parser:

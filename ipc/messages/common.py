@@ -55,13 +55,29 @@ class Refused(Message, frozen=True, kw_only=True):
     error: ErrorInfo
 
 
+class ReasoningSpec(Data, frozen=True, kw_only=True):
+    """How an output may reason before it answers.
+
+    `start` and `end` are the tags; `begins_inside`: the prompt has opened the reasoning. `grammar`, in llguidance's own
+    form, rules an output that begins with `start`, in place of the one that rules an answer without reasoning. After
+    `budget` tokens of reasoning (None: no limit) the next ones are `end_token_ids`.
+    """
+
+    start: str
+    end: str
+    end_token_ids: list[TokenId]
+    begins_inside: bool = False
+    grammar: str | None = None
+    budget: NonNegative | None = None
+
+
 class SamplingSpec(Data, frozen=True, kw_only=True):
     """Sampling parameters as the worker needs them: validated, resolved, in token ids.
 
     Greedy is `temperature == 0`. `top_k == 0` is off. `stop_token_ids` end the request with that id as the reason;
     `eos_token_ids` end it with reason None and are empty under `ignore_eos`. `logprobs` is None (off), k best, or -1
     for the whole vocabulary; the same for `prompt_logprobs`. `grammar`, in llguidance's own form, is what the output's
-    text has to follow; one of `eos_token_ids` ends it.
+    text has to follow; one of `eos_token_ids` ends it, and before `min_tokens` too where the text can only end.
     """
 
     max_tokens: Positive
@@ -81,6 +97,12 @@ class SamplingSpec(Data, frozen=True, kw_only=True):
     logprobs: Annotated[int, Meta(ge=-1)] | None = None
     prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
     grammar: str | None = None
+    reasoning: ReasoningSpec | None = None
+
+    @property
+    def depends_on_output(self) -> bool:
+        """Whether the tokens allowed next follow from the ones before, which must have come back."""
+        return self.grammar is not None or self.reasoning is not None
 
 
 class LogprobRows(Data, frozen=True, kw_only=True):

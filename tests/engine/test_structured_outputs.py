@@ -82,6 +82,57 @@ def test_a_form_that_begins_later(llm: LLM) -> None:
     assert bound.lstrip() in ("ONE", "TWO")
 
 
+REASONED = re.compile(r"<think>(?P<thoughts>.*?)</think>\s*(?:ONE|TWO)", re.DOTALL)
+
+
+def test_an_output_reasons_or_answers_at_once(llm: LLM) -> None:
+    """With a budget all of them come to their answer; without one, one that reasons may reach its limit."""
+    structured = StructuredOutputsParams(choice=["ONE", "TWO"], after_reasoning=True)
+    common = {"structured_outputs": structured, "temperature": 1.5, "max_tokens": 40}
+    bounded = [SamplingParams(seed=seed, thinking_token_budget=9, **common) for seed in range(40)]
+    outputs = generated(llm, bounded)
+    reasoned = [output for output in outputs if REASONED.fullmatch(output.text)]
+    assert {output.text for output in outputs if output not in reasoned} == {"ONE", "TWO"}
+    assert reasoned
+    assert all(output.finish_reason == "stop" for output in outputs)
+    unbounded = [SamplingParams(seed=seed, **common) for seed in range(40)]
+    for output, free in zip(outputs, generated(llm, unbounded), strict=True):
+        assert free.token_ids[:13] == output.token_ids[:13]
+
+
+def test_reasoning_that_the_prompt_has_opened(llm: LLM) -> None:
+    def asked(prompt: str, **fields: Any) -> Any:
+        params = SamplingParams(seed=4, temperature=1.0, max_tokens=60, **fields)
+        return llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+
+    form = StructuredOutputsParams(regex="[0-9]{3}", after_reasoning=True)
+    bound = asked("Think.<think>\n", structured_outputs=form, thinking_token_budget=5)
+    assert re.fullmatch(r".+</think>\s{0,4}[0-9]{3}", bound.text, re.DOTALL)
+    assert bound.finish_reason == "stop"
+    tag = llm.get_tokenizer().encode("</think>", add_special_tokens=False)
+    assert bound.token_ids[5 : 5 + len(tag)] == tag
+    free = asked("Think.<think>\n", thinking_token_budget=5)
+    assert free.token_ids[5 : 5 + len(tag)] == tag
+    assert free.token_ids[:5] == bound.token_ids[:5] == asked("Think.<think>\n").token_ids[:5]
+    switched_off = asked("Think.<think>\n\n</think>\n\n", structured_outputs=form, thinking_token_budget=5)
+    assert re.fullmatch("[0-9]{3}", switched_off.text)
+    never = asked("Think.", thinking_token_budget=5)
+    assert never.token_ids == asked("Think.").token_ids
+
+
+@pytest.mark.parametrize("min_tokens", [1, 20, 100])
+def test_a_complete_form_ends_before_min_tokens(llm: LLM, min_tokens: int) -> None:
+    for fields in ({"choice": ["ONE"]}, {"regex": "[a-c]{4}"}, {"json": {"const": 17}}):
+        structured = StructuredOutputsParams(**fields)  # type: ignore[arg-type]
+        params = SamplingParams(max_tokens=100, min_tokens=min_tokens, seed=2, structured_outputs=structured)
+        [output] = generated(llm, [params])
+        assert (output.finish_reason, output.error) == ("stop", None)
+        assert len(output.token_ids) < 20 or min_tokens == 1
+    longer = StructuredOutputsParams(regex="[a-z ]{1,400}")
+    [output] = generated(llm, [SamplingParams(max_tokens=100, min_tokens=20, seed=2, structured_outputs=longer)])
+    assert len(output.token_ids) >= 20
+
+
 def test_siblings_have_a_state_each(llm: LLM) -> None:
     params = form(regex="[a-z]{5,9}[0-9]{3}", temperature=1.0, n=4, seed=10)
     texts = [choice.text for choice in llm.generate("It", params, use_tqdm=False)[0].outputs]
@@ -118,6 +169,11 @@ def test_a_request_that_runs_into_an_error_ends_alone(llm: LLM) -> None:
         ({"grammar": 3}, "structured_outputs.grammar", "must be a string"),
         ({"regex": "a", "disable_any_whitespace": 1}, "structured_outputs.disable_any_whitespace", "True or False"),
         ({"structural_tag": "x"}, "structured_outputs.structural_tag", "is not supported"),
+        (
+            {"regex": "a", "after_reasoning": True, "begins_after": "b"},
+            "structured_outputs.after_reasoning",
+            "give one",
+        ),
     ],
 )
 def test_parameters_are_refused_by_name(fields: dict[str, Any], parameter: str, message: str) -> None:

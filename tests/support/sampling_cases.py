@@ -62,10 +62,10 @@ def make_states(parameters: list[dict[str, Any]], seed: int) -> list[SamplingSta
 
 def _make_state(params: SamplingSpec, seed: int, index: int) -> SamplingState:
     tokens = [*PROMPT, 4, 4, 3]
-    if params.grammar is None:
+    if not params.depends_on_output:
         return SamplingState(params, seed * 7919 + index * 2**33, tokens, len(PROMPT))
     del tokens[len(PROMPT) :]
-    grammar = grammars.compiler().start(params.grammar, params.eos_token_ids, tokens, len(PROMPT))
+    grammar = grammars.compiler().start(params, tokens, len(PROMPT))
     return SamplingState(params, seed * 7919 + index * 2**33, tokens, len(PROMPT), grammar)
 
 

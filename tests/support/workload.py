@@ -9,7 +9,7 @@ from typing import Any
 from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness import Generation, generate, make_request
 from sempre.engine.harness.cluster import cluster_config
-from sempre.ipc.messages import RequestSpec
+from sempre.ipc.messages import ReasoningSpec, RequestSpec
 
 SETTINGS: dict[str, Any] = {"model": "tiny", "max_model_len": 512, "num_threads": 1}
 KV_BLOCK_BYTES = 2 * 6 * 2 * 64 * 16 * 2  # k and v, 6 layers, 2 heads, 64 dimensions, 16 tokens, bfloat16
@@ -17,11 +17,20 @@ KV_BLOCK_BYTES = 2 * 6 * 2 * 64 * 16 * 2  # k and v, 6 layers, 2 heads, 64 dimen
 _JSON_GRAMMAR = """{"grammars": [{"json_schema": {"type": "object", "x-guidance": {"whitespace_flexible": false},
  "properties": {"name": {"type": "string"}, "sizes": {"type": "array", "items": {"type": "integer"}}},
  "required": ["name", "sizes"]}}]}"""
+_REASONED_GRAMMAR = r"""{"grammars": [
+ {"lark_grammar": "start: opened /[ ]{0,2}/ @body\nopened[lazy]: /(?s:.*)<\\/think>/"},
+ {"name": "body", "lark_grammar": "start: /[a-z]{3,40}/"}]}"""
 _LIST_GRAMMAR = """{"grammars": [{"lark_grammar": "start: (WORD \\"; \\")* \\"end\\"\\nWORD: /[a-z]+/"}]}"""
 
 
 def _prompt(start: int, length: int) -> list[int]:
     return [3 + (start * 7919 + j * 104729) % 4000 for j in range(length)]
+
+
+def _reasoning() -> ReasoningSpec:
+    """Reasoning of six tokens, opened by the prompt."""
+    tag = [30, 17, 400, 684, 32]
+    return ReasoningSpec(start="<think>", end="</think>", end_token_ids=tag, begins_inside=True, budget=6)
 
 
 def make_requests() -> list[RequestSpec]:
@@ -42,6 +51,11 @@ def make_requests() -> list[RequestSpec]:
         (_prompt(12, 200), {"temperature": 1.0, "allowed_token_ids": list(range(100, 900))}),
         (shared + _prompt(13, 7), {"temperature": 1.0, "grammar": _JSON_GRAMMAR, "eos_token_ids": [0, 2]}),
         (_prompt(14, 90), {"temperature": 0.9, "top_p": 0.9, "grammar": _LIST_GRAMMAR, "eos_token_ids": [0, 2]}),
+        (_prompt(15, 60), {"temperature": 1.0, "reasoning": _reasoning(), "eos_token_ids": [0, 2]}),
+        (
+            shared + _prompt(16, 3),
+            {"grammar": _REASONED_GRAMMAR, "reasoning": _reasoning(), "min_tokens": 20, "eos_token_ids": [0, 2]},
+        ),
     ]
     return [
         make_request(prompt, seed=1000 + i, ordinal=i, max_tokens=24, **({"logprobs": 4} | sampling))

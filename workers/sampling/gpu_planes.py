@@ -39,7 +39,7 @@ class DevicePlanes:
         if params.allowed_token_ids is not None or single:
             planes[gpu_table.MASK] = _forbidden_bits(params.allowed_token_ids, single, vocab_size)
         ends = state.end_token_ids[state.end_token_ids < vocab_size]
-        if params.min_tokens and ends.size:
+        if params.min_tokens and ends.size and state.grammar is None:
             planes[gpu_table.END_MASK] = _forbidden_bits(None, ends.tolist(), vocab_size)
         if params.logit_bias:
             bias = np.full(vocab_size, -0.0, np.float32)  # x + -0.0 is x for every x

@@ -269,7 +269,7 @@ class GpuSampler:
             plane = self._planes[slot].tensors[gpu_table.GRAMMAR]
             forbidden = np.full(plane.shape[0], -1, np.int32)
             try:
-                allowed = state.grammar.allowed_words(len(state.token_ids))
+                allowed = state.allowed_words(state.grammar, len(state.token_ids))
                 forbidden[: allowed.size] = ~allowed
             except RowError as error:
                 errors[row] = error

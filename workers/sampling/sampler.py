@@ -80,9 +80,11 @@ class Sampler:
 
     1. log-probabilities, if asked for, are those of the raw logits (computed last, from a saved copy);
     2. allowed_token_ids: everything else becomes -inf;
-    3. grammar: every token that would leave it becomes -inf, and so do all ends until it is fulfilled;
+    3. grammar: every token that would leave it becomes -inf, and so do all ends until it is fulfilled; reasoning that
+       has spent its budget is ended by force;
     4. bad_words: the token that would complete one becomes -inf (multi-token words match within the output);
-    5. min_tokens: end-of-sequence and stop ids become -inf while the output is shorter;
+    5. min_tokens: end-of-sequence and stop ids become -inf while the output is shorter, unless a grammar leaves no
+       other token;
     6. logit_bias is added;
     7. penalties: repetition (prompt and output), frequency, presence (output);
     8. division by the temperature; temperature 0 ends here, with the argmax;

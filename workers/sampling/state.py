@@ -78,7 +78,7 @@ class SamplingState:
         num_prompt_tokens: int,
         grammar: GrammarState | None = None,
     ) -> None:
-        """`grammar` is that of `params.grammar`, and reads `token_ids` too."""
+        """`grammar` is the form of the output that `params` ask for, and reads `token_ids` too."""
         self.params = params
         self.grammar = grammar
         self.seed = seed
@@ -125,17 +125,30 @@ class SamplingState:
         if self._allowed is not None:
             allow_only(row, self._allowed)
         if self.grammar is not None:
-            allow_bits(row, self.grammar.allowed_words(position))
+            allow_bits(row, self.allowed_words(self.grammar, position))
         if self.params.bad_words_token_ids:
             forbid(row, self._bad_tokens)
             forbid(row, self._last_tokens_of_bad_phrases(position))
-        if output_length < self.params.min_tokens:
+        if output_length < self.params.min_tokens and self.grammar is None:
             # an id outside the vocabulary can never end the request
             forbid(row, self.end_token_ids[self.end_token_ids < row.size])
         if self._bias_ids.size:
             add_bias(row, self._bias_ids, self._biases)
         if self.penalises:
             self._penalise(row, position)
+
+    def allowed_words(self, grammar: GrammarState, position: int) -> npt.NDArray[np.int32]:
+        """What `grammar` allows at `position`, without the ends of a shorter output than `min_tokens` asks for.
+
+        A form that is complete wins: where nothing but an end may follow, it may. Raises RowError.
+        """
+        words = grammar.allowed_words(position)
+        if position - self.num_prompt_tokens >= self.params.min_tokens:
+            return words
+        ends = self.end_token_ids[self.end_token_ids < words.size * 32]
+        longer = words.view(np.uint32).copy()
+        np.bitwise_and.at(longer, ends // 32, ~(np.uint32(1) << (ends % 32).astype(np.uint32)))
+        return longer.view(np.int32) if longer.any() else words
 
     def _find_largest_ids(self) -> dict[str, int]:
         groups = {

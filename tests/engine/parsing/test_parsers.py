@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sempre.engine.parsing import OutputParser, ParsedMessage, ToolCall, assemble
 from sempre.engine.parsing.output_parser import reasoning_splitter
-from sempre.engine.parsing.reasoning import ReasoningSplitter, begins_inside
+from sempre.engine.parsing.reasoning import ReasoningSplitter, opens_reasoning
 from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser, NamedCallParser, RequiredCallsParser
 
 
@@ -28,8 +28,7 @@ def make(kind: str) -> OutputParser:
     reasoning = None
     if "think" in kind or kind == "inside":
         reasoning = ReasoningSplitter(inside=kind == "inside")
-    enforced = kind in ("required", "named", "named thinking")
-    return OutputParser(reasoning, tools() if tools else None, one_call=kind == "hermes one", calls_enforced=enforced)
+    return OutputParser(reasoning, tools() if tools else None, one_call=kind == "hermes one")
 
 
 KINDS = ["hermes", "hermes one", "hermes thinking", "llama3_json", "required", "named", "named thinking", "thinking"]
@@ -179,7 +178,7 @@ def test_reasoning_is_what_a_regular_expression_finds(text: str, inside: bool) -
         ("required", '[{"name": "f", "parameters": {}},', ParsedMessage(tool_calls=[ToolCall("f", "{}")])),
         ("named", ' {"a": 1}', ParsedMessage(tool_calls=[ToolCall("f", '{"a": 1}')])),
         ("named thinking", "<think>a</think>{}", ParsedMessage(reasoning="a", tool_calls=[ToolCall("f", "{}")])),
-        ("named thinking", "Once upon", ParsedMessage("Once upon")),  # no form begins without an end of reasoning
+        ("named thinking", '{"a": 1}', ParsedMessage(tool_calls=[ToolCall("f", '{"a": 1}')])),
         ("named thinking", "<think>Once", ParsedMessage(reasoning="Once")),
     ],
 )
@@ -194,16 +193,24 @@ def test_arguments_come_while_they_are_generated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "default", "inside"),
+    ("prompt", "opened"),
     [
-        ("<|im_start|>assistant\n", False, False),
-        ("<|im_start|>assistant\n", True, True),
-        ("assistant\n<think>\n", False, True),
-        ("assistant\n<think>\n\n</think>\n\n", True, None),
-        ("</think> said the user", False, False),
+        ("<|im_start|>assistant\n", False),
+        ("assistant\n<think>\n", True),
+        ("assistant\n<think>\n\n</think>\n\n", None),
+        ("</think> said the user", False),
     ],
 )
-def test_the_prompt_tells_where_an_output_begins(prompt: str, default: bool, inside: bool | None) -> None:
-    assert begins_inside(prompt, default) is inside
-    name = "deepseek_r1" if default else "qwen3"
-    assert (reasoning_splitter(name, prompt) is None) is (inside is None)
+def test_the_prompt_tells_where_an_output_begins(prompt: str, opened: bool | None) -> None:
+    assert opens_reasoning(prompt) is opened
+    for name, begins_inside in (("qwen3", False), ("deepseek_r1", True)):
+        for is_bound in (False, True):
+            splitter = reasoning_splitter(name, prompt, is_bound=is_bound)
+            if opened is None:
+                assert splitter is None
+                continue
+            assert splitter is not None
+            # an answer that has a form shows it from its first token
+            is_reasoning = opened or (begins_inside and not is_bound)
+            message = assemble([*splitter.feed('{"a": 1}'), *splitter.finish()])
+            assert message == (ParsedMessage(reasoning='{"a": 1}') if is_reasoning else ParsedMessage('{"a": 1}'))

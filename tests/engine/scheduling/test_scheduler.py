@@ -298,6 +298,7 @@ def test_a_request_that_outgrows_the_pool_ends_with_an_error_whoever_runs() -> N
         ({"eos_token_ids": [2], "stop_token_ids": [2, 3]}, [5, 2], 2, ("stop", None)),
         ({"stop_token_ids": [3], "min_tokens": 3}, [5, 3, 3, 5], 3, ("stop", 3)),
         ({"eos_token_ids": [2], "min_tokens": 3}, [2, 2, 5, 2], 4, ("stop", None)),
+        ({"eos_token_ids": [2], "min_tokens": 3, "grammar": "start: /.*/"}, [5, 2], 2, ("stop", None)),
         ({"eos_token_ids": [2], "max_tokens": 3}, [5, 5, 2], 3, ("stop", None)),
         ({"max_tokens": 3}, [5, 5, 5], 3, ("length", None)),
     ],

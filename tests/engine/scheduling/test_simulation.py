@@ -207,7 +207,8 @@ def expected(spec: RequestSpec, setup: Setup) -> Outcome:
         token_ids.append(token_id)
         outcome.token_ids.append(token_id)
         may_stop = len(outcome.token_ids) >= spec.params.min_tokens
-        if may_stop and token_id in spec.params.eos_token_ids:
+        # a form that is complete wins over min_tokens
+        if (may_stop or spec.params.grammar is not None) and token_id in spec.params.eos_token_ids:
             outcome.finish_reason = "stop"
         elif may_stop and token_id in spec.params.stop_token_ids:
             outcome.finish_reason, outcome.stop_reason = "stop", token_id
@@ -300,7 +301,7 @@ class Simulation:
     def check_held_back(self, step: ExecuteStep) -> None:
         """A request with a grammar is in no step before the token that an earlier one samples for it is back."""
         sampled = {s.request_id for _, result in self.in_flight for s in result.sampled if s.token_ids}
-        with_grammar = {spec.request_id for spec in self.workload.specs if spec.params.grammar is not None}
+        with_grammar = {spec.request_id for spec in self.workload.specs if spec.params.depends_on_output}
         assert not sampled & with_grammar & {item.request_id for item in step.scheduled}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from sempre.ipc.messages import SamplingSpec
+from sempre.ipc.messages import ReasoningSpec, SamplingSpec
 from sempre.kernels.sampling import allow_bits
 from sempre.workers.sampling import GrammarCompiler, RowError, Sampler, SamplingState
 from sempre.workers.sampling.grammar import GrammarState
@@ -30,7 +32,7 @@ COMPILER = compiler()
 
 
 def started(grammar: str, tokens: list[int]) -> GrammarState:
-    return COMPILER.start(grammar, EOS, tokens, len(PROMPT))
+    return COMPILER.start(SamplingSpec(max_tokens=50, grammar=grammar, eos_token_ids=EOS), tokens, len(PROMPT))
 
 
 def allowed(state: GrammarState, position: int) -> list[int]:
@@ -138,7 +140,8 @@ def test_no_token_left_names_the_grammar_among_the_causes() -> None:
 
 
 def test_a_model_without_a_tokenizer_file_is_an_error_of_the_request(tmp_path: Path) -> None:
-    state = GrammarCompiler(tmp_path, VOCABULARY).start(LETTERS, EOS, list(PROMPT), len(PROMPT))
+    params = SamplingSpec(max_tokens=50, grammar=LETTERS, eos_token_ids=EOS)
+    state = GrammarCompiler(tmp_path, VOCABULARY).start(params, list(PROMPT), len(PROMPT))
     with pytest.raises(RowError, match=r"structured_outputs: .*tokenizer\.json cannot be used with grammars"):
         state.allowed_words(len(PROMPT))
 
@@ -155,3 +158,101 @@ def test_allow_bits(vocabulary: int) -> None:
             expected[token] = -np.inf
     allow_bits(row, words)
     assert (row == expected).all()
+
+
+TAG = TOKENIZER.encode("</think>", add_special_tokens=False).ids
+LETTERS_RULE = "start: /[a-m]{2,9}/"
+
+
+def framed(*, opened: bool) -> str:
+    """LETTERS behind reasoning."""
+    opening = "" if opened else '"<think>" '
+    lines = (f"start: {opening}thoughts @body", 'thoughts[lazy]: ANY "</think>"', r"ANY: ~/(?s:.*)<\/think>(?s:.*)/")
+    frame = {"lark_grammar": "\n".join(lines)}
+    return json.dumps({"grammars": [frame, {"name": "body", "lark_grammar": LETTERS_RULE}]})
+
+
+def reasoning(**fields: Any) -> ReasoningSpec:
+    return ReasoningSpec(start="<think>", end="</think>", end_token_ids=TAG, **fields)
+
+
+def state_of(tokens: list[int], **fields: Any) -> GrammarState:
+    return COMPILER.start(SamplingSpec(max_tokens=90, eos_token_ids=EOS, **fields), tokens, len(PROMPT))
+
+
+def test_an_output_may_answer_at_once_or_reason_first() -> None:
+    """Both are open at the first token; the tokens decide, and what was decided can be taken back."""
+    tokens = sequence("<think>zebra</think>abc")
+    state = state_of(tokens, grammar=LETTERS, reasoning=reasoning(grammar=framed(opened=False)))
+    [less_than] = TOKENIZER.encode("<").ids
+    first = len(PROMPT)
+    answers = allowed(started(LETTERS, list(PROMPT)), first)
+    assert allowed(state, first) == sorted([*answers, less_than])
+    assert allowed(state, len(tokens)) == allowed(started(LETTERS, sequence("abc")), len(PROMPT) + 1)
+    assert TOKENIZER.encode("zebra").ids[0] in allowed(state, first + len(TOKENIZER.encode("<think>").ids))
+    assert allowed(state, first) == sorted([*answers, less_than])
+    tokens[first:] = TOKENIZER.encode("abc").ids
+    assert allowed(state, first + 1) == allowed(started(LETTERS, sequence("abc")), first + 1)
+    allowed(state, first)
+    tokens[first:] = TOKENIZER.encode("zebra").ids
+    with pytest.raises(RowError, match="do not satisfy the grammar"):
+        state.allowed_words(first + 1)
+
+
+def test_a_form_that_would_take_the_tag_for_text_does_not() -> None:
+    anything = '{"grammars": [{"lark_grammar": "start: /(?s:.*)/"}]}'
+    tokens = sequence("<think>a</think>")
+    state = state_of(tokens, grammar=anything, reasoning=reasoning(grammar=framed(opened=False)))
+    assert allowed(state, len(tokens)) == allowed(started(LETTERS, list(PROMPT)), len(PROMPT))
+
+
+@pytest.mark.parametrize("begins_inside", [False, True])
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("budget", [0, 1, 7])
+def test_reasoning_ends_when_its_budget_is_spent(begins_inside: bool, bound: bool, budget: int) -> None:
+    """Also in the middle of a character, of which each byte is a token here."""
+    opening = [] if begins_inside else TOKENIZER.encode("<think>", add_special_tokens=False).ids
+    thoughts = TOKENIZER.encode("Well日日日日", add_special_tokens=False).ids[:budget]
+    after = TOKENIZER.encode("abc", add_special_tokens=False).ids
+    tokens = [*PROMPT, *opening, *thoughts, *TAG, *after]
+    grammar = framed(opened=begins_inside) if bound else None
+    forms = {
+        "grammar": grammar if begins_inside or not bound else LETTERS,
+        "reasoning": reasoning(begins_inside=begins_inside, budget=budget, grammar=None if begins_inside else grammar),
+    }
+    state = state_of(tokens, **forms)
+    due = len(PROMPT) + len(opening) + budget
+    for position in [*range(len(PROMPT), len(tokens) + 1), *range(len(tokens), len(PROMPT) - 1, -1)]:
+        ids = allowed(state, position)
+        if due <= position < due + len(TAG):
+            assert ids == [TAG[position - due]]
+        elif position < len(tokens):
+            assert tokens[position] in ids
+            assert len(ids) > 1 or position < len(PROMPT) + len(opening)
+
+
+def test_the_budget_says_nothing_once_reasoning_has_ended_or_of_an_answer_at_once() -> None:
+    ended = sequence("<think>a</think> then much more is said, token after token")
+    never = sequence("It is <think> and much more, token after token")
+    for tokens in (ended, never):
+        state = state_of(tokens, reasoning=reasoning(budget=9))
+        for position in range(len(PROMPT), len(tokens) + 1):
+            assert len(allowed(state, position)) >= VOCABULARY
+
+
+@pytest.mark.parametrize("min_tokens", [0, 30])
+def test_a_complete_form_wins_over_min_tokens(min_tokens: int) -> None:
+    """While the form may go on, no end is allowed before `min_tokens`; where it can only end, it may."""
+    params = SamplingSpec(max_tokens=50, min_tokens=min_tokens, grammar=LETTERS, eos_token_ids=EOS)
+
+    def may_end(text: str) -> bool:
+        tokens = sequence(text)
+        state = SamplingState(params, 1, tokens, len(PROMPT), COMPILER.start(params, tokens, len(PROMPT)))
+        row = np.zeros(VOCABULARY, np.float32)
+        state.process(row, len(tokens))
+        assert np.isfinite(row).any()
+        return bool(np.isfinite(row[EOS]).all())
+
+    assert may_end("abcabcabc")
+    assert may_end("abc") == (min_tokens == 0)
+    assert not may_end("a")
