@@ -114,7 +114,8 @@ class GrammarState:
         found = [words for follower in present if (words := follower.allowed_words(position)) is not None]
         if not found:
             raise RowError(OPERATION, "the tokens so far do not satisfy the grammar")
-        return np.bitwise_or.reduce([words[: self._num_words] for words in found])
+        allowed = found[0][: self._num_words]
+        return allowed if len(found) == 1 else allowed | found[1][: self._num_words]
 
     def _only(self, token_id: int) -> Words:
         words = np.zeros(self._num_words, np.uint32)
