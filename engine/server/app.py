@@ -53,7 +53,7 @@ def create_app(service: Service, keys: KeyRing) -> ASGIApp:
         scope["root_path"] = config.root_path
         await app(scope, receive, send)
 
-    outer: ASGIApp = RequestGate(rooted if config.root_path else app, keys, access_log=config.enable_access_log)
+    outer: ASGIApp = RequestGate(rooted if config.root_path else app, keys, config)
     if config.allowed_origins:
         from starlette.middleware.cors import CORSMiddleware
 

@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=msgspec.Struct)
 
 
 async def read_model(request: Request, model: type[Model], config: ServerConfig) -> Model:
-    """Read and check the body. Raises APIError: 400, 413 or 415."""
+    """Read and check the body. Raises APIError: 400 or 413."""
     return parse_model(await _read(request, config.max_body_bytes), model, ignore_unknown=config.ignore_unknown_fields)
 
 
@@ -31,10 +31,6 @@ def parse_model(data: bytes, model: type[Model], *, ignore_unknown: bool = False
 
 
 async def _read(request: Request, limit: int) -> bytes:
-    # A web page may send other types to any server without asking the browser first.
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise APIError(415, f"Content-Type must be application/json, got {kind!r}.")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)

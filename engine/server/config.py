@@ -34,6 +34,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ssl_certfile: Annotated[str | None, _doc("certificate chain, PEM")] = None
     ssl_ca_certs: Annotated[str | None, _doc("certificate authorities of clients, PEM; clients must show one")] = None
     allowed_origins: Annotated[list[str], _doc("origins of web pages that may call (CORS)")] = []
+    allowed_hosts: Annotated[list[str], _doc("names by which clients call a server without keys; * is any")] = []
     root_path: Annotated[str, _doc("path under which a proxy serves this server")] = ""
     response_role: Annotated[str, _doc("role of the messages that are answered")] = "assistant"
     enable_auto_tool_choice: Annotated[bool, _doc("let the model call tools; needs tool_call_parser")] = False
@@ -47,6 +48,11 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_prompts: Annotated[int, _doc("most prompts in one request")] = 1024
     shutdown_timeout: Annotated[float, _doc("seconds that running requests have left after SIGTERM")] = 30.0
     keep_alive_timeout: Annotated[float, _doc("seconds that an idle connection stays open")] = 5.0
+    header_timeout: Annotated[float, _doc("seconds in which the header of a request must come")] = 10.0
+    body_timeout: Annotated[float, _doc("seconds in which a body must come, and a stalled answer be read")] = 60.0
+    max_connections: Annotated[int, _doc("most connections; as many as the limit of open files allows, if less")] = 4096
+    max_connections_per_address: Annotated[int, _doc("most connections from one address")] = 2048
+    max_held_bytes: Annotated[int, _doc("most bytes of unanswered requests in all; more get 503")] = 128 * 1024 * 1024
     metrics_prefix: Annotated[MetricsPrefix, _doc("prefix of the names at /metrics")] = "sempre"
     log_format: Annotated[LogFormat, _doc("form of log lines")] = "text"
     enable_access_log: Annotated[bool, _doc("log a line per request")] = True
@@ -62,6 +68,11 @@ _LEAST = {
     "max_prompts": 1,
     "shutdown_timeout": 0.0,
     "keep_alive_timeout": 0.0,
+    "header_timeout": 0.1,
+    "body_timeout": 0.1,
+    "max_connections": 1,
+    "max_connections_per_address": 1,
+    "max_held_bytes": 1024,
     "max_log_len": 0,
 }
 SECRETS = ("api_key",)

@@ -1,4 +1,4 @@
-"""What every request passes: its id, the key, and a line in the log."""
+"""What every request passes: its id, the key or what stands in for one, the type of its body, a line in the log."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sempre.engine.server.browsers import PageGuard
+from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import APIError
 from sempre.engine.server.logs import REQUEST_ID
 
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 # probes and scrapers have no key; neither has a page before its user has typed one
 OPEN_PATHS = frozenset({"/", "/health", "/live", "/ready", "/metrics", "/version", "/openapi.json"})
+_SHOWN = 100
 OPEN_PREFIXES = ("/playground/",)
 
 
@@ -40,12 +43,13 @@ class KeyRing:
 
 
 class RequestGate:
-    """ASGI middleware: honours or makes X-Request-Id and returns it, asks for a key, writes the access log."""
+    """ASGI middleware: honours or makes X-Request-Id and returns it, refuses strangers, writes the access log."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, *, access_log: bool) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, config: ServerConfig) -> None:
         self._app = app
         self._keys = keys
-        self._access_log = access_log
+        self._pages = PageGuard(config)
+        self._access_log = config.enable_access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,23 +68,36 @@ class RequestGate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"].append((b"x-request-id", request_id.encode()))
+                if "release_body" in state:
+                    state["release_body"]()
             await send(message)
 
         try:
-            if self._is_let_in(scope, headers):
+            refusal = self._refusal(scope, headers)
+            if refusal is None:
                 await self._app(scope, receive, send_with_id)
             else:
-                await _unauthorized(headers).response()(scope, receive, send_with_id)
+                await refusal.response()(scope, receive, send_with_id)
         finally:
             if self._access_log:
-                self._log(scope, status, time.monotonic() - began)
+                self._log(scope, state.get("refused_with", status), time.monotonic() - began)
 
-    def _is_let_in(self, scope: Scope, headers: Headers) -> bool:
-        path = scope["path"]
-        if not self._keys or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES) or scope["method"] == "OPTIONS":
-            return True
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and key.strip() in self._keys
+    def _refusal(self, scope: Scope, headers: Headers) -> APIError | None:
+        """Return what the request is refused with before its body is read, if it is."""
+        path, method = scope["path"], scope["method"]
+        if path in OPEN_PATHS or path.startswith(OPEN_PREFIXES) or method == "OPTIONS":
+            return None
+        if self._keys:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or key.strip() not in self._keys:
+                return _unauthorized(headers)
+        else:
+            refusal = self._pages.check(headers)
+            if refusal is not None:
+                return refusal
+        if method == "POST":
+            return _type_refusal(headers)
+        return None
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         facts: dict[str, object] = {"status": status, "duration_s": round(seconds, 6)}
@@ -100,6 +117,15 @@ def _digest(key: str) -> bytes:
 def _request_id(given: str | None) -> str:
     """Return the caller's id if it is harmless in logs and headers, else a new one."""
     return given if given is not None and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def _type_refusal(headers: Headers) -> APIError | None:
+    """A page may send other types, or none, to any server without asking the browser first."""
+    kind = headers.get("content-type")
+    if kind is not None and kind.partition(";")[0].strip().lower() == "application/json":
+        return None
+    found = "none" if kind is None else repr(kind[:_SHOWN])
+    return APIError(415, f"A request with a body needs the header `Content-Type: application/json`; found {found}.")
 
 
 def _unauthorized(headers: Headers) -> APIError:

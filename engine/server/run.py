@@ -18,6 +18,7 @@ import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -25,8 +26,10 @@ import uvicorn
 from sempre.engine.async_llm import AsyncLLM
 from sempre.engine.server.app import create_app
 from sempre.engine.server.config import ServerConfig
+from sempre.engine.server.connections import ConnectionGuard
 from sempre.engine.server.errors import Busy
 from sempre.engine.server.middleware import KeyRing
+from sempre.engine.server.protocol import BoundedProtocol
 from sempre.engine.server.service import Service
 from sempre.ipc.errors import ConfigError
 
@@ -124,6 +127,9 @@ class Server:
         config = self._config
         return uvicorn.Config(
             create_app(self._service, KeyRing(api_keys(config))),
+            # called as the class would be
+            http=partial(BoundedProtocol, ConnectionGuard(config)),  # type: ignore[arg-type]
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",

@@ -4,7 +4,7 @@ The canary is a process of its own, so that a hostile client written in Python c
 `/health` on a new connection each and one token of a completion on a kept one, in turn. Two clocks run for each call:
 the wall's, which also shows the load of the machine, and the processor time of the server's event loop, which does not.
 
-    python tests/support/canary.py [NAME …]     every attack of hostile_clients.py, or those named: a table
+    python tests/support/canary.py [NAME …]     every attack of hostile_clients.py, or those named, as a table
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Canary:
         command = [sys.executable, __file__, "--probe", json.dumps(settings)]
         with _Memory(self._pid) as memory:
             probe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            assert probe.stdin is not None and probe.stdout is not None
+            assert probe.stdin is not None
+            assert probe.stdout is not None
             try:
                 assert probe.stdout.readline() == b"calling\n"
                 attack()
