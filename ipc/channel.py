@@ -14,6 +14,7 @@ from types import TracebackType, UnionType
 from typing import Any, Generic, Self
 
 import zmq
+from msgspec.structs import replace
 
 from sempre.ipc.codec import UNSEQUENCED, FrameDecoder, FrameEncoder, MessageT
 from sempre.ipc.error_info import describe
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 # two ends that refuse each other's refusals must fall silent
 _MOST_REFUSALS = 16
 _RECONNECT_MS = 10
+# characters of each text in a refusal
+_SHOWN = 2000
 
 
 def configure(socket: zmq.Socket[Any], limit_bytes: int) -> None:
@@ -62,7 +65,7 @@ class PeerBase(Generic[MessageT]):
             return self._link.unpack(parts)
         except ProtocolError as error:
             if self.refusals.note(error, "the hub"):
-                self.send(Refused(error=describe(error)))
+                self.send(_refused(error))
             raise
 
     def close(self) -> None:
@@ -146,7 +149,7 @@ class HubChannel(Generic[MessageT]):
         """Answer a frame with `Refused`; a peer that is gone meanwhile needs no answer."""
         if not self.refusals.note(error, f"peer {identity.hex()}") and identity in self._links:
             return
-        message = Refused(error=describe(error))
+        message = _refused(error)
         link = self._links.get(identity)
         frame = link.pack(message) if link else self._encoder.encode(message, UNSEQUENCED)
         try:
@@ -168,6 +171,13 @@ class HubChannel(Generic[MessageT]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _refused(error: ProtocolError) -> Refused:
+    """The answer to a frame, short enough for every limit, whatever the frame held."""
+    info = describe(error)
+    facts = {name: fact[:_SHOWN] if isinstance(fact, str) else fact for name, fact in info.facts.items()}
+    return Refused(error=replace(info, message=info.message[:_SHOWN], traceback=info.traceback[-_SHOWN:], facts=facts))
 
 
 class Refusals:

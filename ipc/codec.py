@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from types import UnionType
 from typing import Generic, TypeVar, get_args
 
@@ -20,7 +22,7 @@ import msgspec
 
 from sempre.ipc.errors import MessageMalformed, MessageTooLarge
 from sempre.ipc.field_path import field_path
-from sempre.ipc.messages import Message
+from sempre.ipc.messages import CallMethod, CallMethodReply, CallWorkers, CallWorkersReply, Message
 
 MAGIC = b"SMP\x01"
 UNSEQUENCED = 0
@@ -28,6 +30,14 @@ _HEADER = struct.Struct("<4sIQ")
 _SEQUENCE = struct.Struct("<Q")
 _CHECKED_FROM = 8
 HEADER_BYTES = _HEADER.size
+MAX_DEPTH = 64
+_FREE_FORM: Mapping[type, tuple[str, ...]] = {
+    CallWorkers: ("args", "kwargs"),
+    CallMethod: ("args", "kwargs"),
+    CallMethodReply: ("result",),
+    CallWorkersReply: ("results",),
+}
+_SHOWN = 200
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -40,9 +50,14 @@ class FrameEncoder:
         self._limit_bytes = limit_bytes
 
     def encode(self, message: Message, sequence: int) -> bytearray:
-        """Raises MessageTooLarge; TypeError when a free-form value has no msgpack form."""
+        """Raises MessageTooLarge; TypeError when a free-form value has no msgpack form, or is nested too deeply."""
         frame = bytearray(HEADER_BYTES)
-        self._encoder.encode_into(message, frame, HEADER_BYTES)
+        check_depth(message)
+        try:
+            self._encoder.encode_into(message, frame, HEADER_BYTES)
+        # an integer beyond 64 bits, half of a surrogate pair
+        except (OverflowError, UnicodeEncodeError) as error:
+            raise TypeError(f"{type(message).__name__}: {error}") from error
         _refuse_large(len(frame), self._limit_bytes, type(message).__name__)
         _SEQUENCE.pack_into(frame, _CHECKED_FROM, sequence)
         _HEADER.pack_into(frame, 0, MAGIC, zlib.crc32(memoryview(frame)[_CHECKED_FROM:]), sequence)
@@ -74,12 +89,40 @@ class FrameDecoder(Generic[MessageT]):
     def _decode_message(self, payload: memoryview) -> MessageT:
         try:
             message: MessageT = self._decoder.decode(payload)
+            check_depth(message)
         except msgspec.ValidationError as error:
             field = field_path(str(error), payload, self._types)
-            raise MessageMalformed(f"{field}: {error}", field=field) from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise MessageMalformed(f"not a message: {error}", field="$") from error
+            # Not chained: the decoder's text may be as long as the frame.
+            raise MessageMalformed(f"{field}: {_short(error)}", field=field) from None
+        except TypeError as error:
+            raise MessageMalformed(str(error), field="$") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, OverflowError, RecursionError) as error:
+            raise MessageMalformed(f"not a message: {_short(error)}", field="$") from None
         return message
+
+
+def check_depth(message: object) -> None:
+    """Raise TypeError when a free-form value of `message` is nested too deeply to be walked by everybody it meets."""
+    for name in _FREE_FORM.get(type(message), ()):
+        level: list[object] = [getattr(message, name)]
+        for _ in range(MAX_DEPTH):
+            # by identity: what is reached on many ways is walked once
+            level = list({id(part): part for value in level for part in _parts(value)}.values())
+            if not level:
+                break
+        else:
+            raise TypeError(f"{type(message).__name__}.{name}: expected at most {MAX_DEPTH} nested levels, found more")
+
+
+def _parts(value: object) -> Iterable[object]:
+    if isinstance(value, Mapping):
+        return chain(value.keys(), value.values())
+    return value if isinstance(value, list | tuple | set | frozenset) else ()
+
+
+def _short(error: Exception) -> str:
+    text = str(error)
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} … {text[-_SHOWN:]}"
 
 
 def _refuse_large(size_bytes: int, limit_bytes: int, what: str) -> None:

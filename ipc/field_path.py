@@ -13,6 +13,8 @@ from msgspec import inspect
 
 _AT = re.compile(r" - at (?:`key` in )?`\$(?P<steps>[^`]*)`$")
 _STEP = re.compile(r"\[(\d+|\.\.\.)\]")
+# the header of an array, that of a short string, and the string
+_MOST_TAG_BYTES = 5 + 1 + 31
 _TOO_SHORT = re.compile(r"Expected `array` of at least length \d+, got (\d+)")
 
 
@@ -36,12 +38,22 @@ def field_path(error_text: str, payload: bytes | memoryview, messages: Mapping[s
 
 
 def _tag(payload: bytes | memoryview) -> str:
-    """The message's tag, or an empty string when there is none to be read."""
-    try:
-        envelope = msgspec.msgpack.decode(payload, type=list[msgspec.Raw])
-        return msgspec.msgpack.decode(envelope[0], type=str)
-    except (msgspec.DecodeError, UnicodeDecodeError, IndexError):
+    """The message's tag, or an empty string when there is none to be read.
+
+    What comes behind it is not looked at: it may be nested without end.
+    """
+    head = bytes(payload[:_MOST_TAG_BYTES])
+    if head[:1] == b"\xdc":
+        rest = head[3:]
+    elif head[:1] == b"\xdd":
+        rest = head[5:]
+    elif head and 0x90 < head[0] <= 0x9F:
+        rest = head[1:]
+    else:
         return ""
+    if not rest or not 0xA0 <= rest[0] <= 0xBF:  # a tag is a string of at most 31 bytes
+        return ""
+    return rest[1 : 1 + (rest[0] & 0x1F)].decode(errors="replace")
 
 
 def _walk(kind: inspect.Type, steps: list[str]) -> str:

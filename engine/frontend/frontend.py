@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from sempre.engine.arguments import Arguments
 from sempre.engine.fingerprint import fingerprint_digest, fingerprint_parts
@@ -17,6 +16,7 @@ from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.frontend.request_builder import RequestBuilder, RequestLimits
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.text.tokenizer import Tokenizer
+from sempre.ipc.codec import UNSEQUENCED, FrameEncoder
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, ModelError, RequestCrashed, RequestError, SempreError
 from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, StartupProgress
@@ -154,7 +154,7 @@ def worker_call(
     """Return the call of a worker method. Raises RequestError for what cannot cross a process."""
     call = CallWorkers(call_id=call_id, method=_checked_method(method), args=list(args), kwargs=dict(kwargs or {}))
     try:
-        msgspec.msgpack.encode(call)
+        FrameEncoder(sys.maxsize).encode(call, UNSEQUENCED)
     except TypeError as error:
         raise RequestError(
             f"args and kwargs of {method} must be numbers, strings, bytes, None, lists or mappings: {error}.",

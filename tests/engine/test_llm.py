@@ -443,8 +443,16 @@ def test_a_chat_template_that_is_not_there_is_refused_at_the_start() -> None:
         LLM("tiny", chat_template="/nowhere")
 
 
-def test_arguments_of_a_worker_call_that_cannot_cross_a_process(llm: LLM) -> None:
+def nested(levels: int) -> object:
+    value: object = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("value", [object(), 2**70, "\ud800", nested(500)])
+def test_arguments_of_a_worker_call_that_cannot_cross_a_process(llm: LLM, value: object) -> None:
     with pytest.raises(RequestError, match="args and kwargs of ping must be numbers, strings") as refusal:
-        llm.collective_rpc("ping", args=[object()])
+        llm.collective_rpc("ping", args=[value])
     assert refusal.value.parameter == "args"
     assert llm.collective_rpc("ping") == ["pong"]

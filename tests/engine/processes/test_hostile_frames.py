@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable, Iterator
 
 import pytest
 import zmq
 
 from sempre.engine.harness import Cluster
-from sempre.ipc.codec import FrameDecoder, FrameEncoder
+from sempre.ipc.codec import MAGIC, FrameDecoder, FrameEncoder
 from sempre.ipc.messages import (
     AddRequests,
     ClientEvent,
@@ -49,8 +50,23 @@ GARBAGE = [
     ([frame(HELLO), b"second part"], "parts"),
     ([b"\0" * (LIMIT + 1)], "MessageTooLarge"),
 ]
+
+
+def sealed(payload: bytes) -> bytes:
+    checked = (1).to_bytes(8, "little") + payload
+    return MAGIC + zlib.crc32(checked).to_bytes(4, "little") + checked
+
+
+NESTED = [
+    ([sealed(b"\x91" * 60_000)], "tag"),
+    ([sealed(b"\x94\xabCallWorkers\x00" + b"\x91" * 60_000)], "CallWorkers.method"),
+    ([sealed(b"\x94\xabCallWorkers\x00\xa4ping" + b"\x91" * 60_000)], "$"),
+    ([sealed(b"\x94\xa9ModelLoaded\x00" + b"\x81\xa1a" * 20_000)], "tag"),
+    ([sealed(b"\x92\xda\xea\x60" + "𝄞".encode() * 15_000 + b"\x00")], "tag"),
+]
 TO_CLIENT_SOCKET = [
     *GARBAGE,
+    *NESTED,
     ([frame(Heartbeat())], "tag"),
     ([frame(ShutdownEngine())], "tag"),
     ([frame(AddRequests(requests=[]))], "tag"),
@@ -61,6 +77,10 @@ TO_CLIENT_SOCKET = [
 ]
 TO_WORKER_SOCKET = [
     *GARBAGE,
+    NESTED[0],
+    NESTED[-1],
+    ([sealed(b"\x93\xaaStepResult\x00" + b"\x91" * 60_000)], "StepResult.step_id"),
+    ([sealed(b"\x94\xafCallMethodReply\x00\x01" + b"\x81\xa1a" * 20_000)], "$"),
     ([frame(StepResult(rank=0, step_id=0))], "tag"),
     ([frame(WorkerFailed(rank=0, error=ErrorInfo(type="T", message="m")))], "tag"),
     ([frame(WorkerReady(rank=0, digests_after_warm_up=NO_DIGESTS))], "tag"),
