@@ -41,6 +41,10 @@ class FrontendConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["auto", "vllm"], _doc("default sampling parameters: the model's (auto), or SamplingParams' (vllm)")
     ] = "auto"
     chat_template: Annotated[str | None, _doc("Jinja chat template, or a file with one; None is the model's")] = None
+    chat_template_content_format: Annotated[
+        Literal["auto", "string", "openai"],
+        _doc("message contents for the template: as it reads them (auto), joined to a string, or as a list of parts"),
+    ] = "auto"
 
 
 class EngineKeywords(TypedDict, total=False):
@@ -79,6 +83,7 @@ class EngineKeywords(TypedDict, total=False):
     revision: str | None
     generation_config: Literal["auto", "vllm"]
     chat_template: str | None
+    chat_template_content_format: Literal["auto", "string", "openai"]
     spec_method: SpeculativeMethod | None
     spec_model: str | None
     spec_tokens: int | None

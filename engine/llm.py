@@ -19,6 +19,7 @@ from sempre.engine.frontend.startup_notice import StartupNotice
 from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.outputs import RequestOutput, ScoringOutput
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
+from sempre.engine.text.messages import ContentFormat
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import EngineDeadError, RequestError
 from sempre.ipc.messages import (
@@ -90,6 +91,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_content_format: ContentFormat | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or each of several, by the model's chat template.
 
@@ -106,6 +108,7 @@ class LLM:
                 continue_final_message=continue_final_message,
                 tools=tools,
                 chat_template_kwargs=chat_template_kwargs,
+                chat_template_content_format=chat_template_content_format,
             )
             for conversation in conversations
         ]

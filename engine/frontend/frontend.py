@@ -15,6 +15,7 @@ from sempre.engine.frontend.output_processor import OutputProcessor, RequestStat
 from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.frontend.request_builder import RequestBuilder, RequestLimits
 from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.text.messages import ContentFormat
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.codec import UNSEQUENCED, FrameEncoder
 from sempre.ipc.error_info import restore
@@ -82,23 +83,26 @@ class Frontend:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_content_format: ContentFormat | None = None,
     ) -> TokensPrompt:
-        """Return the conversation as a prompt. Raises ConfigError without a template, RequestError for bad messages."""
-        from sempre.engine.text.chat_template import load_chat_template, render_chat
+        """Return the conversation as a prompt; a format that is not given is the engine's.
+
+        Raises ConfigError without a template, RequestError for bad messages.
+        """
+        from sempre.engine.text.chat_template import checked_variables
 
         template = self._chat_template if chat_template is None else _template_text(chat_template)
-        if template is None:
-            template = load_chat_template(self._options.tokenizer or self.config.model_path, tools=tools)
-        text = render_chat(
+        text = self.tokenizer.apply_chat_template(
             messages,
-            template,
-            bos_token=self.tokenizer.bos_token,
-            eos_token=self.tokenizer.eos_token,
+            tools=tools,
+            chat_template=template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            tools=tools,
-            **(chat_template_kwargs or {}),
+            tokenize=False,
+            content_format=chat_template_content_format or self._options.chat_template_content_format,
+            **checked_variables(chat_template_kwargs),
         )
+        assert isinstance(text, str)
         # The template has written the special tokens itself.
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 

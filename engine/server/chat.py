@@ -18,7 +18,6 @@ from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.outputs import CompletionOutput, RequestOutput
 from sempre.engine.server.body import read_model
 from sempre.engine.server.chunks import ChunkEncoder
-from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
 from sempre.engine.server.message_parser import MessageParser, PlainContent, message_of
@@ -38,11 +37,6 @@ from sempre.engine.server.tracing import RequestSpan
 from sempre.engine.text.tokenizer import LONG_TEXT
 
 _EMPTY = ChatDelta()
-# What a template is given besides the caller's own variables; these cannot be replaced from outside.
-_RESERVED = frozenset(
-    {"messages", "template", "tools", "bos_token", "eos_token", "add_generation_prompt", "continue_final_message"}
-    | {"chat_template", "chat_template_kwargs", "strftime_now", "raise_exception"}
-)
 
 
 async def create_chat_completion(service: Service, http: Request) -> Response:
@@ -91,10 +85,7 @@ async def render(
     add_special_tokens: bool = False,
     **keywords: Any,
 ) -> TokensPrompt:
-    """Return the conversation as a prompt. Raises BadRequest, ConfigError, RequestError."""
-    for name in chat_template_kwargs or ():
-        if name in _RESERVED:
-            raise BadRequest(f"chat_template_kwargs must not hold {name!r}.", param="chat_template_kwargs")
+    """Return the conversation as a prompt. Raises ConfigError, RequestError."""
     engine = service.engine
 
     def rendered() -> TokensPrompt:

@@ -14,7 +14,16 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from sempre.engine.text.messages import ContentFormat, messages_for, tools_for
+from sempre.engine.text.template_form import TemplateForm
 from sempre.ipc.errors import ConfigError, ModelError, RequestError
+
+RESERVED_VARIABLES = frozenset(
+    {"messages", "conversation", "template", "chat_template", "tools", "bos_token", "eos_token", "tokenize"}
+    | {"add_generation_prompt", "continue_final_message", "content_format", "chat_template_kwargs"}
+    | {"return_dict", "strftime_now", "raise_exception"}
+)
+"""What a caller's own variables of a template cannot be called: they would replace what the engine gives it."""
 
 # Put behind the last message to find where it ends in the prompt; templates trim spaces, never this.
 _END_MARK = "\ue000sempre-end-of-final-message\ue000"
@@ -23,34 +32,51 @@ _END_MARK = "\ue000sempre-end-of-final-message\ue000"
 def load_chat_template(folder: Path | str, *, tools: Sequence[object] | None = None) -> str:
     """Return the chat template of a model folder.
 
-    chat_template.jinja comes first, then `chat_template` in tokenizer_config.json: a string, or a list of named
-    templates, of which "tool_use" is taken when `tools` are given and the list has it, else "default".
+    chat_template.jinja comes first (with `tools`: additional_chat_templates/tool_use.jinja), then `chat_template` in
+    tokenizer_config.json or chat_template.json: a string, or a list of named templates, of which "tool_use" is taken
+    when `tools` are given and the list has it, else "default".
 
     Raises ConfigError when the folder has no template, ModelError when it has one that cannot be read.
     """
     folder = Path(folder)
-    jinja_path = folder / "chat_template.jinja"
-    if jinja_path.is_file():
-        return jinja_path.read_text(encoding="utf-8")
-    config_path = folder / "tokenizer_config.json"
-    template: object = None
-    if config_path.is_file():
-        try:
-            template = json.loads(config_path.read_text(encoding="utf-8")).get("chat_template")
-        except ValueError as error:
-            raise ModelError(f"{config_path} is not valid JSON: {error}") from error
+    files = [folder / "additional_chat_templates" / "tool_use.jinja"] if tools else []
+    for path in [*files, folder / "chat_template.jinja"]:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+        template = _template_in(path, with_tools=bool(tools))
+        if template is not None:
+            return template
+    raise ConfigError(
+        f"{folder} has no chat template: neither chat_template.jinja nor chat_template in tokenizer_config.json. "
+        "It may be a base model; use generate() with a plain prompt, or give the parameter chat_template.",
+        parameter="chat_template",
+    )
+
+
+def _template_in(path: Path, *, with_tools: bool) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("tool_use") if tools and "tool_use" in named else named.get("default")
-    if template is None:
-        raise ConfigError(
-            f"{folder} has no chat template: neither chat_template.jinja nor chat_template in tokenizer_config.json. "
-            "It may be a base model; use generate() with a plain prompt, or give the parameter chat_template.",
-            parameter="chat_template",
-        )
-    if not isinstance(template, str):
-        raise ModelError(f"{config_path}: chat_template must be a string, found {type(template).__name__}.")
+        template = named.get("tool_use") if with_tools and "tool_use" in named else named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"{path}: chat_template must be a string, found {type(template).__name__}.")
     return template
+
+
+def checked_variables(variables: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return a caller's variables of a template. Raises RequestError for a reserved name."""
+    for name in variables or ():
+        if name in RESERVED_VARIABLES:
+            raise RequestError(
+                f"chat_template_kwargs must not hold {name!r}.", parameter="chat_template_kwargs", value=name
+            )
+    return variables or {}
 
 
 def render_chat(
@@ -62,9 +88,12 @@ def render_chat(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    content_format: ContentFormat = "auto",
     **kwargs: Any,
 ) -> str:
     """Render `messages` into a prompt; `kwargs` reach the template as variables.
+
+    Messages may have any form that OpenAI's clients give them; the template gets the one that it reads (TemplateForm).
 
     The prompt is a function of the arguments alone. A template may ask for today's date (`strftime_now`): it is
     answered with the argument `date_string` and not at all without it. Templates that bring a fixed date of their
@@ -81,14 +110,12 @@ def render_chat(
             parameter="continue_final_message",
             value=True,
         )
-    checked = [_checked_message(message, index) for index, message in enumerate(messages)]
-    if not checked:
-        raise RequestError("messages must hold at least one message.", parameter="messages", value=messages)
+    formed = messages_for(messages, _form(template), content_format)
     if continue_final_message:
-        _mark_end(checked[-1], len(checked) - 1)
+        _mark_end(formed[-1], len(formed) - 1)
     variables: dict[str, Any] = {
-        "messages": checked,
-        "tools": list(tools) if tools else None,
+        "messages": formed,
+        "tools": tools_for(tools),
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
         "bos_token": bos_token or "",
@@ -121,56 +148,17 @@ def _render(template: str, variables: Mapping[str, Any]) -> str:
         raise RequestError(f"chat_template refused these messages: {error}", parameter="messages") from error
 
 
-def _checked_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return a copy of the message with its content as one string. Raises RequestError naming the field."""
-    where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise RequestError(
-            f"{where} must be a mapping with role and content, got {type(message).__name__}.",
-            parameter=where,
-            value=message,
-        )
-    role = message.get("role")
-    if not isinstance(role, str) or not role:
-        raise RequestError(
-            f"{where}.role must be a non-empty string, got {role!r}.", parameter=f"{where}.role", value=role
-        )
-    content = message.get("content")
-    checked = dict(message)
-    if isinstance(content, list):
-        checked["content"] = "\n".join(_part_text(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    elif content is None and message.get("tool_calls"):
-        checked["content"] = ""
-    elif not isinstance(content, str):
-        raise RequestError(
-            f"{where}.content must be a string or a list of text parts, got {type(content).__name__}.",
-            parameter=f"{where}.content",
-            value=content,
-        )
-    return checked
-
-
-def _part_text(part: object, where: str) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise RequestError(
-            f"{where} must be {{'type': 'text', 'text': …}}, got type {kind!r}; only text can be given to this engine.",
-            parameter=where,
-            value=part,
-        )
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise RequestError(f"{where}.text must be a string, got {text!r}.", parameter=f"{where}.text", value=text)
-    return text
-
-
 def _mark_end(message: dict[str, Any], index: int) -> None:
-    if not message["content"]:
+    content = message.get("content")
+    if isinstance(content, list) and content and content[-1]["text"]:
+        content[-1]["text"] += _END_MARK
+    elif isinstance(content, str) and content:
+        message["content"] += _END_MARK
+    else:
         raise RequestError(
             f"continue_final_message needs a last message with text; messages[{index}].content is empty.",
             parameter="continue_final_message",
         )
-    message["content"] += _END_MARK
 
 
 def _cut_at_mark(prompt: str) -> str:
@@ -206,6 +194,11 @@ def _tojson(
 ) -> str:
     """Like json.dumps; Jinja's own filter escapes HTML, which no model was trained on."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=16)
+def _form(template: str) -> TemplateForm:
+    return TemplateForm(template, lambda variables: _compile(template).render(variables))
 
 
 @lru_cache(maxsize=16)

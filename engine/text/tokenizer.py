@@ -6,12 +6,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
 from sempre.ipc.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from sempre.engine.text.messages import ContentFormat
 
 LONG_TEXT = 20_000
 """Characters from which on encoding takes milliseconds: an event loop should leave it to a thread."""
@@ -56,6 +59,7 @@ class Tokenizer:
         backend.no_truncation()
         self._backend = backend
         self._folder = folder
+        self._templates: dict[bool, str] = {}
         self.bos_token = bos_token
         """The beginning-of-sequence token's text, None when the model has none."""
         self.eos_token = eos_token
@@ -122,6 +126,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         tokenize: bool = True,
+        content_format: ContentFormat = "auto",
         **variables: Any,
     ) -> str | list[int]:
         """Return a conversation as token ids, or as text; arguments and defaults are those of transformers.
@@ -129,12 +134,10 @@ class Tokenizer:
         `chat_template` is Jinja text, in place of the model's own. Raises ConfigError without a template, RequestError
         for messages that it refuses.
         """
-        from sempre.engine.text.chat_template import load_chat_template, render_chat
+        from sempre.engine.text.chat_template import render_chat
 
         if chat_template is None:
-            if self._folder is None:
-                raise ConfigError("chat_template must be given: this tokenizer has none.", parameter="chat_template")
-            chat_template = load_chat_template(self._folder, tools=tools)
+            chat_template = self._own_template(with_tools=bool(tools))
         text = render_chat(
             conversation,
             chat_template,
@@ -143,10 +146,21 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
+            content_format=content_format,
             **variables,
         )
         # the template has written the special tokens itself
         return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def _own_template(self, *, with_tools: bool) -> str:
+        from sempre.engine.text.chat_template import load_chat_template
+
+        if self._folder is None:
+            raise ConfigError("chat_template must be given: this tokenizer has none.", parameter="chat_template")
+        found = self._templates.get(with_tools)
+        if found is None:
+            found = self._templates[with_tools] = load_chat_template(self._folder, tools=("tool",) * with_tools)
+        return found
 
     def to_json(self) -> str:
         """Return the tokenizer in the form of tokenizer.json."""

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-from sempre.engine.text.chat_template import load_chat_template, render_chat
+from sempre.engine.text.chat_template import RESERVED_VARIABLES, checked_variables, load_chat_template, render_chat
 from sempre.ipc.errors import ConfigError, ModelError, RequestError
 
 CHATML = (
@@ -115,7 +115,7 @@ def test_text_parts_are_joined_by_lines() -> None:
 def test_a_tool_call_may_have_no_content() -> None:
     message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     template = "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson }}{% endfor %}"
-    assert ours([message], template) == '[{"function": {"name": "f"}}]'
+    assert ours([message], template) == '[{"function": {"name": "f", "arguments": {}}, "type": "function"}]'
 
 
 def test_the_date_is_never_todays() -> None:
@@ -153,7 +153,7 @@ def test_templates_cannot_leave_the_sandbox(template: str) -> None:
         ([{"role": "", "content": "hi"}], "messages[0].role"),
         ([{"role": "user", "content": "hi"}, {"role": "user"}], "messages[1].content"),
         ([{"role": "user", "content": 3}], "messages[0].content"),
-        ([{"role": "user", "content": ["hi"]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [3]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
     ],
@@ -198,3 +198,75 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
         load_chat_template(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("file")
     assert load_chat_template(tmp_path) == "file"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("file with tools")
+    assert load_chat_template(tmp_path, tools=TOOLS) == "file with tools"
+    assert load_chat_template(tmp_path) == "file"
+
+
+WALKS = (
+    "{% for m in messages %}{% if m.content is string %}[{{ m.content }}]{% else %}"
+    "{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def test_the_content_format_can_be_fixed() -> None:
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+    ]
+    assert ours(messages, WALKS) == "[s]<a><b>"
+    assert ours(messages, WALKS, content_format="string") == "[s][a\nb]"
+    assert ours(messages, WALKS, content_format="openai") == "<s><a><b>"
+
+
+def test_parts_are_continued_in_the_last_one() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    arguments = {"add_generation_prompt": False, "continue_final_message": True}
+    messages = [*CHATS[0], {"role": "assistant", "content": parts}]
+    assert ours(messages, WALKS, **arguments) == f"[{CHATS[0][0]['content']}]<a><b"
+
+
+def test_a_newer_name_of_the_system_and_refusals_are_understood() -> None:
+    refusal = [{"type": "refusal", "refusal": "No."}]
+    messages = [{"role": "developer", "content": "x"}, {"role": "assistant", "content": refusal}]
+    assert ours(messages, "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}") == (
+        "system:x;assistant:No.;"
+    )
+
+
+def test_a_reply_of_nothing_is_empty_not_none() -> None:
+    messages = [*CHATS[0], {"role": "assistant", "content": None, "reasoning": "Hm.", "tool_calls": None}]
+    assert ours(messages, CHATML).endswith("<|im_start|>assistant\n<|im_end|>\n<|im_start|>assistant\n")
+
+
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"a": '}}
+
+
+@pytest.mark.parametrize(
+    ("call", "parameter"),
+    [
+        (CALL, "messages[0].tool_calls[0].function.arguments"),
+        ({"function": {"arguments": "{}"}}, "messages[0].tool_calls[0].function.name"),
+        ({"function": "f"}, "messages[0].tool_calls[0]"),
+        (3, "messages[0].tool_calls[0]"),
+    ],
+)
+def test_calls_that_do_not_fit_are_named(call: object, parameter: str) -> None:
+    template = "{% for m in messages %}{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}"
+    with pytest.raises(RequestError) as refusal:
+        ours([{"role": "assistant", "tool_calls": [call]}], template)
+    assert refusal.value.parameter == parameter
+
+
+def test_a_template_that_wants_text_gets_a_call_that_was_cut_off_as_it_stands() -> None:
+    template = "{% for m in messages if m.tool_calls %}{{ '>' + m.tool_calls[0].function.arguments }}{% endfor %}"
+    assert ours([{"role": "assistant", "tool_calls": [CALL]}], template) == '>{"a": '
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED_VARIABLES))
+def test_what_the_engine_gives_a_template_cannot_be_replaced(name: str) -> None:
+    with pytest.raises(RequestError, match="chat_template_kwargs must not hold") as refusal:
+        checked_variables({"fine": 1, name: 1})
+    assert refusal.value.parameter == "chat_template_kwargs"
+    assert checked_variables(None) == {}

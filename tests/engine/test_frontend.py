@@ -12,7 +12,7 @@ import pytest
 from sempre.engine import SamplingParams
 from sempre.engine.arguments import parse_arguments
 from sempre.engine.frontend.frontend import Frontend
-from sempre.ipc.errors import ModelError
+from sempre.ipc.errors import ModelError, RequestError
 from sempre.ipc.messages import EngineReady
 
 READY = EngineReady(
@@ -64,3 +64,17 @@ def test_the_end_tokens_of_tokenizer_and_model_both_end_an_output(folder: Path) 
     (own,) = found.tokenizer.eos_token_ids
     [sequence] = found.builder.build("It is", SamplingParams()).sequences
     assert sequence.params.eos_token_ids == [own, 7]
+
+
+def test_the_content_format_is_the_engine_s_unless_the_call_says_otherwise(folder: Path) -> None:
+    template = "{% for p in messages[0].content %}{{ p.text if p is mapping else p }};{% endfor %}"
+    found = frontend(folder, {}, chat_template=template, chat_template_content_format="openai")
+    messages = [{"role": "user", "content": "ab"}]
+    assert found.render_chat(messages)["prompt"] == "ab;"
+    assert found.render_chat(messages, chat_template_content_format="string")["prompt"] == "a;b;"
+
+
+def test_a_template_s_variables_cannot_replace_the_engine_s_own(folder: Path) -> None:
+    with pytest.raises(RequestError, match="must not hold 'tokenize'") as refusal:
+        frontend(folder, {}).render_chat([{"role": "user", "content": "a"}], chat_template_kwargs={"tokenize": True})
+    assert refusal.value.parameter == "chat_template_kwargs"
