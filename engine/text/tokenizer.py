@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders
 
 from sempre.ipc.errors import ConfigError, ModelError
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 LONG_TEXT = 20_000
 """Characters from which on encoding takes milliseconds: an event loop should leave it to a thread."""
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -72,11 +71,16 @@ class Tokenizer:
         if self.eos_token_id is None and self.eos_token_ids:
             self.eos_token_id = self.eos_token_ids[0]
         added = backend.get_added_tokens_decoder()
-        self.all_special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        """Ids of special tokens, which `skip_special_tokens` leaves out of text."""
-        self._is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        self.special_texts = {token_id: token.content for token_id, token in added.items() if token.special}
+        """Special tokens by id, which `skip_special_tokens` leaves out of text."""
+        steps = _decoder_steps(backend)
+        self.is_byte_level = "ByteLevel" in steps
+        """Whether every token is a sequence of bytes, whatever stands before it."""
+        self.has_byte_fallback = "ByteFallback" in steps
+        """Whether tokens <0x00> to <0xFF> stand for bytes, and runs of them are decoded as a whole."""
         self._anchor: tuple[list[int], str] | None = None
         self._token_bytes: dict[int, bytes] = {}
+        self._bytes_by_id: dict[int, int | None] = {}
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> Tokenizer:
@@ -196,18 +200,31 @@ class Tokenizer:
             cached = self._token_bytes[token_id] = self._compute_token_bytes(token_id)
         return cached
 
+    def knows(self, token_id: int) -> bool:
+        """Whether there is a token of this id; a model's vocabulary may be padded beyond the tokenizer's."""
+        return bool(self.token_bytes(token_id)) or self._backend.id_to_token(token_id) is not None
+
+    def byte_of(self, token_id: int) -> int | None:
+        """Return the byte that a token <0x00> to <0xFF> stands for, None for other tokens."""
+        if not self.has_byte_fallback:
+            return None
+        if token_id not in self._bytes_by_id:
+            found = _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or "")
+            self._bytes_by_id[token_id] = int(found[1], 16) if found else None
+        return self._bytes_by_id[token_id]
+
     def _compute_token_bytes(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
-        if self._is_byte_level:
+        if self.is_byte_level:
             try:
                 return bytes([_BYTE_OF_CHARACTER[character] for character in token])
             except KeyError:
                 return token.encode()  # an added token, written as plain text
-        byte_token = _BYTE_TOKEN.fullmatch(token)
-        if byte_token and self.decode([token_id], skip_special_tokens=False) != token:
-            return bytes([int(byte_token[1], 16)])
+        byte = self.byte_of(token_id)
+        if byte is not None:
+            return bytes([byte])
         # Other decoders treat a text's first token apart (they drop its space), so it is decoded after another one.
         if self._anchor is None:
             anchor_ids = self.encode("a", add_special_tokens=False)
@@ -222,6 +239,14 @@ class Tokenizer:
         if token_id is None:
             raise ModelError(f"{field} {token!r} is not in the tokenizer's vocabulary of {self.vocab_size} tokens.")
         return int(token_id)
+
+
+def _decoder_steps(backend: Backend) -> set[str]:
+    """Return the types of the decoder, or of the decoders that it is a sequence of."""
+    if backend.decoder is None:
+        return set()
+    decoder = json.loads(backend.decoder.__getstate__())
+    return {step["type"] for step in decoder.get("decoders", [decoder])}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
