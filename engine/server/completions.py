@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
-from sempre.engine.outputs import CompletionOutput, RequestOutput
+from sempre.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from sempre.engine.server.body import read_model
 from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.errors import BadRequest
@@ -25,6 +26,7 @@ from sempre.engine.server.responses import CompletionChoice, CompletionLogprobs,
 from sempre.engine.server.service import Service
 from sempre.engine.server.structure import blame_on
 from sempre.engine.server.tracing import RequestSpan
+from sempre.engine.text.token_stream import TokenStream, finished_text
 from sempre.engine.text.tokenizer import LONG_TEXT
 
 
@@ -93,8 +95,10 @@ class _Answer:
         self._created = int(time.time())
         self._model = request.model or service.model_names[0]
         self._fingerprint = service.engine.fingerprint
+        self._skipped: Collection[int] = self._tokenizer.special_texts if request.skip_special_tokens else ()
         self._writers: dict[int, CompletionLogprobsWriter] = {}
         self._begun: set[int] = set()
+        self._prompt_rows: dict[int, list[dict[int, Logprob] | None]] = {}
         self._chunks = ChunkEncoder(
             response_id=response_id,
             kind="text_completion",
@@ -157,15 +161,14 @@ class _Answer:
         first = index not in self._begun
         if first:
             self._begun.add(index)
+        echoed = self._echoed(output) if first and request.echo else ""
+        written.text = echoed + text
         if request.logprobs is not None:
             rows = [] if only_prompt else choice.logprobs or []
-            written.logprobs = self._writer(index).write(token_ids, rows) if not (first and request.echo) else None
-        if first and request.echo:
-            prompt = output.prompt
-            written.text = (self._prompt_text(output) if prompt is None else prompt) + text
-            if request.logprobs is not None:
-                echoed = self._prompt_logprobs(index, output)
-                written.logprobs = joined(echoed, self._writer(index).write(token_ids, rows))
+            writer = self._writer(index, output, len(echoed))
+            written.logprobs = writer.write(token_ids, rows)
+            if first and request.echo:
+                written.logprobs = joined(self._prompt_logprobs(place, output), written.logprobs)
         if request.return_token_ids:
             written.token_ids = token_ids
             written.prompt_token_ids = output.prompt_token_ids if first else UNSET
@@ -173,19 +176,34 @@ class _Answer:
             written.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
         return written
 
-    def _writer(self, index: int) -> CompletionLogprobsWriter:
+    def _writer(self, index: int, output: RequestOutput, offset: int) -> CompletionLogprobsWriter:
         writer = self._writers.get(index)
         if writer is None:
+            stream = TokenStream(self._tokenizer, self._skipped, output.prompt_token_ids)
             as_ids = self._request.return_tokens_as_token_ids
-            writer = self._writers[index] = CompletionLogprobsWriter(as_token_ids=as_ids)
+            writer = CompletionLogprobsWriter(self._tokenizer, stream, as_token_ids=as_ids, offset=offset)
+            self._writers[index] = writer
         return writer
 
-    def _prompt_text(self, output: RequestOutput) -> str:
-        return self._tokenizer.decode(output.prompt_token_ids, self._request.skip_special_tokens)
+    def _echoed(self, output: RequestOutput) -> str:
+        """Return the prompt's text; of a character at its end that the output goes on with, the output has all."""
+        if output.prompt is not None:
+            return output.prompt
+        skip = self._request.skip_special_tokens
+        if self._request.max_tokens == 0:
+            return self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=skip)
+        return finished_text(self._tokenizer, output.prompt_token_ids, skip_special_tokens=skip)
 
-    def _prompt_logprobs(self, index: int, output: RequestOutput) -> CompletionLogprobs:
-        first, *others = output.prompt_token_ids
-        writer = self._writer(index)
-        begun = writer.write_first(first, self._tokenizer.token_text(first))
-        rows = (output.prompt_logprobs or [None])[1:]
-        return joined(begun, writer.write(others, rows))
+    def _prompt_logprobs(self, place: int, output: RequestOutput) -> CompletionLogprobs:
+        prompt, token_ids = output.prompt, output.prompt_token_ids
+        skipped = self._skipped
+        if prompt is not None:
+            # its special tokens are part of the text, but for the one that encoding put before it
+            skipped = () if prompt.startswith(self._tokenizer.token_text(token_ids[0])) else token_ids[:1]
+        stream = TokenStream(self._tokenizer, skipped)
+        writer = CompletionLogprobsWriter(
+            self._tokenizer, stream, as_token_ids=self._request.return_tokens_as_token_ids
+        )
+        # a stream brings them once, and another choice may begin later
+        rows = self._prompt_rows.setdefault(place, output.prompt_logprobs or [])
+        return writer.write(token_ids, rows)

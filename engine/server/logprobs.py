@@ -18,51 +18,58 @@ from sempre.engine.server.responses import (
     PromptLogprobs,
     TopLogprobs,
 )
+from sempre.engine.text.token_stream import TokenStream
 from sempre.engine.text.tokenizer import Tokenizer
 
 FLOOR = -9999.0
+
+# ASCII but the backslash
+_PRINTABLE = frozenset(range(0x20, 0x7F)) - {0x5C}
 
 Row = Mapping[int, Logprob]
 
 
 class CompletionLogprobsWriter:
-    """Writes one choice's tokens, part by part; `text_offset` goes on where the last part ended."""
+    """Writes the tokens of one text, part by part; `text_offset` goes on where the last part ended.
 
-    def __init__(self, *, as_token_ids: bool) -> None:
+    A token is named by its text, one that holds a part of a character by its bytes, `bytes:\\xe3\\x81`. The sampled
+    token has its name, of others that look alike only the most probable one; the rest are named `token_id:N`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stream: TokenStream, *, as_token_ids: bool, offset: int = 0) -> None:
+        """`stream` takes the tokens whose text is shown, and `offset` characters stand before them."""
+        self._tokenizer = tokenizer
+        self._stream = stream
         self._as_token_ids = as_token_ids
-        self._offset = 0
+        self._offset = offset
 
     def write(self, token_ids: Sequence[int], rows: Iterable[Row | None]) -> CompletionLogprobs:
         """A row is None for a prompt's first token, which nothing predicts."""
         written = CompletionLogprobs([], [], [], [])
         for token_id, row in zip(token_ids, rows, strict=True):
-            name = f"token_id:{token_id}"
-            top: TopLogprobs | None = None
-            value = None
-            if row is not None:
-                own = row[token_id]
-                value = _finite(own.logprob)
-                name = self._name(token_id, own)
-                top = {}
-                for other, entry in row.items():
-                    # Different tokens may look alike; the more probable one comes first and stands.
-                    top.setdefault(self._name(other, entry), _finite(entry.logprob))
-            written.text_offset.append(self._offset)
-            written.tokens.append(name)
-            written.token_logprobs.append(value)
-            written.top_logprobs.append(top)
-            self._offset += len(name)
+            written.text_offset.append(self._offset + len(self._stream.tentative))
+            written.tokens.append(self._name(token_id))
+            written.token_logprobs.append(None if row is None else _finite(row[token_id].logprob))
+            written.top_logprobs.append(None if row is None else self._top(token_id, row))
+            self._offset += len(self._stream.push(token_id))
         return written
 
-    def write_first(self, token_id: int, text: str) -> CompletionLogprobs:
-        """Write a prompt's first token, which has no row to take its text from."""
-        name = f"token_id:{token_id}" if self._as_token_ids else text
-        written = CompletionLogprobs([self._offset], [None], [name], [None])
-        self._offset += len(name)
-        return written
+    def _top(self, token_id: int, row: Row) -> TopLogprobs:
+        top = {self._name(token_id): _finite(row[token_id].logprob)}
+        for other, entry in row.items():
+            if other != token_id:
+                name = self._name(other)
+                top[f"token_id:{other}" if name in top else name] = _finite(entry.logprob)
+        return top
 
-    def _name(self, token_id: int, entry: Logprob) -> str:
-        return f"token_id:{token_id}" if self._as_token_ids else entry.decoded_token or ""
+    def _name(self, token_id: int) -> str:
+        if self._as_token_ids:
+            return f"token_id:{token_id}"
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join([chr(byte) if byte in _PRINTABLE else f"\\x{byte:02x}" for byte in data])
 
 
 def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
