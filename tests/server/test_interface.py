@@ -49,8 +49,8 @@ def test_a_completion_is_that_of_the_python_interface(server: ServerProcess, llm
     assert output.logprobs is not None
     own = [row[token_id].logprob for token_id, row in zip(output.token_ids, output.logprobs, strict=True)]
     assert choice["logprobs"]["token_logprobs"] == own
-    tops = [{entry.decoded_token: entry.logprob for entry in row.values()} for row in output.logprobs]
-    assert choice["logprobs"]["top_logprobs"] == tops
+    tops = choice["logprobs"]["top_logprobs"]
+    assert [list(top.values()) for top in tops] == [[e.logprob for e in row.values()] for row in output.logprobs]
     assert (choice["seed"], body["system_fingerprint"]) == (5, expected.fingerprint)
     other = server.complete(prompt=PROMPT, max_tokens=12, seed=6, temperature=0.8, return_token_ids=True).json()
     assert other["choices"][0]["token_ids"] != output.token_ids
@@ -187,6 +187,43 @@ def test_an_unseeded_answer_can_be_repeated_by_its_seed(server: ServerProcess) -
     again = server.complete(**fields, seed=first["seed"]).json()["choices"][0]
     assert again == first
     assert server.complete(**fields).json()["choices"][0]["seed"] != first["seed"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_does_not_double_the_character_that_a_prompt_ends_inside(
+    server: ServerProcess, llm: LLM, stream: bool
+) -> None:
+    tokenizer = llm.get_tokenizer()
+    ids = tokenizer.encode("Hello 🌶")
+    assert tokenizer.token_text(ids[-2]) == "\ufffd"
+    prompt, rest = ids[:-1], ids[-1]
+    fields: dict[str, Any] = {"prompt": prompt, "max_tokens": 1, "allowed_token_ids": [rest], "echo": True}
+    fields["logprobs"] = 1
+    answer = server.complete(**fields, stream=stream)
+    choices = [c for e in (events(answer.text) if stream else [answer.json()]) for c in e["choices"]]
+    assert "".join(choice["text"] for choice in choices) == "Hello 🌶"
+    tokens = [name for choice in choices for name in choice["logprobs"]["tokens"]]
+    offsets = [offset for choice in choices for offset in choice["logprobs"]["text_offset"]]
+    assert tokens[-1].startswith("bytes:\\x")
+    assert offsets[-1] == len("Hello ")
+    alone = server.complete(prompt=prompt, max_tokens=0, echo=True).json()["choices"][0]["text"]
+    assert alone == tokenizer.decode(prompt)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("include", [False, True])
+def test_a_special_token_is_a_stop_string_though_it_is_hidden(
+    server: ServerProcess, llm: LLM, stream: bool, include: bool
+) -> None:
+    """Behind text that was sampled freely, and across tokens: the last of the text and the special token."""
+    end = llm.get_tokenizer().encode("<|im_end|>")
+    fields: dict[str, Any] = {"prompt": PROMPT, "allowed_token_ids": end, "max_tokens": 4, "ignore_eos": True}
+    fields |= {"stop": ["<|im_end|><|im_end|>"], "include_stop_str_in_output": include, "return_token_ids": True}
+    answer = server.complete(**fields, stream=stream)
+    choices = [c for e in (events(answer.text) if stream else [answer.json()]) for c in e["choices"]]
+    assert [token_id for choice in choices for token_id in choice["token_ids"]] == end * 2
+    assert "".join(choice["text"] for choice in choices) == ("<|im_end|><|im_end|>" if include else "")
+    assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", "<|im_end|><|im_end|>")
 
 
 def test_echo_scores_the_prompt(server: ServerProcess, llm: LLM) -> None:
