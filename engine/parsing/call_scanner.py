@@ -29,7 +29,8 @@ class CallScanner:
 
     `name` is set as soon as it is complete; from then on `take_arguments` gives what has come of the arguments since
     the last call, and until then `raw` is all that was read. Strings and brackets are followed; what stands between
-    them is not checked.
+    them is not checked, but for `<`, with which a tag begins and nothing in JSON. A call that lacks its last bracket
+    ends where something else begins. Arguments that are null are none, and JSON text in a string is unwrapped.
     """
 
     def __init__(self) -> None:
@@ -45,6 +46,7 @@ class CallScanner:
         self._escaped = False
         self._arguments: list[str] = []
         self._has_arguments = False
+        self._unread = False
 
     @property
     def raw(self) -> str:
@@ -61,6 +63,12 @@ class CallScanner:
         self._arguments.clear()
         return news
 
+    def take_cut_off(self) -> str:
+        """The arguments' beginning that was kept until their end, which has not come."""
+        value = "".join(self._value) if self._at is _At.INSIDE_VALUE and self._keeps_value() else ""
+        self._value.clear()
+        return "" if "null".startswith(value) else value
+
     def feed(self, text: str) -> str:
         """Read `text` up to the end of the object, or where it is malformed; what stands behind."""
         for position, character in enumerate(text):
@@ -74,6 +82,8 @@ class CallScanner:
                 self._feed_key(character)
             elif character not in _WHITE_SPACE:
                 self._feed_between(character)
+            if self._unread:
+                return text[position:]
         return ""
 
     def _feed_between(self, character: str) -> None:
@@ -89,10 +99,12 @@ class CallScanner:
                 self._at = _At.VALUE
             case _At.COMMA_OR_END, ",":
                 self._at = _At.KEY
-            case _At.VALUE, _ if character not in ",:]}":
+            case _At.VALUE, _ if character not in ",:]}<":
                 self._at = _At.INSIDE_VALUE
                 self._value.clear()
                 self._feed_value(character)
+            case _ if self.name is not None:
+                self.done = self._unread = True
             case _:
                 self.malformed = True
 
@@ -116,7 +128,7 @@ class CallScanner:
             self._add(character)
         elif self._closing:
             self._feed_nested(character)
-        elif character in _WHITE_SPACE or character in ",}":
+        elif character in _WHITE_SPACE or character in ",}<":
             self._end_value()
             if character not in _WHITE_SPACE:
                 self._feed_between(character)
@@ -126,6 +138,9 @@ class CallScanner:
             self._add(character)
 
     def _feed_nested(self, character: str) -> None:
+        if character == "<":
+            self.malformed = self._unread = True
+            return
         self._add(character)
         if character not in "}]":
             return
@@ -136,12 +151,26 @@ class CallScanner:
 
     def _add(self, character: str) -> None:
         self._value.append(character)
-        if self._key in _ARGUMENT_KEYS and not self._has_arguments:
+        if self._is_argument() and not self._keeps_value():
             self._arguments.append(character)
+
+    def _is_argument(self) -> bool:
+        return self._key in _ARGUMENT_KEYS and not self._has_arguments
+
+    def _keeps_value(self) -> bool:
+        """Whether the arguments are no object: what they mean is seen at their end."""
+        return self._is_argument() and bool(self._value) and self._value[0] not in _CLOSING
 
     def _end_value(self) -> None:
         self._at = _At.COMMA_OR_END
-        if self._key in _ARGUMENT_KEYS:
+        if self._keeps_value():
+            text = "".join(self._value)
+            value = _decoded(text)
+            if text != "null":
+                self._has_arguments = True
+                unwrapped = isinstance(value, str) and isinstance(_decoded(value), dict)
+                self._arguments.append(str(value) if unwrapped else text)
+        elif self._key in _ARGUMENT_KEYS:
             self._has_arguments = True
         elif self._key == "name" and self.name is None:
             name = _decoded("".join(self._value))

@@ -6,6 +6,9 @@ from sempre.engine.parsing.call_scanner import CallScanner
 from sempre.engine.parsing.pieces import Arguments, CallStart, Content, Piece
 from sempre.engine.parsing.tags import split_before_tag
 
+# Behind an object: white space, and closing brackets that it does not need.
+_NOTHING = " \t\r\n}]"
+
 
 class _CallParser:
     """What the formats share: content around calls, and one call at a time.
@@ -70,6 +73,11 @@ class _CallParser:
                 self._pieces.append(Arguments(self._num_calls - 1, news))
         return rest
 
+    def _cut_off(self, scanner: CallScanner) -> None:
+        """The text has ended inside a call."""
+        if rest := scanner.take_cut_off():
+            self._pieces.append(Arguments(self._num_calls - 1, rest))
+
     def _start_call(self, name: str) -> None:
         if self._space and not self._content_is_blank:
             self._pieces.append(Content(self._space))
@@ -80,13 +88,19 @@ class _CallParser:
 
 
 class HermesParser(_CallParser):
-    """<tool_call>{"name": …, "arguments": {…}}</tool_call>, any number of times, and content around them."""
+    """<tool_call>{"name": …, "arguments": {…}}</tool_call>, any number of times, and content around them.
+
+    White space and stray brackets behind an object are nothing; any other text there is content, as an end tag that
+    was left out leaves it. The next start tag ends a call, too.
+    """
 
     START, END = "<tool_call>", "</tool_call>"
 
     def __init__(self) -> None:
         super().__init__()
         self._undecided = ""
+        # what stands behind an object so far, while it is nothing; None once it is content
+        self._gap: str | None = ""
 
     def _step(self, text: str) -> str:
         scanner = self._scanner
@@ -112,22 +126,31 @@ class HermesParser(_CallParser):
         return ""
 
     def _behind_object(self, scanner: CallScanner, text: str) -> str:
-        before, tag, after = (self._undecided + text).partition(self.END)
-        if tag:
-            self._undecided = ""
-            self._leave(scanner, before)
-            self._scanner = None
-            return after
-        certain, self._undecided = split_before_tag(before, self.END)
-        self._leave(scanner, certain)
-        return ""
+        text = self._undecided + text
+        self._undecided = ""
+        places = [(text.find(tag), tag) for tag in (self.START, self.END) if tag in text]
+        if not places:
+            certain = min((split_before_tag(text, tag)[0] for tag in (self.START, self.END)), key=len)
+            self._undecided = text[len(certain) :]
+            self._leave(scanner, certain)
+            return ""
+        start, tag = min(places)
+        self._leave(scanner, text[:start])
+        self._scanner, self._gap = None, ""
+        return text[start + (len(tag) if tag == self.END else 0) :]
 
     def _leave(self, scanner: CallScanner, text: str) -> None:
         """Text between the object and the end tag."""
-        if scanner.done:
+        if not scanner.done:
+            if text:
+                self._pieces.append(Arguments(self._num_calls - 1, text))
+        elif self._gap is None:
             self._say(text)
-        elif text:
-            self._pieces.append(Arguments(self._num_calls - 1, text))
+        else:
+            self._gap += text
+            if self._gap.strip(_NOTHING):
+                self._say(self._gap)
+                self._gap = None
 
     def _give_back(self, scanner: CallScanner) -> None:
         self._say(self.START + scanner.raw)
@@ -141,6 +164,7 @@ class HermesParser(_CallParser):
         elif scanner.name is None:
             self._give_back(scanner)
         else:
+            self._cut_off(scanner)
             self._leave(scanner, rest)
 
 
@@ -150,6 +174,8 @@ class _JsonCallsParser(_CallParser):
     OPENING = ""
     SEPARATOR = ""
     CLOSING = ""
+    # brackets that an object may have too many of
+    STRAY = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,6 +203,8 @@ class _JsonCallsParser(_CallParser):
 
     def _between(self, text: str) -> str:
         begin, separator = text.lstrip(), self.SEPARATOR if self._num_calls else self.OPENING
+        if self._num_calls:
+            begin = begin.lstrip(self.STRAY + " \t\r\n")
         if begin.startswith(separator):
             begin = begin[len(separator) :].lstrip()
         elif separator.startswith(begin):
@@ -198,16 +226,19 @@ class _JsonCallsParser(_CallParser):
 
     def _end(self) -> None:
         if self._scanner is None and not self._is_content:
-            if not (self._num_calls and self._head.strip() in ("", self.CLOSING)):
+            if not (self._num_calls and self._head.lstrip(self.STRAY + " \t\r\n").rstrip() in ("", self.CLOSING)):
                 self._say(self._head)
         elif self._scanner is not None and self._scanner.name is None:
             self._give_back(self._scanner)
+        elif self._scanner is not None:
+            self._cut_off(self._scanner)
 
 
 class Llama3JsonParser(_JsonCallsParser):
     """{"name": …, "parameters": {…}}, several separated by `;`, at most behind <|python_tag|>."""
 
     OPENING, SEPARATOR, CLOSING = "<|python_tag|>", ";", ";"
+    STRAY = "}"
 
 
 class RequiredCallsParser(_JsonCallsParser):

@@ -46,7 +46,7 @@ FRAGMENTS = st.sampled_from(
     [
         "<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", ";", "\n", " ", "[", "]", ",", "{", "}",
         '"', ":", "\\", "<", "<thi", "</tool", "Hello", "é", "null", "7", '"name"', '"arguments"', '"parameters"',
-        '"f"', '{"name": "f"', '{"name": "", ', CALL, f"<tool_call>\n{CALL}\n</tool_call>",
+        "}</tool_call>", '"{}"', '"f"', '{"name": "f"', '{"name": "", ', CALL, f"<tool_call>\n{CALL}\n</tool_call>",
         '{"name": "g", "parameters": {}}', '{"parameters": {"b": {}}, "name": "h"}',
     ]
 )  # fmt: skip
@@ -161,6 +161,62 @@ def test_reasoning_is_what_a_regular_expression_finds(text: str, inside: bool) -
             f"<think>\n<tool_call>?\n</think>\n\n<tool_call>\n{CALL}\n</tool_call>",
             ParsedMessage(reasoning="\n<tool_call>?\n", tool_calls=[ToolCall("f", CALL[27:-1])]),
         ),
+        (  # a missing last bracket
+            "hermes",
+            '<tool_call>\n{"name": "f", "arguments": {"a": 1}\n</tool_call>\nSo.',
+            ParsedMessage("\nSo.", tool_calls=[ToolCall("f", '{"a": 1}')]),
+        ),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": {"a": {"b": 1}</tool_call>!',
+            ParsedMessage("!", tool_calls=[ToolCall("f", '{"a": {"b": 1}')]),
+        ),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": </tool_call><tool_call>{"name": "g", </tool_call>',
+            ParsedMessage(tool_calls=[ToolCall("f", "{}"), ToolCall("g", "{}")]),
+        ),
+        ("hermes", '<tool_call>{"name": "f"</tool_call>', ParsedMessage(tool_calls=[ToolCall("f", "{}")])),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": null</tool_call>'
+            '<tool_call>{"name": "g", "arguments": null}</tool_call>',
+            ParsedMessage(tool_calls=[ToolCall("f", "{}"), ToolCall("g", "{}")]),
+        ),
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": null, "parameters": {"a": 1}}</tool_call>',
+            ParsedMessage(tool_calls=[ToolCall("f", '{"a": 1}')]),
+        ),
+        (
+            "hermes",  # one bracket too many, and the newline before the end tag
+            '<tool_call>{"name": "f", "arguments": {}}}\n</tool_call>Done.',
+            ParsedMessage("Done.", tool_calls=[ToolCall("f", "{}")]),
+        ),
+        ("hermes", f"<tool_call>{CALL}\n", ParsedMessage(tool_calls=[ToolCall("f", CALL[27:-1])])),
+        (
+            "hermes",  # no end tag
+            f"<tool_call>{CALL}\n\nThat was all.",
+            ParsedMessage("\n\nThat was all.", tool_calls=[ToolCall("f", CALL[27:-1])]),
+        ),
+        (
+            "hermes",  # no end tag between two calls
+            f"<tool_call>{CALL}\n<tool_call>{CALL}</tool_call>",
+            ParsedMessage(tool_calls=[ToolCall("f", CALL[27:-1])] * 2),
+        ),
+        (
+            "hermes",  # JSON text in a string, as OpenAI's interface has it
+            '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>',
+            ParsedMessage(tool_calls=[ToolCall("f", '{"a": 1}')]),
+        ),
+        ("hermes", '<tool_call>{"name": "f", "arguments": "a', ParsedMessage(tool_calls=[ToolCall("f", '"a')])),
+        ("hermes", '<tool_call>{"name": "f", "arguments": nul', ParsedMessage(tool_calls=[ToolCall("f", "")])),
+        (
+            "llama3_json",
+            '{"name": "f", "parameters": {"a": 1}; {"name": "g", "parameters": null}}; {"name": "h"}',
+            ParsedMessage(tool_calls=[ToolCall("f", '{"a": 1}'), ToolCall("g", "{}"), ToolCall("h", "{}")]),
+        ),
+        ("llama3_json", '{"name": "f", "parameters": null}}\n', ParsedMessage(tool_calls=[ToolCall("f", "{}")])),
         ("hermes thinking", "<think>a</think>\n\nb", ParsedMessage("\n\nb", "a")),
         ("llama3_json", 'Well, {"name": "f"}', ParsedMessage('Well, {"name": "f"}')),
         ("llama3_json", '{"answer": 42}', ParsedMessage('{"answer": 42}')),
