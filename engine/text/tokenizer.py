@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as Backend
 
+from sempre.engine.text.encoding import BatchEncoding, Padding, padded
+from sempre.engine.text.tokenizer_files import eos_token_ids, named_tokens, read_json
 from sempre.ipc.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -38,7 +40,13 @@ _BYTE_OF_CHARACTER = _byte_of_character()
 
 
 class Tokenizer:
-    """A model's tokenizer. Calls are safe from several threads; nothing changes after construction but a cache."""
+    """A model's tokenizer, with the methods that users of transformers know; their defaults are the same.
+
+    Calls are safe from several threads; nothing changes after construction but caches.
+    """
+
+    is_fast = True
+    model_input_names = ("input_ids", "attention_mask")
 
     def __init__(
         self,
@@ -48,31 +56,40 @@ class Tokenizer:
         eos_token: str | None = None,
         eos_token_ids: Sequence[int] = (),
         folder: Path | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        """Wrap `backend`; `eos_token_ids` end an output in addition to `eos_token`, `folder` has the chat template.
+        """Wrap `backend`; `eos_token_ids` end an output in addition to `eos_token`.
 
-        Raises ModelError when `bos_token` or `eos_token` is not in the vocabulary.
+        `folder` has the chat template, `config` is what its tokenizer_config.json holds. Raises ModelError when
+        `bos_token` or `eos_token` is not in the vocabulary.
         """
         # A file may carry the padding and truncation of its training; either would silently change prompts.
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         self._folder = folder
+        self._config = dict(config or {})
         self._templates: dict[bool, str] = {}
-        self.bos_token = bos_token
+        self.name_or_path = "" if folder is None else str(folder)
+        named = named_tokens(self._config, Path(self.name_or_path))
+        self.bos_token = bos_token or named.get("bos_token")
         """The beginning-of-sequence token's text, None when the model has none."""
-        self.eos_token = eos_token
+        self.eos_token = eos_token or named.get("eos_token")
         """The end-of-sequence token's text, None when the model has none."""
-        self.bos_token_id = self._id_of(bos_token, "bos_token")
-        self.eos_token_id = self._id_of(eos_token, "eos_token")
+        self.pad_token, self.unk_token = named.get("pad_token"), named.get("unk_token")
+        self.bos_token_id = self._id_of(self.bos_token, "bos_token")
+        self.eos_token_id = self._id_of(self.eos_token, "eos_token")
         first = [] if self.eos_token_id is None else [self.eos_token_id]
         self.eos_token_ids = tuple(dict.fromkeys([*first, *eos_token_ids]))
         """Every token id that ends an output; the tokenizer's own comes first."""
         if self.eos_token_id is None and self.eos_token_ids:
             self.eos_token_id = self.eos_token_ids[0]
-        added = backend.get_added_tokens_decoder()
-        self.special_texts = {token_id: token.content for token_id, token in added.items() if token.special}
+        self._added = backend.get_added_tokens_decoder()
+        self.special_texts = {token_id: token.content for token_id, token in self._added.items() if token.special}
         """Special tokens by id, which `skip_special_tokens` leaves out of text."""
+        given = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        self.special_tokens_map = named | {name: token for name, token in given.items() if token is not None}
+        """The special tokens that have a part to play, by its name."""
         steps = _decoder_steps(backend)
         self.is_byte_level = "ByteLevel" in steps
         """Whether every token is a sequence of bytes, whatever stands before it."""
@@ -102,25 +119,122 @@ class Tokenizer:
         # The library raises plain Exception for whatever it cannot parse.
         except Exception as error:
             raise ModelError(f"{path} cannot be read as a tokenizer: {error}") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        generation = _read_json(folder / "generation_config.json").get("eos_token_id")
-        eos = generation if generation is not None else _read_json(folder / "config.json").get("eos_token_id")
-        return cls(
-            backend,
-            bos_token=_token_content(config, "bos_token", folder),
-            eos_token=_token_content(config, "eos_token", folder),
-            eos_token_ids=_id_list(eos, folder),
-            folder=folder,
-        )
+        config = read_json(folder / "tokenizer_config.json")
+        return cls(backend, eos_token_ids=eos_token_ids(folder), folder=folder, config=config)
 
-    @property
-    def vocab_size(self) -> int:
+    def __repr__(self) -> str:
+        return f"Tokenizer(name_or_path={self.name_or_path!r}, vocab_size={self.vocab_size})"
+
+    def __len__(self) -> int:
         """Number of tokens, added ones included; the model's own vocabulary may be padded beyond it."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
-    def __len__(self) -> int:
-        """As `vocab_size`, under the name that transformers has for it."""
-        return self.vocab_size
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens without added ones."""
+        return int(self._backend.get_vocab_size(with_added_tokens=False))
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id of `pad_token`, None when there is none."""
+        return None if self.pad_token is None else self._backend.token_to_id(self.pad_token)
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """The id of `unk_token`, None when there is none."""
+        return None if self.unk_token is None else self._backend.token_to_id(self.unk_token)
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The special tokens, those with a part to play first."""
+        return list(dict.fromkeys([*self.special_tokens_map.values(), *self.special_texts.values()]))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids of `all_special_tokens`."""
+        ids = [self._backend.token_to_id(token) for token in self.all_special_tokens]
+        return [token_id for token_id in ids if token_id is not None]
+
+    @property
+    def model_max_length(self) -> int:
+        """The longest input the model was made for, in tokens, as its tokenizer_config.json says."""
+        return int(self._config.get("model_max_length") or 10**30)
+
+    @property
+    def padding_side(self) -> str:
+        """ "right" or "left"."""
+        return str(self._config.get("padding_side") or "right")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's own chat template, None when it has none."""
+        try:
+            return self._own_template(with_tools=False)
+        except ConfigError:
+            return None
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        padding: Padding = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: None = None,
+    ) -> BatchEncoding:
+        """Return the token ids of one text, or of each, with their attention masks. Raises ConfigError."""
+        if return_tensors is not None:
+            raise ConfigError(
+                "return_tensors must be None: token ids come as lists.",
+                parameter="return_tensors",
+                value=return_tensors,
+            )
+        texts = [text] if isinstance(text, str) else list(text)
+        if truncation:
+            rows = [self._truncated(each, max_length or self.model_max_length, add_special_tokens) for each in texts]
+        else:
+            rows = self.encode_batch(texts, add_special_tokens)
+        length = self.model_max_length if max_length is None else max_length
+        found = padded(rows, padding, length, pad_id=self.pad_token_id, side=self.padding_side)
+        return BatchEncoding({key: values[0] for key, values in found.items()}) if isinstance(text, str) else found
+
+    def _truncated(self, text: str, max_length: int, add_special_tokens: bool) -> list[int]:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        num_special = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        encoding.truncate(max(0, max_length - num_special))
+        return list(self._backend.post_process(encoding, None, add_special_tokens).ids)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return every token's id, by the token as the vocabulary has it."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """Return the ids of the added tokens."""
+        return {token.content: token_id for token_id, token in sorted(self._added.items())}
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = False) -> list[str]:
+        """Return the tokens of `text` as the vocabulary has them."""
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).tokens)
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """Return the id of a token, or of each; what the vocabulary has not is `unk_token_id`."""
+        if isinstance(tokens, str):
+            token_id = self._backend.token_to_id(tokens)
+            return self.unk_token_id if token_id is None else token_id
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> Any:
+        """Return a token as the vocabulary has it, or each; None beyond the vocabulary."""
+        if isinstance(ids, int):
+            return self._backend.id_to_token(ids)
+        skipped = self.special_texts if skip_special_tokens else ()
+        return [self._backend.id_to_token(token_id) for token_id in ids if token_id not in skipped]
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """Return the text of tokens as the vocabulary has them."""
+        decoder = self._backend.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
 
     def apply_chat_template(
         self,
@@ -130,10 +244,11 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         tokenize: bool = True,
+        return_dict: bool = False,
         content_format: ContentFormat = "auto",
         **variables: Any,
-    ) -> str | list[int]:
-        """Return a conversation as token ids, or as text; arguments and defaults are those of transformers.
+    ) -> str | list[int] | BatchEncoding:
+        """Return a conversation as token ids, in a `BatchEncoding` if `return_dict`, or as text.
 
         `chat_template` is Jinja text, in place of the model's own. Raises ConfigError without a template, RequestError
         for messages that it refuses.
@@ -154,7 +269,9 @@ class Tokenizer:
             **variables,
         )
         # the template has written the special tokens itself
-        return self.encode(text, add_special_tokens=False) if tokenize else text
+        if not tokenize:
+            return text
+        return self(text, add_special_tokens=False) if return_dict else self.encode(text, add_special_tokens=False)
 
     def _own_template(self, *, with_tools: bool) -> str:
         from sempre.engine.text.chat_template import load_chat_template
@@ -170,8 +287,12 @@ class Tokenizer:
         """Return the tokenizer in the form of tokenizer.json."""
         return str(self._backend.to_str())
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, truncation: bool = False, max_length: int | None = None
+    ) -> list[int]:
         """Return the token ids of `text`; `add_special_tokens` adds what tokenizer.json's post-processor says."""
+        if truncation:
+            return self._truncated(text, max_length or self.model_max_length, add_special_tokens)
         if len(text) > LONG_TEXT:
             # unlike `encode`, this lets other threads run meanwhile
             return self.encode_batch([text], add_special_tokens)[0]
@@ -182,9 +303,14 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [list(encoding.ids) for encoding in encodings]
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of `token_ids`; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
+        """Return the text of each of `sequences`."""
+        return [self.decode(token_ids, skip_special_tokens) for token_ids in sequences]
 
     def token_text(self, token_id: int) -> str:
         """Return one token as text, with its leading space; part of a character shows as U+FFFD."""
@@ -237,7 +363,7 @@ class Tokenizer:
             return None
         token_id = self._backend.token_to_id(token)
         if token_id is None:
-            raise ModelError(f"{field} {token!r} is not in the tokenizer's vocabulary of {self.vocab_size} tokens.")
+            raise ModelError(f"{field} {token!r} is not in the tokenizer's vocabulary of {len(self)} tokens.")
         return int(token_id)
 
 
@@ -247,34 +373,3 @@ def _decoder_steps(backend: Backend) -> set[str]:
         return set()
     decoder = json.loads(backend.decoder.__getstate__())
     return {step["type"] for step in decoder.get("decoders", [decoder])}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in `path`, {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
-
-
-def _token_content(config: dict[str, Any], field: str, folder: Path) -> str | None:
-    """Return a token given as its text or as an object with a `content`."""
-    value = config.get(field)
-    if isinstance(value, dict):
-        value = value.get("content")
-    if value is not None and not isinstance(value, str):
-        raise ModelError(f"{folder / 'tokenizer_config.json'}: {field} must be a string, found {value!r}.")
-    return value
-
-
-def _id_list(value: object, folder: Path) -> list[int]:
-    """Return eos_token_id, which files give as null, one id or a list of ids."""
-    ids: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0 for token_id in ids):
-        raise ModelError(f"{folder}: eos_token_id must be a token id or a list of them, found {value!r}.")
-    return ids

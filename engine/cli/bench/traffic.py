@@ -36,7 +36,7 @@ def vocab_size_of(name: str) -> int:
     """Return how many token ids a model knows; a checkpoint without tokenizer states it in its configuration."""
     folder = resolve_model(name).path
     if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_folder(folder).vocab_size
+        return len(Tokenizer.from_folder(folder))
     size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
     if not isinstance(size, int):
         raise ModelError(f"{folder} has neither tokenizer.json nor a vocab_size in config.json")
@@ -111,7 +111,9 @@ def _conversations(path: str) -> list[list[dict[str, Any]]]:
 def as_text(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Sample]:
     """Return the samples with text in place of ids; encoded again, it may be a few tokens longer or shorter."""
     return [
-        sample if isinstance(sample.prompt, str) else Sample(tokenizer.decode(sample.prompt), sample.output_len)
+        sample
+        if isinstance(sample.prompt, str)
+        else Sample(tokenizer.decode(sample.prompt, skip_special_tokens=True), sample.output_len)
         for sample in samples
     ]
 

@@ -1,0 +1,50 @@
+"""What the files beside tokenizer.json say of a model's tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sempre.ipc.errors import ModelError
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Special tokens that have a part to play, in the order of transformers."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in `path`, {} when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def named_tokens(config: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Return the special tokens of tokenizer_config.json by name; each is a text, or an object with a `content`."""
+    tokens = {}
+    for name in NAMED_TOKENS:
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if value is not None and not isinstance(value, str):
+            raise ModelError(f"{folder / 'tokenizer_config.json'}: {name} must be a string, found {value!r}.")
+        if value is not None:
+            tokens[name] = value
+    return tokens
+
+
+def eos_token_ids(folder: Path) -> list[int]:
+    """Return the end tokens of generation_config.json, and where that has none of config.json."""
+    value = read_json(folder / "generation_config.json").get("eos_token_id")
+    if value is None:
+        value = read_json(folder / "config.json").get("eos_token_id")
+    ids: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0 for token_id in ids):
+        raise ModelError(f"{folder}: eos_token_id must be a token id or a list of them, found {value!r}.")
+    return ids
