@@ -1,14 +1,17 @@
-"""Exceptions in transit: to an ErrorInfo, and back to the same type."""
+"""Exceptions in transit: to an ErrorInfo, back to the same type, and to everybody who waits."""
 
 from __future__ import annotations
 
 import inspect
 import traceback
+from typing import TypeVar
 
 from sempre.ipc import errors
 from sempre.ipc.messages import ErrorInfo
 
 _TRACEBACK_CHARS = 32_768
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 
 def describe(error: BaseException, rank: int | None = None) -> ErrorInfo:
@@ -32,6 +35,14 @@ def restore(info: ErrorInfo) -> errors.SempreError | None:
     wanted = inspect.signature(kind.__init__).parameters
     error: errors.SempreError = kind(info.message, **{k: v for k, v in info.facts.items() if k in wanted})
     return error
+
+
+def again(error: ErrorT) -> ErrorT:
+    """The same error as an object of its own, to be raised: one that is raised often keeps every traceback."""
+    copy = type(error).__new__(type(error), *error.args)
+    copy.__dict__.update(error.__dict__)
+    copy.__cause__ = error.__cause__
+    return copy
 
 
 def _fact(value: object) -> str | int | None:

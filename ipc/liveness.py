@@ -1,4 +1,7 @@
-"""How a process notices that it is on its own: no process of an engine outlives the user's."""
+"""How a process notices that it is on its own: no process of an engine outlives the user's.
+
+`python liveness.py PID COMMAND …` is the command that `bound` makes; this file imports nothing of ours for its sake.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,54 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 PARENT_POLL_S = 0.25
 # what the parent is left with to end in order after its own parent did
 _ORDERLY_END_S = 1.5
 _PR_SET_PDEATHSIG = 1
+# whoever looks seldom was stopped or busy itself, and what it has not seen meanwhile is nobody's silence
+LONGEST_PAUSE_S = 1.0
+# a process that starts may be silent for longer than one that serves: it imports, and reads from disks
+_STARTING_FACTOR = 4.0
+_STARTING_LEAST_S = 20.0
 
 
-def die_with_parent_thread() -> None:
+def starting_timeout_s(timeout_s: float) -> float:
+    """After how much silence a process that starts counts as stuck, where one that serves does after `timeout_s`."""
+    return max(_STARTING_LEAST_S, _STARTING_FACTOR * timeout_s)
+
+
+def die_with_parent_thread(parent_pid: int | None = None) -> None:
     """Have the kernel kill this process when the thread that started it ends; also works while it is stopped.
 
-    Only Linux has this; elsewhere `watch_parent` alone does the work.
+    With `parent_pid` the process ends at once when that one is gone already: to be asked for before anything that takes
+    time. Only Linux has this; elsewhere `watch_parent` alone does the work.
     """
+    _at_parent_thread_s_end(signal.SIGKILL)
+    if parent_pid is not None and os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def wake_up_with_parent_thread() -> None:
+    """Have the kernel continue this process, should it be stopped, when the thread that started it ends.
+
+    For one that has something left to do when its parent dies, see `watch_parent`, and that may have been started by
+    any thread: one that ends earlier does no harm. Only Linux has this.
+    """
+    _at_parent_thread_s_end(signal.SIGCONT)
+
+
+def bound(command: Sequence[str]) -> list[str]:
+    """`command`, a program and its arguments, so that it ends with the thread of this process that will start it."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
+
+
+def _at_parent_thread_s_end(number: signal.Signals) -> None:
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, number) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"prctl(PR_SET_PDEATHSIG): {os.strerror(code)}")
 
@@ -54,7 +88,8 @@ def watch_parent(parent_pid: int, on_orphaned: Callable[[], None]) -> None:
 
 
 def watch_grandparent(grandparent_pid: int, parent_pid: int) -> None:
-    """Kill the parent from a daemon thread when it stays on although the grandparent is gone: it may be stopped.
+    """Wake the parent up from a daemon thread when the grandparent is gone, and kill it when it stays on: it may be
+    stopped.
 
     Needs process descriptors (Linux 5.3); without them the parent's own watch has to do.
     """
@@ -68,8 +103,15 @@ def watch_grandparent(grandparent_pid: int, parent_pid: int) -> None:
     def watch() -> None:
         if descriptor is not None:
             select.select([descriptor], [], [])
+        if os.getppid() == parent_pid:
+            os.kill(parent_pid, signal.SIGCONT)
         time.sleep(_ORDERLY_END_S)
         if os.getppid() == parent_pid:
             os.kill(parent_pid, signal.SIGKILL)
 
     threading.Thread(target=watch, name="grandparent-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    die_with_parent_thread(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])

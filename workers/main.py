@@ -263,9 +263,7 @@ class WorkerLoop:
 def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of a worker process; the exit code is 0 after ShutdownWorker, else 1."""
     options = parse_options(argv)
-    die_with_parent_thread()
-    if os.getppid() != options.parent_pid:
-        raise SystemExit("the coordinator is gone")
+    die_with_parent_thread(options.parent_pid)
     faulthandler.enable()
     leave_terminal_signals_to_parent()
     logging.basicConfig(level=logging.WARNING, format=f"worker {options.rank}: %(levelname)s: %(message)s")

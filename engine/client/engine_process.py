@@ -49,7 +49,7 @@ class EngineProcess:
             [],
             log_path=self.directory.log_path("coordinator"),
             environment=child_environment(),
-            stdin=encode_json(arguments),
+            stdin=encode_json(arguments) + b"\n",
             own_group=True,
         )
 
@@ -98,8 +98,9 @@ def client_event(event: ClientEvent) -> ClientEvent | None:
             return event
 
 
-def ended_by(error: SempreError) -> EngineDeadError:
+def ended_by(error: BaseException) -> EngineDeadError:
     """The error of an engine that is used after it ended."""
     if isinstance(error, EngineDeadError):
         return error
-    return CoordinatorDied(f"the engine has ended: {error}", cause=str(error))
+    kind = "" if isinstance(error, SempreError) else f"{type(error).__name__}: "
+    return CoordinatorDied(f"the engine has ended: {kind}{error}", cause=f"{kind}{error}")

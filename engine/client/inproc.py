@@ -12,7 +12,8 @@ from sempre.engine.coordinator.core import EngineCore
 from sempre.engine.executor.base import Executor
 from sempre.engine.executor.drafts import InprocDraftHost
 from sempre.engine.executor.inproc import InprocExecutor
-from sempre.ipc.errors import EngineDeadError, SempreError
+from sempre.ipc.error_info import again
+from sempre.ipc.errors import EngineDeadError
 from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady, ShutdownEngine, StartupProgress
 
 
@@ -45,19 +46,20 @@ class InprocClient:
     def send(self, command: ClientCommand) -> None:
         """Queue a command for the next `receive`; the one method that may be called from another thread."""
         if self._error is not None:
-            raise self._error
+            raise again(self._error)
         self._commands.append(command)
 
     def receive(self, timeout_s: float | None = None) -> ClientEvent | None:
         """As EngineClient. A step in progress is finished, whatever `timeout_s` says: nothing can interrupt it."""
         if self._error is not None:
-            raise self._error
+            raise again(self._error)
         self._obey_commands()
         try:
             while not self._events and self._work():
                 pass
-        except SempreError as error:
-            self._error = ended_by(error)
+        except Exception as error:
+            # whatever it is, nobody knows where it has left scheduler and worker
+            self._error = again(ended_by(error))
             raise
         return self._events.popleft() if self._events else None
 

@@ -23,7 +23,17 @@ from sempre.engine.restart_budget import RestartBudget
 from sempre.ipc.channel import PeerBase, PeerChannel
 from sempre.ipc.codec import FrameEncoder
 from sempre.ipc.endpoint import PrivateDirectory
-from sempre.ipc.errors import CoordinatorDied, EngineDeadError, ProtocolError, SempreError, StartupError
+from sempre.ipc.error_info import again
+from sempre.ipc.errors import (
+    CoordinatorDied,
+    EngineDeadError,
+    InvarianceError,
+    ProtocolError,
+    SeedMismatch,
+    SempreError,
+    StartupError,
+)
+from sempre.ipc.liveness import starting_timeout_s
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
     ClientCommand,
@@ -46,6 +56,8 @@ _LAST_FRAMES_S = 0.02
 # workers that were killed have given back their memory by then
 _GONE_S = 10.0
 _GONE_POLL_S = 0.01
+# a successor that fails by one of these is not another one's chance: the bits would not be the same
+_FINAL = (SeedMismatch, InvarianceError)
 _ALIKE = (
     "vocab_size",
     "max_model_len",
@@ -133,8 +145,12 @@ class ProcessClientBase(Generic[Channel]):
 
     def _start(self) -> tuple[EngineProcess, Channel]:
         process = EngineProcess(self._config, self._options, self._directory)
-        channel = self._connect(process.client_address, self._config)
-        self._vigil = Vigil(self._config.heartbeat_interval_s, self._config.heartbeat_timeout_s)
+        try:
+            channel = self._connect(process.client_address, self._config)
+        except BaseException:
+            process.bury()
+            raise
+        self._vigil = Vigil(self._config.heartbeat_interval_s)
         self._startup_deadline = time.monotonic() + self._config.startup_timeout_s + _STARTUP_MARGIN_S
         self._saw_end = False
         channel.send(ClientHello(protocol_version=PROTOCOL_VERSION, pid=os.getpid()))
@@ -153,7 +169,12 @@ class ProcessClientBase(Generic[Channel]):
             self._raise_if_ended()
             return None
         except SempreError as error:
-            self._error = ended_by(error)
+            if self._outage is not None and not isinstance(error, _FINAL):
+                # whoever died while the successor was starting: this too is repaired
+                self._lose(CoordinatorDied(f"the restarted engine failed: {error}", cause=str(error)))
+                self._raise_if_ended()
+                return None
+            self._error = again(ended_by(error))
             raise
         match event:
             case WorkerStateChanged():
@@ -180,13 +201,14 @@ class ProcessClientBase(Generic[Channel]):
         self.ready = replace(self.ready, worker_pids=pids)
 
     def _look_after(self) -> None:
-        """To be called when nothing is left to be read: notices that the coordinator has ended or, once the engine has
-        started, does not answer; and goes on with a restart. Raises EngineDeadError when there is none."""
+        """To be called when nothing is left to be read: notices that the coordinator has ended or does not answer, and
+        goes on with a restart. Raises EngineDeadError when there is none."""
         if self._gone_by is not None:
             self._start_successor(self._gone_by)
             return
         process = self._link.process
-        silence_s = self._vigil.silence_s() if self._is_ready else None
+        limit_s = self._config.heartbeat_timeout_s
+        silence_s = self._vigil.silence_s(limit_s if self._is_ready else starting_timeout_s(limit_s))
         if process.child.ended():
             if self._saw_end:
                 self._lose(process.death())
@@ -224,10 +246,15 @@ class ProcessClientBase(Generic[Channel]):
             if time.monotonic() > gone_by:
                 text = f"workers {ranks} still run {_GONE_S:g} s after they were killed with their coordinator"
                 self._error = CoordinatorDied(f"{self._outage}; {text}", cause=text)
-                raise self._error
+                self._raise_if_ended()
             return
         self._gone_by = None
-        self._link.process, self._link.channel = self._start()
+        try:
+            self._link.process, self._link.channel = self._start()
+        except (OSError, ProtocolError) as error:
+            self._lose(CoordinatorDied(f"the coordinator cannot be started again: {error}", cause=str(error)))
+            self._raise_if_ended()
+            return
         self._rewatch()
 
     def _rewatch(self) -> None:
@@ -240,7 +267,7 @@ class ProcessClientBase(Generic[Channel]):
             if expected != found:
                 text = f"the restarted engine differs in {field}: expected {expected}, found {found}"
                 self._error = CoordinatorDied(text, cause=text)
-                raise self._error
+                self._raise_if_ended()
         self._take_ready(ready)
         self._outage = None
         for command in self._ledger.owed():
@@ -256,7 +283,7 @@ class ProcessClientBase(Generic[Channel]):
 
     def _raise_if_ended(self) -> None:
         if self._error is not None:
-            raise self._error
+            raise again(self._error)
 
     def _startup_event(self, event: ClientEvent | None, on_progress: ProgressCallback | None) -> bool:
         """True once the engine is ready. Raises StartupError when it takes too long."""

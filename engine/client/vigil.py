@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 
+from sempre.ipc.liveness import LONGEST_PAUSE_S
+
 
 class Vigil:
-    """Asks with a heartbeat every `interval_s`, and counts the silence from the first one that went unanswered."""
+    """Asks with a heartbeat every `interval_s`, and counts the silence from the first one that went unanswered.
 
-    def __init__(self, interval_s: float, timeout_s: float) -> None:
+    Time in which this process did not look does not count.
+    """
+
+    def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
-        self._timeout_s = timeout_s
         self._asked_at: float | None = None
         self._next_beat = 0.0
+        self._looked_at = time.monotonic()
 
     def heard(self) -> None:
         """Any frame is a sign of life."""
@@ -28,9 +33,13 @@ class Vigil:
             self._asked_at = now
         return True
 
-    def silence_s(self) -> float | None:
-        """Seconds of silence once they exceed the limit, else None. To be asked when nothing is left to be read."""
+    def silence_s(self, limit_s: float) -> float | None:
+        """Seconds of silence once they exceed `limit_s`, else None. To be asked when nothing is left to be read."""
+        now = time.monotonic()
+        pause_s, self._looked_at = now - self._looked_at, now
         if self._asked_at is None:
             return None
-        silence = time.monotonic() - self._asked_at
-        return silence if silence > self._timeout_s else None
+        if pause_s > LONGEST_PAUSE_S:
+            self._asked_at += pause_s
+        silence = now - self._asked_at
+        return silence if silence > limit_s else None

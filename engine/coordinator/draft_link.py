@@ -1,14 +1,17 @@
 """What one replica asks of its draft worker: one proposal at a time, and never longer than a moment.
 
-A request that awaits guesses is not planned. If the worker is not there, or late, its requests go on without.
+A request that awaits guesses is not planned, so each of them has a place here, in one of two lists, from `ask` on until
+it is answered or given up: what waits to be asked, and what the proposal under way is for. If the worker is not there,
+or late, both are emptied, and its requests go on without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sempre.engine.scheduling.request import Request
 from sempre.engine.speculation import ModelSpeculation
+from sempre.ipc.errors import ProtocolError
 from sempre.ipc.messages import DraftRequest, Propose, Proposed
 
 # a proposal that takes longer is not waited for, and no other one until it is there
@@ -23,7 +26,8 @@ class DraftLink:
         self._known: dict[str, int] = {}
         """tokens that the worker has been told, by request"""
         self._finished: list[str] = []
-        self._queued: list[Request] = []
+        self._queued: dict[str, Request] = {}
+        """what is to be asked about, by id: one that is computed again meanwhile asks twice"""
         self._asked: list[tuple[Request, int]] = []
         """what the proposal under way is for, with the number of tokens that it goes by"""
         self._asked_at: float | None = None
@@ -31,7 +35,12 @@ class DraftLink:
 
     def ask(self, requests: Sequence[Request]) -> None:
         """These await guesses."""
-        self._queued += requests
+        self._queued.update((request.request_id, request) for request in requests)
+
+    def owns(self, request: Request) -> bool:
+        """Whether what `request` awaits is certain to come, or to be given up."""
+        asked = not self.is_late and any(request is other for other, _ in self._asked)
+        return asked or self._queued.get(request.request_id) is request
 
     def forget(self, request_id: str) -> None:
         if self._known.pop(request_id, None) is not None:
@@ -40,13 +49,13 @@ class DraftLink:
     def next_proposal(self, now: float, *, available: bool) -> Propose | None:
         """What to send, if anything. While the worker is not available or late, nobody is kept waiting."""
         if not available or self.is_late:
-            self._give_up(self._queued)
+            self._give_up_queued()
             return None
         if self._asked_at is not None or not self._queued:
             return None
-        queued, self._queued = self._queued, []
+        queued, self._queued = self._queued, {}
         new_requests, requests = [], []
-        for request in queued:
+        for request in queued.values():
             speculation = _speculation(request)
             if request.finish_reason is not None or not speculation.awaits_worker:
                 continue
@@ -71,35 +80,44 @@ class DraftLink:
         )
 
     def take(self, answer: Proposed) -> None:
-        """Hand out the guesses; those that come too late do no harm."""
-        asked, self._asked = self._asked, []
-        for (request, num_known), guesses in zip(asked, answer.draft_token_ids, strict=False):
-            if request.finish_reason is None and len(request.token_ids) == num_known:
-                _speculation(request).answered(num_known, guesses)
+        """Hand out the guesses; those that come too late do no harm. Raises ProtocolError when some are missing."""
+        asked, found = self._asked, len(answer.draft_token_ids)
+        if found != len(asked):
+            raise ProtocolError(f"Proposed.draft_token_ids: expected {len(asked)} lists, found {found}")
+        self._asked = []
         self._asked_at = None
         self.is_late = False
+        for (request, num_known), guesses in zip(asked, answer.draft_token_ids, strict=True):
+            if request.finish_reason is None and len(request.token_ids) == num_known:
+                _speculation(request).answered(num_known, guesses)
 
     def check_late(self, now: float) -> bool:
-        """Whether the proposal under way has just become late; its requests then go on without it."""
+        """Whether the proposal under way has just become late; its requests, and all others, then go on without it."""
         if self._asked_at is None or self.is_late or now - self._asked_at < PATIENCE_S:
             return False
         self.is_late = True
-        self._give_up([request for request, _ in self._asked])
+        self._give_up(request for request, _ in self._asked)
+        self._give_up_queued()
         return True
 
     def reset(self) -> None:
         """The worker is gone; the next one knows nothing."""
-        self._give_up([*self._queued, *(request for request, _ in self._asked)])
+        self._give_up(request for request, _ in self._asked)
+        self._give_up_queued()
         self._known.clear()
         self._finished.clear()
         self._asked.clear()
         self._asked_at = None
         self.is_late = False
 
-    def _give_up(self, requests: Sequence[Request]) -> None:
+    def _give_up_queued(self) -> None:
+        queued, self._queued = self._queued, {}
+        self._give_up(queued.values())
+
+    def _give_up(self, requests: Iterable[Request]) -> None:
         for request in requests:
-            _speculation(request).answered(len(request.token_ids), [])
-        self._queued = []
+            if _speculation(request).awaits_worker:
+                _speculation(request).answered(len(request.token_ids), [])
 
 
 def _speculation(request: Request) -> ModelSpeculation:

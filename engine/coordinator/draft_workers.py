@@ -20,9 +20,6 @@ from sempre.ipc.messages import Proposed
 
 logger = logging.getLogger(__name__)
 
-# a worker that fails again and again before it has served is given up
-_MOST_STARTS = 4
-
 
 class DraftHost(Protocol):
     """Where draft workers live."""
@@ -106,18 +103,26 @@ class DraftWorkers:
         self._executor = self._host.start(self._config)
         self._startup = StartUp(self._config, self._executor, role="draft")
 
-    def _restart(self, error: SempreError) -> list[str]:
-        """After the death of one, all of them start anew."""
+    def _restart(self, error: SempreError | OSError) -> list[str]:
+        """After the death of one, all of them start anew: at most `max_restarts` times before they serve again."""
         for link in self.links:
             link.reset()
         self._host.stop()
         self._executor = None
         logger.warning("draft workers: %s", error)
-        what = f"a draft worker has failed: {str(error).splitlines()[0]}. Requests go on without its guesses"
-        if self._num_starts >= _MOST_STARTS:
-            return [f"{what}; it has not come back after {_MOST_STARTS} starts and is given up."]
+        most_starts = self._config.max_restarts
         first = self._num_starts == 0
-        self._start()
+        while self._num_starts < most_starts:
+            try:
+                self._start()
+                break
+            except (OSError, SempreError) as another:
+                error = another
+                self._host.stop()
+                self._executor = None
+        what = f"a draft worker has failed: {str(error).splitlines()[0]}. Requests go on without its guesses"
+        if self._executor is None:
+            return [f"{what}; it has not come back after {most_starts} starts (max_restarts) and is given up."]
         return [f"{what} while it is restarted. The outputs are the same."] if first else []
 
     def _receive(self) -> bool:

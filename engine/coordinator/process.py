@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import zmq
@@ -26,7 +27,7 @@ from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError, WorkerDied
 from sempre.ipc.handshake import check_pid, check_version
-from sempre.ipc.liveness import leave_terminal_signals_to_parent, watch_parent
+from sempre.ipc.liveness import leave_terminal_signals_to_parent, wake_up_with_parent_thread, watch_parent
 from sempre.ipc.messages import (
     CallWorkersReply,
     ClientCommand,
@@ -172,7 +173,11 @@ class Coordinator:
 
 def main() -> int:
     """Entry point. Exit code 0 after ShutdownEngine, 1 after a failure that the client was told of."""
-    arguments = decode_json(sys.stdin.buffer.read(), CoordinatorArguments)
+    last_acts: list[Callable[[], None]] = []
+    wake_up_with_parent_thread()
+    watch_parent(os.getppid(), partial(_run_all, last_acts))
+    # a line, not all: a process that the client forks meanwhile has the other end of the pipe, too
+    arguments = decode_json(sys.stdin.buffer.readline(), CoordinatorArguments)
     config = arguments.config
     directory = PrivateDirectory(Path(arguments.directory))
     if os.getppid() != arguments.client_pid:
@@ -185,17 +190,14 @@ def main() -> int:
         directory.client_address, receives=ClientCommand, limit_bytes=config.max_message_bytes
     )
     executor = LocalExecutor(
-        config, directory, worker_module=arguments.worker_module, connect_address=arguments.worker_connect
+        config,
+        directory,
+        client_pid=arguments.client_pid,
+        worker_module=arguments.worker_module,
+        connect_address=arguments.worker_connect,
     )
-
-    draft_host = LocalDraftHost(directory, arguments.worker_module)
-
-    def end_as_orphan() -> None:
-        executor.kill_all()
-        draft_host.kill_all()
-        directory.remove()
-
-    watch_parent(arguments.client_pid, end_as_orphan)
+    draft_host = LocalDraftHost(directory, arguments.worker_module, arguments.client_pid)
+    last_acts += [executor.kill_all, draft_host.kill_all, directory.remove]
     with hub:
         code = _serve(config, executor, draft_host, hub, arguments.client_pid)
     if os.getppid() != arguments.client_pid:
@@ -203,6 +205,11 @@ def main() -> int:
         directory.remove()
     zmq.Context.instance().term()
     return code
+
+
+def _run_all(acts: Iterable[Callable[[], None]]) -> None:
+    for act in acts:
+        act()
 
 
 def _serve(

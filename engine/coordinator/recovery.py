@@ -13,7 +13,7 @@ from sempre.engine.coordinator.core import EngineCore
 from sempre.engine.executor.base import RestartingExecutor
 from sempre.engine.restart_budget import RestartBudget
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import WorkerDied
+from sempre.ipc.errors import StartupError, WorkerDied
 from sempre.ipc.messages import ClientEvent, WorkerStateChanged
 
 logger = logging.getLogger(__name__)
@@ -30,11 +30,14 @@ class Recovery:
         ]
 
     def replace(self, error: WorkerDied) -> list[ClientEvent]:
-        """Start successors; what the client is to be told. Raises `error`, with the count, when there were too many."""
+        """Start successors; what the client is to be told. Raises `error`, with the count, when there were too many.
+
+        Raises StartupError while the engine starts: its client knows whether that is the first start or a repair.
+        """
         rank = error.rank
         budget = self._budgets[rank]
         if self._core.ready is None:
-            raise error
+            raise StartupError(str(error), rank=rank, cause=error.cause) from error
         if not budget.take():
             raise WorkerDied(
                 f"{error}\nworker {rank}: {budget.exhausted()}",

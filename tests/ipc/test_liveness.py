@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+
+from sempre.ipc import liveness
 
 GONE_WITHIN_S = 5.0
 
@@ -25,6 +28,14 @@ import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]])
 time.sleep(60)
 """
+BINDING_PARENT = """
+import subprocess, sys, time
+from sempre.ipc.liveness import bound
+child = subprocess.Popen(bound([sys.executable, "-c", sys.argv[1]]), start_new_session=True)
+time.sleep(60)
+"""
+# nobody is woken up by the kernel when the parent of a session's leader dies
+SESSION_PARENT = PARENT.replace("*sys.argv[2:]])", "*sys.argv[2:]], start_new_session=True)")
 GRANDPARENT = """
 import os, subprocess, sys, time
 parent = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2], str(os.getpid())])
@@ -112,6 +123,36 @@ def test_a_stopped_parent_is_ended_when_the_grandparent_is_gone(families: list[F
     parent.send_signal(signal.SIGSTOP)
     family.oldest.kill()
     assert is_gone(parent)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_command_that_is_bound_ends_with_the_process_that_runs_it(families: list[Family], stopped: bool) -> None:
+    family = Family(BINDING_PARENT, CHILD.format(arm=""))
+    families.append(family)
+    if stopped:
+        family.youngest.send_signal(signal.SIGSTOP)
+    family.oldest.kill()
+    assert is_gone(family.youngest)
+
+
+def test_a_command_that_is_bound_to_nobody_does_not_run() -> None:
+    program = [sys.executable, "-c", "print('it ran')"]
+    command = liveness.bound(program)
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "it ran\n"
+    command[command.index(str(os.getpid()))] = str(os.getppid())
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_a_stopped_orphan_is_woken_up_for_what_is_left_to_do(families: list[Family]) -> None:
+    arm = "liveness.wake_up_with_parent_thread()\n"
+    arm += "liveness.watch_parent(os.getppid(), lambda: print('orphaned', flush=True))"
+    family = Family(SESSION_PARENT, CHILD.format(arm=arm))
+    families.append(family)
+    family.youngest.send_signal(signal.SIGSTOP)
+    family.oldest.kill()
+    assert family.rest_of_output() == "orphaned\n"
+    assert is_gone(family.youngest)
 
 
 def test_terminal_signals_are_left_to_the_parent() -> None:

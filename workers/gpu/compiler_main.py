@@ -60,7 +60,6 @@ def _compile(description: str, launcher: bool) -> None:
 
 def main() -> int:
     """The first error ends it with a traceback and exit code 1."""
-    die_with_parent_thread()
     parser = argparse.ArgumentParser(prog="python -m sempre.workers.gpu.compiler_main")
     parser.add_argument("--processes", required=True, type=int)
     parser.add_argument("--launchers", action="store_true", help="build the C modules that launch the kernels, too")
@@ -78,7 +77,9 @@ def main() -> int:
         if module.name.rpartition(".")[2].startswith("gpu"):
             import_module(module.name)
     gc.freeze()
-    pool = ProcessPoolExecutor(options.processes, get_context("fork"), initializer=die_with_parent_thread)
+    pool = ProcessPoolExecutor(
+        options.processes, get_context("fork"), initializer=die_with_parent_thread, initargs=(os.getpid(),)
+    )
     # the first one makes the forks, before there is anything to compile
     pool.submit(os.getpid)
     for done in [pool.submit(_compile, line, options.launchers) for line in lines]:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from contextlib import suppress
 
+from sempre.ipc.liveness import bound
+
 logger = logging.getLogger(__name__)
 
 MOST_PROCESSES = 32
@@ -21,14 +23,14 @@ _PIPE_BYTES = 1 << 20
 
 
 class CompilerProcess:
-    """Ends with the thread that started it, if not before."""
+    """Ends with the thread that started it, if not before; also while it still imports what it needs."""
 
     def __init__(self, *, launchers: bool = True) -> None:
         # a core is left to this process, which loads weights meanwhile
         processes = max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) - 1))
         command = [sys.executable, "-P", "-m", "sempre.workers.gpu.compiler_main", "--processes", str(processes)]
         self._popen = subprocess.Popen(
-            [*command, *(["--launchers"] if launchers else [])],
+            bound([*command, *(["--launchers"] if launchers else [])]),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

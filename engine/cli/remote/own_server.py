@@ -17,6 +17,7 @@ from sempre.engine.arguments import field_types
 from sempre.engine.cli.serve import ENVIRONMENT_PREFIX
 from sempre.engine.server.config import ServerConfig
 from sempre.ipc.errors import StartupError
+from sempre.ipc.liveness import bound
 
 _PAUSE_S = 0.05
 _STOP_TIMEOUT_S = 60.0
@@ -31,7 +32,7 @@ def own_server(model: str, engine: Mapping[str, Any]) -> Iterator[str]:
         command = [sys.executable, "-m", "sempre.engine", "serve", model, "--uds", socket, "--no-enable-access-log"]
         with open(log, "wb") as standard_error:
             process = subprocess.Popen(
-                [*command, *as_flags(engine)],
+                bound([*command, *as_flags(engine)]),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=standard_error,

@@ -146,8 +146,8 @@ def test_one_that_never_comes_back_is_given_up(host: ScriptedHost, drafts: Draft
     host.fails = True
     first, last = polled(drafts, 20)
     assert "while it is restarted" in first
-    assert "it has not come back after 4 starts and is given up" in last
-    assert host.num_starts == 1 + 4
+    assert "it has not come back after 5 starts (max_restarts) and is given up" in last
+    assert host.num_starts == 1 + CONFIG.max_restarts
     ask(drafts)
     assert drafts.poll() == []
     assert host.asked == []
@@ -163,7 +163,7 @@ def test_a_successor_with_another_seed_is_never_asked(host: ScriptedHost, drafts
     [last] = polled(drafts, 20)
     assert "seeded differently" in last
     assert "given up" in last
-    assert host.num_starts == 1 + 4
+    assert host.num_starts == 1 + CONFIG.max_restarts
     assert host.asked == []
 
 

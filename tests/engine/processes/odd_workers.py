@@ -53,6 +53,8 @@ class OddWorker(LightWorker):
             case "load exits" if command.config.rank == 1:
                 print("the last line of a worker", flush=True)
                 os._exit(3)
+            case "loads slowly":
+                time.sleep(0.3)
             case "never loads":
                 time.sleep(60)
             case "draws before load" if command.config.rank == 1:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -165,9 +165,21 @@ def test_the_death_of_the_user_s_process_takes_all_along(gone: Gone, stopped: in
     program.kill()
     program.communicate()
     assert gone(engine) == []
-    if stopped == 0:
-        # whether a stopped coordinator is woken up to clean up depends on the session it is in
-        shutil.rmtree(folder, ignore_errors=True)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["coordinator first", "workers first"])
+def test_nobody_outlives_a_parent_that_dies_while_all_are_stopped(gone: Gone, order: tuple[int, ...]) -> None:
+    program, folder, engine = run_program(BUSY)
+    for pid in engine:
+        os.kill(pid, signal.SIGSTOP)
+    program.kill()
+    program.communicate()
+    for place in order:
+        with suppress(ProcessLookupError):
+            os.kill(engine[place], signal.SIGCONT)
+        time.sleep(0.2)
+    assert gone(engine) == []
     assert not folder.exists()
 
 

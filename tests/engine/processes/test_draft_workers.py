@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -115,6 +116,32 @@ def test_a_stalled_or_killed_draft_worker_costs_no_request(expected: list[Genera
                 os.kill(pid, signal.SIGCONT)
             generate_until_guesses_are_accepted(cluster)
         assert compare_generations(expected, cluster.generate(specs(48, 40))).equal
+
+
+def test_a_draft_worker_that_pauses_again_and_again_hangs_nobody(expected: list[Generation]) -> None:
+    """Requests that were queued while it was asked about others go on, too; so do those that come while it is late."""
+    with Cluster("tiny", speculative_config=DRAFTING, **SETTINGS) as cluster:
+        (pid,) = cluster.ready.draft_worker_pids
+        pausing = threading.Event()
+
+        def pause() -> None:
+            while not pausing.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                pausing.wait(0.8)  # longer than it is waited for
+                os.kill(pid, signal.SIGCONT)
+                pausing.wait(0.1)
+
+        thread = threading.Thread(target=pause)
+        thread.start()
+        try:
+            for _ in range(3):
+                comparison = compare_generations(expected, cluster.generate(specs(48, 40)))
+                assert comparison.equal, comparison.first_difference
+        finally:
+            pausing.set()
+            thread.join()
+        assert cluster.ready.draft_worker_pids == [pid]
+        generate_until_guesses_are_accepted(cluster)
 
 
 def test_a_draft_worker_with_another_seed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

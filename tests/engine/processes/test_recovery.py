@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterable
 
+import psutil
 import pytest
 
 from sempre.engine.harness import COORDINATOR, Cluster, Generation, make_request
-from sempre.ipc.errors import CoordinatorDied, RequestCrashed, WorkerDied
+from sempre.ipc.errors import CoordinatorDied, EngineDeadError, RequestCrashed, WorkerDied
 from sempre.ipc.messages import (
     AbortRequests,
     AddRequests,
@@ -125,6 +128,86 @@ def test_requests_that_were_not_in_the_step_are_not_suspected(start_odd: Start) 
     cluster.client.send(AddRequests(requests=specs))
     found = collect(cluster, specs)
     assert [end if isinstance(end, str) else "error" for _, end in found.values()] == ["error"] + ["length"] * 4
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """The worker processes of a coordinator, in the order of their ranks."""
+    try:
+        children = psutil.Process(pid).children()
+        return sorted((c for c in children if "--rank" in c.cmdline()), key=lambda c: c.cmdline())
+    except psutil.NoSuchProcess:
+        return []
+
+
+def receive_until(cluster: Cluster, condition: Callable[[], object], found: dict[str, list[int]]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        event = cluster.client.receive(0.002)
+        if isinstance(event, OutputsReady):
+            for delta in event.outputs:
+                found[delta.request_id] += delta.token_ids
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.product)])
+@pytest.mark.parametrize("during", ["the start of a coordinator", "the start of its workers", "the start of a worker"])
+def test_a_fault_during_a_repair_is_repaired(
+    start_odd: Start, requests: Make, during: str, how: signal.Signals
+) -> None:
+    """Whoever dies or stops while a successor is starting: the coordinator, its workers, the successor of a worker."""
+    specs = requests(8, max_tokens=120)
+    cluster = start_odd("loads slowly", data_parallel_size=2, **BEAT)
+    expected = tokens(cluster.generate(specs))
+    found: dict[str, list[int]] = {spec.request_id: [] for spec in specs}
+    cluster.client.send(AddRequests(requests=specs))
+    receive_until(cluster, lambda: all(len(ids) >= 3 for ids in found.values()), found)
+    first = cluster.coordinator_pid
+    if during == "the start of a worker":
+        before = cluster.worker_pids()
+        cluster.kill(1)
+        receive_until(cluster, lambda: cluster.worker_pids()[1] != before[1], found)
+        victims = [cluster.worker_pids()[1]]
+    else:
+        cluster.kill(COORDINATOR)
+        receive_until(cluster, lambda: cluster.coordinator_pid != first, found)
+        victims = [cluster.coordinator_pid]
+        if during == "the start of its workers":
+            receive_until(cluster, lambda: len(workers_of(cluster.coordinator_pid)) == 2, found)
+            victims = [worker.pid for worker in workers_of(cluster.coordinator_pid)]
+    for pid in victims:
+        os.kill(pid, how)
+    receive_until(cluster, lambda: [*found.values()] == expected, found)
+    assert not set(victims) & {cluster.coordinator_pid, *cluster.worker_pids()}
+
+
+@pytest.mark.parametrize("target", [0, COORDINATOR])
+def test_faults_during_repairs_are_counted(start: Start, gone: Gone, target: int | str) -> None:
+    """They come to one clear end, that of the budget, and every later call is told of it by an error of its own."""
+    cluster = start(max_restarts=2)
+    engine: list[int] = []
+    cluster.client.send(AddRequests(requests=[make_request([1], ordinal=1, max_tokens=4000)]))
+    cluster.client.receive(20)
+
+    def kill_whoever_comes() -> None:
+        cluster.kill(COORDINATOR)
+        while True:
+            cluster.client.receive(0.002)
+            workers = [worker.pid for worker in workers_of(cluster.coordinator_pid)]
+            for pid in [cluster.coordinator_pid] if target == COORDINATOR else workers:
+                if pid not in engine:
+                    engine.append(pid)
+                    os.kill(pid, signal.SIGKILL)
+
+    with pytest.raises((CoordinatorDied, WorkerDied), match=r"it was restarted 2 times within 600 s") as death:
+        kill_whoever_comes()
+    assert gone([cluster.coordinator_pid, *engine]) == []
+    depths = set()
+    for _ in range(5):
+        with pytest.raises(EngineDeadError) as again:
+            cluster.client.send(AddRequests(requests=[make_request([1], ordinal=2)]))
+        assert (again.value is not death.value, str(again.value)) == (True, str(death.value))
+        depths.add(len(traceback.extract_tb(again.value.__traceback__)))
+    assert len(depths) == 1
 
 
 def test_a_spent_budget_ends_the_engine(start: Start, gone: Gone) -> None:

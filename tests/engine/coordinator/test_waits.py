@@ -1,0 +1,261 @@
+"""After any sequence of faults no request waits for something that nobody will answer.
+
+A replica with its scheduler and its link to a draft worker are driven at random: steps and proposals are answered in
+time, late or never, workers are lost and come back, requests are aborted and preempted. After every act each wait must
+have an owner; at the end everything is answered, and every request must have the tokens of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+
+import pytest
+
+from sempre.engine.config import SpeculativeConfig
+from sempre.engine.coordinator.draft_link import PATIENCE_S, DraftLink
+from sempre.engine.coordinator.replica import Replica
+from sempre.engine.harness import make_request
+from sempre.engine.harness.scripted_worker import next_token
+from sempre.engine.scheduling import Scheduler
+from sempre.engine.scheduling.request import Request
+from sempre.engine.speculation import ModelSpeculation, SpeculationPlan
+from sempre.ipc.errors import ProtocolError, SempreError
+from sempre.ipc.messages import (
+    ExecuteStep,
+    Propose,
+    Proposed,
+    RequestOutputDelta,
+    SampledTokens,
+    ScheduledRequest,
+    StepCosts,
+    StepResult,
+    WorkerCommand,
+    WorkerEvent,
+    WorkerHealth,
+)
+
+
+class Steps:
+    """An executor that keeps the steps it is sent."""
+
+    world_size = 1
+
+    def __init__(self) -> None:
+        self.sent: deque[ExecuteStep] = deque()
+
+    def send(self, rank: int, command: WorkerCommand) -> None:
+        assert isinstance(command, ExecuteStep)
+        self.sent.append(command)
+
+    def receive(self) -> tuple[int, WorkerEvent] | None:
+        raise NotImplementedError
+
+    def blame(self, rank: int, error: ProtocolError) -> SempreError:
+        return error
+
+    def health(self) -> list[WorkerHealth]:
+        return []
+
+    def shutdown(self) -> None:
+        self.sent.clear()
+
+
+class Run:
+    """One replica, what its requests have so far, and the random acts upon it."""
+
+    def __init__(self, seed: int, *, adaptive: bool, depth: int) -> None:
+        self.drawn = random.Random(seed)
+        config = SpeculativeConfig(
+            method="draft_model", model="m", placement="worker", num_speculative_tokens=3, adaptive=adaptive
+        )
+        costs = StepCosts(step=1.0, row=0.0, result=0.0, guess=0.0)
+        self.scheduler = Scheduler(
+            num_blocks=14,  # too few for all, so that requests are preempted
+            block_size=4,
+            max_model_len=64,
+            max_num_seqs=4,
+            max_num_batched_tokens=16,
+            policy="fcfs",
+            enable_prefix_caching=True,
+            max_request_crashes=10_000,
+            speculation=SpeculationPlan(config, steps_ahead=depth > 1, costs=costs),
+            max_draft_tokens=12,
+        )
+        self.link = DraftLink()
+        self.steps = Steps()
+        self.replica = Replica(range(1), self.scheduler, self.steps, self.link, max_steps_in_flight=depth)
+        self.now = 0.0
+        self.available = True
+        self.asked: Propose | None = None
+        self.tokens: dict[str, list[int]] = {}
+        self.ended: dict[str, str] = {}
+        self.num_acts: Counter[str] = Counter()
+        self._sequences: dict[str, list[int]] = {}  # as the worker knows them
+
+    def add(self) -> None:
+        number = len(self.tokens)
+        prompt = [self.drawn.randrange(1000) for _ in range(self.drawn.randint(1, 20))]
+        spec = make_request(prompt, ordinal=number, seed=number, max_tokens=self.drawn.randint(1, 24))
+        self.tokens[spec.request_id] = []
+        self.replica.add(spec)
+
+    def advance(self) -> None:
+        self.replica.advance()
+
+    def answer_step(self) -> None:
+        if self.steps.sent:
+            step = self.steps.sent.popleft()
+            for new in step.new_requests:
+                self._sequences[new.request_id] = [*new.token_ids]
+            sampled = [self._computed(item) for item in step.scheduled]
+            self._take(self.replica.take(0, StepResult(rank=0, step_id=step.step_id, sampled=sampled)))
+
+    def ask(self) -> None:
+        proposal = self.link.next_proposal(self.now, available=self.available)
+        if proposal is not None:
+            assert self.asked is None, "one proposal at a time"
+            names = [item.request_id for item in proposal.requests]
+            assert len(names) == len(set(names)), "asked twice about one request"
+            self.asked = proposal
+
+    def answer_proposal(self) -> None:
+        if self.asked is not None:
+            proposal, self.asked = self.asked, None
+            guesses = [self.drawn.choices(range(1000), k=self.drawn.randint(0, 3)) for _ in proposal.requests]
+            self.link.take(Proposed(rank=0, proposal_id=proposal.proposal_id, draft_token_ids=guesses))
+
+    def answer_too_little(self) -> None:
+        """The draft worker is then ended for it, as for anything else that it does wrong."""
+        if self.asked is not None:
+            proposal, self.asked = self.asked, None
+            with pytest.raises(ProtocolError, match="draft_token_ids: expected"):
+                self.link.take(Proposed(rank=0, proposal_id=proposal.proposal_id))
+            self.lose_draft_worker()
+
+    def pass_time(self) -> None:
+        self.now += self.drawn.choice([0.1, PATIENCE_S, 3.0])
+        self.link.check_late(self.now)
+
+    def lose_draft_worker(self) -> None:
+        self.link.reset()
+        self.asked = None
+        self.available = self.drawn.random() < 0.5
+
+    def get_draft_worker(self) -> None:
+        self.available = True
+
+    def lose_worker(self) -> None:
+        self.steps.sent.clear()
+        self._sequences.clear()
+        self._take(self.replica.lose_workers("it was told to"))
+
+    def get_worker(self) -> None:
+        self.replica.resume()
+
+    def abort(self) -> None:
+        unfinished = [name for name in self.tokens if name not in self.ended]
+        if unfinished:
+            name = self.drawn.choice(unfinished)
+            self.replica.abort(name, "abort")
+            self.ended[name] = "abort"
+
+    ACTS = (
+        (add, 3), (advance, 12), (answer_step, 10), (ask, 12), (answer_proposal, 6), (answer_too_little, 1),
+        (pass_time, 3), (lose_draft_worker, 1), (get_draft_worker, 2), (lose_worker, 1), (get_worker, 2), (abort, 1),
+    )  # fmt: skip
+
+    def act(self) -> None:
+        acts, weights = zip(*self.ACTS, strict=True)
+        (act,) = self.drawn.choices(acts, weights)
+        self.num_acts[act.__name__] += 1
+        act(self)
+        self.scheduler.check_invariants()
+        self.check_waits()
+
+    def check_waits(self) -> None:
+        """Whatever a request waits for: a step under way will be answered or lost, and guesses are owed by the link."""
+        in_flight = Counter(item.request_id for step in self.steps.sent for item in step.scheduled)
+        with_drafts = {item.request_id for step in self.steps.sent for item in step.scheduled if item.draft_token_ids}
+        for request in self.scheduler._requests.values():
+            assert request.num_tokens - len(request.token_ids) <= in_flight[request.request_id], "a lost token"
+            assert not request.drafts_in_flight or request.request_id in with_drafts, "lost guesses"
+            assert not awaits_guesses(request) or self.link.owns(request), "guesses that nobody owes"
+
+    def finish(self) -> None:
+        """From now on everything is answered."""
+        self.get_worker()
+        for _ in range(2000):
+            if not self.scheduler.has_unfinished():
+                return
+            for act in (self.advance, self.answer_step, self.ask, self.answer_proposal):
+                act()
+        raise AssertionError(f"{self.scheduler.num_unfinished} requests hang")
+
+    def _computed(self, item: ScheduledRequest) -> SampledTokens:
+        """As a worker answers: its own token after the last one it knows, and after each guess that equals its own."""
+        sequence = self._sequences[item.request_id]
+        if item.num_computed_tokens + item.num_tokens < len(sequence):
+            return SampledTokens(request_id=item.request_id)
+        sampled: list[int] = []
+        for guess in [*item.draft_token_ids, None]:
+            token = next_token(int(item.request_id), sequence)
+            sampled.append(token)
+            sequence.append(token)
+            if token != guess:
+                break
+        return SampledTokens(request_id=item.request_id, token_ids=sampled)
+
+    def _take(self, deltas: list[RequestOutputDelta]) -> None:
+        for delta in deltas:
+            assert delta.request_id not in self.ended, "an output after the end"
+            self.tokens[delta.request_id] += delta.token_ids
+            if delta.finish_reason is not None:
+                self.ended[delta.request_id] = delta.finish_reason
+
+
+def awaits_guesses(request: Request) -> bool:
+    return isinstance(request.speculation, ModelSpeculation) and request.speculation.awaits_worker
+
+
+def undisturbed(seed: int, prompt: list[int], count: int) -> list[int]:
+    sequence = [*prompt]
+    for _ in range(count):
+        sequence.append(next_token(seed, sequence))
+    return sequence[len(prompt) :]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_every_wait_has_an_owner(adaptive: bool, depth: int) -> None:
+    acts: Counter[str] = Counter()
+    for seed in range(25):
+        run = Run(seed, adaptive=adaptive, depth=depth)
+        prompts: dict[str, list[int]] = {}
+        for _ in range(250):
+            run.act()
+            for name, request in run.scheduler._requests.items():
+                prompts.setdefault(name, request.spec.prompt_token_ids)
+        run.finish()
+        acts += run.num_acts
+        assert run.ended.keys() == run.tokens.keys()
+        for name, prompt in prompts.items():
+            assert run.tokens[name] == undisturbed(int(name), prompt, len(run.tokens[name]))
+            assert run.ended[name] in ("length", "abort")
+    assert len(acts) == len(Run.ACTS)
+
+
+def test_a_wait_without_an_owner_is_noticed() -> None:
+    run = Run(0, adaptive=False, depth=1)
+    run.add()
+    while not any(map(awaits_guesses, run.scheduler._requests.values())):
+        run.advance()
+        run.answer_step()
+        if not run.scheduler.has_unfinished():
+            run.add()
+    run.check_waits()
+    run.link._queued.clear()
+    with pytest.raises(AssertionError, match="guesses that nobody owes"):
+        run.check_waits()
+    with pytest.raises(AssertionError, match="hang"):
+        run.finish()
