@@ -10,7 +10,10 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+import msgspec
+
 from sempre.engine.arguments import EngineKeywords, parse_arguments
+from sempre.engine.client.engine_process import ended_by
 from sempre.engine.client.interface import AsyncEngineClient, launch_async
 from sempre.engine.config import EngineConfig
 from sempre.engine.frontend.frontend import Frontend, call_results, log_progress, worker_call
@@ -25,6 +28,7 @@ from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.text.tokenizer import Tokenizer
+from sempre.ipc.error_info import again
 from sempre.ipc.errors import EngineDeadError, ProtocolError, SempreError
 from sempre.ipc.messages import (
     AbortRequests,
@@ -65,7 +69,9 @@ class AsyncLLM:
         self._frontend = Frontend(parse_arguments(model, keywords))
         self._client: AsyncEngineClient | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._failure: BaseException | None = None
+        self._failure: EngineDeadError | None = None
+        self._has_ended = asyncio.Event()
+        self._starts_again = False
         self._call_ids = count()
         self._streams: dict[str, OutputStream] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
@@ -77,7 +83,33 @@ class AsyncLLM:
         with StartupNotice(self._frontend.config.model):
             self._client = await launch_async(self._frontend.config, log_progress)
         self._frontend.connect(self._client.ready)
-        self._reader = asyncio.create_task(self._read(self._client), name="sempre reader")
+        self._begin(self._client)
+
+    async def restart(self) -> None:
+        """Launch an engine in place of one that has ended; requests are numbered on. Raises as `start`.
+
+        Streams of the one that has ended should be closed before.
+        """
+        former = self._client
+        if self._failure is None or former is None:
+            raise EngineDeadError("only an engine that has ended can be started again")
+        self._starts_again = True
+        try:
+            former.close()
+            client = await launch_async(self._frontend.config, log_progress)
+        finally:
+            self._starts_again = False
+        if _limits(client.ready) != _limits(former.ready):
+            self._frontend.connect(client.ready)
+        self._client, self._failure = client, None
+        self._has_ended.clear()
+        self._begin(client)
+
+    async def wait_for_end(self) -> EngineDeadError:
+        """Return, once the engine has ended, the error that says why."""
+        await self._has_ended.wait()
+        assert self._failure is not None
+        return again(self._failure)
 
     async def generate(
         self,
@@ -161,7 +193,7 @@ class AsyncLLM:
         A coordinator that does not answer within `timeout_s` is a problem by itself.
         """
         if self._failure is not None:
-            return unhealthy("dead", str(self._failure))
+            return unhealthy("restarting" if self._starts_again else "dead", str(self._failure))
         client = self._client
         if client is None:
             return unhealthy("starting", "the engine is not ready yet")
@@ -176,7 +208,8 @@ class AsyncLLM:
                 if (wait_s := deadline - time.monotonic()) <= 0:
                     return unhealthy("ready", f"the coordinator has not answered for {timeout_s:g} s")
                 await asyncio.wait([asking], timeout=min(wait_s, _OUTAGE_LOOK_S))
-            return judge(asking.result().workers, self._frontend.config)
+            reply = asking.result()
+            return judge(reply.workers, self._frontend.config, reply.stalled)
         except SempreError as error:
             return unhealthy("dead", str(error))
         finally:
@@ -240,9 +273,12 @@ class AsyncLLM:
         if reader is not None:
             await asyncio.gather(reader, return_exceptions=True)
 
+    def _begin(self, client: AsyncEngineClient) -> None:
+        self._reader = asyncio.create_task(self._read(client), name="sempre reader")
+
     def _connected(self) -> AsyncEngineClient:
         if self._failure is not None:
-            raise self._failure
+            raise again(self._failure)
         if self._client is None:
             raise EngineDeadError("this AsyncLLM is not started; use `async with` or `await engine.start()`")
         return self._client
@@ -318,7 +354,8 @@ class AsyncLLM:
     def _fail(self, error: BaseException) -> None:
         """Let everybody who waits, and whoever comes later, see `error`; the first one stands."""
         if self._failure is None:
-            self._failure = error
+            self._failure = again(ended_by(error))
+            self._has_ended.set()
         self._fail_waiting(self._failure)
 
     def _fail_waiting(self, error: BaseException) -> None:
@@ -326,4 +363,9 @@ class AsyncLLM:
             stream.fail(error)
         for future in self._replies.values():
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(again(error))
+
+
+def _limits(ready: EngineReady) -> EngineReady:
+    """What requests depend on: all but what differs from start to start."""
+    return msgspec.structs.replace(ready, phase_seconds={}, worker_pids=[], draft_worker_pids=[])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import sempre
@@ -64,7 +65,10 @@ class ChildProcess:
         """Whether it has ended; unlike `exitcode` this leaves the zombie, and with it the number, in place."""
         if self._popen.returncode is not None:
             return True
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True  # this process ignores SIGCHLD, or somebody else in it has waited
 
     def wait(self, timeout_s: float) -> int | None:
         """The exit code, or None when it still runs after `timeout_s`."""
@@ -86,7 +90,8 @@ class ChildProcess:
         """SIGKILL to the process and to all it has started; needs `own_group`."""
         if self._popen.returncode is None:
             # not yet waited for, so that the number cannot belong to anybody else
-            os.killpg(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
             self._popen.wait()
 
     def close(self) -> None:

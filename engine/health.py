@@ -41,7 +41,8 @@ class Problem(Struct, frozen=True, kw_only=True):
 
 
 class EngineHealth(Struct, frozen=True, kw_only=True):
-    """The engine is healthy when there is no problem: every worker is ready, was heard lately, and no step is stuck."""
+    """The engine is healthy when there is no problem: every worker is ready, was heard lately, no step is stuck, and no
+    request that has a place in the steps has stopped moving."""
 
     state: EngineState
     problems: list[Problem]
@@ -65,9 +66,15 @@ def unhealthy(state: EngineState, text: str) -> EngineHealth:
     return EngineHealth(state=state, problems=[Problem(rank=None, text=text)])
 
 
-def judge(reports: Sequence[messages.WorkerHealth], config: EngineConfig) -> EngineHealth:
-    """The health of an engine whose coordinator has reported of its workers."""
+def judge(
+    reports: Sequence[messages.WorkerHealth],
+    config: EngineConfig,
+    stalled: Sequence[messages.StalledRequests] = (),
+) -> EngineHealth:
+    """The health of an engine whose coordinator has reported of its workers, and of requests that do not move."""
     problems = [problem for report in reports if (problem := _problem(report, config)) is not None]
+    explained = {problem.rank for problem in problems}
+    problems += [_stall(report, config) for report in stalled if report.rank not in explained]
     # one spelling for users, by name; the message is an array
     names = WorkerHealth.__struct_fields__
     workers = [WorkerHealth(**{name: getattr(report, name) for name in names}) for report in reports]
@@ -87,3 +94,12 @@ def _problem(report: messages.WorkerHealth, config: EngineConfig) -> Problem | N
         limit = f"step_timeout_s={config.step_timeout_s:g}"
         return Problem(rank=rank, text=f"{who} is stuck in a step for {report.step_age_s:.1f} s ({limit})")
     return None
+
+
+def _stall(report: messages.StalledRequests, config: EngineConfig) -> Problem:
+    count, name = report.num_requests, report.request_id
+    who = f"request {name!r} of worker {report.rank} has"
+    if count > 1:
+        who = f"{count} requests of worker {report.rank}, {name!r} the first of them, have"
+    limit = f"step_timeout_s={config.step_timeout_s:g}"
+    return Problem(rank=report.rank, text=f"{who} not moved for {report.age_s:.1f} s ({limit})")

@@ -9,6 +9,7 @@ from sempre.engine.frontend.frontend import raise_failure
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.outputs import RequestOutput
+from sempre.ipc.error_info import again
 
 
 class OutputStream:
@@ -52,7 +53,7 @@ class OutputStream:
             if not self._unfinished:
                 return []
             if self._failure is not None:
-                raise self._failure
+                raise again(self._failure)
             self._sleep = asyncio.get_running_loop().create_future()
             await self._sleep
 

@@ -47,7 +47,8 @@ class AsyncEngineClient(Protocol):
 
     async def receive(self) -> ClientEvent: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the engine and all its processes, at once where it has failed; may be called again."""
 
 
 def launch(

@@ -133,6 +133,9 @@ class ProcessClientBase(Generic[Channel]):
         self._ledger.sent(command)
 
     def close(self) -> None:
+        if self._error is not None and not self._link.process.is_inherited():
+            # it has failed: there is nothing to be ended in order
+            self._link.process.child.kill_group()
         self._finalizer()
         if self._error is None:
             self._error = EngineDeadError("the engine was shut down")

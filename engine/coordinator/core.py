@@ -6,6 +6,7 @@ Commands and events go in, client events come out; nothing here waits.
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -13,6 +14,7 @@ from msgspec.structs import replace
 from sempre.engine.config import EngineConfig
 from sempre.engine.coordinator.draft_workers import DraftHost, DraftWorkers
 from sempre.engine.coordinator.metrics_report import Report, metrics_report
+from sempre.engine.coordinator.progress import ProgressWatch
 from sempre.engine.coordinator.replica import Replica
 from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.coordinator.worker_calls import WorkerCalls
@@ -44,6 +46,9 @@ from sempre.ipc.messages import (
     WorkerStateChanged,
 )
 
+# between two looks at how far requests have come
+_LOOK_S = 1.0
+
 
 class LostWorker(NamedTuple):
     """What the death of a worker means."""
@@ -64,6 +69,9 @@ class EngineCore:
         self._executor = executor
         self._startup = StartUp(config, executor)
         self._replicas: list[Replica] = []
+        self._watches: list[ProgressWatch] = []
+        self._next_look = 0.0
+        self._look_every_s = min(_LOOK_S, config.step_timeout_s / 4)
         self._owners: dict[str, Replica] = {}
         self._calls = WorkerCalls(executor)
         self._drafts: DraftWorkers | None = None
@@ -82,6 +90,10 @@ class EngineCore:
         notices = [] if self._drafts is None else self._drafts.poll()
         for replica in self._replicas:
             replica.advance()
+        if (now := time.monotonic()) > self._next_look:
+            self._next_look = now + self._look_every_s
+            for watch in self._watches:
+                watch.look(now)
         events: list[ClientEvent] = [EngineNotice(message=notice) for notice in notices]
         return events if self.ready is not None else [*events, *self._end_start_up()]
 
@@ -135,7 +147,9 @@ class EngineCore:
                 values = self._metrics()
                 return [MetricsReply(call_id=call_id, values=values)]
             case GetHealth(call_id=call_id):
-                return [HealthReply(call_id=call_id, workers=self._executor.health())]
+                now, limit_s = time.monotonic(), self._config.step_timeout_s
+                stalled = [found for watch in self._watches if (found := watch.stalled(now, limit_s)) is not None]
+                return [HealthReply(call_id=call_id, workers=self._executor.health(), stalled=stalled)]
             case _:
                 name = type(command).__name__
                 raise MessageMalformed(f"{name}: expected a command of a serving engine, found {name}", field="tag")
@@ -170,6 +184,7 @@ class EngineCore:
             depth = self._startup.max_steps_in_flight
             link = None if self._drafts is None else self._drafts.links[first // size]
             scheduler = self._scheduler(ready)
+            self._watches.append(ProgressWatch(first, scheduler))
             self._replicas.append(Replica(ranks, scheduler, self._executor, link, max_steps_in_flight=depth))
         self.ready = ready
         return [ready]

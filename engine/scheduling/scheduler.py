@@ -446,6 +446,11 @@ class Scheduler:
         self._kv_cache.forget_cached()
         return True
 
+    def progress(self) -> dict[str, tuple[int, int]]:
+        """Tokens known and computed of each request that has a place in the steps; if none has, of the next one."""
+        requests = self._running or self._waiting[:1]
+        return {request.request_id: (len(request.token_ids), request.num_computed_tokens) for request in requests}
+
     def stats(self) -> SchedulerStats:
         """A snapshot, but for `tokens_per_step`, which goes on."""
         return msgspec.structs.replace(

@@ -14,6 +14,7 @@ from sempre.ipc.errors import ConfigError
 LogFormat = Literal["text", "json"]
 ToolParser = Literal["hermes", "llama3_json"]
 ReasoningParser = Literal["", "qwen3", "deepseek_r1"]
+EngineDeath = Literal["exit", "restart"]
 MetricsPrefix = Literal["sempre", "vllm"]
 
 
@@ -47,6 +48,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_n: Annotated[int, _doc("largest `n` of a request")] = 128
     max_prompts: Annotated[int, _doc("most prompts in one request")] = 1024
     shutdown_timeout: Annotated[float, _doc("seconds that running requests have left after SIGTERM")] = 30.0
+    on_engine_death: Annotated[
+        EngineDeath,
+        _doc("when the engine has ended: exit with code 4, or restart it and answer 503 meanwhile"),
+    ] = "exit"
     keep_alive_timeout: Annotated[float, _doc("seconds that an idle connection stays open")] = 5.0
     header_timeout: Annotated[float, _doc("seconds in which the header of a request must come")] = 10.0
     body_timeout: Annotated[float, _doc("seconds in which a body must come, and a stalled answer be read")] = 60.0

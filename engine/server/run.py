@@ -2,6 +2,7 @@
 
 listening ── engine starting: /live 200, /ready and requests 503
           ── ready
+          ── the engine ends ── exit code 4, or requests 503 until a new engine is ready (on_engine_death)
 SIGTERM or SIGINT ── draining: new requests 503, running ones have shutdown_timeout ── aborted ── engine ended
 a second signal ── all of that at once
 """
@@ -16,10 +17,11 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -31,12 +33,15 @@ from sempre.engine.server.errors import Busy
 from sempre.engine.server.middleware import KeyRing
 from sempre.engine.server.protocol import BoundedProtocol
 from sempre.engine.server.service import Service
-from sempre.ipc.errors import ConfigError
+from sempre.ipc.errors import ConfigError, SempreError
 
 logger = logging.getLogger(__name__)
 
 _DRAIN_LOOK_S = 0.05
 _CLOSE_S = 5
+# between attempts to start an engine that has ended; twice as long after each
+_RESTART_PAUSE_S = 1.0
+_MOST_RESTART_PAUSE_S = 60.0
 _BACKLOG = 2048
 
 
@@ -59,7 +64,7 @@ class Server:
         self._stop_now = asyncio.Event()
 
     async def run(self, listening: socket.socket) -> None:
-        """Serve until a signal. Raises what stops the engine's start."""
+        """Serve until a signal. Raises what stops the engine's start, and EngineDeadError when it has ended."""
         began = time.monotonic()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -67,8 +72,7 @@ class Server:
         http = _HttpServer(self._uvicorn_config())
         serving = asyncio.create_task(http.serve(sockets=[listening]))
         try:
-            if await self._start_engine(began):
-                await self._stop.wait()
+            if await self._start_engine(self._engine.start(), began) and await self._serve():
                 await self._drain()
         finally:
             self._service.abort_all(Busy("The server is shutting down.", 1))
@@ -77,18 +81,51 @@ class Server:
             await serving
             self._engine.shutdown()
 
-    async def _start_engine(self, began: float) -> bool:
+    async def _serve(self) -> bool:
+        """Serve until a signal, with new engines if it is set so. Raises EngineDeadError; False: a signal came while no
+        engine was there."""
+        while await self._unless_stopped(ending := asyncio.create_task(self._engine.wait_for_end())):
+            error = ending.result()
+            self._service.pause()
+            logger.error("the engine has ended: %s", error)
+            await self._wait_until_idle(_CLOSE_S)  # running requests are told
+            if self._config.on_engine_death == "exit":
+                raise error
+            if not await self._restart_engine():
+                return False
+        return True
+
+    async def _restart_engine(self) -> bool:
         """Return False when a signal came first."""
-        starting = asyncio.create_task(self._engine.start())
+        pause_s = _RESTART_PAUSE_S
+        while not self._stop.is_set():
+            logger.warning("the engine is started again")
+            try:
+                return await self._start_engine(self._engine.restart(), time.monotonic())
+            except (SempreError, OSError) as error:
+                logger.error("the engine does not start: %s; the next attempt follows in %g s", error, pause_s)
+            await self._unless_stopped(asyncio.create_task(asyncio.sleep(pause_s)))
+            pause_s = min(2 * pause_s, _MOST_RESTART_PAUSE_S)
+        return False
+
+    async def _unless_stopped(self, task: asyncio.Task[Any]) -> bool:
+        """Wait for a task; cancel it, and return False, when a signal comes first."""
         stopping = asyncio.create_task(self._stop.wait())
-        await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
+        await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
             with suppress(asyncio.CancelledError):
-                await starting
+                await task
             return False
         stopping.cancel()
-        await starting
+        return True
+
+    async def _start_engine(self, start: Coroutine[Any, Any, None], began: float) -> bool:
+        """Return False when a signal came first. Raises what stops the start."""
+        starting = asyncio.create_task(start)
+        if not await self._unless_stopped(starting):
+            return False
+        starting.result()
         seconds = time.monotonic() - began
         # What lives as long as the server need not be looked through by every collection.
         gc.collect()
@@ -117,11 +154,15 @@ class Server:
         logger.info(
             "shutting down: %d requests have %g s to finish", self._service.num_requests, self._config.shutdown_timeout
         )
-        deadline = time.monotonic() + self._config.shutdown_timeout
-        while self._service.num_requests and time.monotonic() < deadline and not self._stop_now.is_set():
-            await asyncio.sleep(_DRAIN_LOOK_S)
+        await self._wait_until_idle(self._config.shutdown_timeout)
         if self._service.num_requests:
             logger.warning("%d requests are aborted", self._service.num_requests)
+
+    async def _wait_until_idle(self, timeout_s: float) -> None:
+        """Return when no request is left, in time or not, or at the second signal."""
+        deadline = time.monotonic() + timeout_s
+        while self._service.num_requests and time.monotonic() < deadline and not self._stop_now.is_set():
+            await asyncio.sleep(_DRAIN_LOOK_S)
 
     def _uvicorn_config(self) -> uvicorn.Config:
         config = self._config
@@ -146,7 +187,8 @@ class Server:
 def serve(engine: AsyncLLM, config: ServerConfig) -> None:
     """Serve `engine` until a signal.
 
-    Raises ConfigError for an address in use or unusable files of TLS, and what stops the engine's start.
+    Raises ConfigError for an address in use or unusable files of TLS, what stops the engine's start, and
+    EngineDeadError when it has ended, unless `on_engine_death` is "restart".
     """
     check_tls(config)
     listening = listen(config)

@@ -45,8 +45,12 @@ class Service:
         self.startup_seconds = startup_seconds
         self.is_ready = True
 
+    def pause(self) -> None:
+        """The engine has ended: no requests are taken until `serve` is called again."""
+        self.is_ready = False
+
     def check_ready(self) -> None:
-        """Raise Busy (503) while the engine starts."""
+        """Raise Busy (503) while the engine starts, also again."""
         if not self.is_ready:
             raise Busy("The engine is starting.", _STARTING_RETRY_S)
 

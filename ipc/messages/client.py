@@ -185,11 +185,23 @@ class WorkerHealth(Data, frozen=True, kw_only=True):
     """why it was restarted last"""
 
 
+class StalledRequests(Data, frozen=True, kw_only=True):
+    """Requests of one replica that have not moved for longer than `step_timeout_s` although it is their turn."""
+
+    rank: NonNegative
+    """the first of the replica"""
+    num_requests: Positive
+    request_id: str
+    """the one that has not moved for longest"""
+    age_s: float
+
+
 class HealthReply(Message, frozen=True, kw_only=True):
-    """In rank order."""
+    """In rank order; `stalled` has an entry for each replica with requests that do not move."""
 
     call_id: NonNegative
     workers: list[WorkerHealth]
+    stalled: list[StalledRequests] = []
 
 
 class WorkerStateChanged(Message, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -242,7 +243,36 @@ def test_a_death_without_restarts_reaches_every_generator(run: Run) -> None:
                 with pytest.raises(WorkerDied) as caught:
                     await collect(stream)
                 assert (caught.value.rank, caught.value.exitcode) == (0, -9)
-            with pytest.raises(WorkerDied):
-                await async_llm.get_metrics()
+            depths = set()
+            for call in (async_llm.get_metrics, lambda: collect(async_llm.generate(PROMPT, short()))) * 8:
+                with pytest.raises(WorkerDied) as caught:
+                    await call()
+                text = "".join(traceback.format_exception(caught.value))
+                depths.add((call == async_llm.get_metrics, len(text)))
+            # an error of its own for each: none tells of the raises before it
+            assert len(depths) == 2
 
     run(die())
+
+
+def test_an_engine_that_has_ended_can_be_started_again(run: Run) -> None:
+    """Its outputs are the same; until then health tells that it has ended."""
+
+    async def again() -> None:
+        before = {process.pid for process in psutil.Process().children(recursive=True)}
+        async with AsyncLLM("tiny", max_restarts=0, **SETTINGS) as async_llm:
+            with pytest.raises(EngineDeadError, match="only an engine that has ended"):
+                await async_llm.restart()
+            params = short(seed=5, temperature=1.0, logprobs=2)
+            [*_, expected] = await collect(async_llm.generate(PROMPT, params))
+            new = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+            next(process for process in new if "sempre.workers" in process.cmdline()).kill()
+            assert isinstance(await async_llm.wait_for_end(), WorkerDied)
+            assert (await async_llm.health()).state == "dead"
+            await async_llm.restart()
+            assert (await async_llm.health()).healthy
+            [*_, found] = await collect(async_llm.generate(PROMPT, params))
+            assert found.outputs == expected.outputs
+            assert not psutil.wait_procs(new, timeout=5)[1]
+
+    run(again())

@@ -10,7 +10,7 @@ import pytest
 from sempre.engine.config import EngineConfig
 from sempre.engine.health import judge, unhealthy
 from sempre.ipc.errors import EngineUnhealthy
-from sempre.ipc.messages import WorkerHealth
+from sempre.ipc.messages import StalledRequests, WorkerHealth
 
 CONFIG = EngineConfig(model="m", model_path=Path("/"), heartbeat_interval_s=0.5, heartbeat_timeout_s=30.0)
 
@@ -45,6 +45,20 @@ def test_a_worker_that_is_not_well_is_named(fields: dict[str, Any], state: str, 
 def test_the_timeout_bounds_the_patience_with_heartbeats() -> None:
     config = EngineConfig(model="m", model_path=Path("/"), heartbeat_interval_s=0.5, heartbeat_timeout_s=1.0)
     assert not judge([report(heartbeat_age_s=1.5)], config).healthy
+
+
+def test_requests_that_do_not_move_are_told() -> None:
+    stalled = [StalledRequests(rank=1, num_requests=1, request_id="a", age_s=121.0)]
+    with pytest.raises(
+        EngineUnhealthy, match=r"request 'a' of worker 1 has not moved for 121.0 s \(step_timeout_s=120"
+    ):
+        judge([report(), report(1)], CONFIG, stalled).check()
+    stalled = [StalledRequests(rank=1, num_requests=3, request_id="a", age_s=121.0)]
+    with pytest.raises(EngineUnhealthy, match=r"3 requests of worker 1, 'a' the first of them, have not moved"):
+        judge([report(), report(1)], CONFIG, stalled).check()
+    # what stops them is told already
+    [problem] = judge([report(), report(1, step_age_s=121.0)], CONFIG, stalled).problems
+    assert "is stuck in a step" in problem.text
 
 
 def test_an_engine_that_cannot_be_asked() -> None:

@@ -46,7 +46,11 @@ EXAMPLES: list[m.Message] = [
     m.CallWorkersReply(call_id=1, results=["pong"]),
     m.ResetPrefixCacheReply(call_id=1, done=True),
     m.MetricsReply(call_id=1, values={"a": 1.0, "b": [1.0], "c": {"d": 1.0}}),
-    m.HealthReply(call_id=1, workers=[m.WorkerHealth(rank=0, pid=9, state="ready", heartbeat_age_s=0.5)]),
+    m.HealthReply(
+        call_id=1,
+        workers=[m.WorkerHealth(rank=0, pid=9, state="ready", heartbeat_age_s=0.5)],
+        stalled=[m.StalledRequests(rank=0, num_requests=2, request_id="a", age_s=0.5)],
+    ),
     m.WorkerStateChanged(rank=0, state="restarting", pid=9, error=ERROR),
     m.EngineFailed(error=ERROR),
     m.LoadModel(config=m.WorkerConfig(rank=0, world_size=1, model_path="/m")),
@@ -111,7 +115,7 @@ GOLDEN = {
         93ac4d6574726963735265706c790183a161cb3ff0000000000000a16291cb3ff0000000000000a16381a164cb3ff000
         0000000000
     """,
-    "HealthReply": "93ab4865616c74685265706c790191980009a57265616479cb3fe0000000000000c0c000a0",
+    "HealthReply": "94ab4865616c74685265706c790191980009a57265616479cb3fe0000000000000c0c000a091940002a161cb3fe0000000000000",
     "WorkerStateChanged": """
         95b2576f726b657253746174654368616e67656400aa72657374617274696e670995a154a16d01a082a16101a162c0
     """,
