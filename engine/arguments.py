@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Mapping
@@ -22,7 +21,9 @@ from sempre.engine.config import (
     SpeculativeConfig,
     SpeculativeMethod,
 )
+from sempre.engine.near_names import near_name
 from sempre.engine.speculation.settings import speculative_config
+from sempre.engine.vllm_settings import VLLM_KEYWORDS, check_vllm_setting
 from sempre.ipc.errors import ConfigError
 
 MULTIPROCESSING_VARIABLE = "SEMPRE_MULTIPROCESSING"
@@ -35,8 +36,16 @@ def _doc(text: str) -> Meta:
 class FrontendConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of the user's process alone; coordinator and workers never see them."""
 
-    tokenizer: Annotated[str | None, _doc("folder of another tokenizer; None is the model's")] = None
+    tokenizer: Annotated[str | None, _doc("folder or hub id of another tokenizer; None is the model's")] = None
+    tokenizer_revision: Annotated[str | None, _doc("branch, tag or commit of the tokenizer's hub id")] = None
+    skip_tokenizer_init: Annotated[bool, _doc("no tokenizer: prompts and outputs are token ids")] = False
     revision: Annotated[str | None, _doc("branch, tag or commit of a hub id")] = None
+    download_dir: Annotated[str | None, _doc("folder for what is fetched from the hub; None is the hub's own")] = None
+    trust_remote_code: Annotated[bool, _doc("accepted for a model that brings no code; none is ever run")] = False
+    hf_overrides: Annotated[dict[str, Any] | None, _doc("fields of config.json to replace")] = None
+    override_generation_config: Annotated[
+        dict[str, Any] | None, _doc("default sampling parameters, in place of those of generation_config.json")
+    ] = None
     generation_config: Annotated[
         Literal["auto", "vllm"], _doc("default sampling parameters: the model's (auto), or SamplingParams' (vllm)")
     ] = "auto"
@@ -45,15 +54,22 @@ class FrontendConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Literal["auto", "string", "openai"],
         _doc("message contents for the template: as it reads them (auto), joined to a string, or as a list of parts"),
     ] = "auto"
+    default_chat_template_kwargs: Annotated[
+        dict[str, Any] | None, _doc("variables of the chat template, where a conversation has none of that name")
+    ] = None
+    structured_outputs_config: Annotated[
+        dict[str, Any] | None, _doc("backend, and defaults of structured outputs: disable_any_whitespace, …")
+    ] = None
+    stream_interval: Annotated[int, _doc("tokens from one output of a stream to the next; the first comes at once")] = 1
 
 
 class EngineKeywords(TypedDict, total=False):
     """Keywords of `LLM` and `AsyncLLM`: the fields of EngineConfig and FrontendConfig, with their defaults."""
 
     seed: int
-    dtype: Dtype
+    dtype: Dtype | Literal["half", "float"]
     quantization: Quantization | None
-    max_model_len: int | None
+    max_model_len: int | Literal["auto"] | None
     max_num_seqs: int | None
     max_num_batched_tokens: int | None
     block_size: int | None
@@ -80,10 +96,19 @@ class EngineKeywords(TypedDict, total=False):
     max_request_crashes: int
     max_message_bytes: int
     tokenizer: str | None
+    tokenizer_revision: str | None
+    skip_tokenizer_init: bool
     revision: str | None
+    download_dir: str | None
+    trust_remote_code: bool
+    hf_overrides: dict[str, Any] | None
+    override_generation_config: dict[str, Any] | None
     generation_config: Literal["auto", "vllm"]
     chat_template: str | None
     chat_template_content_format: Literal["auto", "string", "openai"]
+    default_chat_template_kwargs: dict[str, Any] | None
+    structured_outputs_config: dict[str, Any] | None
+    stream_interval: int
     spec_method: SpeculativeMethod | None
     spec_model: str | None
     spec_tokens: int | None
@@ -96,46 +121,11 @@ class Arguments(NamedTuple):
     frontend: FrontendConfig
 
 
-# Keywords of vLLM that this engine lacks, each with the values that ask for nothing beyond what is done anyway.
-VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
-    "allowed_local_media_path": ("",),
-    "allowed_media_domains": (None,),
-    "async_scheduling": (None, False),
-    "attention_config": (None,),
-    "compilation_config": (None, 0),
-    "convert": ("auto", "none"),
-    "cpu_offload_gb": (0,),
-    "disable_custom_all_reduce": (True, False),
-    "disable_log_stats": (True,),
-    "distributed_executor_backend": (None, "mp"),
-    "download_dir": (None,),
-    "enable_chunked_prefill": (None, True),
-    "enable_expert_parallel": (False,),
-    "enable_lora": (False,),
-    "hf_overrides": (None,),
-    "hf_token": (None,),
-    "kv_cache_dtype": ("auto",),
-    "logits_processors": (None,),
-    "logprobs_mode": ("raw_logprobs",),
-    "num_gpu_blocks_override": (None,),
-    "override_generation_config": (None,),
-    "pipeline_parallel_size": (1,),
-    "prefix_caching_hash_algo": ("sha256",),
-    "runner": ("auto", "generate"),
-    "skip_tokenizer_init": (False,),
-    "structured_outputs_config": (None,),
-    "swap_space": (0,),
-    "tokenizer_mode": ("auto",),
-    "tokenizer_revision": (None,),
-    "trust_remote_code": (False,),
+# what some call a value: these are settings of the same names
+SAME_VALUES: dict[str, dict[object, object]] = {
+    "dtype": {"half": "float16", "float": "float32"},
+    "max_model_len": {"auto": None, -1: None},
 }
-_INSTEAD = {
-    "logits_processors": "Use logit_bias, allowed_token_ids or bad_words of SamplingParams.",
-    "trust_remote_code": "Code from a checkpoint is never run.",
-    "hf_token": "Set the environment variable HF_TOKEN.",
-    "override_generation_config": "Give SamplingParams.",
-}
-_SECRETS = ("hf_token",)
 _LEAST = {
     "max_model_len": 1,
     "max_num_seqs": 1,
@@ -148,6 +138,7 @@ _LEAST = {
     "max_restarts": 0,
     "max_request_crashes": 1,
     "max_message_bytes": 1 << 16,
+    "stream_interval": 1,
 }
 # What a message can carry.
 _MOST = 2**63 - 1
@@ -192,18 +183,39 @@ def parse_arguments(
             _refuse_unknown(name, value, [*engine_types, *frontend_types, *SHORT_SPECULATION])
     if "multiprocessing" not in engine and MULTIPROCESSING_VARIABLE in os.environ:
         engine["multiprocessing"] = _multiprocessing_from_environment()
-    _check_ranges(engine)
+    _check_ranges(engine | frontend)
+    _check_together(engine)
     speculative = speculative_config(keywords.get("speculative_config"), short)
     front = FrontendConfig(**frontend)
 
-    from sempre.engine.models import resolve_model
+    return _resolved(model, engine, front, speculative, progress)
 
-    resolved = resolve_model(model, revision=front.revision, progress=progress)
+
+def _resolved(
+    model: str | os.PathLike[str],
+    engine: Mapping[str, Any],
+    front: FrontendConfig,
+    speculative: SpeculativeConfig | None,
+    progress: bool,
+) -> Arguments:
+    from sempre.engine.models import refuse_remote_code, resolve_model, resolve_tokenizer, with_overrides
+
+    fetch: dict[str, Any] = {"download_dir": front.download_dir, "progress": progress}
+    found = resolve_model(model, revision=front.revision, **fetch)
+    path = found.path
+    if front.trust_remote_code:
+        refuse_remote_code(path)
+    if front.hf_overrides:
+        path = with_overrides(path, front.hf_overrides)
     if speculative is not None and speculative.model is not None:
-        draft = resolve_model(speculative.model, progress=progress)
+        draft = resolve_model(speculative.model, **fetch)
         speculative = msgspec.structs.replace(speculative, model=draft.name, model_path=draft.path)
-    engine["speculative_config"] = speculative
-    return Arguments(EngineConfig(model=resolved.name, model_path=resolved.path, **engine), front)
+    if front.tokenizer is not None or front.tokenizer_revision is not None:
+        folder = resolve_tokenizer(front.tokenizer or found.name, revision=front.tokenizer_revision, **fetch)
+        front = msgspec.structs.replace(front, tokenizer=str(folder))
+    return Arguments(
+        EngineConfig(model=found.name, model_path=path, **{**engine, "speculative_config": speculative}), front
+    )
 
 
 def engine_config(model: str, *, revision: str | None = None, **keywords: Any) -> EngineConfig:
@@ -220,20 +232,17 @@ def engine_config(model: str, *, revision: str | None = None, **keywords: Any) -
 def _refuse_unknown(name: str, value: object, known: list[str]) -> None:
     """Accept a keyword of vLLM that asks for what is done anyway; raise for every other one."""
     if name in VLLM_KEYWORDS:
-        if any(type(value) is type(same) and value == same for same in VLLM_KEYWORDS[name]):
-            return
-        shown = name if name in _SECRETS else f"{name}={value!r}"
-        raise ConfigError(
-            f"{shown} is not supported by this engine. {_INSTEAD.get(name, 'Leave it out.')}",
-            parameter=name,
-            value=None if name in _SECRETS else value,
-        )
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+        check_vllm_setting(name, value)
+        return
+    near = near_name(name, known)
+    hint = f" Did you mean {near!r}?" if near else ""
     raise TypeError(f"unknown keyword {name!r}.{hint}")
 
 
 def _typed(name: str, value: object, hint: Any) -> object:
+    same = SAME_VALUES.get(name, {})
+    if type(value) in (int, str) and value in same:
+        return same[value]
     if name == "seed":
         from sempre.engine.seeding import validate_seed
 
@@ -250,6 +259,8 @@ def _words(hint: Any) -> str:
         return _words(get_args(hint)[0])
     if get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in get_args(hint))
+    if get_origin(hint) is dict:
+        return "a mapping"
     if get_args(hint):
         return " or ".join(_words(option) for option in get_args(hint))
     return {int: "an int", float: "a number", str: "a string", bool: "True or False", NoneType: "None"}[hint]
@@ -266,8 +277,8 @@ def _multiprocessing_from_environment() -> bool:
     return value == "1"
 
 
-def _check_ranges(engine: Mapping[str, Any]) -> None:
-    for name, value in engine.items():
+def _check_ranges(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
         least = _LEAST.get(name)
         if least is not None and value is not None and value < least:
             raise ConfigError(f"{name} must be at least {least}, got {value}.", parameter=name, value=value)
@@ -281,6 +292,9 @@ def _check_ranges(engine: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} must be in (0, 1], got {value}.", parameter=name, value=value)
         if name.endswith("_s") and not (math.isfinite(value) and value > 0.0):
             raise ConfigError(f"{name} must be a positive number of seconds, got {value}.", parameter=name, value=value)
+
+
+def _check_together(engine: Mapping[str, Any]) -> None:
     defaults = {field.name: field.default for field in msgspec.structs.fields(EngineConfig)}
     settings = {**defaults, **engine}
     if settings["heartbeat_timeout_s"] <= settings["heartbeat_interval_s"]:

@@ -39,7 +39,7 @@ from sempre.workers.device import resolve_device
 from sempre.workers.drafting import Drafting
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.models.numerics import linear_kernel
-from sempre.workers.models.spec import FLOAT_DTYPES, ModelSpec, load_spec
+from sempre.workers.models.spec import FLOAT_DTYPES, ModelSpec, load_spec, spec_digest
 from sempre.workers.sampling.grammar import grammar_library_version
 from sempre.workers.seeding import rng_digests, seed_everything
 from sempre.workers.warm_up import warm_up
@@ -236,7 +236,8 @@ class Worker:
 
     def _fingerprint(self) -> dict[str, str]:
         parts = self._require_backend().fingerprint(self._require_loaded())
-        return parts | {"llguidance": grammar_library_version()} | self._late_fingerprint
+        own = {"config": spec_digest(self._require_loaded().spec), "llguidance": grammar_library_version()}
+        return parts | own | self._late_fingerprint
 
     def _kv_cache_digest(self, block_ids: list[int]) -> str:
         cache = self._require_runner().cache

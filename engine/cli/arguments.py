@@ -6,15 +6,17 @@ import argparse
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from sempre.engine.arguments import SHORT_SPECULATION, VLLM_KEYWORDS, FrontendConfig, field_types
+from sempre.engine.arguments import SAME_VALUES, SHORT_SPECULATION, FrontendConfig, field_types
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.config import EngineConfig
 from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.structured_outputs_config import MEMBERS
+from sempre.engine.vllm_settings import VLLM_KEYWORDS
 
 SAMPLING_SEED = "sampling_seed"
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -27,6 +29,7 @@ _ALIASES = {
     "speculative_config": ("-sc",),
     "tensor_parallel_size": ("-tp",),
 }
+_NESTED = "structured_outputs_config"
 _NOT_FLAGS = ("output_kind",)
 
 
@@ -43,13 +46,22 @@ def model_of(namespace: argparse.Namespace) -> str:
     return model
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every field of EngineConfig and FrontendConfig."""
+def add_engine_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """Add a flag for every field of EngineConfig and FrontendConfig, and for vLLM's other keywords but `without`."""
     add_config_flags(parser, "engine", EngineConfig, FrontendConfig)
     group = parser.add_argument_group("speculation, in short")
     for name, hint in SHORT_SPECULATION.items():
         _add_flag(group, name, hint, "default: none")
-    for name, accepted in VLLM_KEYWORDS.items():
+    add_vllm_flags(parser, {name: values for name, values in VLLM_KEYWORDS.items() if name not in without})
+    for member in MEMBERS:
+        name = f"{_NESTED}.{member}"
+        keywords: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(*_flags(name), type=_json_or_text, nargs="?", const=True, **keywords)
+
+
+def add_vllm_flags(parser: argparse.ArgumentParser, settings: Mapping[str, tuple[object, ...]]) -> None:
+    """Add flags that help does not list: the value of each is accepted or refused as the keyword of `LLM` is."""
+    for name, accepted in settings.items():
         _add_vllm_flag(parser, name, accepted)
 
 
@@ -65,7 +77,12 @@ def add_config_flags(parser: argparse.ArgumentParser, title: str, *configs: type
 
 def config_values(namespace: argparse.Namespace, config: type[msgspec.Struct]) -> dict[str, Any]:
     """Return the fields of `config` that were given."""
-    return {name: getattr(namespace, name) for name in field_types(config) if hasattr(namespace, name)}
+    return given_values(namespace, field_types(config))
+
+
+def given_values(namespace: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:
+    """Return those of the flags that were given."""
+    return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
 
 
 def add_sampling_flags(
@@ -87,8 +104,11 @@ def add_sampling_flags(
 def engine_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
     """Return the engine keywords that were given."""
     values = config_values(namespace, EngineConfig) | config_values(namespace, FrontendConfig)
-    others = (*SHORT_SPECULATION, *VLLM_KEYWORDS)
-    return values | {name: getattr(namespace, name) for name in others if hasattr(namespace, name)}
+    nested = given_values(namespace, [f"{_NESTED}.{member}" for member in MEMBERS])
+    if nested:
+        members = {name.removeprefix(f"{_NESTED}."): value for name, value in nested.items()}
+        values[_NESTED] = {**(values.get(_NESTED) or {}), **members}
+    return values | given_values(namespace, (*SHORT_SPECULATION, *VLLM_KEYWORDS))
 
 
 def sampling_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -110,10 +130,14 @@ def _add_flag(group: Any, name: str, hint: Any, default: str) -> None:
     }
     if kind is bool:
         keywords["action"] = argparse.BooleanOptionalAction
-    elif (get_origin(kind) is list and get_args(kind) == (str,)) or name in _REPEATED:
+    elif name in _REPEATED:
         keywords.update(action="append", metavar="TEXT")
+    elif get_origin(kind) is list and get_args(kind) == (str,):
+        keywords.update(action="extend", nargs="+", metavar="TEXT")
     elif get_origin(kind) is Literal:
-        keywords["choices"] = get_args(kind)
+        keywords["choices"] = (*get_args(kind), *SAME_VALUES.get(name, ()))
+    elif name in SAME_VALUES:
+        keywords.update(type=_integer_or(SAME_VALUES[name]), metavar="N")
     else:
         converter, keywords["metavar"] = _converter(kind)
         keywords["type"] = converter
@@ -121,10 +145,11 @@ def _add_flag(group: Any, name: str, hint: Any, default: str) -> None:
 
 
 def _add_vllm_flag(parser: argparse.ArgumentParser, name: str, accepted: tuple[object, ...]) -> None:
-    """Add a flag that help does not list: its value is accepted or refused as the keyword of `LLM` is."""
     keywords: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     if any(isinstance(value, bool) for value in accepted):
         keywords["action"] = argparse.BooleanOptionalAction
+    elif any(isinstance(value, list) and value for value in accepted):
+        keywords.update(action="extend", nargs="+")
     else:
         keywords["type"] = _json_or_text
     parser.add_argument(*_flags(name), **keywords)
@@ -163,6 +188,10 @@ def _converter(kind: Any) -> tuple[Callable[[str], Any], str]:
     if get_origin(kind) is list and get_args(kind) == (int,):
         return _integers, "N,N,…"
     return json_object, "JSON"
+
+
+def _integer_or(words: Mapping[object, object]) -> Callable[[str], object]:
+    return lambda text: text if text in words else _integer(text)
 
 
 def _integer(text: str) -> int:

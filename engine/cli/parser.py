@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from sempre.engine.near_names import near_name
 
 
 class UsageError(Exception):
@@ -41,8 +42,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def _refuse(self, flag: str) -> NoReturn:
         listed = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
-        near = difflib.get_close_matches(flag, listed, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"See {self.prog} --help."
+        near = near_name(flag, listed)
+        hint = f"Did you mean {near}?" if near else f"See {self.prog} --help."
         raise UsageError(f"unknown flag {flag}. {hint}")
 
 

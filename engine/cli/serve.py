@@ -5,22 +5,41 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from sempre.engine.arguments import SHORT_SPECULATION, VLLM_KEYWORDS, FrontendConfig, field_types, parse_arguments
-from sempre.engine.cli.arguments import add_config_flags, add_engine_flags, config_values, engine_keywords
+from sempre.engine.arguments import SHORT_SPECULATION, FrontendConfig, field_types, parse_arguments
+from sempre.engine.cli.arguments import (
+    add_config_flags,
+    add_engine_flags,
+    add_vllm_flags,
+    config_values,
+    engine_keywords,
+    given_values,
+)
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.config import EngineConfig
 from sempre.engine.executor.threads import threads_beside_a_server
+from sempre.engine.near_names import near_name
 from sempre.engine.server.config import SECRETS, ServerConfig, server_config
+from sempre.engine.vllm_settings import VLLM_KEYWORDS, VLLM_SERVER_SETTINGS, check_vllm_settings
 from sempre.ipc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_PREFIX = "SEMPRE_"
-_ENGINE_SETTINGS = (*field_types(EngineConfig), *field_types(FrontendConfig), *SHORT_SPECULATION, *VLLM_KEYWORDS)
+_SERVICE_VARIABLE = re.compile(r"\w+_SERVICE_(HOST|PORT(_\w+)?)|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
+_SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.*")
+_SERVER_SETTINGS = field_types(ServerConfig)
+_ENGINE_SETTINGS = (
+    *field_types(EngineConfig),
+    *field_types(FrontendConfig),
+    *SHORT_SPECULATION,
+    *(name for name in VLLM_KEYWORDS if name not in _SERVER_SETTINGS),
+)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +49,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as the flags are")
     parser.add_argument("--print-config", action="store_true", help="print the settings in use as YAML, and end")
     add_config_flags(parser, "server", ServerConfig)
-    add_engine_flags(parser)
+    add_engine_flags(parser, without=_SERVER_SETTINGS)
+    add_vllm_flags(parser, VLLM_SERVER_SETTINGS)
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     settings = _settings(namespace)
-    server = server_config({name: value for name, value in settings.items() if name in field_types(ServerConfig)})
+    check_vllm_settings(settings)
+    server = server_config({name: value for name, value in settings.items() if name in _SERVER_SETTINGS})
     engine = {name: value for name, value in settings.items() if name in _ENGINE_SETTINGS}
     model = settings.get("model")
     if model is None:
@@ -54,7 +75,7 @@ def run(namespace: argparse.Namespace) -> int:
     from sempre.engine.server.run import api_keys, serve
 
     keys = api_keys(server)
-    set_up_logging(server.log_format, debug=namespace.debug)
+    set_up_logging(server.log_format, debug=namespace.debug, uvicorn_level=server.uvicorn_log_level)
     if not keys and os.environ.get("VLLM_API_KEY"):
         logger.warning("VLLM_API_KEY is not read, so requests need no key; set %sAPI_KEY", ENVIRONMENT_PREFIX)
     serve(AsyncLLM(model, **engine), server)
@@ -67,6 +88,7 @@ def _settings(namespace: argparse.Namespace) -> dict[str, Any]:
     settings = {} if path is None else _from_file(path)
     settings |= _from_environment()
     settings |= config_values(namespace, ServerConfig) | engine_keywords(namespace)
+    settings |= given_values(namespace, VLLM_SERVER_SETTINGS)
     given = [model for model in (namespace.model_argument, namespace.model) if model is not None]
     if len(set(given)) > 1:
         raise UsageError(f"two models are given: {' and '.join(given)}")
@@ -88,10 +110,14 @@ def _from_file(path: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path} must hold settings as `name: value`, found {type(found).__name__}.")
     settings = {str(name).replace("-", "_"): value for name, value in found.items()}
-    known = {"model", *field_types(ServerConfig), *_ENGINE_SETTINGS}
-    for name in settings:
+    known = {"model", *_SERVER_SETTINGS, *_ENGINE_SETTINGS, *VLLM_SERVER_SETTINGS}
+    for name, value in settings.items():
         if name not in known:
-            raise ConfigError(f"{path}: there is no setting {name!r}.", parameter=name)
+            near = near_name(name, known)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise ConfigError(f"{path}: there is no setting {name!r}.{hint}", parameter=name)
+        if isinstance(value, str) and name in _SERVER_SETTINGS and _is_list(name):
+            settings[name] = [value]
     return settings
 
 
@@ -101,18 +127,39 @@ def _from_environment() -> dict[str, Any]:
     The engine's are not read from there: nothing that an output depends on should be set unseen.
     """
     settings: dict[str, Any] = {}
-    for name in ("model", *field_types(ServerConfig)):
-        text = os.environ.get(ENVIRONMENT_PREFIX + name.upper())
-        if text is not None:
+    links = service_variables(os.environ)
+    if links:
+        logger.warning("not read as settings, but as what Kubernetes sets beside a service: %s", ", ".join(links))
+    for name in ("model", *_SERVER_SETTINGS):
+        variable = ENVIRONMENT_PREFIX + name.upper()
+        text = os.environ.get(variable)
+        if text is not None and variable not in links:
             settings[name] = text if name == "model" else _converted(name, text)
     return settings
 
 
+def service_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return what Kubernetes puts into every container beside a service whose name begins with ours.
+
+    For a service `sempre`: SEMPRE_PORT=tcp://10.0.0.1:8000, SEMPRE_SERVICE_HOST, SEMPRE_PORT_8000_TCP_ADDR, …
+    """
+    return sorted(
+        name
+        for name, value in environment.items()
+        if name.startswith(ENVIRONMENT_PREFIX)
+        and (_SERVICE_VARIABLE.fullmatch(name) or (name.endswith("_PORT") and _SERVICE_ADDRESS.fullmatch(value)))
+    )
+
+
+def _is_list(name: str) -> bool:
+    return msgspec.json.schema(_SERVER_SETTINGS[name]).get("type") == "array"
+
+
 def _converted(name: str, text: str) -> object:
     """Return a variable's text as its setting's type; lists are separated by commas."""
-    kind = field_types(ServerConfig)[name]
+    kind = _SERVER_SETTINGS[name]
     try:
-        if msgspec.json.schema(kind).get("type") == "array":
+        if _is_list(name):
             return [part.strip() for part in text.split(",")]
         return msgspec.convert(text, kind, strict=False)
     except msgspec.ValidationError as error:

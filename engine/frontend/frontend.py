@@ -14,7 +14,10 @@ from sempre.engine.fingerprint import fingerprint_digest, fingerprint_parts
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
 from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.frontend.request_builder import RequestBuilder, RequestLimits
+from sempre.engine.near_names import near_name
 from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.structured_outputs_config import structured_outputs_defaults
+from sempre.engine.text.absent_tokenizer import AbsentTokenizer
 from sempre.engine.text.messages import ContentFormat
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.codec import UNSEQUENCED, FrameEncoder
@@ -50,7 +53,12 @@ class Frontend:
         chat template that is not there."""
         self.config, self._options = arguments
         folder = self._options.tokenizer
-        self.tokenizer = Tokenizer.from_folder(self.config.model_path if folder is None else folder)
+        self.tokenizer: Tokenizer = (
+            AbsentTokenizer()
+            if self._options.skip_tokenizer_init
+            else Tokenizer.from_folder(self.config.model_path if folder is None else folder)
+        )
+        self._structured_outputs = structured_outputs_defaults(self._options.structured_outputs_config)
         self.default_sampling_params = self._default_sampling_params()
         given = self._options.chat_template
         self._chat_template = None if given is None else _template_text(given)
@@ -68,11 +76,12 @@ class Frontend:
             max_logprobs=self.config.max_logprobs,
             eos_token_ids=eos_token_ids,
             allows_priority=self.config.scheduling_policy == "priority",
+            structured_outputs=self._structured_outputs,
         )
         self.parts = fingerprint_parts(ready.fingerprint)
         self.fingerprint = fingerprint_digest(self.parts)
         self.builder = RequestBuilder(self.tokenizer, limits)
-        self.processor = OutputProcessor(self.tokenizer, self.fingerprint)
+        self.processor = OutputProcessor(self.tokenizer, self.fingerprint, self._options.stream_interval)
 
     def render_chat(
         self,
@@ -100,7 +109,10 @@ class Frontend:
             continue_final_message=continue_final_message,
             tokenize=False,
             content_format=chat_template_content_format or self._options.chat_template_content_format,
-            **checked_variables(chat_template_kwargs),
+            **{
+                **(self._options.default_chat_template_kwargs or {}),
+                **checked_variables(chat_template_kwargs),
+            },
         )
         assert isinstance(text, str)
         # The template has written the special tokens itself.
@@ -108,12 +120,13 @@ class Frontend:
 
     def _default_sampling_params(self) -> SamplingParams:
         path = Path(self.config.model_path) / "generation_config.json"
-        if self._options.generation_config == "vllm" or not path.is_file():
-            return SamplingParams()
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{path} is not valid JSON: {error}") from error
+        found: dict[str, Any] = {}
+        if self._options.generation_config == "auto" and path.is_file():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ModelError(f"{path} is not valid JSON: {error}") from error
+        found |= _generation_overrides(self._options.override_generation_config or {})
         given = {ours: found[theirs] for theirs, ours in _GENERATION_FIELDS.items() if found.get(theirs) is not None}
         try:
             params = SamplingParams(**given)
@@ -122,6 +135,28 @@ class Frontend:
         if given:
             logger.info("default sampling parameters of the model (generation_config.json): %s", given)
         return params
+
+
+def _generation_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that each is a default that has an effect. Raises ConfigError."""
+    for name, value in overrides.items():
+        if name not in _GENERATION_FIELDS:
+            near = near_name(name, _GENERATION_FIELDS)
+            raise ConfigError(
+                f"override_generation_config: {name!r} is no default of sampling parameters; known are "
+                f"{', '.join(_GENERATION_FIELDS)}.{f' Did you mean {near!r}?' if near else ''}",
+                parameter=f"override_generation_config.{name}",
+                value=value,
+            )
+        try:
+            SamplingParams(**{_GENERATION_FIELDS[name]: value})
+        except ConfigError as error:
+            raise ConfigError(
+                f"override_generation_config.{name}: {error}",
+                parameter=f"override_generation_config.{name}",
+                value=value,
+            ) from error
+    return dict(overrides)
 
 
 def log_progress(progress: StartupProgress) -> None:

@@ -24,7 +24,15 @@ class SequenceState:
     Without stop strings nobody needs the text before it is handed out, so tokens are decoded then, all at once.
     """
 
-    def __init__(self, index: int, seed: int, params: SamplingParams, detokenizer: IncrementalDetokenizer | None):
+    def __init__(
+        self,
+        index: int,
+        seed: int,
+        params: SamplingParams,
+        detokenizer: IncrementalDetokenizer | None,
+        interval: int = 1,
+    ):
+        """`interval`: tokens that are news after the first ones; fewer are told with the end."""
         self.index = index
         self.finish_reason: str | None = None
         self.error: ErrorInfo | None = None
@@ -41,11 +49,14 @@ class SequenceState:
         self._taken_tokens = 0
         self._taken_pieces = 0
         self._has_news = False
+        self._interval = interval
 
     @property
     def has_news(self) -> bool:
-        """Whether anything came since the last `take`."""
-        return self._has_news
+        """Whether enough came since the last `take`."""
+        num_new = len(self._token_ids) - self._taken_tokens
+        is_enough = not self._taken_tokens or num_new >= self._interval or self.finish_reason is not None
+        return self._has_news and is_enough
 
     @property
     def num_tokens(self) -> int:
@@ -119,12 +130,14 @@ class SequenceState:
 class RequestState:
     """One request of a user: its sequences, and the output that is due."""
 
-    def __init__(self, request: PreparedRequest, tokenizer: Tokenizer, fingerprint: str) -> None:
+    def __init__(
+        self, request: PreparedRequest, tokenizer: Tokenizer, fingerprint: str, stream_interval: int = 1
+    ) -> None:
         params = request.params
         self.request = request
         self.request_id = request.request_id
         self.sequences = [
-            SequenceState(i, spec.seed, params, _detokenizer(request, tokenizer) if params.detokenize else None)
+            SequenceState(i, spec.seed, params, _detokenizer(request, tokenizer), stream_interval)
             for i, spec in enumerate(request.sequences)
         ]
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
@@ -193,8 +206,10 @@ class Processed:
 class OutputProcessor:
     """The unfinished requests of one engine. A request that has finished is forgotten at once."""
 
-    def __init__(self, tokenizer: Tokenizer, fingerprint: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, fingerprint: str, stream_interval: int = 1) -> None:
+        """`stream_interval`: tokens from one output of a sequence to the next, after the first one."""
         self._tokenizer = tokenizer
+        self._stream_interval = stream_interval
         self._fingerprint = fingerprint
         self._requests: dict[str, RequestState] = {}
         self._sequences: dict[str, tuple[RequestState, SequenceState]] = {}
@@ -214,7 +229,13 @@ class OutputProcessor:
                 value=request.request_id,
                 request_id=request.request_id,
             )
-        state = RequestState(request, self._tokenizer, self._fingerprint)
+        if request.params.stop_strings and not self._tokenizer.makes_text:
+            raise RequestError(
+                "stop needs text, and there is none with skip_tokenizer_init=True; use stop_token_ids.",
+                parameter="stop",
+                request_id=request.request_id,
+            )
+        state = RequestState(request, self._tokenizer, self._fingerprint, self._stream_interval)
         self._requests[request.request_id] = state
         for spec, sequence in zip(request.sequences, state.sequences, strict=True):
             self._sequences[spec.request_id] = (state, sequence)
@@ -275,11 +296,17 @@ class OutputProcessor:
         return sequence.apply(delta, () if delta.logprobs is None else self._unpacked(state, delta.logprobs))
 
     def _unpacked(self, state: RequestState, rows: LogprobRows) -> list[dict[int, Logprob]]:
-        return unpack_logprobs(rows, self._tokenizer if state.request.params.detokenize else None)
+        return unpack_logprobs(rows, self._tokenizer if _has_text(state.request, self._tokenizer) else None)
 
 
-def _detokenizer(request: PreparedRequest, tokenizer: Tokenizer) -> IncrementalDetokenizer:
+def _has_text(request: PreparedRequest, tokenizer: Tokenizer) -> bool:
+    return request.params.detokenize and tokenizer.makes_text
+
+
+def _detokenizer(request: PreparedRequest, tokenizer: Tokenizer) -> IncrementalDetokenizer | None:
     params = request.params
+    if not _has_text(request, tokenizer):
+        return None
     return IncrementalDetokenizer(
         tokenizer,
         skip_special_tokens=params.skip_special_tokens,

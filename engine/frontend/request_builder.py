@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
@@ -14,6 +14,7 @@ from sempre.engine.frontend.grammars import GrammarBuilder
 from sempre.engine.frontend.prompts import list_prompts, parse_prompt
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.seeding import child_seed, derive_request_seed
+from sempre.engine.structured_outputs_config import with_defaults
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
 from sempre.ipc.messages import RequestSpec, SamplingSpec
@@ -45,6 +46,8 @@ class RequestLimits:
     """Most log-probabilities per token; -1 is the whole vocabulary."""
     eos_token_ids: list[int]
     allows_priority: bool
+    structured_outputs: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of forms."""
 
 
 class RequestBuilder:
@@ -191,7 +194,8 @@ class RequestBuilder:
         if params.structured_outputs is None:
             return None
         limits = self._limits
-        return self._grammars.build(params.structured_outputs, limits.vocab_size, limits.eos_token_ids)
+        form = with_defaults(params.structured_outputs, limits.structured_outputs)
+        return self._grammars.build(form, limits.vocab_size, limits.eos_token_ids)
 
     def _fitted(self, spec: SamplingSpec, params: SamplingParams, token_ids: list[int]) -> SamplingSpec:
         """Return `spec` with as many tokens as asked for and as the context holds, and what it may think before."""

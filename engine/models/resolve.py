@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from sempre.engine.models.pull import pull
 from sempre.ipc.errors import ConfigError, ModelError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+_HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
+_TOKENIZER_FILES = ("tokenizer*", "*config.json", "*.jinja")
 # Sub-folders hold other formats; consolidated files repeat the same weights under other tensor names.
 _HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
 
@@ -29,7 +32,11 @@ class ResolvedModel:
 
 
 def resolve_model(
-    model: str | os.PathLike[str], *, revision: str | None = None, progress: bool = True
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    progress: bool = True,
 ) -> ResolvedModel:
     """Find `model`; the first of these that fits is used.
 
@@ -38,8 +45,9 @@ def resolve_model(
     3. a catalogue name (`smollm2-135m`), pulled into the cache on first use
     4. a hub id `org/name`, through huggingface_hub, which honours `HF_HUB_OFFLINE`, `HF_HOME` and `HF_TOKEN`
 
-    `revision` is a branch, tag or commit of a hub id and is refused for anything else. `progress` shows bars
-    while files are fetched.
+    `revision` is a branch, tag or commit of a hub id and is refused for anything else. `download_dir` takes the place
+    of the hub's own cache folder, and is refused for models of the catalogue. `progress` shows bars while files are
+    fetched.
 
     Raises ConfigError when the argument names nothing known, ModelError when a download or a conversion fails.
     """
@@ -58,10 +66,66 @@ def resolve_model(
         return ResolvedModel(model, embedded)
     if model in CATALOG:
         _refuse_revision(model, revision)
+        if download_dir is not None:
+            raise ConfigError(
+                f"download_dir is for hub ids (org/name); {model!r} comes from the catalogue. Set the environment "
+                "variable SEMPRE_CACHE to choose its folder.",
+                parameter="download_dir",
+                value=download_dir,
+            )
         return ResolvedModel(model, pull(model, progress=progress))
     if not local.exists() and _HUB_ID.fullmatch(model):
-        return ResolvedModel(model, _fetch_from_hub(model, revision, progress))
+        folder = _fetch_from_hub(model, revision, download_dir, progress)
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"hub repository {model!r} has no config.json, so it is no transformers-style model folder."
+            )
+        return ResolvedModel(model, folder)
     raise _unknown(model, local)
+
+
+def resolve_tokenizer(
+    tokenizer: str, *, revision: str | None = None, download_dir: str | None = None, progress: bool = True
+) -> Path:
+    """Return the folder of a tokenizer: a local one, an embedded name's, a hub id's.
+
+    Raises ConfigError when the argument names nothing known, ModelError when a download fails.
+    """
+    local = Path(tokenizer).expanduser()
+    known = local if local.is_dir() else embedded_checkpoint(tokenizer)
+    if known is not None:
+        if revision is not None:
+            raise ConfigError(
+                f"tokenizer_revision applies to a hub id (org/name) only, and {tokenizer!r} is none; got "
+                f"tokenizer_revision={revision!r}.",
+                parameter="tokenizer_revision",
+                value=revision,
+            )
+        return known.resolve()
+    if not _HUB_ID.fullmatch(tokenizer):
+        raise ConfigError(
+            f"tokenizer {tokenizer!r} is no local folder and no hub id (org/name).",
+            parameter="tokenizer",
+            value=tokenizer,
+        )
+    return _fetch_from_hub(tokenizer, revision, download_dir, progress, _TOKENIZER_FILES)
+
+
+def refuse_remote_code(folder: Path) -> None:
+    """Raise ConfigError when the checkpoint brings code of its own (`auto_map`), for trust_remote_code to run."""
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError:  # whoever needs the file says so
+            continue
+        if isinstance(found, dict) and found.get("auto_map"):
+            raise ConfigError(
+                f"trust_remote_code=True: {path} names code of the checkpoint (auto_map), and such code is never run. "
+                "Leave it out to use the model without its code.",
+                parameter="trust_remote_code",
+                value=True,
+            )
 
 
 def _refuse_revision(model: str, revision: str | None) -> None:
@@ -73,7 +137,9 @@ def _refuse_revision(model: str, revision: str | None) -> None:
         )
 
 
-def _fetch_from_hub(model: str, revision: str | None, progress: bool) -> Path:
+def _fetch_from_hub(
+    model: str, revision: str | None, download_dir: str | None, progress: bool, files: Sequence[str] = _HUB_FILES
+) -> Path:
     import huggingface_hub
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -82,7 +148,11 @@ def _fetch_from_hub(model: str, revision: str | None, progress: bool) -> Path:
         disable_progress_bars()
     try:
         snapshot = huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED
+            model,
+            revision=revision,
+            cache_dir=download_dir,
+            allow_patterns=list(files),
+            ignore_patterns=_HUB_IGNORED,
         )
     # OSError: the hub's HTTP, offline and not-found errors; ValueError: a malformed id or revision.
     except (OSError, ValueError) as error:
@@ -93,10 +163,7 @@ def _fetch_from_hub(model: str, revision: str | None, progress: bool) -> Path:
     finally:
         if not quiet_before:
             enable_progress_bars()
-    folder = Path(snapshot)
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"hub repository {model!r} has no config.json, so it is no transformers-style model folder.")
-    return folder
+    return Path(snapshot)
 
 
 def _unknown(model: str, local: Path) -> ConfigError:

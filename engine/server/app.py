@@ -26,6 +26,7 @@ from sempre.engine.server.playground import PLAYGROUND_ROUTES
 from sempre.engine.server.responses import ModelCard, ModelList
 from sempre.engine.server.service import Service
 from sempre.engine.server.tokenization import detokenize, tokenize
+from sempre.engine.server.user_middleware import wrapped
 from sempre.engine.version import __version__
 from sempre.ipc.errors import EngineDeadError
 
@@ -53,7 +54,7 @@ def create_app(service: Service, keys: KeyRing) -> ASGIApp:
         scope["root_path"] = config.root_path
         await app(scope, receive, send)
 
-    outer: ASGIApp = RequestGate(rooted if config.root_path else app, keys, config)
+    outer: ASGIApp = wrapped(RequestGate(rooted if config.root_path else app, keys, config), config.middleware)
     if config.allowed_origins:
         from starlette.middleware.cors import CORSMiddleware
 

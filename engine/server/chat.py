@@ -21,7 +21,7 @@ from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
 from sempre.engine.server.message_parser import MessageParser, PlainContent, message_of
-from sempre.engine.server.parameters import chat_parameters, check_model
+from sempre.engine.server.parameters import apply_server_defaults, chat_parameters, check_model
 from sempre.engine.server.requests import ChatCompletionRequest
 from sempre.engine.server.responses import (
     ChatChoice,
@@ -44,6 +44,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     request = await read_model(http, ChatCompletionRequest, service.config)
     service.check_ready()
     check_model(request.model, service.model_names)
+    apply_server_defaults(request, service.config)
     params = chat_parameters(request, service.engine.get_default_sampling_params(), service.config)
     plan = ChatPlan.of(request, service.config)
     prompt = await render(

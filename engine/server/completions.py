@@ -20,7 +20,7 @@ from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
-from sempre.engine.server.parameters import check_model, completion_parameters
+from sempre.engine.server.parameters import apply_server_defaults, check_model, completion_parameters
 from sempre.engine.server.requests import CompletionRequest
 from sempre.engine.server.responses import CompletionChoice, CompletionLogprobs, CompletionResponse
 from sempre.engine.server.service import Service
@@ -35,6 +35,7 @@ async def create_completion(service: Service, http: Request) -> Response:
     request = await read_model(http, CompletionRequest, service.config)
     service.check_ready()
     check_model(request.model, service.model_names)
+    apply_server_defaults(request, service.config)
     params = completion_parameters(request, service.engine.get_default_sampling_params(), service.config)
     prompts = await _prompts(request, service)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):

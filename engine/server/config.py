@@ -15,6 +15,7 @@ LogFormat = Literal["text", "json"]
 ToolParser = Literal["hermes", "llama3_json"]
 ReasoningParser = Literal["", "qwen3", "deepseek_r1"]
 EngineDeath = Literal["exit", "restart"]
+LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
 MetricsPrefix = Literal["sempre", "vllm"]
 
 
@@ -41,6 +42,8 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     enable_auto_tool_choice: Annotated[bool, _doc("let the model call tools; needs tool_call_parser")] = False
     tool_call_parser: Annotated[ToolParser | None, _doc("the format in which the model calls tools")] = None
     reasoning_parser: Annotated[ReasoningParser, _doc("how the model marks its reasoning")] = ""
+    enable_force_include_usage: Annotated[bool, _doc("end every stream with its usage, asked for or not")] = False
+    return_tokens_as_token_ids: Annotated[bool, _doc("name tokens `token_id:N` in all log-probabilities")] = False
     ignore_unknown_fields: Annotated[bool, _doc("leave unknown request fields aside instead of refusing them")] = False
     trust_request_chat_template: Annotated[bool, _doc("let requests bring a chat template")] = False
     max_num_queued_reqs: Annotated[int, _doc("most sequences that wait while max_num_seqs run; more get 503")] = 1024
@@ -61,6 +64,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     metrics_prefix: Annotated[MetricsPrefix, _doc("prefix of the names at /metrics")] = "sempre"
     log_format: Annotated[LogFormat, _doc("form of log lines")] = "text"
     enable_access_log: Annotated[bool, _doc("log a line per request")] = True
+    disable_uvicorn_access_log: Annotated[bool, _doc("log no line per request")] = False
+    uvicorn_log_level: Annotated[LogLevel, _doc("what of the HTTP library's own log is shown")] = "warning"
+    middleware: Annotated[list[str], _doc("ASGI middleware around the application: module.Class, or a function")] = []
     enable_log_requests: Annotated[bool, _doc("log prompts and parameters of requests")] = False
     max_log_len: Annotated[int | None, _doc("most characters, and token ids, of a prompt that are logged")] = None
 
@@ -103,6 +109,11 @@ def server_config(settings: Mapping[str, Any]) -> ServerConfig:
         raise ConfigError("ssl_ca_certs needs ssl_certfile and ssl_keyfile.", parameter="ssl_ca_certs")
     if config.enable_auto_tool_choice and config.tool_call_parser is None:
         raise ConfigError("enable_auto_tool_choice needs tool_call_parser.", parameter="enable_auto_tool_choice")
+    if config.middleware:
+        # here: what it needs is imported when a server starts, and not to print help
+        from sempre.engine.server.user_middleware import load_middleware
+
+        load_middleware(config.middleware)
     if any(not key for key in config.api_key):
         raise ConfigError("api_key must not be empty.", parameter="api_key")
     return config

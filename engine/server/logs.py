@@ -8,7 +8,7 @@ import sys
 import time
 from contextvars import ContextVar
 
-from sempre.engine.server.config import LogFormat
+from sempre.engine.server.config import LogFormat, LogLevel
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request being served."""
@@ -44,7 +44,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def set_up_logging(log_format: LogFormat, *, debug: bool) -> None:
+# below DEBUG, as the library has it
+_LEVELS = {"trace": 5}
+
+
+def set_up_logging(log_format: LogFormat, *, debug: bool, uvicorn_level: LogLevel = "warning") -> None:
     """Send the logs of the project and of uvicorn to standard error, in one form."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
@@ -54,5 +58,5 @@ def set_up_logging(log_format: LogFormat, *, debug: bool) -> None:
     project.propagate = False
     uvicorn = logging.getLogger("uvicorn")
     uvicorn.handlers = [handler]
-    uvicorn.setLevel(logging.WARNING)
+    uvicorn.setLevel(_LEVELS.get(uvicorn_level, uvicorn_level.upper()))
     uvicorn.propagate = False

@@ -49,7 +49,7 @@ class RequestGate:
         self._app = app
         self._keys = keys
         self._pages = PageGuard(config)
-        self._access_log = config.enable_access_log
+        self._access_log = config.enable_access_log and not config.disable_uvicorn_access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -8,7 +8,12 @@ from typing import Any
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import APIError, BadRequest
-from sempre.engine.server.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from sempre.engine.server.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    StreamOptions,
+)
 from sempre.engine.server.structure import structured_outputs
 
 _SAME_NAME = (
@@ -32,6 +37,15 @@ _SAME_NAME = (
     "bad_words",
     "prompt_logprobs",
 )
+
+
+def apply_server_defaults(request: GenerationRequest, config: ServerConfig) -> None:
+    """Set the fields that the server's settings decide for every request."""
+    if config.return_tokens_as_token_ids:
+        request.return_tokens_as_token_ids = True
+    if config.enable_force_include_usage and request.stream:
+        request.stream_options = request.stream_options or StreamOptions()
+        request.stream_options.include_usage = True
 
 
 def completion_parameters(request: CompletionRequest, defaults: SamplingParams, config: ServerConfig) -> SamplingParams:

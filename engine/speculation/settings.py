@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, get_args
 
 import msgspec
 
 from sempre.engine.config import SpeculativeConfig, SpeculativeMethod
+from sempre.engine.near_names import near_name
 from sempre.ipc.errors import ConfigError
 
 _FIELDS = tuple(name for name in SpeculativeConfig.__struct_fields__ if name != "model_path")
@@ -36,8 +36,8 @@ def speculative_config(value: object, short: Mapping[str, object]) -> Speculativ
         return None
     for name in fields:
         if name not in _FIELDS:
-            near = difflib.get_close_matches(str(name), _FIELDS, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(_FIELDS)}."
+            near = near_name(str(name), _FIELDS)
+            hint = f"Did you mean {near!r}?" if near else f"Known: {', '.join(_FIELDS)}."
             raise _refused(f"speculative_config[{name!r}]", fields[name], f"is no setting of speculation. {hint}")
     if fields.get("method") is None and fields.get("model") is not None:
         fields["method"] = "draft_model"

@@ -48,6 +48,9 @@ class Tokenizer:
     is_fast = True
     model_input_names = ("input_ids", "attention_mask")
 
+    makes_text = True
+    """False where there is none, and token ids are all there is."""
+
     def __init__(
         self,
         backend: Backend,

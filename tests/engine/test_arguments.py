@@ -68,10 +68,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"quantization": "awq"},
         "quantization must be 'fp8' or 'fp8_weight_only' or None, got 'awq'.",
     ),
-    (
-        {"trust_remote_code": True},
-        "trust_remote_code=True is not supported by this engine. Code from a checkpoint is never run.",
-    ),
+    ({"stream_interval": 0}, "stream_interval must be at least 1, got 0."),
+    ({"hf_overrides": 5}, "hf_overrides must be a mapping or None, got 5."),
     ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported by this engine. Leave it out."),
     (
         {"hf_token": "hf_abc"},

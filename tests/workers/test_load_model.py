@@ -41,6 +41,7 @@ def test_answers(checkpoints: Any, serve: Any) -> None:
     assert {"allocate", "warm_up"} <= set(serving.ready.phase_seconds)
     assert set(loaded.fingerprint) == {
         "weights",
+        "config",
         "dtype",
         "storage",
         "quantization",

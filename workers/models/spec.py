@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,11 @@ def load_spec(folder: Path) -> ModelSpec:
     generation_path = folder / "generation_config.json"
     generation = read_json_object(generation_path) if generation_path.exists() else {}
     return parse_spec(config, generation)
+
+
+def spec_digest(spec: ModelSpec) -> str:
+    """Of what config.json and generation_config.json say of the model; the weights' digest is of tensors alone."""
+    return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
 
 
 def parse_spec(config: dict[str, object], generation_config: dict[str, object]) -> ModelSpec:

@@ -1,0 +1,43 @@
+"""Which known name a mistyped one was meant to be; never one that says the opposite."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+_NEGATIONS = frozenset({"no", "not", "disable", "disabled", "without", "skip"})
+_OPPOSITES = (
+    ("allow", "deny"),
+    ("before", "after"),
+    ("begin", "end"),
+    ("first", "last"),
+    ("include", "exclude"),
+    ("input", "output"),
+    ("least", "most"),
+    ("max", "min"),
+    ("prefix", "suffix"),
+    ("start", "stop"),
+)
+
+
+def near_name(name: str, known: Iterable[str]) -> str | None:
+    """The nearest of `known` that means what `name` could mean, if there is one."""
+    found = difflib.get_close_matches(name, known, n=8)
+    return next((other for other in found if not _opposed(name, other)), None)
+
+
+def _opposed(one: str, other: str) -> bool:
+    """`disable-x` and `enable-x`, `x` and `no-x`, `max-x` and `min-x`; not `disable-x` and `no-enable-x`."""
+    ours, theirs = _words(one), _words(other)
+    if _is_negated(ours) != _is_negated(theirs):
+        return True
+    return any({a, b} <= set(ours) ^ set(theirs) and (a in ours) == (b in theirs) for a, b in _OPPOSITES)
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[-_.\s]+", name.lower()) if word]
+
+
+def _is_negated(words: list[str]) -> bool:
+    return sum(word in _NEGATIONS for word in words) % 2 == 1

@@ -1,0 +1,154 @@
+"""Settings of vLLM that this engine has no use for, each with the values that ask for what is done anyway.
+
+Any other value is refused by name, so that no setting is without effect unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sempre.ipc.errors import ConfigError
+
+# keywords of `LLM`, and flags of every command that starts an engine
+VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
+    "additional_config": (None, {}),
+    "allowed_local_media_path": ("",),
+    "allowed_media_domains": (None,),
+    # steps are sent ahead where results do not depend on it, which is everywhere
+    "async_scheduling": (None, True, False),
+    "attention_backend": (None,),
+    "attention_config": (None,),
+    "calculate_kv_scales": (False,),
+    "code_revision": (None,),
+    "collect_detailed_traces": (None,),
+    "compilation_config": (None, 0),
+    "config_format": ("auto", "hf"),
+    "convert": ("auto", "none"),
+    "cpu_offload_gb": (0,),
+    "cudagraph_capture_sizes": (None,),
+    "cudagraph_metrics": (False,),
+    "data_parallel_backend": ("mp",),
+    "dcp_kv_cache_interleave_size": (1,),
+    "decode_context_parallel_size": (1,),
+    # all attention is computed in one order, whatever is shared
+    "disable_cascade_attn": (True, False),
+    "disable_chunked_mm_input": (False,),
+    "disable_custom_all_reduce": (True, False),
+    "disable_hybrid_kv_cache_manager": (None, False),
+    # figures are always kept: get_metrics, /metrics
+    "disable_log_stats": (True, False),
+    "disable_sliding_window": (False,),
+    "distributed_executor_backend": (None, "mp"),
+    "enable_chunked_prefill": (None, True),
+    "enable_dbo": (False,),
+    "enable_eplb": (False,),
+    "enable_expert_parallel": (False,),
+    "enable_log_requests": (False,),
+    "enable_lora": (False,),
+    "enable_mm_embeds": (False,),
+    "enable_prompt_embeds": (False,),
+    "enable_sleep_mode": (False,),
+    "fail_on_environ_validation": (False,),
+    "hf_config_path": (None,),
+    "hf_token": (None,),
+    "ignore_patterns": (None, []),
+    "kv_cache_dtype": ("auto",),
+    "kv_events_config": (None,),
+    "kv_offloading_size": (None,),
+    "kv_sharing_fast_prefill": (False,),
+    "kv_transfer_config": (None,),
+    "limit_mm_per_prompt": (None, {}),
+    "logits_processor_pattern": (None,),
+    "logits_processors": (None,),
+    "logprobs_mode": ("raw_logprobs",),
+    "long_prefill_token_threshold": (0,),
+    "max_cudagraph_capture_size": (None,),
+    "max_long_partial_prefills": (1,),
+    "max_num_partial_prefills": (1,),
+    "max_parallel_loading_workers": (None,),
+    "mm_processor_kwargs": (None, {}),
+    "model_impl": ("auto", "vllm"),
+    "model_loader_extra_config": (None, {}),
+    "num_gpu_blocks_override": (None,),
+    "num_redundant_experts": (0,),
+    "otlp_traces_endpoint": (None,),
+    "pipeline_parallel_size": (1,),
+    "pooler_config": (None,),
+    "prefill_context_parallel_size": (1,),
+    "prefix_caching_hash_algo": ("sha256",),
+    "pt_load_map_location": ("cpu",),
+    "ray_workers_use_nsight": (False,),
+    "runner": ("auto", "generate"),
+    "safetensors_load_strategy": ("lazy",),
+    "scheduler_reserve_full_isl": (True, False),
+    "show_hidden_metrics_for_version": (None,),
+    "swap_space": (0,),
+    "task": (None, "auto", "generate"),
+    "tokenizer_mode": ("auto", "hf"),
+    "use_tqdm_on_load": (True, False),
+    "worker_cls": ("auto",),
+    "worker_extension_cls": ("",),
+}
+
+# flags of `sempre serve` alone
+VLLM_SERVER_SETTINGS: dict[str, tuple[object, ...]] = {
+    "allow_credentials": (False,),
+    "allowed_headers": (["*"],),
+    "allowed_methods": (["*"],),
+    "api_server_count": (None, 1),
+    "disable_fastapi_docs": (False,),
+    # one process takes and answers requests
+    "disable_frontend_multiprocessing": (True, False),
+    "enable_log_deltas": (True, False),
+    "enable_log_outputs": (False,),
+    "enable_offline_docs": (False,),
+    # usage.prompt_tokens_details is always told
+    "enable_prompt_tokens_details": (True, False),
+    # every answer has its X-Request-Id
+    "enable_request_id_headers": (True, False),
+    # /load always counts
+    "enable_server_load_tracking": (True, False),
+    "enable_ssl_refresh": (False,),
+    "exclude_tools_when_tool_choice_none": (False,),
+    "grpc": (False,),
+    "headless": (False,),
+    "log_config_file": (None,),
+    "lora_modules": (None,),
+    "reasoning_parser_plugin": ("",),
+    "ssl_cert_reqs": (0,),
+    "ssl_ciphers": (None,),
+    "tokens_only": (False,),
+    "tool_parser_plugin": ("",),
+    "tool_server": (None,),
+}
+_TABLE = VLLM_KEYWORDS | VLLM_SERVER_SETTINGS
+
+_INSTEAD = {
+    "enable_log_requests": "It is a flag of `sempre serve`.",
+    "exclude_tools_when_tool_choice_none": "Leave tools out of such requests.",
+    "hf_token": "Set the environment variable HF_TOKEN.",
+    "log_config_file": "Use log_format.",
+    "logits_processors": "Use logit_bias, allowed_token_ids or bad_words of SamplingParams.",
+    "otlp_traces_endpoint": "Set up an OpenTelemetry SDK in the process; see the extra `otel`.",
+    "ssl_cert_reqs": "Give ssl_ca_certs, and clients must show a certificate.",
+}
+_SECRETS = ("hf_token",)
+
+
+def check_vllm_setting(name: str, value: object) -> None:
+    """Raise ConfigError unless a setting of the table asks for what is done anyway."""
+    if any(type(value) is type(same) and value == same for same in _TABLE[name]):
+        return
+    shown = name if name in _SECRETS else f"{name}={value!r}"
+    raise ConfigError(
+        f"{shown} is not supported by this engine. {_INSTEAD.get(name, 'Leave it out.')}",
+        parameter=name,
+        value=None if name in _SECRETS else value,
+    )
+
+
+def check_vllm_settings(settings: Mapping[str, object]) -> None:
+    """Check those of `settings` that are the server's. Raises ConfigError."""
+    for name in VLLM_SERVER_SETTINGS:
+        if name in settings:
+            check_vllm_setting(name, settings[name])
