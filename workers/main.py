@@ -27,6 +27,7 @@ from sempre.ipc.liveness import (
     watch_grandparent,
     watch_parent,
 )
+from sempre.ipc.log_lines import set_up_process_log
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
     CallMethod,
@@ -266,7 +267,7 @@ def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None =
     die_with_parent_thread(options.parent_pid)
     faulthandler.enable()
     leave_terminal_signals_to_parent()
-    logging.basicConfig(level=logging.WARNING, format=f"worker {options.rank}: %(levelname)s: %(message)s")
+    set_up_process_log(f"worker {options.rank}")
     watch_parent(options.parent_pid, lambda: None)
     watch_grandparent(options.client_pid, options.parent_pid)
     channel: PeerChannel[WorkerCommand] = PeerChannel(

@@ -19,6 +19,7 @@ from sempre.engine.cli.arguments import (
 from sempre.engine.cli.remote.connection import add_server_flags
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.ipc.errors import RequestError
+from sempre.ipc.log_lines import for_terminal, plain
 
 if TYPE_CHECKING:
     from sempre.engine.llm import LLM
@@ -100,11 +101,11 @@ def _answer(llm: LLM, params: SamplingParams, messages: Sequence[Message]) -> st
     try:
         for output in llm.stream(llm.render_chat(list(messages)), params):
             pieces.append(output.outputs[0].text)
-            print(pieces[-1], end="", flush=True)
+            print(for_terminal(pieces[-1], sys.stdout), end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     except RequestError as error:
-        print(f"sempre: error: {error}", file=sys.stderr)
+        print(f"sempre: error: {plain(str(error))}", file=sys.stderr)
         return None
     print(flush=True)
     return "".join(pieces)

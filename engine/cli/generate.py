@@ -21,6 +21,7 @@ from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.prompt_source import PromptRow, prompts_from_arguments, prompts_from_file
 from sempre.engine.sampling_params import SamplingParams
 from sempre.ipc.errors import ConfigError, RequestError
+from sempre.ipc.log_lines import for_terminal, plain
 
 if TYPE_CHECKING:
     from sempre.engine.llm import LLM
@@ -118,9 +119,9 @@ def _print(index: int, output: RequestOutput, completion: CompletionOutput, *, a
         return
     if not alone:
         print(f"--- prompt {index}, completion {completion.index} ---")
-    print(completion.text)
+    print(for_terminal(completion.text, sys.stdout))
     if completion.error is not None:
-        print(f"sempre: error: prompt {index}: {completion.error}", file=sys.stderr)
+        print(f"sempre: error: prompt {index}: {plain(completion.error)}", file=sys.stderr)
 
 
 def _record(index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:

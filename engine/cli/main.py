@@ -23,6 +23,7 @@ from sempre.ipc.errors import (
     SempreError,
     StartupError,
 )
+from sempre.ipc.log_lines import PlainFormatter, plain, plain_lines
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -122,7 +123,7 @@ def _top_parser() -> CommandParser:
 def _set_up_output(debug: bool) -> None:
     """Log to standard error, and write UTF-8 whatever the locale, so that output is the same everywhere."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("sempre: %(levelname)s: %(message)s"))
+    handler.setFormatter(PlainFormatter("sempre: %(levelname)s: %(message)s"))
     root = logging.getLogger("sempre")
     root.addHandler(handler)
     root.setLevel(logging.DEBUG if debug else logging.WARNING)
@@ -134,11 +135,11 @@ def _set_up_output(debug: bool) -> None:
 
 def _report(error: BaseException, debug: bool) -> None:
     if debug:
-        traceback.print_exception(error)
+        print(plain_lines("".join(traceback.format_exception(error))), file=sys.stderr)
         worker_traceback = getattr(error, "worker_traceback", "")
         if worker_traceback:
-            print(f"last traceback of the worker:\n{worker_traceback}", file=sys.stderr)
+            print(f"last traceback of the worker:\n{plain_lines(worker_traceback)}", file=sys.stderr)
     first_line, *more = str(error).strip().splitlines() or [type(error).__name__]
-    print(f"sempre: error: {first_line}", file=sys.stderr)
+    print(f"sempre: error: {plain(first_line)}", file=sys.stderr)
     if more and not debug:
         print(f"sempre: {len(more)} more lines with --debug or {DEBUG_VARIABLE}=1", file=sys.stderr)

@@ -28,6 +28,7 @@ from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError, WorkerDied
 from sempre.ipc.handshake import check_pid, check_version
 from sempre.ipc.liveness import leave_terminal_signals_to_parent, wake_up_with_parent_thread, watch_parent
+from sempre.ipc.log_lines import set_up_process_log
 from sempre.ipc.messages import (
     CallWorkersReply,
     ClientCommand,
@@ -185,7 +186,7 @@ def main() -> int:
         return 1
     faulthandler.enable()
     leave_terminal_signals_to_parent()
-    logging.basicConfig(level=logging.WARNING, format="coordinator: %(levelname)s: %(message)s")
+    set_up_process_log("coordinator")
     hub: HubChannel[ClientCommand] = HubChannel(
         directory.client_address, receives=ClientCommand, limit_bytes=config.max_message_bytes
     )

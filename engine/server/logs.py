@@ -1,4 +1,4 @@
-"""Log lines with the id of the request they are about, as text or as JSON."""
+"""Log lines with the id of the request they are about, as text or as JSON; their length is bounded."""
 
 from __future__ import annotations
 
@@ -9,23 +9,29 @@ import time
 from contextvars import ContextVar
 
 from sempre.engine.server.config import LogFormat, LogLevel
+from sempre.ipc.log_lines import MOST_CHARS, PlainFormatter, plain
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request being served."""
 
+# of one value, and of a line
+_MOST_ITEMS = 2048
+_MOST_LINE_CHARS = 65_536
 
-class TextFormatter(logging.Formatter):
+
+class TextFormatter(PlainFormatter):
     """`time LEVEL [request id] message key=value …`."""
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         request_id = REQUEST_ID.get()
-        facts = "".join(f" {name}={value}" for name, value in getattr(record, "facts", {}).items())
-        text = f"{stamp}Z {record.levelname}{f' [{request_id}]' if request_id else ''} {record.getMessage()}{facts}"
+        facts = "".join(f" {name}={_bounded(value)}" for name, value in getattr(record, "facts", {}).items())
+        said = plain(record.getMessage()) + plain(facts, _MOST_LINE_CHARS)
+        text = f"{stamp}Z {record.levelname}{f' [{request_id}]' if request_id else ''} {said}"
         return text if record.exc_info is None else f"{text}\n{self.formatException(record.exc_info)}"
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(PlainFormatter):
     """One object per line: time, level, logger, message, request_id, the facts, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -33,15 +39,38 @@ class JsonFormatter(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _bounded(record.getMessage()),
         }
         request_id = REQUEST_ID.get()
         if request_id:
             line["request_id"] = request_id
-        line.update(getattr(record, "facts", {}))
+        facts = {name: _bounded(value) for name, value in getattr(record, "facts", {}).items()}
         if record.exc_info is not None:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        text = json.dumps({**line, **facts}, ensure_ascii=False, default=str)
+        if len(text) > 2 * _MOST_LINE_CHARS:
+            text = json.dumps({**line, "left_out": sorted(facts)}, ensure_ascii=False)
+        return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _bounded(value: object) -> object:
+    """Return the value with what is too long in it cut."""
+    match value:
+        case str() if len(value) > MOST_CHARS:
+            return f"{value[:MOST_CHARS]} … ({len(value)} characters)"
+        case list() if len(value) > _MOST_ITEMS:
+            return [*map(_bounded, value[:_MOST_ITEMS]), f"… ({len(value)} in all)"]
+        case list():
+            return [_bounded(item) for item in value]
+        case dict():
+            return {name: _bounded(item) for name, item in value.items()}
+        case _:
+            return value
+
+
+def _escaped(character: str) -> str:
+    # outside of a string's quotes JSON is printable, and inside every character has this form
+    return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
 # below DEBUG, as the library has it
@@ -60,3 +89,5 @@ def set_up_logging(log_format: LogFormat, *, debug: bool, uvicorn_level: LogLeve
     uvicorn.handlers = [handler]
     uvicorn.setLevel(_LEVELS.get(uvicorn_level, uvicorn_level.upper()))
     uvicorn.propagate = False
+    # what other libraries and asyncio have to say, in the same form
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import quote
 
 import hostile_clients
 import httpx2
@@ -173,6 +176,35 @@ def test_a_large_body_that_is_refused_is_answered(bounded: ServerProcess) -> Non
     with httpx2.Client(base_url=bounded.url, timeout=60) as http:
         answered = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
     assert answered.status_code == 413
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_request_writes_a_line_of_its_own(tmp_path: Path, log_format: str) -> None:
+    """In a path, a header or a field; in the access log, the log of requests, or an error."""
+    forged = "2026-11-28T00:00:00Z INFO forged \x1b[2J\u2028\u202e"
+    with ServerProcess(
+        tmp_path / "log", *FLAGS, "--enable-log-requests", "--log-format", log_format, "--debug"
+    ) as server:
+        target = quote("/x\n" + forged + "\r" + "\x9b").encode()
+        for head in (
+            GET.replace(b"/health", target),
+            GET + b"X-Request-Id: a\x1b[2J\r\nX-A: " + forged.encode() + b"\r\n",
+        ):
+            with connected(server.port) as connection:
+                connection.sendall(head + b"Connection: close\r\n\r\n")
+                answer(connection)
+        assert (
+            server.complete(prompt="\n" + forged, max_tokens=1, stop=["\x1b\n" + forged], user=forged).status_code < 500
+        )
+        assert server.complete(prompt="a", max_tokens=1, stop=["\x07" * 4_000_000]).status_code < 500
+        assert server.complete(**{"prompt": "a", "\n" + forged: 1}).status_code == 400
+        assert server.complete(prompt="a", model="\n" + forged).status_code == 404
+        lines = server.log_path.read_bytes().decode().split("\n")
+    assert sum("forged" in line for line in lines) >= 2
+    for line in lines:
+        assert line.isprintable()
+        assert len(line) < 200_000
+        assert re.match(r"\{|  |$" if log_format == "json" else r"20[-\d]+T[\d:]+Z [A-Z]+ |  |$", line), line
 
 
 def run_mutations(server: ServerProcess, seed: int, count: int) -> None:

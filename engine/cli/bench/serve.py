@@ -16,6 +16,7 @@ from sempre.engine.cli.arguments import json_object
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.remote.connection import Server, base_url, headers_for
 from sempre.ipc.errors import SempreError, ServerError
+from sempre.ipc.log_lines import plain
 
 _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
@@ -127,7 +128,7 @@ def run(namespace: argparse.Namespace) -> int:
     result = _setting(namespace, model, tokenizer) | metadata | summarize(outcomes, seconds, percentiles, goodput)
     print(table(result, shown))
     for error in dict.fromkeys(outcome.error for outcome in outcomes if outcome.error):
-        print(f"sempre: error: {error}", file=sys.stderr)
+        print(f"sempre: error: {plain(str(error))}", file=sys.stderr)
     if not namespace.save_detailed:
         result = {key: value for key, value in result.items() if key not in DETAILS}
     document = json.dumps(result)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sempre.ipc.errors import RequestError
+from sempre.ipc.log_lines import for_terminal, plain
 
 
 def completion_text(choice: dict[str, Any]) -> str:
@@ -30,13 +31,14 @@ def print_answer(chunks: Iterable[dict[str, Any]], text_of: Callable[[dict[str, 
             for choice in chunk.get("choices") or ():
                 known |= {"seed": choice["seed"]} if choice.get("seed") is not None else {}
                 pieces.append(text_of(choice))
-                print(pieces[-1], end="", flush=True)
+                print(for_terminal(pieces[-1], sys.stdout), end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     except RequestError as error:
-        print(f"sempre: error: {error}", file=sys.stderr)
+        print(f"sempre: error: {plain(str(error))}", file=sys.stderr)
         return None
     print(flush=True)
     if sys.stderr.isatty() and known:
-        print(f"[{', '.join(f'{name} {value}' for name, value in known.items())}]", file=sys.stderr)
+        facts = ", ".join(f"{name} {value}" for name, value in known.items())
+        print(f"[{plain(facts)}]", file=sys.stderr)
     return "".join(pieces)
