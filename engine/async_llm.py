@@ -16,14 +16,15 @@ from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client.engine_process import ended_by
 from sempre.engine.client.interface import AsyncEngineClient, launch_async
 from sempre.engine.config import EngineConfig
-from sempre.engine.frontend.frontend import Frontend, call_results, log_progress, worker_call
+from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, log_progress, worker_call
 from sempre.engine.frontend.output_processor import RequestState
-from sempre.engine.frontend.prompts import PromptType, TokensPrompt, list_prompts
+from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import check_refused, frames_of
 from sempre.engine.frontend.startup_notice import StartupNotice
+from sempre.engine.frontend.unsupported import refuse_values
 from sempre.engine.health import EngineHealth, judge, unhealthy
-from sempre.engine.metrics import Metric, read_metrics
+from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.sampling_params import SamplingParams
@@ -117,15 +118,28 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
+        prompt_text: str | None = None,
+        lora_request: object = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
         priority: int = 0,
+        data_parallel_rank: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete one prompt and yield outputs as they come, of the kind that `output_kind` says.
 
-        A slow reader gets fewer, larger outputs; nothing piles up. Closing the generator aborts the request.
+        A slow reader gets fewer, larger outputs; nothing piles up. Closing the generator aborts the request. The
+        further keywords are vLLM's and may only be None; `priority` counts under scheduling_policy="priority".
 
         Raises RequestError for a refused request or one that failed, EngineDeadError when the engine died.
         """
         self._connected()
+        refuse_values(
+            prompt_text=prompt_text,
+            lora_request=lora_request,
+            tokenization_kwargs=tokenization_kwargs,
+            trace_headers=trace_headers,
+            data_parallel_rank=data_parallel_rank,
+        )
         params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
         stream = self._follow([self._frontend.builder.build(prompt, params, priority, request_id=request_id)])
         try:
@@ -147,9 +161,7 @@ class AsyncLLM:
         """
         self._connected()
         params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
-        builder = self._frontend.builder
-        num_prompts = len(list_prompts(prompts)[0])
-        return self._follow(builder.build_all(prompts, params, [priority] * num_prompts))
+        return self._follow(self._frontend.builder.build_all(prompts, params, priority))
 
     async def abort(self, request_id: str) -> None:
         """End a request: its generator yields a last output with finish_reason `abort`. Unknown ids are ignored."""
@@ -180,7 +192,7 @@ class AsyncLLM:
         """Return the engine's counters and gauges as they are now."""
         call_id = next(self._call_ids)
         reply = await self._ask(GetMetrics(call_id=call_id), call_id, MetricsReply)
-        return read_metrics(reply.values, self._frontend.config.model)
+        return engine_metrics(reply, self._frontend)
 
     async def reset_prefix_cache(self) -> bool:
         """Empty the prefix cache; False, and nothing is done, while requests run."""
@@ -228,8 +240,8 @@ class AsyncLLM:
         return self._frontend.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return the parameters used when none are given."""
-        return self._frontend.default_sampling_params
+        """Return a copy of the parameters used when none are given."""
+        return self._frontend.default_sampling_params.clone()
 
     @property
     def fingerprint(self) -> str:

@@ -10,13 +10,21 @@ from typing import Any, Self, Unpack
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client.interface import launch
-from sempre.engine.frontend.frontend import Frontend, call_results, log_progress, raise_failure, worker_call
+from sempre.engine.frontend.frontend import (
+    Frontend,
+    call_results,
+    engine_metrics,
+    log_progress,
+    raise_failure,
+    worker_call,
+)
 from sempre.engine.frontend.progress import GenerationProgress, UseTqdm
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import Session
 from sempre.engine.frontend.startup_notice import StartupNotice
-from sempre.engine.metrics import Metric, read_metrics
+from sempre.engine.frontend.unsupported import refuse_values
+from sempre.engine.metrics import Metric
 from sempre.engine.outputs import RequestOutput, ScoringOutput
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.messages import ContentFormat
@@ -65,17 +73,25 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: UseTqdm = True,
+        lora_request: object = None,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; outputs are in the order of `prompts`.
 
-        Parameters that are left out are the model's own defaults; a list holds one per prompt. All prompts are
-        checked before anything is computed. A request that fails later ends with finish_reason `error` and its text
-        in `outputs[i].error`; the others go on. Ctrl-C aborts what runs and leaves the engine usable.
+        Parameters that are left out are the model's own defaults; a list holds one per prompt, as does `priority`
+        (lower is sooner, under scheduling_policy="priority"). `lora_request`, `tokenization_kwargs` and
+        `mm_processor_kwargs` may only be empty. All prompts are checked before anything is computed. A request that
+        fails later ends with finish_reason `error` and its text in `outputs[i].error`; the others go on. Ctrl-C aborts
+        what runs and leaves the engine usable.
 
         Raises RequestError (a ValueError) for a refused prompt or parameter, EngineDeadError when the engine died.
         """
         self._check_open()
+        refuse_values(
+            lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
+        )
         params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
         return self._complete(prompts, params, priority, use_tqdm)
 
@@ -84,14 +100,17 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: UseTqdm = True,
-        *,
+        lora_request: object = None,
         priority: Sequence[int] | None = None,
+        *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template_content_format: ContentFormat | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of messages) or each of several, by the model's chat template.
 
@@ -99,6 +118,9 @@ class LLM:
         as `generate`.
         """
         self._check_open()
+        refuse_values(
+            lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
+        )
         conversations = [messages] if _is_conversation(messages) else messages
         prompts = [
             self._frontend.render_chat(
@@ -161,7 +183,7 @@ class LLM:
         self._check_open()
         call_id = self._session.next_call_id()
         reply = self._session.ask(GetMetrics(call_id=call_id), call_id, MetricsReply)
-        return read_metrics(reply.values, self._frontend.config.model)
+        return engine_metrics(reply, self._frontend)
 
     def reset_prefix_cache(self) -> bool:
         """Empty the prefix cache; False, and nothing is done, while requests run."""
@@ -174,8 +196,8 @@ class LLM:
         return self._frontend.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return the parameters used when none are given."""
-        return self._frontend.default_sampling_params
+        """Return a copy of the parameters used when none are given."""
+        return self._frontend.default_sampling_params.clone()
 
     @property
     def fingerprint(self) -> str:

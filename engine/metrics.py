@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from sempre.engine.dataclass_view import dataclass_view
+
 PREFIX = "sempre:"
 _GAUGES = frozenset({"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"})
 _HISTOGRAMS = frozenset({"iteration_tokens_total"})
@@ -15,6 +17,7 @@ Labels = dict[str, str]
 ReportedValue = float | list[float] | dict[str, float]
 
 
+@dataclass_view
 class Metric(Struct, frozen=True, kw_only=True):
     """A named figure. `labels` holds `model_name`, and `engine` (the replica) or what else tells values apart."""
 
@@ -22,18 +25,21 @@ class Metric(Struct, frozen=True, kw_only=True):
     labels: Labels
 
 
+@dataclass_view
 class Counter(Metric, frozen=True, kw_only=True):
     """A count since the engine was started; it never falls, but begins again when the coordinator was restarted."""
 
     value: int
 
 
+@dataclass_view
 class Gauge(Metric, frozen=True, kw_only=True):
     """A figure of this moment."""
 
     value: float
 
 
+@dataclass_view
 class Histogram(Metric, frozen=True, kw_only=True):
     """How many of `count` observations, which add up to `sum`, were at most each bound of `buckets`; as Counter."""
 

@@ -1,12 +1,19 @@
-"""What a user gets back; field names are those of vLLM, plus `seed`, `fingerprint` and `error`."""
+"""What a user gets back; field names are those of vLLM, plus `seed`, `fingerprint` and `error`.
+
+`dataclasses.asdict` takes all of it, and `json.dumps` what that returns; `to_dict` is the same.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from msgspec import Struct
 
+from sempre.engine.dataclass_view import dataclass_view
 
+
+@dataclass_view
 class Logprob(Struct, frozen=True, gc=False):
     """One token's natural log-probability (before temperature and penalties), exactly the worker's float32."""
 
@@ -37,19 +44,23 @@ class CompletionOutput:
     cumulative_logprob: float | None
     """Sum of the sampled tokens' log-probabilities; None unless `logprobs` were asked for."""
     logprobs: list[dict[int, Logprob]] | None
-    """Per token: the sampled token first, then the k best."""
+    """Per token: the sampled token first, then the k best, then those of `logprob_token_ids`."""
     finish_reason: str | None = None
     """`stop`, `length`, `abort`, `error`, or None while unfinished."""
     stop_reason: int | str | None = None
     """The stop string or token id; None for the end-of-sequence token."""
     seed: int = 0
-    """The seed in use: the same request with this seed gives the same tokens."""
+    """The seed in use: the same request with this seed and n=1 gives the same tokens."""
     error: str | None = None
     """What went wrong, when `finish_reason` is `error`."""
 
     def finished(self) -> bool:
         """Whether this completion has ended."""
         return self.finish_reason is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain dicts, lists, strings and numbers."""
+        return asdict(self)
 
 
 @dataclass(slots=True)
@@ -69,6 +80,10 @@ class RequestOutput:
     fingerprint: str = ""
     """Digest of everything besides seed and request that the output depends on."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
 
 @dataclass(slots=True)
 class ScoringOutput:
@@ -80,3 +95,7 @@ class ScoringOutput:
     total: float = 0.0
     """Sum of the log-probabilities, added in order."""
     fingerprint: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain dicts, lists, strings and numbers."""
+        return asdict(self)

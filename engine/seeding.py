@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import struct
 from collections.abc import Sequence
 
 import msgspec
 
 from sempre.ipc.errors import ConfigError, SeedMismatch
-from sempre.ipc.messages import RngDigests
+from sempre.ipc.messages import RngDigests, SamplingSpec
 
 SEED_LIMIT = 2**64
 _TAG = b"sempre request seed\0"
+_DIGEST_TAG = b"sempre request digest 1\0"
 
 
 def validate_seed(seed: object) -> int:
@@ -34,16 +36,47 @@ def validate_seed(seed: object) -> int:
     return value
 
 
-def derive_request_seed(engine_seed: int, ordinal: int) -> int:
+def distribution_digest(spec: SamplingSpec) -> bytes:
+    """Return SHA-256 (32 bytes) of all parameters that change what tokens are drawn from, in canonical form.
+
+    Numbers are taken in the precision in which sampling uses them, and what has no order or no effect is sorted or left
+    out. Lengths, stop conditions and reports are not in it: a longer output begins like a shorter one.
+    """
+    canonical = [
+        *_as_float32(spec.temperature, spec.min_p, spec.presence_penalty, spec.frequency_penalty),
+        *_as_float32(spec.repetition_penalty),
+        spec.top_k,
+        spec.top_p,
+        [[token_id, *_as_float32(bias)] for token_id, bias in sorted(spec.logit_bias.items()) if bias != 0.0],
+        None if spec.allowed_token_ids is None else sorted(set(spec.allowed_token_ids)),
+        sorted(set(map(tuple, spec.bad_words_token_ids))),
+        spec.grammar,
+        None if spec.reasoning is None else spec.reasoning.grammar,
+    ]
+    return hashlib.sha256(_DIGEST_TAG + msgspec.msgpack.encode(canonical)).digest()
+
+
+def request_digest(distribution: bytes, prompt_token_ids: Sequence[int]) -> bytes:
+    """Return the digest (32 bytes) of distribution and prompt by which requests without a seed are counted."""
+    return hashlib.sha256(distribution + msgspec.msgpack.encode(prompt_token_ids)).digest()
+
+
+def derive_request_seed(engine_seed: int, digest: bytes, count: int) -> int:
     """The seed of a request that came without one: the first 8 bytes, little-endian, of
-    SHA-256("sempre request seed\\0" + engine seed (8 bytes, little-endian) + ordinal (8 bytes, little-endian))."""
-    packed = _TAG + engine_seed.to_bytes(8, "little") + ordinal.to_bytes(8, "little")
+    SHA-256("sempre request seed\\0" + engine seed (8 bytes, little-endian) + digest (32) + count (8, little-endian)),
+    where `count` is the number of requests without a seed and with the same digest that this engine accepted before."""
+    packed = _TAG + engine_seed.to_bytes(8, "little") + digest + count.to_bytes(8, "little")
     return int.from_bytes(hashlib.sha256(packed).digest()[:8], "little")
 
 
 def child_seed(seed: int, index: int) -> int:
-    """The seed of sequence `index` of a request with n > 1: (seed + index) mod 2**64."""
+    """The seed of sequence `index` of a request with n > 1: (seed + index) mod 2**64, for a negative `seed` too."""
     return (seed + index) % SEED_LIMIT
+
+
+def reported_seed(seed: int, index: int) -> int:
+    """`child_seed` as the user is told of it: a negative seed as it was given, but never -1, which means no seed."""
+    return seed + index if seed + index < -1 else child_seed(seed, index)
 
 
 def compare_digests(digests: Sequence[RngDigests], when: str, names: Sequence[str] | None = None) -> None:
@@ -73,6 +106,12 @@ def _compare(rank: int, one: RngDigests, other: RngDigests, names: tuple[str, st
             expected=_text(wanted),
             found=_text(got),
         )
+
+
+def _as_float32(*values: float) -> list[float]:
+    """The values rounded to float32, without a negative zero."""
+    form = f"<{len(values)}f"
+    return [value + 0.0 for value in struct.unpack(form, struct.pack(form, *values))]
 
 
 def _text(states: dict[str, str]) -> str:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from sempre.ipc.messages import LogprobRows, SampledTokens, ScheduledRequest
 from sempre.workers.input_batch import RequestState
 from sempre.workers.models.decoder import Decoder
-from sempre.workers.sampling import RowError
+from sempre.workers.sampling import NoDistribution, RowError
 from sempre.workers.verification import joined
 
 # rows of logits computed at a time: bounds the memory, cannot be seen in the result
@@ -61,6 +61,9 @@ class PromptLogprobs:
             logits = self._decoder.logits(hidden_TH[row : row + high - low], self._logits_RV[: high - low])
             try:
                 parts.append(self._scorer.prompt_logprobs(logits, state.token_ids[low:high], width))
-            except RowError as error:
-                return SampledTokens(request_id=state.request_id, error=replace(error.info(), rank=self._rank))
+            except NoDistribution as error:
+                # by its place in the prompt: no row or chunk shows
+                text = f"the logits for prompt token {low + error.row} contain NaN or +inf, or nothing finite"
+                info = RowError(error.operation, text).info()
+                return SampledTokens(request_id=state.request_id, error=replace(info, rank=self._rank))
         return replace(result, prompt_logprobs=joined(parts))

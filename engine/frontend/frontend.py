@@ -11,9 +11,11 @@ from typing import Any
 
 from sempre.engine.arguments import Arguments
 from sempre.engine.fingerprint import fingerprint_digest, fingerprint_parts
+from sempre.engine.frontend.limits import RequestLimits
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
 from sempre.engine.frontend.prompts import TokensPrompt
-from sempre.engine.frontend.request_builder import RequestBuilder, RequestLimits
+from sempre.engine.frontend.request_builder import RequestBuilder
+from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.near_names import near_name
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.structured_outputs_config import structured_outputs_defaults
@@ -23,7 +25,7 @@ from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.codec import UNSEQUENCED, FrameEncoder
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, ModelError, RequestCrashed, RequestError, SempreError
-from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, StartupProgress
+from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, MetricsReply, StartupProgress
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +77,12 @@ class Frontend:
             max_kv_tokens=ready.num_blocks * ready.block_size,
             max_logprobs=self.config.max_logprobs,
             eos_token_ids=eos_token_ids,
-            allows_priority=self.config.scheduling_policy == "priority",
             structured_outputs=self._structured_outputs,
         )
         self.parts = fingerprint_parts(ready.fingerprint)
         self.fingerprint = fingerprint_digest(self.parts)
-        self.builder = RequestBuilder(self.tokenizer, limits)
         self.processor = OutputProcessor(self.tokenizer, self.fingerprint, self._options.stream_interval)
+        self.builder = RequestBuilder(self.tokenizer, limits, self.processor.is_in_use)
 
     def render_chat(
         self,
@@ -157,6 +158,12 @@ def _generation_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
                 value=value,
             ) from error
     return dict(overrides)
+
+
+def engine_metrics(reply: MetricsReply, frontend: Frontend) -> list[Metric]:
+    """Return the coordinator's figures, and that of this process."""
+    own = {"unseeded_digests_dropped": float(frontend.builder.num_dropped_digests)}
+    return read_metrics({**reply.values, **own}, frontend.config.model)
 
 
 def log_progress(progress: StartupProgress) -> None:

@@ -15,7 +15,7 @@ Number = TypeVar("Number", int, float)
 
 
 def unpack_logprobs(rows: LogprobRows, tokenizer: Tokenizer | None) -> list[dict[int, Logprob]]:
-    """Return one dict per row: the row's own token first, then the k best; k + 1 entries, or k when it is one of them.
+    """Return one dict per row: the row's own token first, then the k best, then those asked for by id, each once.
 
     Every `logprob` is exactly the worker's float32. `decoded_token` needs a tokenizer. Raises MessageMalformed when
     the packed sizes do not fit.
@@ -23,6 +23,9 @@ def unpack_logprobs(rows: LogprobRows, tokenizer: Tokenizer | None) -> list[dict
     token_ids = _unpack("token_ids", array("i"), rows.token_ids, rows.num_rows * rows.width)
     logprobs = _unpack("logprobs", array("f"), rows.logprobs, rows.num_rows * rows.width)
     ranks = _unpack("ranks", array("i"), rows.ranks, rows.num_rows)
+    num_listed = len(rows.listed_ranks) // (4 * rows.num_rows) if rows.num_rows else 0
+    listed_ranks = _unpack("listed_ranks", array("i"), rows.listed_ranks, rows.num_rows * num_listed)
+    first_listed = rows.width - num_listed
     unpacked = []
     for row in range(rows.num_rows):
         entries: dict[int, Logprob] = {}
@@ -31,7 +34,10 @@ def unpack_logprobs(rows: LogprobRows, tokenizer: Tokenizer | None) -> list[dict
             token_id = token_ids[start + column]
             if token_id in entries:
                 continue
-            rank = column or ranks[row]
+            if column >= first_listed:
+                rank = listed_ranks[row * num_listed + column - first_listed]
+            else:
+                rank = column or ranks[row]
             text = None if tokenizer is None else tokenizer.token_text(token_id)
             entries[token_id] = Logprob(logprobs[start + column], rank, text)
         unpacked.append(entries)

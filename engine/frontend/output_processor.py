@@ -40,7 +40,7 @@ class SequenceState:
         self._detokenizer = detokenizer
         self._token_ids: list[int] = []
         self._text: list[str] = []
-        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._logprobs: list[dict[int, Logprob]] | None = [] if params.reports_logprobs else None
         self._cumulative_logprob = 0.0
         self._stop_reason: int | str | None = None
         self._decodes_late = detokenizer is not None and not params.stop_strings
@@ -137,8 +137,8 @@ class RequestState:
         self.request = request
         self.request_id = request.request_id
         self.sequences = [
-            SequenceState(i, spec.seed, params, _detokenizer(request, tokenizer), stream_interval)
-            for i, spec in enumerate(request.sequences)
+            SequenceState(i, seed, params, _detokenizer(request, tokenizer), stream_interval)
+            for i, seed in enumerate(request.seeds)
         ]
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
             None if params.prompt_logprobs is None else [None]
@@ -219,20 +219,18 @@ class OutputProcessor:
         """Requests that have not finished."""
         return len(self._requests)
 
+    def is_in_use(self, request_id: str, n: int) -> bool:
+        """Whether an unfinished request has this id, or a sequence one of those of a request with it and `n`."""
+        names = [request_id] if n == 1 else [f"{request_id}_{i}" for i in range(n)]
+        return request_id in self._requests or any(name in self._sequences for name in names)
+
     def add(self, request: PreparedRequest) -> RequestState:
         """Start to follow `request`. Raises RequestError when its id is in use."""
-        taken = [spec.request_id for spec in request.sequences if spec.request_id in self._sequences]
-        if request.request_id in self._requests or taken:
+        if self.is_in_use(request.request_id, len(request.sequences)):
             raise RequestError(
                 f"request_id {request.request_id!r} is in use by an unfinished request.",
                 parameter="request_id",
                 value=request.request_id,
-                request_id=request.request_id,
-            )
-        if request.params.stop_strings and not self._tokenizer.makes_text:
-            raise RequestError(
-                "stop needs text, and there is none with skip_tokenizer_init=True; use stop_token_ids.",
-                parameter="stop",
                 request_id=request.request_id,
             )
         state = RequestState(request, self._tokenizer, self._fingerprint, self._stream_interval)

@@ -79,7 +79,7 @@ def is_token_ids(value: object) -> bool:
 
 def _parse_mapping(prompt: Mapping[Any, Any]) -> ParsedPrompt:
     for key in prompt:
-        if key not in _KEYS:
+        if key not in _KEYS and prompt[key] is not None:
             raise RequestError(
                 f"a prompt has no key {key!r}; the keys are {', '.join(_KEYS)}.", parameter="prompt", value=prompt
             )

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from sempre.engine.frontend.grammars import GrammarBuilder
+from sempre.engine.frontend.limits import RequestLimits, cut
 from sempre.engine.frontend.prompts import list_prompts, parse_prompt
+from sempre.engine.frontend.sampling_spec import SpecBuilder
 from sempre.engine.sampling_params import SamplingParams
-from sempre.engine.seeding import child_seed, derive_request_seed
-from sempre.engine.structured_outputs_config import with_defaults
+from sempre.engine.seed_counts import SeedCounts
+from sempre.engine.seeding import child_seed, derive_request_seed, distribution_digest, reported_seed, request_digest
 from sempre.engine.text.tokenizer import Tokenizer
-from sempre.ipc.errors import RequestError
+from sempre.ipc.errors import ConfigError, RequestError
 from sempre.ipc.messages import RequestSpec, SamplingSpec
 
 
@@ -28,50 +28,70 @@ class PreparedRequest:
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
+    """The values at the time of the call."""
     sequences: list[RequestSpec]
     """Sequence i samples with the seed of the request plus i."""
+    seeds: list[int]
+    """The seed of each sequence as its user is told: a negative one as it was given."""
     arrival_time: float
 
 
-@dataclass(frozen=True, slots=True)
-class RequestLimits:
-    """What a request must fit into."""
+class _Parameters(NamedTuple):
+    """Parameters of a call, checked; one for all prompts that share them."""
 
-    engine_seed: int
-    vocab_size: int
-    max_model_len: int
-    max_kv_tokens: int
-    """Tokens that the KV cache of one replica holds."""
-    max_logprobs: int
-    """Most log-probabilities per token; -1 is the whole vocabulary."""
-    eos_token_ids: list[int]
-    allows_priority: bool
-    structured_outputs: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults of forms."""
+    given: SamplingParams
+    params: SamplingParams
+    spec: SamplingSpec
+    distribution: bytes
+
+
+class _Checked(NamedTuple):
+    """A request that nothing speaks against."""
+
+    request_id: str | None
+    text: str | None
+    token_ids: list[int]
+    parameters: _Parameters
+    spec: SamplingSpec
+    priority: int
+    cache_salt: str | None
 
 
 class RequestBuilder:
-    """Checks requests and numbers them.
+    """Checks requests, numbers them, and gives a seed to those that come without one.
 
-    A request without a seed gets one from (engine seed, ordinal of the request), so equal calls in equal order on
-    equal engines give equal seeds. Ordinals count only requests that passed all checks.
+    That seed follows from (engine seed, digest of the request, how many requests without a seed and with this digest
+    were accepted before), so it does not depend on which other requests came before or run beside it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limits: RequestLimits) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        limits: RequestLimits,
+        is_in_use: Callable[[str, int], bool] = lambda request_id, n: False,
+    ) -> None:
+        """`is_in_use(id, n)` says whether an unfinished request has this id, or a sequence one of its `n`."""
         self._tokenizer = tokenizer
         self._limits = limits
-        self._grammars = GrammarBuilder(tokenizer)
+        self._specs = SpecBuilder(tokenizer, limits)
+        self._is_in_use = is_in_use
+        self._seed_counts = SeedCounts()
         self._num_requests = 0
         self._num_sequences = 0
         # The parameters checked last: a list of prompts mostly shares one object. They are checked anew in every call,
-        # as the caller may change a list or mapping in between.
-        self._checked: tuple[SamplingParams, SamplingSpec] | None = None
+        # as the caller may change them in between.
+        self._checked: _Parameters | None = None
+
+    @property
+    def num_dropped_digests(self) -> int:
+        """Requests without a seed whose count was forgotten, because too many different ones came after them."""
+        return self._seed_counts.num_dropped
 
     def build_all(
         self,
         prompts: object,
         params: SamplingParams | Sequence[SamplingParams],
-        priorities: Sequence[int] | None = None,
+        priorities: int | Sequence[int] | None = None,
     ) -> list[PreparedRequest]:
         """Build one request per prompt; all are checked before the first is numbered.
 
@@ -80,34 +100,23 @@ class RequestBuilder:
         parts, is_list = list_prompts(prompts)
         params_list = _one_each("sampling_params", params, SamplingParams, len(parts))
         priority_list = _one_each("priority", 0 if priorities is None else priorities, int, len(parts))
-        first_request, first_sequence = self._num_requests, self._num_sequences
-        requests = []
         self._checked = None
-        try:
-            for i, (prompt, prompt_params, priority) in enumerate(zip(parts, params_list, priority_list, strict=True)):
-                where = f"prompts[{i}]" if is_list else ""
-                requests.append(self._build(prompt, prompt_params, priority, where=where))
-        except BaseException:
-            self._num_requests, self._num_sequences = first_request, first_sequence
-            raise
-        return requests
+        checked = [
+            self._check(prompt, prompt_params, priority, where=f"prompts[{i}]" if is_list else "")
+            for i, (prompt, prompt_params, priority) in enumerate(zip(parts, params_list, priority_list, strict=True))
+        ]
+        return [self._number(request) for request in checked]
 
     def build(
         self, prompt: object, params: SamplingParams, priority: int = 0, *, request_id: str | None = None
     ) -> PreparedRequest:
-        """Build one request. Raises RequestError."""
+        """Build one request. Raises RequestError, also for a `request_id` in use."""
         self._checked = None
-        return self._build(prompt, params, priority, request_id=request_id)
+        return self._number(self._check(prompt, params, priority, request_id=request_id))
 
-    def _build(
-        self,
-        prompt: object,
-        params: SamplingParams,
-        priority: int,
-        *,
-        request_id: str | None = None,
-        where: str = "",
-    ) -> PreparedRequest:
+    def _check(
+        self, prompt: object, params: SamplingParams, priority: int, *, request_id: str | None = None, where: str = ""
+    ) -> _Checked:
         """`where` precedes error texts."""
         if not isinstance(params, SamplingParams):
             raise RequestError(
@@ -117,182 +126,92 @@ class RequestBuilder:
             )
         try:
             text, given_ids, cache_salt = parse_prompt(prompt)
-            if given_ids is None:
-                token_ids = self._encoded(text or "")
-            else:
-                token_ids = self._checked_ids("prompt_token_ids", given_ids)
-            spec = self._fitted(self._sampling_spec(params), params, token_ids)
-            self._check_priority(priority)
+            parameters = self._parameters(params)
+            token_ids = self._prompt_token_ids(text, given_ids, parameters.params)
+            max_tokens = self._limits.max_tokens(parameters.params, len(token_ids))
+            _check_priority(priority)
             _check_text("cache_salt", cache_salt)
             _check_text("request_id", request_id)
+            if request_id is not None and self._is_in_use(request_id, params.n):
+                raise RequestError(
+                    f"request_id {request_id!r} is in use by an unfinished request.",
+                    parameter="request_id",
+                    value=request_id,
+                )
         except RequestError as error:
             if not where:
                 raise
             raise RequestError(f"{where}: {error}", parameter=error.parameter, value=error.value) from None
-        ordinal = self._num_requests
-        seed = derive_request_seed(self._limits.engine_seed, ordinal) if params.seed is None else params.seed
-        name = str(ordinal) if request_id is None else request_id
+        shared = parameters.spec
+        spec = shared if shared.max_tokens == max_tokens else replace(shared, max_tokens=max_tokens)
+        spec = self._specs.with_reasoning(spec, parameters.params, token_ids)
+        return _Checked(request_id, text, token_ids, parameters, spec, priority, cache_salt)
+
+    def _number(self, request: _Checked) -> PreparedRequest:
+        params, spec = request.parameters.params, request.spec
+        if params.seed is None:
+            # a prompt that has opened the reasoning makes of a form another one
+            as_shared = spec.grammar is request.parameters.spec.grammar and spec.reasoning is None
+            distribution = request.parameters.distribution if as_shared else distribution_digest(spec)
+            digest = request_digest(distribution, request.token_ids)
+            seed = derive_request_seed(self._limits.engine_seed, digest, self._seed_counts.count(digest))
+        else:
+            seed = params.seed
+        name = self._free_name(params.n) if request.request_id is None else request.request_id
         # Siblings share the prompt, so one report of its log-probabilities is enough.
         sibling_spec = replace(spec, prompt_logprobs=None) if params.n > 1 else spec
         sequences = [
             RequestSpec(
                 request_id=name if params.n == 1 else f"{name}_{i}",
-                prompt_token_ids=token_ids,
+                prompt_token_ids=request.token_ids,
                 params=spec if i == 0 else sibling_spec,
                 seed=child_seed(seed, i),
                 ordinal=self._num_sequences + i,
-                priority=priority,
-                cache_salt=cache_salt,
+                priority=request.priority,
+                cache_salt=request.cache_salt,
             )
             for i in range(params.n)
         ]
         self._num_requests += 1
         self._num_sequences += params.n
-        return PreparedRequest(name, text, token_ids, params, sequences, time.time())
+        seeds = [reported_seed(seed, i) for i in range(params.n)]
+        return PreparedRequest(name, request.text, request.token_ids, params, sequences, seeds, time.time())
 
-    def _encoded(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"prompt has no UTF-8 form: {error.reason} at character {error.start}.", parameter="prompt", value=text
-            ) from None
-        return self._tokenizer.encode(text)
+    def _free_name(self, n: int) -> str:
+        """Return the request's number, or what no request that was named by its user is called."""
+        name = str(self._num_requests)
+        while self._is_in_use(name, n):
+            name += "+"
+        return name
 
-    def _sampling_spec(self, params: SamplingParams) -> SamplingSpec:
-        """Return what depends on parameters and model, but not on the prompt; `max_tokens` is set by `_fitted`."""
-        if self._checked is not None and self._checked[0] is params:
-            return self._checked[1]
-        self._check_logprobs(params)
-        bias = params.logit_bias or {}
-        bias_ids = self._checked_ids("logit_bias", list(bias))
-        allowed = params.allowed_token_ids
-        spec = SamplingSpec(
-            max_tokens=1,
-            min_tokens=params.min_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            # more than the vocabulary keeps all of it
-            top_k=min(params.top_k, self._limits.vocab_size),
-            min_p=params.min_p,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=params.repetition_penalty,
-            logit_bias=dict(zip(bias_ids, bias.values(), strict=True)),
-            allowed_token_ids=None if allowed is None else self._checked_ids("allowed_token_ids", allowed),
-            bad_words_token_ids=self._bad_words(params.bad_words or []),
-            eos_token_ids=[] if params.ignore_eos else self._limits.eos_token_ids,
-            stop_token_ids=self._checked_ids("stop_token_ids", params.stop_token_ids or []),
-            logprobs=params.logprobs,
-            prompt_logprobs=params.prompt_logprobs,
-            grammar=self._grammar(params),
+    def _parameters(self, given: SamplingParams) -> _Parameters:
+        if self._checked is None or self._checked.given is not given:
+            try:
+                params = given.clone()
+            except ConfigError as error:  # a value that was assigned after the object was made
+                raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
+            spec = self._specs.build(params)
+            self._checked = _Parameters(given, params, spec, distribution_digest(spec))
+        return self._checked
+
+    def _prompt_token_ids(self, text: str | None, given: Sequence[int] | None, params: SamplingParams) -> list[int]:
+        most = self._limits.max_prompt_tokens(params)
+        if given is not None:
+            token_ids = self._specs.checked_ids("prompt_token_ids", given)
+            return token_ids if most is None else cut(token_ids, token_ids, most, params.truncation_side)
+        text = text or ""
+        _check_utf8("prompt", text)
+        token_ids = self._tokenizer.encode(text)
+        if most is None or len(token_ids) <= most:
+            return token_ids
+        return cut(token_ids, self._tokenizer.encode(text, add_special_tokens=False), most, params.truncation_side)
+
+
+def _check_priority(priority: int) -> None:
+    if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
+        raise RequestError(
+            f"priority must be an int of 64 bits, got {priority!r}.", parameter="priority", value=priority
         )
-        self._checked = (params, spec)
-        return spec
-
-    def _grammar(self, params: SamplingParams) -> str | None:
-        if params.structured_outputs is None:
-            return None
-        limits = self._limits
-        form = with_defaults(params.structured_outputs, limits.structured_outputs)
-        return self._grammars.build(form, limits.vocab_size, limits.eos_token_ids)
-
-    def _fitted(self, spec: SamplingSpec, params: SamplingParams, token_ids: list[int]) -> SamplingSpec:
-        """Return `spec` with as many tokens as asked for and as the context holds, and what it may think before."""
-        if not token_ids:
-            raise RequestError("The decoder prompt cannot be empty.", parameter="prompt", value=token_ids)
-        room = self._limits.max_model_len - len(token_ids)
-        if room < 1:
-            raise RequestError(
-                f"The decoder prompt (length {len(token_ids)}) plus the number of requested output tokens (at least 1) "
-                f"is longer than the maximum model length of {self._limits.max_model_len}. "
-                "Shorten the prompt or raise max_model_len.",
-                parameter="prompt",
-                value=len(token_ids),
-            )
-        if len(token_ids) >= self._limits.max_kv_tokens:
-            raise RequestError(
-                f"The decoder prompt (length {len(token_ids)}) plus the number of requested output tokens (at least 1) "
-                f"does not fit into the KV cache of {self._limits.max_kv_tokens} tokens. "
-                "Shorten the prompt or raise kv_cache_memory_bytes.",
-                parameter="prompt",
-                value=len(token_ids),
-            )
-        if params.min_tokens > room:
-            raise RequestError(
-                f"min_tokens={params.min_tokens} does not fit behind the prompt (length {len(token_ids)}): "
-                f"the maximum model length is {self._limits.max_model_len}.",
-                parameter="min_tokens",
-                value=params.min_tokens,
-            )
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        spec = spec if spec.max_tokens == max_tokens else replace(spec, max_tokens=max_tokens)
-        return self._grammars.with_reasoning(spec, params, token_ids)
-
-    def _check_logprobs(self, params: SamplingParams) -> None:
-        limit = self._limits.max_logprobs
-        if limit == -1:
-            return
-        for name, kind in (("logprobs", "sample"), ("prompt_logprobs", "prompt")):
-            asked = getattr(params, name)
-            if asked is None:
-                continue
-            count = self._limits.vocab_size if asked == -1 else asked
-            if count > limit:
-                raise RequestError(
-                    f"Requested {kind} logprobs of {count}, which is greater than max allowed: {limit}. "
-                    "Raise max_logprobs of the engine.",
-                    parameter=name,
-                    value=asked,
-                )
-
-    def _check_priority(self, priority: int) -> None:
-        if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
-            raise RequestError(
-                f"priority must be an int of 64 bits, got {priority!r}.", parameter="priority", value=priority
-            )
-        if priority != 0 and not self._limits.allows_priority:
-            raise RequestError(
-                f"Got priority {priority} but priority scheduling is not enabled. Set scheduling_policy='priority'.",
-                parameter="priority",
-                value=priority,
-            )
-
-    def _checked_ids(self, parameter: str, token_ids: Sequence[Any]) -> list[int]:
-        if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < self._limits.vocab_size:
-            return list(token_ids)
-        checked = []
-        for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, Integral):
-                raise RequestError(
-                    f"{parameter} must contain only ints, got {token_id!r}.", parameter=parameter, value=token_id
-                )
-            number = int(token_id)
-            if not 0 <= number < self._limits.vocab_size:
-                raise RequestError(
-                    f"Token id {token_id} is out of vocabulary: {parameter} takes ids in "
-                    f"[0, {self._limits.vocab_size}).",
-                    parameter=parameter,
-                    value=token_id,
-                )
-            checked.append(number)
-        return checked
-
-    def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
-        """Return the token sequences that may not be generated: each word, and the word behind a space.
-
-        The second form is what the word looks like in the middle of a text. It is left out when it ends with the
-        first one (a space token before it), which bans it already.
-        """
-        sequences = []
-        for word in words:
-            plain = self._tokenizer.encode(word.lstrip(), add_special_tokens=False)
-            spaced = self._tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
-            forms = [plain]
-            if spaced[-len(plain) :] != plain:
-                forms.append(spaced)
-            sequences += [self._checked_ids("bad_words", form) for form in forms]
-        return sequences
 
 
 def _check_text(parameter: str, value: object) -> None:
@@ -301,6 +220,10 @@ def _check_text(parameter: str, value: object) -> None:
         return
     if not isinstance(value, str):
         raise RequestError(f"{parameter} must be a string, got {value!r}.", parameter=parameter, value=value)
+    _check_utf8(parameter, value)
+
+
+def _check_utf8(parameter: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -49,7 +49,8 @@ class Session:
     def exclusive(self) -> Iterator[None]:
         """Context of one thread's work. Raises RuntimeError while another thread is in it.
 
-        Waiting instead would hide that the order of requests, hence their derived seeds, depends on timing.
+        Waiting instead would hide that the order of equal requests, hence which of them gets which seed, depends on
+        timing.
         """
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError(

@@ -154,4 +154,5 @@ def first_rows(rows: LogprobRows | None, count: int) -> LogprobRows | None:
         token_ids=rows.token_ids[:num_bytes],
         logprobs=rows.logprobs[:num_bytes],
         ranks=rows.ranks[: 4 * count],
+        listed_ranks=rows.listed_ranks[: len(rows.listed_ranks) // rows.num_rows * count],
     )

@@ -159,7 +159,7 @@ class _Answer:
 
     def first_events(self) -> list[bytes]:
         """Return the events with which each choice begins: its role."""
-        seeds = [spec.seed for spec in self._generation.requests[0].sequences]
+        seeds = self._generation.requests[0].seeds
         opening = self._echoed()
         return [
             self._chunks.choice(

@@ -106,7 +106,7 @@ class RequestGate:
             requests = generation.requests
             facts["prompt_tokens"] = sum(len(request.prompt_token_ids) for request in requests)
             facts["output_tokens"] = generation.num_tokens
-            facts["seed"] = requests[0].sequences[0].seed
+            facts["seed"] = requests[0].seeds[0]
         logger.info("%s %s", scope["method"], scope["path"], extra={"facts": facts})
 
 

@@ -24,7 +24,7 @@ def log_requests(requests: Sequence[PreparedRequest], max_len: int | None) -> No
         }
         facts = {
             "engine_request_id": request.request_id,
-            "seed": request.sequences[0].seed,
+            "seed": request.seeds[0],
             "prompt": None if request.prompt is None else request.prompt[:max_len],
             "prompt_token_ids": request.prompt_token_ids[:max_len],
             "num_prompt_tokens": len(request.prompt_token_ids),

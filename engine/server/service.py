@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from sempre.engine.async_llm import AsyncLLM
+from sempre.engine.frontend.limits import too_long
 from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.sampling_params import SamplingParams
@@ -58,11 +59,7 @@ class Service:
         """Return a prompt's token ids. Raises BadRequest for more than the context holds, before any is looked at."""
         limit = self.engine.ready.max_model_len
         if len(token_ids) >= limit:
-            raise BadRequest(
-                f"The decoder prompt (length {len(token_ids)}) plus the number of requested output tokens (at least 1) "
-                f"is longer than the maximum model length of {limit}.",
-                param="prompt",
-            )
+            raise BadRequest(too_long(len(token_ids), limit), param="prompt")
         return token_ids
 
     def open(

@@ -64,7 +64,7 @@ class RequestSpan:
         span.set_attributes(
             {
                 # an attribute's integer has 63 bits, a seed 64
-                "sempre.seed": [str(request.sequences[0].seed) for request in requests],
+                "sempre.seed": [str(request.seeds[0]) for request in requests],
                 "sempre.fingerprint": self._fingerprint,
                 "gen_ai.usage.prompt_tokens": sum(len(request.prompt_token_ids) for request in requests),
                 "gen_ai.usage.completion_tokens": num_tokens,

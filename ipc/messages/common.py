@@ -78,6 +78,7 @@ class SamplingSpec(Data, frozen=True, kw_only=True):
     `eos_token_ids` end it with reason None and are empty under `ignore_eos`. `logprobs` is None (off), k best, or -1
     for the whole vocabulary; the same for `prompt_logprobs`. `grammar`, in llguidance's own form, is what the output's
     text has to follow; one of `eos_token_ids` ends it, and before `min_tokens` too where the text can only end.
+    `logprob_token_ids` are reported beside the `logprobs`.
     """
 
     max_tokens: Positive
@@ -104,13 +105,16 @@ class SamplingSpec(Data, frozen=True, kw_only=True):
         """Whether the tokens allowed next follow from the ones before, which must have come back."""
         return self.grammar is not None or self.reasoning is not None
 
+    logprob_token_ids: list[TokenId] = []
+
 
 class LogprobRows(Data, frozen=True, kw_only=True):
     """Log-probabilities of `num_rows` positions, `width` columns each, as packed little-endian arrays.
 
     Column 0 is the token that was sampled (or stands in the prompt), columns 1…k the k best in descending order
-    (value, then lowest id). `token_ids` int32, `logprobs` float32, `ranks` int32, the 1-based vocabulary rank of
-    column 0 (one per row). Packed bytes keep the float32 bits and cost no float parsing.
+    (value, then lowest id), the last L those of `logprob_token_ids`. `token_ids` int32, `logprobs` float32, `ranks`
+    int32, the 1-based vocabulary rank of column 0 (one per row), `listed_ranks` int32 those of the last L columns.
+    Packed bytes keep the float32 bits and cost no float parsing.
     """
 
     num_rows: NonNegative
@@ -118,3 +122,4 @@ class LogprobRows(Data, frozen=True, kw_only=True):
     token_ids: bytes
     logprobs: bytes
     ranks: bytes
+    listed_ranks: bytes = b""

@@ -397,9 +397,11 @@ def test_losing_the_object_ends_the_processes() -> None:
     assert num_children() == before
 
 
-def test_priority_needs_the_policy(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="Got priority 1 but priority scheduling is not enabled"):
-        llm.generate(["a", "b"], short(), priority=[0, 1])
+def test_priority_has_no_effect_first_come_first_served(llm: LLM) -> None:
+    params = short(seed=5)
+    plain = llm.generate(["a", "b"], params)
+    ranked = llm.generate(["a", "b"], params, priority=[1, 0])
+    assert [o.outputs[0].token_ids for o in ranked] == [o.outputs[0].token_ids for o in plain]
 
 
 def test_death_of_the_worker_without_restarts() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sempre.engine.frontend.frontend import raise_failure
+from sempre.engine.frontend.limits import RequestLimits
 from sempre.engine.frontend.output_processor import OutputProcessor, Processed, RequestState
-from sempre.engine.frontend.request_builder import RequestBuilder, RequestLimits
+from sempre.engine.frontend.request_builder import RequestBuilder
 from sempre.engine.outputs import Logprob, RequestOutput
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.tokenizer import Tokenizer
@@ -24,7 +25,6 @@ LIMITS = RequestLimits(
     max_kv_tokens=1024,
     max_logprobs=20,
     eos_token_ids=[1],
-    allows_priority=False,
 )
 DELTA, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY
 

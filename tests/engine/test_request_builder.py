@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sempre.engine.frontend.request_builder import RequestBuilder, RequestLimits
+from sempre.engine.frontend.limits import RequestLimits, cut
+from sempre.engine.frontend.request_builder import PreparedRequest, RequestBuilder
 from sempre.engine.sampling_params import SamplingParams
-from sempre.engine.seeding import derive_request_seed
+from sempre.engine.seeding import derive_request_seed, distribution_digest, request_digest
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
 
@@ -21,13 +22,18 @@ LIMITS = RequestLimits(
     max_kv_tokens=1024,
     max_logprobs=20,
     eos_token_ids=[1],
-    allows_priority=False,
 )
 
 
 @pytest.fixture
 def builder(byte_level: Tokenizer) -> RequestBuilder:
     return RequestBuilder(byte_level, LIMITS)
+
+
+def derived(request: PreparedRequest, count: int = 0) -> int:
+    """The seed of a request without one, which `count` equal ones came before."""
+    digest = request_digest(distribution_digest(request.sequences[0].params), request.prompt_token_ids)
+    return derive_request_seed(LIMITS.engine_seed, digest, count)
 
 
 def refusal(builder: RequestBuilder, prompt: Any, **params: Any) -> RequestError:
@@ -49,13 +55,14 @@ def refusal(builder: RequestBuilder, prompt: Any, **params: Any) -> RequestError
         (
             [3] * 32,
             {},
-            "The decoder prompt (length 32) plus the number of requested output tokens (at least 1) is longer than "
-            "the maximum model length of 32. Shorten the prompt or raise max_model_len.",
+            "This model's maximum context length is 32 tokens. The decoder prompt (length 32) plus the number of "
+            "requested output tokens (at least 1) is longer than the maximum model length of 32. "
+            "Shorten the prompt or raise max_model_len.",
         ),
         (
             [3] * 30,
             {"min_tokens": 3},
-            "min_tokens=3 does not fit behind the prompt (length 30): the maximum model length is 32.",
+            "min_tokens=3 does not fit after the prompt (length 30): the maximum model length is 32.",
         ),
         (
             [3],
@@ -84,19 +91,18 @@ def test_refused(builder: RequestBuilder, prompt: Any, params: dict[str, Any], m
 def test_prompt_beyond_the_kv_cache(byte_level: Tokenizer) -> None:
     builder = RequestBuilder(byte_level, dataclasses.replace(LIMITS, max_kv_tokens=16))
     assert str(refusal(builder, [3] * 16)) == (
-        "The decoder prompt (length 16) plus the number of requested output tokens (at least 1) does not fit into the "
-        "KV cache of 16 tokens. Shorten the prompt or raise kv_cache_memory_bytes."
+        "This model's maximum context length is 32 tokens, and the decoder prompt (length 16) plus the number of "
+        "requested output tokens (at least 1) does not fit into the KV cache of 16 tokens. "
+        "Shorten the prompt or raise kv_cache_memory_bytes."
     )
 
 
-def test_priority_needs_the_policy(builder: RequestBuilder, byte_level: Tokenizer) -> None:
-    with pytest.raises(RequestError) as caught:
-        builder.build_all([[3]], SamplingParams(), [2])
-    assert str(caught.value) == (
-        "prompts[0]: Got priority 2 but priority scheduling is not enabled. Set scheduling_policy='priority'."
-    )
-    by_priority = RequestBuilder(byte_level, dataclasses.replace(LIMITS, allows_priority=True))
-    assert by_priority.build_all([[3], [4]], SamplingParams(), [2, -1])[1].sequences[0].priority == -1
+def test_priorities(builder: RequestBuilder) -> None:
+    requests = builder.build_all([[3], [4]], SamplingParams(), [2, -1])
+    assert [request.sequences[0].priority for request in requests] == [2, -1]
+    assert [r.sequences[0].priority for r in builder.build_all([[3], [4]], SamplingParams(), 5)] == [5, 5]
+    with pytest.raises(RequestError, match=r"prompts\[1\]: priority must be an int of 64 bits"):
+        builder.build_all([[3], [4]], SamplingParams(), [0, 2**63])
 
 
 def test_error_names_the_prompt(builder: RequestBuilder) -> None:
@@ -135,17 +141,24 @@ def test_seeds_and_numbers(builder: RequestBuilder) -> None:
     )
     assert [spec.request_id for spec in second.sequences] == ["1_0", "1_1", "1_2"]
     assert [spec.seed for spec in second.sequences] == [2**64 - 1, 0, 1]
-    assert first.sequences[0].seed == derive_request_seed(11, 0)
-    # The seed follows from the request's number, whatever `n` the ones before it had; the ordinal counts sequences.
-    assert third.sequences[0].seed == derive_request_seed(11, 2)
+    assert (first.sequences[0].seed, third.sequences[0].seed) == (derived(first), derived(third))
     assert [spec.ordinal for request in (first, second, third) for spec in request.sequences] == [0, 1, 2, 3, 4]
     assert third.request_id == "2"
 
 
-def test_a_refused_batch_takes_no_number(builder: RequestBuilder) -> None:
+def test_refused_requests_do_not_count(byte_level: Tokenizer) -> None:
+    builder = RequestBuilder(byte_level, LIMITS, lambda request_id, n: request_id == "taken")
     with pytest.raises(RequestError):
         builder.build_all(["a", ""], SamplingParams())
-    assert builder.build("a", SamplingParams()).sequences[0].seed == derive_request_seed(11, 0)
+    with pytest.raises(RequestError, match="request_id 'taken' is in use by an unfinished request"):
+        builder.build("a", SamplingParams(), request_id="taken")
+    request = builder.build("a", SamplingParams())
+    assert (request.request_id, request.sequences[0].seed) == ("0", derived(request))
+
+
+def test_a_number_that_a_user_gave_as_a_name_is_left_alone(byte_level: Tokenizer) -> None:
+    builder = RequestBuilder(byte_level, LIMITS, lambda request_id, n: request_id == "1")
+    assert [builder.build("a", SamplingParams()).request_id for _ in range(3)] == ["0", "1+", "2"]
 
 
 def test_lengths_fit_the_context(builder: RequestBuilder) -> None:
@@ -176,6 +189,10 @@ def test_bad_words_with_and_without_a_space(builder: RequestBuilder, byte_level:
     def ids(text: str) -> list[int]:
         return byte_level.encode(text, add_special_tokens=False)
 
+    for blank in ("\n", " ", "\t\t"):
+        spec = builder.build([3], SamplingParams(bad_words=[blank])).sequences[0].params
+        assert ids(blank) in spec.bad_words_token_ids
+        assert all(blank in byte_level.decode(form) for form in spec.bad_words_token_ids)
     # " fox" is one token and "fox" are two; "x" behind a space is a space token and "x".
     assert (len(ids(" fox")), len(ids("fox"))) == (1, 2)
     assert ids(" x") == [*ids(" "), *ids("x")]
@@ -197,7 +214,7 @@ def test_salt_and_text(builder: RequestBuilder) -> None:
 
 
 def test_more_than_the_vocabulary_keeps_all_of_it(builder: RequestBuilder) -> None:
-    assert builder.build([3], SamplingParams(top_k=10**15)).sequences[0].params.top_k == LIMITS.vocab_size
+    assert builder.build([3], SamplingParams(top_k=10**15)).sequences[0].params.top_k == 0
 
 
 def test_what_the_caller_changes_between_calls_counts(builder: RequestBuilder) -> None:
@@ -215,3 +232,69 @@ def test_what_the_caller_changes_between_calls_counts(builder: RequestBuilder) -
 def test_shared_parameters_are_translated_once(builder: RequestBuilder) -> None:
     requests = builder.build_all(["a", "b"], SamplingParams(max_tokens=1, bad_words=["fox"]))
     assert requests[0].sequences[0].params is requests[1].sequences[0].params
+
+
+def test_the_values_at_the_time_of_the_call_are_used(builder: RequestBuilder) -> None:
+    params = SamplingParams(max_tokens=4)
+    before = builder.build([3], params)
+    params.max_tokens = 5
+    after = builder.build([3], params)
+    assert [request.sequences[0].params.max_tokens for request in (before, after)] == [4, 5]
+    assert before.params.max_tokens == 4
+    params.top_p = -1.0
+    with pytest.raises(RequestError, match=r"^prompts\[0\]: top_p must be in \[0, 1\], got -1.0"):
+        builder.build_all([[3]], params)
+
+
+def test_negative_seeds(builder: RequestBuilder) -> None:
+    request = builder.build([3], SamplingParams(seed=-3, n=5))
+    assert [spec.seed for spec in request.sequences] == [2**64 - 3, 2**64 - 2, 2**64 - 1, 0, 1]
+    # -1 would ask for no seed, so that child is told of its other name
+    assert request.seeds == [-3, -2, 2**64 - 1, 0, 1]
+    for seed, spec in zip(request.seeds, request.sequences, strict=True):
+        assert builder.build([3], SamplingParams(seed=seed)).sequences[0].seed == spec.seed
+
+
+def test_nothing_of_the_probability_leaves_the_best_token(builder: RequestBuilder) -> None:
+    spec = builder.build([3], SamplingParams(top_p=0, top_k=50)).sequences[0].params
+    assert (spec.top_k, spec.top_p) == (1, 1.0)
+
+
+def test_listed_ids_are_reported_with_the_sampled_token(builder: RequestBuilder) -> None:
+    spec = builder.build([3], SamplingParams(logprob_token_ids=[7, 5, 7])).sequences[0].params
+    assert (spec.logprobs, spec.logprob_token_ids) == (0, [7, 5])
+    assert "Token id 360 is out of vocabulary: logprob_token_ids" in str(refusal(builder, [3], logprob_token_ids=[360]))
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"truncate_prompt_tokens": 5}, slice(-5, None)),
+        ({"truncate_prompt_tokens": 5, "truncation_side": "left"}, slice(-5, None)),
+        ({"truncate_prompt_tokens": 5, "truncation_side": "right"}, slice(5)),
+        # room for 16 tokens is left, or for what else is asked for
+        ({"truncate_prompt_tokens": -1}, slice(-16, None)),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 2}, slice(-30, None)),
+        ({"truncate_prompt_tokens": -1, "max_tokens": None}, slice(-31, None)),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 500}, slice(-1, None)),
+    ],
+)
+def test_prompts_are_cut(builder: RequestBuilder, params: dict[str, Any], kept: slice) -> None:
+    prompt = list(range(2, 42))
+    request = builder.build(prompt, SamplingParams(**params))
+    assert request.prompt_token_ids == request.sequences[0].prompt_token_ids == prompt[kept]
+    assert builder.build([3, 4], SamplingParams(**params)).prompt_token_ids == [3, 4][kept]
+
+
+def test_a_cut_beyond_the_context_is_refused(builder: RequestBuilder) -> None:
+    assert str(refusal(builder, [3], truncate_prompt_tokens=33)) == (
+        "truncate_prompt_tokens value (33) is greater than max_model_len (32). "
+        "Please request a smaller truncation size."
+    )
+
+
+def test_what_the_tokenizer_adds_survives_a_cut() -> None:
+    assert cut([1, 5, 6, 7, 2], [5, 6, 7], 4, None) == [1, 6, 7, 2]
+    assert cut([1, 5, 6, 7, 2], [5, 6, 7], 4, "right") == [1, 5, 6, 2]
+    assert cut([1, 5, 6, 7], [5, 6, 7], 1, None) == [1]
+    assert cut([1, 5, 6, 7, 2], [5, 6, 7], 1, None) == [2]

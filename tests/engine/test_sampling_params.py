@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 import logging
 import math
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sempre.engine.sampling_params import UNSUPPORTED_PARAMETERS, RequestOutputKind, SamplingParams
+from sempre.engine.sampling_params import NEUTRAL_VALUES, RequestOutputKind, SamplingParams
+from sempre.engine.structured_outputs import StructuredOutputsParams
 from sempre.ipc.errors import ConfigError
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -27,13 +31,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"repetition_penalty": 0}, "repetition_penalty must be greater than zero, got 0.0."),
     ({"temperature": math.nan}, "temperature must be a finite number, got nan."),
     ({"temperature": -0.5}, "temperature must be non-negative, got -0.5."),
-    ({"temperature": 2.5}, "temperature must be in [0, 2], got 2.5."),
+    ({"temperature": 1e39}, "temperature must be at most 3.40282e+38, float32's largest, got 1e+39."),
+    ({"repetition_penalty": 1e-50}, "repetition_penalty must be at least 1.17549e-38, float32's smallest, got 1e-50."),
+    ({"repetition_penalty": 1e50}, "repetition_penalty must be at most 3.40282e+38, float32's largest, got 1e+50."),
     ({"temperature": None}, "temperature must be a number, got None."),
-    ({"top_p": 0.0}, "top_p must be in (0, 1], got 0.0."),
-    ({"top_p": 1.01}, "top_p must be in (0, 1], got 1.01."),
-    ({"top_p": math.nan}, "top_p must be in (0, 1], got nan."),
+    ({"top_p": -0.1}, "top_p must be in [0, 1], got -0.1."),
+    ({"top_p": 1.01}, "top_p must be in [0, 1], got 1.01."),
+    ({"top_p": math.nan}, "top_p must be in [0, 1], got nan."),
     ({"top_k": -2}, "top_k must be 0 (disable), or at least 1, got -2."),
-    ({"top_k": 1.0}, "top_k must be an int, got 1.0."),
+    ({"top_k": 1.5}, "top_k must be an int, got 1.5."),
+    ({"top_k": math.inf}, "top_k must be an int, got inf."),
+    ({"n": 2.0}, "n must be an int, but is of type <class 'float'>."),
     ({"min_p": -0.1}, "min_p must be in [0, 1], got -0.1."),
     ({"min_p": 1.1}, "min_p must be in [0, 1], got 1.1."),
     ({"max_tokens": 0}, "max_tokens must be at least 1, got 0."),
@@ -45,7 +53,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt_logprobs": -2}, "prompt_logprobs must be non-negative or -1, got -2."),
     ({"stop": ["a", ""]}, "stop cannot contain an empty string."),
     ({"stop": ""}, "stop cannot contain an empty string."),
-    ({"stop": ["a", "b", "c", "d", "e"]}, "stop can hold at most 4 strings, got 5."),
     ({"stop": [1]}, "stop must contain only strings, got [1]."),
     (
         {"stop": "x", "detokenize": False},
@@ -56,16 +63,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"allowed_token_ids": []}, "allowed_token_ids is not None and empty!"),
     ({"allowed_token_ids": [1.5]}, "allowed_token_ids must contain only integers, got [1.5]."),
     ({"bad_words": [""]}, "bad_words cannot contain an empty string. Remove it."),
-    ({"bad_words": [" "]}, "bad_words cannot contain an empty string. Remove it."),
     ({"bad_words": "word"}, "bad_words must contain only strings, got 'word'."),
     ({"bad_words": ["a"] * 129}, "bad_words can hold at most 128 words."),
     ({"logit_bias": [1]}, "logit_bias must be a dict of token id to number, got [1]."),
     ({"logit_bias": {"x": 1.0}}, "logit_bias keys must be token ids, got 'x'."),
     ({"logit_bias": {5: 1.0, "5": 2.0}}, "logit_bias names token id 5 twice."),
     ({"logit_bias": {5: math.nan}}, "logit_bias of token id 5 must be a number, got nan."),
-    ({"seed": -2}, "seed must be None or in [0, 2**64), got -2."),
-    ({"seed": 2**64}, "seed must be None or in [0, 2**64), got 18446744073709551616."),
-    ({"seed": 1.0}, "seed must be an int, got 1.0."),
+    ({"seed": -(2**63) - 1}, "seed must be None or in [-2**63, 2**64), got -9223372036854775809."),
+    ({"seed": 2**64}, "seed must be None or in [-2**63, 2**64), got 18446744073709551616."),
+    ({"seed": 1.5}, "seed must be an int, got 1.5."),
+    ({"logprob_token_ids": [1.5]}, "logprob_token_ids must contain only integers, got [1.5]."),
+    (
+        {"logprob_token_ids": list(range(129))},
+        "logprob_token_ids can hold at most 128 ids, got 129.",
+    ),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be at least 1, or -1, got 0."),
+    ({"truncation_side": "middle"}, "truncation_side must be 'left' or 'right', got 'middle'."),
     ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1."),
     ({"detokenize": None}, "detokenize must be True or False, got None."),
     ({"output_kind": 7}, "output_kind must be a RequestOutputKind, got 7."),
@@ -106,6 +119,7 @@ def test_defaults() -> None:
         "min_tokens": 0,
         "logprobs": None,
         "prompt_logprobs": None,
+        "logprob_token_ids": None,
         "detokenize": True,
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,
@@ -114,6 +128,8 @@ def test_defaults() -> None:
         "allowed_token_ids": None,
         "bad_words": [],
         "structured_outputs": None,
+        "truncate_prompt_tokens": None,
+        "truncation_side": None,
     }
 
 
@@ -130,20 +146,60 @@ def test_unknown_keyword_without_a_near_one() -> None:
 
 def test_a_renamed_parameter_is_named_anew() -> None:
     with pytest.raises(ConfigError, match="Use structured_outputs="):
-        SamplingParams(guided_decoding=None)  # type: ignore[call-arg]
+        SamplingParams(guided_decoding={"json": {}})
 
 
-@pytest.mark.parametrize("name", sorted(UNSUPPORTED_PARAMETERS))
-def test_parameters_this_engine_lacks(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(NEUTRAL_VALUES))
+def test_parameters_this_engine_lacks_pass_where_they_ask_for_nothing(name: str) -> None:
+    for value in (None, *NEUTRAL_VALUES[name]):
+        assert SamplingParams(**{name: value}) == SamplingParams()
     with pytest.raises(ConfigError) as caught:
-        SamplingParams(**{name: None})
+        SamplingParams(**{name: "something"})
     assert str(caught.value).startswith(f"{name} is not supported by this engine. ")
     assert caught.value.parameter == name
 
 
-def test_positional_arguments_are_refused() -> None:
-    with pytest.raises(TypeError):
-        SamplingParams(1)  # type: ignore[misc]
+def test_every_parameter_without_effect_is_checked_under_its_own_name() -> None:
+    declared = [name for name, hint in SamplingParams.__annotations__.items() if hint.startswith("InitVar")]
+    assert declared == list(NEUTRAL_VALUES)
+
+
+def test_positional_arguments_are_in_the_order_of_vllm() -> None:
+    params = SamplingParams(2, 0.1, 0.2, 1.3, 0.4, None, 0.5, 6, 0.7, 8, "9", [10], True, 11, 1)
+    expected = {
+        "n": 2,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "repetition_penalty": 1.3,
+        "temperature": 0.4,
+        "top_p": 0.5,
+        "top_k": 6,
+        "min_p": 0.7,
+        "seed": 8,
+        "stop": ["9"],
+        "stop_token_ids": [10],
+        "ignore_eos": True,
+        "max_tokens": 11,
+        "min_tokens": 1,
+    }
+    assert {name: getattr(params, name) for name in expected} == expected
+
+
+def test_numbers_as_vllm_takes_them() -> None:
+    params = SamplingParams(top_k=40.0, max_tokens=16.0, seed=-5.0, temperature=37.5, top_p=0, stop=list("abcdefg"))
+    assert (params.top_k, params.max_tokens, params.seed, params.temperature) == (40, 16, -5, 37.5)
+    assert [type(value) for value in (params.top_k, params.max_tokens, params.seed)] == [int, int, int]
+    assert (params.top_p, params.stop) == (0.0, list("abcdefg"))
+    assert SamplingParams(seed=-(2**63)).seed == -(2**63)
+
+
+def test_none_from_optional_is_the_default_but_for_max_tokens() -> None:
+    names = [field.name for field in dataclasses.fields(SamplingParams)] + list(NEUTRAL_VALUES)
+    params = SamplingParams.from_optional(**dict.fromkeys(names))
+    assert params == SamplingParams(max_tokens=None)
+    assert SamplingParams.from_optional(temperature=0.5, n=None) == SamplingParams(temperature=0.5)
+    with pytest.raises(TypeError, match="Did you mean 'temperature'"):
+        SamplingParams.from_optional(temprature=1.0)
 
 
 def test_greedy_resets_truncation() -> None:
@@ -174,10 +230,71 @@ def test_numpy_scalars_become_python_numbers() -> None:
     assert params.seed == 2**64 - 1
 
 
-def test_frozen_but_replaceable() -> None:
+EVERYTHING: dict[str, Any] = {
+    "n": 2,
+    "temperature": 0.5,
+    "stop": ["a"],
+    "stop_token_ids": [4],
+    "logit_bias": {5: 1.0},
+    "allowed_token_ids": [1, 2],
+    "bad_words": ["x"],
+    "logprob_token_ids": [3],
+    "structured_outputs": StructuredOutputsParams(regex="a"),
+}
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        SamplingParams.clone,
+        copy.copy,
+        copy.deepcopy,
+        dataclasses.replace,
+        lambda params: pickle.loads(pickle.dumps(params)),
+    ],
+    ids=["clone", "copy", "deepcopy", "replace", "pickle"],
+)
+def test_copies_are_equal(copied: Any) -> None:
+    params = SamplingParams(**EVERYTHING)
+    twin = copied(params)
+    assert twin == params
+    assert twin is not params
+    assert repr(twin) == repr(params)
+    twin.temperature = 0.7
+    assert (twin == params, params.temperature) == (False, 0.5)
+
+
+def test_a_clone_shares_no_list() -> None:
+    params = SamplingParams(**EVERYTHING)
+    twin = params.clone()
+    for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logprob_token_ids"):
+        getattr(twin, name).append(getattr(twin, name)[0])
+    assert isinstance(twin.logit_bias, dict)
+    twin.logit_bias[6] = 2.0  # type: ignore[index]
+    assert params == SamplingParams(**EVERYTHING)
+
+
+def test_assigned_values_are_checked_by_the_next_request() -> None:
+    params = SamplingParams()
+    params.stop, params.top_k, params.temperature = "END", -1, 0
+    assert params.stop_strings == ["END"]
+    clone = params.clone()
+    assert (clone.stop, clone.top_k, clone.is_greedy) == (["END"], 0, True)
+    params.top_p = 2
+    with pytest.raises(ConfigError, match=r"top_p must be in \[0, 1\], got 2.0"):
+        params.clone()
+    with pytest.raises(AttributeError, match="temprature"):
+        params.temprature = 1.0  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="best_of"):
+        params.best_of = 2
+
+
+def test_parameters_have_a_json_form() -> None:
+    assert json.loads(json.dumps(dataclasses.asdict(SamplingParams(seed=3))))["seed"] == 3
+
+
+def test_replaceable() -> None:
     params = SamplingParams(max_tokens=4, stop=["a"])
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        params.max_tokens = 5  # type: ignore[misc]
     changed = dataclasses.replace(params, max_tokens=8)
     assert (changed.max_tokens, changed.stop, params.max_tokens) == (8, ["a"], 4)
     with pytest.raises(ConfigError, match="max_tokens must be at least 1, got 0"):

@@ -1,8 +1,16 @@
 """The sampler of a worker and the state it keeps per request."""
 
 from sempre.workers.sampling.grammar import GrammarCompiler
-from sempre.workers.sampling.row_error import RowError
+from sempre.workers.sampling.row_error import NoDistribution, RowError
 from sempre.workers.sampling.sampler import RowResult, Sampler, pack_logprobs
 from sempre.workers.sampling.state import SamplingState
 
-__all__ = ["GrammarCompiler", "RowError", "RowResult", "Sampler", "SamplingState", "pack_logprobs"]
+__all__ = [
+    "GrammarCompiler",
+    "NoDistribution",
+    "RowError",
+    "RowResult",
+    "Sampler",
+    "SamplingState",
+    "pack_logprobs",
+]

@@ -28,8 +28,8 @@ from sempre.kernels.sampling.gpu import MAX_BEST, TILES, DraftedRows, SamplingBu
 from sempre.kernels.sampling.gpu_noise import BAD_LOGITS, HEAD
 from sempre.kernels.sampling.reference import log32
 from sempre.workers.sampling.gpu_planes import DevicePlanes
-from sempre.workers.sampling.row_error import RowError
-from sempre.workers.sampling.sampler import RowResult, pack_logprobs, row_error
+from sempre.workers.sampling.row_error import NoDistribution, RowError
+from sempre.workers.sampling.sampler import RowResult, check_valid, pack_logprobs, row_error, with_listed
 from sempre.workers.sampling.state import SamplingState
 
 # log-probabilities are compiled and captured for these numbers of best tokens only
@@ -50,7 +50,7 @@ class PendingSample:
     errors: dict[int, RowError]
     """rows that could not be prepared"""
     wide_rows: list[int]
-    """rows that want more log-probabilities than the kernels report"""
+    """rows that want other log-probabilities than the kernels report"""
     wide_logits: torch.Tensor | None
     """pinned float32 [len(wide_rows), V]"""
     event: torch.cuda.Event | None
@@ -121,7 +121,7 @@ class GpuSampler:
         if state.grammar is not None:
             self._with_grammar[slot] = state
         row = self._host_table[slot]
-        row.copy_(torch.from_numpy(_table_row(state, planes)))
+        row.copy_(torch.from_numpy(_table_row(state, planes, self._vocab_size)))
         flags = int(row[gpu_table.FLAGS])
         self._stages[slot] = Stages(
             edits=bool(flags & gpu_table.EDITS),
@@ -241,13 +241,13 @@ class GpuSampler:
     def prompt_logprobs(self, logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> LogprobRows:
         """Log-probabilities of token_ids[m], the prompt token after row m of logits [M, V]; num_best -1: all.
 
-        Waits for the device. At most max_num_seqs rows. Raises RowError when a row has no distribution.
+        Waits for the device. At most max_num_seqs rows. Raises NoDistribution naming the first row that has none.
         """
         rows = logits.shape[0]
         if num_best < 0 or num_best > MAX_BEST:
             targets = np.asarray(token_ids, np.int64)
             logprobs = cpu.logprobs(logits.float().cpu(), np.arange(rows, dtype=np.int64), targets, num_best)
-            _check_valid(logprobs.valid)
+            check_valid(logprobs)
             return pack_logprobs(logprobs, slice(None))
         table = gpu.empty_table(1, torch.device("cpu"))
         table[0, gpu_table.NUM_BEST] = num_best
@@ -256,7 +256,8 @@ class GpuSampler:
         gpu.report_logprobs(logits, targets_on_device, slots, table.to(self._device), self._buffers, num_best)
         head: Int32 = self._buffers.head[:rows].cpu().numpy().copy()
         head[:, 0] = token_ids
-        _check_valid(head[:, 2] > 0)
+        for row in np.flatnonzero(head[:, 2] <= 0).tolist():
+            raise NoDistribution(row)
         return _pack(head, self._buffers.best[:rows, :num_best].cpu().numpy())
 
     def _write_grammar_masks(self, slots: Sequence[int]) -> dict[int, RowError]:
@@ -299,15 +300,19 @@ class GpuSampler:
         index = pending.wide_rows.index(row)
         target = np.asarray([token], np.int64)
         logprobs = cpu.logprobs(pending.wide_logits, np.asarray([index], np.int64), target, state.params.logprobs)
-        return pack_logprobs(logprobs, slice(None))
+        return with_listed(
+            pack_logprobs(logprobs, slice(None)), pending.wide_logits, index, state.params.logprob_token_ids
+        )
 
 
 def _is_wide(state: SamplingState, vocab_size: int) -> bool:
     number = state.params.logprobs
-    return number is not None and (number < 0 or min(number, vocab_size) > MAX_BEST)
+    if number is None:
+        return False
+    return number < 0 or min(number, vocab_size) > MAX_BEST or bool(state.params.logprob_token_ids)
 
 
-def _table_row(state: SamplingState, planes: DevicePlanes) -> Int32:
+def _table_row(state: SamplingState, planes: DevicePlanes, vocab_size: int) -> Int32:
     """The request's row of the table, int32 [WORDS]."""
     params = state.params
     row = np.zeros(gpu_table.WORDS, np.int32)
@@ -329,16 +334,11 @@ def _table_row(state: SamplingState, planes: DevicePlanes) -> Int32:
     row[gpu_table.NUM_PHRASES] = planes.num_phrases
     row[gpu_table.PHRASE_WIDTH] = planes.phrase_width
     row[gpu_table.OUTPUT_START] = state.num_prompt_tokens
-    reported = params.logprobs is not None and not 0 <= params.logprobs <= MAX_BEST
-    row[gpu_table.NUM_BEST] = -1 if params.logprobs is None or reported else params.logprobs
+    by_kernels = params.logprobs is not None and not _is_wide(state, vocab_size)
+    row[gpu_table.NUM_BEST] = min(params.logprobs or 0, vocab_size) if by_kernels else -1
     for column, tensor in planes.tensors.items():
         wide[column] = tensor.data_ptr()
     return row
-
-
-def _check_valid(valid: npt.NDArray[np.bool_]) -> None:
-    for row in np.flatnonzero(~valid).tolist():
-        raise RowError("prompt_logprobs", f"the logits of row {row} contain NaN or +inf, or nothing finite")
 
 
 def _pack(head: Int32, best: Int32) -> LogprobRows:

@@ -15,3 +15,11 @@ class RowError(Exception):
     def info(self) -> ErrorInfo:
         facts: dict[str, str | int | None] = {"operation": self.operation, "parameter": self.operation}
         return ErrorInfo(type="RequestError", message=str(self), facts=facts)
+
+
+class NoDistribution(RowError):
+    """A row of logits has no log-probabilities; `row` is its place in the call."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__("prompt_logprobs", f"the logits of row {row} contain NaN or +inf, or nothing finite")
+        self.row = row

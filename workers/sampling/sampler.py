@@ -15,7 +15,7 @@ import torch
 from sempre.ipc.messages import ErrorInfo, LogprobRows
 from sempre.kernels import sampling
 from sempre.kernels.sampling import Logprobs, SamplingRows
-from sempre.workers.sampling.row_error import RowError
+from sempre.workers.sampling.row_error import NoDistribution, RowError
 from sempre.workers.sampling.state import SamplingState
 
 Rows = npt.NDArray[np.int64]
@@ -39,6 +39,28 @@ def pack_logprobs(logprobs: Logprobs, rows: slice) -> LogprobRows:
         logprobs=part.logprobs.astype("<f4", copy=False).tobytes(),
         ranks=part.ranks.astype("<i4", copy=False).tobytes(),
     )
+
+
+def with_listed(packed: LogprobRows, logits: torch.Tensor, row: int, token_ids: list[int]) -> LogprobRows:
+    """Return one packed row with the log-probabilities of further tokens, in logits[row] (of [M, V])."""
+    if not token_ids:
+        return packed
+    rows = np.full(len(token_ids), row, np.int64)
+    listed = pack_logprobs(sampling.logprobs(logits, rows, np.asarray(token_ids, np.int64), 0), slice(None))
+    return LogprobRows(
+        num_rows=1,
+        width=packed.width + len(token_ids),
+        token_ids=packed.token_ids + listed.token_ids,
+        logprobs=packed.logprobs + listed.logprobs,
+        ranks=packed.ranks,
+        listed_ranks=listed.ranks,
+    )
+
+
+def check_valid(logprobs: Logprobs) -> None:
+    """Raise NoDistribution for the first row that has none."""
+    for row in np.flatnonzero(~logprobs.valid).tolist():
+        raise NoDistribution(row)
 
 
 @dataclass(frozen=True)
@@ -132,12 +154,11 @@ class Sampler:
     def prompt_logprobs(self, logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> LogprobRows:
         """Log-probabilities of token_ids[m], the prompt token after row m of logits [M, V]; num_best -1: all.
 
-        Raises RowError when a row has no distribution.
+        Raises NoDistribution naming the first row that has none.
         """
         rows = np.arange(logits.shape[0], dtype=np.int64)
         logprobs = sampling.logprobs(logits, rows, np.asarray(token_ids, np.int64), num_best)
-        for row in np.flatnonzero(~logprobs.valid).tolist():
-            raise RowError("prompt_logprobs", f"the logits of row {row} contain NaN or +inf, or nothing finite")
+        check_valid(logprobs)
         return pack_logprobs(logprobs, slice(None))
 
     def _rewrite(self, logits: torch.Tensor, positions: Sequence[int]) -> dict[int, RowError]:
@@ -160,7 +181,8 @@ class Sampler:
         for num_best, rows in self._batch.reported.items():
             logprobs = sampling.logprobs(logits, rows, token_ids[rows].astype(np.int64), num_best)
             for index, row in enumerate(rows.tolist()):
-                packed[row] = pack_logprobs(logprobs, slice(index, index + 1))
+                listed = self._batch.states[row].params.logprob_token_ids
+                packed[row] = with_listed(pack_logprobs(logprobs, slice(index, index + 1)), logits, row, listed)
         return packed
 
 

@@ -1,0 +1,121 @@
+"""What a request must fit into, and how a prompt that does not is cut or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sempre.engine.sampling_params import SamplingParams
+from sempre.ipc.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What a request must fit into."""
+
+    engine_seed: int
+    vocab_size: int
+    max_model_len: int
+    max_kv_tokens: int
+    """Tokens that the KV cache of one replica holds."""
+    max_logprobs: int
+    """Most log-probabilities per token; -1 is the whole vocabulary."""
+    eos_token_ids: list[int]
+    structured_outputs: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of forms."""
+
+    def max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
+        """Return how many tokens may be generated: as many as asked for and as the context holds.
+
+        Raises RequestError for a prompt that is empty or leaves no room.
+        """
+        if not num_prompt_tokens:
+            raise RequestError("The decoder prompt cannot be empty.", parameter="prompt", value=[])
+        room = self.max_model_len - num_prompt_tokens
+        if room < 1:
+            raise RequestError(
+                f"{too_long(num_prompt_tokens, self.max_model_len)} Shorten the prompt or raise max_model_len.",
+                parameter="prompt",
+                value=num_prompt_tokens,
+            )
+        if num_prompt_tokens >= self.max_kv_tokens:
+            raise RequestError(
+                f"This model's maximum context length is {self.max_model_len} tokens, and the decoder prompt (length "
+                f"{num_prompt_tokens}) plus the number of requested output tokens (at least 1) does not fit into the "
+                f"KV cache of {self.max_kv_tokens} tokens. Shorten the prompt or raise kv_cache_memory_bytes.",
+                parameter="prompt",
+                value=num_prompt_tokens,
+            )
+        if params.min_tokens > room:
+            raise RequestError(
+                f"min_tokens={params.min_tokens} does not fit after the prompt (length {num_prompt_tokens}): "
+                f"the maximum model length is {self.max_model_len}.",
+                parameter="min_tokens",
+                value=params.min_tokens,
+            )
+        return room if params.max_tokens is None else min(params.max_tokens, room)
+
+    def max_prompt_tokens(self, params: SamplingParams) -> int | None:
+        """Return the length to which a longer prompt is cut, None for no cut.
+
+        `truncate_prompt_tokens=-1` leaves room for `max_tokens`, at least one. Raises RequestError for a length beyond
+        the model's.
+        """
+        most = params.truncate_prompt_tokens
+        if most is None:
+            return None
+        if most > self.max_model_len:
+            raise RequestError(
+                f"truncate_prompt_tokens value ({most}) is greater than max_model_len ({self.max_model_len}). "
+                "Please request a smaller truncation size.",
+                parameter="truncate_prompt_tokens",
+                value=most,
+            )
+        if most != -1:
+            return most
+        return max(1, min(self.max_model_len - (params.max_tokens or 1), self.max_kv_tokens - 1))
+
+    def check_logprobs(self, params: SamplingParams) -> None:
+        """Raise RequestError for more log-probabilities per token than the engine reports."""
+        limit = self.max_logprobs
+        if limit == -1:
+            return
+        for name, kind in (("logprobs", "sample"), ("prompt_logprobs", "prompt")):
+            asked = getattr(params, name)
+            if asked is None:
+                continue
+            count = self.vocab_size if asked == -1 else asked
+            if count > limit:
+                raise RequestError(
+                    f"Requested {kind} logprobs of {count}, which is greater than max allowed: {limit}. "
+                    "Raise max_logprobs of the engine.",
+                    parameter=name,
+                    value=asked,
+                )
+
+
+def too_long(num_prompt_tokens: int, max_model_len: int) -> str:
+    """Return what is said of a prompt that leaves no room for an output; clients look for the first words."""
+    return (
+        f"This model's maximum context length is {max_model_len} tokens. The decoder prompt (length "
+        f"{num_prompt_tokens}) plus the number of requested output tokens (at least 1) is longer than the maximum "
+        f"model length of {max_model_len}."
+    )
+
+
+def cut(token_ids: list[int], without_special: list[int], most: int, side: str | None) -> list[int]:
+    """Return at most `most` of a prompt's tokens, cut on `side` (None: left).
+
+    `without_special` are the tokens of the text alone: what the tokenizer has put around them stays.
+    """
+    if len(token_ids) <= most:
+        return token_ids
+    num_special = len(token_ids) - len(without_special)
+    leading = next((i for i in range(num_special + 1) if token_ids[i : i + len(without_special)] == without_special), 0)
+    trailing = num_special - leading
+    room = most - num_special
+    if num_special < 0 or room < 0 or token_ids[leading : len(token_ids) - trailing] != without_special:
+        return token_ids[:most] if side == "right" else token_ids[-most:]
+    kept = without_special[:room] if side == "right" else without_special[len(without_special) - room :]
+    return [*token_ids[:leading], *kept, *token_ids[len(token_ids) - trailing :]]

@@ -1,0 +1,116 @@
+"""From sampling parameters to what the workers are told: checked against the model, in token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+from sempre.engine.frontend.grammars import GrammarBuilder
+from sempre.engine.frontend.limits import RequestLimits
+from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.structured_outputs_config import with_defaults
+from sempre.engine.text.tokenizer import Tokenizer
+from sempre.ipc.errors import RequestError
+from sempre.ipc.messages import SamplingSpec
+
+
+class SpecBuilder:
+    """Translates parameters for one model."""
+
+    def __init__(self, tokenizer: Tokenizer, limits: RequestLimits) -> None:
+        self._tokenizer = tokenizer
+        self._limits = limits
+        self._grammars = GrammarBuilder(tokenizer)
+
+    def build(self, params: SamplingParams) -> SamplingSpec:
+        """Return what depends on parameters and model but not on the prompt; `max_tokens` is left at 1.
+
+        Raises RequestError naming the parameter.
+        """
+        self._limits.check_logprobs(params)
+        if params.stop_strings and not self._tokenizer.makes_text:
+            raise RequestError(
+                "stop needs text, and there is none with skip_tokenizer_init=True; use stop_token_ids.",
+                parameter="stop",
+                value=params.stop,
+            )
+        bias = params.logit_bias or {}
+        bias_ids = self.checked_ids("logit_bias", list(bias))
+        allowed, listed = params.allowed_token_ids, params.logprob_token_ids
+        # the best token alone is what is left of a total probability of nothing
+        top_k, top_p = (params.top_k, params.top_p) if params.top_p else (1, 1.0)
+        return SamplingSpec(
+            max_tokens=1,
+            min_tokens=params.min_tokens,
+            temperature=params.temperature,
+            top_p=top_p,
+            # as many as the vocabulary has are all
+            top_k=0 if top_k >= self._limits.vocab_size else top_k,
+            min_p=params.min_p,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            logit_bias=dict(zip(bias_ids, bias.values(), strict=True)),
+            allowed_token_ids=None if allowed is None else self.checked_ids("allowed_token_ids", allowed),
+            bad_words_token_ids=self._bad_words(params.bad_words or []),
+            eos_token_ids=[] if params.ignore_eos else self._limits.eos_token_ids,
+            stop_token_ids=self.checked_ids("stop_token_ids", params.stop_token_ids or []),
+            # who lists ids wants them reported beside the sampled token
+            logprobs=0 if params.logprobs is None and listed else params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+            grammar=self._grammar(params),
+            logprob_token_ids=self.checked_ids("logprob_token_ids", listed or []),
+        )
+
+    def checked_ids(self, parameter: str, token_ids: Sequence[Any]) -> list[int]:
+        """Return token ids as ints. Raises RequestError for one that the vocabulary has not."""
+        if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < self._limits.vocab_size:
+            return list(token_ids)
+        checked = []
+        for token_id in token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, Integral):
+                raise RequestError(
+                    f"{parameter} must contain only ints, got {token_id!r}.", parameter=parameter, value=token_id
+                )
+            number = int(token_id)
+            if not 0 <= number < self._limits.vocab_size:
+                raise RequestError(
+                    f"Token id {token_id} is out of vocabulary: {parameter} takes ids in "
+                    f"[0, {self._limits.vocab_size}).",
+                    parameter=parameter,
+                    value=token_id,
+                )
+            checked.append(number)
+        return checked
+
+    def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt_token_ids: list[int]) -> SamplingSpec:
+        """Return `spec` with what holds for an output that reasons before its answer, after this prompt."""
+        return self._grammars.with_reasoning(spec, params, prompt_token_ids)
+
+    def _grammar(self, params: SamplingParams) -> str | None:
+        if params.structured_outputs is None:
+            return None
+        limits = self._limits
+        form = with_defaults(params.structured_outputs, limits.structured_outputs)
+        return self._grammars.build(form, limits.vocab_size, limits.eos_token_ids)
+
+    def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Return the token sequences that may not be generated: each word, and the word after a space.
+
+        Leading white space is left out, as in vLLM, unless the word is nothing else. The second form is what the word
+        looks like in the middle of a text; it is left out when it ends with the first one (a space token before it),
+        which bans it already.
+        """
+        sequences = []
+        for word in words:
+            bare = word.lstrip() or word
+            plain = self._tokenizer.encode(bare, add_special_tokens=False)
+            if not plain:
+                raise RequestError(f"bad_words: {word!r} has no tokens.", parameter="bad_words", value=word)
+            spaced = self._tokenizer.encode(" " + bare, add_special_tokens=False)
+            forms = [plain]
+            if spaced[-len(plain) :] != plain:
+                forms.append(spaced)
+            sequences += [self.checked_ids("bad_words", form) for form in forms]
+        return sequences

@@ -1,0 +1,101 @@
+"""Checks of single values, for parameters that users give: each returns the value in its own type, or refuses it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+
+from sempre.ipc.errors import ConfigError
+
+FLOAT32_SMALLEST = 2.0**-126
+"""Smallest normal float32: below it a divisor loses bits, or is zero."""
+FLOAT32_LARGEST = (2.0 - 2.0**-23) * 2.0**127
+MAX_LOGIT_BIAS = 100.0
+
+
+def refusal(name: str, value: object, rest: str) -> ConfigError:
+    """Return the error of one parameter; `rest` follows its name."""
+    return ConfigError(f"{name} {rest}", parameter=name, value=value)
+
+
+def integer(name: str, value: object, rest: str = "must be an int, got {value!r}.", *, floats: bool = True) -> int:
+    """Return Python's int for any integer type and, with `floats`, for a whole float; a bool is a caller's mistake."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if floats and isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
+        return int(float(value))
+    raise refusal(name, value, rest.format(value=value, type=type(value)))
+
+
+def number(name: str, value: object) -> float:
+    """Return a float, which may be NaN or infinite."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise refusal(name, value, f"must be a number, got {value!r}.")
+    try:
+        return float(value)
+    except OverflowError:
+        raise refusal(name, value, "is too large for a float.") from None
+
+
+def finite(name: str, value: object) -> float:
+    """Return a finite float."""
+    result = number(name, value)
+    if not math.isfinite(result):
+        raise refusal(name, result, f"must be a finite number, got {result}.")
+    return result
+
+
+def within_float32(name: str, value: float) -> float:
+    """Return a positive `value` that float32, in which sampling computes, holds as a normal number."""
+    if value < FLOAT32_SMALLEST:
+        raise refusal(name, value, f"must be at least {FLOAT32_SMALLEST:.6g}, float32's smallest, got {value}.")
+    if value > FLOAT32_LARGEST:
+        raise refusal(name, value, f"must be at most {FLOAT32_LARGEST:.6g}, float32's largest, got {value}.")
+    return value
+
+
+def boolean(name: str, value: object) -> bool:
+    """Return a bool."""
+    if not isinstance(value, bool):
+        raise refusal(name, value, f"must be True or False, got {value!r}.")
+    return value
+
+
+def strings(name: str, value: object) -> list[str]:
+    """Return a list of strings; None is the empty one."""
+    if value is None:
+        return []
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
+        raise refusal(name, value, f"must contain only strings, got {value!r}.")
+    return list(value)
+
+
+def token_ids(name: str, value: object) -> list[int]:
+    """Return a list of ints; whether the vocabulary has them is checked with the model at hand."""
+    valid = isinstance(value, Sequence) and all(
+        isinstance(item, Integral) and not isinstance(item, bool) for item in value
+    )
+    if not valid:
+        raise refusal(name, value, f"must contain only integers, got {value!r}.")
+    assert isinstance(value, Sequence)
+    return [int(item) for item in value]
+
+
+def logit_bias(value: object) -> dict[int, float]:
+    """Return biases by token id, within ±100."""
+    if not isinstance(value, Mapping):
+        raise refusal("logit_bias", value, f"must be a dict of token id to number, got {value!r}.")
+    bias: dict[int, float] = {}
+    for key, amount in value.items():
+        try:
+            token_id = int(key) if isinstance(key, str) else integer("logit_bias", key)
+        except ValueError:
+            raise refusal("logit_bias", value, f"keys must be token ids, got {key!r}.") from None
+        if token_id in bias:
+            raise refusal("logit_bias", value, f"names token id {token_id} twice.")
+        found = number("logit_bias", amount)
+        if math.isnan(found):
+            raise refusal("logit_bias", value, f"of token id {token_id} must be a number, got {found}.")
+        bias[token_id] = min(MAX_LOGIT_BIAS, max(-MAX_LOGIT_BIAS, found))
+    return bias
