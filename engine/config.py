@@ -56,7 +56,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = None
     block_size: Annotated[int | None, _doc("tokens in one KV cache block; None is the device's best")] = None
     enable_prefix_caching: Annotated[bool, _doc("reuse the KV cache of equal prefixes")] = True
-    kv_cache_memory_bytes: Annotated[int | None, _doc("KV cache of one worker; None is sized from free memory")] = None
+    kv_cache_memory_bytes: Annotated[
+        int | None, _doc("KV cache of one worker, a draft model's included; None: from free memory")
+    ] = None
     data_parallel_size: Annotated[int, _doc("replicas of the model, one worker each")] = 1
     tensor_parallel_size: Annotated[int, _doc("workers that share one replica; 1 for now")] = 1
     num_threads: Annotated[int, _doc("compute threads of one worker; 0 divides the usable cores")] = 0

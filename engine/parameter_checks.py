@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
@@ -14,24 +15,43 @@ FLOAT32_LARGEST = (2.0 - 2.0**-23) * 2.0**127
 MAX_LOGIT_BIAS = 100.0
 
 
+class _Repr(reprlib.Repr):
+    """As repr, but never long, and never an error of its own."""
+
+    def repr_int(self, value: int, level: int) -> str:
+        return repr(value) if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"
+
+
+_REPR = _Repr()
+_REPR.maxstring = _REPR.maxother = 200
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 20
+_REPR.maxlevel = 2
+
+
+def shown(value: object) -> str:
+    """Return `value` as an error text shows it: its repr, shortened where it is long."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 400 else text[:400] + "…"
+
+
 def refusal(name: str, value: object, rest: str) -> ConfigError:
     """Return the error of one parameter; `rest` follows its name."""
     return ConfigError(f"{name} {rest}", parameter=name, value=value)
 
 
-def integer(name: str, value: object, rest: str = "must be an int, got {value!r}.", *, floats: bool = True) -> int:
+def integer(name: str, value: object, rest: str = "must be an int, got {value}.", *, floats: bool = True) -> int:
     """Return Python's int for any integer type and, with `floats`, for a whole float; a bool is a caller's mistake."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     if floats and isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
         return int(float(value))
-    raise refusal(name, value, rest.format(value=value, type=type(value)))
+    raise refusal(name, value, rest.format(value=shown(value), type=type(value)))
 
 
 def number(name: str, value: object) -> float:
     """Return a float, which may be NaN or infinite."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise refusal(name, value, f"must be a number, got {value!r}.")
+        raise refusal(name, value, f"must be a number, got {shown(value)}.")
     try:
         return float(value)
     except OverflowError:
@@ -58,7 +78,7 @@ def within_float32(name: str, value: float) -> float:
 def boolean(name: str, value: object) -> bool:
     """Return a bool."""
     if not isinstance(value, bool):
-        raise refusal(name, value, f"must be True or False, got {value!r}.")
+        raise refusal(name, value, f"must be True or False, got {shown(value)}.")
     return value
 
 
@@ -67,7 +87,7 @@ def strings(name: str, value: object) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
-        raise refusal(name, value, f"must contain only strings, got {value!r}.")
+        raise refusal(name, value, f"must contain only strings, got {shown(value)}.")
     return list(value)
 
 
@@ -77,7 +97,7 @@ def token_ids(name: str, value: object) -> list[int]:
         isinstance(item, Integral) and not isinstance(item, bool) for item in value
     )
     if not valid:
-        raise refusal(name, value, f"must contain only integers, got {value!r}.")
+        raise refusal(name, value, f"must contain only integers, got {shown(value)}.")
     assert isinstance(value, Sequence)
     return [int(item) for item in value]
 
@@ -85,17 +105,17 @@ def token_ids(name: str, value: object) -> list[int]:
 def logit_bias(value: object) -> dict[int, float]:
     """Return biases by token id, within ±100."""
     if not isinstance(value, Mapping):
-        raise refusal("logit_bias", value, f"must be a dict of token id to number, got {value!r}.")
+        raise refusal("logit_bias", value, f"must be a dict of token id to number, got {shown(value)}.")
     bias: dict[int, float] = {}
     for key, amount in value.items():
         try:
             token_id = int(key) if isinstance(key, str) else integer("logit_bias", key)
         except ValueError:
-            raise refusal("logit_bias", value, f"keys must be token ids, got {key!r}.") from None
+            raise refusal("logit_bias", value, f"keys must be token ids, got {shown(key)}.") from None
         if token_id in bias:
-            raise refusal("logit_bias", value, f"names token id {token_id} twice.")
+            raise refusal("logit_bias", value, f"names token id {shown(token_id)} twice.")
         found = number("logit_bias", amount)
         if math.isnan(found):
-            raise refusal("logit_bias", value, f"of token id {token_id} must be a number, got {found}.")
+            raise refusal("logit_bias", value, f"of token id {shown(token_id)} must be a number, got {found}.")
         bias[token_id] = min(MAX_LOGIT_BIAS, max(-MAX_LOGIT_BIAS, found))
     return bias

@@ -19,6 +19,7 @@ from sempre.engine.parameter_checks import (
     logit_bias,
     number,
     refusal,
+    shown,
     strings,
     token_ids,
     within_float32,
@@ -166,7 +167,7 @@ class SamplingParams:
         self._check_structured_outputs()
         if self.is_greedy:
             if self.n > 1:
-                raise refusal("n", self.n, f"must be 1 when using greedy sampling, got {self.n}.")
+                raise refusal("n", self.n, f"must be 1 when using greedy sampling, got {shown(self.n)}.")
             self.top_p, self.top_k, self.min_p = 1.0, 0, 0.0
 
     @classmethod
@@ -199,9 +200,9 @@ class SamplingParams:
     def _normalise_sampling(self) -> None:
         self.n = integer("n", self.n, "must be an int, but is of type {type}.", floats=False)
         if self.n < 1:
-            raise refusal("n", self.n, f"must be at least 1, got {self.n}.")
+            raise refusal("n", self.n, f"must be at least 1, got {shown(self.n)}.")
         if self.n > MAX_N:
-            raise refusal("n", self.n, f"must be at most {MAX_N}, got {self.n}.")
+            raise refusal("n", self.n, f"must be at most {MAX_N}, got {shown(self.n)}.")
         self.presence_penalty = _penalty("presence_penalty", self.presence_penalty)
         self.frequency_penalty = _penalty("frequency_penalty", self.frequency_penalty)
         repetition = finite("repetition_penalty", self.repetition_penalty)
@@ -216,22 +217,24 @@ class SamplingParams:
             setattr(self, name, share)
         top_k = integer("top_k", self.top_k)
         if top_k < -1:
-            raise refusal("top_k", top_k, f"must be 0 (disable), or at least 1, got {top_k}.")
+            raise refusal("top_k", top_k, f"must be 0 (disable), or at least 1, got {shown(top_k)}.")
         self.top_k = max(top_k, 0)
         self.seed = _seed(self.seed)
 
     def _normalise_lengths(self) -> None:
         self.max_tokens = None if self.max_tokens is None else integer("max_tokens", self.max_tokens)
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise refusal("max_tokens", self.max_tokens, f"must be at least 1, got {self.max_tokens}.")
+            raise refusal("max_tokens", self.max_tokens, f"must be at least 1, got {shown(self.max_tokens)}.")
         self.min_tokens = integer("min_tokens", self.min_tokens)
         if self.min_tokens < 0:
-            raise refusal("min_tokens", self.min_tokens, f"must be greater than or equal to 0, got {self.min_tokens}.")
+            raise refusal(
+                "min_tokens", self.min_tokens, f"must be greater than or equal to 0, got {shown(self.min_tokens)}."
+            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise refusal(
                 "min_tokens",
                 self.min_tokens,
-                f"must be less than or equal to max_tokens={self.max_tokens}, got {self.min_tokens}.",
+                f"must be less than or equal to max_tokens={shown(self.max_tokens)}, got {shown(self.min_tokens)}.",
             )
         if self.thinking_token_budget is not None:
             budget = integer("thinking_token_budget", self.thinking_token_budget)
@@ -241,11 +244,13 @@ class SamplingParams:
         if self.truncate_prompt_tokens is not None:
             most = integer("truncate_prompt_tokens", self.truncate_prompt_tokens)
             if most < -1 or most == 0:
-                raise refusal("truncate_prompt_tokens", most, f"must be at least 1, or -1, got {most}.")
+                raise refusal("truncate_prompt_tokens", most, f"must be at least 1, or -1, got {shown(most)}.")
             self.truncate_prompt_tokens = most
         if self.truncation_side not in (None, "left", "right"):
             raise refusal(
-                "truncation_side", self.truncation_side, f"must be 'left' or 'right', got {self.truncation_side!r}."
+                "truncation_side",
+                self.truncation_side,
+                f"must be 'left' or 'right', got {shown(self.truncation_side)}.",
             )
 
     def _normalise_reports(self) -> None:
@@ -255,7 +260,7 @@ class SamplingParams:
                 continue
             value = integer(name, value)
             if value < -1:
-                raise refusal(name, value, f"must be non-negative or -1, got {value}.")
+                raise refusal(name, value, f"must be non-negative or -1, got {shown(value)}.")
             setattr(self, name, value)
         listed = list(dict.fromkeys(token_ids("logprob_token_ids", self.logprob_token_ids or [])))
         if len(listed) > MAX_LOGPROB_TOKEN_IDS:
@@ -267,7 +272,7 @@ class SamplingParams:
             self.output_kind = RequestOutputKind(self.output_kind)
         except ValueError:
             raise refusal(
-                "output_kind", self.output_kind, f"must be a RequestOutputKind, got {self.output_kind!r}."
+                "output_kind", self.output_kind, f"must be a RequestOutputKind, got {shown(self.output_kind)}."
             ) from None
 
     def _normalise_stops(self) -> None:
@@ -341,5 +346,5 @@ def _seed(value: object) -> int | None:
     if seed == -1:
         return None
     if not -(2**63) <= seed < 2**64:
-        raise refusal("seed", seed, f"must be None or in [-2**63, 2**64), got {seed}.")
+        raise refusal("seed", seed, f"must be None or in [-2**63, 2**64), got {shown(seed)}.")
     return seed

@@ -85,13 +85,14 @@ class CpuBackend:
         return model, passed
 
     def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
-        block_bytes = model.block_bytes + (draft.block_bytes if draft is not None else 0)
+        draft_bytes = 0 if draft is None else draft.block_bytes
         return available_blocks(
             model.config,
-            block_bytes,
+            model.block_bytes + draft_bytes,
             block_size=model.block_size,
             max_model_len=model.max_model_len,
             max_num_seqs=model.max_num_seqs,
+            draft_bytes_per_block=draft_bytes,
         )
 
     def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner:

@@ -27,15 +27,23 @@ def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
 
 
 def available_blocks(
-    config: WorkerConfig, bytes_per_block: int, *, block_size: int, max_model_len: int, max_num_seqs: int
+    config: WorkerConfig,
+    bytes_per_block: int,
+    *,
+    block_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    draft_bytes_per_block: int = 0,
 ) -> int:
     """How many blocks the worker can hold; raises ConfigError with the sums when not even one full sequence fits, or,
     where the config leaves `max_model_len` open, not even one block.
 
     `kv_cache_memory_bytes` decides; without it, enough for `max_num_seqs` sequences of `max_model_len` tokens, within
-    the worker's share of the free memory.
+    the worker's share of the free memory. `draft_bytes_per_block` are those among the bytes that a draft model's keys
+    and values take.
     """
     per_sequence = -(-max_model_len // block_size)
+    share = draft_share(bytes_per_block, draft_bytes_per_block)
     if config.kv_cache_memory_bytes is not None:
         memory_bytes, origin = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
         free_bytes = available_memory_bytes()
@@ -54,12 +62,20 @@ def available_blocks(
     if num_blocks < (1 if config.max_model_len is None else per_sequence):
         raise ConfigError(
             f"kv_cache_memory_bytes: one sequence of max_model_len={max_model_len} tokens needs {per_sequence} blocks"
-            f" of {bytes_per_block} bytes = {per_sequence * bytes_per_block} bytes; {origin} = {memory_bytes} bytes"
-            f" holds {num_blocks} blocks. Lower max_model_len or raise kv_cache_memory_bytes.",
+            f" of {bytes_per_block} bytes{share} = {per_sequence * bytes_per_block} bytes; {origin} = {memory_bytes}"
+            f" bytes holds {num_blocks} blocks. Lower max_model_len or raise kv_cache_memory_bytes.",
             parameter="kv_cache_memory_bytes",
             value=config.kv_cache_memory_bytes,
         )
     return num_blocks
+
+
+def draft_share(bytes_per_block: int, draft_bytes_per_block: int) -> str:
+    """Return what an error says of a draft model's part of a block; nothing without one."""
+    if not draft_bytes_per_block:
+        return ""
+    share = draft_bytes_per_block / bytes_per_block
+    return f" ({share:.0%} of that for the draft model)"
 
 
 def available_memory_bytes() -> int:

@@ -251,10 +251,13 @@ class Worker:
         return cache.digest(block_ids)
 
     def _memory(self) -> dict[str, int]:
-        """Bytes: what the device's backend counts, of the weights, and reserved for the KV cache."""
+        """Bytes: what the device's backend counts, of the weights, and of the KV caches of model and draft."""
+        cache = None if self._runner is None else self._runner.cache
+        draft_block = 0 if self._draft_model is None else self._draft_model.block_bytes
         return self._require_backend().memory() | {
             "weight_bytes": self._require_loaded().weights.nbytes,
-            "kv_cache_bytes": self._runner.cache.nbytes if self._runner is not None else 0,
+            "kv_cache_bytes": 0 if cache is None else cache.nbytes,
+            "draft_kv_cache_bytes": 0 if cache is None else cache.num_blocks * draft_block,
         }
 
     def _parameter_digest(self) -> str:
@@ -372,13 +375,20 @@ def _check_config(config: WorkerConfig, backend: Backend) -> None:
         "dtype": (config.dtype, ("auto", *FLOAT_DTYPES)),
         "quantization": (config.quantization, (None, *(scheme.value for scheme in Fp8Scheme))),
         "load_format": (config.load_format, ("auto", "safetensors", "dummy")),
-        "block_size": (config.block_size or backend.block_sizes[0], backend.block_sizes),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ConfigError(
                 f"{name}: expected {' or '.join(map(repr, allowed))}, found {value!r}.", parameter=name, value=value
             )
+    if config.block_size is not None and config.block_size not in backend.block_sizes:
+        sizes = backend.block_sizes
+        raise ConfigError(
+            f"block_size: a {backend.placement.device.type.upper()} has blocks of {' or '.join(map(str, sizes))} tokens"
+            f" only, found {config.block_size}. Leave it out, which gives {sizes[0]}.",
+            parameter="block_size",
+            value=config.block_size,
+        )
 
 
 def _max_model_len(config: WorkerConfig, spec: ModelSpec) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from sempre.engine.parameter_checks import shown
 from sempre.ipc.errors import RequestError
 
 
@@ -81,19 +82,21 @@ def _parse_mapping(prompt: Mapping[Any, Any]) -> ParsedPrompt:
     for key in prompt:
         if key not in _KEYS and prompt[key] is not None:
             raise RequestError(
-                f"a prompt has no key {key!r}; the keys are {', '.join(_KEYS)}.", parameter="prompt", value=prompt
+                f"a prompt has no key {shown(key)}; the keys are {', '.join(_KEYS)}.", parameter="prompt", value=prompt
             )
     text, token_ids, salt = (prompt.get(key) for key in _KEYS)
     if text is None and token_ids is None:
         raise RequestError("a prompt needs prompt or prompt_token_ids.", parameter="prompt", value=prompt)
     if text is not None and not isinstance(text, str):
-        raise RequestError(f"prompt must be a string, got {text!r}.", parameter="prompt", value=text)
+        raise RequestError(f"prompt must be a string, got {shown(text)}.", parameter="prompt", value=text)
     if token_ids is not None and not is_token_ids(token_ids):
         raise RequestError(
-            f"prompt_token_ids must be a list of ints, got {token_ids!r}.",
+            f"prompt_token_ids must be a list of ints, got {shown(token_ids)}.",
             parameter="prompt_token_ids",
             value=token_ids,
         )
     if salt is not None and (not isinstance(salt, str) or not salt):
-        raise RequestError(f"cache_salt must be a non-empty string, got {salt!r}.", parameter="cache_salt", value=salt)
+        raise RequestError(
+            f"cache_salt must be a non-empty string, got {shown(salt)}.", parameter="cache_salt", value=salt
+        )
     return ParsedPrompt(text, token_ids, salt)

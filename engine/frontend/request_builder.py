@@ -11,7 +11,8 @@ from msgspec.structs import replace
 
 from sempre.engine.frontend.limits import RequestLimits, cut
 from sempre.engine.frontend.prompts import list_prompts, parse_prompt
-from sempre.engine.frontend.sampling_spec import SpecBuilder
+from sempre.engine.frontend.sampling_spec import SpecBuilder, check_utf8
+from sempre.engine.parameter_checks import shown
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.seed_counts import SeedCounts
 from sempre.engine.seeding import child_seed, derive_request_seed, distribution_digest, reported_seed, request_digest
@@ -134,7 +135,7 @@ class RequestBuilder:
             _check_text("request_id", request_id)
             if request_id is not None and self._is_in_use(request_id, params.n):
                 raise RequestError(
-                    f"request_id {request_id!r} is in use by an unfinished request.",
+                    f"request_id {shown(request_id)} is in use by an unfinished request.",
                     parameter="request_id",
                     value=request_id,
                 )
@@ -200,7 +201,7 @@ class RequestBuilder:
             token_ids = self._specs.checked_ids("prompt_token_ids", given)
             return token_ids if most is None else cut(token_ids, token_ids, most, params.truncation_side)
         text = text or ""
-        _check_utf8("prompt", text)
+        check_utf8("prompt", text)
         token_ids = self._tokenizer.encode(text)
         if most is None or len(token_ids) <= most:
             return token_ids
@@ -210,7 +211,7 @@ class RequestBuilder:
 def _check_priority(priority: int) -> None:
     if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
         raise RequestError(
-            f"priority must be an int of 64 bits, got {priority!r}.", parameter="priority", value=priority
+            f"priority must be an int of 64 bits, got {shown(priority)}.", parameter="priority", value=priority
         )
 
 
@@ -219,19 +220,8 @@ def _check_text(parameter: str, value: object) -> None:
     if value is None:
         return
     if not isinstance(value, str):
-        raise RequestError(f"{parameter} must be a string, got {value!r}.", parameter=parameter, value=value)
-    _check_utf8(parameter, value)
-
-
-def _check_utf8(parameter: str, value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{parameter} has no UTF-8 form: {error.reason} at character {error.start}.",
-            parameter=parameter,
-            value=value,
-        ) from None
+        raise RequestError(f"{parameter} must be a string, got {shown(value)}.", parameter=parameter, value=value)
+    check_utf8(parameter, value)
 
 
 def _one_each(parameter: str, values: Any, kind: type, count: int) -> list[Any]:
@@ -241,7 +231,7 @@ def _one_each(parameter: str, values: Any, kind: type, count: int) -> list[Any]:
         isinstance(item, kind) and not isinstance(item, bool) for item in items
     ):
         raise RequestError(
-            f"{parameter} must be {kind.__name__} or a list with one per prompt, got {values!r}.",
+            f"{parameter} must be {kind.__name__} or a list with one per prompt, got {shown(values)}.",
             parameter=parameter,
             value=values,
         )

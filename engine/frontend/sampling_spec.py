@@ -8,6 +8,7 @@ from typing import Any
 
 from sempre.engine.frontend.grammars import GrammarBuilder
 from sempre.engine.frontend.limits import RequestLimits
+from sempre.engine.parameter_checks import shown
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.structured_outputs_config import with_defaults
 from sempre.engine.text.tokenizer import Tokenizer
@@ -57,8 +58,8 @@ class SpecBuilder:
             eos_token_ids=[] if params.ignore_eos else self._limits.eos_token_ids,
             stop_token_ids=self.checked_ids("stop_token_ids", params.stop_token_ids or []),
             # who lists ids wants them reported beside the sampled token
-            logprobs=0 if params.logprobs is None and listed else params.logprobs,
-            prompt_logprobs=params.prompt_logprobs,
+            logprobs=0 if params.logprobs is None and listed else self._most(params.logprobs),
+            prompt_logprobs=self._most(params.prompt_logprobs),
             grammar=self._grammar(params),
             logprob_token_ids=self.checked_ids("logprob_token_ids", listed or []),
         )
@@ -71,12 +72,12 @@ class SpecBuilder:
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, Integral):
                 raise RequestError(
-                    f"{parameter} must contain only ints, got {token_id!r}.", parameter=parameter, value=token_id
+                    f"{parameter} must contain only ints, got {shown(token_id)}.", parameter=parameter, value=token_id
                 )
             number = int(token_id)
             if not 0 <= number < self._limits.vocab_size:
                 raise RequestError(
-                    f"Token id {token_id} is out of vocabulary: {parameter} takes ids in "
+                    f"Token id {shown(token_id)} is out of vocabulary: {parameter} takes ids in "
                     f"[0, {self._limits.vocab_size}).",
                     parameter=parameter,
                     value=token_id,
@@ -87,6 +88,9 @@ class SpecBuilder:
     def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt_token_ids: list[int]) -> SamplingSpec:
         """Return `spec` with what holds for an output that reasons before its answer, after this prompt."""
         return self._grammars.with_reasoning(spec, params, prompt_token_ids)
+
+    def _most(self, count: int | None) -> int | None:
+        return None if count is None else min(count, self._limits.vocab_size)
 
     def _grammar(self, params: SamplingParams) -> str | None:
         if params.structured_outputs is None:
@@ -104,13 +108,26 @@ class SpecBuilder:
         """
         sequences = []
         for word in words:
+            check_utf8("bad_words", word)
             bare = word.lstrip() or word
             plain = self._tokenizer.encode(bare, add_special_tokens=False)
             if not plain:
-                raise RequestError(f"bad_words: {word!r} has no tokens.", parameter="bad_words", value=word)
+                raise RequestError(f"bad_words: {shown(word)} has no tokens.", parameter="bad_words", value=word)
             spaced = self._tokenizer.encode(" " + bare, add_special_tokens=False)
             forms = [plain]
             if spaced[-len(plain) :] != plain:
                 forms.append(spaced)
             sequences += [self.checked_ids("bad_words", form) for form in forms]
         return sequences
+
+
+def check_utf8(parameter: str, value: str) -> None:
+    """Raise RequestError for text that has no UTF-8 form, as neither tokenizer nor wire can take it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{parameter} has no UTF-8 form: {error.reason} at character {error.start}.",
+            parameter=parameter,
+            value=value,
+        ) from None

@@ -116,7 +116,7 @@ class Scheduler:
         speculation = None
         # a grammar follows tokens that are certain, one at a time
         if self._speculation is not None and not spec.params.depends_on_output:
-            speculation = self._speculation.start()
+            speculation = self._speculation.start(spec.cache_salt)
         request = Request(spec, spec.priority if self._uses_priority else 0, self._limits, speculation)
         if request.num_tokens > request.compute_limit:
             length, limit = request.num_tokens, request.compute_limit

@@ -14,6 +14,8 @@ _MAX_CANDIDATES = 16
 _RECENT_TOKENS = 65536
 _END = -1  # between two outputs; no token
 _MIN_SHARE = 0.3
+# an empty list of outputs in tokens' worth of memory: bounds the number of salts
+_COST_OF_A_SALT = 64
 
 
 class TokenIndex:
@@ -104,6 +106,29 @@ class RecentOutputs:
             kept = self.index.token_ids[-self._capacity :]
             self.index = TokenIndex(self._width)
             self.index.extend(kept)
+
+
+class SaltedOutputs:
+    """The recent outputs of each `cache_salt` by themselves: no request learns of those of another salt.
+
+    Together they hold about `capacity` tokens more than one of them may; beyond, the salts that were not used for the
+    longest are forgotten.
+    """
+
+    def __init__(self, width: int, capacity: int = _RECENT_TOKENS) -> None:
+        self._width = width
+        self._capacity = capacity
+        self._by_salt: dict[str | None, RecentOutputs] = {}
+
+    def of(self, salt: str | None) -> RecentOutputs:
+        """Return those of one salt; None stands for requests without one."""
+        recent = self._by_salt.pop(salt, None) or RecentOutputs(self._width, self._capacity)
+        self._by_salt[salt] = recent  # now the last in order
+        total = sum(len(outputs.index.token_ids) + _COST_OF_A_SALT for outputs in self._by_salt.values())
+        while total > 3 * self._capacity and len(self._by_salt) > 1:
+            oldest = self._by_salt.pop(next(iter(self._by_salt)))
+            total -= len(oldest.index.token_ids) + _COST_OF_A_SALT
+        return recent
 
 
 class SuffixDrafter:

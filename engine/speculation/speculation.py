@@ -8,7 +8,7 @@ from typing import Protocol
 from sempre.engine.config import EngineConfig, SpeculativeConfig
 from sempre.engine.speculation.adaptive import DraftLength, GuessCosts
 from sempre.engine.speculation.drafter import Drafter
-from sempre.engine.speculation.lookup import NgramDrafter, RecentOutputs, SuffixDrafter
+from sempre.engine.speculation.lookup import NgramDrafter, SaltedOutputs, SuffixDrafter
 from sempre.ipc.messages import StepCosts
 
 _SUFFIX_LONGEST = 24
@@ -182,13 +182,18 @@ class SpeculationPlan:
     def asks_worker(self) -> bool:
         return self._config.placement == "worker"
 
-    def start(self) -> Speculation:
+    def start(self, cache_salt: str | None = None) -> Speculation:
+        """Guesses for a request; none come from outputs of requests with another `cache_salt`."""
         config = self._config
         longest = config.num_speculative_tokens
         length = DraftLength(longest, costs=self._costs, adaptive=config.adaptive)
         if self._make_drafter is None:
             return ModelSpeculation(length, longest, asks_worker=self.asks_worker)
-        return LookupSpeculation(self._make_drafter(), length, longest)
+        return LookupSpeculation(self._make_drafter(cache_salt), length, longest)
+
+
+MakeDrafter = Callable[[str | None], Drafter]
+"""Makes the drafter of one request from its `cache_salt`."""
 
 
 def guess_costs(costs: StepCosts, *, steps_ahead: bool, asks_worker: bool) -> GuessCosts:
@@ -199,16 +204,16 @@ def guess_costs(costs: StepCosts, *, steps_ahead: bool, asks_worker: bool) -> Gu
     return GuessCosts(first=waiting / costs.step, each=(costs.row + costs.guess) / costs.step)
 
 
-def _ngram_drafters(config: SpeculativeConfig) -> Callable[[], Drafter]:
-    return lambda: NgramDrafter(config.prompt_lookup_min, config.prompt_lookup_max)
+def _ngram_drafters(config: SpeculativeConfig) -> MakeDrafter:
+    return lambda cache_salt: NgramDrafter(config.prompt_lookup_min, config.prompt_lookup_max)
 
 
-def _suffix_drafters(config: SpeculativeConfig) -> Callable[[], Drafter]:
-    recent = RecentOutputs(config.prompt_lookup_min)
-    return lambda: SuffixDrafter(recent, config.prompt_lookup_min, _SUFFIX_LONGEST)
+def _suffix_drafters(config: SpeculativeConfig) -> MakeDrafter:
+    outputs = SaltedOutputs(config.prompt_lookup_min)
+    return lambda cache_salt: SuffixDrafter(outputs.of(cache_salt), config.prompt_lookup_min, _SUFFIX_LONGEST)
 
 
-DRAFTERS: dict[str, Callable[[SpeculativeConfig], Callable[[], Drafter]]] = {
+DRAFTERS: dict[str, Callable[[SpeculativeConfig], MakeDrafter]] = {
     "ngram": _ngram_drafters,
     "suffix": _suffix_drafters,
 }

@@ -30,6 +30,8 @@ _E0, _E1, _E2, _E3, _E4 = EXP
 _L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7 = LOG
 _U0, _U1, _U2, _U3, _U4, _U5 = LOG1P
 _ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
+_INFINITY, _MINUS_INFINITY = np.float32(np.inf), np.float32(-np.inf)
+_LARGEST = np.float32((2.0 - 2.0**-23) * 2.0**127)
 
 
 @inlined
@@ -57,6 +59,14 @@ def log32(x: Any) -> Any:
     y = fma(exponent, LN2_LOW, y)
     y = fma(-_HALF, square, y)
     return fma(exponent, LN2_HIGH, f + y)
+
+
+@inlined
+def divided(x: Any, temperature: Any) -> Any:
+    """x / temperature, where a finite x stays finite: beyond float32 it is the largest number; NaN and ±inf stay."""
+    y = x / temperature
+    y = _LARGEST if (y == _INFINITY) & (x < _INFINITY) else y
+    return -_LARGEST if (y == _MINUS_INFINITY) & (x > _MINUS_INFINITY) else y
 
 
 @inlined

@@ -33,6 +33,7 @@ _MULTIPLIER_0, _MULTIPLIER_1 = tl.constexpr(int(rng.MULTIPLIER_0)), tl.constexpr
 _WEYL_0, _WEYL_1 = tl.constexpr(int(rng.WEYL_0)), tl.constexpr(int(rng.WEYL_1))
 _UNIT, _HALF_UNIT = tl.constexpr(float(rng.UNIT)), tl.constexpr(float(rng.HALF_UNIT))
 _QUARTER = tl.constexpr(float(rng.QUARTER))
+_LARGEST = tl.constexpr((2.0 - 2.0**-23) * 2.0**127)
 _ALL_BITS = tl.constexpr(0xFFFFFFFF)
 # as a float, an integer n below 2**22 in magnitude has the bits of 1.5 * 2**23, plus n
 _INTEGER_BITS = tl.constexpr(0x4B400000)
@@ -75,6 +76,19 @@ def log32(x: Any) -> Any:
     y = fused(exponent, _LN2_LOW, y)
     y = fused(square, -0.5, y)
     return fused(exponent, _LN2_HIGH, f + y)
+
+
+@jit()
+def saturated(y: Any, x: Any) -> Any:
+    """y, what a change has made of x, with a finite x kept finite: beyond float32 it is the largest number."""
+    y = tl.where((y == float("inf")) & (x < float("inf")), _LARGEST, y)
+    return tl.where((y == float("-inf")) & (x > float("-inf")), -_LARGEST, y)
+
+
+@jit()
+def divided(x: Any, temperature: Any) -> Any:
+    """`elementary.divided`."""
+    return saturated(tl.div_rn(x, temperature), x)
 
 
 @jit()

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from sempre.kernels.gpu_jit import jit
 from sempre.kernels.sampling import gpu_table
-from sempre.kernels.sampling.gpu_elementary import error_visible, exp32, load_logits, order_key
+from sempre.kernels.sampling.gpu_elementary import divided, error_visible, exp32, load_logits, order_key
 from sempre.kernels.sampling.gpu_search import MASS_RANGE, PIVOTS, lowest_key
 
 # ids of whose greatest logit the estimate knows
@@ -107,7 +107,7 @@ def place_pivots(
     num_groups = (vocabulary + _GROUP - 1) // _GROUP
     groups = tl.arange(0, GROUPS)
     greatest = tl.load(maxima + row.to(tl.int64) * num_groups + groups, mask=groups < num_groups, other=float("-inf"))
-    greatest = tl.div_rn(greatest, temperature)
+    greatest = divided(greatest, temperature)
     maximum = tl.max(greatest, axis=0)
     tl.store(row_maxima + row, maximum)
     tl.store(sums + row * (2 * _PIVOTS) + tl.arange(0, 2 * _PIVOTS), tl.zeros([2 * _PIVOTS], tl.int64))
@@ -117,7 +117,7 @@ def place_pivots(
         stride = tl.maximum(num_groups // SAMPLE, 1)
         ids = tl.arange(0, SAMPLE)[:, None] * (_GROUP * stride) + tl.arange(0, _GROUP)[None, :]
         x = load_logits(logits + start, edited + start, flags & _EDITS, ids, vocabulary, EDITS)
-        y = tl.div_rn(tl.where(x == tl.max(x, axis=1)[:, None], float("-inf"), x), temperature)
+        y = divided(tl.where(x == tl.max(x, axis=1)[:, None], float("-inf"), x), temperature)
         y = tl.reshape(y, [SAMPLE * _GROUP])
         by_mass = top_k == 0
         scale = num_groups.to(tl.float32) / SAMPLE

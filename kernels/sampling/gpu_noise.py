@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sempre.kernels.gpu_jit import jit, wait_for_previous
 from sempre.kernels.sampling import gpu_table
-from sempre.kernels.sampling.gpu_elementary import error_visible, gumbel, load_logits, order_key, philox
+from sempre.kernels.sampling.gpu_elementary import divided, error_visible, gumbel, load_logits, order_key, philox
 
 # 32-bit words of one row's report: token id, flags, rank, bits of the log-probability
 HEAD = 4
@@ -84,8 +84,8 @@ def best_of_tiles(
     x_3 = load_logits(logits + start, edited + start, is_edited, ids_3, vocabulary, EDITS)
     if temperature != 0.0:
         if temperature != 1.0:
-            x_0, x_1 = tl.div_rn(x_0, temperature), tl.div_rn(x_1, temperature)
-            x_2, x_3 = tl.div_rn(x_2, temperature), tl.div_rn(x_3, temperature)
+            x_0, x_1 = divided(x_0, temperature), divided(x_1, temperature)
+            x_2, x_3 = divided(x_2, temperature), divided(x_3, temperature)
         if TRUNCATES:  # noqa: SIM102, a constant and a value
             if (flags & _TRUNCATES) != 0:
                 cut_key, cut_id = tl.load(cut_keys + row), tl.load(cut_ids + row)

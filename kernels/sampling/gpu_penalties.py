@@ -14,6 +14,7 @@ import triton.language as tl
 
 from sempre.kernels.gpu_jit import jit
 from sempre.kernels.sampling import gpu_table
+from sempre.kernels.sampling.gpu_elementary import saturated
 
 _FLAGS, _EDITS = tl.constexpr(gpu_table.FLAGS), tl.constexpr(gpu_table.EDITS)
 _WORDS = tl.constexpr(gpu_table.WORDS)
@@ -53,7 +54,7 @@ def _penalise(x: Any, ids: Any, valid: Any, words: Any, address: Any, drafted: A
         y = y - frequency * count.to(tl.float32)
     if presence != 0.0:
         y = tl.where(count > 0, y - presence, y)
-    return tl.where(word != 0, y, x)
+    return tl.where(word != 0, saturated(y, x), x)
 
 
 @jit()

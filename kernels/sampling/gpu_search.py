@@ -18,6 +18,7 @@ from sempre.kernels.gpu_jit import jit
 from sempre.kernels.sampling.gpu_elementary import (
     KEY_OF_MINUS_INFINITY,
     KEY_PADDING,
+    divided,
     key_value,
     load_logits,
     mass,
@@ -49,7 +50,7 @@ def keys_of(
     ids = first + tl.arange(0, BLOCK)
     y = load_logits(logits, edited, is_edited, ids, vocabulary, EDITS)
     if temperature != 1.0:
-        y = tl.div_rn(y, temperature)
+        y = divided(y, temperature)
     return y, tl.where(ids < vocabulary, order_key(y), KEY_PADDING)
 
 

@@ -11,7 +11,7 @@ from numba import prange
 
 from sempre.kernels.intrinsics import fma, inlined
 from sempre.kernels.jit import compiled
-from sempre.kernels.sampling.elementary import log32, minus_log1m32
+from sempre.kernels.sampling.elementary import divided, log32, minus_log1m32
 from sempre.kernels.sampling.rng import (
     HALF_UNIT,
     MULTIPLIER_0,
@@ -117,7 +117,7 @@ def _best_of_chunk(logits: Any, first: Any, temperature: Any, seed: Any, positio
         if allowed:
             fill_words(words, tile, position, key_0, key_1)
             for lane in range(TILE):
-                _keep_best(x[lane] / temperature + gumbel(words[lane]), tile, lane, best, best_tile)
+                _keep_best(divided(x[lane], temperature) + gumbel(words[lane]), tile, lane, best, best_tile)
     value, token_id = best[0], best_tile[0] * TILE
     for lane in range(1, TILE):
         candidate = best_tile[lane] * TILE + lane

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 Row = npt.NDArray[np.float32]
+_LARGEST = np.finfo(np.float32).max
 Ids = npt.NDArray[np.int64]
 
 
@@ -52,9 +53,10 @@ def apply_penalties(
     """Penalise distinct `token_ids`, of which `in_prompt` stand in the prompt and `output_counts` were generated.
 
     In this order: repetition divides positive logits and multiplies others, for tokens of prompt or output; frequency
-    is subtracted once per generated occurrence (one product, one difference); presence once if there is any.
+    is subtracted once per generated occurrence (one product, one difference); presence once if there is any. A finite
+    logit stays finite: beyond float32 it is the largest number.
     """
-    x = row[token_ids]
+    raw = x = row[token_ids]
     generated = output_counts > 0
     if repetition != 1.0:
         factor = np.float32(repetition)
@@ -63,4 +65,4 @@ def apply_penalties(
         x = x - np.float32(frequency) * output_counts.astype(np.float32)
     if presence != 0.0:
         x = np.where(generated, x - np.float32(presence), x)
-    row[token_ids] = x
+    row[token_ids] = np.where(np.isfinite(raw), np.clip(x, -_LARGEST, _LARGEST), x)

@@ -15,7 +15,7 @@ from numba import prange
 
 from sempre.kernels.intrinsics import float32_bits, inlined
 from sempre.kernels.jit import compiled
-from sempre.kernels.sampling.elementary import exp32, log32
+from sempre.kernels.sampling.elementary import divided, exp32, log32
 
 # probability 1 relative to the most probable token; V * 2**40 stays below 2**63 for every vocabulary
 MASS_ONE = np.float32(2.0**40)
@@ -122,7 +122,7 @@ def _keep_prefix(x: Any, keys: Any, weights: Any, need: Any) -> None:
 @compiled()
 def _truncate_row(x: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> None:
     for i in range(x.size):
-        x[i] = x[i] / temperature
+        x[i] = divided(x[i], temperature)
     maximum = greatest(x)
     if not _MINUS_INFINITY < maximum < _INFINITY:
         return  # no distribution: the argmax reports it

@@ -298,3 +298,29 @@ def test_what_the_tokenizer_adds_survives_a_cut() -> None:
     assert cut([1, 5, 6, 7, 2], [5, 6, 7], 4, "right") == [1, 5, 6, 2]
     assert cut([1, 5, 6, 7], [5, 6, 7], 1, None) == [1]
     assert cut([1, 5, 6, 7, 2], [5, 6, 7], 1, None) == [2]
+
+
+def test_more_log_probabilities_than_tokens_are_all(byte_level: Tokenizer) -> None:
+    builder = RequestBuilder(byte_level, dataclasses.replace(LIMITS, max_logprobs=-1))
+    spec = builder.build([3], SamplingParams(logprobs=10**30, prompt_logprobs=10**30)).sequences[0].params
+    assert (spec.logprobs, spec.prompt_logprobs) == (360, 360)
+
+
+def test_a_bad_word_without_utf8(builder: RequestBuilder) -> None:
+    assert str(refusal(builder, [3], bad_words=["a\ud800"])) == (
+        "bad_words has no UTF-8 form: surrogates not allowed at character 1."
+    )
+
+
+def test_errors_do_not_repeat_long_values(builder: RequestBuilder) -> None:
+    for prompt in (
+        [1.5] * 10**5,
+        [10**5000],
+        {"prompt": [1] * 10**5},
+        {"x" * 10**5: 1},
+        {"prompt": 1, "cache_salt": 2},
+    ):
+        assert len(str(refusal(builder, prompt))) < 1000
+    with pytest.raises(RequestError) as caught:
+        builder.build_all(["a"], ["x" * 10**6])  # type: ignore[list-item]
+    assert len(str(caught.value)) < 1000

@@ -94,6 +94,31 @@ def test_refused(keywords: dict[str, Any], message: str) -> None:
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"n": 10**5000},
+        {"n": -(10**5000)},
+        {"seed": 10**5000},
+        {"top_k": -(10**5000)},
+        {"min_tokens": 10**5000},
+        {"logit_bias": {"9" * 5000: 1.0}},
+        {"logit_bias": {10**5000: math.nan}},
+        {"stop": [1] * 10**6},
+        {"stop_token_ids": "x" * 10**6},
+        {"temperature": [[["x" * 1000] * 1000] * 1000]},
+        {"output_kind": "x" * 10**6},
+        {"truncation_side": "x" * 10**6},
+        {"allowed_token_ids": {"x": ["y"] * 10**5}},
+    ],
+    ids=lambda keywords: next(iter(keywords)),
+)
+def test_errors_are_short_whatever_was_given(keywords: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SamplingParams(**keywords)
+    assert len(str(caught.value)) < 1000
+
+
 def test_error_carries_the_value() -> None:
     with pytest.raises(ConfigError) as caught:
         SamplingParams(top_p=3.0)

@@ -165,6 +165,22 @@ def test_the_number_of_sequences_that_is_left_open(checkpoints: Any) -> None:
     assert load(checkpoints("llama").folder, max_num_seqs=200).max_num_seqs == 200
 
 
+def test_the_share_of_a_draft_model_is_told(checkpoints: Any) -> None:
+    folder = checkpoints("llama").folder
+    settings: dict[str, Any] = {"draft_model_path": str(folder), "max_draft_tokens": 8}
+    text = r"needs 16 blocks of 24576 bytes \(50% of that for the draft model\) = 393216 bytes; .* holds 15"
+    with pytest.raises(ConfigError, match=text):
+        load(folder, kv_cache_memory_bytes=15 * 24576, **settings)
+    assert load(folder, kv_cache_memory_bytes=16 * 24576, **settings).available_kv_blocks == 16
+
+
+def test_the_block_sizes_of_a_device_are_told(checkpoints: Any) -> None:
+    text = "block_size: a CPU has blocks of 16 tokens only, found 32. Leave it out, which gives 16."
+    with pytest.raises(ConfigError) as caught:
+        load(checkpoints("llama").folder, block_size=32)
+    assert str(caught.value) == text
+
+
 @pytest.mark.parametrize(("dtype", "element_bytes"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
 def test_the_cache_is_stored_in_the_dtype_that_was_reckoned_with(
     dtype: str, element_bytes: int, checkpoints: Any, serve: Any

@@ -147,11 +147,12 @@ class GpuBackend:
             activations=max(0, allocated - weights) + quantized_rows_bytes(model),
             allocated=allocated,
             utilization=config.gpu_memory_utilization,
+            draft_block_bytes=draft.block_bytes if draft is not None else 0,
         )
         return cache_blocks(
             plan,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-            bytes_per_block=model.block_bytes + (draft.block_bytes if draft is not None else 0),
+            bytes_per_block=model.block_bytes + plan.draft_block_bytes,
             block_size=model.block_size,
             max_model_len=model.max_model_len,
             max_num_seqs=model.max_num_seqs,

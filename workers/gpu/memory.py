@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sempre.ipc.errors import ConfigError
+from sempre.workers.kv_cache import draft_share
 
 # what graphs, compiled kernels and the libraries take on top of what is allocated here
 RUNTIME_RESERVE_BYTES = 768 << 20
@@ -31,6 +32,8 @@ class MemoryPlan:
     """by this process, of the above"""
     utilization: float
     """share of `total` that this worker may use"""
+    draft_block_bytes: int = 0
+    """of a block, for the keys and values of a draft model"""
 
     @property
     def others(self) -> int:
@@ -124,7 +127,8 @@ def _too_little(
     advice = f"max_model_len={fits} would fit" if fits else "not even one block fits: free memory, or use another GPU"
     return ConfigError(
         f"max_model_len: a KV cache of {gib(needed)} is needed (one sequence of max_model_len={max_model_len} tokens"
-        f" takes {gib(-(-max_model_len // block_size) * bytes_per_block)}), and {gib(budget)} is left for it. The GPU"
+        f" takes {gib(-(-max_model_len // block_size) * bytes_per_block)}"
+        f"{draft_share(bytes_per_block, plan.draft_block_bytes)}), and {gib(budget)} is left for it. The GPU"
         f" has {gib(plan.total)}, of which gpu_memory_utilization={plan.utilization:g} allows"
         f" {gib(int(plan.total * plan.utilization))}: weights {gib(plan.weights)}, activations"
         f" {gib(plan.activations)}, reserved for graphs and libraries {gib(RUNTIME_RESERVE_BYTES)}; other processes"

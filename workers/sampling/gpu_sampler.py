@@ -102,6 +102,7 @@ class GpuSampler:
         self._set_table(table)
         return True
 
+    @np.errstate(all="ignore")
     def admit(self, slot: int, state: SamplingState) -> None:
         """Take in a new or resumed request, whose known tokens are all in the state.
 
@@ -206,6 +207,7 @@ class GpuSampler:
             event.record()
         return PendingSample(list(states), report, self._unprepared, wide, wide_logits, event)
 
+    @np.errstate(all="ignore")
     def collect(self, pending: PendingSample) -> list[RowResult]:
         """Wait for a step's results: one per row, in order; an empty one where no state was given."""
         if pending.event is not None:
@@ -238,6 +240,7 @@ class GpuSampler:
                 )
         return results
 
+    @np.errstate(all="ignore")
     def prompt_logprobs(self, logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> LogprobRows:
         """Log-probabilities of token_ids[m], the prompt token after row m of logits [M, V]; num_best -1: all.
 

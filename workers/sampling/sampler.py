@@ -115,12 +115,14 @@ class Sampler:
     11. top_p: keep the shortest prefix, in that order, with at least top_p of the mass that is left;
     12. add the noise of (seed, position, id), take the argmax, the lowest id among equals.
 
+    Finite logits stay finite in all of this: what would leave float32 becomes its largest number.
     A row's result is a function of its logits, its state and its position: no other row and no thread count enters.
     """
 
     def __init__(self) -> None:
         self._batch = _Batch.of([])
 
+    @np.errstate(all="ignore")
     def sample(
         self, logits: torch.Tensor, states: Sequence[SamplingState], positions: Sequence[int]
     ) -> list[RowResult]:
@@ -151,6 +153,7 @@ class Sampler:
             for row, token in enumerate(tokens)
         ]
 
+    @np.errstate(all="ignore")
     def prompt_logprobs(self, logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> LogprobRows:
         """Log-probabilities of token_ids[m], the prompt token after row m of logits [M, V]; num_best -1: all.
 
@@ -170,8 +173,7 @@ class Sampler:
                 errors[row] = row_error(np.inf)
                 continue
             try:
-                with np.errstate(over="ignore"):  # an overflow to +inf becomes the error of this row
-                    self._batch.states[row].process(values, positions[row])
+                self._batch.states[row].process(values, positions[row])
             except RowError as error:
                 errors[row] = error
         return errors

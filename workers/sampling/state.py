@@ -70,6 +70,7 @@ class SamplingState:
     `token_ids` is the worker's own list of the sequence, prompt first: the worker appends to it, the state only reads.
     """
 
+    @np.errstate(all="ignore")
     def __init__(
         self,
         params: SamplingSpec,

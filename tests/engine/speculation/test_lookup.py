@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sempre.engine.speculation.lookup import NgramDrafter, RecentOutputs, SuffixDrafter, TokenIndex
+from sempre.engine.speculation.lookup import NgramDrafter, RecentOutputs, SaltedOutputs, SuffixDrafter, TokenIndex
 
 tokens = st.lists(st.integers(0, 3), max_size=40)
 
@@ -106,3 +106,30 @@ def test_recent_outputs_are_bounded() -> None:
     assert len(recent.index.token_ids) <= 200
     assert recent.index.places([199, 199])
     assert not recent.index.places([3, 3])
+
+
+def test_no_guess_comes_from_an_output_with_another_salt() -> None:
+    outputs = SaltedOutputs(2)
+
+    def guesses(salt: str | None) -> list[int]:
+        drafter = SuffixDrafter(outputs.of(salt), 2, 24)
+        drafter.extend([9, 30, 31])
+        return drafter.propose(5)
+
+    first = SuffixDrafter(outputs.of("a"), 2, 24)
+    first.extend([1, 30, 31, 32])
+    first.finish(1)
+    assert guesses("a") == [32]
+    assert guesses("b") == guesses(None) == guesses("") == []
+
+
+def test_salts_are_bounded_and_those_in_use_stay() -> None:
+    outputs = SaltedOutputs(2, capacity=1000)
+    outputs.of("kept").add([7, 8, 9])
+    for number in range(500):
+        outputs.of(str(number)).add([number] * 40)
+        assert outputs.of("kept").index.places([7, 8])
+    total = sum(len(recent.index.token_ids) for recent in outputs._by_salt.values())
+    assert total <= 3000
+    assert outputs.of("499").index.places([499, 499])
+    assert not outputs.of("3").index.places([3, 3])

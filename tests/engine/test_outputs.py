@@ -1,0 +1,143 @@
+"""What users get: its JSON form, listed log-probabilities, cut prompts, and arguments that ask for nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sempre.engine import LLM, AsyncLLM, RequestError, RequestOutput, SamplingParams
+from sempre.engine.outputs import Logprob
+
+SETTINGS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 8, "num_threads": 1, "multiprocessing": False}
+PARAMS = SamplingParams(temperature=0.9, max_tokens=5, seed=3, logprobs=2, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("tiny", **SETTINGS) as engine:
+        yield engine
+
+
+def one(llm: LLM, prompt: Any = "It is a truth", **changes: Any) -> RequestOutput:
+    return llm.generate(prompt, dataclasses.replace(PARAMS, **changes), use_tqdm=False)[0]
+
+
+def plain(value: object) -> bool:
+    """Whether all of it is of Python's own types, which every JSON library takes."""
+    if isinstance(value, dict):
+        return all(type(key) in (str, int) and plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(plain(item) for item in value)
+    return type(value) in (str, int, float, bool, type(None))
+
+
+def test_outputs_have_a_json_form(llm: LLM) -> None:
+    output = one(llm, n=2, prompt_logprobs=1, logprob_token_ids=[3], stop="e")
+    for form in (dataclasses.asdict(output), output.to_dict()):
+        assert plain(form)
+        read = json.loads(json.dumps(form, allow_nan=False))
+        assert read["outputs"][1]["token_ids"] == output.outputs[1].token_ids
+        first = output.outputs[0].token_ids[0]
+        logprobs = output.outputs[0].logprobs
+        assert logprobs is not None
+        assert read["outputs"][0]["logprobs"][0][str(first)]["logprob"] == logprobs[0][first].logprob
+    completion = output.outputs[0]
+    assert completion.to_dict() == dataclasses.asdict(completion) == output.to_dict()["outputs"][0]
+    score = llm.score("It is a truth")[0]
+    assert plain(score.to_dict())
+    assert json.loads(json.dumps(score.to_dict()))["total"] == score.total
+
+
+def test_metrics_have_a_json_form(llm: LLM) -> None:
+    one(llm)
+    forms = [dataclasses.asdict(metric) for metric in llm.get_metrics()]  # type: ignore[call-overload]
+    assert plain(forms)
+    assert {form["name"] for form in json.loads(json.dumps(forms))} >= {"sempre:num_requests_running"}
+
+
+def test_a_logprob_is_what_dataclasses_take() -> None:
+    logprob = Logprob(-1.5, 2, "x")
+    assert dataclasses.asdict(logprob) == {"logprob": -1.5, "rank": 2, "decoded_token": "x"}  # type: ignore[call-overload]
+    assert dataclasses.replace(logprob, rank=3) == Logprob(-1.5, 3, "x")  # type: ignore[type-var]
+    assert [field.name for field in dataclasses.fields(logprob)] == ["logprob", "rank", "decoded_token"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 5, "temperature": 0.7}, {"repetition_penalty": 1.5}], ids=str)
+def test_listed_ids_are_as_in_the_whole_vocabulary(changes: dict[str, Any]) -> None:
+    with LLM("tiny", max_logprobs=-1, **SETTINGS) as engine:
+        whole = one(engine, logprobs=-1, **changes).outputs[0]
+        listed = one(engine, logprobs=2, logprob_token_ids=[700, 3, 9], **changes).outputs[0]
+        only = one(engine, logprobs=None, logprob_token_ids=[700, 3, 9], **changes).outputs[0]
+        best = one(engine, **changes).outputs[0]
+    assert listed.token_ids == only.token_ids == best.token_ids == whole.token_ids
+    rows = [output.logprobs or [] for output in (whole, listed, only, best)]
+    assert [len(row) for row in rows] == [5] * 4
+    for everything, some, few, usual in zip(*rows, strict=True):
+        assert set(some) == {700, 3, 9} | set(usual)
+        for row in (some, few, usual):
+            # the rank of the sampled token and of those listed is their place in the vocabulary, as that of the best
+            assert all(row[token_id] == everything[token_id] for token_id in row)
+    assert [set(row) for row in rows[2]] == [{token, 700, 3, 9} for token in only.token_ids]
+    assert only.cumulative_logprob == whole.cumulative_logprob
+
+
+def test_listed_ids_with_guesses() -> None:
+    """Several rows a step: each has its own."""
+    params = {"temperature": 0.0, "max_tokens": 24, "logprob_token_ids": [3, 700]}
+    config = {"method": "ngram", "num_speculative_tokens": 4, "adaptive": False}
+    with LLM("tiny", **SETTINGS) as engine:
+        alone = one(engine, "the sea, the sea, the sea, the", **params).outputs[0]
+    with LLM("tiny", speculative_config=config, **SETTINGS) as engine:
+        assert one(engine, "the sea, the sea, the sea, the", **params).outputs[0] == alone
+
+
+def test_a_cut_prompt_is_the_shorter_one(llm: LLM) -> None:
+    prompt = "It was a dark and stormy night, and the rain fell in torrents"
+    ids = llm.get_tokenizer().encode(prompt)
+    cut = one(llm, prompt, truncate_prompt_tokens=6)
+    assert cut.prompt_token_ids == ids[-6:]
+    assert cut.outputs[0] == one(llm, ids[-6:]).outputs[0]
+    assert one(llm, ids, truncate_prompt_tokens=6, truncation_side="right").prompt_token_ids == ids[:6]
+    assert len(one(llm, ids * 20, truncate_prompt_tokens=-1).prompt_token_ids) == 128 - 5
+
+
+def test_arguments_that_ask_for_nothing(llm: LLM) -> None:
+    expected = one(llm).outputs[0]
+    nothing: dict[str, Any] = {"lora_request": None, "tokenization_kwargs": {}, "mm_processor_kwargs": None}
+    assert llm.generate("It is a truth", PARAMS, use_tqdm=False, priority=[7], **nothing)[0].outputs[0] == expected
+    assert llm.generate(["It is a truth"], PARAMS, lora_request=[None])[0].outputs[0] == expected
+    messages = [{"role": "user", "content": "Who is there?"}]
+    assert llm.chat(messages, PARAMS, False, **nothing) is not None
+    for call in (lambda **keywords: llm.generate("a", PARAMS, **keywords), lambda **k: llm.chat(messages, PARAMS, **k)):
+        for name in nothing:
+            with pytest.raises(RequestError, match=f"^{name} is not supported by this engine. Leave it out.") as caught:
+                call(**{name: {"a": 1}})
+            assert caught.value.parameter == name
+
+
+def test_arguments_of_the_asynchronous_interface_that_ask_for_nothing() -> None:
+    names = ("prompt_text", "lora_request", "tokenization_kwargs", "trace_headers", "data_parallel_rank")
+
+    async def run() -> list[str]:
+        texts = []
+        async with AsyncLLM("tiny", **SETTINGS) as engine:
+            async for output in engine.generate("a", PARAMS, "name", priority=3, **dict.fromkeys(names)):
+                assert output.request_id == "name"
+            for name in names:
+                with pytest.raises(RequestError) as caught:
+                    await anext(engine.generate("a", PARAMS, **{name: 0 if name == "data_parallel_rank" else "x"}))
+                texts.append(str(caught.value))
+        return texts
+
+    assert asyncio.run(run()) == [f"{name} is not supported by this engine. Leave it out." for name in names]
+
+
+def test_default_parameters_are_a_copy(llm: LLM) -> None:
+    defaults = llm.get_default_sampling_params()
+    defaults.temperature = 0.0
+    assert llm.get_default_sampling_params() != defaults
