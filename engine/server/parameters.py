@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
+from sempre.engine.sampling_params import MAX_STOP_STRINGS, RequestOutputKind, SamplingParams
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import APIError, BadRequest
 from sempre.engine.server.requests import (
@@ -98,6 +98,8 @@ def check_model(name: str | None, served: list[str]) -> None:
 
 
 def _common(request: GenerationRequest, config: ServerConfig) -> dict[str, Any]:
+    if isinstance(request.stop, list) and len(request.stop) > MAX_STOP_STRINGS:
+        raise BadRequest(f"stop can hold at most {MAX_STOP_STRINGS} strings, got {len(request.stop)}.", param="stop")
     if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options needs stream to be true.", param="stream_options")
     if request.prompt_logprobs is not None and request.stream:
