@@ -181,6 +181,25 @@ def test_a_sibling_is_a_lone_request_with_its_seed(server: ServerProcess) -> Non
     assert siblings[1]["token_ids"] != lone["token_ids"]
 
 
+def test_unseeded_requests_have_the_seeds_of_the_python_interface(server: ServerProcess, llm: LLM) -> None:
+    """Axis A19: a server and an LLM with one engine seed, and other requests before and between."""
+    prompts = ["The first of two that nobody else asks", "The second of them"]
+    params = SamplingParams(max_tokens=4, temperature=0.8)
+    expected = [[o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)] for _ in range(2)]
+    found = []
+    for order in (1, -1):
+        answers = {}
+        for prompt in prompts[::order]:
+            body = {"prompt": prompt, "max_tokens": 4, "temperature": 0.8, "return_token_ids": True}
+            [answers[prompt]] = server.complete(**body).json()["choices"]
+            server.complete(prompt="another one", max_tokens=1)
+        found.append([answers[prompt] for prompt in prompts])
+    assert [[(c["seed"], c["token_ids"]) for c in choices] for choices in found] == [
+        [(o.seed, o.token_ids) for o in outputs] for outputs in expected
+    ]
+    assert len({choice["seed"] for choices in found for choice in choices}) == 4
+
+
 def test_an_unseeded_answer_can_be_repeated_by_its_seed(server: ServerProcess) -> None:
     fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 10, "return_token_ids": True, "logprobs": 0}
     first = server.complete(**fields).json()["choices"][0]

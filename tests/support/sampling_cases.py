@@ -42,6 +42,21 @@ PARAMETERS: list[dict[str, Any]] = [
     {"min_tokens": 2, "eos_token_ids": [0, 33], "stop_token_ids": [10**6], "top_p": 0.9},
     {"logprobs": -1, "presence_penalty": 1.5, "top_p": 0.9},
     {"logprobs": 30},
+    {"logprobs": 2, "logprob_token_ids": [7, 3, 100], "repetition_penalty": 1.3},
+]
+
+# with logits that the arithmetic of these parameters takes out of float32
+EXTREME: list[dict[str, Any]] = [
+    {"temperature": 0.01},
+    {"temperature": 0.01, "top_p": 0.9, "logprobs": 3},
+    {"temperature": 0.01, "top_k": 3},
+    {"temperature": 0.02, "min_p": 0.1},
+    {"temperature": 3e38},
+    {"temperature": 3e38, "top_k": 7, "top_p": 0.5},
+    {"repetition_penalty": 1.2e-38, "temperature": 0.0},
+    {"repetition_penalty": 1.2e-38, "frequency_penalty": 2.0, "presence_penalty": -2.0, "top_p": 0.5, "logprobs": 2},
+    {"repetition_penalty": 3e38, "temperature": 0.5},
+    {"repetition_penalty": 3e38, "logit_bias": {4: 100.0, 3: -100.0}, "allowed_token_ids": [3, 4, 5, 90]},
 ]
 
 # over the vocabulary of the embedded model
@@ -70,7 +85,8 @@ def _make_state(params: SamplingSpec, seed: int, index: int) -> SamplingState:
 
 
 def make_logits(kind: str, rows: int, vocab_size: int, seed: int) -> torch.Tensor:
-    """float32 [rows, V]: "flat" (normal), "peaked" (a few far above), "tied" (many equal), "wide" (huge range)."""
+    """float32 [rows, V]: "flat" (normal), "peaked" (a few far above), "tied" (many equal), "wide" (huge range), "huge"
+    (to the ends of float32, a few of them forbidden)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, vocab_size, generator=generator)
     if kind == "peaked":
@@ -79,6 +95,11 @@ def make_logits(kind: str, rows: int, vocab_size: int, seed: int) -> torch.Tenso
         return (x * 2).round() / 2
     if kind == "wide":
         return x * torch.exp(3 * torch.randn(rows, 1, generator=generator))
+    if kind == "huge":
+        spread = x * 10.0 ** torch.randint(0, 39, (rows, vocab_size), generator=generator)
+        largest = torch.finfo(torch.float32).max
+        forbidden = torch.rand(rows, vocab_size, generator=generator) < 0.1
+        return spread.clamp(-largest, largest).masked_fill(forbidden, -torch.inf)
     assert kind == "flat", kind
     return x
 

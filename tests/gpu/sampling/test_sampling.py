@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sampling_cases import (
+    EXTREME,
     PARAMETERS,
     WITH_GRAMMAR,
     disagreements,
@@ -47,6 +48,11 @@ def _sampler(device: torch.device, vocab_size: int, states: list[SamplingState],
 @pytest.mark.parametrize("kind", ["flat", "peaked", "tied", "wide"])
 def test_equals_the_cpu(device: torch.device, kind: str, vocab_size: int) -> None:
     assert disagreements(device, kind, vocab_size, steps=2, seed=vocab_size) == []
+
+
+@pytest.mark.parametrize("vocab_size", [130, 32_000])
+def test_the_ends_of_float32(device: torch.device, vocab_size: int) -> None:
+    assert disagreements(device, "huge", vocab_size, steps=2, seed=vocab_size, parameters=EXTREME) == []
 
 
 @pytest.mark.parametrize("vocab_size", [200, 50_000])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from grammars import VOCABULARY
 from sampling_cases import (
+    EXTREME,
     PARAMETERS,
     WITH_GRAMMAR,
     disagreements,
@@ -27,8 +28,12 @@ VERIFYING = [{}, {"top_k": 5, "logprobs": 3}, *[values for values in PARAMETERS 
 
 @pytest.mark.parametrize(
     ("kind", "vocab_size", "parameters"),
-    [pytest.param("flat", 200, TRUNCATING[1:5], marks=pytest.mark.product), ("tied", 130, PARAMETERS)],
-    ids=["narrowing", "every stage"],
+    [
+        pytest.param("flat", 200, TRUNCATING[1:5], marks=pytest.mark.product),
+        ("tied", 130, PARAMETERS),
+        ("huge", 130, EXTREME),
+    ],
+    ids=["narrowing", "every stage", "the ends of float32"],
 )
 def test_equals_the_cpu(kind: str, vocab_size: int, parameters: list[dict[str, Any]]) -> None:
     from sempre.kernels.sampling.gpu import Tiles
