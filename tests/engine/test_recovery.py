@@ -203,6 +203,8 @@ def test_the_synchronous_interface_goes_on() -> None:
     others = set(psutil.Process().children(recursive=True))
     with LLM("tiny", seed=3, **SETTINGS) as llm:
         expected = [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)]
+        unseeded = SamplingParams(max_tokens=1)
+        seeds = [output.outputs[0].seed for output in llm.generate(prompts, unseeded, use_tqdm=False)]
         stream = llm.stream(prompts[0], params)
         for _ in range(5):
             next(stream)
@@ -214,6 +216,9 @@ def test_the_synchronous_interface_goes_on() -> None:
         assert [output.outputs for output in llm.generate(prompts, params, use_tqdm=False)] == expected
         worker_and_coordinator(others)[0].kill()
         assert llm.collective_rpc("ping", timeout=60) == ["pong"]
+        # equal requests are counted by this process, which has not died: no sample comes twice
+        again = [output.outputs[0].seed for output in llm.generate(prompts, unseeded, use_tqdm=False)]
+        assert all(one != other for one, other in zip(seeds, again, strict=True))
 
 
 def test_a_spent_budget_ends_the_engine_with_the_last_cause() -> None:
