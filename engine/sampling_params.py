@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, fields
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from msgspec import Meta
 
+from sempre.engine.near_names import near_name
 from sempre.engine.parameter_checks import (
     boolean,
     finite,
@@ -150,8 +150,8 @@ class SamplingParams:
     def __new__(cls, *values: Any, **keywords: Any) -> Self:
         for name in keywords:
             if name not in _KEYWORDS:
-                near = difflib.get_close_matches(name, [field.name for field in fields(cls)], n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                near = near_name(name, [field.name for field in fields(cls)])
+                hint = f" Did you mean {near!r}?" if near else ""
                 raise TypeError(f"SamplingParams has no parameter {name!r}.{hint}")
         return object.__new__(cls)
 
