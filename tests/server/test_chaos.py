@@ -178,4 +178,4 @@ def test_a_few_streams_under_random_signals(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_a_thousand_streams_under_random_signals(tmp_path: Path) -> None:
-    assert check(tmp_path, 1000, seed=2, concurrency=16, pauses_s=(1.0, 2.0)).num_faults >= 100
+    assert check(tmp_path, 1000, seed=2, concurrency=16, pauses_s=(1.0, 3.0)).num_faults >= 50
