@@ -77,7 +77,7 @@ def make_bodies(count: int, seed: int) -> list[dict[str, Any]]:
         {
             "prompt": TEXT[: drawn.randint(4, len(TEXT))],
             "seed": drawn.randrange(1000),
-            "max_tokens": drawn.randint(1, 40),
+            "max_tokens": drawn.randint(4, 40),
             "ignore_eos": True,
             "stream": True,
             "return_token_ids": True,
@@ -126,9 +126,9 @@ async def was_killed(server: ServerProcess) -> bool:
 
 
 async def run_all(
-    supervisor: Supervisor, bodies: list[dict[str, Any]], concurrency: int, pause_s: float = 0.0
-) -> list[Any]:
-    answers: list[Any] = [None] * len(bodies)
+    supervisor: Supervisor, bodies: list[dict[str, Any]], concurrency: int, answers: list[Any], pause_s: float = 0.0
+) -> None:
+    answers += [None] * len(bodies)
     waiting: Iterator[tuple[int, dict[str, Any]]] = iter(enumerate(bodies))
     async with httpx2.AsyncClient(timeout=300.0) as http:
 
@@ -147,7 +147,6 @@ async def run_all(
                 await asyncio.sleep(pause_s)
 
         await asyncio.gather(*(work() for _ in range(concurrency)))
-    return answers
 
 
 def check(folder: Path, num_requests: int, *, seed: int, concurrency: int, pauses_s: tuple[float, float]) -> Chaos:
@@ -155,16 +154,25 @@ def check(folder: Path, num_requests: int, *, seed: int, concurrency: int, pause
     bodies = make_bodies(num_requests, seed)
     pause_s, mean_pause_s = pauses_s
     with Supervisor(folder) as supervisor:
-        expected = asyncio.run(run_all(supervisor, bodies, concurrency))
-        root = lambda: supervisor.server.process.pid  # noqa: E731
-        with Chaos(root, seed=seed, mean_pause_s=mean_pause_s, launcher=num_requests > 100) as chaos:
-            found = asyncio.run(run_all(supervisor, bodies, concurrency, pause_s))
+        expected: list[Any] = []
+        found: list[Any] = []
+        other: list[Any] = []
+        asyncio.run(run_all(supervisor, bodies, concurrency, expected))
+        chaos = Chaos(
+            lambda: supervisor.server.process.pid,
+            lambda: len(found) - found.count(None),
+            seed=seed,
+            mean_pause_s=mean_pause_s,
+            launcher=num_requests > 100,
+        )
+        with chaos:
+            asyncio.run(run_all(supervisor, bodies, concurrency, found, pause_s))
         differing = [number for number, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
         assert differing == []
         # the control: what is compared does differ where the seed does
         sampled = next(body for body in bodies if body["temperature"] == 1.0 and body["max_tokens"] > 8)
-        [other] = asyncio.run(run_all(supervisor, [{**sampled, "seed": 9999}], 1))
-        assert other not in expected
+        asyncio.run(run_all(supervisor, [{**sampled, "seed": 9999}], 1, other))
+        assert other[0] not in expected
         restarts = supervisor.num_restarts
     counts = dict(sorted(chaos.counts.items()))
     print(f"{num_requests} streams, {chaos.num_faults} faults, {restarts} new servers: {counts}")

@@ -18,6 +18,7 @@ import psutil
 COORDINATOR, WORKER, DRAFT_WORKER = "coordinator", "worker", "draft worker"
 # a process that is younger imports, loads or tests itself
 _YOUNG_S = 2.5
+_MOST_IN_VAIN = 3
 
 
 def kind_of(process: psutil.Process) -> str | None:
@@ -43,12 +44,25 @@ def engine_processes(root_pid: int) -> list[tuple[psutil.Process, str]]:
 
 
 class Chaos:
-    """A thread that harms the engine below `root()` from the beginning to the end of the context; `counts` of what."""
+    """A thread that harms the engine below `root()` from the beginning to the end of the context; `counts` of what.
 
-    def __init__(self, root: Callable[[], int], *, seed: int, mean_pause_s: float, launcher: bool = False) -> None:
-        """`launcher`: the root itself is killed now and then, for whoever supervises it to start it again."""
+    After a few faults without progress it waits: on a slow machine an engine would never come to anything.
+    """
+
+    def __init__(
+        self,
+        root: Callable[[], int],
+        progress: Callable[[], int],
+        *,
+        seed: int,
+        mean_pause_s: float,
+        launcher: bool = False,
+    ) -> None:
+        """`progress` counts what has been finished. `launcher`: the root itself is killed now and then, for whoever
+        supervises it to start it again."""
         self.counts: Counter[str] = Counter()
         self._root = root
+        self._progress = progress
         self._drawn = random.Random(seed)
         self._mean_pause_s = mean_pause_s
         self._launcher = launcher
@@ -70,11 +84,15 @@ class Chaos:
 
     def _run(self) -> None:
         next_fault = time.monotonic()
+        finished, num_in_vain = self._progress(), 0
         while not self._ended.wait(0.02):
             now = time.monotonic()
             self._resume(now)
-            if now >= next_fault:
+            if finished != self._progress():
+                finished, num_in_vain = self._progress(), 0
+            if now >= next_fault and num_in_vain < _MOST_IN_VAIN:
                 next_fault = now + self._drawn.expovariate(1.0 / self._mean_pause_s)
+                num_in_vain += 1
                 self._harm()
         self._resume(float("inf"))
 
