@@ -17,6 +17,7 @@ from sempre.engine.cli.arguments import (
     sampling_keywords,
 )
 from sempre.engine.cli.remote.connection import add_server_flags
+from sempre.engine.cli.terminal_input import TerminalInput
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.ipc.errors import RequestError
 from sempre.ipc.log_lines import for_terminal, plain
@@ -70,23 +71,20 @@ def _talk(answer: Answer, opening: list[Message], quick: str | None) -> int:
 
 
 def _converse(answer: Answer, opening: list[Message]) -> None:
-    interactive = sys.stdin.isatty()
-    if interactive:
-        # With it imported, input() edits lines and remembers them.
-        import readline  # noqa: F401
-
+    typed = TerminalInput()
+    if typed.is_interactive:
         print(_HELP, file=sys.stderr)
     messages = list(opening)
     while True:
         try:
-            line = input("> " if interactive else "").strip()
+            line = typed.read().strip()
         except EOFError:
             return
         if line == "/exit":
             return
         if line == "/reset":
             messages = list(opening)
-        elif line.startswith("/"):
+        elif line.startswith("/") and "\n" not in line:
             print(f"unknown command {line}. {_HELP}", file=sys.stderr)
         elif line:
             question = {"role": "user", "content": line}

@@ -9,8 +9,9 @@ from sempre.engine.cli.arguments import add_model_flag, add_sampling_flags, samp
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.remote.answers import completion_text, print_answer
 from sempre.engine.cli.remote.connection import DEFAULT_URL, Server, add_server_flags
+from sempre.engine.cli.terminal_input import TerminalInput
 
-_HELP = "Each line is a prompt; Ctrl-C stops a completion, Ctrl-D ends."
+_HELP = "Each line, or text pasted at once, is a prompt; Ctrl-C stops a completion, Ctrl-D ends."
 # A stream is one text; what HTTP does not carry or a stream cannot hold has no flag here.
 _WITHOUT = ("n", "logprobs", "prompt_logprobs", "detokenize")
 
@@ -31,16 +32,13 @@ def run(namespace: argparse.Namespace) -> int:
         body = {"model": server.model(namespace.model), "stream": True, **sampling_keywords(namespace)}
         if namespace.quick is not None:
             return _complete(server, {**body, "prompt": namespace.quick})
-        interactive = sys.stdin.isatty()
-        if interactive:
-            # With it imported, input() edits lines and remembers them.
-            import readline  # noqa: F401
-
+        typed = TerminalInput()
+        if typed.is_interactive:
             print(_HELP, file=sys.stderr)
         code = 0
         while True:
             try:
-                line = input("> " if interactive else "")
+                line = typed.read()
             except EOFError:
                 return code
             if line:
