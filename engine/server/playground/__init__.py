@@ -41,5 +41,14 @@ def _route(path: str, name: str) -> Route:
     return Route(path, send, name=f"playground {name}")
 
 
-ASSETS = ("playground.css", "icon.svg", "main.js", "api.js", "tokens.js", "comparison.js", "engine_status.js")
+ASSETS = (
+    "playground.css",
+    "icon.svg",
+    "main.js",
+    "api.js",
+    "tokens.js",
+    "characters.js",
+    "comparison.js",
+    "engine_status.js",
+)
 PLAYGROUND_ROUTES = [_route("/", "index.html"), *(_route(f"/playground/{name}", name) for name in ASSETS)]

@@ -1,5 +1,7 @@
 // Requests to this server: streamed answers as tokens.
 
+import { bytesOf } from "./characters.js";
+
 const DONE = "[DONE]";
 
 // A seed has up to 64 bits, a JavaScript number 53: seeds stay text on both ways. An unescaped `,"seed":` can only be a
@@ -54,7 +56,12 @@ export async function* stream(path, body, seed, apiKey, signal) {
   }
 }
 
-// The tokens of one choice, in one form for both interfaces: {id, text, logprob, alternatives: [{text, logprob}]}.
+function named(text, logprob, bytes) {
+  return { text, logprob, bytes: bytesOf(text, bytes) };
+}
+
+// The tokens of one choice, in one form for both interfaces: {id, text, bytes, logprob, alternatives: [{text, bytes,
+// logprob}]}; `text` is the server's name of the token.
 export function tokensOf(choice) {
   const ids = choice.token_ids ?? [];
   const logprobs = choice.logprobs;
@@ -62,15 +69,13 @@ export function tokensOf(choice) {
   if (logprobs.content) {
     return logprobs.content.map((entry, i) => ({
       id: ids[i],
-      text: entry.token,
-      logprob: entry.logprob,
-      alternatives: entry.top_logprobs.map(({ token, logprob }) => ({ text: token, logprob })),
+      ...named(entry.token, entry.logprob, entry.bytes),
+      alternatives: entry.top_logprobs.map(({ token, logprob, bytes }) => named(token, logprob, bytes)),
     }));
   }
   return logprobs.tokens.map((text, i) => ({
     id: ids[i],
-    text,
-    logprob: logprobs.token_logprobs[i],
-    alternatives: Object.entries(logprobs.top_logprobs[i] ?? {}).map(([text, logprob]) => ({ text, logprob })),
+    ...named(text, logprobs.token_logprobs[i]),
+    alternatives: Object.entries(logprobs.top_logprobs[i] ?? {}).map(([other, logprob]) => named(other, logprob)),
   }));
 }

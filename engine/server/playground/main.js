@@ -11,6 +11,7 @@ const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "
 const view = new TokenView(byId("output"), byId("details"), byId("announcement"));
 const apiKey = () => byId("api_key").value;
 let request; // {path, body} as last sent
+let typedSeed; // the form's seed with it
 let lastRun;
 let running; // AbortController of the run under way
 
@@ -39,11 +40,24 @@ function say(text, bad = false) {
   byId("status").classList.toggle("bad", bad);
 }
 
+// Without a run, or before its first chunk, there are no facts.
 function showRun(run) {
-  byId("seed-used").textContent = run.seed ?? "–";
-  byId("fingerprint").textContent = run.fingerprint ?? "–";
-  byId("count").textContent = run.tokens.length;
-  byId("finish").textContent = run.stopped ? "you" : (run.finish ?? "–");
+  byId("seed-used").textContent = run?.seed ?? "–";
+  byId("fingerprint").textContent = run?.fingerprint ?? "–";
+  byId("count").textContent = run?.tokens.length ?? "–";
+  byId("finish").textContent = run?.stopped ? "you" : (run?.finish ?? "–");
+}
+
+// Whether the form still says what was sent last.
+function isEdited() {
+  return JSON.stringify(readForm()) !== JSON.stringify(request) || byId("seed").value !== typedSeed;
+}
+
+// What was found about a request does not stand beneath another one.
+function followForm() {
+  const edited = Boolean(request) && isEdited();
+  if (edited) showVerdict();
+  byId("again").disabled = Boolean(running) || !lastRun || edited;
 }
 
 function showVerdict(verdict) {
@@ -57,7 +71,7 @@ function setRunning(controller) {
   running = controller;
   byId("generate").disabled = Boolean(controller);
   byId("stop-button").disabled = !controller;
-  byId("again").disabled = Boolean(controller) || !lastRun;
+  followForm();
 }
 
 async function receive(run, seed, signal) {
@@ -81,6 +95,7 @@ async function generate(seed) {
   const controller = new AbortController();
   setRunning(controller);
   view.clear();
+  showRun();
   showVerdict();
   say("Generating…");
   try {
@@ -94,6 +109,7 @@ async function generate(seed) {
     run.stopped = true;
     say("Stopped.");
   } finally {
+    view.end();
     setRunning();
   }
   showRun(run);
@@ -103,6 +119,7 @@ async function generate(seed) {
 async function start() {
   if (running || !byId("form").reportValidity()) return;
   request = readForm();
+  typedSeed = byId("seed").value;
   lastRun = undefined;
   const run = await generate(byId("seed").value);
   lastRun = run?.seed === undefined ? undefined : run;
@@ -113,6 +130,10 @@ async function runAgain() {
   const first = lastRun;
   const second = await generate(first.seed);
   if (!second) return;
+  if (isEdited()) {
+    say("Done. The form has changed since this request was sent.");
+    return;
+  }
   const verdict = compare(first, second);
   if (verdict.at >= 0) view.markDifference(verdict.at);
   showVerdict(verdict);
@@ -126,6 +147,7 @@ byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
   start();
 });
+for (const kind of ["input", "change"]) byId("form").addEventListener(kind, followForm);
 byId("again").addEventListener("click", runAgain);
 byId("stop-button").addEventListener("click", () => running?.abort());
 for (const radio of document.querySelectorAll("input[name=mode]")) radio.addEventListener("change", showMode);

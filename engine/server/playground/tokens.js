@@ -1,6 +1,8 @@
 // The output: one element per token, coloured by probability, with its alternatives on hover and by keyboard.
 // Text of a model is only ever set as textContent.
 
+import { alone, Characters } from "./characters.js";
+
 const BOUNDS = [0.01, 0.1, 0.5, 0.9];
 
 export function element(name, properties = {}, children = []) {
@@ -8,6 +10,9 @@ export function element(name, properties = {}, children = []) {
   made.append(...children);
   return made;
 }
+
+// stands for a token that only begins a character
+const BEGINS = "·";
 
 function visible(text) {
   return text === "" ? "∅" : text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
@@ -24,6 +29,7 @@ export class TokenView {
   #announcement;
   #tokens = [];
   #active = -1;
+  #characters = new Characters();
 
   constructor(output, details, announcement) {
     this.output = output;
@@ -33,22 +39,33 @@ export class TokenView {
     output.addEventListener("pointerover", (event) => this.#show(this.#indexOf(event.target)));
     output.addEventListener("pointerleave", () => this.#show(this.#active));
     output.addEventListener("keydown", (event) => this.#key(event));
-    output.addEventListener("focus", () => this.#activate(this.#active < 0 ? 0 : this.#active));
+    output.addEventListener("click", (event) => this.#activate(this.#indexOf(event.target)));
+    output.addEventListener("focus", () => this.#focused());
     output.addEventListener("blur", () => this.#activate(-1));
   }
 
   clear() {
     this.#tokens = [];
     this.#active = -1;
+    this.#characters = new Characters();
     this.output.replaceChildren();
     this.#details.hidden = true;
+    this.#announcement.textContent = "";
   }
 
   add(token) {
     const bucket = BOUNDS.filter((bound) => Math.exp(token.logprob) >= bound).length;
-    const text = token.text === "" ? "∅" : token.text.replaceAll("\n", "⏎\n");
+    const begins = token.bytes.length ? BEGINS : "∅";
+    const text = this.#characters.of(token).replaceAll("\n", "⏎\n");
     this.#tokens.push(token);
-    this.output.append(element("span", { className: `token p${bucket}`, textContent: text }));
+    const part = text === "" && token.bytes.length ? " part" : "";
+    this.output.append(element("span", { className: `token p${bucket}${part}`, textContent: text || begins }));
+  }
+
+  // Nothing follows: what was begun and not completed is shown as what it is.
+  end() {
+    const rest = this.#characters.end();
+    if (rest && this.#tokens.length) this.output.lastElementChild.textContent = rest;
   }
 
   markDifference(index) {
@@ -56,7 +73,13 @@ export class TokenView {
   }
 
   #indexOf(target) {
-    return target.classList.contains("token") ? [...this.output.children].indexOf(target) : -1;
+    const token = target.closest(".token");
+    return token ? [...this.output.children].indexOf(token) : -1;
+  }
+
+  // By keyboard the first token is shown; a pointer says itself which one.
+  #focused() {
+    if (this.output.matches(":focus-visible")) this.#activate(this.#active < 0 ? 0 : this.#active);
   }
 
   #key(event) {
@@ -73,7 +96,7 @@ export class TokenView {
     this.output.children[this.#active]?.classList.add("active");
     this.#show(this.#active);
     const token = this.#tokens[this.#active];
-    if (token) this.#announcement.textContent = `Token ${index + 1}: ${visible(token.text)}, ${percent(token.logprob)}`;
+    if (token) this.#announcement.textContent = `Token ${index + 1}: ${visible(alone(token))}, ${percent(token.logprob)}`;
   }
 
   #show(index) {
@@ -93,7 +116,7 @@ export class TokenView {
     alternatives.sort((a, b) => b.logprob - a.logprob);
     const row = (one) =>
       element("tr", { className: one.text === token.text ? "chosen" : "" }, [
-        element("td", { textContent: visible(one.text) }),
+        element("td", { textContent: visible(alone(one)), dir: "auto" }),
         element("td", { textContent: percent(one.logprob) }),
         element("td", { textContent: String(one.logprob) }),
       ]);

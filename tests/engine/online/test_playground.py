@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import numpy as np
@@ -222,3 +223,135 @@ def test_load_and_cache_usage_are_live(page: sync_api.Page, server_url: str) -> 
         sync_api.expect(running).to_have_text(re.compile(r"^[1-9]\d*$"), timeout=WAIT_MS)
         sync_api.expect(meter).to_have_attribute("value", re.compile(r"[1-9]"), timeout=WAIT_MS)
     sync_api.expect(running).to_have_text("0", timeout=WAIT_MS)
+
+
+def answer(page: sync_api.Page, *choices: dict[str, Any], path: str = "completions") -> None:
+    """Have the page's requests answered with a chunk for each of `choices`."""
+    chunks = [{"choices": [{"index": 0, "seed": 1, **choice}], "system_fingerprint": "f"} for choice in choices]
+    stream = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    page.route(f"**/v1/{path}", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
+
+
+def shown(page: sync_api.Page) -> list[str]:
+    found: list[str] = page.locator("#output .token").all_text_contents()
+    return found
+
+
+@browser_test
+@pytest.mark.parametrize("gesture", ["click", "tap"])
+def test_a_click_or_tap_shows_the_token_it_is_on(browser: sync_api.Browser, server_url: str, gesture: str) -> None:
+    with browser.new_context(has_touch=gesture == "tap") as context:
+        page = context.new_page()
+        page.goto(server_url)
+        generate(page, max_tokens="12", seed="3")
+        tokens = page.locator("#output .token")
+        for place in (7, 2, 11, 0):
+            getattr(tokens.nth(place), gesture)()
+            if gesture == "click":
+                page.mouse.move(0, 0)
+            assert page.inner_text("#details caption").startswith(f"Token {place + 1}, id ")
+            assert "active" in tokens.nth(place).get_attribute("class").split()
+            assert page.text_content("#announcement").startswith(f"Token {place + 1}: ")
+        page.keyboard.press("ArrowRight")
+        assert page.inner_text("#details caption").startswith("Token 2, id ")
+
+
+# cut at each place: an emoji of four bytes, one of several code points, Hebrew, Japanese, and plain text between
+CUT = ["🌶", "👩‍🚀", "שלום", "日本語", "a b"]
+
+
+def _parts() -> list[bytes]:
+    data = "".join(CUT).encode()
+    return [data[i : i + 1] for i in range(len(data))]
+
+
+def _name(part: bytes) -> str:
+    try:
+        return part.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in part)
+
+
+@browser_test
+@pytest.mark.parametrize("mode", ["completion", "chat"])
+def test_a_character_is_shown_on_the_token_that_completes_it(page: sync_api.Page, mode: str) -> None:
+    parts = _parts()
+    if mode == "completion":
+        names = [_name(part) for part in parts]
+        logprobs = [{"tokens": [n], "token_logprobs": [-0.1], "top_logprobs": [{n: -0.1, "ש": -2.0}]} for n in names]
+        answer(page, *({"logprobs": one, "token_ids": [5], "finish_reason": None} for one in logprobs))
+    else:
+        page.check("input[value=chat]")
+        entries = [{"token": "�", "bytes": list(part), "logprob": -0.1, "top_logprobs": []} for part in parts]
+        choices = [{"logprobs": {"content": [entry]}, "delta": {}, "finish_reason": None} for entry in entries]
+        answer(page, *choices, path="chat/completions")
+    generate(page)
+    expected = []
+    rest = b""
+    for part in parts:
+        rest += part
+        try:
+            expected.append(rest.decode())
+            rest = b""
+        except UnicodeDecodeError:
+            expected.append("·")
+    assert shown(page) == expected
+    assert "".join(text for text in shown(page) if text != "·") == "".join(CUT)
+    page.locator("#output .token").nth(0).hover()
+    assert page.locator("#details tr.chosen td").first.inner_text() == "\\xf0"
+
+
+@browser_test
+def test_what_is_never_completed_is_shown_as_no_character(page: sync_api.Page) -> None:
+    logprobs = {"tokens": ["a", "bytes:\\xe3\\x81"], "token_logprobs": [-0.1, -0.1], "top_logprobs": [{}, {}]}
+    answer(page, {"logprobs": logprobs, "token_ids": [5, 6], "finish_reason": "length"})
+    generate(page)
+    assert shown(page) == ["a", "�"]
+
+
+@browser_test
+def test_a_verdict_never_stands_beneath_another_request(page: sync_api.Page) -> None:
+    generate(page, prompt="The ship", max_tokens="8", seed="")
+    verdict, again = page.locator("#verdict"), page.locator("#again")
+    assert run_again(page).startswith("Equal bits")
+    page.fill("#prompt", "The ships")
+    sync_api.expect(verdict).to_be_hidden()
+    sync_api.expect(again).to_be_disabled()
+    # the same again as what was sent
+    page.fill("#prompt", "The ship")
+    sync_api.expect(again).to_be_enabled()
+    assert run_again(page).startswith("Equal bits")
+    for field, value in (("seed", "4"), ("temperature", "0.5"), ("stop", "x")):
+        before = page.input_value(f"#{field}")
+        page.fill(f"#{field}", value)
+        sync_api.expect(again).to_be_disabled()
+        page.fill(f"#{field}", before)
+        sync_api.expect(again).to_be_enabled()
+    page.check("input[value=chat]")
+    sync_api.expect(again).to_be_disabled()
+    page.check("input[value=completion]")
+    # edited while it runs
+    held: list[sync_api.Route] = []
+    page.route("**/v1/completions", held.append)
+    again.click()
+    page.fill("#prompt", "Another")
+    held[0].continue_()
+    sync_api.expect(page.locator("#status")).to_have_text("Done. The form has changed since this request was sent.")
+    sync_api.expect(verdict).to_be_hidden()
+
+
+@browser_test
+def test_no_facts_of_an_earlier_run_stand_beneath_an_error(page: sync_api.Page) -> None:
+    generate(page, max_tokens="8", seed="5")
+    run_again(page)
+    page.locator("#output .token").nth(2).click()
+    refused = json.dumps({"error": {"message": "no"}})
+    page.route("**/v1/completions", lambda route: route.fulfill(status=400, body=refused))
+    page.click("#generate")
+    sync_api.expect(page.locator("#status")).to_have_text("no")
+    assert [page.inner_text(f"#{name}") for name in ("seed-used", "fingerprint", "count", "finish")] == ["–"] * 4
+    assert shown(page) == []
+    for name in ("verdict", "details"):
+        sync_api.expect(page.locator(f"#{name}")).to_be_hidden()
+    assert page.text_content("#announcement") == ""
+    sync_api.expect(page.locator("#again")).to_be_disabled()
