@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from sempre.engine.near_names import near_name
 from sempre.ipc.errors import ConfigError
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
@@ -51,8 +51,8 @@ class StructuredOutputsParams:
             if name in UNSUPPORTED_FIELDS:
                 raise _refusal(name, value, "is not supported by this engine. Leave it out.")
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                near = near_name(name, known)
+                hint = f" Did you mean {near!r}?" if near else ""
                 raise TypeError(f"StructuredOutputsParams has no parameter {name!r}.{hint}")
         return object.__new__(cls)
 

@@ -97,6 +97,7 @@ VLLM_SERVER_SETTINGS: dict[str, tuple[object, ...]] = {
     "allowed_methods": (["*"],),
     "api_server_count": (None, 1),
     "disable_fastapi_docs": (False,),
+    "disable_log_requests": (True,),
     # one process takes and answers requests
     "disable_frontend_multiprocessing": (True, False),
     "enable_log_deltas": (True, False),

@@ -6,7 +6,6 @@ variables of a template) is left as it is. A whole float counts as an integer.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +15,7 @@ import msgspec
 from msgspec import Struct
 from msgspec import inspect as types
 
+from sempre.engine.near_names import near_name
 from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.neutral import NEUTRAL, Neutral
 
@@ -134,8 +134,8 @@ def _check_neutral(value: Any, neutral: Neutral, path: str) -> None:
 
 
 def _unknown(path: str, name: str, known: list[str]) -> BadRequest:
-    near = difflib.get_close_matches(name[:_MOST_SHOWN], known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = near_name(name[:_MOST_SHOWN], known)
+    hint = f" Did you mean {near!r}?" if near else ""
     shown = path if len(path) <= _MOST_SHOWN else path[:_MOST_SHOWN] + "…"
     return BadRequest(f"Unknown field {shown!r}: it is not supported by this server.{hint}", param=shown)
 
