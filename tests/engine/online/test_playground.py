@@ -332,9 +332,11 @@ def test_a_verdict_never_stands_beneath_another_request(page: sync_api.Page) -> 
     page.check("input[value=completion]")
     # edited while it runs
     held: list[sync_api.Route] = []
-    page.route("**/v1/completions", held.append)
+    page.route("**/v1/completions", lambda route: held.append(route))
     again.click()
     page.fill("#prompt", "Another")
+    while not held:
+        page.wait_for_timeout(20)
     held[0].continue_()
     sync_api.expect(page.locator("#status")).to_have_text("Done. The form has changed since this request was sent.")
     sync_api.expect(verdict).to_be_hidden()
