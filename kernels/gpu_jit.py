@@ -23,7 +23,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
+from sempre.kernels.gpu_cache import CheckedCache
+
 Kernel = Callable[..., Any]
+
+# also for what Triton keeps beside kernels: the modules that launch them
+triton.knobs.cache.manager_class = CheckedCache
 
 
 def _can_chain() -> bool:

