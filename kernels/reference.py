@@ -44,7 +44,7 @@ def attention(
     k = k_SHD.double().repeat_interleave(group, dim=1)
     v = v_SHD.double().repeat_interleave(group, dim=1)
     scores = torch.einsum("thd,shd->hts", q_THD.double(), k) * scale
-    keys = torch.arange(k.shape[0])
+    keys = torch.arange(k.shape[0], dtype=torch.int64, device=k.device)
     seen = keys[None, :] <= positions_T[:, None]
     if window is not None:
         seen &= keys[None, :] > positions_T[:, None] - window

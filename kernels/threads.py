@@ -13,6 +13,18 @@ def set_num_threads(count: int) -> None:
     numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
 
 
+def settle_threads() -> None:
+    """Have every compute thread round as IEEE 754 says and keep subnormal numbers.
+
+    A thread begins with the floating-point state of the one that started it, which may have been anybody's.
+    """
+    import numba
+
+    from sempre.kernels.float_state import settle_threads
+
+    settle_threads(numba.config.NUMBA_NUM_THREADS)
+
+
 def get_num_threads() -> int:
     import numba
 

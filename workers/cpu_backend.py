@@ -11,7 +11,7 @@ import torch
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.linear.cpu import ROW_BLOCK
-from sempre.kernels.threads import set_num_threads
+from sempre.kernels.threads import set_num_threads, settle_threads
 from sempre.workers.backend import Compilation, LoadedModel, ModelOutline, Runner
 from sempre.workers.device_speed import DeviceSpeed
 from sempre.workers.fingerprint import fingerprint_parts
@@ -47,7 +47,6 @@ class CpuBackend:
     )
 
     def __init__(self) -> None:
-        self._torch_threads_before = torch.get_num_threads()
         self.max_num_batched_tokens = ROW_BLOCK
         self.max_prompt_tokens: int | None = ROW_BLOCK
         self.max_steps_in_flight = 1
@@ -62,6 +61,7 @@ class CpuBackend:
             )
         threads = config.num_threads or max(1, cores // config.world_size)
         set_num_threads(threads)
+        settle_threads()
         self.max_prompt_tokens = min(ROW_BLOCK * threads, _MOST_PROMPT_TOKENS)
         self.max_num_batched_tokens = (config.max_num_seqs or _DEFAULT_MAX_NUM_SEQS) + self.max_prompt_tokens
         # the next step waits at the worker, which is then never idle; guesses, though, follow from results
@@ -135,7 +135,7 @@ class CpuBackend:
         }
 
     def end(self) -> None:
-        torch.set_num_threads(self._torch_threads_before)
+        """Nothing to give back."""
 
 
 def _leave_cores_to_kernels() -> None:

@@ -51,8 +51,8 @@ class ModelRunner:
         self._admission = Admission(self._batch, limits, rank)
         self._sampler = Sampler()
         rows = max(max_num_seqs + max_draft_tokens, PROMPT_LOGPROB_ROWS)
-        self._rows_RH = torch.empty(rows, decoder.spec.hidden_size)
-        self._logits_RV = torch.empty(rows, decoder.spec.vocab_size)
+        self._rows_RH = torch.empty(rows, decoder.spec.hidden_size, dtype=torch.float32, device="cpu")
+        self._logits_RV = torch.empty(rows, decoder.spec.vocab_size, dtype=torch.float32, device="cpu")
         self._prompt_logprobs = PromptLogprobs(decoder, self._sampler, self._logits_RV, rank)
 
     def execute(self, step: ExecuteStep) -> list[SampledTokens]:

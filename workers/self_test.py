@@ -22,6 +22,7 @@ from sempre.kernels.rope import cos_sin_table
 from sempre.workers.models.numerics import LinearKernel, Packed
 from sempre.workers.models.rotation import rotate_and_write
 from sempre.workers.models.spec import ModelSpec
+from sempre.workers.tensor_source import CPU
 from sempre.workers.weights import DecoderWeights
 
 ROW_COUNTS = (2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 33, 64, 100, 128, 241, 256)
@@ -82,7 +83,7 @@ def check_linear(
     stored_as = packed.scheme.value if packed.scheme is not None else str(storage).removeprefix("torch.")
     operation = f"linear {name} [N={columns}, K={depth}, {stored_as}]"
     small = _random_weight(tested, depth, packed.scheme, product, storage, generator)
-    x = torch.randn(DISTINCT_ROWS, depth, generator=generator)
+    x = torch.randn(DISTINCT_ROWS, depth, generator=generator, dtype=torch.float32, device=CPU)
     compare_rows(operation, x, tested, lambda rows, out: product.apply(rows, small, out), row_counts)
     compare_rows(operation, x, columns, lambda rows, out: product.apply(rows, packed, out), (FULL_SIZE_ROWS,))
     return len(row_counts) + 1
@@ -96,7 +97,7 @@ def _random_weight(
     storage: torch.dtype,
     generator: torch.Generator,
 ) -> Packed:
-    weight = torch.randn(columns, depth, generator=generator)
+    weight = torch.randn(columns, depth, generator=generator, dtype=torch.float32, device=CPU)
     if scheme is None:
         return product.pack(weight.to(storage), None)
     return product.pack_fp8(*quantize_channels(weight), None, scheme)
@@ -112,13 +113,13 @@ def compare_rows(
     """`apply(rows [M, K], out [M, width])` must give each row of `x` the bits it gives the row alone, at every M and
     place. Raises InvarianceError."""
     distinct = min(x.shape[0], max(row_counts, default=0))
-    alone = torch.empty(distinct, width)
+    alone = torch.empty(distinct, width, dtype=torch.float32, device=CPU)
     for row in range(distinct):
         apply(x[row : row + 1], alone[row : row + 1])
     for count in row_counts:
         # another start per M, so that a row meets other places and neighbours
-        order = (torch.arange(count) + count) % distinct
-        out = torch.empty(count, width)
+        order = (torch.arange(count, dtype=torch.int64, device=CPU) + count) % distinct
+        out = torch.empty(count, width, dtype=torch.float32, device=CPU)
         apply(x[order].contiguous(), out)
         _require_equal(operation, f"M={count}", alone[order], out)
 
@@ -136,8 +137,8 @@ def _require_equal(operation: str, case: str, expected: torch.Tensor, found: tor
 
 def _check_norms(spec: ModelSpec, row_counts: tuple[int, ...], generator: torch.Generator) -> int:
     width, eps = spec.hidden_size, spec.rms_norm_eps
-    x = torch.randn(DISTINCT_ROWS, width, generator=generator)
-    weight = torch.randn(width, generator=generator)
+    x = torch.randn(DISTINCT_ROWS, width, generator=generator, dtype=torch.float32, device=CPU)
+    weight = torch.randn(width, generator=generator, dtype=torch.float32, device=CPU)
 
     def added(rows: torch.Tensor, out: torch.Tensor) -> None:
         add_rms_norm(rows, rows * 0.5, weight, eps, out)
@@ -149,7 +150,7 @@ def _check_norms(spec: ModelSpec, row_counts: tuple[int, ...], generator: torch.
 
 def _check_activation(spec: ModelSpec, row_counts: tuple[int, ...], generator: torch.Generator) -> int:
     width = spec.intermediate_size
-    x = torch.randn(DISTINCT_ROWS, 2 * width, generator=generator)
+    x = torch.randn(DISTINCT_ROWS, 2 * width, generator=generator, dtype=torch.float32, device=CPU)
     compare_rows(f"silu_and_mul [I={width}]", x, width, silu_and_mul, row_counts)
     return len(row_counts)
 
@@ -158,7 +159,7 @@ def _check_attention(
     spec: ModelSpec, window: int | None, dtype: torch.dtype, block_size: int, generator: torch.Generator
 ) -> None:
     """One sequence as a whole prompt, in chunks, and as decode rows side by side, each in blocks of another order."""
-    qkv = torch.randn(ATTENTION_TOKENS, spec.qkv_size, generator=generator)
+    qkv = torch.randn(ATTENTION_TOKENS, spec.qkv_size, generator=generator, dtype=torch.float32, device=CPU)
     operation = (
         f"attention [Hq={spec.num_heads}, Hkv={spec.num_kv_heads}, D={spec.head_dim}, window={window},"
         f" {str(dtype).removeprefix('torch.')}]"
@@ -187,19 +188,22 @@ def _attend(
     cache = allocate_kv_cache(len(block_ids), spec.num_kv_heads, spec.head_dim, block_size, dtype)
     table = cos_sin_table(spec.rope, ATTENTION_TOKENS)
     rotated = qkv.clone()
-    positions = torch.arange(ATTENTION_TOKENS)
-    slots = torch.tensor(block_ids)[positions // block_size] * block_size + positions % block_size
-    norm = torch.linspace(0.5, 1.5, spec.head_dim) if spec.qk_norm else None
+    positions = torch.arange(ATTENTION_TOKENS, dtype=torch.int64, device=CPU)
+    slots = (
+        torch.tensor(block_ids, dtype=torch.int64, device=CPU)[positions // block_size] * block_size
+        + positions % block_size
+    )
+    norm = torch.linspace(0.5, 1.5, spec.head_dim, dtype=torch.float32, device=CPU) if spec.qk_norm else None
     for start, end in pairwise(cuts):
         part = slice(start, end)
         rotate_and_write(spec, rotated[part], positions[part], table, slots[part], cache, q_norm=norm, k_norm=norm)
-    out = torch.empty(ATTENTION_TOKENS, spec.num_heads * spec.head_dim)
+    out = torch.empty(ATTENTION_TOKENS, spec.num_heads * spec.head_dim, dtype=torch.float32, device=CPU)
     paged_attention(
         rotated,
         cache,
-        torch.tensor(block_ids, dtype=torch.int32).expand(len(cuts) - 1, -1).contiguous(),
-        torch.tensor(cuts, dtype=torch.int32),
-        torch.tensor(cuts[1:], dtype=torch.int32),
+        torch.tensor(block_ids, dtype=torch.int32, device=CPU).expand(len(cuts) - 1, -1).contiguous(),
+        torch.tensor(cuts, dtype=torch.int32, device=CPU),
+        torch.tensor(cuts[1:], dtype=torch.int32, device=CPU),
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,

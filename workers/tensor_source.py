@@ -107,7 +107,11 @@ class DummySource:
         key = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator(self._device).manual_seed(int.from_bytes(key[:8], "little"))
         if self._device.type == "cpu":
-            return torch.empty(shape).normal_(0.0, self._std, generator=generator).to(self._dtype)
+            return (
+                torch.empty(shape, dtype=torch.float32, device=CPU)
+                .normal_(0.0, self._std, generator=generator)
+                .to(self._dtype)
+            )
         return torch.empty(shape, dtype=self._dtype, device=self._device).normal_(0.0, self._std, generator=generator)
 
     def digest(self, name: str, tensor: torch.Tensor) -> bytes:

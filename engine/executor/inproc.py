@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -37,6 +38,7 @@ class InprocExecutor:
     def __init__(self, config: EngineConfig, make_worker: Callable[[], WorkerProtocol] | None = None) -> None:
         self.world_size = config.data_parallel_size * config.tensor_parallel_size
         make = make_worker or _default_worker
+        self._computing = _compute_state() if make_worker is None else nullcontext
         self._workers = [make() for _ in range(self.world_size)]
         self._serving: set[int] = set()
         self._commands: deque[tuple[int, WorkerCommand]] = deque()
@@ -78,8 +80,9 @@ class InprocExecutor:
         ]
 
     def shutdown(self) -> None:
-        for worker in self._workers:
-            worker.shutdown()
+        with self._computing():
+            for worker in self._workers:
+                worker.shutdown()
         self._workers.clear()
         self._pipelines.clear()
 
@@ -94,7 +97,8 @@ class InprocExecutor:
     def _checked(self, rank: int, action: Callable[[], Result]) -> Result:
         """Run it; what it raises becomes the error to raise for this worker."""
         try:
-            return action()
+            with self._computing():
+                return action()
         except SempreError as error:
             if rank not in self._serving:
                 raise
@@ -117,6 +121,12 @@ def _pipeline(worker: WorkerProtocol) -> StepPipeline:
     from sempre.workers.pipeline import StepPipeline
 
     return StepPipeline(worker)
+
+
+def _compute_state() -> Callable[[], AbstractContextManager[None]]:
+    from sempre.workers.process_state import ComputeState
+
+    return ComputeState().entered
 
 
 def _default_worker() -> WorkerProtocol:

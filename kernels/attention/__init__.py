@@ -22,6 +22,7 @@ from sempre.kernels.attention.cache import (
     allocate_attention_workspace,
     allocate_gpu_cache,
 )
+from sempre.kernels.checks import check_index, check_rows
 
 __all__ = [
     "AttentionWorkspace",
@@ -74,7 +75,13 @@ def paged_attention(
     `window`: a row sees the last `window` keys up to itself; None sees all. `max_query_len` and `max_context_len` are
     upper bounds of a request's rows and context, known to the host, needed on a GPU and without influence on the
     result; so is `workspace`.
+
+    IndexError on the CPU for arrays that do not fit each other, or that name a block outside the cache.
     """
+    check_rows("paged_attention", qkv, out)
+    check_index("paged_attention", "block_tables", block_tables, torch.int32)
+    check_index("paged_attention", "query_starts", query_starts, torch.int32)
+    check_index("paged_attention", "context_lens", context_lens, torch.int32)
     if not qkv.is_cuda:
         from sempre.kernels.attention import cpu
 

@@ -53,9 +53,9 @@ def allocate_attention_workspace(
     splits = -(-max_model_len // SPLIT)
     shape = (MAX_SPLIT_TOKENS, num_heads, splits)
     return AttentionWorkspace(
-        torch.empty(*shape, head_dim, device=device),
-        torch.empty(shape, device=device),
-        torch.empty(shape, device=device),
+        torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
+        torch.empty(shape, dtype=torch.float32, device=device),
+        torch.empty(shape, dtype=torch.float32, device=device),
     )
 
 

@@ -257,6 +257,26 @@ def _unit(
     keep(wide)
 
 
+@compiled()
+def _first_outside(
+    block_tables: np.ndarray, query_starts: np.ndarray, context_lens: np.ndarray, rows: int, num_blocks: int
+) -> int:
+    """The first request whose rows, context or blocks do not exist; -1 if all do."""
+    requests = len(context_lens)
+    if len(query_starts) != requests + 1 or len(block_tables) < requests:
+        return 0
+    for r in range(requests):
+        start, stop, context = query_starts[r], query_starts[r + 1], context_lens[r]
+        if start == stop:
+            continue
+        if not (0 <= start < stop <= rows and stop - start <= context <= block_tables.shape[1] * BLOCK):
+            return r
+        for block in range((context + BLOCK - 1) // BLOCK):
+            if not 0 <= block_tables[r, block] < num_blocks:
+                return r
+    return -1
+
+
 @compiled(parallel=True)
 def _paged_attention(
     qkv: int,
@@ -333,14 +353,21 @@ def paged_attention(
     [query_starts[r], query_starts[r + 1])), `context_lens` int32 [R] (keys visible to the request's last row).
     `window`: a row sees the last `window` keys up to itself; None sees all.
     """
+    tables, starts, lens = block_tables.numpy(), query_starts.numpy(), context_lens.numpy()
+    wrong = _first_outside(tables, starts, lens, min(qkv.shape[0], out.shape[0]), cache.k.shape[0])
+    if wrong >= 0:
+        raise IndexError(
+            f"paged_attention: request {wrong} has rows, a context or blocks outside of qkv {tuple(qkv.shape)}, its"
+            f" table of {tables.shape[1]} blocks or the cache of {cache.k.shape[0]} blocks"
+        )
     _paged_attention(
         qkv.data_ptr(),
         cache.k.data_ptr(),
         cache.v.data_ptr(),
         storage_code(cache.k.dtype),
-        block_tables.numpy(),
-        query_starts.numpy(),
-        context_lens.numpy(),
+        tables,
+        starts,
+        lens,
         num_heads,
         num_kv_heads,
         head_dim,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sempre.kernels.checks import check_index, check_rows
+
 __all__ = ["embed"]
 
 
@@ -12,6 +14,12 @@ def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> to
 
     An id outside the table raises IndexError on CPU and gives a row of NaN on a GPU, where nothing waits.
     """
+    check_index("embed", "token_ids", token_ids, torch.int64)
+    check_rows("embed", out, out)
+    if not table.is_contiguous() or out.shape[0] != token_ids.shape[0] or out.shape[1] != table.shape[1]:
+        raise ValueError(
+            f"embed: out {tuple(out.shape)} does not fit {token_ids.shape[0]} rows of {tuple(table.shape)}"
+        )
     if not table.is_cuda:
         from sempre.kernels.embedding import cpu
 

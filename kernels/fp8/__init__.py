@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from sempre.kernels.checks import check_rows
+
 __all__ = ["FP8", "LARGEST", "SMALLEST_SCALE", "Fp8Scheme", "QuantizedWeight", "quantize_channels", "quantize_rows"]
 
 FP8 = torch.float8_e4m3fn
@@ -51,13 +53,15 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     On the CPU x is float32, and the fp8 values are returned widened to float32; on a GPU they are fp8.
     A row with NaN or infinity has NaN among its values.
     """
+    check_rows("quantize_rows", x, x)
     rows, width = x.shape
     if width % 16:
         raise ValueError(f"quantize_rows: expected a row length that is a multiple of 16, found {width}")
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if x.device.type == "cpu":
         from sempre.kernels.fp8 import cpu
 
-        return cpu.quantize_rows(x, torch.empty_like(x), torch.empty(rows))
+        return cpu.quantize_rows(x, torch.empty_like(x), scale)
     from sempre.kernels.fp8 import gpu
 
-    return gpu.quantize_rows(x, torch.empty_like(x, dtype=FP8), torch.empty(rows, device=x.device))
+    return gpu.quantize_rows(x, torch.empty_like(x, dtype=FP8), scale)

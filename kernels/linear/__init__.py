@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sempre.kernels.activation import silu_and_mul
+from sempre.kernels.checks import check_rows
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.linear.control import ControlLinear, control_linear, control_pack, control_pack_fp8
 from sempre.kernels.linear.weights import GpuLinear
@@ -61,6 +62,7 @@ def linear(x: torch.Tensor, w: PackedLinear | GpuLinear, out: torch.Tensor) -> t
 
     CPU: x and out float32. GPU: x in the weight's dtype (any, if that is fp8), out in x's or float32.
     """
+    check_rows("linear", x, out)
     if not isinstance(w, GpuLinear):
         from sempre.kernels.linear import cpu
 
@@ -77,6 +79,7 @@ def linear_silu_and_mul(
 
     The bits are those of the two calls; a GPU may run them as one.
     """
+    check_rows("linear_silu_and_mul", x, gate_up)
     if not isinstance(w, GpuLinear):
         from sempre.kernels.linear import cpu
 

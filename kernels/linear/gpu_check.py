@@ -51,7 +51,7 @@ def disagreeing_fp8(
         return {}
     generator = torch.Generator(device).manual_seed(0x5E3F)
     counts = tested_rows(arch, max_rows)
-    x = torch.randn(counts[-1], w.in_features, generator=generator, device=device).to(dtype)
+    x = torch.randn(counts[-1], w.in_features, generator=generator, dtype=torch.float32, device=device).to(dtype)
     values, scales = gpu_fp8.operands(x, w)
     differences: dict[str, torch.Tensor] = {}
     for rows in counts:

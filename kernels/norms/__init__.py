@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import torch
 
+from sempre.kernels.checks import check_rows
+
 __all__ = ["add_rms_norm", "rms_norm"]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
     """x [T, H], weight [H] -> out [T, H]."""
+    check_rows("rms_norm", x, out)
+    _check_shapes("rms_norm", x, weight, out)
     if not x.is_cuda:
         from sempre.kernels.norms import cpu
 
@@ -27,6 +31,11 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
 ) -> torch.Tensor:
     """residual += x in place, then out = rms_norm(residual), with equal bits as the two in turn."""
+    check_rows("add_rms_norm", x, out)
+    check_rows("add_rms_norm", residual, out)
+    _check_shapes("add_rms_norm", residual, weight, out)
+    if x.shape != residual.shape:
+        raise ValueError(f"add_rms_norm: x {tuple(x.shape)} does not fit a residual of {tuple(residual.shape)}")
     if not x.is_cuda:
         from sempre.kernels.norms import cpu
 
@@ -34,3 +43,10 @@ def add_rms_norm(
     from sempre.kernels.norms import gpu
 
     return gpu.add_rms_norm(x, residual, weight, eps, out)
+
+
+def _check_shapes(operation: str, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    if out.shape != x.shape or weight.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"{operation}: weight {tuple(weight.shape)} and out {tuple(out.shape)} do not fit x {tuple(x.shape)}"
+        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from sempre.kernels.checks import check_index, check_rows
 from sempre.kernels.rope.table import RopeSpec, cos_sin_table
 
 __all__ = ["RopeSpec", "cos_sin_table", "rope_and_cache_write"]
@@ -37,7 +38,14 @@ def rope_and_cache_write(
     `positions` and `slot_mapping` int64 [T] (slot = block id * B + offset); `table` from `cos_sin_table`; `q_norm`
     and `k_norm` [D] are RMSNorm weights applied before the rotation. D must be a multiple of 16. On a GPU a row with
     a negative slot (padding) writes nothing to the cache; whether k in qkv is rotated too depends on the device.
+
+    IndexError on the CPU, before anything is written, for a position outside the table or a slot outside the cache.
     """
+    check_rows("rope_and_cache_write", qkv, table)
+    check_index("rope_and_cache_write", "positions", positions, torch.int64)
+    check_index("rope_and_cache_write", "slot_mapping", slot_mapping, torch.int64)
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.dtype is v_cache.dtype):
+        raise ValueError("rope_and_cache_write: expected contiguous caches of one dtype")
     if qkv.is_cuda:
         from sempre.kernels.rope import gpu
 

@@ -176,6 +176,15 @@ def _token(
 
 
 @compiled()
+def _first_outside(positions: np.ndarray, num_positions: int, slots: np.ndarray, num_slots: int) -> int:
+    """The first row whose position or slot does not exist; -1 if all do."""
+    for t in range(len(positions)):
+        if not (0 <= positions[t] < num_positions and 0 <= slots[t] < num_slots):
+            return t
+    return -1
+
+
+@compiled()
 def _rope(
     qkv: int,
     positions: np.ndarray,
@@ -268,6 +277,15 @@ def rope_and_cache_write(
     and `k_norm` [D] are RMSNorm weights applied before the rotation. D must be a multiple of 16.
     """
     rows = positions.shape[0]
+    if rows > qkv.shape[0] or qkv.shape[1] != (num_heads + 2 * num_kv_heads) * head_dim:
+        raise ValueError(f"rope_and_cache_write: qkv {tuple(qkv.shape)} does not fit {rows} rows of these heads")
+    num_slots = k_cache.shape[0] * k_cache.shape[3]
+    wrong = _first_outside(positions.numpy(), table.shape[0], slot_mapping.numpy(), num_slots)
+    if wrong >= 0:
+        raise IndexError(
+            f"rope_and_cache_write: row {wrong} has position {int(positions[wrong])} of {table.shape[0]} and slot"
+            f" {int(slot_mapping[wrong])} of {num_slots}"
+        )
     run = _rope_parallel if rows >= PARALLEL_ROWS else _rope
     run(
         qkv.data_ptr(),

@@ -241,7 +241,7 @@ class GpuBackend:
             decoder,
             sampler,
             torch.empty(rows, spec.hidden_size, dtype=weights.activations, device=self.device),
-            torch.empty(rows, spec.vocab_size, device=self.device),
+            torch.empty(rows, spec.vocab_size, dtype=torch.float32, device=self.device),
         )
 
 

@@ -193,7 +193,7 @@ def _launch_steps(
         decoder,
         sampler,
         torch.empty(most_rows, spec.hidden_size, dtype=weights.activations, device=device),
-        torch.empty(most_rows, spec.vocab_size, device=device),
+        torch.empty(most_rows, spec.vocab_size, dtype=torch.float32, device=device),
     )
     cache = PagedKvCache(spec, 1, outline.block_size, weights.dtype, device)
     limits = StepLimits(outline.max_model_len, most_rows, MAX_TOKENS, spec.vocab_size)
@@ -232,7 +232,7 @@ def _prompts(requests: int, tokens: int, context: int, width: int, device: torch
 def _launch_reports(vocab_size: int, device: torch.device) -> None:
     """Log-probabilities of prompts, for every number of best tokens."""
     buffers = gpu_sampling.SamplingBuffers(device, vocab_size, 1)
-    logits = torch.empty(1, vocab_size, device=device)
+    logits = torch.empty(1, vocab_size, dtype=torch.float32, device=device)
     targets = torch.zeros(1, dtype=torch.int64, device=device)
     slots = torch.zeros(1, dtype=torch.int32, device=device)
     table = gpu_sampling.empty_table(1, device)

@@ -125,7 +125,7 @@ class GpuGuesser:
         )
         self._row_starts = torch.arange(most + 1, dtype=torch.int32, device=device)
         self._guesses = torch.zeros(most, MOST_GUESSES, dtype=torch.int32, device=device)
-        self._guesses_on_host = torch.empty(most, MOST_GUESSES, dtype=torch.int32, pin_memory=True)
+        self._guesses_on_host = torch.empty(most, MOST_GUESSES, dtype=torch.int32, device="cpu", pin_memory=True)
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._first: DecodeGraphs[GuessShape] = DecodeGraphs(self._launch_first, enabled=graphs)
         self._next: DecodeGraphs[GuessShape] = DecodeGraphs(self._launch_next, enabled=graphs)

@@ -66,6 +66,6 @@ class StepStaging:
 
     def _allocate(self, capacity_bytes: int) -> None:
         capacity = -(-capacity_bytes // _ALIGNMENT) * _ALIGNMENT
-        self._pinned = [torch.empty(capacity, dtype=torch.uint8, pin_memory=True) for _ in range(_TURNS)]
+        self._pinned = [torch.empty(capacity, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(_TURNS)]
         self._hosts: list[npt.NDArray[np.uint8]] = [pinned.numpy() for pinned in self._pinned]
         self._buffer = torch.empty(capacity, dtype=torch.uint8, device=self._device)

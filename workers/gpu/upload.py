@@ -15,7 +15,7 @@ class Uploader:
 
     def __init__(self, device: torch.device, piece_bytes: int = PIECE_BYTES) -> None:
         self._device = device
-        self._pieces = [torch.empty(piece_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._pieces = [torch.empty(piece_bytes, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
         self._next = 0
 

@@ -146,10 +146,13 @@ class GpuSampler:
             changes.subtract(old)
             changed = {token: change for token, change in changes.items() if change}
             if changed:
-                tokens, numbers = (torch.tensor([*part]) for part in (changed.keys(), changed.values()))
+                tokens, numbers = (
+                    torch.tensor([*part], dtype=torch.int64, device="cpu")
+                    for part in (changed.keys(), changed.values())
+                )
                 counts.index_add_(0, self._send(tokens), self._send(numbers.int()))
         if history is not None and new:
-            history[position : position + len(new)] = self._send(torch.tensor(new, dtype=torch.int32))
+            history[position : position + len(new)] = self._send(torch.tensor(new, dtype=torch.int32, device="cpu"))
 
     def prepare(self, slots: Sequence[int]) -> Stages:
         """Say which slot each row of the next step belongs to (-1: none); the stages which that step needs.
@@ -162,7 +165,7 @@ class GpuSampler:
             self._table_is_stale = False
         if list(slots) != self._host_row_slots:
             self._host_row_slots = list(slots)
-            row_slots = torch.tensor(self._host_row_slots, dtype=torch.int32)
+            row_slots = torch.tensor(self._host_row_slots, dtype=torch.int32, device="cpu")
             self._row_slots[: len(slots)].copy_(self._pinned(row_slots), non_blocking=True)
         used = [self._stages[slot] for slot in slots if slot >= 0]
         widest = max((stages.num_best for stages in used), default=-1)
@@ -255,7 +258,7 @@ class GpuSampler:
         table = gpu.empty_table(1, torch.device("cpu"))
         table[0, gpu_table.NUM_BEST] = num_best
         slots = torch.zeros(rows, dtype=torch.int32, device=self._device)
-        targets_on_device = torch.tensor(token_ids, dtype=torch.int64).to(self._device)
+        targets_on_device = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
         gpu.report_logprobs(logits, targets_on_device, slots, table.to(self._device), self._buffers, num_best)
         head: Int32 = self._buffers.head[:rows].cpu().numpy().copy()
         head[:, 0] = token_ids
@@ -294,7 +297,9 @@ class GpuSampler:
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         pinned = self._device.type == "cuda"
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor, non_blocking=pinned)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned).copy_(
+            tensor, non_blocking=pinned
+        )
 
     def _wide_logprobs(self, pending: PendingSample, row: int, token: int) -> LogprobRows:
         state = pending.states[row]

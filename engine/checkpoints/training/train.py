@@ -82,10 +82,10 @@ def report_progress(text: str) -> None:
 def windows(tokens: Tensor, count: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Batches of `count` windows, int64 [count, CONTEXT], for ever; every epoch cuts at another offset."""
     while True:
-        offset = int(torch.randint(CONTEXT, (1,), generator=generator))
+        offset = int(torch.randint(CONTEXT, (1,), generator=generator, dtype=torch.int64, device="cpu"))
         rows = (len(tokens) - offset) // CONTEXT
         epoch = tokens[offset : offset + rows * CONTEXT].view(rows, CONTEXT)
-        for chosen in torch.split(torch.randperm(rows, generator=generator), count):
+        for chosen in torch.split(torch.randperm(rows, generator=generator, dtype=torch.int64, device="cpu"), count):
             if len(chosen) == count:
                 yield epoch[chosen.to(tokens.device)].long()
 

@@ -26,7 +26,9 @@ def check_attention(
 ) -> Iterator[Comparison]:
     """For each kind of window; every way in blocks of another order, decoding with and without parallel splits."""
     generator = torch.Generator(device).manual_seed(0x5E3F)
-    qkv = torch.randn(ATTENTION_TOKENS, spec.qkv_size, generator=generator, device=device).to(dtype)
+    qkv = torch.randn(ATTENTION_TOKENS, spec.qkv_size, generator=generator, dtype=torch.float32, device=device).to(
+        dtype
+    )
     num_blocks = -(-ATTENTION_TOKENS // block_size)
     forwards = list(range(num_blocks))
     starts = range(ATTENTION_TOKENS - DECODED_ROWS, ATTENTION_TOKENS + 1)
@@ -74,9 +76,9 @@ class _AttentionCase(NamedTuple):
         out: torch.Tensor,
     ) -> None:
         spec = self.spec
-        rows = torch.cat([torch.arange(start, end) for start, end in requests]).to(self.device)
-        lengths = torch.tensor([end - start for start, end in requests])
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32).to(self.device)
+        rows = torch.cat([torch.arange(a, b, dtype=torch.int64, device="cpu") for a, b in requests]).to(self.device)
+        lengths = torch.tensor([end - start for start, end in requests], dtype=torch.int64, device="cpu")
+        starts = torch.cat([torch.zeros_like(lengths[:1]), lengths.cumsum(0)]).to(torch.int32).to(self.device)
         contexts = torch.tensor([end for _, end in requests], dtype=torch.int32, device=self.device)
         part = torch.empty(rows.numel(), out.shape[1], dtype=out.dtype, device=self.device)
         paged_attention(
@@ -100,9 +102,13 @@ class _AttentionCase(NamedTuple):
     def _write(self, qkv: torch.Tensor, block_ids: list[int], cache: KvCache) -> torch.Tensor:
         spec, device = self.spec, self.device
         rotated = qkv.clone()
-        positions = torch.arange(qkv.shape[0], device=device)
-        blocks = torch.tensor(block_ids, device=device)[positions // self.block_size]
-        norm = torch.linspace(0.5, 1.5, spec.head_dim, device=device).to(self.dtype) if spec.qk_norm else None
+        positions = torch.arange(qkv.shape[0], dtype=torch.int64, device=device)
+        blocks = torch.tensor(block_ids, dtype=torch.int64, device=device)[positions // self.block_size]
+        norm = (
+            torch.linspace(0.5, 1.5, spec.head_dim, dtype=torch.float32, device=device).to(self.dtype)
+            if spec.qk_norm
+            else None
+        )
         rotate_and_write(
             spec,
             rotated,

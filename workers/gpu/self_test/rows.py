@@ -31,12 +31,12 @@ def check_rows(spec: ModelSpec, weights: DecoderWeights, block_size: int) -> Ite
 
 def _rows(width: int, weights: DecoderWeights, generator: torch.Generator) -> torch.Tensor:
     device = weights.embedding.device
-    return torch.randn(ROWS, width, generator=generator, device=device).to(weights.activations)
+    return torch.randn(ROWS, width, generator=generator, dtype=torch.float32, device=device).to(weights.activations)
 
 
 def _check_embedding(weights: DecoderWeights, generator: torch.Generator) -> Iterator[Comparison]:
     table = weights.embedding
-    token_ids = torch.randint(table.shape[0], (ROWS,), generator=generator, device=table.device)
+    token_ids = torch.randint(table.shape[0], (ROWS,), generator=generator, dtype=torch.int64, device=table.device)
     out = torch.empty(ROWS, table.shape[1], dtype=weights.activations, device=table.device)
     yield compare(
         f"embed [H={table.shape[1]}]", "against the table's rows", table[token_ids], embed(token_ids, table, out)
@@ -75,7 +75,7 @@ def _check_rotation(
     """All tokens in one call, and one token at a time, into two caches."""
     device = weights.embedding.device
     qkv = _rows(spec.qkv_size, weights, generator)
-    positions = torch.arange(ROWS, device=device)
+    positions = torch.arange(ROWS, dtype=torch.int64, device=device)
     table = cos_sin_table(spec.rope, ROWS).to(device)
     blocks = -(-ROWS // block_size)
     caches = [

@@ -31,11 +31,11 @@ def check_sampling(vocab_size: int, device: torch.device) -> Iterator[Comparison
     count = len(PARAMETERS)
     sampler = GpuSampler(device=device, vocab_size=vocab_size, max_num_seqs=count, num_slots=count)
     generator = torch.Generator(device).manual_seed(0x5E3F)
-    logits = torch.randn(count, vocab_size, generator=generator, device=device) * 3.0
+    logits = torch.randn(count, vocab_size, generator=generator, dtype=torch.float32, device=device) * 3.0
     together = _sample(sampler, logits, list(range(count)))
     for row in range(count):
         alone = _sample(sampler, logits, [row])[0]
-        different = torch.tensor(int(alone != together[row]), device=device)
+        different = torch.tensor(int(alone != together[row]), dtype=torch.int64, device=device)
         what = f"{PARAMETERS[row]} alone against a batch of {count}"
         yield Comparison(f"sampling [V={vocab_size}]", what, different, 1)
 

@@ -1,0 +1,182 @@
+"""In the user's process, no state of that process changes a bit, and each is left as it was found."""
+
+from __future__ import annotations
+
+import decimal
+import locale
+import os
+import random
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+import torch
+from surfaces import facts
+
+from sempre.engine import LLM, SamplingParams
+
+SETTINGS: dict[str, Any] = {"model": "tiny", "multiprocessing": False, "num_threads": 1, "max_model_len": 64}
+PROMPTS = ["It was a dark and stormy night, and the", "Call me"]
+PARAMS = SamplingParams(temperature=0.9, seed=7, max_tokens=12, logprobs=2, repetition_penalty=1.2, ignore_eos=True)
+
+
+@contextmanager
+def swapped(get: Callable[[], Any], put: Callable[[Any], object], value: Any) -> Iterator[None]:
+    before = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+@contextmanager
+def flushing() -> Iterator[None]:
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@contextmanager
+def default_device(name: str) -> Iterator[None]:
+    with torch.device(name):
+        yield
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir("/")
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def strict_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@contextmanager
+def low_precision_decimals() -> Iterator[None]:
+    with decimal.localcontext() as context:
+        context.prec = 3
+        context.traps[decimal.Inexact] = True
+        yield
+
+
+def ignored_signals() -> Any:
+    return swapped(lambda: signal.getsignal(signal.SIGUSR1), lambda h: signal.signal(signal.SIGUSR1, h), signal.SIG_IGN)
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "default dtype float64": lambda: swapped(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
+    "default dtype bfloat16": lambda: swapped(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
+    "default device meta": lambda: default_device("meta"),
+    "flush-denormal": flushing,
+    "numpy raises": lambda: np.errstate(all="raise"),
+    "inference mode": torch.inference_mode,
+    "grad mode": lambda: torch.set_grad_enabled(True),
+    "no grad": torch.no_grad,
+    "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True, check_nan=True),
+    "deterministic algorithms": lambda: swapped(
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
+    ),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "torch threads": lambda: swapped(torch.get_num_threads, torch.set_num_threads, 2),
+    "numba threads": lambda: swapped(numba.get_num_threads, numba.set_num_threads, 2),
+    "matmul precision": lambda: swapped(
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
+    ),
+    "warnings are errors": strict_warnings,
+    "decimal context": low_precision_decimals,
+    "working directory": elsewhere,
+    "signal handler": ignored_signals,
+    "switch interval": lambda: swapped(sys.getswitchinterval, sys.setswitchinterval, 0.5),
+    "recursion limit": lambda: swapped(sys.getrecursionlimit, sys.setrecursionlimit, 400),
+}
+
+
+def state() -> dict[str, Any]:
+    """What of the process an engine could disturb; the global random generators are its own (see the README)."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "subnormals": float(np.float32(1e-45) * np.float32(1.0)),
+        "numpy": np.geterr(),
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "anomaly": torch.is_anomaly_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "torch threads": torch.get_num_threads(),
+        "numba threads": numba.get_num_threads(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "filters": list(warnings.filters),
+        "decimal": repr(decimal.getcontext()),
+        "directory": os.getcwd(),
+        "signals": [signal.getsignal(number) for number in sorted(signal.valid_signals())],
+        "switch": sys.getswitchinterval(),
+        "recursion": sys.getrecursionlimit(),
+        "locale": locale.setlocale(locale.LC_ALL),
+        "environment": dict(os.environ),
+    }
+
+
+def results(llm: LLM) -> list[Any]:
+    return [facts(output.outputs[0]) for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+
+
+@cache
+def ordinary() -> list[Any]:
+    with LLM(**SETTINGS) as llm:
+        return results(llm)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_changes_no_bit_and_is_left_as_found(name: str) -> None:
+    expected = ordinary()
+    with STATES[name]():
+        before = state()
+        with LLM(**SETTINGS) as llm:
+            assert state() == before, "changed by the start"
+            assert results(llm) == expected, "set before the engine was made"
+            assert state() == before, "changed by a generation"
+        assert state() == before, "changed by the end"
+
+
+def test_a_state_set_later_or_left_changes_no_bit() -> None:
+    """One engine, made in each state that makes tensors otherwise, used in all of them."""
+    expected = ordinary()
+    for made_in in ("inference mode", "default device meta", "no grad"):
+        with STATES[made_in]():
+            llm = LLM(**SETTINGS)
+        with llm:
+            assert results(llm) == expected, f"left {made_in}"
+            for name, enter in STATES.items():
+                with enter():
+                    before = state()
+                    assert results(llm) == expected, f"{name}, set after the engine was made in {made_in}"
+                    assert state() == before
+
+
+def test_control_another_seed_is_noticed() -> None:
+    with LLM(**SETTINGS) as llm:
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        random.seed(1)  # read by nothing that decides a result
+        assert [facts(output.outputs[0]) for output in outputs] == ordinary()
+        other = SamplingParams(temperature=0.9, seed=8, max_tokens=12, logprobs=2, ignore_eos=True)
+        assert [facts(o.outputs[0]) for o in llm.generate(PROMPTS, other, use_tqdm=False)] != ordinary()

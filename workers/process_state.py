@@ -1,0 +1,62 @@
+"""What a worker fixes of its process while it computes, where the process is the user's (multiprocessing off).
+
+A worker's own process has all of this from its start. In the user's, each setting is put in place when the worker is
+entered and given back when it is left, so that neither side notices the other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+
+from sempre.kernels.threads import get_num_threads, set_num_threads
+
+_DENORMAL = np.float32(1e-45)
+_ONE = np.float32(1.0)
+
+
+class ComputeState:
+    """The state in which the workers of a process compute; they may change their numbers of threads."""
+
+    def __init__(self) -> None:
+        self._threads: tuple[int, int | None] | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside, floating-point arithmetic, autograd and threads are as in a worker's own process."""
+        with ExitStack() as stack:
+            # tensors made in inference mode could not be written outside, and we are called from both
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(np.errstate(all="ignore"))
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            if _DENORMAL * _ONE == 0:
+                torch.set_flush_denormal(False)
+                stack.callback(torch.set_flush_denormal, True)
+            before = _threads()
+            if self._threads is not None:
+                _use_threads(self._threads)
+            try:
+                yield
+            finally:
+                self._threads = _threads()
+                _use_threads(before)
+
+
+def _threads() -> tuple[int, int | None]:
+    """torch's number of threads, and the CPU kernels' once those are in use."""
+    return torch.get_num_threads(), get_num_threads() if "numba" in sys.modules else None
+
+
+def _use_threads(counts: tuple[int, int | None]) -> None:
+    ours, kernels = counts
+    if torch.get_num_threads() != ours:
+        torch.set_num_threads(ours)
+    if kernels is not None and get_num_threads() != kernels:
+        set_num_threads(kernels)
