@@ -120,9 +120,10 @@ def nobody_is_left() -> Iterator[None]:
     assert not psutil.wait_procs(left, timeout=5)[1]
 
 
+@pytest.mark.timeout(600)
 def test_a_few_requests_under_random_signals() -> None:
-    run = disturbed(40, seed=1, concurrency=8, pause_s=0.5, mean_pause_s=0.7)
-    assert asyncio.run(run).num_faults >= 5
+    run = disturbed(24, seed=1, concurrency=8, pause_s=0.3, mean_pause_s=0.7)
+    assert asyncio.run(run).num_faults >= 3
 
 
 @pytest.mark.soak

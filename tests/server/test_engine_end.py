@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from server_process import ServerProcess
 
 FLAGS = ("--max-model-len", "2048", "--num-threads", "1", "--max-restarts", "0", "--no-enable-access-log")
@@ -46,6 +47,7 @@ def test_the_server_ends_with_its_engine(tmp_path: Path) -> None:
     assert len(server.log) < MOST_LOG_BYTES
 
 
+@pytest.mark.timeout(600)
 def test_the_server_starts_its_engine_again(tmp_path: Path) -> None:
     """Requests that come meanwhile are told when to come again, and what is said of them does not pile up."""
     with ServerProcess(tmp_path / "log", *FLAGS, "--on-engine-death", "restart") as server:
