@@ -235,6 +235,11 @@ class AsyncLLM:
         """Return the conversation as a prompt; keywords are those of `LLM.chat`."""
         return self._frontend.render_chat(messages, **keywords)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template in use, None when there is none."""
+        return self._frontend.chat_template
+
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer in use."""
         return self._frontend.tokenizer

@@ -84,6 +84,11 @@ class Frontend:
         self.processor = OutputProcessor(self.tokenizer, self.fingerprint, self._options.stream_interval)
         self.builder = RequestBuilder(self.tokenizer, limits, self.processor.is_in_use)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template that `render_chat` uses for a conversation without tools, None when there is none."""
+        return self.tokenizer.chat_template if self._chat_template is None else self._chat_template
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

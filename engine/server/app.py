@@ -25,7 +25,7 @@ from sempre.engine.server.parameters import check_model
 from sempre.engine.server.playground import PLAYGROUND_ROUTES
 from sempre.engine.server.responses import ModelCard, ModelList
 from sempre.engine.server.service import Service
-from sempre.engine.server.tokenization import detokenize, tokenize
+from sempre.engine.server.tokenization import detokenize, tokenize, tokenizer_info
 from sempre.engine.server.user_middleware import wrapped
 from sempre.engine.version import __version__
 from sempre.ipc.errors import EngineDeadError
@@ -207,6 +207,7 @@ _ENDPOINTS: dict[str, Endpoint] = {
     "/v1/models/{model:path}": _model,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
+    "/tokenizer_info": tokenizer_info,
     "/health": _health,
     "/live": _live,
     "/ready": _ready,

@@ -92,6 +92,7 @@ OPERATIONS = (
     Operation("GET", "/v1/models/{model:path}", "One of its names", answer=ModelCard),
     Operation("POST", "/tokenize", "Text or messages to token ids", TokenizeRequest, TokenizeResponse),
     Operation("POST", "/detokenize", "Token ids to text", DetokenizeRequest, DetokenizeResponse),
+    Operation("GET", "/tokenizer_info", "What the model's folder says of its tokenizer, and the chat template in use"),
     Operation("GET", "/health", "Whether every worker answers and steps go on"),
     Operation("GET", "/live", "Whether the server runs"),
     Operation("GET", "/ready", "Whether requests are accepted"),

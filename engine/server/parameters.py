@@ -81,14 +81,19 @@ def chat_parameters(request: ChatCompletionRequest, defaults: SamplingParams, co
     # Without a limit an answer ends by itself, or with the context; the model's own default stands before that.
     own_default = defaults.max_tokens if defaults.max_tokens != SamplingParams().max_tokens else None
     changes["max_tokens"] = limits.pop() if limits else own_default
-    if request.chat_template is not None and not config.trust_request_chat_template:
+    check_template(request.chat_template, config)
+    return dataclasses.replace(defaults, **changes)
+
+
+def check_template(chat_template: str | None, config: ServerConfig) -> None:
+    """Raise BadRequest for a chat template of a request that is not to be trusted, or is none."""
+    if chat_template is not None and not config.trust_request_chat_template:
         raise BadRequest(
             "chat_template of a request is refused unless the server runs with --trust-request-chat-template.",
             param="chat_template",
         )
-    if request.chat_template is not None and "{" not in request.chat_template:
+    if chat_template is not None and "{" not in chat_template:
         raise BadRequest("chat_template must be a Jinja template, not the name of a file.", param="chat_template")
-    return dataclasses.replace(defaults, **changes)
 
 
 def check_model(name: str | None, served: list[str]) -> None:

@@ -164,8 +164,10 @@ class TokenizeRequest(Struct, kw_only=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: Annotated[str | None, _doc("needs --trust-request-chat-template")] = None
     chat_template_kwargs: dict[str, Any] | None = None
-    return_token_strs: bool = False
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    return_token_strs: Annotated[bool, _doc("report the tokens as the vocabulary has them")] = False
 
 
 class DetokenizeRequest(Struct, kw_only=True):

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize."""
+"""/tokenize, /detokenize and /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.responses import Response
 from sempre.engine.server.body import read_model
 from sempre.engine.server.chat import render
 from sempre.engine.server.errors import BadRequest
-from sempre.engine.server.parameters import check_model
+from sempre.engine.server.parameters import check_model, check_template
 from sempre.engine.server.requests import DetokenizeRequest, TokenizeRequest
 from sempre.engine.server.responses import DetokenizeResponse, TokenizeResponse
 from sempre.engine.server.service import Service
@@ -24,12 +24,15 @@ async def tokenize(service: Service, http: Request) -> Response:
     check_model(request.model, service.model_names)
     if (request.prompt is None) == (request.messages is None):
         raise BadRequest("give either prompt or messages.", param="prompt")
+    check_template(request.chat_template, service.config)
     tokenizer = service.engine.get_tokenizer()
     if request.messages is not None:
         prompt = await render(
             service,
             request.messages,
+            chat_template=request.chat_template,
             chat_template_kwargs=request.chat_template_kwargs,
+            tools=[msgspec.to_builtins(tool) for tool in request.tools or []],
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             add_special_tokens=bool(request.add_special_tokens),
@@ -38,8 +41,8 @@ async def tokenize(service: Service, http: Request) -> Response:
     else:
         arguments = (request.prompt or "", request.add_special_tokens is not False)
         token_ids = await asyncio.to_thread(tokenizer.encode, *arguments)
-    texts = [tokenizer.token_text(token_id) for token_id in token_ids] if request.return_token_strs else None
-    body = TokenizeResponse(len(token_ids), service.engine.ready.max_model_len, token_ids, texts)
+    tokens = tokenizer.convert_ids_to_tokens(token_ids) if request.return_token_strs else None
+    body = TokenizeResponse(len(token_ids), service.engine.ready.max_model_len, token_ids, tokens)
     return Response(msgspec.json.encode(body), media_type="application/json")
 
 
@@ -54,3 +57,12 @@ async def detokenize(service: Service, http: Request) -> Response:
             raise BadRequest(f"Token id {token_id} is out of vocabulary: ids are in [0, {size}).", param="tokens")
     text = service.engine.get_tokenizer().decode(request.tokens, skip_special_tokens=False)
     return Response(msgspec.json.encode(DetokenizeResponse(text)), media_type="application/json")
+
+
+async def tokenizer_info(service: Service, http: Request) -> Response:
+    """Return what the model's tokenizer_config.json says, and the chat template in use."""
+    service.check_ready()
+    tokenizer = service.engine.get_tokenizer()
+    found = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.init_kwargs}
+    found["chat_template"] = service.engine.chat_template
+    return Response(msgspec.json.encode(found), media_type="application/json")

@@ -159,6 +159,11 @@ class Tokenizer:
         return [token_id for token_id in ids if token_id is not None]
 
     @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """What tokenizer_config.json holds."""
+        return dict(self._config)
+
+    @property
     def model_max_length(self) -> int:
         """The longest input the model was made for, in tokens, as its tokenizer_config.json says."""
         return int(self._config.get("model_max_length") or 10**30)

@@ -422,13 +422,19 @@ def test_request_id_is_honoured_and_logged(server: ServerProcess) -> None:
 def test_tokenize_and_back(server: ServerProcess, llm: LLM) -> None:
     done = server.http.post("/tokenize", json={"prompt": PROMPT, "return_token_strs": True}).json()
     assert done["tokens"] == llm.get_tokenizer().encode(PROMPT)
-    assert "".join(done["token_strs"]) == PROMPT
+    assert done["token_strs"] == llm.get_tokenizer().tokenize(PROMPT)  # as the vocabulary has them
+    assert any(token.startswith("Ġ") for token in done["token_strs"])
     assert server.http.post("/detokenize", json={"tokens": done["tokens"]}).json() == {"prompt": PROMPT}
     refused = server.http.post("/detokenize", json={"tokens": [10**6]})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tokens")
     chat: Any = [{"role": "user", "content": "Hi"}]
     tokens = server.http.post("/tokenize", json={"messages": chat}).json()["tokens"]
     assert tokens == llm.render_chat(chat)["prompt_token_ids"]
+    info = server.http.get("/tokenizer_info").json()
+    assert info["chat_template"] == llm.get_tokenizer().chat_template
+    assert (info["tokenizer_class"], info["eos_token"]) == ("PreTrainedTokenizerFast", "<|endoftext|>")
+    refused = server.http.post("/tokenize", json={"messages": chat, "chat_template": "{{ messages }}"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "chat_template")
 
 
 def test_information(server: ServerProcess, llm: LLM) -> None:
