@@ -179,6 +179,7 @@ def check(folder: Path, num_requests: int, *, seed: int, concurrency: int, pause
     return chaos
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_few_streams_under_random_signals(tmp_path: Path) -> None:
     assert check(tmp_path, 16, seed=1, concurrency=8, pauses_s=(0.3, 0.7)).num_faults >= 3

@@ -102,5 +102,7 @@ class ServerProcess:
         deadline = time.monotonic() + START_S
         while not condition():  # type: ignore[operator]
             assert self.process.poll() is None, f"the server ended: {self.log}"
-            assert time.monotonic() < deadline, f"the server is not {what}: {self.log}"
+            if time.monotonic() > deadline:
+                self.process.kill()  # nobody else would
+                raise AssertionError(f"the server is not {what}: {self.log}")
             time.sleep(0.02)
