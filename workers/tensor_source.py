@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sempre.ipc.errors import ModelError, TensorMismatch
-from sempre.workers.models.spec import read_json_object
+from sempre.ipc.model_files import check_regular, read_json_object, shown
 
 # names that safetensors gives to the dtypes a weight may have
 FLOAT_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -151,9 +151,11 @@ def open_safetensors(folder: Path) -> Iterator[SafetensorsSource]:
 
 
 def _open(stack: ExitStack, path: Path) -> Any:
+    check_regular(path)
     try:
         return stack.enter_context(safe_open(str(path), framework="pt"))
-    except (SafetensorError, OSError) as error:
+    # A header that lies about sizes, offsets or text is found out by the library.
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise ModelError(f"{path}: cannot be opened as safetensors: {error}") from error
 
 
@@ -161,11 +163,13 @@ def _open_shards(stack: ExitStack, folder: Path) -> dict[str, Any]:
     index = folder / INDEX_FILE
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelError(f"{index}: weight_map: expected an object of tensor name to file name, found {weight_map!r}.")
+        raise ModelError(
+            f"{index}: weight_map: expected an object of tensor name to file name, found {shown(weight_map)}."
+        )
     shards: dict[str, Any] = {}
     for file_name in dict.fromkeys(weight_map.values()):
         if Path(file_name).name != file_name:
-            raise ModelError(f"{index}: weight_map: expected plain file names, found {file_name!r}.")
+            raise ModelError(f"{index}: weight_map: expected plain file names, found {shown(file_name)}.")
         shards[file_name] = _open(stack, folder / file_name)
     held = {file_name: set(shard.keys()) for file_name, shard in shards.items()}
     for tensor, file_name in weight_map.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from sempre.ipc.codec import UNSEQUENCED, FrameEncoder
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, ModelError, RequestCrashed, RequestError, SempreError
 from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, MetricsReply, StartupProgress
+from sempre.ipc.model_files import read_json_object, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +127,8 @@ class Frontend:
     def _default_sampling_params(self) -> SamplingParams:
         path = Path(self.config.model_path) / "generation_config.json"
         found: dict[str, Any] = {}
-        if self._options.generation_config == "auto" and path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ModelError(f"{path} is not valid JSON: {error}") from error
+        if self._options.generation_config == "auto" and path.exists():
+            found |= read_json_object(path)
         found |= _generation_overrides(self._options.override_generation_config or {})
         given = {ours: found[theirs] for theirs, ours in _GENERATION_FIELDS.items() if found.get(theirs) is not None}
         try:
@@ -237,4 +234,4 @@ def _template_text(template: str) -> str:
             parameter="chat_template",
             value=template,
         )
-    return path.read_text(encoding="utf-8")
+    return read_text(path)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from sempre.engine.models.gguf_check import check_gguf
 from sempre.engine.models.gguf_metadata import GGUFMetadata
 from sempre.engine.models.safetensors_writer import write_bfloat16
 from sempre.ipc.errors import ModelError, TensorMismatch
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 CONVERTER_REVISION = 1
 """Raised whenever the same GGUF would give other files, so that older conversions are made again."""
+
+_MOST_WIDTH = 2**20
+_MOST_HEADS = 4096
+_MOST_POSITIONS = 2**27
 
 # Rows are dequantised in blocks of about this many values (32 MiB of float32).
 _VALUES_PER_BLOCK = 1 << 23
@@ -61,17 +66,18 @@ def convert_gguf(gguf_path: Path, folder: Path, *, progress: bool = True) -> Non
 
     from sempre.engine.models.gguf_tokenizer import special_token_ids, write_tokenizer
 
-    # Reading fails with one of these when the file is cut short or is no GGUF at all.
+    check_gguf(gguf_path)
+    # What the check leaves to the reader: types of tensors, names that appear twice, text that is no UTF-8.
     try:
         reader = GGUFReader(gguf_path)
-    except (ValueError, OSError, IndexError) as error:
+    except (ValueError, OSError, IndexError, KeyError) as error:
         raise ModelError(f"{gguf_path} cannot be read as GGUF: {error}") from error
     metadata = GGUFMetadata(reader)
     metadata.expect("general.architecture", "llama", default=None)
     folder.mkdir(parents=True)
 
-    shape = _read_shape(metadata)
-    context_length = metadata.require("llama.context_length", int)
+    shape = _read_shape(metadata, len(reader.tensors))
+    context_length = metadata.count("llama.context_length", _MOST_POSITIONS)
     vocab_size = write_tokenizer(metadata, folder, context_length=context_length)
     config = _config(metadata, shape, context_length, vocab_size)
     special_ids = special_token_ids(metadata)
@@ -87,18 +93,21 @@ def convert_gguf(gguf_path: Path, folder: Path, *, progress: bool = True) -> Non
     _write_weights(reader, targets, folder / "model.safetensors", progress)
 
 
-def _read_shape(metadata: GGUFMetadata) -> _LlamaShape:
-    hidden_size = metadata.require("llama.embedding_length", int)
-    num_heads = metadata.require("llama.attention.head_count", int)
-    num_kv_heads = metadata.get("llama.attention.head_count_kv", int) or num_heads
-    head_dim = metadata.get("llama.attention.key_length", int) or hidden_size // num_heads
+def _read_shape(metadata: GGUFMetadata, num_tensors: int) -> _LlamaShape:
+    hidden_size = metadata.count("llama.embedding_length", _MOST_WIDTH)
+    num_heads = metadata.count("llama.attention.head_count", _MOST_HEADS)
+    num_kv_heads = metadata.count("llama.attention.head_count_kv", _MOST_HEADS, default=num_heads)
+    head_dim = metadata.count("llama.attention.key_length", _MOST_WIDTH, default=hidden_size // num_heads)
+    if head_dim % 2:
+        raise ModelError(f"GGUF field 'llama.attention.key_length': expected an even number, found {head_dim}.")
     metadata.expect("llama.attention.value_length", head_dim, default=head_dim)
     metadata.expect("llama.rope.dimension_count", head_dim, default=head_dim)
     metadata.expect("llama.rope.scaling.type", "none", default="none")
     return _LlamaShape(
-        num_layers=metadata.require("llama.block_count", int),
+        # each layer has tensors of its own, so there cannot be more layers than tensors
+        num_layers=metadata.count("llama.block_count", num_tensors),
         hidden_size=hidden_size,
-        intermediate_size=metadata.require("llama.feed_forward_length", int),
+        intermediate_size=metadata.count("llama.feed_forward_length", _MOST_WIDTH),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from sempre.ipc.errors import ModelError
+from sempre.ipc.model_files import shown
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
 _Value = TypeVar("_Value", str, int, float, bool, list)  # type: ignore[type-arg]
+
+_Item = TypeVar("_Item", str, int)
 
 # Descriptions, or facts about the file itself that its reader has already used.
 _IGNORED_PREFIXES = ("GGUF.", "general.", "quantize.")
@@ -29,8 +32,7 @@ class GGUFMetadata:
         """Return the field's value, None when absent. Raises ModelError when it is not of `kind`."""
         if field not in self._fields:
             return None
-        self._read.add(field)
-        value = self._fields[field].contents()
+        value = self._contents(field)
         # bool is a subclass of int: True where a count belongs is an error all the same.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ModelError(
@@ -45,12 +47,36 @@ class GGUFMetadata:
             raise ModelError(f"GGUF field {field!r} is missing; expected {kind.__name__}.")
         return value
 
+    def count(self, field: str, most: int, *, default: int | None = None) -> int:
+        """Return a whole number from 1 to `most`; `default` when absent or 0. Raises ModelError."""
+        value = self.require(field, int) if default is None else self.get(field, int) or default
+        if not 1 <= value <= most:
+            raise ModelError(f"GGUF field {field!r}: expected a number from 1 to {most}, found {value}.")
+        return value
+
+    def items(self, field: str, kind: type[_Item]) -> list[_Item]:
+        """Return the field's list, all of whose items are of `kind`. Raises ModelError."""
+        found: list[_Item] = self.require(field, list)
+        for index, item in enumerate(found):
+            if type(item) is not kind:
+                raise ModelError(
+                    f"GGUF field {field!r}: item {index}: expected {kind.__name__}, found {type(item).__name__}."
+                )
+        return found
+
     def expect(self, field: str, expected: object, *, default: object) -> None:
         """Check that the field, `default` when absent, equals `expected`. Raises ModelError otherwise."""
-        self._read.add(field)
-        found = self._fields[field].contents() if field in self._fields else default
+        found = self._contents(field) if field in self._fields else default
         if found != expected:
-            raise ModelError(f"GGUF field {field!r}: only {expected!r} can be converted, found {found!r}.")
+            raise ModelError(f"GGUF field {field!r}: only {expected!r} can be converted, found {shown(found)}.")
+
+    def _contents(self, field: str) -> object:
+        self._read.add(field)
+        try:
+            value: object = self._fields[field].contents()
+        except (ValueError, IndexError) as error:
+            raise ModelError(f"GGUF field {field!r} cannot be read: {error}") from error
+        return value
 
     def refuse_unread(self) -> None:
         """Raise ModelError naming the fields that the conversion did not use."""

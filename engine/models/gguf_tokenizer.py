@@ -54,7 +54,7 @@ def write_tokenizer(metadata: GGUFMetadata, folder: Path, *, context_length: int
     metadata.expect("tokenizer.ggml.add_space_prefix", False, default=False)
     metadata.expect("tokenizer.ggml.add_eos_token", False, default=False)
     metadata.get("tokenizer.ggml.scores", list)  # BPE ranks come from the merges; scores are unused padding here
-    tokens: list[str] = metadata.require("tokenizer.ggml.tokens", list)
+    tokens = metadata.items("tokenizer.ggml.tokens", str)
     special_ids = special_token_ids(metadata)
     for name, token_id in special_ids.items():
         if not 0 <= token_id < len(tokens):
@@ -84,7 +84,7 @@ def _build(metadata: GGUFMetadata, tokens: list[str]) -> Tokenizer:
     if len(vocabulary) != len(tokens):
         raise ModelError(f"GGUF field 'tokenizer.ggml.tokens': {len(tokens) - len(vocabulary)} tokens appear twice.")
     merges: list[tuple[str, str]] = []
-    for rank, merge in enumerate(metadata.require("tokenizer.ggml.merges", list)):
+    for rank, merge in enumerate(metadata.items("tokenizer.ggml.merges", str)):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= vocabulary.keys():
             raise ModelError(f"GGUF field 'tokenizer.ggml.merges': merge {rank} {merge!r} is not made of known tokens.")
@@ -97,7 +97,7 @@ def _build(metadata: GGUFMetadata, tokens: list[str]) -> Tokenizer:
         )
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
-    _mark_added_tokens(tokenizer, tokens, metadata.require("tokenizer.ggml.token_type", list))
+    _mark_added_tokens(tokenizer, tokens, metadata.items("tokenizer.ggml.token_type", int))
     return tokenizer
 
 

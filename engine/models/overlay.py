@@ -13,6 +13,7 @@ from typing import Any
 
 from sempre.engine.models.cache import cache_folder
 from sempre.ipc.errors import ModelError
+from sempre.ipc.model_files import read_json_object
 
 
 def with_overrides(folder: Path, overrides: Mapping[str, Any]) -> Path:
@@ -21,12 +22,7 @@ def with_overrides(folder: Path, overrides: Mapping[str, Any]) -> Path:
     Equal overrides of one folder give the same place. Raises ModelError when config.json is no object, or the cache
     folder cannot be written to.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder / 'config.json'} must hold an object, found {type(config).__name__}.")
+    config = read_json_object(folder / "config.json")
     text = json.dumps(_merged(config, overrides), indent=2, ensure_ascii=False)
     others = sorted(path for path in folder.iterdir() if path.name != "config.json")
     name = hashlib.sha256("\0".join([text, *map(str, others)]).encode()).hexdigest()[:32]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from sempre.engine.models.cache import cache_folder
 from sempre.engine.models.catalog import CATALOG
 from sempre.engine.models.pull import pull
 from sempre.ipc.errors import ConfigError, ModelError
+from sempre.ipc.model_files import read_json_object
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
@@ -116,10 +116,10 @@ def refuse_remote_code(folder: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
         try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError:  # whoever needs the file says so
+            found = read_json_object(path) if path.exists() else {}
+        except ModelError:  # whoever needs the file says so
             continue
-        if isinstance(found, dict) and found.get("auto_map"):
+        if found.get("auto_map"):
             raise ConfigError(
                 f"trust_remote_code=True: {path} names code of the checkpoint (auto_map), and such code is never run. "
                 "Leave it out to use the model without its code.",

@@ -17,6 +17,7 @@ import jinja2.sandbox
 from sempre.engine.text.messages import ContentFormat, messages_for, tools_for
 from sempre.engine.text.template_form import TemplateForm
 from sempre.ipc.errors import ConfigError, ModelError, RequestError
+from sempre.ipc.model_files import read_json_object, read_text
 
 RESERVED_VARIABLES = frozenset(
     {"messages", "conversation", "template", "chat_template", "tools", "bos_token", "eos_token", "tokenize"}
@@ -41,8 +42,8 @@ def load_chat_template(folder: Path | str, *, tools: Sequence[object] | None = N
     folder = Path(folder)
     files = [folder / "additional_chat_templates" / "tool_use.jinja"] if tools else []
     for path in [*files, folder / "chat_template.jinja"]:
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+        if path.exists():
+            return read_text(path)
     for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
         template = _template_in(path, with_tools=bool(tools))
         if template is not None:
@@ -55,14 +56,11 @@ def load_chat_template(folder: Path | str, *, tools: Sequence[object] | None = N
 
 
 def _template_in(path: Path, *, with_tools: bool) -> str | None:
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    template = read_json_object(path).get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("tool_use") if with_tools and "tool_use" in named else named.get("default")
     if template is not None and not isinstance(template, str):
         raise ModelError(f"{path}: chat_template must be a string, found {type(template).__name__}.")

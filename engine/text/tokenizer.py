@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 from sempre.engine.text.encoding import BatchEncoding, Padding, padded
 from sempre.engine.text.tokenizer_files import eos_token_ids, named_tokens, read_json
 from sempre.ipc.errors import ConfigError, ModelError
+from sempre.ipc.model_files import MAX_TOKENIZER_BYTES, check_regular
 
 if TYPE_CHECKING:
     from sempre.engine.text.messages import ContentFormat
@@ -112,11 +113,12 @@ class Tokenizer:
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not path.exists():
             raise ModelError(
                 f"{path} is missing. The tokenizer is read from that file; for a model that ships only tokenizer.model "
                 "or vocab.json, load its tokenizer once with transformers and save it with save_pretrained()."
             )
+        check_regular(path, MAX_TOKENIZER_BYTES)
         try:
             backend = Backend.from_file(str(path))
         # The library raises plain Exception for whatever it cannot parse.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sempre.ipc.errors import ModelError
+from sempre.ipc.model_files import read_json_object, shown
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that have a part to play, in the order of transformers."""
@@ -14,15 +14,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in `path`, {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
+    return read_json_object(path) if path.exists() else {}
 
 
 def named_tokens(config: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -33,7 +25,7 @@ def named_tokens(config: dict[str, Any], folder: Path) -> dict[str, str]:
         if isinstance(value, dict):
             value = value.get("content")
         if value is not None and not isinstance(value, str):
-            raise ModelError(f"{folder / 'tokenizer_config.json'}: {name} must be a string, found {value!r}.")
+            raise ModelError(f"{folder / 'tokenizer_config.json'}: {name} must be a string, found {shown(value)}.")
         if value is not None:
             tokens[name] = value
     return tokens
@@ -46,5 +38,5 @@ def eos_token_ids(folder: Path) -> list[int]:
         value = read_json(folder / "config.json").get("eos_token_id")
     ids: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0 for token_id in ids):
-        raise ModelError(f"{folder}: eos_token_id must be a token id or a list of them, found {value!r}.")
+        raise ModelError(f"{folder}: eos_token_id must be a token id or a list of them, found {shown(value)}.")
     return ids

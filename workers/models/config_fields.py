@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import NoReturn
 
 from sempre.ipc.errors import ModelError
+from sempre.ipc.model_files import shown
+
+_MOST = 2**31 - 1
+_MOST_NUMBER = 1e30
 
 
 class ConfigFields:
@@ -16,18 +19,18 @@ class ConfigFields:
         self.source = source
 
     def fail(self, name: str, expected: str, found: object) -> NoReturn:
-        raise ModelError(f"{self.source}: {name}: expected {expected}, found {found!r}.")
+        raise ModelError(f"{self.source}: {name}: expected {expected}, found {shown(found)}.")
 
     def natural(self, name: str, default: int | None = None) -> int:
-        return self._integer(name, default, minimum=0)
+        return self._integer(name, default, minimum=0, most=_MOST)
 
-    def positive(self, name: str, default: int | None = None) -> int:
-        return self._integer(name, default, minimum=1)
+    def positive(self, name: str, default: int | None = None, most: int = _MOST) -> int:
+        return self._integer(name, default, minimum=1, most=most)
 
     def positive_number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
         # bool is an int to Python, never to a configuration
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST_NUMBER:
             self.fail(name, "a finite number greater than 0", value)
         return float(value)
 
@@ -44,10 +47,12 @@ class ConfigFields:
             self.fail(name, "an object", value)
         return ConfigFields(value, f"{self.source}: {name}")
 
-    def _integer(self, name: str, default: int | None, minimum: int) -> int:
+    def _integer(self, name: str, default: int | None, minimum: int, most: int) -> int:
         value = self._get(name, default)
         if type(value) is not int or value < minimum:
             self.fail(name, f"an integer of at least {minimum}", value)
+        if value > most:
+            self.fail(name, f"an integer of at most {most}", value)
         return value
 
     def _get(self, name: str, default: object) -> object:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from sempre.ipc.errors import ModelError
+from sempre.ipc.model_files import read_json_object
 from sempre.kernels.rope import RopeSpec
 from sempre.workers.models.config_fields import ConfigFields
 from sempre.workers.models.quantization import QuantizationSpec, parse_quantization
@@ -26,6 +26,15 @@ ROPE_FIELDS = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
 )
+
+# More than any model has, and little enough that nothing is computed or kept in vain before the tensors are looked at.
+MAX_LAYERS = 1024
+MAX_HEADS = 4096
+MAX_HEAD_DIM = 4096
+MAX_WIDTH = 2**20
+MAX_VOCAB_SIZE = 2**24
+MAX_POSITIONS = 2**27
+MAX_EOS_TOKENS = 1024
 
 # rows of activations are walked in vectors of this many elements
 WIDTH_MULTIPLE = 16
@@ -67,19 +76,6 @@ class ModelSpec:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-def read_json_object(path: Path) -> dict[str, object]:
-    """The JSON object in `path`; raises ModelError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: file not found; a checkpoint folder needs {path.name}.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}.")
-    return value
-
-
 def load_spec(folder: Path) -> ModelSpec:
     """The spec of the checkpoint in `folder`; raises ModelError or UnknownArchitecture."""
     if not folder.is_dir():
@@ -101,20 +97,20 @@ def parse_spec(config: dict[str, object], generation_config: dict[str, object]) 
     architecture = _architecture(fields)
     family = family_of(architecture)
     _refuse_unsupported(fields)
-    hidden_size = _multiple("hidden_size", fields.positive("hidden_size"), fields)
-    num_heads = fields.positive("num_attention_heads")
-    num_kv_heads = fields.positive("num_key_value_heads", default=num_heads)
+    hidden_size = _multiple("hidden_size", fields.positive("hidden_size", most=MAX_WIDTH), fields)
+    num_heads = fields.positive("num_attention_heads", most=MAX_HEADS)
+    num_kv_heads = fields.positive("num_key_value_heads", default=num_heads, most=MAX_HEADS)
     if num_heads % num_kv_heads:
         fields.fail("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}", num_kv_heads)
-    num_layers = fields.positive("num_hidden_layers")
+    num_layers = fields.positive("num_hidden_layers", most=MAX_LAYERS)
     head_dim = _head_dim(fields, family, hidden_size, num_heads)
-    vocab_size = fields.positive("vocab_size")
-    max_position_embeddings = fields.positive("max_position_embeddings")
+    vocab_size = fields.positive("vocab_size", most=MAX_VOCAB_SIZE)
+    max_position_embeddings = fields.positive("max_position_embeddings", most=MAX_POSITIONS)
     return ModelSpec(
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=_multiple("intermediate_size", fields.positive("intermediate_size"), fields),
+        intermediate_size=_multiple("intermediate_size", fields.positive("intermediate_size", most=MAX_WIDTH), fields),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -151,7 +147,9 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
 def _head_dim(fields: ConfigFields, family: Family, hidden_size: int, num_heads: int) -> int:
     if fields.raw.get("head_dim") is None and family.default_head_dim is None and hidden_size % num_heads:
         fields.fail("hidden_size", f"a multiple of num_attention_heads={num_heads}, or head_dim", hidden_size)
-    head_dim = fields.positive("head_dim", default=family.default_head_dim or hidden_size // num_heads)
+    head_dim = fields.positive(
+        "head_dim", default=family.default_head_dim or hidden_size // num_heads, most=MAX_HEAD_DIM
+    )
     return _multiple("head_dim", head_dim, fields)
 
 
@@ -234,6 +232,8 @@ def _eos_token_ids(config: ConfigFields, generation: ConfigFields, vocab_size: i
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
+    if len(ids) > MAX_EOS_TOKENS:
+        fields.fail("eos_token_id", f"at most {MAX_EOS_TOKENS} token ids", value)
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             fields.fail("eos_token_id", f"token ids in [0, vocab_size={vocab_size})", value)

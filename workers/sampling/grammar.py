@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from sempre.ipc.errors import ModelError
 from sempre.ipc.messages import SamplingSpec
+from sempre.ipc.model_files import MAX_TOKENIZER_BYTES, read_text
 from sempre.workers.sampling.reasoning import ReasoningState
 from sempre.workers.sampling.row_error import RowError
 
@@ -173,9 +175,9 @@ class GrammarCompiler:
         tokenizer = self._tokenizers.get(eos_token_ids)
         if tokenizer is None:
             try:
-                text = self._path.read_text(encoding="utf-8")
+                text = read_text(self._path, MAX_TOKENIZER_BYTES)
                 tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=list(eos_token_ids))
-            except (OSError, ValueError) as error:
+            except (ModelError, ValueError) as error:
                 raise RowError(OPERATION, f"{self._path} cannot be used with grammars: {error}") from error
             self._tokenizers[eos_token_ids] = tokenizer
         return tokenizer

@@ -13,6 +13,7 @@ import numpy as np
 from sempre.engine.models.resolve import resolve_model
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ConfigError, ModelError
+from sempre.ipc.model_files import read_json_object
 
 # vLLM's bounds of conversations that are used, in tokens
 _SHORTEST = 4
@@ -37,7 +38,7 @@ def vocab_size_of(name: str) -> int:
     folder = resolve_model(name).path
     if (folder / "tokenizer.json").is_file():
         return len(Tokenizer.from_folder(folder))
-    size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    size = read_json_object(folder / "config.json").get("vocab_size")
     if not isinstance(size, int):
         raise ModelError(f"{folder} has neither tokenizer.json nor a vocab_size in config.json")
     return size

@@ -1,0 +1,131 @@
+"""Whether a GGUF file is what its header says: every count, length and offset against the bytes that are there.
+
+The library that reads it takes them as they are: a count of 2**60 is counted to, an array in an array in an array calls
+itself, and a shape is multiplied in 64 bits.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import NoReturn
+
+from sempre.ipc.errors import ModelError
+from sempre.ipc.model_files import check_regular
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_STRING, _ARRAY = 8, 9
+_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_MOST_FIELDS = 4096
+_MOST_TENSORS = 65_536
+# of all arrays together; a vocabulary of a million tokens has about three million
+_MOST_ITEMS = 2**24
+_MOST_DIMENSIONS = 4
+# no type stores less than a bit of each element
+_ELEMENTS_PER_BYTE = 8
+_MOST_NAME_BYTES = 4096
+
+
+def check_gguf(path: Path) -> None:
+    """Raise ModelError naming what does not fit."""
+    size = check_regular(path)
+    if size < len(_MAGIC) + 20:
+        raise ModelError(f"{path} cannot be read as GGUF: it has {size} bytes.")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        _Check(path, data, size).run()
+
+
+class _Check:
+    """One walk over the header."""
+
+    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
+        self._path = path
+        self._data = data
+        self._size = size
+        self._at = 0
+        self._items = 0
+        self._where = "the header"
+
+    def run(self) -> None:
+        if self._data[:4] != _MAGIC:
+            self._fail("expected the four letters GGUF", repr(self._data[:4]))
+        self._at = 4
+        version = self._number("<I")
+        if version not in _VERSIONS:
+            self._fail(f"expected version {' or '.join(map(str, _VERSIONS))}, little-endian", str(version))
+        num_tensors = self._count("tensors", _MOST_TENSORS)
+        num_fields = self._count("fields", _MOST_FIELDS)
+        for number in range(num_fields):
+            self._where = f"field {number}"
+            self._string(_MOST_NAME_BYTES)
+            self._value(self._number("<I"))
+        elements = [self._tensor(number) for number in range(num_tensors)]
+        for number, (num_elements, offset) in enumerate(elements):
+            self._where = f"tensor {number}"
+            if self._at + offset + num_elements // _ELEMENTS_PER_BYTE > self._size + _ELEMENTS_PER_BYTE:
+                self._fail(f"expected its end within {self._size} bytes", f"{num_elements} elements at {offset}")
+
+    def _tensor(self, number: int) -> tuple[int, int]:
+        """Return how many elements the tensor has, and where it begins."""
+        self._where = f"tensor {number}"
+        self._string(_MOST_NAME_BYTES)
+        num_dimensions = self._number("<I")
+        if not 1 <= num_dimensions <= _MOST_DIMENSIONS:
+            self._fail(f"expected 1 to {_MOST_DIMENSIONS} dimensions", str(num_dimensions))
+        sizes = [self._number("<Q") for _ in range(num_dimensions)]
+        if min(sizes) == 0:
+            self._fail("expected dimensions of at least 1", str(sizes))
+        self._number("<I")
+        return math.prod(sizes), self._number("<Q")
+
+    def _value(self, kind: int) -> None:
+        if kind == _STRING:
+            self._string(self._size)
+        elif kind == _ARRAY:
+            self._array()
+        elif kind in _SCALAR_BYTES:
+            self._skip(_SCALAR_BYTES[kind])
+        else:
+            self._fail("expected a known type", str(kind))
+
+    def _array(self) -> None:
+        kind, length = self._number("<I"), self._number("<Q")
+        self._items += length
+        if self._items > _MOST_ITEMS:
+            self._fail(f"expected at most {_MOST_ITEMS} items in all arrays", str(self._items))
+        if kind == _STRING:
+            for _ in range(length):
+                self._string(self._size)
+        elif kind in _SCALAR_BYTES:
+            self._skip(length * _SCALAR_BYTES[kind])
+        else:
+            self._fail("expected an array of numbers or strings", f"one of type {kind}")
+
+    def _count(self, what: str, most: int) -> int:
+        found = self._number("<Q")
+        if found > most:
+            self._fail(f"expected at most {most} {what}", str(found))
+        return found
+
+    def _string(self, most: int) -> None:
+        length = self._number("<Q")
+        if length > most:
+            self._fail(f"expected a text of at most {most} bytes", f"one of {length}")
+        self._skip(length)
+
+    def _number(self, form: str) -> int:
+        start = self._at
+        self._skip(struct.calcsize(form))
+        (value,) = struct.unpack_from(form, self._data, start)
+        return int(value)
+
+    def _skip(self, num_bytes: int) -> None:
+        if self._at + num_bytes > self._size:
+            self._fail(f"expected {num_bytes} bytes at {self._at}", f"the end of the file at {self._size}")
+        self._at += num_bytes
+
+    def _fail(self, expected: str, found: str) -> NoReturn:
+        raise ModelError(f"{self._path} cannot be read as GGUF: {self._where}: {expected}, found {found}.")
