@@ -11,10 +11,12 @@ from sempre.engine.near_names import near_name
 from sempre.ipc.errors import ConfigError
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
-
-# Fields of vLLM that have no meaning here.
-UNSUPPORTED_FIELDS = frozenset(
-    {"disable_additional_properties", "disable_fallback", "structural_tag", "whitespace_pattern"}
+_FLAGS = (
+    "json_object",
+    "disable_any_whitespace",
+    "disable_additional_properties",
+    "disable_fallback",
+    "after_reasoning",
 )
 
 
@@ -28,6 +30,11 @@ class StructuredOutputsParams:
     grammar                 a grammar in Lark's form, or in GBNF (rules with `::=`)
     json_object             True: any JSON object
     disable_any_whitespace  JSON without optional white space
+    whitespace_pattern      a regular expression of the white space between two parts of JSON; by default at most two
+                            characters, so that no output consists of it
+    disable_additional_properties  objects have only the properties that their schema names, unless it says otherwise
+    disable_fallback        without effect: one library reads all forms
+    structural_tag          must be None
     begins_after            leave the output free up to and including the first such text (a reasoning model's
                             "</think>"); the constraint rules what follows it and white space
     after_reasoning         an output that begins with "<think>", or whose prompt ends with it, is free up to and
@@ -42,14 +49,16 @@ class StructuredOutputsParams:
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+    disable_additional_properties: bool = False
+    disable_fallback: bool = False
+    structural_tag: str | None = None
     begins_after: str | None = None
     after_reasoning: bool = False
 
     def __new__(cls, **keywords: Any) -> StructuredOutputsParams:
         known = [field.name for field in fields(cls)]
-        for name, value in keywords.items():
-            if name in UNSUPPORTED_FIELDS:
-                raise _refusal(name, value, "is not supported by this engine. Leave it out.")
+        for name in keywords:
             if name not in known:
                 near = near_name(name, known)
                 hint = f" Did you mean {near!r}?" if near else ""
@@ -67,11 +76,15 @@ class StructuredOutputsParams:
             )
         if self.json is not None:
             object.__setattr__(self, "json", _schema(self.json))
-        for name in ("regex", "grammar", "begins_after"):
+        if self.structural_tag is not None:
+            raise _refusal(
+                "structural_tag", self.structural_tag, "is not supported by this engine. Leave it out or use grammar."
+            )
+        for name in ("regex", "grammar", "begins_after", "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
                 raise _refusal(name, value, f"must be a string that is not empty, got {value!r}.")
-        for name in ("json_object", "disable_any_whitespace", "after_reasoning"):
+        for name in _FLAGS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise _refusal(name, value, f"must be True or False, got {value!r}.")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from contextlib import suppress
 
 from msgspec.structs import replace
 
+from sempre.engine.frontend.byte_tokenizer import byte_tokenizer
+from sempre.engine.frontend.json_forms import json_forms
+from sempre.engine.frontend.schemas import SchemaRefused
 from sempre.engine.parsing.reasoning import END, START, opens_reasoning
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.structured_outputs import StructuredOutputsParams
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
 from sempre.ipc.messages import ReasoningSpec, SamplingSpec
+
+logger = logging.getLogger(__name__)
 
 MAX_GRAMMAR_BYTES = 128 * 1024
 """Most UTF-8 bytes of a schema, expression, grammar, or all choices. Compiling the largest takes below a second."""
@@ -34,8 +41,8 @@ class GrammarBuilder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def build(self, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int]) -> str:
-        """The grammar in llguidance's form. Raises RequestError naming the field."""
+    def build(self, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int], max_tokens: int) -> str:
+        """The grammar in llguidance's form, with ends that fit `max_tokens`. Raises RequestError naming the field."""
         field = f"structured_outputs.{params.constraint}"
         _require_library("structured_outputs")
         if not eos_token_ids:
@@ -44,15 +51,14 @@ class GrammarBuilder:
                 "it is what ends a structured output.",
                 parameter="structured_outputs",
             )
-        grammar = _translated(params, field)
-        size = len(grammar.encode())
-        if size > MAX_GRAMMAR_BYTES:
-            raise RequestError(
-                f"{field} may have at most {MAX_GRAMMAR_BYTES} bytes, found {size}.", parameter=field, value=size
-            )
-        checked = self._after_reasoning(grammar, opened=False) if params.after_reasoning else grammar
-        self._check(checked, field, vocab_size, eos_token_ids)
-        return grammar
+        _check_size(params, field)
+        *first, last = _translated(params, field, max_tokens)
+        for grammar in first:
+            with suppress(RequestError):
+                self._check(grammar, params, vocab_size, eos_token_ids)
+                return grammar
+        self._check(last, params, vocab_size, eos_token_ids)
+        return last
 
     def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt_token_ids: list[int]) -> SamplingSpec:
         """Return `spec` with what holds for an output that reasons before its answer, behind this prompt."""
@@ -92,17 +98,48 @@ class GrammarBuilder:
             {"grammars": [{"name": "frame", "lark_grammar": "\n".join(frame)}, *json.loads(grammar)["grammars"]]}
         )
 
-    def _check(self, grammar: str, field: str, vocab_size: int, eos_token_ids: list[int]) -> None:
+    def _check(self, grammar: str, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int]) -> None:
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+        field = f"structured_outputs.{params.constraint}"
+        framed = self._after_reasoning(grammar, opened=False) if params.after_reasoning else grammar
         limits = LLParserLimits(verbose_errors=False)
-        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=limits)
+        failed, messages = LLMatcher.validate_grammar_with_warnings(framed, None, limits=limits)
+        messages = _without_remarks(messages, field)
         if not failed and messages:
             # special tokens are named, and only the tokenizer knows them
             tokenizer = LLTokenizer(self._tokenizer.to_json(), n_vocab=vocab_size, eos_token=eos_token_ids)
-            failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer, limits=limits)
+            failed, messages = LLMatcher.validate_grammar_with_warnings(framed, tokenizer, limits=limits)
+            messages = _without_remarks(messages, field)
+        elif not failed:
+            # what no text can fulfil is found by asking what may come first, in bytes
+            start = LLMatcher(byte_tokenizer(), grammar, log_level=0, limits=limits)
+            start.compute_bitmask()
+            messages = [_reason(start.get_error())] if start.is_error() else []
         if failed or messages:
             raise RequestError(f"{field} is refused: {messages[0].strip()}", parameter=field)
+
+
+def _without_remarks(messages: list[str], field: str) -> list[str]:
+    """Log what the library does in another way than the schema says, and return the rest."""
+    rest = [message for message in messages if not message.startswith("oneOf ")]
+    if len(rest) < len(messages):
+        logger.warning("%s: oneOf is taken for anyOf, as its cases may overlap", field)
+    return rest
+
+
+def _reason(message: str) -> str:
+    first = message.partition("\n")[0]
+    return "no text fulfils it." if first.startswith("NoExtension") else first
+
+
+def _check_size(params: StructuredOutputsParams, field: str) -> None:
+    given = getattr(params, params.constraint)
+    size = sum(len(part.encode(errors="replace")) for part in ([given] if isinstance(given, str) else given or ()))
+    if size > MAX_GRAMMAR_BYTES:
+        raise RequestError(
+            f"{field} may have at most {MAX_GRAMMAR_BYTES} bytes, found {size}.", parameter=field, value=size
+        )
 
 
 def _require_library(parameter: str) -> None:
@@ -114,23 +151,25 @@ def _require_library(parameter: str) -> None:
         ) from None
 
 
-def _translated(params: StructuredOutputsParams, field: str) -> str:
-    body = _body(params, field)
+def _translated(params: StructuredOutputsParams, field: str, max_tokens: int) -> list[str]:
+    """The grammars that would do, the best first."""
+    if params.json is None and not params.json_object:
+        bodies = [_text_body(params, field)]
+    else:
+        try:
+            bodies = [{"json_schema": form} for form in json_forms(params, max_tokens)]
+        except SchemaRefused as error:
+            raise RequestError(f"{field} is refused: {error}", parameter=field) from None
+    frames = []
     if params.begins_after is not None:
         first = f"/(?s:.*){_escaped(params.begins_after)}/"
         frame = f"start: before {_SPACE} @{_BODY}\nbefore[lazy]: {first}\n"
-        return json.dumps({"grammars": [{"name": "frame", "lark_grammar": frame}, {"name": _BODY, **body}]})
-    return json.dumps({"grammars": [{"name": _BODY, **body}]})
+        frames = [{"name": "frame", "lark_grammar": frame}]
+    return [json.dumps({"grammars": [*frames, {"name": _BODY, **body}]}) for body in bodies]
 
 
-def _body(params: StructuredOutputsParams, field: str) -> dict[str, object]:
+def _text_body(params: StructuredOutputsParams, field: str) -> dict[str, object]:
     """One grammar of llguidance's list."""
-    if params.json is not None or params.json_object:
-        schema: dict[str, object] = json.loads(params.json) if isinstance(params.json, str) else {"type": "object"}
-        options = schema.get("x-guidance", {})
-        if params.disable_any_whitespace and isinstance(options, dict):
-            schema["x-guidance"] = {**options, "whitespace_flexible": False}
-        return {"json_schema": schema}
     if params.choice is not None:
         # escapes of JSON are Lark's too
         return {"lark_grammar": "start: " + " | ".join(json.dumps(choice) for choice in params.choice)}

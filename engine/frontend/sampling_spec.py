@@ -97,7 +97,8 @@ class SpecBuilder:
             return None
         limits = self._limits
         form = with_defaults(params.structured_outputs, limits.structured_outputs)
-        return self._grammars.build(form, limits.vocab_size, limits.eos_token_ids)
+        max_tokens = min(params.max_tokens or limits.max_model_len, limits.max_model_len)
+        return self._grammars.build(form, limits.vocab_size, limits.eos_token_ids, max_tokens)
 
     def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
         """Return the token sequences that may not be generated: each word, and the word after a space.

@@ -51,6 +51,9 @@ class Chunk(msgspec.Struct):
     error: msgspec.Raw = msgspec.Raw()
 
 
+# A server may close a connection that is idle for longer just when it is used again.
+_MOST_IDLE_S = 2.0
+_MOST_REFUSAL_BYTES = 64 * 1024
 # left out, or null
 _NO_ERROR = (b"", b"null")
 _DECODER = msgspec.json.Decoder(Chunk)
@@ -86,11 +89,15 @@ class Planned(NamedTuple):
 class Endpoint:
     """Where requests go: the address, and the head of each request."""
 
-    def __init__(self, url: str, headers: dict[str, str]) -> None:
+    def __init__(self, url: str, headers: dict[str, str], *, insecure: bool = False) -> None:
+        """`insecure`: any certificate is taken."""
         parts = urlsplit(url)
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self.ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        if self.ssl is not None and insecure:
+            self.ssl.check_hostname = False
+            self.ssl.verify_mode = ssl.CERT_NONE
         lines = [f"POST {parts.path} HTTP/1.1", f"Host: {parts.netloc.rpartition('@')[2]}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         lines += ["Content-Type: application/json", "Accept: text/event-stream", "Content-Length: "]
@@ -102,16 +109,17 @@ class Endpoint:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection; one request at a time."""
+    """One connection; one request at a time. It is of no more use once `is_open` is false."""
 
     def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self.reusable = False
+        self._transport: asyncio.Transport | None = None
         self._ended: asyncio.Future[None] | None = None
+        self.is_open = False
+        self.idle_since = 0.0
 
     async def exchange(self, request: bytes, outcome: Outcome) -> None:
         """Send a request, and fill in what comes of it."""
-        assert self.transport is not None
+        assert self._transport is not None
         self._ended = asyncio.get_running_loop().create_future()
         self._outcome = outcome
         self._parser = httptools.HttpResponseParser(self)
@@ -119,38 +127,62 @@ class _Connection(asyncio.Protocol):
         self._refusal = b""
         self._events = 0
         self._done = False
-        self.heard = False
-        self.reusable = False
         self._last = outcome.start_time
-        self.transport.write(request)
-        await self._ended
+        self._transport.write(request)
+        try:
+            await self._ended
+        finally:
+            self._ended = None
+            self.idle_since = time.perf_counter()
+
+    def close(self) -> None:
+        """Give the connection up, whatever is under way."""
+        self.is_open = False
+        if self._transport is not None:
+            self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self._transport = transport
+        self.is_open = True
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.reusable = False
-        if self._ended is not None and not self._ended.done():
-            lost = f"the connection was lost: {error or 'closed by the server'}"
-            self._outcome.error = self._outcome.error or lost
-            self._ended.set_result(None)
+        self.is_open = False
+        if self._ended is not None:
+            # an answer without a length ends with its connection
+            if not self._done:
+                self._outcome.error = (
+                    self._outcome.error or f"the connection was lost: {error or 'closed by the server'}"
+                )
+            self._finish()
 
     def data_received(self, data: bytes) -> None:
+        if self._ended is None:
+            self.close()  # nothing was asked
+            return
         self._now = time.perf_counter()
-        self.heard = True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             # What is raised in a callback comes as its context.
             self._outcome.error = f"the answer cannot be read: {error.__context__ or error}"
-            assert self.transport is not None
-            self.transport.close()
+            self.close()
+            self._finish()
+
+    def _finish(self) -> None:
+        outcome = self._outcome
+        outcome.latency = self._last - outcome.start_time
+        outcome.output_tokens = outcome.output_tokens or self._events
+        if not self._events and not outcome.error:
+            outcome.error = "the answer holds no token"
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
 
     # called by the parser
     def on_body(self, body: bytes) -> None:
         if self._parser.get_status_code() != 200:
-            self._refusal += body
+            if len(self._refusal) < _MOST_REFUSAL_BYTES:
+                self._refusal += body
             return
         outcome = self._outcome
         for event in self._splitter.feed(body):
@@ -184,47 +216,52 @@ class _Connection(asyncio.Protocol):
 
     # called by the parser
     def on_message_complete(self) -> None:
-        outcome = self._outcome
         status = self._parser.get_status_code()
-        outcome.latency = self._last - outcome.start_time
-        outcome.output_tokens = outcome.output_tokens or self._events
+        if 100 <= status < 200:
+            return
         if status != 200:
-            outcome.error = f"status {status}: {self._refusal.decode(errors='replace')[:500]}"
-        elif not self._done and not outcome.error:
-            outcome.error = "the stream ended without [DONE]"
-        elif not self._events and not outcome.error:
-            outcome.error = "the answer holds no token"
-        self.reusable = self._parser.should_keep_alive()
-        assert self._ended is not None
-        if not self._ended.done():
-            self._ended.set_result(None)
+            self._outcome.error = f"status {status}: {self._refusal.decode(errors='replace')[:500]}"
+        elif not self._done and not self._outcome.error:
+            self._outcome.error = "the stream ended without [DONE]"
+        if not self._parser.should_keep_alive():
+            self.close()
+        self._finish()
 
 
 class _Client:
     """Connections to one server, used again when free."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, timeout_s: float) -> None:
         self._endpoint = endpoint
+        self._timeout_s = timeout_s
         self._free: list[_Connection] = []
 
     async def send(self, body: bytes, waited: float) -> Outcome:
-        request = self._endpoint.request(body)
-        while True:
-            outcome = Outcome(start_time=time.perf_counter(), client_queue_time=waited)
-            used = self._free.pop() if self._free else None
-            try:
-                connection = used or await self._connect()
-            except OSError as error:
-                outcome.error = f"no connection: {error}"
-                return outcome
-            await connection.exchange(request, outcome)
-            if connection.reusable:
+        """Send a request once: one that fails is not sent again, as the server may have begun to answer it."""
+        outcome = Outcome(start_time=time.perf_counter(), client_queue_time=waited)
+        connection = None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                connection = self._idle_connection() or await self._connect()
+                await connection.exchange(self._endpoint.request(body), outcome)
+        except TimeoutError:
+            outcome.error = f"no whole answer within {self._timeout_s:g} s"
+        except (OSError, UnicodeError) as error:
+            outcome.error = f"no connection: {error}"
+        if connection is not None and connection.is_open:
+            if outcome.error:
+                connection.close()
+            else:
                 self._free.append(connection)
-            elif connection.transport is not None:
-                connection.transport.close()
-            # A server may close an idle connection just when it is used again; nothing was asked of it then.
-            if used is None or connection.heard:
-                return outcome
+        return outcome
+
+    def _idle_connection(self) -> _Connection | None:
+        while self._free:
+            connection = self._free.pop()
+            if connection.is_open and time.perf_counter() - connection.idle_since < _MOST_IDLE_S:
+                return connection
+            connection.close()
+        return None
 
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
@@ -234,16 +271,23 @@ class _Client:
 
     def close(self) -> None:
         for connection in self._free:
-            if connection.transport is not None:
-                connection.transport.close()
+            connection.close()
 
 
 async def drive(
-    endpoint: Endpoint, plan: Sequence[Planned], max_concurrency: int | None, progress: Callable[[], object]
+    endpoint: Endpoint,
+    plan: Sequence[Planned],
+    max_concurrency: int | None,
+    progress: Callable[[], object],
+    *,
+    timeout_s: float,
 ) -> tuple[list[Outcome], float]:
-    """Send each request when it is due, or later if `max_concurrency` are under way; return outcomes and seconds."""
+    """Send each request when it is due, or later if `max_concurrency` are under way; return outcomes and seconds.
+
+    A request has `timeout_s` from its sending to its last byte, connecting included.
+    """
     _allow_connections(max_concurrency or len(plan))
-    client = _Client(endpoint)
+    client = _Client(endpoint, timeout_s)
     places = asyncio.Semaphore(max_concurrency or len(plan) or 1)
     began = time.perf_counter()
 

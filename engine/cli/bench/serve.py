@@ -62,6 +62,7 @@ def _add_server_flags(group: Any) -> None:
     group.add_argument("--served-model-name", metavar="TEXT", help="name in requests, if it is not MODEL's")
     group.add_argument("--tokenizer", metavar="MODEL", help="default: that of the model, found on this machine")
     group.add_argument("--api-key", metavar="KEY", help="default: $SEMPRE_API_KEY or $OPENAI_API_KEY")
+    group.add_argument("--insecure", action="store_true", help="take any certificate of the server")
     group.add_argument("--header", action="append", default=[], metavar="KEY=VALUE", help="more request headers")
     group.add_argument(
         "--ready-check-timeout-sec", type=float, default=0.0, metavar="X", help="wait so long for a server (default: 0)"
@@ -79,6 +80,13 @@ def _add_load_flags(group: Any) -> None:
     group.add_argument("--request-rate", type=float, default=math.inf, metavar="X", help="per second (default: inf)")
     group.add_argument("--burstiness", type=float, default=1.0, metavar="X", help="1 is Poisson, less in bursts")
     integer("--max-concurrency", None, "most requests under way at once")
+    group.add_argument(
+        "--request-timeout",
+        type=float,
+        default=3600.0,
+        metavar="X",
+        help="seconds that a request has from its sending to its last byte (default: 3600)",
+    )
     integer("--num-warmups", 0, "requests before those that count")
     integer("--random-input-len", 1024, "tokens of a random prompt")
     integer("--random-output-len", 128, "tokens generated from it")
@@ -123,7 +131,9 @@ def run(namespace: argparse.Namespace) -> int:
     from sempre.engine.cli.bench.serving_metrics import DETAILS, summarize, table
 
     bodies = _bodies(namespace, namespace.served_model_name or model, tokenizer)
-    endpoint = Endpoint(url + (namespace.endpoint or _ENDPOINTS[namespace.backend]), headers)
+    endpoint = Endpoint(
+        url + (namespace.endpoint or _ENDPOINTS[namespace.backend]), headers, insecure=namespace.insecure
+    )
     outcomes, seconds = _send(namespace, endpoint, bodies)
     result = _setting(namespace, model, tokenizer) | metadata | summarize(outcomes, seconds, percentiles, goodput)
     print(table(result, shown))
@@ -150,7 +160,7 @@ def _check(namespace: argparse.Namespace) -> None:
         value = getattr(namespace, name)
         if value is not None and value < bound:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {bound}, got {value}.")
-    for name in ("request_rate", "burstiness"):
+    for name in ("request_rate", "burstiness", "request_timeout"):
         if not getattr(namespace, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, got {getattr(namespace, name)}.")
     if not 0 <= namespace.random_range_ratio < 1:
@@ -208,7 +218,7 @@ def _model_and_tokenizer(namespace: argparse.Namespace, url: str) -> tuple[str, 
     if namespace.model is not None and not namespace.ready_check_timeout_sec:
         return namespace.model, namespace.tokenizer or namespace.model
     until = time.monotonic() + namespace.ready_check_timeout_sec
-    with Server(url, namespace.api_key) as server:
+    with Server(url, namespace.api_key, insecure=namespace.insecure) as server:
         while True:
             try:
                 cards = server.models()
@@ -287,10 +297,12 @@ def _send(namespace: argparse.Namespace, endpoint: Any, bodies: list[bytes]) -> 
     plan = [Planned(body, when) for body, when in zip(counted, due, strict=True)]
     disable = namespace.disable_tqdm or not sys.stderr.isatty()
 
+    limits: dict[str, Any] = {"max_concurrency": namespace.max_concurrency, "timeout_s": namespace.request_timeout}
+
     async def both() -> tuple[list[Any], float]:
-        await drive(endpoint, [Planned(body) for body in first], namespace.max_concurrency, lambda: None)
+        await drive(endpoint, [Planned(body) for body in first], progress=lambda: None, **limits)
         with tqdm(total=len(plan), unit=" requests", disable=disable) as bar:
-            return await drive(endpoint, plan, namespace.max_concurrency, bar.update)
+            return await drive(endpoint, plan, progress=bar.update, **limits)
 
     return asyncio.run(both())
 

@@ -8,6 +8,7 @@ E2EL   end-to-end latency: from sending a request to its last such event
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def summarize(
     good = [outcome for outcome in outcomes if outcome.success]
     num_input = sum(outcome.prompt_tokens for outcome in good)
     num_output = sum(outcome.output_tokens for outcome in good)
-    tokens_per_s, concurrent = _peaks(good)
+    tokens_per_s, concurrent = _peak_rate(good, seconds), _peak_concurrency(good)
     result: dict[str, Any] = {
         "duration": seconds,
         "completed": len(good),
@@ -124,18 +125,29 @@ def _num_within(good: Sequence[Outcome], goodput: Mapping[str, float]) -> int:
     return count
 
 
-def _peaks(good: Sequence[Outcome]) -> tuple[float, int]:
-    """Most events with output, and most requests under way, in any one second of the run."""
-    if not good:
-        return 0.0, 0
+def _peak_rate(good: Sequence[Outcome], seconds: float) -> float:
+    """Most output tokens per second in any of the equal parts, of at most a second, that the run is cut into.
+
+    Never below the mean. The tokens of a request are taken as spread evenly over its events.
+    """
+    if not good or not seconds > 0:
+        return 0.0
     first = min(outcome.start_time for outcome in good)
-    last = max(outcome.start_time + outcome.latency for outcome in good)
-    num_seconds = int(last - first) + 1
-    tokens = np.zeros(num_seconds, dtype=np.int64)
-    running = np.zeros(num_seconds, dtype=np.int64)
+    num_parts = max(1, math.ceil(seconds))
+    tokens = np.zeros(num_parts)
     for outcome in good:
-        begin = outcome.start_time - first
-        times = begin + outcome.ttft + np.concatenate(([0.0], np.cumsum(outcome.itl)))
-        np.add.at(tokens, np.minimum(times.astype(np.int64), num_seconds - 1), 1)
-        running[int(begin) : int(begin + outcome.latency) + 1] += 1
-    return float(tokens.max()), int(running.max())
+        times = outcome.start_time - first + outcome.ttft + np.concatenate(([0.0], np.cumsum(outcome.itl)))
+        parts = np.clip((times * num_parts / seconds).astype(np.int64), 0, num_parts - 1)
+        np.add.at(tokens, parts, outcome.output_tokens / len(times))
+    return float(max(tokens.max() * num_parts, sum(outcome.output_tokens for outcome in good)) / seconds)
+
+
+def _peak_concurrency(good: Sequence[Outcome]) -> int:
+    """Most requests under way at one moment; one that ends when another is sent makes way for it."""
+    changes = [(outcome.start_time, 1) for outcome in good]
+    changes += [(outcome.start_time + outcome.latency, -1) for outcome in good]
+    running = most = 0
+    for _, change in sorted(changes):
+        running += change
+        most = max(most, running)
+    return most

@@ -7,19 +7,20 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.remote.server_sent_events import DONE, EventSplitter
 from sempre.ipc.errors import RequestError, ServerError
 
-if TYPE_CHECKING:
-    pass
-
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLES = ("SEMPRE_API_KEY", "OPENAI_API_KEY")
-# Connecting is quick or fails; the first token of a long queue may take any time.
+# Connecting is quick or fails, and so is a question about the server; the first token may wait in a long queue.
 CONNECT_TIMEOUT_S = 10.0
+_QUESTION_TIMEOUT_S = 30.0
+_SILENCE_TIMEOUT_S = 600.0
+# Servers close what is idle for longer, perhaps just when it is used again.
+_MOST_IDLE_S = 2.0
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
@@ -49,14 +50,17 @@ def base_url(url: str) -> str:
 class Server:
     """A running server; closes its connections at the end of a `with`."""
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, api_key: str | None = None, *, insecure: bool = False) -> None:
+        """`insecure`: any certificate is taken."""
         import httpx
 
         self.url = base_url(url)
         self._client = httpx.Client(
             base_url=self.url,
             headers=headers_for(api_key),
-            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            timeout=httpx.Timeout(_QUESTION_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            limits=httpx.Limits(keepalive_expiry=_MOST_IDLE_S),
+            verify=not insecure,
         )
 
     def __enter__(self) -> Server:
@@ -97,11 +101,14 @@ class Server:
         away, or ends the stream without its closing mark.
         """
         splitter = EventSplitter()
-        with self._failures(), self._client.stream("POST", path, json=body) as response:
+        import httpx
+
+        patience = httpx.Timeout(_SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        with self._failures(), self._client.stream("POST", path, json=body, timeout=patience) as response:
             if response.status_code != 200:
                 _check(self.url, response.status_code, response.read())
             for received in response.iter_raw():
-                for event in splitter.feed(received):
+                for event in _events(splitter, received, self.url):
                     if event == DONE:
                         return
                     yield _chunk(self.url, event)
@@ -113,6 +120,8 @@ class Server:
 
         try:
             yield
+        except httpx.TimeoutException as error:
+            raise ServerError(f"{self.url} did not answer in time ({type(error).__name__})", url=self.url) from None
         except httpx.ConnectError as error:
             raise ServerError(
                 f"no server answers at {self.url} ({error}); `sempre serve MODEL` starts one", url=self.url
@@ -121,6 +130,13 @@ class Server:
             raise ServerError(
                 f"the connection to {self.url} failed: {str(error) or type(error).__name__}", url=self.url
             ) from None
+
+
+def _events(splitter: EventSplitter, received: bytes, url: str) -> list[bytes]:
+    try:
+        return splitter.feed(received)
+    except ValueError as error:
+        raise ServerError(f"{url} sent something that is no stream of events: {error}", url=url) from None
 
 
 def _chunk(url: str, event: bytes) -> dict[str, Any]:

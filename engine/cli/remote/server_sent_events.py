@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 DONE = b"[DONE]"
+MAX_LINE_BYTES = 16 * 1024 * 1024
 
 
 class EventSplitter:
@@ -13,10 +14,19 @@ class EventSplitter:
     """
 
     def __init__(self) -> None:
-        self._rest = b""
+        # of the line that is not complete yet
+        self._parts: list[bytes] = []
+        self._length = 0
 
     def feed(self, received: bytes) -> list[bytes]:
-        """Return the data of the events that `received` completes, in order."""
-        lines = (self._rest + received).split(b"\n")
-        self._rest = lines.pop()
+        """Return the data of the events that `received` completes, in order. Raises ValueError for an endless line."""
+        if b"\n" not in received:
+            self._parts.append(received)
+            self._length += len(received)
+            if self._length > MAX_LINE_BYTES:
+                raise ValueError(f"a line of a stream has more than {MAX_LINE_BYTES} bytes")
+            return []
+        lines = b"".join([*self._parts, received]).split(b"\n")
+        rest = lines.pop()
+        self._parts, self._length = [rest], len(rest)
         return [line[5:].strip() for line in lines if line.startswith(b"data:")]

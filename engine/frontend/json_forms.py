@@ -1,0 +1,48 @@
+"""JSON forms as the grammar library takes them: the schema rewritten, ends added, white space bounded."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sempre.engine.frontend.schema_bounds import add_bounds
+from sempre.engine.frontend.schemas import SchemaRefused, rewritten
+from sempre.engine.structured_outputs import StructuredOutputsParams
+
+WHITE_SPACE = r"[ \n\r\t]{1,2}"
+"""Between two parts of JSON; without a bound a model may write nothing else until its limit."""
+_OWN_SPACE = ("whitespace_flexible", "whitespace_pattern", "item_separator", "key_separator")
+
+
+def json_forms(params: StructuredOutputsParams, max_tokens: int) -> list[dict[str, Any]]:
+    """Return the form, with ends that fit `max_tokens` and, in case they contradict the schema, without.
+
+    Raises SchemaRefused.
+    """
+    forms = [_form(params, max_tokens), _form(params, None)]
+    return forms if forms[0] != forms[1] else forms[:1]
+
+
+def _form(params: StructuredOutputsParams, max_tokens: int | None) -> dict[str, Any]:
+    schema = json.loads(params.json) if isinstance(params.json, str) else {"type": "object"}
+    options = schema.pop("x-guidance", {})
+    try:
+        schema, nodes = rewritten(schema, closed=params.disable_additional_properties)
+        if max_tokens is not None:
+            add_bounds(schema, nodes, max_tokens)
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise SchemaRefused("", f"is no valid JSON schema: {error}") from None
+    return {**schema, "x-guidance": _options(params, options)}
+
+
+def _options(params: StructuredOutputsParams, given: Any) -> Any:
+    """What the schema itself asks of the library comes first, and the request's own words before it."""
+    if not isinstance(given, dict):
+        return given
+    options = {"coerce_one_of": True, **given}
+    if params.whitespace_pattern is not None:
+        return {**options, "whitespace_pattern": params.whitespace_pattern}
+    if params.disable_any_whitespace:
+        options.pop("whitespace_pattern", None)
+        return {**options, "whitespace_flexible": False}
+    return options if set(_OWN_SPACE) & set(given) else {**options, "whitespace_pattern": WHITE_SPACE}

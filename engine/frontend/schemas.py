@@ -1,0 +1,331 @@
+"""From a JSON schema to one that says the same, or less, in the words that the grammar library understands.
+
+What a schema demands and no grammar can keep is refused by its place and name; what it only remarks (a `format` of
+another kind, titles, unknown words) is left out. Where a form can be kept in part only, the part allows nothing that
+the schema forbids.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from sempre.engine.frontend.schema_numbers import check_exact, rewrite_numbers
+
+Schema = dict[str, Any]
+
+FORMATS = frozenset({"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+"""Formats that are enforced; all others are annotations."""
+
+_ANNOTATIONS = ("$comment", "$schema", "$vocabulary", "contentEncoding", "contentMediaType", "contentSchema", "default",
+                "deprecated", "description", "example", "examples", "readOnly", "title", "writeOnly")  # fmt: skip
+_ONE = ("additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then",
+        "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
+_LISTS = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
+_MAPS = ("$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties")
+COMBINING = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
+_TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
+
+
+class SchemaRefused(Exception):
+    """A demand of a schema that no grammar keeps. The text begins with the place, as a JSON pointer."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(f"{place or 'the schema'}: {reason}")
+
+
+class Node(NamedTuple):
+    """A schema inside another."""
+
+    schema: Schema
+    num_arrays: int
+    """around it, of any length"""
+
+
+def rewritten(root: Schema, *, closed: bool = False) -> tuple[Schema, list[Node]]:
+    """Return the schema in the library's words, which is `root` changed, and all schemas inside; `closed`: objects have
+    no properties but those that are named.
+
+    Raises SchemaRefused.
+    """
+    walk = _Walk(closed)
+    walk.enter(root, "")
+    # what is referred to may stand under any name, as OpenAPI's components do
+    for reference in walk.references:
+        target = target_of(root, reference)
+        if isinstance(target, dict):
+            walk.enter(target, reference[1:])
+    return root, walk.nodes
+
+
+class _Walk:
+    def __init__(self, closed: bool) -> None:
+        self._closed = closed
+        self._seen: set[int] = set()
+        self.references: list[str] = []
+        self.nodes: list[Node] = []
+
+    def enter(self, root: Schema, place: str) -> None:
+        """Rewrite a schema and all inside, in place."""
+        pending = [(root, place, 0)]
+        while pending:
+            schema, where, num_arrays = pending.pop()
+            if id(schema) in self._seen:
+                continue
+            self._seen.add(id(schema))
+            for rule in _RULES:
+                rule(schema, where)
+            if self._closed and ("properties" in schema or schema.get("type") == "object"):
+                schema.setdefault("additionalProperties", False)
+            reference = schema.get("$ref")
+            if isinstance(reference, str) and reference.startswith("#/"):
+                self.references.append(reference)
+            self.nodes.append(Node(schema, num_arrays))
+            more = num_arrays + ("maxItems" not in schema)
+            pending += [
+                (child, f"{where}/{path}", more if path == "items" else num_arrays)
+                for path, child in subschemas(schema)
+                if isinstance(child, dict)
+            ]
+
+
+def subschemas(schema: Schema) -> Iterator[tuple[str, Any]]:
+    """Yield (path, subschema) of every word that holds schemas."""
+    for word in _ONE:
+        if isinstance(schema.get(word), dict):
+            yield word, schema[word]
+    for word in _LISTS:
+        if isinstance(schema.get(word), list):
+            yield from ((f"{word}/{index}", child) for index, child in enumerate(schema[word]))
+    for word in _MAPS:
+        if isinstance(schema.get(word), dict):
+            yield from ((f"{word}/{name}", child) for name, child in schema[word].items())
+
+
+def target_of(root: Schema, reference: str) -> Any:
+    node: Any = root
+    for part in reference[2:].split("/"):
+        name = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(node, list) and name.isdigit() and int(name) < len(node):
+            node = node[int(name)]
+        elif isinstance(node, dict) and name in node:
+            node = node[name]
+        else:
+            return None
+    return node
+
+
+def _drop_annotations(schema: Schema, place: str) -> None:
+    for word in _ANNOTATIONS:
+        schema.pop(word, None)
+    if "format" in schema and schema["format"] not in FORMATS:
+        del schema["format"]
+
+
+def _modernise(schema: Schema, place: str) -> None:
+    """Draft 4 to 2019-09 in the words of 2020-12."""
+    name = schema.pop("id", None) if "$id" not in schema and isinstance(schema.get("id"), str) else schema.get("$id")
+    if isinstance(name, str):
+        base, _, fragment = name.partition("#")
+        schema.pop("$id", None)
+        if base:
+            schema["$id"] = base
+        if fragment and not fragment.startswith("/"):
+            schema.setdefault("$anchor", fragment)
+    if isinstance(schema.get("items"), list):
+        schema["prefixItems"] = schema.pop("items")
+        if "additionalItems" in schema:
+            schema["items"] = schema.pop("additionalItems")
+    schema.pop("additionalItems", None)
+    if isinstance(schema.get("properties"), dict):
+        # draft 3 marks a required property in its own schema
+        marked = [key for key, child in schema["properties"].items() if _pop_flag(child, "required")]
+        if marked:
+            listed = schema.get("required")
+            schema["required"] = list(dict.fromkeys([*(listed if isinstance(listed, list) else []), *marked]))
+    if isinstance(schema.get("required"), bool):
+        del schema["required"]
+    dependencies = schema.pop("dependencies", None)
+    if isinstance(dependencies, dict):
+        for key, value in dependencies.items():
+            word = "dependentRequired" if isinstance(value, list) else "dependentSchemas"
+            schema.setdefault(word, {})[key] = value
+
+
+def _pop_flag(child: Any, word: str) -> bool:
+    if isinstance(child, dict) and isinstance(child.get(word), bool):
+        return bool(child.pop(word))
+    return False
+
+
+def _check_types(schema: Schema, place: str) -> None:
+    kinds = schema.get("type")
+    for kind in [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []:
+        if kind not in _TYPES:
+            raise SchemaRefused(place, f"type must be one of {', '.join(_TYPES)}, found {kind!r}.")
+
+
+def _numbers(schema: Schema, place: str) -> None:
+    try:
+        rewrite_numbers(schema)
+        for word in ("const", "enum"):
+            if word in schema:
+                check_exact(schema[word])
+    except ValueError as error:
+        raise SchemaRefused(place, str(error)) from None
+
+
+def _constraint(schema: Schema, added: Schema) -> None:
+    """Demand `added` too."""
+    schema.setdefault("allOf", [])
+    schema["allOf"] = [*schema["allOf"], added]
+
+
+def _dependent(schema: Schema, place: str) -> None:
+    """What a property brings with it: either the property is absent, or the rest holds."""
+    for key, names in (schema.pop("dependentRequired", None) or {}).items():
+        if names:
+            _constraint(schema, {"anyOf": [{"properties": {key: False}}, {"required": list(names)}]})
+    for key, child in (schema.pop("dependentSchemas", None) or {}).items():
+        if child is not True and child != {}:
+            _constraint(schema, {"anyOf": [{"properties": {key: False}}, child]})
+
+
+def _negation(schema: Schema, place: str) -> None:
+    """A few negations have a positive form."""
+    if "not" not in schema:
+        return
+    negated = schema["not"]
+    words = set(negated) if isinstance(negated, dict) else set()
+    if negated is False:
+        pass
+    elif words == {"required"} and schema.get("type") == "object":
+        names = negated["required"]
+        _constraint(schema, {"anyOf": [{"properties": {name: False}} for name in names]})
+    elif (
+        words == {"anyOf"}
+        and schema.get("type") == "object"
+        and all(
+            isinstance(option, dict) and set(option) == {"required"} and len(option["required"]) == 1
+            for option in negated["anyOf"]
+        )
+    ):
+        _constraint(schema, {"properties": {option["required"][0]: False for option in negated["anyOf"]}})
+    elif words == {"type"}:
+        refused = [negated["type"]] if isinstance(negated["type"], str) else negated["type"]
+        present = schema.get("type", [kind for kind in _TYPES if kind != "integer"])
+        kept = [kind for kind in ([present] if isinstance(present, str) else present) if kind not in refused]
+        if "integer" in refused and "number" in kept:
+            raise SchemaRefused(place, "not: no grammar keeps it.")
+        if "number" in refused:
+            kept = [kind for kind in kept if kind != "integer"]
+        schema["type"] = kept
+    elif words in ({"enum"}, {"const"}) and isinstance(schema.get("enum"), list):
+        out = negated.get("enum", [negated.get("const")])
+        schema["enum"] = [value for value in schema["enum"] if not any(_equal(value, other) for other in out)]
+    else:
+        raise SchemaRefused(place, "not: no grammar keeps it. Say what is allowed instead.")
+    del schema["not"]
+
+
+def _equal(one: object, other: object) -> bool:
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _names(schema: Schema, place: str) -> None:
+    """Names of properties by a pattern, where the object says nothing else of names."""
+    rule = schema.pop("propertyNames", None)
+    if rule in (None, True, {}) or rule == {"type": "string"}:
+        return
+    rest = {word: value for word, value in rule.items() if (word, value) != ("type", "string")} if rule else {}
+    _drop_annotations(rest, place)
+    values = schema.get("additionalProperties", True)
+    if schema.get("properties") or schema.get("patternProperties") or rule is False:
+        raise SchemaRefused(place, "propertyNames beside properties or patternProperties: no grammar keeps it.")
+    if set(rest) == {"pattern"}:
+        schema["patternProperties"] = {rest["pattern"]: values}
+    elif rest and set(rest) <= {"minLength", "maxLength"}:
+        most = rest.get("maxLength", "")
+        schema["patternProperties"] = {f"^(?s:.{{{rest.get('minLength', 0)},{most}}})$": values}
+    elif set(rest) == {"enum"} and all(isinstance(name, str) for name in rest["enum"]):
+        schema["properties"] = dict.fromkeys(rest["enum"], values)
+    elif rest:
+        raise SchemaRefused(place, f"propertyNames with {', '.join(sorted(rest))}: no grammar keeps it.")
+    if rest:
+        schema["additionalProperties"] = False
+
+
+def _counts(schema: Schema, place: str) -> None:
+    """Least and most numbers of properties, where they follow from which are required."""
+    names = schema.get("properties")
+    if not isinstance(names, dict) or not names:
+        return
+    required = set(schema.get("required") or ())
+    if set(names) <= required:
+        return
+    most, least = schema.get("maxProperties"), schema.get("minProperties")
+    is_open = bool(schema.get("patternProperties")) or schema.get("additionalProperties", True) is not False
+    if isinstance(most, int) and most >= len(set(names) | required):
+        del schema["maxProperties"]
+        if is_open:
+            schema["additionalProperties"] = False
+            schema.pop("patternProperties", None)
+    if isinstance(least, int) and least <= len(required):
+        del schema["minProperties"]
+    elif least == 1:
+        del schema["minProperties"]
+        _constraint(schema, {"anyOf": [{"required": [name]} for name in names]})
+
+
+def _unevaluated(schema: Schema, place: str) -> None:
+    """Beside no other word that evaluates, the same as its older sibling."""
+    combining = (COMBINING | {"if"}) & set(schema)
+    for word, sibling in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
+        value = schema.get(word)
+        if value is None:
+            continue
+        if value is True or value == {}:
+            pass
+        elif combining:
+            raise SchemaRefused(place, f"{word} beside {', '.join(sorted(combining))}: no grammar keeps it.")
+        else:
+            schema.setdefault(sibling, value)
+        del schema[word]
+
+
+def _arrays(schema: Schema, place: str) -> None:
+    if schema.get("uniqueItems") is False or schema.get("maxItems") in (0, 1):
+        schema.pop("uniqueItems", None)
+    if "contains" not in schema:
+        for word in ("minContains", "maxContains"):
+            schema.pop(word, None)
+
+
+def _conditions(schema: Schema, place: str) -> None:
+    if "if" not in schema:
+        for word in ("then", "else"):
+            schema.pop(word, None)
+        return
+    if schema.get("then", True) in (True, {}) and schema.get("else", True) in (True, {}):
+        for word in ("if", "then", "else"):
+            schema.pop(word, None)
+        return
+    raise SchemaRefused(place, "if: no grammar keeps it. Write the cases as anyOf.")
+
+
+def _patterns(schema: Schema, place: str) -> None:
+    """A single pattern that every name matches is what additionalProperties says."""
+    rules = schema.get("patternProperties")
+    if isinstance(rules, dict) and len(rules) == 1 and not schema.get("properties"):
+        [(pattern, values)] = rules.items()
+        if re.fullmatch(r"\^?\.[*+]\$?|", pattern) and "additionalProperties" not in schema:
+            del schema["patternProperties"]
+            schema["additionalProperties"] = values
+
+
+_RULES: tuple[Callable[[Schema, str], None], ...] = (
+    _drop_annotations, _modernise, _check_types, _numbers, _negation, _conditions, _unevaluated, _names, _dependent,
+    _counts, _arrays, _patterns,
+)  # fmt: skip

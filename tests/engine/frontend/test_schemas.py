@@ -1,0 +1,199 @@
+"""Schemas of many shapes: what is accepted allows nothing that the schema forbids, what is refused says why."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from typing import Any
+
+import jsonschema_rs
+import numpy as np
+import pytest
+import schema_corpus
+from llguidance import LLMatcher, LLParserLimits
+
+from sempre.engine import StructuredOutputsParams
+from sempre.engine.frontend.byte_tokenizer import byte_tokenizer
+from sempre.engine.frontend.grammars import GrammarBuilder
+from sempre.engine.models.resolve import resolve_model
+from sempre.engine.text.tokenizer import Tokenizer
+from sempre.ipc.errors import RequestError
+
+BUILDER = GrammarBuilder(Tokenizer.from_folder(resolve_model("tiny").path))
+END = 256
+
+
+def grammar_of(schema: dict[str, Any], max_tokens: int = 200, **options: Any) -> str:
+    return BUILDER.build(StructuredOutputsParams(json=schema, **options), 4096, [0, 2], max_tokens)
+
+
+def matcher_of(schema: dict[str, Any], max_tokens: int = 200, **options: Any) -> LLMatcher:
+    limits = LLParserLimits(verbose_errors=False)
+    return LLMatcher(byte_tokenizer(), grammar_of(schema, max_tokens, **options), log_level=0, limits=limits)
+
+
+def accepts(schema: dict[str, Any], value: object, max_tokens: int = 10**6, **options: Any) -> bool:
+    return accepts_text(schema, json.dumps(value), max_tokens, **options)
+
+
+def accepts_text(schema: dict[str, Any], text: str, max_tokens: int = 10**6, **options: Any) -> bool:
+    matcher = matcher_of(schema, max_tokens, **options)
+    data = list(text.encode())
+    return bool(matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting())
+
+
+def written(schema: dict[str, Any], seed: int, most: int = 4000) -> str | None:
+    """A text that the grammar allows, by a writer who is quick to close; None when it is too long."""
+    generator = random.Random(seed)
+    matcher = matcher_of(schema)
+    text = bytearray()
+    while len(text) < most:
+        allowed = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
+        assert not matcher.is_error(), matcher.get_error()
+        closing = [byte for byte in allowed.tolist() if byte == END or chr(byte) in '"}]']
+        byte = generator.choice(closing if closing and generator.random() < 0.7 else allowed.tolist())
+        if byte == END:
+            return text.decode(errors="replace")
+        assert matcher.consume_token(byte)
+        text.append(byte)
+    return None
+
+
+def check(indices: range) -> Counter[str]:
+    """Try schemas; return how many of each shape were refused."""
+    refused: Counter[str] = Counter()
+    for index in indices:
+        schema = schema_corpus.schema(index)
+        shape = schema_corpus.SHAPES[index % len(schema_corpus.SHAPES)].__name__
+        try:
+            text = written(schema, index)
+        except RequestError:
+            refused[shape] += 1
+            continue
+        if text is not None:
+            plain = {word: value for word, value in schema.items() if word != "$schema"}
+            assert jsonschema_rs.is_valid(_modern(plain), json.loads(text)), (index, schema, text)
+    return refused
+
+
+def _modern(schema: Any) -> Any:
+    """In the words of the draft that the validator takes."""
+    if isinstance(schema, list):
+        return [_modern(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {word: _modern(value) for word, value in schema.items()}
+    if isinstance(made.get("items"), list):
+        made["prefixItems"] = made.pop("items")
+    if made.get("exclusiveMinimum") is True:
+        made["exclusiveMinimum"] = made.pop("minimum")
+    if isinstance(made.get("$id"), str) and made["$id"].startswith("#"):
+        made["$anchor"] = made.pop("$id")[1:]
+    return made
+
+
+def test_a_covering_part_of_the_corpus() -> None:
+    refused = check(range(66))
+    assert refused == {"beyond": 6}
+
+
+@pytest.mark.product
+def test_the_whole_corpus() -> None:
+    refused = check(range(schema_corpus.NUM_SCHEMAS))
+    assert set(refused) <= {"beyond"}, refused
+
+
+BIG = 2**53 + 1
+
+
+@pytest.mark.parametrize(
+    ("schema", "inside", "outside"),
+    [
+        ({"type": "integer", "minimum": BIG}, [BIG + 1, 10**17], [BIG - 1, 0]),
+        ({"type": "integer", "exclusiveMinimum": BIG - 1}, [BIG + 1], [BIG - 1]),
+        ({"type": "integer", "maximum": -BIG}, [-BIG - 1], [-BIG + 1]),
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, [2**62, -(2**62), 0], [2**63, -(2**63) - 1]),
+        ({"type": ["integer", "null"], "minimum": BIG}, [BIG + 1, None], [BIG - 1]),
+        ({"type": "number", "minimum": -1.7e308, "maximum": 1.7e308}, [0.5, -3, 1e15], []),
+        ({"type": "number", "minimum": BIG}, [BIG + 1], [BIG - 1]),
+        ({"type": "integer", "minimum": 3, "exclusiveMinimum": True}, [4], [3]),
+        ({"type": "string", "format": "phone"}, ["a"], [1]),
+        ({"type": "string", "format": "date"}, ["2026-01-31"], ["a"]),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, [1, 1.5], ["a"]),
+        ({"const": 2**60}, [2**60], [2**60 + 1]),
+        ({"properties": {"a": {"type": "object", "required": True}}, "type": "object"}, [{"a": {}}], [{}]),
+        ({"type": "object", "properties": {"a": {}, "b": {}}, "dependentRequired": {"a": ["b"]}},
+         [{}, {"a": 1, "b": 2}, {"b": 2}], [{"a": 1}]),
+        ({"type": "object", "not": {"required": ["a"]}}, [{"b": 1}], [{"a": 1}]),
+        ({"not": {"type": ["string", "null"]}}, [1, [1], True], ["a", None]),
+        ({"enum": [1, 2, 3], "not": {"const": 2}}, [1, 3], [2]),
+        ({"type": "object", "properties": {"a": {}, "b": {}}, "minProperties": 1}, [{"a": 1}, {"b": 1}], [{}]),
+        ({"type": "object", "propertyNames": {"pattern": "^a"}}, [{"ab": 1}], [{"b": 1}]),
+        ({"$ref": "#/x/y", "x": {"y": {"type": "integer", "format": "int64", "minimum": BIG}}}, [BIG + 1], [BIG - 1]),
+        ({"type": "array", "items": [{"type": "integer"}], "additionalItems": False}, [[1]], [[1, 2], ["a"]]),
+        ({"unevaluatedProperties": False, "properties": {"a": {}}, "type": "object"}, [{"a": 1}], [{"b": 1}]),
+    ],
+)  # fmt: skip
+def test_what_a_schema_means(schema: dict[str, Any], inside: list[Any], outside: list[Any]) -> None:
+    assert all(accepts(schema, value) for value in inside)
+    assert not any(accepts(schema, value) for value in outside)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"$ref": "#"}, "no text fulfils it"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "no text fulfils"),
+        ({"properties": {"a": {"not": {"pattern": "b"}}}}, "/properties/a: not: "),
+        ({"const": BIG}, f"the value {BIG} is beyond"),
+        ({"enum": [[{"a": 10**30}]]}, "is beyond"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "any"}, "type must be one of"),
+        ({"if": {"required": ["a"]}, "then": {"required": ["b"]}}, "if: no grammar keeps it"),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "greater than maximum"),
+        ({"type": "integer", "minimum": 2**63}, "beyond what a grammar keeps"),
+        ({"type": "integer", "minimum": "5"}, "minimum must be a number"),
+        ({"properties": {"a": 5}}, "refused"),
+        ({"allOf": 5}, "refused"),
+    ],
+)
+def test_refusals_say_where_and_why(schema: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=r"structured_outputs\.json is refused: ") as refused:
+        grammar_of(schema)
+    assert message in str(refused.value)
+
+
+def test_white_space() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    assert accepts_text(schema, '{ "a" :\n\n1 }')
+    assert not accepts_text(schema, '{   "a":1}')
+    assert not accepts_text(schema, '{ "a":1}', disable_any_whitespace=True)
+    assert accepts_text(schema, '{"a":1}', disable_any_whitespace=True)
+    assert accepts_text(schema, '{     "a":1}', whitespace_pattern=" {5}")
+    assert not accepts_text(schema, '{\n"a":1}', whitespace_pattern=" {5}")
+
+
+def test_objects_may_be_closed() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {}}}}}
+    assert accepts(schema, {"a": {"b": 1, "c": 2}})
+    assert not accepts(schema, {"a": {"b": 1, "c": 2}}, disable_additional_properties=True)
+    assert accepts({**schema, "additionalProperties": True}, {"z": 1}, disable_additional_properties=True)
+
+
+def test_free_parts_end_within_the_limit() -> None:
+    digits = {"type": "integer"}
+    assert accepts_text(digits, "9" * 18, 200)
+    assert not accepts_text(digits, "9" * 20, 200)
+    assert not accepts({"type": "string"}, "a" * 600, 200)
+    assert accepts({"type": "string"}, "a" * 600, 2000)
+    assert accepts({"type": "string", "maxLength": 1000}, "a" * 1000, 200)
+    for free in ({}, {"type": "object"}, {"type": "array"}):
+        assert not accepts(free, [0] * 300 if free != {"type": "object"} else {f"k{i}": 0 for i in range(300)}, 200)
+        assert accepts(free, [0, "a"] if free != {"type": "object"} else {"k": [0, {"x": "a"}]}, 200)
+    assert not accepts_text({"type": "number"}, "0." + "1" * 40, 200)
+
+
+def test_that_oneof_is_taken_for_anyof_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    grammar_of({"oneOf": [{"type": "integer"}, {"type": "number"}]})
+    assert "oneOf is taken for anyOf" in caplog.text
