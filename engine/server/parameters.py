@@ -36,6 +36,7 @@ _SAME_NAME = (
     "allowed_token_ids",
     "bad_words",
     "prompt_logprobs",
+    "thinking_token_budget",
 )
 
 

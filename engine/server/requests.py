@@ -74,6 +74,7 @@ class GenerationRequest(Struct, kw_only=True):
     allowed_token_ids: list[TokenId] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: Logprobs | None = None
+    thinking_token_budget: Annotated[Count | None, _doc("tokens of reasoning after which </think> is forced")] = None
     add_special_tokens: Annotated[bool | None, _doc("whether the tokenizer adds its own (bos) to text")] = None
     priority: Annotated[
         int, Meta(ge=-(2**31), lt=2**31, description="lower is sooner, with --scheduling-policy priority")
@@ -87,7 +88,7 @@ class GenerationRequest(Struct, kw_only=True):
     response_format: ResponseFormat | None = None
     structured_outputs: Annotated[
         dict[str, Any] | None,
-        _doc("one of json, regex, choice, grammar, json_object; disable_any_whitespace, begins_after"),
+        _doc("one of json, regex, choice, grammar, json_object; disable_any_whitespace, whitespace_pattern, …"),
     ] = None
 
 
