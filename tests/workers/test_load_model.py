@@ -167,7 +167,7 @@ def test_the_number_of_sequences_that_is_left_open(checkpoints: Any) -> None:
 
 def test_the_share_of_a_draft_model_is_told(checkpoints: Any) -> None:
     folder = checkpoints("llama").folder
-    settings: dict[str, Any] = {"draft_model_path": str(folder), "max_draft_tokens": 8}
+    settings: dict[str, Any] = {"draft_model_path": str(folder), "max_draft_tokens": 8, "max_model_len": 256}
     text = r"needs 16 blocks of 24576 bytes \(50% of that for the draft model\) = 393216 bytes; .* holds 15"
     with pytest.raises(ConfigError, match=text):
         load(folder, kv_cache_memory_bytes=15 * 24576, **settings)
