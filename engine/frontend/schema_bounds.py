@@ -151,7 +151,7 @@ class _AnyValue:
             {"type": "string", "maxLength": _characters(share)},
         ]
         definitions[name] = {"anyOf": kinds}
-        if depth and share >= 8:
+        if depth > 1 or (depth and share >= 8):
             most = max(2, min(64, share // 24))
             inner = {"$ref": f"#/$defs/{self._define(max(1, share * 3 // 4 // most - 8), depth - 1)}"}
             kinds.append({"type": "array", "items": inner, "maxItems": most})
