@@ -50,7 +50,7 @@ class BrokenDrafter:
 @contextmanager
 def broken_guesses() -> Iterator[None]:
     before = speculation.DRAFTERS["ngram"]
-    speculation.DRAFTERS["ngram"] = lambda config: BrokenDrafter
+    speculation.DRAFTERS["ngram"] = lambda config: lambda cache_salt: BrokenDrafter()
     try:
         yield
     finally:

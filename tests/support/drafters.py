@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sempre.engine.config import SpeculativeConfig
 from sempre.engine.speculation import speculation
-from sempre.engine.speculation.drafter import Drafter
 
 VOCAB_SIZE = 4096
 
@@ -50,8 +49,8 @@ def drafting_with(outputs: Sequence[list[int]], share_right: float) -> Iterator[
     """While this lasts, engines in this process that are told "ngram" draft by this script. `outputs` are whole
     sequences, prompts first."""
 
-    def make(config: SpeculativeConfig) -> Callable[[], Drafter]:
-        return lambda: ScriptedDrafter(outputs, share_right)
+    def make(config: SpeculativeConfig) -> speculation.MakeDrafter:
+        return lambda cache_salt: ScriptedDrafter(outputs, share_right)
 
     before = speculation.DRAFTERS["ngram"]
     speculation.DRAFTERS["ngram"] = make

@@ -182,7 +182,7 @@ def test_steps_with_drafts_give_the_bits_of_the_cpu_without(
     specs = _specs()
     expected, _ = _run(_cpu_runner(model), specs, None, 1)
     sequences = [[*spec.prompt_token_ids, *expected[spec.request_id][0]] for spec in specs]
-    monkeypatch.setitem(speculation.DRAFTERS, "ngram", lambda config: lambda: _Guesser(sequences))
+    monkeypatch.setitem(speculation.DRAFTERS, "ngram", lambda config: lambda cache_salt: _Guesser(sequences))
     steps = SimpleNamespace(verified=0)
     run_verification = gpu_runner._run_verification
 
