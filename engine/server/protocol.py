@@ -8,10 +8,11 @@ What is beyond is answered with a status and a sentence, if an answer can still 
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from sempre.engine.server.connections import UNCOUNTED_BYTES, ConnectionGuard, peer_address
 from sempre.engine.server.errors import APIError, BadRequest
@@ -48,7 +49,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_fields = 0
         self._body_bytes = 0
         self._num_pieces = 0
-        self._num_unanswered = 0
+        self._unanswered: deque[RequestResponseCycle] = deque()
         self._closing = False
         self._discarded = 0
         self._deadline = math.inf
@@ -70,6 +71,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Forget the client."""
         self._closing = True
         self._guard.forget(self)
+        self._end_requests()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -117,10 +119,10 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._in_head = False
         self.is_receiving = True
-        self._num_unanswered += 1
         # set before the application can start, which releases it when it has read the body
         self.scope["state"]["release_body"] = self._release_body
         super().on_headers_complete()
+        self._unanswered.append(self.cycle)
         if self.parser.should_upgrade():
             # what follows would be of the other protocol
             self.cycle.keep_alive = False
@@ -133,7 +135,7 @@ class BoundedProtocol(HttpToolsProtocol):
         before = self._body_bytes
         self._body_bytes += len(body)
         self._num_pieces += 1
-        if not self._num_unanswered:
+        if not self._unanswered:
             if self._body_bytes > _MOST_LEFT_BYTES:
                 self._close()
         elif self._num_pieces > _FREE_PIECES + self._body_bytes // _PIECE_BYTES:
@@ -150,17 +152,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self.is_receiving = False
         self._raw_bytes = -_SLICE_BYTES  # the rest of this slice may be of this message
         super().on_message_complete()
-        if self._num_unanswered:
+        if self._unanswered:
             self._guard.serve(self)
             self.has_been_served = True
         self._set_deadline()
 
     def on_response_complete(self) -> None:
         """An answer has been written."""
-        self._num_unanswered -= 1
+        self._unanswered.popleft()
         self._release_body()
         super().on_response_complete()
-        if not self._num_unanswered and not self._closing:
+        if not self._unanswered and not self._closing:
             self._guard.wait(self)
             if self.is_receiving and self.expect_100_continue:
                 # nobody can tell whether the client sends the body or its next request
@@ -180,12 +182,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def expire(self, now: float) -> None:
         """End the connection if a deadline has passed."""
         if now >= self._write_deadline or (now >= self._deadline and self.transport.is_closing()):
-            self.transport.abort()
+            self._abort()
         elif now < self._deadline:
             pass
         elif self._in_head:
             self.refuse(APIError(408, f"The header did not come within {self._guard.header_timeout:g} s."))
-        elif self._num_unanswered and not self._closing:
+        elif self._unanswered and not self._closing:
             self.refuse(APIError(408, f"The body did not come within {self._guard.body_timeout:g} s."))
         else:
             self._close()
@@ -195,17 +197,15 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._closing or self.transport.is_closing():
             return
         self._guard.note(error)
-        is_answered = self._num_unanswered and (not self.is_receiving or self.cycle.response_started)
-        if self._num_unanswered:
-            self.cycle.scope["state"]["refused_with"] = error.status
-            self.cycle.disconnected = True
-            self.cycle.body = bytearray()
-            self.cycle.message_event.set()
+        is_answered = self._unanswered and (not self.is_receiving or self.cycle.response_started)
+        for cycle in self._unanswered:
+            cycle.scope["state"]["refused_with"] = error.status
+        self._end_requests()
         self._closing = True
         self._in_head = self.is_receiving = False
         self._guard.release(self)
-        if is_answered or self._num_unanswered > 1:
-            self.transport.abort()
+        if is_answered or len(self._unanswered) > 1:
+            self._abort()
             return
         # whoever is told to go is the first to make room
         self._guard.serve(self)
@@ -219,8 +219,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def make_room(self, error: APIError) -> None:
         """End the connection at once, with `error` where a request has begun."""
-        if self._closing or not (self._in_head or self._num_unanswered):
-            self.transport.abort()
+        if self._closing or not (self._in_head or self._unanswered):
+            self._abort()
         else:
             self.refuse(error)
             self._close()
@@ -236,7 +236,7 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self.is_receiving:
             if self._raw_bytes > 2 * self._body_bytes + MAX_HEADER_BYTES + _FRAMING_BYTES:
                 self.refuse(BadRequest("The body has more bytes around its chunks than in them."))
-        elif self._raw_bytes > _BETWEEN_BYTES and not self._num_unanswered:
+        elif self._raw_bytes > _BETWEEN_BYTES and not self._unanswered:
             self.refuse(BadRequest("No request has begun."))
 
     def _refuse_head(self, text: str) -> None:
@@ -260,6 +260,18 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
         self._deadline = self.loop.time() + self._guard.body_timeout
 
+    def _abort(self) -> None:
+        self._closing = True
+        self._end_requests()
+        self.transport.abort()
+
+    def _end_requests(self) -> None:
+        """Tell the application that nobody waits; those ahead of the last request too, which uvicorn leaves writing."""
+        for cycle in self._unanswered:
+            cycle.disconnected = True
+            cycle.body = bytearray()
+            cycle.message_event.set()
+
     def _release_body(self) -> None:
         self._guard.release(self)
 
@@ -267,14 +279,14 @@ class BoundedProtocol(HttpToolsProtocol):
         guard = self._guard
         if self._closing:
             return
-        if self._num_unanswered > 1 or (self._num_unanswered and not self.is_receiving):
+        if len(self._unanswered) > 1 or (self._unanswered and not self.is_receiving):
             seconds = math.inf
         elif self.transport.is_closing():
             seconds = guard.body_timeout
         elif self._in_head:
             seconds = guard.header_timeout
         elif self.is_receiving:
-            seconds = guard.body_timeout if self._num_unanswered else _DISCARD_S
+            seconds = guard.body_timeout if self._unanswered else _DISCARD_S
         else:
             seconds = guard.idle_timeout
         self._deadline = self.loop.time() + seconds
