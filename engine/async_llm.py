@@ -240,6 +240,17 @@ class AsyncLLM:
         """The chat template in use, None when there is none."""
         return self._frontend.chat_template
 
+    def chat_arguments(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> dict[str, Any]:
+        """Return what `render_chat` of `engine.text` makes the conversation's text from; keywords as `LLM.chat`'s."""
+        return self._frontend.chat_arguments(messages, **keywords)
+
+    def check_form(self, params: SamplingParams) -> None:
+        """Check the structured output that `params` ask for, in any thread, so that `stream` need not.
+
+        Raises RequestError for one that is refused.
+        """
+        self._frontend.builder.check_form(params)
+
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer in use."""
         return self._frontend.tokenizer

@@ -89,7 +89,18 @@ class Frontend:
         """The template that `render_chat` uses for a conversation without tools, None when there is none."""
         return self.tokenizer.chat_template if self._chat_template is None else self._chat_template
 
-    def render_chat(
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
+        """Return the conversation as a prompt; keywords are those of `chat_arguments`, whose errors it raises too.
+
+        Raises RequestError for bad messages.
+        """
+        from sempre.engine.text.chat_template import render_chat
+
+        text = render_chat(**self.chat_arguments(messages, **keywords))
+        # The template has written the special tokens itself.
+        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+
+    def chat_arguments(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
@@ -99,30 +110,26 @@ class Frontend:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template_content_format: ContentFormat | None = None,
-    ) -> TokensPrompt:
-        """Return the conversation as a prompt; a format that is not given is the engine's.
+    ) -> dict[str, Any]:
+        """Return the arguments of `text.chat_template.render_chat`; a format that is not given is the engine's.
 
-        Raises ConfigError without a template, RequestError for bad messages.
+        Raises ConfigError without a template, RequestError for a variable of a reserved name.
         """
         from sempre.engine.text.chat_template import checked_variables
 
         template = self._chat_template if chat_template is None else _template_text(chat_template)
-        text = self.tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tokenize=False,
-            content_format=chat_template_content_format or self._options.chat_template_content_format,
-            **{
-                **(self._options.default_chat_template_kwargs or {}),
-                **checked_variables(chat_template_kwargs),
-            },
-        )
-        assert isinstance(text, str)
-        # The template has written the special tokens itself.
-        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+        return {
+            "messages": messages,
+            "template": self.tokenizer.own_template(with_tools=bool(tools)) if template is None else template,
+            "bos_token": self.tokenizer.bos_token,
+            "eos_token": self.tokenizer.eos_token,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            "content_format": chat_template_content_format or self._options.chat_template_content_format,
+            **(self._options.default_chat_template_kwargs or {}),
+            **checked_variables(chat_template_kwargs),
+        }
 
     def _default_sampling_params(self) -> SamplingParams:
         path = Path(self.config.model_path) / "generation_config.json"

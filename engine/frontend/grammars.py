@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 MAX_GRAMMAR_BYTES = 128 * 1024
 """Most UTF-8 bytes of a schema, expression, grammar, or all choices. Compiling the largest takes below a second."""
 
+# A server checks a large grammar in a thread, so that building the request finds it here.
+_MOST_CHECKED = 64
+_UNKNOWN = "not checked yet"
+
 _BODY = "body"
 _SPACE = r"/[ \n\r\t]{0,4}/"
 # any bytes without the end tag, also those that are no UTF-8
@@ -40,6 +44,8 @@ class GrammarBuilder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        # what the last checks found, None where all is well; in their order
+        self._checked: dict[tuple[str, bool], str | None] = {}
 
     def build(self, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int], max_tokens: int) -> str:
         """The grammar in llguidance's form, with ends that fit `max_tokens`. Raises RequestError naming the field."""
@@ -99,6 +105,21 @@ class GrammarBuilder:
         )
 
     def _check(self, grammar: str, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int]) -> None:
+        key = (grammar, params.after_reasoning)
+        # any thread may be here: what is read once stands
+        problem = self._checked.get(key, _UNKNOWN)
+        if problem is _UNKNOWN:
+            problem = self._problem(grammar, params, vocab_size, eos_token_ids)
+            while len(self._checked) >= _MOST_CHECKED:
+                self._checked.pop(next(iter(self._checked), key), None)
+            self._checked[key] = problem
+        if problem is not None:
+            field = f"structured_outputs.{params.constraint}"
+            raise RequestError(f"{field} is refused: {problem}", parameter=field)
+
+    def _problem(
+        self, grammar: str, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int]
+    ) -> str | None:
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
         field = f"structured_outputs.{params.constraint}"
@@ -116,8 +137,7 @@ class GrammarBuilder:
             start = LLMatcher(byte_tokenizer(), grammar, log_level=0, limits=limits)
             start.compute_bitmask()
             messages = [_reason(start.get_error())] if start.is_error() else []
-        if failed or messages:
-            raise RequestError(f"{field} is refused: {messages[0].strip()}", parameter=field)
+        return messages[0].strip() if failed or messages else None
 
 
 def _without_remarks(messages: list[str], field: str) -> list[str]:

@@ -178,6 +178,13 @@ class RequestBuilder:
         seeds = [reported_seed(seed, i) for i in range(params.n)]
         return PreparedRequest(name, request.text, request.token_ids, params, sequences, seeds, time.time())
 
+    def check_form(self, params: SamplingParams) -> None:
+        """Check what form the output has, which takes long for a large grammar; any thread may call this.
+
+        Raises RequestError as `build_all` would, which does not check the same form again.
+        """
+        self._specs.check_form(params)
+
     def _free_name(self, n: int) -> str:
         """Return the request's number, or what no request that was named by its user is called."""
         name = str(self._num_requests)

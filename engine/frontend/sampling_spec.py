@@ -92,6 +92,10 @@ class SpecBuilder:
     def _most(self, count: int | None) -> int | None:
         return None if count is None else min(count, self._limits.vocab_size)
 
+    def check_form(self, params: SamplingParams) -> None:
+        """Check the grammar that `params` ask for. Raises RequestError."""
+        self._grammar(params)
+
     def _grammar(self, params: SamplingParams) -> str | None:
         if params.structured_outputs is None:
             return None

@@ -10,12 +10,16 @@ from sempre.engine.server.errors import BadRequest, Busy
 
 _MAX_RETRY_S = 60
 _RATE_SAMPLES = 64
+# A request of many sequences leaves this share of the room to those of few.
+_SHARE_FOR_SMALL = 4
+_SMALL = 16
 
 
 class Admission:
     """Counts sequences from their admission to their end; those beyond `capacity` are turned away.
 
-    `max_running` is the engine's, and known when that is ready.
+    Requests of many sequences cannot fill it: the last part is for requests of few. `max_running` is the engine's, and
+    known when that is ready.
     """
 
     def __init__(self, *, max_queued: int, max_running: int = 0) -> None:
@@ -32,16 +36,17 @@ class Admission:
 
     def admit(self, num_sequences: int) -> None:
         """Take `num_sequences` in. Raises Busy (503) for want of room, BadRequest for more than can ever be held."""
-        if num_sequences > self.capacity:
+        room = self._room(num_sequences)
+        if num_sequences > room:
             raise BadRequest(
                 f"The request asks for {num_sequences} sequences (prompts times n), and this server holds at most "
-                f"{self.capacity} (--max-num-seqs and --max-num-queued-reqs).",
+                f"{room} of one request (--max-num-seqs and --max-num-queued-reqs).",
                 param="n",
             )
         if self.draining:
             self.num_rejected += 1
             raise Busy("The server is shutting down and accepts no new requests.", 1)
-        if self.num_sequences + num_sequences > self.capacity:
+        if self.num_sequences + num_sequences > room:
             self.num_rejected += 1
             raise Busy(
                 "The engine is currently busy and cannot accept new requests. Please try again later or on a "
@@ -49,6 +54,10 @@ class Admission:
                 self.retry_after_s(num_sequences),
             )
         self.num_sequences += num_sequences
+
+    def _room(self, num_sequences: int) -> int:
+        """How full the server may be once a request of `num_sequences` is in it."""
+        return self.capacity if num_sequences <= _SMALL else self.capacity - self.capacity // _SHARE_FOR_SMALL
 
     def release(self, num_sequences: int) -> None:
         """Let go of sequences that were admitted."""

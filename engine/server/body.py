@@ -7,22 +7,27 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import APIError, BadRequest
 from sempre.engine.server.fields import to_model
-from sempre.engine.server.json_scan import check_structure
+from sempre.engine.server.json_scan import MAX_VALUES, check_structure
+from sempre.engine.server.service import Service
 
 Model = TypeVar("Model", bound=msgspec.Struct)
 
 
-async def read_model(request: Request, model: type[Model], config: ServerConfig) -> Model:
+async def read_model(request: Request, model: type[Model], service: Service) -> Model:
     """Read and check the body. Raises APIError: 400 or 413."""
-    return parse_model(await _read(request, config.max_body_bytes), model, ignore_unknown=config.ignore_unknown_fields)
+    config = service.config
+    data = await _read(request, config.max_body_bytes)
+    request.state.body_bytes = len(data)
+    return parse_model(data, model, ignore_unknown=config.ignore_unknown_fields, max_values=service.max_json_values)
 
 
-def parse_model(data: bytes, model: type[Model], *, ignore_unknown: bool = False) -> Model:
+def parse_model(
+    data: bytes, model: type[Model], *, ignore_unknown: bool = False, max_values: int = MAX_VALUES
+) -> Model:
     """Return `data` as `model`. Raises BadRequest naming the field that does not fit."""
-    check_structure(data)
+    check_structure(data, max_values)
     try:
         plain = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

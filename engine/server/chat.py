@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,14 +13,15 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.outputs import CompletionOutput, RequestOutput
 from sempre.engine.server.body import read_model
 from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.generation import EventStream, Generation
+from sempre.engine.server.limits import check_sizes
 from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
 from sempre.engine.server.message_parser import MessageParser, PlainContent, message_of
 from sempre.engine.server.parameters import apply_server_defaults, chat_parameters, check_model
+from sempre.engine.server.prompts import check_form, id_of, render
 from sempre.engine.server.requests import ChatCompletionRequest
 from sempre.engine.server.responses import (
     ChatChoice,
@@ -34,14 +34,14 @@ from sempre.engine.server.service import Service
 from sempre.engine.server.structure import blame_on
 from sempre.engine.server.tools import ChatPlan
 from sempre.engine.server.tracing import RequestSpan
-from sempre.engine.text.tokenizer import LONG_TEXT
 
 _EMPTY = ChatDelta()
 
 
 async def create_chat_completion(service: Service, http: Request) -> Response:
     """Answer a conversation. Raises what `errors.api_error` knows."""
-    request = await read_model(http, ChatCompletionRequest, service.config)
+    request = await read_model(http, ChatCompletionRequest, service)
+    check_sizes(request)
     service.check_ready()
     check_model(request.model, service.model_names)
     apply_server_defaults(request, service.config)
@@ -49,6 +49,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     plan = ChatPlan.of(request, service.config)
     prompt = await render(
         service,
+        http,
         request.messages,
         chat_template_kwargs=_template_variables(request),
         chat_template=request.chat_template,
@@ -60,11 +61,14 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     params = dataclasses.replace(params, structured_outputs=plan.form)
     if request.cache_salt is not None:
         prompt["cache_salt"] = request.cache_salt
-    service.checked_length(list(prompt["prompt_token_ids"]))
+    if request.truncate_prompt_tokens is None:
+        service.checked_length(list(prompt["prompt_token_ids"]))
+    with blame_on(request):
+        await check_form(params, service, http)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
         generation = Generation(service, service.open([prompt], params, request.priority), span)
     http.state.generation = generation
-    response_id = f"chatcmpl-{http.state.request_id}"
+    response_id = f"chatcmpl-{id_of(request, http)}"
     with ExitStack() as stack:
         stack.enter_context(generation)
         parsers = [plan.message_parser(prompt["prompt"], response_id, choice) for choice in range(request.n)]
@@ -76,28 +80,6 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         [output] = await generation.finished()
         body = answer.whole(output)
     return Response(msgspec.json.encode(body), media_type="application/json")
-
-
-async def render(
-    service: Service,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    chat_template_kwargs: Mapping[str, Any] | None,
-    add_special_tokens: bool = False,
-    **keywords: Any,
-) -> TokensPrompt:
-    """Return the conversation as a prompt. Raises ConfigError, RequestError."""
-    engine = service.engine
-
-    def rendered() -> TokensPrompt:
-        prompt = engine.render_chat(messages, chat_template_kwargs=chat_template_kwargs, **keywords)
-        if add_special_tokens:
-            prompt["prompt_token_ids"] = engine.get_tokenizer().encode(prompt["prompt"], add_special_tokens=True)
-        return prompt
-
-    # The other requests go on while a long conversation is encoded.
-    is_long = sum(len(str(message.get("content"))) for message in messages) > LONG_TEXT
-    return await asyncio.to_thread(rendered) if is_long else rendered()
 
 
 def _template_variables(request: ChatCompletionRequest) -> dict[str, Any]:
@@ -237,7 +219,8 @@ def _merged(first: ChatDelta, second: ChatDelta) -> ChatDelta:
     if second == _EMPTY:
         return first
     merged = message_of([first, second], "")
-    delta = ChatDelta(reasoning=merged.reasoning, reasoning_content=merged.reasoning_content)
+    thought = UNSET if merged.reasoning is None else merged.reasoning
+    delta = ChatDelta(reasoning=thought, reasoning_content=thought)
     delta.content = merged.content if merged.content else UNSET
     delta.tool_calls = [*(first.tool_calls or []), *(second.tool_calls or [])] or UNSET
     return delta

@@ -2,87 +2,53 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Collection
 from contextlib import ExitStack
-from typing import Any
 
 import msgspec
-from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
 from sempre.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from sempre.engine.server.body import read_model
 from sempre.engine.server.chunks import ChunkEncoder
-from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.generation import EventStream, Generation
+from sempre.engine.server.limits import check_sizes
 from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
 from sempre.engine.server.parameters import apply_server_defaults, check_model, completion_parameters
+from sempre.engine.server.prompts import check_form, id_of, prompts_of
 from sempre.engine.server.requests import CompletionRequest
 from sempre.engine.server.responses import CompletionChoice, CompletionLogprobs, CompletionResponse
 from sempre.engine.server.service import Service
 from sempre.engine.server.structure import blame_on
 from sempre.engine.server.tracing import RequestSpan
 from sempre.engine.text.token_stream import TokenStream, finished_text
-from sempre.engine.text.tokenizer import LONG_TEXT
 
 
 async def create_completion(service: Service, http: Request) -> Response:
     """Complete one or several prompts. Raises what `errors.api_error` knows."""
-    request = await read_model(http, CompletionRequest, service.config)
+    request = await read_model(http, CompletionRequest, service)
+    check_sizes(request)
     service.check_ready()
     check_model(request.model, service.model_names)
     apply_server_defaults(request, service.config)
     params = completion_parameters(request, service.engine.get_default_sampling_params(), service.config)
-    prompts = await _prompts(request, service)
+    prompts = await prompts_of(request, service, http)
+    with blame_on(request):
+        await check_form(params, service, http)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
         generation = Generation(service, service.open(prompts, params, request.priority), span)
     http.state.generation = generation
     with ExitStack() as stack:
         stack.enter_context(generation)
-        answer = _Answer(service, request, generation, f"cmpl-{http.state.request_id}")
+        answer = _Answer(service, request, generation, f"cmpl-{id_of(request, http)}")
         if request.stream:
             stack.pop_all()  # the stream ends it
             return EventStream(generation, [], answer.events, answer.last_event)
         generation.watch(http.receive)
         body = answer.whole(await generation.finished())
     return Response(msgspec.json.encode(body), media_type="application/json")
-
-
-async def _prompts(request: CompletionRequest, service: Service) -> list[PromptType]:
-    given: Any = request.prompt
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
-        given = [given]
-    if not given:
-        raise BadRequest("prompt must hold at least one prompt.", param="prompt")
-    if len(given) > service.config.max_prompts:
-        raise BadRequest(
-            f"prompt can hold at most {service.config.max_prompts} prompts (--max-prompts), got {len(given)}.",
-            param="prompt",
-        )
-    if len(set(map(type, given))) > 1:
-        raise BadRequest("prompt must hold texts only, or lists of token ids only, or token ids only.", param="prompt")
-    return [await _prompt(prompt, request, service) for prompt in given]
-
-
-async def _prompt(prompt: str | list[int], request: CompletionRequest, service: Service) -> PromptType:
-    found: TextPrompt | TokensPrompt
-    if not isinstance(prompt, str):
-        found = {"prompt_token_ids": service.checked_length(prompt)}
-    elif request.add_special_tokens is False or len(prompt) > LONG_TEXT:
-        encode, special = service.engine.get_tokenizer().encode, request.add_special_tokens is not False
-        # The other requests go on while a long text is encoded.
-        is_long = len(prompt) > LONG_TEXT
-        token_ids = await asyncio.to_thread(encode, prompt, special) if is_long else encode(prompt, special)
-        found = {"prompt": prompt, "prompt_token_ids": service.checked_length(token_ids)}
-    else:
-        found = {"prompt": prompt}
-    if request.cache_salt is not None:
-        found["cache_salt"] = request.cache_salt
-    return found
 
 
 class _Answer:
@@ -172,7 +138,7 @@ class _Answer:
                 written.logprobs = joined(self._prompt_logprobs(place, output), written.logprobs)
         if request.return_token_ids:
             written.token_ids = token_ids
-            written.prompt_token_ids = output.prompt_token_ids if first else UNSET
+            written.prompt_token_ids = output.prompt_token_ids if first else None
         if request.prompt_logprobs is not None and output.prompt_logprobs is not None:
             written.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
         return written

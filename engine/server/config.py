@@ -47,7 +47,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ignore_unknown_fields: Annotated[bool, _doc("leave unknown request fields aside instead of refusing them")] = False
     trust_request_chat_template: Annotated[bool, _doc("let requests bring a chat template")] = False
     max_num_queued_reqs: Annotated[int, _doc("most sequences that wait while max_num_seqs run; more get 503")] = 1024
-    max_body_bytes: Annotated[int, _doc("largest body of a request")] = 32 * 1024 * 1024
+    max_body_bytes: Annotated[int, _doc("largest body of a request")] = 8 * 1024 * 1024
     max_n: Annotated[int, _doc("largest `n` of a request")] = 128
     max_prompts: Annotated[int, _doc("most prompts in one request")] = 1024
     shutdown_timeout: Annotated[float, _doc("seconds that running requests have left after SIGTERM")] = 30.0

@@ -30,6 +30,9 @@ _TYPES = {
 }
 
 
+_LONGEST = 1000
+
+
 class ErrorObject(msgspec.Struct):
     """`param` names the field that is to blame; `code` is the HTTP status."""
 
@@ -49,7 +52,8 @@ class APIError(Exception):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
     ) -> None:
-        super().__init__(message)
+        # what a client sent is often told in the message
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…")
         self.status = status
         self.param = param
         self.headers = headers or {}

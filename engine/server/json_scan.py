@@ -9,15 +9,15 @@ from sempre.engine.server.errors import APIError, BadRequest
 MAX_DEPTH = 100
 MAX_CONTAINERS = 50_000
 """Most objects and lists: each is an allocation, and what reads them afterwards takes its time over each."""
-MAX_VALUES = 1_000_000
-"""Most entries and members: a prompt's token ids are entries."""
-MAX_MEMBERS = 100_000
+MAX_VALUES = 300_000
+"""Most entries and members, unless a single prompt of the model's may have more token ids."""
+MAX_MEMBERS = 50_000
 
 _CHUNK = 1 << 16
 _QUOTE, _COMMA, _COLON = b'",:'
 
 
-def check_structure(data: bytes) -> None:
+def check_structure(data: bytes, max_values: int = MAX_VALUES) -> None:
     """Raise BadRequest for JSON that is nested too deeply, APIError (413) for JSON that holds too much.
 
     Linear, some milliseconds per megabyte; counts of a text that is no JSON mean nothing, and its parser will say so.
@@ -45,7 +45,7 @@ def check_structure(data: bytes) -> None:
         members += int(np.count_nonzero((chunk == _COLON) & outside))
         for count, most, what in (
             (containers, MAX_CONTAINERS, "objects and lists"),
-            (values, MAX_VALUES, "entries"),
+            (values, max_values, "entries"),
             (members, MAX_MEMBERS, "members of objects"),
         ):
             if count > most:

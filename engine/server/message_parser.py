@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
-from msgspec import UNSET, UnsetType
 
 from sempre.engine.parsing import Arguments, CallStart, Content, OutputParser, Piece, Reasoning
 from sempre.engine.server.responses import ChatDelta, ChatMessage, ToolCall, ToolCallFunction
@@ -91,13 +90,13 @@ def message_of(deltas: Sequence[ChatDelta], role: str) -> ChatMessage:
         for part in delta.tool_calls or []:
             _add_call(calls, part)
     joined = "".join(content)
-    thought: str | UnsetType = "".join(reasoning) if reasoning else UNSET
+    thought = "".join(reasoning) if reasoning else None
     return ChatMessage(
         role=role,
         content=joined if joined or not (calls or reasoning) else None,
         reasoning=thought,
         reasoning_content=thought,
-        tool_calls=list(calls.values()) if calls else UNSET,
+        tool_calls=list(calls.values()),
     )
 
 

@@ -20,7 +20,7 @@ from sempre.engine.server.logs import REQUEST_ID
 
 logger = logging.getLogger(__name__)
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 # probes and scrapers have no key; neither has a page before its user has typed one
 OPEN_PATHS = frozenset({"/", "/health", "/live", "/ready", "/metrics", "/version", "/openapi.json"})
 _SHOWN = 100
@@ -116,7 +116,7 @@ def _digest(key: str) -> bytes:
 
 def _request_id(given: str | None) -> str:
     """Return the caller's id if it is harmless in logs and headers, else a new one."""
-    return given if given is not None and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return given if given is not None and REQUEST_ID_FORM.fullmatch(given) else secrets.token_hex(16)
 
 
 def _type_refusal(headers: Headers) -> APIError | None:

@@ -37,6 +37,9 @@ _SAME_NAME = (
     "bad_words",
     "prompt_logprobs",
     "thinking_token_budget",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "logprob_token_ids",
 )
 
 

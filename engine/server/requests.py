@@ -82,6 +82,14 @@ class GenerationRequest(Struct, kw_only=True):
     cache_salt: (
         Annotated[str, Meta(min_length=1, description="requests with other salts share no prefix cache")] | None
     ) = None
+    request_id: Annotated[
+        str | None, _doc("what the answer's id ends with, unless the header X-Request-Id says it")
+    ] = None
+    truncate_prompt_tokens: Annotated[
+        Annotated[int, Meta(ge=-1)] | None, _doc("keep so many tokens of the prompt; -1: as many as the context holds")
+    ] = None
+    truncation_side: Annotated[Literal["left", "right"] | None, _doc("where it is cut; default: left")] = None
+    logprob_token_ids: Annotated[list[TokenId] | None, _doc("report the log-probabilities of these ids as well")] = None
     return_token_ids: Annotated[bool, _doc("report token ids beside the text")] = False
     return_tokens_as_token_ids: Annotated[bool, _doc("name tokens `token_id:N` in log-probabilities")] = False
 

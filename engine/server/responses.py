@@ -43,9 +43,9 @@ class CompletionChoice(Struct):
     finish_reason: str | None
     stop_reason: int | str | None
     seed: int
-    token_ids: list[int] | UnsetType = UNSET
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionResponse(Struct):
@@ -56,6 +56,8 @@ class CompletionResponse(Struct):
     usage: Usage
     system_fingerprint: str
     object: str = "text_completion"
+    service_tier: None = None
+    kv_transfer_params: None = None
 
 
 class ChatTopLogprob(Struct):
@@ -93,10 +95,13 @@ class ChatMessage(Struct):
     role: str
     content: str | None
     refusal: str | None = None
-    reasoning: str | UnsetType = UNSET
-    reasoning_content: str | UnsetType = UNSET
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: list[ToolCall] = []
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     """the same, under its older name"""
-    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatDelta(Struct):
@@ -117,7 +122,7 @@ class ChatChoice(Struct):
     finish_reason: str | None
     stop_reason: int | str | None
     seed: int
-    token_ids: list[int] | UnsetType = UNSET
+    token_ids: list[int] | None = None
 
 
 class ChatChunkChoice(Struct):
@@ -138,8 +143,10 @@ class ChatCompletionResponse(Struct):
     usage: Usage
     system_fingerprint: str
     object: str = "chat.completion"
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    service_tier: None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[int] | None = None
+    kv_transfer_params: None = None
 
 
 class ModelCard(Struct):

@@ -79,6 +79,7 @@ class Server:
             http.should_exit = True
             http.force_exit = self._stop_now.is_set()
             await serving
+            await self._service.offload.close()
             self._engine.shutdown()
 
     async def _serve(self) -> bool:
@@ -130,6 +131,7 @@ class Server:
         # What lives as long as the server need not be looked through by every collection.
         gc.collect()
         gc.freeze()
+        await self._service.offload.start()
         self._service.serve({**self._engine.ready.phase_seconds, "total": seconds})
         ready = self._engine.ready
         logger.info("fingerprint %s, seed %d", self._engine.fingerprint, self._engine.config.seed)

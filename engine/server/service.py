@@ -14,9 +14,13 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.admission import Admission
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import BadRequest, Busy
+from sempre.engine.server.json_scan import MAX_VALUES
 from sempre.engine.server.metrics import ServerMetrics
+from sempre.engine.server.offload import Offload
 
 _STARTING_RETRY_S = 5
+# a tokenizer's normalisation may shorten a text before it is encoded
+_SLACK = 4
 
 
 class Service:
@@ -32,6 +36,7 @@ class Service:
         self.model_names = config.served_model_name or [settings.model]
         self.admission = Admission(max_queued=config.max_num_queued_reqs)
         self.metrics = ServerMetrics(self.model_names[0])
+        self.offload = Offload()
         self._streams: dict[int, OutputStream] = {}
 
     @property
@@ -55,12 +60,27 @@ class Service:
         if not self.is_ready:
             raise Busy("The engine is starting.", _STARTING_RETRY_S)
 
+    @property
+    def max_json_values(self) -> int:
+        """Most values that a body may hold: token ids of a prompt as long as the context are among them."""
+        return max(MAX_VALUES, 2 * self.engine.ready.max_model_len if self.is_ready else 0)
+
     def checked_length(self, token_ids: list[int]) -> list[int]:
         """Return a prompt's token ids. Raises BadRequest for more than the context holds, before any is looked at."""
         limit = self.engine.ready.max_model_len
         if len(token_ids) >= limit:
             raise BadRequest(too_long(len(token_ids), limit), param="prompt")
         return token_ids
+
+    def check_text(self, text: str) -> None:
+        """Raise BadRequest for a text that cannot fit into the context, whatever its tokens are."""
+        tokenizer, limit = self.engine.get_tokenizer(), self.engine.ready.max_model_len
+        if len(text) > limit * tokenizer.longest_token * _SLACK:
+            raise BadRequest(
+                f"This model's maximum context length is {limit} tokens. The prompt has {len(text)} characters, which "
+                f"is longer than the maximum model length of {limit} however it is encoded.",
+                param="prompt",
+            )
 
     def open(
         self, prompts: Sequence[PromptType], params: SamplingParams | list[SamplingParams], priority: int

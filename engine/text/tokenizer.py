@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +180,7 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The model's own chat template, None when it has none."""
         try:
-            return self._own_template(with_tools=False)
+            return self.own_template(with_tools=False)
         except ConfigError:
             return None
 
@@ -246,6 +247,11 @@ class Tokenizer:
         decoder = self._backend.decoder
         return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Most characters of a token; a text has at least its own length over this as many tokens."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
     def apply_chat_template(
         self,
         conversation: Sequence[Mapping[str, Any]],
@@ -266,7 +272,7 @@ class Tokenizer:
         from sempre.engine.text.chat_template import render_chat
 
         if chat_template is None:
-            chat_template = self._own_template(with_tools=bool(tools))
+            chat_template = self.own_template(with_tools=bool(tools))
         text = render_chat(
             conversation,
             chat_template,
@@ -283,7 +289,8 @@ class Tokenizer:
             return text
         return self(text, add_special_tokens=False) if return_dict else self.encode(text, add_special_tokens=False)
 
-    def _own_template(self, *, with_tools: bool) -> str:
+    def own_template(self, *, with_tools: bool) -> str:
+        """Return the model's chat template. Raises ConfigError when it has none, ModelError for one that is no text."""
         from sempre.engine.text.chat_template import load_chat_template
 
         if self._folder is None:
@@ -319,8 +326,9 @@ class Tokenizer:
         return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
-        """Return the text of each of `sequences`."""
-        return [self.decode(token_ids, skip_special_tokens) for token_ids in sequences]
+        """Return the text of each of `sequences`; unlike `decode`, this lets other threads run meanwhile."""
+        ids = [list(token_ids) for token_ids in sequences]
+        return list(self._backend.decode_batch(ids, skip_special_tokens=skip_special_tokens))
 
     def token_text(self, token_id: int) -> str:
         """Return one token as text, with its leading space; part of a character shows as U+FFFD."""

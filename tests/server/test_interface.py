@@ -307,7 +307,7 @@ def test_openai_client(client: openai.OpenAI, server: ServerProcess) -> None:
     assert chunks[-1].usage is not None
     assert answer.usage is not None
     assert chunks[-1].usage.total_tokens == answer.usage.total_tokens
-    assert answer.choices[0].model_extra == {"stop_reason": None, "seed": 4}
+    assert answer.choices[0].model_extra == {"stop_reason": None, "seed": 4, "token_ids": None}
     content = answer.choices[0].logprobs.content if answer.choices[0].logprobs else None
     assert content is not None
     assert [len(token.top_logprobs) for token in content] == [2] * len(content)

@@ -34,6 +34,20 @@ def test_what_can_never_fit_is_a_wrong_request() -> None:
         admission.admit(7)
 
 
+def test_requests_of_many_sequences_leave_room_for_those_of_few() -> None:
+    admission = Admission(max_running=64, max_queued=64)
+    with pytest.raises(BadRequest, match="holds at most 96 of one request"):
+        admission.admit(97)
+    admission.admit(96)
+    with pytest.raises(Busy):
+        admission.admit(17)
+    for _ in range(32):
+        admission.admit(1)
+    with pytest.raises(Busy):
+        admission.admit(1)
+    assert admission.num_sequences == 128
+
+
 def test_who_is_turned_away_is_told_to_come_back_when_so_many_will_have_ended() -> None:
     admission = Admission(max_running=4, max_queued=2)
     assert admission.retry_after_s(6) == 1

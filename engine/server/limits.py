@@ -1,0 +1,59 @@
+"""How much one request may hold, checked before anything is made of it.
+
+A request's answer may take long; what comes before it must not, as everybody else waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import msgspec
+
+from sempre.engine.server.errors import APIError, BadRequest
+
+MAX_FORM_BYTES = 256 * 1024
+"""Most bytes of what says which form an output has; the grammar made of it has a limit of its own."""
+MAX_TOOLS_BYTES = 1 << 20
+MAX_TEMPLATE_CHARACTERS = 64 * 1024
+MAX_PROMPT_TOKENS = 1 << 18
+"""Most tokens of all prompts of a request, unless a single one may be longer."""
+
+# field → (most entries, most characters of all of them together)
+_TEXTS = {"stop": (256, 16 * 1024), "bad_words": (128, 8 * 1024)}
+_ENTRIES = {"stop_token_ids": 1024, "logprob_token_ids": 1024, "logit_bias": 4096, "allowed_token_ids": 1 << 17}
+_ENTRIES |= {"messages": 1 << 14, "documents": 1 << 14, "chat_template_kwargs": 1024}
+_BYTES = {
+    "structured_outputs": MAX_FORM_BYTES,
+    "response_format": MAX_FORM_BYTES,
+    "tools": MAX_TOOLS_BYTES,
+}
+_CHARACTERS = {"cache_salt": 1024, "chat_template": MAX_TEMPLATE_CHARACTERS}
+
+
+def check_sizes(request: msgspec.Struct) -> None:
+    """Raise BadRequest naming the field that is too large, APIError (413) where it is a form or the tools."""
+    for name, (entries, characters) in _TEXTS.items():
+        value = getattr(request, name, None)
+        texts: Sequence[str] = [value] if isinstance(value, str) else value or ()
+        check_entries(name, texts, entries)
+        if sum(map(len, texts)) > characters:
+            raise BadRequest(f"{name} may have at most {characters} characters in all.", param=name)
+    for name, entries in _ENTRIES.items():
+        check_entries(name, getattr(request, name, None) or (), entries)
+    for name, characters in _CHARACTERS.items():
+        if len(getattr(request, name, None) or "") > characters:
+            raise BadRequest(f"{name} may have at most {characters} characters.", param=name)
+    for name, most in _BYTES.items():
+        _check_bytes(name, getattr(request, name, None), most)
+
+
+def check_entries(name: str, value: Collection[Any], most: int) -> None:
+    """Raise BadRequest for a list or an object that holds more than `most`."""
+    if len(value) > most:
+        raise BadRequest(f"{name} may hold at most {most} entries, found {len(value)}.", param=name)
+
+
+def _check_bytes(name: str, value: object, most: int) -> None:
+    if value is not None and (size := len(msgspec.json.encode(value))) > most:
+        raise APIError(413, f"{name} may have at most {most} bytes as JSON, found {size}.", param=name)

@@ -1,0 +1,139 @@
+"""From what a request says to token ids, away from the event loop where there is much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+
+from sempre.engine.frontend.prompts import PromptType, TokensPrompt
+from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.server.errors import BadRequest
+from sempre.engine.server.limits import MAX_PROMPT_TOKENS
+from sempre.engine.server.middleware import REQUEST_ID_FORM
+from sempre.engine.server.offload import LONG_BYTES
+from sempre.engine.server.requests import CompletionRequest, GenerationRequest
+from sempre.engine.server.service import Service
+from sempre.engine.text.chat_template import render_chat
+
+_LONG_FORM_BYTES = 1024
+
+
+async def prompts_of(request: CompletionRequest, service: Service, http: Request) -> list[PromptType]:
+    """Return the prompts of a completion. Raises BadRequest for too many of them, or too long ones."""
+    given: Any = request.prompt
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        given = [given]
+    if not given:
+        raise BadRequest("prompt must hold at least one prompt.", param="prompt")
+    if len(given) > service.config.max_prompts:
+        raise BadRequest(
+            f"prompt can hold at most {service.config.max_prompts} prompts (--max-prompts), got {len(given)}.",
+            param="prompt",
+        )
+    if len(set(map(type, given))) > 1:
+        raise BadRequest("prompt must hold texts only, or lists of token ids only, or token ids only.", param="prompt")
+    found = (
+        await _encoded(given, request, service, http) if isinstance(given[0], str) else _tokens(given, request, service)
+    )
+    if request.cache_salt is not None:
+        for prompt in found:
+            prompt["cache_salt"] = request.cache_salt
+    return found
+
+
+def _tokens(given: Sequence[list[int]], request: CompletionRequest, service: Service) -> list[Any]:
+    if request.truncate_prompt_tokens is None:
+        for token_ids in given:
+            service.checked_length(token_ids)
+    _check_total(sum(map(len, given)), service)
+    return [{"prompt_token_ids": token_ids} for token_ids in given]
+
+
+async def _encoded(texts: Sequence[str], request: CompletionRequest, service: Service, http: Request) -> list[Any]:
+    special = request.add_special_tokens is not False
+    if http.state.body_bytes <= LONG_BYTES:
+        if special:
+            return [{"prompt": text} for text in texts]
+        encode = service.engine.get_tokenizer().encode
+        return [{"prompt": text, "prompt_token_ids": encode(text, False)} for text in texts]
+    whole = request.truncate_prompt_tokens is None
+    return await service.offload.in_thread(client_of(http), _encode_all, texts, special, whole, service)
+
+
+def _encode_all(texts: Sequence[str], special: bool, whole: bool, service: Service) -> list[dict[str, Any]]:
+    """Encode one text after the other; the first that is too long is the last that is looked at."""
+    tokenizer = service.engine.get_tokenizer()
+    found, total = [], 0
+    for text in texts:
+        service.check_text(text)
+        # unlike `encode`, this lets the event loop run meanwhile
+        [token_ids] = tokenizer.encode_batch([text], special)
+        if whole:
+            service.checked_length(token_ids)
+        total += len(token_ids)
+        _check_total(total, service)
+        found.append({"prompt": text, "prompt_token_ids": token_ids})
+    return found
+
+
+def _check_total(num_tokens: int, service: Service) -> None:
+    most = max(MAX_PROMPT_TOKENS, service.engine.ready.max_model_len)
+    if num_tokens > most:
+        raise BadRequest(
+            f"The prompts of one request may have at most {most} tokens in all; send several requests.", param="prompt"
+        )
+
+
+async def encode(text: str, service: Service, http: Request, *, special: bool) -> list[int]:
+    """Return the token ids of a text, whatever their number. Raises BadRequest for one far beyond the context."""
+    service.check_text(text)
+    tokenizer = service.engine.get_tokenizer()
+    if len(text) <= LONG_BYTES:
+        return tokenizer.encode(text, special)
+    return (await service.offload.in_thread(client_of(http), tokenizer.encode_batch, [text], special))[0]
+
+
+async def render(
+    service: Service,
+    http: Request,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    add_special_tokens: bool = False,
+    **keywords: Any,
+) -> TokensPrompt:
+    """Return the conversation as a prompt. Raises BadRequest, ConfigError, RequestError."""
+    for message in messages:
+        service.check_text(str(message.get("content")) if isinstance(message.get("content"), str) else "")
+    arguments = service.engine.chat_arguments(messages, chat_template_kwargs=chat_template_kwargs, **keywords)
+    if http.state.body_bytes > LONG_BYTES or keywords.get("chat_template") is not None:
+        text = await service.offload.in_helper(client_of(http), "render_chat", arguments)
+    else:
+        text = render_chat(**arguments)
+    # The template has written the special tokens itself.
+    return {"prompt": text, "prompt_token_ids": await encode(text, service, http, special=add_special_tokens)}
+
+
+async def check_form(params: SamplingParams, service: Service, http: Request) -> None:
+    """Check the grammar of a long request, before it is built on the event loop. Raises RequestError."""
+    if params.structured_outputs is not None and http.state.body_bytes > _LONG_FORM_BYTES:
+        await service.offload.in_thread(client_of(http), service.engine.check_form, params)
+
+
+def id_of(request: GenerationRequest, http: Request) -> str:
+    """Return what the id of the answer ends with: X-Request-Id, `request_id`, or a new one. Raises BadRequest."""
+    given, state = request.request_id, http.state
+    if given is None or http.headers.get("x-request-id") == state.request_id:
+        return str(state.request_id)
+    if not REQUEST_ID_FORM.fullmatch(given):
+        raise BadRequest(
+            "request_id may have at most 128 letters, digits and characters of '._:/-'.", param="request_id"
+        )
+    return given
+
+
+def client_of(http: Request) -> str:
+    """Return whose turn a request's work takes."""
+    return http.client.host if http.client is not None else ""
