@@ -66,6 +66,10 @@ class StructuredOutputsParams:
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
+        if self.structural_tag is not None:
+            raise _refusal(
+                "structural_tag", self.structural_tag, "is not supported by this engine. Leave it out or use grammar."
+            )
         given = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             raise ConfigError(
@@ -76,10 +80,6 @@ class StructuredOutputsParams:
             )
         if self.json is not None:
             object.__setattr__(self, "json", _schema(self.json))
-        if self.structural_tag is not None:
-            raise _refusal(
-                "structural_tag", self.structural_tag, "is not supported by this engine. Leave it out or use grammar."
-            )
         for name in ("regex", "grammar", "begins_after", "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):

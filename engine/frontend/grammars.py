@@ -155,7 +155,8 @@ def _reason(message: str) -> str:
 
 def _check_size(params: StructuredOutputsParams, field: str) -> None:
     given = getattr(params, params.constraint)
-    size = sum(len(part.encode(errors="replace")) for part in ([given] if isinstance(given, str) else given or ()))
+    parts = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    size = sum(len(part.encode(errors="replace")) for part in parts)
     if size > MAX_GRAMMAR_BYTES:
         raise RequestError(
             f"{field} may have at most {MAX_GRAMMAR_BYTES} bytes, found {size}.", parameter=field, value=size

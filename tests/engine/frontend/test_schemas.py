@@ -174,6 +174,12 @@ def test_white_space() -> None:
     assert not accepts_text(schema, '{\n"a":1}', whitespace_pattern=" {5}")
 
 
+def test_any_object() -> None:
+    form = StructuredOutputsParams(json_object=True)
+    grammar = BUILDER.build(form, 4096, [0, 2], 200)
+    assert json.loads(grammar)["grammars"][0]["json_schema"]["type"] == "object"
+
+
 def test_objects_may_be_closed() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {}}}}}
     assert accepts(schema, {"a": {"b": 1, "c": 2}})
