@@ -38,6 +38,7 @@ def die_with_parent_thread(parent_pid: int | None = None) -> None:
     """
     _at_parent_thread_s_end(signal.SIGKILL)
     if parent_pid is not None and os.getppid() != parent_pid:
+        os.write(2, b"the process that started this one is gone\n")
         os._exit(1)
 
 

@@ -101,7 +101,7 @@ def test_usage_errors(arguments: list[str], message: str, capsys: pytest.Capture
             2,
             "no prompt: give one as argument, by standard input, or with --input FILE",
         ),
-        (["generate", "--model", "tiny", "--temperature", "5", "hi"], 2, "temperature must be in [0, 2], got 5.0."),
+        (["generate", "--model", "tiny", "--top-p", "5", "hi"], 2, "top_p must be in [0, 1], got 5.0."),
         (["generate", "--model", "tiny", "--max-num-seqs", "0", "hi"], 2, "max_num_seqs must be at least 1, got 0."),
         (
             ["generate", "--model", "tiny", "--input", "rows.jsonl", "hi"],
@@ -268,7 +268,7 @@ def test_bad_rows(tmp_path: Path, line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"prompt": "a", "top_p": 2}', "top_p must be in (0, 1], got 2.0."),
+        ('{"prompt": "a", "top_p": 2}', "top_p must be in [0, 1], got 2.0."),
         (
             '{"prompt": "a", "temprature": 1}',
             "SamplingParams has no parameter 'temprature'. Did you mean 'temperature'?",

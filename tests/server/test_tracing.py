@@ -31,7 +31,7 @@ def test_a_request_is_a_span_with_seed_and_fingerprint(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log", "--num-threads", "1", program=(str(program), str(spans))) as server:
         fields = {"prompt": ["It is", "The ship"], "max_tokens": 3, "seed": 9, "ignore_eos": True}
         answer = server.http.post("/v1/completions", json=fields, headers={"traceparent": PARENT}).json()
-        assert server.complete(prompt="a", priority=3).status_code == 400
+        assert server.complete(prompt="a", allowed_token_ids=[10**6]).status_code == 400
     # the HTTP framework may have spans of its own
     found_spans = [json.loads(line) for line in spans.read_text().splitlines()]
     good, bad = (span for span in found_spans if span["name"] == "llm_request")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,7 +83,13 @@ def scripted_server(script: Callable[[str, dict[str, Any]], Answer]) -> Iterator
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            """A client that leaves in the middle of an answer is no error of the test; others are shown."""
+            if not isinstance(sys.exc_info()[1], ConnectionError):
+                traceback.print_exc()
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         record.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -121,7 +121,7 @@ def test_a_worker_whose_coordinator_is_gone_does_not_start() -> None:
     arguments = ["--connect", "ipc:///nowhere", "--rank", "0", "--parent-pid", "1", "--client-pid", str(os.getpid())]
     program = [sys.executable, "-m", MODELLESS_WORKERS["scripted-light"], *arguments]
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (1, "the coordinator is gone\n")
+    assert (done.returncode, done.stderr) == (1, "the process that started this one is gone\n")
 
 
 def test_a_coordinator_whose_client_is_gone_does_not_start(tmp_path: Path) -> None:

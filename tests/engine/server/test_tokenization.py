@@ -14,6 +14,7 @@ from sempre.engine.arguments import parse_arguments
 from sempre.engine.frontend.frontend import Frontend
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import BadRequest
+from sempre.engine.server.offload import Offload
 from sempre.engine.server.tokenization import tokenize, tokenizer_info
 
 TEMPLATE = "{{ messages[0].content }}{% for tool in tools or [] %} {{ tool.function.name }}{% endfor %}{{ mark }}"
@@ -26,12 +27,20 @@ def service(**settings: Any) -> Any:
     frontend = Frontend(parse_arguments("tiny", {"chat_template": TEMPLATE}))
     engine = SimpleNamespace(
         get_tokenizer=lambda: frontend.tokenizer,
-        render_chat=frontend.render_chat,
+        chat_arguments=frontend.chat_arguments,
         chat_template=frontend.chat_template,
         ready=SimpleNamespace(max_model_len=2048, vocab_size=4096),
     )
     config = ServerConfig(**settings)
-    return SimpleNamespace(engine=engine, config=config, model_names=["tiny"], check_ready=lambda: None)
+    return SimpleNamespace(
+        engine=engine,
+        config=config,
+        model_names=["tiny"],
+        check_ready=lambda: None,
+        max_json_values=10_000,
+        check_text=lambda text: None,
+        offload=Offload(),
+    )
 
 
 def text(made: Any, **fields: Any) -> str:
@@ -41,7 +50,9 @@ def text(made: Any, **fields: Any) -> str:
         return {"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}
 
     headers = [(b"content-type", b"application/json")]
-    request = Request({"type": "http", "method": "POST", "headers": headers, "path": "/tokenize"}, receive)
+    request = Request(
+        {"type": "http", "method": "POST", "headers": headers, "path": "/tokenize", "client": ("127.0.0.1", 1)}, receive
+    )
     answer = asyncio.run(tokenize(made, request))
     tokens = json.loads(answer.body)["tokens"]
     return str(made.engine.get_tokenizer().decode(tokens))
