@@ -6,7 +6,6 @@ Two replicas with a draft worker each; in this process and, see tests/server/tes
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from chaos import Chaos
 
 from sempre.engine import AsyncLLM, RequestOutputKind, SamplingParams
+from sempre.engine.client.process import ProcessClientBase
 
 SETTINGS: dict[str, Any] = {
     "seed": 3,
@@ -99,7 +99,16 @@ async def disturbed(num_requests: int, *, seed: int, concurrency: int, pause_s: 
         expected: list[Any] = []
         found: list[Any] = []
         await run_all(engine, requests, concurrency, expected)
-        with Chaos(os.getpid, lambda: len(found) - found.count(None), seed=seed, mean_pause_s=mean_pause_s) as chaos:
+        client = engine._client
+        assert isinstance(client, ProcessClientBase)
+        # this engine alone: other tests may have processes below this one, too
+        chaos = Chaos(
+            lambda: client.process.child.pid,
+            lambda: len(found) - found.count(None),
+            seed=seed,
+            mean_pause_s=mean_pause_s,
+        )
+        with chaos:
             await run_all(engine, requests, concurrency, found, pause_s)
         differing = [number for number, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
         assert differing == []

@@ -35,16 +35,17 @@ def kind_of(process: psutil.Process) -> str | None:
 
 
 def engine_processes(root_pid: int) -> list[tuple[psutil.Process, str]]:
-    """The processes of the engines that `root_pid` owns, and what they are."""
+    """What of `root_pid` and its descendants is a process of an engine, and what it is to that."""
     try:
-        family = psutil.Process(root_pid).children(recursive=True)
+        root = psutil.Process(root_pid)
+        family = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
     return [(process, kind) for process in family if (kind := kind_of(process)) is not None]
 
 
 class Chaos:
-    """A thread that harms the engine below `root()` from the beginning to the end of the context; `counts` of what.
+    """A thread that harms the engines' processes at and below `root()` while the context lasts; `counts` of what.
 
     After a few faults without progress it waits: on a slow machine an engine would never come to anything.
     """
