@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 from msgspec import Struct
 
 from sempre.engine.dataclass_view import dataclass_view
 
 PREFIX = "sempre:"
-_GAUGES = frozenset({"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"})
-_HISTOGRAMS = frozenset({"iteration_tokens_total"})
-_LABEL_OF_PARTS = {"request_success": "finished_reason", "spec_decode_num_accepted_tokens_per_pos": "position"}
+_GAUGES = frozenset(
+    {"num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc"}
+)
+_HISTOGRAMS = frozenset({"iteration_tokens_total", "request_num_preemptions"})
+_LABEL_OF_PARTS = {
+    "num_requests_waiting_by_reason": "reason",
+    "request_success": "finished_reason",
+    "spec_decode_num_accepted_tokens_per_pos": "position",
+}
 
 Labels = dict[str, str]
-ReportedValue = float | list[float] | dict[str, float]
+ReportedValue = float | list[float] | dict[str, float | list[float]]
 
 
 @dataclass_view
@@ -52,7 +59,7 @@ def read_metrics(report: Mapping[str, ReportedValue], model_name: str) -> list[M
     """Return one metric per value or histogram of the coordinator's report, in its order."""
     metrics: list[Metric] = []
     for name, reported in report.items():
-        if name in _HISTOGRAMS and isinstance(reported, dict):
+        if name in _HISTOGRAMS:
             metrics.append(_histogram(name, reported, {"model_name": model_name}))
             continue
         metrics += [
@@ -61,15 +68,17 @@ def read_metrics(report: Mapping[str, ReportedValue], model_name: str) -> list[M
     return metrics
 
 
-def _histogram(name: str, reported: dict[str, float], labels: Labels) -> Histogram:
-    buckets = {bound: int(value) for bound, value in reported.items() if bound != "sum"}
-    return Histogram(name=PREFIX + name, labels=labels, count=buckets["+Inf"], sum=reported["sum"], buckets=buckets)
+def _histogram(name: str, reported: ReportedValue, labels: Labels) -> Histogram:
+    values = msgspec.convert(reported, dict[str, float])
+    buckets = {bound: int(value) for bound, value in values.items() if bound != "sum"}
+    return Histogram(name=PREFIX + name, labels=labels, count=buckets["+Inf"], sum=values["sum"], buckets=buckets)
 
 
 def _labelled(name: str, reported: ReportedValue) -> list[tuple[float, Labels]]:
     if isinstance(reported, dict):
         label = _LABEL_OF_PARTS.get(name, "part")
-        return [(value, {label: part}) for part, value in reported.items()]
+        parts = [(part, _labelled(name, values)) for part, values in reported.items()]
+        return [(value, {**labels, label: part}) for part, values in parts for value, labels in values]
     if isinstance(reported, list):
         return [(value, {"engine": str(replica)}) for replica, value in enumerate(reported)]
     return [(reported, {})]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sempre.engine.observations import Observations
 from sempre.engine.scheduling import SchedulerStats
 
 _NAMES = {
@@ -26,12 +27,18 @@ _OF_SPECULATION = {
 }
 
 
-Report = dict[str, float | list[float] | dict[str, float]]
+_HISTOGRAMS = {
+    "iteration_tokens_total": "tokens_per_step",
+    "request_num_preemptions": "preemptions_per_request",
+}
+
+Report = dict[str, float | list[float] | dict[str, float | list[float]]]
 
 
 def metrics_report(replicas: Sequence[SchedulerStats], *, speculation: int = 0) -> Report:
-    """One list per name with a value per replica. `request_success` counts all replicas by finish reason, and
-    `iteration_tokens_total` their steps by number of tokens: those up to each bound, and the sum.
+    """One list per name with a value per replica. `request_success` counts all replicas by finish reason;
+    `iteration_tokens_total` counts their steps by number of tokens, and `request_num_preemptions` their requests by
+    number of preemptions: those up to each bound, and the sum.
 
     `speculation` is the most guesses per step; accepted ones are counted, for all replicas, by their place in a guess.
     """
@@ -45,9 +52,18 @@ def metrics_report(replicas: Sequence[SchedulerStats], *, speculation: int = 0) 
             str(place): float(sum(count[place] for count in counts if place < len(count)))
             for place in range(speculation)
         }
-    parts = [dict(stats.tokens_per_step.buckets()) | {"sum": stats.tokens_per_step.sum} for stats in replicas]
-    report["iteration_tokens_total"] = {name: sum(part[name] for part in parts) for name in parts[0]}
+    report["num_requests_waiting_by_reason"] = {
+        "capacity": [float(stats.num_waiting - stats.num_deferred) for stats in replicas],
+        "deferred": [float(stats.num_deferred) for stats in replicas],
+    }
+    for name, attribute in _HISTOGRAMS.items():
+        report[name] = _total([getattr(stats, attribute) for stats in replicas])
     report["request_success"] = {
         reason: float(sum(stats.finished.get(reason, 0) for stats in replicas)) for reason in replicas[0].finished
     }
     return report
+
+
+def _total(several: Sequence[Observations]) -> dict[str, float | list[float]]:
+    parts = [dict(observed.buckets()) | {"sum": observed.sum} for observed in several]
+    return {name: sum(part[name] for part in parts) for name in parts[0]}

@@ -120,7 +120,9 @@ class Replica:
         return self._scheduler.reset_prefix_cache()
 
     def stats(self) -> SchedulerStats:
-        return self._scheduler.stats()
+        stats = self._scheduler.stats()
+        # without workers no room helps
+        return stats if self.has_workers else replace(stats, num_deferred=stats.num_waiting)
 
     def _forget(self, request_id: str) -> None:
         self.load -= self._tokens.pop(request_id)

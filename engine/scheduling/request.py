@@ -38,8 +38,10 @@ class Request:
         "next_commit_at",
         "num_committed_blocks",
         "num_computed_tokens",
+        "num_preemptions",
         "num_prompt_logprobs_delivered",
         "num_prompt_tokens",
+        "num_prompt_tokens_counted",
         "num_slots",
         "num_tokens",
         "order_key",
@@ -82,6 +84,8 @@ class Request:
         self.is_running = False
         # one that another engine began: its prompt was counted and its cached tokens reported there
         self.was_admitted = bool(spec.output_token_ids or spec.num_prompt_logprobs_delivered)
+        self.num_prompt_tokens_counted = self.num_prompt_tokens if self.was_admitted else 0
+        self.num_preemptions = 0
         self.is_known_to_worker = False
         self.cached_tokens_to_report = 0
         # what its form allows next follows from the token before, which must have come back
@@ -110,6 +114,11 @@ class Request:
         """Whether nothing more may be planned for it before the token in flight is known."""
         return self.waits_for_tokens and self.num_tokens > len(self.token_ids)
 
+    @property
+    def awaits_result(self) -> bool:
+        """Whether only the result of a step in flight can tell how it goes on, if at all."""
+        return self.num_tokens > self.compute_limit or self.is_held_back or bool(self.drafts_in_flight)
+
     def as_new(self) -> NewRequest:
         """All that a worker which does not know the request needs of it."""
         return NewRequest(
@@ -119,6 +128,12 @@ class Request:
             seed=self.spec.seed,
             params=self.spec.params,
         )
+
+    def count_prompt_tokens(self, num_written: int) -> int:
+        """How many tokens of the prompt are among the first `num_written` for the first time."""
+        num_counted = self.num_prompt_tokens_counted
+        self.num_prompt_tokens_counted = max(num_counted, min(num_written, self.num_prompt_tokens))
+        return self.num_prompt_tokens_counted - num_counted
 
     def append(self, token_id: int) -> bool:
         """Append a sampled token; True when it ends the request, with `finish_reason` and `stop_reason` set."""

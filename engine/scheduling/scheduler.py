@@ -160,7 +160,6 @@ class Scheduler:
             return None
         self._next_step_id += 1
         self._counters.num_steps += 1
-        self._counters.tokens_per_step.observe(self._max_num_batched_tokens - draft.budget)
         self._in_flight.append(draft)
         finished_ids, self._finished_ids = self._finished_ids, []
         return ExecuteStep(
@@ -230,6 +229,7 @@ class Scheduler:
             self._kv_cache.release(victim)
             insort(self._waiting, victim, key=ORDER_KEY)
             self._counters.num_preemptions += 1
+            victim.num_preemptions += 1
             if victim is request:
                 return None
         return block_ids
@@ -251,10 +251,8 @@ class Scheduler:
 
     def _admit(self, draft: StepInFlight, request: Request) -> bool:
         """Plan the first tokens of a waiting request; False when it does not fit now."""
-        if request.num_tokens > request.compute_limit or request.is_held_back:
-            return False  # preempted while its last token was in flight: the update to come ends it, or lets it go on
-        if request.drafts_in_flight:
-            return False  # preempted while they were verified: the update to come tells how long it is
+        if request.awaits_result:
+            return False  # preempted while its last token or drafts were in flight
         cached_blocks = self._kv_cache.find_cached_blocks(request)
         if not self._kv_cache.can_admit(request, cached_blocks):
             return False
@@ -302,7 +300,10 @@ class Scheduler:
         flight.check(step, result)
         self._in_flight.popleft()
         deltas = []
+        num_tokens = -self._counters.generation_tokens
         for request, planned, sampled in zip(flight.requests, flight.scheduled, result.sampled, strict=True):
+            if request.num_prompt_tokens_counted < request.num_prompt_tokens:
+                num_tokens += request.count_prompt_tokens(planned.num_computed_tokens + planned.num_tokens)
             if request.finish_reason is not None:
                 continue  # aborted or stopped while this step was in flight
             if sampled.error is not None:
@@ -321,6 +322,7 @@ class Scheduler:
                 deltas.append(self._apply(request, sampled, planned))
             if self._quarantine and self._quarantine.has_passed(request):
                 self._release_suspect(request)
+        self._counters.tokens_per_step.observe(num_tokens + self._counters.generation_tokens)
         return deltas
 
     def _count_rejected(self, request: Request, drafts: list[int], sampled: SampledTokens) -> int:
@@ -406,6 +408,7 @@ class Scheduler:
         if request.is_known_to_worker:
             self._finished_ids.append(request.request_id)
         self._counters.finished[request.finish_reason] += 1
+        self._counters.preemptions_per_request.observe(request.num_preemptions)
 
     # The rest
 
@@ -452,11 +455,15 @@ class Scheduler:
         return {request.request_id: (len(request.token_ids), request.num_computed_tokens) for request in requests}
 
     def stats(self) -> SchedulerStats:
-        """A snapshot, but for `tokens_per_step`, which goes on."""
+        """A snapshot, but for the observations, which go on."""
+        suspect = self._quarantine.current
+        # beside a suspect nobody else may run
+        num_deferred = sum(suspect not in (None, request) or request.awaits_result for request in self._waiting)
         return msgspec.structs.replace(
             self._counters,
             num_running=len(self._running),
             num_waiting=len(self._waiting),
+            num_deferred=num_deferred,
             kv_cache_usage=self._kv_cache.usage,
             num_accepted_tokens_per_pos=self._counters.num_accepted_tokens_per_pos.copy(),
             finished=self._counters.finished.copy(),

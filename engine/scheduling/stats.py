@@ -8,6 +8,7 @@ from sempre.engine.observations import Observations
 
 # those of vLLM
 _ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 
 
 class SchedulerStats(Struct, kw_only=True):
@@ -16,12 +17,15 @@ class SchedulerStats(Struct, kw_only=True):
     # gauges
     num_running: int = 0
     num_waiting: int = 0
+    num_deferred: int = 0  # those of them that wait for something other than room
     kv_cache_usage: float = 0.0  # blocks held by requests / all blocks, 0…1
 
     # counters
     num_steps: int = 0
+    # the prompt's, also those found in the cache, in the step that brings them first, and generated ones
     tokens_per_step: Observations = field(default_factory=lambda: Observations(_ITERATION_TOKENS))
     num_preemptions: int = 0
+    preemptions_per_request: Observations = field(default_factory=lambda: Observations(_PREEMPTIONS))  # of ended ones
     num_worker_restarts: int = 0
     prompt_tokens: int = 0  # of requests admitted for the first time
     cached_prompt_tokens: int = 0  # those of them taken from the prefix cache

@@ -128,7 +128,7 @@ async def _load(service: Service, _request: Request) -> Response:
     service.check_ready()
     gauges: dict[str, Any] = {}
     for metric in await _engine_metrics(service):
-        if isinstance(metric, Gauge):
+        if isinstance(metric, Gauge) and "reason" not in metric.labels:
             gauges.setdefault(metric.name.partition(":")[2], []).append(metric.value)
     admission = service.admission
     return JSONResponse(
@@ -145,7 +145,7 @@ async def _metrics(service: Service, _request: Request) -> Response:
     engine = await _engine_metrics(service)
     rejected = service.admission.num_rejected
     prefix = service.config.metrics_prefix
-    text = service.metrics.exposition(engine, _cache_config(service), num_rejected=rejected, prefix=prefix)
+    text = service.metrics.exposition(engine, _cache_configs(service), num_rejected=rejected, prefix=prefix)
     return Response(text, media_type=CONTENT_TYPE)
 
 
@@ -160,17 +160,23 @@ async def _engine_metrics(service: Service) -> list[Metric]:
         return []
 
 
-def _cache_config(service: Service) -> dict[str, object]:
+def _cache_configs(service: Service) -> list[dict[str, object]]:
+    """Return the layout of each replica's KV cache, under vLLM's labels; none while the engine starts."""
     if not service.is_ready:
-        return {}
+        return []
     ready, config = service.engine.ready, service.engine.config
-    return {
+    layout = {
         "block_size": ready.block_size,
-        # the label's name is vLLM's, on every device
-        "num_gpu_blocks": ready.num_blocks,
+        "cache_dtype": "auto",
         "enable_prefix_caching": config.enable_prefix_caching,
         "gpu_memory_utilization": config.gpu_memory_utilization,
+        "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
+        "kv_cache_size_tokens": ready.num_blocks * ready.block_size,
+        # the label's name is vLLM's, on every device
+        "num_gpu_blocks": ready.num_blocks,
+        "num_gpu_blocks_override": None,
     }
+    return [{"engine": replica, **layout} for replica in range(config.data_parallel_size)]
 
 
 async def _server_info(service: Service, _request: Request) -> Response:

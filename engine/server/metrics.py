@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
@@ -28,6 +30,12 @@ _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
 _REQUEST_S = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _COUNTS = (1, 2, 5, 10, 20)
+
+_KINDS: dict[type[Metric], type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]] = {
+    Counter: CounterMetricFamily,
+    Gauge: GaugeMetricFamily,
+    EngineHistogram: HistogramMetricFamily,
+}
 
 
 class Histogram(Observations):
@@ -73,14 +81,20 @@ class ServerMetrics:
         return RequestRecord(self)
 
     def exposition(
-        self, engine: Iterable[Metric], cache: Mapping[str, object], *, num_rejected: int, prefix: str
+        self, engine: Iterable[Metric], caches: Sequence[Mapping[str, object]], *, num_rejected: int, prefix: str
     ) -> bytes:
-        """Return everything in Prometheus's text format; `cache` says how the KV cache is laid out, once it is."""
-        info = GaugeMetricFamily(PREFIX + "cache_config_info", "Layout of the KV cache; always 1.", labels=list(cache))
-        if cache:
+        """Return everything in Prometheus's text format. `caches`: the layout of each replica's KV cache, once known.
+
+        What the engine calls its model is the folder or hub id; here it has the name that clients use.
+        """
+        info = GaugeMetricFamily(
+            PREFIX + "cache_config_info", "Layout of the KV cache; always 1.", labels=list(caches[0]) if caches else []
+        )
+        for cache in caches:
             info.add_metric([str(value) for value in cache.values()], 1)
+        renamed = [replace(metric, labels={**metric.labels, "model_name": self._model_name}) for metric in engine]
         registry = CollectorRegistry()
-        registry.register(_Families([*self._families(num_rejected), info, *_engine_families(engine)], prefix + ":"))
+        registry.register(_Families([*self._families(num_rejected), info, *_engine_families(renamed)], prefix + ":"))
         return generate_latest(registry)
 
     def _families(self, num_rejected: int) -> Iterator[Family]:
@@ -187,20 +201,14 @@ def _engine_families(metrics: Iterable[Metric]) -> Iterator[Family]:
 
 
 def _engine_family(name: str, help_text: str, metrics: list[Metric]) -> Family:
-    labels = list(metrics[0].labels)
-    histogram = HistogramMetricFamily(name, help_text, labels=labels)
-    counter = CounterMetricFamily(name, help_text, labels=labels)
-    gauge = GaugeMetricFamily(name, help_text, labels=labels)
-    family: Family = gauge
+    family = _KINDS[type(metrics[0])](name, help_text, labels=list(metrics[0].labels))
     for metric in metrics:
-        places = list(metric.labels.values())
-        match metric:
-            case EngineHistogram(buckets=buckets, sum=total):
-                family = histogram
-                histogram.add_metric(places, [(bound, float(count)) for bound, count in buckets.items()], total)
-            case Counter(value=count):
-                family = counter
-                counter.add_metric(places, count)
-            case Gauge(value=value):
-                gauge.add_metric(places, value)
+        family.add_metric(list(metric.labels.values()), *_figures(metric))
     return family
+
+
+def _figures(metric: Metric) -> tuple[Any, ...]:
+    if isinstance(metric, EngineHistogram):
+        return [(bound, float(count)) for bound, count in metric.buckets.items()], metric.sum
+    assert isinstance(metric, Counter | Gauge)
+    return (metric.value,)

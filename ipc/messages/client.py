@@ -162,10 +162,10 @@ class ResetPrefixCacheReply(Message, frozen=True, kw_only=True):
 
 
 class MetricsReply(Message, frozen=True, kw_only=True):
-    """Counters and gauges by name; lists are per-replica values."""
+    """Counters and gauges by name; lists are per-replica values, objects values by part."""
 
     call_id: NonNegative
-    values: dict[str, float | list[float] | dict[str, float]]
+    values: dict[str, float | list[float] | dict[str, float | list[float]]]
 
 
 class WorkerHealth(Data, frozen=True, kw_only=True):

@@ -708,6 +708,61 @@ def test_stats() -> None:
     assert before.finished["length"] == 0, "a snapshot does not change"
 
 
+def test_a_step_counts_the_tokens_of_prompts_once_and_those_it_brings() -> None:
+    replica = Replica(max_num_batched_tokens=6)
+    replica.add(spec("a", 8, max_tokens=3))
+    sizes = []
+    for _ in range(4):
+        before = replica.scheduler.stats().tokens_per_step.sum
+        replica.step()
+        sizes.append(replica.scheduler.stats().tokens_per_step.sum - before)
+    assert sizes == [6, 2 + 1, 1, 1]
+    replica.add(spec("again", [*range(1000, 1008)], ordinal=1, max_tokens=1))
+    replica.finish()
+    stats = replica.scheduler.stats()
+    assert (stats.cached_prompt_tokens, stats.tokens_per_step.sum) == (4, 11 + 8 + 1)
+
+
+def test_preempted_requests_count_their_prompts_once_and_their_preemptions() -> None:
+    replica = Replica(num_blocks=4, max_num_batched_tokens=10)
+    replica.add(spec("a", 7, max_tokens=6), spec("b", 7, ordinal=1, max_tokens=6), spec("c", 3, ordinal=2))
+    replica.finish()
+    replica.add(spec("gone", 3, ordinal=3))
+    replica.step()
+    replica.scheduler.abort("gone")
+    stats = replica.scheduler.stats()
+    assert stats.num_preemptions > 1
+    assert stats.tokens_per_step.sum == stats.prompt_tokens + stats.generation_tokens == 20 + 6 + 6 + 8 + 1
+    assert stats.tokens_per_step.buckets()[-1][1] == stats.num_steps
+    assert stats.preemptions_per_request.sum == stats.num_preemptions
+    assert stats.preemptions_per_request.buckets()[-1][1] == 4
+
+
+def test_who_waits_for_a_result_or_for_a_suspect_waits_for_no_room() -> None:
+    full = Replica(max_num_seqs=1)
+    full.add(spec("a"), spec("b", ordinal=1))
+    full.step()
+    stats = full.scheduler.stats()
+    assert (stats.num_waiting, stats.num_deferred) == (1, 0)
+    crash(full)
+    stats = full.scheduler.stats()
+    assert (stats.num_waiting, stats.num_deferred) == (2, 1), "a runs alone, and has room"
+    full.schedule()
+    stats = full.scheduler.stats()
+    assert (stats.num_waiting, stats.num_deferred) == (1, 1)
+
+    preempted = Replica(num_blocks=4, enable_prefix_caching=False)
+    preempted.add(spec("a", 7, max_tokens=9), spec("b", 7, ordinal=1, max_tokens=1))
+    steps = [preempted.schedule() for _ in range(3)]
+    preempted.add(spec("c", 8, ordinal=2))
+    stats = preempted.scheduler.stats()
+    assert (stats.num_waiting, stats.num_deferred) == (2, 1), "b waits for its last token, c for room"
+    for step in steps:
+        preempted.scheduler.update(step, preempted.answer(step))
+    stats = preempted.scheduler.stats()
+    assert (stats.num_waiting, stats.num_deferred) == (1, 0)
+
+
 # A grammar's next mask needs the token before
 
 
