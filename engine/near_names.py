@@ -23,8 +23,12 @@ _OPPOSITES = (
 
 def near_name(name: str, known: Iterable[str]) -> str | None:
     """The nearest of `known` that means what `name` could mean, if there is one."""
-    found = difflib.get_close_matches(name, known, n=8)
-    return next((other for other in found if not _opposed(name, other)), None)
+    return next(iter(near_names(name, known)), None)
+
+
+def near_names(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> list[str]:
+    """Those of `known` that `name` could mean, the nearest first; `cutoff`: from 0, all of them, to 1, itself alone."""
+    return [other for other in difflib.get_close_matches(name, known, n=8, cutoff=cutoff) if not _opposed(name, other)]
 
 
 def _opposed(one: str, other: str) -> bool:

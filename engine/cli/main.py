@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sempre.engine.cli.parser import CommandParser, UsageError
+from sempre.engine.near_names import near_name
 from sempre.engine.version import __version__
 from sempre.ipc.errors import (
     ConfigError,
@@ -92,8 +92,8 @@ def _run(arguments: list[str], debug: bool) -> int:
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     command, rest = " ".join(arguments[:words]), arguments[words:]
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
+        near = near_name(command, COMMANDS)
+        hint = f" Did you mean {near!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
         raise UsageError(f"unknown command {command!r}.{hint}")
     module = import_module(f"sempre.engine.cli.{command.replace('-', '_').replace(' ', '.')}")
     description = COMMANDS[command]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sempre.engine.sampling_params import SamplingParams
+from sempre.ipc.context_length import too_long, too_long_for_cache
 from sempre.ipc.errors import RequestError
 
 
@@ -35,15 +36,13 @@ class RequestLimits:
         room = self.max_model_len - num_prompt_tokens
         if room < 1:
             raise RequestError(
-                f"{too_long(num_prompt_tokens, self.max_model_len)} Shorten the prompt or raise max_model_len.",
+                too_long(num_prompt_tokens, self.max_model_len),
                 parameter="prompt",
                 value=num_prompt_tokens,
             )
         if num_prompt_tokens >= self.max_kv_tokens:
             raise RequestError(
-                f"This model's maximum context length is {self.max_model_len} tokens, and the decoder prompt (length "
-                f"{num_prompt_tokens}) plus the number of requested output tokens (at least 1) does not fit into the "
-                f"KV cache of {self.max_kv_tokens} tokens. Shorten the prompt or raise kv_cache_memory_bytes.",
+                too_long_for_cache(num_prompt_tokens, self.max_model_len, self.max_kv_tokens),
                 parameter="prompt",
                 value=num_prompt_tokens,
             )
@@ -93,15 +92,6 @@ class RequestLimits:
                     parameter=name,
                     value=asked,
                 )
-
-
-def too_long(num_prompt_tokens: int, max_model_len: int) -> str:
-    """Return what is said of a prompt that leaves no room for an output; clients look for the first words."""
-    return (
-        f"This model's maximum context length is {max_model_len} tokens. The decoder prompt (length "
-        f"{num_prompt_tokens}) plus the number of requested output tokens (at least 1) is longer than the maximum "
-        f"model length of {max_model_len}."
-    )
 
 
 def cut(token_ids: list[int], without_special: list[int], most: int, side: str | None) -> list[int]:

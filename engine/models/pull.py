@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import logging
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 from sempre.engine.models.cache import exclusive, model_cache_folder
 from sempre.engine.models.catalog import CATALOG, CatalogModel
+from sempre.engine.near_names import near_name
 from sempre.ipc.errors import ConfigError, ModelError
 from sempre.ipc.liveness import bound
 
@@ -37,8 +37,8 @@ def pull(name: str, *, progress: bool = True) -> Path:
     """
     model = CATALOG.get(name)
     if model is None:
-        near = difflib.get_close_matches(name, CATALOG, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
+        near = near_name(name, CATALOG)
+        hint = f"Did you mean {near}? " if near else ""
         raise ConfigError(
             f"model {name!r} is not in the catalogue. {hint}Catalogue: {', '.join(CATALOG)}.",
             parameter="model",

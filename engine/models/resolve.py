@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from sempre.engine.checkpoints import EMBEDDED, embedded_checkpoint
 from sempre.engine.models.cache import cache_folder
 from sempre.engine.models.catalog import CATALOG
 from sempre.engine.models.pull import pull
+from sempre.engine.near_names import near_names
 from sempre.ipc.errors import ConfigError, ModelError
 from sempre.ipc.model_files import read_json_object
 
@@ -180,6 +180,6 @@ def _unknown(model: str, local: Path) -> ConfigError:
 
 def _known_names(model: str) -> str:
     known = [*EMBEDDED, *CATALOG]
-    near = difflib.get_close_matches(model.lower().rpartition("/")[2], known, n=2, cutoff=0.5)
+    near = near_names(model.lower().rpartition("/")[2], known, cutoff=0.5)[:2]
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     return f"{hint}Known names: {', '.join(known)}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sempre.ipc.context_length import too_long, too_long_for_cache
 from sempre.ipc.errors import RequestError
 from sempre.ipc.messages import ErrorInfo, RequestSpec
 
@@ -24,18 +25,11 @@ class Limits:
         """Raise RequestError for a prompt that leaves no room for one token after it, or is empty."""
         length = len(spec.prompt_token_ids)
         if not length:
-            message = "The decoder prompt cannot be empty"
+            message = "The decoder prompt cannot be empty."
         elif length >= self.max_model_len:
-            message = (
-                f"The decoder prompt (length {length}) plus the number of requested output tokens (at least 1) is "
-                f"longer than the maximum model length of {self.max_model_len}. "
-                "Make the prompt shorter or raise max_model_len."
-            )
+            message = too_long(length, self.max_model_len)
         elif length >= self.max_kv_tokens:
-            message = (
-                f"The decoder prompt (length {length}) plus the number of requested output tokens (at least 1) does "
-                f"not fit into {self._kv_cache()}. Make the prompt shorter or raise kv_cache_memory_bytes."
-            )
+            message = too_long_for_cache(length, self.max_model_len, self.max_kv_tokens)
         else:
             return
         raise RequestError(message, parameter="prompt_token_ids", value=length, request_id=spec.request_id)
@@ -43,12 +37,8 @@ class Limits:
     def outgrown(self, request_id: str, num_tokens: int) -> ErrorInfo:
         """The end of a request whose next token could not be computed even if it ran alone."""
         message = (
-            f"Request {request_id!r} has {num_tokens} tokens and outgrew {self._kv_cache()}. "
+            f"Request {request_id!r} has {num_tokens} tokens and outgrew the KV cache of {self.max_kv_tokens} tokens "
+            f"(num_blocks={self.num_blocks}, block_size={self.block_size}). "
             "Lower max_tokens or raise kv_cache_memory_bytes."
         )
         return ErrorInfo(type="RequestError", message=message, facts={"request_id": request_id})
-
-    def _kv_cache(self) -> str:
-        return (
-            f"the KV cache of {self.max_kv_tokens} tokens (num_blocks={self.num_blocks}, block_size={self.block_size})"
-        )

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from sempre.engine.async_llm import AsyncLLM
-from sempre.engine.frontend.limits import too_long
 from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.sampling_params import SamplingParams
@@ -17,6 +16,7 @@ from sempre.engine.server.errors import BadRequest, Busy
 from sempre.engine.server.json_scan import MAX_VALUES
 from sempre.engine.server.metrics import ServerMetrics
 from sempre.engine.server.offload import Offload
+from sempre.ipc.context_length import too_long, too_many_characters
 
 _STARTING_RETRY_S = 5
 # a tokenizer's normalisation may shorten a text before it is encoded
@@ -76,11 +76,7 @@ class Service:
         """Raise BadRequest for a text that cannot fit into the context, whatever its tokens are."""
         tokenizer, limit = self.engine.get_tokenizer(), self.engine.ready.max_model_len
         if len(text) > limit * tokenizer.longest_token * _SLACK:
-            raise BadRequest(
-                f"This model's maximum context length is {limit} tokens. The prompt has {len(text)} characters, which "
-                f"is longer than the maximum model length of {limit} however it is encoded.",
-                param="prompt",
-            )
+            raise BadRequest(too_many_characters(len(text), limit), param="prompt")
 
     def open(
         self, prompts: Sequence[PromptType], params: SamplingParams | list[SamplingParams], priority: int

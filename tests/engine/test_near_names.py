@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from sempre.engine import near_names
 from sempre.engine.arguments import FrontendConfig, field_types
 from sempre.engine.cli import serve
 from sempre.engine.cli.main import main
@@ -28,6 +31,12 @@ def _opposites(name: str) -> set[str]:
     pairs = {"enable": "disable", "disable": "enable", "max": "min", "min": "max", "start": "stop", "first": "last"}
     turned = {"_".join([*words[:i], pairs[w], *words[i + 1 :]]) for i, w in enumerate(words) if w in pairs}
     return turned | {f"no_{name}", f"disable_{name}", f"without_{name}"}
+
+
+def test_hints_have_one_source() -> None:
+    """Anyone who looks for near names by himself may propose the opposite."""
+    folder = Path(near_names.__file__).parent
+    assert [path for path in folder.rglob("*.py") if "difflib" in path.read_text()] == [Path(near_names.__file__)]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,9 +11,11 @@ import pytest
 from sempre.engine.frontend.limits import RequestLimits, cut
 from sempre.engine.frontend.request_builder import PreparedRequest, RequestBuilder
 from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.scheduling.limits import Limits
 from sempre.engine.seeding import derive_request_seed, distribution_digest, request_digest
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
+from sempre.ipc.messages import RequestSpec, SamplingSpec
 
 LIMITS = RequestLimits(
     engine_seed=11,
@@ -91,10 +93,23 @@ def test_refused(builder: RequestBuilder, prompt: Any, params: dict[str, Any], m
 def test_prompt_beyond_the_kv_cache(byte_level: Tokenizer) -> None:
     builder = RequestBuilder(byte_level, dataclasses.replace(LIMITS, max_kv_tokens=16))
     assert str(refusal(builder, [3] * 16)) == (
-        "This model's maximum context length is 32 tokens, and the decoder prompt (length 16) plus the number of "
+        "This model's maximum context length is 32 tokens. The decoder prompt (length 16) plus the number of "
         "requested output tokens (at least 1) does not fit into the KV cache of 16 tokens. "
         "Shorten the prompt or raise kv_cache_memory_bytes."
     )
+
+
+@pytest.mark.parametrize(("length", "max_kv_tokens"), [(0, 64), (32, 64), (40, 64), (16, 16), (31, 16)])
+def test_the_coordinator_says_the_same_of_a_prompt(byte_level: Tokenizer, length: int, max_kv_tokens: int) -> None:
+    """It checks what reaches it by another way, too."""
+    builder = RequestBuilder(byte_level, dataclasses.replace(LIMITS, max_kv_tokens=max_kv_tokens))
+    limits = Limits(LIMITS.max_model_len, max_kv_tokens // 4, 4)
+    spec = RequestSpec(
+        request_id="a", prompt_token_ids=[3] * length, params=SamplingSpec(max_tokens=8), seed=7, ordinal=0
+    )
+    with pytest.raises(RequestError) as refused:
+        limits.check_prompt(spec)
+    assert str(refused.value) == str(refusal(builder, [3] * length))
 
 
 def test_priorities(builder: RequestBuilder) -> None:
