@@ -32,7 +32,8 @@ class StructuredOutputsParams:
     disable_any_whitespace  JSON without optional white space
     whitespace_pattern      a regular expression of the white space between two parts of JSON; by default at most two
                             characters, so that no output consists of it
-    disable_additional_properties  objects have only the properties that their schema names, unless it says otherwise
+    disable_additional_properties  objects have only the properties that their schema names, unless it says otherwise;
+                            None, here and of white space: as the engine's structured_outputs_config says
     disable_fallback        without effect: one library reads all forms
     structural_tag          must be None
     begins_after            leave the output free up to and including the first such text (a reasoning model's
@@ -48,9 +49,9 @@ class StructuredOutputsParams:
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    disable_any_whitespace: bool = False
+    disable_any_whitespace: bool | None = None
     whitespace_pattern: str | None = None
-    disable_additional_properties: bool = False
+    disable_additional_properties: bool | None = None
     disable_fallback: bool = False
     structural_tag: str | None = None
     begins_after: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from sempre.engine.near_names import near_name
@@ -19,20 +19,18 @@ _ANYWAY: dict[str, tuple[object, ...]] = {
     "reasoning_parser_plugin": ("",),
 }
 # members that become defaults of a form, as far as forms have them
-_DEFAULTS = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
-MEMBERS = (*_ANYWAY, *_DEFAULTS)
+_FLAGS = ("disable_any_whitespace", "disable_additional_properties")
+MEMBERS = (*_ANYWAY, *_FLAGS, "whitespace_pattern")
 
 
 def structured_outputs_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the members of StructuredOutputsParams that `config` sets. Raises ConfigError naming a member."""
-    known = {field.name: field.default for field in fields(StructuredOutputsParams) if field.name in _DEFAULTS}
     defaults: dict[str, Any] = {}
     for name, value in (config or {}).items():
         shown = f"structured_outputs_config.{name}"
-        if name in known:
-            is_flag = isinstance(known[name], bool)
-            if not isinstance(value, bool if is_flag else str | None):
-                expected = "True or False" if is_flag else "a string or None"
+        if name in _FLAGS or name == "whitespace_pattern":
+            if not isinstance(value, bool if name in _FLAGS else str | None):
+                expected = "True or False" if name in _FLAGS else "a string or None"
                 raise ConfigError(f"{shown} must be {expected}, got {value!r}.", parameter=shown, value=value)
             defaults[name] = value
         elif name not in MEMBERS:
@@ -45,9 +43,10 @@ def structured_outputs_defaults(config: Mapping[str, Any] | None) -> dict[str, A
 
 
 def with_defaults(form: StructuredOutputsParams, defaults: Mapping[str, Any]) -> StructuredOutputsParams:
-    """Return `form` with `defaults` where it has not been given a value; all of them are about JSON."""
+    """Return `form` with `defaults` where it says nothing itself; all of them are about JSON."""
     if form.json is None and not form.json_object:
         return form
-    own = {field.name: field.default for field in fields(form)}
-    changes = {name: value for name, value in defaults.items() if getattr(form, name) == own[name]}
+    changes = {name: value for name, value in defaults.items() if getattr(form, name) is None}
+    if form.disable_any_whitespace:
+        changes.pop("whitespace_pattern", None)
     return replace(form, **changes) if changes else form

@@ -27,7 +27,7 @@ def _form(params: StructuredOutputsParams, max_tokens: int | None) -> dict[str, 
     schema = json.loads(params.json) if isinstance(params.json, str) else {"type": "object"}
     options = schema.pop("x-guidance", {})
     try:
-        schema, nodes = rewritten(schema, closed=params.disable_additional_properties)
+        schema, nodes = rewritten(schema, closed=bool(params.disable_additional_properties))
         if max_tokens is not None:
             add_bounds(schema, nodes, max_tokens)
     except (TypeError, AttributeError, ValueError, RecursionError) as error:

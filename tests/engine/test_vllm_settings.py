@@ -207,6 +207,15 @@ def test_defaults_of_forms() -> None:
     form = with_defaults(StructuredOutputsParams(json={"type": "object"}), defaults)
     assert form.disable_any_whitespace is True
     assert with_defaults(StructuredOutputsParams(regex="a"), defaults) == StructuredOutputsParams(regex="a")
+    both = {"disable_any_whitespace": True, "disable_additional_properties": True}
+    for own in (
+        {"disable_any_whitespace": False, "disable_additional_properties": False},
+        {"disable_any_whitespace": False, "disable_additional_properties": False, "whitespace_pattern": " "},
+    ):
+        said = StructuredOutputsParams(json_object=True, **own)  # type: ignore[arg-type]
+        assert with_defaults(said, both) == said
+    compact = StructuredOutputsParams(json_object=True, disable_any_whitespace=True)
+    assert with_defaults(compact, {"whitespace_pattern": " "}) == compact
     for wrong in ({"backend": "xgrammar"}, {"enable_in_reasoning": True}, {"disable_any_whitespace": 1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             structured_outputs_defaults(wrong)
