@@ -1,15 +1,18 @@
 """`sempre run-batch`: an OpenAI batch file, answered line by line (https://platform.openai.com/docs/guides/batch).
 
 A line that is wrong, refused or lost says so in its own line of the output; all others are answered. Lines come out in
-the order in which they went in, each as soon as those before it are done.
+the order in which they went in, each as soon as those before it are done. A request without a seed gets one that
+follows from the file alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,6 +25,7 @@ _ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 # How long a line goes on asking a server that says it is busy.
 _BUSY_PATIENCE_S = 600.0
 _BUSY = (429, 503)
+_NO_SEED = (None, -1)
 
 
 class Line(NamedTuple):
@@ -53,7 +57,8 @@ def run(namespace: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')} is missing")
     if namespace.max_concurrency < 1:
         raise UsageError(f"--max-concurrency must be at least 1, got {namespace.max_concurrency}.")
-    lines = read_lines(Path(namespace.input_file))
+    settings = engine_keywords(namespace)
+    lines = seeded(read_lines(Path(namespace.input_file)), settings.get("seed", 0))
     with open(namespace.output_file, "w", encoding="utf-8") as output:
         if namespace.url is not None:
             from sempre.engine.cli.remote.chat import refuse_engine_flags
@@ -64,7 +69,7 @@ def run(namespace: argparse.Namespace) -> int:
         else:
             from sempre.engine.cli.remote.own_server import own_server
 
-            with own_server(model_of(namespace), engine_keywords(namespace)) as socket:
+            with own_server(model_of(namespace), settings) as socket:
                 address = Address("http://sempre", socket, {})
                 failed = asyncio.run(answer(lines, address, output, namespace.max_concurrency))
     if failed:
@@ -114,6 +119,27 @@ def _line(number: int, text: bytes, seen: dict[str, int]) -> Line:
         refusal = "body.stream must be left out: a batch is not streamed"
     seen.setdefault(custom_id, number)
     return Line(number, custom_id, str(url), json.dumps(body).encode(), refusal)
+
+
+def seeded(lines: list[Line], engine_seed: int) -> list[Line]:
+    """Return the lines with a seed in every request that has none.
+
+    Lines reach the server in no certain order, by which it would tell equal requests apart. So a seed follows from the
+    request itself and from how many equal ones stand before it: a batch file has the same answers in every run.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    return [line if line.refusal is not None else _seeded(line, engine_seed, counts) for line in lines]
+
+
+def _seeded(line: Line, engine_seed: int, counts: Counter[tuple[str, str]]) -> Line:
+    body = json.loads(line.body)
+    if body.pop("seed", None) not in _NO_SEED:
+        return line
+    request = (line.url, json.dumps(body, sort_keys=True))
+    digest = hashlib.sha256(json.dumps([engine_seed, counts[request], *request]).encode()).digest()
+    counts[request] += 1
+    body["seed"] = int.from_bytes(digest[:8], "little") >> 1
+    return line._replace(body=json.dumps(body).encode())
 
 
 async def answer(lines: list[Line], address: Address, output: IO[str], max_concurrency: int) -> int:

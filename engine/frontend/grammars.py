@@ -32,8 +32,6 @@ _BODY = "body"
 _SPACE = r"/[ \n\r\t]{0,4}/"
 # any bytes without the end tag, also those that are no UTF-8
 _THOUGHTS = rf"~/(?s:.*){re.escape(END).replace('/', chr(92) + '/')}(?s:.*)/"
-_TAIL_TOKENS = 16
-"""Last tokens of a prompt in which a tag that ends it is looked for."""
 
 
 class GrammarBuilder:
@@ -73,7 +71,7 @@ class GrammarBuilder:
         if grammar is None and budget is None:
             return spec
         _require_library("structured_outputs" if budget is None else "thinking_token_budget")
-        opened = opens_reasoning(self._tokenizer.decode(prompt_token_ids[-_TAIL_TOKENS:], skip_special_tokens=False))
+        opened = opens_reasoning(self._tokenizer, prompt_token_ids)
         if opened is None:
             return spec
         framed = None if grammar is None else self._after_reasoning(grammar, opened=opened)

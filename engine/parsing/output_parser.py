@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sempre.engine.parsing.pieces import Content, Parser, Piece
-from sempre.engine.parsing.reasoning import ReasoningSplitter, opens_reasoning
+from sempre.engine.parsing.reasoning import ReasoningSplitter
 from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser
 
 REASONING_PARSERS: dict[str, bool] = {"qwen3": False, "deepseek_r1": True}
@@ -16,12 +16,11 @@ TOOL_PARSERS: dict[str, type[HermesParser] | type[Llama3JsonParser]] = {
 """Formats of tool calls by name."""
 
 
-def reasoning_splitter(name: str, prompt: str, *, is_bound: bool = False) -> ReasoningSplitter | None:
-    """The splitter of an output behind `prompt`; None when the prompt has switched reasoning off.
+def reasoning_splitter(name: str, opened: bool | None, *, is_bound: bool = False) -> ReasoningSplitter | None:
+    """The splitter of an output behind a prompt that has `opened` reasoning; None when it has switched reasoning off.
 
     `is_bound`: the answer has a form, which an output that does not begin with the start tag keeps from its beginning.
     """
-    opened = opens_reasoning(prompt)
     return None if opened is None else ReasoningSplitter(inside=opened or (REASONING_PARSERS[name] and not is_bound))
 
 

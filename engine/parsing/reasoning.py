@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from sempre.engine.parsing.pieces import Content, Piece, Reasoning
 from sempre.engine.parsing.tags import split_before_tag
 
+if TYPE_CHECKING:
+    from sempre.engine.text.tokenizer import Tokenizer
+
 START, END = "<think>", "</think>"
 
+_TAIL_TOKENS = 16
+"""Last tokens of a prompt without turns in which a tag that ends it is looked for."""
 
-def opens_reasoning(prompt: str) -> bool | None:
-    """Whether `prompt` ends with the start tag; None where it ends with the end tag: there will be no reasoning.
 
-    Chat templates end a prompt so to have the model think, or with empty reasoning to keep it from that.
+def opens_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> bool | None:
+    """Whether a prompt ends inside reasoning; None where reasoning has ended in it: the output will have none.
+
+    Chat templates end a prompt with the start tag to have the model think, or with empty reasoning to keep it from
+    that; and the last turn may be the beginning of an answer that is to be continued.
     """
-    end = prompt.rstrip()
-    return None if end.endswith(END) else end.endswith(START)
+    turn = _last_turn(tokenizer, prompt_token_ids)
+    start, end = turn.rfind(START), turn.rfind(END)
+    return start >= 0 if start >= end else None
+
+
+def _last_turn(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The text behind the last special token, which is where a turn begins; without one, the tag that ends a prompt."""
+    marks = {token_id for token_id, text in tokenizer.special_texts.items() if text not in (START, END)}
+    for place in range(len(token_ids) - 1, -1, -1):
+        if token_ids[place] in marks:
+            return tokenizer.decode(token_ids[place + 1 :], skip_special_tokens=False)
+    tail = tokenizer.decode(token_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
+    return next((tag for tag in (START, END) if tail.endswith(tag)), "")
 
 
 class ReasoningSplitter:

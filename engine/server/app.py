@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -14,12 +12,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sempre.engine.metrics import Gauge, Metric
 from sempre.engine.server import openapi
 from sempre.engine.server.chat import create_chat_completion
 from sempre.engine.server.completions import create_completion
 from sempre.engine.server.errors import APIError, api_error
-from sempre.engine.server.metrics import CONTENT_TYPE
+from sempre.engine.server.invocations import invoke
+from sempre.engine.server.load import load, metrics
 from sempre.engine.server.middleware import KeyRing, RequestGate
 from sempre.engine.server.parameters import check_model
 from sempre.engine.server.playground import PLAYGROUND_ROUTES
@@ -28,11 +26,8 @@ from sempre.engine.server.service import Service
 from sempre.engine.server.tokenization import detokenize, tokenize, tokenizer_info
 from sempre.engine.server.user_middleware import wrapped
 from sempre.engine.version import __version__
-from sempre.ipc.errors import EngineDeadError
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
-
-_FIGURES_S = 2.0
 
 
 def create_app(service: Service, keys: KeyRing) -> ASGIApp:
@@ -120,63 +115,14 @@ async def _health(service: Service, _request: Request) -> Response:
     return Response(msgspec.json.encode(answer), 503 if problems else 200, media_type="application/json")
 
 
+async def _ping(service: Service, request: Request) -> Response:
+    """Health as SageMaker asks for it: 200 once requests can be taken."""
+    service.check_ready()
+    return await _health(service, request)
+
+
 async def _version(_service: Service, _request: Request) -> Response:
     return JSONResponse({"version": __version__})
-
-
-async def _load(service: Service, _request: Request) -> Response:
-    service.check_ready()
-    gauges: dict[str, Any] = {}
-    for metric in await _engine_metrics(service):
-        if isinstance(metric, Gauge) and "reason" not in metric.labels:
-            gauges.setdefault(metric.name.partition(":")[2], []).append(metric.value)
-    admission = service.admission
-    return JSONResponse(
-        {
-            "server_load": service.num_requests,
-            "num_sequences": admission.num_sequences,
-            "capacity": admission.capacity,
-            **gauges,
-        }
-    )
-
-
-async def _metrics(service: Service, _request: Request) -> Response:
-    engine = await _engine_metrics(service)
-    rejected = service.admission.num_rejected
-    prefix = service.config.metrics_prefix
-    text = service.metrics.exposition(engine, _cache_configs(service), num_rejected=rejected, prefix=prefix)
-    return Response(text, media_type=CONTENT_TYPE)
-
-
-async def _engine_metrics(service: Service) -> list[Metric]:
-    """Return the engine's figures; none while it starts, or is being restarted and cannot tell."""
-    if not service.is_ready:
-        return []
-    try:
-        async with asyncio.timeout(_FIGURES_S):
-            return await service.engine.get_metrics()
-    except (TimeoutError, EngineDeadError):
-        return []
-
-
-def _cache_configs(service: Service) -> list[dict[str, object]]:
-    """Return the layout of each replica's KV cache, under vLLM's labels; none while the engine starts."""
-    if not service.is_ready:
-        return []
-    ready, config = service.engine.ready, service.engine.config
-    layout = {
-        "block_size": ready.block_size,
-        "cache_dtype": "auto",
-        "enable_prefix_caching": config.enable_prefix_caching,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
-        "kv_cache_size_tokens": ready.num_blocks * ready.block_size,
-        # the label's name is vLLM's, on every device
-        "num_gpu_blocks": ready.num_blocks,
-        "num_gpu_blocks_override": None,
-    }
-    return [{"engine": replica, **layout} for replica in range(config.data_parallel_size)]
 
 
 async def _server_info(service: Service, _request: Request) -> Response:
@@ -211,14 +157,16 @@ _ENDPOINTS: dict[str, Endpoint] = {
     "/v1/chat/completions": create_chat_completion,
     "/v1/models": _models,
     "/v1/models/{model:path}": _model,
+    "/invocations": invoke,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
     "/tokenizer_info": tokenizer_info,
     "/health": _health,
+    "/ping": _ping,
     "/live": _live,
     "/ready": _ready,
-    "/metrics": _metrics,
+    "/metrics": metrics,
     "/version": _version,
-    "/load": _load,
+    "/load": load,
     "/server_info": _server_info,
 }

@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=msgspec.Struct)
 async def read_model(request: Request, model: type[Model], service: Service) -> Model:
     """Read and check the body. Raises APIError: 400 or 413."""
     config = service.config
-    data = await _read(request, config.max_body_bytes)
+    data = await read_body(request, config.max_body_bytes)
     request.state.body_bytes = len(data)
     return parse_model(data, model, ignore_unknown=config.ignore_unknown_fields, max_values=service.max_json_values)
 
@@ -35,7 +35,8 @@ def parse_model(
     return to_model(plain, model, ignore_unknown=ignore_unknown)
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return the body. Raises APIError: 400, or 413 for more than `limit` bytes."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)

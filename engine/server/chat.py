@@ -18,6 +18,7 @@ from sempre.engine.server.body import read_model
 from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.limits import check_sizes
+from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
 from sempre.engine.server.message_parser import MessageParser, PlainContent, message_of
 from sempre.engine.server.parameters import apply_server_defaults, chat_parameters, check_model
@@ -71,7 +72,9 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     response_id = f"chatcmpl-{id_of(request, http)}"
     with ExitStack() as stack:
         stack.enter_context(generation)
-        parsers = [plan.message_parser(prompt["prompt"], response_id, choice) for choice in range(request.n)]
+        # cut, if it was to be
+        token_ids = generation.requests[0].prompt_token_ids
+        parsers = plan.message_parsers(service.engine.get_tokenizer(), token_ids, response_id, request.n)
         answer = _Answer(service, request, generation, response_id, parsers)
         if request.stream:
             stack.pop_all()  # the stream ends it
@@ -79,7 +82,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         generation.watch(http.receive)
         [output] = await generation.finished()
         body = answer.whole(output)
-    return Response(msgspec.json.encode(body), media_type="application/json")
+    return Response(msgspec.json.encode(body), headers=await load_header(service, http), media_type="application/json")
 
 
 def _template_variables(request: ChatCompletionRequest) -> dict[str, Any]:
@@ -199,6 +202,7 @@ class _Answer:
             choice.token_ids,
             choice.logprobs or [],
             num_top=self._request.top_logprobs or 0,
+            listed=self._request.logprob_token_ids or (),
             tokenizer=self._tokenizer,
             as_token_ids=self._request.return_tokens_as_token_ids,
         )

@@ -15,6 +15,7 @@ from sempre.engine.server.body import read_model
 from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.limits import check_sizes
+from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
 from sempre.engine.server.parameters import apply_server_defaults, check_model, completion_parameters
 from sempre.engine.server.prompts import check_form, id_of, prompts_of
@@ -48,7 +49,7 @@ async def create_completion(service: Service, http: Request) -> Response:
             return EventStream(generation, [], answer.events, answer.last_event)
         generation.watch(http.receive)
         body = answer.whole(await generation.finished())
-    return Response(msgspec.json.encode(body), media_type="application/json")
+    return Response(msgspec.json.encode(body), headers=await load_header(service, http), media_type="application/json")
 
 
 class _Answer:

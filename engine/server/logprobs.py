@@ -6,7 +6,7 @@ infinity: a token of probability 0 has FLOOR.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from sempre.engine.outputs import Logprob
 from sempre.engine.server.responses import (
@@ -83,13 +83,22 @@ def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionL
 
 
 def chat_logprobs(
-    token_ids: Sequence[int], rows: Sequence[Row], *, num_top: int, tokenizer: Tokenizer, as_token_ids: bool
+    token_ids: Sequence[int],
+    rows: Sequence[Row],
+    *,
+    num_top: int,
+    tokenizer: Tokenizer,
+    as_token_ids: bool,
+    listed: Collection[int] = (),
 ) -> ChatLogprobs:
-    """Return each token with its `num_top` (-1: all) most probable alternatives, itself among them if it is one."""
+    """Return each token with its `num_top` (-1: all) most probable alternatives, itself among them if it is one, and
+    those that are `listed`; in the order of their ranks."""
     content = []
     for token_id, row in zip(token_ids, rows, strict=True):
         most = len(row) if num_top == -1 else num_top
-        best = sorted((entry.rank or 0, other) for other, entry in row.items() if (entry.rank or 0) <= most)
+        best = sorted(
+            (entry.rank or 0, other) for other, entry in row.items() if (entry.rank or 0) <= most or other in listed
+        )
         top = [ChatTopLogprob(*_chat_token(other, row[other], tokenizer, as_token_ids)) for _, other in best]
         content.append(ChatTokenLogprob(*_chat_token(token_id, row[token_id], tokenizer, as_token_ids), top))
     return ChatLogprobs(content)

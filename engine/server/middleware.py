@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 # probes and scrapers have no key; neither has a page before its user has typed one
-OPEN_PATHS = frozenset({"/", "/health", "/live", "/ready", "/metrics", "/version", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/live", "/ready", "/metrics", "/version", "/openapi.json"})
 _SHOWN = 100
 OPEN_PREFIXES = ("/playground/",)
 

@@ -45,8 +45,9 @@ class Operation:
     method: str
     path: str
     summary: str
-    body: type[msgspec.Struct] | None = None
-    answer: type[msgspec.Struct] | None = None
+    bodies: tuple[type[msgspec.Struct], ...] = ()
+    """any of these"""
+    answers: tuple[type[msgspec.Struct], ...] = ()
     media_type: str = "application/json"
     streams: bool = False
 
@@ -56,8 +57,7 @@ class Operation:
 
     def schema(self) -> dict[str, Any]:
         """Return the operation object."""
-        answer: dict[str, Any] = {} if self.answer is None else {"$ref": _TEMPLATE + self.answer.__name__}
-        content = {self.media_type: {"schema": answer}}
+        content = {self.media_type: {"schema": _one_of(self.answers)}}
         if self.streams:
             content["text/event-stream"] = {"schema": {"type": "string"}}
         found: dict[str, Any] = {"summary": self.summary, "operationId": f"{self.name}_{self.method.lower()}"}
@@ -68,32 +68,47 @@ class Operation:
                 {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in parameters
             ]
         expected = (401, 404, 500, 503) if parameters else (401, 500, 503)
-        statuses = _ERRORS if self.body is not None else {status: _ERRORS[status] for status in expected}
+        statuses = _ERRORS if self.bodies else {status: _ERRORS[status] for status in expected}
         for status, text in statuses.items():
             error = {"schema": {"$ref": _TEMPLATE + ErrorResponse.__name__}}
             found["responses"][str(status)] = {"description": text, "content": {"application/json": error}}
-        if self.body is not None:
-            schema = {"schema": {"$ref": _TEMPLATE + self.body.__name__}}
+        if self.bodies:
+            schema = {"schema": _one_of(self.bodies)}
             found["requestBody"] = {"required": True, "content": {"application/json": schema}}
         return found
 
 
+def _one_of(models: tuple[type[msgspec.Struct], ...]) -> dict[str, Any]:
+    references = [{"$ref": _TEMPLATE + model.__name__} for model in models]
+    return {"anyOf": references} if len(references) > 1 else references[0] if references else {}
+
+
 OPERATIONS = (
-    Operation("POST", "/v1/completions", "Complete prompts", CompletionRequest, CompletionResponse, streams=True),
+    Operation("POST", "/v1/completions", "Complete prompts", (CompletionRequest,), (CompletionResponse,), streams=True),
     Operation(
         "POST",
         "/v1/chat/completions",
         "Answer a conversation",
-        ChatCompletionRequest,
-        ChatCompletionResponse,
+        (ChatCompletionRequest,),
+        (ChatCompletionResponse,),
         streams=True,
     ),
-    Operation("GET", "/v1/models", "The model that is served", answer=ModelList),
-    Operation("GET", "/v1/models/{model:path}", "One of its names", answer=ModelCard),
-    Operation("POST", "/tokenize", "Text or messages to token ids", TokenizeRequest, TokenizeResponse),
-    Operation("POST", "/detokenize", "Token ids to text", DetokenizeRequest, DetokenizeResponse),
+    Operation(
+        "POST",
+        "/invocations",
+        "Either of the two, told by messages or prompt; for SageMaker",
+        (ChatCompletionRequest, CompletionRequest),
+        (ChatCompletionResponse, CompletionResponse),
+        streams=True,
+    ),
+    Operation("GET", "/v1/models", "The model that is served", answers=(ModelList,)),
+    Operation("GET", "/v1/models/{model:path}", "One of its names", answers=(ModelCard,)),
+    Operation("POST", "/tokenize", "Text or messages to token ids", (TokenizeRequest,), (TokenizeResponse,)),
+    Operation("POST", "/detokenize", "Token ids to text", (DetokenizeRequest,), (DetokenizeResponse,)),
     Operation("GET", "/tokenizer_info", "What the model's folder says of its tokenizer, and the chat template in use"),
     Operation("GET", "/health", "Whether every worker answers and steps go on"),
+    Operation("GET", "/ping", "As /health, and 503 while the engine starts; for SageMaker"),
+    Operation("POST", "/ping", "The same"),
     Operation("GET", "/live", "Whether the server runs"),
     Operation("GET", "/ready", "Whether requests are accepted"),
     Operation("GET", "/metrics", "Figures in Prometheus's format", media_type="text/plain"),
@@ -116,8 +131,9 @@ def description(root_path: str) -> dict[str, Any]:
 
 
 def _schemas() -> dict[str, Any]:
-    bodies = [operation.body for operation in OPERATIONS if operation.body is not None]
-    answers = [operation.answer for operation in OPERATIONS if operation.answer is not None]
+    # each once, in their order
+    bodies = list(dict.fromkeys(body for operation in OPERATIONS for body in operation.bodies))
+    answers = list(dict.fromkeys(answer for operation in OPERATIONS for answer in operation.answers))
     _, schemas = msgspec.json.schema_components([*bodies, *answers, ErrorResponse], ref_template=_TEMPLATE + "{name}")
     for body, neutral in NEUTRAL.items():
         schema = schemas[body.__name__]

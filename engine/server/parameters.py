@@ -44,12 +44,18 @@ _SAME_NAME = (
 
 
 def apply_server_defaults(request: GenerationRequest, config: ServerConfig) -> None:
-    """Set the fields that the server's settings decide for every request."""
+    """Set the fields that the server's settings, or other fields, decide."""
     if config.return_tokens_as_token_ids:
         request.return_tokens_as_token_ids = True
     if config.enable_force_include_usage and request.stream:
         request.stream_options = request.stream_options or StreamOptions()
         request.stream_options.include_usage = True
+    if request.logprob_token_ids is not None:
+        # they are told among the log-probabilities
+        if isinstance(request, ChatCompletionRequest):
+            request.logprobs = True
+        elif isinstance(request, CompletionRequest) and request.logprobs is None:
+            request.logprobs = 0
 
 
 def completion_parameters(request: CompletionRequest, defaults: SamplingParams, config: ServerConfig) -> SamplingParams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from typing import Any
@@ -11,7 +12,7 @@ import msgspec
 from sempre.engine.parsing import TOOL_PARSERS, OutputParser, named_call_schema, required_calls_schema
 from sempre.engine.parsing.output_parser import reasoning_splitter
 from sempre.engine.parsing.pieces import Parser
-from sempre.engine.parsing.reasoning import ReasoningSplitter
+from sempre.engine.parsing.reasoning import ReasoningSplitter, opens_reasoning
 from sempre.engine.parsing.tool_calls import NamedCallParser, RequiredCallsParser
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import BadRequest
@@ -19,6 +20,7 @@ from sempre.engine.server.message_parser import MessageParser, ParsedContent, Pl
 from sempre.engine.server.requests import ChatCompletionRequest, NamedToolChoice
 from sempre.engine.server.structure import structured_outputs
 from sempre.engine.structured_outputs import StructuredOutputsParams
+from sempre.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,29 @@ class ChatPlan:
             return self.structured
         return replaced(self.structured, after_reasoning=True)
 
-    def message_parser(self, prompt: str, response_id: str, choice: int) -> MessageParser:
-        """The parser of one choice."""
-        reasoning = self._splitter(prompt)
+    def message_parsers(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], response_id: str, n: int
+    ) -> list[MessageParser]:
+        """The parsers of `n` choices behind one prompt."""
+        opened = None if self.reasoning_parser is None else opens_reasoning(tokenizer, prompt_token_ids)
+        return [self._message_parser(opened, f"{response_id}/{choice}") for choice in range(n)]
+
+    def _message_parser(self, opened: bool | None, id_prefix: str) -> MessageParser:
+        reasoning = self._splitter(opened)
         if reasoning is None and self.call_parser is None:
             return PlainContent()
         return ParsedContent(
             OutputParser(reasoning, self._tool_parser(), one_call=self.one_call),
-            id_prefix=f"{response_id}/{choice}",
+            id_prefix=id_prefix,
             reports_calls=self.call_parser != "named",
             include_reasoning=self.include_reasoning,
         )
 
-    def _splitter(self, prompt: str) -> ReasoningSplitter | None:
+    def _splitter(self, opened: bool | None) -> ReasoningSplitter | None:
         if self.reasoning_parser is None:
             return None
         form = self.form
-        return reasoning_splitter(self.reasoning_parser, prompt, is_bound=form is not None and form.after_reasoning)
+        return reasoning_splitter(self.reasoning_parser, opened, is_bound=form is not None and form.after_reasoning)
 
     def _tool_parser(self) -> Parser | None:
         match self.call_parser:

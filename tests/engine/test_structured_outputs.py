@@ -116,6 +116,8 @@ def test_reasoning_that_the_prompt_has_opened(llm: LLM) -> None:
     assert free.token_ids[:5] == bound.token_ids[:5] == asked("Think.<think>\n").token_ids[:5]
     switched_off = asked("Think.<think>\n\n</think>\n\n", structured_outputs=form, thinking_token_budget=5)
     assert re.fullmatch("[0-9]{3}", switched_off.text)
+    endless = asked("Think.<think>\n", thinking_token_budget=5, ignore_eos=True)
+    assert (endless.error, endless.token_ids[5 : 5 + len(tag)]) == (None, tag)
     never = asked("Think.", thinking_token_budget=5)
     assert never.token_ids == asked("Think.").token_ids
 

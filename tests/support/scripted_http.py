@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import sys
 import threading
 import traceback
@@ -50,7 +51,9 @@ class Scripted:
 
 
 @contextmanager
-def scripted_server(script: Callable[[str, dict[str, Any]], Answer]) -> Iterator[Scripted]:
+def scripted_server(
+    script: Callable[[str, dict[str, Any]], Answer], tls: ssl.SSLContext | None = None
+) -> Iterator[Scripted]:
     """Serve until the end of the block; `script(path, body)` answers each POST."""
     record = Scripted("", [], [])
 
@@ -91,7 +94,9 @@ def scripted_server(script: Callable[[str, dict[str, Any]], Answer]) -> Iterator
 
     with Server(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
-        record.url = f"http://127.0.0.1:{server.server_address[1]}"
+        record.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{server.server_address[1]}"
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

@@ -176,7 +176,9 @@ class GrammarCompiler:
         if tokenizer is None:
             try:
                 text = read_text(self._path, MAX_TOKENIZER_BYTES)
-                tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=list(eos_token_ids))
+                # without an end there is no grammar, and only text is read
+                ends = list(eos_token_ids) or [0]
+                tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=ends)
             except (ModelError, ValueError) as error:
                 raise RowError(OPERATION, f"{self._path} cannot be used with grammars: {error}") from error
             self._tokenizers[eos_token_ids] = tokenizer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import ssl
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,26 @@ def test_a_sharegpt_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert (body["prompt"], body["max_tokens"], body["seed"]) == (turns[0], 4, 3)
     assert "ignore_eos" not in body
     assert server.headers[0]["x-a"] == "b"
+
+
+def test_a_certificate_that_nobody_signed_is_taken_when_told_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=elsewhere"]
+    subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    flags = ["--num-prompts", "2", "--random-input-len", "3", "--save-detailed"]
+    with scripted_server(lambda p, b: Answer(pieces=[events(text_chunk("a"), USAGE)]), tls) as server:
+        # which model there is must be asked through the same door
+        assert main(["bench", "serve", "--base-url", server.url, *flags]) != 0
+        assert "certificate" in capsys.readouterr().err.lower()
+        refused = measure(capsys, server.url, *flags, "--model", "tiny", code=1)
+        assert (refused["completed"], len(server.bodies)) == (0, 0)
+        assert all("certificate" in error.lower() for error in refused["errors"])
+        for model in ([], ["--model", "tiny"]):
+            assert measure(capsys, server.url, *flags, *model, "--insecure")["completed"] == 2
 
 
 def test_requests_that_fail_are_counted_and_told(capsys: pytest.CaptureFixture[str]) -> None:

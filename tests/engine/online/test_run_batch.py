@@ -13,6 +13,7 @@ from sempre.engine.cli.arguments import add_engine_flags, engine_keywords
 from sempre.engine.cli.main import main
 from sempre.engine.cli.parser import CommandParser
 from sempre.engine.cli.remote.own_server import as_flags
+from sempre.engine.cli.run_batch import read_lines, seeded
 
 
 def request(custom_id: Any, body: Any, url: str = "/v1/completions", method: str = "POST") -> str:
@@ -80,6 +81,36 @@ def test_a_server_of_its_own_gives_the_same(tmp_path: Path, server_url: str, mon
     assert choices(own) == choices(other)
     _, changed = answers(tmp_path, [line.replace('"seed": 0', '"seed": 9') for line in lines], "--url", server_url)
     assert choices(changed) != choices(other)
+
+
+def test_a_batch_without_seeds_has_the_same_answers_in_every_run(tmp_path: Path, server_url: str) -> None:
+    """However many lines are under way at once, whatever the server did before, and with lengths apart."""
+    bodies = [{"prompt": "The ship", "max_tokens": 6}] * 3 + [{"prompt": "The ship", "max_tokens": 5}] * 2
+    lines = [request(str(i), {**body, "temperature": 1.5}) for i, body in enumerate(bodies)]
+    lines.append(request("given", {**bodies[0], "temperature": 1.5, "seed": -5}))
+    runs = []
+    for flags in (["--max-concurrency", "1"], [], []):
+        code, records = answers(tmp_path, lines, "--url", server_url, *flags)
+        assert code == 0
+        runs.append([record["response"]["body"]["choices"][0] for record in records])
+    assert runs[0] == runs[1] == runs[2]
+    seeds = [choice["seed"] for choice in runs[0]]
+    assert len(set(seeds)) == len(lines), "equal lines are samples of their own"
+    assert seeds[-1] == -5
+    _, turned = answers(tmp_path, lines[::-1], "--url", server_url)
+    assert sorted(c["response"]["body"]["choices"][0]["seed"] for c in turned) == sorted(seeds)
+
+
+def test_the_seed_of_the_engine_is_the_batchs(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    bodies = [{"prompt": "p"}, {"prompt": "p", "seed": None}, {"prompt": "p", "seed": -1}]
+    path.write_text("\n".join([*(request(str(i), body) for i, body in enumerate(bodies)), "nonsense"]))
+    lines = read_lines(path)
+    first, again, other = seeded(lines, 0), seeded(lines, 0), seeded(lines, 1)
+    assert first == again
+    seeds = [json.loads(line.body)["seed"] for line in [*first[:3], *other[:3]]]
+    assert len({*seeds, -1}) == 7, "null and -1 are no seeds"
+    assert first[3] == lines[3]
 
 
 def test_settings_survive_being_written_as_flags() -> None:

@@ -13,6 +13,7 @@ from sempre.engine.parsing import OutputParser, ParsedMessage, ToolCall, assembl
 from sempre.engine.parsing.output_parser import reasoning_splitter
 from sempre.engine.parsing.reasoning import ReasoningSplitter, opens_reasoning
 from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser, NamedCallParser, RequiredCallsParser
+from sempre.engine.text.tokenizer import Tokenizer
 
 
 def make(kind: str) -> OutputParser:
@@ -251,17 +252,28 @@ def test_arguments_come_while_they_are_generated() -> None:
 @pytest.mark.parametrize(
     ("prompt", "opened"),
     [
-        ("<|im_start|>assistant\n", False),
-        ("assistant\n<think>\n", True),
-        ("assistant\n<think>\n\n</think>\n\n", None),
+        ("Who?<|im_end|>assistant\n", False),
+        ("Who?<|im_end|>assistant\n<think>\n", True),
+        ("Who?<|im_end|>assistant\n<think>\n\n</think>\n\n", None),
+        # an answer that is to be continued
+        ("Who?<|im_end|>assistant\n<think>\nLet me see:", True),
+        ("Who?<|im_end|>assistant\n<think>One.</think>It is", None),
+        ("Who?<|im_end|><think>One.</think><think>Two", True),
+        # what was said in other turns is no reasoning
+        ("What is <think>?<|im_end|>assistant\n", False),
+        ("What is </think>?<|im_end|>assistant\nIt", False),
+        # no turns: only what ends the prompt counts
+        ("Think.<think>\n", True),
+        ("Think.<think>\n\n</think>\n\n", None),
+        ("What is <think>?", False),
         ("</think> said the user", False),
     ],
 )
-def test_the_prompt_tells_where_an_output_begins(prompt: str, opened: bool | None) -> None:
-    assert opens_reasoning(prompt) is opened
+def test_the_prompt_tells_where_an_output_begins(byte_level: Tokenizer, prompt: str, opened: bool | None) -> None:
+    assert opens_reasoning(byte_level, byte_level.encode(prompt)) is opened
     for name, begins_inside in (("qwen3", False), ("deepseek_r1", True)):
         for is_bound in (False, True):
-            splitter = reasoning_splitter(name, prompt, is_bound=is_bound)
+            splitter = reasoning_splitter(name, opened, is_bound=is_bound)
             if opened is None:
                 assert splitter is None
                 continue

@@ -1,0 +1,197 @@
+"""Fields and endpoints that vLLM has beside OpenAI's, over HTTP: each has its effect."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from server_process import ServerProcess
+
+CHAT = {"messages": [{"role": "user", "content": "Who is there?"}]}
+PROMPT = "It is a truth"
+COMMON: dict[str, Any] = {"max_tokens": 4, "seed": 1, "return_token_ids": True}
+
+
+def chat(server: ServerProcess, **fields: Any) -> Any:
+    return server.http.post("/v1/chat/completions", json={**CHAT, **COMMON, **fields})
+
+
+def complete(server: ServerProcess, **fields: Any) -> Any:
+    return server.complete(**{"prompt": PROMPT, **COMMON, **fields})
+
+
+def test_a_request_names_its_answer(server: ServerProcess) -> None:
+    assert complete(server, request_id="mine.1").json()["id"] == "cmpl-mine.1"
+    assert chat(server, request_id="mine.2").json()["id"] == "chatcmpl-mine.2"
+    for line in complete(server, request_id="mine.3", stream=True).text.splitlines():
+        assert line in ("", "data: [DONE]") or json.loads(line.removeprefix("data: "))["id"] == "cmpl-mine.3"
+    body = {"prompt": PROMPT, **COMMON, "request_id": "body"}
+    answer = server.http.post("/v1/completions", json=body, headers={"X-Request-Id": "header"})
+    assert (answer.json()["id"], answer.headers["x-request-id"]) == ("cmpl-header", "header")
+    for unfit in ("a b", "a\n", "x" * 129, ""):
+        refused = complete(server, request_id=unfit)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "request_id"), unfit
+    # the name is no seed and may come again
+    answers = [complete(server, request_id="mine.1").json()["choices"] for _ in range(2)]
+    assert answers[0] == answers[1] == complete(server).json()["choices"]
+
+
+def test_a_prompt_is_cut_on_the_side_that_is_named(server: ServerProcess) -> None:
+    ids = list(range(5, 305))
+    assert complete(server, prompt=ids).status_code == 400
+    for fields, kept in [
+        ({"truncate_prompt_tokens": 7}, ids[-7:]),
+        ({"truncate_prompt_tokens": 7, "truncation_side": "left"}, ids[-7:]),
+        ({"truncate_prompt_tokens": 7, "truncation_side": "right"}, ids[:7]),
+        ({"truncate_prompt_tokens": -1}, ids[-252:]),
+        ({"truncate_prompt_tokens": -1, "truncation_side": "right"}, ids[:252]),
+    ]:
+        answer = complete(server, prompt=ids, **fields).json()
+        assert answer["choices"][0]["prompt_token_ids"] == kept
+        assert answer["usage"]["prompt_tokens"] == len(kept)
+        assert answer["choices"][0]["token_ids"] == complete(server, prompt=kept).json()["choices"][0]["token_ids"]
+    whole = chat(server).json()["prompt_token_ids"]
+    assert chat(server, truncate_prompt_tokens=5).json()["prompt_token_ids"] == whole[-5:]
+    assert chat(server, truncate_prompt_tokens=5, truncation_side="right").json()["prompt_token_ids"] == whole[:5]
+    for name, value in [("truncate_prompt_tokens", -2), ("truncate_prompt_tokens", 257), ("truncation_side", "middle")]:
+        refused = complete(server, **{name: value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_that_are_listed_are_told_with_the_log_probabilities(server: ServerProcess, stream: bool) -> None:
+    """Also where nobody asked for others, and however improbable they are."""
+    listed = [700, 3]
+
+    def found(answer: Any, part: str) -> list[Any]:
+        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        bodies = [json.loads(line) for line in lines if line != "[DONE]"] if stream else [answer.json()]
+        rows = [choice["logprobs"] for body in bodies for choice in body["choices"] if choice.get("logprobs")]
+        return [row for each in rows for row in each[part]]
+
+    fields = {"logprob_token_ids": listed, "return_tokens_as_token_ids": True, "stream": stream}
+    every = complete(server, return_tokens_as_token_ids=True, logprobs=20).json()["choices"][0]
+    rows = found(complete(server, **fields), "top_logprobs")
+    assert len(rows) == COMMON["max_tokens"]
+    for token_id, row in zip(every["token_ids"], rows, strict=True):
+        assert set(row) == {f"token_id:{each}" for each in (token_id, *listed)}
+    best = found(complete(server, **fields, logprobs=2), "top_logprobs")
+    for row, tops in zip(best, every["logprobs"]["top_logprobs"], strict=True):
+        assert set(list(tops)[:2]) | {"token_id:700", "token_id:3"} <= set(row)
+
+    rows = found(chat(server, **fields), "content")
+    assert len(rows) == COMMON["max_tokens"]
+    assert all({entry["token"] for entry in row["top_logprobs"]} == {"token_id:700", "token_id:3"} for row in rows)
+    rows = found(chat(server, **fields, logprobs=True, top_logprobs=2), "content")
+    for row in rows:
+        names = [entry["token"] for entry in row["top_logprobs"]]
+        assert len(names) in (3, 4)
+        assert {"token_id:700", "token_id:3"} <= set(names)
+        values = [entry["logprob"] for entry in row["top_logprobs"]]
+        assert values == sorted(values, reverse=True)
+    refused = complete(server, logprob_token_ids=[4096])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprob_token_ids")
+
+
+def test_four_stop_strings_and_no_more(server: ServerProcess) -> None:
+    """OpenAI's limit, and vLLM's over HTTP; no string is left out of the four."""
+    text = complete(server, max_tokens=12, ignore_eos=True).json()["choices"][0]["text"]
+    wanted = text[4:6]
+    for place in range(4):
+        stop = ["\x01", "\x02", "\x03"]
+        stop.insert(place, wanted)
+        choice = complete(server, max_tokens=12, ignore_eos=True, stop=stop).json()["choices"][0]
+        assert (choice["stop_reason"], choice["text"]) == (wanted, text[: text.index(wanted)])
+    for ask in (chat, complete):
+        refused = ask(server, stop=["\x01", "\x02", "\x03", "\x04", "\x05"])
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stop")
+        assert ask(server, stop=["\x01", "\x02", "\x03", "\x04"]).status_code == 200
+
+
+def test_thinking_ends_with_its_budget(server: ServerProcess) -> None:
+    end = server.http.post("/tokenize", json={"prompt": "</think>"}).json()["tokens"]
+    fields: dict[str, Any] = {"prompt": "Think.<think>\n", "max_tokens": 9 + len(end), "ignore_eos": True}
+    free = complete(server, **fields).json()["choices"][0]["token_ids"]
+    for budget in (0, 3, 9):
+        bound = complete(server, **fields, thinking_token_budget=budget).json()["choices"][0]["token_ids"]
+        assert bound[:budget] == free[:budget]
+        assert bound[budget : budget + len(end)] == end
+    thinking = {"role": "assistant", "content": "<think>"}
+    more = {"messages": [*CHAT["messages"], thinking], "add_generation_prompt": False, "continue_final_message": True}
+    answer = chat(server, **more, max_tokens=3 + len(end), thinking_token_budget=3, ignore_eos=True).json()
+    assert answer["choices"][0]["token_ids"][3:] == end
+    refused = complete(server, thinking_token_budget=-1)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "thinking_token_budget")
+
+
+# What platforms ask
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_ping(server: ServerProcess, method: str) -> None:
+    answer = server.http.request(method, "/ping")
+    assert (answer.status_code, answer.json()["status"]) == (200, "healthy")
+
+
+def test_invocations_are_completions_or_chats(server: ServerProcess) -> None:
+    completion = {"prompt": PROMPT, **COMMON}
+    conversation = {**CHAT, **COMMON}
+    for body, path in [(completion, "/v1/completions"), (conversation, "/v1/chat/completions")]:
+        named = server.http.post(path, json=body).json()
+        invoked = server.http.post("/invocations", json=body)
+        assert invoked.status_code == 200
+        assert (invoked.json()["object"], invoked.json()["choices"]) == (named["object"], named["choices"])
+        streamed = server.http.post("/invocations", json={**body, "stream": True})
+        assert streamed.headers["content-type"].startswith("text/event-stream")
+        assert streamed.text.endswith("data: [DONE]\n\n")
+        refused = server.http.post("/invocations", json={**body, "top_p": 7})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_p")
+    for body in ({}, {"text": "a"}, [], "prompt"):
+        assert server.http.post("/invocations", json=body).status_code == 400
+    headers = {"Content-Type": "application/json"}
+    assert server.http.post("/invocations", content=b'{"prompt":', headers=headers).status_code == 400
+    assert server.http.post("/invocations", content=b'{"prompt":' + b"[" * 10**5, headers=headers).status_code == 400
+    assert server.http.post("/invocations", content=b" " * 9_000_000, headers=headers).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/invocations"])
+def test_an_answer_tells_a_load_balancer_how_busy_the_server_is(server: ServerProcess, path: str) -> None:
+    body = {**(CHAT if "chat" in path else {"prompt": PROMPT}), **COMMON}
+
+    def told(kind: str | None) -> str | None:
+        headers = {} if kind is None else {"endpoint-load-metrics-format": kind}
+        answer = server.http.post(path, json=body, headers=headers)
+        assert answer.status_code == 200
+        found: str | None = answer.headers.get("endpoint-load-metrics")
+        return found
+
+    server.wait_until_idle()
+    assert told(None) is told("XML") is None
+    for kind in ("TEXT", "text"):
+        text = told(kind)
+        assert text is not None
+        assert text.startswith("TEXT named_metrics.kv_cache_usage_perc=")
+        assert text.endswith(", named_metrics.num_requests_waiting=0.0")
+    for kind in ("JSON", "json"):
+        text = told(kind)
+        assert text is not None
+        assert text.startswith("JSON ")
+        named = json.loads(text.removeprefix("JSON "))["named_metrics"]
+        assert set(named) == {"kv_cache_usage_perc", "num_requests_waiting"}
+        assert 0 <= named["kv_cache_usage_perc"] <= 1
+
+
+def test_requests_being_answered_are_counted(server: ServerProcess) -> None:
+    server.wait_until_idle()
+    assert server.load()["server_load"] == 0
+    body = {"prompt": [PROMPT] * 8, "n": 4, "max_tokens": 240, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+        # an iterator that nobody holds would end the connection
+        lines = answer.iter_lines()
+        next(lines)
+        load = server.load()
+    # one request, of many sequences
+    assert (load["server_load"], load["num_sequences"]) == (1, 32)
+    server.wait_until_idle()
+    assert server.load()["server_load"] == 0
