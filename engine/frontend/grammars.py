@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from sempre.engine.frontend.byte_tokenizer import byte_tokenizer
 from sempre.engine.frontend.json_forms import json_forms
+from sempre.engine.frontend.schema_numbers import check_range
 from sempre.engine.frontend.schemas import SchemaRefused
 from sempre.engine.parsing.reasoning import END, START, opens_reasoning
 from sempre.engine.sampling_params import SamplingParams
@@ -197,7 +198,7 @@ def _text_body(params: StructuredOutputsParams, field: str) -> dict[str, object]
 
         return {"lark_grammar": f"start: /{regex_to_lark(params.regex)}/"}
     assert params.grammar is not None
-    return {"lark_grammar": _lark(params.grammar, field)}
+    return {"lark_grammar": _checked_lark(_lark(params.grammar, field), field)}
 
 
 def _lark(grammar: str, field: str) -> str:
@@ -209,6 +210,21 @@ def _lark(grammar: str, field: str) -> str:
         return str(gbnf_to_lark(grammar))
     except GbnfToLarkError as error:
         raise RequestError(f"{field} is refused: {error}", parameter=field) from None
+    except RecursionError:
+        raise RequestError(f"{field} is refused: it is nested too deeply.", parameter=field) from None
+
+
+def _checked_lark(grammar: str, field: str) -> str:
+    """Return a grammar whose schemas, as `%json {…}`, hold no number that the library does not survive."""
+    for found in re.finditer(r"%json\s*(?={)", grammar):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(grammar, found.end())
+            check_range(schema)
+        except json.JSONDecodeError:
+            continue  # which the library says, where it is more than a part of a text
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{field} is refused: %json: {error}", parameter=field) from None
+    return grammar
 
 
 def _escaped(text: str) -> str:

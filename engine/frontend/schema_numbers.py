@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -10,6 +12,10 @@ Schema = dict[str, Any]
 
 LARGEST = 2**63 - 1024
 """The largest float64 below 2^63: the library counts digits in int64."""
+MOST_REMAINDERS = 8192
+"""Of all `multipleOf` together: with some more the library ends a request while it runs."""
+_INT64_END = 2**63
+"""As the greatest value of an integer: the library takes what an int64 does not hold for the largest that it holds."""
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
@@ -17,7 +23,7 @@ def rewrite_numbers(schema: Schema) -> None:
     """Make bounds inclusive and exact, in place.
 
     A bound beyond 2^53 moves to the nearest float64 inside, and one beyond int64 into it, so nothing outside is ever
-    allowed. Raises ValueError for bounds that leave nothing.
+    allowed; the end of int64 itself is kept. Raises ValueError for bounds that leave nothing.
     """
     _from_draft_4(schema)
     for word in _BOUNDS:
@@ -37,18 +43,55 @@ def rewrite_numbers(schema: Schema) -> None:
     if low is not None or not {"minimum", "exclusiveMinimum"} & set(schema):
         schema["minimum"] = -LARGEST if low is None else _float_inside(low, up=True)
     if high is not None or not {"maximum", "exclusiveMaximum"} & set(schema):
-        schema["maximum"] = LARGEST if high is None else _float_inside(high, up=False)
+        is_int64 = is_integer and high is not None and high >= _INT64_END - 1
+        schema["maximum"] = _INT64_END if is_int64 else LARGEST if high is None else _float_inside(high, up=False)
     if schema.get("minimum", -LARGEST) > schema.get("maximum", LARGEST):
         raise ValueError("no number that a grammar keeps exactly lies between the bounds.")
 
 
+def check_multiples(multiples: Iterable[Any]) -> None:
+    """Raise ValueError for `multipleOf` values whose remainders are more than the library can follow, all together."""
+    total = 0
+    for multiple in multiples:
+        if isinstance(multiple, bool) or not isinstance(multiple, int | float) or not math.isfinite(multiple):
+            raise ValueError(f"multipleOf must be a number, found {multiple!r}.")
+        number = Decimal(repr(multiple))
+        exponent = number.as_tuple().exponent
+        assert isinstance(exponent, int)
+        # as many as the digits without their point say; trailing zeros cost little
+        num_remainders = abs(int(number.scaleb(-min(exponent, 0))))
+        total += 1000 if num_remainders == 10_000 else num_remainders
+        if total > MOST_REMAINDERS:
+            raise ValueError(
+                f"multipleOf {multiple}: a grammar follows at most {MOST_REMAINDERS} remainders in all; leave it out."
+            )
+
+
 def check_exact(value: Any) -> None:
-    """Raise ValueError for an integer, at any depth, that a float64 does not hold: another would be generated."""
+    """Raise ValueError for a number, at any depth, that the library does not hold: another would be generated."""
+    for number in _numbers_in(value):
+        if abs(number) > 2**53 and (abs(number) > LARGEST or int(float(number)) != number):
+            raise ValueError(f"the value {number} is beyond what a grammar keeps exactly.")
+
+
+def check_range(root: Schema) -> None:
+    """Raise ValueError for a number anywhere that may bring the library to an end, which takes the process with it.
+
+    It negates what it has read as an int64, also in parts that are reached by a way which only the library knows.
+    """
+    for number in _numbers_in(root):
+        if not -LARGEST <= number <= _INT64_END:
+            raise ValueError(f"the number {number} is beyond what a grammar keeps.")
+
+
+def _numbers_in(value: Any) -> Iterator[int | float]:
     pending = [value]
     while pending:
         match pending.pop():
-            case int() as number if abs(number) > 2**53 and (abs(number) > LARGEST or int(float(number)) != number):
-                raise ValueError(f"the value {number} is beyond what a grammar keeps exactly.")
+            case bool():
+                pass
+            case int() | float() as number:
+                yield number
             case list() as items:
                 pending += items
             case dict() as members:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from sempre.engine.frontend.schema_numbers import check_exact, rewrite_numbers
+from sempre.engine.frontend.schema_numbers import check_exact, check_multiples, check_range, rewrite_numbers
 
 Schema = dict[str, Any]
 
@@ -26,6 +26,7 @@ _ONE = ("additionalItems", "additionalProperties", "contains", "else", "if", "it
 _LISTS = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 _MAPS = ("$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties")
 COMBINING = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
+_COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
 _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 
 
@@ -57,6 +58,11 @@ def rewritten(root: Schema, *, closed: bool = False) -> tuple[Schema, list[Node]
         target = target_of(root, reference)
         if isinstance(target, dict):
             walk.enter(target, reference[1:])
+    try:
+        check_range(root)
+        check_multiples(node.schema["multipleOf"] for node in walk.nodes if "multipleOf" in node.schema)
+    except ValueError as error:
+        raise SchemaRefused("", str(error)) from None
     return root, walk.nodes
 
 
@@ -168,6 +174,9 @@ def _check_types(schema: Schema, place: str) -> None:
 
 
 def _numbers(schema: Schema, place: str) -> None:
+    for word in _COUNTS:
+        if isinstance(schema.get(word), float) and schema[word].is_integer():
+            schema[word] = int(schema[word])
     try:
         rewrite_numbers(schema)
         for word in ("const", "enum"):
