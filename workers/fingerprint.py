@@ -12,7 +12,7 @@ from sempre.kernels.threads import get_num_threads
 from sempre.workers.weights import DecoderWeights
 
 # name of the order of operations that the CPU kernels follow; a change of any result's bits raises the number
-CPU_PROFILE = "cpu-fma-1"
+CPU_PROFILE = "cpu-fma-2"
 
 # vector extensions that code generation may use, widest first
 _VECTOR_LEVELS = ("avx512f", "avx2", "avx", "asimd")

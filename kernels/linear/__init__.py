@@ -1,9 +1,10 @@
 """Matrix product of activations with a weight: out[t, n] = sum over k of x[t, k] * weight[n, k] (+ bias[n]).
 
-Contract: every output element is one float32 accumulator over k ascending, starting at 0; the bias is added last. So
-a row's result depends on nothing but that row and the weight: not on the number of rows, its place among them, the
-tile that computed it, or the number of threads. On CPU each step is one fused multiply-add, and 16-bit and fp8 weights
-are widened exactly; on a GPU the steps are the tensor core's own, K is never split, and x has the weight's dtype.
+Contract: every output element is summed in float32 over k ascending, starting at 0; the bias is added last. So a row's
+result depends on nothing but that row and the weight: not on the number of rows, its place among them, the tile that
+computed it, or the number of threads. On CPU each chain of 64 terms is one fused multiply-add a term, chains are added
+in order, and 16-bit and fp8 weights are widened exactly; on a GPU the steps are the tensor core's own, K is never
+split, and x has the weight's dtype.
 
 fp8 weights: the accumulator is multiplied by the scale of x's row, if the scheme quantises x (`kernels.fp8`), then by
 the scale of the output channel, each product rounded to float32, and the bias is added after.

@@ -22,17 +22,21 @@ from sempre.kernels.vector_ir import (
     splat,
     store,
     unrolled_loop,
+    vec,
 )
 
 VECTORS = 2
 PANEL = VECTORS * LANES
+# terms of one chain: the rounding errors of a sum grow with the length of its chains
+CHAIN = 64
 
 
 def fma_tile(rows: int) -> Any:
     """Intrinsic (x, x_row_bytes, panel, storage, depth, out, out_row_bytes): `rows` x 32 elements of a product.
 
-    out[i, j] = sum over k ascending of x[i, k] * panel[k, j], one fused multiply-add per term, starting at 0. x and
-    out are float32; the panel [depth, 32] holds elements of format `storage` (a code of `kernels.storage`).
+    out[i, j] = sum over k ascending of x[i, k] * panel[k, j], in chains of `CHAIN` terms: one fused multiply-add per
+    term, starting at 0, then one addition to the sum of the chains before. x and out are float32; the panel [depth, 32]
+    holds elements of format `storage` (a code of `kernels.storage`).
     """
 
     def emit(
@@ -69,19 +73,30 @@ def _emit_tile(
         x_rows.append(b.add(x_rows[-1], x_row))
         out_rows.append(b.add(out_rows[-1], out_row))
 
+    places = [(i, j, b.add(out_rows[i], I64(64 * j))) for i in range(rows) for j in range(VECTORS)]
+
     def step(b: ir.IRBuilder, k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
         at = b.add(panel, b.mul(k, I64(VECTORS * width)))
         columns = [load_widened(b, b.add(at, I64(width * j)), storage) for j in range(VECTORS)]
-        following = []
-        for i in range(rows):
-            factor = splat(b, load(b, b.add(x_rows[i], b.mul(k, I64(4))), F32))
-            following += [fma(b, factor, columns[j], sums[i * VECTORS + j]) for j in range(VECTORS)]
-        return following
+        factors = [splat(b, load(b, b.add(row, b.mul(k, I64(4))), F32)) for row in x_rows]
+        return [fma(b, factors[i], columns[j], sums[i * VECTORS + j]) for i, j, _ in places]
 
-    sums = unrolled_loop(b, depth, 4, [constant(0.0)] * (rows * VECTORS), step)
-    for i in range(rows):
-        for j in range(VECTORS):
-            store(b, sums[i * VECTORS + j], b.add(out_rows[i], I64(64 * j)))
+    def chain(b: ir.IRBuilder, start: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        left = b.sub(depth, start)
+        length = b.select(b.icmp_signed("<", left, I64(CHAIN)), left, I64(CHAIN))
+        sums = unrolled_loop(
+            b, length, 4, [constant(0.0)] * len(places), lambda b, k, sums: step(b, b.add(start, k), sums)
+        )
+        with b.if_else(b.icmp_signed("==", start, I64(0))) as (first, later):
+            with first:
+                for total, (_, _, place) in zip(sums, places, strict=True):
+                    store(b, total, place)
+            with later:
+                for total, (_, _, place) in zip(sums, places, strict=True):
+                    store(b, b.fadd(load(b, place, vec(F32)), total), place)
+        return carried
+
+    loop(b, I64(0), depth, CHAIN, [], chain)
 
 
 def _rows_of_scalars(emit_element: Callable[[ir.IRBuilder, ir.Value, ir.Value], None]) -> Any:

@@ -55,7 +55,7 @@ def test_answers(checkpoints: Any, serve: Any) -> None:
         "python",
         "llguidance",
     }
-    assert loaded.fingerprint["numerics"] == "cpu-fma-1"
+    assert loaded.fingerprint["numerics"] == "cpu-fma-2"
 
 
 def test_generation_config_decides_the_end_of_sequence(checkpoints: Any, tmp_path: Path) -> None:
