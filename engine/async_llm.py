@@ -18,9 +18,10 @@ from sempre.engine.client.interface import AsyncEngineClient, launch_async
 from sempre.engine.config import EngineConfig
 from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, log_progress, worker_call
 from sempre.engine.frontend.output_processor import RequestState
+from sempre.engine.frontend.pacing import Pace, Pacer
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
-from sempre.engine.frontend.session import check_refused, frames_of
+from sempre.engine.frontend.session import check_refused
 from sempre.engine.frontend.startup_notice import StartupNotice
 from sempre.engine.frontend.unsupported import refuse_values
 from sempre.engine.health import EngineHealth, judge, unhealthy
@@ -33,7 +34,6 @@ from sempre.ipc.error_info import again
 from sempre.ipc.errors import EngineDeadError, ProtocolError, SempreError
 from sempre.ipc.messages import (
     AbortRequests,
-    AddRequests,
     CallWorkersReply,
     ClientCommand,
     ClientEvent,
@@ -76,6 +76,7 @@ class AsyncLLM:
         self._call_ids = count()
         self._streams: dict[str, OutputStream] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
+        self._pacer = Pacer()
 
     async def start(self) -> None:
         """Launch the engine and wait until it is ready. Raises as `LLM` does."""
@@ -84,7 +85,7 @@ class AsyncLLM:
         with StartupNotice(self._frontend.config.model):
             self._client = await launch_async(self._frontend.config, log_progress)
         self._frontend.connect(self._client.ready)
-        self._begin(self._client)
+        self._reader = asyncio.create_task(self._read(self._client), name="sempre reader")
 
     async def restart(self) -> None:
         """Launch an engine in place of one that has ended; requests are numbered on. Raises as `start`.
@@ -104,7 +105,7 @@ class AsyncLLM:
             self._frontend.connect(client.ready)
         self._client, self._failure = client, None
         self._has_ended.clear()
-        self._begin(client)
+        self._reader = asyncio.create_task(self._read(client), name="sempre reader")
 
     async def wait_for_end(self) -> EngineDeadError:
         """Return, once the engine has ended, the error that says why."""
@@ -168,6 +169,7 @@ class AsyncLLM:
         client = self._connected()
         state, sequence_ids = self._frontend.processor.end_aborted(request_id)
         if sequence_ids:
+            self._pacer.drop(sequence_ids)
             client.send(AbortRequests(request_ids=sequence_ids))
         if state is not None:
             self._wake(state)
@@ -301,9 +303,6 @@ class AsyncLLM:
         if reader is not None:
             await asyncio.gather(reader, return_exceptions=True)
 
-    def _begin(self, client: AsyncEngineClient) -> None:
-        self._reader = asyncio.create_task(self._read(client), name="sempre reader")
-
     def _connected(self) -> AsyncEngineClient:
         if self._failure is not None:
             raise again(self._failure)
@@ -317,9 +316,7 @@ class AsyncLLM:
         states: list[RequestState] = []
         try:
             states += [self._frontend.processor.add(request) for request in requests]
-            frames = list(frames_of(requests))
-            for frame in frames:
-                client.send(AddRequests(requests=frame))
+            self._pacer.start(requests, Pace.of(client.ready, self.config.data_parallel_size), client.send)
         except BaseException:
             self._drop([state.request_id for state in states])
             raise
@@ -332,6 +329,7 @@ class AsyncLLM:
         for name in request_ids:
             self._streams.pop(name, None)
         sequence_ids = self._frontend.processor.forget(request_ids)
+        self._pacer.drop(sequence_ids)
         if sequence_ids and self._client is not None and self._failure is None:
             self._client.send(AbortRequests(request_ids=sequence_ids))
 
@@ -362,6 +360,7 @@ class AsyncLLM:
     def _take(self, client: AsyncEngineClient, event: ClientEvent) -> None:
         match event:
             case OutputsReady(outputs=outputs):
+                self._pacer.note(outputs)
                 processed = self._frontend.processor.process(outputs)
                 if processed.stopped_ids:
                     client.send(AbortRequests(request_ids=processed.stopped_ids, finish_reason="stop"))
