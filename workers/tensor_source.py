@@ -154,8 +154,8 @@ def _open(stack: ExitStack, path: Path) -> Any:
     check_regular(path)
     try:
         return stack.enter_context(safe_open(str(path), framework="pt"))
-    # A header that lies about sizes, offsets or text is found out by the library.
-    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+    # A header that lies about sizes, offsets or text is found out by the library, a file beyond all memory by torch.
+    except (SafetensorError, OSError, ValueError, OverflowError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot be opened as safetensors: {error}") from error
 
 

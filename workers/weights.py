@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from typing import NoReturn
 
 import torch
 
-from sempre.ipc.errors import TensorMismatch
+from sempre.ipc.errors import ModelError, TensorMismatch
 from sempre.kernels.fp8 import Fp8Scheme, QuantizedWeight, quantize_channels
+from sempre.workers.kv_cache import available_memory_bytes
 from sempre.workers.models.numerics import LinearKernel, Packed
 from sempre.workers.models.quantization import QuantizationSpec, resolve_quantization
 from sempre.workers.models.spec import ModelSpec
@@ -165,6 +167,8 @@ def load_weights(
     with _open_source(spec, shapes, folder, dtype, load_format, seed, placement.device) as source:
         _check(spec, shapes, source, resolved)
         target = _target_dtype(spec, source, dtype)
+        if placement.device.type == "cpu":
+            _check_memory(shapes, source, target, is_quantized=resolved is not None)
         with ThreadPoolExecutor(max_workers=placement.hashing_threads) as pool:
             return _Loader(spec, source, target, product, placement, pool, resolved).load()
 
@@ -217,6 +221,22 @@ def _check(
             _mismatch(name, f"dtype {', '.join(allowed)}", f"dtype {source.dtype_name(name)}")
     if spec.tie_word_embeddings and LM_HEAD in present and not _same_tensor(source, LM_HEAD, EMBEDDING):
         _mismatch(LM_HEAD, f"a copy of {EMBEDDING} (tie_word_embeddings is true)", "other values")
+
+
+def _check_memory(
+    shapes: dict[str, tuple[int, ...]], source: TensorSource, dtype: torch.dtype, *, is_quantized: bool
+) -> None:
+    """Raise ModelError for weights that cannot fit, before the first of them is made."""
+    needed = 0
+    for name, shape in shapes.items():
+        stored = FLOAT_NAMES.get(source.dtype_name(name), dtype)
+        needed += math.prod(shape) * (1 if is_quantized else min(stored.itemsize, dtype.itemsize))
+    free = available_memory_bytes()
+    if needed > free:
+        raise ModelError(
+            f"config.json: expected weights that fit into the {free} bytes of free memory, found sizes that make at "
+            f"least {needed} bytes. Choose a smaller model, or free memory."
+        )
 
 
 def _same_tensor(source: TensorSource, a: str, b: str) -> bool:

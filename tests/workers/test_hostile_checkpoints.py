@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import resource
@@ -21,8 +22,10 @@ from sempre.engine.text.chat_template import load_chat_template
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ConfigError, ModelError
 from sempre.ipc.model_files import check_regular, read_json_object, shown
+from sempre.workers.models.numerics import linear_kernel
 from sempre.workers.models.spec import load_spec
 from sempre.workers.tensor_source import INDEX_FILE, SINGLE_FILE, open_safetensors
+from sempre.workers.weights import expected_shapes, load_weights
 
 READERS: dict[str, Callable[[Path], object]] = {
     "config.json": load_spec,
@@ -144,6 +147,28 @@ def test_memory_stays_free_and_no_layer_is_made(checkpoint: Path) -> None:
         [sys.executable, "-c", program, str(checkpoint)], preexec_fn=limit, capture_output=True, text=True
     )
     assert "num_hidden_layers: expected an integer of at most 1024, found 1000000000" in done.stderr
+
+
+HUGE = {"hidden_size": 2**14, "intermediate_size": 2**16, "num_hidden_layers": 200, "num_attention_heads": 256}
+
+
+@pytest.mark.parametrize("load_format", ["dummy", "safetensors"])
+def test_weights_that_fit_nowhere_are_refused_before_one_is_made(checkpoint: Path, load_format: str) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **HUGE, "num_key_value_heads": 256, "head_dim": 128}))
+    spec = load_spec(checkpoint)
+    if load_format == "safetensors":
+        shapes, tensors, end = expected_shapes(spec, None), {}, 0
+        for name, shape in shapes.items():
+            begin, end = end, end + 2 * math.prod(shape)
+            tensors[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+        with (checkpoint / SINGLE_FILE).open("wb") as file:
+            file.write(header(**tensors))
+            file.truncate(file.tell() + end)  # a hole: nothing is stored
+    # a file of that size cannot even be mapped on many machines
+    expected = r"expected weights that fit into the \d+ bytes of free memory|cannot be opened as .* unable to mmap"
+    with pytest.raises(ModelError, match=expected):
+        load_weights(spec, checkpoint, linear_kernel("invariant"), dtype="auto", load_format=load_format, seed=0)
 
 
 def header(**tensors: object) -> bytes:
