@@ -54,9 +54,9 @@ class LoadedModel:
         """Of one KV cache block."""
         return block_bytes(self.spec, self.block_size, self.weights.dtype)
 
-    def make_grammar_compiler(self) -> GrammarCompiler:
+    def make_grammar_compiler(self, *, step_wait_s: float | None = None) -> GrammarCompiler:
         """For the model's own tokenizer."""
-        return GrammarCompiler(Path(self.config.model_path), self.spec.vocab_size)
+        return GrammarCompiler(Path(self.config.model_path), self.spec.vocab_size, step_wait_s=step_wait_s)
 
 
 class Runner(Protocol):

@@ -25,6 +25,8 @@ from sempre.workers.weights import ON_CPU
 
 # longer ones would only take more memory
 _MOST_PROMPT_TOKENS = 2048
+# what is not ready by then is asked for again in the next step
+_FORM_WAIT_S = 0.02
 # a step of more rows takes longer by as much
 _DEFAULT_MAX_NUM_SEQS = 128
 
@@ -108,7 +110,7 @@ class CpuBackend:
         return ModelRunner(
             decoder,
             PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
-            model.make_grammar_compiler(),
+            model.make_grammar_compiler(step_wait_s=_FORM_WAIT_S),
             max_model_len=model.max_model_len,
             max_num_seqs=model.max_num_seqs,
             max_num_batched_tokens=model.max_num_batched_tokens,

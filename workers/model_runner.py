@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from sempre.ipc.messages import ExecuteStep, SampledTokens, ScheduledRequest
+from sempre.ipc.messages import NOT_READY, ExecuteStep, SampledTokens, ScheduledRequest
 from sempre.workers.admission import Admission, StepLimits
 from sempre.workers.input_batch import InputBatch, StepPlan
 from sempre.workers.kv_cache import PagedKvCache
@@ -37,6 +37,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
         self._decoder = decoder
+        self._grammars = grammars
         self._rank = rank
         self._batch = InputBatch(
             num_blocks=cache.num_blocks,
@@ -73,6 +74,8 @@ class ModelRunner:
 
     def _compute(self, scheduled: list[ScheduledRequest]) -> list[SampledTokens]:
         batch_step = self._batch.build(scheduled)
+        self._grammars.patience.begin_step()
+        _prepare_forms(batch_step.plan)
         hidden = self._decoder.forward(batch_step.model_input, self.cache.layers)
         plan = batch_step.plan
         results = self._sample(plan, hidden, all_rows=batch_step.model_input.outputs is None)
@@ -82,7 +85,8 @@ class ModelRunner:
                 results[index] = self._prompt_logprobs.add(results[index], item, state, first_row, hidden)
         for state, result in zip(plan.states, results, strict=True):
             # a failed request stays failed: a step for it may be on its way already
-            state.error = result.error
+            if result.error is None or result.error.type != NOT_READY:
+                state.error = result.error
         return results
 
     def _sample(self, plan: StepPlan, hidden: torch.Tensor, *, all_rows: bool) -> list[SampledTokens]:
@@ -112,3 +116,12 @@ class ModelRunner:
                 self._batch.append(state, token_id)
             results[index] = result
         return results
+
+
+def _prepare_forms(plan: StepPlan) -> None:
+    """Have the forms of the rows that sample worked out beside the forward pass."""
+    sampled = plan.sampled_rows
+    for index, position in zip(sampled.requests.tolist(), sampled.positions.tolist(), strict=True):
+        grammar = plan.states[index].sampling.grammar
+        if grammar is not None:
+            grammar.prepare(position)

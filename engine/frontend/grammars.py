@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from contextlib import suppress
+import threading
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -23,11 +24,13 @@ from sempre.ipc.messages import ReasoningSpec, SamplingSpec
 logger = logging.getLogger(__name__)
 
 MAX_GRAMMAR_BYTES = 128 * 1024
-"""Most UTF-8 bytes of a schema, expression, grammar, or all choices. Compiling the largest takes below a second."""
+"""Most UTF-8 bytes of a schema, expression, grammar, or all choices."""
+MAX_TRANSLATED_CHARACTERS = 256 * 1024
+"""Most characters of what is made of it; compiling the largest takes seconds and some tens of megabytes."""
 
 # A server checks a large grammar in a thread, so that building the request finds it here.
-_MOST_CHECKED = 64
-_UNKNOWN = "not checked yet"
+_MOST_BUILT = 64
+_MOST_BUILT_CHARACTERS = 8 << 20
 
 _BODY = "body"
 _SPACE = r"/[ \n\r\t]{0,4}/"
@@ -43,8 +46,7 @@ class GrammarBuilder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # what the last checks found, None where all is well; in their order
-        self._checked: dict[tuple[str, bool], str | None] = {}
+        self._built = _Built()
 
     def build(self, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int], max_tokens: int) -> str:
         """The grammar in llguidance's form, with ends that fit `max_tokens`. Raises RequestError naming the field."""
@@ -56,14 +58,32 @@ class GrammarBuilder:
                 "it is what ends a structured output.",
                 parameter="structured_outputs",
             )
-        _check_size(params, field)
-        *first, last = _translated(params, field, max_tokens)
-        for grammar in first:
-            with suppress(RequestError):
-                self._check(grammar, params, vocab_size, eos_token_ids)
-                return grammar
-        self._check(last, params, vocab_size, eos_token_ids)
-        return last
+        key = (*(tuple(value) if isinstance(value, list) else value for value in vars(params).values()), max_tokens)
+        found = self._built.get(key)
+        if found is None:
+            found = self._build(params, field, vocab_size, eos_token_ids, max_tokens)
+            self._built.keep(key, found)
+        if found.problem:
+            raise RequestError(found.problem, parameter=field)
+        return found.grammar
+
+    def _build(
+        self, params: StructuredOutputsParams, field: str, vocab_size: int, eos_token_ids: list[int], max_tokens: int
+    ) -> _Form:
+        problem: str | None = ""
+        try:
+            _check_size(params, field)
+            # the last one that is tried is the one whose problem is told
+            for grammar in _translated(params, field, max_tokens):
+                if len(grammar) > MAX_TRANSLATED_CHARACTERS:
+                    problem = f"as a grammar it has {len(grammar)} characters, at most {MAX_TRANSLATED_CHARACTERS}."
+                    continue
+                problem = self._problem(grammar, params, vocab_size, eos_token_ids)
+                if problem is None:
+                    return _Form(grammar, "")
+        except RequestError as error:
+            return _Form("", str(error))
+        return _Form("", f"{field} is refused: {problem}")
 
     def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt_token_ids: list[int]) -> SamplingSpec:
         """Return `spec` with what holds for an output that reasons before its answer, behind this prompt."""
@@ -103,19 +123,6 @@ class GrammarBuilder:
             {"grammars": [{"name": "frame", "lark_grammar": "\n".join(frame)}, *json.loads(grammar)["grammars"]]}
         )
 
-    def _check(self, grammar: str, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int]) -> None:
-        key = (grammar, params.after_reasoning)
-        # any thread may be here: what is read once stands
-        problem = self._checked.get(key, _UNKNOWN)
-        if problem is _UNKNOWN:
-            problem = self._problem(grammar, params, vocab_size, eos_token_ids)
-            while len(self._checked) >= _MOST_CHECKED:
-                self._checked.pop(next(iter(self._checked), key), None)
-            self._checked[key] = problem
-        if problem is not None:
-            field = f"structured_outputs.{params.constraint}"
-            raise RequestError(f"{field} is refused: {problem}", parameter=field)
-
     def _problem(
         self, grammar: str, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int]
     ) -> str | None:
@@ -139,6 +146,37 @@ class GrammarBuilder:
         return messages[0].strip() if failed or messages else None
 
 
+class _Form(NamedTuple):
+    """A grammar, or what speaks against it."""
+
+    grammar: str
+    problem: str
+
+
+class _Built:
+    """The forms that were built last; any thread may ask."""
+
+    def __init__(self) -> None:
+        self._forms: dict[tuple[object, ...], _Form] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[object, ...]) -> _Form | None:
+        return self._forms.get(key)
+
+    def keep(self, key: tuple[object, ...], form: _Form) -> None:
+        """Keep a form in place of those that were built first."""
+        with self._lock:
+            self._forms[key] = form
+            while len(self._forms) > _MOST_BUILT or sum(map(_size, self._forms.items())) > _MOST_BUILT_CHARACTERS:
+                del self._forms[next(iter(self._forms))]
+
+
+def _size(kept: tuple[tuple[object, ...], _Form]) -> int:
+    key, form = kept
+    texts = [text for part in key for text in (part if isinstance(part, tuple) else [part]) if isinstance(text, str)]
+    return len(form.grammar) + sum(map(len, texts))
+
+
 def _without_remarks(messages: list[str], field: str) -> list[str]:
     """Log what the library does in another way than the schema says, and return the rest."""
     rest = [message for message in messages if not message.startswith("oneOf ")]
@@ -155,6 +193,7 @@ def _reason(message: str) -> str:
 def _check_size(params: StructuredOutputsParams, field: str) -> None:
     given = getattr(params, params.constraint)
     parts = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    parts = [*parts, params.begins_after or "", params.whitespace_pattern or ""]
     size = sum(len(part.encode(errors="replace")) for part in parts)
     if size > MAX_GRAMMAR_BYTES:
         raise RequestError(

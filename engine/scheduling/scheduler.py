@@ -31,6 +31,7 @@ from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import ConfigError, ProtocolError, RequestCrashed, RequestError
 from sempre.ipc.messages import (
+    NOT_READY,
     ErrorInfo,
     ExecuteStep,
     RequestOutputDelta,
@@ -238,10 +239,7 @@ class Scheduler:
         """It has passed: the next one runs alone, and its own turn comes again after the last."""
         self._quarantine.release(request)
         if request.is_running:
-            self._running.remove(request)
-            request.is_running = False
-            self._kv_cache.release(request)
-            insort(self._waiting, request, key=ORDER_KEY)
+            self._wait_again(request)
 
     def _schedule_waiting(self, draft: StepInFlight) -> None:
         """Admit waiting requests, strictly in order."""
@@ -306,11 +304,14 @@ class Scheduler:
                 num_tokens += request.count_prompt_tokens(planned.num_computed_tokens + planned.num_tokens)
             if request.finish_reason is not None:
                 continue  # aborted or stopped while this step was in flight
+            holds_blocks = request.is_running and request.admitted_at_step <= flight.step_id
+            if sampled.error is not None and sampled.error.type == NOT_READY:
+                self._compute_again(request, planned, holds_blocks)
+                continue
             if sampled.error is not None:
                 request.finish_reason = "error"
                 deltas.append(self._ended_by_error(request, sampled.error))
                 continue
-            holds_blocks = request.is_running and request.admitted_at_step <= flight.step_id
             num_written = planned.num_computed_tokens + planned.num_tokens
             if planned.draft_token_ids:
                 num_written -= self._count_rejected(request, planned.draft_token_ids, sampled)
@@ -324,6 +325,24 @@ class Scheduler:
                 self._release_suspect(request)
         self._counters.tokens_per_step.observe(num_tokens + self._counters.generation_tokens)
         return deltas
+
+    def _compute_again(self, request: Request, planned: ScheduledRequest, holds_blocks: bool) -> None:
+        """The worker could not sample yet: it computes the last known token once more, in the next step."""
+        request.num_tokens -= 1
+        if request.wants_prompt_logprobs:
+            # they follow from hidden states of this step, which nobody has any more
+            request.prompt_logprobs_start = planned.prompt_logprobs_start
+            if holds_blocks:
+                self._wait_again(request)
+        elif holds_blocks:
+            request.num_computed_tokens = request.num_tokens - 1
+
+    def _wait_again(self, request: Request) -> None:
+        """From running back to waiting, at its place in the order."""
+        self._running.remove(request)
+        request.is_running = False
+        self._kv_cache.release(request)
+        insort(self._waiting, request, key=ORDER_KEY)
 
     def _count_rejected(self, request: Request, drafts: list[int], sampled: SampledTokens) -> int:
         """Count what became of verified guesses; how many of them were wrong, and their keys and values with them."""

@@ -32,6 +32,7 @@ from sempre.ipc.messages.client import (
     WorkerStateChanged,
 )
 from sempre.ipc.messages.common import (
+    NOT_READY,
     PROTOCOL_VERSION,
     ErrorInfo,
     Heartbeat,
@@ -67,6 +68,7 @@ from sempre.ipc.messages.worker import (
 )
 
 __all__ = [
+    "NOT_READY",
     "PROTOCOL_VERSION",
     "AbortRequests",
     "AddRequests",

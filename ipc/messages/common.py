@@ -23,6 +23,10 @@ class Data(Struct, frozen=True, array_like=True, kw_only=True):
     """Base of the parts of a message (untagged)."""
 
 
+NOT_READY = "NotReady"
+"""Type of the error of a row that is to be computed again, in a later step."""
+
+
 class ErrorInfo(Data, frozen=True, kw_only=True):
     """An exception in transit: its type's name, text, where it was raised, and the facts its class carries."""
 

@@ -203,7 +203,8 @@ class WorkerReady(Message, frozen=True, kw_only=True):
 class SampledTokens(Data, frozen=True, kw_only=True):
     """The result of one request in one step: no token (chunked prefill goes on), one, or several (speculation).
 
-    `draft_token_ids` are guesses of the tokens after those.
+    `draft_token_ids` are guesses of the tokens after those. An error of the type NOT_READY ends nothing: the form of
+    the output was not ready, and the token is to be sampled in a later step.
     """
 
     request_id: str

@@ -6,11 +6,15 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from sempre.engine import LLM, ConfigError, RequestError, SamplingParams, StructuredOutputsParams
+from sempre.workers.sampling.grammar import StepPatience
+from sempre.workers.sampling.row_error import NotReady
 
 SCHEMA = {
     "type": "object",
@@ -141,6 +145,28 @@ def test_siblings_have_a_state_each(llm: LLM) -> None:
     lone = [form(regex="[a-z]{5,9}[0-9]{3}", temperature=1.0, seed=10 + i) for i in range(4)]
     assert texts == [llm.generate("It", params, use_tqdm=False)[0].outputs[0].text for params in lone]
     assert len(set(texts)) == 4
+
+
+def test_no_token_depends_on_when_its_form_is_ready(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that waits for no form computes rows again and again until theirs are ready."""
+    params = [form(json=SCHEMA, seed=seed, max_tokens=40) for seed in range(3)]
+    params += [replace(params[0], logprobs=2, prompt_logprobs=1), SamplingParams(max_tokens=40, seed=1, logprobs=2)]
+    patient = [(output.token_ids, output.logprobs) for output in generated(llm, params)]
+    steps_that_waited = 0
+    ready = StepPatience.result_of
+
+    def never_the_first_time(patience: StepPatience, work: Future[Any]) -> Any:
+        nonlocal steps_that_waited
+        if not getattr(work, "was_asked_for", False):
+            work.was_asked_for = True  # type: ignore[attr-defined]
+            steps_that_waited += 1
+            raise NotReady("structured_outputs")
+        return ready(patience, work)
+
+    monkeypatch.setattr(StepPatience, "result_of", never_the_first_time)
+    again = generated(llm, params)
+    assert [(output.token_ids, output.logprobs) for output in again] == patient
+    assert steps_that_waited > 100
 
 
 def test_a_request_that_runs_into_an_error_ends_alone(llm: LLM) -> None:

@@ -10,10 +10,11 @@ beginning and reads the tokens known then.
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +23,19 @@ from sempre.ipc.errors import ModelError
 from sempre.ipc.messages import SamplingSpec
 from sempre.ipc.model_files import MAX_TOKENIZER_BYTES, read_text
 from sempre.workers.sampling.reasoning import ReasoningState
-from sempre.workers.sampling.row_error import RowError
+from sempre.workers.sampling.row_error import NotReady, RowError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 Words = npt.NDArray[np.int32]
+Result = TypeVar("Result")
 
 OPERATION = "structured_outputs"
+# a form that takes long leaves one to the others
+_THREADS = 2
+# characters of grammars; what is made of them takes some hundred times as many bytes
+_MOST_COMPILED = 1 << 18
 
 
 def grammar_library_version() -> str:
@@ -40,21 +46,85 @@ def grammar_library_version() -> str:
         return "not installed"
 
 
-class _Follower:
-    """One grammar, and how far the output has been read by it."""
+class StepPatience:
+    """How long the rows of one step may wait, all together, for the work on their forms."""
 
-    def __init__(self, matcher: Future[LLMatcher], token_ids: list[int], num_prompt_tokens: int) -> None:
-        self._matcher = matcher
+    def __init__(self, most_s: float | None) -> None:
+        """None: as long as it takes."""
+        self._most_s = most_s
+        self._left_s = most_s
+
+    def begin_step(self) -> None:
+        """Another step begins."""
+        self._left_s = self._most_s
+
+    def result_of(self, work: Future[Result]) -> Result:
+        """Wait for a result. Raises NotReady when it does not come in time, and what the work raises."""
+        began = time.monotonic()
+        done = wait([work], self._left_s).done
+        if self._left_s is not None:
+            self._left_s = max(0.0, self._left_s - (time.monotonic() - began))
+        if not done:
+            raise NotReady(OPERATION)
+        return work.result()
+
+
+class _Follower:
+    """One grammar, and how far the output has been read by it; a thread reads, for one position at a time."""
+
+    def __init__(
+        self,
+        threads: ThreadPoolExecutor,
+        patience: StepPatience,
+        matcher: Future[LLMatcher],
+        token_ids: list[int],
+        num_prompt_tokens: int,
+    ) -> None:
+        self._threads = threads
+        self._patience = patience
+        self._compiled = matcher
+        self._matcher: LLMatcher | None = None
         self._sequence = token_ids
         # output tokens of sequence[:_end] are read
         self._end = num_prompt_tokens
+        self._work: Future[Words | None] | None = None
+        self._position = -1
+        """what the work is about"""
+
+    def prepare(self, position: int) -> None:
+        """Begin to find out what may stand at `position`."""
+        if self._work is not None and self._position != position:
+            if not self._work.done():
+                return
+            self._work = None
+        if self._work is None:
+            self._position = position
+            self._work = self._threads.submit(self._allowed_words, position)
 
     def allowed_words(self, position: int) -> Words | None:
         """As of GrammarState, though of any length; None: the tokens before `position` have left this grammar.
 
-        Raises RowError when there is no such grammar, or it needs more work than one token may cost.
+        Raises NotReady, and RowError when there is no such grammar, or it needs more work than one token may cost.
         """
-        matcher = self._matcher.result()
+        self.prepare(position)
+        assert self._work is not None
+        if self._position != position:
+            # of a position that nobody waits for any more
+            self._finish()
+            self.prepare(position)
+        return self._finish()
+
+    def _finish(self) -> Words | None:
+        assert self._work is not None
+        found = self._patience.result_of(self._work)
+        self._work = None
+        return found
+
+    def _allowed_words(self, position: int) -> Words | None:
+        if self._matcher is None:
+            # the requests of one form share what is compiled, and nothing of what they read
+            self._matcher = self._compiled.result().deep_copy()
+        matcher = self._matcher
         _check(matcher)
         if position < self._end:
             matcher.rollback(self._end - position)
@@ -88,19 +158,27 @@ class GrammarState:
         reasoned: _Follower | None,
         reasoning: ReasoningState | None,
         tokenizer: Future[LLTokenizer],
+        patience: StepPatience,
         num_words: int,
     ) -> None:
+        self._patience = patience
         self._answer = answer
         self._reasoned = reasoned
         self._reasoning = reasoning
         self._tokenizer = tokenizer
         self._num_words = num_words
 
+    def prepare(self, position: int) -> None:
+        """Begin to find out what may stand at `position`, which will be asked for."""
+        for follower in (self._answer, self._reasoned):
+            if follower is not None:
+                follower.prepare(position)
+
     def allowed_words(self, position: int) -> Words:
         """int32 [V / 32], rounded up: bit v % 32 of word v // 32 is 1 if token v may stand at `position`.
 
-        Raises RowError when there is no such grammar, it needs more work than one token may cost, or the tokens so far
-        do not follow it.
+        Raises NotReady when that is still being worked out; RowError when there is no such grammar, it needs more work
+        than one token may cost, or the tokens so far do not follow it.
         """
         begun = False
         if self._reasoning is not None:
@@ -125,18 +203,25 @@ class GrammarState:
         return words.view(np.int32)
 
     def _decode(self, token_ids: Sequence[int]) -> bytes:
-        return self._tokenizer.result().decode_bytes(list(token_ids))
+        return self._patience.result_of(self._tokenizer).decode_bytes(list(token_ids))
 
 
 class GrammarCompiler:
-    """Makes matchers for one model's tokenizer, on a thread of its own, beside the steps."""
+    """Makes matchers for one model's tokenizer; compiling and matching are done on threads, beside the steps.
 
-    def __init__(self, model_folder: Path, vocab_size: int) -> None:
+    Whoever samples waits `step_wait_s` at most for all rows of a step, so that the form of one request, however large,
+    does not hold up the others: a row that is not ready is asked for again in a later step.
+    """
+
+    def __init__(self, model_folder: Path, vocab_size: int, *, step_wait_s: float | None = None) -> None:
+        """`step_wait_s` None: a step waits until its rows are ready."""
         self._path = model_folder / "tokenizer.json"
         self._vocab_size = vocab_size
-        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self.patience = StepPatience(step_wait_s)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
         # the tokens that end an output are the request's; they are the same in all requests of a model, mostly
-        self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
+        self._tokenizers: dict[tuple[int, ...], Future[LLTokenizer]] = {}
+        self._compiled: dict[tuple[str, tuple[int, ...]], Future[LLMatcher]] = {}
 
     def start(self, params: SamplingSpec, token_ids: list[int], num_prompt_tokens: int) -> GrammarState:
         """Begin to compile the form of an output, `params.depends_on_output`; what goes wrong is raised by the state.
@@ -144,26 +229,40 @@ class GrammarCompiler:
         `token_ids` is the worker's own list of the sequence, prompt first, which grows.
         """
         ends = tuple(params.eos_token_ids)
+        tokenizer = self._tokenizers.get(ends)
+        if tokenizer is None:
+            tokenizer = self._tokenizers[ends] = self._threads.submit(self._tokenizer, ends)
 
         def follower(grammar: str | None) -> _Follower | None:
             if grammar is None:
                 return None
-            return _Follower(self._threads.submit(self._compile, grammar, ends), token_ids, num_prompt_tokens)
+            compiled = self._matcher(grammar, ends, tokenizer)
+            return _Follower(self._threads, self.patience, compiled, token_ids, num_prompt_tokens)
 
         reasoning = params.reasoning
         return GrammarState(
             follower(params.grammar),
             None if reasoning is None else follower(reasoning.grammar),
             None if reasoning is None else ReasoningState(reasoning, token_ids, num_prompt_tokens),
-            self._threads.submit(self._tokenizer, ends),
+            tokenizer,
+            self.patience,
             -(-self._vocab_size // 32),
         )
 
-    def _compile(self, grammar: str, eos_token_ids: tuple[int, ...]) -> LLMatcher:
-        tokenizer = self._tokenizer(eos_token_ids)
+    def _matcher(self, grammar: str, ends: tuple[int, ...], tokenizer: Future[LLTokenizer]) -> Future[LLMatcher]:
+        key = (grammar, ends)
+        found = self._compiled.get(key)
+        if found is None:
+            while self._compiled and sum(len(kept) for kept, _ in self._compiled) + len(grammar) > _MOST_COMPILED:
+                del self._compiled[next(iter(self._compiled))]
+            found = self._compiled[key] = self._threads.submit(self._compile, grammar, tokenizer)
+        return found
+
+    def _compile(self, grammar: str, tokenizer: Future[LLTokenizer]) -> LLMatcher:
+        known = tokenizer.result()
         from llguidance import LLMatcher, LLParserLimits
 
-        return LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        return LLMatcher(known, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
 
     def _tokenizer(self, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
         try:
@@ -172,14 +271,9 @@ class GrammarCompiler:
             raise RowError(
                 OPERATION, "needs the llguidance package where the workers run: pip install 'sempre[structured]'"
             ) from error
-        tokenizer = self._tokenizers.get(eos_token_ids)
-        if tokenizer is None:
-            try:
-                text = read_text(self._path, MAX_TOKENIZER_BYTES)
-                # without an end there is no grammar, and only text is read
-                ends = list(eos_token_ids) or [0]
-                tokenizer = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=ends)
-            except (ModelError, ValueError) as error:
-                raise RowError(OPERATION, f"{self._path} cannot be used with grammars: {error}") from error
-            self._tokenizers[eos_token_ids] = tokenizer
-        return tokenizer
+        try:
+            text = read_text(self._path, MAX_TOKENIZER_BYTES)
+            # without an end there is no grammar, and only text is read
+            return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=list(eos_token_ids) or [0])
+        except (ModelError, ValueError) as error:
+            raise RowError(OPERATION, f"{self._path} cannot be used with grammars: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sempre.ipc.messages import ErrorInfo
+from sempre.ipc.messages import NOT_READY, ErrorInfo
 
 
 class RowError(Exception):
@@ -15,6 +15,16 @@ class RowError(Exception):
     def info(self) -> ErrorInfo:
         facts: dict[str, str | int | None] = {"operation": self.operation, "parameter": self.operation}
         return ErrorInfo(type="RequestError", message=str(self), facts=facts)
+
+
+class NotReady(RowError):
+    """What the row needs is still being worked out; a later step may ask for it again."""
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(operation, "the form is still being worked out")
+
+    def info(self) -> ErrorInfo:
+        return ErrorInfo(type=NOT_READY, message=str(self))
 
 
 class NoDistribution(RowError):

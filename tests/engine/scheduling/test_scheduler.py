@@ -13,6 +13,7 @@ from sempre.engine.scheduling import Scheduler
 from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.errors import ConfigError, ProtocolError, RequestError
 from sempre.ipc.messages import (
+    NOT_READY,
     ErrorInfo,
     ExecuteStep,
     LogprobRows,
@@ -366,6 +367,65 @@ def test_tokens_that_do_not_follow_the_guesses_are_refused(token_ids: list[int])
     sampled = [SampledTokens(request_id="a", token_ids=token_ids)]
     with pytest.raises(ProtocolError, match=r"expected a beginning of the drafts \[5, 6, 7\] and one token"):
         replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled))
+
+
+def not_ready(step: ExecuteStep, result: StepResult, request_id: str) -> StepResult:
+    """The worker's answer when it could not sample for one request."""
+    error = ErrorInfo(type=NOT_READY, message="later")
+    sampled = [
+        SampledTokens(request_id=request_id, error=error) if item.request_id == request_id else item
+        for item in result.sampled
+    ]
+    return msgspec.structs.replace(result, sampled=sampled)
+
+
+def test_a_token_that_is_not_ready_is_sampled_in_a_later_step_and_nobody_else_waits() -> None:
+    replica = Replica()
+    form = spec("form", 6, max_tokens=3, grammar="x")
+    replica.add(form, spec("other", 5, ordinal=1, max_tokens=4))
+    for expected in ({"form": 6, "other": 5}, {"form": 1, "other": 1}, {"form": 1, "other": 1}):
+        step = replica.schedule()
+        assert planned(step) == expected
+        lengths = dict(replica.lengths)
+        answer = not_ready(step, replica.answer(step), "form")
+        replica.lengths["form"] = lengths.get("form", 6)
+        deltas = replica.scheduler.update(step, answer)
+        replica.scheduler.check_invariants()
+        assert [delta.request_id for delta in deltas] == ["other"]
+    assert [item.num_computed_tokens for item in step.scheduled] == [5, 6]
+    last = replica.finish()
+    assert last["form"].finish_reason == "length"
+    assert replica.scheduler.stats().generation_tokens == 7
+
+
+def test_a_prompt_whose_log_probabilities_are_wanted_is_computed_again_when_its_token_is_not_ready() -> None:
+    replica = Replica()
+    replica.add(spec("form", 6, max_tokens=3, grammar="x", prompt_logprobs=0))
+    for _ in range(2):
+        step = replica.schedule()
+        [item] = step.scheduled
+        assert (item.num_computed_tokens, item.num_tokens, item.prompt_logprobs_start) == (0, 6, 1)
+        answer = not_ready(step, replica.answer(step), "form")
+        replica.lengths["form"] = 6
+        assert replica.scheduler.update(step, answer) == []
+        replica.scheduler.check_invariants()
+    step = replica.schedule()
+    [sampled] = replica.answer(step).sampled
+    result = StepResult(
+        rank=0, step_id=step.step_id, sampled=[msgspec.structs.replace(sampled, prompt_logprobs=rows(1, 5))]
+    )
+    [delta] = replica.scheduler.update(step, result)
+    assert delta.prompt_logprobs == rows(1, 5)
+    assert replica.finish()["form"].finish_reason == "length"
+
+
+def test_a_token_that_is_not_ready_of_a_request_that_was_aborted() -> None:
+    replica = Replica()
+    replica.add(spec("form", 6, grammar="x"))
+    step = replica.schedule()
+    replica.scheduler.abort("form")
+    assert replica.scheduler.update(step, not_ready(step, replica.answer(step), "form")) == []
+    assert not replica.scheduler.has_unfinished()
 
 
 def test_an_error_ends_one_request_and_leaves_nothing_findable_of_its_step() -> None:

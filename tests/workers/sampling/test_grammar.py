@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from sempre.ipc.messages import ReasoningSpec, SamplingSpec
+from sempre.ipc.messages import NOT_READY, ReasoningSpec, SamplingSpec
 from sempre.kernels.sampling import allow_bits
 from sempre.workers.sampling import GrammarCompiler, RowError, Sampler, SamplingState
-from sempre.workers.sampling.grammar import GrammarState
+from sempre.workers.sampling.grammar import _THREADS, GrammarState, StepPatience
+from sempre.workers.sampling.row_error import NotReady
 
 TOKENIZER = Tokenizer.from_file(str(TINY / "tokenizer.json"))
 PROMPT = [7, 8, 9]
@@ -128,6 +132,58 @@ def test_a_grammar_beyond_its_limits_is_an_error_and_no_stall() -> None:
     assert limit_of(started(ambiguous, tokens)) == limit
     with pytest.raises(RowError):
         started(ambiguous, tokens).allowed_words(limit)
+
+
+def test_a_form_that_is_not_ready_is_asked_for_again() -> None:
+    """Whatever holds its threads up, a step goes on without the row, and the row samples the same token later."""
+    impatient = GrammarCompiler(TINY, VOCABULARY, step_wait_s=0.0)
+    go_on = threading.Event()
+    blocked = [impatient._threads.submit(go_on.wait, 60) for _ in range(_THREADS)]
+    tokens = sequence(TEXT)
+    params = SamplingSpec(max_tokens=50, grammar=OBJECT, eos_token_ids=EOS)
+    form = impatient.start(params, tokens, len(PROMPT))
+    state = SamplingState(params, 5, tokens, len(PROMPT), form)
+    plain = SamplingState(SamplingSpec(max_tokens=5), 1, tokens, 3)
+    logits = torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    position = len(tokens) - 2
+    for _ in range(3):
+        impatient.patience.begin_step()
+        held, other = Sampler().sample(logits.clone(), [state, plain], [position, 3])
+        assert held.error is not None
+        assert held.error.type == NOT_READY
+        assert [other] == Sampler().sample(logits[1:].clone(), [plain], [3])
+    go_on.set()
+    assert all(work.result() for work in blocked)
+    form.prepare(position)
+    deadline = time.monotonic() + 60
+    while (found := Sampler().sample(logits[:1].clone(), [state], [position])[0]).error is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    patient = SamplingState(params, 5, tokens, len(PROMPT), started(OBJECT, tokens))
+    assert [found] == Sampler().sample(logits[:1].clone(), [patient], [position])
+
+
+def test_the_rows_of_a_step_wait_no_longer_together_than_one() -> None:
+    patience = StepPatience(0.2)
+    never: Future[int] = Future()
+    began = time.monotonic()
+    for _ in range(1000):
+        with pytest.raises(NotReady):
+            patience.result_of(never)
+    # a thousand waits of their own would be 200 s
+    assert time.monotonic() - began < 60
+    never.set_result(5)
+    assert patience.result_of(never) == 5
+
+
+def test_what_one_request_has_read_is_not_seen_by_others_of_its_form() -> None:
+    tokens = sequence(TEXT)
+    first = started(OBJECT, tokens)
+    masks = [first.allowed_words(position).copy() for position in range(len(PROMPT), len(tokens) + 1)]
+    second = started(OBJECT, tokens)
+    for place, mask in enumerate(masks):
+        assert (second.allowed_words(len(PROMPT) + place) == mask).all()
+        assert (first.allowed_words(len(tokens)) == masks[-1]).all()
 
 
 def test_no_token_left_names_the_grammar_among_the_causes() -> None:
