@@ -93,6 +93,8 @@ def strings(name: str, value: object) -> list[str]:
 
 def token_ids(name: str, value: object) -> list[int]:
     """Return a list of ints; whether the vocabulary has them is checked with the model at hand."""
+    if isinstance(value, list) and set(map(type, value)) <= {int}:
+        return value.copy()
     valid = isinstance(value, Sequence) and all(
         isinstance(item, Integral) and not isinstance(item, bool) for item in value
     )

@@ -38,7 +38,9 @@ class SpecBuilder:
             )
         bias = params.logit_bias or {}
         bias_ids = self.checked_ids("logit_bias", list(bias))
-        allowed, listed = params.allowed_token_ids, params.logprob_token_ids
+        # each once: every worker keeps them for every sequence
+        allowed = None if params.allowed_token_ids is None else list(dict.fromkeys(params.allowed_token_ids))
+        listed = params.logprob_token_ids
         # the best token alone is what is left of a total probability of nothing
         top_k, top_p = (params.top_k, params.top_p) if params.top_p else (1, 1.0)
         return SamplingSpec(

@@ -10,17 +10,32 @@ from starlette.requests import ClientDisconnect, Request
 from sempre.engine.server.errors import APIError, BadRequest
 from sempre.engine.server.fields import to_model
 from sempre.engine.server.json_scan import MAX_VALUES, check_structure
+from sempre.engine.server.limits import check_sizes
+from sempre.engine.server.prompts import client_of
 from sempre.engine.server.service import Service
 
 Model = TypeVar("Model", bound=msgspec.Struct)
 
+# parsed within some two milliseconds
+_SHORT_BYTES = 128 * 1024
+
 
 async def read_model(request: Request, model: type[Model], service: Service) -> Model:
-    """Read and check the body. Raises APIError: 400 or 413."""
+    """Read and check the body, a long one away from the event loop. Raises APIError: 400, 413 or 503."""
     config = service.config
     data = await read_body(request, config.max_body_bytes)
     request.state.body_bytes = len(data)
-    return parse_model(data, model, ignore_unknown=config.ignore_unknown_fields, max_values=service.max_json_values)
+
+    def parsed() -> Model:
+        most = service.max_json_values
+        found = parse_model(data, model, ignore_unknown=config.ignore_unknown_fields, max_values=most)
+        check_sizes(found)
+        return found
+
+    if len(data) <= _SHORT_BYTES:
+        return parsed()
+    # the parser's turns are short, and what Python code does is done in turns with the loop
+    return await service.offload.in_thread(client_of(request), parsed)
 
 
 def parse_model(

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import msgspec
 from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
@@ -17,7 +16,6 @@ from sempre.engine.outputs import CompletionOutput, RequestOutput
 from sempre.engine.server.body import read_model
 from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.generation import EventStream, Generation
-from sempre.engine.server.limits import check_sizes
 from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
 from sempre.engine.server.message_parser import MessageParser, PlainContent, message_of
@@ -42,7 +40,6 @@ _EMPTY = ChatDelta()
 async def create_chat_completion(service: Service, http: Request) -> Response:
     """Answer a conversation. Raises what `errors.api_error` knows."""
     request = await read_model(http, ChatCompletionRequest, service)
-    check_sizes(request)
     service.check_ready()
     check_model(request.model, service.model_names)
     apply_server_defaults(request, service.config)
@@ -81,8 +78,8 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
             return EventStream(generation, answer.first_events(), answer.events, answer.last_event)
         generation.watch(http.receive)
         [output] = await generation.finished()
-        body = answer.whole(output)
-    return Response(msgspec.json.encode(body), headers=await load_header(service, http), media_type="application/json")
+        body = await generation.encoded(lambda: answer.whole(output))
+    return Response(body, headers=await load_header(service, http), media_type="application/json")
 
 
 def _template_variables(request: ChatCompletionRequest) -> dict[str, Any]:

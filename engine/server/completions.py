@@ -6,7 +6,6 @@ import time
 from collections.abc import Collection
 from contextlib import ExitStack
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -14,7 +13,6 @@ from sempre.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from sempre.engine.server.body import read_model
 from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.generation import EventStream, Generation
-from sempre.engine.server.limits import check_sizes
 from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
 from sempre.engine.server.parameters import apply_server_defaults, check_model, completion_parameters
@@ -30,7 +28,6 @@ from sempre.engine.text.token_stream import TokenStream, finished_text
 async def create_completion(service: Service, http: Request) -> Response:
     """Complete one or several prompts. Raises what `errors.api_error` knows."""
     request = await read_model(http, CompletionRequest, service)
-    check_sizes(request)
     service.check_ready()
     check_model(request.model, service.model_names)
     apply_server_defaults(request, service.config)
@@ -48,8 +45,9 @@ async def create_completion(service: Service, http: Request) -> Response:
             stack.pop_all()  # the stream ends it
             return EventStream(generation, [], answer.events, answer.last_event)
         generation.watch(http.receive)
-        body = answer.whole(await generation.finished())
-    return Response(msgspec.json.encode(body), headers=await load_header(service, http), media_type="application/json")
+        outputs = await generation.finished()
+        body = await generation.encoded(lambda: answer.whole(outputs))
+    return Response(body, headers=await load_header(service, http), media_type="application/json")
 
 
 class _Answer:

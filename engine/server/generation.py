@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -16,6 +17,8 @@ from sempre.engine.server.responses import PromptTokensDetails, Usage
 from sempre.engine.server.service import Service
 from sempre.engine.server.tracing import RequestSpan
 
+# an event loop writes so many in a millisecond or two
+_LONG_LOGPROBS = 1000
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -63,6 +66,24 @@ class Generation:
         while outputs := await self.next():
             whole.update((self.place(output), output) for output in outputs)
         return [whole[place] for place in range(len(self.requests))]
+
+    async def encoded(self, body: Callable[[], msgspec.Struct]) -> bytes:
+        """Return a whole answer as JSON; `body` makes it, away from the event loop where it is long."""
+
+        def encode() -> bytes:
+            return msgspec.json.encode(body())
+
+        if self._num_logprobs() <= _LONG_LOGPROBS:
+            return encode()
+        return await self._service.offload.written(encode)
+
+    def _num_logprobs(self) -> int:
+        """Most log-probabilities that the answer reports."""
+        params = self.requests[0].params
+        num_prompt = sum(len(request.prompt_token_ids) for request in self.requests)
+        asked = ((self.num_tokens, params.logprobs), (num_prompt, params.prompt_logprobs))
+        vocab_size = self._service.engine.ready.vocab_size
+        return sum(size * (vocab_size if most == -1 else 1 + most) for size, most in asked if most is not None)
 
     def usage(self, num_completion_tokens: int | None = None) -> Usage:
         """Return the tokens spent so far."""

@@ -1,7 +1,8 @@
 """`python -m sempre.engine.server.helper_process`: work on what strangers sent, with limits of time and memory.
 
 Frames on stdin and stdout: four bytes of length, then msgpack. A task is [name, arguments]; the answer is
-[True, result] or [False, [kind of error, message, parameter]]. It ends with its stdin.
+[True, result] or [False, [kind of error, message, parameter]]. It ends with its stdin. `--nice` leaves processors to
+others.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ def main() -> None:
     leave_terminal_signals_to_parent()
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not stand among the frames
-    with suppress(OSError):
-        os.nice(_NICENESS)
+    if "--nice" in sys.argv[1:]:
+        with suppress(OSError):
+            os.nice(_NICENESS)
     msgspec.msgpack.encode(answer(msgspec.msgpack.encode(["render_chat", _WARM_UP])))
     _limit_memory()
     _serve(sys.stdin.buffer, sink)

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.errors import APIError, BadRequest
 
 MAX_FORM_BYTES = 256 * 1024
@@ -18,6 +19,9 @@ MAX_TOOLS_BYTES = 1 << 20
 MAX_TEMPLATE_CHARACTERS = 64 * 1024
 MAX_PROMPT_TOKENS = 1 << 18
 """Most tokens of all prompts of a request, unless a single one may be longer."""
+
+MAX_COPIED_VALUES = 1 << 21
+"""Most token ids and biases of a request's rules, taken for each of its sequences: each of them has its own."""
 
 # field → (most entries, most characters of all of them together)
 _TEXTS = {"stop": (256, 16 * 1024), "bad_words": (128, 8 * 1024)}
@@ -46,6 +50,18 @@ def check_sizes(request: msgspec.Struct) -> None:
             raise BadRequest(f"{name} may have at most {characters} characters.", param=name)
     for name, most in _BYTES.items():
         _check_bytes(name, getattr(request, name, None), most)
+
+
+def check_copies(params: SamplingParams, num_sequences: int) -> None:
+    """Raise BadRequest for rules of the next token that are too large for so many sequences."""
+    for name in ("allowed_token_ids", "logit_bias", "stop_token_ids"):
+        size = len(getattr(params, name) or ())
+        if size * num_sequences > MAX_COPIED_VALUES:
+            raise BadRequest(
+                f"{name} has {size} entries, and the request asks for {num_sequences} sequences (prompts times n); "
+                f"together they may have at most {MAX_COPIED_VALUES}. Send several requests.",
+                param=name,
+            )
 
 
 def check_entries(name: str, value: Collection[Any], most: int) -> None:

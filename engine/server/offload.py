@@ -1,7 +1,8 @@
 """Work that would keep the event loop busy: done in a thread or in a helper process, one job at a time per client.
 
-A thread is for libraries that let the loop run meanwhile (tokenizers, llguidance); Python code would hold the loop up
-from there, and so would the process of a template that never ends. Whoever waits does so behind his own jobs only.
+A thread is for libraries that let the loop run meanwhile (tokenizers, llguidance), and for answers, which Python code
+writes in turns with the loop; a template that never ends needs a process. Whoever waits does so behind his own jobs
+only.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ _RETRY_S = 5
 
 
 class Offload:
-    """The threads and the helper process of one server."""
+    """The threads and the helper processes of one server: one for what is long or strange, one for all else."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), thread_name_prefix="offload")
-        self._helper = Helper()
+        self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 1) // 2), thread_name_prefix="offload")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="answers")
+        self._helper = Helper(is_urgent=False)
+        self._urgent_helper = Helper(is_urgent=True)
         self._turns: dict[str, _Turn] = {}
 
     async def in_thread(self, client: str, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -44,19 +47,30 @@ class Offload:
         async with self._turn(client):
             return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
+    async def written(self, function: Callable[[], Result]) -> Result:
+        """Return `function()`, done beside what is read of requests. Raises what it raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._writer, function)
+
     async def in_helper(self, client: str, task: str, arguments: Mapping[str, Any]) -> Any:
         """Return the result of a task of `helper_process.TASKS`. Raises its error, BadRequest beyond its limits."""
         async with self._turn(client):
             return await self._helper.do(task, arguments)
 
+    async def in_urgent_helper(self, task: str, arguments: Mapping[str, Any]) -> Any:
+        """The same of a short task, whose client does not wait for his own long ones."""
+        return await self._urgent_helper.do(task, arguments)
+
     async def start(self) -> None:
-        """Start the helper process before it is needed."""
+        """Start the helper processes before they are needed."""
         await self._helper.start()
+        await self._urgent_helper.start()
 
     async def close(self) -> None:
-        """End the helper process."""
+        """End the helper processes."""
         await self._helper.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        await self._urgent_helper.close()
+        for threads in (self._threads, self._writer):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
     async def _turn(self, client: str) -> AsyncIterator[None]:
@@ -89,7 +103,9 @@ class _Turn:
 class Helper:
     """One helper process, started when it is needed and anew after it has gone beyond its limits."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_urgent: bool) -> None:
+        """One that is not urgent leaves processors to others."""
+        self._options = [] if is_urgent else ["--nice"]
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
 
@@ -144,6 +160,7 @@ class Helper:
                 "-P",
                 "-m",
                 "sempre.engine.server.helper_process",
+                *self._options,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
             )

@@ -15,9 +15,6 @@ from sempre.engine.server.middleware import REQUEST_ID_FORM
 from sempre.engine.server.offload import LONG_BYTES
 from sempre.engine.server.requests import CompletionRequest, GenerationRequest
 from sempre.engine.server.service import Service
-from sempre.engine.text.chat_template import render_chat
-
-_LONG_FORM_BYTES = 1024
 
 
 async def prompts_of(request: CompletionRequest, service: Service, http: Request) -> list[PromptType]:
@@ -108,17 +105,19 @@ async def render(
     for message in messages:
         service.check_text(str(message.get("content")) if isinstance(message.get("content"), str) else "")
     arguments = service.engine.chat_arguments(messages, chat_template_kwargs=chat_template_kwargs, **keywords)
+    # a model's own template has bounds of time and memory too: whoever wrote it is a stranger
     if http.state.body_bytes > LONG_BYTES or keywords.get("chat_template") is not None:
         text = await service.offload.in_helper(client_of(http), "render_chat", arguments)
     else:
-        text = render_chat(**arguments)
+        text = await service.offload.in_urgent_helper("render_chat", arguments)
     # The template has written the special tokens itself.
     return {"prompt": text, "prompt_token_ids": await encode(text, service, http, special=add_special_tokens)}
 
 
 async def check_form(params: SamplingParams, service: Service, http: Request) -> None:
-    """Check the grammar of a long request, before it is built on the event loop. Raises RequestError."""
-    if params.structured_outputs is not None and http.state.body_bytes > _LONG_FORM_BYTES:
+    """Check the form of the output before the request is built on the event loop. Raises RequestError."""
+    if params.structured_outputs is not None:
+        # a short one may take long, too
         await service.offload.in_thread(client_of(http), service.engine.check_form, params)
 
 

@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,8 @@ _CLOSE_S = 5
 _RESTART_PAUSE_S = 1.0
 _MOST_RESTART_PAUSE_S = 60.0
 _BACKLOG = 2048
+# the longest turn of a thread while the event loop has something to do
+_SWITCH_S = 0.001
 
 
 class _HttpServer(uvicorn.Server):
@@ -197,6 +200,8 @@ def serve(engine: AsyncLLM, config: ServerConfig) -> None:
     kind = "https" if config.ssl_certfile is not None else "http"
     where = config.uds or f"{kind}://{config.host}:{listening.getsockname()[1]}"
     logger.info("listening on %s (process %d)", where, os.getpid())
+
+    sys.setswitchinterval(_SWITCH_S)
 
     async def run() -> None:
         await Server(engine, config).run(listening)

@@ -14,6 +14,7 @@ from sempre.engine.server.admission import Admission
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import BadRequest, Busy
 from sempre.engine.server.json_scan import MAX_VALUES
+from sempre.engine.server.limits import check_copies
 from sempre.engine.server.metrics import ServerMetrics
 from sempre.engine.server.offload import Offload
 from sempre.ipc.context_length import too_long, too_many_characters
@@ -85,6 +86,8 @@ class Service:
         self.check_ready()
         each = params if isinstance(params, list) else [params] * len(prompts)
         num_sequences = sum(prompt_params.n for prompt_params in each)
+        for prompt_params in each:
+            check_copies(prompt_params, num_sequences)
         self.admission.admit(num_sequences)
         try:
             stream = self.engine.stream(list(prompts), params, priority=priority)

@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from sempre.engine.server.body import read_model
 from sempre.engine.server.errors import BadRequest
-from sempre.engine.server.limits import check_entries, check_sizes
+from sempre.engine.server.limits import check_entries
 from sempre.engine.server.offload import LONG_BYTES
 from sempre.engine.server.parameters import check_model, check_template
 from sempre.engine.server.prompts import client_of, encode, render
@@ -24,7 +24,6 @@ async def tokenize(service: Service, http: Request) -> Response:
     request = await read_model(http, TokenizeRequest, service)
     service.check_ready()
     check_model(request.model, service.model_names)
-    check_sizes(request)
     if (request.prompt is None) == (request.messages is None):
         raise BadRequest("give either prompt or messages.", param="prompt")
     check_template(request.chat_template, service.config)

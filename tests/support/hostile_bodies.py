@@ -1,6 +1,6 @@
 """Bodies that ask for more work, or more memory, than their sender should be given. Each takes a port and sends one.
 
-python tests/support/canary.py prompt_of_objects …     measures them by name
+python tests/support/canary.py --bodies ["prompt of objects, 1 MB" …]     measures them, or those named
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ ANSWERS: dict[str, tuple[int, str]] = {}
 """Name of an attack → status and beginning of the last answer to it."""
 
 
-def post(port: int, path: str, body: bytes) -> tuple[int, str]:
-    """Send a body whole; return the status and the answer's beginning, 0 where the server closed before."""
+def post(port: int, path: str, body: bytes, key: str = "") -> tuple[int, str]:
+    """Send a body whole, read the answer whole; return its status and beginning, 0 where the server closed before."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_S)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     with suppress(ConnectionError):
         try:
-            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            connection.request("POST", path, body, headers)
             answer = connection.getresponse()
-            return answer.status, answer.read(300).decode(errors="replace")
+            told = answer.status, answer.read(300).decode(errors="replace")
+            while answer.read(1 << 16):
+                pass
+            return told
         finally:
             connection.close()
     return 0, ""
@@ -59,9 +63,17 @@ def within(field: str, value: bytes) -> bytes:
     return b'{"prompt":"a","max_tokens":1,"' + field.encode() + b'":' + value + b"}"
 
 
+def properties(count: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(count)}}
+
+
+def called(arguments: str) -> dict[str, Any]:
+    calls = [{"id": "a", "function": {"name": "f", "arguments": arguments}}]
+    return {"role": "assistant", "tool_calls": calls}
+
+
 MESSAGE = {"role": "user", "content": "Hi"}
 TEXT = "It is a truth "
-PROPERTIES = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(4000)}}
 BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "prompt of objects, 1 MB": (COMPLETIONS, lambda: completion(prompt=[{}] * 250_000)),
     "prompt of objects, 4 MB": (COMPLETIONS, lambda: completion(prompt=[{}] * 1_000_000)),
@@ -112,7 +124,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "128 tools of 300 properties": (
         CHAT, lambda: chat(tools=tools(128, {"properties": {f"p{i}": {} for i in range(300)}}), tool_choice="required")
     ),
-    "a schema of 4,000 properties": (COMPLETIONS, lambda: form(json=PROPERTIES)),
+    "a schema of 4,000 properties": (COMPLETIONS, lambda: form(json=properties(4000))),
     "a schema of 7 MB": (COMPLETIONS, lambda: form(json={"title": "x" * 7_000_000})),
     "a regular expression of 7 MB": (COMPLETIONS, lambda: form(regex="(a|b)" * 1_400_000)),
     "a regular expression of 100 KB": (
@@ -139,20 +151,189 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     ),
     "template of 7 MB": (CHAT, lambda: chat(chat_template="{{ 1 }}" * 1_000_000)),
     "template of 60 KB": (CHAT, lambda: chat(chat_template="{{ 1 }}" * 8_500)),
+    "49,000 empty prompts": (COMPLETIONS, lambda: completion(prompt=[[]] * 49_000)),
+    "1,000 prompts of 240 ids": (COMPLETIONS, lambda: completion(prompt=[[5] * 240] * 1000)),
+    "ids and a text at last": (COMPLETIONS, lambda: completion(prompt=[5] * 240_000 + ["a"])),
+    "60 prompts of 128 KB without spaces": (COMPLETIONS, lambda: completion(prompt=["x" * 128_000] * 60)),
+    "60 cut prompts of 128 KB": (
+        COMPLETIONS, lambda: completion(prompt=["a b" * 42_000] * 60, truncate_prompt_tokens=5)
+    ),
+    "a prompt of digits": (COMPLETIONS, lambda: completion(prompt="7" * 130_000, truncate_prompt_tokens=5)),
+    "a prompt of white space": (COMPLETIONS, lambda: completion(prompt=" \n\t" * 43_000, truncate_prompt_tokens=5)),
+    "a prompt of emoji": (COMPLETIONS, lambda: completion(prompt="👩‍👩‍👧‍👦" * 18_000, truncate_prompt_tokens=5)),
+    "a prompt of surrogates": (COMPLETIONS, lambda: within("prompt", b'"' + b"\\ud800" * 20_000 + b'"')),
+    "a short prompt without spaces": (COMPLETIONS, lambda: completion(prompt="x" * 8000, truncate_prompt_tokens=5)),
+    "200 prompts of 1,000 tokens": (COMPLETIONS, lambda: completion(prompt=[[5 + i] * 1000 for i in range(200)])),
+    "128 long answers": (COMPLETIONS, lambda: completion(n=128, max_tokens=60, ignore_eos=True)),
+    "log-probabilities of prompts": (
+        COMPLETIONS, lambda: completion(prompt=[[5 + i] * 1000 for i in range(30)], prompt_logprobs=20)
+    ),
+    "echoed log-probabilities": (
+        COMPLETIONS, lambda: completion(prompt=[[5 + i] * 1000 for i in range(30)], echo=True, logprobs=20)
+    ),
+    "log-probabilities of answers": (
+        COMPLETIONS, lambda: completion(n=64, max_tokens=60, ignore_eos=True, logprobs=20)
+    ),
+    "log-probabilities of a stream": (
+        COMPLETIONS, lambda: completion(n=64, max_tokens=60, ignore_eos=True, logprobs=20, stream=True)
+    ),
+    "log-probabilities of a chat": (
+        CHAT, lambda: chat(n=64, max_tokens=60, ignore_eos=True, logprobs=True, top_logprobs=20)
+    ),
+    "10⁵ allowed ids for 128 answers": (COMPLETIONS, lambda: completion(allowed_token_ids=[5] * 10**5, n=128)),
+    "all allowed ids for 128 answers": (
+        COMPLETIONS, lambda: completion(allowed_token_ids=list(range(500)), n=128, max_tokens=20, ignore_eos=True)
+    ),
+    "4,000 biases for 128 answers": (
+        COMPLETIONS, lambda: completion(logit_bias={str(i): 1 for i in range(400)}, n=128, max_tokens=20)
+    ),
+    "128 bad words for 128 answers": (
+        COMPLETIONS,
+        lambda: completion(bad_words=[f"w{i} " + "x" * 50 for i in range(128)], n=128, max_tokens=20, ignore_eos=True),
+    ),
+    "64 stop strings for 128 answers": (
+        COMPLETIONS, lambda: completion(stop=["x" * 250] * 64, n=128, max_tokens=20, ignore_eos=True)
+    ),
+    "10⁵ ids to report": (COMPLETIONS, lambda: completion(logprob_token_ids=[5] * 10**5)),
+    "a float of 7 MB": (COMPLETIONS, lambda: within("temperature", b"0." + b"1" * 7_000_000)),
+    "an exponent of 7 MB": (COMPLETIONS, lambda: within("temperature", b"1e" + b"9" * 7_000_000)),
+    "metadata of 49,000 keys": (COMPLETIONS, lambda: completion(metadata={f"k{i}": [] for i in range(49_000)})),
+    "white space of 8 MB": (COMPLETIONS, lambda: b" " * 8_000_000 + completion()),
+    "no JSON, 8 MB": (COMPLETIONS, lambda: b"x" * 8_000_000),
+    "a wide string of 8 MB": (COMPLETIONS, lambda: within("user", b'"' + b"a" * 7_900_000 + "😀".encode() + b'"')),
+    "wide escapes, 8 MB": (COMPLETIONS, lambda: within("user", b'"' + b"\\ud83d\\ude00" * 660_000 + b'"')),
+    "300,000 values": (COMPLETIONS, lambda: completion(metadata={"k": list(range(299_000))})),
+    "49,000 objects": (COMPLETIONS, lambda: completion(metadata={"k": [{}] * 48_000})),
+    "a stream option of 49,000 keys": (
+        COMPLETIONS, lambda: completion(stream=True, stream_options={f"k{i}": None for i in range(49_000)})
+    ),
+    "calls of 8,000 messages": (
+        CHAT,
+        lambda: chat(messages=[called('{"a":[1]}')] * 8000),
+    ),
+    "arguments of 7 MB": (
+        CHAT,
+        lambda: chat(messages=[MESSAGE, called("[" + "1," * 3_000_000 + "1]")]),
+    ),
+    "nested arguments": (
+        CHAT,
+        lambda: chat(messages=[called("[" * 100_000)]),
+    ),
+    "tokenize 130 KB as pieces": ("/tokenize", lambda: encoded(prompt=TEXT * 9000, return_token_strs=True)),
+    "tokenize 16,000 messages": ("/tokenize", lambda: encoded(messages=[MESSAGE] * 16_000)),
+    "detokenize broken characters": ("/detokenize", lambda: encoded(tokens=[200 + i % 50 for i in range(130_000)])),
+    "a body for an endpoint without": ("/health", lambda: b"x" * 8_000_000),
+    "a schema of 100 properties": (COMPLETIONS, lambda: form(json=properties(100))),
+    "a schema of 1,000 properties": (COMPLETIONS, lambda: form(json=properties(1000))),
+    "a schema of 1,000 properties for 128 answers": (
+        COMPLETIONS, lambda: completion(structured_outputs={"json": properties(1000)}, n=128, max_tokens=5)
+    ),
+    "a schema of doubled references": (
+        COMPLETIONS,
+        lambda: form(
+            json={
+                "$ref": "#/$defs/a0",
+                "$defs": {
+                    f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} if i < 40 else {} for i in range(41)
+                },
+            }
+        ),
+    ),
+    "a schema of nested choices": (
+        COMPLETIONS,
+        lambda: form(
+            json={
+                "$ref": "#/$defs/a0",
+                "$defs": {
+                    f"a{i}": {
+                        "anyOf": [
+                            {"type": "object", "properties": {name: {"$ref": f"#/$defs/a{i + 1}"}}} for name in "abcdef"
+                        ]
+                    }
+                    if i < 30
+                    else {}
+                    for i in range(31)
+                },
+            }
+        ),
+    ),
+    "a schema of many cases": (
+        COMPLETIONS, lambda: form(json={"oneOf": [{"properties": {f"p{i}": {"minimum": i}}} for i in range(2000)]})
+    ),
+    "a schema that recurs": (
+        COMPLETIONS, lambda: form(json={"anyOf": [{"type": "array", "items": {"$ref": "#"}}] * 500})
+    ),
+    "a schema of 20,000 names": (
+        COMPLETIONS, lambda: form(json={"enum": [f"value {i}" for i in range(15_000)]})
+    ),
+    "a schema of required names": (
+        COMPLETIONS, lambda: form(json={"type": "object", "required": [f"name {i}" for i in range(9000)]})
+    ),
+    "a schema of huge bounds": (
+        COMPLETIONS,
+        lambda: form(json={"type": "array", "minItems": 10**9, "items": {"type": "string", "minLength": 10**9}}),
+    ),
+    "a schema of huge numbers": (
+        COMPLETIONS,
+        lambda: form(json={"type": "number", "minimum": -1.7e308, "maximum": 1.7e308, "multipleOf": 1.1e-300}),
+    ),
+    "a schema of patterns": (
+        COMPLETIONS,
+        lambda: form(
+            json={
+                "type": "object",
+                "properties": {f"p{i}": {"type": "string", "pattern": "^(a?){50}b.*c.{99}d$"} for i in range(300)},
+            }
+        ),
+    ),
+    "a schema of pattern properties": (
+        COMPLETIONS,
+        lambda: form(
+            json={"type": "object", "patternProperties": {f"^a{{0,99}}b{i}.*c": {"type": "null"} for i in range(500)}}
+        ),
+    ),
+    "an expression of many states": (
+        COMPLETIONS, lambda: completion(structured_outputs={"regex": "(a|b|.)*a(a|b|.){30}"}, max_tokens=20)
+    ),
+    "an expression of options": (COMPLETIONS, lambda: form(regex="(a?){2000}a{2000}")),
+    "an expression of classes": (COMPLETIONS, lambda: form(regex=r"(\p{L}|\w|[^\x00]){1,5000}\p{Lu}{5000}")),
+    "an expression of stars": (COMPLETIONS, lambda: form(regex="(" + ".*a" * 300 + ")*")),
+    "a grammar of many ways": (
+        COMPLETIONS, lambda: form(grammar='start: s\ns: s s s | s s | "a" | "b" | ' + '/[a-z ]+/ ' * 20)
+    ),
+    "a grammar of 128 KB": (
+        COMPLETIONS,
+        lambda: form(grammar="start: " + " | ".join(f"r{i}" for i in range(3000)) + "\n"
+                     + "\n".join(f'r{i}: "x{i}" r{(i * 7) % 3000}' for i in range(3000))),
+    ),
+    "a grammar of repeats": (COMPLETIONS, lambda: form(grammar="start: a{1,9999}\na: b{1,9999}\nb: /x/{1,9999}")),
+    "a form of white space": (
+        COMPLETIONS, lambda: form(json={"type": "object"}, whitespace_pattern="( |\\n){0,9999}")
+    ),
+    "a form that begins after 7 MB": (COMPLETIONS, lambda: form(regex="a", begins_after="x" * 7_000_000)),
+    "template: centred": (CHAT, lambda: chat(chat_template="{{ 'x'.center(10 ** 10) ~ 'x' | center(10 ** 9) }}")),
+    "template: a format": (CHAT, lambda: chat(chat_template="{{ '{:>999999999}'.format(1) }}")),
+    "template: a long list": (CHAT, lambda: chat(chat_template="{{ ([1] * 10 ** 9) | length }}")),
+    "template: indented": (CHAT, lambda: chat(chat_template="{{ range(10 ** 5) | list | tojson(indent=9999) }}")),
+    "template: prints 60 MB": (
+        CHAT, lambda: chat(chat_template="{% for a in range(60) %}{{ 'x' * 1000000 }}{% endfor %}")
+    ),
 }  # fmt: skip
 
 
-def attack(name: str) -> Callable[[int], int]:
-    """Return what sends the body three times and returns its size."""
+def attack(name: str, key: str = "", times: int = 3) -> Callable[[int], int]:
+    """Return what sends the body so many times, one after the other, and returns its size."""
     path, make = BODIES[name]
 
     def send(port: int) -> int:
         body = make()
-        for _ in range(3):
-            ANSWERS[name] = post(port, path, body)
+        for _ in range(times):
+            ANSWERS[name] = post(port, path, body, key)
         return len(body)
 
     return send
 
 
-ATTACKS: dict[str, Callable[[int], int]] = {name: attack(name) for name in BODIES}
+def attacks(key: str = "") -> dict[str, Callable[[int], int]]:
+    """Return what sends each of the bodies."""
+    return {name: attack(name, key) for name in BODIES}

@@ -91,6 +91,18 @@ def test_a_client_waits_for_its_own_jobs_only() -> None:
     run(work)
 
 
+def test_a_short_task_waits_for_no_long_one() -> None:
+    async def work(offload: Offload) -> None:
+        endless = arguments("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+        long = asyncio.create_task(offload.in_helper("a", "render_chat", endless))
+        assert await offload.in_urgent_helper("render_chat", arguments("{{ 5 }}")) == "5"
+        assert not long.done()
+        with pytest.raises(BadRequest, match="more than 2 s"):
+            await long
+
+    run(work)
+
+
 def test_a_cancelled_job_leaves_no_answer_to_the_next() -> None:
     async def work(offload: Offload) -> None:
         endless = arguments("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")

@@ -22,9 +22,9 @@ CHAT = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "look_up", "description": None}}
 
 
-def service(**settings: Any) -> Any:
+def service(template: str = TEMPLATE, **settings: Any) -> Any:
     """What the endpoints see of a server, the front end real and no engine behind it."""
-    frontend = Frontend(parse_arguments("tiny", {"chat_template": TEMPLATE}))
+    frontend = Frontend(parse_arguments("tiny", {"chat_template": template}))
     engine = SimpleNamespace(
         get_tokenizer=lambda: frontend.tokenizer,
         chat_arguments=frontend.chat_arguments,
@@ -39,7 +39,6 @@ def service(**settings: Any) -> Any:
         check_ready=lambda: None,
         max_json_values=10_000,
         check_text=lambda text: None,
-        offload=Offload(),
     )
 
 
@@ -53,7 +52,15 @@ def text(made: Any, **fields: Any) -> str:
     request = Request(
         {"type": "http", "method": "POST", "headers": headers, "path": "/tokenize", "client": ("127.0.0.1", 1)}, receive
     )
-    answer = asyncio.run(tokenize(made, request))
+
+    async def answered() -> Any:
+        made.offload = Offload()
+        try:
+            return await tokenize(made, request)
+        finally:
+            await made.offload.close()
+
+    answer = asyncio.run(answered())
     tokens = json.loads(answer.body)["tokens"]
     return str(made.engine.get_tokenizer().decode(tokens))
 
@@ -69,6 +76,18 @@ def test_a_request_s_own_template_must_be_trusted() -> None:
     assert text(service(trust_request_chat_template=True), messages=CHAT, chat_template=template) == "1"
     with pytest.raises(BadRequest, match="trust-request-chat-template"):
         text(service(), messages=CHAT, chat_template=template)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ '%1000000000d' % 1 }}", "MiB of memory"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s"),
+    ],
+)
+def test_a_model_s_own_template_has_bounds(template: str, message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        text(service(template), messages=CHAT)
 
 
 def test_the_template_in_use_is_told() -> None:
