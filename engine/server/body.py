@@ -16,8 +16,8 @@ from sempre.engine.server.service import Service
 
 Model = TypeVar("Model", bound=msgspec.Struct)
 
-# parsed within some two milliseconds
-_SHORT_BYTES = 128 * 1024
+# ten thousand lists, at worst
+_SHORT_BYTES = 32 * 1024
 
 
 async def read_model(request: Request, model: type[Model], service: Service) -> Model:

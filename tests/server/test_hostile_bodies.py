@@ -29,7 +29,7 @@ CHOSEN = (
     "detokenize 130,000 ids",
     "240,000 token ids",
     "a prompt of 130 KB without spaces",
-    "200 prompts of 1,000 tokens",
+    "60 prompts of 200 tokens",
     "10⁵ allowed ids for 128 answers",
     "a wide string of 8 MB",
     "log-probabilities of a chat",

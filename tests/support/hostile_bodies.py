@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 120.0
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ANSWERS: dict[str, tuple[int, str]] = {}
 """Name of an attack → status and beginning of the last answer to it."""
@@ -163,13 +163,13 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a prompt of emoji": (COMPLETIONS, lambda: completion(prompt="👩‍👩‍👧‍👦" * 18_000, truncate_prompt_tokens=5)),
     "a prompt of surrogates": (COMPLETIONS, lambda: within("prompt", b'"' + b"\\ud800" * 20_000 + b'"')),
     "a short prompt without spaces": (COMPLETIONS, lambda: completion(prompt="x" * 8000, truncate_prompt_tokens=5)),
-    "200 prompts of 1,000 tokens": (COMPLETIONS, lambda: completion(prompt=[[5 + i] * 1000 for i in range(200)])),
+    "60 prompts of 200 tokens": (COMPLETIONS, lambda: completion(prompt=[[5 + i] * 200 for i in range(60)])),
     "128 long answers": (COMPLETIONS, lambda: completion(n=128, max_tokens=60, ignore_eos=True)),
     "log-probabilities of prompts": (
-        COMPLETIONS, lambda: completion(prompt=[[5 + i] * 1000 for i in range(30)], prompt_logprobs=20)
+        COMPLETIONS, lambda: completion(prompt=[[5 + i] * 300 for i in range(20)], prompt_logprobs=20)
     ),
     "echoed log-probabilities": (
-        COMPLETIONS, lambda: completion(prompt=[[5 + i] * 1000 for i in range(30)], echo=True, logprobs=20)
+        COMPLETIONS, lambda: completion(prompt=[[5 + i] * 300 for i in range(20)], echo=True, logprobs=20)
     ),
     "log-probabilities of answers": (
         COMPLETIONS, lambda: completion(n=64, max_tokens=60, ignore_eos=True, logprobs=20)

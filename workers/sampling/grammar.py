@@ -60,6 +60,8 @@ class StepPatience:
 
     def result_of(self, work: Future[Result]) -> Result:
         """Wait for a result. Raises NotReady when it does not come in time, and what the work raises."""
+        if work.done():
+            return work.result()
         began = time.monotonic()
         done = wait([work], self._left_s).done
         if self._left_s is not None:
