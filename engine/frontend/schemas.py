@@ -25,6 +25,8 @@ _ONE = ("additionalItems", "additionalProperties", "contains", "else", "if", "it
         "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
 _LISTS = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 _MAPS = ("$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties")
+_MOST = {"properties": 1000, "patternProperties": 1000, "required": 1000, "anyOf": 500, "oneOf": 500, "allOf": 500}
+"""Most entries of one object, or one list of cases: compiling takes time and memory by the square of their number."""
 COMBINING = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
 _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
@@ -81,8 +83,10 @@ class _Walk:
             if id(schema) in self._seen:
                 continue
             self._seen.add(id(schema))
+            _check_sizes(schema, where)
             for rule in _RULES:
                 rule(schema, where)
+            _check_sizes(schema, where)
             if self._closed and ("properties" in schema or schema.get("type") == "object"):
                 schema.setdefault("additionalProperties", False)
             reference = schema.get("$ref")
@@ -121,6 +125,13 @@ def target_of(root: Schema, reference: str) -> Any:
         else:
             return None
     return node
+
+
+def _check_sizes(schema: Schema, place: str) -> None:
+    for word, most in _MOST.items():
+        entries = schema.get(word)
+        if isinstance(entries, dict | list) and len(entries) > most:
+            raise SchemaRefused(place, f"{word} may have at most {most} entries, found {len(entries)}.")
 
 
 def _drop_annotations(schema: Schema, place: str) -> None:

@@ -163,7 +163,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "a prompt of emoji": (COMPLETIONS, lambda: completion(prompt="👩‍👩‍👧‍👦" * 18_000, truncate_prompt_tokens=5)),
     "a prompt of surrogates": (COMPLETIONS, lambda: within("prompt", b'"' + b"\\ud800" * 20_000 + b'"')),
     "a short prompt without spaces": (COMPLETIONS, lambda: completion(prompt="x" * 8000, truncate_prompt_tokens=5)),
-    "60 prompts of 200 tokens": (COMPLETIONS, lambda: completion(prompt=[[5 + i] * 200 for i in range(60)])),
+    "30 prompts of 200 tokens": (COMPLETIONS, lambda: completion(prompt=[[5 + i] * 200 for i in range(30)])),
     "128 long answers": (COMPLETIONS, lambda: completion(n=128, max_tokens=60, ignore_eos=True)),
     "log-probabilities of prompts": (
         COMPLETIONS, lambda: completion(prompt=[[5 + i] * 300 for i in range(20)], prompt_logprobs=20)
@@ -178,7 +178,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
         COMPLETIONS, lambda: completion(n=64, max_tokens=60, ignore_eos=True, logprobs=20, stream=True)
     ),
     "log-probabilities of a chat": (
-        CHAT, lambda: chat(n=64, max_tokens=60, ignore_eos=True, logprobs=True, top_logprobs=20)
+        CHAT, lambda: chat(n=32, max_tokens=60, ignore_eos=True, logprobs=True, top_logprobs=20)
     ),
     "10⁵ allowed ids for 128 answers": (COMPLETIONS, lambda: completion(allowed_token_ids=[5] * 10**5, n=128)),
     "all allowed ids for 128 answers": (

@@ -170,6 +170,26 @@ def test_refusals_say_where_and_why(schema: dict[str, Any], message: str) -> Non
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"properties": {f"p{i}": {} for i in range(1001)}}, "the schema: properties may have at most 1000 .* 1001"),
+        (
+            {"items": {"anyOf": [{"minimum": i} for i in range(501)]}},
+            "/items: anyOf may have at most 500 .* 501",
+        ),
+        ({"type": "object", "required": [f"p{i}" for i in range(2000)]}, "required may have at most 1000 .* 2000"),
+        (
+            {"type": "object", "minProperties": 1, "properties": {f"p{i}": {"type": "null"} for i in range(600)}},
+            "anyOf may have at most 500 .* 600|allOf may have",
+        ),
+    ],
+)
+def test_what_takes_too_much_is_refused_before_it_is_compiled(schema: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        grammar_of(schema)
+
+
 def test_white_space() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     assert accepts_text(schema, '{ "a" :\n\n1 }')
