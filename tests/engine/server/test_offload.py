@@ -98,6 +98,8 @@ def test_a_short_task_waits_for_no_long_one() -> None:
         assert await offload.in_urgent_helper("render_chat", arguments("{{ 5 }}")) == "5"
         assert not long.done()
         long.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await long
 
     run(work)
 
