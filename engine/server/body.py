@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ from sempre.engine.server.prompts import client_of
 from sempre.engine.server.service import Service
 
 Model = TypeVar("Model", bound=msgspec.Struct)
+Result = TypeVar("Result")
 
 # ten thousand lists, at worst
 _SHORT_BYTES = 32 * 1024
@@ -32,10 +34,15 @@ async def read_model(request: Request, model: type[Model], service: Service) -> 
         check_sizes(found)
         return found
 
+    return await beside_the_loop(request, service, data, parsed)
+
+
+async def beside_the_loop(request: Request, service: Service, data: bytes, read: Callable[[], Result]) -> Result:
+    """Return `read()`, which reads `data`: away from the event loop where that is long. Raises what it raises."""
     if len(data) <= _SHORT_BYTES:
-        return parsed()
+        return read()
     # the parser's turns are short, and what Python code does is done in turns with the loop
-    return await service.offload.in_thread(client_of(request), parsed)
+    return await service.offload.in_thread(client_of(request), read)
 
 
 def parse_model(

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive
 
-from sempre.engine.server.body import read_body
+from sempre.engine.server.body import beside_the_loop, read_body
 from sempre.engine.server.chat import create_chat_completion
 from sempre.engine.server.completions import create_completion
 from sempre.engine.server.errors import BadRequest
@@ -22,7 +22,7 @@ _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 async def invoke(service: Service, http: Request) -> Response:
     """Answer as the endpoint does whose body this is. Raises what the endpoint raises."""
     data = await read_body(http, service.config.max_body_bytes)
-    names = _names(data, service.max_json_values)
+    names = await beside_the_loop(http, service, data, lambda: _names(data, service.max_json_values))
     if "messages" in names:
         endpoint = create_chat_completion
     elif "prompt" in names:

@@ -222,6 +222,10 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "tokenize 130 KB as pieces": ("/tokenize", lambda: encoded(prompt=TEXT * 9000, return_token_strs=True)),
     "tokenize 16,000 messages": ("/tokenize", lambda: encoded(messages=[MESSAGE] * 16_000)),
     "detokenize broken characters": ("/detokenize", lambda: encoded(tokens=[200 + i % 50 for i in range(130_000)])),
+    "invocations: 49,000 objects": ("/invocations", lambda: completion(metadata={"k": [{}] * 48_000})),
+    "invocations: a message of 7 MB": (
+        "/invocations", lambda: chat(messages=[{"role": "user", "content": TEXT * 500_000}])
+    ),
     "a body for an endpoint without": ("/health", lambda: b"x" * 8_000_000),
     "a schema of 100 properties": (COMPLETIONS, lambda: form(json=properties(100))),
     "a schema of 1,000 properties": (COMPLETIONS, lambda: form(json=properties(1000))),
