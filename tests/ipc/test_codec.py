@@ -102,6 +102,14 @@ def test_a_flipped_bit_is_refused(position: int, bit: int) -> None:
     assert refusal.value.field in ("magic", "checksum")
 
 
+@pytest.mark.parametrize("position", range(len(MAGIC)))
+def test_a_frame_of_another_format_is_refused(position: int) -> None:
+    frame = ENCODER.encode(STEP_RESULT, 1)
+    frame[position] += 1
+    with pytest.raises(MessageMalformed, match="magic: expected"):
+        WORKER_EVENTS.decode(frame)
+
+
 def test_messages_come_back_as_they_were() -> None:
     assert WORKER_EVENTS.decode(ENCODER.encode(STEP_RESULT, 3)) == (3, STEP_RESULT)
     assert CLIENT_COMMANDS.decode(ENCODER.encode(ADD_REQUESTS, 2**64 - 1)) == (2**64 - 1, ADD_REQUESTS)

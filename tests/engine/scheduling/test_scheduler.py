@@ -356,6 +356,18 @@ def test_after_rejected_guesses_the_request_goes_on_behind_its_last_token() -> N
     assert stats.num_accepted_tokens_per_pos == [1]
 
 
+def test_a_block_that_ends_with_a_rejected_guess_is_not_found() -> None:
+    """Its last slot holds keys and values of the draft, not of the token that was sampled in its place."""
+    replica, step = guessing_replica([5, 6, 7], max_tokens=9)
+    (item,) = step.scheduled
+    assert (item.num_computed_tokens, item.num_tokens) == (4, 4), "the last draft is at the end of the second block"
+    sampled = [SampledTokens(request_id="a", token_ids=[5, 6, 8])]
+    replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled))
+    replica.add(spec("b", [1000, 1001, 1002, 1003, 9, 5, 6, 8, 1], ordinal=1))
+    step = replica.schedule()
+    assert [(item.request_id, item.num_computed_tokens) for item in step.scheduled] == [("a", 7), ("b", 4)]
+
+
 def test_guesses_never_reach_past_the_last_token_a_request_may_have() -> None:
     _, step = guessing_replica([5, 6, 7], max_tokens=3)
     assert step.scheduled[0].draft_token_ids == [5]
@@ -588,6 +600,17 @@ def test_a_block_is_not_found_before_its_step_has_returned() -> None:
     assert planned(replica.schedule())["c"] == 2
 
 
+def test_a_block_is_not_found_before_its_last_token_is_written() -> None:
+    replica = Replica(max_num_batched_tokens=6)
+    prompt = list(range(12))
+    replica.add(spec("a", prompt))
+    step = replica.schedule()
+    replica.scheduler.update(step, replica.answer(step))
+    replica.scheduler.abort("a")
+    replica.add(spec("b", prompt, ordinal=1))
+    assert replica.schedule().scheduled[0].num_computed_tokens == 4
+
+
 def test_equal_blocks_computed_in_one_step_are_kept_once() -> None:
     replica = Replica()
     prompt = list(range(9))
@@ -663,6 +686,20 @@ def test_prompt_rows_are_asked_for_once_also_after_preemption() -> None:
     assert starts[:2] == [(0, 1), (3, 4)]
     assert (0, 7) in starts[2:], "computed again, with nothing left to report"
     assert reported == [1, 2, 3, 4, 5, 6]
+
+
+def test_prompt_rows_are_asked_for_once_also_after_a_crash() -> None:
+    replica = Replica(max_num_batched_tokens=4)
+    replica.add(spec("a", 10, prompt_logprobs=0))
+    step = replica.schedule()
+    replica.scheduler.update(step, falsified(replica.answer(step), prompt_logprobs=rows(1, 4)))
+    crash(replica)
+    starts = []
+    for reported in (None, rows(5, 8), rows(9, 9)):
+        step = replica.schedule()
+        starts.append((step.scheduled[0].num_computed_tokens, step.scheduled[0].prompt_logprobs_start))
+        replica.scheduler.update(step, falsified(replica.answer(step), prompt_logprobs=reported))
+    assert starts == [(0, 5), (4, 5), (8, 9)]
 
 
 # A fresh worker

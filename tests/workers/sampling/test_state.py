@@ -54,6 +54,18 @@ def test_one_state_serves_several_positions_of_its_sequence() -> None:
         assert np.array_equal(_processed(state, position), _processed(fresh, position))
 
 
+def test_tokens_that_are_replaced_are_not_counted() -> None:
+    tokens, others = np.random.default_rng(3).integers(0, VOCAB, (2, 60)).tolist()
+    state = SamplingState(PARAMS, 1, tokens, 20)
+    before = _processed(state, 60)
+    for start in (59, 45, 20):
+        state.rewind(start)
+        tokens[start:] = others[start:]
+        fresh = SamplingState(PARAMS, 1, tokens[:60], 20)
+        assert np.array_equal(_processed(state, 60), _processed(fresh, 60))
+    assert not np.array_equal(_processed(state, 60), before)
+
+
 def test_plain_parameters_leave_the_logits_alone() -> None:
     for params in (SamplingSpec(max_tokens=5), SamplingSpec(max_tokens=5, temperature=0.0, top_k=3, min_tokens=2)):
         state = SamplingState(params, 1, [1, 2], 1)

@@ -1,0 +1,125 @@
+"""Faults of the kernels of the CPU: attention, rotation, norms, and products."""
+
+from __future__ import annotations
+
+from planted_faults.fault import Fault
+
+ATTENTION = "kernels/attention/cpu.py"
+ATTENTION_TILES = "kernels/attention/cpu_tiles.py"
+LINEAR = "kernels/linear/cpu.py"
+LINEAR_TILES = "kernels/linear/cpu_tiles.py"
+ATTENTION_TESTS = "tests/kernels/test_attention.py"
+LINEAR_TESTS = "tests/kernels/test_linear.py"
+CHUNKS = f"{ATTENTION_TESTS}::test_decode_and_chunks_give_the_bits_of_the_whole_prompt"
+
+ATTENTION_AND_LINEAR = (
+    Fault(
+        "sees-one-key-ahead",
+        "A token attends to the one after it.",
+        ATTENTION,
+        "                position + 1 - tile,",
+        "                position + 2 - tile,",
+        (f"{ATTENTION_TESTS}::test_accuracy_against_float64",),
+    ),
+    Fault(
+        "window-one-wider",
+        "A window lets one key more be seen.",
+        ATTENTION,
+        "low = position - window + 1 - tile if window > 0 else 0",
+        "low = position - window - tile if window > 0 else 0",
+        (f"{ATTENTION_TESTS}::test_accuracy_against_float64",),
+    ),
+    Fault(
+        "window-shifts-the-tiles",
+        "Under a window tiles begin at any block, so that a token's sums depend on how its prompt was cut.",
+        ATTENTION,
+        "start = (first_position - window + 1) // TILE * TILE",
+        "start = (first_position - window + 1) // BLOCK * BLOCK",
+        (CHUNKS,),
+    ),
+    Fault(
+        "third-block-of-a-tile-repeated",
+        "The last block of a tile is never read.",
+        ATTENTION,
+        "b3 = (table[first + min(3, last_block)]",
+        "b3 = (table[first + min(2, last_block)]",
+        (f"{ATTENTION_TESTS}::test_accuracy_against_float64",),
+    ),
+    Fault(
+        "masked-values-are-added",
+        "Values that a token must not see are added with a weight of zero, which NaN survives.",
+        ATTENTION,
+        "        high = min(past, position + t + 1)",
+        "        high = past",
+        (f"{ATTENTION_TESTS}::test_masked_values_are_not_read",),
+    ),
+    Fault(
+        "lone-rows-without-fma-in-attention",
+        "A row that is computed alone rounds its scores otherwise than among others.",
+        ATTENTION_TILES,
+        "following += [fma(b, factor, keys[j], sums[i * BLOCKS + j]) for j in range(BLOCKS)]",
+        "following += [b.fadd(b.fmul(factor, keys[j]), sums[i * BLOCKS + j]) if rows == 1"
+        " else fma(b, factor, keys[j], sums[i * BLOCKS + j]) for j in range(BLOCKS)]",
+        (CHUNKS,),
+    ),
+    Fault(
+        "correction-left-out-of-the-sum",
+        "The sum of weights is not rescaled when a later tile has a greater score.",
+        ATTENTION_TILES,
+        "store(b, b.fadd(rescaled, tile_sum), b.add(state, I64(4)))",
+        "store(b, b.fadd(old_sum, tile_sum), b.add(state, I64(4)))",
+        (f"{ATTENTION_TESTS}::test_accuracy_against_float64",),
+    ),
+    Fault(
+        "small-steps-rotate-one-off",
+        "In a step of a few rows all but the first are rotated as the token before them.",
+        "kernels/rope/cpu.py",
+        "    for t in range(len(positions)):\n        _token(\n            qkv + t * row_bytes,\n"
+        "            table + positions[t] * dim * 4,",
+        "    for t in range(len(positions)):\n        _token(\n            qkv + t * row_bytes,\n"
+        "            table + (positions[t] - (t > 0 and positions[t] > 0)) * dim * 4,",
+        (CHUNKS,),
+    ),
+    Fault(
+        "norm-of-a-lone-row-reads-another-mean",
+        "The mean of squares leaves out the epsilon where few rows are normalised.",
+        "kernels/norms/cpu.py",
+        "    run = _rms_norm_parallel if x.numel() >= PARALLEL_ELEMENTS else _rms_norm\n    run(x.data_ptr()",
+        "    run = _rms_norm_parallel if x.numel() >= PARALLEL_ELEMENTS else _rms_norm\n"
+        "    eps = eps if rows > 1 else 0.0\n    run(x.data_ptr()",
+        ("tests/kernels/test_rowwise.py::test_rms_norm",),
+    ),
+    Fault(
+        "lone-rows-without-fma-in-products",
+        "A row that is multiplied alone rounds otherwise than among others.",
+        LINEAR_TILES,
+        "following += [fma(b, factor, columns[j], sums[i * VECTORS + j]) for j in range(VECTORS)]",
+        "following += [b.fadd(b.fmul(factor, columns[j]), sums[i * VECTORS + j]) if rows == 1"
+        " else fma(b, factor, columns[j], sums[i * VECTORS + j]) for j in range(VECTORS)]",
+        (f"{LINEAR_TESTS}::test_rows_do_not_depend_on_their_number_or_place",),
+    ),
+    Fault(
+        "bias-of-the-first-panel",
+        "All panels of 32 columns get the bias of the first.",
+        LINEAR,
+        "add_rows(bias + p * PANEL * 4, 0,",
+        "add_rows(bias, 0,",
+        (f"{LINEAR_TESTS}::test_accuracy_against_float64",),
+    ),
+    Fault(
+        "last-panel-written-past-its-row",
+        "The columns that fill up the last panel are written into the next row.",
+        LINEAR,
+        "out_at, columns * 4, block_rows, width)\n            keep(part)",
+        "out_at, columns * 4, block_rows, PANEL)\n            keep(part)",
+        (f"{LINEAR_TESTS}::test_nothing_is_written_past_a_row",),
+    ),
+    Fault(
+        "row-scales-of-the-first-block",
+        "Beyond 240 rows each gets the fp8 scale of another one.",
+        LINEAR,
+        "scale_rows(row_scales + first_row * 4,",
+        "scale_rows(row_scales,",
+        ("tests/kernels/test_fp8.py::test_rows_do_not_depend_on_their_number_or_place",),
+    ),
+)

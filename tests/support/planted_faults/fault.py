@@ -1,0 +1,26 @@
+"""What a planted fault says of itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """A change that a mistake could make, and the tests that notice it."""
+
+    name: str
+    harm: str
+    """what goes wrong"""
+    file: str
+    """from the root of the project"""
+    before: str
+    """text that stands exactly once in the file"""
+    after: str
+    """what stands in its place"""
+    killers: tuple[str, ...]
+    """node ids of tests of the plain run that fail with the fault; one without parameters in one of its cases"""
+
+    @property
+    def changes_cpu_kernels(self) -> bool:
+        """Whether the kernels of the CPU are compiled anew."""
+        return self.file.startswith("kernels/") and not self.file.rpartition("/")[2].startswith("gpu")

@@ -1,0 +1,134 @@
+"""Faults of the scheduler: who computes what in a step, and what becomes of its result."""
+
+from __future__ import annotations
+
+from planted_faults.fault import Fault
+
+REQUEST = "engine/scheduling/request.py"
+SCHEDULER = "engine/scheduling/scheduler.py"
+STEP = "engine/scheduling/step_in_flight.py"
+TESTS = "tests/engine/scheduling/test_scheduler.py"
+SIMULATION = "tests/engine/scheduling/test_simulation.py"
+
+SCHEDULING = (
+    Fault(
+        "computes-one-token-too-many",
+        "A request computes keys and values for its last possible token, which nobody reads.",
+        REQUEST,
+        "self.compute_limit = min(self.max_total_tokens - 1, limits.max_kv_tokens)",
+        "self.compute_limit = min(self.max_total_tokens, limits.max_kv_tokens)",
+        (f"{TESTS}::test_a_step_ahead_plans_the_token_in_flight_and_never_past_max_tokens",),
+    ),
+    Fault(
+        "preempted-request-waits-at-the-end",
+        "A preempted request loses its place to those that came after it.",
+        SCHEDULER,
+        "            insort(self._waiting, victim, key=ORDER_KEY)\n            self._counters",
+        "            self._waiting.append(victim)\n            self._counters",
+        (f"{SIMULATION}::test_a_busy_workload_ends_right_under_every_setting",),
+    ),
+    Fault(
+        "preempted-request-keeps-its-blocks",
+        "Blocks of a preempted request stay taken, and those who run never get them.",
+        SCHEDULER,
+        "            victim.is_running = False\n            self._kv_cache.release(victim)",
+        "            victim.is_running = False",
+        (f"{TESTS}::test_a_preempted_request_finds_its_own_blocks_again",),
+    ),
+    Fault(
+        "result-of-an-earlier-admission-is-committed",
+        "A result from before a preemption makes blocks findable that the new admission has not written.",
+        SCHEDULER,
+        "holds_blocks = request.is_running and request.admitted_at_step <= flight.step_id",
+        "holds_blocks = request.is_running",
+        (f"{TESTS}::test_a_result_from_before_a_preemption_offers_no_block_of_the_new_admission",),
+    ),
+    Fault(
+        "tokens-are-counted-twice",
+        "A token that was counted when its step was planned is counted again when it comes.",
+        SCHEDULER,
+        "request.num_tokens += len(token_ids) - 1  #",
+        "request.num_tokens += len(token_ids)  #",
+        (f"{TESTS}::test_running_requests_go_on_decoding_beside_a_long_prompt",),
+    ),
+    Fault(
+        "tokens-after-a-stop-are-delivered",
+        "Of several tokens in one result, one after the end of the request reaches the user.",
+        SCHEDULER,
+        "                    token_ids = token_ids[:count]",
+        "                    token_ids = token_ids[: count + 1]",
+        (f"{TESTS}::test_several_tokens_are_cut_at_the_first_end",),
+    ),
+    Fault(
+        "ended-request-gets-the-step-in-flight",
+        "A request that has ended gets the token of a step that was on its way.",
+        SCHEDULER,
+        "            if request.finish_reason is not None:\n                continue  # aborted",
+        '            if request.finish_reason == "never":\n                continue  # aborted',
+        (f"{TESTS}::test_a_step_ahead_of_an_end_is_ignored",),
+    ),
+    Fault(
+        "stop-token-one-late",
+        "A stop token at the least length that is asked for does not end the request.",
+        REQUEST,
+        "(num_tokens >= self.min_total_tokens or",
+        "(num_tokens > self.min_total_tokens or",
+        (f"{TESTS}::test_how_a_request_ends",),
+    ),
+    Fault(
+        "lost-worker-leaves-tokens-in-flight",
+        "After a crash a request waits for tokens that were lost with the worker.",
+        REQUEST,
+        "        self.num_tokens = len(self.token_ids)\n        self.drafts_in_flight = []\n        self.is_known",
+        "        self.drafts_in_flight = []\n        self.is_known",
+        (f"{TESTS}::test_restart_sends_every_token_again_and_counts_nothing_twice",),
+    ),
+    Fault(
+        "prompt-logprobs-sent-again-after-a-crash",
+        "Rows of prompt log-probabilities that were delivered before a crash come twice.",
+        REQUEST,
+        "        self.prompt_logprobs_start = 1 + self.num_prompt_logprobs_delivered",
+        "        self.prompt_logprobs_start = 1",
+        (f"{TESTS}::test_prompt_rows_are_asked_for_once_also_after_a_crash",),
+    ),
+    Fault(
+        "prompt-logprobs-row-skipped",
+        "The first row of prompt log-probabilities of each chunk is not expected of the worker.",
+        STEP,
+        "    first = max(start + 1, planned.prompt_logprobs_start)",
+        "    first = max(start + 2, planned.prompt_logprobs_start)",
+        (f"{TESTS}::test_prompt_rows_are_asked_for_once_also_after_preemption",),
+    ),
+    Fault(
+        "prompt-takes-the-place-of-decoding",
+        "A long prompt takes the whole step, and requests behind it stop decoding.",
+        SCHEDULER,
+        "max(1, draft.budget - (num_running - index - 1)))",
+        "max(1, draft.budget))",
+        (f"{TESTS}::test_a_long_prompt_leaves_a_token_to_each_request_behind_it",),
+    ),
+    Fault(
+        "admitted-in-a-step-that-preempts",
+        "A waiting request takes the blocks for which another has just been preempted.",
+        SCHEDULER,
+        "            if self._schedule_running(draft):\n                self._schedule_waiting(draft)",
+        "            self._schedule_running(draft)\n            self._schedule_waiting(draft)",
+        (f"{TESTS}::test_nobody_is_admitted_in_a_step_that_preempts",),
+    ),
+    Fault(
+        "grammar-does-not-wait-for-its-token",
+        "A request with a grammar is planned before the token that decides its next mask is known.",
+        REQUEST,
+        "return self.waits_for_tokens and self.num_tokens > len(self.token_ids)",
+        "return False",
+        (f"{TESTS}::test_a_request_with_a_grammar_sits_out_while_its_token_is_in_flight",),
+    ),
+    Fault(
+        "crash-forgets-who-was-at-work",
+        "Requests that were at work in a crash go on side by side, so that one that kills its worker takes all along.",
+        "engine/scheduling/quarantine.py",
+        "suspect.passes_at = len(request.token_ids) + num_steps[request.request_id]",
+        "suspect.passes_at = len(request.token_ids) + 1",
+        (f"{TESTS}::test_a_suspect_passes_with_all_tokens_that_were_under_way",),
+    ),
+)

@@ -1,0 +1,156 @@
+"""Faults of speculative decoding: what is drafted, which drafts stand, and what the rejected ones leave behind."""
+
+from __future__ import annotations
+
+from planted_faults.fault import Fault
+
+SCHEDULER = "engine/scheduling/scheduler.py"
+SPECULATION_FILE = "engine/speculation/speculation.py"
+VERIFICATION = "workers/verification.py"
+LINK = "engine/coordinator/draft_link.py"
+SCHEDULER_TESTS = "tests/engine/scheduling/test_scheduler.py"
+SIMULATION = "tests/engine/scheduling/test_simulation.py"
+TESTS = "tests/engine/speculation/test_speculation.py"
+VERIFICATION_TESTS = "tests/workers/test_verification.py"
+INVARIANCE = "tests/invariance/test_speculation.py"
+LINK_TESTS = "tests/engine/coordinator/test_draft_link.py"
+
+SPECULATION = (
+    Fault(
+        "rejected-drafts-count-as-written",
+        "Positions of rejected drafts count as computed, and the tokens that stand there never are.",
+        SCHEDULER,
+        "                num_written -= self._count_rejected(request, planned.draft_token_ids, sampled)",
+        "                self._count_rejected(request, planned.draft_token_ids, sampled)",
+        (f"{SCHEDULER_TESTS}::test_after_rejected_guesses_the_request_goes_on_behind_its_last_token",),
+    ),
+    Fault(
+        "rejected-drafts-stay-computed",
+        "After a rejection the next step begins behind the rejected drafts.",
+        SCHEDULER,
+        "                if holds_blocks:\n                    request.num_computed_tokens = num_written",
+        "                pass",
+        (
+            f"{SCHEDULER_TESTS}::test_after_rejected_guesses_the_request_goes_on_behind_its_last_token",
+            f"{SIMULATION}::test_guesses_are_kept_and_rejected_among_preemptions_and_prefix_hits",
+        ),
+    ),
+    Fault(
+        "one-rejected-draft-counts-as-written",
+        "The first rejected draft counts as the token that was sampled in its place.",
+        SCHEDULER,
+        "        return len(drafts) - num_kept",
+        "        return max(0, len(drafts) - num_kept - 1)",
+        (f"{SCHEDULER_TESTS}::test_after_rejected_guesses_the_request_goes_on_behind_its_last_token",),
+    ),
+    Fault(
+        "block-with-a-rejected-draft-is-committed",
+        "A block that ends with a rejected draft is found by the tokens that were sampled instead.",
+        SCHEDULER,
+        "            if holds_blocks and num_written >= request.next_commit_at:\n"
+        "                self._kv_cache.commit(request, num_written, sampled.token_ids)",
+        "            offered = num_written + (0 < len(sampled.token_ids) <= len(planned.draft_token_ids))\n"
+        "            if holds_blocks and offered >= request.next_commit_at:\n"
+        "                self._kv_cache.commit(request, offered, sampled.token_ids)",
+        (
+            f"{SCHEDULER_TESTS}::test_a_block_that_ends_with_a_rejected_guess_is_not_found",
+            f"{INVARIANCE}::test_prefix_blocks_hold_accepted_tokens_only",
+        ),
+    ),
+    Fault(
+        "drafts-beyond-the-last-token",
+        "Drafts are verified past the last token that a request may have.",
+        SCHEDULER,
+        "        room = min(room, request.compute_limit - request.num_tokens)\n",
+        "",
+        (f"{SCHEDULER_TESTS}::test_guesses_never_reach_past_the_last_token_a_request_may_have",),
+    ),
+    Fault(
+        "what-does-not-follow-the-drafts-is-taken",
+        "Tokens of a worker that accepted a wrong draft are delivered.",
+        "engine/scheduling/step_in_flight.py",
+        "return num_kept <= len(drafts) and token_ids[:num_kept] == drafts[:num_kept]",
+        "return num_kept <= len(drafts)",
+        (f"{SCHEDULER_TESTS}::test_tokens_that_do_not_follow_the_guesses_are_refused",),
+    ),
+    Fault(
+        "a-draft-takes-the-place-of-the-sampled-token",
+        "Drafts stand without being compared with what was sampled.",
+        VERIFICATION,
+        "        kept.append(row)\n        if row.token_id != guess:\n            break",
+        "        kept.append(row if guess is None else row._replace(token_id=guess))\n"
+        "        if guess is None:\n            break",
+        (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_stand",),
+    ),
+    Fault(
+        "sampled-token-behind-a-rejected-draft-stands",
+        "One more token stands than was sampled behind drafts that are right.",
+        VERIFICATION,
+        "        kept.append(row)\n        if row.token_id != guess:\n            break",
+        "        rejected = bool(kept) and kept[-1].token_id != drafts[len(kept) - 1]\n"
+        "        kept.append(row)\n        if rejected:\n            break",
+        (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_stand",),
+    ),
+    Fault(
+        "token-at-a-rejected-draft-is-lost",
+        "The token sampled in the place of a rejected draft is thrown away with it.",
+        VERIFICATION,
+        "        kept.append(row)\n        if row.token_id != guess:\n            break",
+        "        if row.token_id != guess and kept:\n            break\n        kept.append(row)\n"
+        "        if row.token_id != guess:\n            break",
+        (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_stand",),
+    ),
+    Fault(
+        "a-draft-stays-in-the-sequence",
+        "The first draft stays in the worker's copy of the sequence, whether it stands or not.",
+        VERIFICATION,
+        "            del state.token_ids[length:]",
+        "            del state.token_ids[length + 1 :]",
+        (f"{VERIFICATION_TESTS}::test_drafts_are_history_only_while_they_are_verified",),
+    ),
+    Fault(
+        "rejected-drafts-stay-counted",
+        "Penalties count tokens that were only drafted.",
+        "workers/sampling/state.py",
+        "        if self._counts is not None:\n            self._counts.retreat_to(position)",
+        "        return",
+        (
+            f"{VERIFICATION_TESTS}::test_drafts_are_history_only_while_they_are_verified",
+            "tests/workers/sampling/test_state.py::test_tokens_that_are_replaced_are_not_counted",
+        ),
+    ),
+    Fault(
+        "drafts-for-a-shorter-sequence-are-verified",
+        "Drafts that were made before the last tokens came are verified behind them.",
+        SPECULATION_FILE,
+        "guesses = self._guesses[:room] if self._num_known == len(token_ids) else []",
+        "guesses = self._guesses[:room]",
+        (f"{TESTS}::test_guesses_for_another_length_are_not_used",),
+    ),
+    Fault(
+        "drafts-from-outputs-of-another-salt",
+        "Drafts, and with them the time a request takes, tell what requests with another salt were given.",
+        "engine/speculation/lookup.py",
+        "        recent = self._by_salt.pop(salt, None) or",
+        "        salt = None\n        recent = self._by_salt.pop(salt, None) or",
+        ("tests/engine/speculation/test_lookup.py::test_no_guess_comes_from_an_output_with_another_salt",),
+    ),
+    Fault(
+        "queued-request-waits-for-a-late-draft-worker",
+        "A request that was about to ask a draft worker waits for ever when that one is late.",
+        LINK,
+        "        self._give_up_queued()\n        return True",
+        "        self._queued.clear()\n        return True",
+        ("tests/engine/coordinator/test_waits.py::test_every_wait_has_an_owner",),
+    ),
+    Fault(
+        "late-drafts-are-used",
+        "Drafts that come after the request has gone on are taken as drafts of what comes next.",
+        LINK,
+        "            if request.finish_reason is None and len(request.token_ids) == num_known:\n"
+        "                _speculation(request).answered(num_known, guesses)",
+        "            if request.finish_reason is None:\n"
+        "                _speculation(request).answered(len(request.token_ids), guesses)",
+        (f"{LINK_TESTS}::test_nobody_waits_for_a_worker_that_is_late",),
+    ),
+)
