@@ -600,6 +600,17 @@ def test_a_block_is_not_found_before_its_step_has_returned() -> None:
     assert planned(replica.schedule())["c"] == 2
 
 
+def test_a_later_chunk_is_not_found_before_its_step_has_returned() -> None:
+    replica = Replica(max_num_batched_tokens=8)
+    prompt = list(range(20))
+    replica.add(spec("a", prompt))
+    replica.step()
+    assert planned(replica.schedule()) == {"a": 8}
+    replica.scheduler.abort("a")
+    replica.add(spec("b", prompt, ordinal=1))
+    assert replica.schedule().scheduled[0].num_computed_tokens == 8
+
+
 def test_a_block_is_not_found_before_its_last_token_is_written() -> None:
     replica = Replica(max_num_batched_tokens=6)
     prompt = list(range(12))

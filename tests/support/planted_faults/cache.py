@@ -57,12 +57,24 @@ CACHE = (
     ),
     Fault(
         "step-in-flight-is-findable",
-        "Blocks can be found as soon as a step is planned, though it may fail.",
+        "Blocks of a later chunk can be found as soon as it is planned, though its step may fail.",
         SCHEDULER,
         "            draft.plan(request, num_new, block_table_start, block_ids, drafts)\n",
         "            draft.plan(request, num_new, block_table_start, block_ids, drafts)\n"
         "            self._kv_cache.commit(request, min(start + num_new, len(request.token_ids)))\n",
-        (f"{SIMULATION}::test_a_busy_workload_ends_right_under_every_setting",),
+        (f"{TESTS}::test_a_later_chunk_is_not_found_before_its_step_has_returned",),
+    ),
+    Fault(
+        "admission-in-flight-is-findable",
+        "Blocks of a first chunk can be found as soon as it is planned, though its step may fail.",
+        SCHEDULER,
+        "        draft.plan(request, num_new, 0, request.block_ids.copy())\n",
+        "        draft.plan(request, num_new, 0, request.block_ids.copy())\n"
+        "        self._kv_cache.commit(request, num_cached + num_new)\n",
+        (
+            f"{TESTS}::test_a_block_is_not_found_before_its_step_has_returned",
+            f"{TESTS}::test_an_error_ends_one_request_and_leaves_nothing_findable_of_its_step",
+        ),
     ),
     Fault(
         "admission-counts-cached-blocks-twice",
