@@ -231,12 +231,37 @@ def test_a_request_that_cannot_go_on_fails_as_without(stack: ExitStack) -> None:
 
 def test_prefix_blocks_hold_accepted_tokens_only(stack: ExitStack) -> None:
     """A second request whose prompt is the whole first one reads its blocks, and gives what a cold one does."""
-    llm = stack.enter_context(speculating("half", 7))
-    stack.enter_context(drafting_with(plain()[1], 0.5))
     off = stack.enter_context(LLM("tiny", **SETTINGS, enable_prefix_caching=False))
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=40, logprobs=1, ignore_eos=True)
+    expected = off.generate(PROMPTS[0], params, use_tqdm=False)[0]
+    whole = expected.prompt_token_ids + expected.outputs[0].token_ids
+    stack.enter_context(drafting_with([whole], 0.5))
+    llm = stack.enter_context(speculating("half", 7))
     first = llm.generate(PROMPTS[0], params, use_tqdm=False)[0]
-    again = {"prompt_token_ids": first.prompt_token_ids + first.outputs[0].token_ids}
+    assert facts(first.outputs[0]) == facts(expected.outputs[0])
+    found = counted(llm)
+    assert 0 < found["spec_decode_num_accepted_tokens"] < found["spec_decode_num_draft_tokens"]
+    again = {"prompt_token_ids": whole}
     warm = llm.generate(again, replace(params, seed=2), use_tqdm=False)[0]
     assert warm.num_cached_tokens >= 48
     assert facts(warm.outputs[0]) == facts(off.generate(again, replace(params, seed=2), use_tqdm=False)[0].outputs[0])
+
+
+def test_a_block_that_ends_with_a_rejected_draft_is_not_read(stack: ExitStack) -> None:
+    """A request stops at a token that was sampled in the place of a rejected draft, at the end of a block."""
+    off = stack.enter_context(LLM("tiny", **SETTINGS, enable_prefix_caching=False))
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=40, logprobs=1, ignore_eos=True)
+    expected = off.generate(PROMPTS[0], params, use_tqdm=False)[0]
+    start = len(expected.prompt_token_ids)
+    whole = expected.prompt_token_ids + expected.outputs[0].token_ids
+    end = next(end for end in range(start + 1, len(whole)) if end % 16 == 0 and whole[end - 1] not in whole[: end - 1])
+    stack.enter_context(drafting_with([whole], 0.0))
+    llm = stack.enter_context(speculating("random", 4))
+    first = llm.generate(PROMPTS[0], replace(params, stop_token_ids=[whole[end - 1]]), use_tqdm=False)[0]
+    assert first.outputs[0].token_ids == whole[start:end]
+    assert counted(llm)["spec_decode_num_draft_tokens"] > 0
+    again = {"prompt_token_ids": [*whole[:end], 5, 6]}
+    warm = llm.generate(again, replace(params, seed=2), use_tqdm=False)[0]
+    cold = off.generate(again, replace(params, seed=2), use_tqdm=False)[0]
+    assert facts(warm.outputs[0]) == facts(cold.outputs[0])
+    assert warm.num_cached_tokens == end - 16, "keys and values of the last token were never computed"
