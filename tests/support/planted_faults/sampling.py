@@ -182,6 +182,14 @@ SAMPLING = (
         (f"{SAMPLER_TESTS}::test_logprobs_are_those_of_the_raw_logits_and_equal_prompt_logprobs",),
     ),
     Fault(
+        "prompt-logprobs-of-another-token",
+        "Beyond 64 rows of a chunk, prompt log-probabilities are those of an earlier token.",
+        "workers/prompt_logprobs.py",
+        "row = first_row + low - 1 - start",
+        "row = first_row + (low - 1 - start) % PROMPT_LOGPROB_ROWS",
+        ("tests/workers/test_worker.py::test_prompt_logprobs_are_reported_from_the_start_asked_for",),
+    ),
+    Fault(
         "batch-of-other-requests-reused",
         "The parameters of the last batch are used again for another one of the same size.",
         "workers/sampling/sampler.py",

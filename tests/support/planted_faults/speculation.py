@@ -13,6 +13,8 @@ SIMULATION = "tests/engine/scheduling/test_simulation.py"
 TESTS = "tests/engine/speculation/test_speculation.py"
 VERIFICATION_TESTS = "tests/workers/test_verification.py"
 INVARIANCE = "tests/invariance/test_speculation.py"
+DRAFTING = "workers/drafting.py"
+DRAFTING_TESTS = "tests/workers/test_drafting.py"
 LINK_TESTS = "tests/engine/coordinator/test_draft_link.py"
 
 SPECULATION = (
@@ -134,6 +136,33 @@ SPECULATION = (
         "        recent = self._by_salt.pop(salt, None) or",
         "        salt = None\n        recent = self._by_salt.pop(salt, None) or",
         ("tests/engine/speculation/test_lookup.py::test_no_guess_comes_from_an_output_with_another_salt",),
+    ),
+    Fault(
+        "draft-model-keeps-keys-of-wrong-drafts",
+        "A draft model goes on from drafts that were rejected.",
+        DRAFTING,
+        "min(self.num_computed, num_right, len(self.token_ids) - 1)",
+        "min(self.num_computed, len(self.token_ids) - 1)",
+        (f"{DRAFTING_TESTS}::test_keys_and_values_hold_as_far_as_the_drafts_were_right",),
+    ),
+    Fault(
+        "draft-model-reads-blocks-it-has-lost",
+        "A draft model whose blocks were given to another sequence takes them for its own.",
+        DRAFTING,
+        "        sequence.block_ids = []\n        sequence.num_computed = 0",
+        "        sequence.block_ids = []",
+        (f"{DRAFTING_TESTS}::test_a_sequence_whose_blocks_were_taken_is_computed_from_its_first_token",),
+    ),
+    Fault(
+        "draft-model-samples-with-other-noise",
+        "Drafts and tokens are sampled with different noise, and most drafts are rejected.",
+        DRAFTING,
+        "_Sequence(replace(new, params=params)",
+        "_Sequence(replace(new, params=params, seed=new.seed + 1)",
+        (
+            f"{DRAFTING_TESTS}::test_the_guesser_samples_by_the_request_s_own_seed_and_parameters",
+            "tests/invariance/test_speculative_distribution.py::test_guesses_are_samples_too",
+        ),
     ),
     Fault(
         "queued-request-waits-for-a-late-draft-worker",
