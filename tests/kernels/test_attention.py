@@ -197,33 +197,34 @@ def test_rows_that_see_no_damage_keep_their_bits(damage: Damage, window: int | N
 
 @pytest.mark.parametrize("window", [None, 37])
 def test_masked_values_are_not_read(window: int | None) -> None:
-    """Damage in the cache itself: of later keys, and of keys below the window."""
+    """Damage in the cache itself, of all keys that one row does not see: later ones, and those below its window."""
     sequences = Sequences(9, 3, 64, torch.float32, window)
     cache = sequences.empty_cache()
     whole = sequences.step(cache, [(s, 0, n) for s, n in enumerate(LENGTHS)])
+    table = sequences.tables[LONGEST]
     for start, stop in ((100, 101), (97, 104), (60, 70)):
-        damaged = KvCache(cache.k.clone(), cache.v.clone())
-        table = sequences.tables[LONGEST]
-        unseen = [p for p in range(LENGTHS[LONGEST]) if p >= stop or (window is not None and p <= start - window)]
-        for p in unseen:
-            damaged.v[table[p // 16], :, p % 16] = float("nan")
-        out = torch.empty(stop - start, 9 * 64, dtype=torch.float32)
         rows = _rotated_queries(sequences, start, stop)
-        paged_attention(
-            rows,
-            damaged,
-            table[None].contiguous(),
-            torch.tensor([0, stop - start], dtype=torch.int32),
-            torch.tensor([stop], dtype=torch.int32),
-            num_heads=9,
-            num_kv_heads=3,
-            head_dim=64,
-            scale=64**-0.5,
-            window=window,
-            out=out,
-        )
-        assert unseen
-        assert torch.equal(out, whole[LONGEST][start:stop])
+        for row in range(start, stop):
+            damaged = KvCache(cache.k.clone(), cache.v.clone())
+            for p in range(LENGTHS[LONGEST]):
+                if p > row or (window is not None and p <= row - window):
+                    damaged.v[table[p // 16], :, p % 16] = float("nan")
+            out = torch.empty(stop - start, 9 * 64, dtype=torch.float32)
+            paged_attention(
+                rows,
+                damaged,
+                table[None].contiguous(),
+                torch.tensor([0, stop - start], dtype=torch.int32),
+                torch.tensor([stop], dtype=torch.int32),
+                num_heads=9,
+                num_kv_heads=3,
+                head_dim=64,
+                scale=64**-0.5,
+                window=window,
+                out=out,
+            )
+            assert torch.equal(out[row - start], whole[LONGEST][row])
+            assert out[row - start + 1 :].isnan().any(dim=1).all(), "later rows see some of it"
 
 
 def _rotated_queries(sequences: Sequences, start: int, stop: int) -> torch.Tensor:

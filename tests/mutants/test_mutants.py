@@ -28,7 +28,16 @@ KILLERS = sorted({killer for fault in FAULTS for killer in fault.killers})
 # where there is a GPU, its kernels are not interpreted
 INTERPRETED = "tests/kernels/interpreter/"
 # how the message of a test begins that has noticed something; one that cannot run ends with other errors
-NOTICED = ("assert ", "AssertionError", "Failed: DID NOT RAISE", "sempre.ipc.errors.", "IndexError", "struct.error")
+NOTICED = (
+    "assert ",
+    "AssertionError",
+    "Failed: DID NOT RAISE",
+    "BaseExceptionGroup: Hypothesis found",
+    "ExceptionGroup: Hypothesis found",
+    "sempre.ipc.errors.",
+    "IndexError",
+    "struct.error",
+)
 
 
 class Outcome(NamedTuple):

@@ -20,7 +20,8 @@ PROMPT, DRAFTS = [11, 12, 13], [5, 6, 5]
 
 def sampled(token_id: int) -> RowResult:
     packed = token_id.to_bytes(4, "little")
-    return RowResult(token_id, LogprobRows(num_rows=1, width=1, token_ids=packed, logprobs=packed, ranks=packed), None)
+    rows = LogprobRows(num_rows=1, width=1, token_ids=packed, logprobs=packed, ranks=packed, listed_ranks=packed)
+    return RowResult(token_id, rows, None)
 
 
 def failed(message: str) -> RowResult:
@@ -42,9 +43,9 @@ def test_the_tokens_up_to_the_first_wrong_draft_stand(drafts: list[int], tokens:
     found = verified("a", drafts, [sampled(token) for token in tokens], rank=0)
     assert (found.request_id, found.token_ids, found.error) == ("a", kept, None)
     assert found.logprobs is not None
-    assert np.frombuffer(found.logprobs.token_ids, "<i4").tolist() == kept
-    assert np.frombuffer(found.logprobs.logprobs, "<i4").tolist() == kept
-    assert found.logprobs.num_rows == len(kept)
+    assert (found.logprobs.num_rows, found.logprobs.width) == (len(kept), 1)
+    for column in ("token_ids", "logprobs", "ranks", "listed_ranks"):
+        assert np.frombuffer(getattr(found.logprobs, column), "<i4").tolist() == kept, column
 
 
 def test_an_error_behind_a_token_is_left_to_the_next_step() -> None:

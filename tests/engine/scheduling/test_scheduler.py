@@ -26,6 +26,7 @@ from sempre.ipc.messages import (
 )
 
 COSTS = StepCosts(step=1.0, row=0.0, result=0.0)
+LOOKUP = SpeculativeConfig(method="ngram", num_speculative_tokens=7, adaptive=False)
 DRAFT_MODEL = SpeculativeConfig(method="draft_model", num_speculative_tokens=4, adaptive=False)
 
 
@@ -42,7 +43,9 @@ def spec(request_id: str, prompt: int | list[int] = 4, *, ordinal: int = 0, **fi
 def rows(first: int, last: int) -> LogprobRows:
     """One column; every field tells the row's position."""
     packed = struct.pack(f"<{last - first + 1}i", *range(first, last + 1))
-    return LogprobRows(num_rows=last - first + 1, width=1, token_ids=packed, logprobs=packed, ranks=packed)
+    return LogprobRows(
+        num_rows=last - first + 1, width=1, token_ids=packed, logprobs=packed, ranks=packed, listed_ranks=packed
+    )
 
 
 class Replica:
@@ -371,6 +374,36 @@ def test_a_block_that_ends_with_a_rejected_guess_is_not_found() -> None:
 def test_guesses_never_reach_past_the_last_token_a_request_may_have() -> None:
     _, step = guessing_replica([5, 6, 7], max_tokens=3)
     assert step.scheduled[0].draft_token_ids == [5]
+
+
+def lookup_replica(**changes: Any) -> Replica:
+    """A replica that drafts for whoever goes in circles."""
+    plan = SpeculationPlan(LOOKUP, steps_ahead=True, costs=COSTS)
+    return Replica(speculation=plan, max_draft_tokens=8, enable_prefix_caching=False, **changes)
+
+
+def test_drafts_leave_a_token_to_each_request_behind_them() -> None:
+    replica = lookup_replica(max_num_batched_tokens=6)
+    replica.script["a"] = [5]
+    replica.add(spec("a", [5, 6, 5, 6], max_tokens=20), spec("b", 2, ordinal=1))
+    assert replica.step()[0] == {"a": 4, "b": 2}
+    assert planned(replica.schedule()) == {"a": 5, "b": 1}
+
+
+def test_preempted_while_its_drafts_are_verified_it_waits_for_the_result() -> None:
+    replica = lookup_replica(num_blocks=6)
+    replica.script["a"] = [5]
+    replica.add(spec("free", 7), spec("a", [5, 6, 5, 6, 5, 6], ordinal=1, max_tokens=20))
+    assert replica.step()[0] == {"free": 7, "a": 6}
+    verifying = replica.schedule()
+    assert verifying.scheduled[1].draft_token_ids == [6, 5, 6, 5, 6, 5, 6]
+    assert planned(replica.schedule()) == {"free": 1}, "it has taken the blocks of the other"
+    replica.scheduler.abort("free")
+    assert replica.scheduler.schedule() is None, "there is room, and nobody knows how long the request is"
+    sampled = [replica.answer(verifying).sampled[0], SampledTokens(request_id="a", token_ids=[6, 9])]
+    (delta,) = replica.scheduler.update(verifying, StepResult(rank=0, step_id=verifying.step_id, sampled=sampled))
+    assert (delta.request_id, delta.token_ids) == ("a", [6, 9])
+    assert planned(replica.schedule()) == {"a": 9}
 
 
 @pytest.mark.parametrize("token_ids", [[5, 7, 6], [6, 6], [5, 6, 7, 8, 9]])

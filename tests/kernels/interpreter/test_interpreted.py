@@ -48,13 +48,36 @@ def test_fused_activation(dtype: torch.dtype) -> None:
     assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
 
 
+def test_the_fused_product_has_the_bits_of_the_two_in_turn() -> None:
+    """Of sums that float32 holds exactly, in whatever order, and float16 does not."""
+    from sempre.kernels.activation import gpu as activation_gpu
+    from sempre.kernels.linear import gpu
+    from sempre.kernels.linear.gpu_table import Tile
+
+    generator = torch.Generator().manual_seed(3)
+    x, weight = (
+        torch.randint(-64, 65, (rows, 96), generator=generator) / scale for rows, scale in ((20, 64), (70, 256))
+    )
+    w = GpuLinear(weight.half(), None)
+    product = gpu.linear(x.half(), w, torch.empty(20, 70, dtype=torch.float16))
+    assert not torch.equal(product.float(), x @ weight.T)
+    expected = activation_gpu.silu_and_mul(product, torch.empty(20, 35, dtype=torch.float16))
+    for tile in (Tile(16, 16, 64, 1, 3), Tile(32, 32, 32, 2, 2)):
+        out = torch.full((20, 35), float("nan"), dtype=torch.float16)
+        assert torch.equal(gpu.run_fused_tile(x.half(), w, out, tile), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norms_and_embedding(dtype: torch.dtype) -> None:
     from sempre.kernels.embedding import gpu as embedding_gpu
     from sempre.kernels.norms import gpu as norms_gpu
 
-    x, residual, weight = (_random(*shape, dtype=dtype) for shape in ((5, 576), (5, 576), (576,)))
+    x, residual, weight = (_random(*shape, dtype=dtype) for shape in ((5, 576), (6, 576), (576,)))
+    residual = residual[:5].clone()
     total = residual.clone()
+    assert dtype == torch.float32 or not torch.equal((total + x).float(), total.float() + x.float()), (
+        "no sum is rounded"
+    )
     out = norms_gpu.add_rms_norm(x, total, weight, 1e-5, torch.full_like(x, float("nan")))
     assert torch.equal(total, residual + x)
     assert torch.equal(out, norms_gpu.rms_norm(total, weight, 1e-5, torch.empty_like(x)))

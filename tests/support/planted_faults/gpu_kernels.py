@@ -71,7 +71,7 @@ GPU_KERNELS = (
         "kernels/linear/gpu.py",
         "silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))",
         "silu_times(gate, up.to(dtype).to(tl.float32))",
-        (f"{TESTS}::test_fused_activation",),
+        (f"{TESTS}::test_the_fused_product_has_the_bits_of_the_two_in_turn",),
     ),
     Fault(
         "window-one-wider-on-a-gpu",

@@ -155,7 +155,7 @@ SAMPLING = (
         STATE,
         "        self._counts.advance_to(position)",
         "        self._counts.advance_to(position - 1)",
-        ("tests/workers/sampling/test_state.py::test_tokens_that_are_replaced_are_not_counted",),
+        ("tests/workers/sampling/test_state.py::test_incremental_state_equals_a_resumed_one",),
     ),
     Fault(
         "bad-words-match-in-the-prompt",

@@ -100,6 +100,22 @@ SCHEDULING = (
         (f"{TESTS}::test_prompt_rows_are_asked_for_once_also_after_preemption",),
     ),
     Fault(
+        "ranks-of-listed-tokens-not-cut",
+        "Ranks of tokens that were asked for by id are those of tokens after the end.",
+        STEP,
+        "        listed_ranks=rows.listed_ranks[: len(rows.listed_ranks) // rows.num_rows * count],\n",
+        "",
+        (f"{TESTS}::test_several_tokens_are_cut_at_the_first_end",),
+    ),
+    Fault(
+        "suspect-that-has-ended-runs-alone",
+        "After a crash everybody waits for a request that has ended to run alone.",
+        SCHEDULER,
+        "        self._quarantine.release(request)\n        del self._requests",
+        "        del self._requests",
+        ("tests/engine/coordinator/test_waits.py::test_every_wait_has_an_owner",),
+    ),
+    Fault(
         "prompt-takes-the-place-of-decoding",
         "A long prompt takes the whole step, and requests behind it stop decoding.",
         SCHEDULER,
