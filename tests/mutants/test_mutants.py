@@ -124,7 +124,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_fits_its_file(fault: Fault) -> None:
     found = (ROOT / fault.file).read_text(encoding="utf-8").count(fault.before)
-    assert found == 1, f"{fault.before!r} stands {found} times in {fault.file}"
+    assert found == 1, (
+        f"{fault.before!r} stands {found} times in {fault.file}; fit planted_faults to what stands there now"
+    )
     assert fault.before != fault.after
     assert fault.killers
 

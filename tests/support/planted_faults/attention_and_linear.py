@@ -93,9 +93,9 @@ ATTENTION_AND_LINEAR = (
         "lone-rows-without-fma-in-products",
         "A row that is multiplied alone rounds otherwise than among others.",
         LINEAR_TILES,
-        "following += [fma(b, factor, columns[j], sums[i * VECTORS + j]) for j in range(VECTORS)]",
-        "following += [b.fadd(b.fmul(factor, columns[j]), sums[i * VECTORS + j]) if rows == 1"
-        " else fma(b, factor, columns[j], sums[i * VECTORS + j]) for j in range(VECTORS)]",
+        "return [fma(b, factors[i], columns[j], sums[i * VECTORS + j]) for i, j, _ in places]",
+        "return [b.fadd(b.fmul(factors[i], columns[j]), sums[i * VECTORS + j]) if rows == 1"
+        " else fma(b, factors[i], columns[j], sums[i * VECTORS + j]) for i, j, _ in places]",
         (f"{LINEAR_TESTS}::test_rows_do_not_depend_on_their_number_or_place",),
     ),
     Fault(

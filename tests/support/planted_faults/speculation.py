@@ -86,9 +86,9 @@ SPECULATION = (
     Fault(
         "admitted-while-its-drafts-are-verified",
         "A request that was preempted is computed again before it is known how many of its drafts stand.",
-        SCHEDULER,
-        "        if request.drafts_in_flight:\n            return False",
-        "        if request.drafts_in_flight and not self._waiting:\n            return False",
+        "engine/scheduling/request.py",
+        "or self.is_held_back or bool(self.drafts_in_flight)",
+        "or self.is_held_back",
         (f"{SCHEDULER_TESTS}::test_preempted_while_its_drafts_are_verified_it_waits_for_the_result",),
     ),
     Fault(
