@@ -162,7 +162,8 @@ def parse_arguments(
 ) -> Arguments:
     """Validate all keywords, then find the model (which may download it, with a bar if `progress`).
 
-    `multiprocessing` that is not given is read from the environment variable SEMPRE_MULTIPROCESSING (0 or 1).
+    `multiprocessing` that is not given is read from the environment variable SEMPRE_MULTIPROCESSING (0 or 1). None is
+    as good as left out, but for the seed.
 
     Raises TypeError for an unknown keyword, ConfigError for a refused value, ModelError for an unusable model.
     """
@@ -171,6 +172,8 @@ def parse_arguments(
     frontend: dict[str, Any] = {}
     short: dict[str, Any] = {}
     for name, value in keywords.items():
+        if value is None and name in _NEVER_NONE:
+            continue
         if name in SHORT_SPECULATION:
             short[name] = _typed(name, value, SHORT_SPECULATION[name])
         elif name == "speculative_config":
@@ -216,6 +219,15 @@ def _resolved(
     return Arguments(
         EngineConfig(model=found.name, model_path=path, **{**engine, "speculative_config": speculative}), front
     )
+
+
+_NEVER_NONE = frozenset(
+    field.name
+    for config in (EngineConfig, FrontendConfig)
+    for field in msgspec.structs.fields(config)
+    if field.default is not None and field.name not in ("seed", *_DERIVED_FIELDS)
+)
+"""Settings of which None says nothing: their own default is another value."""
 
 
 def engine_config(model: str, *, revision: str | None = None, **keywords: Any) -> EngineConfig:

@@ -65,6 +65,7 @@ class LLM:
         # Runs once: on shutdown, when this object is lost, or at the end of the program.
         self._closer = weakref.finalize(self, client.close)
         self._frontend.connect(client.ready)
+        self._world_size = client.ready.world_size
         self._session = Session(client, self._frontend.processor)
 
     def generate(
@@ -198,6 +199,10 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """Return a copy of the parameters used when none are given."""
         return self._frontend.default_sampling_params.clone()
+
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """Return the number of workers, of all replicas or of one."""
+        return self._world_size if include_dp else self._frontend.config.tensor_parallel_size
 
     @property
     def fingerprint(self) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from msgspec import Struct
 
@@ -38,6 +38,9 @@ class RequestMetrics:
 class CompletionOutput:
     """One completion of a prompt."""
 
+    # what vLLM's outputs have beside these, and nothing stands behind here
+    lora_request: ClassVar[None] = None
+
     index: int
     text: str
     token_ids: list[int]
@@ -66,6 +69,11 @@ class CompletionOutput:
 @dataclass(slots=True)
 class RequestOutput:
     """All completions of one request."""
+
+    lora_request: ClassVar[None] = None
+    encoder_prompt: ClassVar[None] = None
+    encoder_prompt_token_ids: ClassVar[None] = None
+    kv_transfer_params: ClassVar[None] = None
 
     request_id: str
     prompt: str | None

@@ -44,48 +44,77 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "enable_eplb": (False,),
     "enable_expert_parallel": (False,),
     "enable_log_requests": (False,),
+    "enable_flashinfer_autotune": (None, True, False),
+    "enable_logging_iteration_details": (False,),
     "enable_lora": (False,),
     "enable_mm_embeds": (False,),
     "enable_prompt_embeds": (False,),
+    "enable_return_routed_experts": (False,),
     "enable_sleep_mode": (False,),
     "fail_on_environ_validation": (False,),
+    "fully_sharded_loras": (False,),
     "hf_config_path": (None,),
     "hf_token": (None,),
     "ignore_patterns": (None, []),
+    "interleave_mm_strings": (False,),
+    "io_processor_plugin": (None,),
+    "kernel_config": (None,),
     "kv_cache_dtype": ("auto",),
     "kv_events_config": (None,),
     "kv_offloading_size": (None,),
     "kv_sharing_fast_prefill": (False,),
     "kv_transfer_config": (None,),
-    "limit_mm_per_prompt": (None, {}),
+    # there is nothing but text
+    "language_model_only": (True, False),
+    "limit_mm_per_prompt": (None, {}, {"image": 0}, {"image": 0, "video": 0}, {"image": 0, "video": 0, "audio": 0}),
     "logits_processor_pattern": (None,),
-    "logits_processors": (None,),
+    "logits_processors": (None, []),
     "logprobs_mode": ("raw_logprobs",),
     "long_prefill_token_threshold": (0,),
+    "lora_dtype": ("auto",),
+    "mamba_block_size": (None,),
+    "mamba_cache_dtype": ("auto",),
+    "mamba_ssm_cache_dtype": ("auto",),
+    "max_cpu_loras": (None,),
     "max_cudagraph_capture_size": (None,),
     "max_long_partial_prefills": (1,),
+    "max_lora_rank": (16,),
+    "max_loras": (1,),
     "max_num_partial_prefills": (1,),
     "max_parallel_loading_workers": (None,),
+    "mm_encoder_only": (False,),
+    "mm_encoder_tp_mode": ("weights",),
+    "mm_processor_cache_gb": (0, 4),
+    "mm_processor_cache_type": ("lru",),
     "mm_processor_kwargs": (None, {}),
     "model_impl": ("auto", "vllm"),
     "model_loader_extra_config": (None, {}),
     "num_gpu_blocks_override": (None,),
     "num_redundant_experts": (0,),
+    "offload_backend": ("auto",),
+    "optimization_level": (None, 2),
     "otlp_traces_endpoint": (None,),
+    "performance_mode": ("balanced",),
     "pipeline_parallel_size": (1,),
     "pooler_config": (None,),
     "prefill_context_parallel_size": (1,),
     "prefix_caching_hash_algo": ("sha256",),
+    "profiler_config": (None,),
     "pt_load_map_location": ("cpu",),
     "ray_workers_use_nsight": (False,),
+    "renderer_num_workers": (1,),
     "runner": ("auto", "generate"),
     "safetensors_load_strategy": ("lazy",),
     "scheduler_reserve_full_isl": (True, False),
     "show_hidden_metrics_for_version": (None,),
-    "swap_space": (0,),
+    "skip_mm_profiling": (True, False),
+    # nothing is swapped, what is preempted is computed again
+    "swap_space": (0, 4),
     "task": (None, "auto", "generate"),
     "tokenizer_mode": ("auto", "hf"),
     "use_tqdm_on_load": (True, False),
+    "video_pruning_rate": (None,),
+    "weight_transfer_config": (None,),
     "worker_cls": ("auto",),
     "worker_extension_cls": ("",),
 }
@@ -138,7 +167,7 @@ _SECRETS = ("hf_token",)
 
 def check_vllm_setting(name: str, value: object) -> None:
     """Raise ConfigError unless a setting of the table asks for what is done anyway."""
-    if any(type(value) is type(same) and value == same for same in _TABLE[name]):
+    if any(_is_same(value, same) for same in _TABLE[name]):
         return
     shown = name if name in _SECRETS else f"{name}={value!r}"
     raise ConfigError(
@@ -146,6 +175,11 @@ def check_vllm_setting(name: str, value: object) -> None:
         parameter=name,
         value=None if name in _SECRETS else value,
     )
+
+
+def _is_same(value: object, same: object) -> bool:
+    """Equal, and of one kind: 0 is 0.0, and no False."""
+    return value == same and isinstance(value, bool) == isinstance(same, bool)
 
 
 def check_vllm_settings(settings: Mapping[str, object]) -> None:

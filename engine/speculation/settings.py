@@ -15,6 +15,8 @@ _FIELDS = tuple(name for name in SpeculativeConfig.__struct_fields__ if name != 
 _SHORT = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 _METHODS: tuple[str, ...] = get_args(SpeculativeMethod)
 _MOST_TOKENS = 32
+# names in place of a model that vLLM's users know
+_NO_MODELS = ("ngram", "[ngram]")
 
 
 def speculative_config(value: object, short: Mapping[str, object]) -> SpeculativeConfig | None:
@@ -39,6 +41,8 @@ def speculative_config(value: object, short: Mapping[str, object]) -> Speculativ
             near = near_name(str(name), _FIELDS)
             hint = f"Did you mean {near!r}?" if near else f"Known: {', '.join(_FIELDS)}."
             raise _refused(f"speculative_config[{name!r}]", fields[name], f"is no setting of speculation. {hint}")
+    if fields.get("model") in _NO_MODELS and fields.get("method") in (None, "ngram"):
+        fields |= {"method": "ngram", "model": None}
     if fields.get("method") is None and fields.get("model") is not None:
         fields["method"] = "draft_model"
     if fields.get("method") is None:

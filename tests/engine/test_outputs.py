@@ -53,6 +53,14 @@ def test_outputs_have_a_json_form(llm: LLM) -> None:
     assert json.loads(json.dumps(score.to_dict()))["total"] == score.total
 
 
+def test_fields_of_vllm_without_anything_behind_them_can_be_read(llm: LLM) -> None:
+    output = one(llm)
+    found = [output.lora_request, output.encoder_prompt, output.encoder_prompt_token_ids, output.kv_transfer_params]
+    assert [*found, output.outputs[0].lora_request] == [None] * 5
+    assert not {"lora_request", "kv_transfer_params"} & set(output.to_dict())
+    assert llm.get_world_size() == llm.get_world_size(include_dp=False) == 1
+
+
 def test_metrics_have_a_json_form(llm: LLM) -> None:
     one(llm)
     forms = [dataclasses.asdict(metric) for metric in llm.get_metrics()]  # type: ignore[call-overload]

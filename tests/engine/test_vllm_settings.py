@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import msgspec
 import pytest
 
 from sempre.engine import LLM, RequestOutputKind, SamplingParams, StructuredOutputsParams
-from sempre.engine.arguments import field_types, parse_arguments
+from sempre.engine.arguments import FrontendConfig, field_types, parse_arguments
 from sempre.engine.cli import serve as serve_command
 from sempre.engine.cli.parser import CommandParser
+from sempre.engine.config import EngineConfig
 from sempre.engine.frontend.frontend import Frontend
 from sempre.engine.server.body import parse_model
 from sempre.engine.server.config import ServerConfig, server_config
@@ -346,3 +348,37 @@ def test_a_port_of_ours_is_read_and_a_wrong_one_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv("SEMPRE_PORT", "http")
     with pytest.raises(ConfigError, match="SEMPRE_PORT: 'http' is refused"):
         settings_of()
+
+
+NEUTRAL_NONE = [
+    (config, field.name)
+    for config in (EngineConfig, FrontendConfig)
+    for field in msgspec.structs.fields(config)
+    if field.name not in ("model", "model_path", "seed")
+]
+
+
+@pytest.mark.parametrize(("config", "name"), NEUTRAL_NONE)
+def test_none_is_as_good_as_left_out(folder: Path, config: type[msgspec.Struct], name: str) -> None:
+    assert parse_arguments(folder, {name: None}) == parse_arguments(folder, {})
+
+
+def test_none_is_no_seed_of_an_engine(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        parse_arguments(folder, {"seed": None})
+
+
+def test_a_number_is_the_same_as_an_integer_and_as_a_float_and_no_flag(folder: Path) -> None:
+    assert parse_arguments(folder, {"cpu_offload_gb": 0.0}) == parse_arguments(folder, {})
+    for name, value in (("cpu_offload_gb", False), ("enable_lora", 0), ("pipeline_parallel_size", True)):
+        with pytest.raises(ConfigError, match=name):
+            parse_arguments(folder, {name: value})
+
+
+@pytest.mark.parametrize("model", ["ngram", "[ngram]"])
+def test_a_lookup_may_be_named_as_a_model(folder: Path, model: str) -> None:
+    given = {"model": model, "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    expected = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    for fields in (given, {**given, "method": "ngram"}):
+        found = parse_arguments(folder, {"speculative_config": fields})
+        assert found == parse_arguments(folder, {"speculative_config": expected})
