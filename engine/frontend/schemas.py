@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import unquote, urldefrag, urljoin
 
 from sempre.engine.frontend.schema_numbers import check_exact, check_multiples, check_range, rewrite_numbers
 
@@ -55,11 +55,14 @@ def rewritten(root: Schema, *, closed: bool = False) -> tuple[Schema, list[Node]
     """
     walk = _Walk(closed)
     walk.enter(root, "")
+    base = root.get("$id")
+    base = base if isinstance(base, str) else ""
     # what is referred to may stand under any name, as OpenAPI's components do
     for reference in walk.references:
-        target = target_of(root, reference)
+        document, fragment = urldefrag(urljoin(base, reference))
+        target = target_of(root, f"#{fragment}") if document == base and fragment.startswith("/") else None
         if isinstance(target, dict):
-            walk.enter(target, reference[1:])
+            walk.enter(target, fragment)
     try:
         check_range(root)
         check_multiples(node.schema["multipleOf"] for node in walk.nodes if "multipleOf" in node.schema)
@@ -90,7 +93,7 @@ class _Walk:
             if self._closed and ("properties" in schema or schema.get("type") == "object"):
                 schema.setdefault("additionalProperties", False)
             reference = schema.get("$ref")
-            if isinstance(reference, str) and reference.startswith("#/"):
+            if isinstance(reference, str):
                 self.references.append(reference)
             self.nodes.append(Node(schema, num_arrays))
             more = num_arrays + ("maxItems" not in schema)

@@ -86,8 +86,8 @@ LEAVES = st.builds(_few, _schemas(st.just(True)), st.integers(0, 10**6))
 SCHEMAS = st.builds(_few, _schemas(LEAVES | st.booleans()), st.integers(0, 10**6))
 
 
-def follow(grammar: str, seed: int, most: int = 60) -> None:
-    """Write by the grammar, byte by byte, quick to close."""
+def follow(grammar: str, seed: int, closes: float = 0.1, most: int = 60) -> None:
+    """Write by the grammar, byte by byte; where something may be closed it is, so often as `closes` says."""
     generator = random.Random(seed)
     matcher = LLMatcher(byte_tokenizer(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
     text = bytearray()
@@ -96,7 +96,7 @@ def follow(grammar: str, seed: int, most: int = 60) -> None:
         assert not matcher.is_error(), (matcher.get_error(), bytes(text))
         assert len(allowed), bytes(text)
         closing = [byte for byte in allowed.tolist() if byte == END or chr(byte) in '"}]']
-        byte = generator.choice(closing if closing and generator.random() < 0.6 else allowed.tolist())
+        byte = generator.choice(closing if closing and generator.random() < closes else allowed.tolist())
         if byte == END:
             return
         assert matcher.consume_token(byte), bytes(text)
@@ -109,8 +109,8 @@ def check(schema: dict[str, Any], definition: Any, max_tokens: int) -> None:
         grammar = BUILDER.build(StructuredOutputsParams(json=text), 4096, [0, 2], max_tokens)
     except (RequestError, ConfigError):
         return
-    for seed in range(2):
-        follow(grammar, seed)
+    for seed, closes in enumerate((0.6, 0.05)):
+        follow(grammar, seed, closes)
 
 
 ARGUMENTS = {"schema": SCHEMAS, "definition": LEAVES | st.booleans(), "max_tokens": st.sampled_from([5, 200, 4000])}
