@@ -78,12 +78,12 @@ def check(indices: range) -> Counter[str]:
 
 
 def _modern(schema: Any) -> Any:
-    """In the words of the draft that the validator takes."""
+    """In the words of the draft that the validator takes; of `oneOf` is asked what a grammar can hold, `anyOf`."""
     if isinstance(schema, list):
         return [_modern(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {word: _modern(value) for word, value in schema.items()}
+    made = {{"oneOf": "anyOf"}.get(word, word): _modern(value) for word, value in schema.items()}
     if isinstance(made.get("items"), list):
         made["prefixItems"] = made.pop("items")
     if made.get("exclusiveMinimum") is True:
