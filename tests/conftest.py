@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -20,3 +23,13 @@ settings.load_profile("reproducible")
 
 # a suite started in the background ignores interrupts, and so would every process that its tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def log_is_left_as_it_was() -> Iterator[None]:
+    """A command that a test calls logs to the standard error of its time, which closes with the test."""
+    logger = logging.getLogger("sempre")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
