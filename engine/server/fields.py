@@ -128,7 +128,8 @@ def _check_neutral(value: Any, neutral: Neutral, path: str) -> None:
     if neutral.values is None or found in neutral.values:
         return
     if not neutral.values:
-        raise BadRequest(f"{path} is not supported by this server. Leave it out.", param=path)
+        instead = f"Use {neutral.instead}" if neutral.instead else "Leave it out"
+        raise BadRequest(f"{path} is not supported by this server. {instead}.", param=path)
     allowed = " or ".join(map(_shown, neutral.values))
     raise BadRequest(f"{path} is supported as {allowed} only, found {_shown(value)}.", param=path)
 
@@ -182,7 +183,7 @@ def _problem(problem: str) -> str:
 def _shown(value: Any) -> str:
     """A value as JSON shows it, or what kind it is where that is long."""
     if isinstance(value, dict):
-        return "an object"
+        return "an object" if value else "{}"
     if isinstance(value, list):
         return "[]" if not value else f"a list of {len(value)}" if len(value) > 1 else f"[{_shown(value[0])}]"
     if isinstance(value, str) and len(value) > _MOST_SHOWN:

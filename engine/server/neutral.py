@@ -27,6 +27,8 @@ class Neutral(NamedTuple):
     """the type that its value must have"""
     values: tuple[Any, ...] | None = None
     """the values that are accepted; None: all of the type"""
+    instead: str = ""
+    """what does the same here, where no value is accepted"""
 
 
 _NOTHING: tuple[Any, ...] = ()
@@ -51,10 +53,10 @@ _GENERATION = {
     "vllm_xargs": Neutral(_OBJECT, ({},)),
     "mm_processor_kwargs": Neutral(_OBJECT, ({},)),
     "repetition_detection": Neutral(_OBJECT, _NOTHING),
-    "guided_json": Neutral(_OBJECT, _NOTHING),
-    "guided_regex": Neutral(str, _NOTHING),
-    "guided_choice": Neutral(list[str], _NOTHING),
-    "guided_grammar": Neutral(str, _NOTHING),
+    "guided_json": Neutral(_OBJECT, _NOTHING, 'structured_outputs: {"json": …}'),
+    "guided_regex": Neutral(str, _NOTHING, 'structured_outputs: {"regex": …}'),
+    "guided_choice": Neutral(list[str], _NOTHING, 'structured_outputs: {"choice": …}'),
+    "guided_grammar": Neutral(str, _NOTHING, 'structured_outputs: {"grammar": …}'),
 }
 
 NEUTRAL: dict[type[Struct], dict[str, Neutral]] = {

@@ -157,7 +157,9 @@ class Server:
         admission = self._service.admission
         admission.draining = True
         logger.info(
-            "shutting down: %d requests have %g s to finish", self._service.num_requests, self._config.shutdown_timeout
+            "shutting down: requests in progress: %d, with %g s to finish; a second signal ends them now",
+            self._service.num_requests,
+            self._config.shutdown_timeout,
         )
         await self._wait_until_idle(self._config.shutdown_timeout)
         if self._service.num_requests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -170,6 +171,19 @@ def test_what_would_change_the_answer_is_refused(fields: dict[str, Any], param: 
     with pytest.raises(BadRequest) as refused:
         parsed(CompletionRequest, {"prompt": "a", **fields})
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"guided_json": {"type": "object"}}, 'Use structured_outputs: {"json": …}'),
+        ({"guided_choice": ["a"]}, 'Use structured_outputs: {"choice": …}'),
+        ({"vllm_xargs": {"a": 1}}, "vllm_xargs is supported as {} only, found an object"),
+    ],
+)
+def test_what_to_do_instead(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(BadRequest, match=re.escape(text)):
+        parsed(CompletionRequest, {"prompt": "a", **fields})
 
 
 def test_chat_fields_that_would_change_the_answer() -> None:
