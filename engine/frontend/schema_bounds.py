@@ -8,14 +8,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sempre.engine.frontend.schema_names import other_names, short_names
 from sempre.engine.frontend.schema_numbers import LARGEST
 from sempre.engine.frontend.schemas import COMBINING, Node, Schema, subschemas, target_of
 
 _LONGEST_STRING = 20_000
 _MOST_ITEMS = 1000
-_KEY_LENGTH = 20
 _DEPTH = 3
-_SILENT = frozenset({"$anchor", "$defs", "$id", "definitions", "x-guidance"})
+_ASIDE = ("$defs", "definitions")
+_SPEAKING = COMBINING | {
+    "$dynamicRef", "$recursiveRef", "additionalProperties", "const", "contains", "enum", "exclusiveMaximum",
+    "exclusiveMinimum", "format", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems",
+    "minLength", "minProperties", "minimum", "multipleOf", "not", "pattern", "patternProperties", "prefixItems",
+    "properties", "required", "type", "uniqueItems",
+}  # fmt: skip
+"""Words that say something of the value; all others, as OpenAPI's, only remark or hold what is referred to."""
+_FORMAT_LENGTHS = {"date-time": 35, "duration": 12, "email": 12, "hostname": 8, "time": 20, "uri": 16}
+"""Least bounds of characters of formats without an end of their own."""
 
 
 def add_bounds(root: Schema, nodes: list[Node], max_tokens: int) -> None:
@@ -26,6 +35,7 @@ def add_bounds(root: Schema, nodes: list[Node], max_tokens: int) -> None:
     if _characters(share) > _LONGEST_STRING:
         return
     items = min(_MOST_ITEMS, max(2, share // 8))
+    _join(root, nodes)
     merged = _merged(root, nodes)
     any_value = _AnyValue(root)
     for schema, num_arrays in nodes:
@@ -39,9 +49,51 @@ def add_bounds(root: Schema, nodes: list[Node], max_tokens: int) -> None:
             any_value.bound(schema, own)
 
 
+def _join(root: Schema, nodes: list[Node]) -> None:
+    """Make one object of open objects that speak of the same value, in place: only together can they be closed."""
+    if any("/allOf/" in str(node.schema.get("$ref")) for node in nodes):
+        return
+    for schema, num_arrays in list(nodes):
+        if not ("allOf" in schema or ("$ref" in schema and len(_SPEAKING & set(schema)) > 1)):
+            continue
+        parts = _object_parts(root, schema, [])
+        if parts is None or not any(part.get("type") == "object" for part in parts):
+            continue
+        properties: Schema = {}
+        for part in parts:
+            for name, child in part.get("properties", {}).items():
+                if name in properties and properties[name] != child:
+                    child = {"allOf": [properties[name], child]}
+                    nodes.append(Node(child, num_arrays))
+                properties[name] = child
+        required = dict.fromkeys(name for part in parts for name in part.get("required", ()))
+        for word in ("$ref", "allOf"):
+            schema.pop(word, None)
+        schema.update({"type": "object", "properties": properties, "required": list(required)})
+
+
+def _object_parts(root: Schema, schema: Any, around: list[int]) -> list[Schema] | None:
+    """The schemas that `schema` is made of, without choices; None if one is more than an open object."""
+    words = _SPEAKING & set(schema) if isinstance(schema, dict) else {""}
+    if id(schema) in around or not words <= {"$ref", "allOf", "properties", "required", "type"}:
+        return None
+    if schema.get("type", "object") != "object":
+        return None
+    parts: list[Schema] = [schema]
+    targets = [target_of(root, schema["$ref"])] if "$ref" in words else []
+    for child in [*targets, *schema.get("allOf", ())]:
+        inner = _object_parts(root, child, [*around, id(schema)])
+        if inner is None:
+            return None
+        parts += inner
+    return parts
+
+
 def _merged(root: Schema, nodes: list[Node]) -> set[int]:
     """The schemas beside which others speak of the same value, by identity."""
-    pending = [node.schema for node in nodes if COMBINING & set(node.schema) and len(set(node.schema) - _SILENT) > 1]
+    # a type alone contradicts no bound of its cases
+    speaking = [(node.schema, _SPEAKING & set(node.schema) - {"type"}) for node in nodes]
+    pending = [schema for schema, words in speaking if COMBINING & words and len(words) > 1]
     pending += [node.schema for node in nodes if len(node.schema.get("allOf", ())) > 1]
     merged: set[int] = set()
     while pending:
@@ -51,7 +103,7 @@ def _merged(root: Schema, nodes: list[Node]) -> set[int]:
         merged.add(id(schema))
         reference = schema.get("$ref")
         target = target_of(root, reference) if isinstance(reference, str) and reference.startswith("#/") else None
-        children = [child for path, child in subschemas(schema) if path.partition("/")[0] not in _SILENT]
+        children = [child for path, child in subschemas(schema) if path.partition("/")[0] not in _ASIDE]
         pending += [child for child in (target, *children) if isinstance(child, dict)]
     return merged
 
@@ -71,13 +123,18 @@ def _may_be(schema: Schema, kind: str) -> bool:
     """Whether a schema names the kind, or leaves it open and says something of values."""
     kinds = schema.get("type")
     if kinds is None:
-        return not {"properties", *COMBINING} & set(schema) and bool(set(schema) - _SILENT)
+        return not {"properties", *COMBINING} & set(schema) and bool(_SPEAKING & set(schema))
     return kinds == kind or (isinstance(kinds, list) and kind in kinds)
 
 
 def _bound_scalars(schema: Schema, share: int) -> None:
     if _may_be(schema, "string") and "maxLength" not in schema:
-        schema["maxLength"] = max(_characters(share), schema.get("minLength", 0))
+        form = schema.get("format")
+        if form is None:
+            schema["maxLength"] = max(_characters(share), schema.get("minLength", 0))
+        elif form in _FORMAT_LENGTHS:
+            # digits and odd letters cost a token each
+            schema["maxLength"] = max(_FORMAT_LENGTHS[form], share - 8, schema.get("minLength", 0))
     is_number = _may_be(schema, "number")
     if is_number or _may_be(schema, "integer"):
         _bound_number(schema, share)
@@ -107,37 +164,57 @@ class _AnyValue:
             children = schema.get(word)
             if isinstance(children, dict):
                 schema[word] = {name: self._bounded(child, share) for name, child in children.items()}
-        if "items" in schema or (_may_be(schema, "array") and "prefixItems" not in schema):
+        if "items" in schema or (_may_be(schema, "array") and not {"prefixItems", *COMBINING} & set(schema)):
             schema["items"] = self._bounded(schema.get("items", True), share // 4)
-        if schema == {} or set(schema) <= _SILENT:
-            schema.update(self._bounded(True, share) if schema is self._root else {})
-        if schema.get("type") == "object" or "properties" in schema:
+        schema.update(self._bounded(schema, share))
+        if not COMBINING & set(schema) and (schema.get("type") == "object" or "properties" in schema):
             self._bound_names(schema, share)
 
     def _bound_names(self, schema: Schema, share: int) -> None:
         values = schema.get("additionalProperties", True)
-        if schema.get("patternProperties") or values is False:
+        named = schema.get("properties") or {}
+        names = list(dict.fromkeys([*named, *(schema.get("required") or ())]))
+        if schema.get("patternProperties"):
+            if not names:
+                self._bound_patterns(schema, share)
             return
-        named = schema.get("properties")
-        if named or schema.get("required"):
-            properties = {
-                **(named or {}),
-                **{name: values for name in schema.get("required", ()) if name not in (named or {})},
-            }
-            if "additionalProperties" not in schema:
-                # no number of further ones fits
-                schema["additionalProperties"] = False
-                schema["properties"] = {name: self._bounded(child, share) for name, child in properties.items()}
+        if values is False:
             return
-        most = min(_MOST_ITEMS, max(2, share // 32))
-        schema["patternProperties"] = {_key_pattern(): self._bounded(values, max(4, share // most - 12))}
+        if names and "additionalProperties" not in schema:
+            # no number of further ones fits
+            schema["additionalProperties"] = False
+            schema["properties"] = {name: self._bounded(named.get(name, True), share) for name in names}
+            return
+        most = _most_names(share)
+        further = {other_names(names): self._bounded(values, max(4, share // most - 12))}
+        if not set(named) <= set(schema.get("required") or ()):
+            # further ones can only be counted where all named ones are there
+            del schema["additionalProperties"]
+            schema["properties"] = {name: self._bounded(named.get(name, values), share) for name in names}
+            few = {"properties": dict.fromkeys(names, True), "additionalProperties": False}
+            all_named = {"required": names, "patternProperties": further, "maxProperties": len(names) + most}
+            schema["anyOf"] = [few, {**few, **all_named}]
+            return
+        schema["patternProperties"] = further
         schema["additionalProperties"] = False
-        schema.setdefault("maxProperties", max(schema.get("minProperties", 0), most))
+        schema["properties"] = {name: self._bounded(named.get(name, values), share) for name in names}
+        schema.setdefault("maxProperties", max(schema.get("minProperties", 0), len(names) + most))
+
+    def _bound_patterns(self, schema: Schema, share: int) -> None:
+        """Names by the user's own patterns; a name that no shortened pattern matches is none."""
+        rules = schema["patternProperties"]
+        short = {pattern: short_names(pattern) or pattern for pattern in rules}
+        if len(set(short.values())) == len(rules):
+            schema["patternProperties"] = {short[pattern]: values for pattern, values in rules.items()}
+        schema["additionalProperties"] = False
+        schema.setdefault("maxProperties", max(schema.get("minProperties", 0), _most_names(share)))
 
     def _bounded(self, child: Any, share: int) -> Any:
-        if child is not True and child != {}:
+        if child is not True and (not isinstance(child, dict) or _SPEAKING & set(child)):
             return child
-        return {"$ref": f"#/$defs/{self._define(share, _DEPTH)}"}
+        if child is not True and "$id" in child and child is not self._root:
+            return child  # there the reference would mean another document
+        return {**({} if child is True else child), "$ref": f"#/$defs/{self._define(share, _DEPTH)}"}
 
     def _define(self, share: int, depth: int) -> str:
         """The name of values of about `share` tokens."""
@@ -158,7 +235,7 @@ class _AnyValue:
             kinds.append(
                 {
                     "type": "object",
-                    "patternProperties": {_key_pattern(): inner},
+                    "patternProperties": {other_names([]): inner},
                     "additionalProperties": False,
                     "maxProperties": most,
                 }
@@ -166,5 +243,5 @@ class _AnyValue:
         return name
 
 
-def _key_pattern() -> str:
-    return f"^(?s:.{{1,{_KEY_LENGTH}}})$"
+def _most_names(share: int) -> int:
+    return min(_MOST_ITEMS, max(2, share // 32))

@@ -140,7 +140,7 @@ def _check_sizes(schema: Schema, place: str) -> None:
 def _drop_annotations(schema: Schema, place: str) -> None:
     for word in _ANNOTATIONS:
         schema.pop(word, None)
-    if "format" in schema and schema["format"] not in FORMATS:
+    if "format" in schema and not (isinstance(schema["format"], str) and schema["format"] in FORMATS):
         del schema["format"]
 
 

@@ -125,6 +125,8 @@ BIG = 2**53 + 1
         ({"type": "number", "minimum": BIG}, [BIG + 1], [BIG - 1]),
         ({"type": "integer", "minimum": 3, "exclusiveMinimum": True}, [4], [3]),
         ({"type": "string", "format": "phone"}, ["a"], [1]),
+        ({"type": "string", "format": []}, ["a"], [1]),
+        ({"type": "string", "format": {"a": 1}}, ["a"], [1]),
         ({"type": "string", "format": "date"}, ["2026-01-31"], ["a"]),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, [1, 1.5], ["a"]),
         ({"const": 2**60}, [2**60], [2**60 + 1]),
@@ -227,6 +229,58 @@ def test_free_parts_end_within_the_limit() -> None:
         assert not accepts(free, [0] * 300 if free != {"type": "object"} else {f"k{i}": 0 for i in range(300)}, 200)
         assert accepts(free, [0, "a"] if free != {"type": "object"} else {"k": [0, {"x": "a"}]}, 200)
     assert not accepts_text({"type": "number"}, "0." + "1" * 40, 200)
+
+
+CAT = {"type": "object", "properties": {"k": {"const": "cat"}}, "required": ["k"]}
+DOG = {"type": "object", "properties": {"k": {"const": "dog"}}, "required": ["k"]}
+NEW = {"type": "object", "properties": {"id": {"type": "integer"}}, "required": ["id"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "inside", "endless"),
+    [
+        ({"$ref": "#/components/schemas/P", "components": {"schemas": {"P": CAT}}}, {"k": "cat"}, {"k": "cat", "z": 1}),
+        ({"discriminator": {"propertyName": "k"}, "oneOf": [CAT, DOG]}, {"k": "dog"}, {"k": "dog", "z": 1}),
+        ({"x-go-type": "T", "type": "object", "anyOf": [CAT, DOG]}, {"k": "dog"}, {"k": "dog", "z": 1}),
+        ({"unheard": ["of"], "$ref": "#/$defs/C", "$defs": {"C": CAT}}, {"k": "cat"}, {"k": "cat", "z": 1}),
+        ({"x-any": 1}, [0, {"x": "a"}], [0] * 300),
+        ({"anyOf": [{"x-any": 1}, {"type": "null"}]}, [0, {"x": "a"}], [0] * 300),
+        ({"allOf": [NEW, CAT]}, {"id": 1, "k": "cat"}, {"id": 1, "k": "cat", "z": 1}),
+        ({"allOf": [{"$ref": "#/$defs/N"}, {"properties": {"x": {}}}], "$defs": {"N": NEW}}, {"id": 1, "x": [2]},
+         {"id": 1, "x": [0] * 300}),
+        ({"$ref": "#/$defs/N", "type": "object", "required": ["z"], "$defs": {"N": NEW}}, {"id": 1, "z": 1},
+         {"id": 1, "z": 1, "y": 1}),
+        ({"allOf": [NEW, {"type": "object", "properties": {"id": {"minimum": 5}}}]}, {"id": 5}, {"id": 5, "z": 1}),
+        ({**NEW, "additionalProperties": {"type": "boolean"}}, {"id": 1, "ie": True},
+         {"id": 1, **{f"k{i}": True for i in range(99)}}),
+        ({**NEW, "additionalProperties": {"type": "boolean"}}, {"id": 1, "idea": True}, {"id": 1, "k" * 300: True}),
+        ({**NEW, "required": [], "additionalProperties": True}, {}, {"id": 1, "k" * 300: True}),
+        ({**NEW, "required": [], "additionalProperties": True}, {"id": 1, "k": 2}, {"k" * 300: True}),
+        ({"type": "object", "patternProperties": {"^x-": {"type": "null"}}}, {"x-a": None}, {"x-" + "a" * 300: None}),
+        ({"type": "object", "patternProperties": {"^x-": {"type": "null"}}}, {"x-a": None},
+         {f"x-{i}": None for i in range(99)}),
+        ({"type": "object", "propertyNames": {"pattern": r"^[a-z]+\.\w{2,}$"}}, {"ab.cd": 1}, {"a" * 300 + ".cd": 1}),
+        ({"type": "string", "format": "time"}, "12:00:00.123Z", "12:00:00." + "1" * 100 + "Z"),
+        ({"type": "string", "format": "duration"}, "P1Y2M", "P" + "1" * 100 + "Y"),
+        ({"type": "string", "format": "email"}, "ann@example.com", "a" * 60 + "@" + "b" * 50 + ".com"),
+        ({"type": "string", "format": "hostname"}, "www.example.com", "a" * 60 + "." + "b" * 60),
+    ],
+)  # fmt: skip
+def test_every_part_ends_within_the_limit(schema: dict[str, Any], inside: Any, endless: Any) -> None:
+    assert accepts(schema, inside, 100)
+    assert not accepts(schema, endless, 100)
+    # with room enough nothing is taken away
+    assert accepts(schema, endless)
+
+
+def test_shortened_names_stay_within_what_is_allowed() -> None:
+    schema = {**NEW, "additionalProperties": {"type": "boolean"}}
+    assert not accepts(schema, {"id": True}, 100)
+    assert not accepts(schema, {"id": 1, "i": 1}, 100)
+    for pattern, good, bad in [("^[*+]a$", "*a", "[a"), (r"^\+b+$", "+bb", "b"), ("^(ab|c)+$", "abc", "ba")]:
+        named = {"type": "object", "propertyNames": {"pattern": pattern}}
+        assert accepts(named, {good: 1}, 100)
+        assert not accepts(named, {bad: 1}, 100)
 
 
 def test_that_oneof_is_taken_for_anyof_is_said(caplog: pytest.LogCaptureFixture) -> None:
