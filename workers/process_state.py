@@ -6,6 +6,7 @@ entered and given back when it is left, so that neither side notices the other.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,9 @@ import torch
 
 from sempre.kernels.threads import get_num_threads, set_num_threads
 
+# of the C library's math functions, which Python itself has loaded
+_MATH = ctypes.CDLL(None)
+_TO_NEAREST = 0
 _DENORMAL = np.float32(1e-45)
 _ONE = np.float32(1.0)
 
@@ -36,6 +40,10 @@ class ComputeState:
             for device in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
+            rounding = _MATH.fegetround()
+            if rounding != _TO_NEAREST:
+                _MATH.fesetround(_TO_NEAREST)
+                stack.callback(_MATH.fesetround, rounding)
             if _DENORMAL * _ONE == 0:
                 torch.set_flush_denormal(False)
                 stack.callback(torch.set_flush_denormal, True)

@@ -175,7 +175,7 @@ class RequestState:
             due = self.sequences
         else:
             due = [sequence for sequence in self.sequences if sequence.has_news]
-            if not due:
+            if not due or self._waits_for_prompt():
                 return None
         only_new = kind is RequestOutputKind.DELTA
         prompt_logprobs = None if only_new and self._prompt_logprobs_taken else self.prompt_logprobs
@@ -191,6 +191,13 @@ class RequestState:
             num_cached_tokens=self.num_cached_tokens,
             fingerprint=self._fingerprint,
         )
+
+    def _waits_for_prompt(self) -> bool:
+        """Whether the first sequence, which computes them, still owes log-probabilities of the prompt: another one may
+        have its first token before, from the prefix cache or on another replica."""
+        if self.prompt_logprobs is None or self.sequences[0].finish_reason is not None:
+            return False
+        return len(self.prompt_logprobs) < len(self.request.prompt_token_ids)
 
 
 @dataclass(slots=True)

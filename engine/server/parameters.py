@@ -79,7 +79,7 @@ def completion_parameters(request: CompletionRequest, defaults: SamplingParams, 
 def chat_parameters(request: ChatCompletionRequest, defaults: SamplingParams, config: ServerConfig) -> SamplingParams:
     """Return the parameters of /v1/chat/completions. Raises as `completion_parameters`."""
     changes = _common(request, config)
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     if request.logprobs:
         changes["logprobs"] = request.top_logprobs or 0

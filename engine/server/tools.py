@@ -52,6 +52,9 @@ class ChatPlan:
                     param="tool_choice",
                 )
             structured = StructuredOutputsParams(json=_call_schema(request, named, parallel=parallel))
+        elif structured is not None and _is_an_answer(structured):
+            # what such a form lets through is the answer, also where it looks like a call
+            call_parser = None
         return cls(
             template_tools=[msgspec.to_builtins(tool) for tool in request.tools] if request.tools else None,
             structured=structured,
@@ -134,6 +137,12 @@ def _call_parser(request: ChatCompletionRequest, config: ServerConfig) -> tuple[
             param="tool_choice",
         )
     return config.tool_call_parser, ""
+
+
+def _is_an_answer(form: StructuredOutputsParams) -> bool:
+    """Whether the form describes a value; a regular expression or a grammar may describe calls as the model writes
+    them."""
+    return form.regex is None and form.grammar is None
 
 
 def _call_schema(request: ChatCompletionRequest, named: str, *, parallel: bool) -> dict[str, Any]:

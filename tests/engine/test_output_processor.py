@@ -231,6 +231,31 @@ def test_prompt_log_probabilities_come_in_pieces(harness: Harness) -> None:
     assert [list(row) for row in found[1:] if row is not None] == [[6, 9], [7], [8, 9]]
 
 
+@pytest.mark.parametrize("kind", [DELTA, RequestOutputKind.CUMULATIVE])
+def test_siblings_wait_for_the_prompt_of_the_first_one(harness: Harness, kind: RequestOutputKind) -> None:
+    """The second one may be ahead, with a prefix cache or on another replica."""
+    state = harness.add(prompt=[5, 6, 7], prompt_logprobs=0, n=2, output_kind=kind)
+    harness.feed([9], "r_1")
+    assert state.take_output() is None
+    harness.feed([], "r_0", prompt_logprobs=rows([(6, -1.0)], ranks=[1]))
+    harness.feed([10], "r_1")
+    assert state.take_output() is None
+    harness.feed([8], "r_0", prompt_logprobs=rows([(7, -2.0)], ranks=[1]))
+    first = output_of(state)
+    assert first.prompt_logprobs is not None
+    assert len(first.prompt_logprobs) == 3
+    assert [completion.token_ids for completion in first.outputs] == [[8], [9, 10]]
+    harness.feed([11], "r_1")
+    assert output_of(state).prompt_logprobs == (None if kind is DELTA else first.prompt_logprobs)
+
+
+def test_siblings_do_not_wait_for_the_prompt_of_one_that_has_ended(harness: Harness) -> None:
+    state = harness.add(prompt=[5, 6, 7], prompt_logprobs=0, n=2, output_kind=DELTA)
+    harness.feed([9], "r_1")
+    harness.feed([], "r_0", finish_reason="abort")
+    assert [completion.index for completion in output_of(state).outputs] == [0, 1]
+
+
 def test_malformed_rows(harness: Harness) -> None:
     harness.add(logprobs=0)
     broken = LogprobRows(num_rows=1, width=1, token_ids=b"123", logprobs=b"1234", ranks=b"1234")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import decimal
 import locale
 import os
+import platform
 import random
 import signal
 import sys
@@ -23,6 +25,8 @@ from surfaces import facts
 
 from sempre.engine import LLM, SamplingParams
 
+MATH = ctypes.CDLL(None)
+UPWARD = 0x400000 if platform.machine() in ("aarch64", "arm64") else 0x800
 SETTINGS: dict[str, Any] = {"model": "tiny", "multiprocessing": False, "num_threads": 1, "max_model_len": 64}
 PROMPTS = ["It was a dark and stormy night, and the", "Call me"]
 PARAMS = SamplingParams(temperature=0.9, seed=7, max_tokens=12, logprobs=2, repetition_penalty=1.2, ignore_eos=True)
@@ -87,6 +91,7 @@ STATES: dict[str, Callable[[], Any]] = {
     "default dtype bfloat16": lambda: swapped(torch.get_default_dtype, torch.set_default_dtype, torch.bfloat16),
     "default device meta": lambda: default_device("meta"),
     "flush-denormal": flushing,
+    "rounding upward": lambda: swapped(MATH.fegetround, MATH.fesetround, UPWARD),
     "numpy raises": lambda: np.errstate(all="raise"),
     "inference mode": torch.inference_mode,
     "grad mode": lambda: torch.set_grad_enabled(True),
@@ -116,6 +121,7 @@ def state() -> dict[str, Any]:
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
         "subnormals": float(np.float32(1e-45) * np.float32(1.0)),
+        "rounding": MATH.fegetround(),
         "numpy": np.geterr(),
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),

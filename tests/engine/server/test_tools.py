@@ -1,0 +1,47 @@
+"""What a chat request's tools and forms together mean for its answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sempre.engine.server.body import parse_model
+from sempre.engine.server.config import server_config
+from sempre.engine.server.requests import ChatCompletionRequest
+from sempre.engine.server.tools import ChatPlan
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
+
+
+def content(text: str, **fields: Any) -> str | None:
+    """The content of an answer, read by the plan's own parser."""
+    body = json.dumps({"messages": [{"role": "user", "content": "a"}], "tools": [TOOL], **fields}).encode()
+    request = parse_model(body, ChatCompletionRequest)
+    config = server_config({"enable_auto_tool_choice": True, "tool_call_parser": "llama3_json"})
+    plan = ChatPlan.of(request, config)
+    [parser] = plan.message_parsers(None, [1], "id", 1)  # type: ignore[arg-type]
+    delta = parser.feed(text, [5])
+    end, _ = parser.finish("stop")
+    return "".join(part.content or "" for part in (delta, end) if part is not None)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"choice": ['{"name": "Ann", "parameters": {}}', "b"]}},
+        {"structured_outputs": {"json": PERSON}},
+    ],
+    ids=["json_schema", "json_object", "choice", "json"],
+)
+def test_a_value_that_looks_like_a_call_is_the_answer(fields: dict[str, Any]) -> None:
+    text = '{"name": "Ann", "parameters": {}}'
+    assert content(text, **fields) == text
+    # the control: without a form it is a call
+    assert content(text) == ""
+    # and a grammar may describe calls
+    assert content(text, structured_outputs={"regex": ".*"}) == ""
