@@ -6,6 +6,7 @@ Whatever the bounds allow, the schema allows too.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from sempre.engine.frontend.schema_names import other_names, short_names
@@ -186,6 +187,7 @@ class _AnyValue:
             schema["properties"] = {name: self._bounded(named.get(name, True), share) for name in names}
             return
         most = _most_names(share)
+        _share_out([values], share)
         further = {other_names(names): self._bounded(values, max(4, share // most - 12))}
         if not set(named) <= set(schema.get("required") or ()):
             # further ones can only be counted where all named ones are there
@@ -203,6 +205,7 @@ class _AnyValue:
     def _bound_patterns(self, schema: Schema, share: int) -> None:
         """Names by the user's own patterns; a name that no shortened pattern matches is none."""
         rules = schema["patternProperties"]
+        _share_out(rules.values(), share)
         short = {pattern: short_names(pattern) or pattern for pattern in rules}
         if len(set(short.values())) == len(rules):
             schema["patternProperties"] = {short[pattern]: values for pattern, values in rules.items()}
@@ -245,3 +248,10 @@ class _AnyValue:
 
 def _most_names(share: int) -> int:
     return min(_MOST_ITEMS, max(2, share // 32))
+
+
+def _share_out(values: Iterable[Any], share: int) -> None:
+    """Bound scalars that stand under so many names as a share allows."""
+    for value in values:
+        if isinstance(value, dict) and value.get("type") == "string" and not {"const", "enum", "$ref"} & set(value):
+            _bound_scalars(value, max(4, share // _most_names(share) - 12))

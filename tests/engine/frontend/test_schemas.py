@@ -260,6 +260,7 @@ NEW = {"type": "object", "properties": {"id": {"type": "integer"}}, "required": 
         ({"type": "object", "patternProperties": {"^x-": {"type": "null"}}}, {"x-a": None},
          {f"x-{i}": None for i in range(99)}),
         ({"type": "object", "propertyNames": {"pattern": r"^[a-z]+\.\w{2,}$"}}, {"ab.cd": 1}, {"a" * 300 + ".cd": 1}),
+        ({"type": "object", "additionalProperties": {"type": "string"}}, {"a": "b"}, {"a": "b" * 120}),
         ({"type": "string", "format": "time"}, "12:00:00.123Z", "12:00:00." + "1" * 100 + "Z"),
         ({"type": "string", "format": "duration"}, "P1Y2M", "P" + "1" * 100 + "Y"),
         ({"type": "string", "format": "email"}, "ann@example.com", "a" * 60 + "@" + "b" * 50 + ".com"),
