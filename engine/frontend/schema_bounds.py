@@ -206,9 +206,10 @@ class _AnyValue:
         """Names by the user's own patterns; a name that no shortened pattern matches is none."""
         rules = schema["patternProperties"]
         _share_out(rules.values(), share)
-        short = {pattern: short_names(pattern) or pattern for pattern in rules}
-        if len(set(short.values())) == len(rules):
-            schema["patternProperties"] = {short[pattern]: values for pattern, values in rules.items()}
+        if len(rules) == 1:
+            # of several, one that is shortened may leave names to another that they share
+            [(pattern, values)] = rules.items()
+            schema["patternProperties"] = {short_names(pattern) or pattern: values}
         schema["additionalProperties"] = False
         schema.setdefault("maxProperties", max(schema.get("minProperties", 0), _most_names(share)))
 

@@ -161,6 +161,10 @@ def test_what_a_schema_means(schema: dict[str, Any], inside: list[Any], outside:
         ({"enum": [[{"a": 10**30}]]}, "is beyond"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"type": "any"}, "type must be one of"),
+        (
+            {"type": "object", "patternProperties": {"^x": {"type": "null"}, "^x.{30}": {"type": "boolean"}}},
+            "are not disjoint",
+        ),
         ({"if": {"required": ["a"]}, "then": {"required": ["b"]}}, "if: no grammar keeps it"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "greater than maximum"),
         ({"type": "integer", "minimum": 2**63}, "beyond what a grammar keeps"),
