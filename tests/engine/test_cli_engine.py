@@ -138,13 +138,14 @@ def test_interrupts_of_a_chat() -> None:
     with process:
         assert process.stdin is not None
         assert process.stdout is not None
+        assert process.stderr is not None
         process.stdin.write("Hello\n")
         process.stdin.flush()
         answer = process.stdout.read(1)
         os.killpg(process.pid, signal.SIGINT)
         while not answer.endswith(" [stopped]\n"):
             character = process.stdout.read(1)
-            assert character, "the answer was not stopped"
+            assert character, f"the answer was not stopped: {process.stderr.read()}"
             answer += character
         # The engine lives on, and answers again.
         process.stdin.write("/reset\nHello\n")
@@ -153,7 +154,7 @@ def test_interrupts_of_a_chat() -> None:
         os.killpg(process.pid, signal.SIGINT)
         while not again.endswith(" [stopped]\n"):
             character = process.stdout.read(1)
-            assert character, "the second answer was not stopped"
+            assert character, f"the second answer was not stopped: {process.stderr.read()}"
             again += character
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
