@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from sempre.engine.client.engine_process import EngineProcess, ProcessOptions, client_event, ended_by
 from sempre.engine.client.interface import ProgressCallback
+from sempre.engine.client.interrupts import allowed
 from sempre.engine.client.ledger import Ledger
 from sempre.engine.client.vigil import Vigil
 from sempre.engine.client.worker_watch import WorkerWatch
@@ -360,7 +361,8 @@ class ProcessClient(ProcessClientBase[PeerChannel[ClientEvent]]):
             wait_s = self._look_s if deadline is None else min(self._look_s, deadline - time.monotonic())
             if wait_s <= 0:
                 return None
-            self._poller.poll(round(wait_s * 1000))
+            with allowed():
+                self._poller.poll(round(wait_s * 1000))
 
 
 def _connect(address: str, config: EngineConfig) -> PeerChannel[ClientEvent]:

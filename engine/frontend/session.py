@@ -10,6 +10,7 @@ from itertools import count
 from typing import TypeVar
 
 from sempre.engine.client.interface import EngineClient
+from sempre.engine.client.interrupts import held
 from sempre.engine.client.ledger import frames
 from sempre.engine.frontend.deadline import Deadline
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
@@ -66,19 +67,22 @@ class Session:
         """Follow and send requests. Raises RequestError for an id in use."""
         states = [self._processor.add(request) for request in requests]
         for frame in frames_of(requests):
-            self._client.send(AddRequests(requests=frame))
+            with held():
+                self._client.send(AddRequests(requests=frame))
         return states
 
     def receive(self) -> list[RequestState]:
         """Wait for one event; return the requests that have news. Raises EngineDeadError, ProtocolError."""
-        event = self._client.receive()
-        if event is None:
-            raise EngineDeadError(f"the engine is idle, but {self._processor.num_unfinished} requests are unfinished")
-        return self._take(event)
+        with held():
+            event = self._client.receive()
+            if event is None:
+                text = f"the engine is idle, but {self._processor.num_unfinished} requests are unfinished"
+                raise EngineDeadError(text)
+            return self._take(event)
 
     def ask(self, command: ClientCommand, call_id: int, kind: type[Reply], timeout_s: float | None = None) -> Reply:
         """Send `command` and wait for its reply; outputs that arrive meanwhile are kept. Raises TimeoutError."""
-        with self.exclusive():
+        with self.exclusive(), held():
             return self._ask(command, call_id, kind, timeout_s)
 
     def next_call_id(self) -> int:
@@ -87,9 +91,10 @@ class Session:
 
     def drop(self, requests: Iterable[PreparedRequest], because: BaseException) -> None:
         """Forget what has not finished and, unless the engine died, abort it."""
-        sequence_ids = self._processor.forget(request.request_id for request in requests)
-        if sequence_ids and not isinstance(because, EngineDeadError):
-            self._client.send(AbortRequests(request_ids=sequence_ids))
+        with held():
+            sequence_ids = self._processor.forget(request.request_id for request in requests)
+            if sequence_ids and not isinstance(because, EngineDeadError):
+                self._client.send(AbortRequests(request_ids=sequence_ids))
 
     def _ask(self, command: ClientCommand, call_id: int, kind: type[Reply], timeout_s: float | None) -> Reply:
         deadline = Deadline(timeout_s)

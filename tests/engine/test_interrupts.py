@@ -1,0 +1,122 @@
+"""Handlers of signals raise wherever the main thread is, and no frame, token or step is lost by that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+from surfaces import facts
+
+from sempre.engine import LLM, RequestOutput, SamplingParams
+from sempre.engine.client import interrupts
+
+PARAMS = SamplingParams(temperature=1.0, seed=5, max_tokens=60, logprobs=1, ignore_eos=True)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_held_signals_are_handled_at_the_end() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    reached = []
+
+    def interrupted() -> None:
+        with interrupts.held():
+            interrupt()
+            with interrupts.held():
+                reached.append(1)
+            reached.append(2)
+        reached.append(3)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert reached == [1, 2]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_allowed_lets_them_in() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    reached = []
+
+    def interrupted() -> None:
+        with interrupts.held():
+            reached.append(1)
+            with interrupts.allowed():
+                interrupt()
+                reached.append(2)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ignored_signals_stay_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts.held():
+            interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class OwnError(Exception):
+    """What a handler of the user's raises."""
+
+
+def raise_own(*_: object) -> None:
+    raise OwnError
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM], ids=lambda number: number.name)
+def test_a_stream_beside_an_interrupted_one_loses_nothing(number: signal.Signals, monkeypatch: Any) -> None:
+    """The signal comes when a frame has just been received: once before each of many frames."""
+    before = signal.signal(number, raise_own)
+    try:
+        with LLM("tiny", num_threads=1, max_model_len=256) as llm:
+            [expected] = llm.generate(["It is a truth"], PARAMS, use_tqdm=False)
+            channel = llm._session._client._link.channel  # type: ignore[attr-defined]
+            receive, countdown = channel.receive, [0]
+
+            def interrupted(timeout_s: float | None = None) -> Any:
+                arrival = receive(timeout_s)
+                countdown[0] -= arrival is not None
+                if countdown[0] == 0 and arrival is not None:
+                    os.kill(os.getpid(), number)
+                    time.sleep(0)
+                return arrival
+
+            monkeypatch.setattr(channel, "receive", interrupted)
+            for frames in (1, 2, 3, 5, 8, 13):
+                stream = llm.stream("It is a truth", PARAMS)
+                outputs: list[RequestOutput] = [next(stream)]
+                countdown[0] = frames
+                with pytest.raises(OwnError):
+                    llm.generate(["Another one"] * 3, PARAMS, use_tqdm=False)
+                outputs += stream
+                assert facts(outputs[-1].outputs[0]) == facts(expected.outputs[0])
+    finally:
+        signal.signal(number, before)
+
+
+def test_in_process_a_step_is_finished_before_it_is_interrupted() -> None:
+    with LLM("tiny", num_threads=1, max_model_len=256, multiprocessing=False) as llm:
+        [expected] = llm.generate(["It is a truth"], PARAMS, use_tqdm=False)
+        before = signal.signal(signal.SIGALRM, raise_own)
+        try:
+            for seconds in (0.001, 0.004, 0.011, 0.025):
+                stream = llm.stream("It is a truth", PARAMS)
+                outputs = [next(stream)]
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+                with pytest.raises(OwnError):
+                    llm.generate(["Another one"] * 50, PARAMS, use_tqdm=False)
+                outputs += stream
+                assert facts(outputs[-1].outputs[0]) == facts(expected.outputs[0])
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
