@@ -208,12 +208,14 @@ def _show_growth(process: subprocess.Popen[bytes], scratch: Path, model: Catalog
 
 
 def _bytes_below(folder: Path) -> int:
+    """Size of the largest wheel; files and folders may come and go meanwhile."""
     total = 0
-    for wheel in folder.rglob("*.whl"):
-        try:
-            total = max(total, wheel.stat().st_size)
-        except FileNotFoundError:
-            continue  # pip moved it between the listing and the question
+    # unlike rglob it passes over a folder that is gone
+    for path, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".whl"):
+                with contextlib.suppress(FileNotFoundError):
+                    total = max(total, os.stat(os.path.join(path, name)).st_size)
     return total
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -16,7 +18,7 @@ import psutil
 import pytest
 
 from sempre.engine.models import CATALOG, CatalogModel, cache_folder, pull
-from sempre.engine.models.pull import pull_model
+from sempre.engine.models.pull import _bytes_below, pull_model
 from sempre.ipc.errors import ConfigError, ModelError
 
 
@@ -86,6 +88,26 @@ def test_two_conversions_are_equal_byte_for_byte_and_an_older_one_is_replaced(sa
     (folder / "model.safetensors").write_bytes(b"")
     assert pull_model(sample, progress=False) == folder
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+
+
+def test_growth_is_looked_at_while_folders_come_and_go(tmp_path: Path) -> None:
+    def come_and_go() -> None:
+        while not ended.is_set():
+            for number in range(20):
+                (tmp_path / str(number)).mkdir()
+                (tmp_path / str(number) / "a.whl").touch()
+            for number in range(20):
+                shutil.rmtree(tmp_path / str(number))
+
+    (tmp_path / "b.whl").write_bytes(b"123")
+    ended = threading.Event()
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        assert {_bytes_below(tmp_path) for _ in range(300)} == {3}
+    finally:
+        ended.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(
