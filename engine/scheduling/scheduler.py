@@ -225,10 +225,8 @@ class Scheduler:
     def _grow_or_preempt(self, request: Request, num_tokens: int) -> list[int] | None:
         """Blocks for the first `num_tokens` tokens, at the cost of the last requests; None if that was this one."""
         while (block_ids := self._kv_cache.grow(request, num_tokens)) is None:
-            victim = self._running.pop()
-            victim.is_running = False
-            self._kv_cache.release(victim)
-            insort(self._waiting, victim, key=ORDER_KEY)
+            victim = self._running[-1]
+            self._wait_again(victim)
             self._counters.num_preemptions += 1
             victim.num_preemptions += 1
             if victim is request:
@@ -298,10 +296,10 @@ class Scheduler:
         flight.check(step, result)
         self._in_flight.popleft()
         deltas = []
-        num_tokens = -self._counters.generation_tokens
+        num_prompt_tokens, num_generated = 0, self._counters.generation_tokens
         for request, planned, sampled in zip(flight.requests, flight.scheduled, result.sampled, strict=True):
             if request.num_prompt_tokens_counted < request.num_prompt_tokens:
-                num_tokens += request.count_prompt_tokens(planned.num_computed_tokens + planned.num_tokens)
+                num_prompt_tokens += request.count_prompt_tokens(planned.num_computed_tokens + planned.num_tokens)
             if request.finish_reason is not None:
                 continue  # aborted or stopped while this step was in flight
             holds_blocks = request.is_running and request.admitted_at_step <= flight.step_id
@@ -323,7 +321,7 @@ class Scheduler:
                 deltas.append(self._apply(request, sampled, planned))
             if self._quarantine and self._quarantine.has_passed(request):
                 self._release_suspect(request)
-        self._counters.tokens_per_step.observe(num_tokens + self._counters.generation_tokens)
+        self._counters.tokens_per_step.observe(num_prompt_tokens + self._counters.generation_tokens - num_generated)
         return deltas
 
     def _compute_again(self, request: Request, planned: ScheduledRequest, holds_blocks: bool) -> None:
@@ -339,10 +337,16 @@ class Scheduler:
 
     def _wait_again(self, request: Request) -> None:
         """From running back to waiting, at its place in the order."""
-        self._running.remove(request)
+        self._leave(request)
+        insort(self._waiting, request, key=ORDER_KEY)
+
+    def _leave(self, request: Request) -> None:
+        """Take a request out of its queue, and give its blocks back."""
+        queue = self._running if request.is_running else self._waiting
+        key: OrderKey = request.order_key
+        del queue[bisect_left(queue, key, key=ORDER_KEY)]
         request.is_running = False
         self._kv_cache.release(request)
-        insort(self._waiting, request, key=ORDER_KEY)
 
     def _count_rejected(self, request: Request, drafts: list[int], sampled: SampledTokens) -> int:
         """Count what became of verified guesses; how many of them were wrong, and their keys and values with them."""
@@ -417,11 +421,7 @@ class Scheduler:
         assert request.finish_reason is not None
         if request.speculation is not None:
             request.speculation.ended(request.token_ids, request.num_prompt_tokens)
-        queue = self._running if request.is_running else self._waiting
-        key: OrderKey = request.order_key
-        del queue[bisect_left(queue, key, key=ORDER_KEY)]
-        request.is_running = False
-        self._kv_cache.release(request)
+        self._leave(request)
         self._quarantine.release(request)
         del self._requests[request.request_id]
         if request.is_known_to_worker:

@@ -23,16 +23,17 @@ SCHEDULING = (
         "preempted-request-waits-at-the-end",
         "A preempted request loses its place to those that came after it.",
         SCHEDULER,
-        "            insort(self._waiting, victim, key=ORDER_KEY)\n            self._counters",
-        "            self._waiting.append(victim)\n            self._counters",
+        "        self._leave(request)\n        insort(self._waiting, request, key=ORDER_KEY)",
+        "        self._leave(request)\n        self._waiting.append(request)",
         (f"{SIMULATION}::test_a_busy_workload_ends_right_under_every_setting",),
     ),
     Fault(
         "preempted-request-keeps-its-blocks",
         "Blocks of a preempted request stay taken, and those who run never get them.",
         SCHEDULER,
-        "            victim.is_running = False\n            self._kv_cache.release(victim)",
-        "            victim.is_running = False",
+        "        self._leave(request)\n        insort(self._waiting, request, key=ORDER_KEY)",
+        "        self._running.remove(request)\n        request.is_running = False\n"
+        "        insort(self._waiting, request, key=ORDER_KEY)",
         (f"{TESTS}::test_a_preempted_request_finds_its_own_blocks_again",),
     ),
     Fault(
