@@ -56,13 +56,16 @@ def _hold() -> None:
 
 
 def _release() -> None:
-    while _handlers:
-        number, handler = _handlers.popitem()
+    if not _handlers:
+        return
+    number, handler = _handlers.popitem()
+    try:
         signal.signal(number, handler)
-    while _waiting:
-        number, frame = _waiting.popitem()
-        handler = signal.getsignal(number)  # type: ignore[assignment]
-        handler(number, frame)
+        if number in _waiting:
+            handler(number, _waiting.pop(number))
+    finally:
+        # a handler that raises keeps none of the others waiting
+        _release()
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -120,3 +120,29 @@ def test_in_process_a_step_is_finished_before_it_is_interrupted() -> None:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+
+
+def test_a_handler_that_raises_keeps_no_other_signal_waiting() -> None:
+    numbers = (signal.SIGINT, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
+    came: list[int] = []
+
+    def note_and_raise(number: int, *_: object) -> None:
+        came.append(number)
+        raise OwnError
+
+    def interrupted() -> None:
+        with interrupts.held():
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    for number in numbers:
+        signal.signal(number, note_and_raise)
+    try:
+        with pytest.raises(OwnError):
+            interrupted()
+        assert sorted(came) == sorted(numbers)
+        assert all(signal.getsignal(number) is note_and_raise for number in numbers)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
