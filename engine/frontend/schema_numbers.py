@@ -14,6 +14,8 @@ LARGEST = 2**63 - 1024
 """The largest float64 below 2^63: the library counts digits in int64."""
 MOST_REMAINDERS = 8192
 """Of all `multipleOf` together: with some more the library ends a request while it runs."""
+_COSTS = {10_000: 1000}
+"""Steps of more remainders that were found to be followed all the same, and what they count for."""
 _INT64_END = 2**63
 """As the greatest value of an integer: the library takes what an int64 does not hold for the largest that it holds."""
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
@@ -58,9 +60,9 @@ def check_multiples(multiples: Iterable[Any]) -> None:
         number = Decimal(repr(multiple))
         exponent = number.as_tuple().exponent
         assert isinstance(exponent, int)
-        # as many as the digits without their point say; trailing zeros cost little
+        # as many as the digits without their point say
         num_remainders = abs(int(number.scaleb(-min(exponent, 0))))
-        total += 1000 if num_remainders == 10_000 else num_remainders
+        total += _COSTS.get(num_remainders, num_remainders)
         if total > MOST_REMAINDERS:
             raise ValueError(
                 f"multipleOf {multiple}: a grammar follows at most {MOST_REMAINDERS} remainders in all; leave it out."

@@ -30,9 +30,9 @@ def opens_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> bo
 
 def _last_turn(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """The text behind the last special token, which is where a turn begins; without one, the tag that ends a prompt."""
-    marks = {token_id for token_id, text in tokenizer.special_texts.items() if text not in (START, END)}
+    special_texts = tokenizer.special_texts
     for place in range(len(token_ids) - 1, -1, -1):
-        if token_ids[place] in marks:
+        if special_texts.get(token_ids[place], START) not in (START, END):
             return tokenizer.decode(token_ids[place + 1 :], skip_special_tokens=False)
     tail = tokenizer.decode(token_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
     return next((tag for tag in (START, END) if tail.endswith(tag)), "")
