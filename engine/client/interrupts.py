@@ -2,6 +2,9 @@
 
 A handler that is written in Python raises wherever the main thread is, KeyboardInterrupt for one. Where that is inside
 of a socket's `recv`, the frame is lost, and with it what it holds for everybody else.
+
+A handler may raise in here too, between any two instructions. So nothing depends on an installation or a restoration
+that was carried to its end: a stand-in that was left behind does what the user's handler does.
 """
 
 from __future__ import annotations
@@ -11,24 +14,44 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import ClassVar
 
 Handler = Callable[[int, FrameType | None], object]
 
-# whose handlers commonly raise
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGALRM") if hasattr(signal, name)]
-# of the user, while they are held
-_handlers: dict[int, Handler] = {}
-_waiting: dict[int, FrameType | None] = {}
+# for which programs have handlers that raise; to look at all of them would cost as much as a small step
+_NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+
+
+class _StandIn:
+    """Takes the place of one handler of the user's: notes the signal while they are held, else handles it."""
+
+    holding = False
+    waiting: ClassVar[dict[_StandIn, FrameType | None]] = {}
+    installed: ClassVar[dict[int, _StandIn]] = {}
+
+    def __init__(self, number: int, handler: Handler) -> None:
+        self.number = number
+        self.handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if _StandIn.holding:
+            _StandIn.waiting[self] = frame
+            return
+        try:
+            self.handler(number, frame)
+        finally:
+            _handle_waiting()
 
 
 @contextmanager
 def held() -> Iterator[None]:
     """Inside, signals wait; they are handled at the end. Only the main thread is ever interrupted."""
-    if _handlers or threading.current_thread() is not threading.main_thread():
+    if _StandIn.holding or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _hold()
     try:
+        _hold()
         yield
     finally:
         _release()
@@ -37,11 +60,11 @@ def held() -> Iterator[None]:
 @contextmanager
 def allowed() -> Iterator[None]:
     """A moment within `held` in which nothing can be lost: signals are handled."""
-    if not _handlers or threading.current_thread() is not threading.main_thread():
+    if not _StandIn.holding or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _release()
     try:
+        _release()
         yield
     finally:
         _hold()
@@ -50,23 +73,29 @@ def allowed() -> Iterator[None]:
 def _hold() -> None:
     for number in _SIGNALS:
         handler = signal.getsignal(number)
-        if callable(handler):
-            _handlers[number] = handler
-            signal.signal(number, _note)
+        if callable(handler) and not isinstance(handler, _StandIn):
+            _StandIn.installed[number] = _StandIn(number, handler)
+            signal.signal(number, _StandIn.installed[number])
+    _StandIn.holding = True
 
 
 def _release() -> None:
-    if not _handlers:
-        return
-    number, handler = _handlers.popitem()
+    _StandIn.holding = False
     try:
-        signal.signal(number, handler)
-        if number in _waiting:
-            handler(number, _waiting.pop(number))
+        _handle_waiting()
+    finally:
+        for number, stand_in in list(_StandIn.installed.items()):
+            if signal.getsignal(number) is stand_in:
+                signal.signal(number, stand_in.handler)
+            del _StandIn.installed[number]
+
+
+def _handle_waiting() -> None:
+    if not _StandIn.waiting:
+        return
+    stand_in, frame = _StandIn.waiting.popitem()
+    try:
+        stand_in.handler(stand_in.number, frame)
     finally:
         # a handler that raises keeps none of the others waiting
-        _release()
-
-
-def _note(number: int, frame: FrameType | None) -> None:
-    _waiting[number] = frame
+        _handle_waiting()

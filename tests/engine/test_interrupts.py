@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,6 +19,16 @@ from sempre.engine import LLM, RequestOutput, SamplingParams
 from sempre.engine.client import interrupts
 
 PARAMS = SamplingParams(temperature=1.0, seed=5, max_tokens=60, logprobs=1, ignore_eos=True)
+
+
+@contextmanager
+def handled_by(handler: Callable[..., None], *numbers: signal.Signals) -> Iterator[None]:
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, earlier in zip(numbers, before, strict=True):
+            signal.signal(number, earlier)
 
 
 def interrupt() -> None:
@@ -104,6 +119,12 @@ def test_a_stream_beside_an_interrupted_one_loses_nothing(number: signal.Signals
         signal.signal(number, before)
 
 
+@contextmanager
+def alarm_after(seconds: float) -> Iterator[None]:
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    yield
+
+
 def test_in_process_a_step_is_finished_before_it_is_interrupted() -> None:
     with LLM("tiny", num_threads=1, max_model_len=256, multiprocessing=False) as llm:
         [expected] = llm.generate(["It is a truth"], PARAMS, use_tqdm=False)
@@ -112,8 +133,7 @@ def test_in_process_a_step_is_finished_before_it_is_interrupted() -> None:
             for seconds in (0.001, 0.004, 0.011, 0.025):
                 stream = llm.stream("It is a truth", PARAMS)
                 outputs = [next(stream)]
-                signal.setitimer(signal.ITIMER_REAL, seconds)
-                with pytest.raises(OwnError):
+                with pytest.raises(OwnError), alarm_after(seconds):
                     llm.generate(["Another one"] * 50, PARAMS, use_tqdm=False)
                 outputs += stream
                 assert facts(outputs[-1].outputs[0]) == facts(expected.outputs[0])
@@ -124,7 +144,6 @@ def test_in_process_a_step_is_finished_before_it_is_interrupted() -> None:
 
 def test_a_handler_that_raises_keeps_no_other_signal_waiting() -> None:
     numbers = (signal.SIGINT, signal.SIGALRM)
-    before = [signal.getsignal(number) for number in numbers]
     came: list[int] = []
 
     def note_and_raise(number: int, *_: object) -> None:
@@ -136,13 +155,65 @@ def test_a_handler_that_raises_keeps_no_other_signal_waiting() -> None:
             for number in numbers:
                 os.kill(os.getpid(), number)
 
-    for number in numbers:
-        signal.signal(number, note_and_raise)
-    try:
+    with handled_by(note_and_raise, *numbers):
         with pytest.raises(OwnError):
             interrupted()
         assert sorted(came) == sorted(numbers)
         assert all(signal.getsignal(number) is note_and_raise for number in numbers)
+
+
+def interrupted_at(raise_at: dict[int, signal.Signals], received: list[str]) -> int:
+    """Receive a frame as `Session` does, with signals at these instructions of `interrupts`; return how many ran."""
+    executed = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal executed
+        frame.f_trace_opcodes = frame.f_code.co_filename == interrupts.__file__
+        if event == "opcode":
+            executed += 1
+            if executed - 1 in raise_at:
+                signal.raise_signal(raise_at[executed - 1])
+        return trace
+
+    sys.settrace(trace)
+    try:
+        with interrupts.held():
+            with interrupts.allowed():
+                received.append("waited")
+            received += ["frame", "taken"]
     finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        sys.settrace(None)
+    return executed
+
+
+def instants() -> list[dict[int, signal.Signals]]:
+    number = interrupted_at({}, [])
+    drawn = random.Random(0)
+    single = [{index: signal.SIGALRM} for index in range(number)]
+    pairs = [drawn.sample(range(number), 2) for _ in range(300)]
+    return single + [{one: signal.SIGALRM, other: signal.SIGINT} for one, other in pairs]
+
+
+def test_a_signal_at_any_instruction_leaves_nothing_behind() -> None:
+    came: list[int] = []
+
+    def note_and_raise(number: int, *_: object) -> None:
+        came.append(number)
+        raise OwnError
+
+    with handled_by(note_and_raise, signal.SIGALRM, signal.SIGINT):
+        for raise_at in instants():
+            came.clear()
+            received: list[str] = []
+            with pytest.raises(OwnError):
+                interrupted_at(raise_at, received)
+            assert received in ([], ["waited"], ["waited", "frame", "taken"])
+            if len(raise_at) == 1:
+                assert came == [signal.SIGALRM]
+            with suppress(OwnError), interrupts.held():
+                pass
+            assert 1 <= len(came) == len(set(came)) <= len(raise_at)
+            assert signal.getsignal(signal.SIGALRM) is signal.getsignal(signal.SIGINT) is note_and_raise
+            with pytest.raises(OwnError), interrupts.held():
+                received.append(signal.raise_signal(signal.SIGALRM) or "held")
+            assert received[-1] == "held"
