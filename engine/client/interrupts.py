@@ -85,7 +85,7 @@ def _release() -> None:
         _handle_waiting()
     finally:
         for number, stand_in in list(_StandIn.installed.items()):
-            if signal.getsignal(number) is stand_in:
+            if isinstance(signal.getsignal(number), _StandIn):
                 signal.signal(number, stand_in.handler)
             del _StandIn.installed[number]
 
