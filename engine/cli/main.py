@@ -31,6 +31,8 @@ EXIT_USAGE = 2
 EXIT_MODEL = 3
 EXIT_ENGINE = 4
 EXIT_INTERRUPTED = 130
+# 128 + SIGPIPE: what a shell reports of a program whose reader has left
+EXIT_CLOSED_OUTPUT = 141
 
 DEBUG_VARIABLE = "SEMPRE_DEBUG"
 
@@ -48,7 +50,8 @@ COMMANDS = {
 }
 
 _EPILOG = f"""exit codes: {EXIT_OK} success, {EXIT_FAILURE} other failure, {EXIT_USAGE} usage or setting,
-{EXIT_MODEL} model, {EXIT_ENGINE} engine could not start or died, {EXIT_INTERRUPTED} interrupted.
+{EXIT_MODEL} model, {EXIT_ENGINE} engine could not start or died, {EXIT_INTERRUPTED} interrupted,
+{EXIT_CLOSED_OUTPUT} the reader of the output has left (as with `| head`).
 `sempre COMMAND --help` describes a command."""
 
 
@@ -57,17 +60,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get(DEBUG_VARIABLE) == "1" or "--debug" in arguments
     try:
-        return _run(arguments, debug)
+        return _flushed(arguments, debug)
     except KeyboardInterrupt:
         print("sempre: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has left; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
+        return EXIT_CLOSED_OUTPUT
     except (UsageError, SempreError, OSError) as error:
         _report(error, debug)
         return exit_code(error)
+
+
+def _flushed(arguments: list[str], debug: bool) -> int:
+    """Run; what is left to write is written here, where a reader who has left is noticed."""
+    try:
+        code = _run(arguments, debug)
+    except SystemExit:  # of --help and --version
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
 
 
 def exit_code(error: BaseException) -> int:
@@ -103,7 +117,6 @@ def _run(arguments: list[str], debug: bool) -> int:
     namespace = parser.parse(rest)
     _set_up_output(debug)
     code: int = module.run(namespace)
-    sys.stdout.flush()
     return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -39,6 +40,10 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}. See {self.prog} --help.")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own passes over a reader who has left
+        (file or sys.stderr).write(message)
 
     def _refuse(self, flag: str) -> NoReturn:
         listed = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]

@@ -34,7 +34,7 @@ class Line(NamedTuple):
     number: int
     custom_id: str | None
     url: str = ""
-    body: bytes = b""
+    body: dict[str, Any] = {}  # noqa: RUF012  never changed
     refusal: str | None = None
 
 
@@ -118,7 +118,7 @@ def _line(number: int, text: bytes, seen: dict[str, int]) -> Line:
     elif body.get("stream"):
         refusal = "body.stream must be left out: a batch is not streamed"
     seen.setdefault(custom_id, number)
-    return Line(number, custom_id, str(url), json.dumps(body).encode(), refusal)
+    return Line(number, custom_id, str(url), body if isinstance(body, dict) else {}, refusal)
 
 
 def seeded(lines: list[Line], engine_seed: int) -> list[Line]:
@@ -132,14 +132,13 @@ def seeded(lines: list[Line], engine_seed: int) -> list[Line]:
 
 
 def _seeded(line: Line, engine_seed: int, counts: Counter[tuple[str, str]]) -> Line:
-    body = json.loads(line.body)
-    if body.pop("seed", None) not in _NO_SEED:
+    if line.body.get("seed") not in _NO_SEED:
         return line
+    body = {name: value for name, value in line.body.items() if name != "seed"}
     request = (line.url, json.dumps(body, sort_keys=True))
     digest = hashlib.sha256(json.dumps([engine_seed, counts[request], *request]).encode()).digest()
     counts[request] += 1
-    body["seed"] = int.from_bytes(digest[:8], "little") >> 1
-    return line._replace(body=json.dumps(body).encode())
+    return line._replace(body={**body, "seed": int.from_bytes(digest[:8], "little") >> 1})
 
 
 async def answer(lines: list[Line], address: Address, output: IO[str], max_concurrency: int) -> int:
@@ -213,8 +212,9 @@ async def _ask(client: Any, line: Line) -> Any:
     """Send a line, again while the server says that it is busy."""
     loop = asyncio.get_running_loop()
     until = loop.time() + _BUSY_PATIENCE_S
+    body = json.dumps(line.body).encode()
     while True:
-        response = await client.post(line.url, content=line.body, headers={"Content-Type": "application/json"})
+        response = await client.post(line.url, content=body, headers={"Content-Type": "application/json"})
         pause = _retry_after(response.headers.get)
         if response.status_code not in _BUSY or loop.time() + pause > until:
             return response

@@ -11,10 +11,11 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from sempre.engine.frontend.byte_tokenizer import byte_tokenizer
+from sempre.engine.frontend.grammar_errors import expression_reason, reason
 from sempre.engine.frontend.json_forms import json_forms
 from sempre.engine.frontend.schema_numbers import check_range
 from sempre.engine.frontend.schemas import SchemaRefused
-from sempre.engine.parsing.reasoning import END, START, opens_reasoning
+from sempre.engine.parsing.reasoning import END, START, PromptReasoning
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.structured_outputs import StructuredOutputsParams
 from sempre.engine.text.tokenizer import Tokenizer
@@ -85,14 +86,14 @@ class GrammarBuilder:
             return _Form("", str(error))
         return _Form("", f"{field} is refused: {problem}")
 
-    def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt_token_ids: list[int]) -> SamplingSpec:
+    def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt: PromptReasoning) -> SamplingSpec:
         """Return `spec` with what holds for an output that reasons before its answer, behind this prompt."""
         form, budget = params.structured_outputs, params.thinking_token_budget
         grammar = spec.grammar if form is not None and form.after_reasoning else None
         if grammar is None and budget is None:
             return spec
         _require_library("structured_outputs" if budget is None else "thinking_token_budget")
-        opened = opens_reasoning(self._tokenizer, prompt_token_ids)
+        opened = prompt.opened
         if opened is None:
             return spec
         framed = None if grammar is None else self._after_reasoning(grammar, opened=opened)
@@ -126,7 +127,7 @@ class GrammarBuilder:
     def _problem(
         self, grammar: str, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int]
     ) -> str | None:
-        from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+        from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
         field = f"structured_outputs.{params.constraint}"
         framed = self._after_reasoning(grammar, opened=False) if params.after_reasoning else grammar
@@ -143,7 +144,11 @@ class GrammarBuilder:
             start = LLMatcher(byte_tokenizer(), grammar, log_level=0, limits=limits)
             start.compute_bitmask()
             messages = [_reason(start.get_error())] if start.is_error() else []
-        return messages[0].strip() if failed or messages else None
+        if not failed and not messages:
+            return None
+        if params.regex is not None:
+            return expression_reason(messages[0], params.regex, regex_to_lark)
+        return reason(messages[0], {params.whitespace_pattern: "whitespace_pattern"})
 
 
 class _Form(NamedTuple):
@@ -235,6 +240,9 @@ def _text_body(params: StructuredOutputsParams, field: str) -> dict[str, object]
     if params.regex is not None:
         from llguidance import regex_to_lark
 
+        # the library leaves such a one out
+        if (len(params.regex) - len(params.regex.rstrip("\\"))) % 2:
+            raise RequestError(f"{field} is refused: it ends with a backslash that escapes nothing.", parameter=field)
         return {"lark_grammar": f"start: /{regex_to_lark(params.regex)}/"}
     assert params.grammar is not None
     return {"lark_grammar": _checked_lark(_lark(params.grammar, field), field)}
@@ -243,14 +251,15 @@ def _text_body(params: StructuredOutputsParams, field: str) -> dict[str, object]
 def _lark(grammar: str, field: str) -> str:
     if "::=" not in grammar:
         return grammar
-    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
         return str(gbnf_to_lark(grammar))
-    except GbnfToLarkError as error:
-        raise RequestError(f"{field} is refused: {error}", parameter=field) from None
     except RecursionError:
         raise RequestError(f"{field} is refused: it is nested too deeply.", parameter=field) from None
+    # the library raises a plain Exception for some mistakes, and an error of its own for others
+    except Exception as error:
+        raise RequestError(f"{field} is refused: {reason(str(error))}", parameter=field) from None
 
 
 def _checked_lark(grammar: str, field: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -13,6 +13,7 @@ from sempre.engine.frontend.limits import RequestLimits, cut
 from sempre.engine.frontend.prompts import list_prompts, parse_prompt
 from sempre.engine.frontend.sampling_spec import SpecBuilder, check_utf8
 from sempre.engine.parameter_checks import shown
+from sempre.engine.parsing.reasoning import PromptReasoning
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.seed_counts import SeedCounts
 from sempre.engine.seeding import child_seed, derive_request_seed, distribution_digest, reported_seed, request_digest
@@ -35,6 +36,8 @@ class PreparedRequest:
     seeds: list[int]
     """The seed of each sequence as its user is told: a negative one as it was given."""
     arrival_time: float
+    reasoning: PromptReasoning = field(compare=False, repr=False)
+    """Whether the output begins inside reasoning."""
 
 
 class _Parameters(NamedTuple):
@@ -54,6 +57,7 @@ class _Checked(NamedTuple):
     token_ids: list[int]
     parameters: _Parameters
     spec: SamplingSpec
+    reasoning: PromptReasoning
     priority: int
     cache_salt: str | None
 
@@ -145,8 +149,9 @@ class RequestBuilder:
             raise RequestError(f"{where}: {error}", parameter=error.parameter, value=error.value) from None
         shared = parameters.spec
         spec = shared if shared.max_tokens == max_tokens else replace(shared, max_tokens=max_tokens)
-        spec = self._specs.with_reasoning(spec, parameters.params, token_ids)
-        return _Checked(request_id, text, token_ids, parameters, spec, priority, cache_salt)
+        reasoning = PromptReasoning(self._tokenizer, token_ids)
+        spec = self._specs.with_reasoning(spec, parameters.params, reasoning)
+        return _Checked(request_id, text, token_ids, parameters, spec, reasoning, priority, cache_salt)
 
     def _number(self, request: _Checked) -> PreparedRequest:
         params, spec = request.parameters.params, request.spec
@@ -176,7 +181,9 @@ class RequestBuilder:
         self._num_requests += 1
         self._num_sequences += params.n
         seeds = [reported_seed(seed, i) for i in range(params.n)]
-        return PreparedRequest(name, request.text, request.token_ids, params, sequences, seeds, time.time())
+        return PreparedRequest(
+            name, request.text, request.token_ids, params, sequences, seeds, time.time(), request.reasoning
+        )
 
     def check_form(self, params: SamplingParams) -> None:
         """Check what form the output has, which takes long for a large grammar; any thread may call this.

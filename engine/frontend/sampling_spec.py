@@ -9,6 +9,7 @@ from typing import Any
 from sempre.engine.frontend.grammars import GrammarBuilder
 from sempre.engine.frontend.limits import RequestLimits
 from sempre.engine.parameter_checks import shown
+from sempre.engine.parsing.reasoning import PromptReasoning
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.structured_outputs_config import with_defaults
 from sempre.engine.text.tokenizer import Tokenizer
@@ -87,9 +88,9 @@ class SpecBuilder:
             checked.append(number)
         return checked
 
-    def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt_token_ids: list[int]) -> SamplingSpec:
+    def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt: PromptReasoning) -> SamplingSpec:
         """Return `spec` with what holds for an output that reasons before its answer, after this prompt."""
-        return self._grammars.with_reasoning(spec, params, prompt_token_ids)
+        return self._grammars.with_reasoning(spec, params, prompt)
 
     def _most(self, count: int | None) -> int | None:
         return None if count is None else min(count, self._limits.vocab_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sempre.engine.parsing.pieces import Content, Piece, Reasoning
@@ -26,6 +27,19 @@ def opens_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> bo
     turn = _last_turn(tokenizer, prompt_token_ids)
     start, end = turn.rfind(START), turn.rfind(END)
     return start >= 0 if start >= end else None
+
+
+class PromptReasoning:
+    """What a prompt says of reasoning, found when it is first asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._prompt_token_ids = prompt_token_ids
+
+    @cached_property
+    def opened(self) -> bool | None:
+        """See `opens_reasoning`."""
+        return opens_reasoning(self._tokenizer, self._prompt_token_ids)
 
 
 def _last_turn(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -23,23 +23,33 @@ _SHORT_BYTES = 32 * 1024
 
 
 async def read_model(request: Request, model: type[Model], service: Service) -> Model:
-    """Read and check the body, a long one away from the event loop. Raises APIError: 400, 413 or 503."""
-    config = service.config
-    data = await read_body(request, config.max_body_bytes)
-    request.state.body_bytes = len(data)
+    """Return the checked body, made away from the event loop where it is long. Raises APIError: 400, 413 or 503."""
+    state = request.state
+    if not hasattr(state, "body"):
+        state.body = await read_plain(request, service)
 
-    def parsed() -> Model:
-        most = service.max_json_values
-        found = parse_model(data, model, ignore_unknown=config.ignore_unknown_fields, max_values=most)
+    def checked() -> Model:
+        found = to_model(state.body, model, ignore_unknown=service.config.ignore_unknown_fields)
         check_sizes(found)
         return found
 
-    return await beside_the_loop(request, service, data, parsed)
+    try:
+        return await _beside_the_loop(request, service, checked)
+    finally:
+        # the answer may take long, and needs none of it
+        del state.body
 
 
-async def beside_the_loop(request: Request, service: Service, data: bytes, read: Callable[[], Result]) -> Result:
-    """Return `read()`, which reads `data`: away from the event loop where that is long. Raises what it raises."""
-    if len(data) <= _SHORT_BYTES:
+async def read_plain(request: Request, service: Service) -> Any:
+    """Return the body as plain JSON; `read_model` takes it from `request.state.body`, if put there. Raises as that."""
+    data = await read_body(request, service.config.max_body_bytes)
+    request.state.body_bytes = len(data)
+    return await _beside_the_loop(request, service, lambda: parse(data, service.max_json_values))
+
+
+async def _beside_the_loop(request: Request, service: Service, read: Callable[[], Result]) -> Result:
+    """Return `read()`, which reads the body: away from the event loop where that is long. Raises what it raises."""
+    if request.state.body_bytes <= _SHORT_BYTES:
         return read()
     # the parser's turns are short, and what Python code does is done in turns with the loop
     return await service.offload.in_thread(client_of(request), read)
@@ -49,12 +59,16 @@ def parse_model(
     data: bytes, model: type[Model], *, ignore_unknown: bool = False, max_values: int = MAX_VALUES
 ) -> Model:
     """Return `data` as `model`. Raises BadRequest naming the field that does not fit."""
+    return to_model(parse(data, max_values), model, ignore_unknown=ignore_unknown)
+
+
+def parse(data: bytes, max_values: int = MAX_VALUES) -> Any:
+    """Return `data` as plain JSON. Raises BadRequest, or APIError (413) for what holds too much."""
     check_structure(data, max_values)
     try:
-        plain = msgspec.json.decode(data)
+        return msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"The body must be a JSON object: {error}.") from None
-    return to_model(plain, model, ignore_unknown=ignore_unknown)
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -69,9 +69,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     response_id = f"chatcmpl-{id_of(request, http)}"
     with ExitStack() as stack:
         stack.enter_context(generation)
-        # cut, if it was to be
-        token_ids = generation.requests[0].prompt_token_ids
-        parsers = plan.message_parsers(service.engine.get_tokenizer(), token_ids, response_id, request.n)
+        parsers = plan.message_parsers(generation.requests[0].reasoning, response_id, request.n)
         answer = _Answer(service, request, generation, response_id, parsers)
         if request.stream:
             stack.pop_all()  # the stream ends it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from typing import Any
@@ -12,7 +11,7 @@ import msgspec
 from sempre.engine.parsing import TOOL_PARSERS, OutputParser, named_call_schema, required_calls_schema
 from sempre.engine.parsing.output_parser import reasoning_splitter
 from sempre.engine.parsing.pieces import Parser
-from sempre.engine.parsing.reasoning import ReasoningSplitter, opens_reasoning
+from sempre.engine.parsing.reasoning import PromptReasoning, ReasoningSplitter
 from sempre.engine.parsing.tool_calls import NamedCallParser, RequiredCallsParser
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import BadRequest
@@ -20,7 +19,6 @@ from sempre.engine.server.message_parser import MessageParser, ParsedContent, Pl
 from sempre.engine.server.requests import ChatCompletionRequest, NamedToolChoice
 from sempre.engine.server.structure import structured_outputs
 from sempre.engine.structured_outputs import StructuredOutputsParams
-from sempre.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,9 @@ class ChatPlan:
             return self.structured
         return replaced(self.structured, after_reasoning=True)
 
-    def message_parsers(
-        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], response_id: str, n: int
-    ) -> list[MessageParser]:
-        """The parsers of `n` choices behind one prompt."""
-        opened = None if self.reasoning_parser is None else opens_reasoning(tokenizer, prompt_token_ids)
+    def message_parsers(self, prompt: PromptReasoning, response_id: str, n: int) -> list[MessageParser]:
+        """The parsers of `n` choices after one prompt."""
+        opened = None if self.reasoning_parser is None else prompt.opened
         return [self._message_parser(opened, f"{response_id}/{choice}") for choice in range(n)]
 
     def _message_parser(self, opened: bool | None, id_prefix: str) -> MessageParser:

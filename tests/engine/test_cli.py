@@ -52,6 +52,16 @@ def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
     assert result.stdout.startswith(f"sempre {__version__}\n" if arguments == ["--version"] else "usage: sempre")
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"], ["collect-env"]])
+def test_an_output_that_nobody_reads_ends_quietly(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sempre.engine", *arguments]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
 def test_help_names_every_command() -> None:
     result = sempre("--help")
     assert all(f"  {name}" in result.stdout for name in COMMANDS)

@@ -8,7 +8,9 @@ import pytest
 
 from sempre.engine.frontend.pacing import Pace, Pacer
 from sempre.engine.frontend.request_builder import PreparedRequest
+from sempre.engine.parsing.reasoning import PromptReasoning
 from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.text.absent_tokenizer import AbsentTokenizer
 from sempre.ipc.messages import AddRequests, RequestOutputDelta, RequestSpec, SamplingSpec
 
 
@@ -28,7 +30,8 @@ def call(lengths: list[int], n: int = 1, name: str = "r") -> list[PreparedReques
             for i in range(n)
         ]
         params = SamplingParams(n=n)
-        made.append(PreparedRequest(f"{name}{place}", None, token_ids, params, specs, list(range(n)), 0.0))
+        reasoning = PromptReasoning(AbsentTokenizer(), token_ids)
+        made.append(PreparedRequest(f"{name}{place}", None, token_ids, params, specs, list(range(n)), 0.0, reasoning))
     return made
 
 

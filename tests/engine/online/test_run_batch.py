@@ -108,9 +108,19 @@ def test_the_seed_of_the_engine_is_the_batchs(tmp_path: Path) -> None:
     lines = read_lines(path)
     first, again, other = seeded(lines, 0), seeded(lines, 0), seeded(lines, 1)
     assert first == again
-    seeds = [json.loads(line.body)["seed"] for line in [*first[:3], *other[:3]]]
+    seeds = [line.body["seed"] for line in [*first[:3], *other[:3]]]
     assert len({*seeds, -1}) == 7, "null and -1 are no seeds"
     assert first[3] == lines[3]
+
+
+def test_a_line_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(request(str(i), {"prompt": "p"}) for i in range(3)))
+    parsed: list[object] = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    seeded(read_lines(path), 0)
+    assert len(parsed) == 3
 
 
 def test_settings_survive_being_written_as_flags() -> None:

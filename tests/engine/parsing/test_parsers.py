@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sempre.engine.parsing import OutputParser, ParsedMessage, ToolCall, assemble
 from sempre.engine.parsing.output_parser import reasoning_splitter
-from sempre.engine.parsing.reasoning import ReasoningSplitter, opens_reasoning
+from sempre.engine.parsing.reasoning import PromptReasoning, ReasoningSplitter, opens_reasoning
 from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser, NamedCallParser, RequiredCallsParser
 from sempre.engine.text.tokenizer import Tokenizer
 
@@ -282,3 +282,14 @@ def test_the_prompt_tells_where_an_output_begins(byte_level: Tokenizer, prompt: 
             is_reasoning = opened or (begins_inside and not is_bound)
             message = assemble([*splitter.feed('{"a": 1}'), *splitter.finish()])
             assert message == (ParsedMessage(reasoning='{"a": 1}') if is_reasoning else ParsedMessage('{"a": 1}'))
+
+
+def test_a_prompt_is_asked_once(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    decode = byte_level.decode
+    monkeypatch.setattr(byte_level, "decode", lambda ids, **how: asked.append(ids) or decode(ids, **how))
+    prompt = PromptReasoning(byte_level, byte_level.encode("Who?<|im_end|>assistant\n<think>\n"))
+    assert not asked, "only where somebody asks"
+    assert prompt.opened
+    assert prompt.opened
+    assert len(asked) == 1

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
+from starlette.requests import Request
 
+from sempre.engine.server import body as bodies
 from sempre.engine.server.body import parse_model
-from sempre.engine.server.errors import APIError, BadRequest
+from sempre.engine.server.config import ServerConfig
+from sempre.engine.server.errors import APIError, BadRequest, Busy
+from sempre.engine.server.invocations import invoke
 from sempre.engine.server.json_scan import MAX_CONTAINERS, MAX_DEPTH, MAX_MEMBERS, MAX_VALUES, check_structure
 from sempre.engine.server.neutral import NEUTRAL
 from sempre.engine.server.requests import (
@@ -279,3 +285,23 @@ def test_what_stands_in_a_string_is_not_counted(text: str) -> None:
         check_structure(json.dumps(body).encode())
     with pytest.raises(BadRequest, match="levels deep"):
         check_structure(json.dumps({"prompt": text}).encode()[:-1] + b',"x":' + nested(MAX_DEPTH) + b"}")
+
+
+@pytest.mark.parametrize("body", [{"prompt": "a"}, {"messages": [MESSAGE]}])
+def test_an_invocation_is_scanned_and_parsed_once(body: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    scanned: list[bytes] = []
+    scan = check_structure
+    monkeypatch.setattr(bodies, "check_structure", lambda data, most: scanned.append(data) or scan(data, most))
+
+    def not_ready() -> None:
+        raise Busy("The engine is starting.", 5)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    service: Any = SimpleNamespace(config=ServerConfig(), max_json_values=MAX_VALUES, check_ready=not_ready)
+    http = Request({"type": "http", "method": "POST", "headers": [], "path": "/invocations"}, receive)
+    with pytest.raises(Busy):
+        asyncio.run(invoke(service, http))
+    assert len(scanned) == 1
+    assert not hasattr(http.state, "body"), "kept no longer than it is needed"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sempre.engine.parsing.reasoning import PromptReasoning
 from sempre.engine.server.body import parse_model
 from sempre.engine.server.config import server_config
 from sempre.engine.server.requests import ChatCompletionRequest
@@ -22,7 +23,7 @@ def content(text: str, **fields: Any) -> str | None:
     request = parse_model(body, ChatCompletionRequest)
     config = server_config({"enable_auto_tool_choice": True, "tool_call_parser": "llama3_json"})
     plan = ChatPlan.of(request, config)
-    [parser] = plan.message_parsers(None, [1], "id", 1)  # type: ignore[arg-type]
+    [parser] = plan.message_parsers(PromptReasoning(None, [1]), "id", 1)  # type: ignore[arg-type]
     delta = parser.feed(text, [5])
     end, _ = parser.finish("stop")
     return "".join(part.content or "" for part in (delta, end) if part is not None)
