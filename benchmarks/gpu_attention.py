@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from sempre.kernels.attention import KvCache, allocate_attention_workspace, gpu
+from sempre.kernels.attention import KvCache, gpu
 from sempre.kernels.attention.cache import allocate_gpu_cache
-from sempre.kernels.attention.gpu import Launch
+from sempre.kernels.attention.gpu import Launch, allocate_attention_workspace
 
 
 class Case(NamedTuple):
@@ -35,7 +35,6 @@ class Case(NamedTuple):
 
 class Variant(NamedTuple):
     launch: Launch
-    sum_by_dot: bool
     split: int
     block: int
 
@@ -56,23 +55,20 @@ PREFILL = [
     Case(32, 8, 16, 512, 512),
 ]
 DECODE_VARIANTS = [
-    *(Variant(Launch(16, 4, s), True, 512, block) for s in (2, 3, 4, 5) for block in (16, 64)),
-    *(Variant(Launch(16, 2, s), True, 512, 64) for s in (3, 4)),
-    *(Variant(Launch(16, 4, s), True, split, 64) for s in (3, 4) for split in (256, 1024)),
-    Variant(Launch(16, 1, 3), False, 512, 64),
+    *(Variant(Launch(16, 4, s), 512, block) for s in (2, 3, 4, 5) for block in (16, 64)),
+    *(Variant(Launch(16, 2, s), 512, 64) for s in (3, 4)),
+    *(Variant(Launch(16, 4, s), split, 64) for s in (3, 4) for split in (256, 1024)),
 ]
 PREFILL_VARIANTS = [
-    *(Variant(Launch(128, 8, s), True, 512, block) for s in (2, 3, 4) for block in (16, 64)),
-    *(Variant(Launch(64, 4, s), True, 512, 64) for s in (2, 3, 4)),
-    *(Variant(Launch(128, 8, 3), True, split, 64) for split in (256, 1024, 8192)),
-    *(Variant(Launch(128, 8, 3), False, split, 64) for split in (512, 8192)),
-    Variant(Launch(64, 4, 3), False, 512, 64),
+    *(Variant(Launch(128, 8, s), 512, block) for s in (2, 3, 4) for block in (16, 64)),
+    *(Variant(Launch(64, 4, s), 512, 64) for s in (2, 3, 4)),
+    *(Variant(Launch(128, 8, 3), split, 64) for split in (256, 1024, 8192)),
 ]
 DIM = 128
 
 
 def apply(variant: Variant) -> None:
-    gpu.SPLIT, gpu.SUM_BY_DOT = variant.split, variant.sum_by_dot
+    gpu.SPLIT = variant.split
     gpu.launch_shape = lambda *arguments: variant.launch
 
 
@@ -159,7 +155,7 @@ def main() -> None:
         keys = 4 * case.requests * case.context * case.kv_heads * DIM
         visible = sum(range(case.context - case.tokens + 1, case.context + 1)) * case.requests
         teraflops = 4 * DIM * case.heads * visible / time_us / 1e6
-        print(f"{tuple(case)} {tuple(variant.launch)} dot={variant.sum_by_dot} split={variant.split} B={variant.block}"
+        print(f"{tuple(case)} {tuple(variant.launch)} split={variant.split} B={variant.block}"
               f" {time_us:8.1f} us {keys / time_us / 1e3:6.0f} GB/s {teraflops:6.1f} TFLOP/s {digest}",
               flush=True)  # fmt: skip
         results.append((case, variant, time_us, digest))

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from sempre.kernels.attention import allocate_attention_workspace, allocate_kv_cache, paged_attention
+from sempre.kernels.attention import allocate_kv_cache, paged_attention
+from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.linear import linear, linear_silu_and_mul, pack_linear
 from sempre.kernels.linear.gpu import configure
 from sempre.kernels.norms import add_rms_norm

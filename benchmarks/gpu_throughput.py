@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from sempre.engine.arguments import engine_config
-from sempre.engine.client.interface import EngineClient, launch
+from sempre.engine.client import EngineClient, launch
 from sempre.engine.harness import compare_generations, generate, make_request
 from sempre.engine.version import __version__
 from sempre.ipc.messages import AddRequests, OutputsReady, RequestSpec

@@ -19,8 +19,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from sempre.engine.client import EngineClient
 from sempre.engine.client.inproc import InprocClient
-from sempre.engine.client.interface import EngineClient
 from sempre.engine.config import EngineConfig
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import Cluster, make_request

@@ -13,8 +13,8 @@ from typing import Any, Self, TypeVar, Unpack
 import msgspec
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
+from sempre.engine.client import AsyncEngineClient, launch_async
 from sempre.engine.client.engine_process import ended_by
-from sempre.engine.client.interface import AsyncEngineClient, launch_async
 from sempre.engine.config import EngineConfig
 from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, log_progress, worker_call
 from sempre.engine.frontend.output_processor import RequestState

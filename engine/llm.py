@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
-from sempre.engine.client.interface import launch
+from sempre.engine.client import launch
 from sempre.engine.frontend.frontend import (
     Frontend,
     call_results,

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import torch
-
 from sempre.ipc.messages import ExecuteStep, SampledTokens, WorkerConfig
 from sempre.workers.device_speed import DeviceSpeed
-from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.guessing import Guesser
 from sempre.workers.kv_cache import PagedKvCache, block_bytes
+from sempre.workers.models.decoder import DecoderWeights
 from sempre.workers.models.numerics import LinearKernel
 from sempre.workers.models.spec import ModelSpec
 from sempre.workers.sampling import GrammarCompiler
-from sempre.workers.weights import DecoderWeights, Placement
+from sempre.workers.weights import Placement
 
 
 @dataclass(frozen=True)
@@ -143,16 +141,3 @@ class Backend(Protocol):
 
     def end(self) -> None:
         """Give back what `begin` took."""
-
-
-def make_backend(device: torch.device, compiler: CompilerProcess | None = None) -> Backend:
-    """The backend of a resolved device; `compiler`, if one was started ahead, is for a GPU."""
-    if device.type == "cpu":
-        if compiler is not None:
-            compiler.close()
-        from sempre.workers.cpu_backend import CpuBackend
-
-        return CpuBackend()
-    from sempre.workers.gpu.backend import GpuBackend
-
-    return GpuBackend(device, compiler)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sempre.ipc.messages import StepCosts
+from sempre.workers.models.decoder import DecoderWeights
 from sempre.workers.models.spec import ModelSpec
-from sempre.workers.weights import DecoderWeights
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sempre.kernels.threads import get_num_threads
-from sempre.workers.weights import DecoderWeights
+from sempre.workers.models.decoder import DecoderWeights
 
 # name of the order of operations that the CPU kernels follow; a change of any result's bits raises the number
 CPU_PROFILE = "cpu-fma-2"

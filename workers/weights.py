@@ -15,8 +15,9 @@ from typing import NoReturn
 import torch
 
 from sempre.ipc.errors import ModelError, TensorMismatch
-from sempre.kernels.fp8 import Fp8Scheme, QuantizedWeight, quantize_channels
+from sempre.kernels.fp8 import QuantizedWeight, quantize_channels
 from sempre.workers.kv_cache import available_memory_bytes
+from sempre.workers.models.decoder import DecoderWeights, LayerWeights
 from sempre.workers.models.numerics import LinearKernel, Packed
 from sempre.workers.models.quantization import QuantizationSpec, resolve_quantization
 from sempre.workers.models.spec import ModelSpec
@@ -37,49 +38,6 @@ SCALE_SUFFIX = "_scale"  # after the name of the matrix that it belongs to
 
 # tensors that old checkpoints carry and that are computed from config.json instead
 HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One decoder layer. Norm weights are float32 on the CPU, in the model's dtype on a GPU."""
-
-    input_norm: torch.Tensor
-    qkv: Packed
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o: Packed
-    post_attention_norm: torch.Tensor
-    gate_up: Packed
-    down: Packed
-
-
-@dataclass(frozen=True)
-class DecoderWeights:
-    """All weights of a decoder, with the digest of the tensors they were made of."""
-
-    embedding: torch.Tensor
-    layers: tuple[LayerWeights, ...]
-    final_norm: torch.Tensor
-    lm_head: Packed
-    dtype: torch.dtype
-    """what the engine's `dtype` came to: the KV cache's storage"""
-    storage: torch.dtype
-    """how the matrices that are not fp8 are stored"""
-    quantization: Fp8Scheme | None
-    """of the matrices that are fp8, if any are"""
-    digest: str
-    """SHA-256 of names, shapes, dtypes and bytes in the checkpoint; how it is cut into files does not matter"""
-
-    @property
-    def activations(self) -> torch.dtype:
-        """The dtype of hidden states."""
-        return torch.float32 if self.embedding.device.type == "cpu" else self.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrices and the embedding."""
-        packed = sum(w.nbytes for layer in self.layers for w in (layer.qkv, layer.o, layer.gate_up, layer.down))
-        return packed + self.lm_head.nbytes + self.embedding.nbytes
 
 
 def expected_shapes(spec: ModelSpec, quantization: QuantizationSpec | None) -> dict[str, tuple[int, ...]]:

@@ -34,7 +34,8 @@ from sempre.ipc.messages import (
 )
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.threads import get_num_threads
-from sempre.workers.backend import Backend, LoadedModel, ModelOutline, PipelinedRunner, Runner, make_backend
+from sempre.workers.backend import Backend, LoadedModel, ModelOutline, PipelinedRunner, Runner
+from sempre.workers.backends import make_backend
 from sempre.workers.device import resolve_device
 from sempre.workers.drafting import Drafting
 from sempre.workers.gpu.compiler_process import CompilerProcess

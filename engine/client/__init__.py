@@ -1,6 +1,6 @@
 """The user process's end of an engine: commands out, events in.
 
-interface.py       EngineClient, AsyncEngineClient, and `launch`, `launch_async`, which choose one of the following
+interface.py       EngineClient, AsyncEngineClient
 process.py         over ZeroMQ to a coordinator process
 inproc.py          coordinator's core and worker in this process (multiprocessing off)
 asynchronous.py    the same two for asyncio
@@ -9,3 +9,41 @@ ledger.py          what a coordinator owes: enough to have another one go on
 worker_watch.py    whether the workers of a coordinator that died are gone
 vigil.py           silence of the coordinator
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sempre.engine.client.interface import AsyncEngineClient, EngineClient, ProgressCallback
+from sempre.engine.config import EngineConfig
+
+__all__ = ["AsyncEngineClient", "EngineClient", "ProgressCallback", "launch", "launch_async"]
+
+
+def launch(
+    config: EngineConfig,
+    on_progress: ProgressCallback | None = None,
+    *,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> EngineClient:
+    """Start an engine and wait until it is ready; `meanwhile` is called once its processes, if any, are on their way.
+
+    Raises the error that stopped it: ModelError, ConfigError, SeedMismatch, InvarianceError, StartupError, …
+    """
+    if config.multiprocessing:
+        from sempre.engine.client.process import ProcessClient
+
+        return ProcessClient.launch(config, on_progress=on_progress, meanwhile=meanwhile)
+    from sempre.engine.client.inproc import InprocClient
+
+    meanwhile()
+    return InprocClient.launch(config, on_progress=on_progress)
+
+
+async def launch_async(config: EngineConfig, on_progress: ProgressCallback | None = None) -> AsyncEngineClient:
+    """As `launch`, for asyncio; the event loop runs on while the engine starts."""
+    from sempre.engine.client.asynchronous import AsyncInprocClient, AsyncProcessClient
+
+    if config.multiprocessing:
+        return await AsyncProcessClient.launch(config, on_progress=on_progress)
+    return await AsyncInprocClient.launch(config, on_progress=on_progress)

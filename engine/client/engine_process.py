@@ -57,11 +57,6 @@ class EngineProcess:
         """Whether this is a forked copy of the process that started the engine."""
         return os.getpid() != self._owner_pid
 
-    def check_alive(self) -> None:
-        """Raises CoordinatorDied when the process has ended."""
-        if self.child.ended():
-            raise self.death()
-
     def death(self, cause: str | None = None) -> CoordinatorDied:
         """End what is left of the engine, and the error that says why; `cause` is ours, where we ended it."""
         self.child.kill_group()

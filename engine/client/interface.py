@@ -1,15 +1,10 @@
-"""The user process's end of an engine: commands out, events in.
-
-launch        → ProcessClient (process.py), or InprocClient (inproc.py) with multiprocessing off
-launch_async  → AsyncProcessClient, or AsyncInprocClient with multiprocessing off (asynchronous.py)
-"""
+"""What a started engine is to the user process, whichever way it was started."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Protocol
 
-from sempre.engine.config import EngineConfig
 from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady, StartupProgress
 
 ProgressCallback = Callable[[StartupProgress], None]
@@ -49,32 +44,3 @@ class AsyncEngineClient(Protocol):
 
     def close(self) -> None:
         """End the engine and all its processes, at once where it has failed; may be called again."""
-
-
-def launch(
-    config: EngineConfig,
-    on_progress: ProgressCallback | None = None,
-    *,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> EngineClient:
-    """Start an engine and wait until it is ready; `meanwhile` is called once its processes, if any, are on their way.
-
-    Raises the error that stopped it: ModelError, ConfigError, SeedMismatch, InvarianceError, StartupError, …
-    """
-    if config.multiprocessing:
-        from sempre.engine.client.process import ProcessClient
-
-        return ProcessClient.launch(config, on_progress=on_progress, meanwhile=meanwhile)
-    from sempre.engine.client.inproc import InprocClient
-
-    meanwhile()
-    return InprocClient.launch(config, on_progress=on_progress)
-
-
-async def launch_async(config: EngineConfig, on_progress: ProgressCallback | None = None) -> AsyncEngineClient:
-    """As `launch`, for asyncio; the event loop runs on while the engine starts."""
-    from sempre.engine.client.asynchronous import AsyncInprocClient, AsyncProcessClient
-
-    if config.multiprocessing:
-        return await AsyncProcessClient.launch(config, on_progress=on_progress)
-    return await AsyncInprocClient.launch(config, on_progress=on_progress)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import TypeVar
 
-from sempre.engine.client.interface import EngineClient
+from sempre.engine.client import EngineClient
 from sempre.engine.client.interrupts import held
 from sempre.engine.client.ledger import frames
 from sempre.engine.frontend.deadline import Deadline

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sempre.engine.client.interface import EngineClient
+from sempre.engine.client import EngineClient
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import RequestError
 from sempre.ipc.messages import AddRequests, LogprobRows, OutputsReady, RequestOutputDelta, RequestSpec, SamplingSpec

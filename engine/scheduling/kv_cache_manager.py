@@ -31,10 +31,6 @@ class KVCacheManager:
         """Share of all blocks that requests hold, 0…1."""
         return self._pool.num_used / self.num_blocks
 
-    @property
-    def num_used_blocks(self) -> int:
-        return self._pool.num_used
-
     def find_cached_blocks(self, request: Request) -> list[int]:
         """Blocks of the longest cached prefix of a waiting request.
 

@@ -16,18 +16,12 @@ from __future__ import annotations
 
 import torch
 
-from sempre.kernels.attention.cache import (
-    AttentionWorkspace,
-    KvCache,
-    allocate_attention_workspace,
-    allocate_gpu_cache,
-)
+from sempre.kernels.attention.cache import AttentionWorkspace, KvCache, allocate_gpu_cache
 from sempre.kernels.checks import check_index, check_rows
 
 __all__ = [
     "AttentionWorkspace",
     "KvCache",
-    "allocate_attention_workspace",
     "allocate_kv_cache",
     "paged_attention",
 ]

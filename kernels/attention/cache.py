@@ -9,9 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-# a step of more query tokens than this fills the device without parallel splits
-MAX_SPLIT_TOKENS = 64
-
 
 @dataclass(frozen=True)
 class KvCache:
@@ -42,21 +39,6 @@ class AttentionWorkspace:
 
     def holds(self, tokens: int, splits: int) -> bool:
         return tokens <= self.acc.shape[0] and splits <= self.max_splits
-
-
-def allocate_attention_workspace(
-    num_heads: int, head_dim: int, max_model_len: int, device: torch.device
-) -> AttentionWorkspace:
-    """Scratch for contexts up to `max_model_len`; one serves all layers of a runner, whose launches are in order."""
-    from sempre.kernels.attention.gpu import SPLIT
-
-    splits = -(-max_model_len // SPLIT)
-    shape = (MAX_SPLIT_TOKENS, num_heads, splits)
-    return AttentionWorkspace(
-        torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
-        torch.empty(shape, dtype=torch.float32, device=device),
-        torch.empty(shape, dtype=torch.float32, device=device),
-    )
 
 
 def allocate_gpu_cache(

@@ -24,7 +24,8 @@ SPLIT = 512
 # enough programs to fill the device; only decides between equal ways
 TARGET_PROGRAMS = 528
 FEW_PROGRAMS = 132
-SUM_BY_DOT = True
+# a step of more query tokens than this fills the device without parallel splits
+MAX_SPLIT_TOKENS = 64
 
 ONE_SPLIT, WALK, PARALLEL = 0, 1, 2
 
@@ -76,7 +77,6 @@ def _attend(
     BLOCK_M: tl.constexpr,
     SINGLE_ROWS: tl.constexpr,
     MODE: tl.constexpr,
-    SUM_BY_DOT: tl.constexpr,
     PREFETCH: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
@@ -121,7 +121,7 @@ def _attend(
     if MODE == 0:
         m, l, acc = walk_split(  # noqa: E741
             q, begin, end, first_position, position, end, keys, values, table, head, scale_log2,
-            KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, BLOCK_M, SUM_BY_DOT,
+            KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, BLOCK_M,
         )  # fmt: skip
         # as a merge into an empty state would leave it: no negative zero
         acc = acc + 0.0
@@ -134,7 +134,7 @@ def _attend(
             low, high = tl.maximum(begin, s * SPLIT), tl.minimum(end, s * SPLIT + SPLIT)
             m_split, l_split, acc_split = walk_split(
                 q, low, high, first_position, position, end, keys, values, table, head, scale_log2,
-                KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, BLOCK_M, SUM_BY_DOT,
+                KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, BLOCK_M,
             )  # fmt: skip
             m, l, acc = merge(m, l, acc, m_split, l_split, acc_split)  # noqa: E741
         tl.store(out + out_row[:, None] * DIM + d[None, :], acc / l[:, None], mask=in_dim)
@@ -143,7 +143,7 @@ def _attend(
             low, high = tl.maximum(begin, s * SPLIT), tl.minimum(end, s * SPLIT + SPLIT)
             m, l, acc = walk_split(  # noqa: E741
                 q, low, high, first_position, position, end, keys, values, table, head, scale_log2,
-                KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, BLOCK_M, SUM_BY_DOT,
+                KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, BLOCK_M,
             )  # fmt: skip
             at = out_row * max_splits + s
             tl.store(part_acc + at[:, None] * DIM + d[None, :], acc, mask=in_dim)
@@ -198,6 +198,19 @@ def _merge_splits(
         acc_split = tl.load(part_acc + at * DIM + d, mask=d < DIM, other=0.0)
         m, l, acc = merge(m, l, acc, tl.load(part_m + at + one), tl.load(part_l + at + one), acc_split)  # noqa: E741
     tl.store(out + out_row * DIM + d, acc / l[:, None], mask=d < DIM)
+
+
+def allocate_attention_workspace(
+    num_heads: int, head_dim: int, max_model_len: int, device: torch.device
+) -> AttentionWorkspace:
+    """Scratch for contexts up to `max_model_len`; one serves all layers of a runner, whose launches are in order."""
+    splits = -(-max_model_len // SPLIT)
+    shape = (MAX_SPLIT_TOKENS, num_heads, splits)
+    return AttentionWorkspace(
+        torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
+        torch.empty(shape, dtype=torch.float32, device=device),
+        torch.empty(shape, dtype=torch.float32, device=device),
+    )
 
 
 def _prefetched_tiles(programs: int, block_size: int, head_dim: int) -> int:
@@ -304,7 +317,6 @@ def _launch(
         BLOCK_M=shape.block_m,
         SINGLE_ROWS=single_rows,
         MODE=mode,
-        SUM_BY_DOT=SUM_BY_DOT,
         PREFETCH=_prefetched_tiles(num_requests * num_kv_heads, cache.k.shape[2], head_dim)
         if single_rows and not window
         else 0,

@@ -80,7 +80,6 @@ def walk_tiles(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
-    SUM_BY_DOT: tl.constexpr,
 ) -> Any:
     """Add the tiles of keys [low, high) to the state (m, l, acc) of the online softmax; no key >= `end` is read."""
     n = tl.arange(0, 64)
@@ -118,11 +117,8 @@ def walk_tiles(
         alpha = tl.exp2(m - m_new)
         m = m_new
         weights = p.to(q.dtype)
-        if SUM_BY_DOT:
-            ones = tl.full([64, 16], 1.0, q.dtype)
-            l = tl.dot(weights, ones, l * alpha[:, None], input_precision="ieee")  # noqa: E741
-        else:
-            l = l * alpha + tl.sum(p, axis=1)  # noqa: E741
+        ones = tl.full([64, 16], 1.0, q.dtype)
+        l = tl.dot(weights, ones, l * alpha[:, None], input_precision="ieee")  # noqa: E741
         acc = tl.dot(weights, v, acc * alpha[:, None], input_precision="ieee")
     return m, l, acc
 
@@ -146,14 +142,10 @@ def walk_split(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    SUM_BY_DOT: tl.constexpr,
 ) -> Any:
     """The partial (m, l, acc) of keys [low, high) of one split, from an empty state."""
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
-    if SUM_BY_DOT:
-        l = tl.zeros([BLOCK_M, 16], tl.float32)  # noqa: E741
-    else:
-        l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    l = tl.zeros([BLOCK_M, 16], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
     middle = low
     if WINDOW == 0:
@@ -161,18 +153,14 @@ def walk_split(
         middle = tl.minimum(tl.maximum((first_position + 1) // 64 * 64, low), high)
         m, l, acc = walk_tiles(  # noqa: E741
             q, m, l, acc, low, middle, position, end, keys, values, table, head, scale_log2,
-            KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, False, SUM_BY_DOT,
+            KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, False,
         )  # fmt: skip
     m, l, acc = walk_tiles(  # noqa: E741
         q, m, l, acc, middle, high, position, end, keys, values, table, head, scale_log2,
-        KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, True, SUM_BY_DOT,
+        KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, True,
     )  # fmt: skip
-    if SUM_BY_DOT:
-        # all 16 columns hold the row's sum
-        row_sum = tl.max(l, axis=1)
-    else:
-        row_sum = l
-    return m, row_sum, acc
+    # all 16 columns hold the row's sum
+    return m, tl.max(l, axis=1), acc
 
 
 @jit()

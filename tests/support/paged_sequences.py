@@ -11,7 +11,7 @@ import torch
 from nonfinite_cases import Damage, sees
 
 from sempre.kernels import reference
-from sempre.kernels.attention import AttentionWorkspace, KvCache, allocate_attention_workspace
+from sempre.kernels.attention import AttentionWorkspace, KvCache
 from sempre.kernels.attention.cache import allocate_gpu_cache
 from sempre.kernels.rope import RopeSpec, cos_sin_table
 from sempre.kernels.rope.table import _frequencies
@@ -60,6 +60,8 @@ class PagedSequences:
         return cache
 
     def workspace(self) -> AttentionWorkspace:
+        from sempre.kernels.attention.gpu import allocate_attention_workspace
+
         return allocate_attention_workspace(self.num_heads, self.head_dim, max(self.lengths), torch.device(self.device))
 
     def step(

@@ -16,11 +16,12 @@ from sempre.ipc.errors import ConfigError, InvarianceError, ModelError, TensorMi
 from sempre.ipc.messages import SamplingSpec
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.workers.models.config_fields import ConfigFields
+from sempre.workers.models.decoder import DecoderWeights
 from sempre.workers.models.numerics import CONTROL, INVARIANT, LinearKernel
 from sempre.workers.models.quantization import QuantizationSpec, parse_quantization
 from sempre.workers.models.spec import load_spec
 from sempre.workers.self_test import self_test
-from sempre.workers.weights import DecoderWeights, live_digest, load_weights
+from sempre.workers.weights import live_digest, load_weights
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 FAMILIES = ["llama-biases", "qwen3", "qwen2"]

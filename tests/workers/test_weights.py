@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sempre.ipc.errors import ModelError, TensorMismatch
+from sempre.workers.models.decoder import DecoderWeights
 from sempre.workers.models.numerics import INVARIANT
 from sempre.workers.models.spec import load_spec
-from sempre.workers.weights import DecoderWeights, live_digest, load_weights
+from sempre.workers.weights import live_digest, load_weights
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"

@@ -12,7 +12,8 @@ from time import perf_counter
 import torch
 
 from sempre.ipc.messages import WorkerConfig
-from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
+from sempre.kernels.attention import AttentionWorkspace
+from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import LoadedModel, ModelOutline, Runner

@@ -20,7 +20,8 @@ from typing import Self
 
 import torch
 
-from sempre.kernels.attention import AttentionWorkspace, allocate_attention_workspace
+from sempre.kernels.attention import AttentionWorkspace
+from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.sampling import gpu as gpu_sampling
 from sempre.workers.admission import StepLimits
@@ -31,11 +32,11 @@ from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import run_self_test
 from sempre.workers.gpu.variant_record import read_record, record_key, write_record
 from sempre.workers.kv_cache import PagedKvCache
-from sempre.workers.models.decoder import Decoder, StepInput
+from sempre.workers.models.decoder import Decoder, DecoderWeights, StepInput
 from sempre.workers.models.spec import ModelSpec
 from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.sampling.gpu_sampler import GpuSampler
-from sempre.workers.weights import DecoderWeights, Placement, expected_shapes, load_weights
+from sempre.workers.weights import Placement, expected_shapes, load_weights
 
 # so many kernels are compiled here sooner than a process for it has started
 FEW = 4

@@ -10,7 +10,7 @@ import triton
 
 from sempre.kernels.gpu_jit import architecture
 from sempre.workers.fingerprint import quantization_profile
-from sempre.workers.weights import DecoderWeights
+from sempre.workers.models.decoder import DecoderWeights
 
 # order of operations of the GPU kernels, by dtype; a change of any result's bits raises the number
 _PROFILES = {torch.bfloat16: "cuda-bf16-1", torch.float16: "cuda-fp16-1", torch.float32: "cuda-fp32-1"}

@@ -107,11 +107,6 @@ class GpuModelRunner:
         self._max_sampled_rows = limits.max_num_seqs + limits.max_draft_tokens
         self._in_flight: deque[_StepInFlight] = deque()
 
-    @property
-    def verifies(self) -> bool:
-        """Whether steps may bring drafted tokens."""
-        return self._max_sampled_rows > self._max_requests
-
     def execute(self, step: ExecuteStep) -> list[SampledTokens]:
         """One result per scheduled request, in order. Raises MessageMalformed when the step itself is wrong."""
         self.submit(step)
@@ -258,17 +253,6 @@ class GpuModelRunner:
         hidden_TH = self._decoder.forward(model_input, self.cache.layers)
         logits_RV = self._decoder.logits(hidden_TH, self._logits_RV[: shape.num_rows])
         self._sampler.sample(logits_RV, positions, shape.stages, drafts)
-
-    @torch.inference_mode()
-    def capture_verification(self, most_rows: int, max_context_len: int) -> None:
-        """Capture for one request with plain sampling, on padding: every number of rows up to `most_rows`."""
-        context_len = context_bucket(max_context_len, self.max_model_len)
-        for num_rows in sorted({verification_bucket(count) for count in range(2, most_rows + 1)}):
-            if self._verification_graphs.enabled and num_rows <= self._max_sampled_rows:
-                stages = self._sampler.prepare([-1] * num_rows)
-                shape = VerificationShape(1, num_rows, num_rows, context_len, stages)
-                self._buffers.stage_verification_padding(shape)
-                self._verification_graphs.run(shape)
 
     # Any other step
 

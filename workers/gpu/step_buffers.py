@@ -38,7 +38,6 @@ class StepBuffers:
         self._device = device
         self._block_size = block_size
         self._table_width = table_width
-        self._max_rows = max_rows
         self._allocate_slots(num_slots)
         self._decode_staging = StepStaging(device, 4 * _ROW_FIELDS * max_rows)
         self._verification = VerificationStaging(
@@ -156,11 +155,6 @@ class StepBuffers:
             count = len(plan.states)
             *_, block_tables, slots = self._verification.views(shape.num_requests, shape.num_rows, width)
             self._tables[:, :width].index_copy_(0, slots[:count], block_tables[:count])
-
-    def stage_verification_padding(self, shape: VerificationShape) -> None:
-        """Send the arrays of a step without requests."""
-        width = self._table_blocks(shape)
-        self._verification.send(VerificationArrays.empty(shape.num_requests, shape.num_rows, width))
 
     def launch_verification_inputs(self, shape: VerificationShape) -> tuple[StepInput, torch.Tensor, DraftedRows]:
         """Queue the making of the inputs from what was staged, capturable: also positions of the sampled tokens."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sempre.engine.arguments import engine_config
 from sempre.engine.cli.bench.workload import percentiles
-from sempre.engine.client.interface import launch
+from sempre.engine.client import launch
 from sempre.engine.config import EngineConfig
 from sempre.ipc.errors import ConfigError
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sempre.engine.arguments import engine_config
 from sempre.engine.cli.bench.workload import random_requests, seconds_for
-from sempre.engine.client.interface import launch
+from sempre.engine.client import launch
 
 
 def measure(

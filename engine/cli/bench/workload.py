@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 
-from sempre.engine.client.interface import EngineClient
+from sempre.engine.client import EngineClient
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import EngineDeadError, RequestError
 from sempre.ipc.messages import AddRequests, OutputsReady, RequestSpec, SamplingSpec

@@ -16,8 +16,8 @@ import pytest
 import torch
 import transformers
 
+from sempre.engine.client import EngineClient
 from sempre.engine.client.inproc import InprocClient
-from sempre.engine.client.interface import EngineClient
 from sempre.engine.harness import Cluster, Generation, compare_generations, generate, make_request
 from sempre.engine.harness.cluster import cluster_config
 from sempre.ipc.errors import ConfigError, ModelError, SeedMismatch

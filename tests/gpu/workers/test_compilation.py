@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpu_workload import SETTINGS, launch_inproc, make_requests, model_folder, prompt
 
-from sempre.engine.client.interface import launch
+from sempre.engine.client import launch
 from sempre.engine.harness import generate, make_request
 from sempre.engine.harness.cluster import cluster_config
 

@@ -14,7 +14,7 @@ from sempre.kernels.linear.gpu_table import Tile, choose_fused  # noqa: E402
 from sempre.kernels.linear.weights import GpuLinear  # noqa: E402
 from sempre.workers.gpu.self_test import compare, require_equal  # noqa: E402
 from sempre.workers.gpu.self_test.products import check_products  # noqa: E402
-from sempre.workers.weights import DecoderWeights, LayerWeights  # noqa: E402
+from sempre.workers.models.decoder import DecoderWeights, LayerWeights  # noqa: E402
 
 HIDDEN, INNER, VOCABULARY = 32, 48, 80
 

@@ -17,8 +17,8 @@ from sempre.workers.gpu.self_test.comparisons import Comparison, compare, requir
 from sempre.workers.gpu.self_test.products import check_products, require_fp8
 from sempre.workers.gpu.self_test.rows import check_rows
 from sempre.workers.gpu.self_test.sampling import check_sampling
+from sempre.workers.models.decoder import DecoderWeights
 from sempre.workers.models.spec import ModelSpec
-from sempre.workers.weights import DecoderWeights
 
 __all__ = ["Comparison", "SelfTest", "compare", "require_equal", "require_fp8", "run_self_test"]
 

@@ -22,10 +22,10 @@ from sempre.kernels.linear.gpu_table import FLOAT32, REFERENCE, Tile
 from sempre.kernels.linear.gpu_table_fp8 import FP8_REFERENCE
 from sempre.kernels.linear.weights import GpuLinear
 from sempre.workers.gpu.self_test.comparisons import Comparison, compare
+from sempre.workers.models.decoder import DecoderWeights
 from sempre.workers.models.numerics import Packed
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
 from sempre.workers.self_test import shape_of
-from sempre.workers.weights import DecoderWeights
 
 # beyond one tile of the reference, with a ragged end
 REFERENCE_ROWS = 70

@@ -1,0 +1,129 @@
+"""The graph of imports has no circle, also none that an import inside a function hides; models stand below workers."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("engine", "workers", "ipc", "kernels")
+BELOW_MODELS = ("sempre.kernels", "sempre.ipc")
+
+
+class Imported(NamedTuple):
+    """A name that a module imports, as `package.module` or `package.module.attribute`."""
+
+    name: str
+    is_for_types: bool
+    """under TYPE_CHECKING: never run"""
+
+
+def _sources() -> dict[str, str]:
+    """Every module of the project with its source; a package is named after its folder."""
+    sources = {}
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[:2] == ("engine", "namespace"):
+            continue  # `sempre` itself, which imports the engine when it is asked for a name
+        sources[".".join(("sempre", *parts)).removesuffix(".__init__")] = path.read_text()
+    return sources
+
+
+def _imported(node: ast.AST, is_for_types: bool = False) -> Iterator[Imported]:
+    """What is imported anywhere below `node`."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        for child in node.body:
+            yield from _imported(child, is_for_types=True)
+        for child in node.orelse:
+            yield from _imported(child, is_for_types)
+        return
+    if isinstance(node, ast.Import):
+        yield from (Imported(alias.name, is_for_types) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from (Imported(f"{node.module}.{alias.name}", is_for_types) for alias in node.names)
+    for child in ast.iter_child_nodes(node):
+        yield from _imported(child, is_for_types)
+
+
+def _and_packages(name: str) -> Iterator[str]:
+    """`name` and the packages around it, which run before it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _arrows(sources: Mapping[str, str], *, with_types: bool) -> dict[str, set[str]]:
+    """For each module all that it imports, but for the packages that it lies in: those are there already."""
+    graph = {}
+    for module, source in sources.items():
+        names = (i.name for i in _imported(ast.parse(source)) if with_types or not i.is_for_types)
+        graph[module] = {found for name in names for found in _and_packages(name) if found in sources}
+        graph[module] -= set(_and_packages(module))
+    return graph
+
+
+def _circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """A circle in the graph, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        circle: list[str] = error.args[1]
+        return circle
+    return []
+
+
+def _upward(graph: Mapping[str, set[str]], package: str, below: tuple[str, ...]) -> list[str]:
+    """Arrows from `package` to anything but itself and `below`."""
+    allowed = (package, *below)
+    return [
+        f"{module} -> {target}"
+        for module, targets in graph.items()
+        for target in sorted(targets)
+        if package in _and_packages(module) and not set(allowed) & set(_and_packages(target))
+    ]
+
+
+def test_no_circle() -> None:
+    graph = _arrows(_sources(), with_types=False)
+    assert len(graph) > 100
+    assert sum(map(len, graph.values())) > len(graph), "the imports are read"
+    assert _circle(graph) == []
+
+
+def test_a_circle_is_noticed() -> None:
+    """Through a function, through a package's own module, and through many modules; not through a type."""
+    inside = {"a": "import b", "b": "def f():\n    from a import x"}
+    package = {"p": "from p.inner import x", "p.inner": "from q import y", "q": "import p.inner"}
+    long = {"a": "import b.c", "b": "", "b.c": "if x:\n    from d import e", "d": "", "d.e": "", "f": ""}
+    types = {"a": "import b", "b": "if TYPE_CHECKING:\n    from a import x"}
+    assert _circle(_arrows(inside, with_types=False))
+    assert _circle(_arrows(package, with_types=False))
+    assert not _circle(_arrows(long, with_types=False))
+    assert _circle(_arrows(long | {"d.e": "from a import y"}, with_types=False))
+    assert not _circle(_arrows(types, with_types=False))
+    assert _circle(_arrows(types, with_types=True))
+
+
+def test_a_circle_is_noticed_in_the_project() -> None:
+    sources = _sources()
+    sources["sempre.kernels.checks"] += "\ndef f() -> None:\n    from sempre.kernels.attention import KvCache\n"
+    assert {"sempre.kernels.checks", "sempre.kernels.attention"} <= set(_circle(_arrows(sources, with_types=False)))
+
+
+def test_models_import_nothing_above_them() -> None:
+    """Also not for types: what a model is made of is described beside it."""
+    graph = _arrows(_sources(), with_types=True)
+    assert any(module.startswith("sempre.workers.models.") and targets for module, targets in graph.items())
+    assert _upward(graph, "sempre.workers.models", BELOW_MODELS) == []
+
+
+def test_an_arrow_up_is_noticed() -> None:
+    sources = _sources()
+    sources["sempre.workers.models.decoder"] += (
+        "\nif TYPE_CHECKING:\n    from sempre.workers.weights import load_weights\n"
+    )
+    upward = _upward(_arrows(sources, with_types=True), "sempre.workers.models", BELOW_MODELS)
+    assert upward == ["sempre.workers.models.decoder -> sempre.workers.weights"]
