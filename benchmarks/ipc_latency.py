@@ -13,21 +13,24 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import msgspec
 import zmq
 
+from sempre.engine.arguments import engine_config
 from sempre.engine.client import EngineClient
 from sempre.engine.client.inproc import InprocClient
-from sempre.engine.config import EngineConfig
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import Cluster, make_request
-from sempre.engine.harness.scripted_worker import ScriptedWorker
 from sempre.engine.version import __version__
 from sempre.ipc.messages import AddRequests, OutputsReady
 
+SUPPORT = Path(__file__).resolve().parents[1] / "tests" / "support"
+WORKER = "scripted_worker"
 CONCURRENCIES = (1, 8, 32, 128)
 STEPS = 500
 ROUNDS = 5
@@ -54,11 +57,13 @@ def seconds_per_step(client: EngineClient, num_requests: int) -> float:
 
 
 def main() -> None:
-    config = EngineConfig(model="scripted", model_path=Path("/"), multiprocessing=False)
-    inproc = InprocClient.launch(config, executor=InprocExecutor(config, ScriptedWorker))
+    os.environ["PYTHONPATH"] = str(SUPPORT)
+    sys.path.append(str(SUPPORT))
+    config = engine_config("tiny", multiprocessing=False)
+    inproc = InprocClient.launch(config, executor=InprocExecutor(config, import_module(WORKER).ScriptedWorker))
     rows = []
     print(f"{'requests':>8} {'one process, ms':>16} {'processes, ms':>14} {'difference, ms':>15}")
-    with Cluster("scripted") as cluster:
+    with Cluster("tiny", worker_module=WORKER) as cluster:
         for concurrency in CONCURRENCIES:
             alone_ms = 1000 * seconds_per_step(inproc, concurrency)
             apart_ms = 1000 * seconds_per_step(cluster.client, concurrency)

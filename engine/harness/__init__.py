@@ -14,12 +14,10 @@
     comparison = compare_settings({"model": "tiny"}, {"model": "tiny", "max_num_batched_tokens": 32}, requests)
     assert comparison.equal, comparison.first_difference
 
-    cluster.py          Cluster: a coordinator and N workers, their pids, digests, signals
-    faults.py           Fault, FaultProxy: delayed, dropped, duplicated and corrupted frames on a link
-    generation.py       make_request, generate, Generation: requests and results in token ids and raw logprob bits
-    comparison.py       compare_settings, Comparison
-    scripted_worker.py  a worker without a model (model "scripted"), for tests of everything around it
-    light_worker.py     the same without torch ("scripted-light")
+    cluster.py     Cluster: a coordinator and N workers, their pids, digests, signals
+    faults.py      Fault, FaultProxy: delayed, dropped, duplicated and corrupted frames on a link
+    generation.py  make_request, generate, Generation: requests and results in token ids and raw logprob bits
+    comparison.py  compare_settings, Comparison
 
 Requests are made of token ids, so no tokenizer is involved. Works on Linux.
 """

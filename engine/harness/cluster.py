@@ -6,14 +6,12 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from sempre.engine.arguments import engine_config
 from sempre.engine.client.engine_process import ProcessOptions
 from sempre.engine.client.process import ProcessClient
-from sempre.engine.config import EngineConfig
 from sempre.engine.harness.faults import Fault, FaultProxy
 from sempre.engine.harness.generation import Generation, generate
 from sempre.ipc.endpoint import PrivateDirectory
@@ -30,10 +28,6 @@ from sempre.ipc.messages import (
 )
 
 COORDINATOR = "coordinator"
-MODELLESS_WORKERS = {
-    "scripted": "sempre.engine.harness.scripted_worker",
-    "scripted-light": "sempre.engine.harness.light_worker",
-}
 _REPLY_S = 60.0
 
 Reply = TypeVar("Reply", CallWorkersReply, MetricsReply)
@@ -42,8 +36,8 @@ Reply = TypeVar("Reply", CallWorkersReply, MetricsReply)
 class Cluster:
     """An engine in processes, open to inspection and to harm.
 
-    `settings` are those of `LLM` (data_parallel_size, max_num_seqs, heartbeat_timeout_s, …). The models "scripted" and
-    "scripted-light" stand for workers without one; `worker_module` is run as a worker in place of the usual one.
+    `settings` are those of `LLM` (data_parallel_size, max_num_seqs, heartbeat_timeout_s, …); `worker_module` is run as
+    the worker program.
     Faults may be given from the start, or later to `worker_proxy.inject` and `client_proxy.inject`; a proxy exists
     only when its argument is not None.
     """
@@ -54,16 +48,16 @@ class Cluster:
         *,
         worker_faults: Sequence[Fault] | None = None,
         client_faults: Sequence[Fault] | None = None,
-        worker_module: str | None = None,
+        worker_module: str = "sempre.workers",
         **settings: Any,
     ) -> None:
         """Raises what `LLM` raises when the engine does not start."""
-        self.config = cluster_config(model, **settings)
+        self.config = engine_config(model, **settings)
         self.directory = PrivateDirectory.create()
         self.worker_proxy = self._proxy(worker_faults, "workers", self.directory.worker_address)
         self.client_proxy = self._proxy(client_faults, "client", self.directory.client_address)
         options = ProcessOptions(
-            worker_module=worker_module or MODELLESS_WORKERS.get(model, "sempre.workers"),
+            worker_module=worker_module,
             directory=self.directory,
             worker_connect=self.worker_proxy.address if self.worker_proxy else None,
             client_connect=self.client_proxy.address if self.client_proxy else None,
@@ -158,10 +152,3 @@ class Cluster:
         for proxy in (self.worker_proxy, self.client_proxy):
             if proxy is not None:
                 proxy.close()
-
-
-def cluster_config(model: str, **settings: Any) -> EngineConfig:
-    """The configuration of a cluster; `model` may be one of MODELLESS_WORKERS."""
-    if model not in MODELLESS_WORKERS:
-        return engine_config(model, **settings)
-    return EngineConfig(model=model, model_path=Path("/"), **settings)

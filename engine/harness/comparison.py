@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sempre.engine.arguments import engine_config
 from sempre.engine.client.inproc import InprocClient
-from sempre.engine.harness.cluster import Cluster, cluster_config
+from sempre.engine.harness.cluster import Cluster
 from sempre.engine.harness.generation import Generation, PositionLogprobs, generate
 from sempre.ipc.messages import RequestSpec
 
@@ -46,7 +47,7 @@ def _run(settings: Mapping[str, Any], requests: Sequence[RequestSpec], timeout_s
     if settings.get("multiprocessing", True):
         with Cluster(**settings) as cluster:
             return cluster.generate(requests, timeout_s=timeout_s)
-    client = InprocClient.launch(cluster_config(**settings))
+    client = InprocClient.launch(engine_config(**settings))
     try:
         return generate(client, requests, timeout_s=timeout_s)
     finally:

@@ -17,8 +17,8 @@ ALLOWED = {
     "workers": {"workers", "kernels", "ipc"},
     "engine": {"engine", "ipc"},
 }
-# what runs a worker may import one: the in-process executor, and the harness's stand-in for a worker
-WORKER_SIDE = ("engine/executor/", "engine/harness/scripted_worker.py")
+# the in-process executor runs a worker
+WORKER_SIDE = "engine/executor/"
 
 
 def _imports(source: str) -> Iterator[str]:

@@ -15,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("engine", "workers", "ipc", "kernels")
-NOT_SHIPPED = ("engine/checkpoints/training/",)
 # becomes the package `sempre`, above all others
 ABOVE = "engine/namespace/"
 
@@ -80,7 +79,7 @@ def expected_files() -> set[str]:
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*"):
             relative = path.relative_to(ROOT).as_posix()
-            if path.is_file() and "__pycache__" not in relative and not relative.startswith(NOT_SHIPPED):
+            if path.is_file() and "__pycache__" not in relative:
                 expected.add(f"sempre/{relative.removeprefix(ABOVE)}")
     return expected
 

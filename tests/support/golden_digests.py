@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sempre.engine.arguments import engine_config
 from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness import Generation, generate, make_request
-from sempre.engine.harness.cluster import cluster_config
 from sempre.engine.models.cache import model_cache_folder
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.messages import RequestSpec
@@ -72,7 +72,7 @@ def digest(run: Generation) -> str:
 
 def compute(path: Path, **settings: Any) -> tuple[dict[str, str], list[str]]:
     """The fingerprint, and 64 greedy then 64 sampled digests."""
-    client = InprocClient.launch(cluster_config(**(SETTINGS | {"model": str(path)} | settings)))
+    client = InprocClient.launch(engine_config(**(SETTINGS | {"model": str(path)} | settings)))
     try:
         runs = generate(client, make_requests(path), timeout_s=200.0)
         return dict(client.ready.fingerprint), [digest(run) for run in runs]

@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sempre.engine.arguments import engine_config
 from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness import Generation, generate, make_request
-from sempre.engine.harness.cluster import cluster_config
 from sempre.ipc.messages import RequestSpec
 
 VOCAB_SIZE = 8192
@@ -92,7 +92,7 @@ def make_requests(count: int = 24) -> list[RequestSpec]:
 
 def launch_inproc(**settings: Any) -> InprocClient:
     return InprocClient.launch(
-        cluster_config(**(SETTINGS | {"model": model_folder(), "multiprocessing": False} | settings))
+        engine_config(**(SETTINGS | {"model": model_folder(), "multiprocessing": False} | settings))
     )
 
 

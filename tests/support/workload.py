@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from sempre.engine.arguments import engine_config
 from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness import Generation, generate, make_request
-from sempre.engine.harness.cluster import cluster_config
 from sempre.ipc.messages import ReasoningSpec, RequestSpec
 
 SETTINGS: dict[str, Any] = {"model": "tiny", "max_model_len": 512, "num_threads": 1}
@@ -64,7 +64,7 @@ def make_requests() -> list[RequestSpec]:
 
 
 def launch_inproc(**settings: Any) -> InprocClient:
-    return InprocClient.launch(cluster_config(**(SETTINGS | {"multiprocessing": False} | settings)))
+    return InprocClient.launch(engine_config(**(SETTINGS | {"multiprocessing": False} | settings)))
 
 
 def run_inproc(requests: Sequence[RequestSpec], **settings: Any) -> list[Generation]:

@@ -8,6 +8,7 @@ from collections import deque
 from pathlib import Path
 
 import pytest
+from light_worker import LightWorker
 
 from sempre.engine.config import EngineConfig, SpeculativeConfig
 from sempre.engine.coordinator.draft_workers import DraftWorkers
@@ -15,7 +16,6 @@ from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.executor.base import Executor
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import make_request
-from sempre.engine.harness.light_worker import LightWorker
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.request import Request
 from sempre.engine.speculation import SpeculationPlan

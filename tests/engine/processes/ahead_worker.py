@@ -9,8 +9,8 @@ import time
 from collections import deque
 
 import msgspec
+from light_worker import LightWorker
 
-from sempre.engine.harness.light_worker import LightWorker
 from sempre.ipc.messages import CallMethod, CallMethodReply, ExecuteStep, LoadModel, ModelLoaded, StepResult
 from sempre.workers.main import main
 

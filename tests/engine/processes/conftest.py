@@ -14,6 +14,7 @@ from sempre.ipc.messages import RequestSpec
 
 GONE_WITHIN_S = 5.0
 HERE = Path(__file__).parent
+SUPPORT = HERE.parents[1] / "support"
 
 
 def is_running(pid: int) -> bool:
@@ -35,6 +36,15 @@ def wait_until_gone(pids: Iterable[int]) -> list[int]:
     return remaining
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _workers_of_tests() -> Iterator[None]:
+    """The worker programs of this folder and of the tests' support can be started by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in (HERE, SUPPORT):
+            patch.setenv("PYTHONPATH", str(folder), prepend=":")
+        yield
+
+
 @pytest.fixture
 def gone() -> Callable[[Iterable[int]], list[int]]:
     return wait_until_gone
@@ -42,11 +52,11 @@ def gone() -> Callable[[Iterable[int]], list[int]]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Cluster]]:
-    """Start clusters without a model; at the end nothing of them may be left."""
+    """Start clusters of workers without a model; at the end nothing of them may be left."""
     clusters: list[Cluster] = []
 
-    def start_cluster(model: str = "scripted-light", **settings: Any) -> Cluster:
-        clusters.append(Cluster(model, **settings))
+    def start_cluster(worker_module: str = "light_worker", **settings: Any) -> Cluster:
+        clusters.append(Cluster("tiny", worker_module=worker_module, **settings))
         return clusters[-1]
 
     yield start_cluster
@@ -63,7 +73,6 @@ def start_odd(start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch) ->
 
     def start_odd_cluster(oddity: str, **settings: Any) -> Cluster:
         monkeypatch.setenv("SEMPRE_TEST_ODDITY", oddity)
-        monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=":")
         return start(worker_module="odd_workers", **settings)
 
     return start_odd_cluster

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import msgspec
+from light_worker import LightWorker
 
-from sempre.engine.harness.light_worker import LightWorker
 from sempre.ipc.errors import TensorMismatch
 from sempre.ipc.messages import (
     ExecuteStep,

@@ -134,7 +134,7 @@ PROGRAM = """
 import sys, time
 from sempre.engine.harness import Cluster, make_request
 from sempre.ipc.messages import AddRequests
-cluster = Cluster("scripted-light", data_parallel_size=2)
+cluster = Cluster("tiny", worker_module="light_worker", data_parallel_size=2)
 cluster.generate([make_request([1], max_tokens=3)])
 print(cluster.directory.path, cluster.coordinator_pid, *cluster.worker_pids(), flush=True)
 """
@@ -230,7 +230,7 @@ sys.exit(7)
 
 
 def test_an_engine_that_is_collected_ends(start: Start, gone: Gone) -> None:
-    cluster = Cluster("scripted-light")
+    cluster = Cluster("tiny", worker_module="light_worker")
     engine = pids(cluster)
     del cluster
     assert gone(engine) == []

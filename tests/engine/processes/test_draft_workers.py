@@ -16,14 +16,13 @@ import pytest
 import torch
 import transformers
 
+from sempre.engine.arguments import engine_config
 from sempre.engine.client import EngineClient
 from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness import Cluster, Generation, compare_generations, generate, make_request
-from sempre.engine.harness.cluster import cluster_config
 from sempre.ipc.errors import ConfigError, ModelError, SeedMismatch
 from sempre.ipc.messages import ClientCommand, ClientEvent, EngineNotice, OutputsReady, RequestSpec
 
-HERE = Path(__file__).parent
 DRAFTING = {
     "method": "draft_model",
     "model": "tiny-draft",
@@ -91,7 +90,7 @@ def generate_until_guesses_are_accepted(cluster: Cluster) -> None:
 
 @pytest.fixture(scope="module")
 def expected() -> list[Generation]:
-    client = InprocClient.launch(cluster_config("tiny", multiprocessing=False, **SETTINGS))
+    client = InprocClient.launch(engine_config("tiny", multiprocessing=False, **SETTINGS))
     try:
         return generate(client, specs(48, 40))
     finally:
@@ -146,7 +145,6 @@ def test_a_draft_worker_that_pauses_again_and_again_hangs_nobody(expected: list[
 
 def test_a_draft_worker_with_another_seed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEMPRE_TEST_ODDITY", "other-seed")
-    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=":")
     text = "draft worker 0 is seeded differently from rank 0 before the model is loaded: python_random"
     with pytest.raises(SeedMismatch, match=text):
         Cluster("tiny", worker_module="draft_workers", speculative_config=DRAFTING, **SETTINGS)
@@ -165,7 +163,7 @@ def test_a_draft_model_with_other_tokens_is_refused(tmp_path: Path, placement: s
     )
     transformers.LlamaForCausalLM(llama).save_pretrained(tmp_path)
     drafting = {"method": "draft_model", "model": str(tmp_path), "placement": placement}
-    config = cluster_config("tiny", multiprocessing=False, speculative_config=drafting, **SETTINGS)
+    config = engine_config("tiny", multiprocessing=False, speculative_config=drafting, **SETTINGS)
     with pytest.raises(
         ConfigError, match=r"draft model .* has a vocabulary of 320 tokens, and the model .* one of 4096"
     ):

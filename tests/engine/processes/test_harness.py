@@ -58,7 +58,7 @@ def test_the_first_difference_is_named(other: Generation, difference: str) -> No
 
 def test_settings_are_compared_by_running_them() -> None:
     requests = [make_request([1, 2, 3], ordinal=i, seed=i, max_tokens=5, logprobs=0) for i in range(3)]
-    plain = {"model": "scripted-light"}
+    plain = {"model": "tiny", "worker_module": "light_worker"}
     assert compare_settings(plain, {**plain, "data_parallel_size": 2, "max_num_batched_tokens": 2}, requests).equal
 
 

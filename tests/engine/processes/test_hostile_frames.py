@@ -93,7 +93,7 @@ TO_WORKER_SOCKET = [
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster("scripted-light", max_message_bytes=LIMIT) as running:
+    with Cluster("tiny", worker_module="light_worker", max_message_bytes=LIMIT) as running:
         yield running
 
 
@@ -151,7 +151,7 @@ def test_a_flood_beyond_the_transport_s_limit(cluster: Cluster, requests: Reques
 
 
 def test_each_refusal_is_logged_once_with_the_address(requests: Requests) -> None:
-    with Cluster("scripted-light") as cluster:
+    with Cluster("tiny", worker_module="light_worker") as cluster:
         refusal(cluster.directory.client_address, [b"first"])
         refusal(cluster.directory.worker_address, [b"second"])
         cluster.generate(requests(1))

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scripted_worker import ScriptedWorker
 
 from sempre.engine.client.inproc import InprocClient
 from sempre.engine.config import EngineConfig
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import Cluster
-from sempre.engine.harness.scripted_worker import ScriptedWorker
 from sempre.ipc.messages import RequestSpec
 from sempre.workers.seeding import rng_digests
 
@@ -62,14 +62,14 @@ def _restored_generators() -> Iterator[None]:
 
 @pytest.mark.parametrize(("workers", "seed"), [(2, 0), (1, 2**64 - 1), pytest.param(4, 0, marks=pytest.mark.product)])
 def test_every_worker_is_seeded_like_a_plain_process(start: Start, workers: int, seed: int) -> None:
-    cluster = start("scripted", data_parallel_size=workers, seed=seed)
+    cluster = start("scripted_worker", data_parallel_size=workers, seed=seed)
     assert cluster.rng_digests() == [plain_digests(seed)] * workers
 
 
 def test_workers_with_a_model_are_seeded_so_too_and_stay_so(
     start: Start, requests: Callable[..., list[RequestSpec]]
 ) -> None:
-    cluster = start("tiny", data_parallel_size=2, max_model_len=256, num_threads=1, seed=2**40 + 7)
+    cluster = start("sempre.workers", data_parallel_size=2, max_model_len=256, num_threads=1, seed=2**40 + 7)
     expected = [plain_digests(2**40 + 7)] * 2
     assert cluster.rng_digests() == expected
     cluster.generate(requests(4))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from light_worker import LightWorker
+from scripted_worker import next_token
 
 from sempre.engine.client.asynchronous import AsyncInprocClient, AsyncProcessClient
 from sempre.engine.client.engine_process import ProcessOptions
@@ -15,9 +17,6 @@ from sempre.engine.client.inproc import InprocClient
 from sempre.engine.config import EngineConfig
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import Cluster, generate, make_request
-from sempre.engine.harness.cluster import MODELLESS_WORKERS
-from sempre.engine.harness.light_worker import LightWorker
-from sempre.engine.harness.scripted_worker import next_token
 from sempre.ipc.errors import ConfigError, EngineDeadError, MessageMalformed, MessageTooLarge, RequestError, WorkerDied
 from sempre.ipc.messages import (
     AbortRequests,
@@ -250,7 +249,7 @@ def test_a_closed_engine_says_so_and_can_be_closed_again(start: Start) -> None:
 
 def test_the_asynchronous_client(requests: Requests) -> None:
     async def run() -> list[OutputsReady]:
-        options = ProcessOptions(worker_module=MODELLESS_WORKERS["scripted-light"])
+        options = ProcessOptions(worker_module="light_worker")
         client = await AsyncProcessClient.launch(SCRIPTED, options=options)
         with client:
             client.send(AddRequests(requests=requests(3)))

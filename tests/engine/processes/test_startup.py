@@ -17,7 +17,6 @@ from sempre.engine.config import EngineConfig
 from sempre.engine.config_json import encode_json
 from sempre.engine.coordinator.process import CoordinatorArguments
 from sempre.engine.harness import Cluster
-from sempre.engine.harness.cluster import MODELLESS_WORKERS
 from sempre.ipc.errors import SeedMismatch, StartupError, TensorMismatch
 from sempre.ipc.messages import StartupProgress
 
@@ -34,7 +33,7 @@ def _no_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_progress_is_reported_by_phase() -> None:
     config = EngineConfig(model="scripted-light", model_path=Path("/"), data_parallel_size=2)
     phases: list[StartupProgress] = []
-    options = ProcessOptions(worker_module=MODELLESS_WORKERS["scripted-light"])
+    options = ProcessOptions(worker_module="light_worker")
     with ProcessClient.launch(config, options=options, on_progress=phases.append) as client:
         assert [progress.phase for progress in phases] == ["start", "load", "warm_up"]
         assert all(progress.seconds >= 0 for progress in phases)
@@ -113,20 +112,20 @@ def test_workers_that_are_not_alike_stop_the_start(start_odd: Start, oddity: str
 
 def test_a_worker_program_that_does_not_exist_is_named() -> None:
     with pytest.raises(StartupError, match="No module named"):
-        Cluster("scripted-light", worker_module="sempre.engine.harness.no_such_worker")
+        Cluster("tiny", worker_module="no_such_worker")
 
 
 def test_a_worker_whose_coordinator_is_gone_does_not_start() -> None:
     """It may end between starting the worker and the worker's first look; nothing would tell the worker afterwards."""
     arguments = ["--connect", "ipc:///nowhere", "--rank", "0", "--parent-pid", "1", "--client-pid", str(os.getpid())]
-    program = [sys.executable, "-m", MODELLESS_WORKERS["scripted-light"], *arguments]
+    program = [sys.executable, "-m", "light_worker", *arguments]
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, "the process that started this one is gone\n")
 
 
 def test_a_coordinator_whose_client_is_gone_does_not_start(tmp_path: Path) -> None:
     config = EngineConfig(model="scripted-light", model_path=Path("/"))
-    worker = MODELLESS_WORKERS["scripted-light"]
+    worker = "light_worker"
     arguments = CoordinatorArguments(config=config, directory=str(tmp_path), client_pid=1, worker_module=worker)
     program = [sys.executable, "-m", "sempre.engine.coordinator"]
     done = subprocess.run(program, input=encode_json(arguments), capture_output=True, timeout=60)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sempre.engine.arguments import engine_config
 from sempre.engine.client.inproc import InprocClient
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import COORDINATOR, Cluster, compare_generations, generate
-from sempre.engine.harness.cluster import cluster_config
 from sempre.ipc.messages import AbortRequests, AddRequests, CallWorkers, CallWorkersReply, OutputsReady, RequestSpec
 
 HERE = Path(__file__).parent
@@ -22,8 +22,7 @@ MakeRequests = Callable[..., list[RequestSpec]]
 
 
 @pytest.fixture
-def ahead(start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=":")
+def ahead(start: Callable[..., Cluster]) -> Cluster:
     return start(worker_module="ahead_worker", **SETTINGS)
 
 
@@ -32,7 +31,7 @@ def ahead_inproc(monkeypatch: pytest.MonkeyPatch) -> Iterator[InprocClient]:
     monkeypatch.syspath_prepend(str(HERE))
     from ahead_worker import AheadWorker
 
-    config = cluster_config("scripted-light", multiprocessing=False, **SETTINGS)
+    config = engine_config("tiny", multiprocessing=False, **SETTINGS)
     client = InprocClient.launch(config, executor=InprocExecutor(config, AheadWorker))
     yield client
     client.close()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from gpu_workload import SETTINGS, launch_inproc, make_requests, model_folder, prompt
 
+from sempre.engine.arguments import engine_config
 from sempre.engine.client import launch
 from sempre.engine.harness import generate, make_request
-from sempre.engine.harness.cluster import cluster_config
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +19,7 @@ def test_a_later_start_collects_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     outputs, written = [], []
     for _ in range(2):
-        client = launch(cluster_config(**SETTINGS, model=model_folder()))
+        client = launch(engine_config(**SETTINGS, model=model_folder()))
         try:
             outputs.append(generate(client, make_requests()))
         finally:

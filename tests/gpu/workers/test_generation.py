@@ -10,9 +10,9 @@ import torch
 from gpu_workload import KV_BLOCK_BYTES, SETTINGS, launch_inproc, make_requests, model_folder, prompt
 
 from sempre.engine import LLM, SamplingParams
+from sempre.engine.arguments import engine_config
 from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness import generate, make_request
-from sempre.engine.harness.cluster import cluster_config
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import CallWorkers, CallWorkersReply
 from sempre.workers.gpu.memory import RUNTIME_RESERVE_BYTES
@@ -114,7 +114,7 @@ def test_other_dtypes(dtype: str) -> None:
     request = make_request(prompt(5, 70), max_tokens=6, logprobs=2, temperature=1.0)
     others = [make_request(prompt(6 + i, 9 * i + 1), ordinal=i + 1, max_tokens=5) for i in range(8)]
     settings = SETTINGS | {"model": model_folder(), "multiprocessing": False, "dtype": dtype}
-    client = InprocClient.launch(cluster_config(**settings, enable_prefix_caching=False))
+    client = InprocClient.launch(engine_config(**settings, enable_prefix_caching=False))
     try:
         alone = generate(client, [request])[0]
         beside = generate(client, [request, *others])[0]

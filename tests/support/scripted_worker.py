@@ -1,8 +1,8 @@
 """A worker without a model: its next token is a pure function of the seed and of the tokens before it.
 
 It seeds, digests, and keeps sequences as the real one does, so that everything around a worker can be tested in a
-second. Started with `python -m sempre.engine.harness.scripted_worker`; used in-process as `ScriptedWorker()`.
-`python -m sempre.engine.harness.light_worker` is the same without torch and numpy, and up at once.
+second. Started with `python -m scripted_worker`; used in-process as `ScriptedWorker()`.
+`python -m light_worker` is the same without torch and numpy, and up at once.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import random
 
-from sempre.engine.harness.scripted_worker import ScriptedWorker, run
+from scripted_worker import ScriptedWorker, run
+
 from sempre.ipc.messages import RngDigests
 
 
