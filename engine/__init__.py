@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from sempre.engine.version import __version__
 
 if TYPE_CHECKING:
+    from sempre.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from sempre.engine.arguments import engine_config
     from sempre.engine.async_llm import AsyncLLM
     from sempre.engine.config import EngineConfig
@@ -43,11 +44,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
     "AsyncLLM",
     "CompletionOutput",
     "ConfigError",
     "CoordinatorDied",
     "Counter",
+    "EngineArgs",
     "EngineConfig",
     "EngineDeadError",
     "EngineHealth",
@@ -79,6 +82,7 @@ __all__ = [
 ]
 
 _NAMES_BY_MODULE = {
+    "sempre.engine.arg_utils": ("AsyncEngineArgs", "EngineArgs"),
     "sempre.engine.arguments": ("engine_config",),
     "sempre.engine.async_llm": ("AsyncLLM",),
     "sempre.engine.config": ("EngineConfig",),

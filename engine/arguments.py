@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get_origin, get_type_hints
 
@@ -22,6 +22,7 @@ from sempre.engine.config import (
     SpeculativeMethod,
 )
 from sempre.engine.near_names import near_name
+from sempre.engine.sizes import read_size
 from sempre.engine.speculation.settings import speculative_config
 from sempre.engine.vllm_settings import VLLM_KEYWORDS, check_vllm_setting
 from sempre.ipc.errors import ConfigError
@@ -61,6 +62,9 @@ class FrontendConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         dict[str, Any] | None, _doc("backend, and defaults of structured outputs: disable_any_whitespace, …")
     ] = None
     stream_interval: Annotated[int, _doc("tokens from one output of a stream to the next; the first comes at once")] = 1
+    served_model_name: Annotated[str | None, _doc("the model's name in metrics; a server has a setting of its own")] = (
+        None
+    )
 
 
 class EngineKeywords(TypedDict, total=False):
@@ -69,12 +73,13 @@ class EngineKeywords(TypedDict, total=False):
     seed: int
     dtype: Dtype | Literal["half", "float"]
     quantization: Quantization | None
-    max_model_len: int | Literal["auto"] | None
-    max_num_seqs: int | None
-    max_num_batched_tokens: int | None
+    # sizes may be texts as well: "4GiB", "2k"
+    max_model_len: int | str | None
+    max_num_seqs: int | str | None
+    max_num_batched_tokens: int | str | None
     block_size: int | None
     enable_prefix_caching: bool
-    kv_cache_memory_bytes: int | None
+    kv_cache_memory_bytes: int | str | None
     data_parallel_size: int
     tensor_parallel_size: int
     num_threads: int
@@ -94,7 +99,7 @@ class EngineKeywords(TypedDict, total=False):
     max_restarts: int
     restart_window_s: float
     max_request_crashes: int
-    max_message_bytes: int
+    max_message_bytes: int | str
     tokenizer: str | None
     tokenizer_revision: str | None
     skip_tokenizer_init: bool
@@ -109,6 +114,7 @@ class EngineKeywords(TypedDict, total=False):
     default_chat_template_kwargs: dict[str, Any] | None
     structured_outputs_config: dict[str, Any] | None
     stream_interval: int
+    served_model_name: str | list[str] | None
     spec_method: SpeculativeMethod | None
     spec_model: str | None
     spec_tokens: int | None
@@ -149,12 +155,15 @@ SHORT_SPECULATION: dict[str, Any] = {
     "spec_tokens": Annotated[int | None, _doc("speculative_config's num_speculative_tokens")],
 }
 _DERIVED_FIELDS = ("model", "model_path")
+_PYTHON_ALONE = "served_model_name"
+"""A keyword that is no flag: the server has a setting of that name."""
 
 
 def field_types(config: type[Struct]) -> dict[str, Any]:
     """Return the annotated type of each field a user may set."""
     hints = get_type_hints(config, include_extras=True)
-    return {name: hint for name, hint in hints.items() if name not in _DERIVED_FIELDS}
+    left_out = (*_DERIVED_FIELDS, _PYTHON_ALONE) if config is FrontendConfig else _DERIVED_FIELDS
+    return {name: hint for name, hint in hints.items() if name not in left_out}
 
 
 def parse_arguments(
@@ -174,7 +183,9 @@ def parse_arguments(
     for name, value in keywords.items():
         if value is None and name in _NEVER_NONE:
             continue
-        if name in SHORT_SPECULATION:
+        if name == _PYTHON_ALONE:
+            frontend[name] = _first_name(value)
+        elif name in SHORT_SPECULATION:
             short[name] = _typed(name, value, SHORT_SPECULATION[name])
         elif name == "speculative_config":
             pass
@@ -183,7 +194,7 @@ def parse_arguments(
         elif name in frontend_types:
             frontend[name] = _typed(name, value, frontend_types[name])
         else:
-            _refuse_unknown(name, value, [*engine_types, *frontend_types, *SHORT_SPECULATION])
+            _refuse_unknown(name, value)
     if "multiprocessing" not in engine and MULTIPROCESSING_VARIABLE in os.environ:
         engine["multiprocessing"] = _multiprocessing_from_environment()
     _check_ranges(engine | frontend)
@@ -237,18 +248,58 @@ def engine_config(model: str, *, revision: str | None = None, **keywords: Any) -
     """
     for name, value in keywords.items():
         if name not in field_types(EngineConfig) and name not in SHORT_SPECULATION:
-            _refuse_unknown(name, value, list(field_types(EngineConfig)))
+            _refuse_unknown(name, value)
     return parse_arguments(model, {**keywords, "revision": revision}).engine
 
 
-def _refuse_unknown(name: str, value: object, known: list[str]) -> None:
+def check_keywords(kind: str, values: Sequence[object], keywords: Mapping[str, object]) -> None:
+    """Raise TypeError for a name that nothing has, or for a model that is missing, in a call of `kind`."""
+    known = _known_keywords()
+    for name in keywords:
+        if name not in known and name not in VLLM_KEYWORDS:
+            raise TypeError(f"{kind} has no keyword {name!r}.{_hint(name, known)}")
+    if not values and "model" not in keywords:
+        raise TypeError(f"{kind} needs a model; the model `tiny` is always at hand: {kind}('tiny')")
+
+
+def engine_keywords_of(values: Mapping[str, object]) -> dict[str, Any]:
+    """Return those of `values` that are set, as keywords of `LLM`."""
+    return {name: value for name, value in values.items() if value is not None or name == "seed"}
+
+
+def _known_keywords() -> list[str]:
+    own = [*field_types(EngineConfig), *field_types(FrontendConfig), *SHORT_SPECULATION]
+    return ["model", _PYTHON_ALONE, *own]
+
+
+def _refuse_unknown(name: str, value: object) -> None:
     """Accept a keyword of vLLM that asks for what is done anyway; raise for every other one."""
     if name in VLLM_KEYWORDS:
         check_vllm_setting(name, value)
         return
+    raise TypeError(f"unknown keyword {name!r}.{_hint(name, _known_keywords())}")
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
     near = near_name(name, known)
-    hint = f" Did you mean {near!r}?" if near else ""
-    raise TypeError(f"unknown keyword {name!r}.{hint}")
+    return f" Did you mean {near!r}?" if near else ""
+
+
+def _first_name(value: object) -> str | None:
+    """Return the name in metrics; of several the first one, as a server reports it."""
+    names = [value] if value is None or isinstance(value, str) else value
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(name, str | None) and name != "" for name in names)
+    ):
+        raise ConfigError(
+            f"served_model_name must be a name or a list of names, got {value!r}.",
+            parameter="served_model_name",
+            value=value,
+        )
+    first: str | None = names[0]
+    return first
 
 
 def _typed(name: str, value: object, hint: Any) -> object:
@@ -259,10 +310,22 @@ def _typed(name: str, value: object, hint: Any) -> object:
         from sempre.engine.seeding import validate_seed
 
         return validate_seed(value)
+    if isinstance(value, str) and int in (hint_args := options(hint)) and str not in hint_args:
+        try:
+            return read_size(value)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}.", parameter=name, value=value) from None
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError:
         raise ConfigError(f"{name} must be {_words(hint)}, got {value!r}.", parameter=name, value=value) from None
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """Return the types that a setting may have."""
+    if get_origin(hint) is Annotated:
+        return options(get_args(hint)[0])
+    return (hint,) if get_origin(hint) is None else get_args(hint)
 
 
 def _words(hint: Any) -> str:

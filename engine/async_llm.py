@@ -16,6 +16,7 @@ from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import AsyncEngineClient, launch_async
 from sempre.engine.client.engine_process import ended_by
 from sempre.engine.config import EngineConfig
+from sempre.engine.frontend.engine_base import EngineBase
 from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, log_progress, worker_call
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.pacing import Pace, Pacer
@@ -54,7 +55,7 @@ _OUTAGE_LOOK_S = 0.05
 _MOST_EVENTS_AT_ONCE = 8
 
 
-class AsyncLLM:
+class AsyncLLM(EngineBase):
     """A model with its coordinator and workers, for one event loop.
 
         async with AsyncLLM("tiny") as engine:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, NamedTuple, Self, Unpack
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import launch
+from sempre.engine.frontend.engine_base import EngineBase
+from sempre.engine.frontend.engine_view import EngineView
 from sempre.engine.frontend.frontend import (
     Frontend,
     call_results,
@@ -18,6 +21,7 @@ from sempre.engine.frontend.frontend import (
     raise_failure,
     worker_call,
 )
+from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.progress import GenerationProgress, UseTqdm
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
@@ -41,7 +45,7 @@ from sempre.ipc.messages import (
 Message = Mapping[str, Any]
 
 
-class LLM:
+class LLM(EngineBase):
     """A model with its coordinator and workers.
 
     Keywords are the fields of `EngineConfig` and `FrontendConfig`. Closing is explicit (`shutdown`, `with`), but
@@ -65,8 +69,9 @@ class LLM:
         # Runs once: on shutdown, when this object is lost, or at the end of the program.
         self._closer = weakref.finalize(self, client.close)
         self._frontend.connect(client.ready)
-        self._world_size = client.ready.world_size
+        self._ready = client.ready
         self._session = Session(client, self._frontend.processor)
+        self._enqueued: list[_Running] = []
 
     def generate(
         self,
@@ -122,21 +127,61 @@ class LLM:
         refuse_values(
             lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
         )
-        conversations = [messages] if _is_conversation(messages) else messages
-        prompts = [
-            self._frontend.render_chat(
-                conversation,  # type: ignore[arg-type]
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                chat_template_kwargs=chat_template_kwargs,
-                chat_template_content_format=chat_template_content_format,
-            )
-            for conversation in conversations
-        ]
+        prompts = self._rendered(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            chat_template_content_format=chat_template_content_format,
+        )
         params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
         return self._complete(prompts, params, priority, use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        **without_effect: object,
+    ) -> list[str]:
+        """Start to complete each prompt, and return the requests' ids at once; `wait_for_completion` has the outputs.
+
+        Keywords of `generate` that ask for nothing may stand here as well. Raises as `generate` does.
+        """
+        self._check_open()
+        without_effect.pop("use_tqdm", None)
+        refuse_values(**without_effect)
+        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        with self._session.exclusive():
+            requests = self._frontend.builder.build_all(prompts, params, priority)
+            with self._dropped_on_error(requests):
+                self._enqueued.append(_Running(requests, self._session.submit(requests)))
+        return [request.request_id for request in requests]
+
+    def enqueue_chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        **template: Any,
+    ) -> list[str]:
+        """The same for conversations; further keywords are those of `chat` for its template."""
+        self._check_open()
+        return self.enqueue(self._rendered(messages, **template), sampling_params, priority=priority)
+
+    def wait_for_completion(self, *, use_tqdm: UseTqdm = True) -> list[RequestOutput]:
+        """Return the outputs of all requests that were enqueued since the last call, in their order."""
+        self._check_open()
+        with self._session.exclusive():
+            enqueued, self._enqueued = self._enqueued, []
+            requests = [request for each in enqueued for request in each.requests]
+            states = [state for each in enqueued for state in each.states]
+            with self._dropped_on_error(requests):
+                return self._finished(_Running(requests, states), use_tqdm)
 
     def render_chat(self, messages: Sequence[Message]) -> TokensPrompt:
         """Return one conversation as the prompt that `chat` makes of it. Raises as `chat` does."""
@@ -202,7 +247,12 @@ class LLM:
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Return the number of workers, of all replicas or of one."""
-        return self._world_size if include_dp else self._frontend.config.tensor_parallel_size
+        return self._ready.world_size if include_dp else self._frontend.config.tensor_parallel_size
+
+    @property
+    def llm_engine(self) -> EngineView:
+        """The settings in use under vLLM's names: `model_config.max_model_len`, `cache_config.num_gpu_blocks`, …"""
+        return EngineView(self._frontend, self._ready)
 
     @property
     def fingerprint(self) -> str:
@@ -236,14 +286,37 @@ class LLM:
         with self._session.exclusive():
             return self._run(self._frontend.builder.build_all(prompts, params, priority), use_tqdm)
 
+    def _rendered(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], **template: Any
+    ) -> list[TokensPrompt]:
+        conversations = [messages] if _is_conversation(messages) else messages
+        return [
+            self._frontend.render_chat(conversation, **template)  # type: ignore[arg-type]
+            for conversation in conversations
+        ]
+
     def _run(self, requests: list[PreparedRequest], use_tqdm: UseTqdm) -> list[RequestOutput]:
-        outputs: dict[str, RequestOutput | None] = {request.request_id: None for request in requests}
-        num_running = len(requests)
-        progress = GenerationProgress(use_tqdm, sum(len(request.sequences) for request in requests))
+        with self._dropped_on_error(requests):
+            return self._finished(_Running(requests, self._session.submit(requests)), use_tqdm)
+
+    @contextmanager
+    def _dropped_on_error(self, requests: list[PreparedRequest]) -> Iterator[None]:
+        """Whatever is raised inside aborts what has not finished of the requests."""
         try:
-            self._session.submit(requests)
+            yield
+        except BaseException as error:
+            self._session.drop(requests, error)
+            raise
+
+    def _finished(self, running: _Running, use_tqdm: UseTqdm) -> list[RequestOutput]:
+        """Wait for all outputs."""
+        outputs: dict[str, RequestOutput | None] = {request.request_id: None for request in running.requests}
+        num_running = len(outputs)
+        progress = GenerationProgress(use_tqdm, sum(len(request.sequences) for request in running.requests))
+        try:
+            news = running.states
             while num_running:
-                for state in self._session.receive():
+                for state in news:
                     # A stream that is being read between two calls has its own reader.
                     if state.finished and state.request_id in outputs:
                         output = state.take_output(RequestOutputKind.FINAL_ONLY)
@@ -251,9 +324,7 @@ class LLM:
                         outputs[output.request_id] = output
                         num_running -= 1
                         progress.finish(output)
-        except BaseException as error:
-            self._session.drop(requests, error)
-            raise
+                news = self._session.receive() if num_running else []
         finally:
             progress.close()
         return [output for output in outputs.values() if output is not None]
@@ -279,6 +350,13 @@ class LLM:
     def _check_open(self) -> None:
         if not self._closer.alive:
             raise EngineDeadError("this LLM was shut down; make a new one")
+
+
+class _Running(NamedTuple):
+    """Requests that were sent."""
+
+    requests: list[PreparedRequest]
+    states: list[RequestState]
 
 
 def _is_conversation(messages: object) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,11 +14,11 @@ from sempre.engine.arguments import SAME_VALUES, SHORT_SPECULATION, FrontendConf
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.config import EngineConfig
 from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.sizes import read_size
 from sempre.engine.structured_outputs_config import MEMBERS
 from sempre.engine.vllm_settings import VLLM_KEYWORDS
 
 SAMPLING_SEED = "sampling_seed"
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 _REPEATED = ("stop", "bad_words")
 _ALIASES = {
     "compilation_config": ("-cc",),
@@ -195,11 +194,10 @@ def _integer_or(words: Mapping[object, object]) -> Callable[[str], object]:
 
 
 def _integer(text: str) -> int:
-    """Read 2048, 2k (2000) or 2K (2048)."""
-    match = re.fullmatch(r"(-?\d+)([kKmMgG]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"expected an integer such as 2048, 2k or 2K, got {text!r}")
-    return int(match[1]) * _UNITS.get(match[2], 1)
+    try:
+        return read_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _integers(text: str) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from sempre.engine.arguments import SHORT_SPECULATION, FrontendConfig, field_types, parse_arguments
+from sempre.engine.arguments import SHORT_SPECULATION, FrontendConfig, field_types, options, parse_arguments
 from sempre.engine.cli.arguments import (
     add_config_flags,
     add_engine_flags,
@@ -25,6 +25,7 @@ from sempre.engine.config import EngineConfig
 from sempre.engine.executor.threads import threads_beside_a_server
 from sempre.engine.near_names import near_name
 from sempre.engine.server.config import SECRETS, ServerConfig, server_config
+from sempre.engine.sizes import read_size
 from sempre.engine.vllm_settings import VLLM_KEYWORDS, VLLM_SERVER_SETTINGS, check_vllm_settings
 from sempre.ipc.errors import ConfigError
 
@@ -161,8 +162,10 @@ def _converted(name: str, text: str) -> object:
     try:
         if _is_list(name):
             return [part.strip() for part in text.split(",")]
+        if int in options(kind) and text.strip().lower() not in ("none", "null", ""):
+            return read_size(text)
         return msgspec.convert(text, kind, strict=False)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, ValueError) as error:
         shown = "its value" if name in SECRETS else repr(text)
         raise ConfigError(f"{ENVIRONMENT_PREFIX}{name.upper()}: {shown} is refused: {error}", parameter=name) from None
 

@@ -85,6 +85,16 @@ class Frontend:
         self.builder = RequestBuilder(self.tokenizer, limits, self.processor.is_in_use)
 
     @property
+    def served_model_name(self) -> str:
+        """The model's name in metrics."""
+        return self._options.served_model_name or self.config.model
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The folder or name of the tokenizer."""
+        return self._options.tokenizer or self.config.model
+
+    @property
     def chat_template(self) -> str | None:
         """The template that `render_chat` uses for a conversation without tools, None when there is none."""
         return self.tokenizer.chat_template if self._chat_template is None else self._chat_template
@@ -172,7 +182,7 @@ def _generation_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def engine_metrics(reply: MetricsReply, frontend: Frontend) -> list[Metric]:
     """Return the coordinator's figures, and that of this process."""
     own = {"unseeded_digests_dropped": float(frontend.builder.num_dropped_digests)}
-    return read_metrics({**reply.values, **own}, frontend.config.model)
+    return read_metrics({**reply.values, **own}, frontend.served_model_name)
 
 
 def log_progress(progress: StartupProgress) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from sempre.engine.sizes import read_size
 from sempre.ipc.errors import ConfigError
 
 LogFormat = Literal["text", "json"]
@@ -87,12 +88,24 @@ _LEAST = {
     "max_log_len": 0,
 }
 SECRETS = ("api_key",)
+_SIZES = ("max_body_bytes", "max_held_bytes", "max_num_queued_reqs", "max_log_len")
+"""Settings that may be a text such as 8MiB."""
+
+
+def _size(name: str, value: Any) -> Any:
+    if name not in _SIZES or not isinstance(value, str):
+        return value
+    try:
+        return read_size(value)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}.", parameter=name, value=value) from None
 
 
 def server_config(settings: Mapping[str, Any]) -> ServerConfig:
     """Return the checked configuration. Raises ConfigError naming the setting."""
+    given = {name: _size(name, value) for name, value in settings.items()}
     try:
-        config = msgspec.convert(dict(settings), ServerConfig)
+        config = msgspec.convert(given, ServerConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"a setting of the server is refused: {error}") from None
     for name, least in _LEAST.items():

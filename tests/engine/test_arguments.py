@@ -30,7 +30,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "int8"}, "dtype must be 'auto' or 'float32' or 'bfloat16' or 'float16', got 'int8'."),
-    ({"max_num_seqs": "8"}, "max_num_seqs must be an int or None, got '8'."),
+    (
+        {"max_num_seqs": "eight"},
+        "max_num_seqs: expected an integer such as 2048, 2k (2000), 2K (2048) or 4GiB, got 'eight'.",
+    ),
     ({"max_num_seqs": True}, "max_num_seqs must be an int or None, got True."),
     ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0."),
     ({"max_model_len": 1.5}, "max_model_len must be an int or None, got 1.5."),
@@ -150,7 +153,7 @@ def test_multiprocessing_from_the_environment_refused(folder: str, monkeypatch: 
 
 
 def test_keyword_types_are_those_of_the_settings() -> None:
-    fields = [*field_types(EngineConfig), *field_types(FrontendConfig), *SHORT_SPECULATION]
+    fields = [*field_types(EngineConfig), *field_types(FrontendConfig), "served_model_name", *SHORT_SPECULATION]
     assert list(EngineKeywords.__annotations__) == fields
 
 

@@ -83,8 +83,8 @@ def test_help_names_every_command() -> None:
         (["generate", "--model"], "argument --model: expected one argument. See sempre generate --help."),
         (
             ["generate", "--model", "tiny", "--max-tokens", "many"],
-            "argument --max-tokens: expected an integer such as 2048, 2k or 2K, got 'many'. "
-            "See sempre generate --help.",
+            "argument --max-tokens: expected an integer such as 2048, 2k (2000), 2K (2048) or 4GiB, "
+            "got 'many'. See sempre generate --help.",
         ),
         (
             ["generate", "--model", "tiny", "--stop-token-ids", "1;2"],

@@ -11,11 +11,13 @@ import sempre.engine
 
 PUBLIC = {
     "LLM",
+    "AsyncEngineArgs",
     "AsyncLLM",
     "CompletionOutput",
     "ConfigError",
     "CoordinatorDied",
     "Counter",
+    "EngineArgs",
     "EngineConfig",
     "EngineDeadError",
     "EngineHealth",

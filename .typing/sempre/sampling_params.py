@@ -1,0 +1,1 @@
+../../engine/namespace/sampling_params.py

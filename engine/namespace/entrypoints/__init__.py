@@ -1,0 +1,1 @@
+"""`sempre.entrypoints.llm`, the path that users of vLLM import LLM from."""

@@ -1,0 +1,5 @@
+"""Log-probabilities, under the path that users of vLLM import them from."""
+
+from sempre.engine.outputs import Logprob
+
+__all__ = ["Logprob"]
