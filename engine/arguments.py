@@ -146,6 +146,14 @@ _LEAST = {
     "max_message_bytes": 1 << 16,
     "stream_interval": 1,
 }
+# may be given as text: 4GiB
+_SIZES = (
+    "kv_cache_memory_bytes",
+    "max_message_bytes",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+)
 # What a message can carry.
 _MOST = 2**63 - 1
 _ONLY_VALUE: dict[str, object] = {"tensor_parallel_size": 1}
@@ -310,7 +318,7 @@ def _typed(name: str, value: object, hint: Any) -> object:
         from sempre.engine.seeding import validate_seed
 
         return validate_seed(value)
-    if isinstance(value, str) and int in (hint_args := options(hint)) and str not in hint_args:
+    if isinstance(value, str) and name in _SIZES:
         try:
             return read_size(value)
         except ValueError as error:

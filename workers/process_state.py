@@ -13,6 +13,9 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from sempre.kernels.threads import get_num_threads, set_num_threads
 
@@ -31,8 +34,9 @@ class ComputeState:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Inside, floating-point arithmetic, autograd and threads are as in a worker's own process."""
+        """Inside, floating-point arithmetic, autograd, modes and threads are as in a worker's own process."""
         with ExitStack() as stack:
+            _leave_modes(stack)
             # tensors made in inference mode could not be written outside, and we are called from both
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
@@ -55,6 +59,20 @@ class ComputeState:
             finally:
                 self._threads = _threads()
                 _use_threads(before)
+
+
+def _leave_modes(stack: ExitStack) -> None:
+    """Leave whatever takes calls of torch for itself (modes, transforms of torch.func) until `stack` is closed.
+
+    A mode that only watches would see our tensors, a fake one has none whose memory a kernel could read.
+    """
+    # first: what follows is made of calls that such a mode takes, too
+    if torch._C._len_torch_function_stack():
+        stack.enter_context(torch._C.DisableTorchFunction())
+    if peek_interpreter_stack() is not None:
+        stack.enter_context(temporarily_clear_interpreter_stack())
+    if _get_current_dispatch_mode_stack():
+        stack.enter_context(_disable_current_modes())
 
 
 def _threads() -> tuple[int, int | None]:

@@ -39,7 +39,9 @@ class InprocExecutor:
         self.world_size = config.data_parallel_size * config.tensor_parallel_size
         make = make_worker or _default_worker
         self._computing = _compute_state() if make_worker is None else nullcontext
-        self._workers = [make() for _ in range(self.world_size)]
+        with self._computing():
+            # what is imported for a worker may make tensors
+            self._workers = [make() for _ in range(self.world_size)]
         self._serving: set[int] = set()
         self._commands: deque[tuple[int, WorkerCommand]] = deque()
         self._pipelines = [_pipeline(worker) for worker in self._workers]

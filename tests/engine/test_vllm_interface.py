@@ -68,7 +68,9 @@ def test_what_is_no_size(text: str) -> None:
         parse_arguments("tiny", {"max_num_seqs": text})
 
 
-@pytest.mark.parametrize("name", ["heartbeat_timeout_s", "seed", "gpu_memory_utilization"])
+@pytest.mark.parametrize(
+    "name", ["heartbeat_timeout_s", "seed", "gpu_memory_utilization", "data_parallel_size", "enforce_eager"]
+)
 def test_what_is_no_number_of_things_takes_no_size(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         parse_arguments("tiny", {name: "1k"})

@@ -22,6 +22,9 @@ import numpy as np
 import pytest
 import torch
 from surfaces import facts
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from sempre.engine import LLM, SamplingParams
 
@@ -82,6 +85,32 @@ def low_precision_decimals() -> Iterator[None]:
         yield
 
 
+def zeros_for(result: Any) -> Any:
+    """What a mode that notices our calls makes of them: every result would be another one."""
+    is_float = isinstance(result, torch.Tensor) and result.is_floating_point()
+    return torch.zeros(result.shape, dtype=result.dtype) if is_float else result
+
+
+class DispatchMode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return zeros_for(func(*args, **(kwargs or {})))
+
+
+class FunctionMode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return zeros_for(func(*args, **(kwargs or {})))
+
+
+@contextmanager
+def transform(name: str, *arguments: object) -> Iterator[None]:
+    """Inside of a transform of torch.func, as a function is that is called under vmap or grad."""
+    getattr(torch._C._functorch, f"_{name}_increment_nesting")(*arguments)
+    try:
+        yield
+    finally:
+        getattr(torch._C._functorch, f"_{name}_decrement_nesting")()
+
+
 def ignored_signals() -> Any:
     return swapped(lambda: signal.getsignal(signal.SIGUSR1), lambda h: signal.signal(signal.SIGUSR1, h), signal.SIG_IGN)
 
@@ -111,6 +140,14 @@ STATES: dict[str, Callable[[], Any]] = {
     "working directory": elsewhere,
     "signal handler": ignored_signals,
     "switch interval": lambda: swapped(sys.getswitchinterval, sys.setswitchinterval, 0.5),
+    "fake tensors": FakeTensorMode,
+    "dispatch mode": DispatchMode,
+    "function mode": FunctionMode,
+    "vmap": lambda: transform("vmap", 3, "error"),
+    "grad transform": lambda: transform("grad"),
+    "functionalization": lambda: transform("func", True),
+    "forward-mode differentiation": torch.autograd.forward_ad.dual_level,
+    "profiler": lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
     "recursion limit": lambda: swapped(sys.getrecursionlimit, sys.setrecursionlimit, 400),
 }
 
@@ -128,6 +165,9 @@ def state() -> dict[str, Any]:
         "anomaly": torch.is_anomaly_enabled(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
+        "dispatch modes": _get_current_dispatch_mode_stack(),
+        "function modes": torch._C._len_torch_function_stack(),
+        "transforms": torch._C._functorch.maybe_current_level(),
         "torch threads": torch.get_num_threads(),
         "numba threads": numba.get_num_threads(),
         "matmul": torch.get_float32_matmul_precision(),
@@ -167,7 +207,7 @@ def test_a_state_changes_no_bit_and_is_left_as_found(name: str) -> None:
 def test_a_state_set_later_or_left_changes_no_bit() -> None:
     """One engine, made in each state that makes tensors otherwise, used in all of them."""
     expected = ordinary()
-    for made_in in ("inference mode", "default device meta", "no grad"):
+    for made_in in ("inference mode", "default device meta", "no grad", "fake tensors", "vmap"):
         with STATES[made_in]():
             llm = LLM(**SETTINGS)
         with llm:
