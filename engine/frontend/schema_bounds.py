@@ -11,7 +11,8 @@ from typing import Any
 
 from sempre.engine.frontend.schema_names import other_names, short_names
 from sempre.engine.frontend.schema_numbers import LARGEST
-from sempre.engine.frontend.schemas import COMBINING, Node, Schema, subschemas, target_of
+from sempre.engine.frontend.schema_references import target_of
+from sempre.engine.frontend.schemas import COMBINING, Node, Schema, subschemas
 
 _LONGEST_STRING = 20_000
 _MOST_ITEMS = 1000
@@ -103,7 +104,7 @@ def _merged(root: Schema, nodes: list[Node]) -> set[int]:
             continue
         merged.add(id(schema))
         reference = schema.get("$ref")
-        target = target_of(root, reference) if isinstance(reference, str) and reference.startswith("#/") else None
+        target = target_of(root, reference) if isinstance(reference, str) and reference.startswith("#") else None
         children = [child for path, child in subschemas(schema) if path.partition("/")[0] not in _ASIDE]
         pending += [child for child in (target, *children) if isinstance(child, dict)]
     return merged
@@ -216,8 +217,6 @@ class _AnyValue:
     def _bounded(self, child: Any, share: int) -> Any:
         if child is not True and (not isinstance(child, dict) or _SPEAKING & set(child)):
             return child
-        if child is not True and "$id" in child and child is not self._root:
-            return child  # there the reference would mean another document
         return {**({} if child is True else child), "$ref": f"#/$defs/{self._define(share, _DEPTH)}"}
 
     def _define(self, share: int, depth: int) -> str:

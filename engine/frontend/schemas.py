@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urldefrag, urljoin
 
 from sempre.engine.frontend.schema_numbers import check_exact, check_multiples, check_range, rewrite_numbers
+from sempre.engine.frontend.schema_references import References
 
 Schema = dict[str, Any]
 
@@ -53,16 +53,12 @@ def rewritten(root: Schema, *, closed: bool = False) -> tuple[Schema, list[Node]
 
     Raises SchemaRefused.
     """
+    references = References(root, subschemas)
     walk = _Walk(closed)
     walk.enter(root, "")
-    base = root.get("$id")
-    base = base if isinstance(base, str) else ""
-    # what is referred to may stand under any name, as OpenAPI's components do
-    for reference in walk.references:
-        document, fragment = urldefrag(urljoin(base, reference))
-        target = target_of(root, f"#{fragment}") if document == base and fragment.startswith("/") else None
-        if isinstance(target, dict):
-            walk.enter(target, fragment)
+    for pointer, target in references.targets():
+        walk.enter(target, pointer)
+    references.write()
     try:
         check_range(root)
         check_multiples(node.schema["multipleOf"] for node in walk.nodes if "multipleOf" in node.schema)
@@ -75,7 +71,6 @@ class _Walk:
     def __init__(self, closed: bool) -> None:
         self._closed = closed
         self._seen: set[int] = set()
-        self.references: list[str] = []
         self.nodes: list[Node] = []
 
     def enter(self, root: Schema, place: str) -> None:
@@ -92,9 +87,6 @@ class _Walk:
             _check_sizes(schema, where)
             if self._closed and ("properties" in schema or schema.get("type") == "object"):
                 schema.setdefault("additionalProperties", False)
-            reference = schema.get("$ref")
-            if isinstance(reference, str):
-                self.references.append(reference)
             self.nodes.append(Node(schema, num_arrays))
             more = num_arrays + ("maxItems" not in schema)
             pending += [
@@ -114,20 +106,9 @@ def subschemas(schema: Schema) -> Iterator[tuple[str, Any]]:
             yield from ((f"{word}/{index}", child) for index, child in enumerate(schema[word]))
     for word in _MAPS:
         if isinstance(schema.get(word), dict):
-            yield from ((f"{word}/{name}", child) for name, child in schema[word].items())
-
-
-def target_of(root: Schema, reference: str) -> Any:
-    node: Any = root
-    for part in reference[2:].split("/"):
-        name = unquote(part).replace("~1", "/").replace("~0", "~")
-        if isinstance(node, list) and name.isdigit() and int(name) < len(node):
-            node = node[int(name)]
-        elif isinstance(node, dict) and name in node:
-            node = node[name]
-        else:
-            return None
-    return node
+            yield from (
+                (f"{word}/{name.replace('~', '~0').replace('/', '~1')}", child) for name, child in schema[word].items()
+            )
 
 
 def _check_sizes(schema: Schema, place: str) -> None:
@@ -146,14 +127,6 @@ def _drop_annotations(schema: Schema, place: str) -> None:
 
 def _modernise(schema: Schema, place: str) -> None:
     """Draft 4 to 2019-09 in the words of 2020-12."""
-    name = schema.pop("id", None) if "$id" not in schema and isinstance(schema.get("id"), str) else schema.get("$id")
-    if isinstance(name, str):
-        base, _, fragment = name.partition("#")
-        schema.pop("$id", None)
-        if base:
-            schema["$id"] = base
-        if fragment and not fragment.startswith("/"):
-            schema.setdefault("$anchor", fragment)
     if isinstance(schema.get("items"), list):
         schema["prefixItems"] = schema.pop("items")
         if "additionalItems" in schema:
