@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 def integers_between(low: int | None, high: int | None) -> str | None:
-    """An expression of the integers in [low, high] as JSON writes them; None is no bound, and as result: there are none.
+    """An expression of the integers in [low, high] as JSON writes them, zero without a sign; None if there are none.
 
-    Zero has no sign, and no exponent or point is written.
+    A bound that is None is none.
     """
     parts = []
     if low is None or low < 0:

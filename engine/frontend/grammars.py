@@ -221,7 +221,7 @@ def _translated(params: StructuredOutputsParams, field: str, max_tokens: int) ->
         bodies = [_text_body(params, field)]
     else:
         try:
-            bodies = [{"json_schema": form} for form in json_forms(params, max_tokens)]
+            bodies = json_forms(params, max_tokens)
         except SchemaRefused as error:
             raise RequestError(f"{field} is refused: {error}", parameter=field) from None
     frames = []

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 from sempre.engine.frontend.schema_bounds import add_bounds
+from sempre.engine.frontend.schema_lark import (
+    NothingFits,
+    NotKept,
+    has_exact_numbers,
+    lark_of,
+    needs_exact_numbers,
+    without_marks,
+)
 from sempre.engine.frontend.schemas import SchemaRefused, rewritten
 from sempre.engine.structured_outputs import StructuredOutputsParams
 
@@ -15,12 +24,24 @@ _OWN_SPACE = ("whitespace_flexible", "whitespace_pattern", "item_separator", "ke
 
 
 def json_forms(params: StructuredOutputsParams, max_tokens: int) -> list[dict[str, Any]]:
-    """Return the form, with ends that fit `max_tokens` and, in case they contradict the schema, without.
+    """Return the form as one of the library's grammars, the best first: with ends that fit `max_tokens` and, in case
+    they contradict the schema, without; and each with exact numbers where the library itself would leave some out.
 
     Raises SchemaRefused.
     """
     forms = [_form(params, max_tokens), _form(params, None)]
-    return forms if forms[0] != forms[1] else forms[:1]
+    bodies: list[dict[str, Any]] = []
+    for form in forms if forms[0] != forms[1] else forms[:1]:
+        if not has_exact_numbers(form):
+            bodies.append({"json_schema": form})
+            continue
+        with suppress(NotKept, NothingFits):
+            bodies.append({"lark_grammar": lark_of(form, form["x-guidance"])})
+        if needs_exact_numbers(form) is None:
+            bodies.append({"json_schema": without_marks(form)})
+    if not bodies:
+        raise SchemaRefused("", str(needs_exact_numbers(forms[0])))
+    return bodies
 
 
 def _form(params: StructuredOutputsParams, max_tokens: int | None) -> dict[str, Any]:

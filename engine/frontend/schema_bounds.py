@@ -25,6 +25,7 @@ _SPEAKING = COMBINING | {
     "properties", "required", "type", "uniqueItems",
 }  # fmt: skip
 """Words that say something of the value; all others, as OpenAPI's, only remark or hold what is referred to."""
+_OF_OBJECTS = {"maxProperties", "minProperties", "properties", "required", "type"}
 _FORMAT_LENGTHS = {"date-time": 35, "duration": 12, "email": 12, "hostname": 8, "time": 20, "uri": 16}
 """Least bounds of characters of formats without an end of their own."""
 
@@ -39,7 +40,7 @@ def add_bounds(root: Schema, nodes: list[Node], max_tokens: int) -> None:
     items = min(_MOST_ITEMS, max(2, share // 8))
     _join(root, nodes)
     merged = _merged(root, nodes)
-    any_value = _AnyValue(root)
+    any_value = _AnyValue(root, nodes)
     for schema, num_arrays in nodes:
         own = max(4, share // items**num_arrays)
         if not {"const", "enum", "$ref"} & set(schema):
@@ -157,8 +158,10 @@ def _bound_number(schema: Schema, share: int) -> None:
 class _AnyValue:
     """Values of any kind, with bounds of size and depth, as definitions at the root."""
 
-    def __init__(self, root: Schema) -> None:
+    def __init__(self, root: Schema, nodes: list[Node]) -> None:
         self._root = root
+        # whether a reference leads through an object, which then stays as it is
+        self._has_pointers = any("/properties/" in str(node.schema.get("$ref")) for node in nodes)
 
     def bound(self, schema: Schema, share: int) -> None:
         """Replace the free values directly inside, and end the properties that are not named."""
@@ -190,13 +193,18 @@ class _AnyValue:
         most = _most_names(share)
         _share_out([values], share)
         further = {other_names(names): self._bounded(values, max(4, share // most - 12))}
-        if not set(named) <= set(schema.get("required") or ()):
+        if not {name for name, child in named.items() if child is not False} <= set(schema.get("required") or ()):
             # further ones can only be counted where all named ones are there
             del schema["additionalProperties"]
             schema["properties"] = {name: self._bounded(named.get(name, values), share) for name in names}
             few = {"properties": dict.fromkeys(names, True), "additionalProperties": False}
             all_named = {"required": names, "patternProperties": further, "maxProperties": len(names) + most}
-            schema["anyOf"] = [few, {**few, **all_named}]
+            cases = [few, {**few, **all_named}]
+            if schema.get("type") == "object" and not self._has_pointers:
+                # whole objects, so that nothing stands beside the cases
+                whole = {word: schema.pop(word) for word in _OF_OBJECTS & set(schema)}
+                cases = [{**whole, **case, "properties": whole["properties"]} for case in cases]
+            schema["anyOf"] = cases
             return
         schema["patternProperties"] = further
         schema["additionalProperties"] = False

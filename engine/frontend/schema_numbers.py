@@ -10,6 +10,9 @@ from typing import Any
 
 Schema = dict[str, Any]
 
+EXACT = "x-exact-range"
+"""The word for whole bounds, low and high as text, that the library would read as others; `otherwise` says why nothing
+can stand in their place."""
 LARGEST = 2**63 - 1024
 """The largest float64 below 2^63: the library counts digits in int64."""
 MOST_REMAINDERS = 8192
@@ -25,8 +28,10 @@ def rewrite_numbers(schema: Schema) -> None:
     """Make bounds inclusive and exact, in place.
 
     A bound beyond 2^53 moves to the nearest float64 inside, and one beyond int64 into it, so nothing outside is ever
-    allowed; the end of int64 itself is kept. Raises ValueError for bounds that leave nothing.
+    allowed; the end of int64 itself is kept. Where that loses a number, EXACT has what was said. Raises ValueError for
+    bounds that leave nothing.
     """
+    schema.pop(EXACT, None)
     _from_draft_4(schema)
     for word in _BOUNDS:
         value = schema.get(word)
@@ -35,13 +40,25 @@ def rewrite_numbers(schema: Schema) -> None:
     given = {word: _exact(schema[word]) for word in _BOUNDS if schema.get(word) is not None}
     if not given or all(abs(value) < 2**53 for value in given.values()):
         return
-    kinds = schema.get("type")
-    kinds = set(kinds) if isinstance(kinds, list) else {kinds}
-    is_integer = "integer" in kinds and "number" not in kinds
+    is_integer = kinds_of(schema) & {"integer", "number"} == {"integer"}
     for word in _BOUNDS:
         if word in given and (is_integer or abs(given[word]) >= 2**53):
             del schema[word]
     low, high = _whole_bounds({word: value for word, value in given.items() if word not in schema})
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"minimum {low} is greater than maximum {high}.")
+    exact = {"low": None if low is None else str(low), "high": None if high is None else str(high)}
+    try:
+        _take_inside(schema, low, high, is_integer=is_integer)
+    except ValueError as error:
+        schema[EXACT] = {**exact, "otherwise": str(error)}
+        return
+    if (low is not None and schema["minimum"] != low) or (high is not None and not _is_kept(schema["maximum"], high)):
+        schema[EXACT] = exact
+
+
+def _take_inside(schema: Schema, low: int | None, high: int | None, *, is_integer: bool) -> None:
+    """Bounds that the library reads as they are written."""
     if low is not None or not {"minimum", "exclusiveMinimum"} & set(schema):
         schema["minimum"] = -LARGEST if low is None else _float_inside(low, up=True)
     if high is not None or not {"maximum", "exclusiveMaximum"} & set(schema):
@@ -49,6 +66,41 @@ def rewrite_numbers(schema: Schema) -> None:
         schema["maximum"] = _INT64_END if is_int64 else LARGEST if high is None else _float_inside(high, up=False)
     if schema.get("minimum", -LARGEST) > schema.get("maximum", LARGEST):
         raise ValueError("no number that a grammar keeps exactly lies between the bounds.")
+
+
+def _is_kept(maximum: int, high: int) -> bool:
+    return maximum == high or (maximum == _INT64_END and high == _INT64_END - 1)
+
+
+def kinds_of(schema: Schema) -> set[str]:
+    """The types that a schema names."""
+    kinds = schema.get("type")
+    return set(kinds) if isinstance(kinds, list) else {kinds} if isinstance(kinds, str) else set()
+
+
+def rewrite_values(schema: Schema) -> None:
+    """Say integers of `const` and `enum` that no float64 holds as ranges, in place, where nothing else is said.
+
+    Raises ValueError for a number, at any depth, that stays and that the library does not hold.
+    """
+    word = "const" if "const" in schema else "enum"
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list) and set(schema) <= {word, "type", EXACT}:
+        large = [value for value in values if isinstance(value, int) and not _is_held(value)]
+        if large and (not kinds_of(schema) or kinds_of(schema) & {"integer", "number"}):
+            rest = [value for value in values if not any(value is other for other in large)]
+            cases: list[Schema] = [_single(value) for value in large]
+            if rest:
+                cases.append({"enum": rest, **({"type": schema["type"]} if "type" in schema else {})})
+            schema.clear()
+            schema.update(cases[0] if len(cases) == 1 else {"anyOf": cases})
+    for word in ("const", "enum"):
+        if word in schema:
+            check_exact(schema[word])
+
+
+def _single(value: int) -> Schema:
+    return {"type": "integer", "minimum": value, "maximum": value}
 
 
 def check_multiples(multiples: Iterable[Any]) -> None:
@@ -72,7 +124,7 @@ def check_multiples(multiples: Iterable[Any]) -> None:
 def check_exact(value: Any) -> None:
     """Raise ValueError for a number, at any depth, that the library does not hold: another would be generated."""
     for number in _numbers_in(value):
-        if abs(number) > 2**53 and (abs(number) > LARGEST or int(float(number)) != number):
+        if not _is_held(number):
             raise ValueError(f"the value {number} is beyond what a grammar keeps exactly.")
 
 
@@ -84,6 +136,10 @@ def check_range(root: Schema) -> None:
     for number in _numbers_in(root):
         if not -LARGEST <= number <= _INT64_END:
             raise ValueError(f"the number {number} is beyond what a grammar keeps.")
+
+
+def _is_held(number: int | float) -> bool:
+    return abs(number) <= 2**53 or (abs(number) <= LARGEST and int(float(number)) == number)
 
 
 def _numbers_in(value: Any) -> Iterator[int | float]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from sempre.engine.frontend.schema_numbers import check_exact, check_multiples, check_range, rewrite_numbers
+from sempre.engine.frontend.schema_numbers import check_multiples, check_range, rewrite_numbers, rewrite_values
 from sempre.engine.frontend.schema_references import References
 
 Schema = dict[str, Any]
@@ -29,6 +29,7 @@ _MOST = {"properties": 1000, "patternProperties": 1000, "required": 1000, "anyOf
 """Most entries of one object, or one list of cases: compiling takes time and memory by the square of their number."""
 COMBINING = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
+KINDS = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
 _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 
 
@@ -165,10 +166,8 @@ def _numbers(schema: Schema, place: str) -> None:
         if isinstance(schema.get(word), float) and schema[word].is_integer():
             schema[word] = int(schema[word])
     try:
+        rewrite_values(schema)
         rewrite_numbers(schema)
-        for word in ("const", "enum"):
-            if word in schema:
-                check_exact(schema[word])
     except ValueError as error:
         raise SchemaRefused(place, str(error)) from None
 

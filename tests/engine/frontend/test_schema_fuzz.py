@@ -130,7 +130,7 @@ def test_what_is_accepted_can_be_followed_at_length(schema: dict[str, Any], defi
 
 
 FATAL = [
-    {"json": {"const": -(2**63)}},
+    {"json": {"const": [-(2**63)]}},
     {"json": {"const": -9.3e18}},
     {"json": {"type": "integer", "enum": [-1e300, 4]}},
     # reached by a reference that only the library resolves
@@ -138,7 +138,7 @@ FATAL = [
         "json": {
             "$id": "https://example.com/r",
             "$ref": "https://example.com/r#/x/y",
-            "x": {"y": {"const": -(2**63)}},
+            "x": {"y": {"const": [-(2**63)]}},
         }
     },
     {"grammar": 'start: %json {"const": -9223372036854775808}'},

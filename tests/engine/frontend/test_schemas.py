@@ -148,8 +148,8 @@ BIG = 2**53 + 1
         ({"$id": "https://example.com/a/b", "$ref": "c#/$defs/d", "$defs": {
             "d": {"type": "null"}, "e": {"$id": "c", "$defs": {"d": {"type": "integer", "minimum": BIG}}}}},
          [BIG + 1], [BIG - 1, None]),
-        ({"$ref": "urn:of:ours", "$defs": {"d": {"type": "null"}, "e": {"$id": "urn:of:ours", "$ref": "#/$defs/d", "$defs":
-          {"d": {"type": "boolean"}}}}}, [True], [None]),
+        ({"$ref": "urn:of:us", "$defs": {"d": {"type": "null"}, "e": {
+            "$id": "urn:of:us", "$ref": "#/$defs/d", "$defs": {"d": {"type": "boolean"}}}}}, [True], [None]),
         ({"$ref": "c", "$defs": {"e": {"$id": "c", "type": "array", "items": {"$ref": "#f"}, "$defs": {"g": {
             "$anchor": "f", "type": "string", "format": "phone"}}}}}, [["a"]], [[1]]),
         ({"$ref": "#/items/0", "items": [{"type": "string"}]}, ["a"], [1]),
@@ -164,6 +164,95 @@ def test_what_a_schema_means(schema: dict[str, Any], inside: list[Any], outside:
     assert not any(accepts(schema, value) for value in outside)
 
 
+U64 = {"type": "integer", "minimum": 0, "maximum": 2**64 - 1}
+OVER = {"type": "integer", "minimum": BIG}
+
+
+@pytest.mark.parametrize("max_tokens", [200, 10**6])
+@pytest.mark.parametrize(
+    ("schema", "inside", "outside"),
+    [
+        ({"type": "integer", "minimum": BIG, "maximum": BIG}, [BIG], [BIG - 1, BIG + 1]),
+        ({"type": "integer", "minimum": 2**63}, [2**63, 2**63 + 1], [2**63 - 1]),
+        ({"type": "integer", "exclusiveMinimum": -BIG - 1, "exclusiveMaximum": BIG + 1}, [-BIG, BIG, 0],
+         [-BIG - 1, BIG + 1]),
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, [-(2**63), 2**63 - 1],
+         [-(2**63) - 1, 2**63]),
+        (U64, [0, 2**63, 2**64 - 1], [-1, 2**64]),
+        ({**U64, "x-exact-range": {"low": "7", "high": "8"}}, [0, 9], [-1]),
+        ({"const": -(2**63)}, [-(2**63)], [-(2**63) + 1]),
+        ({"type": "integer", "const": BIG}, [BIG], [BIG - 1, BIG + 1]),
+        ({"enum": [BIG, 1, None]}, [BIG, 1, None], [BIG - 1, BIG + 1, 2]),
+        ({"type": ["integer", "null"], "minimum": BIG}, [BIG, None], [BIG - 1, 0]),
+        ({"type": "number", "minimum": BIG}, [BIG, BIG + 1], [BIG - 1, 0.5]),
+        ({"minimum": BIG}, [BIG, "a", [1], {"b": 1}, None, True], [BIG - 1]),
+        ({"type": "integer", "minimum": BIG, "maximum": 2**62, "multipleOf": 3}, [BIG, BIG + 3, 2**62 - 1],
+         [BIG + 1, BIG - 3]),
+        ({"type": "object", "properties": {"a": U64, "b": {"type": "string"}, "c": OVER}, "required": ["a"]},
+         [{"a": 2**64 - 1}, {"a": 1, "b": "x", "c": BIG}, {"a": 1, "c": BIG}],
+         [{"a": 2**64}, {"b": "x"}, {"a": 1, "c": BIG - 1}]),
+        ({"type": "object", "properties": {"a": U64}}, [{}, {"a": 2**64 - 1}], [{"a": -1}]),
+        ({"type": "object", "properties": {"a": U64, "b": False}, "required": ["a"], "additionalProperties": True},
+         [{"a": 2**64 - 1}, {"a": 5, "c": [1]}, {"a": 5, "aa": 1}], [{"a": 2**64}, {"a": 5, "b": 1}, {"c": 1}]),
+        ({"type": "object", "properties": {"a": U64, "b": U64}, "additionalProperties": U64},
+         [{}, {"b": 2**64 - 1}, {"a": 1, "b": 2, "c": 2**64 - 1}], [{"b": 2**64}, {"a": 1, "b": 2, "c": 2**64}]),
+        ({"type": "object", "properties": {"a": U64, "b": {"$ref": "#/properties/a"}}, "additionalProperties": U64},
+         [{"b": 1}, {"a": 1, "b": 2, "c": 3}], [{"b": -1}, {"a": 1, "b": 2, "c": 2**64}]),
+        ({"type": "object", "additionalProperties": U64}, [{}, {"x": 2**64 - 1, "y": 0}], [{"x": 2**64}]),
+        ({"type": "object", "additionalProperties": U64, "minProperties": 1, "maxProperties": 2},
+         [{"x": 2**64 - 1}, {"x": 1, "y": 2**64 - 1}], [{}, {"x": 1, "y": 1, "z": 1}]),
+        ({"type": "array", "items": U64}, [[], [2**64 - 1, 2]], [[2**64]]),
+        ({"type": "array", "items": U64, "minItems": 1, "maxItems": 2}, [[1], [2**64 - 1, 2]], [[], [1, 2, 3]]),
+        ({"type": "array", "prefixItems": [{"type": "string"}, U64], "items": False}, [[], ["a"], ["a", 2**64 - 1]],
+         [[2**64 - 1], ["a", 2**64], ["a", 1, 1]]),
+        ({"type": "array", "prefixItems": [{"type": "string"}, U64], "minItems": 2}, [["a", 2**64 - 1]], [["a"], []]),
+        ({"anyOf": [{"type": "null"}, {"$ref": "#/$defs/u"}], "$defs": {"u": U64}}, [None, 2**64 - 1], [2**64]),
+        ({"type": "object", "properties": {"v": U64, "next": {"$ref": "#"}}, "required": ["v"]},
+         [{"v": 2**64 - 1, "next": {"v": 3, "next": {"v": 2**64 - 1}}}], [{"v": 1, "next": {}}]),
+    ],
+)  # fmt: skip
+def test_numbers_of_any_size_are_exact(
+    schema: dict[str, Any], inside: list[Any], outside: list[Any], max_tokens: int
+) -> None:
+    assert [value for value in inside if not accepts(schema, value, max_tokens)] == []
+    assert [value for value in outside if accepts(schema, value, max_tokens)] == []
+
+
+def test_white_space_about_exact_numbers() -> None:
+    schema = {"type": "object", "properties": {"a": U64, "b": {"type": "array"}}, "required": ["a"]}
+    assert accepts_text(schema, '{ "a" :\n\n1 , "b": [ 1 , 2 ] }')
+    assert not accepts_text(schema, '{   "a":1}')
+    assert not accepts_text(schema, '{ "a":1}', disable_any_whitespace=True)
+    assert accepts_text(schema, '{"a":1,"b":[1,2]}', disable_any_whitespace=True)
+    assert accepts_text(schema, '{     "a":1}', whitespace_pattern=" {5}")
+    spaced = {**schema, "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
+    assert accepts_text(spaced, '{"a": 1, "b": [1, 2]}')
+    assert not accepts_text(spaced, '{"a":1}')
+
+
+def test_bounds_beyond_float64_in_random_places() -> None:
+    generator = random.Random(3)
+    for _ in range(40):
+        power = generator.choice([54, 60, 63, 64, 80])
+        low, high = sorted(generator.choice([-1, 1]) * generator.randrange(2**53, 2**power) for _ in range(2))
+        schema: dict[str, Any] = {"type": "integer", "minimum": low, "maximum": high}
+        depth = generator.randrange(3)
+        wraps = [generator.choice(["array", "object", "anyOf"]) for _ in range(depth)]
+        for wrap in wraps:
+            if wrap == "array":
+                schema = {"type": "array", "items": schema}
+            elif wrap == "object":
+                schema = {"type": "object", "properties": {"k": schema}}
+            else:
+                schema = {"anyOf": [{"type": "boolean"}, schema]}
+        for end, step in ((low, -1), (high, 1)):
+            for value, is_inside in ((end, True), (end - step, True), (end + step, False)):
+                whole: Any = value
+                for wrap in wraps:
+                    whole = [whole] if wrap == "array" else {"k": whole} if wrap == "object" else whole
+                assert accepts(schema, whole) == is_inside, (schema, whole)
+
+
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
@@ -173,7 +262,7 @@ def test_what_a_schema_means(schema: dict[str, Any], inside: list[Any], outside:
         ({"$ref": "#/$defs/a", "$defs": {"a": False}}, "schema is false"),
         ({"$ref": "other.json"}, "other.json"),
         ({"$ref": "c", "$defs": {"e": {"$id": "c", "$ref": "#/$defs/e"}}}, "Resource 'json-schema:///c'"),
-        ({"const": BIG}, f"the value {BIG} is beyond"),
+        ({"const": [BIG]}, f"the value {BIG} is beyond"),
         ({"enum": [[{"a": 10**30}]]}, "is beyond"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"type": "any"}, "type must be one of"),
@@ -183,7 +272,9 @@ def test_what_a_schema_means(schema: dict[str, Any], inside: list[Any], outside:
         ),
         ({"if": {"required": ["a"]}, "then": {"required": ["b"]}}, "if: no grammar keeps it"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "greater than maximum"),
-        ({"type": "integer", "minimum": 2**63}, "beyond what a grammar keeps"),
+        ({"type": "integer", "minimum": BIG + 1, "maximum": BIG}, f"minimum {BIG + 1} is greater than maximum {BIG}"),
+        ({"type": "integer", "minimum": 2**63, "multipleOf": 3}, "beyond what a grammar keeps"),
+        ({"allOf": [{"type": "integer", "minimum": 2**63}, {"type": "integer"}]}, "beyond what a grammar keeps"),
         ({"type": "integer", "minimum": "5"}, "minimum must be a number"),
         ({"properties": {"a": 5}}, "refused"),
         ({"allOf": 5}, "refused"),
