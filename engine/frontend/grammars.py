@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from sempre.engine.frontend.byte_tokenizer import byte_tokenizer
 from sempre.engine.frontend.grammar_errors import expression_reason, reason
 from sempre.engine.frontend.json_forms import json_forms
+from sempre.engine.frontend.schema_lark import MAX_TRANSLATED_CHARACTERS
 from sempre.engine.frontend.schema_numbers import check_range
 from sempre.engine.frontend.schemas import SchemaRefused
 from sempre.engine.parsing.reasoning import END, START, PromptReasoning
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 MAX_GRAMMAR_BYTES = 128 * 1024
 """Most UTF-8 bytes of a schema, expression, grammar, or all choices."""
-MAX_TRANSLATED_CHARACTERS = 256 * 1024
-"""Most characters of what is made of it; compiling the largest takes seconds and some tens of megabytes."""
 
 # A server checks a large grammar in a thread, so that building the request finds it here.
 _MOST_BUILT = 64

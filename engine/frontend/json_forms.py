@@ -35,7 +35,8 @@ def json_forms(params: StructuredOutputsParams, max_tokens: int) -> list[dict[st
         if not has_exact_numbers(form):
             bodies.append({"json_schema": form})
             continue
-        with suppress(NotKept, NothingFits):
+        # what is no valid schema, or too deep, the library names
+        with suppress(NotKept, NothingFits, TypeError, AttributeError, ValueError, RecursionError):
             bodies.append({"lark_grammar": lark_of(form, form["x-guidance"])})
         if needs_exact_numbers(form) is None:
             bodies.append({"json_schema": without_marks(form)})

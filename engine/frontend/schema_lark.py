@@ -24,6 +24,8 @@ _OF_STRINGS = {"minLength", "maxLength", "pattern", "format"}
 _ASIDE = {"$defs", "definitions", "x-guidance"}
 _NAME = r'/"([^"\\\x00-\x1F\x7F]|\\["\\bfnrt])*"/'
 """A name in the one way in which it is compared: characters that need no escape have none."""
+MAX_TRANSLATED_CHARACTERS = 256 * 1024
+"""Most characters of what is made of a form; compiling the largest takes seconds and some tens of megabytes."""
 _MOST_LISTED = 1100
 """Most numbers at an end of a range that are listed one by one; between two float64 in int64 are 1,024."""
 
@@ -81,6 +83,8 @@ class _Rules:
     def __init__(self, root: Schema, options: Schema) -> None:
         self._root = root
         self._options = options
+        self._special = self._find_special()
+        self._size = 0
         self._names: dict[int, str] = {}
         self._named: list[Schema] = []
         """Keeps alive what is known by its identity."""
@@ -142,19 +146,36 @@ class _Rules:
 
     def _is_special(self, schema: Schema) -> bool:
         """Whether exact numbers are inside, or in what is referred to."""
-        pending: list[Any] = [schema]
+        return _is_exact(schema) or any(id(node) in self._special for node in self._parts_of(schema))
+
+    def _parts_of(self, schema: Schema) -> list[Any]:
+        parts = [child for path, child in subschemas(schema) if path.partition("/")[0] not in _ASIDE]
+        return [*parts, target_of(self._root, schema["$ref"])] if isinstance(schema.get("$ref"), str) else parts
+
+    def _find_special(self) -> set[int]:
+        """The schemas at or in which exact numbers are, by identity."""
+        users: dict[int, list[int]] = {}
+        pending: list[Any] = [self._root]
+        found: list[int] = []
         seen: set[int] = set()
         while pending:
             node = pending.pop()
             if not isinstance(node, dict) or id(node) in seen:
                 continue
             seen.add(id(node))
-            if EXACT in node and (kinds_of(node) & {"integer", "number"} or not kinds_of(node)):
-                return True
-            pending += [child for path, child in subschemas(node) if path.partition("/")[0] not in _ASIDE]
-            if isinstance(node.get("$ref"), str):
-                pending.append(target_of(self._root, node["$ref"]))
-        return False
+            if _is_exact(node):
+                found.append(id(node))
+            parts = self._parts_of(node)
+            for part in parts:
+                users.setdefault(id(part), []).append(id(node))
+            pending += parts
+        special: set[int] = set()
+        while found:
+            at = found.pop()
+            if at not in special:
+                special.add(at)
+                found += users.get(at, ())
+        return special
 
     def _leaf(self, schema: Schema) -> str:
         """The library's own reading, with a copy of all that is referred to."""
@@ -180,7 +201,12 @@ class _Rules:
             pending += [child for _, child in subschemas(node)]
         if definitions:
             made["$defs"] = definitions
-        return f"%json {json.dumps({**made, 'x-guidance': self._options})}"
+        text = f"%json {json.dumps({**made, 'x-guidance': self._options})}"
+        self._size += len(text)
+        if self._size > MAX_TRANSLATED_CHARACTERS:
+            # what is referred to is copied for every rule
+            raise NotKept
+        return text
 
     def _of_kind(self, schema: Schema, kind: str) -> str:
         def own(words: set[str]) -> Schema:
@@ -289,6 +315,10 @@ class _Rules:
             first = self._add(f"{rule} {after}" + ("" if is_required else f" | {absent[0]}"))
             after = self._add(f"COMMA {rule} {after}" + ("" if is_required else f" | {absent[1]}"))
         return first
+
+
+def _is_exact(schema: Schema) -> bool:
+    return EXACT in schema and (not kinds_of(schema) or bool(kinds_of(schema) & {"integer", "number"}))
 
 
 def _copy(schema: Schema) -> Schema:

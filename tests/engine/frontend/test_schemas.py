@@ -230,6 +230,31 @@ def test_white_space_about_exact_numbers() -> None:
     assert not accepts_text(spaced, '{"a":1}')
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x-guidance": 5},
+        {"x-guidance": {"item_separator": 5}},
+        {"prefixItems": "ab"},
+        {"required": 5},
+        {"minProperties": "a"},
+        {"patternProperties": {"(": {}}, "additionalProperties": False},
+    ],
+)
+def test_what_is_no_schema_about_exact_numbers_is_refused(wrong: dict[str, Any]) -> None:
+    kind = "array" if "prefixItems" in wrong else "object"
+    schema = {"type": kind, "items": U64, "properties": {"a": U64}, **wrong}
+    with pytest.raises(RequestError, match=r"structured_outputs\.json is refused: "):
+        grammar_of(schema)
+
+
+def test_copies_for_exact_numbers_are_bounded() -> None:
+    large = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(900)}}
+    properties = {f"k{i}": {"$ref": "#/$defs/large"} for i in range(900)}
+    schema = {"type": "object", "properties": {**properties, "a": U64}, "$defs": {"large": large}}
+    assert "json_schema" in json.loads(grammar_of(schema))["grammars"][0]
+
+
 def test_bounds_beyond_float64_in_random_places() -> None:
     generator = random.Random(3)
     for _ in range(40):
