@@ -20,10 +20,10 @@ from sempre.engine.frontend.engine_base import EngineBase
 from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, log_progress, worker_call
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.pacing import Pace, Pacer
+from sempre.engine.frontend.progress import StartupNotice
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import check_refused
-from sempre.engine.frontend.startup_notice import StartupNotice
 from sempre.engine.frontend.unsupported import refuse_values
 from sempre.engine.health import EngineHealth, judge, unhealthy
 from sempre.engine.metrics import Metric

@@ -1,10 +1,14 @@
-"""The frozen configuration of an engine: the one source for Python keywords, CLI flags, documents and fingerprint."""
+"""The frozen configuration of an engine: the one source for Python keywords, CLI flags, documents and fingerprint.
+
+It travels to the coordinator as JSON.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
+import msgspec
 from msgspec import Meta, Struct
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -13,6 +17,7 @@ Numerics = Literal["invariant", "control"]
 SpeculativeMethod = Literal["ngram", "suffix", "draft_model"]
 Quantization = Literal["fp8", "fp8_weight_only"]
 Device = Literal["auto", "cpu", "cuda"]
+T = TypeVar("T")
 
 
 def _doc(text: str) -> Meta:
@@ -87,3 +92,24 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         int, _doc("a request at work in this many crashes of a worker fails; alone after the first of them")
     ] = 3
     max_message_bytes: Annotated[int, _doc("largest frame accepted on a socket")] = 256 * 1024 * 1024
+
+
+def encode_json(value: msgspec.Struct) -> bytes:
+    return msgspec.json.encode(value, enc_hook=_encode_path)
+
+
+def decode_json(data: bytes, kind: type[T]) -> T:
+    """Raises msgspec.ValidationError naming the field that does not fit."""
+    return msgspec.json.decode(data, type=kind, dec_hook=_decode_path)
+
+
+def _encode_path(value: object) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(f"{type(value).__name__} has no JSON form")
+
+
+def _decode_path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError(f"{kind.__name__} has no JSON form")

@@ -22,11 +22,10 @@ from sempre.engine.frontend.frontend import (
     worker_call,
 )
 from sempre.engine.frontend.output_processor import RequestState
-from sempre.engine.frontend.progress import GenerationProgress, UseTqdm
+from sempre.engine.frontend.progress import GenerationProgress, StartupNotice, UseTqdm
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import Session
-from sempre.engine.frontend.startup_notice import StartupNotice
 from sempre.engine.frontend.unsupported import refuse_values
 from sempre.engine.metrics import Metric
 from sempre.engine.outputs import RequestOutput, ScoringOutput

@@ -1,10 +1,13 @@
-"""What form an output must have: a JSON schema, any JSON object, a regular expression, a choice or a grammar."""
+"""What form an output must have: a JSON schema, any JSON object, a regular expression, a choice or a grammar.
+
+`structured_outputs_config` holds for every form that does not say otherwise itself.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sempre.engine.near_names import near_name
@@ -18,6 +21,17 @@ _FLAGS = (
     "disable_fallback",
     "after_reasoning",
 )
+# members that ask for what is done anyway: one library reads all forms, and none but it
+_ANYWAY: dict[str, tuple[object, ...]] = {
+    "backend": ("auto", "guidance"),
+    "disable_fallback": (True, False),
+    "enable_in_reasoning": (False,),
+    "reasoning_parser": ("",),
+    "reasoning_parser_plugin": ("",),
+}
+# members that become defaults of a form, as far as forms have them
+_DEFAULT_FLAGS = ("disable_any_whitespace", "disable_additional_properties")
+CONFIG_MEMBERS = (*_ANYWAY, *_DEFAULT_FLAGS, "whitespace_pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,3 +146,32 @@ def _choices(value: object) -> list[str]:
     if not choices or "" in choices:
         raise _refusal("choice", value, f"must hold strings that are not empty, at least one, got {value!r}.")
     return list(dict.fromkeys(choices))
+
+
+def structured_outputs_defaults(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the members of StructuredOutputsParams that `config` sets. Raises ConfigError naming a member."""
+    defaults: dict[str, Any] = {}
+    for name, value in (config or {}).items():
+        shown = f"structured_outputs_config.{name}"
+        if name in _DEFAULT_FLAGS or name == "whitespace_pattern":
+            if not isinstance(value, bool if name in _DEFAULT_FLAGS else str | None):
+                expected = "True or False" if name in _DEFAULT_FLAGS else "a string or None"
+                raise ConfigError(f"{shown} must be {expected}, got {value!r}.", parameter=shown, value=value)
+            defaults[name] = value
+        elif name not in CONFIG_MEMBERS:
+            near = near_name(name, CONFIG_MEMBERS)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise ConfigError(f"structured_outputs_config has no member {name!r}.{hint}", parameter=shown, value=value)
+        elif not any(type(value) is type(same) and value == same for same in _ANYWAY.get(name, (False, None))):
+            raise ConfigError(f"{shown}={value!r} is not supported by this engine. Leave it out.", parameter=shown)
+    return defaults
+
+
+def with_defaults(form: StructuredOutputsParams, defaults: Mapping[str, Any]) -> StructuredOutputsParams:
+    """Return `form` with `defaults` where it says nothing itself; all of them are about JSON."""
+    if form.json is None and not form.json_object:
+        return form
+    changes = {name: value for name, value in defaults.items() if getattr(form, name) is None}
+    if form.disable_any_whitespace:
+        changes.pop("whitespace_pattern", None)
+    return replace(form, **changes) if changes else form

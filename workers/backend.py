@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from sempre.ipc.messages import ExecuteStep, SampledTokens, WorkerConfig
-from sempre.workers.device_speed import DeviceSpeed
+from sempre.workers.device import DeviceSpeed
 from sempre.workers.guessing import Guesser
 from sempre.workers.kv_cache import PagedKvCache, block_bytes
 from sempre.workers.models.decoder import DecoderWeights

@@ -13,7 +13,7 @@ from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.linear.cpu import ROW_BLOCK
 from sempre.kernels.threads import set_num_threads, settle_threads
 from sempre.workers.backend import Compilation, LoadedModel, ModelOutline, Runner
-from sempre.workers.device_speed import DeviceSpeed
+from sempre.workers.device import DeviceSpeed
 from sempre.workers.fingerprint import fingerprint_parts
 from sempre.workers.guessing import StepGuesser
 from sempre.workers.kv_cache import BLOCK_SIZE, PagedKvCache, available_blocks

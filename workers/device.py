@@ -1,10 +1,15 @@
-"""Which device a worker computes on."""
+"""Which device a worker computes on, and how long steps may be expected to take there."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from sempre.ipc.errors import ConfigError
+from sempre.ipc.messages import StepCosts
+from sempre.workers.models.decoder import DecoderWeights
+from sempre.workers.models.spec import ModelSpec
 
 
 def resolve_device(name: str, rank: int) -> torch.device:
@@ -32,3 +37,29 @@ def resolve_device(name: str, rank: int) -> torch.device:
             value=name,
         )
     return torch.device("cuda", rank)
+
+
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """Constants, not measured at start-up: the number of guesses must not vary from start to start."""
+
+    step_seconds: float
+    """of a decode step of one sequence, whatever the model"""
+    layer_seconds: float
+    """each layer's, whatever its size"""
+    bytes_per_second: float
+    """of weights"""
+    row_share: float
+    """one row more, in steps"""
+    result_seconds: float
+    """between a step's result and the next step, where that follows from it"""
+
+    def decode_seconds(self, spec: ModelSpec, weights: DecoderWeights) -> float:
+        """A decode step of one sequence."""
+        return self.step_seconds + self.layer_seconds * spec.num_layers + weights.nbytes / self.bytes_per_second
+
+    def costs(self, step_seconds: float, guess_seconds: float = 0.0) -> StepCosts:
+        """Of steps of a model, and of guesses of a draft model beside it."""
+        return StepCosts(
+            step=step_seconds, row=self.row_share * step_seconds, result=self.result_seconds, guess=guess_seconds
+        )

@@ -19,9 +19,8 @@ from sempre.kernels.attention import allocate_kv_cache, paged_attention
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
 from sempre.kernels.norms import add_rms_norm, rms_norm
 from sempre.kernels.rope import cos_sin_table
-from sempre.workers.models.decoder import DecoderWeights
+from sempre.workers.models.decoder import DecoderWeights, rotate_and_write
 from sempre.workers.models.numerics import LinearKernel, Packed
-from sempre.workers.models.rotation import rotate_and_write
 from sempre.workers.models.spec import ModelSpec
 from sempre.workers.tensor_source import CPU
 

@@ -15,7 +15,7 @@ from sempre.engine.cli.parser import UsageError
 from sempre.engine.config import EngineConfig
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.sizes import read_size
-from sempre.engine.structured_outputs_config import MEMBERS
+from sempre.engine.structured_outputs import CONFIG_MEMBERS
 from sempre.engine.vllm_settings import VLLM_KEYWORDS
 
 SAMPLING_SEED = "sampling_seed"
@@ -52,7 +52,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, without: Collection[str
     for name, hint in SHORT_SPECULATION.items():
         _add_flag(group, name, hint, "default: none")
     add_vllm_flags(parser, {name: values for name, values in VLLM_KEYWORDS.items() if name not in without})
-    for member in MEMBERS:
+    for member in CONFIG_MEMBERS:
         name = f"{_NESTED}.{member}"
         keywords: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         parser.add_argument(*_flags(name), type=_json_or_text, nargs="?", const=True, **keywords)
@@ -103,7 +103,7 @@ def add_sampling_flags(
 def engine_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
     """Return the engine keywords that were given."""
     values = config_values(namespace, EngineConfig) | config_values(namespace, FrontendConfig)
-    nested = given_values(namespace, [f"{_NESTED}.{member}" for member in MEMBERS])
+    nested = given_values(namespace, [f"{_NESTED}.{member}" for member in CONFIG_MEMBERS])
     if nested:
         members = {name.removeprefix(f"{_NESTED}."): value for name, value in nested.items()}
         values[_NESTED] = {**(values.get(_NESTED) or {}), **members}

@@ -47,7 +47,7 @@ def run(namespace: argparse.Namespace) -> int:
     given = sampling_keywords(namespace)
     SamplingParams(**{"max_tokens": None, **given})
     if namespace.url is not None:
-        from sempre.engine.cli.remote.chat import RemoteChat, refuse_engine_flags
+        from sempre.engine.cli.remote.answers import RemoteChat, refuse_engine_flags
         from sempre.engine.cli.remote.connection import Server
 
         refuse_engine_flags(namespace)

@@ -61,7 +61,7 @@ def run(namespace: argparse.Namespace) -> int:
     lines = seeded(read_lines(Path(namespace.input_file)), settings.get("seed", 0))
     with open(namespace.output_file, "w", encoding="utf-8") as output:
         if namespace.url is not None:
-            from sempre.engine.cli.remote.chat import refuse_engine_flags
+            from sempre.engine.cli.remote.answers import refuse_engine_flags
 
             refuse_engine_flags(namespace)
             address = Address(base_url(namespace.url), None, headers_for(namespace.api_key))

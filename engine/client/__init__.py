@@ -6,8 +6,7 @@ inproc.py          coordinator's core and worker in this process (multiprocessin
 asynchronous.py    the same two for asyncio
 engine_process.py  start, watch and end of the coordinator process
 ledger.py          what a coordinator owes: enough to have another one go on
-worker_watch.py    whether the workers of a coordinator that died are gone
-vigil.py           silence of the coordinator
+watch.py           silence of the coordinator, and whether the workers of one that died are gone
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ import os
 from dataclasses import dataclass
 
 from sempre.engine.child_process import ChildProcess, child_environment
-from sempre.engine.config import EngineConfig
-from sempre.engine.config_json import encode_json
+from sempre.engine.config import EngineConfig, encode_json
 from sempre.engine.coordinator.process import CoordinatorArguments
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import restore

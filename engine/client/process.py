@@ -17,8 +17,7 @@ from sempre.engine.client.engine_process import EngineProcess, ProcessOptions, c
 from sempre.engine.client.interface import ProgressCallback
 from sempre.engine.client.interrupts import allowed
 from sempre.engine.client.ledger import Ledger
-from sempre.engine.client.vigil import Vigil
-from sempre.engine.client.worker_watch import WorkerWatch
+from sempre.engine.client.watch import Vigil, WorkerWatch
 from sempre.engine.config import EngineConfig
 from sempre.engine.restart_budget import RestartBudget
 from sempre.ipc.channel import PeerBase, PeerChannel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sempre.engine.observations import Observations
+from sempre.engine.metrics import Observations
 from sempre.engine.scheduling import SchedulerStats
 
 _NAMES = {

@@ -18,8 +18,7 @@ from pathlib import Path
 import zmq
 from msgspec import Struct
 
-from sempre.engine.config import EngineConfig
-from sempre.engine.config_json import decode_json
+from sempre.engine.config import EngineConfig, decode_json
 from sempre.engine.executor.drafts import LocalDraftHost
 from sempre.engine.executor.local import LocalExecutor
 from sempre.ipc.channel import HubChannel

@@ -6,5 +6,5 @@ request_builder.py   prompt and SamplingParams → the coordinator's requests, s
 output_processor.py  the coordinator's deltas → RequestOutput: text, stop strings, n
 logprobs.py          packed log-probabilities → dictionaries
 session.py           the synchronous conversation with the coordinator
-deadline.py, progress.py, startup_notice.py
+progress.py          what a person at a terminal sees meanwhile
 """

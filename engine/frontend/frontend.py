@@ -1,7 +1,12 @@
-"""What `LLM` and `AsyncLLM` share: from the user's words to requests, and from deltas to outputs."""
+"""What `LLM` and `AsyncLLM` share: from the user's words to requests, and from deltas to outputs.
+
+The fingerprint is one short name for everything, besides seed and request, that an output depends on.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from sempre.engine.arguments import Arguments
-from sempre.engine.fingerprint import fingerprint_digest, fingerprint_parts
 from sempre.engine.frontend.limits import RequestLimits
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
 from sempre.engine.frontend.prompts import TokensPrompt
@@ -17,18 +21,22 @@ from sempre.engine.frontend.request_builder import RequestBuilder
 from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.near_names import near_name
 from sempre.engine.sampling_params import SamplingParams
-from sempre.engine.structured_outputs_config import structured_outputs_defaults
+from sempre.engine.structured_outputs import structured_outputs_defaults
 from sempre.engine.text.absent_tokenizer import AbsentTokenizer
 from sempre.engine.text.messages import ContentFormat
 from sempre.engine.text.tokenizer import Tokenizer
+from sempre.engine.version import __version__
 from sempre.ipc.codec import UNSEQUENCED, FrameEncoder
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, ModelError, RequestCrashed, RequestError, SempreError
 from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, MetricsReply, StartupProgress
 from sempre.ipc.model_files import read_json_object, read_text
 
-logger = logging.getLogger(__name__)
+DIGEST_LENGTH = 16
 
+# parts that no bit depends on, as tests show: they are told, and are not in the digest
+ENVIRONMENT = ("graphs", "threads")
+logger = logging.getLogger(__name__)
 # generation_config.json's name → ours
 _GENERATION_FIELDS = {
     "repetition_penalty": "repetition_penalty",
@@ -38,6 +46,21 @@ _GENERATION_FIELDS = {
     "min_p": "min_p",
     "max_new_tokens": "max_tokens",
 }
+
+
+def fingerprint_parts(worker_parts: Mapping[str, str]) -> dict[str, str]:
+    """Return the workers' parts and the engine version, sorted by name.
+
+    Workers name weights content, dtype, numerics profile, threads, architecture and library versions.
+    """
+    return dict(sorted({**worker_parts, "engine": __version__}.items()))
+
+
+def fingerprint_digest(parts: Mapping[str, str]) -> str:
+    """Return the first 16 hex digits of the SHA-256 over the sorted parts but ENVIRONMENT as compact JSON (UTF-8)."""
+    deciding = {name: value for name, value in parts.items() if name not in ENVIRONMENT}
+    canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 class Frontend:

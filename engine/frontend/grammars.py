@@ -6,11 +6,11 @@ import json
 import logging
 import re
 import threading
-from typing import NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
-from sempre.engine.frontend.byte_tokenizer import byte_tokenizer
 from sempre.engine.frontend.grammar_errors import expression_reason, reason
 from sempre.engine.frontend.json_forms import json_forms
 from sempre.engine.frontend.schema_lark import MAX_TRANSLATED_CHARACTERS
@@ -22,6 +22,10 @@ from sempre.engine.structured_outputs import StructuredOutputsParams
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
 from sempre.ipc.messages import ReasoningSpec, SamplingSpec
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ _BODY = "body"
 _SPACE = r"/[ \n\r\t]{0,4}/"
 # any bytes without the end tag, also those that are no UTF-8
 _THOUGHTS = rf"~/(?s:.*){re.escape(END).replace('/', chr(92) + '/')}(?s:.*)/"
+_END = 256
 
 
 class GrammarBuilder:
@@ -277,3 +282,23 @@ def _checked_lark(grammar: str, field: str) -> str:
 def _escaped(text: str) -> str:
     """As a regular expression between slashes."""
     return re.escape(text).replace("/", r"\/").replace("\n", r"\n")
+
+
+class _Bytes:
+    """The interface that llguidance asks of a tokenizer."""
+
+    eos_token_id = _END
+    bos_token_id = None
+    special_token_ids = (_END,)
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return list(text if isinstance(text, bytes) else text.encode())
+
+
+@cache
+def byte_tokenizer() -> LLTokenizer:
+    """Return the one tokenizer; making it takes milliseconds."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    return LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=_END + 1, eos_token=[_END])

@@ -11,7 +11,7 @@ from sempre.engine.frontend.limits import RequestLimits
 from sempre.engine.parameter_checks import shown
 from sempre.engine.parsing.reasoning import PromptReasoning
 from sempre.engine.sampling_params import SamplingParams
-from sempre.engine.structured_outputs_config import with_defaults
+from sempre.engine.structured_outputs import with_defaults
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
 from sempre.ipc.messages import SamplingSpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -12,7 +13,6 @@ from typing import TypeVar
 from sempre.engine.client import EngineClient
 from sempre.engine.client.interrupts import held
 from sempre.engine.client.ledger import frames
-from sempre.engine.frontend.deadline import Deadline
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.ipc.error_info import restore
@@ -131,3 +131,20 @@ def check_refused(event: ClientEvent) -> None:
         logger.warning("%s", event.message)
     if isinstance(event, Refused):
         raise restore(event.error) or ProtocolError(f"{event.error.type}: {event.error.message}")
+
+
+class Deadline:
+    """`timeout_s` seconds from now; None is never."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._timeout_s = timeout_s
+        self._end = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def remaining_s(self, what: str) -> float | None:
+        """Return the seconds left, None without a deadline. Raises TimeoutError that says `what` when it has passed."""
+        if self._end is None:
+            return None
+        left = self._end - time.monotonic()
+        if left <= 0.0:
+            raise TimeoutError(f"{what} within {self._timeout_s} s")
+        return left

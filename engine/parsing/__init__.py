@@ -1,7 +1,6 @@
 """What a model's text means: reasoning, content and tool calls, piece by piece while it is generated.
 
     pieces.py        what a parser yields, and the message that they make up
-    tags.py          text that may be the beginning of a tag
     reasoning.py     ReasoningSplitter: <think> … </think>
     call_scanner.py  CallScanner: one JSON object that names a function and its arguments
     tool_calls.py    HermesParser, Llama3JsonParser, and the parsers of enforced calls

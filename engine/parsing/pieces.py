@@ -1,4 +1,4 @@
-"""What a parser yields, and the message that the pieces make up."""
+"""What a parser yields, and the message that the pieces make up; text that may be the beginning of a tag."""
 
 from __future__ import annotations
 
@@ -81,3 +81,11 @@ def assemble(pieces: Iterable[Piece]) -> ParsedMessage:
             case Arguments(index, text):
                 message.tool_calls[index].arguments += text
     return message
+
+
+def split_before_tag(text: str, tag: str) -> tuple[str, str]:
+    """(certain, undecided): `text`, which does not hold `tag`, cut where more text could make it one."""
+    for size in range(min(len(tag) - 1, len(text)), 0, -1):
+        if text.endswith(tag[:size]):
+            return text[:-size], text[-size:]
+    return text, ""

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from sempre.engine.parsing.pieces import Content, Piece, Reasoning
-from sempre.engine.parsing.tags import split_before_tag
+from sempre.engine.parsing.pieces import Content, Piece, Reasoning, split_before_tag
 
 if TYPE_CHECKING:
     from sempre.engine.text.tokenizer import Tokenizer

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from sempre.engine.parsing.call_scanner import CallScanner
-from sempre.engine.parsing.pieces import Arguments, CallStart, Content, Piece
-from sempre.engine.parsing.tags import split_before_tag
+from sempre.engine.parsing.pieces import Arguments, CallStart, Content, Piece, split_before_tag
 
 # Behind an object: white space, and closing brackets that it does not need.
 _NOTHING = " \t\r\n}]"

@@ -14,7 +14,6 @@ from starlette.responses import Response
 
 from sempre.engine.outputs import CompletionOutput, RequestOutput
 from sempre.engine.server.body import read_model
-from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
@@ -28,6 +27,7 @@ from sempre.engine.server.responses import (
     ChatCompletionResponse,
     ChatDelta,
     ChatLogprobs,
+    ChunkEncoder,
 )
 from sempre.engine.server.service import Service
 from sempre.engine.server.structure import blame_on

@@ -11,14 +11,13 @@ from starlette.responses import Response
 
 from sempre.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from sempre.engine.server.body import read_model
-from sempre.engine.server.chunks import ChunkEncoder
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
 from sempre.engine.server.parameters import apply_server_defaults, check_model, completion_parameters
 from sempre.engine.server.prompts import check_form, id_of, prompts_of
 from sempre.engine.server.requests import CompletionRequest
-from sempre.engine.server.responses import CompletionChoice, CompletionLogprobs, CompletionResponse
+from sempre.engine.server.responses import ChunkEncoder, CompletionChoice, CompletionLogprobs, CompletionResponse
 from sempre.engine.server.service import Service
 from sempre.engine.server.structure import blame_on
 from sempre.engine.server.tracing import RequestSpan

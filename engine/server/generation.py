@@ -1,18 +1,24 @@
-"""One HTTP request's way through the engine: streamed or whole, and aborted as soon as its client has gone."""
+"""One HTTP request's way through the engine: streamed or whole, and aborted as soon as its client has gone.
+
+Where an operator asks for it, a log line per request holds its prompt and parameters.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import RequestOutput
+from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.errors import ClientGone, api_error
-from sempre.engine.server.request_log import log_requests
 from sempre.engine.server.responses import PromptTokensDetails, Usage
 from sempre.engine.server.service import Service
 from sempre.engine.server.tracing import RequestSpan
@@ -25,6 +31,9 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+Encode = Callable[[RequestOutput], bytes]
+logger = logging.getLogger(__name__)
+_DEFAULTS = SamplingParams()
 
 
 class Generation:
@@ -112,9 +121,6 @@ class Generation:
         self.stream.abort(ClientGone())
 
 
-Encode = Callable[[RequestOutput], bytes]
-
-
 class EventStream(Response):
     """Server-sent events of one generation; each step of the engine is one write."""
 
@@ -150,3 +156,23 @@ class EventStream(Response):
         except Exception as error:
             end = b"data: " + api_error(error).encode() + b"\n\n"
         await send({"type": "http.response.body", "body": end + DONE, "more_body": False})
+
+
+def log_requests(requests: Sequence[PreparedRequest], max_len: int | None) -> None:
+    """Log each prompt, at most `max_len` characters and token ids of it, and the parameters that are not defaults."""
+    for request in requests:
+        params = {
+            name: value
+            for name in (field.name for field in fields(request.params))
+            # how answers are handed out is the server's choice
+            if name != "output_kind" and (value := getattr(request.params, name)) != getattr(_DEFAULTS, name)
+        }
+        facts = {
+            "engine_request_id": request.request_id,
+            "seed": request.seeds[0],
+            "prompt": None if request.prompt is None else request.prompt[:max_len],
+            "prompt_token_ids": request.prompt_token_ids[:max_len],
+            "num_prompt_tokens": len(request.prompt_token_ids),
+            "params": {name: repr(value) for name, value in params.items()},
+        }
+        logger.info("request", extra={"facts": facts})

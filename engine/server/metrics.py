@@ -18,9 +18,8 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from sempre.engine.frontend.request_builder import PreparedRequest
-from sempre.engine.metrics import PREFIX, Counter, Gauge, Metric
+from sempre.engine.metrics import PREFIX, Counter, Gauge, Metric, Observations
 from sempre.engine.metrics import Histogram as EngineHistogram
-from sempre.engine.observations import Observations
 from sempre.engine.outputs import RequestMetrics, RequestOutput
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

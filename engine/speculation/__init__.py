@@ -1,7 +1,6 @@
 """Guesses of the tokens to come, and how many of them are worth their verification. No torch, no randomness, no clock.
 
-    drafter.py    Drafter: what guesses from a sequence's own tokens
-    lookup.py     TokenIndex; NgramDrafter, SuffixDrafter, RecentOutputs
+    lookup.py     Drafter: what guesses from a sequence's own tokens; NgramDrafter, SuffixDrafter, TokenIndex
     adaptive.py   DraftLength: how many tokens to guess, from how the last guesses went and what they cost
     speculation.py  Speculation: one request's side of it, as the scheduler asks for it; SpeculationPlan makes them
 

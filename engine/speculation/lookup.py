@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import count
+from typing import Protocol
 
 # candidates that are compared at most: bounds the work per token where one n-gram comes again and again
 _MAX_CANDIDATES = 16
@@ -16,6 +17,19 @@ _END = -1  # between two outputs; no token
 _MIN_SHARE = 0.3
 # an empty list of outputs in tokens' worth of memory: bounds the number of salts
 _COST_OF_A_SALT = 64
+
+
+class Drafter(Protocol):
+    """Follows one sequence. A draft model's guesses come from its worker instead, see `ModelSpeculation`."""
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """The sequence goes on with these tokens."""
+
+    def propose(self, count: int) -> list[int]:
+        """At most `count` guesses of what comes next; empty when there is nothing to go by."""
+
+    def finish(self, num_prompt_tokens: int) -> None:
+        """The sequence has ended."""
 
 
 class TokenIndex:

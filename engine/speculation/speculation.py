@@ -7,8 +7,7 @@ from typing import Protocol
 
 from sempre.engine.config import EngineConfig, SpeculativeConfig
 from sempre.engine.speculation.adaptive import DraftLength, GuessCosts
-from sempre.engine.speculation.drafter import Drafter
-from sempre.engine.speculation.lookup import NgramDrafter, SaltedOutputs, SuffixDrafter
+from sempre.engine.speculation.lookup import Drafter, NgramDrafter, SaltedOutputs, SuffixDrafter
 from sempre.ipc.messages import StepCosts
 
 _SUFFIX_LONGEST = 24

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sempre.engine.fingerprint import ENVIRONMENT, fingerprint_digest, fingerprint_parts
+from sempre.engine.frontend.frontend import ENVIRONMENT, fingerprint_digest, fingerprint_parts
 from sempre.engine.version import __version__
 
 PARTS = {"weights": "abc", "dtype": "float32"}

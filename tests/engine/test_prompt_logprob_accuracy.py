@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sempre.engine import LLM, SamplingParams
-from sempre.kernels.rope.table import RopeSpec, cos_sin_table
+from sempre.kernels.rope import RopeSpec, cos_sin_table
 
 # the widths of Qwen2-0.5B
 CONFIG: dict[str, Any] = {

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from sempre.engine.frontend.startup_notice import StartupNotice
+from sempre.engine.frontend.progress import StartupNotice
 
 NEVER_S = 3600.0
 

@@ -22,7 +22,7 @@ from sempre.engine.server.config import ServerConfig, server_config
 from sempre.engine.server.logs import set_up_logging
 from sempre.engine.server.parameters import apply_server_defaults
 from sempre.engine.server.requests import CompletionRequest
-from sempre.engine.structured_outputs_config import structured_outputs_defaults, with_defaults
+from sempre.engine.structured_outputs import structured_outputs_defaults, with_defaults
 from sempre.engine.vllm_settings import VLLM_KEYWORDS, VLLM_SERVER_SETTINGS, check_vllm_settings
 from sempre.ipc.errors import ConfigError, RequestError
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sempre.ipc.channel import Link
 from sempre.ipc.codec import HEADER_BYTES, MAGIC, FrameDecoder, FrameEncoder
 from sempre.ipc.errors import FrameLost, MessageMalformed, MessageTooLarge, ProtocolError
-from sempre.ipc.link import Link
 from sempre.ipc.messages import (
     AddRequests,
     ClientCommand,

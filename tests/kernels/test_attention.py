@@ -11,8 +11,7 @@ from nonfinite_cases import DAMAGES, Damage, sees
 
 from sempre.kernels import reference
 from sempre.kernels.attention import KvCache, allocate_kv_cache, paged_attention
-from sempre.kernels.rope import RopeSpec, cos_sin_table, rope_and_cache_write
-from sempre.kernels.rope.table import _frequencies
+from sempre.kernels.rope import RopeSpec, _frequencies, cos_sin_table, rope_and_cache_write
 from sempre.kernels.threads import get_num_threads, set_num_threads
 
 LENGTHS = [1, 17, 64, 150]

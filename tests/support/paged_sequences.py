@@ -13,8 +13,7 @@ from nonfinite_cases import Damage, sees
 from sempre.kernels import reference
 from sempre.kernels.attention import AttentionWorkspace, KvCache
 from sempre.kernels.attention.cache import allocate_gpu_cache
-from sempre.kernels.rope import RopeSpec, cos_sin_table
-from sempre.kernels.rope.table import _frequencies
+from sempre.kernels.rope import RopeSpec, _frequencies, cos_sin_table
 
 EPS = 1e-6
 

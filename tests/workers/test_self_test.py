@@ -10,7 +10,7 @@ import torch
 
 from sempre.ipc.errors import InvarianceError
 from sempre.workers import self_test as self_test_module
-from sempre.workers.models import rotation
+from sempre.workers.models import decoder
 from sempre.workers.models.numerics import CONTROL, INVARIANT, LinearKernel, Packed
 from sempre.workers.models.spec import load_spec
 from sempre.workers.self_test import compare_rows, self_test
@@ -102,14 +102,14 @@ def test_rotation_and_the_norm_before_it_are_tested(
     family: str, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rotation that goes wrong in chunks; for a model that has norms of queries and keys, only where they are on."""
-    right = rotation.rope_and_cache_write
+    right = decoder.rope_and_cache_write
 
     def wrong(qkv: torch.Tensor, *rest: Any, q_norm: torch.Tensor | None, **shape: Any) -> None:
         right(qkv, *rest, q_norm=q_norm, **shape)
         if 1 < len(qkv) < 100 and (q_norm is not None) is (family == "qwen3"):
             qkv[-1, 0] += 1.0
 
-    monkeypatch.setattr(rotation, "rope_and_cache_write", wrong)
+    monkeypatch.setattr(decoder, "rope_and_cache_write", wrong)
     with pytest.raises(InvarianceError, match=r"attention \["):
         run(checkpoints(family).folder, INVARIANT)
 

@@ -17,7 +17,7 @@ from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import LoadedModel, ModelOutline, Runner
-from sempre.workers.device_speed import DeviceSpeed
+from sempre.workers.device import DeviceSpeed
 from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.fingerprint import fingerprint_parts
@@ -25,7 +25,7 @@ from sempre.workers.gpu.guessing import GpuGuesser
 from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, default_max_num_seqs, out_of_memory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import require_equal, require_fp8, run_self_test
-from sempre.workers.gpu.upload import Uploader
+from sempre.workers.gpu.staging import Uploader
 from sempre.workers.kv_cache import PagedKvCache, block_bytes
 from sempre.workers.models.decoder import Decoder
 from sempre.workers.models.spec import ModelSpec

@@ -1,7 +1,8 @@
-"""The numbers of one step on their way to the GPU: packed into pinned memory, sent in one copy.
+"""Bytes on their way to the GPU, through pinned memory.
 
-Several pinned buffers take turns, so that the host may pack a step while the copies of the ones before it are queued.
-The device buffer is one: the stream orders its uses.
+The numbers of one step are packed and sent in one copy. Several pinned buffers take turns, so that the host may pack a
+step while the copies of the ones before it are queued. The device buffer is one: the stream orders its uses.
+Weights come from memory-mapped files: while one piece is on its way to the device, the next is read from the file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 _TURNS = 3
 _ALIGNMENT = 16
+PIECE_BYTES = 32 << 20
 
 
 class StepStaging:
@@ -69,3 +71,31 @@ class StepStaging:
         self._pinned = [torch.empty(capacity, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(_TURNS)]
         self._hosts: list[npt.NDArray[np.uint8]] = [pinned.numpy() for pinned in self._pinned]
         self._buffer = torch.empty(capacity, dtype=torch.uint8, device=self._device)
+
+
+class Uploader:
+    """Copies whole tensors; the copies are ordered with the work on the current stream."""
+
+    def __init__(self, device: torch.device, piece_bytes: int = PIECE_BYTES) -> None:
+        self._device = device
+        self._pieces = [torch.empty(piece_bytes, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._next = 0
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device; one that is there already is returned as it is."""
+        if tensor.device == self._device:
+            return tensor
+        source = tensor.contiguous().view(-1).view(torch.uint8)
+        out = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        target = out.view(-1).view(torch.uint8)
+        size = self._pieces[0].numel()
+        for start in range(0, source.numel(), size):
+            part = source[start : start + size]
+            piece = self._pieces[self._next][: part.numel()]
+            self._copied[self._next].synchronize()
+            piece.copy_(part)
+            target[start : start + size].copy_(piece, non_blocking=True)
+            self._copied[self._next].record()
+            self._next = 1 - self._next
+        return out

@@ -17,9 +17,8 @@ from sempre.kernels.attention import AttentionWorkspace, KvCache, paged_attentio
 from sempre.kernels.embedding import embed
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.norms import add_rms_norm, rms_norm
-from sempre.kernels.rope import cos_sin_table
+from sempre.kernels.rope import cos_sin_table, rope_and_cache_write
 from sempre.workers.models.numerics import LinearKernel, Packed
-from sempre.workers.models.rotation import rotate_and_write
 from sempre.workers.models.spec import ModelSpec
 
 
@@ -219,3 +218,31 @@ class Decoder:
         gate_up, activated = self._gate_up[:num_tokens], self._activated[:num_tokens]
         self._product.apply_gated(hidden, layer.gate_up, gate_up, activated)
         self._product.apply(activated, layer.down, out)
+
+
+def rotate_and_write(
+    spec: ModelSpec,
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cache: KvCache,
+    *,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+) -> None:
+    """`rope_and_cache_write` on qkv [T, (Hq + 2 Hkv) D] and one layer's cache; positions and slots int64 [T]."""
+    rope_and_cache_write(
+        qkv,
+        positions,
+        table,
+        slot_mapping,
+        cache.k,
+        cache.v,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        eps=spec.rms_norm_eps,
+    )

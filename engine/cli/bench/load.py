@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
-from sempre.engine.cli.remote.server_sent_events import DONE, EventSplitter
+from sempre.engine.cli.remote.connection import DONE, EventSplitter
 
 
 class Usage(msgspec.Struct):

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from sempre.engine.cli.parser import UsageError
-from sempre.engine.cli.remote.server_sent_events import DONE, EventSplitter
 from sempre.ipc.errors import RequestError, ServerError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -21,6 +20,8 @@ _QUESTION_TIMEOUT_S = 30.0
 _SILENCE_TIMEOUT_S = 600.0
 # Servers close what is idle for longer, perhaps just when it is used again.
 _MOST_IDLE_S = 2.0
+DONE = b"[DONE]"
+MAX_LINE_BYTES = 16 * 1024 * 1024
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
@@ -171,3 +172,30 @@ def _refuse(url: str, status: int, document: Any) -> None:
         parameter = error.get("param") if isinstance(error, dict) else None
         raise RequestError(text, parameter=parameter)
     raise ServerError(f"{url}: {text}", url=url, status=status)
+
+
+class EventSplitter:
+    """Cuts a response's bytes, which may break anywhere, into the data of its events.
+
+    Of server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) only what OpenAI's interface
+    uses is read: events end with an empty line, one `data:` line each; comments and other
+    fields are skipped. Lines end with LF or CRLF.
+    """
+
+    def __init__(self) -> None:
+        # of the line that is not complete yet
+        self._parts: list[bytes] = []
+        self._length = 0
+
+    def feed(self, received: bytes) -> list[bytes]:
+        """Return the data of the events that `received` completes, in order. Raises ValueError for an endless line."""
+        if b"\n" not in received:
+            self._parts.append(received)
+            self._length += len(received)
+            if self._length > MAX_LINE_BYTES:
+                raise ValueError(f"a line of a stream has more than {MAX_LINE_BYTES} bytes")
+            return []
+        lines = b"".join([*self._parts, received]).split(b"\n")
+        rest = lines.pop()
+        self._parts, self._length = [rest], len(rest)
+        return [line[5:].strip() for line in lines if line.startswith(b"data:")]

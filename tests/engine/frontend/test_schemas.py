@@ -14,8 +14,7 @@ import schema_corpus
 from llguidance import LLMatcher, LLParserLimits
 
 from sempre.engine import StructuredOutputsParams
-from sempre.engine.frontend.byte_tokenizer import byte_tokenizer
-from sempre.engine.frontend.grammars import GrammarBuilder
+from sempre.engine.frontend.grammars import GrammarBuilder, byte_tokenizer
 from sempre.engine.models.resolve import resolve_model
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sempre.engine.cli.bench.load import Endpoint, Outcome, Planned, drive
 from sempre.engine.cli.bench.serving_metrics import summarize
-from sempre.engine.cli.remote.server_sent_events import MAX_LINE_BYTES, EventSplitter
+from sempre.engine.cli.remote.connection import MAX_LINE_BYTES, EventSplitter
 
 BODY = b'data: {"choices":[{"text":"a"}]}\n\ndata: [DONE]\n\n'
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from scripted_http import Answer, events, refusal, scripted_server, text_chunk
 
 from sempre.engine.cli.main import main
-from sempre.engine.cli.remote.connection import Server, base_url
-from sempre.engine.cli.remote.server_sent_events import EventSplitter
+from sempre.engine.cli.remote.connection import EventSplitter, Server, base_url
 
 STREAM = events(
     text_chunk("Grüß "), text_chunk("dich\n\ndata: x", system_fingerprint="f"), {"choices": [], "usage": None}

@@ -13,8 +13,7 @@ import pytest
 
 from sempre.engine.client.engine_process import ProcessOptions
 from sempre.engine.client.process import ProcessClient
-from sempre.engine.config import EngineConfig
-from sempre.engine.config_json import encode_json
+from sempre.engine.config import EngineConfig, encode_json
 from sempre.engine.coordinator.process import CoordinatorArguments
 from sempre.engine.harness import Cluster
 from sempre.ipc.errors import SeedMismatch, StartupError, TensorMismatch

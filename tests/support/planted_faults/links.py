@@ -5,7 +5,7 @@ from __future__ import annotations
 from planted_faults.fault import Fault
 
 CODEC = "ipc/codec.py"
-LINK = "ipc/link.py"
+LINK = "ipc/channel.py"
 TESTS = "tests/ipc/test_codec.py"
 CHANNEL_TESTS = "tests/ipc/test_channel.py"
 

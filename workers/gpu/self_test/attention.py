@@ -11,7 +11,7 @@ import torch
 from sempre.kernels.attention import AttentionWorkspace, KvCache, allocate_kv_cache, paged_attention
 from sempre.kernels.rope import cos_sin_table
 from sempre.workers.gpu.self_test.comparisons import Comparison, compare
-from sempre.workers.models.rotation import rotate_and_write
+from sempre.workers.models.decoder import rotate_and_write
 from sempre.workers.models.spec import ModelSpec
 
 # beyond one split of keys, with a ragged end

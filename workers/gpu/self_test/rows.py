@@ -12,8 +12,7 @@ from sempre.kernels.embedding import embed
 from sempre.kernels.norms import add_rms_norm, rms_norm
 from sempre.kernels.rope import cos_sin_table
 from sempre.workers.gpu.self_test.comparisons import Comparison, compare
-from sempre.workers.models.decoder import DecoderWeights
-from sempre.workers.models.rotation import rotate_and_write
+from sempre.workers.models.decoder import DecoderWeights, rotate_and_write
 from sempre.workers.models.spec import ModelSpec
 
 ROWS = 37
