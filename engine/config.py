@@ -44,7 +44,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     model: Annotated[str, _doc("name in the catalogue, folder, or hub id")]
     model_path: Annotated[Path, _doc("the local folder that `model` was resolved to")]
-    seed: Annotated[int, _doc("seed of every worker's global generators and of requests without a seed")] = 0
+    seed: Annotated[int, _doc("the engine's: seeds workers, and what requests without a seed of their own get")] = 0
     dtype: Annotated[Dtype, _doc("storage of weights and KV cache; auto is the checkpoint's")] = "auto"
     quantization: Annotated[
         Quantization | None,

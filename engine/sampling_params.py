@@ -105,7 +105,9 @@ class SamplingParams:
     )
     top_k: Annotated[int, _doc("keep the k most probable tokens; 0 or -1 keeps all")] = 0
     min_p: Annotated[float, _doc("drop tokens less probable than this share of the best, in [0, 1]")] = 0.0
-    seed: Annotated[int | None, _doc("None derives one from the engine's seed; the one in use is reported")] = None
+    seed: Annotated[
+        int | None, _doc("the request's: gives the same output whatever the engine's; None derives one from that")
+    ] = None
     stop: Annotated[str | list[str] | None, _doc("strings that end the output")] = None
     stop_token_ids: Annotated[list[int] | None, _doc("token ids that end the output")] = None
     ignore_eos: Annotated[bool, _doc("go on after the end-of-sequence token")] = False

@@ -18,6 +18,7 @@ from sempre.engine.frontend.limits import RequestLimits
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
 from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.frontend.request_builder import RequestBuilder
+from sempre.engine.frontend.unread import UnreadVariables
 from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.near_names import near_name
 from sempre.engine.sampling_params import SamplingParams
@@ -88,6 +89,7 @@ class Frontend:
         given = self._options.chat_template
         self._chat_template = None if given is None else _template_text(given)
         self.parts: dict[str, str] = {}
+        self._unread = UnreadVariables()
 
     def connect(self, ready: EngineReady) -> None:
         """Take the limits of the engine that has become ready."""
@@ -151,9 +153,12 @@ class Frontend:
         from sempre.engine.text.chat_template import checked_variables
 
         template = self._chat_template if chat_template is None else _template_text(chat_template)
+        if template is None:
+            template = self.tokenizer.own_template(with_tools=bool(tools))
+        self._unread.warn(template, [*(["tools"] if tools else []), *(chat_template_kwargs or ())])
         return {
             "messages": messages,
-            "template": self.tokenizer.own_template(with_tools=bool(tools)) if template is None else template,
+            "template": template,
             "bos_token": self.tokenizer.bos_token,
             "eos_token": self.tokenizer.eos_token,
             "add_generation_prompt": add_generation_prompt,

@@ -1,7 +1,7 @@
 """Start, signals and end of the server.
 
-listening ── engine starting: /live 200, /ready and requests 503
-          ── ready
+starting  ── the address is taken; /live 200, /ready and requests 503; settings may still be refused
+listening ── ready
           ── the engine ends ── exit code 4, or requests 503 until a new engine is ready (on_engine_death)
 SIGTERM or SIGINT ── draining: new requests 503, running ones have shutdown_timeout ── aborted ── engine ended
 a second signal ── all of that at once
@@ -59,8 +59,9 @@ class _HttpServer(uvicorn.Server):
 class Server:
     """One run of the server."""
 
-    def __init__(self, engine: AsyncLLM, config: ServerConfig) -> None:
+    def __init__(self, engine: AsyncLLM, config: ServerConfig, address: str) -> None:
         self._config = config
+        self._address = address
         self._engine = engine
         self._service = Service(engine, config)
         self._stop = asyncio.Event()
@@ -145,7 +146,7 @@ class Server:
             ready.max_model_len,
             self._service.admission.max_running,
         )
-        logger.info("ready after %.2f s", seconds)
+        logger.info("ready after %.2f s, listening on %s", seconds, self._address)
         return True
 
     def _on_signal(self) -> None:
@@ -201,12 +202,12 @@ def serve(engine: AsyncLLM, config: ServerConfig) -> None:
     listening = listen(config)
     kind = "https" if config.ssl_certfile is not None else "http"
     where = config.uds or f"{kind}://{config.host}:{listening.getsockname()[1]}"
-    logger.info("listening on %s (process %d)", where, os.getpid())
+    logger.info("starting on %s (process %d): requests get 503 until it is ready", where, os.getpid())
 
     sys.setswitchinterval(_SWITCH_S)
 
     async def run() -> None:
-        await Server(engine, config).run(listening)
+        await Server(engine, config, where).run(listening)
 
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

@@ -96,7 +96,8 @@ class _Message:
         given = self._given.get("content")
         parts = self._texts(given) if isinstance(given, list) else None
         if given is None and role != "assistant":
-            raise self._error(".content", "must be a string or a list of text parts, got NoneType", given)
+            what = "must be a string or a list of text parts, got null; of a message that says nothing it is ''"
+            raise self._error(".content", what, given)
         if parts is None and not isinstance(given, str | None):
             kind = type(given).__name__
             raise self._error(".content", f"must be a string or a list of text parts, got {kind}", given)

@@ -78,3 +78,38 @@ def test_a_template_s_variables_cannot_replace_the_engine_s_own(folder: Path) ->
     with pytest.raises(RequestError, match="must not hold 'tokenize'") as refusal:
         frontend(folder, {}).render_chat([{"role": "user", "content": "a"}], chat_template_kwargs={"tokenize": True})
     assert refusal.value.parameter == "chat_template_kwargs"
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+TOOLS = [{"type": "function", "function": {"name": "look_up"}}]
+
+
+def test_what_a_template_does_not_read_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    deaf = Frontend(parse_arguments("tiny", {"chat_template": "{{ messages[0].content }}"}))
+    for _ in range(3):
+        deaf.render_chat(MESSAGES, tools=TOOLS, chat_template_kwargs={"enable_thinking": True, "a\nb": 1})
+    assert caplog.messages == [
+        "the chat template does not read tools: the model is not told of those of requests",
+        "the chat template does not read the variable enable_thinking, which is without effect",
+        "the chat template does not read the variable a\\nb, which is without effect",
+    ]
+    caplog.clear()
+    for number in range(100):
+        deaf.render_chat(MESSAGES, chat_template_kwargs={f"name{number}": 1})
+    assert len(caplog.messages) < 40, "names come from strangers"
+    caplog.clear()
+    template = "{{ messages[0].content }}{{ tools | length }}{{ enable_thinking }}{{ strftime_now('%Y') }}"
+    hears = Frontend(parse_arguments("tiny", {"chat_template": template}))
+    variables = {"enable_thinking": True, "date_string": "26 Jul 2024"}
+    assert (
+        hears.render_chat(MESSAGES, tools=TOOLS, chat_template_kwargs=variables).get("prompt") == "Hi1True26 Jul 2024"
+    )
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("role", ["user", "system", "tool"])
+def test_content_that_is_null_is_told_as_such(role: str) -> None:
+    front = Frontend(parse_arguments("tiny", {}))
+    for message in ({"role": role, "content": None}, {"role": role}):
+        with pytest.raises(RequestError, match=r"messages\[0\]\.content must be a string .*, got null; of a message"):
+            front.render_chat([message])

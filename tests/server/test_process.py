@@ -284,6 +284,27 @@ def test_refused_settings(arguments: tuple[str, ...], message: str, capsys: pyte
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-model-len", "99999"), "max_model_len: expected 1 to 2048"),
+        (("--block-size", "7"), "block_size: a CPU has blocks of 16 tokens only"),
+        (("--kv-cache-memory-bytes", "1k"), "kv_cache_memory_bytes: one sequence of max_model_len=2048"),
+    ],
+)
+def test_a_setting_that_the_model_refuses_is_never_said_to_be_served(flags: tuple[str, ...], message: str) -> None:
+    command = [sys.executable, "-m", "sempre.engine", "serve", "tiny", "--host", "127.0.0.1", "--port", "0", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "listening" not in result.stderr
+
+
+def test_the_address_is_told_when_it_answers(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "log", *FLAGS) as server:
+        assert f"listening on {server.url}" in server.log
+
+
 def test_a_number_in_a_file_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text('data_parallel_size: "2"\n')

@@ -93,8 +93,8 @@ class ServerProcess:
         return [value for name, values in self.load().items() if name.startswith(prefix) for value in values]  # type: ignore[attr-defined]
 
     def _port(self) -> int:
-        self._wait(lambda: "listening on" in self.log, "listening")
-        match = re.search(r"listening on \w+://[^:]+:(\d+)", self.log)
+        self._wait(lambda: "starting on" in self.log, "starting")
+        match = re.search(r"starting on \w+://[^:]+:(\d+)", self.log)
         assert match is not None
         return int(match[1])
 
