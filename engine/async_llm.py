@@ -24,13 +24,13 @@ from sempre.engine.frontend.progress import StartupNotice
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import check_refused
-from sempre.engine.frontend.unsupported import refuse_values
 from sempre.engine.health import EngineHealth, judge, unhealthy
 from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.text.tokenizer import Tokenizer
+from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.error_info import again
 from sempre.ipc.errors import EngineDeadError, ProtocolError, SempreError
 from sempre.ipc.messages import (

@@ -26,12 +26,12 @@ from sempre.engine.frontend.progress import GenerationProgress, StartupNotice, U
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import Session
-from sempre.engine.frontend.unsupported import refuse_values
 from sempre.engine.metrics import Metric
 from sempre.engine.outputs import RequestOutput, ScoringOutput
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.messages import ContentFormat
 from sempre.engine.text.tokenizer import Tokenizer
+from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.errors import EngineDeadError, RequestError
 from sempre.ipc.messages import (
     CallWorkersReply,

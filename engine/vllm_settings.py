@@ -5,9 +5,9 @@ Any other value is refused by name, so that no setting is without effect unseen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from sempre.ipc.errors import ConfigError
+from sempre.ipc.errors import ConfigError, RequestError
 
 # keywords of `LLM`, and flags of every command that starts an engine
 VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
@@ -187,3 +187,14 @@ def check_vllm_settings(settings: Mapping[str, object]) -> None:
     for name in VLLM_SERVER_SETTINGS:
         if name in settings:
             check_vllm_setting(name, settings[name])
+
+
+def refuse_values(**arguments: object) -> None:
+    """Raise RequestError naming the first argument that asks for something: None and what is empty asks for nothing."""
+    for name, value in arguments.items():
+        asked = value
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            asked = any(item is not None for item in value)
+        if asked is None or asked is False or (isinstance(asked, Mapping) and not asked):
+            continue
+        raise RequestError(f"{name} is not supported by this engine. Leave it out.", parameter=name, value=value)

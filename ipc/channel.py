@@ -18,8 +18,8 @@ from msgspec.structs import replace
 
 from sempre.ipc.codec import UNSEQUENCED, FrameDecoder, FrameEncoder, MessageT
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import FrameLost, MessageMalformed, ProtocolError
-from sempre.ipc.messages import Message, Refused
+from sempre.ipc.errors import FrameLost, MessageMalformed, ProtocolError, VersionMismatch
+from sempre.ipc.messages import PROTOCOL_VERSION, ClientHello, Message, Refused, WorkerHello
 
 logger = logging.getLogger(__name__)
 # two ends that refuse each other's refusals must fall silent
@@ -241,3 +241,22 @@ def remaining_ms(deadline: float | None) -> int | None:
     if deadline is None:
         return None
     return max(0, round((deadline - time.monotonic()) * 1000))
+
+
+def check_version(hello: ClientHello | WorkerHello) -> None:
+    """Raises VersionMismatch."""
+    if hello.protocol_version != PROTOCOL_VERSION:
+        name = type(hello).__name__
+        raise VersionMismatch(
+            f"{name}.protocol_version: expected {PROTOCOL_VERSION}, found {hello.protocol_version}; "
+            "both processes must run the same installation",
+            expected=PROTOCOL_VERSION,
+            found=hello.protocol_version,
+        )
+
+
+def check_pid(hello: ClientHello | WorkerHello, expected: int) -> None:
+    """Raises MessageMalformed when another process than the expected one says hello."""
+    if hello.pid != expected:
+        field = f"{type(hello).__name__}.pid"
+        raise MessageMalformed(f"{field}: expected {expected}, found {hello.pid}", field=field)

@@ -21,11 +21,10 @@ from msgspec import Struct
 from sempre.engine.config import EngineConfig, decode_json
 from sempre.engine.executor.drafts import LocalDraftHost
 from sempre.engine.executor.local import LocalExecutor
-from sempre.ipc.channel import HubChannel
+from sempre.ipc.channel import HubChannel, check_pid, check_version
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError, WorkerDied
-from sempre.ipc.handshake import check_pid, check_version
 from sempre.ipc.liveness import leave_terminal_signals_to_parent, wake_up_with_parent_thread, watch_parent
 from sempre.ipc.log_lines import set_up_process_log
 from sempre.ipc.messages import (

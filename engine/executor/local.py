@@ -12,10 +12,9 @@ from sempre.engine.child_process import ChildProcess, child_environment
 from sempre.engine.config import EngineConfig
 from sempre.engine.executor.threads import thread_variables, threads_per_worker
 from sempre.engine.executor.worker_peer import WorkerPeer
-from sempre.ipc.channel import HubChannel
+from sempre.ipc.channel import HubChannel, check_pid, check_version
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.errors import MessageMalformed, ProtocolError, SempreError
-from sempre.ipc.handshake import check_pid, check_version
 from sempre.ipc.liveness import LONGEST_PAUSE_S, starting_timeout_s
 from sempre.ipc.messages import (
     Heartbeat,

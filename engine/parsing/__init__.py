@@ -3,8 +3,7 @@
     pieces.py        what a parser yields, and the message that they make up
     reasoning.py     ReasoningSplitter: <think> … </think>
     call_scanner.py  CallScanner: one JSON object that names a function and its arguments
-    tool_calls.py    HermesParser, Llama3JsonParser, and the parsers of enforced calls
-    tool_schemas.py  the JSON schema that enforces a call
+    tool_calls.py    HermesParser, Llama3JsonParser; the JSON schema that enforces a call, and the parsers of such
     output_parser.py OutputParser: the two in a row, for one output
 
 The pieces of a text do not depend on how it was cut into chunks: a stream and a whole message are parsed alike.
@@ -22,7 +21,7 @@ from sempre.engine.parsing.pieces import (
     ToolCall,
     assemble,
 )
-from sempre.engine.parsing.tool_schemas import named_call_schema, required_calls_schema
+from sempre.engine.parsing.tool_calls import named_call_schema, required_calls_schema
 
 __all__ = [
     "REASONING_PARSERS",

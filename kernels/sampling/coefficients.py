@@ -1,8 +1,12 @@
-"""The float32 constants of exp and log, for every implementation of them."""
+"""The float32 constants of exp and log, for every implementation of them, and log itself in plain numpy."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from sempre.kernels.sampling.rng import Float32Array
 
 
 def _float32(*hexadecimal: str) -> tuple[np.float32, ...]:
@@ -33,3 +37,36 @@ ROUND_MAGIC = np.float32(1.5 * 2**23)
 EXP_LOWEST = np.float32(-87.0)
 SQRT_HALF_BITS = np.uint32(0x3F3504F3)
 MANTISSA_MASK = np.uint32(0x007FFFFF)
+
+
+def fma(a: Any, b: Any, c: Any) -> Float32Array:
+    """float32 a * b + c with one rounding: a float64 sum rounded to odd, which survives the second rounding."""
+    product = np.asarray(a, np.float64) * np.asarray(b, np.float64)  # exact: 48 of 53 bits
+    addend = np.asarray(c, np.float64)
+    total = product + addend
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend - virtual)
+    is_even = (total.view(np.int64) & 1) == 0
+    towards_error = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    odd = np.where((error != 0) & is_even, towards_error, total)
+    return odd.astype(np.float32)
+
+
+def horner(coefficients: tuple[np.float32, ...], x: Float32Array) -> Float32Array:
+    """The polynomial with these coefficients, lowest first, by fused multiply-adds."""
+    value = np.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = fma(value, x, coefficient)
+    return value
+
+
+def log32(x: Float32Array) -> Float32Array:
+    """`elementary.log32`."""
+    offset = x.view(np.uint32) - SQRT_HALF_BITS
+    exponent = (offset.view(np.int32) >> 23).astype(np.float32)
+    f = ((offset & MANTISSA_MASK) + SQRT_HALF_BITS).view(np.float32) - np.float32(1)
+    square = f * f
+    y = (f * square) * horner(LOG, f)
+    y = fma(exponent, LN2_LOW, y)
+    y = fma(np.float32(-0.5), square, y)
+    return fma(exponent, LN2_HIGH, f + y)

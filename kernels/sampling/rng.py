@@ -1,4 +1,4 @@
-"""The noise of sampling: a pure function of (seed, position, vocabulary id). Definitions, and their numpy reference.
+"""The noise of sampling: a pure function of (seed, position, vocabulary id). Its definition.
 
 Words. Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3") with
 
@@ -40,30 +40,3 @@ WEYL_0, WEYL_1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 TILE = 64
 UNIT, HALF_UNIT = np.float32(2.0**-32), np.float32(2.0**-33)
 QUARTER = np.float32(0.25)
-
-
-def philox4x32(
-    counter: tuple[Uint32Array, Uint32Array, Uint32Array, Uint32Array], key: tuple[int, int]
-) -> tuple[Uint32Array, Uint32Array, Uint32Array, Uint32Array]:
-    """Philox4x32-10 of arrays of counters (uint32, one shape) under one key: four words each."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    low = np.uint64(0xFFFFFFFF)
-    for _ in range(ROUNDS):
-        product_0 = c0.astype(np.uint64) * np.uint64(MULTIPLIER_0)
-        product_1 = c2.astype(np.uint64) * np.uint64(MULTIPLIER_1)
-        high_0, low_0 = (product_0 >> np.uint64(32)).astype(np.uint32), (product_0 & low).astype(np.uint32)
-        high_1, low_1 = (product_1 >> np.uint64(32)).astype(np.uint32), (product_1 & low).astype(np.uint32)
-        c0, c1, c2, c3 = high_1 ^ c1 ^ np.uint32(k0), low_1, high_0 ^ c3 ^ np.uint32(k1), low_0
-        k0, k1 = (k0 + int(WEYL_0)) & 0xFFFFFFFF, (k1 + int(WEYL_1)) & 0xFFFFFFFF
-    return c0, c1, c2, c3
-
-
-def noise_words(seed: int, position: int, vocab_size: int) -> Uint32Array:
-    """The words of ids 0 … vocab_size - 1, uint32 [vocab_size]."""
-    num_tiles = -(-vocab_size // TILE)
-    c0 = np.arange(num_tiles * TILE // 4, dtype=np.uint32)
-    zero = np.zeros_like(c0)
-    words = philox4x32((c0, np.full_like(c0, position), zero, zero), (seed & 0xFFFFFFFF, seed >> 32))
-    tiles = np.stack([word.reshape(num_tiles, TILE // 4) for word in words], axis=1)  # [tile, word number, lane]
-    return tiles.reshape(-1)[:vocab_size]

@@ -14,7 +14,7 @@ from workload import KV_BLOCK_BYTES
 
 from sempre.engine import LLM, Counter, Gauge, SamplingParams
 from sempre.engine.outputs import CompletionOutput
-from sempre.engine.speculation.adaptive import GuessCosts
+from sempre.engine.speculation.speculation import GuessCosts
 from sempre.workers import model_runner
 
 # the first and the last go in circles, so that lookup has something to find

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import kernel_reference as reference
 import pytest
 import torch
 from nonfinite_cases import DAMAGES, Damage, sees
 
-from sempre.kernels import reference
 from sempre.kernels.attention import KvCache, allocate_kv_cache, paged_attention
 from sempre.kernels.rope import RopeSpec, _frequencies, cos_sin_table, rope_and_cache_write
 from sempre.kernels.threads import get_num_threads, set_num_threads

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import kernel_reference as reference
 import pytest
 import torch
 from product_order import product_in_order
 
-from sempre.kernels import reference
 from sempre.kernels.fp8 import FP8, SMALLEST_SCALE, Fp8Scheme, quantize_channels, quantize_rows
 from sempre.kernels.linear import control_linear, control_pack_fp8, linear, linear_silu_and_mul, pack_fp8_linear
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import kernel_reference as reference
 import pytest
 import torch
 from product_order import product_in_order
 
-from sempre.kernels import reference
 from sempre.kernels.linear import control_linear, control_pack, linear, pack_linear
 from sempre.kernels.threads import get_num_threads, set_num_threads
 

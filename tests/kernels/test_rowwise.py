@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import kernel_reference as reference
 import pytest
 import torch
 
-from sempre.kernels import reference
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.embedding import embed
 from sempre.kernels.norms import add_rms_norm, rms_norm

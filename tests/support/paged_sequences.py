@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import kernel_reference as reference
 import torch
 from nonfinite_cases import Damage, sees
 
-from sempre.kernels import reference
 from sempre.kernels.attention import AttentionWorkspace, KvCache
 from sempre.kernels.attention.cache import allocate_gpu_cache
 from sempre.kernels.rope import RopeSpec, _frequencies, cos_sin_table

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-
-from sempre.kernels.sampling.reference import fma
+from sampling_reference import fma
 
 CHAIN = 64
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
+from sampling_reference import gumbel_noise
 
 from sempre.ipc.messages import CallMethod, LogprobRows, SamplingSpec, ScheduledRequest
-from sempre.kernels.sampling.reference import gumbel_noise
 from sempre.workers import worker
 from sempre.workers.seeding import rng_digests
 from sempre.workers.warm_up import warm_up

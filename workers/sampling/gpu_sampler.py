@@ -24,9 +24,9 @@ import torch
 from sempre.ipc.messages import LogprobRows
 from sempre.kernels import sampling as cpu
 from sempre.kernels.sampling import gpu, gpu_table
+from sempre.kernels.sampling.coefficients import log32
 from sempre.kernels.sampling.gpu import MAX_BEST, TILES, DraftedRows, SamplingBuffers, Stages, Tiles
 from sempre.kernels.sampling.gpu_noise import BAD_LOGITS, HEAD
-from sempre.kernels.sampling.reference import log32
 from sempre.workers.sampling.gpu_planes import DevicePlanes
 from sempre.workers.sampling.row_error import NoDistribution, RowError
 from sempre.workers.sampling.sampler import RowResult, check_valid, pack_logprobs, row_error, with_listed

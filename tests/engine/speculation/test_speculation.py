@@ -11,8 +11,7 @@ from msgspec.structs import replace
 
 from sempre.engine.config import EngineConfig, SpeculativeConfig
 from sempre.engine.speculation import ModelSpeculation, SpeculationPlan, max_draft_tokens
-from sempre.engine.speculation.adaptive import DraftLength, GuessCosts
-from sempre.engine.speculation.speculation import LookupSpeculation, guess_costs
+from sempre.engine.speculation.speculation import DraftLength, GuessCosts, LookupSpeculation, guess_costs
 from sempre.ipc.messages import StepCosts
 
 CHEAP = GuessCosts(first=0.1, each=0.1)

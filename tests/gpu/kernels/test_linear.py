@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import kernel_reference as reference
 import pytest
 import torch
 
-from sempre.kernels import reference
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.linear import GpuLinear, linear, linear_silu_and_mul, pack_linear
 

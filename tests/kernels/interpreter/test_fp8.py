@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import kernel_reference as reference
 import pytest
 import torch
 
-from sempre.kernels import reference
 from sempre.kernels.fp8 import FP8, Fp8Scheme, quantize_channels, quantize_rows
 from sempre.kernels.linear import GpuLinear
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import kernel_reference as reference
 import pytest
 import torch
 from paged_sequences import PagedSequences
 
-from sempre.kernels import reference
 from sempre.kernels.linear import GpuLinear
 
 DTYPES = [torch.float16, torch.float32]

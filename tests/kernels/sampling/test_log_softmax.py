@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import sampling_reference as reference
 import torch
 
-from sempre.kernels.sampling import Logprobs, logprobs, reference
+from sempre.kernels.sampling import Logprobs, logprobs
 from sempre.kernels.threads import get_num_threads, set_num_threads
 
 

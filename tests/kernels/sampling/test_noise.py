@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import sampling_reference as reference
 from numba import njit
 from scipy import stats
 
-from sempre.kernels.sampling import elementary, noise, reference
+from sempre.kernels.sampling import elementary, noise
 
 Float64Array = npt.NDArray[np.float64]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import sampling_reference as reference
 
-from sempre.kernels.sampling import add_bias, allow_only, apply_penalties, forbid, reference
+from sempre.kernels.sampling import add_bias, allow_only, apply_penalties, forbid
 
 
 def _row() -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+import sampling_reference as reference
 import torch
 from scipy import stats
 
-from sempre.kernels.sampling import SamplingRows, reference, sample
+from sempre.kernels.sampling import SamplingRows, sample
 
 DRAWS = 20_000
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+import sampling_reference as reference
 
-from sempre.kernels.sampling import reference
 from sempre.kernels.sampling.truncation import truncate_rows
 
 Float32Array = npt.NDArray[np.float32]

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sampling_reference as reference
 import torch
 
 from sempre.ipc.messages import LogprobRows, SamplingSpec
-from sempre.kernels.sampling import reference
 from sempre.kernels.threads import get_num_threads, set_num_threads
 from sempre.workers.sampling import RowError, RowResult, Sampler, SamplingState
 

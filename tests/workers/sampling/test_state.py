@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+import sampling_reference as reference
 
 from sempre.ipc.messages import SamplingSpec
-from sempre.kernels.sampling import reference
 from sempre.workers.sampling import SamplingState
 from sempre.workers.sampling.row_error import RowError
 

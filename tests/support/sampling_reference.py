@@ -1,12 +1,10 @@
-"""The sampling operations in plain numpy, for tests.
+"""The sampling operations in plain numpy.
 
 Two kinds: the elementary functions restated operation by operation, equal to the kernels bit for bit; and truncation,
 penalties and log-probabilities in float64 by full sorts, which say what the kernels mean.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,38 +14,56 @@ from sempre.kernels.sampling.coefficients import (
     EXP_LOWEST,
     LN2_HIGH,
     LN2_LOW,
-    LOG,
     LOG1P,
     LOG2_E,
-    MANTISSA_MASK,
     ROUND_MAGIC,
-    SQRT_HALF_BITS,
+    fma,
+    horner,
+    log32,
 )
-from sempre.kernels.sampling.rng import HALF_UNIT, QUARTER, UNIT, Float32Array, Uint32Array, noise_words
+from sempre.kernels.sampling.rng import (
+    HALF_UNIT,
+    MULTIPLIER_0,
+    MULTIPLIER_1,
+    QUARTER,
+    ROUNDS,
+    TILE,
+    UNIT,
+    WEYL_0,
+    WEYL_1,
+    Float32Array,
+    Uint32Array,
+)
 
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-def fma(a: Any, b: Any, c: Any) -> Float32Array:
-    """float32 a * b + c with one rounding: a float64 sum rounded to odd, which survives the second rounding."""
-    product = np.asarray(a, np.float64) * np.asarray(b, np.float64)  # exact: 48 of 53 bits
-    addend = np.asarray(c, np.float64)
-    total = product + addend
-    virtual = total - product
-    error = (product - (total - virtual)) + (addend - virtual)
-    is_even = (total.view(np.int64) & 1) == 0
-    towards_error = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
-    odd = np.where((error != 0) & is_even, towards_error, total)
-    return odd.astype(np.float32)
+def philox4x32(
+    counter: tuple[Uint32Array, Uint32Array, Uint32Array, Uint32Array], key: tuple[int, int]
+) -> tuple[Uint32Array, Uint32Array, Uint32Array, Uint32Array]:
+    """Philox4x32-10 of arrays of counters (uint32, one shape) under one key: four words each."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(ROUNDS):
+        product_0 = c0.astype(np.uint64) * np.uint64(MULTIPLIER_0)
+        product_1 = c2.astype(np.uint64) * np.uint64(MULTIPLIER_1)
+        high_0, low_0 = (product_0 >> np.uint64(32)).astype(np.uint32), (product_0 & low).astype(np.uint32)
+        high_1, low_1 = (product_1 >> np.uint64(32)).astype(np.uint32), (product_1 & low).astype(np.uint32)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ np.uint32(k0), low_1, high_0 ^ c3 ^ np.uint32(k1), low_0
+        k0, k1 = (k0 + int(WEYL_0)) & 0xFFFFFFFF, (k1 + int(WEYL_1)) & 0xFFFFFFFF
+    return c0, c1, c2, c3
 
 
-def horner(coefficients: tuple[np.float32, ...], x: Float32Array) -> Float32Array:
-    """The polynomial with these coefficients, lowest first, by fused multiply-adds."""
-    value = np.full_like(x, coefficients[-1])
-    for coefficient in reversed(coefficients[:-1]):
-        value = fma(value, x, coefficient)
-    return value
+def noise_words(seed: int, position: int, vocab_size: int) -> Uint32Array:
+    """The words of ids 0 … vocab_size - 1, uint32 [vocab_size]."""
+    num_tiles = -(-vocab_size // TILE)
+    c0 = np.arange(num_tiles * TILE // 4, dtype=np.uint32)
+    zero = np.zeros_like(c0)
+    words = philox4x32((c0, np.full_like(c0, position), zero, zero), (seed & 0xFFFFFFFF, seed >> 32))
+    tiles = np.stack([word.reshape(num_tiles, TILE // 4) for word in words], axis=1)  # [tile, word number, lane]
+    return tiles.reshape(-1)[:vocab_size]
 
 
 def exp32(x: Float32Array) -> Float32Array:
@@ -59,18 +75,6 @@ def exp32(x: Float32Array) -> Float32Array:
     p = fma(r * r, horner(EXP, r), r) + np.float32(1)
     bits = p.view(np.uint32) + (shifted.view(np.uint32) << np.uint32(23))
     return np.where(x >= EXP_LOWEST, bits.view(np.float32), np.float32(0))
-
-
-def log32(x: Float32Array) -> Float32Array:
-    """`elementary.log32`."""
-    offset = x.view(np.uint32) - SQRT_HALF_BITS
-    exponent = (offset.view(np.int32) >> 23).astype(np.float32)
-    f = ((offset & MANTISSA_MASK) + SQRT_HALF_BITS).view(np.float32) - np.float32(1)
-    square = f * f
-    y = (f * square) * horner(LOG, f)
-    y = fma(exponent, LN2_LOW, y)
-    y = fma(np.float32(-0.5), square, y)
-    return fma(exponent, LN2_HIGH, f + y)
 
 
 def exponential(words: Uint32Array) -> Float32Array:
