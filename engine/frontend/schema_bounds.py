@@ -6,25 +6,18 @@ Whatever the bounds allow, the schema allows too.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from sempre.engine.frontend.schema_names import other_names, short_names
-from sempre.engine.frontend.schema_numbers import LARGEST
-from sempre.engine.frontend.schema_references import target_of
-from sempre.engine.frontend.schemas import COMBINING, Node, Schema, subschemas
+from sempre.engine.frontend.schema_numbers import LARGEST, kinds_of
+from sempre.engine.frontend.schema_objects import join_objects, refers_through
+from sempre.engine.frontend.schemas import COMBINING, KINDS, SPEAKING, Node, Schema, merged
 
 _LONGEST_STRING = 20_000
 _MOST_ITEMS = 1000
 _DEPTH = 3
-_ASIDE = ("$defs", "definitions")
-_SPEAKING = COMBINING | {
-    "$dynamicRef", "$recursiveRef", "additionalProperties", "const", "contains", "enum", "exclusiveMaximum",
-    "exclusiveMinimum", "format", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems",
-    "minLength", "minProperties", "minimum", "multipleOf", "not", "pattern", "patternProperties", "prefixItems",
-    "properties", "required", "type", "uniqueItems",
-}  # fmt: skip
-"""Words that say something of the value; all others, as OpenAPI's, only remark or hold what is referred to."""
 _OF_OBJECTS = {"maxProperties", "minProperties", "properties", "required", "type"}
 _FORMAT_LENGTHS = {"date-time": 35, "duration": 12, "email": 12, "hostname": 8, "time": 20, "uri": 16}
 """Least bounds of characters of formats without an end of their own."""
@@ -38,77 +31,27 @@ def add_bounds(root: Schema, nodes: list[Node], max_tokens: int) -> None:
     if _characters(share) > _LONGEST_STRING:
         return
     items = min(_MOST_ITEMS, max(2, share // 8))
-    _join(root, nodes)
-    merged = _merged(root, nodes)
+    join_objects(root, nodes)
+    together = merged(root, nodes)
+    has_multiples = any(id(node.schema) in together and "multipleOf" in node.schema for node in nodes)
     any_value = _AnyValue(root, nodes)
     for schema, num_arrays in nodes:
         own = max(4, share // items**num_arrays)
         if not {"const", "enum", "$ref"} & set(schema):
-            _bound_scalars(schema, own)
+            if id(schema) not in together:
+                _open(schema)
+            _bound_scalars(schema, own, has_steps=id(schema) in together and has_multiples)
             if _may_be(schema, "array") and "maxItems" not in schema:
                 least = max(schema.get("minItems", 0), len(schema.get("prefixItems", ())))
                 schema["maxItems"] = max(items, least)
-        if id(schema) not in merged:
+        if id(schema) not in together:
             any_value.bound(schema, own)
 
 
-def _join(root: Schema, nodes: list[Node]) -> None:
-    """Make one object of open objects that speak of the same value, in place: only together can they be closed."""
-    if any("/allOf/" in str(node.schema.get("$ref")) for node in nodes):
-        return
-    for schema, num_arrays in list(nodes):
-        if not ("allOf" in schema or ("$ref" in schema and len(_SPEAKING & set(schema)) > 1)):
-            continue
-        parts = _object_parts(root, schema, [])
-        if parts is None or not any(part.get("type") == "object" for part in parts):
-            continue
-        properties: Schema = {}
-        for part in parts:
-            for name, child in part.get("properties", {}).items():
-                if name in properties and properties[name] != child:
-                    child = {"allOf": [properties[name], child]}
-                    nodes.append(Node(child, num_arrays))
-                properties[name] = child
-        required = dict.fromkeys(name for part in parts for name in part.get("required", ()))
-        for word in ("$ref", "allOf"):
-            schema.pop(word, None)
-        schema.update({"type": "object", "properties": properties, "required": list(required)})
-
-
-def _object_parts(root: Schema, schema: Any, around: list[int]) -> list[Schema] | None:
-    """The schemas that `schema` is made of, without choices; None if one is more than an open object."""
-    words = _SPEAKING & set(schema) if isinstance(schema, dict) else {""}
-    if id(schema) in around or not words <= {"$ref", "allOf", "properties", "required", "type"}:
-        return None
-    if schema.get("type", "object") != "object":
-        return None
-    parts: list[Schema] = [schema]
-    targets = [target_of(root, schema["$ref"])] if "$ref" in words else []
-    for child in [*targets, *schema.get("allOf", ())]:
-        inner = _object_parts(root, child, [*around, id(schema)])
-        if inner is None:
-            return None
-        parts += inner
-    return parts
-
-
-def _merged(root: Schema, nodes: list[Node]) -> set[int]:
-    """The schemas beside which others speak of the same value, by identity."""
-    # a type alone contradicts no bound of its cases
-    speaking = [(node.schema, _SPEAKING & set(node.schema) - {"type"}) for node in nodes]
-    pending = [schema for schema, words in speaking if COMBINING & words and len(words) > 1]
-    pending += [node.schema for node in nodes if len(node.schema.get("allOf", ())) > 1]
-    merged: set[int] = set()
-    while pending:
-        schema = pending.pop()
-        if id(schema) in merged:
-            continue
-        merged.add(id(schema))
-        reference = schema.get("$ref")
-        target = target_of(root, reference) if isinstance(reference, str) and reference.startswith("#") else None
-        children = [child for path, child in subschemas(schema) if path.partition("/")[0] not in _ASIDE]
-        pending += [child for child in (target, *children) if isinstance(child, dict)]
-    return merged
+def _open(schema: Schema) -> None:
+    """Say of which kinds a value may be that the schema says something of, so that each is bounded."""
+    if "type" not in schema and SPEAKING & set(schema) and not COMBINING & set(schema):
+        schema["type"] = sorted(KINDS - {"integer"})
 
 
 def _characters(share: int) -> int:
@@ -126,22 +69,24 @@ def _may_be(schema: Schema, kind: str) -> bool:
     """Whether a schema names the kind, or leaves it open and says something of values."""
     kinds = schema.get("type")
     if kinds is None:
-        return not {"properties", *COMBINING} & set(schema) and bool(_SPEAKING & set(schema))
+        return not {"properties", *COMBINING} & set(schema) and bool(SPEAKING & set(schema))
     return kinds == kind or (isinstance(kinds, list) and kind in kinds)
 
 
-def _bound_scalars(schema: Schema, share: int) -> None:
-    if _may_be(schema, "string") and "maxLength" not in schema:
-        form = schema.get("format")
-        if form is None:
-            schema["maxLength"] = max(_characters(share), schema.get("minLength", 0))
-        elif form in _FORMAT_LENGTHS:
+def _bound_scalars(schema: Schema, share: int, *, has_steps: bool = False) -> None:
+    """`has_steps`: other schemas give a `multipleOf` of the same number, and the library multiplies them in 32 bits."""
+    if _may_be(schema, "string"):
+        form, least = schema.get("format"), schema.get("minLength", 0)
+        if form in _FORMAT_LENGTHS:
             # digits and odd letters cost a token each
-            schema["maxLength"] = max(_FORMAT_LENGTHS[form], share - 8, schema.get("minLength", 0))
+            most = max(_FORMAT_LENGTHS[form], share - 8, least)
+            schema["maxLength"] = min(schema.get("maxLength", most), most)
+        elif form is None:
+            schema.setdefault("maxLength", max(_characters(share), least))
     is_number = _may_be(schema, "number")
     if is_number or _may_be(schema, "integer"):
         _bound_number(schema, share)
-        if is_number and "multipleOf" not in schema:
+        if is_number and "multipleOf" not in schema and not has_steps:
             schema["multipleOf"] = 1e-9 if share >= 32 else 1e-3
 
 
@@ -161,7 +106,7 @@ class _AnyValue:
     def __init__(self, root: Schema, nodes: list[Node]) -> None:
         self._root = root
         # whether a reference leads through an object, which then stays as it is
-        self._has_pointers = any("/properties/" in str(node.schema.get("$ref")) for node in nodes)
+        self._has_pointers = refers_through(nodes, "/properties/", "/patternProperties/")
 
     def bound(self, schema: Schema, share: int) -> None:
         """Replace the free values directly inside, and end the properties that are not named."""
@@ -172,7 +117,7 @@ class _AnyValue:
         if "items" in schema or (_may_be(schema, "array") and not {"prefixItems", *COMBINING} & set(schema)):
             schema["items"] = self._bounded(schema.get("items", True), share // 4)
         schema.update(self._bounded(schema, share))
-        if not COMBINING & set(schema) and (schema.get("type") == "object" or "properties" in schema):
+        if not COMBINING & set(schema) and ("object" in kinds_of(schema) or "properties" in schema):
             self._bound_names(schema, share)
 
     def _bound_names(self, schema: Schema, share: int) -> None:
@@ -180,7 +125,9 @@ class _AnyValue:
         named = schema.get("properties") or {}
         names = list(dict.fromkeys([*named, *(schema.get("required") or ())]))
         if schema.get("patternProperties"):
-            if not names:
+            if names:
+                self._close_patterns(schema, names, share)
+            else:
                 self._bound_patterns(schema, share)
             return
         if values is False:
@@ -211,19 +158,45 @@ class _AnyValue:
         schema["properties"] = {name: self._bounded(named.get(name, values), share) for name in names}
         schema.setdefault("maxProperties", max(schema.get("minProperties", 0), len(names) + most))
 
+    def _close_patterns(self, schema: Schema, names: list[str], share: int) -> None:
+        """No number of further names fits; those that are named follow the patterns that they match."""
+        named, rules = schema.get("properties") or {}, schema["patternProperties"]
+        try:
+            parts = {
+                name: [*([named[name]] if name in named else []), *(rules[p] for p in rules if re.search(p, name))]
+                for name in names
+            }
+        except re.error:
+            return
+        if self._has_pointers:
+            return
+        del schema["patternProperties"]
+        others = schema.get("additionalProperties", True)
+        schema["additionalProperties"] = False
+        schema["properties"] = {
+            name: {"allOf": found} if len(found) > 1 else self._bounded(found[0] if found else others, share)
+            for name, found in parts.items()
+        }
+
     def _bound_patterns(self, schema: Schema, share: int) -> None:
         """Names by the user's own patterns; a name that no shortened pattern matches is none."""
         rules = schema["patternProperties"]
         _share_out(rules.values(), share)
-        if len(rules) == 1:
-            # of several, one that is shortened may leave names to another that they share
-            [(pattern, values)] = rules.items()
-            schema["patternProperties"] = {short_names(pattern) or pattern: values}
+        is_whole = set(schema) <= _OF_OBJECTS | {"patternProperties", "additionalProperties"} and not self._has_pointers
+        if len(rules) == 1 or (is_whole and schema.get("type") == "object"):
+            schema["patternProperties"] = {short_names(pattern) or pattern: values for pattern, values in rules.items()}
         schema["additionalProperties"] = False
         schema.setdefault("maxProperties", max(schema.get("minProperties", 0), _most_names(share)))
+        if len(rules) > 1 and schema["patternProperties"] is not rules:
+            # shortened, they may share no name where they did; a case of which nothing comes has them compared in full
+            compared = {"type": "object", "patternProperties": rules, "additionalProperties": False}
+            nothing = {"required": [""], "properties": {"": False}}
+            cases = [{**schema}, {**compared, **nothing}]
+            schema.clear()
+            schema["anyOf"] = cases
 
     def _bounded(self, child: Any, share: int) -> Any:
-        if child is not True and (not isinstance(child, dict) or _SPEAKING & set(child)):
+        if child is not True and (not isinstance(child, dict) or SPEAKING & set(child)):
             return child
         return {**({} if child is True else child), "$ref": f"#/$defs/{self._define(share, _DEPTH)}"}
 

@@ -44,6 +44,14 @@ def rewrite_numbers(schema: Schema) -> None:
     for word in _BOUNDS:
         if word in given and (is_integer or abs(given[word]) >= 2**53):
             del schema[word]
+    for pair, sign in ((_BOUNDS[::2], 1), (_BOUNDS[1::2], -1)):
+        # of a bound beyond 2^53 and one within, the sign says which is the closer
+        if len(set(pair) & set(given)) == 2 and len(set(pair) & set(schema)) == 1:
+            far = next(word for word in pair if word not in schema)
+            if given[far] * sign > 0:
+                schema.pop(next(word for word in pair if word in schema))
+            else:
+                given.pop(far)
     low, high = _whole_bounds({word: value for word, value in given.items() if word not in schema})
     if low is not None and high is not None and low > high:
         raise ValueError(f"minimum {low} is greater than maximum {high}.")
@@ -51,7 +59,13 @@ def rewrite_numbers(schema: Schema) -> None:
     try:
         _take_inside(schema, low, high, is_integer=is_integer)
     except ValueError as error:
-        schema[EXACT] = {**exact, "otherwise": str(error)}
+        if "type" in schema:
+            schema[EXACT] = {**exact, "otherwise": str(error)}
+            return
+        # any other kind will do
+        for word in (*_BOUNDS, "multipleOf"):
+            schema.pop(word, None)
+        schema["type"] = ["array", "boolean", "null", "object", "string"]
         return
     if (low is not None and schema["minimum"] != low) or (high is not None and not _is_kept(schema["maximum"], high)):
         schema[EXACT] = exact
@@ -107,18 +121,37 @@ def check_multiples(multiples: Iterable[Any]) -> None:
     """Raise ValueError for `multipleOf` values whose remainders are more than the library can follow, all together."""
     total = 0
     for multiple in multiples:
-        if isinstance(multiple, bool) or not isinstance(multiple, int | float) or not math.isfinite(multiple):
-            raise ValueError(f"multipleOf must be a number, found {multiple!r}.")
-        number = Decimal(repr(multiple))
-        exponent = number.as_tuple().exponent
-        assert isinstance(exponent, int)
-        # as many as the digits without their point say
-        num_remainders = abs(int(number.scaleb(-min(exponent, 0))))
-        total += _COSTS.get(num_remainders, num_remainders)
+        remainders = abs(int(_scaled(multiple)[0]))
+        total += _COSTS.get(remainders, remainders)
         if total > MOST_REMAINDERS:
-            raise ValueError(
-                f"multipleOf {multiple}: a grammar follows at most {MOST_REMAINDERS} remainders in all; leave it out."
-            )
+            raise ValueError(_too_many(f"multipleOf {multiple}"))
+
+
+def check_common_multiple(multiples: Iterable[Any]) -> None:
+    """Raise ValueError for `multipleOf` values of one number whose common multiple has too many remainders."""
+    common, places = 1, 0
+    for multiple in multiples:
+        digits, exponent = _scaled(multiple)
+        most = max(places, exponent)
+        common = math.lcm(common * 10 ** (most - places), abs(int(digits)) * 10 ** (most - exponent))
+        places = most
+        if common > MOST_REMAINDERS:
+            raise ValueError(_too_many(f"multipleOf {multiple} and the others of the same number"))
+
+
+def _scaled(multiple: Any) -> tuple[int, int]:
+    """A number's digits without the point, which are as many remainders, and how many of them stand behind it."""
+    if isinstance(multiple, bool) or not isinstance(multiple, int | float) or not math.isfinite(multiple):
+        raise ValueError(f"multipleOf must be a number, found {multiple!r}.")
+    number = Decimal(repr(multiple))
+    exponent = number.as_tuple().exponent
+    assert isinstance(exponent, int)
+    places = max(-exponent, 0)
+    return int(number.scaleb(places)), places
+
+
+def _too_many(what: str) -> str:
+    return f"{what}: a grammar follows at most {MOST_REMAINDERS} remainders in all; leave it out."
 
 
 def check_exact(value: Any) -> None:

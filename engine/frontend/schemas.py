@@ -11,8 +11,15 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from sempre.engine.frontend.schema_numbers import check_multiples, check_range, rewrite_numbers, rewrite_values
-from sempre.engine.frontend.schema_references import References
+from sempre.engine.frontend.schema_numbers import (
+    check_common_multiple,
+    check_multiples,
+    check_range,
+    kinds_of,
+    rewrite_numbers,
+    rewrite_values,
+)
+from sempre.engine.frontend.schema_references import References, target_of
 
 Schema = dict[str, Any]
 
@@ -28,7 +35,29 @@ _MAPS = ("$defs", "definitions", "dependencies", "dependentSchemas", "patternPro
 _MOST = {"properties": 1000, "patternProperties": 1000, "required": 1000, "anyOf": 500, "oneOf": 500, "allOf": 500}
 """Most entries of one object, or one list of cases: compiling takes time and memory by the square of their number."""
 COMBINING = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
+SPEAKING = COMBINING | {
+    "$dynamicRef", "$recursiveRef", "additionalProperties", "const", "contains", "enum", "exclusiveMaximum",
+    "exclusiveMinimum", "format", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems",
+    "minLength", "minProperties", "minimum", "multipleOf", "not", "pattern", "patternProperties", "prefixItems",
+    "properties", "required", "type", "uniqueItems",
+}  # fmt: skip
+"""Words that say something of the value; all others, as OpenAPI's, only remark or hold what is referred to."""
+_ASIDE = ("$defs", "definitions")
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
+WORDS_OF_ARRAYS = {"contains", "items", "maxContains", "maxItems", "minContains", "minItems", "prefixItems",
+                   "unevaluatedItems", "uniqueItems"}  # fmt: skip
+WORDS_OF_OBJECTS = {
+    "additionalProperties", "dependentRequired", "dependentSchemas", "maxProperties", "minProperties",
+    "patternProperties", "properties", "propertyNames", "required", "unevaluatedProperties",
+}  # fmt: skip
+_WORDS_OF = {
+    frozenset({"integer", "number"}): {"exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multipleOf"},
+    frozenset({"string"}): {"format", "maxLength", "minLength", "pattern"},
+    frozenset({"array"}): WORDS_OF_ARRAYS,
+    frozenset({"object"}): WORDS_OF_OBJECTS,
+}
+_MOST_OF_NAME = 253
+_EMAIL = r"^[^@]{1,64}@([^.]{1,63}\.)*[^.]{1,63}$"
 KINDS = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
 _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 
@@ -62,7 +91,10 @@ def rewritten(root: Schema, *, closed: bool = False) -> tuple[Schema, list[Node]
     references.write()
     try:
         check_range(root)
-        check_multiples(node.schema["multipleOf"] for node in walk.nodes if "multipleOf" in node.schema)
+        multiples = [node.schema for node in walk.nodes if "multipleOf" in node.schema]
+        check_multiples(schema["multipleOf"] for schema in multiples)
+        together = merged(root, walk.nodes) if len(multiples) > 1 else set()
+        check_common_multiple(schema["multipleOf"] for schema in multiples if id(schema) in together)
     except ValueError as error:
         raise SchemaRefused("", str(error)) from None
     return root, walk.nodes
@@ -112,6 +144,25 @@ def subschemas(schema: Schema) -> Iterator[tuple[str, Any]]:
             )
 
 
+def merged(root: Schema, nodes: list[Node]) -> set[int]:
+    """The schemas beside which others speak of the same value, by identity."""
+    # a type alone contradicts no bound of its cases
+    speaking = [(node.schema, SPEAKING & set(node.schema) - {"type"}) for node in nodes]
+    pending = [schema for schema, words in speaking if COMBINING & words and len(words) > 1]
+    pending += [node.schema for node in nodes if len(node.schema.get("allOf", ())) > 1]
+    found: set[int] = set()
+    while pending:
+        schema = pending.pop()
+        if id(schema) in found:
+            continue
+        found.add(id(schema))
+        reference = schema.get("$ref")
+        target = target_of(root, reference) if isinstance(reference, str) and reference.startswith("#") else None
+        children = [child for path, child in subschemas(schema) if path.partition("/")[0] not in _ASIDE]
+        pending += [child for child in (target, *children) if isinstance(child, dict)]
+    return found
+
+
 def _check_sizes(schema: Schema, place: str) -> None:
     for word, most in _MOST.items():
         entries = schema.get(word)
@@ -159,6 +210,24 @@ def _check_types(schema: Schema, place: str) -> None:
     for kind in [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []:
         if kind not in _TYPES:
             raise SchemaRefused(place, f"type must be one of {', '.join(_TYPES)}, found {kind!r}.")
+
+
+def narrow(schema: Schema, place: str = "") -> None:
+    """Leave out, in place, what only speaks of kinds that the type excludes."""
+    kinds = kinds_of(schema)
+    for own, words in _WORDS_OF.items():
+        if kinds and not kinds & own:
+            for word in words & set(schema):
+                del schema[word]
+
+
+def _formats(schema: Schema, place: str) -> None:
+    """Lengths that belong to a format, and that the library does not count."""
+    if schema.get("format") in ("email", "hostname"):
+        most = schema.get("maxLength", _MOST_OF_NAME)
+        schema["maxLength"] = min(most, _MOST_OF_NAME) if isinstance(most, int) else most
+        if schema["format"] == "email":
+            schema.setdefault("pattern", _EMAIL)
 
 
 def _numbers(schema: Schema, place: str) -> None:
@@ -321,6 +390,6 @@ def _patterns(schema: Schema, place: str) -> None:
 
 
 _RULES: tuple[Callable[[Schema, str], None], ...] = (
-    _drop_annotations, _modernise, _check_types, _numbers, _negation, _conditions, _unevaluated, _names, _dependent,
-    _counts, _arrays, _patterns,
+    _drop_annotations, _modernise, _check_types, narrow, _formats, _numbers, _negation, _conditions, _unevaluated,
+    _names, _dependent, _counts, _arrays, _patterns,
 )  # fmt: skip

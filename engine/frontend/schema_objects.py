@@ -1,0 +1,176 @@
+"""Objects that several schemas speak of, made one, or one for each case: only together can they be closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sempre.engine.frontend.schema_numbers import EXACT, kinds_of
+from sempre.engine.frontend.schema_references import target_of
+from sempre.engine.frontend.schemas import (
+    COMBINING,
+    KINDS,
+    SPEAKING,
+    WORDS_OF_ARRAYS,
+    WORDS_OF_OBJECTS,
+    Node,
+    Schema,
+    narrow,
+)
+
+_MOST_CASES = 32
+_CLOSEST: dict[str, Callable[[Any, Any], Any]] = {
+    "maximum": min, "exclusiveMaximum": min, "maxLength": min,
+    "minimum": max, "exclusiveMinimum": max, "minLength": max,
+}  # fmt: skip
+_OWN = {"additionalProperties", "maxProperties", "minProperties", "properties", "required", "type"}
+
+
+def refers_through(nodes: list[Node], *words: str) -> bool:
+    """Whether a reference leads through one of the words, beneath which all has to stay where it is."""
+    return any(word in str(node.schema.get("$ref")) for node in nodes for word in words)
+
+
+def join_objects(root: Schema, nodes: list[Node]) -> None:
+    """Make one object, or one for each case, of those that speak of the same value, in place."""
+    if refers_through(nodes, "/allOf/", "/anyOf/", "/oneOf/"):
+        return
+    is_fixed = refers_through(nodes, "/properties/")
+    for schema, num_arrays in list(nodes):
+        words = SPEAKING & set(schema)
+        if not (COMBINING & words and (len(words) > 1 or "allOf" in words)):
+            continue
+        if not is_fixed:
+            _spread(schema, _kinds(root, schema, []))
+            _flatten(schema)
+            if not COMBINING & set(schema):
+                continue
+        cases = _cases(root, schema, [])
+        if not cases or (is_fixed and len(cases) > 1) or not all(map(_is_object, cases)):
+            continue
+        joined = [_joined(parts, nodes, num_arrays) for parts in cases]
+        word = "oneOf" if any("oneOf" in part for parts in cases for part in parts) else "anyOf"
+        for taken in _OWN | COMBINING:
+            schema.pop(taken, None)
+        if len(joined) == 1:
+            schema.update(joined[0])
+        else:
+            schema[word] = joined
+            nodes += [Node(case, num_arrays) for case in joined]
+
+
+def _kinds(root: Schema, schema: Any, around: list[int]) -> set[str]:
+    """Of which kinds a value may be by all that is said of it."""
+    if not isinstance(schema, dict) or id(schema) in around:
+        return set() if schema is False else set(KINDS)
+    around = [*around, id(schema)]
+    kinds = kinds_of(schema) or set(KINDS)
+    if "number" in kinds:
+        kinds.add("integer")
+    groups = [[target_of(root, schema["$ref"])]] if isinstance(schema.get("$ref"), str) else []
+    groups += [[child] for child in schema.get("allOf", ())]
+    groups += [schema[word] for word in ("anyOf", "oneOf") if word in schema]
+    for group in groups:
+        kinds &= set().union(*(_kinds(root, child, around) for child in group))
+    return kinds
+
+
+def _spread(schema: Schema, kinds: set[str]) -> None:
+    """Say the kinds in a schema and in the parts that it is made of, so that each can leave out what is of others."""
+    if kinds == KINDS or not kinds:
+        return
+    own = kinds_of(schema)
+    allowed = kinds & (own | ({"integer"} if "number" in own else set())) if own else kinds
+    if not allowed:
+        return
+    names = sorted(allowed - {"integer"} if "number" in allowed else allowed)
+    schema["type"] = names[0] if len(names) == 1 else names
+    narrow(schema)
+    for word in ("allOf", "anyOf", "oneOf"):
+        for child in schema.get(word, ()):
+            if isinstance(child, dict) and not {"$ref", "const", "enum"} & set(child):
+                _spread(child, allowed)
+
+
+def _flatten(schema: Schema) -> None:
+    """Take parts of `allOf` that speak of other things into the schema itself, and cases that are no condition away."""
+    if any(child is True or child == {} for child in schema.get("anyOf", ())):
+        del schema["anyOf"]
+    kept = [child for child in schema.get("allOf", ()) if child is not True and not _is_taken(schema, child)]
+    if kept:
+        schema["allOf"] = kept
+    else:
+        schema.pop("allOf", None)
+
+
+def _is_taken(schema: Schema, child: Any) -> bool:
+    """Whether a part spoke of other things than the schema, or of the same bounds, and is in it now."""
+    if not isinstance(child, dict) or EXACT in child or EXACT in schema:
+        return False
+    words, own = SPEAKING & set(child) - {"type"}, SPEAKING & set(schema) - {"type"}
+    kinds = kinds_of(child)
+    if (kinds and not kinds_of(schema)) or (kinds and not kinds_of(schema) <= kinds):
+        return False
+    if words & (COMBINING | {"const", "enum"} | WORDS_OF_OBJECTS) or (words & own) - set(_CLOSEST):
+        return False
+    if words & WORDS_OF_ARRAYS and own & WORDS_OF_ARRAYS:
+        return False
+    for word in words:
+        schema[word] = _CLOSEST[word](schema[word], child[word]) if word in own else child[word]
+    return True
+
+
+def _is_object(parts: list[Schema]) -> bool:
+    return any(part.get("type") == "object" for part in parts)
+
+
+def _cases(root: Schema, schema: Any, around: list[int]) -> list[list[Schema]] | None:
+    """For each case the schemas that make it; None if one says more than names and values of properties."""
+    if isinstance(schema, bool):
+        return [[]] if schema else []
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None) if isinstance(schema, dict) else None
+    if isinstance(values, list) and not any(isinstance(value, dict) for value in values):
+        return []
+    words = SPEAKING & set(schema) if isinstance(schema, dict) else {""}
+    if id(schema) in around or not words <= _OWN | COMBINING or schema.get("type", "object") != "object":
+        return None
+    if schema.get("additionalProperties", True) not in (True, False, {}):
+        return None
+    groups = [[target_of(root, schema["$ref"])]] if "$ref" in words else []
+    groups += [[child] for child in schema.get("allOf", ())]
+    groups += [schema[word] for word in ("anyOf", "oneOf") if word in words]
+    cases: list[list[Schema]] = [[schema]]
+    for group in groups:
+        options: list[list[Schema]] = []
+        for child in group:
+            found = _cases(root, child, [*around, id(schema)])
+            if found is None:
+                return None
+            options += found
+        if len(cases) * len(options) > _MOST_CASES:
+            return None
+        cases = [[*case, *option] for case in cases for option in options]
+    return cases
+
+
+def _joined(parts: list[Schema], nodes: list[Node], num_arrays: int) -> Schema:
+    properties: Schema = {}
+    for part in parts:
+        for name, child in part.get("properties", {}).items():
+            known = properties.get(name, child)
+            if known is False or child is False:
+                child = False
+            elif known != child:
+                child = {"allOf": [known, child]}
+                nodes.append(Node(child, num_arrays))
+            properties[name] = child
+    required = list(dict.fromkeys(name for part in parts for name in part.get("required", ())))
+    closed = [part.get("properties", {}) for part in parts if part.get("additionalProperties") is False]
+    for known in closed:
+        properties.update({name: False for name in [*properties, *required] if name not in known})
+    joined: Schema = {"type": "object", "properties": properties, "required": required}
+    for word, closest in (("minProperties", max), ("maxProperties", min)):
+        counts = [part[word] for part in parts if word in part]
+        if counts:
+            joined[word] = closest(counts)
+    return {**joined, "additionalProperties": False} if closed else joined
