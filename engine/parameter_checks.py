@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -13,6 +14,8 @@ FLOAT32_SMALLEST = 2.0**-126
 """Smallest normal float32: below it a divisor loses bits, or is zero."""
 FLOAT32_LARGEST = (2.0 - 2.0**-23) * 2.0**127
 MAX_LOGIT_BIAS = 100.0
+_TOKEN_ID = re.compile(r"-?[0-9]{1,20}")
+_MOST_SHOWN = 8
 
 
 class _Repr(reprlib.Repr):
@@ -108,6 +111,10 @@ def logit_bias(value: object) -> dict[int, float]:
     """Return biases by token id, within ±100."""
     if not isinstance(value, Mapping):
         raise refusal("logit_bias", value, f"must be a dict of token id to number, got {shown(value)}.")
+    unfit = [key for key in value if isinstance(key, str) and not _TOKEN_ID.fullmatch(key)]
+    if unfit:
+        said = ", ".join(map(shown, unfit[:_MOST_SHOWN])) + (", …" if len(unfit) > _MOST_SHOWN else "")
+        raise refusal("logit_bias", value, f"keys must be token ids, got {said}.")
     bias: dict[int, float] = {}
     for key, amount in value.items():
         try:

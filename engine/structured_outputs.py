@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sempre.engine.near_names import near_name
 from sempre.ipc.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
 _FLAGS = (
@@ -29,6 +32,8 @@ _ANYWAY: dict[str, tuple[object, ...]] = {
     "reasoning_parser": ("",),
     "reasoning_parser_plugin": ("",),
 }
+# libraries of vLLM's: a form is a form, whoever reads it
+_OTHER_BACKENDS = ("xgrammar", "outlines", "lm-format-enforcer")
 # members that become defaults of a form, as far as forms have them
 _DEFAULT_FLAGS = ("disable_any_whitespace", "disable_additional_properties")
 CONFIG_MEMBERS = (*_ANYWAY, *_DEFAULT_FLAGS, "whitespace_pattern")
@@ -162,6 +167,8 @@ def structured_outputs_defaults(config: Mapping[str, Any] | None) -> dict[str, A
             near = near_name(name, CONFIG_MEMBERS)
             hint = f" Did you mean {near!r}?" if near else ""
             raise ConfigError(f"structured_outputs_config has no member {name!r}.{hint}", parameter=shown, value=value)
+        elif name == "backend" and value in _OTHER_BACKENDS:
+            logger.warning("%s=%r: this engine reads all forms with guidance, which keeps the same ones", shown, value)
         elif not any(type(value) is type(same) and value == same for same in _ANYWAY.get(name, (False, None))):
             raise ConfigError(f"{shown}={value!r} is not supported by this engine. Leave it out.", parameter=shown)
     return defaults

@@ -49,7 +49,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         service,
         http,
         request.messages,
-        chat_template_kwargs=_template_variables(request),
+        chat_template_kwargs=template_variables(request),
         chat_template=request.chat_template,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
@@ -80,12 +80,16 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     return Response(body, headers=await load_header(service, http), media_type="application/json")
 
 
-def _template_variables(request: ChatCompletionRequest) -> dict[str, Any]:
+def template_variables(request: ChatCompletionRequest) -> dict[str, Any]:
+    """Return the variables of the chat template that a request brings."""
     variables = dict(request.chat_template_kwargs or {})
     if request.documents is not None:
         variables["documents"] = request.documents
     if request.reasoning_effort is not None:
         variables["reasoning_effort"] = request.reasoning_effort
+    if request.reasoning_effort == "none":
+        # the name by which most templates that can do without reasoning know it
+        variables.setdefault("enable_thinking", False)
     return variables
 
 
@@ -109,6 +113,7 @@ class _Answer:
         self._model = request.model or service.model_names[0]
         self._fingerprint = service.engine.fingerprint
         self._parsers = parsers
+        self._enforces_calls = not isinstance(request.tool_choice, str | None) or request.tool_choice == "required"
         self._chunks = ChunkEncoder(
             response_id=response_id,
             kind="chat.completion.chunk",
@@ -139,13 +144,17 @@ class _Answer:
 
     def first_events(self) -> list[bytes]:
         """Return the events with which each choice begins: its role."""
-        seeds = self._generation.requests[0].seeds
+        prompt = self._generation.requests[0]
         opening = self._echoed()
+        usage = self._generation.usage() if self._chunks.continuous_usage else None
+        token_ids = prompt.prompt_token_ids if self._request.return_token_ids else None
         return [
             self._chunks.choice(
-                ChatChunkChoice(index, ChatDelta(role=self._role, content=opening), None, None, None, seed)
+                ChatChunkChoice(index, ChatDelta(role=self._role, content=opening), None, None, None, seed),
+                usage,
+                token_ids if index == 0 else None,
             )
-            for index, seed in enumerate(seeds)
+            for index, seed in enumerate(prompt.seeds)
         ]
 
     def events(self, output: RequestOutput) -> bytes:
@@ -185,6 +194,8 @@ class _Answer:
         fed = parser.feed(choice.text, choice.token_ids)
         held, reason = parser.finish(choice.finish_reason or "stop")
         message = message_of([ChatDelta(content=self._echoed()), fed, held], self._role)
+        if self._enforces_calls and message.content is None:
+            message.content = ""  # as vLLM's; a call that the model makes by itself has null
         written = ChatChoice(choice.index, message, self._logprobs(choice), reason, choice.stop_reason, choice.seed)
         if self._request.return_token_ids:
             written.token_ids = choice.token_ids

@@ -1,7 +1,8 @@
 """From plain JSON to a request, by the request's type.
 
 A member that is null is one that is left out, whatever it is called; what a user's own JSON holds (schemas, messages,
-variables of a template) is left as it is. A whole float counts as an integer.
+variables of a template) is left as it is. A whole float counts as an integer; where no text is wanted, one may be an
+integer, a number, true or false.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ Cleaner = Callable[[Any, str, bool], Any]
 """(value, its path, whether unknown fields pass) → the value without what is neutral"""
 
 _MOST_SHOWN = 80
+# what clients write that send forms, and vLLM takes
+_INTEGER = re.compile(r"-?[0-9]{1,20}")
+_NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?")
 _WORDS = {
     "int": "an integer",
     "float": "a number",
@@ -80,7 +84,11 @@ def _cleaner(info: types.Type) -> Cleaner | None:
         case types.UnionType(types=several):
             return _union(several)
         case types.IntType():
-            return _whole
+            return _integer
+        case types.FloatType():
+            return _number
+        case types.BoolType():
+            return _flag
         case types.StructType(cls=model):
             return lambda value, path, ignore: (
                 _members(value, model, f"{path}.", ignore) if isinstance(value, dict) else value
@@ -92,6 +100,9 @@ def _cleaner(info: types.Type) -> Cleaner | None:
 
 def _union(several: tuple[types.Type, ...]) -> Cleaner | None:
     found = [cleaner for info in several if (cleaner := _cleaner(info)) is not None]
+    if any(isinstance(info, types.StrType) for info in several):
+        # a text is meant as one
+        found = [_whole if cleaner is _integer else cleaner for cleaner in found if cleaner not in (_number, _flag)]
     if not found:
         return None
 
@@ -118,6 +129,20 @@ def _list(item: Cleaner | None) -> Cleaner | None:
 
 def _whole(value: Any, _path: str, _ignore_unknown: bool) -> Any:
     return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _integer(value: Any, path: str, ignore_unknown: bool) -> Any:
+    if isinstance(value, str):
+        return int(value) if _INTEGER.fullmatch(value) else value
+    return _whole(value, path, ignore_unknown)
+
+
+def _number(value: Any, _path: str, _ignore_unknown: bool) -> Any:
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+def _flag(value: Any, _path: str, _ignore_unknown: bool) -> Any:
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def _check_neutral(value: Any, neutral: Neutral, path: str) -> None:

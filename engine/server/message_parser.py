@@ -38,8 +38,18 @@ class PlainContent:
 class ParsedContent:
     """Reasoning, tool calls and content."""
 
-    def __init__(self, parser: OutputParser, *, id_prefix: str, reports_calls: bool, include_reasoning: bool) -> None:
-        """Ids of tool calls follow from `id_prefix`. `reports_calls`: a choice with calls ends for `tool_calls`."""
+    def __init__(
+        self,
+        parser: OutputParser,
+        *,
+        id_prefix: str,
+        reports_calls: bool,
+        include_reasoning: bool,
+        has_content: bool = True,
+    ) -> None:
+        """Ids of tool calls follow from `id_prefix`. `reports_calls`: a choice with calls ends for `tool_calls`.
+        Without `has_content` what is no call is the beginning of one that was cut off."""
+        self._has_content = has_content
         self._parser = parser
         self._id_prefix = id_prefix
         self._reports_calls = reports_calls
@@ -60,7 +70,7 @@ class ParsedContent:
         delta = ChatDelta()
         content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
         reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
-        if content:
+        if content and self._has_content:
             delta.content = content
         if reasoning and self._include_reasoning:
             delta.reasoning = delta.reasoning_content = reasoning

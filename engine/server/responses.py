@@ -204,13 +204,21 @@ class ChunkEncoder:
         self._head = b"data: " + _ENCODER.encode(head)[:-1] + b',"choices":['
         self._fingerprint = b'],"system_fingerprint":' + _ENCODER.encode(fingerprint)
         self.include_usage = options is not None and options.include_usage
-        self.continuous_usage = options is not None and options.continuous_usage_stats
+        # of a stream that tells no usage there is none to be told all along, as in vLLM
+        self.continuous_usage = options is not None and options.include_usage and options.continuous_usage_stats
         self._frames: dict[int, _Frame] = {}
         self._tail = self._fingerprint + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
 
-    def choice(self, choice: CompletionChoice | ChatChunkChoice, usage: Usage | None = None) -> bytes:
-        """Return the event of one choice."""
+    def choice(
+        self,
+        choice: CompletionChoice | ChatChunkChoice,
+        usage: Usage | None = None,
+        prompt_token_ids: list[int] | None = None,
+    ) -> bytes:
+        """Return the event of one choice; `prompt_token_ids` stand in the first of a chat, and in no other."""
         tail = self._tail if usage is None else self._usage_tail(usage)
+        if prompt_token_ids is not None:
+            tail = b'],"prompt_token_ids":' + _ENCODER.encode(prompt_token_ids) + b"," + tail.removeprefix(b"],")
         return self._head + _ENCODER.encode(choice) + tail
 
     def text(self, index: int, text: str, choice_of: Callable[[str], CompletionChoice | ChatChunkChoice]) -> bytes:

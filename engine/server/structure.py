@@ -49,5 +49,5 @@ def _of_format(given: ResponseFormat | None) -> StructuredOutputsParams | None:
         return StructuredOutputsParams(json_object=True)
     field = "response_format.json_schema"
     if given.json_schema is None:
-        raise BadRequest(f"{field} is missing: an object with a schema.", param=field)
+        raise BadRequest(f"{field} must be provided: an object with a schema.", param=field)
     return StructuredOutputsParams(json=given.json_schema.schema)

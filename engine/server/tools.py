@@ -83,6 +83,7 @@ class ChatPlan:
             OutputParser(reasoning, self._tool_parser(), one_call=self.one_call),
             id_prefix=id_prefix,
             reports_calls=self.call_parser != "named",
+            has_content=self.call_parser not in ("required", "named"),
             include_reasoning=self.include_reasoning,
         )
 
@@ -107,8 +108,6 @@ class ChatPlan:
 def _call_parser(request: ChatCompletionRequest, config: ServerConfig) -> tuple[str | None, str]:
     """(format of the calls, function that is named)."""
     choice = request.tool_choice
-    if request.tools is not None and not request.tools:
-        raise BadRequest("tools must hold at least one tool; leave it out for none.", param="tools")
     if not request.tools:
         if choice in (None, "none"):
             return None, ""

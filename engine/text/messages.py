@@ -107,7 +107,11 @@ class _Message:
             missing = self._form.missing_content(beside, missing)
             return "absent" if missing == "absent" else (None if missing == "none" else "",)
         if self._gives_parts(role, parts):
-            return ([{"type": "text", "text": each} for each in ([text or ""] if parts is None else parts)],)
+            if parts is None:
+                return ([{"type": "text", "text": text or ""}],)
+            # a template may read more of a part than its text
+            more = [dict(part) if isinstance(part, Mapping) else {} for part in given or ()]
+            return ([{**part, "type": "text", "text": each} for part, each in zip(more, parts, strict=True)],)
         return (text or "",)
 
     def _gives_parts(self, role: str, parts: Sequence[str] | None) -> bool:

@@ -113,3 +113,12 @@ def test_content_that_is_null_is_told_as_such(role: str) -> None:
     for message in ({"role": role, "content": None}, {"role": role}):
         with pytest.raises(RequestError, match=r"messages\[0\]\.content must be a string .*, got null; of a message"):
             front.render_chat([message])
+
+
+@pytest.mark.parametrize("content_format", ["auto", "openai"])
+def test_a_template_may_read_more_of_a_part_than_its_text(content_format: Any) -> None:
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}[{{ p.lang }}]{% endfor %}{% endfor %}"
+    front = Frontend(parse_arguments("tiny", {"chat_template": template}))
+    parts = [{"type": "text", "text": "a", "lang": "en"}, {"type": "input_text", "text": "b", "lang": None}, "c"]
+    prompt = front.render_chat([{"role": "user", "content": parts}], chat_template_content_format=content_format)
+    assert prompt.get("prompt") == "a[en]b[None]c[]"

@@ -218,11 +218,17 @@ def test_defaults_of_forms() -> None:
         assert with_defaults(said, both) == said
     compact = StructuredOutputsParams(json_object=True, disable_any_whitespace=True)
     assert with_defaults(compact, {"whitespace_pattern": " "}) == compact
-    for wrong in ({"backend": "xgrammar"}, {"enable_in_reasoning": True}, {"disable_any_whitespace": 1}):
+    for wrong in ({"backend": "nothing"}, {"enable_in_reasoning": True}, {"disable_any_whitespace": 1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             structured_outputs_defaults(wrong)
     with pytest.raises(ConfigError, match=r"no member 'bakend'\. Did you mean 'backend'"):
         structured_outputs_defaults({"bakend": "auto"})
+
+
+@pytest.mark.parametrize("backend", ["xgrammar", "outlines", "lm-format-enforcer"])
+def test_a_form_is_kept_whoever_was_to_read_it(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert structured_outputs_defaults({"backend": backend}) == {}
+    assert f"backend='{backend}': this engine reads all forms with guidance" in caplog.text
 
 
 def test_fields_that_the_server_decides() -> None:

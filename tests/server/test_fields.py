@@ -195,3 +195,49 @@ def test_requests_being_answered_are_counted(server: ServerProcess) -> None:
     assert (load["server_load"], load["num_sequences"]) == (1, 32)
     server.wait_until_idle()
     assert server.load()["server_load"] == 0
+
+
+# What vLLM's clients meet
+
+
+def events(answer: Any) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def test_the_first_chunk_of_a_chat_has_the_prompts_ids_and_no_other(server: ServerProcess) -> None:
+    first, *rest = events(chat(server, stream=True, n=2))
+    assert first["prompt_token_ids"] == chat(server).json()["prompt_token_ids"]
+    assert rest
+    assert not any("prompt_token_ids" in chunk for chunk in rest)
+    assert not any("prompt_token_ids" in chunk for chunk in events(chat(server, stream=True, return_token_ids=False)))
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_usage_all_along_needs_usage_at_all(server: ServerProcess, ask: Any) -> None:
+    def told(**options: bool) -> list[bool]:
+        return [bool(chunk.get("usage")) for chunk in events(ask(server, stream=True, stream_options=options))]
+
+    assert not any(told(include_usage=False, continuous_usage_stats=True))
+    assert all(told(include_usage=True, continuous_usage_stats=True))
+    assert told(include_usage=True, continuous_usage_stats=False).count(True) == 1
+
+
+def test_texts_may_be_numbers_and_flags(server: ServerProcess) -> None:
+    plain = chat(server, temperature=0.5, logprobs=True, top_logprobs=2).json()["choices"]
+    texts = {"max_tokens": "4", "seed": "1", "temperature": "0.5", "logprobs": "true", "top_logprobs": "2"}
+    assert chat(server, **texts).json()["choices"] == plain
+    for name, value in (("max_tokens", "four"), ("logprobs", "yes please"), ("temperature", "1e3"), ("seed", "1.5")):
+        assert (chat(server, **{name: value}).json()["error"]["param"]) == name
+    # where a text is wanted it is one
+    assert complete(server, prompt=["5", "6"]).json()["choices"][0]["prompt_token_ids"] != [5]
+
+
+def test_every_key_of_a_bias_that_is_none_is_named(server: ServerProcess) -> None:
+    message = chat(server, logit_bias={"bad1": 1, "5": 1, "bad2": 1}).json()["error"]["message"]
+    assert message == "logit_bias keys must be token ids, got 'bad1', 'bad2'."
+
+
+def test_no_tools_are_none(server: ServerProcess) -> None:
+    assert chat(server, tools=[]).json()["choices"] == chat(server).json()["choices"]
+    assert chat(server, tools=[], tool_choice="required").json()["error"]["param"] == "tool_choice"

@@ -148,7 +148,6 @@ def test_structured_outputs(client: openai.OpenAI, structured: dict[str, Any], p
         ({"extra_body": {"structured_outputs": {"regexp": "a"}}}, "structured_outputs"),
         ({"extra_body": {"structured_outputs": {"choice": ["x" * 200_000]}}}, "structured_outputs.choice"),
         ({"extra_body": {"structured_outputs": {"regex": "a"}, "ignore_eos": True}}, "ignore_eos"),
-        ({"tools": []}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [CLOCK, CLOCK]}, "tools"),
         ({"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
@@ -178,6 +177,16 @@ def test_required_calls(client: openai.OpenAI) -> None:
             assert (call["name"], arguments) == ("clock", {})
         assert call["id"].startswith("call_")
     assert len({call["id"] for call in message["tool_calls"]}) == len(message["tool_calls"])
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "clock"}}])
+def test_a_message_of_enforced_calls_has_no_text(client: openai.OpenAI, choice: Any) -> None:
+    for most in (1, 120):
+        keywords: dict[str, Any] = {"tools": [CLOCK], "tool_choice": choice, "max_tokens": most}
+        [found] = ask(client, **keywords).choices
+        assert found.message.content == ""
+        chunks = [chunk.choices[0].delta.content for chunk in ask(client, stream=True, **keywords)]
+        assert not any(chunks)
 
 
 def test_one_call_at_most(client: openai.OpenAI) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from sempre.engine.parsing.reasoning import PromptReasoning
 from sempre.engine.server.body import parse_model
+from sempre.engine.server.chat import template_variables
 from sempre.engine.server.config import server_config
 from sempre.engine.server.requests import ChatCompletionRequest
 from sempre.engine.server.tools import ChatPlan
@@ -46,3 +47,20 @@ def test_a_value_that_looks_like_a_call_is_the_answer(fields: dict[str, Any]) ->
     assert content(text) == ""
     # and a grammar may describe calls
     assert content(text, structured_outputs={"regex": ".*"}) == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "none", "enable_thinking": False}),
+        ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+        (
+            {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+            {"reasoning_effort": "none", "enable_thinking": True},
+        ),
+        ({}, {}),
+    ],
+)
+def test_no_effort_is_no_thinking(fields: dict[str, Any], variables: dict[str, Any]) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "a"}], **fields}).encode()
+    assert template_variables(parse_model(body, ChatCompletionRequest)) == variables
