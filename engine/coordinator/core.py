@@ -14,7 +14,6 @@ from msgspec.structs import replace
 from sempre.engine.config import EngineConfig
 from sempre.engine.coordinator.draft_workers import DraftHost, DraftWorkers
 from sempre.engine.coordinator.metrics_report import Report, metrics_report
-from sempre.engine.coordinator.progress import ProgressWatch
 from sempre.engine.coordinator.replica import Replica
 from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.coordinator.worker_calls import WorkerCalls
@@ -41,6 +40,7 @@ from sempre.ipc.messages import (
     RequestSpec,
     ResetPrefixCache,
     ResetPrefixCacheReply,
+    StalledRequests,
     StepResult,
     WorkerEvent,
     WorkerStateChanged,
@@ -261,3 +261,31 @@ class EngineCore:
 def _outputs(deltas: list[RequestOutputDelta | None]) -> list[ClientEvent]:
     outputs = [delta for delta in deltas if delta is not None]
     return [OutputsReady(outputs=outputs)] if outputs else []
+
+
+class ProgressWatch:
+    """Looks at the requests of one replica that have a place in its steps; where none has, at the first that waits.
+
+    A request that queues while others move is not stalled. The age counts from the first look that found it so.
+    """
+
+    def __init__(self, rank: int, scheduler: Scheduler) -> None:
+        self._rank = rank
+        self._scheduler = scheduler
+        self._seen: dict[str, tuple[tuple[int, int], float]] = {}
+
+    def look(self, now: float) -> None:
+        seen = self._seen
+        self._seen = {
+            name: (progress, seen[name][1] if name in seen and seen[name][0] == progress else now)
+            for name, progress in self._scheduler.progress().items()
+        }
+
+    def stalled(self, now: float, limit_s: float) -> StalledRequests | None:
+        """Those that have not moved for longer than `limit_s`; None when there are none."""
+        self.look(now)
+        ages = {name: age_s for name, (_, since) in self._seen.items() if (age_s := now - since) > limit_s}
+        if not ages:
+            return None
+        oldest = max(ages, key=lambda name: ages[name])
+        return StalledRequests(rank=self._rank, num_requests=len(ages), request_id=oldest, age_s=ages[oldest])
