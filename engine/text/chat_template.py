@@ -12,10 +12,10 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from sempre.engine.text.messages import ContentFormat, messages_for, tools_for
 from sempre.engine.text.template_form import TemplateForm
+from sempre.engine.text.template_limits import BoundedEnvironment
 from sempre.ipc.errors import ConfigError, ModelError, RequestError
 from sempre.ipc.model_files import read_json_object, read_text
 
@@ -128,7 +128,7 @@ def render_chat(
 
 def _render(template: str, variables: Mapping[str, Any]) -> str:
     try:
-        return _compile(template).render(variables)
+        return _rendered(template, variables)
     except jinja2.UndefinedError as error:
         if "strftime_now" in str(error):
             raise RequestError(
@@ -141,9 +141,16 @@ def _render(template: str, variables: Mapping[str, Any]) -> str:
         raise RequestError(
             f"chat_template is not valid Jinja: line {error.lineno}: {error.message}", parameter="chat_template"
         ) from error
-    # TypeError and ValueError: an expression of the template met a value it was not written for.
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    # TypeError, ValueError: an expression of the template met a value it was not written for; others: it has no bounds
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise RequestError(f"chat_template refused these messages: {error}", parameter="messages") from error
+
+
+def _rendered(template: str, variables: Mapping[str, Any]) -> str:
+    compiled = _compile(template)
+    assert isinstance(compiled.environment, BoundedEnvironment)
+    with compiled.environment.bounded():
+        return compiled.render(variables)
 
 
 def _mark_end(message: dict[str, Any], index: int) -> None:
@@ -196,12 +203,12 @@ def _tojson(
 
 @lru_cache(maxsize=16)
 def _form(template: str) -> TemplateForm:
-    return TemplateForm(template, lambda variables: _compile(template).render(variables))
+    return TemplateForm(template, lambda variables: _rendered(template, variables))
 
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     filters: dict[str, Callable[..., Any]] = environment.filters
