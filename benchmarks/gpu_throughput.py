@@ -187,7 +187,7 @@ def profile(client: EngineClient, shape: str, folder: Path) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    from sempre.workers.models.spec import load_spec
+    from sempre.workers.models.registry import load_spec
 
     folder.mkdir(parents=True, exist_ok=True)
     spec = load_spec(SHAPES / shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from sempre.workers.models.spec import ModelSpec
+from sempre.workers.models.config import ModelSpec
 
 REACHED_BYTES_PER_S = 3.05e12
 REACHED_FLOPS = 750e12

@@ -11,11 +11,11 @@ from sempre.ipc.messages import ExecuteStep, SampledTokens, WorkerConfig
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.guessing import Guesser
 from sempre.workers.kv_cache import PagedKvCache, block_bytes
-from sempre.workers.models.decoder import DecoderWeights
-from sempre.workers.models.numerics import LinearKernel
-from sempre.workers.models.spec import ModelSpec
+from sempre.workers.layers.linear_kernel import LinearKernel
+from sempre.workers.loading import Placement, WeightFacts
+from sempre.workers.models.base import CausalLM
+from sempre.workers.models.config import ModelSpec
 from sempre.workers.sampling import GrammarCompiler
-from sempre.workers.weights import Placement
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ModelOutline:
 
     config: WorkerConfig
     spec: ModelSpec
-    product: LinearKernel
+    kernel: LinearKernel
     max_model_len: int
     block_size: int
     max_num_batched_tokens: int
@@ -36,9 +36,8 @@ class LoadedModel:
     """What a backend knows of the model once its weights are on the device."""
 
     config: WorkerConfig
-    spec: ModelSpec
-    weights: DecoderWeights
-    product: LinearKernel
+    model: CausalLM
+    weights: WeightFacts
     max_model_len: int
     block_size: int
     """tokens in one KV cache block: the config's, or the device's best"""
@@ -46,6 +45,10 @@ class LoadedModel:
     """most tokens in one step, likewise"""
     max_num_seqs: int
     """most requests in one step, likewise"""
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
 
     @property
     def block_bytes(self) -> int:
@@ -116,8 +119,11 @@ class Backend(Protocol):
         """Around the loading of weights: compiles meanwhile what the model will need. Raises ConfigError with the sums
         when memory runs out inside."""
 
-    def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
-        """Comparisons passed by operation, and the model without what did not agree. Raises InvarianceError."""
+    def self_test(self, model: LoadedModel) -> dict[str, int]:
+        """Comparisons passed, by operation; product kernels that disagree are not used any more.
+
+        Raises InvarianceError.
+        """
 
     def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
         """KV cache blocks that fit, with as many of the draft model that shares the device.

@@ -17,11 +17,12 @@ from sempre.workers.device import DeviceSpeed
 from sempre.workers.fingerprint import fingerprint_parts
 from sempre.workers.guessing import StepGuesser
 from sempre.workers.kv_cache import BLOCK_SIZE, PagedKvCache, available_blocks
+from sempre.workers.layers.module import Scratch, allocate
+from sempre.workers.loading import ON_CPU
 from sempre.workers.model_runner import ModelRunner
-from sempre.workers.models.decoder import Decoder
-from sempre.workers.models.spec import ModelSpec
-from sempre.workers.self_test import self_test
-from sempre.workers.weights import ON_CPU
+from sempre.workers.models.config import ModelSpec
+from sempre.workers.self_test import check_linears, check_model, require_equal
+from sempre.workers.tensor_source import CPU
 
 # longer ones would only take more memory
 _MOST_PROMPT_TOKENS = 2048
@@ -75,16 +76,14 @@ class CpuBackend:
     def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
         return nullcontext(_NothingToCompile())
 
-    def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
+    def self_test(self, model: LoadedModel) -> dict[str, int]:
         _leave_cores_to_kernels()
-        passed = self_test(
-            model.spec,
-            model.weights,
-            model.product,
-            block_size=model.block_size,
-            max_tokens=model.max_num_batched_tokens,
-        )
-        return model, passed
+        most = model.max_num_batched_tokens
+        comparisons = [
+            *check_linears(model.model, model.weights.storage, most),
+            *check_model(model.model, model.weights, model.block_size, max_tokens=most),
+        ]
+        return require_equal(comparisons)
 
     def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
         draft_bytes = 0 if draft is None else draft.block_bytes
@@ -100,15 +99,10 @@ class CpuBackend:
     def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner:
         config = model.config
         _leave_cores_to_kernels()
-        decoder = Decoder(
-            model.spec,
-            model.weights,
-            model.product,
-            max_tokens=model.max_num_batched_tokens,
-            max_model_len=model.max_model_len,
-        )
+        scratch = Scratch(model.max_num_batched_tokens, model.max_model_len, model.weights.activations, CPU)
+        allocate(model.model, scratch)
         return ModelRunner(
-            decoder,
+            model.model,
             PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
             model.make_grammar_compiler(step_wait_s=_FORM_WAIT_S),
             max_model_len=model.max_model_len,

@@ -8,8 +8,8 @@ import torch
 
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import StepCosts
-from sempre.workers.models.decoder import DecoderWeights
-from sempre.workers.models.spec import ModelSpec
+from sempre.workers.loading import WeightFacts
+from sempre.workers.models.config import ModelSpec
 
 
 def resolve_device(name: str, rank: int) -> torch.device:
@@ -54,7 +54,7 @@ class DeviceSpeed:
     result_seconds: float
     """between a step's result and the next step, where that follows from it"""
 
-    def decode_seconds(self, spec: ModelSpec, weights: DecoderWeights) -> float:
+    def decode_seconds(self, spec: ModelSpec, weights: WeightFacts) -> float:
         """A decode step of one sequence."""
         return self.step_seconds + self.layer_seconds * spec.num_layers + weights.nbytes / self.bytes_per_second
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sempre.kernels.threads import get_num_threads
-from sempre.workers.models.decoder import DecoderWeights
+from sempre.workers.loading import WeightFacts
 
 # name of the order of operations that the CPU kernels follow; a change of any result's bits raises the number
 CPU_PROFILE = "cpu-fma-2"
@@ -18,7 +18,7 @@ CPU_PROFILE = "cpu-fma-2"
 _VECTOR_LEVELS = ("avx512f", "avx2", "avx", "asimd")
 
 
-def fingerprint_parts(weights: DecoderWeights, numerics: str) -> dict[str, str]:
+def fingerprint_parts(weights: WeightFacts, numerics: str) -> dict[str, str]:
     """Named parts; equal parts, seeds and requests give equal bits."""
     # here: a worker on a GPU shares this module, and does without them
     import llvmlite
@@ -40,7 +40,7 @@ def fingerprint_parts(weights: DecoderWeights, numerics: str) -> dict[str, str]:
     }
 
 
-def quantization_profile(weights: DecoderWeights) -> str:
+def quantization_profile(weights: WeightFacts) -> str:
     """The scheme, with the number of its order of operations, which any change of a result's bits raises."""
     return "none" if weights.quantization is None else f"{weights.quantization.value}-1"
 

@@ -21,8 +21,8 @@ import torch
 
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import ErrorInfo, NewRequest, ScheduledRequest
-from sempre.workers.models.decoder import OutputRows, StepInput
 from sempre.workers.sampling import GrammarCompiler, SamplingState
+from sempre.workers.steps import OutputRows, StepInput
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]

@@ -11,7 +11,7 @@ import torch
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import KvCache, allocate_kv_cache
-from sempre.workers.models.spec import ModelSpec
+from sempre.workers.models.config import ModelSpec
 from sempre.workers.tensor_source import CPU, tensor_bytes
 
 # the one block size that the attention kernel takes

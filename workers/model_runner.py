@@ -12,18 +12,18 @@ from sempre.ipc.messages import NOT_READY, ExecuteStep, SampledTokens, Scheduled
 from sempre.workers.admission import Admission, StepLimits
 from sempre.workers.input_batch import InputBatch, StepPlan
 from sempre.workers.kv_cache import PagedKvCache
-from sempre.workers.models.decoder import Decoder
+from sempre.workers.models.base import CausalLM
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS, PromptLogprobs
 from sempre.workers.sampling import GrammarCompiler, RowResult, Sampler
 from sempre.workers.verification import drafts_in_place, verified
 
 
 class ModelRunner:
-    """One replica's decoder, cache, sampler, and the requests it knows."""
+    """One replica's model, cache, sampler, and the requests it knows."""
 
     def __init__(
         self,
-        decoder: Decoder,
+        model: CausalLM,
         cache: PagedKvCache,
         grammars: GrammarCompiler,
         *,
@@ -36,7 +36,7 @@ class ModelRunner:
         self.cache = cache
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
-        self._decoder = decoder
+        self._model = model
         self._grammars = grammars
         self._rank = rank
         self._batch = InputBatch(
@@ -47,14 +47,14 @@ class ModelRunner:
             grammars=grammars,
         )
         limits = StepLimits(
-            max_model_len, max_num_seqs, max_num_batched_tokens, decoder.spec.vocab_size, max_draft_tokens
+            max_model_len, max_num_seqs, max_num_batched_tokens, model.spec.vocab_size, max_draft_tokens
         )
         self._admission = Admission(self._batch, limits, rank)
         self._sampler = Sampler()
         rows = max(max_num_seqs + max_draft_tokens, PROMPT_LOGPROB_ROWS)
-        self._rows_RH = torch.empty(rows, decoder.spec.hidden_size, dtype=torch.float32, device="cpu")
-        self._logits_RV = torch.empty(rows, decoder.spec.vocab_size, dtype=torch.float32, device="cpu")
-        self._prompt_logprobs = PromptLogprobs(decoder, self._sampler, self._logits_RV, rank)
+        self._rows_RH = torch.empty(rows, model.spec.hidden_size, dtype=torch.float32, device="cpu")
+        self._logits_RV = torch.empty(rows, model.spec.vocab_size, dtype=torch.float32, device="cpu")
+        self._prompt_logprobs = PromptLogprobs(model, self._sampler, self._logits_RV, rank)
 
     def execute(self, step: ExecuteStep) -> list[SampledTokens]:
         """One result per scheduled request, in order. Raises MessageMalformed when the step itself is wrong."""
@@ -76,7 +76,7 @@ class ModelRunner:
         batch_step = self._batch.build(scheduled)
         self._grammars.patience.begin_step()
         _prepare_forms(batch_step.plan)
-        hidden = self._decoder.forward(batch_step.model_input, self.cache.layers)
+        hidden = self._model.forward(batch_step.model_input, self.cache.layers)
         plan = batch_step.plan
         results = self._sample(plan, hidden, all_rows=batch_step.model_input.outputs is None)
         for index, (item, state) in enumerate(zip(scheduled, plan.states, strict=True)):
@@ -101,7 +101,7 @@ class ModelRunner:
         if all_rows:
             out = self._rows_RH[: sampled.rows.size]
             hidden = torch.index_select(hidden, 0, torch.from_numpy(sampled.rows), out=out)
-        logits_RV = self._decoder.logits(hidden, self._logits_RV[: sampled.rows.size])
+        logits_RV = self._model.logits(hidden, self._logits_RV[: sampled.rows.size])
         requests = sampled.requests.tolist()
         states = [plan.states[index].sampling for index in requests]
         with drafts_in_place(plan):

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from sempre.ipc.messages import LogprobRows, SampledTokens, ScheduledRequest
 from sempre.workers.input_batch import RequestState
-from sempre.workers.models.decoder import Decoder
+from sempre.workers.models.base import CausalLM
 from sempre.workers.sampling import NoDistribution, RowError
 from sempre.workers.verification import joined
 
@@ -30,8 +30,8 @@ class PromptScorer(Protocol):
 class PromptLogprobs:
     """Adds prompt rows to results; `logits_RV` is scratch of at least PROMPT_LOGPROB_ROWS rows."""
 
-    def __init__(self, decoder: Decoder, scorer: PromptScorer, logits_RV: torch.Tensor, rank: int) -> None:
-        self._decoder = decoder
+    def __init__(self, model: CausalLM, scorer: PromptScorer, logits_RV: torch.Tensor, rank: int) -> None:
+        self._model = model
         self._scorer = scorer
         self._logits_RV = logits_RV
         self._rank = rank
@@ -58,7 +58,7 @@ class PromptLogprobs:
         for low in range(first, last + 1, PROMPT_LOGPROB_ROWS):
             high = min(low + PROMPT_LOGPROB_ROWS, last + 1)
             row = first_row + low - 1 - start
-            logits = self._decoder.logits(hidden_TH[row : row + high - low], self._logits_RV[: high - low])
+            logits = self._model.logits(hidden_TH[row : row + high - low], self._logits_RV[: high - low])
             try:
                 parts.append(self._scorer.prompt_logprobs(logits, state.token_ids[low:high], width))
             except NoDistribution as error:

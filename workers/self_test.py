@@ -1,213 +1,299 @@
-"""Start-up self-test: on this machine, for this model's shapes, a row's bits do not depend on the other rows.
+"""Start-up self-test of any model: a sequence has the same bits however it is computed, and in whatever company.
 
-Fails closed: the first operation that disagrees with itself raises InvarianceError, and the worker does not serve.
-Matrix products are tested with random weights of each distinct (N, K, storage) at many row counts M, on the last
-`MAX_COLUMNS` columns' worth of N for large matrices (columns are independent; the remainder of N is kept), and the
-model's own packed weight of that shape in full at one M. Nothing here draws from the global generators.
+The tree itself runs, with one block of each kind: a whole prompt, in chunks beside another sequence, as rows of a
+decode step, and one row alone, each in cache blocks of another order. So whatever a model is made of is tested, and
+nothing here knows what that is. Matrix products are tested with more numbers of rows by `check_linears` on a CPU, and
+kernel by kernel by `gpu.self_test` on a GPU. Fails closed: what disagrees raises InvarianceError, and the worker does
+not serve. Nothing here draws from the global generators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
 from sempre.ipc.errors import InvarianceError
-from sempre.kernels.activation import silu_and_mul
-from sempre.kernels.attention import allocate_kv_cache, paged_attention
+from sempre.kernels.attention import AttentionWorkspace, KvCache, allocate_kv_cache
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
-from sempre.kernels.norms import add_rms_norm, rms_norm
-from sempre.kernels.rope import cos_sin_table
-from sempre.workers.models.decoder import DecoderWeights, rotate_and_write
-from sempre.workers.models.numerics import LinearKernel, Packed
-from sempre.workers.models.spec import ModelSpec
+from sempre.workers.layers.attention import Attention
+from sempre.workers.layers.linear import Linear
+from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
+from sempre.workers.layers.module import Module, Scratch, allocate, sharing
+from sempre.workers.loading import WeightFacts
+from sempre.workers.models.base import CausalLM
+from sempre.workers.steps import OutputRows, StepInput
 from sempre.workers.tensor_source import CPU
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# tokens of the sequence: on a CPU beyond two key tiles, on a GPU beyond one split of keys, each with a ragged end
+_TOKENS = {"cpu": 150, "cuda": 1100}
+# of which so many are computed again as rows of one decode step
+_DECODED_ROWS = 40
+_NEIGHBOUR_TOKENS = 17
+# rows whose logits are compared; the last ones, which the last layer computes alone
+_LOGIT_ROWS = 5
+
 ROW_COUNTS = (2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 33, 64, 100, 128, 241, 256)
-DISTINCT_ROWS = 32
-MAX_COLUMNS = 256
-FULL_SIZE_ROWS = 5
-
-# crosses two key tiles of 64, with a ragged end
-ATTENTION_TOKENS = 150
-ATTENTION_CUTS = (0, 1, 70, 134, ATTENTION_TOKENS)
+_DISTINCT_ROWS = 32
+_MAX_COLUMNS = 256
+_FULL_SIZE_ROWS = 5
 
 
-def self_test(
-    spec: ModelSpec, weights: DecoderWeights, product: LinearKernel, *, block_size: int, max_tokens: int
-) -> dict[str, int]:
-    """Run all tests; returns how many comparisons each operation passed. Raises InvarianceError."""
-    generator = torch.Generator().manual_seed(0x5E3F)
-    row_counts = tuple(m for m in ROW_COUNTS if m <= max_tokens)
-    passed = {"linear": 0, "rms_norm": 0, "silu_and_mul": 0, "attention": 0}
-    for name, packed in distinct_shapes(weights):
-        passed["linear"] += check_linear(name, packed, product, weights.storage, row_counts, generator)
-    passed["rms_norm"] = _check_norms(spec, row_counts, generator)
-    passed["silu_and_mul"] = _check_activation(spec, row_counts, generator)
-    for window in dict.fromkeys(spec.windows):
-        _check_attention(spec, window, weights.dtype, block_size, generator)
-        passed["attention"] += 1
+class Comparison(NamedTuple):
+    """The same rows, computed in two ways; judged at the end, with one wait for the device."""
+
+    operation: str
+    """with its sizes"""
+    what: str
+    """how the second way differs from the first"""
+    different: torch.Tensor
+    """elements, a number on the device"""
+    total: int
+
+
+def compare(operation: str, what: str, expected: torch.Tensor, found: torch.Tensor) -> Comparison:
+    """Bit for bit; NaN is never right."""
+    different = _other_bits(expected, found)
+    if found.dtype.is_floating_point:
+        different |= found.isnan()
+    return Comparison(operation, what, different.sum(), expected.numel())
+
+
+def compare_rows(operation: str, what: str, expected: torch.Tensor, found: torch.Tensor) -> Comparison:
+    """Bit for bit; NaN, which weights may bring, is like any other NaN."""
+    both_nan = expected.isnan() & found.isnan()
+    return Comparison(operation, what, (_other_bits(expected, found) & ~both_nan).sum(), expected.numel())
+
+
+def _other_bits(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    bits = _BITS[expected.dtype.itemsize]
+    return expected.contiguous().view(bits) != found.contiguous().view(bits)
+
+
+def require_equal(comparisons: Iterable[Comparison]) -> dict[str, int]:
+    """Comparisons passed, by the first word of the operation. Raises InvarianceError for the first that failed."""
+    compared = list(comparisons)
+    counts = torch.stack([comparison.different for comparison in compared]).tolist() if compared else []
+    passed: dict[str, int] = {}
+    for (operation, what, _, total), different in zip(compared, counts, strict=True):
+        if different:
+            raise InvarianceError(
+                f"self-test: {operation}: {what}: expected the same bits, found {different} of {total} elements"
+                " different. The guarantee does not hold on this machine with these library versions; please report"
+                " the operation and `sempre collect-env`.",
+                operation=operation,
+            )
+        name = operation.split(" ", 1)[0]
+        passed[name] = passed.get(name, 0) + 1
     return passed
 
 
-def distinct_shapes(weights: DecoderWeights) -> Iterator[tuple[str, Packed]]:
-    """The first matrix of each distinct (N, K) and fp8 scheme, with its name."""
-    seen: set[tuple[int, int, Fp8Scheme | None]] = set()
-    for layer in weights.layers:
-        for name, packed in (("qkv", layer.qkv), ("o", layer.o), ("gate_up", layer.gate_up), ("down", layer.down)):
-            if shape_of(packed) not in seen:
-                seen.add(shape_of(packed))
-                yield name, packed
-    if shape_of(weights.lm_head) not in seen:
-        yield "lm_head", weights.lm_head
+# The tree
 
 
-def shape_of(packed: Packed) -> tuple[int, int, Fp8Scheme | None]:
+def check_model(
+    model: CausalLM,
+    facts: WeightFacts,
+    block_size: int,
+    *,
+    max_tokens: int,
+    workspace: AttentionWorkspace | None = None,
+) -> Iterator[Comparison]:
+    """The ways to compute a sequence; a step has at most `max_tokens` tokens."""
+    probe = _Probe(model, facts, block_size, max_tokens, workspace)
+    count, name = probe.num_tokens, f"model [{model.spec.architecture}, {str(facts.dtype).removeprefix('torch.')}]"
+    whole = probe.run([*range(0, count, max_tokens), count], backwards=False)
+    chunked = probe.run(probe.cuts(), backwards=True, beside=True)
+    yield compare_rows(name, f"in chunks, cut at {probe.cuts()}, beside another sequence", whole, chunked)
+    decoded = probe.decode(_DECODED_ROWS)
+    yield compare_rows(name, "as rows of a decode step", whole[-len(decoded) :], decoded)
+    lone = probe.decode(1)
+    yield compare_rows(name, "the last row alone", whole[-1:], lone)
+    yield compare_rows(name, "logits of one row and of several", *probe.logits(whole))
+
+
+class _Probe:
+    """One block of each kind, which share their weights with the model and nothing else."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        facts: WeightFacts,
+        block_size: int,
+        max_tokens: int,
+        workspace: AttentionWorkspace | None,
+    ) -> None:
+        self.device = model.device
+        self.num_tokens = min(_TOKENS[self.device.type], model.spec.max_position_embeddings)
+        self._max_tokens = min(max_tokens, self.num_tokens + _NEIGHBOUR_TOKENS)
+        self._model = _with_distinct_blocks(model)
+        allocate(self._model, Scratch(self._max_tokens, self.num_tokens, facts.activations, self.device, workspace))
+        self._block_size = block_size
+        self._width = -(-self.num_tokens // block_size)
+        self._caches = [
+            _cache(block.self_attn, 2 * self._width, block_size, facts.dtype, self.device)
+            for block in self._model.model.layers
+        ]
+        self._token_ids = torch.arange(self.num_tokens, dtype=torch.int64, device=CPU) * 7919 % model.spec.vocab_size
+
+    def cuts(self) -> list[int]:
+        """One token, then ragged pieces, none longer than a step beside the neighbour's tokens."""
+        longest = max(1, self._max_tokens - _NEIGHBOUR_TOKENS)
+        ends = [0, 1]
+        while ends[-1] < self.num_tokens:
+            # pieces of one, two thirds, and all of what is allowed, but no more than a few
+            share = (1, 0.66, 0.4)[len(ends) % 3]
+            ends.append(min(self.num_tokens, ends[-1] + max(1, int(min(longest, self.num_tokens // 2) * share))))
+        return ends
+
+    def run(self, cuts: Sequence[int], *, backwards: bool, beside: bool = False) -> torch.Tensor:
+        """Final hidden states of all tokens, computed in the chunks between `cuts`; the keys and values stay."""
+        blocks = list(range(self._width))
+        self._blocks = blocks[::-1] if backwards else blocks
+        other = list(range(self._width, 2 * self._width))
+        rows = []
+        for start, end in pairwise(cuts):
+            requests = [(start, end, self._blocks)]
+            if beside:
+                requests.insert(0, (0, min(_NEIGHBOUR_TOKENS, self._max_tokens - (end - start)), other))
+            hidden = self._forward([request for request in requests if request[1] > request[0]], reads_last=True)
+            rows.append(hidden.clone())
+        return torch.cat(rows)
+
+    def decode(self, count: int) -> torch.Tensor:
+        """The last tokens as so many requests of one token, over the keys and values of the last run."""
+        count = min(count, self.num_tokens, self._max_tokens)
+        first = self.num_tokens - count
+        return self._forward([(at, at + 1, self._blocks) for at in range(first, self.num_tokens)]).clone()
+
+    def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of some rows one by one, and together."""
+        some = hidden[-_LOGIT_ROWS:].contiguous()
+        out = torch.empty(2, len(some), self._model.spec.vocab_size, dtype=torch.float32, device=self.device)
+        for row in range(len(some)):
+            self._model.logits(some[row : row + 1], out[0, row : row + 1])
+        self._model.logits(some, out[1])
+        return out[0], out[1]
+
+    def _forward(self, requests: list[tuple[int, int, list[int]]], *, reads_last: bool = False) -> torch.Tensor:
+        """Final hidden states of the tokens [start, end) of each request, whose cache blocks are given.
+
+        `reads_last`: of the last request alone.
+        """
+        size, device = self._block_size, self.device
+        positions = torch.cat([torch.arange(start, end, dtype=torch.int64, device=CPU) for start, end, _ in requests])
+        lengths = torch.tensor([end - start for start, end, _ in requests], dtype=torch.int64, device=CPU)
+        owners = torch.repeat_interleave(torch.arange(len(requests), dtype=torch.int64, device=CPU), lengths)
+        tables = torch.tensor([blocks for _, _, blocks in requests], dtype=torch.int64, device=CPU)
+        starts = torch.cat([torch.zeros_like(lengths[:1]), lengths.cumsum(0)])
+        ends = [end for _, end, _ in requests]
+        step = StepInput(
+            token_ids=self._token_ids[positions].to(device),
+            positions=positions.to(device),
+            slot_mapping=(tables[owners, positions // size] * size + positions % size).to(device),
+            block_tables=tables.to(torch.int32).to(device),
+            query_starts=starts.to(torch.int32).to(device),
+            context_lens=torch.tensor(ends, dtype=torch.int32, device=device),
+            max_query_len=int(lengths.max()),
+            max_context_len=max(ends),
+            outputs=_rows_of_last(starts, device) if reads_last else None,
+        )
+        return self._model.forward(step, self._caches)
+
+
+def _rows_of_last(starts: torch.Tensor, device: torch.device) -> OutputRows:
+    first, end = int(starts[-2]), int(starts[-1])
+    read = torch.zeros_like(starts)
+    read[-1] = end - first
+    rows = torch.arange(first, end, dtype=torch.int64, device=device)
+    return OutputRows(rows, read.to(torch.int32).to(device), end - first)
+
+
+def _with_distinct_blocks(model: CausalLM) -> CausalLM:
+    """The model with the first block of each kind, sharing tensors; what it allocates is its own."""
+    probe = sharing(model)
+    kinds: dict[object, Module] = {}
+    for block in probe.model.layers:
+        assert isinstance(block, Module)
+        kinds.setdefault(_kind(block), block)
+    probe.model.layers = list(kinds.values())  # type: ignore[arg-type]
+    return probe
+
+
+def _kind(block: Module) -> object:
+    """Blocks of one kind run the same kernels."""
+    return tuple((path, type(module), module.shape()) for path, module in block.walk())
+
+
+def _cache(attention: Attention, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KvCache:
+    heads = attention.heads
+    return allocate_kv_cache(num_blocks, heads.num_kv_heads, heads.head_dim, block_size, dtype, device)
+
+
+# Matrix products on a CPU
+
+
+def distinct_linears(model: CausalLM) -> list[tuple[str, Linear]]:
+    """The first of those that are computed alike, with its path: equal shape, fp8 scheme and use."""
+    seen: dict[object, tuple[str, Linear]] = {}
+    for path, linear in model.linears():
+        seen.setdefault((linear.use, shape_of(linear.weight)), (path, linear))
+    return list(seen.values())
+
+
+def shape_of(weight: LinearWeight) -> tuple[int, int, Fp8Scheme | None]:
     """Matrices of equal shape and scheme are multiplied by the same kernels."""
-    return packed.out_features, packed.in_features, packed.scheme
+    return weight.out_features, weight.in_features, weight.scheme
 
 
-def check_linear(
-    name: str,
-    packed: Packed,
-    product: LinearKernel,
-    storage: torch.dtype,
-    row_counts: tuple[int, ...],
-    generator: torch.Generator,
-) -> int:
-    """Compare rows computed one at a time with the same rows in batches; returns the number of comparisons."""
-    depth, columns = packed.in_features, packed.out_features
-    tested = columns if columns <= MAX_COLUMNS else MAX_COLUMNS - (-columns % 32)
-    stored_as = packed.scheme.value if packed.scheme is not None else str(storage).removeprefix("torch.")
-    operation = f"linear {name} [N={columns}, K={depth}, {stored_as}]"
-    small = _random_weight(tested, depth, packed.scheme, product, storage, generator)
-    x = torch.randn(DISTINCT_ROWS, depth, generator=generator, dtype=torch.float32, device=CPU)
-    compare_rows(operation, x, tested, lambda rows, out: product.apply(rows, small, out), row_counts)
-    compare_rows(operation, x, columns, lambda rows, out: product.apply(rows, packed, out), (FULL_SIZE_ROWS,))
-    return len(row_counts) + 1
+def check_linears(model: CausalLM, storage: torch.dtype, max_tokens: int) -> Iterator[Comparison]:
+    """Rows one at a time against the same rows in batches of many sizes, for every distinct product on a CPU.
+
+    With random weights of at most `_MAX_COLUMNS` columns (columns are independent; the remainder of N is kept), and
+    with the model's own at one size.
+    """
+    generator = torch.Generator().manual_seed(0x5E3F)
+    row_counts = [count for count in ROW_COUNTS if count <= max_tokens]
+    for path, linear in distinct_linears(model):
+        weight = linear.weight
+        columns, depth = weight.out_features, weight.in_features
+        stored_as = weight.scheme.value if weight.scheme is not None else str(storage).removeprefix("torch.")
+        operation = f"linear {path.rpartition('.')[2]} [N={columns}, K={depth}, {stored_as}]"
+        tested = columns if columns <= _MAX_COLUMNS else _MAX_COLUMNS - (-columns % 32)
+        small = _random_weight(tested, depth, weight.scheme, linear.kernel, storage, generator)
+        x = torch.randn(_DISTINCT_ROWS, depth, generator=generator, dtype=torch.float32, device=CPU)
+        yield from _compare_rows(operation, x, small, linear.kernel, row_counts)
+        yield from _compare_rows(operation, x, weight, linear.kernel, [_FULL_SIZE_ROWS])
 
 
 def _random_weight(
     columns: int,
     depth: int,
     scheme: Fp8Scheme | None,
-    product: LinearKernel,
+    kernel: LinearKernel,
     storage: torch.dtype,
     generator: torch.Generator,
-) -> Packed:
+) -> LinearWeight:
     weight = torch.randn(columns, depth, generator=generator, dtype=torch.float32, device=CPU)
     if scheme is None:
-        return product.pack(weight.to(storage), None)
-    return product.pack_fp8(*quantize_channels(weight), None, scheme)
+        return kernel.pack(weight.to(storage), None)
+    return kernel.pack_fp8(*quantize_channels(weight), None, scheme)
 
 
-def compare_rows(
-    operation: str,
-    x: torch.Tensor,
-    width: int,
-    apply: Callable[[torch.Tensor, torch.Tensor], object],
-    row_counts: tuple[int, ...],
-) -> None:
-    """`apply(rows [M, K], out [M, width])` must give each row of `x` the bits it gives the row alone, at every M and
-    place. Raises InvarianceError."""
+def _compare_rows(
+    operation: str, x: torch.Tensor, weight: LinearWeight, kernel: LinearKernel, row_counts: Sequence[int]
+) -> Iterator[Comparison]:
     distinct = min(x.shape[0], max(row_counts, default=0))
-    alone = torch.empty(distinct, width, dtype=torch.float32, device=CPU)
+    alone = torch.empty(distinct, weight.out_features, dtype=torch.float32, device=CPU)
     for row in range(distinct):
-        apply(x[row : row + 1], alone[row : row + 1])
+        kernel.apply(x[row : row + 1], weight, alone[row : row + 1])
     for count in row_counts:
-        # another start per M, so that a row meets other places and neighbours
+        # another start per number, so that a row meets other places and neighbours
         order = (torch.arange(count, dtype=torch.int64, device=CPU) + count) % distinct
-        out = torch.empty(count, width, dtype=torch.float32, device=CPU)
-        apply(x[order].contiguous(), out)
-        _require_equal(operation, f"M={count}", alone[order], out)
-
-
-def _require_equal(operation: str, case: str, expected: torch.Tensor, found: torch.Tensor) -> None:
-    different = int((expected.view(torch.int32) != found.view(torch.int32)).sum())
-    if different:
-        raise InvarianceError(
-            f"self-test: {operation}: {case}: expected the bits of rows computed alone, found {different} of"
-            f" {expected.numel()} elements different. The guarantee does not hold on this machine with these library"
-            " versions; please report the operation and `sempre collect-env`.",
-            operation=operation,
-        )
-
-
-def _check_norms(spec: ModelSpec, row_counts: tuple[int, ...], generator: torch.Generator) -> int:
-    width, eps = spec.hidden_size, spec.rms_norm_eps
-    x = torch.randn(DISTINCT_ROWS, width, generator=generator, dtype=torch.float32, device=CPU)
-    weight = torch.randn(width, generator=generator, dtype=torch.float32, device=CPU)
-
-    def added(rows: torch.Tensor, out: torch.Tensor) -> None:
-        add_rms_norm(rows, rows * 0.5, weight, eps, out)
-
-    compare_rows(f"rms_norm [H={width}]", x, width, lambda rows, out: rms_norm(rows, weight, eps, out), row_counts)
-    compare_rows(f"add_rms_norm [H={width}]", x, width, added, row_counts)
-    return 2 * len(row_counts)
-
-
-def _check_activation(spec: ModelSpec, row_counts: tuple[int, ...], generator: torch.Generator) -> int:
-    width = spec.intermediate_size
-    x = torch.randn(DISTINCT_ROWS, 2 * width, generator=generator, dtype=torch.float32, device=CPU)
-    compare_rows(f"silu_and_mul [I={width}]", x, width, silu_and_mul, row_counts)
-    return len(row_counts)
-
-
-def _check_attention(
-    spec: ModelSpec, window: int | None, dtype: torch.dtype, block_size: int, generator: torch.Generator
-) -> None:
-    """One sequence as a whole prompt, in chunks, and as decode rows side by side, each in blocks of another order."""
-    qkv = torch.randn(ATTENTION_TOKENS, spec.qkv_size, generator=generator, dtype=torch.float32, device=CPU)
-    operation = (
-        f"attention [Hq={spec.num_heads}, Hkv={spec.num_kv_heads}, D={spec.head_dim}, window={window},"
-        f" {str(dtype).removeprefix('torch.')}]"
-    )
-    num_blocks = -(-ATTENTION_TOKENS // block_size)
-    whole = _attend(spec, window, dtype, qkv, list(range(num_blocks)), block_size, (0, ATTENTION_TOKENS))
-    backwards = list(range(num_blocks - 1, -1, -1))
-    chunked = _attend(spec, window, dtype, qkv, backwards, block_size, ATTENTION_CUTS)
-    _require_equal(operation, f"prompt cut at {ATTENTION_CUTS}", whole, chunked)
-    rotated = [*range(1, num_blocks), 0]
-    decoded = _attend(spec, window, dtype, qkv, rotated, block_size, tuple(range(ATTENTION_TOKENS + 1)))
-    _require_equal(operation, "one row at a time", whole, decoded)
-
-
-def _attend(
-    spec: ModelSpec,
-    window: int | None,
-    dtype: torch.dtype,
-    qkv: torch.Tensor,
-    block_ids: list[int],
-    block_size: int,
-    cuts: tuple[int, ...],
-) -> torch.Tensor:
-    """Attention of one sequence computed in the chunks between `cuts`: rotation and cache write per chunk, then all
-    chunks as the requests of one batch."""
-    cache = allocate_kv_cache(len(block_ids), spec.num_kv_heads, spec.head_dim, block_size, dtype)
-    table = cos_sin_table(spec.rope, ATTENTION_TOKENS)
-    rotated = qkv.clone()
-    positions = torch.arange(ATTENTION_TOKENS, dtype=torch.int64, device=CPU)
-    slots = (
-        torch.tensor(block_ids, dtype=torch.int64, device=CPU)[positions // block_size] * block_size
-        + positions % block_size
-    )
-    norm = torch.linspace(0.5, 1.5, spec.head_dim, dtype=torch.float32, device=CPU) if spec.qk_norm else None
-    for start, end in pairwise(cuts):
-        part = slice(start, end)
-        rotate_and_write(spec, rotated[part], positions[part], table, slots[part], cache, q_norm=norm, k_norm=norm)
-    out = torch.empty(ATTENTION_TOKENS, spec.num_heads * spec.head_dim, dtype=torch.float32, device=CPU)
-    paged_attention(
-        rotated,
-        cache,
-        torch.tensor(block_ids, dtype=torch.int32, device=CPU).expand(len(cuts) - 1, -1).contiguous(),
-        torch.tensor(cuts, dtype=torch.int32, device=CPU),
-        torch.tensor(cuts[1:], dtype=torch.int32, device=CPU),
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        scale=spec.head_dim**-0.5,
-        window=window,
-        out=out,
-    )
-    return out
+        out = torch.empty(count, weight.out_features, dtype=torch.float32, device=CPU)
+        kernel.apply(x[order].contiguous(), weight, out)
+        yield compare(operation, f"M={count}", alone[order], out)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,23 @@ CPU = torch.device("cpu")
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of a checkpoint that a model reads."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = tuple(FLOAT_NAMES)
+    """safetensors' names of those that it may have"""
+    initial: Literal["normal", "ones", "zeros"] = "normal"
+    """what it is in dummy weights"""
+
+
+def mismatch(tensor: str, expected: str, found: str) -> TensorMismatch:
+    """The error of one tensor, to be raised."""
+    message = f"tensor {tensor!r}: expected {expected}, found {found}."
+    return TensorMismatch(message, tensor=tensor, expected=expected, found=found)
 
 
 class TensorSource(Protocol):
@@ -69,39 +87,39 @@ class SafetensorsSource:
 
 
 class DummySource:
-    """Random weights as at initialisation: normal with `std`, norms one, biases zero; a pure function of the seed.
+    """Random weights as at initialisation: normal with `std`, or ones or zeros; a pure function of the seed.
 
     They are made on `device`; a GPU's generator gives other numbers than the CPU's.
     """
 
     def __init__(
         self,
-        shapes: Mapping[str, tuple[int, ...]],
+        parameters: Mapping[str, Parameter],
         dtype: torch.dtype,
         seed: int,
         std: float,
         device: torch.device = CPU,
     ) -> None:
-        self._shapes = shapes
+        self._parameters = parameters
         self._dtype = dtype
         self._seed = seed
         self._std = std
         self._device = device
 
     def names(self) -> list[str]:
-        return list(self._shapes)
+        return list(self._parameters)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return self._parameters[name].shape
 
     def dtype_name(self, name: str) -> str:
         return next(key for key, dtype in FLOAT_NAMES.items() if dtype == self._dtype)
 
     def read(self, name: str) -> torch.Tensor:
-        shape = self._shapes[name]
-        if name.endswith("norm.weight"):
+        shape, initial = self._parameters[name].shape, self._parameters[name].initial
+        if initial == "ones":
             return torch.ones(shape, dtype=self._dtype, device=self._device)
-        if name.endswith(".bias"):
+        if initial == "zeros":
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
         # seeded by name, so that the order of reading cannot matter; never the global generator
         key = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()

@@ -39,12 +39,13 @@ from sempre.workers.backends import make_backend
 from sempre.workers.device import resolve_device
 from sempre.workers.drafting import Drafting
 from sempre.workers.gpu.compiler_process import CompilerProcess
-from sempre.workers.models.numerics import linear_kernel
-from sempre.workers.models.spec import FLOAT_DTYPES, ModelSpec, load_spec, spec_digest
+from sempre.workers.layers.linear_kernel import linear_kernel
+from sempre.workers.loading import live_digest, load_model
+from sempre.workers.models.config import FLOAT_DTYPES, ModelSpec, spec_digest
+from sempre.workers.models.registry import load_spec
 from sempre.workers.sampling.grammar import grammar_library_version
 from sempre.workers.seeding import rng_digests, seed_everything
 from sempre.workers.warm_up import warm_up
-from sempre.workers.weights import live_digest, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Worker:
                 seconds |= compilation.finish()
         if config.numerics == "invariant":
             with _timed(seconds, "self_test"):
-                loaded, _ = backend.self_test(loaded)
+                backend.self_test(loaded)
         blocks = backend.available_blocks(loaded, self._draft_model)
         loaded = self._loaded = _fitted(loaded, blocks)
         return ModelLoaded(
@@ -262,14 +263,14 @@ class Worker:
         }
 
     def _parameter_digest(self) -> str:
-        return live_digest(self._require_loaded().weights)
+        return live_digest(self._require_loaded().model)
 
     def _rng_digests(self) -> dict[str, str]:
         digests = rng_digests()
         return {name: getattr(digests, name) for name in digests.__struct_fields__}
 
     def _self_test(self) -> dict[str, int]:
-        return self._require_backend().self_test(self._require_loaded())[1]
+        return self._require_backend().self_test(self._require_loaded())
 
     def _require_backend(self) -> Backend:
         self._require_loaded()
@@ -295,14 +296,14 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
-    product = linear_kernel(config.numerics)
+    kernel = linear_kernel(config.numerics)
     spec = load_spec(Path(config.model_path))
     block_size = config.block_size or backend.block_sizes[0]
     max_num_batched_tokens = config.max_num_batched_tokens or backend.max_num_batched_tokens
     return ModelOutline(
         config,
         spec,
-        product,
+        kernel,
         _max_model_len(config, spec),
         block_size,
         max_num_batched_tokens,
@@ -312,10 +313,10 @@ def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
 
 def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
     config = outline.config
-    weights = load_weights(
+    model, weights = load_model(
         outline.spec,
         Path(config.model_path),
-        outline.product,
+        outline.kernel,
         dtype=config.dtype,
         load_format=config.load_format,
         seed=config.seed,
@@ -324,9 +325,8 @@ def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
     )
     return LoadedModel(
         config,
-        outline.spec,
+        model,
         weights,
-        outline.product,
         outline.max_model_len,
         outline.block_size,
         outline.max_num_batched_tokens,

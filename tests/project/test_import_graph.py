@@ -10,7 +10,12 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("engine", "workers", "ipc", "kernels")
-BELOW_MODELS = ("sempre.kernels", "sempre.ipc")
+MODELS = "sempre.workers.models"
+LAYERS = ("sempre.workers.layers", "sempre.workers.quantization")
+# what modules of a model may know of a worker: the arrays of a step, tensors of a checkpoint, fields of its config
+WORKER = ("sempre.workers.steps", "sempre.workers.tensor_source", "sempre.workers.config_fields")
+BELOW_LAYERS = ("sempre.kernels", "sempre.ipc", *WORKER)
+BELOW_MODELS = (*LAYERS, *BELOW_LAYERS)
 
 
 class Imported(NamedTuple):
@@ -116,14 +121,26 @@ def test_a_circle_is_noticed_in_the_project() -> None:
 def test_models_import_nothing_above_them() -> None:
     """Also not for types: what a model is made of is described beside it."""
     graph = _arrows(_sources(), with_types=True)
-    assert any(module.startswith("sempre.workers.models.") and targets for module, targets in graph.items())
-    assert _upward(graph, "sempre.workers.models", BELOW_MODELS) == []
+    assert any(module.startswith(MODELS + ".") and targets for module, targets in graph.items())
+    assert _upward(graph, MODELS, BELOW_MODELS) == []
+    for package in LAYERS:
+        assert _upward(graph, package, (*LAYERS, *BELOW_LAYERS)) == []
 
 
 def test_an_arrow_up_is_noticed() -> None:
     sources = _sources()
-    sources["sempre.workers.models.decoder"] += (
-        "\nif TYPE_CHECKING:\n    from sempre.workers.weights import load_weights\n"
-    )
-    upward = _upward(_arrows(sources, with_types=True), "sempre.workers.models", BELOW_MODELS)
-    assert upward == ["sempre.workers.models.decoder -> sempre.workers.weights"]
+    sources["sempre.workers.models.llama"] += "\nif TYPE_CHECKING:\n    from sempre.workers.loading import load_model\n"
+    sources["sempre.workers.layers.norm"] += "\nfrom sempre.workers.models.base import CausalLM\n"
+    graph = _arrows(sources, with_types=True)
+    assert _upward(graph, MODELS, BELOW_MODELS) == ["sempre.workers.models.llama -> sempre.workers.loading"]
+    assert _upward(graph, LAYERS[0], (*LAYERS, *BELOW_LAYERS)) == [
+        "sempre.workers.layers.norm -> sempre.workers.models",
+        "sempre.workers.layers.norm -> sempre.workers.models.base",
+    ]
+
+
+def test_only_models_and_layers_name_projections() -> None:
+    """Whoever walks the tree of a model knows no family."""
+    files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "workers").rglob("*.py")}
+    naming = {name for name, text in files.items() if any(part in text for part in ("qkv", "gate_up", "o_proj"))}
+    assert {name.rsplit("/", 1)[0] for name in naming} == {"workers/layers", "workers/models"}

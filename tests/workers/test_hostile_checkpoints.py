@@ -22,10 +22,12 @@ from sempre.engine.text.chat_template import load_chat_template
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ConfigError, ModelError
 from sempre.ipc.model_files import check_regular, read_json_object, shown
-from sempre.workers.models.numerics import linear_kernel
-from sempre.workers.models.spec import load_spec
+from sempre.workers.layers.linear_kernel import linear_kernel
+from sempre.workers.layers.module import Build, parameters
+from sempre.workers.loading import load_model
+from sempre.workers.models.registry import build_model, load_spec
+from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.tensor_source import INDEX_FILE, SINGLE_FILE, open_safetensors
-from sempre.workers.weights import expected_shapes, load_weights
 
 READERS: dict[str, Callable[[Path], object]] = {
     "config.json": load_spec,
@@ -138,7 +140,9 @@ def test_memory_stays_free_and_no_layer_is_made(checkpoint: Path) -> None:
     """A checkpoint that claims a billion layers, in a process that may take two GiB."""
     path = checkpoint / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 10**9}))
-    program = "import pathlib, sys; from sempre.workers.models import spec; spec.load_spec(pathlib.Path(sys.argv[1]))"
+    program = (
+        "import pathlib, sys; from sempre.workers.models import registry; registry.load_spec(pathlib.Path(sys.argv[1]))"
+    )
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
@@ -158,17 +162,18 @@ def test_weights_that_fit_nowhere_are_refused_before_one_is_made(checkpoint: Pat
     path.write_text(json.dumps({**json.loads(path.read_text()), **HUGE, "num_key_value_heads": 256, "head_dim": 128}))
     spec = load_spec(checkpoint)
     if load_format == "safetensors":
-        shapes, tensors, end = expected_shapes(spec, None), {}, 0
-        for name, shape in shapes.items():
-            begin, end = end, end + 2 * math.prod(shape)
-            tensors[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+        model = build_model(Build(linear_kernel("invariant"), NotQuantized()), spec)
+        tensors, end = {}, 0
+        for name, parameter in parameters(model).items():
+            begin, end = end, end + 2 * math.prod(parameter.shape)
+            tensors[name] = {"dtype": "BF16", "shape": parameter.shape, "data_offsets": [begin, end]}
         with (checkpoint / SINGLE_FILE).open("wb") as file:
             file.write(header(**tensors))
             file.truncate(file.tell() + end)  # a hole: nothing is stored
     # a file of that size cannot even be mapped on many machines
     expected = r"expected weights that fit into the \d+ bytes of free memory|cannot be opened as .* unable to mmap"
     with pytest.raises(ModelError, match=expected):
-        load_weights(spec, checkpoint, linear_kernel("invariant"), dtype="auto", load_format=load_format, seed=0)
+        load_model(spec, checkpoint, linear_kernel("invariant"), dtype="auto", load_format=load_format, seed=0)
 
 
 def header(**tensors: object) -> bytes:

@@ -13,7 +13,8 @@ from sempre.ipc.messages import WorkerConfig
 from sempre.workers.backend import LoadedModel
 from sempre.workers.cpu_backend import CpuBackend
 from sempre.workers.kv_cache import PagedKvCache
-from sempre.workers.models.decoder import Decoder, OutputRows, StepInput
+from sempre.workers.layers.module import Scratch, allocate
+from sempre.workers.steps import OutputRows, StepInput
 from sempre.workers.worker import _load, _outline
 
 MAX_LEN, NUM_BLOCKS = 48, 8
@@ -63,9 +64,9 @@ def _outputs(wanted: tuple[int, ...]) -> OutputRows:
 
 
 def _forward(model: LoadedModel, step: StepInput) -> tuple[torch.Tensor, PagedKvCache]:
-    decoder = Decoder(model.spec, model.weights, model.product, max_tokens=sum(COUNTS), max_model_len=MAX_LEN)
+    allocate(model.model, Scratch(sum(COUNTS), MAX_LEN, model.weights.activations, torch.device("cpu")))
     cache = PagedKvCache(model.spec, NUM_BLOCKS, 16, model.weights.dtype)
-    return decoder.forward(step, cache.layers).clone(), cache
+    return model.model.forward(step, cache.layers).clone(), cache
 
 
 def _same_cache(a: PagedKvCache, b: PagedKvCache) -> bool:

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from sempre.ipc.errors import ConfigError, InvarianceError, ModelError, TensorMismatch
 from sempre.ipc.messages import SamplingSpec
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
-from sempre.workers.models.config_fields import ConfigFields
-from sempre.workers.models.decoder import DecoderWeights
-from sempre.workers.models.numerics import CONTROL, INVARIANT, LinearKernel
-from sempre.workers.models.quantization import QuantizationSpec, parse_quantization
-from sempre.workers.models.spec import load_spec
-from sempre.workers.self_test import self_test
-from sempre.workers.weights import live_digest, load_weights
+from sempre.workers.config_fields import ConfigFields
+from sempre.workers.layers.linear_kernel import CONTROL, INVARIANT, LinearKernel
+from sempre.workers.loading import Loaded, live_digest, load_model
+from sempre.workers.models.base import CausalLM
+from sempre.workers.models.registry import load_spec
+from sempre.workers.quantization.config import QuantizationSpec, parse_quantization
+from sempre.workers.self_test import check_linears, require_equal
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 FAMILIES = ["llama-biases", "qwen3", "qwen2"]
@@ -54,8 +54,8 @@ def quantized(checkpoints: Any, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def load(folder: Path, product: LinearKernel = INVARIANT, quantization: str | None = None) -> DecoderWeights:
-    return load_weights(
+def load(folder: Path, product: LinearKernel = INVARIANT, quantization: str | None = None) -> Loaded:
+    return load_model(
         load_spec(folder), folder, product, dtype="auto", load_format="auto", seed=0, quantization=quantization
     )
 
@@ -78,7 +78,6 @@ def test_what_is_read() -> None:
     assert (spec.scheme, spec.weight_scales) == (Fp8Scheme.WEIGHTS_AND_ACTIVATIONS, "channel")
     assert spec.covers("model.layers.3.mlp.up_proj")
     assert not spec.covers("lm_head")
-    assert not spec.covers("model.layers.3.input_layernorm")
     weight_only = parse(**group(input_activations=None, weights={"strategy": "tensor"}), format="naive-quantized")
     assert weight_only is not None
     assert (weight_only.scheme, weight_only.weight_scales) == (Fp8Scheme.WEIGHTS, "tensor")
@@ -129,9 +128,9 @@ def test_a_checkpoint_is_what_loading_makes(
     """Quantised by the exporter's rule or while loading: the same weights in memory, and the same results."""
     folder = checkpoints(family).folder
     stored, made = load(quantized(family, scheme)), load(folder, quantization=scheme)
-    assert stored.quantization == made.quantization == Fp8Scheme(scheme)
-    assert live_digest(stored) == live_digest(made)
-    assert stored.digest != made.digest == load(folder).digest
+    assert stored.facts.quantization == made.facts.quantization == Fp8Scheme(scheme)
+    assert live_digest(stored.model) == live_digest(made.model)
+    assert stored.facts.digest != made.facts.digest == load(folder).facts.digest
     request = prompt("a", list(range(3, 60)), SamplingSpec(max_tokens=5, temperature=0.7, logprobs=3))
     from_checkpoint = serve(quantized(family, scheme)).run(request)
     assert from_checkpoint == serve(folder, quantization=scheme).run(request)
@@ -139,17 +138,23 @@ def test_a_checkpoint_is_what_loading_makes(
 
 
 def test_the_matrices_take_a_quarter_of_float32(checkpoints: Any) -> None:
-    plain, small = (load(checkpoints("llama").folder, quantization=q) for q in (None, "fp8"))
-    assert plain.layers[0].down.nbytes == 64 * 112 * 4
-    assert small.layers[0].down.nbytes == 64 * 112 + 64 * 4
-    assert small.lm_head.nbytes == plain.lm_head.nbytes
+    plain, small = (load(checkpoints("llama").folder, quantization=q).model for q in (None, "fp8"))
+
+    def down_bytes(model: CausalLM) -> int:
+        return next(linear.weight.nbytes for path, linear in model.linears() if path.endswith("down_proj"))
+
+    assert down_bytes(plain) == 64 * 112 * 4
+    assert down_bytes(small) == 64 * 112 + 64 * 4
+    assert small.lm_head.weight.nbytes == plain.lm_head.weight.nbytes
 
 
 def test_a_head_that_is_not_ignored_is_fp8(quantized: Any) -> None:
     def head(tensors: dict[str, torch.Tensor]) -> None:
         tensors.update(quantize_tensors({"lm_head.weight": tensors.pop("lm_head.weight")}, "channel", head=True))
 
-    assert load(quantized("llama", edit=head, ignore=())).lm_head.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS
+    assert (
+        load(quantized("llama", edit=head, ignore=())).model.lm_head.weight.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS
+    )
 
 
 def _float64_logprobs(folder: Path, model: Any, scheme: str | None, token_ids: list[int]) -> torch.Tensor:
@@ -206,11 +211,14 @@ def test_accuracy_against_dequantized_float64(
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_self_test(scheme: str, checkpoints: Any) -> None:
     folder = checkpoints("llama").folder
-    spec = load_spec(folder)
-    passed = self_test(spec, load(folder, quantization=scheme), INVARIANT, block_size=16, max_tokens=256)
-    assert passed["linear"] > 50
-    with pytest.raises(InvarianceError, match=rf"linear qkv \[N=128, K=64, {scheme}\]"):
-        self_test(spec, load(folder, CONTROL, scheme), CONTROL, block_size=16, max_tokens=256)
+
+    def test(product: LinearKernel) -> dict[str, int]:
+        loaded = load(folder, product, scheme)
+        return require_equal(check_linears(loaded.model, loaded.facts.storage, 256))
+
+    assert test(INVARIANT)["linear"] > 50
+    with pytest.raises(InvarianceError, match=rf"linear qkv_proj \[N=128, K=64, {scheme}\]"):
+        test(CONTROL)
 
 
 def test_the_fingerprint_names_the_scheme(checkpoints: Any, serve: Any) -> None:

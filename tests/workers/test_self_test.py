@@ -1,4 +1,4 @@
-"""The start-up self-test passes with the kernels, and fails closed with a product that depends on its rows."""
+"""The start-up self-test passes with the kernels, and fails closed with anything that depends on other rows."""
 
 from __future__ import annotations
 
@@ -9,92 +9,101 @@ import pytest
 import torch
 
 from sempre.ipc.errors import InvarianceError
-from sempre.workers import self_test as self_test_module
-from sempre.workers.models import decoder
-from sempre.workers.models.numerics import CONTROL, INVARIANT, LinearKernel, Packed
-from sempre.workers.models.spec import load_spec
-from sempre.workers.self_test import compare_rows, self_test
-from sempre.workers.weights import load_weights
+from sempre.workers.layers import attention, embedding, norm
+from sempre.workers.layers.linear_kernel import CONTROL, INVARIANT, LinearKernel, LinearWeight
+from sempre.workers.loading import Loaded, load_model
+from sempre.workers.models.registry import load_spec
+from sempre.workers.self_test import check_linears, check_model, compare, compare_rows, require_equal
 
 
-def run(folder: Path, product: LinearKernel, dtype: str = "auto") -> dict[str, int]:
-    spec = load_spec(folder)
-    weights = load_weights(spec, folder, product, dtype=dtype, load_format="auto", seed=0)
-    return self_test(spec, weights, product, block_size=16, max_tokens=256)
+def load(folder: Path, kernel: LinearKernel, dtype: str = "auto") -> Loaded:
+    return load_model(load_spec(folder), folder, kernel, dtype=dtype, load_format="auto", seed=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-window", "qwen2-upper-window"])
+def run(folder: Path, kernel: LinearKernel = INVARIANT, dtype: str = "auto", max_tokens: int = 256) -> dict[str, int]:
+    """The tree alone."""
+    model, facts = load(folder, kernel, dtype)
+    return require_equal(check_model(model, facts, 16, max_tokens=max_tokens))
+
+
+FAMILIES = ["llama", "llama-biases", "qwen3", "mistral-window", "qwen2-upper-window", "llama-multi-head-tied"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_kernels_pass(family: str, dtype: str, checkpoints: Any) -> None:
-    passed = run(checkpoints(family).folder, INVARIANT, dtype)
-    assert passed["linear"] > 50
-    assert passed["attention"] == (2 if family == "qwen2-upper-window" else 1)
+    folder = checkpoints(family).folder
+    assert run(folder, dtype=dtype) == {"model": 4}
+    model, facts = load(folder, INVARIANT, dtype)
+    assert require_equal(check_linears(model, facts.storage, 256))["linear"] > 50
 
 
-def test_ordinary_product_is_refused(checkpoints: Any) -> None:
+@pytest.mark.parametrize("max_tokens", [1, 2, 17, 18, 40, 100])
+def test_steps_of_any_size_pass(max_tokens: int, checkpoints: Any) -> None:
+    assert run(checkpoints("qwen2-upper-window").folder, max_tokens=max_tokens) == {"model": 4}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ordinary_product_is_refused(family: str, checkpoints: Any) -> None:
+    folder = checkpoints(family).folder
+    with pytest.raises(InvarianceError, match=r"model \[\w+, float32\]: in chunks.* elements different") as caught:
+        run(folder, CONTROL)
+    assert caught.value.operation.startswith("model")
+    model, facts = load(folder, CONTROL)
     with pytest.raises(
-        InvarianceError, match=r"linear qkv \[N=128, K=64, float32\]: M=\d+: .* elements different"
-    ) as caught:
-        run(checkpoints("llama").folder, CONTROL)
-    assert caught.value.operation.startswith("linear qkv")
+        InvarianceError, match=r"linear qkv_proj \[N=\d+, K=64, float32\]: M=\d+: .* elements different"
+    ):
+        require_equal(check_linears(model, facts.storage, 256))
 
 
 def flip_a_bit(out: torch.Tensor) -> None:
     out.view(torch.int32)[-1, -1] ^= 1
 
 
-@pytest.mark.parametrize("matrix", ["qkv", "o", "gate_up", "down", "lm_head"])
-def test_each_matrix_of_the_model_is_tested(matrix: str, checkpoints: Any) -> None:
-    folder = checkpoints("llama").folder
-    spec = load_spec(folder)
-    weights = load_weights(spec, folder, INVARIANT, dtype="auto", load_format="auto", seed=0)
-    target = weights.lm_head if matrix == "lm_head" else getattr(weights.layers[0], matrix)
+@pytest.mark.parametrize("part", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"])
+def test_each_matrix_of_the_model_is_tested(part: str, checkpoints: Any) -> None:
+    """A product whose last row depends on whether there are others before it."""
 
-    def apply(x: torch.Tensor, packed: Packed, out: torch.Tensor) -> torch.Tensor:
-        INVARIANT.apply(x, packed, out)
-        if packed is target and len(x) > 1:
+    def flipped(x: torch.Tensor, weight: LinearWeight, out: torch.Tensor) -> torch.Tensor:
+        INVARIANT.apply(x, weight, out)
+        if weight is target and len(x) > 1:
             flip_a_bit(out)
         return out
 
-    with pytest.raises(InvarianceError, match=rf"linear {matrix} \[.*found 1 of"):
-        self_test(spec, weights, INVARIANT._replace(apply=apply), block_size=16, max_tokens=256)
+    def gated(x: torch.Tensor, weight: LinearWeight, scratch: torch.Tensor, out: torch.Tensor) -> None:
+        INVARIANT.apply_gated(x, weight, scratch, out)
+        if weight is target and len(x) > 1:
+            flip_a_bit(out)
+
+    kernel = INVARIANT._replace(apply=flipped, apply_gated=gated)
+    model, facts = load(checkpoints("llama").folder, kernel)
+    target = next(linear.weight for path, linear in model.linears() if path.endswith(part))
+    with pytest.raises(InvarianceError, match=rf"linear {part} \[.*found 1 of"):
+        require_equal(check_linears(model, facts.storage, 256))
+    with pytest.raises(InvarianceError, match=r"model \["):
+        require_equal(check_model(model, facts, 16, max_tokens=256))
 
 
 @pytest.mark.parametrize(
-    ("kernel", "operation"),
-    [
-        ("rms_norm", r"rms_norm \[H=64\]"),
-        ("add_rms_norm", r"add_rms_norm \[H=64\]"),
-        ("silu_and_mul", r"silu_and_mul \[I="),
-    ],
+    ("module", "kernel"),
+    [(norm, "rms_norm"), (norm, "add_rms_norm"), (embedding, "embed"), (attention, "paged_attention")],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_each_kernel_of_rows_is_tested(
-    kernel: str, operation: str, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
+    module: Any, kernel: str, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel whose last row depends on whether there are others before it."""
-    right = getattr(self_test_module, kernel)
+    """A kernel whose last row depends on whether there are many others before it."""
+    right = getattr(module, kernel)
 
-    def wrong(x: torch.Tensor, *rest: Any) -> None:
-        right(x, *rest)
-        if len(x) > 1:
-            flip_a_bit(rest[-1])
-
-    monkeypatch.setattr(self_test_module, kernel, wrong)
-    with pytest.raises(InvarianceError, match=operation):
-        run(checkpoints("llama").folder, INVARIANT)
-
-
-def test_attention_is_tested(checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = self_test_module.paged_attention
-
-    def wrong(qkv: torch.Tensor, cache: Any, tables: torch.Tensor, *rest: Any, out: torch.Tensor, **shape: Any) -> None:
-        right(qkv, cache, tables, *rest, out=out, **shape)
-        if len(tables) > 1:
+    def wrong(x: torch.Tensor, *rest: Any, **others: Any) -> torch.Tensor:
+        out: torch.Tensor = right(x, *rest, **others)
+        if 1 < len(x) < 100:
             flip_a_bit(out)
+        return out
 
-    monkeypatch.setattr(self_test_module, "paged_attention", wrong)
-    with pytest.raises(InvarianceError, match=r"attention \[.*prompt cut at"):
-        run(checkpoints("llama").folder, INVARIANT)
+    monkeypatch.setattr(module, kernel, wrong)
+    with pytest.raises(InvarianceError, match=r"model \["):
+        run(checkpoints("llama").folder)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -102,32 +111,67 @@ def test_rotation_and_the_norm_before_it_are_tested(
     family: str, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rotation that goes wrong in chunks; for a model that has norms of queries and keys, only where they are on."""
-    right = decoder.rope_and_cache_write
+    right = attention.rope_and_cache_write
 
     def wrong(qkv: torch.Tensor, *rest: Any, q_norm: torch.Tensor | None, **shape: Any) -> None:
         right(qkv, *rest, q_norm=q_norm, **shape)
         if 1 < len(qkv) < 100 and (q_norm is not None) is (family == "qwen3"):
             qkv[-1, 0] += 1.0
 
-    monkeypatch.setattr(decoder, "rope_and_cache_write", wrong)
-    with pytest.raises(InvarianceError, match=r"attention \["):
-        run(checkpoints(family).folder, INVARIANT)
+    monkeypatch.setattr(attention, "rope_and_cache_write", wrong)
+    with pytest.raises(InvarianceError, match=r"model \["):
+        run(checkpoints(family).folder)
+
+
+def test_each_kind_of_window_is_tested(checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of windows alone is found in the block that has one, which is not the first."""
+    right = attention.paged_attention
+
+    def wrong(qkv: torch.Tensor, *rest: Any, window: int | None, **shape: Any) -> torch.Tensor:
+        out = right(qkv, *rest, window=window, **shape)
+        if window is not None and len(qkv) < 100:
+            flip_a_bit(out)
+        return out
+
+    monkeypatch.setattr(attention, "paged_attention", wrong)
+    assert run(checkpoints("llama").folder) == {"model": 4}
+    with pytest.raises(InvarianceError, match=r"model \["):
+        run(checkpoints("qwen2-upper-window").folder)
+
+
+def test_the_model_can_compute_steps_before_and_after(checkpoints: Any, serve: Any, prompt: Any) -> None:
+    """The self-test that a serving worker is asked for leaves its buffers alone."""
+    from sempre.ipc.messages import CallMethod, SamplingSpec
+
+    worker = serve(checkpoints("llama").folder)
+    request = prompt("a", list(range(3, 60)), SamplingSpec(max_tokens=5, temperature=0.7, logprobs=3))
+    expected = worker.run(request)
+    reply = worker.worker.call(CallMethod(call_id=1, method="self_test"))
+    assert reply.error is None
+    assert reply.result["model"] == 4
+    assert worker.run(request) == expected
 
 
 def test_a_single_wrong_bit_is_found() -> None:
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    wrong = x.clone()
+    wrong.view(torch.int32)[3, 2] ^= 1
+    for how in (compare, compare_rows):
+        assert require_equal([how("copy", "M=8", x, x.clone())]) == {"copy": 1}
+        with pytest.raises(InvarianceError, match=r"copy: M=8: .* found 1 of 32 elements different"):
+            require_equal([how("copy", "M=8", x, wrong)])
 
-    def apply(rows: torch.Tensor, out: torch.Tensor) -> None:
-        out.copy_(rows)
-        if len(rows) == 7:
-            out.view(torch.int32)[3, 2] ^= 1
 
-    compare_rows("copy", x, 4, apply, (2, 3, 8))
-    with pytest.raises(InvarianceError, match=r"copy: M=7: .* found 1 of 28 elements different"):
-        compare_rows("copy", x, 4, apply, (2, 7))
+def test_nan_of_the_weights_is_no_difference_and_a_new_one_is() -> None:
+    x = torch.tensor([1.0, float("nan"), float("inf")])
+    assert require_equal([compare_rows("model", "again", x, x.clone())]) == {"model": 1}
+    for other in ([1.0, 2.0, float("inf")], [float("nan"), float("nan"), float("inf")]):
+        with pytest.raises(InvarianceError, match="found 1 of 3"):
+            require_equal([compare_rows("model", "again", x, torch.tensor(other))])
 
 
 def test_nothing_is_drawn_from_the_global_generator(checkpoints: Any) -> None:
     before = torch.get_rng_state()
-    run(checkpoints("llama").folder, INVARIANT)
+    model, facts = load(checkpoints("llama").folder, INVARIANT)
+    require_equal([*check_linears(model, facts.storage, 256), *check_model(model, facts, 16, max_tokens=256)])
     assert torch.equal(before, torch.get_rng_state())

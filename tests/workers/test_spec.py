@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from sempre.ipc.errors import ModelError, UnknownArchitecture
-from sempre.workers.models.registry import FAMILIES
-from sempre.workers.models.spec import ModelSpec, load_spec, parse_spec
+from sempre.workers.models.config import ModelSpec
+from sempre.workers.models.registry import FILES, load_spec, parse_spec
 
 BASE: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -139,7 +139,7 @@ def test_unknown_architecture_lists_the_known_ones() -> None:
     with pytest.raises(UnknownArchitecture, match="Did you mean Qwen2ForCausalLM") as caught:
         spec(architectures=["Qwen2VLForCausalLM"])
     assert caught.value.architecture == "Qwen2VLForCausalLM"
-    for known in FAMILIES:
+    for known in FILES:
         assert known in str(caught.value)
 
 

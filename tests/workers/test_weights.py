@@ -12,17 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sempre.ipc.errors import ModelError, TensorMismatch
-from sempre.workers.models.decoder import DecoderWeights
-from sempre.workers.models.numerics import INVARIANT
-from sempre.workers.models.spec import load_spec
-from sempre.workers.weights import live_digest, load_weights
+from sempre.workers.layers.linear_kernel import INVARIANT
+from sempre.workers.loading import Loaded, live_digest, load_model
+from sempre.workers.models.registry import load_spec
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 
 
-def load(folder: Path, dtype: str = "auto") -> DecoderWeights:
-    return load_weights(load_spec(folder), folder, INVARIANT, dtype=dtype, load_format="auto", seed=0)
+def load(folder: Path, dtype: str = "auto") -> Loaded:
+    return load_model(load_spec(folder), folder, INVARIANT, dtype=dtype, load_format="auto", seed=0)
 
 
 @pytest.fixture
@@ -60,8 +59,8 @@ def test_shards_give_the_same_weights(checkpoints: Any, edited: Any) -> None:
     folder = edited("qwen2")
     shard(folder)
     sharded = load(folder)
-    assert sharded.digest == single.digest
-    assert live_digest(sharded) == live_digest(single)
+    assert sharded.facts.digest == single.facts.digest
+    assert live_digest(sharded.model) == live_digest(single.model)
 
 
 def test_tied_head_stored_again_is_accepted_when_equal(checkpoints: Any, edited: Any) -> None:
@@ -69,7 +68,7 @@ def test_tied_head_stored_again_is_accepted_when_equal(checkpoints: Any, edited:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     plain = load(checkpoints("llama-multi-head-tied").folder)
-    assert live_digest(load(edited("llama-multi-head-tied", store_head))) == live_digest(plain)
+    assert live_digest(load(edited("llama-multi-head-tied", store_head)).model) == live_digest(plain.model)
 
 
 def test_tied_head_with_other_values_is_refused(edited: Any) -> None:
@@ -91,7 +90,7 @@ def test_old_frequency_tensors_are_ignored(checkpoints: Any, edited: Any) -> Non
     def store(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
 
-    assert load(edited("llama", store)).digest == load(checkpoints("llama").folder).digest
+    assert load(edited("llama", store)).facts.digest == load(checkpoints("llama").folder).facts.digest
 
 
 @pytest.mark.parametrize(
@@ -168,8 +167,8 @@ def test_float32_keeps_sixteen_bit_storage(stored: torch.dtype, edited: Any, ser
 
     request = prompt("a", list(range(3, 60)), SamplingSpec(max_tokens=5, temperature=0.7, logprobs=3))
     folder = edited("llama", narrow)
-    assert load(folder).dtype == torch.float32  # config.json says so
-    assert load(folder, "float32").storage == stored
+    assert load(folder).facts.dtype == torch.float32  # config.json says so
+    assert load(folder, "float32").facts.storage == stored
     narrow_run = serve(folder, dtype="float32").run(request)
     assert narrow_run == serve(edited("llama", widen), dtype="float32").run(request)
 
@@ -181,10 +180,10 @@ def test_sixteen_bit_dtype_rounds_to_nearest_even(checkpoints: Any, edited: Any)
                 tensors[name] = tensor.to(torch.bfloat16)
 
     by_loader = load(checkpoints("llama").folder, "bfloat16")
-    assert by_loader.dtype == by_loader.storage == torch.bfloat16
-    assert live_digest(by_loader) == live_digest(load(edited("llama", rounded), "bfloat16"))
+    assert by_loader.facts.dtype == by_loader.facts.storage == torch.bfloat16
+    assert live_digest(by_loader.model) == live_digest(load(edited("llama", rounded), "bfloat16").model)
 
 
 @pytest.mark.parametrize(("stated", "expected"), [("float16", torch.float16), (None, torch.float32)])
 def test_auto_is_what_the_checkpoint_states(stated: str | None, expected: torch.dtype, edited: Any) -> None:
-    assert load(edited("llama", dtype=stated)).dtype == expected
+    assert load(edited("llama", dtype=stated)).facts.dtype == expected

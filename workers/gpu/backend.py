@@ -6,7 +6,6 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from time import perf_counter
 
 import torch
@@ -24,14 +23,15 @@ from sempre.workers.gpu.fingerprint import fingerprint_parts
 from sempre.workers.gpu.guessing import GpuGuesser
 from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, default_max_num_seqs, out_of_memory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
-from sempre.workers.gpu.self_test import require_equal, require_fp8, run_self_test
+from sempre.workers.gpu.self_test import require_fp8, run_self_test
 from sempre.workers.gpu.staging import Uploader
 from sempre.workers.kv_cache import PagedKvCache, block_bytes
-from sempre.workers.models.decoder import Decoder
-from sempre.workers.models.spec import ModelSpec
+from sempre.workers.layers.module import Scratch, allocate
+from sempre.workers.loading import Placement
+from sempre.workers.models.config import ModelSpec
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
 from sempre.workers.sampling.gpu_sampler import GpuSampler
-from sempre.workers.weights import Placement
+from sempre.workers.self_test import require_equal
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +106,10 @@ class GpuBackend:
                 max_num_batched_tokens=outline.max_num_batched_tokens,
             ) from error
 
-    def self_test(self, model: LoadedModel) -> tuple[LoadedModel, dict[str, int]]:
+    def self_test(self, model: LoadedModel) -> dict[str, int]:
         require_fp8(model.weights, self.device)
         tested = run_self_test(
-            model.spec,
+            model.model,
             model.weights,
             self._attention_workspace(model),
             block_size=model.block_size,
@@ -120,7 +120,7 @@ class GpuBackend:
         self._excluded = tested.excluded
         if tested.excluded:
             logger.warning("self-test: product kernels that disagree are not used: %s", tested.excluded)
-        return replace(model, weights=tested.weights), passed
+        return passed
 
     def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
         try:
@@ -226,20 +226,17 @@ class GpuBackend:
 
     def _allocate_steps(self, model: LoadedModel) -> StepMemory:
         config, spec, weights = model.config, model.spec, model.weights
-        decoder = Decoder(
-            spec,
-            weights,
-            model.product,
-            max_tokens=model.max_num_batched_tokens,
-            max_model_len=model.max_model_len,
-            workspace=self._attention_workspace(model),
+        workspace = self._attention_workspace(model)
+        scratch = Scratch(
+            model.max_num_batched_tokens, model.max_model_len, weights.activations, self.device, workspace
         )
+        allocate(model.model, scratch)
         rows = max(model.max_num_seqs + config.max_draft_tokens, PROMPT_LOGPROB_ROWS)
         sampler = GpuSampler(
             device=self.device, vocab_size=spec.vocab_size, max_num_seqs=rows, num_slots=model.max_num_seqs
         )
         return StepMemory(
-            decoder,
+            model.model,
             sampler,
             torch.empty(rows, spec.hidden_size, dtype=weights.activations, device=self.device),
             torch.empty(rows, spec.vocab_size, dtype=torch.float32, device=self.device),

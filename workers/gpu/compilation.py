@@ -32,11 +32,16 @@ from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import run_self_test
 from sempre.workers.gpu.variant_record import read_record, record_key, write_record
 from sempre.workers.kv_cache import PagedKvCache
-from sempre.workers.models.decoder import Decoder, DecoderWeights, StepInput
-from sempre.workers.models.spec import ModelSpec
+from sempre.workers.layers.linear_kernel import INVARIANT
+from sempre.workers.layers.module import Build, Scratch, allocate, parameters
+from sempre.workers.loading import Placement, WeightFacts, load_model
+from sempre.workers.models.base import CausalLM
+from sempre.workers.models.config import ModelSpec
+from sempre.workers.models.registry import build_model
+from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.sampling.gpu_sampler import GpuSampler
-from sempre.workers.weights import Placement, expected_shapes, load_weights
+from sempre.workers.steps import StepInput
 
 # so many kernels are compiled here sooner than a process for it has started
 FEW = 4
@@ -76,7 +81,8 @@ class KernelCompilation:
 
 def weight_bytes(spec: ModelSpec, dtype: str) -> int:
     """Of all tensors, if they are stored as `dtype` says; fp8 takes less."""
-    size = sum(math.prod(shape) for shape in expected_shapes(spec, None).values())
+    model = build_model(Build(INVARIANT, NotQuantized()), spec)
+    size = sum(math.prod(parameter.shape) for parameter in parameters(model).values())
     return size * (torch.float32.itemsize if dtype == "float32" else torch.bfloat16.itemsize)
 
 
@@ -149,10 +155,10 @@ def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Va
     windows = tuple(dict.fromkeys(outline.spec.windows))
     spec = replace(outline.spec, num_layers=len(windows), windows=windows)
     config = outline.config
-    weights = load_weights(
+    model, facts = load_model(
         spec,
         Path(config.model_path),
-        outline.product,
+        outline.kernel,
         dtype=config.dtype,
         load_format="dummy",
         seed=0,
@@ -161,12 +167,12 @@ def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Va
     )
     workspace = allocate_attention_workspace(spec.num_heads, spec.head_dim, max(outline.max_model_len, 2048), device)
     with collecting(found) as collection:
-        _launch_steps(replace(outline, spec=spec), weights, workspace, device)
+        _launch_steps(outline, model, facts, workspace, device)
         _launch_reports(spec.vocab_size, device)
         if config.numerics == "invariant":
             run_self_test(
-                spec,
-                weights,
+                model,
+                facts,
                 workspace,
                 block_size=outline.block_size,
                 max_tokens=outline.max_num_batched_tokens,
@@ -176,27 +182,24 @@ def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Va
 
 
 def _launch_steps(
-    outline: ModelOutline, weights: DecoderWeights, workspace: AttentionWorkspace, device: torch.device
+    outline: ModelOutline,
+    model: CausalLM,
+    facts: WeightFacts,
+    workspace: AttentionWorkspace,
+    device: torch.device,
 ) -> None:
     """Each combination of the stages of sampling, prompts of several sizes, and decode steps of every bucket."""
-    spec, config = outline.spec, outline.config
-    decoder = Decoder(
-        spec,
-        weights,
-        outline.product,
-        max_tokens=MAX_TOKENS,
-        max_model_len=outline.max_model_len,
-        workspace=workspace,
-    )
+    spec, config = model.spec, outline.config
+    allocate(model, Scratch(MAX_TOKENS, outline.max_model_len, facts.activations, device, workspace))
     most_rows = _most_rows(outline)
     sampler = GpuSampler(device=device, vocab_size=spec.vocab_size, max_num_seqs=most_rows, num_slots=most_rows)
     memory = StepMemory(
-        decoder,
+        model,
         sampler,
-        torch.empty(most_rows, spec.hidden_size, dtype=weights.activations, device=device),
+        torch.empty(most_rows, spec.hidden_size, dtype=facts.activations, device=device),
         torch.empty(most_rows, spec.vocab_size, dtype=torch.float32, device=device),
     )
-    cache = PagedKvCache(spec, 1, outline.block_size, weights.dtype, device)
+    cache = PagedKvCache(spec, 1, outline.block_size, facts.dtype, device)
     limits = StepLimits(outline.max_model_len, most_rows, MAX_TOKENS, spec.vocab_size)
     runner = GpuModelRunner(
         memory, cache, GrammarCompiler(Path(config.model_path), spec.vocab_size), limits, rank=config.rank, graphs=False
@@ -208,7 +211,7 @@ def _launch_steps(
     width = -(-outline.max_model_len // outline.block_size)
     for requests, tokens, context in PROMPTS:
         if context <= outline.max_model_len:
-            decoder.forward(_prompts(requests, tokens, context, width, device), cache.layers)
+            model.forward(_prompts(requests, tokens, context, width, device), cache.layers)
     plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
     decode_rows = [rows for rows in DECODE_ROWS if rows <= most_rows]
     for rows, context in combinations(decode_rows, DECODE_CONTEXTS):

@@ -10,7 +10,7 @@ import triton
 
 from sempre.kernels.gpu_jit import architecture
 from sempre.workers.fingerprint import quantization_profile
-from sempre.workers.models.decoder import DecoderWeights
+from sempre.workers.loading import WeightFacts
 
 # order of operations of the GPU kernels, by dtype; a change of any result's bits raises the number
 _PROFILES = {torch.bfloat16: "cuda-bf16-1", torch.float16: "cuda-fp16-1", torch.float32: "cuda-fp32-1"}
@@ -18,7 +18,7 @@ _DRIVER_FILE = Path("/sys/module/nvidia/version")
 
 
 def fingerprint_parts(
-    weights: DecoderWeights, numerics: str, device: torch.device, excluded: dict[str, list[str]]
+    weights: WeightFacts, numerics: str, device: torch.device, excluded: dict[str, list[str]]
 ) -> dict[str, str]:
     """Named parts; equal parts, seeds and requests give equal bits. `excluded`: product kernels left out, by shape."""
     without = "; ".join(f"{shape}: {','.join(names)}" for shape, names in excluded.items())

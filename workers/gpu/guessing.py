@@ -24,8 +24,8 @@ from sempre.workers.gpu.verification import verification_bucket
 from sempre.workers.guessing import MOST_GUESSES, Continuation
 from sempre.workers.input_batch import Int32, Int64
 from sempre.workers.kv_cache import PagedKvCache
-from sempre.workers.models.decoder import OutputRows, StepInput
 from sempre.workers.sampling import RowError, SamplingState
+from sempre.workers.steps import OutputRows, StepInput
 
 if TYPE_CHECKING:
     from sempre.kernels.sampling.gpu import Stages
@@ -106,7 +106,7 @@ class GpuGuesser:
         self.cache = cache
         self.max_model_len = limits.max_model_len
         self.max_num_batched_tokens = limits.max_num_batched_tokens
-        self._decoder = memory.decoder
+        self._model = memory.model
         self._sampler = memory.sampler
         self._logits_RV = memory.logits_RV
         # a step has no more rows than tokens
@@ -241,7 +241,7 @@ class GpuGuesser:
             outputs=None if shape.rows_per_request == 1 else OutputRows(last_rows, ones, 1),
         )
         slots = self._sampler.row_slots[: shape.num_requests]
-        self._sample(self._decoder.forward(model_input, self.cache.layers), shape, slots, starts)
+        self._sample(self._model.forward(model_input, self.cache.layers), shape, slots, starts)
 
     def _launch_next(self, shape: GuessShape) -> None:
         """A decode step with the guess before; sequences that have all of theirs are padding."""
@@ -256,7 +256,7 @@ class GpuGuesser:
             max_query_len=1,
             max_context_len=shape.max_context_len,
         )
-        self._sample(self._decoder.forward(model_input, self.cache.layers), shape, rows.slots, rows.context_lens)
+        self._sample(self._model.forward(model_input, self.cache.layers), shape, rows.slots, rows.context_lens)
 
     def _sample(
         self, hidden_RH: torch.Tensor, shape: GuessShape, slots: torch.Tensor, context_lens: torch.Tensor
@@ -264,7 +264,7 @@ class GpuGuesser:
         """Sample behind every row, keep the guesses, and make the rows of the next decode step."""
         count = shape.num_requests
         starts, ends, _, _, tables, *_ = self._views(shape)
-        logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[:count])
+        logits_RV = self._model.logits(hidden_RH, self._logits_RV[:count])
         tokens_R = self._sampler.sample(logits_RV, context_lens, shape.stages, row_slots=slots)
         sampled = SampledGuesses(tokens_R, self._sampler.head, starts, ends, self._guesses)
         next_draft_rows(slots, context_lens, sampled, tables, self.cache.block_size, self._draft_rows(shape))
@@ -337,7 +337,7 @@ class GpuGuesser:
             max_context_len=int(context_lens.max()),
             outputs=nothing,
         )
-        self._decoder.forward(model_input, self.cache.layers)
+        self._model.forward(model_input, self.cache.layers)
 
     def _row_arrays(self, pieces: list[_Piece]) -> _RowArrays:
         counts = np.asarray([piece.end - piece.start for piece in pieces])

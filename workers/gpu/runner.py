@@ -23,7 +23,7 @@ from sempre.workers.gpu.step_buffers import StepBuffers
 from sempre.workers.gpu.verification import VerificationShape, verification_bucket
 from sempre.workers.input_batch import InputBatch, Int32, RequestState, StepPlan
 from sempre.workers.kv_cache import PagedKvCache
-from sempre.workers.models.decoder import Decoder
+from sempre.workers.models.base import CausalLM
 from sempre.workers.prompt_logprobs import PromptLogprobs
 from sempre.workers.sampling import GrammarCompiler, RowError, RowResult, SamplingState
 from sempre.workers.sampling.gpu_sampler import PLAIN, GpuSampler, PendingSample
@@ -48,7 +48,7 @@ class _StepInFlight:
 class StepMemory:
     """What steps need besides the cache, which gets what is left."""
 
-    decoder: Decoder
+    model: CausalLM
     sampler: GpuSampler
     rows_RH: torch.Tensor
     """model dtype: the final hidden states of the rows that sample"""
@@ -57,7 +57,7 @@ class StepMemory:
 
 
 class GpuModelRunner:
-    """One replica's decoder, cache, sampler, and the requests it knows."""
+    """One replica's model, cache, sampler, and the requests it knows."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class GpuModelRunner:
         self.cache = cache
         self.max_model_len = limits.max_model_len
         self.max_num_batched_tokens = limits.max_num_batched_tokens
-        self._decoder = memory.decoder
+        self._model = memory.model
         self._sampler = memory.sampler
         self._rows_RH = memory.rows_RH
         self._logits_RV = memory.logits_RV
@@ -98,7 +98,7 @@ class GpuModelRunner:
             max_tokens=limits.max_num_batched_tokens,
             block_size=cache.block_size,
         )
-        self._prompt_logprobs = PromptLogprobs(self._decoder, self._sampler, self._logits_RV, rank)
+        self._prompt_logprobs = PromptLogprobs(self._model, self._sampler, self._logits_RV, rank)
         self.graphs: DecodeGraphs[DecodeShape] = DecodeGraphs(self.launch_decode, enabled=graphs)
         self._verification_graphs: DecodeGraphs[VerificationShape] = DecodeGraphs(
             self._launch_verification, enabled=graphs
@@ -206,8 +206,8 @@ class GpuModelRunner:
     def launch_decode(self, shape: DecodeShape) -> None:
         """Queue the kernels of a decode step whose rows are staged; capturable."""
         model_input = self._buffers.launch_decode_inputs(shape.num_rows, shape.max_context_len)
-        hidden_RH = self._decoder.forward(model_input, self.cache.layers)
-        logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[: shape.num_rows])
+        hidden_RH = self._model.forward(model_input, self.cache.layers)
+        logits_RV = self._model.logits(hidden_RH, self._logits_RV[: shape.num_rows])
         tokens_R = self._sampler.sample(logits_RV, model_input.context_lens, shape.stages)
         self._buffers.record(self._buffers.decode_slots(shape.num_rows), tokens_R)
 
@@ -250,8 +250,8 @@ class GpuModelRunner:
 
     def _launch_verification(self, shape: VerificationShape) -> None:
         model_input, positions, drafts = self._buffers.launch_verification_inputs(shape)
-        hidden_TH = self._decoder.forward(model_input, self.cache.layers)
-        logits_RV = self._decoder.logits(hidden_TH, self._logits_RV[: shape.num_rows])
+        hidden_TH = self._model.forward(model_input, self.cache.layers)
+        logits_RV = self._model.logits(hidden_TH, self._logits_RV[: shape.num_rows])
         self._sampler.sample(logits_RV, positions, shape.stages, drafts)
 
     # Any other step
@@ -259,13 +259,13 @@ class GpuModelRunner:
     def _run_mixed(self, flight: _StepInFlight, plan: StepPlan, added: Sequence[RequestState]) -> None:
         new = ([state.slot for state in added], [state.token_ids[-1] for state in added])
         model_input, sampled = self._buffers.stage(plan, self._batch.rows(plan), new)
-        hidden = self._decoder.forward(model_input, self.cache.layers)
+        hidden = self._model.forward(model_input, self.cache.layers)
         count = len(flight.sampling)
         if count:
             hidden_RH = hidden
             if model_input.outputs is None:
                 hidden_RH = torch.index_select(hidden, 0, sampled.rows, out=self._rows_RH[:count])
-            logits_RV = self._decoder.logits(hidden_RH, self._logits_RV[:count])
+            logits_RV = self._model.logits(hidden_RH, self._logits_RV[:count])
             stages = self._sampler.prepare(plan.slots[flight.sampling].tolist())
             tokens_R = self._sampler.sample(logits_RV, sampled.positions, stages, sampled.drafts)
             if sampled.drafts is None:

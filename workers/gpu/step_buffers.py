@@ -16,7 +16,7 @@ from sempre.kernels.sampling.gpu import DraftedRows
 from sempre.workers.gpu.staging import StepStaging
 from sempre.workers.gpu.verification import VerificationArrays, VerificationShape, VerificationStaging
 from sempre.workers.input_batch import Int32, StepPlan, StepRows
-from sempre.workers.models.decoder import OutputRows, StepInput
+from sempre.workers.steps import OutputRows, StepInput
 
 _ROW_FIELDS = 3  # slot, position, new block
 

@@ -1,1 +1,2 @@
-"""The decoder models: `registry` (families as data), `spec` (config.json), `decoder` (the one forward pass)."""
+"""The models: `registry` (which file has which architecture), `config` (config.json), `base` (the stack of blocks), and
+a file for each family."""

@@ -1,93 +1,68 @@
-"""Which `architectures` entry of a config.json is decoded how: the differences between the families, as data."""
+"""Which file describes which `architectures` entry of a config.json, and what such a file offers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from difflib import get_close_matches
-from enum import Enum
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol, cast
 
-from sempre.ipc.errors import UnknownArchitecture
+from sempre.ipc.errors import ModelError, UnknownArchitecture
+from sempre.ipc.model_files import read_json_object
+from sempre.workers.config_fields import ConfigFields
+from sempre.workers.layers.module import Build
+from sempre.workers.models.base import CausalLM
+from sempre.workers.models.config import ModelSpec
 
-
-class BiasRule(Enum):
-    """Whether a projection has a bias."""
-
-    NEVER = "never"
-    ALWAYS = "always"
-    ATTENTION_BIAS = "attention_bias"
-    """as the config's field `attention_bias` says"""
-    MLP_BIAS = "mlp_bias"
-    """as the config's field `mlp_bias` says"""
-
-
-class WindowRule(Enum):
-    """Which layers attend to a sliding window only."""
-
-    NEVER = "never"
-    EVERY_LAYER = "every layer"
-    """`sliding_window` keys in every layer; null is off"""
-    UPPER_LAYERS = "upper layers"
-    """`sliding_window` keys from layer `max_window_layers` on, when `use_sliding_window` is true"""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model family does differently; everything else is common to the decoder."""
-
-    qkv_bias: BiasRule
-    o_bias: BiasRule
-    mlp_bias: BiasRule
-    window: WindowRule
-    qk_norm: bool
-    """RMSNorm over each head of the queries and keys, before the rotary embedding"""
-    default_head_dim: int | None
-    """head dimension when the config states none; None: hidden_size / num_attention_heads"""
-
-
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(
-        qkv_bias=BiasRule.ATTENTION_BIAS,
-        o_bias=BiasRule.ATTENTION_BIAS,
-        mlp_bias=BiasRule.MLP_BIAS,
-        window=WindowRule.NEVER,
-        qk_norm=False,
-        default_head_dim=None,
-    ),
-    "MistralForCausalLM": Family(
-        qkv_bias=BiasRule.NEVER,
-        o_bias=BiasRule.NEVER,
-        mlp_bias=BiasRule.NEVER,
-        window=WindowRule.EVERY_LAYER,
-        qk_norm=False,
-        default_head_dim=None,
-    ),
-    "Qwen2ForCausalLM": Family(
-        qkv_bias=BiasRule.ALWAYS,
-        o_bias=BiasRule.NEVER,
-        mlp_bias=BiasRule.NEVER,
-        window=WindowRule.UPPER_LAYERS,
-        qk_norm=False,
-        default_head_dim=None,
-    ),
-    "Qwen3ForCausalLM": Family(
-        qkv_bias=BiasRule.ATTENTION_BIAS,
-        o_bias=BiasRule.ATTENTION_BIAS,
-        mlp_bias=BiasRule.NEVER,
-        window=WindowRule.UPPER_LAYERS,
-        qk_norm=True,
-        default_head_dim=128,
-    ),
+FILES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "llama",
+    "Qwen3ForCausalLM": "llama",
 }
 
 
+class Family(Protocol):
+    """A file of this package."""
+
+    def parse(self, architecture: str, fields: ConfigFields, generation: ConfigFields) -> ModelSpec:
+        """Of config.json and generation_config.json. Raises ModelError naming the field."""
+
+    def build_model(self, build: Build, spec: ModelSpec) -> CausalLM:
+        """The tree of a spec that `parse` made."""
+
+
 def family_of(architecture: str) -> Family:
-    """The settings of `architecture`; raises UnknownArchitecture, which lists the known ones."""
-    family = FAMILIES.get(architecture)
-    if family is None:
-        near = get_close_matches(architecture, FAMILIES, n=1)
+    """Raises UnknownArchitecture, which lists the known ones."""
+    if architecture not in FILES:
+        near = get_close_matches(architecture, FILES, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UnknownArchitecture(
-            f"config.json: architectures: no decoder for {architecture!r}.{hint} Known: {', '.join(FAMILIES)}.",
+            f"config.json: architectures: no decoder for {architecture!r}.{hint} Known: {', '.join(FILES)}.",
             architecture=architecture,
         )
-    return family
+    return cast(Family, import_module(f"{__package__}.{FILES[architecture]}"))
+
+
+def load_spec(folder: Path) -> ModelSpec:
+    """The spec of the checkpoint in `folder`; raises ModelError or UnknownArchitecture."""
+    if not folder.is_dir():
+        raise ModelError(f"model_path: expected a checkpoint folder, found no folder at {folder}.")
+    config = read_json_object(folder / "config.json")
+    generation_path = folder / "generation_config.json"
+    generation = read_json_object(generation_path) if generation_path.exists() else {}
+    return parse_spec(config, generation)
+
+
+def parse_spec(config: dict[str, object], generation_config: dict[str, object]) -> ModelSpec:
+    """`config` is config.json, `generation_config` generation_config.json or empty."""
+    fields = ConfigFields(config)
+    names = fields.raw.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        fields.fail("architectures", "a list of one architecture name", names)
+    return family_of(names[0]).parse(names[0], fields, ConfigFields(generation_config, "generation_config.json"))
+
+
+def build_model(build: Build, spec: ModelSpec) -> CausalLM:
+    """The tree of a model, without its tensors."""
+    return family_of(spec.architecture).build_model(build, spec)

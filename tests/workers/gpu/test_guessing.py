@@ -6,7 +6,7 @@ The GPU's guesser runs where there is no GPU: the CPU computes the forward pass,
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,10 @@ from sempre.workers.cpu_backend import CpuBackend, LoadedModel
 from sempre.workers.drafting import Drafting, _Sequence
 from sempre.workers.guessing import Guesser
 from sempre.workers.kv_cache import PagedKvCache
-from sempre.workers.models.decoder import Decoder, StepInput
+from sempre.workers.layers.module import Scratch, allocate, sharing
+from sempre.workers.models.base import CausalLM
 from sempre.workers.sampling import SamplingState
+from sempre.workers.steps import StepInput
 from sempre.workers.worker import _load, _outline
 
 MAX_SEQS, MAX_TOKENS, MAX_LEN, NUM_BLOCKS = 3, 12, 64, 9
@@ -55,13 +57,19 @@ def model(checkpoints: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
     return _load(_outline(config, backend), backend)
 
 
-class _PaddedDecoder(Decoder):
+def _padded(model: CausalLM) -> CausalLM:
     """The CPU's, with padding as a GPU's has it: it is written to a block that belongs to nobody."""
+    model = sharing(model)
+    forward = model.forward
 
-    def forward(self, step: StepInput, caches: list[KvCache]) -> torch.Tensor:
+    def padded(step: StepInput, caches: Sequence[KvCache]) -> torch.Tensor:
         nowhere = NUM_BLOCKS * 16
         slot_mapping = torch.where(step.slot_mapping < 0, nowhere, step.slot_mapping)
-        return super().forward(replace(step, slot_mapping=slot_mapping), caches)
+        return forward(replace(step, slot_mapping=slot_mapping), caches)
+
+    model.forward = padded  # type: ignore[method-assign]
+    allocate(model, Scratch(MAX_TOKENS, MAX_LEN, torch.float32, torch.device("cpu")))
+    return model
 
 
 def _on_cpu(model: LoadedModel, num_blocks: int = NUM_BLOCKS) -> Drafting:
@@ -84,7 +92,7 @@ def gpu_guesser(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Guesser:
     tiles = Tiles(noise=512, logprobs=512, edits=512, phrases=4, cut=512, cut_piece=512, cut_sample=2, cut_list=16)
     device = torch.device("cpu")
     memory = StepMemory(
-        _PaddedDecoder(spec, model.weights, model.product, max_tokens=MAX_TOKENS, max_model_len=MAX_LEN),
+        _padded(model.model),
         GpuSampler(device=device, vocab_size=spec.vocab_size, max_num_seqs=MAX_SEQS, num_slots=MAX_SEQS, tiles=tiles),
         torch.empty(MAX_SEQS, spec.hidden_size),
         torch.empty(MAX_SEQS, spec.vocab_size),

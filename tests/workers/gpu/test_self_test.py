@@ -12,9 +12,13 @@ triton = pytest.importorskip("triton")
 from sempre.kernels.linear import gpu_check  # noqa: E402
 from sempre.kernels.linear.gpu_table import Tile, choose_fused  # noqa: E402
 from sempre.kernels.linear.weights import GpuLinear  # noqa: E402
-from sempre.workers.gpu.self_test import compare, require_equal  # noqa: E402
 from sempre.workers.gpu.self_test.products import check_products  # noqa: E402
-from sempre.workers.models.decoder import DecoderWeights, LayerWeights  # noqa: E402
+from sempre.workers.layers.linear_kernel import INVARIANT  # noqa: E402
+from sempre.workers.layers.module import Build  # noqa: E402
+from sempre.workers.models.base import CausalLM  # noqa: E402
+from sempre.workers.models.registry import build_model, parse_spec  # noqa: E402
+from sempre.workers.quantization.plain import NotQuantized  # noqa: E402
+from sempre.workers.self_test import compare, require_equal  # noqa: E402
 
 HIDDEN, INNER, VOCABULARY = 32, 48, 80
 
@@ -34,41 +38,37 @@ def test_other_bits_and_nan_are_named(expected: float, found: float) -> None:
     assert caught.value.operation == "norm [H=3]"
 
 
-def _weights() -> DecoderWeights:
+def _model() -> CausalLM:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    model = build_model(Build(INVARIANT, NotQuantized()), parse_spec(config, {}))
     generator = torch.Generator().manual_seed(1)
+    for _, linear in model.linears():
+        shape = (linear.out_features, linear.in_features)
+        linear.weight = GpuLinear(torch.randn(shape, generator=generator).to(torch.float16), None)
+    return model
 
-    def linear(columns: int, depth: int) -> GpuLinear:
-        return GpuLinear(torch.randn(columns, depth, generator=generator).to(torch.float16), None)
 
-    ones = torch.ones(HIDDEN, dtype=torch.float16)
-    layer = LayerWeights(
-        input_norm=ones,
-        qkv=linear(3 * HIDDEN, HIDDEN),
-        q_norm=None,
-        k_norm=None,
-        o=linear(HIDDEN, HIDDEN),
-        post_attention_norm=ones,
-        gate_up=linear(2 * INNER, HIDDEN),
-        down=linear(HIDDEN, INNER),
-    )
-    return DecoderWeights(
-        embedding=torch.zeros(VOCABULARY, HIDDEN, dtype=torch.float16),
-        layers=(layer,),
-        final_norm=ones,
-        lm_head=linear(VOCABULARY, HIDDEN),
-        dtype=torch.float16,
-        storage=torch.float16,
-        digest="",
-        quantization=None,
-    )
+def _weight(model: CausalLM, name: str) -> GpuLinear:
+    weight = next(linear.weight for path, linear in model.linears() if path.endswith(name))
+    assert isinstance(weight, GpuLinear)
+    return weight
 
 
 def test_products_that_agree_are_all_kept() -> None:
-    tested = check_products(_weights(), max_tokens=20, max_num_seqs=4)
+    model = _model()
+    tested = check_products(model, torch.float16, max_tokens=20, max_num_seqs=4)
     assert tested.excluded == {}
     assert require_equal(tested.reference) == {"linear": 25}
     operations = {comparison.operation.split()[1] for comparison in tested.reference}
-    assert operations == {"qkv", "o", "down", "gate_up", "lm_head"}
+    assert operations == {"qkv_proj", "o_proj", "down_proj", "gate_up_proj", "lm_head"}
 
 
 def test_a_fused_product_that_disagrees_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,13 +79,11 @@ def test_a_fused_product_that_disagrees_is_left_out(monkeypatch: pytest.MonkeyPa
         return out
 
     monkeypatch.setattr(gpu_check, "run_fused_tile", wrong)
-    tested = check_products(_weights(), max_tokens=20, max_num_seqs=4)
+    model = _model()
+    tested = check_products(model, torch.float16, max_tokens=20, max_num_seqs=4)
     shape = f"N={2 * INNER},K={HIDDEN}"
     assert [name.split()[0] for name in tested.excluded[shape]] == ["fused"]
-    gate_up = tested.weights.layers[0].gate_up
-    assert isinstance(gate_up, GpuLinear)
+    gate_up = _weight(model, "gate_up_proj")
     assert choose_fused("any", 4, INNER, frozenset()) is not None
     assert choose_fused("any", 4, INNER, gate_up.excluded) is None
-    down = tested.weights.layers[0].down
-    assert isinstance(down, GpuLinear)
-    assert down.excluded == frozenset()
+    assert _weight(model, "down_proj").excluded == frozenset()

@@ -19,8 +19,8 @@ from sempre.kernels.gpu_jit import Variant  # noqa: E402
 from sempre.workers.backend import ModelOutline  # noqa: E402
 from sempre.workers.gpu import variant_record  # noqa: E402
 from sempre.workers.gpu.variant_record import read_record, record_key, write_record  # noqa: E402
-from sempre.workers.models.numerics import linear_kernel  # noqa: E402
-from sempre.workers.models.spec import load_spec  # noqa: E402
+from sempre.workers.layers.linear_kernel import linear_kernel  # noqa: E402
+from sempre.workers.models.registry import load_spec  # noqa: E402
 
 GPU = "an H100, 90"
 

@@ -30,8 +30,9 @@ from sempre.workers.admission import StepLimits
 from sempre.workers.backend import LoadedModel
 from sempre.workers.cpu_backend import CpuBackend
 from sempre.workers.kv_cache import PagedKvCache
+from sempre.workers.layers.module import Scratch, allocate, sharing
 from sempre.workers.model_runner import ModelRunner
-from sempre.workers.models.decoder import Decoder
+from sempre.workers.models.base import CausalLM
 from sempre.workers.worker import _load, _outline
 
 MAX_SEQS, MAX_TOKENS, MAX_LEN, MAX_DRAFTS, NUM_BLOCKS = 6, 24, 48, 16, 7
@@ -60,7 +61,7 @@ def model(checkpoints: Callable[[str], Any]) -> LoadedModel:
 
 def _cpu_runner(model: LoadedModel) -> ModelRunner:
     return ModelRunner(
-        _decoder(model),
+        _allocated(model),
         PagedKvCache(model.spec, NUM_BLOCKS, 16, model.weights.dtype),
         model.make_grammar_compiler(),
         max_model_len=MAX_LEN,
@@ -70,8 +71,10 @@ def _cpu_runner(model: LoadedModel) -> ModelRunner:
     )
 
 
-def _decoder(model: LoadedModel) -> Decoder:
-    return Decoder(model.spec, model.weights, model.product, max_tokens=MAX_TOKENS, max_model_len=MAX_LEN)
+def _allocated(model: LoadedModel) -> CausalLM:
+    own = sharing(model.model)
+    allocate(own, Scratch(MAX_TOKENS, MAX_LEN, model.weights.activations, torch.device("cpu")))
+    return own
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def gpu_runner(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     tiles = Tiles(noise=512, logprobs=512, edits=512, phrases=4, cut=512, cut_piece=512, cut_sample=2, cut_list=16)
     spec = model.spec
     memory = runner.StepMemory(
-        _decoder(model),
+        _allocated(model),
         GpuSampler(
             device=torch.device("cpu"), vocab_size=spec.vocab_size, max_num_seqs=rows, num_slots=MAX_SEQS, tiles=tiles
         ),

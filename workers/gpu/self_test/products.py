@@ -21,11 +21,11 @@ from sempre.kernels.linear.gpu_fp8 import FIRST_CAPABILITY
 from sempre.kernels.linear.gpu_table import FLOAT32, REFERENCE, Tile
 from sempre.kernels.linear.gpu_table_fp8 import FP8_REFERENCE
 from sempre.kernels.linear.weights import GpuLinear
-from sempre.workers.gpu.self_test.comparisons import Comparison, compare
-from sempre.workers.models.decoder import DecoderWeights
-from sempre.workers.models.numerics import Packed
+from sempre.workers.layers.linear import Use
+from sempre.workers.loading import WeightFacts
+from sempre.workers.models.base import CausalLM
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
-from sempre.workers.self_test import shape_of
+from sempre.workers.self_test import Comparison, compare, distinct_linears, shape_of
 
 # beyond one tile of the reference, with a ragged end
 REFERENCE_ROWS = 70
@@ -37,61 +37,49 @@ Shape = tuple[int, int, Fp8Scheme | None]
 class ProductTest(NamedTuple):
     """What the products' test found."""
 
-    weights: DecoderWeights
-    """with the kernels that disagreed left out"""
     excluded: dict[str, list[str]]
-    """by shape, for the fingerprint"""
+    """kernels that disagree, by shape, for the fingerprint"""
     reference: list[Comparison]
     """of the reference kernel with itself, to be judged"""
 
 
-def require_fp8(weights: DecoderWeights, device: torch.device) -> None:
+def require_fp8(facts: WeightFacts, device: torch.device) -> None:
     """Raise ConfigError where the GPU cannot compute with the fp8 matrices of the model."""
     capability = torch.cuda.get_device_capability(device)
-    if weights.quantization is not None and capability < FIRST_CAPABILITY:
+    if facts.quantization is not None and capability < FIRST_CAPABILITY:
         least, found = (f"sm_{major}{minor}" for major, minor in (FIRST_CAPABILITY, capability))
         raise ConfigError(
-            f"quantization: expected a GPU of {least} or later for {weights.quantization.value}, found"
+            f"quantization: expected a GPU of {least} or later for {facts.quantization.value}, found"
             f" {torch.cuda.get_device_name(device)} ({found}). Use a checkpoint that is not quantised, or the CPU.",
             parameter="quantization",
-            value=weights.quantization.value,
+            value=facts.quantization.value,
         )
 
 
-def check_products(weights: DecoderWeights, *, max_tokens: int, max_num_seqs: int) -> ProductTest:
-    """Every (N, K) of the model once, at the row counts where another kernel is chosen."""
+def check_products(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_num_seqs: int) -> ProductTest:
+    """Every (N, K) of the model once, at the row counts where another kernel is chosen; kernels that disagree are
+    taken from the choice of all matrices of that shape."""
     excluded: dict[Shape, set[str]] = {}
     reference: list[Comparison] = []
-    for name, packed in _distinct(weights):
-        logits = name == "lm_head"
+    for path, linear in distinct_linears(model):
+        weight = linear.weight
+        assert isinstance(weight, GpuLinear)
+        logits = linear.use is Use.LOGITS
         # logits leave the product in float32, and are computed for the rows that sample or are scored
         max_rows = min(max_tokens, max(max_num_seqs, PROMPT_LOGPROB_ROWS)) if logits else max_tokens
-        out_dtype = torch.float32 if logits else weights.dtype
-        if packed.scheme is None:
-            wrong = set(disagreeing(packed, max_rows=max_rows, out_dtype=out_dtype))
+        out_dtype = torch.float32 if logits else dtype
+        if weight.scheme is None:
+            wrong = set(disagreeing(weight, max_rows=max_rows, out_dtype=out_dtype))
         else:
-            wrong = set(disagreeing_fp8(packed, weights.dtype, max_rows=max_rows, out_dtype=out_dtype))
-        if name == "gate_up":
-            wrong |= set(disagreeing_fused(packed, max_rows=max_rows))
+            wrong = set(disagreeing_fp8(weight, dtype, max_rows=max_rows, out_dtype=out_dtype))
+        if linear.use is Use.GATED:
+            wrong |= set(disagreeing_fused(weight, max_rows=max_rows))
         if wrong:
-            excluded.setdefault(shape_of(packed), set()).update(wrong)
-        reference += _check_reference(name, packed, weights.dtype, out_dtype)
-    names = {_name(shape): sorted(choices) for shape, choices in excluded.items()}
-    return ProductTest(_without(weights, excluded) if excluded else weights, names, reference)
-
-
-def _distinct(weights: DecoderWeights) -> Iterator[tuple[str, GpuLinear]]:
-    """The first weight of each shape among those computed in the same way: plain, gated, to logits."""
-    seen: set[tuple[str, Shape]] = set()
-    named: list[tuple[str, Packed]] = []
-    for layer in weights.layers:
-        named += [("qkv", layer.qkv), ("o", layer.o), ("down", layer.down), ("gate_up", layer.gate_up)]
-    for name, packed in [*named, ("lm_head", weights.lm_head)]:
-        assert isinstance(packed, GpuLinear)
-        kind = name if name in ("gate_up", "lm_head") else "plain"
-        if (kind, shape_of(packed)) not in seen:
-            seen.add((kind, shape_of(packed)))
-            yield name, packed
+            excluded.setdefault(shape_of(weight), set()).update(wrong)
+        reference += _check_reference(path.rpartition(".")[2], weight, dtype, out_dtype)
+    if excluded:
+        _exclude(model, excluded)
+    return ProductTest({_name(shape): sorted(choices) for shape, choices in excluded.items()}, reference)
 
 
 def _name(shape: Shape) -> str:
@@ -118,19 +106,7 @@ def _run_reference(x: torch.Tensor, w: GpuLinear, out_dtype: torch.dtype, tile: 
     return gpu_fp8.run_tile(*gpu_fp8.operands(x, w), w, out, tile)
 
 
-def _without(weights: DecoderWeights, excluded: dict[Shape, set[str]]) -> DecoderWeights:
-    def reduced(packed: Packed) -> GpuLinear:
-        assert isinstance(packed, GpuLinear)
-        return replace(packed, excluded=frozenset(excluded.get(shape_of(packed), ())))
-
-    layers = tuple(
-        replace(
-            layer,
-            qkv=reduced(layer.qkv),
-            o=reduced(layer.o),
-            gate_up=reduced(layer.gate_up),
-            down=reduced(layer.down),
-        )
-        for layer in weights.layers
-    )
-    return replace(weights, layers=layers, lm_head=reduced(weights.lm_head))
+def _exclude(model: CausalLM, excluded: dict[Shape, set[str]]) -> None:
+    for _, linear in model.linears():
+        assert isinstance(linear.weight, GpuLinear)
+        linear.weight = replace(linear.weight, excluded=frozenset(excluded.get(shape_of(linear.weight), ())))

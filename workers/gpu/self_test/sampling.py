@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from sempre.ipc.messages import SamplingSpec
-from sempre.workers.gpu.self_test.comparisons import Comparison
 from sempre.workers.sampling import RowResult
 from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.sampling.state import SamplingState
+from sempre.workers.self_test import Comparison
 
 PROMPT = [0, 1, 0]
 PARAMETERS: tuple[dict[str, Any], ...] = (

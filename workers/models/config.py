@@ -1,17 +1,14 @@
-"""config.json → ModelSpec: every field the decoder depends on, validated; whatever it cannot honour is refused."""
+"""What decoders read of config.json, validated: fields that are not honoured are refused by name."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
+from enum import Enum
 
-from sempre.ipc.errors import ModelError
-from sempre.ipc.model_files import read_json_object
 from sempre.kernels.rope import RopeSpec
-from sempre.workers.models.config_fields import ConfigFields
-from sempre.workers.models.quantization import QuantizationSpec, parse_quantization
-from sempre.workers.models.registry import BiasRule, Family, WindowRule, family_of
+from sempre.workers.config_fields import ConfigFields
+from sempre.workers.quantization.config import QuantizationSpec, parse_quantization
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,9 +37,44 @@ MAX_EOS_TOKENS = 1024
 WIDTH_MULTIPLE = 16
 
 
+class BiasRule(Enum):
+    """Whether a projection has a bias."""
+
+    NEVER = "never"
+    ALWAYS = "always"
+    ATTENTION_BIAS = "attention_bias"
+    """as the config's field `attention_bias` says"""
+    MLP_BIAS = "mlp_bias"
+    """as the config's field `mlp_bias` says"""
+
+
+class WindowRule(Enum):
+    """Which layers attend to a sliding window only."""
+
+    NEVER = "never"
+    EVERY_LAYER = "every layer"
+    """`sliding_window` keys in every layer; null is off"""
+    UPPER_LAYERS = "upper layers"
+    """`sliding_window` keys from layer `max_window_layers` on, when `use_sliding_window` is true"""
+
+
+@dataclass(frozen=True)
+class FamilyRules:
+    """What a family reads differently; everything else is common to decoders."""
+
+    qkv_bias: BiasRule = BiasRule.NEVER
+    o_bias: BiasRule = BiasRule.NEVER
+    mlp_bias: BiasRule = BiasRule.NEVER
+    window: WindowRule = WindowRule.NEVER
+    qk_norm: bool = False
+    """RMSNorm over each head of the queries and keys, before the rotary embedding"""
+    default_head_dim: int | None = None
+    """head dimension when the config states none; None: hidden_size / num_attention_heads"""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
-    """A dense decoder: what its config.json says, resolved. Sizes are counts of elements."""
+    """A decoder: what its config.json says, resolved; families add fields. Sizes are counts of elements."""
 
     architecture: str
     vocab_size: int
@@ -76,34 +108,23 @@ class ModelSpec:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
 
-def load_spec(folder: Path) -> ModelSpec:
-    """The spec of the checkpoint in `folder`; raises ModelError or UnknownArchitecture."""
-    if not folder.is_dir():
-        raise ModelError(f"model_path: expected a checkpoint folder, found no folder at {folder}.")
-    config = read_json_object(folder / "config.json")
-    generation_path = folder / "generation_config.json"
-    generation = read_json_object(generation_path) if generation_path.exists() else {}
-    return parse_spec(config, generation)
-
-
 def spec_digest(spec: ModelSpec) -> str:
     """Of what config.json and generation_config.json say of the model; the weights' digest is of tensors alone."""
     return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
 
 
-def parse_spec(config: dict[str, object], generation_config: dict[str, object]) -> ModelSpec:
-    """`config` is config.json, `generation_config` generation_config.json or empty."""
-    fields = ConfigFields(config)
-    architecture = _architecture(fields)
-    family = family_of(architecture)
-    _refuse_unsupported(fields)
+def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, generation: ConfigFields) -> ModelSpec:
+    """What all decoders read of config.json (`fields`) and generation_config.json, by the rules of a family.
+
+    Raises ModelError naming the field.
+    """
     hidden_size = _multiple("hidden_size", fields.positive("hidden_size", most=MAX_WIDTH), fields)
     num_heads = fields.positive("num_attention_heads", most=MAX_HEADS)
     num_kv_heads = fields.positive("num_key_value_heads", default=num_heads, most=MAX_HEADS)
     if num_heads % num_kv_heads:
         fields.fail("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}", num_kv_heads)
     num_layers = fields.positive("num_hidden_layers", most=MAX_LAYERS)
-    head_dim = _head_dim(fields, family, hidden_size, num_heads)
+    head_dim = _head_dim(fields, rules, hidden_size, num_heads)
     vocab_size = fields.positive("vocab_size", most=MAX_VOCAB_SIZE)
     max_position_embeddings = fields.positive("max_position_embeddings", most=MAX_POSITIONS)
     return ModelSpec(
@@ -118,37 +139,31 @@ def parse_spec(config: dict[str, object], generation_config: dict[str, object]) 
         rms_norm_eps=fields.positive_number("rms_norm_eps", default=1e-6),
         rope=_rope(fields, head_dim, max_position_embeddings),
         max_position_embeddings=max_position_embeddings,
-        windows=_windows(fields, family, num_layers),
-        qkv_bias=_bias(fields, family.qkv_bias),
-        o_bias=_bias(fields, family.o_bias),
-        mlp_bias=_bias(fields, family.mlp_bias),
-        qk_norm=family.qk_norm,
+        windows=_windows(fields, rules, num_layers),
+        qkv_bias=_bias(fields, rules.qkv_bias),
+        o_bias=_bias(fields, rules.o_bias),
+        mlp_bias=_bias(fields, rules.mlp_bias),
+        qk_norm=rules.qk_norm,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
         initializer_range=fields.positive_number("initializer_range", default=0.02),
         checkpoint_dtype=_checkpoint_dtype(fields),
-        eos_token_ids=_eos_token_ids(fields, ConfigFields(generation_config, "generation_config.json"), vocab_size),
+        eos_token_ids=_eos_token_ids(fields, generation, vocab_size),
         quantization=parse_quantization(fields),
     )
 
 
-def _architecture(fields: ConfigFields) -> str:
-    value = fields.raw.get("architectures")
-    if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], str):
-        fields.fail("architectures", "a list of one architecture name", value)
-    return value[0]
+def refuse_other_activation(fields: ConfigFields, supported: str, name: str = "hidden_act") -> None:
+    """Raise ModelError for an activation of the feed-forward branch that is not the `supported` one."""
+    activation = fields.raw.get(name, supported)
+    if activation != supported:
+        fields.fail(name, repr(supported), activation)
 
 
-def _refuse_unsupported(fields: ConfigFields) -> None:
-    activation = fields.raw.get("hidden_act", "silu")
-    if activation != "silu":
-        fields.fail("hidden_act", "'silu'", activation)
-
-
-def _head_dim(fields: ConfigFields, family: Family, hidden_size: int, num_heads: int) -> int:
-    if fields.raw.get("head_dim") is None and family.default_head_dim is None and hidden_size % num_heads:
+def _head_dim(fields: ConfigFields, rules: FamilyRules, hidden_size: int, num_heads: int) -> int:
+    if fields.raw.get("head_dim") is None and rules.default_head_dim is None and hidden_size % num_heads:
         fields.fail("hidden_size", f"a multiple of num_attention_heads={num_heads}, or head_dim", hidden_size)
     head_dim = fields.positive(
-        "head_dim", default=family.default_head_dim or hidden_size // num_heads, most=MAX_HEAD_DIM
+        "head_dim", default=rules.default_head_dim or hidden_size // num_heads, most=MAX_HEAD_DIM
     )
     return _multiple("head_dim", head_dim, fields)
 
@@ -200,12 +215,12 @@ def _rope(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> 
     )
 
 
-def _windows(fields: ConfigFields, family: Family, num_layers: int) -> tuple[int | None, ...]:
+def _windows(fields: ConfigFields, rules: FamilyRules, num_layers: int) -> tuple[int | None, ...]:
     full: tuple[int | None, ...] = (None,) * num_layers
     windows = full
-    if family.window is WindowRule.EVERY_LAYER and fields.raw.get("sliding_window") is not None:
+    if rules.window is WindowRule.EVERY_LAYER and fields.raw.get("sliding_window") is not None:
         windows = (fields.positive("sliding_window"),) * num_layers
-    elif family.window is WindowRule.UPPER_LAYERS and fields.boolean("use_sliding_window", default=False):
+    elif rules.window is WindowRule.UPPER_LAYERS and fields.boolean("use_sliding_window", default=False):
         first = min(fields.natural("max_window_layers"), num_layers)
         windows = full[:first] + (fields.positive("sliding_window"),) * (num_layers - first)
     layer_types = fields.raw.get("layer_types")

@@ -21,7 +21,7 @@ from sempre.kernels.linear import (
 )
 
 
-class Packed(Protocol):
+class LinearWeight(Protocol):
     """A weight [out_features, in_features] in the form its product wants."""
 
     @property
@@ -44,10 +44,10 @@ class LinearKernel(NamedTuple):
     `pack_fp8(weight [N, K] fp8, scale [N], bias [N] or None, scheme)` packs a quantised weight.
     """
 
-    pack: Callable[[torch.Tensor, torch.Tensor | None], Packed]
+    pack: Callable[[torch.Tensor, torch.Tensor | None], LinearWeight]
     apply: Callable[..., torch.Tensor]
     apply_gated: Callable[..., object]
-    pack_fp8: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Fp8Scheme], Packed]
+    pack_fp8: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Fp8Scheme], LinearWeight]
 
 
 def _control_gated(x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor) -> None:

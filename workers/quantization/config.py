@@ -8,12 +8,10 @@ from typing import Literal
 
 from sempre.ipc.errors import ConfigError
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.workers.models.config_fields import ConfigFields
+from sempre.workers.config_fields import ConfigFields
 
 SUPPORTED = "compressed-tensors fp8: weights per channel or tensor, activations per token and dynamic, or not at all"
 FORMATS = ("float-quantized", "naive-quantized")
-# what a matrix of the decoder is called, under its layer or at the top
-MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,7 @@ class QuantizationSpec:
     """whether the checkpoint holds fp8 values and scales; otherwise they are made while loading"""
 
     def covers(self, module: str) -> bool:
-        """Whether the matrix `module` (a tensor's name without `.weight`) is fp8."""
-        if module.rpartition(".")[2] not in MATRICES:
-            return False
+        """Whether `module`, which is a matrix (a tensor's name without `.weight`), is fp8."""
         return any(_matches(e, module) for e in self.targets) and not any(_matches(e, module) for e in self.ignore)
 
 

@@ -1,0 +1,157 @@
+"""A GPU's whole worker where there is no GPU: Triton's interpreter computes, and the tokens are those of a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from no_gpu import NoEvent, without_gpu
+
+from sempre.ipc.messages import (
+    ExecuteStep,
+    LoadModel,
+    NewRequest,
+    SampledTokens,
+    SamplingSpec,
+    ScheduledRequest,
+    StartServing,
+    WorkerConfig,
+)
+from sempre.workers import worker as worker_module
+from sempre.workers.loading import Placement
+from sempre.workers.worker import Worker
+
+# each runs minutes of interpretation
+pytestmark = pytest.mark.product
+
+CPU = torch.device("cpu")
+PROMPT = list(range(3, 23))
+CONFIG = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 40,
+    "eos_token_id": 1,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def gpu_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The GPU's backend, whose device is a CPU that says it is none."""
+    pytest.importorskip("triton", reason="needs the triton package (test requirement on Linux)")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: tests/gpu runs the compiled kernels")
+    from sempre.workers.gpu import backend, staging
+
+    without_gpu(monkeypatch, staging)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    for name, value in {
+        "empty_cache": None,
+        "get_device_capability": (9, 0),
+        "get_device_name": "none",
+        "mem_get_info": (8 << 30, 16 << 30),
+        "memory_reserved": 0,
+        "synchronize": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: NoEvent())
+    for name in ("_cuda_getDriverVersion", "_cuda_clearCublasWorkspaces"):
+        monkeypatch.setattr(torch._C, name, lambda: 0, raising=False)
+
+    class Interpreted(backend.GpuBackend):
+        block_sizes = (16,)
+
+        @property
+        def placement(self) -> Placement:
+            return Placement(CPU, lambda tensor: tensor, hashing_threads=1)
+
+        def begin(self, config: WorkerConfig) -> None:
+            pass
+
+        @contextmanager
+        def loading(self, outline: object) -> Iterator[Any]:
+            yield SimpleNamespace(finish=dict)
+
+    # the interpreter adds as numpy does, whose order depends on the number of rows
+    monkeypatch.setattr(backend, "require_equal", _require_close)
+    return Interpreted(CPU, None)
+
+
+def _require_close(comparisons: list[Any]) -> dict[str, int]:
+    assert {comparison.operation.split()[0] for comparison in comparisons} == {"linear", "model", "sampling"}
+    return {}
+
+
+def _tokens(folder: Path, **changes: object) -> list[SampledTokens]:
+    config = WorkerConfig(
+        rank=0,
+        world_size=1,
+        model_path=str(folder),
+        dtype="float32",
+        load_format="dummy",
+        max_model_len=40,
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        kv_cache_memory_bytes=1 << 20,
+        enforce_eager=True,
+        num_threads=1,
+        device="cpu",
+        **changes,  # type: ignore[arg-type]
+    )
+    worker = Worker()
+    worker.load_model(LoadModel(config=config))
+    worker.start_serving(StartServing(num_blocks=20))
+    params = SamplingSpec(max_tokens=4, temperature=1.0, logprobs=2, prompt_logprobs=1)
+    new = NewRequest(request_id="a", token_ids=PROMPT, num_prompt_tokens=len(PROMPT), seed=5, params=params)
+    found = []
+    for step in range(4):
+        computed = 0 if step == 0 else len(PROMPT) + step - 1
+        scheduled = ScheduledRequest(
+            request_id="a",
+            num_computed_tokens=computed,
+            num_tokens=1 if step else len(PROMPT),
+            block_table_start=2 if step else 0,
+            block_ids=[] if step else [3, 1],
+        )
+        command = ExecuteStep(step_id=step, new_requests=[] if step else [new], scheduled=[scheduled])
+        found += worker.execute(command).sampled
+    worker.shutdown()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "quantization"),
+    [
+        ("LlamaForCausalLM", None),
+        ("LlamaForCausalLM", "fp8_weight_only"),
+        ("MistralForCausalLM", None),
+        ("Qwen2ForCausalLM", None),
+        ("Qwen3ForCausalLM", None),
+    ],
+)
+def test_tokens_are_those_of_a_cpu(
+    architecture: str, quantization: str | None, gpu_backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = {"sliding_window": 9} if architecture.startswith("Mistral") else {}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **extra, "architectures": [architecture]}))
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_module, "make_backend", lambda *_: gpu_backend)
+        found = _tokens(tmp_path, quantization=quantization)
+    monkeypatch.undo()
+    expected = _tokens(tmp_path, quantization=quantization)
+    assert [result.token_ids for result in found] == [result.token_ids for result in expected]
+    assert all(result.error is None for result in found)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.logprobs is not None
+        assert theirs.logprobs is not None

@@ -1,0 +1,129 @@
+"""A model is a tree of modules, and whoever walks it knows no family: loading, hashing, counting, self-test, dummies.
+
+Attributes that are modules are children under their attribute's name, so that paths are the checkpoint's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+
+from sempre.kernels.attention import AttentionWorkspace
+from sempre.kernels.rope import RopeSpec, cos_sin_table
+from sempre.workers.layers.linear_kernel import LinearKernel
+from sempre.workers.quantization.method import Quantization
+from sempre.workers.tensor_source import Parameter
+
+
+class Tensors(Protocol):
+    """The checkpoint's tensors, each read once, on the model's device."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """As stored."""
+
+    def vector(self, name: str) -> torch.Tensor:
+        """A norm's weight or a bias, in the dtype of such."""
+
+    def matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A matrix that was read, in the dtype in which matrices are kept."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the modules of a model store and multiply matrices."""
+
+    kernel: LinearKernel
+    quantization: Quantization
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory for the steps of one runner, of at most `max_tokens` rows and contexts of at most `max_model_len`."""
+
+    max_tokens: int
+    max_model_len: int
+    activations: torch.dtype
+    device: torch.device
+    workspace: AttentionWorkspace | None = None
+    _rows: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    _tables: dict[RopeSpec, torch.Tensor] = field(default_factory=dict)
+
+    def rows(self, role: str, width: int) -> torch.Tensor:
+        """[max_tokens, width]; layers run one after the other and share what has one role and width."""
+        key = (role, width)
+        if key not in self._rows:
+            self._rows[key] = torch.empty(self.max_tokens, width, dtype=self.activations, device=self.device)
+        return self._rows[key]
+
+    def rope_table(self, rope: RopeSpec) -> torch.Tensor:
+        """Cosines and sines of every position."""
+        if rope not in self._tables:
+            self._tables[rope] = cos_sin_table(rope, self.max_model_len).to(self.device)
+        return self._tables[rope]
+
+
+class Module:
+    """A node of the tree. Its life: it is constructed (shapes only), loads, allocates, computes."""
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """Attributes that are modules, or lists of modules, in the order in which they were set."""
+        for name, value in vars(self).items():
+            if name.startswith("_"):
+                continue
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, list):
+                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Module))
+
+    def walk(self, path: str = "") -> Iterator[tuple[str, Module]]:
+        """All modules below this one, and then it, with their paths."""
+        for name, child in self.children():
+            yield from child.walk(f"{path}.{name}" if path else name)
+        yield path, self
+
+    def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
+        """Names in the checkpoint of what this module itself reads."""
+        return iter(())
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        """Take the tensors that `own_parameters` names."""
+
+    def own_tensors(self) -> Iterator[torch.Tensor]:
+        """What was loaded, as it is in memory."""
+        return iter(())
+
+    def allocate(self, scratch: Scratch) -> None:
+        """Take what this module itself needs for computing steps."""
+
+    def shape(self) -> tuple[object, ...]:
+        """All on which the kernels that run depend, beside parameters; modules of equal shapes compute alike."""
+        return ()
+
+
+def parameters(model: Module) -> dict[str, Parameter]:
+    """Every tensor that the model reads, by name."""
+    return {name: parameter for path, module in model.walk() for name, parameter in module.own_parameters(path)}
+
+
+def allocate(model: Module, scratch: Scratch) -> None:
+    """Prepare for computing steps, or prepare anew for others."""
+    for _, module in model.walk():
+        module.allocate(scratch)
+
+
+M = TypeVar("M", bound=Module)
+
+
+def sharing(module: M) -> M:
+    """A tree of its own with the tensors of this one; what it allocates is its own."""
+    twin = copy(module)
+    for name, value in vars(twin).items():
+        if isinstance(value, Module):
+            setattr(twin, name, sharing(value))
+        elif isinstance(value, list):
+            setattr(twin, name, [sharing(item) if isinstance(item, Module) else item for item in value])
+    return twin

@@ -1,0 +1,56 @@
+"""Norms over the last dimension of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sempre.kernels.norms import add_rms_norm, rms_norm
+from sempre.workers.layers.module import Module, Scratch, Tensors
+from sempre.workers.tensor_source import Parameter
+
+
+class RMSNorm(Module):
+    """Root mean square norm of rows [T, width], times a weight (`kernels.norms`)."""
+
+    weight: torch.Tensor
+    """[width]"""
+
+    def __init__(self, width: int, eps: float) -> None:
+        self.width = width
+        self.eps = eps
+
+    def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
+        yield path + ".weight", Parameter((self.width,), initial="ones")
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        self.weight = tensors.vector(path + ".weight")
+
+    def own_tensors(self) -> Iterator[torch.Tensor]:
+        yield self.weight
+
+    def allocate(self, scratch: Scratch) -> None:
+        self._out = scratch.rows("normed", self.width)
+
+    def shape(self) -> tuple[object, ...]:
+        return (self.width, self.eps)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, width], in a buffer that the next norm of this width overwrites."""
+        out = self._out[: x.shape[0]]
+        return rms_norm(x, self.weight, self.eps, out) if x.shape[0] else out
+
+    def of_sum(self, branch: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+        """Add `branch`, if there is one, to `residual` [T, width] in place; the norm of the sum."""
+        if branch is None:
+            return self(residual)
+        out = self._out[: residual.shape[0]]
+        return add_rms_norm(branch, residual, self.weight, self.eps, out) if residual.shape[0] else out
+
+
+class HeadNorm(RMSNorm):
+    """A norm over each head, which the rotation of the heads computes."""
+
+    def allocate(self, scratch: Scratch) -> None:
+        """Nothing: it has no rows of its own."""

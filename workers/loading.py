@@ -1,0 +1,255 @@
+"""Loading a model: open the checkpoint, compare it with the tree, read tensor by tensor into the tree."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sempre.ipc.errors import ModelError, TensorMismatch
+from sempre.kernels.fp8 import Fp8Scheme
+from sempre.workers.kv_cache import available_memory_bytes
+from sempre.workers.layers.linear_kernel import LinearKernel
+from sempre.workers.layers.module import Build, Module, parameters
+from sempre.workers.models.base import CausalLM
+from sempre.workers.models.config import ModelSpec
+from sempre.workers.models.registry import build_model
+from sempre.workers.quantization.config import resolve_quantization
+from sempre.workers.quantization.fp8 import quantization_of
+from sempre.workers.tensor_source import (
+    CPU,
+    FLOAT_NAMES,
+    DummySource,
+    Parameter,
+    TensorSource,
+    mismatch,
+    open_safetensors,
+    tensor_bytes,
+)
+
+EMBEDDING = "model.embed_tokens.weight"
+
+# tensors that old checkpoints carry and that are computed from config.json instead
+HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
+
+# mismatches that an error lists
+MOST_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where loaded tensors go."""
+
+    device: torch.device
+    upload: Callable[[torch.Tensor], torch.Tensor]
+    """a tensor of the source → the tensor on `device`; the source's must stay valid until all are loaded"""
+    hashing_threads: int
+
+    @property
+    def keeps_storage(self) -> bool:
+        """Whether matrices may be stored in 16 bit under dtype float32: the CPU's kernels widen them as they go."""
+        return self.device.type == "cpu"
+
+
+ON_CPU = Placement(CPU, lambda tensor: tensor, hashing_threads=1)
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What is to be known of a model's weights."""
+
+    dtype: torch.dtype
+    """what the engine's `dtype` came to: the KV cache's storage"""
+    activations: torch.dtype
+    """the dtype of hidden states"""
+    storage: torch.dtype
+    """how the matrices that are not quantised are stored"""
+    quantization: Fp8Scheme | None
+    """of the matrices that are quantised, if any are"""
+    digest: str
+    """SHA-256 of names, shapes, dtypes and bytes in the checkpoint; how it is cut into files does not matter"""
+    nbytes: int
+
+
+class Loaded(NamedTuple):
+    """A model with its tensors."""
+
+    model: CausalLM
+    facts: WeightFacts
+
+
+def load_model(
+    spec: ModelSpec,
+    folder: Path,
+    kernel: LinearKernel,
+    *,
+    dtype: str,
+    load_format: str,
+    seed: int,
+    quantization: str | None = None,
+    placement: Placement = ON_CPU,
+) -> Loaded:
+    """Build the tree and load it; `dtype` auto is the checkpoint's. Raises TensorMismatch or ModelError before reading
+    any tensor.
+
+    Storage of the matrices on the CPU: float32 keeps 16-bit checkpoints in 16 bit (widening is exact, the bits are the
+    same); bfloat16 and float16 round to nearest even. Norm weights and biases are float32. On a GPU all are in `dtype`.
+    Matrices that are quantised, by the checkpoint or by the setting `quantization`, are fp8 whatever `dtype` is.
+    """
+    resolved = resolve_quantization(spec.quantization, quantization, load_format)
+    model = build_model(Build(kernel, quantization_of(resolved)), spec)
+    wanted = parameters(model)
+    with open_source(spec, wanted, folder, dtype, load_format, seed, placement.device) as source:
+        check_tensors(wanted, model.copies, source)
+        target = target_dtype(spec, source, dtype)
+        if placement.device.type == "cpu":
+            check_memory(wanted, source, target, is_quantized=resolved is not None)
+        with ThreadPoolExecutor(max_workers=placement.hashing_threads) as pool:
+            reader = Reader(source, target, placement, pool)
+            for path, module in model.walk():
+                module.load(path, reader)
+            facts = WeightFacts(
+                dtype=target,
+                activations=torch.float32 if placement.device.type == "cpu" else target,
+                storage=model.model.embed_tokens.weight.dtype,
+                quantization=resolved.scheme if resolved is not None else None,
+                digest=reader.digest(),
+                nbytes=sum(int(tensor.nbytes) for tensor in tensors_of(model)),
+            )
+            return Loaded(model, facts)
+
+
+@contextmanager
+def open_source(
+    spec: ModelSpec,
+    wanted: Mapping[str, Parameter],
+    folder: Path,
+    dtype: str,
+    load_format: str,
+    seed: int,
+    device: torch.device,
+) -> Iterator[TensorSource]:
+    """The checkpoint's tensors, or dummy ones."""
+    if load_format == "dummy":
+        name = dtype if dtype != "auto" else spec.checkpoint_dtype or "float32"
+        yield DummySource(wanted, getattr(torch, name), seed, spec.initializer_range, device)
+    else:
+        with open_safetensors(folder) as source:
+            yield source
+
+
+def target_dtype(spec: ModelSpec, source: TensorSource, dtype: str) -> torch.dtype:
+    """What `dtype` comes to."""
+    name = dtype if dtype != "auto" else spec.checkpoint_dtype
+    return FLOAT_NAMES[source.dtype_name(EMBEDDING)] if name is None else getattr(torch, name)
+
+
+def check_tensors(wanted: Mapping[str, Parameter], copies: Mapping[str, str], source: TensorSource) -> None:
+    """Raise TensorMismatch, which lists what is missing, surplus, or of another shape or dtype.
+
+    `copies`: tensors that may be there though nothing reads them, with those that they must equal.
+    """
+    present = set(source.names())
+    found = [error for name, parameter in wanted.items() if (error := _wrong(name, parameter, present, source))]
+    for name in sorted(present):
+        if name in copies:
+            if not _same_tensor(source, name, copies[name]):
+                found.append(mismatch(name, f"a copy of {copies[name]} (tie_word_embeddings is true)", "other values"))
+        elif name not in wanted and not name.endswith(HARMLESS_SUFFIX):
+            found.append(mismatch(name, "no such tensor in this architecture", f"shape {list(source.shape(name))}"))
+    if found:
+        raise _together(found)
+
+
+def check_memory(
+    wanted: Mapping[str, Parameter], source: TensorSource, dtype: torch.dtype, *, is_quantized: bool
+) -> None:
+    """Raise ModelError for weights that cannot fit, before the first of them is made."""
+    needed = 0
+    for name, parameter in wanted.items():
+        stored = FLOAT_NAMES.get(source.dtype_name(name), dtype)
+        needed += math.prod(parameter.shape) * (1 if is_quantized else min(stored.itemsize, dtype.itemsize))
+    free = available_memory_bytes()
+    if needed > free:
+        raise ModelError(
+            f"config.json: expected weights that fit into the {free} bytes of free memory, found sizes that make at "
+            f"least {needed} bytes. Choose a smaller model, or free memory."
+        )
+
+
+def tensors_of(model: Module) -> Iterator[torch.Tensor]:
+    """All tensors that were loaded, as they are in memory."""
+    for _, module in model.walk():
+        yield from module.own_tensors()
+
+
+def live_digest(model: Module) -> str:
+    """SHA-256 over the loaded tensors as they are in memory now."""
+    digest = hashlib.sha256()
+    for tensor in tensors_of(model):
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _wrong(name: str, parameter: Parameter, present: set[str], source: TensorSource) -> TensorMismatch | None:
+    if name not in present:
+        hint = " (tie_word_embeddings is false)" if name == "lm_head.weight" else ""
+        return mismatch(name, f"a tensor of shape {list(parameter.shape)}{hint}", "nothing")
+    if source.shape(name) != parameter.shape:
+        return mismatch(name, f"shape {list(parameter.shape)}", f"shape {list(source.shape(name))}")
+    if source.dtype_name(name) not in parameter.dtypes:
+        return mismatch(name, f"dtype {', '.join(parameter.dtypes)}", f"dtype {source.dtype_name(name)}")
+    return None
+
+
+def _together(found: list[TensorMismatch]) -> TensorMismatch:
+    first = found[0]
+    if len(found) == 1:
+        return first
+    more = f"\n… and {len(found) - MOST_LISTED} more" if len(found) > MOST_LISTED else ""
+    text = f"{len(found)} tensors do not fit this architecture:\n" + "\n".join(map(str, found[:MOST_LISTED])) + more
+    return TensorMismatch(text, tensor=first.tensor, expected=first.expected, found=first.found)
+
+
+def _same_tensor(source: TensorSource, a: str, b: str) -> bool:
+    if b not in source.names():
+        return True  # reported as missing
+    first, second = source.read(a), source.read(b)
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+class Reader:
+    """Reads each tensor once, and hashes it in `pool` while it is placed and packed."""
+
+    def __init__(
+        self, source: TensorSource, dtype: torch.dtype, placement: Placement, pool: ThreadPoolExecutor
+    ) -> None:
+        self._source = source
+        self._dtype = dtype
+        self._placement = placement
+        self._vector_dtype = torch.float32 if placement.keeps_storage else dtype
+        self._pool = pool
+        self._hashes: dict[str, Future[bytes]] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self._source.read(name)
+        self._hashes[name] = self._pool.submit(self._source.digest, name, tensor)
+        return self._placement.upload(tensor)
+
+    def vector(self, name: str) -> torch.Tensor:
+        return self.read(name).to(self._vector_dtype, copy=True)
+
+    def matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._dtype == torch.float32 and self._placement.keeps_storage:
+            return tensor
+        return tensor.to(self._dtype)
+
+    def digest(self) -> str:
+        return hashlib.sha256(b"".join(self._hashes[name].result() for name in sorted(self._hashes))).hexdigest()

@@ -1,0 +1,117 @@
+"""What all decoder models have in common: a stack of blocks between an embedding and a norm, and logits.
+
+# T tokens in the step, S rows that are read, H hidden size, V vocabulary
+The residual stream and all activations are float32 on the CPU and in the model's dtype on a GPU; logits are float32.
+Every operation works on one row at a time as far as the result is concerned, so a row's bits depend on its own request
+only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from sempre.kernels.attention import KvCache
+from sempre.workers.layers.attention import Attention
+from sempre.workers.layers.embedding import Embedding
+from sempre.workers.layers.linear import Linear, Use
+from sempre.workers.layers.module import Build, Module, Tensors
+from sempre.workers.layers.norm import RMSNorm
+from sempre.workers.models.config import ModelSpec
+from sempre.workers.steps import StepInput
+
+
+class Block(Protocol):
+    """One decoder layer, a Module with an Attention named `self_attn`."""
+
+    self_attn: Attention
+
+    def __call__(
+        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A branch that is still to be added [S, H] and the residual stream [S, H], of the rows that are read.
+
+        `branch` is that of the block before, None for the first. Nothing else may be done with the rows that are not
+        read once their keys and values are in the cache.
+        """
+
+
+def rows_read(rows: torch.Tensor, step: StepInput) -> torch.Tensor:
+    """Of [T, H], those that are read [S, H]."""
+    return rows if step.outputs is None else rows.index_select(0, step.outputs.rows)
+
+
+class Stack(Module):
+    """`model.`: embedding, blocks, final norm."""
+
+    def __init__(self, embed_tokens: Embedding, layers: Sequence[Block], norm: RMSNorm) -> None:
+        self.embed_tokens = embed_tokens
+        self.layers = list(layers)
+        self.norm = norm
+
+    def __call__(self, step: StepInput, caches: Sequence[KvCache]) -> torch.Tensor:
+        residual, branch = self.embed(step.token_ids), None
+        # nothing reads the other rows once the last keys and values are in the cache
+        all_rows, last = replace(step, outputs=None), len(self.layers) - 1
+        for index, (block, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            branch, residual = block(branch, residual, step if index == last else all_rows, cache)
+        return self.norm.of_sum(branch, residual)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream before the first block [T, H]."""
+        return self.embed_tokens(token_ids)
+
+
+class CausalLM(Module):
+    """A whole model: what runners call, and what the facts about it are."""
+
+    def __init__(self, build: Build, spec: ModelSpec, model: Stack) -> None:
+        self.spec = spec
+        self.model = model
+        self._build = build
+        self.lm_head = Linear(build, {"lm_head": spec.vocab_size}, spec.hidden_size, use=Use.LOGITS)
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        yield "model", self.model
+        if not self.spec.tie_word_embeddings:
+            yield "lm_head", self.lm_head
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        if self.spec.tie_word_embeddings:
+            self.lm_head.weight = self._build.kernel.pack(self.model.embed_tokens.weight, None)
+
+    def own_tensors(self) -> Iterator[torch.Tensor]:
+        if self.spec.tie_word_embeddings:
+            yield from self.lm_head.own_tensors()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def linears(self) -> Iterator[tuple[str, Linear]]:
+        """All matrix products, with their paths."""
+        for path, module in self.walk():
+            if isinstance(module, Linear):
+                yield path, module
+        if self.spec.tie_word_embeddings:
+            yield "lm_head", self.lm_head
+
+    @property
+    def copies(self) -> dict[str, str]:
+        """Tensors that a checkpoint may hold though nothing reads them, with that of which each is a copy."""
+        return {"lm_head.weight": "model.embed_tokens.weight"} if self.spec.tie_word_embeddings else {}
+
+    def forward(self, step: StepInput, caches: Sequence[KvCache]) -> torch.Tensor:
+        """Write the step's keys and values into `caches` (one per layer); return the final hidden states.
+
+        Those of the rows in `step.outputs` [S, H], or of all rows [T, H]: a view of a buffer that the next call
+        overwrites.
+        """
+        return self.model(step, caches)
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Logits of the given final hidden states [S, H], written to and returned as `out` [S, V]."""
+        return self.lm_head.into(hidden, out)

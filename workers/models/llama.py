@@ -1,0 +1,95 @@
+"""Llama, Mistral, Qwen2 and Qwen3: norm and attention, norm and gated feed-forward, each added to the residual stream.
+
+Touvron et al. 2023 (arXiv 2302.13971); Jiang et al. 2023 (arXiv 2310.06825); Yang et al. 2024 (arXiv 2407.10671) and
+2025 (arXiv 2505.09388).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sempre.kernels.attention import KvCache
+from sempre.workers.config_fields import ConfigFields
+from sempre.workers.layers.attention import Attention, AttentionShape
+from sempre.workers.layers.embedding import Embedding
+from sempre.workers.layers.mlp import GatedMLP
+from sempre.workers.layers.module import Build, Module
+from sempre.workers.layers.norm import RMSNorm
+from sempre.workers.models.base import CausalLM, Stack, rows_read
+from sempre.workers.models.config import (
+    BiasRule,
+    FamilyRules,
+    ModelSpec,
+    WindowRule,
+    parse_decoder,
+    refuse_other_activation,
+)
+from sempre.workers.steps import StepInput
+
+RULES = {
+    "LlamaForCausalLM": FamilyRules(
+        qkv_bias=BiasRule.ATTENTION_BIAS, o_bias=BiasRule.ATTENTION_BIAS, mlp_bias=BiasRule.MLP_BIAS
+    ),
+    "MistralForCausalLM": FamilyRules(window=WindowRule.EVERY_LAYER),
+    "Qwen2ForCausalLM": FamilyRules(qkv_bias=BiasRule.ALWAYS, window=WindowRule.UPPER_LAYERS),
+    "Qwen3ForCausalLM": FamilyRules(
+        qkv_bias=BiasRule.ATTENTION_BIAS,
+        o_bias=BiasRule.ATTENTION_BIAS,
+        window=WindowRule.UPPER_LAYERS,
+        qk_norm=True,
+        default_head_dim=128,
+    ),
+}
+
+
+def parse(architecture: str, fields: ConfigFields, generation: ConfigFields) -> ModelSpec:
+    """Raises ModelError naming the field."""
+    refuse_other_activation(fields, "silu")
+    return parse_decoder(architecture, RULES[architecture], fields, generation)
+
+
+def build_model(build: Build, spec: ModelSpec) -> CausalLM:
+    """The tree, without tensors."""
+    blocks = [
+        LlamaBlock(spec, Attention(build, attention_shape(spec, layer)), gated_mlp(build, spec))
+        for layer in range(spec.num_layers)
+    ]
+    norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+    return CausalLM(build, spec, Stack(Embedding(spec.vocab_size, spec.hidden_size), blocks, norm))
+
+
+def attention_shape(spec: ModelSpec, layer: int) -> AttentionShape:
+    """That of one layer."""
+    return AttentionShape(
+        hidden_size=spec.hidden_size,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        scale=spec.head_dim**-0.5,
+        rope=spec.rope,
+        window=spec.windows[layer],
+        qkv_bias=spec.qkv_bias,
+        o_bias=spec.o_bias,
+        qk_norm_eps=spec.rms_norm_eps if spec.qk_norm else None,
+    )
+
+
+def gated_mlp(build: Build, spec: ModelSpec) -> GatedMLP:
+    return GatedMLP(build, spec.hidden_size, spec.intermediate_size, bias=spec.mlp_bias)
+
+
+class LlamaBlock(Module):
+    """`mlp` is any feed-forward branch: [S, H] → [S, H]."""
+
+    def __init__(self, spec: ModelSpec, self_attn: Attention, mlp: GatedMLP) -> None:
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.mlp = mlp
+
+    def __call__(
+        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attended = self.self_attn(self.input_layernorm.of_sum(branch, residual), step, cache)
+        residual = rows_read(residual, step)
+        return self.mlp(self.post_attention_layernorm.of_sum(attended, residual)), residual

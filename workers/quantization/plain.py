@@ -1,0 +1,40 @@
+"""Matrices of floats, as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+
+import torch
+
+from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
+from sempre.workers.tensor_source import Parameter
+
+
+class Plain:
+    """`.weight` [N, K]."""
+
+    def tensors(self, out_features: int, in_features: int) -> dict[str, Parameter]:
+        return {".weight": Parameter((out_features, in_features))}
+
+    def pack(
+        self,
+        parts: Mapping[str, Mapping[str, torch.Tensor]],
+        bias: torch.Tensor | None,
+        kernel: LinearKernel,
+        as_matrix: Callable[[torch.Tensor], torch.Tensor],
+    ) -> LinearWeight:
+        weights = [as_matrix(part[".weight"]) for part in parts.values()]
+        common = reduce(torch.promote_types, (weight.dtype for weight in weights))
+        weight = torch.cat([weight.to(common) for weight in weights]) if len(weights) > 1 else weights[0]
+        return kernel.pack(weight, bias)
+
+
+PLAIN = Plain()
+
+
+class NotQuantized:
+    """Every matrix is plain."""
+
+    def method(self, modules: Sequence[str]) -> Plain:
+        return PLAIN
