@@ -19,6 +19,22 @@ from sempre.engine.frontend.schemas import (
 )
 
 _MOST_CASES = 32
+_MOST_PARTS = 1000
+_MOST_STEPS = 50_000
+"""Most schemas that are looked at, over all; what would take more stays as it is."""
+
+
+class _Effort:
+    """Counts schemas that are looked at, as references may multiply them without end."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_STEPS
+
+    def is_spent(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
 _CLOSEST: dict[str, Callable[[Any, Any], Any]] = {
     "maximum": min, "exclusiveMaximum": min, "maxLength": min,
     "minimum": max, "exclusiveMinimum": max, "minLength": max,
@@ -35,17 +51,17 @@ def join_objects(root: Schema, nodes: list[Node]) -> None:
     """Make one object, or one for each case, of those that speak of the same value, in place."""
     if refers_through(nodes, "/allOf/", "/anyOf/", "/oneOf/"):
         return
-    is_fixed = refers_through(nodes, "/properties/")
+    is_fixed, effort = refers_through(nodes, "/properties/"), _Effort()
     for schema, num_arrays in list(nodes):
         words = SPEAKING & set(schema)
         if not (COMBINING & words and (len(words) > 1 or "allOf" in words)):
             continue
         if not is_fixed:
-            _spread(schema, _kinds(root, schema, []))
+            _spread(schema, _kinds(root, schema, [], effort))
             _flatten(schema)
             if not COMBINING & set(schema):
                 continue
-        cases = _cases(root, schema, [])
+        cases = _cases(root, schema, [], effort)
         if not cases or (is_fixed and len(cases) > 1) or not all(map(_is_object, cases)):
             continue
         joined = [_joined(parts, nodes, num_arrays) for parts in cases]
@@ -59,9 +75,9 @@ def join_objects(root: Schema, nodes: list[Node]) -> None:
             nodes += [Node(case, num_arrays) for case in joined]
 
 
-def _kinds(root: Schema, schema: Any, around: list[int]) -> set[str]:
+def _kinds(root: Schema, schema: Any, around: list[int], effort: _Effort) -> set[str]:
     """Of which kinds a value may be by all that is said of it."""
-    if not isinstance(schema, dict) or id(schema) in around:
+    if not isinstance(schema, dict) or id(schema) in around or effort.is_spent():
         return set() if schema is False else set(KINDS)
     around = [*around, id(schema)]
     kinds = kinds_of(schema) or set(KINDS)
@@ -71,7 +87,7 @@ def _kinds(root: Schema, schema: Any, around: list[int]) -> set[str]:
     groups += [[child] for child in schema.get("allOf", ())]
     groups += [schema[word] for word in ("anyOf", "oneOf") if word in schema]
     for group in groups:
-        kinds &= set().union(*(_kinds(root, child, around) for child in group))
+        kinds &= set().union(*(_kinds(root, child, around, effort) for child in group))
     return kinds
 
 
@@ -124,10 +140,12 @@ def _is_object(parts: list[Schema]) -> bool:
     return any(part.get("type") == "object" for part in parts)
 
 
-def _cases(root: Schema, schema: Any, around: list[int]) -> list[list[Schema]] | None:
+def _cases(root: Schema, schema: Any, around: list[int], effort: _Effort) -> list[list[Schema]] | None:
     """For each case the schemas that make it; None if one says more than names and values of properties."""
     if isinstance(schema, bool):
         return [[]] if schema else []
+    if effort.is_spent():
+        return None
     values = schema.get("enum", [schema["const"]] if "const" in schema else None) if isinstance(schema, dict) else None
     if isinstance(values, list) and not any(isinstance(value, dict) for value in values):
         return []
@@ -143,13 +161,15 @@ def _cases(root: Schema, schema: Any, around: list[int]) -> list[list[Schema]] |
     for group in groups:
         options: list[list[Schema]] = []
         for child in group:
-            found = _cases(root, child, [*around, id(schema)])
+            found = _cases(root, child, [*around, id(schema)], effort)
             if found is None:
                 return None
             options += found
         if len(cases) * len(options) > _MOST_CASES:
             return None
         cases = [[*case, *option] for case in cases for option in options]
+        if any(len(case) > _MOST_PARTS for case in cases):
+            return None
     return cases
 
 

@@ -122,6 +122,7 @@ def test_what_is_accepted_can_be_followed(schema: dict[str, Any], definition: An
 
 
 @pytest.mark.product
+@pytest.mark.timeout(1800)
 @settings(max_examples=5000, deadline=None, derandomize=True)
 @given(**ARGUMENTS)
 def test_what_is_accepted_can_be_followed_at_length(schema: dict[str, Any], definition: Any, max_tokens: int) -> None:

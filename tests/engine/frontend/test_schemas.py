@@ -15,6 +15,8 @@ from llguidance import LLMatcher, LLParserLimits
 
 from sempre.engine import StructuredOutputsParams
 from sempre.engine.frontend.grammars import GrammarBuilder, byte_tokenizer
+from sempre.engine.frontend.schema_bounds import add_bounds
+from sempre.engine.frontend.schemas import rewritten
 from sempre.engine.models.resolve import resolve_model
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
@@ -352,6 +354,18 @@ def test_refusals_say_where_and_why(schema: dict[str, Any], message: str) -> Non
 def test_what_takes_too_much_is_refused_before_it_is_compiled(schema: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         grammar_of(schema)
+
+
+@pytest.mark.parametrize("leaf", ["a0", "a40"])
+def test_references_that_multiply_cost_no_more_than_others(leaf: str) -> None:
+    """2^40 parts; each of them is looked at from each side once."""
+    step = 1 if leaf == "a40" else -1
+    twice = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + step}"}] * 2} for i in range(41) if f"a{i}" != leaf}
+    root = "a0" if leaf == "a40" else "a40"
+    schema = {"$ref": f"#/$defs/{root}", "$defs": {**twice, leaf: {"type": "object", "properties": {"a": {}}}}}
+    made, nodes = rewritten(json.loads(json.dumps(schema)))
+    add_bounds(made, nodes, 200)
+    assert len(json.dumps(made)) < 100_000
 
 
 def test_white_space() -> None:
