@@ -125,6 +125,7 @@ VLLM_SERVER_SETTINGS: dict[str, tuple[object, ...]] = {
     "allowed_headers": (["*"],),
     "allowed_methods": (["*"],),
     "api_server_count": (None, 1),
+    "disable_access_log_for_endpoints": (None,),
     "disable_fastapi_docs": (False,),
     "disable_log_requests": (True,),
     # one process takes and answers requests
@@ -139,10 +140,17 @@ VLLM_SERVER_SETTINGS: dict[str, tuple[object, ...]] = {
     # /load always counts
     "enable_server_load_tracking": (True, False),
     "enable_ssl_refresh": (False,),
+    # /tokenizer_info is always served
+    "enable_tokenizer_info_endpoint": (True, False),
     "exclude_tools_when_tool_choice_none": (False,),
+    "fingerprint_mode": ("full",),
+    "fingerprint_value": (None,),
     "grpc": (False,),
+    "h11_max_header_count": (None,),
+    "h11_max_incomplete_event_size": (None,),
     "headless": (False,),
     "log_config_file": (None,),
+    "log_error_stack": (False,),
     "lora_modules": (None,),
     "reasoning_parser_plugin": ("",),
     "ssl_cert_reqs": (0,),
@@ -156,6 +164,7 @@ _TABLE = VLLM_KEYWORDS | VLLM_SERVER_SETTINGS
 _INSTEAD = {
     "enable_log_requests": "It is a flag of `sempre serve`.",
     "exclude_tools_when_tool_choice_none": "Leave tools out of such requests.",
+    "fingerprint_value": "The fingerprint is what outputs depend on, and cannot be given.",
     "hf_token": "Set the environment variable HF_TOKEN.",
     "log_config_file": "Use log_format.",
     "logits_processors": "Use logit_bias, allowed_token_ids or bad_words of SamplingParams.",

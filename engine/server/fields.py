@@ -194,7 +194,7 @@ def _in_words(problem: str, found: Any) -> str:
 
 
 def _problem(problem: str) -> str:
-    """Return msgspec's message without its type names: "Expected `int` >= 1" becomes "expected an integer >= 1"."""
+    """Return msgspec's message in words: of "Expected `int` >= 1", "expected an integer greater than or equal to 1"."""
     expected = problem.partition(", got ")[0].replace("| null", "").replace(" `", "`")
 
     def words(match: re.Match[str]) -> str:
@@ -202,6 +202,7 @@ def _problem(problem: str) -> str:
         return " " + " or ".join(_WORDS.get(name, name) for name in names if name)
 
     said = re.sub(r"`([^`]*)`", words, expected)
+    said = said.replace(" >= ", " greater than or equal to ").replace(" <= ", " less than or equal to ")
     return said[:1].lower() + said[1:]
 
 

@@ -305,3 +305,9 @@ def test_an_invocation_is_scanned_and_parsed_once(body: dict[str, Any], monkeypa
         asyncio.run(invoke(service, http))
     assert len(scanned) == 1
     assert not hasattr(http.state, "body"), "kept no longer than it is needed"
+
+
+@pytest.mark.parametrize("prompt", [[-1], [[-1]], [[1], [2, -1]]])
+def test_a_bound_is_told_in_words(prompt: Any) -> None:
+    with pytest.raises(BadRequest, match=r"^prompt.*: expected an integer greater than or equal to 0, found -1\.$"):
+        parse_model(json.dumps({"prompt": prompt}).encode(), CompletionRequest)
