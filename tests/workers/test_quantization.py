@@ -121,7 +121,7 @@ def test_what_is_not_supported_is_named(changes: dict[str, object], field: str, 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3-moe"])
 def test_a_checkpoint_is_what_loading_makes(
     family: str, scheme: str, checkpoints: Any, quantized: Any, serve: Any, prompt: Any
 ) -> None:

@@ -26,7 +26,16 @@ def run(folder: Path, kernel: LinearKernel = INVARIANT, dtype: str = "auto", max
     return require_equal(check_model(model, facts, 16, max_tokens=max_tokens))
 
 
-FAMILIES = ["llama", "llama-biases", "qwen3", "mistral-window", "qwen2-upper-window", "llama-multi-head-tied"]
+FAMILIES = [
+    "llama",
+    "llama-biases",
+    "qwen3",
+    "mistral-window",
+    "qwen2-upper-window",
+    "llama-multi-head-tied",
+    "qwen3-moe",
+    "qwen3-moe-odd",
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

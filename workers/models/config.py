@@ -118,7 +118,7 @@ def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, g
 
     Raises ModelError naming the field.
     """
-    hidden_size = _multiple("hidden_size", fields.positive("hidden_size", most=MAX_WIDTH), fields)
+    hidden_size = width("hidden_size", fields)
     num_heads = fields.positive("num_attention_heads", most=MAX_HEADS)
     num_kv_heads = fields.positive("num_key_value_heads", default=num_heads, most=MAX_HEADS)
     if num_heads % num_kv_heads:
@@ -131,7 +131,7 @@ def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, g
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=_multiple("intermediate_size", fields.positive("intermediate_size", most=MAX_WIDTH), fields),
+        intermediate_size=width("intermediate_size", fields),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -166,6 +166,11 @@ def _head_dim(fields: ConfigFields, rules: FamilyRules, hidden_size: int, num_he
         "head_dim", default=rules.default_head_dim or hidden_size // num_heads, most=MAX_HEAD_DIM
     )
     return _multiple("head_dim", head_dim, fields)
+
+
+def width(name: str, fields: ConfigFields, default: int | None = None) -> int:
+    """The size `name` of a row. Raises ModelError."""
+    return _multiple(name, fields.positive(name, default=default, most=MAX_WIDTH), fields)
 
 
 def _multiple(name: str, size: int, fields: ConfigFields) -> int:

@@ -14,6 +14,7 @@ from sempre.workers.layers.attention import Attention, AttentionShape
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module
+from sempre.workers.layers.moe import SparseMLP
 from sempre.workers.layers.norm import RMSNorm
 from sempre.workers.models.base import CausalLM, Stack, rows_read
 from sempre.workers.models.config import (
@@ -79,9 +80,9 @@ def gated_mlp(build: Build, spec: ModelSpec) -> GatedMLP:
 
 
 class LlamaBlock(Module):
-    """`mlp` is any feed-forward branch: [S, H] → [S, H]."""
+    """Also of families whose feed-forward branch is another."""
 
-    def __init__(self, spec: ModelSpec, self_attn: Attention, mlp: GatedMLP) -> None:
+    def __init__(self, spec: ModelSpec, self_attn: Attention, mlp: GatedMLP | SparseMLP) -> None:
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)

@@ -19,6 +19,7 @@ FILES = {
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "llama",
     "Qwen3ForCausalLM": "llama",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
 
