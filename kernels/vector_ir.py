@@ -238,6 +238,27 @@ def exp(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return b.select(tiny, constant(0.0), scaled)
 
 
+# tanh(x) = x + x^3 * P(x^2) below 0.625, a minimax polynomial (the coefficients of Moshier's Cephes tanhf); above it
+# 1 - 2 / (exp(2 x) + 1), which is 1 from 9 on.
+_TANH_SMALL, _TANH_LARGEST = 0.625, 44.0
+_TANH_COEFFICIENTS = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+
+
+def tanh(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """tanh of each of LANES lanes; NaN stays NaN."""
+    magnitude = _llvm(b, "fabs", x)
+    capped = b.select(b.fcmp_ordered(">", magnitude, constant(_TANH_LARGEST)), constant(_TANH_LARGEST), magnitude)
+    exponential = exp(b, b.fadd(capped, capped))
+    large = b.fsub(constant(1.0), b.fdiv(constant(2.0), b.fadd(exponential, constant(1.0))))
+    square = b.fmul(x, x)
+    p: ir.Value = _rounded(_TANH_COEFFICIENTS[0])
+    for coefficient in _TANH_COEFFICIENTS[1:]:
+        p = fma(b, p, square, _rounded(coefficient))
+    small = fma(b, b.fmul(p, square), x, x)
+    is_small = b.fcmp_ordered("<", magnitude, constant(_TANH_SMALL))
+    return b.select(is_small, small, _llvm(b, "copysign", large, x))
+
+
 def address_intrinsic(emit: Callable[..., ir.Value | None], *, returns: Any = types.void) -> Any:
     """A numba intrinsic whose code `emit(builder, *arguments)` writes.
 

@@ -1,6 +1,11 @@
-"""SwiGLU's activation: out = silu(gate) * up, silu(g) = g / (1 + exp(-g)) (Shazeer 2020, arXiv 2002.05202).
+"""Elementwise operations: activations of gated feed-forward branches, and soft caps.
 
-Contract: elementwise in float32; the exponential is the project's own polynomial on CPU and the hardware's on a GPU.
+silu_and_mul: out = silu(gate) * up, silu(g) = g / (1 + exp(-g)); gelu_and_mul: out = gelu(gate) * up with
+gelu(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3))) (Shazeer 2020, arXiv 2002.05202; Hendrycks and Gimpel
+2016, arXiv 1606.08415). soft_cap: x = cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118).
+
+Contract: elementwise in float32; exponential and tanh are the project's own polynomials on a CPU and, for silu_and_mul,
+the hardware's on a GPU. The other two run on a CPU only.
 """
 
 from __future__ import annotations
@@ -9,14 +14,12 @@ import torch
 
 from sempre.kernels.checks import check_rows
 
-__all__ = ["silu_and_mul"]
+__all__ = ["gelu_and_mul", "silu_and_mul", "soft_cap"]
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """gate_up [T, 2 I] (gates first) -> out [T, I]."""
-    check_rows("silu_and_mul", gate_up, out)
-    if gate_up.shape[1] != 2 * out.shape[1] or gate_up.shape[0] < out.shape[0]:
-        raise ValueError(f"silu_and_mul: {tuple(gate_up.shape)} does not fit an output of {tuple(out.shape)}")
+    _check_gated("silu_and_mul", gate_up, out)
     if not gate_up.is_cuda:
         from sempre.kernels.activation import cpu
 
@@ -24,3 +27,27 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     from sempre.kernels.activation import gpu
 
     return gpu.silu_and_mul(gate_up, out)
+
+
+def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """gate_up [T, 2 I] (gates first) -> out [T, I]. I must be a multiple of 16."""
+    _check_gated("gelu_and_mul", gate_up, out)
+    from sempre.kernels.activation import cpu
+
+    return cpu.gelu_and_mul(gate_up, out)
+
+
+def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """x [T, N], in place. ValueError for a cap that is not positive."""
+    check_rows("soft_cap", x, x)
+    if not cap > 0:
+        raise ValueError(f"soft_cap: expected a cap above 0, found {cap}")
+    from sempre.kernels.activation import cpu
+
+    return cpu.soft_cap(x, cap)
+
+
+def _check_gated(operation: str, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    check_rows(operation, gate_up, out)
+    if gate_up.shape[1] != 2 * out.shape[1] or gate_up.shape[0] < out.shape[0]:
+        raise ValueError(f"{operation}: {tuple(gate_up.shape)} does not fit an output of {tuple(out.shape)}")

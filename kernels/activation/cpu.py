@@ -1,46 +1,118 @@
-"""CPU SwiGLU activation. T rows, I width (a multiple of 16)."""
+"""CPU activations and soft caps. T rows, I width (a multiple of 16), N elements of a row."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
 from llvmlite import ir
 from numba import prange
 
-from sempre.kernels.jit import compiled
-from sempre.kernels.vector_ir import F32, I64, LANES, address_intrinsic, constant, exp, load, loop, store, vec
+from sempre.kernels.jit import address_of, compiled, keep
+from sempre.kernels.vector_ir import (
+    F32,
+    I64,
+    LANES,
+    address_intrinsic,
+    constant,
+    exp,
+    fma,
+    load,
+    loop,
+    splat,
+    store,
+    tanh,
+    vec,
+)
 
 PARALLEL_ELEMENTS = 16_384
 
+_GELU_CUBE = float(np.float32(0.044715))
+_GELU_SCALE = float(np.float32(math.sqrt(2 / math.pi)))
 
-def _emit_row(b: ir.IRBuilder, gate: ir.Value, up: ir.Value, width: ir.Value, out: ir.Value) -> None:
+
+def _silu(b: ir.IRBuilder, g: ir.Value) -> ir.Value:
+    negated = b.fsub(constant(0.0), g)
+    # past 88 the exponential would overflow; g / (1 + exp(88)) is already 0 to float32's precision
+    capped = b.select(b.fcmp_ordered(">", negated, constant(88.0)), constant(88.0), negated)
+    return b.fdiv(g, b.fadd(constant(1.0), exp(b, capped)))
+
+
+def _gelu(b: ir.IRBuilder, g: ir.Value) -> ir.Value:
+    cube = b.fmul(b.fmul(g, g), g)
+    inner = b.fmul(constant(_GELU_SCALE), fma(b, constant(_GELU_CUBE), cube, g))
+    return b.fmul(b.fmul(constant(0.5), g), b.fadd(constant(1.0), tanh(b, inner)))
+
+
+def _gated(activation: Callable[[ir.IRBuilder, ir.Value], ir.Value]) -> Any:
+    """Intrinsic (gate, up, width, out): activation(gate) * up of one row."""
+
+    def emit(b: ir.IRBuilder, gate: ir.Value, up: ir.Value, width: ir.Value, out: ir.Value) -> None:
+        def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+            offset = b.mul(i, I64(4))
+            activated = activation(b, load(b, b.add(gate, offset), vec(F32)))
+            store(b, b.fmul(activated, load(b, b.add(up, offset), vec(F32))), b.add(out, offset))
+            return carried
+
+        loop(b, I64(0), width, LANES, [], body)
+
+    return address_intrinsic(emit)
+
+
+def _emit_soft_cap(b: ir.IRBuilder, x: ir.Value, count: ir.Value, scale: ir.Value, cap: ir.Value) -> None:
     def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
-        offset = b.mul(i, I64(4))
-        g = load(b, b.add(gate, offset), vec(F32))
-        negated = b.fsub(constant(0.0), g)
-        # past 88 the exponential would overflow; g / (1 + exp(88)) is already 0 to float32's precision
-        capped = b.select(b.fcmp_ordered(">", negated, constant(88.0)), constant(88.0), negated)
-        silu = b.fdiv(g, b.fadd(constant(1.0), exp(b, capped)))
-        store(b, b.fmul(silu, load(b, b.add(up, offset), vec(F32))), b.add(out, offset))
+        at = b.add(x, b.mul(i, I64(4)))
+        scaled = b.fmul(load(b, at, vec(F32)), splat(b, scale))
+        store(b, b.fmul(tanh(b, scaled), splat(b, cap)), at)
         return carried
 
-    loop(b, I64(0), width, LANES, [], body)
+    loop(b, I64(0), count, LANES, [], body)
 
 
-_row = address_intrinsic(_emit_row)
+_silu_row = _gated(_silu)
+_gelu_row = _gated(_gelu)
+# (x, count, scale, cap): x = cap * tanh(scale * x) of `count` elements, a multiple of LANES
+soft_cap_row = address_intrinsic(_emit_soft_cap)
 
 
 @compiled()
 def _silu_and_mul(gate_up: int, rows: int, width: int, out: int) -> None:
     for t in range(rows):
         gate = gate_up + t * 2 * width * 4
-        _row(gate, gate + width * 4, width, out + t * width * 4)
+        _silu_row(gate, gate + width * 4, width, out + t * width * 4)
 
 
 @compiled(parallel=True)
 def _silu_and_mul_parallel(gate_up: int, rows: int, width: int, out: int) -> None:
     for t in prange(rows):
         gate = gate_up + t * 2 * width * 4
-        _row(gate, gate + width * 4, width, out + t * width * 4)
+        _silu_row(gate, gate + width * 4, width, out + t * width * 4)
+
+
+@compiled(parallel=True)
+def _gelu_and_mul(gate_up: int, rows: int, width: int, out: int) -> None:
+    for t in prange(rows):
+        gate = gate_up + t * 2 * width * 4
+        _gelu_row(gate, gate + width * 4, width, out + t * width * 4)
+
+
+@compiled(parallel=True)
+def _soft_cap(x: np.ndarray, cap: float) -> None:
+    rows, width = x.shape
+    whole = width // LANES * LANES
+    for t in prange(rows):
+        row = address_of(x[t])
+        soft_cap_row(row, whole, 1.0 / cap, cap)
+        if whole < width:
+            # the last elements, in a vector of their own
+            rest = np.zeros(LANES, np.float32)
+            rest[: width - whole] = x[t, whole:]
+            soft_cap_row(address_of(rest), LANES, 1.0 / cap, cap)
+            x[t, whole:] = rest[: width - whole]
+            keep(rest)
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -49,3 +121,18 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     run = _silu_and_mul_parallel if out.numel() >= PARALLEL_ELEMENTS else _silu_and_mul
     run(gate_up.data_ptr(), rows, width, out.data_ptr())
     return out
+
+
+def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """As the facade."""
+    rows, width = out.shape
+    if width % LANES:
+        raise ValueError(f"gelu_and_mul: expected a width that is a multiple of {LANES}, found {width}")
+    _gelu_and_mul(gate_up.data_ptr(), rows, width, out.data_ptr())
+    return out
+
+
+def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """As the facade."""
+    _soft_cap(x.numpy(), cap)
+    return x

@@ -57,6 +57,7 @@ def paged_attention(
     head_dim: int,
     scale: float,
     window: int | None,
+    soft_cap: float | None = None,
     out: torch.Tensor,
     max_query_len: int | None = None,
     max_context_len: int | None = None,
@@ -66,7 +67,8 @@ def paged_attention(
 
     `block_tables` int32 [R, most blocks], `query_starts` int32 [R + 1] (rows of request r are
     [query_starts[r], query_starts[r + 1])), `context_lens` int32 [R] (keys visible to the request's last row).
-    `window`: a row sees the last `window` keys up to itself; None sees all. `max_query_len` and `max_context_len` are
+    `window`: a row sees the last `window` keys up to itself; None sees all. `soft_cap`: scores are cap * tanh(score /
+    cap), on a CPU only. `max_query_len` and `max_context_len` are
     upper bounds of a request's rows and context, known to the host, needed on a GPU and without influence on the
     result; so is `workspace`.
 
@@ -90,10 +92,13 @@ def paged_attention(
             head_dim=head_dim,
             scale=scale,
             window=window,
+            soft_cap=soft_cap,
             out=out,
         )
     from sempre.kernels.attention import gpu
 
+    if soft_cap is not None:
+        raise ValueError("paged_attention: a soft cap of the scores runs on a CPU only")
     if max_query_len is None or max_context_len is None:
         raise ValueError("paged_attention: a GPU needs max_query_len and max_context_len, which fix the grids")
     return gpu.paged_attention(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numba import prange
 
+from sempre.kernels.activation.cpu import soft_cap_row
 from sempre.kernels.attention.cache import KvCache
 from sempre.kernels.attention.cpu_tiles import (
     copy_row,
@@ -190,11 +191,14 @@ def _unit(
     kv_heads: int,
     table: np.ndarray,
     scale: float,
+    cap: float,
     window: int,
     out: int,
     out_row_bytes: int,
 ) -> None:
     rows = tokens * group
+    # capped scores are scaled already
+    left_scale = 1.0 if cap > 0 else scale
     head_bytes = dim * 4
     queries = np.empty((rows, dim), np.float32)
     scores = np.empty((rows, TILE), np.float32)
@@ -232,11 +236,13 @@ def _unit(
         for i in range(rows):
             position = first_position + i // group
             low = position - window + 1 - tile if window > 0 else 0
+            if cap > 0:
+                soft_cap_row(scores_at + i * TILE * 4, TILE, scale / cap, cap)
             softmax_row(
                 scores_at + i * TILE * 4,
                 low,
                 position + 1 - tile,
-                scale,
+                left_scale,
                 state_at + i * 8,
                 acc_at + i * head_bytes,
                 dim,
@@ -290,6 +296,7 @@ def _paged_attention(
     kv_heads: int,
     dim: int,
     scale: float,
+    cap: float,
     window: int,
     out: int,
 ) -> None:
@@ -327,6 +334,7 @@ def _paged_attention(
             kv_heads,
             block_tables[r],
             scale,
+            cap,
             window,
             out + row * out_row_bytes + shift,
             out_row_bytes,
@@ -345,13 +353,14 @@ def paged_attention(
     head_dim: int,
     scale: float,
     window: int | None,
+    soft_cap: float | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Attention of the queries in qkv [T, (Hq + 2 Hkv) D] over the cache into out [T, Hq D].
 
     `block_tables` int32 [R, most blocks], `query_starts` int32 [R + 1] (rows of request r are
     [query_starts[r], query_starts[r + 1])), `context_lens` int32 [R] (keys visible to the request's last row).
-    `window`: a row sees the last `window` keys up to itself; None sees all.
+    `window`: a row sees the last `window` keys up to itself; None sees all. `soft_cap`: of the scores, if any.
     """
     tables, starts, lens = block_tables.numpy(), query_starts.numpy(), context_lens.numpy()
     wrong = _first_outside(tables, starts, lens, min(qkv.shape[0], out.shape[0]), cache.k.shape[0])
@@ -372,6 +381,7 @@ def paged_attention(
         num_kv_heads,
         head_dim,
         scale,
+        soft_cap or 0.0,
         window or 0,
         out.data_ptr(),
     )

@@ -47,6 +47,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# caps so low that they bend what is computed
+GEMMA: dict[str, Any] = {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 20,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
@@ -55,7 +63,7 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
     """The variants that differ in what the decoder must do."""
     llama, mistral = transformers.LlamaConfig, transformers.MistralConfig
     qwen2, qwen3 = transformers.Qwen2Config, transformers.Qwen3Config
-    qwen3_moe = transformers.Qwen3MoeConfig
+    gemma2, qwen3_moe = transformers.Gemma2Config, transformers.Qwen3MoeConfig
     return {
         "llama": llama(**COMMON),
         "llama-multi-head-tied": llama(**{**COMMON, "num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -68,6 +76,19 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
         "qwen2-upper-window": qwen2(**COMMON, use_sliding_window=True, sliding_window=20, max_window_layers=1),
         "qwen3": qwen3(**COMMON, head_dim=32),
         "qwen3-biases": qwen3(**COMMON, head_dim=32, attention_bias=True),
+        "gemma2": gemma2(**COMMON, **GEMMA),
+        "gemma2-odd": gemma2(
+            **{
+                **COMMON,
+                **GEMMA,
+                "num_hidden_layers": 4,
+                "num_key_value_heads": 4,
+                "head_dim": 48,
+                "final_logit_softcapping": None,
+            },
+            attention_bias=True,
+            tie_word_embeddings=False,
+        ),
         "qwen3-moe": qwen3_moe(**COMMON, **EXPERTS, head_dim=32, norm_topk_prob=True),
         "qwen3-moe-odd": qwen3_moe(
             **{**COMMON, **EXPERTS, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 16},

@@ -34,6 +34,7 @@ FAMILIES = [
     "qwen2-upper-window",
     "llama-multi-head-tied",
     "qwen3-moe",
+    "gemma2",
     "qwen3-moe-odd",
 ]
 

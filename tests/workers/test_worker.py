@@ -33,6 +33,8 @@ FAMILIES = [
     "qwen2-upper-window",
     "qwen3",
     "qwen3-biases",
+    "gemma2",
+    "gemma2-odd",
     "qwen3-moe",
     "qwen3-moe-odd",
 ]

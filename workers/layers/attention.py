@@ -12,7 +12,7 @@ import torch
 from sempre.kernels.attention import KvCache, paged_attention
 from sempre.kernels.rope import RopeSpec, rope_and_cache_write
 from sempre.workers.layers.linear import Linear
-from sempre.workers.layers.module import Build, Module, Scratch
+from sempre.workers.layers.module import Build, Module, Scratch, require_cpu
 from sempre.workers.layers.norm import HeadNorm
 from sempre.workers.steps import StepInput
 
@@ -34,6 +34,8 @@ class AttentionShape:
     o_bias: bool
     qk_norm_eps: float | None
     """of the RMSNorm of each head before the rotation; None: without one"""
+    soft_cap: float | None = None
+    """of the scores, which are cap * tanh(score / cap)"""
 
 
 class Attention(Module):
@@ -51,6 +53,9 @@ class Attention(Module):
         self.o_proj = Linear(build, {"o_proj": shape.hidden_size}, queries, bias=shape.o_bias)
 
     def allocate(self, scratch: Scratch) -> None:
+        """Raises ModelError where it cannot be computed."""
+        if self.heads.soft_cap is not None:
+            require_cpu(scratch, "attn_logit_softcapping", "a soft cap of attention's scores")
         self._table = scratch.rope_table(self.heads.rope)
         self._attended = scratch.rows("attended", self.o_proj.in_features)
         self._workspace = scratch.workspace
@@ -92,6 +97,7 @@ class Attention(Module):
                 head_dim=heads.head_dim,
                 scale=heads.scale,
                 window=heads.window,
+                soft_cap=heads.soft_cap,
                 out=attended,
                 max_query_len=most,
                 max_context_len=step.max_context_len,

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from sempre.ipc.errors import ModelError
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.rope import RopeSpec, cos_sin_table
 from sempre.workers.layers.linear_kernel import LinearKernel
@@ -64,6 +65,14 @@ class Scratch:
         if rope not in self._tables:
             self._tables[rope] = cos_sin_table(rope, self.max_model_len).to(self.device)
         return self._tables[rope]
+
+
+def require_cpu(scratch: Scratch, field: str, what: str) -> None:
+    """Raise ModelError where what a field of config.json asks for would have to be computed by something else."""
+    if scratch.device.type != "cpu":
+        raise ModelError(
+            f"config.json: {field}: {what} runs on a CPU, and not yet on a GPU. Set device='cpu', or use another model."
+        )
 
 
 class Module:

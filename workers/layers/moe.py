@@ -9,11 +9,10 @@ from dataclasses import replace
 
 import torch
 
-from sempre.ipc.errors import ModelError
 from sempre.kernels.moe import combine, route
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.mlp import GatedMLP
-from sempre.workers.layers.module import Build, Module, Scratch
+from sempre.workers.layers.module import Build, Module, Scratch, require_cpu
 from sempre.workers.quantization.plain import NotQuantized
 
 
@@ -44,10 +43,7 @@ class SparseMLP(Module):
 
     def allocate(self, scratch: Scratch) -> None:
         """Raises ModelError where it cannot be computed."""
-        if scratch.device.type != "cpu":
-            raise ModelError(
-                "config.json: num_experts: a mixture of experts runs on a CPU, and not yet on a GPU. Set device='cpu'."
-            )
+        require_cpu(scratch, "num_experts", "a mixture of experts")
         self._out = scratch.rows("branch", self._width)
         self._parts = scratch.rows("expert_rows", self._experts_per_token * self._width)
 

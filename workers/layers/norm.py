@@ -17,9 +17,11 @@ class RMSNorm(Module):
     weight: torch.Tensor
     """[width]"""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, *, role: str = "normed") -> None:
+        """`role` names the buffer of the results, which all of that role and width share."""
         self.width = width
         self.eps = eps
+        self._role = role
 
     def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
         yield path + ".weight", Parameter((self.width,), initial="ones")
@@ -31,7 +33,7 @@ class RMSNorm(Module):
         yield self.weight
 
     def allocate(self, scratch: Scratch) -> None:
-        self._out = scratch.rows("normed", self.width)
+        self._out = scratch.rows(self._role, self.width)
 
     def shape(self) -> tuple[object, ...]:
         return (self.width, self.eps)
@@ -47,6 +49,17 @@ class RMSNorm(Module):
             return self(residual)
         out = self._out[: residual.shape[0]]
         return add_rms_norm(branch, residual, self.weight, self.eps, out) if residual.shape[0] else out
+
+
+class OffsetRMSNorm(RMSNorm):
+    """Times 1 + the checkpoint's weight."""
+
+    def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
+        yield path + ".weight", Parameter((self.width,), initial="zeros")
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        super().load(path, tensors)
+        self.weight += 1
 
 
 class HeadNorm(RMSNorm):

@@ -56,6 +56,8 @@ class WindowRule(Enum):
     """`sliding_window` keys in every layer; null is off"""
     UPPER_LAYERS = "upper layers"
     """`sliding_window` keys from layer `max_window_layers` on, when `use_sliding_window` is true"""
+    EVERY_OTHER_LAYER = "every other layer"
+    """`sliding_window` keys in the layers of even number"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class FamilyRules:
     """RMSNorm over each head of the queries and keys, before the rotary embedding"""
     default_head_dim: int | None = None
     """head dimension when the config states none; None: hidden_size / num_attention_heads"""
+    tied_by_default: bool = False
+    """whether the embedding is the head's matrix when the config does not say"""
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, g
         o_bias=_bias(fields, rules.o_bias),
         mlp_bias=_bias(fields, rules.mlp_bias),
         qk_norm=rules.qk_norm,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", default=rules.tied_by_default),
         initializer_range=fields.positive_number("initializer_range", default=0.02),
         checkpoint_dtype=_checkpoint_dtype(fields),
         eos_token_ids=_eos_token_ids(fields, generation, vocab_size),
@@ -228,6 +232,9 @@ def _windows(fields: ConfigFields, rules: FamilyRules, num_layers: int) -> tuple
     elif rules.window is WindowRule.UPPER_LAYERS and fields.boolean("use_sliding_window", default=False):
         first = min(fields.natural("max_window_layers"), num_layers)
         windows = full[:first] + (fields.positive("sliding_window"),) * (num_layers - first)
+    elif rules.window is WindowRule.EVERY_OTHER_LAYER:
+        window = fields.positive("sliding_window")
+        windows = tuple(None if layer % 2 else window for layer in range(num_layers))
     layer_types = fields.raw.get("layer_types")
     if layer_types is not None:
         implied = ["full_attention" if window is None else "sliding_attention" for window in windows]

@@ -1,0 +1,60 @@
+"""gelu and soft caps: values against float64, a row alone and among others, ragged widths, NaN and infinities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sempre.kernels.activation import gelu_and_mul, soft_cap
+
+
+def spread(*shape: int) -> torch.Tensor:
+    """Values over many magnitudes, of both signs."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    exponents = torch.rand(shape, generator=generator) * 12 - 9
+    return torch.randn(shape, generator=generator).sign() * 10.0**exponents
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 48), (300, 112)])
+def test_gelu_is_that_of_float64(rows: int, width: int) -> None:
+    gate_up = spread(rows, 2 * width)
+    found = gelu_and_mul(gate_up, torch.empty(rows, width)).double()
+    gate, up = gate_up.double().chunk(2, -1)
+    expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    # 1 + tanh cancels for negative gates: the error is one of the gate, not of the result
+    assert ((found - expected).abs() <= 4e-7 * (gate * up).abs() + 1e-37).all()
+    for row in range(0, rows, 29):
+        alone = gelu_and_mul(gate_up[row : row + 1].clone(), torch.empty(1, width))
+        assert torch.equal(alone[0].double(), found[row])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 15), (5, 16), (4, 33), (70, 320)])
+@pytest.mark.parametrize("cap", [1.0, 3.0, 50.0])
+def test_soft_cap_is_that_of_float64(rows: int, width: int, cap: float) -> None:
+    x = spread(rows, width)
+    found = soft_cap(x.clone(), cap)
+    expected = cap * torch.tanh(x.double() / cap)
+    assert ((found - expected).abs() <= 4e-7 * expected.abs()).all()
+    # the same bits at another place of another row
+    shifted = torch.cat([x.new_zeros(rows, 5), x], dim=1)
+    assert torch.equal(soft_cap(shifted, cap)[:, 5:], found)
+
+
+def test_what_is_not_finite() -> None:
+    x = torch.tensor([[float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1e30, -1e30]])
+    found = soft_cap(x.clone(), 2.0)
+    assert found[0, 0].isnan()
+    assert found[0, 1:].tolist() == [2.0, -2.0, 0.0, -0.0, 2.0, -2.0]
+    gate_up = torch.ones(1, 32)
+    gate_up[0, 3] = float("nan")
+    activated = gelu_and_mul(gate_up, torch.empty(1, 16))
+    assert activated.isnan()[0].tolist() == [index == 3 for index in range(16)]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="a cap above 0, found 0"):
+        soft_cap(torch.zeros(1, 4), 0.0)
+    with pytest.raises(ValueError, match="gelu_and_mul: expected a width that is a multiple of 16, found 8"):
+        gelu_and_mul(torch.zeros(1, 16), torch.empty(1, 8))
+    with pytest.raises(ValueError, match="does not fit an output"):
+        gelu_and_mul(torch.zeros(1, 16), torch.empty(1, 16))

@@ -1,0 +1,122 @@
+"""Gemma 2: norms before and after each branch, soft caps, a sliding window in every other layer (arXiv 2408.00118)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from sempre.kernels.activation import soft_cap
+from sempre.kernels.attention import KvCache
+from sempre.workers.config_fields import ConfigFields
+from sempre.workers.layers.attention import Attention
+from sempre.workers.layers.embedding import Embedding
+from sempre.workers.layers.mlp import GeluMLP
+from sempre.workers.layers.module import Build, Module
+from sempre.workers.layers.norm import OffsetRMSNorm
+from sempre.workers.models.base import Block, CausalLM, Stack, rows_read
+from sempre.workers.models.config import (
+    BiasRule,
+    FamilyRules,
+    ModelSpec,
+    WindowRule,
+    parse_decoder,
+    refuse_other_activation,
+)
+from sempre.workers.models.llama import attention_shape
+from sempre.workers.steps import StepInput
+
+RULES = FamilyRules(
+    qkv_bias=BiasRule.ATTENTION_BIAS,
+    o_bias=BiasRule.ATTENTION_BIAS,
+    window=WindowRule.EVERY_OTHER_LAYER,
+    default_head_dim=256,
+    tied_by_default=True,
+)
+
+
+@dataclass(frozen=True)
+class Gemma2Spec(ModelSpec):
+    """Caps of None are off."""
+
+    query_scale: float
+    """of the scores"""
+    attention_cap: float | None
+    logit_cap: float | None
+
+
+def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Gemma2Spec:
+    """Raises ModelError naming the field."""
+    # older files state an activation in hidden_act that the family does not use
+    refuse_other_activation(config, "gelu_pytorch_tanh", "hidden_activation")
+    if config.boolean("use_bidirectional_attention", default=False):
+        config.fail("use_bidirectional_attention", "false", True)
+    common = parse_decoder(architecture, RULES, config, generation)
+    return Gemma2Spec(
+        **{field.name: getattr(common, field.name) for field in fields(common)},
+        query_scale=config.positive_number("query_pre_attn_scalar", default=256.0) ** -0.5,
+        attention_cap=_cap(config, "attn_logit_softcapping", 50.0),
+        logit_cap=_cap(config, "final_logit_softcapping", 30.0),
+    )
+
+
+def _cap(config: ConfigFields, name: str, default: float) -> float | None:
+    """That of the family when the field is absent, none when it is null."""
+    if name in config.raw and config.raw[name] is None:
+        return None
+    return config.positive_number(name, default=default)
+
+
+def build_model(build: Build, spec: ModelSpec) -> CausalLM:
+    """The tree, without tensors."""
+    assert isinstance(spec, Gemma2Spec)
+    blocks = [Gemma2Block(build, spec, layer) for layer in range(spec.num_layers)]
+    stack = ScaledStack(Embedding(spec.vocab_size, spec.hidden_size), blocks, _norm(spec))
+    return CappedLM(build, spec, stack) if spec.logit_cap is not None else CausalLM(build, spec, stack)
+
+
+def _norm(spec: ModelSpec, role: str = "normed") -> OffsetRMSNorm:
+    return OffsetRMSNorm(spec.hidden_size, spec.rms_norm_eps, role=role)
+
+
+class Gemma2Block(Module):
+    """Each branch is normed before it is computed and before it is added."""
+
+    def __init__(self, build: Build, spec: Gemma2Spec, layer: int) -> None:
+        shape = replace(attention_shape(spec, layer), scale=spec.query_scale, soft_cap=spec.attention_cap)
+        self.input_layernorm = _norm(spec)
+        self.self_attn = Attention(build, shape)
+        self.post_attention_layernorm = _norm(spec, "branch norm")
+        self.pre_feedforward_layernorm = _norm(spec)
+        self.mlp = GeluMLP(build, spec.hidden_size, spec.intermediate_size)
+        self.post_feedforward_layernorm = _norm(spec, "branch norm")
+
+    def __call__(
+        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attended = self.self_attn(self.input_layernorm.of_sum(branch, residual), step, cache)
+        residual = rows_read(residual, step)
+        branch = self.post_attention_layernorm(attended)
+        branch = self.mlp(self.pre_feedforward_layernorm.of_sum(branch, residual))
+        return self.post_feedforward_layernorm(branch), residual
+
+
+class ScaledStack(Stack):
+    """Embeddings times the square root of their width."""
+
+    def __init__(self, embed_tokens: Embedding, layers: Sequence[Block], norm: OffsetRMSNorm) -> None:
+        super().__init__(embed_tokens, layers, norm)
+        self._scale = embed_tokens.width**0.5
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(token_ids).mul_(self._scale)
+
+
+class CappedLM(CausalLM):
+    """Logits are cap * tanh(logit / cap)."""
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.spec, Gemma2Spec)
+        assert self.spec.logit_cap is not None
+        return soft_cap(super().logits(hidden, out), self.spec.logit_cap)
