@@ -119,6 +119,26 @@ def test_wrong_tensor_is_named(edit: Any, tensor: str, expected: str, found: str
         assert part in str(caught.value)
 
 
+def test_all_that_does_not_fit_is_listed(edited: Any) -> None:
+    def break_everything(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "layers.2" in name]:
+            del tensors[name]
+        tensors[Q_PROJ] = torch.zeros(64, 48)
+        tensors[NORM] = tensors[NORM].double()
+        tensors.update({f"surplus.{number}": torch.zeros(1) for number in range(20)})
+
+    with pytest.raises(TensorMismatch) as caught:
+        load(edited("llama", break_everything))
+    first, *lines = str(caught.value).splitlines()
+    assert first == "31 tensors do not fit this architecture:"
+    assert len(lines) == 21
+    assert lines[-1] == "… and 11 more"
+    for name in (Q_PROJ, NORM, "model.layers.2.mlp.down_proj.weight", "surplus.0"):
+        assert any(name in line for line in lines), name
+    # its facts are those of the first
+    assert repr(caught.value.tensor) in lines[0]
+
+
 def test_tensor_of_the_index_missing_in_its_shard_is_named(edited: Any) -> None:
     folder = edited("llama")
     shard(folder)

@@ -106,11 +106,6 @@ class ModelSpec:
     quantization: QuantizationSpec | None
     """how the checkpoint's matrices are quantised, if they are"""
 
-    @property
-    def qkv_size(self) -> int:
-        """Columns of the fused query, key and value projection."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-
 
 def spec_digest(spec: ModelSpec) -> str:
     """Of what config.json and generation_config.json say of the model; the weights' digest is of tensors alone."""

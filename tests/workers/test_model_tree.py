@@ -1,0 +1,62 @@
+"""The tree of every family: its paths are the checkpoint's names, and a part of it can be taken for another runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from sempre.workers.layers.linear import Linear
+from sempre.workers.layers.linear_kernel import INVARIANT
+from sempre.workers.layers.module import Build, Scratch, allocate, parameters, sharing
+from sempre.workers.loading import load_model, tensors_of
+from sempre.workers.models.registry import FILES, build_model, load_spec
+from sempre.workers.quantization.plain import NotQuantized
+
+NAMES = [
+    "llama",
+    "llama-biases",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma2-odd",
+    "qwen3-moe",
+    "qwen3-moe-odd",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tree_names_the_tensors_of_the_checkpoint(name: str, checkpoints: Any) -> None:
+    folder = checkpoints(name).folder
+    model = build_model(Build(INVARIANT, NotQuantized()), load_spec(folder))
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    named = {key: parameter.shape for key, parameter in parameters(model).items()}
+    assert {key: shape for key, shape in saved.items() if key not in model.copies} == named
+
+
+def test_every_architecture_is_tried(checkpoints: Any) -> None:
+    assert {load_spec(checkpoints(name).folder).architecture for name in NAMES} == set(FILES)
+
+
+def test_a_tree_that_shares_has_its_own_buffers(checkpoints: Any) -> None:
+    folder = checkpoints("qwen3-moe").folder
+    model, _ = load_model(load_spec(folder), folder, INVARIANT, dtype="auto", load_format="auto", seed=0)
+    allocate(model, Scratch(32, 64, torch.float32, torch.device("cpu")))
+    twin = sharing(model)
+    allocate(twin, Scratch(8, 64, torch.float32, torch.device("cpu")))
+    pairs = list(zip(model.walk(), twin.walk(), strict=True))
+    assert all(path == other for (path, _), (other, _) in pairs)
+    assert not any(module is other for (_, module), (_, other) in pairs)
+    ours, theirs = (
+        [module for _, module in tree.walk() if isinstance(module, Linear) and hasattr(module, "_out")]
+        for tree in (model, twin)
+    )
+    assert len(ours) == len(theirs) > 10
+    assert all(
+        a.weight is b.weight and a._out.data_ptr() != b._out.data_ptr() for a, b in zip(ours, theirs, strict=True)
+    )
+    assert [t.data_ptr() for t in tensors_of(model)] == [t.data_ptr() for t in tensors_of(twin)]
