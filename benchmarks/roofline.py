@@ -36,7 +36,8 @@ def work_of(spec: ModelSpec, tokens: int, contexts: Iterable[int], logit_rows: i
     one token each, or whole prompts; `logit_rows` of them get logits."""
     keys = list(contexts)
     queries = spec.num_heads * spec.head_dim
-    layer = spec.hidden_size * (spec.qkv_size + queries + 3 * spec.intermediate_size)
+    keys_and_values = 2 * spec.num_kv_heads * spec.head_dim
+    layer = spec.hidden_size * (2 * queries + keys_and_values + 3 * spec.intermediate_size)
     head = spec.vocab_size * spec.hidden_size
     matrices = spec.num_layers * layer
     products = Work("products", ITEM * (matrices + head), 2.0 * (matrices * tokens + head * logit_rows))

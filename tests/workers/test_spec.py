@@ -31,7 +31,7 @@ def spec(**changes: object) -> ModelSpec:
 
 def test_plain_llama() -> None:
     plain = spec()
-    assert (plain.head_dim, plain.qkv_size, plain.windows) == (16, 128, (None,) * 4)
+    assert (plain.head_dim, plain.windows) == (16, (None,) * 4)
     assert not any((plain.qkv_bias, plain.o_bias, plain.mlp_bias, plain.qk_norm, plain.tie_word_embeddings))
     assert plain.rope.theta == 10000.0
 
