@@ -329,7 +329,7 @@ class LLM(EngineBase):
         return [output for output in outputs.values() if output is not None]
 
     def _stream(self, request: PreparedRequest) -> Iterator[RequestOutput]:
-        try:
+        with self._dropped_on_error([request]):
             with self._session.exclusive():
                 state = self._session.submit([request])[0]
             while True:
@@ -342,9 +342,6 @@ class LLM(EngineBase):
                 yield output
                 if output.finished:
                     return
-        except BaseException as error:
-            self._session.drop([request], error)
-            raise
 
     def _check_open(self) -> None:
         if not self._closer.alive:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from sempre.engine.frontend.grammar_errors import expression_reason, reason
 from sempre.engine.frontend.json_forms import json_forms
-from sempre.engine.frontend.schema_lark import MAX_TRANSLATED_CHARACTERS
+from sempre.engine.frontend.schema_lark import MAX_TRANSLATED_CHARACTERS, literal
 from sempre.engine.frontend.schema_numbers import check_range
 from sempre.engine.frontend.schemas import SchemaRefused
 from sempre.engine.parsing.reasoning import END, START, PromptReasoning
@@ -230,7 +230,7 @@ def _translated(params: StructuredOutputsParams, field: str, max_tokens: int) ->
             raise RequestError(f"{field} is refused: {error}", parameter=field) from None
     frames = []
     if params.begins_after is not None:
-        first = f"/(?s:.*){_escaped(params.begins_after)}/"
+        first = f"/(?s:.*){literal(params.begins_after)}/"
         frame = f"start: before {_SPACE} @{_BODY}\nbefore[lazy]: {first}\n"
         frames = [{"name": "frame", "lark_grammar": frame}]
     return [json.dumps({"grammars": [*frames, {"name": _BODY, **body}]}) for body in bodies]
@@ -277,11 +277,6 @@ def _checked_lark(grammar: str, field: str) -> str:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{field} is refused: %json: {error}", parameter=field) from None
     return grammar
-
-
-def _escaped(text: str) -> str:
-    """As a regular expression between slashes."""
-    return re.escape(text).replace("/", r"\/").replace("\n", r"\n")
 
 
 class _Bytes:

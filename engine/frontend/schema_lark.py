@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -66,17 +67,20 @@ def lark_of(root: Schema, options: Schema) -> str:
     return "\n".join([f"start: {start}", *(f"{name}: {text}" for name, text in rules.texts.items())])
 
 
-def _all_inside(schema: Schema) -> list[Schema]:
-    found: list[Schema] = []
-    pending: list[Any] = [schema]
+def _all_inside(schema: Schema) -> Iterator[Schema]:
+    return _reachable(schema, lambda node: [child for _, child in subschemas(node)])
+
+
+def _reachable(root: Any, parts_of: Callable[[Schema], list[Any]]) -> Iterator[Schema]:
+    """Every schema that `parts_of` leads to, each once; it is asked after its schema was looked at."""
+    pending = [root]
     seen: set[int] = set()
     while pending:
         node = pending.pop()
         if isinstance(node, dict) and id(node) not in seen:
             seen.add(id(node))
-            found.append(node)
-            pending += [child for _, child in subschemas(node)]
-    return found
+            yield node
+            pending += parts_of(node)
 
 
 class _Rules:
@@ -96,8 +100,8 @@ class _Rules:
             "CLOSE": rf"/{gap}\}}/",
             "FIRST": rf"/\[{gap}/",
             "LAST": rf"/{gap}\]/",
-            "COMMA": f"/{gap}{_literal(options.get('item_separator', ','))}{gap}/",
-            "COLON": f"/{gap}{_literal(options.get('key_separator', ':'))}{gap}/",
+            "COMMA": f"/{gap}{literal(options.get('item_separator', ','))}{gap}/",
+            "COLON": f"/{gap}{literal(options.get('key_separator', ':'))}{gap}/",
         }
 
     def of(self, schema: Any) -> str:
@@ -155,20 +159,14 @@ class _Rules:
     def _find_special(self) -> set[int]:
         """The schemas at or in which exact numbers are, by identity."""
         users: dict[int, list[int]] = {}
-        pending: list[Any] = [self._root]
-        found: list[int] = []
-        seen: set[int] = set()
-        while pending:
-            node = pending.pop()
-            if not isinstance(node, dict) or id(node) in seen:
-                continue
-            seen.add(id(node))
-            if _is_exact(node):
-                found.append(id(node))
+
+        def parts_of(node: Schema) -> list[Any]:
             parts = self._parts_of(node)
             for part in parts:
                 users.setdefault(id(part), []).append(id(node))
-            pending += parts
+            return parts
+
+        found = [id(node) for node in _reachable(self._root, parts_of) if _is_exact(node)]
         special: set[int] = set()
         while found:
             at = found.pop()
@@ -182,23 +180,21 @@ class _Rules:
         made = _copy(schema)
         definitions: Schema = {}
         names: dict[int, str] = {}
-        pending: list[Any] = [made]
-        seen: set[int] = set()
-        while pending:
-            node = pending.pop()
-            if not isinstance(node, dict) or id(node) in seen:
-                continue
-            seen.add(id(node))
-            node.pop(EXACT, None)
+
+        def parts_of(node: Schema) -> list[Any]:
+            copied = []
             if isinstance(node.get("$ref"), str):
                 target = target_of(self._root, node["$ref"])
                 if not isinstance(target, dict):
                     raise NotKept
                 if id(target) not in names:
                     names[id(target)] = f"d{len(names)}"
-                    pending.append(definitions.setdefault(names[id(target)], _copy(target)))
+                    copied.append(definitions.setdefault(names[id(target)], _copy(target)))
                 node["$ref"] = f"#/$defs/{names[id(target)]}"
-            pending += [child for _, child in subschemas(node)]
+            return [*copied, *(child for _, child in subschemas(node))]
+
+        for node in _reachable(made, parts_of):
+            node.pop(EXACT, None)
         if definitions:
             made["$defs"] = definitions
         text = f"%json {json.dumps({**made, 'x-guidance': self._options})}"
@@ -291,7 +287,7 @@ class _Rules:
         if patterns:
             name = self._add(self._leaf({"type": "string", "pattern": next(iter(patterns))}))
         else:
-            taken = "|".join(_literal(json.dumps(name, ensure_ascii=False)) for name in names)
+            taken = "|".join(literal(json.dumps(name, ensure_ascii=False)) for name in names)
             name = f"NAME{len(self.texts)}"
             self.texts[name] = _NAME + (f" & ~/{taken}/" if names else "")
         return self._add(f"{name} COLON {value}")
@@ -347,7 +343,7 @@ def _may_match(pattern: str, name: str) -> bool:
         return True
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """As a part of an expression between slashes."""
     return _in_slashes(re.escape(text))
 
