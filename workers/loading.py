@@ -57,6 +57,10 @@ class Placement:
         """Whether matrices may be stored in 16 bit under dtype float32: the CPU's kernels widen them as they go."""
         return self.device.type == "cpu"
 
+    def vector_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of hidden states, norm weights and biases under the engine's `dtype`."""
+        return torch.float32 if self.keeps_storage else dtype
+
 
 ON_CPU = Placement(CPU, lambda tensor: tensor, hashing_threads=1)
 
@@ -106,18 +110,18 @@ def load_model(
     resolved = resolve_quantization(spec.quantization, quantization, load_format)
     model = build_model(Build(kernel, quantization_of(resolved)), spec)
     wanted = parameters(model)
-    with open_source(spec, wanted, folder, dtype, load_format, seed, placement.device) as source:
-        check_tensors(wanted, model.copies, source)
-        target = target_dtype(spec, source, dtype)
+    with _open_source(spec, wanted, folder, dtype, load_format, seed, placement.device) as source:
+        _check_tensors(wanted, model.copies, source)
+        target = _target_dtype(spec, source, dtype)
         if placement.device.type == "cpu":
-            check_memory(wanted, source, target, is_quantized=resolved is not None)
+            _check_memory(wanted, source, target, is_quantized=resolved is not None)
         with ThreadPoolExecutor(max_workers=placement.hashing_threads) as pool:
-            reader = Reader(source, target, placement, pool)
+            reader = _Reader(source, target, placement, pool)
             for path, module in model.walk():
                 module.load(path, reader)
             facts = WeightFacts(
                 dtype=target,
-                activations=torch.float32 if placement.device.type == "cpu" else target,
+                activations=placement.vector_dtype(target),
                 storage=model.model.embed_tokens.weight.dtype,
                 quantization=resolved.scheme if resolved is not None else None,
                 digest=reader.digest(),
@@ -127,7 +131,7 @@ def load_model(
 
 
 @contextmanager
-def open_source(
+def _open_source(
     spec: ModelSpec,
     wanted: Mapping[str, Parameter],
     folder: Path,
@@ -145,13 +149,13 @@ def open_source(
             yield source
 
 
-def target_dtype(spec: ModelSpec, source: TensorSource, dtype: str) -> torch.dtype:
+def _target_dtype(spec: ModelSpec, source: TensorSource, dtype: str) -> torch.dtype:
     """What `dtype` comes to."""
     name = dtype if dtype != "auto" else spec.checkpoint_dtype
     return FLOAT_NAMES[source.dtype_name(EMBEDDING)] if name is None else getattr(torch, name)
 
 
-def check_tensors(wanted: Mapping[str, Parameter], copies: Mapping[str, str], source: TensorSource) -> None:
+def _check_tensors(wanted: Mapping[str, Parameter], copies: Mapping[str, str], source: TensorSource) -> None:
     """Raise TensorMismatch, which lists what is missing, surplus, or of another shape or dtype.
 
     `copies`: tensors that may be there though nothing reads them, with those that they must equal.
@@ -160,7 +164,8 @@ def check_tensors(wanted: Mapping[str, Parameter], copies: Mapping[str, str], so
     found = [error for name, parameter in wanted.items() if (error := _wrong(name, parameter, present, source))]
     for name in sorted(present):
         if name in copies:
-            if not _same_tensor(source, name, copies[name]):
+            # one that is missing has been found already
+            if copies[name] in present and not _same_tensor(source, name, copies[name]):
                 found.append(mismatch(name, f"a copy of {copies[name]} (tie_word_embeddings is true)", "other values"))
         elif name not in wanted and not name.endswith(HARMLESS_SUFFIX):
             found.append(mismatch(name, "no such tensor in this architecture", f"shape {list(source.shape(name))}"))
@@ -168,7 +173,7 @@ def check_tensors(wanted: Mapping[str, Parameter], copies: Mapping[str, str], so
         raise _together(found)
 
 
-def check_memory(
+def _check_memory(
     wanted: Mapping[str, Parameter], source: TensorSource, dtype: torch.dtype, *, is_quantized: bool
 ) -> None:
     """Raise ModelError for weights that cannot fit, before the first of them is made."""
@@ -219,13 +224,11 @@ def _together(found: list[TensorMismatch]) -> TensorMismatch:
 
 
 def _same_tensor(source: TensorSource, a: str, b: str) -> bool:
-    if b not in source.names():
-        return True  # reported as missing
     first, second = source.read(a), source.read(b)
     return first.dtype == second.dtype and torch.equal(first, second)
 
 
-class Reader:
+class _Reader:
     """Reads each tensor once, and hashes it in `pool` while it is placed and packed."""
 
     def __init__(
@@ -234,7 +237,7 @@ class Reader:
         self._source = source
         self._dtype = dtype
         self._placement = placement
-        self._vector_dtype = torch.float32 if placement.keeps_storage else dtype
+        self._vector_dtype = placement.vector_dtype(dtype)
         self._pool = pool
         self._hashes: dict[str, Future[bytes]] = {}
 

@@ -10,15 +10,16 @@ not serve. Nothing here draws from the global generators.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
 from sempre.ipc.errors import InvarianceError
-from sempre.kernels.attention import AttentionWorkspace, KvCache, allocate_kv_cache
+from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
-from sempre.workers.layers.attention import Attention
+from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.layers.module import Module, Scratch, allocate, sharing
@@ -107,8 +108,9 @@ def check_model(
     probe = _Probe(model, facts, block_size, max_tokens, workspace)
     count, name = probe.num_tokens, f"model [{model.spec.architecture}, {str(facts.dtype).removeprefix('torch.')}]"
     whole = probe.run([*range(0, count, max_tokens), count], backwards=False)
-    chunked = probe.run(probe.cuts(), backwards=True, beside=True)
-    yield compare_rows(name, f"in chunks, cut at {probe.cuts()}, beside another sequence", whole, chunked)
+    cuts = probe.cuts()
+    chunked = probe.run(cuts, backwards=True, beside=True)
+    yield compare_rows(name, f"in chunks, cut at {cuts}, beside another sequence", whole, chunked)
     decoded = probe.decode(_DECODED_ROWS)
     yield compare_rows(name, "as rows of a decode step", whole[-len(decoded) :], decoded)
     lone = probe.decode(1)
@@ -134,10 +136,8 @@ class _Probe:
         allocate(self._model, Scratch(self._max_tokens, self.num_tokens, facts.activations, self.device, workspace))
         self._block_size = block_size
         self._width = -(-self.num_tokens // block_size)
-        self._caches = [
-            _cache(block.self_attn, 2 * self._width, block_size, facts.dtype, self.device)
-            for block in self._model.model.layers
-        ]
+        spec = replace(model.spec, num_layers=len(self._model.model.layers))
+        self._caches = PagedKvCache(spec, 2 * self._width, block_size, facts.dtype, self.device).layers
         self._token_ids = torch.arange(self.num_tokens, dtype=torch.int64, device=CPU) * 7919 % model.spec.vocab_size
 
     def cuts(self) -> list[int]:
@@ -145,7 +145,7 @@ class _Probe:
         longest = max(1, self._max_tokens - _NEIGHBOUR_TOKENS)
         ends = [0, 1]
         while ends[-1] < self.num_tokens:
-            # pieces of one, two thirds, and all of what is allowed, but no more than a few
+            # in turn, so much of what is allowed
             share = (1, 0.66, 0.4)[len(ends) % 3]
             ends.append(min(self.num_tokens, ends[-1] + max(1, int(min(longest, self.num_tokens // 2) * share))))
         return ends
@@ -227,11 +227,6 @@ def _with_distinct_blocks(model: CausalLM) -> CausalLM:
 def _kind(block: Module) -> object:
     """Blocks of one kind run the same kernels."""
     return tuple((path, type(module), module.shape()) for path, module in block.walk())
-
-
-def _cache(attention: Attention, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> KvCache:
-    heads = attention.heads
-    return allocate_kv_cache(num_blocks, heads.num_kv_heads, heads.head_dim, block_size, dtype, device)
 
 
 # Matrix products on a CPU

@@ -7,6 +7,7 @@ from enum import Enum
 
 import torch
 
+from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear_kernel import LinearWeight
 from sempre.workers.layers.module import Build, Module, Scratch, Tensors
 from sempre.workers.tensor_source import Parameter
@@ -96,3 +97,17 @@ class Linear(Module):
         if x.shape[0]:
             self.kernel.apply_gated(x, self.weight, self._out[: x.shape[0]], out)
         return out
+
+
+class TiedLinear(Linear):
+    """Logits by the embedding's table, which has been loaded before; reads no tensor of its own."""
+
+    def __init__(self, build: Build, embedding: Embedding) -> None:
+        super().__init__(build, {"lm_head": embedding.num_rows}, embedding.width, use=Use.LOGITS)
+        self._embedding = embedding
+
+    def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
+        return iter(())
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        self.weight = self.kernel.pack(self._embedding.weight, None)

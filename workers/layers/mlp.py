@@ -9,34 +9,16 @@ from sempre.workers.layers.linear import Linear, Use
 from sempre.workers.layers.module import Build, Module, Scratch, require_cpu
 
 
-class GeluMLP(Module):
-    """down(gelu(gate(x)) * up(x)), gelu by tanh (`kernels.activation`); gate and up are one product."""
-
-    def __init__(self, build: Build, hidden_size: int, intermediate_size: int) -> None:
-        width = intermediate_size
-        self.gate_up_proj = Linear(build, {"gate_proj": width, "up_proj": width}, hidden_size, role="gate_up")
-        self.down_proj = Linear(build, {"down_proj": hidden_size}, width)
-
-    def allocate(self, scratch: Scratch) -> None:
-        """Raises ModelError where it cannot be computed."""
-        require_cpu(scratch, "hidden_activation", "gelu_pytorch_tanh")
-        self._activated = scratch.rows("activated", self.down_proj.in_features)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, H] → [T, H]"""
-        activated = self._activated[: x.shape[0]]
-        if x.shape[0]:
-            gelu_and_mul(self.gate_up_proj(x), activated)
-        return self.down_proj(activated)
-
-
 class GatedMLP(Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202); gate and up are one product."""
+
+    use = Use.GATED
+    """of the kernels of gate and up"""
 
     def __init__(self, build: Build, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
         width = intermediate_size
         self.gate_up_proj = Linear(
-            build, {"gate_proj": width, "up_proj": width}, hidden_size, bias=bias, use=Use.GATED, role="gate_up"
+            build, {"gate_proj": width, "up_proj": width}, hidden_size, bias=bias, use=self.use, role="gate_up"
         )
         self.down_proj = Linear(build, {"down_proj": hidden_size}, width, bias=bias)
 
@@ -46,3 +28,21 @@ class GatedMLP(Module):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]"""
         return self.down_proj(self.gate_up_proj.gated(x, self._activated[: x.shape[0]]))
+
+
+class GeluMLP(GatedMLP):
+    """The same with gelu, by tanh (`kernels.activation`)."""
+
+    use = Use.PLAIN
+
+    def allocate(self, scratch: Scratch) -> None:
+        """Raises ModelError where it cannot be computed."""
+        require_cpu(scratch, "hidden_activation", "gelu_pytorch_tanh")
+        super().allocate(scratch)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, H] → [T, H]"""
+        activated = self._activated[: x.shape[0]]
+        if x.shape[0]:
+            gelu_and_mul(self.gate_up_proj(x), activated)
+        return self.down_proj(activated)

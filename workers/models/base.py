@@ -15,19 +15,16 @@ from typing import Protocol
 import torch
 
 from sempre.kernels.attention import KvCache
-from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.embedding import Embedding
-from sempre.workers.layers.linear import Linear, Use
-from sempre.workers.layers.module import Build, Module, Tensors
+from sempre.workers.layers.linear import Linear, TiedLinear, Use
+from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.norm import RMSNorm
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.steps import StepInput
 
 
 class Block(Protocol):
-    """One decoder layer, a Module with an Attention named `self_attn`."""
-
-    self_attn: Attention
+    """One decoder layer, a Module."""
 
     def __call__(
         self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
@@ -71,21 +68,10 @@ class CausalLM(Module):
     def __init__(self, build: Build, spec: ModelSpec, model: Stack) -> None:
         self.spec = spec
         self.model = model
-        self._build = build
-        self.lm_head = Linear(build, {"lm_head": spec.vocab_size}, spec.hidden_size, use=Use.LOGITS)
-
-    def children(self) -> Iterator[tuple[str, Module]]:
-        yield "model", self.model
-        if not self.spec.tie_word_embeddings:
-            yield "lm_head", self.lm_head
-
-    def load(self, path: str, tensors: Tensors) -> None:
-        if self.spec.tie_word_embeddings:
-            self.lm_head.weight = self._build.kernel.pack(self.model.embed_tokens.weight, None)
-
-    def own_tensors(self) -> Iterator[torch.Tensor]:
-        if self.spec.tie_word_embeddings:
-            yield from self.lm_head.own_tensors()
+        if spec.tie_word_embeddings:
+            self.lm_head: Linear = TiedLinear(build, model.embed_tokens)
+        else:
+            self.lm_head = Linear(build, {"lm_head": spec.vocab_size}, spec.hidden_size, use=Use.LOGITS)
 
     @property
     def device(self) -> torch.device:
@@ -96,8 +82,6 @@ class CausalLM(Module):
         for path, module in self.walk():
             if isinstance(module, Linear):
                 yield path, module
-        if self.spec.tie_word_embeddings:
-            yield "lm_head", self.lm_head
 
     @property
     def copies(self) -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any, TypeVar
 
 from sempre.kernels.rope import RopeSpec
 from sempre.workers.config_fields import ConfigFields
@@ -107,6 +108,9 @@ class ModelSpec:
     """how the checkpoint's matrices are quantised, if they are"""
 
 
+Spec = TypeVar("Spec", bound=ModelSpec)
+
+
 def spec_digest(spec: ModelSpec) -> str:
     """Of what config.json and generation_config.json say of the model; the weights' digest is of tensors alone."""
     return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
@@ -149,6 +153,11 @@ def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, g
         eos_token_ids=_eos_token_ids(fields, generation, vocab_size),
         quantization=parse_quantization(fields),
     )
+
+
+def extended(common: ModelSpec, kind: type[Spec], **more: Any) -> Spec:
+    """A family's spec: what is common, and the fields that the family adds."""
+    return kind(**{field.name: getattr(common, field.name) for field in fields(common)}, **more)
 
 
 def refuse_other_activation(fields: ConfigFields, supported: str, name: str = "hidden_act") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,7 @@ from sempre.workers.models.config import (
     FamilyRules,
     ModelSpec,
     WindowRule,
+    extended,
     parse_decoder,
     refuse_other_activation,
 )
@@ -53,8 +54,9 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     if config.boolean("use_bidirectional_attention", default=False):
         config.fail("use_bidirectional_attention", "false", True)
     common = parse_decoder(architecture, RULES, config, generation)
-    return Gemma2Spec(
-        **{field.name: getattr(common, field.name) for field in fields(common)},
+    return extended(
+        common,
+        Gemma2Spec,
         query_scale=config.positive_number("query_pre_attn_scalar", default=256.0) ** -0.5,
         attention_cap=_cap(config, "attn_logit_softcapping", 50.0),
         logit_cap=_cap(config, "final_logit_softcapping", 30.0),

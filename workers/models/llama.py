@@ -6,6 +6,8 @@ Touvron et al. 2023 (arXiv 2302.13971); Jiang et al. 2023 (arXiv 2310.06825); Ya
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sempre.kernels.attention import KvCache
@@ -51,8 +53,13 @@ def parse(architecture: str, fields: ConfigFields, generation: ConfigFields) -> 
 
 def build_model(build: Build, spec: ModelSpec) -> CausalLM:
     """The tree, without tensors."""
+    return model_with(build, spec, lambda layer: gated_mlp(build, spec))
+
+
+def model_with(build: Build, spec: ModelSpec, mlp_of: Callable[[int], GatedMLP | SparseMLP]) -> CausalLM:
+    """The tree whose layers have these feed-forward branches."""
     blocks = [
-        LlamaBlock(spec, Attention(build, attention_shape(spec, layer)), gated_mlp(build, spec))
+        LlamaBlock(spec, Attention(build, attention_shape(spec, layer)), mlp_of(layer))
         for layer in range(spec.num_layers)
     ]
     norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)

@@ -5,25 +5,23 @@ Yang et al. 2025 (arXiv 2505.09388).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from sempre.workers.config_fields import ConfigFields
-from sempre.workers.layers.attention import Attention
-from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build
 from sempre.workers.layers.moe import SparseMLP
-from sempre.workers.layers.norm import RMSNorm
-from sempre.workers.models.base import CausalLM, Stack
+from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
     ModelSpec,
+    extended,
     parse_decoder,
     refuse_other_activation,
     width,
 )
-from sempre.workers.models.llama import LlamaBlock, attention_shape, gated_mlp
+from sempre.workers.models.llama import gated_mlp, model_with
 
 RULES = FamilyRules(qkv_bias=BiasRule.ATTENTION_BIAS, o_bias=BiasRule.ATTENTION_BIAS, qk_norm=True)
 
@@ -55,8 +53,9 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     experts_per_token = config.positive("num_experts_per_tok", default=8)
     if experts_per_token > num_experts:
         config.fail("num_experts_per_tok", f"at most {name}={num_experts}", experts_per_token)
-    return Qwen3MoeSpec(
-        **{field.name: getattr(common, field.name) for field in fields(common)},
+    return extended(
+        common,
+        Qwen3MoeSpec,
         num_experts=num_experts,
         experts_per_token=experts_per_token,
         expert_size=width("moe_intermediate_size", config, default=768),
@@ -68,12 +67,7 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
 def build_model(build: Build, spec: ModelSpec) -> CausalLM:
     """The tree, without tensors."""
     assert isinstance(spec, Qwen3MoeSpec)
-    blocks = [
-        LlamaBlock(spec, Attention(build, attention_shape(spec, layer)), _mlp(build, spec, layer))
-        for layer in range(spec.num_layers)
-    ]
-    norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-    return CausalLM(build, spec, Stack(Embedding(spec.vocab_size, spec.hidden_size), blocks, norm))
+    return model_with(build, spec, lambda layer: _mlp(build, spec, layer))
 
 
 def _mlp(build: Build, spec: Qwen3MoeSpec, layer: int) -> GatedMLP | SparseMLP:
