@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from sempre.kernels.attention import KvCache, gpu
-from sempre.kernels.attention.cache import allocate_gpu_cache
+from sempre.kernels.attention import HeadLayout, KvCache, PagedBatch, ScoreParams, gpu
 from sempre.kernels.attention.gpu import Launch, allocate_attention_workspace
 
 
@@ -84,8 +83,8 @@ class Step:
         self.case = case
         self.caches = []
         for _ in range(copies):
-            cache = allocate_gpu_cache(case.requests * blocks, case.kv_heads, DIM, variant.block, torch.bfloat16,
-                                       torch.device("cuda"))  # fmt: skip
+            cache = gpu.allocate_kv_cache(case.requests * blocks, case.kv_heads, DIM, variant.block, torch.bfloat16,
+                                          torch.device("cuda"))  # fmt: skip
             for target, source in zip((cache.k, cache.v), rows, strict=True):
                 target.copy_(source.view(case.requests * blocks, variant.block, case.kv_heads, DIM).transpose(1, 2))
             self.caches.append(cache)
@@ -94,18 +93,17 @@ class Step:
         self.qkv = torch.randn(case.requests * case.tokens, width, generator=generator, device="cuda",
                                dtype=torch.bfloat16)  # fmt: skip
         ints = {"device": "cuda", "dtype": torch.int32}
-        self.tables = torch.arange(case.requests * blocks, **ints).view(case.requests, blocks)
-        self.starts = torch.arange(case.requests + 1, **ints) * case.tokens
-        self.lens = torch.full((case.requests,), case.context, **ints)
+        tables = torch.arange(case.requests * blocks, **ints).view(case.requests, blocks)
+        starts = torch.arange(case.requests + 1, **ints) * case.tokens
+        lens = torch.full((case.requests,), case.context, **ints)
+        self.batch = PagedBatch(tables, starts, lens, case.tokens, 8192 if case.context > 1024 else case.context)
         self.out = torch.full((self.qkv.shape[0], case.heads * DIM), float("nan"), device="cuda", dtype=torch.bfloat16)
         self.workspace = allocate_attention_workspace(case.heads, DIM, 8192, torch.device("cuda"))
 
     def run(self, cache: KvCache) -> torch.Tensor:
+        heads = HeadLayout(self.case.heads, self.case.kv_heads, DIM)
         return gpu.paged_attention(
-            self.qkv, cache, self.tables, self.starts, self.lens, num_heads=self.case.heads,
-            num_kv_heads=self.case.kv_heads, head_dim=DIM, scale=DIM**-0.5, window=None, out=self.out,
-            max_query_len=self.case.tokens, max_context_len=8192 if self.case.context > 1024 else self.case.context,
-            workspace=self.workspace,
+            self.qkv, cache, self.batch, heads, ScoreParams(DIM**-0.5), self.out, self.workspace
         )  # fmt: skip
 
 

@@ -14,7 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from sempre.kernels.attention import allocate_kv_cache, paged_attention
+from sempre.kernels.attention import (
+    HeadLayout,
+    HeadNorms,
+    PagedBatch,
+    ScoreParams,
+    allocate_kv_cache,
+    paged_attention,
+)
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.linear import linear, linear_silu_and_mul, pack_linear
 from sempre.kernels.linear.gpu import configure
@@ -56,11 +63,11 @@ class Stack:
             cache.k.normal_()
             cache.v.normal_()
         ints = {"device": "cuda", "dtype": torch.int32}
-        self.tables = torch.arange(requests * blocks, **ints).view(requests, blocks)
-        self.starts = torch.arange(requests + 1, **ints)
-        self.lens = torch.full((requests,), context, **ints)
+        tables = torch.arange(requests * blocks, **ints).view(requests, blocks)
+        lens = torch.full((requests,), context, **ints)
+        self.batch = PagedBatch(tables, torch.arange(requests + 1, **ints), lens, 1, context)
         self.positions = torch.full((requests,), context - 1, device="cuda")
-        self.slots = (self.tables[:, -1].long() * BLOCK) + (context - 1) % BLOCK
+        self.slots = (tables[:, -1].long() * BLOCK) + (context - 1) % BLOCK
         self.angles = cos_sin_table(RopeSpec(DIM), context).cuda()
         self.workspace = allocate_attention_workspace(s.heads, DIM, 4096, device)
         self.first = torch.randn(requests, s.hidden, **dtype)
@@ -72,7 +79,7 @@ class Stack:
 
     def run(self, without: str = "") -> None:
         s = self.shape
-        heads = {"num_heads": s.heads, "num_kv_heads": s.kv_heads, "head_dim": DIM}
+        heads, norms = HeadLayout(s.heads, s.kv_heads, DIM), HeadNorms(self.head_norm, self.head_norm, EPS)
         self.residual.copy_(self.first)
         self.branch.zero_()
         for (qkv, o, gate_up, down), cache in zip(self.layers, self.caches, strict=True):
@@ -81,12 +88,10 @@ class Stack:
             if without != "qkv":
                 linear(self.hidden, qkv, self.qkv)
             if without != "rope":
-                rope_and_cache_write(self.qkv, self.positions, self.angles, self.slots, cache.k, cache.v,
-                                     q_norm=self.head_norm, k_norm=self.head_norm, eps=EPS, **heads)  # fmt: skip
+                rope_and_cache_write(self.qkv, self.positions, self.angles, self.slots, cache, heads, norms)
             if without != "attention":
-                paged_attention(self.qkv, cache, self.tables, self.starts, self.lens, scale=DIM**-0.5, window=None,
-                                out=self.attended, max_query_len=1, max_context_len=self.context,
-                                workspace=self.workspace, **heads)  # fmt: skip
+                paged_attention(self.qkv, cache, self.batch, heads, ScoreParams(DIM**-0.5), self.attended,
+                                self.workspace)  # fmt: skip
             if without != "o":
                 linear(self.attended, o, self.branch)
             if without != "norm":

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite
 import numba
@@ -45,10 +45,23 @@ def compiled(*, parallel: bool = False) -> Callable[[Kernel], Kernel]:
         folder = cache_folder()
         if folder is not None:
             # where numba keeps its own cache object
-            kernel._cache = KernelCache(function, folder)  # type: ignore[attr-defined]
+            name = function.__name__ + (".parallel" if parallel else "")
+            kernel._cache = KernelCache(function, folder, name)  # type: ignore[attr-defined]
         return kernel
 
     return decorate
+
+
+class Twice(NamedTuple):
+    """One function with loops over `prange`, compiled twice: starting threads costs more than they save few rows."""
+
+    serial: Kernel
+    parallel: Kernel
+
+
+def compiled_twice(function: Kernel) -> Twice:
+    """Decorator: as `compiled`, for one thread and for all. The bits are equal."""
+    return Twice(compiled()(function), compiled(parallel=True)(function))
 
 
 @compiled()

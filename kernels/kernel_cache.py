@@ -110,12 +110,13 @@ class _Implementation(CompileResultCacheImpl):  # type: ignore[misc]
 class KernelCache(FunctionCache):  # type: ignore[misc]
     """What numba asks for the compiled variants of one function."""
 
-    def __init__(self, function: Callable[..., Any], folder: Path) -> None:
+    def __init__(self, function: Callable[..., Any], folder: Path, name: str) -> None:
+        """`name` tells the function from others of its module, and one way to compile it from another."""
         self._name = repr(function)
         self._py_func = function
         self._impl = _Implementation()
         self._cache_path = str(folder)
-        name = f"{function.__module__.removeprefix('sempre.')}.{function.__name__}.{sys.implementation.cache_tag}"
+        name = f"{function.__module__.removeprefix('sempre.')}.{name}.{sys.implementation.cache_tag}"
         self._cache_file = KernelFiles(folder, name)
         self.enable()
 

@@ -21,6 +21,7 @@ import torch
 
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import ErrorInfo, NewRequest, ScheduledRequest
+from sempre.kernels.attention import PagedBatch
 from sempre.workers.sampling import GrammarCompiler, SamplingState
 from sempre.workers.steps import OutputRows, StepInput
 
@@ -133,11 +134,13 @@ class StepRows:
             token_ids=torch.from_numpy(self.token_ids),
             positions=torch.from_numpy(self.positions),
             slot_mapping=torch.from_numpy(self.slot_mapping),
-            block_tables=torch.from_numpy(self.block_tables),
-            query_starts=torch.from_numpy(self.query_starts),
-            context_lens=torch.from_numpy(self.context_lens),
-            max_query_len=self.token_ids.shape[0],
-            max_context_len=self.block_tables.shape[1] * block_size,
+            batch=PagedBatch(
+                block_tables=torch.from_numpy(self.block_tables),
+                query_starts=torch.from_numpy(self.query_starts),
+                context_lens=torch.from_numpy(self.context_lens),
+                max_query_len=self.token_ids.shape[0],
+                max_context_len=self.block_tables.shape[1] * block_size,
+            ),
             outputs=None
             if outputs is None
             else OutputRows(

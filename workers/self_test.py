@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from sempre.ipc.errors import InvarianceError
-from sempre.kernels.attention import AttentionWorkspace
+from sempre.kernels.attention import AttentionWorkspace, PagedBatch
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear import Linear
@@ -195,11 +195,13 @@ class _Probe:
             token_ids=self._token_ids[positions].to(device),
             positions=positions.to(device),
             slot_mapping=(tables[owners, positions // size] * size + positions % size).to(device),
-            block_tables=tables.to(torch.int32).to(device),
-            query_starts=starts.to(torch.int32).to(device),
-            context_lens=torch.tensor(ends, dtype=torch.int32, device=device),
-            max_query_len=int(lengths.max()),
-            max_context_len=max(ends),
+            batch=PagedBatch(
+                block_tables=tables.to(torch.int32).to(device),
+                query_starts=starts.to(torch.int32).to(device),
+                context_lens=torch.tensor(ends, dtype=torch.int32, device=device),
+                max_query_len=int(lengths.max()),
+                max_context_len=max(ends),
+            ),
             outputs=_rows_of_last(starts, device) if reads_last else None,
         )
         return self._model.forward(step, self._caches)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sempre.kernels.attention import PagedBatch
+
 
 @dataclass(frozen=True)
 class OutputRows:
@@ -31,15 +33,7 @@ class StepInput:
     """int64 [T], absolute in the sequence"""
     slot_mapping: torch.Tensor
     """int64 [T]: block id * block_size + offset, where the token's keys and values are written"""
-    block_tables: torch.Tensor
-    """int32 [R, blocks]; entries past a request's context are not read"""
-    query_starts: torch.Tensor
-    """int32 [R + 1]: rows [query_starts[r], query_starts[r + 1]) belong to request r"""
-    context_lens: torch.Tensor
-    """int32 [R]: keys visible to the last row of request r"""
-    max_query_len: int
-    """no request has more rows; 1: row r belongs to request r"""
-    max_context_len: int
-    """no context is longer; this bound and the one above choose grids on a GPU and cannot be seen in the result"""
+    batch: PagedBatch
+    """the requests"""
     outputs: OutputRows | None = None
     """None: all rows"""

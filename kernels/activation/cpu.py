@@ -11,7 +11,7 @@ import torch
 from llvmlite import ir
 from numba import prange
 
-from sempre.kernels.jit import address_of, compiled, keep
+from sempre.kernels.jit import address_of, compiled, compiled_twice, keep
 from sempre.kernels.vector_ir import (
     F32,
     I64,
@@ -78,15 +78,8 @@ _gelu_row = _gated(_gelu)
 soft_cap_row = address_intrinsic(_emit_soft_cap)
 
 
-@compiled()
+@compiled_twice
 def _silu_and_mul(gate_up: int, rows: int, width: int, out: int) -> None:
-    for t in range(rows):
-        gate = gate_up + t * 2 * width * 4
-        _silu_row(gate, gate + width * 4, width, out + t * width * 4)
-
-
-@compiled(parallel=True)
-def _silu_and_mul_parallel(gate_up: int, rows: int, width: int, out: int) -> None:
     for t in prange(rows):
         gate = gate_up + t * 2 * width * 4
         _silu_row(gate, gate + width * 4, width, out + t * width * 4)
@@ -118,7 +111,7 @@ def _soft_cap(x: np.ndarray, cap: float) -> None:
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """gate_up [T, 2 I] (gates first) -> out [T, I]."""
     rows, width = out.shape
-    run = _silu_and_mul_parallel if out.numel() >= PARALLEL_ELEMENTS else _silu_and_mul
+    run = _silu_and_mul.parallel if out.numel() >= PARALLEL_ELEMENTS else _silu_and_mul.serial
     run(gate_up.data_ptr(), rows, width, out.data_ptr())
     return out
 

@@ -16,12 +16,23 @@ from __future__ import annotations
 
 import torch
 
-from sempre.kernels.attention.cache import AttentionWorkspace, KvCache, allocate_gpu_cache
-from sempre.kernels.checks import check_index, check_rows
+from sempre.kernels.attention.contract import (
+    AttentionWorkspace,
+    HeadLayout,
+    HeadNorms,
+    KvCache,
+    PagedBatch,
+    ScoreParams,
+)
+from sempre.kernels.checks import check_rows
 
 __all__ = [
     "AttentionWorkspace",
+    "HeadLayout",
+    "HeadNorms",
     "KvCache",
+    "PagedBatch",
+    "ScoreParams",
     "allocate_kv_cache",
     "paged_attention",
 ]
@@ -38,82 +49,51 @@ def allocate_kv_cache(
     device: torch.device = CPU,
 ) -> KvCache:
     """A cache of zeros for one layer. ValueError for a block size or head dim that the device's kernel cannot take."""
+    if head_dim % 16:
+        raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
     if device.type == "cpu":
         from sempre.kernels.attention import cpu
 
         return cpu.allocate_kv_cache(num_blocks, num_kv_heads, head_dim, block_size, dtype)
-    return allocate_gpu_cache(num_blocks, num_kv_heads, head_dim, block_size, dtype, device)
+    from sempre.kernels.attention import gpu
+
+    return gpu.allocate_kv_cache(num_blocks, num_kv_heads, head_dim, block_size, dtype, device)
 
 
 def paged_attention(
     qkv: torch.Tensor,
     cache: KvCache,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    context_lens: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None = None,
+    batch: PagedBatch,
+    heads: HeadLayout,
+    scores: ScoreParams,
     out: torch.Tensor,
-    max_query_len: int | None = None,
-    max_context_len: int | None = None,
     workspace: AttentionWorkspace | None = None,
 ) -> torch.Tensor:
-    """Attention of the queries in qkv [T, (Hq + 2 Hkv) D] over the cache into out [T, Hq D].
+    """Attention of the queries in qkv [T, (Hq + 2 Hkv) D] over the cache into, and returning, out [T, Hq D].
 
-    `block_tables` int32 [R, most blocks], `query_starts` int32 [R + 1] (rows of request r are
-    [query_starts[r], query_starts[r + 1])), `context_lens` int32 [R] (keys visible to the request's last row).
-    `window`: a row sees the last `window` keys up to itself; None sees all. `soft_cap`: scores are cap * tanh(score /
-    cap), on a CPU only. `max_query_len` and `max_context_len` are
-    upper bounds of a request's rows and context, known to the host, needed on a GPU and without influence on the
-    result; so is `workspace`.
+    Nothing is written where there are no rows or no requests. `workspace` lets a GPU run splits side by side, without
+    influence on the result.
 
-    IndexError on the CPU for arrays that do not fit each other, or that name a block outside the cache.
+    IndexError on the CPU for a batch that does not fit qkv, or that names a block outside the cache. ValueError for a
+    soft cap on a GPU.
     """
     check_rows("paged_attention", qkv, out)
-    check_index("paged_attention", "block_tables", block_tables, torch.int32)
-    check_index("paged_attention", "query_starts", query_starts, torch.int32)
-    check_index("paged_attention", "context_lens", context_lens, torch.int32)
-    if not qkv.is_cuda:
-        from sempre.kernels.attention import cpu
+    num_rows = qkv.shape[0]
+    if not num_rows or not batch.num_requests:
+        return out
+    heads.check_rows("paged_attention", qkv, num_rows)
+    if qkv.is_cuda:
+        if scores.soft_cap is not None:
+            raise ValueError("paged_attention: a soft cap of the scores runs on a CPU only")
+        from sempre.kernels.attention import gpu
 
-        return cpu.paged_attention(
-            qkv,
-            cache,
-            block_tables,
-            query_starts,
-            context_lens,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            scale=scale,
-            window=window,
-            soft_cap=soft_cap,
-            out=out,
+        return gpu.paged_attention(qkv, cache, batch, heads, scores, out, workspace)
+    from sempre.kernels.attention import cpu
+
+    wrong = cpu.first_outside(batch, min(num_rows, out.shape[0]), cache.k.shape[0])
+    if wrong >= 0:
+        raise IndexError(
+            f"paged_attention: request {wrong} has rows, a context or blocks outside of qkv {tuple(qkv.shape)}, its"
+            f" table of {batch.block_tables.shape[1]} blocks or the cache of {cache.k.shape[0]} blocks"
         )
-    from sempre.kernels.attention import gpu
-
-    if soft_cap is not None:
-        raise ValueError("paged_attention: a soft cap of the scores runs on a CPU only")
-    if max_query_len is None or max_context_len is None:
-        raise ValueError("paged_attention: a GPU needs max_query_len and max_context_len, which fix the grids")
-    return gpu.paged_attention(
-        qkv,
-        cache,
-        block_tables,
-        query_starts,
-        context_lens,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        scale=scale,
-        window=window,
-        out=out,
-        max_query_len=max_query_len,
-        max_context_len=max_context_len,
-        workspace=workspace,
-    )
+    return cpu.paged_attention(qkv, cache, batch, heads, scores, out)

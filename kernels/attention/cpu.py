@@ -15,7 +15,7 @@ import torch
 from numba import prange
 
 from sempre.kernels.activation.cpu import soft_cap_row
-from sempre.kernels.attention.cache import KvCache
+from sempre.kernels.attention.contract import HeadLayout, KvCache, PagedBatch, ScoreParams
 from sempre.kernels.attention.cpu_tiles import (
     copy_row,
     pv_1,
@@ -44,8 +44,6 @@ def allocate_kv_cache(
     """A cache of zeros; memory that is never written stays unmapped. ValueError unless block_size is 16."""
     if block_size != BLOCK:
         raise ValueError(f"block_size must be {BLOCK} on CPU, got {block_size}")
-    if head_dim % 16:
-        raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
     return KvCache(
         _unmapped_zeros((num_blocks, num_kv_heads, head_dim, block_size), dtype),
         _unmapped_zeros((num_blocks, num_kv_heads, block_size, head_dim), dtype),
@@ -341,48 +339,30 @@ def _paged_attention(
         )
 
 
-def paged_attention(
-    qkv: torch.Tensor,
-    cache: KvCache,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    context_lens: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """Attention of the queries in qkv [T, (Hq + 2 Hkv) D] over the cache into out [T, Hq D].
+def first_outside(batch: PagedBatch, num_rows: int, num_blocks: int) -> int:
+    """The first request whose rows, context or blocks do not exist; -1 if all do."""
+    arrays = batch.block_tables.numpy(), batch.query_starts.numpy(), batch.context_lens.numpy()
+    return int(_first_outside(*arrays, num_rows, num_blocks))
 
-    `block_tables` int32 [R, most blocks], `query_starts` int32 [R + 1] (rows of request r are
-    [query_starts[r], query_starts[r + 1])), `context_lens` int32 [R] (keys visible to the request's last row).
-    `window`: a row sees the last `window` keys up to itself; None sees all. `soft_cap`: of the scores, if any.
-    """
-    tables, starts, lens = block_tables.numpy(), query_starts.numpy(), context_lens.numpy()
-    wrong = _first_outside(tables, starts, lens, min(qkv.shape[0], out.shape[0]), cache.k.shape[0])
-    if wrong >= 0:
-        raise IndexError(
-            f"paged_attention: request {wrong} has rows, a context or blocks outside of qkv {tuple(qkv.shape)}, its"
-            f" table of {tables.shape[1]} blocks or the cache of {cache.k.shape[0]} blocks"
-        )
+
+def paged_attention(
+    qkv: torch.Tensor, cache: KvCache, batch: PagedBatch, heads: HeadLayout, scores: ScoreParams, out: torch.Tensor
+) -> torch.Tensor:
+    """As the facade, of a batch that fits; its bounds do not matter."""
     _paged_attention(
         qkv.data_ptr(),
         cache.k.data_ptr(),
         cache.v.data_ptr(),
         storage_code(cache.k.dtype),
-        tables,
-        starts,
-        lens,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        scale,
-        soft_cap or 0.0,
-        window or 0,
+        batch.block_tables.numpy(),
+        batch.query_starts.numpy(),
+        batch.context_lens.numpy(),
+        heads.num_heads,
+        heads.num_kv_heads,
+        heads.head_dim,
+        scores.scale,
+        scores.soft_cap or 0.0,
+        scores.window or 0,
         out.data_ptr(),
     )
     return out

@@ -15,7 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from sempre.kernels.attention.cache import AttentionWorkspace, KvCache
+from sempre.kernels.attention.contract import (
+    AttentionWorkspace,
+    HeadLayout,
+    KvCache,
+    PagedBatch,
+    ScoreParams,
+)
 from sempre.kernels.attention.gpu_tiles import LOWEST, find_request, merge, prefetch_tiles, walk_split
 from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
@@ -200,6 +206,16 @@ def _merge_splits(
     tl.store(out + out_row * DIM + d, acc / l[:, None], mask=d < DIM)
 
 
+def allocate_kv_cache(
+    num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> KvCache:
+    """A cache of zeros. ValueError unless block_size is 16, 32 or 64."""
+    if block_size not in (16, 32, 64):
+        raise ValueError(f"block_size must be 16, 32 or 64 on a GPU, got {block_size}")
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
+    return KvCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+
+
 def allocate_attention_workspace(
     num_heads: int, head_dim: int, max_model_len: int, device: torch.device
 ) -> AttentionWorkspace:
@@ -220,128 +236,139 @@ def _prefetched_tiles(programs: int, block_size: int, head_dim: int) -> int:
     return 4 if programs < FEW_PROGRAMS else 1
 
 
+class Plan(NamedTuple):
+    """One launch: of the requests of one row, or of the others, in so many query tiles and splits side by side."""
+
+    single_rows: bool
+    tiles: int
+    splits: int
+    mode: int
+    launch: Launch
+    workspace: AttentionWorkspace | None
+    """where splits run side by side"""
+
+
+def _plan(
+    qkv: torch.Tensor,
+    cache: KvCache,
+    batch: PagedBatch,
+    heads: HeadLayout,
+    workspace: AttentionWorkspace | None,
+    *,
+    single_rows: bool,
+) -> Plan:
+    num_rows, num_requests = qkv.shape[0], batch.num_requests
+    rows = heads.group if single_rows else batch.max_query_len * heads.group
+    programs = num_requests * heads.num_kv_heads
+    launch = launch_shape(rows, programs, cache.k.shape[2], heads.head_dim, qkv.dtype)
+    if single_rows:
+        tiles = num_requests
+        launch = launch._replace(block_m=max(launch.block_m, triton.next_power_of_2(heads.group)))
+    else:
+        tiles = num_rows // (launch.block_m // heads.group) + num_requests
+    splits = triton.cdiv(batch.max_context_len, SPLIT)
+    parallel = min(splits, TARGET_PROGRAMS // (tiles * heads.num_kv_heads))
+    if workspace is not None and parallel > 1 and workspace.holds(num_rows, splits):
+        return Plan(single_rows, tiles, parallel, PARALLEL, launch, workspace)
+    return Plan(single_rows, tiles, 1, ONE_SPLIT if splits == 1 else WALK, launch, None)
+
+
 def paged_attention(
     qkv: torch.Tensor,
     cache: KvCache,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    context_lens: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    scale: float,
-    window: int | None,
+    batch: PagedBatch,
+    heads: HeadLayout,
+    scores: ScoreParams,
     out: torch.Tensor,
-    max_query_len: int,
-    max_context_len: int,
     workspace: AttentionWorkspace | None = None,
 ) -> torch.Tensor:
-    """As on CPU; the host-known bounds `max_query_len` and `max_context_len` of any request only choose grids.
+    """As the facade; the bounds of the batch only choose grids.
 
     A request without rows, or with a context shorter than its rows, is skipped: its rows of `out` keep their values.
     `workspace` lets few query tiles fill the device; without it, or where it is too small, one program walks all
     splits.
     """
-    num_requests = context_lens.shape[0]
-    if qkv.shape[0] == 0 or num_requests == 0:
-        return out
-    group = num_heads // num_kv_heads
-    lengths = (True,) if max_query_len == 1 else (True, False)
-    for single_rows in lengths:
-        rows = group if single_rows else max_query_len * group
-        shape = launch_shape(rows, num_requests * num_kv_heads, cache.k.shape[2], head_dim, qkv.dtype)
-        if single_rows:
-            tiles = num_requests
-            shape = shape._replace(block_m=max(shape.block_m, triton.next_power_of_2(group)))
-        else:
-            tiles = qkv.shape[0] // (shape.block_m // group) + num_requests
-        _launch(
-            qkv, cache, block_tables, query_starts, context_lens, out, workspace, shape, tiles, single_rows,
-            num_kv_heads, group, head_dim, scale, window or 0, max_context_len,
-        )  # fmt: skip
+    for single_rows in (True,) if batch.max_query_len == 1 else (True, False):
+        plan = _plan(qkv, cache, batch, heads, workspace, single_rows=single_rows)
+        _launch_attend(plan, qkv, cache, batch, heads, scores, out)
+        if plan.workspace is not None:
+            _launch_merge(plan, plan.workspace, batch, heads, scores, out)
     return out
 
 
-def _launch(
+def _launch_attend(
+    plan: Plan,
     qkv: torch.Tensor,
     cache: KvCache,
-    block_tables: torch.Tensor,
-    query_starts: torch.Tensor,
-    context_lens: torch.Tensor,
+    batch: PagedBatch,
+    heads: HeadLayout,
+    scores: ScoreParams,
     out: torch.Tensor,
-    workspace: AttentionWorkspace | None,
-    shape: Launch,
-    tiles: int,
-    single_rows: bool,
-    num_kv_heads: int,
-    group: int,
-    head_dim: int,
-    scale: float,
-    window: int,
-    max_context_len: int,
 ) -> None:
-    num_requests = context_lens.shape[0]
-    splits = triton.cdiv(max_context_len, SPLIT)
-    parallel = min(splits, TARGET_PROGRAMS // (tiles * num_kv_heads))
-    mode = ONE_SPLIT if splits == 1 else WALK
-    if workspace is not None and parallel > 1 and workspace.holds(qkv.shape[0], splits):
-        mode = PARALLEL
     part_acc = part_m = part_l = None
-    max_splits = 0
-    if mode == PARALLEL and workspace is not None:
-        part_acc, part_m, part_l, max_splits = workspace.acc, workspace.m, workspace.l, workspace.max_splits
-    block_dim = triton.next_power_of_2(head_dim)
-    _attend[(num_kv_heads, tiles, parallel if mode == PARALLEL else 1)](
+    max_splits = prefetched = 0
+    if plan.workspace is not None:
+        part_acc, part_m, part_l = plan.workspace.acc, plan.workspace.m, plan.workspace.l
+        max_splits = plan.workspace.max_splits
+    block_size = cache.k.shape[2]
+    if plan.single_rows and not scores.window:
+        prefetched = _prefetched_tiles(batch.num_requests * heads.num_kv_heads, block_size, heads.head_dim)
+    _attend[(heads.num_kv_heads, plan.tiles, plan.splits)](
         qkv,
         cache.k,
         cache.v,
-        block_tables,
-        query_starts,
-        context_lens,
+        batch.block_tables,
+        batch.query_starts,
+        batch.context_lens,
         out,
         part_acc,
         part_m,
         part_l,
-        num_requests,
-        block_tables.stride(0),
+        batch.num_requests,
+        batch.block_tables.stride(0),
         max_splits,
-        scale * math.log2(math.e),
-        KV_HEADS=num_kv_heads,
-        GROUP=group,
-        DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        BLOCK=cache.k.shape[2],
-        WINDOW=window,
+        scores.scale * math.log2(math.e),
+        KV_HEADS=heads.num_kv_heads,
+        GROUP=heads.group,
+        DIM=heads.head_dim,
+        BLOCK_DIM=triton.next_power_of_2(heads.head_dim),
+        BLOCK=block_size,
+        WINDOW=scores.window or 0,
         SPLIT=SPLIT,
-        BLOCK_M=shape.block_m,
-        SINGLE_ROWS=single_rows,
-        MODE=mode,
-        PREFETCH=_prefetched_tiles(num_requests * num_kv_heads, cache.k.shape[2], head_dim)
-        if single_rows and not window
-        else 0,
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
+        BLOCK_M=plan.launch.block_m,
+        SINGLE_ROWS=plan.single_rows,
+        MODE=plan.mode,
+        PREFETCH=prefetched,
+        num_warps=plan.launch.num_warps,
+        num_stages=plan.launch.num_stages,
         **CHAINED,
     )
-    if mode == PARALLEL:
-        heads = num_kv_heads * group
-        rows = num_requests if single_rows else qkv.shape[0] + num_requests
-        _merge_splits[(heads, rows)](
-            query_starts,
-            context_lens,
-            out,
-            part_acc,
-            part_m,
-            part_l,
-            num_requests,
-            max_splits,
-            HEADS=heads,
-            DIM=head_dim,
-            BLOCK_DIM=block_dim,
-            WINDOW=window,
-            SPLIT=SPLIT,
-            SINGLE_ROWS=single_rows,
-            num_warps=1,
-            **CHAINED,
-        )
+
+
+def _launch_merge(
+    plan: Plan,
+    partials: AttentionWorkspace,
+    batch: PagedBatch,
+    heads: HeadLayout,
+    scores: ScoreParams,
+    out: torch.Tensor,
+) -> None:
+    rows = batch.num_requests if plan.single_rows else out.shape[0] + batch.num_requests
+    _merge_splits[(heads.num_heads, rows)](
+        batch.query_starts,
+        batch.context_lens,
+        out,
+        partials.acc,
+        partials.m,
+        partials.l,
+        batch.num_requests,
+        partials.max_splits,
+        HEADS=heads.num_heads,
+        DIM=heads.head_dim,
+        BLOCK_DIM=triton.next_power_of_2(heads.head_dim),
+        WINDOW=scores.window or 0,
+        SPLIT=SPLIT,
+        SINGLE_ROWS=plan.single_rows,
+        num_warps=1,
+        **CHAINED,
+    )

@@ -6,7 +6,7 @@ import torch
 from llvmlite import ir
 from numba import prange
 
-from sempre.kernels.jit import compiled
+from sempre.kernels.jit import compiled_twice
 from sempre.kernels.vector_ir import (
     F32,
     I32,
@@ -69,14 +69,8 @@ def _emit_row(b: ir.IRBuilder, x: ir.Value, width: ir.Value, out: ir.Value, scal
 _row = address_intrinsic(_emit_row)
 
 
-@compiled()
+@compiled_twice
 def _quantize_rows(x: int, rows: int, width: int, out: int, scales: int) -> None:
-    for t in range(rows):
-        _row(x + t * width * 4, width, out + t * width * 4, scales + t * 4)
-
-
-@compiled(parallel=True)
-def _quantize_rows_parallel(x: int, rows: int, width: int, out: int, scales: int) -> None:
     for t in prange(rows):
         _row(x + t * width * 4, width, out + t * width * 4, scales + t * 4)
 
@@ -84,6 +78,6 @@ def _quantize_rows_parallel(x: int, rows: int, width: int, out: int, scales: int
 def quantize_rows(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, K] float32 → out [T, K] float32 (fp8 values), scales [T] float32; returns both."""
     rows, width = x.shape
-    run = _quantize_rows_parallel if x.numel() >= PARALLEL_ELEMENTS else _quantize_rows
+    run = _quantize_rows.parallel if x.numel() >= PARALLEL_ELEMENTS else _quantize_rows.serial
     run(x.data_ptr(), rows, width, out.data_ptr(), scales.data_ptr())
     return out, scales

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from sempre.kernels.intrinsics import inlined
-from sempre.kernels.jit import compiled
+from sempre.kernels.jit import compiled, compiled_twice
 from sempre.kernels.sampling.elementary import exp32
 
 PARALLEL_ELEMENTS = 16_384
@@ -53,29 +52,18 @@ def route(logits: torch.Tensor, num_chosen: int, *, renormalize: bool) -> tuple[
     return experts, weights
 
 
-@inlined
-def _combine_row(parts: Any, weights: Any, out: Any) -> None:
-    for h in range(out.size):
-        out[h] = weights[0] * parts[0, h]
-    for k in range(1, weights.size):
-        for h in range(out.size):
-            out[h] += weights[k] * parts[k, h]
-
-
-@compiled()
+@compiled_twice
 def _combine(parts: Any, weights: Any, out: Any) -> None:
-    for t in range(out.shape[0]):
-        _combine_row(parts[t], weights[t], out[t])
-
-
-@compiled(parallel=True)
-def _combine_parallel(parts: Any, weights: Any, out: Any) -> None:
     for t in prange(out.shape[0]):
-        _combine_row(parts[t], weights[t], out[t])
+        for h in range(out.shape[1]):
+            out[t, h] = weights[t, 0] * parts[t, 0, h]
+        for k in range(1, weights.shape[1]):
+            for h in range(out.shape[1]):
+                out[t, h] += weights[t, k] * parts[t, k, h]
 
 
 def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """As the facade."""
-    run = _combine_parallel if parts.numel() >= PARALLEL_ELEMENTS else _combine
+    run = _combine.parallel if parts.numel() >= PARALLEL_ELEMENTS else _combine.serial
     run(parts.numpy(), weights.numpy(), out.numpy())
     return out

@@ -6,7 +6,7 @@ import torch
 from llvmlite import ir
 from numba import prange
 
-from sempre.kernels.jit import compiled
+from sempre.kernels.jit import compiled_twice
 from sempre.kernels.vector_ir import (
     F32,
     I64,
@@ -60,28 +60,14 @@ _rms_norm_row = address_intrinsic(emit_rms_norm)
 _add_row = address_intrinsic(_emit_add)
 
 
-@compiled()
+@compiled_twice
 def _rms_norm(x: int, weight: int, rows: int, width: int, eps: float, out: int) -> None:
-    for t in range(rows):
-        _rms_norm_row(x + t * width * 4, weight, width, eps, out + t * width * 4)
-
-
-@compiled(parallel=True)
-def _rms_norm_parallel(x: int, weight: int, rows: int, width: int, eps: float, out: int) -> None:
     for t in prange(rows):
         _rms_norm_row(x + t * width * 4, weight, width, eps, out + t * width * 4)
 
 
-@compiled()
+@compiled_twice
 def _add_rms_norm(x: int, residual: int, weight: int, rows: int, width: int, eps: float, out: int) -> None:
-    for t in range(rows):
-        row = t * width * 4
-        _add_row(x + row, residual + row, width)
-        _rms_norm_row(residual + row, weight, width, eps, out + row)
-
-
-@compiled(parallel=True)
-def _add_rms_norm_parallel(x: int, residual: int, weight: int, rows: int, width: int, eps: float, out: int) -> None:
     for t in prange(rows):
         row = t * width * 4
         _add_row(x + row, residual + row, width)
@@ -94,7 +80,7 @@ PARALLEL_ELEMENTS = 65_536  # below, starting the threads costs more than they s
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
     """x [T, H] -> out [T, H], weight [H]; `out` may be `x`."""
     rows, width = x.shape
-    run = _rms_norm_parallel if x.numel() >= PARALLEL_ELEMENTS else _rms_norm
+    run = _rms_norm.parallel if x.numel() >= PARALLEL_ELEMENTS else _rms_norm.serial
     run(x.data_ptr(), weight.data_ptr(), rows, width, eps, out.data_ptr())
     return out
 
@@ -104,6 +90,6 @@ def add_rms_norm(
 ) -> torch.Tensor:
     """residual [T, H] += x [T, H]; out [T, H] = the norm of the new residual."""
     rows, width = x.shape
-    run = _add_rms_norm_parallel if x.numel() >= PARALLEL_ELEMENTS else _add_rms_norm
+    run = _add_rms_norm.parallel if x.numel() >= PARALLEL_ELEMENTS else _add_rms_norm.serial
     run(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), rows, width, eps, out.data_ptr())
     return out

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from sempre.kernels.attention.contract import HeadLayout, HeadNorms, KvCache
 from sempre.kernels.checks import check_index, check_rows
 
 __all__ = ["RopeSpec", "cos_sin_table", "rope_and_cache_write"]
@@ -27,51 +28,40 @@ def rope_and_cache_write(
     positions: torch.Tensor,
     table: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 0.0,
+    cache: KvCache,
+    heads: HeadLayout,
+    norms: HeadNorms | None = None,
 ) -> None:
-    """Rotate q of qkv [T, (Hq + 2 Hkv) D] in place and write the rotated k, and v, to their slots.
+    """Rotate q of qkv [T, (Hq + 2 Hkv) D] in place and write the rotated k, and v, to their slots of the cache.
 
-    `positions` and `slot_mapping` int64 [T] (slot = block id * B + offset); `table` from `cos_sin_table`; `q_norm`
-    and `k_norm` [D] are RMSNorm weights applied before the rotation. D must be a multiple of 16. On a GPU a row with
-    a negative slot (padding) writes nothing to the cache; whether k in qkv is rotated too depends on the device.
+    `positions` and `slot_mapping` int64 [T] (slot = block id * B + offset); `table` from `cos_sin_table`; `norms` are
+    applied before. On a GPU a row with a negative slot (padding) writes nothing to the cache; whether k in qkv is
+    rotated too depends on the device.
 
     IndexError on the CPU, before anything is written, for a position outside the table or a slot outside the cache.
     """
     check_rows("rope_and_cache_write", qkv, table)
     check_index("rope_and_cache_write", "positions", positions, torch.int64)
     check_index("rope_and_cache_write", "slot_mapping", slot_mapping, torch.int64)
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and k_cache.dtype is v_cache.dtype):
-        raise ValueError("rope_and_cache_write: expected contiguous caches of one dtype")
+    num_rows = positions.shape[0]
+    heads.check_rows("rope_and_cache_write", qkv, num_rows)
+    if not num_rows:
+        return
     if qkv.is_cuda:
         from sempre.kernels.rope import gpu
 
-        run = gpu.rope_and_cache_write
-    else:
-        from sempre.kernels.rope import cpu
+        gpu.rope_and_cache_write(qkv, positions, table, slot_mapping, cache, heads, norms)
+        return
+    from sempre.kernels.rope import cpu
 
-        run = cpu.rope_and_cache_write
-    run(
-        qkv,
-        positions,
-        table,
-        slot_mapping,
-        k_cache,
-        v_cache,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        eps=eps,
-    )
+    num_slots = cache.k.shape[0] * cache.k.shape[3]
+    wrong = cpu.first_outside(positions, table.shape[0], slot_mapping, num_slots)
+    if wrong >= 0:
+        raise IndexError(
+            f"rope_and_cache_write: row {wrong} has position {int(positions[wrong])} of {table.shape[0]} and slot"
+            f" {int(slot_mapping[wrong])} of {num_slots}"
+        )
+    cpu.rope_and_cache_write(qkv, positions, table, slot_mapping, cache, heads, norms)
 
 
 @dataclass(frozen=True)

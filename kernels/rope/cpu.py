@@ -1,4 +1,4 @@
-"""CPU: optional per-head RMSNorm of q and k, rotation, and cache write, in one pass over the fused qkv rows.
+"""CPU: optional per-head RMSNorm of q and k, rope, and cache write, in one pass over the fused qkv rows.
 
 # T tokens, Hq query heads, Hkv key heads, D head dim, B block size
 Keys are stored transposed, [block, Hkv, D, B], so that one vector holds one dimension of 16 keys; values are stored
@@ -14,7 +14,8 @@ import torch
 from llvmlite import ir
 from numba import prange, types
 
-from sempre.kernels.jit import address_of, compiled, keep
+from sempre.kernels.attention.contract import HeadLayout, HeadNorms, KvCache
+from sempre.kernels.jit import address_of, compiled, compiled_twice, keep
 from sempre.kernels.norms.cpu import emit_rms_norm
 from sempre.kernels.storage import ELEMENT_SIZE, storage_code
 from sempre.kernels.vector_ir import (
@@ -184,44 +185,8 @@ def _first_outside(positions: np.ndarray, num_positions: int, slots: np.ndarray,
     return -1
 
 
-@compiled()
+@compiled_twice
 def _rope(
-    qkv: int,
-    positions: np.ndarray,
-    table: int,
-    slots: np.ndarray,
-    keys: int,
-    values: int,
-    storage: int,
-    heads: int,
-    kv_heads: int,
-    dim: int,
-    block: int,
-    q_norm: int,
-    k_norm: int,
-    eps: float,
-) -> None:
-    row_bytes = (heads + 2 * kv_heads) * dim * 4
-    for t in range(len(positions)):
-        _token(
-            qkv + t * row_bytes,
-            table + positions[t] * dim * 4,
-            slots[t],
-            keys,
-            values,
-            storage,
-            heads,
-            kv_heads,
-            dim,
-            block,
-            q_norm,
-            k_norm,
-            eps,
-        )
-
-
-@compiled(parallel=True)
-def _rope_parallel(
     qkv: int,
     positions: np.ndarray,
     table: int,
@@ -256,50 +221,35 @@ def _rope_parallel(
         )
 
 
+def first_outside(positions: torch.Tensor, num_positions: int, slots: torch.Tensor, num_slots: int) -> int:
+    """The first row whose position or slot does not exist; -1 if all do."""
+    return int(_first_outside(positions.numpy(), num_positions, slots.numpy(), num_slots))
+
+
 def rope_and_cache_write(
     qkv: torch.Tensor,
     positions: torch.Tensor,
     table: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 0.0,
+    cache: KvCache,
+    heads: HeadLayout,
+    norms: HeadNorms | None = None,
 ) -> None:
-    """Rotate q and k of qkv [T, (Hq + 2 Hkv) D] in place and write k, v to their slots.
-
-    `positions` and `slot_mapping` int64 [T] (slot = block id * B + offset); `table` from `cos_sin_table`; `q_norm`
-    and `k_norm` [D] are RMSNorm weights applied before the rotation. D must be a multiple of 16.
-    """
-    rows = positions.shape[0]
-    if rows > qkv.shape[0] or qkv.shape[1] != (num_heads + 2 * num_kv_heads) * head_dim:
-        raise ValueError(f"rope_and_cache_write: qkv {tuple(qkv.shape)} does not fit {rows} rows of these heads")
-    num_slots = k_cache.shape[0] * k_cache.shape[3]
-    wrong = _first_outside(positions.numpy(), table.shape[0], slot_mapping.numpy(), num_slots)
-    if wrong >= 0:
-        raise IndexError(
-            f"rope_and_cache_write: row {wrong} has position {int(positions[wrong])} of {table.shape[0]} and slot"
-            f" {int(slot_mapping[wrong])} of {num_slots}"
-        )
-    run = _rope_parallel if rows >= PARALLEL_ROWS else _rope
+    """As the facade, of rows whose positions and slots exist; k in qkv is rotated too."""
+    run = _rope.parallel if positions.shape[0] >= PARALLEL_ROWS else _rope.serial
     run(
         qkv.data_ptr(),
         positions.numpy(),
         table.data_ptr(),
         slot_mapping.numpy(),
-        k_cache.data_ptr(),
-        v_cache.data_ptr(),
-        storage_code(k_cache.dtype),
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        k_cache.shape[3],
-        q_norm.data_ptr() if q_norm is not None else 0,
-        k_norm.data_ptr() if k_norm is not None else 0,
-        eps,
+        cache.k.data_ptr(),
+        cache.v.data_ptr(),
+        storage_code(cache.k.dtype),
+        heads.num_heads,
+        heads.num_kv_heads,
+        heads.head_dim,
+        cache.k.shape[3],
+        norms.q.data_ptr() if norms is not None else 0,
+        norms.k.data_ptr() if norms is not None else 0,
+        norms.eps if norms is not None else 0.0,
     )

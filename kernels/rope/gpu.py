@@ -1,4 +1,4 @@
-"""GPU: optional per-head RMSNorm of q and k, rotation, and cache write, in one pass over the fused qkv rows.
+"""GPU: optional per-head RMSNorm of q and k, rope, and cache write, in one pass over the fused qkv rows.
 
 # T tokens, Hq query heads, Hkv key heads, D head dim, B block size; caches [blocks, Hkv, B, D]
 A program owns one token and HEADS query heads, or HEADS key heads with their values. Float32 inside; q is rounded into
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sempre.kernels.attention.contract import HeadLayout, HeadNorms, KvCache
 from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 HEADS = 8
@@ -110,43 +111,29 @@ def rope_and_cache_write(
     positions: torch.Tensor,
     table: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 0.0,
+    cache: KvCache,
+    heads: HeadLayout,
+    norms: HeadNorms | None = None,
 ) -> None:
-    """Rotate q of qkv [T, (Hq + 2 Hkv) D] in place; write the rotated k, and v, to their slots of the caches.
-
-    Unlike on CPU, k in qkv keeps its old values. A row with slot < 0 writes nothing to the caches (padding).
-    `table` float32 from `cos_sin_table`; `q_norm` and `k_norm` are given both or neither.
-    """
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("rope_and_cache_write: q_norm and k_norm must be given both or neither")
-    parts = triton.cdiv(num_heads, HEADS) + triton.cdiv(num_kv_heads, HEADS)
-    if positions.shape[0] == 0:
-        return
+    """As the facade; k in qkv keeps its old values."""
+    parts = triton.cdiv(heads.num_heads, HEADS) + triton.cdiv(heads.num_kv_heads, HEADS)
     _rope[(positions.shape[0], parts)](
         qkv,
         positions,
         table,
         slot_mapping,
-        k_cache,
-        v_cache,
-        q_norm,
-        k_norm,
-        eps,
-        Q_HEADS=num_heads,
-        KV_HEADS=num_kv_heads,
-        DIM=head_dim,
-        HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
-        BLOCK=k_cache.shape[2],
+        cache.k,
+        cache.v,
+        norms.q if norms is not None else None,
+        norms.k if norms is not None else None,
+        norms.eps if norms is not None else 0.0,
+        Q_HEADS=heads.num_heads,
+        KV_HEADS=heads.num_kv_heads,
+        DIM=heads.head_dim,
+        HALF_BLOCK=triton.next_power_of_2(heads.head_dim // 2),
+        BLOCK=cache.k.shape[2],
         HEADS=HEADS,
-        NORM=q_norm is not None,
+        NORM=norms is not None,
         num_warps=2,
         **CHAINED,
     )

@@ -10,7 +10,15 @@ import pytest
 import torch
 from nonfinite_cases import DAMAGES, Damage, sees
 
-from sempre.kernels.attention import KvCache, allocate_kv_cache, paged_attention
+from sempre.kernels.attention import (
+    HeadLayout,
+    HeadNorms,
+    KvCache,
+    PagedBatch,
+    ScoreParams,
+    allocate_kv_cache,
+    paged_attention,
+)
 from sempre.kernels.rope import RopeSpec, _frequencies, cos_sin_table, rope_and_cache_write
 from sempre.kernels.threads import get_num_threads, set_num_threads
 
@@ -57,24 +65,16 @@ class Sequences:
         positions = torch.cat([torch.arange(a, b) for _, a, b in parts])
         slots = torch.cat([self.tables[s][torch.arange(a, b) // BLOCK].long() * BLOCK + torch.arange(a, b) % BLOCK
                            for s, a, b in parts])  # fmt: skip
-        shape = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
-        rope_and_cache_write(
-            rows, positions, self.angles, slots, cache.k, cache.v, q_norm=self.norm, k_norm=self.norm, eps=1e-6, **shape
-        )
+        heads = HeadLayout(self.num_heads, self.num_kv_heads, self.head_dim)
+        norms = HeadNorms(self.norm, self.norm, 1e-6) if self.norm is not None else None
+        rope_and_cache_write(rows, positions, self.angles, slots, cache, heads, norms)
         sizes = [b - a for _, a, b in parts]
         starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist()], dtype=torch.int32)
         out = torch.full((rows.shape[0], self.num_heads * self.head_dim), float("nan"))
-        paged_attention(
-            rows,
-            cache,
-            self.tables[[s for s, _, _ in parts]].contiguous(),
-            starts,
-            torch.tensor([b for _, _, b in parts], dtype=torch.int32),
-            scale=self.head_dim**-0.5,
-            window=self.window,
-            out=out,
-            **shape,
-        )
+        ends = [b for _, _, b in parts]
+        tables = self.tables[[s for s, _, _ in parts]].contiguous()
+        batch = PagedBatch(tables, starts, torch.tensor(ends, dtype=torch.int32), max(sizes), max(ends))
+        paged_attention(rows, cache, batch, heads, ScoreParams(self.head_dim**-0.5, self.window), out)
         return list(out.split(sizes))
 
     def whole(self) -> list[torch.Tensor]:
@@ -209,19 +209,10 @@ def test_masked_values_are_not_read(window: int | None) -> None:
                 if p > row or (window is not None and p <= row - window):
                     damaged.v[table[p // 16], :, p % 16] = float("nan")
             out = torch.empty(stop - start, 9 * 64, dtype=torch.float32)
-            paged_attention(
-                rows,
-                damaged,
-                table[None].contiguous(),
-                torch.tensor([0, stop - start], dtype=torch.int32),
-                torch.tensor([stop], dtype=torch.int32),
-                num_heads=9,
-                num_kv_heads=3,
-                head_dim=64,
-                scale=64**-0.5,
-                window=window,
-                out=out,
-            )
+            starts = torch.tensor([0, stop - start], dtype=torch.int32)
+            lens = torch.tensor([stop], dtype=torch.int32)
+            batch = PagedBatch(table[None].contiguous(), starts, lens, stop - start, stop)
+            paged_attention(rows, damaged, batch, HeadLayout(9, 3, 64), ScoreParams(64**-0.5, window), out)
             assert torch.equal(out[row - start], whole[LONGEST][row])
             assert out[row - start + 1 :].isnan().any(dim=1).all(), "later rows see some of it"
 
@@ -230,17 +221,8 @@ def _rotated_queries(sequences: Sequences, start: int, stop: int) -> torch.Tenso
     """The rows as the step leaves them: rotated in place."""
     scratch = sequences.empty_cache()
     rows = sequences.qkv[LONGEST][start:stop].clone()
-    rope_and_cache_write(
-        rows,
-        torch.arange(start, stop),
-        sequences.angles,
-        torch.arange(stop - start),
-        scratch.k,
-        scratch.v,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-    )
+    slots = torch.arange(stop - start)
+    rope_and_cache_write(rows, torch.arange(start, stop), sequences.angles, slots, scratch, HeadLayout(9, 3, 64))
     return rows
 
 

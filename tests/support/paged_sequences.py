@@ -11,8 +11,7 @@ import kernel_reference as reference
 import torch
 from nonfinite_cases import Damage, sees
 
-from sempre.kernels.attention import AttentionWorkspace, KvCache
-from sempre.kernels.attention.cache import allocate_gpu_cache
+from sempre.kernels.attention import AttentionWorkspace, HeadLayout, HeadNorms, KvCache, PagedBatch, ScoreParams
 from sempre.kernels.rope import RopeSpec, _frequencies, cos_sin_table
 
 EPS = 1e-6
@@ -48,12 +47,15 @@ class PagedSequences:
             taken += count
         self.angles = cos_sin_table(RopeSpec(self.head_dim), max(self.lengths)).to(self.device)
         self.norm = norm.to(self.dtype).to(self.device) if self.with_norm else None
-        self.shape = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        self.norms = HeadNorms(self.norm, self.norm, EPS) if self.norm is not None else None
+        self.heads = HeadLayout(self.num_heads, self.num_kv_heads, self.head_dim)
 
     def empty_cache(self) -> KvCache:
         """A cache full of NaN: whatever is read without having been written shows."""
+        from sempre.kernels.attention import gpu
+
         device = torch.device(self.device)
-        cache = allocate_gpu_cache(self.num_blocks, self.num_kv_heads, self.head_dim, self.block, self.dtype, device)
+        cache = gpu.allocate_kv_cache(self.num_blocks, self.num_kv_heads, self.head_dim, self.block, self.dtype, device)
         cache.k.fill_(float("nan"))
         cache.v.fill_(float("nan"))
         return cache
@@ -86,28 +88,22 @@ class PagedSequences:
              for s, a, b in parts]
         )  # fmt: skip
         rope_gpu.rope_and_cache_write(
-            rows, positions.to(self.device), self.angles, slots.to(self.device), cache.k, cache.v,
-            q_norm=self.norm, k_norm=self.norm, eps=EPS, **self.shape,
-        )  # fmt: skip
+            rows, positions.to(self.device), self.angles, slots.to(self.device), cache, self.heads, self.norms
+        )
         sizes = [b - a for _, a, b in parts]
         starts = torch.tensor([0, *torch.tensor(sizes).cumsum(0).tolist(), *([sum(sizes)] * padding)])
         out = torch.full(
             (rows.shape[0], self.num_heads * self.head_dim), float("nan"), device=self.device, dtype=self.dtype
         )
-        attention_gpu.paged_attention(
-            rows,
-            cache,
+        batch = PagedBatch(
             self.tables[[s for s, _, _ in parts] + [0] * padding].to(self.device).contiguous(),
             starts.to(torch.int32).to(self.device),
             torch.tensor([b for _, _, b in parts] + [0] * padding, dtype=torch.int32, device=self.device),
-            scale=self.head_dim**-0.5,
-            window=self.window,
-            out=out,
             max_query_len=max(sizes) + slack if max(sizes) > 1 or slack else 1,
             max_context_len=max(b for _, _, b in parts) + slack,
-            workspace=workspace,
-            **self.shape,
         )
+        scores = ScoreParams(self.head_dim**-0.5, self.window)
+        attention_gpu.paged_attention(rows, cache, batch, self.heads, scores, out, workspace)
         return list(out.split(sizes))
 
     def whole(self) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sempre.ipc.messages import WorkerConfig
+from sempre.kernels.attention import PagedBatch
 from sempre.workers.backend import LoadedModel
 from sempre.workers.cpu_backend import CpuBackend
 from sempre.workers.kv_cache import PagedKvCache
@@ -48,11 +49,7 @@ def _step() -> StepInput:
         token_ids=torch.arange(int(ends[-1])) * 5 + 11,
         positions=positions,
         slot_mapping=tables[owners, positions // 16].long() * 16 + positions % 16,
-        block_tables=tables,
-        query_starts=starts.int(),
-        context_lens=torch.tensor(COUNTS, dtype=torch.int32),
-        max_query_len=max(COUNTS),
-        max_context_len=32,
+        batch=PagedBatch(tables, starts.int(), torch.tensor(COUNTS, dtype=torch.int32), max(COUNTS), 32),
     )
 
 

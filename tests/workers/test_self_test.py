@@ -123,9 +123,9 @@ def test_rotation_and_the_norm_before_it_are_tested(
     """A rotation that goes wrong in chunks; for a model that has norms of queries and keys, only where they are on."""
     right = attention.rope_and_cache_write
 
-    def wrong(qkv: torch.Tensor, *rest: Any, q_norm: torch.Tensor | None, **shape: Any) -> None:
-        right(qkv, *rest, q_norm=q_norm, **shape)
-        if 1 < len(qkv) < 100 and (q_norm is not None) is (family == "qwen3"):
+    def wrong(qkv: torch.Tensor, *rest: Any) -> None:
+        right(qkv, *rest)
+        if 1 < len(qkv) < 100 and (rest[-1] is not None) is (family == "qwen3"):
             qkv[-1, 0] += 1.0
 
     monkeypatch.setattr(attention, "rope_and_cache_write", wrong)
@@ -137,9 +137,9 @@ def test_each_kind_of_window_is_tested(checkpoints: Any, monkeypatch: pytest.Mon
     """A fault of windows alone is found in the block that has one, which is not the first."""
     right = attention.paged_attention
 
-    def wrong(qkv: torch.Tensor, *rest: Any, window: int | None, **shape: Any) -> torch.Tensor:
-        out = right(qkv, *rest, window=window, **shape)
-        if window is not None and len(qkv) < 100:
+    def wrong(qkv: torch.Tensor, cache: Any, batch: Any, heads: Any, scores: Any, *rest: Any) -> torch.Tensor:
+        out = right(qkv, cache, batch, heads, scores, *rest)
+        if scores.window is not None and len(qkv) < 100:
             flip_a_bit(out)
         return out
 

@@ -20,7 +20,7 @@ from typing import Self
 
 import torch
 
-from sempre.kernels.attention import AttentionWorkspace
+from sempre.kernels.attention import AttentionWorkspace, PagedBatch
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.sampling import gpu as gpu_sampling
@@ -225,11 +225,13 @@ def _prompts(requests: int, tokens: int, context: int, width: int, device: torch
         token_ids=torch.zeros(total, dtype=torch.int64, device=device),
         positions=torch.zeros(total, dtype=torch.int64, device=device),
         slot_mapping=torch.zeros(total, dtype=torch.int64, device=device),
-        block_tables=torch.zeros(requests, width, dtype=torch.int32, device=device),
-        query_starts=torch.zeros(requests + 1, dtype=torch.int32, device=device),
-        context_lens=torch.zeros(requests, dtype=torch.int32, device=device),
-        max_query_len=tokens,
-        max_context_len=context,
+        batch=PagedBatch(
+            block_tables=torch.zeros(requests, width, dtype=torch.int32, device=device),
+            query_starts=torch.zeros(requests + 1, dtype=torch.int32, device=device),
+            context_lens=torch.zeros(requests, dtype=torch.int32, device=device),
+            max_query_len=tokens,
+            max_context_len=context,
+        ),
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from sempre.ipc.messages import NewRequest
+from sempre.kernels.attention import PagedBatch
 from sempre.kernels.decode_inputs import DraftRows, SampledGuesses, next_draft_rows
 from sempre.workers.admission import StepLimits
 from sempre.workers.gpu.decode_graphs import DecodeGraphs, context_bucket
@@ -233,11 +234,7 @@ class GpuGuesser:
             token_ids=token_ids,
             positions=positions,
             slot_mapping=slot_mapping,
-            block_tables=tables,
-            query_starts=query_starts,
-            context_lens=starts,
-            max_query_len=shape.rows_per_request,
-            max_context_len=shape.max_context_len,
+            batch=PagedBatch(tables, query_starts, starts, shape.rows_per_request, shape.max_context_len),
             outputs=None if shape.rows_per_request == 1 else OutputRows(last_rows, ones, 1),
         )
         slots = self._sampler.row_slots[: shape.num_requests]
@@ -250,11 +247,13 @@ class GpuGuesser:
             token_ids=rows.token_ids,
             positions=rows.positions,
             slot_mapping=rows.slot_mapping,
-            block_tables=self._views(shape)[4],
-            query_starts=self._row_starts[: shape.num_requests + 1],
-            context_lens=rows.context_lens,
-            max_query_len=1,
-            max_context_len=shape.max_context_len,
+            batch=PagedBatch(
+                block_tables=self._views(shape)[4],
+                query_starts=self._row_starts[: shape.num_requests + 1],
+                context_lens=rows.context_lens,
+                max_query_len=1,
+                max_context_len=shape.max_context_len,
+            ),
         )
         self._sample(self._model.forward(model_input, self.cache.layers), shape, rows.slots, rows.context_lens)
 
@@ -330,11 +329,13 @@ class GpuGuesser:
             token_ids=token_ids,
             positions=positions,
             slot_mapping=slot_mapping,
-            block_tables=block_tables,
-            query_starts=query_starts,
-            context_lens=lens,
-            max_query_len=max(piece.end - piece.start for piece in pieces),
-            max_context_len=int(context_lens.max()),
+            batch=PagedBatch(
+                block_tables=block_tables,
+                query_starts=query_starts,
+                context_lens=lens,
+                max_query_len=max(piece.end - piece.start for piece in pieces),
+                max_context_len=int(context_lens.max()),
+            ),
             outputs=nothing,
         )
         self._model.forward(model_input, self.cache.layers)

@@ -208,7 +208,7 @@ class GpuModelRunner:
         model_input = self._buffers.launch_decode_inputs(shape.num_rows, shape.max_context_len)
         hidden_RH = self._model.forward(model_input, self.cache.layers)
         logits_RV = self._model.logits(hidden_RH, self._logits_RV[: shape.num_rows])
-        tokens_R = self._sampler.sample(logits_RV, model_input.context_lens, shape.stages)
+        tokens_R = self._sampler.sample(logits_RV, model_input.batch.context_lens, shape.stages)
         self._buffers.record(self._buffers.decode_slots(shape.num_rows), tokens_R)
 
     def capture_decode(self, max_rows: int, max_context_len: int) -> None:

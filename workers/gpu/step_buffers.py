@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from sempre.kernels.attention import PagedBatch
 from sempre.kernels.decode_inputs import DecodeInputs, decode_inputs, record_tokens
 from sempre.kernels.sampling.gpu import DraftedRows
 from sempre.workers.gpu.staging import StepStaging
@@ -88,11 +89,13 @@ class StepBuffers:
             token_ids=inputs.token_ids,
             positions=inputs.positions,
             slot_mapping=inputs.slot_mapping,
-            block_tables=inputs.block_tables,
-            query_starts=self._row_starts[: num_rows + 1],
-            context_lens=inputs.context_lens,
-            max_query_len=1,
-            max_context_len=max_context_len,
+            batch=PagedBatch(
+                block_tables=inputs.block_tables,
+                query_starts=self._row_starts[: num_rows + 1],
+                context_lens=inputs.context_lens,
+                max_query_len=1,
+                max_context_len=max_context_len,
+            ),
         )
 
     def _decode_rows(self, num_rows: int) -> torch.Tensor:
@@ -130,11 +133,13 @@ class StepBuffers:
             token_ids=token_ids,
             positions=positions,
             slot_mapping=slot_mapping,
-            block_tables=block_tables,
-            query_starts=query_starts,
-            context_lens=context_lens,
-            max_query_len=int(plan.num_tokens.max()),
-            max_context_len=int(plan.context.max()),
+            batch=PagedBatch(
+                block_tables=block_tables,
+                query_starts=query_starts,
+                context_lens=context_lens,
+                max_query_len=int(plan.num_tokens.max()),
+                max_context_len=int(plan.context.max()),
+            ),
             outputs=None
             if plan.reads_all_rows
             else OutputRows(sampled_rows, sampled_starts, 1 + int(plan.num_drafts.max())),
@@ -165,11 +170,7 @@ class StepBuffers:
             token_ids=token_ids,
             positions=positions,
             slot_mapping=slot_mapping,
-            block_tables=block_tables,
-            query_starts=starts,
-            context_lens=lens,
-            max_query_len=shape.max_query_len,
-            max_context_len=shape.max_context_len,
+            batch=PagedBatch(block_tables, starts, lens, shape.max_query_len, shape.max_context_len),
         )
         return model_input, sampled_positions, DraftedRows(offsets, token_ids, self._last_tokens)
 

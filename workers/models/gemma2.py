@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sempre.kernels.activation import soft_cap
-from sempre.kernels.attention import KvCache
+from sempre.kernels.attention import KvCache, ScoreParams
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.embedding import Embedding
@@ -86,7 +86,8 @@ class Gemma2Block(Module):
     """Each branch is normed before it is computed and before it is added."""
 
     def __init__(self, build: Build, spec: Gemma2Spec, layer: int) -> None:
-        shape = replace(attention_shape(spec, layer), scale=spec.query_scale, soft_cap=spec.attention_cap)
+        scores = ScoreParams(spec.query_scale, spec.windows[layer], spec.attention_cap)
+        shape = replace(attention_shape(spec, layer), scores=scores)
         self.input_layernorm = _norm(spec)
         self.self_attn = Attention(build, shape)
         self.post_attention_layernorm = _norm(spec, "branch norm")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from sempre.kernels.attention import KvCache
+from sempre.kernels.attention import HeadLayout, KvCache, ScoreParams
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.attention import Attention, AttentionShape
 from sempre.workers.layers.embedding import Embedding
@@ -70,12 +70,9 @@ def attention_shape(spec: ModelSpec, layer: int) -> AttentionShape:
     """That of one layer."""
     return AttentionShape(
         hidden_size=spec.hidden_size,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        scale=spec.head_dim**-0.5,
+        heads=HeadLayout(spec.num_heads, spec.num_kv_heads, spec.head_dim),
+        scores=ScoreParams(spec.head_dim**-0.5, spec.windows[layer]),
         rope=spec.rope,
-        window=spec.windows[layer],
         qkv_bias=spec.qkv_bias,
         o_bias=spec.o_bias,
         qk_norm_eps=spec.rms_norm_eps if spec.qk_norm else None,

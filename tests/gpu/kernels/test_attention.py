@@ -84,7 +84,7 @@ def test_rows_that_see_no_damage_keep_their_bits(damage: Damage, window: int | N
 
 def test_a_captured_graph_serves_other_contents() -> None:
     """The grid is fixed at capture; lengths, tables and rows change under it."""
-    from sempre.kernels.attention import paged_attention
+    from sempre.kernels.attention import PagedBatch, ScoreParams, paged_attention
 
     sequences = _sequences((32, 8, 128), torch.bfloat16)
     cache = sequences.empty_cache()
@@ -97,10 +97,8 @@ def test_a_captured_graph_serves_other_contents() -> None:
     out = torch.zeros(4, 32 * 128, device="cuda", dtype=torch.bfloat16)
 
     def run() -> None:
-        paged_attention(
-            qkv, cache, tables, starts, lens, scale=0.1, window=None, out=out, max_query_len=1, max_context_len=1300,
-            workspace=workspace, **sequences.shape,
-        )  # fmt: skip
+        batch = PagedBatch(tables, starts, lens, max_query_len=1, max_context_len=1300)
+        paged_attention(qkv, cache, batch, sequences.heads, ScoreParams(0.1), out, workspace)
 
     run()
     torch.cuda.synchronize()
@@ -126,8 +124,7 @@ def test_padding_rows_write_nothing_to_the_cache() -> None:
     cache = sequences.empty_cache()
     rope_and_cache_write(
         sequences.qkv[1].clone(), torch.zeros(17, dtype=torch.int64, device="cuda"), sequences.angles,
-        torch.full((17,), -1, dtype=torch.int64, device="cuda"), cache.k, cache.v, eps=1e-6,
-        q_norm=sequences.norm, k_norm=sequences.norm, **sequences.shape,
+        torch.full((17,), -1, dtype=torch.int64, device="cuda"), cache, sequences.heads, sequences.norms,
     )  # fmt: skip
     assert cache.k.isnan().all()
     assert cache.v.isnan().all()

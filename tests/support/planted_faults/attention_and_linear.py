@@ -74,18 +74,16 @@ ATTENTION_AND_LINEAR = (
         "small-steps-rotate-one-off",
         "In a step of a few rows all but the first are rotated as the token before them.",
         "kernels/rope/cpu.py",
-        "    for t in range(len(positions)):\n        _token(\n            qkv + t * row_bytes,\n"
         "            table + positions[t] * dim * 4,",
-        "    for t in range(len(positions)):\n        _token(\n            qkv + t * row_bytes,\n"
-        "            table + (positions[t] - (t > 0 and positions[t] > 0)) * dim * 4,",
+        "            table + (positions[t] - (0 < t < len(positions) < PARALLEL_ROWS and positions[t] > 0)) * dim * 4,",
         (CHUNKS,),
     ),
     Fault(
         "norm-of-a-lone-row-reads-another-mean",
         "The mean of squares leaves out the epsilon where few rows are normalised.",
         "kernels/norms/cpu.py",
-        "    run = _rms_norm_parallel if x.numel() >= PARALLEL_ELEMENTS else _rms_norm\n    run(x.data_ptr()",
-        "    run = _rms_norm_parallel if x.numel() >= PARALLEL_ELEMENTS else _rms_norm\n"
+        "    run = _rms_norm.parallel if x.numel() >= PARALLEL_ELEMENTS else _rms_norm.serial\n    run(x.data_ptr()",
+        "    run = _rms_norm.parallel if x.numel() >= PARALLEL_ELEMENTS else _rms_norm.serial\n"
         "    eps = eps if rows > 1 else 0.0\n    run(x.data_ptr()",
         ("tests/kernels/test_rowwise.py::test_rms_norm",),
     ),

@@ -1,0 +1,116 @@
+"""What attention and rope take: the requests of a step, the layout of heads in a row, the paged cache, and scratch.
+
+# R requests, T query tokens, Hq query heads, Hkv key heads, D head dim, B keys per block
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sempre.kernels.checks import check_index
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """The requests of a step. ValueError unless the arrays are contiguous int32."""
+
+    block_tables: torch.Tensor
+    """int32 [R, blocks]; entries past a request's context are not read"""
+    query_starts: torch.Tensor
+    """int32 [R + 1]: rows [query_starts[r], query_starts[r + 1]) belong to request r"""
+    context_lens: torch.Tensor
+    """int32 [R]: keys visible to the last row of request r"""
+    max_query_len: int
+    """no request has more rows; 1: row r belongs to request r"""
+    max_context_len: int
+    """no context is longer; this bound and the one above choose grids on a GPU and cannot be seen in the result"""
+
+    def __post_init__(self) -> None:
+        check_index("PagedBatch", "block_tables", self.block_tables, torch.int32)
+        check_index("PagedBatch", "query_starts", self.query_starts, torch.int32)
+        check_index("PagedBatch", "context_lens", self.context_lens, torch.int32)
+
+    @property
+    def num_requests(self) -> int:
+        return int(self.context_lens.shape[0])
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """The heads in a row of qkv [T, (Hq + 2 Hkv) D]: queries, then keys, then values."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    """a multiple of 16"""
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def qkv_width(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def check_rows(self, operation: str, qkv: torch.Tensor, num_rows: int) -> None:
+        """ValueError unless `qkv` has that many rows of these heads, or more."""
+        if qkv.shape[1] != self.qkv_width or num_rows > qkv.shape[0]:
+            raise ValueError(f"{operation}: qkv {tuple(qkv.shape)} does not fit {num_rows} rows of {self}")
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMSNorm of each query and key head before rope: weights [D] of both, in the model's dtype."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class ScoreParams:
+    """How scores are made of the dot products of queries and keys."""
+
+    scale: float
+    window: int | None = None
+    """a row sees the last `window` keys up to itself; None: all"""
+    soft_cap: float | None = None
+    """scores are cap * tanh(score / cap)"""
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """One layer's keys and values, in the cache's dtype. ValueError unless they are contiguous and of one dtype.
+
+    On CPU `k` is [blocks, Hkv, D, B] (transposed) and `v` [blocks, Hkv, B, D]; on a GPU both are [blocks, Hkv, B, D].
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if not (self.k.is_contiguous() and self.v.is_contiguous() and self.k.dtype is self.v.dtype):
+            raise ValueError("KvCache: expected contiguous keys and values of one dtype")
+
+
+@dataclass(frozen=True)
+class AttentionWorkspace:
+    """Partials of splits: `acc` [tokens, Hq, splits, D], `m` and `l` [tokens, Hq, splits], float32."""
+
+    acc: torch.Tensor
+    m: torch.Tensor
+    l: torch.Tensor  # noqa: E741
+
+    @property
+    def max_splits(self) -> int:
+        return int(self.acc.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.acc.nbytes + self.m.nbytes + self.l.nbytes)
+
+    def holds(self, tokens: int, splits: int) -> bool:
+        return tokens <= self.acc.shape[0] and splits <= self.max_splits
