@@ -41,7 +41,7 @@ def resolve_device(name: str, rank: int) -> torch.device:
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """Constants, not measured at start-up: the number of guesses must not vary from start to start."""
+    """Constants, not measured at start-up: the number of draft tokens must not vary from start to start."""
 
     step_seconds: float
     """of a decode step of one sequence, whatever the model"""
@@ -58,8 +58,8 @@ class DeviceSpeed:
         """A decode step of one sequence."""
         return self.step_seconds + self.layer_seconds * spec.num_layers + weights.nbytes / self.bytes_per_second
 
-    def costs(self, step_seconds: float, guess_seconds: float = 0.0) -> StepCosts:
-        """Of steps of a model, and of guesses of a draft model beside it."""
+    def costs(self, step_seconds: float, draft_seconds: float = 0.0) -> StepCosts:
+        """Of steps of a model, and of tokens of a draft model beside it."""
         return StepCosts(
-            step=step_seconds, row=self.row_share * step_seconds, result=self.result_seconds, guess=guess_seconds
+            step=step_seconds, row=self.row_share * step_seconds, result=self.result_seconds, draft=draft_seconds
         )

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from sempre.ipc.errors import ProtocolError
-from sempre.ipc.messages import ExecuteStep, NewRequest, Propose, SampledTokens
+from sempre.ipc.errors import MessageMalformed
+from sempre.ipc.messages import DraftRequest, ExecuteStep, NewRequest, SampledTokens
 from sempre.workers.guessing import MOST_GUESSES, Continuation, Guesser
 
 
@@ -33,11 +33,15 @@ class _Sequence:
     guesses: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     is_admitted: bool = False
+    has_failed: bool = False
+    """its last step could not be sampled: nothing is drafted after it"""
 
     @property
     def most_guesses(self) -> int:
         """A token of the request's own follows every guess that is verified."""
-        return self.new.num_prompt_tokens + self.new.params.max_tokens - 1 - len(self.token_ids)
+        return (
+            0 if self.has_failed else self.new.num_prompt_tokens + self.new.params.max_tokens - 1 - len(self.token_ids)
+        )
 
     def forget_wrong_guesses(self) -> int:
         """How many tokens are known to have been guessed right, or before that; the last one is always computed."""
@@ -72,10 +76,6 @@ class Drafting:
         params = replace(new.params, logprobs=None, prompt_logprobs=None)
         self._sequences[new.request_id] = _Sequence(replace(new, params=params), list(new.token_ids))
 
-    def extend(self, request_id: str, token_ids: Sequence[int]) -> None:
-        """Raises ProtocolError for a request that is not known."""
-        self._sequence(request_id).token_ids += token_ids
-
     def remove(self, request_ids: Sequence[str]) -> None:
         """Forget requests; unknown ones are ignored."""
         for request_id in request_ids:
@@ -84,37 +84,26 @@ class Drafting:
                 self._release_blocks(sequence)
                 self._dismiss(sequence)
 
-    def answer(self, command: Propose) -> list[list[int]]:
-        """All that a Propose asks for. Raises ProtocolError."""
-        self.remove(command.finished_request_ids)
-        for new in command.new_requests:
-            self.add(new)
-        for item in command.requests:
-            self.extend(item.request_id, item.token_ids)
-        return self.propose([(item.request_id, item.num_drafts) for item in command.requests])
-
-    def follow(self, step: ExecuteStep, sampled: Sequence[SampledTokens]) -> list[SampledTokens]:
-        """Take over what a step of the target has brought, and add the guesses that the step asked for."""
+    def observe(self, step: ExecuteStep, sampled: Sequence[SampledTokens] = ()) -> None:
+        """Take in what a step says of requests, and what the target has sampled in it. Raises MessageMalformed."""
         self.remove(step.finished_request_ids)
         for new in step.new_requests:
             self.add(new)
-        wanted = []
-        for item, result in zip(step.scheduled, sampled, strict=True):
-            self.extend(item.request_id, result.token_ids)
-            if item.num_drafts and result.token_ids:
-                wanted.append((item.request_id, item.num_drafts))
-        guesses = dict(zip((name for name, _ in wanted), self.propose(wanted), strict=True))
-        return [
-            replace(result, draft_token_ids=guesses[result.request_id]) if guesses.get(result.request_id) else result
-            for result in sampled
-        ]
+        for result in sampled:
+            sequence = self._sequence(result.request_id)
+            sequence.token_ids += result.token_ids
+            sequence.has_failed = result.error is not None
 
-    def propose(self, wanted: Sequence[tuple[str, int]]) -> list[list[int]]:
-        """At most so many guesses for each request; fewer, or none, where they do not fit or cannot be sampled."""
-        guesses: dict[str, list[int]] = {}
-        for start in range(0, len(wanted), self._max_num_seqs):
-            guesses |= self._guess(dict(wanted[start : start + self._max_num_seqs]))
-        return [guesses.get(request_id, []) for request_id, _ in wanted]
+    def propose(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
+        """For each request at most as many tokens as it asks for; fewer, or none, where they do not fit or cannot be
+        sampled. Raises MessageMalformed."""
+        for item in requests:
+            self._sequence(item.request_id).token_ids += item.token_ids
+        drafts: dict[str, list[int]] = {}
+        for start in range(0, len(requests), self._max_num_seqs):
+            asked = requests[start : start + self._max_num_seqs]
+            drafts |= self._guess({item.request_id: item.num_drafts for item in asked})
+        return [drafts.get(item.request_id, []) for item in requests]
 
     def _guess(self, counts: dict[str, int]) -> dict[str, list[int]]:
         """Guesses by request id, for requests that can be guessed."""
@@ -195,5 +184,7 @@ class Drafting:
     def _sequence(self, request_id: str) -> _Sequence:
         sequence = self._sequences.get(request_id)
         if sequence is None:
-            raise ProtocolError(f"Propose: expected a known request, found {request_id!r}")
+            field = "drafts.request_id"
+            text = f"ExecuteStep: {field}: expected a known request, found {request_id!r}"
+            raise MessageMalformed(text, field=field)
         return sequence

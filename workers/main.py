@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import NoReturn, Protocol
 
 import zmq
 
@@ -37,8 +37,6 @@ from sempre.ipc.messages import (
     LoadModel,
     Message,
     ModelLoaded,
-    Propose,
-    Proposed,
     Refused,
     SampledTokens,
     ShutdownWorker,
@@ -74,13 +72,6 @@ class WorkerProtocol(Protocol):
     def shutdown(self) -> None: ...
 
 
-@runtime_checkable
-class Proposer(Protocol):
-    """A worker that can guess."""
-
-    def propose(self, command: Propose) -> Proposed: ...
-
-
 def run_command(worker: WorkerProtocol, command: WorkerCommand) -> WorkerEvent:
     """Have `worker` answer one command that is no step. Raises what the worker raises."""
     match command:
@@ -90,8 +81,6 @@ def run_command(worker: WorkerProtocol, command: WorkerCommand) -> WorkerEvent:
             return worker.load_model(command)
         case StartServing():
             return worker.start_serving(command)
-        case Propose() if isinstance(worker, Proposer):
-            return worker.propose(command)
         case _:
             raise AssertionError(f"{type(command).__name__} has no answer")
 
@@ -107,7 +96,7 @@ def sendable(event: WorkerEvent, error: TypeError | MessageTooLarge) -> WorkerEv
         case StepResult(), MessageTooLarge(limit_bytes=limit_bytes) if event.sampled:
             share = limit_bytes // (2 * len(event.sampled))
             kept = [s if _logprob_bytes(s) <= share else _too_large(s, error) for s in event.sampled]
-            return StepResult(rank=event.rank, step_id=event.step_id, sampled=kept)
+            return StepResult(rank=event.rank, step_id=event.step_id, sampled=kept, drafts=event.drafts)
         case _:
             return None
 
@@ -229,9 +218,7 @@ class WorkerLoop:
                 self._accepts = (StartServing,)
                 self._max_steps_in_flight = depth
             case WorkerReady():
-                self._accepts = (
-                    (ExecuteStep, CallMethod, Propose) if isinstance(worker, Proposer) else (ExecuteStep, CallMethod)
-                )
+                self._accepts = (ExecuteStep, CallMethod)
         self._reply(event)
 
     def _reply(self, event: WorkerEvent) -> None:

@@ -16,15 +16,13 @@ from time import perf_counter
 from msgspec.structs import replace
 
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import ConfigError, ProtocolError
+from sempre.ipc.errors import ConfigError, MessageMalformed, ProtocolError
 from sempre.ipc.messages import (
     CallMethod,
     CallMethodReply,
     ExecuteStep,
     LoadModel,
     ModelLoaded,
-    Propose,
-    Proposed,
     SampledTokens,
     StartServing,
     StepCosts,
@@ -138,7 +136,8 @@ class Worker:
                 guesser.prepare()
                 self._drafting = Drafting(guesser, max_num_seqs=loaded.max_num_seqs)
         self._runner = runner
-        self._ahead = runner if isinstance(runner, PipelinedRunner) else None
+        # the runner of a draft worker takes no steps
+        self._ahead = runner if config.role == "target" and isinstance(runner, PipelinedRunner) else None
         seed_everything(config.seed)
         return WorkerReady(
             rank=config.rank,
@@ -148,14 +147,17 @@ class Worker:
         )
 
     def execute(self, command: ExecuteStep) -> StepResult:
-        """One step. A request that cannot be computed carries its error; a step that is wrong raises ProtocolError."""
+        """One step. A request that cannot be computed carries its error; a wrong step raises MessageMalformed."""
         self.submit(command)
         return self.collect()
 
     def submit(self, command: ExecuteStep) -> None:
         """Start a step; a device that works on its own is not waited for. Raises as `execute`."""
         runner = self._require_runner()
-        if self._ahead is not None:
+        self._check_role(command)
+        if self._require_loaded().config.role == "draft":
+            self._computed.append([])
+        elif self._ahead is not None:
             self._ahead.submit(command)
         else:
             self._computed.append(runner.execute(command))
@@ -170,17 +172,11 @@ class Worker:
         sampled = self._computed.popleft() if self._ahead is None else self._ahead.collect()
         rank = self._require_loaded().config.rank
         step = self._steps.popleft()
+        drafts: list[list[int]] = []
         if self._drafting is not None:
-            sampled = self._drafting.follow(step, sampled)
-        return StepResult(rank=rank, step_id=step.step_id, sampled=sampled)
-
-    def propose(self, command: Propose) -> Proposed:
-        """Guess how requests go on. Raises ProtocolError."""
-        config = self._require_loaded().config
-        if self._drafting is None or config.role != "draft":
-            raise ProtocolError(f"Propose: expected a serving worker of role 'draft', found role {config.role!r}.")
-        drafts = self._drafting.answer(command)
-        return Proposed(rank=config.rank, proposal_id=command.proposal_id, draft_token_ids=drafts)
+            self._drafting.observe(step, sampled)
+            drafts = self._drafting.propose(step.drafts)
+        return StepResult(rank=rank, step_id=step.step_id, sampled=sampled, drafts=drafts)
 
     def call(self, command: CallMethod) -> CallMethodReply:
         """Call a public method; its error, or that of an unknown name or wrong arguments, is the reply's."""
@@ -203,6 +199,22 @@ class Worker:
             self._backend = None
         if self._compiler is not None:
             self._compiler.close()
+
+    def _check_role(self, step: ExecuteStep) -> None:
+        """Raises MessageMalformed for a step that asks for what this worker does not do."""
+        role = self._require_loaded().config.role
+        if role == "draft" and step.scheduled:
+            text = f"expected nothing for a worker of role 'draft', found {len(step.scheduled)} requests"
+            raise MessageMalformed(f"ExecuteStep: scheduled: {text}", field="scheduled")
+        sampling = {item.request_id for item in step.scheduled} if step.drafts else ()
+        for item in step.drafts:
+            if self._drafting is None:
+                raise MessageMalformed(
+                    f"ExecuteStep: drafts: expected none without a draft model, found {item}", field="drafts"
+                )
+            if role == "target" and (item.token_ids or item.request_id not in sampling):
+                text = f"expected scheduled requests without token_ids, found {item}"
+                raise MessageMalformed(f"ExecuteStep: drafts: {text}", field="drafts")
 
     def _make_draft_runner(self, runner: Runner, num_blocks: int) -> Runner | None:
         """What guesses: the model of a draft worker, or the second model of a target's, with as many blocks."""
@@ -233,8 +245,8 @@ class Worker:
 
     def _expected_costs(self, loaded: LoadedModel) -> StepCosts:
         speed, draft = self._require_backend().speed, self._draft_model
-        guess = 0.0 if draft is None else speed.decode_seconds(draft.spec, draft.weights)
-        return speed.costs(speed.decode_seconds(loaded.spec, loaded.weights), guess)
+        draft_seconds = 0.0 if draft is None else speed.decode_seconds(draft.spec, draft.weights)
+        return speed.costs(speed.decode_seconds(loaded.spec, loaded.weights), draft_seconds)
 
     def _fingerprint(self) -> dict[str, str]:
         parts = self._require_backend().fingerprint(self._require_loaded())

@@ -208,7 +208,7 @@ class EngineCore:
             steps_ahead = self._startup.max_steps_in_flight > 1
             costs = self._startup.costs
             if self._drafts is not None:
-                costs = replace(costs, guess=self._drafts.step_seconds)
+                costs = replace(costs, draft=self._drafts.step_seconds)
             speculation = SpeculationPlan(config.speculative_config, steps_ahead=steps_ahead, costs=costs)
         return Scheduler(
             num_blocks=ready.num_blocks,

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from sempre.engine.scheduling.request import Request
+from sempre.engine.scheduling.step_in_flight import check_drafts
 from sempre.engine.speculation import ModelSpeculation
-from sempre.ipc.errors import ProtocolError
-from sempre.ipc.messages import DraftRequest, Propose, Proposed
+from sempre.ipc.messages import DraftRequest, ExecuteStep, StepResult
 
 # a proposal that takes longer is not waited for, and no other one until it is there
 PATIENCE_S = 0.5
@@ -30,6 +30,7 @@ class DraftLink:
         """what is to be asked about, by id: one that is computed again meanwhile asks twice"""
         self._asked: list[tuple[Request, int]] = []
         """what the proposal under way is for, with the number of tokens that it goes by"""
+        self._step = ExecuteStep(step_id=0)
         self._asked_at: float | None = None
         self.is_late = False
 
@@ -46,7 +47,7 @@ class DraftLink:
         if self._known.pop(request_id, None) is not None:
             self._finished.append(request_id)
 
-    def next_proposal(self, now: float, *, available: bool) -> Propose | None:
+    def next_step(self, now: float, *, available: bool) -> ExecuteStep | None:
         """What to send, if anything. While the worker is not available or late, nobody is kept waiting."""
         if not available or self.is_late:
             self._give_up_queued()
@@ -54,7 +55,7 @@ class DraftLink:
         if self._asked_at is not None or not self._queued:
             return None
         queued, self._queued = self._queued, {}
-        new_requests, requests = [], []
+        new_requests, drafts = [], []
         for request in queued.values():
             speculation = _speculation(request)
             if request.finish_reason is not None or not speculation.awaits_worker:
@@ -64,30 +65,29 @@ class DraftLink:
                 new_requests.append(request.as_new())
                 known = len(request.token_ids)
             self._known[request.request_id] = len(request.token_ids)
-            requests.append(
+            drafts.append(
                 DraftRequest(
                     request_id=request.request_id, token_ids=request.token_ids[known:], num_drafts=speculation.length()
                 )
             )
             self._asked.append((request, len(request.token_ids)))
-        if not requests:
+        if not drafts:
             return None
         finished, self._finished = self._finished, []
         self._asked_at = now
         self._next_id += 1
-        return Propose(
-            proposal_id=self._next_id, finished_request_ids=finished, new_requests=new_requests, requests=requests
+        self._step = ExecuteStep(
+            step_id=self._next_id, finished_request_ids=finished, new_requests=new_requests, drafts=drafts
         )
+        return self._step
 
-    def take(self, answer: Proposed) -> None:
-        """Hand out the guesses; those that come too late do no harm. Raises ProtocolError when some are missing."""
-        asked, found = self._asked, len(answer.draft_token_ids)
-        if found != len(asked):
-            raise ProtocolError(f"Proposed.draft_token_ids: expected {len(asked)} lists, found {found}")
-        self._asked = []
+    def take(self, result: StepResult) -> None:
+        """Hand out the drafts; those that come too late do no harm. Raises ProtocolError when some are missing."""
+        check_drafts(self._step, result)
+        asked, self._asked = self._asked, []
         self._asked_at = None
         self.is_late = False
-        for (request, num_known), guesses in zip(asked, answer.draft_token_ids, strict=True):
+        for (request, num_known), guesses in zip(asked, result.drafts, strict=True):
             if request.finish_reason is None and len(request.token_ids) == num_known:
                 _speculation(request).answered(num_known, guesses)
 

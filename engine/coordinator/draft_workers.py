@@ -16,7 +16,7 @@ from sempre.engine.coordinator.draft_link import PATIENCE_S, DraftLink
 from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.executor.base import Executor
 from sempre.ipc.errors import SempreError, StartupError, WorkerDied
-from sempre.ipc.messages import Proposed
+from sempre.ipc.messages import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class DraftWorkers:
         notices: list[str] = []
         try:
             while True:
-                sent = self._send_proposals()
+                sent = self._send_steps()
                 if not self._receive() and not sent:
                     break
         except SempreError as error:
@@ -131,7 +131,7 @@ class DraftWorkers:
         if arrival is None:
             return False
         rank, event = arrival
-        if isinstance(event, Proposed):
+        if isinstance(event, StepResult):
             self.links[rank].take(event)
         else:
             assert self._startup is not None
@@ -141,13 +141,13 @@ class DraftWorkers:
                 self._num_starts = 0
         return True
 
-    def _send_proposals(self) -> bool:
+    def _send_steps(self) -> bool:
         sent = False
         for rank, link in enumerate(self.links):
-            proposal = link.next_proposal(time.monotonic(), available=self.is_serving)
-            if proposal is not None:
+            step = link.next_step(time.monotonic(), available=self.is_serving)
+            if step is not None:
                 assert self._executor is not None
-                self._executor.send(rank, proposal)
+                self._executor.send(rank, step)
                 sent = True
         return sent
 

@@ -15,8 +15,6 @@ from sempre.ipc.messages import (
     ExecuteStep,
     LoadModel,
     ModelLoaded,
-    Propose,
-    Proposed,
     StartServing,
     StepResult,
     WorkerCommand,
@@ -32,7 +30,6 @@ _ANSWERS: dict[type[WorkerCommand], type[WorkerEvent]] = {
     LoadModel: ModelLoaded,
     StartServing: WorkerReady,
     ExecuteStep: StepResult,
-    Propose: Proposed,
     CallMethod: CallMethodReply,
 }
 
@@ -88,8 +85,6 @@ class WorkerPeer:
         match owed, event:
             case ExecuteStep(step_id=expected), StepResult(step_id=found):
                 _expect("StepResult.step_id", expected, found)
-            case Propose(proposal_id=expected), Proposed(proposal_id=found):
-                _expect("Proposed.proposal_id", expected, found)
             case CallMethod(call_id=expected), CallMethodReply(call_id=found):
                 _expect("CallMethodReply.call_id", expected, found)
         self._owed.popleft()

@@ -168,6 +168,7 @@ class Scheduler:
             finished_request_ids=finished_ids,
             new_requests=draft.new_requests,
             scheduled=draft.scheduled,
+            drafts=draft.drafts,
         )
 
     def _schedule_running(self, draft: StepInFlight) -> bool:
@@ -199,7 +200,7 @@ class Scheduler:
             drafts: list[int] = []
             if request.speculation is not None and request.num_tokens == len(request.token_ids) == start + num_new:
                 room = draft.budget - num_new - (num_running - index - 1)
-                drafts, more_blocks = self._drafts(request, min(room, self._max_draft_tokens - draft.num_drafts))
+                drafts, more_blocks = self._drafts(request, min(room, self._max_draft_tokens - draft.num_draft_tokens))
                 block_ids = block_ids + more_blocks
             draft.plan(request, num_new, block_table_start, block_ids, drafts)
         return len(running) == num_running
@@ -297,6 +298,7 @@ class Scheduler:
         self._in_flight.popleft()
         deltas = []
         num_prompt_tokens, num_generated = 0, self._counters.generation_tokens
+        drafted = dict(zip((item.request_id for item in flight.drafts), result.drafts, strict=True))
         for request, planned, sampled in zip(flight.requests, flight.scheduled, result.sampled, strict=True):
             if request.num_prompt_tokens_counted < request.num_prompt_tokens:
                 num_prompt_tokens += request.count_prompt_tokens(planned.num_computed_tokens + planned.num_tokens)
@@ -318,7 +320,7 @@ class Scheduler:
             if holds_blocks and num_written >= request.next_commit_at:
                 self._kv_cache.commit(request, num_written, sampled.token_ids)
             if sampled.token_ids or sampled.prompt_logprobs is not None:
-                deltas.append(self._apply(request, sampled, planned))
+                deltas.append(self._apply(request, sampled, planned, drafted.get(request.request_id)))
             if self._quarantine and self._quarantine.has_passed(request):
                 self._release_suspect(request)
         self._counters.tokens_per_step.observe(num_prompt_tokens + self._counters.generation_tokens - num_generated)
@@ -362,8 +364,11 @@ class Scheduler:
             per_position[index] += 1
         return len(drafts) - num_kept
 
-    def _apply(self, request: Request, sampled: SampledTokens, planned: ScheduledRequest) -> RequestOutputDelta:
-        """Take over one request's tokens up to the first that ends it."""
+    def _apply(
+        self, request: Request, sampled: SampledTokens, planned: ScheduledRequest, drafted: list[int] | None
+    ) -> RequestOutputDelta:
+        """Take over one request's tokens up to the first that ends it. `drafted`: what comes next, if that was asked
+        for."""
         token_ids = sampled.token_ids
         logprobs = sampled.logprobs
         ended = False
@@ -380,13 +385,7 @@ class Scheduler:
         if sampled.prompt_logprobs is not None:
             request.num_prompt_logprobs_delivered += num_rows(sampled.prompt_logprobs)
         if request.speculation is not None and token_ids and not ended:
-            request.speculation.sampled(
-                request.token_ids,
-                planned.draft_token_ids,
-                len(token_ids) - 1,
-                planned.num_drafts,
-                sampled.draft_token_ids,
-            )
+            request.speculation.sampled(request.token_ids, planned.draft_token_ids, len(token_ids) - 1, drafted)
             if request.speculation.awaits_worker:
                 self._awaiting_drafts.append(request)
         num_cached_tokens = request.cached_tokens_to_report

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from operator import gt
+
 import msgspec
 
 from sempre.engine.scheduling.request import Request
 from sempre.ipc.errors import ProtocolError
-from sempre.ipc.messages import ExecuteStep, LogprobRows, NewRequest, SampledTokens, ScheduledRequest, StepResult
+from sempre.ipc.messages import (
+    DraftRequest,
+    ExecuteStep,
+    LogprobRows,
+    NewRequest,
+    SampledTokens,
+    ScheduledRequest,
+    StepResult,
+)
 
 
 class StepInFlight:
@@ -17,8 +27,9 @@ class StepInFlight:
 
     __slots__ = (
         "budget",
+        "drafts",
         "new_requests",
-        "num_drafts",
+        "num_draft_tokens",
         "prompt_budget",
         "requests",
         "samples",
@@ -30,11 +41,12 @@ class StepInFlight:
         self.step_id = step_id
         self.budget = budget  # tokens that may still be planned
         self.prompt_budget = prompt_budget  # so many of them for requests that do more than decode
-        self.num_drafts = 0
+        self.num_draft_tokens = 0  # to verify
         self.requests: list[Request] = []
         self.samples: list[bool] = []
         self.scheduled: list[ScheduledRequest] = []
         self.new_requests: list[NewRequest] = []
+        self.drafts: list[DraftRequest] = []
 
     @property
     def has_room_for_prompts(self) -> bool:
@@ -52,12 +64,11 @@ class StepInFlight:
         start = request.num_computed_tokens
         end = start + num_tokens
         samples = end == request.num_tokens
-        num_drafts = 0
-        if samples and request.speculation is not None:
-            num_drafts = request.speculation.num_wanted()
+        if samples and request.speculation is not None and (num_drafts := request.speculation.num_wanted()):
+            self.drafts.append(DraftRequest(request_id=request.request_id, num_drafts=num_drafts))
         if drafts:
             request.drafts_in_flight = drafts
-            self.num_drafts += len(drafts)
+            self.num_draft_tokens += len(drafts)
             end += len(drafts)
         rows_start = 0
         if request.wants_prompt_logprobs:
@@ -72,7 +83,6 @@ class StepInFlight:
                 block_ids=block_ids,
                 prompt_logprobs_start=rows_start,
                 draft_token_ids=drafts or [],
-                num_drafts=num_drafts,
             )
         )
         self.requests.append(request)
@@ -112,6 +122,7 @@ class StepInFlight:
                     raise self._refused(index, "token_ids", expected, f"{sampled.token_ids}")
                 if request.wants_prompt_logprobs:
                     self._check_prompt_logprobs(index, sampled)
+        check_drafts(step, result)
 
     def _check_prompt_logprobs(self, index: int, sampled: SampledTokens) -> None:
         expected = num_prompt_logprob_rows(self.scheduled[index], self.requests[index].num_prompt_tokens)
@@ -122,6 +133,16 @@ class StepInFlight:
     def _refused(self, index: int, field: str, expected: str, found: str) -> ProtocolError:
         return ProtocolError(
             f"StepResult.sampled[{index}].{field}: expected {expected} in step {self.step_id}, found {found}"
+        )
+
+
+def check_drafts(step: ExecuteStep, result: StepResult) -> None:
+    """Raise ProtocolError unless `result` has drafts for each request that was to have them, and not too many."""
+    expected, found = [item.num_drafts for item in step.drafts], [len(drafts) for drafts in result.drafts]
+    if len(found) != len(expected) or any(map(gt, found, expected)):
+        raise ProtocolError(
+            f"StepResult.drafts: expected {len(expected)} lists of at most {expected} tokens in step {step.step_id}, "
+            f"found {len(found)} of {found}"
         )
 
 

@@ -23,7 +23,7 @@ MakeDrafter = Callable[[str | None], Drafter]
 """Makes the drafter of one request from its `cache_salt`."""
 
 
-class GuessCosts(NamedTuple):
+class DraftCosts(NamedTuple):
     """In steps of the target."""
 
     first: float
@@ -39,7 +39,7 @@ class DraftLength:
     tokens (Leviathan et al., arXiv:2211.17192, section 3.1, for independent guesses) and costs 1 + first + k · each.
     """
 
-    def __init__(self, longest: int, *, costs: GuessCosts, adaptive: bool = True) -> None:
+    def __init__(self, longest: int, *, costs: DraftCosts, adaptive: bool = True) -> None:
         self._longest = longest
         self._costs = costs
         self.adapts = adaptive
@@ -83,11 +83,9 @@ class Speculation(Protocol):
     def num_wanted(self) -> int:
         """Guesses that the worker is to make after that step."""
 
-    def sampled(
-        self, token_ids: list[int], drafts: list[int], num_kept: int, num_wanted: int, proposed: list[int]
-    ) -> None:
-        """A step has returned that verified `drafts` and kept `num_kept`; the worker, asked for `num_wanted` guesses,
-        has made those `proposed`."""
+    def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, drafted: list[int] | None) -> None:
+        """A step has returned that verified `drafts` and kept `num_kept`; the worker then `drafted` what comes next,
+        None where it was not asked to."""
 
     def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
         """The request has ended, in whatever way."""
@@ -121,9 +119,7 @@ class LookupSpeculation:
     def num_wanted(self) -> int:
         return 0
 
-    def sampled(
-        self, token_ids: list[int], drafts: list[int], num_kept: int, num_wanted: int, proposed: list[int]
-    ) -> None:
+    def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, drafted: list[int] | None) -> None:
         pass
 
     def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
@@ -182,9 +178,7 @@ class ModelSpeculation:
         """How many guesses to ask for."""
         return 0 if self._rest else self._length.current or self._probe_length
 
-    def sampled(
-        self, token_ids: list[int], drafts: list[int], num_kept: int, num_wanted: int, proposed: list[int]
-    ) -> None:
+    def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, drafted: list[int] | None) -> None:
         self._rest = max(0, self._rest - 1)
         if drafts:
             self._length.observe(num_kept, missed=num_kept < len(drafts))
@@ -192,12 +186,12 @@ class ModelSpeculation:
                 self._next_rest = _REST
             else:
                 self._begin_rest()
-        elif num_wanted and not proposed:
+        elif drafted == []:
             self._begin_rest()
-        if drafts or num_wanted:
+        if drafts or drafted is not None:
             self._in_flight = False
         self.awaits_worker = self._asks_worker and self.length() > 0
-        self._guesses, self._num_known = proposed, len(token_ids)
+        self._guesses, self._num_known = drafted or [], len(token_ids)
 
     def answered(self, num_known: int, guesses: list[int]) -> None:
         """The worker's guesses of what comes after the first `num_known` tokens; too late is as good as none."""
@@ -222,7 +216,7 @@ class SpeculationPlan:
         """`steps_ahead`: the worker takes a step before the result of the one before it is known. `costs`: expected of
         the target, and of a draft model, wherever it is."""
         self._config = config
-        self._costs = guess_costs(costs, steps_ahead=steps_ahead, asks_worker=self.asks_worker)
+        self._costs = draft_costs(costs, steps_ahead=steps_ahead, asks_worker=self.asks_worker)
         self._make_drafter = DRAFTERS[config.method](config) if config.method in DRAFTERS else None
 
     @property
@@ -239,12 +233,12 @@ class SpeculationPlan:
         return LookupSpeculation(self._make_drafter(cache_salt), length, longest)
 
 
-def guess_costs(costs: StepCosts, *, steps_ahead: bool, asks_worker: bool) -> GuessCosts:
+def draft_costs(costs: StepCosts, *, steps_ahead: bool, asks_worker: bool) -> DraftCosts:
     """What guesses cost where steps and results take as long as `costs` says."""
     waiting = costs.result if steps_ahead else 0.0
     if asks_worker:
         waiting += _ASKING_SECONDS
-    return GuessCosts(first=waiting / costs.step, each=(costs.row + costs.guess) / costs.step)
+    return DraftCosts(first=waiting / costs.step, each=(costs.row + costs.draft) / costs.step)
 
 
 def _ngram_drafters(config: SpeculativeConfig) -> MakeDrafter:

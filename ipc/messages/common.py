@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # msgpack itself bounds an integer at 2**64 - 1; msgspec cannot state that bound
 Uint64 = Annotated[int, Meta(ge=0)]

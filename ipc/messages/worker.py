@@ -21,8 +21,8 @@ from sempre.ipc.messages.common import (
 class WorkerConfig(Data, frozen=True, kw_only=True):
     """Everything a worker needs to know before it loads the model.
 
-    `role` is "target", or "draft" for a worker that only guesses. A step brings at most `max_draft_tokens` drafted
-    tokens. `draft_model_path` is the model that a target worker guesses with itself.
+    `role` is "target", or "draft" for a worker that only drafts. A step brings at most `max_draft_tokens` draft
+    tokens. `draft_model_path` is the draft model that a target worker holds beside its own.
     """
 
     rank: NonNegative
@@ -86,10 +86,9 @@ class ScheduledRequest(Data, frozen=True, kw_only=True):
     max(a + 1, `prompt_logprobs_start`) ≤ p ≤ min(b, P - 1), if the request asked for any. Rows below
     `prompt_logprobs_start` were reported before the request was preempted.
 
-    `draft_token_ids` are guesses of the tokens after the last known one; the last of the `num_tokens` are theirs. The
-    worker samples its own token after the last known one and after each guess, and keeps them up to and including the
-    first that the next guess does not equal: one token, or several, none of which depends on the guesses.
-    After a step that samples, a worker with a draft model guesses the next `num_drafts` tokens.
+    `draft_token_ids` are drafts of the tokens after the last known one; the last of the `num_tokens` are theirs. The
+    worker samples its own token after the last known one and after each draft token, and keeps them up to and including
+    the first that the next draft token does not equal: one token, or several, none of which depends on the drafts.
     """
 
     request_id: str
@@ -99,33 +98,31 @@ class ScheduledRequest(Data, frozen=True, kw_only=True):
     block_ids: list[NonNegative]
     prompt_logprobs_start: NonNegative = 0
     draft_token_ids: list[TokenId] = []
-    num_drafts: NonNegative = 0
+
+
+class DraftRequest(Data, frozen=True, kw_only=True):
+    """Draft the next `num_drafts` tokens of a request.
+
+    `token_ids` are those that the worker does not know yet: none where it has sampled them itself.
+    """
+
+    request_id: str
+    token_ids: list[TokenId] = []
+    num_drafts: Positive
 
 
 class ExecuteStep(Message, frozen=True, kw_only=True):
-    """One forward pass over the scheduled requests. `finished_request_ids` are forgotten before it."""
+    """One forward pass over the scheduled requests, then drafts for some. `finished_request_ids` are forgotten first.
+
+    Only a worker with a draft model is asked for drafts: a target for requests that the step samples for, a worker of
+    role "draft" for any that it knows, and it has nothing scheduled.
+    """
 
     step_id: NonNegative
     finished_request_ids: list[str] = []
     new_requests: list[NewRequest] = []
     scheduled: list[ScheduledRequest] = []
-
-
-class DraftRequest(Data, frozen=True, kw_only=True):
-    """`token_ids` follow what the worker knows of the request; then `num_drafts` tokens are to be guessed."""
-
-    request_id: str
-    token_ids: list[TokenId]
-    num_drafts: Positive
-
-
-class Propose(Message, frozen=True, kw_only=True):
-    """To a draft worker: guess how requests go on. `finished_request_ids` are forgotten before it."""
-
-    proposal_id: NonNegative
-    finished_request_ids: list[str] = []
-    new_requests: list[NewRequest] = []
-    requests: list[DraftRequest] = []
+    drafts: list[DraftRequest] = []
 
 
 class CallMethod(Message, frozen=True, kw_only=True):
@@ -141,7 +138,7 @@ class ShutdownWorker(Message, frozen=True, kw_only=True):
     """Finish and exit with code 0."""
 
 
-WorkerCommand = LoadModel | StartServing | ExecuteStep | Propose | CallMethod | ShutdownWorker | Heartbeat | Refused
+WorkerCommand = LoadModel | StartServing | ExecuteStep | CallMethod | ShutdownWorker | Heartbeat | Refused
 
 
 class WorkerHello(Message, frozen=True, kw_only=True):
@@ -157,13 +154,13 @@ class StepCosts(Data, frozen=True, kw_only=True):
     """What steps may be expected to take, in seconds: a function of the model and the kind of device, not measured.
 
     `step` is one of a single sequence that decodes, `row` one row more in it; `result` passes between the result of a
-    step and the next step that follows from it. `guess`: a token of the draft model that shares the device.
+    step and the next step that follows from it. `draft`: a token of the draft model that shares the device.
     """
 
     step: float
     row: float
     result: float
-    guess: float = 0.0
+    draft: float = 0.0
 
 
 class ModelLoaded(Message, frozen=True, kw_only=True):
@@ -203,8 +200,8 @@ class WorkerReady(Message, frozen=True, kw_only=True):
 class SampledTokens(Data, frozen=True, kw_only=True):
     """The result of one request in one step: no token (chunked prefill goes on), one, or several (speculation).
 
-    `draft_token_ids` are guesses of the tokens after those. An error of the type NOT_READY ends nothing: the form of
-    the output was not ready, and the token is to be sampled in a later step.
+    An error of the type NOT_READY ends nothing: the form of the output was not ready, and the token is to be sampled in
+    a later step.
     """
 
     request_id: str
@@ -212,23 +209,18 @@ class SampledTokens(Data, frozen=True, kw_only=True):
     logprobs: LogprobRows | None = None
     prompt_logprobs: LogprobRows | None = None
     error: ErrorInfo | None = None
-    draft_token_ids: list[TokenId] = []
 
 
 class StepResult(Message, frozen=True, kw_only=True):
-    """Answer to ExecuteStep; `sampled` is in the order of `ExecuteStep.scheduled`."""
+    """Answer to ExecuteStep; `sampled` is in the order of its `scheduled`, `drafts` in the order of its `drafts`.
+
+    Drafts may be fewer than asked for, or none.
+    """
 
     rank: NonNegative
     step_id: NonNegative
     sampled: list[SampledTokens] = []
-
-
-class Proposed(Message, frozen=True, kw_only=True):
-    """Answer to Propose, in the order of its `requests`; a list may be shorter than asked for, or empty."""
-
-    rank: NonNegative
-    proposal_id: NonNegative
-    draft_token_ids: list[list[TokenId]] = []
+    drafts: list[list[TokenId]] = []
 
 
 class CallMethodReply(Message, frozen=True, kw_only=True):
@@ -248,13 +240,5 @@ class WorkerFailed(Message, frozen=True, kw_only=True):
 
 
 WorkerEvent = (
-    WorkerHello
-    | ModelLoaded
-    | WorkerReady
-    | StepResult
-    | Proposed
-    | CallMethodReply
-    | WorkerFailed
-    | Heartbeat
-    | Refused
+    WorkerHello | ModelLoaded | WorkerReady | StepResult | CallMethodReply | WorkerFailed | Heartbeat | Refused
 )

@@ -16,6 +16,7 @@ from sempre.ipc.channel import HubChannel, PeerChannel
 from sempre.ipc.codec import FrameDecoder, FrameEncoder
 from sempre.ipc.errors import FrameLost, MessageMalformed, MessageTooLarge, ProtocolError
 from sempre.ipc.messages import (
+    PROTOCOL_VERSION,
     ClientCommand,
     ClientEvent,
     ClientHello,
@@ -27,7 +28,7 @@ from sempre.ipc.messages import (
 )
 
 LIMIT = 1 << 16
-HELLO = ClientHello(protocol_version=1, pid=1)
+HELLO = ClientHello(protocol_version=PROTOCOL_VERSION, pid=1)
 WAIT_S = 10.0
 
 

@@ -15,6 +15,7 @@ from sempre.ipc.channel import HubChannel, PeerChannel
 from sempre.ipc.codec import MAGIC, MAX_DEPTH, FrameDecoder, FrameEncoder
 from sempre.ipc.errors import MessageMalformed, ProtocolError
 from sempre.ipc.messages import (
+    PROTOCOL_VERSION,
     CallMethod,
     CallMethodReply,
     CallWorkers,
@@ -179,7 +180,7 @@ def test_a_refusal_fits_every_limit() -> None:
         answered = peer.receive(5)
         assert isinstance(answered, Refused)
         assert answered.error.facts["field"] == "tag"
-        peer.socket.send(FrameEncoder(limit).encode(ClientHello(protocol_version=1, pid=0), 1))
+        peer.socket.send(FrameEncoder(limit).encode(ClientHello(protocol_version=PROTOCOL_VERSION, pid=0), 1))
         arrival = hub.receive(5)
         assert arrival is not None
         assert isinstance(arrival[1], ClientHello)
@@ -193,7 +194,7 @@ def test_a_hub_outlives_hostile_frames_of_an_accepted_peer() -> None:
     with HubChannel[ClientCommand]("inproc://hostile-peer", receives=ClientCommand, limit_bytes=LIMIT) as hub:
         peer: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         peer.connect("inproc://hostile-peer")
-        peer.send(FrameEncoder(LIMIT).encode(ClientHello(protocol_version=1, pid=0), 1))
+        peer.send(FrameEncoder(LIMIT).encode(ClientHello(protocol_version=PROTOCOL_VERSION, pid=0), 1))
         arrival = hub.receive(5)
         assert arrival is not None
         hub.accept(arrival[0])

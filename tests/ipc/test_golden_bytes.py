@@ -62,11 +62,7 @@ EXAMPLES: list[m.Message] = [
         scheduled=[
             m.ScheduledRequest(request_id="r", num_computed_tokens=0, num_tokens=2, block_table_start=0, block_ids=[4])
         ],
-    ),
-    m.Propose(
-        proposal_id=1,
-        finished_request_ids=["q"],
-        requests=[m.DraftRequest(request_id="r", token_ids=[5], num_drafts=2)],
+        drafts=[m.DraftRequest(request_id="r", token_ids=[5], num_drafts=2)],
     ),
     m.CallMethod(call_id=1, method="ping"),
     m.ShutdownWorker(),
@@ -81,8 +77,12 @@ EXAMPLES: list[m.Message] = [
         costs=m.StepCosts(step=0.5, row=0.25, result=0.125),
     ),
     m.WorkerReady(rank=0, digests_after_warm_up=DIGESTS),
-    m.StepResult(rank=0, step_id=1, sampled=[m.SampledTokens(request_id="r", token_ids=[5], logprobs=ROWS)]),
-    m.Proposed(rank=1, proposal_id=1, draft_token_ids=[[5, 6], []]),
+    m.StepResult(
+        rank=0,
+        step_id=1,
+        sampled=[m.SampledTokens(request_id="r", token_ids=[5], logprobs=ROWS)],
+        drafts=[[5, 6], []],
+    ),
     m.CallMethodReply(rank=0, call_id=1, result={"a": [1, 2.5, None, True]}),
     m.WorkerFailed(rank=0, error=ERROR),
 ]
@@ -129,11 +129,10 @@ GOLDEN = {
     """,
     "StartServing": "92ac537461727453657276696e6703",
     "ExecuteStep": """
-        95ab45786563757465537465700191a1719195a1729201020200dc00130400cb3ff0000000000000cb3ff00000000000
+        96ab45786563757465537465700191a1719195a1729201020200dc00130400cb3ff0000000000000cb3ff00000000000
         0000cb0000000000000000cb0000000000000000cb0000000000000000cb3ff00000000000008107cb3fe00000000000
-        00c0919201029090c0c0c0c0909198a1720002009104009000
+        00c0919201029090c0c0c0c0909197a172000200910400909193a172910502
     """,
-    "Propose": "95a750726f706f73650191a171909193a172910502",
     "CallMethod": "95aa43616c6c4d6574686f6401a470696e679080",
     "ShutdownWorker": "91ae53687574646f776e576f726b6572",
     "WorkerHello": "95ab576f726b657248656c6c6f01000281a5746f726368a132",
@@ -143,9 +142,9 @@ GOLDEN = {
     """,
     "WorkerReady": "95ab576f726b657252656164790094a170a16ea174a08080",
     "StepResult": """
-        94aa53746570526573756c7400019196a1729105960101c40401000000c404000080bfc40401000000c400c0c090
+        95aa53746570526573756c7400019195a1729105960101c40401000000c404000080bfc40401000000c400c0c0929205
+        0690
     """,
-    "Proposed": "94a850726f706f73656401019292050690",
     "CallMethodReply": "95af43616c6c4d6574686f645265706c79000181a1619401cb4004000000000000c0c3c0",
     "WorkerFailed": "93ac576f726b65724661696c65640095a154a16d01a082a16101a162c0",
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import structs
 
-from sempre.ipc.messages import NewRequest, SamplingSpec
+from sempre.ipc.messages import DraftRequest, NewRequest, SamplingSpec
 from sempre.workers.drafting import Drafting
 
 KINDS: list[dict[str, Any]] = [
@@ -38,7 +38,7 @@ def make_requests() -> list[NewRequest]:
 def guess_anew(drafting: Drafting, new: NewRequest, tokens: list[int], count: int) -> list[int]:
     """Guesses after `tokens` by a drafting that does not know the request."""
     drafting.add(structs.replace(new, token_ids=tokens.copy()))
-    guesses = drafting.propose([(new.request_id, count)])[0]
+    guesses = drafting.propose([DraftRequest(request_id=new.request_id, num_drafts=count)])[0]
     drafting.remove([new.request_id])
     return guesses
 
@@ -53,13 +53,18 @@ def differences(
     drawn = random.Random(5)
     requests = {new.request_id: new for new in make_requests()}
     known = {name: list(new.token_ids) for name, new in requests.items()}
+    unseen: dict[str, list[int]] = {}
     for new in requests.values():
         drafting.add(new)
     num_compared = 0
     found_differences: list[tuple[list[int], list[int]]] = []
     for _ in range(rounds):
         counts = {name: drawn.choice([1, 2, 4]) for name in requests if drawn.random() < 0.7}
-        found = dict(zip(counts, drafting.propose([*counts.items()]), strict=True))
+        asked = [
+            DraftRequest(request_id=name, token_ids=unseen.pop(name, []), num_drafts=count)
+            for name, count in counts.items()
+        ]
+        found = dict(zip(counts, drafting.propose(asked), strict=True))
         for name, new in requests.items():
             tokens, guesses = known[name], found.get(name, [])
             left = new.num_prompt_tokens + new.params.max_tokens - 1 - len(tokens)
@@ -72,10 +77,11 @@ def differences(
             num_right = drawn.choice([0, len(guesses), drawn.randint(0, len(guesses))])
             more = guesses[:num_right] + [drawn.randint(3, 300) for _ in range(1 if guesses else drawn.choice([1, 3]))]
             tokens += more
-            drafting.extend(name, more)
+            unseen[name] = unseen.get(name, []) + more
             if len(more) > left:  # it ends, and comes again
                 drafting.remove([name])
                 known[name] = list(new.token_ids)
                 drafting.add(new)
+                del unseen[name]
     assert num_compared > 3 * rounds
     return found_differences

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from sempre.ipc.messages import NewRequest, SamplingSpec
+from sempre.ipc.errors import MessageMalformed
+from sempre.ipc.messages import DraftRequest, ErrorInfo, ExecuteStep, NewRequest, SampledTokens, SamplingSpec
 from sempre.workers.drafting import Drafting
 from sempre.workers.guessing import Continuation
 
@@ -56,12 +57,17 @@ def new(request_id: str, **params: Any) -> NewRequest:
     )
 
 
+def ask(drafting: Drafting, name: str, count: int, token_ids: Sequence[int] = ()) -> list[list[int]]:
+    """Drafts for one request, which has these tokens more."""
+    return drafting.propose([DraftRequest(request_id=name, token_ids=[*token_ids], num_drafts=count)])
+
+
 def test_the_guesser_samples_by_the_request_s_own_seed_and_parameters() -> None:
     scribe = Scribe(num_blocks=8)
     drafting = Drafting(scribe, max_num_seqs=2)
     request = new("a", temperature=0.7, top_p=0.9, logprobs=3, prompt_logprobs=2)
     drafting.add(request)
-    assert drafting.propose([("a", 3)]) == [[7, 8, 9]]
+    assert ask(drafting, "a", 3) == [[7, 8, 9]]
     (admitted,) = scribe.admitted
     assert (admitted.seed, admitted.token_ids, admitted.num_prompt_tokens) == (request.seed, PROMPT, len(PROMPT))
     assert admitted.params == new("a", temperature=0.7, top_p=0.9).params
@@ -74,9 +80,8 @@ def test_keys_and_values_hold_as_far_as_the_drafts_were_right(tokens: list[int],
     scribe = Scribe(num_blocks=8)
     drafting = Drafting(scribe, max_num_seqs=2)
     drafting.add(new("a"))
-    drafting.propose([("a", 3)])
-    drafting.extend("a", tokens)
-    drafting.propose([("a", 2)])
+    ask(drafting, "a", 3)
+    ask(drafting, "a", 2, tokens)
     first, second = scribe.asked
     assert (first.num_unchanged, first.num_computed, first.token_ids) == (40, 0, PROMPT)
     assert (second.num_unchanged, second.token_ids) == (num_right, [*PROMPT, *tokens])
@@ -90,9 +95,8 @@ def test_a_sequence_whose_blocks_were_taken_is_computed_from_its_first_token() -
     drafting = Drafting(scribe, max_num_seqs=2)
     for name in ("a", "b"):
         drafting.add(new(name))
-        drafting.propose([(name, 3)])
-    drafting.extend("a", [7, 8, 1])
-    drafting.propose([("a", 3)])
+        ask(drafting, name, 3)
+    ask(drafting, "a", 3, [7, 8, 1])
     a, b, again = scribe.asked
     assert set(a.block_ids) & set(b.block_ids), "there is room for one of them only"
     assert (again.num_computed, len(again.block_ids)) == (0, 3)
@@ -103,5 +107,21 @@ def test_drafts_are_bounded_by_what_the_request_and_the_model_may_have() -> None
     drafting = Drafting(scribe, max_num_seqs=2)
     for name, max_tokens in (("ends", 2), ("last", 1), ("long", 50)):
         drafting.add(new(name, max_tokens=max_tokens))
-    assert drafting.propose([("ends", 5), ("last", 5)]) == [[7], []]
-    assert drafting.propose([("long", 5)]) == [[7, 8]]
+    assert [*ask(drafting, "ends", 5), *ask(drafting, "last", 5)] == [[7], []]
+    assert ask(drafting, "long", 5) == [[7, 8]]
+
+
+def test_nothing_is_drafted_after_a_step_that_has_failed() -> None:
+    scribe = Scribe(num_blocks=8)
+    drafting = Drafting(scribe, max_num_seqs=2)
+    failed = SampledTokens(request_id="a", error=ErrorInfo(type="ValueError", message="scripted"))
+    drafting.observe(ExecuteStep(step_id=0, new_requests=[new("a"), new("b")]), [failed])
+    assert [*ask(drafting, "a", 2), *ask(drafting, "b", 2)] == [[], [7, 8]]
+
+
+def test_a_draft_for_a_request_that_nobody_knows_is_refused() -> None:
+    drafting = Drafting(Scribe(num_blocks=8), max_num_seqs=2)
+    drafting.observe(ExecuteStep(step_id=0, new_requests=[new("a")]))
+    drafting.observe(ExecuteStep(step_id=1, finished_request_ids=["a", "never known"]))
+    with pytest.raises(MessageMalformed, match=r"drafts\.request_id: expected a known request, found 'a'"):
+        ask(drafting, "a", 2)

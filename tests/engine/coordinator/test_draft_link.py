@@ -8,12 +8,12 @@ from sempre.engine.harness import make_request
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.request import Request
 from sempre.engine.speculation import ModelSpeculation, SpeculationPlan
-from sempre.ipc.messages import Propose, Proposed, StepCosts
+from sempre.ipc.messages import ExecuteStep, StepCosts, StepResult
 
 PLAN = SpeculationPlan(
     SpeculativeConfig(method="draft_model", model="m", placement="worker", num_speculative_tokens=3, adaptive=False),
     steps_ahead=True,
-    costs=StepCosts(step=1.0, row=0.0, result=0.0, guess=0.0),
+    costs=StepCosts(step=1.0, row=0.0, result=0.0, draft=0.0),
 )
 
 
@@ -29,7 +29,7 @@ def speculation(request: Request) -> ModelSpeculation:
 def sample(request: Request, *token_ids: int) -> Request:
     """A step has brought these; the request now awaits guesses."""
     request.token_ids += token_ids
-    speculation(request).sampled(request.token_ids, [], 0, 0, [])
+    speculation(request).sampled(request.token_ids, [], 0, None)
     assert awaits(request)
     return request
 
@@ -42,18 +42,18 @@ def guesses(request: Request) -> list[int]:
     return speculation(request).drafts(request.token_ids, 10)
 
 
-def propose(link: DraftLink, now: float = 0.0) -> Propose:
-    proposal = link.next_proposal(now, available=True)
-    assert proposal is not None
-    return proposal
+def propose(link: DraftLink, now: float = 0.0) -> ExecuteStep:
+    step = link.next_step(now, available=True)
+    assert step is not None
+    return step
 
 
-def answer(link: DraftLink, proposal: Propose, *draft_token_ids: list[int]) -> None:
-    link.take(Proposed(rank=0, proposal_id=proposal.proposal_id, draft_token_ids=[*draft_token_ids]))
+def answer(link: DraftLink, step: ExecuteStep, *drafts: list[int]) -> None:
+    link.take(StepResult(rank=0, step_id=step.step_id, drafts=[*drafts]))
 
 
-def asked(proposal: Propose) -> list[tuple[str, list[int], int]]:
-    return [(item.request_id, item.token_ids, item.num_drafts) for item in proposal.requests]
+def asked(step: ExecuteStep) -> list[tuple[str, list[int], int]]:
+    return [(item.request_id, item.token_ids, item.num_drafts) for item in step.drafts]
 
 
 def test_the_worker_is_told_every_token_once_and_every_end_once() -> None:
@@ -82,12 +82,12 @@ def test_the_worker_is_told_every_token_once_and_every_end_once() -> None:
     assert propose(link).finished_request_ids == []
 
 
-def test_one_proposal_at_a_time() -> None:
+def test_one_step_at_a_time() -> None:
     link, one, two = DraftLink(), make("one"), make("two")
     link.ask([sample(one, 4)])
     first = propose(link)
     link.ask([sample(two, 4)])
-    assert link.next_proposal(0.0, available=True) is None
+    assert link.next_step(0.0, available=True) is None
     assert awaits(two)
     answer(link, first, [5])
     assert asked(propose(link)) == [("two", [], 3)]
@@ -96,7 +96,7 @@ def test_one_proposal_at_a_time() -> None:
 def test_nobody_waits_for_a_worker_that_is_not_there() -> None:
     link, request = DraftLink(), make("one")
     link.ask([sample(request, 4)])
-    assert link.next_proposal(0.0, available=False) is None
+    assert link.next_step(0.0, available=False) is None
     assert not awaits(request)
     assert guesses(request) == []
     link.ask([sample(request, 5)])
@@ -110,7 +110,7 @@ def test_a_request_that_has_ended_meanwhile_is_not_asked_about() -> None:
     assert asked(propose(link)) == [("other", [], 3)]
     link.reset()
     link.ask([ended])
-    assert link.next_proposal(0.0, available=True) is None
+    assert link.next_step(0.0, available=True) is None
 
 
 def test_nobody_waits_for_a_worker_that_is_late() -> None:
@@ -123,7 +123,7 @@ def test_nobody_waits_for_a_worker_that_is_late() -> None:
     assert not link.check_late(20.0), "it is late once"
     assert not awaits(one)
     link.ask([sample(one, 5), sample(two, 4)])
-    assert link.next_proposal(20.0, available=True) is None
+    assert link.next_step(20.0, available=True) is None
     assert not awaits(one)
     assert not awaits(two)
     link.ask([sample(one, 6)])
@@ -137,10 +137,10 @@ def test_nobody_waits_for_a_worker_that_is_late() -> None:
 def test_guesses_reach_whom_they_are_for_when_another_has_ended() -> None:
     link, one, two = DraftLink(), make("one"), make("two")
     link.ask([sample(one, 4), sample(two, 4)])
-    proposal = propose(link)
+    step = propose(link)
     one.finish_reason = "abort"
     link.forget("one")
-    answer(link, proposal, [7], [8])
+    answer(link, step, [7], [8])
     assert guesses(two) == [8]
 
 
@@ -156,9 +156,9 @@ def test_a_new_worker_is_told_everything_anew() -> None:
     assert not awaits(one)
     assert not awaits(two)
     link.ask([sample(one, 7)])
-    proposal = propose(link)
-    assert [new.token_ids for new in proposal.new_requests] == [[1, 2, 3, 4, 6, 7]]
-    assert proposal.finished_request_ids == []
-    answer(link, proposal, [9])
+    step = propose(link)
+    assert [new.token_ids for new in step.new_requests] == [[1, 2, 3, 4, 6, 7]]
+    assert step.finished_request_ids == []
+    answer(link, step, [9])
     assert guesses(one) == [9]
     assert guesses(two) == []

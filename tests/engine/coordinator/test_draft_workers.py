@@ -21,10 +21,10 @@ from sempre.engine.scheduling.request import Request
 from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.errors import ProtocolError, SempreError, StartupError, WorkerDied
 from sempre.ipc.messages import (
-    Propose,
-    Proposed,
+    ExecuteStep,
     RngDigests,
     StepCosts,
+    StepResult,
     WorkerCommand,
     WorkerEvent,
     WorkerHealth,
@@ -34,7 +34,7 @@ SPECULATIVE = SpeculativeConfig(
     method="draft_model", model="m", model_path=Path("/"), placement="worker", adaptive=False
 )
 CONFIG = EngineConfig(model="scripted-light", model_path=Path("/"), speculative_config=SPECULATIVE)
-PLAN = SpeculationPlan(SPECULATIVE, steps_ahead=False, costs=StepCosts(step=1.0, row=0.0, result=0.0, guess=0.0))
+PLAN = SpeculationPlan(SPECULATIVE, steps_ahead=False, costs=StepCosts(step=1.0, row=0.0, result=0.0, draft=0.0))
 
 
 class OtherSeed(LightWorker):
@@ -52,8 +52,8 @@ class ScriptedHost:
         self.worker = LightWorker
         self.fails = False
         self.num_starts = 0
-        self.asked: list[Propose] = []
-        self.answers: deque[Proposed] = deque()
+        self.asked: list[ExecuteStep] = []
+        self.answers: deque[StepResult] = deque()
         self._workers: InprocExecutor | None = None
 
     def start(self, config: EngineConfig) -> Executor:
@@ -65,7 +65,7 @@ class ScriptedHost:
         self._workers = None
 
     def send(self, rank: int, command: WorkerCommand) -> None:
-        if isinstance(command, Propose):
+        if isinstance(command, ExecuteStep):
             self.asked.append(command)
             return
         assert self._workers is not None
@@ -117,7 +117,7 @@ def drafts(host: ScriptedHost) -> DraftWorkers:
 def ask(drafts: DraftWorkers) -> None:
     request = Request(make_request([1, 2], max_tokens=90), 0, Limits(100, 100, 16), PLAN.start())
     assert request.speculation is not None
-    request.speculation.sampled(request.token_ids, [], 0, 0, [])
+    request.speculation.sampled(request.token_ids, [], 0, None)
     drafts.links[0].ask([request])
 
 
@@ -176,7 +176,7 @@ def test_that_it_is_late_is_said_once(host: ScriptedHost, drafts: DraftWorkers) 
             notices += drafts.poll()
             time.sleep(0.02)
         assert drafts.links[0].is_late
-        host.answers.append(Proposed(rank=0, proposal_id=host.asked[-1].proposal_id, draft_token_ids=[[5]]))
+        host.answers.append(StepResult(rank=0, step_id=host.asked[-1].step_id, drafts=[[5]]))
         notices += drafts.poll()
         assert not drafts.links[0].is_late
     [notice] = notices

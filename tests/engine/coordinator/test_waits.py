@@ -1,6 +1,6 @@
 """After any sequence of faults no request waits for something that nobody will answer.
 
-A replica with its scheduler and its link to a draft worker are driven at random: steps and proposals are answered in
+A replica with its scheduler and its link to a draft worker are driven at random: steps of both workers are answered in
 time, late or never, workers are lost and come back, requests are aborted and preempted. After every act each wait must
 have an owner; at the end everything is answered, and every request must have the tokens of an undisturbed run.
 """
@@ -23,8 +23,6 @@ from sempre.engine.speculation import ModelSpeculation, SpeculationPlan
 from sempre.ipc.errors import ProtocolError, SempreError
 from sempre.ipc.messages import (
     ExecuteStep,
-    Propose,
-    Proposed,
     RequestOutputDelta,
     SampledTokens,
     ScheduledRequest,
@@ -69,7 +67,7 @@ class Run:
         config = SpeculativeConfig(
             method="draft_model", model="m", placement="worker", num_speculative_tokens=3, adaptive=adaptive
         )
-        costs = StepCosts(step=1.0, row=0.0, result=0.0, guess=0.0)
+        costs = StepCosts(step=1.0, row=0.0, result=0.0, draft=0.0)
         self.scheduler = Scheduler(
             num_blocks=14,  # too few for all, so that requests are preempted
             block_size=4,
@@ -87,7 +85,7 @@ class Run:
         self.replica = Replica(range(1), self.scheduler, self.steps, self.link, max_steps_in_flight=depth)
         self.now = 0.0
         self.available = True
-        self.asked: Propose | None = None
+        self.asked: ExecuteStep | None = None
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
         self.num_acts: Counter[str] = Counter()
@@ -112,25 +110,25 @@ class Run:
             self._take(self.replica.take(0, StepResult(rank=0, step_id=step.step_id, sampled=sampled)))
 
     def ask(self) -> None:
-        proposal = self.link.next_proposal(self.now, available=self.available)
-        if proposal is not None:
-            assert self.asked is None, "one proposal at a time"
-            names = [item.request_id for item in proposal.requests]
+        step = self.link.next_step(self.now, available=self.available)
+        if step is not None:
+            assert self.asked is None, "one step at a time"
+            names = [item.request_id for item in step.drafts]
             assert len(names) == len(set(names)), "asked twice about one request"
-            self.asked = proposal
+            self.asked = step
 
-    def answer_proposal(self) -> None:
+    def answer_drafts(self) -> None:
         if self.asked is not None:
-            proposal, self.asked = self.asked, None
-            guesses = [self.drawn.choices(range(1000), k=self.drawn.randint(0, 3)) for _ in proposal.requests]
-            self.link.take(Proposed(rank=0, proposal_id=proposal.proposal_id, draft_token_ids=guesses))
+            step, self.asked = self.asked, None
+            drafts = [self.drawn.choices(range(1000), k=self.drawn.randint(0, 3)) for _ in step.drafts]
+            self.link.take(StepResult(rank=0, step_id=step.step_id, drafts=drafts))
 
     def answer_too_little(self) -> None:
         """The draft worker is then ended for it, as for anything else that it does wrong."""
         if self.asked is not None:
-            proposal, self.asked = self.asked, None
-            with pytest.raises(ProtocolError, match="draft_token_ids: expected"):
-                self.link.take(Proposed(rank=0, proposal_id=proposal.proposal_id))
+            step, self.asked = self.asked, None
+            with pytest.raises(ProtocolError, match=r"StepResult\.drafts: expected"):
+                self.link.take(StepResult(rank=0, step_id=step.step_id))
             self.lose_draft_worker()
 
     def pass_time(self) -> None:
@@ -161,7 +159,7 @@ class Run:
             self.ended[name] = "abort"
 
     ACTS = (
-        (add, 3), (advance, 12), (answer_step, 10), (ask, 12), (answer_proposal, 6), (answer_too_little, 1),
+        (add, 3), (advance, 12), (answer_step, 10), (ask, 12), (answer_drafts, 6), (answer_too_little, 1),
         (pass_time, 3), (lose_draft_worker, 1), (get_draft_worker, 2), (lose_worker, 1), (get_worker, 2), (abort, 1),
     )  # fmt: skip
 
@@ -188,7 +186,7 @@ class Run:
         for _ in range(2000):
             if not self.scheduler.has_unfinished():
                 return
-            for act in (self.advance, self.answer_step, self.ask, self.answer_proposal):
+            for act in (self.advance, self.answer_step, self.ask, self.answer_drafts):
                 act()
         raise AssertionError(f"{self.scheduler.num_unfinished} requests hang")
 

@@ -12,6 +12,7 @@ import zmq
 from sempre.engine.harness import Cluster
 from sempre.ipc.codec import MAGIC, FrameDecoder, FrameEncoder
 from sempre.ipc.messages import (
+    PROTOCOL_VERSION,
     AddRequests,
     ClientEvent,
     ClientHello,
@@ -38,9 +39,9 @@ def frame(message: Message) -> bytes:
     return bytes(ENCODER.encode(message, 1))
 
 
-HELLO = ClientHello(protocol_version=1, pid=0)
+HELLO = ClientHello(protocol_version=PROTOCOL_VERSION, pid=0)
 NO_DIGESTS = RngDigests(python_random="", numpy_random="", torch_cpu="")
-WORKER_HELLO = WorkerHello(protocol_version=1, rank=0, pid=0)
+WORKER_HELLO = WorkerHello(protocol_version=PROTOCOL_VERSION, rank=0, pid=0)
 GARBAGE = [
     ([b""], "header"),
     ([b"\0" * 64], "magic"),
@@ -73,7 +74,7 @@ TO_CLIENT_SOCKET = [
     ([frame(WORKER_HELLO)], "tag"),
     ([frame(ClientHello(protocol_version=9, pid=os.getpid()))], "VersionMismatch"),
     ([frame(HELLO)], "ClientHello.pid"),
-    ([frame(ClientHello(protocol_version=1, pid=os.getpid()))], "tag"),  # a second client
+    ([frame(ClientHello(protocol_version=PROTOCOL_VERSION, pid=os.getpid()))], "tag"),  # a second client
 ]
 TO_WORKER_SOCKET = [
     *GARBAGE,
@@ -86,7 +87,7 @@ TO_WORKER_SOCKET = [
     ([frame(WorkerReady(rank=0, digests_after_warm_up=NO_DIGESTS))], "tag"),
     ([frame(HELLO)], "tag"),
     ([frame(WorkerHello(protocol_version=9, rank=0, pid=0))], "VersionMismatch"),
-    ([frame(WorkerHello(protocol_version=1, rank=1, pid=0))], "WorkerHello.rank"),
+    ([frame(WorkerHello(protocol_version=PROTOCOL_VERSION, rank=1, pid=0))], "WorkerHello.rank"),
     ([frame(WORKER_HELLO)], "WorkerHello.pid"),
 ]
 
@@ -131,7 +132,7 @@ def test_the_workers_socket(cluster: Cluster, requests: Requests, frames: list[b
 
 
 def test_a_second_worker_of_the_same_rank(cluster: Cluster, requests: Requests) -> None:
-    hello = WorkerHello(protocol_version=1, rank=0, pid=cluster.worker_pids()[0])
+    hello = WorkerHello(protocol_version=PROTOCOL_VERSION, rank=0, pid=cluster.worker_pids()[0])
     answer = refusal(cluster.directory.worker_address, [frame(hello)])
     assert names(answer, "WorkerHello.rank")
     assert "rank 0 is connected" in answer.error.message

@@ -19,6 +19,7 @@ from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import Cluster, generate, make_request
 from sempre.ipc.errors import ConfigError, EngineDeadError, MessageMalformed, MessageTooLarge, RequestError, WorkerDied
 from sempre.ipc.messages import (
+    PROTOCOL_VERSION,
     AbortRequests,
     AddRequests,
     CallWorkers,
@@ -160,7 +161,7 @@ def test_the_prefix_cache_is_reset_only_when_idle(start: Start) -> None:
 
 def test_a_command_out_of_place_is_refused_and_harms_nobody(start: Start, requests: Requests) -> None:
     cluster = start()
-    cluster.client.send(ClientHello(protocol_version=1, pid=1))
+    cluster.client.send(ClientHello(protocol_version=PROTOCOL_VERSION, pid=1))
     with pytest.raises(MessageMalformed, match="expected a command of a serving engine, found ClientHello"):
         cluster.client.receive(10)
     assert len(cluster.generate(requests(3))) == 3

@@ -14,6 +14,7 @@ from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.errors import ConfigError, ProtocolError, RequestError
 from sempre.ipc.messages import (
     NOT_READY,
+    DraftRequest,
     ErrorInfo,
     ExecuteStep,
     LogprobRows,
@@ -87,7 +88,7 @@ class Replica:
                 token_ids = [script.pop(0)] if script else [100 + self.lengths[item.request_id]]
                 self.lengths[item.request_id] += 1
             sampled.append(SampledTokens(request_id=item.request_id, token_ids=token_ids))
-        return StepResult(rank=0, step_id=step.step_id, sampled=sampled)
+        return StepResult(rank=0, step_id=step.step_id, sampled=sampled, drafts=[[] for _ in step.drafts])
 
     def step(self) -> tuple[dict[str, int], list[RequestOutputDelta]]:
         """One step: tokens computed per request, and the deltas."""
@@ -330,8 +331,8 @@ def guessing_replica(guesses: list[int], **params: Any) -> tuple[Replica, Execut
     replica = Replica(speculation=SpeculationPlan(DRAFT_MODEL, steps_ahead=False, costs=COSTS), max_draft_tokens=8)
     replica.add(spec("a", **params))
     step = replica.schedule()
-    assert step.scheduled[0].num_drafts == 4
-    result = falsified(replica.answer(step), token_ids=[9], draft_token_ids=guesses)
+    assert step.drafts == [DraftRequest(request_id="a", num_drafts=4)]
+    result = msgspec.structs.replace(falsified(replica.answer(step), token_ids=[9]), drafts=[guesses])
     replica.scheduler.update(step, result)
     return replica, replica.schedule()
 
@@ -340,7 +341,7 @@ def test_several_tokens_are_cut_at_the_first_end() -> None:
     replica, step = guessing_replica([5, 3, 6], stop_token_ids=[3], max_tokens=9)
     assert step.scheduled[0].draft_token_ids == [5, 3, 6]
     sampled = [SampledTokens(request_id="a", token_ids=[5, 3, 6, 3], logprobs=rows(0, 3))]
-    deltas = replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled))
+    deltas = replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled, drafts=[[]]))
     expected = RequestOutputDelta(
         request_id="a", token_ids=[5, 3], logprobs=rows(0, 1), finish_reason="stop", stop_reason=3
     )
@@ -351,7 +352,7 @@ def test_after_rejected_guesses_the_request_goes_on_behind_its_last_token() -> N
     replica, step = guessing_replica([5, 6, 7], max_tokens=9)
     assert (step.scheduled[0].num_computed_tokens, step.scheduled[0].num_tokens) == (4, 4)
     sampled = [SampledTokens(request_id="a", token_ids=[5, 8])]
-    replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled))
+    replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled, drafts=[[]]))
     (item,) = replica.schedule().scheduled
     assert (item.num_computed_tokens, item.num_tokens) == (6, 1)
     stats = replica.scheduler.stats()
@@ -365,7 +366,7 @@ def test_a_block_that_ends_with_a_rejected_guess_is_not_found() -> None:
     (item,) = step.scheduled
     assert (item.num_computed_tokens, item.num_tokens) == (4, 4), "the last draft is at the end of the second block"
     sampled = [SampledTokens(request_id="a", token_ids=[5, 6, 8])]
-    replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled))
+    replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled, drafts=[[]]))
     replica.add(spec("b", [1000, 1001, 1002, 1003, 9, 5, 6, 8, 1], ordinal=1))
     step = replica.schedule()
     assert [(item.request_id, item.num_computed_tokens) for item in step.scheduled] == [("a", 7), ("b", 4)]
@@ -411,7 +412,7 @@ def test_tokens_that_do_not_follow_the_guesses_are_refused(token_ids: list[int])
     replica, step = guessing_replica([5, 6, 7], max_tokens=9)
     sampled = [SampledTokens(request_id="a", token_ids=token_ids)]
     with pytest.raises(ProtocolError, match=r"expected a beginning of the drafts \[5, 6, 7\] and one token"):
-        replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled))
+        replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled, drafts=[[]]))
 
 
 def not_ready(step: ExecuteStep, result: StepResult, request_id: str) -> StepResult:

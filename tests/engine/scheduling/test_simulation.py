@@ -40,7 +40,7 @@ from sempre.ipc.messages import (
 
 MASK = 2**64 - 1
 NUM_TOKEN_IDS = 6
-COSTS = StepCosts(step=1.0, row=0.05, result=0.2, guess=0.1)
+COSTS = StepCosts(step=1.0, row=0.05, result=0.2, draft=0.1)
 
 
 def extend(prefix: int, token_id: int) -> int:
@@ -86,7 +86,8 @@ class ScriptedWorker:
             for token_id in new.token_ids:
                 request.append(token_id)
         sampled = [self.run(self.requests[item.request_id], item) for item in step.scheduled]
-        return StepResult(rank=0, step_id=step.step_id, sampled=sampled)
+        drafts = [self.draft(self.requests[item.request_id], item.num_drafts) for item in step.drafts]
+        return StepResult(rank=0, step_id=step.step_id, sampled=sampled, drafts=drafts)
 
     def run(self, request: WorkerRequest, item: ScheduledRequest) -> SampledTokens:
         start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_tokens
@@ -116,19 +117,18 @@ class ScriptedWorker:
             request.append(sampled[-1])
             if sampled[-1] != guess:
                 break
-        guesses = self.guess(request, item.num_drafts)
-        return SampledTokens(
-            request_id=item.request_id, token_ids=sampled, prompt_logprobs=rows, draft_token_ids=guesses
-        )
+        return SampledTokens(request_id=item.request_id, token_ids=sampled, prompt_logprobs=rows)
 
-    def guess(self, request: WorkerRequest, count: int) -> list[int]:
-        """As a draft model that is right three times out of four."""
-        guesses, prefix = [], request.prefixes[-1]
+    def draft(self, request: WorkerRequest, count: int) -> list[int]:
+        """As a draft model that is right three times out of four; it has nothing for a request that has failed."""
+        if request.failed:
+            return []
+        drafts, prefix = [], request.prefixes[-1]
         for _ in range(count):
             right = next_token(request.new.seed, prefix)
-            guesses.append(right if prefix % 4 else (right + 1) % NUM_TOKEN_IDS)
-            prefix = extend(prefix, guesses[-1])
-        return guesses
+            drafts.append(right if prefix % 4 else (right + 1) % NUM_TOKEN_IDS)
+            prefix = extend(prefix, drafts[-1])
+        return drafts
 
     def slot(self, request: WorkerRequest, position: int) -> tuple[int, int]:
         return request.block_table[position // self.block_size], position % self.block_size

@@ -11,11 +11,11 @@ from msgspec.structs import replace
 
 from sempre.engine.config import EngineConfig, SpeculativeConfig
 from sempre.engine.speculation import ModelSpeculation, SpeculationPlan, max_draft_tokens
-from sempre.engine.speculation.speculation import DraftLength, GuessCosts, LookupSpeculation, guess_costs
+from sempre.engine.speculation.speculation import DraftCosts, DraftLength, LookupSpeculation, draft_costs
 from sempre.ipc.messages import StepCosts
 
-CHEAP = GuessCosts(first=0.1, each=0.1)
-COSTS = StepCosts(step=1e-3, row=0.05e-3, result=0.5e-3, guess=0.1e-3)
+CHEAP = DraftCosts(first=0.1, each=0.1)
+COSTS = StepCosts(step=1e-3, row=0.05e-3, result=0.5e-3, draft=0.1e-3)
 
 
 def test_the_length_follows_the_share_of_right_guesses() -> None:
@@ -44,16 +44,16 @@ def test_the_length_is_a_function_of_the_history_alone() -> None:
 
 
 def test_a_length_that_does_not_adapt_stays() -> None:
-    length = DraftLength(3, costs=GuessCosts(9.0, 9.0), adaptive=False)
+    length = DraftLength(3, costs=DraftCosts(9.0, 9.0), adaptive=False)
     for _ in range(50):
         length.observe(0, missed=True)
     assert length.current == 3
 
 
 @pytest.mark.parametrize(
-    "costs", [GuessCosts(0.0, 0.1), GuessCosts(0.7, 0.1), GuessCosts(0.1, 0.54), GuessCosts(1, 0.3)]
+    "costs", [DraftCosts(0.0, 0.1), DraftCosts(0.7, 0.1), DraftCosts(0.1, 0.54), DraftCosts(1, 0.3)]
 )
-def test_the_length_is_the_one_that_brings_most_tokens_per_time(costs: GuessCosts) -> None:
+def test_the_length_is_the_one_that_brings_most_tokens_per_time(costs: DraftCosts) -> None:
     length = DraftLength(6, costs=costs)
     lengths = set()
     for right in [1] * 40 + [0] * 40:
@@ -71,16 +71,16 @@ def test_the_length_is_the_one_that_brings_most_tokens_per_time(costs: GuessCost
 
 
 def test_costs_are_counted_in_steps_of_the_target() -> None:
-    costs = StepCosts(step=2e-3, row=0.2e-3, result=0.5e-3, guess=0.3e-3)
-    in_turn = guess_costs(costs, steps_ahead=False, asks_worker=False)
+    costs = StepCosts(step=2e-3, row=0.2e-3, result=0.5e-3, draft=0.3e-3)
+    in_turn = draft_costs(costs, steps_ahead=False, asks_worker=False)
     assert in_turn == pytest.approx((0.0, 0.25))
-    assert guess_costs(costs, steps_ahead=True, asks_worker=False) == pytest.approx((0.25, 0.25))
-    assert guess_costs(costs, steps_ahead=True, asks_worker=True).first > 0.25
+    assert draft_costs(costs, steps_ahead=True, asks_worker=False) == pytest.approx((0.25, 0.25))
+    assert draft_costs(costs, steps_ahead=True, asks_worker=True).first > 0.25
 
 
 def test_a_draft_model_as_slow_as_its_target_is_not_asked_but_for_a_look() -> None:
     """Even one that is always right, until that is known; looks become rare where they find nothing."""
-    costs = StepCosts(step=1e-3, row=0.1e-3, result=0.3e-3, guess=1e-3)
+    costs = StepCosts(step=1e-3, row=0.1e-3, result=0.3e-3, draft=1e-3)
     config = SpeculativeConfig(method="draft_model", model="m", num_speculative_tokens=4)
     speculation = SpeculationPlan(config, steps_ahead=True, costs=costs).start()
     tokens, looks = [1], []
@@ -89,7 +89,7 @@ def test_a_draft_model_as_slow_as_its_target_is_not_asked_but_for_a_look() -> No
         wanted = speculation.num_wanted()
         assert speculation.must_wait(tokens, 1) == (wanted > 0 or bool(drafts))
         tokens = [*tokens, step]
-        speculation.sampled(tokens, drafts, len(drafts), wanted, [9] * wanted)
+        speculation.sampled(tokens, drafts, len(drafts), [9] * wanted if wanted else None)
         if wanted:
             looks.append(step)
     assert len(looks) == 3
@@ -108,14 +108,14 @@ def model_speculation(
 
 def test_the_guess_after_the_right_ones_counts_as_wrong() -> None:
     """One right guess and then a wrong one, for ever: every other guess is right, and one at a time is worth while."""
-    speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.0, guess=0.2))
+    speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.0, draft=0.2))
     tokens = [1]
     lengths = []
     for step in range(100):
         drafts = speculation.drafts(tokens, 10)
         wanted = speculation.num_wanted()
         tokens = [*tokens, step]
-        speculation.sampled(tokens, drafts, min(1, len(drafts)), wanted, [9] * wanted)
+        speculation.sampled(tokens, drafts, min(1, len(drafts)), [9] * wanted if wanted else None)
         lengths.append(wanted)
     assert lengths[0] > 1
     # one guess is always right, two never are
@@ -127,23 +127,23 @@ def step_until_asked(speculation: ModelSpeculation, tokens: list[int]) -> int:
     for count in range(1000):
         if speculation.num_wanted():
             tokens.append(0)
-            speculation.sampled(tokens, [], 0, 2, [9, 9])
+            speculation.sampled(tokens, [], 0, [9, 9])
             return count
         tokens.append(0)
-        speculation.sampled(tokens, [], 0, 0, [])
+        speculation.sampled(tokens, [], 0, None)
     raise AssertionError("it is never asked again")
 
 
 def test_a_draft_model_that_was_right_again_is_looked_at_as_often_as_at_first() -> None:
     # one guess is worth while where every other one is right
-    speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.0, guess=0.4))
+    speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.0, draft=0.4))
     tokens = [1]
     gaps = []
     for num_right in (0, 0, 0, 0, 2, 0, 0):
         gaps.append(step_until_asked(speculation, tokens))
         drafts = speculation.drafts(tokens, 10)
         tokens.append(0)
-        speculation.sampled(tokens, drafts, num_right, 0, [])
+        speculation.sampled(tokens, drafts, num_right, None)
     *given_up, first, second, _, after_success = gaps
     assert given_up == [0, 0, 0]
     assert second > 1.9 * first > 50
@@ -157,7 +157,7 @@ def test_a_draft_worker_that_is_not_there_is_not_waited_for_at_every_token() -> 
         # nearly all that was guessed was wrong, until the worker has gone
         drafts = speculation.drafts(tokens, 10)
         tokens = [*tokens, step]
-        speculation.sampled(tokens, drafts, 0, 0, [])
+        speculation.sampled(tokens, drafts, 0, None)
         asked.append(speculation.awaits_worker)
         if asked[-1]:
             speculation.answered(len(tokens), [9, 9] if step < 30 else [])
@@ -175,20 +175,20 @@ def test_a_draft_model_that_has_no_guesses_is_asked_ever_more_rarely() -> None:
         asked.append(wanted > 0)
         assert speculation.must_wait(tokens, 1) == asked[-1]
         tokens = [*tokens, step]
-        speculation.sampled(tokens, [], 0, wanted, [])
+        speculation.sampled(tokens, [], 0, [] if wanted else None)
     assert asked[0]
     assert 3 <= sum(asked) <= 5
 
 
 def test_a_look_with_two_steps_in_flight_is_at_the_guesses_it_asked_for() -> None:
     """The result of the step before leaves the next one planned alone, until the guesses are there."""
-    speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.3, guess=1.0), steps_ahead=True)
+    speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.3, draft=1.0), steps_ahead=True)
     tokens = [1]
     in_flight = [speculation.num_wanted(), speculation.num_wanted()]
     for step in range(200):
         tokens = [*tokens, step]
         wanted, *in_flight = in_flight
-        speculation.sampled(tokens, [], 0, wanted, [9] * wanted)
+        speculation.sampled(tokens, [], 0, [9] * wanted if wanted else None)
         if wanted:
             assert not in_flight
             assert speculation.drafts(tokens, 10) == [9] * wanted
@@ -204,7 +204,7 @@ def test_with_steps_ahead_a_request_waits_while_its_draft_worker_is_asked() -> N
     assert asking.must_wait([1], 1)
     assert not asking.must_wait([1], 0)
     given_up = model_speculation(
-        StepCosts(step=1e-3, row=0.0, result=0.0, guess=1e-3), placement="worker", steps_ahead=True
+        StepCosts(step=1e-3, row=0.0, result=0.0, draft=1e-3), placement="worker", steps_ahead=True
     )
     assert given_up.length() == 0
     assert not given_up.must_wait([1], 1)
@@ -294,7 +294,7 @@ def test_a_draft_model_that_is_always_wrong_is_given_up_and_tried_again(placemen
         drafts = speculation.drafts(tokens, 10)
         wanted = speculation.num_wanted()
         tokens = [*tokens, step]
-        speculation.sampled(tokens, drafts, 0, wanted, [9] * wanted)
+        speculation.sampled(tokens, drafts, 0, [9] * wanted if wanted else None)
         if placement == "worker" and speculation.awaits_worker:
             wanted = 4
             speculation.answered(len(tokens), [9] * wanted)  # type: ignore[attr-defined]
@@ -309,7 +309,7 @@ def test_a_draft_model_that_is_always_wrong_is_given_up_and_tried_again(placemen
 def test_guesses_for_another_length_are_not_used() -> None:
     config = SpeculativeConfig(method="draft_model", model="m", placement="worker", adaptive=False)
     speculation = SpeculationPlan(config, steps_ahead=False, costs=COSTS).start()
-    speculation.sampled([1, 2, 3], [], 0, 0, [])
+    speculation.sampled([1, 2, 3], [], 0, None)
     assert speculation.awaits_worker
     assert speculation.must_wait([1, 2, 3], 0)
     speculation.answered(2, [7, 8])  # type: ignore[attr-defined]

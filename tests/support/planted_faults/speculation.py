@@ -79,7 +79,7 @@ SPECULATION = (
         "drafts-of-a-step-without-bound",
         "A step brings more drafts than a worker has rows of logits for.",
         SCHEDULER,
-        "min(room, self._max_draft_tokens - draft.num_drafts)",
+        "min(room, self._max_draft_tokens - draft.num_draft_tokens)",
         "min(room, self._max_draft_tokens)",
         (f"{SIMULATION}::test_a_busy_workload_ends_right_under_every_setting",),
     ),

@@ -18,7 +18,7 @@ from draft_cases import differences, guess_anew, make_requests
 from no_gpu import without_gpu
 from safetensors.torch import load_file, save_file
 
-from sempre.ipc.messages import WorkerConfig
+from sempre.ipc.messages import DraftRequest, WorkerConfig
 from sempre.kernels.attention import KvCache
 from sempre.workers.admission import StepLimits
 from sempre.workers.cpu_backend import CpuBackend, LoadedModel
@@ -121,9 +121,9 @@ def test_what_a_proposal_on_a_gpu_leaves_behind(model: LoadedModel, gpu_guesser:
     drafting = Drafting(gpu_guesser, max_num_seqs=MAX_SEQS)
     new = make_requests()[2]
     drafting.add(new)
-    tokens = list(new.token_ids)
+    tokens, more = list(new.token_ids), []
     for num_right in (4, 1, 0):
-        guesses = drafting.propose([(new.request_id, 4)])[0]
+        guesses = drafting.propose([DraftRequest(request_id=new.request_id, token_ids=more, num_drafts=4)])[0]
         assert guesses == guess_anew(_on_cpu(model), new, tokens, 4)
         slot = gpu_guesser._states[new.request_id].slot
         found = gpu_guesser._sampler._planes[slot].tensors
@@ -133,7 +133,6 @@ def test_what_a_proposal_on_a_gpu_leaves_behind(model: LoadedModel, gpu_guesser:
         length = len(tokens + guesses)
         assert torch.equal(found[gpu_table.HISTORY][:length], expected[gpu_table.HISTORY][:length])
         more = [*guesses[:num_right], 77]
-        drafting.extend(new.request_id, more)
         tokens += more
 
 
