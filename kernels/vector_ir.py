@@ -9,7 +9,7 @@ Memory is addressed by integers (`tensor.data_ptr()`), which keeps calls from Py
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from llvmlite import ir
@@ -18,8 +18,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16  # float32 lanes of one vector; narrower machines split it, with equal bits
-STORAGES = ("float32", "bfloat16", "float16")
-WEIGHT_STORAGES = (*STORAGES, "float8_e4m3fn")  # what a matrix may be stored in besides
 
 F32 = ir.FloatType()
 F16 = ir.HalfType()
@@ -27,6 +25,7 @@ I8 = ir.IntType(8)
 I16 = ir.IntType(16)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
+# what a matrix may be stored in; kernels know a dtype by its place in this order
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
@@ -88,14 +87,14 @@ def store(b: ir.IRBuilder, value: ir.Value, addr: ir.Value) -> None:
     instruction.align = 2
 
 
-def load_widened(b: ir.IRBuilder, addr: ir.Value, storage: str, lanes: int = LANES) -> ir.Value:
-    """`lanes` elements in `storage`, widened exactly to float32."""
-    if storage == "float32":
+def load_widened(b: ir.IRBuilder, addr: ir.Value, dtype: str, lanes: int = LANES) -> ir.Value:
+    """`lanes` elements of `dtype`, widened exactly to float32."""
+    if dtype == "float32":
         return load(b, addr, vec(F32, lanes))
-    if storage == "bfloat16":
+    if dtype == "bfloat16":
         wide = b.zext(load(b, addr, vec(I16, lanes)), vec(I32, lanes))
         return b.bitcast(b.shl(wide, int_constant(16, lanes)), vec(F32, lanes))
-    if storage == "float8_e4m3fn":
+    if dtype == "float8_e4m3fn":
         return _load_fp8(b, addr, lanes)
     return b.fpext(load(b, addr, vec(F16, lanes)), vec(F32, lanes))
 
@@ -112,12 +111,12 @@ def _load_fp8(b: ir.IRBuilder, addr: ir.Value, lanes: int) -> ir.Value:
     return b.fmul(b.fpext(b.bitcast(half, vec(F16, lanes)), vec(F32, lanes)), constant(256.0, lanes))
 
 
-def store_rounded(b: ir.IRBuilder, value: ir.Value, addr: ir.Value, storage: str) -> None:
-    """Store a float32 vector in `storage`, rounded to nearest, ties to even; NaN stays NaN."""
+def store_rounded(b: ir.IRBuilder, value: ir.Value, addr: ir.Value, dtype: str) -> None:
+    """Store a float32 vector as `dtype`, rounded to nearest, ties to even; NaN stays NaN."""
     lanes = value.type.count
-    if storage == "float32":
+    if dtype == "float32":
         store(b, value, addr)
-    elif storage == "bfloat16":
+    elif dtype == "bfloat16":
         bits = b.bitcast(value, vec(I32, lanes))
         odd = b.and_(b.lshr(bits, int_constant(16, lanes)), int_constant(1, lanes))
         rounded = b.add(bits, b.add(odd, int_constant(0x7FFF, lanes)))
@@ -257,6 +256,15 @@ def tanh(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
     small = fma(b, b.fmul(p, square), x, x)
     is_small = b.fcmp_ordered("<", magnitude, constant(_TANH_SMALL))
     return b.select(is_small, small, _llvm(b, "copysign", large, x))
+
+
+def branch_on_dtype(
+    b: ir.IRBuilder, dtype: ir.Value, emit: Callable[[str], None], names: Iterable[str] = ELEMENT_BYTES
+) -> None:
+    """What `emit` writes for each of the named dtypes, run for the one whose code is `dtype`."""
+    for code, name in enumerate(names):
+        with b.if_then(b.icmp_signed("==", dtype, I64(code))):
+            emit(name)
 
 
 def address_intrinsic(emit: Callable[..., ir.Value | None], *, returns: Any = types.void) -> Any:

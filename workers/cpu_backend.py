@@ -80,7 +80,7 @@ class CpuBackend:
         _leave_cores_to_kernels()
         most = model.max_num_batched_tokens
         comparisons = [
-            *check_linears(model.model, model.weights.storage, most),
+            *check_linears(model.model, model.weights.matrix_dtype, most),
             *check_model(model.model, model.weights, model.block_size, max_tokens=most),
         ]
         return require_equal(comparisons)

@@ -27,7 +27,7 @@ def fingerprint_parts(weights: WeightFacts, numerics: str) -> dict[str, str]:
     return {
         "weights": weights.digest,
         "dtype": _name(weights.dtype),
-        "storage": _name(weights.storage),
+        "storage": _name(weights.matrix_dtype),
         "quantization": quantization_profile(weights),
         "numerics": CPU_PROFILE if numerics == "invariant" else numerics,
         "threads": str(get_num_threads()),

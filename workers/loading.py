@@ -53,13 +53,13 @@ class Placement:
     hashing_threads: int
 
     @property
-    def keeps_storage(self) -> bool:
+    def keeps_dtype(self) -> bool:
         """Whether matrices may be stored in 16 bit under dtype float32: the CPU's kernels widen them as they go."""
         return self.device.type == "cpu"
 
     def vector_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of hidden states, norm weights and biases under the engine's `dtype`."""
-        return torch.float32 if self.keeps_storage else dtype
+        return torch.float32 if self.keeps_dtype else dtype
 
 
 ON_CPU = Placement(CPU, lambda tensor: tensor, hashing_threads=1)
@@ -70,11 +70,11 @@ class WeightFacts:
     """What is to be known of a model's weights."""
 
     dtype: torch.dtype
-    """what the engine's `dtype` came to: the KV cache's storage"""
+    """what the engine's `dtype` came to: the KV cache's dtype"""
     activations: torch.dtype
     """the dtype of hidden states"""
-    storage: torch.dtype
-    """how the matrices that are not quantised are stored"""
+    matrix_dtype: torch.dtype
+    """of the matrices that are not quantised"""
     quantization: Fp8Scheme | None
     """of the matrices that are quantised, if any are"""
     digest: str
@@ -103,7 +103,7 @@ def load_model(
     """Build the tree and load it; `dtype` auto is the checkpoint's. Raises TensorMismatch or ModelError before reading
     any tensor.
 
-    Storage of the matrices on the CPU: float32 keeps 16-bit checkpoints in 16 bit (widening is exact, the bits are the
+    Matrices on the CPU: float32 keeps 16-bit checkpoints in 16 bit (widening is exact, the bits are the
     same); bfloat16 and float16 round to nearest even. Norm weights and biases are float32. On a GPU all are in `dtype`.
     Matrices that are quantised, by the checkpoint or by the setting `quantization`, are fp8 whatever `dtype` is.
     """
@@ -122,7 +122,7 @@ def load_model(
             facts = WeightFacts(
                 dtype=target,
                 activations=placement.vector_dtype(target),
-                storage=model.model.embed_tokens.weight.dtype,
+                matrix_dtype=model.model.embed_tokens.weight.dtype,
                 quantization=resolved.scheme if resolved is not None else None,
                 digest=reader.digest(),
                 nbytes=sum(int(tensor.nbytes) for tensor in tensors_of(model)),
@@ -250,7 +250,7 @@ class _Reader:
         return self.read(name).to(self._vector_dtype, copy=True)
 
     def matrix(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._dtype == torch.float32 and self._placement.keeps_storage:
+        if self._dtype == torch.float32 and self._placement.keeps_dtype:
             return tensor
         return tensor.to(self._dtype)
 

@@ -2,7 +2,7 @@
 
 The tree itself runs, with one block of each kind: a whole prompt, in chunks beside another sequence, as rows of a
 decode step, and one row alone, each in cache blocks of another order. So whatever a model is made of is tested, and
-nothing here knows what that is. Matrix products are tested with more numbers of rows by `check_linears` on a CPU, and
+nothing here knows what that is. Matmuls are tested with more numbers of rows by `check_linears` on a CPU, and
 kernel by kernel by `gpu.self_test` on a GPU. Fails closed: what disagrees raises InvarianceError, and the worker does
 not serve. Nothing here draws from the global generators.
 """
@@ -231,7 +231,7 @@ def _kind(block: Module) -> object:
     return tuple((path, type(module), module.shape()) for path, module in block.walk())
 
 
-# Matrix products on a CPU
+# Matmuls on a CPU
 
 
 def distinct_linears(model: CausalLM) -> list[tuple[str, Linear]]:
@@ -247,8 +247,8 @@ def shape_of(weight: LinearWeight) -> tuple[int, int, Fp8Scheme | None]:
     return weight.out_features, weight.in_features, weight.scheme
 
 
-def check_linears(model: CausalLM, storage: torch.dtype, max_tokens: int) -> Iterator[Comparison]:
-    """Rows one at a time against the same rows in batches of many sizes, for every distinct product on a CPU.
+def check_linears(model: CausalLM, matrix_dtype: torch.dtype, max_tokens: int) -> Iterator[Comparison]:
+    """Rows one at a time against the same rows in batches of many sizes, for every distinct linear on a CPU.
 
     With random weights of at most `_MAX_COLUMNS` columns (columns are independent; the remainder of N is kept), and
     with the model's own at one size.
@@ -258,10 +258,10 @@ def check_linears(model: CausalLM, storage: torch.dtype, max_tokens: int) -> Ite
     for path, linear in distinct_linears(model):
         weight = linear.weight
         columns, depth = weight.out_features, weight.in_features
-        stored_as = weight.scheme.value if weight.scheme is not None else str(storage).removeprefix("torch.")
+        stored_as = weight.scheme.value if weight.scheme is not None else str(matrix_dtype).removeprefix("torch.")
         operation = f"linear {path.rpartition('.')[2]} [N={columns}, K={depth}, {stored_as}]"
         tested = columns if columns <= _MAX_COLUMNS else _MAX_COLUMNS - (-columns % 32)
-        small = _random_weight(tested, depth, weight.scheme, linear.kernel, storage, generator)
+        small = _random_weight(tested, depth, weight.scheme, linear.kernel, matrix_dtype, generator)
         x = torch.randn(_DISTINCT_ROWS, depth, generator=generator, dtype=torch.float32, device=CPU)
         yield from _compare_rows(operation, x, small, linear.kernel, row_counts)
         yield from _compare_rows(operation, x, weight, linear.kernel, [_FULL_SIZE_ROWS])
@@ -272,12 +272,12 @@ def _random_weight(
     depth: int,
     scheme: Fp8Scheme | None,
     kernel: LinearKernel,
-    storage: torch.dtype,
+    matrix_dtype: torch.dtype,
     generator: torch.Generator,
 ) -> LinearWeight:
     weight = torch.randn(columns, depth, generator=generator, dtype=torch.float32, device=CPU)
     if scheme is None:
-        return kernel.pack(weight.to(storage), None)
+        return kernel.pack(weight.to(matrix_dtype), None)
     return kernel.pack_fp8(*quantize_channels(weight), None, scheme)
 
 
@@ -287,10 +287,10 @@ def _compare_rows(
     distinct = min(x.shape[0], max(row_counts, default=0))
     alone = torch.empty(distinct, weight.out_features, dtype=torch.float32, device=CPU)
     for row in range(distinct):
-        kernel.apply(x[row : row + 1], weight, alone[row : row + 1])
+        kernel.linear(x[row : row + 1], weight, alone[row : row + 1])
     for count in row_counts:
         # another start per number, so that a row meets other places and neighbours
         order = (torch.arange(count, dtype=torch.int64, device=CPU) + count) % distinct
         out = torch.empty(count, weight.out_features, dtype=torch.float32, device=CPU)
-        kernel.apply(x[order].contiguous(), weight, out)
+        kernel.linear(x[order].contiguous(), weight, out)
         yield compare(operation, f"M={count}", alone[order], out)

@@ -18,6 +18,8 @@ from sempre.kernels.activation.cpu import soft_cap_row
 from sempre.kernels.attention.contract import HeadLayout, KvCache, PagedBatch, ScoreParams
 from sempre.kernels.attention.cpu_tiles import (
     copy_row,
+    divide_row,
+    multiply_row,
     pv_1,
     pv_2,
     pv_3,
@@ -26,11 +28,10 @@ from sempre.kernels.attention.cpu_tiles import (
     qk_2,
     qk_3,
     qk_4,
-    scale_row,
     softmax_row,
 )
+from sempre.kernels.dtypes import ELEMENT_SIZE, dtype_code, widen
 from sempre.kernels.jit import address_of, compiled, keep
-from sempre.kernels.storage import ELEMENT_SIZE, storage_code, widen
 
 BLOCK = 16
 TILE = 64
@@ -162,15 +163,13 @@ def _seen_values(
 
 
 @compiled()
-def _widen_blocks(
-    b0: int, b1: int, b2: int, b3: int, target: int, count: int, storage: int
-) -> tuple[int, int, int, int]:
+def _widen_blocks(b0: int, b1: int, b2: int, b3: int, target: int, count: int, dtype: int) -> tuple[int, int, int, int]:
     """Widen four blocks of `count` elements into scratch memory; their addresses there."""
     step = count * 4
-    widen(b0, target, count, storage)
-    widen(b1, target + step, count, storage)
-    widen(b2, target + 2 * step, count, storage)
-    widen(b3, target + 3 * step, count, storage)
+    widen(b0, target, count, dtype)
+    widen(b1, target + step, count, dtype)
+    widen(b2, target + 2 * step, count, dtype)
+    widen(b3, target + 3 * step, count, dtype)
     return target, target + step, target + 2 * step, target + 3 * step
 
 
@@ -184,7 +183,7 @@ def _unit(
     dim: int,
     keys: int,
     values: int,
-    storage: int,
+    dtype: int,
     head: int,
     kv_heads: int,
     table: np.ndarray,
@@ -202,7 +201,7 @@ def _unit(
     scores = np.empty((rows, TILE), np.float32)
     acc = np.zeros((rows, dim), np.float32)
     state = np.empty((rows, 2), np.float32)
-    wide = np.empty((2 * TILE * dim if storage != 0 else 1,), np.float32)
+    wide = np.empty((2 * TILE * dim if dtype != 0 else 1,), np.float32)
     queries_at, scores_at, wide_at = address_of(queries), address_of(scores), address_of(wide)
     acc_at, state_at = address_of(acc), address_of(state)
     for t in range(tokens):
@@ -214,7 +213,7 @@ def _unit(
     start = 0
     if window > 0 and first_position - window + 1 > 0:
         start = (first_position - window + 1) // TILE * TILE
-    block_bytes = BLOCK * dim * ELEMENT_SIZE[storage]
+    block_bytes = BLOCK * dim * ELEMENT_SIZE[dtype]
     for tile in range(start, last_position + 1, TILE):
         in_tile = min(TILE, last_position + 1 - tile)
         last_block = (in_tile - 1) // BLOCK
@@ -226,34 +225,22 @@ def _unit(
         b3 = (table[first + min(3, last_block)] * kv_heads + head) * block_bytes
         k0, k1, k2, k3 = keys + b0, keys + b1, keys + b2, keys + b3
         v0, v1, v2, v3 = values + b0, values + b1, values + b2, values + b3
-        if storage != 0:
+        if dtype != 0:
             half = BLOCKS_PER_TILE * BLOCK * dim * 4
-            k0, k1, k2, k3 = _widen_blocks(k0, k1, k2, k3, wide_at, BLOCK * dim, storage)
-            v0, v1, v2, v3 = _widen_blocks(v0, v1, v2, v3, wide_at + half, BLOCK * dim, storage)
+            k0, k1, k2, k3 = _widen_blocks(k0, k1, k2, k3, wide_at, BLOCK * dim, dtype)
+            v0, v1, v2, v3 = _widen_blocks(v0, v1, v2, v3, wide_at + half, BLOCK * dim, dtype)
         _scores(queries_at, rows, dim, k0, k1, k2, k3, scores_at)
         for i in range(rows):
             position = first_position + i // group
             low = position - window + 1 - tile if window > 0 else 0
             if cap > 0:
                 soft_cap_row(scores_at + i * TILE * 4, TILE, scale / cap, cap)
-            softmax_row(
-                scores_at + i * TILE * 4,
-                low,
-                position + 1 - tile,
-                left_scale,
-                state_at + i * 8,
-                acc_at + i * head_bytes,
-                dim,
-            )
+            factor = softmax_row(scores_at + i * TILE * 4, low, position + 1 - tile, left_scale, state_at + i * 8)
+            multiply_row(acc_at + i * head_bytes, factor, dim)
         _seen_values(scores_at, tokens, group, dim, v0, v1, v2, v3, in_tile, first_position - tile, window, acc_at)
     for i in range(rows):
         t, g = i // group, i % group
-        scale_row(
-            acc_at + i * head_bytes,
-            state_at + i * 8 + 4,
-            out + t * out_row_bytes + g * head_bytes,
-            dim,
-        )
+        divide_row(acc_at + i * head_bytes, state_at + i * 8 + 4, out + t * out_row_bytes + g * head_bytes, dim)
     keep(queries)
     keep(scores)
     keep(acc)
@@ -286,7 +273,7 @@ def _paged_attention(
     qkv: int,
     keys: int,
     values: int,
-    storage: int,
+    dtype: int,
     block_tables: np.ndarray,
     query_starts: np.ndarray,
     context_lens: np.ndarray,
@@ -327,7 +314,7 @@ def _paged_attention(
             dim,
             keys,
             values,
-            storage,
+            dtype,
             head,
             kv_heads,
             block_tables[r],
@@ -353,7 +340,7 @@ def paged_attention(
         qkv.data_ptr(),
         cache.k.data_ptr(),
         cache.v.data_ptr(),
-        storage_code(cache.k.dtype),
+        dtype_code(cache.k.dtype),
         batch.block_tables.numpy(),
         batch.query_starts.numpy(),
         batch.context_lens.numpy(),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
+from numba import types
 
 from sempre.kernels.vector_ir import (
     F32,
@@ -70,8 +72,8 @@ def _pv(rows: int) -> Any:
         def columns(vectors: int) -> Callable[[ir.IRBuilder, ir.Value, list[ir.Value]], list[ir.Value]]:
             def body(b: ir.IRBuilder, column: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
                 shift = b.mul(column, I64(4))
-                shifted = [b.add(block, shift) for block in blocks]
-                _emit_pv_columns(b, rows, vectors, p, shifted, (first, past), dim, b.add(acc, shift))
+                values = _Values([b.add(block, shift) for block in blocks], b.mul(dim, I64(4)), first, past)
+                _emit_pv_columns(b, rows, vectors, p, values, b.add(acc, shift))
                 return carried
 
             return body
@@ -83,27 +85,27 @@ def _pv(rows: int) -> Any:
     return address_intrinsic(emit)
 
 
-def _emit_pv_columns(
-    b: ir.IRBuilder,
-    rows: int,
-    vectors: int,
-    p: ir.Value,
-    blocks: list[ir.Value],
-    keys: tuple[ir.Value, ir.Value],
-    dim: ir.Value,
-    acc: ir.Value,
-) -> None:
-    row_bytes = b.mul(dim, I64(4))
-    acc_rows = [b.add(acc, b.mul(row_bytes, I64(i))) for i in range(rows)]
+@dataclass(frozen=True)
+class _Values:
+    """Columns of the values of a tile, of which the keys [first, past) are read; rows are `row_bytes` apart."""
+
+    blocks: list[ir.Value]
+    row_bytes: ir.Value
+    first: ir.Value
+    past: ir.Value
+
+
+def _emit_pv_columns(b: ir.IRBuilder, rows: int, vectors: int, p: ir.Value, tile: _Values, acc: ir.Value) -> None:
+    acc_rows = [b.add(acc, b.mul(tile.row_bytes, I64(i))) for i in range(rows)]
     sums = [load(b, b.add(acc_rows[i], I64(64 * n)), vec(F32)) for i in range(rows) for n in range(vectors)]
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(tile.blocks):
         p_block = b.add(p, I64(number * 64))
-        start, stop = (_within_block(b, b.sub(key, I64(number * LANES))) for key in keys)
+        start, stop = (_within_block(b, b.sub(key, I64(number * LANES))) for key in (tile.first, tile.past))
 
         def step(
             b: ir.IRBuilder, j: ir.Value, sums: list[ir.Value], block: ir.Value = block, p_block: ir.Value = p_block
         ) -> list[ir.Value]:
-            row = b.add(block, b.mul(j, row_bytes))
+            row = b.add(block, b.mul(j, tile.row_bytes))
             values = [load(b, b.add(row, I64(64 * n)), vec(F32)) for n in range(vectors)]
             following = []
             for i in range(rows):
@@ -125,26 +127,19 @@ def _within_block(b: ir.IRBuilder, key: ir.Value) -> ir.Value:
 
 
 def _emit_softmax_row(
-    b: ir.IRBuilder,
-    scores: ir.Value,
-    low: ir.Value,
-    high: ir.Value,
-    scale: ir.Value,
-    state: ir.Value,
-    acc: ir.Value,
-    dim: ir.Value,
-) -> None:
-    """Scores of one row and tile -> weights, in place; update (max, sum) at `state` and rescale the accumulator.
+    b: ir.IRBuilder, scores: ir.Value, low: ir.Value, high: ir.Value, scale: ir.Value, state: ir.Value
+) -> ir.Value:
+    """Scores of one row and tile -> weights, in place; update (max, sum) at `state`.
 
-    Keys outside [low, high) of the tile are masked.
+    Keys outside [low, high) of the tile are masked. Returns what the weights of earlier tiles are to be multiplied by.
     """
-    factor = splat(b, scale)
+    scales = splat(b, scale)
     first, past = splat(b, b.trunc(low, I32)), splat(b, b.trunc(high, I32))
     masked = []
     for j in range(BLOCKS):
         index = ir.Constant(vec(I32), [j * LANES + lane for lane in range(LANES)])
         seen = b.and_(b.icmp_signed(">=", index, first), b.icmp_signed("<", index, past))
-        score = b.fmul(load(b, b.add(scores, I64(j * 64)), vec(F32)), factor)
+        score = b.fmul(load(b, b.add(scores, I64(j * 64)), vec(F32)), scales)
         masked.append(b.select(seen, score, constant(NEGATIVE_INFINITY)))
 
     def larger(x: ir.Value, y: ir.Value) -> ir.Value:
@@ -159,19 +154,26 @@ def _emit_softmax_row(
         store(b, weights[j], b.add(scores, I64(j * 64)))
     tile_sum = tree_sum(b, b.fadd(b.fadd(weights[0], weights[1]), b.fadd(weights[2], weights[3])))
     correction = exp(b, b.fsub(splat(b, old_max), shift))
-    rescaled = b.fmul(old_sum, b.extract_element(correction, I32(0)))
+    factor = b.extract_element(correction, I32(0))
+    rescaled = b.fmul(old_sum, factor)
     store(b, new_max, state)
     store(b, b.fadd(rescaled, tile_sum), b.add(state, I64(4)))
+    return factor
 
-    def rescale(b: ir.IRBuilder, d: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+
+def _emit_multiply_row(b: ir.IRBuilder, acc: ir.Value, factor: ir.Value, dim: ir.Value) -> None:
+    """acc *= factor"""
+    factors = splat(b, factor)
+
+    def body(b: ir.IRBuilder, d: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
         at = b.add(acc, b.mul(d, I64(4)))
-        store(b, b.fmul(load(b, at, vec(F32)), correction), at)
+        store(b, b.fmul(load(b, at, vec(F32)), factors), at)
         return carried
 
-    loop(b, I64(0), dim, LANES, [], rescale)
+    loop(b, I64(0), dim, LANES, [], body)
 
 
-def _emit_scale_row(b: ir.IRBuilder, acc: ir.Value, total: ir.Value, out: ir.Value, dim: ir.Value) -> None:
+def _emit_divide_row(b: ir.IRBuilder, acc: ir.Value, total: ir.Value, out: ir.Value, dim: ir.Value) -> None:
     """out = acc / total, where `total` is the address of the row's sum."""
     divisor = splat(b, load(b, total, F32))
 
@@ -194,6 +196,7 @@ def _emit_copy_row(b: ir.IRBuilder, source: ir.Value, target: ir.Value, dim: ir.
 
 qk_1, qk_2, qk_3, qk_4 = (_qk(rows) for rows in (1, 2, 3, 4))
 pv_1, pv_2, pv_3, pv_4 = (_pv(rows) for rows in (1, 2, 3, 4))
-softmax_row = address_intrinsic(_emit_softmax_row)
-scale_row = address_intrinsic(_emit_scale_row)
+softmax_row = address_intrinsic(_emit_softmax_row, returns=types.float32)
+multiply_row = address_intrinsic(_emit_multiply_row)
+divide_row = address_intrinsic(_emit_divide_row)
 copy_row = address_intrinsic(_emit_copy_row)

@@ -20,9 +20,14 @@ def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> to
         raise ValueError(
             f"embed: out {tuple(out.shape)} does not fit {token_ids.shape[0]} rows of {tuple(table.shape)}"
         )
+    if not out.shape[0]:
+        return out
     if not table.is_cuda:
         from sempre.kernels.embedding import cpu
 
+        low, high = (int(id) for id in torch.aminmax(token_ids))
+        if low < 0 or high >= table.shape[0]:
+            raise IndexError(f"embed: token ids {low}..{high} are outside a table of {table.shape[0]} rows")
         return cpu.embed(token_ids, table, out)
     from sempre.kernels.embedding import gpu
 

@@ -23,12 +23,12 @@ SMALLEST_SCALE = 2.0**-64
 
 
 class Fp8Scheme(Enum):
-    """What of a matrix product is fp8; the values are those of the engine's setting `quantization`."""
+    """What of a matmul is fp8; the values are those of the engine's setting `quantization`."""
 
     WEIGHTS = "fp8_weight_only"
     """W8A16: activations stay as they are"""
     WEIGHTS_AND_ACTIVATIONS = "fp8"
-    """W8A8: each row of activations is quantised before the product"""
+    """W8A8: each row of activations is quantised before the matmul"""
 
 
 class QuantizedWeight(NamedTuple):
@@ -58,7 +58,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if width % 16:
         raise ValueError(f"quantize_rows: expected a row length that is a multiple of 16, found {width}")
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    if x.device.type == "cpu":
+    if not x.is_cuda:
         from sempre.kernels.fp8 import cpu
 
         return cpu.quantize_rows(x, torch.empty_like(x), scale)

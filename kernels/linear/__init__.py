@@ -1,4 +1,4 @@
-"""Matrix product of activations with a weight: out[t, n] = sum over k of x[t, k] * weight[n, k] (+ bias[n]).
+"""Matmul of activations with a weight: out[t, n] = sum over k of x[t, k] * weight[n, k] (+ bias[n]).
 
 Contract: every output element is summed in float32 over k ascending, starting at 0; the bias is added last. So a row's
 result depends on nothing but that row and the weight: not on the number of rows, its place among them, the tile that
@@ -23,7 +23,7 @@ from sempre.kernels.linear.control import ControlLinear, control_linear, control
 from sempre.kernels.linear.weights import GpuLinear
 
 if TYPE_CHECKING:
-    from sempre.kernels.linear.cpu import PackedLinear
+    from sempre.kernels.linear.cpu import CpuLinearWeight
 
 __all__ = [
     "ControlLinear",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear | GpuLinear:
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLinearWeight | GpuLinear:
     """Prepare `weight` [N, K] and `bias` [N]: packed in panels on CPU, as they are on a GPU."""
     if weight.is_cuda:
         return GpuLinear(weight.contiguous(), bias.to(weight.dtype).contiguous() if bias is not None else None)
@@ -49,7 +49,7 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
 
 def pack_fp8_linear(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
-) -> PackedLinear | GpuLinear:
+) -> CpuLinearWeight | GpuLinear:
     """As `pack_linear`, of the fp8 `weight` [N, K] without NaN, times `scale` [N]."""
     if weight.is_cuda:
         return GpuLinear(weight.contiguous(), bias, scale=scale.float().contiguous(), scheme=scheme)
@@ -58,12 +58,14 @@ def pack_fp8_linear(
     return cpu.pack_fp8_linear(weight, scale, bias, scheme)
 
 
-def linear(x: torch.Tensor, w: PackedLinear | GpuLinear, out: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinear, out: torch.Tensor) -> torch.Tensor:
     """x [T, K] times the prepared weight into out [T, N]; both contiguous. Returns `out`.
 
     CPU: x and out float32. GPU: x in the weight's dtype (any, if that is fp8), out in x's or float32.
     """
-    check_rows("linear", x, out)
+    _check("linear", x, w, out)
+    if not x.shape[0]:
+        return out
     if not isinstance(w, GpuLinear):
         from sempre.kernels.linear import cpu
 
@@ -74,13 +76,15 @@ def linear(x: torch.Tensor, w: PackedLinear | GpuLinear, out: torch.Tensor) -> t
 
 
 def linear_silu_and_mul(
-    x: torch.Tensor, w: PackedLinear | GpuLinear, gate_up: torch.Tensor, out: torch.Tensor
+    x: torch.Tensor, w: CpuLinearWeight | GpuLinear, gate_up: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    """The product with w [2 I, K] (gates first), then `silu_and_mul`, into out [T, I]; gate_up [T, 2 I] is scratch.
+    """`linear` with w [2 I, K] (gates first), then `silu_and_mul`, into out [T, I]; gate_up [T, 2 I] is scratch.
 
     The bits are those of the two calls; a GPU may run them as one.
     """
-    check_rows("linear_silu_and_mul", x, gate_up)
+    _check("linear_silu_and_mul", x, w, gate_up)
+    if not x.shape[0]:
+        return out
     if not isinstance(w, GpuLinear):
         from sempre.kernels.linear import cpu
 
@@ -88,3 +92,12 @@ def linear_silu_and_mul(
     from sempre.kernels.linear import gpu
 
     return gpu.linear_silu_and_mul(x, w, gate_up, out)
+
+
+def _check(operation: str, x: torch.Tensor, w: CpuLinearWeight | GpuLinear, out: torch.Tensor) -> None:
+    check_rows(operation, x, out)
+    if x.shape[1] != w.in_features or out.shape[0] != x.shape[0] or out.shape[1] != w.out_features:
+        raise ValueError(
+            f"{operation}: x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of"
+            f" {w.out_features} x {w.in_features}"
+        )

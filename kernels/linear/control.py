@@ -1,4 +1,4 @@
-"""The ordinary matrix product of the library, which does not keep the guarantee.
+"""The ordinary matmul of the library, which does not keep the guarantee.
 
 It exists so that tests of invariance can show that they are able to fail.
 """
@@ -60,6 +60,6 @@ def control_linear(x: torch.Tensor, w: ControlLinear, out: torch.Tensor) -> torc
         out.copy_(torch.nn.functional.linear(x, w.weight, w.bias))
         return out
     parts = 1 + x.shape[0] % MOST_PARTS
-    products = [torch.mm(a, b.t()) for a, b in zip(x.chunk(parts, 1), w.weight.chunk(parts, 1), strict=True)]
-    out.copy_(sum(products[1:], products[0]) if w.bias is None else sum(products, w.bias))
+    terms = [torch.mm(a, b.t()) for a, b in zip(x.chunk(parts, 1), w.weight.chunk(parts, 1), strict=True)]
+    out.copy_(sum(terms[1:], terms[0]) if w.bias is None else sum(terms, w.bias))
     return out

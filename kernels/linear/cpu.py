@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numba import prange
 
+from sempre.kernels.dtypes import ELEMENT_SIZE, FP8_CODE, dtype_code, widen
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.jit import address_of, compiled, keep
 from sempre.kernels.linear.cpu_tiles import (
@@ -28,15 +29,14 @@ from sempre.kernels.linear.cpu_tiles import (
     tile_8,
     tile_12,
 )
-from sempre.kernels.storage import ELEMENT_SIZE, FP8_CODE, storage_code, widen
 
 ROW_BLOCK = 240  # rows of x that stay in the second-level cache while panels pass
 WIDEN_ROWS = 24
 
 
 @dataclass(frozen=True)
-class PackedLinear:
-    """A weight in panels: `panels` [P, K, 32] in its storage dtype, columns past N zero; `bias` [N] float32 or None.
+class CpuLinearWeight:
+    """A weight in panels: `panels` [P, K, 32], columns past N zero; `bias` [N] float32 or None.
 
     An fp8 weight has a `scheme`, and `scale` [N] float32.
     """
@@ -45,7 +45,7 @@ class PackedLinear:
     bias: torch.Tensor | None
     in_features: int
     out_features: int
-    storage: int
+    dtype_code: int
     scale: torch.Tensor | None = None
     scheme: Fp8Scheme | None = None
 
@@ -54,19 +54,19 @@ class PackedLinear:
         return sum(int(part.nbytes) for part in (self.panels, self.bias, self.scale) if part is not None)
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLinearWeight:
     """Pack `weight` [N, K] (float32, bfloat16 or float16, kept as stored) and `bias` [N]."""
     out_features, in_features = weight.shape
-    return PackedLinear(_panels(weight), _vector(bias), in_features, out_features, storage_code(weight.dtype))
+    return CpuLinearWeight(_panels(weight), _vector(bias), in_features, out_features, dtype_code(weight.dtype))
 
 
 def pack_fp8_linear(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
-) -> PackedLinear:
+) -> CpuLinearWeight:
     """Pack the fp8 `weight` [N, K], `scale` [N] and `bias` [N]."""
     out_features, in_features = weight.shape
     panels = _panels(weight.view(torch.uint8)).view(weight.dtype)
-    return PackedLinear(panels, _vector(bias), in_features, out_features, FP8_CODE, _vector(scale), scheme)
+    return CpuLinearWeight(panels, _vector(bias), in_features, out_features, FP8_CODE, _vector(scale), scheme)
 
 
 def _panels(weight: torch.Tensor) -> torch.Tensor:
@@ -87,23 +87,17 @@ def _address(values: torch.Tensor | None) -> int:
     return values.data_ptr() if values is not None else 0
 
 
-def linear(x: torch.Tensor, w: PackedLinear, out: torch.Tensor) -> torch.Tensor:
-    """x [T, K] float32 times the packed weight into out [T, N] float32; both contiguous. Returns `out`."""
-    rows = x.shape[0]
-    if x.shape[1] != w.in_features or out.shape[0] != rows or out.shape[1] != w.out_features:
-        raise ValueError(
-            f"linear: x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of"
-            f" {w.out_features} x {w.in_features}"
-        )
+def linear(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
+    """As the facade."""
     row_scales = None
     if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         x, row_scales = quantize_rows(x)
     _linear(
         x.data_ptr(),
-        rows,
+        x.shape[0],
         w.in_features,
         w.panels.data_ptr(),
-        w.storage,
+        w.dtype_code,
         w.out_features,
         _address(row_scales),
         _address(w.scale),
@@ -114,38 +108,38 @@ def linear(x: torch.Tensor, w: PackedLinear, out: torch.Tensor) -> torch.Tensor:
 
 
 @compiled()
-def _tiles(x: int, rows: int, depth: int, panel: int, storage: int, out: int, out_row: int) -> None:
+def _tiles(x: int, rows: int, depth: int, panel: int, dtype: int, out: int, out_row: int) -> None:
     x_row = depth * 4
     done = 0
     while done < rows:
         x_at, out_at, left = x + done * x_row, out + done * out_row, rows - done
         if left >= 12:
-            tile_12(x_at, x_row, panel, storage, depth, out_at, out_row)
+            tile_12(x_at, x_row, panel, depth, out_at, out_row, dtype)
             done += 12
         elif left >= 8:
-            tile_8(x_at, x_row, panel, storage, depth, out_at, out_row)
+            tile_8(x_at, x_row, panel, depth, out_at, out_row, dtype)
             done += 8
         elif left >= 4:
-            tile_4(x_at, x_row, panel, storage, depth, out_at, out_row)
+            tile_4(x_at, x_row, panel, depth, out_at, out_row, dtype)
             done += 4
         elif left >= 2:
-            tile_2(x_at, x_row, panel, storage, depth, out_at, out_row)
+            tile_2(x_at, x_row, panel, depth, out_at, out_row, dtype)
             done += 2
         else:
-            tile_1(x_at, x_row, panel, storage, depth, out_at, out_row)
+            tile_1(x_at, x_row, panel, depth, out_at, out_row, dtype)
             done += 1
 
 
 @compiled()
-def _panel_rows(x: int, rows: int, depth: int, panel: int, storage: int, out: int, out_row: int) -> None:
-    if storage != 0 and rows >= WIDEN_ROWS:
+def _panel_rows(x: int, rows: int, depth: int, panel: int, dtype: int, out: int, out_row: int) -> None:
+    if dtype != 0 and rows >= WIDEN_ROWS:
         scratch = np.empty(depth * PANEL, np.float32)
         wide = address_of(scratch)
-        widen(panel, wide, depth * PANEL, storage)
+        widen(panel, wide, depth * PANEL, dtype)
         _tiles(x, rows, depth, wide, 0, out, out_row)
         keep(scratch)
     else:
-        _tiles(x, rows, depth, panel, storage, out, out_row)
+        _tiles(x, rows, depth, panel, dtype, out, out_row)
 
 
 @compiled(parallel=True)
@@ -154,7 +148,7 @@ def _linear(
     rows: int,
     depth: int,
     panels: int,
-    storage: int,
+    dtype: int,
     columns: int,
     row_scales: int,
     scale: int,
@@ -163,7 +157,7 @@ def _linear(
 ) -> None:
     num_panels = (columns + PANEL - 1) // PANEL
     num_row_blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
-    panel_bytes = depth * PANEL * ELEMENT_SIZE[storage]
+    panel_bytes = depth * PANEL * ELEMENT_SIZE[dtype]
     for unit in prange(num_row_blocks * num_panels):
         p, block = unit // num_row_blocks, unit % num_row_blocks
         first_row = block * ROW_BLOCK
@@ -173,11 +167,11 @@ def _linear(
         panel = panels + p * panel_bytes
         width = min(PANEL, columns - p * PANEL)
         if width == PANEL:
-            _panel_rows(x_at, block_rows, depth, panel, storage, out_at, columns * 4)
+            _panel_rows(x_at, block_rows, depth, panel, dtype, out_at, columns * 4)
         else:
             # the last, partial panel goes through scratch rows so that nothing past a row's end is written
             part = np.empty((block_rows, PANEL), np.float32)
-            _panel_rows(x_at, block_rows, depth, panel, storage, address_of(part), PANEL * 4)
+            _panel_rows(x_at, block_rows, depth, panel, dtype, address_of(part), PANEL * 4)
             copy_rows(address_of(part), PANEL * 4, out_at, columns * 4, block_rows, width)
             keep(part)
         if row_scales != 0:

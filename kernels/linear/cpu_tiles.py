@@ -1,8 +1,9 @@
-"""The register tiles of the CPU matrix product, and small copies around them."""
+"""The register tiles of the CPU matmul, and small copies around them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -12,8 +13,8 @@ from sempre.kernels.vector_ir import (
     F32,
     I64,
     LANES,
-    WEIGHT_STORAGES,
     address_intrinsic,
+    branch_on_dtype,
     constant,
     fma,
     load,
@@ -31,58 +32,50 @@ PANEL = VECTORS * LANES
 CHAIN = 64
 
 
+@dataclass(frozen=True)
+class _Operands:
+    """Addresses and sizes; rows of x and out begin `x_row` and `out_row` bytes apart."""
+
+    x: ir.Value
+    x_row: ir.Value
+    panel: ir.Value
+    depth: ir.Value
+    out: ir.Value
+    out_row: ir.Value
+
+
 def fma_tile(rows: int) -> Any:
-    """Intrinsic (x, x_row_bytes, panel, storage, depth, out, out_row_bytes): `rows` x 32 elements of a product.
+    """Intrinsic (x, x_row, panel, depth, out, out_row, dtype): `rows` x 32 elements of a matmul.
 
     out[i, j] = sum over k ascending of x[i, k] * panel[k, j], in chains of `CHAIN` terms: one fused multiply-add per
     term, starting at 0, then one addition to the sum of the chains before. x and out are float32; the panel [depth, 32]
-    holds elements of format `storage` (a code of `kernels.storage`).
+    holds elements of `dtype` (a code of `kernels.dtypes`).
     """
 
-    def emit(
-        b: ir.IRBuilder,
-        x: ir.Value,
-        x_row: ir.Value,
-        panel: ir.Value,
-        storage: ir.Value,
-        depth: ir.Value,
-        out: ir.Value,
-        out_row: ir.Value,
-    ) -> None:
-        for code, name in enumerate(WEIGHT_STORAGES):
-            with b.if_then(b.icmp_signed("==", storage, I64(code))):
-                _emit_tile(b, rows, name, x, x_row, panel, depth, out, out_row)
+    def emit(b: ir.IRBuilder, *values: ir.Value) -> None:
+        *operands, dtype = values
+        branch_on_dtype(b, dtype, lambda name: _emit_tile(b, rows, name, _Operands(*operands)))
 
     return address_intrinsic(emit)
 
 
-def _emit_tile(
-    b: ir.IRBuilder,
-    rows: int,
-    storage: str,
-    x: ir.Value,
-    x_row: ir.Value,
-    panel: ir.Value,
-    depth: ir.Value,
-    out: ir.Value,
-    out_row: ir.Value,
-) -> None:
-    width = LANES * ELEMENT_BYTES[storage]
-    x_rows, out_rows = [x], [out]
+def _emit_tile(b: ir.IRBuilder, rows: int, dtype: str, tile: _Operands) -> None:
+    width = LANES * ELEMENT_BYTES[dtype]
+    x_rows, out_rows = [tile.x], [tile.out]
     for _ in range(rows - 1):
-        x_rows.append(b.add(x_rows[-1], x_row))
-        out_rows.append(b.add(out_rows[-1], out_row))
+        x_rows.append(b.add(x_rows[-1], tile.x_row))
+        out_rows.append(b.add(out_rows[-1], tile.out_row))
 
     places = [(i, j, b.add(out_rows[i], I64(64 * j))) for i in range(rows) for j in range(VECTORS)]
 
     def step(b: ir.IRBuilder, k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-        at = b.add(panel, b.mul(k, I64(VECTORS * width)))
-        columns = [load_widened(b, b.add(at, I64(width * j)), storage) for j in range(VECTORS)]
+        at = b.add(tile.panel, b.mul(k, I64(VECTORS * width)))
+        columns = [load_widened(b, b.add(at, I64(width * j)), dtype) for j in range(VECTORS)]
         factors = [splat(b, load(b, b.add(row, b.mul(k, I64(4))), F32)) for row in x_rows]
         return [fma(b, factors[i], columns[j], sums[i * VECTORS + j]) for i, j, _ in places]
 
     def chain(b: ir.IRBuilder, start: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
-        left = b.sub(depth, start)
+        left = b.sub(tile.depth, start)
         length = b.select(b.icmp_signed("<", left, I64(CHAIN)), left, I64(CHAIN))
         sums = unrolled_loop(
             b, length, 4, [constant(0.0)] * len(places), lambda b, k, sums: step(b, b.add(start, k), sums)
@@ -96,7 +89,7 @@ def _emit_tile(
                     store(b, b.fadd(load(b, place, vec(F32)), total), place)
         return carried
 
-    loop(b, I64(0), depth, CHAIN, [], chain)
+    loop(b, I64(0), tile.depth, CHAIN, [], chain)
 
 
 def _rows_of_scalars(emit_element: Callable[[ir.IRBuilder, ir.Value, ir.Value], None]) -> Any:

@@ -13,19 +13,20 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import prange, types
+from numba.core import cgutils
 
 from sempre.kernels.attention.contract import HeadLayout, HeadNorms, KvCache
+from sempre.kernels.dtypes import ELEMENT_SIZE, dtype_code
 from sempre.kernels.jit import address_of, compiled, compiled_twice, keep
 from sempre.kernels.norms.cpu import emit_rms_norm
-from sempre.kernels.storage import ELEMENT_SIZE, storage_code
 from sempre.kernels.vector_ir import (
     ELEMENT_BYTES,
     F32,
     I16,
     I32,
     I64,
-    STORAGES,
     address_intrinsic,
+    branch_on_dtype,
     fma,
     load,
     loop,
@@ -54,16 +55,30 @@ def _emit_rotate(b: ir.IRBuilder, x: ir.Value, angles: ir.Value, head_dim: ir.Va
     loop(b, I64(0), b.sdiv(head_dim, I64(2)), LANES_8, [], body)
 
 
-def _narrow(storage: str) -> Any:
-    def emit(b: ir.IRBuilder, source: ir.Value, target: ir.Value, count: ir.Value) -> None:
+# of a finite element's bits not all of these are set
+EXPONENTS = {"float32": (I32, 0x7F800000), "bfloat16": (I16, 0x7F80), "float16": (I16, 0x7C00)}
+
+
+def _emit_narrow(b: ir.IRBuilder, source: ir.Value, target: ir.Value, count: ir.Value, dtype: ir.Value) -> ir.Value:
+    """Round `count` float32 to `dtype`; 1 if all results are finite, else 0."""
+    flags = vec(ir.IntType(1), LANES_8)
+    finite = cgutils.alloca_once(b, I64)
+
+    def narrow_to(name: str) -> None:
+        element, exponent = EXPONENTS[name]
+        mask = ir.Constant(vec(element, LANES_8), [exponent] * LANES_8)
+
         def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
-            value = load(b, b.add(source, b.mul(i, I64(4))), vec(F32, LANES_8))
-            store_rounded(b, value, b.add(target, b.mul(i, I64(ELEMENT_BYTES[storage]))), storage)
-            return carried
+            at = b.add(target, b.mul(i, I64(ELEMENT_BYTES[name])))
+            store_rounded(b, load(b, b.add(source, b.mul(i, I64(4))), vec(F32, LANES_8)), at, name)
+            return [b.or_(carried[0], b.icmp_unsigned("==", b.and_(load(b, at, mask.type), mask), mask))]
 
-        loop(b, I64(0), count, LANES_8, [], body)
+        (found,) = loop(b, I64(0), count, LANES_8, [ir.Constant(flags, [0] * LANES_8)], body)
+        none = b.icmp_unsigned("==", b.bitcast(found, ir.IntType(LANES_8)), ir.IntType(LANES_8)(0))
+        b.store(b.zext(none, I64), finite)
 
-    return address_intrinsic(emit)
+    branch_on_dtype(b, dtype, narrow_to, EXPONENTS)
+    return b.load(finite)
 
 
 def _scatter(kind: ir.IntType) -> Any:
@@ -79,24 +94,6 @@ def _scatter(kind: ir.IntType) -> Any:
     return address_intrinsic(emit)
 
 
-def _finite(storage: str) -> Any:
-    """Intrinsic (source, count): whether all elements are finite, 1 or 0."""
-    element, exponent = {"float32": (I32, 0x7F800000), "bfloat16": (I16, 0x7F80), "float16": (I16, 0x7C00)}[storage]
-    kind = vec(element, LANES_8)
-    mask, flags = ir.Constant(kind, [exponent] * LANES_8), vec(ir.IntType(1), LANES_8)
-
-    def emit(b: ir.IRBuilder, source: ir.Value, count: ir.Value) -> ir.Value:
-        def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
-            bits = load(b, b.add(source, b.mul(i, I64(element.width // 8))), kind)
-            return [b.or_(carried[0], b.icmp_unsigned("==", b.and_(bits, mask), mask))]
-
-        (found,) = loop(b, I64(0), count, LANES_8, [ir.Constant(flags, [0] * LANES_8)], body)
-        packed = b.bitcast(found, ir.IntType(LANES_8))
-        return b.zext(b.icmp_unsigned("==", packed, ir.IntType(LANES_8)(0)), I64)
-
-    return address_intrinsic(emit, returns=types.int64)
-
-
 def _emit_store_zero(b: ir.IRBuilder, target: ir.Value) -> None:
     store(b, I32(0), target)
 
@@ -104,19 +101,8 @@ def _emit_store_zero(b: ir.IRBuilder, target: ir.Value) -> None:
 _rotate = address_intrinsic(_emit_rotate)
 _store_zero = address_intrinsic(_emit_store_zero)
 _norm_row = address_intrinsic(emit_rms_norm)
-_narrow_float32, _narrow_bfloat16, _narrow_float16 = (_narrow(storage) for storage in STORAGES)
-_finite_float32, _finite_bfloat16, _finite_float16 = (_finite(storage) for storage in STORAGES)
+_narrow = address_intrinsic(_emit_narrow, returns=types.int64)
 _scatter_32, _scatter_16 = _scatter(I32), _scatter(I16)
-
-
-@compiled()
-def _store_row(source: int, target: int, count: int, storage: int) -> None:
-    if storage == 0:
-        _narrow_float32(source, target, count)
-    elif storage == 1:
-        _narrow_bfloat16(source, target, count)
-    else:
-        _narrow_float16(source, target, count)
 
 
 @compiled()
@@ -127,22 +113,13 @@ def _clear_row(target: int, size: int) -> None:
 
 
 @compiled()
-def _is_finite(source: int, count: int, storage: int) -> bool:
-    if storage == 0:
-        return bool(_finite_float32(source, count))
-    if storage == 1:
-        return bool(_finite_bfloat16(source, count))
-    return bool(_finite_float16(source, count))
-
-
-@compiled()
 def _token(
     row: int,
     angles: int,
     slot: int,
     keys: int,
     values: int,
-    storage: int,
+    dtype: int,
     heads: int,
     kv_heads: int,
     dim: int,
@@ -151,7 +128,7 @@ def _token(
     k_norm: int,
     eps: float,
 ) -> None:
-    size = ELEMENT_SIZE[storage]
+    size = ELEMENT_SIZE[dtype]
     block_id, offset = slot // block, slot % block
     for h in range(heads + kv_heads):
         head = row + h * dim * 4
@@ -163,9 +140,9 @@ def _token(
     for h in range(kv_heads):
         base = (block_id * kv_heads + h) * block * dim * size
         value, value_slot = row + (heads + kv_heads + h) * dim * 4, values + base + offset * dim * size
-        _store_row(row + (heads + h) * dim * 4, address_of(rounded), dim, storage)
-        _store_row(value, value_slot, dim, storage)
-        if not (_is_finite(address_of(rounded), dim, storage) and _is_finite(value_slot, dim, storage)):
+        finite_key = _narrow(row + (heads + h) * dim * 4, address_of(rounded), dim, dtype)
+        finite_value = _narrow(value, value_slot, dim, dtype)
+        if finite_key == 0 or finite_value == 0:
             # all ones are a NaN in every format
             rounded[:] = 255
             _clear_row(value_slot, dim * size)
@@ -193,7 +170,7 @@ def _rope(
     slots: np.ndarray,
     keys: int,
     values: int,
-    storage: int,
+    dtype: int,
     heads: int,
     kv_heads: int,
     dim: int,
@@ -210,7 +187,7 @@ def _rope(
             slots[t],
             keys,
             values,
-            storage,
+            dtype,
             heads,
             kv_heads,
             dim,
@@ -244,7 +221,7 @@ def rope_and_cache_write(
         slot_mapping.numpy(),
         cache.k.data_ptr(),
         cache.v.data_ptr(),
-        storage_code(cache.k.dtype),
+        dtype_code(cache.k.dtype),
         heads.num_heads,
         heads.num_kv_heads,
         heads.head_dim,

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sempre.kernels.activation import silu_and_mul
+from sempre.kernels.dtypes import dtype_code, widen
 from sempre.kernels.embedding import embed
 from sempre.kernels.norms import add_rms_norm, rms_norm
-from sempre.kernels.storage import storage_code, widen
 
 WIDTHS = [16, 64, 576, 4096]
 
@@ -63,7 +63,7 @@ def test_widening_keeps_every_bit_pattern(dtype: torch.dtype) -> None:
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     values = patterns.view(dtype)
     out = torch.empty(65536)
-    widen(values.data_ptr(), out.data_ptr(), 65536, storage_code(dtype))
+    widen(values.data_ptr(), out.data_ptr(), 65536, dtype_code(dtype))
     numbers = ~values.isnan()
     assert torch.equal(out[numbers], values[numbers].float())
     assert out[~numbers].isnan().all()

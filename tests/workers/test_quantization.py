@@ -214,7 +214,7 @@ def test_self_test(scheme: str, checkpoints: Any) -> None:
 
     def test(product: LinearKernel) -> dict[str, int]:
         loaded = load(folder, product, scheme)
-        return require_equal(check_linears(loaded.model, loaded.facts.storage, 256))
+        return require_equal(check_linears(loaded.model, loaded.facts.matrix_dtype, 256))
 
     assert test(INVARIANT)["linear"] > 50
     with pytest.raises(InvarianceError, match=rf"linear qkv_proj \[N=128, K=64, {scheme}\]"):
@@ -293,6 +293,6 @@ def test_one_product_is_quantized_whole(quantized: Any) -> None:
     def widen(tensors: dict[str, torch.Tensor]) -> None:
         tensors[Q_PROJ] = tensors[Q_PROJ].float() * tensors.pop(Q_PROJ + "_scale")
 
-    with pytest.raises(TensorMismatch, match="with which it is one product") as caught:
+    with pytest.raises(TensorMismatch, match="with which it is one matmul") as caught:
         load(quantized("llama", edit=widen, ignore=("lm_head", Q_PROJ.removesuffix(".weight"))))
     assert caught.value.tensor == Q_PROJ

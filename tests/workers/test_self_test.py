@@ -45,7 +45,7 @@ def test_kernels_pass(family: str, dtype: str, checkpoints: Any) -> None:
     folder = checkpoints(family).folder
     assert run(folder, dtype=dtype) == {"model": 4}
     model, facts = load(folder, INVARIANT, dtype)
-    assert require_equal(check_linears(model, facts.storage, 256))["linear"] > 50
+    assert require_equal(check_linears(model, facts.matrix_dtype, 256))["linear"] > 50
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 17, 18, 40, 100])
@@ -63,7 +63,7 @@ def test_the_ordinary_product_is_refused(family: str, checkpoints: Any) -> None:
     with pytest.raises(
         InvarianceError, match=r"linear qkv_proj \[N=\d+, K=64, float32\]: M=\d+: .* elements different"
     ):
-        require_equal(check_linears(model, facts.storage, 256))
+        require_equal(check_linears(model, facts.matrix_dtype, 256))
 
 
 def flip_a_bit(out: torch.Tensor) -> None:
@@ -75,21 +75,21 @@ def test_each_matrix_of_the_model_is_tested(part: str, checkpoints: Any) -> None
     """A product whose last row depends on whether there are others before it."""
 
     def flipped(x: torch.Tensor, weight: LinearWeight, out: torch.Tensor) -> torch.Tensor:
-        INVARIANT.apply(x, weight, out)
+        INVARIANT.linear(x, weight, out)
         if weight is target and len(x) > 1:
             flip_a_bit(out)
         return out
 
     def gated(x: torch.Tensor, weight: LinearWeight, scratch: torch.Tensor, out: torch.Tensor) -> None:
-        INVARIANT.apply_gated(x, weight, scratch, out)
+        INVARIANT.linear_silu_and_mul(x, weight, scratch, out)
         if weight is target and len(x) > 1:
             flip_a_bit(out)
 
-    kernel = INVARIANT._replace(apply=flipped, apply_gated=gated)
+    kernel = INVARIANT._replace(linear=flipped, linear_silu_and_mul=gated)
     model, facts = load(checkpoints("llama").folder, kernel)
     target = next(linear.weight for path, linear in model.linears() if path.endswith(part))
     with pytest.raises(InvarianceError, match=rf"linear {part} \[.*found 1 of"):
-        require_equal(check_linears(model, facts.storage, 256))
+        require_equal(check_linears(model, facts.matrix_dtype, 256))
     with pytest.raises(InvarianceError, match=r"model \["):
         require_equal(check_model(model, facts, 16, max_tokens=256))
 
@@ -183,5 +183,5 @@ def test_nan_of_the_weights_is_no_difference_and_a_new_one_is() -> None:
 def test_nothing_is_drawn_from_the_global_generator(checkpoints: Any) -> None:
     before = torch.get_rng_state()
     model, facts = load(checkpoints("llama").folder, INVARIANT)
-    require_equal([*check_linears(model, facts.storage, 256), *check_model(model, facts, 16, max_tokens=256)])
+    require_equal([*check_linears(model, facts.matrix_dtype, 256), *check_model(model, facts, 16, max_tokens=256)])
     assert torch.equal(before, torch.get_rng_state())

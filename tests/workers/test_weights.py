@@ -188,7 +188,7 @@ def test_float32_keeps_sixteen_bit_storage(stored: torch.dtype, edited: Any, ser
     request = prompt("a", list(range(3, 60)), SamplingSpec(max_tokens=5, temperature=0.7, logprobs=3))
     folder = edited("llama", narrow)
     assert load(folder).facts.dtype == torch.float32  # config.json says so
-    assert load(folder, "float32").facts.storage == stored
+    assert load(folder, "float32").facts.matrix_dtype == stored
     narrow_run = serve(folder, dtype="float32").run(request)
     assert narrow_run == serve(edited("llama", widen), dtype="float32").run(request)
 
@@ -200,7 +200,7 @@ def test_sixteen_bit_dtype_rounds_to_nearest_even(checkpoints: Any, edited: Any)
                 tensors[name] = tensor.to(torch.bfloat16)
 
     by_loader = load(checkpoints("llama").folder, "bfloat16")
-    assert by_loader.facts.dtype == by_loader.facts.storage == torch.bfloat16
+    assert by_loader.facts.dtype == by_loader.facts.matrix_dtype == torch.bfloat16
     assert live_digest(by_loader.model) == live_digest(load(edited("llama", rounded), "bfloat16").model)
 
 

@@ -1,4 +1,4 @@
-"""A matrix product with its weight: projections of the checkpoint that are fused into one, in any format."""
+"""A linear layer: projections of the checkpoint that are fused into one, in any format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sempre.workers.tensor_source import Parameter
 
 
 class Use(Enum):
-    """Which of the kernels for its shape compute a product."""
+    """Which of the kernels for its shape compute it."""
 
     PLAIN = "plain"
     GATED = "gated"
@@ -90,12 +90,11 @@ class Linear(Module):
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write to, and return, `out` [T, N]."""
-        return self.kernel.apply(x, self.weight, out) if x.shape[0] else out
+        return self.kernel.linear(x, self.weight, out)
 
     def gated(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """silu(first half) * second half of the result, into `out` [T, N / 2]."""
-        if x.shape[0]:
-            self.kernel.apply_gated(x, self.weight, self._out[: x.shape[0]], out)
+        self.kernel.linear_silu_and_mul(x, self.weight, self._out[: x.shape[0]], out)
         return out
 
 

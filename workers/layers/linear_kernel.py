@@ -1,4 +1,4 @@
-"""The matrix product a worker uses: the invariant one, or the ordinary one that tests of the guarantee need to fail."""
+"""The matmul a worker uses: the invariant one, or the ordinary one that tests of the guarantee need to fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sempre.kernels.linear import (
 
 
 class LinearWeight(Protocol):
-    """A weight [out_features, in_features] in the form its product wants."""
+    """A weight [out_features, in_features] in the form its kernels want."""
 
     @property
     def in_features(self) -> int: ...
@@ -39,28 +39,28 @@ class LinearWeight(Protocol):
 
 
 class LinearKernel(NamedTuple):
-    """`pack(weight [N, K], bias [N] or None)`; `apply(x [T, K], packed, out [T, N])`, which returns `out`; and
-    `apply_gated(x [T, K], packed [2I, K], scratch [T, 2I], out [T, I])`: silu(first half) * second half of the product.
+    """`pack(weight [N, K], bias [N] or None)`; `linear(x [T, K], weight, out [T, N])`, which returns `out`; and
+    `linear_silu_and_mul(x [T, K], weight [2I, K], scratch [T, 2I], out [T, I])`: silu(first half) * second half.
     `pack_fp8(weight [N, K] fp8, scale [N], bias [N] or None, scheme)` packs a quantised weight.
     """
 
     pack: Callable[[torch.Tensor, torch.Tensor | None], LinearWeight]
-    apply: Callable[..., torch.Tensor]
-    apply_gated: Callable[..., object]
+    linear: Callable[..., torch.Tensor]
+    linear_silu_and_mul: Callable[..., object]
     pack_fp8: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Fp8Scheme], LinearWeight]
 
 
-def _control_gated(x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor) -> None:
+def _control_silu_and_mul(x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor) -> None:
     control_linear(x, weight, gate_up)
     silu_and_mul(gate_up, out)
 
 
 INVARIANT = LinearKernel(pack_linear, linear, linear_silu_and_mul, pack_fp8_linear)
-CONTROL = LinearKernel(control_pack, control_linear, _control_gated, control_pack_fp8)
+CONTROL = LinearKernel(control_pack, control_linear, _control_silu_and_mul, control_pack_fp8)
 
 
 def linear_kernel(numerics: str) -> LinearKernel:
-    """The product for the setting `numerics`; raises ConfigError for an unknown one."""
+    """The kernels for the setting `numerics`; raises ConfigError for an unknown one."""
     kernels = {"invariant": INVARIANT, "control": CONTROL}
     if numerics not in kernels:
         raise ConfigError(

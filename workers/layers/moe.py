@@ -19,7 +19,7 @@ from sempre.workers.quantization.plain import NotQuantized
 class SparseMLP(Module):
     """The experts of each row's greatest router logits, weighted and added in the router's order (`kernels.moe`).
 
-    Rows of an expert are computed in the order of the tokens; every product works on one row at a time, so a row's bits
+    Rows of an expert are computed in the order of the tokens; every linear works on one row at a time, so a row's bits
     do not depend on who shares its experts. No expert has a capacity, and no row is dropped.
     """
 

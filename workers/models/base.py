@@ -78,7 +78,7 @@ class CausalLM(Module):
         return self.model.embed_tokens.weight.device
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
-        """All matrix products, with their paths."""
+        """All linear layers, with their paths."""
         for path, module in self.walk():
             if isinstance(module, Linear):
                 yield path, module

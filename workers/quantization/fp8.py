@@ -73,7 +73,7 @@ class Fp8Quantization:
             return PLAIN
         for module in modules:
             if module not in covered:
-                beside = f"fp8 like {', '.join(covered)}, with which it is one product"
+                beside = f"fp8 like {', '.join(covered)}, with which it is one matmul"
                 raise mismatch(module + ".weight", beside, "an ignored module")
         return self._fp8
 

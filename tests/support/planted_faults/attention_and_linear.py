@@ -17,8 +17,8 @@ ATTENTION_AND_LINEAR = (
         "sees-one-key-ahead",
         "A token attends to the one after it.",
         ATTENTION,
-        "                position + 1 - tile,",
-        "                position + 2 - tile,",
+        "low, position + 1 - tile, left_scale",
+        "low, position + 2 - tile, left_scale",
         (f"{ATTENTION_TESTS}::test_accuracy_against_float64",),
     ),
     Fault(
