@@ -89,9 +89,9 @@ def compare_digests(digests: Sequence[RngDigests], when: str, names: Sequence[st
         _compare(rank, digests[0], candidate, (called[rank], called[0]), when)
 
 
-def compare_with_former(rank: int, former: RngDigests, successor: RngDigests, when: str) -> None:
+def compare_with_former(rank: int, name: str, former: RngDigests, successor: RngDigests, when: str) -> None:
     """Raises SeedMismatch when a restarted worker's generators differ from those of the one that it replaces."""
-    _compare(rank, former, successor, (f"rank {rank}", "the worker that it replaces"), when)
+    _compare(rank, former, successor, (name, "the worker that it replaces"), when)
 
 
 def _compare(rank: int, one: RngDigests, other: RngDigests, names: tuple[str, str], when: str) -> None:

@@ -41,10 +41,6 @@ class PrivateDirectory:
     def worker_address(self) -> str:
         return f"ipc://{self.path}/workers.sock"
 
-    def draft_address(self, attempt: int) -> str:
-        """Of the hub for draft workers; each restart has its own."""
-        return f"ipc://{self.path}/drafts-{attempt}.sock"
-
     def log_path(self, process_name: str) -> Path:
         return self.path / f"{process_name}.log"
 

@@ -9,10 +9,10 @@ from sempre.workers.gpu.head_start import head_start
 from sempre.workers.main import WorkerProtocol, main, parse_options
 
 
-def make_worker(device: str, rank: int) -> WorkerProtocol:
+def make_worker(device: str, index: int) -> WorkerProtocol:
     """The worker that runs a model; torch is imported only now, after the hello."""
     began = perf_counter()
-    compiler = head_start(device, rank)
+    compiler = head_start(device, index)
     # what is imported stays: looking through it, now or later, would only take time
     gc.disable()
     from sempre.workers.worker import Worker
@@ -24,4 +24,4 @@ def make_worker(device: str, rank: int) -> WorkerProtocol:
 
 if __name__ == "__main__":
     options = parse_options()
-    main(lambda: make_worker(options.device, options.rank))
+    main(lambda: make_worker(options.device, options.device_index))

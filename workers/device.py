@@ -12,8 +12,8 @@ from sempre.workers.loading import WeightFacts
 from sempre.workers.models.config import ModelSpec
 
 
-def resolve_device(name: str, rank: int) -> torch.device:
-    """`auto`, `cpu` or `cuda`; rank N of a host uses GPU N. Raises ConfigError."""
+def resolve_device(name: str, index: int) -> torch.device:
+    """`auto`, `cpu` or `cuda`, there the GPU with this index. Raises ConfigError."""
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(
             f"device: expected 'auto' or 'cpu' or 'cuda', found {name!r}.", parameter="device", value=name
@@ -29,14 +29,14 @@ def resolve_device(name: str, rank: int) -> torch.device:
             parameter="device",
             value=name,
         )
-    if rank >= count:
+    if index >= count:
         raise ConfigError(
-            f"device: expected a GPU for each worker, found {count} visible GPU(s) and a worker of rank {rank}."
+            f"device: expected a GPU for each worker, found {count} visible GPU(s) and a worker for GPU {index}."
             " Lower data_parallel_size, or make more GPUs visible (CUDA_VISIBLE_DEVICES).",
             parameter="device",
             value=name,
         )
-    return torch.device("cuda", rank)
+    return torch.device("cuda", index)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Worker:
     def load_model(self, command: LoadModel) -> ModelLoaded:
         """Seed, load, pack and self-test. Raises ConfigError, ModelError or InvarianceError."""
         seconds = {"imports": self._import_seconds}
-        backend = make_backend(resolve_device(command.config.device, command.config.rank), self._compiler)
+        backend = make_backend(resolve_device(command.config.device, command.config.device_index), self._compiler)
         config = command.config
         _check_config(config, backend)
         seed_everything(config.seed)

@@ -10,7 +10,6 @@ from sempre.engine.client.interface import ProgressCallback
 from sempre.engine.config import EngineConfig
 from sempre.engine.coordinator.core import EngineCore
 from sempre.engine.executor.base import Executor
-from sempre.engine.executor.drafts import InprocDraftHost
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.ipc.error_info import again
 from sempre.ipc.errors import EngineDeadError
@@ -23,12 +22,11 @@ class InprocClient:
     ready: EngineReady
 
     def __init__(self, config: EngineConfig, executor: Executor) -> None:
-        self._executor = executor
-        self._core = EngineCore(config, executor, InprocDraftHost())
+        self._core = EngineCore(config, executor)
         self._commands: deque[ClientCommand] = deque()
         self._events: deque[ClientEvent] = deque()
         self._error: EngineDeadError | None = None
-        self._finalizer = weakref.finalize(self, _shut_down, executor, self._core)
+        self._finalizer = weakref.finalize(self, executor.shutdown)
 
     @classmethod
     def launch(
@@ -84,11 +82,9 @@ class InprocClient:
     def _work(self) -> bool:
         """Run one command of a worker; False when there was nothing to do."""
         self._events += self._core.advance()
-        arrival = self._executor.receive()
-        if arrival is None:
-            return False
-        self._events += self._core.handle_event(*arrival)
-        return True
+        events = self._core.next_events()
+        self._events += events or []
+        return events is not None
 
     def _start(self, on_progress: ProgressCallback | None) -> None:
         while self._core.ready is None:
@@ -99,8 +95,3 @@ class InprocClient:
                 if isinstance(event, StartupProgress) and on_progress is not None:
                     on_progress(event)
         self.ready = self._core.ready
-
-
-def _shut_down(executor: Executor, core: EngineCore) -> None:
-    executor.shutdown()
-    core.shutdown()

@@ -12,12 +12,12 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from sempre.engine.config import EngineConfig
-from sempre.engine.coordinator.draft_workers import DraftHost, DraftWorkers
+from sempre.engine.coordinator.draft_workers import DraftWorkers
 from sempre.engine.coordinator.metrics_report import Report, metrics_report
 from sempre.engine.coordinator.replica import Replica
 from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.coordinator.worker_calls import WorkerCalls
-from sempre.engine.executor.base import Executor
+from sempre.engine.executor.base import Executor, draft_ranks
 from sempre.engine.scheduling import Scheduler
 from sempre.engine.speculation import SpeculationPlan, max_draft_tokens
 from sempre.ipc.error_info import describe
@@ -63,22 +63,17 @@ class LostWorker(NamedTuple):
 class EngineCore:
     """Starts the workers of `executor`, then serves requests with them."""
 
-    def __init__(self, config: EngineConfig, executor: Executor, draft_host: DraftHost | None = None) -> None:
-        """`draft_host` is where draft workers are started, if the settings ask for them."""
+    def __init__(self, config: EngineConfig, executor: Executor) -> None:
         self._config = config
         self._executor = executor
-        self._startup = StartUp(config, executor)
+        self._startup = StartUp(config, executor, range(executor.world_size))
         self._replicas: list[Replica] = []
         self._watches: list[ProgressWatch] = []
         self._next_look = 0.0
         self._look_every_s = min(_LOOK_S, config.step_timeout_s / 4)
         self._owners: dict[str, Replica] = {}
         self._calls = WorkerCalls(executor)
-        self._drafts: DraftWorkers | None = None
-        speculative = config.speculative_config
-        if speculative is not None and speculative.placement == "worker":
-            assert draft_host is not None
-            self._drafts = DraftWorkers(config, draft_host, self._startup)
+        self._drafts = DraftWorkers(config, executor) if draft_ranks(config) else None
         self.ready: EngineReady | None = None
 
     def has_unfinished(self) -> bool:
@@ -87,20 +82,27 @@ class EngineCore:
 
     def advance(self) -> list[ClientEvent]:
         """Give every replica with room for it the next step; what the client is to be told. Raises WorkerDied."""
-        notices = [] if self._drafts is None else self._drafts.poll()
+        notices = [] if self._drafts is None else self._drafts.advance(time.monotonic())
         for replica in self._replicas:
             replica.advance()
         if (now := time.monotonic()) > self._next_look:
             self._next_look = now + self._look_every_s
             for watch in self._watches:
                 watch.look(now)
-        events: list[ClientEvent] = [EngineNotice(message=notice) for notice in notices]
-        return events if self.ready is not None else [*events, *self._end_start_up()]
+        return _notices(notices)
 
-    def shutdown(self) -> None:
-        """End the draft workers; the executor of the others is the caller's."""
-        if self._drafts is not None:
-            self._drafts.shutdown()
+    def next_events(self) -> list[ClientEvent] | None:
+        """What the client is to be told about the next event of a worker; None when there is none.
+
+        Raises what ends the engine, and WorkerDied. Once it serves, the death of a draft worker costs speed only.
+        """
+        try:
+            arrival = self._executor.receive()
+        except WorkerDied as error:
+            if self._drafts is None or error.rank not in self._drafts.ranks or self.ready is None:
+                raise
+            return _notices(self._drafts.lose(error.rank, error))
+        return None if arrival is None else self.handle_event(*arrival)
 
     def lose_worker(self, error: WorkerDied) -> LostWorker:
         """Have all unfinished requests of the worker's replica wait for fresh workers."""
@@ -115,6 +117,8 @@ class EngineCore:
 
     def handle_event(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
         """What the client is to be told about a worker's event. Raises what ends the engine."""
+        if self._drafts is not None and rank in self._drafts.ranks:
+            return [*_notices(self._drafts.handle(rank, event)), *self._end_start_up()]
         match event:
             case StepResult():
                 outputs = self._take(rank, event)
@@ -174,10 +178,10 @@ class EngineCore:
     def _end_start_up(self) -> list[ClientEvent]:
         """Once all workers are ready: make the replicas, and say so."""
         ready = self._startup.ready
-        if ready is None or (self._drafts is not None and not self._drafts.is_serving):
+        if self.ready is not None or ready is None or (self._drafts is not None and not self._drafts.are_ready):
             return []
         if self._drafts is not None:
-            ready = replace(ready, draft_worker_pids=self._drafts.serve())
+            ready = replace(ready, draft_worker_pids=self._drafts.serve(self._startup))
         size = self._config.tensor_parallel_size
         for first in range(0, self._executor.world_size, size):
             ranks = range(first, first + size)
@@ -261,6 +265,10 @@ class EngineCore:
 def _outputs(deltas: list[RequestOutputDelta | None]) -> list[ClientEvent]:
     outputs = [delta for delta in deltas if delta is not None]
     return [OutputsReady(outputs=outputs)] if outputs else []
+
+
+def _notices(texts: list[str]) -> list[ClientEvent]:
+    return [EngineNotice(message=text) for text in texts]
 
 
 class ProgressWatch:

@@ -19,7 +19,6 @@ import zmq
 from msgspec import Struct
 
 from sempre.engine.config import EngineConfig, decode_json
-from sempre.engine.executor.drafts import LocalDraftHost
 from sempre.engine.executor.local import LocalExecutor
 from sempre.ipc.channel import HubChannel, check_pid, check_version
 from sempre.ipc.endpoint import PrivateDirectory
@@ -64,7 +63,6 @@ class Coordinator:
         self,
         config: EngineConfig,
         executor: LocalExecutor,
-        draft_host: LocalDraftHost,
         hub: HubChannel[ClientCommand],
         client_pid: int,
     ) -> None:
@@ -72,7 +70,6 @@ class Coordinator:
         from sempre.engine.coordinator.core import EngineCore
         from sempre.engine.coordinator.recovery import Recovery
 
-        self._executor = executor
         self._hub = hub
         self._client_pid = client_pid
         self._client: bytes | None = None
@@ -81,8 +78,7 @@ class Coordinator:
         self._poller = zmq.Poller()
         self._poller.register(hub.socket, zmq.POLLIN)
         executor.register(self._poller)
-        draft_host.watch_with(self._poller)
-        self._core = EngineCore(config, executor, draft_host)
+        self._core = EngineCore(config, executor)
         self._recovery = Recovery(config, self._core, executor)
 
     def run(self) -> None:
@@ -130,8 +126,8 @@ class Coordinator:
             logger.warning("nobody is left to be told: %s", gone)
 
     def _serve_workers(self) -> None:
-        while (arrival := self._executor.receive()) is not None:
-            self.tell(self._core.handle_event(*arrival))
+        while (events := self._core.next_events()) is not None:
+            self.tell(events)
 
     def _serve_client(self) -> None:
         while (arrival := self._hub.receive()) is not None:
@@ -195,10 +191,9 @@ def main() -> int:
         worker_module=arguments.worker_module,
         connect_address=arguments.worker_connect,
     )
-    draft_host = LocalDraftHost(directory, arguments.worker_module, arguments.client_pid)
-    last_acts += [executor.kill_all, draft_host.kill_all, directory.remove]
+    last_acts += [executor.kill_all, directory.remove]
     with hub:
-        code = _serve(config, executor, draft_host, hub, arguments.client_pid)
+        code = _serve(config, executor, hub, arguments.client_pid)
     if os.getppid() != arguments.client_pid:
         # the client would have done it
         directory.remove()
@@ -214,11 +209,10 @@ def _run_all(acts: Iterable[Callable[[], None]]) -> None:
 def _serve(
     config: EngineConfig,
     executor: LocalExecutor,
-    draft_host: LocalDraftHost,
     hub: HubChannel[ClientCommand],
     client_pid: int,
 ) -> int:
-    coordinator = Coordinator(config, executor, draft_host, hub, client_pid)
+    coordinator = Coordinator(config, executor, hub, client_pid)
     try:
         coordinator.run()
     except Exception as error:
@@ -227,6 +221,5 @@ def _serve(
         coordinator.fail(describe(error))
         return 1
     finally:
-        draft_host.stop()
         executor.shutdown()
     return 0

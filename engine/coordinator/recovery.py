@@ -10,7 +10,7 @@ import logging
 
 from sempre.engine.config import EngineConfig
 from sempre.engine.coordinator.core import EngineCore
-from sempre.engine.executor.base import RestartingExecutor
+from sempre.engine.executor.base import Executor
 from sempre.engine.restart_budget import RestartBudget
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import StartupError, WorkerDied
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Recovery:
     """Restarts the workers of a replica together, each within its budget."""
 
-    def __init__(self, config: EngineConfig, core: EngineCore, executor: RestartingExecutor) -> None:
+    def __init__(self, config: EngineConfig, core: EngineCore, executor: Executor) -> None:
         self._core = core
         self._executor = executor
         self._budgets = [
@@ -35,9 +35,9 @@ class Recovery:
         Raises StartupError while the engine starts: its client knows whether that is the first start or a repair.
         """
         rank = error.rank
-        budget = self._budgets[rank]
         if self._core.ready is None:
             raise StartupError(str(error), rank=rank, cause=error.cause) from error
+        budget = self._budgets[rank]
         if not budget.take():
             raise WorkerDied(
                 f"{error}\nworker {rank}: {budget.exhausted()}",

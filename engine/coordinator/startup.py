@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from sempre.engine.config import EngineConfig
-from sempre.engine.executor.base import Executor, worker_config
+from sempre.engine.executor.base import Executor, draft_ranks, worker_config, worker_name
 from sempre.engine.executor.threads import threads_per_worker
 from sempre.engine.seeding import compare_digests, compare_with_former
 from sempre.ipc.errors import ConfigError, StartupError
@@ -49,9 +49,12 @@ _CHOSEN = ("max_model_len", "max_num_seqs")
 class StartUp:
     """Fed with the workers' events; `ready` is set by the last of them."""
 
-    def __init__(self, config: EngineConfig, executor: Executor, *, role: str = "target") -> None:
+    def __init__(self, config: EngineConfig, executor: Executor, ranks: range) -> None:
+        """`ranks`: of the workers to bring up, all targets or all draft workers."""
         self.ready: EngineReady | None = None
-        self._role = role
+        self._ranks = ranks
+        drafts = draft_ranks(config)
+        self._names = {rank: worker_name(config, rank) if rank in drafts else f"rank {rank}" for rank in ranks}
         self._config = config
         self._executor = executor
         self._num_threads = threads_per_worker(config.num_threads, executor.world_size)
@@ -64,11 +67,11 @@ class StartUp:
 
     def handle(self, rank: int, event: WorkerEvent) -> list[StartupProgress]:
         """Progress made by the event. Raises SeedMismatch, or StartupError when the workers are not alike."""
-        size = self._executor.world_size
+        size = len(self._ranks)
         match event:
             case WorkerHello(pid=pid):
                 self.pids[rank] = pid
-                config = worker_config(self._config, rank, self._num_threads, role=self._role)
+                config = worker_config(self._config, rank, self._num_threads)
                 self._executor.send(rank, LoadModel(config=config))
                 return self._end_phase("start") if len(self.pids) == size else []
             case ModelLoaded():
@@ -96,17 +99,19 @@ class StartUp:
         match event:
             case WorkerHello(pid=pid):
                 self.pids[rank] = pid
-                config = worker_config(self._config, rank, self._num_threads, role=self._role)
+                config = worker_config(self._config, rank, self._num_threads)
                 self._executor.send(rank, LoadModel(config=self._with_limits_of_former(config)))
             case ModelLoaded():
                 before = self._loaded[rank]
-                compare_with_former(rank, before.digests_before_load, event.digests_before_load, "before loading")
+                digests = (before.digests_before_load, event.digests_before_load)
+                compare_with_former(rank, self._names[rank], *digests, "before loading")
                 _refuse_other(rank, before, event, (*_ALIKE, *_CHOSEN), "the worker that it replaces")
                 # as many blocks as before; the worker itself refuses what does not fit
                 self._executor.send(rank, StartServing(num_blocks=self._num_blocks))
             case WorkerReady():
                 ready = self._warm[rank]
-                compare_with_former(rank, ready.digests_after_warm_up, event.digests_after_warm_up, "after warm-up")
+                digests = (ready.digests_after_warm_up, event.digests_after_warm_up)
+                compare_with_former(rank, self._names[rank], *digests, "after warm-up")
                 _refuse_other(rank, ready, event, ("fingerprint",), "the worker that it replaces")
                 self._absent.discard(rank)
                 return True
@@ -117,35 +122,40 @@ class StartUp:
     @property
     def max_steps_in_flight(self) -> int:
         """Steps that a worker takes before it has answered the first of them."""
-        return self._loaded[0].max_steps_in_flight
+        return self._first.max_steps_in_flight
 
     @property
     def costs(self) -> StepCosts:
         """What a worker's steps may be expected to cost."""
-        return self._loaded[0].costs
+        return self._first.costs
 
     @property
     def max_prompt_tokens(self) -> int | None:
         """Most tokens of prompts in one step; None: all of them may be."""
-        return None if self._config.max_num_batched_tokens else self._loaded[0].max_prompt_tokens
+        return None if self._config.max_num_batched_tokens else self._first.max_prompt_tokens
 
     def check_drafts(self, drafts: StartUp) -> None:
         """Both have ended. Raises SeedMismatch when a draft worker is seeded otherwise than the targets, ConfigError
         when it has other tokens."""
-        ranks = sorted(drafts._warm)
-        names = ["rank 0", *(f"draft worker {rank}" for rank in ranks)]
-        before = [drafts._loaded[rank].digests_before_load for rank in ranks]
-        after = [drafts._warm[rank].digests_after_warm_up for rank in ranks]
-        compare_digests([self._loaded[0].digests_before_load, *before], "before the model is loaded", names)
-        compare_digests([self._warm[0].digests_after_warm_up, *after], "after warm-up", names)
-        expected, found = self._loaded[0].vocab_size, drafts._loaded[0].vocab_size
+        names = [self._names[self._ranks.start], *drafts._names.values()]
+        before = [self._first, *drafts._loaded.values()]
+        after = [self._warm[self._ranks.start], *drafts._warm.values()]
+        compare_digests([loaded.digests_before_load for loaded in before], "before the model is loaded", names)
+        compare_digests([ready.digests_after_warm_up for ready in after], "after warm-up", names)
+        expected, found = self._first.vocab_size, drafts._first.vocab_size
         if expected != found:
+            speculative = self._config.speculative_config
+            assert speculative is not None
             raise ConfigError(
-                f"speculative_config: the draft model {drafts._config.model_path} has a vocabulary of {found} tokens, "
+                f"speculative_config: the draft model {speculative.model_path} has a vocabulary of {found} tokens, "
                 f"and the model {self._config.model_path} one of {expected}; both must have the same tokens.",
                 parameter="speculative_config",
-                value=drafts._config.model,
+                value=speculative.model,
             )
+
+    @property
+    def _first(self) -> ModelLoaded:
+        return self._loaded[self._ranks.start]
 
     @property
     def _num_blocks(self) -> int:
@@ -158,21 +168,19 @@ class StartUp:
         return replace(config, max_model_len=former.max_model_len, max_num_seqs=former.max_num_seqs)
 
     def _all_loaded(self) -> list[StartupProgress]:
-        ranks = range(self._executor.world_size)
-        compare_digests([self._loaded[rank].digests_before_load for rank in ranks], "before the model is loaded")
-        for rank in ranks:
-            _refuse_other(rank, self._loaded[0], self._loaded[rank], _ALIKE, "rank 0")
-        for rank in ranks:
+        compare_digests([self._loaded[rank].digests_before_load for rank in self._ranks], "before the model is loaded")
+        for rank in self._ranks:
+            _refuse_other(rank, self._first, self._loaded[rank], _ALIKE, "rank 0")
+        for rank in self._ranks:
             self._executor.send(rank, StartServing(num_blocks=self._num_blocks))
         return self._end_phase("load", (loaded.phase_seconds for loaded in self._loaded.values()))
 
     def _all_warm(self) -> list[StartupProgress]:
-        ranks = range(self._executor.world_size)
-        compare_digests([self._warm[rank].digests_after_warm_up for rank in ranks], "after warm-up")
-        for rank in ranks:
-            _refuse_other(rank, self._warm[0], self._warm[rank], ("fingerprint",), "rank 0")
+        compare_digests([self._warm[rank].digests_after_warm_up for rank in self._ranks], "after warm-up")
+        for rank in self._ranks:
+            _refuse_other(rank, self._warm[self._ranks.start], self._warm[rank], ("fingerprint",), "rank 0")
         progress = self._end_phase("warm_up", (ready.phase_seconds for ready in self._warm.values()))
-        first = self._loaded[0]
+        first = self._first
         self.ready = EngineReady(
             vocab_size=first.vocab_size,
             # replicas are alike to the scheduler here too
@@ -180,10 +188,10 @@ class StartUp:
             eos_token_ids=first.eos_token_ids,
             num_blocks=self._num_blocks,
             block_size=first.block_size,
-            world_size=self._executor.world_size,
-            fingerprint=first.fingerprint | self._warm[0].fingerprint,
+            world_size=len(self._ranks),
+            fingerprint=first.fingerprint | self._warm[self._ranks.start].fingerprint,
             phase_seconds=self._phase_seconds,
-            worker_pids=[self.pids[rank] for rank in ranks],
+            worker_pids=[self.pids[rank] for rank in self._ranks],
             max_num_batched_tokens=first.max_num_batched_tokens,
             max_num_seqs=min(loaded.max_num_seqs for loaded in self._loaded.values()),
         )

@@ -13,8 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from sempre.engine.config import EngineConfig
+from sempre.engine.executor.base import draft_ranks, worker_name
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import ProtocolError, SempreError, WorkerDied
+from sempre.ipc.errors import SempreError, WorkerDied
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
     ExecuteStep,
@@ -36,19 +37,40 @@ class InprocExecutor:
     """One worker per rank, each used when its event is asked for."""
 
     def __init__(self, config: EngineConfig, make_worker: Callable[[], WorkerProtocol] | None = None) -> None:
+        self._config = config
         self.world_size = config.data_parallel_size * config.tensor_parallel_size
-        make = make_worker or _default_worker
+        self._make_worker = make_worker or _default_worker
         self._computing = _compute_state() if make_worker is None else nullcontext
+        self._workers: dict[int, WorkerProtocol] = {}
+        self._pipelines: dict[int, StepPipeline] = {}
+        self._commands: deque[tuple[int, WorkerCommand]] = deque()
+        self._hellos: deque[tuple[int, WorkerHello]] = deque()
+        ranks = [*range(self.world_size), *draft_ranks(config)]
+        self._starting = set(ranks)
+        """not ready yet, and not in the place of others"""
+        for rank in ranks:
+            self._start(rank)
+
+    def _start(self, rank: int) -> None:
         with self._computing():
             # what is imported for a worker may make tensors
-            self._workers = [make() for _ in range(self.world_size)]
-        self._serving: set[int] = set()
-        self._commands: deque[tuple[int, WorkerCommand]] = deque()
-        self._pipelines = [_pipeline(worker) for worker in self._workers]
-        self._hellos = deque(
-            (rank, WorkerHello(protocol_version=PROTOCOL_VERSION, rank=rank, pid=os.getpid()))
-            for rank in range(self.world_size)
-        )
+            self._workers[rank] = worker = self._make_worker()
+        self._pipelines[rank] = _pipeline(worker)
+        self._hellos.append((rank, WorkerHello(protocol_version=PROTOCOL_VERSION, rank=rank, pid=os.getpid())))
+
+    def restart(self, rank: int, cause: str) -> None:
+        self.abandon(rank)
+        self._start(rank)
+
+    def abandon(self, rank: int) -> None:
+        self._starting.discard(rank)
+        self._commands = deque(command for command in self._commands if command[0] != rank)
+        self._hellos = deque(hello for hello in self._hellos if hello[0] != rank)
+        self._pipelines.pop(rank, None)
+        worker = self._workers.pop(rank, None)
+        if worker is not None:
+            with self._computing():
+                worker.shutdown()
 
     def send(self, rank: int, command: WorkerCommand) -> None:
         self._commands.append((rank, command))
@@ -62,7 +84,7 @@ class InprocExecutor:
                 break
             self._commands.popleft()
             self._checked(rank, partial(self._pipelines[rank].submit, step))
-        for rank, pipeline in enumerate(self._pipelines):
+        for rank, pipeline in self._pipelines.items():
             if pipeline:
                 return rank, self._checked(rank, pipeline.collect)
         if not self._commands:
@@ -70,20 +92,23 @@ class InprocExecutor:
         rank, command = self._commands.popleft()
         return rank, self._answer(rank, command)
 
-    def blame(self, rank: int, error: ProtocolError) -> SempreError:
-        return _died(rank, error)
+    def blame(self, rank: int, error: Exception) -> WorkerDied:
+        info = describe(error, rank)
+        cause = f"{info.type}: {info.message}"
+        text = f"{worker_name(self._config, rank)} failed: {cause}"
+        return WorkerDied(text, rank=rank, cause=cause, worker_traceback=info.traceback)
 
     def health(self) -> list[WorkerHealth]:
         """Nobody can ask while a worker computes, so nothing is ever late."""
         pid = os.getpid()
         return [
-            WorkerHealth(rank=rank, pid=pid, state="ready" if rank in self._serving else "starting")
+            WorkerHealth(rank=rank, pid=pid, state="starting" if rank in self._starting else "ready")
             for rank in range(self.world_size)
         ]
 
     def shutdown(self) -> None:
         with self._computing():
-            for worker in self._workers:
+            for worker in self._workers.values():
                 worker.shutdown()
         self._workers.clear()
         self._pipelines.clear()
@@ -93,7 +118,7 @@ class InprocExecutor:
 
         event = self._checked(rank, partial(run_command, self._workers[rank], command))
         if isinstance(event, WorkerReady):
-            self._serving.add(rank)
+            self._starting.discard(rank)
         return event
 
     def _checked(self, rank: int, action: Callable[[], Result]) -> Result:
@@ -102,21 +127,11 @@ class InprocExecutor:
             with self._computing():
                 return action()
         except SempreError as error:
-            if rank not in self._serving:
+            if rank in self._starting:
                 raise
-            raise _died(rank, error) from error
+            raise self.blame(rank, error) from error
         except Exception as error:
-            raise _died(rank, error) from error
-
-
-def _died(rank: int, error: Exception) -> WorkerDied:
-    info = describe(error, rank)
-    return WorkerDied(
-        f"worker {rank} failed: {info.type}: {info.message}",
-        rank=rank,
-        cause=f"{info.type}: {info.message}",
-        worker_traceback=info.traceback,
-    )
+            raise self.blame(rank, error) from error
 
 
 def _pipeline(worker: WorkerProtocol) -> StepPipeline:

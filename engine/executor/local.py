@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 
 import zmq
 
 from sempre.engine.child_process import ChildProcess, child_environment
 from sempre.engine.config import EngineConfig
+from sempre.engine.executor.base import device_index, draft_ranks, worker_name
 from sempre.engine.executor.threads import thread_variables, threads_per_worker
 from sempre.engine.executor.worker_peer import WorkerPeer
 from sempre.ipc.channel import HubChannel, check_pid, check_version
@@ -40,7 +42,6 @@ class LocalExecutor:
 
     Workers do not outlive the process `client_pid`, either. `connect_address` is where they are told to connect, for a
     proxy in between; the default is this hub.
-    `hub_address` and `kind` (in messages and the names of logs) set draft workers apart from the others.
     """
 
     def __init__(
@@ -51,51 +52,56 @@ class LocalExecutor:
         client_pid: int,
         worker_module: str = "sempre.workers",
         connect_address: str | None = None,
-        hub_address: str | None = None,
-        kind: str = "worker",
     ) -> None:
         self.world_size = config.data_parallel_size * config.tensor_parallel_size
         self._config = config
         self._client_pid = client_pid
         self._hub: HubChannel[WorkerEvent] = HubChannel(
-            hub_address or directory.worker_address, receives=WorkerEvent, limit_bytes=config.max_message_bytes
+            directory.worker_address, receives=WorkerEvent, limit_bytes=config.max_message_bytes
         )
         threads = threads_per_worker(config.num_threads, self.world_size)
         self._environment = child_environment() | thread_variables(threads)
         self._worker_module = worker_module
-        self._address = connect_address or hub_address or directory.worker_address
+        self._address = connect_address or directory.worker_address
         self._directory = directory
-        self._kind = kind
         self._poller: zmq.Poller | None = None
         self._ending = False
         self._checked_at = time.monotonic()
-        self._peers: list[WorkerPeer] = []
+        self._num_restarts: Counter[int] = Counter()
+        self._peers: dict[int, WorkerPeer] = {}
         self._by_identity: dict[bytes, WorkerPeer] = {}
         self._departed: set[bytes] = set()
         try:
-            for rank in range(self.world_size):
-                self._peers.append(self._start(rank))
+            for rank in (*range(self.world_size), *draft_ranks(config)):
+                self._start(rank)
         except BaseException:
             self.shutdown()
             raise
 
-    def _start(self, rank: int, *, num_restarts: int = 0, restart_cause: str = "") -> WorkerPeer:
+    def _start(self, rank: int, cause: str = "") -> None:
+        """Start a worker; `cause` is why the one before it has ended."""
+        name = worker_name(self._config, rank)
         arguments = ["--connect", self._address, "--rank", str(rank), "--device", self._config.device]
+        arguments += ["--device-index", str(device_index(self._config, rank))]
         arguments += ["--parent-pid", str(os.getpid()), "--client-pid", str(self._client_pid)]
         arguments += ["--heartbeat-interval-s", repr(self._config.heartbeat_interval_s)]
         arguments += ["--max-message-bytes", str(self._config.max_message_bytes)]
-        log_path = self._directory.log_path(f"{self._kind.replace(' ', '-')}-{rank}")
+        log_path = self._directory.log_path(name.replace(" ", "-"))
         child = ChildProcess(self._worker_module, arguments, log_path=log_path, environment=self._environment)
         ready_by = time.monotonic() + self._config.startup_timeout_s
-        return WorkerPeer(
-            rank, child, ready_by, num_restarts=num_restarts, restart_cause=restart_cause, kind=self._kind
+        self._peers[rank] = peer = WorkerPeer(
+            rank, name, child, ready_by, num_restarts=self._num_restarts[rank], restart_cause=cause
         )
+        self._watch(peer)
+        if self._ending:
+            # `kill_all` of another thread may have missed it
+            peer.child.send_kill()
 
     def register(self, poller: zmq.Poller) -> None:
         """Have `poller` wake up for frames of the workers and for their ends."""
         self._poller = poller
         poller.register(self._hub.socket, zmq.POLLIN)
-        for peer in self._peers:
+        for peer in self._peers.values():
             self._watch(peer)
 
     def _watch(self, peer: WorkerPeer) -> None:
@@ -103,7 +109,14 @@ class LocalExecutor:
             self._poller.register(descriptor, zmq.POLLIN)
 
     def restart(self, rank: int, cause: str) -> None:
-        old = self._peers[rank]
+        self.abandon(rank)
+        self._num_restarts[rank] += 1
+        self._start(rank, cause)
+
+    def abandon(self, rank: int) -> None:
+        old = self._peers.pop(rank, None)
+        if old is None:
+            return
         if self._poller is not None and (descriptor := old.child.fileno()) is not None:
             self._poller.unregister(descriptor)
         old.child.kill()
@@ -113,21 +126,9 @@ class LocalExecutor:
             self._departed.add(old.identity)
             del self._by_identity[old.identity]
             self._hub.forget(old.identity)
-        self._peers[rank] = self._start(rank, num_restarts=old.num_restarts + 1, restart_cause=cause)
-        self._watch(self._peers[rank])
-        if self._ending:
-            # `kill_all` of another thread may have missed it
-            self._peers[rank].child.send_kill()
 
     def health(self) -> list[WorkerHealth]:
-        return [peer.health() for peer in self._peers]
-
-    def unregister(self, poller: zmq.Poller) -> None:
-        """Undo `register`, before `shutdown` closes what was registered."""
-        poller.unregister(self._hub.socket)
-        for peer in self._peers:
-            if (descriptor := peer.child.fileno()) is not None:
-                poller.unregister(descriptor)
+        return [self._peers[rank].health() for rank in range(self.world_size)]
 
     def send(self, rank: int, command: WorkerCommand) -> None:
         peer = self._peers[rank]
@@ -140,7 +141,7 @@ class LocalExecutor:
 
     def receive(self) -> tuple[int, WorkerEvent] | None:
         event = self._next_event()
-        if event is None and any(peer.child.exitcode() is not None for peer in self._peers):
+        if event is None and any(peer.child.exitcode() is not None for peer in self._peers.values()):
             # its last frames may still be on their way
             time.sleep(_LAST_FRAMES_S)
             event = self._next_event()
@@ -171,18 +172,18 @@ class LocalExecutor:
     def kill_all(self) -> None:
         """SIGKILL without waiting; callable from any thread."""
         self._ending = True
-        for peer in self._peers:
+        for peer in list(self._peers.values()):
             peer.child.send_kill()
 
     def shutdown(self) -> None:
-        for peer in self._peers:
+        for peer in self._peers.values():
             if peer.identity is not None and peer.child.exitcode() is None:
                 try:
                     self._hub.send(peer.identity, ShutdownWorker())
                 except ProtocolError as error:
                     logger.debug("%s", error)
         deadline = time.monotonic() + _GOODBYE_S
-        for peer in self._peers:
+        for peer in self._peers.values():
             # one that is not connected has nothing to finish
             patience = deadline - time.monotonic() if peer.identity is not None else 0.0
             if peer.child.wait(max(0.0, patience)) is None:
@@ -196,10 +197,10 @@ class LocalExecutor:
             if not isinstance(event, WorkerHello):
                 raise MessageMalformed(f"tag: expected WorkerHello, found {type(event).__name__}", field="tag")
             check_version(event)
-            if event.rank >= self.world_size:
-                text = f"WorkerHello.rank: expected less than {self.world_size}, found {event.rank}"
+            peer = self._peers.get(event.rank)
+            if peer is None:
+                text = f"WorkerHello.rank: expected one of {[*self._peers]}, found {event.rank}"
                 raise MessageMalformed(text, field="WorkerHello.rank")
-            peer = self._peers[event.rank]
             check_pid(event, peer.child.pid)
             if peer.identity is not None:
                 raise MessageMalformed(f"WorkerHello.rank: rank {event.rank} is connected", field="WorkerHello.rank")
@@ -239,7 +240,7 @@ class LocalExecutor:
     def _check_alive(self) -> None:
         now = time.monotonic()
         pause_s, self._checked_at = now - self._checked_at, now
-        for peer in self._peers:
+        for peer in self._peers.values():
             if peer.child.exitcode() is not None:
                 raise peer.death()
             if pause_s > LONGEST_PAUSE_S:

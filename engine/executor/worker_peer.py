@@ -43,15 +43,15 @@ class WorkerPeer:
     def __init__(
         self,
         rank: int,
+        name: str,
         child: ChildProcess,
         ready_by: float,
         *,
         num_restarts: int = 0,
         restart_cause: str = "",
-        kind: str = "worker",
     ) -> None:
         self.rank = rank
-        self.kind = kind
+        self.name = name
         self.child = child
         self.ready_by = ready_by
         self.num_restarts = num_restarts
@@ -125,7 +125,7 @@ class WorkerPeer:
         if word is not None and cause is None:
             cause = f"{word.type}: {word.message}"
         ending = self.child.describe_exit()
-        text = f"{self.kind} {self.rank} (pid {self.child.pid}) died: {ending}" + (f"; {cause}" if cause else "")
+        text = f"{self.name} (pid {self.child.pid}) died: {ending}" + (f"; {cause}" if cause else "")
         traceback = word.traceback if word else self.child.log_tail()
         if not self.serving and not self.num_restarts:
             original = restore(word) if word else None

@@ -22,7 +22,8 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     """Everything a worker needs to know before it loads the model.
 
     `role` is "target", or "draft" for a worker that only drafts. A step brings at most `max_draft_tokens` draft
-    tokens. `draft_model_path` is the draft model that a target worker holds beside its own.
+    tokens. `draft_model_path` is the draft model that a target worker holds beside its own. `device_index` is the GPU's
+    among those of the host that are visible.
     """
 
     rank: NonNegative
@@ -49,6 +50,7 @@ class WorkerConfig(Data, frozen=True, kw_only=True):
     quantization: str | None = None
     max_draft_tokens: NonNegative = 0
     draft_model_path: str | None = None
+    device_index: NonNegative = 0
 
 
 class LoadModel(Message, frozen=True, kw_only=True):

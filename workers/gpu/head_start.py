@@ -16,7 +16,7 @@ from sempre.workers.gpu.compiler_process import CompilerProcess
 _CUDA_LIBRARY = "lib/libtorch_cuda.so"
 
 
-def head_start(device: str, rank: int) -> CompilerProcess | None:
+def head_start(device: str, index: int) -> CompilerProcess | None:
     """Begin, unless `device` is "cpu", or driver or PyTorch are without CUDA. What goes wrong is torch's to report."""
     if device == "cpu" or not _torch_has_cuda():
         return None
@@ -25,7 +25,7 @@ def head_start(device: str, rank: int) -> CompilerProcess | None:
     except OSError:
         return None
     # the driver works without the interpreter's lock
-    Thread(target=_make_context, args=(cuda, rank), name="context", daemon=True).start()
+    Thread(target=_make_context, args=(cuda, index), name="context", daemon=True).start()
     try:
         import triton
         from triton.runtime.cache import triton_key
@@ -41,8 +41,8 @@ def _torch_has_cuda() -> bool:
     return found is not None and found.origin is not None and (Path(found.origin).parent / _CUDA_LIBRARY).exists()
 
 
-def _make_context(cuda: ctypes.CDLL, rank: int) -> None:
-    """The primary context of the GPU numbered `rank`, which torch takes over; kept until the process ends."""
+def _make_context(cuda: ctypes.CDLL, index: int) -> None:
+    """The primary context of the GPU with this index, which torch takes over; kept until the process ends."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), rank) == 0:
+    if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), index) == 0:
         cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 _FILE = "variants"
 # what differs from start to start, or from worker to worker, and decides nothing here
 _IRRELEVANT = (
-    "rank", "world_size", "dp_rank", "role", "seed", "model_path", "draft_model_path", "load_format", "num_threads",
-    "kv_cache_memory_bytes", "gpu_memory_utilization", "heartbeat_interval_s", "enforce_eager",
+    "rank", "device_index", "world_size", "dp_rank", "role", "seed", "model_path", "draft_model_path", "load_format",
+    "num_threads", "kv_cache_memory_bytes", "gpu_memory_utilization", "heartbeat_interval_s", "enforce_eager",
 )  # fmt: skip
 
 
