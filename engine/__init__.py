@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from sempre.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from sempre.engine.arguments import engine_config
     from sempre.engine.async_llm import AsyncLLM
-    from sempre.engine.config import EngineConfig
     from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
     from sempre.engine.health import EngineHealth, WorkerHealth
     from sempre.engine.llm import LLM
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from sempre.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ScoringOutput
     from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
     from sempre.engine.structured_outputs import StructuredOutputsParams
+    from sempre.ipc.config import EngineConfig
     from sempre.ipc.errors import (
         ConfigError,
         CoordinatorDied,
@@ -85,7 +85,7 @@ _NAMES_BY_MODULE = {
     "sempre.engine.arg_utils": ("AsyncEngineArgs", "EngineArgs"),
     "sempre.engine.arguments": ("engine_config",),
     "sempre.engine.async_llm": ("AsyncLLM",),
-    "sempre.engine.config": ("EngineConfig",),
+    "sempre.ipc.config": ("EngineConfig",),
     "sempre.engine.health": ("EngineHealth", "WorkerHealth"),
     "sempre.engine.llm": ("LLM",),
     "sempre.engine.metrics": ("Counter", "Gauge", "Histogram", "Metric"),

@@ -16,8 +16,8 @@ from sempre.engine.arguments import (
     engine_keywords_of,
     field_types,
 )
-from sempre.engine.config import EngineConfig
 from sempre.engine.vllm_settings import VLLM_KEYWORDS
+from sempre.ipc.config import EngineConfig
 
 if TYPE_CHECKING:
 

@@ -2,67 +2,68 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
-from types import NoneType
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_type_hints
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Struct
 
-from sempre.engine.config import (
+from sempre.engine.near_names import near_name
+from sempre.engine.setting_values import checked
+from sempre.engine.speculation.settings import speculative_config
+from sempre.engine.vllm_settings import VLLM_KEYWORDS, check_vllm_setting
+from sempre.ipc.config import (
+    BLOCK_SIZES,
+    Count,
     Device,
     Dtype,
     EngineConfig,
+    LoadFormat,
     Numerics,
     Quantization,
     SchedulingPolicy,
     SpeculativeConfig,
     SpeculativeMethod,
+    check_device_settings,
+    doc,
 )
-from sempre.engine.near_names import near_name
-from sempre.engine.sizes import read_size
-from sempre.engine.speculation.settings import speculative_config
-from sempre.engine.vllm_settings import VLLM_KEYWORDS, check_vllm_setting
 from sempre.ipc.errors import ConfigError
 
 MULTIPROCESSING_VARIABLE = "SEMPRE_MULTIPROCESSING"
 
 
-def _doc(text: str) -> Meta:
-    return Meta(description=text)
-
-
 class FrontendConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of the user's process alone; coordinator and workers never see them."""
 
-    tokenizer: Annotated[str | None, _doc("folder or hub id of another tokenizer; None is the model's")] = None
-    tokenizer_revision: Annotated[str | None, _doc("branch, tag or commit of the tokenizer's hub id")] = None
-    skip_tokenizer_init: Annotated[bool, _doc("no tokenizer: prompts and outputs are token ids")] = False
-    revision: Annotated[str | None, _doc("branch, tag or commit of a hub id")] = None
-    download_dir: Annotated[str | None, _doc("folder for what is fetched from the hub; None is the hub's own")] = None
-    trust_remote_code: Annotated[bool, _doc("accepted for a model that brings no code; none is ever run")] = False
-    hf_overrides: Annotated[dict[str, Any] | None, _doc("fields of config.json to replace")] = None
+    tokenizer: Annotated[str | None, doc("folder or hub id of another tokenizer; None is the model's")] = None
+    tokenizer_revision: Annotated[str | None, doc("branch, tag or commit of the tokenizer's hub id")] = None
+    skip_tokenizer_init: Annotated[bool, doc("no tokenizer: prompts and outputs are token ids")] = False
+    revision: Annotated[str | None, doc("branch, tag or commit of a hub id")] = None
+    download_dir: Annotated[str | None, doc("folder for what is fetched from the hub; None is the hub's own")] = None
+    trust_remote_code: Annotated[bool, doc("accepted for a model that brings no code; none is ever run")] = False
+    hf_overrides: Annotated[dict[str, Any] | None, doc("fields of config.json to replace")] = None
     override_generation_config: Annotated[
-        dict[str, Any] | None, _doc("default sampling parameters, in place of those of generation_config.json")
+        dict[str, Any] | None, doc("default sampling parameters, in place of those of generation_config.json")
     ] = None
     generation_config: Annotated[
-        Literal["auto", "vllm"], _doc("default sampling parameters: the model's (auto), or SamplingParams' (vllm)")
+        Literal["auto", "vllm"], doc("default sampling parameters: the model's (auto), or SamplingParams' (vllm)")
     ] = "auto"
-    chat_template: Annotated[str | None, _doc("Jinja chat template, or a file with one; None is the model's")] = None
+    chat_template: Annotated[str | None, doc("Jinja chat template, or a file with one; None is the model's")] = None
     chat_template_content_format: Annotated[
         Literal["auto", "string", "openai"],
-        _doc("message contents for the template: as it reads them (auto), joined to a string, or as a list of parts"),
+        doc("message contents for the template: as it reads them (auto), joined to a string, or as a list of parts"),
     ] = "auto"
     default_chat_template_kwargs: Annotated[
-        dict[str, Any] | None, _doc("variables of the chat template, where a conversation has none of that name")
+        dict[str, Any] | None, doc("variables of the chat template, where a conversation has none of that name")
     ] = None
     structured_outputs_config: Annotated[
-        dict[str, Any] | None, _doc("backend, and defaults of structured outputs: disable_any_whitespace, …")
+        dict[str, Any] | None, doc("backend, and defaults of structured outputs: disable_any_whitespace, …")
     ] = None
-    stream_interval: Annotated[int, _doc("tokens from one output of a stream to the next; the first comes at once")] = 1
-    served_model_name: Annotated[str | None, _doc("the model's name in metrics; a server has a setting of its own")] = (
+    stream_interval: Annotated[
+        Count, doc("tokens from one output of a stream to the next; the first comes at once")
+    ] = 1
+    served_model_name: Annotated[str | None, doc("the model's name in metrics; a server has a setting of its own")] = (
         None
     )
 
@@ -90,7 +91,7 @@ class EngineKeywords(TypedDict, total=False):
     enforce_eager: bool
     speculative_config: SpeculativeConfig | Mapping[str, Any] | None
     numerics: Numerics
-    load_format: Literal["auto", "safetensors", "dummy"]
+    load_format: LoadFormat
     max_logprobs: int
     heartbeat_interval_s: float
     heartbeat_timeout_s: float
@@ -132,35 +133,10 @@ SAME_VALUES: dict[str, dict[object, object]] = {
     "dtype": {"half": "float16", "float": "float32"},
     "max_model_len": {"auto": None, -1: None},
 }
-_LEAST = {
-    "max_model_len": 1,
-    "max_num_seqs": 1,
-    "max_num_batched_tokens": 1,
-    "block_size": 1,
-    "kv_cache_memory_bytes": 1,
-    "data_parallel_size": 1,
-    "num_threads": 0,
-    "max_logprobs": -1,
-    "max_restarts": 0,
-    "max_request_crashes": 1,
-    "max_message_bytes": 1 << 16,
-    "stream_interval": 1,
-}
-# may be given as text: 4GiB
-_SIZES = (
-    "kv_cache_memory_bytes",
-    "max_message_bytes",
-    "max_model_len",
-    "max_num_batched_tokens",
-    "max_num_seqs",
-)
-# What a message can carry.
-_MOST = 2**63 - 1
-_ONLY_VALUE: dict[str, object] = {"tensor_parallel_size": 1}
 SHORT_SPECULATION: dict[str, Any] = {
-    "spec_method": Annotated[SpeculativeMethod | None, _doc("speculative_config's method")],
-    "spec_model": Annotated[str | None, _doc("speculative_config's model")],
-    "spec_tokens": Annotated[int | None, _doc("speculative_config's num_speculative_tokens")],
+    "spec_method": Annotated[SpeculativeMethod | None, doc("speculative_config's method")],
+    "spec_model": Annotated[str | None, doc("speculative_config's model")],
+    "spec_tokens": Annotated[int | None, doc("speculative_config's num_speculative_tokens")],
 }
 _DERIVED_FIELDS = ("model", "model_path")
 _PYTHON_ALONE = "served_model_name"
@@ -194,50 +170,41 @@ def parse_arguments(
         if name == _PYTHON_ALONE:
             frontend[name] = _first_name(value)
         elif name in SHORT_SPECULATION:
-            short[name] = _typed(name, value, SHORT_SPECULATION[name])
+            short[name] = _setting(name, value, SHORT_SPECULATION[name])
         elif name == "speculative_config":
             pass
         elif name in engine_types:
-            engine[name] = _typed(name, value, engine_types[name])
+            engine[name] = _setting(name, value, engine_types[name])
         elif name in frontend_types:
-            frontend[name] = _typed(name, value, frontend_types[name])
+            frontend[name] = _setting(name, value, frontend_types[name])
         else:
             _refuse_unknown(name, value)
     if "multiprocessing" not in engine and MULTIPROCESSING_VARIABLE in os.environ:
         engine["multiprocessing"] = _multiprocessing_from_environment()
-    _check_ranges(engine | frontend)
-    _check_together(engine)
     speculative = speculative_config(keywords.get("speculative_config"), short)
-    front = FrontendConfig(**frontend)
+    config = EngineConfig(model=os.fspath(model), model_path="", speculative_config=speculative, **engine)
+    _check_together(config)
+    return _resolved(model, config, FrontendConfig(**frontend), progress)
 
-    return _resolved(model, engine, front, speculative, progress)
 
-
-def _resolved(
-    model: str | os.PathLike[str],
-    engine: Mapping[str, Any],
-    front: FrontendConfig,
-    speculative: SpeculativeConfig | None,
-    progress: bool,
-) -> Arguments:
+def _resolved(model: str | os.PathLike[str], config: EngineConfig, front: FrontendConfig, progress: bool) -> Arguments:
     from sempre.engine.models import refuse_remote_code, resolve_model, resolve_tokenizer, with_overrides
 
     fetch: dict[str, Any] = {"download_dir": front.download_dir, "progress": progress}
     found = resolve_model(model, revision=front.revision, **fetch)
-    path = found.path
+    path, speculative = found.path, config.speculative_config
     if front.trust_remote_code:
         refuse_remote_code(path)
     if front.hf_overrides:
         path = with_overrides(path, front.hf_overrides)
     if speculative is not None and speculative.model is not None:
         draft = resolve_model(speculative.model, **fetch)
-        speculative = msgspec.structs.replace(speculative, model=draft.name, model_path=draft.path)
+        speculative = msgspec.structs.replace(speculative, model=draft.name, model_path=str(draft.path))
     if front.tokenizer is not None or front.tokenizer_revision is not None:
         folder = resolve_tokenizer(front.tokenizer or found.name, revision=front.tokenizer_revision, **fetch)
         front = msgspec.structs.replace(front, tokenizer=str(folder))
-    return Arguments(
-        EngineConfig(model=found.name, model_path=path, **{**engine, "speculative_config": speculative}), front
-    )
+    resolved = {"model": found.name, "model_path": str(path), "speculative_config": speculative}
+    return Arguments(msgspec.structs.replace(config, **resolved), front)
 
 
 _NEVER_NONE = frozenset(
@@ -310,7 +277,7 @@ def _first_name(value: object) -> str | None:
     return first
 
 
-def _typed(name: str, value: object, hint: Any) -> object:
+def _setting(name: str, value: object, hint: Any) -> object:
     same = SAME_VALUES.get(name, {})
     if type(value) in (int, str) and value in same:
         return same[value]
@@ -318,35 +285,7 @@ def _typed(name: str, value: object, hint: Any) -> object:
         from sempre.engine.seeding import validate_seed
 
         return validate_seed(value)
-    if isinstance(value, str) and name in _SIZES:
-        try:
-            return read_size(value)
-        except ValueError as error:
-            raise ConfigError(f"{name}: {error}.", parameter=name, value=value) from None
-    try:
-        return msgspec.convert(value, hint)
-    except msgspec.ValidationError:
-        raise ConfigError(f"{name} must be {_words(hint)}, got {value!r}.", parameter=name, value=value) from None
-
-
-def options(hint: Any) -> tuple[Any, ...]:
-    """Return the types that a setting may have."""
-    if get_origin(hint) is Annotated:
-        return options(get_args(hint)[0])
-    return (hint,) if get_origin(hint) is None else get_args(hint)
-
-
-def _words(hint: Any) -> str:
-    """Return a type in words: `an int or None`."""
-    if get_origin(hint) is Annotated:
-        return _words(get_args(hint)[0])
-    if get_origin(hint) is Literal:
-        return " or ".join(repr(choice) for choice in get_args(hint))
-    if get_origin(hint) is dict:
-        return "a mapping"
-    if get_args(hint):
-        return " or ".join(_words(option) for option in get_args(hint))
-    return {int: "an int", float: "a number", str: "a string", bool: "True or False", NoneType: "None"}[hint]
+    return checked(name, value, hint)
 
 
 def _multiprocessing_from_environment() -> bool:
@@ -360,37 +299,19 @@ def _multiprocessing_from_environment() -> bool:
     return value == "1"
 
 
-def _check_ranges(settings: Mapping[str, Any]) -> None:
-    for name, value in settings.items():
-        least = _LEAST.get(name)
-        if least is not None and value is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}.", parameter=name, value=value)
-        if least is not None and value is not None and value > _MOST:
-            raise ConfigError(f"{name} must be at most {_MOST}, got {value}.", parameter=name, value=value)
-        if name in _ONLY_VALUE and value != _ONLY_VALUE[name]:
-            raise ConfigError(
-                f"{name} can only be {_ONLY_VALUE[name]!r} for now, got {value!r}.", parameter=name, value=value
-            )
-        if name == "gpu_memory_utilization" and not 0.0 < value <= 1.0:
-            raise ConfigError(f"{name} must be in (0, 1], got {value}.", parameter=name, value=value)
-        if name.endswith("_s") and not (math.isfinite(value) and value > 0.0):
-            raise ConfigError(f"{name} must be a positive number of seconds, got {value}.", parameter=name, value=value)
-
-
-def _check_together(engine: Mapping[str, Any]) -> None:
-    defaults = {field.name: field.default for field in msgspec.structs.fields(EngineConfig)}
-    settings = {**defaults, **engine}
-    if settings["heartbeat_timeout_s"] <= settings["heartbeat_interval_s"]:
+def _check_together(config: EngineConfig) -> None:
+    if config.heartbeat_timeout_s <= config.heartbeat_interval_s:
         raise ConfigError(
-            f"heartbeat_timeout_s={settings['heartbeat_timeout_s']} must be greater than "
-            f"heartbeat_interval_s={settings['heartbeat_interval_s']}.",
+            f"heartbeat_timeout_s={config.heartbeat_timeout_s} must be greater than "
+            f"heartbeat_interval_s={config.heartbeat_interval_s}.",
             parameter="heartbeat_timeout_s",
-            value=settings["heartbeat_timeout_s"],
+            value=config.heartbeat_timeout_s,
         )
-    if settings["data_parallel_size"] > 1 and not settings["multiprocessing"]:
+    if config.data_parallel_size > 1 and not config.multiprocessing:
         raise ConfigError(
-            f"data_parallel_size={settings['data_parallel_size']} needs multiprocessing=True: "
-            "one process holds one worker.",
+            f"data_parallel_size={config.data_parallel_size} needs multiprocessing=True: one process holds one worker.",
             parameter="data_parallel_size",
-            value=settings["data_parallel_size"],
+            value=config.data_parallel_size,
         )
+    if config.device in BLOCK_SIZES:
+        check_device_settings(config, config.device)

@@ -15,7 +15,6 @@ import msgspec
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import AsyncEngineClient, launch_async
 from sempre.engine.client.engine_process import ended_by
-from sempre.engine.config import EngineConfig
 from sempre.engine.frontend.engine_base import EngineBase
 from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, log_progress, worker_call
 from sempre.engine.frontend.output_processor import RequestState
@@ -31,6 +30,7 @@ from sempre.engine.outputs import RequestOutput
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.engine.vllm_settings import refuse_values
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import again
 from sempre.ipc.errors import EngineDeadError, ProtocolError, SempreError
 from sempre.ipc.messages import (

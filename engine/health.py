@@ -7,8 +7,8 @@ from typing import Literal
 
 from msgspec import Struct
 
-from sempre.engine.config import EngineConfig
 from sempre.ipc import messages
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import EngineUnhealthy
 
 EngineState = Literal["starting", "ready", "restarting", "dead"]

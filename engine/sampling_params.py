@@ -9,8 +9,6 @@ from dataclasses import InitVar, dataclass, fields
 from enum import IntEnum
 from typing import Annotated, Any, Literal, Self
 
-from msgspec import Meta
-
 from sempre.engine.near_names import near_name
 from sempre.engine.parameter_checks import (
     boolean,
@@ -25,6 +23,7 @@ from sempre.engine.parameter_checks import (
     within_float32,
 )
 from sempre.engine.structured_outputs import StructuredOutputsParams
+from sempre.ipc.config import doc
 from sempre.ipc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -74,10 +73,6 @@ class RequestOutputKind(IntEnum):
     """One output, when the request has finished."""
 
 
-def _doc(text: str) -> Meta:
-    return Meta(description=text)
-
-
 @dataclass(slots=True)
 class SamplingParams:
     """Sampling parameters of one request; names, order, defaults and ranges are those of vLLM.
@@ -94,52 +89,52 @@ class SamplingParams:
     Raises ConfigError (a ValueError) that names the parameter, TypeError for an unknown keyword.
     """
 
-    n: Annotated[int, _doc("completions of the prompt; completion i is sampled with seed + i")] = 1
-    presence_penalty: Annotated[float, _doc("subtracted from logits of tokens already generated, in [-2, 2]")] = 0.0
-    frequency_penalty: Annotated[float, _doc("the same, times the count of the token, in [-2, 2]")] = 0.0
-    repetition_penalty: Annotated[float, _doc("divides or multiplies logits of tokens already seen; 1 is off")] = 1.0
-    temperature: Annotated[float, _doc("0 is greedy; at least 0")] = 1.0
+    n: Annotated[int, doc("completions of the prompt; completion i is sampled with seed + i")] = 1
+    presence_penalty: Annotated[float, doc("subtracted from logits of tokens already generated, in [-2, 2]")] = 0.0
+    frequency_penalty: Annotated[float, doc("the same, times the count of the token, in [-2, 2]")] = 0.0
+    repetition_penalty: Annotated[float, doc("divides or multiplies logits of tokens already seen; 1 is off")] = 1.0
+    temperature: Annotated[float, doc("0 is greedy; at least 0")] = 1.0
     watermarking: InitVar[Any] = None
-    top_p: Annotated[float, _doc("keep the most probable tokens of this total probability, in [0, 1]; 0: the best")] = (
+    top_p: Annotated[float, doc("keep the most probable tokens of this total probability, in [0, 1]; 0: the best")] = (
         1.0
     )
-    top_k: Annotated[int, _doc("keep the k most probable tokens; 0 or -1 keeps all")] = 0
-    min_p: Annotated[float, _doc("drop tokens less probable than this share of the best, in [0, 1]")] = 0.0
+    top_k: Annotated[int, doc("keep the k most probable tokens; 0 or -1 keeps all")] = 0
+    min_p: Annotated[float, doc("drop tokens less probable than this share of the best, in [0, 1]")] = 0.0
     seed: Annotated[
-        int | None, _doc("the request's: gives the same output whatever the engine's; None derives one from that")
+        int | None, doc("the request's: gives the same output whatever the engine's; None derives one from that")
     ] = None
-    stop: Annotated[str | list[str] | None, _doc("strings that end the output")] = None
-    stop_token_ids: Annotated[list[int] | None, _doc("token ids that end the output")] = None
-    ignore_eos: Annotated[bool, _doc("go on after the end-of-sequence token")] = False
-    max_tokens: Annotated[int | None, _doc("most tokens to generate; None is as many as the context holds")] = 16
-    min_tokens: Annotated[int, _doc("no stop before this many tokens")] = 0
-    logprobs: Annotated[int | None, _doc("report the k best and the sampled token's log-probability; -1 all")] = None
-    prompt_logprobs: Annotated[int | None, _doc("the same for every prompt token")] = None
+    stop: Annotated[str | list[str] | None, doc("strings that end the output")] = None
+    stop_token_ids: Annotated[list[int] | None, doc("token ids that end the output")] = None
+    ignore_eos: Annotated[bool, doc("go on after the end-of-sequence token")] = False
+    max_tokens: Annotated[int | None, doc("most tokens to generate; None is as many as the context holds")] = 16
+    min_tokens: Annotated[int, doc("no stop before this many tokens")] = 0
+    logprobs: Annotated[int | None, doc("report the k best and the sampled token's log-probability; -1 all")] = None
+    prompt_logprobs: Annotated[int | None, doc("the same for every prompt token")] = None
     prompt_logprob_token_ids: InitVar[Any] = None
     prompt_logprob_start: InitVar[Any] = None
-    logprob_token_ids: Annotated[list[int] | None, _doc("report the log-probabilities of these ids as well")] = None
+    logprob_token_ids: Annotated[list[int] | None, doc("report the log-probabilities of these ids as well")] = None
     flat_logprobs: InitVar[Any] = False
-    detokenize: Annotated[bool, _doc("produce text; without it, token ids only")] = True
-    skip_special_tokens: Annotated[bool, _doc("leave special tokens out of the text")] = True
+    detokenize: Annotated[bool, doc("produce text; without it, token ids only")] = True
+    skip_special_tokens: Annotated[bool, doc("leave special tokens out of the text")] = True
     spaces_between_special_tokens: InitVar[Any] = True
-    include_stop_str_in_output: Annotated[bool, _doc("keep the stop string at the end of the text")] = False
-    output_kind: Annotated[RequestOutputKind, _doc("what streamed outputs hold")] = RequestOutputKind.CUMULATIVE
+    include_stop_str_in_output: Annotated[bool, doc("keep the stop string at the end of the text")] = False
+    output_kind: Annotated[RequestOutputKind, doc("what streamed outputs hold")] = RequestOutputKind.CUMULATIVE
     stream_interval: InitVar[Any] = None
-    structured_outputs: Annotated[StructuredOutputsParams | None, _doc("the form the output must have")] = None
+    structured_outputs: Annotated[StructuredOutputsParams | None, doc("the form the output must have")] = None
     logit_bias: Annotated[
-        Mapping[int, float] | Mapping[str, float] | None, _doc("added to the logits of these token ids, within ±100")
+        Mapping[int, float] | Mapping[str, float] | None, doc("added to the logits of these token ids, within ±100")
     ] = None
-    allowed_token_ids: Annotated[list[int] | None, _doc("only these token ids may be sampled")] = None
+    allowed_token_ids: Annotated[list[int] | None, doc("only these token ids may be sampled")] = None
     extra_args: InitVar[Any] = None
-    bad_words: Annotated[list[str] | None, _doc("words that may not be generated")] = None
+    bad_words: Annotated[list[str] | None, doc("words that may not be generated")] = None
     skip_reading_prefix_cache: InitVar[Any] = None
-    thinking_token_budget: Annotated[int | None, _doc("after this many tokens of reasoning, </think> is forced")] = None
+    thinking_token_budget: Annotated[int | None, doc("after this many tokens of reasoning, </think> is forced")] = None
     repetition_detection: InitVar[Any] = None
     truncate_prompt_tokens: Annotated[
-        int | None, _doc("most tokens of the prompt to use; -1: as many as the context has room for")
+        int | None, doc("most tokens of the prompt to use; -1: as many as the context has room for")
     ] = None
     truncation_side: Annotated[
-        Literal["left", "right"] | None, _doc("where a prompt that is too long is cut; none: left")
+        Literal["left", "right"] | None, doc("where a prompt that is too long is cut; none: left")
     ] = None
     best_of: InitVar[Any] = None
     use_beam_search: InitVar[Any] = None

@@ -1,6 +1,7 @@
 """Turns a decoder's index path into field names: `$[3][0][1]` of a StepResult is `StepResult.sampled[0].token_ids`.
 
-Structs travel as arrays, so the decoder can only count. The names are found by walking the message's types.
+Structs travel as arrays (settings alone as maps), so the decoder can only count. The names are found by walking the
+message's types.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import msgspec
 from msgspec import inspect
 
 _AT = re.compile(r" - at (?:`key` in )?`\$(?P<steps>[^`]*)`$")
-_STEP = re.compile(r"\[(\d+|\.\.\.)\]")
+_STEP = re.compile(r"\[(\d+|\.\.\.)\]|(\.\w+)")
 # the header of an array, that of a short string, and the string
 _MOST_TAG_BYTES = 5 + 1 + 31
 _TOO_SHORT = re.compile(r"Expected `array` of at least length \d+, got (\d+)")
@@ -23,7 +24,9 @@ def field_path(error_text: str, payload: bytes | memoryview, messages: Mapping[s
 
     `messages` maps a message's tag to its type.
     """
-    steps = _STEP.findall(match["steps"]) if (match := _AT.search(error_text)) else []
+    steps = (
+        [index or name for index, name in _STEP.findall(match["steps"])] if (match := _AT.search(error_text)) else []
+    )
     too_short = _TOO_SHORT.match(error_text)
     if too_short:
         steps.append(too_short[1])
@@ -67,6 +70,9 @@ def _walk(kind: inspect.Type, steps: list[str]) -> str:
                     return f"{names}[{step}]"
                 names += f".{fields[index].name}"
                 kind = fields[index].type
+            case inspect.StructType(fields=fields) if step.startswith("."):
+                names += step
+                kind = next(field.type for field in fields if field.encode_name == step[1:])
             case inspect.ListType(item_type=item_type):
                 names += f"[{step}]"
                 kind = item_type
@@ -79,7 +85,9 @@ def _walk(kind: inspect.Type, steps: list[str]) -> str:
 
 
 def _container(kind: inspect.Type) -> inspect.Type:
-    """The member of a union that has parts; other types as they are."""
+    """The member of a union that has parts; other types as they are, without what is said of them."""
+    if isinstance(kind, inspect.Metadata):
+        return _container(kind.type)
     if isinstance(kind, inspect.UnionType):
         for member in kind.types:
             if isinstance(member, inspect.StructType | inspect.ListType | inspect.DictType):

@@ -95,8 +95,6 @@ class Compilation(Protocol):
 class Backend(Protocol):
     """One worker's device."""
 
-    block_sizes: tuple[int, ...]
-    """sizes that the kernels take, the best first"""
     max_num_batched_tokens: int
     """the best, where the config has none; known once `begin` has been called"""
     max_prompt_tokens: int | None

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.linear.cpu import ROW_BLOCK
 from sempre.kernels.threads import set_num_threads, settle_threads
@@ -16,7 +15,7 @@ from sempre.workers.backend import Compilation, LoadedModel, ModelOutline, Runne
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.fingerprint import fingerprint_parts
 from sempre.workers.guessing import StepGuesser
-from sempre.workers.kv_cache import BLOCK_SIZE, PagedKvCache, available_blocks
+from sempre.workers.kv_cache import PagedKvCache, available_blocks
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import ON_CPU
 from sempre.workers.model_runner import ModelRunner
@@ -43,7 +42,6 @@ class CpuBackend:
     """The CPU."""
 
     placement = ON_CPU
-    block_sizes: tuple[int, ...] = (BLOCK_SIZE,)
     # one thread, tiny-draft to SmolLM2-135M; a row costs 0.1 to 0.2 steps beside one other, 0.5 beside many
     speed = DeviceSpeed(
         step_seconds=0.3e-3, layer_seconds=20e-6, bytes_per_second=12e9, row_share=0.5, result_seconds=0.2e-3
@@ -55,14 +53,7 @@ class CpuBackend:
         self.max_steps_in_flight = 1
 
     def begin(self, config: WorkerConfig) -> None:
-        cores = len(os.sched_getaffinity(0))
-        if config.num_threads > cores:
-            raise ConfigError(
-                f"num_threads: expected at most the {cores} usable cores, found {config.num_threads}.",
-                parameter="num_threads",
-                value=config.num_threads,
-            )
-        threads = config.num_threads or max(1, cores // config.world_size)
+        threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.world_size)
         set_num_threads(threads)
         settle_threads()
         self.max_prompt_tokens = min(ROW_BLOCK * threads, _MOST_PROMPT_TOKENS)

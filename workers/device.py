@@ -6,18 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
+from sempre.ipc.config import Device
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import StepCosts
 from sempre.workers.loading import WeightFacts
 from sempre.workers.models.config import ModelSpec
 
 
-def resolve_device(name: str, index: int) -> torch.device:
-    """`auto`, `cpu` or `cuda`, there the GPU with this index. Raises ConfigError."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(
-            f"device: expected 'auto' or 'cpu' or 'cuda', found {name!r}.", parameter="device", value=name
-        )
+def resolve_device(name: Device, index: int) -> torch.device:
+    """The device that a worker computes on, of GPUs the one with this index. Raises ConfigError."""
     count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")

@@ -14,9 +14,6 @@ from sempre.kernels.attention import KvCache, allocate_kv_cache
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.tensor_source import CPU, tensor_bytes
 
-# the one block size that the attention kernel takes
-BLOCK_SIZE = 16
-
 # share of the free memory that the caches of all workers of a host may claim
 MEMORY_SHARE = 0.4
 

@@ -15,6 +15,7 @@ from time import perf_counter
 
 from msgspec.structs import replace
 
+from sempre.ipc.config import BLOCK_SIZES, check_device_settings
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import ConfigError, MessageMalformed, ProtocolError
 from sempre.ipc.messages import (
@@ -30,7 +31,6 @@ from sempre.ipc.messages import (
     WorkerConfig,
     WorkerReady,
 )
-from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.threads import get_num_threads
 from sempre.workers.backend import Backend, LoadedModel, ModelOutline, PipelinedRunner, Runner
 from sempre.workers.backends import make_backend
@@ -39,7 +39,7 @@ from sempre.workers.drafting import Drafting
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.layers.linear_kernel import linear_kernel
 from sempre.workers.loading import live_digest, load_model
-from sempre.workers.models.config import FLOAT_DTYPES, ModelSpec, spec_digest
+from sempre.workers.models.config import ModelSpec, spec_digest
 from sempre.workers.models.registry import load_spec
 from sempre.workers.sampling.grammar import grammar_library_version
 from sempre.workers.seeding import rng_digests, seed_everything
@@ -80,7 +80,7 @@ class Worker:
         seconds = {"imports": self._import_seconds}
         backend = make_backend(resolve_device(command.config.device, command.config.device_index), self._compiler)
         config = command.config
-        _check_config(config, backend)
+        check_device_settings(config, backend.placement.device.type)
         seed_everything(config.seed)
         digests = rng_digests()
         with _timed(seconds, "start_device"):
@@ -310,7 +310,7 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
     kernel = linear_kernel(config.numerics)
     spec = load_spec(Path(config.model_path))
-    block_size = config.block_size or backend.block_sizes[0]
+    block_size = config.block_size or BLOCK_SIZES[backend.placement.device.type][0]
     max_num_batched_tokens = config.max_num_batched_tokens or backend.max_num_batched_tokens
     return ModelOutline(
         config,
@@ -349,23 +349,25 @@ def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
 def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | None:
     """The model that a target's worker guesses with, if any."""
     config = target.config
-    if config.draft_model_path is None:
+    folder = config.colocated_draft_model
+    if folder is None:
         return None
-    changes = {
-        "role": "draft",
-        "model_path": config.draft_model_path,
-        "draft_model_path": None,
-        "max_draft_tokens": 0,
-        "quantization": None,
-    }
-    draft = _load(_outline(replace(config, max_model_len=target.max_model_len, **changes), backend), backend)
+    draft_config = replace(
+        config,
+        role="draft",
+        model_path=folder,
+        speculative_config=None,
+        quantization=None,
+        max_model_len=target.max_model_len,
+    )
+    draft = _load(_outline(draft_config, backend), backend)
     found, expected = draft.spec.vocab_size, target.spec.vocab_size
     if found != expected:
         raise ConfigError(
-            f"speculative_config: the draft model {config.draft_model_path} has a vocabulary of {found} tokens, and the"
+            f"speculative_config: the draft model {folder} has a vocabulary of {found} tokens, and the"
             f" model {config.model_path} one of {expected}; both must have the same tokens.",
             parameter="speculative_config",
-            value=config.draft_model_path,
+            value=folder,
         )
     return draft
 
@@ -379,29 +381,6 @@ def _fitted(loaded: LoadedModel, num_blocks: int) -> LoadedModel:
         "max_model_len is %d tokens, what the KV cache holds; the model could take %d", held, loaded.max_model_len
     )
     return replace_fields(loaded, max_model_len=held)
-
-
-def _check_config(config: WorkerConfig, backend: Backend) -> None:
-    choices: dict[str, tuple[object, tuple[object, ...]]] = {
-        "role": (config.role, ("target", "draft")),
-        "tp_size": (config.tp_size, (1,)),
-        "dtype": (config.dtype, ("auto", *FLOAT_DTYPES)),
-        "quantization": (config.quantization, (None, *(scheme.value for scheme in Fp8Scheme))),
-        "load_format": (config.load_format, ("auto", "safetensors", "dummy")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ConfigError(
-                f"{name}: expected {' or '.join(map(repr, allowed))}, found {value!r}.", parameter=name, value=value
-            )
-    if config.block_size is not None and config.block_size not in backend.block_sizes:
-        sizes = backend.block_sizes
-        raise ConfigError(
-            f"block_size: a {backend.placement.device.type.upper()} has blocks of {' or '.join(map(str, sizes))} tokens"
-            f" only, found {config.block_size}. Leave it out, which gives {sizes[0]}.",
-            parameter="block_size",
-            value=config.block_size,
-        )
 
 
 def _max_model_len(config: WorkerConfig, spec: ModelSpec) -> int:

@@ -6,17 +6,17 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from sempre.engine.arguments import SAME_VALUES, SHORT_SPECULATION, FrontendConfig, field_types
 from sempre.engine.cli.parser import UsageError
-from sempre.engine.config import EngineConfig
 from sempre.engine.sampling_params import SamplingParams
-from sempre.engine.sizes import read_size
+from sempre.engine.setting_values import description, options, read_size
 from sempre.engine.structured_outputs import CONFIG_MEMBERS
 from sempre.engine.vllm_settings import VLLM_KEYWORDS
+from sempre.ipc.config import EngineConfig
 
 SAMPLING_SEED = "sampling_seed"
 _REPEATED = ("stop", "bad_words")
@@ -121,11 +121,12 @@ def _flag_name(field: str) -> str:
 
 
 def _add_flag(group: Any, name: str, hint: Any, default: str) -> None:
-    kind, description = _unwrap(hint)
+    # what a flag gives is never None: that is said by leaving it out
+    kind = next(option for option in options(hint) if option is not type(None))
     keywords: dict[str, Any] = {
         "dest": name,
         "default": argparse.SUPPRESS,
-        "help": f"{description} ({default})".replace("%", "%%"),
+        "help": f"{description(hint)} ({default})".replace("%", "%%"),
     }
     if kind is bool:
         keywords["action"] = argparse.BooleanOptionalAction
@@ -163,18 +164,6 @@ def _json_or_text(text: str) -> object:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _unwrap(hint: Any) -> tuple[Any, str]:
-    """Return the type without None, and the field's description."""
-    description = ""
-    if get_origin(hint) is Annotated:
-        hint, meta = get_args(hint)
-        description = meta.description
-    options = [option for option in get_args(hint) if option is not type(None)]
-    if type(None) in get_args(hint):
-        hint = options[0]
-    return hint, description
 
 
 def _converter(kind: Any) -> tuple[Callable[[str], Any], str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from sempre.engine.arguments import SHORT_SPECULATION, FrontendConfig, field_types, options, parse_arguments
+from sempre.engine.arguments import SHORT_SPECULATION, FrontendConfig, field_types, parse_arguments
 from sempre.engine.cli.arguments import (
     add_config_flags,
     add_engine_flags,
@@ -21,12 +21,12 @@ from sempre.engine.cli.arguments import (
     given_values,
 )
 from sempre.engine.cli.parser import UsageError
-from sempre.engine.config import EngineConfig
 from sempre.engine.executor.threads import threads_beside_a_server
 from sempre.engine.near_names import near_name
 from sempre.engine.server.config import SECRETS, ServerConfig, server_config
-from sempre.engine.sizes import read_size
+from sempre.engine.setting_values import options, read_size
 from sempre.engine.vllm_settings import VLLM_KEYWORDS, VLLM_SERVER_SETTINGS, check_vllm_settings
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,7 @@ def run(namespace: argparse.Namespace) -> int:
         raise UsageError("which model? The model `tiny` is always at hand: sempre serve tiny")
     if not engine.get("num_threads"):
         # Checked before it is divided by.
-        config = parse_arguments(model, engine).engine
-        engine["num_threads"] = threads_beside_a_server(config.data_parallel_size * config.tensor_parallel_size)
+        engine["num_threads"] = threads_beside_a_server(parse_arguments(model, engine).engine.world_size)
     if namespace.print_config:
         _print_config(model, engine, server)
         return 0
@@ -177,7 +176,7 @@ def _print_config(model: str, engine: dict[str, Any], server: ServerConfig) -> N
     arguments = parse_arguments(model, engine)
     shown: dict[str, Any] = {"model": model}
     for config in (server, arguments.engine, arguments.frontend):
-        values = msgspec.to_builtins(config, enc_hook=str)
+        values = msgspec.to_builtins(config)
         shown |= {name: values[name] for name in field_types(type(config)) if name not in SECRETS}
     if shown["speculative_config"] is not None:
         # Found again from the draft model's name, as the model's own path is.

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sempre.engine.client.interface import AsyncEngineClient, EngineClient, ProgressCallback
-from sempre.engine.config import EngineConfig
+from sempre.ipc.config import EngineConfig
 
 __all__ = ["AsyncEngineClient", "EngineClient", "ProgressCallback", "launch", "launch_async"]
 

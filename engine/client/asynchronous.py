@@ -10,9 +10,9 @@ from sempre.engine.client.engine_process import ProcessOptions
 from sempre.engine.client.inproc import InprocClient
 from sempre.engine.client.interface import ProgressCallback
 from sempre.engine.client.process import LOOK_S, ProcessClientBase
-from sempre.engine.config import EngineConfig
 from sempre.engine.executor.base import Executor
 from sempre.ipc.async_channel import AsyncPeerChannel
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady
 
 

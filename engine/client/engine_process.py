@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import msgspec
+
 from sempre.engine.child_process import ChildProcess, child_environment
-from sempre.engine.config import EngineConfig, encode_json
 from sempre.engine.coordinator.process import CoordinatorArguments
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import CoordinatorDied, EngineDeadError, ProtocolError, SempreError
@@ -48,7 +50,7 @@ class EngineProcess:
             [],
             log_path=self.directory.log_path("coordinator"),
             environment=child_environment(),
-            stdin=encode_json(arguments) + b"\n",
+            stdin=msgspec.json.encode(arguments) + b"\n",
             own_group=True,
         )
 

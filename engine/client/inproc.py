@@ -7,10 +7,10 @@ from collections import deque
 
 from sempre.engine.client.engine_process import ended_by
 from sempre.engine.client.interface import ProgressCallback
-from sempre.engine.config import EngineConfig
 from sempre.engine.coordinator.core import EngineCore
 from sempre.engine.executor.base import Executor
 from sempre.engine.executor.inproc import InprocExecutor
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import again
 from sempre.ipc.errors import EngineDeadError
 from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady, ShutdownEngine, StartupProgress

@@ -18,10 +18,10 @@ from sempre.engine.client.interface import ProgressCallback
 from sempre.engine.client.interrupts import allowed
 from sempre.engine.client.ledger import Ledger
 from sempre.engine.client.watch import Vigil, WorkerWatch
-from sempre.engine.config import EngineConfig
 from sempre.engine.restart_budget import RestartBudget
 from sempre.ipc.channel import PeerBase, PeerChannel
 from sempre.ipc.codec import FrameEncoder
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import again
 from sempre.ipc.errors import (

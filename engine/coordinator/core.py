@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from sempre.engine.config import EngineConfig
 from sempre.engine.coordinator.draft_workers import DraftWorkers
 from sempre.engine.coordinator.metrics_report import Report, metrics_report
 from sempre.engine.coordinator.replica import Replica
@@ -19,7 +18,8 @@ from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.coordinator.worker_calls import WorkerCalls
 from sempre.engine.executor.base import Executor, draft_ranks
 from sempre.engine.scheduling import Scheduler
-from sempre.engine.speculation import SpeculationPlan, max_draft_tokens
+from sempre.engine.speculation import SpeculationPlan
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, ProtocolError, RequestError, WorkerDied
 from sempre.ipc.messages import (
@@ -225,7 +225,7 @@ class EngineCore:
             enable_prefix_caching=config.enable_prefix_caching,
             max_request_crashes=config.max_request_crashes,
             speculation=speculation,
-            max_draft_tokens=max_draft_tokens(config),
+            max_draft_tokens=config.max_draft_tokens,
         )
 
     def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from sempre.engine.config import EngineConfig
 from sempre.engine.coordinator.draft_link import PATIENCE_S, DraftLink
 from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.executor.base import Executor, draft_ranks
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import SempreError, WorkerDied
 from sempre.ipc.messages import StepResult, WorkerEvent
 

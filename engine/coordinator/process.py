@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import zmq
-from msgspec import Struct
 
-from sempre.engine.config import EngineConfig, decode_json
 from sempre.engine.executor.local import LocalExecutor
 from sempre.ipc.channel import HubChannel, check_pid, check_version
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError, WorkerDied
@@ -46,7 +46,7 @@ _FLUSH_MS = 2000
 _HELLO_S = 10.0
 
 
-class CoordinatorArguments(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CoordinatorArguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`worker_connect` is where workers connect, for a proxy in between; None is the coordinator's own hub."""
 
     config: EngineConfig
@@ -172,7 +172,7 @@ def main() -> int:
     wake_up_with_parent_thread()
     watch_parent(os.getppid(), partial(_run_all, last_acts))
     # a line, not all: a process that the client forks meanwhile has the other end of the pipe, too
-    arguments = decode_json(sys.stdin.buffer.readline(), CoordinatorArguments)
+    arguments = msgspec.json.decode(sys.stdin.buffer.readline(), type=CoordinatorArguments)
     config = arguments.config
     directory = PrivateDirectory(Path(arguments.directory))
     if os.getppid() != arguments.client_pid:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 
-from sempre.engine.config import EngineConfig
 from sempre.engine.coordinator.core import EngineCore
 from sempre.engine.executor.base import Executor
 from sempre.engine.restart_budget import RestartBudget
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import StartupError, WorkerDied
 from sempre.ipc.messages import ClientEvent, WorkerStateChanged

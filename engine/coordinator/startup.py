@@ -13,10 +13,10 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
-from sempre.engine.config import EngineConfig
 from sempre.engine.executor.base import Executor, draft_ranks, worker_config, worker_name
 from sempre.engine.executor.threads import threads_per_worker
 from sempre.engine.seeding import compare_digests, compare_with_former
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import ConfigError, StartupError
 from sempre.ipc.messages import (
     EngineReady,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from msgspec.structs import replace
+from msgspec.structs import asdict
 
-from sempre.engine.config import EngineConfig
-from sempre.engine.speculation import max_draft_tokens
+from sempre.ipc.config import EngineConfig, WorkerConfig
 from sempre.ipc.errors import ProtocolError, SempreError
-from sempre.ipc.messages import WorkerCommand, WorkerConfig, WorkerEvent, WorkerHealth
+from sempre.ipc.messages import WorkerCommand, WorkerEvent, WorkerHealth
 
 
 class Executor(Protocol):
@@ -57,10 +56,9 @@ _DRAFT_SHARE = 0.08
 
 def draft_ranks(config: EngineConfig) -> range:
     """The ranks of draft workers, one for each replica; they follow those of the targets."""
-    num_targets = config.data_parallel_size * config.tensor_parallel_size
-    speculative = config.speculative_config
+    speculative, first = config.speculative_config, config.world_size
     has_drafts = speculative is not None and speculative.placement == "worker"
-    return range(num_targets, num_targets + (config.data_parallel_size if has_drafts else 0))
+    return range(first, first + (config.data_parallel_size if has_drafts else 0))
 
 
 def device_index(config: EngineConfig, rank: int) -> int:
@@ -76,54 +74,19 @@ def worker_name(config: EngineConfig, rank: int) -> str:
 
 
 def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerConfig:
-    """The share of worker `rank`: replicas are numbered first, then the ranks within a replica."""
-    drafts = draft_ranks(config)
-    if rank not in drafts:
-        return _target_config(config, rank, num_threads)
+    """The settings of worker `rank`: replicas are numbered first, then the ranks within a replica."""
+    settings = asdict(config) | {"num_threads": num_threads}
     speculative = config.speculative_config
-    assert speculative is not None
-    return replace(
-        _target_config(config, device_index(config, rank), num_threads),
-        rank=rank,
-        tp_size=1,
-        role="draft",
-        model_path=str(speculative.model_path),
-        gpu_memory_utilization=_DRAFT_SHARE,
-        quantization=None,
-        max_draft_tokens=0,
-    )
-
-
-def _target_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerConfig:
-    tp_size = config.tensor_parallel_size
-    speculative = config.speculative_config
-    colocated = speculative is not None and speculative.placement == "colocated" and speculative.model_path is not None
-    share = config.gpu_memory_utilization
-    if draft_ranks(config):
-        share -= _DRAFT_SHARE
-    return WorkerConfig(
-        rank=rank,
-        world_size=config.data_parallel_size * tp_size,
-        dp_rank=rank // tp_size,
-        tp_rank=rank % tp_size,
-        tp_size=tp_size,
-        seed=config.seed,
-        model_path=str(config.model_path),
-        dtype=config.dtype,
-        device=config.device,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        block_size=config.block_size,
-        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-        num_threads=num_threads,
-        numerics=config.numerics,
-        load_format=config.load_format,
-        heartbeat_interval_s=config.heartbeat_interval_s,
-        gpu_memory_utilization=share,
-        enforce_eager=config.enforce_eager,
-        quantization=config.quantization,
-        max_draft_tokens=max_draft_tokens(config),
-        device_index=rank,
-        draft_model_path=str(speculative.model_path) if speculative is not None and colocated else None,
-    )
+    if rank in draft_ranks(config):
+        assert speculative is not None
+        settings |= {
+            "role": "draft",
+            "model_path": speculative.model_path,
+            "tensor_parallel_size": 1,
+            "quantization": None,
+            "gpu_memory_utilization": _DRAFT_SHARE,
+            "speculative_config": None,
+        }
+    elif draft_ranks(config):
+        settings["gpu_memory_utilization"] -= _DRAFT_SHARE
+    return WorkerConfig(rank=rank, device_index=device_index(config, rank), **settings)

@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from sempre.engine.config import EngineConfig
 from sempre.engine.executor.base import draft_ranks, worker_name
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import SempreError, WorkerDied
 from sempre.ipc.messages import (
@@ -38,7 +38,7 @@ class InprocExecutor:
 
     def __init__(self, config: EngineConfig, make_worker: Callable[[], WorkerProtocol] | None = None) -> None:
         self._config = config
-        self.world_size = config.data_parallel_size * config.tensor_parallel_size
+        self.world_size = config.world_size
         self._make_worker = make_worker or _default_worker
         self._computing = _compute_state() if make_worker is None else nullcontext
         self._workers: dict[int, WorkerProtocol] = {}

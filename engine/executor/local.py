@@ -10,11 +10,11 @@ from collections import Counter
 import zmq
 
 from sempre.engine.child_process import ChildProcess, child_environment
-from sempre.engine.config import EngineConfig
 from sempre.engine.executor.base import device_index, draft_ranks, worker_name
 from sempre.engine.executor.threads import thread_variables, threads_per_worker
 from sempre.engine.executor.worker_peer import WorkerPeer
 from sempre.ipc.channel import HubChannel, check_pid, check_version
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.errors import MessageMalformed, ProtocolError, SempreError
 from sempre.ipc.liveness import LONGEST_PAUSE_S, starting_timeout_s
@@ -53,7 +53,7 @@ class LocalExecutor:
         worker_module: str = "sempre.workers",
         connect_address: str | None = None,
     ) -> None:
-        self.world_size = config.data_parallel_size * config.tensor_parallel_size
+        self.world_size = config.world_size
         self._config = config
         self._client_pid = client_pid
         self._hub: HubChannel[WorkerEvent] = HubChannel(

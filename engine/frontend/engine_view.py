@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from sempre.engine.config import EngineConfig
 from sempre.engine.frontend.frontend import Frontend
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.messages import EngineReady
 from sempre.ipc.model_files import read_json_object
 
@@ -122,5 +123,5 @@ class EngineView:
 
 
 def _hf_config(config: EngineConfig) -> SimpleNamespace:
-    path = config.model_path / "config.json"
+    path = Path(config.model_path) / "config.json"
     return SimpleNamespace(**(read_json_object(path) if path.exists() else {}))

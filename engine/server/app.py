@@ -136,7 +136,7 @@ async def _server_info(service: Service, _request: Request) -> Response:
             "version": __version__,
             "fingerprint": engine.fingerprint,
             "fingerprint_parts": engine.fingerprint_parts,
-            "engine_config": msgspec.to_builtins(engine.config, enc_hook=str),
+            "engine_config": msgspec.to_builtins(engine.config),
             "server_config": shown,
             "limits": {
                 "max_model_len": ready.max_model_len,

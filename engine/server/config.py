@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-import msgspec
 from msgspec import Meta, Struct
 
-from sempre.engine.sizes import read_size
+from sempre.engine.setting_values import checked
+from sempre.ipc.config import Count, doc
 from sempre.ipc.errors import ConfigError
 
 LogFormat = Literal["text", "json"]
@@ -18,104 +17,74 @@ ReasoningParser = Literal["", "qwen3", "deepseek_r1"]
 EngineDeath = Literal["exit", "restart"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
 MetricsPrefix = Literal["sempre", "vllm"]
-
-
-def _doc(text: str) -> Meta:
-    return Meta(description=text)
+_MOST = 2**63 - 1
+_Number = Annotated[int, Meta(ge=0, le=_MOST, extra={"is_size": True})]
+_Bytes = Annotated[int, Meta(ge=1024, le=_MOST, extra={"is_size": True})]
+_Pause = Annotated[float, Meta(ge=0, le=1e9)]
+_Timeout = Annotated[float, Meta(ge=0.1, le=1e9)]
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of the server alone; those of the engine are EngineConfig's. Build it with `server_config(...)`."""
 
-    host: Annotated[str, _doc("address to listen on")] = "0.0.0.0"
-    port: Annotated[int, _doc("port to listen on; 0 takes a free one")] = 8000
-    uds: Annotated[str | None, _doc("Unix socket to listen on, in place of host and port")] = None
-    served_model_name: Annotated[list[str], _doc("names the model is served under; the first one is reported")] = []
-    api_key: Annotated[list[str], _doc("keys that clients may use; none lets everybody in")] = []
-    api_key_file: Annotated[str | None, _doc("file with one key per line")] = None
-    ssl_keyfile: Annotated[str | None, _doc("private key, PEM; with ssl_certfile turns TLS on")] = None
-    ssl_certfile: Annotated[str | None, _doc("certificate chain, PEM")] = None
-    ssl_ca_certs: Annotated[str | None, _doc("certificate authorities of clients, PEM; clients must show one")] = None
-    allowed_origins: Annotated[list[str], _doc("origins of web pages that may call (CORS)")] = []
-    allowed_hosts: Annotated[list[str], _doc("names by which clients call a server without keys; * is any")] = []
-    root_path: Annotated[str, _doc("path under which a proxy serves this server")] = ""
-    response_role: Annotated[str, _doc("role of the messages that are answered")] = "assistant"
-    enable_auto_tool_choice: Annotated[bool, _doc("let the model call tools; needs tool_call_parser")] = False
-    tool_call_parser: Annotated[ToolParser | None, _doc("the format in which the model calls tools")] = None
-    reasoning_parser: Annotated[ReasoningParser, _doc("how the model marks its reasoning")] = ""
-    enable_force_include_usage: Annotated[bool, _doc("end every stream with its usage, asked for or not")] = False
-    return_tokens_as_token_ids: Annotated[bool, _doc("name tokens `token_id:N` in all log-probabilities")] = False
-    ignore_unknown_fields: Annotated[bool, _doc("leave unknown request fields aside instead of refusing them")] = False
-    trust_request_chat_template: Annotated[bool, _doc("let requests bring a chat template")] = False
-    max_num_queued_reqs: Annotated[int, _doc("most sequences that wait while max_num_seqs run; more get 503")] = 1024
-    max_body_bytes: Annotated[int, _doc("largest body of a request")] = 8 * 1024 * 1024
-    max_n: Annotated[int, _doc("largest `n` of a request")] = 128
-    max_prompts: Annotated[int, _doc("most prompts in one request")] = 1024
-    shutdown_timeout: Annotated[float, _doc("seconds that running requests have left after SIGTERM")] = 30.0
+    host: Annotated[str, doc("address to listen on")] = "0.0.0.0"
+    port: Annotated[int, Meta(ge=0, le=65535), doc("port to listen on; 0 takes a free one")] = 8000
+    uds: Annotated[str | None, doc("Unix socket to listen on, in place of host and port")] = None
+    served_model_name: Annotated[list[str], doc("names the model is served under; the first one is reported")] = []
+    api_key: Annotated[list[str], doc("keys that clients may use; none lets everybody in")] = []
+    api_key_file: Annotated[str | None, doc("file with one key per line")] = None
+    ssl_keyfile: Annotated[str | None, doc("private key, PEM; with ssl_certfile turns TLS on")] = None
+    ssl_certfile: Annotated[str | None, doc("certificate chain, PEM")] = None
+    ssl_ca_certs: Annotated[str | None, doc("certificate authorities of clients, PEM; clients must show one")] = None
+    allowed_origins: Annotated[list[str], doc("origins of web pages that may call (CORS)")] = []
+    allowed_hosts: Annotated[list[str], doc("names by which clients call a server without keys; * is any")] = []
+    root_path: Annotated[str, doc("path under which a proxy serves this server")] = ""
+    response_role: Annotated[str, doc("role of the messages that are answered")] = "assistant"
+    enable_auto_tool_choice: Annotated[bool, doc("let the model call tools; needs tool_call_parser")] = False
+    tool_call_parser: Annotated[ToolParser | None, doc("the format in which the model calls tools")] = None
+    reasoning_parser: Annotated[ReasoningParser, doc("how the model marks its reasoning")] = ""
+    enable_force_include_usage: Annotated[bool, doc("end every stream with its usage, asked for or not")] = False
+    return_tokens_as_token_ids: Annotated[bool, doc("name tokens `token_id:N` in all log-probabilities")] = False
+    ignore_unknown_fields: Annotated[bool, doc("leave unknown request fields aside instead of refusing them")] = False
+    trust_request_chat_template: Annotated[bool, doc("let requests bring a chat template")] = False
+    max_num_queued_reqs: Annotated[_Number, doc("most sequences waiting while max_num_seqs run; more get 503")] = 1024
+    max_body_bytes: Annotated[_Bytes, doc("largest body of a request")] = 8 * 1024 * 1024
+    max_n: Annotated[Count, doc("largest `n` of a request")] = 128
+    max_prompts: Annotated[Count, doc("most prompts in one request")] = 1024
+    shutdown_timeout: Annotated[_Pause, doc("seconds that running requests have left after SIGTERM")] = 30.0
     on_engine_death: Annotated[
         EngineDeath,
-        _doc("when the engine has ended: exit with code 4, or restart it and answer 503 meanwhile"),
+        doc("when the engine has ended: exit with code 4, or restart it and answer 503 meanwhile"),
     ] = "exit"
-    keep_alive_timeout: Annotated[float, _doc("seconds that an idle connection stays open")] = 5.0
-    header_timeout: Annotated[float, _doc("seconds in which the header of a request must come")] = 10.0
-    body_timeout: Annotated[float, _doc("seconds in which a body must come, and a stalled answer be read")] = 60.0
-    max_connections: Annotated[int, _doc("most connections; as many as the limit of open files allows, if less")] = 4096
-    max_connections_per_address: Annotated[int, _doc("most connections from one address")] = 2048
-    max_held_bytes: Annotated[int, _doc("most bytes of unanswered requests in all; more get 503")] = 128 * 1024 * 1024
-    metrics_prefix: Annotated[MetricsPrefix, _doc("prefix of the names at /metrics")] = "sempre"
-    log_format: Annotated[LogFormat, _doc("form of log lines")] = "text"
-    enable_access_log: Annotated[bool, _doc("log a line per request")] = True
-    disable_uvicorn_access_log: Annotated[bool, _doc("log no line per request")] = False
-    uvicorn_log_level: Annotated[LogLevel, _doc("what of the HTTP library's own log is shown")] = "warning"
-    middleware: Annotated[list[str], _doc("ASGI middleware around the application: module.Class, or a function")] = []
-    enable_log_requests: Annotated[bool, _doc("log prompts and parameters of requests")] = False
-    max_log_len: Annotated[int | None, _doc("most characters, and token ids, of a prompt that are logged")] = None
+    keep_alive_timeout: Annotated[_Pause, doc("seconds that an idle connection stays open")] = 5.0
+    header_timeout: Annotated[_Timeout, doc("seconds in which the header of a request must come")] = 10.0
+    body_timeout: Annotated[_Timeout, doc("seconds in which a body must come, and a stalled answer be read")] = 60.0
+    max_connections: Annotated[Count, doc("most connections; fewer where the limit of open files is lower")] = 4096
+    max_connections_per_address: Annotated[Count, doc("most connections from one address")] = 2048
+    max_held_bytes: Annotated[_Bytes, doc("most bytes of all unanswered requests; more get 503")] = 128 * 1024 * 1024
+    metrics_prefix: Annotated[MetricsPrefix, doc("prefix of the names at /metrics")] = "sempre"
+    log_format: Annotated[LogFormat, doc("form of log lines")] = "text"
+    enable_access_log: Annotated[bool, doc("log a line per request")] = True
+    disable_uvicorn_access_log: Annotated[bool, doc("log no line per request")] = False
+    uvicorn_log_level: Annotated[LogLevel, doc("what of the HTTP library's own log is shown")] = "warning"
+    middleware: Annotated[list[str], doc("ASGI middleware around the application: module.Class, or a function")] = []
+    enable_log_requests: Annotated[bool, doc("log prompts and parameters of requests")] = False
+    max_log_len: Annotated[_Number | None, doc("most characters, and token ids, of a prompt that are logged")] = None
 
 
-_LEAST = {
-    "port": 0,
-    "max_num_queued_reqs": 0,
-    "max_body_bytes": 1024,
-    "max_n": 1,
-    "max_prompts": 1,
-    "shutdown_timeout": 0.0,
-    "keep_alive_timeout": 0.0,
-    "header_timeout": 0.1,
-    "body_timeout": 0.1,
-    "max_connections": 1,
-    "max_connections_per_address": 1,
-    "max_held_bytes": 1024,
-    "max_log_len": 0,
-}
 SECRETS = ("api_key",)
-_SIZES = ("max_body_bytes", "max_held_bytes", "max_num_queued_reqs", "max_log_len")
-"""Settings that may be a text such as 8MiB."""
-
-
-def _size(name: str, value: Any) -> Any:
-    if name not in _SIZES or not isinstance(value, str):
-        return value
-    try:
-        return read_size(value)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}.", parameter=name, value=value) from None
 
 
 def server_config(settings: Mapping[str, Any]) -> ServerConfig:
     """Return the checked configuration. Raises ConfigError naming the setting."""
-    given = {name: _size(name, value) for name, value in settings.items()}
-    try:
-        config = msgspec.convert(given, ServerConfig)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"a setting of the server is refused: {error}") from None
-    for name, least in _LEAST.items():
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if not least <= value < math.inf:
-            raise ConfigError(f"{name} must be at least {least}, got {value}.", parameter=name, value=value)
-    if config.port > 65535:
-        raise ConfigError(f"port must be at most 65535, got {config.port}.", parameter="port", value=config.port)
+    hints = get_type_hints(ServerConfig, include_extras=True)
+    for name in settings:
+        if name not in hints:
+            raise ConfigError(f"{name} is no setting of the server.", parameter=name)
+    shown = dict.fromkeys(SECRETS, "a value that is not shown")
+    config = ServerConfig(
+        **{name: checked(name, value, hints[name], shown.get(name)) for name, value in settings.items()}
+    )
     if (config.ssl_keyfile is None) != (config.ssl_certfile is None):
         raise ConfigError("ssl_keyfile and ssl_certfile need each other; give both.", parameter="ssl_keyfile")
     if config.ssl_ca_certs is not None and config.ssl_certfile is None:

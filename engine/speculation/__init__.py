@@ -8,6 +8,6 @@ A guess never reaches an output: the worker samples its own token at every posit
 they equal its tokens. So everything here is about speed.
 """
 
-from sempre.engine.speculation.speculation import ModelSpeculation, Speculation, SpeculationPlan, max_draft_tokens
+from sempre.engine.speculation.speculation import ModelSpeculation, Speculation, SpeculationPlan
 
-__all__ = ["ModelSpeculation", "Speculation", "SpeculationPlan", "max_draft_tokens"]
+__all__ = ["ModelSpeculation", "Speculation", "SpeculationPlan"]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
-import msgspec
-
-from sempre.engine.config import SpeculativeConfig, SpeculativeMethod
 from sempre.engine.near_names import near_name
+from sempre.engine.setting_values import checked
+from sempre.ipc.config import SpeculativeConfig, SpeculativeMethod
 from sempre.ipc.errors import ConfigError
 
 _FIELDS = tuple(name for name in SpeculativeConfig.__struct_fields__ if name != "model_path")
 _SHORT = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 _METHODS: tuple[str, ...] = get_args(SpeculativeMethod)
-_MOST_TOKENS = 32
 # names in place of a model that vLLM's users know
 _NO_MODELS = ("ngram", "[ngram]")
 
@@ -52,19 +50,15 @@ def speculative_config(value: object, short: Mapping[str, object]) -> Speculativ
             parameter="speculative_config",
             value=value,
         )
-    if fields["method"] not in _METHODS:
-        raise _refused("speculative_config['method']", fields["method"], f"must be one of {', '.join(_METHODS)}")
-    try:
-        config = msgspec.convert(fields, SpeculativeConfig)
-    except msgspec.ValidationError as error:
-        raise _refused("speculative_config", value, f"does not fit: {error}") from None
-    _check(config)
+    hints = get_type_hints(SpeculativeConfig, include_extras=True)
+    config = SpeculativeConfig(
+        **{name: checked(f"speculative_config[{name!r}]", given, hints[name]) for name, given in fields.items()}
+    )
+    _check_together(config)
     return config
 
 
-def _check(config: SpeculativeConfig) -> None:
-    if not 1 <= config.num_speculative_tokens <= _MOST_TOKENS:
-        raise _bad(config, "num_speculative_tokens", f"must be in [1, {_MOST_TOKENS}] (or 0 for off)")
+def _check_together(config: SpeculativeConfig) -> None:
     uses_model = config.method == "draft_model"
     if uses_model and config.model is None:
         raise _bad(config, "model", "must name the draft model for method 'draft_model'")
@@ -72,7 +66,7 @@ def _check(config: SpeculativeConfig) -> None:
         raise _bad(config, "model", f"must be left out for method {config.method!r}, which needs none")
     if not uses_model and config.placement != "colocated":
         raise _bad(config, "placement", f"must be left out for method {config.method!r}, which needs no worker")
-    if not 1 <= config.prompt_lookup_min <= config.prompt_lookup_max:
+    if config.prompt_lookup_min > config.prompt_lookup_max:
         raise _bad(config, "prompt_lookup_min", f"must be in [1, prompt_lookup_max={config.prompt_lookup_max}]")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from sempre.engine.config import EngineConfig, SpeculativeConfig
 from sempre.engine.speculation.lookup import Drafter, NgramDrafter, SaltedOutputs, SuffixDrafter
+from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.messages import StepCosts
 
 _START = 0.7
@@ -18,7 +18,6 @@ _PROBE_LENGTH = 2
 # the way to a draft worker and back
 _ASKING_SECONDS = 0.3e-3
 # no step brings more guesses than this, so that the logits of their rows fit into a buffer of known size
-_MOST_DRAFTS_PER_STEP = 256
 MakeDrafter = Callable[[str | None], Drafter]
 """Makes the drafter of one request from its `cache_salt`."""
 
@@ -254,12 +253,3 @@ DRAFTERS: dict[str, Callable[[SpeculativeConfig], MakeDrafter]] = {
     "ngram": _ngram_drafters,
     "suffix": _suffix_drafters,
 }
-
-
-def max_draft_tokens(config: EngineConfig) -> int:
-    """The most guesses in one step, of all requests."""
-    if config.speculative_config is None:
-        return 0
-    if config.max_num_seqs is None:
-        return _MOST_DRAFTS_PER_STEP
-    return min(config.max_num_seqs * config.speculative_config.num_speculative_tokens, _MOST_DRAFTS_PER_STEP)

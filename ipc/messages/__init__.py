@@ -4,6 +4,7 @@ A message is a frozen, tagged, array-like struct; fields are only ever appended,
 raises `PROTOCOL_VERSION`.
 """
 
+from sempre.ipc.config import WorkerConfig
 from sempre.ipc.messages.client import (
     AbortRequests,
     AddRequests,
@@ -58,7 +59,6 @@ from sempre.ipc.messages.worker import (
     StepCosts,
     StepResult,
     WorkerCommand,
-    WorkerConfig,
     WorkerEvent,
     WorkerFailed,
     WorkerHello,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sempre.ipc.config import WorkerConfig
 from sempre.ipc.messages.common import (
     Data,
     ErrorInfo,
@@ -16,41 +17,6 @@ from sempre.ipc.messages.common import (
     TokenId,
     Uint64,
 )
-
-
-class WorkerConfig(Data, frozen=True, kw_only=True):
-    """Everything a worker needs to know before it loads the model.
-
-    `role` is "target", or "draft" for a worker that only drafts. A step brings at most `max_draft_tokens` draft
-    tokens. `draft_model_path` is the draft model that a target worker holds beside its own. `device_index` is the GPU's
-    among those of the host that are visible.
-    """
-
-    rank: NonNegative
-    world_size: Positive
-    dp_rank: NonNegative = 0
-    tp_rank: NonNegative = 0
-    tp_size: Positive = 1
-    role: str = "target"
-    seed: Uint64 = 0
-    model_path: str
-    dtype: str = "auto"
-    device: str = "cpu"
-    max_model_len: int | None = None
-    max_num_seqs: Positive | None = None
-    max_num_batched_tokens: Positive | None = 2048
-    block_size: Positive | None = 16
-    kv_cache_memory_bytes: int | None = None
-    num_threads: NonNegative = 0
-    numerics: str = "invariant"
-    load_format: str = "auto"
-    heartbeat_interval_s: float = 0.5
-    gpu_memory_utilization: float = 0.92
-    enforce_eager: bool = False
-    quantization: str | None = None
-    max_draft_tokens: NonNegative = 0
-    draft_model_path: str | None = None
-    device_index: NonNegative = 0
 
 
 class LoadModel(Message, frozen=True, kw_only=True):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import msgspec
 import pytest
 
 from sempre.engine.arguments import (
     MULTIPROCESSING_VARIABLE,
+    SAME_VALUES,
     SHORT_SPECULATION,
     EngineKeywords,
     FrontendConfig,
@@ -17,7 +18,8 @@ from sempre.engine.arguments import (
     field_types,
     parse_arguments,
 )
-from sempre.engine.config import EngineConfig
+from sempre.engine.setting_values import checked, description, options
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import ConfigError
 
 
@@ -51,8 +53,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"scheduling_policy": "lifo"}, "scheduling_policy must be 'fcfs' or 'priority', got 'lifo'."),
     ({"numerics": "fast"}, "numerics must be 'invariant' or 'control', got 'fast'."),
     ({"load_format": "pt"}, "load_format must be 'auto' or 'safetensors' or 'dummy', got 'pt'."),
-    ({"heartbeat_interval_s": 0}, "heartbeat_interval_s must be a positive number of seconds, got 0.0."),
-    ({"startup_timeout_s": float("inf")}, "startup_timeout_s must be a positive number of seconds, got inf."),
+    ({"heartbeat_interval_s": 0}, "heartbeat_interval_s must be greater than 0, got 0."),
+    ({"startup_timeout_s": float("inf")}, "startup_timeout_s must be at most 1000000000.0, got inf."),
     (
         {"heartbeat_interval_s": 31.0},
         "heartbeat_timeout_s=30.0 must be greater than heartbeat_interval_s=31.0.",
@@ -61,11 +63,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"data_parallel_size": 2, "multiprocessing": False},
         "data_parallel_size=2 needs multiprocessing=True: one process holds one worker.",
     ),
+    (
+        {"device": "cpu", "block_size": 32},
+        "block_size: a CPU has blocks of 16 tokens only, found 32. Leave it out, which gives 16.",
+    ),
     ({"tokenizer": 5}, "tokenizer must be a string or None, got 5."),
     ({"generation_config": "model"}, "generation_config must be 'auto' or 'vllm', got 'model'."),
     (
         {"gpu_memory_utilization": 1.5},
-        "gpu_memory_utilization must be in (0, 1], got 1.5.",
+        "gpu_memory_utilization must be at most 1, got 1.5.",
     ),
     (
         {"quantization": "awq"},
@@ -97,6 +103,12 @@ def test_a_secret_is_not_in_the_error(folder: str) -> None:
     assert "hf_abc" not in str(caught.value) + repr(vars(caught.value))
 
 
+def test_more_threads_than_cores_are_refused(folder: str) -> None:
+    with pytest.raises(ConfigError, match=r"num_threads: expected at most the \d+ usable cores, found 4096"):
+        parse_arguments(folder, {"num_threads": 4096, "device": "cpu"})
+    assert parse_arguments(folder, {"num_threads": 4096, "device": "cuda"}).engine.num_threads == 4096
+
+
 @pytest.mark.parametrize("seed", [None, True, 1.0, -1, 2**64, "0"])
 def test_refused_seeds(folder: str, seed: object) -> None:
     with pytest.raises(ConfigError, match="seed") as caught:
@@ -122,7 +134,7 @@ def test_keywords_that_change_nothing_are_accepted(folder: str) -> None:
 
 def test_config_and_frontend_settings(folder: str) -> None:
     config, frontend = parse_arguments(folder, {"seed": 7, "max_num_seqs": 4, "chat_template": "{{ x }}"})
-    assert config == EngineConfig(model=folder, model_path=Path(folder).resolve(), seed=7, max_num_seqs=4)
+    assert config == EngineConfig(model=folder, model_path=str(Path(folder).resolve()), seed=7, max_num_seqs=4)
     assert frontend == FrontendConfig(chat_template="{{ x }}")
 
 
@@ -152,14 +164,37 @@ def test_multiprocessing_from_the_environment_refused(folder: str, monkeypatch: 
     assert str(caught.value) == "SEMPRE_MULTIPROCESSING must be 0 or 1, got 'no'."
 
 
-def test_keyword_types_are_those_of_the_settings() -> None:
-    fields = [*field_types(EngineConfig), *field_types(FrontendConfig), "served_model_name", *SHORT_SPECULATION]
-    assert list(EngineKeywords.__annotations__) == fields
+def test_the_keywords_that_type_checkers_see_are_the_settings() -> None:
+    settings = field_types(EngineConfig) | field_types(FrontendConfig)
+    settings |= {"served_model_name": str | list[str] | None, **SHORT_SPECULATION}
+    stated = get_type_hints(EngineKeywords)
+    assert list(stated) == list(settings)
+    for name, hint in settings.items():
+        expected = {
+            *choices(hint),
+            *(key for key in SAME_VALUES.get(name, ()) if type(key) not in choices(stated[name])),
+        }
+        if int in options(hint) and takes_text(name, hint):
+            expected.add(str)
+        if name == "speculative_config":
+            expected.add(Mapping[str, Any])
+        assert choices(stated[name]) == expected, name
+
+
+def choices(hint: Any) -> set[Any]:
+    """The types, and the values of which one must be given."""
+    return {one for kind in options(hint) for one in (get_args(kind) if get_origin(kind) is Literal else [kind])}
+
+
+def takes_text(name: str, hint: Any) -> bool:
+    """Whether an integer may be given as one."""
+    try:
+        return type(checked(name, "70k", hint)) is int
+    except ConfigError:
+        return False
 
 
 def test_every_setting_is_described() -> None:
     for config in (EngineConfig, FrontendConfig):
         for name, hint in field_types(config).items():
-            (meta,) = hint.__metadata__
-            assert isinstance(meta, msgspec.Meta), name
-            assert meta.description, name
+            assert description(hint), name

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sempre.engine.config import EngineConfig
 from sempre.engine.health import judge, unhealthy
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import EngineUnhealthy
 from sempre.ipc.messages import StalledRequests, WorkerHealth
 
-CONFIG = EngineConfig(model="m", model_path=Path("/"), heartbeat_interval_s=0.5, heartbeat_timeout_s=30.0)
+CONFIG = EngineConfig(model="m", model_path="/", heartbeat_interval_s=0.5, heartbeat_timeout_s=30.0)
 
 
 def report(rank: int = 0, **fields: Any) -> WorkerHealth:
@@ -43,7 +42,7 @@ def test_a_worker_that_is_not_well_is_named(fields: dict[str, Any], state: str, 
 
 
 def test_the_timeout_bounds_the_patience_with_heartbeats() -> None:
-    config = EngineConfig(model="m", model_path=Path("/"), heartbeat_interval_s=0.5, heartbeat_timeout_s=1.0)
+    config = EngineConfig(model="m", model_path="/", heartbeat_interval_s=0.5, heartbeat_timeout_s=1.0)
     assert not judge([report(heartbeat_age_s=1.5)], config).healthy
 
 

@@ -11,9 +11,9 @@ from sempre.engine.arguments import FrontendConfig, field_types
 from sempre.engine.cli import serve
 from sempre.engine.cli.main import main
 from sempre.engine.cli.parser import CommandParser
-from sempre.engine.config import EngineConfig
 from sempre.engine.near_names import near_name
 from sempre.engine.server.config import ServerConfig
+from sempre.ipc.config import EngineConfig
 
 NAMES = sorted({*field_types(EngineConfig), *field_types(FrontendConfig), *field_types(ServerConfig)})
 

@@ -15,7 +15,6 @@ from sempre.engine import LLM, RequestOutputKind, SamplingParams, StructuredOutp
 from sempre.engine.arguments import FrontendConfig, field_types, parse_arguments
 from sempre.engine.cli import serve as serve_command
 from sempre.engine.cli.parser import CommandParser
-from sempre.engine.config import EngineConfig
 from sempre.engine.frontend.frontend import Frontend
 from sempre.engine.server.body import parse_model
 from sempre.engine.server.config import ServerConfig, server_config
@@ -24,6 +23,7 @@ from sempre.engine.server.parameters import apply_server_defaults
 from sempre.engine.server.requests import CompletionRequest
 from sempre.engine.structured_outputs import structured_outputs_defaults, with_defaults
 from sempre.engine.vllm_settings import VLLM_KEYWORDS, VLLM_SERVER_SETTINGS, check_vllm_settings
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import ConfigError, RequestError
 
 ACCEPTED = [(name, value) for name, values in VLLM_KEYWORDS.items() for value in values]
@@ -140,13 +140,17 @@ def test_hf_overrides_are_another_config_beside_the_same_files(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SEMPRE_CACHE", str(tmp_path / "cache"))
-    path = parse_arguments(folder, {"hf_overrides": {"rope": {"theta": 3}, "b": None}}).engine.model_path
+    path = _path(folder, {"rope": {"theta": 3}, "b": None})
     assert json.loads((path / "config.json").read_text()) == {"a": 1, "rope": {"theta": 3, "type": "x"}, "b": None}
     assert (path / "weights").read_text() == "w"
-    assert parse_arguments(folder, {"hf_overrides": {"b": None, "rope": {"theta": 3}}}).engine.model_path == path
-    assert parse_arguments(folder, {"hf_overrides": {"b": 1}}).engine.model_path != path
-    assert parse_arguments(folder, {"hf_overrides": {}}).engine.model_path == folder
+    assert _path(folder, {"b": None, "rope": {"theta": 3}}) == path
+    assert _path(folder, {"b": 1}) != path
+    assert _path(folder, {}) == folder
     assert json.loads((folder / "config.json").read_text())["rope"]["theta"] == 2
+
+
+def _path(folder: Path, overrides: dict[str, Any]) -> Path:
+    return Path(parse_arguments(folder, {"hf_overrides": overrides}).engine.model_path)
 
 
 def test_code_of_a_checkpoint_is_refused_where_there_is_some(folder: Path) -> None:

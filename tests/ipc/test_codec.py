@@ -18,6 +18,7 @@ from sempre.ipc.messages import (
     ClientCommand,
     ClientEvent,
     Heartbeat,
+    LoadModel,
     LogprobRows,
     OutputsReady,
     RequestOutputDelta,
@@ -25,12 +26,15 @@ from sempre.ipc.messages import (
     SampledTokens,
     SamplingSpec,
     StepResult,
+    WorkerCommand,
+    WorkerConfig,
     WorkerEvent,
 )
 
 LIMIT = 1 << 16
 ENCODER = FrameEncoder(LIMIT)
 WORKER_EVENTS: FrameDecoder[WorkerEvent] = FrameDecoder(WorkerEvent, LIMIT)
+WORKER_COMMANDS: FrameDecoder[WorkerCommand] = FrameDecoder(WorkerCommand, LIMIT)
 CLIENT_COMMANDS: FrameDecoder[ClientCommand] = FrameDecoder(ClientCommand, LIMIT)
 
 ROWS = LogprobRows(num_rows=1, width=1, token_ids=b"\1\0\0\0", logprobs=b"\0\0\x80\xbf", ranks=b"\1\0\0\0")
@@ -138,6 +142,34 @@ def test_a_refusal_names_the_field(message: object, field: str) -> None:
         WORKER_EVENTS.decode(seal(msgspec.msgpack.encode(message)))
     assert refusal.value.field == field
     assert field in str(refusal.value) or field == "$"
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"dtype": "int8"}, ".dtype"),
+        ({"device": "tpu"}, ".device"),
+        ({"load_format": "pickle"}, ".load_format"),
+        ({"max_model_len": 0}, ".max_model_len"),
+        ({"numerics": "fast"}, ".numerics"),
+        ({"role": "guest"}, ".role"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 33}}, ".num_speculative_tokens"),
+        ({"tensor_parallel_size": 2}, ".tensor_parallel_size"),
+        ({"rank": None}, ".rank"),
+    ],
+)
+def test_a_worker_refuses_settings_out_of_their_ranges(settings: dict[str, object], field: str) -> None:
+    config = {"model": "m", "model_path": "/m", "rank": 0, **settings}
+    with pytest.raises(MessageMalformed) as refusal:
+        WORKER_COMMANDS.decode(seal(msgspec.msgpack.encode(["LoadModel", config])))
+    assert refusal.value.field.startswith("LoadModel.config.")
+    assert refusal.value.field.endswith(field)
+
+
+def test_settings_of_the_future_are_ignored() -> None:
+    config = {"model": "m", "model_path": "/m", "rank": 1, "setting_of_the_future": 5}
+    _, command = WORKER_COMMANDS.decode(seal(msgspec.msgpack.encode(["LoadModel", config])))
+    assert command == LoadModel(config=WorkerConfig(model="m", model_path="/m", rank=1))
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ EXAMPLES: list[m.Message] = [
     ),
     m.WorkerStateChanged(rank=0, state="restarting", pid=9, error=ERROR),
     m.EngineFailed(error=ERROR),
-    m.LoadModel(config=m.WorkerConfig(rank=0, world_size=1, model_path="/m")),
+    m.LoadModel(config=m.WorkerConfig(rank=0, model="m", model_path="/m", max_num_seqs=4)),
     m.StartServing(num_blocks=3),
     m.ExecuteStep(
         step_id=1,
@@ -124,8 +124,8 @@ GOLDEN = {
     """,
     "EngineFailed": "92ac456e67696e654661696c656495a154a16d01a082a16101a162c0",
     "LoadModel": """
-        92a94c6f61644d6f64656cdc00190001000001a674617267657400a22f6da46175746fa3637075c0c0cd080010c000a9
-        696e76617269616e74a46175746fcb3fe0000000000000cb3fed70a3d70a3d71c2c000c000
+        92a94c6f61644d6f64656cde0004a56d6f64656ca16daa6d6f64656c5f70617468a22f6dac6d61785f6e756d5f73657173
+        04a472616e6b00
     """,
     "StartServing": "92ac537461727453657276696e6703",
     "ExecuteStep": """

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from sempre.engine.config import SpeculativeConfig
 from sempre.engine.speculation import speculation
+from sempre.ipc.config import SpeculativeConfig
 
 VOCAB_SIZE = 4096
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from worker_settings import worker_config
 
 from sempre.ipc.messages import (
     ExecuteStep,
@@ -22,7 +23,6 @@ from sempre.ipc.messages import (
     SamplingSpec,
     ScheduledRequest,
     StartServing,
-    WorkerConfig,
     WorkerReady,
 )
 from sempre.workers.worker import Worker
@@ -161,12 +161,12 @@ class ServingWorker:
     """A worker after start_serving, and a scheduler just large enough to drive it."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        config = WorkerConfig(rank=0, world_size=1, model_path=str(folder), **{"num_threads": 1, **settings})
+        config = worker_config(folder, **settings)
         self.worker = Worker()
         self.loaded: ModelLoaded = self.worker.load_model(LoadModel(config=config))
         self.num_blocks = min(self.loaded.available_kv_blocks, 64)
         self.ready: WorkerReady = self.worker.start_serving(StartServing(num_blocks=self.num_blocks))
-        self.block_size = config.block_size
+        self.block_size = self.loaded.block_size
         # from the top down, so that block order differs from position order
         self._free_blocks = list(range(self.num_blocks))
         self._step_id = 0

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
+from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.errors import MessageMalformed, ProtocolError
 from sempre.ipc.messages import CallMethod, DraftRequest, ExecuteStep, NewRequest, SamplingSpec, ScheduledRequest
 from sempre.workers.worker import Worker
@@ -110,6 +111,7 @@ def test_wrong_step_is_refused(items: list[ScheduledRequest], field: str, checkp
     assert caught.value.field == field
 
 
+DRAFT_MODEL = SpeculativeConfig(method="draft_model", model="itself")
 DRAFTS = [DraftRequest(request_id="known", num_drafts=2)]
 
 
@@ -119,16 +121,16 @@ DRAFTS = [DraftRequest(request_id="known", num_drafts=2)]
         ({}, {"drafts": DRAFTS}, "drafts"),
         ({"role": "draft"}, {}, "scheduled"),
         ({"role": "draft"}, {"scheduled": [], "new_requests": [], "drafts": DRAFTS}, "drafts.request_id"),
-        ({"draft_model_path": "itself"}, {"scheduled": [], "drafts": DRAFTS}, "drafts"),
-        ({"draft_model_path": "itself"}, {"drafts": [replace(DRAFTS[0], token_ids=[5])]}, "drafts"),
+        ({"speculative_config": DRAFT_MODEL}, {"scheduled": [], "drafts": DRAFTS}, "drafts"),
+        ({"speculative_config": DRAFT_MODEL}, {"drafts": [replace(DRAFTS[0], token_ids=[5])]}, "drafts"),
     ],
 )
 def test_a_step_that_is_not_for_this_role_is_refused(
     settings: dict[str, Any], changes: dict[str, Any], field: str, checkpoints: Any, serve: Any
 ) -> None:
     folder = checkpoints("llama").folder
-    if "draft_model_path" in settings:
-        settings = {"draft_model_path": str(folder)}
+    if "speculative_config" in settings:
+        settings = {"speculative_config": replace(DRAFT_MODEL, model_path=str(folder))}
     new = NewRequest(request_id="known", token_ids=[5, 6, 7], num_prompt_tokens=3, seed=0, params=GREEDY)
     step = ExecuteStep(step_id=0, new_requests=[new], scheduled=[scheduled("known", 0, 3, [0])])
     with pytest.raises(MessageMalformed) as caught:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from worker_settings import worker_config
 
-from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import PagedBatch
 from sempre.workers.backend import LoadedModel
 from sempre.workers.cpu_backend import CpuBackend
@@ -26,13 +26,10 @@ WANTED = (1, 0, 1, 3)
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def model(request: pytest.FixtureRequest, checkpoints: Callable[[str], Any]) -> LoadedModel:
-    config = WorkerConfig(
-        rank=0,
-        world_size=1,
-        model_path=str(checkpoints(request.param).folder),
+    config = worker_config(
+        checkpoints(request.param).folder,
         dtype="float32",
         max_model_len=MAX_LEN,
-        num_threads=1,
     )
     backend = CpuBackend()
     backend.begin(config)

@@ -44,7 +44,6 @@ CAPTURED_CONTEXTS = (512, 1024)
 class GpuBackend:
     """One GPU."""
 
-    block_sizes: tuple[int, ...] = (64, 32, 16)
     max_num_batched_tokens = 8192
     max_prompt_tokens: int | None = None
     max_steps_in_flight = 2

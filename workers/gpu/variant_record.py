@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import triton
-from msgspec.structs import asdict
 from triton.runtime.cache import get_cache_manager
 
 from sempre import kernels, workers
@@ -23,16 +22,12 @@ from sempre.workers.backend import ModelOutline
 logger = logging.getLogger(__name__)
 
 _FILE = "variants"
-# what differs from start to start, or from worker to worker, and decides nothing here
-_IRRELEVANT = (
-    "rank", "device_index", "world_size", "dp_rank", "role", "seed", "model_path", "draft_model_path", "load_format",
-    "num_threads", "kv_cache_memory_bytes", "gpu_memory_utilization", "heartbeat_interval_s", "enforce_eager",
-)  # fmt: skip
+# the settings that decide which variants a model of some limits needs
+_RELEVANT = ("dtype", "numerics", "quantization")
 
 
 def record_key(outline: ModelOutline, gpu: str) -> str:
     """The name of the record of this model, with these settings, on this kind of GPU, for this code."""
-    settings = {name: value for name, value in asdict(outline.config).items() if name not in _IRRELEVANT}
     facts = (
         torch.__version__,
         triton.__version__,
@@ -42,7 +37,7 @@ def record_key(outline: ModelOutline, gpu: str) -> str:
         outline.block_size,
         outline.max_num_batched_tokens,
         outline.max_num_seqs,
-        settings,
+        [getattr(outline.config, name) for name in _RELEVANT],
     )
     digest = hashlib.sha256(repr(facts).encode())
     for name, source in _sources():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from sempre.ipc.errors import ConfigError
+from sempre.ipc.config import Numerics
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.linear import (
@@ -59,11 +59,6 @@ INVARIANT = LinearKernel(pack_linear, linear, linear_silu_and_mul, pack_fp8_line
 CONTROL = LinearKernel(control_pack, control_linear, _control_silu_and_mul, control_pack_fp8)
 
 
-def linear_kernel(numerics: str) -> LinearKernel:
-    """The kernels for the setting `numerics`; raises ConfigError for an unknown one."""
-    kernels = {"invariant": INVARIANT, "control": CONTROL}
-    if numerics not in kernels:
-        raise ConfigError(
-            f"numerics: expected one of {', '.join(kernels)}, found {numerics!r}.", parameter="numerics", value=numerics
-        )
-    return kernels[numerics]
+def linear_kernel(numerics: Numerics) -> LinearKernel:
+    """The kernels for the setting `numerics`."""
+    return {"invariant": INVARIANT, "control": CONTROL}[numerics]

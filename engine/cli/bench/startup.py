@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from sempre.engine.arguments import engine_config
 from sempre.engine.cli.bench.workload import percentiles
 from sempre.engine.client import launch
-from sempre.engine.config import EngineConfig
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import ConfigError
 
 # where compiled kernels of the CPU and of the GPU are kept

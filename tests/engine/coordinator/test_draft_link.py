@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sempre.engine.config import SpeculativeConfig
 from sempre.engine.coordinator.draft_link import PATIENCE_S, DraftLink
 from sempre.engine.harness import make_request
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.request import Request
 from sempre.engine.speculation import ModelSpeculation, SpeculationPlan
+from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.messages import ExecuteStep, StepCosts, StepResult
 
 PLAN = SpeculationPlan(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from pathlib import Path
 
 import pytest
 from light_worker import LightWorker
 
-from sempre.engine.config import EngineConfig, SpeculativeConfig
 from sempre.engine.coordinator.core import EngineCore
 from sempre.engine.coordinator.draft_link import DraftLink
 from sempre.engine.executor.inproc import InprocExecutor
@@ -18,6 +16,7 @@ from sempre.engine.harness import make_request
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.request import Request
 from sempre.engine.speculation import SpeculationPlan
+from sempre.ipc.config import EngineConfig, SpeculativeConfig
 from sempre.ipc.errors import WorkerDied
 from sempre.ipc.messages import (
     EngineNotice,
@@ -29,10 +28,8 @@ from sempre.ipc.messages import (
     WorkerEvent,
 )
 
-SPECULATIVE = SpeculativeConfig(
-    method="draft_model", model="m", model_path=Path("/"), placement="worker", adaptive=False
-)
-CONFIG = EngineConfig(model="scripted-light", model_path=Path("/"), speculative_config=SPECULATIVE)
+SPECULATIVE = SpeculativeConfig(method="draft_model", model="m", model_path="/", placement="worker", adaptive=False)
+CONFIG = EngineConfig(model="scripted-light", model_path="/", speculative_config=SPECULATIVE)
 PLAN = SpeculationPlan(SPECULATIVE, steps_ahead=False, costs=StepCosts(step=1.0, row=0.0, result=0.0, draft=0.0))
 
 

@@ -13,13 +13,13 @@ from collections import Counter, deque
 import pytest
 from scripted_worker import next_token
 
-from sempre.engine.config import SpeculativeConfig
 from sempre.engine.coordinator.draft_link import PATIENCE_S, DraftLink
 from sempre.engine.coordinator.replica import Replica
 from sempre.engine.harness import make_request
 from sempre.engine.scheduling import Scheduler
 from sempre.engine.scheduling.request import Request
 from sempre.engine.speculation import ModelSpeculation, SpeculationPlan
+from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.errors import ProtocolError, SempreError
 from sempre.ipc.messages import (
     ExecuteStep,

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ import torch
 from scripted_worker import ScriptedWorker
 
 from sempre.engine.client.inproc import InprocClient
-from sempre.engine.config import EngineConfig
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import Cluster
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.messages import RequestSpec
 from sempre.workers.seeding import rng_digests
 
@@ -94,7 +93,7 @@ def test_the_user_s_generators_are_left_alone(start: Start, requests: Callable[.
 
 @pytest.mark.usefixtures("_restored_generators")
 def test_an_engine_in_this_process_seeds_it() -> None:
-    config = EngineConfig(model="scripted", model_path=Path("/"), seed=11, multiprocessing=False)
+    config = EngineConfig(model="scripted", model_path="/", seed=11, multiprocessing=False)
     client = InprocClient.launch(config, executor=InprocExecutor(config, ScriptedWorker))
     digests = rng_digests()
     assert {name: getattr(digests, name) for name in digests.__struct_fields__} == plain_digests(11)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from light_worker import LightWorker
@@ -14,9 +13,9 @@ from scripted_worker import next_token
 from sempre.engine.client.asynchronous import AsyncInprocClient, AsyncProcessClient
 from sempre.engine.client.engine_process import ProcessOptions
 from sempre.engine.client.inproc import InprocClient
-from sempre.engine.config import EngineConfig
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import Cluster, generate, make_request
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import ConfigError, EngineDeadError, MessageMalformed, MessageTooLarge, RequestError, WorkerDied
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
@@ -38,7 +37,7 @@ from sempre.ipc.messages import (
 
 Start = Callable[..., Cluster]
 Requests = Callable[..., list[RequestSpec]]
-SCRIPTED = EngineConfig(model="scripted-light", model_path=Path("/"))
+SCRIPTED = EngineConfig(model="scripted-light", model_path="/")
 
 
 def expected_tokens(spec: RequestSpec) -> list[int]:
@@ -66,7 +65,7 @@ def test_results_do_not_depend_on_processes_or_settings(
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_the_engine_in_this_process_gives_the_same(requests: Requests, replicas: int) -> None:
     specs = requests(5)
-    config = EngineConfig(model="scripted-light", model_path=Path("/"), data_parallel_size=replicas)
+    config = EngineConfig(model="scripted-light", model_path="/", data_parallel_size=replicas)
     client = inproc(config)
     assert [result.token_ids for result in generate(client, specs)] == [expected_tokens(spec) for spec in specs]
     assert client.receive(0) is None

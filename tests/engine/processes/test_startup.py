@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sempre.engine.client.engine_process import ProcessOptions
 from sempre.engine.client.process import ProcessClient
-from sempre.engine.config import EngineConfig, encode_json
 from sempre.engine.coordinator.process import CoordinatorArguments
 from sempre.engine.harness import Cluster
+from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import SeedMismatch, StartupError, TensorMismatch
 from sempre.ipc.messages import StartupProgress
 
@@ -30,7 +31,7 @@ def _no_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_progress_is_reported_by_phase() -> None:
-    config = EngineConfig(model="scripted-light", model_path=Path("/"), data_parallel_size=2)
+    config = EngineConfig(model="scripted-light", model_path="/", data_parallel_size=2)
     phases: list[StartupProgress] = []
     options = ProcessOptions(worker_module="light_worker")
     with ProcessClient.launch(config, options=options, on_progress=phases.append) as client:
@@ -123,11 +124,11 @@ def test_a_worker_whose_coordinator_is_gone_does_not_start() -> None:
 
 
 def test_a_coordinator_whose_client_is_gone_does_not_start(tmp_path: Path) -> None:
-    config = EngineConfig(model="scripted-light", model_path=Path("/"))
+    config = EngineConfig(model="scripted-light", model_path="/")
     worker = "light_worker"
     arguments = CoordinatorArguments(config=config, directory=str(tmp_path), client_pid=1, worker_module=worker)
     program = [sys.executable, "-m", "sempre.engine.coordinator"]
-    done = subprocess.run(program, input=encode_json(arguments), capture_output=True, timeout=60)
+    done = subprocess.run(program, input=msgspec.json.encode(arguments), capture_output=True, timeout=60)
     assert done.returncode == 1
     assert not tmp_path.exists()
 

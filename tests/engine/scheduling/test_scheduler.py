@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from sempre.engine.config import SpeculativeConfig
 from sempre.engine.scheduling import Scheduler
 from sempre.engine.speculation import SpeculationPlan
+from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.errors import ConfigError, ProtocolError, RequestError
 from sempre.ipc.messages import (
     NOT_READY,

@@ -22,9 +22,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sempre.engine.config import SpeculativeConfig
 from sempre.engine.scheduling import Scheduler
 from sempre.engine.speculation import SpeculationPlan
+from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.messages import (
     ErrorInfo,
     ExecuteStep,

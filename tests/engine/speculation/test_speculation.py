@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
-from sempre.engine.config import EngineConfig, SpeculativeConfig
-from sempre.engine.speculation import ModelSpeculation, SpeculationPlan, max_draft_tokens
+from sempre.engine.speculation import ModelSpeculation, SpeculationPlan
 from sempre.engine.speculation.speculation import DraftCosts, DraftLength, LookupSpeculation, draft_costs
+from sempre.ipc.config import EngineConfig, SpeculativeConfig
 from sempre.ipc.messages import StepCosts
 
 CHEAP = DraftCosts(first=0.1, each=0.1)
@@ -234,11 +233,11 @@ def test_lookup_waits_only_for_guesses_that_reach_past_the_token_in_flight(longe
 
 def test_the_guesses_of_one_step_are_bounded() -> None:
     """Their rows of logits have a buffer of fixed size."""
-    plain = EngineConfig(model="m", model_path=Path("/"), max_num_seqs=3)
+    plain = EngineConfig(model="m", model_path="/", max_num_seqs=3)
     guessing = SpeculativeConfig(method="ngram", num_speculative_tokens=4)
-    assert max_draft_tokens(plain) == 0
-    assert max_draft_tokens(replace(plain, speculative_config=guessing)) == 12
-    assert max_draft_tokens(replace(plain, speculative_config=guessing, max_num_seqs=1000)) == 256
+    assert plain.max_draft_tokens == 0
+    assert replace(plain, speculative_config=guessing).max_draft_tokens == 12
+    assert replace(plain, speculative_config=guessing, max_num_seqs=1000).max_draft_tokens == 256
 
 
 LOOP = [5, 6, 7] * 6

@@ -11,8 +11,8 @@ from drafters import drafting_with
 from gpu_workload import KV_BLOCK_BYTES, launch_inproc, make_requests, model_folder, run_alone, run_inproc
 
 from sempre.engine import LLM, Counter, SamplingParams
-from sempre.engine.config import SpeculativeConfig
 from sempre.engine.harness import Generation, compare_generations, generate, make_request
+from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.messages import GetMetrics, MetricsReply, RequestSpec
 
 pytestmark = pytest.mark.gpu

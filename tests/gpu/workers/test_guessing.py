@@ -6,8 +6,8 @@ import pytest
 import torch
 from draft_cases import differences
 from gpu_workload import model_folder
+from worker_settings import worker_config
 
-from sempre.ipc.messages import WorkerConfig
 from sempre.workers.drafting import Drafting
 from sempre.workers.gpu.backend import GpuBackend
 from sempre.workers.worker import _load, _outline
@@ -19,10 +19,8 @@ MAX_SEQS = 3
 
 def drafting(*, enforce_eager: bool, max_num_batched_tokens: int) -> Drafting:
     """With few places and blocks."""
-    config = WorkerConfig(
-        rank=0,
-        world_size=1,
-        model_path=model_folder(),
+    config = worker_config(
+        model_folder(),
         dtype="bfloat16",
         load_format="dummy",
         max_model_len=512,

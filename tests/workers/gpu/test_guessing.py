@@ -17,8 +17,9 @@ import torch
 from draft_cases import differences, guess_anew, make_requests
 from no_gpu import without_gpu
 from safetensors.torch import load_file, save_file
+from worker_settings import worker_config
 
-from sempre.ipc.messages import DraftRequest, WorkerConfig
+from sempre.ipc.messages import DraftRequest
 from sempre.kernels.attention import KvCache
 from sempre.workers.admission import StepLimits
 from sempre.workers.cpu_backend import CpuBackend, LoadedModel
@@ -42,15 +43,12 @@ def model(checkpoints: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
     (file,) = folder.glob("*.safetensors")
     tensors = {name: tensor * (10 if "proj" in name else 1) for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
-    config = WorkerConfig(
-        rank=0,
-        world_size=1,
-        model_path=str(folder),
+    config = worker_config(
+        folder,
         dtype="float32",
         max_model_len=MAX_LEN,
         max_num_seqs=MAX_SEQS,
         max_num_batched_tokens=MAX_TOKENS,
-        num_threads=1,
     )
     backend = CpuBackend()
     backend.begin(config)

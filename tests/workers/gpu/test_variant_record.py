@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+from worker_settings import worker_config
 
 triton = pytest.importorskip("triton")
 
 from sempre import workers  # noqa: E402
 from sempre.engine import checkpoints  # noqa: E402
-from sempre.ipc.messages import WorkerConfig  # noqa: E402
 from sempre.kernels.gpu_jit import Variant  # noqa: E402
 from sempre.workers.backend import ModelOutline  # noqa: E402
 from sempre.workers.gpu import variant_record  # noqa: E402
@@ -34,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def outline() -> ModelOutline:
     folder = Path(checkpoints.__file__).parent / "tiny"
-    config = WorkerConfig(rank=0, world_size=1, model_path=str(folder))
+    config = worker_config(folder)
     return ModelOutline(config, load_spec(folder), linear_kernel("invariant"), 256, 64, 2048, 128)
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from no_gpu import without_gpu
+from worker_settings import worker_config
 
-from sempre.engine.config import SpeculativeConfig
 from sempre.engine.scheduling import Scheduler
 from sempre.engine.speculation import SpeculationPlan, speculation
+from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.messages import (
     ExecuteStep,
     RequestSpec,
@@ -24,7 +25,6 @@ from sempre.ipc.messages import (
     SamplingSpec,
     StepCosts,
     StepResult,
-    WorkerConfig,
 )
 from sempre.workers.admission import StepLimits
 from sempre.workers.backend import LoadedModel
@@ -51,9 +51,7 @@ Output = tuple[list[int], list[tuple[Any, ...]], list[tuple[Any, ...]]]  # token
 @pytest.fixture(scope="module")
 def model(checkpoints: Callable[[str], Any]) -> LoadedModel:
     folder: Path = checkpoints("llama").folder
-    config = WorkerConfig(
-        rank=0, world_size=1, model_path=str(folder), dtype="float32", max_model_len=MAX_LEN, num_threads=1
-    )
+    config = worker_config(folder, dtype="float32", max_model_len=MAX_LEN)
     backend = CpuBackend()
     backend.begin(config)
     return _load(_outline(config, backend), backend)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from no_gpu import NoEvent, without_gpu
+from worker_settings import worker_config
 
 from sempre.ipc.messages import (
     ExecuteStep,
@@ -70,8 +71,6 @@ def gpu_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch._C, name, lambda: 0, raising=False)
 
     class Interpreted(backend.GpuBackend):
-        block_sizes = (16,)
-
         @property
         def placement(self) -> Placement:
             return Placement(CPU, lambda tensor: tensor, hashing_threads=1)
@@ -94,10 +93,8 @@ def _require_close(comparisons: list[Any]) -> dict[str, int]:
 
 
 def _tokens(folder: Path, **changes: object) -> list[SampledTokens]:
-    config = WorkerConfig(
-        rank=0,
-        world_size=1,
-        model_path=str(folder),
+    config = worker_config(
+        folder,
         dtype="float32",
         load_format="dummy",
         max_model_len=40,
@@ -105,7 +102,6 @@ def _tokens(folder: Path, **changes: object) -> list[SampledTokens]:
         max_num_batched_tokens=32,
         kv_cache_memory_bytes=1 << 20,
         enforce_eager=True,
-        num_threads=1,
         device="cpu",
         **changes,  # type: ignore[arg-type]
     )

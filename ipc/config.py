@@ -1,0 +1,166 @@
+"""The settings of an engine, each written once: keywords, flags, documents, ranges and messages follow from here.
+
+They travel to the coordinator as JSON, and to the workers with the facts of their rank, in msgpack.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from sempre.ipc.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+Numerics = Literal["invariant", "control"]
+SpeculativeMethod = Literal["ngram", "suffix", "draft_model"]
+Quantization = Literal["fp8", "fp8_weight_only"]
+Device = Literal["auto", "cpu", "cuda"]
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+Role = Literal["target", "draft"]
+
+# what a message can carry
+_MOST = 2**63 - 1
+Count = Annotated[int, Meta(ge=1, le=_MOST)]
+NonNegative = Annotated[int, Meta(ge=0, le=_MOST)]
+Size = Annotated[int, Meta(ge=1, le=_MOST, extra={"is_size": True})]
+"""may be given as a text: 2k, 4GiB"""
+Seconds = Annotated[float, Meta(gt=0, le=1e9)]
+
+MAX_DRAFT_TOKENS = 256
+"""in one step, of all requests"""
+BLOCK_SIZES = {"cpu": (16,), "cuda": (64, 32, 16)}
+"""of the KV cache, in tokens, that the kernels of a device take; the best first"""
+
+
+def doc(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class SpeculativeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are drafted ahead of the model; the outputs are the same with any of it, and without."""
+
+    method: Annotated[SpeculativeMethod, doc("where draft tokens come from")]
+    model: Annotated[str | None, doc("the draft model, for method draft_model")] = None
+    model_path: Annotated[str | None, doc("the local folder that `model` was resolved to")] = None
+    num_speculative_tokens: Annotated[int, Meta(ge=1, le=32), doc("most draft tokens per request and step")] = 4
+    placement: Annotated[
+        Literal["colocated", "worker"], doc("the draft model in the target's worker, or in a worker of its own")
+    ] = "colocated"
+    adaptive: Annotated[bool, doc("fewer draft tokens, or none, for a request whose drafts are rejected")] = True
+    prompt_lookup_min: Annotated[Count, doc("shortest n-gram that is looked up, tokens")] = 2
+    prompt_lookup_max: Annotated[Count, doc("longest n-gram that is looked up, tokens; for method ngram")] = 5
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one engine. Build it with `engine.arguments.engine_config(...)`, which validates and resolves."""
+
+    model: Annotated[str, doc("name in the catalogue, folder, or hub id")]
+    model_path: Annotated[str, doc("the local folder that `model` was resolved to")]
+    seed: Annotated[
+        int, Meta(ge=0), doc("the engine's: seeds workers, and what requests without a seed of their own get")
+    ] = 0
+    dtype: Annotated[Dtype, doc("storage of weights and KV cache; auto is the checkpoint's")] = "auto"
+    quantization: Annotated[
+        Quantization | None,
+        doc("fp8: matrices and their inputs; fp8_weight_only: matrices; None is the checkpoint's"),
+    ] = None
+    max_model_len: Annotated[
+        Size | None, doc("longest prompt plus output, tokens; None is the model's, or what the KV cache holds if less")
+    ] = None
+    max_num_seqs: Annotated[
+        Size | None, doc("most sequences in one step; None is 128, and on a GPU up to 1,024 as memory and model allow")
+    ] = None
+    max_num_batched_tokens: Annotated[
+        Size | None, doc("most tokens in one step; longer prompts are cut; None is the device's best")
+    ] = None
+    block_size: Annotated[Count | None, doc("tokens in one KV cache block; None is the device's best")] = None
+    enable_prefix_caching: Annotated[bool, doc("reuse the KV cache of equal prefixes")] = True
+    kv_cache_memory_bytes: Annotated[
+        Size | None, doc("KV cache of one worker, a draft model's included; None: from free memory")
+    ] = None
+    data_parallel_size: Annotated[Count, doc("replicas of the model, one worker each")] = 1
+    tensor_parallel_size: Annotated[int, Meta(ge=1, le=1), doc("workers that share one replica; 1 for now")] = 1
+    num_threads: Annotated[NonNegative, doc("compute threads of one worker; 0 divides the usable cores")] = 0
+    multiprocessing: Annotated[bool, doc("coordinator and workers in processes of their own")] = True
+    scheduling_policy: Annotated[SchedulingPolicy, doc("order of waiting requests")] = "fcfs"
+    device: Annotated[Device, doc("where workers compute; auto is cuda where there is a GPU")] = "auto"
+    gpu_memory_utilization: Annotated[
+        float, Meta(gt=0, le=1), doc("share of a GPU's memory that its worker may use")
+    ] = 0.92
+    enforce_eager: Annotated[bool, doc("no CUDA graphs; the results are the same")] = False
+    speculative_config: Annotated[
+        SpeculativeConfig | None, doc("draft tokens ahead, for speed alone: method, model, num_speculative_tokens, …")
+    ] = None
+    numerics: Annotated[
+        Numerics, doc("`control` uses the ordinary, non-invariant matrix product: only to show that tests can fail")
+    ] = "invariant"
+    load_format: Annotated[LoadFormat, doc("dummy: seeded random weights")] = "auto"
+    max_logprobs: Annotated[
+        int, Meta(ge=-1, le=_MOST), doc("most log-probabilities per token; -1 allows the whole vocabulary")
+    ] = 20
+    heartbeat_interval_s: Annotated[Seconds, doc("seconds between heartbeats")] = 0.5
+    heartbeat_timeout_s: Annotated[Seconds, doc("a silent process counts as stuck after this many seconds")] = 30.0
+    step_timeout_s: Annotated[Seconds, doc("a longer step counts as stuck: the engine is unhealthy")] = 120.0
+    startup_timeout_s: Annotated[Seconds, doc("seconds a worker may take to become ready")] = 600.0
+    max_restarts: Annotated[
+        NonNegative,
+        doc("restarts of one worker, or of the coordinator, per restart_window_s; one more ends the engine"),
+    ] = 5
+    restart_window_s: Annotated[Seconds, doc("seconds after which a restart no longer counts")] = 600.0
+    max_request_crashes: Annotated[
+        Count, doc("a request at work in this many crashes of a worker fails; alone after the first of them")
+    ] = 3
+    max_message_bytes: Annotated[
+        int, Meta(ge=1 << 16, le=_MOST, extra={"is_size": True}), doc("largest frame accepted on a socket")
+    ] = 256 * 1024 * 1024
+
+    @property
+    def world_size(self) -> int:
+        """Workers in all, draft workers aside."""
+        return self.data_parallel_size * self.tensor_parallel_size
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """The most draft tokens in one step, of all requests."""
+        if self.speculative_config is None:
+            return 0
+        if self.max_num_seqs is None:
+            return MAX_DRAFT_TOKENS
+        return min(self.max_num_seqs * self.speculative_config.num_speculative_tokens, MAX_DRAFT_TOKENS)
+
+    @property
+    def colocated_draft_model(self) -> str | None:
+        """The folder of the draft model that a target's worker runs beside the target, if it does."""
+        speculative = self.speculative_config
+        return speculative.model_path if speculative is not None and speculative.placement == "colocated" else None
+
+
+class WorkerConfig(EngineConfig, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=False):
+    """The settings of an engine as one of its workers gets them, and the facts of its rank."""
+
+    rank: NonNegative
+    role: Role = "target"
+    """a draft worker only drafts"""
+    device_index: NonNegative = 0
+    """of its GPU among those of the host that are visible"""
+
+
+def check_device_settings(config: EngineConfig, device: str) -> None:
+    """Raise ConfigError for a setting that `device`, cpu or cuda, cannot honour."""
+    sizes = BLOCK_SIZES[device]
+    if config.block_size is not None and config.block_size not in sizes:
+        raise ConfigError(
+            f"block_size: a {device.upper()} has blocks of {' or '.join(map(str, sizes))} tokens only,"
+            f" found {config.block_size}. Leave it out, which gives {sizes[0]}.",
+            parameter="block_size",
+            value=config.block_size,
+        )
+    if device == "cpu" and config.num_threads > (cores := len(os.sched_getaffinity(0))):
+        raise ConfigError(
+            f"num_threads: expected at most the {cores} usable cores, found {config.num_threads}.",
+            parameter="num_threads",
+            value=config.num_threads,
+        )
