@@ -8,7 +8,7 @@ candidate is also compared bitwise with the reference tile; one that differs is 
     python benchmarks/gpu_linear.py [--shapes 4096x6144,...] [--rows 1,16,...] [--scheme fp8|fp8_weight_only]
 
 With `--scheme` the weights are fp8, and "default" is still the ordinary product of bfloat16 weights of that shape;
-fp8 includes the time that quantising the rows takes, also shown alone. Its tiles are for `gpu_table_fp8.py`.
+fp8 includes the time that quantising the rows takes, also shown alone.
 
 The last line is one JSON document.
 """
@@ -27,10 +27,9 @@ import triton
 
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
-from sempre.kernels.linear import GpuLinear, gpu_fp8
-from sempre.kernels.linear.gpu import configure, run_choice, run_fused_tile
-from sempre.kernels.linear.gpu_table import LIBRARY, REFERENCE, Tile
-from sempre.kernels.linear.gpu_table_fp8 import FP8_REFERENCE
+from sempre.kernels.linear import GpuLinear
+from sempre.kernels.linear.gpu import configure, operands, run_choice, run_fused_tile, run_tile
+from sempre.kernels.linear.gpu_table import FP8_REFERENCE, LIBRARY, REFERENCE, Tile
 
 # (K, N): qkv, o, gate_up, down, lm_head of an 8B and a 0.6B model
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096), (4096, 151936),
@@ -167,7 +166,8 @@ def measure_fp8(depth: int, columns: int, rows: int, scheme: Fp8Scheme, tiles: l
         weights.append(GpuLinear(quantized.values, None, scale=quantized.scale, scheme=scheme))
 
     def run(w: GpuLinear, tile: Tile) -> torch.Tensor:
-        return gpu_fp8.run_tile(*gpu_fp8.operands(x, w), w, out, tile)
+        values, scales = operands(x, w)
+        return run_tile(values, w, out, tile, scales)
 
     expected = run(weights[0], FP8_REFERENCE).clone()
     times: dict[str, float] = {}
@@ -184,7 +184,7 @@ def measure_fp8(depth: int, columns: int, rows: int, scheme: Fp8Scheme, tiles: l
     result = {"K": depth, "N": columns, "T": rows, "default": control, "times": times, "fused": {}, "differ": differ,
               "weight_bytes": 1}  # fmt: skip
     if scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
-        result["rows alone"] = microseconds(lambda w: gpu_fp8.operands(x, w), weights)
+        result["rows alone"] = microseconds(lambda w: operands(x, w), weights)
     return result
 
 

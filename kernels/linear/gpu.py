@@ -1,7 +1,12 @@
 """GPU products: Triton tiles for few rows, the vendor's library without split-K for many. T rows, N out, K in.
 
-Every output element is one float32 accumulator over ascending K, in the tensor cores' own steps; the bias is added in
-float32 and the sum rounded once. Weights are the left operand, so that a few rows still fill a tensor-core tile.
+Every output element is one float32 accumulator over ascending K, in the tensor cores' own steps; the scales of fp8
+operands are applied to it and the bias is added in float32, and the result is rounded once. Weights are the left
+operand, so that a few rows still fill a tensor-core tile.
+
+fp8 weights with 16-bit activations are widened to those, exactly, and multiplied as weights of that dtype would be. The
+accumulator of the fp8 tensor cores is narrower than float32, so every PROMOTED elements of K, counted from 0, their sum
+is added to a float32 accumulator; the interval is the same in every tile, so that it cannot be seen which one ran.
 """
 
 from __future__ import annotations
@@ -13,12 +18,13 @@ import triton
 import triton.language as tl
 
 from sempre.kernels.activation.gpu import silu_and_mul, silu_times
+from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, prefetch, wait_for_previous
-from sempre.kernels.linear import gpu_fp8
-from sempre.kernels.linear.gpu_loop import accumulate
-from sempre.kernels.linear.gpu_table import FLOAT32, MANY_ROWS, Choice, Library, Tile, choose, choose_fused
+from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Choice, Library, Tile, choose, choose_fused
 from sempre.kernels.linear.weights import GpuLinear
 
+# the first architecture with conversions and tensor cores for fp8
+FP8_CAPABILITY = (8, 9)
 LINE_BYTES = 128
 # a part of the L2 cache
 PREFETCHED_BYTES = 16 << 20
@@ -42,10 +48,50 @@ def _prefetch_rows(w: Any, n: Any, K: Any, LINES: tl.constexpr) -> None:
         prefetch(w + n.to(tl.int64)[:, None] * K + (tl.arange(0, LINES) * PER_LINE)[None, :])
 
 
+@jit()
+def accumulate(
+    w: Any,
+    x: Any,
+    n: Any,
+    t: Any,
+    K: Any,
+    BN: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PROMOTED: tl.constexpr,
+) -> Any:
+    """acc[n, t] = sum over ascending k of w[n, k] x[t, k]; a weight of another dtype is widened to that of x.
+
+    PROMOTED: 0, or for fp8 operands the elements of K after which their sum goes to the float32 accumulator.
+    """
+    k = tl.arange(0, BK)
+    w_at = w + n.to(tl.int64)[:, None] * K + k[None, :]
+    x_at = x + t.to(tl.int64)[None, :] * K + k[:, None]
+    acc = tl.zeros([BN, BT], tl.float32)
+    for start in range(0, K, BK):
+        if EVEN_K:
+            w_tile = tl.load(w_at)
+            x_tile = tl.load(x_at)
+        else:
+            inside = start + k < K
+            w_tile = tl.load(w_at, mask=inside[None, :], other=0.0)
+            x_tile = tl.load(x_at, mask=inside[:, None], other=0.0)
+        if PROMOTED > 0:
+            acc = tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=PROMOTED)
+        else:
+            acc = tl.dot(w_tile.to(x_tile.dtype), x_tile, acc, input_precision="ieee")
+        w_at += BK
+        x_at += BK
+    return acc
+
+
 @jit(runtime=("T",))
 def _linear(
     x: Any,
+    row_scales: Any,
     w: Any,
+    scale: Any,
     bias: Any,
     out: Any,
     T: Any,
@@ -56,15 +102,23 @@ def _linear(
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_ROW_SCALES: tl.constexpr,
+    PROMOTED: tl.constexpr,
     LINES: tl.constexpr,
 ) -> None:
+    """acc[n, t] over ascending k of w[n, k] x[t, k], then * row_scales[t], * scale[n], + bias[n], each if there."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     # rows past the end repeat the last one and are not stored
     n_in, t_in = tl.minimum(n, N - 1), tl.minimum(t, T - 1)
     _prefetch_rows(w, n_in, K, LINES)
     wait_for_previous()
-    acc = accumulate(w, x, n_in, t_in, K, BN, BT, BK, EVEN_K, PROMOTED=0)
+    acc = accumulate(w, x, n_in, t_in, K, BN, BT, BK, EVEN_K, PROMOTED)
+    if HAS_ROW_SCALES:
+        acc *= tl.load(row_scales + t_in)[None, :]
+    if HAS_SCALE:
+        acc *= tl.load(scale + n_in)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + n_in).to(tl.float32)[:, None]
     at = out + t.to(tl.int64)[:, None] * N + n[None, :]
@@ -117,22 +171,30 @@ def _linear_silu(
     tl.store(at, tl.trans(value).to(dtype), mask=(t < T)[:, None] & (n < N)[None, :])
 
 
-def _lines(rows: int, weight: torch.Tensor) -> int:
+def _lines(rows: int, w: GpuLinear) -> int:
     """Lines of each weight row that a product of few rows asks for before it waits for its x; a power of two."""
-    if rows > MOST_PREFETCHING_ROWS:
+    if rows > MOST_PREFETCHING_ROWS or w.scheme is not None:
         return 0
-    columns, depth = weight.shape
-    lines = min(depth * weight.itemsize // LINE_BYTES, PREFETCHED_BYTES // (columns * LINE_BYTES))
+    lines = min(w.in_features * w.weight.itemsize // LINE_BYTES, PREFETCHED_BYTES // (w.out_features * LINE_BYTES))
     return 1 << (lines.bit_length() - 1) if lines else 0
 
 
-def run_tile(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """The product by one given tile."""
+def operands(x: torch.Tensor, w: GpuLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x as the product takes it, and its row scales."""
+    return quantize_rows(x) if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS else (x, None)
+
+
+def run_tile(
+    x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile, row_scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The product by one given tile; x is fp8 with `row_scales` [T], or of another dtype without."""
     rows, (columns, depth) = x.shape[0], w.weight.shape
     grid = (triton.cdiv(rows, tile.block_t), triton.cdiv(columns, tile.block_n))
     _linear[grid](
         x,
+        row_scales,
         w.weight,
+        w.scale,
         w.bias,
         out,
         rows,
@@ -143,7 +205,10 @@ def run_tile(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile) -> to
         BK=tile.block_k,
         EVEN_K=depth % tile.block_k == 0,
         HAS_BIAS=w.bias is not None,
-        LINES=_lines(rows, w.weight),
+        HAS_SCALE=w.scale is not None,
+        HAS_ROW_SCALES=row_scales is not None,
+        PROMOTED=PROMOTED if row_scales is not None else 0,
+        LINES=_lines(rows, w),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **CHAINED,
@@ -158,15 +223,16 @@ def run_library(x: torch.Tensor, w: GpuLinear, out: torch.Tensor) -> torch.Tenso
     return torch.mm(x, w.weight.t(), out_dtype=out.dtype, out=out)
 
 
-def run_choice(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, choice: Choice) -> torch.Tensor:
-    return run_library(x, w, out) if isinstance(choice, Library) else run_tile(x, w, out, choice)
+def run_choice(
+    x: torch.Tensor, w: GpuLinear, out: torch.Tensor, choice: Choice, row_scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    return run_library(x, w, out) if isinstance(choice, Library) else run_tile(x, w, out, choice, row_scales)
 
 
 def _choice(x: torch.Tensor, w: GpuLinear) -> Choice:
-    if x.dtype == torch.float32:
+    if x.dtype == torch.float32 and w.scheme is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         return FLOAT32
-    choice = choose(architecture(x.device), x.shape[0], w.out_features, w.in_features, w.excluded)
-    return MANY_ROWS if isinstance(choice, Library) and w.bias is not None else choice
+    return choose(architecture(x.device), x.shape[0], w)
 
 
 def _check(operation: str, x: torch.Tensor, w: GpuLinear, out: torch.Tensor, columns: int) -> None:
@@ -182,9 +248,10 @@ def _check(operation: str, x: torch.Tensor, w: GpuLinear, out: torch.Tensor, col
 def linear(x: torch.Tensor, w: GpuLinear, out: torch.Tensor) -> torch.Tensor:
     """x [T, K] times the weight into out [T, N], of x's dtype or float32; all contiguous. Returns `out`."""
     _check("linear", x, w, out, w.out_features)
-    if w.scheme is not None:
-        return gpu_fp8.linear(x, w, out)
-    return run_choice(x, w, out, _choice(x, w)) if x.shape[0] else out
+    if not x.shape[0]:
+        return out
+    values, row_scales = operands(x, w)
+    return run_choice(values, w, out, _choice(x, w), row_scales)
 
 
 def linear_silu_and_mul(x: torch.Tensor, w: GpuLinear, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -214,7 +281,7 @@ def run_fused_tile(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile)
         BN=tile.block_n,
         BK=tile.block_k,
         EVEN_K=depth % tile.block_k == 0,
-        LINES=_lines(rows, w.weight),
+        LINES=_lines(rows, w),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **CHAINED,

@@ -2,64 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from sempre.kernels.activation.gpu import silu_and_mul
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.gpu_jit import architecture
-from sempre.kernels.linear import gpu_fp8
-from sempre.kernels.linear.gpu import run_choice, run_fused_tile, run_tile
-from sempre.kernels.linear.gpu_table import FUSED_TABLES, REFERENCE, Library, choices, choose_fused
-from sempre.kernels.linear.gpu_table_fp8 import FP8_REFERENCE, tested_rows
+from sempre.kernels.linear.gpu import operands, run_choice, run_fused_tile, run_tile
+from sempre.kernels.linear.gpu_table import FUSED_TABLES, REFERENCE, REFERENCES, choices, choose_fused
 from sempre.kernels.linear.weights import GpuLinear
 
 
-def disagreeing(w: GpuLinear, *, max_rows: int, out_dtype: torch.dtype | None = None) -> dict[str, int]:
-    """Choices that differ from the reference tile on this weight, with the number of different elements.
-
-    Random x of the weight's dtype from a fixed seed, at the row counts where the table changes up to `max_rows`;
-    outputs have `out_dtype` (the weight's, or float32 for logits) and start as NaN. The names go into
-    `GpuLinear.excluded`. One synchronisation at the end.
-    """
-    device, dtype = w.weight.device, w.weight.dtype
-    if dtype == torch.float32:
-        return {}
-    generator = torch.Generator(device).manual_seed(0x5E3F)
-    plans = choices(architecture(device), w.out_features, w.in_features, max_rows)
-    most = max((max(counts) for counts in plans.values()), default=0)
-    x = torch.randn(most, w.in_features, generator=generator, device=device, dtype=dtype)
-    differences: dict[str, torch.Tensor] = {}
-    for choice, counts in plans.items():
-        if isinstance(choice, Library) and w.bias is not None:
-            continue  # never chosen: it would round the bias at its own place
-        for rows in counts:
-            expected = run_tile(x[:rows], w, _nan(rows, w, out_dtype or dtype), REFERENCE)
-            wrong = (run_choice(x[:rows], w, _nan(rows, w, out_dtype or dtype), choice) != expected).sum()
-            differences[str(choice)] = differences.get(str(choice), 0) + wrong
-    return {name: int(count) for name, count in differences.items() if int(count)}
-
-
-def disagreeing_fp8(
+def disagreeing(
     w: GpuLinear, dtype: torch.dtype, *, max_rows: int, out_dtype: torch.dtype | None = None
 ) -> dict[str, int]:
-    """As `disagreeing`, for an fp8 weight and x of `dtype`."""
+    """Choices that differ from the reference tile on this weight, with the number of different elements.
+
+    Random x of `dtype` from a fixed seed, at the row counts where the table changes up to `max_rows`; outputs have
+    `out_dtype` (that of x, or float32 for logits) and start as NaN. The names go into `GpuLinear.excluded`. One
+    synchronisation at the end.
+    """
     device = w.weight.device
-    arch = architecture(device)
-    if dtype == torch.float32 and w.scheme is Fp8Scheme.WEIGHTS:
+    if dtype == torch.float32 and w.scheme is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         return {}
     generator = torch.Generator(device).manual_seed(0x5E3F)
-    counts = tested_rows(arch, max_rows)
-    x = torch.randn(counts[-1], w.in_features, generator=generator, dtype=torch.float32, device=device).to(dtype)
-    values, scales = gpu_fp8.operands(x, w)
+    plans = choices(architecture(device), w, max_rows)
+    most = max((max(counts) for counts in plans.values()), default=0)
+    x = torch.randn(most, w.in_features, generator=generator, device=device, dtype=dtype)
+    values, scales = operands(x, w)
     differences: dict[str, torch.Tensor] = {}
-    for rows in counts:
-        tile = gpu_fp8.choose_tile(arch, dtype, rows, replace(w, excluded=frozenset()))
-        part = values[:rows], None if scales is None else scales[:rows]
-        expected = gpu_fp8.run_tile(*part, w, _nan(rows, w, out_dtype or dtype), FP8_REFERENCE)
-        wrong = (gpu_fp8.run_tile(*part, w, _nan(rows, w, out_dtype or dtype), tile) != expected).sum()
-        differences[str(tile)] = differences.get(str(tile), 0) + wrong
+    for choice, counts in plans.items():
+        for rows in counts:
+            part, own = values[:rows], None if scales is None else scales[:rows]
+            expected = run_tile(part, w, _nan(rows, w, out_dtype or dtype), REFERENCES[w.scheme], own)
+            wrong = (run_choice(part, w, _nan(rows, w, out_dtype or dtype), choice, own) != expected).sum()
+            differences[str(choice)] = differences.get(str(choice), 0) + wrong
     return {name: int(count) for name, count in differences.items() if int(count)}
 
 

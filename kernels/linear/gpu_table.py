@@ -2,11 +2,18 @@
 
 Every choice gives the same bits (the self-test checks it), so a row only states what was fastest when measured by
 `benchmarks/gpu_linear.py`. T rows of x, N out features, K in features.
+
+On sm_90 only tiles of 4 or 8 warps with at least 64 out features and 16 rows give one another's bits where weights are
+fp8, whether the activations are too or not: a smaller tile is computed by other instructions.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
+
+from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.linear.weights import GpuLinear
 
 
 class Tile(NamedTuple):
@@ -43,18 +50,34 @@ class Range(NamedTuple):
     choice: Choice
 
 
+class ProductShape(NamedTuple):
+    """What a choice depends on beside rows, of a product that is no `GpuLinear`."""
+
+    out_features: int
+    in_features: int
+    scheme: Fp8Scheme | None = None
+    bias: None = None
+    excluded: frozenset[str] = frozenset()
+
+
 ANY = 1 << 62
 LIBRARY = Library()
 
-# every other choice must agree with this one; it also serves what the table leaves out
+# elements of K after which a partial sum of the fp8 tensor cores goes into the float32 accumulator; where activations
+# are fp8, block_k is a multiple of it
+PROMOTED = 128
+
 REFERENCE = Tile(64, 64, 64, 4, 3)
+FP8_REFERENCE = Tile(64, 64, 128, 4, 3)
+# every other choice must agree with this one; it also serves what the table leaves out
+REFERENCES: dict[Fp8Scheme | None, Tile] = {None: REFERENCE, **dict.fromkeys(Fp8Scheme, FP8_REFERENCE)}
 # float32 products are chains of ordinary multiply-adds, outside the tensor cores
 FLOAT32 = Tile(16, 64, 32, 4, 2)
 # for many rows where the library is not taken
 MANY_ROWS = Tile(128, 128, 64, 8, 4)
 
-TABLES: dict[str, tuple[Range, ...]] = {
-    "sm_90": (
+TABLES: dict[tuple[str, Fp8Scheme | None], tuple[Range, ...]] = {
+    ("sm_90", None): (
         Range(8, 2048, ANY, Tile(8, 16, 256, 1, 6)),
         Range(16, 2048, ANY, Tile(16, 16, 512, 1, 3)),
         Range(32, 2048, ANY, Tile(32, 32, 256, 2, 4)),
@@ -67,6 +90,20 @@ TABLES: dict[str, tuple[Range, ...]] = {
         Range(64, 4096, ANY, Tile(32, 64, 128, 4, 6)),
         Range(64, ANY, ANY, Tile(64, 64, 128, 4, 5)),
         Range(ANY, ANY, ANY, LIBRARY),
+    ),
+    # weights are widened as they are read
+    ("sm_90", Fp8Scheme.WEIGHTS): (
+        Range(16, ANY, ANY, Tile(16, 64, 128, 4, 6)),
+        Range(32, ANY, ANY, Tile(32, 64, 128, 4, 6)),
+        Range(64, ANY, ANY, Tile(64, 64, 128, 4, 5)),
+        Range(ANY, ANY, ANY, MANY_ROWS),
+    ),
+    ("sm_90", Fp8Scheme.WEIGHTS_AND_ACTIVATIONS): (
+        Range(16, ANY, ANY, Tile(16, 64, 256, 4, 5)),
+        Range(32, ANY, ANY, Tile(32, 64, 256, 4, 4)),
+        Range(64, ANY, ANY, Tile(64, 64, 128, 4, 5)),
+        Range(256, ANY, ANY, Tile(128, 64, 128, 4, 4)),
+        Range(ANY, ANY, ANY, Tile(128, 128, 128, 8, 4)),
     ),
 }
 
@@ -98,27 +135,33 @@ def choose_fused(arch: str, rows: int, width: int, excluded: frozenset[str]) -> 
     return None
 
 
-def choose(arch: str, rows: int, out_features: int, in_features: int, excluded: frozenset[str]) -> Choice:
+def choose(arch: str, rows: int, w: GpuLinear | ProductShape) -> Choice:
     """The first entry of the table that fits and was not excluded by the self-test; else the reference tile.
 
-    The library only gets shapes that all its tensor-core kernels take; `MANY_ROWS` stands in for it elsewhere.
+    The library only gets shapes that all its tensor-core kernels take, without bias, which it would round at its own
+    place; `MANY_ROWS` stands in for it elsewhere.
     """
-    for entry in TABLES.get(arch, ()):
-        if rows <= entry.max_rows and out_features <= entry.max_out and in_features <= entry.max_in:
+    reference = REFERENCES[w.scheme]
+    for entry in TABLES.get((arch, w.scheme), ()):
+        if rows <= entry.max_rows and w.out_features <= entry.max_out and w.in_features <= entry.max_in:
             choice = entry.choice
-            if isinstance(choice, Library) and (out_features % 64 or in_features % 64 or str(choice) in excluded):
+            if isinstance(choice, Library) and (
+                w.out_features % 64 or w.in_features % 64 or w.bias is not None or str(choice) in w.excluded
+            ):
                 choice = MANY_ROWS
-            return REFERENCE if str(choice) in excluded else choice
-    return REFERENCE
+            return reference if str(choice) in w.excluded else choice
+    return reference
 
 
-def choices(arch: str, out_features: int, in_features: int, max_rows: int) -> dict[Choice, tuple[int, ...]]:
+def choices(arch: str, w: GpuLinear, max_rows: int) -> dict[Choice, tuple[int, ...]]:
     """Every choice that a weight of this shape may meet up to `max_rows`, each with row counts that exercise it."""
+    w = replace(w, excluded=frozenset())
     found: dict[Choice, list[int]] = {}
-    limits = [min(entry.max_rows, max_rows) for entry in TABLES.get(arch, ())]
-    edges = {rows + step for rows in limits for step in (0, 1)} | {1, 2, 3, 5, 7, 11, 24, 48, *LIBRARY_ROWS}
+    limits = [min(entry.max_rows, max_rows) for entry in TABLES.get((arch, w.scheme), ())]
+    edges = {rows + step for rows in limits for step in (0, 1)} | {1, 2, 3, 5, 7, 11, 24, 48}
+    edges.update(LIBRARY_ROWS if w.scheme is None else (100, 200, 300, 1000))
     for rows in sorted(rows for rows in edges if rows <= max_rows):
-        found.setdefault(choose(arch, rows, out_features, in_features, frozenset()), []).append(rows)
+        found.setdefault(choose(arch, rows, w), []).append(rows)
     if LIBRARY in found:
         found.setdefault(MANY_ROWS, []).extend((found[LIBRARY][0], found[LIBRARY][-1]))
     return {choice: tuple(counts) for choice, counts in found.items()}

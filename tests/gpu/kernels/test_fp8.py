@@ -98,26 +98,25 @@ def test_rows_do_not_depend_on_their_number_or_place(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("depth", "columns"), REAL)
 def test_every_tile_of_the_table_agrees(depth: int, columns: int, dtype: torch.dtype, scheme: Fp8Scheme) -> None:
-    from sempre.kernels.linear.gpu_check import disagreeing_fp8
+    from sempre.kernels.linear.gpu_check import disagreeing
 
     _, w = _case(depth, columns, 1, scheme, dtype)
-    assert disagreeing_fp8(w, dtype, max_rows=4096) == {}
-    assert disagreeing_fp8(w, dtype, max_rows=1024, out_dtype=torch.float32) == {}
+    assert disagreeing(w, dtype, max_rows=4096) == {}
+    assert disagreeing(w, dtype, max_rows=1024, out_dtype=torch.float32) == {}
 
 
 def test_control_a_tile_outside_the_fp8_tensor_cores_disagrees() -> None:
     """The comparison is able to fail: one warp computes in float16, whose sums are wider."""
-    from sempre.kernels.linear import gpu_fp8
-    from sempre.kernels.linear.gpu_table import Tile
-    from sempre.kernels.linear.gpu_table_fp8 import FP8_REFERENCE
+    from sempre.kernels.linear import gpu
+    from sempre.kernels.linear.gpu_table import FP8_REFERENCE, Tile
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("on sm_90 alone do the number of warps and the tile choose between two kinds of tensor core")
     x, w = _case(4096, 4096, 16, Fp8Scheme.WEIGHTS_AND_ACTIVATIONS)
-    values, scales = gpu_fp8.operands(x, w)
+    values, scales = gpu.operands(x, w)
     out = [torch.empty(16, 4096, device="cuda") for _ in range(2)]
     for tile, result in zip((FP8_REFERENCE, Tile(16, 16, 128, 1, 3)), out, strict=True):
-        gpu_fp8.run_tile(values, scales, w, result, tile)
+        gpu.run_tile(values, w, result, tile, scales)
     assert not torch.equal(out[0], out[1])
 
 

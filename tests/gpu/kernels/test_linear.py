@@ -89,8 +89,8 @@ def test_every_choice_of_the_table_agrees(depth: int, columns: int) -> None:
 
     _, w = _case(depth, columns, 1, torch.bfloat16)
     assert disagreeing_fused(w, max_rows=4096) == {}
-    assert disagreeing(w, max_rows=4096) == {}
-    assert disagreeing(w, max_rows=1024, out_dtype=torch.float32) == {}
+    assert disagreeing(w, torch.bfloat16, max_rows=4096) == {}
+    assert disagreeing(w, torch.bfloat16, max_rows=1024, out_dtype=torch.float32) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

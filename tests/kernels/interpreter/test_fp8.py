@@ -37,9 +37,8 @@ def test_rows_have_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("depth", "columns"), [(96, 70), (256, 64)])
 def test_linear(depth: int, columns: int, scheme: Fp8Scheme) -> None:
     from sempre.kernels.fp8 import gpu as quantize_gpu
-    from sempre.kernels.linear import gpu_fp8
-    from sempre.kernels.linear.gpu_table import Tile
-    from sempre.kernels.linear.gpu_table_fp8 import FP8_REFERENCE
+    from sempre.kernels.linear import gpu
+    from sempre.kernels.linear.gpu_table import FP8_REFERENCE, Tile
 
     x, w = _case(depth, columns, scheme, torch.float16)
     assert w.scale is not None
@@ -49,9 +48,8 @@ def test_linear(depth: int, columns: int, scheme: Fp8Scheme) -> None:
         taken = values.double() * scales.double()[:, None]
     expected = reference.linear(taken, w.weight.double() * w.scale.double()[:, None], w.bias)
     for tile in (FP8_REFERENCE, Tile(16, 16, 128, 1, 3), Tile(32, 32, 256, 2, 2)):
-        out = gpu_fp8.run_tile(values, scales, w, torch.full((37, columns), float("nan")), tile)
+        out = gpu.run_tile(values, w, torch.full((37, columns), float("nan")), tile, scales)
         assert (out - expected).norm() / expected.norm() < 1e-6
-        alone = gpu_fp8.run_tile(
-            values[5:6].contiguous(), None if scales is None else scales[5:6], w, torch.empty(1, columns), tile
-        )
+        lone = None if scales is None else scales[5:6]
+        alone = gpu.run_tile(values[5:6].contiguous(), w, torch.empty(1, columns), tile, lone)
         assert torch.equal(alone[0], out[5])

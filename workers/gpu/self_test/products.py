@@ -14,14 +14,11 @@ import torch
 
 from sempre.ipc.errors import ConfigError
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.kernels.linear import gpu_fp8
-from sempre.kernels.linear.gpu import run_tile
-from sempre.kernels.linear.gpu_check import disagreeing, disagreeing_fp8, disagreeing_fused
-from sempre.kernels.linear.gpu_fp8 import FIRST_CAPABILITY
-from sempre.kernels.linear.gpu_table import FLOAT32, REFERENCE, Tile
-from sempre.kernels.linear.gpu_table_fp8 import FP8_REFERENCE
+from sempre.kernels.linear.gpu import FP8_CAPABILITY, operands, run_tile
+from sempre.kernels.linear.gpu_check import disagreeing, disagreeing_fused
+from sempre.kernels.linear.gpu_table import FLOAT32, REFERENCES, Tile
 from sempre.kernels.linear.weights import GpuLinear
-from sempre.workers.layers.linear import Use
+from sempre.workers.layers.linear import ExpertLinear, Use
 from sempre.workers.loading import WeightFacts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
@@ -46,8 +43,8 @@ class ProductTest(NamedTuple):
 def require_fp8(facts: WeightFacts, device: torch.device) -> None:
     """Raise ConfigError where the GPU cannot compute with the fp8 matrices of the model."""
     capability = torch.cuda.get_device_capability(device)
-    if facts.quantization is not None and capability < FIRST_CAPABILITY:
-        least, found = (f"sm_{major}{minor}" for major, minor in (FIRST_CAPABILITY, capability))
+    if facts.quantization is not None and capability < FP8_CAPABILITY:
+        least, found = (f"sm_{major}{minor}" for major, minor in (FP8_CAPABILITY, capability))
         raise ConfigError(
             f"quantization: expected a GPU of {least} or later for {facts.quantization.value}, found"
             f" {torch.cuda.get_device_name(device)} ({found}). Use a checkpoint that is not quantised, or the CPU.",
@@ -62,16 +59,15 @@ def check_products(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_
     excluded: dict[Shape, set[str]] = {}
     reference: list[Comparison] = []
     for path, linear in distinct_linears(model):
+        if isinstance(linear, ExpertLinear):
+            continue  # other kernels compute these
         weight = linear.weight
         assert isinstance(weight, GpuLinear)
         logits = linear.use is Use.LOGITS
         # logits leave the product in float32, and are computed for the rows that sample or are scored
         max_rows = min(max_tokens, max(max_num_seqs, PROMPT_LOGPROB_ROWS)) if logits else max_tokens
-        out_dtype = torch.float32 if logits else dtype
-        if weight.scheme is None:
-            wrong = set(disagreeing(weight, max_rows=max_rows, out_dtype=out_dtype))
-        else:
-            wrong = set(disagreeing_fp8(weight, dtype, max_rows=max_rows, out_dtype=out_dtype))
+        out_dtype = torch.float32 if linear.use.is_float32 else dtype
+        wrong = set(disagreeing(weight, dtype, max_rows=max_rows, out_dtype=out_dtype))
         if linear.use is Use.GATED:
             wrong |= set(disagreeing_fused(weight, max_rows=max_rows))
         if wrong:
@@ -89,7 +85,8 @@ def _name(shape: Shape) -> str:
 
 def _check_reference(name: str, w: GpuLinear, dtype: torch.dtype, out_dtype: torch.dtype) -> Iterator[Comparison]:
     device = w.weight.device
-    tile = FLOAT32 if dtype == torch.float32 else REFERENCE if w.scheme is None else FP8_REFERENCE
+    widens = w.scheme is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS
+    tile = FLOAT32 if dtype == torch.float32 and widens else REFERENCES[w.scheme]
     generator = torch.Generator(device).manual_seed(0x5E3F)
     x = torch.randn(REFERENCE_ROWS, w.in_features, generator=generator, device=device, dtype=dtype)
     among_others = _run_reference(x, w, out_dtype, tile)
@@ -101,9 +98,8 @@ def _check_reference(name: str, w: GpuLinear, dtype: torch.dtype, out_dtype: tor
 
 def _run_reference(x: torch.Tensor, w: GpuLinear, out_dtype: torch.dtype, tile: Tile) -> torch.Tensor:
     out = torch.empty(x.shape[0], w.out_features, dtype=out_dtype, device=x.device)
-    if w.scheme is None:
-        return run_tile(x, w, out, tile)
-    return gpu_fp8.run_tile(*gpu_fp8.operands(x, w), w, out, tile)
+    values, scales = operands(x, w)
+    return run_tile(values, w, out, tile, scales)
 
 
 def _exclude(model: CausalLM, excluded: dict[Shape, set[str]]) -> None:
