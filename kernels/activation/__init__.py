@@ -4,8 +4,8 @@ silu_and_mul: out = silu(gate) * up, silu(g) = g / (1 + exp(-g)); gelu_and_mul: 
 gelu(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3))) (Shazeer 2020, arXiv 2002.05202; Hendrycks and Gimpel
 2016, arXiv 1606.08415). soft_cap: x = cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118).
 
-Contract: elementwise in float32; exponential and tanh are the project's own polynomials on a CPU and, for silu_and_mul,
-the hardware's on a GPU. The other two run on a CPU only.
+Contract: elementwise in float32, rounded once. On a CPU exponential and tanh are the project's own polynomials; on a
+GPU the exponential is the hardware's, and tanh is a polynomial near 0 and follows from the exponential elsewhere.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """gate_up [T, 2 I] (gates first) -> out [T, I]. I must be a multiple of 16."""
+    """gate_up [T, 2 I] (gates first) -> out [T, I]. On a CPU, I must be a multiple of 16."""
     _check_gated("gelu_and_mul", gate_up, out)
-    from sempre.kernels.activation import cpu
+    if not gate_up.is_cuda:
+        from sempre.kernels.activation import cpu
 
-    return cpu.gelu_and_mul(gate_up, out)
+        return cpu.gelu_and_mul(gate_up, out)
+    from sempre.kernels.activation import gpu
+
+    return gpu.gelu_and_mul(gate_up, out)
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
@@ -42,9 +46,13 @@ def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
     check_rows("soft_cap", x, x)
     if not cap > 0:
         raise ValueError(f"soft_cap: expected a cap above 0, found {cap}")
-    from sempre.kernels.activation import cpu
+    if not x.is_cuda:
+        from sempre.kernels.activation import cpu
 
-    return cpu.soft_cap(x, cap)
+        return cpu.soft_cap(x, cap)
+    from sempre.kernels.activation import gpu
+
+    return gpu.soft_cap(x, cap)
 
 
 def _check_gated(operation: str, gate_up: torch.Tensor, out: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
-"""GPU SwiGLU activation. T rows, I width."""
+"""GPU activations of gated feed-forward branches, and soft caps. T rows, I width, N elements of a row."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 BLOCK = 1024
 
+_GELU_CUBE = tl.constexpr(0.044715)
+_GELU_SCALE = tl.constexpr(math.sqrt(2 / math.pi))
+# the CPU's polynomial (`vector_ir.tanh`)
+_TANH_SMALL, _TANH_LARGEST = tl.constexpr(0.625), tl.constexpr(44.0)
+_T0, _T1, _T2 = tl.constexpr(-3.33332819422e-1), tl.constexpr(1.33314422036e-1), tl.constexpr(-5.37397155531e-2)
+_T3, _T4 = tl.constexpr(2.06390887954e-2), tl.constexpr(-5.70498872745e-3)
+
 
 @jit()
 def silu_times(gate: Any, up: Any) -> Any:
@@ -19,21 +27,72 @@ def silu_times(gate: Any, up: Any) -> Any:
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
+@jit()
+def tanh32(x: Any) -> Any:
+    """tanh of a float32 tensor, to full relative precision near 0; NaN stays NaN. One definition for all kernels:
+    every operation is written out, so that the code around it cannot change the bits."""
+    magnitude = tl.abs(x)
+    capped = tl.where(magnitude > _TANH_LARGEST, _TANH_LARGEST, magnitude)
+    large = 1.0 - 2.0 / (tl.exp(capped + capped) + 1.0)
+    square = x * x
+    p = (((square * _T4 + _T3) * square + _T2) * square + _T1) * square + _T0
+    return tl.where(magnitude < _TANH_SMALL, p * square * x + x, tl.where(x < 0.0, -large, large))
+
+
+@jit()
+def soft_capped(x: Any, scale: Any, cap: Any) -> Any:
+    """cap * tanh(scale * x) in float32."""
+    return tanh32(x * scale) * cap
+
+
+@jit()
+def gelu_times(gate: Any, up: Any) -> Any:
+    """gelu(gate) * up in float32, gelu by tanh."""
+    inner = (gate * gate * gate * _GELU_CUBE + gate) * _GELU_SCALE
+    return 0.5 * gate * (1.0 + tanh32(inner)) * up
+
+
 @jit(runtime=("width",))
-def _silu_and_mul(gate_up: Any, out: Any, width: Any, BLOCK: tl.constexpr) -> None:
+def _gated(gate_up: Any, out: Any, width: Any, BLOCK: tl.constexpr, GELU: tl.constexpr) -> None:
     wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
     gate = tl.load(gate_up + row * 2 * width + i, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + i, silu_times(gate, up), mask=inside)
+    at = out + row * width + i
+    tl.store(at, gelu_times(gate, up) if GELU else silu_times(gate, up), mask=inside)
+
+
+@jit(runtime=("count", "scale", "cap"))
+def _soft_cap(x: Any, count: Any, scale: Any, cap: Any, BLOCK: tl.constexpr) -> None:
+    wait_for_previous()
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + i, mask=i < count, other=0.0).to(tl.float32)
+    tl.store(x + i, soft_capped(value, scale, cap), mask=i < count)
+
+
+def _run_gated(gate_up: torch.Tensor, out: torch.Tensor, *, gelu: bool) -> torch.Tensor:
+    rows, width = out.shape
+    if rows:
+        grid = (rows, triton.cdiv(width, BLOCK))
+        _gated[grid](gate_up, out, width, BLOCK=BLOCK, GELU=gelu, num_warps=4, **CHAINED)
+    return out
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """gate_up [T, 2 I] (gates first) -> out [T, I], elementwise in float32, rounded once."""
-    rows, width = out.shape
-    if rows:
-        grid = (rows, triton.cdiv(width, BLOCK))
-        _silu_and_mul[grid](gate_up, out, width, BLOCK=BLOCK, num_warps=4, **CHAINED)
-    return out
+    return _run_gated(gate_up, out, gelu=False)
+
+
+def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """As `silu_and_mul`."""
+    return _run_gated(gate_up, out, gelu=True)
+
+
+def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """x [T, N], in place."""
+    count = x.numel()
+    if count:
+        _soft_cap[(triton.cdiv(count, BLOCK),)](x, count, 1.0 / cap, cap, BLOCK=BLOCK, num_warps=4, **CHAINED)
+    return x

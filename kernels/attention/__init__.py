@@ -74,8 +74,7 @@ def paged_attention(
     Nothing is written where there are no rows or no requests. `workspace` lets a GPU run splits side by side, without
     influence on the result.
 
-    IndexError on the CPU for a batch that does not fit qkv, or that names a block outside the cache. ValueError for a
-    soft cap on a GPU.
+    IndexError on the CPU for a batch that does not fit qkv, or that names a block outside the cache.
     """
     check_rows("paged_attention", qkv, out)
     num_rows = qkv.shape[0]
@@ -83,8 +82,6 @@ def paged_attention(
         return out
     heads.check_rows("paged_attention", qkv, num_rows)
     if qkv.is_cuda:
-        if scores.soft_cap is not None:
-            raise ValueError("paged_attention: a soft cap of the scores runs on a CPU only")
         from sempre.kernels.attention import gpu
 
         return gpu.paged_attention(qkv, cache, batch, heads, scores, out, workspace)

@@ -79,6 +79,8 @@ def _attend(
     BLOCK_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    CAP_SCALE: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SINGLE_ROWS: tl.constexpr,
@@ -127,7 +129,7 @@ def _attend(
     if MODE == 0:
         m, l, acc = walk_split(  # noqa: E741
             q, begin, end, first_position, position, end, keys, values, table, head, scale_log2,
-            KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, BLOCK_M,
+            KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, SOFT_CAP, CAP_SCALE, BLOCK_M,
         )  # fmt: skip
         # as a merge into an empty state would leave it: no negative zero
         acc = acc + 0.0
@@ -140,7 +142,7 @@ def _attend(
             low, high = tl.maximum(begin, s * SPLIT), tl.minimum(end, s * SPLIT + SPLIT)
             m_split, l_split, acc_split = walk_split(
                 q, low, high, first_position, position, end, keys, values, table, head, scale_log2,
-                KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, BLOCK_M,
+                KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, SOFT_CAP, CAP_SCALE, BLOCK_M,
             )  # fmt: skip
             m, l, acc = merge(m, l, acc, m_split, l_split, acc_split)  # noqa: E741
         tl.store(out + out_row[:, None] * DIM + d[None, :], acc / l[:, None], mask=in_dim)
@@ -149,7 +151,7 @@ def _attend(
             low, high = tl.maximum(begin, s * SPLIT), tl.minimum(end, s * SPLIT + SPLIT)
             m, l, acc = walk_split(  # noqa: E741
                 q, low, high, first_position, position, end, keys, values, table, head, scale_log2,
-                KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, BLOCK_M,
+                KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, SOFT_CAP, CAP_SCALE, BLOCK_M,
             )  # fmt: skip
             at = out_row * max_splits + s
             tl.store(part_acc + at[:, None] * DIM + d[None, :], acc, mask=in_dim)
@@ -310,7 +312,7 @@ def _launch_attend(
     if plan.workspace is not None:
         part_acc, part_m, part_l = plan.workspace.acc, plan.workspace.m, plan.workspace.l
         max_splits = plan.workspace.max_splits
-    block_size = cache.k.shape[2]
+    block_size, cap = cache.k.shape[2], scores.soft_cap
     if plan.single_rows and not scores.window:
         prefetched = _prefetched_tiles(batch.num_requests * heads.num_kv_heads, block_size, heads.head_dim)
     _attend[(heads.num_kv_heads, plan.tiles, plan.splits)](
@@ -327,13 +329,15 @@ def _launch_attend(
         batch.num_requests,
         batch.block_tables.stride(0),
         max_splits,
-        scores.scale * math.log2(math.e),
+        (1.0 if cap else scores.scale) * math.log2(math.e),
         KV_HEADS=heads.num_kv_heads,
         GROUP=heads.group,
         DIM=heads.head_dim,
         BLOCK_DIM=triton.next_power_of_2(heads.head_dim),
         BLOCK=block_size,
         WINDOW=scores.window or 0,
+        SOFT_CAP=cap or 0.0,
+        CAP_SCALE=scores.scale / cap if cap else 0.0,
         SPLIT=SPLIT,
         BLOCK_M=plan.launch.block_m,
         SINGLE_ROWS=plan.single_rows,

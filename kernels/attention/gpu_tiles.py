@@ -12,6 +12,7 @@ from typing import Any
 
 import triton.language as tl
 
+from sempre.kernels.activation.gpu import soft_capped
 from sempre.kernels.gpu_jit import jit, prefetch
 
 TILE = 64
@@ -79,9 +80,14 @@ def walk_tiles(
     BLOCK_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    CAP_SCALE: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> Any:
-    """Add the tiles of keys [low, high) to the state (m, l, acc) of the online softmax; no key >= `end` is read."""
+    """Add the tiles of keys [low, high) to the state (m, l, acc) of the online softmax; no key >= `end` is read.
+
+    SOFT_CAP: 0, or scores are SOFT_CAP * tanh(CAP_SCALE * score) before they are scaled.
+    """
     n = tl.arange(0, 64)
     d = tl.arange(0, BLOCK_DIM)
     for start in range(low, high, 64):
@@ -107,6 +113,8 @@ def walk_tiles(
             k = tl.load(k_at)
             v = tl.load(v_at)
         scores = tl.dot(q, k, input_precision="ieee")
+        if SOFT_CAP > 0:
+            scores = soft_capped(scores, CAP_SCALE, SOFT_CAP)
         if MASKED:
             seen = key[None, :] <= position[:, None]
             if WINDOW > 0:
@@ -141,6 +149,8 @@ def walk_split(
     BLOCK_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    CAP_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ) -> Any:
     """The partial (m, l, acc) of keys [low, high) of one split, from an empty state."""
@@ -153,11 +163,11 @@ def walk_split(
         middle = tl.minimum(tl.maximum((first_position + 1) // 64 * 64, low), high)
         m, l, acc = walk_tiles(  # noqa: E741
             q, m, l, acc, low, middle, position, end, keys, values, table, head, scale_log2,
-            KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, False,
+            KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, SOFT_CAP, CAP_SCALE, False,
         )  # fmt: skip
     m, l, acc = walk_tiles(  # noqa: E741
         q, m, l, acc, middle, high, position, end, keys, values, table, head, scale_log2,
-        KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, True,
+        KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, SOFT_CAP, CAP_SCALE, True,
     )  # fmt: skip
     # all 16 columns hold the row's sum
     return m, tl.max(l, axis=1), acc

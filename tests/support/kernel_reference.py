@@ -38,12 +38,15 @@ def attention(
     positions_T: torch.Tensor,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Queries at `positions` over keys 0…S-1 of one sequence; [T, Hq, D]."""
     group = q_THD.shape[1] // k_SHD.shape[1]
     k = k_SHD.double().repeat_interleave(group, dim=1)
     v = v_SHD.double().repeat_interleave(group, dim=1)
     scores = torch.einsum("thd,shd->hts", q_THD.double(), k) * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     keys = torch.arange(k.shape[0], dtype=torch.int64, device=k.device)
     seen = keys[None, :] <= positions_T[:, None]
     if window is not None:

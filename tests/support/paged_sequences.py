@@ -30,6 +30,7 @@ class PagedSequences:
     block: int = 16
     window: int | None = None
     with_norm: bool = True
+    soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.num_heads * 1000 + self.head_dim)
@@ -102,7 +103,7 @@ class PagedSequences:
             max_query_len=max(sizes) + slack if max(sizes) > 1 or slack else 1,
             max_context_len=max(b for _, _, b in parts) + slack,
         )
-        scores = ScoreParams(self.head_dim**-0.5, self.window)
+        scores = ScoreParams(self.head_dim**-0.5, self.window, self.soft_cap)
         attention_gpu.paged_attention(rows, cache, batch, self.heads, scores, out, workspace)
         return list(out.split(sizes))
 
@@ -120,7 +121,8 @@ class PagedSequences:
             normed = reference.rms_norm(y, self.norm.cpu(), EPS) if self.norm is not None else y
             rotated.append(reference.rope(normed, torch.arange(n), frequencies).to(self.dtype))
         scale = self.head_dim**-0.5
-        return reference.attention(*rotated, v, torch.arange(n), scale, self.window).reshape(n, -1)
+        found = reference.attention(*rotated, v, torch.arange(n), scale, self.window, self.soft_cap)
+        return found.reshape(n, -1)
 
 
 def check_damage(

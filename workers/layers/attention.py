@@ -12,7 +12,7 @@ import torch
 from sempre.kernels.attention import HeadLayout, HeadNorms, KvCache, PagedBatch, ScoreParams, paged_attention
 from sempre.kernels.rope import RopeSpec, rope_and_cache_write
 from sempre.workers.layers.linear import Linear
-from sempre.workers.layers.module import Build, Module, Scratch, require_cpu
+from sempre.workers.layers.module import Build, Module, Scratch
 from sempre.workers.layers.norm import HeadNorm
 from sempre.workers.steps import StepInput
 
@@ -47,9 +47,6 @@ class Attention(Module):
         self.o_proj = Linear(build, {"o_proj": shape.hidden_size}, queries, bias=shape.o_bias)
 
     def allocate(self, scratch: Scratch) -> None:
-        """Raises ModelError where it cannot be computed."""
-        if self._shape.scores.soft_cap is not None:
-            require_cpu(scratch, "attn_logit_softcapping", "a soft cap of attention's scores")
         self._table = scratch.rope_table(self._shape.rope)
         self._norms = None
         if self.q_norm is not None and self.k_norm is not None:

@@ -6,7 +6,7 @@ import torch
 
 from sempre.kernels.activation import gelu_and_mul
 from sempre.workers.layers.linear import Linear, Use
-from sempre.workers.layers.module import Build, Module, Scratch, require_cpu
+from sempre.workers.layers.module import Build, Module, Scratch
 
 
 class GatedMLP(Module):
@@ -34,11 +34,6 @@ class GeluMLP(GatedMLP):
     """The same with gelu, by tanh (`kernels.activation`)."""
 
     use = Use.PLAIN
-
-    def allocate(self, scratch: Scratch) -> None:
-        """Raises ModelError where it cannot be computed."""
-        require_cpu(scratch, "hidden_activation", "gelu_pytorch_tanh")
-        super().allocate(scratch)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]"""

@@ -52,14 +52,13 @@ class RMSNorm(Module):
 
 
 class OffsetRMSNorm(RMSNorm):
-    """Times 1 + the checkpoint's weight."""
+    """Times 1 + the checkpoint's weight; the sum is kept in float32, which no other dtype holds exactly."""
 
     def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
         yield path + ".weight", Parameter((self.width,), initial="zeros")
 
     def load(self, path: str, tensors: Tensors) -> None:
-        super().load(path, tensors)
-        self.weight += 1
+        self.weight = tensors.vector(path + ".weight").float() + 1
 
 
 class HeadNorm(RMSNorm):

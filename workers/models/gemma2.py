@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,9 +12,9 @@ from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.mlp import GeluMLP
-from sempre.workers.layers.module import Build, Module
+from sempre.workers.layers.module import Build, Module, Scratch
 from sempre.workers.layers.norm import OffsetRMSNorm
-from sempre.workers.models.base import Block, CausalLM, Stack, rows_read
+from sempre.workers.models.base import CausalLM, Stack, rows_read
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -106,11 +105,10 @@ class Gemma2Block(Module):
 
 
 class ScaledStack(Stack):
-    """Embeddings times the square root of their width."""
+    """Embeddings times the square root of their width, which is rounded as they are."""
 
-    def __init__(self, embed_tokens: Embedding, layers: Sequence[Block], norm: OffsetRMSNorm) -> None:
-        super().__init__(embed_tokens, layers, norm)
-        self._scale = embed_tokens.width**0.5
+    def allocate(self, scratch: Scratch) -> None:
+        self._scale = torch.tensor(self.embed_tokens.width**0.5, dtype=scratch.activations, device="cpu").item()
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(token_ids).mul_(self._scale)

@@ -26,6 +26,26 @@ def _sequences(heads: tuple[int, int, int], dtype: torch.dtype, **settings: obje
     return PagedSequences(LENGTHS, *heads, dtype, "cuda", with_norm=heads[0] % 2 == 0, **settings)
 
 
+# of scores whose standard deviation is about 1
+SOFT_CAP = 1.5
+CAPPED = [((8, 4, 256), torch.bfloat16), ((16, 8, 256), torch.float16), ((4, 2, 256), torch.float32)]
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("heads", "dtype"), CAPPED, ids=str)
+def test_soft_capped_scores(heads: tuple[int, int, int], dtype: torch.dtype, window: int | None) -> None:
+    """Accuracy; chunks and decode rows have the bits of the whole; without the cap other values."""
+    sequences = _sequences(heads, dtype, window=window, soft_cap=SOFT_CAP)
+    whole = sequences.whole()
+    for s, out in enumerate(whole):
+        expected = sequences.expected(s)
+        assert (out.cpu() - expected).norm() / expected.norm() < ROUNDING[dtype], f"sequence {s}"
+    uncapped = _sequences(heads, dtype, window=window).whole()
+    assert all(not torch.equal(a, b) for a, b, n in zip(whole, uncapped, LENGTHS, strict=True) if n > 1)
+    _check_chunks(sequences, whole, (5, 37, 700))
+    _check_decode_rows(sequences, whole)
+
+
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(("heads", "dtype"), CASES, ids=str)
 def test_accuracy_against_float64(heads: tuple[int, int, int], dtype: torch.dtype, window: int | None) -> None:
@@ -41,9 +61,12 @@ def test_decode_and_chunks_give_the_bits_of_the_whole_prompt(
     heads: tuple[int, int, int], dtype: torch.dtype, window: int | None
 ) -> None:
     sequences = _sequences(heads, dtype, window=window)
-    whole = sequences.whole()
+    _check_chunks(sequences, sequences.whole(), (5, 16, 37, 128, 700))
+
+
+def _check_chunks(sequences: PagedSequences, whole: list[torch.Tensor], sizes: tuple[int, ...]) -> None:
     workspace = sequences.workspace()
-    for size in (5, 16, 37, 128, 700):
+    for size in sizes:
         cache = sequences.empty_cache()
         for start in range(0, max(LENGTHS), size):
             parts = [(s, start, min(n, start + size)) for s, n in enumerate(LENGTHS) if n > start]
@@ -56,8 +79,12 @@ def test_decode_and_chunks_give_the_bits_of_the_whole_prompt(
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_decode_rows_by_splits_in_parallel_or_in_turn(heads: tuple[int, int, int], window: int | None) -> None:
     sequences = _sequences(heads, torch.bfloat16, window=window)
+    _check_decode_rows(sequences, sequences.whole())
+
+
+def _check_decode_rows(sequences: PagedSequences, whole: list[torch.Tensor]) -> None:
     cache = sequences.empty_cache()
-    whole = sequences.step(cache, [(s, 0, n) for s, n in enumerate(LENGTHS)])
+    sequences.step(cache, [(s, 0, n) for s, n in enumerate(LENGTHS)])
     workspace = sequences.workspace()
     for back in (1, 2, 60, 150):
         parts = [(s, n - back, n - back + 1) for s, n in enumerate(LENGTHS) if n >= back]

@@ -6,7 +6,7 @@ import kernel_reference as reference
 import pytest
 import torch
 
-from sempre.kernels.activation import silu_and_mul
+from sempre.kernels.activation import gelu_and_mul, silu_and_mul, soft_cap
 from sempre.kernels.embedding import embed
 from sempre.kernels.norms import add_rms_norm, rms_norm
 
@@ -59,3 +59,38 @@ def test_embedding(dtype: torch.dtype) -> None:
     out = embed(ids, table, torch.empty(6, 1536, device="cuda", dtype=dtype))
     assert torch.equal(out[:4], table[ids[:4]])
     assert out[4:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gelu_and_mul(width: int, dtype: torch.dtype) -> None:
+    gate_up = _random(70, 2 * width, dtype=dtype, scale=3.0)
+    gate_up[0, :4] = torch.tensor([0.0, -100.0, 100.0, 1e-4])
+    gate_up[0, width : width + 4] = torch.tensor([1.0, 2.0, 0.5, -3.0])
+    out = gelu_and_mul(gate_up, torch.full((70, width), float("nan"), device="cuda", dtype=dtype))
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    assert torch.isfinite(out).all()
+    assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
+    for i in (0, 69):
+        assert torch.equal(gelu_and_mul(gate_up[i : i + 1], torch.empty_like(out[:1]))[0], out[i])
+
+
+@pytest.mark.parametrize("cap", [1.0, 30.0])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_soft_cap(width: int, cap: float) -> None:
+    """Also relative to each element: near 0 the cap changes nothing."""
+    x = torch.cat(
+        [_random(40, width, dtype=torch.float32, scale=3.0 * cap), _random(30, width, dtype=torch.float32) * 1e-6]
+    )
+    x[0, :3] = torch.tensor([0.0, 1e30, -1e30])
+    expected = cap * torch.tanh(x.double() / cap)
+    out = soft_cap(x.clone(), cap)
+    assert (out - expected).norm() / expected.norm() < 1e-6
+    assert torch.equal(out == 0, x == 0)
+    nonzero = x != 0
+    assert ((out[nonzero] - expected[nonzero]) / expected[nonzero]).abs().max() < 1e-6
+    for i in (0, 69):
+        assert torch.equal(soft_cap(x[i : i + 1].clone(), cap)[0], out[i])
+    x[1, 0] = float("nan")
+    assert soft_cap(x, cap).isnan().sum() == 1

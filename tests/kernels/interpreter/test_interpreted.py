@@ -90,8 +90,13 @@ def test_norms_and_embedding(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "dtype", "window", "block"),
-    [((4, 2, 64), torch.float16, None, 16), ((3, 1, 80), torch.float32, 37, 32)],
+    ("heads", "dtype", "window", "block", "soft_cap"),
+    [
+        ((4, 2, 64), torch.float16, None, 16, None),
+        ((3, 1, 80), torch.float32, 37, 32, None),
+        ((2, 1, 16), torch.float32, 37, 32, 1.5),
+        ((2, 1, 16), torch.float16, None, 64, 1.5),
+    ],
     ids=str,
 )
 def test_attention(
@@ -99,6 +104,7 @@ def test_attention(
     dtype: torch.dtype,
     window: int | None,
     block: int,
+    soft_cap: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from sempre.kernels.attention import gpu
@@ -106,7 +112,8 @@ def test_attention(
     # splits of two tiles of keys, so that a short sequence has two
     monkeypatch.setattr(gpu, "SPLIT", 128)
     lengths = (131, 1, 20)
-    sequences = PagedSequences(lengths, *heads, dtype, "cpu", block=block, window=window, with_norm=heads[0] == 4)
+    settings = {"block": block, "window": window, "with_norm": heads[0] != 3, "soft_cap": soft_cap}
+    sequences = PagedSequences(lengths, *heads, dtype, "cpu", **settings)
     cache = sequences.empty_cache()
     whole = sequences.step(cache, [(s, 0, n) for s, n in enumerate(lengths)])
     for s in range(3):
