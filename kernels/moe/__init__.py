@@ -1,41 +1,95 @@
 """Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): who computes a row, and the sum of what they say.
 
 Contract: a row's experts are those of its greatest router logits, of equal ones the lower; their weights are float32
-softmax over all experts, summed in ascending order of experts, and divided by their own sum, in rank order, where they
-are renormalised. The results of a row's experts are multiplied by their weights, each product rounded, and added in
-rank order. So both depend on the row alone. CPU only.
+softmax over all experts, divided by their own sum where they are renormalised; both sums have one order, whatever else
+is in the batch. The results of a row's experts are multiplied by their weights, each product rounded to float32, and
+added in rank order. So all depends on the row alone. On a CPU an expert's rows are computed in the order of the tokens;
+on a GPU `sparse_mlp` does everything without waiting for the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sempre.kernels.checks import check_rows
+from sempre.kernels.moe.experts import ExpertScratch, ExpertShape, ExpertWeights, GatedExperts, stack_like
 
-__all__ = ["combine", "route"]
+__all__ = [
+    "ExpertScratch",
+    "ExpertShape",
+    "ExpertWeights",
+    "GatedExperts",
+    "combine",
+    "expert_scratch",
+    "route",
+    "sparse_mlp",
+    "stack_like",
+]
 
 
 def route(logits: torch.Tensor, num_chosen: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits float32 [T, E] → experts int64 [T, K] in rank order, and their weights float32 [T, K].
+    """logits float32 [T, E] → experts [T, K] in rank order (int64, on a GPU int32), and their weights float32 [T, K].
 
     A row with NaN or infinity among its logits has weights of NaN. ValueError for a `num_chosen` outside [1, E].
     """
     check_rows("route", logits, logits)
     if not 1 <= num_chosen <= logits.shape[1]:
         raise ValueError(f"route: expected 1 to {logits.shape[1]} experts a row, found {num_chosen}")
-    from sempre.kernels.moe import cpu
+    if not logits.is_cuda:
+        from sempre.kernels.moe import cpu
 
-    return cpu.route(logits, num_chosen, renormalize=renormalize)
+        return cpu.route(logits, num_chosen, renormalize=renormalize)
+    from sempre.kernels.moe import gpu
+
+    experts = torch.empty(logits.shape[0], num_chosen, dtype=torch.int32, device=logits.device)
+    return gpu.route(logits, experts, torch.empty_like(experts, dtype=torch.float32), renormalize=renormalize)
 
 
 def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out[t] = sum over k of weights[t, k] * parts[t, k]; parts [T, K, H], weights [T, K], out [T, H]."""
+    """out[t] = sum over k of weights[t, k] * parts[t, k]; parts [T, K, H] and weights [T, K] float32, out [T, H]."""
     check_rows("combine", parts.view(parts.shape[0], -1), out)
     check_rows("combine", weights, out)
     if parts.shape != (*weights.shape, out.shape[1]) or out.shape[0] != parts.shape[0]:
         raise ValueError(
             f"combine: weights {tuple(weights.shape)} and out {tuple(out.shape)} do not fit parts {tuple(parts.shape)}"
         )
-    from sempre.kernels.moe import cpu
+    if not parts.is_cuda:
+        from sempre.kernels.moe import cpu
 
-    return cpu.combine(parts, weights, out)
+        return cpu.combine(parts, weights, out)
+    from sempre.kernels.moe import gpu
+
+    return gpu.combine(parts, weights, out)
+
+
+def sparse_mlp(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    experts: GatedExperts,
+    scratch: ExpertScratch,
+    out: torch.Tensor,
+    *,
+    renormalize: bool,
+) -> torch.Tensor:
+    """x [T, H] and the router's logits float32 [T, E] → out [T, H], on a GPU: the experts' branches, combined."""
+    check_rows("sparse_mlp", x, out)
+    check_rows("sparse_mlp", logits, out)
+    if experts.gate_up.num_experts != logits.shape[1]:
+        raise ValueError(f"sparse_mlp: logits {tuple(logits.shape)} do not fit {experts.gate_up.num_experts} experts")
+    from sempre.kernels.moe import gpu
+
+    return gpu.sparse_mlp(x, logits, experts, scratch, out, renormalize=renormalize)
+
+
+def expert_scratch(
+    allocate: Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor],
+    shape: ExpertShape,
+    max_rows: int,
+    dtype: torch.dtype,
+) -> ExpertScratch:
+    """What `sparse_mlp` needs for at most `max_rows` rows of `dtype`; `allocate` gets a role, a shape and a dtype."""
+    from sempre.kernels.moe import gpu
+
+    return gpu.expert_scratch(allocate, shape, max_rows, dtype)

@@ -40,6 +40,31 @@ CONFIG: dict[str, Any] = {
     "use_sliding_window": True,
     "vocab_size": VOCAB_SIZE,
 }
+# what is unlike the model above: caps so low that they bend what is computed; few experts of an odd number, and a layer
+# without
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "head_dim": 256,
+        "num_attention_heads": 4,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 1.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "qwen3-moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "use_sliding_window": False,
+        "num_experts": 43,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 336,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+}
 KV_BLOCK_BYTES = 2 * 4 * 2 * 128 * 16 * 2  # k and v, 4 layers, 2 heads, 128 dimensions, 16 tokens, bfloat16
 SETTINGS: dict[str, Any] = {
     "device": "cuda",
@@ -53,10 +78,10 @@ OUTPUT_TOKENS = 24
 
 
 @cache
-def model_folder() -> str:
-    """A folder with the model's config.json; the weights are dummies."""
+def model_folder(family: str | None = None) -> str:
+    """A folder with the config.json of the model, or of one of FAMILIES; the weights are dummies."""
     folder = Path(tempfile.mkdtemp(prefix="sempre-gpu-model-"))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(CONFIG | (FAMILIES[family] if family is not None else {})))
     return str(folder)
 
 

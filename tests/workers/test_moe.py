@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from sempre.ipc.errors import ModelError
-from sempre.workers.layers.linear_kernel import INVARIANT
+from sempre.kernels.moe import ExpertShape, route
+from sempre.workers.layers.linear import Linear
+from sempre.workers.layers.linear_kernel import INVARIANT, LinearWeight
 from sempre.workers.layers.module import Build, Scratch, allocate
 from sempre.workers.layers.moe import SparseMLP
 from sempre.workers.models.registry import parse_spec
@@ -20,11 +22,17 @@ HIDDEN, INNER, EXPERTS, CHOSEN = 32, 48, 5, 3
 @pytest.fixture
 def layer() -> SparseMLP:
     build = Build(INVARIANT, NotQuantized())
-    made = SparseMLP(build, HIDDEN, INNER, num_experts=EXPERTS, experts_per_token=CHOSEN, renormalize=True)
+    made = SparseMLP(build, ExpertShape(EXPERTS, CHOSEN, HIDDEN, INNER), renormalize=True)
     generator = torch.Generator().manual_seed(4)
-    for linear in (made.gate, *(part for e in made.experts for part in (e.gate_up_proj, e.down_proj))):
-        weight = torch.randn(linear.out_features, linear.in_features, generator=generator) * 0.3
-        linear.weight = INVARIANT.pack(weight, None)
+
+    def weight(linear: Linear) -> LinearWeight:
+        values = torch.randn(linear.out_features, linear.in_features, generator=generator) * 0.3
+        return INVARIANT.pack(values, None)
+
+    made.gate.weight = weight(made.gate)
+    for expert in range(EXPERTS):
+        for linear in (made.experts.gate_up_proj, made.experts.down_proj):
+            linear.put(expert, weight(linear))
     allocate(made, Scratch(64, 64, torch.float32, torch.device("cpu")))
     return made
 
@@ -46,20 +54,14 @@ def test_a_row_alone_has_its_bits(layer: SparseMLP) -> None:
 def test_an_expert_that_nobody_chooses_is_not_computed(layer: SparseMLP) -> None:
     x = rows(1)
     expected = layer(x).clone()
-    chosen = layer.gate(x)[0].topk(CHOSEN).indices.tolist()
-    for index, expert in enumerate(layer.experts):
-        if index not in chosen:
-            expert.down_proj.weight = INVARIANT.pack(torch.full((HIDDEN, INNER), float("nan")), None)
+    chosen = route(layer.gate.into(x, torch.empty(1, EXPERTS)), CHOSEN, renormalize=True)[0][0].tolist()
+    for expert in set(range(EXPERTS)) - set(chosen):
+        layer.experts.down_proj.weights[expert] = INVARIANT.pack(torch.full((HIDDEN, INNER), float("nan")), None)
     assert torch.equal(layer(x), expected)
 
 
 def test_no_row_gives_no_row(layer: SparseMLP) -> None:
     assert layer(rows(0)).shape == (0, HIDDEN)
-
-
-def test_a_gpu_is_refused(layer: SparseMLP) -> None:
-    with pytest.raises(ModelError, match="num_experts: a mixture of experts runs on a CPU"):
-        layer.allocate(Scratch(64, 64, torch.bfloat16, torch.device("cuda")))
 
 
 CONFIG: dict[str, Any] = {

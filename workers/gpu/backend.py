@@ -248,9 +248,8 @@ def row_bytes(spec: ModelSpec) -> int:
 
 
 def quantized_rows_bytes(model: LoadedModel) -> int:
-    """What a step allocates for activations in fp8: the rows of the widest product's input, and their scales."""
+    """What a step allocates for activations in fp8: the rows of the largest product's input, and their scales."""
     if model.weights.quantization is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         return 0
-    spec = model.spec
-    width = max(spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim)
-    return model.max_num_batched_tokens * (width + 4)
+    largest = max((linear.in_features + 4) * linear.rows_of_token for _, linear in model.model.linears())
+    return model.max_num_batched_tokens * largest

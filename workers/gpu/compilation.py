@@ -1,7 +1,7 @@
 """Compiles and loads the kernels of a model while its weights are being loaded.
 
 Which variants a model needs is not listed anywhere: the code that launches them runs, with launches that are only noted
-down, on an outline of the model, one layer for each kind of window; what it was is recorded for later starts. Those
+down, on an outline of the model, one layer of each kind; what it was is recorded for later starts. Those
 that the cache folder lacks are compiled in many processes at a time. What a step then still lacks is compiled when it
 comes.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import product as combinations
 from pathlib import Path
 from time import perf_counter
@@ -152,9 +151,7 @@ def _capability(device: torch.device) -> int:
 
 @torch.inference_mode()
 def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Variant], object]) -> Collection:
-    windows = tuple(dict.fromkeys(outline.spec.windows))
-    spec = replace(outline.spec, num_layers=len(windows), windows=windows)
-    config = outline.config
+    spec, config = outline.spec.outline(), outline.config
     model, facts = load_model(
         spec,
         Path(config.model_path),

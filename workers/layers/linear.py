@@ -7,6 +7,8 @@ from enum import Enum
 
 import torch
 
+from sempre.kernels.linear import ControlLinear, GpuLinear
+from sempre.kernels.moe import ExpertWeights, stack_like
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear_kernel import LinearWeight
 from sempre.workers.layers.module import Build, Module, Scratch, Tensors
@@ -20,13 +22,22 @@ class Use(Enum):
     GATED = "gated"
     """with the activation of a gated feed-forward branch"""
     LOGITS = "logits"
-    """results are float32, in a buffer of the caller's"""
+    """of the vocabulary; results are float32, in a buffer of the caller's"""
+    ROUTER = "router"
+    """likewise, for every row of a step"""
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether results are float32 whatever the dtype of activations is."""
+        return self in (Use.LOGITS, Use.ROUTER)
 
 
 class Linear(Module):
     """x [T, K] → [T, N]. `parts`: names of the checkpoint's projections, which are siblings, with the N of each."""
 
     weight: LinearWeight
+    rows_of_token = 1
+    """most rows of x for each token of a step"""
 
     def __init__(
         self,
@@ -78,7 +89,7 @@ class Linear(Module):
                 yield value
 
     def allocate(self, scratch: Scratch) -> None:
-        if self.use is not Use.LOGITS:
+        if not self.use.is_float32:
             self._out = scratch.rows(self._role, self.out_features)
 
     def shape(self) -> tuple[object, ...]:
@@ -95,6 +106,75 @@ class Linear(Module):
     def gated(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """silu(first half) * second half of the result, into `out` [T, N / 2]."""
         self.kernel.linear_silu_and_mul(x, self.weight, self._out[: x.shape[0]], out)
+        return out
+
+
+class ExpertLinear(Linear):
+    """The same product of several experts; `path`'s parent holds one of the checkpoint's modules for each, by number.
+
+    `weights` are those of a CPU, one an expert; a GPU holds all in `stacked`. `weight` is the first's, for whoever asks
+    what kernels the product takes.
+    """
+
+    stacked: ExpertWeights | None = None
+
+    def __init__(
+        self,
+        build: Build,
+        num_experts: int,
+        parts: Mapping[str, int],
+        in_features: int,
+        *,
+        use: Use = Use.PLAIN,
+        role: str = "branch",
+    ) -> None:
+        super().__init__(build, parts, in_features, use=use, role=role)
+        self.num_experts = num_experts
+        self.weights: list[LinearWeight] = []
+
+    def _paths(self, path: str) -> list[str]:
+        parent, _, name = path.rpartition(".")
+        return [f"{parent}.{expert}.{name}" if parent else f"{expert}.{name}" for expert in range(self.num_experts)]
+
+    def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
+        for expert in self._paths(path):
+            yield from super().own_parameters(expert)
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        for expert, expert_path in enumerate(self._paths(path)):
+            super().load(expert_path, tensors)
+            self.put(expert, self.weight)
+
+    def put(self, expert: int, weight: LinearWeight) -> None:
+        """Take the weight of one expert; in ascending order of experts."""
+        if isinstance(weight, GpuLinear | ControlLinear) and weight.weight.is_cuda:
+            # one after the other, so that a model's largest tensors are never there twice
+            if expert == 0:
+                self.stacked = stack_like(weight, self.num_experts)
+            assert self.stacked is not None
+            self.weight = self.stacked.put(expert, weight)
+        else:
+            self.weights.append(weight)
+            self.weight = self.weights[0]
+
+    def own_tensors(self) -> Iterator[torch.Tensor]:
+        for weight in [self.stacked] if self.stacked is not None else self.weights:
+            yield from (value for value in vars(weight).values() if isinstance(value, torch.Tensor))
+
+    def allocate(self, scratch: Scratch) -> None:
+        if self.stacked is None:
+            super().allocate(scratch)
+
+    def shape(self) -> tuple[object, ...]:
+        return (*super().shape(), self.num_experts)
+
+    def of(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """One expert's product [T, N] on a CPU, in the buffer of this role."""
+        return self.kernel.linear(x, self.weights[expert], self._out[: x.shape[0]])
+
+    def gated_of(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Likewise `gated`."""
+        self.kernel.linear_silu_and_mul(x, self.weights[expert], self._out[: x.shape[0]], out)
         return out
 
 

@@ -12,7 +12,6 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from sempre.ipc.errors import ModelError
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.rope import RopeSpec, cos_sin_table
 from sempre.workers.layers.linear_kernel import LinearKernel
@@ -50,29 +49,25 @@ class Scratch:
     activations: torch.dtype
     device: torch.device
     workspace: AttentionWorkspace | None = None
-    _rows: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    _tensors: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
     _tables: dict[RopeSpec, torch.Tensor] = field(default_factory=dict)
 
     def rows(self, role: str, width: int) -> torch.Tensor:
-        """[max_tokens, width]; layers run one after the other and share what has one role and width."""
-        key = (role, width)
-        if key not in self._rows:
-            self._rows[key] = torch.empty(self.max_tokens, width, dtype=self.activations, device=self.device)
-        return self._rows[key]
+        """[max_tokens, width] of activations."""
+        return self.tensor(role, (self.max_tokens, width), self.activations)
+
+    def tensor(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Layers run one after the other and share what has one role, shape and dtype."""
+        key = (role, shape, dtype)
+        if key not in self._tensors:
+            self._tensors[key] = torch.empty(shape, dtype=dtype, device=self.device)
+        return self._tensors[key]
 
     def rope_table(self, rope: RopeSpec) -> torch.Tensor:
         """Cosines and sines of every position."""
         if rope not in self._tables:
             self._tables[rope] = cos_sin_table(rope, self.max_model_len).to(self.device)
         return self._tables[rope]
-
-
-def require_cpu(scratch: Scratch, field: str, what: str) -> None:
-    """Raise ModelError where what a field of config.json asks for would have to be computed by something else."""
-    if scratch.device.type != "cpu":
-        raise ModelError(
-            f"config.json: {field}: {what} runs on a CPU, and not yet on a GPU. Set device='cpu', or use another model."
-        )
 
 
 class Module:

@@ -9,11 +9,37 @@ from dataclasses import replace
 
 import torch
 
-from sempre.kernels.moe import combine, route
-from sempre.workers.layers.linear import Linear
-from sempre.workers.layers.mlp import GatedMLP
-from sempre.workers.layers.module import Build, Module, Scratch, require_cpu
+from sempre.kernels.moe import ExpertScratch, ExpertShape, GatedExperts, combine, expert_scratch, route, sparse_mlp
+from sempre.workers.layers.linear import ExpertLinear, Linear, Use
+from sempre.workers.layers.module import Build, Module, Scratch
 from sempre.workers.quantization.plain import NotQuantized
+
+
+class Experts(Module):
+    """Gated feed-forward branches of one shape, side by side."""
+
+    def __init__(self, build: Build, shape: ExpertShape) -> None:
+        count, hidden, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
+        parts = {"gate_proj": inner, "up_proj": inner}
+        self.gate_up_proj = ExpertLinear(build, count, parts, hidden, use=Use.GATED, role="gate_up")
+        self.down_proj = ExpertLinear(build, count, {"down_proj": hidden}, inner)
+        self.down_proj.rows_of_token = shape.experts_per_row
+
+    def allocate(self, scratch: Scratch) -> None:
+        self._activated = scratch.rows("activated", self.down_proj.in_features)
+
+    @property
+    def stacked(self) -> GatedExperts:
+        """As a GPU holds them."""
+        gate_up, down = self.gate_up_proj.stacked, self.down_proj.stacked
+        assert gate_up is not None
+        assert down is not None
+        return GatedExperts(gate_up, down)
+
+    def of(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """One expert's branch of rows [T, H] on a CPU."""
+        activated = self.gate_up_proj.gated_of(expert, x, self._activated[: x.shape[0]])
+        return self.down_proj.of(expert, activated)
 
 
 class SparseMLP(Module):
@@ -23,47 +49,48 @@ class SparseMLP(Module):
     do not depend on who shares its experts. No expert has a capacity, and no row is dropped.
     """
 
-    def __init__(
-        self,
-        build: Build,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        num_experts: int,
-        experts_per_token: int,
-        renormalize: bool,
-    ) -> None:
+    def __init__(self, build: Build, shape: ExpertShape, *, renormalize: bool) -> None:
         # the router is small and decides much: no format but floats
         unquantized = replace(build, quantization=NotQuantized())
-        self.gate = Linear(unquantized, {"gate": num_experts}, hidden_size, role="router")
-        self.experts = [GatedMLP(build, hidden_size, intermediate_size) for _ in range(num_experts)]
-        self._width = hidden_size
-        self._experts_per_token = experts_per_token
-        self._renormalize = renormalize
+        self.gate = Linear(unquantized, {"gate": shape.num_experts}, shape.hidden_size, use=Use.ROUTER)
+        self.experts = Experts(build, shape)
+        self.sizes = shape
+        self.renormalize = renormalize
+        self._scratch: ExpertScratch | None = None
 
     def allocate(self, scratch: Scratch) -> None:
-        """Raises ModelError where it cannot be computed."""
-        require_cpu(scratch, "num_experts", "a mixture of experts")
-        self._out = scratch.rows("branch", self._width)
-        self._parts = scratch.rows("expert_rows", self._experts_per_token * self._width)
+        shape, rows = self.sizes, scratch.max_tokens
+        self._out = scratch.rows("branch", shape.hidden_size)
+        self._logits = scratch.tensor("router", (rows, shape.num_experts), torch.float32)
+        if self.experts.down_proj.stacked is not None:
+            self._scratch = expert_scratch(scratch.tensor, shape, rows, scratch.activations)
+        else:
+            self._parts = scratch.rows("expert parts", shape.experts_per_row * shape.hidden_size)
 
     def shape(self) -> tuple[object, ...]:
-        return (len(self.experts), self._experts_per_token, self._renormalize)
+        return (self.sizes, self.renormalize)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]"""
-        count, k = x.shape[0], self._experts_per_token
-        out = self._out[:count]
+        count = x.shape[0]
+        out, logits = self._out[:count], self.gate.into(x, self._logits[:count])
         if not count:
             return out
-        experts, weights = route(self.gate(x), k, renormalize=self._renormalize)
-        parts = self._parts[:count].view(count * k, self._width)
+        if self._scratch is None:
+            return self._one_by_one(x, logits, out)
+        return sparse_mlp(x, logits, self.experts.stacked, self._scratch, out, renormalize=self.renormalize)
+
+    def _one_by_one(self, x: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Expert by expert, on a CPU."""
+        count, k = x.shape[0], self.sizes.experts_per_row
+        experts, weights = route(logits, k, renormalize=self.renormalize)
+        parts = self._parts[:count].view(count * k, -1)
         # places are token by token; the sort is stable, so each expert's stay in that order
         places = experts.view(-1).argsort(stable=True)
         start = 0
-        for expert, num_rows in enumerate(torch.bincount(experts.view(-1), minlength=len(self.experts)).tolist()):
+        for expert, num_rows in enumerate(torch.bincount(experts.view(-1), minlength=self.sizes.num_experts).tolist()):
             if num_rows:
                 own = places[start : start + num_rows]
-                parts.index_copy_(0, own, self.experts[expert](x.index_select(0, own // k)))
+                parts.index_copy_(0, own, self.experts.of(expert, x.index_select(0, own // k)))
                 start += num_rows
-        return combine(parts.view(count, k, self._width), weights, out)
+        return combine(parts.view(count, k, -1), weights, out)

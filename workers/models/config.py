@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from sempre.kernels.rope import RopeSpec
 from sempre.workers.config_fields import ConfigFields
@@ -106,6 +106,11 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     quantization: QuantizationSpec | None
     """how the checkpoint's matrices are quantised, if they are"""
+
+    def outline(self) -> Self:
+        """The same model with one layer of each kind."""
+        windows = tuple(dict.fromkeys(self.windows))
+        return replace(self, num_layers=len(windows), windows=windows)
 
 
 Spec = TypeVar("Spec", bound=ModelSpec)

@@ -5,8 +5,10 @@ Yang et al. 2025 (arXiv 2505.09388).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
+from sempre.kernels.moe import ExpertShape
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build
@@ -41,6 +43,11 @@ class Qwen3MoeSpec(ModelSpec):
     sparse_layers: tuple[int, ...]
     """layers with experts"""
 
+    def outline(self) -> Self:
+        sparse = tuple(dict.fromkeys(layer in self.sparse_layers for layer in range(self.num_layers)))
+        layers = tuple(layer for layer, is_sparse in enumerate(sparse) if is_sparse)
+        return replace(self, num_layers=len(sparse), windows=self.windows[: len(sparse)], sparse_layers=layers)
+
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Qwen3MoeSpec:
     """Raises ModelError naming the field."""
@@ -73,14 +80,8 @@ def build_model(build: Build, spec: ModelSpec) -> CausalLM:
 def _mlp(build: Build, spec: Qwen3MoeSpec, layer: int) -> GatedMLP | SparseMLP:
     if layer not in spec.sparse_layers:
         return gated_mlp(build, spec)
-    return SparseMLP(
-        build,
-        spec.hidden_size,
-        spec.expert_size,
-        num_experts=spec.num_experts,
-        experts_per_token=spec.experts_per_token,
-        renormalize=spec.renormalize,
-    )
+    shape = ExpertShape(spec.num_experts, spec.experts_per_token, spec.hidden_size, spec.expert_size)
+    return SparseMLP(build, shape, renormalize=spec.renormalize)
 
 
 def _sparse_layers(config: ConfigFields, num_layers: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from sempre.kernels.attention import AttentionWorkspace
+from sempre.workers.gpu.self_test.experts import check_experts
 from sempre.workers.gpu.self_test.products import check_products, require_fp8
 from sempre.workers.gpu.self_test.sampling import check_sampling
 from sempre.workers.loading import WeightFacts
@@ -43,6 +44,7 @@ def run_self_test(
     products = check_products(model, facts.dtype, max_tokens=max_tokens, max_num_seqs=max_num_seqs)
     comparisons = [
         *products.reference,
+        *check_experts(model, facts.dtype, max_tokens=max_tokens),
         *check_model(model, facts, block_size, max_tokens=max_tokens, workspace=workspace),
         *check_sampling(model.spec.vocab_size, model.device),
     ]

@@ -1,0 +1,81 @@
+"""Weights and memory of a mixture of experts on a GPU. T rows, E experts, K experts a row, P = T K, N out, D in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.linear.control import ControlLinear
+from sempre.kernels.linear.weights import GpuLinear
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One product of all experts: `weight` [E, N, D], with `scale` [E, N] float32 and `scheme` where it is fp8."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None = None
+    scheme: Fp8Scheme | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.weight.shape[0])
+
+    def put(self, expert: int, w: GpuLinear | ControlLinear) -> GpuLinear | ControlLinear:
+        """Copy one expert's weight here; returns it as a view of this."""
+        own = self.weight[expert]
+        # bytes: not every device copies fp8
+        own.view(torch.uint8).copy_(w.weight.view(torch.uint8))
+        if self.scale is None or isinstance(w, ControlLinear):
+            return replace(w, weight=own)
+        assert w.scale is not None
+        return replace(w, weight=own, scale=self.scale[expert].copy_(w.scale))
+
+
+def stack_like(w: GpuLinear | ControlLinear, num_experts: int) -> ExpertWeights:
+    """Room for `num_experts` weights like this one, without bias."""
+    scale = w.scale if isinstance(w, GpuLinear) else None
+    return ExpertWeights(
+        w.weight.new_empty(num_experts, *w.weight.shape),
+        scale.new_empty(num_experts, *scale.shape) if scale is not None else None,
+        w.scheme if isinstance(w, GpuLinear) else None,
+    )
+
+
+class GatedExperts(NamedTuple):
+    """down(silu(gate(x)) * up(x)) of each expert."""
+
+    gate_up: ExpertWeights
+    """[E, 2 I, H], gates first"""
+    down: ExpertWeights
+    """[E, H, I]"""
+
+
+class ExpertShape(NamedTuple):
+    """Sizes of a mixture."""
+
+    num_experts: int
+    experts_per_row: int
+    hidden_size: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class ExpertScratch:
+    """Memory for a step; layers of one shape, which run one after the other, share it."""
+
+    experts: torch.Tensor
+    """int32 [T, K]"""
+    weights: torch.Tensor
+    """float32 [T, K]"""
+    counts: torch.Tensor
+    order: torch.Tensor
+    tiles: torch.Tensor
+    """int32, of the sort"""
+    activated: torch.Tensor
+    """[P, intermediate size], in the dtype of activations"""
+    parts: torch.Tensor
+    """float32 [P, hidden size]"""

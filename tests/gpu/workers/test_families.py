@@ -1,0 +1,72 @@
+"""Log-probabilities of random checkpoints in float32 on a GPU, against transformers."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gpu_workload import launch_inproc
+
+from sempre.engine.harness import generate, make_request
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.gpu
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CAPPED = {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+ODD_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True}
+CONFIGS = {
+    "gemma2": lambda: transformers.Gemma2Config(**COMMON, **CAPPED, sliding_window=20),
+    "gemma2 without caps": lambda: transformers.Gemma2Config(
+        **COMMON, sliding_window=20, attn_logit_softcapping=None, final_logit_softcapping=None
+    ),
+    "3 of 5 experts": lambda: transformers.Qwen3MoeConfig(**COMMON, **ODD_EXPERTS, mlp_only_layers=[1]),
+    "8 of 60 experts": lambda: transformers.Qwen3MoeConfig(
+        **COMMON, num_experts=60, num_experts_per_tok=8, moe_intermediate_size=16, norm_topk_prob=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = transformers.AutoModelForCausalLM.from_config(
+            CONFIGS[name](), dtype=torch.float32, attn_implementation="eager"
+        )
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
+                torch.nn.init.normal_(parameter, 1.0, 0.3)
+    model.eval().save_pretrained(tmp_path)
+    tokens = [3 + 7919 * i % 300 for i in range(150)]
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].double()
+    expected = logits.log_softmax(-1)[torch.arange(149), torch.tensor(tokens[1:])]
+    # chunks, so that the cache is read
+    client = launch_inproc(
+        model=str(tmp_path), load_format="auto", dtype="float32", max_model_len=512, max_num_seqs=4,
+        max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 28,
+    )  # fmt: skip
+    try:
+        scored = generate(client, [make_request(tokens, max_tokens=1, temperature=0.0, prompt_logprobs=0)])[0]
+    finally:
+        client.close()
+    found = [struct.unpack("<f", struct.pack("<I", p.bits[0]))[0] for p in scored.prompt_logprobs[-149:]]
+    error = torch.tensor(found, dtype=torch.float64) - expected
+    assert error.norm() / expected.norm() < 1e-5
