@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 CPU = torch.device("cpu")
+# keys in a block
+CPU_BLOCK_SIZES, GPU_BLOCK_SIZES = (16,), (16, 32, 64)
 
 
 def allocate_kv_cache(
@@ -49,6 +51,9 @@ def allocate_kv_cache(
     device: torch.device = CPU,
 ) -> KvCache:
     """A cache of zeros for one layer. ValueError for a block size or head dim that the device's kernel cannot take."""
+    sizes = CPU_BLOCK_SIZES if device.type == "cpu" else GPU_BLOCK_SIZES
+    if block_size not in sizes:
+        raise ValueError(f"block_size must be one of {sizes} on {device.type}, got {block_size}")
     if head_dim % 16:
         raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
     if device.type == "cpu":

@@ -42,9 +42,7 @@ MAX_ROWS = 12
 def allocate_kv_cache(
     num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> KvCache:
-    """A cache of zeros; memory that is never written stays unmapped. ValueError unless block_size is 16."""
-    if block_size != BLOCK:
-        raise ValueError(f"block_size must be {BLOCK} on CPU, got {block_size}")
+    """A cache of zeros; memory that is never written stays unmapped."""
     return KvCache(
         _unmapped_zeros((num_blocks, num_kv_heads, head_dim, block_size), dtype),
         _unmapped_zeros((num_blocks, num_kv_heads, block_size, head_dim), dtype),

@@ -211,9 +211,7 @@ def _merge_splits(
 def allocate_kv_cache(
     num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> KvCache:
-    """A cache of zeros. ValueError unless block_size is 16, 32 or 64."""
-    if block_size not in (16, 32, 64):
-        raise ValueError(f"block_size must be 16, 32 or 64 on a GPU, got {block_size}")
+    """A cache of zeros."""
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
     return KvCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 

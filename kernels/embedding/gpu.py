@@ -32,12 +32,8 @@ def _embed(
 
 
 def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """token_ids int64 [T], table [V, H] -> out [T, H] in the table's dtype or wider.
-
-    An id outside the table gives a row of NaN: an exception would have to wait for the device.
-    """
+    """As the facade: an exception for an id outside the table would have to wait for the device."""
     rows, width = out.shape
-    if rows:
-        grid = (rows, triton.cdiv(width, BLOCK))
-        _embed[grid](token_ids, table, out, table.shape[0], width, BLOCK=BLOCK, num_warps=4, **CHAINED)
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _embed[grid](token_ids, table, out, table.shape[0], width, BLOCK=BLOCK, num_warps=4, **CHAINED)
     return out

@@ -18,6 +18,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     """x [T, H], weight [H] -> out [T, H]."""
     check_rows("rms_norm", x, out)
     _check_shapes("rms_norm", x, weight, out)
+    if not x.shape[0]:
+        return out
     if not x.is_cuda:
         from sempre.kernels.norms import cpu
 
@@ -36,6 +38,8 @@ def add_rms_norm(
     _check_shapes("add_rms_norm", residual, weight, out)
     if x.shape != residual.shape:
         raise ValueError(f"add_rms_norm: x {tuple(x.shape)} does not fit a residual of {tuple(residual.shape)}")
+    if not x.shape[0]:
+        return out
     if not x.is_cuda:
         from sempre.kernels.norms import cpu
 

@@ -53,20 +53,18 @@ def _shape(width: int) -> tuple[int, int]:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
-    """x [T, H], weight [H] -> out [T, H]; float32 inside, rounded once."""
+    """As the facade; float32 inside, rounded once."""
     rows, width = x.shape
     block, warps = _shape(width)
-    if rows:
-        _rms_norm[(rows,)](x, weight, out, width, eps, BLOCK=block, num_warps=warps, **CHAINED)
+    _rms_norm[(rows,)](x, weight, out, width, eps, BLOCK=block, num_warps=warps, **CHAINED)
     return out
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
 ) -> torch.Tensor:
-    """residual += x (rounded to its dtype), then out = rms_norm(residual), with equal bits as the two in turn."""
+    """As the facade; the new residual is rounded to its dtype."""
     rows, width = x.shape
     block, warps = _shape(width)
-    if rows:
-        _add_rms_norm[(rows,)](x, residual, weight, out, width, eps, BLOCK=block, num_warps=warps, **CHAINED)
+    _add_rms_norm[(rows,)](x, residual, weight, out, width, eps, BLOCK=block, num_warps=warps, **CHAINED)
     return out

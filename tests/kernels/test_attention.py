@@ -1,4 +1,4 @@
-"""Paged attention with rotation and cache write: decode, chunks and whole prompts give the same bits."""
+"""Paged attention with rope and cache write: decode, chunks and whole prompts give the same bits."""
 
 from __future__ import annotations
 
@@ -152,10 +152,64 @@ def test_tables_of_angles() -> None:
 
 
 def test_unsupported_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="block_size must be 16"):
+    with pytest.raises(ValueError, match=r"block_size must be one of \(16,\) on cpu, got 32"):
         allocate_kv_cache(2, 1, 64, 32, torch.float32)
     with pytest.raises(ValueError, match="head_dim must be a multiple of 16, got 40"):
         allocate_kv_cache(2, 1, 40, 16, torch.float32)
+
+
+def test_arrays_that_are_not_a_batch_are_refused() -> None:
+    lens = torch.ones(2, dtype=torch.int32)
+    for wrong in (torch.ones(2, 4), torch.ones(2, 4, dtype=torch.int64), torch.ones(4, 2, dtype=torch.int32).T):
+        with pytest.raises(ValueError, match=r"expected block_tables as contiguous torch\.int32"):
+            PagedBatch(wrong, lens, lens, 1, 1)
+    with pytest.raises(ValueError, match="contiguous keys and values of one dtype"):
+        KvCache(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16, dtype=torch.float16))
+
+
+def _call(rows: int, table: list[list[int]], starts: list[int], lens: list[int], width: int = 48) -> torch.Tensor:
+    arrays = (torch.tensor(numbers, dtype=torch.int32) for numbers in (table, starts, lens))
+    out = torch.full((rows, 16), 7.0)
+    cache = allocate_kv_cache(2, 1, 16, BLOCK, torch.float32)
+    return paged_attention(
+        torch.zeros(rows, width), cache, PagedBatch(*arrays, rows, 16), HeadLayout(1, 1, 16), ScoreParams(1.0), out
+    )
+
+
+def test_a_batch_that_does_not_fit_is_refused() -> None:
+    assert _call(2, [[1]], [0, 2], [2]).tolist() == [[0.0] * 16] * 2
+    # blocks, rows and contexts that do not exist
+    for table, starts, lens in (
+        ([[2]], [0, 2], [2]),
+        ([[-1]], [0, 2], [2]),
+        ([[1]], [0, 3], [3]),
+        ([[1]], [0, 2], [17]),
+        ([[1]], [0, 2], [1]),
+        ([[1]], [0, 1, 2], [2, 2]),
+    ):
+        with pytest.raises(IndexError, match=r"request [01] has rows, a context or blocks outside"):
+            _call(2, table, starts, lens)
+    with pytest.raises(ValueError, match=r"qkv \(2, 64\) does not fit 2 rows of HeadLayout"):
+        _call(2, [[1]], [0, 2], [2], width=64)
+
+
+def test_nothing_to_compute_leaves_the_rows_alone() -> None:
+    assert _call(0, [[1]], [0, 0], [0]).shape == (0, 16)
+    empty = torch.empty(0, dtype=torch.int32)
+    cache = allocate_kv_cache(2, 1, 16, BLOCK, torch.float32)
+    batch = PagedBatch(empty.view(0, 1), torch.zeros(1, dtype=torch.int32), empty, 0, 0)
+    out = paged_attention(torch.zeros(2, 48), cache, batch, HeadLayout(1, 1, 16), ScoreParams(1.0), torch.ones(2, 16))
+    assert out.tolist() == [[1.0] * 16] * 2
+
+
+@pytest.mark.parametrize(("position", "slot"), [(8, 0), (-1, 0), (0, 32), (0, -1)])
+def test_rope_refuses_what_does_not_exist_before_it_writes(position: int, slot: int) -> None:
+    cache = allocate_kv_cache(2, 1, 16, BLOCK, torch.float32)
+    positions, slots = torch.tensor([3, position]), torch.tensor([1, slot])
+    table = cos_sin_table(RopeSpec(16), 8)
+    with pytest.raises(IndexError, match=f"row 1 has position {position} of 8 and slot {slot} of 32"):
+        rope_and_cache_write(torch.ones(2, 48), positions, table, slots, cache, HeadLayout(1, 1, 16))
+    assert not cache.v.any()
 
 
 LONGEST = len(LENGTHS) - 1

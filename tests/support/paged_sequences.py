@@ -1,4 +1,4 @@
-"""Random sequences over a paged cache full of NaN, for tests of the GPU's rotation and attention on any device.
+"""Random sequences over a paged cache full of NaN, for tests of the GPU's rope and attention on any device.
 
 # S sequences, T tokens, Hq query heads, Hkv key heads, D head dim
 """
@@ -75,7 +75,7 @@ class PagedSequences:
         padding: int = 0,
         slack: int = 0,
     ) -> list[torch.Tensor]:
-        """One step over `parts` (sequence, start, stop): rotation, cache write, attention; the outputs of each part.
+        """One step over `parts` (sequence, start, stop): rope, cache write, attention; the outputs of each part.
 
         `padding` requests without rows are appended; `slack` is added to the host's bounds.
         """

@@ -117,10 +117,8 @@ def test_each_kernel_of_rows_is_tested(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_rotation_and_the_norm_before_it_are_tested(
-    family: str, checkpoints: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A rotation that goes wrong in chunks; for a model that has norms of queries and keys, only where they are on."""
+def test_rope_and_the_norm_before_it_are_tested(family: str, checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rope that goes wrong in chunks; for a model that has norms of queries and keys, only where they are on."""
     right = attention.rope_and_cache_write
 
     def wrong(qkv: torch.Tensor, *rest: Any) -> None:

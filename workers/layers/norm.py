@@ -40,15 +40,13 @@ class RMSNorm(Module):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, width], in a buffer that the next norm of this width overwrites."""
-        out = self._out[: x.shape[0]]
-        return rms_norm(x, self.weight, self.eps, out) if x.shape[0] else out
+        return rms_norm(x, self.weight, self.eps, self._out[: x.shape[0]])
 
     def of_sum(self, branch: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
         """Add `branch`, if there is one, to `residual` [T, width] in place; the norm of the sum."""
         if branch is None:
             return self(residual)
-        out = self._out[: residual.shape[0]]
-        return add_rms_norm(branch, residual, self.weight, self.eps, out) if residual.shape[0] else out
+        return add_rms_norm(branch, residual, self.weight, self.eps, self._out[: residual.shape[0]])
 
 
 class OffsetRMSNorm(RMSNorm):
@@ -62,7 +60,7 @@ class OffsetRMSNorm(RMSNorm):
 
 
 class HeadNorm(RMSNorm):
-    """A norm over each head, which the rotation of the heads computes."""
+    """A norm over each head, which rope computes."""
 
     def allocate(self, scratch: Scratch) -> None:
         """Nothing: it has no rows of its own."""

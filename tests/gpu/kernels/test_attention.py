@@ -1,4 +1,4 @@
-"""GPU rotation, cache write and attention: accuracy, and equal bits however a sequence is computed."""
+"""GPU rope, cache write and attention: accuracy, and equal bits however a sequence is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of the kernels of the CPU: attention, rotation, norms, and products."""
+"""Faults of the kernels of the CPU: attention, rope, norms, and linear layers."""
 
 from __future__ import annotations
 
