@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from sempre.engine.scheduling import Scheduler
+from sempre.engine.scheduling import Limits, Scheduler
 from sempre.ipc.messages import ExecuteStep, RequestSpec, SampledTokens, SamplingSpec, StepResult
 
 TARGET_PER_SECOND = 20_000
@@ -95,15 +95,14 @@ def answer(step: ExecuteStep, lengths: dict[str, int]) -> StepResult:
 
 
 def measure(scenario: Scenario) -> Figures:
-    scheduler = Scheduler(
+    limits = Limits(
         num_blocks=scenario.num_blocks,
         block_size=16,
         max_model_len=4_096,
         max_num_seqs=256,
         max_num_batched_tokens=2_048,
-        policy="fcfs",
-        enable_prefix_caching=True,
     )
+    scheduler = Scheduler(limits, policy="fcfs", enable_prefix_caching=True)
     for spec in requests(scenario):
         scheduler.add(spec)
     lengths: dict[str, int] = {}

@@ -17,7 +17,7 @@ from sempre.engine.coordinator.replica import Replica
 from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.coordinator.worker_calls import WorkerCalls
 from sempre.engine.executor.base import Executor, draft_ranks
-from sempre.engine.scheduling import Scheduler
+from sempre.engine.scheduling import Limits, Scheduler
 from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import describe
@@ -214,18 +214,21 @@ class EngineCore:
             if self._drafts is not None:
                 costs = replace(costs, draft=self._drafts.step_seconds)
             speculation = SpeculationPlan(config.speculative_config, steps_ahead=steps_ahead, costs=costs)
-        return Scheduler(
+        limits = Limits(
+            max_model_len=ready.max_model_len,
             num_blocks=ready.num_blocks,
             block_size=ready.block_size,
-            max_model_len=ready.max_model_len,
             max_num_seqs=ready.max_num_seqs,
             max_num_batched_tokens=ready.max_num_batched_tokens,
             max_prompt_tokens=self._startup.max_prompt_tokens,
+            max_draft_tokens=config.max_draft_tokens,
+        )
+        return Scheduler(
+            limits,
             policy=config.scheduling_policy,
             enable_prefix_caching=config.enable_prefix_caching,
             max_request_crashes=config.max_request_crashes,
             speculation=speculation,
-            max_draft_tokens=config.max_draft_tokens,
         )
 
     def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:

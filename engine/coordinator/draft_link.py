@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from sempre.engine.scheduling.planned_step import check_drafts
 from sempre.engine.scheduling.request import Request
-from sempre.engine.scheduling.step_in_flight import check_drafts
 from sempre.engine.speculation import ModelSpeculation
 from sempre.ipc.messages import DraftRequest, ExecuteStep, StepResult
 

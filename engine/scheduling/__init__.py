@@ -1,10 +1,11 @@
 """Which request computes what in the next step: continuous batching over a paged, prefix-cached KV cache.
 
     scheduler.py         Scheduler: add, abort, schedule, update, restart
-    quarantine.py        Quarantine: after a crash, requests run alone until the one that caused it is found
+    planner.py           StepPlanner: which request computes what in the next step
+    crash_isolation.py   CrashIsolation: after a crash, requests run alone until the one that caused it is found
     request.py           Request: one sequence and how far it has come
-    limits.py            Limits: how long a sequence can get
-    step_in_flight.py    StepInFlight: a step whose result is not back yet, and the check of that result
+    limits.py            Limits: what a sequence and a step must fit into
+    planned_step.py      PlannedStep: a step under construction or in flight, and the check of its result
     kv_cache_manager.py  KVCacheManager: block tables of requests; prefix hits
     block_pool.py        BlockPool: reference counts, free blocks, order of eviction
     prefix_cache.py      PrefixCache: content of a full block ↔ block
@@ -13,7 +14,8 @@
 Pure Python: no I/O, no clock, no randomness, no tensors. The same sequence of calls gives the same steps.
 """
 
+from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.scheduler import Scheduler
 from sempre.engine.scheduling.stats import SchedulerStats
 
-__all__ = ["Scheduler", "SchedulerStats"]
+__all__ = ["Limits", "Scheduler", "SchedulerStats"]

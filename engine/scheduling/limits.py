@@ -1,4 +1,4 @@
-"""How long a sequence can get, and what a request is told that does not fit."""
+"""What a sequence and a step must fit into, and what a request is told that does not."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from sempre.ipc.messages import ErrorInfo, RequestSpec
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`max_model_len` is the model's, in tokens; `num_blocks` × `block_size` tokens is what the KV cache holds."""
+    """Of one replica, in tokens but for the numbers of blocks and of requests (`max_num_seqs`)."""
 
     max_model_len: int
     num_blocks: int
+    """KV cache of `block_size` tokens each"""
     block_size: int
+    max_num_seqs: int
+    """requests in one step"""
+    max_num_batched_tokens: int
+    """in one step"""
+    max_prompt_tokens: int | None = None
+    """of requests that do more than decode, in one step; None: all of them"""
+    max_draft_tokens: int = 0
+    """to verify in one step"""
 
     @property
     def max_kv_tokens(self) -> int:

@@ -12,7 +12,7 @@ _PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
 
 
 class SchedulerStats(Struct, kw_only=True):
-    """Gauges are of now; counters run since the scheduler was made. Token counts include no placeholder."""
+    """Gauges are current values; counters accumulate from construction. Token counts include no placeholder."""
 
     # gauges
     num_running: int = 0
@@ -32,7 +32,7 @@ class SchedulerStats(Struct, kw_only=True):
     generation_tokens: int = 0
     prefix_cache_queries: int = 0  # tokens looked up, at every admission that may read the cache
     prefix_cache_hits: int = 0  # tokens found
-    num_drafts: int = 0  # times that guesses of a request were verified
+    num_drafts: int = 0  # times that drafts of a request were verified
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)

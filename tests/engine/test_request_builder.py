@@ -103,7 +103,7 @@ def test_prompt_beyond_the_kv_cache(byte_level: Tokenizer) -> None:
 def test_the_coordinator_says_the_same_of_a_prompt(byte_level: Tokenizer, length: int, max_kv_tokens: int) -> None:
     """It checks what reaches it by another way, too."""
     builder = RequestBuilder(byte_level, dataclasses.replace(LIMITS, max_kv_tokens=max_kv_tokens))
-    limits = Limits(LIMITS.max_model_len, max_kv_tokens // 4, 4)
+    limits = Limits(LIMITS.max_model_len, max_kv_tokens // 4, 4, 8, 64)
     spec = RequestSpec(
         request_id="a", prompt_token_ids=[3] * length, params=SamplingSpec(max_tokens=8), seed=7, ordinal=0
     )

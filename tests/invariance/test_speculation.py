@@ -195,7 +195,7 @@ def test_accepting_wrong_guesses_fails(stack: ExitStack, monkeypatch: pytest.Mon
         return result if len(result.token_ids) > 1 else right(request_id, drafts, rows, rank)
 
     monkeypatch.setattr(model_runner, "verified", careless)
-    monkeypatch.setattr("sempre.engine.scheduling.step_in_flight.follows_drafts", lambda *_: True)
+    monkeypatch.setattr("sempre.engine.scheduling.planned_step.follows_drafts", lambda *_: True)
     stack.enter_context(drafting_with(plain()[1], 0.5))
     llm = stack.enter_context(speculating("half", 4))
     assert run(llm) != plain()[0]

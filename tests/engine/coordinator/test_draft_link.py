@@ -17,8 +17,11 @@ PLAN = SpeculationPlan(
 )
 
 
+LIMITS = Limits(100, 100, 16, 8, 64)
+
+
 def make(name: str) -> Request:
-    return Request(make_request([1, 2, 3], request_id=name, max_tokens=90), 0, Limits(100, 100, 16), PLAN.start())
+    return Request(make_request([1, 2, 3], request_id=name, max_tokens=90), 0, LIMITS, PLAN.start())
 
 
 def speculation(request: Request) -> ModelSpeculation:

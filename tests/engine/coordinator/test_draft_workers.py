@@ -89,7 +89,7 @@ def link(core: EngineCore) -> DraftLink:
 
 
 def ask(core: EngineCore) -> None:
-    request = Request(make_request([1, 2], max_tokens=90), 0, Limits(100, 100, 16), PLAN.start())
+    request = Request(make_request([1, 2], max_tokens=90), 0, Limits(100, 100, 16, 8, 64), PLAN.start())
     assert request.speculation is not None
     request.speculation.sampled(request.token_ids, [], 0, None)
     link(core).ask([request])

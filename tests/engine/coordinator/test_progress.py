@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from sempre.engine.coordinator.core import ProgressWatch
 from sempre.engine.harness import make_request
-from sempre.engine.scheduling import Scheduler
+from sempre.engine.scheduling import Limits, Scheduler
 from sempre.ipc.messages import ExecuteStep, SampledTokens, StepResult
 
 
 def make_scheduler() -> Scheduler:
-    scheduler = Scheduler(
+    limits = Limits(
         num_blocks=64,
         block_size=4,
         max_model_len=64,
         max_num_seqs=2,
         max_num_batched_tokens=16,
-        policy="fcfs",
-        enable_prefix_caching=True,
     )
+    scheduler = Scheduler(limits, policy="fcfs", enable_prefix_caching=True)
     for number, name in enumerate(("one", "two", "queued")):
         scheduler.add(make_request([1, 2, 3], request_id=name, ordinal=number, max_tokens=40))
     return scheduler

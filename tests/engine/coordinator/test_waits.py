@@ -16,7 +16,7 @@ from scripted_worker import next_token
 from sempre.engine.coordinator.draft_link import PATIENCE_S, DraftLink
 from sempre.engine.coordinator.replica import Replica
 from sempre.engine.harness import make_request
-from sempre.engine.scheduling import Scheduler
+from sempre.engine.scheduling import Limits, Scheduler
 from sempre.engine.scheduling.request import Request
 from sempre.engine.speculation import ModelSpeculation, SpeculationPlan
 from sempre.ipc.config import SpeculativeConfig
@@ -68,17 +68,21 @@ class Run:
             method="draft_model", model="m", placement="worker", num_speculative_tokens=3, adaptive=adaptive
         )
         costs = StepCosts(step=1.0, row=0.0, result=0.0, draft=0.0)
-        self.scheduler = Scheduler(
+        plan = SpeculationPlan(config, steps_ahead=depth > 1, costs=costs)
+        limits = Limits(
             num_blocks=14,  # too few for all, so that requests are preempted
             block_size=4,
             max_model_len=64,
             max_num_seqs=4,
             max_num_batched_tokens=16,
+            max_draft_tokens=12,
+        )
+        self.scheduler = Scheduler(
+            limits,
             policy="fcfs",
             enable_prefix_caching=True,
             max_request_crashes=10_000,
-            speculation=SpeculationPlan(config, steps_ahead=depth > 1, costs=costs),
-            max_draft_tokens=12,
+            speculation=plan,
         )
         self.link = DraftLink()
         self.steps = Steps()

@@ -22,9 +22,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sempre.engine.scheduling import Scheduler
+from sempre.engine.scheduling import Limits, Scheduler
 from sempre.engine.speculation import SpeculationPlan
-from sempre.ipc.config import SpeculativeConfig
+from sempre.ipc.config import SchedulingPolicy, SpeculativeConfig
 from sempre.ipc.messages import (
     ErrorInfo,
     ExecuteStep,
@@ -178,19 +178,23 @@ class Setup:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    policy: str
+    policy: SchedulingPolicy
     enable_prefix_caching: bool
     max_prompt_tokens: int | None = None
     max_in_flight: int = 1
     speculative: SpeculativeConfig | None = None
 
     def scheduler(self) -> Scheduler:
-        names = self.__dataclass_fields__.keys() - {"max_in_flight", "speculative"}
-        arguments = {name: getattr(self, name) for name in names}
+        limits = {name: getattr(self, name) for name in Limits.__dataclass_fields__ if name != "max_draft_tokens"}
+        plan = None
         if self.speculative is not None:
             plan = SpeculationPlan(self.speculative, steps_ahead=self.max_in_flight > 1, costs=COSTS)
-            arguments |= {"speculation": plan, "max_draft_tokens": 6}
-        return Scheduler(**arguments)
+        return Scheduler(
+            Limits(**limits, max_draft_tokens=6),
+            policy=self.policy,
+            enable_prefix_caching=self.enable_prefix_caching,
+            speculation=plan,
+        )
 
 
 def expected(spec: RequestSpec, setup: Setup) -> Outcome:

@@ -7,7 +7,7 @@ from planted_faults.fault import Fault
 BLOCK_POOL = "engine/scheduling/block_pool.py"
 MANAGER = "engine/scheduling/kv_cache_manager.py"
 PREFIX_CACHE = "engine/scheduling/prefix_cache.py"
-SCHEDULER = "engine/scheduling/scheduler.py"
+PLANNER = "engine/scheduling/planner.py"
 POOL_TESTS = "tests/engine/scheduling/test_block_pool.py"
 PREFIX_TESTS = "tests/engine/scheduling/test_prefix_cache.py"
 TESTS = "tests/engine/scheduling/test_scheduler.py"
@@ -58,19 +58,19 @@ CACHE = (
     Fault(
         "step-in-flight-is-findable",
         "Blocks of a later chunk can be found as soon as it is planned, though its step may fail.",
-        SCHEDULER,
-        "            draft.plan(request, num_new, block_table_start, block_ids, drafts)\n",
-        "            draft.plan(request, num_new, block_table_start, block_ids, drafts)\n"
-        "            self._kv_cache.commit(request, min(start + num_new, len(request.token_ids)))\n",
+        PLANNER,
+        "            step.add(request, num_new, block_table_start, block_ids, drafts)\n",
+        "            step.add(request, num_new, block_table_start, block_ids, drafts)\n"
+        "            self.kv_cache.commit(request, min(start + num_new, len(request.token_ids)))\n",
         (f"{TESTS}::test_a_later_chunk_is_not_found_before_its_step_has_returned",),
     ),
     Fault(
         "admission-in-flight-is-findable",
         "Blocks of a first chunk can be found as soon as it is planned, though its step may fail.",
-        SCHEDULER,
-        "        draft.plan(request, num_new, 0, request.block_ids.copy())\n",
-        "        draft.plan(request, num_new, 0, request.block_ids.copy())\n"
-        "        self._kv_cache.commit(request, num_cached + num_new)\n",
+        PLANNER,
+        "        step.add(request, num_new, 0, request.block_ids.copy())\n",
+        "        step.add(request, num_new, 0, request.block_ids.copy())\n"
+        "        self.kv_cache.commit(request, num_cached + num_new)\n",
         (
             f"{TESTS}::test_a_block_is_not_found_before_its_step_has_returned",
             f"{TESTS}::test_an_error_ends_one_request_and_leaves_nothing_findable_of_its_step",
@@ -119,9 +119,9 @@ CACHE = (
     Fault(
         "prefix-cache-outlives-the-worker",
         "After a crash blocks are found whose contents died with the worker.",
-        SCHEDULER,
-        "        self._finished_ids.clear()\n        self._kv_cache.forget_cached()",
-        "        self._finished_ids.clear()",
+        PLANNER,
+        "        self.waiting = sorted(requests, key=_ORDER_KEY)\n        self.kv_cache.forget_cached()",
+        "        self.waiting = sorted(requests, key=_ORDER_KEY)",
         (f"{TESTS}::test_restart_sends_every_token_again_and_counts_nothing_twice",),
     ),
     Fault(

@@ -6,7 +6,8 @@ from planted_faults.fault import Fault
 
 REQUEST = "engine/scheduling/request.py"
 SCHEDULER = "engine/scheduling/scheduler.py"
-STEP = "engine/scheduling/step_in_flight.py"
+PLANNER = "engine/scheduling/planner.py"
+STEP = "engine/scheduling/planned_step.py"
 TESTS = "tests/engine/scheduling/test_scheduler.py"
 SIMULATION = "tests/engine/scheduling/test_simulation.py"
 
@@ -22,25 +23,24 @@ SCHEDULING = (
     Fault(
         "preempted-request-waits-at-the-end",
         "A preempted request loses its place to those that came after it.",
-        SCHEDULER,
-        "        self._leave(request)\n        insort(self._waiting, request, key=ORDER_KEY)",
-        "        self._leave(request)\n        self._waiting.append(request)",
+        PLANNER,
+        "        self.leave(request)\n        self.wait(request)",
+        "        self.leave(request)\n        self.waiting.append(request)",
         (f"{SIMULATION}::test_a_busy_workload_ends_right_under_every_setting",),
     ),
     Fault(
         "preempted-request-keeps-its-blocks",
         "Blocks of a preempted request stay taken, and those who run never get them.",
-        SCHEDULER,
-        "        self._leave(request)\n        insort(self._waiting, request, key=ORDER_KEY)",
-        "        self._running.remove(request)\n        request.is_running = False\n"
-        "        insort(self._waiting, request, key=ORDER_KEY)",
+        PLANNER,
+        "        self.leave(request)\n        self.wait(request)",
+        "        self.running.remove(request)\n        request.is_running = False\n        self.wait(request)",
         (f"{TESTS}::test_a_preempted_request_finds_its_own_blocks_again",),
     ),
     Fault(
         "result-of-an-earlier-admission-is-committed",
         "A result from before a preemption makes blocks findable that the new admission has not written.",
         SCHEDULER,
-        "holds_blocks = request.is_running and request.admitted_at_step <= flight.step_id",
+        "holds_blocks = request.is_running and request.admitted_at_step <= in_flight.step_id",
         "holds_blocks = request.is_running",
         (f"{TESTS}::test_a_result_from_before_a_preemption_offers_no_block_of_the_new_admission",),
     ),
@@ -112,24 +112,24 @@ SCHEDULING = (
         "suspect-that-has-ended-runs-alone",
         "After a crash everybody waits for a request that has ended to run alone.",
         SCHEDULER,
-        "        self._quarantine.release(request)\n        del self._requests",
+        "        self._isolation.release(request)\n        del self._requests",
         "        del self._requests",
         ("tests/engine/coordinator/test_waits.py::test_every_wait_has_an_owner",),
     ),
     Fault(
         "prompt-takes-the-place-of-decoding",
         "A long prompt takes the whole step, and requests behind it stop decoding.",
-        SCHEDULER,
-        "max(1, draft.budget - (num_running - index - 1)))",
-        "max(1, draft.budget))",
+        PLANNER,
+        "max(1, step.budget - num_later))",
+        "max(1, step.budget))",
         (f"{TESTS}::test_a_long_prompt_leaves_a_token_to_each_request_behind_it",),
     ),
     Fault(
         "admitted-in-a-step-that-preempts",
         "A waiting request takes the blocks for which another has just been preempted.",
-        SCHEDULER,
-        "            if self._schedule_running(draft):\n                self._schedule_waiting(draft)",
-        "            self._schedule_running(draft)\n            self._schedule_waiting(draft)",
+        PLANNER,
+        "            if self._plan_running(step):\n                self._plan_waiting(step)",
+        "            self._plan_running(step)\n            self._plan_waiting(step)",
         (f"{TESTS}::test_nobody_is_admitted_in_a_step_that_preempts",),
     ),
     Fault(
@@ -143,7 +143,7 @@ SCHEDULING = (
     Fault(
         "crash-forgets-who-was-at-work",
         "Requests that were at work in a crash go on side by side, so that one that kills its worker takes all along.",
-        "engine/scheduling/quarantine.py",
+        "engine/scheduling/crash_isolation.py",
         "suspect.passes_at = len(request.token_ids) + num_steps[request.request_id]",
         "suspect.passes_at = len(request.token_ids) + 1",
         (f"{TESTS}::test_a_suspect_passes_with_all_tokens_that_were_under_way",),

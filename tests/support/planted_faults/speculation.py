@@ -5,6 +5,7 @@ from __future__ import annotations
 from planted_faults.fault import Fault
 
 SCHEDULER = "engine/scheduling/scheduler.py"
+PLANNER = "engine/scheduling/planner.py"
 SPECULATION_FILE = "engine/speculation/speculation.py"
 VERIFICATION = "workers/verification.py"
 LINK = "engine/coordinator/draft_link.py"
@@ -62,7 +63,7 @@ SPECULATION = (
     Fault(
         "drafts-beyond-the-last-token",
         "Drafts are verified past the last token that a request may have.",
-        SCHEDULER,
+        PLANNER,
         "        room = min(room, request.compute_limit - request.num_tokens)\n",
         "",
         (f"{SCHEDULER_TESTS}::test_guesses_never_reach_past_the_last_token_a_request_may_have",),
@@ -70,17 +71,17 @@ SPECULATION = (
     Fault(
         "drafts-take-the-place-of-decoding",
         "Drafts of one request fill the step, and those behind it stop decoding.",
-        SCHEDULER,
-        "room = draft.budget - num_new - (num_running - index - 1)",
-        "room = draft.budget - num_new",
+        PLANNER,
+        "min(step.budget - num_new - num_later, ",
+        "min(step.budget - num_new, ",
         (f"{SCHEDULER_TESTS}::test_drafts_leave_a_token_to_each_request_behind_them",),
     ),
     Fault(
         "drafts-of-a-step-without-bound",
         "A step brings more drafts than a worker has rows of logits for.",
-        SCHEDULER,
-        "min(room, self._max_draft_tokens - draft.num_draft_tokens)",
-        "min(room, self._max_draft_tokens)",
+        PLANNER,
+        "self._limits.max_draft_tokens - step.num_draft_tokens)",
+        "self._limits.max_draft_tokens)",
         (f"{SIMULATION}::test_a_busy_workload_ends_right_under_every_setting",),
     ),
     Fault(
@@ -102,7 +103,7 @@ SPECULATION = (
     Fault(
         "what-does-not-follow-the-drafts-is-taken",
         "Tokens of a worker that accepted a wrong draft are delivered.",
-        "engine/scheduling/step_in_flight.py",
+        "engine/scheduling/planned_step.py",
         "return num_kept <= len(drafts) and token_ids[:num_kept] == drafts[:num_kept]",
         "return num_kept <= len(drafts)",
         (f"{SCHEDULER_TESTS}::test_tokens_that_do_not_follow_the_guesses_are_refused",),

@@ -15,7 +15,7 @@ import torch
 from no_gpu import without_gpu
 from worker_settings import worker_config
 
-from sempre.engine.scheduling import Scheduler
+from sempre.engine.scheduling import Limits, Scheduler
 from sempre.engine.speculation import SpeculationPlan, speculation
 from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.messages import (
@@ -118,17 +118,15 @@ def _run(
     runner: Any, specs: list[RequestSpec], plan: SpeculationPlan | None, depth: int
 ) -> tuple[dict[str, Output], Scheduler]:
     """To the end, with up to `depth` steps submitted before the first of them is collected."""
-    scheduler = Scheduler(
+    limits = Limits(
         num_blocks=NUM_BLOCKS,
         block_size=16,
         max_model_len=MAX_LEN,
         max_num_seqs=MAX_SEQS,
         max_num_batched_tokens=MAX_TOKENS,
-        policy="fcfs",
-        enable_prefix_caching=True,
-        speculation=plan,
         max_draft_tokens=MAX_DRAFTS if plan is not None else 0,
     )
+    scheduler = Scheduler(limits, policy="fcfs", enable_prefix_caching=True, speculation=plan)
     for spec in specs:
         scheduler.add(spec)
     outputs: dict[str, Output] = {spec.request_id: ([], [], []) for spec in specs}

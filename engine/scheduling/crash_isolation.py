@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sempre.engine.scheduling.planned_step import PlannedStep
 from sempre.engine.scheduling.request import Request
-from sempre.engine.scheduling.step_in_flight import StepInFlight
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class _Suspect:
     """length of its sequence, in tokens, with which it passes"""
 
 
-class Quarantine:
+class CrashIsolation:
     """The suspects of the last crashes; the least suspicious runs first, then the order of requests decides."""
 
     def __init__(self, max_request_crashes: int) -> None:
@@ -40,7 +40,7 @@ class Quarantine:
         first = min(self._suspects.values(), key=lambda suspect: (suspect.num_crashes, suspect.request.order_key))
         return first.request
 
-    def note_crash(self, in_flight: Iterable[StepInFlight]) -> list[tuple[Request, int]]:
+    def note_crash(self, in_flight: Iterable[PlannedStep]) -> list[tuple[Request, int]]:
         """Suspect the unfinished requests of these steps; those to be given up, with their crashes, are left out."""
         at_work = [request for step in in_flight for request in step.requests if request.finish_reason is None]
         num_steps = Counter(request.request_id for request in at_work)

@@ -1,4 +1,4 @@
-"""A step whose result is not back yet, and the check of that result."""
+"""A step: built up by the planner, then in flight until its result is back, and checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from operator import gt
 
 import msgspec
 
+from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.request import Request
 from sempre.ipc.errors import ProtocolError
 from sempre.ipc.messages import (
@@ -19,8 +20,8 @@ from sempre.ipc.messages import (
 )
 
 
-class StepInFlight:
-    """Built up by `Scheduler.schedule`, consumed by `Scheduler.update`; entry i of each list is of one request.
+class PlannedStep:
+    """Built up by `StepPlanner.plan`, consumed by `Scheduler.update`; entry i of each list is of one request.
 
     It holds the requests themselves, not their ids: an id may finish and be used again while the step runs.
     """
@@ -37,10 +38,10 @@ class StepInFlight:
         "step_id",
     )
 
-    def __init__(self, step_id: int, budget: int, prompt_budget: int) -> None:
+    def __init__(self, step_id: int, limits: Limits) -> None:
         self.step_id = step_id
-        self.budget = budget  # tokens that may still be planned
-        self.prompt_budget = prompt_budget  # so many of them for requests that do more than decode
+        self.budget = limits.max_num_batched_tokens  # tokens that may still be planned
+        self.prompt_budget = limits.max_prompt_tokens or self.budget  # of them, for requests that do more than decode
         self.num_draft_tokens = 0  # to verify
         self.requests: list[Request] = []
         self.samples: list[bool] = []
@@ -52,7 +53,7 @@ class StepInFlight:
     def has_room_for_prompts(self) -> bool:
         return self.budget > 0 and self.prompt_budget > 0
 
-    def plan(
+    def add(
         self,
         request: Request,
         num_tokens: int,

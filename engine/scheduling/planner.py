@@ -1,0 +1,190 @@
+"""Which request computes what in the next step, and who gives its KV cache blocks to whom.
+
+Order is (priority, ordinal, request id), lower first; the priority counts only under the policy "priority".
+One step takes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests, and at most
+`max_prompt_tokens` of them are of prompts, since whoever decodes waits for those:
+
+1. running requests, in order; one that needs a block when none is left preempts the last running request, or itself;
+2. then, if nobody was preempted, waiting requests, in order, while the first of them fits. None overtakes another.
+
+A preempted request gives its blocks back and waits again at its place in the order; what it had computed is
+computed again. None of this shows in a request's tokens: they depend on its own prompt, parameters and seed alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from operator import attrgetter
+
+from sempre.engine.scheduling.kv_cache_manager import KVCacheManager
+from sempre.engine.scheduling.limits import Limits
+from sempre.engine.scheduling.planned_step import PlannedStep
+from sempre.engine.scheduling.request import OrderKey, Request
+from sempre.engine.scheduling.stats import SchedulerStats
+
+_ORDER_KEY = attrgetter("order_key")
+
+
+class StepPlanner:
+    """The requests that run, those that wait, and the blocks that the former hold."""
+
+    def __init__(self, limits: Limits, kv_cache: KVCacheManager, counters: SchedulerStats) -> None:
+        self._limits = limits
+        self.kv_cache = kv_cache
+        self._counters = counters
+        self.running: list[Request] = []  # sorted by order key, as is `waiting`
+        self.waiting: list[Request] = []
+
+    def plan(self, step_id: int, alone: Request | None) -> PlannedStep:
+        """Plan the next step, of one request if it is to run `alone`; it is empty when there is nothing to compute."""
+        step = PlannedStep(step_id, self._limits)
+        if alone is None:
+            if self._plan_running(step):
+                self._plan_waiting(step)
+        elif alone.is_running:
+            self._plan_running(step)  # nobody else is running
+        else:
+            self._admit(step, alone)
+        return step
+
+    def wait(self, request: Request) -> None:
+        """Queue a request that runs nowhere, at its place in the order."""
+        insort(self.waiting, request, key=_ORDER_KEY)
+
+    def leave(self, request: Request) -> None:
+        """Take a request out of its queue, and its blocks back."""
+        _remove(self.running if request.is_running else self.waiting, request)
+        request.is_running = False
+        self.kv_cache.release(request)
+
+    def wait_again(self, request: Request) -> None:
+        """From running back to waiting, at its place in the order."""
+        self.leave(request)
+        self.wait(request)
+
+    def restart(self, requests: Iterable[Request]) -> None:
+        """All `requests` wait: the worker has died, and the cache is empty."""
+        for request in self.running:
+            request.is_running = False
+            self.kv_cache.release(request)
+        self.running.clear()
+        self.waiting = sorted(requests, key=_ORDER_KEY)
+        self.kv_cache.forget_cached()
+
+    def _plan_running(self, step: PlannedStep) -> bool:
+        """Plan running requests; False if one was preempted, so that nobody takes the blocks it waits for."""
+        running = self.running
+        num_running = len(running)
+        # preemption pops from the tail: a later request, or the current one
+        for index, request in enumerate(running):
+            if not step.budget:
+                break
+            start = request.num_computed_tokens
+            num_new = min(request.num_tokens, request.compute_limit) - start
+            if num_new < 1 or request.is_held_back:
+                continue  # its last token is in flight
+            if request.speculation is not None and _must_wait(request):
+                continue
+            num_later = num_running - index - 1
+            if num_new > 1:
+                # a long prompt leaves a token to each later request: they go on decoding meanwhile
+                num_new = min(num_new, step.prompt_budget, max(1, step.budget - num_later))
+                if not num_new:
+                    continue
+            block_table_start = len(request.block_ids)
+            block_ids: list[int] = []
+            if start + num_new > request.num_slots:
+                grown = self._grow_or_preempt(request, start + num_new)
+                if grown is None:
+                    break
+                block_ids = grown
+            drafts: list[int] = []
+            if request.speculation is not None and request.num_tokens == len(request.token_ids) == start + num_new:
+                room = min(step.budget - num_new - num_later, self._limits.max_draft_tokens - step.num_draft_tokens)
+                drafts, more_blocks = self._drafts(request, room)
+                block_ids = block_ids + more_blocks
+            step.add(request, num_new, block_table_start, block_ids, drafts)
+        return len(running) == num_running
+
+    def _drafts(self, request: Request, room: int) -> tuple[list[int], list[int]]:
+        """Draft tokens to verify after the request's last token, and blocks for them; nobody is preempted for these."""
+        assert request.speculation is not None
+        room = min(room, request.compute_limit - request.num_tokens)
+        drafts = request.speculation.drafts(request.token_ids, max(0, room))
+        block_ids: list[int] | None = []
+        if request.num_tokens + len(drafts) > request.num_slots:
+            block_ids = self.kv_cache.grow(request, request.num_tokens + len(drafts))
+        if block_ids is None:
+            drafts, block_ids = drafts[: request.num_slots - request.num_tokens], []
+        return drafts, block_ids
+
+    def _grow_or_preempt(self, request: Request, num_tokens: int) -> list[int] | None:
+        """Blocks for the first `num_tokens` tokens, at the cost of the last requests; None if that was this one."""
+        while (block_ids := self.kv_cache.grow(request, num_tokens)) is None:
+            victim = self.running[-1]
+            self.wait_again(victim)
+            self._counters.num_preemptions += 1
+            victim.num_preemptions += 1
+            if victim is request:
+                return None
+        return block_ids
+
+    def _plan_waiting(self, step: PlannedStep) -> None:
+        """Admit waiting requests, strictly in order."""
+        while self.waiting and len(self.running) < self._limits.max_num_seqs and step.has_room_for_prompts:
+            if not self._admit(step, self.waiting[0]):
+                break
+
+    def _admit(self, step: PlannedStep, request: Request) -> bool:
+        """Plan the first tokens of a waiting request; False when it does not fit now."""
+        if request.awaits_result:
+            return False  # preempted while its last token or drafts were in flight
+        cached_blocks = self.kv_cache.find_cached_blocks(request)
+        if not self.kv_cache.can_admit(request, cached_blocks):
+            return False
+        num_cached = len(cached_blocks) * self.kv_cache.block_size
+        num_new = min(request.num_tokens - num_cached, step.budget, step.prompt_budget)
+        self.kv_cache.admit(request, cached_blocks, num_cached + num_new)
+        self._count_admission(request, num_cached)
+        _remove(self.waiting, request)
+        insort(self.running, request, key=_ORDER_KEY)
+        request.is_running = True
+        request.admitted_at_step = step.step_id
+        if not request.is_known_to_worker:
+            request.is_known_to_worker = True
+            step.new_requests.append(request.as_new())
+        step.add(request, num_new, 0, request.block_ids.copy())
+        return True
+
+    def _count_admission(self, request: Request, num_cached: int) -> None:
+        counters = self._counters
+        if self.kv_cache.enable_prefix_caching and request.reads_prefix_cache:
+            counters.prefix_cache_queries += len(request.token_ids)
+            counters.prefix_cache_hits += num_cached
+        if not request.was_admitted:
+            request.was_admitted = True
+            request.cached_tokens_to_report = num_cached
+            counters.prompt_tokens += request.num_prompt_tokens
+            counters.cached_prompt_tokens += num_cached
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError unless queues, block tables, pool and prefix cache agree."""
+        for queue in (self.running, self.waiting):
+            keys = [request.order_key for request in queue]
+            assert keys == sorted(set(keys))
+        assert all(request.is_running and request.block_ids for request in self.running)
+        assert not any(request.is_running or request.block_ids for request in self.waiting)
+        self.kv_cache.check_invariants(self.running)
+
+
+def _must_wait(request: Request) -> bool:
+    """Whether what the request's next step computes depends on something still to come."""
+    assert request.speculation is not None
+    num_in_flight = request.num_tokens - len(request.token_ids)
+    return bool(request.drafts_in_flight) or request.speculation.must_wait(request.token_ids, num_in_flight)
+
+
+def _remove(queue: list[Request], request: Request) -> None:
+    key: OrderKey = request.order_key
+    del queue[bisect_left(queue, key, key=_ORDER_KEY)]
