@@ -3,7 +3,7 @@
     python benchmarks/speculation.py                                         # tiny with tiny-draft, coupled and greedy
     python benchmarks/speculation.py --model smollm2-135m --methods ngram    # on a GPU: lookup
 
-Greedy drafting is what the same draft model guesses at temperature 0. Engines are off, on, off, on, …; figures are
+Greedy drafting is what the same draft model drafts at temperature 0. Engines are off, on, off, on, …; figures are
 medians. Everything runs in this process, on the same prompts, and the outputs of all engines must be equal. Seeds
 differ between repetitions; at temperature 0 `suffix` finds the text of the former one, as it would in a cache.
 """
@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from sempre.engine import LLM, Counter, SamplingParams
 from sempre.ipc.messages import NewRequest
-from sempre.workers.drafting import Drafting
+from sempre.workers.drafters.model import ModelDrafter
 
 PARAGRAPH = (
     "The committee met on Tuesday to consider the report on the northern bridge. Its members agreed that the bridge "
@@ -53,7 +53,7 @@ PROMPTS = {"repeating": REPEATING, "prose": PROSE}
 def main() -> None:
     options = _parse()
     print(f"{options.model}, {options.num_requests} request(s), {options.max_tokens} tokens each, k={options.k}")
-    print("| prompts | T | drafting | tokens per step | kept guesses | off | on | speed-up |")
+    print("| prompts | T | drafting | tokens per step | kept drafts | off | on | speed-up |")
     print("|---|---|---|---|---|---|---|---|")
     settings: dict[str, Any] = {"multiprocessing": False, "num_threads": options.num_threads, "device": options.device}
     # two engines share a GPU
@@ -95,7 +95,7 @@ def _row(off: LLM, on: LLM, kind: str, temperature: float, name: str, options: a
             outputs.append([result.outputs[0].token_ids for result in results])
         assert outputs[0] == outputs[1], "speculation changed an output"
     drafts, tokens, accepted = (now - then for now, then in zip(_counts(on), before, strict=True))
-    # every request and step: one token, and what was kept of the guesses
+    # every request and step: one token, and what was kept of the drafts
     total = (options.repetitions + 1) * options.num_requests * options.max_tokens
     per_step = total / (total - accepted)
     share = f"{accepted / tokens:.0%} of {tokens / drafts:.1f}" if drafts else "none"
@@ -118,18 +118,18 @@ def _counts(llm: LLM) -> tuple[int, int, int]:
 
 @contextmanager
 def _drafting(method: str) -> Iterator[None]:
-    """While this lasts, a draft model guesses greedily if `method` says so."""
-    add = Drafting.add
+    """While this lasts, a draft model drafts greedily if `method` says so."""
+    add = ModelDrafter.add
 
-    def add_greedy(self: Drafting, new: NewRequest) -> None:
+    def add_greedy(self: ModelDrafter, new: NewRequest) -> None:
         add(self, replace(new, params=replace(new.params, temperature=0.0)))
 
     if method == "greedy":
-        Drafting.add = add_greedy  # type: ignore[method-assign]
+        ModelDrafter.add = add_greedy  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Drafting.add = add  # type: ignore[method-assign]
+        ModelDrafter.add = add  # type: ignore[method-assign]
 
 
 def _parse() -> argparse.Namespace:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
-from sempre.ipc.messages import ExecuteStep, SampledTokens, WorkerConfig
+from sempre.ipc.messages import WorkerConfig
 from sempre.workers.device import DeviceSpeed
-from sempre.workers.guessing import Guesser
-from sempre.workers.kv_cache import PagedKvCache, block_bytes
+from sempre.workers.drafters.base import DraftModelRunner
+from sempre.workers.kv_cache import block_bytes
 from sempre.workers.layers.linear_kernel import LinearKernel
 from sempre.workers.loading import Placement, WeightFacts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
+from sempre.workers.runner import ModelRunner
 from sempre.workers.sampling import GrammarCompiler
+from sempre.workers.step_validation import StepLimits
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class LoadedModel:
         return self.model.spec
 
     @property
+    def limits(self) -> StepLimits:
+        return StepLimits(
+            self.max_model_len,
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            self.spec.vocab_size,
+            self.config.max_draft_tokens,
+        )
+
+    @property
     def block_bytes(self) -> int:
         """Of one KV cache block."""
         return block_bytes(self.spec, self.block_size, self.weights.dtype)
@@ -58,31 +70,6 @@ class LoadedModel:
     def make_grammar_compiler(self, *, step_wait_s: float | None = None) -> GrammarCompiler:
         """For the model's own tokenizer."""
         return GrammarCompiler(Path(self.config.model_path), self.spec.vocab_size, step_wait_s=step_wait_s)
-
-
-class Runner(Protocol):
-    """Computes steps; the limits are those of the warm-up too."""
-
-    cache: PagedKvCache
-    max_model_len: int
-    max_num_batched_tokens: int
-
-    def execute(self, step: ExecuteStep) -> list[SampledTokens]:
-        """One result per scheduled request, in order. Raises MessageMalformed when the step itself is wrong."""
-
-
-@runtime_checkable
-class PipelinedRunner(Runner, Protocol):
-    """Takes a step while the one before it runs."""
-
-    def submit(self, step: ExecuteStep) -> None:
-        """Queue a step on the device. Raises as `execute` does."""
-
-    def step_done(self) -> bool:
-        """Whether `collect` would not wait."""
-
-    def collect(self) -> list[SampledTokens]:
-        """The result of the oldest step submitted and not collected."""
 
 
 class Compilation(Protocol):
@@ -130,12 +117,12 @@ class Backend(Protocol):
         is None, not even one block.
         """
 
-    def make_runner(self, model: LoadedModel, num_blocks: int) -> Runner: ...
+    def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner: ...
 
-    def make_guesser(self, runner: Runner) -> Guesser:
-        """What guesses with the model of `runner`, which takes no steps any more."""
+    def make_drafter(self, runner: ModelRunner) -> DraftModelRunner:
+        """What drafts with the model of `runner`, which takes no steps any more."""
 
-    def prepare_steps(self, runner: Runner) -> dict[str, str]:
+    def prepare_steps(self, runner: ModelRunner) -> dict[str, str]:
         """After the warm-up: whatever makes steps fast; the parts of the fingerprint that are known only now."""
 
     def fingerprint(self, model: LoadedModel) -> dict[str, str]: ...

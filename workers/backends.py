@@ -13,7 +13,7 @@ def make_backend(device: torch.device, compiler: CompilerProcess | None = None) 
     if device.type == "cpu":
         if compiler is not None:
             compiler.close()
-        from sempre.workers.cpu_backend import CpuBackend
+        from sempre.workers.cpu.backend import CpuBackend
 
         return CpuBackend()
     from sempre.workers.gpu.backend import GpuBackend

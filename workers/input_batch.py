@@ -17,16 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import ErrorInfo, NewRequest, ScheduledRequest
-from sempre.kernels.attention import PagedBatch
 from sempre.workers.sampling import GrammarCompiler, SamplingState
-from sempre.workers.steps import OutputRows, StepInput
-
-Int64 = npt.NDArray[np.int64]
-Int32 = npt.NDArray[np.int32]
+from sempre.workers.steps import AnyArray, Int32, Int64, StepArrays, StepShape, row_places
 
 
 @dataclass(eq=False)
@@ -94,6 +89,24 @@ class StepPlan:
         """Whether it has drafts, and every request computes its last known token and its drafts alone."""
         return self.has_drafts and bool((self.samples & (self.num_tokens == self.num_drafts + 1)).all())
 
+    @cached_property
+    def decodes(self) -> npt.NDArray[np.bool_]:
+        """Which requests compute their last known token alone."""
+        decodes: npt.NDArray[np.bool_] = self.samples & (self.num_tokens == 1)
+        return decodes
+
+    @property
+    def shape(self) -> StepShape:
+        return StepShape(
+            num_requests=len(self.states),
+            num_rows=int(self.ends[-1]),
+            num_sampled=self.sampled_rows.rows.size,
+            max_query_len=int(self.num_tokens.max()),
+            max_context_len=int(self.context.max()),
+            max_sampled=1 + int(self.num_drafts.max()),
+            reads_all_rows=self.reads_all_rows,
+        )
+
     @property
     def reads_all_rows(self) -> bool:
         """Whether final hidden states are wanted of rows behind which nothing is sampled, or there are no such rows."""
@@ -111,50 +124,6 @@ class StepPlan:
         back = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(each.size)
         offsets = self.num_drafts[each] - back
         return SampledRows(each, self.ends[each] - 1 - back, self.context[each] - back, offsets)
-
-
-@dataclass(frozen=True)
-class StepRows:
-    """The model's inputs for the rows of a step, in order; see StepInput for the shapes."""
-
-    token_ids: Int64
-    positions: Int64
-    slot_mapping: Int64
-    block_tables: Int32
-    query_starts: Int32
-    context_lens: Int32
-
-    def on_cpu(self, block_size: int, outputs: SampledRows | None) -> StepInput:
-        """As tensors that share the arrays' memory; the bounds are wide, the CPU's kernels need none.
-
-        `outputs`: the rows whose hidden states are wanted, None for all.
-        """
-        num_requests = self.context_lens.shape[0]
-        return StepInput(
-            token_ids=torch.from_numpy(self.token_ids),
-            positions=torch.from_numpy(self.positions),
-            slot_mapping=torch.from_numpy(self.slot_mapping),
-            batch=PagedBatch(
-                block_tables=torch.from_numpy(self.block_tables),
-                query_starts=torch.from_numpy(self.query_starts),
-                context_lens=torch.from_numpy(self.context_lens),
-                max_query_len=self.token_ids.shape[0],
-                max_context_len=self.block_tables.shape[1] * block_size,
-            ),
-            outputs=None
-            if outputs is None
-            else OutputRows(
-                torch.from_numpy(outputs.rows), torch.from_numpy(outputs.starts(num_requests)), outputs.rows.shape[0]
-            ),
-        )
-
-
-@dataclass(frozen=True)
-class BatchStep:
-    """A plan with its arrays as the model takes them."""
-
-    plan: StepPlan
-    model_input: StepInput
 
 
 class InputBatch:
@@ -204,12 +173,6 @@ class InputBatch:
     def get(self, request_id: str) -> RequestState:
         return self._requests[request_id]
 
-    def append(self, state: RequestState, token_id: int) -> None:
-        """Add a sampled token to the request's sequence."""
-        state.token_ids.append(token_id)
-        self._num_tokens[state.slot] = len(state.token_ids)
-        self._last_tokens[state.slot] = token_id
-
     def revise(self, state: RequestState, start: int, token_ids: list[int]) -> None:
         """Replace the request's tokens from `start` on."""
         state.sampling.rewind(start)
@@ -222,11 +185,12 @@ class InputBatch:
         self._num_tokens[slots] += 1
 
     def record(self, state: RequestState, token_ids: list[int]) -> None:
-        """Add the token that was expected, and those that came with it; the request may have been removed meanwhile."""
+        """Add the token that was expected, and those that came with it; none where sampling failed. The request may
+        have been removed meanwhile."""
         state.token_ids += token_ids
         if self._requests.get(state.request_id) is state:
             self._num_tokens[state.slot] += len(token_ids) - 1
-            self._last_tokens[state.slot] = token_ids[-1]
+            self._last_tokens[state.slot] = state.token_ids[-1]
 
     @property
     def num_slots(self) -> int:
@@ -237,12 +201,6 @@ class InputBatch:
     def table_width(self) -> int:
         """Blocks in a table."""
         return int(self._block_tables.shape[1])
-
-    def build(self, scheduled: list[ScheduledRequest]) -> BatchStep:
-        """A step on the CPU; raises as `plan` does."""
-        plan = self.plan(scheduled)
-        outputs = None if plan.reads_all_rows else plan.sampled_rows
-        return BatchStep(plan, self.rows(plan).on_cpu(self._block_size, outputs))
 
     def plan(self, scheduled: list[ScheduledRequest]) -> StepPlan:
         """Take over the step's block tables; every scheduled request must be known. Raises MessageMalformed when the
@@ -266,31 +224,35 @@ class InputBatch:
             scheduled, states, slots, computed, num_tokens, context, num_drafts, samples, ends - num_tokens, ends
         )
 
-    def rows(self, plan: StepPlan) -> StepRows:
-        """The step's arrays. The token of a decoding request whose last one is not recorded yet means nothing."""
-        ends, context, slots = plan.ends, plan.context, plan.slots
+    def arrays(self, plan: StepPlan) -> StepArrays[AnyArray]:
+        """The step's arrays, in its own shape. The token of a decoding request whose last one is not recorded yet means
+        nothing."""
+        ends, slots, sampled = plan.ends, plan.slots, plan.sampled_rows
         token_ids: Int64 = np.empty(ends[-1], np.int64)
         # the last known token of a decoding request is at hand; prompts are copied piece by piece
-        decodes = plan.samples & (plan.num_tokens == 1)
-        token_ids[plan.first_rows[decodes]] = self._last_tokens[slots[decodes]]
-        for index in np.flatnonzero(~decodes).tolist():
-            known_end = context[index] - plan.num_drafts[index]
+        token_ids[plan.first_rows[plan.decodes]] = self._last_tokens[slots[plan.decodes]]
+        for index in np.flatnonzero(~plan.decodes).tolist():
+            known_end = plan.context[index] - plan.num_drafts[index]
             piece = plan.states[index].token_ids[plan.computed[index] : known_end]
             token_ids[plan.first_rows[index] : ends[index]] = piece + plan.scheduled[index].draft_token_ids
-        positions = np.arange(ends[-1]) - np.repeat(plan.first_rows - plan.computed, plan.num_tokens)
-        row_slots = np.repeat(slots, plan.num_tokens)
-        block_size = self._block_size
-        blocks = self._block_tables[row_slots, positions // block_size].astype(np.int64)
-        width = -(-int(context.max()) // block_size)
-        query_starts: Int32 = np.zeros(len(plan.states) + 1, np.int32)
-        query_starts[1:] = ends
-        return StepRows(
+        width = -(-int(plan.context.max()) // self._block_size)
+        tables = np.ascontiguousarray(self._block_tables[slots, :width])
+        places = row_places(plan.computed, plan.num_tokens, tables, self._block_size)
+        return StepArrays(
             token_ids=token_ids,
-            positions=positions,
-            slot_mapping=blocks * block_size + positions % block_size,
-            block_tables=np.ascontiguousarray(self._block_tables[slots, :width]),
-            query_starts=query_starts,
-            context_lens=context.astype(np.int32),
+            positions=places.positions,
+            slot_mapping=places.slot_mapping,
+            row_slots=slots[places.requests],
+            query_starts=places.query_starts,
+            context_lens=plan.context.astype(np.int32),
+            block_tables=tables,
+            slots=slots,
+            draft_ends=np.zeros(slots.size, np.int32),
+            sampled_rows=sampled.rows,
+            sampled_starts=sampled.starts(slots.size),
+            sampled_slots=slots[sampled.requests].astype(np.int32),
+            sampled_positions=sampled.positions,
+            draft_offsets=sampled.offsets.astype(np.int32),
         )
 
     def _take_slot(self) -> int:

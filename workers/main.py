@@ -48,7 +48,6 @@ from sempre.ipc.messages import (
     WorkerHello,
     WorkerReady,
 )
-from sempre.workers.pipeline import StepPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,17 @@ class WorkerProtocol(Protocol):
 
     def start_serving(self, command: StartServing) -> WorkerReady: ...
 
-    def execute(self, command: ExecuteStep) -> StepResult: ...
+    @property
+    def steps_in_flight(self) -> int: ...
+
+    def submit(self, command: ExecuteStep) -> None:
+        """Start a step behind those that run; may return before it is done."""
+
+    def step_done(self) -> bool:
+        """Whether the oldest step in flight is done: `collect` would not wait."""
+
+    def collect(self) -> StepResult:
+        """Wait for that step; its result."""
 
     def call(self, command: CallMethod) -> CallMethodReply:
         """An error of the called method is part of the reply."""
@@ -156,18 +165,17 @@ class WorkerLoop:
         return 0
 
     def _serve(self, worker: WorkerProtocol) -> None:
-        steps = StepPipeline(worker)
         while True:
-            command = self._next_command(steps)
+            command = self._next_command(worker)
             match command:
-                case None if steps:
-                    self._collect(steps)
+                case None if worker.steps_in_flight:
+                    self._collect(worker)
                 case None | Heartbeat():
                     continue
                 case ExecuteStep() if ExecuteStep in self._accepts:
-                    steps.submit(command)
-                    if steps.done() or len(steps) >= self._max_steps_in_flight:
-                        self._collect(steps)
+                    worker.submit(command)
+                    if worker.step_done() or worker.steps_in_flight >= self._max_steps_in_flight:
+                        self._collect(worker)
                 case ShutdownWorker():
                     return
                 case Refused(error=error) if self._accepts == (LoadModel,):
@@ -176,22 +184,22 @@ class WorkerLoop:
                     # the coordinator decides whether it can go on without that frame
                     logger.warning("the coordinator refused a frame: %s", error.message)
                 case _:
-                    while steps:
-                        self._collect(steps)  # answers go out in the order of the commands
+                    while worker.steps_in_flight:
+                        self._collect(worker)  # answers go out in the order of the commands
                     self._answer(worker, command)
 
-    def _collect(self, steps: StepPipeline) -> None:
-        result = steps.collect()
+    def _collect(self, worker: WorkerProtocol) -> None:
+        result = worker.collect()
         self._steps_done += 1
         self._reply(result)
 
-    def _next_command(self, steps: StepPipeline) -> WorkerCommand | None:
+    def _next_command(self, worker: WorkerProtocol) -> WorkerCommand | None:
         """The next command; None after the interval, and as soon as the oldest step in flight is done."""
-        while steps and not steps.done():
+        while worker.steps_in_flight and not worker.step_done():
             if (command := self._receive(0.0)) is not None:
                 return command
             time.sleep(_STEP_POLL_S)
-        if steps:
+        if worker.steps_in_flight:
             return self._receive(0.0)
         command = self._receive(self._interval_s)
         if command is None:

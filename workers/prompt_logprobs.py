@@ -28,7 +28,7 @@ class PromptScorer(Protocol):
 
 
 class PromptLogprobs:
-    """Adds prompt rows to results; `logits_RV` is scratch of at least PROMPT_LOGPROB_ROWS rows."""
+    """Scores prompts; `logits_RV` is scratch of at least PROMPT_LOGPROB_ROWS rows."""
 
     def __init__(self, model: CausalLM, scorer: PromptScorer, logits_RV: torch.Tensor, rank: int) -> None:
         self._model = model
@@ -36,24 +36,19 @@ class PromptLogprobs:
         self._logits_RV = logits_RV
         self._rank = rank
 
-    def add(
-        self,
-        result: SampledTokens,
-        item: ScheduledRequest,
-        state: RequestState,
-        first_row: int,
-        hidden_TH: torch.Tensor,
+    def score(
+        self, item: ScheduledRequest, state: RequestState, first_row: int, hidden_TH: torch.Tensor
     ) -> SampledTokens:
-        """With rows for the prompt positions q in [first, last] of this chunk: the hidden state at q - 1 predicts q.
+        """Rows for the prompt positions q in [first, last] of this chunk, if any: the hidden state at q - 1 predicts q.
 
-        `first_row` is the chunk's first row in the final hidden states; a result with an error stays as it is.
+        `first_row` is the chunk's first row in the final hidden states.
         """
         width = state.sampling.params.prompt_logprobs
         start, end = item.num_computed_tokens, item.num_computed_tokens + item.num_tokens
         first = max(start + 1, item.prompt_logprobs_start, 1)
         last = min(end, state.num_prompt_tokens - 1)
-        if width is None or first > last or result.error is not None:
-            return result
+        if width is None or first > last:
+            return SampledTokens(request_id=state.request_id)
         parts = []
         for low in range(first, last + 1, PROMPT_LOGPROB_ROWS):
             high = min(low + PROMPT_LOGPROB_ROWS, last + 1)
@@ -66,4 +61,4 @@ class PromptLogprobs:
                 text = f"the logits for prompt token {low + error.row} contain NaN or +inf, or nothing finite"
                 info = RowError(error.operation, text).info()
                 return SampledTokens(request_id=state.request_id, error=replace(info, rank=self._rank))
-        return replace(result, prompt_logprobs=joined(parts))
+        return SampledTokens(request_id=state.request_id, prompt_logprobs=joined(parts))

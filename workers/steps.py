@@ -1,15 +1,161 @@
-"""What a step of the model reads: the contract between runners and models.
+"""A step's arrays, described once: on the host, on the device, and as the model reads them.
 
-# T tokens in the step, R requests, S rows that are read
+# R requests in the step, T rows (tokens), S rows behind which a token is sampled, W blocks in a table, B block size
+A step is a shape and its arrays. Decode, verification of drafts, proposals of a draft model and mixed steps are shapes.
+A graph is captured for a shape: smaller steps are padded to it, and its arrays always lie at the same addresses.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sempre.kernels.attention import PagedBatch
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+AnyArray = npt.NDArray[np.signedinteger]
+Array = TypeVar("Array")
+
+
+class StepShape(NamedTuple):
+    """Sizes of a step, and bounds that choose grids on a GPU and cannot be seen in the result."""
+
+    num_requests: int
+    num_rows: int
+    num_sampled: int
+    """rows behind which a token is sampled"""
+    max_query_len: int
+    """no request has more rows; 1: row r belongs to request r"""
+    max_context_len: int
+    """no context is longer"""
+    max_sampled: int
+    """no request samples behind more rows"""
+    reads_all_rows: bool = False
+    """whether final hidden states are wanted of all rows, and not only of those that sample"""
+
+    def size(self, dimension: str, block_size: int) -> int:
+        """Of a dimension in `FIELDS`."""
+        match dimension:
+            case "R":
+                return self.num_requests
+            case "R + 1":
+                return self.num_requests + 1
+            case "T":
+                return self.num_rows
+            case "S":
+                return self.num_sampled
+            case _:
+                return -(-self.max_context_len // block_size)
+
+
+class Field(NamedTuple):
+    """One array of a step."""
+
+    dtype: type[np.signedinteger]
+    dimensions: tuple[str, ...]
+    padding: int = 0
+
+
+class StepArrays(NamedTuple, Generic[Array]):
+    """The arrays of a step, on the host or on a device; dtypes, dimensions and padding are those of `FIELDS`."""
+
+    query_starts: Array
+    """rows [query_starts[r], query_starts[r + 1]) belong to request r"""
+    context_lens: Array
+    """keys visible to the last row of the request"""
+    block_tables: Array
+    """entries past a request's context are not read"""
+    slots: Array
+    """of the request"""
+    draft_ends: Array
+    """of a proposal: the position of the request's last draft token"""
+    sampled_starts: Array
+    """sampled rows [sampled_starts[r], sampled_starts[r + 1]) belong to request r"""
+    sampled_rows: Array
+    """those of a request are neighbours, ascending"""
+    sampled_slots: Array
+    """of the sampled row's request"""
+    sampled_positions: Array
+    """of the sampled token in its sequence"""
+    draft_offsets: Array
+    """draft tokens between the request's last known token and the sampled one"""
+    token_ids: Array
+    """-1: the last token of the row's slot, which exists on the device only"""
+    positions: Array
+    """absolute in the sequence"""
+    slot_mapping: Array
+    """block id * B + offset, where the row's keys and values are written; -1: nowhere"""
+    row_slots: Array
+    """of the row's request"""
+
+
+# those of T rows come last: steps that differ in T alone have the others at the same addresses
+FIELDS = StepArrays(
+    query_starts=Field(np.int32, ("R + 1",)),
+    context_lens=Field(np.int32, ("R",)),
+    block_tables=Field(np.int32, ("R", "W")),
+    slots=Field(np.int64, ("R",)),
+    draft_ends=Field(np.int32, ("R",)),
+    sampled_starts=Field(np.int32, ("R + 1",)),
+    sampled_rows=Field(np.int64, ("S",)),
+    sampled_slots=Field(np.int32, ("S",)),
+    sampled_positions=Field(np.int64, ("S",)),
+    draft_offsets=Field(np.int32, ("S",)),
+    token_ids=Field(np.int64, ("T",)),
+    positions=Field(np.int64, ("T",)),
+    slot_mapping=Field(np.int64, ("T",), -1),
+    row_slots=Field(np.int64, ("T",)),
+)
+
+
+def array_sizes(shape: StepShape, block_size: int) -> list[tuple[type[np.signedinteger], tuple[int, ...]]]:
+    """Dtype and sizes of each array of a step, in the order of `StepArrays`."""
+    return [(field.dtype, tuple(shape.size(name, block_size) for name in field.dimensions)) for field in FIELDS]
+
+
+def padding(shape: StepShape, block_size: int) -> StepArrays[AnyArray]:
+    """A step of padding only; with one row for each request, row r still belongs to request r."""
+    sizes = array_sizes(shape, block_size)
+    arrays = StepArrays(*(np.full(size, f.padding, dtype) for f, (dtype, size) in zip(FIELDS, sizes, strict=True)))
+    if shape.max_query_len == 1:
+        arrays.query_starts[:] = np.arange(shape.num_requests + 1)
+    return arrays
+
+
+def padded(arrays: StepArrays[AnyArray], shape: StepShape, block_size: int) -> StepArrays[AnyArray]:
+    """The arrays at the beginning of those of a larger shape."""
+    out = padding(shape, block_size)
+    for larger, array in zip(out, arrays, strict=True):
+        larger[tuple(slice(size) for size in array.shape)] = array
+    if shape.max_query_len > 1:
+        out.query_starts[arrays.query_starts.size :] = arrays.query_starts[-1]
+    out.sampled_starts[arrays.sampled_starts.size :] = arrays.sampled_starts[-1]
+    return out
+
+
+class RowPlaces(NamedTuple):
+    """Where the rows of a step lie; [T] but for `query_starts` [R + 1]."""
+
+    positions: Int64
+    slot_mapping: Int64
+    requests: Int64
+    """index within the step"""
+    query_starts: Int32
+
+
+def row_places(starts: Int64, counts: Int64, block_tables: Int32, block_size: int) -> RowPlaces:
+    """Of the tokens [starts[r], starts[r] + counts[r]) of each request r, one request after the other."""
+    query_starts: Int32 = np.zeros(counts.size + 1, np.int32)
+    query_starts[1:] = np.cumsum(counts)
+    requests = np.repeat(np.arange(counts.size), counts)
+    positions = np.arange(query_starts[-1], dtype=np.int64) - np.repeat(query_starts[:-1] - starts, counts)
+    blocks = block_tables[requests, positions // block_size].astype(np.int64)
+    return RowPlaces(positions, blocks * block_size + positions % block_size, requests, query_starts)
 
 
 @dataclass(frozen=True)
@@ -25,7 +171,7 @@ class OutputRows:
 
 @dataclass(frozen=True)
 class StepInput:
-    """The arrays of one step; rows of one request are neighbours, requests in the order of the step."""
+    """What the model reads of a step; rows of one request are neighbours, requests in the order of the step."""
 
     token_ids: torch.Tensor
     """int64 [T]"""
@@ -37,3 +183,25 @@ class StepInput:
     """the requests"""
     outputs: OutputRows | None = None
     """None: all rows"""
+
+
+def step_input(
+    arrays: StepArrays[torch.Tensor], shape: StepShape, *, token_ids: torch.Tensor | None = None
+) -> StepInput:
+    """What the model reads of these arrays; `token_ids` (int64 [T]) in place of theirs, where some were missing."""
+    outputs = None
+    if not shape.reads_all_rows:
+        outputs = OutputRows(arrays.sampled_rows, arrays.sampled_starts, shape.max_sampled)
+    return StepInput(
+        token_ids=arrays.token_ids if token_ids is None else token_ids,
+        positions=arrays.positions,
+        slot_mapping=arrays.slot_mapping,
+        batch=PagedBatch(
+            block_tables=arrays.block_tables,
+            query_starts=arrays.query_starts,
+            context_lens=arrays.context_lens,
+            max_query_len=shape.max_query_len,
+            max_context_len=shape.max_context_len,
+        ),
+        outputs=outputs,
+    )

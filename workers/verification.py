@@ -40,11 +40,11 @@ def verified(request_id: str, drafts: Sequence[int], rows: Sequence[RowResult], 
     The error of a later row is left to the next step: without drafts it would have come after these tokens, too.
     """
     kept: list[RowResult] = []
-    for row, guess in zip(rows, [*drafts, None], strict=True):
+    for row, draft in zip(rows, [*drafts, None], strict=True):
         if row.token_id is None:
             break
         kept.append(row)
-        if row.token_id != guess:
+        if row.token_id != draft:
             break
     if not kept:
         error = rows[0].error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sempre.ipc.messages import ExecuteStep, NewRequest, SamplingSpec, ScheduledRequest
-from sempre.workers.backend import Runner
+from sempre.workers.runner import ModelRunner
 
 PROMPT_TOKENS = 20
 
@@ -24,9 +24,10 @@ _PARAMS = (
 )
 
 
-def warm_up(runner: Runner) -> None:
+def warm_up(runner: ModelRunner) -> None:
     """Run a prompt and a decode step for each kind of sampling, then wipe the cache blocks they wrote."""
-    room = min(runner.max_model_len, runner.cache.num_blocks * runner.cache.block_size, runner.max_num_batched_tokens)
+    cache, limits = runner.cache, runner.limits
+    room = min(limits.max_model_len, cache.num_blocks * cache.block_size, limits.max_num_batched_tokens)
     num_tokens = max(1, min(PROMPT_TOKENS, room - 1))
     block_ids = list(range(-(-min(num_tokens + 1, room) // runner.cache.block_size)))
     for index, params in enumerate(_PARAMS):

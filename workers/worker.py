@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace as replace_fields
@@ -17,14 +16,13 @@ from msgspec.structs import replace
 
 from sempre.ipc.config import BLOCK_SIZES, check_device_settings
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import ConfigError, MessageMalformed, ProtocolError
+from sempre.ipc.errors import ConfigError, ProtocolError
 from sempre.ipc.messages import (
     CallMethod,
     CallMethodReply,
     ExecuteStep,
     LoadModel,
     ModelLoaded,
-    SampledTokens,
     StartServing,
     StepCosts,
     StepResult,
@@ -32,15 +30,17 @@ from sempre.ipc.messages import (
     WorkerReady,
 )
 from sempre.kernels.threads import get_num_threads
-from sempre.workers.backend import Backend, LoadedModel, ModelOutline, PipelinedRunner, Runner
+from sempre.workers.backend import Backend, LoadedModel, ModelOutline
 from sempre.workers.backends import make_backend
 from sempre.workers.device import resolve_device
-from sempre.workers.drafting import Drafting
+from sempre.workers.drafters.base import check_drafts
+from sempre.workers.drafters.model import DraftSteps, ModelDrafter
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.layers.linear_kernel import linear_kernel
 from sempre.workers.loading import live_digest, load_model
 from sempre.workers.models.config import ModelSpec, spec_digest
 from sempre.workers.models.registry import load_spec
+from sempre.workers.runner import ModelRunner, StepQueue
 from sempre.workers.sampling.grammar import grammar_library_version
 from sempre.workers.seeding import rng_digests, seed_everything
 from sempre.workers.warm_up import warm_up
@@ -57,12 +57,10 @@ class Worker:
         self._import_seconds = import_seconds
         self._backend: Backend | None = None
         self._loaded: LoadedModel | None = None
-        self._runner: Runner | None = None
-        self._ahead: PipelinedRunner | None = None
+        self._runner: ModelRunner | None = None
+        self._steps: StepQueue | None = None
         self._draft_model: LoadedModel | None = None
-        self._drafting: Drafting | None = None
-        self._steps: deque[ExecuteStep] = deque()
-        self._computed: deque[list[SampledTokens]] = deque()
+        self._drafter: ModelDrafter | None = None
         self._late_fingerprint: dict[str, str] = {}
         self._methods: dict[str, Callable[..., object]] = {
             "fingerprint": self._fingerprint,
@@ -132,12 +130,12 @@ class Worker:
             if draft_runner is not runner:
                 self._late_fingerprint = backend.prepare_steps(runner)
             if draft_runner is not None:
-                guesser = backend.make_guesser(draft_runner)
-                guesser.prepare()
-                self._drafting = Drafting(guesser, max_num_seqs=loaded.max_num_seqs)
+                drafts = backend.make_drafter(draft_runner)
+                drafts.prepare()
+                self._drafter = ModelDrafter(drafts, max_num_seqs=loaded.max_num_seqs)
         self._runner = runner
-        # the runner of a draft worker takes no steps
-        self._ahead = runner if config.role == "target" and isinstance(runner, PipelinedRunner) else None
+        # the model of a draft worker is run by its drafter alone
+        self._steps = DraftSteps() if config.role == "draft" else runner
         seed_everything(config.seed)
         return WorkerReady(
             rank=config.rank,
@@ -146,36 +144,30 @@ class Worker:
             fingerprint=self._late_fingerprint,
         )
 
-    def execute(self, command: ExecuteStep) -> StepResult:
-        """One step. A request that cannot be computed carries its error; a wrong step raises MessageMalformed."""
-        self.submit(command)
-        return self.collect()
+    @property
+    def steps_in_flight(self) -> int:
+        """Steps submitted and not collected."""
+        return 0 if self._steps is None else self._steps.steps_in_flight
 
     def submit(self, command: ExecuteStep) -> None:
-        """Start a step; a device that works on its own is not waited for. Raises as `execute`."""
-        runner = self._require_runner()
-        self._check_role(command)
-        if self._require_loaded().config.role == "draft":
-            self._computed.append([])
-        elif self._ahead is not None:
-            self._ahead.submit(command)
-        else:
-            self._computed.append(runner.execute(command))
-        self._steps.append(command)
+        """Start a step; a device that works on its own is not waited for. A request that cannot be computed carries its
+        error in the result. Raises ProtocolError for a step that is wrong."""
+        steps = self._require_steps()
+        check_drafts(command, self._require_loaded().config.role, drafts=self._drafter is not None)
+        steps.submit(command)
 
     def step_done(self) -> bool:
-        """Whether the oldest step submitted and not collected is done."""
-        return self._ahead is None or self._ahead.step_done()
+        """Whether the oldest step in flight is done."""
+        return self._require_steps().step_done()
 
     def collect(self) -> StepResult:
         """Wait for that step; its result."""
-        sampled = self._computed.popleft() if self._ahead is None else self._ahead.collect()
-        rank = self._require_loaded().config.rank
-        step = self._steps.popleft()
+        step, sampled = self._require_steps().collect()
         drafts: list[list[int]] = []
-        if self._drafting is not None:
-            self._drafting.observe(step, sampled)
-            drafts = self._drafting.propose(step.drafts)
+        if self._drafter is not None:
+            self._drafter.observe(step, sampled)
+            drafts = self._drafter.propose(step.drafts)
+        rank = self._require_loaded().config.rank
         return StepResult(rank=rank, step_id=step.step_id, sampled=sampled, drafts=drafts)
 
     def call(self, command: CallMethod) -> CallMethodReply:
@@ -190,34 +182,18 @@ class Worker:
     def shutdown(self) -> None:
         """Let go of weights and cache, and of what the device's backend took."""
         self._runner = None
-        self._ahead = None
+        self._steps = None
         self._loaded = None
         self._draft_model = None
-        self._drafting = None
+        self._drafter = None
         if self._backend is not None:
             self._backend.end()
             self._backend = None
         if self._compiler is not None:
             self._compiler.close()
 
-    def _check_role(self, step: ExecuteStep) -> None:
-        """Raises MessageMalformed for a step that asks for what this worker does not do."""
-        role = self._require_loaded().config.role
-        if role == "draft" and step.scheduled:
-            text = f"expected nothing for a worker of role 'draft', found {len(step.scheduled)} requests"
-            raise MessageMalformed(f"ExecuteStep: scheduled: {text}", field="scheduled")
-        sampling = {item.request_id for item in step.scheduled} if step.drafts else ()
-        for item in step.drafts:
-            if self._drafting is None:
-                raise MessageMalformed(
-                    f"ExecuteStep: drafts: expected none without a draft model, found {item}", field="drafts"
-                )
-            if role == "target" and (item.token_ids or item.request_id not in sampling):
-                text = f"expected scheduled requests without token_ids, found {item}"
-                raise MessageMalformed(f"ExecuteStep: drafts: {text}", field="drafts")
-
-    def _make_draft_runner(self, runner: Runner, num_blocks: int) -> Runner | None:
-        """What guesses: the model of a draft worker, or the second model of a target's, with as many blocks."""
+    def _make_draft_runner(self, runner: ModelRunner, num_blocks: int) -> ModelRunner | None:
+        """What drafts: the model of a draft worker, or the second model of a target's, with as many blocks."""
         if self._require_loaded().config.role == "draft":
             return runner
         return None if self._draft_model is None else self._require_backend().make_runner(self._draft_model, num_blocks)
@@ -294,7 +270,12 @@ class Worker:
             raise ProtocolError("worker: expected LoadModel as the first command, found another one.")
         return self._loaded
 
-    def _require_runner(self) -> Runner:
+    def _require_steps(self) -> StepQueue:
+        self._require_runner()
+        assert self._steps is not None
+        return self._steps
+
+    def _require_runner(self) -> ModelRunner:
         if self._runner is None:
             raise ProtocolError("worker: expected StartServing before this command.")
         return self._runner
@@ -347,7 +328,7 @@ def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
 
 
 def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | None:
-    """The model that a target's worker guesses with, if any."""
+    """The model that a target's worker drafts with, if any."""
     config = target.config
     folder = config.colocated_draft_model
     if folder is None:
@@ -388,7 +369,7 @@ def _max_model_len(config: WorkerConfig, spec: ModelSpec) -> int:
     if wanted is None:
         return spec.max_position_embeddings
     if config.role == "draft":
-        # longer sequences go on without guesses
+        # longer sequences go on without drafts
         return min(wanted, spec.max_position_embeddings)
     if not 1 <= wanted <= spec.max_position_embeddings:
         raise ConfigError(

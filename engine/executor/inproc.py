@@ -28,7 +28,6 @@ from sempre.ipc.messages import (
 
 if TYPE_CHECKING:
     from sempre.workers.main import WorkerProtocol
-    from sempre.workers.pipeline import StepPipeline
 
 Result = TypeVar("Result")
 
@@ -42,7 +41,6 @@ class InprocExecutor:
         self._make_worker = make_worker or _default_worker
         self._computing = _compute_state() if make_worker is None else nullcontext
         self._workers: dict[int, WorkerProtocol] = {}
-        self._pipelines: dict[int, StepPipeline] = {}
         self._commands: deque[tuple[int, WorkerCommand]] = deque()
         self._hellos: deque[tuple[int, WorkerHello]] = deque()
         ranks = [*range(self.world_size), *draft_ranks(config)]
@@ -54,8 +52,7 @@ class InprocExecutor:
     def _start(self, rank: int) -> None:
         with self._computing():
             # what is imported for a worker may make tensors
-            self._workers[rank] = worker = self._make_worker()
-        self._pipelines[rank] = _pipeline(worker)
+            self._workers[rank] = self._make_worker()
         self._hellos.append((rank, WorkerHello(protocol_version=PROTOCOL_VERSION, rank=rank, pid=os.getpid())))
 
     def restart(self, rank: int, cause: str) -> None:
@@ -66,7 +63,6 @@ class InprocExecutor:
         self._starting.discard(rank)
         self._commands = deque(command for command in self._commands if command[0] != rank)
         self._hellos = deque(hello for hello in self._hellos if hello[0] != rank)
-        self._pipelines.pop(rank, None)
         worker = self._workers.pop(rank, None)
         if worker is not None:
             with self._computing():
@@ -80,13 +76,14 @@ class InprocExecutor:
             return self._hellos.popleft()
         while self._commands and isinstance(step := self._commands[0][1], ExecuteStep):
             rank = self._commands[0][0]
-            if self._pipelines[rank] and self._pipelines[rank].done():
+            worker = self._workers[rank]
+            if worker.steps_in_flight and worker.step_done():
                 break
             self._commands.popleft()
-            self._checked(rank, partial(self._pipelines[rank].submit, step))
-        for rank, pipeline in self._pipelines.items():
-            if pipeline:
-                return rank, self._checked(rank, pipeline.collect)
+            self._checked(rank, partial(worker.submit, step))
+        for rank, worker in self._workers.items():
+            if worker.steps_in_flight:
+                return rank, self._checked(rank, worker.collect)
         if not self._commands:
             return None
         rank, command = self._commands.popleft()
@@ -111,7 +108,6 @@ class InprocExecutor:
             for worker in self._workers.values():
                 worker.shutdown()
         self._workers.clear()
-        self._pipelines.clear()
 
     def _answer(self, rank: int, command: WorkerCommand) -> WorkerEvent:
         from sempre.workers.main import run_command
@@ -132,12 +128,6 @@ class InprocExecutor:
             raise self.blame(rank, error) from error
         except Exception as error:
             raise self.blame(rank, error) from error
-
-
-def _pipeline(worker: WorkerProtocol) -> StepPipeline:
-    from sempre.workers.pipeline import StepPipeline
-
-    return StepPipeline(worker)
 
 
 def _compute_state() -> Callable[[], AbstractContextManager[None]]:

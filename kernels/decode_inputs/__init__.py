@@ -7,7 +7,7 @@ position + 1; and the first ceil(context / B) entries of the table are copied to
 padding: it gets token 0, position 0, slot_mapping -1 and context 0.
 
 Contract of `next_draft_rows`: for each row r with slots[r] >= 0 a token was sampled at position p = context_lens[r].
-guesses[r, p - starts[r]] becomes that token, or -1 for a row in error. If there is a token and p < ends[r], row r goes
+drafts[r, p - starts[r]] becomes that token, or -1 for a row in error. If there is a token and p < ends[r], row r goes
 on with it: token, position p, its place in block_tables[r], context p + 1, the same slot. Any other row becomes padding
 as above, with slot -1. Slots and contexts may be updated in place.
 """
@@ -41,7 +41,7 @@ def decode_inputs(
     on_gpu(rows, last_tokens, tables, block_size, out)
 
 
-class SampledGuesses(NamedTuple):
+class SampledDrafts(NamedTuple):
     """What was sampled for R rows, and where it belongs."""
 
     token_ids: torch.Tensor
@@ -49,11 +49,11 @@ class SampledGuesses(NamedTuple):
     head: torch.Tensor
     """int32 [R, HEAD] of the sampler: token id, flags, …"""
     starts: torch.Tensor
-    """int32 [R]: position of the first guess"""
+    """int32 [R]: position of the first draft token"""
     ends: torch.Tensor
-    """int32 [R]: position of the last guess, which is not computed"""
-    guesses: torch.Tensor
-    """int32 [R, most guesses]"""
+    """int32 [R]: position of the last draft token, which is not computed"""
+    drafts: torch.Tensor
+    """int32 [R, most drafts]"""
 
 
 class DraftRows(NamedTuple):
@@ -69,7 +69,7 @@ class DraftRows(NamedTuple):
 def next_draft_rows(
     slots: torch.Tensor,
     context_lens: torch.Tensor,
-    sampled: SampledGuesses,
+    sampled: SampledDrafts,
     block_tables: torch.Tensor,
     block_size: int,
     out: DraftRows,

@@ -11,7 +11,7 @@ from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 from sempre.kernels.sampling.gpu_noise import HEAD
 
 if TYPE_CHECKING:
-    from sempre.kernels.decode_inputs import DecodeInputs, DraftRows, SampledGuesses
+    from sempre.kernels.decode_inputs import DecodeInputs, DraftRows, SampledDrafts
 
 _CHUNK = 256
 _HEAD = tl.constexpr(HEAD)
@@ -107,7 +107,7 @@ def _next_draft_rows_kernel(
     starts: Any,
     ends: Any,
     block_tables: Any,
-    guesses: Any,
+    drafts: Any,
     next_slots: Any,
     next_context_lens: Any,
     token_ids: Any,
@@ -123,8 +123,8 @@ def _next_draft_rows_kernel(
     samples = slot >= 0
     is_token = tl.load(head + row * _HEAD + 1) == 0
     token = tl.load(sampled + row)
-    guess = tl.where(is_token, token.to(tl.int32), -1)
-    tl.store(guesses + row * MOST + position - tl.load(starts + row), guess, mask=samples)
+    draft = tl.where(is_token, token.to(tl.int32), -1)
+    tl.store(drafts + row * MOST + position - tl.load(starts + row), draft, mask=samples)
     goes_on = samples & is_token & (position < tl.load(ends + row))
     tl.store(next_slots + row, tl.where(goes_on, slot, -1))
     tl.store(next_context_lens + row, tl.where(goes_on, position + 1, 0))
@@ -138,7 +138,7 @@ def _next_draft_rows_kernel(
 def next_draft_rows(
     slots: torch.Tensor,
     context_lens: torch.Tensor,
-    sampled: SampledGuesses,
+    sampled: SampledDrafts,
     block_tables: torch.Tensor,
     block_size: int,
     out: DraftRows,
@@ -152,11 +152,11 @@ def next_draft_rows(
         sampled.starts,
         sampled.ends,
         block_tables,
-        sampled.guesses,
+        sampled.drafts,
         *out,
         block_tables.shape[1],
         BLOCK_SIZE=block_size,
-        MOST=sampled.guesses.shape[1],
+        MOST=sampled.drafts.shape[1],
         num_warps=1,
         **CHAINED,
     )

@@ -160,8 +160,8 @@ def forbid_phrases(
                 known = compared & (at < position - tl.load(offsets + row))
             seen = tl.load(history + at, mask=known, other=0)
             if VERIFIES:
-                guess = tl.load(inputs + row - (position - 1 - at), mask=compared & ~known, other=0).to(tl.int32)
-                seen = tl.where(known, seen, guess)
+                drafted = tl.load(inputs + row - (position - 1 - at), mask=compared & ~known, other=0).to(tl.int32)
+                seen = tl.where(known, seen, drafted)
             matches = matches & (
                 (seen == tl.load(phrase + 1 + offset, mask=compared, other=0)) | (offset >= length - 1)
             )

@@ -15,7 +15,7 @@ from workload import KV_BLOCK_BYTES
 from sempre.engine import LLM, Counter, Gauge, SamplingParams
 from sempre.engine.outputs import CompletionOutput
 from sempre.engine.speculation.speculation import DraftCosts
-from sempre.workers import model_runner
+from sempre.workers import runner
 
 # the first and the last go in circles, so that lookup has something to find
 PROMPTS = [
@@ -188,13 +188,13 @@ def test_the_ordinary_product_fails(stack: ExitStack) -> None:
 
 def test_accepting_wrong_guesses_fails(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of this file: a verification that keeps a token behind a wrong guess is noticed."""
-    right = model_runner.verified
+    right = runner.verified
 
     def careless(request_id: str, drafts: list[int], rows: list[Any], rank: int) -> Any:
         result = right(request_id, [row.token_id for row in rows[:-1]], rows, rank)
         return result if len(result.token_ids) > 1 else right(request_id, drafts, rows, rank)
 
-    monkeypatch.setattr(model_runner, "verified", careless)
+    monkeypatch.setattr(runner, "verified", careless)
     monkeypatch.setattr("sempre.engine.scheduling.planned_step.follows_drafts", lambda *_: True)
     stack.enter_context(drafting_with(plain()[1], 0.5))
     llm = stack.enter_context(speculating("half", 4))

@@ -7,7 +7,7 @@ import torch
 from sempre.kernels.decode_inputs import (
     DecodeInputs,
     DraftRows,
-    SampledGuesses,
+    SampledDrafts,
     decode_inputs,
     next_draft_rows,
     record_tokens,
@@ -70,8 +70,8 @@ def check_next_draft_rows(device: torch.device) -> None:
     tokens = torch.arange(1000, 1005)
     head = torch.zeros(5, 4, dtype=torch.int32)
     head[2, 1] = 2
-    guesses = torch.full((5, most), POISON, dtype=torch.int32, device=device)
-    sampled = SampledGuesses(*(tensor.to(device) for tensor in (tokens, head, starts, ends)), guesses)
+    drafts = torch.full((5, most), POISON, dtype=torch.int32, device=device)
+    sampled = SampledDrafts(*(tensor.to(device) for tensor in (tokens, head, starts, ends)), drafts)
     out = DraftRows(
         *(torch.full((5,), POISON, dtype=torch.int32, device=device) for _ in range(2)),
         *(torch.full((5,), POISON, device=device) for _ in range(3)),
@@ -89,7 +89,7 @@ def check_next_draft_rows(device: torch.device) -> None:
     assert out.context_lens.tolist() == [0, 0, 0, 0, 2 * BLOCK_SIZE]
     assert out.slot_mapping.tolist() == [-1, -1, -1, -1, 121 * BLOCK_SIZE + BLOCK_SIZE - 1]
     nothing = [POISON] * most
-    assert guesses.tolist() == [
+    assert drafts.tolist() == [
         [1000, 1000, POISON, POISON],
         [1001, *nothing[1:]],
         [-1, *nothing[1:]],

@@ -1,4 +1,4 @@
-"""Sequences that a draft model guesses again and again, against the same ones met anew each time."""
+"""Sequences that a draft model drafts again and again, against the same ones met anew each time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import structs
 
 from sempre.ipc.messages import DraftRequest, NewRequest, SamplingSpec
-from sempre.workers.drafting import Drafting
+from sempre.workers.drafters.model import ModelDrafter
 
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -35,20 +35,20 @@ def make_requests() -> list[NewRequest]:
     ]
 
 
-def guess_anew(drafting: Drafting, new: NewRequest, tokens: list[int], count: int) -> list[int]:
-    """Guesses after `tokens` by a drafting that does not know the request."""
+def draft_anew(drafting: ModelDrafter, new: NewRequest, tokens: list[int], count: int) -> list[int]:
+    """Drafts after `tokens` by a drafting that does not know the request."""
     drafting.add(structs.replace(new, token_ids=tokens.copy()))
-    guesses = drafting.propose([DraftRequest(request_id=new.request_id, num_drafts=count)])[0]
+    drafts = drafting.propose([DraftRequest(request_id=new.request_id, num_drafts=count)])[0]
     drafting.remove([new.request_id])
-    return guesses
+    return drafts
 
 
 def differences(
-    drafting: Drafting, make_other: Callable[[], Drafting], rounds: int
+    drafting: ModelDrafter, make_other: Callable[[], ModelDrafter], rounds: int
 ) -> list[tuple[list[int], list[int]]]:
-    """(found, expected) where guesses differ from those of another drafting that meets the sequences anew.
+    """(found, expected) where drafts differ from those of another drafting that meets the sequences anew.
 
-    More sequences than places and blocks; of what is guessed, all, none or some is right; some sit rounds out.
+    More sequences than places and blocks; of what is drafted, all, none or some is right; some sit rounds out.
     """
     drawn = random.Random(5)
     requests = {new.request_id: new for new in make_requests()}
@@ -66,16 +66,16 @@ def differences(
         ]
         found = dict(zip(counts, drafting.propose(asked), strict=True))
         for name, new in requests.items():
-            tokens, guesses = known[name], found.get(name, [])
+            tokens, drafts = known[name], found.get(name, [])
             left = new.num_prompt_tokens + new.params.max_tokens - 1 - len(tokens)
             if name in counts:
-                assert len(guesses) == min(counts[name], left)
-                expected = guess_anew(make_other(), new, tokens, counts[name]) if guesses else []
-                if guesses != expected:
-                    found_differences.append((guesses, expected))
-                num_compared += len(guesses)
-            num_right = drawn.choice([0, len(guesses), drawn.randint(0, len(guesses))])
-            more = guesses[:num_right] + [drawn.randint(3, 300) for _ in range(1 if guesses else drawn.choice([1, 3]))]
+                assert len(drafts) == min(counts[name], left)
+                expected = draft_anew(make_other(), new, tokens, counts[name]) if drafts else []
+                if drafts != expected:
+                    found_differences.append((drafts, expected))
+                num_compared += len(drafts)
+            num_right = drawn.choice([0, len(drafts), drawn.randint(0, len(drafts))])
+            more = drafts[:num_right] + [drawn.randint(3, 300) for _ in range(1 if drafts else drawn.choice([1, 3]))]
             tokens += more
             unseen[name] = unseen.get(name, []) + more
             if len(more) > left:  # it ends, and comes again

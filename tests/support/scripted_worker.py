@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,6 +59,7 @@ class ScriptedWorker:
         self._sequences: dict[str, _Sequence] = {}
         self._config: WorkerConfig | None = None
         self._step_seconds = 0.0
+        self._results: deque[StepResult] = deque()
 
     def load_model(self, command: LoadModel) -> ModelLoaded:
         self._config = command.config
@@ -89,6 +91,19 @@ class ScriptedWorker:
         from sempre.workers.seeding import rng_digests
 
         return rng_digests()
+
+    @property
+    def steps_in_flight(self) -> int:
+        return len(self._results)
+
+    def submit(self, command: ExecuteStep) -> None:
+        self._results.append(self.execute(command))
+
+    def step_done(self) -> bool:
+        return True
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
 
     def execute(self, command: ExecuteStep) -> StepResult:
         time.sleep(self._step_seconds)

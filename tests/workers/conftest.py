@@ -184,7 +184,8 @@ class ServingWorker:
             scheduled=scheduled,
             finished_request_ids=finished or [],
         )
-        result = self.worker.execute(command)
+        self.worker.submit(command)
+        result = self.worker.collect()
         assert result.step_id == self._step_id
         assert [item.request_id for item in result.sampled] == [item.request_id for item in scheduled]
         return result.sampled

@@ -1,4 +1,4 @@
-"""What a draft model is asked for, and how far its keys and values hold, by a guesser that writes it all down."""
+"""What a draft model is asked for, and how far its keys and values hold, by a runner that writes it all down."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import DraftRequest, ErrorInfo, ExecuteStep, NewRequest, SampledTokens, SamplingSpec
-from sempre.workers.drafting import Drafting
-from sempre.workers.guessing import Continuation
+from sempre.workers.drafters.base import DraftTask
+from sempre.workers.drafters.model import ModelDrafter
+from sempre.workers.step_validation import StepLimits
 
 BLOCK = 16
 PROMPT = list(range(100, 140))
@@ -20,14 +21,18 @@ PROMPT = list(range(100, 140))
 
 @dataclass
 class Scribe:
-    """Guesses 7, 8, …"""
+    """Drafts 7, 8, …"""
 
     num_blocks: int
     max_model_len: int = 200
     max_num_batched_tokens: int = 64
     admitted: list[NewRequest] = field(default_factory=list)
     released: list[str] = field(default_factory=list)
-    asked: list[Continuation] = field(default_factory=list)
+    asked: list[DraftTask] = field(default_factory=list)
+
+    @property
+    def limits(self) -> StepLimits:
+        return StepLimits(self.max_model_len, 8, self.max_num_batched_tokens, 320)
 
     @property
     def cache(self) -> Any:
@@ -40,11 +45,11 @@ class Scribe:
     def release(self, request_id: str) -> None:
         self.released.append(request_id)
 
-    def guess(self, continuations: Sequence[Continuation]) -> list[list[int]]:
+    def draft(self, tasks: Sequence[DraftTask]) -> list[list[int]]:
         self.asked += [
-            replace(item, token_ids=item.token_ids.copy(), block_ids=item.block_ids.copy()) for item in continuations
+            replace(item, token_ids=item.token_ids.copy(), block_ids=item.block_ids.copy()) for item in tasks
         ]
-        return [list(range(7, 7 + item.count)) for item in continuations]
+        return [list(range(7, 7 + item.count)) for item in tasks]
 
     def prepare(self) -> None:
         return
@@ -57,14 +62,14 @@ def new(request_id: str, **params: Any) -> NewRequest:
     )
 
 
-def ask(drafting: Drafting, name: str, count: int, token_ids: Sequence[int] = ()) -> list[list[int]]:
+def ask(drafting: ModelDrafter, name: str, count: int, token_ids: Sequence[int] = ()) -> list[list[int]]:
     """Drafts for one request, which has these tokens more."""
     return drafting.propose([DraftRequest(request_id=name, token_ids=[*token_ids], num_drafts=count)])
 
 
-def test_the_guesser_samples_by_the_request_s_own_seed_and_parameters() -> None:
+def test_the_drafter_samples_by_the_request_s_own_seed_and_parameters() -> None:
     scribe = Scribe(num_blocks=8)
-    drafting = Drafting(scribe, max_num_seqs=2)
+    drafting = ModelDrafter(scribe, max_num_seqs=2)
     request = new("a", temperature=0.7, top_p=0.9, logprobs=3, prompt_logprobs=2)
     drafting.add(request)
     assert ask(drafting, "a", 3) == [[7, 8, 9]]
@@ -78,7 +83,7 @@ def test_the_guesser_samples_by_the_request_s_own_seed_and_parameters() -> None:
 )
 def test_keys_and_values_hold_as_far_as_the_drafts_were_right(tokens: list[int], num_right: int) -> None:
     scribe = Scribe(num_blocks=8)
-    drafting = Drafting(scribe, max_num_seqs=2)
+    drafting = ModelDrafter(scribe, max_num_seqs=2)
     drafting.add(new("a"))
     ask(drafting, "a", 3)
     ask(drafting, "a", 2, tokens)
@@ -92,7 +97,7 @@ def test_keys_and_values_hold_as_far_as_the_drafts_were_right(tokens: list[int],
 
 def test_a_sequence_whose_blocks_were_taken_is_computed_from_its_first_token() -> None:
     scribe = Scribe(num_blocks=4)
-    drafting = Drafting(scribe, max_num_seqs=2)
+    drafting = ModelDrafter(scribe, max_num_seqs=2)
     for name in ("a", "b"):
         drafting.add(new(name))
         ask(drafting, name, 3)
@@ -104,7 +109,7 @@ def test_a_sequence_whose_blocks_were_taken_is_computed_from_its_first_token() -
 
 def test_drafts_are_bounded_by_what_the_request_and_the_model_may_have() -> None:
     scribe = Scribe(num_blocks=8, max_model_len=42)
-    drafting = Drafting(scribe, max_num_seqs=2)
+    drafting = ModelDrafter(scribe, max_num_seqs=2)
     for name, max_tokens in (("ends", 2), ("last", 1), ("long", 50)):
         drafting.add(new(name, max_tokens=max_tokens))
     assert [*ask(drafting, "ends", 5), *ask(drafting, "last", 5)] == [[7], []]
@@ -113,14 +118,14 @@ def test_drafts_are_bounded_by_what_the_request_and_the_model_may_have() -> None
 
 def test_nothing_is_drafted_after_a_step_that_has_failed() -> None:
     scribe = Scribe(num_blocks=8)
-    drafting = Drafting(scribe, max_num_seqs=2)
+    drafting = ModelDrafter(scribe, max_num_seqs=2)
     failed = SampledTokens(request_id="a", error=ErrorInfo(type="ValueError", message="scripted"))
     drafting.observe(ExecuteStep(step_id=0, new_requests=[new("a"), new("b")]), [failed])
     assert [*ask(drafting, "a", 2), *ask(drafting, "b", 2)] == [[], [7, 8]]
 
 
 def test_a_draft_for_a_request_that_nobody_knows_is_refused() -> None:
-    drafting = Drafting(Scribe(num_blocks=8), max_num_seqs=2)
+    drafting = ModelDrafter(Scribe(num_blocks=8), max_num_seqs=2)
     drafting.observe(ExecuteStep(step_id=0, new_requests=[new("a")]))
     drafting.observe(ExecuteStep(step_id=1, finished_request_ids=["a", "never known"]))
     with pytest.raises(MessageMalformed, match=r"drafts\.request_id: expected a known request, found 'a'"):

@@ -133,8 +133,14 @@ def test_a_step_that_is_not_for_this_role_is_refused(
         settings = {"speculative_config": replace(DRAFT_MODEL, model_path=str(folder))}
     new = NewRequest(request_id="known", token_ids=[5, 6, 7], num_prompt_tokens=3, seed=0, params=GREEDY)
     step = ExecuteStep(step_id=0, new_requests=[new], scheduled=[scheduled("known", 0, 3, [0])])
+    worker = serve(folder, **settings).worker
+
+    def execute(step: ExecuteStep) -> None:
+        worker.submit(step)
+        worker.collect()
+
     with pytest.raises(MessageMalformed) as caught:
-        serve(folder, **settings).worker.execute(replace(step, **changes))
+        execute(replace(step, **changes))
     assert caught.value.field == field
 
 
@@ -148,7 +154,7 @@ def test_request_sent_twice_is_refused(checkpoints: Any, serve: Any) -> None:
 
 def test_commands_out_of_order_are_refused() -> None:
     with pytest.raises(ProtocolError, match="StartServing"):
-        Worker().execute(ExecuteStep(step_id=0))
+        Worker().submit(ExecuteStep(step_id=0))
 
 
 def test_unknown_method_names_the_near_one(checkpoints: Any, serve: Any) -> None:

@@ -87,7 +87,7 @@ def end_of(item: ScheduledRequest) -> int:
 def compute(batch: InputBatch, chunks: list[tuple[Sequence, ScheduledRequest]]) -> StepPlan:
     """One step, checked row by row."""
     plan = batch.plan([item for _, item in chunks])
-    rows = batch.rows(plan)
+    rows = batch.arrays(plan)
     expected = [
         (token, position, sequence.table[position // BLOCK] * BLOCK + position % BLOCK)
         for sequence, item in chunks
@@ -125,7 +125,9 @@ def test_a_request_that_is_computed_again_has_the_positions_it_had(size: int) ->
     compute(batch, [(sequence, sequence.next_chunk(LENGTH)) for sequence in (kept, preempted)])
     for token in range(10):
         for sequence in (kept, preempted):
-            batch.append(batch.get(sequence.request_id), token)
+            state = batch.get(sequence.request_id)
+            batch.expect(np.asarray([state.slot]))
+            batch.record(state, [token])
             sequence.token_ids.append(token)
         compute(batch, [(sequence, sequence.next_chunk(1)) for sequence in (kept, preempted)])
     preempted.preempt()

@@ -12,7 +12,7 @@ from worker_settings import worker_config
 
 from sempre.kernels.attention import PagedBatch
 from sempre.workers.backend import LoadedModel
-from sempre.workers.cpu_backend import CpuBackend
+from sempre.workers.cpu.backend import CpuBackend
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.steps import OutputRows, StepInput

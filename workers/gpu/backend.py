@@ -14,13 +14,12 @@ from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.workers.admission import StepLimits
-from sempre.workers.backend import LoadedModel, ModelOutline, Runner
+from sempre.workers.backend import LoadedModel, ModelOutline
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
 from sempre.workers.gpu.compiler_process import CompilerProcess
+from sempre.workers.gpu.drafter import GpuDraftModelRunner
 from sempre.workers.gpu.fingerprint import fingerprint_parts
-from sempre.workers.gpu.guessing import GpuGuesser
 from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, default_max_num_seqs, out_of_memory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import require_fp8, run_self_test
@@ -30,6 +29,7 @@ from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import Placement
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
+from sempre.workers.runner import ModelRunner
 from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.self_test import require_equal
 
@@ -163,27 +163,20 @@ class GpuBackend:
         config = model.config
         steps = self._steps[config.role]  # allocated by available_blocks
         cache = PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype, self.device)
-        limits = StepLimits(
-            model.max_model_len,
-            model.max_num_seqs,
-            model.max_num_batched_tokens,
-            model.spec.vocab_size,
-            config.max_draft_tokens,
-        )
         return GpuModelRunner(
             steps,
             cache,
             model.make_grammar_compiler(),
-            limits,
+            model.limits,
             rank=config.rank,
             graphs=not config.enforce_eager,
         )
 
-    def make_guesser(self, runner: Runner) -> GpuGuesser:
+    def make_drafter(self, runner: ModelRunner) -> GpuDraftModelRunner:
         assert isinstance(runner, GpuModelRunner)
-        return GpuGuesser(runner.memory, runner.cache, runner.limits, graphs=runner.graphs.enabled)
+        return GpuDraftModelRunner(runner.memory, runner.cache, runner.limits, graphs=runner.graphs.enabled)
 
-    def prepare_steps(self, runner: Runner) -> dict[str, str]:
+    def prepare_steps(self, runner: ModelRunner) -> dict[str, str]:
         assert isinstance(runner, GpuModelRunner)
         began = perf_counter()
         for context_len in CAPTURED_CONTEXTS:

@@ -23,7 +23,6 @@ from sempre.kernels.attention import AttentionWorkspace, PagedBatch
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.sampling import gpu as gpu_sampling
-from sempre.workers.admission import StepLimits
 from sempre.workers.backend import ModelOutline
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.decode_graphs import DecodeShape
@@ -40,6 +39,7 @@ from sempre.workers.models.registry import build_model
 from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.sampling.gpu_sampler import GpuSampler
+from sempre.workers.step_validation import StepLimits
 from sempre.workers.steps import StepInput
 
 # so many kernels are compiled here sooner than a process for it has started

@@ -47,6 +47,12 @@ def context_bucket(context_len: int, max_model_len: int) -> int:
     return min(bound, max_model_len)
 
 
+def size_bucket(count: int) -> int:
+    """The number to pad to where a shape has several sizes: 1, 2, 3, 4, 6, 8, 12, 16, 24, …"""
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if count <= power * 3 // 4 else power
+
+
 Shape = TypeVar("Shape", bound=Hashable)
 
 

@@ -7,6 +7,7 @@ Weights come from memory-mapped files: while one piece is on its way to the devi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,60 +18,52 @@ import torch
 _TURNS = 3
 _ALIGNMENT = 16
 PIECE_BYTES = 32 << 20
+_DTYPES: dict[type[np.generic], torch.dtype] = {np.int32: torch.int32, np.int64: torch.int64}
+ArraySize = tuple[type[np.generic], tuple[int, ...]]
+
+
+def staged_bytes(sizes: Sequence[ArraySize]) -> int:
+    """What arrays of these dtypes and sizes take, one after the other."""
+    return sum(math.prod(size) * np.dtype(dtype).itemsize + _ALIGNMENT for dtype, size in sizes)
 
 
 class StepStaging:
-    """Arrays put in one after the other; each becomes valid on the device with `send`."""
+    """The arrays of a step, one after the other; the buffer on the device never moves."""
 
     def __init__(self, device: torch.device, capacity_bytes: int) -> None:
-        self._device = device
         self._copied = [torch.cuda.Event() for _ in range(_TURNS)]  # type: ignore[no-untyped-call]
         self._turn = 0
         self._used = 0
-        self._allocate(capacity_bytes)
-
-    def begin(self, needed_bytes: int = 0) -> None:
-        """Start a step that puts at most `needed_bytes`; views of the former step's arrays are valid no more."""
-        self._turn = (self._turn + 1) % _TURNS
-        self._copied[self._turn].synchronize()
-        self._used = 0
-        if needed_bytes > self._buffer.numel():
-            torch.cuda.current_stream(self._device).synchronize()
-            self._allocate(2 * needed_bytes)
-
-    def put(self, array: npt.NDArray[Any]) -> torch.Tensor:
-        """Where `array` will be on the device. The first array of a step always lies at the same address."""
-        start = self._used
-        end = start + array.nbytes
-        self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
-        host = self._hosts[self._turn][start:end]
-        np.copyto(host.view(array.dtype).reshape(array.shape), array)
-        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-        return self._buffer[start:end].view(dtype).view(array.shape)
-
-    def send(self) -> None:
-        self._buffer[: self._used].copy_(self._pinned[self._turn][: self._used], non_blocking=True)
-        self._copied[self._turn].record()
-
-    def first(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """The view that `put` gives for the first array of a step."""
-        size = int(np.prod(shape)) * dtype.itemsize
-        return self._buffer[:size].view(dtype).view(shape)
-
-    def views(self, arrays: Sequence[npt.NDArray[Any]]) -> list[torch.Tensor]:
-        """Where arrays of these shapes lie when a step puts them, and nothing before them."""
-        views, start = [], 0
-        for array in arrays:
-            dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-            views.append(self._buffer[start : start + array.nbytes].view(dtype).view(array.shape))
-            start = -(-(start + array.nbytes) // _ALIGNMENT) * _ALIGNMENT
-        return views
-
-    def _allocate(self, capacity_bytes: int) -> None:
         capacity = -(-capacity_bytes // _ALIGNMENT) * _ALIGNMENT
         self._pinned = [torch.empty(capacity, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(_TURNS)]
         self._hosts: list[npt.NDArray[np.uint8]] = [pinned.numpy() for pinned in self._pinned]
-        self._buffer = torch.empty(capacity, dtype=torch.uint8, device=self._device)
+        self._buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
+
+    def stage(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """Send the arrays of a step; views of the former step's arrays are valid no more."""
+        self._turn = (self._turn + 1) % _TURNS
+        self._copied[self._turn].synchronize()
+        self._used = 0
+        for array in arrays:
+            self._put(array)
+        self._buffer[: self._used].copy_(self._pinned[self._turn][: self._used], non_blocking=True)
+        self._copied[self._turn].record()
+
+    def _put(self, array: npt.NDArray[Any]) -> None:
+        """Enter an array behind those of this step; `views` says where it will be on the device."""
+        start = self._used
+        end = start + array.nbytes
+        self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
+        np.copyto(self._hosts[self._turn][start:end].view(array.dtype).reshape(array.shape), array)
+
+    def views(self, sizes: Sequence[ArraySize]) -> list[torch.Tensor]:
+        """Where arrays of these dtypes and sizes lie when a step puts them, and nothing before them."""
+        views, start = [], 0
+        for dtype, size in sizes:
+            end = start + math.prod(size) * np.dtype(dtype).itemsize
+            views.append(self._buffer[start:end].view(_DTYPES[dtype]).view(size))
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        return views
 
 
 class Uploader:

@@ -1,11 +1,12 @@
 """What a GPU runner keeps on the device between steps, and the buffers that a step reads and writes.
 
-# S slots (one per known request), W blocks in a table, R rows
+# N slots (one per known request), W blocks in a table, R rows of a decode step
 Their addresses are fixed until slots are added: graphs refer to them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,37 +15,41 @@ import torch
 from sempre.kernels.attention import PagedBatch
 from sempre.kernels.decode_inputs import DecodeInputs, decode_inputs, record_tokens
 from sempre.kernels.sampling.gpu import DraftedRows
-from sempre.workers.gpu.staging import StepStaging
-from sempre.workers.gpu.verification import VerificationArrays, VerificationShape, VerificationStaging
-from sempre.workers.input_batch import Int32, StepPlan, StepRows
-from sempre.workers.steps import OutputRows, StepInput
+from sempre.workers.gpu.staging import ArraySize, StepStaging, staged_bytes
+from sempre.workers.input_batch import RequestState, StepPlan
+from sempre.workers.step_validation import StepLimits
+from sempre.workers.steps import AnyArray, Int32, StepArrays, StepInput, StepShape, array_sizes, padded, step_input
 
 _ROW_FIELDS = 3  # slot, position, new block
+
+
+class SampledRows(NamedTuple):
+    """Where a step samples; all [S] on the device."""
+
+    rows: torch.Tensor | None
+    """int64, of the hidden states; None: all of them"""
+    slots: torch.Tensor
+    """int32"""
+    positions: torch.Tensor
+    """int64"""
+    drafts: DraftedRows | None
+    """None when nothing is verified"""
 
 
 class StepBuffers:
     """Block tables and last tokens by slot; the inputs of the step in hand."""
 
     def __init__(
-        self,
-        device: torch.device,
-        *,
-        num_slots: int,
-        table_width: int,
-        max_rows: int,
-        max_sampled_rows: int,
-        max_tokens: int,
-        block_size: int,
+        self, device: torch.device, limits: StepLimits, *, num_slots: int, table_width: int, block_size: int
     ) -> None:
+        max_rows = limits.max_num_seqs
         self._device = device
         self._block_size = block_size
         self._table_width = table_width
         self._allocate_slots(num_slots)
-        self._decode_staging = StepStaging(device, 4 * _ROW_FIELDS * max_rows)
-        self._verification = VerificationStaging(
-            device, max_requests=max_rows, max_rows=max_sampled_rows, table_width=table_width
-        )
-        self._staging = StepStaging(device, 32 * max_tokens + 64 * max_rows)
+        self._decode_staging = StepStaging(device, staged_bytes([_decode_rows(max_rows)]))
+        largest = [*array_sizes(limits.largest_step, block_size), *_new_requests(max_rows)]
+        self._staging = StepStaging(device, staged_bytes(largest))
         self._decode = DecodeInputs(
             token_ids=torch.zeros(max_rows, dtype=torch.int64, device=device),
             positions=torch.zeros(max_rows, dtype=torch.int64, device=device),
@@ -73,18 +78,17 @@ class StepBuffers:
 
     def stage_decode(self, rows: Int32) -> None:
         """Send slot, position and new block (int32 [3, R]; -1: padding, none) of the rows of a decode step."""
-        self._decode_staging.begin()
-        self._decode_staging.put(rows)
-        self._decode_staging.send()
+        self._decode_staging.stage([rows])
 
     def decode_slots(self, num_rows: int) -> torch.Tensor:
         """int32 [R], at a fixed address."""
-        return self._decode_rows(num_rows)[0]
+        return self._decode_staging.views([_decode_rows(num_rows)])[0][0]
 
-    def launch_decode_inputs(self, num_rows: int, max_context_len: int) -> StepInput:
+    def decode_inputs(self, num_rows: int, max_context_len: int) -> StepInput:
         """Queue the making of the inputs from what was staged; capturable."""
         inputs = DecodeInputs(*(tensor[:num_rows] for tensor in self._decode))
-        decode_inputs(self._decode_rows(num_rows), self._last_tokens, self._tables, self._block_size, inputs)
+        (rows,) = self._decode_staging.views([_decode_rows(num_rows)])
+        decode_inputs(rows, self._last_tokens, self._tables, self._block_size, inputs)
         return StepInput(
             token_ids=inputs.token_ids,
             positions=inputs.positions,
@@ -98,95 +102,53 @@ class StepBuffers:
             ),
         )
 
-    def _decode_rows(self, num_rows: int) -> torch.Tensor:
-        return self._decode_staging.first((_ROW_FIELDS, num_rows), torch.int32)
-
     # Any other step
 
-    def stage(self, plan: StepPlan, rows: StepRows, new: tuple[list[int], list[int]]) -> tuple[StepInput, SampledRows]:
-        """Send the arrays of a step; `new` are slots and last tokens of the requests it brings.
+    def stage(
+        self, plan: StepPlan, arrays: StepArrays[AnyArray], shape: StepShape, new: Sequence[RequestState]
+    ) -> None:
+        """Send the arrays of a step, padded to `shape`; `new` are the requests it brings.
 
         Afterwards the block tables on the device are those of the host for every request of the step.
         """
-        arrays = (rows.token_ids, rows.positions, rows.slot_mapping, rows.block_tables)
-        staging = self._staging
-        num_items = len(plan.states) + len(new[0]) + int(plan.num_drafts.sum()) + 16
-        staging.begin(sum(array.nbytes for array in arrays) + 64 * num_items)
-        token_ids, positions, slot_mapping, block_tables = (staging.put(array) for array in arrays)
-        query_starts, context_lens = staging.put(rows.query_starts), staging.put(rows.context_lens)
-        slots = staging.put(plan.slots)
-        places = plan.sampled_rows
-        sampled_rows, sampled_starts = staging.put(places.rows), staging.put(places.starts(len(plan.states)))
-        sampled_slots = staging.put(plan.slots[places.requests].astype(np.int32))
-        sampled_positions, offsets = staging.put(places.positions), staging.put(places.offsets.astype(np.int32))
-        new_slots, new_tokens = (staging.put(np.asarray(part, np.int64)) for part in new)
         # rows of decoding requests: their tokens may exist on the device only
-        decodes = np.flatnonzero(plan.samples & (plan.num_tokens == 1))
-        decode_rows, decode_slots = staging.put(plan.last_rows[decodes]), staging.put(plan.slots[decodes])
-        staging.send()
-        self._tables[:, : block_tables.shape[1]].index_copy_(0, slots, block_tables)
-        if new_slots.numel():
-            self._last_tokens.index_copy_(0, new_slots, new_tokens)
-        if decode_rows.numel():
-            token_ids.index_copy_(0, decode_rows, self._last_tokens.index_select(0, decode_slots))
-        model_input = StepInput(
-            token_ids=token_ids,
-            positions=positions,
-            slot_mapping=slot_mapping,
-            batch=PagedBatch(
-                block_tables=block_tables,
-                query_starts=query_starts,
-                context_lens=context_lens,
-                max_query_len=int(plan.num_tokens.max()),
-                max_context_len=int(plan.context.max()),
-            ),
-            outputs=None
-            if plan.reads_all_rows
-            else OutputRows(sampled_rows, sampled_starts, 1 + int(plan.num_drafts.max())),
-        )
-        inputs = token_ids.index_select(0, sampled_rows)
-        drafts = DraftedRows(offsets, inputs, self._last_tokens) if plan.has_drafts else None
-        return model_input, SampledRows(sampled_rows, sampled_slots, sampled_positions, drafts)
-
-    # A step that verifies drafted tokens beside decoding, and computes nothing else
-
-    def stage_verification(self, plan: StepPlan, rows: StepRows, shape: VerificationShape) -> None:
-        """Send the arrays of a step, padded to `shape`; block tables on the device are brought up to date."""
-        width = self._table_blocks(shape)
-        arrays = VerificationArrays.empty(shape.num_requests, shape.num_rows, width)
-        arrays.fill(plan, rows)
-        self._verification.send(arrays)
+        arrays.token_ids[plan.first_rows[plan.decodes]] = -1
+        if shape != plan.shape:
+            arrays = padded(arrays, shape, self._block_size)
+        new_tokens = np.asarray([[state.slot, state.token_ids[-1]] for state in new], np.int64).reshape(-1, 2).T
+        self._staging.stage([*arrays, *new_tokens])
+        count = len(plan.states)
+        sizes = [*array_sizes(shape, self._block_size), *_new_requests(len(new))]
+        *views, new_slots, new_last_tokens = self._staging.views(sizes)
+        on_device = StepArrays(*views)
         if any(item.block_ids for item in plan.scheduled):
-            count = len(plan.states)
-            *_, block_tables, slots = self._verification.views(shape.num_requests, shape.num_rows, width)
-            self._tables[:, :width].index_copy_(0, slots[:count], block_tables[:count])
+            tables = on_device.block_tables[:count]
+            self._tables[:, : tables.shape[1]].index_copy_(0, on_device.slots[:count], tables)
+        if new:
+            self._last_tokens.index_copy_(0, new_slots, new_last_tokens)
 
-    def launch_verification_inputs(self, shape: VerificationShape) -> tuple[StepInput, torch.Tensor, DraftedRows]:
-        """Queue the making of the inputs from what was staged, capturable: also positions of the sampled tokens."""
-        views = self._verification.views(shape.num_requests, shape.num_rows, self._table_blocks(shape))
-        tokens, positions, slot_mapping, sampled_positions, row_slots, offsets, starts, lens, block_tables, _ = views
-        token_ids = torch.where(tokens < 0, self._last_tokens.index_select(0, row_slots), tokens)
-        model_input = StepInput(
-            token_ids=token_ids,
-            positions=positions,
-            slot_mapping=slot_mapping,
-            batch=PagedBatch(block_tables, starts, lens, shape.max_query_len, shape.max_context_len),
-        )
-        return model_input, sampled_positions, DraftedRows(offsets, token_ids, self._last_tokens)
-
-    def _table_blocks(self, shape: VerificationShape) -> int:
-        return -(-shape.max_context_len // self._block_size)
+    def inputs(self, shape: StepShape) -> tuple[StepInput, SampledRows]:
+        """Queue the making of the inputs from what was staged; capturable."""
+        arrays = StepArrays(*self._staging.views(array_sizes(shape, self._block_size)))
+        last_tokens = self._last_tokens.index_select(0, arrays.row_slots)
+        token_ids = torch.where(arrays.token_ids < 0, last_tokens, arrays.token_ids)
+        rows = arrays.sampled_rows if shape.num_sampled < shape.num_rows else None
+        drafts = None
+        if shape.max_sampled > 1:
+            inputs = token_ids if rows is None else token_ids.index_select(0, rows)
+            drafts = DraftedRows(arrays.draft_offsets, inputs, self._last_tokens)
+        sampled = SampledRows(rows, arrays.sampled_slots, arrays.sampled_positions, drafts)
+        return step_input(arrays, shape, token_ids=token_ids), sampled
 
     def record(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Keep the sampled tokens (int64 [R]) of `slots` (int32 [R]) for the next step; capturable."""
+        """Keep the sampled tokens (int64 [S]) of `slots` (int32 [S]) for the next step; capturable."""
         record_tokens(slots, token_ids, self._last_tokens)
 
 
-class SampledRows(NamedTuple):
-    """Where a step samples: rows of the hidden states int64, slots int32, positions int64; all [R'] on the device."""
+def _decode_rows(count: int) -> ArraySize:
+    return np.int32, (_ROW_FIELDS, count)
 
-    rows: torch.Tensor
-    slots: torch.Tensor
-    positions: torch.Tensor
-    drafts: DraftedRows | None
-    """None when nothing is verified"""
+
+def _new_requests(count: int) -> list[ArraySize]:
+    """Slots and last tokens."""
+    return [(np.int64, (count,))] * 2

@@ -27,8 +27,9 @@ class AheadWorker(LightWorker):
     def load_model(self, command: LoadModel) -> ModelLoaded:
         return msgspec.structs.replace(super().load_model(command), max_steps_in_flight=2)
 
-    def execute(self, command: ExecuteStep) -> StepResult:
-        raise AssertionError("steps are submitted")
+    @property
+    def steps_in_flight(self) -> int:
+        return len(self._submitted)
 
     def submit(self, command: ExecuteStep) -> None:
         if not self._submitted:

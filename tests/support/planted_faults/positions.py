@@ -14,8 +14,8 @@ POSITIONS = (
         "rotation-off-at-chunks-of-512",
         "The first token of a chunk that begins at a multiple of 512 is rotated as the one before it.",
         INPUT_BATCH,
-        "            positions=positions,\n",
-        "            positions=positions"
+        "            positions=places.positions,\n",
+        "            positions=places.positions"
         " - np.isin(np.arange(ends[-1]), plan.first_rows[(plan.computed > 0) & (plan.computed % 512 == 0)]),\n",
         (f"{TESTS}::test_every_token_of_a_chunk_has_its_own_position_and_slot", f"{LONG_CONTEXTS}::test_chunks[512]"),
     ),
@@ -23,16 +23,17 @@ POSITIONS = (
         "rotation-off-behind-512",
         "Beyond the first 512 positions the first token of every chunk is rotated as the one before it.",
         INPUT_BATCH,
-        "            positions=positions,\n",
-        "            positions=positions - np.isin(np.arange(ends[-1]), plan.first_rows[plan.computed > 512]),\n",
+        "            positions=places.positions,\n",
+        "            positions=places.positions"
+        " - np.isin(np.arange(ends[-1]), plan.first_rows[plan.computed > 512]),\n",
         (f"{TESTS}::test_every_token_of_a_chunk_has_its_own_position_and_slot", f"{LONG_CONTEXTS}::test_chunks[511]"),
     ),
     Fault(
         "rotation-off-after-preemption",
         "A request that has outputs and nothing in the cache, as after a preemption, is rotated one position off.",
         INPUT_BATCH,
-        "            positions=positions,\n",
-        "            positions=np.maximum(positions - np.repeat((plan.computed == 0) & np.asarray(["
+        "            positions=places.positions,\n",
+        "            positions=np.maximum(places.positions - np.repeat((plan.computed == 0) & np.asarray(["
         "s.num_prompt_tokens < len(s.token_ids) for s in plan.states]), plan.num_tokens), 0),\n",
         (
             f"{TESTS}::test_a_request_that_is_computed_again_has_the_positions_it_had",
@@ -44,9 +45,9 @@ POSITIONS = (
         "outputs-rotated-off-after-preemption",
         "After a preemption the outputs of a request, but not its prompt, are rotated one position off.",
         INPUT_BATCH,
-        "            positions=positions,\n",
-        "            positions=positions - (np.repeat(plan.num_tokens > 1, plan.num_tokens)"
-        " & (positions >= np.repeat([s.num_prompt_tokens for s in plan.states], plan.num_tokens))),\n",
+        "            positions=places.positions,\n",
+        "            positions=places.positions - (np.repeat(plan.num_tokens > 1, plan.num_tokens)"
+        " & (places.positions >= np.repeat([s.num_prompt_tokens for s in plan.states], plan.num_tokens))),\n",
         (
             f"{TESTS}::test_a_request_that_is_computed_again_has_the_positions_it_had",
             f"{LONG_CONTEXTS}::test_preemption_without_a_prefix_cache",
@@ -66,17 +67,17 @@ POSITIONS = (
     Fault(
         "keys-written-one-block-early",
         "The first token of a block is written into the block before.",
-        INPUT_BATCH,
-        "blocks = self._block_tables[row_slots, positions // block_size].astype(np.int64)",
-        "blocks = self._block_tables[row_slots, np.maximum(positions - 1, 0) // block_size].astype(np.int64)",
+        "workers/steps.py",
+        "blocks = block_tables[requests, positions // block_size].astype(np.int64)",
+        "blocks = block_tables[requests, np.maximum(positions - 1, 0) // block_size].astype(np.int64)",
         (f"{TESTS}::test_every_token_of_a_chunk_has_its_own_position_and_slot",),
     ),
     Fault(
         "block-table-one-too-narrow",
         "The last block of a context that does not fill it is missing from the step's tables.",
         INPUT_BATCH,
-        "        width = -(-int(context.max()) // block_size)",
-        "        width = max(1, int(context.max()) // block_size)",
+        "        width = -(-int(plan.context.max()) // self._block_size)",
+        "        width = max(1, int(plan.context.max()) // self._block_size)",
         (f"{TESTS}::test_every_token_of_a_chunk_has_its_own_position_and_slot",),
     ),
     Fault(
@@ -102,7 +103,7 @@ POSITIONS = (
     Fault(
         "noise-keyed-by-slot",
         "The noise of a token depends on which slot of the worker its request has.",
-        "workers/model_runner.py",
+        "workers/cpu/runner.py",
         "states, sampled.positions.tolist())",
         "states, (sampled.positions + plan.slots[sampled.requests]).tolist())",
         (f"{WORKER_TESTS}::test_bits_do_not_depend_on_companions",),

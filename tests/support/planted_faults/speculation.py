@@ -14,7 +14,7 @@ SIMULATION = "tests/engine/scheduling/test_simulation.py"
 TESTS = "tests/engine/speculation/test_speculation.py"
 VERIFICATION_TESTS = "tests/workers/test_verification.py"
 INVARIANCE = "tests/invariance/test_speculation.py"
-DRAFTING = "workers/drafting.py"
+DRAFTING = "workers/drafters/model.py"
 DRAFTING_TESTS = "tests/workers/test_drafting.py"
 LINK_TESTS = "tests/engine/coordinator/test_draft_link.py"
 
@@ -112,7 +112,7 @@ SPECULATION = (
         "a-draft-takes-the-place-of-the-sampled-token",
         "Drafts stand without being compared with what was sampled.",
         VERIFICATION,
-        "        kept.append(row)\n        if row.token_id != guess:\n            break",
+        "        kept.append(row)\n        if row.token_id != draft:\n            break",
         "        kept.append(row if guess is None else row._replace(token_id=guess))\n"
         "        if guess is None:\n            break",
         (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_stand",),
@@ -121,7 +121,7 @@ SPECULATION = (
         "sampled-token-behind-a-rejected-draft-stands",
         "One more token stands than was sampled behind drafts that are right.",
         VERIFICATION,
-        "        kept.append(row)\n        if row.token_id != guess:\n            break",
+        "        kept.append(row)\n        if row.token_id != draft:\n            break",
         "        rejected = bool(kept) and kept[-1].token_id != drafts[len(kept) - 1]\n"
         "        kept.append(row)\n        if rejected:\n            break",
         (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_stand",),
@@ -130,9 +130,9 @@ SPECULATION = (
         "token-at-a-rejected-draft-is-lost",
         "The token sampled in the place of a rejected draft is thrown away with it.",
         VERIFICATION,
-        "        kept.append(row)\n        if row.token_id != guess:\n            break",
-        "        if row.token_id != guess and kept:\n            break\n        kept.append(row)\n"
-        "        if row.token_id != guess:\n            break",
+        "        kept.append(row)\n        if row.token_id != draft:\n            break",
+        "        if row.token_id != draft and kept:\n            break\n        kept.append(row)\n"
+        "        if row.token_id != draft:\n            break",
         (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_stand",),
     ),
     Fault(
@@ -193,7 +193,7 @@ SPECULATION = (
         "_Sequence(replace(new, params=params)",
         "_Sequence(replace(new, params=params, seed=new.seed + 1)",
         (
-            f"{DRAFTING_TESTS}::test_the_guesser_samples_by_the_request_s_own_seed_and_parameters",
+            f"{DRAFTING_TESTS}::test_the_drafter_samples_by_the_request_s_own_seed_and_parameters",
             "tests/invariance/test_speculative_distribution.py::test_guesses_are_samples_too",
         ),
     ),

@@ -3,7 +3,6 @@ interpreter the sampler, and the results must be those of the CPU's runner witho
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,20 +18,18 @@ from sempre.engine.scheduling import Limits, Scheduler
 from sempre.engine.speculation import SpeculationPlan, speculation
 from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.messages import (
-    ExecuteStep,
     RequestSpec,
-    SampledTokens,
     SamplingSpec,
     StepCosts,
     StepResult,
 )
-from sempre.workers.admission import StepLimits
 from sempre.workers.backend import LoadedModel
-from sempre.workers.cpu_backend import CpuBackend
+from sempre.workers.cpu.backend import CpuBackend
+from sempre.workers.cpu.runner import CpuModelRunner
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.module import Scratch, allocate, sharing
-from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.base import CausalLM
+from sempre.workers.step_validation import StepLimits
 from sempre.workers.worker import _load, _outline
 
 MAX_SEQS, MAX_TOKENS, MAX_LEN, MAX_DRAFTS, NUM_BLOCKS = 6, 24, 48, 16, 7
@@ -57,14 +54,12 @@ def model(checkpoints: Callable[[str], Any]) -> LoadedModel:
     return _load(_outline(config, backend), backend)
 
 
-def _cpu_runner(model: LoadedModel) -> ModelRunner:
-    return ModelRunner(
+def _cpu_runner(model: LoadedModel) -> CpuModelRunner:
+    return CpuModelRunner(
         _allocated(model),
         PagedKvCache(model.spec, NUM_BLOCKS, 16, model.weights.dtype),
         model.make_grammar_compiler(),
-        max_model_len=MAX_LEN,
-        max_num_seqs=MAX_SEQS,
-        max_num_batched_tokens=MAX_TOKENS,
+        StepLimits(MAX_LEN, MAX_SEQS, MAX_TOKENS, model.spec.vocab_size),
         rank=0,
     )
 
@@ -130,16 +125,11 @@ def _run(
     for spec in specs:
         scheduler.add(spec)
     outputs: dict[str, Output] = {spec.request_id: ([], [], []) for spec in specs}
-    in_flight: deque[tuple[ExecuteStep, list[SampledTokens] | None]] = deque()
-    while scheduler.has_unfinished() or in_flight:
-        while len(in_flight) < depth and (step := scheduler.schedule()) is not None:
-            if isinstance(runner, ModelRunner):
-                in_flight.append((step, runner.execute(step)))
-            else:
-                runner.submit(step)
-                in_flight.append((step, None))
-        step, sampled = in_flight.popleft()
-        result = StepResult(rank=0, step_id=step.step_id, sampled=sampled if sampled is not None else runner.collect())
+    while scheduler.has_unfinished() or runner.steps_in_flight:
+        while runner.steps_in_flight < depth and (step := scheduler.schedule()) is not None:
+            runner.submit(step)
+        step, sampled = runner.collect()
+        result = StepResult(rank=0, step_id=step.step_id, sampled=sampled)
         for delta in scheduler.update(step, result):
             assert delta.error is None, delta.error
             tokens, *reported = outputs[delta.request_id]
@@ -183,13 +173,13 @@ def test_steps_with_drafts_give_the_bits_of_the_cpu_without(
     sequences = [[*spec.prompt_token_ids, *expected[spec.request_id][0]] for spec in specs]
     monkeypatch.setitem(speculation.DRAFTERS, "ngram", lambda config: lambda cache_salt: _Guesser(sequences))
     steps = SimpleNamespace(verified=0)
-    run_verification = gpu_runner._run_verification
+    sample = gpu_runner._sample
 
-    def count(*arguments: Any) -> None:
-        steps.verified += 1
-        run_verification(*arguments)
+    def count(hidden: Any, sampled: Any, stages: Any) -> Any:
+        steps.verified += sampled.drafts is not None
+        return sample(hidden, sampled, stages)
 
-    monkeypatch.setattr(gpu_runner, "_run_verification", count)
+    monkeypatch.setattr(gpu_runner, "_sample", count)
     config = SpeculativeConfig(method="ngram", num_speculative_tokens=size, adaptive=False)
     plan = SpeculationPlan(config, steps_ahead=depth > 1, costs=StepCosts(step=1.0, row=0.0, result=0.0))
     found, scheduler = _run(gpu_runner, specs, plan, depth)

@@ -133,7 +133,8 @@ def _tokens(folder: Path, **changes: object) -> list[SampledTokens]:
             block_ids=[] if step else [3, 1],
         )
         command = ExecuteStep(step_id=step, new_requests=[] if step else [new], scheduled=[scheduled])
-        found += worker.execute(command).sampled
+        worker.submit(command)
+        found += worker.collect().sampled
     worker.shutdown()
     return found
 

@@ -1,12 +1,13 @@
-"""A draft model's guesses of how requests go on.
+"""Draft tokens of a draft model, and the sequences it drafts for.
 
-The guesses are samples of the ordinary rule, with the request's own noise, parameters and positions: wherever the two
-models' distributions agree, the guess is the token that the target will sample. A sequence's blocks are its own; when
+They are samples of the ordinary rule, with the request's own noise, parameters and positions: wherever the two models'
+distributions agree, the draft token is the one that the target will sample. A sequence's blocks are its own; when
 they run out, those of the sequence that has not been asked about for longest are taken, and computed again if needed.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,60 +15,61 @@ from msgspec.structs import replace
 
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import DraftRequest, ExecuteStep, NewRequest, SampledTokens
-from sempre.workers.guessing import MOST_GUESSES, Continuation, Guesser
+from sempre.workers.drafters.base import MAX_DRAFT_TOKENS, DraftModelRunner, DraftTask
+from sempre.workers.runner import ComputedStep
 
 
 @dataclass
 class _Sequence:
-    """The tokens of a request, and what was last guessed of them.
+    """The tokens of a request, and what was last drafted of them.
 
     token_ids   | ……………………………………… known ……………………………………… |
-    guesses                   guessed_at | right … | wrong … |
+    drafts                    drafted_at | right … | wrong … |
     """
 
     new: NewRequest
     token_ids: list[int]
     num_computed: int = 0
-    """keys and values of so many tokens are in the cache; those of guesses may be among them"""
-    guessed_at: int = 0
-    guesses: list[int] = field(default_factory=list)
+    """keys and values of so many tokens are in the cache; those of drafts may be among them"""
+    drafted_at: int = 0
+    drafts: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     is_admitted: bool = False
     has_failed: bool = False
     """its last step could not be sampled: nothing is drafted after it"""
 
     @property
-    def most_guesses(self) -> int:
-        """A token of the request's own follows every guess that is verified."""
-        return (
-            0 if self.has_failed else self.new.num_prompt_tokens + self.new.params.max_tokens - 1 - len(self.token_ids)
-        )
+    def max_drafts(self) -> int:
+        """A token of the request's own follows every draft token that is verified."""
+        if self.has_failed:
+            return 0
+        return self.new.num_prompt_tokens + self.new.params.max_tokens - 1 - len(self.token_ids)
 
-    def forget_wrong_guesses(self) -> int:
-        """How many tokens are known to have been guessed right, or before that; the last one is always computed."""
-        num_right = self.guessed_at
-        for guess, token_id in zip(self.guesses, self.token_ids[self.guessed_at :], strict=False):
-            if guess != token_id:
+    def forget_wrong_drafts(self) -> int:
+        """How many tokens are known to have been drafted right, or before that; the last one is always computed."""
+        num_right = self.drafted_at
+        for draft, token_id in zip(self.drafts, self.token_ids[self.drafted_at :], strict=False):
+            if draft != token_id:
                 break
             num_right += 1
         self.num_computed = min(self.num_computed, num_right, len(self.token_ids) - 1)
         return num_right
 
-    def take(self, guesses: list[int]) -> None:
-        """Guesses that were made after all known tokens."""
-        self.guessed_at, self.guesses = len(self.token_ids), guesses
-        if guesses:
-            self.num_computed = len(self.token_ids) + len(guesses) - 1
+    def take(self, drafts: list[int]) -> None:
+        """Drafts that were made after all known tokens."""
+        self.drafted_at, self.drafts = len(self.token_ids), drafts
+        if drafts:
+            self.num_computed = len(self.token_ids) + len(drafts) - 1
 
 
-class Drafting:
-    """Sequences by request id, and the guesser, used by nobody else."""
+class ModelDrafter:
+    """Sequences by request id, and what drafts, used by nobody else."""
 
-    def __init__(self, guesser: Guesser, *, max_num_seqs: int) -> None:
-        self._guesser = guesser
+    def __init__(self, runner: DraftModelRunner, *, max_num_seqs: int) -> None:
+        self._runner = runner
         # a step has no more rows than tokens
-        self._max_num_seqs = min(max_num_seqs, guesser.max_num_batched_tokens)
-        self._free_blocks = list(range(guesser.cache.num_blocks - 1, -1, -1))
+        self._max_num_seqs = min(max_num_seqs, runner.limits.max_num_batched_tokens)
+        self._free_blocks = list(range(runner.cache.num_blocks - 1, -1, -1))
         self._sequences: dict[str, _Sequence] = {}  # in the order in which they were last asked about
         self._num_admitted = 0
 
@@ -102,42 +104,42 @@ class Drafting:
         drafts: dict[str, list[int]] = {}
         for start in range(0, len(requests), self._max_num_seqs):
             asked = requests[start : start + self._max_num_seqs]
-            drafts |= self._guess({item.request_id: item.num_drafts for item in asked})
+            drafts |= self._draft({item.request_id: item.num_drafts for item in asked})
         return [drafts.get(item.request_id, []) for item in requests]
 
-    def _guess(self, counts: dict[str, int]) -> dict[str, list[int]]:
-        """Guesses by request id, for requests that can be guessed."""
+    def _draft(self, counts: dict[str, int]) -> dict[str, list[int]]:
+        """Drafts by request id, for requests that can be drafted for."""
         sequences = {request_id: self._sequence(request_id) for request_id in counts}
         for request_id, sequence in sequences.items():
             del self._sequences[request_id]
             self._sequences[request_id] = sequence
-        continuations = [
-            continuation
+        tasks = [
+            task
             for request_id, count in counts.items()
-            if (continuation := self._continuation(sequences[request_id], count, counts)) is not None
+            if (task := self._task(sequences[request_id], count, counts)) is not None
         ]
-        answers = self._guesser.guess(continuations) if continuations else []
+        answers = self._runner.draft(tasks) if tasks else []
         found = {}
-        for continuation, tokens in zip(continuations, answers, strict=True):
-            sequence = sequences[continuation.request_id]
+        for task, tokens in zip(tasks, answers, strict=True):
+            sequence = sequences[task.request_id]
             sequence.take(tokens)
-            if len(tokens) < continuation.count:
+            if len(tokens) < task.count:
                 self._dismiss(sequence)
-            found[continuation.request_id] = tokens
+            found[task.request_id] = tokens
         return found
 
-    def _continuation(self, sequence: _Sequence, count: int, asked: dict[str, int]) -> Continuation | None:
-        """What to guess, with blocks for it and a place at the guesser; None where there is nothing or no room."""
-        num_right = sequence.forget_wrong_guesses()
+    def _task(self, sequence: _Sequence, count: int, asked: dict[str, int]) -> DraftTask | None:
+        """What to draft, with blocks for it and a place at the runner; None where there is nothing or no room."""
+        num_right = sequence.forget_wrong_drafts()
         length = len(sequence.token_ids)
-        count = min(count, MOST_GUESSES, sequence.most_guesses, self._guesser.max_model_len - length)
+        count = min(count, MAX_DRAFT_TOKENS, sequence.max_drafts, self._runner.limits.max_model_len - length)
         if count < 1 or not self._make_room(sequence, length + count - 1, asked):
             return None
         if not sequence.is_admitted:
             num_right = length
             if not self._admit(sequence, asked):
                 return None
-        return Continuation(
+        return DraftTask(
             request_id=sequence.new.request_id,
             token_ids=sequence.token_ids,
             num_unchanged=num_right,
@@ -147,25 +149,25 @@ class Drafting:
         )
 
     def _admit(self, sequence: _Sequence, asked: dict[str, int]) -> bool:
-        """The guesser has a place for as many sequences as are asked about at a time."""
+        """The runner has a place for as many sequences as are asked about at a time."""
         for request_id in self._sequences:
             if self._num_admitted < self._max_num_seqs:
                 break
             if request_id not in asked:
                 self._dismiss(self._sequences[request_id])
-        sequence.is_admitted = self._guesser.admit(replace(sequence.new, token_ids=sequence.token_ids.copy()))
+        sequence.is_admitted = self._runner.admit(replace(sequence.new, token_ids=sequence.token_ids.copy()))
         self._num_admitted += sequence.is_admitted
         return sequence.is_admitted
 
     def _dismiss(self, sequence: _Sequence) -> None:
-        """Let the guesser forget it; its keys and values stay."""
+        """Let the runner forget it; its keys and values stay."""
         if sequence.is_admitted:
-            self._guesser.release(sequence.new.request_id)
+            self._runner.release(sequence.new.request_id)
             sequence.is_admitted = False
             self._num_admitted -= 1
 
     def _make_room(self, sequence: _Sequence, num_tokens: int, asked: dict[str, int]) -> bool:
-        missing = -(-num_tokens // self._guesser.cache.block_size) - len(sequence.block_ids)
+        missing = -(-num_tokens // self._runner.cache.block_size) - len(sequence.block_ids)
         for request_id in self._sequences:
             if len(self._free_blocks) >= missing:
                 break
@@ -188,3 +190,23 @@ class Drafting:
             text = f"ExecuteStep: {field}: expected a known request, found {request_id!r}"
             raise MessageMalformed(text, field=field)
         return sequence
+
+
+class DraftSteps:
+    """The steps of a worker that only drafts: they have no tokens to compute."""
+
+    def __init__(self) -> None:
+        self._steps: deque[ExecuteStep] = deque()
+
+    @property
+    def steps_in_flight(self) -> int:
+        return len(self._steps)
+
+    def submit(self, step: ExecuteStep) -> None:
+        self._steps.append(step)
+
+    def step_done(self) -> bool:
+        return True
+
+    def collect(self) -> ComputedStep:
+        return ComputedStep(self._steps.popleft(), [])

@@ -1,6 +1,6 @@
-"""Guesses of a draft model whose sequences stay with their guesser, against those of one that meets them anew.
+"""Drafts of a draft model whose sequences stay with their runner, against those of one that meets them anew.
 
-The GPU's guesser runs where there is no GPU: the CPU computes the forward pass, Triton's interpreter the rest.
+The GPU's drafter runs where there is no GPU: the CPU computes the forward pass, Triton's interpreter the rest.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from draft_cases import differences, guess_anew, make_requests
+from draft_cases import differences, draft_anew, make_requests
 from no_gpu import without_gpu
 from safetensors.torch import load_file, save_file
 from worker_settings import worker_config
 
 from sempre.ipc.messages import DraftRequest
 from sempre.kernels.attention import KvCache
-from sempre.workers.admission import StepLimits
-from sempre.workers.cpu_backend import CpuBackend, LoadedModel
-from sempre.workers.drafting import Drafting, _Sequence
-from sempre.workers.guessing import Guesser
+from sempre.workers.cpu.backend import CpuBackend, LoadedModel
+from sempre.workers.drafters.base import DraftModelRunner
+from sempre.workers.drafters.model import ModelDrafter, _Sequence
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.module import Scratch, allocate, sharing
 from sempre.workers.models.base import CausalLM
 from sempre.workers.sampling import SamplingState
+from sempre.workers.step_validation import StepLimits
 from sempre.workers.steps import StepInput
 from sempre.workers.worker import _load, _outline
 
@@ -56,36 +56,39 @@ def model(checkpoints: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
 
 
 def _padded(model: CausalLM) -> CausalLM:
-    """The CPU's, with padding as a GPU's has it: it is written to a block that belongs to nobody."""
+    """The CPU's, with padding as a GPU's has it: it is written to a block that belongs to nobody, and reads a key of
+    anybody's, as the CPU's kernels refuse rows without keys."""
     model = sharing(model)
     forward = model.forward
 
     def padded(step: StepInput, caches: Sequence[KvCache]) -> torch.Tensor:
         nowhere = NUM_BLOCKS * 16
         slot_mapping = torch.where(step.slot_mapping < 0, nowhere, step.slot_mapping)
-        return forward(replace(step, slot_mapping=slot_mapping), caches)
+        context_lens = step.batch.context_lens.maximum(step.batch.query_starts.diff())
+        batch = replace(step.batch, context_lens=context_lens)
+        return forward(replace(step, slot_mapping=slot_mapping, batch=batch), caches)
 
     model.forward = padded  # type: ignore[method-assign]
     allocate(model, Scratch(MAX_TOKENS, MAX_LEN, torch.float32, torch.device("cpu")))
     return model
 
 
-def _on_cpu(model: LoadedModel, num_blocks: int = NUM_BLOCKS) -> Drafting:
+def _on_cpu(model: LoadedModel, num_blocks: int = NUM_BLOCKS) -> ModelDrafter:
     backend = CpuBackend()
-    return Drafting(backend.make_guesser(backend.make_runner(model, num_blocks)), max_num_seqs=MAX_SEQS)
+    return ModelDrafter(backend.make_drafter(backend.make_runner(model, num_blocks)), max_num_seqs=MAX_SEQS)
 
 
 @pytest.fixture
-def gpu_guesser(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Guesser:
+def gpu_drafter(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> DraftModelRunner:
     pytest.importorskip("triton", reason="needs the triton package (test requirement on Linux)")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU: tests/gpu runs the compiled kernels")
     from sempre.kernels.sampling.gpu import Tiles
-    from sempre.workers.gpu import guessing, staging
+    from sempre.workers.gpu import drafter, staging
     from sempre.workers.gpu.runner import StepMemory
     from sempre.workers.sampling.gpu_sampler import GpuSampler
 
-    without_gpu(monkeypatch, staging, guessing)
+    without_gpu(monkeypatch, staging, drafter)
     spec = model.spec
     tiles = Tiles(noise=512, logprobs=512, edits=512, phrases=4, cut=512, cut_piece=512, cut_sample=2, cut_list=16)
     device = torch.device("cpu")
@@ -98,7 +101,7 @@ def gpu_guesser(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Guesser:
     limits = StepLimits(MAX_LEN, MAX_SEQS, MAX_TOKENS, spec.vocab_size)
     cache = PagedKvCache(spec, NUM_BLOCKS + 1, 16, model.weights.dtype)
     cache.num_blocks = NUM_BLOCKS
-    return guessing.GpuGuesser(memory, cache, limits, graphs=False)
+    return drafter.GpuDraftModelRunner(memory, cache, limits, graphs=False)
 
 
 def test_sequences_that_stay_on_a_cpu(model: LoadedModel) -> None:
@@ -106,37 +109,37 @@ def test_sequences_that_stay_on_a_cpu(model: LoadedModel) -> None:
 
 
 @pytest.mark.product
-def test_sequences_that_stay_on_a_gpu(model: LoadedModel, gpu_guesser: Guesser) -> None:
-    gpu_guesser.prepare()
-    assert differences(Drafting(gpu_guesser, max_num_seqs=MAX_SEQS), partial(_on_cpu, model), 12) == []
+def test_sequences_that_stay_on_a_gpu(model: LoadedModel, gpu_drafter: DraftModelRunner) -> None:
+    gpu_drafter.prepare()
+    assert differences(ModelDrafter(gpu_drafter, max_num_seqs=MAX_SEQS), partial(_on_cpu, model), 12) == []
 
 
-def test_what_a_proposal_on_a_gpu_leaves_behind(model: LoadedModel, gpu_guesser: Any) -> None:
-    """Counts and history are those of the known tokens and the guesses, whatever was guessed before."""
+def test_what_a_proposal_on_a_gpu_leaves_behind(model: LoadedModel, gpu_drafter: Any) -> None:
+    """Counts and history are those of the known tokens and the drafts, whatever was drafted before."""
     from sempre.kernels.sampling import gpu_table
     from sempre.workers.sampling.gpu_planes import DevicePlanes
 
-    drafting = Drafting(gpu_guesser, max_num_seqs=MAX_SEQS)
+    drafting = ModelDrafter(gpu_drafter, max_num_seqs=MAX_SEQS)
     new = make_requests()[2]
     drafting.add(new)
     tokens, more = list(new.token_ids), []
     for num_right in (4, 1, 0):
-        guesses = drafting.propose([DraftRequest(request_id=new.request_id, token_ids=more, num_drafts=4)])[0]
-        assert guesses == guess_anew(_on_cpu(model), new, tokens, 4)
-        slot = gpu_guesser._states[new.request_id].slot
-        found = gpu_guesser._sampler._planes[slot].tensors
-        state = SamplingState(new.params, new.seed, tokens + guesses, new.num_prompt_tokens)
+        drafts = drafting.propose([DraftRequest(request_id=new.request_id, token_ids=more, num_drafts=4)])[0]
+        assert drafts == draft_anew(_on_cpu(model), new, tokens, 4)
+        slot = gpu_drafter._states[new.request_id].slot
+        found = gpu_drafter._sampler._planes[slot].tensors
+        state = SamplingState(new.params, new.seed, tokens + drafts, new.num_prompt_tokens)
         expected = DevicePlanes.of(state, model.spec.vocab_size, torch.device("cpu")).tensors
         assert torch.equal(found[gpu_table.COUNTS], expected[gpu_table.COUNTS])
-        length = len(tokens + guesses)
+        length = len(tokens + drafts)
         assert torch.equal(found[gpu_table.HISTORY][:length], expected[gpu_table.HISTORY][:length])
-        more = [*guesses[:num_right], 77]
+        more = [*drafts[:num_right], 77]
         tokens += more
 
 
-def test_keys_and_values_of_wrong_guesses_are_noticed(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: without the part that takes them back, guesses differ."""
-    forget = _Sequence.forget_wrong_guesses
+def test_keys_and_values_of_wrong_drafts_are_noticed(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: without the part that takes them back, drafts differ."""
+    forget = _Sequence.forget_wrong_drafts
 
     def keep(sequence: _Sequence) -> int:
         num_computed = min(sequence.num_computed, len(sequence.token_ids) - 1)
@@ -144,5 +147,5 @@ def test_keys_and_values_of_wrong_guesses_are_noticed(model: LoadedModel, monkey
         sequence.num_computed = num_computed
         return num_right
 
-    monkeypatch.setattr(_Sequence, "forget_wrong_guesses", keep)
+    monkeypatch.setattr(_Sequence, "forget_wrong_drafts", keep)
     assert differences(_on_cpu(model), partial(_on_cpu, model), 40)

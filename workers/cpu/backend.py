@@ -11,15 +11,16 @@ import torch
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.linear.cpu import ROW_BLOCK
 from sempre.kernels.threads import set_num_threads, settle_threads
-from sempre.workers.backend import Compilation, LoadedModel, ModelOutline, Runner
+from sempre.workers.backend import Compilation, LoadedModel, ModelOutline
+from sempre.workers.cpu.drafter import CpuDraftModelRunner
+from sempre.workers.cpu.runner import CpuModelRunner
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.fingerprint import fingerprint_parts
-from sempre.workers.guessing import StepGuesser
 from sempre.workers.kv_cache import PagedKvCache, available_blocks
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import ON_CPU
-from sempre.workers.model_runner import ModelRunner
 from sempre.workers.models.config import ModelSpec
+from sempre.workers.runner import ModelRunner
 from sempre.workers.self_test import check_linears, check_model, require_equal
 from sempre.workers.tensor_source import CPU
 
@@ -58,7 +59,7 @@ class CpuBackend:
         settle_threads()
         self.max_prompt_tokens = min(ROW_BLOCK * threads, _MOST_PROMPT_TOKENS)
         self.max_num_batched_tokens = (config.max_num_seqs or _DEFAULT_MAX_NUM_SEQS) + self.max_prompt_tokens
-        # the next step waits at the worker, which is then never idle; guesses, though, follow from results
+        # the next step waits at the worker, which is then never idle; drafts, though, follow from results
         self.max_steps_in_flight = 1 if config.max_draft_tokens else 2
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
@@ -87,27 +88,20 @@ class CpuBackend:
             draft_bytes_per_block=draft_bytes,
         )
 
-    def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner:
+    def make_runner(self, model: LoadedModel, num_blocks: int) -> CpuModelRunner:
         config = model.config
         _leave_cores_to_kernels()
         scratch = Scratch(model.max_num_batched_tokens, model.max_model_len, model.weights.activations, CPU)
         allocate(model.model, scratch)
-        return ModelRunner(
-            model.model,
-            PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype),
-            model.make_grammar_compiler(step_wait_s=_FORM_WAIT_S),
-            max_model_len=model.max_model_len,
-            max_num_seqs=model.max_num_seqs,
-            max_num_batched_tokens=model.max_num_batched_tokens,
-            max_draft_tokens=config.max_draft_tokens,
-            rank=config.rank,
-        )
+        cache = PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype)
+        grammars = model.make_grammar_compiler(step_wait_s=_FORM_WAIT_S)
+        return CpuModelRunner(model.model, cache, grammars, model.limits, rank=config.rank)
 
-    def make_guesser(self, runner: Runner) -> StepGuesser:
-        assert isinstance(runner, ModelRunner)
-        return StepGuesser(runner)
+    def make_drafter(self, runner: ModelRunner) -> CpuDraftModelRunner:
+        assert isinstance(runner, CpuModelRunner)
+        return CpuDraftModelRunner(runner)
 
-    def prepare_steps(self, runner: Runner) -> dict[str, str]:
+    def prepare_steps(self, runner: ModelRunner) -> dict[str, str]:
         return {}
 
     def fingerprint(self, model: LoadedModel) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Guesses of a draft model on a GPU, as graphs and kernel by kernel; sequences that stay, and that are met anew."""
+"""Drafts of a draft model on a GPU, as graphs and kernel by kernel; sequences that stay, and that are met anew."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from draft_cases import differences
 from gpu_workload import model_folder
 from worker_settings import worker_config
 
-from sempre.workers.drafting import Drafting
+from sempre.workers.drafters.model import ModelDrafter
 from sempre.workers.gpu.backend import GpuBackend
 from sempre.workers.worker import _load, _outline
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 MAX_SEQS = 3
 
 
-def drafting(*, enforce_eager: bool, max_num_batched_tokens: int) -> Drafting:
+def drafting(*, enforce_eager: bool, max_num_batched_tokens: int) -> ModelDrafter:
     """With few places and blocks."""
     config = worker_config(
         model_folder(),
@@ -34,9 +34,9 @@ def drafting(*, enforce_eager: bool, max_num_batched_tokens: int) -> Drafting:
     backend.begin(config)
     model = _load(_outline(config, backend), backend)
     backend.available_blocks(model)
-    guesser = backend.make_guesser(backend.make_runner(model, 9))
-    guesser.prepare()
-    return Drafting(guesser, max_num_seqs=MAX_SEQS)
+    runner = backend.make_drafter(backend.make_runner(model, 9))
+    runner.prepare()
+    return ModelDrafter(runner, max_num_seqs=MAX_SEQS)
 
 
 @pytest.mark.parametrize("max_num_batched_tokens", [5, 64])

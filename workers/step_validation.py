@@ -8,6 +8,7 @@ from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, RequestError
 from sempre.ipc.messages import ErrorInfo, ExecuteStep, NewRequest, ScheduledRequest
 from sempre.workers.input_batch import InputBatch, RequestState
+from sempre.workers.steps import StepShape
 
 
 class StepLimits(NamedTuple):
@@ -19,8 +20,20 @@ class StepLimits(NamedTuple):
     vocab_size: int
     max_draft_tokens: int = 0
 
+    @property
+    def largest_step(self) -> StepShape:
+        """No array of a step is larger than in this one."""
+        return StepShape(
+            num_requests=self.max_num_seqs,
+            num_rows=max(self.max_num_batched_tokens, 2 * self.max_num_seqs),
+            num_sampled=self.max_num_seqs + self.max_draft_tokens,
+            max_query_len=self.max_num_batched_tokens,
+            max_context_len=self.max_model_len,
+            max_sampled=1 + self.max_draft_tokens,
+        )
 
-class Admitted(NamedTuple):
+
+class ValidStep(NamedTuple):
     """A step that may be computed."""
 
     healthy: list[ScheduledRequest]
@@ -32,7 +45,7 @@ class Admitted(NamedTuple):
     """requests forgotten"""
 
 
-class Admission:
+class StepValidation:
     """Keeps `batch` at what the coordinator knows."""
 
     def __init__(self, batch: InputBatch, limits: StepLimits, rank: int) -> None:
@@ -40,7 +53,7 @@ class Admission:
         self._limits = limits
         self._rank = rank
 
-    def admit(self, step: ExecuteStep) -> Admitted:
+    def admit(self, step: ExecuteStep) -> ValidStep:
         """Raises MessageMalformed when the step itself is wrong."""
         batch = self._batch
         gone = [batch.remove(request_id) for request_id in step.finished_request_ids]
@@ -50,7 +63,7 @@ class Admission:
             item.request_id: error for item in step.scheduled if (error := batch.get(item.request_id).error) is not None
         }
         healthy = [item for item in step.scheduled if item.request_id not in errors] if errors else step.scheduled
-        return Admitted(healthy, errors, added, [state for state in gone if state is not None])
+        return ValidStep(healthy, errors, added, [state for state in gone if state is not None])
 
     def _check(self, step: ExecuteStep) -> None:
         known = {new.request_id for new in step.new_requests}

@@ -1,0 +1,88 @@
+"""Runs steps on a CPU, each when it is submitted.
+
+# R requests in the step, T tokens, V vocabulary, H hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sempre.ipc.messages import ExecuteStep
+from sempre.workers.input_batch import StepPlan
+from sempre.workers.kv_cache import PagedKvCache
+from sempre.workers.models.base import CausalLM
+from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
+from sempre.workers.runner import ModelRunner, StepInFlight
+from sempre.workers.sampling import GrammarCompiler, RowResult, Sampler
+from sempre.workers.step_validation import StepLimits, ValidStep
+from sempre.workers.steps import StepArrays, step_input
+from sempre.workers.verification import drafts_in_place
+
+
+@dataclass
+class _Computed(StepInFlight):
+    outcomes: Sequence[RowResult] = field(default_factory=list)
+
+
+class CpuModelRunner(ModelRunner):
+    """One replica's model, cache, sampler, and the requests it knows."""
+
+    def __init__(
+        self, model: CausalLM, cache: PagedKvCache, grammars: GrammarCompiler, limits: StepLimits, *, rank: int
+    ) -> None:
+        self._sampler = Sampler()
+        rows = max(limits.max_num_seqs + limits.max_draft_tokens, PROMPT_LOGPROB_ROWS)
+        self._rows_RH = torch.empty(rows, model.spec.hidden_size, dtype=torch.float32, device="cpu")
+        self._logits_RV = torch.empty(rows, model.spec.vocab_size, dtype=torch.float32, device="cpu")
+        super().__init__(model, cache, grammars, limits, (self._sampler, self._logits_RV), rank)
+
+    def step_done(self) -> bool:
+        return True
+
+    def revise(self, request_id: str, start: int, token_ids: list[int]) -> None:
+        """The tokens of a known request from `start` on are these, and not those that were sampled."""
+        self._batch.revise(self._batch.get(request_id), start, token_ids)
+
+    def _update_requests(self, step: ExecuteStep, valid: ValidStep) -> None:
+        return
+
+    def _start(self, step: ExecuteStep, plan: StepPlan | None, valid: ValidStep) -> StepInFlight:
+        flight = _Computed(step, valid.errors, plan)
+        if plan is not None:
+            arrays = StepArrays(*map(torch.from_numpy, self._batch.arrays(plan)))
+            self._grammars.patience.begin_step()
+            _prepare_forms(plan)
+            hidden = self._model.forward(step_input(arrays, plan.shape), self.cache.layers)
+            flight.outcomes = self._sample(plan, hidden)
+            self._score_prompts(flight, plan, hidden)
+        return flight
+
+    def _outcomes(self, flight: StepInFlight) -> Sequence[RowResult]:
+        assert isinstance(flight, _Computed)
+        return flight.outcomes
+
+    def _sample(self, plan: StepPlan, hidden: torch.Tensor) -> Sequence[RowResult]:
+        """One result per row that samples; `hidden` [T, H] if it has all rows of the step, else [S, H] those."""
+        sampled = plan.sampled_rows
+        count = sampled.rows.size
+        if not count:
+            return []
+        if plan.reads_all_rows:
+            rows = torch.from_numpy(sampled.rows)
+            hidden = torch.index_select(hidden, 0, rows, out=self._rows_RH[:count])
+        logits_RV = self._model.logits(hidden, self._logits_RV[:count])
+        states = [plan.states[index].sampling for index in sampled.requests.tolist()]
+        with drafts_in_place(plan):
+            return self._sampler.sample(logits_RV, states, sampled.positions.tolist())
+
+
+def _prepare_forms(plan: StepPlan) -> None:
+    """Have the forms of the rows that sample worked out beside the forward pass."""
+    sampled = plan.sampled_rows
+    for index, position in zip(sampled.requests.tolist(), sampled.positions.tolist(), strict=True):
+        grammar = plan.states[index].sampling.grammar
+        if grammar is not None:
+            grammar.prepare(position)

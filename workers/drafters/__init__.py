@@ -1,0 +1,1 @@
+"""Drafters that run in a worker: what drafts tokens with a second model."""
