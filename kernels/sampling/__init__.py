@@ -4,8 +4,8 @@ A token is argmax_v (x_v + g_v): x the processed logits divided by the temperatu
 `rng.py` defines it; both and their sum are float32. Temperature 0 is the plain argmax. Ties go to the lowest id. One
 row is one computation: its result depends neither on the other rows nor on the number of threads.
 
-`sample` and `logprobs` are the CPU's. A GPU keeps the parameters in a table of its own and never waits for the host:
-its sequence of launches, with the same bits, is in `gpu.py`.
+`sample` and `logprobs` are the CPU's (`cpu.py`). A GPU keeps the parameters in a table of its own and never waits for
+the host: its sequence of launches, with the same bits, is in `gpu.py`.
 """
 
 # M rows of logits, V vocabulary, R reported rows, k best tokens
@@ -34,9 +34,6 @@ __all__ = [
     "sample",
     "warm_up",
 ]
-
-# rows whose log-probabilities are gathered at a time: bounds the scratch memory when the whole vocabulary is asked for
-_ROWS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -108,19 +105,9 @@ def sample(logits: torch.Tensor, rows: SamplingRows, positions: npt.NDArray[np.i
 
     `positions` [M] are the indices, in their sequences, of the tokens that are sampled (0 <= position < 2**32).
     """
-    from sempre.kernels.sampling.noise import CHUNK, best_of_chunks
-    from sempre.kernels.sampling.truncation import truncate_rows
+    from sempre.kernels.sampling import cpu
 
-    array = _as_array(logits)
-    if rows.truncated.size:
-        truncate_rows(array, rows.truncated, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
-    num_rows, vocabulary = array.shape
-    shape = (num_rows, -(-vocabulary // CHUNK))
-    values, ids = np.empty(shape, np.float32), np.empty(shape, np.int32)
-    best_of_chunks(array, rows.temperature_after_truncation, rows.seeds, positions, values, ids)
-    best = values.argmax(axis=1)  # the first of equals, hence the lowest id
-    each = np.arange(num_rows)
-    return Sampled(ids[each, best], values[each, best])
+    return cpu.sample(_as_array(logits), rows, positions)
 
 
 def logprobs(
@@ -134,33 +121,9 @@ def logprobs(
     vocabulary = array.shape[1]
     if targets.size and not 0 <= targets.min() <= targets.max() < vocabulary:
         raise ValueError(f"targets: expected ids in [0, {vocabulary}), found {targets.min()} … {targets.max()}")
-    k = vocabulary if num_best < 0 else min(num_best, vocabulary)
-    result = Logprobs(
-        np.empty((rows.size, 1 + k), np.int32),
-        np.empty((rows.size, 1 + k), np.float32),
-        np.empty(rows.size, np.int32),
-        np.empty(rows.size, np.bool_),
-    )
-    for start in range(0, rows.size, _ROWS_AT_A_TIME):
-        part = slice(start, start + _ROWS_AT_A_TIME)
-        _fill_logprobs(array, rows[part], targets[part], result.part(part))
-    return result
+    from sempre.kernels.sampling import cpu
 
-
-def _fill_logprobs(
-    array: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], out: Logprobs
-) -> None:
-    from sempre.kernels.sampling.log_softmax import row_statistics
-
-    maximum, log_sum = np.empty(rows.size, np.float32), np.empty(rows.size, np.float32)
-    best = np.zeros((rows.size, out.token_ids.shape[1] - 1), np.uint64)
-    row_statistics(array, rows, targets, maximum, log_sum, out.ranks, best)
-    best.sort(axis=1)
-    out.token_ids[:, 0] = targets
-    out.token_ids[:, 1:] = (best & np.uint64(0xFFFFFFFF)).astype(np.int32)
-    out.valid[:] = np.isfinite(maximum)
-    with np.errstate(invalid="ignore"):  # rows that are not valid
-        out.logprobs[:] = (array[rows[:, None], out.token_ids] - maximum[:, None]) - log_sum[:, None]
+    return cpu.logprobs(array, rows, targets, vocabulary if num_best < 0 else min(num_best, vocabulary))
 
 
 def warm_up() -> None:

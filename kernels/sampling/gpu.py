@@ -158,48 +158,84 @@ def sample(
     log-probabilities are in the buffers. Raises ValueError for logits of another shape.
     """
     buffers.check(logits)
-    rows, vocabulary = logits.shape
-    b, tiles, addresses = buffers, buffers.tiles, table.view(torch.int64)
-    offsets, inputs = (b.row_errors, b.token_ids) if drafts is None else drafts[:2]  # without drafts not looked at
+    batch = _Batch(logits, positions, row_slots, table)
     if stages.edits:
-        gpu_penalties.edit[(_divided_up(vocabulary, tiles.edits), rows)](
-            logits,
-            b.edited,
-            row_slots,
-            positions,
-            table,
-            addresses,
-            b.row_errors,
-            offsets,
-            inputs,
-            vocabulary,
-            BLOCK=tiles.edits,
-            VERIFIES=drafts is not None,
-            num_warps=8,
-            **EXACT,
-        )
-        gpu_penalties.forbid_phrases[(rows,)](
-            b.edited,
-            row_slots,
-            positions,
-            table,
-            addresses,
-            offsets,
-            inputs,
-            vocabulary,
-            BLOCK=tiles.phrases,
-            VERIFIES=drafts is not None,
-            num_warps=4,
-            **EXACT,
-        )
+        _edit(batch, buffers, drafts)
     if stages.truncates:
-        _find_cuts(logits, row_slots, table, buffers, stages.edits)
-    gpu_noise.best_of_tiles[(b.num_tiles, rows)](
-        logits,
+        _find_cuts(batch, buffers, stages.edits)
+    _choose(batch, buffers, stages, advances=stages.edits and drafts is None)
+    num_rows = logits.shape[0]
+    if drafts is not None:
+        gpu_verify.keep_tokens[(num_rows,)](
+            row_slots,
+            *drafts[:2],
+            positions,
+            batch.addresses,
+            buffers.token_ids,
+            buffers.head,
+            drafts.last_tokens,
+            num_rows,
+            EDITS=stages.edits,
+            num_warps=1,
+            **EXACT,
+        )
+    if stages.num_best >= 0:
+        report_logprobs(logits, buffers.token_ids, row_slots, table, buffers, stages.num_best)
+    return buffers.token_ids[:num_rows]
+
+
+class _Batch(NamedTuple):
+    """As `sample` has them."""
+
+    logits: torch.Tensor
+    positions: torch.Tensor
+    row_slots: torch.Tensor
+    table: torch.Tensor
+
+    @property
+    def addresses(self) -> torch.Tensor:
+        return self.table.view(torch.int64)
+
+
+def _edit(batch: _Batch, b: SamplingBuffers, drafts: DraftedRows | None) -> None:
+    """Masks, bias, penalties."""
+    rows, vocabulary = batch.logits.shape
+    slots = (batch.row_slots, batch.positions, batch.table, batch.addresses)
+    # without drafts not looked at
+    drafted = (b.row_errors, b.token_ids) if drafts is None else drafts[:2]
+    gpu_penalties.edit[(_divided_up(vocabulary, b.tiles.edits), rows)](
+        batch.logits,
         b.edited,
-        row_slots,
-        positions,
-        table,
+        *slots,
+        b.row_errors,
+        *drafted,
+        vocabulary,
+        BLOCK=b.tiles.edits,
+        VERIFIES=drafts is not None,
+        num_warps=8,
+        **EXACT,
+    )
+    gpu_penalties.forbid_phrases[(rows,)](
+        b.edited,
+        *slots,
+        *drafted,
+        vocabulary,
+        BLOCK=b.tiles.phrases,
+        VERIFIES=drafts is not None,
+        num_warps=4,
+        **EXACT,
+    )
+
+
+def _choose(batch: _Batch, b: SamplingBuffers, stages: Stages, *, advances: bool) -> None:
+    """The greatest noisy logit of each row; `advances`: its token joins the slot's counts and history at once."""
+    rows, vocabulary = batch.logits.shape
+    gpu_noise.best_of_tiles[(b.num_tiles, rows)](
+        batch.logits,
+        b.edited,
+        batch.row_slots,
+        batch.positions,
+        batch.table,
         b.cut_keys,
         b.cut_ids,
         b.tile_values,
@@ -207,15 +243,15 @@ def sample(
         vocabulary,
         EDITS=stages.edits,
         TRUNCATES=stages.truncates,
-        BLOCK=tiles.noise,
+        BLOCK=b.tiles.noise,
         num_warps=4,
         **CHAINED,
     )
     gpu_noise.publish[(rows,)](
-        row_slots,
-        positions,
-        table,
-        addresses,
+        batch.row_slots,
+        batch.positions,
+        batch.table,
+        batch.addresses,
         b.row_errors,
         b.tile_values,
         b.tile_ids,
@@ -223,36 +259,18 @@ def sample(
         b.head,
         b.num_tiles,
         EDITS=stages.edits,
-        ADVANCES=stages.edits and drafts is None,
+        ADVANCES=advances,
         TILES=_power_of_2(b.num_tiles),
         num_warps=4,
         **CHAINED,
     )
-    if drafts is not None:
-        gpu_verify.keep_tokens[(rows,)](
-            row_slots,
-            *drafts[:2],
-            positions,
-            addresses,
-            b.token_ids,
-            b.head,
-            drafts.last_tokens,
-            rows,
-            EDITS=stages.edits,
-            num_warps=1,
-            **EXACT,
-        )
-    if stages.num_best >= 0:
-        report_logprobs(logits, b.token_ids, row_slots, table, buffers, stages.num_best)
-    return b.token_ids[:rows]
 
 
-def _find_cuts(
-    logits: torch.Tensor, row_slots: torch.Tensor, table: torch.Tensor, buffers: SamplingBuffers, edits: bool
-) -> None:
-    rows, vocabulary = logits.shape
-    b, tiles = buffers, buffers.tiles
-    source = (logits, b.edited, row_slots, table, table.view(torch.int64))
+def _find_cuts(batch: _Batch, b: SamplingBuffers, edits: bool) -> None:
+    """Thresholds of top_k, top_p and min_p."""
+    rows, vocabulary = batch.logits.shape
+    tiles = b.tiles
+    source = (batch.logits, b.edited, batch.row_slots, batch.table, batch.addresses)
     search = (b.row_maxima, b.cut_pivots, b.cut_sums)
     pieces = (_divided_up(vocabulary, tiles.cut_piece), rows)
     gpu_estimate.group_maxima[pieces](
@@ -316,46 +334,29 @@ def report_logprobs(
     """
     buffers.check(logits)
     rows, vocabulary = logits.shape
-    b, grid = buffers, (buffers.num_logprob_tiles, logits.shape[0])
-    width = min(num_best, vocabulary)
-    tiles, num_tiles = b.tiles, _power_of_2(b.num_logprob_tiles)
+    b, width, source = buffers, min(num_best, vocabulary), (logits, row_slots, table)
+    grid, num_tiles = (b.num_logprob_tiles, rows), _power_of_2(b.num_logprob_tiles)
+    sums = (b.totals, b.ranks)
     gpu_logprobs.best_logits_of_tiles[grid](
-        logits,
-        row_slots,
-        table,
-        b.tile_maxima,
-        b.tile_best,
-        b.totals,
-        b.ranks,
-        vocabulary,
-        width,
-        BLOCK=tiles.logprobs,
-        num_warps=4,
-        **EXACT,
+        *source, b.tile_maxima, b.tile_best, *sums, vocabulary, width, BLOCK=b.tiles.logprobs, num_warps=4, **EXACT
     )
     gpu_logprobs.sum_of_tiles[grid](
-        logits,
-        row_slots,
-        table,
+        *source,
         targets,
         b.tile_maxima,
-        b.totals,
-        b.ranks,
+        *sums,
         vocabulary,
-        BLOCK=tiles.logprobs,
+        BLOCK=b.tiles.logprobs,
         TILES=num_tiles,
         num_warps=4,
         **EXACT,
     )
     gpu_logprobs.report[(rows,)](
-        logits,
-        row_slots,
-        table,
+        *source,
         targets,
         b.tile_maxima,
         b.tile_best,
-        b.totals,
-        b.ranks,
+        *sums,
         b.head,
         b.best,
         vocabulary,

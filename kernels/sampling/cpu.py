@@ -1,0 +1,57 @@
+"""The sampling kernels of a CPU in their order. M rows of logits, V vocabulary, R reported rows, k best tokens."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from sempre.kernels.sampling import Logprobs, Sampled, SamplingRows
+from sempre.kernels.sampling.log_softmax import row_statistics
+from sempre.kernels.sampling.noise import CHUNK, best_of_chunks
+from sempre.kernels.sampling.truncation import truncate_rows
+
+# rows whose log-probabilities are gathered at a time: bounds the scratch memory when the whole vocabulary is asked for
+ROWS_AT_A_TIME = 64
+
+
+def sample(logits: npt.NDArray[np.float32], rows: SamplingRows, positions: npt.NDArray[np.int64]) -> Sampled:
+    """As the facade; logits [M, V]."""
+    if rows.truncated.size:
+        truncate_rows(logits, rows.truncated, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+    num_rows, vocabulary = logits.shape
+    shape = (num_rows, -(-vocabulary // CHUNK))
+    values, ids = np.empty(shape, np.float32), np.empty(shape, np.int32)
+    best_of_chunks(logits, rows.temperature_after_truncation, rows.seeds, positions, values, ids)
+    best = values.argmax(axis=1)  # the first of equals, hence the lowest id
+    each = np.arange(num_rows)
+    return Sampled(ids[each, best], values[each, best])
+
+
+def logprobs(
+    logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], num_best: int
+) -> Logprobs:
+    """As the facade; logits [M, V], num_best in [0, V]."""
+    result = Logprobs(
+        np.empty((rows.size, 1 + num_best), np.int32),
+        np.empty((rows.size, 1 + num_best), np.float32),
+        np.empty(rows.size, np.int32),
+        np.empty(rows.size, np.bool_),
+    )
+    for start in range(0, rows.size, ROWS_AT_A_TIME):
+        part = slice(start, start + ROWS_AT_A_TIME)
+        _fill_logprobs(logits, rows[part], targets[part], result.part(part))
+    return result
+
+
+def _fill_logprobs(
+    logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], out: Logprobs
+) -> None:
+    maximum, log_sum = np.empty(rows.size, np.float32), np.empty(rows.size, np.float32)
+    best = np.zeros((rows.size, out.token_ids.shape[1] - 1), np.uint64)
+    row_statistics(logits, rows, targets, maximum, log_sum, out.ranks, best)
+    best.sort(axis=1)
+    out.token_ids[:, 0] = targets
+    out.token_ids[:, 1:] = (best & np.uint64(0xFFFFFFFF)).astype(np.int32)
+    out.valid[:] = np.isfinite(maximum)
+    with np.errstate(invalid="ignore"):  # rows that are not valid
+        out.logprobs[:] = (logits[rows[:, None], out.token_ids] - maximum[:, None]) - log_sum[:, None]
