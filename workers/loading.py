@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from sempre.ipc.config import WorkerConfig
 from sempre.ipc.errors import ModelError, TensorMismatch
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.kv_cache import available_memory_bytes
@@ -89,30 +90,19 @@ class Loaded(NamedTuple):
     facts: WeightFacts
 
 
-def load_model(
-    spec: ModelSpec,
-    folder: Path,
-    kernel: LinearKernel,
-    *,
-    dtype: str,
-    load_format: str,
-    seed: int,
-    quantization: str | None = None,
-    placement: Placement = ON_CPU,
-) -> Loaded:
-    """Build the tree and load it; `dtype` auto is the checkpoint's. Raises TensorMismatch or ModelError before reading
-    any tensor.
+def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, placement: Placement = ON_CPU) -> Loaded:
+    """Build the tree and load it. Raises TensorMismatch or ModelError before reading any tensor.
 
     Matrices on the CPU: float32 keeps 16-bit checkpoints in 16 bit (widening is exact, the bits are the
     same); bfloat16 and float16 round to nearest even. Norm weights and biases are float32. On a GPU all are in `dtype`.
     Matrices that are quantised, by the checkpoint or by the setting `quantization`, are fp8 whatever `dtype` is.
     """
-    resolved = resolve_quantization(spec.quantization, quantization, load_format)
+    resolved = resolve_quantization(spec.quantization, config.quantization, config.load_format)
     model = build_model(Build(kernel, quantization_of(resolved)), spec)
     wanted = parameters(model)
-    with _open_source(spec, wanted, folder, dtype, load_format, seed, placement.device) as source:
+    with _open_source(config, spec, wanted, placement.device) as source:
         _check_tensors(wanted, model.copies, source)
-        target = _target_dtype(spec, source, dtype)
+        target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":
             _check_memory(wanted, source, target, is_quantized=resolved is not None)
         with ThreadPoolExecutor(max_workers=placement.hashing_threads) as pool:
@@ -132,20 +122,14 @@ def load_model(
 
 @contextmanager
 def _open_source(
-    spec: ModelSpec,
-    wanted: Mapping[str, Parameter],
-    folder: Path,
-    dtype: str,
-    load_format: str,
-    seed: int,
-    device: torch.device,
+    config: WorkerConfig, spec: ModelSpec, wanted: Mapping[str, Parameter], device: torch.device
 ) -> Iterator[TensorSource]:
     """The checkpoint's tensors, or dummy ones."""
-    if load_format == "dummy":
-        name = dtype if dtype != "auto" else spec.checkpoint_dtype or "float32"
-        yield DummySource(wanted, getattr(torch, name), seed, spec.initializer_range, device)
+    if config.load_format == "dummy":
+        name = config.dtype if config.dtype != "auto" else spec.checkpoint_dtype or "float32"
+        yield DummySource(wanted, getattr(torch, name), config.seed, spec.initializer_range, device)
     else:
-        with open_safetensors(folder) as source:
+        with open_safetensors(Path(config.model_path)) as source:
             yield source
 
 

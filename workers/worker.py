@@ -306,16 +306,7 @@ def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
 
 def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
     config = outline.config
-    model, weights = load_model(
-        outline.spec,
-        Path(config.model_path),
-        outline.kernel,
-        dtype=config.dtype,
-        load_format=config.load_format,
-        seed=config.seed,
-        quantization=config.quantization,
-        placement=backend.placement,
-    )
+    model, weights = load_model(config, outline.spec, outline.kernel, backend.placement)
     return LoadedModel(
         config,
         model,

@@ -81,15 +81,13 @@ def render_chat(
     messages: Sequence[Mapping[str, Any]],
     template: str,
     *,
-    bos_token: str | None,
-    eos_token: str | None,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
     content_format: ContentFormat = "auto",
-    **kwargs: Any,
+    **variables: Any,
 ) -> str:
-    """Render `messages` into a prompt; `kwargs` reach the template as variables.
+    """Render `messages` into a prompt; `variables` reach the template, bos_token and eos_token among them.
 
     Messages may have any form that OpenAI's clients give them; the template gets the one that it reads (TemplateForm).
 
@@ -111,17 +109,16 @@ def render_chat(
     formed = messages_for(messages, _form(template), content_format)
     if continue_final_message:
         _mark_end(formed[-1], len(formed) - 1)
-    variables: dict[str, Any] = {
+    variables = {
         "messages": formed,
         "tools": tools_for(tools),
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
-        "bos_token": bos_token or "",
-        "eos_token": eos_token or "",
-        **kwargs,
+        **variables,
+        **{name: variables.get(name) or "" for name in ("bos_token", "eos_token")},
     }
-    if "date_string" in kwargs:
-        variables["strftime_now"] = lambda _format: kwargs["date_string"]
+    if "date_string" in variables:
+        variables["strftime_now"] = lambda _format: variables["date_string"]
     prompt = _render(template, variables)
     return _cut_at_mark(prompt) if continue_final_message else prompt
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
@@ -15,9 +15,6 @@ from sempre.engine.text.encoding import BatchEncoding, Padding, padded
 from sempre.engine.text.tokenizer_files import eos_token_ids, named_tokens, read_json
 from sempre.ipc.errors import ConfigError, ModelError
 from sempre.ipc.model_files import MAX_TOKENIZER_BYTES, check_regular
-
-if TYPE_CHECKING:
-    from sempre.engine.text.messages import ContentFormat
 
 LONG_TEXT = 20_000
 """Characters from which on encoding takes milliseconds: an event loop should leave it to a thread."""
@@ -261,12 +258,12 @@ class Tokenizer:
         continue_final_message: bool = False,
         tokenize: bool = True,
         return_dict: bool = False,
-        content_format: ContentFormat = "auto",
         **variables: Any,
     ) -> str | list[int] | BatchEncoding:
         """Return a conversation as token ids, in a `BatchEncoding` if `return_dict`, or as text.
 
-        `chat_template` is Jinja text, in place of the model's own. Raises ConfigError without a template, RequestError
+        `chat_template` is Jinja text, in place of the model's own; `variables` are its own, and the `content_format` of
+        `render_chat`. Raises ConfigError without a template, RequestError
         for messages that it refuses.
         """
         from sempre.engine.text.chat_template import render_chat
@@ -281,7 +278,6 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             tools=tools,
-            content_format=content_format,
             **variables,
         )
         # the template has written the special tokens itself

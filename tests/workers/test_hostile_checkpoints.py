@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from worker_settings import worker_config
 
 from sempre.engine.checkpoints import embedded_checkpoint
 from sempre.engine.text.chat_template import load_chat_template
@@ -173,7 +174,7 @@ def test_weights_that_fit_nowhere_are_refused_before_one_is_made(checkpoint: Pat
     # a file of that size cannot even be mapped on many machines
     expected = r"expected weights that fit into the \d+ bytes of free memory|cannot be opened as .* unable to mmap"
     with pytest.raises(ModelError, match=expected):
-        load_model(spec, checkpoint, linear_kernel("invariant"), dtype="auto", load_format=load_format, seed=0)
+        load_model(worker_config(checkpoint, load_format=load_format), spec, linear_kernel("invariant"))
 
 
 def header(**tensors: object) -> bytes:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from worker_settings import worker_config
 
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import INVARIANT
@@ -44,7 +45,7 @@ def test_every_architecture_is_tried(checkpoints: Any) -> None:
 
 def test_a_tree_that_shares_has_its_own_buffers(checkpoints: Any) -> None:
     folder = checkpoints("qwen3-moe").folder
-    model, _ = load_model(load_spec(folder), folder, INVARIANT, dtype="auto", load_format="auto", seed=0)
+    model, _ = load_model(worker_config(folder), load_spec(folder), INVARIANT)
     allocate(model, Scratch(32, 64, torch.float32, torch.device("cpu")))
     twin = sharing(model)
     allocate(twin, Scratch(8, 64, torch.float32, torch.device("cpu")))

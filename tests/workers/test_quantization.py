@@ -11,6 +11,7 @@ import pytest
 import torch
 from fp8_checkpoints import quantization_config, quantize_tensors
 from safetensors.torch import load_file, save_file
+from worker_settings import worker_config
 
 from sempre.ipc.errors import ConfigError, InvarianceError, ModelError, TensorMismatch
 from sempre.ipc.messages import SamplingSpec
@@ -55,9 +56,7 @@ def quantized(checkpoints: Any, tmp_path: Path) -> Callable[..., Path]:
 
 
 def load(folder: Path, product: LinearKernel = INVARIANT, quantization: str | None = None) -> Loaded:
-    return load_model(
-        load_spec(folder), folder, product, dtype="auto", load_format="auto", seed=0, quantization=quantization
-    )
+    return load_model(worker_config(folder, quantization=quantization), load_spec(folder), product)
 
 
 def parse(**changes: object) -> QuantizationSpec | None:

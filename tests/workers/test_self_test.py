@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from worker_settings import worker_config
 
 from sempre.ipc.errors import InvarianceError
 from sempre.workers.layers import attention, embedding, norm
@@ -17,7 +18,7 @@ from sempre.workers.self_test import check_linears, check_model, compare, compar
 
 
 def load(folder: Path, kernel: LinearKernel, dtype: str = "auto") -> Loaded:
-    return load_model(load_spec(folder), folder, kernel, dtype=dtype, load_format="auto", seed=0)
+    return load_model(worker_config(folder, dtype=dtype), load_spec(folder), kernel)
 
 
 def run(folder: Path, kernel: LinearKernel = INVARIANT, dtype: str = "auto", max_tokens: int = 256) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from worker_settings import worker_config
 
 from sempre.ipc.errors import ModelError, TensorMismatch
 from sempre.workers.layers.linear_kernel import INVARIANT
@@ -21,7 +22,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 
 
 def load(folder: Path, dtype: str = "auto") -> Loaded:
-    return load_model(load_spec(folder), folder, INVARIANT, dtype=dtype, load_format="auto", seed=0)
+    return load_model(worker_config(folder, dtype=dtype), load_spec(folder), INVARIANT)
 
 
 @pytest.fixture

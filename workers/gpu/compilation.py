@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from msgspec.structs import replace
 
 from sempre.kernels.attention import AttentionWorkspace, PagedBatch
 from sempre.kernels.attention.gpu import allocate_attention_workspace
@@ -152,16 +153,8 @@ def _capability(device: torch.device) -> int:
 @torch.inference_mode()
 def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Variant], object]) -> Collection:
     spec, config = outline.spec.outline(), outline.config
-    model, facts = load_model(
-        spec,
-        Path(config.model_path),
-        outline.kernel,
-        dtype=config.dtype,
-        load_format="dummy",
-        seed=0,
-        quantization=config.quantization,
-        placement=Placement(device, lambda tensor: tensor, hashing_threads=1),
-    )
+    placement = Placement(device, lambda tensor: tensor, hashing_threads=1)
+    model, facts = load_model(replace(config, load_format="dummy", seed=0), spec, outline.kernel, placement)
     workspace = allocate_attention_workspace(spec.num_heads, spec.head_dim, max(outline.max_model_len, 2048), device)
     with collecting(found) as collection:
         _launch_steps(outline, model, facts, workspace, device)

@@ -14,14 +14,13 @@ def measure(
     model: str,
     keywords: dict[str, Any],
     *,
-    input_len: int,
-    output_len: int,
     batch_size: int,
     n: int,
     num_iters_warmup: int,
     num_iters: int,
+    **lengths: int,
 ) -> dict[str, Any]:
-    """Other prompts in every run, so that no prefix cache helps."""
+    """Other prompts in every run, so that no prefix cache helps; `lengths` are input_len and output_len."""
     config = engine_config(model, **keywords)
     client = launch(config)
     try:
@@ -30,8 +29,7 @@ def measure(
             requests = random_requests(
                 batch_size,
                 vocab_size=client.ready.vocab_size,
-                input_len=input_len,
-                output_len=output_len,
+                **lengths,
                 n=n,
                 seed=config.seed,
                 first=run * batch_size * n,
