@@ -27,7 +27,7 @@ import triton
 
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
-from sempre.kernels.linear import GpuLinear
+from sempre.kernels.linear import GpuLinearWeight
 from sempre.kernels.linear.gpu import configure, operands, run_choice, run_fused_tile, run_tile
 from sempre.kernels.linear.gpu_table import FP8_REFERENCE, LIBRARY, REFERENCE, Tile
 
@@ -76,10 +76,10 @@ def fitting(candidates: tuple[Tile, ...], rows: int) -> list[Tile]:
             (wanted >= 64 and t.block_t == wanted // 2)]  # fmt: skip
 
 
-def make(depth: int, columns: int, copies: int) -> list[GpuLinear]:
+def make(depth: int, columns: int, copies: int) -> list[GpuLinearWeight]:
     generator = torch.Generator("cuda").manual_seed(depth + columns)
     return [
-        GpuLinear(
+        GpuLinearWeight(
             torch.randn(columns, depth, generator=generator, device="cuda", dtype=torch.bfloat16).mul_(depth**-0.5),
             None,
         )
@@ -87,7 +87,7 @@ def make(depth: int, columns: int, copies: int) -> list[GpuLinear]:
     ]
 
 
-def microseconds(run: Callable[[GpuLinear], object], weights: list[GpuLinear]) -> float:
+def microseconds(run: Callable[[GpuLinearWeight], object], weights: list[GpuLinearWeight]) -> float:
     run(weights[0])
     graph = torch.cuda.CUDAGraph()
     calls = max(8, len(weights))
@@ -108,7 +108,7 @@ def microseconds(run: Callable[[GpuLinear], object], weights: list[GpuLinear]) -
 
 def usable(tile: Tile, run: Callable[..., object], columns: int) -> bool:
     """Compile and run the tile once; False, with a line, where this GPU cannot hold it."""
-    w = GpuLinear(torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16), None)
+    w = GpuLinearWeight(torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16), None)
     x = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
     try:
         run(x, w, torch.empty(4, columns, device="cuda", dtype=torch.bfloat16), tile)
@@ -127,7 +127,7 @@ def compile_tiles(part: int, parts: int) -> None:
 
 
 def measure(
-    depth: int, columns: int, rows: int, weights: list[GpuLinear], tiles: list[Tile], fused_tiles: list[Tile]
+    depth: int, columns: int, rows: int, weights: list[GpuLinearWeight], tiles: list[Tile], fused_tiles: list[Tile]
 ) -> dict[str, Any]:
     x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
     out = torch.empty(rows, columns, device="cuda", dtype=torch.bfloat16)
@@ -163,9 +163,9 @@ def measure_fp8(depth: int, columns: int, rows: int, scheme: Fp8Scheme, tiles: l
     weights = []
     for w in make(depth, columns, max(1, -(-CACHE_OVERFLOW // (depth * columns)))):
         quantized = quantize_channels(w.weight)
-        weights.append(GpuLinear(quantized.values, None, scale=quantized.scale, scheme=scheme))
+        weights.append(GpuLinearWeight(quantized.values, None, scale=quantized.scale, scheme=scheme))
 
-    def run(w: GpuLinear, tile: Tile) -> torch.Tensor:
+    def run(w: GpuLinearWeight, tile: Tile) -> torch.Tensor:
         values, scales = operands(x, w)
         return run_tile(values, w, out, tile, scales)
 

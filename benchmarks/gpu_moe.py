@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import triton
 
-from sempre.kernels.linear import GpuLinear, linear
+from sempre.kernels.linear import GpuLinearWeight, linear
 from sempre.kernels.linear.gpu import configure
 from sempre.kernels.linear.gpu_table import REFERENCE, Tile
 from sempre.kernels.moe import ExpertShape, ExpertWeights, GatedExperts, expert_scratch
@@ -53,7 +53,7 @@ class Layers:
             weights = [torch.empty(count, n, k, **options).normal_(0, k**-0.5)
                        for n, k in ((2 * inner, hidden), (hidden, inner))]  # fmt: skip
             self.experts.append(GatedExperts(*map(ExpertWeights, weights)))
-            self.gates.append(GpuLinear(torch.empty(count, hidden, **options).normal_(0, hidden**-0.5), None))
+            self.gates.append(GpuLinearWeight(torch.empty(count, hidden, **options).normal_(0, hidden**-0.5), None))
         self.x = torch.randn(rows, hidden, generator=generator, **options)
         self.logits = torch.randn(LAYERS, rows, count, generator=generator, device="cuda")
         self.computed = torch.empty(rows, count, device="cuda")

@@ -20,6 +20,8 @@ __all__ = ["gelu_and_mul", "silu_and_mul", "soft_cap"]
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """gate_up [T, 2 I] (gates first) -> out [T, I]."""
     _check_gated("silu_and_mul", gate_up, out)
+    if not out.shape[0]:
+        return out
     if not gate_up.is_cuda:
         from sempre.kernels.activation import cpu
 
@@ -32,7 +34,11 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """gate_up [T, 2 I] (gates first) -> out [T, I]. On a CPU, I must be a multiple of 16."""
     _check_gated("gelu_and_mul", gate_up, out)
+    if not out.shape[0]:
+        return out
     if not gate_up.is_cuda:
+        if out.shape[1] % 16:
+            raise ValueError(f"gelu_and_mul: expected a width that is a multiple of 16, found {out.shape[1]}")
         from sempre.kernels.activation import cpu
 
         return cpu.gelu_and_mul(gate_up, out)
@@ -46,6 +52,8 @@ def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
     check_rows("soft_cap", x, x)
     if not cap > 0:
         raise ValueError(f"soft_cap: expected a cap above 0, found {cap}")
+    if not x.shape[0]:
+        return x
     if not x.is_cuda:
         from sempre.kernels.activation import cpu
 

@@ -23,7 +23,7 @@ _T3, _T4 = tl.constexpr(2.06390887954e-2), tl.constexpr(-5.70498872745e-3)
 
 @jit()
 def silu_times(gate: Any, up: Any) -> Any:
-    """silu(gate) * up in float32; the one definition, also of the fused product."""
+    """silu(gate) * up in float32; the one definition, also of the fused matmul."""
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
@@ -74,25 +74,23 @@ def _soft_cap(x: Any, count: Any, scale: Any, cap: Any, BLOCK: tl.constexpr) -> 
 
 def _run_gated(gate_up: torch.Tensor, out: torch.Tensor, *, gelu: bool) -> torch.Tensor:
     rows, width = out.shape
-    if rows:
-        grid = (rows, triton.cdiv(width, BLOCK))
-        _gated[grid](gate_up, out, width, BLOCK=BLOCK, GELU=gelu, num_warps=4, **CHAINED)
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _gated[grid](gate_up, out, width, BLOCK=BLOCK, GELU=gelu, num_warps=4, **CHAINED)
     return out
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """gate_up [T, 2 I] (gates first) -> out [T, I], elementwise in float32, rounded once."""
+    """As the facade."""
     return _run_gated(gate_up, out, gelu=False)
 
 
 def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """As `silu_and_mul`."""
+    """As the facade."""
     return _run_gated(gate_up, out, gelu=True)
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
-    """x [T, N], in place."""
+    """As the facade."""
     count = x.numel()
-    if count:
-        _soft_cap[(triton.cdiv(count, BLOCK),)](x, count, 1.0 / cap, cap, BLOCK=BLOCK, num_warps=4, **CHAINED)
+    _soft_cap[(triton.cdiv(count, BLOCK),)](x, count, 1.0 / cap, cap, BLOCK=BLOCK, num_warps=4, **CHAINED)
     return x

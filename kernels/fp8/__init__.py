@@ -58,10 +58,13 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if width % 16:
         raise ValueError(f"quantize_rows: expected a row length that is a multiple of 16, found {width}")
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    out = torch.empty_like(x, dtype=FP8 if x.is_cuda else None)
+    if not rows:
+        return out, scale
     if not x.is_cuda:
         from sempre.kernels.fp8 import cpu
 
-        return cpu.quantize_rows(x, torch.empty_like(x), scale)
+        return cpu.quantize_rows(x, out, scale)
     from sempre.kernels.fp8 import gpu
 
-    return gpu.quantize_rows(x, torch.empty_like(x, dtype=FP8), scale)
+    return gpu.quantize_rows(x, out, scale)

@@ -76,7 +76,7 @@ def _quantize_rows(x: int, rows: int, width: int, out: int, scales: int) -> None
 
 
 def quantize_rows(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, K] float32 → out [T, K] float32 (fp8 values), scales [T] float32; returns both."""
+    """Into out [T, K] float32 (fp8 values) and scales [T] float32; returns both."""
     rows, width = x.shape
     run = _quantize_rows.parallel if x.numel() >= PARALLEL_ELEMENTS else _quantize_rows.serial
     run(x.data_ptr(), rows, width, out.data_ptr(), scales.data_ptr())

@@ -39,10 +39,9 @@ def _quantize_rows(x: Any, out: Any, scales: Any, width: Any, BLOCK: tl.constexp
 
 
 def quantize_rows(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T, K] → out [T, K] fp8, scales [T] float32; returns both."""
+    """Into out [T, K] fp8 and scales [T] float32; returns both."""
     rows, width = x.shape
     block = triton.next_power_of_2(width)
-    if rows:
-        warps = min(16, max(1, block // 1024))
-        _quantize_rows[(rows,)](x, out, scales, width, BLOCK=block, num_warps=warps, **CHAINED)
+    warps = min(16, max(1, block // 1024))
+    _quantize_rows[(rows,)](x, out, scales, width, BLOCK=block, num_warps=warps, **CHAINED)
     return out, scales

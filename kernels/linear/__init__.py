@@ -12,22 +12,18 @@ the scale of the output channel, each product rounded to float32, and the bias i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.checks import check_rows
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.kernels.linear.control import ControlLinear, control_linear, control_pack, control_pack_fp8
-from sempre.kernels.linear.weights import GpuLinear
-
-if TYPE_CHECKING:
-    from sempre.kernels.linear.cpu import CpuLinearWeight
+from sempre.kernels.linear.control import control_linear, control_pack, control_pack_fp8
+from sempre.kernels.linear.weights import ControlLinearWeight, CpuLinearWeight, GpuLinearWeight
 
 __all__ = [
-    "ControlLinear",
-    "GpuLinear",
+    "ControlLinearWeight",
+    "CpuLinearWeight",
+    "GpuLinearWeight",
     "control_linear",
     "control_pack",
     "control_pack_fp8",
@@ -38,10 +34,10 @@ __all__ = [
 ]
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLinearWeight | GpuLinear:
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLinearWeight | GpuLinearWeight:
     """Prepare `weight` [N, K] and `bias` [N]: packed in panels on CPU, as they are on a GPU."""
     if weight.is_cuda:
-        return GpuLinear(weight.contiguous(), bias.to(weight.dtype).contiguous() if bias is not None else None)
+        return GpuLinearWeight(weight.contiguous(), bias.to(weight.dtype).contiguous() if bias is not None else None)
     from sempre.kernels.linear import cpu
 
     return cpu.pack_linear(weight, bias)
@@ -49,24 +45,24 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLi
 
 def pack_fp8_linear(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
-) -> CpuLinearWeight | GpuLinear:
+) -> CpuLinearWeight | GpuLinearWeight:
     """As `pack_linear`, of the fp8 `weight` [N, K] without NaN, times `scale` [N]."""
     if weight.is_cuda:
-        return GpuLinear(weight.contiguous(), bias, scale=scale.float().contiguous(), scheme=scheme)
+        return GpuLinearWeight(weight.contiguous(), bias, scale=scale.float().contiguous(), scheme=scheme)
     from sempre.kernels.linear import cpu
 
     return cpu.pack_fp8_linear(weight, scale, bias, scheme)
 
 
-def linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinear, out: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
     """x [T, K] times the prepared weight into out [T, N]; both contiguous. Returns `out`.
 
     CPU: x and out float32. GPU: x in the weight's dtype (any, if that is fp8), out in x's or float32.
     """
-    _check("linear", x, w, out)
+    _check("linear", x, w, out, w.out_features)
     if not x.shape[0]:
         return out
-    if not isinstance(w, GpuLinear):
+    if not isinstance(w, GpuLinearWeight):
         from sempre.kernels.linear import cpu
 
         return cpu.linear(x, w, out)
@@ -76,28 +72,30 @@ def linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinear, out: torch.Tensor) -
 
 
 def linear_silu_and_mul(
-    x: torch.Tensor, w: CpuLinearWeight | GpuLinear, gate_up: torch.Tensor, out: torch.Tensor
+    x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, gate_up: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
     """`linear` with w [2 I, K] (gates first), then `silu_and_mul`, into out [T, I]; gate_up [T, 2 I] is scratch.
 
     The bits are those of the two calls; a GPU may run them as one.
     """
-    _check("linear_silu_and_mul", x, w, gate_up)
+    if not isinstance(w, GpuLinearWeight):
+        return silu_and_mul(linear(x, w, gate_up), out)
+    _check("linear_silu_and_mul", x, w, out, w.out_features // 2)
     if not x.shape[0]:
         return out
-    if not isinstance(w, GpuLinear):
-        from sempre.kernels.linear import cpu
-
-        return silu_and_mul(cpu.linear(x, w, gate_up), out)
     from sempre.kernels.linear import gpu
 
     return gpu.linear_silu_and_mul(x, w, gate_up, out)
 
 
-def _check(operation: str, x: torch.Tensor, w: CpuLinearWeight | GpuLinear, out: torch.Tensor) -> None:
+def _check(
+    operation: str, x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, out: torch.Tensor, columns: int
+) -> None:
     check_rows(operation, x, out)
-    if x.shape[1] != w.in_features or out.shape[0] != x.shape[0] or out.shape[1] != w.out_features:
+    if x.shape[1] != w.in_features or out.shape[0] != x.shape[0] or out.shape[1] != columns:
         raise ValueError(
             f"{operation}: x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of"
             f" {w.out_features} x {w.in_features}"
         )
+    if isinstance(w, GpuLinearWeight) and w.scheme is None and x.dtype != w.weight.dtype:
+        raise TypeError(f"{operation}: x is {x.dtype}, the weight {w.weight.dtype}; on a GPU they must be the same")

@@ -5,49 +5,27 @@ It exists so that tests of invariance can show that they are able to fail.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
+from sempre.kernels.linear.weights import ControlLinearWeight
 
 MOST_PARTS = 4
 
 
-@dataclass(frozen=True)
-class ControlLinear:
-    """A weight [N, K] and bias [N], float32 on CPU, as they are on a GPU; an fp8 weight widened to float32."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    scheme: Fp8Scheme | None = None
-
-    @property
-    def in_features(self) -> int:
-        return int(self.weight.shape[1])
-
-    @property
-    def out_features(self) -> int:
-        return int(self.weight.shape[0])
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0))
-
-
-def control_pack(weight: torch.Tensor, bias: torch.Tensor | None = None) -> ControlLinear:
+def control_pack(weight: torch.Tensor, bias: torch.Tensor | None = None) -> ControlLinearWeight:
     if weight.is_cuda:
-        return ControlLinear(weight, bias)
-    return ControlLinear(weight.float(), bias.float() if bias is not None else None)
+        return ControlLinearWeight(weight, bias)
+    return ControlLinearWeight(weight.float(), bias.float() if bias is not None else None)
 
 
 def control_pack_fp8(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
-) -> ControlLinear:
-    return ControlLinear(weight.float() * scale[:, None], bias.float() if bias is not None else None, scheme)
+) -> ControlLinearWeight:
+    return ControlLinearWeight(weight.float() * scale[:, None], bias.float() if bias is not None else None, scheme)
 
 
-def control_linear(x: torch.Tensor, w: ControlLinear, out: torch.Tensor) -> torch.Tensor:
+def control_linear(x: torch.Tensor, w: ControlLinearWeight, out: torch.Tensor) -> torch.Tensor:
     """As `linear`, by the library; on a CPU with K in a number of parts that depends on the number of rows.
 
     So do the libraries of many processors, each at other shapes; here it is certain to happen.

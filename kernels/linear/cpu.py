@@ -8,8 +8,6 @@ An fp8 weight's sums are multiplied by the scale of their row of x, if that was 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numba import prange
@@ -29,29 +27,10 @@ from sempre.kernels.linear.cpu_tiles import (
     tile_8,
     tile_12,
 )
+from sempre.kernels.linear.weights import CpuLinearWeight
 
 ROW_BLOCK = 240  # rows of x that stay in the second-level cache while panels pass
 WIDEN_ROWS = 24
-
-
-@dataclass(frozen=True)
-class CpuLinearWeight:
-    """A weight in panels: `panels` [P, K, 32], columns past N zero; `bias` [N] float32 or None.
-
-    An fp8 weight has a `scheme`, and `scale` [N] float32.
-    """
-
-    panels: torch.Tensor
-    bias: torch.Tensor | None
-    in_features: int
-    out_features: int
-    dtype_code: int
-    scale: torch.Tensor | None = None
-    scheme: Fp8Scheme | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(int(part.nbytes) for part in (self.panels, self.bias, self.scale) if part is not None)
 
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLinearWeight:

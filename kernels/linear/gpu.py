@@ -1,4 +1,4 @@
-"""GPU products: Triton tiles for few rows, the vendor's library without split-K for many. T rows, N out, K in.
+"""GPU linear layers: Triton tiles for few rows, the vendor's library without split-K for many. T rows, N out, K in.
 
 Every output element is one float32 accumulator over ascending K, in the tensor cores' own steps; the scales of fp8
 operands are applied to it and the bias is added in float32, and the result is rounded once. Weights are the left
@@ -21,7 +21,7 @@ from sempre.kernels.activation.gpu import silu_and_mul, silu_times
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, prefetch, wait_for_previous
 from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Choice, Library, Tile, choose, choose_fused
-from sempre.kernels.linear.weights import GpuLinear
+from sempre.kernels.linear.weights import GpuLinearWeight
 
 # the first architecture with conversions and tensor cores for fp8
 FP8_CAPABILITY = (8, 9)
@@ -33,7 +33,7 @@ MOST_PREFETCHING_ROWS = 64
 
 
 def configure() -> None:
-    """Set this process's matrix library: cuBLASLt, no split-K, no reduced precision. Call before any product."""
+    """Set this process's matrix library: cuBLASLt, no split-K, no reduced precision. Call before any matmul."""
     torch.backends.cuda.preferred_blas_library("cublaslt")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (False, False)
@@ -139,7 +139,7 @@ def _linear_silu(
     EVEN_K: tl.constexpr,
     LINES: tl.constexpr,
 ) -> None:
-    """One program owns both halves, gate n and up n + N; each is rounded as the unfused product would store it."""
+    """One program owns both halves, gate n and up n + N; each is rounded as the unfused matmul would store it."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     n_in, t_in = tl.minimum(n, N - 1), tl.minimum(t, T - 1)
@@ -171,23 +171,23 @@ def _linear_silu(
     tl.store(at, tl.trans(value).to(dtype), mask=(t < T)[:, None] & (n < N)[None, :])
 
 
-def _lines(rows: int, w: GpuLinear) -> int:
-    """Lines of each weight row that a product of few rows asks for before it waits for its x; a power of two."""
+def _lines(rows: int, w: GpuLinearWeight) -> int:
+    """Lines of each weight row that a matmul of few rows asks for before it waits for its x; a power of two."""
     if rows > MOST_PREFETCHING_ROWS or w.scheme is not None:
         return 0
     lines = min(w.in_features * w.weight.itemsize // LINE_BYTES, PREFETCHED_BYTES // (w.out_features * LINE_BYTES))
     return 1 << (lines.bit_length() - 1) if lines else 0
 
 
-def operands(x: torch.Tensor, w: GpuLinear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x as the product takes it, and its row scales."""
+def operands(x: torch.Tensor, w: GpuLinearWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x as the matmul takes it, and its row scales."""
     return quantize_rows(x) if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS else (x, None)
 
 
 def run_tile(
-    x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile, row_scales: torch.Tensor | None = None
+    x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, tile: Tile, row_scales: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The product by one given tile; x is fp8 with `row_scales` [T], or of another dtype without."""
+    """The linear layer by one given tile; x is fp8 with `row_scales` [T], or of another dtype without."""
     rows, (columns, depth) = x.shape[0], w.weight.shape
     grid = (triton.cdiv(rows, tile.block_t), triton.cdiv(columns, tile.block_n))
     _linear[grid](
@@ -216,58 +216,40 @@ def run_tile(
     return out
 
 
-def run_library(x: torch.Tensor, w: GpuLinear, out: torch.Tensor) -> torch.Tensor:
-    """The product by cuBLASLt as `configure` sets it; without bias, which it would round at its own place."""
+def run_library(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
+    """The linear layer by cuBLASLt as `configure` sets it; without bias, which it would round at its own place."""
     if out.dtype == x.dtype:
         return torch.mm(x, w.weight.t(), out=out)
     return torch.mm(x, w.weight.t(), out_dtype=out.dtype, out=out)
 
 
 def run_choice(
-    x: torch.Tensor, w: GpuLinear, out: torch.Tensor, choice: Choice, row_scales: torch.Tensor | None = None
+    x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, choice: Choice, row_scales: torch.Tensor | None = None
 ) -> torch.Tensor:
     return run_library(x, w, out) if isinstance(choice, Library) else run_tile(x, w, out, choice, row_scales)
 
 
-def _choice(x: torch.Tensor, w: GpuLinear) -> Choice:
+def _choice(x: torch.Tensor, w: GpuLinearWeight) -> Choice:
     if x.dtype == torch.float32 and w.scheme is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         return FLOAT32
     return choose(architecture(x.device), x.shape[0], w)
 
 
-def _check(operation: str, x: torch.Tensor, w: GpuLinear, out: torch.Tensor, columns: int) -> None:
-    if x.shape[1] != w.in_features or out.shape[0] != x.shape[0] or out.shape[1] != columns:
-        raise ValueError(
-            f"{operation}: x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of"
-            f" {w.out_features} x {w.in_features}"
-        )
-    if x.dtype != w.weight.dtype and w.scheme is None:
-        raise TypeError(f"{operation}: x is {x.dtype}, the weight {w.weight.dtype}; on a GPU they must be the same")
-
-
-def linear(x: torch.Tensor, w: GpuLinear, out: torch.Tensor) -> torch.Tensor:
-    """x [T, K] times the weight into out [T, N], of x's dtype or float32; all contiguous. Returns `out`."""
-    _check("linear", x, w, out, w.out_features)
-    if not x.shape[0]:
-        return out
+def linear(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
+    """As the facade."""
     values, row_scales = operands(x, w)
     return run_choice(values, w, out, _choice(x, w), row_scales)
 
 
-def linear_silu_and_mul(x: torch.Tensor, w: GpuLinear, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """silu(x Wg^T) * (x Wu^T) into out [T, I]; w [2 I, K] holds the gates first.
-
-    `gate_up` [T, 2 I] is scratch of x's dtype, used where the two steps are not fused; the bits are the same.
-    """
-    width = w.out_features // 2
-    _check("linear_silu_and_mul", x, w, out, width)
-    fused = choose_fused(architecture(x.device), x.shape[0], width, w.excluded)
+def linear_silu_and_mul(x: torch.Tensor, w: GpuLinearWeight, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """As the facade; `gate_up` is used where the two steps are not fused."""
+    fused = choose_fused(architecture(x.device), x.shape[0], w.out_features // 2, w.excluded)
     if fused is None or w.bias is not None or w.scheme is not None or x.dtype == torch.float32:
         return silu_and_mul(linear(x, w, gate_up), out)
-    return run_fused_tile(x, w, out, fused) if x.shape[0] else out
+    return run_fused_tile(x, w, out, fused)
 
 
-def run_fused_tile(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile) -> torch.Tensor:
+def run_fused_tile(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, tile: Tile) -> torch.Tensor:
     """silu(x Wg^T) * (x Wu^T) by one given tile, which holds `block_n` features of each half."""
     rows, (columns, depth) = x.shape[0], w.weight.shape
     _linear_silu[(triton.cdiv(rows, tile.block_t), triton.cdiv(columns // 2, tile.block_n))](

@@ -1,4 +1,4 @@
-"""The self-test of products: every kernel the table may choose for a weight gives the bits of one reference kernel."""
+"""The self-test of matmuls: every kernel the table may choose for a weight gives the bits of one reference kernel."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.gpu_jit import architecture
 from sempre.kernels.linear.gpu import operands, run_choice, run_fused_tile, run_tile
 from sempre.kernels.linear.gpu_table import FUSED_TABLES, REFERENCE, REFERENCES, choices, choose_fused
-from sempre.kernels.linear.weights import GpuLinear
+from sempre.kernels.linear.weights import GpuLinearWeight
 
 
 def disagreeing(
-    w: GpuLinear, dtype: torch.dtype, *, max_rows: int, out_dtype: torch.dtype | None = None
+    w: GpuLinearWeight, dtype: torch.dtype, *, max_rows: int, out_dtype: torch.dtype | None = None
 ) -> dict[str, int]:
     """Choices that differ from the reference tile on this weight, with the number of different elements.
 
     Random x of `dtype` from a fixed seed, at the row counts where the table changes up to `max_rows`; outputs have
-    `out_dtype` (that of x, or float32 for logits) and start as NaN. The names go into `GpuLinear.excluded`. One
+    `out_dtype` (that of x, or float32 for logits) and start as NaN. The names go into `GpuLinearWeight.excluded`. One
     synchronisation at the end.
     """
     device = w.weight.device
@@ -39,8 +39,8 @@ def disagreeing(
     return {name: int(count) for name, count in differences.items() if int(count)}
 
 
-def disagreeing_fused(w: GpuLinear, *, max_rows: int) -> dict[str, int]:
-    """As `disagreeing`, for the products fused with the activation: each against the reference in two steps."""
+def disagreeing_fused(w: GpuLinearWeight, *, max_rows: int) -> dict[str, int]:
+    """As `disagreeing`, for linear layers fused with the activation: each against the reference in two steps."""
     if w.scheme is not None:
         return {}
     device, dtype, width = w.weight.device, w.weight.dtype, w.out_features // 2
@@ -63,5 +63,5 @@ def disagreeing_fused(w: GpuLinear, *, max_rows: int) -> dict[str, int]:
     return {name: int(wrong) for name, wrong in differences.items() if int(wrong)}
 
 
-def _nan(rows: int, w: GpuLinear, dtype: torch.dtype) -> torch.Tensor:
+def _nan(rows: int, w: GpuLinearWeight, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((rows, w.out_features), float("nan"), device=w.weight.device, dtype=dtype)

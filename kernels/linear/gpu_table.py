@@ -1,4 +1,4 @@
-"""Which kernel computes a product on a GPU: a fixed table per architecture, read from the top, never tuned as it runs.
+"""Which kernel computes a matmul on a GPU: a fixed table per architecture, read from the top, never tuned as it runs.
 
 Every choice gives the same bits (the self-test checks it), so a row only states what was fastest when measured by
 `benchmarks/gpu_linear.py`. T rows of x, N out features, K in features.
@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.kernels.linear.weights import GpuLinear
+from sempre.kernels.linear.weights import GpuLinearWeight
 
 
 class Tile(NamedTuple):
@@ -50,8 +50,8 @@ class Range(NamedTuple):
     choice: Choice
 
 
-class ProductShape(NamedTuple):
-    """What a choice depends on beside rows, of a product that is no `GpuLinear`."""
+class LinearShape(NamedTuple):
+    """What a choice depends on beside rows, of a matmul whose weight is no `GpuLinearWeight`."""
 
     out_features: int
     in_features: int
@@ -71,7 +71,7 @@ REFERENCE = Tile(64, 64, 64, 4, 3)
 FP8_REFERENCE = Tile(64, 64, 128, 4, 3)
 # every other choice must agree with this one; it also serves what the table leaves out
 REFERENCES: dict[Fp8Scheme | None, Tile] = {None: REFERENCE, **dict.fromkeys(Fp8Scheme, FP8_REFERENCE)}
-# float32 products are chains of ordinary multiply-adds, outside the tensor cores
+# float32 matmuls are chains of ordinary multiply-adds, outside the tensor cores
 FLOAT32 = Tile(16, 64, 32, 4, 2)
 # for many rows where the library is not taken
 MANY_ROWS = Tile(128, 128, 64, 8, 4)
@@ -107,7 +107,7 @@ TABLES: dict[tuple[str, Fp8Scheme | None], tuple[Range, ...]] = {
     ),
 }
 
-# the product fused with the activation: N counts the features of one half, which a program holds of each
+# linear layers fused with their activation: N counts the features of one half, which a program holds of each
 FUSED_TABLES: dict[str, tuple[Range, ...]] = {
     "sm_90": (
         Range(8, 4096, ANY, Tile(8, 16, 256, 2, 4)),
@@ -128,14 +128,14 @@ LIBRARY_ROWS = (
 
 
 def choose_fused(arch: str, rows: int, width: int, excluded: frozenset[str]) -> Tile | None:
-    """The tile that fuses product and activation; None where the two run one after the other."""
+    """The tile that fuses matmul and activation; None where the two run one after the other."""
     for entry in FUSED_TABLES.get(arch, ()):
         if rows <= entry.max_rows and width <= entry.max_out and isinstance(entry.choice, Tile):
             return None if f"fused {entry.choice}" in excluded else entry.choice
     return None
 
 
-def choose(arch: str, rows: int, w: GpuLinear | ProductShape) -> Choice:
+def choose(arch: str, rows: int, w: GpuLinearWeight | LinearShape) -> Choice:
     """The first entry of the table that fits and was not excluded by the self-test; else the reference tile.
 
     The library only gets shapes that all its tensor-core kernels take, without bias, which it would round at its own
@@ -153,7 +153,7 @@ def choose(arch: str, rows: int, w: GpuLinear | ProductShape) -> Choice:
     return reference
 
 
-def choices(arch: str, w: GpuLinear, max_rows: int) -> dict[Choice, tuple[int, ...]]:
+def choices(arch: str, w: GpuLinearWeight, max_rows: int) -> dict[Choice, tuple[int, ...]]:
     """Every choice that a weight of this shape may meet up to `max_rows`, each with row counts that exercise it."""
     w = replace(w, excluded=frozenset())
     found: dict[Choice, list[int]] = {}

@@ -1,4 +1,4 @@
-"""A weight on a GPU: row-major as in the checkpoint, with the choice of kernels it may use. N out, K in."""
+"""Weights as the kernels of each device take them. N out, K in."""
 
 from __future__ import annotations
 
@@ -9,19 +9,34 @@ import torch
 from sempre.kernels.fp8 import Fp8Scheme
 
 
-@dataclass(frozen=True)
-class GpuLinear:
-    """`weight` [N, K] and `bias` [N] or None, both in the model dtype, contiguous, on one device.
+class _Weight:
+    @property
+    def nbytes(self) -> int:
+        return sum(int(part.nbytes) for part in vars(self).values() if isinstance(part, torch.Tensor))
 
-    An fp8 `weight` has a `scheme`, and `scale` [N] float32.
-    `excluded` names kernel choices (`str` of an entry of the table) that the self-test found to disagree.
+
+@dataclass(frozen=True)
+class CpuLinearWeight(_Weight):
+    """A weight in panels: `panels` [P, K, 32], columns past N zero; `bias` [N] float32 or None.
+
+    An fp8 weight has a `scheme`, and `scale` [N] float32. `dtype_code` is that of `kernels.dtypes`.
     """
+
+    panels: torch.Tensor
+    bias: torch.Tensor | None
+    in_features: int
+    out_features: int
+    dtype_code: int
+    scale: torch.Tensor | None = None
+    scheme: Fp8Scheme | None = None
+
+
+@dataclass(frozen=True)
+class _RowMajorWeight(_Weight):
+    """`weight` [N, K] and `bias` [N] or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    excluded: frozenset[str] = frozenset()
-    scale: torch.Tensor | None = None
-    scheme: Fp8Scheme | None = None
 
     @property
     def in_features(self) -> int:
@@ -31,6 +46,22 @@ class GpuLinear:
     def out_features(self) -> int:
         return int(self.weight.shape[0])
 
-    @property
-    def nbytes(self) -> int:
-        return sum(int(part.nbytes) for part in (self.weight, self.bias, self.scale) if part is not None)
+
+@dataclass(frozen=True)
+class GpuLinearWeight(_RowMajorWeight):
+    """As in the checkpoint; both in the model dtype, contiguous, on one device.
+
+    An fp8 `weight` has a `scheme`, and `scale` [N] float32.
+    `excluded` names kernel choices (`str` of an entry of the table) that the self-test found to disagree.
+    """
+
+    excluded: frozenset[str] = frozenset()
+    scale: torch.Tensor | None = None
+    scheme: Fp8Scheme | None = None
+
+
+@dataclass(frozen=True)
+class ControlLinearWeight(_RowMajorWeight):
+    """For the library's matmul: float32 on CPU, as they are on a GPU; an fp8 weight is widened to float32."""
+
+    scheme: Fp8Scheme | None = None

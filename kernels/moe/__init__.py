@@ -37,24 +37,30 @@ def route(logits: torch.Tensor, num_chosen: int, *, renormalize: bool) -> tuple[
     check_rows("route", logits, logits)
     if not 1 <= num_chosen <= logits.shape[1]:
         raise ValueError(f"route: expected 1 to {logits.shape[1]} experts a row, found {num_chosen}")
+    shape, device = (logits.shape[0], num_chosen), logits.device
+    experts = torch.empty(shape, dtype=torch.int32 if logits.is_cuda else torch.int64, device=device)
+    weights = torch.empty(shape, dtype=torch.float32, device=device)
+    if not logits.shape[0]:
+        return experts, weights
     if not logits.is_cuda:
         from sempre.kernels.moe import cpu
 
-        return cpu.route(logits, num_chosen, renormalize=renormalize)
+        return cpu.route(logits, experts, weights, renormalize=renormalize)
     from sempre.kernels.moe import gpu
 
-    experts = torch.empty(logits.shape[0], num_chosen, dtype=torch.int32, device=logits.device)
-    return gpu.route(logits, experts, torch.empty_like(experts, dtype=torch.float32), renormalize=renormalize)
+    return gpu.route(logits, experts, weights, renormalize=renormalize)
 
 
 def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out[t] = sum over k of weights[t, k] * parts[t, k]; parts [T, K, H] and weights [T, K] float32, out [T, H]."""
-    check_rows("combine", parts.view(parts.shape[0], -1), out)
+    check_rows("combine", parts, out)
     check_rows("combine", weights, out)
     if parts.shape != (*weights.shape, out.shape[1]) or out.shape[0] != parts.shape[0]:
         raise ValueError(
             f"combine: weights {tuple(weights.shape)} and out {tuple(out.shape)} do not fit parts {tuple(parts.shape)}"
         )
+    if not out.shape[0]:
+        return out
     if not parts.is_cuda:
         from sempre.kernels.moe import cpu
 
@@ -78,6 +84,8 @@ def sparse_mlp(
     check_rows("sparse_mlp", logits, out)
     if experts.gate_up.num_experts != logits.shape[1]:
         raise ValueError(f"sparse_mlp: logits {tuple(logits.shape)} do not fit {experts.gate_up.num_experts} experts")
+    if not x.shape[0]:
+        return out
     from sempre.kernels.moe import gpu
 
     return gpu.sparse_mlp(x, logits, experts, scratch, out, renormalize=renormalize)

@@ -43,11 +43,10 @@ def _route(logits: Any, renormalize: bool, experts: Any, weights: Any) -> None:
                 weights[t, k] /= chosen
 
 
-def route(logits: torch.Tensor, num_chosen: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the facade."""
-    shape = (logits.shape[0], num_chosen)
-    experts = torch.empty(shape, dtype=torch.int64, device=logits.device)
-    weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
+def route(
+    logits: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, *, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Into experts int64 [T, K] and weights float32 [T, K]; returns both."""
     _route(logits.numpy(), renormalize, experts.numpy(), weights.numpy())
     return experts, weights
 

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.kernels.linear.control import ControlLinear
-from sempre.kernels.linear.weights import GpuLinear
+from sempre.kernels.linear.weights import ControlLinearWeight, GpuLinearWeight
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One product of all experts: `weight` [E, N, D], with `scale` [E, N] float32 and `scheme` where it is fp8."""
+    """One matmul of all experts: `weight` [E, N, D], with `scale` [E, N] float32 and `scheme` where it is fp8."""
 
     weight: torch.Tensor
     scale: torch.Tensor | None = None
@@ -24,24 +23,24 @@ class ExpertWeights:
     def num_experts(self) -> int:
         return int(self.weight.shape[0])
 
-    def put(self, expert: int, w: GpuLinear | ControlLinear) -> GpuLinear | ControlLinear:
+    def put(self, expert: int, w: GpuLinearWeight | ControlLinearWeight) -> GpuLinearWeight | ControlLinearWeight:
         """Copy one expert's weight here; returns it as a view of this."""
         own = self.weight[expert]
         # bytes: not every device copies fp8
         own.view(torch.uint8).copy_(w.weight.view(torch.uint8))
-        if self.scale is None or isinstance(w, ControlLinear):
+        if self.scale is None or isinstance(w, ControlLinearWeight):
             return replace(w, weight=own)
         assert w.scale is not None
         return replace(w, weight=own, scale=self.scale[expert].copy_(w.scale))
 
 
-def stack_like(w: GpuLinear | ControlLinear, num_experts: int) -> ExpertWeights:
+def stack_like(w: GpuLinearWeight | ControlLinearWeight, num_experts: int) -> ExpertWeights:
     """Room for `num_experts` weights like this one, without bias."""
-    scale = w.scale if isinstance(w, GpuLinear) else None
+    scale = w.scale if isinstance(w, GpuLinearWeight) else None
     return ExpertWeights(
         w.weight.new_empty(num_experts, *w.weight.shape),
         scale.new_empty(num_experts, *scale.shape) if scale is not None else None,
-        w.scheme if isinstance(w, GpuLinear) else None,
+        w.scheme if isinstance(w, GpuLinearWeight) else None,
     )
 
 

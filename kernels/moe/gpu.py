@@ -1,9 +1,9 @@
-"""GPU mixture of experts: router, sort, products of the experts, combine; nothing waits for the host.
+"""GPU mixture of experts: router, sort, linear layers of the experts, combine; nothing waits for the host.
 
-# T rows, E experts, K experts a row, H width, I inner width of an expert, N out and D in features of a product
+# T rows, E experts, K experts a row, H width, I inner width of an expert, N out and D in features of a linear layer
 A pair p < P = T K is row p // K with its expert of rank p % K. Pairs are sorted by (expert, pair): a counting sort,
-whose result is the only one of that order. A program of a product owns a tile of one expert's pairs, which it reads
-and writes where they are; sums run as in every product (`kernels.linear.gpu`), so a pair's bits do not depend on its
+whose result is the only one of that order. A program of a matmul owns a tile of one expert's pairs, which it reads
+and writes where they are; sums run as in every matmul (`kernels.linear.gpu`), so a pair's bits do not depend on its
 tile. Grids follow from T alone, so that a captured graph serves any choice of experts; programs beyond the tiles that
 there are end at once.
 """
@@ -21,7 +21,7 @@ from sempre.kernels.activation.gpu import silu_times
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, wait_for_previous
 from sempre.kernels.linear.gpu import accumulate
-from sempre.kernels.linear.gpu_table import FLOAT32, MANY_ROWS, PROMOTED, ProductShape, Tile, choose
+from sempre.kernels.linear.gpu_table import FLOAT32, MANY_ROWS, PROMOTED, LinearShape, Tile, choose
 from sempre.kernels.moe.experts import ExpertScratch, ExpertShape, ExpertWeights, GatedExperts
 from sempre.kernels.sampling.gpu_elementary import exp32
 
@@ -169,7 +169,7 @@ def _expert_linear(
     PROMOTED: tl.constexpr,
 ) -> None:
     """out[p] = w[expert of p] x[p // PAIRS_OF_ROW]; GATED: silu(first half) * second half, whose rows of w alternate in
-    a tile, each half rounded as the unfused product would store it."""
+    a tile, each half rounded as the unfused matmul would store it."""
     wait_for_previous()
     tile = tl.program_id(1)
     expert = tl.load(tiles + tile).to(tl.int64)
@@ -219,7 +219,7 @@ def _combine(parts: Any, weights: Any, out: Any, width: Any, K: tl.constexpr, BL
 def route(
     logits: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, *, renormalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits float32 [T, E] → experts int32 [T, K] in rank order, weights float32 [T, K]; returns both."""
+    """Into experts int32 [T, K] and weights float32 [T, K]; returns both."""
     rows, num_experts = logits.shape
     block = triton.next_power_of_2(num_experts)
     _route[(rows,)](
@@ -303,7 +303,7 @@ def sort_pairs(experts: torch.Tensor, num_experts: int, scratch: ExpertScratch, 
 def run_experts(
     x: torch.Tensor, w: ExpertWeights, scratch: ExpertScratch, out: torch.Tensor, tile: Tile, *, gated: bool
 ) -> torch.Tensor:
-    """The product of pairs that were sorted for this tile; x [T, D], or [P, D] after a first product, → out [P, N]."""
+    """The linear layer of pairs that were sorted for this tile; x [T, D], or [P, D] after a first one, → out [P, N]."""
     num_pairs = out.shape[0]
     num_experts, columns, depth = w.weight.shape
     values, row_scales = quantize_rows(x) if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS else (x, None)
@@ -354,11 +354,11 @@ def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> to
 
 
 def expert_tile(dtype: torch.dtype, num_pairs: int, w: ExpertWeights) -> Tile:
-    """That of an ordinary product with as many rows as an expert has on average, and all columns of experts in use."""
+    """That of an ordinary matmul with as many rows as an expert has on average, and all columns of experts in use."""
     if dtype == torch.float32 and w.scheme is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         return FLOAT32
     num_experts, columns, depth = w.weight.shape
-    together = ProductShape(columns * min(num_pairs, num_experts), depth, w.scheme)
+    together = LinearShape(columns * min(num_pairs, num_experts), depth, w.scheme)
     choice = choose(architecture(w.weight.device), triton.cdiv(num_pairs, num_experts), together)
     return choice if isinstance(choice, Tile) else MANY_ROWS
 
@@ -372,10 +372,8 @@ def sparse_mlp(
     *,
     renormalize: bool,
 ) -> torch.Tensor:
-    """x [T, H] and the router's logits float32 [T, E] → out [T, H]."""
+    """As the facade."""
     rows = x.shape[0]
-    if not rows:
-        return out
     chosen, weights = scratch.experts[:rows], scratch.weights[:rows]
     route(logits, chosen, weights, renormalize=renormalize)
     tile = expert_tile(x.dtype, chosen.numel(), experts.gate_up)

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
-from sempre.kernels.linear import GpuLinear
-from sempre.kernels.moe import ExpertScratch, ExpertShape, ExpertWeights, GatedExperts, expert_scratch, stack_like
-from sempre.kernels.moe import cpu as moe_cpu
+from sempre.kernels.linear import GpuLinearWeight
+from sempre.kernels.moe import (
+    ExpertScratch,
+    ExpertShape,
+    ExpertWeights,
+    GatedExperts,
+    expert_scratch,
+    route,
+    stack_like,
+)
 
 ODD = ExpertShape(5, 3, 96, 48)
 """of 5 experts, 3"""
@@ -48,11 +55,11 @@ class Mixture:
             stacked.put(expert, weight)
         return stacked
 
-    def _weight(self, values: torch.Tensor) -> GpuLinear:
+    def _weight(self, values: torch.Tensor) -> GpuLinearWeight:
         if self.scheme is None:
-            return GpuLinear(values.to(self.dtype), None)
+            return GpuLinearWeight(values.to(self.dtype), None)
         quantized = quantize_channels(values)
-        return GpuLinear(quantized.values, None, scale=quantized.scale, scheme=self.scheme)
+        return GpuLinearWeight(quantized.values, None, scale=quantized.scale, scheme=self.scheme)
 
     def scratch_for(self, rows: int) -> ExpertScratch:
         """Full of what may not be read."""
@@ -73,10 +80,10 @@ class Mixture:
         out = torch.full((end - first, self.shape.hidden_size), float("nan"), dtype=self.dtype, device=self.device)
         return gpu.sparse_mlp(x, logits, self.experts, self.scratch, out, renormalize=True)
 
-    def expert(self, weights: ExpertWeights, expert: int) -> GpuLinear:
+    def expert(self, weights: ExpertWeights, expert: int) -> GpuLinearWeight:
         """One of them as an ordinary weight."""
         scale = weights.scale[expert] if weights.scale is not None else None
-        return GpuLinear(weights.weight[expert], None, scale=scale, scheme=weights.scheme)
+        return GpuLinearWeight(weights.weight[expert], None, scale=scale, scheme=weights.scheme)
 
     def one_by_one(self) -> torch.Tensor:
         """The same by the ordinary kernels, each expert on its own rows."""
@@ -106,7 +113,7 @@ def check_route(device: str) -> None:
         for renormalize in (True, False):
             logits = torch.randn(rows, experts, generator=torch.Generator().manual_seed(experts)) * 3.0
             logits[0, : experts // 2 + 1] = 1.5
-            expected, expected_weights = moe_cpu.route(logits, k, renormalize=renormalize)
+            expected, expected_weights = route(logits, k, renormalize=renormalize)
             chosen = torch.empty(rows, k, dtype=torch.int32, device=device)
             weights = torch.empty(rows, k, device=device)
             gpu.route(logits.to(device), chosen, weights, renormalize=renormalize)

@@ -20,7 +20,7 @@ _DRIVER_FILE = Path("/sys/module/nvidia/version")
 def fingerprint_parts(
     weights: WeightFacts, numerics: str, device: torch.device, excluded: dict[str, list[str]]
 ) -> dict[str, str]:
-    """Named parts; equal parts, seeds and requests give equal bits. `excluded`: product kernels left out, by shape."""
+    """Named parts; equal parts, seeds and requests give equal bits. `excluded`: matmul kernels left out, by shape."""
     without = "; ".join(f"{shape}: {','.join(names)}" for shape, names in excluded.items())
     return {
         "weights": weights.digest,

@@ -7,7 +7,7 @@ from enum import Enum
 
 import torch
 
-from sempre.kernels.linear import ControlLinear, GpuLinear
+from sempre.kernels.linear import ControlLinearWeight, GpuLinearWeight
 from sempre.kernels.moe import ExpertWeights, stack_like
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear_kernel import LinearWeight
@@ -110,10 +110,10 @@ class Linear(Module):
 
 
 class ExpertLinear(Linear):
-    """The same product of several experts; `path`'s parent holds one of the checkpoint's modules for each, by number.
+    """The same layer of several experts; `path`'s parent holds one of the checkpoint's modules for each, by number.
 
     `weights` are those of a CPU, one an expert; a GPU holds all in `stacked`. `weight` is the first's, for whoever asks
-    what kernels the product takes.
+    what kernels it takes.
     """
 
     stacked: ExpertWeights | None = None
@@ -147,7 +147,7 @@ class ExpertLinear(Linear):
 
     def put(self, expert: int, weight: LinearWeight) -> None:
         """Take the weight of one expert; in ascending order of experts."""
-        if isinstance(weight, GpuLinear | ControlLinear) and weight.weight.is_cuda:
+        if isinstance(weight, GpuLinearWeight | ControlLinearWeight) and weight.weight.is_cuda:
             # one after the other, so that a model's largest tensors are never there twice
             if expert == 0:
                 self.stacked = stack_like(weight, self.num_experts)
@@ -169,7 +169,7 @@ class ExpertLinear(Linear):
         return (*super().shape(), self.num_experts)
 
     def of(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """One expert's product [T, N] on a CPU, in the buffer of this role."""
+        """One expert's result [T, N] on a CPU, in the buffer of this role."""
         return self.kernel.linear(x, self.weights[expert], self._out[: x.shape[0]])
 
     def gated_of(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

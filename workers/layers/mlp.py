@@ -10,7 +10,7 @@ from sempre.workers.layers.module import Build, Module, Scratch
 
 
 class GatedMLP(Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202); gate and up are one product."""
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202); gate and up are one matmul."""
 
     use = Use.GATED
     """of the kernels of gate and up"""
@@ -37,7 +37,4 @@ class GeluMLP(GatedMLP):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]"""
-        activated = self._activated[: x.shape[0]]
-        if x.shape[0]:
-            gelu_and_mul(self.gate_up_proj(x), activated)
-        return self.down_proj(activated)
+        return self.down_proj(gelu_and_mul(self.gate_up_proj(x), self._activated[: x.shape[0]]))

@@ -74,17 +74,15 @@ class SparseMLP(Module):
         """[T, H] → [T, H]"""
         count = x.shape[0]
         out, logits = self._out[:count], self.gate.into(x, self._logits[:count])
-        if not count:
-            return out
         if self._scratch is None:
             return self._one_by_one(x, logits, out)
         return sparse_mlp(x, logits, self.experts.stacked, self._scratch, out, renormalize=self.renormalize)
 
     def _one_by_one(self, x: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Expert by expert, on a CPU."""
-        count, k = x.shape[0], self.sizes.experts_per_row
+        (count, width), k = x.shape, self.sizes.experts_per_row
         experts, weights = route(logits, k, renormalize=self.renormalize)
-        parts = self._parts[:count].view(count * k, -1)
+        parts = self._parts[:count].view(count * k, width)
         # places are token by token; the sort is stable, so each expert's stay in that order
         places = experts.view(-1).argsort(stable=True)
         start = 0
@@ -93,4 +91,4 @@ class SparseMLP(Module):
                 own = places[start : start + num_rows]
                 parts.index_copy_(0, own, self.experts.of(expert, x.index_select(0, own // k)))
                 start += num_rows
-        return combine(parts.view(count, k, -1), weights, out)
+        return combine(parts.view(count, k, width), weights, out)

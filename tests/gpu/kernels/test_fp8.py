@@ -8,7 +8,7 @@ import torch
 
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels, quantize_rows
-from sempre.kernels.linear import GpuLinear, linear, linear_silu_and_mul, pack_fp8_linear
+from sempre.kernels.linear import GpuLinearWeight, linear, linear_silu_and_mul, pack_fp8_linear
 
 pytestmark = pytest.mark.gpu
 
@@ -21,18 +21,18 @@ ROWS = [2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 255, 
 
 def _case(
     depth: int, columns: int, rows: int, scheme: Fp8Scheme, dtype: torch.dtype = torch.bfloat16, bias: bool = False
-) -> tuple[torch.Tensor, GpuLinear]:
+) -> tuple[torch.Tensor, GpuLinearWeight]:
     generator = torch.Generator("cuda").manual_seed(depth * 7 + columns)
     sizes = torch.logspace(-1, 1, rows, device="cuda")[:, None]
     x = (torch.randn(rows, depth, generator=generator, device="cuda") * sizes).to(dtype)
     values, scale = quantize_channels(torch.randn(columns, depth, generator=generator, device="cuda") * depth**-0.5)
     b = torch.randn(columns, generator=generator, device="cuda").to(dtype) if bias else None
     packed = pack_fp8_linear(values, scale, b, scheme)
-    assert isinstance(packed, GpuLinear)
+    assert isinstance(packed, GpuLinearWeight)
     return x, packed
 
 
-def _run(x: torch.Tensor, w: GpuLinear, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+def _run(x: torch.Tensor, w: GpuLinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     out = torch.full((x.shape[0], w.out_features), float("nan"), device="cuda", dtype=out_dtype or x.dtype)
     return linear(x, w, out)
 

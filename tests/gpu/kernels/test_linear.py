@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sempre.kernels.activation import silu_and_mul
-from sempre.kernels.linear import GpuLinear, linear, linear_silu_and_mul, pack_linear
+from sempre.kernels.linear import GpuLinearWeight, linear, linear_silu_and_mul, pack_linear
 
 pytestmark = pytest.mark.gpu
 
@@ -28,17 +28,17 @@ def _configured() -> None:
 
 def _case(
     depth: int, columns: int, rows: int, dtype: torch.dtype, bias: bool = False
-) -> tuple[torch.Tensor, GpuLinear]:
+) -> tuple[torch.Tensor, GpuLinearWeight]:
     generator = torch.Generator("cuda").manual_seed(depth * 7 + columns)
     x = torch.randn(rows, depth, generator=generator, device="cuda").to(dtype)
     weight = (torch.randn(columns, depth, generator=generator, device="cuda") * depth**-0.5).to(dtype)
     b = torch.randn(columns, generator=generator, device="cuda").to(dtype) if bias else None
     packed = pack_linear(weight, b)
-    assert isinstance(packed, GpuLinear)
+    assert isinstance(packed, GpuLinearWeight)
     return x, packed
 
 
-def _run(x: torch.Tensor, w: GpuLinear, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+def _run(x: torch.Tensor, w: GpuLinearWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     out = torch.full((x.shape[0], w.out_features), float("nan"), device="cuda", dtype=out_dtype or x.dtype)
     return linear(x, w, out)
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from sempre.kernels.fp8 import FP8, Fp8Scheme, quantize_channels, quantize_rows
-from sempre.kernels.linear import GpuLinear
+from sempre.kernels.linear import GpuLinearWeight
 
 
-def _case(depth: int, columns: int, scheme: Fp8Scheme, dtype: torch.dtype) -> tuple[torch.Tensor, GpuLinear]:
+def _case(depth: int, columns: int, scheme: Fp8Scheme, dtype: torch.dtype) -> tuple[torch.Tensor, GpuLinearWeight]:
     generator = torch.Generator().manual_seed(depth + columns)
     x = (torch.randn(37, depth, generator=generator) * torch.logspace(-1, 1, 37)[:, None]).to(dtype)
     weight = torch.randn(columns, depth, generator=generator) * torch.logspace(-2, 0, columns)[:, None]
     bias = torch.randn(columns, generator=generator).to(dtype)
     values, scale = quantize_channels(weight)
-    return x, GpuLinear(values, bias, scale=scale, scheme=scheme)
+    return x, GpuLinearWeight(values, bias, scale=scale, scheme=scheme)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

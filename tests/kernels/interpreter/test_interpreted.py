@@ -7,7 +7,7 @@ import pytest
 import torch
 from paged_sequences import PagedSequences
 
-from sempre.kernels.linear import GpuLinear
+from sempre.kernels.linear import GpuLinearWeight
 
 DTYPES = [torch.float16, torch.float32]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3}
@@ -24,7 +24,7 @@ def test_linear(depth: int, columns: int, dtype: torch.dtype) -> None:
     from sempre.kernels.linear.gpu_table import REFERENCE, Tile
 
     x = _random(37, depth, dtype=dtype)
-    w = GpuLinear(_random(columns, depth, dtype=dtype), _random(columns, dtype=dtype))
+    w = GpuLinearWeight(_random(columns, depth, dtype=dtype), _random(columns, dtype=dtype))
     expected = reference.linear(x, w.weight, w.bias)
     for tile in (REFERENCE, Tile(16, 16, 64, 1, 3), Tile(32, 32, 32, 2, 2)):
         out = gpu.run_tile(x, w, torch.full((37, columns), float("nan")), tile)
@@ -39,7 +39,7 @@ def test_fused_activation(dtype: torch.dtype) -> None:
     from sempre.kernels.activation import gpu as activation_gpu
     from sempre.kernels.linear import gpu
 
-    x, w = _random(20, 96, dtype=dtype), GpuLinear(_random(70, 96, dtype=dtype), None)
+    x, w = _random(20, 96, dtype=dtype), GpuLinearWeight(_random(70, 96, dtype=dtype), None)
     out = torch.full((20, 35), float("nan"), dtype=dtype)
     gpu.linear_silu_and_mul(x, w, torch.empty(20, 70, dtype=dtype), out)
     product = gpu.linear(x, w, torch.empty(20, 70, dtype=dtype))
@@ -58,7 +58,7 @@ def test_the_fused_product_has_the_bits_of_the_two_in_turn() -> None:
     x, weight = (
         torch.randint(-64, 65, (rows, 96), generator=generator) / scale for rows, scale in ((20, 64), (70, 256))
     )
-    w = GpuLinear(weight.half(), None)
+    w = GpuLinearWeight(weight.half(), None)
     product = gpu.linear(x.half(), w, torch.empty(20, 70, dtype=torch.float16))
     assert not torch.equal(product.float(), x @ weight.T)
     expected = activation_gpu.silu_and_mul(product, torch.empty(20, 35, dtype=torch.float16))

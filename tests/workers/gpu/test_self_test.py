@@ -11,8 +11,8 @@ triton = pytest.importorskip("triton")
 
 from sempre.kernels.linear import gpu_check  # noqa: E402
 from sempre.kernels.linear.gpu_table import Tile, choose_fused  # noqa: E402
-from sempre.kernels.linear.weights import GpuLinear  # noqa: E402
-from sempre.workers.gpu.self_test.products import check_products  # noqa: E402
+from sempre.kernels.linear.weights import GpuLinearWeight  # noqa: E402
+from sempre.workers.gpu.self_test.linears import check_linears  # noqa: E402
 from sempre.workers.layers.linear_kernel import INVARIANT  # noqa: E402
 from sempre.workers.layers.module import Build  # noqa: E402
 from sempre.workers.models.base import CausalLM  # noqa: E402
@@ -52,19 +52,19 @@ def _model() -> CausalLM:
     generator = torch.Generator().manual_seed(1)
     for _, linear in model.linears():
         shape = (linear.out_features, linear.in_features)
-        linear.weight = GpuLinear(torch.randn(shape, generator=generator).to(torch.float16), None)
+        linear.weight = GpuLinearWeight(torch.randn(shape, generator=generator).to(torch.float16), None)
     return model
 
 
-def _weight(model: CausalLM, name: str) -> GpuLinear:
+def _weight(model: CausalLM, name: str) -> GpuLinearWeight:
     weight = next(linear.weight for path, linear in model.linears() if path.endswith(name))
-    assert isinstance(weight, GpuLinear)
+    assert isinstance(weight, GpuLinearWeight)
     return weight
 
 
 def test_products_that_agree_are_all_kept() -> None:
     model = _model()
-    tested = check_products(model, torch.float16, max_tokens=20, max_num_seqs=4)
+    tested = check_linears(model, torch.float16, max_tokens=20, max_num_seqs=4)
     assert tested.excluded == {}
     assert require_equal(tested.reference) == {"linear": 25}
     operations = {comparison.operation.split()[1] for comparison in tested.reference}
@@ -74,13 +74,13 @@ def test_products_that_agree_are_all_kept() -> None:
 def test_a_fused_product_that_disagrees_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     run = gpu_check.run_fused_tile
 
-    def wrong(x: torch.Tensor, w: GpuLinear, out: torch.Tensor, tile: Tile) -> torch.Tensor:
+    def wrong(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, tile: Tile) -> torch.Tensor:
         run(x, w, out, tile)[0, 0] += 1.0
         return out
 
     monkeypatch.setattr(gpu_check, "run_fused_tile", wrong)
     model = _model()
-    tested = check_products(model, torch.float16, max_tokens=20, max_num_seqs=4)
+    tested = check_linears(model, torch.float16, max_tokens=20, max_num_seqs=4)
     shape = f"N={2 * INNER},K={HIDDEN}"
     assert [name.split()[0] for name in tested.excluded[shape]] == ["fused"]
     gate_up = _weight(model, "gate_up_proj")

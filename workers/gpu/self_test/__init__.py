@@ -1,6 +1,6 @@
 """Start-up self-test on a GPU: for this model's shapes, each kernel that may be chosen gives the bits of a reference.
 
-A product kernel that disagrees is left out of the choice for its weight; the fingerprint names it. Anything else that
+A matmul kernel that disagrees is left out of the choice for its weight; the fingerprint names it. Anything else that
 disagrees with itself raises InvarianceError, and the worker does not serve. Nothing here draws from the global
 generators.
 """
@@ -13,7 +13,7 @@ import torch
 
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.workers.gpu.self_test.experts import check_experts
-from sempre.workers.gpu.self_test.products import check_products, require_fp8
+from sempre.workers.gpu.self_test.linears import check_linears, require_fp8
 from sempre.workers.gpu.self_test.sampling import check_sampling
 from sempre.workers.loading import WeightFacts
 from sempre.workers.models.base import CausalLM
@@ -26,7 +26,7 @@ class SelfTest(NamedTuple):
     """What was found; `require_equal` judges the comparisons."""
 
     excluded: dict[str, list[str]]
-    """product kernels that disagree, by shape, for the fingerprint"""
+    """matmul kernels that disagree, by shape, for the fingerprint"""
     comparisons: list[Comparison]
 
 
@@ -39,14 +39,14 @@ def run_self_test(
     max_tokens: int,
     max_num_seqs: int,
 ) -> SelfTest:
-    """The model, and sampling; the model's products lose the kernels that disagree. A step has at most `max_tokens`
+    """The model, and sampling; the model's matmuls lose the kernels that disagree. A step has at most `max_tokens`
     tokens."""
-    products = check_products(model, facts.dtype, max_tokens=max_tokens, max_num_seqs=max_num_seqs)
+    linears = check_linears(model, facts.dtype, max_tokens=max_tokens, max_num_seqs=max_num_seqs)
     comparisons = [
-        *products.reference,
+        *linears.reference,
         *check_experts(model, facts.dtype, max_tokens=max_tokens),
         *check_model(model, facts, block_size, max_tokens=max_tokens, workspace=workspace),
         *check_sampling(model.spec.vocab_size, model.device),
     ]
     torch.cuda.empty_cache()
-    return SelfTest(products.excluded, comparisons)
+    return SelfTest(linears.excluded, comparisons)

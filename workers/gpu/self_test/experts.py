@@ -1,4 +1,4 @@
-"""Self-test of the experts' products: each tile that may be chosen gives the bits of the reference tile."""
+"""Self-test of the experts' linear layers: each tile that may be chosen gives the bits of the reference tile."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def _check(mixture: SparseMLP, dtype: torch.dtype, max_tokens: int) -> Iterator[
         scratch.activated.fill_(float("nan"))
         scratch.parts.fill_(float("nan"))
         found = moe_gpu.run_gated(x, chosen, experts, scratch, tile)
-        for part, wanted, product in zip(experts._fields, expected, found, strict=True):
-            yield compare(name, f"{part} by {tile} against {reference}", wanted, product)
+        for part, wanted, result in zip(experts._fields, expected, found, strict=True):
+            yield compare(name, f"{part} by {tile} against {reference}", wanted, result)

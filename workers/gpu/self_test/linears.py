@@ -1,4 +1,4 @@
-"""Self-test of the products: each kernel that may be chosen for a weight gives the bits of one reference kernel.
+"""Self-test of the linear layers: each kernel that may be chosen for a weight gives the bits of one reference kernel.
 
 One that disagrees is left out of the choice for its shape. The reference must give a row the same bits alone and among
 others; when it does not, nothing is left to choose.
@@ -17,7 +17,7 @@ from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.linear.gpu import FP8_CAPABILITY, operands, run_tile
 from sempre.kernels.linear.gpu_check import disagreeing, disagreeing_fused
 from sempre.kernels.linear.gpu_table import FLOAT32, REFERENCES, Tile
-from sempre.kernels.linear.weights import GpuLinear
+from sempre.kernels.linear.weights import GpuLinearWeight
 from sempre.workers.layers.linear import ExpertLinear, Use
 from sempre.workers.loading import WeightFacts
 from sempre.workers.models.base import CausalLM
@@ -31,8 +31,8 @@ LONE_ROWS = (0, 1, 63, 64, 69)
 Shape = tuple[int, int, Fp8Scheme | None]
 
 
-class ProductTest(NamedTuple):
-    """What the products' test found."""
+class LinearTest(NamedTuple):
+    """What their test found."""
 
     excluded: dict[str, list[str]]
     """kernels that disagree, by shape, for the fingerprint"""
@@ -53,7 +53,7 @@ def require_fp8(facts: WeightFacts, device: torch.device) -> None:
         )
 
 
-def check_products(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_num_seqs: int) -> ProductTest:
+def check_linears(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_num_seqs: int) -> LinearTest:
     """Every (N, K) of the model once, at the row counts where another kernel is chosen; kernels that disagree are
     taken from the choice of all matrices of that shape."""
     excluded: dict[Shape, set[str]] = {}
@@ -62,9 +62,9 @@ def check_products(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_
         if isinstance(linear, ExpertLinear):
             continue  # other kernels compute these
         weight = linear.weight
-        assert isinstance(weight, GpuLinear)
+        assert isinstance(weight, GpuLinearWeight)
         logits = linear.use is Use.LOGITS
-        # logits leave the product in float32, and are computed for the rows that sample or are scored
+        # logits are float32, and are computed for the rows that sample or are scored
         max_rows = min(max_tokens, max(max_num_seqs, PROMPT_LOGPROB_ROWS)) if logits else max_tokens
         out_dtype = torch.float32 if linear.use.is_float32 else dtype
         wrong = set(disagreeing(weight, dtype, max_rows=max_rows, out_dtype=out_dtype))
@@ -75,7 +75,7 @@ def check_products(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_
         reference += _check_reference(path.rpartition(".")[2], weight, dtype, out_dtype)
     if excluded:
         _exclude(model, excluded)
-    return ProductTest({_name(shape): sorted(choices) for shape, choices in excluded.items()}, reference)
+    return LinearTest({_name(shape): sorted(choices) for shape, choices in excluded.items()}, reference)
 
 
 def _name(shape: Shape) -> str:
@@ -83,7 +83,7 @@ def _name(shape: Shape) -> str:
     return f"N={columns},K={depth}" + (f",{scheme.value}" if scheme is not None else "")
 
 
-def _check_reference(name: str, w: GpuLinear, dtype: torch.dtype, out_dtype: torch.dtype) -> Iterator[Comparison]:
+def _check_reference(name: str, w: GpuLinearWeight, dtype: torch.dtype, out_dtype: torch.dtype) -> Iterator[Comparison]:
     device = w.weight.device
     widens = w.scheme is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS
     tile = FLOAT32 if dtype == torch.float32 and widens else REFERENCES[w.scheme]
@@ -96,7 +96,7 @@ def _check_reference(name: str, w: GpuLinear, dtype: torch.dtype, out_dtype: tor
         yield compare(operation, f"row {row} of {REFERENCE_ROWS} against itself alone", alone[0], among_others[row])
 
 
-def _run_reference(x: torch.Tensor, w: GpuLinear, out_dtype: torch.dtype, tile: Tile) -> torch.Tensor:
+def _run_reference(x: torch.Tensor, w: GpuLinearWeight, out_dtype: torch.dtype, tile: Tile) -> torch.Tensor:
     out = torch.empty(x.shape[0], w.out_features, dtype=out_dtype, device=x.device)
     values, scales = operands(x, w)
     return run_tile(values, w, out, tile, scales)
@@ -104,5 +104,5 @@ def _run_reference(x: torch.Tensor, w: GpuLinear, out_dtype: torch.dtype, tile: 
 
 def _exclude(model: CausalLM, excluded: dict[Shape, set[str]]) -> None:
     for _, linear in model.linears():
-        assert isinstance(linear.weight, GpuLinear)
+        assert isinstance(linear.weight, GpuLinearWeight)
         linear.weight = replace(linear.weight, excluded=frozenset(excluded.get(shape_of(linear.weight), ())))
