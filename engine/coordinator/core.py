@@ -82,14 +82,19 @@ class EngineCore:
 
     def advance(self) -> list[ClientEvent]:
         """Give every replica with room for it the next step; what the client is to be told. Raises WorkerDied."""
-        notices = [] if self._drafts is None else self._drafts.advance(time.monotonic())
+        now = time.monotonic()
+        notices = [] if self._drafts is None else self._drafts.advance(now)
         for replica in self._replicas:
-            replica.advance()
-        if (now := time.monotonic()) > self._next_look:
+            replica.advance(now)
+        if now > self._next_look:
             self._next_look = now + self._look_every_s
             for watch in self._watches:
                 watch.look(now)
         return _notices(notices)
+
+    def next_deadline(self) -> float | None:
+        """When `advance` has something to do though nothing has arrived, if that is known (time.monotonic)."""
+        return None if self._drafts is None else self._drafts.next_deadline(time.monotonic())
 
     def next_events(self) -> list[ClientEvent] | None:
         """What the client is to be told about the next event of a worker; None when there is none.

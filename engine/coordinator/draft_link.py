@@ -1,80 +1,87 @@
-"""What one replica asks of its draft worker: one proposal at a time, and never longer than a moment.
-
-A request that awaits guesses is not planned, so each of them has a place here, in one of two lists, from `ask` on until
-it is answered or given up: what waits to be asked, and what the proposal under way is for. If the worker is not there,
-or late, both are emptied, and its requests go on without.
-"""
+"""What one replica asks of its draft worker: one step at a time, and nobody waits for it longer than a moment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import chain
 
 from sempre.engine.scheduling.planned_step import check_drafts
 from sempre.engine.scheduling.request import Request
-from sempre.engine.speculation import ModelSpeculation
+from sempre.engine.speculation import Ask, Incarnation, Speculation
+from sempre.ipc.errors import ProtocolError
 from sempre.ipc.messages import DraftRequest, ExecuteStep, StepResult
 
-# a proposal that takes longer is not waited for, and no other one until it is there
+# so long a request waits; a worker that needs longer is late, and asked nothing until its answer is there
 PATIENCE_S = 0.5
 
 
 class DraftLink:
-    """Fed with requests that await guesses and with the worker's answers; says what to send."""
+    """Fed with requests that want drafts and with the worker's results; says what to send.
+
+    A request waits for nothing but its own `Ask`, which ends by itself: whatever is forgotten here costs drafts only.
+    """
 
     def __init__(self) -> None:
+        self._worker: Incarnation | None = None
+        self._vocab_size = 0
         self._next_id = 0
         self._known: dict[str, int] = {}
         """tokens that the worker has been told, by request"""
         self._finished: list[str] = []
-        self._queued: dict[str, Request] = {}
-        """what is to be asked about, by id: one that is computed again meanwhile asks twice"""
-        self._asked: list[tuple[Request, int]] = []
-        """what the proposal under way is for, with the number of tokens that it goes by"""
-        self._step = ExecuteStep(step_id=0)
-        self._asked_at: float | None = None
-        self.is_late = False
+        self._wanting: list[Request] = []
+        self._queued: list[tuple[Request, Ask]] = []
+        self._step: ExecuteStep | None = None
+        """under way, for `_asked`"""
+        self._asked: list[Ask] = []
+        self._sent_at = 0.0
+
+    def begin(self, vocab_size: int) -> None:
+        """A worker serves; it knows nothing yet."""
+        self.end()
+        self._worker, self._vocab_size = Incarnation(), vocab_size
+
+    def end(self) -> None:
+        """The worker is gone, and nobody waits for it any more."""
+        if self._worker is not None:
+            self._worker.is_gone = True
+        self._worker = self._step = None
+        for forgotten in (self._known, self._finished, self._queued, self._asked):
+            forgotten.clear()
+
+    def is_late(self, now: float) -> bool:
+        return self._step is not None and now >= self._sent_at + PATIENCE_S
 
     def ask(self, requests: Sequence[Request]) -> None:
-        """These await guesses."""
-        self._queued.update((request.request_id, request) for request in requests)
-
-    def owns(self, request: Request) -> bool:
-        """Whether what `request` awaits is certain to come, or to be given up."""
-        asked = not self.is_late and any(request is other for other, _ in self._asked)
-        return asked or self._queued.get(request.request_id) is request
+        """These want drafts."""
+        self._wanting += requests
 
     def forget(self, request_id: str) -> None:
         if self._known.pop(request_id, None) is not None:
             self._finished.append(request_id)
 
-    def next_step(self, now: float, *, available: bool) -> ExecuteStep | None:
-        """What to send, if anything. While the worker is not available or late, nobody is kept waiting."""
-        if not available or self.is_late:
-            self._give_up_queued()
-            return None
-        if self._asked_at is not None or not self._queued:
-            return None
-        queued, self._queued = self._queued, {}
-        new_requests, drafts = [], []
-        for request in queued.values():
+    def next_step(self, now: float) -> ExecuteStep | None:
+        """What to send, if anything. Those that want drafts wait from now on, unless the worker is late or gone."""
+        wanting, self._wanting = self._wanting, []
+        worker, deadline = self._worker, now + PATIENCE_S
+        if worker is None or self.is_late(now):
+            worker, deadline = Incarnation(), now
+        for request in wanting:
             speculation = _speculation(request)
-            if request.finish_reason is not None or not speculation.awaits_worker:
-                continue
-            known = self._known.get(request.request_id)
-            if known is None:
-                new_requests.append(request.as_new())
-                known = len(request.token_ids)
-            self._known[request.request_id] = len(request.token_ids)
-            drafts.append(
-                DraftRequest(
-                    request_id=request.request_id, token_ids=request.token_ids[known:], num_drafts=speculation.length()
-                )
-            )
-            self._asked.append((request, len(request.token_ids)))
-        if not drafts:
+            if request.finish_reason is None and (num_drafts := speculation.num_to_ask()):
+                speculation.ask = ask = Ask(len(request.token_ids), num_drafts, deadline, worker)
+                if ask.is_open(now):
+                    self._queued.append((request, ask))
+        if self._step is not None or not self._queued:
             return None
+        queued, self._queued = self._queued, []
+        # one that was computed again meanwhile has asked again, or not
+        open_asks = [(request, ask) for request, ask in queued if ask.is_open(now) and _speculation(request).ask is ask]
+        if not open_asks:
+            return None
+        new_requests = [request.as_new() for request, _ in open_asks if request.request_id not in self._known]
+        drafts = [self._draft_request(request, ask) for request, ask in open_asks]
         finished, self._finished = self._finished, []
-        self._asked_at = now
+        self._asked, self._sent_at = [ask for _, ask in open_asks], now
         self._next_id += 1
         self._step = ExecuteStep(
             step_id=self._next_id, finished_request_ids=finished, new_requests=new_requests, drafts=drafts
@@ -82,44 +89,32 @@ class DraftLink:
         return self._step
 
     def take(self, result: StepResult) -> None:
-        """Hand out the drafts; those that come too late do no harm. Raises ProtocolError when some are missing."""
-        check_drafts(self._step, result)
-        asked, self._asked = self._asked, []
-        self._asked_at = None
-        self.is_late = False
-        for (request, num_known), guesses in zip(asked, result.drafts, strict=True):
-            if request.finish_reason is None and len(request.token_ids) == num_known:
-                _speculation(request).answered(num_known, guesses)
+        """Answer what was asked; what comes too late does no harm. Raises ProtocolError when the result is wrong."""
+        step = self._step
+        if step is None or result.step_id != step.step_id:
+            expected = "none" if step is None else step.step_id
+            raise ProtocolError(f"StepResult.step_id: expected {expected}, found {result.step_id}")
+        check_drafts(step, result)
+        highest = max(chain.from_iterable(result.drafts), default=0)
+        if highest >= self._vocab_size:
+            raise ProtocolError(f"StepResult.drafts: expected ids less than {self._vocab_size}, found {highest}")
+        for ask, drafts in zip(self._asked, result.drafts, strict=True):
+            ask.answer = drafts
+        self._step, self._asked = None, []
 
-    def check_late(self, now: float) -> bool:
-        """Whether the proposal under way has just become late; its requests, and all others, then go on without it."""
-        if self._asked_at is None or self.is_late or now - self._asked_at < PATIENCE_S:
-            return False
-        self.is_late = True
-        self._give_up(request for request, _ in self._asked)
-        self._give_up_queued()
-        return True
+    def next_deadline(self, now: float) -> float | None:
+        """When the first of those that wait goes on without drafts."""
+        asks = chain(self._asked, (ask for _, ask in self._queued))
+        return next((ask.deadline for ask in asks if ask.is_open(now)), None)
 
-    def reset(self) -> None:
-        """The worker is gone; the next one knows nothing."""
-        self._give_up(request for request, _ in self._asked)
-        self._give_up_queued()
-        self._known.clear()
-        self._finished.clear()
-        self._asked.clear()
-        self._asked_at = None
-        self.is_late = False
-
-    def _give_up_queued(self) -> None:
-        queued, self._queued = self._queued, {}
-        self._give_up(queued.values())
-
-    def _give_up(self, requests: Iterable[Request]) -> None:
-        for request in requests:
-            if _speculation(request).awaits_worker:
-                _speculation(request).answered(len(request.token_ids), [])
+    def _draft_request(self, request: Request, ask: Ask) -> DraftRequest:
+        known = self._known.get(request.request_id, ask.num_known)
+        self._known[request.request_id] = ask.num_known
+        return DraftRequest(
+            request_id=request.request_id, token_ids=request.token_ids[known:], num_drafts=ask.num_drafts
+        )
 
 
-def _speculation(request: Request) -> ModelSpeculation:
-    assert isinstance(request.speculation, ModelSpeculation)
+def _speculation(request: Request) -> Speculation:
+    assert request.speculation is not None
     return request.speculation

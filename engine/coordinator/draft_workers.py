@@ -28,7 +28,6 @@ class DraftWorkers:
         self._startup = StartUp(config, executor, self.ranks)
         self._max_restarts = config.max_restarts
         self._num_restarts: Counter[int] = Counter()  # since it last served
-        self._serving: set[int] = set()
         self._has_served = False
         self._told_late = False
 
@@ -49,22 +48,22 @@ class DraftWorkers:
         assert self._startup.ready is not None
         target.check_drafts(self._startup)
         self._has_served = True
-        self._serving.update(self.ranks)
+        for link in self.links:
+            link.begin(self._startup.ready.vocab_size)
         return self._startup.ready.worker_pids
 
     def advance(self, now: float) -> list[str]:
         """Send what is wanted; what the user should know."""
         notices: list[str] = []
         for rank, link in zip(self.ranks, self.links, strict=True):
-            step = link.next_step(now, available=rank in self._serving)
+            step = link.next_step(now)
             if step is None:
                 continue
             try:
                 self._executor.send(rank, step)
             except WorkerDied as error:
                 notices += self.lose(rank, error)
-        late = [link for link in self.links if link.check_late(now)]
-        if late and not self._told_late:
+        if not self._told_late and any(link.is_late(now) for link in self.links):
             self._told_late = True
             notices.append(
                 f"a draft worker has not answered within {PATIENCE_S:g} s: requests go on without its drafts whenever "
@@ -72,16 +71,23 @@ class DraftWorkers:
             )
         return notices
 
+    def next_deadline(self, now: float) -> float | None:
+        """When the first request that waits goes on without drafts."""
+        deadlines = [deadline for link in self.links if (deadline := link.next_deadline(now)) is not None]
+        return min(deadlines, default=None)
+
     def handle(self, rank: int, event: WorkerEvent) -> list[str]:
         """Take an event of a draft worker; what the user should know. Raises only before the engine has served."""
         if not self._has_served:
             self._startup.handle(rank, event)
             return []
+        link = self.links[self.ranks.index(rank)]
         try:
             if isinstance(event, StepResult):
-                self.links[self.ranks.index(rank)].take(event)
+                link.take(event)
             elif self._startup.rejoin(rank, event):
-                self._serving.add(rank)
+                assert self._startup.ready is not None
+                link.begin(self._startup.ready.vocab_size)
                 self._num_restarts[rank] = 0
         except SempreError as error:
             return self.lose(rank, error)
@@ -93,8 +99,7 @@ class DraftWorkers:
         What the user should know.
         """
         logger.warning("%s", error)
-        self._serving.discard(rank)
-        self.links[self.ranks.index(rank)].reset()
+        self.links[self.ranks.index(rank)].end()
         self._startup.forget([rank])
         is_first = self._num_restarts[rank] == 0
         while self._num_restarts[rank] < self._max_restarts:

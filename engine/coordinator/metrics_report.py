@@ -40,7 +40,7 @@ def metrics_report(replicas: Sequence[SchedulerStats], *, speculation: int = 0) 
     `iteration_tokens_total` counts their steps by number of tokens, and `request_num_preemptions` their requests by
     number of preemptions: those up to each bound, and the sum.
 
-    `speculation` is the most guesses per step; accepted ones are counted, for all replicas, by their place in a guess.
+    `speculation` is the most draft tokens per request and step; accepted ones are counted, for all replicas, by place.
     """
     names = _NAMES | _OF_SPECULATION if speculation else _NAMES
     report: Report = {

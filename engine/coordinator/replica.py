@@ -29,7 +29,7 @@ class Replica:
         *,
         max_steps_in_flight: int = 1,
     ) -> None:
-        """`drafts` leads to the worker that guesses for this replica, if it has one."""
+        """`drafts` leads to the draft worker of this replica, if it has one."""
         self.ranks = ranks
         self._drafts = drafts
         self._max_steps_in_flight = max_steps_in_flight
@@ -58,19 +58,19 @@ class Replica:
             self._forget(request_id)
         return delta
 
-    def advance(self) -> None:
+    def advance(self, now: float) -> None:
         """Send the next step when the workers have room for one."""
         if not self.has_workers:
             return
         while len(self._in_flight) < self._max_steps_in_flight and self._scheduler.has_unfinished():
-            step = self._scheduler.schedule()
+            step = self._scheduler.schedule(now)
             if step is None:
                 return
             self._in_flight.append(step)
             for new in step.new_requests:
                 # known already: preempted, or the workers are fresh
                 if new.request_id in self._added_at:
-                    waited = time.monotonic() - self._added_at.pop(new.request_id)
+                    waited = now - self._added_at.pop(new.request_id)
                     self._time_in_queue[new.request_id] = waited
             for rank in self.ranks:
                 self._executor.send(rank, step)
@@ -90,7 +90,7 @@ class Replica:
             if output.finish_reason is not None:
                 self._forget(output.request_id)
         if self._drafts is not None:
-            self._drafts.ask(self._scheduler.take_awaiting_drafts())
+            self._drafts.ask(self._scheduler.take_asking())
         return outputs
 
     def _timed(self, output: RequestOutputDelta) -> RequestOutputDelta:

@@ -36,14 +36,17 @@ class StepPlanner:
         self.running: list[Request] = []  # sorted by order key, as is `waiting`
         self.waiting: list[Request] = []
 
-    def plan(self, step_id: int, alone: Request | None) -> PlannedStep:
-        """Plan the next step, of one request if it is to run `alone`; it is empty when there is nothing to compute."""
+    def plan(self, step_id: int, alone: Request | None, now: float) -> PlannedStep:
+        """Plan the next step, of one request if it is to run `alone`; it is empty when there is nothing to compute.
+
+        A request waits for its draft worker as long as its `Ask` is open at the time `now`.
+        """
         step = PlannedStep(step_id, self._limits)
         if alone is None:
-            if self._plan_running(step):
+            if self._plan_running(step, now):
                 self._plan_waiting(step)
         elif alone.is_running:
-            self._plan_running(step)  # nobody else is running
+            self._plan_running(step, now)  # nobody else is running
         else:
             self._admit(step, alone)
         return step
@@ -72,7 +75,7 @@ class StepPlanner:
         self.waiting = sorted(requests, key=_ORDER_KEY)
         self.kv_cache.forget_cached()
 
-    def _plan_running(self, step: PlannedStep) -> bool:
+    def _plan_running(self, step: PlannedStep, now: float) -> bool:
         """Plan running requests; False if one was preempted, so that nobody takes the blocks it waits for."""
         running = self.running
         num_running = len(running)
@@ -84,7 +87,7 @@ class StepPlanner:
             num_new = min(request.num_tokens, request.compute_limit) - start
             if num_new < 1 or request.is_held_back:
                 continue  # its last token is in flight
-            if request.speculation is not None and _must_wait(request):
+            if request.speculation is not None and _must_wait(request, now):
                 continue
             num_later = num_running - index - 1
             if num_new > 1:
@@ -178,11 +181,13 @@ class StepPlanner:
         self.kv_cache.check_invariants(self.running)
 
 
-def _must_wait(request: Request) -> bool:
+def _must_wait(request: Request, now: float) -> bool:
     """Whether what the request's next step computes depends on something still to come."""
-    assert request.speculation is not None
-    num_in_flight = request.num_tokens - len(request.token_ids)
-    return bool(request.drafts_in_flight) or request.speculation.must_wait(request.token_ids, num_in_flight)
+    speculation = request.speculation
+    assert speculation is not None
+    if request.drafts_in_flight or (speculation.ask is not None and speculation.ask.is_open(now)):
+        return True
+    return speculation.must_wait(request.token_ids, request.num_tokens - len(request.token_ids))
 
 
 def _remove(queue: list[Request], request: Request) -> None:

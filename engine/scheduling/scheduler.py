@@ -6,6 +6,7 @@ After a crash of the worker the requests that were at work run alone first, see 
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 
 import msgspec
 
@@ -59,7 +60,7 @@ class Scheduler:
         )
         self._planner = StepPlanner(limits, self._kv_cache, self._counters)
         self._in_flight: deque[PlannedStep] = deque()
-        self._awaiting_drafts: list[Request] = []
+        self._asking: list[Request] = []
         self._isolation = CrashIsolation(max_request_crashes)
         self._finished_ids: list[str] = []  # known to the worker, to be told with the next step
         self._next_step_id = 0
@@ -104,9 +105,12 @@ class Scheduler:
 
     # A step is planned
 
-    def schedule(self) -> ExecuteStep | None:
-        """Plan the next step; None when there is nothing to compute before the next add or update."""
-        step = self._planner.plan(self._next_step_id, self._isolation.current)
+    def schedule(self, now: float = inf) -> ExecuteStep | None:
+        """Plan the next step; None when there is nothing to compute before the next add or update.
+
+        `now` is the time by which requests wait for a draft worker; at the end of time they do not.
+        """
+        step = self._planner.plan(self._next_step_id, self._isolation.current, now)
         if not step.scheduled:
             return None
         self._next_step_id += 1
@@ -121,10 +125,10 @@ class Scheduler:
             drafts=step.drafts,
         )
 
-    def take_awaiting_drafts(self) -> list[Request]:
-        """Requests that have begun to await drafts since the last call; they are not planned until they have them."""
-        awaiting, self._awaiting_drafts = self._awaiting_drafts, []
-        return awaiting
+    def take_asking(self) -> list[Request]:
+        """Requests for which a draft worker is to be asked, since the last call."""
+        asking, self._asking = self._asking, []
+        return asking
 
     # A result is applied
 
@@ -218,8 +222,8 @@ class Scheduler:
             request.num_prompt_logprobs_delivered += num_rows(sampled.prompt_logprobs)
         if request.speculation is not None and token_ids and not ended:
             request.speculation.sampled(request.token_ids, planned.draft_token_ids, len(token_ids) - 1, drafted)
-            if request.speculation.awaits_worker:
-                self._awaiting_drafts.append(request)
+            if request.speculation.num_to_ask():
+                self._asking.append(request)
         num_cached_tokens = request.cached_tokens_to_report
         request.cached_tokens_to_report = 0
         error = None

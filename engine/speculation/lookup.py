@@ -1,4 +1,4 @@
-"""Drafters that look for an earlier place like the present one and guess that it goes on as it did there.
+"""Drafters that look for an earlier place like the present one and propose that it goes on as it did there.
 
 n-gram lookup: Saxena, "Prompt Lookup Decoding", 2023. Suffix lookup: Oliaro et al., "SuffixDecoding", arXiv 2411.04975.
 """
@@ -20,13 +20,13 @@ _COST_OF_A_SALT = 64
 
 
 class Drafter(Protocol):
-    """Follows one sequence. A draft model's guesses come from its worker instead, see `ModelSpeculation`."""
+    """Follows one sequence. A draft model's drafts come from its worker instead, see `ModelSpeculation`."""
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """The sequence goes on with these tokens."""
 
     def propose(self, count: int) -> list[int]:
-        """At most `count` guesses of what comes next; empty when there is nothing to go by."""
+        """At most `count` draft tokens of what comes next; empty when there is nothing to go by."""
 
     def finish(self, num_prompt_tokens: int) -> None:
         """The sequence has ended."""

@@ -1,8 +1,9 @@
-"""One request's guesses as the scheduler asks for them, and the plan that makes such objects for all requests."""
+"""One request's drafts as the scheduler asks for them, and the plan that makes such objects for all requests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from sempre.engine.speculation.lookup import Drafter, NgramDrafter, SaltedOutputs, SuffixDrafter
@@ -12,12 +13,11 @@ from sempre.ipc.messages import StepCosts
 _START = 0.7
 _WEIGHT = 1 / 8
 _SUFFIX_LONGEST = 24
-# A draft model that was given up is asked again after this many tokens, and each time in vain after twice as many.
+# A draft model that was given up is asked again after this many tokens, and after twice as many each time in vain.
 _REST = 32
 _PROBE_LENGTH = 2
 # the way to a draft worker and back
 _ASKING_SECONDS = 0.3e-3
-# no step brings more guesses than this, so that the logits of their rows fit into a buffer of known size
 MakeDrafter = Callable[[str | None], Drafter]
 """Makes the drafter of one request from its `cache_salt`."""
 
@@ -26,16 +26,17 @@ class DraftCosts(NamedTuple):
     """In steps of the target."""
 
     first: float
-    """what a step with guesses costs more, however many: the next one is not planned before its result is known"""
+    """what a step with drafts costs more, however many: the next one is not planned before its result is known"""
     each: float
-    """a guess and its row in the step"""
+    """a draft token and its row in the step"""
 
 
 class DraftLength:
-    """At most `longest`; 0 while steps without guesses bring more tokens in the same time.
+    """At most `longest`; 0 while steps without drafts bring more tokens in the same time.
 
-    With share r of right guesses, weighted towards the last of them, a step with k guesses brings 1 + r + … + r^k
-    tokens (Leviathan et al., arXiv:2211.17192, section 3.1, for independent guesses) and costs 1 + first + k · each.
+    With a share r of accepted draft tokens, weighted towards the last of them, a step with k of them brings
+    1 + r + … + r^k tokens (Leviathan et al., arXiv:2211.17192, section 3.1, if they are independent) and costs
+    1 + first + k · each.
     """
 
     def __init__(self, longest: int, *, costs: DraftCosts, adaptive: bool = True) -> None:
@@ -45,11 +46,11 @@ class DraftLength:
         self._rate = _START
         self.current = longest if not adaptive else self._length()
 
-    def observe(self, num_right: int, *, missed: bool) -> None:
-        """`num_right` guesses in a row were right; the one after them was wrong if `missed`."""
+    def observe(self, num_accepted: int, *, missed: bool) -> None:
+        """So many draft tokens in a row were right; the one after them was wrong if `missed`."""
         if not self.adapts:
             return
-        for _ in range(num_right):
+        for _ in range(num_accepted):
             self._rate += (1.0 - self._rate) * _WEIGHT
         if missed:
             self._rate -= self._rate * _WEIGHT
@@ -67,20 +68,47 @@ class DraftLength:
         return best
 
 
-class Speculation(Protocol):
-    """One request's guesses. `token_ids` is its sequence as far as results have come back."""
+class Incarnation:
+    """One draft worker, until it is gone; the one that is started in its place is another."""
 
-    awaits_worker: bool
-    """a draft worker is to be asked for guesses"""
+    is_gone = False
+
+
+@dataclass(slots=True)
+class Ask:
+    """What a draft worker has been asked for one request, which waits while this is open.
+
+    Nobody has to end that wait: it ends at the deadline, if neither the answer nor the end of the worker comes first.
+    """
+
+    num_known: int
+    """tokens of the request; the drafts follow them"""
+    num_drafts: int
+    deadline: float
+    worker: Incarnation
+    answer: list[int] | None = None
+
+    def is_open(self, now: float) -> bool:
+        return self.answer is None and now < self.deadline and not self.worker.is_gone
+
+
+class Speculation(Protocol):
+    """One request's drafts. `token_ids` is its sequence as far as results have come back."""
+
+    ask: Ask | None
+    """what a draft worker was asked after the last result"""
 
     def must_wait(self, token_ids: list[int], num_in_flight: int) -> bool:
-        """Whether its next step must not be planned yet: guesses are awaited, or the result of a step decides."""
+        """Whether the result of a step in flight decides what the next one computes."""
 
     def drafts(self, token_ids: list[int], room: int) -> list[int]:
-        """Guesses to verify with the step that computes the last token; at most `room`, which may be 0."""
+        """Draft tokens to verify with the step that computes the last token; at most `room`, which may be 0."""
 
     def num_wanted(self) -> int:
-        """Guesses that the worker is to make after that step."""
+        """Draft tokens that the worker is to make after that step."""
+
+    def num_to_ask(self) -> int:
+        """Draft tokens to ask a draft worker for, now that a result is back."""
 
     def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, drafted: list[int] | None) -> None:
         """A step has returned that verified `drafts` and kept `num_kept`; the worker then `drafted` what comes next,
@@ -91,31 +119,34 @@ class Speculation(Protocol):
 
 
 class LookupSpeculation:
-    """Guesses of a drafter in this process.
+    """Drafts of a drafter in this process.
 
-    Every token that comes is compared with the last guess, whether it was verified or not, so it costs nothing to
-    notice when guesses become worth while.
+    Every token that comes is compared with the last draft, whether it was verified or not, so it costs nothing to
+    notice when drafts become worth while.
     """
 
     def __init__(self, drafter: Drafter, length: DraftLength, longest: int) -> None:
         self._drafter = drafter
         self._length = length
         self._longest = longest
-        self.awaits_worker = False
+        self.ask: Ask | None = None
         self._num_seen = 0
-        self._guesses: list[int] = []
+        self._drafts: list[int] = []
 
     def must_wait(self, token_ids: list[int], num_in_flight: int) -> bool:
         if not num_in_flight:
             return False
         self._follow(token_ids)
-        return self._length.current > 0 and len(self._guesses) > 1
+        return self._length.current > 0 and len(self._drafts) > 1
 
     def drafts(self, token_ids: list[int], room: int) -> list[int]:
         self._follow(token_ids)
-        return self._guesses[: min(self._length.current, room)]
+        return self._drafts[: min(self._length.current, room)]
 
     def num_wanted(self) -> int:
+        return 0
+
+    def num_to_ask(self) -> int:
         return 0
 
     def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, drafted: list[int] | None) -> None:
@@ -130,54 +161,54 @@ class LookupSpeculation:
         new = token_ids[self._num_seen :]
         if not new:
             return
-        compared = [token_id == guess for token_id, guess in zip(new, self._guesses, strict=False)]
+        compared = [token_id == draft for token_id, draft in zip(new, self._drafts, strict=False)]
         missed = False in compared
         self._length.observe(compared.index(False) if missed else len(compared), missed=missed)
         self._drafter.extend(new)
         self._num_seen = len(token_ids)
         # one more than can be verified: a step may be in flight
-        self._guesses = self._drafter.propose(self._longest + 1)
+        self._drafts = self._drafter.propose(self._longest + 1)
 
 
 class ModelSpeculation:
-    """Guesses of a draft model; `asks_worker`: it has a worker of its own, which is asked once a result is back."""
+    """Drafts of a draft model; `asks_worker`: it has a worker of its own, which is asked once a result is back."""
 
     def __init__(self, length: DraftLength, longest: int, *, asks_worker: bool) -> None:
+        self.ask: Ask | None = None
         self._length = length
         self._probe_length = min(longest, _PROBE_LENGTH)
         self._asks_worker = asks_worker
-        self._guesses: list[int] = []
+        self._drafts: list[int] = []
         self._num_known = -1
         self._rest = 0  # tokens before the draft model is asked again
         self._next_rest = _REST
-        self._in_flight = False  # a step whose result decides about guesses
-        self.awaits_worker = False
+        self._in_flight = False  # a step whose result decides about drafts
         if length.current == 0:
             self._begin_rest()
 
     def must_wait(self, token_ids: list[int], num_in_flight: int) -> bool:
-        if self.awaits_worker:
-            return True
-        return num_in_flight > 0 and (self._in_flight or (self._asks_worker and self.length() > 0))
+        return num_in_flight > 0 and (self._in_flight or self.num_to_ask() > 0)
 
     def drafts(self, token_ids: list[int], room: int) -> list[int]:
-        guesses = self._guesses[:room] if self._num_known == len(token_ids) else []
-        self._in_flight = bool(guesses)
-        return guesses
+        if self.ask is not None:
+            self._take_answer(self.ask)
+        drafts = self._drafts[:room] if self._num_known == len(token_ids) else []
+        self._in_flight = bool(drafts)
+        return drafts
 
     def num_wanted(self) -> int:
-        # guesses that are a look only are verified before more are asked for
+        # the drafts of a probe are verified before more are asked for
         if self._asks_worker or (self._length.current == 0 and self._in_flight):
             return 0
-        count = self.length()
+        count = self._num_worth()
         self._in_flight = self._in_flight or count > 0
         return count
 
-    def length(self) -> int:
-        """How many guesses to ask for."""
-        return 0 if self._rest else self._length.current or self._probe_length
+    def num_to_ask(self) -> int:
+        return self._num_worth() if self._asks_worker else 0
 
     def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, drafted: list[int] | None) -> None:
+        self.ask = None  # it was about a shorter sequence
         self._rest = max(0, self._rest - 1)
         if drafts:
             self._length.observe(num_kept, missed=num_kept < len(drafts))
@@ -189,23 +220,26 @@ class ModelSpeculation:
             self._begin_rest()
         if drafts or drafted is not None:
             self._in_flight = False
-        self.awaits_worker = self._asks_worker and self.length() > 0
-        self._guesses, self._num_known = drafted or [], len(token_ids)
+        self._drafts, self._num_known = drafted or [], len(token_ids)
 
-    def answered(self, num_known: int, guesses: list[int]) -> None:
-        """The worker's guesses of what comes after the first `num_known` tokens; too late is as good as none."""
-        self.awaits_worker = False
-        self._guesses, self._num_known = guesses, num_known
-        if not guesses:
+    def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
+        self.ask = None
+
+    def _num_worth(self) -> int:
+        """How many draft tokens are worth asking for."""
+        return 0 if self._rest else self._length.current or self._probe_length
+
+    def _take_answer(self, ask: Ask) -> None:
+        """The request goes on, with what its draft worker has answered or without; what comes later is too late."""
+        self.ask = None
+        self._drafts, self._num_known = ask.answer or [], ask.num_known
+        if not ask.answer:
             self._begin_rest()
 
     def _begin_rest(self) -> None:
         if self._length.adapts:
             self._rest = self._next_rest
             self._next_rest *= 2
-
-    def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
-        self.awaits_worker = False
 
 
 class SpeculationPlan:
@@ -223,7 +257,7 @@ class SpeculationPlan:
         return self._config.placement == "worker"
 
     def start(self, cache_salt: str | None = None) -> Speculation:
-        """Guesses for a request; none come from outputs of requests with another `cache_salt`."""
+        """Drafts for a request; none come from outputs of requests with another `cache_salt`."""
         config = self._config
         longest = config.num_speculative_tokens
         length = DraftLength(longest, costs=self._costs, adaptive=config.adaptive)
@@ -233,7 +267,7 @@ class SpeculationPlan:
 
 
 def draft_costs(costs: StepCosts, *, steps_ahead: bool, asks_worker: bool) -> DraftCosts:
-    """What guesses cost where steps and results take as long as `costs` says."""
+    """What drafts cost where steps and results take as long as `costs` says."""
     waiting = costs.result if steps_ahead else 0.0
     if asks_worker:
         waiting += _ASKING_SECONDS

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
+from typing import Any
 
 import pytest
 from light_worker import LightWorker
+from msgspec.structs import replace
 
 from sempre.engine.coordinator.core import EngineCore
-from sempre.engine.coordinator.draft_link import DraftLink
+from sempre.engine.coordinator.draft_link import PATIENCE_S, DraftLink
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import make_request
 from sempre.engine.scheduling.limits import Limits
@@ -103,6 +105,11 @@ def polled(core: EngineCore) -> list[str]:
     return [event.message for event in events if isinstance(event, EngineNotice)]
 
 
+def answer(executor: ScriptedExecutor, **changes: Any) -> None:
+    result = StepResult(rank=1, step_id=executor.asked[-1].step_id, drafts=[[5]])
+    executor.answers.append(replace(result, **changes))
+
+
 def test_one_that_dies_before_the_engine_serves_stops_the_start(executor: ScriptedExecutor) -> None:
     core = EngineCore(CONFIG, executor)
     executor.fails = True
@@ -121,7 +128,7 @@ def test_one_that_serves_in_between_is_always_started_again(executor: ScriptedEx
         assert polled(core) == []
         ask(core)
         core.advance()
-        executor.answers.append(StepResult(rank=1, step_id=executor.asked[-1].step_id, drafts=[[5]]))
+        answer(executor)
     assert len(executor.asked) == 10
 
 
@@ -152,27 +159,57 @@ def test_a_successor_with_another_seed_is_never_asked(executor: ScriptedExecutor
     assert executor.asked == []
 
 
-def test_one_that_answers_too_little_is_replaced(executor: ScriptedExecutor, core: EngineCore) -> None:
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"drafts": []}, "drafts: expected 1 lists of at most [4] tokens in step 1, found 0 of []"),
+        ({"drafts": [[5], [6]]}, "drafts: expected 1 lists of at most [4] tokens in step 1, found 2 of [1, 1]"),
+        ({"drafts": [[5] * 5]}, "drafts: expected 1 lists of at most [4] tokens in step 1, found 1 of [5]"),
+        ({"drafts": [[5, 1000]]}, "drafts: expected ids less than 1000, found 1000"),
+        ({"step_id": 0}, "step_id: expected 1, found 0"),
+    ],
+)
+def test_one_that_answers_wrongly_is_replaced(
+    changes: dict[str, Any], found: str, executor: ScriptedExecutor, core: EngineCore
+) -> None:
     ask(core)
     core.advance()
-    executor.answers.append(StepResult(rank=1, step_id=executor.asked[-1].step_id))
-    [notice] = polled(core)
-    assert "a draft worker has failed: StepResult.drafts: expected 1 lists" in notice
+    answer(executor, **changes)
+    notices = polled(core)
+    assert len(notices) == 1
+    assert f"a draft worker has failed: StepResult.{found}. Requests go on without its drafts while" in notices[0]
     assert executor.num_restarts == 1
+    assert core.next_deadline() is None
+
+
+def test_an_answer_to_nothing_costs_the_worker_only(executor: ScriptedExecutor, core: EngineCore) -> None:
+    executor.answers.append(StepResult(rank=1, step_id=1))
+    [notice] = polled(core)
+    assert "StepResult.step_id: expected none, found 1" in notice
+
+
+def test_the_end_of_a_wait_is_known_beforehand(executor: ScriptedExecutor, core: EngineCore) -> None:
+    assert core.next_deadline() is None
+    before = time.monotonic()
+    ask(core)
+    core.advance()
+    deadline = core.next_deadline()
+    assert deadline is not None
+    assert before + PATIENCE_S <= deadline <= time.monotonic() + PATIENCE_S
+    answer(executor)
+    assert polled(core) == []
+    assert core.next_deadline() is None
 
 
 def test_that_it_is_late_is_said_once(executor: ScriptedExecutor, core: EngineCore) -> None:
+    assert core._drafts is not None
     notices = []
-    for _ in range(2):
+    for now in (1e6, 2e6):
         ask(core)
-        until = time.monotonic() + 0.7  # more than it is waited for
-        while time.monotonic() < until:
-            notices += polled(core)
-            time.sleep(0.02)
-        assert link(core).is_late
-        executor.answers.append(StepResult(rank=1, step_id=executor.asked[-1].step_id, drafts=[[5]]))
-        notices += polled(core)
-        assert not link(core).is_late
+        for passed_s in (0.0, 0.9 * PATIENCE_S, PATIENCE_S, 3 * PATIENCE_S):
+            notices += core._drafts.advance(now + passed_s)
+        answer(executor)
+        core.next_events()
     [notice] = notices
     assert "a draft worker has not answered within 0.5 s" in notice
     assert len(executor.asked) == 2

@@ -1,24 +1,26 @@
-"""After any sequence of faults no request waits for something that nobody will answer.
+"""After any sequence of faults no request waits for ever.
 
 A replica with its scheduler and its link to a draft worker are driven at random: steps of both workers are answered in
-time, late or never, workers are lost and come back, requests are aborted and preempted. After every act each wait must
-have an owner; at the end everything is answered, and every request must have the tokens of an undisturbed run.
+time, late, wrongly or never, workers are lost and come back, requests are aborted and preempted. After every act each
+wait must have its end in sight; at the end all steps are answered, those of the draft worker or not, and every request
+must have the tokens of an undisturbed run.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter, deque
+from math import inf
 
 import pytest
-from scripted_worker import next_token
+from scripted_worker import VOCAB_SIZE, next_token
 
 from sempre.engine.coordinator.draft_link import PATIENCE_S, DraftLink
 from sempre.engine.coordinator.replica import Replica
 from sempre.engine.harness import make_request
 from sempre.engine.scheduling import Limits, Scheduler
 from sempre.engine.scheduling.request import Request
-from sempre.engine.speculation import ModelSpeculation, SpeculationPlan
+from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.errors import ProtocolError, SempreError
 from sempre.ipc.messages import (
@@ -88,7 +90,7 @@ class Run:
         self.steps = Steps()
         self.replica = Replica(range(1), self.scheduler, self.steps, self.link, max_steps_in_flight=depth)
         self.now = 0.0
-        self.available = True
+        self.link.begin(VOCAB_SIZE)
         self.asked: ExecuteStep | None = None
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
@@ -103,7 +105,7 @@ class Run:
         self.replica.add(spec)
 
     def advance(self) -> None:
-        self.replica.advance()
+        self.replica.advance(self.now)
 
     def answer_step(self) -> None:
         if self.steps.sent:
@@ -114,7 +116,7 @@ class Run:
             self._take(self.replica.take(0, StepResult(rank=0, step_id=step.step_id, sampled=sampled)))
 
     def ask(self) -> None:
-        step = self.link.next_step(self.now, available=self.available)
+        step = self.link.next_step(self.now)
         if step is not None:
             assert self.asked is None, "one step at a time"
             names = [item.request_id for item in step.drafts]
@@ -127,25 +129,34 @@ class Run:
             drafts = [self.drawn.choices(range(1000), k=self.drawn.randint(0, 3)) for _ in step.drafts]
             self.link.take(StepResult(rank=0, step_id=step.step_id, drafts=drafts))
 
-    def answer_too_little(self) -> None:
-        """The draft worker is then ended for it, as for anything else that it does wrong."""
+    def answer_wrongly(self) -> None:
+        """The draft worker is then ended."""
         if self.asked is not None:
-            step, self.asked = self.asked, None
-            with pytest.raises(ProtocolError, match=r"StepResult\.drafts: expected"):
-                self.link.take(StepResult(rank=0, step_id=step.step_id))
+            step, count = self.asked, len(self.asked.drafts)
+            wrong: list[tuple[int, list[list[int]]]] = [
+                (0, []),
+                (0, [[5]] * (count + 1)),
+                (0, [[5] * 4] * count),
+                (0, [[VOCAB_SIZE]] * count),
+                (-1, [[5]] * count),
+            ]
+            older, drafts = self.drawn.choice(wrong)
+            with pytest.raises(ProtocolError, match=r"StepResult\.(drafts|step_id): expected"):
+                self.link.take(StepResult(rank=0, step_id=step.step_id + older, drafts=drafts))
             self.lose_draft_worker()
 
     def pass_time(self) -> None:
         self.now += self.drawn.choice([0.1, PATIENCE_S, 3.0])
-        self.link.check_late(self.now)
 
     def lose_draft_worker(self) -> None:
-        self.link.reset()
+        self.link.end()
         self.asked = None
-        self.available = self.drawn.random() < 0.5
+        if self.drawn.random() < 0.5:
+            self.get_draft_worker()
 
     def get_draft_worker(self) -> None:
-        self.available = True
+        if self.link._worker is None:
+            self.link.begin(VOCAB_SIZE)
 
     def lose_worker(self) -> None:
         self.steps.sent.clear()
@@ -163,7 +174,7 @@ class Run:
             self.ended[name] = "abort"
 
     ACTS = (
-        (add, 3), (advance, 12), (answer_step, 10), (ask, 12), (answer_drafts, 6), (answer_too_little, 1),
+        (add, 3), (advance, 12), (answer_step, 10), (ask, 12), (answer_drafts, 6), (answer_wrongly, 1),
         (pass_time, 3), (lose_draft_worker, 1), (get_draft_worker, 2), (lose_worker, 1), (get_worker, 2), (abort, 1),
     )  # fmt: skip
 
@@ -176,35 +187,46 @@ class Run:
         self.check_waits()
 
     def check_waits(self) -> None:
-        """Whatever a request waits for: a step under way will be answered or lost, and guesses are owed by the link."""
+        """Whatever a request waits for: a step under way will be answered or lost, and a draft worker has its time."""
         in_flight = Counter(item.request_id for step in self.steps.sent for item in step.scheduled)
         with_drafts = {item.request_id for step in self.steps.sent for item in step.scheduled if item.draft_token_ids}
         for request in self.scheduler._requests.values():
             assert request.num_tokens - len(request.token_ids) <= in_flight[request.request_id], "a lost token"
-            assert not request.drafts_in_flight or request.request_id in with_drafts, "lost guesses"
-            assert not awaits_guesses(request) or self.link.owns(request), "guesses that nobody owes"
+            assert not request.drafts_in_flight or request.request_id in with_drafts, "lost drafts"
+            deadline = self.deadline(request)
+            assert deadline is None or self.now < deadline <= self.now + PATIENCE_S, "a wait without an end"
 
-    def finish(self) -> None:
-        """From now on everything is answered."""
+    def deadline(self, request: Request) -> float | None:
+        """Until when it waits for its draft worker."""
+        assert request.speculation is not None
+        ask = request.speculation.ask
+        return ask.deadline if ask is not None and ask.is_open(self.now) else None
+
+    def finish(self, *, draft_worker_answers: bool) -> None:
+        """From now on every step of the target is answered."""
         self.get_worker()
         for _ in range(2000):
             if not self.scheduler.has_unfinished():
                 return
-            for act in (self.advance, self.answer_step, self.ask, self.answer_drafts):
+            for act in (self.ask, self.advance, self.answer_step):
                 act()
+            if draft_worker_answers:
+                self.answer_drafts()
+            elif not self.steps.sent:
+                self.now += PATIENCE_S / 4
         raise AssertionError(f"{self.scheduler.num_unfinished} requests hang")
 
     def _computed(self, item: ScheduledRequest) -> SampledTokens:
-        """As a worker answers: its own token after the last one it knows, and after each guess that equals its own."""
+        """As a worker answers: its own token after the last one it knows, and after each draft that equals its own."""
         sequence = self._sequences[item.request_id]
         if item.num_computed_tokens + item.num_tokens < len(sequence):
             return SampledTokens(request_id=item.request_id)
         sampled: list[int] = []
-        for guess in [*item.draft_token_ids, None]:
+        for draft in [*item.draft_token_ids, None]:
             token = next_token(int(item.request_id), sequence)
             sampled.append(token)
             sequence.append(token)
-            if token != guess:
+            if token != draft:
                 break
         return SampledTokens(request_id=item.request_id, token_ids=sampled)
 
@@ -216,10 +238,6 @@ class Run:
                 self.ended[delta.request_id] = delta.finish_reason
 
 
-def awaits_guesses(request: Request) -> bool:
-    return isinstance(request.speculation, ModelSpeculation) and request.speculation.awaits_worker
-
-
 def undisturbed(seed: int, prompt: list[int], count: int) -> list[int]:
     sequence = [*prompt]
     for _ in range(count):
@@ -229,7 +247,7 @@ def undisturbed(seed: int, prompt: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_every_wait_has_an_owner(adaptive: bool, depth: int) -> None:
+def test_every_wait_has_an_end(adaptive: bool, depth: int) -> None:
     acts: Counter[str] = Counter()
     for seed in range(25):
         run = Run(seed, adaptive=adaptive, depth=depth)
@@ -238,7 +256,7 @@ def test_every_wait_has_an_owner(adaptive: bool, depth: int) -> None:
             run.act()
             for name, request in run.scheduler._requests.items():
                 prompts.setdefault(name, request.spec.prompt_token_ids)
-        run.finish()
+        run.finish(draft_worker_answers=seed % 2 == 0)
         acts += run.num_acts
         assert run.ended.keys() == run.tokens.keys()
         for name, prompt in prompts.items():
@@ -247,17 +265,21 @@ def test_every_wait_has_an_owner(adaptive: bool, depth: int) -> None:
     assert len(acts) == len(Run.ACTS)
 
 
-def test_a_wait_without_an_owner_is_noticed() -> None:
+def test_a_wait_without_an_end_is_noticed() -> None:
+    """The control: asks that no deadline ends."""
     run = Run(0, adaptive=False, depth=1)
     run.add()
-    while not any(map(awaits_guesses, run.scheduler._requests.values())):
-        run.advance()
-        run.answer_step()
+    while not (
+        asks := [request.speculation.ask for request in run.scheduler._requests.values() if run.deadline(request)]
+    ):
+        for act in (run.ask, run.advance, run.answer_step):
+            act()
         if not run.scheduler.has_unfinished():
             run.add()
     run.check_waits()
-    run.link._queued.clear()
-    with pytest.raises(AssertionError, match="guesses that nobody owes"):
+    for ask in asks:
+        ask.deadline = inf
+    with pytest.raises(AssertionError, match="a wait without an end"):
         run.check_waits()
     with pytest.raises(AssertionError, match="hang"):
-        run.finish()
+        run.finish(draft_worker_answers=False)

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from msgspec.structs import replace
 
-from sempre.engine.speculation import ModelSpeculation, SpeculationPlan
+from sempre.engine.speculation import Ask, Incarnation, ModelSpeculation, SpeculationPlan
 from sempre.engine.speculation.speculation import DraftCosts, DraftLength, LookupSpeculation, draft_costs
 from sempre.ipc.config import EngineConfig, SpeculativeConfig
 from sempre.ipc.messages import StepCosts
@@ -105,6 +105,10 @@ def model_speculation(
     return speculation
 
 
+def ask_for(token_ids: list[int], answer: list[int] | None = None) -> Ask:
+    return Ask(num_known=len(token_ids), num_drafts=4, deadline=1.0, worker=Incarnation(), answer=answer)
+
+
 def test_the_guess_after_the_right_ones_counts_as_wrong() -> None:
     """One right guess and then a wrong one, for ever: every other guess is right, and one at a time is worth while."""
     speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.0, draft=0.2))
@@ -157,9 +161,9 @@ def test_a_draft_worker_that_is_not_there_is_not_waited_for_at_every_token() -> 
         drafts = speculation.drafts(tokens, 10)
         tokens = [*tokens, step]
         speculation.sampled(tokens, drafts, 0, None)
-        asked.append(speculation.awaits_worker)
+        asked.append(speculation.num_to_ask() > 0)
         if asked[-1]:
-            speculation.answered(len(tokens), [9, 9] if step < 30 else [])
+            speculation.ask = ask_for(tokens, [9, 9] if step < 30 else None)
     assert sum(asked[:30]) > 2
     assert 1 <= sum(asked[100:]) <= 7
 
@@ -205,7 +209,7 @@ def test_with_steps_ahead_a_request_waits_while_its_draft_worker_is_asked() -> N
     given_up = model_speculation(
         StepCosts(step=1e-3, row=0.0, result=0.0, draft=1e-3), placement="worker", steps_ahead=True
     )
-    assert given_up.length() == 0
+    assert given_up.num_to_ask() == 0
     assert not given_up.must_wait([1], 1)
 
 
@@ -294,9 +298,8 @@ def test_a_draft_model_that_is_always_wrong_is_given_up_and_tried_again(placemen
         wanted = speculation.num_wanted()
         tokens = [*tokens, step]
         speculation.sampled(tokens, drafts, 0, [9] * wanted if wanted else None)
-        if placement == "worker" and speculation.awaits_worker:
-            wanted = 4
-            speculation.answered(len(tokens), [9] * wanted)  # type: ignore[attr-defined]
+        if placement == "worker" and (wanted := speculation.num_to_ask()):
+            speculation.ask = ask_for(tokens, [9] * wanted)
         asked.append(wanted > 0)
     assert asked[0]
     first_pause = asked.index(False)
@@ -305,12 +308,32 @@ def test_a_draft_model_that_is_always_wrong_is_given_up_and_tried_again(placemen
     assert sum(asked[first_pause:]) <= 4
 
 
-def test_guesses_for_another_length_are_not_used() -> None:
+def test_drafts_for_another_length_are_not_used() -> None:
     config = SpeculativeConfig(method="draft_model", model="m", placement="worker", adaptive=False)
     speculation = SpeculationPlan(config, steps_ahead=False, costs=COSTS).start()
     speculation.sampled([1, 2, 3], [], 0, None)
-    assert speculation.awaits_worker
-    assert speculation.must_wait([1, 2, 3], 0)
-    speculation.answered(2, [7, 8])  # type: ignore[attr-defined]
-    assert not speculation.must_wait([1, 2, 3], 0)
+    assert speculation.num_to_ask() == 4
+    speculation.ask = ask_for([1, 2], [7, 8])
     assert speculation.drafts([1, 2, 3], 10) == []
+    speculation.ask = ask_for([1, 2, 3], [7, 8])
+    assert speculation.drafts([1, 2, 3], 10) == [7, 8]
+
+
+def test_what_was_asked_before_the_last_result_is_forgotten() -> None:
+    """With a step ahead the request goes on while its draft worker is asked; it is not given up for that."""
+    speculation = model_speculation(COSTS, placement="worker", steps_ahead=True)
+    for tokens in ([1], [1, 2]):
+        speculation.sampled(tokens, [], 0, None)
+        assert speculation.num_to_ask() > 0
+        assert speculation.ask is None
+        speculation.ask = ask_for(tokens)
+
+
+def test_an_ask_ends_with_its_answer_its_worker_or_its_deadline() -> None:
+    answered, lost, late = ask_for([1]), ask_for([1]), ask_for([1])
+    assert all(ask.is_open(0.9) for ask in (answered, lost, late))
+    answered.answer = []
+    lost.worker.is_gone = True
+    assert not answered.is_open(0.9)
+    assert not lost.is_open(0.9)
+    assert not late.is_open(1.0)

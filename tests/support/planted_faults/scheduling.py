@@ -114,7 +114,7 @@ SCHEDULING = (
         SCHEDULER,
         "        self._isolation.release(request)\n        del self._requests",
         "        del self._requests",
-        ("tests/engine/coordinator/test_waits.py::test_every_wait_has_an_owner",),
+        ("tests/engine/coordinator/test_waits.py::test_every_wait_has_an_end",),
     ),
     Fault(
         "prompt-takes-the-place-of-decoding",
@@ -128,8 +128,8 @@ SCHEDULING = (
         "admitted-in-a-step-that-preempts",
         "A waiting request takes the blocks for which another has just been preempted.",
         PLANNER,
-        "            if self._plan_running(step):\n                self._plan_waiting(step)",
-        "            self._plan_running(step)\n            self._plan_waiting(step)",
+        "            if self._plan_running(step, now):\n                self._plan_waiting(step)",
+        "            self._plan_running(step, now)\n            self._plan_waiting(step)",
         (f"{TESTS}::test_nobody_is_admitted_in_a_step_that_preempts",),
     ),
     Fault(

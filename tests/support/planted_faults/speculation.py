@@ -17,6 +17,7 @@ INVARIANCE = "tests/invariance/test_speculation.py"
 DRAFTING = "workers/drafters/model.py"
 DRAFTING_TESTS = "tests/workers/test_drafting.py"
 LINK_TESTS = "tests/engine/coordinator/test_draft_link.py"
+WAITS = "tests/engine/coordinator/test_waits.py"
 
 SPECULATION = (
     Fault(
@@ -158,9 +159,9 @@ SPECULATION = (
         "drafts-for-a-shorter-sequence-are-verified",
         "Drafts that were made before the last tokens came are verified behind them.",
         SPECULATION_FILE,
-        "guesses = self._guesses[:room] if self._num_known == len(token_ids) else []",
-        "guesses = self._guesses[:room]",
-        (f"{TESTS}::test_guesses_for_another_length_are_not_used",),
+        "drafts = self._drafts[:room] if self._num_known == len(token_ids) else []",
+        "drafts = self._drafts[:room]",
+        (f"{TESTS}::test_drafts_for_another_length_are_not_used",),
     ),
     Fault(
         "drafts-from-outputs-of-another-salt",
@@ -198,21 +199,38 @@ SPECULATION = (
         ),
     ),
     Fault(
-        "queued-request-waits-for-a-late-draft-worker",
-        "A request that was about to ask a draft worker waits for ever when that one is late.",
+        "a-wait-for-a-draft-worker-without-an-end",
+        "A request waits for ever for a draft worker that has stalled.",
+        SPECULATION_FILE,
+        "        return self.answer is None and now < self.deadline and not self.worker.is_gone",
+        "        return self.answer is None and not self.worker.is_gone",
+        (f"{WAITS}::test_every_wait_has_an_end", f"{LINK_TESTS}::test_nobody_waits_longer_than_a_moment"),
+    ),
+    Fault(
+        "a-wait-for-a-draft-worker-that-is-gone",
+        "Requests wait until the deadline for a draft worker that has died.",
         LINK,
-        "        self._give_up_queued()\n        return True",
-        "        self._queued.clear()\n        return True",
-        ("tests/engine/coordinator/test_waits.py::test_every_wait_has_an_owner",),
+        "            self._worker.is_gone = True",
+        "            pass",
+        (f"{LINK_TESTS}::test_a_new_worker_is_told_everything_anew",),
+    ),
+    Fault(
+        "an-answer-to-another-step-is-taken",
+        "What a draft worker answers to an older step is handed to the requests of the present one.",
+        LINK,
+        "        if step is None or result.step_id != step.step_id:",
+        "        if step is None:",
+        (
+            f"{WAITS}::test_every_wait_has_an_end",
+            "tests/engine/coordinator/test_draft_workers.py::test_one_that_answers_wrongly_is_replaced",
+        ),
     ),
     Fault(
         "late-drafts-are-used",
         "Drafts that come after the request has gone on are taken as drafts of what comes next.",
-        LINK,
-        "            if request.finish_reason is None and len(request.token_ids) == num_known:\n"
-        "                _speculation(request).answered(num_known, guesses)",
-        "            if request.finish_reason is None:\n"
-        "                _speculation(request).answered(len(request.token_ids), guesses)",
-        (f"{LINK_TESTS}::test_nobody_waits_for_a_worker_that_is_late",),
+        SPECULATION_FILE,
+        "        self.ask = None\n        self._drafts, self._num_known = ask.answer or [], ask.num_known",
+        "        self._drafts, self._num_known = ask.answer or [], ask.num_known",
+        (f"{LINK_TESTS}::test_drafts_that_come_too_late_are_not_used",),
     ),
 )
