@@ -25,6 +25,7 @@ from sempre.kernels.linear.gpu import configure
 from sempre.kernels.linear.gpu_table import REFERENCE, Tile
 from sempre.kernels.moe import ExpertShape, ExpertWeights, GatedExperts, expert_scratch
 from sempre.kernels.moe import gpu as moe
+from sempre.kernels.moe.gpu_dispatch import dispatch
 
 SHAPE = ExpertShape(128, 8, 2048, 768)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -87,11 +88,8 @@ class Layers:
         linear(self.x, self.gates[layer], self.computed)
         moe.sparse_mlp(self.x, self.logits[layer], self.experts[layer], self.scratch, self.out, renormalize=True)
 
-    def route(self, layer: int) -> None:
-        moe.route(self.logits[layer], self.scratch.experts, self.scratch.weights, renormalize=True)
-
-    def sort(self, tile: Tile) -> None:
-        moe.sort_pairs(self.scratch.experts, SHAPE.num_experts, self.scratch, tile.block_t)
+    def dispatch(self, layer: int, tile: Tile) -> None:
+        dispatch(self.logits[layer], self.scratch, tile.block_t, renormalize=True)
 
     def gate_up(self, layer: int, tile: Tile) -> torch.Tensor:
         experts = self.experts[layer].gate_up
@@ -102,35 +100,32 @@ class Layers:
         return moe.run_experts(self.scratch.activated, experts, self.scratch, self.scratch.parts, tile, gated=False)
 
     def parts(self, tile: Tile) -> dict[str, float]:
-        self.route(0)
-        self.sort(tile)
+        self.dispatch(0, tile)
         combined = self.scratch.parts.view(self.rows, self.k, -1)
         return {
             "router": self.microseconds(lambda layer: linear(self.x, self.gates[layer], self.computed)),
-            "route": self.microseconds(self.route),
-            "sort": self.microseconds(lambda _: self.sort(tile)),
+            "dispatch": self.microseconds(lambda _: self.dispatch(0, tile)),
             "gate_up": self.microseconds(lambda layer: self.gate_up(layer, tile)),
             "down": self.microseconds(lambda layer: self.down(layer, tile)),
             "combine": self.microseconds(lambda _: moe.combine(combined, self.scratch.weights, self.out)),
         }
 
     def floor(self) -> float:
-        self.route(0)
+        self.dispatch(0, REFERENCE)
         used = int(self.scratch.experts.unique().numel())
         elements = 3 * SHAPE.hidden_size * SHAPE.intermediate_size
         return max(used * elements * 2 / 4.0e6, self.rows * self.k * elements * 2 / 700e6)
 
     def sweep(self) -> dict[str, tuple[float, float]]:
         """µs of gate_up and down by each tile."""
-        self.route(0)
-        self.sort(REFERENCE)
+        self.dispatch(0, REFERENCE)
         expected = [self.gate_up(0, REFERENCE).clone(), self.down(0, REFERENCE).clone()]
         average = -(-self.rows * self.k // SHAPE.num_experts)
         found = {}
         for tile in CANDIDATES:
             if not (average // 4 <= tile.block_t <= max(16, 4 * average)):
                 continue
-            self.sort(tile)
+            self.dispatch(0, tile)
             try:
                 products = [self.gate_up(0, tile), self.down(0, tile)]
             except (RuntimeError, triton.runtime.errors.OutOfResources) as error:

@@ -30,25 +30,20 @@ __all__ = [
 
 
 def route(logits: torch.Tensor, num_chosen: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits float32 [T, E] → experts [T, K] in rank order (int64, on a GPU int32), and their weights float32 [T, K].
+    """logits float32 [T, E] → experts int64 [T, K] in rank order, and their weights float32 [T, K]; on a CPU.
 
     A row with NaN or infinity among its logits has weights of NaN. ValueError for a `num_chosen` outside [1, E].
     """
     check_rows("route", logits, logits)
     if not 1 <= num_chosen <= logits.shape[1]:
         raise ValueError(f"route: expected 1 to {logits.shape[1]} experts a row, found {num_chosen}")
-    shape, device = (logits.shape[0], num_chosen), logits.device
-    experts = torch.empty(shape, dtype=torch.int32 if logits.is_cuda else torch.int64, device=device)
-    weights = torch.empty(shape, dtype=torch.float32, device=device)
+    experts = torch.empty(logits.shape[0], num_chosen, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(experts.shape, dtype=torch.float32, device=logits.device)
     if not logits.shape[0]:
         return experts, weights
-    if not logits.is_cuda:
-        from sempre.kernels.moe import cpu
+    from sempre.kernels.moe import cpu
 
-        return cpu.route(logits, experts, weights, renormalize=renormalize)
-    from sempre.kernels.moe import gpu
-
-    return gpu.route(logits, experts, weights, renormalize=renormalize)
+    return cpu.route(logits, experts, weights, renormalize=renormalize)
 
 
 def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -97,7 +92,10 @@ def expert_scratch(
     max_rows: int,
     dtype: torch.dtype,
 ) -> ExpertScratch:
-    """What `sparse_mlp` needs for at most `max_rows` rows of `dtype`; `allocate` gets a role, a shape and a dtype."""
+    """What `sparse_mlp` needs for at most `max_rows` rows of `dtype`; `allocate` gets a role, a shape and a dtype.
+
+    ValueError for more experts, or more of them a row, than the kernels take.
+    """
     from sempre.kernels.moe import gpu
 
     return gpu.expert_scratch(allocate, shape, max_rows, dtype)

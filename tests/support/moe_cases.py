@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -89,9 +89,10 @@ class Mixture:
         """The same by the ordinary kernels, each expert on its own rows."""
         from sempre.kernels.linear import gpu as linear_gpu
         from sempre.kernels.moe import gpu
+        from sempre.kernels.moe.gpu_dispatch import dispatch
 
+        dispatch(self.logits, self.scratch, 16, renormalize=True)
         experts, weights = self.scratch.experts[: self.rows], self.scratch.weights[: self.rows]
-        gpu.route(self.logits, experts, weights, renormalize=True)
         parts = torch.full((*experts.shape, self.shape.hidden_size), float("nan"), device=self.device)
         for expert in range(self.shape.num_experts):
             row, rank = (experts == expert).nonzero(as_tuple=True)
@@ -105,53 +106,59 @@ class Mixture:
         return gpu.combine(parts, weights.contiguous(), torch.empty_like(self.x))
 
 
+def dispatched(
+    device: str, logits: torch.Tensor, k: int, rows_of_tile: int, *, renormalize: bool = True
+) -> ExpertScratch:
+    """What becomes of the logits; on the CPU."""
+    from sempre.kernels.moe.gpu_dispatch import dispatch
+
+    scratch = expert_scratch(
+        lambda role, size, dtype: torch.full(size, -7, dtype=dtype, device=device),
+        ExpertShape(logits.shape[1], k, 16, 16),
+        logits.shape[0],
+        torch.float32,
+    )
+    dispatch(logits.to(device), scratch, rows_of_tile, renormalize=renormalize)
+    return ExpertScratch(*(getattr(scratch, field.name).cpu() for field in fields(scratch)))
+
+
 def check_route(device: str) -> None:
     """Experts and weights are those of the CPU, ties and rows that are not finite included."""
-    from sempre.kernels.moe import gpu
-
     for rows, experts, k in ((1, 1, 1), (1, 5, 3), (33, 128, 8), (3, 4, 4), (9, 60, 6)):
         for renormalize in (True, False):
             logits = torch.randn(rows, experts, generator=torch.Generator().manual_seed(experts)) * 3.0
             logits[0, : experts // 2 + 1] = 1.5
             expected, expected_weights = route(logits, k, renormalize=renormalize)
-            chosen = torch.empty(rows, k, dtype=torch.int32, device=device)
-            weights = torch.empty(rows, k, device=device)
-            gpu.route(logits.to(device), chosen, weights, renormalize=renormalize)
-            assert torch.equal(chosen.cpu().long(), expected)
-            assert ((weights.cpu() - expected_weights) / expected_weights).abs().max() < 1e-6
-            alone = torch.empty(1, k, device=device)
-            gpu.route(logits[-1:].to(device), torch.empty_like(chosen[:1]), alone, renormalize=renormalize)
-            assert torch.equal(alone[0], weights[-1])
+            found = dispatched(device, logits, k, 16, renormalize=renormalize)
+            assert torch.equal(found.experts.long(), expected)
+            assert ((found.weights - expected_weights) / expected_weights).abs().max() < 1e-6
+            alone = dispatched(device, logits[-1:], k, 16, renormalize=renormalize)
+            assert torch.equal(alone.weights[0], found.weights[-1])
     for wrong in (float("nan"), float("inf"), float("-inf")):
         logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
         logits[1, 4] = wrong
-        chosen, weights = torch.empty(3, 2, dtype=torch.int32, device=device), torch.empty(3, 2, device=device)
-        gpu.route(logits.to(device), chosen, weights, renormalize=True)
-        assert weights[1].isnan().all()
-        assert weights[[0, 2]].isfinite().all()
-        assert ((chosen >= 0) & (chosen < 6)).all()
+        found = dispatched(device, logits, 2, 16)
+        assert found.weights[1].isnan().all()
+        assert found.weights[[0, 2]].isfinite().all()
+        assert ((found.experts >= 0) & (found.experts < 6)).all()
 
 
 def check_sort(device: str, cases: tuple[tuple[int, int, int, int], ...]) -> None:
     """(rows, experts, experts a row, pairs of a tile): the order is that of a stable sort, and the tiles cover it."""
-    from sempre.kernels.moe import gpu
+    from sempre.kernels.moe.gpu_dispatch import most_tiles
 
     for rows, num_experts, k, rows_of_tile in cases:
         generator = torch.Generator().manual_seed(rows * num_experts)
-        # the upper experts are rare, the last is nobody's
+        # the upper experts are rare, the last is nobody's where there are others
         odds = torch.rand(rows, num_experts, generator=generator) * torch.linspace(1.0, 0.0, num_experts)
-        experts = odds.topk(k).indices.to(torch.int32)
-        shape = ExpertShape(num_experts, k, 16, 16)
-        mixture_scratch = expert_scratch(
-            lambda role, size, dtype: torch.full(size, -7, dtype=dtype, device=device), shape, rows, torch.float32
-        )
-        most = gpu.sort_pairs(experts.to(device), num_experts, mixture_scratch, rows_of_tile)
-        flat = experts.view(-1)
-        assert torch.equal(mixture_scratch.order.cpu().long(), flat.argsort(stable=True))
-        tiles = mixture_scratch.tiles.cpu()[: 3 * most].view(3, most)
-        counts = torch.bincount(flat, minlength=num_experts).tolist()
+        found = dispatched(device, odds, k, rows_of_tile)
+        flat = odds.topk(k).indices.view(-1)
+        assert torch.equal(found.experts.view(-1).long(), flat)
+        assert torch.equal(found.order.long(), flat.argsort(stable=True))
+        most = most_tiles(rows * k, num_experts, rows_of_tile)
+        tiles = found.tiles[: 3 * most].view(3, most)
         expected, start = [], 0
-        for expert, count in enumerate(counts):
+        for expert, count in enumerate(torch.bincount(flat, minlength=num_experts).tolist()):
             expected += [(expert, start + i, start + count) for i in range(0, count, rows_of_tile)]
             start += count
         assert [tuple(tile) for tile in tiles[:, : len(expected)].T.tolist()] == expected

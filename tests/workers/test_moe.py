@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sempre.ipc.errors import ModelError
-from sempre.kernels.moe import ExpertShape, route
+from sempre.kernels.linear import GpuLinearWeight
+from sempre.kernels.moe import ExpertShape, route, stack_like
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import INVARIANT, LinearWeight
 from sempre.workers.layers.module import Build, Scratch, allocate
@@ -62,6 +63,14 @@ def test_an_expert_that_nobody_chooses_is_not_computed(layer: SparseMLP) -> None
 
 def test_no_row_gives_no_row(layer: SparseMLP) -> None:
     assert layer(rows(0)).shape == (0, HIDDEN)
+
+
+def test_more_experts_than_a_gpu_takes_are_refused() -> None:
+    pytest.importorskip("triton", reason="needs the triton package (test requirement on Linux)")
+    made = SparseMLP(Build(INVARIANT, NotQuantized()), ExpertShape(4096, 17, HIDDEN, INNER), renormalize=True)
+    made.experts.down_proj.stacked = stack_like(GpuLinearWeight(torch.zeros(1, 1), None), 1)
+    with pytest.raises(ModelError, match="num_experts_per_tok: expected at most 16 of 4096 experts a row on a GPU"):
+        made.allocate(Scratch(64, 64, torch.float32, torch.device("cpu")))
 
 
 CONFIG: dict[str, Any] = {

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from sempre.ipc.errors import ModelError
 from sempre.kernels.moe import ExpertScratch, ExpertShape, GatedExperts, combine, expert_scratch, route, sparse_mlp
 from sempre.workers.layers.linear import ExpertLinear, Linear, Use
 from sempre.workers.layers.module import Build, Module, Scratch
@@ -59,11 +60,15 @@ class SparseMLP(Module):
         self._scratch: ExpertScratch | None = None
 
     def allocate(self, scratch: Scratch) -> None:
+        """Raises ModelError for more experts than a GPU's kernels take."""
         shape, rows = self.sizes, scratch.max_tokens
         self._out = scratch.rows("branch", shape.hidden_size)
         self._logits = scratch.tensor("router", (rows, shape.num_experts), torch.float32)
         if self.experts.down_proj.stacked is not None:
-            self._scratch = expert_scratch(scratch.tensor, shape, rows, scratch.activations)
+            try:
+                self._scratch = expert_scratch(scratch.tensor, shape, rows, scratch.activations)
+            except ValueError as error:
+                raise ModelError(f"config.json: num_experts_per_tok: {error}.") from error
         else:
             self._parts = scratch.rows("expert parts", shape.experts_per_row * shape.hidden_size)
 
