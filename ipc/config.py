@@ -30,7 +30,7 @@ Size = Annotated[int, Meta(ge=1, le=_MOST, extra={"is_size": True})]
 Seconds = Annotated[float, Meta(gt=0, le=1e9)]
 
 MAX_DRAFT_TOKENS = 256
-"""in one step, of all requests"""
+"""in one step, of all requests: the logits of their rows fit into a buffer of known size"""
 BLOCK_SIZES = {"cpu": (16,), "cuda": (64, 32, 16)}
 """of the KV cache, in tokens, that the kernels of a device take; the best first"""
 

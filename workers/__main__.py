@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 from time import perf_counter
 
-from sempre.workers.gpu.head_start import head_start
+from sempre.workers.gpu.early_start import early_start
 from sempre.workers.main import WorkerProtocol, main, parse_options
 
 
 def make_worker(device: str, index: int) -> WorkerProtocol:
     """The worker that runs a model; torch is imported only now, after the hello."""
     began = perf_counter()
-    compiler = head_start(device, index)
+    compiler = early_start(device, index)
     # what is imported stays: looking through it, now or later, would only take time
     gc.disable()
     from sempre.workers.worker import Worker

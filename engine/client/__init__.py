@@ -1,12 +1,12 @@
 """The user process's end of an engine: commands out, events in.
 
-interface.py       EngineClient, AsyncEngineClient
-process.py         over ZeroMQ to a coordinator process
-inproc.py          coordinator's core and worker in this process (multiprocessing off)
-asynchronous.py    the same two for asyncio
-engine_process.py  start, watch and end of the coordinator process
-ledger.py          what a coordinator owes: enough to have another one go on
-watch.py           silence of the coordinator, and whether the workers of one that died are gone
+interface.py         EngineClient, AsyncEngineClient
+process.py           over ZeroMQ to a coordinator process
+inproc.py            coordinator's core and worker in this process (multiprocessing off)
+asynchronous.py      the same two for asyncio
+engine_process.py    start, watch and end of the coordinator process
+pending_requests.py  what a coordinator has not answered yet: enough to have another one go on
+watch.py             silence of the coordinator, and whether the workers of one that died are gone
 """
 
 from __future__ import annotations

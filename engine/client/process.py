@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from sempre.engine.client.engine_process import EngineProcess, ProcessOptions, client_event, ended_by
 from sempre.engine.client.interface import ProgressCallback
 from sempre.engine.client.interrupts import allowed
-from sempre.engine.client.ledger import Ledger
-from sempre.engine.client.watch import Vigil, WorkerWatch
+from sempre.engine.client.pending_requests import PendingRequests
+from sempre.engine.client.watch import HeartbeatMonitor, WorkerWatch
 from sempre.engine.restart_budget import RestartBudget
 from sempre.ipc.channel import PeerBase, PeerChannel
 from sempre.ipc.codec import FrameEncoder
@@ -105,7 +105,7 @@ class ProcessClientBase(Generic[Channel]):
             raise
         self._link = _Link(process, channel, WorkerWatch())
         self._finalizer: Callable[[], object] = weakref.finalize(self, _close, self._link)
-        self._ledger = Ledger()
+        self._pending = PendingRequests()
         self._budget = RestartBudget(config.max_restarts, config.restart_window_s)
         self._encoder = FrameEncoder(config.max_message_bytes)
         self._is_ready = False
@@ -128,9 +128,9 @@ class ProcessClientBase(Generic[Channel]):
         if self._outage is None:
             self._link.channel.send(command)
         else:
-            # goes out of the ledger once the engine is back; what cannot be sent is refused now
+            # stays pending until the engine is back; what cannot be sent is refused now
             self._encoder.encode(command, 1)
-        self._ledger.sent(command)
+        self._pending.sent(command)
 
     def close(self) -> None:
         if self._error is not None and not self._link.process.is_inherited():
@@ -153,7 +153,7 @@ class ProcessClientBase(Generic[Channel]):
         except BaseException:
             process.bury()
             raise
-        self._vigil = Vigil(self._config.heartbeat_interval_s)
+        self._heartbeats = HeartbeatMonitor(self._config.heartbeat_interval_s)
         self._startup_deadline = time.monotonic() + self._config.startup_timeout_s + _STARTUP_MARGIN_S
         self._saw_end = False
         channel.send(ClientHello(protocol_version=PROTOCOL_VERSION, pid=os.getpid()))
@@ -161,7 +161,7 @@ class ProcessClientBase(Generic[Channel]):
 
     def _interpret(self, arrival: ClientEvent) -> ClientEvent | None:
         """An event for the user, or None. Raises what the event carries."""
-        self._vigil.heard()
+        self._heartbeats.heard()
         try:
             event = client_event(arrival)
         except ProtocolError:
@@ -189,7 +189,7 @@ class ProcessClientBase(Generic[Channel]):
                 return None
             case None:
                 return None
-        self._ledger.received(event)
+        self._pending.received(event)
         return event
 
     def _follow(self, change: WorkerStateChanged) -> None:
@@ -211,7 +211,7 @@ class ProcessClientBase(Generic[Channel]):
             return
         process = self._link.process
         limit_s = self._config.heartbeat_timeout_s
-        silence_s = self._vigil.silence_s(limit_s if self._is_ready else starting_timeout_s(limit_s))
+        silence_s = self._heartbeats.silence_s(limit_s if self._is_ready else starting_timeout_s(limit_s))
         if process.child.ended():
             if self._saw_end:
                 self._lose(process.death())
@@ -224,7 +224,7 @@ class ProcessClientBase(Generic[Channel]):
         elif self._outage is not None and time.monotonic() > self._startup_deadline:
             limit = f"{self._config.startup_timeout_s:g} s (startup_timeout_s)"
             self._lose(process.death(f"not ready again after {limit}"))
-        elif self._vigil.is_due():
+        elif self._heartbeats.is_due():
             self._link.channel.send(Heartbeat())
         self._raise_if_ended()
 
@@ -235,7 +235,7 @@ class ProcessClientBase(Generic[Channel]):
             text = f"{error}\nthe coordinator: {self._budget.exhausted()}" if started else str(error)
             self._error = CoordinatorDied(text, exitcode=error.exitcode, cause=error.cause)
             return
-        logger.warning("%s; it is being restarted; %d sequences wait", error, self._ledger.num_unfinished)
+        logger.warning("%s; it is being restarted; %d sequences wait", error, self._pending.num_unfinished)
         self._is_ready = False
         self._outage = str(error).splitlines()[0]
         self._link.channel.close()
@@ -273,9 +273,9 @@ class ProcessClientBase(Generic[Channel]):
                 self._raise_if_ended()
         self._take_ready(ready)
         self._outage = None
-        for command in self._ledger.owed():
+        for command in self._pending.commands():
             self._link.channel.send(command)
-        logger.warning("the engine is ready again; %d sequences go on", self._ledger.num_unfinished)
+        logger.warning("the engine is ready again; %d sequences go on", self._pending.num_unfinished)
 
     def _take_ready(self, ready: EngineReady) -> None:
         self.ready = ready

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from sempre.ipc.liveness import LONGEST_PAUSE_S
 
 
-class Vigil:
+class HeartbeatMonitor:
     """Asks with a heartbeat every `interval_s`, and counts the silence from the first one that went unanswered.
 
     Time in which this process did not look does not count.

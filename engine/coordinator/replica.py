@@ -16,8 +16,8 @@ from sempre.ipc.messages import ExecuteStep, RequestOutputDelta, RequestSpec, St
 class Replica:
     """Keeps its workers busy with the scheduler's steps, at most `max_steps_in_flight` at a time.
 
-    With two, a step is planned and sent while the one before it runs. A request that turns out to have ended is then
-    computed once in vain; nothing else is seen of it.
+    With two, a step is planned and sent while the one before it runs. A finished request may run one extra step; its
+    result is discarded.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from sempre.engine.client.ledger import frames
+from sempre.engine.client.pending_requests import frames
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.ipc.messages import AddRequests, EngineReady, RequestOutputDelta, RequestSpec
 

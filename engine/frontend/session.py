@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from sempre.engine.client import EngineClient
 from sempre.engine.client.interrupts import held
-from sempre.engine.client.ledger import frames
+from sempre.engine.client.pending_requests import frames
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.ipc.error_info import restore

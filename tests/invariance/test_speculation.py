@@ -1,4 +1,4 @@
-"""Axis A9: whatever is guessed, the tokens and all log-probability bits are those of no speculation."""
+"""Axis A9: whatever is drafted, the tokens and all log-probability bits are those of no speculation."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_on_equals_off_in_every_combination(stack: ExitStack, drafter: str, size
 
 @pytest.mark.parametrize("drafter", ["ngram", "suffix", "colocated", "worker"])
 def test_adaptive_lengths_change_nothing(stack: ExitStack, monkeypatch: pytest.MonkeyPatch, drafter: str) -> None:
-    # where guesses cost what they do on a CPU, a draft model would hardly be asked
+    # where drafts cost what they do on a CPU, a draft model would hardly be asked
     monkeypatch.setattr("sempre.engine.speculation.speculation.draft_costs", lambda *_, **__: DraftCosts(0.1, 0.1))
     llm = stack.enter_context(speculating(drafter, 7, adaptive=True))
     assert run(llm) == plain()[0]
@@ -186,8 +186,8 @@ def test_the_ordinary_product_fails(stack: ExitStack) -> None:
     assert run(llm, kinds, alone=True) != expected
 
 
-def test_accepting_wrong_guesses_fails(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control of this file: a verification that keeps a token behind a wrong guess is noticed."""
+def test_accepting_wrong_drafts_fails(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of this file: a verification that keeps a token behind a wrong draft is noticed."""
     right = runner.verified
 
     def careless(request_id: str, drafts: list[int], rows: list[Any], rank: int) -> Any:
@@ -204,7 +204,7 @@ def test_accepting_wrong_guesses_fails(stack: ExitStack, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "size", [pytest.param(size, marks=[pytest.mark.product] if size in (2, 7) else []) for size in SIZES]
 )
-def test_an_oracle_gives_one_token_more_than_it_guesses_per_step(stack: ExitStack, size: int) -> None:
+def test_an_oracle_gives_one_token_more_than_it_drafts_per_step(stack: ExitStack, size: int) -> None:
     params = SamplingParams(temperature=1.0, seed=7, max_tokens=1 + 3 * (size + 1), ignore_eos=True)
     with LLM("tiny", **SETTINGS) as llm:
         expected = llm.generate(PROMPTS[1], params, use_tqdm=False)[0]
@@ -220,7 +220,7 @@ def test_an_oracle_gives_one_token_more_than_it_guesses_per_step(stack: ExitStac
 
 
 def test_a_request_that_cannot_go_on_fails_as_without(stack: ExitStack) -> None:
-    """Where nothing is left to sample, the error comes at the same token, and not at a guess that is not reached."""
+    """Where nothing is left to sample, the error comes at the same token, and not at a draft that is not reached."""
     llm = stack.enter_context(speculating("colocated", 4))
     off = stack.enter_context(LLM("tiny", **SETTINGS))
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=12, allowed_token_ids=[5], bad_words=[])

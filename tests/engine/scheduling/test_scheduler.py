@@ -317,7 +317,7 @@ def test_the_model_length_caps_max_tokens() -> None:
 
 
 def guessing_replica(guesses: list[int], **params: Any) -> tuple[Replica, ExecuteStep]:
-    """A replica whose draft model has guessed what follows the first token, and the step that verifies it."""
+    """A replica whose draft model has drafted what follows the first token, and the step that verifies it."""
     replica = Replica(speculation=SpeculationPlan(DRAFT_MODEL, steps_ahead=False, costs=COSTS), max_draft_tokens=8)
     replica.add(spec("a", **params))
     step = replica.schedule()
@@ -338,7 +338,7 @@ def test_several_tokens_are_cut_at_the_first_end() -> None:
     assert deltas == [expected]
 
 
-def test_after_rejected_guesses_the_request_goes_on_behind_its_last_token() -> None:
+def test_after_rejected_drafts_the_request_goes_on_behind_its_last_token() -> None:
     replica, step = guessing_replica([5, 6, 7], max_tokens=9)
     assert (step.scheduled[0].num_computed_tokens, step.scheduled[0].num_tokens) == (4, 4)
     sampled = [SampledTokens(request_id="a", token_ids=[5, 8])]
@@ -350,7 +350,7 @@ def test_after_rejected_guesses_the_request_goes_on_behind_its_last_token() -> N
     assert stats.num_accepted_tokens_per_pos == [1]
 
 
-def test_a_block_that_ends_with_a_rejected_guess_is_not_found() -> None:
+def test_a_block_that_ends_with_a_rejected_draft_is_not_found() -> None:
     """Its last slot holds keys and values of the draft, not of the token that was sampled in its place."""
     replica, step = guessing_replica([5, 6, 7], max_tokens=9)
     (item,) = step.scheduled
@@ -362,7 +362,7 @@ def test_a_block_that_ends_with_a_rejected_guess_is_not_found() -> None:
     assert [(item.request_id, item.num_computed_tokens) for item in step.scheduled] == [("a", 7), ("b", 4)]
 
 
-def test_guesses_never_reach_past_the_last_token_a_request_may_have() -> None:
+def test_drafts_never_reach_past_the_last_token_a_request_may_have() -> None:
     _, step = guessing_replica([5, 6, 7], max_tokens=3)
     assert step.scheduled[0].draft_token_ids == [5]
 
@@ -398,7 +398,7 @@ def test_preempted_while_its_drafts_are_verified_it_waits_for_the_result() -> No
 
 
 @pytest.mark.parametrize("token_ids", [[5, 7, 6], [6, 6], [5, 6, 7, 8, 9]])
-def test_tokens_that_do_not_follow_the_guesses_are_refused(token_ids: list[int]) -> None:
+def test_tokens_that_do_not_follow_the_drafts_are_refused(token_ids: list[int]) -> None:
     replica, step = guessing_replica([5, 6, 7], max_tokens=9)
     sampled = [SampledTokens(request_id="a", token_ids=token_ids)]
     with pytest.raises(ProtocolError, match=r"expected a beginning of the drafts \[5, 6, 7\] and one token"):

@@ -477,7 +477,7 @@ def test_the_busy_workload_preempts_and_hits_the_prefix_cache() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_guesses_are_kept_and_rejected_among_preemptions_and_prefix_hits(depth: int) -> None:
+def test_drafts_are_kept_and_rejected_among_preemptions_and_prefix_hits(depth: int) -> None:
     simulation = Simulation(busy_workload(), small_setup(speculative=SPECULATIVE[2], max_in_flight=depth))
     simulation.run()
     stats = simulation.scheduler.stats()
@@ -539,7 +539,7 @@ def swapped_blocks(step: ExecuteStep) -> ExecuteStep:
     return msgspec.structs.replace(step, scheduled=scheduled)
 
 
-def test_the_simulation_notices_rejected_guesses_counted_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_simulation_notices_rejected_drafts_counted_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the rollback, the next steps compute behind positions that hold other tokens' keys and values."""
     monkeypatch.setattr(Scheduler, "_count_rejected", lambda *_: 0)
     setup = small_setup(num_blocks=200, enable_prefix_caching=False, speculative=SPECULATIVE[2])

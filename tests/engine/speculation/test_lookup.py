@@ -25,7 +25,7 @@ def test_a_loop_goes_on_turning() -> None:
     assert drafter.propose(7) == [6, 4, 5, 6, 4, 5, 6]
 
 
-def test_nothing_alike_gives_no_guess() -> None:
+def test_nothing_alike_gives_no_draft() -> None:
     drafter = NgramDrafter(2, 5)
     drafter.extend([1, 2, 3, 4])
     assert drafter.propose(4) == []
@@ -44,7 +44,7 @@ def test_the_places_are_all_places(sequence: list[int], width: int) -> None:
 
 
 @given(tokens, st.integers(1, 5), st.integers(1, 7))
-def test_a_guess_follows_a_longest_match(sequence: list[int], longest: int, count: int) -> None:
+def test_a_draft_follows_a_longest_match(sequence: list[int], longest: int, count: int) -> None:
     drafter = NgramDrafter(1, longest)
     drafter.extend(sequence)
     guesses = drafter.propose(count)
@@ -74,7 +74,7 @@ def test_suffix_lookup_takes_what_most_places_go_on_with() -> None:
     assert drafter.propose(4)[0] == 1
 
 
-def test_suffix_lookup_does_not_guess_where_every_place_goes_on_differently() -> None:
+def test_suffix_lookup_does_not_draft_where_every_place_goes_on_differently() -> None:
     recent = RecentOutputs(2)
     for last in (1, 2, 3):
         recent.add([7, 8, last])
@@ -108,7 +108,7 @@ def test_recent_outputs_are_bounded() -> None:
     assert not recent.index.places([3, 3])
 
 
-def test_no_guess_comes_from_an_output_with_another_salt() -> None:
+def test_no_draft_comes_from_an_output_with_another_salt() -> None:
     outputs = SaltedOutputs(2)
 
     def guesses(salt: str | None) -> list[int]:

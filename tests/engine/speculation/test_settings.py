@@ -69,7 +69,7 @@ def test_settings_that_are_refused(value: Any, message: str) -> None:
     assert caught.value.parameter == "speculative_config"
 
 
-def test_a_number_of_guesses_alone_asks_for_a_method() -> None:
+def test_a_number_of_drafts_alone_asks_for_a_method() -> None:
     with pytest.raises(ConfigError, match="num_speculative_tokens=3 needs a method: ngram, suffix, draft_model"):
         engine_config("tiny", spec_tokens=3)
 

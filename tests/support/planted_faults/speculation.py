@@ -26,7 +26,7 @@ SPECULATION = (
         SCHEDULER,
         "                num_written -= self._count_rejected(request, planned.draft_token_ids, sampled)",
         "                self._count_rejected(request, planned.draft_token_ids, sampled)",
-        (f"{SCHEDULER_TESTS}::test_after_rejected_guesses_the_request_goes_on_behind_its_last_token",),
+        (f"{SCHEDULER_TESTS}::test_after_rejected_drafts_the_request_goes_on_behind_its_last_token",),
     ),
     Fault(
         "rejected-drafts-stay-computed",
@@ -35,8 +35,8 @@ SPECULATION = (
         "                if holds_blocks:\n                    request.num_computed_tokens = num_written",
         "                pass",
         (
-            f"{SCHEDULER_TESTS}::test_after_rejected_guesses_the_request_goes_on_behind_its_last_token",
-            f"{SIMULATION}::test_guesses_are_kept_and_rejected_among_preemptions_and_prefix_hits",
+            f"{SCHEDULER_TESTS}::test_after_rejected_drafts_the_request_goes_on_behind_its_last_token",
+            f"{SIMULATION}::test_drafts_are_kept_and_rejected_among_preemptions_and_prefix_hits",
         ),
     ),
     Fault(
@@ -45,7 +45,7 @@ SPECULATION = (
         SCHEDULER,
         "        return len(drafts) - num_kept",
         "        return max(0, len(drafts) - num_kept - 1)",
-        (f"{SCHEDULER_TESTS}::test_after_rejected_guesses_the_request_goes_on_behind_its_last_token",),
+        (f"{SCHEDULER_TESTS}::test_after_rejected_drafts_the_request_goes_on_behind_its_last_token",),
     ),
     Fault(
         "block-with-a-rejected-draft-is-committed",
@@ -57,7 +57,7 @@ SPECULATION = (
         "            if holds_blocks and offered >= request.next_commit_at:\n"
         "                self._kv_cache.commit(request, offered, sampled.token_ids)",
         (
-            f"{SCHEDULER_TESTS}::test_a_block_that_ends_with_a_rejected_guess_is_not_found",
+            f"{SCHEDULER_TESTS}::test_a_block_that_ends_with_a_rejected_draft_is_not_found",
             f"{INVARIANCE}::test_a_block_that_ends_with_a_rejected_draft_is_not_read",
         ),
     ),
@@ -67,7 +67,7 @@ SPECULATION = (
         PLANNER,
         "        room = min(room, request.compute_limit - request.num_tokens)\n",
         "",
-        (f"{SCHEDULER_TESTS}::test_guesses_never_reach_past_the_last_token_a_request_may_have",),
+        (f"{SCHEDULER_TESTS}::test_drafts_never_reach_past_the_last_token_a_request_may_have",),
     ),
     Fault(
         "drafts-take-the-place-of-decoding",
@@ -107,7 +107,7 @@ SPECULATION = (
         "engine/scheduling/planned_step.py",
         "return num_kept <= len(drafts) and token_ids[:num_kept] == drafts[:num_kept]",
         "return num_kept <= len(drafts)",
-        (f"{SCHEDULER_TESTS}::test_tokens_that_do_not_follow_the_guesses_are_refused",),
+        (f"{SCHEDULER_TESTS}::test_tokens_that_do_not_follow_the_drafts_are_refused",),
     ),
     Fault(
         "a-draft-takes-the-place-of-the-sampled-token",
@@ -169,7 +169,7 @@ SPECULATION = (
         "engine/speculation/lookup.py",
         "        recent = self._by_salt.pop(salt, None) or",
         "        salt = None\n        recent = self._by_salt.pop(salt, None) or",
-        ("tests/engine/speculation/test_lookup.py::test_no_guess_comes_from_an_output_with_another_salt",),
+        ("tests/engine/speculation/test_lookup.py::test_no_draft_comes_from_an_output_with_another_salt",),
     ),
     Fault(
         "draft-model-keeps-keys-of-wrong-drafts",
@@ -195,7 +195,7 @@ SPECULATION = (
         "_Sequence(replace(new, params=params, seed=new.seed + 1)",
         (
             f"{DRAFTING_TESTS}::test_the_drafter_samples_by_the_request_s_own_seed_and_parameters",
-            "tests/invariance/test_speculative_distribution.py::test_guesses_are_samples_too",
+            "tests/invariance/test_speculative_distribution.py::test_drafts_are_samples_too",
         ),
     ),
     Fault(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sempre.engine.client.ledger import FRAME_BYTES, Ledger
+from sempre.engine.client.pending_requests import FRAME_BYTES, PendingRequests
 from sempre.engine.harness import make_request
 from sempre.ipc.messages import (
     AbortRequests,
@@ -24,36 +24,36 @@ def delta(name: str, *token_ids: int, rows: int = 0, end: str | None = None) -> 
 
 
 def test_unfinished_requests_go_on_where_they_were() -> None:
-    ledger = Ledger()
+    pending = PendingRequests()
     specs = [make_request([1, 2, 3], ordinal=i, seed=i) for i in range(4)]
-    ledger.sent(AddRequests(requests=specs))
-    ledger.sent(AddRequests(requests=[make_request([9], ordinal=9, request_id="0")]))
+    pending.sent(AddRequests(requests=specs))
+    pending.sent(AddRequests(requests=[make_request([9], ordinal=9, request_id="0")]))
     for event in (delta("0", rows=2), delta("0", 5), delta("1", 6), delta("1", 7, end="stop"), delta("unknown", 1)):
-        ledger.received(event)
-    ledger.sent(AbortRequests(request_ids=["2", "unknown"]))
-    (command,) = ledger.owed()
+        pending.received(event)
+    pending.sent(AbortRequests(request_ids=["2", "unknown"]))
+    (command,) = pending.commands()
     assert isinstance(command, AddRequests)
     first, last = command.requests
     assert (first.prompt_token_ids, first.output_token_ids, first.num_prompt_logprobs_delivered) == ([1, 2, 3], [5], 2)
     assert (first.seed, first.ordinal, last) == (0, 0, specs[3])
-    assert ledger.num_unfinished == 2
+    assert pending.num_unfinished == 2
 
 
 def test_calls_without_an_answer_are_made_again() -> None:
-    ledger = Ledger()
+    pending = PendingRequests()
     calls = [CallWorkers(call_id=1, method="ping"), GetMetrics(call_id=1), GetMetrics(call_id=2)]
     for call in calls:
-        ledger.sent(call)
-    ledger.received(MetricsReply(call_id=1, values={}))
-    assert list(ledger.owed()) == [calls[0], calls[2]]
-    ledger.received(CallWorkersReply(call_id=1))
-    ledger.received(CallWorkersReply(call_id=1))
-    assert list(ledger.owed()) == [calls[2]]
+        pending.sent(call)
+    pending.received(MetricsReply(call_id=1, values={}))
+    assert list(pending.commands()) == [calls[0], calls[2]]
+    pending.received(CallWorkersReply(call_id=1))
+    pending.received(CallWorkersReply(call_id=1))
+    assert list(pending.commands()) == [calls[2]]
 
 
 def test_many_tokens_are_cut_into_frames() -> None:
-    ledger = Ledger()
-    ledger.sent(AddRequests(requests=[make_request([1], ordinal=i) for i in range(3)]))
+    pending = PendingRequests()
+    pending.sent(AddRequests(requests=[make_request([1], ordinal=i) for i in range(3)]))
     for i in range(3):
-        ledger.received(delta(str(i), *range(FRAME_BYTES // 8)))
-    assert [len(command.requests) for command in ledger.owed() if isinstance(command, AddRequests)] == [2, 1]
+        pending.received(delta(str(i), *range(FRAME_BYTES // 8)))
+    assert [len(command.requests) for command in pending.commands() if isinstance(command, AddRequests)] == [2, 1]

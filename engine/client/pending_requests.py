@@ -1,4 +1,4 @@
-"""What a coordinator owes its client: enough to have another one go on."""
+"""What a coordinator has not answered yet: enough to have another one go on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Entry:
     num_prompt_logprobs: int = 0
 
 
-class Ledger:
+class PendingRequests:
     """The unfinished requests with their tokens so far, and the calls without an answer."""
 
     def __init__(self) -> None:
@@ -86,8 +86,8 @@ class Ledger:
                 if answered is not None:
                     self._calls.remove(answered)
 
-    def owed(self) -> Iterator[ClientCommand]:
-        """The commands that have another coordinator go on where the last one ended."""
+    def commands(self) -> Iterator[ClientCommand]:
+        """What has another coordinator go on where the last one ended."""
         for frame in frames(_resumed(entry) for entry in self._entries.values()):
             yield AddRequests(requests=frame)
         yield from self._calls

@@ -16,7 +16,7 @@ from sempre.workers.gpu.compiler_process import CompilerProcess
 _CUDA_LIBRARY = "lib/libtorch_cuda.so"
 
 
-def head_start(device: str, index: int) -> CompilerProcess | None:
+def early_start(device: str, index: int) -> CompilerProcess | None:
     """Begin, unless `device` is "cpu", or driver or PyTorch are without CUDA. What goes wrong is torch's to report."""
     if device == "cpu" or not _torch_has_cuda():
         return None
