@@ -94,7 +94,7 @@ def test_listed_ids_are_as_in_the_whole_vocabulary(changes: dict[str, Any]) -> N
     assert only.cumulative_logprob == whole.cumulative_logprob
 
 
-def test_listed_ids_with_guesses() -> None:
+def test_listed_ids_with_drafts() -> None:
     """Several rows a step: each has its own."""
     params = {"temperature": 0.0, "max_tokens": 24, "logprob_token_ids": [3, 700]}
     config = {"method": "ngram", "num_speculative_tokens": 4, "adaptive": False}

@@ -1,4 +1,4 @@
-"""Requests whose tokens are finite keep their bits beside requests, and behind guesses, that are not."""
+"""Requests whose tokens are finite keep their bits beside requests, and behind drafts, that are not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MIXED = [request for i, tokens in enumerate(FINITE) for request in (tokens, [*to
 
 
 class BrokenDrafter:
-    """Always guesses tokens whose embedding is not finite."""
+    """Always drafts tokens whose embedding is not finite."""
 
     def extend(self, token_ids: Sequence[int]) -> None:
         pass
@@ -48,7 +48,7 @@ class BrokenDrafter:
 
 
 @contextmanager
-def broken_guesses() -> Iterator[None]:
+def broken_drafts() -> Iterator[None]:
     before = speculation.DRAFTERS["ngram"]
     speculation.DRAFTERS["ngram"] = lambda config: lambda cache_salt: BrokenDrafter()
     try:
@@ -83,9 +83,9 @@ def test_beside_requests_that_are_not_finite(model: str, alone: list[Facts], way
             assert results[1::2] == ["error"] * len(FINITE)
 
 
-def test_behind_guesses_that_are_not_finite(model: str, alone: list[Facts]) -> None:
+def test_behind_drafts_that_are_not_finite(model: str, alone: list[Facts]) -> None:
     drafting = {"method": "ngram", "num_speculative_tokens": 4, "adaptive": False}
-    with broken_guesses(), LLM(model, **SETTINGS, speculative_config=drafting) as llm:
+    with broken_drafts(), LLM(model, **SETTINGS, speculative_config=drafting) as llm:
         assert generate(llm, FINITE) == alone
         found = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     assert found["sempre:spec_decode_num_draft_tokens"] > 0

@@ -47,7 +47,7 @@ def test_samples_follow_the_distribution() -> None:
         ]
         outputs = llm.generate([PROMPT] * NUM_SEEDS, params, use_tqdm=False)
         accepted = {m.labels.get("position"): m.value for m in llm.get_metrics() if "per_pos" in m.name}  # type: ignore[attr-defined]
-    assert accepted["0"] > NUM_SEEDS / 5, "many samples are guesses that were kept"
+    assert accepted["0"] > NUM_SEEDS / 5, "many samples are drafts that were kept"
     samples = [tuple(output.outputs[0].token_ids) for output in outputs]
     assert set(samples) <= set(right)
 

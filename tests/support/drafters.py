@@ -1,4 +1,4 @@
-"""Drafters for tests: one that guesses at random, one that is right half of the time, one that knows the output."""
+"""Drafters for tests: one that drafts at random, one that is right half of the time, one that knows the output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VOCAB_SIZE = 4096
 
 
 class ScriptedDrafter:
-    """Guesses the known continuation of its sequence, each token with the given probability, else any token.
+    """Drafts the known continuation of its sequence, each token with the given probability, else any token.
 
     Nothing while sequences that go on differently begin with its own: one prompt may be the beginning of another.
     """

@@ -21,6 +21,7 @@ from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import (
     CallMethod,
     CallMethodReply,
+    DraftRequest,
     ExecuteStep,
     LoadModel,
     LogprobRows,
@@ -112,7 +113,8 @@ class ScriptedWorker:
         for request in command.new_requests:
             self._sequences[request.request_id] = _sequence(request)
         sampled = [self._run(scheduled) for scheduled in command.scheduled]
-        return StepResult(rank=self._settings.rank, step_id=command.step_id, sampled=sampled)
+        drafts = [self._draft(item) for item in command.drafts]
+        return StepResult(rank=self._settings.rank, step_id=command.step_id, sampled=sampled, drafts=drafts)
 
     def call(self, command: CallMethod) -> CallMethodReply:
         methods = {"rng_digests": self.rng_digests, "ping": lambda: "pong", "repeat": self.repeat, "slow": self.slow}
@@ -151,10 +153,24 @@ class ScriptedWorker:
         end = scheduled.num_computed_tokens + scheduled.num_tokens
         if end < len(sequence.token_ids):
             return SampledTokens(request_id=scheduled.request_id)
-        token = next_token(sequence.seed, sequence.token_ids)
-        sequence.token_ids.append(token)
-        rows = _rows(token) if sequence.params.logprobs is not None else None
-        return SampledTokens(request_id=scheduled.request_id, token_ids=[token], logprobs=rows)
+        tokens: list[int] = []
+        for draft in [*scheduled.draft_token_ids, None]:
+            tokens.append(next_token(sequence.seed, sequence.token_ids))
+            sequence.token_ids.append(tokens[-1])
+            if tokens[-1] != draft:
+                break
+        rows = _rows(tokens) if sequence.params.logprobs is not None else None
+        return SampledTokens(request_id=scheduled.request_id, token_ids=tokens, logprobs=rows)
+
+    def _draft(self, item: DraftRequest) -> list[int]:
+        """Right, but for every fourth token or so."""
+        sequence = self._sequences[item.request_id]
+        sequence.token_ids += item.token_ids
+        token_ids = sequence.token_ids.copy()
+        for _ in range(item.num_drafts):
+            token = next_token(sequence.seed, token_ids)
+            token_ids.append(token if token % 4 else (token + 1) % VOCAB_SIZE)
+        return token_ids[len(sequence.token_ids) :]
 
 
 def next_token(seed: int, token_ids: list[int]) -> int:
@@ -168,13 +184,14 @@ def _sequence(request: NewRequest) -> _Sequence:
     return _Sequence([*request.token_ids], request.num_prompt_tokens, request.seed, request.params)
 
 
-def _rows(token: int) -> LogprobRows:
+def _rows(tokens: list[int]) -> LogprobRows:
+    count = len(tokens)
     return LogprobRows(
-        num_rows=1,
+        num_rows=count,
         width=1,
-        token_ids=struct.pack("<i", token),
-        logprobs=struct.pack("<f", -token / VOCAB_SIZE),
-        ranks=struct.pack("<i", token + 1),
+        token_ids=struct.pack(f"<{count}i", *tokens),
+        logprobs=struct.pack(f"<{count}f", *(-token / VOCAB_SIZE for token in tokens)),
+        ranks=struct.pack(f"<{count}i", *(token + 1 for token in tokens)),
     )
 
 

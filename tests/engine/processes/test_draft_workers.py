@@ -77,11 +77,11 @@ class Watched:
 
 
 def accepted(cluster: Cluster) -> float:
-    (count,) = cluster.metrics()["spec_decode_num_accepted_tokens"]
-    return float(count)
+    """By the replica with the fewest."""
+    return float(min(cluster.metrics()["spec_decode_num_accepted_tokens"]))
 
 
-def generate_until_guesses_are_accepted(cluster: Cluster) -> None:
+def generate_until_drafts_are_accepted(cluster: Cluster) -> None:
     before, deadline = accepted(cluster), time.monotonic() + 60
     while accepted(cluster) == before:
         assert time.monotonic() < deadline, "the draft worker has not come back"
@@ -98,7 +98,7 @@ def expected() -> list[Generation]:
 
 
 def test_a_stalled_or_killed_draft_worker_costs_no_request(expected: list[Generation]) -> None:
-    """In the middle of 48 requests; each is said once, and the worker or a new one goes on guessing."""
+    """In the middle of 48 requests; each is said once, and the worker or a new one goes on drafting."""
     with Cluster("tiny", speculative_config=DRAFTING, **SETTINGS) as cluster:
         (pid,) = cluster.ready.draft_worker_pids
         for number, notice in (
@@ -113,7 +113,7 @@ def test_a_stalled_or_killed_draft_worker_costs_no_request(expected: list[Genera
             assert [re.match(notice, found) is not None for found in watched.notices] == [True]
             if number == signal.SIGSTOP:
                 os.kill(pid, signal.SIGCONT)
-            generate_until_guesses_are_accepted(cluster)
+            generate_until_drafts_are_accepted(cluster)
         assert compare_generations(expected, cluster.generate(specs(48, 40))).equal
 
 
@@ -140,7 +140,30 @@ def test_a_draft_worker_that_pauses_again_and_again_hangs_nobody(expected: list[
             pausing.set()
             thread.join()
         assert cluster.ready.draft_worker_pids == [pid]
-        generate_until_guesses_are_accepted(cluster)
+        generate_until_drafts_are_accepted(cluster)
+
+
+@pytest.mark.parametrize("victims", [["draft 1"], ["draft 1", "target 0"], ["draft 0", "target 0", "draft 1"]])
+def test_whoever_dies_every_request_ends_with_its_tokens(victims: list[str]) -> None:
+    """At once, so that some start while others die; the draft workers of both replicas then go on."""
+    drafting = {"worker_module": "light_worker", "speculative_config": DRAFTING, "data_parallel_size": 2}
+    with Cluster("tiny", **drafting, **SETTINGS) as cluster:
+        undisturbed = cluster.generate(specs(48, 40))
+        pids = {"draft": cluster.ready.draft_worker_pids, "target": cluster.worker_pids()}
+        assert len({*pids["draft"], *pids["target"]}) == 4
+
+        def kill() -> None:
+            for victim in victims:
+                role, index = victim.split()
+                os.kill(pids[role][int(index)], signal.SIGKILL)
+
+        watched = Watched(cluster.client, 500, kill)
+        comparison = compare_generations(undisturbed, generate(watched, specs(48, 40)))
+        assert comparison.equal, comparison.first_difference
+        expected = sorted(f"draft worker {victim[-1]}" for victim in victims if "draft" in victim)
+        assert sorted(re.findall(r"draft worker \d", " ".join(watched.notices))) == expected
+        generate_until_drafts_are_accepted(cluster)
+        assert len(cluster.call("ping")) == 2, "draft workers answer no calls"
 
 
 def test_a_draft_worker_with_another_seed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

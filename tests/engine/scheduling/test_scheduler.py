@@ -316,19 +316,19 @@ def test_the_model_length_caps_max_tokens() -> None:
     assert replica.scheduler.stats().generation_tokens == 2
 
 
-def guessing_replica(guesses: list[int], **params: Any) -> tuple[Replica, ExecuteStep]:
+def drafting_replica(drafts: list[int], **params: Any) -> tuple[Replica, ExecuteStep]:
     """A replica whose draft model has drafted what follows the first token, and the step that verifies it."""
     replica = Replica(speculation=SpeculationPlan(DRAFT_MODEL, steps_ahead=False, costs=COSTS), max_draft_tokens=8)
     replica.add(spec("a", **params))
     step = replica.schedule()
     assert step.drafts == [DraftRequest(request_id="a", num_drafts=4)]
-    result = msgspec.structs.replace(falsified(replica.answer(step), token_ids=[9]), drafts=[guesses])
+    result = msgspec.structs.replace(falsified(replica.answer(step), token_ids=[9]), drafts=[drafts])
     replica.scheduler.update(step, result)
     return replica, replica.schedule()
 
 
 def test_several_tokens_are_cut_at_the_first_end() -> None:
-    replica, step = guessing_replica([5, 3, 6], stop_token_ids=[3], max_tokens=9)
+    replica, step = drafting_replica([5, 3, 6], stop_token_ids=[3], max_tokens=9)
     assert step.scheduled[0].draft_token_ids == [5, 3, 6]
     sampled = [SampledTokens(request_id="a", token_ids=[5, 3, 6, 3], logprobs=rows(0, 3))]
     deltas = replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled, drafts=[[]]))
@@ -339,7 +339,7 @@ def test_several_tokens_are_cut_at_the_first_end() -> None:
 
 
 def test_after_rejected_drafts_the_request_goes_on_behind_its_last_token() -> None:
-    replica, step = guessing_replica([5, 6, 7], max_tokens=9)
+    replica, step = drafting_replica([5, 6, 7], max_tokens=9)
     assert (step.scheduled[0].num_computed_tokens, step.scheduled[0].num_tokens) == (4, 4)
     sampled = [SampledTokens(request_id="a", token_ids=[5, 8])]
     replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled, drafts=[[]]))
@@ -352,7 +352,7 @@ def test_after_rejected_drafts_the_request_goes_on_behind_its_last_token() -> No
 
 def test_a_block_that_ends_with_a_rejected_draft_is_not_found() -> None:
     """Its last slot holds keys and values of the draft, not of the token that was sampled in its place."""
-    replica, step = guessing_replica([5, 6, 7], max_tokens=9)
+    replica, step = drafting_replica([5, 6, 7], max_tokens=9)
     (item,) = step.scheduled
     assert (item.num_computed_tokens, item.num_tokens) == (4, 4), "the last draft is at the end of the second block"
     sampled = [SampledTokens(request_id="a", token_ids=[5, 6, 8])]
@@ -363,7 +363,7 @@ def test_a_block_that_ends_with_a_rejected_draft_is_not_found() -> None:
 
 
 def test_drafts_never_reach_past_the_last_token_a_request_may_have() -> None:
-    _, step = guessing_replica([5, 6, 7], max_tokens=3)
+    _, step = drafting_replica([5, 6, 7], max_tokens=3)
     assert step.scheduled[0].draft_token_ids == [5]
 
 
@@ -399,7 +399,7 @@ def test_preempted_while_its_drafts_are_verified_it_waits_for_the_result() -> No
 
 @pytest.mark.parametrize("token_ids", [[5, 7, 6], [6, 6], [5, 6, 7, 8, 9]])
 def test_tokens_that_do_not_follow_the_drafts_are_refused(token_ids: list[int]) -> None:
-    replica, step = guessing_replica([5, 6, 7], max_tokens=9)
+    replica, step = drafting_replica([5, 6, 7], max_tokens=9)
     sampled = [SampledTokens(request_id="a", token_ids=token_ids)]
     with pytest.raises(ProtocolError, match=r"expected a beginning of the drafts \[5, 6, 7\] and one token"):
         replica.scheduler.update(step, StepResult(rank=0, step_id=1, sampled=sampled, drafts=[[]]))

@@ -112,10 +112,10 @@ class ScriptedWorker:
         if end < len(request.token_ids):
             return SampledTokens(request_id=item.request_id, prompt_logprobs=rows)
         sampled: list[int] = []
-        for guess in [*drafts, None]:
+        for draft in [*drafts, None]:
             sampled.append(next_token(request.new.seed, request.prefixes[-1]))
             request.append(sampled[-1])
-            if sampled[-1] != guess:
+            if sampled[-1] != draft:
                 break
         return SampledTokens(request_id=item.request_id, token_ids=sampled, prompt_logprobs=rows)
 

@@ -47,7 +47,7 @@ def test_the_places_are_all_places(sequence: list[int], width: int) -> None:
 def test_a_draft_follows_a_longest_match(sequence: list[int], longest: int, count: int) -> None:
     drafter = NgramDrafter(1, longest)
     drafter.extend(sequence)
-    guesses = drafter.propose(count)
+    drafts = drafter.propose(count)
 
     def length(end: int) -> int:
         most = min(longest, end)
@@ -57,11 +57,11 @@ def test_a_draft_follows_a_longest_match(sequence: list[int], longest: int, coun
     # the index looks at the last places only, which hold every end of so short a sequence that can matter
     best = max((min(longest, length(end)) for end in ends if length(end)), default=0)
     if not best:
-        assert guesses == []
+        assert drafts == []
     else:
-        assert len(guesses) <= count
+        assert len(drafts) <= count
         starts = [end for end in ends if length(end) == best]
-        assert guesses[0] in {sequence[end] for end in starts} or len(starts) > 16
+        assert drafts[0] in {sequence[end] for end in starts} or len(starts) > 16
 
 
 def test_suffix_lookup_takes_what_most_places_go_on_with() -> None:
@@ -111,7 +111,7 @@ def test_recent_outputs_are_bounded() -> None:
 def test_no_draft_comes_from_an_output_with_another_salt() -> None:
     outputs = SaltedOutputs(2)
 
-    def guesses(salt: str | None) -> list[int]:
+    def drafts(salt: str | None) -> list[int]:
         drafter = SuffixDrafter(outputs.of(salt), 2, 24)
         drafter.extend([9, 30, 31])
         return drafter.propose(5)
@@ -119,8 +119,8 @@ def test_no_draft_comes_from_an_output_with_another_salt() -> None:
     first = SuffixDrafter(outputs.of("a"), 2, 24)
     first.extend([1, 30, 31, 32])
     first.finish(1)
-    assert guesses("a") == [32]
-    assert guesses("b") == guesses(None) == guesses("") == []
+    assert drafts("a") == [32]
+    assert drafts("b") == drafts(None) == drafts("") == []
 
 
 def test_salts_are_bounded_and_those_in_use_stay() -> None:

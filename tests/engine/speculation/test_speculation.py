@@ -1,4 +1,4 @@
-"""How many tokens are guessed, and when a request waits for its guesses."""
+"""How many tokens are drafted, and when a request waits for its drafts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHEAP = DraftCosts(first=0.1, each=0.1)
 COSTS = StepCosts(step=1e-3, row=0.05e-3, result=0.5e-3, draft=0.1e-3)
 
 
-def test_the_length_follows_the_share_of_right_guesses() -> None:
+def test_the_length_follows_the_share_of_right_drafts() -> None:
     length = DraftLength(7, costs=CHEAP)
     for _ in range(20):
         length.observe(4, missed=False)
@@ -77,12 +77,12 @@ def test_costs_are_counted_in_steps_of_the_target() -> None:
     assert draft_costs(costs, steps_ahead=True, asks_worker=True).first > 0.25
 
 
-def test_a_draft_model_as_slow_as_its_target_is_not_asked_but_for_a_look() -> None:
-    """Even one that is always right, until that is known; looks become rare where they find nothing."""
+def test_a_draft_model_as_slow_as_its_target_is_not_asked_but_for_a_probe() -> None:
+    """Even one that is always right, until that is known; probes become rare where they find nothing."""
     costs = StepCosts(step=1e-3, row=0.1e-3, result=0.3e-3, draft=1e-3)
     config = SpeculativeConfig(method="draft_model", model="m", num_speculative_tokens=4)
     speculation = SpeculationPlan(config, steps_ahead=True, costs=costs).start()
-    tokens, looks = [1], []
+    tokens, probes = [1], []
     for step in range(300):
         drafts = speculation.drafts(tokens, 10)
         wanted = speculation.num_wanted()
@@ -90,9 +90,9 @@ def test_a_draft_model_as_slow_as_its_target_is_not_asked_but_for_a_look() -> No
         tokens = [*tokens, step]
         speculation.sampled(tokens, drafts, len(drafts), [9] * wanted if wanted else None)
         if wanted:
-            looks.append(step)
-    assert len(looks) == 3
-    gaps = [later - former for former, later in pairwise(looks)]
+            probes.append(step)
+    assert len(probes) == 3
+    gaps = [later - former for former, later in pairwise(probes)]
     assert gaps[1] > 1.9 * gaps[0] > 60
 
 
@@ -109,8 +109,8 @@ def ask_for(token_ids: list[int], answer: list[int] | None = None) -> Ask:
     return Ask(num_known=len(token_ids), num_drafts=4, deadline=1.0, worker=Incarnation(), answer=answer)
 
 
-def test_the_guess_after_the_right_ones_counts_as_wrong() -> None:
-    """One right guess and then a wrong one, for ever: every other guess is right, and one at a time is worth while."""
+def test_the_draft_after_the_right_ones_counts_as_wrong() -> None:
+    """One right draft and then a wrong one, for ever: every other draft is right, and one at a time is worth while."""
     speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.0, draft=0.2))
     tokens = [1]
     lengths = []
@@ -121,12 +121,12 @@ def test_the_guess_after_the_right_ones_counts_as_wrong() -> None:
         speculation.sampled(tokens, drafts, min(1, len(drafts)), [9] * wanted if wanted else None)
         lengths.append(wanted)
     assert lengths[0] > 1
-    # one guess is always right, two never are
+    # one draft is always right, two never are
     assert set(lengths[-20:]) == {1, 2}
 
 
 def step_until_asked(speculation: ModelSpeculation, tokens: list[int]) -> int:
-    """Tokens until the draft model is asked again; its guesses are then there to be verified."""
+    """Tokens until the draft model is asked again; its drafts are then there to be verified."""
     for count in range(1000):
         if speculation.num_wanted():
             tokens.append(0)
@@ -137,8 +137,8 @@ def step_until_asked(speculation: ModelSpeculation, tokens: list[int]) -> int:
     raise AssertionError("it is never asked again")
 
 
-def test_a_draft_model_that_was_right_again_is_looked_at_as_often_as_at_first() -> None:
-    # one guess is worth while where every other one is right
+def test_a_draft_model_that_was_right_again_is_probed_as_often_as_at_first() -> None:
+    # one draft is worth while where every other one is right
     speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.0, draft=0.4))
     tokens = [1]
     gaps = []
@@ -157,7 +157,7 @@ def test_a_draft_worker_that_is_not_there_is_not_waited_for_at_every_token() -> 
     speculation = model_speculation(COSTS, placement="worker")
     tokens, asked = [1], []
     for step in range(300):
-        # nearly all that was guessed was wrong, until the worker has gone
+        # nearly all that was drafted was wrong, until the worker has gone
         drafts = speculation.drafts(tokens, 10)
         tokens = [*tokens, step]
         speculation.sampled(tokens, drafts, 0, None)
@@ -168,7 +168,7 @@ def test_a_draft_worker_that_is_not_there_is_not_waited_for_at_every_token() -> 
     assert 1 <= sum(asked[100:]) <= 7
 
 
-def test_a_draft_model_that_has_no_guesses_is_asked_ever_more_rarely() -> None:
+def test_a_draft_model_that_has_no_drafts_is_asked_ever_more_rarely() -> None:
     """It may have no room for a sequence, or a shorter context: steps go on ahead meanwhile."""
     speculation = model_speculation(COSTS, steps_ahead=True)
     tokens, asked = [1], []
@@ -183,8 +183,8 @@ def test_a_draft_model_that_has_no_guesses_is_asked_ever_more_rarely() -> None:
     assert 3 <= sum(asked) <= 5
 
 
-def test_a_look_with_two_steps_in_flight_is_at_the_guesses_it_asked_for() -> None:
-    """The result of the step before leaves the next one planned alone, until the guesses are there."""
+def test_a_probe_with_two_steps_in_flight_is_at_the_drafts_it_asked_for() -> None:
+    """The result of the step before leaves the next one planned alone, until the drafts are there."""
     speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.3, draft=1.0), steps_ahead=True)
     tokens = [1]
     in_flight = [speculation.num_wanted(), speculation.num_wanted()]
@@ -198,11 +198,11 @@ def test_a_look_with_two_steps_in_flight_is_at_the_guesses_it_asked_for() -> Non
             return
         if not speculation.must_wait(tokens, len(in_flight)):
             in_flight.append(speculation.num_wanted())
-    raise AssertionError("there was no look")
+    raise AssertionError("there was no probe")
 
 
 def test_with_steps_ahead_a_request_waits_while_its_draft_worker_is_asked() -> None:
-    """A step planned before the result of the one before it would leave nothing for the guesses to be about."""
+    """A step planned before the result of the one before it would leave nothing for the drafts to be about."""
     asking = model_speculation(COSTS, placement="worker", steps_ahead=True, adaptive=False)
     assert asking.must_wait([1], 1)
     assert not asking.must_wait([1], 0)
@@ -214,41 +214,41 @@ def test_with_steps_ahead_a_request_waits_while_its_draft_worker_is_asked() -> N
 
 
 class FixedDrafter:
-    def __init__(self, guesses: list[int]) -> None:
-        self._guesses = guesses
+    def __init__(self, drafts: list[int]) -> None:
+        self._drafts = drafts
 
     def extend(self, token_ids: Sequence[int]) -> None:
         pass
 
     def propose(self, count: int) -> list[int]:
-        return self._guesses[:count]
+        return self._drafts[:count]
 
     def finish(self, num_prompt_tokens: int) -> None:
         pass
 
 
 @pytest.mark.parametrize("longest", [1, 4])
-def test_lookup_waits_only_for_guesses_that_reach_past_the_token_in_flight(longest: int) -> None:
-    for guesses, waits in (([], False), ([7], False), ([7, 8], True)):
+def test_lookup_waits_only_for_drafts_that_reach_past_the_token_in_flight(longest: int) -> None:
+    for drafts, waits in (([], False), ([7], False), ([7, 8], True)):
         length = DraftLength(longest, costs=CHEAP, adaptive=False)
-        speculation = LookupSpeculation(FixedDrafter(guesses), length, longest)
+        speculation = LookupSpeculation(FixedDrafter(drafts), length, longest)
         assert speculation.must_wait([1, 2], 1) == waits
 
 
-def test_the_guesses_of_one_step_are_bounded() -> None:
+def test_the_drafts_of_one_step_are_bounded() -> None:
     """Their rows of logits have a buffer of fixed size."""
     plain = EngineConfig(model="m", model_path="/", max_num_seqs=3)
-    guessing = SpeculativeConfig(method="ngram", num_speculative_tokens=4)
+    drafting = SpeculativeConfig(method="ngram", num_speculative_tokens=4)
     assert plain.max_draft_tokens == 0
-    assert replace(plain, speculative_config=guessing).max_draft_tokens == 12
-    assert replace(plain, speculative_config=guessing, max_num_seqs=1000).max_draft_tokens == 256
+    assert replace(plain, speculative_config=drafting).max_draft_tokens == 12
+    assert replace(plain, speculative_config=drafting, max_num_seqs=1000).max_draft_tokens == 256
 
 
 LOOP = [5, 6, 7] * 6
 
 
-def test_lookup_never_waits_while_its_guesses_are_wrong() -> None:
-    """With steps ahead, a request without good guesses keeps two steps in flight; one in a loop waits for each."""
+def test_lookup_never_waits_while_its_drafts_are_wrong() -> None:
+    """With steps ahead, a request without good drafts keeps two steps in flight; one in a loop waits for each."""
     plan = SpeculationPlan(SpeculativeConfig(method="ngram"), steps_ahead=True, costs=COSTS)
     repeating = plan.start()
     assert repeating.must_wait(LOOP, 1)
@@ -267,7 +267,7 @@ def test_lookup_never_waits_while_its_guesses_are_wrong() -> None:
     assert not surprised.must_wait([*tokens, 1, 2], 1)
 
 
-def test_lookup_notices_that_guesses_have_become_right_without_verifying_any() -> None:
+def test_lookup_notices_that_drafts_have_become_right_without_verifying_any() -> None:
     speculation = SpeculationPlan(SpeculativeConfig(method="ngram"), steps_ahead=True, costs=COSTS).start()
     tokens = [1, 2, 3]
     for token in range(30):
@@ -279,7 +279,7 @@ def test_lookup_notices_that_guesses_have_become_right_without_verifying_any() -
     assert speculation.drafts(tokens, 10)
 
 
-def test_no_more_is_guessed_than_there_is_room_for() -> None:
+def test_no_more_is_drafted_than_there_is_room_for() -> None:
     speculation = SpeculationPlan(
         SpeculativeConfig(method="ngram", adaptive=False), steps_ahead=False, costs=COSTS
     ).start()
