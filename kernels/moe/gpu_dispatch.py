@@ -36,6 +36,7 @@ def _choose(
     num_rows: Any,
     E: tl.constexpr,
     K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -52,8 +53,8 @@ def _choose(
     x = tl.where(e < E, tl.where(finite, x, 0.0), float("-inf"))
     greatest = tl.max(x, axis=1)[:, None]
     all_masses = mass(x - greatest)
-    chosen = tl.zeros([row.shape[0], BLOCK_K], tl.int32) + BLOCK_E
-    best = tl.zeros([row.shape[0], BLOCK_K], tl.float32) + float("-inf")
+    chosen = tl.full([BLOCK_T, BLOCK_K], BLOCK_E, tl.int32)
+    best = tl.full([BLOCK_T, BLOCK_K], float("-inf"), tl.float32)
     for k in range(K):
         value = tl.max(x, axis=1)[:, None]
         expert = tl.min(tl.where(x == value, e, BLOCK_E), axis=1)[:, None]
@@ -68,9 +69,16 @@ def _choose(
 
 @jit()
 def _store_choice(
-    experts: Any, weights: Any, row: Any, chosen: Any, weight: Any, K: tl.constexpr, BLOCK_E: tl.constexpr
+    experts: Any,
+    weights: Any,
+    row: Any,
+    chosen: Any,
+    weight: Any,
+    K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ) -> None:
-    at = row.to(tl.int64)[:, None] * K + tl.arange(0, chosen.shape[1])[None, :]
+    at = row.to(tl.int64)[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
     tl.store(experts + at, chosen, mask=chosen < BLOCK_E)
     tl.store(weights + at, weight, mask=chosen < BLOCK_E)
 
@@ -99,8 +107,8 @@ def _route(
     """counts[c, e]: pairs of expert e in chunk c."""
     wait_for_previous()
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    chosen, weight = _choose(logits, row, num_rows, E, K, BLOCK_E, BLOCK_K, RENORMALIZE)
-    _store_choice(experts, weights, row, chosen, weight, K, BLOCK_E)
+    chosen, weight = _choose(logits, row, num_rows, E, K, BLOCK_T, BLOCK_E, BLOCK_K, RENORMALIZE)
+    _store_choice(experts, weights, row, chosen, weight, K, BLOCK_E, BLOCK_K)
     ids = tl.arange(0, BLOCK_E)
     count = _count(tl.reshape(chosen, [BLOCK_T * BLOCK_K]), BLOCK_E)
     tl.store(counts + tl.program_id(0) * E + ids, count, mask=ids < E)
@@ -136,8 +144,8 @@ def _sort_pairs(
     pairs = row[:, None] * K + rank[None, :]
     before = tl.zeros([BLOCK_E], tl.int32)
     if LONE:
-        chosen, weight = _choose(logits, row, num_rows, E, K, BLOCK_E, BLOCK_K, RENORMALIZE)
-        _store_choice(experts, weights, row, chosen, weight, K, BLOCK_E)
+        chosen, weight = _choose(logits, row, num_rows, E, K, BLOCK_T, BLOCK_E, BLOCK_K, RENORMALIZE)
+        _store_choice(experts, weights, row, chosen, weight, K, BLOCK_E, BLOCK_K)
         expert = tl.reshape(chosen, [BLOCK_T * BLOCK_K])
         total = _count(expert, BLOCK_E)
     else:
@@ -168,7 +176,7 @@ def _sort_pairs(
         tl.store(tiles + 2 * max_tiles + j, ends, mask=has)
     used = tl.max(tile_ends, axis=0)
     for first in range(used + chunk * BLOCK_E, max_tiles, tl.num_programs(0) * BLOCK_E):
-        tl.store(tiles + first + ids, ids * 0 - 1, mask=first + ids < max_tiles)
+        tl.store(tiles + first + ids, tl.full([BLOCK_E], -1, tl.int32), mask=first + ids < max_tiles)
 
 
 class Chunks(NamedTuple):
