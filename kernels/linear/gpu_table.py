@@ -50,16 +50,6 @@ class Range(NamedTuple):
     choice: Choice
 
 
-class LinearShape(NamedTuple):
-    """What a choice depends on beside rows, of a matmul whose weight is no `GpuLinearWeight`."""
-
-    out_features: int
-    in_features: int
-    scheme: Fp8Scheme | None = None
-    bias: None = None
-    excluded: frozenset[str] = frozenset()
-
-
 ANY = 1 << 62
 LIBRARY = Library()
 
@@ -118,6 +108,29 @@ FUSED_TABLES: dict[str, tuple[Range, ...]] = {
     "any": (Range(16, ANY, ANY, Tile(16, 16, 32, 1, 2)),),
 }
 
+# experts: pairs of each on average, and the tile up to there; measured by `benchmarks/gpu_moe.py` (128 experts of 768)
+EXPERT_TABLES: dict[tuple[str, Fp8Scheme | None], tuple[tuple[int, Tile], ...]] = {
+    ("sm_90", None): (
+        (4, Tile(8, 128, 128, 4, 4)),
+        (8, Tile(16, 128, 128, 4, 4)),
+        (16, Tile(32, 128, 64, 4, 5)),
+        (32, Tile(64, 128, 64, 4, 4)),
+        (ANY, Tile(128, 256, 64, 8, 3)),
+    ),
+    ("sm_90", Fp8Scheme.WEIGHTS): (
+        (16, Tile(16, 64, 128, 4, 6)),
+        (32, Tile(32, 64, 128, 4, 6)),
+        (64, Tile(64, 64, 128, 4, 5)),
+        (ANY, MANY_ROWS),
+    ),
+    ("sm_90", Fp8Scheme.WEIGHTS_AND_ACTIVATIONS): (
+        (16, Tile(16, 64, 256, 4, 5)),
+        (32, Tile(32, 64, 256, 4, 4)),
+        (64, Tile(64, 64, 128, 4, 5)),
+        (ANY, Tile(128, 128, 128, 8, 4)),
+    ),
+}
+
 # row counts at which the self-test tries the library, which picks among its own kernels by the number of rows
 # fmt: off
 LIBRARY_ROWS = (
@@ -135,7 +148,12 @@ def choose_fused(arch: str, rows: int, width: int, excluded: frozenset[str]) -> 
     return None
 
 
-def choose(arch: str, rows: int, w: GpuLinearWeight | LinearShape) -> Choice:
+def choose_expert_tile(arch: str, average: int, scheme: Fp8Scheme | None) -> Tile:
+    """For experts of so many pairs on average."""
+    return next((tile for most, tile in EXPERT_TABLES.get((arch, scheme), ()) if average <= most), REFERENCES[scheme])
+
+
+def choose(arch: str, rows: int, w: GpuLinearWeight) -> Choice:
     """The first entry of the table that fits and was not excluded by the self-test; else the reference tile.
 
     The library only gets shapes that all its tensor-core kernels take, without bias, which it would round at its own

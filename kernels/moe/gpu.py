@@ -20,7 +20,7 @@ from sempre.kernels.activation.gpu import silu_times
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, wait_for_previous
 from sempre.kernels.linear.gpu import accumulate
-from sempre.kernels.linear.gpu_table import FLOAT32, MANY_ROWS, PROMOTED, LinearShape, Tile, choose
+from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Tile, choose_expert_tile
 from sempre.kernels.moe.experts import ExpertScratch, ExpertShape, ExpertWeights, GatedExperts
 from sempre.kernels.moe.gpu_dispatch import chunks_of, dispatch, most_tiles
 
@@ -172,13 +172,10 @@ def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> to
 
 
 def expert_tile(dtype: torch.dtype, num_pairs: int, w: ExpertWeights) -> Tile:
-    """That of an ordinary matmul with as many rows as an expert has on average, and all columns of experts in use."""
+    """By how many pairs an expert has on average."""
     if dtype == torch.float32 and w.scheme is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         return FLOAT32
-    num_experts, columns, depth = w.weight.shape
-    together = LinearShape(columns * min(num_pairs, num_experts), depth, w.scheme)
-    choice = choose(architecture(w.weight.device), triton.cdiv(num_pairs, num_experts), together)
-    return choice if isinstance(choice, Tile) else MANY_ROWS
+    return choose_expert_tile(architecture(w.weight.device), triton.cdiv(num_pairs, w.num_experts), w.scheme)
 
 
 def sparse_mlp(

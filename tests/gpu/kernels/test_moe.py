@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -29,11 +30,15 @@ ROWS = 4096
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _configured() -> None:
+def _configured() -> Iterator[None]:
     if torch.cuda.is_available():
         from sempre.kernels.linear.gpu import configure
 
         configure()
+    yield
+    mixture.cache_clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @cache
