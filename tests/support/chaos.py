@@ -16,6 +16,8 @@ from contextlib import suppress
 import psutil
 
 COORDINATOR, WORKER, DRAFT_WORKER = "coordinator", "worker", "draft worker"
+# of the engines that are harmed; the ranks after those are draft workers
+NUM_REPLICAS = 2
 # a process that is younger imports, loads or tests itself
 _YOUNG_S = 2.5
 _MOST_IN_VAIN = 3
@@ -30,7 +32,7 @@ def kind_of(process: psutil.Process) -> str | None:
     if "sempre.engine.coordinator" in words:
         return COORDINATOR
     if "sempre.workers" in words and "--connect" in words:
-        return DRAFT_WORKER if "/drafts-" in words[words.index("--connect") + 1] else WORKER
+        return WORKER if int(words[words.index("--rank") + 1]) < NUM_REPLICAS else DRAFT_WORKER
     return None
 
 

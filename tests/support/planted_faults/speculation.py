@@ -16,6 +16,7 @@ VERIFICATION_TESTS = "tests/workers/test_verification.py"
 INVARIANCE = "tests/invariance/test_speculation.py"
 DRAFTING = "workers/drafters/model.py"
 DRAFTING_TESTS = "tests/workers/test_drafting.py"
+DRAFT_WORKERS_TESTS = "tests/engine/coordinator/test_draft_workers.py"
 LINK_TESTS = "tests/engine/coordinator/test_draft_link.py"
 WAITS = "tests/engine/coordinator/test_waits.py"
 
@@ -215,6 +216,15 @@ SPECULATION = (
         (f"{LINK_TESTS}::test_a_new_worker_is_told_everything_anew",),
     ),
     Fault(
+        "the-death-of-a-draft-worker-is-that-of-a-target",
+        "Requests are computed anew, and their worker is replaced, because a draft worker has died.",
+        "engine/coordinator/core.py",
+        "            if self._drafts is None or error.rank not in self._drafts.ranks or self.ready is None:\n"
+        "                raise",
+        "            raise",
+        (f"{DRAFT_WORKERS_TESTS}::test_one_that_never_comes_back_is_given_up",),
+    ),
+    Fault(
         "an-answer-to-another-step-is-taken",
         "What a draft worker answers to an older step is handed to the requests of the present one.",
         LINK,
@@ -222,7 +232,7 @@ SPECULATION = (
         "        if step is None:",
         (
             f"{WAITS}::test_every_wait_has_an_end",
-            "tests/engine/coordinator/test_draft_workers.py::test_one_that_answers_wrongly_is_replaced",
+            f"{DRAFT_WORKERS_TESTS}::test_one_that_answers_wrongly_is_replaced",
         ),
     ),
     Fault(
