@@ -84,20 +84,13 @@ class Coordinator:
     def run(self) -> None:
         """Until ShutdownEngine. Raises what ends the engine, for `main` to pass on."""
         while not self._stopping:
-            self._poller.poll(self._wait_ms())
+            self._poller.poll(wait_ms(self._core.next_deadline(), time.monotonic()))
             try:
                 self._serve_client()
                 self._serve_workers()
                 self.tell(self._core.advance())
             except WorkerDied as error:
                 self.tell(self._recovery.replace(error))
-
-    def _wait_ms(self) -> int:
-        deadline = self._core.next_deadline()
-        if deadline is None:
-            return _POLL_MS
-        # rounded up: it has then passed
-        return max(0, min(_POLL_MS, 1 + int(1000 * (deadline - time.monotonic()))))
 
     def tell(self, events: Iterable[ClientEvent]) -> None:
         """Send events to the client, or keep them until it has said hello."""
@@ -171,6 +164,11 @@ class Coordinator:
         self._hub.accept(identity)
         self._client = identity
         self.tell([])
+
+
+def wait_ms(deadline: float | None, now: float) -> int:
+    """How long to wait for messages, where something is to be done at the `deadline`, which has then passed."""
+    return _POLL_MS if deadline is None else max(0, min(_POLL_MS, 1 + int(1000 * (deadline - now))))
 
 
 def main() -> int:

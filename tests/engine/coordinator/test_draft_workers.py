@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from sempre.engine.coordinator.core import EngineCore
 from sempre.engine.coordinator.draft_link import PATIENCE_S, DraftLink
+from sempre.engine.coordinator.process import wait_ms
 from sempre.engine.executor.inproc import InprocExecutor
 from sempre.engine.harness import make_request
 from sempre.engine.scheduling.limits import Limits
@@ -199,6 +200,13 @@ def test_the_end_of_a_wait_is_known_beforehand(executor: ScriptedExecutor, core:
     answer(executor)
     assert polled(core) == []
     assert core.next_deadline() is None
+
+
+def test_the_coordinator_wakes_up_for_the_end_of_a_wait() -> None:
+    now = 1e6
+    for passed_s in (-1.0, 0.0, 0.0001, 0.0999, 0.1, 0.15):
+        assert passed_s <= wait_ms(now + passed_s, now) / 1000 <= max(0.0, passed_s) + 0.002
+    assert wait_ms(now + 10.0, now) == wait_ms(None, now)
 
 
 def test_that_it_is_late_is_said_once(executor: ScriptedExecutor, core: EngineCore) -> None:
