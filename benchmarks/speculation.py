@@ -62,7 +62,7 @@ def main() -> None:
         for method in options.methods:
             config: dict[str, Any] = {"method": method, "num_speculative_tokens": options.k}
             if method in ("coupled", "greedy"):
-                config |= {"method": "draft_model", "model": options.draft_model}
+                config |= {"method": "draft_model", "model": options.draft_model, "placement": options.placement}
             for adaptive in (False, True):
                 with (
                     _drafting(method),
@@ -136,6 +136,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--draft-model", default="tiny-draft")
+    parser.add_argument("--placement", default="colocated", choices=["colocated", "worker"], help="of the draft model")
     parser.add_argument("--methods", nargs="+", default=["coupled", "greedy", "ngram"])
     parser.add_argument("--prompts", nargs="+", default=list(PROMPTS), choices=list(PROMPTS))
     parser.add_argument("--k", type=int, default=4)
