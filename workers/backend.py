@@ -87,6 +87,8 @@ class Backend(Protocol):
     max_prompt_tokens: int | None
     """tokens of prompts in a step from which on more would not be faster, but later for all others; None: no matter;
     known once `begin` has been called"""
+    step_lead_s: float
+    """so long before a step ends is the next one to be sent; 0: at once"""
     max_steps_in_flight: int
     """known once `begin` has been called"""
     speed: DeviceSpeed

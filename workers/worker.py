@@ -111,6 +111,7 @@ class Worker:
             block_size=loaded.block_size,
             max_num_batched_tokens=loaded.max_num_batched_tokens,
             max_prompt_tokens=backend.max_prompt_tokens,
+            step_lead_s=backend.step_lead_s,
             max_num_seqs=loaded.max_num_seqs,
         )
 

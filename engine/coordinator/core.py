@@ -94,7 +94,11 @@ class EngineCore:
 
     def next_deadline(self) -> float | None:
         """When `advance` has something to do though nothing has arrived, if that is known (time.monotonic)."""
-        return None if self._drafts is None else self._drafts.next_deadline(time.monotonic())
+        now = time.monotonic()
+        deadlines = [replica.next_deadline(now) for replica in self._replicas]
+        if self._drafts is not None:
+            deadlines.append(self._drafts.next_deadline(now))
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def next_events(self) -> list[ClientEvent] | None:
         """What the client is to be told about the next event of a worker; None when there is none.
@@ -190,11 +194,13 @@ class EngineCore:
         size = self._config.tensor_parallel_size
         for first in range(0, self._executor.world_size, size):
             ranks = range(first, first + size)
-            depth = self._startup.max_steps_in_flight
+            depth, lead_s = self._startup.max_steps_in_flight, self._startup.step_lead_s
             link = None if self._drafts is None else self._drafts.links[first // size]
             scheduler = self._scheduler(ready)
             self._watches.append(ProgressWatch(first, scheduler))
-            self._replicas.append(Replica(ranks, scheduler, self._executor, link, max_steps_in_flight=depth))
+            self._replicas.append(
+                Replica(ranks, scheduler, self._executor, link, max_steps_in_flight=depth, step_lead_s=lead_s)
+            )
         self.ready = ready
         return [ready]
 

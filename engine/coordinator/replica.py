@@ -8,6 +8,7 @@ from collections import deque
 from msgspec.structs import replace
 
 from sempre.engine.coordinator.draft_link import DraftLink
+from sempre.engine.coordinator.step_timing import StepTiming
 from sempre.engine.executor.base import Executor
 from sempre.engine.scheduling import Scheduler, SchedulerStats
 from sempre.ipc.messages import ExecuteStep, RequestOutputDelta, RequestSpec, StepResult
@@ -28,14 +29,16 @@ class Replica:
         drafts: DraftLink | None = None,
         *,
         max_steps_in_flight: int = 1,
+        step_lead_s: float = 0.0,
     ) -> None:
-        """`drafts` leads to the draft worker of this replica, if it has one."""
+        """`drafts` leads to the draft worker of this replica, if it has one; `step_lead_s`: see `StepTiming`."""
         self.ranks = ranks
         self._drafts = drafts
         self._max_steps_in_flight = max_steps_in_flight
         self._scheduler = scheduler
         self._executor = executor
         self._in_flight: deque[ExecuteStep] = deque()
+        self._timing = StepTiming(step_lead_s)
         self._results: dict[int, StepResult] = {}
         self._tokens: dict[str, int] = {}
         # until the first step, then until the first output
@@ -59,14 +62,17 @@ class Replica:
         return delta
 
     def advance(self, now: float) -> None:
-        """Send the next step when the workers have room for one."""
+        """Send the next step when the workers have room for one, and it is time."""
         if not self.has_workers:
             return
         while len(self._in_flight) < self._max_steps_in_flight and self._scheduler.has_unfinished():
+            if self._in_flight and now < self._timing.next_at():
+                return
             step = self._scheduler.schedule(now)
             if step is None:
                 return
             self._in_flight.append(step)
+            self._timing.sent(step, now)
             for new in step.new_requests:
                 # known already: preempted, or the workers are fresh
                 if new.request_id in self._added_at:
@@ -74,6 +80,14 @@ class Replica:
                     self._time_in_queue[new.request_id] = waited
             for rank in self.ranks:
                 self._executor.send(rank, step)
+
+    def next_deadline(self, now: float) -> float | None:
+        """When `advance` will have a step to send though nothing has arrived; None when that is not known."""
+        is_due = self.has_workers and 0 < len(self._in_flight) < self._max_steps_in_flight
+        if not is_due or not self._scheduler.has_unfinished():
+            return None
+        deadline = self._timing.next_at()
+        return deadline if deadline > now else None
 
     def take(self, rank: int, result: StepResult) -> list[RequestOutputDelta]:
         """What a step has brought, once the last of its ranks has answered. Raises ProtocolError."""
@@ -84,6 +98,7 @@ class Replica:
         self._results.clear()
         outputs = self._scheduler.update(self._in_flight[0], result)
         self._in_flight.popleft()
+        self._timing.answered(time.monotonic())
         if self._time_in_queue:
             outputs = [self._timed(output) for output in outputs]
         for output in outputs:
@@ -102,6 +117,7 @@ class Replica:
         because they were at work in too many crashes."""
         self.has_workers = False
         self._in_flight.clear()
+        self._timing.reset()
         self._results.clear()
         failed = self._scheduler.restart(cause)
         for delta in failed:

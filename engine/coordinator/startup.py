@@ -125,6 +125,11 @@ class StartUp:
         return self._first.max_steps_in_flight
 
     @property
+    def step_lead_s(self) -> float:
+        """So long before a step ends is the next one to be sent; 0: at once."""
+        return self._first.step_lead_s
+
+    @property
     def costs(self) -> StepCosts:
         """What a worker's steps may be expected to cost."""
         return self._first.costs

@@ -136,7 +136,8 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
 
     Up to `max_steps_in_flight` steps may be sent before the first of them is answered; none may bring more than
     `max_num_batched_tokens` tokens, or more than `max_num_seqs` requests. Where the tokens are left to the worker,
-    `max_prompt_tokens` of them may be of prompts.
+    `max_prompt_tokens` of them may be of prompts. The next step is best sent `step_lead_s` seconds before the one that
+    runs ends; 0: at once.
     """
 
     rank: NonNegative
@@ -153,6 +154,7 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     block_size: Positive = 16
     max_num_batched_tokens: Positive = 2048
     max_prompt_tokens: Positive | None = None
+    step_lead_s: float = 0.0
     max_num_seqs: Positive = 128
 
 

@@ -43,6 +43,8 @@ class CpuBackend:
     """The CPU."""
 
     placement = ON_CPU
+    # planning, the way to a worker, and a busy machine
+    step_lead_s = 0.008
     # one thread, tiny-draft to SmolLM2-135M; a row costs 0.1 to 0.2 steps beside one other, 0.5 beside many
     speed = DeviceSpeed(
         step_seconds=0.3e-3, layer_seconds=20e-6, bytes_per_second=12e9, row_share=0.5, result_seconds=0.2e-3

@@ -46,6 +46,7 @@ class GpuBackend:
 
     max_num_batched_tokens = 8192
     max_prompt_tokens: int | None = None
+    step_lead_s = 0.0
     max_steps_in_flight = 2
     # an H100, models of 20 MB to 16 GB
     speed = DeviceSpeed(
