@@ -7,7 +7,7 @@
         assert first == second
         results = cluster.generate([make_request([1, 2, 3], max_tokens=8, seed=7)])
         cluster.kill(1)                                        # SIGKILL to the worker of rank 1
-        cluster.generate(...)                                  # a pause, then the same bits
+        cluster.generate(...)                                  # after a pause, the same bits
 
     Cluster("tiny", worker_faults=[Fault("drop", "up", message="StepResult", nth=3)])
 

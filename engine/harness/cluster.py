@@ -34,12 +34,12 @@ Reply = TypeVar("Reply", CallWorkersReply, MetricsReply)
 
 
 class Cluster:
-    """An engine in processes, open to inspection and to harm.
+    """An engine in processes that tests can inspect and damage.
 
-    `settings` are those of `LLM` (data_parallel_size, max_num_seqs, heartbeat_timeout_s, …); `worker_module` is run as
-    the worker program.
-    Faults may be given from the start, or later to `worker_proxy.inject` and `client_proxy.inject`; a proxy exists
-    only when its argument is not None.
+    `settings` are those of `LLM` (data_parallel_size, max_num_seqs, heartbeat_timeout_s, …); `worker_module` is the
+    worker program to run.
+    Faults can be given at the start, or later through `worker_proxy.inject` and `client_proxy.inject`; a proxy exists
+    only if its argument is not None.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Cluster:
         worker_module: str = "sempre.workers",
         **settings: Any,
     ) -> None:
-        """Raises what `LLM` raises when the engine does not start."""
+        """Raises the errors of `LLM` if the engine does not start."""
         self.config = engine_config(model, **settings)
         self.directory = PrivateDirectory.create()
         self.worker_proxy = self._proxy(worker_faults, "workers", self.directory.worker_address)
@@ -88,15 +88,15 @@ class Cluster:
         return self.client.process.child.pid
 
     def worker_pids(self) -> list[int]:
-        """In rank order."""
+        """Process ids in rank order."""
         return self.ready.worker_pids
 
     def generate(self, requests: Sequence[RequestSpec], *, timeout_s: float = 120.0) -> list[Generation]:
-        """Run all requests at once; results in their order. Raises as `generation.generate` does."""
+        """Run all requests at once; return results in their order. Raises the errors of `generation.generate`."""
         return generate(self.client, requests, timeout_s=timeout_s)
 
     def call(self, method: str, *args: object) -> list[Any]:
-        """Call a method of every worker; results in rank order. Raises the first error."""
+        """Call a method of every worker; return results in rank order. Raises the first error."""
         call_id = self._call_id()
         reply = self._ask(CallWorkers(call_id=call_id, method=method, args=list(args)), CallWorkersReply, call_id)
         if reply.error is not None:
@@ -104,7 +104,7 @@ class Cluster:
         return reply.results
 
     def rng_digests(self) -> list[dict[str, str]]:
-        """The digests of each rank's generators as they are now, by generator."""
+        """The current digests of each rank's generators, by generator."""
         return self.call("rng_digests")
 
     def metrics(self) -> dict[str, Any]:
@@ -112,11 +112,11 @@ class Cluster:
         return self._ask(GetMetrics(call_id=call_id), MetricsReply, call_id).values
 
     def kill(self, target: int | str) -> None:
-        """SIGKILL to a rank or to COORDINATOR."""
+        """Send SIGKILL to a rank or to COORDINATOR."""
         os.kill(self._pid(target), signal.SIGKILL)
 
     def stop(self, target: int | str) -> None:
-        """SIGSTOP: the process is there and does nothing."""
+        """Send SIGSTOP: the process still exists but does nothing."""
         os.kill(self._pid(target), signal.SIGSTOP)
 
     def resume(self, target: int | str) -> None:
@@ -135,7 +135,7 @@ class Cluster:
         return self._next_call_id
 
     def _ask(self, command: ClientCommand, kind: type[Reply], call_id: int) -> Reply:
-        """Events of other kinds are dropped: the harness asks between two generations."""
+        """Send `command` and return its reply; other events are dropped, since no generation is running."""
         self.client.send(command)
         deadline = time.monotonic() + _REPLY_S
         while (event := self.client.receive(max(0.0, deadline - time.monotonic()))) is not None:

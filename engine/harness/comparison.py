@@ -16,7 +16,7 @@ from sempre.ipc.messages import RequestSpec
 
 @dataclass(frozen=True)
 class Comparison:
-    """`first_difference` names the request, the position, and what was found there; None when all is equal."""
+    """`first_difference` names the request, the position and the two values; None if all are equal."""
 
     equal: bool
     first_difference: str | None = None
@@ -27,13 +27,13 @@ def compare_settings(
 ) -> Comparison:
     """Run the requests once under each setting. `a` and `b` are keywords of Cluster, `model` among them.
 
-    With `multiprocessing=False` the engine runs in this process, whose global generators it seeds.
+    With `multiprocessing=False` the engine runs in this process and seeds its global generators.
     """
     return compare_generations(_run(a, requests, timeout_s), _run(b, requests, timeout_s))
 
 
 def compare_generations(a: Sequence[Generation], b: Sequence[Generation]) -> Comparison:
-    """Two runs of the same requests: tokens, log-probabilities of output and prompt, reasons of the end."""
+    """Compare two runs of the same requests: tokens, log-probabilities of output and prompt, finish reasons."""
     if len(a) != len(b):
         return Comparison(False, f"{len(a)} results against {len(b)}")
     for index, (one, other) in enumerate(zip(a, b, strict=True)):

@@ -1,7 +1,7 @@
-"""A proxy between the two ends of a link that harms chosen frames.
+"""A proxy between the two ends of a link that damages chosen frames.
 
-It stands where the hub should be, opens a connection of its own to the hub for each peer, and hands every frame on
-unread but for its tag.
+It takes the hub's address, opens its own connection to the hub for each peer, and forwards every frame, reading only
+its tag.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Direction = Literal["up", "down"]
 
 @dataclass(frozen=True)
 class Fault:
-    """Harm to the `nth` frame (from 1, counted from when the fault is injected) that travels in `direction`:
-    "up" from the worker or client to the coordinator, "down" to it. `message` names the type that counts; None: any.
+    """Damage to the `nth` frame (from 1, counted from the injection) in `direction`: "up" from the worker or client to
+    the coordinator, "down" from it. `message` names the message type to count; None: any.
 
-    delay: it and all behind it wait `delay_s`. drop: it never arrives. duplicate: it arrives twice.
+    delay: it and all frames after it wait `delay_s`. drop: it never arrives. duplicate: it arrives twice.
     corrupt: its last byte is inverted.
     """
 
@@ -51,7 +51,7 @@ class _Armed:
 
 @dataclass
 class _Lane:
-    """One direction of one peer's connection: frames and the times at which they may leave, in order."""
+    """One direction of one peer's connection: frames and the times at which they may leave."""
 
     direction: Direction
     socket: zmq.Socket[bytes]
@@ -70,7 +70,7 @@ class _Lane:
 
 
 class FaultProxy:
-    """Runs in a thread of its own from construction to `close`."""
+    """Runs in its own thread from construction to `close`."""
 
     def __init__(self, address: str, hub_address: str, faults: Sequence[Fault] = ()) -> None:
         self.address = address
@@ -87,12 +87,12 @@ class FaultProxy:
         self._thread.start()
 
     def inject(self, fault: Fault) -> None:
-        """Arm one more fault; its frames are counted from now on."""
+        """Add a fault; frames are counted from now on."""
         with self._lock:
             self._armed.append(_Armed(fault))
 
     def struck(self) -> list[Fault]:
-        """The faults that have been done, in order."""
+        """The faults that have happened, in order."""
         with self._lock:
             return self._struck.copy()
 
@@ -146,7 +146,7 @@ class FaultProxy:
             lane.put(frame, fault.delay_s if fault and fault.action == "delay" else 0.0)
 
     def _strike(self, direction: Direction, tag: str) -> Fault | None:
-        """The fault to do to this frame; every armed fault counts it."""
+        """The fault for this frame; every pending fault counts the frame."""
         with self._lock:
             hits = [armed.fault for armed in self._armed if armed.strikes(direction, tag)]
             self._struck += hits[:1]
@@ -154,7 +154,7 @@ class FaultProxy:
 
 
 def _socket(kind: int) -> zmq.Socket[bytes]:
-    """Like a channel's, but without its limit: what is too large is the ends' to refuse."""
+    """Like a channel's, but without its size limit: the ends refuse frames that are too large."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     for option, value in ((zmq.LINGER, 0), (zmq.SNDHWM, 0), (zmq.RCVHWM, 0), (zmq.RECONNECT_IVL, 10)):
         socket.setsockopt(option, value)
@@ -162,7 +162,7 @@ def _socket(kind: int) -> zmq.Socket[bytes]:
 
 
 def _tag(frame: bytes) -> str:
-    """The message's tag; empty when the frame has none."""
+    """The message's tag, or empty."""
     try:
         head = msgspec.msgpack.decode(memoryview(frame)[HEADER_BYTES:], type=list[msgspec.Raw])
         return msgspec.msgpack.decode(head[0], type=str)

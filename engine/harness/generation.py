@@ -1,4 +1,4 @@
-"""Requests made of token ids, and their results down to the bits of each log-probability."""
+"""Requests as token ids, and their results including the bits of each log-probability."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PositionLogprobs(NamedTuple):
 
 @dataclass
 class Generation:
-    """What became of one request."""
+    """The result of one request."""
 
     request_id: str
     token_ids: list[int] = field(default_factory=list)
@@ -46,7 +46,7 @@ def make_request(
     max_tokens: int = 16,
     **sampling: Any,
 ) -> RequestSpec:
-    """A request; `sampling` are further fields of SamplingSpec. The id defaults to the ordinal."""
+    """Make a request; `sampling` are further fields of SamplingSpec. The id defaults to the ordinal."""
     return RequestSpec(
         request_id=str(ordinal) if request_id is None else request_id,
         prompt_token_ids=list(prompt_token_ids),
@@ -59,9 +59,9 @@ def make_request(
 
 
 def generate(client: EngineClient, requests: Sequence[RequestSpec], *, timeout_s: float = 120.0) -> list[Generation]:
-    """Run all requests at once; results in their order.
+    """Run all requests at once; return results in their order.
 
-    Raises RequestError for a request that failed, TimeoutError, and what `client.receive` raises.
+    Raises RequestError for a failed request, TimeoutError, and the errors of `client.receive`.
     """
     results = {spec.request_id: Generation(spec.request_id) for spec in requests}
     unfinished = set(results)
@@ -73,7 +73,7 @@ def generate(client: EngineClient, requests: Sequence[RequestSpec], *, timeout_s
             raise TimeoutError(f"{len(unfinished)} of {len(results)} requests unfinished after {timeout_s:g} s")
         if isinstance(event, OutputsReady):
             for delta in event.outputs:
-                # what an earlier, failed call left unfinished may still report
+                # unfinished requests of an earlier, failed call may still report
                 if delta.request_id in unfinished:
                     _apply(results[delta.request_id], delta)
                     if delta.finish_reason is not None:

@@ -1,13 +1,13 @@
-"""What a model's text means: reasoning, content and tool calls, piece by piece while it is generated.
+"""Splits a model's text into reasoning, content and tool calls while it is generated.
 
-    pieces.py        what a parser yields, and the message that they make up
+    pieces.py        what a parser yields, and the message assembled from it
     reasoning.py     ReasoningSplitter: <think> … </think>
     call_scanner.py  CallScanner: one JSON object that names a function and its arguments
-    tool_calls.py    HermesParser, Llama3JsonParser; the JSON schema that enforces a call, and the parsers of such
-    output_parser.py OutputParser: the two in a row, for one output
+    tool_calls.py    HermesParser, Llama3JsonParser; JSON schemas that enforce calls, and parsers for them
+    output_parser.py OutputParser: reasoning, then tool calls, of one output
 
-The pieces of a text do not depend on how it was cut into chunks: a stream and a whole message are parsed alike.
-Nothing here knows of servers or engines.
+The pieces do not depend on how the text was cut into chunks: a stream and a whole message are parsed alike.
+Nothing here depends on servers or engines.
 """
 
 from sempre.engine.parsing.output_parser import REASONING_PARSERS, TOOL_PARSERS, OutputParser

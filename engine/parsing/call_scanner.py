@@ -1,7 +1,7 @@
-"""One JSON object that names a function and its arguments, read character by character.
+"""Reads one JSON object that names a function and its arguments, character by character.
 
-The arguments are handed on as they stand while they come: parsing them anew for every token would cost the square of
-their length, and what it yields for half a text depends on where it was cut.
+The arguments are passed on unparsed as they arrive: parsing them again for every token would take quadratic time,
+and the result for a partial text would depend on where it was cut.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class _At(Enum):
 
 
 class CallScanner:
-    """Fed with text until `done` or `malformed`.
+    """Feed it text until `done` or `malformed`.
 
-    `name` is set as soon as it is complete; from then on `take_arguments` gives what has come of the arguments since
-    the last call, and until then `raw` is all that was read. Strings and brackets are followed; what stands between
-    them is not checked, but for `<`, with which a tag begins and nothing in JSON. A call that lacks its last bracket
-    ends where something else begins. Arguments that are null are none, and JSON text in a string is unwrapped.
+    `name` is set as soon as it is complete; from then on `take_arguments` returns the new text of the arguments, and
+    until then `raw` is all that was read. Strings and brackets are tracked; the text between them is not checked,
+    except for `<`, which begins a tag and never occurs in JSON. A call without its last bracket ends where something
+    else begins. Null means no arguments, and JSON text in a string is unwrapped.
     """
 
     def __init__(self) -> None:
@@ -64,13 +64,13 @@ class CallScanner:
         return news
 
     def take_cut_off(self) -> str:
-        """The arguments' beginning that was kept until their end, which has not come."""
+        """The arguments kept so far, when their end is missing."""
         value = "".join(self._value) if self._at is _At.INSIDE_VALUE and self._keeps_value() else ""
         self._value.clear()
         return "" if "null".startswith(value) else value
 
     def feed(self, text: str) -> str:
-        """Read `text` up to the end of the object, or where it is malformed; what stands behind."""
+        """Read `text` to the end of the object or the first error; return the rest."""
         for position, character in enumerate(text):
             if self.done or self.malformed:
                 return text[position:]
@@ -158,7 +158,7 @@ class CallScanner:
         return self._key in _ARGUMENT_KEYS and not self._has_arguments
 
     def _keeps_value(self) -> bool:
-        """Whether the arguments are no object: what they mean is seen at their end."""
+        """Whether the arguments are not an object, so that their end decides what they mean."""
         return self._is_argument() and bool(self._value) and self._value[0] not in _CLOSING
 
     def _end_value(self) -> None:
@@ -180,12 +180,12 @@ class CallScanner:
                 self.malformed = True
 
     def _string_ends(self, character: str) -> bool:
-        """Follow a string; whether this is the quotation mark that ends it."""
+        """Track a string; return whether this quotation mark ends it."""
         if self._escaped:
             self._escaped = False
             return False
         self._escaped = character == "\\"
-        # the first mark of a key is read elsewhere, that of a value has set the flag already
+        # a key's opening mark is read elsewhere, a value's has already set the flag
         if character == '"':
             self._in_string = False
         return character == '"'

@@ -1,4 +1,4 @@
-"""Reasoning and tool calls of one output, in a row."""
+"""Parses the reasoning and then the tool calls of one output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sempre.engine.parsing.reasoning import ReasoningSplitter
 from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser
 
 REASONING_PARSERS: dict[str, bool] = {"qwen3": False, "deepseek_r1": True}
-"""Models by name; True: a free output begins inside its reasoning, whatever the prompt ends with."""
+"""Models by name; True: an unconstrained output begins inside its reasoning, however the prompt ends."""
 
 TOOL_PARSERS: dict[str, type[HermesParser] | type[Llama3JsonParser]] = {
     "hermes": HermesParser,
@@ -17,15 +17,15 @@ TOOL_PARSERS: dict[str, type[HermesParser] | type[Llama3JsonParser]] = {
 
 
 def reasoning_splitter(name: str, opened: bool | None, *, is_bound: bool = False) -> ReasoningSplitter | None:
-    """The splitter of an output behind a prompt that has `opened` reasoning; None when it has switched reasoning off.
+    """The splitter of an output whose prompt has `opened` reasoning; None if the prompt switched reasoning off.
 
-    `is_bound`: the answer has a form, which an output that does not begin with the start tag keeps from its beginning.
+    `is_bound`: the answer is structured, from the first token if the output does not begin with the start tag.
     """
     return None if opened is None else ReasoningSplitter(inside=opened or (REASONING_PARSERS[name] and not is_bound))
 
 
 class OutputParser:
-    """Splits reasoning off, and looks for tool calls in what is left; either may be None."""
+    """Splits off reasoning and parses tool calls in the rest; either may be None."""
 
     def __init__(self, reasoning: ReasoningSplitter | None, tools: Parser | None, *, one_call: bool = False) -> None:
         """`one_call`: leave out every tool call but the first."""
@@ -34,16 +34,16 @@ class OutputParser:
         self._one_call = one_call
 
     def feed(self, text: str) -> list[Piece]:
-        """What is certain after `text`."""
+        """Return the pieces that are certain after `text`."""
         return self._through_tools([Content(text)] if self._reasoning is None else self._reasoning.feed(text))
 
     def finish(self) -> list[Piece]:
-        """What is left when the text has ended."""
+        """End the text; return the remaining pieces."""
         pieces = [] if self._reasoning is None else self._through_tools(self._reasoning.finish())
         return pieces if self._tools is None else [*pieces, *self._counted(self._tools.finish())]
 
     def parse(self, text: str) -> list[Piece]:
-        """All pieces of a whole text."""
+        """Return all pieces of a complete text."""
         return [*self.feed(text), *self.finish()]
 
     def _through_tools(self, pieces: list[Piece]) -> list[Piece]:

@@ -1,4 +1,4 @@
-"""What a parser yields, and the message that the pieces make up; text that may be the beginning of a tag."""
+"""What a parser yields, the message assembled from it, and text that may begin a tag."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Parser(Protocol):
     """Takes a text in chunks."""
 
     def feed(self, text: str) -> list[Piece]:
-        """What is certain after `text`."""
+        """Return the pieces that are certain after `text`."""
 
     def finish(self) -> list[Piece]:
-        """What is left when the text has ended."""
+        """End the text; return the remaining pieces."""
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class ToolCall:
 
 @dataclass(slots=True)
 class ParsedMessage:
-    """All pieces together; None: there was none."""
+    """All pieces joined; None means there were none of that kind."""
 
     content: str | None = None
     reasoning: str | None = None
@@ -68,7 +68,7 @@ class ParsedMessage:
 
 
 def assemble(pieces: Iterable[Piece]) -> ParsedMessage:
-    """The message that pieces make up."""
+    """Assemble pieces into a message."""
     message = ParsedMessage()
     for piece in pieces:
         match piece:
@@ -84,7 +84,7 @@ def assemble(pieces: Iterable[Piece]) -> ParsedMessage:
 
 
 def split_before_tag(text: str, tag: str) -> tuple[str, str]:
-    """(certain, undecided): `text`, which does not hold `tag`, cut where more text could make it one."""
+    """(certain, undecided): `text`, which does not contain `tag`, cut where a tag may begin."""
     for size in range(min(len(tag) - 1, len(text)), 0, -1):
         if text.endswith(tag[:size]):
             return text[:-size], text[-size:]

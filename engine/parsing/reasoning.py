@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 START, END = "<think>", "</think>"
 
 _TAIL_TOKENS = 16
-"""Last tokens of a prompt without turns in which a tag that ends it is looked for."""
+"""Number of last tokens to search for a final tag in a prompt without turns."""
 
 
 def opens_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> bool | None:
-    """Whether a prompt ends inside reasoning; None where reasoning has ended in it: the output will have none.
+    """Whether a prompt ends inside reasoning; None if reasoning has ended in it, so the output has none.
 
-    Chat templates end a prompt with the start tag to have the model think, or with empty reasoning to keep it from
-    that; and the last turn may be the beginning of an answer that is to be continued.
+    Chat templates end a prompt with the start tag to make the model think, or with empty reasoning to prevent it;
+    the last turn may also be the beginning of an answer to continue.
     """
     turn = _last_turn(tokenizer, prompt_token_ids)
     start, end = turn.rfind(START), turn.rfind(END)
@@ -29,7 +29,7 @@ def opens_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> bo
 
 
 class PromptReasoning:
-    """What a prompt says of reasoning, found when it is first asked for."""
+    """Whether a prompt opens reasoning, computed on first use."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -42,7 +42,7 @@ class PromptReasoning:
 
 
 def _last_turn(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
-    """The text behind the last special token, which is where a turn begins; without one, the tag that ends a prompt."""
+    """The text after the last special token, where a turn begins; without one, the tag that ends the prompt."""
     special_texts = tokenizer.special_texts
     for place in range(len(token_ids) - 1, -1, -1):
         if special_texts.get(token_ids[place], START) not in (START, END):
@@ -52,10 +52,10 @@ def _last_turn(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
 
 
 class ReasoningSplitter:
-    """Reasoning up to the first </think>, then content; no character but the tags is lost.
+    """Reasoning up to the first </think>, then content; only the tags are removed.
 
-    Beginning inside, a text without </think> is all reasoning. Otherwise reasoning must begin with <think>, at most
-    behind white space; a text that does not is all content.
+    A text that begins inside reasoning and has no </think> is all reasoning. Otherwise reasoning must begin with
+    <think>, optionally after white space; a text that does not is all content.
     """
 
     def __init__(self, *, inside: bool) -> None:
@@ -92,7 +92,7 @@ class ReasoningSplitter:
         return [Content(rest)] if self._ended else [Reasoning(rest)]
 
     def _decide_start(self, *, final: bool) -> bool:
-        """Whether it is clear now how the text begins."""
+        """Return whether the beginning of the text is decided."""
         begin = self._undecided.lstrip()
         if begin.startswith(START):
             self._undecided = begin[len(START) :]

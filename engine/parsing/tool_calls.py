@@ -1,4 +1,4 @@
-"""Tool calls in the text of an output, by the format that a model was trained on, or that a grammar enforces."""
+"""Parses tool calls in the format that a model was trained on or that a grammar enforces."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from sempre.engine.parsing.call_scanner import CallScanner
 from sempre.engine.parsing.pieces import Arguments, CallStart, Content, Piece, split_before_tag
 
-# Behind an object: white space, and closing brackets that it does not need.
+# After an object: white space and surplus closing brackets.
 _NOTHING = " \t\r\n}]"
-# as Python's json.dumps writes, and the models' training data
+# the separators of Python's json.dumps and of the models' training data
 _SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _DEFINITIONS = ("$defs", "definitions")
 Schema = dict[str, Any]
@@ -19,9 +19,9 @@ Schema = dict[str, Any]
 class _CallParser:
     """What the formats share: content around calls, and one call at a time.
 
-    White space alone, before, between or behind calls, is none of the answer. An object that turns out to name no
-    function is content, as it stands. One that names a function and then breaks off or goes wrong is a call with the
-    arguments it has: they were handed on already.
+    White space alone before, between or after calls is dropped. An object that does not name a function is content,
+    unchanged. One that names a function and then breaks off or is malformed is a call with the arguments it has, since
+    they were already passed on.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class _CallParser:
         return self._take()
 
     def _step(self, text: str) -> str:
-        """Read some of `text`, and return what is left of it."""
+        """Read some of `text` and return the rest."""
         raise NotImplementedError
 
     def _end(self) -> None:
@@ -56,7 +56,7 @@ class _CallParser:
         return pieces
 
     def _say(self, text: str) -> None:
-        """More content; white space waits until it is clear that it belongs to some."""
+        """Add content; white space is held back until other content follows."""
         text = self._space + text
         end = len(text.rstrip())
         self._space = text[end:]
@@ -68,7 +68,7 @@ class _CallParser:
         self._scanner, self._is_started = CallScanner(), False
 
     def _scan(self, text: str) -> str:
-        """Read on in the call; what stands behind it."""
+        """Continue reading the call; return the text after it."""
         scanner = self._scanner
         assert scanner is not None
         rest = scanner.feed(text)
@@ -96,8 +96,8 @@ class _CallParser:
 class HermesParser(_CallParser):
     """<tool_call>{"name": …, "arguments": {…}}</tool_call>, any number of times, and content around them.
 
-    White space and stray brackets behind an object are nothing; any other text there is content, as an end tag that
-    was left out leaves it. The next start tag ends a call, too.
+    White space and stray brackets after an object are dropped; any other text there is content, which happens when
+    the end tag is missing. The next start tag ends a call, too.
     """
 
     START, END = "<tool_call>", "</tool_call>"
@@ -105,7 +105,7 @@ class HermesParser(_CallParser):
     def __init__(self) -> None:
         super().__init__()
         self._undecided = ""
-        # what stands behind an object so far, while it is nothing; None once it is content
+        # the text after an object so far, while it is ignorable; None once it is content
         self._gap: str | None = ""
 
     def _step(self, text: str) -> str:
@@ -175,17 +175,17 @@ class HermesParser(_CallParser):
 
 
 class _JsonCallsParser(_CallParser):
-    """Calls, and nothing else: OPENING, separated by SEPARATOR, then CLOSING. A text that is not that is content."""
+    """Calls only: OPENING, calls separated by SEPARATOR, then CLOSING. Any other text is content."""
 
     OPENING = ""
     SEPARATOR = ""
     CLOSING = ""
-    # brackets that an object may have too many of
+    # surplus brackets that an object may end with
     STRAY = ""
 
     def __init__(self) -> None:
         super().__init__()
-        # white space and separators before a call that has not begun, or is not known to be one
+        # white space and separators before a call that has not begun or is not certain yet
         self._head = ""
         self._is_content = False
 
@@ -241,7 +241,7 @@ class _JsonCallsParser(_CallParser):
 
 
 class Llama3JsonParser(_JsonCallsParser):
-    """{"name": …, "parameters": {…}}, several separated by `;`, at most behind <|python_tag|>."""
+    """{"name": …, "parameters": {…}}, several separated by `;`, optionally after <|python_tag|>."""
 
     OPENING, SEPARATOR, CLOSING = "<|python_tag|>", ";", ";"
     STRAY = "}"
@@ -250,7 +250,7 @@ class Llama3JsonParser(_JsonCallsParser):
 class RequiredCallsParser(_JsonCallsParser):
     """[{"name": …, "parameters": {…}}, …], as the grammar of `required_calls_schema` enforces it.
 
-    Behind a call there is nothing but calls: of one that was cut off before its name nothing is said.
+    Only calls can follow a call; one that is cut off before its name is dropped.
     """
 
     OPENING, SEPARATOR, CLOSING = "[", ",", "]"
@@ -261,7 +261,7 @@ class RequiredCallsParser(_JsonCallsParser):
 
 
 class NamedCallParser:
-    """The arguments of one function, as its own schema enforces them: the whole text."""
+    """The whole text is the arguments of one function, enforced by its schema."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -283,14 +283,14 @@ class NamedCallParser:
 
 
 def named_call_schema(parameters: Schema | None) -> Schema:
-    """Of the arguments of one function."""
+    """The schema of one function's arguments."""
     return {**_parameters(parameters), "x-guidance": _SPACES}
 
 
 def required_calls_schema(functions: Sequence[tuple[str, Schema | None]], *, parallel: bool) -> Schema:
-    """Of a list of calls, at least one, of (name, parameters); not `parallel`: exactly one.
+    """The schema of a list of calls of (name, parameters): at least one, without `parallel` exactly one.
 
-    Raises ValueError when two functions define one name differently.
+    Raises ValueError if two functions define the same name differently.
     """
     definitions: dict[str, Schema] = {}
     calls = []
@@ -300,7 +300,7 @@ def required_calls_schema(functions: Sequence[tuple[str, Schema | None]], *, par
             # references name them from the root
             for local, definition in schema.pop(key, {}).items():
                 if definitions.setdefault(key, {}).setdefault(local, definition) != definition:
-                    raise ValueError(f"tools: {key}/{local} is defined twice, and not alike; rename one of them.")
+                    raise ValueError(f"tools: {key}/{local} is defined twice, differently; rename one of them.")
         calls.append(
             {
                 "type": "object",

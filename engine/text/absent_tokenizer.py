@@ -1,4 +1,4 @@
-"""What stands in a tokenizer's place with skip_tokenizer_init: prompts and outputs are token ids alone."""
+"""The tokenizer used with skip_tokenizer_init: prompts and outputs are token ids only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sempre.ipc.errors import RequestError
 
 
 class AbsentTokenizer(Tokenizer):
-    """Knows no token; whatever needs text raises RequestError."""
+    """Has no tokens; everything that needs text raises RequestError."""
 
     makes_text = False
 
@@ -26,7 +26,7 @@ class AbsentTokenizer(Tokenizer):
         if name.startswith("__"):
             raise AttributeError(name)
         raise RequestError(
-            "there is no text with skip_tokenizer_init=True: give prompts as prompt_token_ids, without parameters that "
-            "are text, and read token_ids.",
+            "there is no text with skip_tokenizer_init=True: give prompts as prompt_token_ids, without text "
+            "parameters, and read token_ids.",
             parameter="prompt",
         )

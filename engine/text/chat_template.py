@@ -1,4 +1,4 @@
-"""Chat messages to a prompt, by the model's own Jinja template."""
+"""Renders chat messages into a prompt with the model's own Jinja template."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ RESERVED_VARIABLES = frozenset(
     | {"add_generation_prompt", "continue_final_message", "content_format", "chat_template_kwargs"}
     | {"return_dict", "strftime_now", "raise_exception"}
 )
-"""What a caller's own variables of a template cannot be called: they would replace what the engine gives it."""
+"""Names that a caller's template variables cannot have: the engine sets these variables itself."""
 
-# Put behind the last message to find where it ends in the prompt; templates trim spaces, never this.
+# Appended to the last message to find its end in the prompt; templates trim spaces, but never this.
 _END_MARK = "\ue000sempre-end-of-final-message\ue000"
 
 
@@ -68,7 +68,7 @@ def _template_in(path: Path, *, with_tools: bool) -> str | None:
 
 
 def checked_variables(variables: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return a caller's variables of a template. Raises RequestError for a reserved name."""
+    """Return a caller's template variables. Raises RequestError for a reserved name."""
     for name in variables or ():
         if name in RESERVED_VARIABLES:
             raise RequestError(
@@ -87,18 +87,17 @@ def render_chat(
     content_format: ContentFormat = "auto",
     **variables: Any,
 ) -> str:
-    """Render `messages` into a prompt; `variables` reach the template, bos_token and eos_token among them.
+    """Render `messages` into a prompt; the template gets `variables`, which include bos_token and eos_token.
 
-    Messages may have any form that OpenAI's clients give them; the template gets the one that it reads (TemplateForm).
+    Messages may have any form that OpenAI's clients send; they are converted to the template's form (TemplateForm).
 
-    The prompt is a function of the arguments alone. A template may ask for today's date (`strftime_now`): it is
-    answered with the argument `date_string` and not at all without it. Templates that bring a fixed date of their
-    own for that case use it, the others are refused.
+    The prompt depends on the arguments alone. If a template asks for today's date (`strftime_now`), it gets the
+    argument `date_string`. Without it, templates with a fixed date of their own use that; others are refused.
 
-    `continue_final_message` ends the prompt inside the last message, so that the model goes on with it; it
+    `continue_final_message` ends the prompt inside the last message, so that the model continues it; it
     excludes `add_generation_prompt`.
 
-    Raises RequestError naming the message field, the argument, or what the template itself objects to.
+    Raises RequestError naming the message field, the argument, or the template's own error.
     """
     if continue_final_message and add_generation_prompt:
         raise RequestError(
@@ -138,7 +137,7 @@ def _render(template: str, variables: Mapping[str, Any]) -> str:
         raise RequestError(
             f"chat_template is not valid Jinja: line {error.lineno}: {error.message}", parameter="chat_template"
         ) from error
-    # TypeError, ValueError: an expression of the template met a value it was not written for; others: it has no bounds
+    # TypeError, ValueError: the template does not expect a value; the others: it is unbounded
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise RequestError(f"chat_template refused these messages: {error}", parameter="messages") from error
 
@@ -174,7 +173,7 @@ def _cut_at_mark(prompt: str) -> str:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks what a trainer learns from; for a prompt it is its body."""
+    """`{% generation %}…{% endgeneration %}` marks text to train on; in a prompt it renders its body."""
 
     tags = {"generation"}  # noqa: RUF012  the base class declares it as an attribute of the instance
 
@@ -211,7 +210,7 @@ def _compile(template: str) -> jinja2.Template:
     filters: dict[str, Callable[..., Any]] = environment.filters
     filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    # These draw from the process's random stream: a prompt must not, and a library must not touch that stream.
+    # These use the process's random stream, which neither a prompt nor a library may touch.
     del filters["random"]
     del environment.globals["lipsum"]
     return environment.from_string(template)

@@ -1,4 +1,4 @@
-"""Token ids to text as they arrive, with stop strings."""
+"""Converts token ids to text as they arrive, with stop strings."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from sempre.engine.text.tokenizer import Tokenizer
 
 
 class TextUpdate(NamedTuple):
-    """What a call of `IncrementalDetokenizer.update` brought."""
+    """Result of `IncrementalDetokenizer.update`."""
 
     delta: str
-    """Text to add to what was handed out before."""
+    """New text, to append to earlier text."""
     num_tokens: int
-    """How many of the given tokens belong to the output; those behind a stop string do not."""
+    """How many of the given tokens belong to the output; those after a stop string do not."""
     stop_reason: str | None
-    """The stop string that ended the output, None when none did."""
+    """The stop string that ended the output, or None."""
 
 
 class IncrementalDetokenizer:
-    """The growing text of one output.
+    """The text of one output as it grows.
 
-    Tokens are taken one at a time, whatever the grouping in which they arrive, so neither the text nor the place
-    where a stop string ends it depends on how many tokens a step brought. Joined deltas equal `tokenizer.decode` of
-    prompt and output, less that of the prompt (up to a character that it leaves unfinished).
+    Tokens are processed one at a time, so neither the text nor the position of a stop string depends on how many
+    tokens a step brought. Joined deltas equal `tokenizer.decode` of prompt and output without that of the prompt
+    (up to a character that the prompt leaves unfinished).
 
-        output text:  | handed out | held: may begin a stop string | not certain yet: unfinished characters |
+        output text:  | returned | held: may begin a stop string | not certain yet: unfinished characters |
     """
 
     def __init__(
@@ -41,18 +41,18 @@ class IncrementalDetokenizer:
         min_tokens: int = 0,
         prompt_token_ids: Sequence[int] = (),
     ) -> None:
-        """Start an output behind `prompt_token_ids`.
+        """Start an output after `prompt_token_ids`.
 
-        A prompt may end inside a character, which the output then completes. `stop` strings are looked for in
-        the text of the tokens after the first `min_tokens`: one that ends within those does not count. One that has a
-        special token in it also matches where special tokens are left out of the text.
+        A prompt may end inside a character, which the output then completes. A `stop` string that ends
+        within the first `min_tokens` tokens does not count. One that contains a special token also matches if
+        special tokens are left out of the text.
         """
         self._skipped_texts = tokenizer.special_texts if skip_special_tokens else {}
         self._stream = TokenStream(tokenizer, self._skipped_texts.keys(), prompt_token_ids)
         self._stop = (
             StopStrings(stop, list(self._skipped_texts.values()), include=include_stop_str_in_output) if stop else None
         )
-        # looks at the text of a run of bytes that may turn out to be wrong
+        # searches the text of a run of bytes that may turn out to be invalid
         self._draft: StopStrings | None = None
         self._draft_text = ""
         self._draft_pieces: list[str] = []
@@ -64,15 +64,15 @@ class IncrementalDetokenizer:
 
     @property
     def text(self) -> str:
-        """All text handed out so far: the deltas, joined."""
+        """All text returned so far: the joined deltas."""
         return "".join(self._handed_out)
 
     def update(self, token_ids: Sequence[int], *, finished: bool = False, stop_token: bool = False) -> TextUpdate:
-        """Take the output's next tokens and return the new text.
+        """Add the output's next tokens and return the new text.
 
-        `finished` says that these are the last ones, so that all text comes out; `stop_token` says that the last one
-        of them is a stop or end token that ended the output: its text is left out unless
-        `include_stop_str_in_output`. A stop string ends the output by itself; calls after the end are an error.
+        `finished` says that these are the last tokens, so all text is returned; `stop_token` says that the last of
+        them is a stop or end token that ended the output: its text is left out unless `include_stop_str_in_output`.
+        A stop string ends the output by itself; calls after the end are an error.
         """
         assert not self._finished, "update() after the output ended"
         if self._stop is None:
@@ -93,7 +93,7 @@ class IncrementalDetokenizer:
         return self._hand_out(pieces, len(token_ids), None)
 
     def take_all(self, token_ids: Sequence[int], *, ends: bool, stop_token: bool = False) -> str:
-        """As `update`, where there are no stop strings, so that the text cannot end the output; return the new text."""
+        """Like `update`, for outputs without stop strings, whose text cannot end them; return the new text."""
         assert self._stop is None, "a stop string is looked for token by token"
         assert not self._finished, "tokens after the output ended"
         self._finished = ends
@@ -107,7 +107,7 @@ class IncrementalDetokenizer:
         return delta
 
     def _take(self, token_id: int, pieces: list[str]) -> str | None:
-        """Append to `pieces` what a token lets out; return the stop string that it completes."""
+        """Append the text that a token releases to `pieces`; return the stop string that it completes."""
         assert self._stop is not None
         counts = self._num_tokens > self._min_tokens
         special_text = self._skipped_texts.get(token_id)
@@ -130,14 +130,14 @@ class IncrementalDetokenizer:
         return self._look(self._draft.feed(news, counts=counts), self._draft_pieces, pieces)
 
     def _look(self, found: Found, pieces: list[str], outer: list[str] | None = None) -> str | None:
-        """Append what was found to `pieces`, and these to `outer` when it is the end."""
+        """Append the found text to `pieces`, and at the end of the output also `pieces` to `outer`."""
         pieces.append(found.text)
         if found.stop_string is not None and outer is not None:
             outer += pieces
         return found.stop_string
 
     def _settle(self, certain: str, pieces: list[str]) -> str:
-        """Keep the draft that looked at text which has become certain, or drop it; return what it has not seen."""
+        """Keep the tentative search if its text is now certain, or drop it; return the text still to search."""
         if not certain or self._draft is None or self._stop is None:
             return certain
         if certain.startswith(self._draft_text):
@@ -148,7 +148,7 @@ class IncrementalDetokenizer:
         return certain
 
     def _rest(self) -> str:
-        """What is left when no token follows."""
+        """The remaining text when no token follows."""
         assert self._stop is not None
         pieces: list[str] = []
         rest = self._settle(self._stream.end(), pieces)

@@ -1,4 +1,4 @@
-"""Token ids of one text or several, with the names that transformers has for them."""
+"""Token ids of one text or several, under the names of transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BatchEncoding(dict[str, Any]):
 def padded(
     rows: Sequence[list[int]], padding: Padding, max_length: int | None, *, pad_id: int | None, side: str
 ) -> BatchEncoding:
-    """Return the rows with their masks, filled up to one length if `padding` says so. Raises ConfigError."""
+    """Return the rows with their masks, padded to one length if `padding` is set. Raises ConfigError."""
     length = None
     if padding in (True, "longest"):
         length = max(map(len, rows), default=0)

@@ -10,22 +10,22 @@ from sempre.engine.text.template_form import Message, Missing, TemplateForm
 from sempre.ipc.errors import RequestError
 
 ContentFormat = Literal["auto", "string", "openai"]
-"""Content for a template: what it reads (auto), always one string, or always a list of parts as OpenAI has them."""
+"""Content for a template: the form it reads (auto), always one string, or always a list of OpenAI's parts."""
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-# One text under the names that templates have for it.
+# The names that templates use for the same text.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-# type of a part → the member with its text
+# type of a part → its field with the text
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
 def messages_for(
     messages: Sequence[Mapping[str, Any]], form: TemplateForm, content_format: ContentFormat
 ) -> list[Message]:
-    """Return copies of the messages as the template reads them. Raises RequestError naming the field that does not fit.
+    """Return copies of the messages in the template's form. Raises RequestError naming the invalid field.
 
-    Members that are null leave, as does an empty list of tool calls; arguments are an object or JSON text, content a
-    string (parts are joined by newlines) or parts, and a reply without content has none in the template's own way.
+    Null fields and an empty list of tool calls are dropped. Arguments become an object or JSON text, content a string
+    (parts are joined by newlines) or parts; missing content is written the way the template expects.
     """
     formed = [_Message(message, index, form, content_format).formed() for index, message in enumerate(messages)]
     if not formed:
@@ -34,7 +34,7 @@ def messages_for(
 
 
 def tools_for(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Return the tools without members that are null; None when there are none."""
+    """Return the tools without null fields; None if there are no tools."""
     if not tools:
         return None
     plain = [_without_nulls(tool) for tool in tools]
@@ -45,7 +45,7 @@ def tools_for(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]
 
 
 class _Message:
-    """One message on its way into the template's form."""
+    """Converts one message to the template's form."""
 
     def __init__(self, message: object, index: int, form: TemplateForm, content_format: ContentFormat) -> None:
         self._where = f"messages[{index}]"
@@ -75,11 +75,11 @@ class _Message:
         role = self._given.get("role")
         if not isinstance(role, str) or not role:
             raise self._error(".role", f"must be a non-empty string, got {role!r}", role)
-        # OpenAI's newer name for it, which few models have learned
+        # OpenAI's newer name for it, which few models know
         return "system" if role == "developer" and not self._form.mentions(role) else role
 
     def _name_reasoning(self, message: Message) -> bool:
-        """Give the reasoning under every name that the template has for it; whether there is any."""
+        """Set the reasoning under every name that the template uses; return whether there is any."""
         name = next((name for name in _REASONING if name in message), None)
         if name is None:
             return False
@@ -92,7 +92,7 @@ class _Message:
         return bool(reasoning)
 
     def _content(self, role: str, beside: Literal["calls", "reasoning"] | None) -> tuple[object] | Literal["absent"]:
-        """The content, in a tuple, or that there is none. `beside`: what else a reply has."""
+        """The content in a tuple, or "absent". `beside`: what else the reply contains."""
         given = self._given.get("content")
         parts = self._texts(given) if isinstance(given, list) else None
         if given is None and role != "assistant":
@@ -109,7 +109,7 @@ class _Message:
         if self._gives_parts(role, parts):
             if parts is None:
                 return ([{"type": "text", "text": text or ""}],)
-            # a template may read more of a part than its text
+            # a template may read other fields of a part, too
             more = [dict(part) if isinstance(part, Mapping) else {} for part in given or ()]
             return ([{**part, "type": "text", "text": each} for part, each in zip(more, parts, strict=True)],)
         return (text or "",)
@@ -159,7 +159,7 @@ class _Message:
         return formed
 
     def _arguments(self, arguments: object, where: str) -> object:
-        """Arguments as an object or as JSON text; those that are missing or empty are no arguments."""
+        """Arguments as an object or as JSON text; missing or empty means no arguments."""
         as_text = self._form.arguments_are_text()
         if arguments is None or arguments == "":
             arguments = {}

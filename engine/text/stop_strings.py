@@ -1,4 +1,4 @@
-"""Stop strings in a text that comes piece by piece, parts of it hidden."""
+"""Finds stop strings in a text that arrives in pieces, some of them hidden."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import NamedTuple, Self
 
 
 class Found(NamedTuple):
-    """What a piece of text brought."""
+    """Result for one piece of text."""
 
     text: str
-    """visible text that no stop string can take back any more"""
+    """visible text that cannot be part of a stop string any more"""
     stop_string: str | None
     """the stop string that ended the text"""
 
 
 class StopStrings:
-    """Looks for stop strings, and holds text back as long as it may begin one.
+    """Searches for stop strings, and holds back text that may begin one.
 
-    Special tokens may be hidden. A stop string that has the text of one in it is looked for in the text with the hidden
-    parts, all others in the visible text alone.
+    Special tokens may be hidden. A stop string that contains the text of one is matched against the text with the
+    hidden parts, all others against the visible text only.
 
-        text:  | handed out | tail: may begin a stop string |      the tail's first `_num_out` characters are out, too
+        text:  | returned | tail: may begin a stop string |    the tail's first `_num_out` characters are returned, too
     """
 
     def __init__(self, stop: Sequence[str], special_texts: Sequence[str], *, include: bool) -> None:
-        """`include`: the stop string itself is part of the text, so that its visible beginning need not be held."""
+        """`include`: the stop string itself is part of the text, so its visible beginning need not be held back."""
         self._stop = tuple(stop)
         self._in_all = [any(text in stop_string for text in special_texts) for stop_string in stop]
         self._special = [text for text in special_texts if any(text in stop_string for stop_string in stop)]
@@ -39,13 +39,13 @@ class StopStrings:
         return special_text in self._special
 
     def copy(self) -> Self:
-        """Return the same state, to go on from apart."""
+        """Return an independent copy of the state."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
 
     def feed(self, piece: str, *, hidden: bool = False, counts: bool = True) -> Found:
-        """Take more text; only what ends in it can match, and nothing where it does not count."""
+        """Add text; only a stop string that ends in it can match, and none if not `counts`."""
         if not piece:
             return Found("", None)
         text, marks = self._tail + piece, [*self._hidden, *[hidden] * len(piece)]
@@ -64,11 +64,11 @@ class StopStrings:
         return Found(out, None)
 
     def flush(self) -> str:
-        """No text follows; return what was held back."""
+        """End the text; return what was held back."""
         return _visible(self._tail, self._hidden, self._num_out, len(self._tail))
 
     def _first_match(self, text: str, marks: Sequence[bool]) -> tuple[int, int, int] | None:
-        """Return (start, end, rank) of the match that starts first; of equal starts the first stop string."""
+        """Return (start, end, rank) of the match that starts first; on a tie, that of the first stop string."""
         places, shown = _shown(text, marks)
         num_old = len(self._tail)
         num_shown_old = num_old - sum(marks[:num_old])
@@ -89,7 +89,7 @@ class StopStrings:
         return start, end, rank
 
     def _longest_beginning(self, text: str, marks: Sequence[bool]) -> tuple[int, int]:
-        """Return where the longest suffix begins that a stop string begins with, and where text must be held."""
+        """Return the start of the longest suffix that is a prefix of a stop string, and from where to hold text."""
         places, shown = _shown(text, marks)
         plain = [stop_string for stop_string, in_all in zip(self._stop, self._in_all, strict=True) if not in_all]
         others = [stop_string for stop_string, in_all in zip(self._stop, self._in_all, strict=True) if in_all]
@@ -98,13 +98,13 @@ class StopStrings:
         start = min(places[len(shown) - num_plain] if num_plain else len(text), other_start)
         if not self._include:
             return start, start
-        # what is hidden comes out only with a whole stop string, and what follows it not before
+        # hidden text is returned only with a whole stop string, and the text after it no earlier
         held = next((index for index in range(other_start, len(text)) if marks[index]), len(text))
         return start, max(held, self._num_out)
 
 
 def _shown(text: str, marks: Sequence[bool]) -> tuple[Sequence[int], str]:
-    """Return the places of the visible characters, and these."""
+    """Return the positions of the visible characters, and the characters."""
     if not any(marks):
         return range(len(text)), text
     places = [index for index, mark in enumerate(marks) if not mark]
@@ -118,7 +118,7 @@ def _visible(text: str, marks: Sequence[bool], start: int, end: int) -> str:
 
 
 def _size_of_beginning(text: str, stop: Sequence[str]) -> int:
-    """Return the size of the longest suffix of `text` that is a beginning, but not the whole, of a stop string."""
+    """Return the size of the longest suffix of `text` that is a proper prefix of a stop string."""
     longest = max((len(stop_string) for stop_string in stop), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
         suffix = text[-size:]

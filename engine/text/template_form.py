@@ -1,9 +1,9 @@
 """The form in which a chat template reads messages, found by rendering small conversations with it.
 
-OpenAI's form is one, templates expect many: arguments of tool calls as an object or as JSON text, content as a string
-or as parts, a call's missing content as none, as an empty string, or not at all. A template says nothing of it, and
-what it does not expect it renders wrongly without a word (`"{\\"id\\": 1}"`, `{'id': 1}`, or nothing). So each form is
-tried with marked values, and the one counts whose values come out as they went in.
+OpenAI has one form, but templates expect many: arguments of tool calls as an object or as JSON text, content as a
+string or as parts, a call's missing content as none, as an empty string, or left out. A template does not declare its
+form and silently renders another one wrongly (`"{\\"id\\": 1}"`, `{'id': 1}`, or nothing). So each form is tried with
+marked values, and the one that renders them unchanged is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Message = dict[str, Any]
 Missing = Literal["absent", "none", "empty"]
 
 _FIRST, _SECOND = "probe-first", "probe-second"
-# A list that was printed, in place of its texts.
+# A list printed as such, instead of its texts.
 _PRINTED_PART = re.compile(rf"""["']text["']\s*:\s*["']{_FIRST}""")
 _CALL_ID = "prb123456"  # nine characters: some templates refuse ids of another length
 _TOOL = {
@@ -35,10 +35,10 @@ _PRINTED_OBJECT = f"'{_FIRST}': '{_SECOND}'"
 
 
 class TemplateForm:
-    """What one template reads. Every answer is a function of the template alone, and is found when first asked for."""
+    """The form that one template reads. Each answer depends on the template alone and is computed on first use."""
 
     def __init__(self, source: str, render: Callable[[Mapping[str, Any]], str]) -> None:
-        """`render` renders the template `source` with variables, and raises any Exception where it refuses."""
+        """`render` renders the template `source` with variables; it may raise any Exception."""
         self._source = source
         self._render = render
         self.takes_parts = cache(self._takes_parts)
@@ -46,12 +46,12 @@ class TemplateForm:
         self.takes_text = cache(self._takes_text)
         """(role) → whether content of this role may be a string."""
         self.arguments_are_text = cache(self._arguments_are_text)
-        """() → whether the arguments of a tool call must be JSON text; else they are an object."""
+        """() → whether the arguments of a tool call must be JSON text rather than an object."""
         self.missing_content = cache(self._missing_content)
         """(where, given) → how to give an assistant message without content that has "calls" or "reasoning" only."""
 
     def mentions(self, name: str) -> bool:
-        """Whether the name of a field or a role occurs in the template."""
+        """Whether a field's or role's name occurs in the template."""
         return re.search(rf"\b{re.escape(name)}\b", self._source) is not None
 
     def _takes_parts(self, role: str) -> bool:
@@ -60,7 +60,7 @@ class TemplateForm:
         return shown is not None and not _PRINTED_PART.search(shown)
 
     def _takes_text(self, role: str) -> bool:
-        # a role that is shown in neither form stays as it is
+        # a role that is rendered in neither form stays unchanged
         return self._try(self._conversation(role, _FIRST), (_FIRST,)) is not None or not self.takes_parts(role)
 
     def _arguments_are_text(self) -> bool:
@@ -74,7 +74,7 @@ class TemplateForm:
         return shown is not None and _PRINTED_OBJECT not in shown
 
     def _missing_content(self, where: Literal["calls", "reasoning"], given: Missing) -> Missing:
-        # a call may need none to be shown at all, a mere thought is a reply that says nothing
+        # a call may be rendered without content; reasoning alone is a reply with empty content
         order: tuple[Missing, ...] = ("absent", "none", "empty") if where == "calls" else ("absent", "empty", "none")
         if given == "empty":
             order = ("empty", "absent", "none")
@@ -87,7 +87,7 @@ class TemplateForm:
                 thought = _without_content({"role": "assistant", "reasoning_content": _FIRST}, missing)
                 shown = self._try([_USER, thought, _USER], ())
             if shown is not None:
-                # what a template makes of a value that it did not expect
+                # how a template renders a value that it does not expect
                 found.append((shown.count("None") + shown.count("null"), rank, missing))
         return min(found)[2] if found else "empty"
 
@@ -121,7 +121,7 @@ class TemplateForm:
             }
             try:
                 shown = self._render(variables)
-            except Exception:  # whatever an unknown template may raise, it says that it does not read this
+            except Exception:  # any error of an unknown template means that it does not read this form
                 continue
             if all(text in shown for text in seen):
                 return shown

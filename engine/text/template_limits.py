@@ -1,7 +1,6 @@
-"""A sandbox for chat templates, which come with checkpoints and are programs of strangers.
+"""A sandbox for chat templates, which come with checkpoints and are untrusted programs.
 
-Its time has a bound, and so has the size of every value that it makes. What a server renders has a bound of memory
-besides, in a process of its own.
+It limits the time and the size of every value. A server renders in a process of its own, which also limits memory.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ import jinja2.visitor
 from jinja2.exceptions import SecurityError
 
 MAX_CPU_S = 10.0
-"""Seconds of processor time of one conversation; a prompt of a million tokens takes about one."""
+"""Seconds of CPU time for one conversation; a prompt of a million tokens takes about one second."""
 MAX_SIZE = 1 << 24
-"""Most characters or entries of one value, and the largest number that is given to a function."""
+"""Maximum characters or entries of one value, and the largest number passed to a function."""
 
 _TICKS_PER_LOOK = 32
 _WIDTH = re.compile(r"\d{7,}")
 
 
 class _Budget(threading.local):
-    """What the conversation that a thread renders may still take."""
+    """The remaining budget of the conversation that a thread renders."""
 
     deadline: float | None = None
     ticks = 0
 
 
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Raises SecurityError, which is a TemplateError, beyond a bound."""
+    """Raises SecurityError, a TemplateError, when a limit is exceeded."""
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
@@ -49,7 +48,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     @contextmanager
     def bounded(self) -> Iterator[None]:
-        """Context of one rendering."""
+        """Context manager of one rendering."""
         budget = self._budget
         before = budget.deadline
         budget.deadline = time.thread_time() + MAX_CPU_S
@@ -59,7 +58,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             budget.deadline = before
 
     def tick(self) -> str:
-        """Called in every turn of every loop and at every call of a macro."""
+        """Called in every loop iteration and macro call."""
         budget = self._budget
         budget.ticks += 1
         if budget.ticks % _TICKS_PER_LOOK == 0 and budget.deadline is not None and time.thread_time() > budget.deadline:
@@ -67,13 +66,13 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return ""
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute one operation whose result is not too large."""
+        """Compute one operation, unless its result is too large."""
         _check_operation(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
-    # the name of its first argument keeps those that a template gives by name apart
+    # the names of these parameters cannot clash with a template's keyword arguments
     def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a function or a method with arguments that are not too large."""
+        """Call a function or a method, unless its arguments are too large."""
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         _check_call(getattr(__obj, "__name__", ""), (owner, *args) if isinstance(owner, str) else args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)
@@ -82,7 +81,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         template = super()._parse(source, name, filename)
         for node in list(template.find_all((jinja2.nodes.For, jinja2.nodes.Macro))):
             assert isinstance(node, jinja2.nodes.For | jinja2.nodes.Macro)
-            # an attribute of the environment, which no assignment of the template can replace
+            # an attribute of the environment, which a template cannot replace
             ticking = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("tick"), [], [], None, None)
             node.body.insert(0, jinja2.nodes.ExprStmt(ticking, lineno=node.lineno).set_environment(self))
         joined: jinja2.nodes.Template = _Joins().visit(template)
@@ -96,7 +95,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Joins(jinja2.visitor.NodeTransformer):
-    """Makes calls of the operator ~, whose result Jinja does not let anybody look at."""
+    """Turns the operator ~ into calls, since Jinja has no hook for its result."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Call:
         self.generic_visit(node)
@@ -155,7 +154,7 @@ def _check_size(size: int) -> None:
 
 
 def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose arguments are looked at before; whatever else Jinja knows of it is kept."""
+    """A filter that checks its arguments first; Jinja's marks on it are kept."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:

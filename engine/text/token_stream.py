@@ -1,4 +1,4 @@
-"""The text of token ids as they arrive, equal to the decoding of all of them at once."""
+"""The text of token ids as they arrive, equal to decoding all of them at once."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from typing import NamedTuple
 
 from sempre.engine.text.tokenizer import Tokenizer
 
-# A UTF-8 character has at most four bytes, so an unfinished one at most three.
+# A UTF-8 character has at most four bytes, an unfinished one at most three.
 _MAX_UNFINISHED_BYTES = 3
-# Enough of a prompt to see whether it has any text.
+# Enough of a prompt to tell whether it has any text.
 _NUM_LEADING = 8
 
 
 class TokenStream:
-    """Takes tokens one at a time and gives their text once nothing that follows can change it.
+    """Takes tokens one at a time and returns their text once later tokens can no longer change it.
 
-    Decoders differ in what they make of bytes. Most join the bytes of all tokens; what is no UTF-8 becomes U+FFFD.
-    Those with byte fallback (Llama 2, Gemma) decode each run of byte tokens as a whole: one wrong byte makes every byte
-    of the run a U+FFFD, so a run's text is certain only behind it, or as soon as it is wrong. Some treat a text's
-    first token apart (they drop its space): until there is any text, tokens are decoded together from the start.
+    Decoders treat bytes differently. Most join the bytes of all tokens; invalid UTF-8 becomes U+FFFD. Those with byte
+    fallback (Llama 2, Gemma) decode each run of byte tokens as a whole: one invalid byte turns every byte of the run
+    into U+FFFD, so a run's text is certain only after its end, or once it is invalid. Some treat a text's first token
+    differently (they drop its space): until there is any text, tokens are decoded together from the start.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, skipped_ids: Collection[int] = (), prompt_token_ids: Sequence[int] = ()
     ) -> None:
-        """Start behind a prompt, whose unfinished last character is completed here. `skipped_ids` have no text."""
+        """Start after a prompt, whose unfinished last character is completed here. `skipped_ids` have no text."""
         self._tokenizer = tokenizer
         self._skipped = skipped_ids
         self._unfinished = b""
         self._run: list[int] = []
         self._run_is_wrong = False
         self.tentative = ""
-        """What the last tokens add if no other follows: the whole characters of an unfinished run."""
+        """The text that the last tokens add if none follows: the complete characters of an unfinished run."""
         last = unfinished_tokens(tokenizer, skipped_ids, prompt_token_ids)
         self._lead: list[int] | None = None
-        """The tokens so far, while they have no text; None once there is some."""
+        """The tokens so far, while they have no text; None once they have."""
         if not tokenizer.is_byte_level:
             lead = _first_visible(prompt_token_ids, skipped_ids)
             if len(lead) < _NUM_LEADING:
@@ -51,7 +51,7 @@ class TokenStream:
                 self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        """Take a token; return the text that has become certain."""
+        """Add a token; return the text that has become certain."""
         if token_id in self._skipped:
             return ""
         if self._tokenizer.byte_of(token_id) is not None:
@@ -64,14 +64,14 @@ class TokenStream:
         return text + self._utf8(self._tokenizer.token_bytes(token_id))
 
     def push_all(self, token_ids: Sequence[int]) -> str:
-        """Take several tokens; equal to `push` on each."""
+        """Add several tokens; equal to `push` on each."""
         if self._tokenizer.has_byte_fallback or self._lead is not None:
             return "".join([self.push(token_id) for token_id in token_ids])
         skipped, bytes_of = self._skipped, self._tokenizer.token_bytes
         return self._utf8(b"".join([bytes_of(token_id) for token_id in token_ids if token_id not in skipped]))
 
     def end(self) -> str:
-        """No token follows; return what is left."""
+        """End the stream; return the remaining text."""
         return self._end_run() + self._utf8(b"", final=True)
 
     def _utf8(self, data: bytes, *, final: bool = False) -> str:
@@ -103,7 +103,7 @@ class TokenStream:
         return ""
 
     def _end_run(self) -> str:
-        """The run's text, now that it is known to be whole or wrong."""
+        """The run's text, now known to be complete or invalid."""
         run, self._run, self._run_is_wrong, self.tentative = self._run, [], False, ""
         if not run:
             return ""
@@ -120,14 +120,14 @@ class TokenStream:
 
 
 class UnfinishedTokens(NamedTuple):
-    """The tokens at an end of a text that hold the bytes of a character which is not complete."""
+    """The last tokens of a text, which hold the bytes of an incomplete character."""
 
     token_ids: list[int]
     data: bytes
 
 
 def unfinished_tokens(tokenizer: Tokenizer, skipped_ids: Collection[int], token_ids: Sequence[int]) -> UnfinishedTokens:
-    """Return the last visible tokens of `token_ids` as far as the character that they begin is not complete."""
+    """Return the last visible tokens of `token_ids` that form an incomplete character."""
     last: list[int] = []
     data = b""
     for token_id in reversed(token_ids):
@@ -141,13 +141,13 @@ def unfinished_tokens(tokenizer: Tokenizer, skipped_ids: Collection[int], token_
         data = tokenizer.token_bytes(token_id) + data
     _, num_decoded = codecs.utf_8_decode(data, "replace", False)
     data = data[num_decoded:]
-    if tokenizer.has_byte_fallback:  # a byte a token
+    if tokenizer.has_byte_fallback:  # one byte per token
         last = last[len(last) - len(data) :]
     return UnfinishedTokens(last if data else [], data)
 
 
 def finished_text(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    """Return the text of a prompt without the character at its end that its output may complete."""
+    """Return the text of a prompt without an incomplete last character, which the output may complete."""
     skipped: Collection[int] = tokenizer.special_texts if skip_special_tokens else ()
     last = unfinished_tokens(tokenizer, skipped, token_ids)
     if not tokenizer.has_byte_fallback:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, on the `tokenizers` library."""
+"""Converts text to token ids and back, using the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sempre.ipc.errors import ConfigError, ModelError
 from sempre.ipc.model_files import MAX_TOKENIZER_BYTES, check_regular
 
 LONG_TEXT = 20_000
-"""Characters from which on encoding takes milliseconds: an event loop should leave it to a thread."""
+"""From this many characters, encoding takes milliseconds: an event loop should use a thread."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -39,16 +39,16 @@ _BYTE_OF_CHARACTER = _byte_of_character()
 
 
 class Tokenizer:
-    """A model's tokenizer, with the methods that users of transformers know; their defaults are the same.
+    """A model's tokenizer, with the methods and defaults of transformers.
 
-    Calls are safe from several threads; nothing changes after construction but caches.
+    Thread-safe: after construction only caches change.
     """
 
     is_fast = True
     model_input_names = ("input_ids", "attention_mask")
 
     makes_text = True
-    """False where there is none, and token ids are all there is."""
+    """False if there is no tokenizer, only token ids."""
 
     def __init__(
         self,
@@ -62,10 +62,10 @@ class Tokenizer:
     ) -> None:
         """Wrap `backend`; `eos_token_ids` end an output in addition to `eos_token`.
 
-        `folder` has the chat template, `config` is what its tokenizer_config.json holds. Raises ModelError when
+        `folder` has the chat template, `config` is the content of its tokenizer_config.json. Raises ModelError when
         `bos_token` or `eos_token` is not in the vocabulary.
         """
-        # A file may carry the padding and truncation of its training; either would silently change prompts.
+        # A file may set padding and truncation from training; either would silently change prompts.
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
@@ -75,9 +75,9 @@ class Tokenizer:
         self.name_or_path = "" if folder is None else str(folder)
         named = named_tokens(self._config, Path(self.name_or_path))
         self.bos_token = bos_token or named.get("bos_token")
-        """The beginning-of-sequence token's text, None when the model has none."""
+        """The beginning-of-sequence token's text, or None."""
         self.eos_token = eos_token or named.get("eos_token")
-        """The end-of-sequence token's text, None when the model has none."""
+        """The end-of-sequence token's text, or None."""
         self.pad_token, self.unk_token = named.get("pad_token"), named.get("unk_token")
         self.bos_token_id = self._id_of(self.bos_token, "bos_token")
         self.eos_token_id = self._id_of(self.eos_token, "eos_token")
@@ -91,12 +91,12 @@ class Tokenizer:
         """Special tokens by id, which `skip_special_tokens` leaves out of text."""
         given = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         self.special_tokens_map = named | {name: token for name, token in given.items() if token is not None}
-        """The special tokens that have a part to play, by its name."""
+        """The special tokens with a role, by role name."""
         steps = _decoder_steps(backend)
         self.is_byte_level = "ByteLevel" in steps
-        """Whether every token is a sequence of bytes, whatever stands before it."""
+        """Whether every token is a sequence of bytes, regardless of the token before it."""
         self.has_byte_fallback = "ByteFallback" in steps
-        """Whether tokens <0x00> to <0xFF> stand for bytes, and runs of them are decoded as a whole."""
+        """Whether tokens <0x00> to <0xFF> are bytes whose runs are decoded as a whole."""
         self._anchor: tuple[list[int], str] | None = None
         self._token_bytes: dict[int, bytes] = {}
         self._bytes_by_id: dict[int, int | None] = {}
@@ -105,8 +105,8 @@ class Tokenizer:
     def from_folder(cls, folder: Path | str) -> Tokenizer:
         """Load tokenizer.json from a model folder.
 
-        bos and eos come from tokenizer_config.json; further end tokens from generation_config.json, and where that
-        has none from config.json. Raises ModelError when tokenizer.json is missing or unreadable, or when one
+        bos and eos come from tokenizer_config.json; further end tokens from generation_config.json, or else from
+        config.json. Raises ModelError when tokenizer.json is missing or unreadable, or when one
         of these files names a token that does not exist.
         """
         folder = Path(folder)
@@ -119,7 +119,7 @@ class Tokenizer:
         check_regular(path, MAX_TOKENIZER_BYTES)
         try:
             backend = Backend.from_file(str(path))
-        # The library raises plain Exception for whatever it cannot parse.
+        # The library raises plain Exception for everything it cannot parse.
         except Exception as error:
             raise ModelError(f"{path} cannot be read as a tokenizer: {error}") from error
         config = read_json(folder / "tokenizer_config.json")
@@ -139,17 +139,17 @@ class Tokenizer:
 
     @property
     def pad_token_id(self) -> int | None:
-        """The id of `pad_token`, None when there is none."""
+        """The id of `pad_token`, or None."""
         return None if self.pad_token is None else self._backend.token_to_id(self.pad_token)
 
     @property
     def unk_token_id(self) -> int | None:
-        """The id of `unk_token`, None when there is none."""
+        """The id of `unk_token`, or None."""
         return None if self.unk_token is None else self._backend.token_to_id(self.unk_token)
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """The special tokens, those with a part to play first."""
+        """The special tokens, those with a role first."""
         return list(dict.fromkeys([*self.special_tokens_map.values(), *self.special_texts.values()]))
 
     @property
@@ -160,12 +160,12 @@ class Tokenizer:
 
     @property
     def init_kwargs(self) -> dict[str, Any]:
-        """What tokenizer_config.json holds."""
+        """The content of tokenizer_config.json."""
         return dict(self._config)
 
     @property
     def model_max_length(self) -> int:
-        """The longest input the model was made for, in tokens, as its tokenizer_config.json says."""
+        """The model's longest input in tokens, according to its tokenizer_config.json."""
         return int(self._config.get("model_max_length") or 10**30)
 
     @property
@@ -175,7 +175,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The model's own chat template, None when it has none."""
+        """The model's own chat template, or None."""
         try:
             return self.own_template(with_tools=False)
         except ConfigError:
@@ -214,7 +214,7 @@ class Tokenizer:
         return list(self._backend.post_process(encoding, None, add_special_tokens).ids)
 
     def get_vocab(self) -> dict[str, int]:
-        """Return every token's id, by the token as the vocabulary has it."""
+        """Return every token's id, by the token's vocabulary entry."""
         return dict(self._backend.get_vocab(with_added_tokens=True))
 
     def get_added_vocab(self) -> dict[str, int]:
@@ -222,31 +222,31 @@ class Tokenizer:
         return {token.content: token_id for token_id, token in sorted(self._added.items())}
 
     def tokenize(self, text: str, *, add_special_tokens: bool = False) -> list[str]:
-        """Return the tokens of `text` as the vocabulary has them."""
+        """Return the tokens of `text` as vocabulary entries."""
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).tokens)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """Return the id of a token, or of each; what the vocabulary has not is `unk_token_id`."""
+        """Return the id of a token, or of each; unknown tokens become `unk_token_id`."""
         if isinstance(tokens, str):
             token_id = self._backend.token_to_id(tokens)
             return self.unk_token_id if token_id is None else token_id
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> Any:
-        """Return a token as the vocabulary has it, or each; None beyond the vocabulary."""
+        """Return a token's vocabulary entry, or those of several; None for an id beyond the vocabulary."""
         if isinstance(ids, int):
             return self._backend.id_to_token(ids)
         skipped = self.special_texts if skip_special_tokens else ()
         return [self._backend.id_to_token(token_id) for token_id in ids if token_id not in skipped]
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """Return the text of tokens as the vocabulary has them."""
+        """Return the text of vocabulary entries."""
         decoder = self._backend.decoder
         return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
 
     @cached_property
     def longest_token(self) -> int:
-        """Most characters of a token; a text has at least its own length over this as many tokens."""
+        """Length of the longest token in characters; a text has at least its own length divided by this in tokens."""
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     def apply_chat_template(
@@ -262,9 +262,8 @@ class Tokenizer:
     ) -> str | list[int] | BatchEncoding:
         """Return a conversation as token ids, in a `BatchEncoding` if `return_dict`, or as text.
 
-        `chat_template` is Jinja text, in place of the model's own; `variables` are its own, and the `content_format` of
-        `render_chat`. Raises ConfigError without a template, RequestError
-        for messages that it refuses.
+        `chat_template` is Jinja text that replaces the model's; `variables` are the template's, and `content_format`
+        is that of `render_chat`. Raises ConfigError without a template, RequestError for messages that it refuses.
         """
         from sempre.engine.text.chat_template import render_chat
 
@@ -280,13 +279,13 @@ class Tokenizer:
             tools=tools,
             **variables,
         )
-        # the template has written the special tokens itself
+        # the template writes the special tokens itself
         if not tokenize:
             return text
         return self(text, add_special_tokens=False) if return_dict else self.encode(text, add_special_tokens=False)
 
     def own_template(self, *, with_tools: bool) -> str:
-        """Return the model's chat template. Raises ConfigError when it has none, ModelError for one that is no text."""
+        """Return the model's chat template. Raises ConfigError if it has none, ModelError if it is not text."""
         from sempre.engine.text.chat_template import load_chat_template
 
         if self._folder is None:
@@ -303,11 +302,11 @@ class Tokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, *, truncation: bool = False, max_length: int | None = None
     ) -> list[int]:
-        """Return the token ids of `text`; `add_special_tokens` adds what tokenizer.json's post-processor says."""
+        """Return the token ids of `text`; `add_special_tokens` applies tokenizer.json's post-processor."""
         if truncation:
             return self._truncated(text, max_length or self.model_max_length, add_special_tokens)
         if len(text) > LONG_TEXT:
-            # unlike `encode`, this lets other threads run meanwhile
+            # unlike `encode`, this releases the GIL
             return self.encode_batch([text], add_special_tokens)[0]
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
@@ -317,12 +316,12 @@ class Tokenizer:
         return [list(encoding.ids) for encoding in encodings]
 
     def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Return the text of `token_ids`; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
+        """Return the text of `token_ids`; invalid UTF-8 becomes U+FFFD, ids beyond the vocabulary are skipped."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
-        """Return the text of each of `sequences`; unlike `decode`, this lets other threads run meanwhile."""
+        """Return the text of each of `sequences`; unlike `decode`, this releases the GIL."""
         ids = [list(token_ids) for token_ids in sequences]
         return list(self._backend.decode_batch(ids, skip_special_tokens=skip_special_tokens))
 
@@ -331,9 +330,9 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes that the token adds to a text it stands inside of; b"" beyond the vocabulary.
+        """Return the UTF-8 bytes that the token adds inside a text; b"" beyond the vocabulary.
 
-        One token may hold a part of a character only; joined in order the bytes of all tokens are the text.
+        A token may hold only part of a character; the joined bytes of all tokens are the text.
         """
         cached = self._token_bytes.get(token_id)
         if cached is None:
@@ -341,11 +340,11 @@ class Tokenizer:
         return cached
 
     def knows(self, token_id: int) -> bool:
-        """Whether there is a token of this id; a model's vocabulary may be padded beyond the tokenizer's."""
+        """Whether a token has this id; a model's vocabulary may be padded beyond the tokenizer's."""
         return bool(self.token_bytes(token_id)) or self._backend.id_to_token(token_id) is not None
 
     def byte_of(self, token_id: int) -> int | None:
-        """Return the byte that a token <0x00> to <0xFF> stands for, None for other tokens."""
+        """Return the byte of a token <0x00> to <0xFF>, None for other tokens."""
         if not self.has_byte_fallback:
             return None
         if token_id not in self._bytes_by_id:
@@ -365,7 +364,7 @@ class Tokenizer:
         byte = self.byte_of(token_id)
         if byte is not None:
             return bytes([byte])
-        # Other decoders treat a text's first token apart (they drop its space), so it is decoded after another one.
+        # Other decoders treat a text's first token differently (they drop its space), so decode it after another one.
         if self._anchor is None:
             anchor_ids = self.encode("a", add_special_tokens=False)
             self._anchor = (anchor_ids, self.decode(anchor_ids, skip_special_tokens=False))
@@ -382,7 +381,7 @@ class Tokenizer:
 
 
 def _decoder_steps(backend: Backend) -> set[str]:
-    """Return the types of the decoder, or of the decoders that it is a sequence of."""
+    """Return the type of the decoder, or the types of the decoders in a sequence."""
     if backend.decoder is None:
         return set()
     decoder = json.loads(backend.decoder.__getstate__())

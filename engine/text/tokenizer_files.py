@@ -1,4 +1,4 @@
-"""What the files beside tokenizer.json say of a model's tokenizer."""
+"""Reads the files next to tokenizer.json."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from sempre.ipc.errors import ModelError
 from sempre.ipc.model_files import read_json_object, shown
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Special tokens that have a part to play, in the order of transformers."""
+"""Special tokens with a role, in the order of transformers."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in `path`, {} when there is no such file."""
+    """Return the object in `path`, or {} if the file is missing."""
     return read_json_object(path) if path.exists() else {}
 
 
 def named_tokens(config: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Return the special tokens of tokenizer_config.json by name; each is a text, or an object with a `content`."""
+    """Return the special tokens of tokenizer_config.json by name; each is a string or an object with `content`."""
     tokens = {}
     for name in NAMED_TOKENS:
         value = config.get(name)
@@ -32,7 +32,7 @@ def named_tokens(config: dict[str, Any], folder: Path) -> dict[str, str]:
 
 
 def eos_token_ids(folder: Path) -> list[int]:
-    """Return the end tokens of generation_config.json, and where that has none of config.json."""
+    """Return the end tokens of generation_config.json or, if it has none, of config.json."""
     value = read_json(folder / "generation_config.json").get("eos_token_id")
     if value is None:
         value = read_json(folder / "config.json").get("eos_token_id")
