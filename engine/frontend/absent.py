@@ -1,4 +1,4 @@
-"""What vLLM's engines have and this one lacks: the names, and what to do instead."""
+"""Names that vLLM's engines have and this one lacks, and what to use instead."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 from sempre.engine.near_names import near_name
 
-_TEXT_ALONE = "This engine generates text and nothing else."
-_NO_ADAPTERS = "Adapters are not part of this engine; merge them into the checkpoint."
+_TEXT_ALONE = "This engine only generates text."
+_NO_ADAPTERS = "This engine does not support adapters; merge them into the checkpoint."
 _PROFILE = (
     "Make the engine with multiprocessing=False and run it inside torch.profiler.profile(), or attach a sampling "
     "profiler to the worker processes."
 )
-_SLEEP = "Call shutdown() to give memory back, and make a new engine: the same requests give the same bits."
-_HEALTH = "Use `await engine.health()`, which tells the state and names problems by rank."
+_SLEEP = "Call shutdown() to free memory, and create a new engine: the same requests give the same bits."
+_HEALTH = "Use `await engine.health()`, which returns the state and the problems by rank."
 _INSTEAD = {
     "add_lora": _NO_ADAPTERS,
     "add_request": "Use generate(…), or stream(…) for several prompts.",
@@ -28,7 +28,7 @@ _INSTEAD = {
     "dead_error": _HEALTH,
     "do_log_stats": "Use get_metrics().",
     "embed": _TEXT_ALONE,
-    "encode": f"{_TEXT_ALONE} Token ids of a text are get_tokenizer().encode(…).",
+    "encode": f"{_TEXT_ALONE} For token ids use get_tokenizer().encode(…).",
     "errored": _HEALTH,
     "get_decoding_config": "Use `config`.",
     "get_model_config": "Use `config`, and `ready` for the limits in use.",
@@ -42,7 +42,7 @@ _INSTEAD = {
     "reset_encoder_cache": _TEXT_ALONE,
     "reset_mm_cache": _TEXT_ALONE,
     "reward": _TEXT_ALONE,
-    "set_tokenizer": "Give tokenizer=… when the engine is made.",
+    "set_tokenizer": "Pass tokenizer=… when you create the engine.",
     "sleep": _SLEEP,
     "start_profile": _PROFILE,
     "stop_profile": _PROFILE,
@@ -51,7 +51,7 @@ _INSTEAD = {
 
 
 def absent(kind: str, name: str, known: Iterable[str]) -> AttributeError:
-    """Return the error for an attribute that an engine of this `kind` lacks; `known` are those that it has."""
+    """Return the error for an attribute that an engine of this `kind` lacks; `known` are its attributes."""
     if name in _INSTEAD:
         return AttributeError(f"{kind} has no {name!r}. {_INSTEAD[name]}")
     near = None if name.startswith("_") else near_name(name, [other for other in known if not other.startswith("_")])

@@ -1,12 +1,12 @@
-"""Ranges of integers and decimal numbers as regular expressions of their digits, exact for bounds of any size."""
+"""Regular expressions for ranges of integers and decimal numbers, exact for bounds of any size."""
 
 from __future__ import annotations
 
 
 def integers_between(low: int | None, high: int | None) -> str | None:
-    """An expression of the integers in [low, high] as JSON writes them, zero without a sign; None if there are none.
+    """An expression for the integers in [low, high] in JSON, zero without a sign; None if there are none.
 
-    A bound that is None is none.
+    None as a bound means unbounded.
     """
     parts = []
     if low is None or low < 0:
@@ -19,9 +19,9 @@ def integers_between(low: int | None, high: int | None) -> str | None:
 
 
 def numbers_between(low: int | None, high: int | None, most_decimals: int | None = None) -> str | None:
-    """An expression of the decimal numbers in [low, high] without exponent; see integers_between.
+    """An expression for the decimal numbers in [low, high] without exponent; see integers_between.
 
-    `most_decimals`: digits after the point, at most.
+    `most_decimals`: maximum digits after the point.
     """
     count = f"{{1,{most_decimals}}}" if most_decimals else "+"
     parts = []
@@ -34,7 +34,7 @@ def numbers_between(low: int | None, high: int | None, most_decimals: int | None
 
 
 def _decimals(low: int, high: int | None, count: str) -> list[str]:
-    """From natural number to natural number: a fraction after each but the last, which may have zeros only."""
+    """Between natural numbers: any fraction after each number, only zeros after the last."""
     whole = _naturals(low, None if high is None else high - 1)
     parts = [f"({'|'.join(whole)})(\\.[0-9]{count})?"] if whole else []
     if high is not None and high >= low:
@@ -58,7 +58,7 @@ def _naturals(low: int, high: int | None) -> list[str]:
 
 
 def _of_one_length(first: str, last: str) -> list[str]:
-    """Numbers of as many digits as both have, from `first` to `last`."""
+    """Numbers from `first` to `last`, which have equally many digits."""
     rest = len(first) - 1
     if not rest:
         return [_digit(int(first), int(last))]

@@ -1,4 +1,4 @@
-"""How engines are made, and what they say of names that they lack."""
+"""How engines are created, and their errors for missing attributes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sempre.engine.frontend.absent import absent
 
 
 class EngineBase:
-    """What `LLM` and `AsyncLLM` have in common as classes."""
+    """Base class of `LLM` and `AsyncLLM`."""
 
     def __new__(cls, *values: Any, **keywords: Any) -> Self:
         check_keywords(cls.__name__, values, keywords)
@@ -28,5 +28,5 @@ class EngineBase:
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> Self:
-        """Make an engine with these keywords. Raises as the constructor does."""
+        """Create an engine with these keywords. Raises the constructor's errors."""
         return cls(**keywords_of(engine_args))

@@ -1,4 +1,4 @@
-"""`LLM.llm_engine`: what users of vLLM read of the engine behind an LLM, and nothing that changes it."""
+"""`LLM.llm_engine`: the settings that users of vLLM read from there; all of it is read-only."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CacheView:
 
     block_size: int
     num_gpu_blocks: int
-    """blocks there are, on a CPU as well"""
+    """number of blocks, on a CPU as well"""
     enable_prefix_caching: bool
     gpu_memory_utilization: float
 
@@ -69,7 +69,7 @@ class ParallelView:
 
 
 class EngineView:
-    """The settings in use, as attributes of vLLM's names."""
+    """The settings in use, under vLLM's names."""
 
     def __init__(self, frontend: Frontend, ready: EngineReady) -> None:
         config: EngineConfig = frontend.config
@@ -96,7 +96,7 @@ class EngineView:
 
     @property
     def vllm_config(self) -> EngineView:
-        """The same configurations under one more name."""
+        """The same settings under another name of vLLM."""
         return self
 
     @property
@@ -116,7 +116,7 @@ class EngineView:
 
         def __getattr__(self, name: str) -> Any:
             raise AttributeError(
-                f"llm_engine has no {name!r} here: it tells settings (model_config, cache_config, scheduler_config, "
+                f"llm_engine has no {name!r} here: it has settings (model_config, cache_config, scheduler_config, "
                 "parallel_config, get_tokenizer()). Everything else is a method of LLM: collective_rpc, get_metrics, "
                 "reset_prefix_cache, shutdown."
             )

@@ -1,6 +1,6 @@
-"""What `LLM` and `AsyncLLM` share: from the user's words to requests, and from deltas to outputs.
+"""What `LLM` and `AsyncLLM` share: from prompts to requests, and from deltas to outputs.
 
-The fingerprint is one short name for everything, besides seed and request, that an output depends on.
+The fingerprint identifies everything that an output depends on apart from seed and request.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sempre.ipc.model_files import read_json_object, read_text
 
 DIGEST_LENGTH = 16
 
-# parts that no bit depends on, as tests show: they are told, and are not in the digest
+# parts that no bit depends on, as tests show: reported, but not in the digest
 ENVIRONMENT = ("graphs", "threads")
 logger = logging.getLogger(__name__)
 # generation_config.json's name → ours
@@ -52,20 +52,20 @@ _GENERATION_FIELDS = {
 def fingerprint_parts(worker_parts: Mapping[str, str]) -> dict[str, str]:
     """Return the workers' parts and the engine version, sorted by name.
 
-    Workers name weights content, dtype, numerics profile, threads, architecture and library versions.
+    Workers report weights content, dtype, numerics profile, threads, architecture and library versions.
     """
     return dict(sorted({**worker_parts, "engine": __version__}.items()))
 
 
 def fingerprint_digest(parts: Mapping[str, str]) -> str:
-    """Return the first 16 hex digits of the SHA-256 over the sorted parts but ENVIRONMENT as compact JSON (UTF-8)."""
+    """Return the first 16 hex digits of SHA-256 over the sorted parts without ENVIRONMENT, as compact JSON (UTF-8)."""
     deciding = {name: value for name, value in parts.items() if name not in ENVIRONMENT}
     canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 class Frontend:
-    """The text side of one engine: tokenizer, templates, default parameters; after `connect` also its requests."""
+    """The text side of one engine: tokenizer, templates, default parameters and, after `connect`, requests."""
 
     processor: OutputProcessor
     """The unfinished requests; set by `connect`."""
@@ -75,8 +75,8 @@ class Frontend:
     """Digest of `parts`; set by `connect`."""
 
     def __init__(self, arguments: Arguments) -> None:
-        """Load the tokenizer. Raises ModelError when it or generation_config.json cannot be used, ConfigError for a
-        chat template that is not there."""
+        """Load the tokenizer. Raises ModelError if it or generation_config.json is unusable, ConfigError for a
+        missing chat template."""
         self.config, self._options = arguments
         folder = self._options.tokenizer
         self.tokenizer: Tokenizer = (
@@ -92,8 +92,8 @@ class Frontend:
         self._unread = UnreadVariables()
 
     def connect(self, ready: EngineReady) -> None:
-        """Take the limits of the engine that has become ready."""
-        # Either source may know end tokens that the other does not.
+        """Set the limits of the engine, which is now ready."""
+        # Each source may have end tokens that the other lacks.
         eos_token_ids = list(dict.fromkeys([*self.tokenizer.eos_token_ids, *ready.eos_token_ids]))
         limits = RequestLimits(
             engine_seed=self.config.seed,
@@ -121,18 +121,18 @@ class Frontend:
 
     @property
     def chat_template(self) -> str | None:
-        """The template that `render_chat` uses for a conversation without tools, None when there is none."""
+        """The template that `render_chat` uses for a conversation without tools, or None."""
         return self.tokenizer.chat_template if self._chat_template is None else self._chat_template
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
-        """Return the conversation as a prompt; keywords are those of `chat_arguments`, whose errors it raises too.
+        """Return the conversation as a prompt; takes the keywords of `chat_arguments`.
 
-        Raises RequestError for bad messages.
+        Raises RequestError for bad messages, and the errors of `chat_arguments`.
         """
         from sempre.engine.text.chat_template import render_chat
 
         text = render_chat(**self.chat_arguments(messages, **keywords))
-        # The template has written the special tokens itself.
+        # The template writes the special tokens itself.
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
     def chat_arguments(
@@ -146,7 +146,7 @@ class Frontend:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         chat_template_content_format: ContentFormat | None = None,
     ) -> dict[str, Any]:
-        """Return the arguments of `text.chat_template.render_chat`; a format that is not given is the engine's.
+        """Return the arguments of `text.chat_template.render_chat`; the default format is the engine's.
 
         Raises ConfigError without a template, RequestError for a variable of a reserved name.
         """
@@ -179,19 +179,19 @@ class Frontend:
         try:
             params = SamplingParams(**given)
         except ConfigError as error:
-            raise ModelError(f"{path}: {error} Use generation_config='vllm' to leave this file aside.") from error
+            raise ModelError(f"{path}: {error} Use generation_config='vllm' to ignore this file.") from error
         if given:
             logger.info("default sampling parameters of the model (generation_config.json): %s", given)
         return params
 
 
 def _generation_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that each is a default that has an effect. Raises ConfigError."""
+    """Check that each is a default with an effect. Raises ConfigError."""
     for name, value in overrides.items():
         if name not in _GENERATION_FIELDS:
             near = near_name(name, _GENERATION_FIELDS)
             raise ConfigError(
-                f"override_generation_config: {name!r} is no default of sampling parameters; known are "
+                f"override_generation_config: {name!r} is not a default sampling parameter; known are "
                 f"{', '.join(_GENERATION_FIELDS)}.{f' Did you mean {near!r}?' if near else ''}",
                 parameter=f"override_generation_config.{name}",
                 value=value,
@@ -208,7 +208,7 @@ def _generation_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def engine_metrics(reply: MetricsReply, frontend: Frontend) -> list[Metric]:
-    """Return the coordinator's figures, and that of this process."""
+    """Return the coordinator's metrics and that of this process."""
     own = {"unseeded_digests_dropped": float(frontend.builder.num_dropped_digests)}
     return read_metrics({**reply.values, **own}, frontend.served_model_name)
 
@@ -231,7 +231,7 @@ def call_results(reply: CallWorkersReply, method: str) -> list[object]:
 
 
 def raise_failure(state: RequestState) -> None:
-    """Raise RequestError when a sequence of the request failed while it ran; RequestCrashed if its worker did, too."""
+    """Raise RequestError if a sequence of the request failed while it ran; RequestCrashed if its worker died, too."""
     if state.error is not None:
         name = state.request_id
         text = f"request {name} failed: {state.error.type}: {state.error.message}"
@@ -244,7 +244,7 @@ def raise_failure(state: RequestState) -> None:
 def worker_call(
     call_id: int, method: object, args: Sequence[object], kwargs: Mapping[str, object] | None
 ) -> CallWorkers:
-    """Return the call of a worker method. Raises RequestError for what cannot cross a process."""
+    """Return the call of a worker method. Raises RequestError for arguments that cannot cross a process."""
     call = CallWorkers(call_id=call_id, method=_checked_method(method), args=list(args), kwargs=dict(kwargs or {}))
     try:
         FrameEncoder(sys.maxsize).encode(call, UNSEQUENCED)
@@ -269,7 +269,7 @@ def _checked_method(method: object) -> str:
 
 
 def _template_text(template: str) -> str:
-    """Return a template given as text or as the path of a file; only text holds braces."""
+    """Return a template given as text or as a file path; only text contains braces."""
     if "{" in template:
         return template
     path = Path(template).expanduser()

@@ -1,4 +1,4 @@
-"""What the grammar library objects to, as one sentence: its own reports quote the text and draw arrows below it."""
+"""Turns the grammar library's errors into one sentence: its own quote the text and draw arrows below it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _MOST_SHOWN = 60
 
 
 def reason(message: str, names: Mapping[str | None, str] | None = None) -> str:
-    """Return a report of a grammar or a schema without its drawing, on one line that ends with a full stop.
+    """Return a grammar or schema error without its drawing, on one line that ends with a full stop.
 
-    `names`: regular expression → the field that it came from.
+    `names`: regular expression → the field it came from.
     """
     message = message.strip()
     first = message.partition("\n")[0]
@@ -37,7 +37,7 @@ def reason(message: str, names: Mapping[str | None, str] | None = None) -> str:
 
 
 def expression_reason(message: str, expression: str, translate: Callable[[str], str]) -> str:
-    """The same of a report about `expression` alone, which the library was given as `translate(expression)`."""
+    """The same for an error about `expression`, which the library received as `translate(expression)`."""
     if (found := _EXPRESSION.search(message)) is not None:
         start, end = (
             _origin(expression, translate, found.end(name) - found.start("gap")) for name in ("gap", "arrows")
@@ -49,7 +49,7 @@ def expression_reason(message: str, expression: str, translate: Callable[[str], 
 
 
 def _origin(expression: str, translate: Callable[[str], str], place: int) -> int:
-    """The place in `expression` of the one in its translation: some characters get a backslash before them."""
+    """Map a position in the translation to one in `expression`: some characters get a backslash before them."""
     return bisect_left(range(len(expression) + 1), place, key=lambda size: len(translate(expression[:size])))
 
 

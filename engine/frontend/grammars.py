@@ -1,4 +1,4 @@
-"""From what a user says of an output's form to a grammar as the workers take it, checked before anything is queued."""
+"""Turns a requested output form into a grammar for the workers, checked before anything is queued."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_GRAMMAR_BYTES = 128 * 1024
-"""Most UTF-8 bytes of a schema, expression, grammar, or all choices."""
+"""Maximum UTF-8 bytes of a schema, expression, grammar, or all choices."""
 
-# A server checks a large grammar in a thread, so that building the request finds it here.
+# A server checks a large grammar in a thread first; building the request then finds it here.
 _MOST_BUILT = 64
 _MOST_BUILT_CHARACTERS = 8 << 20
 
 _BODY = "body"
 _SPACE = r"/[ \n\r\t]{0,4}/"
-# any bytes without the end tag, also those that are no UTF-8
+# any bytes without the end tag, including invalid UTF-8
 _THOUGHTS = rf"~/(?s:.*){re.escape(END).replace('/', chr(92) + '/')}(?s:.*)/"
 _END = 256
 
 
 class GrammarBuilder:
-    """Checks and translates. What it accepts a worker can compile: both ask the same library, within the same limits.
+    """Checks and translates. A worker can compile what it accepts: both use the same library and limits.
 
-    The limits are counts of work, not seconds, so the same grammar is refused everywhere or nowhere.
+    The limits count steps, not seconds, so a grammar is refused everywhere or nowhere.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -54,7 +54,7 @@ class GrammarBuilder:
         self._built = _Built()
 
     def build(self, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int], max_tokens: int) -> str:
-        """The grammar in llguidance's form, with ends that fit `max_tokens`. Raises RequestError naming the field."""
+        """The grammar in llguidance's form, bounded to fit `max_tokens`. Raises RequestError naming the field."""
         field = f"structured_outputs.{params.constraint}"
         _require_library("structured_outputs")
         if not eos_token_ids:
@@ -78,7 +78,7 @@ class GrammarBuilder:
         problem: str | None = ""
         try:
             _check_size(params, field)
-            # the last one that is tried is the one whose problem is told
+            # report the problem of the last one tried
             for grammar in _translated(params, field, max_tokens):
                 if len(grammar) > MAX_TRANSLATED_CHARACTERS:
                     problem = f"as a grammar it has {len(grammar)} characters, at most {MAX_TRANSLATED_CHARACTERS}."
@@ -91,7 +91,7 @@ class GrammarBuilder:
         return _Form("", f"{field} is refused: {problem}")
 
     def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt: PromptReasoning) -> SamplingSpec:
-        """Return `spec` with what holds for an output that reasons before its answer, behind this prompt."""
+        """Return `spec` adapted to an output that reasons before its answer, after this prompt."""
         form, budget = params.structured_outputs, params.thinking_token_budget
         grammar = spec.grammar if form is not None and form.after_reasoning else None
         if grammar is None and budget is None:
@@ -114,9 +114,9 @@ class GrammarBuilder:
         return replace(spec, reasoning=reasoning)
 
     def _after_reasoning(self, grammar: str, *, opened: bool) -> str:
-        """`grammar` behind reasoning, whose start tag stands in the prompt where it is `opened`."""
+        """`grammar` after reasoning; if `opened`, its start tag is in the prompt."""
         start, end = (self._tokenizer.encode(tag, add_special_tokens=False) for tag in (START, END))
-        # a tag that is one token is written as that token; it may be a special one, which no text matches
+        # write a one-token tag as that token; it may be special, and no text matches special tokens
         open_tag = f"<[{start[0]}]>" if len(start) == 1 else json.dumps(START)
         frame = [
             f"start: {'' if opened else open_tag} thoughts {_SPACE} @{_BODY}",
@@ -139,12 +139,12 @@ class GrammarBuilder:
         failed, messages = LLMatcher.validate_grammar_with_warnings(framed, None, limits=limits)
         messages = _without_remarks(messages, field)
         if not failed and messages:
-            # special tokens are named, and only the tokenizer knows them
+            # special tokens have names that only the tokenizer knows
             tokenizer = LLTokenizer(self._tokenizer.to_json(), n_vocab=vocab_size, eos_token=eos_token_ids)
             failed, messages = LLMatcher.validate_grammar_with_warnings(framed, tokenizer, limits=limits)
             messages = _without_remarks(messages, field)
         elif not failed:
-            # what no text can fulfil is found by asking what may come first, in bytes
+            # an unsatisfiable grammar allows no first byte
             start = LLMatcher(byte_tokenizer(), grammar, log_level=0, limits=limits)
             start.compute_bitmask()
             messages = [_reason(start.get_error())] if start.is_error() else []
@@ -156,14 +156,14 @@ class GrammarBuilder:
 
 
 class _Form(NamedTuple):
-    """A grammar, or what speaks against it."""
+    """A grammar, or why it is refused."""
 
     grammar: str
     problem: str
 
 
 class _Built:
-    """The forms that were built last; any thread may ask."""
+    """A thread-safe cache of recently built forms."""
 
     def __init__(self) -> None:
         self._forms: dict[tuple[object, ...], _Form] = {}
@@ -173,7 +173,7 @@ class _Built:
         return self._forms.get(key)
 
     def keep(self, key: tuple[object, ...], form: _Form) -> None:
-        """Keep a form in place of those that were built first."""
+        """Add a form; drop the oldest ones."""
         with self._lock:
             self._forms[key] = form
             while len(self._forms) > _MOST_BUILT or sum(map(_size, self._forms.items())) > _MOST_BUILT_CHARACTERS:
@@ -187,10 +187,10 @@ def _size(kept: tuple[tuple[object, ...], _Form]) -> int:
 
 
 def _without_remarks(messages: list[str], field: str) -> list[str]:
-    """Log what the library does in another way than the schema says, and return the rest."""
+    """Log where the library deviates from the schema, and return the other messages."""
     rest = [message for message in messages if not message.startswith("oneOf ")]
     if len(rest) < len(messages):
-        logger.warning("%s: oneOf is taken for anyOf, as its cases may overlap", field)
+        logger.warning("%s: oneOf is treated as anyOf, since its cases may overlap", field)
     return rest
 
 
@@ -220,7 +220,7 @@ def _require_library(parameter: str) -> None:
 
 
 def _translated(params: StructuredOutputsParams, field: str, max_tokens: int) -> list[str]:
-    """The grammars that would do, the best first."""
+    """Candidate grammars, the best first."""
     if params.json is None and not params.json_object:
         bodies = [_text_body(params, field)]
     else:
@@ -239,12 +239,12 @@ def _translated(params: StructuredOutputsParams, field: str, max_tokens: int) ->
 def _text_body(params: StructuredOutputsParams, field: str) -> dict[str, object]:
     """One grammar of llguidance's list."""
     if params.choice is not None:
-        # escapes of JSON are Lark's too
+        # Lark uses JSON's escapes
         return {"lark_grammar": "start: " + " | ".join(json.dumps(choice) for choice in params.choice)}
     if params.regex is not None:
         from llguidance import regex_to_lark
 
-        # the library leaves such a one out
+        # the library would drop this backslash
         if (len(params.regex) - len(params.regex.rstrip("\\"))) % 2:
             raise RequestError(f"{field} is refused: it ends with a backslash that escapes nothing.", parameter=field)
         return {"lark_grammar": f"start: /{regex_to_lark(params.regex)}/"}
@@ -261,26 +261,26 @@ def _lark(grammar: str, field: str) -> str:
         return str(gbnf_to_lark(grammar))
     except RecursionError:
         raise RequestError(f"{field} is refused: it is nested too deeply.", parameter=field) from None
-    # the library raises a plain Exception for some mistakes, and an error of its own for others
+    # the library raises plain Exception for some mistakes and its own error for others
     except Exception as error:
         raise RequestError(f"{field} is refused: {reason(str(error))}", parameter=field) from None
 
 
 def _checked_lark(grammar: str, field: str) -> str:
-    """Return a grammar whose schemas, as `%json {…}`, hold no number that the library does not survive."""
+    """Check that `%json {…}` in a grammar holds no number that crashes the library; return the grammar."""
     for found in re.finditer(r"%json\s*(?={)", grammar):
         try:
             schema, _ = json.JSONDecoder().raw_decode(grammar, found.end())
             check_range(schema)
         except json.JSONDecodeError:
-            continue  # which the library says, where it is more than a part of a text
+            continue  # the library reports this, unless it is inside a string
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{field} is refused: %json: {error}", parameter=field) from None
     return grammar
 
 
 class _Bytes:
-    """The interface that llguidance asks of a tokenizer."""
+    """The tokenizer interface that llguidance requires."""
 
     eos_token_id = _END
     bos_token_id = None
@@ -293,7 +293,7 @@ class _Bytes:
 
 @cache
 def byte_tokenizer() -> LLTokenizer:
-    """Return the one tokenizer; making it takes milliseconds."""
+    """Return the shared tokenizer; creating it takes milliseconds."""
     from llguidance import LLTokenizer, TokenizerWrapper
 
     return LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=_END + 1, eos_token=[_END])

@@ -1,4 +1,4 @@
-"""JSON forms as the grammar library takes them: the schema rewritten, ends added, white space bounded."""
+"""JSON forms for the grammar library: the schema rewritten, bounds added, white space limited."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sempre.engine.frontend.schemas import SchemaRefused, rewritten
 from sempre.engine.structured_outputs import StructuredOutputsParams
 
 WHITE_SPACE = r"[ \n\r\t]{1,2}"
-"""Between two parts of JSON; without a bound a model may write nothing else until its limit."""
+"""White space between two parts of JSON; without a bound a model may write only that until its limit."""
 _OWN_SPACE = ("whitespace_flexible", "whitespace_pattern", "item_separator", "key_separator")
 
 
 def json_forms(params: StructuredOutputsParams, max_tokens: int) -> list[dict[str, Any]]:
-    """Return the form as one of the library's grammars, the best first: with ends that fit `max_tokens` and, in case
-    they contradict the schema, without; and each with exact numbers where the library itself would leave some out.
+    """Return candidate grammars for the form, the best first: with bounds that fit `max_tokens` and, in case these
+    contradict the schema, without; each with exact numbers where the library itself would omit some.
 
     Raises SchemaRefused.
     """
@@ -35,7 +35,7 @@ def json_forms(params: StructuredOutputsParams, max_tokens: int) -> list[dict[st
         if not has_exact_numbers(form):
             bodies.append({"json_schema": form})
             continue
-        # what is no valid schema, or too deep, the library names
+        # the library reports an invalid or too deep schema
         with suppress(NotKept, NothingFits, TypeError, AttributeError, ValueError, RecursionError):
             bodies.append({"lark_grammar": lark_of(form, form["x-guidance"])})
         if needs_exact_numbers(form) is None:
@@ -58,7 +58,7 @@ def _form(params: StructuredOutputsParams, max_tokens: int | None) -> dict[str, 
 
 
 def _options(params: StructuredOutputsParams, given: Any) -> Any:
-    """What the schema itself asks of the library comes first, and the request's own words before it."""
+    """Options for the library: the request's override the schema's own."""
     if not isinstance(given, dict):
         return given
     options = {"coerce_one_of": True, **given}

@@ -1,4 +1,4 @@
-"""What a request must fit into, and how a prompt that does not is cut or refused."""
+"""Limits of a request, and how a prompt that exceeds them is cut or refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sempre.ipc.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request must fit into."""
+    """Limits of a request."""
 
     engine_seed: int
     vocab_size: int
@@ -21,15 +21,15 @@ class RequestLimits:
     max_kv_tokens: int
     """Tokens that the KV cache of one replica holds."""
     max_logprobs: int
-    """Most log-probabilities per token; -1 is the whole vocabulary."""
+    """Maximum log-probabilities per token; -1 is the whole vocabulary."""
     eos_token_ids: list[int]
     structured_outputs: Mapping[str, Any] = field(default_factory=dict)
-    """Defaults of forms."""
+    """Defaults for structured outputs."""
 
     def max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
-        """Return how many tokens may be generated: as many as asked for and as the context holds.
+        """Return how many tokens may be generated: the requested number, limited by the context.
 
-        Raises RequestError for a prompt that is empty or leaves no room.
+        Raises RequestError for an empty prompt or one that leaves no room.
         """
         if not num_prompt_tokens:
             raise RequestError("The decoder prompt cannot be empty.", parameter="prompt", value=[])
@@ -56,7 +56,7 @@ class RequestLimits:
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
     def max_prompt_tokens(self, params: SamplingParams) -> int | None:
-        """Return the length to which a longer prompt is cut, None for no cut.
+        """Return the length to which a longer prompt is cut; None for no cut.
 
         `truncate_prompt_tokens=-1` leaves room for `max_tokens`, at least one. Raises RequestError for a length beyond
         the model's.
@@ -97,7 +97,7 @@ class RequestLimits:
 def cut(token_ids: list[int], without_special: list[int], most: int, side: str | None) -> list[int]:
     """Return at most `most` of a prompt's tokens, cut on `side` (None: left).
 
-    `without_special` are the tokens of the text alone: what the tokenizer has put around them stays.
+    `without_special` are the tokens of the text alone: the tokenizer's special tokens around them are kept.
     """
     if len(token_ids) <= most:
         return token_ids

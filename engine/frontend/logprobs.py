@@ -1,4 +1,4 @@
-"""From packed rows of log-probabilities to what users read."""
+"""Unpacks rows of log-probabilities for users."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Number = TypeVar("Number", int, float)
 
 
 def unpack_logprobs(rows: LogprobRows, tokenizer: Tokenizer | None) -> list[dict[int, Logprob]]:
-    """Return one dict per row: the row's own token first, then the k best, then those asked for by id, each once.
+    """Return one dict per row: the row's own token first, then the k best, then those requested by id, each once.
 
-    Every `logprob` is exactly the worker's float32. `decoded_token` needs a tokenizer. Raises MessageMalformed when
-    the packed sizes do not fit.
+    Every `logprob` is exactly the worker's float32. `decoded_token` needs a tokenizer. Raises MessageMalformed if
+    the packed sizes are inconsistent.
     """
     token_ids = _unpack("token_ids", array("i"), rows.token_ids, rows.num_rows * rows.width)
     logprobs = _unpack("logprobs", array("f"), rows.logprobs, rows.num_rows * rows.width)

@@ -1,4 +1,4 @@
-"""From the coordinator's deltas to the outputs that users see: text, stop strings, log-probabilities."""
+"""Turns the coordinator's deltas into outputs for users: text, stop strings, log-probabilities."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sempre.ipc.messages import ErrorInfo, LogprobRows, RequestOutputDelta
 
 
 class SequenceState:
-    """One sequence of a request: everything generated, and how much of it was handed out.
+    """One sequence of a request: everything generated, and how much of it was returned.
 
-    tokens and text:  [0, _taken) handed out | [_taken, len) news
+    tokens and text:  [0, _taken) returned | [_taken, len) new
 
-    Without stop strings nobody needs the text before it is handed out, so tokens are decoded then, all at once.
+    Without stop strings the text is not needed earlier, so tokens are decoded when they are returned, all at once.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class SequenceState:
         detokenizer: IncrementalDetokenizer | None,
         interval: int = 1,
     ):
-        """`interval`: tokens that are news after the first ones; fewer are told with the end."""
+        """`interval`: new tokens per output after the first; the last output may have fewer."""
         self.index = index
         self.finish_reason: str | None = None
         self.error: ErrorInfo | None = None
@@ -53,7 +53,7 @@ class SequenceState:
 
     @property
     def has_news(self) -> bool:
-        """Whether enough came since the last `take`."""
+        """Whether enough tokens arrived since the last `take`."""
         num_new = len(self._token_ids) - self._taken_tokens
         is_enough = not self._taken_tokens or num_new >= self._interval or self.finish_reason is not None
         return self._has_news and is_enough
@@ -64,7 +64,7 @@ class SequenceState:
         return len(self._token_ids)
 
     def apply(self, delta: RequestOutputDelta, logprobs: Sequence[dict[int, Logprob]]) -> bool:
-        """Take what is new; return whether a stop string ended the sequence before the coordinator did."""
+        """Add new tokens; return whether a stop string ended the sequence before the coordinator did."""
         token_ids = delta.token_ids
         finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
         stopped_here = False
@@ -95,7 +95,7 @@ class SequenceState:
         return stopped_here
 
     def take(self, *, only_new: bool) -> CompletionOutput:
-        """Return everything so far, or what came since the last call."""
+        """Return everything so far, or only what is new since the last call."""
         if self._decodes_late:
             self._decode()
         first_token = self._taken_tokens if only_new else 0
@@ -115,7 +115,7 @@ class SequenceState:
         )
 
     def _decode(self) -> None:
-        """Turn the tokens that came since the last call into text."""
+        """Decode the tokens that arrived since the last call."""
         assert self._detokenizer is not None
         ended = self.finish_reason is not None
         if self._text_ended or (not ended and self._num_decoded == len(self._token_ids)):
@@ -128,7 +128,7 @@ class SequenceState:
 
 
 class RequestState:
-    """One request of a user: its sequences, and the output that is due."""
+    """One request of a user: its sequences and its next output."""
 
     def __init__(
         self, request: PreparedRequest, tokenizer: Tokenizer, fingerprint: str, stream_interval: int = 1
@@ -155,7 +155,7 @@ class RequestState:
         return self._num_running == 0
 
     def end_sequence(self) -> None:
-        """Take note that one of them has."""
+        """Count one more sequence as ended."""
         self._num_running -= 1
 
     @property
@@ -164,9 +164,9 @@ class RequestState:
         return next((sequence.error for sequence in self.sequences if sequence.error is not None), None)
 
     def take_output(self, kind: RequestOutputKind | None = None) -> RequestOutput | None:
-        """Return the output that is due (of `kind`, else as the parameters say), None when none is.
+        """Return the next output in the form `kind` (default: the parameters'), or None if none is ready.
 
-        While sequences run, an output holds those with news; FINAL_ONLY waits for all and holds all.
+        While sequences run, an output holds the updated ones; FINAL_ONLY waits for all and holds all.
         """
         kind = self.request.params.output_kind if kind is None else kind
         if kind is RequestOutputKind.FINAL_ONLY:
@@ -193,8 +193,8 @@ class RequestState:
         )
 
     def _waits_for_prompt(self) -> bool:
-        """Whether the first sequence, which computes them, still owes log-probabilities of the prompt: another one may
-        have its first token before, from the prefix cache or on another replica."""
+        """Whether the prompt's log-probabilities are still missing. The first sequence computes them; another one may
+        have its first token earlier, from the prefix cache or on another replica."""
         if self.prompt_logprobs is None or self.sequences[0].finish_reason is not None:
             return False
         return len(self.prompt_logprobs) < len(self.request.prompt_token_ids)
@@ -202,19 +202,19 @@ class RequestState:
 
 @dataclass(slots=True)
 class Processed:
-    """What a batch of deltas led to."""
+    """Result of a batch of deltas."""
 
     updated: list[RequestState] = field(default_factory=list)
-    """Requests with news, each once, in the order of the deltas."""
+    """Updated requests, each once, in the order of the deltas."""
     stopped_ids: list[str] = field(default_factory=list)
     """Sequences that a stop string ended here: the coordinator must abort them."""
 
 
 class OutputProcessor:
-    """The unfinished requests of one engine. A request that has finished is forgotten at once."""
+    """The unfinished requests of one engine. Finished requests are forgotten at once."""
 
     def __init__(self, tokenizer: Tokenizer, fingerprint: str, stream_interval: int = 1) -> None:
-        """`stream_interval`: tokens from one output of a sequence to the next, after the first one."""
+        """`stream_interval`: tokens between two outputs of a sequence, after the first."""
         self._tokenizer = tokenizer
         self._stream_interval = stream_interval
         self._fingerprint = fingerprint
@@ -223,16 +223,16 @@ class OutputProcessor:
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that have not finished."""
+        """Number of unfinished requests."""
         return len(self._requests)
 
     def is_in_use(self, request_id: str, n: int) -> bool:
-        """Whether an unfinished request has this id, or a sequence one of those of a request with it and `n`."""
+        """Whether an unfinished request has this id, or a sequence has one of the `n` ids derived from it."""
         names = [request_id] if n == 1 else [f"{request_id}_{i}" for i in range(n)]
         return request_id in self._requests or any(name in self._sequences for name in names)
 
     def add(self, request: PreparedRequest) -> RequestState:
-        """Start to follow `request`. Raises RequestError when its id is in use."""
+        """Track `request`. Raises RequestError if its id is in use."""
         if self.is_in_use(request.request_id, len(request.sequences)):
             raise RequestError(
                 f"request_id {request.request_id!r} is in use by an unfinished request.",
@@ -247,7 +247,7 @@ class OutputProcessor:
         return state
 
     def process(self, deltas: Iterable[RequestOutputDelta]) -> Processed:
-        """Apply deltas in order. Deltas of forgotten sequences are late news of an abort and are dropped."""
+        """Apply deltas in order. Late deltas of aborted sequences are dropped."""
         processed = Processed()
         updated: dict[RequestState, None] = {}
         for delta in deltas:
@@ -289,7 +289,7 @@ class OutputProcessor:
         return state, sequence_ids
 
     def _apply(self, state: RequestState, sequence: SequenceState, delta: RequestOutputDelta) -> bool:
-        # Siblings share one prompt: the first one's report is the request's.
+        # Siblings share one prompt: the first one's report counts for the request.
         if delta.prompt_logprobs is not None and state.prompt_logprobs is not None and sequence.index == 0:
             state.prompt_logprobs += self._unpacked(state, delta.prompt_logprobs)
         if delta.num_cached_tokens and sequence.index == 0:

@@ -1,7 +1,7 @@
-"""How much of one call the engine is given at a time, so that requests of others find room beside it.
+"""Sends a large call to the engine in parts, so that other requests are not blocked.
 
-The engine takes requests in the order in which they come. So a call of many sequences would keep all others waiting
-until the last of them has begun; it is given to the engine in parts instead, each as those before it come on.
+The engine serves requests in order of arrival, so a call of many sequences would make all later requests wait until
+its last sequence has started. Instead, each part is sent when earlier ones have progressed.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from sempre.ipc.messages import AddRequests, EngineReady, RequestOutputDelta, Re
 
 Send = Callable[[AddRequests], None]
 
-# of the places in a step, for others
+# fraction of a step's slots reserved for others
 _SHARE_FOR_OTHERS = 8
-# one step is computed while the next one waits
+# one step runs while the next one waits
 _STEPS_AHEAD = 2
-# of a sequence whose sibling has computed the prompt: what is not in a whole block of the prefix cache
+# for a sequence whose sibling has computed the prompt: tokens outside whole blocks of the prefix cache
 _SIBLING_TOKENS = 16
 
 
 class Pace(NamedTuple):
-    """What the engine may have of one call at a time."""
+    """How much of one call the engine may hold at a time."""
 
     max_sequences: int
     max_prompt_tokens: int
-    """of sequences without a token so far; a longer prompt comes alone"""
+    """of sequences without a token so far; a longer prompt is sent alone"""
 
     @classmethod
     def of(cls, ready: EngineReady, num_replicas: int) -> Pace:
-        """Leave some places of a step to others, and be no more than a step ahead."""
+        """Leave some slots of a step to others, and stay at most one step ahead."""
         places = ready.max_num_seqs - ready.max_num_seqs // _SHARE_FOR_OTHERS
         return cls(places * num_replicas, _STEPS_AHEAD * ready.max_num_batched_tokens * num_replicas)
 
 
 class Pacer:
-    """The calls that the engine does not have whole."""
+    """The calls that are not fully sent to the engine."""
 
     def __init__(self) -> None:
         self._calls: dict[str, _Call] = {}
@@ -52,7 +52,7 @@ class Pacer:
             self._calls.update(dict.fromkeys(call.names(), call))
 
     def note(self, deltas: Iterable[RequestOutputDelta]) -> None:
-        """Take account of what the engine has told."""
+        """Update progress from the engine's deltas."""
         if not self._calls:
             return
         touched: dict[_Call, None] = {}
@@ -69,7 +69,7 @@ class Pacer:
         self._send_more(touched)
 
     def drop(self, sequence_ids: Iterable[str]) -> None:
-        """Forget sequences that nobody wants any more."""
+        """Forget sequences that are no longer needed."""
         touched: dict[_Call, None] = {}
         for name in sequence_ids:
             call = self._calls.pop(name, None)
@@ -87,7 +87,7 @@ class Pacer:
 
 
 class _Call:
-    """The sequences of one call that have not ended."""
+    """The unfinished sequences of one call."""
 
     def __init__(self, requests: Sequence[PreparedRequest], pace: Pace, send: Send) -> None:
         self._pace = pace
@@ -97,9 +97,9 @@ class _Call:
             for request in requests
             for place, spec in enumerate(request.sequences)
         }
-        """not sent: by name, with the tokens to compute before the first one is sampled"""
+        """not sent: tokens to compute before the first is sampled, by name"""
         self._sent: dict[str, int] = {}
-        """by name, the tokens that are still to be computed before the first one"""
+        """sent: tokens still to compute before the first is sampled, by name"""
         self._num_waiting_tokens = 0
 
     def names(self) -> list[str]:
@@ -117,7 +117,7 @@ class _Call:
         self.held.pop(name, None)
 
     def send_more(self) -> None:
-        """Send what there is room for, in order."""
+        """Send as many sequences as there is room for, in order."""
         fitting: list[RequestSpec] = []
         for name, (spec, num_tokens) in self.held.items():
             is_full = len(self._sent) >= self._pace.max_sequences

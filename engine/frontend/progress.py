@@ -1,4 +1,4 @@
-"""What a person at a terminal sees of work that takes long: a bar for `LLM.generate`, a line for a start."""
+"""Progress at a terminal: a bar for `LLM.generate`, a line for the start-up."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, Self, TextIO
 from sempre.engine.outputs import RequestOutput
 
 UseTqdm = bool | Callable[..., Any]
-"""True, False, or what makes a bar, called as `tqdm` is."""
-# Ordinary starts of a small model end before; a first start, which compiles kernels, takes several times as long.
+"""True, False, or a callable with tqdm's interface that makes a bar."""
+# A normal start of a small model is faster; a first start, which compiles kernels, takes several times as long.
 DELAY_S = 2.0
 
 
@@ -31,7 +31,7 @@ class GenerationProgress:
         )
 
     def finish(self, output: RequestOutput) -> None:
-        """Count a request that has finished."""
+        """Count a finished request."""
         if self._bar is None:
             return
         self._num_input_tokens += len(output.prompt_token_ids) * len(output.outputs)
@@ -42,7 +42,7 @@ class GenerationProgress:
         self._bar.update(len(output.outputs))
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -59,9 +59,9 @@ def _speeds(input_speed: float, output_speed: float) -> str:
 
 
 class StartupNotice:
-    """Context of a start-up: writes one line to `stream` when it lasts longer than `delay_s`, and one at its end.
+    """Context manager of a start-up: writes a line to `stream` if it takes longer than `delay_s`, and one at its end.
 
-    Silent unless a person reads along: at a terminal, or in a notebook. Phases are logged in any case.
+    Silent unless at a terminal or in a notebook. Phases are logged in any case.
     """
 
     def __init__(self, model: str, stream: TextIO | None = None, delay_s: float = DELAY_S) -> None:

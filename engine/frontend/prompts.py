@@ -17,7 +17,7 @@ class TextPrompt(TypedDict):
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids, used exactly as given; `prompt` is its text, for the output only."""
+    """A prompt as token ids, used as given; `prompt` is its text, only shown in the output."""
 
     prompt_token_ids: Sequence[int]
     prompt: NotRequired[str]
@@ -31,7 +31,7 @@ _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
 class ParsedPrompt(NamedTuple):
-    """A prompt taken apart; `text` is encoded when there are no `token_ids`."""
+    """A parsed prompt; `text` is encoded if there are no `token_ids`."""
 
     text: str | None
     token_ids: Sequence[int] | None
@@ -39,7 +39,7 @@ class ParsedPrompt(NamedTuple):
 
 
 def parse_prompt(prompt: object) -> ParsedPrompt:
-    """Take one prompt apart. Raises RequestError for any other form."""
+    """Parse one prompt. Raises RequestError for any other form."""
     if isinstance(prompt, str):
         return ParsedPrompt(prompt, None, None)
     if isinstance(prompt, Mapping):
@@ -55,7 +55,7 @@ def parse_prompt(prompt: object) -> ParsedPrompt:
 
 
 def list_prompts(prompts: object) -> tuple[list[Any], bool]:
-    """Return the prompts as a list, and whether a list was given (else it was one prompt)."""
+    """Return the prompts as a list, and whether a list was given rather than one prompt."""
     if isinstance(prompts, str | Mapping) or (is_token_ids(prompts) and len(prompts) > 0):  # type: ignore[arg-type]
         return [prompts], False
     if isinstance(prompts, Sequence) and not isinstance(prompts, bytes | bytearray):
@@ -68,9 +68,9 @@ def list_prompts(prompts: object) -> tuple[list[Any], bool]:
 
 
 def is_token_ids(value: object) -> bool:
-    """Whether `value` is a sequence that holds no texts, mappings or sequences; what it holds is checked later."""
+    """Whether `value` is a sequence without strings, mappings or sequences; its items are checked later."""
     if type(value) is list and set(map(type, value)) == {int}:
-        return True  # the ordinary case, at a fraction of the cost
+        return True  # fast path for the common case
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str | bytes)

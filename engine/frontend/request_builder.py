@@ -1,4 +1,4 @@
-"""From prompts and sampling parameters to the requests that the coordinator understands."""
+"""Turns prompts and sampling parameters into requests for the coordinator."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class PreparedRequest:
     sequences: list[RequestSpec]
     """Sequence i samples with the seed of the request plus i."""
     seeds: list[int]
-    """The seed of each sequence as its user is told: a negative one as it was given."""
+    """The seed of each sequence as reported to the user: a negative one as given."""
     arrival_time: float
     reasoning: PromptReasoning = field(compare=False, repr=False)
     """Whether the output begins inside reasoning."""
 
 
 class _Parameters(NamedTuple):
-    """Parameters of a call, checked; one for all prompts that share them."""
+    """Checked parameters of a call, one for all prompts that share them."""
 
     given: SamplingParams
     params: SamplingParams
@@ -50,7 +50,7 @@ class _Parameters(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """A request that nothing speaks against."""
+    """A valid request."""
 
     request_id: str | None
     text: str | None
@@ -63,10 +63,10 @@ class _Checked(NamedTuple):
 
 
 class RequestBuilder:
-    """Checks requests, numbers them, and gives a seed to those that come without one.
+    """Checks requests, numbers them, and derives a seed for those without one.
 
-    That seed follows from (engine seed, digest of the request, how many requests without a seed and with this digest
-    were accepted before), so it does not depend on which other requests came before or run beside it.
+    That seed depends on (engine seed, digest of the request, number of earlier requests without a seed and with this
+    digest), so it does not depend on other requests before it or at the same time.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class RequestBuilder:
         limits: RequestLimits,
         is_in_use: Callable[[str, int], bool] = lambda request_id, n: False,
     ) -> None:
-        """`is_in_use(id, n)` says whether an unfinished request has this id, or a sequence one of its `n`."""
+        """`is_in_use(id, n)`: whether an unfinished request has this id, or a sequence has one of its `n` ids."""
         self._tokenizer = tokenizer
         self._limits = limits
         self._specs = SpecBuilder(tokenizer, limits)
@@ -83,13 +83,13 @@ class RequestBuilder:
         self._seed_counts = SeedCounts()
         self._num_requests = 0
         self._num_sequences = 0
-        # The parameters checked last: a list of prompts mostly shares one object. They are checked anew in every call,
-        # as the caller may change them in between.
+        # The parameters checked last: a list of prompts mostly shares one object. Every call checks them again, since
+        # the caller may change them in between.
         self._checked: _Parameters | None = None
 
     @property
     def num_dropped_digests(self) -> int:
-        """Requests without a seed whose count was forgotten, because too many different ones came after them."""
+        """Requests without a seed whose count was dropped because too many different ones followed."""
         return self._seed_counts.num_dropped
 
     def build_all(
@@ -100,7 +100,7 @@ class RequestBuilder:
     ) -> list[PreparedRequest]:
         """Build one request per prompt; all are checked before the first is numbered.
 
-        Raises RequestError (a ValueError) that says which prompt or parameter is refused and why.
+        Raises RequestError (a ValueError) naming the refused prompt or parameter and the reason.
         """
         parts, is_list = list_prompts(prompts)
         params_list = _one_each("sampling_params", params, SamplingParams, len(parts))
@@ -122,7 +122,7 @@ class RequestBuilder:
     def _check(
         self, prompt: object, params: SamplingParams, priority: int, *, request_id: str | None = None, where: str = ""
     ) -> _Checked:
-        """`where` precedes error texts."""
+        """`where` is a prefix of error texts."""
         if not isinstance(params, SamplingParams):
             raise RequestError(
                 f"sampling_params must be SamplingParams, got {type(params).__name__}.",
@@ -156,7 +156,7 @@ class RequestBuilder:
     def _number(self, request: _Checked) -> PreparedRequest:
         params, spec = request.parameters.params, request.spec
         if params.seed is None:
-            # a prompt that has opened the reasoning makes of a form another one
+            # a prompt that opens the reasoning changes the grammar
             as_shared = spec.grammar is request.parameters.spec.grammar and spec.reasoning is None
             distribution = request.parameters.distribution if as_shared else distribution_digest(spec)
             digest = request_digest(distribution, request.token_ids)
@@ -164,7 +164,7 @@ class RequestBuilder:
         else:
             seed = params.seed
         name = self._free_name(params.n) if request.request_id is None else request.request_id
-        # Siblings share the prompt, so one report of its log-probabilities is enough.
+        # Siblings share the prompt, so one sequence reports its log-probabilities.
         sibling_spec = replace(spec, prompt_logprobs=None) if params.n > 1 else spec
         sequences = [
             RequestSpec(
@@ -186,14 +186,14 @@ class RequestBuilder:
         )
 
     def check_form(self, params: SamplingParams) -> None:
-        """Check what form the output has, which takes long for a large grammar; any thread may call this.
+        """Check the form of the output, which is slow for a large grammar; any thread may call this.
 
-        Raises RequestError as `build_all` would, which does not check the same form again.
+        Raises RequestError like `build_all`, which then does not check this form again.
         """
         self._specs.check_form(params)
 
     def _free_name(self, n: int) -> str:
-        """Return the request's number, or what no request that was named by its user is called."""
+        """Return the request's number, changed if a user has chosen it as an id."""
         name = str(self._num_requests)
         while self._is_in_use(name, n):
             name += "+"
@@ -203,7 +203,7 @@ class RequestBuilder:
         if self._checked is None or self._checked.given is not given:
             try:
                 params = given.clone()
-            except ConfigError as error:  # a value that was assigned after the object was made
+            except ConfigError as error:  # a value assigned after construction
                 raise RequestError(str(error), parameter=error.parameter, value=error.value) from None
             spec = self._specs.build(params)
             self._checked = _Parameters(given, params, spec, distribution_digest(spec))
@@ -230,7 +230,7 @@ def _check_priority(priority: int) -> None:
 
 
 def _check_text(parameter: str, value: object) -> None:
-    """Raise RequestError for what cannot cross a process as a string; None is left out."""
+    """Raise RequestError unless `value` is a string that can cross a process, or None."""
     if value is None:
         return
     if not isinstance(value, str):
@@ -239,7 +239,7 @@ def _check_text(parameter: str, value: object) -> None:
 
 
 def _one_each(parameter: str, values: Any, kind: type, count: int) -> list[Any]:
-    """Return one value per prompt; a single value counts for all."""
+    """Return one value per prompt; a single value applies to all."""
     items = [values] * count if isinstance(values, kind) and not isinstance(values, bool) else values
     if not isinstance(items, Sequence) or not all(
         isinstance(item, kind) and not isinstance(item, bool) for item in items

@@ -1,4 +1,4 @@
-"""From sampling parameters to what the workers are told: checked against the model, in token ids."""
+"""Turns sampling parameters into the workers' SamplingSpec: checked against the model, in token ids."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ class SpecBuilder:
         self._grammars = GrammarBuilder(tokenizer)
 
     def build(self, params: SamplingParams) -> SamplingSpec:
-        """Return what depends on parameters and model but not on the prompt; `max_tokens` is left at 1.
+        """Return the part that does not depend on the prompt; `max_tokens` stays 1.
 
         Raises RequestError naming the parameter.
         """
         self._limits.check_logprobs(params)
         if params.stop_strings and not self._tokenizer.makes_text:
             raise RequestError(
-                "stop needs text, and there is none with skip_tokenizer_init=True; use stop_token_ids.",
+                "stop needs text, which skip_tokenizer_init=True does not have; use stop_token_ids.",
                 parameter="stop",
                 value=params.stop,
             )
         bias = params.logit_bias or {}
         bias_ids = self.checked_ids("logit_bias", list(bias))
-        # each once: every worker keeps them for every sequence
+        # without duplicates: every worker keeps them for every sequence
         allowed = None if params.allowed_token_ids is None else list(dict.fromkeys(params.allowed_token_ids))
         listed = params.logprob_token_ids
-        # the best token alone is what is left of a total probability of nothing
+        # a total probability of 0 keeps only the best token
         top_k, top_p = (params.top_k, params.top_p) if params.top_p else (1, 1.0)
         return SamplingSpec(
             max_tokens=1,
             min_tokens=params.min_tokens,
             temperature=params.temperature,
             top_p=top_p,
-            # as many as the vocabulary has are all
+            # the size of the vocabulary means all
             top_k=0 if top_k >= self._limits.vocab_size else top_k,
             min_p=params.min_p,
             presence_penalty=params.presence_penalty,
@@ -60,7 +60,7 @@ class SpecBuilder:
             bad_words_token_ids=self._bad_words(params.bad_words or []),
             eos_token_ids=[] if params.ignore_eos else self._limits.eos_token_ids,
             stop_token_ids=self.checked_ids("stop_token_ids", params.stop_token_ids or []),
-            # who lists ids wants them reported beside the sampled token
+            # listed ids are reported in addition to the sampled token
             logprobs=0 if params.logprobs is None and listed else self._most(params.logprobs),
             prompt_logprobs=self._most(params.prompt_logprobs),
             grammar=self._grammar(params),
@@ -68,7 +68,7 @@ class SpecBuilder:
         )
 
     def checked_ids(self, parameter: str, token_ids: Sequence[Any]) -> list[int]:
-        """Return token ids as ints. Raises RequestError for one that the vocabulary has not."""
+        """Return token ids as ints. Raises RequestError for one outside the vocabulary."""
         if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < self._limits.vocab_size:
             return list(token_ids)
         checked = []
@@ -89,14 +89,14 @@ class SpecBuilder:
         return checked
 
     def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt: PromptReasoning) -> SamplingSpec:
-        """Return `spec` with what holds for an output that reasons before its answer, after this prompt."""
+        """Return `spec` adapted to an output that reasons before its answer, after this prompt."""
         return self._grammars.with_reasoning(spec, params, prompt)
 
     def _most(self, count: int | None) -> int | None:
         return None if count is None else min(count, self._limits.vocab_size)
 
     def check_form(self, params: SamplingParams) -> None:
-        """Check the grammar that `params` ask for. Raises RequestError."""
+        """Check the grammar of `params`. Raises RequestError."""
         self._grammar(params)
 
     def _grammar(self, params: SamplingParams) -> str | None:
@@ -108,11 +108,10 @@ class SpecBuilder:
         return self._grammars.build(form, limits.vocab_size, limits.eos_token_ids, max_tokens)
 
     def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
-        """Return the token sequences that may not be generated: each word, and the word after a space.
+        """Return the banned token sequences: each word, and the word after a space.
 
-        Leading white space is left out, as in vLLM, unless the word is nothing else. The second form is what the word
-        looks like in the middle of a text; it is left out when it ends with the first one (a space token before it),
-        which bans it already.
+        Leading white space is dropped, as in vLLM, unless the word has nothing else. The second form is the word in the
+        middle of a text; it is left out if it ends with the first form (after a space token), which bans it already.
         """
         sequences = []
         for word in words:
@@ -130,7 +129,7 @@ class SpecBuilder:
 
 
 def check_utf8(parameter: str, value: str) -> None:
-    """Raise RequestError for text that has no UTF-8 form, as neither tokenizer nor wire can take it."""
+    """Raise RequestError for text without a UTF-8 form, which neither tokenizer nor wire accepts."""
     try:
         value.encode()
     except UnicodeEncodeError as error:

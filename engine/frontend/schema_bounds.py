@@ -1,6 +1,6 @@
-"""Ends for what a schema leaves without: an answer has to fit into the tokens that its request allows.
+"""Adds bounds where a schema has none: an answer must fit into the tokens that its request allows.
 
-Whatever the bounds allow, the schema allows too.
+The schema allows everything that the bounds allow.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _MOST_ITEMS = 1000
 _DEPTH = 3
 _OF_OBJECTS = {"maxProperties", "minProperties", "properties", "required", "type"}
 _FORMAT_LENGTHS = {"date-time": 35, "duration": 12, "email": 12, "hostname": 8, "time": 20, "uri": 16}
-"""Least bounds of characters of formats without an end of their own."""
+"""Minimum character bounds of formats without a maximum length."""
 
 
 def add_bounds(root: Schema, nodes: list[Node], max_tokens: int) -> None:
     """Bound free strings, numbers, arrays, names and values of any kind, in place, so that they fit `max_tokens`."""
-    # an object costs its names, and white space around them
+    # an object costs its names and the white space around them
     names = sum(len(name) // 3 + 6 for node in nodes for name in node.schema.get("properties") or ())
     share = max(4, (max_tokens - names) // max(1, sum(_is_free(node.schema) for node in nodes)))
     if _characters(share) > _LONGEST_STRING:
@@ -49,13 +49,13 @@ def add_bounds(root: Schema, nodes: list[Node], max_tokens: int) -> None:
 
 
 def _open(schema: Schema) -> None:
-    """Say of which kinds a value may be that the schema says something of, so that each is bounded."""
+    """Name the types that the schema constrains, so that each of them is bounded."""
     if "type" not in schema and SPEAKING & set(schema) and not COMBINING & set(schema):
         schema["type"] = sorted(KINDS - {"integer"})
 
 
 def _characters(share: int) -> int:
-    """Of so many tokens of text, at least."""
+    """Minimum number of characters in `share` tokens of text."""
     return max(8, share * 5 // 2)
 
 
@@ -66,7 +66,7 @@ def _is_free(schema: Schema) -> bool:
 
 
 def _may_be(schema: Schema, kind: str) -> bool:
-    """Whether a schema names the kind, or leaves it open and says something of values."""
+    """Whether a schema names the type, or names none but constrains values."""
     kinds = schema.get("type")
     if kinds is None:
         return not {"properties", *COMBINING} & set(schema) and bool(SPEAKING & set(schema))
@@ -74,11 +74,11 @@ def _may_be(schema: Schema, kind: str) -> bool:
 
 
 def _bound_scalars(schema: Schema, share: int, *, has_steps: bool = False) -> None:
-    """`has_steps`: other schemas give a `multipleOf` of the same number, and the library multiplies them in 32 bits."""
+    """`has_steps`: other schemas give a `multipleOf` for the same number; the library multiplies them in 32 bits."""
     if _may_be(schema, "string"):
         form, least = schema.get("format"), schema.get("minLength", 0)
         if form in _FORMAT_LENGTHS:
-            # digits and odd letters cost a token each
+            # digits and rare letters cost one token each
             most = max(_FORMAT_LENGTHS[form], share - 8, least)
             schema["maxLength"] = min(schema.get("maxLength", most), most)
         elif form is None:
@@ -101,15 +101,15 @@ def _bound_number(schema: Schema, share: int) -> None:
 
 
 class _AnyValue:
-    """Values of any kind, with bounds of size and depth, as definitions at the root."""
+    """Values of any type, with bounds of size and depth, as definitions at the root."""
 
     def __init__(self, root: Schema, nodes: list[Node]) -> None:
         self._root = root
-        # whether a reference leads through an object, which then stays as it is
+        # whether a reference leads through an object, which then stays unchanged
         self._has_pointers = refers_through(nodes, "/properties/", "/patternProperties/")
 
     def bound(self, schema: Schema, share: int) -> None:
-        """Replace the free values directly inside, and end the properties that are not named."""
+        """Replace the free values directly inside, and bound the unnamed properties."""
         for word in ("properties", "patternProperties"):
             children = schema.get(word)
             if isinstance(children, dict):
@@ -133,7 +133,7 @@ class _AnyValue:
         if values is False:
             return
         if names and "additionalProperties" not in schema:
-            # no number of further ones fits
+            # no further ones fit
             schema["additionalProperties"] = False
             schema["properties"] = {name: self._bounded(named.get(name, True), share) for name in names}
             return
@@ -141,14 +141,14 @@ class _AnyValue:
         _share_out([values], share)
         further = {other_names(names): self._bounded(values, max(4, share // most - 12))}
         if not {name for name, child in named.items() if child is not False} <= set(schema.get("required") or ()):
-            # further ones can only be counted where all named ones are there
+            # further ones can only be counted if all named ones are present
             del schema["additionalProperties"]
             schema["properties"] = {name: self._bounded(named.get(name, values), share) for name in names}
             few = {"properties": dict.fromkeys(names, True), "additionalProperties": False}
             all_named = {"required": names, "patternProperties": further, "maxProperties": len(names) + most}
             cases = [few, {**few, **all_named}]
             if schema.get("type") == "object" and not self._has_pointers:
-                # whole objects, so that nothing stands beside the cases
+                # whole objects, so that the cases have no siblings
                 whole = {word: schema.pop(word) for word in _OF_OBJECTS & set(schema)}
                 cases = [{**whole, **case, "properties": whole["properties"]} for case in cases]
             schema["anyOf"] = cases
@@ -159,7 +159,7 @@ class _AnyValue:
         schema.setdefault("maxProperties", max(schema.get("minProperties", 0), len(names) + most))
 
     def _close_patterns(self, schema: Schema, names: list[str], share: int) -> None:
-        """No number of further names fits; those that are named follow the patterns that they match."""
+        """No further names fit; named properties follow the patterns they match."""
         named, rules = schema.get("properties") or {}, schema["patternProperties"]
         try:
             parts = {
@@ -179,7 +179,7 @@ class _AnyValue:
         }
 
     def _bound_patterns(self, schema: Schema, share: int) -> None:
-        """Names by the user's own patterns; a name that no shortened pattern matches is none."""
+        """Bound the user's own name patterns; names that match no shortened pattern are excluded."""
         rules = schema["patternProperties"]
         _share_out(rules.values(), share)
         is_whole = set(schema) <= _OF_OBJECTS | {"patternProperties", "additionalProperties"} and not self._has_pointers
@@ -188,7 +188,7 @@ class _AnyValue:
         schema["additionalProperties"] = False
         schema.setdefault("maxProperties", max(schema.get("minProperties", 0), _most_names(share)))
         if len(rules) > 1 and schema["patternProperties"] is not rules:
-            # shortened, they may share no name where they did; a case of which nothing comes has them compared in full
+            # shortened patterns may no longer share a name; an impossible case makes the library compare the full ones
             compared = {"type": "object", "patternProperties": rules, "additionalProperties": False}
             nothing = {"required": [""], "properties": {"": False}}
             cases = [{**schema}, {**compared, **nothing}]
@@ -201,7 +201,7 @@ class _AnyValue:
         return {**({} if child is True else child), "$ref": f"#/$defs/{self._define(share, _DEPTH)}"}
 
     def _define(self, share: int, depth: int) -> str:
-        """The name of values of about `share` tokens."""
+        """The name of the definition of values of about `share` tokens."""
         name = f"any-value-{share}-{depth}"
         definitions = self._root.setdefault("$defs", {})
         if name in definitions:
@@ -232,7 +232,7 @@ def _most_names(share: int) -> int:
 
 
 def _share_out(values: Iterable[Any], share: int) -> None:
-    """Bound scalars that stand under so many names as a share allows."""
+    """Bound scalars, each by its part of the share."""
     for value in values:
         if isinstance(value, dict) and value.get("type") == "string" and not {"const", "enum", "$ref"} & set(value):
             _bound_scalars(value, max(4, share // _most_names(share) - 12))

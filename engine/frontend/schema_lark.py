@@ -1,6 +1,6 @@
-"""Schemas with numbers that the grammar library's own reading of schemas does not keep, as Lark grammars.
+"""Writes schemas as Lark grammars if the grammar library would not keep their numbers exactly.
 
-Numbers are written as expressions of their digits, and what holds them (objects, arrays, cases) as rules; all the rest
+Numbers become expressions of their digits, and the objects, arrays and cases that hold them become rules; the rest
 stays a schema, in a rule of its own.
 """
 
@@ -24,33 +24,33 @@ _OF_ARRAYS = {"items", "prefixItems", "minItems", "maxItems"}
 _OF_STRINGS = {"minLength", "maxLength", "pattern", "format"}
 _ASIDE = {"$defs", "definitions", "x-guidance"}
 _NAME = r'/"([^"\\\x00-\x1F\x7F]|\\["\\bfnrt])*"/'
-"""A name in the one way in which it is compared: characters that need no escape have none."""
+"""A name in the form used for comparison: no unnecessary escapes."""
 MAX_TRANSLATED_CHARACTERS = 256 * 1024
-"""Most characters of what is made of a form; compiling the largest takes seconds and some tens of megabytes."""
+"""Maximum characters of a translated form; compiling the largest takes seconds and some tens of megabytes."""
 _MOST_LISTED = 1100
-"""Most numbers at an end of a range that are listed one by one; between two float64 in int64 are 1,024."""
+"""Maximum numbers listed one by one at an end of a range; in int64 two float64 are up to 1,024 apart."""
 
 
 class NotKept(Exception):
-    """A place of numbers that no rule here describes."""
+    """Numbers in a place that no rule here describes."""
 
 
 class NothingFits(Exception):
-    """No value fulfils a schema."""
+    """No value satisfies a schema."""
 
 
 def has_exact_numbers(schema: Schema) -> bool:
-    """Whether the library alone would leave numbers out, in a schema or any inside it."""
+    """Whether the library alone would omit numbers, in a schema or any schema inside it."""
     return any(EXACT in node for node in _all_inside(schema))
 
 
 def needs_exact_numbers(schema: Schema) -> str | None:
-    """Why a schema can not be left to the library alone; None if it can."""
+    """Why the library alone cannot handle a schema; None if it can."""
     return next((node[EXACT]["otherwise"] for node in _all_inside(schema) if "otherwise" in node.get(EXACT, ())), None)
 
 
 def without_marks(schema: Schema) -> Schema:
-    """A copy without the word of exact numbers."""
+    """A copy without the EXACT keyword."""
     made = copy.deepcopy(schema)
     for node in _all_inside(made):
         node.pop(EXACT, None)
@@ -58,7 +58,7 @@ def without_marks(schema: Schema) -> Schema:
 
 
 def lark_of(root: Schema, options: Schema) -> str:
-    """The grammar of a schema in the library's words; `options` are the library's, of white space among others.
+    """The grammar of a schema; `options` are the library's options, such as white space.
 
     Raises NotKept and NothingFits.
     """
@@ -72,7 +72,7 @@ def _all_inside(schema: Schema) -> Iterator[Schema]:
 
 
 def _reachable(root: Any, parts_of: Callable[[Schema], list[Any]]) -> Iterator[Schema]:
-    """Every schema that `parts_of` leads to, each once; it is asked after its schema was looked at."""
+    """Every schema reachable through `parts_of`, each once; `parts_of` runs after its schema was yielded."""
     pending = [root]
     seen: set[int] = set()
     while pending:
@@ -91,7 +91,7 @@ class _Rules:
         self._size = 0
         self._names: dict[int, str] = {}
         self._named: list[Schema] = []
-        """Keeps alive what is known by its identity."""
+        """Keeps objects alive that are tracked by identity."""
         space = options.get("whitespace_pattern") or r"[ \n\r\t]+"
         is_flexible = options.get("whitespace_pattern") is not None or options.get("whitespace_flexible", True)
         gap = f"({_in_slashes(space)})?" if is_flexible else ""
@@ -105,7 +105,7 @@ class _Rules:
         }
 
     def of(self, schema: Any) -> str:
-        """The name of a rule. Raises NotKept and NothingFits."""
+        """The name of the rule for a schema. Raises NotKept and NothingFits."""
         if schema is False:
             raise NothingFits
         if schema is True:
@@ -149,7 +149,7 @@ class _Rules:
         return " | ".join(found)
 
     def _is_special(self, schema: Schema) -> bool:
-        """Whether exact numbers are inside, or in what is referred to."""
+        """Whether the schema or one it refers to contains exact numbers."""
         return _is_exact(schema) or any(id(node) in self._special for node in self._parts_of(schema))
 
     def _parts_of(self, schema: Schema) -> list[Any]:
@@ -157,7 +157,7 @@ class _Rules:
         return [*parts, target_of(self._root, schema["$ref"])] if isinstance(schema.get("$ref"), str) else parts
 
     def _find_special(self) -> set[int]:
-        """The schemas at or in which exact numbers are, by identity."""
+        """The schemas that contain exact numbers, by identity."""
         users: dict[int, list[int]] = {}
 
         def parts_of(node: Schema) -> list[Any]:
@@ -176,7 +176,7 @@ class _Rules:
         return special
 
     def _leaf(self, schema: Schema) -> str:
-        """The library's own reading, with a copy of all that is referred to."""
+        """Leave a schema to the library, with a copy of everything it refers to."""
         made = _copy(schema)
         definitions: Schema = {}
         names: dict[int, str] = {}
@@ -200,7 +200,7 @@ class _Rules:
         text = f"%json {json.dumps({**made, 'x-guidance': self._options})}"
         self._size += len(text)
         if self._size > MAX_TRANSLATED_CHARACTERS:
-            # what is referred to is copied for every rule
+            # every rule has its own copy of the schemas it refers to
             raise NotKept
         return text
 
@@ -279,7 +279,7 @@ class _Rules:
         return f"OPEN {self._sequence(parts, further, least, most, is_ordered=False)} CLOSE"
 
     def _further(self, names: list[str], patterns: Schema, others: Any) -> str | None:
-        """A rule of one property that is not named; None if there is none."""
+        """A rule for one unnamed property; None if none is allowed."""
         try:
             value = self.of(next(iter(patterns.values()), others))
         except NothingFits:
@@ -295,9 +295,9 @@ class _Rules:
     def _sequence(
         self, parts: list[tuple[str, bool]], further: str | None, least: int, most: int | None, *, is_ordered: bool
     ) -> str:
-        """An expression of parts (rule, is required) and then further ones, with commas between.
+        """An expression of parts (rule, is required) and then further ones, separated by commas.
 
-        From `least` to `most` in all, where all parts are there. `is_ordered`: a part has all others before it.
+        From `least` to `most` in total, if all parts are present. `is_ordered`: a part requires all parts before it.
         """
         first = after = '""'
         least = max(0, least - len(parts))
@@ -322,7 +322,7 @@ def _copy(schema: Schema) -> Schema:
 
 
 def _end(schema: Schema, side: str, word: str) -> int | None:
-    """The bound of a side, inclusive and whole."""
+    """The bound of a side as an inclusive integer."""
     text = schema[EXACT][side]
     value = schema.get(word) if text is None else int(text)
     if text is None and (f"exclusive{word.capitalize()}" in schema or (value is not None and int(value) != value)):
@@ -344,7 +344,7 @@ def _may_match(pattern: str, name: str) -> bool:
 
 
 def literal(text: str) -> str:
-    """As a part of an expression between slashes."""
+    """`text` as a part of an expression between slashes."""
     return _in_slashes(re.escape(text))
 
 

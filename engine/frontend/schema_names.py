@@ -1,4 +1,4 @@
-"""Patterns of property names that end: each matches no name that the pattern it stands for does not."""
+"""Bounded patterns of property names: each matches only names that the original pattern matches."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import re
 
 KEY_LENGTH = 20
 _COMPARED = 4
-"""Characters by which a name is told from others, so that the pattern stays small: what shares one more is left out."""
+"""Characters used to distinguish names, which keeps the pattern small: names that share more are left out."""
 _PART = re.compile(r"\\.|\{(\d+),\}|.", re.DOTALL)
 
 
 def other_names(names: list[str]) -> str:
-    """A pattern of short names, none of them among `names`."""
+    """A pattern of short names that are not among `names`."""
     if not any(names):
         return f"^(?s:.{{1,{KEY_LENGTH}}})$"
     return f"^(?:{_others(sorted(filter(None, names)), 0)})$"
 
 
 def _others(names: list[str], depth: int) -> str:
-    """An expression of what none of the names is, branching at every character as a trie does."""
+    """An expression that matches none of the names, branching at every character like a trie."""
     tails: dict[str, list[str]] = {}
     for name in names:
         if name:
@@ -35,7 +35,7 @@ def _others(names: list[str], depth: int) -> str:
 
 
 def short_names(pattern: str) -> str | None:
-    """`pattern` with an end to every repetition and to the name; None where that can not be told from its text."""
+    """`pattern` with every repetition and the name bounded; None if that cannot be derived from its text."""
     parts, depth, flat = [], 0, []
     for found in _PART.finditer(pattern):
         part = found.group()

@@ -1,4 +1,4 @@
-"""Bounds and values of numbers as the grammar library can keep them: it reads every number as a float64."""
+"""Adapts numbers in schemas to the grammar library, which reads every number as a float64."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 Schema = dict[str, Any]
 
 EXACT = "x-exact-range"
-"""The word for whole bounds, low and high as text, that the library would read as others; `otherwise` says why nothing
-can stand in their place."""
+"""The keyword for integer bounds, low and high as text, that the library would misread; `otherwise` says why nothing
+can replace them."""
 LARGEST = 2**63 - 1024
 """The largest float64 below 2^63: the library counts digits in int64."""
 MOST_REMAINDERS = 8192
-"""Of all `multipleOf` together: with some more the library ends a request while it runs."""
+"""Total for all `multipleOf`: with a few more, the library aborts a running request."""
 _COSTS = {10_000: 1000}
-"""Steps of more remainders that were found to be followed all the same, and what they count for."""
+"""Steps with more remainders that work anyway, as tried, and what they count for."""
 _INT64_END = 2**63
-"""As the greatest value of an integer: the library takes what an int64 does not hold for the largest that it holds."""
+"""As the maximum of an integer: the library clamps values beyond int64 to the largest int64."""
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def rewrite_numbers(schema: Schema) -> None:
     """Make bounds inclusive and exact, in place.
 
-    A bound beyond 2^53 moves to the nearest float64 inside, and one beyond int64 into it, so nothing outside is ever
-    allowed; the end of int64 itself is kept. Where that loses a number, EXACT has what was said. Raises ValueError for
-    bounds that leave nothing.
+    A bound beyond 2^53 moves inward to the nearest float64, and one beyond int64 into int64, so nothing outside is ever
+    allowed; the limit of int64 itself is kept. If that loses a number, EXACT keeps the original bounds. Raises
+    ValueError for bounds that leave nothing.
     """
     schema.pop(EXACT, None)
     _from_draft_4(schema)
@@ -45,7 +45,7 @@ def rewrite_numbers(schema: Schema) -> None:
         if word in given and (is_integer or abs(given[word]) >= 2**53):
             del schema[word]
     for pair, sign in ((_BOUNDS[::2], 1), (_BOUNDS[1::2], -1)):
-        # of a bound beyond 2^53 and one within, the sign says which is the closer
+        # if one bound is beyond 2^53 and one within, the sign decides which is tighter
         if len(set(pair) & set(given)) == 2 and len(set(pair) & set(schema)) == 1:
             far = next(word for word in pair if word not in schema)
             if given[far] * sign > 0:
@@ -62,7 +62,7 @@ def rewrite_numbers(schema: Schema) -> None:
         if "type" in schema:
             schema[EXACT] = {**exact, "otherwise": str(error)}
             return
-        # any other kind will do
+        # any other type is allowed
         for word in (*_BOUNDS, "multipleOf"):
             schema.pop(word, None)
         schema["type"] = ["array", "boolean", "null", "object", "string"]
@@ -72,7 +72,7 @@ def rewrite_numbers(schema: Schema) -> None:
 
 
 def _take_inside(schema: Schema, low: int | None, high: int | None, *, is_integer: bool) -> None:
-    """Bounds that the library reads as they are written."""
+    """Set bounds that the library reads exactly."""
     if low is not None or not {"minimum", "exclusiveMinimum"} & set(schema):
         schema["minimum"] = -LARGEST if low is None else _float_inside(low, up=True)
     if high is not None or not {"maximum", "exclusiveMaximum"} & set(schema):
@@ -93,9 +93,9 @@ def kinds_of(schema: Schema) -> set[str]:
 
 
 def rewrite_values(schema: Schema) -> None:
-    """Say integers of `const` and `enum` that no float64 holds as ranges, in place, where nothing else is said.
+    """Turn integers of `const` and `enum` that no float64 holds into ranges, in place, if nothing else is constrained.
 
-    Raises ValueError for a number, at any depth, that stays and that the library does not hold.
+    Raises ValueError for a remaining number, at any depth, that the library does not hold.
     """
     word = "const" if "const" in schema else "enum"
     values = [schema["const"]] if "const" in schema else schema.get("enum")
@@ -118,7 +118,7 @@ def _single(value: int) -> Schema:
 
 
 def check_multiples(multiples: Iterable[Any]) -> None:
-    """Raise ValueError for `multipleOf` values whose remainders are more than the library can follow, all together."""
+    """Raise ValueError for `multipleOf` values that together have more remainders than the library can track."""
     total = 0
     for multiple in multiples:
         remainders = abs(int(_scaled(multiple)[0]))
@@ -128,7 +128,7 @@ def check_multiples(multiples: Iterable[Any]) -> None:
 
 
 def check_common_multiple(multiples: Iterable[Any]) -> None:
-    """Raise ValueError for `multipleOf` values of one number whose common multiple has too many remainders."""
+    """Raise ValueError if the common multiple of one number's `multipleOf` values has too many remainders."""
     common, places = 1, 0
     for multiple in multiples:
         digits, exponent = _scaled(multiple)
@@ -140,7 +140,7 @@ def check_common_multiple(multiples: Iterable[Any]) -> None:
 
 
 def _scaled(multiple: Any) -> tuple[int, int]:
-    """A number's digits without the point, which are as many remainders, and how many of them stand behind it."""
+    """A number's digits without the point (the number of remainders), and how many digits follow the point."""
     if isinstance(multiple, bool) or not isinstance(multiple, int | float) or not math.isfinite(multiple):
         raise ValueError(f"multipleOf must be a number, found {multiple!r}.")
     number = Decimal(repr(multiple))
@@ -155,16 +155,16 @@ def _too_many(what: str) -> str:
 
 
 def check_exact(value: Any) -> None:
-    """Raise ValueError for a number, at any depth, that the library does not hold: another would be generated."""
+    """Raise ValueError for a number, at any depth, that the library does not hold: it would generate another one."""
     for number in _numbers_in(value):
         if not _is_held(number):
             raise ValueError(f"the value {number} is beyond what a grammar keeps exactly.")
 
 
 def check_range(root: Schema) -> None:
-    """Raise ValueError for a number anywhere that may bring the library to an end, which takes the process with it.
+    """Raise ValueError for a number anywhere that may crash the library and with it the process.
 
-    It negates what it has read as an int64, also in parts that are reached by a way which only the library knows.
+    It negates numbers read as int64, also in parts that only the library reaches.
     """
     for number in _numbers_in(root):
         if not -LARGEST <= number <= _INT64_END:
@@ -196,7 +196,7 @@ def _exact(value: int | float) -> Fraction:
 
 
 def _from_draft_4(schema: Schema) -> None:
-    """There the exclusive bounds are flags."""
+    """In draft 4 the exclusive bounds are flags."""
     for flag, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if isinstance(schema.get(flag), bool):
             is_exclusive = schema.pop(flag)
@@ -205,7 +205,7 @@ def _from_draft_4(schema: Schema) -> None:
 
 
 def _whole_bounds(given: dict[str, Fraction]) -> tuple[int | None, int | None]:
-    """The least and the greatest integer that all bounds allow."""
+    """The smallest and the largest integer that all bounds allow."""
     lows, highs = [], []
     if "minimum" in given:
         lows.append(math.ceil(given["minimum"]))
@@ -219,7 +219,7 @@ def _whole_bounds(given: dict[str, Fraction]) -> tuple[int | None, int | None]:
 
 
 def _float_inside(value: int, *, up: bool) -> int:
-    """The nearest integer not below (`up`), or not above, that a float64 holds, within ±LARGEST."""
+    """The nearest integer that a float64 holds, not below (`up`) or not above `value`, within ±LARGEST."""
     if up and value <= -LARGEST:
         return -LARGEST
     if not up and value >= LARGEST:

@@ -1,4 +1,4 @@
-"""Objects that several schemas speak of, made one, or one for each case: only together can they be closed."""
+"""Joins the schemas of one object into one, or one per case: only then can it be closed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from sempre.engine.frontend.schemas import (
 _MOST_CASES = 32
 _MOST_PARTS = 1000
 _MOST_STEPS = 50_000
-"""Most schemas that are looked at, over all; what would take more stays as it is."""
+"""Maximum schemas visited in total; anything larger stays unchanged."""
 
 
 class _Effort:
-    """Counts schemas that are looked at, as references may multiply them without end."""
+    """Counts visited schemas, since references may multiply them endlessly."""
 
     def __init__(self) -> None:
         self._left = _MOST_STEPS
@@ -43,12 +43,12 @@ _OWN = {"additionalProperties", "maxProperties", "minProperties", "properties", 
 
 
 def refers_through(nodes: list[Node], *words: str) -> bool:
-    """Whether a reference leads through one of the words, beneath which all has to stay where it is."""
+    """Whether a reference leads through one of the keywords, below which nothing may move."""
     return any(word in str(node.schema.get("$ref")) for node in nodes for word in words)
 
 
 def join_objects(root: Schema, nodes: list[Node]) -> None:
-    """Make one object, or one for each case, of those that speak of the same value, in place."""
+    """Join the object schemas of the same value into one, or one per case, in place."""
     if refers_through(nodes, "/allOf/", "/anyOf/", "/oneOf/"):
         return
     is_fixed, effort = refers_through(nodes, "/properties/"), _Effort()
@@ -76,7 +76,7 @@ def join_objects(root: Schema, nodes: list[Node]) -> None:
 
 
 def _kinds(root: Schema, schema: Any, around: list[int], effort: _Effort) -> set[str]:
-    """Of which kinds a value may be by all that is said of it."""
+    """The types that all schemas of a value allow."""
     if not isinstance(schema, dict) or id(schema) in around or effort.is_spent():
         return set() if schema is False else set(KINDS)
     around = [*around, id(schema)]
@@ -92,7 +92,7 @@ def _kinds(root: Schema, schema: Any, around: list[int], effort: _Effort) -> set
 
 
 def _spread(schema: Schema, kinds: set[str]) -> None:
-    """Say the kinds in a schema and in the parts that it is made of, so that each can leave out what is of others."""
+    """Set the types in a schema and its parts, so that each can drop what concerns other types."""
     if kinds == KINDS or not kinds:
         return
     own = kinds_of(schema)
@@ -109,7 +109,7 @@ def _spread(schema: Schema, kinds: set[str]) -> None:
 
 
 def _flatten(schema: Schema) -> None:
-    """Take parts of `allOf` that speak of other things into the schema itself, and cases that are no condition away."""
+    """Merge parts of `allOf` about other keywords into the schema itself, and remove cases without a condition."""
     if any(child is True or child == {} for child in schema.get("anyOf", ())):
         del schema["anyOf"]
     kept = [child for child in schema.get("allOf", ()) if child is not True and not _is_taken(schema, child)]
@@ -120,7 +120,7 @@ def _flatten(schema: Schema) -> None:
 
 
 def _is_taken(schema: Schema, child: Any) -> bool:
-    """Whether a part spoke of other things than the schema, or of the same bounds, and is in it now."""
+    """Merge a part if it has other keywords than the schema, or the same bounds; return whether it did."""
     if not isinstance(child, dict) or EXACT in child or EXACT in schema:
         return False
     words, own = SPEAKING & set(child) - {"type"}, SPEAKING & set(schema) - {"type"}
@@ -141,7 +141,7 @@ def _is_object(parts: list[Schema]) -> bool:
 
 
 def _cases(root: Schema, schema: Any, around: list[int], effort: _Effort) -> list[list[Schema]] | None:
-    """For each case the schemas that make it; None if one says more than names and values of properties."""
+    """For each case its schemas; None if one constrains more than names and values of properties."""
     if isinstance(schema, bool):
         return [[]] if schema else []
     if effort.is_spent():

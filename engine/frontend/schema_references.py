@@ -1,4 +1,4 @@
-"""What the references of a schema mean: by pointer, by anchor, and by the addresses of the schemas inside it."""
+"""Resolves the references in a schema: by pointer, by anchor, and by the addresses of inner schemas."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ Children = Callable[[Schema], Iterator[tuple[str, Any]]]
 
 
 class References:
-    """The references in a schema as it was given, to be told again once it has been rewritten in place."""
+    """The references in a schema as given, to be written again once it has been rewritten in place."""
 
     def __init__(self, root: Schema, children: Children) -> None:
-        """`children` yields (path, subschema). Addresses and anchors are taken out of the schema."""
+        """`children` yields (path, subschema). Addresses and anchors are removed from the schema."""
         self._root = root
         self._children = children
         self._resources: dict[str, Any] = {"": root}
         self._anchors: dict[tuple[str, str], Any] = {}
         self._bases: dict[int, str] = {}
         self._found: list[tuple[Schema, Any]] = []
-        """Each schema that refers to another, and that one."""
+        """Each schema with a reference, and its target."""
         self._pointers: dict[int, str] = {}
-        """Where those that are referred to were said to stand."""
-        # what is referred to may stand under any name, as OpenAPI's components do
+        """The original pointers of the targets."""
+        # a target may have any parent, like OpenAPI's components
         pending = self._enter(root, "")
         done = 0
         while done < len(pending):
@@ -32,7 +32,7 @@ class References:
             done += 1
             target, base = self._target(address)
             if target is None:
-                # which the library will not find either, where it is asked for
+                # the library will not find it either, if it is needed
                 schema["$ref"] = address
             else:
                 self._found.append((schema, target))
@@ -40,7 +40,7 @@ class References:
                 pending += self._enter(target, base)
 
     def _enter(self, root: Any, base: str) -> list[tuple[Schema, str]]:
-        """Note the names in a schema and all inside; return those that refer, each with the address."""
+        """Record the names in a schema and all inside it; return the schemas with references, each with its address."""
         referring = []
         pending = [(root, base)]
         while pending:
@@ -50,14 +50,14 @@ class References:
             around = self._bases[id(schema)] = self._named(schema, around)
             if isinstance(schema.get("$ref"), str):
                 reference = schema["$ref"]
-                # an address as urn:… joins with nothing
+                # an address like urn:… cannot be joined
                 address = around + reference if reference.startswith("#") else urljoin(around, reference)
                 referring.append((schema, address))
             pending += [(child, around) for _, child in self._children(schema)]
         return referring
 
     def _named(self, schema: Schema, around: str) -> str:
-        """Note the schema's own address and anchor; return the address that counts inside."""
+        """Record the schema's own address and anchor; return the base address inside it."""
         # draft 4 says `id`
         names = [schema.pop(word, None) for word in ("id", "$id") if isinstance(schema.get(word), str)]
         if names:
@@ -73,7 +73,7 @@ class References:
         return around
 
     def _target(self, address: str) -> tuple[Any, str]:
-        """What an absolute reference means, and the address that counts there; None: nothing inside this schema."""
+        """The target of an absolute reference and its base address; None: not inside this schema."""
         document, fragment = urldefrag(address)
         resource = self._resources.get(document)
         if resource is None or not fragment:
@@ -83,11 +83,11 @@ class References:
         return self._anchors.get((document, unquote(fragment))), document
 
     def targets(self) -> list[tuple[str, Schema]]:
-        """The schemas that are referred to, each with the pointer that was used."""
+        """The targets of references, each with the pointer that was used."""
         return [(self._pointers[id(target)][1:], target) for _, target in self._found if isinstance(target, dict)]
 
     def write(self) -> None:
-        """Say every reference as a pointer from the root, where all else has been rewritten."""
+        """Write every reference as a pointer from the root, after everything else has been rewritten."""
         places = {id(self._root): "#"}
         for _, target in self._found:
             pointer = self._pointers[id(target)]
@@ -118,7 +118,7 @@ class References:
 
 
 def target_of(root: Any, reference: str) -> Any:
-    """What `#` or `#/…` means; None where nothing stands."""
+    """The target of `#` or `#/…`; None if there is none."""
     node: Any = root
     for part in reference[2:].split("/") if reference[1:] else ():
         name = unquote(part).replace("~1", "/").replace("~0", "~")

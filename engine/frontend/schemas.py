@@ -1,8 +1,8 @@
-"""From a JSON schema to one that says the same, or less, in the words that the grammar library understands.
+"""Rewrites a JSON schema with the keywords that the grammar library supports; the result allows the same or less.
 
-What a schema demands and no grammar can keep is refused by its place and name; what it only remarks (a `format` of
-another kind, titles, unknown words) is left out. Where a form can be kept in part only, the part allows nothing that
-the schema forbids.
+A constraint that no grammar can enforce is refused by place and name; annotations (other `format` values, titles,
+unknown keywords) are dropped. If a schema can be kept only in part, the result allows nothing that the schema
+forbids.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ONE = ("additionalItems", "additionalProperties", "contains", "else", "if", "it
 _LISTS = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 _MAPS = ("$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties")
 _MOST = {"properties": 1000, "patternProperties": 1000, "required": 1000, "anyOf": 500, "oneOf": 500, "allOf": 500}
-"""Most entries of one object, or one list of cases: compiling takes time and memory by the square of their number."""
+"""Maximum entries of one object or one list of cases: compiling takes quadratic time and memory."""
 COMBINING = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
 SPEAKING = COMBINING | {
     "$dynamicRef", "$recursiveRef", "additionalProperties", "const", "contains", "enum", "exclusiveMaximum",
@@ -41,7 +41,7 @@ SPEAKING = COMBINING | {
     "minLength", "minProperties", "minimum", "multipleOf", "not", "pattern", "patternProperties", "prefixItems",
     "properties", "required", "type", "uniqueItems",
 }  # fmt: skip
-"""Words that say something of the value; all others, as OpenAPI's, only remark or hold what is referred to."""
+"""Keywords that constrain the value; all others, such as OpenAPI's, are annotations or hold targets of references."""
 _ASIDE = ("$defs", "definitions")
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
 WORDS_OF_ARRAYS = {"contains", "items", "maxContains", "maxItems", "minContains", "minItems", "prefixItems",
@@ -63,7 +63,7 @@ _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 
 
 class SchemaRefused(Exception):
-    """A demand of a schema that no grammar keeps. The text begins with the place, as a JSON pointer."""
+    """A constraint that no grammar can enforce. The text begins with its place, a JSON pointer."""
 
     def __init__(self, place: str, reason: str) -> None:
         super().__init__(f"{place or 'the schema'}: {reason}")
@@ -74,12 +74,12 @@ class Node(NamedTuple):
 
     schema: Schema
     num_arrays: int
-    """around it, of any length"""
+    """ancestors, of any depth"""
 
 
 def rewritten(root: Schema, *, closed: bool = False) -> tuple[Schema, list[Node]]:
-    """Return the schema in the library's words, which is `root` changed, and all schemas inside; `closed`: objects have
-    no properties but those that are named.
+    """Rewrite `root` in place for the library; return it and all schemas inside. `closed`: objects have only named
+    properties.
 
     Raises SchemaRefused.
     """
@@ -130,7 +130,7 @@ class _Walk:
 
 
 def subschemas(schema: Schema) -> Iterator[tuple[str, Any]]:
-    """Yield (path, subschema) of every word that holds schemas."""
+    """Yield (path, subschema) of every keyword that holds schemas."""
     for word in _ONE:
         if isinstance(schema.get(word), dict):
             yield word, schema[word]
@@ -145,8 +145,8 @@ def subschemas(schema: Schema) -> Iterator[tuple[str, Any]]:
 
 
 def merged(root: Schema, nodes: list[Node]) -> set[int]:
-    """The schemas beside which others speak of the same value, by identity."""
-    # a type alone contradicts no bound of its cases
+    """The schemas of a value that has several schemas, by identity."""
+    # a type alone contradicts no bounds of its cases
     speaking = [(node.schema, SPEAKING & set(node.schema) - {"type"}) for node in nodes]
     pending = [schema for schema, words in speaking if COMBINING & words and len(words) > 1]
     pending += [node.schema for node in nodes if len(node.schema.get("allOf", ())) > 1]
@@ -178,7 +178,7 @@ def _drop_annotations(schema: Schema, place: str) -> None:
 
 
 def _modernise(schema: Schema, place: str) -> None:
-    """Draft 4 to 2019-09 in the words of 2020-12."""
+    """Convert drafts 4 to 2019-09 to 2020-12."""
     if isinstance(schema.get("items"), list):
         schema["prefixItems"] = schema.pop("items")
         if "additionalItems" in schema:
@@ -213,7 +213,7 @@ def _check_types(schema: Schema, place: str) -> None:
 
 
 def narrow(schema: Schema, place: str = "") -> None:
-    """Leave out, in place, what only speaks of kinds that the type excludes."""
+    """Drop, in place, keywords about types that `type` excludes."""
     kinds = kinds_of(schema)
     for own, words in _WORDS_OF.items():
         if kinds and not kinds & own:
@@ -222,7 +222,7 @@ def narrow(schema: Schema, place: str = "") -> None:
 
 
 def _formats(schema: Schema, place: str) -> None:
-    """Lengths that belong to a format, and that the library does not count."""
+    """Add the lengths that a format implies and the library does not count."""
     if schema.get("format") in ("email", "hostname"):
         most = schema.get("maxLength", _MOST_OF_NAME)
         schema["maxLength"] = min(most, _MOST_OF_NAME) if isinstance(most, int) else most
@@ -242,13 +242,13 @@ def _numbers(schema: Schema, place: str) -> None:
 
 
 def _constraint(schema: Schema, added: Schema) -> None:
-    """Demand `added` too."""
+    """Require `added` too."""
     schema.setdefault("allOf", [])
     schema["allOf"] = [*schema["allOf"], added]
 
 
 def _dependent(schema: Schema, place: str) -> None:
-    """What a property brings with it: either the property is absent, or the rest holds."""
+    """Dependencies of a property: it is absent, or its dependencies hold."""
     for key, names in (schema.pop("dependentRequired", None) or {}).items():
         if names:
             _constraint(schema, {"anyOf": [{"properties": {key: False}}, {"required": list(names)}]})
@@ -299,7 +299,7 @@ def _equal(one: object, other: object) -> bool:
 
 
 def _names(schema: Schema, place: str) -> None:
-    """Names of properties by a pattern, where the object says nothing else of names."""
+    """Property names by a pattern, if the object constrains names in no other way."""
     rule = schema.pop("propertyNames", None)
     if rule in (None, True, {}) or rule == {"type": "string"}:
         return
@@ -322,7 +322,7 @@ def _names(schema: Schema, place: str) -> None:
 
 
 def _counts(schema: Schema, place: str) -> None:
-    """Least and most numbers of properties, where they follow from which are required."""
+    """Minimum and maximum numbers of properties, where they follow from the required ones."""
     names = schema.get("properties")
     if not isinstance(names, dict) or not names:
         return
@@ -344,7 +344,7 @@ def _counts(schema: Schema, place: str) -> None:
 
 
 def _unevaluated(schema: Schema, place: str) -> None:
-    """Beside no other word that evaluates, the same as its older sibling."""
+    """Without other keywords that evaluate, the same as its older sibling."""
     combining = (COMBINING | {"if"}) & set(schema)
     for word, sibling in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
         value = schema.get(word)
@@ -380,7 +380,7 @@ def _conditions(schema: Schema, place: str) -> None:
 
 
 def _patterns(schema: Schema, place: str) -> None:
-    """A single pattern that every name matches is what additionalProperties says."""
+    """A single pattern that matches every name is the same as additionalProperties."""
     rules = schema.get("patternProperties")
     if isinstance(rules, dict) and len(rules) == 1 and not schema.get("properties"):
         [(pattern, values)] = rules.items()

@@ -1,4 +1,4 @@
-"""The conversation of a synchronous front end with its engine."""
+"""Synchronous communication of a front end with its engine."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ Reply = TypeVar("Reply", CallWorkersReply, MetricsReply, ResetPrefixCacheReply)
 
 
 class Session:
-    """Sends requests and hands every event to whom it concerns: outputs to the processor, replies to the asker."""
+    """Sends requests and routes events: outputs to the processor, replies to the caller."""
 
     def __init__(self, client: EngineClient, processor: OutputProcessor) -> None:
         self._client = client
         self._processor = processor
         self._call_ids = count()
-        # A lock that its own thread may take again: a stream may be read inside of anything.
+        # Reentrant: a stream may be read inside any other call.
         self._in_use = threading.RLock()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Context of one thread's work. Raises RuntimeError while another thread is in it.
+        """Context manager that admits one thread. Raises RuntimeError while another thread is in it.
 
-        Waiting instead would hide that the order of equal requests, hence which of them gets which seed, depends on
+        Waiting instead would hide that the order of equal requests, and so which of them gets which seed, depends on
         timing.
         """
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError(
-                "another thread is using this LLM, and one thread may use it at a time: give all prompts to one call, "
-                "make one LLM per thread, or use AsyncLLM."
+                "another thread is using this LLM, and only one thread may use it at a time: give all prompts to one "
+                "call, make one LLM per thread, or use AsyncLLM."
             )
         try:
             yield
@@ -64,7 +64,7 @@ class Session:
             self._in_use.release()
 
     def submit(self, requests: Sequence[PreparedRequest]) -> list[RequestState]:
-        """Follow and send requests. Raises RequestError for an id in use."""
+        """Track and send requests. Raises RequestError for an id in use."""
         states = [self._processor.add(request) for request in requests]
         for frame in frames_of(requests):
             with held():
@@ -72,7 +72,7 @@ class Session:
         return states
 
     def receive(self) -> list[RequestState]:
-        """Wait for one event; return the requests that have news. Raises EngineDeadError, ProtocolError."""
+        """Wait for one event; return the updated requests. Raises EngineDeadError, ProtocolError."""
         with held():
             event = self._client.receive()
             if event is None:
@@ -86,11 +86,11 @@ class Session:
             return self._ask(command, call_id, kind, timeout_s)
 
     def next_call_id(self) -> int:
-        """Return a number for a call."""
+        """Return the number for a new call."""
         return next(self._call_ids)
 
     def drop(self, requests: Iterable[PreparedRequest], because: BaseException) -> None:
-        """Forget what has not finished and, unless the engine died, abort it."""
+        """Forget the unfinished requests and, unless the engine died, abort them."""
         with held():
             sequence_ids = self._processor.forget(request.request_id for request in requests)
             if sequence_ids and not isinstance(because, EngineDeadError):
@@ -102,7 +102,7 @@ class Session:
         while True:
             remaining_s = deadline.remaining_s(f"no answer to {type(command).__name__}")
             event = self._client.receive(remaining_s)
-            # A reply with another number answers a call whose asker was interrupted.
+            # A reply with another number belongs to a call that was interrupted.
             if isinstance(event, kind) and event.call_id == call_id:
                 return event
             if event is not None:
@@ -121,12 +121,12 @@ class Session:
 
 
 def frames_of(requests: Iterable[PreparedRequest]) -> Iterator[list[RequestSpec]]:
-    """Return the sequences of all requests in order, cut into lists that fit into a frame."""
+    """Yield the sequences of all requests in order, in lists that fit into a frame."""
     return frames(spec for request in requests for spec in request.sequences)
 
 
 def check_refused(event: ClientEvent) -> None:
-    """Log a notice; raise the error with which the coordinator refused a frame of ours."""
+    """Log a notice; raise the error if the coordinator refused one of our frames."""
     if isinstance(event, EngineNotice):
         logger.warning("%s", event.message)
     if isinstance(event, Refused):
@@ -141,7 +141,7 @@ class Deadline:
         self._end = None if timeout_s is None else time.monotonic() + timeout_s
 
     def remaining_s(self, what: str) -> float | None:
-        """Return the seconds left, None without a deadline. Raises TimeoutError that says `what` when it has passed."""
+        """Return the seconds left, None without a deadline. Raises TimeoutError with `what` after the deadline."""
         if self._end is None:
             return None
         left = self._end - time.monotonic()

@@ -89,9 +89,9 @@ def test_what_a_template_does_not_read_is_said_once(caplog: pytest.LogCaptureFix
     for _ in range(3):
         deaf.render_chat(MESSAGES, tools=TOOLS, chat_template_kwargs={"enable_thinking": True, "a\nb": 1})
     assert caplog.messages == [
-        "the chat template does not read tools: the model is not told of those of requests",
-        "the chat template does not read the variable enable_thinking, which is without effect",
-        "the chat template does not read the variable a\\nb, which is without effect",
+        "the chat template does not read tools: the model does not see the tools of requests",
+        "the chat template does not read the variable enable_thinking; it has no effect",
+        "the chat template does not read the variable a\\nb; it has no effect",
     ]
     caplog.clear()
     for number in range(100):

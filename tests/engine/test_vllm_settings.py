@@ -192,7 +192,7 @@ def test_defaults_of_sampling_parameters() -> None:
         keywords = {"override_generation_config": given, "generation_config": mode}
         assert Frontend(parse_arguments("tiny", keywords)).default_sampling_params.top_k == 3
     for wrong, text in (
-        ({"top_kk": 1}, "'top_kk' is no default.*Did you mean 'top_k'"),
+        ({"top_kk": 1}, "'top_kk' is not a default.*Did you mean 'top_k'"),
         ({"top_p": 7}, "top_p: top_p"),
     ):
         with pytest.raises(ConfigError, match=text):

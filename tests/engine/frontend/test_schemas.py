@@ -474,4 +474,4 @@ def test_shortened_names_stay_within_what_is_allowed() -> None:
 
 def test_that_oneof_is_taken_for_anyof_is_said(caplog: pytest.LogCaptureFixture) -> None:
     grammar_of({"oneOf": [{"type": "integer"}, {"type": "number"}]})
-    assert "oneOf is taken for anyOf" in caplog.text
+    assert "oneOf is treated as anyOf" in caplog.text
