@@ -5,7 +5,7 @@
     with LLM("tiny") as llm:
         print(llm.generate("It is a truth", SamplingParams(max_tokens=32, seed=1))[0].outputs[0].text)
 
-Names are imported when they are first used, so that importing this package costs nothing.
+Names are imported on first use, so importing this package costs nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The keywords of an engine as an object, as vLLM has it."""
+"""The keywords of an engine as an object, like vLLM's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     class EngineArgs:
         """The keywords of `LLM`, as attributes; `dataclasses.asdict` gives them back. `LLM.from_engine_args` takes it.
 
-        Values are checked when an engine is made of them. Raises TypeError for an unknown keyword.
+        Values are checked when an engine is created from them. Raises TypeError for an unknown keyword.
         """
 
         model: str | PathLike[str]
@@ -66,7 +66,7 @@ AsyncEngineArgs = EngineArgs
 
 
 def keywords_of(engine_args: object) -> dict[str, Any]:
-    """Return what `LLM(**…)` takes. Raises TypeError for what is no EngineArgs."""
+    """Return keywords for `LLM(**…)`. Raises TypeError for anything but EngineArgs."""
     if not isinstance(engine_args, EngineArgs):
         raise TypeError(f"engine_args must be EngineArgs, got {type(engine_args).__name__}.")
     return engine_keywords_of(vars(engine_args))

@@ -34,17 +34,17 @@ MULTIPROCESSING_VARIABLE = "SEMPRE_MULTIPROCESSING"
 
 
 class FrontendConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of the user's process alone; coordinator and workers never see them."""
+    """Settings of the user's process only; the coordinator and the workers never see them."""
 
     tokenizer: Annotated[str | None, doc("folder or hub id of another tokenizer; None is the model's")] = None
     tokenizer_revision: Annotated[str | None, doc("branch, tag or commit of the tokenizer's hub id")] = None
     skip_tokenizer_init: Annotated[bool, doc("no tokenizer: prompts and outputs are token ids")] = False
     revision: Annotated[str | None, doc("branch, tag or commit of a hub id")] = None
-    download_dir: Annotated[str | None, doc("folder for what is fetched from the hub; None is the hub's own")] = None
-    trust_remote_code: Annotated[bool, doc("accepted for a model that brings no code; none is ever run")] = False
+    download_dir: Annotated[str | None, doc("folder for downloads from the hub; None is the hub's default")] = None
+    trust_remote_code: Annotated[bool, doc("allowed for a model without code of its own; none is ever run")] = False
     hf_overrides: Annotated[dict[str, Any] | None, doc("fields of config.json to replace")] = None
     override_generation_config: Annotated[
-        dict[str, Any] | None, doc("default sampling parameters, in place of those of generation_config.json")
+        dict[str, Any] | None, doc("default sampling parameters, replacing those of generation_config.json")
     ] = None
     generation_config: Annotated[
         Literal["auto", "vllm"], doc("default sampling parameters: the model's (auto), or SamplingParams' (vllm)")
@@ -52,20 +52,16 @@ class FrontendConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     chat_template: Annotated[str | None, doc("Jinja chat template, or a file with one; None is the model's")] = None
     chat_template_content_format: Annotated[
         Literal["auto", "string", "openai"],
-        doc("message contents for the template: as it reads them (auto), joined to a string, or as a list of parts"),
+        doc("message contents for the template: whichever form it reads (auto), one string, or a list of parts"),
     ] = "auto"
     default_chat_template_kwargs: Annotated[
-        dict[str, Any] | None, doc("variables of the chat template, where a conversation has none of that name")
+        dict[str, Any] | None, doc("default variables of the chat template; a conversation may override them")
     ] = None
     structured_outputs_config: Annotated[
-        dict[str, Any] | None, doc("backend, and defaults of structured outputs: disable_any_whitespace, …")
+        dict[str, Any] | None, doc("backend and defaults of structured outputs: disable_any_whitespace, …")
     ] = None
-    stream_interval: Annotated[
-        Count, doc("tokens from one output of a stream to the next; the first comes at once")
-    ] = 1
-    served_model_name: Annotated[str | None, doc("the model's name in metrics; a server has a setting of its own")] = (
-        None
-    )
+    stream_interval: Annotated[Count, doc("tokens between two outputs of a stream; the first output comes at once")] = 1
+    served_model_name: Annotated[str | None, doc("the model's name in metrics; a server has its own setting")] = None
 
 
 class EngineKeywords(TypedDict, total=False):
@@ -74,7 +70,7 @@ class EngineKeywords(TypedDict, total=False):
     seed: int
     dtype: Dtype | Literal["half", "float"]
     quantization: Quantization | None
-    # sizes may be texts as well: "4GiB", "2k"
+    # sizes may also be strings: "4GiB", "2k"
     max_model_len: int | str | None
     max_num_seqs: int | str | None
     max_num_batched_tokens: int | str | None
@@ -122,13 +118,13 @@ class EngineKeywords(TypedDict, total=False):
 
 
 class Arguments(NamedTuple):
-    """Validated settings, the model found."""
+    """Validated settings and the resolved model."""
 
     engine: EngineConfig
     frontend: FrontendConfig
 
 
-# what some call a value: these are settings of the same names
+# other names for a value of a setting
 SAME_VALUES: dict[str, dict[object, object]] = {
     "dtype": {"half": "float16", "float": "float32"},
     "max_model_len": {"auto": None, -1: None},
@@ -140,7 +136,7 @@ SHORT_SPECULATION: dict[str, Any] = {
 }
 _DERIVED_FIELDS = ("model", "model_path")
 _PYTHON_ALONE = "served_model_name"
-"""A keyword that is no flag: the server has a setting of that name."""
+"""A keyword without a flag: the server has a setting of that name."""
 
 
 def field_types(config: type[Struct]) -> dict[str, Any]:
@@ -153,10 +149,10 @@ def field_types(config: type[Struct]) -> dict[str, Any]:
 def parse_arguments(
     model: str | os.PathLike[str], keywords: Mapping[str, object], *, progress: bool = True
 ) -> Arguments:
-    """Validate all keywords, then find the model (which may download it, with a bar if `progress`).
+    """Validate all keywords, then find the model (this may download it, with a progress bar if `progress`).
 
-    `multiprocessing` that is not given is read from the environment variable SEMPRE_MULTIPROCESSING (0 or 1). None is
-    as good as left out, but for the seed.
+    If `multiprocessing` is not given, the environment variable SEMPRE_MULTIPROCESSING (0 or 1) decides. None means
+    not given, except for the seed.
 
     Raises TypeError for an unknown keyword, ConfigError for a refused value, ModelError for an unusable model.
     """
@@ -213,7 +209,7 @@ _NEVER_NONE = frozenset(
     for field in msgspec.structs.fields(config)
     if field.default is not None and field.name not in ("seed", *_DERIVED_FIELDS)
 )
-"""Settings of which None says nothing: their own default is another value."""
+"""Settings for which None means not given, because their default is another value."""
 
 
 def engine_config(model: str, *, revision: str | None = None, **keywords: Any) -> EngineConfig:
@@ -228,7 +224,7 @@ def engine_config(model: str, *, revision: str | None = None, **keywords: Any) -
 
 
 def check_keywords(kind: str, values: Sequence[object], keywords: Mapping[str, object]) -> None:
-    """Raise TypeError for a name that nothing has, or for a model that is missing, in a call of `kind`."""
+    """Raise TypeError for an unknown keyword or a missing model in a call of `kind`."""
     known = _known_keywords()
     for name in keywords:
         if name not in known and name not in VLLM_KEYWORDS:
@@ -238,7 +234,7 @@ def check_keywords(kind: str, values: Sequence[object], keywords: Mapping[str, o
 
 
 def engine_keywords_of(values: Mapping[str, object]) -> dict[str, Any]:
-    """Return those of `values` that are set, as keywords of `LLM`."""
+    """Return the `values` that are set, as keywords of `LLM`."""
     return {name: value for name, value in values.items() if value is not None or name == "seed"}
 
 
@@ -248,7 +244,7 @@ def _known_keywords() -> list[str]:
 
 
 def _refuse_unknown(name: str, value: object) -> None:
-    """Accept a keyword of vLLM that asks for what is done anyway; raise for every other one."""
+    """Accept a keyword of vLLM that asks for the engine's normal behavior; raise for every other one."""
     if name in VLLM_KEYWORDS:
         check_vllm_setting(name, value)
         return
@@ -261,7 +257,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
 
 
 def _first_name(value: object) -> str | None:
-    """Return the name in metrics; of several the first one, as a server reports it."""
+    """Return the model's name in metrics: the first of several, as a server reports it."""
     names = [value] if value is None or isinstance(value, str) else value
     if (
         not isinstance(names, list)

@@ -50,8 +50,8 @@ from sempre.ipc.messages import (
 
 Reply = TypeVar("Reply", CallWorkersReply, HealthReply, MetricsReply, ResetPrefixCacheReply)
 _OUTAGE_LOOK_S = 0.05
-# Events taken before those who wait for outputs run: where they are slower than the engine, each of them gets the
-# tokens of several steps at once, which costs little more than those of one.
+# Events handled before readers of outputs run: readers slower than the engine then get the tokens of several steps
+# at once, which costs little more than those of one step.
 _MOST_EVENTS_AT_ONCE = 8
 
 
@@ -62,12 +62,12 @@ class AsyncLLM(EngineBase):
             async for output in engine.generate("It is a truth", SamplingParams(max_tokens=32)):
                 print(output.outputs[0].text)
 
-    Keywords are those of `LLM`. `start` (or `async with`) launches the processes. Any number of tasks may generate
+    Takes the keywords of `LLM`. `start` (or `async with`) launches the processes. Any number of tasks may generate
     at the same time.
     """
 
     def __init__(self, model: str | PathLike[str], **keywords: Unpack[EngineKeywords]) -> None:
-        """Check the keywords and find the model; nothing is started. Raises as `LLM` does."""
+        """Check the keywords and find the model; start nothing. Raises the errors of `LLM`."""
         self._frontend = Frontend(parse_arguments(model, keywords))
         self._client: AsyncEngineClient | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -80,7 +80,7 @@ class AsyncLLM(EngineBase):
         self._pacer = Pacer()
 
     async def start(self) -> None:
-        """Launch the engine and wait until it is ready. Raises as `LLM` does."""
+        """Launch the engine and wait until it is ready. Raises the errors of `LLM`."""
         if self._client is not None or self._failure is not None:
             raise EngineDeadError("this AsyncLLM was started before; make a new one")
         with StartupNotice(self._frontend.config.model):
@@ -89,9 +89,9 @@ class AsyncLLM(EngineBase):
         self._reader = asyncio.create_task(self._read(self._client), name="sempre reader")
 
     async def restart(self) -> None:
-        """Launch an engine in place of one that has ended; requests are numbered on. Raises as `start`.
+        """Replace an engine that has ended; request numbers continue. Raises the errors of `start`.
 
-        Streams of the one that has ended should be closed before.
+        Close the streams of the old engine first.
         """
         former = self._client
         if self._failure is None or former is None:
@@ -109,7 +109,7 @@ class AsyncLLM(EngineBase):
         self._reader = asyncio.create_task(self._read(client), name="sempre reader")
 
     async def wait_for_end(self) -> EngineDeadError:
-        """Return, once the engine has ended, the error that says why."""
+        """Wait until the engine has ended; return the error that says why."""
         await self._has_ended.wait()
         assert self._failure is not None
         return again(self._failure)
@@ -127,10 +127,10 @@ class AsyncLLM(EngineBase):
         priority: int = 0,
         data_parallel_rank: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Complete one prompt and yield outputs as they come, of the kind that `output_kind` says.
+        """Complete one prompt and yield outputs as they come, in the form that `output_kind` sets.
 
         A slow reader gets fewer, larger outputs; nothing piles up. Closing the generator aborts the request. The
-        further keywords are vLLM's and may only be None; `priority` counts under scheduling_policy="priority".
+        other keywords are vLLM's and must be None; `priority` needs scheduling_policy="priority".
 
         Raises RequestError for a refused request or one that failed, EngineDeadError when the engine died.
         """
@@ -157,7 +157,7 @@ class AsyncLLM(EngineBase):
         *,
         priority: int = 0,
     ) -> OutputStream:
-        """Start to complete prompts, all or none of them, and return the outputs for one reader.
+        """Start all prompts or none, and return their outputs as one stream.
 
         Raises RequestError for a refused prompt or parameter, EngineDeadError when the engine died.
         """
@@ -182,7 +182,7 @@ class AsyncLLM(EngineBase):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> list[object]:
-        """Call a public method of every worker by name, as `LLM.collective_rpc`."""
+        """Call a public method of every worker by name, like `LLM.collective_rpc`."""
         call_id = next(self._call_ids)
         command = worker_call(call_id, method, args, kwargs)
         try:
@@ -192,20 +192,20 @@ class AsyncLLM(EngineBase):
             raise TimeoutError(f"no answer to CallWorkers within {timeout} s") from None
 
     async def get_metrics(self) -> list[Metric]:
-        """Return the engine's counters and gauges as they are now."""
+        """Return the current values of the engine's counters and gauges."""
         call_id = next(self._call_ids)
         reply = await self._ask(GetMetrics(call_id=call_id), call_id, MetricsReply)
         return engine_metrics(reply, self._frontend)
 
     async def reset_prefix_cache(self) -> bool:
-        """Empty the prefix cache; False, and nothing is done, while requests run."""
+        """Empty the prefix cache. While requests run, do nothing and return False."""
         call_id = next(self._call_ids)
         return (await self._ask(ResetPrefixCache(call_id=call_id), call_id, ResetPrefixCacheReply)).done
 
     async def health(self, timeout_s: float = 2.0) -> EngineHealth:
-        """Return how the engine and each of its workers are; never raises for an engine that is not well.
+        """Return the health of the engine and each worker; an unhealthy engine is not an error here.
 
-        A coordinator that does not answer within `timeout_s` is a problem by itself.
+        A coordinator that does not answer within `timeout_s` counts as a problem.
         """
         if self._failure is not None:
             return unhealthy("restarting" if self._starts_again else "dead", str(self._failure))
@@ -217,7 +217,7 @@ class AsyncLLM(EngineBase):
         deadline = time.monotonic() + timeout_s
         try:
             while not asking.done():
-                # nobody answers during an outage, and it may begin while the answer is awaited
+                # an outage, during which nobody answers, may begin while we wait
                 if (outage := client.outage) is not None:
                     return unhealthy("restarting", outage)
                 if (wait_s := deadline - time.monotonic()) <= 0:
@@ -231,11 +231,11 @@ class AsyncLLM(EngineBase):
             asking.cancel()
 
     async def check_health(self, timeout_s: float = 2.0) -> None:
-        """Raise EngineUnhealthy, naming the rank, unless every worker is ready, was heard lately and is not stuck."""
+        """Raise EngineUnhealthy, naming the rank, unless all workers are ready, send heartbeats and are not stuck."""
         (await self.health(timeout_s)).check()
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
-        """Return the conversation as a prompt; keywords are those of `LLM.chat`."""
+        """Return the conversation as a prompt; takes the keywords of `LLM.chat`."""
         return self._frontend.render_chat(messages, **keywords)
 
     @property
@@ -244,13 +244,13 @@ class AsyncLLM(EngineBase):
         return self._frontend.chat_template
 
     def chat_arguments(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> dict[str, Any]:
-        """Return what `render_chat` of `engine.text` makes the conversation's text from; keywords as `LLM.chat`'s."""
+        """Return the arguments for `engine.text.render_chat`; takes the keywords of `LLM.chat`."""
         return self._frontend.chat_arguments(messages, **keywords)
 
     def check_form(self, params: SamplingParams) -> None:
-        """Check the structured output that `params` ask for, in any thread, so that `stream` need not.
+        """Check the structured output of `params` here, in any thread, so that `stream` need not.
 
-        Raises RequestError for one that is refused.
+        Raises RequestError if it is invalid.
         """
         self._frontend.builder.check_form(params)
 
@@ -264,12 +264,12 @@ class AsyncLLM(EngineBase):
 
     @property
     def fingerprint(self) -> str:
-        """As `LLM.fingerprint`; empty before the start."""
+        """Like `LLM.fingerprint`; empty before `start`."""
         return self._frontend.fingerprint
 
     @property
     def fingerprint_parts(self) -> dict[str, str]:
-        """What `fingerprint` is the digest of; empty before the start."""
+        """The values that `fingerprint` is a digest of; empty before `start`."""
         return dict(self._frontend.parts)
 
     @property
@@ -279,11 +279,11 @@ class AsyncLLM(EngineBase):
 
     @property
     def ready(self) -> EngineReady:
-        """What the started engine said of itself: limits, seconds of each start-up phase, process ids of workers."""
+        """What the engine reported at its start: limits, seconds of each start-up phase, process ids of workers."""
         return self._connected().ready
 
     def shutdown(self) -> None:
-        """End the workers and the coordinator; running generators raise EngineDeadError. May be called again."""
+        """End the workers and the coordinator; running generators raise EngineDeadError. Can be called twice."""
         self._fail(EngineDeadError("this AsyncLLM was shut down"))
         if self._reader is not None:
             self._reader.cancel()
@@ -326,7 +326,7 @@ class AsyncLLM(EngineBase):
         return stream
 
     def _drop(self, request_ids: list[str]) -> None:
-        """Forget requests; what has not finished is aborted."""
+        """Forget requests and abort the unfinished ones."""
         for name in request_ids:
             self._streams.pop(name, None)
         sequence_ids = self._frontend.processor.forget(request_ids)
@@ -352,9 +352,9 @@ class AsyncLLM(EngineBase):
                 try:
                     self._take(client, await client.receive())
                 except ProtocolError as error:
-                    # A frame is lost, and nobody knows whose it was; requests that come later are not concerned.
+                    # A frame is lost and could belong to any current request; later requests are not affected.
                     self._fail_waiting(error)
-        # Whatever ends the reader would leave all generators waiting, so it is raised in each of them.
+        # If the reader ended silently, all generators would wait for ever, so each of them raises its error.
         except Exception as error:
             self._fail(error)
 
@@ -380,7 +380,7 @@ class AsyncLLM(EngineBase):
             stream.wake(state)
 
     def _fail(self, error: BaseException) -> None:
-        """Let everybody who waits, and whoever comes later, see `error`; the first one stands."""
+        """Raise `error` in all current and later callers; only the first error counts."""
         if self._failure is None:
             self._failure = again(ended_by(error))
             self._has_ended.set()
@@ -395,5 +395,5 @@ class AsyncLLM(EngineBase):
 
 
 def _limits(ready: EngineReady) -> EngineReady:
-    """What requests depend on: all but what differs from start to start."""
+    """The part that requests depend on, without what differs from start to start."""
     return msgspec.structs.replace(ready, phase_seconds={}, worker_pids=[], draft_worker_pids=[])

@@ -1,4 +1,4 @@
-"""A child process started as `python -m module`, with its log and a file descriptor that tells of its end."""
+"""A child process started as `python -m module`, with its log and a file descriptor that signals its end."""
 
 from __future__ import annotations
 
@@ -50,46 +50,46 @@ class ChildProcess:
             with self._popen.stdin as pipe:
                 pipe.write(stdin)
         except BrokenPipeError:
-            # it ended already; its exit code tells the story
+            # it has already ended; its exit code says why
             return
 
     def fileno(self) -> int | None:
-        """A descriptor that is readable once the process has ended; None where the system has no such thing."""
+        """A descriptor that is readable once the process has ended; None if the system does not offer one."""
         return self._pidfd
 
     def exitcode(self) -> int | None:
-        """None while it runs; negative: the signal that ended it."""
+        """None while it runs; a negative number is the signal that ended it."""
         return self._popen.poll()
 
     def ended(self) -> bool:
-        """Whether it has ended; unlike `exitcode` this leaves the zombie, and with it the number, in place."""
+        """Whether it has ended; unlike `exitcode`, this keeps the zombie and so its process id."""
         if self._popen.returncode is not None:
             return True
         try:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
-            return True  # this process ignores SIGCHLD, or somebody else in it has waited
+            return True  # this process ignores SIGCHLD, or other code has waited
 
     def wait(self, timeout_s: float) -> int | None:
-        """The exit code, or None when it still runs after `timeout_s`."""
+        """The exit code, or None if it still runs after `timeout_s`."""
         try:
             return self._popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
 
     def send_kill(self) -> None:
-        """SIGKILL, without waiting for the end."""
+        """Send SIGKILL without waiting for the end."""
         self._popen.kill()
 
     def kill(self) -> None:
-        """SIGKILL, also to a stopped process; returns when it is gone."""
+        """Send SIGKILL, which also ends a stopped process; return when it is gone."""
         self._popen.kill()
         self._popen.wait()
 
     def kill_group(self) -> None:
-        """SIGKILL to the process and to all it has started; needs `own_group`."""
+        """Send SIGKILL to the process and all its children; needs `own_group`."""
         if self._popen.returncode is None:
-            # not yet waited for, so that the number cannot belong to anybody else
+            # not yet waited for, so no other process can have this id
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
             self._popen.wait()
@@ -100,7 +100,7 @@ class ChildProcess:
             self._pidfd = None
 
     def log_tail(self) -> str:
-        """The last lines that it wrote."""
+        """The last lines of its log."""
         try:
             data = self.log_path.read_bytes()
         except FileNotFoundError:

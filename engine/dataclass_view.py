@@ -1,4 +1,4 @@
-"""Structs that the functions of `dataclasses` take, too."""
+"""Structs that work with the functions of `dataclasses`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ StructType = TypeVar("StructType", bound=type[msgspec.Struct])
 
 
 def dataclass_view(struct: StructType) -> StructType:
-    """Make `dataclasses.asdict`, `fields` and `replace` take `struct`, which is made at less than half the cost of a
-    dataclass and not tracked by the garbage collector."""
+    """Make `dataclasses.asdict`, `fields` and `replace` accept `struct`, which costs less than half of a dataclass
+    to create and is not tracked by the garbage collector."""
     fields = [
         (field.name, field.type)
         if field.default is msgspec.NODEFAULT

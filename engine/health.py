@@ -1,4 +1,4 @@
-"""Whether an engine works as it should, and if not, which of its processes does not."""
+"""Whether an engine is healthy, and if not, which of its processes is at fault."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import EngineUnhealthy
 
 EngineState = Literal["starting", "ready", "restarting", "dead"]
-# A worker sends heartbeats while it computes, too: so many missing ones are more than a busy machine explains.
+# A worker sends heartbeats while it computes, too; a busy machine alone does not explain this many missing ones.
 HEARTBEATS_MISSED = 10
 
 
 class WorkerHealth(Struct, frozen=True, kw_only=True):
-    """One worker process. Ages are seconds; None where there is nothing to count from."""
+    """One worker process. Ages are in seconds, None if the event has not happened."""
 
     rank: int
     pid: int
     state: messages.WorkerState
     heartbeat_age_s: float | None
-    """Since the worker was heard last."""
+    """Time since the worker's last heartbeat."""
     step_age_s: float | None
-    """How long the step it is working on has taken so far; None when it has none."""
+    """How long the current step has taken so far; None without one."""
     last_step_age_s: float | None
-    """Since it finished a step."""
+    """Time since it finished a step."""
     num_restarts: int
     cause: str
-    """Why it was restarted last; empty when it never was."""
+    """Why it was last restarted; empty if it never was."""
 
 
 class Problem(Struct, frozen=True, kw_only=True):
@@ -41,8 +41,8 @@ class Problem(Struct, frozen=True, kw_only=True):
 
 
 class EngineHealth(Struct, frozen=True, kw_only=True):
-    """The engine is healthy when there is no problem: every worker is ready, was heard lately, no step is stuck, and no
-    request that has a place in the steps has stopped moving."""
+    """The engine is healthy when there is no problem: every worker is ready and sends heartbeats, no step is stuck, and
+    no scheduled request has stopped making progress."""
 
     state: EngineState
     problems: list[Problem]
@@ -54,7 +54,7 @@ class EngineHealth(Struct, frozen=True, kw_only=True):
         return not self.problems
 
     def check(self) -> None:
-        """Raise EngineUnhealthy with all problems; its `rank` is that of the first."""
+        """Raise EngineUnhealthy with all problems and the rank of the first."""
         if self.problems:
             first = self.problems[0]
             text = "; ".join(problem.text for problem in self.problems)
@@ -71,11 +71,11 @@ def judge(
     config: EngineConfig,
     stalled: Sequence[messages.StalledRequests] = (),
 ) -> EngineHealth:
-    """The health of an engine whose coordinator has reported of its workers, and of requests that do not move."""
+    """The health of an engine, from its coordinator's report of workers and of requests without progress."""
     problems = [problem for report in reports if (problem := _problem(report, config)) is not None]
     explained = {problem.rank for problem in problems}
     problems += [_stall(report, config) for report in stalled if report.rank not in explained]
-    # one spelling for users, by name; the message is an array
+    # users see fields by name; the message is an array
     names = WorkerHealth.__struct_fields__
     workers = [WorkerHealth(**{name: getattr(report, name) for name in names}) for report in reports]
     restarting = any(report.state != "ready" for report in reports)

@@ -47,9 +47,9 @@ Message = Mapping[str, Any]
 class LLM(EngineBase):
     """A model with its coordinator and workers.
 
-    Keywords are the fields of `EngineConfig` and `FrontendConfig`. Closing is explicit (`shutdown`, `with`), but
-    losing the object or ending the program does it, too. One thread may use an object at a time; another one that
-    tries gets a RuntimeError, since the order of requests would depend on timing. `AsyncLLM` serves many tasks.
+    Keywords are the fields of `EngineConfig` and `FrontendConfig`. Close it with `shutdown` or `with`; it also
+    closes when it is garbage-collected or the program ends. One thread may use an object at a time; a second one
+    gets a RuntimeError, since the order of requests would depend on timing. `AsyncLLM` serves many tasks.
     """
 
     def __init__(self, model: str | PathLike[str], **keywords: Unpack[EngineKeywords]) -> None:
@@ -65,7 +65,7 @@ class LLM(EngineBase):
 
         with StartupNotice(arguments.engine.model):
             client = launch(arguments.engine, log_progress, meanwhile=load_frontend)
-        # Runs once: on shutdown, when this object is lost, or at the end of the program.
+        # Runs once: on shutdown, when this object is garbage-collected, or at the end of the program.
         self._closer = weakref.finalize(self, client.close)
         self._frontend.connect(client.ready)
         self._ready = client.ready
@@ -83,13 +83,13 @@ class LLM(EngineBase):
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Complete each prompt; outputs are in the order of `prompts`.
+        """Complete each prompt; return outputs in the order of `prompts`.
 
-        Parameters that are left out are the model's own defaults; a list holds one per prompt, as does `priority`
+        Without parameters, the model's defaults apply; a list holds one per prompt, and so does `priority`
         (lower is sooner, under scheduling_policy="priority"). `lora_request`, `tokenization_kwargs` and
-        `mm_processor_kwargs` may only be empty. All prompts are checked before anything is computed. A request that
+        `mm_processor_kwargs` must be empty. All prompts are checked before anything is computed. A request that
         fails later ends with finish_reason `error` and its text in `outputs[i].error`; the others go on. Ctrl-C aborts
-        what runs and leaves the engine usable.
+        the running requests and leaves the engine usable.
 
         Raises RequestError (a ValueError) for a refused prompt or parameter, EngineDeadError when the engine died.
         """
@@ -117,10 +117,10 @@ class LLM(EngineBase):
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or each of several, by the model's chat template.
+        """Answer one conversation (a list of messages) or several, using the model's chat template.
 
-        Raises RequestError for messages the template refuses, ConfigError when the model has no template; further
-        as `generate`.
+        Raises RequestError for messages the template refuses, ConfigError when the model has no template, and the
+        errors of `generate`.
         """
         self._check_open()
         refuse_values(
@@ -146,9 +146,9 @@ class LLM(EngineBase):
         priority: Sequence[int] | None = None,
         **without_effect: object,
     ) -> list[str]:
-        """Start to complete each prompt, and return the requests' ids at once; `wait_for_completion` has the outputs.
+        """Start each prompt and return the request ids at once; `wait_for_completion` returns the outputs.
 
-        Keywords of `generate` that ask for nothing may stand here as well. Raises as `generate` does.
+        The unused keywords of `generate` are allowed here as well. Raises the errors of `generate`.
         """
         self._check_open()
         without_effect.pop("use_tqdm", None)
@@ -168,12 +168,12 @@ class LLM(EngineBase):
         priority: Sequence[int] | None = None,
         **template: Any,
     ) -> list[str]:
-        """The same for conversations; further keywords are those of `chat` for its template."""
+        """Like `enqueue`, for conversations; also takes the template keywords of `chat`."""
         self._check_open()
         return self.enqueue(self._rendered(messages, **template), sampling_params, priority=priority)
 
     def wait_for_completion(self, *, use_tqdm: UseTqdm = True) -> list[RequestOutput]:
-        """Return the outputs of all requests that were enqueued since the last call, in their order."""
+        """Return the outputs of all requests enqueued since the last call, in order."""
         self._check_open()
         with self._session.exclusive():
             enqueued, self._enqueued = self._enqueued, []
@@ -183,11 +183,11 @@ class LLM(EngineBase):
                 return self._finished(_Running(requests, states), use_tqdm)
 
     def render_chat(self, messages: Sequence[Message]) -> TokensPrompt:
-        """Return one conversation as the prompt that `chat` makes of it. Raises as `chat` does."""
+        """Return one conversation as the prompt that `chat` uses. Raises the errors of `chat`."""
         return self._frontend.render_chat(messages)
 
     def score(self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: UseTqdm = False) -> list[ScoringOutput]:
-        """Return the log-probability of each prompt, per token and in all; the same bits as while generating.
+        """Return the log-probability of each prompt, per token and in total; the same bits as in generation.
 
         A prompt must leave room for one token. Raises RequestError, also when a request fails while it runs.
         """
@@ -197,7 +197,7 @@ class LLM(EngineBase):
         return [_scored(output) for output in outputs]
 
     def stream(self, prompt: PromptType, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Complete one prompt and yield outputs as they come, of the kind that `output_kind` says.
+        """Complete one prompt and yield outputs as they come, in the form that `output_kind` sets.
 
         Closing the iterator aborts the request. Raises RequestError, also when the request fails while it runs.
         """
@@ -224,14 +224,14 @@ class LLM(EngineBase):
         return call_results(self._session.ask(command, call_id, CallWorkersReply, timeout), method)
 
     def get_metrics(self) -> list[Metric]:
-        """Return the engine's counters and gauges as they are now."""
+        """Return the current values of the engine's counters and gauges."""
         self._check_open()
         call_id = self._session.next_call_id()
         reply = self._session.ask(GetMetrics(call_id=call_id), call_id, MetricsReply)
         return engine_metrics(reply, self._frontend)
 
     def reset_prefix_cache(self) -> bool:
-        """Empty the prefix cache; False, and nothing is done, while requests run."""
+        """Empty the prefix cache. While requests run, do nothing and return False."""
         self._check_open()
         call_id = self._session.next_call_id()
         return self._session.ask(ResetPrefixCache(call_id=call_id), call_id, ResetPrefixCacheReply).done
@@ -245,7 +245,7 @@ class LLM(EngineBase):
         return self._frontend.default_sampling_params.clone()
 
     def get_world_size(self, include_dp: bool = True) -> int:
-        """Return the number of workers, of all replicas or of one."""
+        """Return the number of workers in all replicas or in one."""
         return self._ready.world_size if include_dp else self._frontend.config.tensor_parallel_size
 
     @property
@@ -255,16 +255,16 @@ class LLM(EngineBase):
 
     @property
     def fingerprint(self) -> str:
-        """Short digest of `fingerprint_parts`: equal fingerprint, seed and request give equal bits."""
+        """Short digest of `fingerprint_parts`: the same fingerprint, seed and request give the same bits."""
         return self._frontend.fingerprint
 
     @property
     def fingerprint_parts(self) -> dict[str, str]:
-        """What the fingerprint is made of, by name."""
+        """The parts of the fingerprint, by name."""
         return dict(self._frontend.parts)
 
     def shutdown(self) -> None:
-        """End the workers and the coordinator. May be called again."""
+        """End the workers and the coordinator. Can be called twice."""
         self._closer()
 
     def __enter__(self) -> Self:
@@ -300,7 +300,7 @@ class LLM(EngineBase):
 
     @contextmanager
     def _dropped_on_error(self, requests: list[PreparedRequest]) -> Iterator[None]:
-        """Whatever is raised inside aborts what has not finished of the requests."""
+        """Abort the unfinished requests if the body raises."""
         try:
             yield
         except BaseException as error:
@@ -316,7 +316,7 @@ class LLM(EngineBase):
             news = running.states
             while num_running:
                 for state in news:
-                    # A stream that is being read between two calls has its own reader.
+                    # A stream that is read between two calls has its own reader.
                     if state.finished and state.request_id in outputs:
                         output = state.take_output(RequestOutputKind.FINAL_ONLY)
                         assert output is not None
@@ -349,14 +349,14 @@ class LLM(EngineBase):
 
 
 class _Running(NamedTuple):
-    """Requests that were sent."""
+    """Requests that have been sent."""
 
     requests: list[PreparedRequest]
     states: list[RequestState]
 
 
 def _is_conversation(messages: object) -> bool:
-    """Whether this is one list of messages, and no list of such lists."""
+    """Whether this is one list of messages, not a list of such lists."""
     return isinstance(messages, Sequence) and not any(isinstance(message, Sequence) for message in messages)
 
 

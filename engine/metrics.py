@@ -1,6 +1,6 @@
-"""Counters and gauges as users read them; the names are those of vLLM under the prefix `sempre:`.
+"""Counters and gauges as users read them, with vLLM's names and the prefix `sempre:`.
 
-Observations are how the engine itself counts values by size.
+The engine itself counts values by size in Observations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ReportedValue = float | list[float] | dict[str, float | list[float]]
 
 @dataclass_view
 class Metric(Struct, frozen=True, kw_only=True):
-    """A named figure. `labels` holds `model_name`, and `engine` (the replica) or what else tells values apart."""
+    """A named value. `labels` holds `model_name` and `engine` (the replica) or another distinguishing label."""
 
     name: str
     labels: Labels
@@ -38,21 +38,21 @@ class Metric(Struct, frozen=True, kw_only=True):
 
 @dataclass_view
 class Counter(Metric, frozen=True, kw_only=True):
-    """A count since the engine was started; it never falls, but begins again when the coordinator was restarted."""
+    """A count since the engine started; it never falls, but a restart of the coordinator resets it."""
 
     value: int
 
 
 @dataclass_view
 class Gauge(Metric, frozen=True, kw_only=True):
-    """A figure of this moment."""
+    """A current value."""
 
     value: float
 
 
 @dataclass_view
 class Histogram(Metric, frozen=True, kw_only=True):
-    """How many of `count` observations, which add up to `sum`, were at most each bound of `buckets`; as Counter."""
+    """`count` observations adding up to `sum`; `buckets` says how many were at most each bound. Resets as Counter."""
 
     count: int
     sum: float
@@ -95,7 +95,7 @@ def _metric(name: str, value: float, labels: Labels) -> Metric:
 
 
 class Observations:
-    """Counts of values between `bounds`; beyond the last of them is infinity."""
+    """Counts of values between `bounds`; the last bucket has no upper bound."""
 
     __slots__ = ("_bounds", "_counts", "sum")
 

@@ -1,4 +1,4 @@
-"""Which known name a mistyped one was meant to be; never one that says the opposite."""
+"""Which known name a mistyped one probably means; never one that means the opposite."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _OPPOSITES = (
 
 
 def near_name(name: str, known: Iterable[str]) -> str | None:
-    """The nearest of `known` that means what `name` could mean, if there is one."""
+    """The name in `known` nearest to `name` that does not mean the opposite, or None."""
     return next(iter(near_names(name, known)), None)
 
 
 def near_names(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> list[str]:
-    """Those of `known` that `name` could mean, the nearest first; `cutoff`: from 0, all of them, to 1, itself alone."""
+    """Names in `known` that `name` could mean, nearest first; `cutoff` from 0 (all) to 1 (only an equal name)."""
     return [other for other in difflib.get_close_matches(name, known, n=8, cutoff=cutoff) if not _opposed(name, other)]
 
 

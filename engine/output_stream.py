@@ -15,14 +15,14 @@ from sempre.ipc.error_info import again
 class OutputStream:
     """Made by `AsyncLLM.stream`. A slow reader gets fewer, larger outputs; nothing piles up.
 
-    Close it when done: whatever has not finished is aborted. A reader is woken once for all the news of one step.
+    Close it when done: that aborts the unfinished requests. A reader wakes once for all updates of one step.
     """
 
     def __init__(self, states: Sequence[RequestState], close: Callable[[], None]) -> None:
         self._states = states
         self._close = close
         self._closed = False
-        # a dictionary, for the order in which news came
+        # a dict, to keep the order of updates
         self._updated: dict[RequestState, None] = {}
         self._unfinished = {state.request_id for state in states}
         self._sleep: asyncio.Future[None] | None = None
@@ -35,14 +35,14 @@ class OutputStream:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of all requests together."""
+        """Number of sequences in all requests."""
         return sum(len(state.sequences) for state in self._states)
 
     async def next(self) -> list[RequestOutput]:
-        """Wait for news; return one output per request that has some, of the kind that its parameters say.
+        """Wait for updates; return one output per request that has one, in the form that its parameters set.
 
-        An empty list says that all requests have finished. Raises RequestError for one that failed, EngineDeadError
-        when the engine died.
+        An empty list means that all requests have finished. Raises RequestError if a request failed, EngineDeadError
+        if the engine died.
         """
         while True:
             if self._updated:
@@ -58,24 +58,24 @@ class OutputStream:
             await self._sleep
 
     def close(self) -> None:
-        """Abort what has not finished; may be called again."""
+        """Abort the unfinished requests; can be called twice."""
         if not self._closed:
             self._closed = True
             self._close()
 
     def abort(self, error: BaseException) -> None:
-        """Close, and have the reader see `error` at once, whatever else there was for it."""
+        """Close, and raise `error` in the reader at once; pending outputs are dropped."""
         self.close()
         self._updated.clear()
         self.fail(error)
 
     def wake(self, state: RequestState) -> None:
-        """For the engine: a request has news."""
+        """Called by the engine: a request has an update."""
         self._updated[state] = None
         self._wake_up()
 
     def fail(self, error: BaseException) -> None:
-        """For the engine: no more news will come."""
+        """Called by the engine: no more updates will come."""
         self._failure = error
         self._wake_up()
 

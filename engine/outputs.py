@@ -1,6 +1,6 @@
-"""What a user gets back; field names are those of vLLM, plus `seed`, `fingerprint` and `error`.
+"""What a user gets back, with vLLM's field names plus `seed`, `fingerprint` and `error`.
 
-`dataclasses.asdict` takes all of it, and `json.dumps` what that returns; `to_dict` is the same.
+All of it works with `dataclasses.asdict` (or `to_dict`, which is the same), and the result with `json.dumps`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Logprob(Struct, frozen=True, gc=False):
 
     logprob: float
     rank: int | None = None
-    """1-based place in the vocabulary, by value, then lowest token id."""
+    """1-based rank in the vocabulary, by value, then lowest token id."""
     decoded_token: str | None = None
 
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Host times in seconds since the epoch. They inform only: nothing depends on them."""
+    """Host times in seconds since the epoch, for information only: nothing depends on them."""
 
     arrival_time: float
     first_token_time: float | None = None
@@ -38,7 +38,7 @@ class RequestMetrics:
 class CompletionOutput:
     """One completion of a prompt."""
 
-    # what vLLM's outputs have beside these, and nothing stands behind here
+    # fields of vLLM's outputs that this engine does not use
     lora_request: ClassVar[None] = None
 
     index: int
@@ -53,7 +53,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     """The stop string or token id; None for the end-of-sequence token."""
     seed: int = 0
-    """The seed in use: the same request with this seed and n=1 gives the same tokens."""
+    """The seed used: the same request with this seed and n=1 gives the same tokens."""
     error: str | None = None
     """What went wrong, when `finish_reason` is `error`."""
 
@@ -86,7 +86,7 @@ class RequestOutput:
     num_cached_tokens: int | None = None
     """Prompt tokens found in the prefix cache."""
     fingerprint: str = ""
-    """Digest of everything besides seed and request that the output depends on."""
+    """Digest of everything that the output depends on, apart from seed and request."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists, strings and numbers."""

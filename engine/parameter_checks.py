@@ -1,4 +1,4 @@
-"""Checks of single values, for parameters that users give: each returns the value in its own type, or refuses it."""
+"""Checks of single parameters from users: each returns the value in its proper type, or raises."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from sempre.ipc.errors import ConfigError
 
 FLOAT32_SMALLEST = 2.0**-126
-"""Smallest normal float32: below it a divisor loses bits, or is zero."""
+"""Smallest normal float32: a smaller divisor loses bits or is zero."""
 FLOAT32_LARGEST = (2.0 - 2.0**-23) * 2.0**127
 MAX_LOGIT_BIAS = 100.0
 _TOKEN_ID = re.compile(r"-?[0-9]{1,20}")
@@ -19,7 +19,7 @@ _MOST_SHOWN = 8
 
 
 class _Repr(reprlib.Repr):
-    """As repr, but never long, and never an error of its own."""
+    """Like repr, but never long, and it never raises."""
 
     def repr_int(self, value: int, level: int) -> str:
         return repr(value) if value.bit_length() <= 256 else f"an integer of {value.bit_length()} bits"
@@ -43,7 +43,7 @@ def refusal(name: str, value: object, rest: str) -> ConfigError:
 
 
 def integer(name: str, value: object, rest: str = "must be an int, got {value}.", *, floats: bool = True) -> int:
-    """Return Python's int for any integer type and, with `floats`, for a whole float; a bool is a caller's mistake."""
+    """Return an int for any integer type and, with `floats`, for a whole float; a bool is refused."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     if floats and isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
@@ -70,7 +70,7 @@ def finite(name: str, value: object) -> float:
 
 
 def within_float32(name: str, value: float) -> float:
-    """Return a positive `value` that float32, in which sampling computes, holds as a normal number."""
+    """Return a positive `value` that is a normal number in float32, which sampling uses."""
     if value < FLOAT32_SMALLEST:
         raise refusal(name, value, f"must be at least {FLOAT32_SMALLEST:.6g}, float32's smallest, got {value}.")
     if value > FLOAT32_LARGEST:
@@ -95,7 +95,7 @@ def strings(name: str, value: object) -> list[str]:
 
 
 def token_ids(name: str, value: object) -> list[int]:
-    """Return a list of ints; whether the vocabulary has them is checked with the model at hand."""
+    """Return a list of ints; the vocabulary is checked later, when the model is known."""
     if isinstance(value, list) and set(map(type, value)) <= {int}:
         return value.copy()
     valid = isinstance(value, Sequence) and all(

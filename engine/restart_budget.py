@@ -1,4 +1,4 @@
-"""How often a process may be restarted before its engine is given up."""
+"""How often a process may be restarted before the engine gives up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RestartBudget:
         self._times: deque[float] = deque()
 
     def take(self) -> bool:
-        """Whether one more restart is allowed now; it is counted when it is."""
+        """Whether one more restart is allowed now; if so, count it."""
         now = time.monotonic()
         while self._times and now - self._times[0] > self._window_s:
             self._times.popleft()
@@ -25,7 +25,7 @@ class RestartBudget:
         return True
 
     def forgive(self, count: int) -> None:
-        """Take back the last `count` restarts: their cause is found and gone."""
+        """Uncount the last `count` restarts: their cause is known and gone."""
         for _ in range(min(count, len(self._times))):
             self._times.pop()
 

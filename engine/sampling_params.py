@@ -1,4 +1,4 @@
-"""What a user asks of one request."""
+"""Sampling parameters of one request."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ MAX_BAD_WORDS = 128
 MAX_LOGPROB_TOKEN_IDS = 128
 MIN_TEMPERATURE = 0.01
 
-# Parameters of vLLM with nothing behind them here, and the values at which they ask for nothing. InitVars of
-# SamplingParams are passed on in the order of their declaration, which is the order here.
+# Parameters of vLLM that this engine lacks, with the values that have no effect. InitVars of SamplingParams are
+# passed on in the order of their declaration, which is the order here.
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "watermarking": (False,),
     "prompt_logprob_token_ids": ([],),
     "prompt_logprob_start": (0,),
     "flat_logprobs": (False,),
-    # added tokens are written as the tokenizer's decoder writes them, which knows no such spaces
+    # added tokens are written by the tokenizer's decoder, which adds no such spaces
     "spaces_between_special_tokens": (True, False),
     "stream_interval": (1,),
     "extra_args": ({},),
@@ -63,28 +63,28 @@ _INSTEAD = {
 
 
 class RequestOutputKind(IntEnum):
-    """What the outputs of a streamed request hold."""
+    """What the outputs of a streamed request contain."""
 
     CUMULATIVE = 0
     """Everything so far, each time."""
     DELTA = 1
     """Only what is new since the last output."""
     FINAL_ONLY = 2
-    """One output, when the request has finished."""
+    """One output, once the request has finished."""
 
 
 @dataclass(slots=True)
 class SamplingParams:
-    """Sampling parameters of one request; names, order, defaults and ranges are those of vLLM.
+    """Sampling parameters of one request, with vLLM's names, order, defaults and ranges.
 
     Values are checked and normalised when the object is made: `stop` becomes a list, `logit_bias` has integer keys and
     values in [-100, 100], `top_k=-1` becomes 0, `seed=-1` becomes None (as in vLLM), a temperature in (0, 0.01) becomes
     0.01, and greedy sampling (temperature 0) sets top_p=1, top_k=0, min_p=0. Attributes may be assigned later: every
-    request uses a copy of the values at the time of its call, checked again. What depends on the model (vocabulary,
-    context length, `max_logprobs`) is checked then, too.
+    request uses a copy of the values at the time of its call, checked again. Checks that need the model (vocabulary,
+    context length, `max_logprobs`) happen then, too.
 
-    `seed` is an integer of 64 bits, signed or not: -2 and 2**64 - 2 sample alike, and each is reported as it was given.
-    Parameters of vLLM that this engine lacks are taken at the values that ask for nothing.
+    `seed` is a 64-bit integer, signed or not: -2 and 2**64 - 2 sample alike, and each is reported as given.
+    Parameters of vLLM that this engine lacks are allowed with values that have no effect.
 
     Raises ConfigError (a ValueError) that names the parameter, TypeError for an unknown keyword.
     """
@@ -99,9 +99,9 @@ class SamplingParams:
         1.0
     )
     top_k: Annotated[int, doc("keep the k most probable tokens; 0 or -1 keeps all")] = 0
-    min_p: Annotated[float, doc("drop tokens less probable than this share of the best, in [0, 1]")] = 0.0
+    min_p: Annotated[float, doc("drop tokens less probable than this fraction of the best, in [0, 1]")] = 0.0
     seed: Annotated[
-        int | None, doc("the request's: gives the same output whatever the engine's; None derives one from that")
+        int | None, doc("seed of the request, independent of the engine's; None derives one from the engine's")
     ] = None
     stop: Annotated[str | list[str] | None, doc("strings that end the output")] = None
     stop_token_ids: Annotated[list[int] | None, doc("token ids that end the output")] = None
@@ -169,13 +169,13 @@ class SamplingParams:
 
     @classmethod
     def from_optional(cls, **keywords: Any) -> Self:
-        """Return parameters in which None stands for the default; `max_tokens=None` has no limit, as in vLLM."""
+        """Return parameters in which None means the default; `max_tokens=None` has no limit, as in vLLM."""
         return cls(**{name: value for name, value in keywords.items() if value is not None or name == "max_tokens"})
 
     def clone(self) -> Self:
         """Return a copy that shares no list or mapping with this one, checked and normalised.
 
-        Raises ConfigError for a value that was assigned and is refused.
+        Raises ConfigError for an invalid value assigned later.
         """
         return dataclasses.replace(self)
 
@@ -186,7 +186,7 @@ class SamplingParams:
 
     @property
     def reports_logprobs(self) -> bool:
-        """Whether outputs have log-probabilities."""
+        """Whether outputs include log-probabilities."""
         return self.logprobs is not None or bool(self.logprob_token_ids)
 
     @property

@@ -9,17 +9,17 @@ from typing import cast
 logger = logging.getLogger(__name__)
 
 MOST_DIGESTS = 1 << 22
-"""Distinct requests that are remembered: about 4 million, 16 bytes each and a place of 4 in the index."""
+"""Distinct requests remembered: about 4 million, 16 bytes each plus 4 in the index."""
 
 
 class SeedCounts:
-    """The number of earlier requests by digest, for at most `capacity` digests; beyond, the oldest is dropped.
+    """The number of earlier requests by digest, for at most `capacity` digests; then the oldest is dropped.
 
-        entry i      digest (first 8 bytes), count, next entry with the same place in the index (i + 1; 0 ends)
+        entry i      digest (first 8 bytes), count, next entry with the same index slot (i + 1; 0 ends)
         index[d % capacity] → first entry
 
-    Entries fill in the order of first arrival; once all are in use that order goes round, so the oldest is overwritten.
-    The memory is anonymous pages, which cost nothing until they are written. Not for several threads at a time.
+    Entries fill in order of first arrival; once all are in use, the next one overwrites the oldest.
+    The memory is anonymous pages, which cost nothing until they are written. Not thread-safe.
     """
 
     def __init__(self, capacity: int = MOST_DIGESTS) -> None:
@@ -31,10 +31,10 @@ class SeedCounts:
         self._num_entries = 0
         self._oldest = 0
         self.num_dropped = 0
-        """Digests forgotten: a request that comes again after that gets its first seed again."""
+        """Digests forgotten: if such a request comes again, it gets its first seed again."""
 
     def count(self, digest: bytes) -> int:
-        """Return how many requests with this digest came before, and take note of one more."""
+        """Return how many requests with this digest came before, and count one more."""
         key = int.from_bytes(digest[:8], "little")
         place = key % self._capacity
         entry = self._index[place]
@@ -66,7 +66,7 @@ class SeedCounts:
         return slot
 
     def _unlink(self, slot: int) -> None:
-        """Take an entry out of the chain of its place."""
+        """Remove an entry from the chain of its slot."""
         place = self._keys[slot] % self._capacity
         if self._index[place] == slot + 1:
             self._index[place] = self._following[slot]

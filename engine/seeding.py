@@ -18,7 +18,7 @@ _DIGEST_TAG = b"sempre request digest 1\0"
 
 
 def validate_seed(seed: object) -> int:
-    """`seed` as an int in [0, 2**64); integer types of other libraries are taken. Raises ConfigError."""
+    """`seed` as an int in [0, 2**64); integer types of other libraries are allowed. Raises ConfigError."""
     if seed is None:
         raise _refuse(
             seed,
@@ -28,7 +28,7 @@ def validate_seed(seed: object) -> int:
     if isinstance(seed, bool):
         raise _refuse(seed, f"seed must be an int, got the bool {seed}; write {int(seed)} if that is meant")
     try:
-        value = operator.index(seed)  # type: ignore[arg-type]  # refuses what is no integer
+        value = operator.index(seed)  # type: ignore[arg-type]  # raises for a non-integer
     except TypeError:
         raise _refuse(seed, f"seed must be an int, got {seed!r} of type {type(seed).__name__}") from None
     if not 0 <= value < SEED_LIMIT:
@@ -37,10 +37,10 @@ def validate_seed(seed: object) -> int:
 
 
 def distribution_digest(spec: SamplingSpec) -> bytes:
-    """Return SHA-256 (32 bytes) of all parameters that change what tokens are drawn from, in canonical form.
+    """Return SHA-256 (32 bytes) of all parameters that change the sampling distribution, in canonical form.
 
-    Numbers are taken in the precision in which sampling uses them, and what has no order or no effect is sorted or left
-    out. Lengths, stop conditions and reports are not in it: a longer output begins like a shorter one.
+    Numbers have the precision that sampling uses; unordered values are sorted and those without effect left out.
+    Lengths, stop conditions and reports are not in it: a longer output begins like a shorter one.
     """
     canonical = [
         *_as_float32(spec.temperature, spec.min_p, spec.presence_penalty, spec.frequency_penalty),
@@ -57,12 +57,12 @@ def distribution_digest(spec: SamplingSpec) -> bytes:
 
 
 def request_digest(distribution: bytes, prompt_token_ids: Sequence[int]) -> bytes:
-    """Return the digest (32 bytes) of distribution and prompt by which requests without a seed are counted."""
+    """Return the digest (32 bytes) of distribution and prompt under which requests without a seed are counted."""
     return hashlib.sha256(distribution + msgspec.msgpack.encode(prompt_token_ids)).digest()
 
 
 def derive_request_seed(engine_seed: int, digest: bytes, count: int) -> int:
-    """The seed of a request that came without one: the first 8 bytes, little-endian, of
+    """The seed of a request without one: the first 8 bytes, little-endian, of
     SHA-256("sempre request seed\\0" + engine seed (8 bytes, little-endian) + digest (32) + count (8, little-endian)),
     where `count` is the number of requests without a seed and with the same digest that this engine accepted before."""
     packed = _TAG + engine_seed.to_bytes(8, "little") + digest + count.to_bytes(8, "little")
@@ -75,14 +75,14 @@ def child_seed(seed: int, index: int) -> int:
 
 
 def reported_seed(seed: int, index: int) -> int:
-    """`child_seed` as the user is told of it: a negative seed as it was given, but never -1, which means no seed."""
+    """`child_seed` as reported to the user: a negative seed as given, but never -1, which means no seed."""
     return seed + index if seed + index < -1 else child_seed(seed, index)
 
 
 def compare_digests(digests: Sequence[RngDigests], when: str, names: Sequence[str] | None = None) -> None:
-    """Raises SeedMismatch naming the first rank (the index) whose generators differ from those of the first.
+    """Raise SeedMismatch for the first rank (the index) whose generators differ from those of rank 0.
 
-    `names` say what the ranks are called, if not `rank 0`, `rank 1`, …
+    `names` are the names of the ranks, by default `rank 0`, `rank 1`, …
     """
     called = names or [f"rank {rank}" for rank in range(len(digests))]
     for rank, candidate in enumerate(digests):
@@ -90,7 +90,7 @@ def compare_digests(digests: Sequence[RngDigests], when: str, names: Sequence[st
 
 
 def compare_with_former(rank: int, name: str, former: RngDigests, successor: RngDigests, when: str) -> None:
-    """Raises SeedMismatch when a restarted worker's generators differ from those of the one that it replaces."""
+    """Raise SeedMismatch if a restarted worker's generators differ from those of the worker it replaces."""
     _compare(rank, former, successor, (name, "the worker that it replaces"), when)
 
 
@@ -109,7 +109,7 @@ def _compare(rank: int, one: RngDigests, other: RngDigests, names: tuple[str, st
 
 
 def _as_float32(*values: float) -> list[float]:
-    """The values rounded to float32, without a negative zero."""
+    """The values rounded to float32; a negative zero becomes zero."""
     form = f"<{len(values)}f"
     return [value + 0.0 for value in struct.unpack(form, struct.pack(form, *values))]
 

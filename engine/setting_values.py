@@ -1,4 +1,4 @@
-"""Values of settings: the types and ranges that a setting's annotation states, and sizes as people write them."""
+"""Values of settings: types and ranges from a setting's annotation, and sizes as people write them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WORDS: dict[Any, str] = {
 
 
 def checked(name: str, value: object, hint: Any, shown: str | None = None) -> Any:
-    """Return `value` as the type that `hint` annotates; a size may be a text. An error says `shown` in its place.
+    """Return `value` as the type that `hint` annotates; a size may be a string. Errors show `shown`, if given.
 
     Raises ConfigError naming the setting, what is expected and what was found.
     """
@@ -45,7 +45,7 @@ def checked(name: str, value: object, hint: Any, shown: str | None = None) -> An
 
 
 def options(hint: Any) -> tuple[Any, ...]:
-    """Return the types that a setting may have, without what is said of them."""
+    """Return the types that a setting may have, without annotations."""
     if get_origin(hint) is Annotated:
         return options(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
@@ -54,7 +54,7 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 
 def description(hint: Any) -> str:
-    """Return what is said of a setting."""
+    """Return the description of a setting."""
     return next((meta.description for meta in _said_of(hint) if meta.description is not None), "")
 
 
@@ -66,7 +66,7 @@ def _said_of(hint: Any) -> Iterator[Meta]:
 
 
 def _range_missed(value: Any, hint: Any) -> str | None:
-    """Return the bound of `hint` that a value of its type does not keep."""
+    """Return the bound of `hint` that a value of its type violates."""
     if isinstance(value, bool) or not isinstance(value, int | float if float in options(hint) else int):
         return None
     for meta in _said_of(hint):
@@ -87,9 +87,9 @@ def _words(option: Any) -> str:
 
 
 def read_size(text: str) -> int:
-    """Return the number that a size says: k, m, g, t, kB, MB, GB, TB are decimal, K, M, G, T, KiB, … are binary.
+    """Return the number that a size means: k, m, g, t, kB, MB, GB, TB are decimal, K, M, G, T, KiB, … are binary.
 
-    Raises ValueError for anything else, and for parts of one.
+    Raises ValueError for anything else and for fractions.
     """
     match = _FORM.fullmatch(text)
     unit = None if match is None else _UNITS.get(match[3])

@@ -1,6 +1,6 @@
-"""What form an output must have: a JSON schema, any JSON object, a regular expression, a choice or a grammar.
+"""The form an output must have: a JSON schema, any JSON object, a regular expression, a choice or a grammar.
 
-`structured_outputs_config` holds for every form that does not say otherwise itself.
+`structured_outputs_config` holds the defaults of every form.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FLAGS = (
     "disable_fallback",
     "after_reasoning",
 )
-# members that ask for what is done anyway: one library reads all forms, and none but it
+# members that change nothing: one library reads all forms
 _ANYWAY: dict[str, tuple[object, ...]] = {
     "backend": ("auto", "guidance"),
     "disable_fallback": (True, False),
@@ -32,9 +32,9 @@ _ANYWAY: dict[str, tuple[object, ...]] = {
     "reasoning_parser": ("",),
     "reasoning_parser_plugin": ("",),
 }
-# libraries of vLLM's: a form is a form, whoever reads it
+# vLLM's libraries; every one of them gives the same forms
 _OTHER_BACKENDS = ("xgrammar", "outlines", "lm-format-enforcer")
-# members that become defaults of a form, as far as forms have them
+# members that become defaults of a form, if forms have them
 _DEFAULT_FLAGS = ("disable_any_whitespace", "disable_additional_properties")
 CONFIG_MEMBERS = (*_ANYWAY, *_DEFAULT_FLAGS, "whitespace_pattern")
 
@@ -43,7 +43,7 @@ CONFIG_MEMBERS = (*_ANYWAY, *_DEFAULT_FLAGS, "whitespace_pattern")
 class StructuredOutputsParams:
     """Exactly one constraint; the names are vLLM's.
 
-    json                    a JSON schema (draft 2020-12), as a dict or as text
+    json                    a JSON schema (draft 2020-12), as a dict or a string
     regex                   a regular expression without look-around and back-references, matched as a whole
     choice                  one of these strings
     grammar                 a grammar in Lark's form, or in GBNF (rules with `::=`)
@@ -52,13 +52,13 @@ class StructuredOutputsParams:
     whitespace_pattern      a regular expression of the white space between two parts of JSON; by default at most two
                             characters, so that no output consists of it
     disable_additional_properties  objects have only the properties that their schema names, unless it says otherwise;
-                            None, here and of white space: as the engine's structured_outputs_config says
+                            None, here and for white space: use the engine's structured_outputs_config
     disable_fallback        without effect: one library reads all forms
     structural_tag          must be None
     begins_after            leave the output free up to and including the first such text (a reasoning model's
-                            "</think>"); the constraint rules what follows it and white space
+                            "</think>"); the constraint applies after it and any white space
     after_reasoning         an output that begins with "<think>", or whose prompt ends with it, is free up to and
-                            including "</think>"; one that does not reason is ruled from its first token
+                            including "</think>"; other outputs are constrained from the first token
 
     Raises ConfigError (a ValueError) that names the field, TypeError for an unknown keyword.
     """
@@ -124,10 +124,10 @@ def _refusal(name: str, value: object, rest: str) -> ConfigError:
 
 
 def _schema(value: object) -> str:
-    """The schema as text."""
+    """The schema as JSON text."""
     if isinstance(value, str):
         try:
-            # numbers beyond float64 are the schema's own business; NaN is not JSON
+            # the schema may hold numbers beyond float64; NaN is not JSON
             value = json.loads(value, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise _refusal("json", value, f"is not JSON: {error}.") from None
@@ -175,7 +175,7 @@ def structured_outputs_defaults(config: Mapping[str, Any] | None) -> dict[str, A
 
 
 def with_defaults(form: StructuredOutputsParams, defaults: Mapping[str, Any]) -> StructuredOutputsParams:
-    """Return `form` with `defaults` where it says nothing itself; all of them are about JSON."""
+    """Return `form` with `defaults` for its unset members; all of them concern JSON."""
     if form.json is None and not form.json_object:
         return form
     changes = {name: value for name, value in defaults.items() if getattr(form, name) is None}

@@ -1,6 +1,6 @@
-"""Settings of vLLM that this engine has no use for, each with the values that ask for what is done anyway.
+"""Settings of vLLM that this engine does not need, each with the values that match its behavior.
 
-Any other value is refused by name, so that no setting is without effect unseen.
+Any other value is refused by name, so no setting is silently ignored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "additional_config": (None, {}),
     "allowed_local_media_path": ("",),
     "allowed_media_domains": (None,),
-    # steps are sent ahead where results do not depend on it, which is everywhere
+    # steps are always sent ahead; results do not depend on it
     "async_scheduling": (None, True, False),
     "attention_backend": (None,),
     "attention_config": (None,),
@@ -30,12 +30,12 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "data_parallel_backend": ("mp",),
     "dcp_kv_cache_interleave_size": (1,),
     "decode_context_parallel_size": (1,),
-    # all attention is computed in one order, whatever is shared
+    # attention is computed in one order, shared prefix or not
     "disable_cascade_attn": (True, False),
     "disable_chunked_mm_input": (False,),
     "disable_custom_all_reduce": (True, False),
     "disable_hybrid_kv_cache_manager": (None, False),
-    # figures are always kept: get_metrics, /metrics
+    # statistics are always kept: get_metrics, /metrics
     "disable_log_stats": (True, False),
     "disable_sliding_window": (False,),
     "distributed_executor_backend": (None, "mp"),
@@ -64,7 +64,7 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "kv_offloading_size": (None,),
     "kv_sharing_fast_prefill": (False,),
     "kv_transfer_config": (None,),
-    # there is nothing but text
+    # text only
     "language_model_only": (True, False),
     "limit_mm_per_prompt": (None, {}, {"image": 0}, {"image": 0, "video": 0}, {"image": 0, "video": 0, "audio": 0}),
     "logits_processor_pattern": (None,),
@@ -108,7 +108,7 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "scheduler_reserve_full_isl": (True, False),
     "show_hidden_metrics_for_version": (None,),
     "skip_mm_profiling": (True, False),
-    # nothing is swapped, what is preempted is computed again
+    # nothing is swapped; preempted requests are recomputed
     "swap_space": (0, 4),
     "task": (None, "auto", "generate"),
     "tokenizer_mode": ("auto", "hf"),
@@ -128,14 +128,14 @@ VLLM_SERVER_SETTINGS: dict[str, tuple[object, ...]] = {
     "disable_access_log_for_endpoints": (None,),
     "disable_fastapi_docs": (False,),
     "disable_log_requests": (True,),
-    # one process takes and answers requests
+    # one process handles all requests
     "disable_frontend_multiprocessing": (True, False),
     "enable_log_deltas": (True, False),
     "enable_log_outputs": (False,),
     "enable_offline_docs": (False,),
-    # usage.prompt_tokens_details is always told
+    # usage.prompt_tokens_details is always reported
     "enable_prompt_tokens_details": (True, False),
-    # every answer has its X-Request-Id
+    # every response has an X-Request-Id
     "enable_request_id_headers": (True, False),
     # /load always counts
     "enable_server_load_tracking": (True, False),
@@ -175,7 +175,7 @@ _SECRETS = ("hf_token",)
 
 
 def check_vllm_setting(name: str, value: object) -> None:
-    """Raise ConfigError unless a setting of the table asks for what is done anyway."""
+    """Raise ConfigError unless a setting of the table matches the engine's behavior."""
     if any(_is_same(value, same) for same in _TABLE[name]):
         return
     shown = name if name in _SECRETS else f"{name}={value!r}"
@@ -187,19 +187,19 @@ def check_vllm_setting(name: str, value: object) -> None:
 
 
 def _is_same(value: object, same: object) -> bool:
-    """Equal, and of one kind: 0 is 0.0, and no False."""
+    """Equal and of one kind: 0 equals 0.0 but not False."""
     return value == same and isinstance(value, bool) == isinstance(same, bool)
 
 
 def check_vllm_settings(settings: Mapping[str, object]) -> None:
-    """Check those of `settings` that are the server's. Raises ConfigError."""
+    """Check the server's settings among `settings`. Raises ConfigError."""
     for name in VLLM_SERVER_SETTINGS:
         if name in settings:
             check_vllm_setting(name, settings[name])
 
 
 def refuse_values(**arguments: object) -> None:
-    """Raise RequestError naming the first argument that asks for something: None and what is empty asks for nothing."""
+    """Raise RequestError naming the first argument that is neither None nor empty."""
     for name, value in arguments.items():
         asked = value
         if isinstance(value, Sequence) and not isinstance(value, str):

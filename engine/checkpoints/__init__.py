@@ -1,4 +1,4 @@
-"""Checkpoints that ship with the package, usable by name without a network: `tiny` and its draft model `tiny-draft`."""
+"""Checkpoints that ship with the package, usable by name and offline: `tiny` and its draft model `tiny-draft`."""
 
 from pathlib import Path
 

@@ -5,7 +5,7 @@
     with LLM("tiny") as llm:
         print(llm.generate("It is a truth", SamplingParams(max_tokens=32, seed=1))[0].outputs[0].text)
 
-This file is the package `sempre` itself, by setup.cfg: every public name of `sempre.engine`, imported when first used.
+setup.cfg makes this file the package `sempre`: every public name of `sempre.engine`, imported on first use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 _HERE = Path(__file__).parent
 if _HERE.name == "namespace":
-    # in a checkout the packages lie beside `engine`; an editable install finds them, but for `kernels`, which has no
+    # in a checkout the packages are next to `engine`; an editable install finds all but `kernels`, which has no
     # __init__.py
     __path__.append(str(_HERE.parents[1]))
 
