@@ -1,4 +1,4 @@
-"""The connecting end of a channel for asyncio, apart because most processes of an engine have no event loop."""
+"""The connecting end of a channel for asyncio; separate because most engine processes have no event loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sempre.ipc.codec import MessageT
 
 
 class AsyncPeerChannel(PeerBase[MessageT]):
-    """Belongs to the event loop that runs when it is made."""
+    """Bound to the event loop that is running when it is created."""
 
     def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
         self._async_socket = zmq.asyncio.Context(zmq.Context.instance()).socket(zmq.DEALER)
@@ -21,7 +21,7 @@ class AsyncPeerChannel(PeerBase[MessageT]):
         super().__init__(address, receives=receives, limit_bytes=limit_bytes, socket=self._async_socket)
 
     async def receive(self, timeout_s: float) -> MessageT | None:
-        """As PeerChannel.receive; a message that is here is returned at once, without letting other tasks run.
+        """Like PeerChannel.receive; a message that has already arrived is returned without yielding to other tasks.
 
         Safe to cancel: a frame is taken only once it can be returned.
         """

@@ -1,8 +1,8 @@
 """Typed ZeroMQ channels: a hub that binds, and peers that connect to it.
 
-A frame that cannot be accepted is answered with `Refused` and logged, here and only here. From a peer that has not
-been accepted it then counts for nothing; on an established link the owner is told, because what the frame said is lost.
-Errors carry the address. Channels belong to one thread at a time.
+A frame that cannot be accepted is answered with `Refused` and logged, here and only here. From a peer that has not been
+accepted it is otherwise ignored; on an established link the owner is told, because its content is lost. Errors carry
+the address. Channels belong to one thread at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sempre.ipc.errors import FrameLost, MessageMalformed, ProtocolError, Versio
 from sempre.ipc.messages import PROTOCOL_VERSION, ClientHello, Message, Refused, WorkerHello
 
 logger = logging.getLogger(__name__)
-# two ends that refuse each other's refusals must fall silent
+# otherwise two peers could refuse each other's refusals forever
 _MOST_REFUSALS = 16
 _RECONNECT_MS = 10
 # characters of each text in a refusal
@@ -44,11 +44,11 @@ class Link(Generic[MessageT]):
         return frame
 
     def unpack(self, parts: Sequence[bytes]) -> MessageT | None:
-        """The message of one arrival; None for a repetition. Raises ProtocolError, after which the count goes on."""
+        """The message in these parts; None for a duplicate. Raises ProtocolError; counting continues afterwards."""
         try:
             sequence, message = self._decoder.decode(single_part(parts))
         except ProtocolError:
-            # whatever it was, it took the place of one frame
+            # whatever it was, it counts as one frame
             self._received += 1
             raise
         if sequence == UNSEQUENCED:
@@ -67,14 +67,14 @@ class Link(Generic[MessageT]):
 
 
 def single_part(parts: Sequence[bytes]) -> bytes:
-    """The one part of an arrival; raises MessageMalformed when there are more."""
+    """The only part of a received message; raises MessageMalformed when there are more."""
     if len(parts) != 1:
         raise MessageMalformed(f"parts: expected 1 part, found {len(parts)}", field="parts")
     return parts[0]
 
 
 def configure(socket: zmq.Socket[Any], limit_bytes: int) -> None:
-    """No lingering, no silent dropping at a high-water mark, and the transport's own limit behind the codec's."""
+    """No linger, no silent drops at a high-water mark, and the transport's own size limit behind the codec's."""
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
@@ -102,7 +102,7 @@ class PeerBase(Generic[MessageT]):
         self.socket.send(self._link.pack(message), zmq.DONTWAIT)
 
     def _take(self, parts: Sequence[bytes]) -> MessageT | None:
-        """The message of one arrival; None for a repetition. Raises ProtocolError after having answered."""
+        """The message in these parts; None for a duplicate. Raises ProtocolError after answering."""
         try:
             return self._link.unpack(parts)
         except ProtocolError as error:
@@ -156,11 +156,11 @@ class HubChannel(Generic[MessageT]):
             raise ProtocolError(f"cannot bind {address}: {error}") from error
 
     def accept(self, identity: bytes) -> None:
-        """Establish the link with a peer whose hello, the first frame of its count, was in order."""
+        """Establish the link with a peer whose hello, its first frame, was valid."""
         self._links[identity] = Link(self._encoder, self._decoder, received=1)
 
     def forget(self, identity: bytes) -> None:
-        """End the link with a peer that has ended; what it sent before is not decoded in order any more."""
+        """End the link with a peer that has ended; its earlier frames are no longer decoded in order."""
         self._links.pop(identity, None)
 
     def send(self, identity: bytes, message: Message) -> None:
@@ -168,7 +168,8 @@ class HubChannel(Generic[MessageT]):
         self._send_frame(identity, self._links[identity].pack(message))
 
     def receive(self, timeout_s: float = 0.0) -> tuple[bytes, MessageT | ProtocolError] | None:
-        """The next message and its sender, or the error of a frame refused on an established link; None: nothing."""
+        """The next message and its sender, or the error of a frame refused on an established link; None: nothing
+        yet."""
         deadline = time.monotonic() + timeout_s
         while self.socket.poll(remaining_ms(deadline)):
             identity, *parts = self.socket.recv_multipart(zmq.DONTWAIT)
@@ -188,7 +189,7 @@ class HubChannel(Generic[MessageT]):
         return None
 
     def refuse(self, identity: bytes, error: ProtocolError) -> None:
-        """Answer a frame with `Refused`; a peer that is gone meanwhile needs no answer."""
+        """Answer a frame with `Refused`; a peer that is gone by now needs no answer."""
         if not self.refusals.note(error, f"peer {identity.hex()}") and identity in self._links:
             return
         message = _refused(error)
@@ -237,7 +238,7 @@ class Refusals:
 
 
 def remaining_ms(deadline: float | None) -> int | None:
-    """What ZeroMQ's polls take; None is without end."""
+    """The timeout for ZeroMQ's polls; None waits forever."""
     if deadline is None:
         return None
     return max(0, round((deadline - time.monotonic()) * 1000))
@@ -256,7 +257,7 @@ def check_version(hello: ClientHello | WorkerHello) -> None:
 
 
 def check_pid(hello: ClientHello | WorkerHello, expected: int) -> None:
-    """Raises MessageMalformed when another process than the expected one says hello."""
+    """Raises MessageMalformed when a process other than the expected one says hello."""
     if hello.pid != expected:
         field = f"{type(hello).__name__}.pid"
         raise MessageMalformed(f"{field}: expected {expected}, found {hello.pid}", field=field)

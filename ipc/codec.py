@@ -4,9 +4,9 @@ A frame is a 16-byte header and the message in msgpack:
 
     magic (4) | CRC-32 of all that follows (4, little-endian) | sequence number (8, little-endian) | message
 
-The checksum is there because a flipped bit in a token id would decode and be wrong; the sequence number, because a
-frame that never arrives would otherwise be waited for without end. Sequence number 0 stands outside the count: it
-answers peers that have not been accepted.
+The checksum is there because a flipped bit in a token id would decode to another one; the sequence number, because we
+would otherwise wait forever for a frame that never arrives. Sequence number 0 is not counted: it marks replies to peers
+that have not been accepted.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ class FrameDecoder(Generic[MessageT]):
 
 
 def check_depth(message: object) -> None:
-    """Raise TypeError when a free-form value of `message` is nested too deeply to be walked by everybody it meets."""
+    """Raise TypeError when a free-form value of `message` is nested deeper than every process can walk."""
     for name in _FREE_FORM.get(type(message), ()):
         level: list[object] = [getattr(message, name)]
         for _ in range(MAX_DEPTH):
-            # by identity: what is reached on many ways is walked once
+            # by identity: what is reachable by several paths is walked once
             level = list({id(part): part for value in level for part in _parts(value)}.values())
             if not level:
                 break

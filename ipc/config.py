@@ -1,4 +1,4 @@
-"""The settings of an engine, each written once: keywords, flags, documents, ranges and messages follow from here.
+"""The settings of an engine, each written once: keywords, flags, documentation, ranges and messages derive from it.
 
 They travel to the coordinator as JSON, and to the workers with the facts of their rank, in msgpack.
 """
@@ -26,13 +26,13 @@ _MOST = 2**63 - 1
 Count = Annotated[int, Meta(ge=1, le=_MOST)]
 NonNegative = Annotated[int, Meta(ge=0, le=_MOST)]
 Size = Annotated[int, Meta(ge=1, le=_MOST, extra={"is_size": True})]
-"""may be given as a text: 2k, 4GiB"""
+"""may be given as text: 2k, 4GiB"""
 Seconds = Annotated[float, Meta(gt=0, le=1e9)]
 
 MAX_DRAFT_TOKENS = 256
-"""in one step, of all requests: the logits of their rows fit into a buffer of known size"""
+"""of all requests in one step, so that the logits of their rows fit into a buffer of known size"""
 BLOCK_SIZES = {"cpu": (16,), "cuda": (64, 32, 16)}
-"""of the KV cache, in tokens, that the kernels of a device take; the best first"""
+"""KV cache block sizes, in tokens, that a device's kernels support, best first"""
 
 
 def doc(text: str) -> Meta:
@@ -139,13 +139,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class WorkerConfig(EngineConfig, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=False):
-    """The settings of an engine as one of its workers gets them, and the facts of its rank."""
+    """The settings of an engine as one of its workers receives them, with the facts of its rank."""
 
     rank: NonNegative
     role: Role = "target"
     """a draft worker only drafts"""
     device_index: NonNegative = 0
-    """of its GPU among those of the host that are visible"""
+    """of its GPU among the host's visible ones"""
 
 
 def check_device_settings(config: EngineConfig, device: str) -> None:

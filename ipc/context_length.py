@@ -1,4 +1,4 @@
-"""What is said of a prompt that does not fit. Clients look for the first words, which are those of OpenAI and vLLM."""
+"""Error texts for a prompt that does not fit. Clients match the first words, which are those of OpenAI and vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def too_long(num_prompt_tokens: int, max_model_len: int) -> str:
 
 
 def too_long_for_cache(num_prompt_tokens: int, max_model_len: int, max_kv_tokens: int) -> str:
-    """A prompt for which the model has room, and the KV cache of `max_kv_tokens` tokens has none."""
+    """A prompt that fits the model but not the KV cache of `max_kv_tokens` tokens."""
     return (
         f"{_limit(max_model_len)} {_prompt(num_prompt_tokens)} does not fit into the KV cache of {max_kv_tokens} "
         "tokens. Shorten the prompt or raise kv_cache_memory_bytes."

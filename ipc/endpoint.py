@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sempre.ipc.errors import StartupError
 
-# AF_UNIX paths end at 107 bytes; this is the longest name that is used, a proxy of the test harness
+# AF_UNIX paths are at most 107 bytes; this is the longest name in use, a proxy of the test harness
 _LONGEST_SOCKET_NAME = "/sempre-12345678/workers-proxy.sock"
 _AF_UNIX_LIMIT = 107
 

@@ -28,7 +28,7 @@ def describe(error: BaseException, rank: int | None = None) -> ErrorInfo:
 
 
 def restore(info: ErrorInfo) -> errors.SempreError | None:
-    """The exception again when it is one of the project's own; None for any other type."""
+    """The original exception if it is one of the project's own; None for any other type."""
     kind = getattr(errors, info.type, None)
     if not (inspect.isclass(kind) and issubclass(kind, errors.SempreError)):
         return None
@@ -38,7 +38,7 @@ def restore(info: ErrorInfo) -> errors.SempreError | None:
 
 
 def again(error: ErrorT) -> ErrorT:
-    """The same error as an object of its own, to be raised: one that is raised often keeps every traceback."""
+    """A copy of the error to raise: one object raised repeatedly accumulates every traceback."""
     copy = type(error).__new__(type(error), *error.args)
     copy.__dict__.update(error.__dict__)
     copy.__cause__ = error.__cause__

@@ -3,7 +3,7 @@
 SempreError
 ├── ConfigError                a setting or argument is refused          (parameter, value); also a ValueError
 │   └── RequestError           one request is refused                    (request_id)
-│       └── RequestCrashed     its worker died under it again and again  (num_crashes)
+│       └── RequestCrashed     its worker crashed with it repeatedly     (num_crashes)
 ├── ModelError                 a checkpoint cannot be used
 │   ├── UnknownArchitecture    no decoder for it                         (architecture)
 │   └── TensorMismatch         a tensor is missing or does not fit       (tensor, expected, found)
@@ -16,7 +16,7 @@ SempreError
 │   └── VersionMismatch        the peer speaks another protocol          (expected, found)
 ├── ServerError                an HTTP server fails or cannot be reached (url, status)
 ├── StartupError               a process did not become ready            (rank, cause)
-├── EngineUnhealthy            a worker does not work as it should       (rank, cause)
+├── EngineUnhealthy            a worker is unhealthy                     (rank, cause)
 └── EngineDeadError            the engine cannot go on
     ├── WorkerDied             (rank, exitcode, cause, worker_traceback)
     └── CoordinatorDied        (exitcode, cause)
@@ -49,7 +49,7 @@ class RequestError(ConfigError):
 
 
 class RequestCrashed(RequestError):
-    """A request that was at work whenever its worker died is not tried again; the engine and all others go on."""
+    """A request that was running each time its worker died is not retried; the engine and all others go on."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class InvarianceError(SempreError):
 
 
 class SeedMismatch(SempreError):
-    """A worker's random states are not those of its peers."""
+    """A worker's random states differ from those of its peers."""
 
     def __init__(self, message: str, *, rank: int, expected: str, found: str) -> None:
         super().__init__(message)
@@ -144,7 +144,7 @@ class VersionMismatch(ProtocolError):
 
 
 class ServerError(SempreError):
-    """A server, asked over HTTP, fails or cannot be reached; `status` is its answer's, if it gave one."""
+    """An HTTP server failed or cannot be reached; `status` is that of its response, if any."""
 
     def __init__(self, message: str, *, url: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -153,7 +153,7 @@ class ServerError(SempreError):
 
 
 class StartupError(SempreError):
-    """A process did not become ready; `cause` is its own last word."""
+    """A process did not become ready; `cause` is its last message."""
 
     def __init__(self, message: str, *, rank: int | None = None, cause: str = "") -> None:
         super().__init__(message)

@@ -43,7 +43,7 @@ def field_path(error_text: str, payload: bytes | memoryview, messages: Mapping[s
 def _tag(payload: bytes | memoryview) -> str:
     """The message's tag, or an empty string when there is none to be read.
 
-    What comes behind it is not looked at: it may be nested without end.
+    What follows is not read: it may be nested arbitrarily deep.
     """
     head = bytes(payload[:_MOST_TAG_BYTES])
     if head[:1] == b"\xdc":
@@ -85,7 +85,7 @@ def _walk(kind: inspect.Type, steps: list[str]) -> str:
 
 
 def _container(kind: inspect.Type) -> inspect.Type:
-    """The member of a union that has parts; other types as they are, without what is said of them."""
+    """The member of a union that has parts; other types unchanged, without their metadata."""
     if isinstance(kind, inspect.Metadata):
         return _container(kind.type)
     if isinstance(kind, inspect.UnionType):

@@ -1,6 +1,6 @@
-"""How a process notices that it is on its own: no process of an engine outlives the user's.
+"""How a process notices that its parent is gone: no process of an engine outlives the user's.
 
-`python liveness.py PID COMMAND …` is the command that `bound` makes; this file imports nothing of ours for its sake.
+`python liveness.py PID COMMAND …` is the command that `bound` builds; for its sake this file imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import time
 from collections.abc import Callable, Sequence
 
 PARENT_POLL_S = 0.25
-# what the parent is left with to end in order after its own parent did
+# time for the parent to shut down cleanly after its own parent has ended
 _ORDERLY_END_S = 1.5
 _PR_SET_PDEATHSIG = 1
-# whoever looks seldom was stopped or busy itself, and what it has not seen meanwhile is nobody's silence
+# a watcher that paused for longer was stopped or busy itself; that time is not counted as another's silence
 LONGEST_PAUSE_S = 1.0
-# a process that starts may be silent for longer than one that serves: it imports, and reads from disks
+# a starting process may be silent for longer than a serving one: it imports, and reads from disks
 _STARTING_FACTOR = 4.0
 _STARTING_LEAST_S = 20.0
 
 
 def starting_timeout_s(timeout_s: float) -> float:
-    """After how much silence a process that starts counts as stuck, where one that serves does after `timeout_s`."""
+    """The silence after which a starting process counts as stuck; for a serving one it is `timeout_s`."""
     return max(_STARTING_LEAST_S, _STARTING_FACTOR * timeout_s)
 
 
 def die_with_parent_thread(parent_pid: int | None = None) -> None:
     """Have the kernel kill this process when the thread that started it ends; also works while it is stopped.
 
-    With `parent_pid` the process ends at once when that one is gone already: to be asked for before anything that takes
-    time. Only Linux has this; elsewhere `watch_parent` alone does the work.
+    With `parent_pid` the process ends at once if that parent is gone already: call this before anything slow. Only
+    Linux has this; elsewhere `watch_parent` alone does the work.
     """
     _at_parent_thread_s_end(signal.SIGKILL)
     if parent_pid is not None and os.getppid() != parent_pid:
@@ -45,14 +45,14 @@ def die_with_parent_thread(parent_pid: int | None = None) -> None:
 def wake_up_with_parent_thread() -> None:
     """Have the kernel continue this process, should it be stopped, when the thread that started it ends.
 
-    For one that has something left to do when its parent dies, see `watch_parent`, and that may have been started by
-    any thread: one that ends earlier does no harm. Only Linux has this.
+    For a process that still has work to do when its parent dies (see `watch_parent`). Any thread may have started it:
+    one that ends earlier does no harm. Only Linux has this.
     """
     _at_parent_thread_s_end(signal.SIGCONT)
 
 
 def bound(command: Sequence[str]) -> list[str]:
-    """`command`, a program and its arguments, so that it ends with the thread of this process that will start it."""
+    """`command`, a program and its arguments, wrapped so that it ends with the thread that starts it."""
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 
@@ -66,7 +66,7 @@ def _at_parent_thread_s_end(number: signal.Signals) -> None:
 
 
 def leave_terminal_signals_to_parent() -> None:
-    """An interrupt or the end of the terminal is for the user's process to handle; the engine ends with that one.
+    """An interrupt or the end of the terminal is for the user's process to handle; the engine ends with it.
 
     The kernel also sends SIGHUP to a group that has lost its parent while one of its members is stopped.
     """
@@ -89,8 +89,7 @@ def watch_parent(parent_pid: int, on_orphaned: Callable[[], None]) -> None:
 
 
 def watch_grandparent(grandparent_pid: int, parent_pid: int) -> None:
-    """Wake the parent up from a daemon thread when the grandparent is gone, and kill it when it stays on: it may be
-    stopped.
+    """From a daemon thread, wake the parent, which may be stopped, when the grandparent is gone; kill it if it stays.
 
     Needs process descriptors (Linux 5.3); without them the parent's own watch has to do.
     """

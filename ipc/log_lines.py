@@ -1,8 +1,8 @@
-"""Text of strangers in logs and at terminals: one line stays one line, and no character does anything.
+"""Untrusted text in logs and on terminals: one line stays one line, and no character has any effect.
 
-Paths, headers, fields of frames and the words of other processes end up in log lines. A line feed would forge a line,
-an escape sequence would command the terminal of whoever reads it, a bidirectional mark would turn the text around.
-Every handler of the project's processes uses a formatter of this module.
+Paths, headers, fields of frames and messages of other processes end up in log lines. A line feed would forge a line, an
+escape sequence would control the reader's terminal, a bidirectional mark would reorder the text. Every handler of the
+project's processes uses a formatter of this module.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def plain(text: str, limit: int = MOST_CHARS) -> str:
 
 
 def plain_lines(text: str, limit: int = _MOST_TRACEBACK_CHARS) -> str:
-    """Return a text of several lines with each line plain and set in, so that none looks like a log line's beginning.
+    """Return a text of several lines with each line plain and indented, so that none looks like a new log line.
 
-    Of a long text the end is kept, where a traceback says what happened.
+    A long text keeps its end, where a traceback says what happened.
     """
     kept = text if len(text) <= limit else f"… ({len(text)} characters)\n{text[-limit:]}"
     return "\n".join(f"  {plain(line)}" for line in kept.split("\n"))
@@ -40,7 +40,7 @@ def for_terminal(text: str, stream: TextIO) -> str:
 
 
 class PlainFormatter(logging.Formatter):
-    """A formatter of `logging` for messages that may hold anything."""
+    """A `logging` formatter for untrusted messages."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the record's line."""
@@ -48,11 +48,11 @@ class PlainFormatter(logging.Formatter):
         return super().formatMessage(record)
 
     def formatException(self, ei: _ExceptionInfo) -> str:
-        """Return the traceback, set in."""
+        """Return the traceback, indented."""
         return plain_lines(super().formatException(ei))
 
     def formatStack(self, stack_info: str) -> str:
-        """Return the stack, set in."""
+        """Return the stack, indented."""
         return plain_lines(stack_info)
 
 

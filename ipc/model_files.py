@@ -1,6 +1,6 @@
-"""Files of a checkpoint: a downloaded one may hold anything, so each is looked at before it is opened, and bounded.
+"""Files of a checkpoint: a downloaded one may hold anything, so each is checked before it is opened, and bounded.
 
-A FIFO would be waited for without end, a device read without end, and JSON nested without end would use up the stack.
+A FIFO would block forever, a device could be read forever, and deeply nested JSON would overflow the stack.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from reprlib import Repr
 from sempre.ipc.errors import ModelError
 
 MAX_CONFIG_BYTES = 64 * 2**20
-"""of a file that says what others hold, such as config.json or the index of the weights"""
+"""of a file that describes others, such as config.json or the index of the weights"""
 MAX_TOKENIZER_BYTES = 512 * 2**20
 MAX_DEPTH = 32
 
@@ -32,7 +32,7 @@ _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 20
 
 
 def shown(value: object) -> str:
-    """Return the value for an error's text, short whatever it is."""
+    """Return the value for an error message, cut short."""
     return _REPR.repr(value)
 
 
@@ -56,7 +56,7 @@ def read_bytes(path: Path, limit: int = MAX_CONFIG_BYTES) -> bytes:
     """Return what a regular file of at most `limit` bytes holds. Raises ModelError."""
     check_regular(path, limit)
     try:
-        # Should another kind of file have taken its place by now, nothing is waited for.
+        # Does not block should another kind of file have taken its place.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         with open(descriptor, "rb") as file:
             data = file.read(limit + 1)

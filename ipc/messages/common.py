@@ -24,7 +24,7 @@ class Data(Struct, frozen=True, array_like=True, kw_only=True):
 
 
 NOT_READY = "NotReady"
-"""Type of the error of a row that is to be computed again, in a later step."""
+"""Error type of a row that is to be computed again in a later step."""
 
 
 class ErrorInfo(Data, frozen=True, kw_only=True):
@@ -54,7 +54,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
 
 class Refused(Message, frozen=True, kw_only=True):
-    """The receiver's answer to a frame that it could not accept; the sender's process is not harmed."""
+    """The receiver's answer to a frame that it could not accept; the sender's process is not affected."""
 
     error: ErrorInfo
 
@@ -62,8 +62,8 @@ class Refused(Message, frozen=True, kw_only=True):
 class ReasoningSpec(Data, frozen=True, kw_only=True):
     """How an output may reason before it answers.
 
-    `start` and `end` are the tags; `begins_inside`: the prompt has opened the reasoning. `grammar`, in llguidance's own
-    form, rules an output that begins with `start`, in place of the one that rules an answer without reasoning. After
+    `start` and `end` are the tags; `begins_inside`: the prompt has opened the reasoning. `grammar`, in llguidance's
+    format, constrains an output that begins with `start`, instead of the one for an answer without reasoning. After
     `budget` tokens of reasoning (None: no limit) the next ones are `end_token_ids`.
     """
 
@@ -80,9 +80,9 @@ class SamplingSpec(Data, frozen=True, kw_only=True):
 
     Greedy is `temperature == 0`. `top_k == 0` is off. `stop_token_ids` end the request with that id as the reason;
     `eos_token_ids` end it with reason None and are empty under `ignore_eos`. `logprobs` is None (off), k best, or -1
-    for the whole vocabulary; the same for `prompt_logprobs`. `grammar`, in llguidance's own form, is what the output's
-    text has to follow; one of `eos_token_ids` ends it, and before `min_tokens` too where the text can only end.
-    `logprob_token_ids` are reported beside the `logprobs`.
+    for the whole vocabulary; the same for `prompt_logprobs`. `grammar`, in llguidance's format, constrains the output's
+    text; one of `eos_token_ids` ends it, even before `min_tokens` where the text can only end. `logprob_token_ids` are
+    reported beside the `logprobs`.
     """
 
     max_tokens: Positive
@@ -107,17 +107,17 @@ class SamplingSpec(Data, frozen=True, kw_only=True):
 
     @property
     def depends_on_output(self) -> bool:
-        """Whether the tokens allowed next follow from the ones before, which must have come back."""
+        """Whether the tokens allowed next depend on the previous ones, which must be known first."""
         return self.grammar is not None or self.reasoning is not None
 
 
 class LogprobRows(Data, frozen=True, kw_only=True):
     """Log-probabilities of `num_rows` positions, `width` columns each, as packed little-endian arrays.
 
-    Column 0 is the token that was sampled (or stands in the prompt), columns 1…k the k best in descending order
-    (value, then lowest id), the last L those of `logprob_token_ids`. `token_ids` int32, `logprobs` float32, `ranks`
-    int32, the 1-based vocabulary rank of column 0 (one per row), `listed_ranks` int32 those of the last L columns.
-    Packed bytes keep the float32 bits and cost no float parsing.
+    Column 0 is the token that was sampled (or is in the prompt), columns 1…k the k best in descending order (value,
+    then lowest id), the last L those of `logprob_token_ids`. `token_ids` int32, `logprobs` float32, `ranks` int32, the
+    1-based vocabulary rank of column 0 (one per row), `listed_ranks` int32 those of the last L columns. Packed bytes
+    keep the float32 bits and cost no float parsing.
     """
 
     num_rows: NonNegative

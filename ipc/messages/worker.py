@@ -47,16 +47,16 @@ class ScheduledRequest(Data, frozen=True, kw_only=True):
     [0, num_computed_tokens) of its sequence is in the KV cache; [num_computed_tokens, + num_tokens) is computed now.
     `block_ids` are written into its block table from index `block_table_start` on. A token is sampled if, and only
     if, the step computes the last token that the worker knows; the worker appends it to the sequence itself.
-    A request computed again from an earlier position keeps its tokens; its block table is written anew from index 0.
+    A request computed again from an earlier position keeps its tokens; its block table is rewritten from index 0.
 
     Row p of the prompt log-probabilities tells token p given the tokens before it, so computing position p - 1 yields
     it; there is no row 0. Computing [a, b) reports the rows p of the prompt (of P tokens) with
     max(a + 1, `prompt_logprobs_start`) ≤ p ≤ min(b, P - 1), if the request asked for any. Rows below
     `prompt_logprobs_start` were reported before the request was preempted.
 
-    `draft_token_ids` are drafts of the tokens after the last known one; the last of the `num_tokens` are theirs. The
-    worker samples its own token after the last known one and after each draft token, and keeps them up to and including
-    the first that the next draft token does not equal: one token, or several, none of which depends on the drafts.
+    `draft_token_ids` are drafts of the tokens after the last known one, and the last of the `num_tokens`. The worker
+    samples its own token after the last known one and after each draft token, and keeps them up to and including the
+    first that the next draft token does not equal: one token, or several, none of which depends on the drafts.
     """
 
     request_id: str
@@ -82,8 +82,8 @@ class DraftRequest(Data, frozen=True, kw_only=True):
 class ExecuteStep(Message, frozen=True, kw_only=True):
     """One forward pass over the scheduled requests, then drafts for some. `finished_request_ids` are forgotten first.
 
-    Only a worker with a draft model is asked for drafts: a target for requests that the step samples for, a worker of
-    role "draft" for any that it knows, and it has nothing scheduled.
+    Only a worker with a draft model is asked for drafts: a target for requests that the step samples for; a worker of
+    role "draft", which has nothing scheduled, for any that it knows.
     """
 
     step_id: NonNegative
@@ -119,10 +119,10 @@ class WorkerHello(Message, frozen=True, kw_only=True):
 
 
 class StepCosts(Data, frozen=True, kw_only=True):
-    """What steps may be expected to take, in seconds: a function of the model and the kind of device, not measured.
+    """How long steps are expected to take, in seconds: a function of the model and the kind of device, not measured.
 
-    `step` is one of a single sequence that decodes, `row` one row more in it; `result` passes between the result of a
-    step and the next step that follows from it. `draft`: a token of the draft model that shares the device.
+    `step`: a decode step of a single sequence; `row`: each additional row; `result`: between the result of a step and
+    the next step that depends on it; `draft`: a token of the draft model that shares the device.
     """
 
     step: float
@@ -134,10 +134,10 @@ class StepCosts(Data, frozen=True, kw_only=True):
 class ModelLoaded(Message, frozen=True, kw_only=True):
     """Answer to LoadModel. The limits and `block_size` are those in use; `fingerprint` the parts this worker knows.
 
-    Up to `max_steps_in_flight` steps may be sent before the first of them is answered; none may bring more than
-    `max_num_batched_tokens` tokens, or more than `max_num_seqs` requests. Where the tokens are left to the worker,
-    `max_prompt_tokens` of them may be of prompts. The next step is best sent `step_lead_s` seconds before the one that
-    runs ends; 0: at once.
+    Up to `max_steps_in_flight` steps may be sent before the first of them is answered; none may have more than
+    `max_num_batched_tokens` tokens, or more than `max_num_seqs` requests. Where the worker chose the number of tokens,
+    `max_prompt_tokens` of them may be prompt tokens. The next step is best sent `step_lead_s` seconds before the running
+    one ends; 0: at once.
     """
 
     rank: NonNegative
@@ -170,8 +170,8 @@ class WorkerReady(Message, frozen=True, kw_only=True):
 class SampledTokens(Data, frozen=True, kw_only=True):
     """The result of one request in one step: no token (chunked prefill goes on), one, or several (speculation).
 
-    An error of the type NOT_READY ends nothing: the form of the output was not ready, and the token is to be sampled in
-    a later step.
+    An error of type NOT_READY does not end the request: its grammar was not ready, and the token is sampled in a later
+    step.
     """
 
     request_id: str
@@ -203,7 +203,7 @@ class CallMethodReply(Message, frozen=True, kw_only=True):
 
 
 class WorkerFailed(Message, frozen=True, kw_only=True):
-    """The worker's last word: the exception that ends it."""
+    """The worker's last message: the exception that ended it."""
 
     rank: NonNegative
     error: ErrorInfo
