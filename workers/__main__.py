@@ -13,7 +13,7 @@ def make_worker(device: str, index: int) -> WorkerProtocol:
     """The worker that runs a model; torch is imported only now, after the hello."""
     began = perf_counter()
     compiler = early_start(device, index)
-    # what is imported stays: looking through it, now or later, would only take time
+    # imported modules stay alive: having the collector scan them would only take time
     gc.disable()
     from sempre.workers.worker import Worker
 

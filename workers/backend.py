@@ -21,8 +21,8 @@ from sempre.workers.step_validation import StepLimits
 
 
 @dataclass(frozen=True)
-class ModelOutline:
-    """What is known of a model before its weights are."""
+class ModelSetup:
+    """What is known of a model before its weights are loaded."""
 
     config: WorkerConfig
     spec: ModelSpec
@@ -73,22 +73,22 @@ class LoadedModel:
 
 
 class Compilation(Protocol):
-    """Kernels that are being compiled."""
+    """Kernels being compiled."""
 
     def finish(self) -> dict[str, float]:
-        """Wait for them; seconds of the parts of this work, by name. Raises what a compilation raised."""
+        """Wait for them; seconds by phase. Raises what a compilation raised."""
 
 
 class Backend(Protocol):
     """One worker's device."""
 
     max_num_batched_tokens: int
-    """the best, where the config has none; known once `begin` has been called"""
+    """used where the config has none; known once `begin` has been called"""
     max_prompt_tokens: int | None
-    """tokens of prompts in a step from which on more would not be faster, but later for all others; None: no matter;
-    known once `begin` has been called"""
+    """prompt tokens in a step beyond which more would only delay the other requests; None: no such number; known once
+    `begin` has been called"""
     step_lead_s: float
-    """so long before a step ends is the next one to be sent; 0: at once"""
+    """how long before a step ends the next one is sent; 0: at once"""
     max_steps_in_flight: int
     """known once `begin` has been called"""
     speed: DeviceSpeed
@@ -100,20 +100,20 @@ class Backend(Protocol):
         """Before anything is loaded."""
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
-        """The best, where the config has none; after `begin`."""
+        """Used where the config has none; after `begin`."""
 
-    def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
-        """Around the loading of weights: compiles meanwhile what the model will need. Raises ConfigError with the sums
+    def loading(self, setup: ModelSetup) -> AbstractContextManager[Compilation]:
+        """Around the loading of weights: compiles the model's kernels in the meantime. Raises ConfigError with the sums
         when memory runs out inside."""
 
     def self_test(self, model: LoadedModel) -> dict[str, int]:
-        """Comparisons passed, by operation; product kernels that disagree are not used any more.
+        """Comparisons passed, by operation; matmul kernels that disagree are no longer used.
 
         Raises InvarianceError.
         """
 
     def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
-        """KV cache blocks that fit, with as many of the draft model that shares the device.
+        """KV cache blocks that fit, together with as many for the draft model that shares the device.
 
         Raises ConfigError with the sums when not even one sequence of the config's `max_model_len` does, or, where that
         is None, not even one block.
@@ -122,10 +122,10 @@ class Backend(Protocol):
     def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner: ...
 
     def make_drafter(self, runner: ModelRunner) -> DraftModelRunner:
-        """What drafts with the model of `runner`, which takes no steps any more."""
+        """Drafts with the model of `runner`, which takes no more steps itself."""
 
     def prepare_steps(self, runner: ModelRunner) -> dict[str, str]:
-        """After the warm-up: whatever makes steps fast; the parts of the fingerprint that are known only now."""
+        """After the warm-up: whatever speeds up steps. Returns the parts of the fingerprint that are known only now."""
 
     def fingerprint(self, model: LoadedModel) -> dict[str, str]: ...
 
@@ -133,4 +133,4 @@ class Backend(Protocol):
         """Bytes in use, by name."""
 
     def end(self) -> None:
-        """Give back what `begin` took."""
+        """Release what `begin` acquired."""

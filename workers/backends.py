@@ -9,7 +9,7 @@ from sempre.workers.gpu.compiler_process import CompilerProcess
 
 
 def make_backend(device: torch.device, compiler: CompilerProcess | None = None) -> Backend:
-    """The backend of a resolved device; `compiler`, if one was started ahead, is for a GPU."""
+    """The backend of a resolved device; `compiler`, if one was started early, is for a GPU."""
     if device.type == "cpu":
         if compiler is not None:
             compiler.close()

@@ -29,7 +29,7 @@ class ConfigFields:
 
     def positive_number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
-        # bool is an int to Python, never to a configuration
+        # bool is an int in Python, never in a configuration
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST_NUMBER:
             self.fail(name, "a finite number greater than 0", value)
         return float(value)

@@ -41,22 +41,22 @@ class DeviceSpeed:
     """Constants, not measured at start-up: the number of draft tokens must not vary from start to start."""
 
     step_seconds: float
-    """of a decode step of one sequence, whatever the model"""
+    """fixed cost of a decode step of one sequence"""
     layer_seconds: float
-    """each layer's, whatever its size"""
+    """fixed cost of each layer"""
     bytes_per_second: float
-    """of weights"""
+    """of reading weights"""
     row_share: float
     """one row more, in steps"""
     result_seconds: float
-    """between a step's result and the next step, where that follows from it"""
+    """between a step's result and the next step, where that depends on it"""
 
     def decode_seconds(self, spec: ModelSpec, weights: WeightFacts) -> float:
         """A decode step of one sequence."""
         return self.step_seconds + self.layer_seconds * spec.num_layers + weights.nbytes / self.bytes_per_second
 
     def costs(self, step_seconds: float, draft_seconds: float = 0.0) -> StepCosts:
-        """Of steps of a model, and of tokens of a draft model beside it."""
+        """The costs of a model's steps, and of the tokens of a draft model beside it."""
         return StepCosts(
             step=step_seconds, row=self.row_share * step_seconds, result=self.result_seconds, draft=draft_seconds
         )

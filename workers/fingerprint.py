@@ -11,7 +11,7 @@ import torch
 from sempre.kernels.threads import get_num_threads
 from sempre.workers.loading import WeightFacts
 
-# name of the order of operations that the CPU kernels follow; a change of any result's bits raises the number
+# names the order of operations of the CPU kernels; a change of any result's bits raises the number
 CPU_PROFILE = "cpu-fma-2"
 
 # vector extensions that code generation may use, widest first
@@ -20,7 +20,7 @@ _VECTOR_LEVELS = ("avx512f", "avx2", "avx", "asimd")
 
 def fingerprint_parts(weights: WeightFacts, numerics: str) -> dict[str, str]:
     """Named parts; equal parts, seeds and requests give equal bits."""
-    # here: a worker on a GPU shares this module, and does without them
+    # imported here: a GPU worker shares this module but does not need them
     import llvmlite
     import numba
 

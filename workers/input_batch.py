@@ -5,8 +5,8 @@
     tokens of a request:   [0 ............ num_computed) [num_computed ... + num_tokens) [... known)
                             keys, values in the cache     computed in this step          later chunks
 
-The step samples a token for a request exactly when it computes the request's last known token. Drafted tokens, if a
-step brings some for a request, come after that one; the step samples behind each of them, too.
+The step samples a token for a request exactly when it computes the request's last known token. A request's draft
+tokens, if a step has any, come after that one; the step samples after each of them, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sempre.workers.steps import AnyArray, Int32, Int64, StepArrays, StepShape, 
 
 @dataclass(eq=False)
 class RequestState:
-    """One request as the worker knows it."""
+    """One request as the worker sees it."""
 
     request_id: str
     token_ids: list[int]
@@ -37,19 +37,19 @@ class RequestState:
     slot: int
     """row in the batch's persistent arrays"""
     error: ErrorInfo | None
-    """why the request cannot go on; it fails alone, and again whenever it is scheduled"""
+    """why the request cannot continue; only it fails, and again whenever it is scheduled"""
 
 
 class SampledRows(NamedTuple):
-    """Where a step samples; arrays [M], the rows of one request neighbours in ascending order."""
+    """Where a step samples; arrays [M], the rows of one request adjacent and ascending."""
 
     requests: Int64
     """index within the step"""
     rows: Int64
     positions: Int64
-    """of the sampled tokens in their sequences"""
+    """positions of the sampled tokens in their sequences"""
     offsets: Int64
-    """drafted tokens between the request's last known one and the sampled one"""
+    """draft tokens between the request's last known one and the sampled one"""
 
     def starts(self, num_requests: int) -> Int32:
         """[R + 1]: the rows of request r of the step are entries [starts[r], starts[r + 1])."""
@@ -67,11 +67,11 @@ class StepPlan:
     """tokens in the cache before the step"""
     num_tokens: Int64
     context: Int64
-    """tokens of each request after the step's, drafted ones among them"""
+    """tokens of each request after the step, drafts included"""
     num_drafts: Int64
-    """drafted tokens at the end of each request's"""
+    """draft tokens at the end of each request's"""
     samples: npt.NDArray[np.bool_]
-    """whether the request samples a token in this step, and one for each drafted token"""
+    """whether the request samples a token in this step, plus one for each draft token"""
     first_rows: Int64
     ends: Int64
     """one past the last row"""
@@ -86,12 +86,12 @@ class StepPlan:
 
     @property
     def only_verifies(self) -> bool:
-        """Whether it has drafts, and every request computes its last known token and its drafts alone."""
+        """Whether it has drafts, and every request computes only its last known token and its drafts."""
         return self.has_drafts and bool((self.samples & (self.num_tokens == self.num_drafts + 1)).all())
 
     @cached_property
     def decodes(self) -> npt.NDArray[np.bool_]:
-        """Which requests compute their last known token alone."""
+        """Which requests compute only their last known token."""
         decodes: npt.NDArray[np.bool_] = self.samples & (self.num_tokens == 1)
         return decodes
 
@@ -109,14 +109,14 @@ class StepPlan:
 
     @property
     def reads_all_rows(self) -> bool:
-        """Whether final hidden states are wanted of rows behind which nothing is sampled, or there are no such rows."""
+        """Whether final hidden states of all rows are wanted, or all rows are sampled anyway."""
         return self.sampled_rows.rows.size == self.ends[-1] or any(
             state.sampling.params.prompt_logprobs is not None for state in self.states
         )
 
     @cached_property
     def sampled_rows(self) -> SampledRows:
-        """The rows behind which a token is sampled: a request's last one, and with drafts those before it."""
+        """The sampled rows: each request's last one, and with drafts those before it."""
         requests = np.flatnonzero(self.samples)
         counts = 1 + self.num_drafts[requests]
         each = np.repeat(requests, counts)
@@ -127,7 +127,7 @@ class StepPlan:
 
 
 class InputBatch:
-    """Known requests by id, in the order of arrival, with their block tables in one persistent array."""
+    """Known requests by id, in order of arrival, with their block tables in one persistent array."""
 
     def __init__(
         self, *, num_blocks: int, block_size: int, max_model_len: int, num_slots: int, grammars: GrammarCompiler
@@ -149,7 +149,7 @@ class InputBatch:
         return len(self._requests)
 
     def add(self, new: NewRequest, error: ErrorInfo | None = None) -> RequestState:
-        """Take in a request; `error` marks one that is known but can never be computed."""
+        """Add a request; `error` marks one that is known but can never be computed."""
         slot = self._take_slot()
         token_ids = list(new.token_ids)
         params, grammar = new.params, None
@@ -181,12 +181,12 @@ class InputBatch:
         self._last_tokens[state.slot] = state.token_ids[-1]
 
     def expect(self, slots: Int64) -> None:
-        """Count a token for each slot that is being sampled and will be recorded later."""
+        """Count one token, being sampled and recorded later, for each slot."""
         self._num_tokens[slots] += 1
 
     def record(self, state: RequestState, token_ids: list[int]) -> None:
-        """Add the token that was expected, and those that came with it; none where sampling failed. The request may
-        have been removed meanwhile."""
+        """Append the expected token and those that came with it; none where sampling failed. The request may have been
+        removed in the meantime."""
         state.token_ids += token_ids
         if self._requests.get(state.request_id) is state:
             self._num_tokens[state.slot] += len(token_ids) - 1
@@ -194,7 +194,7 @@ class InputBatch:
 
     @property
     def num_slots(self) -> int:
-        """Slots so far; `add` doubles them when all are taken."""
+        """Current number of slots; `add` doubles it when all are taken."""
         return len(self._num_tokens)
 
     @property
@@ -203,8 +203,8 @@ class InputBatch:
         return int(self._block_tables.shape[1])
 
     def plan(self, scheduled: list[ScheduledRequest]) -> StepPlan:
-        """Take over the step's block tables; every scheduled request must be known. Raises MessageMalformed when the
-        numbers of one request do not fit what is known of it."""
+        """Apply the step's block tables; every scheduled request must be known. Raises MessageMalformed when a
+        request's numbers do not fit what is known of it."""
         count = len(scheduled)
         states = [self._requests[item.request_id] for item in scheduled]
         slots = np.fromiter((state.slot for state in states), np.int64, count)
@@ -225,11 +225,11 @@ class InputBatch:
         )
 
     def arrays(self, plan: StepPlan) -> StepArrays[AnyArray]:
-        """The step's arrays, in its own shape. The token of a decoding request whose last one is not recorded yet means
-        nothing."""
+        """The step's arrays, in its own shape. For a decoding request whose last token is not recorded yet, the token
+        is undefined."""
         ends, slots, sampled = plan.ends, plan.slots, plan.sampled_rows
         token_ids: Int64 = np.empty(ends[-1], np.int64)
-        # the last known token of a decoding request is at hand; prompts are copied piece by piece
+        # the last known token of a decoding request is stored; prompts are copied piece by piece
         token_ids[plan.first_rows[plan.decodes]] = self._last_tokens[slots[plan.decodes]]
         for index in np.flatnonzero(~plan.decodes).tolist():
             known_end = plan.context[index] - plan.num_drafts[index]

@@ -35,9 +35,9 @@ def available_blocks(
     """How many blocks the worker can hold; raises ConfigError with the sums when not even one full sequence fits, or,
     where the config leaves `max_model_len` open, not even one block.
 
-    `kv_cache_memory_bytes` decides; without it, enough for `max_num_seqs` sequences of `max_model_len` tokens, within
-    the worker's share of the free memory. `draft_bytes_per_block` are those among the bytes that a draft model's keys
-    and values take.
+    `kv_cache_memory_bytes` decides; without it, room for `max_num_seqs` sequences of `max_model_len` tokens, within the
+    worker's share of the free memory. `draft_bytes_per_block`: of these bytes, those for a draft model's keys and
+    values.
     """
     per_sequence = -(-max_model_len // block_size)
     share = draft_share(bytes_per_block, draft_bytes_per_block)
@@ -68,7 +68,7 @@ def available_blocks(
 
 
 def draft_share(bytes_per_block: int, draft_bytes_per_block: int) -> str:
-    """Return what an error says of a draft model's part of a block; nothing without one."""
+    """Return an error's note on a draft model's share of a block; empty without one."""
     if not draft_bytes_per_block:
         return ""
     share = draft_bytes_per_block / bytes_per_block
@@ -76,14 +76,14 @@ def draft_share(bytes_per_block: int, draft_bytes_per_block: int) -> str:
 
 
 def available_memory_bytes() -> int:
-    """Free memory of the host, or of the control group that bounds this process, whichever is less."""
+    """Free memory of the host, or of the control group that limits this process, whichever is less."""
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
     limit, current = group / "memory.max", group / "memory.current"
     if limit.exists() and current.exists() and (text := limit.read_text().strip()) != "max":
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # file pages are dropped on demand
+        # the kernel drops file pages on demand
         used = int(current.read_text()) - int(stat["inactive_file"])
         available = min(available, max(0, int(text) - used))
     return available

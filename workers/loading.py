@@ -1,4 +1,4 @@
-"""Loading a model: open the checkpoint, compare it with the tree, read tensor by tensor into the tree."""
+"""Loading a model: open the checkpoint, compare it with the tree, read it into the tree tensor by tensor."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from sempre.workers.tensor_source import (
 
 EMBEDDING = "model.embed_tokens.weight"
 
-# tensors that old checkpoints carry and that are computed from config.json instead
+# in old checkpoints; computed from config.json instead
 HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
 
-# mismatches that an error lists
+# most mismatches that an error lists
 MOST_LISTED = 20
 
 
@@ -50,16 +50,16 @@ class Placement:
 
     device: torch.device
     upload: Callable[[torch.Tensor], torch.Tensor]
-    """a tensor of the source → the tensor on `device`; the source's must stay valid until all are loaded"""
+    """copies a tensor of the source to `device`; the source's must stay valid until all are loaded"""
     hashing_threads: int
 
     @property
     def keeps_dtype(self) -> bool:
-        """Whether matrices may be stored in 16 bit under dtype float32: the CPU's kernels widen them as they go."""
+        """Whether matrices may be stored in 16 bit with dtype float32: CPU kernels widen them on the fly."""
         return self.device.type == "cpu"
 
     def vector_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Of hidden states, norm weights and biases under the engine's `dtype`."""
+        """The dtype of hidden states, norm weights and biases for the engine's `dtype`."""
         return torch.float32 if self.keeps_dtype else dtype
 
 
@@ -68,10 +68,10 @@ ON_CPU = Placement(CPU, lambda tensor: tensor, hashing_threads=1)
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What is to be known of a model's weights."""
+    """Facts about a model's weights."""
 
     dtype: torch.dtype
-    """what the engine's `dtype` came to: the KV cache's dtype"""
+    """the resolved `dtype` of the engine, also the KV cache's"""
     activations: torch.dtype
     """the dtype of hidden states"""
     matrix_dtype: torch.dtype
@@ -79,7 +79,7 @@ class WeightFacts:
     quantization: Fp8Scheme | None
     """of the matrices that are quantised, if any are"""
     digest: str
-    """SHA-256 of names, shapes, dtypes and bytes in the checkpoint; how it is cut into files does not matter"""
+    """SHA-256 of names, shapes, dtypes and bytes in the checkpoint; how they are split into files does not matter"""
     nbytes: int
 
 
@@ -134,7 +134,7 @@ def _open_source(
 
 
 def _target_dtype(spec: ModelSpec, source: TensorSource, dtype: str) -> torch.dtype:
-    """What `dtype` comes to."""
+    """`dtype`, with auto resolved."""
     name = dtype if dtype != "auto" else spec.checkpoint_dtype
     return FLOAT_NAMES[source.dtype_name(EMBEDDING)] if name is None else getattr(torch, name)
 
@@ -142,13 +142,13 @@ def _target_dtype(spec: ModelSpec, source: TensorSource, dtype: str) -> torch.dt
 def _check_tensors(wanted: Mapping[str, Parameter], copies: Mapping[str, str], source: TensorSource) -> None:
     """Raise TensorMismatch, which lists what is missing, surplus, or of another shape or dtype.
 
-    `copies`: tensors that may be there though nothing reads them, with those that they must equal.
+    `copies`: tensors that may be present but are not read, with those that they must equal.
     """
     present = set(source.names())
     found = [error for name, parameter in wanted.items() if (error := _wrong(name, parameter, present, source))]
     for name in sorted(present):
         if name in copies:
-            # one that is missing has been found already
+            # a missing one has been reported already
             if copies[name] in present and not _same_tensor(source, name, copies[name]):
                 found.append(mismatch(name, f"a copy of {copies[name]} (tie_word_embeddings is true)", "other values"))
         elif name not in wanted and not name.endswith(HARMLESS_SUFFIX):
@@ -160,7 +160,7 @@ def _check_tensors(wanted: Mapping[str, Parameter], copies: Mapping[str, str], s
 def _check_memory(
     wanted: Mapping[str, Parameter], source: TensorSource, dtype: torch.dtype, *, is_quantized: bool
 ) -> None:
-    """Raise ModelError for weights that cannot fit, before the first of them is made."""
+    """Raise ModelError for weights that cannot fit, before the first is created."""
     needed = 0
     for name, parameter in wanted.items():
         stored = FLOAT_NAMES.get(source.dtype_name(name), dtype)
@@ -174,7 +174,7 @@ def _check_memory(
 
 
 def tensors_of(model: Module) -> Iterator[torch.Tensor]:
-    """All tensors that were loaded, as they are in memory."""
+    """All loaded tensors, as they are in memory."""
     for _, module in model.walk():
         yield from module.own_tensors()
 

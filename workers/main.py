@@ -51,7 +51,7 @@ from sempre.ipc.messages import (
 
 logger = logging.getLogger(__name__)
 
-# how often a step that runs on an accelerator is asked whether it is done, while no command arrives
+# how often a step on an accelerator is polled while no command arrives
 _STEP_POLL_S = 20e-6
 _FLUSH_MS = 2000
 
@@ -67,10 +67,10 @@ class WorkerProtocol(Protocol):
     def steps_in_flight(self) -> int: ...
 
     def submit(self, command: ExecuteStep) -> None:
-        """Start a step behind those that run; may return before it is done."""
+        """Queue a step after the running ones; may return before it is done."""
 
     def step_done(self) -> bool:
-        """Whether the oldest step in flight is done: `collect` would not wait."""
+        """Whether the oldest step in flight is done, so that `collect` would not wait."""
 
     def collect(self) -> StepResult:
         """Wait for that step; its result."""
@@ -82,7 +82,7 @@ class WorkerProtocol(Protocol):
 
 
 def run_command(worker: WorkerProtocol, command: WorkerCommand) -> WorkerEvent:
-    """Have `worker` answer one command that is no step. Raises what the worker raises."""
+    """Have `worker` answer one command that is not a step. Raises what the worker raises."""
     match command:
         case CallMethod():
             return worker.call(command)
@@ -95,7 +95,7 @@ def run_command(worker: WorkerProtocol, command: WorkerCommand) -> WorkerEvent:
 
 
 def sendable(event: WorkerEvent, error: TypeError | MessageTooLarge) -> WorkerEvent | None:
-    """What to send in place of an event that cannot be sent, so that only who asked for it is concerned.
+    """What to send in place of an event that cannot be sent, so that only its requester is affected.
 
     None when nothing can be left out.
     """
@@ -143,13 +143,13 @@ class WorkerLoop:
         self._ended = threading.Event()
 
     def run(self) -> int:
-        """The exit code: 0 after ShutdownWorker, 1 after a failure that the coordinator was told of."""
+        """The exit code: 0 after ShutdownWorker, 1 after a failure reported to the coordinator."""
         versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
         hello = WorkerHello(protocol_version=PROTOCOL_VERSION, rank=self._rank, pid=os.getpid(), versions=versions)
         self._send(hello)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         try:
-            # imports what a worker needs while the coordinator still gets ready itself
+            # imports what a worker needs while the coordinator is still starting
             self._worker = self._make_worker()
             self._serve(self._worker)
         except Exception as error:
@@ -181,7 +181,7 @@ class WorkerLoop:
                 case Refused(error=error) if self._accepts == (LoadModel,):
                     raise restore(error) or ProtocolError(f"the coordinator refused this worker: {error.message}")
                 case Refused(error=error):
-                    # the coordinator decides whether it can go on without that frame
+                    # the coordinator decides whether it can continue without that frame
                     logger.warning("the coordinator refused a frame: %s", error.message)
                 case _:
                     while worker.steps_in_flight:
@@ -247,7 +247,7 @@ class WorkerLoop:
 
     def _beat(self) -> None:
         while not self._ended.wait(self._interval_s):
-            # taken: the loop has the socket and sends heartbeats itself
+            # not acquired: the loop has the socket and sends heartbeats itself
             if self._socket_lock.acquire(blocking=False):
                 try:
                     if not self._ended.is_set():
@@ -272,7 +272,7 @@ def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None =
         code = WorkerLoop(options.rank, channel, make_worker, options.heartbeat_interval_s).run()
     zmq.Context.instance().term()
     logging.shutdown()
-    # nothing is left to be kept; taking torch apart would only take time
+    # nothing is left to save; tearing down torch would only take time
     os._exit(code)
 
 

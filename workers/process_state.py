@@ -1,7 +1,7 @@
-"""What a worker fixes of its process while it computes, where the process is the user's (multiprocessing off).
+"""Process-wide settings a worker needs while it computes in the user's process (multiprocessing off).
 
-A worker's own process has all of this from its start. In the user's, each setting is put in place when the worker is
-entered and given back when it is left, so that neither side notices the other.
+A worker's own process has them from its start. In the user's, each is set when the worker is entered and restored when
+it is left, so that neither side notices the other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from sempre.kernels.threads import get_num_threads, set_num_threads
 
-# of the C library's math functions, which Python itself has loaded
+# of the C math library, which Python has already loaded
 _MATH = ctypes.CDLL(None)
 _TO_NEAREST = 0
 _DENORMAL = np.float32(1e-45)
@@ -62,11 +62,11 @@ class ComputeState:
 
 
 def _leave_modes(stack: ExitStack) -> None:
-    """Leave whatever takes calls of torch for itself (modes, transforms of torch.func) until `stack` is closed.
+    """Leave whatever intercepts torch calls (modes, transforms of torch.func) until `stack` is closed.
 
-    A mode that only watches would see our tensors, a fake one has none whose memory a kernel could read.
+    A mode that only watches would see our tensors; a fake one has none whose memory a kernel could read.
     """
-    # first: what follows is made of calls that such a mode takes, too
+    # first: the calls below would be intercepted by such a mode, too
     if torch._C._len_torch_function_stack():
         stack.enter_context(torch._C.DisableTorchFunction())
     if peek_interpreter_stack() is not None:

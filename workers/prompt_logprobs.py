@@ -17,12 +17,12 @@ from sempre.workers.models.base import CausalLM
 from sempre.workers.sampling import NoDistribution, RowError
 from sempre.workers.verification import joined
 
-# rows of logits computed at a time: bounds the memory, cannot be seen in the result
+# rows of logits computed at a time: bounds the memory, does not affect the result
 PROMPT_LOGPROB_ROWS = 64
 
 
 class PromptScorer(Protocol):
-    """A sampler, on whatever device the logits are."""
+    """A sampler, on the device of the logits."""
 
     def prompt_logprobs(self, logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> LogprobRows: ...
 
@@ -57,7 +57,7 @@ class PromptLogprobs:
             try:
                 parts.append(self._scorer.prompt_logprobs(logits, state.token_ids[low:high], width))
             except NoDistribution as error:
-                # by its place in the prompt: no row or chunk shows
+                # by position in the prompt: rows and chunks are internal
                 text = f"the logits for prompt token {low + error.row} contain NaN or +inf, or nothing finite"
                 info = RowError(error.operation, text).info()
                 return SampledTokens(request_id=state.request_id, error=replace(info, rank=self._rank))

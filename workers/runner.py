@@ -1,5 +1,5 @@
-"""What the runners of all devices share: the requests they know, the checks of a step, its results, and the one queue
-of steps that were taken and not yet answered."""
+"""What the runners of all devices share: known requests, the checks of a step, its results, and the queue of steps
+accepted but not yet answered."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class StepInFlight:
 
     step: ExecuteStep
     errors: dict[str, ErrorInfo]
-    """of the scheduled requests that are not computed, by id"""
+    """results of scheduled requests that are not computed, by id"""
     plan: StepPlan | None = None
-    """of those that are; None when there are none"""
+    """of those that are; None without any"""
     prompt_results: dict[str, SampledTokens] = field(default_factory=dict)
 
 
@@ -42,7 +42,7 @@ class ComputedStep(NamedTuple):
 
 
 class StepQueue(Protocol):
-    """Steps that a worker has taken and not yet answered, oldest first."""
+    """Steps that a worker has accepted but not yet answered, oldest first."""
 
     @property
     def steps_in_flight(self) -> int: ...
@@ -58,7 +58,7 @@ class StepQueue(Protocol):
 
 
 class ModelRunner(ABC):
-    """One replica's model, cache, sampler, and the requests it knows. The limits are those of the warm-up, too."""
+    """One replica's model, cache, sampler, and the requests it knows. The limits also apply to the warm-up."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class ModelRunner(ABC):
         return len(self._in_flight)
 
     def submit(self, step: ExecuteStep) -> None:
-        """Start a step; a device that works on its own is not waited for.
+        """Start a step without waiting for an asynchronous device.
 
         Raises MessageMalformed when the step itself is wrong; a request that cannot be computed has its error in the
         result.
@@ -122,13 +122,13 @@ class ModelRunner(ABC):
         return ComputedStep(flight.step, sampled)
 
     def execute(self, step: ExecuteStep) -> list[SampledTokens]:
-        """A step from beginning to end, while none is in flight. Raises as `submit`."""
+        """Run a step to completion, while none is in flight. Raises as `submit`."""
         self.submit(step)
         return self.collect().sampled
 
     @abstractmethod
     def _update_requests(self, step: ExecuteStep, valid: ValidStep) -> None:
-        """Requests have come and gone: tell the device, and enter into `valid.errors` what it refuses."""
+        """Tell the device about new and removed requests; enter what it refuses into `valid.errors`."""
 
     @abstractmethod
     def _start(self, step: ExecuteStep, plan: StepPlan | None, valid: ValidStep) -> StepInFlight:
@@ -139,7 +139,7 @@ class ModelRunner(ABC):
         """One for each sampled row of the plan."""
 
     def _score_prompts(self, flight: StepInFlight, plan: StepPlan, hidden: torch.Tensor) -> None:
-        """Log-probabilities of prompt tokens; `hidden` [T, H] has all rows when any are asked for."""
+        """Log-probabilities of prompt tokens; `hidden` [T, H] has all rows when any are requested."""
         for index, (item, state) in enumerate(zip(plan.scheduled, plan.states, strict=True)):
             if state.sampling.params.prompt_logprobs is not None:
                 first_row = int(plan.first_rows[index])
@@ -154,14 +154,14 @@ class ModelRunner(ABC):
         for index, state in enumerate(plan.states):
             empty = SampledTokens(request_id=state.request_id)
             result = flight.prompt_results.get(state.request_id, empty)
-            if state.error is not None:  # it failed in the step before, when this one was queued already
+            if state.error is not None:  # it failed in the previous step, when this one was already queued
                 result = replace(empty, error=state.error)
             elif result.error is None and rows[index]:
                 drafts = plan.scheduled[index].draft_token_ids
                 sampled = verified(state.request_id, drafts, rows[index], self._rank)
                 self._batch.record(state, sampled.token_ids)
                 result = sampled if sampled.error else replace(sampled, prompt_logprobs=result.prompt_logprobs)
-            # a failed request stays failed: a step for it may be on its way already
+            # a failed request stays failed: another step for it may be queued already
             if result.error is None or result.error.type != NOT_READY:
                 state.error = result.error
             results[state.request_id] = result

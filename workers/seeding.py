@@ -1,7 +1,7 @@
 """Seeds the global generators of a worker process, and digests their states so that workers can be compared.
 
 Sampling reads none of these streams. They are seeded so that anything else that draws from them (a random
-initialisation, a library) is the same in every worker and in every run.
+initialisation, a library) is the same in every worker and every run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def seed_everything(seed: int) -> None:
     """Seed `random`, `numpy.random` and `torch` (CPU and accelerators) from one seed in [0, 2**64).
 
     The mapping is the one a user would write by hand: `random.seed(seed)`, `numpy.random.seed(seed)`,
-    `torch.manual_seed(seed)`. NumPy takes 32 bits; a larger seed is given to it as its two 32-bit words, low first.
+    `torch.manual_seed(seed)`. NumPy takes 32 bits; a larger seed is passed as its two 32-bit words, low first.
     """
     random.seed(seed)
     np.random.seed(numpy_seed(seed))
@@ -42,7 +42,7 @@ def rng_digests() -> RngDigests:
 
 
 def _accelerator_in_use() -> bool:
-    # asking for the state of an unused accelerator would start it up
+    # reading the state of an unused accelerator would initialise it
     return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 

@@ -1,10 +1,11 @@
-"""Start-up self-test of any model: a sequence has the same bits however it is computed, and in whatever company.
+"""Start-up self-test of any model: a sequence has the same bits however it is computed, and whatever it is batched
+with.
 
 The tree itself runs, with one block of each kind: a whole prompt, in chunks beside another sequence, as rows of a
-decode step, and one row alone, each in cache blocks of another order. So whatever a model is made of is tested, and
-nothing here knows what that is. Matmuls are tested with more numbers of rows by `check_linears` on a CPU, and
-kernel by kernel by `gpu.self_test` on a GPU. Fails closed: what disagrees raises InvarianceError, and the worker does
-not serve. Nothing here draws from the global generators.
+decode step, and one row alone, each in cache blocks of another order. So every part of a model is tested, though
+nothing here knows the parts. Matmuls are tested with more numbers of rows by `check_linears` on a CPU, and kernel by
+kernel by `gpu.self_test` on a GPU. Fails closed: any difference raises InvarianceError, and the worker does not serve.
+Nothing here draws from the global generators.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # tokens of the sequence: on a CPU beyond two key tiles, on a GPU beyond one split of keys, each with a ragged end
 _TOKENS = {"cpu": 150, "cuda": 1100}
-# of which so many are computed again as rows of one decode step
+# this many of them are computed again as rows of one decode step
 _DECODED_ROWS = 40
 _NEIGHBOUR_TOKENS = 17
-# rows whose logits are compared; the last ones, which the last layer computes alone
+# rows whose logits are compared: the last ones, since the last layer may compute only those
 _LOGIT_ROWS = 5
 
 ROW_COUNTS = (2, 3, 4, 5, 7, 8, 12, 16, 17, 31, 33, 64, 100, 128, 241, 256)
@@ -57,7 +58,7 @@ class Comparison(NamedTuple):
 
 
 def compare(operation: str, what: str, expected: torch.Tensor, found: torch.Tensor) -> Comparison:
-    """Bit for bit; NaN is never right."""
+    """Compare bit for bit; NaN always differs."""
     different = _other_bits(expected, found)
     if found.dtype.is_floating_point:
         different |= found.isnan()
@@ -65,7 +66,7 @@ def compare(operation: str, what: str, expected: torch.Tensor, found: torch.Tens
 
 
 def compare_rows(operation: str, what: str, expected: torch.Tensor, found: torch.Tensor) -> Comparison:
-    """Bit for bit; NaN, which weights may bring, is like any other NaN."""
+    """Compare bit for bit; NaN, which weights may cause, equals any NaN."""
     both_nan = expected.isnan() & found.isnan()
     return Comparison(operation, what, (_other_bits(expected, found) & ~both_nan).sum(), expected.numel())
 
@@ -119,7 +120,7 @@ def check_model(
 
 
 class _Probe:
-    """One block of each kind, which share their weights with the model and nothing else."""
+    """One block of each kind, sharing only the weights with the model."""
 
     def __init__(
         self,
@@ -141,17 +142,18 @@ class _Probe:
         self._token_ids = torch.arange(self.num_tokens, dtype=torch.int64, device=CPU) * 7919 % model.spec.vocab_size
 
     def cuts(self) -> list[int]:
-        """One token, then ragged pieces, none longer than a step beside the neighbour's tokens."""
+        """One token, then ragged pieces, each fitting in a step beside the neighbour's tokens."""
         longest = max(1, self._max_tokens - _NEIGHBOUR_TOKENS)
         ends = [0, 1]
         while ends[-1] < self.num_tokens:
-            # in turn, so much of what is allowed
+            # share of the longest allowed piece, in turn
             share = (1, 0.66, 0.4)[len(ends) % 3]
             ends.append(min(self.num_tokens, ends[-1] + max(1, int(min(longest, self.num_tokens // 2) * share))))
         return ends
 
     def run(self, cuts: Sequence[int], *, backwards: bool, beside: bool = False) -> torch.Tensor:
-        """Final hidden states of all tokens, computed in the chunks between `cuts`; the keys and values stay."""
+        """Final hidden states of all tokens, computed in the chunks between `cuts`; keys and values stay in the
+        cache."""
         blocks = list(range(self._width))
         self._blocks = blocks[::-1] if backwards else blocks
         other = list(range(self._width, 2 * self._width))
@@ -165,13 +167,13 @@ class _Probe:
         return torch.cat(rows)
 
     def decode(self, count: int) -> torch.Tensor:
-        """The last tokens as so many requests of one token, over the keys and values of the last run."""
+        """The last tokens as `count` requests of one token each, over the keys and values of the last run."""
         count = min(count, self.num_tokens, self._max_tokens)
         first = self.num_tokens - count
         return self._forward([(at, at + 1, self._blocks) for at in range(first, self.num_tokens)]).clone()
 
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of some rows one by one, and together."""
+        """Logits of some rows, one by one and together."""
         some = hidden[-_LOGIT_ROWS:].contiguous()
         out = torch.empty(2, len(some), self._model.spec.vocab_size, dtype=torch.float32, device=self.device)
         for row in range(len(some)):
@@ -182,7 +184,7 @@ class _Probe:
     def _forward(self, requests: list[tuple[int, int, list[int]]], *, reads_last: bool = False) -> torch.Tensor:
         """Final hidden states of the tokens [start, end) of each request, whose cache blocks are given.
 
-        `reads_last`: of the last request alone.
+        `reads_last`: only those of the last request.
         """
         size, device = self._block_size, self.device
         positions = torch.cat([torch.arange(start, end, dtype=torch.int64, device=CPU) for start, end, _ in requests])
@@ -235,7 +237,7 @@ def _kind(block: Module) -> object:
 
 
 def distinct_linears(model: CausalLM) -> list[tuple[str, Linear]]:
-    """The first of those that are computed alike, with its path: equal shape, fp8 scheme and use."""
+    """One of each kind that is computed alike (equal shape, fp8 scheme and use): the first, with its path."""
     seen: dict[object, tuple[str, Linear]] = {}
     for path, linear in model.linears():
         seen.setdefault((linear.use, shape_of(linear.weight)), (path, linear))
@@ -289,7 +291,7 @@ def _compare_rows(
     for row in range(distinct):
         kernel.linear(x[row : row + 1], weight, alone[row : row + 1])
     for count in row_counts:
-        # another start per number, so that a row meets other places and neighbours
+        # another start per count, so that each row gets other places and neighbours
         order = (torch.arange(count, dtype=torch.int64, device=CPU) + count) % distinct
         out = torch.empty(count, weight.out_features, dtype=torch.float32, device=CPU)
         kernel.linear(x[order].contiguous(), weight, out)

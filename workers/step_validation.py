@@ -1,4 +1,4 @@
-"""What every runner does with a step before it computes: forget, check, take in new requests, set failed ones aside."""
+"""What every runner does with a step before computing it: forget, check, add new requests, set failed ones aside."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sempre.workers.steps import StepShape
 
 
 class StepLimits(NamedTuple):
-    """What a step and its requests may ask of a worker."""
+    """What a step and its requests may demand of a worker."""
 
     max_model_len: int
     max_num_seqs: int
@@ -22,7 +22,7 @@ class StepLimits(NamedTuple):
 
     @property
     def largest_step(self) -> StepShape:
-        """No array of a step is larger than in this one."""
+        """No step has larger arrays than this one."""
         return StepShape(
             num_requests=self.max_num_seqs,
             num_rows=max(self.max_num_batched_tokens, 2 * self.max_num_seqs),
@@ -46,7 +46,7 @@ class ValidStep(NamedTuple):
 
 
 class StepValidation:
-    """Keeps `batch` at what the coordinator knows."""
+    """Keeps `batch` in line with the coordinator's view."""
 
     def __init__(self, batch: InputBatch, limits: StepLimits, rank: int) -> None:
         self._batch = batch
@@ -92,7 +92,7 @@ class StepValidation:
             raise _malformed("scheduled.draft_token_ids", limit, str(max(drafts)))
 
     def _refusal(self, new: NewRequest) -> ErrorInfo | None:
-        """Why this request can never be computed; None when it can."""
+        """Why this request can never be computed; None if it can."""
         length, limits = len(new.token_ids), self._limits
         if not new.num_prompt_tokens <= length <= limits.max_model_len:
             expected, found = f"{new.num_prompt_tokens} to {limits.max_model_len} tokens", f"{length}"

@@ -1,8 +1,8 @@
 """A step's arrays, described once: on the host, on the device, and as the model reads them.
 
-# R requests in the step, T rows (tokens), S rows behind which a token is sampled, W blocks in a table, B block size
-A step is a shape and its arrays. Decode, verification of drafts, proposals of a draft model and mixed steps are shapes.
-A graph is captured for a shape: smaller steps are padded to it, and its arrays always lie at the same addresses.
+# R requests in the step, T rows (tokens), S sampled rows, W blocks in a table, B block size A step is a shape and its
+arrays. Decode, verification of drafts, proposals of a draft model and mixed steps are shapes. A graph is captured for a
+shape: smaller steps are padded to it, and its arrays always lie at the same addresses.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ Array = TypeVar("Array")
 
 
 class StepShape(NamedTuple):
-    """Sizes of a step, and bounds that choose grids on a GPU and cannot be seen in the result."""
+    """Sizes of a step, and bounds that choose grids on a GPU and do not affect the result."""
 
     num_requests: int
     num_rows: int
     num_sampled: int
-    """rows behind which a token is sampled"""
+    """rows after which a token is sampled"""
     max_query_len: int
     """no request has more rows; 1: row r belongs to request r"""
     max_context_len: int
     """no context is longer"""
     max_sampled: int
-    """no request samples behind more rows"""
+    """no request has more sampled rows"""
     reads_all_rows: bool = False
-    """whether final hidden states are wanted of all rows, and not only of those that sample"""
+    """whether final hidden states are needed of all rows, not only of the sampled ones"""
 
     def size(self, dimension: str, block_size: int) -> int:
-        """Of a dimension in `FIELDS`."""
+        """The size of a dimension in `FIELDS`."""
         match dimension:
             case "R":
                 return self.num_requests
@@ -77,7 +77,7 @@ class StepArrays(NamedTuple, Generic[Array]):
     sampled_starts: Array
     """sampled rows [sampled_starts[r], sampled_starts[r + 1]) belong to request r"""
     sampled_rows: Array
-    """those of a request are neighbours, ascending"""
+    """those of a request are adjacent, ascending"""
     sampled_slots: Array
     """of the sampled row's request"""
     sampled_positions: Array
@@ -85,7 +85,7 @@ class StepArrays(NamedTuple, Generic[Array]):
     draft_offsets: Array
     """draft tokens between the request's last known token and the sampled one"""
     token_ids: Array
-    """-1: the last token of the row's slot, which exists on the device only"""
+    """-1: the last token of the row's slot, which exists only on the device"""
     positions: Array
     """absolute in the sequence"""
     slot_mapping: Array
@@ -94,7 +94,7 @@ class StepArrays(NamedTuple, Generic[Array]):
     """of the row's request"""
 
 
-# those of T rows come last: steps that differ in T alone have the others at the same addresses
+# those of T rows come last: steps that differ only in T have the others at the same addresses
 FIELDS = StepArrays(
     query_starts=Field(np.int32, ("R + 1",)),
     context_lens=Field(np.int32, ("R",)),
@@ -119,7 +119,7 @@ def array_sizes(shape: StepShape, block_size: int) -> list[tuple[type[np.signedi
 
 
 def padding(shape: StepShape, block_size: int) -> StepArrays[AnyArray]:
-    """A step of padding only; with one row for each request, row r still belongs to request r."""
+    """A step of padding only; with one row per request, row r still belongs to request r."""
     sizes = array_sizes(shape, block_size)
     arrays = StepArrays(*(np.full(size, f.padding, dtype) for f, (dtype, size) in zip(FIELDS, sizes, strict=True)))
     if shape.max_query_len == 1:
@@ -128,7 +128,7 @@ def padding(shape: StepShape, block_size: int) -> StepArrays[AnyArray]:
 
 
 def padded(arrays: StepArrays[AnyArray], shape: StepShape, block_size: int) -> StepArrays[AnyArray]:
-    """The arrays at the beginning of those of a larger shape."""
+    """The arrays, padded at the end to a larger shape."""
     out = padding(shape, block_size)
     for larger, array in zip(out, arrays, strict=True):
         larger[tuple(slice(size) for size in array.shape)] = array
@@ -139,7 +139,7 @@ def padded(arrays: StepArrays[AnyArray], shape: StepShape, block_size: int) -> S
 
 
 class RowPlaces(NamedTuple):
-    """Where the rows of a step lie; [T] but for `query_starts` [R + 1]."""
+    """Where the rows of a step are; [T] except `query_starts` [R + 1]."""
 
     positions: Int64
     slot_mapping: Int64
@@ -149,7 +149,7 @@ class RowPlaces(NamedTuple):
 
 
 def row_places(starts: Int64, counts: Int64, block_tables: Int32, block_size: int) -> RowPlaces:
-    """Of the tokens [starts[r], starts[r] + counts[r]) of each request r, one request after the other."""
+    """The places of tokens [starts[r], starts[r] + counts[r]) of each request r, one request after the other."""
     query_starts: Int32 = np.zeros(counts.size + 1, np.int32)
     query_starts[1:] = np.cumsum(counts)
     requests = np.repeat(np.arange(counts.size), counts)
@@ -160,7 +160,7 @@ def row_places(starts: Int64, counts: Int64, block_tables: Int32, block_size: in
 
 @dataclass(frozen=True)
 class OutputRows:
-    """The rows whose final hidden states are wanted: S of a step's T, the last ones of each request, in order."""
+    """The rows whose final hidden states are needed: S of a step's T, the last ones of each request, in order."""
 
     rows: torch.Tensor
     """int64 [S]"""
@@ -171,7 +171,7 @@ class OutputRows:
 
 @dataclass(frozen=True)
 class StepInput:
-    """What the model reads of a step; rows of one request are neighbours, requests in the order of the step."""
+    """What the model reads of a step; rows of one request are adjacent, requests in the step's order."""
 
     token_ids: torch.Tensor
     """int64 [T]"""
@@ -188,7 +188,7 @@ class StepInput:
 def step_input(
     arrays: StepArrays[torch.Tensor], shape: StepShape, *, token_ids: torch.Tensor | None = None
 ) -> StepInput:
-    """What the model reads of these arrays; `token_ids` (int64 [T]) in place of theirs, where some were missing."""
+    """What the model reads of these arrays, with `token_ids` (int64 [T]) instead of theirs, where some were missing."""
     outputs = None
     if not shape.reads_all_rows:
         outputs = OutputRows(arrays.sampled_rows, arrays.sampled_starts, shape.max_sampled)

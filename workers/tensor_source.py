@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from sempre.ipc.errors import ModelError, TensorMismatch
 from sempre.ipc.model_files import check_regular, read_json_object, shown
 
-# names that safetensors gives to the dtypes a weight may have
+# safetensors' names of the dtypes a weight may have
 FLOAT_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FP8_NAME = "F8_E4M3"
 
@@ -27,17 +27,17 @@ SINGLE_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of a checkpoint that a model reads."""
+    """A checkpoint tensor that a model reads."""
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = tuple(FLOAT_NAMES)
-    """safetensors' names of those that it may have"""
+    """allowed ones, by safetensors' names"""
     initial: Literal["normal", "ones", "zeros"] = "normal"
-    """what it is in dummy weights"""
+    """its contents in dummy weights"""
 
 
 def mismatch(tensor: str, expected: str, found: str) -> TensorMismatch:
-    """The error of one tensor, to be raised."""
+    """The error for one tensor, to be raised."""
     message = f"tensor {tensor!r}: expected {expected}, found {found}."
     return TensorMismatch(message, tensor=tensor, expected=expected, found=found)
 
@@ -58,7 +58,7 @@ class TensorSource(Protocol):
         ...
 
     def digest(self, name: str, tensor: torch.Tensor) -> bytes:
-        """SHA-256 that identifies the tensor read: over its name, shape, dtype and bytes, or what they follow from."""
+        """SHA-256 that identifies the tensor: over its name, shape, dtype and bytes, or what determines them."""
         ...
 
 
@@ -89,7 +89,7 @@ class SafetensorsSource:
 class DummySource:
     """Random weights as at initialisation: normal with `std`, or ones or zeros; a pure function of the seed.
 
-    They are made on `device`; a GPU's generator gives other numbers than the CPU's.
+    They are generated on `device`; a GPU's generator gives other numbers than the CPU's.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ def _open(stack: ExitStack, path: Path) -> Any:
     check_regular(path)
     try:
         return stack.enter_context(safe_open(str(path), framework="pt"))
-    # A header that lies about sizes, offsets or text is found out by the library, a file beyond all memory by torch.
+    # A header with wrong sizes, offsets or text is detected by the library, a file larger than memory by torch.
     except (SafetensorError, OSError, ValueError, OverflowError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot be opened as safetensors: {error}") from error
 

@@ -1,6 +1,6 @@
-"""Verification of drafted tokens: which of the tokens that were sampled behind them stand.
+"""Verification of draft tokens: which of the tokens sampled after them are accepted.
 
-A row behind a drafted token is sampled as if that token had been sampled before it. It stands when that is so.
+The row after a draft token is sampled as if that token had been sampled. Its token is accepted when that is the case.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sempre.workers.sampling import RowResult
 
 @contextmanager
 def drafts_in_place(plan: StepPlan) -> Iterator[None]:
-    """While this lasts, the sequences of the step end with their drafted tokens, so that rows see them as history."""
+    """In this context, the step's sequences end with their draft tokens, so that rows see them as history."""
     drafted = [
         (state, len(state.token_ids), item.draft_token_ids)
         for state, item in zip(plan.states, plan.scheduled, strict=True)
@@ -34,10 +34,9 @@ def drafts_in_place(plan: StepPlan) -> Iterator[None]:
 
 
 def verified(request_id: str, drafts: Sequence[int], rows: Sequence[RowResult], rank: int) -> SampledTokens:
-    """The tokens of `rows` (one behind the last known token, one behind each draft) that stand; at least one, or an
-    error.
+    """The accepted tokens of `rows` (one after the last known token, one after each draft): at least one, or an error.
 
-    The error of a later row is left to the next step: without drafts it would have come after these tokens, too.
+    A later row's error is left to the next step: without drafts it would have come after these tokens, too.
     """
     kept: list[RowResult] = []
     for row, draft in zip(rows, [*drafts, None], strict=True):
@@ -56,7 +55,7 @@ def verified(request_id: str, drafts: Sequence[int], rows: Sequence[RowResult], 
 
 
 def joined(parts: Sequence[LogprobRows]) -> LogprobRows:
-    """The rows of all parts, which have one width, in order."""
+    """The rows of all parts, which have equal widths, in order."""
     if len(parts) == 1:
         return parts[0]
     return LogprobRows(

@@ -7,7 +7,7 @@ from sempre.workers.runner import ModelRunner
 
 PROMPT_TOKENS = 20
 
-# between them they reach each part of the sampler
+# together they reach every part of the sampler
 _PARAMS = (
     SamplingSpec(max_tokens=2, temperature=0.0, logprobs=1, prompt_logprobs=1),
     SamplingSpec(

@@ -1,5 +1,5 @@
-"""The worker: answers the protocol's commands. No sockets here; the process around it, or the engine in-process, has
-them."""
+"""The worker: answers the protocol's commands. No sockets here; they belong to the surrounding process, or the
+in-process engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sempre.ipc.messages import (
     WorkerReady,
 )
 from sempre.kernels.threads import get_num_threads
-from sempre.workers.backend import Backend, LoadedModel, ModelOutline
+from sempre.workers.backend import Backend, LoadedModel, ModelSetup
 from sempre.workers.backends import make_backend
 from sempre.workers.device import resolve_device
 from sempre.workers.drafters.base import check_drafts
@@ -52,7 +52,7 @@ class Worker:
     """One replica on one device. Commands come in the order load_model, start_serving, then steps and calls."""
 
     def __init__(self, compiler: CompilerProcess | None = None, *, import_seconds: float = 0.0) -> None:
-        """`compiler` was started ahead, for a GPU. `import_seconds` is what the imports took, for the report."""
+        """`compiler` was started early, for a GPU. `import_seconds` is how long the imports took, for the report."""
         self._compiler = compiler
         self._import_seconds = import_seconds
         self._backend: Backend | None = None
@@ -84,10 +84,10 @@ class Worker:
         with _timed(seconds, "start_device"):
             backend.begin(config)
         self._backend = backend
-        outline = _outline(config, backend)
-        with backend.loading(outline) as compilation:
+        setup = _setup(config, backend)
+        with backend.loading(setup) as compilation:
             with _timed(seconds, "load_weights"):
-                loaded = _load(outline, backend)
+                loaded = _load(setup, backend)
                 self._draft_model = _load_draft_model(loaded, backend)
             with _timed(seconds, "compile"):
                 seconds |= compilation.finish()
@@ -135,7 +135,7 @@ class Worker:
                 drafts.prepare()
                 self._drafter = ModelDrafter(drafts, max_num_seqs=loaded.max_num_seqs)
         self._runner = runner
-        # the model of a draft worker is run by its drafter alone
+        # only its drafter runs the model of a draft worker
         self._steps = DraftSteps() if config.role == "draft" else runner
         seed_everything(config.seed)
         return WorkerReady(
@@ -151,8 +151,8 @@ class Worker:
         return 0 if self._steps is None else self._steps.steps_in_flight
 
     def submit(self, command: ExecuteStep) -> None:
-        """Start a step; a device that works on its own is not waited for. A request that cannot be computed carries its
-        error in the result. Raises ProtocolError for a step that is wrong."""
+        """Start a step without waiting for an asynchronous device. A request that cannot be computed has its error in
+        the result. Raises ProtocolError for a step that is wrong."""
         steps = self._require_steps()
         check_drafts(command, self._require_loaded().config.role, drafts=self._drafter is not None)
         steps.submit(command)
@@ -176,12 +176,12 @@ class Worker:
         rank = self._loaded.config.rank if self._loaded is not None else 0
         try:
             result = self._method(command)(*command.args, **command.kwargs)
-        except Exception as error:  # goes to the caller, who asked for this one call
+        except Exception as error:  # goes to the caller of this one method
             return CallMethodReply(rank=rank, call_id=command.call_id, error=describe(error, rank))
         return CallMethodReply(rank=rank, call_id=command.call_id, result=result)
 
     def shutdown(self) -> None:
-        """Let go of weights and cache, and of what the device's backend took."""
+        """Release weights, cache, and what the device's backend acquired."""
         self._runner = None
         self._steps = None
         self._loaded = None
@@ -194,7 +194,7 @@ class Worker:
             self._compiler.close()
 
     def _make_draft_runner(self, runner: ModelRunner, num_blocks: int) -> ModelRunner | None:
-        """What drafts: the model of a draft worker, or the second model of a target's, with as many blocks."""
+        """The runner that drafts: a draft worker's model, or a target worker's second model, with as many blocks."""
         if self._require_loaded().config.role == "draft":
             return runner
         return None if self._draft_model is None else self._require_backend().make_runner(self._draft_model, num_blocks)
@@ -242,7 +242,7 @@ class Worker:
         return cache.digest(block_ids)
 
     def _memory(self) -> dict[str, int]:
-        """Bytes: what the device's backend counts, of the weights, and of the KV caches of model and draft."""
+        """Bytes: as counted by the device's backend, of the weights, and of the KV caches of model and draft."""
         cache = None if self._runner is None else self._runner.cache
         draft_block = 0 if self._draft_model is None else self._draft_model.block_bytes
         return self._require_backend().memory() | {
@@ -289,12 +289,12 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = perf_counter() - start
 
 
-def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
+def _setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
     kernel = linear_kernel(config.numerics)
     spec = load_spec(Path(config.model_path))
     block_size = config.block_size or BLOCK_SIZES[backend.placement.device.type][0]
     max_num_batched_tokens = config.max_num_batched_tokens or backend.max_num_batched_tokens
-    return ModelOutline(
+    return ModelSetup(
         config,
         spec,
         kernel,
@@ -305,17 +305,17 @@ def _outline(config: WorkerConfig, backend: Backend) -> ModelOutline:
     )
 
 
-def _load(outline: ModelOutline, backend: Backend) -> LoadedModel:
-    config = outline.config
-    model, weights = load_model(config, outline.spec, outline.kernel, backend.placement)
+def _load(setup: ModelSetup, backend: Backend) -> LoadedModel:
+    config = setup.config
+    model, weights = load_model(config, setup.spec, setup.kernel, backend.placement)
     return LoadedModel(
         config,
         model,
         weights,
-        outline.max_model_len,
-        outline.block_size,
-        outline.max_num_batched_tokens,
-        outline.max_num_seqs,
+        setup.max_model_len,
+        setup.block_size,
+        setup.max_num_batched_tokens,
+        setup.max_num_seqs,
     )
 
 
@@ -333,7 +333,7 @@ def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | No
         quantization=None,
         max_model_len=target.max_model_len,
     )
-    draft = _load(_outline(draft_config, backend), backend)
+    draft = _load(_setup(draft_config, backend), backend)
     found, expected = draft.spec.vocab_size, target.spec.vocab_size
     if found != expected:
         raise ConfigError(
@@ -346,7 +346,7 @@ def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | No
 
 
 def _fitted(loaded: LoadedModel, num_blocks: int) -> LoadedModel:
-    """With a shorter `max_model_len` where the config leaves it open and the cache does not hold the model's."""
+    """With a shorter `max_model_len` where the config leaves it open and the cache is too small for the model's."""
     held = num_blocks * loaded.block_size
     if loaded.config.max_model_len is not None or held >= loaded.max_model_len:
         return loaded
@@ -361,7 +361,7 @@ def _max_model_len(config: WorkerConfig, spec: ModelSpec) -> int:
     if wanted is None:
         return spec.max_position_embeddings
     if config.role == "draft":
-        # longer sequences go on without drafts
+        # longer sequences continue without drafts
         return min(wanted, spec.max_position_embeddings)
     if not 1 <= wanted <= spec.max_position_embeddings:
         raise ConfigError(

@@ -11,7 +11,7 @@ import torch
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.linear.cpu import ROW_BLOCK
 from sempre.kernels.threads import set_num_threads, settle_threads
-from sempre.workers.backend import Compilation, LoadedModel, ModelOutline
+from sempre.workers.backend import Compilation, LoadedModel, ModelSetup
 from sempre.workers.cpu.drafter import CpuDraftModelRunner
 from sempre.workers.cpu.runner import CpuModelRunner
 from sempre.workers.device import DeviceSpeed
@@ -26,14 +26,14 @@ from sempre.workers.tensor_source import CPU
 
 # longer ones would only take more memory
 _MOST_PROMPT_TOKENS = 2048
-# what is not ready by then is asked for again in the next step
+# a mask that is not ready by then is requested again in the next step
 _FORM_WAIT_S = 0.02
-# a step of more rows takes longer by as much
+# more rows make a step proportionally longer
 _DEFAULT_MAX_NUM_SEQS = 128
 
 
 class _NothingToCompile:
-    """The CPU's kernels are compiled as they first run."""
+    """CPU kernels are compiled when they first run."""
 
     def finish(self) -> dict[str, float]:
         return {}
@@ -61,13 +61,13 @@ class CpuBackend:
         settle_threads()
         self.max_prompt_tokens = min(ROW_BLOCK * threads, _MOST_PROMPT_TOKENS)
         self.max_num_batched_tokens = (config.max_num_seqs or _DEFAULT_MAX_NUM_SEQS) + self.max_prompt_tokens
-        # the next step waits at the worker, which is then never idle; drafts, though, follow from results
+        # the next step is queued at the worker, which is never idle; drafts, though, depend on results
         self.max_steps_in_flight = 1 if config.max_draft_tokens else 2
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         return _DEFAULT_MAX_NUM_SEQS
 
-    def loading(self, outline: ModelOutline) -> AbstractContextManager[Compilation]:
+    def loading(self, setup: ModelSetup) -> AbstractContextManager[Compilation]:
         return nullcontext(_NothingToCompile())
 
     def self_test(self, model: LoadedModel) -> dict[str, int]:
@@ -110,7 +110,7 @@ class CpuBackend:
         return fingerprint_parts(model.weights, model.config.numerics)
 
     def memory(self) -> dict[str, int]:
-        """Resident now and at its peak, of the process."""
+        """Resident memory of the process, now and at its peak."""
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return {
             "resident_bytes": int(status["VmRSS"].split()[0]) * 1024,
@@ -118,7 +118,7 @@ class CpuBackend:
         }
 
     def end(self) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""
 
 
 def _leave_cores_to_kernels() -> None:

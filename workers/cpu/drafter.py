@@ -12,7 +12,7 @@ from sempre.workers.drafters.base import DraftTask
 
 @dataclass
 class _Progress:
-    """A task on its way."""
+    """A task in progress."""
 
     task: DraftTask
     num_computed: int
@@ -36,13 +36,13 @@ class _Progress:
 
 
 class CpuDraftModelRunner:
-    """Drafts token by token, with steps of a CPU's runner that nobody else uses."""
+    """Drafts token by token, with steps of a CPU runner of its own."""
 
     def __init__(self, runner: CpuModelRunner) -> None:
         self.cache = runner.cache
         self.limits = runner.limits
         self._runner = runner
-        # both are told with the next step
+        # both go into the next step
         self._new: dict[str, NewRequest] = {}
         self._gone: list[str] = []
 
@@ -68,7 +68,8 @@ class CpuDraftModelRunner:
         return
 
     def _catch_up(self, all_progress: list[_Progress]) -> None:
-        """Compute what is missing, in steps of as many tokens as one may have; the last of each gives a draft token."""
+        """Compute what is missing, in steps of as many tokens as allowed; each task's last token yields a draft
+        token."""
         while behind := [progress for progress in all_progress if not progress.drafts and not progress.failed]:
             budget = self.limits.max_num_batched_tokens
             scheduled = []

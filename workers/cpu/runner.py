@@ -43,7 +43,7 @@ class CpuModelRunner(ModelRunner):
         return True
 
     def revise(self, request_id: str, start: int, token_ids: list[int]) -> None:
-        """The tokens of a known request from `start` on are these, and not those that were sampled."""
+        """Replace the tokens of a known request from `start` on, which were sampled."""
         self._batch.revise(self._batch.get(request_id), start, token_ids)
 
     def _update_requests(self, step: ExecuteStep, valid: ValidStep) -> None:
@@ -65,7 +65,7 @@ class CpuModelRunner(ModelRunner):
         return flight.outcomes
 
     def _sample(self, plan: StepPlan, hidden: torch.Tensor) -> Sequence[RowResult]:
-        """One result per row that samples; `hidden` [T, H] if it has all rows of the step, else [S, H] those."""
+        """One result per row that samples; `hidden` is [T, H] if it has all rows of the step, else [S, H]."""
         sampled = plan.sampled_rows
         count = sampled.rows.size
         if not count:
@@ -80,7 +80,7 @@ class CpuModelRunner(ModelRunner):
 
 
 def _prepare_forms(plan: StepPlan) -> None:
-    """Have the forms of the rows that sample worked out beside the forward pass."""
+    """Start computing the grammar masks of the sampled rows alongside the forward pass."""
     sampled = plan.sampled_rows
     for index, position in zip(sampled.requests.tolist(), sampled.positions.tolist(), strict=True):
         grammar = plan.states[index].sampling.grammar

@@ -1,1 +1,1 @@
-"""Drafters that run in a worker: what drafts tokens with a second model."""
+"""Drafters that run in a worker and draft tokens with a second model."""

@@ -1,7 +1,7 @@
 """What runs a draft model on one device.
 
-A sequence stays with it from one proposal to the next. It takes its draft tokens for what comes next; at the next
-proposal it is told from which token on they were wrong.
+A sequence stays with it from one proposal to the next. It assumes its draft tokens are right; the next proposal tells
+it from which token on they were wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_DRAFT_TOKENS = 32
 
 @dataclass(frozen=True)
 class DraftTask:
-    """What is to be drafted for one sequence.
+    """What to draft for one sequence.
 
     token_ids   | known ……………………………………………………… | drafts …  |
                 0        num_computed          len(token_ids)   len(token_ids) + count
@@ -29,25 +29,25 @@ class DraftTask:
 
     request_id: str
     token_ids: list[int]
-    """all that are known; not to be changed"""
+    """all known ones; do not modify"""
     num_unchanged: int
-    """the runner knows the first so many of them, as admitted or as drafted by it"""
+    """the runner knows this many of them, as admitted or as drafted by it"""
     num_computed: int
-    """keys and values of so many are in the cache, at least one less than are known"""
+    """keys and values of this many are in the cache; at least one fewer than are known"""
     block_ids: list[int]
     """all blocks, enough for every token but the last draft"""
     count: int
-    """in [1, MAX_DRAFT_TOKENS]; no draft lies past the last token that the request may have"""
+    """in [1, MAX_DRAFT_TOKENS]; no draft is past the last token that the request may have"""
 
 
 class DraftModelRunner(Protocol):
-    """Samples by the ordinary rule, with the noise and the parameters of the request."""
+    """Samples like the target, with the request's noise and parameters."""
 
     cache: PagedKvCache
     limits: StepLimits
 
     def admit(self, new: NewRequest) -> bool:
-        """Take in a sequence as it is now; False when its parameters cannot be used, and nothing was taken in."""
+        """Add a sequence in its current state; False, with nothing added, when its parameters cannot be used."""
 
     def release(self, request_id: str) -> None:
         """Forget a sequence that was admitted."""
@@ -55,15 +55,15 @@ class DraftModelRunner(Protocol):
     def draft(self, tasks: Sequence[DraftTask]) -> list[list[int]]:
         """`count` tokens for each; fewer where a token cannot be sampled: such a sequence must be released.
 
-        There are at most as many sequences as one step takes, all of them admitted.
+        At most as many sequences as fit in one step, all of them admitted.
         """
 
     def prepare(self) -> None:
-        """Before the first request: whatever makes proposals fast."""
+        """Before the first request: whatever speeds up proposals."""
 
 
 def check_drafts(step: ExecuteStep, role: str, *, drafts: bool) -> None:
-    """Raises MessageMalformed for a step that asks a worker of this role, which has a draft model or not, for what it
+    """Raises MessageMalformed for a step that asks for something a worker of this role, with or without a draft model,
     does not do."""
     if role == "draft" and step.scheduled:
         text = f"expected nothing for a worker of role 'draft', found {len(step.scheduled)} requests"

@@ -1,8 +1,8 @@
 """Draft tokens of a draft model, and the sequences it drafts for.
 
-They are samples of the ordinary rule, with the request's own noise, parameters and positions: wherever the two models'
-distributions agree, the draft token is the one that the target will sample. A sequence's blocks are its own; when
-they run out, those of the sequence that has not been asked about for longest are taken, and computed again if needed.
+They are sampled like the target's, with the request's own noise, parameters and positions: wherever the two models'
+distributions agree, the draft token is the one that the target will sample. A sequence's blocks are its own; when they
+run out, those of the least recently used sequence are taken, and recomputed if needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sempre.workers.runner import ComputedStep
 
 @dataclass
 class _Sequence:
-    """The tokens of a request, and what was last drafted of them.
+    """The tokens of a request, and the last drafts for it.
 
     token_ids   | ……………………………………… known ……………………………………… |
     drafts                    drafted_at | right … | wrong … |
@@ -30,23 +30,23 @@ class _Sequence:
     new: NewRequest
     token_ids: list[int]
     num_computed: int = 0
-    """keys and values of so many tokens are in the cache; those of drafts may be among them"""
+    """keys and values of this many tokens are in the cache, drafts possibly among them"""
     drafted_at: int = 0
     drafts: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     is_admitted: bool = False
     has_failed: bool = False
-    """its last step could not be sampled: nothing is drafted after it"""
+    """its last step could not be sampled: no further drafts"""
 
     @property
     def max_drafts(self) -> int:
-        """A token of the request's own follows every draft token that is verified."""
+        """Every verified draft token is followed by one of the request's own."""
         if self.has_failed:
             return 0
         return self.new.num_prompt_tokens + self.new.params.max_tokens - 1 - len(self.token_ids)
 
     def forget_wrong_drafts(self) -> int:
-        """How many tokens are known to have been drafted right, or before that; the last one is always computed."""
+        """How many tokens were known or drafted correctly; the last one is always computed."""
         num_right = self.drafted_at
         for draft, token_id in zip(self.drafts, self.token_ids[self.drafted_at :], strict=False):
             if draft != token_id:
@@ -56,21 +56,21 @@ class _Sequence:
         return num_right
 
     def take(self, drafts: list[int]) -> None:
-        """Drafts that were made after all known tokens."""
+        """Store drafts made after all known tokens."""
         self.drafted_at, self.drafts = len(self.token_ids), drafts
         if drafts:
             self.num_computed = len(self.token_ids) + len(drafts) - 1
 
 
 class ModelDrafter:
-    """Sequences by request id, and what drafts, used by nobody else."""
+    """Sequences by request id, and a draft runner of their own."""
 
     def __init__(self, runner: DraftModelRunner, *, max_num_seqs: int) -> None:
         self._runner = runner
         # a step has no more rows than tokens
         self._max_num_seqs = min(max_num_seqs, runner.limits.max_num_batched_tokens)
         self._free_blocks = list(range(runner.cache.num_blocks - 1, -1, -1))
-        self._sequences: dict[str, _Sequence] = {}  # in the order in which they were last asked about
+        self._sequences: dict[str, _Sequence] = {}  # least recently used first
         self._num_admitted = 0
 
     def add(self, new: NewRequest) -> None:
@@ -87,7 +87,7 @@ class ModelDrafter:
                 self._dismiss(sequence)
 
     def observe(self, step: ExecuteStep, sampled: Sequence[SampledTokens] = ()) -> None:
-        """Take in what a step says of requests, and what the target has sampled in it. Raises MessageMalformed."""
+        """Record what a step says about requests, and what the target sampled in it. Raises MessageMalformed."""
         self.remove(step.finished_request_ids)
         for new in step.new_requests:
             self.add(new)
@@ -108,7 +108,7 @@ class ModelDrafter:
         return [drafts.get(item.request_id, []) for item in requests]
 
     def _draft(self, counts: dict[str, int]) -> dict[str, list[int]]:
-        """Drafts by request id, for requests that can be drafted for."""
+        """Drafts by request id, for requests that allow them."""
         sequences = {request_id: self._sequence(request_id) for request_id in counts}
         for request_id, sequence in sequences.items():
             del self._sequences[request_id]
@@ -129,7 +129,8 @@ class ModelDrafter:
         return found
 
     def _task(self, sequence: _Sequence, count: int, asked: dict[str, int]) -> DraftTask | None:
-        """What to draft, with blocks for it and a place at the runner; None where there is nothing or no room."""
+        """What to draft, with blocks for it and a place in the runner; None when there is nothing to draft or no
+        room."""
         num_right = sequence.forget_wrong_drafts()
         length = len(sequence.token_ids)
         count = min(count, MAX_DRAFT_TOKENS, sequence.max_drafts, self._runner.limits.max_model_len - length)
@@ -149,7 +150,7 @@ class ModelDrafter:
         )
 
     def _admit(self, sequence: _Sequence, asked: dict[str, int]) -> bool:
-        """The runner has a place for as many sequences as are asked about at a time."""
+        """The runner has room for as many sequences as one proposal has."""
         for request_id in self._sequences:
             if self._num_admitted < self._max_num_seqs:
                 break
@@ -160,7 +161,7 @@ class ModelDrafter:
         return sequence.is_admitted
 
     def _dismiss(self, sequence: _Sequence) -> None:
-        """Let the runner forget it; its keys and values stay."""
+        """Have the runner forget it; its keys and values stay."""
         if sequence.is_admitted:
             self._runner.release(sequence.new.request_id)
             sequence.is_admitted = False

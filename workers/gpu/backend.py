@@ -14,7 +14,7 @@ from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.workers.backend import LoadedModel, ModelOutline
+from sempre.workers.backend import LoadedModel, ModelSetup
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
 from sempre.workers.gpu.compiler_process import CompilerProcess
@@ -36,7 +36,7 @@ from sempre.workers.self_test import require_equal
 logger = logging.getLogger(__name__)
 
 HASHING_THREADS = 8
-# the graphs of plain decoding within these bounds are captured before the first request; the rest when needed
+# graphs of plain decoding within these bounds are captured before the first request; others when needed
 CAPTURED_ROWS = 1024
 CAPTURED_CONTEXTS = (512, 1024)
 
@@ -91,19 +91,19 @@ class GpuBackend:
         )
 
     @contextmanager
-    def loading(self, outline: ModelOutline) -> Iterator[KernelCompilation]:
+    def loading(self, setup: ModelSetup) -> Iterator[KernelCompilation]:
         try:
-            with KernelCompilation(outline, self.device, self._compiler) as compilation:
+            with KernelCompilation(setup, self.device, self._compiler) as compilation:
                 yield compilation
         except torch.OutOfMemoryError as error:
             free, total = torch.cuda.mem_get_info(self.device)
             raise out_of_memory(
                 "the weights",
-                weights=weight_bytes(outline.spec, outline.config.dtype),
+                weights=weight_bytes(setup.spec, setup.config.dtype),
                 allocated=torch.cuda.memory_reserved(self.device),
                 free=free,
                 total=total,
-                max_num_batched_tokens=outline.max_num_batched_tokens,
+                max_num_batched_tokens=setup.max_num_batched_tokens,
             ) from error
 
     def self_test(self, model: LoadedModel) -> dict[str, int]:
@@ -119,7 +119,7 @@ class GpuBackend:
         passed = require_equal(tested.comparisons)
         self._excluded = tested.excluded
         if tested.excluded:
-            logger.warning("self-test: product kernels that disagree are not used: %s", tested.excluded)
+            logger.warning("self-test: matmul kernels that disagree are not used: %s", tested.excluded)
         return passed
 
     def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
@@ -190,7 +190,7 @@ class GpuBackend:
         return fingerprint_parts(model.weights, model.config.numerics, self.device, self._excluded)
 
     def memory(self) -> dict[str, int]:
-        """On the GPU: by this process and in all."""
+        """On the GPU: used by this process, and in total."""
         free, total = torch.cuda.mem_get_info(self.device)
         return {
             "gpu_allocated_bytes": torch.cuda.memory_allocated(self.device),
@@ -237,12 +237,12 @@ class GpuBackend:
 
 
 def row_bytes(spec: ModelSpec) -> int:
-    """What one more request takes in a step, beside the cache: logits, the sampler's copy of them, a hidden state."""
+    """What one more request takes in a step, besides the cache: logits, the sampler's copy of them, a hidden state."""
     return 2 * spec.vocab_size * torch.float32.itemsize + spec.hidden_size * torch.float32.itemsize
 
 
 def quantized_rows_bytes(model: LoadedModel) -> int:
-    """What a step allocates for activations in fp8: the rows of the largest product's input, and their scales."""
+    """What a step allocates for activations in fp8: the rows of the largest matmul's input, and their scales."""
     if model.weights.quantization is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         return 0
     largest = max((linear.in_features + 4) * linear.rows_of_token for _, linear in model.model.linears())

@@ -1,9 +1,8 @@
 """Compiles and loads the kernels of a model while its weights are being loaded.
 
-Which variants a model needs is not listed anywhere: the code that launches them runs, with launches that are only noted
-down, on an outline of the model, one layer of each kind; what it was is recorded for later starts. Those
-that the cache folder lacks are compiled in many processes at a time. What a step then still lacks is compiled when it
-comes.
+Which variants a model needs is not listed anywhere: the launching code runs on a reduced model, with one layer of each
+kind, and its launches are only recorded; an index keeps them for later starts. Variants missing from the cache folder
+are compiled in many processes in parallel. Whatever a step still lacks is compiled on demand.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from sempre.kernels.attention import AttentionWorkspace, PagedBatch
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.sampling import gpu as gpu_sampling
-from sempre.workers.backend import ModelOutline
+from sempre.workers.backend import ModelSetup
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.decode_graphs import DecodeShape
+from sempre.workers.gpu.kernel_cache_index import index_key, read_index, write_index
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import run_self_test
-from sempre.workers.gpu.variant_record import read_record, record_key, write_record
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear_kernel import INVARIANT
 from sempre.workers.layers.module import Build, Scratch, allocate, parameters
@@ -43,10 +42,10 @@ from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.step_validation import StepLimits
 from sempre.workers.steps import StepInput
 
-# so many kernels are compiled here sooner than a process for it has started
+# this few kernels compile faster here than a compiler process starts
 FEW = 4
-# what the outline, its scratch memory and the self-test take at most, but for logits
-OUTLINE_BYTES = 8 << 30
+# what the reduced model, its scratch memory and the self-test take at most, without logits
+COLLECTION_BYTES = 8 << 30
 MAX_TOKENS = 1024
 # requests, tokens of each, context of each: tiles of every size, in one split, in parallel splits, and in turn
 PROMPTS = (
@@ -57,17 +56,17 @@ DECODE_CONTEXTS = (64, 1024, 4096, 1 << 30)
 
 
 class KernelCompilation:
-    """In the background from `__enter__` to `finish`."""
+    """Runs in the background from `__enter__` to `finish`."""
 
-    def __init__(self, outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> None:
-        """`compiler`, if one was started ahead, is used up."""
-        self._outline = outline
+    def __init__(self, setup: ModelSetup, device: torch.device, compiler: CompilerProcess | None) -> None:
+        """`compiler`, if one was started early, is used up."""
+        self._setup = setup
         self._device = device
         self._compiler = compiler
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compilation")
 
     def __enter__(self) -> Self:
-        self._done = self._thread.submit(_prepare, self._outline, self._device, self._compiler)
+        self._done = self._thread.submit(_prepare, self._setup, self._device, self._compiler)
         return self
 
     def finish(self) -> dict[str, float]:
@@ -80,41 +79,41 @@ class KernelCompilation:
 
 
 def weight_bytes(spec: ModelSpec, dtype: str) -> int:
-    """Of all tensors, if they are stored as `dtype` says; fp8 takes less."""
+    """Bytes of all tensors when stored as `dtype`; fp8 takes less."""
     model = build_model(Build(INVARIANT, NotQuantized()), spec)
     size = sum(math.prod(parameter.shape) for parameter in parameters(model).values())
     return size * (torch.float32.itemsize if dtype == "float32" else torch.bfloat16.itemsize)
 
 
-def _most_rows(outline: ModelOutline) -> int:
-    """Of a decode step, as far as kernels differ."""
-    return min(max(outline.max_num_seqs, 256), DECODE_ROWS[-1])
+def _most_rows(setup: ModelSetup) -> int:
+    """The most rows of a decode step for which kernels differ."""
+    return min(max(setup.max_num_seqs, 256), DECODE_ROWS[-1])
 
 
-def _has_room(outline: ModelOutline, device: torch.device) -> bool:
-    """Whether the weights leave memory for this; else kernels are compiled as they first run."""
-    scratch = OUTLINE_BYTES + _most_rows(outline) * 2 * torch.float32.itemsize * outline.spec.vocab_size
-    return weight_bytes(outline.spec, outline.config.dtype) + scratch < torch.cuda.mem_get_info(device)[0]
+def _has_room(setup: ModelSetup, device: torch.device) -> bool:
+    """Whether the weights leave memory for this; else kernels are compiled when they first run."""
+    scratch = COLLECTION_BYTES + _most_rows(setup) * 2 * torch.float32.itemsize * setup.spec.vocab_size
+    return weight_bytes(setup.spec, setup.config.dtype) + scratch < torch.cuda.mem_get_info(device)[0]
 
 
-def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> dict[str, float]:
-    """Seconds of each part."""
+def _prepare(setup: ModelSetup, device: torch.device, compiler: CompilerProcess | None) -> dict[str, float]:
+    """Returns the seconds of each phase."""
     torch.cuda.set_device(device)
     began = perf_counter()
-    key = record_key(outline, f"{torch.cuda.get_device_name(device)} {_capability(device)}")
-    recorded = read_record(key)
-    collects = recorded is None and _has_room(outline, device)
+    key = index_key(setup, f"{torch.cuda.get_device_name(device)} {_capability(device)}")
+    recorded = read_index(key)
+    collects = recorded is None and _has_room(setup, device)
     if compiler is not None and not collects:
         compiler.close()
         compiler = None
-    collection = collect(outline, device, compiler) if collects else Collection(recorded or [])
+    collection = collect(setup, device, compiler) if collects else Collection(recorded or [])
     collected = perf_counter()
     _compile(collection.variants, device, compiler)
     compiled = perf_counter()
     for variant in collection.variants:
         variant.load()
     if collects and collection.complete:
-        write_record(key, collection.variants)
+        write_index(key, collection.variants)
     return {
         "collect_kernels": collected - began,
         "compile_kernels": compiled - collected,
@@ -122,17 +121,16 @@ def _prepare(outline: ModelOutline, device: torch.device, compiler: CompilerProc
     }
 
 
-def collect(outline: ModelOutline, device: torch.device, compiler: CompilerProcess | None) -> Collection:
-    """The kernel variants that a model's steps and its self-test use; `compiler`, if there is one, gets each as it is
-    found."""
+def collect(setup: ModelSetup, device: torch.device, compiler: CompilerProcess | None) -> Collection:
+    """The kernel variants that a model's steps and self-test use; `compiler`, if any, gets each as it is found."""
     if compiler is None:
-        return _launch_all(outline, device, lambda variant: None)
+        return _launch_all(setup, device, lambda variant: None)
     compiler.start(_capability(device))
-    return _launch_all(outline, device, lambda variant: compiler.add(variant.describe()))
+    return _launch_all(setup, device, lambda variant: compiler.add(variant.describe()))
 
 
 def _compile(variants: Sequence[Variant], device: torch.device, compiler: CompilerProcess | None) -> None:
-    """Those that the cache folder lacks; a compiler that is given has them all."""
+    """Compile those missing from the cache folder; a given compiler has them all already."""
     if compiler is None:
         missing = [variant.describe() for variant in variants if not variant.is_on_disk()]
         if len(missing) <= FEW:
@@ -151,37 +149,37 @@ def _capability(device: torch.device) -> int:
 
 
 @torch.inference_mode()
-def _launch_all(outline: ModelOutline, device: torch.device, found: Callable[[Variant], object]) -> Collection:
-    spec, config = outline.spec.outline(), outline.config
+def _launch_all(setup: ModelSetup, device: torch.device, found: Callable[[Variant], object]) -> Collection:
+    spec, config = setup.spec.one_layer_per_kind(), setup.config
     placement = Placement(device, lambda tensor: tensor, hashing_threads=1)
-    model, facts = load_model(replace(config, load_format="dummy", seed=0), spec, outline.kernel, placement)
-    workspace = allocate_attention_workspace(spec.num_heads, spec.head_dim, max(outline.max_model_len, 2048), device)
+    model, facts = load_model(replace(config, load_format="dummy", seed=0), spec, setup.kernel, placement)
+    workspace = allocate_attention_workspace(spec.num_heads, spec.head_dim, max(setup.max_model_len, 2048), device)
     with collecting(found) as collection:
-        _launch_steps(outline, model, facts, workspace, device)
+        _launch_steps(setup, model, facts, workspace, device)
         _launch_reports(spec.vocab_size, device)
         if config.numerics == "invariant":
             run_self_test(
                 model,
                 facts,
                 workspace,
-                block_size=outline.block_size,
-                max_tokens=outline.max_num_batched_tokens,
-                max_num_seqs=outline.max_num_seqs,
+                block_size=setup.block_size,
+                max_tokens=setup.max_num_batched_tokens,
+                max_num_seqs=setup.max_num_seqs,
             )
     return collection
 
 
 def _launch_steps(
-    outline: ModelOutline,
+    setup: ModelSetup,
     model: CausalLM,
     facts: WeightFacts,
     workspace: AttentionWorkspace,
     device: torch.device,
 ) -> None:
     """Each combination of the stages of sampling, prompts of several sizes, and decode steps of every bucket."""
-    spec, config = model.spec, outline.config
-    allocate(model, Scratch(MAX_TOKENS, outline.max_model_len, facts.activations, device, workspace))
-    most_rows = _most_rows(outline)
+    spec, config = model.spec, setup.config
+    allocate(model, Scratch(MAX_TOKENS, setup.max_model_len, facts.activations, device, workspace))
+    most_rows = _most_rows(setup)
     sampler = GpuSampler(device=device, vocab_size=spec.vocab_size, max_num_seqs=most_rows, num_slots=most_rows)
     memory = StepMemory(
         model,
@@ -189,27 +187,27 @@ def _launch_steps(
         torch.empty(most_rows, spec.hidden_size, dtype=facts.activations, device=device),
         torch.empty(most_rows, spec.vocab_size, dtype=torch.float32, device=device),
     )
-    cache = PagedKvCache(spec, 1, outline.block_size, facts.dtype, device)
-    limits = StepLimits(outline.max_model_len, most_rows, MAX_TOKENS, spec.vocab_size)
+    cache = PagedKvCache(spec, 1, setup.block_size, facts.dtype, device)
+    limits = StepLimits(setup.max_model_len, most_rows, MAX_TOKENS, spec.vocab_size)
     runner = GpuModelRunner(
         memory, cache, GrammarCompiler(Path(config.model_path), spec.vocab_size), limits, rank=config.rank, graphs=False
     )
-    # what takes longest to compile comes first
+    # slowest to compile first
     for edits, truncates, num_best in combinations((True, False), (True, False), (-1, 0, 5, 20)):
         stages = gpu_sampling.Stages(edits=edits, truncates=truncates, num_best=num_best)
-        runner.launch_decode(DecodeShape(1, min(64, outline.max_model_len), stages))
-    width = -(-outline.max_model_len // outline.block_size)
+        runner.launch_decode(DecodeShape(1, min(64, setup.max_model_len), stages))
+    width = -(-setup.max_model_len // setup.block_size)
     for requests, tokens, context in PROMPTS:
-        if context <= outline.max_model_len:
+        if context <= setup.max_model_len:
             model.forward(_prompts(requests, tokens, context, width, device), cache.layers)
     plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
     decode_rows = [rows for rows in DECODE_ROWS if rows <= most_rows]
     for rows, context in combinations(decode_rows, DECODE_CONTEXTS):
-        runner.launch_decode(DecodeShape(rows, min(context, outline.max_model_len), plain))
+        runner.launch_decode(DecodeShape(rows, min(context, setup.max_model_len), plain))
 
 
 def _prompts(requests: int, tokens: int, context: int, width: int, device: torch.device) -> StepInput:
-    """Contents do not matter: nothing is launched."""
+    """The contents do not matter: nothing is launched."""
     total = requests * tokens
     return StepInput(
         token_ids=torch.zeros(total, dtype=torch.int64, device=device),

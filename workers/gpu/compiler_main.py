@@ -1,9 +1,9 @@
 """`python -m sempre.workers.gpu.compiler_main`: compiles kernels into Triton's cache folder, in many processes.
 
 The first line on stdin is the compute capability (90 for 9.0), each further one describes a variant, which is compiled
-while the next ones are awaited; the end of stdin ends it. No GPU is touched. Triton holds the interpreter's lock for
-most of a compilation, so threads would not do; the processes are forks of this one, which has imported what they need
-and runs no other thread.
+while waiting for the next ones; end of input ends it. No GPU is touched. Triton holds the interpreter's lock for most
+of a compilation, so threads would not do; the processes are forks of this one, which has imported what they need and
+runs no other thread.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib import import_module
 from multiprocessing import get_context
 from pkgutil import walk_packages
 
-# not used here: what modules with kernels, and compilations, would import in each process
+# not used here: what kernel modules and compilations would otherwise import in each process
 import torch  # noqa: F401
 import triton.compiler.code_generator  # noqa: F401
 from triton.backends.compiler import GPUTarget
@@ -30,12 +30,12 @@ from sempre.ipc.liveness import die_with_parent_thread
 
 
 class TargetOnly(CudaDriver):  # type: ignore[misc]
-    """Stands for a GPU of a known kind; nothing can be run on it."""
+    """Stands in for a GPU of a known kind; nothing can run on it."""
 
     launcher_cls = CudaLauncher
 
     def __init__(self, target: GPUTarget) -> None:
-        """Not the parent's, which asks for a GPU."""
+        """Skips the parent's, which needs a GPU."""
         self._target = target
 
     @property
@@ -59,12 +59,12 @@ def _compile(description: str, launcher: bool) -> None:
 
 
 def main() -> int:
-    """The first error ends it with a traceback and exit code 1."""
+    """The first error exits with a traceback and code 1."""
     parser = argparse.ArgumentParser(prog="python -m sempre.workers.gpu.compiler_main")
     parser.add_argument("--processes", required=True, type=int)
     parser.add_argument("--launchers", action="store_true", help="build the C modules that launch the kernels, too")
     options = parser.parse_args()
-    # a digest of the compiler that every process needs, and keeps
+    # a digest of the compiler, which every process needs and keeps
     triton_key()
     # each as it comes
     lines = iter(sys.stdin.readline, "")
@@ -80,7 +80,7 @@ def main() -> int:
     pool = ProcessPoolExecutor(
         options.processes, get_context("fork"), initializer=die_with_parent_thread, initargs=(os.getpid(),)
     )
-    # the first one makes the forks, before there is anything to compile
+    # the first one creates the forks, before there is anything to compile
     pool.submit(os.getpid)
     for done in [pool.submit(_compile, line, options.launchers) for line in lines]:
         done.result()
@@ -90,5 +90,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     code = main()
-    # the idle forks end with this process; taking torch apart would only take time
+    # the idle forks end with this process; tearing down torch would only take time
     os._exit(code)

@@ -1,7 +1,7 @@
-"""CUDA graphs of the whole decode step, one per shape, captured after its first run and replayed from then on.
+"""CUDA graphs of the whole decode step, one per shape, captured after its first run and replayed afterwards.
 
 A shape is a number of rows (a bucket; the rows beyond the step's are padding), a bound of the context (it chooses the
-attention's grids), and the stages of sampling. None of it can be seen in the results.
+attention's grids), and the stages of sampling. None of it affects the results.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ Shape = TypeVar("Shape", bound=Hashable)
 
 
 class DecodeGraphs(Generic[Shape]):
-    """Runs a decode step as a graph where one can be had, else directly; the bits are the same."""
+    """Runs a decode step as a graph if possible, else directly; the bits are the same."""
 
     def __init__(self, launch: Callable[[Shape], None], *, enabled: bool) -> None:
         """`launch` queues the kernels of a step; it must read its inputs at fixed addresses and allocate nothing."""
@@ -69,7 +69,7 @@ class DecodeGraphs(Generic[Shape]):
 
     @property
     def state(self) -> str:
-        """For the fingerprint: `on`, `off`, or `failed`."""
+        """For the fingerprint: `on`, `off` or `failed`."""
         if self.failure is not None:
             return "failed"
         return "on" if self._enabled else "off"
@@ -88,7 +88,7 @@ class DecodeGraphs(Generic[Shape]):
             graph.replay()
             return
         self._launch(shape)
-        # not before: the launch has compiled what the capture needs, and a capture computes nothing
+        # only now: the launch has compiled what the capture needs, and a capture computes nothing
         if self.enabled:
             self._capture(shape)
 
@@ -99,7 +99,7 @@ class DecodeGraphs(Generic[Shape]):
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._launch(shape)
         except RuntimeError as error:  # out of memory, or something that this driver does not capture
-            # an end of capture that fails leaves its own stream behind as the current one
+            # a failed end of capture leaves its own stream as the current one
             torch.cuda.set_stream(stream)
             self.failure = str(error)
             self._graphs.clear()

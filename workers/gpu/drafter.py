@@ -3,7 +3,7 @@
 # R sequences, T rows (tokens), W blocks in a table
 A proposal begins with the tokens that came since the last one: one, or two where all drafts were right, so a graph
 takes one or two rows of each sequence. Each further draft token is a decode step whose inputs the device makes itself.
-What is missing beyond that, a prompt for instance, is computed before it, kernel by kernel.
+Anything else that is missing, a prompt for instance, is computed first, kernel by kernel.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DraftShape(NamedTuple):
 
     @property
     def step(self) -> StepShape:
-        """Every request samples behind its last row."""
+        """Every request samples after its last row."""
         return StepShape(
             num_requests=self.num_requests,
             num_rows=self.rows_per_request * self.num_requests,
@@ -71,7 +71,7 @@ class DraftShape(NamedTuple):
 
 @dataclass
 class _Admitted:
-    """A sequence as the device knows it."""
+    """A sequence as the device sees it."""
 
     slot: int
     drafted_at: int
@@ -121,7 +121,7 @@ class GpuDraftModelRunner:
         slot = self._free_slots.pop()
         try:
             self._sampler.admit(slot, SamplingState(new.params, new.seed, new.token_ids, new.num_prompt_tokens))
-        except RowError:  # the target says so to whom it concerns
+        except RowError:  # the target reports it
             self._free_slots.append(slot)
             return False
         self._states[new.request_id] = _Admitted(slot, len(new.token_ids))
@@ -163,7 +163,7 @@ class GpuDraftModelRunner:
         return answers
 
     def _read_drafts(self, count: int) -> list[list[int]]:
-        """[R][MAX_DRAFT_TOKENS], what was not drafted now is what was there before; waits for the device."""
+        """[R][MAX_DRAFT_TOKENS]; entries not drafted now keep their old values. Waits for the device."""
         on_host = self._drafts_on_host[:count]
         on_host.copy_(self._drafts[:count], non_blocking=True)
         self._done.record()
@@ -172,7 +172,7 @@ class GpuDraftModelRunner:
         return found
 
     def _stage(self, pieces: list[_Piece]) -> DraftShape:
-        """Send the arrays of a proposal's beginning, padded to the shape that is returned."""
+        """Send the arrays of a proposal's first step, padded to the returned shape."""
         num_rows = sum(piece.end - piece.start for piece in pieces)
         num_requests = self._bucket(len(pieces))
         ends = [piece.end + piece.task.count - 1 for piece in pieces]
@@ -197,7 +197,7 @@ class GpuDraftModelRunner:
         self._sample(hidden_RH, shape, slots, arrays.context_lens)
 
     def _launch_next(self, shape: DraftShape) -> None:
-        """A decode step with the draft token before; sequences that have all of theirs are padding."""
+        """A decode step with the previous draft token; sequences that have all of theirs are padding."""
         rows = self._draft_rows(shape)
         model_input = StepInput(
             token_ids=rows.token_ids,
@@ -216,7 +216,7 @@ class GpuDraftModelRunner:
     def _sample(
         self, hidden_RH: torch.Tensor, shape: DraftShape, slots: torch.Tensor, context_lens: torch.Tensor
     ) -> None:
-        """Sample behind every row, keep the draft tokens, and make the rows of the next decode step."""
+        """Sample after every row, keep the draft tokens, and prepare the rows of the next decode step."""
         arrays = self._views(shape)
         logits_RV = self._model.logits(hidden_RH, self._logits_RV[: shape.num_requests])
         tokens_R = self._sampler.sample(logits_RV, context_lens, shape.stages, row_slots=slots)
@@ -250,7 +250,7 @@ class GpuDraftModelRunner:
     # What is missing before that
 
     def _catch_up(self, pieces: list[_Piece]) -> list[_Piece]:
-        """Compute all but the last tokens, which are returned: one or two of each sequence."""
+        """Compute all but the last tokens, which are returned: one or two per sequence."""
         most = 2 if 2 * self._bucket(len(pieces)) <= self.limits.max_num_batched_tokens else 1
         behind = [piece for piece in pieces if piece.end - piece.start > most]
         queue = [piece._replace(end=piece.end - 1) for piece in behind]
@@ -283,7 +283,7 @@ class GpuDraftModelRunner:
         self._model.forward(step_input(views, shape), self.cache.layers)
 
     def _arrays(self, pieces: list[_Piece], context_len: int, *, samples: bool) -> StepArrays[AnyArray]:
-        """`samples`: behind the last row of each piece."""
+        """`samples`: after the last row of each piece."""
         count = len(pieces)
         slots = np.asarray([piece.slot for piece in pieces], np.int64)
         starts = np.asarray([piece.start for piece in pieces], np.int64)

@@ -1,7 +1,6 @@
-"""What a worker on a GPU begins before it imports torch, which takes seconds.
+"""What a GPU worker starts before it imports torch, which takes seconds.
 
-That is the CUDA context, Triton's digest of itself, and, where no kernel was ever compiled, the process that compiles
-them.
+That is the CUDA context, Triton's digest of itself and, where no kernel was ever compiled, the compiler process.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ _CUDA_LIBRARY = "lib/libtorch_cuda.so"
 
 
 def early_start(device: str, index: int) -> CompilerProcess | None:
-    """Begin, unless `device` is "cpu", or driver or PyTorch are without CUDA. What goes wrong is torch's to report."""
+    """Start, unless `device` is "cpu" or the driver or PyTorch lacks CUDA. Errors are left for torch to report."""
     if device == "cpu" or not _torch_has_cuda():
         return None
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
-    # the driver works without the interpreter's lock
+    # the driver call releases the interpreter's lock
     Thread(target=_make_context, args=(cuda, index), name="context", daemon=True).start()
     try:
         import triton

@@ -39,7 +39,7 @@ def fingerprint_parts(
 
 
 def driver_version() -> str:
-    """As the kernel module states it, else the CUDA version it supports."""
+    """As the kernel module reports it, else the CUDA version it supports."""
     if _DRIVER_FILE.exists():
         return _DRIVER_FILE.read_text().strip()
     return f"cuda {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]

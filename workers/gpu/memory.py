@@ -1,4 +1,4 @@
-"""How much of a GPU's memory the KV cache gets, and the sums to show when that is too little."""
+"""How much of a GPU's memory the KV cache gets, and the sums to report when that is too little."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from sempre.ipc.errors import ConfigError
 from sempre.workers.kv_cache import draft_share
 
-# what graphs, compiled kernels and the libraries take on top of what is allocated here
+# what graphs, compiled kernels and libraries take besides what is allocated here
 RUNTIME_RESERVE_BYTES = 768 << 20
 GIB = 1 << 30
 
 LEAST_SEQS, MOST_SEQS = 128, 1024
-# that a sequence is expected to take in the cache, tokens
+# expected length of a sequence in the cache, tokens
 EXPECTED_LEN = 512
-# graphs of so many rows are that far apart
+# graphs for this many rows are this far apart
 SEQS_STEP = 64
 
 
@@ -24,25 +24,25 @@ class MemoryPlan:
 
     total: int
     free: int
-    """as the driver counts it now"""
+    """as the driver reports it now"""
     weights: int
     activations: int
-    """buffers of steps, allocated or to come"""
+    """buffers of steps, allocated now or later"""
     allocated: int
-    """by this process, of the above"""
+    """in use by this process"""
     utilization: float
     """share of `total` that this worker may use"""
     draft_block_bytes: int = 0
-    """of a block, for the keys and values of a draft model"""
+    """of a block, the draft model's share"""
 
     @property
     def others(self) -> int:
-        """Taken by other processes and by the driver's context."""
+        """Used by other processes and by the driver's context."""
         return max(0, self.total - self.free - self.allocated)
 
     @property
     def for_cache(self) -> int:
-        """What the share leaves, and what is really free."""
+        """What the share leaves, at most what is really free."""
         taken = self.weights + self.activations + RUNTIME_RESERVE_BYTES
         within_share = int(self.total * self.utilization) - taken
         really_free = self.free + self.allocated - taken
@@ -57,9 +57,10 @@ def default_max_num_seqs(
     bytes_per_row: int,
     max_model_len: int | None,
 ) -> int:
-    """Most sequences in a step: as many as find EXPECTED_LEN tokens each in the cache beside their rows of a step.
+    """Most sequences in a step: as many as have room for EXPECTED_LEN tokens each in the cache beside their rows of a
+    step.
 
-    `plan` is of before the weights are loaded. An explicit `max_model_len`, tokens, keeps its room in the cache.
+    `plan` is from before the weights are loaded. An explicit `max_model_len`, tokens, keeps its room in the cache.
     """
     expected = min(EXPECTED_LEN, max_model_len or EXPECTED_LEN) * bytes_per_token
     if kv_cache_memory_bytes is None:
@@ -103,7 +104,7 @@ def cache_blocks(
 def out_of_memory(
     what: str, *, weights: int, allocated: int, free: int, total: int, max_num_batched_tokens: int
 ) -> ConfigError:
-    """The error of a model that does not even leave room for `what`; sums in bytes, `weights` as 16 or 32 bit."""
+    """The error for a model that leaves no room even for `what`; sums in bytes, `weights` as 16 or 32 bit."""
 
     def gib(count: int) -> str:
         return f"{count / GIB:.2f} GiB"

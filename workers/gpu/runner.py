@@ -2,8 +2,8 @@
 
 # R requests in the step, T tokens, V vocabulary, H hidden size
 
-A sampled token stays on the device on its way to the next step. Steps in which every request computes one token, or
-verifies drafts, run as CUDA graphs; prompts, and steps that mix prompts with decoding, run kernel by kernel.
+A sampled token stays on the device for the next step. Steps in which every request computes one token, or verifies
+drafts, run as CUDA graphs; prompts, and steps that mix prompts with decoding, run kernel by kernel.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _VerificationShape(NamedTuple):
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What steps need besides the cache, which gets what is left."""
+    """What steps need besides the cache, which gets the rest."""
 
     model: CausalLM
     sampler: GpuSampler
@@ -103,7 +103,7 @@ class GpuModelRunner(ModelRunner):
 
     @torch.inference_mode()
     def _update_requests(self, step: ExecuteStep, valid: ValidStep) -> None:
-        """Tell the sampler, and refuse at once what it refuses."""
+        """Tell the sampler; what it refuses is refused at once."""
         if self._batch.num_slots > self._buffers.num_slots:
             self._buffers.grow_slots(self._batch.num_slots)
             self._sampler.grow_slots(self._batch.num_slots)
@@ -231,10 +231,10 @@ class GpuModelRunner(ModelRunner):
         self._buffers.stage(plan, self._batch.arrays(plan), shape, new)
         hidden, sampled = self._forward(shape)
         if shape.num_sampled:
-            # after the forward pass has been queued: masks of grammars are made while it runs
+            # after the forward pass has been queued: grammar masks are computed while it runs
             states, slots = self._sampled(plan, shape.num_sampled)
             stages = self._sampler.prepare(slots)
-            # [S, H] already, unless all rows were asked for
+            # [S, H] already, unless all rows were requested
             logits_RV = self._sample(hidden, sampled if shape.reads_all_rows else sampled._replace(rows=None), stages)
             flight.pending = self._sampler.start_copy(logits_RV, stages, states)
         self._score_prompts(flight, plan, hidden)
@@ -247,12 +247,12 @@ class GpuModelRunner(ModelRunner):
         return [*states, *[None] * missing], [*plan.slots[requests].tolist(), *[-1] * missing]
 
     def _forward(self, shape: StepShape) -> tuple[torch.Tensor, SampledRows]:
-        """Queue the forward pass of what was staged; final hidden states, of all rows or of those that sample."""
+        """Queue the forward pass of the staged step; final hidden states, of all rows or of those that sample."""
         model_input, sampled = self._buffers.inputs(shape)
         return self._model.forward(model_input, self.cache.layers), sampled
 
     def _sample(self, hidden: torch.Tensor, sampled: SampledRows, stages: Stages) -> torch.Tensor:
-        """Queue the sampling behind hidden states; the logits, float32 [S, V]."""
+        """Queue the sampling from hidden states; the logits, float32 [S, V]."""
         count = sampled.slots.shape[0]
         if sampled.rows is not None:
             hidden = torch.index_select(hidden, 0, sampled.rows, out=self.memory.rows_RH[:count])

@@ -1,8 +1,8 @@
-"""Bytes on their way to the GPU, through pinned memory.
+"""Copies to the GPU, through pinned memory.
 
 The numbers of one step are packed and sent in one copy. Several pinned buffers take turns, so that the host may pack a
-step while the copies of the ones before it are queued. The device buffer is one: the stream orders its uses.
-Weights come from memory-mapped files: while one piece is on its way to the device, the next is read from the file.
+step while the copies of the ones before it are queued. There is one device buffer: the stream orders its uses. Weights
+come from memory-mapped files: while one piece is on its way to the device, the next is read from the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ArraySize = tuple[type[np.generic], tuple[int, ...]]
 
 
 def staged_bytes(sizes: Sequence[ArraySize]) -> int:
-    """What arrays of these dtypes and sizes take, one after the other."""
+    """Bytes that arrays of these dtypes and sizes take, one after the other."""
     return sum(math.prod(size) * np.dtype(dtype).itemsize + _ALIGNMENT for dtype, size in sizes)
 
 
@@ -40,7 +40,7 @@ class StepStaging:
         self._buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
 
     def stage(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
-        """Send the arrays of a step; views of the former step's arrays are valid no more."""
+        """Send the arrays of a step; views of the previous step's arrays are no longer valid."""
         self._turn = (self._turn + 1) % _TURNS
         self._copied[self._turn].synchronize()
         self._used = 0
@@ -50,14 +50,14 @@ class StepStaging:
         self._copied[self._turn].record()
 
     def _put(self, array: npt.NDArray[Any]) -> None:
-        """Enter an array behind those of this step; `views` says where it will be on the device."""
+        """Append an array to those of this step; `views` says where it will be on the device."""
         start = self._used
         end = start + array.nbytes
         self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
         np.copyto(self._hosts[self._turn][start:end].view(array.dtype).reshape(array.shape), array)
 
     def views(self, sizes: Sequence[ArraySize]) -> list[torch.Tensor]:
-        """Where arrays of these dtypes and sizes lie when a step puts them, and nothing before them."""
+        """Where arrays of these dtypes and sizes are when a step has them first."""
         views, start = [], 0
         for dtype, size in sizes:
             end = start + math.prod(size) * np.dtype(dtype).itemsize

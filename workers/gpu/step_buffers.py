@@ -37,7 +37,7 @@ class SampledRows(NamedTuple):
 
 
 class StepBuffers:
-    """Block tables and last tokens by slot; the inputs of the step in hand."""
+    """Block tables and last tokens by slot; the inputs of the current step."""
 
     def __init__(
         self, device: torch.device, limits: StepLimits, *, num_slots: int, table_width: int, block_size: int
@@ -107,11 +107,11 @@ class StepBuffers:
     def stage(
         self, plan: StepPlan, arrays: StepArrays[AnyArray], shape: StepShape, new: Sequence[RequestState]
     ) -> None:
-        """Send the arrays of a step, padded to `shape`; `new` are the requests it brings.
+        """Send the arrays of a step, padded to `shape`; `new` are its new requests.
 
-        Afterwards the block tables on the device are those of the host for every request of the step.
+        Afterwards the block tables on the device match the host's for every request of the step.
         """
-        # rows of decoding requests: their tokens may exist on the device only
+        # rows of decoding requests: their tokens may exist only on the device
         arrays.token_ids[plan.first_rows[plan.decodes]] = -1
         if shape != plan.shape:
             arrays = padded(arrays, shape, self._block_size)

@@ -19,7 +19,7 @@ from sempre.workers.steps import StepInput
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What distinguishes the attention of one layer from another's."""
+    """What may differ between the attention of two layers."""
 
     hidden_size: int
     heads: HeadLayout
@@ -32,7 +32,7 @@ class AttentionShape:
 
 
 class Attention(Module):
-    """Writes the step's keys and values; the result is of the rows that are read."""
+    """Writes the step's keys and values; returns only the rows that are read."""
 
     def __init__(self, build: Build, shape: AttentionShape) -> None:
         head_dim = shape.heads.head_dim

@@ -1,4 +1,4 @@
-"""A linear layer: projections of the checkpoint that are fused into one, in any format."""
+"""A linear layer: one or more of the checkpoint's projections, fused, in any format."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sempre.workers.tensor_source import Parameter
 
 
 class Use(Enum):
-    """Which of the kernels for its shape compute it."""
+    """What it is used for: decides which of the kernels for its shape compute it."""
 
     PLAIN = "plain"
     GATED = "gated"
     """with the activation of a gated feed-forward branch"""
     LOGITS = "logits"
-    """of the vocabulary; results are float32, in a buffer of the caller's"""
+    """the vocabulary's: results are float32, in the caller's buffer"""
     ROUTER = "router"
     """likewise, for every row of a step"""
 
@@ -33,11 +33,11 @@ class Use(Enum):
 
 
 class Linear(Module):
-    """x [T, K] → [T, N]. `parts`: names of the checkpoint's projections, which are siblings, with the N of each."""
+    """x [T, K] → [T, N]. `parts`: names of the checkpoint's projections, which are siblings, with their N."""
 
     weight: LinearWeight
     rows_of_token = 1
-    """most rows of x for each token of a step"""
+    """at most this many rows of x per token of a step"""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Linear(Module):
         use: Use = Use.PLAIN,
         role: str = "branch",
     ) -> None:
-        """`role` names the buffer of the results, which all of that role and N share."""
+        """`role` names the result buffer, shared by all layers of that role and N."""
         self.parts = dict(parts)
         self.in_features = in_features
         self.out_features = sum(parts.values())
@@ -112,8 +112,8 @@ class Linear(Module):
 class ExpertLinear(Linear):
     """The same layer of several experts; `path`'s parent holds one of the checkpoint's modules for each, by number.
 
-    `weights` are those of a CPU, one an expert; a GPU holds all in `stacked`. `weight` is the first's, for whoever asks
-    what kernels it takes.
+    On a CPU, `weights` has one per expert; a GPU holds all in `stacked`. `weight` is the first expert's, for callers
+    that ask which kernels it uses.
     """
 
     stacked: ExpertWeights | None = None
@@ -146,9 +146,9 @@ class ExpertLinear(Linear):
             self.put(expert, self.weight)
 
     def put(self, expert: int, weight: LinearWeight) -> None:
-        """Take the weight of one expert; in ascending order of experts."""
+        """Store the weight of one expert; called in ascending order of experts."""
         if isinstance(weight, GpuLinearWeight | ControlLinearWeight) and weight.weight.is_cuda:
-            # one after the other, so that a model's largest tensors are never there twice
+            # one at a time, so that a model's largest tensors never exist twice
             if expert == 0:
                 self.stacked = stack_like(weight, self.num_experts)
             assert self.stacked is not None
@@ -179,7 +179,7 @@ class ExpertLinear(Linear):
 
 
 class TiedLinear(Linear):
-    """Logits by the embedding's table, which has been loaded before; reads no tensor of its own."""
+    """Logits from the embedding's table, which is already loaded; reads no tensor of its own."""
 
     def __init__(self, build: Build, embedding: Embedding) -> None:
         super().__init__(build, {"lm_head": embedding.num_rows}, embedding.width, use=Use.LOGITS)

@@ -1,4 +1,4 @@
-"""The matmul a worker uses: the invariant one, or the ordinary one that tests of the guarantee need to fail."""
+"""The matmul a worker uses: the invariant one, or the ordinary one, with which tests of the guarantee must fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sempre.kernels.linear import (
 
 
 class LinearWeight(Protocol):
-    """A weight [out_features, in_features] in the form its kernels want."""
+    """A weight [out_features, in_features] in the layout its kernels need."""
 
     @property
     def in_features(self) -> int: ...

@@ -13,7 +13,7 @@ class GatedMLP(Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202); gate and up are one matmul."""
 
     use = Use.GATED
-    """of the kernels of gate and up"""
+    """of the gate and up matmul"""
 
     def __init__(self, build: Build, hidden_size: int, intermediate_size: int, *, bias: bool = False) -> None:
         width = intermediate_size
@@ -31,7 +31,7 @@ class GatedMLP(Module):
 
 
 class GeluMLP(GatedMLP):
-    """The same with gelu, by tanh (`kernels.activation`)."""
+    """The same with tanh-approximated gelu (`kernels.activation`)."""
 
     use = Use.PLAIN
 

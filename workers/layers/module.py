@@ -1,6 +1,6 @@
-"""A model is a tree of modules, and whoever walks it knows no family: loading, hashing, counting, self-test, dummies.
+"""A model is a tree of modules. Code that walks it knows no family: loading, hashing, counting, self-test, dummies.
 
-Attributes that are modules are children under their attribute's name, so that paths are the checkpoint's names.
+Attributes that are modules are children named after the attribute, so that paths are the checkpoint's names.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Tensors(Protocol):
         """As stored."""
 
     def vector(self, name: str) -> torch.Tensor:
-        """A norm's weight or a bias, in the dtype of such."""
+        """A norm's weight or a bias, in their dtype."""
 
     def matrix(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A matrix that was read, in the dtype in which matrices are kept."""
+        """A matrix that was read, in the dtype for matrices."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Scratch:
         return self.tensor(role, (self.max_tokens, width), self.activations)
 
     def tensor(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Layers run one after the other and share what has one role, shape and dtype."""
+        """Layers run one after the other and share buffers of the same role, shape and dtype."""
         key = (role, shape, dtype)
         if key not in self._tensors:
             self._tensors[key] = torch.empty(shape, dtype=dtype, device=self.device)
@@ -71,7 +71,7 @@ class Scratch:
 
 
 class Module:
-    """A node of the tree. Its life: it is constructed (shapes only), loads, allocates, computes."""
+    """A node of the tree. It is constructed (shapes only), then loads, allocates and computes."""
 
     def children(self) -> Iterator[tuple[str, Module]]:
         """Attributes that are modules, or lists of modules, in the order in which they were set."""
@@ -84,27 +84,27 @@ class Module:
                 yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Module))
 
     def walk(self, path: str = "") -> Iterator[tuple[str, Module]]:
-        """All modules below this one, and then it, with their paths."""
+        """All modules below this one, then itself, with their paths."""
         for name, child in self.children():
             yield from child.walk(f"{path}.{name}" if path else name)
         yield path, self
 
     def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
-        """Names in the checkpoint of what this module itself reads."""
+        """The tensors this module itself reads, by name in the checkpoint."""
         return iter(())
 
     def load(self, path: str, tensors: Tensors) -> None:
-        """Take the tensors that `own_parameters` names."""
+        """Load the tensors that `own_parameters` names."""
 
     def own_tensors(self) -> Iterator[torch.Tensor]:
-        """What was loaded, as it is in memory."""
+        """The loaded tensors, as they are in memory."""
         return iter(())
 
     def allocate(self, scratch: Scratch) -> None:
-        """Take what this module itself needs for computing steps."""
+        """Allocate what this module itself needs for computing steps."""
 
     def shape(self) -> tuple[object, ...]:
-        """All on which the kernels that run depend, beside parameters; modules of equal shapes compute alike."""
+        """Everything besides parameters that decides which kernels run; modules of equal shapes compute alike."""
         return ()
 
 
@@ -114,7 +114,7 @@ def parameters(model: Module) -> dict[str, Parameter]:
 
 
 def allocate(model: Module, scratch: Scratch) -> None:
-    """Prepare for computing steps, or prepare anew for others."""
+    """Prepare for computing steps; may be repeated with another scratch."""
     for _, module in model.walk():
         module.allocate(scratch)
 
@@ -123,7 +123,7 @@ M = TypeVar("M", bound=Module)
 
 
 def sharing(module: M) -> M:
-    """A tree of its own with the tensors of this one; what it allocates is its own."""
+    """A separate tree with the same tensors; what it allocates is its own."""
     twin = copy(module)
     for name, value in vars(twin).items():
         if isinstance(value, Module):

@@ -31,27 +31,27 @@ class Experts(Module):
 
     @property
     def stacked(self) -> GatedExperts:
-        """As a GPU holds them."""
+        """The layout on a GPU."""
         gate_up, down = self.gate_up_proj.stacked, self.down_proj.stacked
         assert gate_up is not None
         assert down is not None
         return GatedExperts(gate_up, down)
 
     def of(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """One expert's branch of rows [T, H] on a CPU."""
+        """One expert's branch for rows [T, H] on a CPU."""
         activated = self.gate_up_proj.gated_of(expert, x, self._activated[: x.shape[0]])
         return self.down_proj.of(expert, activated)
 
 
 class SparseMLP(Module):
-    """The experts of each row's greatest router logits, weighted and added in the router's order (`kernels.moe`).
+    """The experts with each row's largest router logits, weighted and added in the router's order (`kernels.moe`).
 
     Rows of an expert are computed in the order of the tokens; every linear works on one row at a time, so a row's bits
     do not depend on who shares its experts. No expert has a capacity, and no row is dropped.
     """
 
     def __init__(self, build: Build, shape: ExpertShape, *, renormalize: bool) -> None:
-        # the router is small and decides much: no format but floats
+        # the router is small and its errors matter: floats only
         unquantized = replace(build, quantization=NotQuantized())
         self.gate = Linear(unquantized, {"gate": shape.num_experts}, shape.hidden_size, use=Use.ROUTER)
         self.experts = Experts(build, shape)
@@ -60,7 +60,7 @@ class SparseMLP(Module):
         self._scratch: ExpertScratch | None = None
 
     def allocate(self, scratch: Scratch) -> None:
-        """Raises ModelError for more experts than a GPU's kernels take."""
+        """Raises ModelError for more experts than a GPU's kernels support."""
         shape, rows = self.sizes, scratch.max_tokens
         self._out = scratch.rows("branch", shape.hidden_size)
         self._logits = scratch.tensor("router", (rows, shape.num_experts), torch.float32)
@@ -88,7 +88,7 @@ class SparseMLP(Module):
         (count, width), k = x.shape, self.sizes.experts_per_row
         experts, weights = route(logits, k, renormalize=self.renormalize)
         parts = self._parts[:count].view(count * k, width)
-        # places are token by token; the sort is stable, so each expert's stay in that order
+        # pairs are ordered by token; the sort is stable, so each expert's rows stay in that order
         places = experts.view(-1).argsort(stable=True)
         start = 0
         for expert, num_rows in enumerate(torch.bincount(experts.view(-1), minlength=self.sizes.num_experts).tolist()):

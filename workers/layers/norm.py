@@ -18,7 +18,7 @@ class RMSNorm(Module):
     """[width]"""
 
     def __init__(self, width: int, eps: float, *, role: str = "normed") -> None:
-        """`role` names the buffer of the results, which all of that role and width share."""
+        """`role` names the result buffer, shared by all norms of that role and width."""
         self.width = width
         self.eps = eps
         self._role = role
@@ -43,14 +43,14 @@ class RMSNorm(Module):
         return rms_norm(x, self.weight, self.eps, self._out[: x.shape[0]])
 
     def of_sum(self, branch: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
-        """Add `branch`, if there is one, to `residual` [T, width] in place; the norm of the sum."""
+        """Add `branch`, if any, to `residual` [T, width] in place; returns the norm of the sum."""
         if branch is None:
             return self(residual)
         return add_rms_norm(branch, residual, self.weight, self.eps, self._out[: residual.shape[0]])
 
 
 class OffsetRMSNorm(RMSNorm):
-    """Times 1 + the checkpoint's weight; the sum is kept in float32, which no other dtype holds exactly."""
+    """Times 1 + the checkpoint's weight; only float32 holds that sum exactly."""
 
     def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
         yield path + ".weight", Parameter((self.width,), initial="zeros")

@@ -1,9 +1,8 @@
-"""What all decoder models have in common: a stack of blocks between an embedding and a norm, and logits.
+"""What all decoder models share: a stack of blocks between an embedding and a norm, and logits.
 
 # T tokens in the step, S rows that are read, H hidden size, V vocabulary
 The residual stream and all activations are float32 on the CPU and in the model's dtype on a GPU; logits are float32.
-Every operation works on one row at a time as far as the result is concerned, so a row's bits depend on its own request
-only.
+In effect every operation works on one row at a time, so a row's bits depend only on its own request.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ class Block(Protocol):
     def __call__(
         self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A branch that is still to be added [S, H] and the residual stream [S, H], of the rows that are read.
+        """The branch still to be added [S, H] and the residual stream [S, H], for the rows that are read.
 
-        `branch` is that of the block before, None for the first. Nothing else may be done with the rows that are not
-        read once their keys and values are in the cache.
+        `branch` is the previous block's, None for the first. Rows that are not read may be dropped once their keys and
+        values are in the cache.
         """
 
 
 def rows_read(rows: torch.Tensor, step: StepInput) -> torch.Tensor:
-    """Of [T, H], those that are read [S, H]."""
+    """The rows of [T, H] that are read [S, H]."""
     return rows if step.outputs is None else rows.index_select(0, step.outputs.rows)
 
 
@@ -51,7 +50,7 @@ class Stack(Module):
 
     def __call__(self, step: StepInput, caches: Sequence[KvCache]) -> torch.Tensor:
         residual, branch = self.embed(step.token_ids), None
-        # nothing reads the other rows once the last keys and values are in the cache
+        # nothing reads the other rows once the last keys and values are cached
         all_rows, last = replace(step, outputs=None), len(self.layers) - 1
         for index, (block, cache) in enumerate(zip(self.layers, caches, strict=True)):
             branch, residual = block(branch, residual, step if index == last else all_rows, cache)
@@ -63,7 +62,7 @@ class Stack(Module):
 
 
 class CausalLM(Module):
-    """A whole model: what runners call, and what the facts about it are."""
+    """A whole model: what runners call, and the facts about it."""
 
     def __init__(self, build: Build, spec: ModelSpec, model: Stack) -> None:
         self.spec = spec
@@ -85,13 +84,13 @@ class CausalLM(Module):
 
     @property
     def copies(self) -> dict[str, str]:
-        """Tensors that a checkpoint may hold though nothing reads them, with that of which each is a copy."""
+        """Tensors that a checkpoint may hold but are not read, each with the tensor it is a copy of."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.spec.tie_word_embeddings else {}
 
     def forward(self, step: StepInput, caches: Sequence[KvCache]) -> torch.Tensor:
         """Write the step's keys and values into `caches` (one per layer); return the final hidden states.
 
-        Those of the rows in `step.outputs` [S, H], or of all rows [T, H]: a view of a buffer that the next call
+        Those of the rows in `step.outputs` [S, H], or of all rows [T, H], as a view of a buffer that the next call
         overwrites.
         """
         return self.model(step, caches)

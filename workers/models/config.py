@@ -1,4 +1,4 @@
-"""What decoders read of config.json, validated: fields that are not honoured are refused by name."""
+"""What decoders read from config.json, validated: unsupported fields are refused by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sempre.workers.quantization.config import QuantizationSpec, parse_quantizat
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
-# whatever else stands in the rope section belongs to a kind of scaling that is not supported
+# any other field of the rope section belongs to an unsupported kind of scaling
 ROPE_FIELDS = (
     "rope_type",
     "type",
@@ -25,7 +25,7 @@ ROPE_FIELDS = (
     "partial_rotary_factor",
 )
 
-# More than any model has, and little enough that nothing is computed or kept in vain before the tensors are looked at.
+# More than any model has, yet cheap to handle before the tensors are checked.
 MAX_LAYERS = 1024
 MAX_HEADS = 4096
 MAX_HEAD_DIM = 4096
@@ -34,7 +34,7 @@ MAX_VOCAB_SIZE = 2**24
 MAX_POSITIONS = 2**27
 MAX_EOS_TOKENS = 1024
 
-# rows of activations are walked in vectors of this many elements
+# rows of activations are processed in vectors of this many elements
 WIDTH_MULTIPLE = 16
 
 
@@ -44,9 +44,9 @@ class BiasRule(Enum):
     NEVER = "never"
     ALWAYS = "always"
     ATTENTION_BIAS = "attention_bias"
-    """as the config's field `attention_bias` says"""
+    """set by the config's field `attention_bias`"""
     MLP_BIAS = "mlp_bias"
-    """as the config's field `mlp_bias` says"""
+    """set by the config's field `mlp_bias`"""
 
 
 class WindowRule(Enum):
@@ -72,9 +72,9 @@ class FamilyRules:
     qk_norm: bool = False
     """RMSNorm over each head of the queries and keys, before the rotary embedding"""
     default_head_dim: int | None = None
-    """head dimension when the config states none; None: hidden_size / num_attention_heads"""
+    """head dimension when the config has none; None: hidden_size / num_attention_heads"""
     tied_by_default: bool = False
-    """whether the embedding is the head's matrix when the config does not say"""
+    """whether the embedding is also the head's matrix when the config does not say"""
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ class ModelSpec:
     initializer_range: float
     """standard deviation of dummy weights"""
     checkpoint_dtype: str | None
-    """dtype that config.json states, if it does"""
+    """dtype in config.json, if any"""
     eos_token_ids: tuple[int, ...]
     quantization: QuantizationSpec | None
     """how the checkpoint's matrices are quantised, if they are"""
 
-    def outline(self) -> Self:
+    def one_layer_per_kind(self) -> Self:
         """The same model with one layer of each kind."""
         windows = tuple(dict.fromkeys(self.windows))
         return replace(self, num_layers=len(windows), windows=windows)
@@ -117,12 +117,12 @@ Spec = TypeVar("Spec", bound=ModelSpec)
 
 
 def spec_digest(spec: ModelSpec) -> str:
-    """Of what config.json and generation_config.json say of the model; the weights' digest is of tensors alone."""
+    """Digest of what config.json and generation_config.json say; the weights' digest covers tensors only."""
     return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
 
 
 def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, generation: ConfigFields) -> ModelSpec:
-    """What all decoders read of config.json (`fields`) and generation_config.json, by the rules of a family.
+    """Read the fields of config.json (`fields`) and generation_config.json common to decoders, by a family's rules.
 
     Raises ModelError naming the field.
     """
@@ -161,12 +161,12 @@ def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, g
 
 
 def extended(common: ModelSpec, kind: type[Spec], **more: Any) -> Spec:
-    """A family's spec: what is common, and the fields that the family adds."""
+    """A family's spec: the common fields, and those that the family adds."""
     return kind(**{field.name: getattr(common, field.name) for field in fields(common)}, **more)
 
 
 def refuse_other_activation(fields: ConfigFields, supported: str, name: str = "hidden_act") -> None:
-    """Raise ModelError for an activation of the feed-forward branch that is not the `supported` one."""
+    """Raise ModelError for a feed-forward activation other than the `supported` one."""
     activation = fields.raw.get(name, supported)
     if activation != supported:
         fields.fail(name, repr(supported), activation)
@@ -182,7 +182,7 @@ def _head_dim(fields: ConfigFields, rules: FamilyRules, hidden_size: int, num_he
 
 
 def width(name: str, fields: ConfigFields, default: int | None = None) -> int:
-    """The size `name` of a row. Raises ModelError."""
+    """The row size in field `name`. Raises ModelError."""
     return _multiple(name, fields.positive(name, default=default, most=MAX_WIDTH), fields)
 
 

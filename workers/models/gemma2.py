@@ -48,7 +48,7 @@ class Gemma2Spec(ModelSpec):
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Gemma2Spec:
     """Raises ModelError naming the field."""
-    # older files state an activation in hidden_act that the family does not use
+    # hidden_act in older files names an activation that the family does not use
     refuse_other_activation(config, "gelu_pytorch_tanh", "hidden_activation")
     if config.boolean("use_bidirectional_attention", default=False):
         config.fail("use_bidirectional_attention", "false", True)
@@ -63,7 +63,7 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
 
 
 def _cap(config: ConfigFields, name: str, default: float) -> float | None:
-    """That of the family when the field is absent, none when it is null."""
+    """The family's default when the field is absent, none when it is null."""
     if name in config.raw and config.raw[name] is None:
         return None
     return config.positive_number(name, default=default)
@@ -105,7 +105,7 @@ class Gemma2Block(Module):
 
 
 class ScaledStack(Stack):
-    """Embeddings times the square root of their width, which is rounded as they are."""
+    """Embeddings times the square root of their width, rounded to their dtype."""
 
     def allocate(self, scratch: Scratch) -> None:
         self._scale = torch.tensor(self.embed_tokens.width**0.5, dtype=scratch.activations, device="cpu").item()

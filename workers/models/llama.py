@@ -57,7 +57,7 @@ def build_model(build: Build, spec: ModelSpec) -> CausalLM:
 
 
 def model_with(build: Build, spec: ModelSpec, mlp_of: Callable[[int], GatedMLP | SparseMLP]) -> CausalLM:
-    """The tree whose layers have these feed-forward branches."""
+    """The tree with these feed-forward branches in its layers."""
     blocks = [
         LlamaBlock(spec, Attention(build, attention_shape(spec, layer)), mlp_of(layer))
         for layer in range(spec.num_layers)
@@ -67,7 +67,7 @@ def model_with(build: Build, spec: ModelSpec, mlp_of: Callable[[int], GatedMLP |
 
 
 def attention_shape(spec: ModelSpec, layer: int) -> AttentionShape:
-    """That of one layer."""
+    """The shape of one layer."""
     return AttentionShape(
         hidden_size=spec.hidden_size,
         heads=HeadLayout(spec.num_heads, spec.num_kv_heads, spec.head_dim),
@@ -84,7 +84,7 @@ def gated_mlp(build: Build, spec: ModelSpec) -> GatedMLP:
 
 
 class LlamaBlock(Module):
-    """Also of families whose feed-forward branch is another."""
+    """Also for families with another feed-forward branch."""
 
     def __init__(self, spec: ModelSpec, self_attn: Attention, mlp: GatedMLP | SparseMLP) -> None:
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)

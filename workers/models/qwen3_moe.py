@@ -43,7 +43,7 @@ class Qwen3MoeSpec(ModelSpec):
     sparse_layers: tuple[int, ...]
     """layers with experts"""
 
-    def outline(self) -> Self:
+    def one_layer_per_kind(self) -> Self:
         sparse = tuple(dict.fromkeys(layer in self.sparse_layers for layer in range(self.num_layers)))
         layers = tuple(layer for layer, is_sparse in enumerate(sparse) if is_sparse)
         return replace(self, num_layers=len(sparse), windows=self.windows[: len(sparse)], sparse_layers=layers)

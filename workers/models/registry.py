@@ -28,7 +28,7 @@ class Family(Protocol):
     """A file of this package."""
 
     def parse(self, architecture: str, fields: ConfigFields, generation: ConfigFields) -> ModelSpec:
-        """Of config.json and generation_config.json. Raises ModelError naming the field."""
+        """The spec from config.json and generation_config.json. Raises ModelError naming the field."""
 
     def build_model(self, build: Build, spec: ModelSpec) -> CausalLM:
         """The tree of a spec that `parse` made."""

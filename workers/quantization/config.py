@@ -22,9 +22,10 @@ class QuantizationSpec:
     weight_scales: Literal["channel", "tensor"]
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
-    """as targets: names of modules, `re:` and a pattern that begins to match at a name's start, or `Linear` for all"""
+    """in the form of targets: module names, `re:` and a pattern that matches from a name's start, or `Linear` for
+    all"""
     stored: bool
-    """whether the checkpoint holds fp8 values and scales; otherwise they are made while loading"""
+    """whether the checkpoint holds fp8 values and scales; otherwise they are computed while loading"""
 
     def covers(self, module: str) -> bool:
         """Whether `module`, which is a matrix (a tensor's name without `.weight`), is fp8."""
@@ -40,7 +41,7 @@ def _matches(entry: str, module: str) -> bool:
 def resolve_quantization(
     stated: QuantizationSpec | None, setting: str | None, load_format: str
 ) -> QuantizationSpec | None:
-    """What the checkpoint states, or the engine's `setting` for one that is not quantised; raises ConfigError for both.
+    """The checkpoint's own quantisation, or the engine's `setting` for one without; raises ConfigError for both.
 
     Dummy weights are never stored quantised.
     """
@@ -82,7 +83,7 @@ def parse_quantization(config: ConfigFields) -> QuantizationSpec | None:
     if group.raw.get("input_activations") is not None:
         activations = group.section("input_activations")
         _check_fp8(activations)
-        # a scale per tensor of activations would depend on the other requests of the batch
+        # a per-tensor activation scale would depend on the other requests of the batch
         _require(activations, "dynamic", True)
         _require(activations, "strategy", "token")
         scheme = Fp8Scheme.WEIGHTS_AND_ACTIVATIONS

@@ -1,4 +1,4 @@
-"""fp8 matrices with a scale per output channel (`kernels.fp8`), from the checkpoint or made while loading."""
+"""fp8 matrices with a scale per output channel (`kernels.fp8`), from the checkpoint or computed while loading."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sempre.workers.tensor_source import FP8_NAME, Parameter, mismatch
 
 
 class Fp8:
-    """`.weight` [N, K], fp8 with `.weight_scale` where the checkpoint has it so, else floats."""
+    """`.weight` [N, K], fp8 with `.weight_scale` if stored so in the checkpoint, else floats."""
 
     def __init__(self, spec: QuantizationSpec) -> None:
         self._spec = spec
@@ -49,7 +49,7 @@ class Fp8:
             quantized = QuantizedWeight(weight, scale.expand(weight.shape[0]))
         else:
             quantized = quantize_channels(weight)
-        # fp8 has no infinity, and two patterns of NaN
+        # fp8 has no infinity and two NaN patterns
         wrong = {
             ".weight_scale": ~quantized.scale.isfinite(),
             ".weight": (quantized.values.view(torch.uint8) & 0x7F) == 0x7F,

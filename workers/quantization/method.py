@@ -1,4 +1,4 @@
-"""What a format of matrices implements: which tensors a matrix is stored as, and what becomes of them."""
+"""What a matrix format implements: which tensors store a matrix, and how they are packed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class QuantizationMethod(Protocol):
     """One format."""
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, Parameter]:
-        """By suffix of the matrix' name."""
+        """By suffix of the matrix's name."""
 
     def pack(
         self,
@@ -26,8 +26,7 @@ class QuantizationMethod(Protocol):
     ) -> LinearWeight:
         """The kernel's form of some matrices, given by name and suffix, fused along their outputs.
 
-        `as_matrix` converts to the dtype in which matrices are kept. Raises TensorMismatch for values that the format
-        does not allow.
+        `as_matrix` converts to the dtype for matrices. Raises TensorMismatch for values that the format does not allow.
         """
 
 

@@ -1,4 +1,4 @@
-"""The sampler of a worker and the state it keeps per request."""
+"""A worker's sampler and the state it keeps per request."""
 
 from sempre.workers.sampling.grammar import GrammarCompiler
 from sempre.workers.sampling.row_error import NoDistribution, RowError

@@ -1,9 +1,9 @@
 """Sampling on a GPU: the steps of `Sampler`, in the same order and with the same bits, without waiting for the device.
 
-    admit(slot, state)   once per request        parameters and planes go to the device
+    admit(slot, state)   once per request        parameters and per-request tensors go to the device
     prepare(slots)       each step, on the host  which slots the rows belong to; which stages the step needs
-    sample(...)          each step, capturable   token ids on the device; counts and history advance there
-    start_copy(...)      each step, on the host  results begin their way to pinned memory
+    sample(...)          each step, capturable   token ids on the device; counts and history are updated there
+    start_copy(...)      each step, on the host  results start copying to pinned memory
     collect(pending)     a step or more later    waits for them
 
 Every call enqueues on the current stream, so that a later step may be launched before an earlier one is collected.
@@ -27,7 +27,7 @@ from sempre.kernels.sampling import gpu, gpu_table
 from sempre.kernels.sampling.coefficients import log32
 from sempre.kernels.sampling.gpu import MAX_BEST, TILES, DraftedRows, SamplingBuffers, Stages, Tiles
 from sempre.kernels.sampling.gpu_noise import BAD_LOGITS, HEAD
-from sempre.workers.sampling.gpu_planes import DevicePlanes
+from sempre.workers.sampling.per_request_tensors import PerRequestTensors
 from sempre.workers.sampling.row_error import NoDistribution, RowError
 from sempre.workers.sampling.sampler import RowResult, check_valid, pack_logprobs, row_error, with_listed
 from sempre.workers.sampling.state import SamplingState
@@ -42,7 +42,7 @@ Int32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class PendingSample:
-    """One step's results on their way to the host."""
+    """One step's results being copied to the host."""
 
     states: list[SamplingState | None]
     report: torch.Tensor
@@ -50,7 +50,7 @@ class PendingSample:
     errors: dict[int, RowError]
     """rows that could not be prepared"""
     wide_rows: list[int]
-    """rows that want other log-probabilities than the kernels report"""
+    """rows that need log-probabilities the kernels do not report"""
     wide_logits: torch.Tensor | None
     """pinned float32 [len(wide_rows), V]"""
     event: torch.cuda.Event | None
@@ -71,7 +71,7 @@ class GpuSampler:
         self._buffers = SamplingBuffers(device, vocab_size, max_num_seqs, tiles)
         self._row_slots = torch.full((max_num_seqs,), -1, dtype=torch.int32, device=device)
         self._host_row_slots: list[int] = []
-        self._planes: dict[int, DevicePlanes] = {}
+        self._tensors: dict[int, PerRequestTensors] = {}
         self._stages: dict[int, Stages] = {}
         self._with_grammar: dict[int, SamplingState] = {}
         self._unprepared: dict[int, RowError] = {}
@@ -89,11 +89,11 @@ class GpuSampler:
 
     @property
     def row_slots(self) -> torch.Tensor:
-        """int32 [max_num_seqs] on the device: what was last prepared, at a fixed address."""
+        """int32 [max_num_seqs] on the device: the slots last prepared, at a fixed address."""
         return self._row_slots
 
     def grow_slots(self, num_slots: int) -> bool:
-        """Make room for more slots. True: the table has moved, and captured graphs must be captured anew."""
+        """Make room for more slots. True: the table has moved, and graphs must be captured again."""
         old = self._host_table
         if num_slots <= old.shape[0]:
             return False
@@ -104,25 +104,25 @@ class GpuSampler:
 
     @np.errstate(all="ignore")
     def admit(self, slot: int, state: SamplingState) -> None:
-        """Take in a new or resumed request, whose known tokens are all in the state.
+        """Add a new or resumed request, whose known tokens are all in the state.
 
-        Raises RowError, which concerns this request alone, when its parameters do not fit the vocabulary or the device
-        has no memory for what they need.
+        Raises RowError, for this request alone, when its parameters do not fit the vocabulary or the device has no
+        memory for them.
         """
         self.release(slot)
         try:
-            planes = DevicePlanes.of(state, self._vocab_size, self._device)
+            tensors = PerRequestTensors.of(state, self._vocab_size, self._device)
         except torch.OutOfMemoryError as error:
             raise RowError(
                 "sampling",
                 "the device has no memory left for the request's penalties, bias or masks; lower the number of "
                 "concurrent requests that use them, or the memory given to the KV cache",
             ) from error
-        self._planes[slot] = planes
+        self._tensors[slot] = tensors
         if state.grammar is not None:
             self._with_grammar[slot] = state
         row = self._host_table[slot]
-        row.copy_(torch.from_numpy(_table_row(state, planes, self._vocab_size)))
+        row.copy_(torch.from_numpy(_table_row(state, tensors, self._vocab_size)))
         flags = int(row[gpu_table.FLAGS])
         self._stages[slot] = Stages(
             edits=bool(flags & gpu_table.EDITS),
@@ -133,14 +133,14 @@ class GpuSampler:
 
     def release(self, slot: int) -> None:
         """Forget a request and free what it used."""
-        self._planes.pop(slot, None)
+        self._tensors.pop(slot, None)
         self._stages.pop(slot, None)
         self._with_grammar.pop(slot, None)
 
     def revise(self, slot: int, position: int, old: Sequence[int], new: Sequence[int]) -> None:
-        """The tokens of a slot from `position` on, which are generated ones, are `new` instead of `old`."""
-        planes = self._planes[slot].tensors
-        counts, history = planes.get(gpu_table.COUNTS), planes.get(gpu_table.HISTORY)
+        """Replace a slot's tokens from `position` on, which were generated, by `new` instead of `old`."""
+        tensors = self._tensors[slot].tensors
+        counts, history = tensors.get(gpu_table.COUNTS), tensors.get(gpu_table.HISTORY)
         if counts is not None:
             changes = Counter(new)
             changes.subtract(old)
@@ -155,7 +155,7 @@ class GpuSampler:
             history[position : position + len(new)] = self._send(torch.tensor(new, dtype=torch.int32, device="cpu"))
 
     def prepare(self, slots: Sequence[int]) -> Stages:
-        """Say which slot each row of the next step belongs to (-1: none); the stages which that step needs.
+        """Set the slot of each row of the next step (-1: none); returns the stages that step needs.
 
         A request with a grammar samples the token after the last one in its state.
         """
@@ -187,15 +187,16 @@ class GpuSampler:
 
         `positions` (int32 or int64 [R], on the device) are the indices of these tokens in their sequences. Launches
         kernels only. The token of a row in error, or of no row, is 0. With `drafts`, a slot may have several rows; the
-        tokens that stand are recorded as its history and in `drafts.last_tokens`. `row_slots` (int32 [R], on the
-        device) stand in place of the prepared ones, some of which they leave out.
+        accepted tokens are recorded in its history and in `drafts.last_tokens`. `row_slots` (int32 [R], on the device)
+        replace the prepared ones and may omit some.
         """
         if row_slots is None:
             row_slots = self._row_slots[: logits.shape[0]]
         return gpu.sample(logits, positions, row_slots, self._table, self._buffers, stages, drafts)
 
     def start_copy(self, logits: torch.Tensor, stages: Stages, states: Sequence[SamplingState | None]) -> PendingSample:
-        """Begin to copy the results of the last `sample(logits, …)`; `states` [R], None for a row not wanted."""
+        """Begin to copy the results of the last `sample(logits, …)`; `states` [R], None for a row that is not
+        needed."""
         buffers = self._buffers
         rows = buffers.max_rows if stages.num_best > 0 else len(states)
         size = buffers.report.numel() if stages.num_best > 0 else rows * HEAD
@@ -267,20 +268,20 @@ class GpuSampler:
         return _pack(head, self._buffers.best[:rows, :num_best].cpu().numpy())
 
     def _write_grammar_masks(self, slots: Sequence[int]) -> dict[int, RowError]:
-        """The errors by row; such a row may sample nothing."""
+        """Returns errors by row; those rows must not sample."""
         errors: dict[int, RowError] = {}
         for row, slot in enumerate(slots):
             state = self._with_grammar.get(slot)
             if state is None or state.grammar is None:
                 continue
-            plane = self._planes[slot].tensors[gpu_table.GRAMMAR]
-            forbidden = np.full(plane.shape[0], -1, np.int32)
+            mask = self._tensors[slot].tensors[gpu_table.GRAMMAR]
+            forbidden = np.full(mask.shape[0], -1, np.int32)
             try:
                 allowed = state.allowed_words(state.grammar, len(state.token_ids))
                 forbidden[: allowed.size] = ~allowed
             except RowError as error:
                 errors[row] = error
-            plane.copy_(self._pinned(torch.from_numpy(forbidden)), non_blocking=True)
+            mask.copy_(self._pinned(torch.from_numpy(forbidden)), non_blocking=True)
         return errors
 
     def _set_table(self, host_table: torch.Tensor) -> None:
@@ -292,7 +293,7 @@ class GpuSampler:
         return self._pinned(tensor).to(self._device, non_blocking=True)
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy that may be read by the device later on, whatever happens to `tensor`."""
+        """A copy that the device may read later, whatever happens to `tensor`."""
         return tensor.pin_memory() if self._device.type == "cuda" else tensor.clone()
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -320,14 +321,14 @@ def _is_wide(state: SamplingState, vocab_size: int) -> bool:
     return number < 0 or min(number, vocab_size) > MAX_BEST or bool(state.params.logprob_token_ids)
 
 
-def _table_row(state: SamplingState, planes: DevicePlanes, vocab_size: int) -> Int32:
+def _table_row(state: SamplingState, tensors: PerRequestTensors, vocab_size: int) -> Int32:
     """The request's row of the table, int32 [WORDS]."""
     params = state.params
     row = np.zeros(gpu_table.WORDS, np.int32)
     floats, wide, wide_floats = row.view(np.float32), row.view(np.int64), row.view(np.float64)
     temperature, min_p = np.float32(params.temperature), np.float32(params.min_p)
     truncates = temperature > 0 and (params.top_k > 0 or params.top_p < 1.0 or min_p > 0)
-    row[gpu_table.FLAGS] = (gpu_table.TRUNCATES if truncates else 0) | (gpu_table.EDITS if planes.tensors else 0)
+    row[gpu_table.FLAGS] = (gpu_table.TRUNCATES if truncates else 0) | (gpu_table.EDITS if tensors.tensors else 0)
     floats[gpu_table.TEMPERATURE] = temperature
     row.view(np.uint32)[gpu_table.SEED_LOW] = state.seed & 0xFFFFFFFF
     row.view(np.uint32)[gpu_table.SEED_HIGH] = state.seed >> 32
@@ -339,12 +340,12 @@ def _table_row(state: SamplingState, planes: DevicePlanes, vocab_size: int) -> I
     floats[gpu_table.FREQUENCY] = params.frequency_penalty
     floats[gpu_table.PRESENCE] = params.presence_penalty
     row[gpu_table.MIN_POSITION] = min(state.num_prompt_tokens + params.min_tokens, 2**31 - 1)
-    row[gpu_table.NUM_PHRASES] = planes.num_phrases
-    row[gpu_table.PHRASE_WIDTH] = planes.phrase_width
+    row[gpu_table.NUM_PHRASES] = tensors.num_phrases
+    row[gpu_table.PHRASE_WIDTH] = tensors.phrase_width
     row[gpu_table.OUTPUT_START] = state.num_prompt_tokens
     by_kernels = params.logprobs is not None and not _is_wide(state, vocab_size)
     row[gpu_table.NUM_BEST] = min(params.logprobs or 0, vocab_size) if by_kernels else -1
-    for column, tensor in planes.tensors.items():
+    for column, tensor in tensors.tensors.items():
         wide[column] = tensor.data_ptr()
     return row
 

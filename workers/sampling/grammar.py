@@ -1,8 +1,8 @@
-"""What the form of a request's output allows next, as a bit per token; a function of the tokens generated so far.
+"""What a request's grammar allows next, as a bit per token; a function of the tokens generated so far.
 
-A matcher stands where the sampler stands, and follows the request's own list of tokens: forward token by token, and
-back when a position is asked for again. A request that is resumed, or computed by another worker, starts from the
-beginning and reads the tokens known then.
+A matcher keeps up with the sampler and follows the request's own list of tokens: forward token by token, and back when
+a position is requested again. A request that is resumed, or computed by another worker, starts over and reads the
+tokens known then.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Words = npt.NDArray[np.int32]
 Result = TypeVar("Result")
 
 OPERATION = "structured_outputs"
-# a form that takes long leaves one to the others
+# a slow grammar leaves one to the others
 _THREADS = 2
-# characters of grammars; what is made of them takes some hundred times as many bytes
+# characters of cached grammars; compiled, they take some hundred times as many bytes
 _MOST_COMPILED = 1 << 18
 # An output whose first tokens hold no start tag does not reason.
 _MOST_OPENING_TOKENS = 32
 
 
 def grammar_library_version() -> str:
-    """For the fingerprint: what decides which tokens a grammar allows."""
+    """For the fingerprint: the library decides which tokens a grammar allows."""
     try:
         return importlib.metadata.version("llguidance")
     except importlib.metadata.PackageNotFoundError:
@@ -49,19 +49,19 @@ def grammar_library_version() -> str:
 
 
 class StepPatience:
-    """How long the rows of one step may wait, all together, for the work on their forms."""
+    """How long the rows of one step may wait, in total, for work on their grammars."""
 
     def __init__(self, most_s: float | None) -> None:
-        """None: as long as it takes."""
+        """None: no limit."""
         self._most_s = most_s
         self._left_s = most_s
 
     def begin_step(self) -> None:
-        """Another step begins."""
+        """Start a new step."""
         self._left_s = self._most_s
 
     def result_of(self, work: Future[Result]) -> Result:
-        """Wait for a result. Raises NotReady when it does not come in time, and what the work raises."""
+        """Wait for a result. Raises NotReady when it is not ready in time, and what the work raises."""
         if work.done():
             return work.result()
         began = time.monotonic()
@@ -74,7 +74,7 @@ class StepPatience:
 
 
 class _Follower:
-    """One grammar, and how far the output has been read by it; a thread reads, for one position at a time."""
+    """One grammar, and how far it has read the output; a thread reads, for one position at a time."""
 
     def __init__(
         self,
@@ -93,10 +93,10 @@ class _Follower:
         self._end = num_prompt_tokens
         self._work: Future[Words | None] | None = None
         self._position = -1
-        """what the work is about"""
+        """the position `_work` is for"""
 
     def prepare(self, position: int) -> None:
-        """Begin to find out what may stand at `position`."""
+        """Start computing what is allowed at `position`."""
         if self._work is not None and self._position != position:
             if not self._work.done():
                 return
@@ -106,14 +106,14 @@ class _Follower:
             self._work = self._threads.submit(self._allowed_words, position)
 
     def allowed_words(self, position: int) -> Words | None:
-        """As of GrammarState, though of any length; None: the tokens before `position` have left this grammar.
+        """Like GrammarState's, but of any length; None: the tokens before `position` have left this grammar.
 
-        Raises NotReady, and RowError when there is no such grammar, or it needs more work than one token may cost.
+        Raises NotReady, and RowError when there is no such grammar, or it needs more work than allowed per token.
         """
         self.prepare(position)
         assert self._work is not None
         if self._position != position:
-            # of a position that nobody waits for any more
+            # for a position that nobody waits for any more
             self._finish()
             self.prepare(position)
         return self._finish()
@@ -126,7 +126,7 @@ class _Follower:
 
     def _allowed_words(self, position: int) -> Words | None:
         if self._matcher is None:
-            # the requests of one form share what is compiled, and nothing of what they read
+            # requests with the same grammar share what is compiled, but not what they read
             self._matcher = self._compiled.result().deep_copy()
         matcher = self._matcher
         _check(matcher)
@@ -150,10 +150,10 @@ def _check(matcher: LLMatcher) -> None:
 
 
 class GrammarState:
-    """The form of one output, and how far it has been read.
+    """The grammar of one output, and how far it has been read.
 
-    An output that may reason has two forms, of an answer at once and of reasoning before it. What either allows may be
-    sampled; the tokens decide, and once they begin with the start tag only the second counts.
+    An output that may reason has two grammars: one for a direct answer, one for reasoning first. What either allows may
+    be sampled; the tokens decide, and once they begin with the start tag only the second applies.
     """
 
     def __init__(
@@ -173,16 +173,16 @@ class GrammarState:
         self._num_words = num_words
 
     def prepare(self, position: int) -> None:
-        """Begin to find out what may stand at `position`, which will be asked for."""
+        """Start computing what is allowed at `position`, which will be requested."""
         for follower in (self._answer, self._reasoned):
             if follower is not None:
                 follower.prepare(position)
 
     def allowed_words(self, position: int) -> Words:
-        """int32 [V / 32], rounded up: bit v % 32 of word v // 32 is 1 if token v may stand at `position`.
+        """int32 [V / 32], rounded up: bit v % 32 of word v // 32 is 1 if token v is allowed at `position`.
 
-        Raises NotReady when that is still being worked out; RowError when there is no such grammar, it needs more work
-        than one token may cost, or the tokens so far do not follow it.
+        Raises NotReady when that is still being computed; RowError when there is no such grammar, it needs more work
+        than allowed per token, or the tokens so far do not follow it.
         """
         begun = False
         if self._reasoning is not None:
@@ -211,10 +211,10 @@ class GrammarState:
 
 
 class GrammarCompiler:
-    """Makes matchers for one model's tokenizer; compiling and matching are done on threads, beside the steps.
+    """Makes matchers for one model's tokenizer; compiling and matching run on threads, alongside the steps.
 
-    Whoever samples waits `step_wait_s` at most for all rows of a step, so that the form of one request, however large,
-    does not hold up the others: a row that is not ready is asked for again in a later step.
+    A step waits at most `step_wait_s` for all its rows together, so that one request's grammar, however large, does not
+    hold up the others: a row that is not ready is tried again in a later step.
     """
 
     def __init__(self, model_folder: Path, vocab_size: int, *, step_wait_s: float | None = None) -> None:
@@ -223,12 +223,12 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self.patience = StepPatience(step_wait_s)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
-        # the tokens that end an output are the request's; they are the same in all requests of a model, mostly
+        # the tokens that end an output belong to the request, but are mostly the same for all requests of a model
         self._tokenizers: dict[tuple[int, ...], Future[LLTokenizer]] = {}
         self._compiled: dict[tuple[str, tuple[int, ...]], Future[LLMatcher]] = {}
 
     def start(self, params: SamplingSpec, token_ids: list[int], num_prompt_tokens: int) -> GrammarState:
-        """Begin to compile the form of an output, `params.depends_on_output`; what goes wrong is raised by the state.
+        """Start compiling the grammar of an output (`params.depends_on_output`); errors are raised by the state.
 
         `token_ids` is the worker's own list of the sequence, prompt first, which grows.
         """
@@ -277,7 +277,7 @@ class GrammarCompiler:
             ) from error
         try:
             text = read_text(self._path, MAX_TOKENIZER_BYTES)
-            # without an end there is no grammar, and only text is read
+            # without an end there is no grammar, and only text is decoded
             return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=list(eos_token_ids) or [0])
         except (ModelError, ValueError) as error:
             raise RowError(OPERATION, f"{self._path} cannot be used with grammars: {error}") from error
@@ -308,7 +308,7 @@ class ReasoningState:
         return begin + len(opening)
 
     def forced_token(self, position: int, decode: Callable[[Sequence[int]], bytes]) -> int | None:
-        """The token of the end tag that has to stand at `position`; None: the budget has nothing to say there."""
+        """The token of the end tag required at `position`; None: the budget requires none there."""
         budget, end_token_ids = self._spec.budget, self._spec.end_token_ids
         if budget is None or position < self._output_start + budget:
             return None

@@ -18,10 +18,10 @@ class RowError(Exception):
 
 
 class NotReady(RowError):
-    """What the row needs is still being worked out; a later step may ask for it again."""
+    """What the row needs is still being computed; a later step may request it again."""
 
     def __init__(self, operation: str) -> None:
-        super().__init__(operation, "the form is still being worked out")
+        super().__init__(operation, "the grammar is not ready yet")
 
     def info(self) -> ErrorInfo:
         return ErrorInfo(type=NOT_READY, message=str(self))

@@ -1,4 +1,4 @@
-"""From logits to tokens: the steps of sampling in their order, over a batch of requests."""
+"""From logits to tokens: the steps of sampling, in order, over a batch of requests."""
 
 # M rows of logits, V vocabulary
 
@@ -22,7 +22,7 @@ Rows = npt.NDArray[np.int64]
 
 
 class RowResult(NamedTuple):
-    """The token of one row and, if asked for, its log-probabilities (one row); or the error of this row alone."""
+    """The token of one row and, if requested, its log-probabilities (one row); or the error of this row alone."""
 
     token_id: int | None
     logprobs: LogprobRows | None
@@ -42,7 +42,7 @@ def pack_logprobs(logprobs: Logprobs, rows: slice) -> LogprobRows:
 
 
 def with_listed(packed: LogprobRows, logits: torch.Tensor, row: int, token_ids: list[int]) -> LogprobRows:
-    """Return one packed row with the log-probabilities of further tokens, in logits[row] (of [M, V])."""
+    """Return one packed row with the log-probabilities of more tokens, from logits[row] (of [M, V])."""
     if not token_ids:
         return packed
     rows = np.full(len(token_ids), row, np.int64)
@@ -65,16 +65,16 @@ def check_valid(logprobs: Logprobs) -> None:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What follows from the states alone; reused while the batch is made of the same requests."""
+    """What depends on the states alone; reused while the batch has the same requests."""
 
     states: list[SamplingState]
     parameters: SamplingRows
     rewritten: list[int]
-    """Rows with a step among 2 to 7."""
+    """Rows with any of steps 2 to 7."""
     saved: Rows
-    """Rows whose raw logits are wanted after sampling has overwritten them."""
+    """Rows whose raw logits are needed after sampling has overwritten them."""
     reported: dict[int, Rows]
-    """Rows by the number of best log-probabilities they ask for."""
+    """Rows by the number of best log-probabilities they request."""
 
     @classmethod
     def of(cls, states: list[SamplingState]) -> _Batch:
@@ -100,10 +100,10 @@ class _Batch:
 class Sampler:
     """Turns rows of logits into tokens. For each row, in this order:
 
-    1. log-probabilities, if asked for, are those of the raw logits (computed last, from a saved copy);
+    1. log-probabilities, if requested, are those of the raw logits (computed last, from a saved copy);
     2. allowed_token_ids: everything else becomes -inf;
-    3. grammar: every token that would leave it becomes -inf, and so do all ends until it is fulfilled; reasoning that
-       has spent its budget is ended by force;
+    3. grammar: every token that would leave it becomes -inf, and so do all ends until it is complete; reasoning
+        that has used up its budget is forced to end;
     4. bad_words: the token that would complete one becomes -inf (multi-token words match within the output);
     5. min_tokens: end-of-sequence and stop ids become -inf while the output is shorter, unless a grammar leaves no
        other token;
@@ -112,11 +112,11 @@ class Sampler:
     8. division by the temperature; temperature 0 ends here, with the argmax;
     9. min_p: keep x - max >= log(min_p);
     10. top_k: keep the first k in the order (value descending, id ascending);
-    11. top_p: keep the shortest prefix, in that order, with at least top_p of the mass that is left;
-    12. add the noise of (seed, position, id), take the argmax, the lowest id among equals.
+    11. top_p: keep the shortest prefix, in that order, with at least top_p of the remaining mass;
+    12. add the noise of (seed, position, id), take the argmax, with ties to the lowest id.
 
-    Finite logits stay finite in all of this: what would leave float32 becomes its largest number.
-    A row's result is a function of its logits, its state and its position: no other row and no thread count enters.
+    Finite logits stay finite throughout: what would overflow float32 becomes its largest number. A row's result is a
+    function of its logits, its state and its position, not of other rows or the thread count.
     """
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class Sampler:
         """Sample one token per row of logits (float32 [M, V], may be overwritten).
 
         `positions[m]` is the index, in its sequence, of the token that row m samples; the state's tokens before it are
-        its history. One state may stand in several rows. Raises ValueError when the lengths do not fit.
+        its history. One state may appear in several rows. Raises ValueError when the lengths do not fit.
         """
         if not logits.shape[0] == len(states) == len(positions):
             raise ValueError(

@@ -1,7 +1,7 @@
-"""What the sampler keeps of one request, and the changes it makes to the request's logits.
+"""What the sampler keeps for one request, and the changes it makes to the request's logits.
 
-Everything here follows from (parameters, token ids, position): a state that is built anew for a resumed request
-equals the one that lived through all steps.
+Everything here is a function of (parameters, token ids, position): a state rebuilt for a resumed request equals the one
+that went through all steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Ids = npt.NDArray[np.int64]
 
 
 class TokenCounts:
-    """The distinct tokens of a sequence, which of them stand in the prompt, and how often each was generated."""
+    """The distinct tokens of a sequence, which of them are in the prompt, and how often each was generated."""
 
     def __init__(self, token_ids: list[int], num_prompt_tokens: int) -> None:
         prompt = np.unique(np.asarray(token_ids[:num_prompt_tokens], np.int64))
@@ -79,7 +79,7 @@ class SamplingState:
         num_prompt_tokens: int,
         grammar: GrammarState | None = None,
     ) -> None:
-        """`grammar` is the form of the output that `params` ask for, and reads `token_ids` too."""
+        """`grammar` is the one that `params` request for the output; it reads `token_ids` too."""
         self.params = params
         self.grammar = grammar
         self.seed = seed
@@ -99,7 +99,7 @@ class SamplingState:
         self._largest_ids = self._find_largest_ids()
 
     def rewind(self, position: int) -> None:
-        """Before the tokens from `position` on are replaced by others: uncount them."""
+        """Called before the tokens from `position` on are replaced: uncount them."""
         if self._counts is not None:
             self._counts.retreat_to(position)
 
@@ -139,9 +139,9 @@ class SamplingState:
             self._penalise(row, position)
 
     def allowed_words(self, grammar: GrammarState, position: int) -> npt.NDArray[np.int32]:
-        """What `grammar` allows at `position`, without the ends of a shorter output than `min_tokens` asks for.
+        """What `grammar` allows at `position`, without ends while the output is shorter than `min_tokens`.
 
-        A form that is complete wins: where nothing but an end may follow, it may. Raises RowError.
+        A complete output wins: where only an end may follow, it is allowed. Raises RowError.
         """
         words = grammar.allowed_words(position)
         if position - self.num_prompt_tokens >= self.params.min_tokens:

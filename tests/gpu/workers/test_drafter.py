@@ -10,7 +10,7 @@ from worker_settings import worker_config
 
 from sempre.workers.drafters.model import ModelDrafter
 from sempre.workers.gpu.backend import GpuBackend
-from sempre.workers.worker import _load, _outline
+from sempre.workers.worker import _load, _setup
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +32,7 @@ def drafting(*, enforce_eager: bool, max_num_batched_tokens: int) -> ModelDrafte
     )
     backend = GpuBackend(torch.device("cuda", 0), None)
     backend.begin(config)
-    model = _load(_outline(config, backend), backend)
+    model = _load(_setup(config, backend), backend)
     backend.available_blocks(model)
     runner = backend.make_drafter(backend.make_runner(model, 9))
     runner.prepare()

@@ -30,7 +30,7 @@ from sempre.workers.models.base import CausalLM
 from sempre.workers.sampling import SamplingState
 from sempre.workers.step_validation import StepLimits
 from sempre.workers.steps import StepInput
-from sempre.workers.worker import _load, _outline
+from sempre.workers.worker import _load, _setup
 
 MAX_SEQS, MAX_TOKENS, MAX_LEN, NUM_BLOCKS = 3, 12, 64, 9
 
@@ -52,7 +52,7 @@ def model(checkpoints: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
     )
     backend = CpuBackend()
     backend.begin(config)
-    return _load(_outline(config, backend), backend)
+    return _load(_setup(config, backend), backend)
 
 
 def _padded(model: CausalLM) -> CausalLM:
@@ -117,7 +117,7 @@ def test_sequences_that_stay_on_a_gpu(model: LoadedModel, gpu_drafter: DraftMode
 def test_what_a_proposal_on_a_gpu_leaves_behind(model: LoadedModel, gpu_drafter: Any) -> None:
     """Counts and history are those of the known tokens and the drafts, whatever was drafted before."""
     from sempre.kernels.sampling import gpu_table
-    from sempre.workers.sampling.gpu_planes import DevicePlanes
+    from sempre.workers.sampling.per_request_tensors import PerRequestTensors
 
     drafting = ModelDrafter(gpu_drafter, max_num_seqs=MAX_SEQS)
     new = make_requests()[2]
@@ -127,9 +127,9 @@ def test_what_a_proposal_on_a_gpu_leaves_behind(model: LoadedModel, gpu_drafter:
         drafts = drafting.propose([DraftRequest(request_id=new.request_id, token_ids=more, num_drafts=4)])[0]
         assert drafts == draft_anew(_on_cpu(model), new, tokens, 4)
         slot = gpu_drafter._states[new.request_id].slot
-        found = gpu_drafter._sampler._planes[slot].tensors
+        found = gpu_drafter._sampler._tensors[slot].tensors
         state = SamplingState(new.params, new.seed, tokens + drafts, new.num_prompt_tokens)
-        expected = DevicePlanes.of(state, model.spec.vocab_size, torch.device("cpu")).tensors
+        expected = PerRequestTensors.of(state, model.spec.vocab_size, torch.device("cpu")).tensors
         assert torch.equal(found[gpu_table.COUNTS], expected[gpu_table.COUNTS])
         length = len(tokens + drafts)
         assert torch.equal(found[gpu_table.HISTORY][:length], expected[gpu_table.HISTORY][:length])

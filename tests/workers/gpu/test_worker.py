@@ -91,7 +91,7 @@ def gpu_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
             pass
 
         @contextmanager
-        def loading(self, outline: object) -> Iterator[Any]:
+        def loading(self, setup: object) -> Iterator[Any]:
             yield SimpleNamespace(finish=dict)
 
     # the interpreter adds as numpy does, whose order depends on the number of rows

@@ -1,4 +1,4 @@
-"""Start-up self-test on a GPU: for this model's shapes, each kernel that may be chosen gives the bits of a reference.
+"""Start-up self-test on a GPU: for this model's shapes, each kernel that may be chosen gives the reference's bits.
 
 A matmul kernel that disagrees is left out of the choice for its weight; the fingerprint names it. Anything else that
 disagrees with itself raises InvarianceError, and the worker does not serve. Nothing here draws from the global
@@ -23,7 +23,7 @@ __all__ = ["SelfTest", "require_fp8", "run_self_test"]
 
 
 class SelfTest(NamedTuple):
-    """What was found; `require_equal` judges the comparisons."""
+    """The findings; `require_equal` judges the comparisons."""
 
     excluded: dict[str, list[str]]
     """matmul kernels that disagree, by shape, for the fingerprint"""

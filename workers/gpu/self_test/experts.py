@@ -42,7 +42,7 @@ def _check(mixture: SparseMLP, dtype: torch.dtype, max_tokens: int) -> Iterator[
     dispatch(logits, scratch, reference.block_t, renormalize=mixture.renormalize)
     expected = [part.clone() for part in moe_gpu.run_gated(x, experts, scratch, reference)]
     for tile in sorted(tiles - {reference}):
-        # what a tile leaves out shows
+        # so that anything a tile skips shows
         scratch.activated.fill_(float("nan"))
         scratch.parts.fill_(float("nan"))
         dispatch(logits, scratch, tile.block_t, renormalize=mixture.renormalize)

@@ -1,7 +1,7 @@
 """Self-test of the linear layers: each kernel that may be chosen for a weight gives the bits of one reference kernel.
 
-One that disagrees is left out of the choice for its shape. The reference must give a row the same bits alone and among
-others; when it does not, nothing is left to choose.
+One that disagrees is excluded from the choice for its shape. The reference must give a row the same bits alone and
+among others; when it does not, there is nothing to choose from.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Shape = tuple[int, int, Fp8Scheme | None]
 
 
 class LinearTest(NamedTuple):
-    """What their test found."""
+    """What the test found."""
 
     excluded: dict[str, list[str]]
     """kernels that disagree, by shape, for the fingerprint"""
@@ -55,7 +55,7 @@ def require_fp8(facts: WeightFacts, device: torch.device) -> None:
 
 def check_linears(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_num_seqs: int) -> LinearTest:
     """Every (N, K) of the model once, at the row counts where another kernel is chosen; kernels that disagree are
-    taken from the choice of all matrices of that shape."""
+    excluded for all matrices of that shape."""
     excluded: dict[Shape, set[str]] = {}
     reference: list[Comparison] = []
     for path, linear in distinct_linears(model):

@@ -44,7 +44,7 @@ def _sample(sampler: GpuSampler, logits: torch.Tensor, rows: list[int]) -> list[
     states = []
     for row in rows:
         spec = SamplingSpec(max_tokens=4, **PARAMETERS[row])
-        # admitted anew: sampling advances the counts of penalties
+        # admitted again: sampling advances the counts of penalties
         states.append(SamplingState(spec, row, list(PROMPT), len(PROMPT)))
         sampler.admit(row, states[-1])
     stages = sampler.prepare(rows)
