@@ -68,6 +68,20 @@ def test_the_fused_product_has_the_bits_of_the_two_in_turn() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_and_soft_caps(dtype: torch.dtype) -> None:
+    from sempre.kernels.activation import gpu
+
+    gate_up = _random(5, 140, dtype=dtype) * 3.0
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    out = gpu.gelu_and_mul(gate_up, torch.full((5, 70), float("nan"), dtype=dtype))
+    assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
+    x = _random(5, 301, dtype=torch.float32) * torch.logspace(-6, 6, 5)[:, None]
+    expected = 2.5 * torch.tanh(x.double() / 2.5)
+    assert ((gpu.soft_cap(x, 2.5) - expected) / expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norms_and_embedding(dtype: torch.dtype) -> None:
     from sempre.kernels.embedding import gpu as embedding_gpu
     from sempre.kernels.norms import gpu as norms_gpu

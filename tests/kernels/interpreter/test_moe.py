@@ -7,7 +7,7 @@ import torch
 from moe_cases import ODD, Mixture, check_route, check_sort
 
 from sempre.kernels.fp8 import FP8, Fp8Scheme
-from sempre.kernels.moe import ExpertShape
+from sempre.kernels.moe import ExpertShape, combine
 
 # rounding of the activations between the two products
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3}
@@ -19,6 +19,15 @@ def test_route() -> None:
 
 def test_sort() -> None:
     check_sort("cpu", ((1, 5, 3, 16), (7, 5, 3, 16), (40, 128, 8, 16), (100, 6, 6, 64), (33, 300, 2, 8)))
+
+
+def test_parts_are_added_as_on_a_cpu() -> None:
+    """With equal bits."""
+    from sempre.kernels.moe import gpu
+
+    generator = torch.Generator().manual_seed(2)
+    parts, weights = torch.randn(7, 5, 1100, generator=generator), torch.rand(7, 5, generator=generator)
+    assert torch.equal(gpu.combine(parts, weights, torch.empty(7, 1100)), combine(parts, weights, torch.empty(7, 1100)))
 
 
 @pytest.mark.parametrize("scheme", [None, *Fp8Scheme], ids=str)

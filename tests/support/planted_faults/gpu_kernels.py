@@ -7,6 +7,8 @@ from planted_faults.fault import Fault
 DECODE_INPUTS = "kernels/decode_inputs/gpu.py"
 INPUT_TESTS = "tests/kernels/interpreter/test_decode_inputs.py"
 TESTS = "tests/kernels/interpreter/test_interpreted.py"
+DISPATCH = "kernels/moe/gpu_dispatch.py"
+EXPERT_TESTS = "tests/kernels/interpreter/test_moe.py"
 
 GPU_KERNELS = (
     Fault(
@@ -88,6 +90,62 @@ GPU_KERNELS = (
         "    for s in range(begin // SPLIT, position // SPLIT + 1):",
         "    for s in range(begin // SPLIT, tl.maximum(position // SPLIT, 1)):",
         (f"{TESTS}::test_attention",),
+    ),
+    Fault(
+        "scores-without-their-cap",
+        "Scores of attention are not capped where every key is seen.",
+        "kernels/attention/gpu_tiles.py",
+        "        if SOFT_CAP > 0:",
+        "        if SOFT_CAP > 0 and MASKED:",
+        (f"{TESTS}::test_attention",),
+    ),
+    Fault(
+        "tanh-without-its-sign",
+        "tanh of a number far below 0 is that of its magnitude.",
+        "kernels/activation/gpu.py",
+        "tl.where(x < 0.0, -large, large)",
+        "large",
+        (f"{TESTS}::test_gelu_and_soft_caps",),
+    ),
+    Fault(
+        "of-equal-experts-the-last",
+        "Of experts with equal logits the higher comes first.",
+        DISPATCH,
+        "tl.min(tl.where(x == value, e, BLOCK_E), axis=1)",
+        "tl.max(tl.where(x == value, e, -1), axis=1)",
+        (f"{EXPERT_TESTS}::test_route",),
+    ),
+    Fault(
+        "rows-of-an-expert-backwards",
+        "The sort of pairs by experts is not stable.",
+        DISPATCH,
+        "(local[None, :] < local[:, None])",
+        "(local[None, :] > local[:, None])",
+        (f"{EXPERT_TESTS}::test_sort",),
+    ),
+    Fault(
+        "chunks-in-one-place",
+        "Rows of a later chunk take the places of those before them.",
+        DISPATCH,
+        "    place = ends - total + before",
+        "    place = ends - total",
+        (f"{EXPERT_TESTS}::test_sort",),
+    ),
+    Fault(
+        "experts-of-the-row-before",
+        "A pair is computed with the activations of another row.",
+        "kernels/moe/gpu.py",
+        "    row = pair // PAIRS_OF_ROW",
+        "    row = (pair + 1) // PAIRS_OF_ROW",
+        (f"{EXPERT_TESTS}::test_experts_are_those_of_the_ordinary_products",),
+    ),
+    Fault(
+        "experts-added-backwards",
+        "The parts of a row's experts are added from the last rank to the first.",
+        "kernels/moe/gpu.py",
+        "    for k in range(1, K):\n        total += tl.load(weights + row * K + k) * tl.load(at + k * width,",
+        "    for k in range(K - 1, 0, -1):\n        total += tl.load(weights + row * K + k) * tl.load(at + k * width,",
+        (f"{EXPERT_TESTS}::test_parts_are_added_as_on_a_cpu",),
     ),
     Fault(
         "draft-behind-a-wrong-one-stands-on-a-gpu",
