@@ -1,4 +1,4 @@
-"""Refuses tensors that a kernel, which reads and writes through bare addresses, would take for something else."""
+"""Refuses tensors that a kernel, which reads and writes through raw addresses, would misread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLOAT32 = torch.float32
 def check_rows(operation: str, x: torch.Tensor, out: torch.Tensor) -> None:
     """Both contiguous and on one device; float32 on the CPU. ValueError or TypeError otherwise.
 
-    Called for every kernel of a step: the usual case is as cheap as Python allows.
+    Called for every kernel of a step: the common case is as cheap as Python allows.
     """
     if not (x.is_contiguous() and out.is_contiguous()):
         _refuse(operation, x, out)

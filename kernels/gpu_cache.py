@@ -1,8 +1,8 @@
-"""Triton's cache folder with a digest beside every file, so that what is damaged is compiled anew and not loaded.
+"""Triton's cache folder with a digest beside every file, so that a damaged file is recompiled and not loaded.
 
 The folder holds machine code and shared libraries. A file counts as absent unless it belongs to this user and has the
-digest that was noted when it was written. Where nothing can be written, files live in a temporary folder of this
-process: the next start then compiles anew.
+digest recorded when it was written. Where nothing can be written, files live in a temporary folder of this process: the
+next start compiles again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class CheckedCache(FileCacheManager):  # type: ignore[misc]
     """The files of one compiled kernel, or of one other entry."""
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
-        # those folders are filled by hand
+        # those folders are filled manually
         self._by_hand = override or dump
         try:
             super().__init__(key, override=override, dump=dump)
@@ -76,16 +76,16 @@ class CheckedCache(FileCacheManager):  # type: ignore[misc]
         except FileNotFoundError:
             return False
         except OSError as error:
-            _warn_once(f"a kernel in {Path(path).parent.parent} cannot be read, so it is compiled anew: {error}")
+            _warn_once(f"a kernel in {Path(path).parent.parent} cannot be read, so it is compiled again: {error}")
             return False
         if owner == os.geteuid() and found == expected:
             return True
-        _warn_once(f"the kernel cache {Path(path).parent.parent} is damaged; the kernels concerned are compiled anew")
+        _warn_once(f"the kernel cache {Path(path).parent.parent} is damaged; the affected kernels are compiled again")
         return False
 
     def _move_aside(self, error: OSError) -> None:
-        """From now on in the temporary folder."""
-        _warn_once(f"kernels cannot be kept, the next start compiles them anew: {error}")
+        """Use the temporary folder from now on."""
+        _warn_once(f"kernels cannot be kept, the next start compiles them again: {error}")
         self.cache_dir = os.path.join(_temporary().name, self.key)
         self.lock_path = os.path.join(self.cache_dir, "lock")
         os.makedirs(self.cache_dir, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How the GPU kernels are compiled: Triton, without fused multiply-adds of the compiler's own choice.
+"""How the GPU kernels are compiled: Triton, without fused multiply-adds chosen by the compiler.
 
 Imported only by the GPU modules, so that a machine without Triton can use the CPU kernels.
 """
@@ -32,7 +32,7 @@ triton.knobs.cache.manager_class = CheckedCache
 
 
 def _can_chain() -> bool:
-    """Whether kernels may be launched before the one in front of them has ended (compute capability 9 and above)."""
+    """Whether kernels may be launched before the previous one has ended (compute capability 9 and above)."""
     try:
         target = driver.active.get_current_target()
     except RuntimeError:  # no driver: the interpreter
@@ -41,16 +41,16 @@ def _can_chain() -> bool:
 
 
 CHAINS = tl.constexpr(_can_chain())
-# whether a product and a sum become one rounding or two must not depend on the tile around them
+# whether a multiply and an add are rounded once or twice must not depend on the tile around them
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
-# for kernels that call `wait_for_previous` before they read or write what other kernels do
+# for kernels that call `wait_for_previous` before they touch what other kernels read or write
 CHAINED: dict[str, Any] = EXACT | ({"launch_pdl": True} if CHAINS.value else {})
 
 _collection: ContextVar[Collection | None] = ContextVar("collection", default=None)
 
 
 class _Kernel(triton.JITFunction):  # type: ignore[misc]
-    """A Triton kernel whose launches, inside `collecting`, are noted down and do nothing else."""
+    """A Triton kernel whose launches, inside `collecting`, are only recorded."""
 
     def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         collection = _collection.get()
@@ -61,8 +61,8 @@ class _Kernel(triton.JITFunction):  # type: ignore[misc]
 
     @property
     def cache_key(self) -> str:
-        """Of the source, with all that it calls. Those come first: Triton counts the globals of a called function only
-        if it has met the function before, and the key would depend on what else was launched."""
+        """Covers the source and everything it calls. Callees come first: Triton includes a called function's globals
+        only if it has seen the function before, and the key would depend on what else was launched."""
         if self.hash is None:
             for callee in self._callees():
                 assert callee.cache_key
@@ -96,7 +96,7 @@ class Variant:
         assert self.kernel.preload(self.specialization).run is not None
 
     def describe(self) -> str:
-        """One line, from which `from_description` makes it in another process."""
+        """One line, from which `from_description` rebuilds it in another process."""
         return json.dumps([self.kernel.module, self.kernel.fn.__qualname__, self.specialization])
 
     @classmethod
@@ -106,7 +106,7 @@ class Variant:
 
 
 class _Lookup(triton.AsyncCompileMode):  # type: ignore[misc]
-    """Inside, what is to be compiled is not; its key in the cache folder is kept."""
+    """Inside, kernels are not compiled; only their keys in the cache folder are kept."""
 
     key: str
 
@@ -130,16 +130,16 @@ def compile_described(description: str, *, launcher: bool) -> None:
 
 @dataclass
 class Collection:
-    """What launches inside `collecting` lacked."""
+    """Variants that launches inside `collecting` lacked."""
 
     variants: list[Variant]
     complete: bool = True
-    """False when some did not lack theirs, because this process has launched it before"""
+    """False when some variants are missing because this process has launched them before"""
 
 
 @contextmanager
 def collecting(found: Callable[[Variant], object] = lambda variant: None) -> Iterator[Collection]:
-    """Inside, in the calling thread, launches run nothing; `found` gets each variant that they lack, once."""
+    """Inside, in the calling thread, launches run nothing; `found` is called once with each variant they lack."""
     known: set[str] = set()
 
     def note(*, fn: Any, compile: dict[str, Any], **others: Any) -> bool | None:
@@ -179,10 +179,10 @@ def jit(*, runtime: tuple[str, ...] = ()) -> Callable[[Kernel], Any]:
 
 @jit()
 def wait_for_previous() -> None:
-    """Wait until the kernel before this one has ended, and let the next one get ready beside this one.
+    """Wait until the previous kernel has ended, and let the next one start alongside this one.
 
     Programmatic dependent launch. Every program of a kernel launched with CHAINED calls it, before any early return:
-    then at most two kernels overlap, and what the last but one wrote may be read before the call.
+    then at most two kernels overlap, and the output of the one before the previous may be read before the call.
     """
     if CHAINS:
         gdc_wait()

@@ -1,6 +1,6 @@
 """Scalar building blocks of the CPU kernels.
 
-The bits of a kernel must not depend on how a compiler vectorises it. So a fused multiply-add happens exactly where
+The bits of a kernel must not depend on how a compiler vectorises it. So a fused multiply-add is used exactly where
 `fma` is written; fast-math, which would also reorder sums, is off everywhere (see `jit.py`).
 """
 

@@ -1,6 +1,6 @@
 """How the CPU kernels are compiled: once per machine, without fast-math, into the user's cache folder.
 
-The cache folder carries a digest of the kernels' sources: what generates a kernel's code lies in many files.
+The cache folder is named after a digest of the kernels' sources: a kernel's code is generated from many files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Kernel = Callable[..., Any]
 def cache_folder() -> Path | None:
     """`<user cache>/sempre/kernels/<digest>`, created; None where it cannot be written or is another user's.
 
-    That is no reason to fail: the kernels are then compiled anew in each process.
+    That is no reason to fail: the kernels are then compiled in each process.
     """
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     root = Path(__file__).parent
@@ -53,14 +53,15 @@ def compiled(*, parallel: bool = False) -> Callable[[Kernel], Kernel]:
 
 
 class Twice(NamedTuple):
-    """One function with loops over `prange`, compiled twice: starting threads costs more than they save few rows."""
+    """One function with loops over `prange`, compiled twice: for few rows, starting threads costs more than it
+    saves."""
 
     serial: Kernel
     parallel: Kernel
 
 
 def compiled_twice(function: Kernel) -> Twice:
-    """Decorator: as `compiled`, for one thread and for all. The bits are equal."""
+    """Decorator: like `compiled`, for one thread and for all. The bits are equal."""
     return Twice(compiled()(function), compiled(parallel=True)(function))
 
 
@@ -68,7 +69,7 @@ def compiled_twice(function: Kernel) -> Twice:
 def address_of(array: np.ndarray) -> np.int64:
     """The address of a contiguous array's first element, for use inside kernels.
 
-    An array made in a kernel must be passed to `keep` behind the last use of its address: numba frees it after the
+    An array created in a kernel must be passed to `keep` after the last use of its address: numba frees it after the
     last use of the array itself.
     """
     return np.int64(array.ctypes.data)
@@ -76,5 +77,5 @@ def address_of(array: np.ndarray) -> np.int64:
 
 @compiled()
 def keep(array: np.ndarray) -> None:
-    """Nothing; the array lives at least until here."""
+    """Does nothing, but the array lives at least until here."""
     return

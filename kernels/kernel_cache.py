@@ -1,9 +1,9 @@
-"""Compiled CPU kernels on disk: one file each, which begins with a digest of its contents.
+"""Compiled CPU kernels on disk: one file each, starting with a digest of its contents.
 
-The contents are pickles, so nothing is unpickled that another user could have written or that is not whole: the
-folder and each file belong to this user, nobody else may enter the folder, and the digest is checked first. A file
-that fails is compiled anew and written over. The cache is a saving only: what cannot be read or written is said once,
-and the kernel is compiled in this process.
+The contents are pickles, so nothing is unpickled that another user could have written or that is incomplete: the folder
+and each file belong to this user, nobody else may enter the folder, and the digest is checked first. A file that fails
+is recompiled and overwritten. The cache only saves time: what cannot be read or written is logged once, and the kernel
+is compiled in this process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def warn_once(message: str) -> None:
 
 
 def private_folder(folder: Path) -> Path | None:
-    """`folder`, made if it does not exist, for this user alone; None if that cannot be."""
+    """`folder`, created if needed, for this user alone; None if that is impossible."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -47,7 +47,7 @@ def private_folder(folder: Path) -> Path | None:
         if found.st_mode & 0o077:
             folder.chmod(0o700)
     except OSError:
-        # a home that cannot be written to is common, and no fault
+        # a read-only home is common and not an error
         return None
     return folder if os.access(folder, os.R_OK | os.W_OK | os.X_OK) else None
 
@@ -64,7 +64,7 @@ class KernelFiles:
             path.unlink(missing_ok=True)
 
     def load(self, key: object) -> Any:
-        """What was saved under `key`; None if there is nothing, or nothing that is whole."""
+        """What was saved under `key`; None if there is nothing, or it is incomplete."""
         path = self._path(key)
         try:
             with open(path, "rb") as file:
@@ -73,16 +73,16 @@ class KernelFiles:
         except FileNotFoundError:
             return None
         except OSError as error:
-            warn_once(f"a kernel in {self._folder} cannot be read, so it is compiled anew: {error.strerror}")
+            warn_once(f"a kernel in {self._folder} cannot be read, so it is compiled again: {error.strerror}")
             return None
         digest, data = contents[:_DIGEST_BYTES], contents[_DIGEST_BYTES:]
         if owner != os.geteuid() or hashlib.sha256(data).digest() != digest:
-            warn_once(f"the kernel cache {self._folder} is damaged; the kernels concerned are compiled anew")
+            warn_once(f"the kernel cache {self._folder} is damaged; the affected kernels are compiled again")
             return None
         return pickle.loads(data)
 
     def save(self, key: object, data: object) -> None:
-        """Whole, or not at all; other processes may do the same at the same time."""
+        """Written completely or not at all; other processes may do the same at the same time."""
         contents = dumps(data)
         path = self._path(key)
         scratch = path.with_suffix(f".{uuid.uuid4().hex}")
@@ -93,7 +93,7 @@ class KernelFiles:
                 path.rmdir()
             os.replace(scratch, path)
         except OSError as error:
-            warn_once(f"kernels cannot be kept in {self._folder}, the next start compiles them anew: {error.strerror}")
+            warn_once(f"kernels cannot be kept in {self._folder}, the next start compiles them again: {error.strerror}")
             scratch.unlink(missing_ok=True)
 
     def _path(self, key: object) -> Path:
@@ -101,17 +101,17 @@ class KernelFiles:
 
 
 class _Implementation(CompileResultCacheImpl):  # type: ignore[misc]
-    """numba's way of taking a compiled function apart and together, without its search for a folder."""
+    """numba's way of serialising a compiled function, without its search for a folder."""
 
     def __init__(self) -> None:
-        """Nothing to look for."""
+        """Skips that search."""
 
 
 class KernelCache(FunctionCache):  # type: ignore[misc]
-    """What numba asks for the compiled variants of one function."""
+    """Where numba looks up the compiled variants of one function."""
 
     def __init__(self, function: Callable[..., Any], folder: Path, name: str) -> None:
-        """`name` tells the function from others of its module, and one way to compile it from another."""
+        """`name` distinguishes the function from others of its module, and one way to compile it from another."""
         self._name = repr(function)
         self._py_func = function
         self._impl = _Implementation()

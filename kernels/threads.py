@@ -1,6 +1,6 @@
 """The compute threads of the CPU kernels. No kernel's result depends on their number.
 
-numba is imported only when it is used: a worker on a GPU does without.
+numba is imported only when used: a worker on a GPU does without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def set_num_threads(count: int) -> None:
 def settle_threads() -> None:
     """Have every compute thread round as IEEE 754 says and keep subnormal numbers.
 
-    A thread begins with the floating-point state of the one that started it, which may have been anybody's.
+    A thread inherits the floating-point state of the one that started it, which may be any.
     """
     import numba
 

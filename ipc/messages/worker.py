@@ -136,8 +136,8 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
 
     Up to `max_steps_in_flight` steps may be sent before the first of them is answered; none may have more than
     `max_num_batched_tokens` tokens, or more than `max_num_seqs` requests. Where the worker chose the number of tokens,
-    `max_prompt_tokens` of them may be prompt tokens. The next step is best sent `step_lead_s` seconds before the running
-    one ends; 0: at once.
+    `max_prompt_tokens` of them may be prompt tokens. The next step is best sent `step_lead_s` seconds before the
+    current one ends; 0: at once.
     """
 
     rank: NonNegative

@@ -5,7 +5,7 @@ gelu(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3))) (Shazeer 2020, a
 2016, arXiv 1606.08415). soft_cap: x = cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118).
 
 Contract: elementwise in float32, rounded once. On a CPU exponential and tanh are the project's own polynomials; on a
-GPU the exponential is the hardware's, and tanh is a polynomial near 0 and follows from the exponential elsewhere.
+GPU the exponential is the hardware's, and tanh is a polynomial near 0 and derived from the exponential elsewhere.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def _soft_cap(x: np.ndarray, cap: float) -> None:
         row = address_of(x[t])
         soft_cap_row(row, whole, 1.0 / cap, cap)
         if whole < width:
-            # the last elements, in a vector of their own
+            # the remaining elements, in a vector of their own
             rest = np.zeros(LANES, np.float32)
             rest[: width - whole] = x[t, whole:]
             soft_cap_row(address_of(rest), LANES, 1.0 / cap, cap)

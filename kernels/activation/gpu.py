@@ -23,14 +23,14 @@ _T3, _T4 = tl.constexpr(2.06390887954e-2), tl.constexpr(-5.70498872745e-3)
 
 @jit()
 def silu_times(gate: Any, up: Any) -> Any:
-    """silu(gate) * up in float32; the one definition, also of the fused matmul."""
+    """silu(gate) * up in float32; the only definition, shared with the fused matmul."""
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @jit()
 def tanh32(x: Any) -> Any:
-    """tanh of a float32 tensor, to full relative precision near 0; NaN stays NaN. One definition for all kernels:
-    every operation is written out, so that the code around it cannot change the bits."""
+    """tanh of a float32 tensor, to full relative precision near 0; NaN stays NaN. One definition for all kernels: every
+    operation is spelled out, so that surrounding code cannot change the bits."""
     magnitude = tl.abs(x)
     capped = tl.where(magnitude > _TANH_LARGEST, _TANH_LARGEST, magnitude)
     large = 1.0 - 2.0 / (tl.exp(capped + capped) + 1.0)

@@ -1,11 +1,11 @@
 """Causal attention over a paged KV cache, grouped queries, optional sliding window.
 
-Contract: keys and values are in the cache before the call. Every query row walks the keys in tiles of 64 from
-position 0 upwards (from the first tile its window touches), with the online softmax of Milakov and Gimelshein (2018,
-arXiv 1805.02867). Masked keys contribute exact zeros, and a fully masked tile changes nothing, so a row's bits are
-the same in a decode step, a chunk of any length, or a whole prompt, and beside any other row. That holds also beside
-keys and values that are not finite: the CPU skips masked values, and on a GPU, whose tensor cores multiply whole
-tiles, values in the cache are finite (see `kernels.rope`) and slots that were never written are not read.
+Contract: keys and values are in the cache before the call. Every query row visits the keys in tiles of 64 from position
+0 upwards (from the first tile its window touches), with the online softmax of Milakov and Gimelshein (2018, arXiv
+1805.02867). Masked keys contribute exact zeros, and a fully masked tile changes nothing, so a row's bits are the same
+in a decode step, a chunk of any length, or a whole prompt, and next to any other row. This holds even next to keys and
+values that are not finite: the CPU skips masked values, and on a GPU, whose tensor cores multiply whole tiles, values
+in the cache are finite (see `kernels.rope`) and slots that were never written are not read.
 
 CPU: scores are one chain of fused multiply-adds over D; the row's sum adds 4 vectors of 16 lanes as (0 + 1) + (2 + 3)
 and then a fixed tree; values are added one key after the other. GPU: sums run in the tensor core's steps, and splits
@@ -50,7 +50,8 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device = CPU,
 ) -> KvCache:
-    """A cache of zeros for one layer. ValueError for a block size or head dim that the device's kernel cannot take."""
+    """A cache of zeros for one layer. ValueError for a block size or head dim that the device's kernel does not
+    support."""
     sizes = CPU_BLOCK_SIZES if device.type == "cpu" else GPU_BLOCK_SIZES
     if block_size not in sizes:
         raise ValueError(f"block_size must be one of {sizes} on {device.type}, got {block_size}")
@@ -76,8 +77,8 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attention of the queries in qkv [T, (Hq + 2 Hkv) D] over the cache into, and returning, out [T, Hq D].
 
-    Nothing is written where there are no rows or no requests. `workspace` lets a GPU run splits side by side, without
-    influence on the result.
+    Nothing is written where there are no rows or no requests. `workspace` lets a GPU run splits in parallel, without
+    any effect on the result.
 
     IndexError on the CPU for a batch that does not fit qkv, or that names a block outside the cache.
     """

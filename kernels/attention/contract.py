@@ -1,4 +1,4 @@
-"""What attention and rope take: the requests of a step, the layout of heads in a row, the paged cache, and scratch.
+"""Inputs of attention and rope: the requests of a step, the layout of heads in a row, the paged cache, and scratch.
 
 # R requests, T query tokens, Hq query heads, Hkv key heads, D head dim, B keys per block
 """
@@ -25,7 +25,7 @@ class PagedBatch:
     max_query_len: int
     """no request has more rows; 1: row r belongs to request r"""
     max_context_len: int
-    """no context is longer; this bound and the one above choose grids on a GPU and cannot be seen in the result"""
+    """no context is longer; this bound and the one above choose grids on a GPU and do not affect the result"""
 
     def __post_init__(self) -> None:
         check_index("PagedBatch", "block_tables", self.block_tables, torch.int32)
@@ -72,7 +72,7 @@ class HeadNorms:
 
 @dataclass(frozen=True)
 class ScoreParams:
-    """How scores are made of the dot products of queries and keys."""
+    """How scores are computed from the dot products of queries and keys."""
 
     scale: float
     window: int | None = None

@@ -1,7 +1,7 @@
 """CPU paged attention.
 
 # R requests, T query tokens, Hq query heads, Hkv key heads, G = Hq / Hkv, D head dim, B = 16 keys per block
-One unit of work is (a few query tokens of one request) x (one key head): up to MAX_ROWS rows that share the keys.
+A unit of work is (a few query tokens of one request) x (one key head): up to MAX_ROWS rows that share the keys.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def allocate_kv_cache(
 
 
 def _unmapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that take no memory until they are written; in huge pages where the system has them.
+    """Zeros that take no memory until they are written; in huge pages where available.
 
     torch.zeros would write, and so map, every page. Scattered blocks in small pages cost a page fault each at the
     first write, and an address translation each at every read.
     """
     memory = mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # a kernel built without huge pages refuses the advice; small pages then do
+        # a kernel built without huge pages rejects the advice; small pages will do
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
@@ -148,8 +148,8 @@ def _seen_values(
 ) -> None:
     """Add to each row the weighted values of the keys that it sees; `position` is the first token's, in the tile.
 
-    A weight of zero would not keep a masked value that is not finite from a row, so masked values are skipped. Keys
-    that all tokens see are added to all rows together, those before and after them to the rows that see them.
+    A weight of zero would not keep a masked value that is not finite out of a row, so masked values are skipped. Keys
+    that all tokens see are added to all rows together, those before and after only to the rows that see them.
     """
     low = min(max(0, position + tokens - window), in_tile) if window > 0 else 0
     high = min(max(0, position + 1), in_tile)
@@ -192,7 +192,7 @@ def _unit(
     out_row_bytes: int,
 ) -> None:
     rows = tokens * group
-    # capped scores are scaled already
+    # capped scores are already scaled
     left_scale = 1.0 if cap > 0 else scale
     head_bytes = dim * 4
     queries = np.empty((rows, dim), np.float32)
@@ -216,7 +216,7 @@ def _unit(
         in_tile = min(TILE, last_position + 1 - tile)
         last_block = (in_tile - 1) // BLOCK
         first = tile // BLOCK
-        # blocks past the last key repeat it: their scores are masked and their values never read
+        # blocks past the last key repeat its block: their scores are masked and their values never read
         b0 = (table[first] * kv_heads + head) * block_bytes
         b1 = (table[first + min(1, last_block)] * kv_heads + head) * block_bytes
         b2 = (table[first + min(2, last_block)] * kv_heads + head) * block_bytes
@@ -294,7 +294,7 @@ def _paged_attention(
     q_row_bytes, out_row_bytes = (heads + 2 * kv_heads) * dim * 4, heads * dim * 4
     num_tiles = first_unit[requests]
     for unit in prange(num_tiles * kv_heads):
-        # neighbouring units differ in the key head, and long and short tiles alternate between the threads
+        # consecutive units differ in the key head, and long and short tiles alternate between the threads
         query_tile, head = unit // kv_heads, unit % kv_heads
         r = np.searchsorted(first_unit, query_tile, side="right") - 1
         first_token = (query_tile - first_unit[r]) * tile_tokens
@@ -333,7 +333,7 @@ def first_outside(batch: PagedBatch, num_rows: int, num_blocks: int) -> int:
 def paged_attention(
     qkv: torch.Tensor, cache: KvCache, batch: PagedBatch, heads: HeadLayout, scores: ScoreParams, out: torch.Tensor
 ) -> torch.Tensor:
-    """As the facade, of a batch that fits; its bounds do not matter."""
+    """As the facade, for a batch that fits; its bounds do not matter."""
     _paged_attention(
         qkv.data_ptr(),
         cache.k.data_ptr(),

@@ -87,7 +87,7 @@ def _pv(rows: int) -> Any:
 
 @dataclass(frozen=True)
 class _Values:
-    """Columns of the values of a tile, of which the keys [first, past) are read; rows are `row_bytes` apart."""
+    """Columns of a tile's values, of which the keys [first, past) are read; rows are `row_bytes` apart."""
 
     blocks: list[ir.Value]
     row_bytes: ir.Value
@@ -131,7 +131,7 @@ def _emit_softmax_row(
 ) -> ir.Value:
     """Scores of one row and tile -> weights, in place; update (max, sum) at `state`.
 
-    Keys outside [low, high) of the tile are masked. Returns what the weights of earlier tiles are to be multiplied by.
+    Keys outside [low, high) of the tile are masked. Returns the factor for the weights of earlier tiles.
     """
     scales = splat(b, scale)
     first, past = splat(b, b.trunc(low, I32)), splat(b, b.trunc(high, I32))

@@ -2,8 +2,8 @@
 
 # R requests, T query tokens, Hq query heads, Hkv key heads, G = Hq / Hkv, D head dim, B keys per block, S splits
 A program owns one query tile (a few tokens of one request, times the G heads that share a key head). Contexts of one
-split need no merge; longer ones are walked by one program, or their splits run in parallel into scratch and a second
-kernel merges them: the same operations in the same ascending order, so the bits never tell which way was taken.
+split need no merge; longer ones are processed by one program, or their splits run in parallel into scratch and a second
+kernel merges them: the same operations in the same ascending order, so the bits are the same either way.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from sempre.kernels.attention.contract import (
 from sempre.kernels.attention.gpu_tiles import LOWEST, find_request, merge, prefetch_tiles, walk_split
 from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
-# a property of the result: never change it with the shape of a step
+# part of the result: must never depend on the shape of a step
 SPLIT = 512
-# enough programs to fill the device; only decides between equal ways
+# enough programs to fill the device; only decides between equivalent launches
 TARGET_PROGRAMS = 528
 FEW_PROGRAMS = 132
 # a step of more query tokens than this fills the device without parallel splits
@@ -53,7 +53,7 @@ def launch_shape(rows: int, programs: int, block_size: int, head_dim: int, dtype
     if block_size < 64 or head_dim > 128:
         # gathered blocks take registers: more warps share them
         return Launch(16, 4, 2)
-    # few programs wait for memory: more of it in flight
+    # few programs wait for memory: keep more loads in flight
     return Launch(16, 4, 5) if programs < FEW_PROGRAMS else Launch(16, 2, 3)
 
 
@@ -102,7 +102,7 @@ def _attend(
     context = tl.load(lens + r)
     table = tables + r.to(tl.int64) * table_stride
     if PREFETCH > 0:
-        # the keys of the step itself are being written, but that is seen when they are read
+        # the step's own keys are still being written; they are visible by the time they are read
         prefetch_tiles(context, tl.program_id(2) * SPLIT, keys, values, table, head, KV_HEADS, DIM, BLOCK, PREFETCH)
     wait_for_previous()
     # requests of one row belong to the other launch; padding has no rows or no context
@@ -131,7 +131,7 @@ def _attend(
             q, begin, end, first_position, position, end, keys, values, table, head, scale_log2,
             KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, SOFT_CAP, CAP_SCALE, BLOCK_M,
         )  # fmt: skip
-        # as a merge into an empty state would leave it: no negative zero
+        # as a merge into an empty state leaves it: no negative zero
         acc = acc + 0.0
         tl.store(out + out_row[:, None] * DIM + d[None, :], acc / l[:, None], mask=in_dim)
     elif MODE == 1:
@@ -230,14 +230,14 @@ def allocate_attention_workspace(
 
 
 def _prefetched_tiles(programs: int, block_size: int, head_dim: int) -> int:
-    """Tiles of keys that a decode program asks for before its query is there: what fits the L2 cache together."""
+    """Tiles of keys that a decode program prefetches before its query is ready: what fits the L2 cache in total."""
     if block_size != 64 or head_dim & (head_dim - 1) or programs > TARGET_PROGRAMS:
         return 0
     return 4 if programs < FEW_PROGRAMS else 1
 
 
 class Plan(NamedTuple):
-    """One launch: of the requests of one row, or of the others, in so many query tiles and splits side by side."""
+    """One launch: of the requests of one row, or of the others, with the number of query tiles and parallel splits."""
 
     single_rows: bool
     tiles: int
@@ -245,7 +245,7 @@ class Plan(NamedTuple):
     mode: int
     launch: Launch
     workspace: AttentionWorkspace | None
-    """where splits run side by side"""
+    """where splits run in parallel"""
 
 
 def _plan(
@@ -285,7 +285,7 @@ def paged_attention(
     """As the facade; the bounds of the batch only choose grids.
 
     A request without rows, or with a context shorter than its rows, is skipped: its rows of `out` keep their values.
-    `workspace` lets few query tiles fill the device; without it, or where it is too small, one program walks all
+    `workspace` lets few query tiles fill the device; without it, or where it is too small, one program processes all
     splits.
     """
     for single_rows in (True,) if batch.max_query_len == 1 else (True, False):

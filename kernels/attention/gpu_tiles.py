@@ -1,9 +1,9 @@
-"""The one order in which a GPU program walks keys: tiles of 64 inside splits of SPLIT keys, both ascending from 0.
+"""The one order in which a GPU program visits keys: tiles of 64 inside splits of SPLIT keys, both ascending from 0.
 
 # M query rows of a program (token, then head of the group), 64 keys of a tile, D head dim
-Scores and the running maximum are in units of log2; the row's sum is taken by the tensor core over the same rounded
-weights that meet the values, so that it has one order for every number of warps. A masked key contributes exact
-zeros and a fully masked tile changes nothing.
+Scores and the running maximum are in units of log2; the tensor core sums the row over the same rounded weights that
+multiply the values, so that the order is the same for every number of warps. A masked key contributes exact zeros and a
+fully masked tile changes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sempre.kernels.gpu_jit import jit, prefetch
 TILE = 64
 # elements of 16 bit in a cache line
 LINE = tl.constexpr(64)
-# a maximum that is below every score, and finite so that no difference of maxima is NaN
+# below every score, and finite so that no difference of maxima is NaN
 LOWEST = tl.constexpr(-1.0e30)
 
 
@@ -49,7 +49,7 @@ def prefetch_tiles(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ) -> None:
-    """Ask for the keys and values of the first TILES tiles from key `low` on; a block holds one tile."""
+    """Prefetch the keys and values of the first TILES tiles from key `low` on; a block holds one tile."""
     LINES: tl.constexpr = 64 * DIM // LINE
     for j in tl.static_range(TILES):
         start = low + j * 64

@@ -1,15 +1,15 @@
-"""The inputs of a decode step on a GPU, made from state that stays there, and the way back of its tokens.
+"""The inputs of a decode step on a GPU, built from state that stays there, and the recording of its tokens.
 
 Contract of `decode_inputs`: for each row r of a step, with slot s = slots[r] of the persistent state,
 token_ids[r] = last_tokens[s]; positions[r] is copied; a new block, if the row brings one (>= 0), is entered at index
-position // B of the slot's block table; slot_mapping[r] is where position r of that table lies; context_lens[r] =
+position // B of the slot's block table; slot_mapping[r] is where that position is in the cache; context_lens[r] =
 position + 1; and the first ceil(context / B) entries of the table are copied to block_tables[r]. A row with slot -1 is
 padding: it gets token 0, position 0, slot_mapping -1 and context 0.
 
 Contract of `next_draft_rows`: for each row r with slots[r] >= 0 a token was sampled at position p = context_lens[r].
-drafts[r, p - starts[r]] becomes that token, or -1 for a row in error. If there is a token and p < ends[r], row r goes
-on with it: token, position p, its place in block_tables[r], context p + 1, the same slot. Any other row becomes padding
-as above, with slot -1. Slots and contexts may be updated in place.
+drafts[r, p - starts[r]] becomes that token, or -1 for a row in error. If there is a token and p < ends[r], row r
+continues with it: token, position p, its place in block_tables[r], context p + 1, the same slot. Any other row becomes
+padding as above, with slot -1. Slots and contexts may be updated in place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def decode_inputs(
 ) -> None:
     """`rows` int32 [3, R]: slots, positions, new blocks; `last_tokens` int64 [S]; `tables` int32 [S, W], updated.
 
-    No slot may stand in two rows. All on one GPU, contiguous.
+    No slot may appear in two rows. All on one GPU, contiguous.
     """
     from sempre.kernels.decode_inputs.gpu import decode_inputs as on_gpu
 

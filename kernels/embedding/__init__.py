@@ -12,7 +12,7 @@ __all__ = ["embed"]
 def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """token_ids int64 [T], table [V, H] -> out [T, H], float32 on CPU, the table's dtype on a GPU.
 
-    An id outside the table raises IndexError on CPU and gives a row of NaN on a GPU, where nothing waits.
+    An id outside the table raises IndexError on CPU and gives a row of NaN on a GPU, which is not waited for.
     """
     check_index("embed", "token_ids", token_ids, torch.int64)
     check_rows("embed", out, out)

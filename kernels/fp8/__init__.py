@@ -1,8 +1,8 @@
 """Quantisation to fp8 (float8_e4m3fn: 3 bits of mantissa, at most 448): one scale per row, never per batch.
 
 Contract, for a row of activations and for an output channel of a weight alike: scale = max(amax / 448, 2**-64) in
-float32, and the element is x / scale rounded to the nearest fp8 value, ties to even. Both divisions are IEEE 754's; a
-maximum does not depend on its order. So the result depends on nothing but the row, and is the same on every device.
+float32, and the element is x / scale rounded to the nearest fp8 value, ties to even. Both divisions follow IEEE 754,
+and a maximum does not depend on its order. So the result depends only on the row, and is the same on every device.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["FP8", "LARGEST", "SMALLEST_SCALE", "Fp8Scheme", "QuantizedWeight", "
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
-# keeps a row of zeros away from a division by zero
+# avoids a division by zero for a row of zeros
 SMALLEST_SCALE = 2.0**-64
 
 
 class Fp8Scheme(Enum):
-    """What of a matmul is fp8; the values are those of the engine's setting `quantization`."""
+    """Which operands of a matmul are fp8; the values are those of the engine's setting `quantization`."""
 
     WEIGHTS = "fp8_weight_only"
     """W8A16: activations stay as they are"""
@@ -42,7 +42,7 @@ def quantize_channels(weight: torch.Tensor) -> QuantizedWeight:
     """Quantise `weight` [N, K] per output channel, on its device."""
     wide = weight.float()
     greatest = wide.abs().amax(dim=1)
-    # by a tensor: a GPU divides by a number through its reciprocal, which rounds otherwise
+    # by a tensor: a GPU divides by a number through its reciprocal, which rounds differently
     scale = (greatest / torch.full_like(greatest, LARGEST)).clamp_min(SMALLEST_SCALE)
     return QuantizedWeight((wide / scale[:, None]).to(FP8), scale)
 

@@ -13,8 +13,8 @@ from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 @jit()
 def _rounded(value: Any) -> Any:
-    """The fp8 value nearest to each float32 of at most 448, ties to even, written out so that no device's own
-    conversion decides; NaN stays NaN."""
+    """The fp8 value nearest to each float32 of at most 448, ties to even, spelled out so that no device's own
+    conversion is used; NaN stays NaN."""
     bits = value.to(tl.int32, bitcast=True)
     carried = bits + ((bits >> 20) & 1) + 0x7FFFF
     normal = (carried & -0x100000).to(tl.float32, bitcast=True)

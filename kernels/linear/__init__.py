@@ -1,10 +1,10 @@
 """Matmul of activations with a weight: out[t, n] = sum over k of x[t, k] * weight[n, k] (+ bias[n]).
 
 Contract: every output element is summed in float32 over k ascending, starting at 0; the bias is added last. So a row's
-result depends on nothing but that row and the weight: not on the number of rows, its place among them, the tile that
-computed it, or the number of threads. On CPU each chain of 64 terms is one fused multiply-add a term, chains are added
-in order, and 16-bit and fp8 weights are widened exactly; on a GPU the steps are the tensor core's own, K is never
-split, and x has the weight's dtype.
+result depends only on that row and the weight: not on the number of rows, its place among them, the tile that computed
+it, or the number of threads. On CPU each chain of 64 terms is one fused multiply-add per term, chains are added in
+order, and 16-bit and fp8 weights are widened exactly; on a GPU the steps are the tensor core's own, K is never split,
+and x has the weight's dtype.
 
 fp8 weights: the accumulator is multiplied by the scale of x's row, if the scheme quantises x (`kernels.fp8`), then by
 the scale of the output channel, each product rounded to float32, and the bias is added after.
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLinearWeight | GpuLinearWeight:
-    """Prepare `weight` [N, K] and `bias` [N]: packed in panels on CPU, as they are on a GPU."""
+    """Prepare `weight` [N, K] and `bias` [N]: packed in panels on CPU, unchanged on a GPU."""
     if weight.is_cuda:
         return GpuLinearWeight(weight.contiguous(), bias.to(weight.dtype).contiguous() if bias is not None else None)
     from sempre.kernels.linear import cpu
@@ -46,7 +46,7 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLi
 def pack_fp8_linear(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
 ) -> CpuLinearWeight | GpuLinearWeight:
-    """As `pack_linear`, of the fp8 `weight` [N, K] without NaN, times `scale` [N]."""
+    """Like `pack_linear`, for the fp8 `weight` [N, K] without NaN, times `scale` [N]."""
     if weight.is_cuda:
         return GpuLinearWeight(weight.contiguous(), bias, scale=scale.float().contiguous(), scheme=scheme)
     from sempre.kernels.linear import cpu

@@ -1,6 +1,6 @@
 """The ordinary matmul of the library, which does not keep the guarantee.
 
-It exists so that tests of invariance can show that they are able to fail.
+It exists so that invariance tests can show that they are able to fail.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def control_pack_fp8(
 def control_linear(x: torch.Tensor, w: ControlLinearWeight, out: torch.Tensor) -> torch.Tensor:
     """As `linear`, by the library; on a CPU with K in a number of parts that depends on the number of rows.
 
-    So do the libraries of many processors, each at other shapes; here it is certain to happen.
+    The libraries of many processors do this, each at different shapes; here it always happens.
     """
     if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         values, scales = quantize_rows(x)

@@ -1,9 +1,9 @@
 """CPU: register tiles of up to 12 rows by 32 columns over weights packed in panels of 32 columns.
 
 # T rows of x, K in features, N out features, P = ceil(N / 32) panels
-A panel [K, 32] is contiguous, so a decode step streams each weight once, in order. From WIDEN_ROWS rows on, a 16-bit
-or fp8 panel is first widened into scratch memory, which is the same bits and saves the widening in the inner loop.
-An fp8 weight's sums are multiplied by the scale of their row of x, if that was quantised, then by their column's.
+A panel [K, 32] is contiguous, so a decode step streams each weight once, in order. From WIDEN_ROWS rows on, a 16-bit or
+fp8 panel is first widened into scratch memory: the same bits, without widening in the inner loop. An fp8 weight's sums
+are multiplied by the scale of their row of x, if that was quantised, then by their column's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sempre.kernels.linear.cpu_tiles import (
 )
 from sempre.kernels.linear.weights import CpuLinearWeight
 
-ROW_BLOCK = 240  # rows of x that stay in the second-level cache while panels pass
+ROW_BLOCK = 240  # rows of x that stay in the L2 cache while panels stream through
 WIDEN_ROWS = 24
 
 
@@ -148,7 +148,7 @@ def _linear(
         if width == PANEL:
             _panel_rows(x_at, block_rows, depth, panel, dtype, out_at, columns * 4)
         else:
-            # the last, partial panel goes through scratch rows so that nothing past a row's end is written
+            # the last, partial panel goes through scratch rows so that nothing is written past a row's end
             part = np.empty((block_rows, PANEL), np.float32)
             _panel_rows(x_at, block_rows, depth, panel, dtype, address_of(part), PANEL * 4)
             copy_rows(address_of(part), PANEL * 4, out_at, columns * 4, block_rows, width)

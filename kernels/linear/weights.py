@@ -1,4 +1,4 @@
-"""Weights as the kernels of each device take them. N out, K in."""
+"""Weights in the layout of each device's kernels. N out, K in."""
 
 from __future__ import annotations
 
@@ -62,6 +62,6 @@ class GpuLinearWeight(_RowMajorWeight):
 
 @dataclass(frozen=True)
 class ControlLinearWeight(_RowMajorWeight):
-    """For the library's matmul: float32 on CPU, as they are on a GPU; an fp8 weight is widened to float32."""
+    """For the library's matmul: float32 on CPU, unchanged on a GPU; an fp8 weight is widened to float32."""
 
     scheme: Fp8Scheme | None = None

@@ -1,10 +1,11 @@
-"""Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): who computes a row, and the sum of what they say.
+"""Mixture of experts (Shazeer et al. 2017, arXiv 1701.06538): which experts compute a row, and the weighted sum of
+their results.
 
-Contract: a row's experts are those of its greatest router logits, of equal ones the lower; their weights are float32
-softmax over all experts, divided by their own sum where they are renormalised; both sums have one order, whatever else
-is in the batch. The results of a row's experts are multiplied by their weights, each product rounded to float32, and
-added in rank order. So all depends on the row alone. On a CPU an expert's rows are computed in the order of the tokens;
-on a GPU `sparse_mlp` does everything without waiting for the host.
+Contract: a row's experts are those with its largest router logits, ties going to the lower expert; their weights are a
+float32 softmax over all experts, divided by their own sum if renormalised; both sums have one order, whatever else is
+in the batch. The results of a row's experts are multiplied by their weights, each product rounded to float32, and added
+in rank order. So everything depends on the row alone. On a CPU an expert's rows are computed in the order of the
+tokens; on a GPU `sparse_mlp` runs without waiting for the host.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def expert_scratch(
 ) -> ExpertScratch:
     """What `sparse_mlp` needs for at most `max_rows` rows of `dtype`; `allocate` gets a role, a shape and a dtype.
 
-    ValueError for more experts, or more of them a row, than the kernels take.
+    ValueError for more experts, or more of them per row, than the kernels support.
     """
     from sempre.kernels.moe import gpu
 

@@ -13,7 +13,7 @@ from sempre.kernels.linear.weights import ControlLinearWeight, GpuLinearWeight
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One matmul of all experts: `weight` [E, N, D], with `scale` [E, N] float32 and `scheme` where it is fp8."""
+    """One linear layer of all experts: `weight` [E, N, D], with `scale` [E, N] float32 and `scheme` where it is fp8."""
 
     weight: torch.Tensor
     scale: torch.Tensor | None = None

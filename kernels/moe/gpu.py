@@ -1,10 +1,10 @@
-"""GPU mixture of experts: linear layers of the experts, and the sum of their results; nothing waits for the host.
+"""GPU mixture of experts: linear layers of the experts, and the sum of their results, without waiting for the host.
 
 # T rows, E experts, K experts a row, H width, I inner width of an expert, N out and D in features of a linear layer
 A pair p < P = T K is row p // K with its expert of rank p % K (`gpu_dispatch`). A program of a matmul owns a tile of
 one expert's pairs, which it reads and writes where they are; sums run as in every matmul (`kernels.linear.gpu`), so a
-pair's bits do not depend on its tile. Grids follow from T alone, so that a captured graph serves any choice of experts;
-programs beyond the tiles that there are end at once.
+pair's bits do not depend on its tile. Grids depend on T alone, so that a captured graph serves any choice of experts;
+programs beyond the actual tiles exit at once.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
 ) -> torch.Tensor:
-    """residual += x in place, then out = rms_norm(residual), with equal bits as the two in turn."""
+    """residual += x in place, then out = rms_norm(residual); the same bits as the two in sequence."""
     check_rows("add_rms_norm", x, out)
     check_rows("add_rms_norm", residual, out)
     _check_shapes("add_rms_norm", residual, weight, out)

@@ -41,7 +41,7 @@ def _add_rms_norm(x: Any, residual: Any, weight: Any, out: Any, width: Any, eps:
     wait_for_previous()
     value = tl.load(x + at + i, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(residual + at + i, mask=inside, other=0.0).to(tl.float32)
-    # what is normalised is what the next layer will read
+    # normalise what the next layer will read
     total = value.to(residual.dtype.element_ty)
     tl.store(residual + at + i, total, mask=inside)
     tl.store(out + at + i, _normalised(total.to(tl.float32), w, width, eps), mask=inside)

@@ -1,11 +1,11 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), with the write of keys and values into the paged cache.
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), and the write of keys and values into the paged cache.
 
-out[i] = x[i] cos - x[i + D/2] sin, out[i + D/2] = x[i + D/2] cos + x[i] sin, for i < D/2. Each product and sum is a
-float32 operation, the second product fused; the table of angles is computed in float64.
+out[i] = x[i] cos - x[i + D/2] sin, out[i + D/2] = x[i + D/2] cos + x[i] sin, for i < D/2. Each multiply and add is a
+float32 operation, the second multiply fused; the table of angles is computed in float64.
 
-A key or value that is not finite in the cache's dtype is written as a key of NaN and a value of zeros. Rows that see
-it become NaN by its score, as they must; rows that do not, mask its score and add zero times zero, where zero times
-the value itself would be NaN. So a cache never holds a value that can reach a row which does not see it.
+A key or value that is not finite in the cache's dtype is written as a key of NaN and a value of zeros. Rows that see it
+become NaN through its score, as they must; rows that do not mask its score and add zero times zero, where zero times
+the value itself would be NaN. So a cache never holds a value that can affect a row which does not see it.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def _emit_rotate(b: ir.IRBuilder, x: ir.Value, angles: ir.Value, head_dim: ir.Va
     loop(b, I64(0), b.sdiv(head_dim, I64(2)), LANES_8, [], body)
 
 
-# of a finite element's bits not all of these are set
+# a finite element never has all of these bits set
 EXPONENTS = {"float32": (I32, 0x7F800000), "bfloat16": (I16, 0x7F80), "float16": (I16, 0x7C00)}
 
 
@@ -212,7 +212,7 @@ def rope_and_cache_write(
     heads: HeadLayout,
     norms: HeadNorms | None = None,
 ) -> None:
-    """As the facade, of rows whose positions and slots exist; k in qkv is rotated too."""
+    """As the facade, for rows whose positions and slots exist; k in qkv is rotated too."""
     run = _rope.parallel if positions.shape[0] >= PARALLEL_ROWS else _rope.serial
     run(
         qkv.data_ptr(),

@@ -29,7 +29,7 @@ def _normalised(low: Any, high: Any, w_low: Any, w_high: Any, eps: Any, DIM: tl.
 @jit()
 def _not_finite(low: Any, high: Any) -> Any:
     """Per row, how many elements are infinite or NaN."""
-    # a finite number less itself is zero, others give NaN
+    # a finite number minus itself is zero, others give NaN
     return tl.sum(tl.where(low - low == 0.0, 0, 1) + tl.where(high - high == 0.0, 0, 1), axis=1)
 
 

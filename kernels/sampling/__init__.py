@@ -1,11 +1,11 @@
 """Sampling on logits: the noisy argmax, its truncations, penalties, and log-probabilities.
 
 A token is argmax_v (x_v + g_v): x the processed logits divided by the temperature, g = gumbel(seed, position, v) as
-`rng.py` defines it; both and their sum are float32. Temperature 0 is the plain argmax. Ties go to the lowest id. One
-row is one computation: its result depends neither on the other rows nor on the number of threads.
+defined in `rng.py`; both and their sum are float32. Temperature 0 is the plain argmax. Ties go to the lowest id. Each
+row is computed by itself: its result depends neither on the other rows nor on the number of threads.
 
-`sample` and `logprobs` are the CPU's (`cpu.py`). A GPU keeps the parameters in a table of its own and never waits for
-the host: its sequence of launches, with the same bits, is in `gpu.py`.
+`sample` and `logprobs` are for the CPU (`cpu.py`). A GPU keeps the parameters in its own table and never waits for the
+host: its sequence of launches, with the same bits, is in `gpu.py`.
 """
 
 # M rows of logits, V vocabulary, R reported rows, k best tokens
@@ -63,8 +63,8 @@ class SamplingRows:
 class Sampled(NamedTuple):
     """token_ids int32 [M]; values float32 [M], the winning noisy logits.
 
-    A value of +inf marks a row with NaN or +inf among its logits, -inf one in which no token is allowed: its id means
-    nothing.
+    A value of +inf marks a row with NaN or +inf among its logits, -inf one in which no token is allowed: its id is
+    meaningless.
     """
 
     token_ids: npt.NDArray[np.int32]

@@ -28,10 +28,10 @@ LOG = _float32(
 )
 # -log(1-u) = u + u**2 * (LOG1P[0] + LOG1P[1] u + …) on [0, 1/4], relative error 2**-28
 LOG1P = _float32("0x1.ffffd4p-2", "0x1.556224p-2", "0x1.fd8496p-3", "0x1.b58658p-3", "0x1.765fe0p-4", "0x1.53a84ap-2")
-# log(2) in two parts: the first has 10 trailing zero bits, so that its product with an exponent is exact
+# log(2) in two parts: the first has 10 trailing zero bits, so that multiplying it by an exponent is exact
 LN2_HIGH, LN2_LOW = _float32("0x1.62e400p-1", "0x1.7f7d1cp-20")
 LOG2_E = np.float32(1.4426950408889634)
-# adding it rounds to an integer, which then stands in the low bits
+# adding it rounds to an integer, which is then in the low bits
 ROUND_MAGIC = np.float32(1.5 * 2**23)
 # below it exp32 is 0: its result would be subnormal
 EXP_LOWEST = np.float32(-87.0)

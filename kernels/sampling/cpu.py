@@ -1,4 +1,4 @@
-"""The sampling kernels of a CPU in their order. M rows of logits, V vocabulary, R reported rows, k best tokens."""
+"""The CPU's sampling kernels, in order. M rows of logits, V vocabulary, R reported rows, k best tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sempre.kernels.sampling.log_softmax import row_statistics
 from sempre.kernels.sampling.noise import CHUNK, best_of_chunks
 from sempre.kernels.sampling.truncation import truncate_rows
 
-# rows whose log-probabilities are gathered at a time: bounds the scratch memory when the whole vocabulary is asked for
+# rows whose log-probabilities are gathered at a time: bounds the scratch memory when the whole vocabulary is requested
 ROWS_AT_A_TIME = 64
 
 

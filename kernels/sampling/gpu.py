@@ -1,8 +1,8 @@
-"""The sampling kernels of a GPU in their order: scratch memory, and launches that a CUDA graph can capture.
+"""The GPU's sampling kernels, in order: scratch memory, and launches that a CUDA graph can capture.
 
-No call synchronises with the host or allocates. One set of parameters per slot stands in a device table
-(`gpu_table.py`); `row_slots` says which slot each row of logits belongs to, so that one captured sequence serves every
-batch. Which stages run is the caller's choice (`Stages`); a row that uses none of a stage has the same bits with it.
+No call synchronises with the host or allocates. Each slot's parameters are in a device table (`gpu_table.py`);
+`row_slots` says which slot each row of logits belongs to, so that one captured sequence serves every batch. Which
+stages run is the caller's choice (`Stages`); a row that uses none of a stage has the same bits with it.
 """
 
 # R rows, V vocabulary, N tiles of a row
@@ -32,7 +32,7 @@ MAX_BEST = 20
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut; no number can be seen in the result."""
+    """How the work is divided; none of it affects the result."""
 
     noise: int = 2048
     """ids per program of the noisy argmax, a multiple of rng.TILE"""
@@ -65,14 +65,14 @@ class Stages:
 
 
 class DraftedRows(NamedTuple):
-    """Rows that verify drafted tokens: those of a request are neighbours, in the order of their positions."""
+    """Rows that verify draft tokens: those of a request are adjacent, in the order of their positions."""
 
     offsets: torch.Tensor
-    """int32 [R]: how many tokens before the row's are drafted; 0 for a request's first row, and for padding"""
+    """int32 [R]: how many tokens before the row's are drafts; 0 for a request's first row, and for padding"""
     inputs: torch.Tensor
-    """int64 [R]: the token that the row computed, behind which it samples"""
+    """int64 [R]: the token that the row computed, after which it samples"""
     last_tokens: torch.Tensor
-    """int64 [slots]: gets the last token of each slot that stands"""
+    """int64 [slots]: receives the last accepted token of each slot"""
 
 
 TILES = Tiles()
@@ -151,10 +151,10 @@ def sample(
 ) -> torch.Tensor:
     """Sample one token per row of logits (float32 or 16 bit [R, V], not changed): int64 [R], a view of the buffers.
 
-    With `drafts`, a slot may have several rows, and only the tokens that stand join its counts and history.
+    With `drafts`, a slot may have several rows, and only the accepted tokens are added to its counts and history.
 
     positions (int32 or int64 [R]) are the indices of the sampled tokens in their sequences, row_slots (int32 [R]) point
-    into table (int32 [slots, gpu_table.WORDS]); -1 marks a row that is none. Heads and, for the rows that ask for them,
+    into table (int32 [slots, gpu_table.WORDS]); -1 marks an unused row. Heads and, for the rows that request them,
     log-probabilities are in the buffers. Raises ValueError for logits of another shape.
     """
     buffers.check(logits)
@@ -185,7 +185,7 @@ def sample(
 
 
 class _Batch(NamedTuple):
-    """As `sample` has them."""
+    """The arguments of `sample`."""
 
     logits: torch.Tensor
     positions: torch.Tensor
@@ -201,7 +201,7 @@ def _edit(batch: _Batch, b: SamplingBuffers, drafts: DraftedRows | None) -> None
     """Masks, bias, penalties."""
     rows, vocabulary = batch.logits.shape
     slots = (batch.row_slots, batch.positions, batch.table, batch.addresses)
-    # without drafts not looked at
+    # not read without drafts
     drafted = (b.row_errors, b.token_ids) if drafts is None else drafts[:2]
     gpu_penalties.edit[(_divided_up(vocabulary, b.tiles.edits), rows)](
         batch.logits,
@@ -228,7 +228,7 @@ def _edit(batch: _Batch, b: SamplingBuffers, drafts: DraftedRows | None) -> None
 
 
 def _choose(batch: _Batch, b: SamplingBuffers, stages: Stages, *, advances: bool) -> None:
-    """The greatest noisy logit of each row; `advances`: its token joins the slot's counts and history at once."""
+    """The largest noisy logit of each row; `advances`: its token is added to the slot's counts and history at once."""
     rows, vocabulary = batch.logits.shape
     gpu_noise.best_of_tiles[(b.num_tiles, rows)](
         batch.logits,
@@ -330,7 +330,7 @@ def report_logprobs(
 ) -> None:
     """Fill the heads' rank and log-probability of targets (int64 [R]), and the num_best (<= MAX_BEST) best tokens.
 
-    Of the rows whose slot's NUM_BEST is not -1. A row without a distribution has rank 0.
+    For the rows whose slot's NUM_BEST is not -1. A row without a distribution has rank 0.
     """
     buffers.check(logits)
     rows, vocabulary = logits.shape

@@ -80,7 +80,7 @@ def log32(x: Any) -> Any:
 
 @jit()
 def saturated(y: Any, x: Any) -> Any:
-    """y, what a change has made of x, with a finite x kept finite: beyond float32 it is the largest number."""
+    """y, the changed x, kept finite if x is finite: beyond float32 it is the largest number."""
     return tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(y, -_LARGEST), _LARGEST), y)
 
 

@@ -1,5 +1,5 @@
 """GPU kernels: an estimate of where a row is cut, so that the first pass of the threshold search is nearly always the
-last (see `gpu_truncation.py`). Nothing here can be seen in a result.
+last (see `gpu_truncation.py`). Nothing here affects a result.
 """
 
 # R rows, V vocabulary, G groups of 64 ids
@@ -15,7 +15,7 @@ from sempre.kernels.sampling import gpu_table
 from sempre.kernels.sampling.gpu_elementary import divided, error_visible, exp32, load_logits, order_key
 from sempre.kernels.sampling.gpu_search import MASS_RANGE, PIVOTS, lowest_key
 
-# ids of whose greatest logit the estimate knows
+# ids in a group, of which the estimate knows the greatest logit
 GROUP = 64
 
 _FLAGS, _TEMPERATURE = tl.constexpr(gpu_table.FLAGS), tl.constexpr(gpu_table.TEMPERATURE)

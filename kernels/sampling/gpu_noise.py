@@ -1,7 +1,7 @@
-"""GPU kernels: the argmax over noisy logits in tiles, and its end, which publishes the tokens (see `noise.py`).
+"""GPU kernels: the argmax over noisy logits in tiles, and the final one that publishes the tokens (see `noise.py`).
 
-A row's tiles are independent programs; (value descending, id ascending) is a total order, so neither the tiles nor
-the order in which they are merged can be seen in the result.
+A row's tiles are independent programs; (value descending, id ascending) is a total order, so neither the tiles nor the
+order in which they are merged affects the result.
 """
 
 # R rows, V vocabulary, N tiles of a row
@@ -61,8 +61,8 @@ def best_of_tiles(
 ) -> None:
     """tile_values (float32), tile_ids (int32) [R, N]: the best (value, id) of logits[r, tile] (or of `edited`).
 
-    Each program owns one tile of one row. Row r's parameters are table[row_slots[r]]; a slot of -1 is no row. The
-    value is that of `noise.best_of_chunks`: the logit, or logit / temperature + noise, in float32.
+    Each program owns one tile of one row. Row r's parameters are table[row_slots[r]]; a slot of -1 is an unused row.
+    The value is that of `noise.best_of_chunks`: the logit, or logit / temperature + noise, in float32.
     """
     wait_for_previous()
     tile, row, num_tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
@@ -131,8 +131,8 @@ def publish(
 ) -> None:
     """token_ids int64 [R] and head int32 [R, HEAD] from the tiles' best; TILES >= num_tiles.
 
-    A row in error gets token 0 and a flag. ADVANCES: the token joins its slot's counts and history (of `addresses`, the
-    table as int64) if it has them, for the next step. Clears row_errors.
+    A row in error gets token 0 and a flag. ADVANCES: the token is added to its slot's counts and history (of
+    `addresses`, the table as int64) if it has them, for the next step. Clears row_errors.
     """
     wait_for_previous()
     row = tl.program_id(0)
@@ -156,8 +156,8 @@ def publish(
     tl.store(head + row * _HEAD, token)
     tl.store(head + row * _HEAD + 1, flag)
     if ADVANCES:
-        planes = addresses + slot.to(tl.int64) * (_WORDS // 2)
-        counts, history = tl.load(planes + _COUNTS), tl.load(planes + _HISTORY)
+        tensors = addresses + slot.to(tl.int64) * (_WORDS // 2)
+        counts, history = tl.load(tensors + _COUNTS), tl.load(tensors + _HISTORY)
         if (flag == 0) & (counts != 0):
             count = counts.to(tl.pointer_type(tl.int32)) + token
             tl.store(count, tl.load(count) + 1)

@@ -1,7 +1,7 @@
 """GPU kernels: the changes of logits before sampling, from device arrays per slot (see `penalties.py`).
 
-They write a copy: the raw logits stay for the log-probabilities. Every element is one program lane's own, computed
-with one IEEE rounding per operation, so a row without changes is not touched by the presence of one with them.
+They write a copy: the raw logits are kept for the log-probabilities. Every element belongs to one program lane and is
+computed with one IEEE rounding per operation, so a row without changes is not affected by one with them.
 """
 
 # R rows, V vocabulary
@@ -72,10 +72,10 @@ def edit(
     BLOCK: tl.constexpr,
     VERIFIES: tl.constexpr,
 ) -> None:
-    """edited[r] (float32 [R, V]) = logits[r] with masks, bias and penalties, for the rows whose flags ask for it.
+    """edited[r] (float32 [R, V]) = logits[r] with masks, bias and penalties, for the rows whose flags request it.
 
-    VERIFIES: the last offsets[r] tokens before row r's are drafted ones, the inputs of its own row and of those before.
-    Sets row_errors[r] (int32) where the raw logits hold NaN or +inf, which a mask could hide.
+    VERIFIES: the last offsets[r] tokens before row r's are drafts, the inputs of its own row and of those before. Sets
+    row_errors[r] (int32) where the raw logits hold NaN or +inf, which a mask could hide.
     """
     row = tl.program_id(1)
     slot = tl.load(row_slots + row)
@@ -84,7 +84,7 @@ def edit(
     words = table + slot.to(tl.int64) * _WORDS
     if (tl.load(words + _FLAGS) & _EDITS) == 0:
         return
-    planes = addresses + slot.to(tl.int64) * (_WORDS // 2)
+    tensors = addresses + slot.to(tl.int64) * (_WORDS // 2)
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = ids < vocabulary
     start = row.to(tl.int64) * vocabulary
@@ -92,20 +92,20 @@ def edit(
     # a NaN fails the comparison
     if tl.max(tl.where(x < float("inf"), 0, 1), axis=0) > 0:
         tl.store(row_errors + row, 1)
-    mask = tl.load(planes + _MASK)
+    mask = tl.load(tensors + _MASK)
     if mask != 0:
         x = _forbid_bits(x, ids, valid, mask)
-    grammar = tl.load(planes + _GRAMMAR)
+    grammar = tl.load(tensors + _GRAMMAR)
     if grammar != 0:
         x = _forbid_bits(x, ids, valid, grammar)
-    end_mask = tl.load(planes + _END_MASK)
+    end_mask = tl.load(tensors + _END_MASK)
     if end_mask != 0:  # noqa: SIM102, Triton has no short circuit
         if tl.load(positions + row) < tl.load(words + _MIN_POSITION):
             x = _forbid_bits(x, ids, valid, end_mask)
-    bias = tl.load(planes + _BIAS)
+    bias = tl.load(tensors + _BIAS)
     if bias != 0:
         x = x + tl.load(bias.to(tl.pointer_type(tl.float32)) + ids, mask=valid, other=0.0)
-    counts = tl.load(planes + _COUNTS)
+    counts = tl.load(tensors + _COUNTS)
     if counts != 0:
         drafted = tl.zeros([BLOCK], tl.int32)
         if VERIFIES:
@@ -140,9 +140,9 @@ def forbid_phrases(
     num_phrases, width = tl.load(words + _NUM_PHRASES), tl.load(words + _PHRASE_WIDTH)
     if num_phrases == 0:
         return
-    planes = addresses + slot.to(tl.int64) * (_WORDS // 2)
-    history = tl.load(planes + _HISTORY).to(tl.pointer_type(tl.int32))
-    phrases = tl.load(planes + _PHRASES).to(tl.pointer_type(tl.int32))
+    tensors = addresses + slot.to(tl.int64) * (_WORDS // 2)
+    history = tl.load(tensors + _HISTORY).to(tl.pointer_type(tl.int32))
+    phrases = tl.load(tensors + _PHRASES).to(tl.pointer_type(tl.int32))
     position = tl.load(positions + row).to(tl.int32)
     output_start = tl.load(words + _OUTPUT_START)
     for first in range(0, num_phrases, BLOCK):

@@ -2,8 +2,8 @@
 
 A search narrows the interval [low, high] of order keys that holds the last key kept. Eight ascending pivots cut it; a
 pass over the row gives the number and the integer mass of the tokens at or above each. Once few tokens are left in the
-interval, they are collected in a list, on which the search ends by bisection. Sums of integers have no order, so
-pivots, passes and lists cannot be seen in the result.
+interval, they are collected in a list, on which the search ends by bisection. Integer sums do not depend on order, so
+pivots, passes and lists do not affect the result.
 """
 
 # R rows, V vocabulary
@@ -26,7 +26,7 @@ from sempre.kernels.sampling.gpu_elementary import (
 )
 
 PIVOTS = 8
-# further below the greatest logit a mass is 0
+# this far below the greatest logit, a mass is 0
 MASS_RANGE = tl.constexpr(29.0)
 _PIVOTS = tl.constexpr(PIVOTS)
 # passes whose pivots are evenly spaced in value; later ones are evenly spaced in keys, which always ends
@@ -177,7 +177,7 @@ def narrowed(
     i = tl.arange(0, _PIVOTS)
     pivot, count = tl.load(pivots + i, volatile=True).to(tl.int64), tl.load(sums + i, volatile=True)
     weight = tl.where(by_mass, tl.load(sums + _PIVOTS + i, volatile=True), count)
-    # a top_k that leaves tokens out has less mass at pivot 0 than its sum says; pivot 0 is reached all the same
+    # if top_k drops tokens, pivot 0 has less mass than its sum says; it is reached all the same
     reached = weight >= need
     low = tl.maximum(low, tl.max(tl.where(reached, pivot, _LEAST), axis=0))
     count_low = tl.minimum(count_low, tl.min(tl.where(reached, count, _GREATEST), axis=0))

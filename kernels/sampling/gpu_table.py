@@ -22,7 +22,7 @@ MIN_POSITION = 11  # below it the end tokens are forbidden
 NUM_PHRASES = 12
 PHRASE_WIDTH = 13  # the length of the longest phrase
 OUTPUT_START = 14  # the position of the first generated token
-NUM_BEST = 15  # best log-probabilities wanted; -1: no log-probabilities
+NUM_BEST = 15  # best log-probabilities requested; -1: no log-probabilities
 
 # 64-bit words
 TOP_P = 3  # float64, 1: off
@@ -33,7 +33,7 @@ BIAS = 10  # float32 [V]
 COUNTS = 11  # int32 [V]: times generated, + 2**30 for a token of the prompt
 HISTORY = 12  # int32 [max position]: token ids by position, for phrases
 PHRASES = 13  # int32 [NUM_PHRASES, 1 + PHRASE_WIDTH]: length, then the ids
-GRAMMAR = 14  # int32 [V / 32]: bits of the tokens that the grammar forbids now, written anew for each token
+GRAMMAR = 14  # int32 [V / 32]: bits of the tokens that the grammar forbids now, rewritten for each token
 
 # flags
 EDITS = 1

@@ -4,10 +4,10 @@ Each truncation keeps a prefix of the order (value descending, id ascending), so
 too: the tokens above `cut_key`, and those equal to it with an id up to `cut_id`.
 
     group_maxima      pieces of rows   the greatest logit of each 64 (`gpu_estimate.py`)
-    place_pivots      rows             these and a sample of the others say about where the threshold is
+    place_pivots      rows             these and a sample of the others estimate the threshold
     weigh_pivots      pieces of rows   the first pass of the first search (top_k if used, else top_p)
     collect_pieces    pieces of rows   the tokens left, if few: nearly always
-    cut_rows          rows             everything that is still to be done
+    cut_rows          rows             everything that remains
 """
 
 # R rows, V vocabulary
@@ -134,7 +134,7 @@ def collect_pieces(
 def _after_first_pass(
     pivots: Any, sums: Any, maximum: Any, vocabulary: Any, top_k: Any, top_p: Any, LIST: tl.constexpr
 ) -> Any:
-    """(low, high, tokens to collect) as `search` has them if it ends with this pass; more than LIST if it goes on."""
+    """(low, high, tokens to collect) as `search` has them if it ends with this pass; more than LIST if it continues."""
     zero = tl.zeros([], tl.int64)
     by_mass = top_k == 0
     greatest = order_key(maximum).to(tl.int64)
@@ -231,7 +231,7 @@ def _cut_row(
             total = tl.sum(weight, axis=0) - excess
             need = tl.minimum(tl.maximum(tl.ceil(top_p * total.to(tl.float64)).to(tl.int64), 1), total)
         else:
-            # from a key with mass on: those below weigh nothing
+            # starting at a key with mass: those below weigh nothing
             start = tl.maximum(cut, order_key(maximum - MASS_RANGE).to(tl.int64))
             passes = tl.where(top_k == 0, 1, 0)
             low, high, count_above, above, inside, need, passes = search(

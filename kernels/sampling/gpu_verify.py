@@ -1,4 +1,4 @@
-"""GPU kernel: which of the tokens sampled behind drafted ones stand (see `DraftedRows` in `gpu.py`)."""
+"""GPU kernel: which of the tokens sampled after draft tokens are accepted (see `DraftedRows` in `gpu.py`)."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def keep_tokens(
     num_rows: Any,
     EDITS: tl.constexpr,
 ) -> None:
-    """One program per row; the first row of a request walks its rows while the next one's drafted token was sampled.
+    """One program per row; the first row of a request walks its rows while the next one's draft token was sampled.
 
-    last_tokens[slot] (int64) becomes the last token that stands; those that stand join counts and history. A row in
+    last_tokens[slot] (int64) becomes the last accepted token; accepted tokens are added to counts and history. A row in
     error ends the walk. One warp: its stores to one address are in order.
     """
     row = tl.program_id(0)
     slot = tl.load(row_slots + row)
     if (slot < 0) | (tl.load(offsets + row) != 0):
         return
-    planes = addresses + slot.to(tl.int64) * (_WORDS // 2)
-    stands = tl.load(head + row * _HEAD + 1) == 0
-    while stands:
+    tensors = addresses + slot.to(tl.int64) * (_WORDS // 2)
+    accepted = tl.load(head + row * _HEAD + 1) == 0
+    while accepted:
         token = tl.load(token_ids + row)
         tl.store(last_tokens + slot, token)
         if EDITS:
-            counts, history = tl.load(planes + _COUNTS), tl.load(planes + _HISTORY)
+            counts, history = tl.load(tensors + _COUNTS), tl.load(tensors + _HISTORY)
             if counts != 0:
                 tl.atomic_add(counts.to(tl.pointer_type(tl.int32)) + token, 1)
             if history != 0:
@@ -51,4 +51,4 @@ def keep_tokens(
         exists = row < num_rows
         follows = tl.load(offsets + row, mask=exists, other=0) > 0
         drafted = tl.load(inputs + row, mask=follows, other=-1)
-        stands = follows & (drafted == token) & (tl.load(head + row * _HEAD + 1, mask=follows, other=1) == 0)
+        accepted = follows & (drafted == token) & (tl.load(head + row * _HEAD + 1, mask=follows, other=1) == 0)

@@ -1,8 +1,8 @@
 """CPU kernel: what the log-probabilities of a row need, for sampled tokens and for prompt tokens alike.
 
 logprob_v = (x_v - max) - log(sum), float32, each step rounded once. `sum` is an integer, the sum of
-floor(exp(x_v - max) * 2**40) over the row: exact, so no order of adding can be seen; what the floor drops is less
-than 2**-40 per token.
+floor(exp(x_v - max) * 2**40) over the row: exact, so the order of additions does not matter; what the floor drops is
+less than 2**-40 per token.
 """
 
 # V vocabulary, R rows that are reported, k best tokens

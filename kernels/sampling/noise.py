@@ -24,7 +24,7 @@ from sempre.kernels.sampling.rng import (
     WEYL_1,
 )
 
-# ids per unit of parallel work; a multiple of TILE, no part of the result
+# ids per unit of parallel work; a multiple of TILE, does not affect the result
 CHUNK = 8192
 
 _MINUS_INFINITY = np.float32(-np.inf)

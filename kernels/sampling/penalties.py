@@ -1,6 +1,6 @@
 """Changes of one row of logits, in place, in plain numpy float32: every operation is one IEEE rounding per element.
 
-Each touches the listed ids only, so its cost does not grow with the vocabulary (except `allow_only` and `allow_bits`).
+Each touches only the listed ids, so its cost does not grow with the vocabulary (except `allow_only` and `allow_bits`).
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def apply_penalties(
     frequency: float,
     presence: float,
 ) -> None:
-    """Penalise distinct `token_ids`, of which `in_prompt` stand in the prompt and `output_counts` were generated.
+    """Penalise distinct `token_ids`, of which `in_prompt` are in the prompt and `output_counts` were generated.
 
     In this order: repetition divides positive logits and multiplies others, for tokens of prompt or output; frequency
-    is subtracted once per generated occurrence (one product, one difference); presence once if there is any. A finite
+    is subtracted once per generated occurrence (one multiply, one subtract); presence once if there is any. A finite
     logit stays finite: beyond float32 it is the largest number.
     """
     raw = x = row[token_ids]

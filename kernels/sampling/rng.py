@@ -5,13 +5,13 @@ Words. Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers:
     key     = (seed mod 2**32, seed >> 32)
     counter = (c0, position, 0, 0)
 
-gives four 32-bit words. The vocabulary is cut into tiles of 64 ids; 16 consecutive counters serve a tile:
+gives four 32-bit words. The vocabulary is divided into tiles of 64 ids; 16 consecutive counters serve a tile:
 
     id v  <->  c0 = (v >> 6) * 16 + (v & 15),  output word number (v >> 4) & 3
 
 so word number w of the counters of a tile holds the run of 16 ids [64 t + 16 w, 64 t + 16 w + 16), and 16 lanes
-compute a tile without moving data between lanes. `position` is the absolute index, in the sequence, of the token
-that is sampled.
+compute a tile without moving data between lanes. `position` is the absolute index, in the sequence, of the sampled
+token.
 
 Gumbel variate g of a word x, all in float32, `fma` is one rounding:
 
@@ -21,8 +21,8 @@ Gumbel variate g of a word x, all in float32, `fma` is one rounding:
     g = -log32(E)
 
 E, an exponential variate, is at least 2**-33, so g is finite: -3.14 <= g <= 22.88. A small u is resolved by its
-own 2**-32 steps, which makes the upper tail of g, the one that decides an argmax, fine. Greatest errors against
-float64 over 2**24 words: E 2.4 ulp; g 2.3 ulp where |g| >= 1, 2.1e-7 elsewhere.
+own 2**-32 steps, which makes the upper tail of g, the one that decides an argmax, fine. Largest errors against float64
+over 2**24 words: E 2.4 ulp; g 2.3 ulp where |g| >= 1, 2.1e-7 elsewhere.
 """
 
 from __future__ import annotations

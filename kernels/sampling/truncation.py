@@ -1,4 +1,4 @@
-"""CPU kernels: min-p, top-k and top-p, by threshold search in integers, so that no order of adding can be seen.
+"""CPU kernels: min-p, top-k and top-p, by threshold search in integers, so that the order of additions does not matter.
 
 The total order of a row is (value descending, id ascending); each truncation keeps a prefix of it. Values are compared
 through `order_key`, an unsigned integer with the order of the float; probabilities are integers, `mass`.
@@ -62,7 +62,7 @@ def prefix_cut(keys: Any, weights: Any, need: Any) -> Any:
     """(key, number): the shortest prefix whose weight is at least `need` (1 <= need <= total weight).
 
     The prefix consists of the elements above `key`, and of the first `number` of those equal to it, in the order of
-    their index. `weights` (int64) are equal where keys are; an empty array stands for a weight of 1 each.
+    their index. `weights` (int64) are equal where keys are; an empty array means a weight of 1 each.
     """
     digits = np.empty(1 << DIGITS[0][1], np.int64)
     count = keys.size
@@ -148,7 +148,7 @@ def _truncate_row(x: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) 
 
 @compiled(parallel=True)
 def truncate_rows(logits: Any, rows: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> None:
-    """Divide logits[rows] (of float32 [M, V]) by the temperature and set to -inf what is cut; rows int64 [R].
+    """Divide logits[rows] (of float32 [M, V]) by the temperature and set to -inf what is cut off; rows int64 [R].
 
     The parameters are arrays [M]: temperature float32 (> 0), top_k int64 (0 off), top_p float64 (1 off), min_p float32
     (0 off).

@@ -151,8 +151,8 @@ GPU_KERNELS = (
         "draft-behind-a-wrong-one-stands-on-a-gpu",
         "A token sampled behind a rejected draft joins the sequence.",
         "kernels/sampling/gpu_verify.py",
-        "stands = follows & (drafted == token) &",
-        "stands = follows & (drafted >= 0) &",
+        "accepted = follows & (drafted == token) &",
+        "accepted = follows & (drafted >= 0) &",
         ("tests/kernels/interpreter/test_sampling.py::test_verification_equals_decoding_one_by_one_on_the_cpu",),
     ),
 )
