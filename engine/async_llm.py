@@ -20,7 +20,7 @@ from sempre.engine.frontend.frontend import Frontend, call_results, engine_metri
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.pacing import Pace, Pacer
 from sempre.engine.frontend.progress import StartupNotice
-from sempre.engine.frontend.prompts import PromptType, TokensPrompt
+from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import check_refused
 from sempre.engine.health import EngineHealth, judge, unhealthy
@@ -28,7 +28,6 @@ from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.sampling_params import SamplingParams
-from sempre.engine.text.tokenizer import Tokenizer
 from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import again
@@ -142,7 +141,7 @@ class AsyncLLM(EngineBase):
             trace_headers=trace_headers,
             data_parallel_rank=data_parallel_rank,
         )
-        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        params = self._or_default(sampling_params)
         stream = self._follow([self._frontend.builder.build(prompt, params, priority, request_id=request_id)])
         try:
             while outputs := await stream.next():
@@ -162,7 +161,7 @@ class AsyncLLM(EngineBase):
         Raises RequestError for a refused prompt or parameter, EngineDeadError when the engine died.
         """
         self._connected()
-        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        params = self._or_default(sampling_params)
         return self._follow(self._frontend.builder.build_all(prompts, params, priority))
 
     async def abort(self, request_id: str) -> None:
@@ -234,10 +233,6 @@ class AsyncLLM(EngineBase):
         """Raise EngineUnhealthy, naming the rank, unless all workers are ready, send heartbeats and are not stuck."""
         (await self.health(timeout_s)).check()
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
-        """Return the conversation as a prompt; takes the keywords of `LLM.chat`."""
-        return self._frontend.render_chat(messages, **keywords)
-
     @property
     def chat_template(self) -> str | None:
         """The chat template in use, None when there is none."""
@@ -253,24 +248,6 @@ class AsyncLLM(EngineBase):
         Raises RequestError if it is invalid.
         """
         self._frontend.builder.check_form(params)
-
-    def get_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer in use."""
-        return self._frontend.tokenizer
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """Return a copy of the parameters used when none are given."""
-        return self._frontend.default_sampling_params.clone()
-
-    @property
-    def fingerprint(self) -> str:
-        """Like `LLM.fingerprint`; empty before `start`."""
-        return self._frontend.fingerprint
-
-    @property
-    def fingerprint_parts(self) -> dict[str, str]:
-        """The values that `fingerprint` is a digest of; empty before `start`."""
-        return dict(self._frontend.parts)
 
     @property
     def config(self) -> EngineConfig:

@@ -30,7 +30,6 @@ from sempre.engine.metrics import Metric
 from sempre.engine.outputs import RequestOutput, ScoringOutput
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.messages import ContentFormat
-from sempre.engine.text.tokenizer import Tokenizer
 from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.errors import EngineDeadError, RequestError
 from sempre.ipc.messages import (
@@ -97,7 +96,7 @@ class LLM(EngineBase):
         refuse_values(
             lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
         )
-        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        params = self._or_default(sampling_params)
         return self._complete(prompts, params, priority, use_tqdm)
 
     def chat(
@@ -135,7 +134,7 @@ class LLM(EngineBase):
             chat_template_kwargs=chat_template_kwargs,
             chat_template_content_format=chat_template_content_format,
         )
-        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        params = self._or_default(sampling_params)
         return self._complete(prompts, params, priority, use_tqdm)
 
     def enqueue(
@@ -153,7 +152,7 @@ class LLM(EngineBase):
         self._check_open()
         without_effect.pop("use_tqdm", None)
         refuse_values(**without_effect)
-        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        params = self._or_default(sampling_params)
         with self._session.exclusive():
             requests = self._frontend.builder.build_all(prompts, params, priority)
             with self._dropped_on_error(requests):
@@ -182,10 +181,6 @@ class LLM(EngineBase):
             with self._dropped_on_error(requests):
                 return self._finished(_Running(requests, states), use_tqdm)
 
-    def render_chat(self, messages: Sequence[Message]) -> TokensPrompt:
-        """Return one conversation as the prompt that `chat` uses. Raises the errors of `chat`."""
-        return self._frontend.render_chat(messages)
-
     def score(self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: UseTqdm = False) -> list[ScoringOutput]:
         """Return the log-probability of each prompt, per token and in total; the same bits as in generation.
 
@@ -202,7 +197,7 @@ class LLM(EngineBase):
         Closing the iterator aborts the request. Raises RequestError, also when the request fails while it runs.
         """
         self._check_open()
-        params = self._frontend.default_sampling_params if sampling_params is None else sampling_params
+        params = self._or_default(sampling_params)
         with self._session.exclusive():
             request = self._frontend.builder.build(prompt, params)
         return self._stream(request)
@@ -236,14 +231,6 @@ class LLM(EngineBase):
         call_id = self._session.next_call_id()
         return self._session.ask(ResetPrefixCache(call_id=call_id), call_id, ResetPrefixCacheReply).done
 
-    def get_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer in use."""
-        return self._frontend.tokenizer
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """Return a copy of the parameters used when none are given."""
-        return self._frontend.default_sampling_params.clone()
-
     def get_world_size(self, include_dp: bool = True) -> int:
         """Return the number of workers in all replicas or in one."""
         return self._ready.world_size if include_dp else self._frontend.config.tensor_parallel_size
@@ -252,16 +239,6 @@ class LLM(EngineBase):
     def llm_engine(self) -> EngineView:
         """The settings in use under vLLM's names: `model_config.max_model_len`, `cache_config.num_gpu_blocks`, …"""
         return EngineView(self._frontend, self._ready)
-
-    @property
-    def fingerprint(self) -> str:
-        """Short digest of `fingerprint_parts`: the same fingerprint, seed and request give the same bits."""
-        return self._frontend.fingerprint
-
-    @property
-    def fingerprint_parts(self) -> dict[str, str]:
-        """The parts of the fingerprint, by name."""
-        return dict(self._frontend.parts)
 
     def shutdown(self) -> None:
         """End the workers and the coordinator. Can be called twice."""

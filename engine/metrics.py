@@ -5,13 +5,13 @@ The engine itself counts values by size in Observations.
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
-
-from sempre.engine.dataclass_view import dataclass_view
 
 PREFIX = "sempre:"
 _GAUGES = frozenset(
@@ -25,7 +25,22 @@ _LABEL_OF_PARTS = {
 }
 
 Labels = dict[str, str]
+StructType = TypeVar("StructType", bound=type[msgspec.Struct])
 ReportedValue = float | list[float] | dict[str, float | list[float]]
+
+
+def dataclass_view(struct: StructType) -> StructType:
+    """Make `dataclasses.asdict`, `fields` and `replace` accept `struct`, which costs less than half of a dataclass
+    to create and is not tracked by the garbage collector."""
+    fields = [
+        (field.name, field.type)
+        if field.default is msgspec.NODEFAULT
+        else (field.name, field.type, dataclasses.field(default=field.default))
+        for field in msgspec.structs.fields(struct)
+    ]
+    twin = dataclasses.make_dataclass(struct.__name__, fields)
+    struct.__dataclass_fields__ = twin.__dataclass_fields__  # type: ignore[attr-defined]
+    return struct
 
 
 @dataclass_view

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from msgspec import Struct
 
-from sempre.engine.dataclass_view import dataclass_view
+from sempre.engine.metrics import dataclass_view
 
 
 @dataclass_view

@@ -16,8 +16,8 @@ from sempre.engine.cli.arguments import (
     model_of,
     sampling_keywords,
 )
+from sempre.engine.cli.prompt_source import TerminalInput
 from sempre.engine.cli.remote.connection import add_server_flags
-from sempre.engine.cli.terminal_input import TerminalInput
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.ipc.errors import RequestError
 from sempre.ipc.log_lines import for_terminal, plain

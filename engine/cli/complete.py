@@ -7,9 +7,9 @@ import sys
 
 from sempre.engine.cli.arguments import add_model_flag, add_sampling_flags, sampling_keywords
 from sempre.engine.cli.parser import UsageError
+from sempre.engine.cli.prompt_source import TerminalInput
 from sempre.engine.cli.remote.answers import completion_text, print_answer
 from sempre.engine.cli.remote.connection import DEFAULT_URL, Server, add_server_flags
-from sempre.engine.cli.terminal_input import TerminalInput
 
 _HELP = "Each line, or text pasted at once, is a prompt; Ctrl-C stops a completion, Ctrl-D ends."
 # A stream is one text; what HTTP does not carry or a stream cannot hold has no flag here.

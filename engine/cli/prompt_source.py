@@ -1,9 +1,11 @@
-"""The prompts of `sempre generate`: arguments, lines of standard input, or rows of a JSONL file."""
+"""Where prompts come from: arguments, lines of standard input, rows of a JSONL file, or a terminal."""
 
 from __future__ import annotations
 
 import json
 import os
+import select
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 from sempre.ipc.errors import ConfigError
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+# what is pasted comes at once, what is typed does not
+_PASTE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +85,25 @@ def _row(line: bytes, where: str) -> PromptRow:
         raise ConfigError(f"{where}: priority must be an int, got {priority!r}.", parameter="priority", value=priority)
     taken = {key: value.pop(key) for key in (*given, "cache_salt", "priority") if key in value}
     return PromptRow(**taken, sampling=value, where=where)
+
+
+class TerminalInput:
+    """Reads texts from standard input; at a terminal with editing and history."""
+
+    def __init__(self) -> None:
+        self.is_interactive = sys.stdin.isatty()
+        self._gathers_lines = False
+        if self.is_interactive:
+            # with it imported, input() edits lines and remembers them
+            import readline
+
+            # the terminal marks what is pasted, and a line break within it does not end the text; Python turns it off
+            readline.parse_and_bind("set enable-bracketed-paste on")
+            self._gathers_lines = "libedit" in (readline.__doc__ or "")
+
+    def read(self) -> str:
+        """Return the next text; of a file, the next line. Raises EOFError at the end."""
+        lines = [input("> " if self.is_interactive else "")]
+        while self._gathers_lines and select.select([sys.stdin], [], [], _PASTE_S)[0]:
+            lines.append(input())
+        return "\n".join(lines)

@@ -13,12 +13,12 @@ from typing import Any, Generic, Self, TypeVar
 import zmq
 from msgspec.structs import replace
 
+from sempre.engine.child_process import RestartBudget
 from sempre.engine.client.engine_process import EngineProcess, ProcessOptions, client_event, ended_by
 from sempre.engine.client.interface import ProgressCallback
 from sempre.engine.client.interrupts import allowed
 from sempre.engine.client.pending_requests import PendingRequests
 from sempre.engine.client.watch import HeartbeatMonitor, WorkerWatch
-from sempre.engine.restart_budget import RestartBudget
 from sempre.ipc.channel import PeerBase, PeerChannel
 from sempre.ipc.codec import FrameEncoder
 from sempre.ipc.config import EngineConfig

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 
+from sempre.engine.child_process import RestartBudget
 from sempre.engine.coordinator.core import EngineCore
 from sempre.engine.executor.base import Executor
-from sempre.engine.restart_budget import RestartBudget
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import StartupError, WorkerDied

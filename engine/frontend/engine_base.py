@@ -1,17 +1,75 @@
-"""How engines are created, and their errors for missing attributes."""
+"""What `LLM` and `AsyncLLM` share as classes, and their errors for missing attributes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from sempre.engine.arg_utils import EngineArgs, keywords_of
 from sempre.engine.arguments import EngineKeywords, check_keywords
-from sempre.engine.frontend.absent import absent
+from sempre.engine.frontend.frontend import Frontend
+from sempre.engine.frontend.prompts import TokensPrompt
+from sempre.engine.near_names import near_name
+from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.text.tokenizer import Tokenizer
+
+_TEXT_ALONE = "This engine only generates text."
+_NO_ADAPTERS = "This engine does not support adapters; merge them into the checkpoint."
+_PROFILE = (
+    "Make the engine with multiprocessing=False and run it inside torch.profiler.profile(), or attach a sampling "
+    "profiler to the worker processes."
+)
+_SLEEP = "Call shutdown() to free memory, and create a new engine: the same requests give the same bits."
+_HEALTH = "Use `await engine.health()`, which returns the state and the problems by rank."
+_INSTEAD = {
+    "add_lora": _NO_ADAPTERS,
+    "add_request": "Use generate(…), or stream(…) for several prompts.",
+    "apply_model": (
+        "Functions are never sent to another process; call a method of the workers by its name: collective_rpc(…)."
+    ),
+    "beam_search": (
+        "Ask for samples, SamplingParams(n=…, logprobs=0), and keep the one with the highest cumulative_logprob."
+    ),
+    "check_and_raise_dead_error": _HEALTH,
+    "classify": _TEXT_ALONE,
+    "dead_error": _HEALTH,
+    "do_log_stats": "Use get_metrics().",
+    "embed": _TEXT_ALONE,
+    "encode": f"{_TEXT_ALONE} For token ids use get_tokenizer().encode(…).",
+    "errored": _HEALTH,
+    "get_decoding_config": "Use `config`.",
+    "get_model_config": "Use `config`, and `ready` for the limits in use.",
+    "get_vllm_config": "Use `config`, and `ready` for the limits in use.",
+    "is_running": _HEALTH,
+    "is_sleeping": _SLEEP,
+    "is_stopped": _HEALTH,
+    "list_loras": _NO_ADAPTERS,
+    "pin_lora": _NO_ADAPTERS,
+    "remove_lora": _NO_ADAPTERS,
+    "reset_encoder_cache": _TEXT_ALONE,
+    "reset_mm_cache": _TEXT_ALONE,
+    "reward": _TEXT_ALONE,
+    "set_tokenizer": "Pass tokenizer=… when you create the engine.",
+    "sleep": _SLEEP,
+    "start_profile": _PROFILE,
+    "stop_profile": _PROFILE,
+    "wake_up": _SLEEP,
+}
+
+
+def absent(kind: str, name: str, known: Iterable[str]) -> AttributeError:
+    """Return the error for an attribute that an engine of this `kind` lacks; `known` are its attributes."""
+    if name in _INSTEAD:
+        return AttributeError(f"{kind} has no {name!r}. {_INSTEAD[name]}")
+    near = None if name.startswith("_") else near_name(name, [other for other in known if not other.startswith("_")])
+    return AttributeError(f"{kind} has no attribute {name!r}.{f' Did you mean {near!r}?' if near else ''}")
 
 
 class EngineBase:
     """Base class of `LLM` and `AsyncLLM`."""
+
+    _frontend: Frontend
 
     def __new__(cls, *values: Any, **keywords: Any) -> Self:
         check_keywords(cls.__name__, values, keywords)
@@ -30,3 +88,31 @@ class EngineBase:
     def from_engine_args(cls, engine_args: EngineArgs) -> Self:
         """Create an engine with these keywords. Raises the constructor's errors."""
         return cls(**keywords_of(engine_args))
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer in use."""
+        return self._frontend.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return a copy of the parameters used when none are given."""
+        return self._frontend.default_sampling_params.clone()
+
+    @property
+    def fingerprint(self) -> str:
+        """Short digest of `fingerprint_parts`: equal fingerprint, seed and request give equal bits.
+
+        Empty before an `AsyncLLM` is started.
+        """
+        return self._frontend.fingerprint
+
+    @property
+    def fingerprint_parts(self) -> dict[str, str]:
+        """The values that `fingerprint` is a digest of, by name."""
+        return dict(self._frontend.parts)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
+        """Return one conversation as the prompt that `LLM.chat` uses; takes its keywords and raises its errors."""
+        return self._frontend.render_chat(messages, **keywords)
+
+    def _or_default(self, params: Any) -> Any:
+        return self._frontend.default_sampling_params if params is None else params

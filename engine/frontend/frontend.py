@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from sempre.engine.frontend.limits import RequestLimits
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
 from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.frontend.request_builder import RequestBuilder
-from sempre.engine.frontend.unread import UnreadVariables
 from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.near_names import near_name
 from sempre.engine.sampling_params import SamplingParams
@@ -30,6 +31,7 @@ from sempre.engine.version import __version__
 from sempre.ipc.codec import UNSEQUENCED, FrameEncoder
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, ModelError, RequestCrashed, RequestError, SempreError
+from sempre.ipc.log_lines import plain
 from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, MetricsReply, StartupProgress
 from sempre.ipc.model_files import read_json_object, read_text
 
@@ -47,6 +49,12 @@ _GENERATION_FIELDS = {
     "min_p": "min_p",
     "max_new_tokens": "max_tokens",
 }
+_MOST_NAMES = 16
+"""maximum variables checked per conversation"""
+_MOST_WARNINGS = 32
+_MOST_SHOWN = 60
+# used by the engine itself if a template asks for today's date
+_READ_OTHERWISE = {"date_string": "strftime_now"}
 
 
 def fingerprint_parts(worker_parts: Mapping[str, str]) -> dict[str, str]:
@@ -280,3 +288,29 @@ def _template_text(template: str) -> str:
             value=template,
         )
     return read_text(path)
+
+
+class UnreadVariables:
+    """Warns once per variable without effect; the number of warnings is limited, since clients choose the names."""
+
+    def __init__(self) -> None:
+        self._warned: set[tuple[str, str]] = set()
+
+    def warn(self, template: str, names: Iterable[object]) -> None:
+        """Warn about the `names` that do not occur in the template."""
+        for name in map(str, islice(names, _MOST_NAMES)):
+            if (template, name) in self._warned or len(self._warned) >= _MOST_WARNINGS or _is_read(template, name):
+                continue
+            self._warned.add((template, name))
+            shown = plain(name[:_MOST_SHOWN])
+            if name == "tools":
+                logger.warning("the chat template does not read tools: the model does not see the tools of requests")
+            else:
+                logger.warning("the chat template does not read the variable %s; it has no effect", shown)
+            if len(self._warned) == _MOST_WARNINGS:
+                logger.warning("no more warnings about variables that chat templates do not read")
+
+
+def _is_read(template: str, name: str) -> bool:
+    words = [name, *([_READ_OTHERWISE[name]] if name in _READ_OTHERWISE else [])]
+    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", template) for word in words)

@@ -8,10 +8,8 @@
 `cache_folder`    where pulled models live
 """
 
-from sempre.engine.models.cache import cache_folder
-from sempre.engine.models.catalog import CATALOG, CatalogModel
-from sempre.engine.models.overlay import with_overrides
-from sempre.engine.models.pull import pull
+from sempre.engine.models.cache import cache_folder, with_overrides
+from sempre.engine.models.pull import CATALOG, CatalogModel, pull
 from sempre.engine.models.resolve import ResolvedModel, refuse_remote_code, resolve_model, resolve_tokenizer
 
 __all__ = [

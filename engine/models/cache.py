@@ -1,14 +1,20 @@
-"""The user's cache folder, and a lock that serialises work on one entry of it."""
+"""The user's cache folder, a lock on an entry of it, and folders of models with another config.json."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sempre.ipc.errors import ConfigError, ModelError
+from sempre.ipc.model_files import read_json_object
 
 
 def cache_folder() -> Path:
@@ -56,3 +62,50 @@ def exclusive(folder: Path) -> Iterator[None]:
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def with_overrides(folder: Path, overrides: Mapping[str, Any]) -> Path:
+    """Return a folder whose config.json has `overrides` in it; objects are merged, everything else is replaced.
+
+    Equal overrides of one folder give the same place. Raises ModelError when config.json is no object, or the cache
+    folder cannot be written to.
+    """
+    config = read_json_object(folder / "config.json")
+    text = json.dumps(_merged(config, overrides), indent=2, ensure_ascii=False)
+    others = sorted(path for path in folder.iterdir() if path.name != "config.json")
+    name = hashlib.sha256("\0".join([text, *map(str, others)]).encode()).hexdigest()[:32]
+    target = cache_folder() / "overrides" / name
+    if not target.is_dir():
+        try:
+            _build(target, text, others)
+        except OSError as error:
+            raise ModelError(
+                f"hf_overrides: the cache folder {target.parent} cannot be written to: {error.strerror}. "
+                "Set SEMPRE_CACHE to a folder that can."
+            ) from error
+    return target
+
+
+def _build(target: Path, config: str, others: list[Path]) -> None:
+    """Whole or not at all; another process may do the same."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
+    try:
+        (scratch / "config.json").write_text(config, encoding="utf-8")
+        for path in others:
+            (scratch / path.name).symlink_to(path.resolve())
+        try:
+            os.rename(scratch, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _merged(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for name, value in overrides.items():
+        inner = merged.get(name)
+        merged[name] = _merged(inner, value) if isinstance(value, Mapping) and isinstance(inner, dict) else value
+    return merged

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from sempre.engine.checkpoints import EMBEDDED, embedded_checkpoint
 from sempre.engine.models.cache import cache_folder
-from sempre.engine.models.catalog import CATALOG
-from sempre.engine.models.pull import pull
+from sempre.engine.models.pull import CATALOG, pull
 from sempre.engine.near_names import near_names
 from sempre.ipc.errors import ConfigError, ModelError
 from sempre.ipc.model_files import read_json_object

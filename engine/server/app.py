@@ -13,18 +13,17 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sempre.engine.server import openapi
+from sempre.engine.server.body import read_plain
 from sempre.engine.server.chat import create_chat_completion
 from sempre.engine.server.completions import create_completion
-from sempre.engine.server.errors import APIError, api_error
-from sempre.engine.server.invocations import invoke
+from sempre.engine.server.errors import APIError, BadRequest, api_error
 from sempre.engine.server.load import load, metrics
-from sempre.engine.server.middleware import KeyRing, RequestGate
+from sempre.engine.server.middleware import KeyRing, RequestGate, wrapped
 from sempre.engine.server.parameters import check_model
 from sempre.engine.server.playground import PLAYGROUND_ROUTES
 from sempre.engine.server.responses import ModelCard, ModelList
 from sempre.engine.server.service import Service
 from sempre.engine.server.tokenization import detokenize, tokenize, tokenizer_info
-from sempre.engine.server.user_middleware import wrapped
 from sempre.engine.version import __version__
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
@@ -152,12 +151,23 @@ async def _server_info(service: Service, _request: Request) -> Response:
     )
 
 
+async def _invoke(service: Service, http: Request) -> Response:
+    """/invocations, as SageMaker calls a model: the body's fields tell a chat from a completion."""
+    http.state.body = await read_plain(http, service)
+    names = set(http.state.body) if isinstance(http.state.body, dict) else ()
+    if "messages" in names:
+        return await create_chat_completion(service, http)
+    if "prompt" in names:
+        return await create_completion(service, http)
+    raise BadRequest("The body must hold messages, as for /v1/chat/completions, or prompt, as for /v1/completions.")
+
+
 _ENDPOINTS: dict[str, Endpoint] = {
     "/v1/completions": create_completion,
     "/v1/chat/completions": create_chat_completion,
     "/v1/models": _models,
     "/v1/models/{model:path}": _model,
-    "/invocations": invoke,
+    "/invocations": _invoke,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
     "/tokenizer_info": tokenizer_info,

@@ -10,8 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from sempre.engine.server.errors import APIError, BadRequest
 from sempre.engine.server.fields import to_model
-from sempre.engine.server.json_scan import MAX_VALUES, check_structure
-from sempre.engine.server.limits import check_sizes
+from sempre.engine.server.limits import MAX_VALUES, check_sizes, check_structure
 from sempre.engine.server.prompts import client_of
 from sempre.engine.server.service import Service
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import pkgutil
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_type_hints
 
 from msgspec import Meta, Struct
@@ -92,10 +94,26 @@ def server_config(settings: Mapping[str, Any]) -> ServerConfig:
     if config.enable_auto_tool_choice and config.tool_call_parser is None:
         raise ConfigError("enable_auto_tool_choice needs tool_call_parser.", parameter="enable_auto_tool_choice")
     if config.middleware:
-        # here: what it needs is imported when a server starts, and not to print help
-        from sempre.engine.server.user_middleware import load_middleware
-
         load_middleware(config.middleware)
     if any(not key for key in config.api_key):
         raise ConfigError("api_key must not be empty.", parameter="api_key")
     return config
+
+
+def load_middleware(names: Sequence[str]) -> list[Any]:
+    """Return what the dotted names stand for: classes made with the application, or coroutine functions that take a
+    request and the way on. Raises ConfigError naming the one that is neither."""
+    return [_load(name) for name in names]
+
+
+def _load(name: str) -> Any:
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"middleware {name!r} cannot be imported: {error}.", parameter="middleware") from error
+    if not inspect.isclass(found) and not inspect.iscoroutinefunction(found):
+        raise ConfigError(
+            f"middleware {name!r} must be a class or a coroutine function, found {type(found).__name__}.",
+            parameter="middleware",
+        )
+    return found

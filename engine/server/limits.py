@@ -1,4 +1,4 @@
-"""How much one request may hold, checked before anything is made of it.
+"""How much one request may hold, and how deeply its JSON may be nested, checked before anything is made of it.
 
 A request's answer may take long; what comes before it must not, as everybody else waits for it.
 """
@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.errors import APIError, BadRequest
@@ -33,6 +34,14 @@ _BYTES = {
     "tools": MAX_TOOLS_BYTES,
 }
 _CHARACTERS = {"cache_salt": 1024, "chat_template": MAX_TEMPLATE_CHARACTERS}
+MAX_DEPTH = 100
+MAX_CONTAINERS = 50_000
+"""Most objects and lists: each is an allocation, and what reads them afterwards takes its time over each."""
+MAX_VALUES = 300_000
+"""Most entries and members, unless a single prompt of the model's may have more token ids."""
+MAX_MEMBERS = 50_000
+_CHUNK = 1 << 16
+_QUOTE, _COMMA, _COLON = b'",:'
 
 
 def check_sizes(request: msgspec.Struct) -> None:
@@ -73,3 +82,38 @@ def check_entries(name: str, value: Collection[Any], most: int) -> None:
 def _check_bytes(name: str, value: object, most: int) -> None:
     if value is not None and (size := len(msgspec.json.encode(value))) > most:
         raise APIError(413, f"{name} may have at most {most} bytes as JSON, found {size}.", param=name)
+
+
+def check_structure(data: bytes, max_values: int = MAX_VALUES) -> None:
+    """Raise BadRequest for JSON that is nested too deeply, APIError (413) for JSON that holds too much.
+
+    Linear, some milliseconds per megabyte; counts of a text that is no JSON mean nothing, and its parser will say so.
+    """
+    # no text holds more than it has brackets, commas and colons, so most need no closer look
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH and data.count(b",") < MAX_MEMBERS // 2:
+        return
+    if b"\\" in data:
+        data = data.replace(rb"\\", b"__").replace(rb"\"", b"__")
+    in_string, depth = 0, 0
+    containers = values = members = 0
+    for start in range(0, len(data), _CHUNK):
+        chunk = np.frombuffer(data, np.uint8, min(_CHUNK, len(data) - start), start)
+        outside = ((np.cumsum(chunk == _QUOTE, dtype=np.uint8) + in_string) & 1) == 0
+        in_string = int(not outside[-1])
+        # "[" and "{" are 0x5B and 0x7B, "]" and "}" are 0x5D and 0x7D
+        bracket = chunk & 0xDF
+        opens = (bracket == 0x5B) & outside
+        levels = depth + np.cumsum(opens.astype(np.int8) - ((bracket == 0x5D) & outside), dtype=np.int32)
+        if int(levels.max()) > MAX_DEPTH:
+            raise BadRequest(f"The body is nested more than {MAX_DEPTH} levels deep.")
+        depth = int(levels[-1])
+        containers += int(np.count_nonzero(opens))
+        values += int(np.count_nonzero((chunk == _COMMA) & outside))
+        members += int(np.count_nonzero((chunk == _COLON) & outside))
+        for count, most, what in (
+            (containers, MAX_CONTAINERS, "objects and lists"),
+            (values, max_values, "entries"),
+            (members, MAX_MEMBERS, "members of objects"),
+        ):
+            if count > most:
+                raise APIError(413, f"The body may hold at most {most} {what}.")

@@ -1,20 +1,25 @@
-"""What every request passes: its id, the key or what stands in for one, the type of its body, a line in the log."""
+"""What every request passes: its id, the key or what stands in for one, the type of its body, a line in the log.
+
+The middleware of the user's own (`--middleware`) stands around it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import inspect
 import logging
 import re
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Any, cast
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sempre.engine.server.browsers import PageGuard
-from sempre.engine.server.config import ServerConfig
+from sempre.engine.server.config import ServerConfig, load_middleware
 from sempre.engine.server.errors import APIError
 from sempre.engine.server.logs import REQUEST_ID
 
@@ -135,3 +140,16 @@ def _unauthorized(headers: Headers) -> APIError:
             401, "You didn't provide an API key. Send it in the header `Authorization: Bearer KEY`.", headers=told
         )
     return APIError(401, "Incorrect API key provided.", headers=told)
+
+
+def wrapped(app: ASGIApp, names: Sequence[str]) -> ASGIApp:
+    """Return `app` within the middleware; the last one named is the outermost."""
+    for middleware in load_middleware(names):
+        found: Any = middleware
+        if inspect.isclass(found):
+            app = cast(Any, found)(app)
+        else:
+            from starlette.middleware.base import BaseHTTPMiddleware
+
+            app = BaseHTTPMiddleware(app, dispatch=found)
+    return app

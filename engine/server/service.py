@@ -13,8 +13,7 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.admission import Admission
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import BadRequest, Busy
-from sempre.engine.server.json_scan import MAX_VALUES
-from sempre.engine.server.limits import check_copies
+from sempre.engine.server.limits import MAX_VALUES, check_copies
 from sempre.engine.server.metrics import ServerMetrics
 from sempre.engine.server.offload import Offload
 from sempre.ipc.context_length import too_long, too_many_characters

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sempre.engine.cli.bench.workload import percentiles, random_requests
+from sempre.engine.cli.bench.offline import percentiles, random_requests
 from sempre.engine.cli.main import main
 
 MODEL = ["--model", "tiny", "--device", "cpu", "--max-model-len", "256", "--num-threads", "1"]

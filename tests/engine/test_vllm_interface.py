@@ -11,7 +11,7 @@ import pytest
 
 from sempre.engine import LLM, AsyncLLM, ConfigError, EngineArgs, Gauge, RequestError, SamplingParams
 from sempre.engine.arguments import parse_arguments
-from sempre.engine.frontend.absent import _INSTEAD
+from sempre.engine.frontend.engine_base import _INSTEAD
 from sempre.engine.setting_values import read_size
 
 SETTINGS: dict[str, Any] = {"max_model_len": "256", "num_threads": 1, "multiprocessing": False}

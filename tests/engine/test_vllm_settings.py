@@ -271,7 +271,7 @@ def test_middleware_stands_around_the_application(monkeypatch: pytest.MonkeyPatc
     from starlette.responses import PlainTextResponse
     from starlette.testclient import TestClient
 
-    from sempre.engine.server.user_middleware import wrapped
+    from sempre.engine.server.middleware import wrapped
 
     monkeypatch.setitem(sys.modules, "stamps", sys.modules[__name__])
 

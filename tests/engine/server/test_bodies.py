@@ -14,11 +14,11 @@ import pytest
 from starlette.requests import Request
 
 from sempre.engine.server import body as bodies
+from sempre.engine.server.app import _invoke
 from sempre.engine.server.body import parse_model
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import APIError, BadRequest, Busy
-from sempre.engine.server.invocations import invoke
-from sempre.engine.server.json_scan import MAX_CONTAINERS, MAX_DEPTH, MAX_MEMBERS, MAX_VALUES, check_structure
+from sempre.engine.server.limits import MAX_CONTAINERS, MAX_DEPTH, MAX_MEMBERS, MAX_VALUES, check_structure
 from sempre.engine.server.neutral import NEUTRAL
 from sempre.engine.server.requests import (
     ChatCompletionRequest,
@@ -302,7 +302,7 @@ def test_an_invocation_is_scanned_and_parsed_once(body: dict[str, Any], monkeypa
     service: Any = SimpleNamespace(config=ServerConfig(), max_json_values=MAX_VALUES, check_ready=not_ready)
     http = Request({"type": "http", "method": "POST", "headers": [], "path": "/invocations"}, receive)
     with pytest.raises(Busy):
-        asyncio.run(invoke(service, http))
+        asyncio.run(_invoke(service, http))
     assert len(scanned) == 1
     assert not hasattr(http.state, "body"), "kept no longer than it is needed"
 
