@@ -54,6 +54,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 1.0,
         "final_logit_softcapping": 4.0,
     },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "sliding_window": None,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 336,
+    },
     "qwen3-moe": {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",

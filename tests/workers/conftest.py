@@ -56,6 +56,8 @@ GEMMA: dict[str, Any] = {
     "final_logit_softcapping": 3.0,
 }
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+# of 3 of 5 experts
+ODD_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 
@@ -64,6 +66,7 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
     llama, mistral = transformers.LlamaConfig, transformers.MistralConfig
     qwen2, qwen3 = transformers.Qwen2Config, transformers.Qwen3Config
     gemma2, qwen3_moe = transformers.Gemma2Config, transformers.Qwen3MoeConfig
+    mixtral = transformers.MixtralConfig
     return {
         "llama": llama(**COMMON),
         "llama-multi-head-tied": llama(**{**COMMON, "num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -91,11 +94,17 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
         ),
         "qwen3-moe": qwen3_moe(**COMMON, **EXPERTS, head_dim=32, norm_topk_prob=True),
         "qwen3-moe-odd": qwen3_moe(
-            **{**COMMON, **EXPERTS, "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
+            **COMMON,
+            **ODD_EXPERTS,
             head_dim=32,
             attention_bias=True,
             mlp_only_layers=[0],
             tie_word_embeddings=True,
+        ),
+        "qwen3-moe-step": qwen3_moe(**COMMON, **EXPERTS, decoder_sparse_step=2, norm_topk_prob=False),
+        "mixtral": mixtral(**COMMON, num_local_experts=8, num_experts_per_tok=2),
+        "mixtral-odd": mixtral(
+            **COMMON, num_local_experts=5, num_experts_per_tok=3, sliding_window=20, tie_word_embeddings=True
         ),
     }
 

@@ -26,6 +26,9 @@ NAMES = [
     "gemma2-odd",
     "qwen3-moe",
     "qwen3-moe-odd",
+    "qwen3-moe-step",
+    "mixtral",
+    "mixtral-odd",
 ]
 
 

@@ -81,6 +81,7 @@ CONFIG: dict[str, Any] = {
     "moe_intermediate_size": INNER,
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "num_experts": EXPERTS,
     "num_experts_per_tok": CHOSEN,
     "max_position_embeddings": 64,

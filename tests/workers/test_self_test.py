@@ -37,6 +37,7 @@ FAMILIES = [
     "qwen3-moe",
     "gemma2",
     "qwen3-moe-odd",
+    "mixtral-odd",
 ]
 
 

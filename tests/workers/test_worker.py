@@ -37,6 +37,9 @@ FAMILIES = [
     "gemma2-odd",
     "qwen3-moe",
     "qwen3-moe-odd",
+    "qwen3-moe-step",
+    "mixtral",
+    "mixtral-odd",
 ]
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -16,14 +17,25 @@ from sempre.workers.layers.module import Build, Module, Scratch
 from sempre.workers.quantization.plain import NotQuantized
 
 
+class ExpertNames(NamedTuple):
+    """Names of an expert's linear layers in the checkpoint."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+USUAL_NAMES = ExpertNames()
+
+
 class Experts(Module):
     """Gated feed-forward branches of one shape, side by side."""
 
-    def __init__(self, build: Build, shape: ExpertShape) -> None:
+    def __init__(self, build: Build, shape: ExpertShape, names: ExpertNames) -> None:
         count, hidden, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
-        parts = {"gate_proj": inner, "up_proj": inner}
+        parts = {names.gate: inner, names.up: inner}
         self.gate_up_proj = ExpertLinear(build, count, parts, hidden, use=Use.GATED, role="gate_up")
-        self.down_proj = ExpertLinear(build, count, {"down_proj": hidden}, inner)
+        self.down_proj = ExpertLinear(build, count, {names.down: hidden}, inner)
         self.down_proj.rows_of_token = shape.experts_per_row
 
     def allocate(self, scratch: Scratch) -> None:
@@ -50,11 +62,13 @@ class SparseMLP(Module):
     do not depend on who shares its experts. No expert has a capacity, and no row is dropped.
     """
 
-    def __init__(self, build: Build, shape: ExpertShape, *, renormalize: bool) -> None:
+    def __init__(
+        self, build: Build, shape: ExpertShape, *, renormalize: bool, names: ExpertNames = USUAL_NAMES
+    ) -> None:
         # the router is small and its errors matter: floats only
         unquantized = replace(build, quantization=NotQuantized())
         self.gate = Linear(unquantized, {"gate": shape.num_experts}, shape.hidden_size, use=Use.ROUTER)
-        self.experts = Experts(build, shape)
+        self.experts = Experts(build, shape, names)
         self.sizes = shape
         self.renormalize = renormalize
         self._scratch: ExpertScratch | None = None

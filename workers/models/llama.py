@@ -18,7 +18,7 @@ from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.moe import SparseMLP
 from sempre.workers.layers.norm import RMSNorm
-from sempre.workers.models.base import CausalLM, Stack, rows_read
+from sempre.workers.models.base import Block, CausalLM, Stack, rows_read
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -58,10 +58,16 @@ def build_model(build: Build, spec: ModelSpec) -> CausalLM:
 
 def model_with(build: Build, spec: ModelSpec, mlp_of: Callable[[int], GatedMLP | SparseMLP]) -> CausalLM:
     """The tree with these feed-forward branches in its layers."""
-    blocks = [
-        LlamaBlock(spec, Attention(build, attention_shape(spec, layer)), mlp_of(layer))
-        for layer in range(spec.num_layers)
-    ]
+
+    def block(layer: int) -> LlamaBlock:
+        return LlamaBlock(spec, Attention(build, attention_shape(spec, layer)), mlp_of(layer))
+
+    return model_of(build, spec, block)
+
+
+def model_of(build: Build, spec: ModelSpec, block_of: Callable[[int], Block]) -> CausalLM:
+    """The tree of these blocks."""
+    blocks = [block_of(layer) for layer in range(spec.num_layers)]
     norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
     return CausalLM(build, spec, Stack(Embedding(spec.vocab_size, spec.hidden_size), blocks, norm))
 

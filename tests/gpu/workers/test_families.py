@@ -37,6 +37,9 @@ CONFIGS = {
         **COMMON, sliding_window=20, attn_logit_softcapping=None, final_logit_softcapping=None
     ),
     "3 of 5 experts": lambda: transformers.Qwen3MoeConfig(**COMMON, **ODD_EXPERTS, mlp_only_layers=[1]),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **COMMON, num_local_experts=5, num_experts_per_tok=2, sliding_window=20
+    ),
     "8 of 60 experts": lambda: transformers.Qwen3MoeConfig(
         **COMMON, num_experts=60, num_experts_per_tok=8, moe_intermediate_size=16, norm_topk_prob=False
     ),

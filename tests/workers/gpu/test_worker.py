@@ -49,6 +49,7 @@ CONFIG = {
 EXTRA: dict[str, dict[str, object]] = {
     "MistralForCausalLM": {"sliding_window": 9},
     "Gemma2ForCausalLM": {"sliding_window": 9, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "MixtralForCausalLM": {"num_local_experts": 5, "num_experts_per_tok": 3},
     "Qwen3MoeForCausalLM": {
         "num_experts": 5,
         "num_experts_per_tok": 3,
@@ -149,6 +150,7 @@ def _tokens(folder: Path, **changes: object) -> list[SampledTokens]:
         ("Qwen3ForCausalLM", None),
         ("Qwen3MoeForCausalLM", None),
         ("Qwen3MoeForCausalLM", "fp8_weight_only"),
+        ("MixtralForCausalLM", None),
         ("Gemma2ForCausalLM", None),
     ],
 )
