@@ -1,7 +1,7 @@
 """How fast the GPU's attention runs for decode and prefill shapes, under several launch shapes; all must agree bitwise.
 
-Metric: time of one layer's attention inside a CUDA graph that walks over several caches, so that keys and values come
-from memory. GB/s counts keys and values once; TFLOP/s counts 4 D Hq per visible key and query.
+Metric: time of one layer's attention inside a CUDA graph that cycles through several caches, so that keys and values
+come from memory. GB/s counts keys and values once; TFLOP/s counts 4 D Hq per visible key and query.
 
     python benchmarks/gpu_attention.py
 

@@ -1,4 +1,4 @@
-"""What a decode step costs layer by layer: every kernel of a decoder's layers in one CUDA graph.
+"""What each layer of a decode step costs: every kernel of a decoder's layers in one CUDA graph.
 
 Metric: time of a replay over L layers with distinct weights, divided by L; the floor is the layer's weights at the
 memory's copy rate. The breakdown replays the same graph with one operation left out.
@@ -102,7 +102,7 @@ class Stack:
                 linear(self.activated, down, self.branch)
 
     def microseconds(self, without: str = "") -> float:
-        """Per layer."""
+        """µs per layer."""
         self.run(without)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

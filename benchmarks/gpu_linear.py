@@ -1,14 +1,14 @@
-"""Which kernel is fastest for each product of a model on this GPU, at each number of rows; prints the lines of a table
+"""Which kernel is fastest for each matmul of a model on this GPU, at each number of rows; prints the lines of a table
 for `kernels/linear/gpu_table.py`.
 
-Metric: time of one product inside a CUDA graph that walks over enough copies of the weight to overflow the cache, so
+Metric: time of one matmul inside a CUDA graph that cycles through enough copies of the weight to overflow the cache, so
 every weight is read from memory, as in a decode step. GB/s counts the weight once; TFLOP/s counts 2 T N K. Every
 candidate is also compared bitwise with the reference tile; one that differs is marked and never recommended.
 
     python benchmarks/gpu_linear.py [--shapes 4096x6144,...] [--rows 1,16,...] [--scheme fp8|fp8_weight_only]
 
-With `--scheme` the weights are fp8, and "default" is still the ordinary product of bfloat16 weights of that shape;
-fp8 includes the time that quantising the rows takes, also shown alone.
+With `--scheme` the weights are fp8, and "default" is still the ordinary matmul with bfloat16 weights of that shape; fp8
+includes the time that quantising the rows takes, also shown alone.
 
 The last line is one JSON document.
 """
@@ -47,7 +47,7 @@ CANDIDATES = tuple(
         (128, 32, 128, 4, 4), (128, 64, 64, 4, 6), (128, 64, 128, 4, 4), (128, 128, 64, 8, 4),
     )
 )  # fmt: skip
-# here block_n features of each half
+# block_n features of each half here
 FUSED_CANDIDATES = tuple(
     Tile(*numbers)
     for numbers in (
@@ -107,7 +107,7 @@ def microseconds(run: Callable[[GpuLinearWeight], object], weights: list[GpuLine
 
 
 def usable(tile: Tile, run: Callable[..., object], columns: int) -> bool:
-    """Compile and run the tile once; False, with a line, where this GPU cannot hold it."""
+    """Compile and run the tile once; False, with a message, if this GPU cannot hold it."""
     w = GpuLinearWeight(torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16), None)
     x = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
     try:

@@ -1,8 +1,8 @@
 """What a mixture of experts costs on this GPU, kernel by kernel and tile by tile.
 
-Metric: time of one layer inside a CUDA graph that walks over layers with distinct weights, so that every weight is read
-from memory; router logits are random. The floor is the larger of the chosen experts' weights at 4.0 TB/s (what a copy
-reaches on an H200) and of the arithmetic at 700 TFLOP/s. Tiles that differ in bits from the reference are marked.
+Metric: time of one layer inside a CUDA graph that cycles through layers with distinct weights, so that every weight is
+read from memory; router logits are random. The floor is the larger of the chosen experts' weights at 4.0 TB/s (what a
+copy reaches on an H200) and of the arithmetic at 700 TFLOP/s. Tiles that differ in bits from the reference are marked.
 
     python benchmarks/gpu_moe.py [--rows 1,8,64,...] [--sweep]
 
@@ -44,7 +44,7 @@ CANDIDATES = tuple(
 
 
 class Layers:
-    """Of random weights, with one scratch."""
+    """Layers with random weights and one scratch."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -66,7 +66,7 @@ class Layers:
         )
 
     def microseconds(self, run: Callable[[int], object]) -> float:
-        """A layer's share of walking over all of them."""
+        """The time of one layer, averaged over all of them."""
         walks = max(1, 24 // LAYERS) if self.rows <= 1024 else 1
         for layer in range(LAYERS):
             run(layer)
@@ -119,7 +119,7 @@ class Layers:
         return max(used * elements * 2 / 4.0e6, self.rows * self.k * elements * 2 / 700e6)
 
     def sweep(self) -> dict[str, tuple[float, float]]:
-        """µs of gate_up and down by each tile."""
+        """µs of gate_up and down for each tile."""
         self.dispatch(0, REFERENCE)
         expected = [self.gate_up(0, REFERENCE).clone(), self.down(0, REFERENCE).clone()]
         average = -(-self.rows * self.k // SHAPE.num_experts)

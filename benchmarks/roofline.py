@@ -1,7 +1,7 @@
-"""What a step must at least read and compute, to set beside the time that its kernels took.
+"""The least a step must read and compute, to compare with the time that its kernels took.
 
 Bytes: every matrix once, and the keys and values of all contexts. FLOPs: two per weight and
-token, and four per query dimension and key. Figures of the device are what an H100 SXM reaches, not its data sheet.
+token, and four per query dimension and key. Device figures are what an H100 SXM reaches, not its data sheet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ATTENTION = ("_attend", "_merge")
 
 
 class Work(NamedTuple):
-    """Of one group of kernels in one step."""
+    """The work of one group of kernels in one step."""
 
     name: str
     bytes: float
@@ -32,7 +32,7 @@ class Work(NamedTuple):
 
 
 def work_of(spec: ModelSpec, tokens: int, contexts: Iterable[int], logit_rows: int) -> list[Work]:
-    """Products and attention of a step of `tokens` tokens, evenly from requests whose numbers of keys are `contexts`:
+    """Matmuls and attention of a step of `tokens` tokens, evenly from requests whose numbers of keys are `contexts`:
     one token each, or whole prompts; `logit_rows` of them get logits."""
     keys = list(contexts)
     queries = spec.num_heads * spec.head_dim
@@ -57,7 +57,7 @@ def group_of(kernel: str) -> str:
 
 
 def table(work: list[Work], kernel_us: dict[str, float], step_us: float) -> list[str]:
-    """Lines: each group's time against its floor; what is neither; and the step against the sum of floors."""
+    """Lines: each group's time against its floor; everything else; and the step against the sum of floors."""
     times: dict[str, float] = {}
     for kernel, duration in kernel_us.items():
         times[group_of(kernel)] = times.get(group_of(kernel), 0.0) + duration

@@ -1,4 +1,4 @@
-"""Speed of pure scheduling: how many decisions per second `Scheduler.schedule` and `Scheduler.update` take together.
+"""Speed of scheduling alone: how many decisions per second `Scheduler.schedule` and `Scheduler.update` make together.
 
 A decision is one request in one step. No model runs: a scripted worker answers every step at once, outside the
 measured time. Run it as `python benchmarks/scheduling.py`; it prints a table and ends with one line of JSON.
@@ -6,7 +6,7 @@ measured time. Run it as `python benchmarks/scheduling.py`; it prints a table an
     decode    256 requests, nothing but decoding
     churn     256 running requests out of 2,000 that come and go, prompts in chunks beside decoding
     shared    the same with a common prefix of 256 tokens, found in the prefix cache
-    pressure  the same with a KV cache of a third of what they need, so that requests are preempted
+    pressure  the same with a third of the KV cache they need, so that requests are preempted
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Speculative decoding: tokens per target step, and its speed against none, in one run.
+"""Speculative decoding: tokens per target step, and speed with it against without, in one run.
 
     python benchmarks/speculation.py                                         # tiny with tiny-draft, coupled and greedy
     python benchmarks/speculation.py --model smollm2-135m --methods ngram    # on a GPU: lookup
 
-Greedy drafting is what the same draft model drafts at temperature 0. Engines are off, on, off, on, …; figures are
-medians. Everything runs in this process, on the same prompts, and the outputs of all engines must be equal. Seeds
-differ between repetitions; at temperature 0 `suffix` finds the text of the former one, as it would in a cache.
+Greedy drafting: the same draft model drafts at temperature 0. Engines are off, on, off, on, …; figures are medians.
+Everything runs in this process, on the same prompts, and the outputs of all engines must be equal. Seeds differ between
+repetitions; at temperature 0 `suffix` finds the text of the previous one, as it would in a cache.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _row(off: LLM, on: LLM, kind: str, temperature: float, name: str, options: a
     seconds: dict[LLM, list[float]] = {off: [], on: []}
     before = _counts(on)
     for repetition in range(options.repetitions + 1):
-        # other seeds each time: recent outputs must not hold the very text that is generated again
+        # other seeds each time: recent outputs must not contain the text being generated
         params = [
             SamplingParams(temperature=temperature, max_tokens=options.max_tokens, seed=seed, ignore_eos=True)
             for seed in range(1000 * repetition, 1000 * repetition + options.num_requests)
@@ -95,7 +95,7 @@ def _row(off: LLM, on: LLM, kind: str, temperature: float, name: str, options: a
             outputs.append([result.outputs[0].token_ids for result in results])
         assert outputs[0] == outputs[1], "speculation changed an output"
     drafts, tokens, accepted = (now - then for now, then in zip(_counts(on), before, strict=True))
-    # every request and step: one token, and what was kept of the drafts
+    # per request and step: one token, plus the accepted drafts
     total = (options.repetitions + 1) * options.num_requests * options.max_tokens
     per_step = total / (total - accepted)
     share = f"{accepted / tokens:.0%} of {tokens / drafts:.1f}" if drafts else "none"
@@ -108,7 +108,7 @@ def _row(off: LLM, on: LLM, kind: str, temperature: float, name: str, options: a
 
 
 def _counts(llm: LLM) -> tuple[int, int, int]:
-    """Drafts, drafted tokens, accepted tokens."""
+    """Drafts, draft tokens, accepted tokens."""
     values = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
     drafts, tokens, accepted = (
         int(values[f"sempre:spec_decode_num_{name}"]) for name in ("drafts", "draft_tokens", "accepted_tokens")
@@ -118,7 +118,7 @@ def _counts(llm: LLM) -> tuple[int, int, int]:
 
 @contextmanager
 def _drafting(method: str) -> Iterator[None]:
-    """While this lasts, a draft model drafts greedily if `method` says so."""
+    """In this context, a draft model drafts greedily if `method` says so."""
     add = ModelDrafter.add
 
     def add_greedy(self: ModelDrafter, new: NewRequest) -> None:

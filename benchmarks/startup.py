@@ -1,8 +1,8 @@
 """Start to ready: seconds from `LLM(...)` until it can be used, and from process start, beyond importing torch.
 
 Metric: in a fresh interpreter, the wall clock of constructing `LLM(model)`, minus that of `import torch` in another
-fresh interpreter (a worker has to import it, whatever else it does). Median of the repetitions; kernels are compiled
-at the very first start on a machine and cached, which is reported apart with --cold (an empty kernel cache).
+fresh interpreter (a worker has to import it anyway). Median of the repetitions; kernels are compiled at the very first
+start on a machine and cached, which is reported apart with --cold (an empty kernel cache).
 
     python benchmarks/startup.py --model tiny
 """

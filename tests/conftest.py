@@ -1,4 +1,4 @@
-"""Settings of all tests: reproducible property tests, without time limits of their own; interrupts as at a terminal."""
+"""Settings for all tests: reproducible property tests without their own time limits; interrupts as in a terminal."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import pytest
 import torch
 from hypothesis import settings
 
-# read when Triton is imported, which any test module may do first
+# read when Triton is imported, which any test module may be the first to do
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# two threads also on a machine of one core, where comparing one thread with itself would show nothing
+# two threads even on a one-core machine, where comparing one thread with itself would show nothing
 os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, os.cpu_count() or 1)))
 
 settings.register_profile("reproducible", deadline=None, derandomize=True)
 settings.load_profile("reproducible")
 
-# a suite started in the background ignores interrupts, and so would every process that its tests start
+# a suite started in the background ignores interrupts, and so would every process its tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def log_is_left_as_it_was() -> Iterator[None]:
-    """A command that a test calls logs to the standard error of its time, which closes with the test."""
+    """A command called by a test logs to that test's standard error, which closes with it."""
     logger = logging.getLogger("sempre")
     handlers, level = list(logger.handlers), logger.level
     yield

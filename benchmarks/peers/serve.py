@@ -1,4 +1,4 @@
-"""What the engines' processes share: read a job a line, generate, answer with tokens and seconds."""
+"""What the engines' processes share: read one job per line, generate, answer with tokens and seconds."""
 
 from __future__ import annotations
 

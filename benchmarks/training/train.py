@@ -80,7 +80,7 @@ def report_progress(text: str) -> None:
 
 
 def windows(tokens: Tensor, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches of `count` windows, int64 [count, CONTEXT], for ever; every epoch cuts at another offset."""
+    """Batches of `count` windows, int64 [count, CONTEXT], forever; every epoch starts at another offset."""
     while True:
         offset = int(torch.randint(CONTEXT, (1,), generator=generator, dtype=torch.int64, device="cpu"))
         rows = (len(tokens) - offset) // CONTEXT
@@ -178,7 +178,8 @@ def rounded(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def sample(model: Any, count: int, batch: int) -> Tensor:
-    """The model's own text at temperature 1, int64 [count * SAMPLE_LENGTH], each sample begun by <|endoftext|>."""
+    """The model's own text at temperature 1, int64 [count * SAMPLE_LENGTH], each sample beginning with
+    <|endoftext|>."""
     rows = []
     for start in range(0, count, batch):
         prompt = torch.zeros(min(batch, count - start), 1, dtype=torch.int64, device=model.device)

@@ -259,7 +259,7 @@ def test_calls_that_do_not_fit_are_named(call: object, parameter: str) -> None:
     assert refusal.value.parameter == parameter
 
 
-def test_a_template_that_wants_text_gets_a_call_that_was_cut_off_as_it_stands() -> None:
+def test_a_template_that_wants_text_gets_a_call_that_was_cut_off_unchanged() -> None:
     template = "{% for m in messages if m.tool_calls %}{{ '>' + m.tool_calls[0].function.arguments }}{% endfor %}"
     assert ours([{"role": "assistant", "tool_calls": [CALL]}], template) == '>{"a": '
 

@@ -44,7 +44,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return out
 
 
-def test_alone_and_in_company_print_the_same_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_alone_and_with_others_print_the_same_json(capsys: pytest.CaptureFixture[str]) -> None:
     generate = ["generate", *COMMON, "--json", "--max-tokens", "12", "--logprobs", "3", "--ignore-eos"]
     alone = printed(capsys, *generate, "It is a truth").splitlines()
     others = [f"Chapter {i}. It was the best of times, it was the worst of times" for i in range(31)]

@@ -57,7 +57,7 @@ def test_joined_deltas_are_the_decoded_text(byte_level: Tokenizer, data: st.Data
 def test_a_stop_string_that_never_comes_changes_nothing(
     byte_level: Tokenizer, data: st.DataObject, stop: list[str]
 ) -> None:
-    """The stop strings begin like the text does, so that text is held back and let go all the time."""
+    """The stop strings begin like the text does, so that text is held back and released all the time."""
     text = data.draw(st.text(alphabet="abc", max_size=30))
     absent = [stop_string + "~" for stop_string in stop]
     ids = spell(byte_level, text)
@@ -123,7 +123,7 @@ def any_ids(tokenizer: Tokenizer, data: st.DataObject) -> list[int]:
 def test_joined_deltas_are_what_any_decoder_makes_of_the_whole(
     name: str, data: st.DataObject, skip: bool, num_bos: int
 ) -> None:
-    """Without a prompt, and behind BOS alone: runs of bytes, right and wrong, spaces that a first token loses."""
+    """Without a prompt, and after BOS alone: runs of bytes, right and wrong, spaces that a first token loses."""
     tokenizer = DECODERS[name]
     ids = any_ids(tokenizer, data)
     prompt = [1] * num_bos
@@ -136,7 +136,7 @@ def test_joined_deltas_are_what_any_decoder_makes_of_the_whole(
 @pytest.mark.parametrize("name", DECODERS)
 @settings(max_examples=60)
 @given(data=st.data(), skip=st.booleans())
-def test_an_output_goes_on_behind_its_prompt(name: str, data: st.DataObject, skip: bool) -> None:
+def test_an_output_continues_its_prompt(name: str, data: st.DataObject, skip: bool) -> None:
     tokenizer = DECODERS[name]
     fox = next(i for i in range(len(tokenizer)) if tokenizer.token_text(i).endswith("fox"))
     prompt, ids = [*any_ids(tokenizer, data), fox], any_ids(tokenizer, data)
@@ -163,7 +163,7 @@ def test_a_prompt_and_its_output_are_one_text_wherever_it_is_cut(
 
 def test_a_run_of_bytes_comes_out_when_nothing_can_change_it(byte_fallback: Tokenizer) -> None:
     detokenizer = IncrementalDetokenizer(byte_fallback)
-    assert detokenizer.update([3 + 0x0A]).delta == ""  # a wrong byte behind it would make it U+FFFD
+    assert detokenizer.update([3 + 0x0A]).delta == ""  # a wrong byte after it would make it U+FFFD
     assert detokenizer.update([FOX]).delta == "\n fox"
     assert detokenizer.update([3 + 0x0A, 3 + 0xFF]).delta == "\ufffd\ufffd"
     assert detokenizer.update([3 + 0x0A]).delta == "\ufffd"
@@ -284,7 +284,7 @@ def test_an_unfinished_character_at_the_end_is_shown_as_decode_shows_it(byte_lev
     assert detokenizer.text == byte_level.decode(ids, skip_special_tokens=True)
 
 
-def test_updates_behind_the_end_are_a_bug(byte_level: Tokenizer) -> None:
+def test_updates_after_the_end_are_a_bug(byte_level: Tokenizer) -> None:
     detokenizer = IncrementalDetokenizer(byte_level)
     detokenizer.update([5], finished=True)
     with pytest.raises(AssertionError):

@@ -166,7 +166,7 @@ def test_stop_string_in_the_last_delta_needs_no_abort(harness: Harness) -> None:
     assert output_of(state).outputs[0].finish_reason == "stop"
 
 
-def test_log_probabilities_behind_a_stop_string_are_dropped(harness: Harness) -> None:
+def test_log_probabilities_after_a_stop_string_are_dropped(harness: Harness) -> None:
     state = harness.add(stop=" brown", logprobs=0)
     ids = harness.ids(" quick brown fox")
     harness.feed(ids, logprobs=rows(*[[(token_id, -1.0)] for token_id in ids], ranks=[1] * len(ids)))
@@ -284,7 +284,7 @@ def test_siblings(harness: Harness) -> None:
     assert [(completion.index, completion.seed) for completion in last.outputs] == [(1, 10)]
 
 
-def test_of_siblings_the_first_one_tells_of_the_cache_and_the_first_news_of_the_time(harness: Harness) -> None:
+def test_the_first_sibling_reports_the_cache_and_the_first_delta_the_time(harness: Harness) -> None:
     """A sibling finds in the cache what the first one has just put there."""
     state = harness.add(n=2, seed=9)
     harness.feed([], "r_1", num_cached_tokens=16, time_in_queue=0.25)

@@ -1,7 +1,7 @@
 """Killed and stopped processes under load: streams pause, and every bit is what it would have been.
 
-Each run is compared with an undisturbed one on the same engine. The same under the ordinary matrix product, whose bits
-depend on how rows are batched, must differ: what is computed again is batched otherwise.
+Each run is compared with an undisturbed one on the same engine. The same under the ordinary matmul, whose bits
+depend on how rows are batched, must differ: what is computed again is batched differently.
 """
 
 from __future__ import annotations

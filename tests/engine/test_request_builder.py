@@ -208,7 +208,7 @@ def test_bad_words_with_and_without_a_space(builder: RequestBuilder, byte_level:
         spec = builder.build([3], SamplingParams(bad_words=[blank])).sequences[0].params
         assert ids(blank) in spec.bad_words_token_ids
         assert all(blank in byte_level.decode(form) for form in spec.bad_words_token_ids)
-    # " fox" is one token and "fox" are two; "x" behind a space is a space token and "x".
+    # " fox" is one token and "fox" are two; "x" after a space is a space token and "x".
     assert (len(ids(" fox")), len(ids("fox"))) == (1, 2)
     assert ids(" x") == [*ids(" "), *ids("x")]
     spec = builder.build([3], SamplingParams(bad_words=["fox", " 😀", "x"])).sequences[0].params

@@ -171,7 +171,7 @@ def test_unknown_keyword_without_a_near_one() -> None:
     assert str(caught.value) == "SamplingParams has no parameter 'xyzzy'."
 
 
-def test_a_renamed_parameter_is_named_anew() -> None:
+def test_a_renamed_parameter_is_told_its_new_name() -> None:
     with pytest.raises(ConfigError, match="Use structured_outputs="):
         SamplingParams(guided_decoding={"json": {}})
 

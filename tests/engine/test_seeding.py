@@ -55,7 +55,7 @@ def test_request_seeds_are_a_documented_function() -> None:
     digest = hashlib.sha256(b"request").digest()
     data = b"sempre request seed\0" + (3).to_bytes(8, "little") + digest + (5).to_bytes(8, "little")
     assert derive_request_seed(3, digest, 5) == int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
-    # fixed for ever: replaying an old evaluation depends on them
+    # fixed forever: replaying an old evaluation depends on them
     spec = SamplingSpec(max_tokens=4, temperature=0.7, top_p=0.9, logit_bias={7: 0.5}, bad_words_token_ids=[[1, 2]])
     digest = request_digest(distribution_digest(spec), [1, 2, 300])
     assert digest.hex() == "fb4030dcb5bc606b8f44601b303d9e9f43b0eb5df5ae31be9aef8904793f23b2"

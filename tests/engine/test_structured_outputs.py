@@ -76,7 +76,7 @@ def test_every_form_is_kept(llm: LLM, fields: dict[str, Any], pattern: str) -> N
         if output.finish_reason == "stop":
             assert re.fullmatch(pattern, output.text, re.DOTALL)
         else:
-            assert "json" in fields, "only white space may go on for ever"
+            assert "json" in fields, "only white space may go on forever"
 
 
 def test_a_form_that_begins_later(llm: LLM) -> None:

@@ -265,7 +265,7 @@ async def stamp(request: Any, call_next: Any) -> Any:
     return response
 
 
-def test_middleware_stands_around_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_middleware_wraps_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     from starlette.responses import PlainTextResponse
@@ -302,7 +302,7 @@ def test_the_library_s_log_level() -> None:
             logger.setLevel(level)
 
 
-def test_without_a_tokenizer_there_are_token_ids_alone() -> None:
+def test_without_a_tokenizer_there_are_only_token_ids() -> None:
     prompt = {"prompt_token_ids": [1, 5, 9]}
     params = SamplingParams(max_tokens=6, seed=1, logprobs=1)
     settings: dict[str, Any] = {"multiprocessing": False, "num_threads": 1, "max_model_len": 64}

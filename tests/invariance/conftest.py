@@ -1,8 +1,8 @@
 """Every test of an axis runs twice.
 
-With the invariant product the results must equal those of the requests run alone, in tokens and in every
-log-probability bit; with the ordinary product of the library (`numerics="control"`) the same test must find a
-difference, which shows that it is able to.
+With the invariant matmul the results must equal those of the requests run alone, in tokens and in every log-probability
+bit; with the library's ordinary matmul (`numerics="control"`) the same test must find a difference, which shows that it
+can.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Axes A1–A5, A7, A8 and A11: what a request gives does not depend on what the engine does around it."""
+"""Axes A1–A5, A7, A8 and A11: a request's result does not depend on what the engine does around it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Check = Callable[[Sequence[Generation]], None]
 
 
 def values_and_one_control(name: str, values: Sequence[int]) -> pytest.MarkDecorator:
-    """Every value under the invariant product, and the first one under the control; the rest is for the product."""
+    """Every value with the invariant matmul, and the first one with the control."""
     return pytest.mark.parametrize(
         (name, "numerics"),
         [(value, "invariant") for value in values]
@@ -53,7 +53,7 @@ def test_chunking(requests: list[RequestSpec], numerics: str, check: Check, max_
 
 def test_prefix_cache(requests: list[RequestSpec], numerics: str, check: Check) -> None:
     """A4: cold, then warm, then partly evicted by the other requests."""
-    # fewer blocks than the requests fill together, so some prefixes are gone when their request comes again
+    # fewer blocks than the requests fill together, so some prefixes are gone when their request returns
     client = launch_inproc(numerics=numerics, kv_cache_memory_bytes=64 * KV_BLOCK_BYTES)
     try:
         rounds = [generate(client, [_named(r, f"{n}-{r.request_id}") for r in requests]) for n in range(3)]
@@ -67,7 +67,7 @@ def test_prefix_cache(requests: list[RequestSpec], numerics: str, check: Check) 
 
 
 def test_preemption(requests: list[RequestSpec], numerics: str, check: Check) -> None:
-    """A5: too few blocks for all, so running requests are evicted and computed anew."""
+    """A5: too few blocks for all, so running requests are evicted and recomputed."""
     client = launch_inproc(numerics=numerics, kv_cache_memory_bytes=34 * KV_BLOCK_BYTES, max_num_seqs=12)
     try:
         run = generate(client, requests)
@@ -87,7 +87,7 @@ def test_processes(requests: list[RequestSpec], numerics: str, check: Check) -> 
 
 
 def test_replicas(requests: list[RequestSpec], numerics: str, check: Check) -> None:
-    """A8: two replicas, and therefore other batches; which one served a request is not seen either."""
+    """A8: two replicas, and therefore other batches; which one served a request does not matter either."""
     with Cluster(**SETTINGS, numerics=numerics, data_parallel_size=2) as cluster:
         check(cluster.generate(requests))
 
@@ -114,13 +114,13 @@ def test_new_process(numerics: str, check: Check) -> None:
 
 
 def test_threads(requests: list[RequestSpec], numerics: str, check: Check) -> None:
-    """The number of compute threads of a worker cannot be seen either."""
+    """The number of compute threads of a worker does not matter either."""
     threads = min(2, os.cpu_count() or 1)
     check(run_inproc(requests, numerics=numerics, num_threads=threads))
 
 
 def test_another_seed_is_noticed(requests: list[RequestSpec]) -> None:
-    """The comparison sees a difference in one request's seed, and names that request."""
+    """The comparison notices a difference in one request's seed, and names that request."""
     changed = list(requests)
     changed[3] = msgspec.structs.replace(changed[3], seed=changed[3].seed + 1)
     comparison = compare_generations(run_inproc(requests), run_inproc(changed))

@@ -1,4 +1,5 @@
-"""Axes A1–A5 for models whose matrices are fp8, made while loading or stored so; each with a control that must fail."""
+"""Axes A1–A5 for models whose matrices are fp8, quantised while loading or stored so; each with a control that must
+fail."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ Run = Callable[..., list[Generation]]
 
 
 STORED = "compressed-tensors fp8"
-# every storage under the invariant product; the control's is the same for all, so one always runs
+# every storage with the invariant matmul; the control is the same for all, so one always runs
 VARIANTS = [
     pytest.param((storage, numerics), marks=[] if always else [pytest.mark.product], id=f"{storage}-{numerics}")
     for storage, numerics, always in (
@@ -33,7 +34,7 @@ VARIANTS = [
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """How the matrices are stored, and which product runs."""
+    """How the matrices are stored, and which matmul runs."""
     found: tuple[str, str] = request.param
     return found
 
@@ -126,5 +127,5 @@ def test_prefix_cache(run: Run, requests: list[RequestSpec], check: Any) -> None
 
 
 def test_preemption(run: Run, requests: list[RequestSpec], check: Any) -> None:
-    """A5: too few blocks for all, so running requests are evicted and computed anew."""
+    """A5: too few blocks for all, so running requests are evicted and recomputed."""
     check(run(requests, expect_preemption=True, kv_cache_memory_bytes=33 * KV_BLOCK_BYTES, max_num_seqs=12))

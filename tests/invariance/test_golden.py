@@ -1,7 +1,7 @@
 """Axis A16 on CPUs: the bits of the embedded model, recorded once, on every machine where they were found the same.
 
-All other tests of this folder compare the engine with itself; this one notices what changes every run alike. Who
-changes bits on purpose raises the number of CPU_PROFILE, which the fingerprint names, and records what is found here.
+All other tests of this folder compare the engine with itself; this one notices what changes every run alike. To change
+bits on purpose, raise the number of CPU_PROFILE, which the fingerprint names, and record what is found here.
 """
 
 from __future__ import annotations
@@ -46,4 +46,4 @@ def test_the_recorded_digests(numerics: str) -> None:
     if numerics == "invariant":
         assert not differing, f"the bits of requests {differing} are not those recorded; found {found}"
     else:
-        assert differing, "the control: the ordinary product gives other digests"
+        assert differing, "the control: the ordinary matmul gives other digests"

@@ -1,6 +1,6 @@
 """The axes at contexts up to the model's length, where blocks, tiles of 64 keys, chunks and splits of 512 end.
 
-Every position's log-probability is compared, so a fault of one position or one boundary shows.
+Every position's log-probability is compared, so a fault at one position or boundary is noticed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_decoding_over_boundaries_gives_the_scores_of_the_whole(windowed: str, n
 
 
 def test_preemption_without_a_prefix_cache() -> None:
-    """Long requests are evicted while they decode, and computed anew with their outputs."""
+    """Long requests are evicted while decoding, and recomputed with their outputs."""
     ends = (500, 505, 511, 513)
     prompts, params = zip(*map(decoding, ends), strict=True)
     longer = [SamplingParams(temperature=1.0, seed=p.seed, max_tokens=40, logprobs=0, ignore_eos=True) for p in params]
@@ -99,6 +99,6 @@ def test_preemption_without_a_prefix_cache() -> None:
     assert together == alone
 
 
-def test_control_the_ordinary_product_differs() -> None:
+def test_control_the_ordinary_matmul_differs() -> None:
     with LLM("tiny", **SETTINGS, max_num_batched_tokens=513, numerics="control") as llm:
         assert scores(llm, TEXT) != whole("tiny", "control")

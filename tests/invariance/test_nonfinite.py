@@ -1,4 +1,4 @@
-"""Requests whose tokens are finite keep their bits beside requests, and behind drafts, that are not."""
+"""Requests with finite values keep their bits next to requests, and after drafts, that are not finite."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prompt(start: int, length: int) -> list[int]:
 
 
 FINITE = [prompt(i, length) for i, length in enumerate((3, 16, 64, 65, 130))]
-# some begin as a finite one does, so that its blocks are shared
+# some begin like a finite one, so that its blocks are shared
 MIXED = [request for i, tokens in enumerate(FINITE) for request in (tokens, [*tokens[:-2], 77 + i % 2, *tokens[-2:]])]
 
 
@@ -75,7 +75,7 @@ def generate(llm: LLM, prompts: list[list[int]]) -> list[Any]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_beside_requests_that_are_not_finite(model: str, alone: list[Facts], way: str) -> None:
+def test_next_to_requests_that_are_not_finite(model: str, alone: list[Facts], way: str) -> None:
     with LLM(model, **SETTINGS | WAYS[way]) as llm:
         for _ in range(2):  # the second time with what the first left in the cache
             results = generate(llm, MIXED)
@@ -83,7 +83,7 @@ def test_beside_requests_that_are_not_finite(model: str, alone: list[Facts], way
             assert results[1::2] == ["error"] * len(FINITE)
 
 
-def test_behind_drafts_that_are_not_finite(model: str, alone: list[Facts]) -> None:
+def test_after_drafts_that_are_not_finite(model: str, alone: list[Facts]) -> None:
     drafting = {"method": "ngram", "num_speculative_tokens": 4, "adaptive": False}
     with broken_drafts(), LLM(model, **SETTINGS, speculative_config=drafting) as llm:
         assert generate(llm, FINITE) == alone

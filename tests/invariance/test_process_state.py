@@ -86,7 +86,7 @@ def low_precision_decimals() -> Iterator[None]:
 
 
 def zeros_for(result: Any) -> Any:
-    """What a mode that notices our calls makes of them: every result would be another one."""
+    """A mode that intercepts our calls and changes every result."""
     is_float = isinstance(result, torch.Tensor) and result.is_floating_point()
     return torch.zeros(result.shape, dtype=result.dtype) if is_float else result
 
@@ -103,7 +103,7 @@ class FunctionMode(TorchFunctionMode):
 
 @contextmanager
 def transform(name: str, *arguments: object) -> Iterator[None]:
-    """Inside of a transform of torch.func, as a function is that is called under vmap or grad."""
+    """Inside a transform of torch.func, like a function called under vmap or grad."""
     getattr(torch._C._functorch, f"_{name}_increment_nesting")(*arguments)
     try:
         yield
@@ -153,7 +153,7 @@ STATES: dict[str, Callable[[], Any]] = {
 
 
 def state() -> dict[str, Any]:
-    """What of the process an engine could disturb; the global random generators are its own (see the README)."""
+    """The process state an engine could disturb; the global random generators are its own (see the README)."""
     return {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
@@ -205,7 +205,7 @@ def test_a_state_changes_no_bit_and_is_left_as_found(name: str) -> None:
 
 
 def test_a_state_set_later_or_left_changes_no_bit() -> None:
-    """One engine, made in each state that makes tensors otherwise, used in all of them."""
+    """One engine, created in each state that changes new tensors, used in all of them."""
     expected = ordinary()
     for made_in in ("inference mode", "default device meta", "no grad", "fake tensors", "vmap"):
         with STATES[made_in]():

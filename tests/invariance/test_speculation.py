@@ -1,4 +1,4 @@
-"""Axis A9: whatever is drafted, the tokens and all log-probability bits are those of no speculation."""
+"""Axis A9: whatever is drafted, the tokens and all log-probability bits are the same as without speculation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sempre.engine.outputs import CompletionOutput
 from sempre.engine.speculation.speculation import DraftCosts
 from sempre.workers import runner
 
-# the first and the last go in circles, so that lookup has something to find
+# the first and the last repeat themselves, so that lookup finds something
 PROMPTS = [
     "one two three four, one two three four, one two three four, one two",
     "It is a truth universally acknowledged, that a single man in possession of a good fortune",
@@ -62,7 +62,7 @@ ROOMS: dict[str, dict[str, Any]] = {
 DRAFT_BLOCK_BYTES = 2 * 2 * 1 * 64 * 16 * 2  # k and v, 2 layers, 1 head, 64 dimensions, 16 tokens, bfloat16
 SIZES = (1, 2, 4, 7)
 SETTINGS: dict[str, Any] = {"multiprocessing": False, "num_threads": 1, "max_model_len": 96}
-# between them every drafter, size, room, and most pairs
+# together every drafter, size, cache size, and most pairs
 COVERING = [
     ("ngram", 4, "roomy"),
     ("ngram", 2, "crowded"),
@@ -80,7 +80,7 @@ Facts = list[tuple[Any, ...]]
 
 
 def workload(kinds: tuple[str, ...] = ALL_KINDS) -> tuple[list[str], list[SamplingParams]]:
-    """These kinds of sampling at every temperature: of all, 32 sequences and some, each with a prompt of its own."""
+    """These kinds of sampling at every temperature: more than 32 sequences in all, each with its own prompt."""
     prompts, params = [], []
     for index, (kind, temperature) in enumerate((k, t) for k in kinds for t in TEMPERATURES):
         changes = KINDS[kind]
@@ -149,7 +149,7 @@ def check_equal(stack: ExitStack, drafter: str, size: int, room: str) -> None:
     assert run(llm) == expected
     found = counted(llm)
     assert found["spec_decode_num_draft_tokens"] > 0
-    if room == "crowded" and drafter != "oracle":  # which is done before anybody is in its way
+    if room == "crowded" and drafter != "oracle":  # which is finished before others interfere
         assert found["num_preemptions"] > 0
     if drafter != "random":
         assert found["spec_decode_num_accepted_tokens"] > 0
@@ -177,8 +177,8 @@ def test_adaptive_lengths_change_nothing(stack: ExitStack, monkeypatch: pytest.M
     assert 0 < found["spec_decode_num_draft_tokens"] < 7 * found["spec_decode_num_drafts"]
 
 
-def test_the_ordinary_product_fails(stack: ExitStack) -> None:
-    """The control: with a matrix product whose bits depend on the number of rows, speculation shows."""
+def test_the_ordinary_matmul_fails(stack: ExitStack) -> None:
+    """The control: with a matmul whose bits depend on the number of rows, speculation changes the output."""
     kinds = ("plain",)
     expected, sequences = plain("control", kinds)
     stack.enter_context(drafting_with(sequences, 1.0))
@@ -187,7 +187,7 @@ def test_the_ordinary_product_fails(stack: ExitStack) -> None:
 
 
 def test_accepting_wrong_drafts_fails(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control of this file: a verification that keeps a token behind a wrong draft is noticed."""
+    """The control of this file: a verification that keeps a token after a wrong draft is noticed."""
     right = runner.verified
 
     def careless(request_id: str, drafts: list[int], rows: list[Any], rank: int) -> Any:
@@ -220,7 +220,7 @@ def test_an_oracle_gives_one_token_more_than_it_drafts_per_step(stack: ExitStack
 
 
 def test_a_request_that_cannot_go_on_fails_as_without(stack: ExitStack) -> None:
-    """Where nothing is left to sample, the error comes at the same token, and not at a draft that is not reached."""
+    """Where nothing is left to sample, the error comes at the same token, not at a draft that is not reached."""
     llm = stack.enter_context(speculating("colocated", 4))
     off = stack.enter_context(LLM("tiny", **SETTINGS))
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=12, allowed_token_ids=[5], bad_words=[])
@@ -230,7 +230,7 @@ def test_a_request_that_cannot_go_on_fails_as_without(stack: ExitStack) -> None:
 
 
 def test_prefix_blocks_hold_accepted_tokens_only(stack: ExitStack) -> None:
-    """A second request whose prompt is the whole first one reads its blocks, and gives what a cold one does."""
+    """A second request whose prompt is the whole first one reads its blocks, and gives the same as a cold one."""
     off = stack.enter_context(LLM("tiny", **SETTINGS, enable_prefix_caching=False))
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=40, logprobs=1, ignore_eos=True)
     expected = off.generate(PROMPTS[0], params, use_tqdm=False)[0]
@@ -248,7 +248,7 @@ def test_prefix_blocks_hold_accepted_tokens_only(stack: ExitStack) -> None:
 
 
 def test_a_block_that_ends_with_a_rejected_draft_is_not_read(stack: ExitStack) -> None:
-    """A request stops at a token that was sampled in the place of a rejected draft, at the end of a block."""
+    """A request stops at a token that was sampled in place of a rejected draft, at the end of a block."""
     off = stack.enter_context(LLM("tiny", **SETTINGS, enable_prefix_caching=False))
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=40, logprobs=1, ignore_eos=True)
     expected = off.generate(PROMPTS[0], params, use_tqdm=False)[0]

@@ -68,7 +68,7 @@ def test_samples_follow_the_distribution() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_drafts_are_samples_too(seed: int) -> None:
-    """A draft model that is the target itself drafts every token: it samples with the same noise."""
+    """When the draft model is the target itself, every draft is accepted: it samples with the same noise."""
     drafting = {"method": "draft_model", "model": "tiny", "num_speculative_tokens": 4, "adaptive": False}
     settings = {"multiprocessing": False, "num_threads": 1, "max_model_len": 64}
     params = SamplingParams(

@@ -1,6 +1,6 @@
-"""Axes A12–A15: how a request is made and what is reported of it cannot be seen in the result.
+"""Axes A12–A15: how a request is made and what it reports do not affect the result.
 
-As in the other axes, each test compares with a request run alone, and must fail under the ordinary product.
+As in the other axes, each test compares with a request run alone, and must fail under the ordinary matmul.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ REPORTING: list[dict[str, Any]] = [
     ids=str,
 )
 def test_reporting(llm: LLM, numerics: str, changes: dict[str, Any]) -> None:
-    """A14: what is reported changes no token and no log-probability."""
+    """A14: reporting changes no token and no log-probability."""
     reported = [sampled(output.outputs[0]) for output in generate(llm, PROMPTS, replace(PARAMS, **changes))]
     expect(numerics, reported == [sampled(c) for c in lone(numerics)])
 
@@ -123,7 +123,7 @@ def test_no_logprobs_asked_for(llm: LLM) -> None:
 
 
 def test_stop_string_cuts_and_changes_nothing_before(llm: LLM, numerics: str) -> None:
-    """A14: a request that a stop string ends is a beginning of the one that it does not end."""
+    """A14: a request ended by a stop string is a prefix of the one without it."""
     whole = lone(numerics)
     stopped = generate(llm, PROMPTS, replace(PARAMS, stop=["e"]))
     beginnings = []
@@ -145,7 +145,7 @@ def test_scoring(llm: LLM, numerics: str) -> None:
 
 
 def test_continuing_from_ones_own_output(llm: LLM, numerics: str) -> None:
-    """Position is absolute: prompt + the first m output tokens with the same seed go on where the original was."""
+    """Position is absolute: prompt + the first m output tokens with the same seed continue the original."""
     whole = [facts(output.outputs[0]) for output in generate(llm, PROMPTS, PARAMS)]
     resumed = []
     for prompt, (tokens, rows) in zip(PROMPTS, whole, strict=True):

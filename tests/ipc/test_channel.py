@@ -1,4 +1,4 @@
-"""Channels over real sockets: what is refused is answered, and harms nobody."""
+"""Channels over real sockets: what is refused is answered, and harms nothing else."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def peer(hub: HubChannel[ClientCommand]) -> Iterator[PeerChannel[ClientEvent]]:
 
 @pytest.fixture
 def stranger(address: str) -> Iterator[zmq.Socket[bytes]]:
-    """A socket that sends what it likes."""
+    """A socket that sends anything."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.connect(address)
@@ -193,7 +193,7 @@ def test_a_lost_frame_is_an_error_at_the_next_one(
 def test_two_ends_that_refuse_each_other_fall_silent(
     hub: HubChannel[ClientCommand], address: str, stranger: zmq.Socket[bytes]
 ) -> None:
-    """A peer that answers every refusal with what is refused again would go on for ever with a talkative hub."""
+    """A peer that answers every refusal with another refused frame would otherwise exchange refusals forever."""
     with PeerChannel[ClientCommand](address, receives=ClientCommand, limit_bytes=LIMIT) as peer:
         peer.send(HELLO)
         arrival = hub.receive(WAIT_S)
@@ -225,7 +225,7 @@ def test_a_large_message_is_refused_before_it_is_sent(
     identity = establish(hub, peer)
     with pytest.raises(MessageTooLarge):
         hub.send(identity, OutputsReady(outputs=[RequestOutputDelta(request_id="x" * LIMIT)]))
-    # and takes no number, so that the link goes on
+    # and takes no number, so that the link continues
     hub.send(identity, Heartbeat(steps_done=1))
     assert peer.receive(WAIT_S) == Heartbeat(steps_done=1)
 

@@ -1,4 +1,4 @@
-"""Frames: whatever arrives either decodes or is refused with the field's name; valid ones come back as they were."""
+"""Frames: anything that arrives either decodes or is refused with the field's name; valid ones come back unchanged."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ ADD_REQUESTS = AddRequests(
 
 
 def seal(payload: bytes, sequence: int = 1) -> bytes:
-    """A frame whose header is in order, whatever the payload is."""
+    """A frame with a valid header and any payload."""
     checked = sequence.to_bytes(8, "little") + payload
     return MAGIC + zlib.crc32(checked).to_bytes(4, "little") + checked
 
@@ -198,7 +198,7 @@ def test_size_is_limited_on_both_sides() -> None:
     with pytest.raises(MessageTooLarge) as refusal:
         decoder.decode(frame)
     assert refusal.value.size_bytes == len(frame)
-    # looked at before anything is decoded
+    # checked before anything is decoded
     with pytest.raises(MessageTooLarge):
         decoder.decode(b"\0" * (LIMIT + 1))
 

@@ -1,4 +1,4 @@
-"""Frames whose header is in order and whose message is hostile: whoever sent them gets an error, and nothing ends."""
+"""Frames with a valid header and a hostile message: the sender gets an error, and no process ends."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_many_mutated_messages(direction: str, seed: int) -> None:
 
 
 def _mutate(union: Any, *, seed: int, runs: int) -> None:
-    """Nothing but ProtocolError comes of bytes changed, cut, or put in."""
+    """Changed, cut or inserted bytes raise nothing but ProtocolError."""
     drawn = random.Random(seed)
     decoder: FrameDecoder[Any] = FrameDecoder(union, LIMIT)
     short = [trouble[:300] for trouble in TROUBLE.values()]

@@ -1,4 +1,4 @@
-"""Each way in which a process notices that it is on its own, by itself: in an engine they stand in for each other."""
+"""Each way a process notices that its parent is gone, alone: in an engine they back each other up."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Family:
         self.members = [oldest, *oldest.children(recursive=True)]
 
     def rest_of_output(self) -> str:
-        """What the youngest says before it ends: its end is the pipe's."""
+        """What the youngest says before it ends, which closes the pipe."""
         assert self.oldest.stdout is not None
         return self.oldest.stdout.read()
 

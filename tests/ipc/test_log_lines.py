@@ -1,4 +1,4 @@
-"""Untrusted text in logs: no character acts, no line is forged, none is longer than a bound."""
+"""Untrusted text in logs: no character has an effect, no line is forged, none exceeds a bound."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def record(message: str, *args: object, error: BaseException | None = None, **fa
 
 
 @pytest.mark.parametrize("name", FORMATTERS)
-def test_no_character_acts(name: str) -> None:
+def test_no_character_has_an_effect(name: str) -> None:
     for character in TROUBLE:
         check_a_character(name, character)
 

@@ -53,7 +53,7 @@ class Sequences:
         self.angles = cos_sin_table(RopeSpec(self.head_dim), 256)
 
     def empty_cache(self) -> KvCache:
-        """A cache full of NaN: whatever is read without having been written shows."""
+        """A cache full of NaN: reading anything unwritten shows."""
         cache = allocate_kv_cache(self.num_blocks, self.num_kv_heads, self.head_dim, BLOCK, self.dtype)
         cache.k.fill_(float("nan"))
         cache.v.fill_(float("nan"))
@@ -129,7 +129,7 @@ def test_result_does_not_depend_on_threads() -> None:
 
 
 def test_control_the_ordinary_attention_gives_a_decode_row_other_bits() -> None:
-    """The library's own attention fails the comparison above, so that it is able to fail."""
+    """The library's own attention fails the comparison above, which shows that it can fail."""
     generator = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(1, 150, 2, 64, generator=generator).transpose(1, 2) for _ in range(3))
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -224,7 +224,7 @@ def _damaged(sequences: Sequences, damage: Damage, positions: Sequence[int]) -> 
         damage.apply(row[heads : heads + kv_heads], row[heads + kv_heads :])
 
 
-# every damage with and without a window, each at a place of its own
+# every damage with and without a window, each at its own place
 AT = (0, 15, 16, 63, 64, 100, 149)
 CASES = [
     (damage, window, AT[(i + j) % len(AT)]) for i, damage in enumerate(DAMAGES) for j, window in enumerate((None, 37))
@@ -272,7 +272,7 @@ def test_masked_values_are_not_read(window: int | None) -> None:
 
 
 def _rotated_queries(sequences: Sequences, start: int, stop: int) -> torch.Tensor:
-    """The rows as the step leaves them: rotated in place."""
+    """The rows after the step: rotated in place."""
     scratch = sequences.empty_cache()
     rows = sequences.qkv[LONGEST][start:stop].clone()
     slots = torch.arange(stop - start)

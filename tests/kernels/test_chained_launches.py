@@ -1,4 +1,4 @@
-"""Kernels that may start before the one in front of them has ended: each waits for it, in every program."""
+"""Kernels that may start before the previous one has ended: each waits for it, in every program."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Quantisation to fp8 and products of fp8 weights: the documented rule, accuracy, invariance, and a control."""
+"""Quantisation to fp8 and matmuls with fp8 weights: the documented rule, accuracy, invariance, and a control."""
 
 from __future__ import annotations
 
 import kernel_reference as reference
 import pytest
 import torch
-from product_order import product_in_order
+from matmul_order import product_in_order
 
 from sempre.kernels.fp8 import FP8, SMALLEST_SCALE, Fp8Scheme, quantize_channels, quantize_rows
 from sempre.kernels.linear import control_linear, control_pack_fp8, linear, linear_silu_and_mul, pack_fp8_linear
@@ -76,7 +76,7 @@ def test_a_row_is_quantized_alike_in_every_batch() -> None:
 
 
 def test_control_one_scale_for_the_batch_changes_rows() -> None:
-    """The check above is able to fail: with the scale of the whole batch a row's values depend on its neighbours."""
+    """The check above can fail: with one scale for the whole batch, a row's values depend on its neighbours."""
     x = case(576, 1)[0]
     quantized, scale = quantize_rows(x)
     whole = x.abs().amax() / 448.0
@@ -158,7 +158,7 @@ def test_every_fp8_value_is_widened_exactly() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.value)
-def test_product_then_activation(scheme: Fp8Scheme) -> None:
+def test_matmul_then_activation(scheme: Fp8Scheme) -> None:
     x, values, scale, _ = case(64, 64)
     packed = pack_fp8_linear(values, scale, None, scheme)
     out = linear_silu_and_mul(x, packed, torch.empty(300, 64), torch.empty(300, 32))
@@ -166,7 +166,7 @@ def test_product_then_activation(scheme: Fp8Scheme) -> None:
     assert (out - expected).norm() / expected.norm() < 1e-6
 
 
-def test_control_the_ordinary_product_depends_on_the_number_of_rows() -> None:
+def test_control_the_ordinary_matmul_depends_on_the_number_of_rows() -> None:
     differing = 0
     for scheme in SCHEMES:
         x, values, scale, _ = case(576, 960)

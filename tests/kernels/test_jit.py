@@ -26,6 +26,6 @@ def test_kernels_are_kept_in_the_user_s_cache(tmp_path: Path) -> None:
     assert list(folder.rglob("*.kernel"))
 
 
-def test_without_a_writable_cache_they_are_compiled_anew_and_nothing_is_left(tmp_path: Path) -> None:
+def test_without_a_writable_cache_they_are_compiled_again_and_nothing_is_left(tmp_path: Path) -> None:
     assert _folder("/proc/nowhere", tmp_path) == "None"
     assert list(tmp_path.iterdir()) == []

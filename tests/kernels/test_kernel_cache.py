@@ -1,4 +1,4 @@
-"""Kernels on disk that are damaged, another user's, or cannot be written: compiled anew, said once, never unpickled."""
+"""Kernels on disk that are damaged, another user's, or unwritable: compiled again, logged once, never unpickled."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_nothing_is_unpickled_without_its_digest(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:32] + bomb)
     assert files.load(KEY) is None
     assert not trace.exists()
-    # the control: with its digest it goes off
+    # the control: with its digest it is unpickled
     path.write_bytes(hashlib.sha256(bomb).digest() + bomb)
     files.load(KEY)
     assert trace.exists()

@@ -1,11 +1,11 @@
-"""The invariant matrix product: exact for invariance, against float64 for accuracy, and a control that must fail."""
+"""The invariant matmul: exact for invariance, against float64 for accuracy, and a control that must fail."""
 
 from __future__ import annotations
 
 import kernel_reference as reference
 import pytest
 import torch
-from product_order import product_in_order
+from matmul_order import product_in_order
 
 from sempre.kernels.linear import control_linear, control_pack, linear, pack_linear
 from sempre.kernels.threads import get_num_threads, set_num_threads
@@ -104,8 +104,8 @@ def test_unknown_storage_is_refused() -> None:
         pack_linear(torch.ones(3, 4, dtype=torch.float64))
 
 
-def test_control_the_ordinary_product_depends_on_the_number_of_rows() -> None:
-    """The check above is able to fail: the library's own product changes a row's bits with the number of rows."""
+def test_control_the_ordinary_matmul_depends_on_the_number_of_rows() -> None:
+    """The check above can fail: the library's own matmul changes a row's bits with the number of rows."""
     differing = 0
     for depth, columns in ((576, 960), (1536, 576), (576, 3072)):
         x, weight, _ = _case(depth, columns, torch.float32)

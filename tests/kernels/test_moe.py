@@ -26,7 +26,7 @@ def test_weights_are_those_of_float64(shape: tuple[int, int, int], renormalize: 
     assert ((weights - expected) / expected).abs().max() < 1e-6
 
 
-def test_of_equal_logits_the_lower_expert_is_first() -> None:
+def test_ties_go_to_the_lower_expert() -> None:
     experts, weights = route(torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]]), 3, renormalize=True)
     assert experts.tolist() == [[1, 2, 3], [0, 1, 2]]
     assert (weights == weights[:, :1]).all()

@@ -1,4 +1,4 @@
-"""Every planted fault is noticed by the tests that it names.
+"""Every planted fault is noticed by the tests it names.
 
 `pytest -m mutants` plants each fault of `planted_faults` in a copy of the project and runs its killers there: each of
 them must fail, by an assertion of its own or an error that the project raises. In the copy without faults all of them
@@ -27,7 +27,7 @@ SECONDS = 900
 KILLERS = sorted({killer for fault in FAULTS for killer in fault.killers})
 # where there is a GPU, its kernels are not interpreted
 INTERPRETED = "tests/kernels/interpreter/"
-# how the message of a test begins that has noticed something; one that cannot run ends with other errors
+# how the message of a test that noticed something begins; one that cannot run fails with other errors
 NOTICED = (
     "assert ",
     "AssertionError",
@@ -41,7 +41,7 @@ NOTICED = (
 
 
 class Outcome(NamedTuple):
-    """What became of the tests of one run; `failed` has their messages."""
+    """The results of one run; `failed` has the tests' messages."""
 
     num_passed: int
     failed: list[str]
@@ -55,13 +55,13 @@ def pytest_command(*arguments: str) -> list[str]:
 
 
 def environment(folder: Path, cache: Path | None = None) -> dict[str, str]:
-    """In which the packages of `folder` are found before those that are installed."""
+    """An environment in which the packages of `folder` are found before the installed ones."""
     settings = {"PYTHONPATH": str(folder / ".typing")} | ({"SEMPRE_CACHE": str(cache)} if cache else {})
     return {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"} | settings
 
 
 def run(folder: Path, nodes: list[str], scratch: Path, cache: Path | None = None) -> Outcome:
-    """Run tests of a copy up to the first that fails."""
+    """Run tests of a copy up to the first failure."""
     report = scratch / "report.xml"
     report.unlink(missing_ok=True)
     done = subprocess.run(
@@ -83,13 +83,13 @@ def run(folder: Path, nodes: list[str], scratch: Path, cache: Path | None = None
 
 
 def is_noticed(outcome: Outcome) -> bool:
-    """Whether a test has run and found something wrong, and no more than that has happened."""
+    """Whether a test has run and found something wrong, and nothing else happened."""
     return bool(outcome.failed) and not outcome.broken and all(text.startswith(NOTICED) for text in outcome.failed)
 
 
 @contextmanager
 def planted(project: Path, fault: Fault) -> Iterator[None]:
-    """While this lasts, the copy has the fault."""
+    """In this context, the copy has the fault."""
     path = project / fault.file
     right = path.read_text(encoding="utf-8")
     assert right.count(fault.before) == 1
@@ -101,7 +101,7 @@ def planted(project: Path, fault: Fault) -> Iterator[None]:
 
 
 def write(path: Path, text: str) -> None:
-    """Python takes a compiled file for the present one when size and second are the same."""
+    """Python considers a compiled file current when size and second are the same."""
     path.write_text(text, encoding="utf-8")
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
         compiled.unlink()
@@ -124,9 +124,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_fits_its_file(fault: Fault) -> None:
     found = (ROOT / fault.file).read_text(encoding="utf-8").count(fault.before)
-    assert found == 1, (
-        f"{fault.before!r} stands {found} times in {fault.file}; fit planted_faults to what stands there now"
-    )
+    assert found == 1, f"{fault.before!r} appears {found} times in {fault.file}; fit planted_faults to the current text"
     assert fault.before != fault.after
     assert fault.killers
 
@@ -153,7 +151,7 @@ def missing(nodes: Iterable[str]) -> list[str]:
 
 
 def test_the_killers_belong_to_the_plain_run(request: pytest.FixtureRequest) -> None:
-    """The run that this test is part of has all of them, or else they are looked for."""
+    """They are all in the run that this test is part of, or else they are collected."""
     nodes = [item.nodeid for item in request.session.items]
     nodes += collected(*sorted({killer.partition("::")[0] for killer in missing(nodes)})) if missing(nodes) else []
     assert missing(nodes) == []
@@ -194,7 +192,7 @@ def test_control_code_that_does_not_run_is_not_noticed(project: Path, tmp_path: 
 def test_the_fault_is_noticed(fault: Fault, project: Path, tmp_path: Path) -> None:
     if not all(map(can_run, fault.killers)):
         pytest.skip("this machine has a GPU: its kernels are not interpreted")
-    # kernels are kept by a digest of their sources: those with a fault would stay in the user's cache for ever
+    # kernels are cached by a digest of their sources: faulty ones would stay in the user's cache forever
     cache = tmp_path / "cache" if fault.changes_cpu_kernels else None
     with planted(project, fault):
         for killer in fault.killers:

@@ -1,4 +1,4 @@
-"""The graph of imports has no circle, also none that an import inside a function hides; models stand below workers."""
+"""The graph of imports has no cycle, not even one hidden by an import inside a function; models are below workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("engine", "workers", "ipc", "kernels")
 MODELS = "sempre.workers.models"
 LAYERS = ("sempre.workers.layers", "sempre.workers.quantization")
-# what modules of a model may know of a worker: the arrays of a step, tensors of a checkpoint, fields of its config
+# what a model's modules may know of a worker: a step's arrays, a checkpoint's tensors, the fields of its config
 WORKER = ("sempre.workers.steps", "sempre.workers.tensor_source", "sempre.workers.config_fields")
 BELOW_LAYERS = ("sempre.kernels", "sempre.ipc", *WORKER)
 BELOW_MODELS = (*LAYERS, *BELOW_LAYERS)
@@ -32,7 +32,7 @@ def _sources() -> dict[str, str]:
     for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         if parts[:2] == ("engine", "namespace"):
-            continue  # `sempre` itself, which imports the engine when it is asked for a name
+            continue  # `sempre` itself, which imports the engine when a name is accessed
         sources[".".join(("sempre", *parts)).removesuffix(".__init__")] = path.read_text()
     return sources
 
@@ -61,7 +61,7 @@ def _and_packages(name: str) -> Iterator[str]:
 
 
 def _arrows(sources: Mapping[str, str], *, with_types: bool) -> dict[str, set[str]]:
-    """For each module all that it imports, but for the packages that it lies in: those are there already."""
+    """For each module all that it imports, except the packages that contain it: those are loaded already."""
     graph = {}
     for module, source in sources.items():
         names = (i.name for i in _imported(ast.parse(source)) if with_types or not i.is_for_types)
@@ -71,7 +71,7 @@ def _arrows(sources: Mapping[str, str], *, with_types: bool) -> dict[str, set[st
 
 
 def _circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """A circle in the graph, or nothing."""
+    """A cycle in the graph, or nothing."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -119,7 +119,7 @@ def test_a_circle_is_noticed_in_the_project() -> None:
 
 
 def test_models_import_nothing_above_them() -> None:
-    """Also not for types: what a model is made of is described beside it."""
+    """Not even for types: a model's parts are described next to it."""
     graph = _arrows(_sources(), with_types=True)
     assert any(module.startswith(MODELS + ".") and targets for module, targets in graph.items())
     assert _upward(graph, MODELS, BELOW_MODELS) == []
@@ -140,7 +140,7 @@ def test_an_arrow_up_is_noticed() -> None:
 
 
 def test_only_models_and_layers_name_projections() -> None:
-    """Whoever walks the tree of a model knows no family."""
+    """Code that walks a model's tree knows no family."""
     files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "workers").rglob("*.py")}
     naming = {name for name, text in files.items() if any(part in text for part in ("qkv", "gate_up", "o_proj"))}
     assert {name.rsplit("/", 1)[0] for name in naming} == {"workers/layers", "workers/models"}

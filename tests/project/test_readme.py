@@ -1,4 +1,4 @@
-"""What the README says of the interface is so."""
+"""What the README says about the interface is true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every tensor that the product makes names its dtype and device: the user's defaults are not the engine's."""
+"""Every tensor the project creates names its dtype and device: the user's defaults are not the engine's."""
 
 from __future__ import annotations
 

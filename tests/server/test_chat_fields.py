@@ -1,4 +1,4 @@
-"""What of a chat request reaches the template, and answers that come back as messages, against a real server."""
+"""Which parts of a chat request reach the template, and answers sent back as messages, against a real server."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_reasoning_that_a_message_has_begun_goes_on(server: ServerProcess) -> No
     answer = ask(server, begun, **CONTINUED, **form)
     message = message_of(answer)
     assert prompt_of(server, answer).endswith("<think>\nLet me see: who")
-    # white space may stand between the two
+    # there may be white space between the two
     assert message["content"].strip() in ("yes", "no")
     assert message["reasoning"]
     assert message["reasoning_content"] == message["reasoning"]
@@ -147,7 +147,7 @@ def test_a_servers_setting_holds_for_forms_that_do_not_say_otherwise(server: Ser
     as_format = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}
     for form in (as_format, {"structured_outputs": {"json": schema}}):
         assert all(compact.fullmatch(text) for text in texts(**form))
-    # a request's own word stands: white space where it says, and other properties
+    # the request's own setting wins: white space where it says so, and other properties
     spaced = {"json": schema, "whitespace_pattern": "  ", "disable_any_whitespace": False}
     assert all("  " in text.replace("x y", "") for text in texts(structured_outputs=spaced))
     opened = {"json": {**schema, "additionalProperties": {"const": 1}}}

@@ -19,7 +19,7 @@ MOST_LOG_BYTES = 20_000
 
 
 def kill_worker_under_load(server: ServerProcess) -> tuple[Any, Any]:
-    """Kill it while a whole and a streamed answer are on their way; both answers."""
+    """Kill it during a whole and a streamed answer; returns both answers."""
     with ThreadPoolExecutor(2) as threads:
         whole = threads.submit(server.complete, **LONG)
         streamed = threads.submit(server.complete, **LONG, stream=True)
@@ -49,7 +49,7 @@ def test_the_server_ends_with_its_engine(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_the_server_starts_its_engine_again(tmp_path: Path) -> None:
-    """Requests that come meanwhile are told when to come again, and what is said of them does not pile up."""
+    """Requests in the meantime are told when to retry, and messages about them do not pile up."""
     with ServerProcess(tmp_path / "log", *FLAGS, "--on-engine-death", "restart") as server:
         expected = server.complete(**SHORT).json()["choices"]
         check_told(*kill_worker_under_load(server))

@@ -61,7 +61,7 @@ def test_a_prompt_is_cut_on_the_side_that_is_named(server: ServerProcess) -> Non
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_tokens_that_are_listed_are_told_with_the_log_probabilities(server: ServerProcess, stream: bool) -> None:
-    """Also where nobody asked for others, and however improbable they are."""
+    """Even where no others were requested, and however improbable they are."""
     listed = [700, 3]
 
     def found(answer: Any, part: str) -> list[Any]:

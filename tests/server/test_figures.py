@@ -1,4 +1,4 @@
-"""What the figures of a server say about a run whose every token is known."""
+"""A server's metrics of a run whose every token is known."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_run_with_preemptions_is_counted_to_the_token_under_the_served_name(tm
     assert found[f"generation_tokens_total{{{ENGINE},{MODEL}}}"] == 6 * 50
     assert found[f"iteration_tokens_total_sum{{{MODEL}}}"] == 6 * 10 + 6 * 50
     assert found[f"iteration_tokens_total_count{{{MODEL}}}"] == found[f"iterations_total{{{ENGINE},{MODEL}}}"]
-    # six sequences of 60 tokens want 24 blocks
+    # six sequences of 60 tokens need 24 blocks
     preemptions = found[f"num_preemptions_total{{{ENGINE},{MODEL}}}"]
     assert preemptions > 0
     assert found[f"request_num_preemptions_sum{{{MODEL}}}"] == preemptions

@@ -1,4 +1,4 @@
-"""What clients of OpenAI's and vLLM's interface meet, against a real server process."""
+"""What clients of OpenAI's and vLLM's interface see, against a real server process."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_stream_adds_up_to_the_whole(server: ServerProcess, n: int) -> None:
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat/completions"])
 def test_a_stream_of_text_alone_adds_up_to_the_whole(server: ServerProcess, endpoint: str) -> None:
-    """Every choice with its own index, seed and text, though only the text of an event is encoded anew."""
+    """Every choice with its own index, seed and text, though only the text of an event is encoded again."""
     fields: dict[str, Any] = {"max_tokens": 10, "seed": 7, "n": 3, "ignore_eos": True}
     if endpoint == "completions":
         fields["prompt"] = [PROMPT, "The ship"]
@@ -234,7 +234,7 @@ def test_an_echo_does_not_double_the_character_that_a_prompt_ends_inside(
 def test_a_special_token_is_a_stop_string_though_it_is_hidden(
     server: ServerProcess, llm: LLM, stream: bool, include: bool
 ) -> None:
-    """Behind text that was sampled freely, and across tokens: the last of the text and the special token."""
+    """After freely sampled text, and across tokens: the end of the text and the special token."""
     end = llm.get_tokenizer().encode("<|im_end|>")
     fields: dict[str, Any] = {"prompt": PROMPT, "allowed_token_ids": end, "max_tokens": 4, "ignore_eos": True}
     fields |= {"stop": ["<|im_end|><|im_end|>"], "include_stop_str_in_output": include, "return_token_ids": True}
@@ -476,7 +476,7 @@ def test_metrics_count(server: ServerProcess) -> None:
 
 
 def test_client_that_leaves_is_aborted(tmp_path: Path) -> None:
-    """Streamed and whole, with siblings, running and queued: nothing goes on without its client."""
+    """Streamed and whole, with siblings, running and queued: nothing continues without its client."""
 
     async def leave(server: ServerProcess) -> None:
         async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:

@@ -26,7 +26,7 @@ LONG: dict[str, Any] = {"prompt": "It is a truth", "max_tokens": 400, "ignore_eo
 
 
 class Background(threading.Thread):
-    """One request of which the answer is looked at later."""
+    """One request whose answer is read later."""
 
     def __init__(self, server: ServerProcess, **fields: object) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_drain_finishes_what_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["timeout", "second signal"])
 def test_drain_ends(tmp_path: Path, how: str) -> None:
-    """What has not finished in time is told so, whole and streamed; the exit code is 0 and nobody is left."""
+    """Unfinished requests get an error, whole and streamed; the exit code is 0 and no process is left."""
     seconds = "0.2" if how == "timeout" else "600"
     with ServerProcess(tmp_path / "log", *FLAGS, "--shutdown-timeout", seconds) as server:
         workers = server.workers()
@@ -91,7 +91,7 @@ def test_drain_ends(tmp_path: Path, how: str) -> None:
 
 
 def test_a_full_queue_turns_away(tmp_path: Path) -> None:
-    """And requests are logged, if the operator asks for it, up to a length."""
+    """Requests are logged, if the operator wants it, up to a length."""
     flags = ("--max-num-queued-reqs", "2", "--enable-log-requests", "--max-log-len", "5", "--log-format", "json")
     with ServerProcess(tmp_path / "log", *FLAGS, *flags) as server:
         running = [Background(server, **LONG, n=2) for _ in range(3)]

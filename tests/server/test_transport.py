@@ -1,4 +1,5 @@
-"""What clients may send and how long they may take, on a real server; and that nobody else notices when they do not."""
+"""What clients may send and how long they may take, on a real server; and that nobody else notices when they exceed
+it."""
 
 from __future__ import annotations
 
@@ -112,7 +113,7 @@ def test_a_header_of_an_ordinary_size_passes(bounded: ServerProcess) -> None:
 
 
 def test_expect_continue(bounded: ServerProcess) -> None:
-    """The client is asked for the body when the header is in order; otherwise it is told at once."""
+    """The client is asked for the body when the header is valid; otherwise it is refused at once."""
     length = b"Content-Length: %d\r\n" % len(BODY)
     with connected(bounded.port) as connection:
         connection.sendall(POST + length + b"Connection: close\r\nExpect: 100-continue\r\n\r\n")

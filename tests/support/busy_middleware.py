@@ -1,4 +1,4 @@
-"""Middleware of a server that a test wants to be slow: it works on the event loop for every request for /version."""
+"""Middleware that makes a server slow: it works on the event loop for every request to /version."""
 
 from __future__ import annotations
 

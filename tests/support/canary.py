@@ -1,6 +1,6 @@
 """What a well-behaved client feels, and what memory a server takes, while another client misbehaves.
 
-The canary is a process of its own, so that a hostile client written in Python cannot slow it down. Its calls are
+The canary is a separate process, so that a hostile client written in Python cannot slow it down. Its calls are
 `/health` on a new connection each and one token of a completion on a kept one, in turn. Three clocks run for each call:
 the wall's, which also shows the load of the machine; the wall's without what the server's event loop, the coordinator
 and the workers waited for a processor; and the processor time of the event loop.
@@ -28,7 +28,7 @@ from typing import NamedTuple
 import psutil
 
 CALLS = 200
-# what a stranger may add to the slowest call, and take in memory beyond what he sent
+# what a stranger may add to the slowest call, and take in memory beyond what it sent
 ALLOWED_S = 0.1
 ALLOWED_BYTES = 64 * 2**20
 # a call may also wait for its turn on a machine that does other things; what is stuck waits much longer
@@ -44,7 +44,7 @@ _COMPLETION = json.dumps({"prompt": "It is a truth", "max_tokens": 1, "seed": 1}
 
 @dataclass(frozen=True)
 class Reading:
-    """What the canary met; seconds are those of the slowest call, bytes the peak beyond what was in use before."""
+    """What the canary measured; seconds of the slowest call, bytes at the peak beyond what was in use before."""
 
     calls: int
     slowest_s: float
@@ -110,7 +110,7 @@ class _Memory:
     def __enter__(self) -> _Memory:
         self._before = {member: _status(member, "VmRSS") for member in self._family()}
         for member in self._before:
-            Path(f"/proc/{member}/clear_refs").write_text("5")  # the high-water mark begins anew
+            Path(f"/proc/{member}/clear_refs").write_text("5")  # reset the high-water mark
         self._watching.start()
         return self
 

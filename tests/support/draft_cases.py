@@ -1,4 +1,4 @@
-"""Sequences that a draft model drafts again and again, against the same ones met anew each time."""
+"""Sequences that a draft model drafts repeatedly, against the same ones as new sequences each time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_requests() -> list[NewRequest]:
 
 
 def draft_anew(drafting: ModelDrafter, new: NewRequest, tokens: list[int], count: int) -> list[int]:
-    """Drafts after `tokens` by a drafting that does not know the request."""
+    """Drafts after `tokens` by a drafter that does not know the request."""
     drafting.add(structs.replace(new, token_ids=tokens.copy()))
     drafts = drafting.propose([DraftRequest(request_id=new.request_id, num_drafts=count)])[0]
     drafting.remove([new.request_id])
@@ -46,9 +46,9 @@ def draft_anew(drafting: ModelDrafter, new: NewRequest, tokens: list[int], count
 def differences(
     drafting: ModelDrafter, make_other: Callable[[], ModelDrafter], rounds: int
 ) -> list[tuple[list[int], list[int]]]:
-    """(found, expected) where drafts differ from those of another drafting that meets the sequences anew.
+    """(found, expected) where drafts differ from those of a drafter to which the sequences are new.
 
-    More sequences than places and blocks; of what is drafted, all, none or some is right; some sit rounds out.
+    More sequences than places and blocks; of the drafts, all, none or some are right; some sequences skip rounds.
     """
     drawn = random.Random(5)
     requests = {new.request_id: new for new in make_requests()}

@@ -15,7 +15,7 @@ VOCAB_SIZE = 4096
 class ScriptedDrafter:
     """Drafts the known continuation of its sequence, each token with the given probability, else any token.
 
-    Nothing while sequences that go on differently begin with its own: one prompt may be the beginning of another.
+    Nothing while its own tokens are a prefix of sequences that continue differently: one prompt may begin another.
     """
 
     def __init__(self, outputs: Sequence[list[int]], share_right: float) -> None:
@@ -46,8 +46,8 @@ class ScriptedDrafter:
 
 @contextmanager
 def drafting_with(outputs: Sequence[list[int]], share_right: float) -> Iterator[None]:
-    """While this lasts, engines in this process that are told "ngram" draft by this script. `outputs` are whole
-    sequences, prompts first."""
+    """In this context, engines in this process with method "ngram" draft by this script. `outputs` are whole sequences,
+    prompts first."""
 
     def make(config: SpeculativeConfig) -> speculation.MakeDrafter:
         return lambda cache_salt: ScriptedDrafter(outputs, share_right)

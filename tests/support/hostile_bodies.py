@@ -326,7 +326,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 
 def attack(name: str, key: str = "", times: int = 3) -> Callable[[int], int]:
-    """Return what sends the body so many times, one after the other, and returns its size."""
+    """Return a function that sends the body that many times in sequence, and returns its size."""
     path, make = BODIES[name]
 
     def send(port: int) -> int:
@@ -339,5 +339,5 @@ def attack(name: str, key: str = "", times: int = 3) -> Callable[[int], int]:
 
 
 def attacks(key: str = "") -> dict[str, Callable[[int], int]]:
-    """Return what sends each of the bodies."""
+    """Return a function that sends each of the bodies."""
     return {name: attack(name, key) for name in BODIES}

@@ -20,7 +20,7 @@ _FLOOD_BYTES = 60_000_000
 
 @contextmanager
 def connected(port: int) -> Iterator[socket.socket]:
-    """A connection that waits a while for whatever is asked of it, and not for ever."""
+    """A connection whose every wait has a limit."""
     with socket.create_connection(("127.0.0.1", port), _PATIENCE_S) as connection:
         yield connection
 
@@ -88,7 +88,7 @@ def unasked_body(port: int) -> int:
 
 
 def blank_lines(port: int) -> int:
-    """What may stand before a request, without end."""
+    """What may precede a request, without end."""
     flood(port, b"", b"\r\n" * 30_000)
     return 0
 

@@ -38,7 +38,7 @@ class Mixture:
         self.generator = torch.Generator(self.device).manual_seed(experts * 1000 + hidden)
         self.x = self._random(self.rows, hidden).to(self.dtype)
         self.logits = self._random(self.rows, experts) * 2.0
-        # the last expert is nobody's
+        # no row chooses the last expert
         self.logits[:, -1] -= 100.0
         self.gate_up = self._experts(2 * inner, hidden)
         self.down = self._experts(hidden, inner)
@@ -149,7 +149,7 @@ def check_sort(device: str, cases: tuple[tuple[int, int, int, int], ...]) -> Non
 
     for rows, num_experts, k, rows_of_tile in cases:
         generator = torch.Generator().manual_seed(rows * num_experts)
-        # the upper experts are rare, the last is nobody's where there are others
+        # the upper experts are rare, and nobody chooses the last one where there are others
         odds = torch.rand(rows, num_experts, generator=generator) * torch.linspace(1.0, 0.0, num_experts)
         found = dispatched(device, odds, k, rows_of_tile)
         flat = odds.topk(k).indices.view(-1)

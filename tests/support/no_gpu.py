@@ -1,4 +1,4 @@
-"""Stand-ins for what the GPU's modules ask of CUDA, where there is none: everything is done at once."""
+"""Stand-ins for the CUDA calls of the GPU's modules where there is no GPU: everything is done at once."""
 
 from __future__ import annotations
 

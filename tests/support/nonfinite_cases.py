@@ -22,7 +22,7 @@ class Damage:
         return f"{self.of}-{self.amount}-{str(self.dtype).removeprefix('torch.')}"
 
     def apply(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """To one token's keys and values [Hkv, D], of every head."""
+        """Applied to one token's keys and values [Hkv, D], of every head."""
         # in the middle of the head: an edge could be masked by another rule
         amount = torch.tensor(self.amount, dtype=torch.float32).to(keys.dtype)
         (keys if self.of == "key" else values)[:, keys.shape[1] // 2 + 1] = amount

@@ -52,7 +52,7 @@ class PagedSequences:
         self.heads = HeadLayout(self.num_heads, self.num_kv_heads, self.head_dim)
 
     def empty_cache(self) -> KvCache:
-        """A cache full of NaN: whatever is read without having been written shows."""
+        """A cache full of NaN: reading anything unwritten shows."""
         from sempre.kernels.attention import gpu
 
         device = torch.device(self.device)

@@ -45,7 +45,7 @@ PARAMETERS: list[dict[str, Any]] = [
     {"logprobs": 2, "logprob_token_ids": [7, 3, 100], "repetition_penalty": 1.3},
 ]
 
-# with logits that the arithmetic of these parameters takes out of float32
+# with logits that overflow float32 under these parameters
 EXTREME: list[dict[str, Any]] = [
     {"temperature": 0.01},
     {"temperature": 0.01, "top_p": 0.9, "logprobs": 3},
@@ -157,8 +157,8 @@ def verification_disagreements(
     parameters: list[dict[str, Any]] = PARAMETERS,
     **options: Any,
 ) -> list[str]:
-    """What differs when rows verify drafts: the tokens of every row whose drafts are right so far, the last token that
-    stands, and a plain step after it. The CPU decodes one by one. A third of the drafts is wrong."""
+    """What differs when rows verify drafts: the tokens of every row whose drafts are right so far, the last accepted
+    token, and a plain step after it. The CPU decodes one by one. A third of the drafts is wrong."""
     from sempre.kernels.sampling.gpu import DraftedRows
     from sempre.workers.sampling.gpu_sampler import GpuSampler
 

@@ -54,7 +54,7 @@ class _Sequence:
 
 
 class ScriptedWorker:
-    """Implements the worker's interface. `load_format` of the configuration is not looked at."""
+    """Implements the worker's interface. Ignores `load_format`."""
 
     def __init__(self) -> None:
         self._sequences: dict[str, _Sequence] = {}
@@ -136,7 +136,7 @@ class ScriptedWorker:
         return digests
 
     def slow(self, seconds: float) -> None:
-        """Let every further step take this long."""
+        """Make every further step take this long."""
         self._step_seconds = seconds
 
     def repeat(self, text: str, times: int) -> str:
@@ -163,7 +163,7 @@ class ScriptedWorker:
         return SampledTokens(request_id=scheduled.request_id, token_ids=tokens, logprobs=rows)
 
     def _draft(self, item: DraftRequest) -> list[int]:
-        """Right, but for every fourth token or so."""
+        """Right, except for about every fourth token."""
         sequence = self._sequences[item.request_id]
         sequence.token_ids += item.token_ids
         token_ids = sequence.token_ids.copy()

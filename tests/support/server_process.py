@@ -1,4 +1,4 @@
-"""A real `sempre serve` in a process of its own, for tests of what clients meet."""
+"""A real `sempre serve` in its own process, for tests of what clients see."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ START_S = 120.0
 
 
 class ServerProcess:
-    """Starts on construction and is ready then; ends with the context. `log` is what it has written so far."""
+    """Ready once constructed; ends with the context. `log` is what it has written so far."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class ServerProcess:
         return found
 
     def wait_until_idle(self) -> None:
-        """Until neither server nor coordinator has a request."""
+        """Wait until neither server nor coordinator has a request."""
         self._wait(lambda: not self.load()["num_sequences"] and not any(self._gauges("num_requests_")), "idle")
 
     def workers(self) -> list[psutil.Process]:

@@ -1,4 +1,4 @@
-"""What a draft model is asked for, and how far its keys and values hold, by a runner that writes it all down."""
+"""What a draft model is asked for, and how far its keys and values are valid, with a runner that records it all."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def new(request_id: str, **params: Any) -> NewRequest:
 
 
 def ask(drafting: ModelDrafter, name: str, count: int, token_ids: Sequence[int] = ()) -> list[list[int]]:
-    """Drafts for one request, which has these tokens more."""
+    """Drafts for one request, which has gained these tokens."""
     return drafting.propose([DraftRequest(request_id=name, token_ids=[*token_ids], num_drafts=count)])
 
 
@@ -90,7 +90,7 @@ def test_keys_and_values_hold_as_far_as_the_drafts_were_right(tokens: list[int],
     first, second = scribe.asked
     assert (first.num_unchanged, first.num_computed, first.token_ids) == (40, 0, PROMPT)
     assert (second.num_unchanged, second.token_ids) == (num_right, [*PROMPT, *tokens])
-    # of the last draft nothing was computed
+    # nothing was computed for the last draft
     assert second.num_computed == min(num_right, 42)
     assert second.block_ids == first.block_ids
 

@@ -20,7 +20,7 @@ POISON = 13
 
 @pytest.fixture
 def poisoned(checkpoints: Any, tmp_path: Path) -> Path:
-    """A checkpoint whose embedding of one token is NaN: whoever reads that token gets NaN logits."""
+    """A checkpoint whose embedding of one token is NaN: a request with that token gets NaN logits."""
     source = checkpoints("llama").folder
     tensors = load_file(source / "model.safetensors")
     tensors["model.embed_tokens.weight"][POISON] = float("nan")
@@ -48,7 +48,7 @@ def test_nan_in_prompt_logprobs_fails_one_request_only(poisoned: Path, serve: An
 
 
 def test_a_failed_request_fails_again_and_harms_nobody(poisoned: Path, serve: Any, prompt: Any) -> None:
-    """A step for it may already be on its way when its error arrives."""
+    """A step for it may already be queued when its error arrives."""
     serving = serve(poisoned)
     new = [serving.new_request(prompt("bad", [POISON], GREEDY)), serving.new_request(prompt("good", [5], GREEDY))]
     [bad, good] = serving.step([scheduled("bad", 0, 1, [0]), scheduled("good", 0, 1, [1])], new)

@@ -1,4 +1,4 @@
-"""Checkpoints that somebody made to do harm: each is refused by name, at once, and without taking memory."""
+"""Malicious checkpoints: each is refused by name, at once, and without taking memory."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_an_index_names_files_of_its_folder(checkpoint: Path, entries: object) -
 
 
 def mutate(checkpoint: Path, seed: int, runs: int) -> None:
-    """Bytes changed in each file: it is read as before, or refused by an error of ours."""
+    """Bytes changed in each file: it is read as before, or refused with one of our errors."""
     drawn = random.Random(seed)
     originals = {name: (checkpoint / name).read_bytes() for name in READERS if (checkpoint / name).exists()}
     for _ in range(runs):

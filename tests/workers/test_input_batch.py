@@ -14,13 +14,13 @@ from sempre.workers.input_batch import InputBatch, StepPlan
 from sempre.workers.sampling import GrammarCompiler
 
 BLOCK, LENGTH, NUM_BLOCKS = 16, 2048, 600
-# chunks that begin before, at and behind the ends of blocks, of tiles of 64 keys and of splits of 512
+# chunks that begin before, at and after the ends of blocks, of tiles of 64 keys and of splits of 512
 CHUNKS = (16, 17, 63, 64, 65, 511, 512, 513, 1024, LENGTH)
 
 
 @dataclass
 class Sequence:
-    """A request as the scheduler knows it, in blocks that are neither in order nor next to each other."""
+    """A request as the scheduler sees it, in blocks that are neither in order nor adjacent."""
 
     request_id: str
     token_ids: list[int]
@@ -45,7 +45,7 @@ class Sequence:
         )
 
     def preempt(self) -> None:
-        """Its blocks are another's now."""
+        """Its blocks now belong to another."""
         self.table, self.computed = [], 0
 
 
@@ -136,7 +136,7 @@ def test_a_request_that_is_computed_again_has_the_positions_it_had(size: int) ->
     assert plan.samples.tolist() == [True]
 
 
-def test_a_token_is_sampled_behind_the_last_known_one_and_behind_each_draft() -> None:
+def test_a_token_is_sampled_after_the_last_known_one_and_after_each_draft() -> None:
     batch = new_batch()
     whole, cut, drafted = sequences(batch, {"whole": (20, 20), "cut": (50, 50), "drafted": (33, 30)})
     compute(batch, [(drafted, drafted.next_chunk(32))])
@@ -155,13 +155,13 @@ def test_a_token_is_sampled_behind_the_last_known_one_and_behind_each_draft() ->
 
 
 def test_tokens_that_are_recorded_later_are_counted_once() -> None:
-    """With steps in flight the next one is built before the token of the former is known."""
+    """With steps in flight the next one is built before the previous one's token is known."""
     batch = new_batch()
     (sequence,) = sequences(batch, {"a": (20, 20)})
     state = batch.get("a")
     plan = compute(batch, [(sequence, sequence.next_chunk(20))])
     batch.expect(plan.slots)
-    sequence.token_ids.append(0)  # whatever the row holds, it means nothing
+    sequence.token_ids.append(0)  # the row's contents are meaningless
     ahead = batch.plan([sequence.next_chunk(1)])
     assert ahead.samples.tolist() == [True]
     batch.record(state, [5])

@@ -1,4 +1,4 @@
-"""A step that wants the final hidden states of some rows only gives them the bits they have among all rows."""
+"""A step that needs the final hidden states of only some rows gives them the bits they have among all rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sempre.workers.steps import OutputRows, StepInput
 from sempre.workers.worker import _load, _setup
 
 MAX_LEN, NUM_BLOCKS = 48, 8
-# rows of a prompt, of a chunk that ends inside its prompt, of a request that decodes, and of one with drafted tokens
+# rows of a prompt, of a chunk that ends inside its prompt, of a request that decodes, and of one with draft tokens
 COUNTS = (9, 7, 1, 5)
 WANTED = (1, 0, 1, 3)
 

@@ -188,8 +188,7 @@ def test_accuracy_against_dequantized_float64(
 ) -> None:
     """Near the float64 model that has the same fp8 weights, and far nearer than that is to the unquantised one.
 
-    An activation that lies on the border of two fp8 values may fall to the other side in float64, so W8A8 is compared
-    in the median.
+    An activation between two fp8 values may round the other way in float64, so W8A8 is compared in the median.
     """
     folder = quantized(family, scheme, scales)
     tokens = list(range(3, 80))
@@ -288,7 +287,7 @@ def test_fp8_tensors_without_a_configuration_are_refused(quantized: Any) -> None
         load(folder)
 
 
-def test_one_product_is_quantized_whole(quantized: Any) -> None:
+def test_one_matmul_is_quantized_as_a_whole(quantized: Any) -> None:
     def widen(tensors: dict[str, torch.Tensor]) -> None:
         tensors[Q_PROJ] = tensors[Q_PROJ].float() * tensors.pop(Q_PROJ + "_scale")
 

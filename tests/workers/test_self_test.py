@@ -56,7 +56,7 @@ def test_steps_of_any_size_pass(max_tokens: int, checkpoints: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_ordinary_product_is_refused(family: str, checkpoints: Any) -> None:
+def test_the_ordinary_matmul_is_refused(family: str, checkpoints: Any) -> None:
     folder = checkpoints(family).folder
     with pytest.raises(InvarianceError, match=r"model \[\w+, float32\]: in chunks.* elements different") as caught:
         run(folder, CONTROL)
@@ -74,7 +74,7 @@ def flip_a_bit(out: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("part", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"])
 def test_each_matrix_of_the_model_is_tested(part: str, checkpoints: Any) -> None:
-    """A product whose last row depends on whether there are others before it."""
+    """A matmul whose last row depends on whether there are others before it."""
 
     def flipped(x: torch.Tensor, weight: LinearWeight, out: torch.Tensor) -> torch.Tensor:
         INVARIANT.linear(x, weight, out)
@@ -150,7 +150,7 @@ def test_each_kind_of_window_is_tested(checkpoints: Any, monkeypatch: pytest.Mon
 
 
 def test_the_model_can_compute_steps_before_and_after(checkpoints: Any, serve: Any, prompt: Any) -> None:
-    """The self-test that a serving worker is asked for leaves its buffers alone."""
+    """A self-test of a serving worker leaves its buffers alone."""
     from sempre.ipc.messages import CallMethod, SamplingSpec
 
     worker = serve(checkpoints("llama").folder)

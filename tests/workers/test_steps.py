@@ -1,4 +1,4 @@
-"""The arrays of a step and their padding, against what they mean."""
+"""The arrays of a step and their padding, against their definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK = 16
 
 
 def step(counts: list[int], starts: list[int]) -> tuple[StepArrays, StepShape]:
-    """Requests that compute `counts` tokens from `starts` on, and sample behind the last of them."""
+    """Requests that compute `counts` tokens from `starts` on, and sample after the last of them."""
     lengths, first = np.asarray(counts), np.asarray(starts)
     context = first + lengths
     width = -(-int(context.max()) // BLOCK)
@@ -40,7 +40,7 @@ def step(counts: list[int], starts: list[int]) -> tuple[StepArrays, StepShape]:
     return arrays, shape
 
 
-def test_rows_lie_in_the_blocks_of_their_own_request() -> None:
+def test_rows_are_in_the_blocks_of_their_own_request() -> None:
     arrays, _ = step([3, 1], [14, 40])
     assert arrays.positions.tolist() == [14, 15, 16, 40]
     assert arrays.slot_mapping.tolist() == [16 + 14, 16 + 15, 32 + 0, 6 * 16 + 8]
@@ -49,7 +49,7 @@ def test_rows_lie_in_the_blocks_of_their_own_request() -> None:
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [2, 1, 2], [5]])
-def test_a_padded_step_is_the_step_and_rows_of_nobody(counts: list[int]) -> None:
+def test_a_padded_step_is_the_step_and_unused_rows(counts: list[int]) -> None:
     arrays, shape = step(counts, [30, 2, 9][: len(counts)])
     larger = shape._replace(
         num_requests=shape.num_requests + 2,
@@ -75,7 +75,7 @@ def test_a_padded_step_is_the_step_and_rows_of_nobody(counts: list[int]) -> None
     assert found.sampled_starts[shape.num_requests :].tolist() == [shape.num_sampled] * 3
 
 
-def test_steps_that_differ_in_rows_alone_have_the_other_arrays_at_the_same_places() -> None:
+def test_steps_that_differ_only_in_rows_have_the_other_arrays_at_the_same_places() -> None:
     one = StepShape(4, 4, 4, 1, 50, 1)
     sizes = [array_sizes(shape, BLOCK) for shape in (one, one._replace(num_rows=8, max_query_len=2))]
     per_row = [index for index, field in enumerate(FIELDS) if "T" in field.dimensions]
@@ -95,7 +95,7 @@ def test_the_model_reads_all_rows_or_those_that_sample() -> None:
     assert step_input(tensors, shape, token_ids=known).token_ids.tolist() == [9, 9, 9, 9]
 
 
-def test_a_step_of_padding_alone_writes_nowhere() -> None:
+def test_a_step_of_only_padding_writes_nowhere() -> None:
     shape = StepShape(2, 2, 2, 1, 10, 1)
     empty = padding(shape, BLOCK)
     assert empty.slot_mapping.tolist() == [-1, -1]

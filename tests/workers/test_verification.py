@@ -1,4 +1,4 @@
-"""Which of the tokens sampled behind drafts stand, and that nothing is left of drafts that were wrong."""
+"""Which of the tokens sampled after drafts are accepted, and that nothing is left of wrong drafts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def failed(message: str) -> RowResult:
         ([5, 5, 5], [9, 5, 5, 5], [9]),
     ],
 )
-def test_the_tokens_up_to_the_first_wrong_draft_stand(drafts: list[int], tokens: list[int], kept: list[int]) -> None:
+def test_the_tokens_up_to_the_first_wrong_draft_are_accepted(
+    drafts: list[int], tokens: list[int], kept: list[int]
+) -> None:
     found = verified("a", drafts, [sampled(token) for token in tokens], rank=0)
     assert (found.request_id, found.token_ids, found.error) == ("a", kept, None)
     assert found.logprobs is not None
@@ -48,7 +50,7 @@ def test_the_tokens_up_to_the_first_wrong_draft_stand(drafts: list[int], tokens:
         assert np.frombuffer(getattr(found.logprobs, column), "<i4").tolist() == kept, column
 
 
-def test_an_error_behind_a_token_is_left_to_the_next_step() -> None:
+def test_an_error_after_a_token_is_left_to_the_next_step() -> None:
     found = verified("a", [5, 6], [sampled(5), failed("later"), sampled(7)], rank=3)
     assert (found.token_ids, found.error) == ([5], None)
     found = verified("a", [5, 6], [failed("at once"), sampled(6), sampled(7)], rank=3)

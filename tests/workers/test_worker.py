@@ -1,4 +1,4 @@
-"""The whole worker, through its messages: bits against other cuts and companions, values against transformers."""
+"""The whole worker, through its messages: bits against other chunks and batches, values against transformers."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_more_requests_may_be_known_than_run(checkpoints: Any, serve: Any, promp
 
 
 def test_control_numerics_make_bits_depend_on_companions(checkpoints: Any, serve: Any, prompt: Any) -> None:
-    """The negative control: the same comparison with the ordinary matrix product fails."""
+    """The negative control: the same comparison with the ordinary matmul fails."""
     serving = serve(checkpoints("llama").folder, numerics="control")
     assert serving.loaded.fingerprint["numerics"] == "control"
     ids = prompt_ids(90)

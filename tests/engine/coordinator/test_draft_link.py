@@ -33,7 +33,7 @@ def speculation(request: Request) -> ModelSpeculation:
 
 
 def sample(request: Request, *token_ids: int) -> Request:
-    """A step has brought these; the request now wants drafts."""
+    """A step has produced these; the request now needs drafts."""
     request.token_ids += token_ids
     speculation(request).sampled(request.token_ids, [], 0, None)
     return request
@@ -64,7 +64,7 @@ def asked(step: ExecuteStep) -> list[tuple[str, list[int], int]]:
 
 @pytest.fixture
 def link() -> DraftLink:
-    """To a worker that serves."""
+    """A link to a serving worker."""
     link = DraftLink()
     link.begin(VOCAB_SIZE)
     return link
@@ -167,7 +167,7 @@ def test_nobody_waits_longer_than_a_moment(link: DraftLink) -> None:
     assert not waits(three, 20.0)
     assert link.next_deadline(20.0) is None
     link.ask([sample(one, 6)])
-    # its drafts are for a sequence that has gone on
+    # its drafts are for a sequence that has since continued
     answer(link, late, [7, 8])
     assert not link.is_late(20.0)
     step = send(link, now=30.0)
@@ -187,7 +187,7 @@ def test_drafts_that_come_too_late_are_not_used(link: DraftLink) -> None:
     assert drafts(request) == []
 
 
-def test_drafts_reach_whom_they_are_for_when_another_has_ended(link: DraftLink) -> None:
+def test_drafts_reach_their_request_when_another_has_ended(link: DraftLink) -> None:
     one, two = make("one"), make("two")
     link.ask([sample(one, 4), sample(two, 4)])
     step = send(link)
@@ -197,7 +197,7 @@ def test_drafts_reach_whom_they_are_for_when_another_has_ended(link: DraftLink) 
     assert drafts(two) == [8]
 
 
-def test_a_new_worker_is_told_everything_anew(link: DraftLink) -> None:
+def test_a_new_worker_is_told_everything_again(link: DraftLink) -> None:
     one, two, three = make("one"), make("two"), make("three")
     link.ask([sample(one, 4), sample(three, 4)])
     answer(link, send(link), [5], [5])

@@ -1,4 +1,4 @@
-"""Draft workers that fail again and again are given up; what a user should know is said, and said once."""
+"""Draft workers that fail repeatedly are given up; what a user should know is said once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OtherSeed(LightWorker):
 
 
 class ScriptedExecutor(InprocExecutor):
-    """A target and a draft worker, rank 1, in this process; that one dies, is late, or answers as it is told."""
+    """A target and a draft worker, rank 1, in this process; the latter dies, is late, or answers as told."""
 
     def __init__(self) -> None:
         self.worker = LightWorker
@@ -99,7 +99,7 @@ def ask(core: EngineCore) -> None:
 
 
 def polled(core: EngineCore) -> list[str]:
-    """What the user is told until nothing more happens."""
+    """Notices to the user until nothing more happens."""
     events = core.advance()
     while (more := core.next_events()) is not None:
         events += more + core.advance()

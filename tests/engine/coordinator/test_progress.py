@@ -27,7 +27,7 @@ def answer(scheduler: Scheduler, step: ExecuteStep) -> None:
     scheduler.update(step, StepResult(rank=0, step_id=step.step_id, sampled=sampled))
 
 
-def test_who_moves_and_who_queues_behind_is_not_stalled() -> None:
+def test_a_request_that_moves_or_queues_is_not_stalled() -> None:
     scheduler = make_scheduler()
     watch = ProgressWatch(0, scheduler)
     for now in range(20):

@@ -1,4 +1,4 @@
-"""When the next step is planned: while the one before it runs, and as late as the worker stays busy."""
+"""When the next step is planned: while the previous one runs, as late as the worker stays busy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_step_that_is_like_the_one_before_it_is_expected_to_take_as_long_per_t
     assert after(step(10), step(11, requests=3)) == pytest.approx(0.1 + 0.15 * 0.75)
     assert after(step(0, num_tokens=60), step(60, num_tokens=40)) == pytest.approx(0.1 + 0.1 * 40 / 60 * 0.75)
     assert after(step(10), step(11), seconds=0.06) == pytest.approx(0.06 + 0.06 - 0.015)
-    # a short step is planned after so early that nothing is held back
+    # after a short step, planning starts so early that nothing is delayed
     assert after(step(10), step(11), seconds=0.051) - 0.051 < 0.051
     assert StepTiming(0.008).next_at() == -math.inf
 

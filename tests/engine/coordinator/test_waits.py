@@ -1,9 +1,9 @@
-"""After any sequence of faults no request waits for ever.
+"""After any sequence of faults no request waits forever.
 
 A replica with its scheduler and its link to a draft worker are driven at random: steps of both workers are answered in
-time, late, wrongly or never, workers are lost and come back, requests are aborted and preempted. After every act each
-wait must have its end in sight; at the end all steps are answered, those of the draft worker or not, and every request
-must have the tokens of an undisturbed run.
+time, late, wrongly or never, workers are lost and come back, requests are aborted and preempted. After every action
+each wait must have a deadline; at the end all steps of the target, and maybe the draft worker's, are answered, and
+every request must have the tokens of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Steps:
 
 
 class Run:
-    """One replica, what its requests have so far, and the random acts upon it."""
+    """One replica, its requests' tokens so far, and the random actions on it."""
 
     def __init__(self, seed: int, *, adaptive: bool, depth: int) -> None:
         self.drawn = random.Random(seed)
@@ -266,7 +266,7 @@ def test_every_wait_has_an_end(adaptive: bool, depth: int) -> None:
 
 
 def test_a_wait_without_an_end_is_noticed() -> None:
-    """The control: asks that no deadline ends."""
+    """The control: deadlines that never end."""
     run = Run(0, adaptive=False, depth=1)
     run.add()
     while not (

@@ -1,4 +1,4 @@
-"""Of a call of many sequences the engine has a part at a time; each comes once, in order, and none is left behind."""
+"""The engine gets a call of many sequences in parts; each is sent once, in order, and none is left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sempre.ipc.messages import AddRequests, RequestOutputDelta, RequestSpec, Sa
 
 
 def call(lengths: list[int], n: int = 1, name: str = "r") -> list[PreparedRequest]:
-    """Requests with prompts of so many tokens, of `n` sequences each."""
+    """Requests with prompts of these lengths, of `n` sequences each."""
     made = []
     for place, length in enumerate(lengths):
         token_ids = [1] * length

@@ -1,6 +1,7 @@
-"""Schemas of arbitrary words and numbers: what is accepted can be followed to its end, all else is refused in words.
+"""Schemas of arbitrary words and numbers: what is accepted can be generated to its end, all else is refused with a
+message.
 
-The library takes some numbers so badly that the process ends; a schema is tried in one of its own where that is feared.
+Some numbers crash the library's process; a risky schema is tried in a separate one.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ SCHEMAS = st.builds(_few, _schemas(LEAVES | st.booleans()), st.integers(0, 10**6
 
 
 def follow(grammar: str, seed: int, closes: float = 0.1, most: int = 60) -> None:
-    """Write by the grammar, byte by byte; where something may be closed it is, so often as `closes` says."""
+    """Write by the grammar, byte by byte; where something may be closed, it is with probability `closes`."""
     generator = random.Random(seed)
     matcher = LLMatcher(byte_tokenizer(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
     text = bytearray()
@@ -148,7 +149,7 @@ FATAL = [
 
 
 def test_what_would_end_the_process_is_refused() -> None:
-    """In a process of its own, which has to come to its end."""
+    """In a separate process, which must end."""
     program = (
         "import json, sys\n"
         "from sempre.engine import StructuredOutputsParams\n"

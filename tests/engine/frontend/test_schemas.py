@@ -45,7 +45,7 @@ def accepts_text(schema: dict[str, Any], text: str, max_tokens: int = 10**6, **o
 
 
 def written(schema: dict[str, Any], seed: int, most: int = 4000) -> str | None:
-    """A text that the grammar allows, by a writer who is quick to close; None when it is too long."""
+    """A text that the grammar allows, by a writer that closes early; None when it is too long."""
     generator = random.Random(seed)
     matcher = matcher_of(schema)
     text = bytearray()
@@ -358,7 +358,7 @@ def test_what_takes_too_much_is_refused_before_it_is_compiled(schema: dict[str, 
 
 @pytest.mark.parametrize("leaf", ["a0", "a40"])
 def test_references_that_multiply_cost_no_more_than_others(leaf: str) -> None:
-    """2^40 parts; each of them is looked at from each side once."""
+    """2^40 parts; each is visited from each side once."""
     step = 1 if leaf == "a40" else -1
     twice = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + step}"}] * 2} for i in range(41) if f"a{i}" != leaf}
     root = "a0" if leaf == "a40" else "a40"

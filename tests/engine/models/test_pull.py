@@ -120,7 +120,7 @@ def test_growth_is_looked_at_while_folders_come_and_go(tmp_path: Path) -> None:
         ("tokenizer.json", "gone"),
     ],
 )
-def test_a_damaged_model_is_made_anew(
+def test_a_damaged_model_is_rebuilt(
     sample: CatalogModel, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = pull_model(sample, progress=False)

@@ -1,4 +1,4 @@
-"""The load test's own client beside servers that misbehave: every request ends, and says how."""
+"""The load test's client against misbehaving servers: every request ends, and says how."""
 
 from __future__ import annotations
 

@@ -310,7 +310,7 @@ def test_what_is_never_completed_is_shown_as_no_character(page: sync_api.Page) -
 
 
 @browser_test
-def test_a_verdict_never_stands_beneath_another_request(page: sync_api.Page) -> None:
+def test_a_verdict_is_never_shown_beneath_another_request(page: sync_api.Page) -> None:
     generate(page, prompt="The ship", max_tokens="8", seed="")
     verdict, again = page.locator("#verdict"), page.locator("#again")
     assert run_again(page).startswith("Equal bits")
@@ -343,7 +343,7 @@ def test_a_verdict_never_stands_beneath_another_request(page: sync_api.Page) -> 
 
 
 @browser_test
-def test_no_facts_of_an_earlier_run_stand_beneath_an_error(page: sync_api.Page) -> None:
+def test_no_facts_of_an_earlier_run_are_shown_beneath_an_error(page: sync_api.Page) -> None:
     generate(page, max_tokens="8", seed="5")
     run_again(page)
     page.locator("#output .token").nth(2).click()

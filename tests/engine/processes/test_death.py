@@ -1,4 +1,4 @@
-"""Every process is killed in turn, restarts off: the user is told who died and why, and nothing stays behind."""
+"""Every process is killed in turn, restarts off: the user is told who died and why, and nothing is left."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def specs(count: int, max_tokens: int) -> list[RequestSpec]:
 
 
 class Watched:
-    """A client that acts once so many tokens have come, and keeps the notices."""
+    """A client that acts once that many tokens have come, and keeps the notices."""
 
     def __init__(self, client: EngineClient, at_tokens: int, act: Callable[[], None]) -> None:
         self._client = client

@@ -65,7 +65,7 @@ def test_every_worker_is_seeded_like_a_plain_process(start: Start, workers: int,
     assert cluster.rng_digests() == [plain_digests(seed)] * workers
 
 
-def test_workers_with_a_model_are_seeded_so_too_and_stay_so(
+def test_workers_with_a_model_are_seeded_alike_and_stay_so(
     start: Start, requests: Callable[..., list[RequestSpec]]
 ) -> None:
     cluster = start("sempre.workers", data_parallel_size=2, max_model_len=256, num_threads=1, seed=2**40 + 7)

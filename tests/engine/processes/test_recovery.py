@@ -31,7 +31,7 @@ BEAT = {"heartbeat_interval_s": 0.05, "heartbeat_timeout_s": 0.6}
 
 
 def deadly(ordinal: int) -> RequestSpec:
-    """Ends the odd worker "dies of a request" at its fifth token, whoever else is in the step."""
+    """Ends the odd worker "dies of a request" at its fifth token, whatever else is in the step."""
     return make_request([DEADLY, 1], ordinal=ordinal, max_tokens=20)
 
 

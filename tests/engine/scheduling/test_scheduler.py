@@ -183,7 +183,7 @@ def test_running_requests_go_on_decoding_beside_a_long_prompt() -> None:
     assert [replica.step()[0] for _ in range(3)] == [{"a": 1, "b": 5}, {"a": 1, "b": 5}, {"a": 1, "b": 2}]
 
 
-def test_a_long_prompt_leaves_a_token_to_each_request_behind_it() -> None:
+def test_a_long_prompt_leaves_a_token_to_each_request_after_it() -> None:
     replica = Replica(max_num_batched_tokens=6, policy="priority")
     replica.add(spec("low", 4, priority=1))
     replica.step()
@@ -317,7 +317,7 @@ def test_the_model_length_caps_max_tokens() -> None:
 
 
 def drafting_replica(drafts: list[int], **params: Any) -> tuple[Replica, ExecuteStep]:
-    """A replica whose draft model has drafted what follows the first token, and the step that verifies it."""
+    """A replica with drafts for the tokens after the first one, and the step that verifies them."""
     replica = Replica(speculation=SpeculationPlan(DRAFT_MODEL, steps_ahead=False, costs=COSTS), max_draft_tokens=8)
     replica.add(spec("a", **params))
     step = replica.schedule()
@@ -338,7 +338,7 @@ def test_several_tokens_are_cut_at_the_first_end() -> None:
     assert deltas == [expected]
 
 
-def test_after_rejected_drafts_the_request_goes_on_behind_its_last_token() -> None:
+def test_after_rejected_drafts_the_request_continues_after_its_last_token() -> None:
     replica, step = drafting_replica([5, 6, 7], max_tokens=9)
     assert (step.scheduled[0].num_computed_tokens, step.scheduled[0].num_tokens) == (4, 4)
     sampled = [SampledTokens(request_id="a", token_ids=[5, 8])]
@@ -351,7 +351,7 @@ def test_after_rejected_drafts_the_request_goes_on_behind_its_last_token() -> No
 
 
 def test_a_block_that_ends_with_a_rejected_draft_is_not_found() -> None:
-    """Its last slot holds keys and values of the draft, not of the token that was sampled in its place."""
+    """Its last slot holds keys and values of the draft, not of the token sampled in its place."""
     replica, step = drafting_replica([5, 6, 7], max_tokens=9)
     (item,) = step.scheduled
     assert (item.num_computed_tokens, item.num_tokens) == (4, 4), "the last draft is at the end of the second block"
@@ -368,12 +368,12 @@ def test_drafts_never_reach_past_the_last_token_a_request_may_have() -> None:
 
 
 def lookup_replica(**changes: Any) -> Replica:
-    """A replica that drafts for whoever goes in circles."""
+    """A replica that drafts for repetitive requests."""
     plan = SpeculationPlan(LOOKUP, steps_ahead=True, costs=COSTS)
     return Replica(speculation=plan, max_draft_tokens=8, enable_prefix_caching=False, **changes)
 
 
-def test_drafts_leave_a_token_to_each_request_behind_them() -> None:
+def test_drafts_leave_a_token_to_each_request_after_them() -> None:
     replica = lookup_replica(max_num_batched_tokens=6)
     replica.script["a"] = [5]
     replica.add(spec("a", [5, 6, 5, 6], max_tokens=20), spec("b", 2, ordinal=1))
@@ -963,7 +963,7 @@ def test_suspects_run_alone_until_each_has_passed() -> None:
 
 
 def test_a_suspect_passes_with_all_tokens_that_were_under_way() -> None:
-    """The worker may have died of any of them."""
+    """Any of them may have killed the worker."""
     replica = Replica()
     replica.add(spec("a", 4, max_tokens=9), spec("b", 4, ordinal=1, max_tokens=9))
     replica.step()

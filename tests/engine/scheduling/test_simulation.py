@@ -55,7 +55,7 @@ def next_token(seed: int, prefix: int) -> int:
 
 @dataclass
 class WorkerRequest:
-    """A request as the worker knows it; `prefixes[i]` is the digest of tokens [0, i]."""
+    """A request as the worker sees it; `prefixes[i]` is the digest of tokens [0, i]."""
 
     new: NewRequest
     token_ids: list[int] = field(default_factory=list)
@@ -211,7 +211,7 @@ def expected(spec: RequestSpec, setup: Setup) -> Outcome:
         token_ids.append(token_id)
         outcome.token_ids.append(token_id)
         may_stop = len(outcome.token_ids) >= spec.params.min_tokens
-        # a form that is complete wins over min_tokens
+        # a complete grammar wins over min_tokens
         if (may_stop or spec.params.grammar is not None) and token_id in spec.params.eos_token_ids:
             outcome.finish_reason = "stop"
         elif may_stop and token_id in spec.params.stop_token_ids:
@@ -540,7 +540,7 @@ def swapped_blocks(step: ExecuteStep) -> ExecuteStep:
 
 
 def test_the_simulation_notices_rejected_drafts_counted_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the rollback, the next steps compute behind positions that hold other tokens' keys and values."""
+    """Without the rollback, the next steps compute after positions that hold other tokens' keys and values."""
     monkeypatch.setattr(Scheduler, "_count_rejected", lambda *_: 0)
     setup = small_setup(num_blocks=200, enable_prefix_caching=False, speculative=SPECULATIVE[2])
     simulation = Simulation(busy_workload(), setup)

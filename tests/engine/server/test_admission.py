@@ -48,7 +48,7 @@ def test_requests_of_many_sequences_leave_room_for_those_of_few() -> None:
     assert admission.num_sequences == 128
 
 
-def test_who_is_turned_away_is_told_to_come_back_when_so_many_will_have_ended() -> None:
+def test_who_is_turned_away_is_told_to_come_back_when_enough_will_have_ended() -> None:
     admission = Admission(max_running=4, max_queued=2)
     assert admission.retry_after_s(6) == 1
     admission.admit(2)

@@ -35,7 +35,7 @@ BASES: dict[type[Any], dict[str, Any]] = {
     TokenizeRequest: {},
     DetokenizeRequest: {"tokens": [1]},
 }
-# (body, where fields may stand in it, the struct that they belong to)
+# (body, where fields may be in it, the struct that they belong to)
 PLACES: list[tuple[type[Any], tuple[str | int, ...], dict[str, Any]]] = [
     *((model, (), base) for model, base in BASES.items()),
     (CompletionRequest, ("stream_options",), {"prompt": "a", "stream_options": {}}),
@@ -279,7 +279,7 @@ def test_bounds_come_before_the_parser(body: bytes, status: int) -> None:
         "é[" * 40_000,
     ],
 )
-def test_what_stands_in_a_string_is_not_counted(text: str) -> None:
+def test_what_is_in_a_string_is_not_counted(text: str) -> None:
     for body in ({"prompt": text}, {text: 1}, {"a": [{}] * 200, "prompt": text}):
         check_structure(json.dumps(body, ensure_ascii=False).encode())
         check_structure(json.dumps(body).encode())

@@ -113,7 +113,7 @@ def test_default_ports() -> None:
 
 
 def test_behind_a_proxy() -> None:
-    """Programs pass whatever name the proxy hands on; pages, when the operator names it or the proxy keeps ours."""
+    """Programs pass whatever name the proxy forwards; pages, if the operator names it or the proxy keeps ours."""
     public = {"host": "llm.example.com", **JSON, **PROXY}
     assert call(public)[0] == 200
     assert call(public, method="GET")[0] == 200

@@ -110,7 +110,8 @@ def ask_for(token_ids: list[int], answer: list[int] | None = None) -> Ask:
 
 
 def test_the_draft_after_the_right_ones_counts_as_wrong() -> None:
-    """One right draft and then a wrong one, for ever: every other draft is right, and one at a time is worth while."""
+    """One right draft and then a wrong one, forever: every other draft is right, and drafting one at a time pays
+    off."""
     speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.0, draft=0.2))
     tokens = [1]
     lengths = []
@@ -138,7 +139,7 @@ def step_until_asked(speculation: ModelSpeculation, tokens: list[int]) -> int:
 
 
 def test_a_draft_model_that_was_right_again_is_probed_as_often_as_at_first() -> None:
-    # one draft is worth while where every other one is right
+    # one draft pays off where every other one is right
     speculation = model_speculation(StepCosts(step=1.0, row=0.1, result=0.0, draft=0.4))
     tokens = [1]
     gaps = []
@@ -202,7 +203,7 @@ def test_a_probe_with_two_steps_in_flight_is_at_the_drafts_it_asked_for() -> Non
 
 
 def test_with_steps_ahead_a_request_waits_while_its_draft_worker_is_asked() -> None:
-    """A step planned before the result of the one before it would leave nothing for the drafts to be about."""
+    """A step planned before the previous result would leave the drafts nothing to apply to."""
     asking = model_speculation(COSTS, placement="worker", steps_ahead=True, adaptive=False)
     assert asking.must_wait([1], 1)
     assert not asking.must_wait([1], 0)

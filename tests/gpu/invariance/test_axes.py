@@ -1,4 +1,4 @@
-"""Axes A1–A7, A11, A14 and A15 on a GPU: what a request gives does not depend on what the engine does around it.
+"""Axes A1–A7, A11, A14 and A15 on a GPU: a request's result does not depend on what the engine does around it.
 
 Every run is compared with the requests run alone, kernel by kernel, in tokens and in every log-probability bit.
 """
@@ -105,7 +105,7 @@ def test_prefix_cache(requests: list[RequestSpec]) -> None:
 
 
 def test_preemption(requests: list[RequestSpec]) -> None:
-    """A5: too few blocks for all, so running requests are evicted and computed anew."""
+    """A5: too few blocks for all, so running requests are evicted and recomputed."""
     short = [r for r in requests if len(r.prompt_token_ids) <= 600]
     settings = {"max_model_len": 1024, "max_num_seqs": 24}
     alone = [run_of for run_of, r in zip(run_alone(), requests, strict=True) if r in short]
@@ -135,7 +135,7 @@ def test_processes(requests: list[RequestSpec]) -> None:
 
 
 def test_siblings(engine: InprocClient, requests: list[RequestSpec]) -> None:
-    """A13 rests on the seed alone: the same prompt with two seeds beside each other equals the two alone."""
+    """A13 depends on the seed alone: the same prompt with two seeds in one batch equals the two alone."""
     pair = [msgspec.structs.replace(requests[1], request_id=f"s{i}", seed=50 + i, ordinal=i) for i in range(2)]
     lone = [generate(engine, [r])[0] for r in pair]
     comparison = compare_generations(lone, generate(engine, pair))
@@ -145,7 +145,7 @@ def test_siblings(engine: InprocClient, requests: list[RequestSpec]) -> None:
 
 @pytest.mark.parametrize("logprobs", [None, 0, 20, 100, -1])
 def test_reporting(engine: InprocClient, requests: list[RequestSpec], logprobs: int | None) -> None:
-    """A14: what is reported changes no token and no log-probability."""
+    """A14: reporting changes no token and no log-probability."""
     changed = [
         msgspec.structs.replace(r, params=msgspec.structs.replace(r.params, logprobs=logprobs)) for r in requests[:16]
     ]
@@ -169,7 +169,7 @@ def test_scoring(engine: InprocClient, requests: list[RequestSpec]) -> None:
 
 
 def test_control() -> None:
-    """The library's ordinary products give other bits in a batch: these tests can fail."""
+    """The library's ordinary matmuls give other bits in a batch: these tests can fail."""
     requests = make_requests()
     batch = run_inproc(requests, numerics="control")
     assert not compare_generations(run_alone(numerics="control"), batch).equal

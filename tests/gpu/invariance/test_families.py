@@ -1,5 +1,5 @@
-"""Axes A1, A3, A4, A5, A6, A9, A14 and A15 of families that compute otherwise: soft caps, windows in every other layer,
-a mixture of experts."""
+"""Axes A1, A3, A4, A5, A6, A9, A14 and A15 of families that compute differently: soft caps, windows in every other
+layer, a mixture of experts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAMILIES = ("gemma2", "qwen3-moe", "qwen3-moe fp8", "qwen3-moe fp8_weight_only",
 
 def launch(family: str, **settings: Any) -> InprocClient:
     name, _, quantization = family.partition(" ")
-    # heads of a family may be twice as wide
+    # a family's heads may be twice as wide
     bytes_ = {"kv_cache_memory_bytes": 12000 * KV_BLOCK_BYTES, "quantization": quantization or None}
     return launch_inproc(model=model_folder(name), **(bytes_ | settings))
 
@@ -118,7 +118,7 @@ def test_scoring(family: str) -> None:
 
 @pytest.mark.parametrize("name", ["gemma2", "qwen3-moe"])
 def test_control(name: str) -> None:
-    """The library's ordinary products give other bits in a batch: these tests can fail."""
+    """The library's ordinary matmuls give other bits in a batch: these tests can fail."""
     client = launch(name, numerics="control")
     try:
         batch = generate(client, make_requests())
@@ -138,7 +138,7 @@ def test_nothing_is_compiled_while_requests_are_served(family: str, monkeypatch:
             compiled.append(repr)
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", after_compiling)
-    # another block size than in the other tests, whose kernels this process has already
+    # a block size other tests do not use, since this process already has their kernels
     client = launch(family, enable_prefix_caching=False, block_size=32, kv_cache_memory_bytes=1 << 30)
     serving.append(True)
     try:

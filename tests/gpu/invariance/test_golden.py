@@ -1,4 +1,4 @@
-"""Axis A16: real weights give, on every card of one architecture, the digests that one card recorded."""
+"""Axis A16: real weights give the recorded digests on every card of an architecture."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_real_weights_in_small_batches_without_graphs(model: Path, digests: tupl
     assert small == digests[1]
 
 
-def test_the_ordinary_product_gives_other_digests(model: Path, digests: tuple[dict[str, str], list[str]]) -> None:
+def test_the_ordinary_matmul_gives_other_digests(model: Path, digests: tuple[dict[str, str], list[str]]) -> None:
     """The control: these digests can differ."""
     assert golden_digests.compute(model, numerics="control")[1] != digests[1]
 

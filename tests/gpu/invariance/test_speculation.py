@@ -1,4 +1,4 @@
-"""Axis A9 on a GPU: whatever is guessed, tokens and log-probability bits are those of no speculation."""
+"""Axis A9 on a GPU: whatever is drafted, tokens and log-probability bits are the same as without speculation."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_lookup(requests: list[RequestSpec], method: str) -> None:
 
 @pytest.mark.parametrize("placement", ["colocated", "worker"])
 def test_draft_model(requests: list[RequestSpec], placement: str) -> None:
-    """The model itself as its own draft: it guesses right, by another way through the kernels."""
+    """The model as its own draft model: its drafts are right, computed by other kernels."""
     config = {"method": "draft_model", "model": model_folder(), "placement": placement, "adaptive": False}
     settings = {"kv_cache_memory_bytes": 3000 * KV_BLOCK_BYTES * (2 if placement == "colocated" else 1)}
     client = launch_inproc(speculative_config=config, **settings)
@@ -106,7 +106,7 @@ def test_many_requests_of_every_kind() -> None:
 
 
 def test_the_control_notices(requests: list[RequestSpec]) -> None:
-    """With a matrix product whose bits depend on the number of rows, speculation shows."""
+    """With a matmul whose bits depend on the number of rows, speculation changes the output."""
     lone = [run_inproc([r], numerics="control", enforce_eager=True)[0] for r in requests[:8]]
     whole = [[*r.prompt_token_ids, *g.token_ids] for r, g in zip(requests, lone, strict=False)]
     with drafting_with(whole, 1.0):
@@ -115,7 +115,7 @@ def test_the_control_notices(requests: list[RequestSpec]) -> None:
 
 
 def test_tiny_pair_on_a_gpu() -> None:
-    """Trained weights: most of what the draft model guesses is kept, and the text is that of no speculation."""
+    """Trained weights: most drafts are accepted, and the text is the same as without speculation."""
     params = [SamplingParams(temperature=t, seed=1, max_tokens=64, logprobs=2) for t in (0.0, 0.7, 1.0)]
     prompts = ["It is a truth universally acknowledged"] * len(params)
     outputs = []

@@ -121,7 +121,7 @@ def test_control_a_tile_outside_the_fp8_tensor_cores_disagrees() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.value)
-def test_activation_after_the_product(scheme: Fp8Scheme) -> None:
+def test_activation_after_the_matmul(scheme: Fp8Scheme) -> None:
     for rows in (1, 16, 40, 300):
         x, w = _case(1024, 6144, rows, scheme)
         out = torch.full((rows, 3072), float("nan"), device="cuda", dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""GPU products: accuracy, equal bits for every number of rows and every kernel choice, and a control that differs."""
+"""GPU matmuls: accuracy, equal bits for every number of rows and every kernel choice, and a control that differs."""
 
 from __future__ import annotations
 

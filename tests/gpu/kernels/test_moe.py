@@ -1,4 +1,4 @@
-"""A mixture of experts on a GPU: the bits of the ordinary products, whoever is in the batch, also in a graph."""
+"""A mixture of experts on a GPU: the bits of the ordinary matmuls, whatever else is in the batch, also in a graph."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_sort() -> None:
 
 @pytest.mark.parametrize(("name", "dtype", "scheme"), CASES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 16, 40, 129, 600, ROWS])
-def test_bits_are_those_of_the_ordinary_products(
+def test_bits_are_those_of_the_ordinary_matmuls(
     name: str, dtype: torch.dtype, scheme: Fp8Scheme | None, rows: int
 ) -> None:
     case = mixture(name, dtype, scheme)

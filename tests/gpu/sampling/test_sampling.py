@@ -65,7 +65,7 @@ def test_a_grammar_masks_as_on_the_cpu(device: torch.device) -> None:
     assert disagreements(device, "flat", 4096, steps=3, seed=1, parameters=[*WITH_GRAMMAR, *PARAMETERS]) == []
 
 
-def test_tiles_cannot_be_seen(device: torch.device) -> None:
+def test_tiles_do_not_affect_the_result(device: torch.device) -> None:
     from sempre.kernels.sampling.gpu import Tiles
 
     small = Tiles(noise=512, logprobs=1024, edits=512, phrases=16, cut=1024, cut_piece=2048, cut_sample=4, cut_list=128)

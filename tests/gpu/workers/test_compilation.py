@@ -1,4 +1,4 @@
-"""What is compiled ahead is all that requests need, and the self-test names what it leaves out."""
+"""Everything requests need is compiled in advance, and the self-test names what it excludes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_later_start_collects_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_
             outputs.append(generate(client, make_requests()))
         finally:
             client.close()
-        # whoever collects writes
+        # a worker that collects writes the index
         written.append([(record, record.stat().st_mtime_ns) for record in tmp_path.glob("*/variants")])
     assert len(written[0]) == 1
     assert written[0] == written[1]
@@ -42,7 +42,7 @@ def test_nothing_is_compiled_while_requests_are_served(monkeypatch: pytest.Monke
             compiled.append(repr)
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", after_compiling)
-    # another block size than in the other tests, whose kernels this process has already
+    # a block size other tests do not use, since this process already has their kernels
     client = launch_inproc(enable_prefix_caching=False, block_size=32, kv_cache_memory_bytes=1 << 30)
     serving.append(True)
     try:

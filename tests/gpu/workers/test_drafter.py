@@ -1,4 +1,4 @@
-"""Drafts of a draft model on a GPU, as graphs and kernel by kernel; sequences that stay, and that are met anew."""
+"""Drafts of a draft model on a GPU, as graphs and kernel by kernel; known sequences, and new ones."""
 
 from __future__ import annotations
 

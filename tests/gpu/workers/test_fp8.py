@@ -72,7 +72,7 @@ def test_preemption(quantization: str, alone: list[Generation]) -> None:
 
 
 def test_control(quantization: str) -> None:
-    """Ordinary products give other bits in a batch: these tests can fail."""
+    """Ordinary matmuls give other bits in a batch: these tests can fail."""
     requests = make_requests()
     client = launch_inproc(quantization=quantization, numerics="control", enable_prefix_caching=False)
     try:

@@ -1,4 +1,4 @@
-"""A worker on a GPU from start to end: real weights, memory, errors, and what it says of itself."""
+"""A worker on a GPU from start to end: real weights, memory, errors, and what it reports of itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU_TOKENS = {
 
 
 def test_trained_weights() -> None:
-    """Most greedy tokens agree with the CPU's, whose arithmetic is another."""
+    """Most greedy tokens agree with the CPU's, whose arithmetic differs."""
     params = SamplingParams(temperature=0.0, max_tokens=12)
     with LLM("tiny", device="cuda", multiprocessing=False, max_model_len=512) as llm:
         outputs = llm.generate([*CPU_TOKENS], params, use_tqdm=False)
@@ -72,12 +72,12 @@ def memory_with(**settings: Any) -> dict[str, int]:
 
 
 def test_the_cache_is_sized_from_the_share_of_the_memory() -> None:
-    """A share in which half of what `max_num_seqs` could use has no place: on any card it alone decides."""
+    """A share too small for half of what `max_num_seqs` could use: on any card it alone decides."""
     useful = 1024 * SEQUENCE_BYTES
     total = torch.cuda.get_device_properties(0).total_memory
     memory = memory_with(gpu_memory_utilization=useful / 2 / total, max_num_seqs=1024)
     share = useful / 2 * memory["gpu_total_bytes"] / total
-    # all of it but what is kept for graphs and libraries, and less than a block; they may take that part
+    # all of it except the reserve for graphs and libraries, and less than a block
     least = share - RUNTIME_RESERVE_BYTES - 4 * KV_BLOCK_BYTES
     assert least - SLACK_BYTES < memory["gpu_reserved_bytes"] < share
     assert memory["kv_cache_bytes"] > 0.8 * share

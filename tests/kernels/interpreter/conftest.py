@@ -1,7 +1,7 @@
 """The GPU kernels in Triton's interpreter, where there is no GPU (with one, tests/gpu runs them compiled).
 
-The interpreter is chosen when Triton is imported, so tests/conftest.py does it. It rounds bfloat16 otherwise than a
-GPU, so float16 stands for it.
+The interpreter is chosen when Triton is imported, so tests/conftest.py does it. It rounds bfloat16 differently from a
+GPU, so float16 is used instead.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def _interpreter() -> None:
 
 @pytest.fixture(scope="package", autouse=True)
 def _language_replaced_once() -> Iterator[None]:
-    """The interpreter puts its own functions into the language's modules, anew at every call of a function of a
-    kernel, which takes most of its time; once for these tests is the same."""
+    """The interpreter patches the language's modules again at every call of a kernel function, which takes most of its
+    time; patching once for these tests is equivalent."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     replace, scopes = interpreter._patch_lang, {}
 
     def replace_once(function: Any) -> Any:
-        # it looks for the language in the globals of a function, which are those of its module
+        # it looks for the language in a function's globals, which are those of its module
         if function.__module__ not in scopes:
             scopes[function.__module__] = replace(function)
         return SimpleNamespace(restore=lambda: None)

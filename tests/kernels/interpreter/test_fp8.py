@@ -1,4 +1,4 @@
-"""The fp8 kernels in Triton's interpreter. It has no tensor cores, so their narrow accumulator is not seen here."""
+"""The fp8 kernels in Triton's interpreter. It has no tensor cores, so their narrow accumulator does not appear here."""
 
 from __future__ import annotations
 

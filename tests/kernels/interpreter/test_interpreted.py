@@ -48,8 +48,8 @@ def test_fused_activation(dtype: torch.dtype) -> None:
     assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
 
 
-def test_the_fused_product_has_the_bits_of_the_two_in_turn() -> None:
-    """Of sums that float32 holds exactly, in whatever order, and float16 does not."""
+def test_the_fused_matmul_has_the_bits_of_the_two_in_turn() -> None:
+    """With sums that float32 holds exactly in any order, and float16 does not."""
     from sempre.kernels.activation import gpu as activation_gpu
     from sempre.kernels.linear import gpu
     from sempre.kernels.linear.gpu_table import Tile

@@ -9,7 +9,7 @@ from moe_cases import ODD, Mixture, check_route, check_sort
 from sempre.kernels.fp8 import FP8, Fp8Scheme
 from sempre.kernels.moe import ExpertShape, combine
 
-# rounding of the activations between the two products
+# rounding of the activations between the two matmuls
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3}
 
 
@@ -32,7 +32,7 @@ def test_parts_are_added_as_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("scheme", [None, *Fp8Scheme], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_experts_are_those_of_the_ordinary_products(
+def test_experts_are_those_of_the_ordinary_matmuls(
     dtype: torch.dtype, scheme: Fp8Scheme | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sempre.kernels.fp8 import gpu as fp8_gpu
@@ -47,7 +47,7 @@ def test_experts_are_those_of_the_ordinary_products(
     mixture = Mixture(ODD, dtype, "cpu", 21, scheme)
     expected = mixture.one_by_one().float()
     found = mixture.run(0, 21).float()
-    # a value of fp8 that the products before it round otherwise may be the next one
+    # where the previous matmuls round differently, an fp8 value may be its neighbour
     allowed = 0.05 if scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS else ROUNDING[dtype]
     assert (found - expected).norm() / expected.norm() < allowed
     assert not torch.equal(found, mixture.run(0, 21, logits=mixture.logits.flip(1)).float())

@@ -38,7 +38,7 @@ VERIFYING = [{}, {"top_k": 5, "logprobs": 3}, *[values for values in PARAMETERS 
 def test_equals_the_cpu(kind: str, vocab_size: int, parameters: list[dict[str, Any]]) -> None:
     from sempre.kernels.sampling.gpu import Tiles
 
-    # small enough that searches narrow before they list
+    # small enough that searches narrow the interval before they list
     tiles = Tiles(noise=128, logprobs=128, edits=256, phrases=2, cut=256, cut_piece=256, cut_sample=2, cut_list=16)
     assert disagreements(CPU, kind, vocab_size, steps=1, seed=vocab_size, parameters=parameters, tiles=tiles) == []
 
@@ -51,7 +51,7 @@ def test_verification_equals_decoding_one_by_one_on_the_cpu() -> None:
 
 
 def test_a_grammar_masks_as_on_the_cpu() -> None:
-    """Token by token: the mask of a slot is written anew for each."""
+    """Token by token: the mask of a slot is rewritten for each."""
     batch = [*WITH_GRAMMAR, {}]
     assert disagreements(CPU, "flat", VOCABULARY, steps=2, seed=1, parameters=batch) == []
 

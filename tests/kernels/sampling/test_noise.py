@@ -61,7 +61,7 @@ def test_noise_of_a_vocabulary_equals_the_reference() -> None:
 
 
 def test_reference_fma_rounds_once() -> None:
-    # 1 + 2**-24 + 2**-60 lies just above the middle between two float32: rounding twice would lose the last part
+    # 1 + 2**-24 + 2**-60 is just above the midpoint of two float32 numbers: rounding twice would lose the last part
     a = np.float32(1.0 + 2.0**-12)
     cases = [(a, a, np.float32(2.0**-60)), (a, -a, np.float32(1.0)), (np.float32(2.0**-30), a, np.float32(1.0))]
     for x, y, z in cases:
@@ -106,5 +106,5 @@ def test_noise_has_the_gumbel_distribution_over_each_coordinate() -> None:
     over_seeds = np.array([reference.gumbel_noise(seed << 20, 5, 64)[33] for seed in range(1500)])
     for sample in (over_ids, over_positions, over_seeds):
         assert stats.kstest(sample, "gumbel_r").pvalue > 1e-3
-    # control: the test sees a scale that is 5 % wrong
+    # control: the test notices a scale that is 5 % off
     assert stats.kstest(over_ids * np.float32(1.05), "gumbel_r").pvalue < 1e-6

@@ -99,8 +99,8 @@ def test_top_p_is_reached_and_never_just_missed() -> None:
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 0.999999])
-def test_the_order_of_the_vocabulary_cannot_be_seen(top_p: float) -> None:
-    """Probabilities are added exactly: the same tokens are kept wherever they stand."""
+def test_the_order_of_the_vocabulary_does_not_matter(top_p: float) -> None:
+    """Probabilities are added exactly: the same tokens are kept wherever they are."""
     x = _logits("flat")
     kept = _kept(x, top_p=top_p)
     for seed in range(8):

@@ -88,7 +88,7 @@ ATTENTION_AND_LINEAR = (
         ("tests/kernels/test_rowwise.py::test_rms_norm",),
     ),
     Fault(
-        "lone-rows-without-fma-in-products",
+        "lone-rows-without-fma-in-matmuls",
         "A row that is multiplied alone rounds otherwise than among others.",
         LINEAR_TILES,
         "return [fma(b, factors[i], columns[j], sums[i * VECTORS + j]) for i, j, _ in places]",

@@ -1,4 +1,4 @@
-"""What a planted fault says of itself."""
+"""The description of a planted fault."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Fault(NamedTuple):
     file: str
     """from the root of the project"""
     before: str
-    """text that stands exactly once in the file"""
+    """text that appears exactly once in the file"""
     after: str
-    """what stands in its place"""
+    """its replacement"""
     killers: tuple[str, ...]
-    """node ids of tests of the plain run that fail with the fault; one without parameters in one of its cases"""
+    """node ids of tests of the plain run that fail with the fault; without parameters: in one of its cases"""
 
     @property
     def changes_cpu_kernels(self) -> bool:
-        """Whether the kernels of the CPU are compiled anew."""
+        """Whether the kernels of the CPU are compiled again."""
         return self.file.startswith("kernels/") and not self.file.rpartition("/")[2].startswith("gpu")

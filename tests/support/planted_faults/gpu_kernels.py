@@ -61,19 +61,19 @@ GPU_KERNELS = (
     ),
     Fault(
         "bias-left-out-of-the-last-columns",
-        "Columns in the last tile of a product get the bias of another one.",
+        "Columns in the last tile of a matmul get the bias of another one.",
         "kernels/linear/gpu.py",
         "acc += tl.load(bias + n_in).to(tl.float32)[:, None]",
         "acc += tl.load(bias + n % BN).to(tl.float32)[:, None]",
         (f"{TESTS}::test_linear",),
     ),
     Fault(
-        "gate-not-rounded-in-the-fused-product",
-        "The fused product with its activation gives other bits than the two in turn.",
+        "gate-not-rounded-in-the-fused-matmul",
+        "The matmul fused with its activation gives other bits than the two in turn.",
         "kernels/linear/gpu.py",
         "silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))",
         "silu_times(gate, up.to(dtype).to(tl.float32))",
-        (f"{TESTS}::test_the_fused_product_has_the_bits_of_the_two_in_turn",),
+        (f"{TESTS}::test_the_fused_matmul_has_the_bits_of_the_two_in_turn",),
     ),
     Fault(
         "window-one-wider-on-a-gpu",
@@ -137,7 +137,7 @@ GPU_KERNELS = (
         "kernels/moe/gpu.py",
         "    row = pair // PAIRS_OF_ROW",
         "    row = (pair + 1) // PAIRS_OF_ROW",
-        (f"{EXPERT_TESTS}::test_experts_are_those_of_the_ordinary_products",),
+        (f"{EXPERT_TESTS}::test_experts_are_those_of_the_ordinary_matmuls",),
     ),
     Fault(
         "experts-added-backwards",
@@ -148,8 +148,8 @@ GPU_KERNELS = (
         (f"{EXPERT_TESTS}::test_parts_are_added_as_on_a_cpu",),
     ),
     Fault(
-        "draft-behind-a-wrong-one-stands-on-a-gpu",
-        "A token sampled behind a rejected draft joins the sequence.",
+        "draft-after-a-wrong-one-is-accepted-on-a-gpu",
+        "A token sampled after a rejected draft is added to the sequence.",
         "kernels/sampling/gpu_verify.py",
         "accepted = follows & (drafted == token) &",
         "accepted = follows & (drafted >= 0) &",

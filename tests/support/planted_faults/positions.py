@@ -20,7 +20,7 @@ POSITIONS = (
         (f"{TESTS}::test_every_token_of_a_chunk_has_its_own_position_and_slot", f"{LONG_CONTEXTS}::test_chunks[512]"),
     ),
     Fault(
-        "rotation-off-behind-512",
+        "rope-off-after-512",
         "Beyond the first 512 positions the first token of every chunk is rotated as the one before it.",
         INPUT_BATCH,
         "            positions=places.positions,\n",
@@ -96,7 +96,7 @@ POSITIONS = (
         "self.context[each] - back, offsets)",
         "self.context[each] - back + 1, offsets)",
         (
-            f"{TESTS}::test_a_token_is_sampled_behind_the_last_known_one_and_behind_each_draft",
+            f"{TESTS}::test_a_token_is_sampled_after_the_last_known_one_and_after_each_draft",
             f"{WORKER_TESTS}::test_a_token_is_the_best_under_the_noise_of_its_own_position",
         ),
     ),

@@ -118,11 +118,11 @@ SCHEDULING = (
     ),
     Fault(
         "prompt-takes-the-place-of-decoding",
-        "A long prompt takes the whole step, and requests behind it stop decoding.",
+        "A long prompt takes the whole step, and requests after it stop decoding.",
         PLANNER,
         "max(1, step.budget - num_later))",
         "max(1, step.budget))",
-        (f"{TESTS}::test_a_long_prompt_leaves_a_token_to_each_request_behind_it",),
+        (f"{TESTS}::test_a_long_prompt_leaves_a_token_to_each_request_after_it",),
     ),
     Fault(
         "admitted-in-a-step-that-preempts",

@@ -1,4 +1,5 @@
-"""Faults of speculative decoding: what is drafted, which drafts stand, and what the rejected ones leave behind."""
+"""Faults of speculative decoding: what is drafted, which drafts are accepted, and what the rejected ones leave
+behind."""
 
 from __future__ import annotations
 
@@ -23,20 +24,20 @@ WAITS = "tests/engine/coordinator/test_waits.py"
 SPECULATION = (
     Fault(
         "rejected-drafts-count-as-written",
-        "Positions of rejected drafts count as computed, and the tokens that stand there never are.",
+        "Positions of rejected drafts count as computed, and the tokens at them never are.",
         SCHEDULER,
         "                num_written -= self._count_rejected(request, planned.draft_token_ids, sampled)",
         "                self._count_rejected(request, planned.draft_token_ids, sampled)",
-        (f"{SCHEDULER_TESTS}::test_after_rejected_drafts_the_request_goes_on_behind_its_last_token",),
+        (f"{SCHEDULER_TESTS}::test_after_rejected_drafts_the_request_continues_after_its_last_token",),
     ),
     Fault(
         "rejected-drafts-stay-computed",
-        "After a rejection the next step begins behind the rejected drafts.",
+        "After a rejection the next step begins after the rejected drafts.",
         SCHEDULER,
         "                if holds_blocks:\n                    request.num_computed_tokens = num_written",
         "                pass",
         (
-            f"{SCHEDULER_TESTS}::test_after_rejected_drafts_the_request_goes_on_behind_its_last_token",
+            f"{SCHEDULER_TESTS}::test_after_rejected_drafts_the_request_continues_after_its_last_token",
             f"{SIMULATION}::test_drafts_are_kept_and_rejected_among_preemptions_and_prefix_hits",
         ),
     ),
@@ -46,7 +47,7 @@ SPECULATION = (
         SCHEDULER,
         "        return len(drafts) - num_kept",
         "        return max(0, len(drafts) - num_kept - 1)",
-        (f"{SCHEDULER_TESTS}::test_after_rejected_drafts_the_request_goes_on_behind_its_last_token",),
+        (f"{SCHEDULER_TESTS}::test_after_rejected_drafts_the_request_continues_after_its_last_token",),
     ),
     Fault(
         "block-with-a-rejected-draft-is-committed",
@@ -72,11 +73,11 @@ SPECULATION = (
     ),
     Fault(
         "drafts-take-the-place-of-decoding",
-        "Drafts of one request fill the step, and those behind it stop decoding.",
+        "Drafts of one request fill the step, and the requests after it stop decoding.",
         PLANNER,
         "min(step.budget - num_new - num_later, ",
         "min(step.budget - num_new, ",
-        (f"{SCHEDULER_TESTS}::test_drafts_leave_a_token_to_each_request_behind_them",),
+        (f"{SCHEDULER_TESTS}::test_drafts_leave_a_token_to_each_request_after_them",),
     ),
     Fault(
         "drafts-of-a-step-without-bound",
@@ -88,7 +89,7 @@ SPECULATION = (
     ),
     Fault(
         "admitted-while-its-drafts-are-verified",
-        "A request that was preempted is computed again before it is known how many of its drafts stand.",
+        "A request that was preempted is computed again before it is known how many of its drafts are accepted.",
         "engine/scheduling/request.py",
         "or self.is_held_back or bool(self.drafts_in_flight)",
         "or self.is_held_back",
@@ -100,7 +101,7 @@ SPECULATION = (
         VERIFICATION,
         '        listed_ranks=b"".join(part.listed_ranks for part in parts),\n',
         "",
-        (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_stand",),
+        (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_are_accepted",),
     ),
     Fault(
         "what-does-not-follow-the-drafts-is-taken",
@@ -112,21 +113,21 @@ SPECULATION = (
     ),
     Fault(
         "a-draft-takes-the-place-of-the-sampled-token",
-        "Drafts stand without being compared with what was sampled.",
+        "Drafts are accepted without being compared with what was sampled.",
         VERIFICATION,
         "        kept.append(row)\n        if row.token_id != draft:\n            break",
-        "        kept.append(row if guess is None else row._replace(token_id=guess))\n"
-        "        if guess is None:\n            break",
-        (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_stand",),
+        "        kept.append(row if draft is None else row._replace(token_id=draft))\n"
+        "        if draft is None:\n            break",
+        (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_are_accepted",),
     ),
     Fault(
-        "sampled-token-behind-a-rejected-draft-stands",
-        "One more token stands than was sampled behind drafts that are right.",
+        "sampled-token-after-a-rejected-draft-is-kept",
+        "One more token is kept than was sampled after right drafts.",
         VERIFICATION,
         "        kept.append(row)\n        if row.token_id != draft:\n            break",
         "        rejected = bool(kept) and kept[-1].token_id != drafts[len(kept) - 1]\n"
         "        kept.append(row)\n        if rejected:\n            break",
-        (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_stand",),
+        (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_are_accepted",),
     ),
     Fault(
         "token-at-a-rejected-draft-is-lost",
@@ -135,11 +136,11 @@ SPECULATION = (
         "        kept.append(row)\n        if row.token_id != draft:\n            break",
         "        if row.token_id != draft and kept:\n            break\n        kept.append(row)\n"
         "        if row.token_id != draft:\n            break",
-        (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_stand",),
+        (f"{VERIFICATION_TESTS}::test_the_tokens_up_to_the_first_wrong_draft_are_accepted",),
     ),
     Fault(
         "a-draft-stays-in-the-sequence",
-        "The first draft stays in the worker's copy of the sequence, whether it stands or not.",
+        "The first draft stays in the worker's copy of the sequence, whether it is accepted or not.",
         VERIFICATION,
         "            del state.token_ids[length:]",
         "            del state.token_ids[length + 1 :]",
@@ -158,7 +159,7 @@ SPECULATION = (
     ),
     Fault(
         "drafts-for-a-shorter-sequence-are-verified",
-        "Drafts that were made before the last tokens came are verified behind them.",
+        "Drafts that were made before the last tokens came are verified after them.",
         SPECULATION_FILE,
         "drafts = self._drafts[:room] if self._num_known == len(token_ids) else []",
         "drafts = self._drafts[:room]",
@@ -201,7 +202,7 @@ SPECULATION = (
     ),
     Fault(
         "a-wait-for-a-draft-worker-without-an-end",
-        "A request waits for ever for a draft worker that has stalled.",
+        "A request waits forever for a draft worker that has stalled.",
         SPECULATION_FILE,
         "        return self.answer is None and now < self.deadline and not self.worker.is_gone",
         "        return self.answer is None and not self.worker.is_gone",
@@ -213,11 +214,11 @@ SPECULATION = (
         LINK,
         "            self._worker.is_gone = True",
         "            pass",
-        (f"{LINK_TESTS}::test_a_new_worker_is_told_everything_anew",),
+        (f"{LINK_TESTS}::test_a_new_worker_is_told_everything_again",),
     ),
     Fault(
         "the-death-of-a-draft-worker-is-that-of-a-target",
-        "Requests are computed anew, and their worker is replaced, because a draft worker has died.",
+        "Requests are recomputed, and their worker is replaced, because a draft worker has died.",
         "engine/coordinator/core.py",
         "            if self._drafts is None or error.rank not in self._drafts.ranks or self.ready is None:\n"
         "                raise",

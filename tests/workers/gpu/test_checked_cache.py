@@ -1,4 +1,4 @@
-"""Triton's cache folder: damaged files count as absent, and a disk that cannot be written to is no reason to fail."""
+"""Triton's cache folder: damaged files count as absent, and a read-only disk is no reason to fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead, in another process and without a GPU, are the ones that a launch asks for."""
+"""Kernels compiled in advance, in another process and without a GPU, are the ones that a launch needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-# two variants of a kernel for an H100, as a worker would ask for them
+# two variants of a kernel for an H100, as a worker would request them
 PROGRAM = """
 import json
 import torch
@@ -68,7 +68,7 @@ def test_what_is_compiled_ahead_is_found_and_what_cannot_be_is_said(tmp_path: Pa
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    # the first attempt names a kernel that does not exist; of two variants this process has one in the end
+    # the first attempt names a kernel that does not exist; this process ends up with one of two variants
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert answers == [[False, False, False], [True, True, True], [True, False]]
     assert "kernels are compiled one at a time" in done.stderr

@@ -1,4 +1,4 @@
-"""Drafts of a draft model whose sequences stay with their runner, against those of one that meets them anew.
+"""Drafts of a draft model whose sequences stay with their runner, against those of one to which they are new.
 
 The GPU's drafter runs where there is no GPU: the CPU computes the forward pass, Triton's interpreter the rest.
 """
@@ -37,7 +37,7 @@ MAX_SEQS, MAX_TOKENS, MAX_LEN, NUM_BLOCKS = 3, 12, 64, 9
 
 @pytest.fixture(scope="module")
 def model(checkpoints: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """Of large weights, so that what comes next depends on all tokens and not on the last one alone."""
+    """Large weights, so that the next token depends on all tokens and not only on the last one."""
     folder: Path = tmp_path_factory.mktemp("draft")
     shutil.copytree(checkpoints("llama").folder, folder, dirs_exist_ok=True)
     (file,) = folder.glob("*.safetensors")
@@ -56,8 +56,8 @@ def model(checkpoints: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
 
 
 def _padded(model: CausalLM) -> CausalLM:
-    """The CPU's, with padding as a GPU's has it: it is written to a block that belongs to nobody, and reads a key of
-    anybody's, as the CPU's kernels refuse rows without keys."""
+    """The CPU's, with padding like a GPU's: it is written to an unused block, and reads some other key, as the CPU's
+    kernels refuse rows without keys."""
     model = sharing(model)
     forward = model.forward
 
@@ -138,7 +138,7 @@ def test_what_a_proposal_on_a_gpu_leaves_behind(model: LoadedModel, gpu_drafter:
 
 
 def test_keys_and_values_of_wrong_drafts_are_noticed(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: without the part that takes them back, drafts differ."""
+    """The control: without the rollback, drafts differ."""
     forget = _Sequence.forget_wrong_drafts
 
     def keep(sequence: _Sequence) -> int:

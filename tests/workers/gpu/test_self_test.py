@@ -1,4 +1,4 @@
-"""The GPU's self-test: what counts as equal, what is named, and the products' part on Triton's interpreter."""
+"""The GPU's self-test: what counts as equal, what is named, and the matmuls' part on Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _weight(model: CausalLM, name: str) -> GpuLinearWeight:
     return weight
 
 
-def test_products_that_agree_are_all_kept() -> None:
+def test_matmuls_that_agree_are_all_kept() -> None:
     model = _model()
     tested = check_linears(model, torch.float16, max_tokens=20, max_num_seqs=4)
     assert tested.excluded == {}
@@ -71,7 +71,7 @@ def test_products_that_agree_are_all_kept() -> None:
     assert operations == {"qkv_proj", "o_proj", "down_proj", "gate_up_proj", "lm_head"}
 
 
-def test_a_fused_product_that_disagrees_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fused_matmul_that_disagrees_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     run = gpu_check.run_fused_tile
 
     def wrong(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, tile: Tile) -> torch.Tensor:

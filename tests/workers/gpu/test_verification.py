@@ -1,4 +1,4 @@
-"""The GPU runner's steps with drafted tokens, where there is no GPU: the CPU computes the forward pass, Triton's
+"""The GPU runner's steps with draft tokens, where there is no GPU: the CPU computes the forward pass, Triton's
 interpreter the sampler, and the results must be those of the CPU's runner without drafts, bit for bit."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A GPU's whole worker where there is no GPU: Triton's interpreter computes, and the tokens are those of a CPU."""
+"""A whole GPU worker without a GPU: Triton's interpreter computes, and the tokens are those of a CPU."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ EXTRA: dict[str, dict[str, object]] = {
 
 @pytest.fixture
 def gpu_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The GPU's backend, whose device is a CPU that says it is none."""
+    """The GPU's backend, on a CPU that claims not to be one."""
     pytest.importorskip("triton", reason="needs the triton package (test requirement on Linux)")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU: tests/gpu runs the compiled kernels")
@@ -95,7 +95,7 @@ def gpu_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
         def loading(self, setup: object) -> Iterator[Any]:
             yield SimpleNamespace(finish=dict)
 
-    # the interpreter adds as numpy does, whose order depends on the number of rows
+    # the interpreter adds like numpy, whose order depends on the number of rows
     monkeypatch.setattr(backend, "require_equal", _require_close)
     return Interpreted(CPU, None)
 

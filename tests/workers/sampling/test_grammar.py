@@ -1,4 +1,4 @@
-"""What a grammar allows next is a function of the tokens so far, however the state came there."""
+"""What a grammar allows next is a function of the tokens so far, however the state got there."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ POSITIONS = st.lists(st.integers(len(PROMPT), len(sequence(TEXT))), min_size=1, 
 
 @given(POSITIONS)
 @settings(max_examples=60)
-def test_a_state_that_went_to_and_fro_equals_a_fresh_one(positions: list[int]) -> None:
+def test_a_state_that_went_back_and_forth_equals_a_fresh_one(positions: list[int]) -> None:
     tokens = sequence(TEXT)
     state = started(OBJECT, tokens)
     for position in positions:
@@ -75,7 +75,7 @@ def test_a_state_that_went_to_and_fro_equals_a_fresh_one(positions: list[int]) -
 
 
 def test_one_state_in_several_rows_gives_each_row_its_own_mask() -> None:
-    """As verification of drafted tokens asks for it."""
+    """As needed to verify draft tokens."""
     tokens = sequence(TEXT)
     params = SamplingSpec(max_tokens=50, grammar=OBJECT, eos_token_ids=EOS)
     logits = torch.randn(len(tokens) - len(PROMPT), VOCABULARY, generator=torch.Generator().manual_seed(1))
@@ -135,7 +135,7 @@ def test_a_grammar_beyond_its_limits_is_an_error_and_no_stall() -> None:
 
 
 def test_a_form_that_is_not_ready_is_asked_for_again() -> None:
-    """Whatever holds its threads up, a step goes on without the row, and the row samples the same token later."""
+    """Whatever delays its threads, a step continues without the row, and the row samples the same token later."""
     impatient = GrammarCompiler(TINY, VOCABULARY, step_wait_s=0.0)
     go_on = threading.Event()
     blocked = [impatient._threads.submit(go_on.wait, 60) for _ in range(_THREADS)]
@@ -221,7 +221,7 @@ LETTERS_RULE = "start: /[a-m]{2,9}/"
 
 
 def framed(*, opened: bool) -> str:
-    """LETTERS behind reasoning."""
+    """LETTERS after reasoning."""
     opening = "" if opened else '"<think>" '
     lines = (f"start: {opening}thoughts @body", 'thoughts[lazy]: ANY "</think>"', r"ANY: ~/(?s:.*)<\/think>(?s:.*)/")
     frame = {"lark_grammar": "\n".join(lines)}
@@ -298,7 +298,7 @@ def test_the_budget_says_nothing_once_reasoning_has_ended_or_of_an_answer_at_onc
 
 @pytest.mark.parametrize("min_tokens", [0, 30])
 def test_a_complete_form_wins_over_min_tokens(min_tokens: int) -> None:
-    """While the form may go on, no end is allowed before `min_tokens`; where it can only end, it may."""
+    """While the grammar can continue, no end is allowed before `min_tokens`; where it can only end, it may."""
     params = SamplingSpec(max_tokens=50, min_tokens=min_tokens, grammar=LETTERS, eos_token_ids=EOS)
 
     def may_end(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""A state that lived through all steps equals one built anew, at every position and after a step back."""
+"""A state that went through all steps equals a rebuilt one, at every position and after a step back."""
 
 from __future__ import annotations
 

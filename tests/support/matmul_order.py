@@ -1,4 +1,4 @@
-"""The documented order of a matrix product on a CPU, a term at a time."""
+"""The documented order of a matmul on a CPU, one term at a time."""
 
 from __future__ import annotations
 
