@@ -77,10 +77,6 @@ class StepPlan:
     """one past the last row"""
 
     @property
-    def last_rows(self) -> Int64:
-        return self.ends - 1
-
-    @property
     def has_drafts(self) -> bool:
         return bool(self.num_drafts.any())
 

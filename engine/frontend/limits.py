@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sempre.engine.sampling_params import SamplingParams
-from sempre.ipc.context_length import too_long, too_long_for_cache
-from sempre.ipc.errors import RequestError
+from sempre.ipc.errors import RequestError, too_long, too_long_for_cache
 
 
 @dataclass(frozen=True, slots=True)

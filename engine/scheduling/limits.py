@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sempre.ipc.context_length import too_long, too_long_for_cache
-from sempre.ipc.errors import RequestError
+from sempre.ipc.errors import RequestError, too_long, too_long_for_cache
 from sempre.ipc.messages import ErrorInfo, RequestSpec
 
 

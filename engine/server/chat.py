@@ -18,7 +18,7 @@ from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
 from sempre.engine.server.message_parser import MessageParser, PlainContent, message_of
-from sempre.engine.server.parameters import apply_server_defaults, chat_parameters, check_model
+from sempre.engine.server.parameters import apply_server_defaults, blame_on, chat_parameters, check_model
 from sempre.engine.server.prompts import check_form, id_of, render
 from sempre.engine.server.requests import ChatCompletionRequest
 from sempre.engine.server.responses import (
@@ -30,7 +30,6 @@ from sempre.engine.server.responses import (
     ChunkEncoder,
 )
 from sempre.engine.server.service import Service
-from sempre.engine.server.structure import blame_on
 from sempre.engine.server.tools import ChatPlan
 from sempre.engine.server.tracing import RequestSpan
 

@@ -14,12 +14,11 @@ from sempre.engine.server.body import read_model
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
-from sempre.engine.server.parameters import apply_server_defaults, check_model, completion_parameters
+from sempre.engine.server.parameters import apply_server_defaults, blame_on, check_model, completion_parameters
 from sempre.engine.server.prompts import check_form, id_of, prompts_of
 from sempre.engine.server.requests import CompletionRequest
 from sempre.engine.server.responses import ChunkEncoder, CompletionChoice, CompletionLogprobs, CompletionResponse
 from sempre.engine.server.service import Service
-from sempre.engine.server.structure import blame_on
 from sempre.engine.server.tracing import RequestSpan
 from sempre.engine.text.token_stream import TokenStream, finished_text
 

@@ -16,7 +16,7 @@ from sempre.engine.server.errors import BadRequest, Busy
 from sempre.engine.server.limits import MAX_VALUES, check_copies
 from sempre.engine.server.metrics import ServerMetrics
 from sempre.engine.server.offload import Offload
-from sempre.ipc.context_length import too_long, too_many_characters
+from sempre.ipc.errors import too_long, too_many_characters
 
 _STARTING_RETRY_S = 5
 # a tokenizer's normalisation may shorten a text before it is encoded

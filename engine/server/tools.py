@@ -16,8 +16,8 @@ from sempre.engine.parsing.tool_calls import NamedCallParser, RequiredCallsParse
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.message_parser import MessageParser, ParsedContent, PlainContent
+from sempre.engine.server.parameters import structured_outputs
 from sempre.engine.server.requests import ChatCompletionRequest, NamedToolChoice
-from sempre.engine.server.structure import structured_outputs
 from sempre.engine.structured_outputs import StructuredOutputsParams
 
 
