@@ -23,7 +23,7 @@ from sempre.kernels.attention import (
     paged_attention,
 )
 from sempre.kernels.attention.gpu import allocate_attention_workspace
-from sempre.kernels.linear import linear, linear_silu_and_mul, pack_linear
+from sempre.kernels.linear import gated_linear, linear, pack_linear
 from sempre.kernels.linear.gpu import configure
 from sempre.kernels.norms import add_rms_norm
 from sempre.kernels.rope import RopeSpec, cos_sin_table, rope_and_cache_write
@@ -97,7 +97,7 @@ class Stack:
             if without != "norm":
                 add_rms_norm(self.branch, self.residual, self.norm, EPS, self.hidden)
             if without != "gate_up":
-                linear_silu_and_mul(self.hidden, gate_up, self.gate_up, self.activated)
+                gated_linear(self.hidden, gate_up, self.gate_up, self.activated)
             if without != "down":
                 linear(self.activated, down, self.branch)
 

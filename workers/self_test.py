@@ -237,10 +237,10 @@ def _kind(block: Module) -> object:
 
 
 def distinct_linears(model: CausalLM) -> list[tuple[str, Linear]]:
-    """One of each kind that is computed alike (equal shape, fp8 scheme and use): the first, with its path."""
+    """One of each kind that is computed alike (shape, fp8 scheme, use and activation): the first, with its path."""
     seen: dict[object, tuple[str, Linear]] = {}
     for path, linear in model.linears():
-        seen.setdefault((linear.use, shape_of(linear.weight)), (path, linear))
+        seen.setdefault((linear.use, linear.activation, shape_of(linear.weight)), (path, linear))
     return list(seen.values())
 
 

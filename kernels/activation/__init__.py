@@ -10,11 +10,25 @@ GPU the exponential is the hardware's, and tanh is a polynomial near 0 and deriv
 
 from __future__ import annotations
 
+from enum import Enum
+
 import torch
 
 from sempre.kernels.checks import check_rows
 
-__all__ = ["gelu_and_mul", "silu_and_mul", "soft_cap"]
+__all__ = ["Activation", "gelu_and_mul", "silu_and_mul", "soft_cap"]
+
+
+class Activation(Enum):
+    """Of the gates of a gated feed-forward branch."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    """by tanh"""
+
+    def and_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """gate_up [T, 2 I] (gates first) -> out [T, I]."""
+        return (gelu_and_mul if self is Activation.GELU else silu_and_mul)(gate_up, out)
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sempre.kernels.activation import Activation
 from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 BLOCK = 1024
@@ -72,21 +73,22 @@ def _soft_cap(x: Any, count: Any, scale: Any, cap: Any, BLOCK: tl.constexpr) -> 
     tl.store(x + i, soft_capped(value, scale, cap), mask=i < count)
 
 
-def _run_gated(gate_up: torch.Tensor, out: torch.Tensor, *, gelu: bool) -> torch.Tensor:
+def activate_and_mul(gate_up: torch.Tensor, out: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """As the facade's `activation.and_mul`."""
     rows, width = out.shape
     grid = (rows, triton.cdiv(width, BLOCK))
-    _gated[grid](gate_up, out, width, BLOCK=BLOCK, GELU=gelu, num_warps=4, **CHAINED)
+    _gated[grid](gate_up, out, width, BLOCK=BLOCK, GELU=activation is Activation.GELU, num_warps=4, **CHAINED)
     return out
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """As the facade."""
-    return _run_gated(gate_up, out, gelu=False)
+    return activate_and_mul(gate_up, out, Activation.SILU)
 
 
 def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """As the facade."""
-    return _run_gated(gate_up, out, gelu=True)
+    return activate_and_mul(gate_up, out, Activation.GELU)
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from sempre.kernels.activation import silu_and_mul
+from sempre.kernels.activation import Activation
 from sempre.kernels.checks import check_rows
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.linear.control import control_linear, control_pack, control_pack_fp8
@@ -27,8 +27,8 @@ __all__ = [
     "control_linear",
     "control_pack",
     "control_pack_fp8",
+    "gated_linear",
     "linear",
-    "linear_silu_and_mul",
     "pack_fp8_linear",
     "pack_linear",
 ]
@@ -71,21 +71,25 @@ def linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, out: torch.Ten
     return gpu.linear(x, w, out)
 
 
-def linear_silu_and_mul(
-    x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, gate_up: torch.Tensor, out: torch.Tensor
+def gated_linear(
+    x: torch.Tensor,
+    w: CpuLinearWeight | GpuLinearWeight,
+    gate_up: torch.Tensor,
+    out: torch.Tensor,
+    activation: Activation = Activation.SILU,
 ) -> torch.Tensor:
-    """`linear` with w [2 I, K] (gates first), then `silu_and_mul`, into out [T, I]; gate_up [T, 2 I] is scratch.
+    """`linear` with w [2 I, K] (gates first), then `activation.and_mul`, into out [T, I]; gate_up [T, 2 I] is scratch.
 
     The bits are those of the two calls; a GPU may run them as one.
     """
     if not isinstance(w, GpuLinearWeight):
-        return silu_and_mul(linear(x, w, gate_up), out)
-    _check("linear_silu_and_mul", x, w, out, w.out_features // 2)
+        return activation.and_mul(linear(x, w, gate_up), out)
+    _check("gated_linear", x, w, out, w.out_features // 2)
     if not x.shape[0]:
         return out
     from sempre.kernels.linear import gpu
 
-    return gpu.linear_silu_and_mul(x, w, gate_up, out)
+    return gpu.gated_linear(x, w, gate_up, out, activation)
 
 
 def _check(

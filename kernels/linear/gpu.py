@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sempre.kernels.activation.gpu import silu_and_mul, silu_times
+from sempre.kernels.activation import Activation
+from sempre.kernels.activation.gpu import activate_and_mul, gelu_times, silu_times
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, prefetch, wait_for_previous
 from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Choice, Library, Tile, choose, choose_fused
@@ -126,7 +127,7 @@ def _linear(
 
 
 @jit(runtime=("T",))
-def _linear_silu(
+def _gated_linear(
     x: Any,
     w: Any,
     out: Any,
@@ -137,6 +138,7 @@ def _linear_silu(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
+    GELU: tl.constexpr,
     LINES: tl.constexpr,
 ) -> None:
     """One program owns both halves, gate n and up n + N; each is rounded as the unfused matmul would store it."""
@@ -166,7 +168,8 @@ def _linear_silu(
         up_at += BK
         x_at += BK
     dtype = out.dtype.element_ty
-    value = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    value = gelu_times(gate, up) if GELU else silu_times(gate, up)
     at = out + t.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(at, tl.trans(value).to(dtype), mask=(t < T)[:, None] & (n < N)[None, :])
 
@@ -241,18 +244,26 @@ def linear(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor) -> torch.Tens
     return run_choice(values, w, out, _choice(x, w), row_scales)
 
 
-def linear_silu_and_mul(x: torch.Tensor, w: GpuLinearWeight, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def gated_linear(
+    x: torch.Tensor,
+    w: GpuLinearWeight,
+    gate_up: torch.Tensor,
+    out: torch.Tensor,
+    activation: Activation = Activation.SILU,
+) -> torch.Tensor:
     """As the facade; `gate_up` is used where the two steps are not fused."""
     fused = choose_fused(architecture(x.device), x.shape[0], w.out_features // 2, w.excluded)
     if fused is None or w.bias is not None or w.scheme is not None or x.dtype == torch.float32:
-        return silu_and_mul(linear(x, w, gate_up), out)
-    return run_fused_tile(x, w, out, fused)
+        return activate_and_mul(linear(x, w, gate_up), out, activation)
+    return run_fused_tile(x, w, out, fused, activation)
 
 
-def run_fused_tile(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """silu(x Wg^T) * (x Wu^T) by one given tile, which holds `block_n` features of each half."""
+def run_fused_tile(
+    x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, tile: Tile, activation: Activation = Activation.SILU
+) -> torch.Tensor:
+    """activation(x Wg^T) * (x Wu^T) by one given tile, which holds `block_n` features of each half."""
     rows, (columns, depth) = x.shape[0], w.weight.shape
-    _linear_silu[(triton.cdiv(rows, tile.block_t), triton.cdiv(columns // 2, tile.block_n))](
+    _gated_linear[(triton.cdiv(rows, tile.block_t), triton.cdiv(columns // 2, tile.block_n))](
         x,
         w.weight,
         out,
@@ -263,6 +274,7 @@ def run_fused_tile(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, tile:
         BN=tile.block_n,
         BK=tile.block_k,
         EVEN_K=depth % tile.block_k == 0,
+        GELU=activation is Activation.GELU,
         LINES=_lines(rows, w),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sempre.kernels.activation.gpu import silu_and_mul
+from sempre.kernels.activation import Activation
+from sempre.kernels.activation.gpu import activate_and_mul
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.gpu_jit import architecture
 from sempre.kernels.linear.gpu import operands, run_choice, run_fused_tile, run_tile
@@ -39,7 +40,7 @@ def disagreeing(
     return {name: int(count) for name, count in differences.items() if int(count)}
 
 
-def disagreeing_fused(w: GpuLinearWeight, *, max_rows: int) -> dict[str, int]:
+def disagreeing_fused(w: GpuLinearWeight, activation: Activation = Activation.SILU, *, max_rows: int) -> dict[str, int]:
     """As `disagreeing`, for linear layers fused with the activation: each against the reference in two steps."""
     if w.scheme is not None:
         return {}
@@ -52,13 +53,13 @@ def disagreeing_fused(w: GpuLinearWeight, *, max_rows: int) -> dict[str, int]:
     rows = min(plans[-1].max_rows, max_rows)
     x = torch.randn(rows, w.in_features, generator=generator, device=device, dtype=dtype)
     gate_up = run_tile(x, w, _nan(rows, w, dtype), REFERENCE)
-    expected = silu_and_mul(gate_up, gate_up.new_empty(rows, width))
+    expected = activate_and_mul(gate_up, gate_up.new_empty(rows, width), activation)
     differences: dict[str, torch.Tensor] = {}
     for entry in plans:
         count = min(entry.max_rows, rows)
         tile = choose_fused(arch, count, width, frozenset())
         if tile is not None:
-            found = run_fused_tile(x[:count], w, torch.full_like(expected[:count], float("nan")), tile)
+            found = run_fused_tile(x[:count], w, torch.full_like(expected[:count], float("nan")), tile, activation)
             differences[f"fused {tile}"] = (found != expected[:count]).sum()
     return {name: int(wrong) for name, wrong in differences.items() if int(wrong)}
 

@@ -8,7 +8,7 @@ import torch
 from matmul_order import product_in_order
 
 from sempre.kernels.fp8 import FP8, SMALLEST_SCALE, Fp8Scheme, quantize_channels, quantize_rows
-from sempre.kernels.linear import control_linear, control_pack_fp8, linear, linear_silu_and_mul, pack_fp8_linear
+from sempre.kernels.linear import control_linear, control_pack_fp8, gated_linear, linear, pack_fp8_linear
 
 SCHEMES = list(Fp8Scheme)
 SHAPES = [(64, 64), (576, 960), (112, 33), (16, 1)]  # (K, N)
@@ -161,7 +161,7 @@ def test_every_fp8_value_is_widened_exactly() -> None:
 def test_matmul_then_activation(scheme: Fp8Scheme) -> None:
     x, values, scale, _ = case(64, 64)
     packed = pack_fp8_linear(values, scale, None, scheme)
-    out = linear_silu_and_mul(x, packed, torch.empty(300, 64), torch.empty(300, 32))
+    out = gated_linear(x, packed, torch.empty(300, 64), torch.empty(300, 32))
     expected = reference.silu_and_mul(product(x, packed))
     assert (out - expected).norm() / expected.norm() < 1e-6
 

@@ -100,7 +100,7 @@ class Mixture:
                 gate_up, down = self.expert(self.gate_up, expert), self.expert(self.down, expert)
                 both = torch.empty(len(row), gate_up.out_features, dtype=self.dtype, device=self.device)
                 activated = torch.empty(len(row), down.in_features, dtype=self.dtype, device=self.device)
-                linear_gpu.linear_silu_and_mul(self.x[row].contiguous(), gate_up, both, activated)
+                linear_gpu.gated_linear(self.x[row].contiguous(), gate_up, both, activated)
                 out = torch.empty(len(row), down.out_features, device=self.device)
                 parts[row, rank] = linear_gpu.linear(activated, down, out)
         return gpu.combine(parts, weights.contiguous(), torch.empty_like(self.x))

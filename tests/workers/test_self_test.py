@@ -82,12 +82,12 @@ def test_each_matrix_of_the_model_is_tested(part: str, checkpoints: Any) -> None
             flip_a_bit(out)
         return out
 
-    def gated(x: torch.Tensor, weight: LinearWeight, scratch: torch.Tensor, out: torch.Tensor) -> None:
-        INVARIANT.linear_silu_and_mul(x, weight, scratch, out)
+    def gated(x: torch.Tensor, weight: LinearWeight, scratch: torch.Tensor, out: torch.Tensor, *rest: Any) -> None:
+        INVARIANT.gated_linear(x, weight, scratch, out, *rest)
         if weight is target and len(x) > 1:
             flip_a_bit(out)
 
-    kernel = INVARIANT._replace(linear=flipped, linear_silu_and_mul=gated)
+    kernel = INVARIANT._replace(linear=flipped, gated_linear=gated)
     model, facts = load(checkpoints("llama").folder, kernel)
     target = next(linear.weight for path, linear in model.linears() if path.endswith(part))
     with pytest.raises(InvarianceError, match=rf"linear {part} \[.*found 1 of"):

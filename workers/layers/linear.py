@@ -7,6 +7,7 @@ from enum import Enum
 
 import torch
 
+from sempre.kernels.activation import Activation
 from sempre.kernels.linear import ControlLinearWeight, GpuLinearWeight
 from sempre.kernels.moe import ExpertWeights, stack_like
 from sempre.workers.layers.embedding import Embedding
@@ -19,8 +20,6 @@ class Use(Enum):
     """What it is used for: decides which of the kernels for its shape compute it."""
 
     PLAIN = "plain"
-    GATED = "gated"
-    """with the activation of a gated feed-forward branch"""
     LOGITS = "logits"
     """the vocabulary's: results are float32, in the caller's buffer"""
     ROUTER = "router"
@@ -48,13 +47,15 @@ class Linear(Module):
         bias: bool = False,
         use: Use = Use.PLAIN,
         role: str = "branch",
+        activation: Activation | None = None,
     ) -> None:
-        """`role` names the result buffer, shared by all layers of that role and N."""
+        """`role` names the result buffer, shared by all layers of that role and N. `activation` is that of `gated`."""
         self.parts = dict(parts)
         self.in_features = in_features
         self.out_features = sum(parts.values())
         self.bias = bias
         self.use = use
+        self.activation = activation
         self.kernel = build.kernel
         self._role = role
         self._quantization = build.quantization
@@ -104,16 +105,16 @@ class Linear(Module):
         return self.kernel.linear(x, self.weight, out)
 
     def gated(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """silu(first half) * second half of the result, into `out` [T, N / 2]."""
-        self.kernel.linear_silu_and_mul(x, self.weight, self._out[: x.shape[0]], out)
+        """activation(first half) * second half of the result, into `out` [T, N / 2]."""
+        self.kernel.gated_linear(x, self.weight, self._out[: x.shape[0]], out, self.activation)
         return out
 
 
 class ExpertLinear(Linear):
     """The same layer of several experts; `path`'s parent holds one of the checkpoint's modules for each, by number.
 
-    On a CPU, `weights` has one per expert; a GPU holds all in `stacked`. `weight` is the first expert's, for callers
-    that ask which kernels it uses.
+    On a CPU, `weights` has one per expert; a GPU holds all in `stacked`. `weight` is one expert's, for callers that
+    ask which kernels it uses.
     """
 
     stacked: ExpertWeights | None = None
@@ -125,10 +126,10 @@ class ExpertLinear(Linear):
         parts: Mapping[str, int],
         in_features: int,
         *,
-        use: Use = Use.PLAIN,
         role: str = "branch",
+        activation: Activation | None = None,
     ) -> None:
-        super().__init__(build, parts, in_features, use=use, role=role)
+        super().__init__(build, parts, in_features, role=role, activation=activation)
         self.num_experts = num_experts
         self.weights: list[LinearWeight] = []
 
@@ -174,7 +175,7 @@ class ExpertLinear(Linear):
 
     def gated_of(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Likewise `gated`."""
-        self.kernel.linear_silu_and_mul(x, self.weights[expert], self._out[: x.shape[0]], out)
+        self.kernel.gated_linear(x, self.weights[expert], self._out[: x.shape[0]], out, self.activation)
         return out
 
 

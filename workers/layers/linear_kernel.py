@@ -8,14 +8,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from sempre.ipc.config import Numerics
-from sempre.kernels.activation import silu_and_mul
+from sempre.kernels.activation import Activation
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.linear import (
     control_linear,
     control_pack,
     control_pack_fp8,
+    gated_linear,
     linear,
-    linear_silu_and_mul,
     pack_fp8_linear,
     pack_linear,
 )
@@ -40,23 +40,25 @@ class LinearWeight(Protocol):
 
 class LinearKernel(NamedTuple):
     """`pack(weight [N, K], bias [N] or None)`; `linear(x [T, K], weight, out [T, N])`, which returns `out`; and
-    `linear_silu_and_mul(x [T, K], weight [2I, K], scratch [T, 2I], out [T, I])`: silu(first half) * second half.
+    `gated_linear(x [T, K], weight [2I, K], scratch [T, 2I], out [T, I], activation)`: that of the first half, times the
+    second.
     `pack_fp8(weight [N, K] fp8, scale [N], bias [N] or None, scheme)` packs a quantised weight.
     """
 
     pack: Callable[[torch.Tensor, torch.Tensor | None], LinearWeight]
     linear: Callable[..., torch.Tensor]
-    linear_silu_and_mul: Callable[..., object]
+    gated_linear: Callable[..., object]
     pack_fp8: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Fp8Scheme], LinearWeight]
 
 
-def _control_silu_and_mul(x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    control_linear(x, weight, gate_up)
-    silu_and_mul(gate_up, out)
+def _control_gated_linear(
+    x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor, activation: Activation
+) -> None:
+    activation.and_mul(control_linear(x, weight, gate_up), out)
 
 
-INVARIANT = LinearKernel(pack_linear, linear, linear_silu_and_mul, pack_fp8_linear)
-CONTROL = LinearKernel(control_pack, control_linear, _control_silu_and_mul, control_pack_fp8)
+INVARIANT = LinearKernel(pack_linear, linear, gated_linear, pack_fp8_linear)
+CONTROL = LinearKernel(control_pack, control_linear, _control_gated_linear, control_pack_fp8)
 
 
 def linear_kernel(numerics: Numerics) -> LinearKernel:

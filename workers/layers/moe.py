@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from sempre.ipc.errors import ModelError
+from sempre.kernels.activation import Activation
 from sempre.kernels.moe import ExpertScratch, ExpertShape, GatedExperts, combine, expert_scratch, route, sparse_mlp
 from sempre.workers.layers.linear import ExpertLinear, Linear, Use
 from sempre.workers.layers.module import Build, Module, Scratch
@@ -34,7 +35,7 @@ class Experts(Module):
     def __init__(self, build: Build, shape: ExpertShape, names: ExpertNames) -> None:
         count, hidden, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
         parts = {names.gate: inner, names.up: inner}
-        self.gate_up_proj = ExpertLinear(build, count, parts, hidden, use=Use.GATED, role="gate_up")
+        self.gate_up_proj = ExpertLinear(build, count, parts, hidden, role="gate_up", activation=Activation.SILU)
         self.down_proj = ExpertLinear(build, count, {names.down: hidden}, inner)
         self.down_proj.rows_of_token = shape.experts_per_row
 

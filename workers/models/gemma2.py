@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sempre.kernels.activation import soft_cap
+from sempre.kernels.activation import Activation, soft_cap
 from sempre.kernels.attention import KvCache, ScoreParams
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.embedding import Embedding
-from sempre.workers.layers.mlp import GeluMLP
+from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module, Scratch
 from sempre.workers.layers.norm import OffsetRMSNorm
 from sempre.workers.models.base import CausalLM, Stack, rows_read
@@ -91,7 +91,7 @@ class Gemma2Block(Module):
         self.self_attn = Attention(build, shape)
         self.post_attention_layernorm = _norm(spec, "branch norm")
         self.pre_feedforward_layernorm = _norm(spec)
-        self.mlp = GeluMLP(build, spec.hidden_size, spec.intermediate_size)
+        self.mlp = GatedMLP(build, spec.hidden_size, spec.intermediate_size, activation=Activation.GELU)
         self.post_feedforward_layernorm = _norm(spec, "branch norm")
 
     def __call__(

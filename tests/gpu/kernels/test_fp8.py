@@ -8,7 +8,7 @@ import torch
 
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels, quantize_rows
-from sempre.kernels.linear import GpuLinearWeight, linear, linear_silu_and_mul, pack_fp8_linear
+from sempre.kernels.linear import GpuLinearWeight, gated_linear, linear, pack_fp8_linear
 
 pytestmark = pytest.mark.gpu
 
@@ -127,4 +127,4 @@ def test_activation_after_the_matmul(scheme: Fp8Scheme) -> None:
         out = torch.full((rows, 3072), float("nan"), device="cuda", dtype=x.dtype)
         expected = silu_and_mul(_run(x, w), torch.empty_like(out))
         gate_up = torch.empty(rows, 6144, device="cuda", dtype=x.dtype)
-        assert torch.equal(linear_silu_and_mul(x, w, gate_up, out), expected)
+        assert torch.equal(gated_linear(x, w, gate_up, out), expected)

@@ -6,8 +6,8 @@ import kernel_reference as reference
 import pytest
 import torch
 
-from sempre.kernels.activation import silu_and_mul
-from sempre.kernels.linear import GpuLinearWeight, linear, linear_silu_and_mul, pack_linear
+from sempre.kernels.activation import Activation
+from sempre.kernels.linear import GpuLinearWeight, gated_linear, linear, pack_linear
 
 pytestmark = pytest.mark.gpu
 
@@ -88,20 +88,24 @@ def test_every_choice_of_the_table_agrees(depth: int, columns: int) -> None:
     from sempre.kernels.linear.gpu_check import disagreeing, disagreeing_fused
 
     _, w = _case(depth, columns, 1, torch.bfloat16)
-    assert disagreeing_fused(w, max_rows=4096) == {}
+    for activation in Activation:
+        assert disagreeing_fused(w, activation, max_rows=4096) == {}
     assert disagreeing(w, torch.bfloat16, max_rows=4096) == {}
     assert disagreeing(w, torch.bfloat16, max_rows=1024, out_dtype=torch.float32) == {}
 
 
+@pytest.mark.parametrize("activation", list(Activation), ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("depth", "width"), [(4096, 12288), (1024, 3072), (576, 1536), (96, 40)])
-def test_fused_activation_has_the_bits_of_two_steps(depth: int, width: int, dtype: torch.dtype) -> None:
+def test_fused_activation_has_the_bits_of_two_steps(
+    depth: int, width: int, dtype: torch.dtype, activation: Activation
+) -> None:
     for rows in (1, 8, 16, 17, 40, 64, 100, 128, 300):
         x, w = _case(depth, 2 * width, rows, dtype)
         gate_up = torch.full((rows, 2 * width), float("nan"), device="cuda", dtype=dtype)
         out = torch.full((rows, width), float("nan"), device="cuda", dtype=dtype)
-        expected = silu_and_mul(_run(x, w), torch.empty_like(out))
-        assert torch.equal(linear_silu_and_mul(x, w, gate_up, out), expected), f"{rows} rows"
+        expected = activation.and_mul(_run(x, w), torch.empty_like(out))
+        assert torch.equal(gated_linear(x, w, gate_up, out, activation), expected), f"{rows} rows"
 
 
 def test_default_library_settings_split_the_sum() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from paged_sequences import PagedSequences
 
+from sempre.kernels.activation import Activation
 from sempre.kernels.linear import GpuLinearWeight
 
 DTYPES = [torch.float16, torch.float32]
@@ -34,15 +35,19 @@ def test_linear(depth: int, columns: int, dtype: torch.dtype) -> None:
     assert torch.equal(gpu.linear(x[5:6].contiguous(), w, torch.empty(1, columns, dtype=dtype))[0], out[5])
 
 
+@pytest.mark.parametrize("activation", list(Activation), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_activation(dtype: torch.dtype) -> None:
+def test_fused_activation(dtype: torch.dtype, activation: Activation) -> None:
     from sempre.kernels.activation import gpu as activation_gpu
     from sempre.kernels.linear import gpu
 
     x, w = _random(20, 96, dtype=dtype), GpuLinearWeight(_random(70, 96, dtype=dtype), None)
     out = torch.full((20, 35), float("nan"), dtype=dtype)
-    gpu.linear_silu_and_mul(x, w, torch.empty(20, 70, dtype=dtype), out)
+    gpu.gated_linear(x, w, torch.empty(20, 70, dtype=dtype), out, activation)
     product = gpu.linear(x, w, torch.empty(20, 70, dtype=dtype))
+    if activation is Activation.GELU:
+        assert torch.equal(out, activation_gpu.gelu_and_mul(product, torch.empty_like(out)))
+        return
     assert torch.equal(out, activation_gpu.silu_and_mul(product, torch.empty_like(out)))
     expected = reference.silu_and_mul(product)
     assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]

@@ -71,8 +71,8 @@ GPU_KERNELS = (
         "gate-not-rounded-in-the-fused-matmul",
         "The matmul fused with its activation gives other bits than the two in turn.",
         "kernels/linear/gpu.py",
-        "silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))",
-        "silu_times(gate, up.to(dtype).to(tl.float32))",
+        "gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)",
+        "up = up.to(dtype).to(tl.float32)",
         (f"{TESTS}::test_the_fused_matmul_has_the_bits_of_the_two_in_turn",),
     ),
     Fault(

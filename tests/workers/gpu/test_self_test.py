@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from sempre.ipc.errors import InvarianceError
 triton = pytest.importorskip("triton")
 
 from sempre.kernels.linear import gpu_check  # noqa: E402
-from sempre.kernels.linear.gpu_table import Tile, choose_fused  # noqa: E402
+from sempre.kernels.linear.gpu_table import choose_fused  # noqa: E402
 from sempre.kernels.linear.weights import GpuLinearWeight  # noqa: E402
 from sempre.workers.gpu.self_test.linears import check_linears  # noqa: E402
 from sempre.workers.layers.linear_kernel import INVARIANT  # noqa: E402
@@ -74,8 +76,8 @@ def test_matmuls_that_agree_are_all_kept() -> None:
 def test_a_fused_matmul_that_disagrees_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     run = gpu_check.run_fused_tile
 
-    def wrong(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, tile: Tile) -> torch.Tensor:
-        run(x, w, out, tile)[0, 0] += 1.0
+    def wrong(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, *rest: Any) -> torch.Tensor:
+        run(x, w, out, *rest)[0, 0] += 1.0
         return out
 
     monkeypatch.setattr(gpu_check, "run_fused_tile", wrong)

@@ -68,8 +68,8 @@ def check_linears(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_n
         max_rows = min(max_tokens, max(max_num_seqs, PROMPT_LOGPROB_ROWS)) if logits else max_tokens
         out_dtype = torch.float32 if linear.use.is_float32 else dtype
         wrong = set(disagreeing(weight, dtype, max_rows=max_rows, out_dtype=out_dtype))
-        if linear.use is Use.GATED:
-            wrong |= set(disagreeing_fused(weight, max_rows=max_rows))
+        if linear.activation is not None:
+            wrong |= set(disagreeing_fused(weight, linear.activation, max_rows=max_rows))
         if wrong:
             excluded.setdefault(shape_of(weight), set()).update(wrong)
         reference += _check_reference(path.rpartition(".")[2], weight, dtype, out_dtype)
