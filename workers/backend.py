@@ -64,7 +64,7 @@ class LoadedModel:
 
     @property
     def block_bytes(self) -> int:
-        """Of one KV cache block."""
+        """Bytes of one KV cache block."""
         return block_bytes(self.spec, self.block_size, self.weights.dtype)
 
     def make_grammar_compiler(self, *, step_wait_s: float | None = None) -> GrammarCompiler:

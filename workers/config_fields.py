@@ -20,7 +20,7 @@ class ConfigFields:
         self.source = source
 
     def with_defaults(self, values: Mapping[str, object]) -> ConfigFields:
-        """The same with these values for fields that are absent; what is null stays so."""
+        """The same fields, with these values for absent ones; null stays null."""
         return ConfigFields({**values, **self.raw}, self.source)
 
     def fail(self, name: str, expected: str, found: object) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Which device a worker computes on, and how long steps may be expected to take there."""
+"""Which device a worker computes on, and how long steps are expected to take there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sempre.workers.models.config import ModelSpec
 
 
 def resolve_device(name: Device, index: int) -> torch.device:
-    """The device that a worker computes on, of GPUs the one with this index. Raises ConfigError."""
+    """The device that a worker computes on; of several GPUs, the one with this index. Raises ConfigError."""
     count = torch.cuda.device_count() if name != "cpu" and torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
@@ -47,7 +47,7 @@ class DeviceSpeed:
     bytes_per_second: float
     """of reading weights"""
     row_share: float
-    """one row more, in steps"""
+    """each additional row, in steps"""
     result_seconds: float
     """between a step's result and the next step, where that depends on it"""
 

@@ -146,7 +146,7 @@ class ModelRunner(ABC):
                 flight.prompt_results[item.request_id] = self._prompt_logprobs.score(item, state, first_row, hidden)
 
     def _results(self, flight: StepInFlight, plan: StepPlan) -> dict[str, SampledTokens]:
-        """By request id; the tokens are appended to the sequences."""
+        """Results by request id; the tokens are appended to the sequences."""
         rows: list[list[RowResult]] = [[] for _ in plan.states]
         for index, outcome in zip(plan.sampled_rows.requests.tolist(), self._outcomes(flight), strict=False):
             rows[index].append(outcome)

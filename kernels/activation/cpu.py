@@ -109,7 +109,7 @@ def _soft_cap(x: np.ndarray, cap: float) -> None:
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     rows, width = out.shape
     run = _silu_and_mul.parallel if out.numel() >= PARALLEL_ELEMENTS else _silu_and_mul.serial
     run(gate_up.data_ptr(), rows, width, out.data_ptr())
@@ -117,13 +117,13 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     rows, width = out.shape
     _gelu_and_mul(gate_up.data_ptr(), rows, width, out.data_ptr())
     return out
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     _soft_cap(x.numpy(), cap)
     return x

@@ -82,17 +82,17 @@ def activate_and_mul(gate_up: torch.Tensor, out: torch.Tensor, activation: Activ
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     return activate_and_mul(gate_up, out, Activation.SILU)
 
 
 def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     return activate_and_mul(gate_up, out, Activation.GELU)
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     count = x.numel()
     _soft_cap[(triton.cdiv(count, BLOCK),)](x, count, 1.0 / cap, cap, BLOCK=BLOCK, num_warps=4, **CHAINED)
     return x

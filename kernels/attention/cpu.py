@@ -333,7 +333,7 @@ def first_outside(batch: PagedBatch, num_rows: int, num_blocks: int) -> int:
 def paged_attention(
     qkv: torch.Tensor, cache: KvCache, batch: PagedBatch, heads: HeadLayout, scores: ScoreParams, out: torch.Tensor
 ) -> torch.Tensor:
-    """As the facade, for a batch that fits; its bounds do not matter."""
+    """See the facade; the batch must fit, its bounds do not matter."""
     _paged_attention(
         qkv.data_ptr(),
         cache.k.data_ptr(),

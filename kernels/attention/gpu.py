@@ -282,7 +282,7 @@ def paged_attention(
     out: torch.Tensor,
     workspace: AttentionWorkspace | None = None,
 ) -> torch.Tensor:
-    """As the facade; the bounds of the batch only choose grids.
+    """See the facade; the bounds of the batch only choose grids.
 
     A request without rows, or with a context shorter than its rows, is skipped: its rows of `out` keep their values.
     `workspace` lets few query tiles fill the device; without it, or where it is too small, one program processes all

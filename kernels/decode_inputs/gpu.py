@@ -66,7 +66,7 @@ def _decode_inputs_kernel(
 def decode_inputs(
     rows: torch.Tensor, last_tokens: torch.Tensor, tables: torch.Tensor, block_size: int, out: DecodeInputs
 ) -> None:
-    """As the package says."""
+    """See the package."""
     num_rows = rows.shape[1]
     _decode_inputs_kernel[(num_rows,)](
         rows,
@@ -92,7 +92,7 @@ def _record_tokens_kernel(slots: Any, token_ids: Any, last_tokens: Any, num_rows
 
 
 def record_tokens(slots: torch.Tensor, token_ids: torch.Tensor, last_tokens: torch.Tensor) -> None:
-    """As the package says."""
+    """See the package."""
     num_rows = slots.shape[0]
     grid = (-(-num_rows // _CHUNK),)
     _record_tokens_kernel[grid](slots, token_ids, last_tokens, num_rows, ROWS=_CHUNK, num_warps=2, **CHAINED)
@@ -143,7 +143,7 @@ def next_draft_rows(
     block_size: int,
     out: DraftRows,
 ) -> None:
-    """As the package says."""
+    """See the package."""
     _next_draft_rows_kernel[(slots.shape[0],)](
         slots,
         context_lens,

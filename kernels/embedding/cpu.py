@@ -17,6 +17,6 @@ def _embed(token_ids: np.ndarray, rows: int, table: int, width: int, dtype: int,
 
 
 def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     _embed(token_ids.numpy(), len(token_ids), table.data_ptr(), table.shape[1], dtype_code(table.dtype), out.data_ptr())
     return out

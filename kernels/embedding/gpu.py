@@ -32,7 +32,7 @@ def _embed(
 
 
 def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """As the facade: an exception for an id outside the table would have to wait for the device."""
+    """See the facade: an exception for an id outside the table would have to wait for the device."""
     rows, width = out.shape
     grid = (rows, triton.cdiv(width, BLOCK))
     _embed[grid](token_ids, table, out, table.shape[0], width, BLOCK=BLOCK, num_warps=4, **CHAINED)

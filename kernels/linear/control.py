@@ -26,7 +26,7 @@ def control_pack_fp8(
 
 
 def control_linear(x: torch.Tensor, w: ControlLinearWeight, out: torch.Tensor) -> torch.Tensor:
-    """As `linear`, by the library; on a CPU with K in a number of parts that depends on the number of rows.
+    """Like `linear`, by the library; on a CPU with K in a number of parts that depends on the number of rows.
 
     The libraries of many processors do this, each at different shapes; here it always happens.
     """

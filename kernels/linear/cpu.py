@@ -67,7 +67,7 @@ def _address(values: torch.Tensor | None) -> int:
 
 
 def linear(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     row_scales = None
     if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         x, row_scales = quantize_rows(x)

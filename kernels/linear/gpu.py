@@ -4,9 +4,9 @@ Every output element is one float32 accumulator over ascending K, in the tensor 
 operands are applied to it and the bias is added in float32, and the result is rounded once. Weights are the left
 operand, so that a few rows still fill a tensor-core tile.
 
-fp8 weights with 16-bit activations are widened to those, exactly, and multiplied as weights of that dtype would be. The
+fp8 weights with 16-bit activations are widened exactly to their dtype, and multiplied like weights of that dtype. The
 accumulator of the fp8 tensor cores is narrower than float32, so every PROMOTED elements of K, counted from 0, their sum
-is added to a float32 accumulator; the interval is the same in every tile, so that it cannot be seen which one ran.
+is added to a float32 accumulator; the interval is the same in every tile, so that the result does not depend on it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FP8_CAPABILITY = (8, 9)
 LINE_BYTES = 128
 # a part of the L2 cache
 PREFETCHED_BYTES = 16 << 20
-# more rows are bound by arithmetic
+# more rows are compute-bound
 MOST_PREFETCHING_ROWS = 64
 
 
@@ -43,7 +43,7 @@ def configure() -> None:
 
 @jit()
 def _prefetch_rows(w: Any, n: Any, K: Any, LINES: tl.constexpr) -> None:
-    """Ask for the first LINES lines of 128 bytes of rows n of the weight, which no other kernel writes."""
+    """Prefetch the first LINES lines of 128 bytes of rows n of the weight, which no other kernel writes."""
     if LINES > 0:
         PER_LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
         prefetch(w + n.to(tl.int64)[:, None] * K + (tl.arange(0, LINES) * PER_LINE)[None, :])
@@ -175,7 +175,7 @@ def _gated_linear(
 
 
 def _lines(rows: int, w: GpuLinearWeight) -> int:
-    """Lines of each weight row that a matmul of few rows asks for before it waits for its x; a power of two."""
+    """Lines of each weight row that a matmul of few rows prefetches before it waits for x; a power of two."""
     if rows > MOST_PREFETCHING_ROWS or w.scheme is not None:
         return 0
     lines = min(w.in_features * w.weight.itemsize // LINE_BYTES, PREFETCHED_BYTES // (w.out_features * LINE_BYTES))
@@ -183,7 +183,7 @@ def _lines(rows: int, w: GpuLinearWeight) -> int:
 
 
 def operands(x: torch.Tensor, w: GpuLinearWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x as the matmul takes it, and its row scales."""
+    """x in the matmul's dtype, and its row scales."""
     return quantize_rows(x) if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS else (x, None)
 
 
@@ -220,7 +220,7 @@ def run_tile(
 
 
 def run_library(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
-    """The linear layer by cuBLASLt as `configure` sets it; without bias, which it would round at its own place."""
+    """The linear layer by cuBLASLt as `configure` sets it; without bias, which it would round separately."""
     if out.dtype == x.dtype:
         return torch.mm(x, w.weight.t(), out=out)
     return torch.mm(x, w.weight.t(), out_dtype=out.dtype, out=out)
@@ -239,7 +239,7 @@ def _choice(x: torch.Tensor, w: GpuLinearWeight) -> Choice:
 
 
 def linear(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     values, row_scales = operands(x, w)
     return run_choice(values, w, out, _choice(x, w), row_scales)
 
@@ -251,7 +251,7 @@ def gated_linear(
     out: torch.Tensor,
     activation: Activation = Activation.SILU,
 ) -> torch.Tensor:
-    """As the facade; `gate_up` is used where the two steps are not fused."""
+    """See the facade; `gate_up` is used where the two steps are not fused."""
     fused = choose_fused(architecture(x.device), x.shape[0], w.out_features // 2, w.excluded)
     if fused is None or w.bias is not None or w.scheme is not None or x.dtype == torch.float32:
         return activate_and_mul(linear(x, w, gate_up), out, activation)

@@ -41,7 +41,7 @@ def disagreeing(
 
 
 def disagreeing_fused(w: GpuLinearWeight, activation: Activation = Activation.SILU, *, max_rows: int) -> dict[str, int]:
-    """As `disagreeing`, for linear layers fused with the activation: each against the reference in two steps."""
+    """Like `disagreeing`, for linear layers fused with the activation: each against the reference in two steps."""
     if w.scheme is not None:
         return {}
     device, dtype, width = w.weight.device, w.weight.dtype, w.out_features // 2

@@ -1,10 +1,10 @@
-"""Which kernel computes a matmul on a GPU: a fixed table per architecture, read from the top, never tuned as it runs.
+"""Which kernel computes a matmul on a GPU: a fixed table per architecture, read from the top, never tuned at run time.
 
 Every choice gives the same bits (the self-test checks it), so a row only states what was fastest when measured by
 `benchmarks/gpu_linear.py`. T rows of x, N out features, K in features.
 
-On sm_90 only tiles of 4 or 8 warps with at least 64 out features and 16 rows give one another's bits where weights are
-fp8, whether the activations are too or not: a smaller tile is computed by other instructions.
+On sm_90 only tiles of 4 or 8 warps with at least 64 out features and 16 rows agree bit for bit where weights are fp8,
+whether or not the activations are too: a smaller tile uses other instructions.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ PROMOTED = 128
 
 REFERENCE = Tile(64, 64, 64, 4, 3)
 FP8_REFERENCE = Tile(64, 64, 128, 4, 3)
-# every other choice must agree with this one; it also serves what the table leaves out
+# every other choice must agree with this one; it also serves whatever the table does not cover
 REFERENCES: dict[Fp8Scheme | None, Tile] = {None: REFERENCE, **dict.fromkeys(Fp8Scheme, FP8_REFERENCE)}
 # float32 matmuls are chains of ordinary multiply-adds, outside the tensor cores
 FLOAT32 = Tile(16, 64, 32, 4, 2)
-# for many rows where the library is not taken
+# for many rows where the library is not used
 MANY_ROWS = Tile(128, 128, 64, 8, 4)
 
 TABLES: dict[tuple[str, Fp8Scheme | None], tuple[Range, ...]] = {
@@ -141,7 +141,7 @@ LIBRARY_ROWS = (
 
 
 def choose_fused(arch: str, rows: int, width: int, excluded: frozenset[str]) -> Tile | None:
-    """The tile that fuses matmul and activation; None where the two run one after the other."""
+    """The tile that fuses matmul and activation; None where the two run in sequence."""
     for entry in FUSED_TABLES.get(arch, ()):
         if rows <= entry.max_rows and width <= entry.max_out and isinstance(entry.choice, Tile):
             return None if f"fused {entry.choice}" in excluded else entry.choice
@@ -149,15 +149,15 @@ def choose_fused(arch: str, rows: int, width: int, excluded: frozenset[str]) -> 
 
 
 def choose_expert_tile(arch: str, average: int, scheme: Fp8Scheme | None) -> Tile:
-    """For experts of so many pairs on average."""
+    """For experts with `average` pairs on average."""
     return next((tile for most, tile in EXPERT_TABLES.get((arch, scheme), ()) if average <= most), REFERENCES[scheme])
 
 
 def choose(arch: str, rows: int, w: GpuLinearWeight) -> Choice:
     """The first entry of the table that fits and was not excluded by the self-test; else the reference tile.
 
-    The library only gets shapes that all its tensor-core kernels take, without bias, which it would round at its own
-    place; `MANY_ROWS` stands in for it elsewhere.
+    The library only gets shapes that all its tensor-core kernels take, without bias, which it would round separately;
+    `MANY_ROWS` replaces it elsewhere.
     """
     reference = REFERENCES[w.scheme]
     for entry in TABLES.get((arch, w.scheme), ()):
@@ -172,7 +172,7 @@ def choose(arch: str, rows: int, w: GpuLinearWeight) -> Choice:
 
 
 def choices(arch: str, w: GpuLinearWeight, max_rows: int) -> dict[Choice, tuple[int, ...]]:
-    """Every choice that a weight of this shape may meet up to `max_rows`, each with row counts that exercise it."""
+    """Every choice that a weight of this shape may get up to `max_rows`, each with row counts that exercise it."""
     w = replace(w, excluded=frozenset())
     found: dict[Choice, list[int]] = {}
     limits = [min(entry.max_rows, max_rows) for entry in TABLES.get((arch, w.scheme), ())]

@@ -62,7 +62,7 @@ def _combine(parts: Any, weights: Any, out: Any) -> None:
 
 
 def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     run = _combine.parallel if parts.numel() >= PARALLEL_ELEMENTS else _combine.serial
     run(parts.numpy(), weights.numpy(), out.numpy())
     return out

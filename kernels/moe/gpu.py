@@ -103,9 +103,9 @@ def expert_scratch(
     max_rows: int,
     dtype: torch.dtype,
 ) -> ExpertScratch:
-    """As the facade."""
+    """See the facade."""
     pairs = max_rows * shape.experts_per_row
-    # no step has more chunks than one of the most rows
+    # no step has more chunks than one with the most rows
     counts = chunks_of(max_rows, shape.num_experts, shape.experts_per_row).number * shape.num_experts
     integers = torch.int32
     return ExpertScratch(
@@ -122,7 +122,7 @@ def expert_scratch(
 def run_experts(
     x: torch.Tensor, w: ExpertWeights, scratch: ExpertScratch, out: torch.Tensor, tile: Tile, *, gated: bool
 ) -> torch.Tensor:
-    """The linear layer of pairs that were sorted for this tile; x [T, D], or [P, D] after a first one, → out [P, N]."""
+    """The linear layer for pairs sorted for this tile; x [T, D], or [P, D] after a first layer, → out [P, N]."""
     num_pairs = out.shape[0]
     num_experts, columns, depth = w.weight.shape
     values, row_scales = quantize_rows(x) if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS else (x, None)
@@ -157,7 +157,7 @@ def run_experts(
 def run_gated(
     x: torch.Tensor, experts: GatedExperts, scratch: ExpertScratch, tile: Tile
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of x [T, H], dispatched for this tile: activated [P, I], and parts float32 [P, H]."""
+    """Returns activated [P, I] and parts float32 [P, H] of x [T, H], dispatched for this tile."""
     num_pairs = x.shape[0] * scratch.experts.shape[1]
     activated = run_experts(x, experts.gate_up, scratch, scratch.activated[:num_pairs], tile, gated=True)
     return activated, run_experts(activated, experts.down, scratch, scratch.parts[:num_pairs], tile, gated=False)
@@ -172,7 +172,7 @@ def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> to
 
 
 def expert_tile(dtype: torch.dtype, num_pairs: int, w: ExpertWeights) -> Tile:
-    """By how many pairs an expert has on average."""
+    """The tile for the average number of pairs per expert."""
     if dtype == torch.float32 and w.scheme is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         return FLOAT32
     return choose_expert_tile(architecture(w.weight.device), triton.cdiv(num_pairs, w.num_experts), w.scheme)
@@ -187,7 +187,7 @@ def sparse_mlp(
     *,
     renormalize: bool,
 ) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     rows = x.shape[0]
     tile = expert_tile(x.dtype, rows * scratch.experts.shape[1], experts.gate_up)
     dispatch(logits, scratch, tile.block_t, renormalize=renormalize)

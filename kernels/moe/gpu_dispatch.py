@@ -1,9 +1,9 @@
 """GPU router and sort of a mixture of experts: one launch for a few rows, two for more.
 
 # T rows, E experts, K experts a row, P = T K pairs of a row and one of its experts
-Weights are exponentials divided by a sum of integers, floor(exp * 2**40), which has no order. Pair p is row p // K with
-its expert of rank p % K. Pairs are sorted by (expert, pair): a counting sort, whose result is the only one of that
-order. A program has a chunk of rows.
+Weights are exponentials divided by a sum of integers, floor(exp * 2**40), which is the same in any order. Pair p is row
+p // K with its expert of rank p % K. Pairs are sorted by (expert, pair): a counting sort, whose result is unique. A
+program has a chunk of rows.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 from sempre.kernels.moe.experts import ExpertScratch
 from sempre.kernels.sampling.gpu_elementary import exp32, mass
 
-# rows of a chunk, where there are several chunks, and of a lone one
+# rows of a chunk when there are several, and of a single one
 MOST_ROWS, LONE_ROWS = 16, (1, 4, 16)
 # pairs of a chunk, which are compared with one another and with the experts
 MOST_PAIRS = 128
 COMPARED = 16_384
-# more registers than this many comparisons no program has
+# no program has the registers for more comparisons
 MOST_COMPARED = 1 << 16
 
 _MASS_UNIT = tl.constexpr(2.0**-40)
@@ -41,9 +41,9 @@ def _choose(
     BLOCK_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ) -> Any:
-    """Experts and weights [rows, BLOCK_K]: K times the greatest logit that is left, of equal ones the lower.
+    """Experts and weights [rows, BLOCK_K]: K times the greatest remaining logit, ties going to the lower expert.
 
-    Without weights for a row that is not finite. BLOCK_E stands for no expert: past K, and past the last row.
+    No weights for a row that is not finite. BLOCK_E means no expert: past K, and past the last row.
     """
     e = tl.arange(0, BLOCK_E)[None, :]
     rank = tl.arange(0, BLOCK_K)[None, :]
@@ -135,7 +135,7 @@ def _sort_pairs(
     LONE: tl.constexpr,
 ) -> None:
     """order[i]: the pair at place i. tiles[0, j], [1, j], [2, j]: expert of tile j or -1, its first place, and the
-    place after the last of its expert. LONE: of one chunk, whose rows are routed here."""
+    place after the last of its expert. LONE: there is one chunk, whose rows are routed here."""
     wait_for_previous()
     chunk = tl.program_id(0)
     ids = tl.arange(0, BLOCK_E)
@@ -167,7 +167,7 @@ def _sort_pairs(
     tl.store(order + at, tl.reshape(pairs, [BLOCK_T * BLOCK_K]), mask=expert < BLOCK_E)
     tile_counts = (total + rows_of_tile - 1) // rows_of_tile
     tile_ends = tl.cumsum(tile_counts, axis=0)
-    # each expert's tiles, one of each at a time, and what is left
+    # each expert's tiles, one of each at a time, and the rest
     for i in range(chunk, tl.max(tile_counts, axis=0), tl.num_programs(0)):
         j = tile_ends - tile_counts + i
         has = i < tile_counts
@@ -180,14 +180,14 @@ def _sort_pairs(
 
 
 class Chunks(NamedTuple):
-    """How rows are cut; cannot be seen in the result."""
+    """How rows are divided; does not affect the result."""
 
     rows: int
     number: int
 
 
 def chunks_of(num_rows: int, num_experts: int, experts_per_row: int) -> Chunks:
-    """For a step of so many rows. ValueError for more experts, or more of them a row, than the kernels take."""
+    """For a step of `num_rows` rows. ValueError for more experts, or more of them per row, than the kernels support."""
     block_e, block_k = triton.next_power_of_2(num_experts), triton.next_power_of_2(experts_per_row)
     if block_e * block_k > MOST_COMPARED:
         raise ValueError(
@@ -201,13 +201,13 @@ def chunks_of(num_rows: int, num_experts: int, experts_per_row: int) -> Chunks:
 
 
 def most_tiles(num_pairs: int, num_experts: int, rows_of_tile: int) -> int:
-    """Tiles that pairs make at most, however they choose."""
+    """The most tiles that pairs can form, whatever experts they choose."""
     return min(num_pairs, num_experts + num_pairs // rows_of_tile)
 
 
 def dispatch(logits: torch.Tensor, scratch: ExpertScratch, rows_of_tile: int, *, renormalize: bool) -> None:
-    """Route logits float32 [T, E], and sort their pairs for tiles of so many: all integers of the scratch, and its
-    `weights`."""
+    """Route logits float32 [T, E], and sort their pairs for tiles of `rows_of_tile`: fills all integers of the scratch,
+    and its `weights`."""
     num_rows, num_experts = logits.shape
     experts_per_row = scratch.experts.shape[1]
     chunks = chunks_of(num_rows, num_experts, experts_per_row)

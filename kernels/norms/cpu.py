@@ -78,7 +78,7 @@ PARALLEL_ELEMENTS = 65_536  # below, starting the threads costs more than they s
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
-    """As the facade; `out` may be `x`."""
+    """See the facade; `out` may be `x`."""
     rows, width = x.shape
     run = _rms_norm.parallel if x.numel() >= PARALLEL_ELEMENTS else _rms_norm.serial
     run(x.data_ptr(), weight.data_ptr(), rows, width, eps, out.data_ptr())
@@ -88,7 +88,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
 ) -> torch.Tensor:
-    """As the facade."""
+    """See the facade."""
     rows, width = x.shape
     run = _add_rms_norm.parallel if x.numel() >= PARALLEL_ELEMENTS else _add_rms_norm.serial
     run(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), rows, width, eps, out.data_ptr())

@@ -53,7 +53,7 @@ def _shape(width: int) -> tuple[int, int]:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
-    """As the facade; float32 inside, rounded once."""
+    """See the facade; float32 inside, rounded once."""
     rows, width = x.shape
     block, warps = _shape(width)
     _rms_norm[(rows,)](x, weight, out, width, eps, BLOCK=block, num_warps=warps, **CHAINED)
@@ -63,7 +63,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
 ) -> torch.Tensor:
-    """As the facade; the new residual is rounded to its dtype."""
+    """See the facade; the new residual is rounded to its dtype."""
     rows, width = x.shape
     block, warps = _shape(width)
     _add_rms_norm[(rows,)](x, residual, weight, out, width, eps, BLOCK=block, num_warps=warps, **CHAINED)

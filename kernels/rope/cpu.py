@@ -212,7 +212,7 @@ def rope_and_cache_write(
     heads: HeadLayout,
     norms: HeadNorms | None = None,
 ) -> None:
-    """As the facade, for rows whose positions and slots exist; k in qkv is rotated too."""
+    """See the facade; positions and slots must exist. k in qkv is rotated too."""
     run = _rope.parallel if positions.shape[0] >= PARALLEL_ROWS else _rope.serial
     run(
         qkv.data_ptr(),

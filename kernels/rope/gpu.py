@@ -115,7 +115,7 @@ def rope_and_cache_write(
     heads: HeadLayout,
     norms: HeadNorms | None = None,
 ) -> None:
-    """As the facade; k in qkv keeps its old values."""
+    """See the facade; k in qkv keeps its old values."""
     parts = triton.cdiv(heads.num_heads, HEADS) + triton.cdiv(heads.num_kv_heads, HEADS)
     _rope[(positions.shape[0], parts)](
         qkv,

@@ -15,7 +15,7 @@ ROWS_AT_A_TIME = 64
 
 
 def sample(logits: npt.NDArray[np.float32], rows: SamplingRows, positions: npt.NDArray[np.int64]) -> Sampled:
-    """As the facade; logits [M, V]."""
+    """See the facade; logits [M, V]."""
     if rows.truncated.size:
         truncate_rows(logits, rows.truncated, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
     num_rows, vocabulary = logits.shape
@@ -30,7 +30,7 @@ def sample(logits: npt.NDArray[np.float32], rows: SamplingRows, positions: npt.N
 def logprobs(
     logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], num_best: int
 ) -> Logprobs:
-    """As the facade; logits [M, V], num_best in [0, V]."""
+    """See the facade; logits [M, V], num_best in [0, V]."""
     result = Logprobs(
         np.empty((rows.size, 1 + num_best), np.int32),
         np.empty((rows.size, 1 + num_best), np.float32),

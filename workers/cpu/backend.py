@@ -43,7 +43,7 @@ class CpuBackend:
     """The CPU."""
 
     placement = ON_CPU
-    # planning, the way to a worker, and a busy machine
+    # planning, the transfer to a worker, and slack for a busy machine
     step_lead_s = 0.008
     # one thread, tiny-draft to SmolLM2-135M; a row costs 0.1 to 0.2 steps beside one other, 0.5 beside many
     speed = DeviceSpeed(

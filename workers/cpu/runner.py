@@ -54,7 +54,7 @@ class CpuModelRunner(ModelRunner):
         if plan is not None:
             arrays = StepArrays(*map(torch.from_numpy, self._batch.arrays(plan)))
             self._grammars.patience.begin_step()
-            _prepare_forms(plan)
+            _prepare_grammars(plan)
             hidden = self._model.forward(step_input(arrays, plan.shape), self.cache.layers)
             flight.outcomes = self._sample(plan, hidden)
             self._score_prompts(flight, plan, hidden)
@@ -79,7 +79,7 @@ class CpuModelRunner(ModelRunner):
             return self._sampler.sample(logits_RV, states, sampled.positions.tolist())
 
 
-def _prepare_forms(plan: StepPlan) -> None:
+def _prepare_grammars(plan: StepPlan) -> None:
     """Start computing the grammar masks of the sampled rows alongside the forward pass."""
     sampled = plan.sampled_rows
     for index, position in zip(sampled.requests.tolist(), sampled.positions.tolist(), strict=True):

@@ -66,7 +66,7 @@ def main() -> int:
     options = parser.parse_args()
     # a digest of the compiler, which every process needs and keeps
     triton_key()
-    # each as it comes
+    # each as it arrives
     lines = iter(sys.stdin.readline, "")
     architecture = next(lines, None)
     if architecture is None:

@@ -197,7 +197,7 @@ class GpuModelRunner(ModelRunner):
     # A step that verifies drafts beside decoding, and computes nothing else
 
     def _run_verification(self, flight: _Queued, plan: StepPlan) -> None:
-        """As a graph, with a row for every draft token, padded."""
+        """Run as a graph, with a row for every draft token, padded."""
         shape = self._verification_shape(plan.shape)
         states, slots = self._sampled(plan, shape.num_sampled)
         stages = self._sampler.prepare(slots)

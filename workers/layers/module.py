@@ -23,7 +23,7 @@ class Tensors(Protocol):
     """The checkpoint's tensors, each read once, on the model's device."""
 
     def read(self, name: str) -> torch.Tensor:
-        """As stored."""
+        """The tensor as stored."""
 
     def vector(self, name: str) -> torch.Tensor:
         """A norm's weight or a bias, in their dtype."""

@@ -15,7 +15,7 @@ class QuantizationMethod(Protocol):
     """One format."""
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, Parameter]:
-        """By suffix of the matrix's name."""
+        """The tensors, by suffix of the matrix's name."""
 
     def pack(
         self,
