@@ -1,4 +1,4 @@
-"""The bounded queue: how many sequences the server holds at a time, and when to come again."""
+"""The bounded queue: how many sequences the server holds at a time, and when to retry."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from sempre.engine.server.errors import BadRequest, Busy
 
 _MAX_RETRY_S = 60
 _RATE_SAMPLES = 64
-# A request of many sequences leaves this share of the room to those of few.
+# Fraction of the capacity that requests of many sequences leave to small ones.
 _SHARE_FOR_SMALL = 4
 _SMALL = 16
 
 
 class Admission:
-    """Counts sequences from their admission to their end; those beyond `capacity` are turned away.
+    """Counts sequences from their admission to their end; those beyond `capacity` are rejected.
 
-    Requests of many sequences cannot fill it: the last part is for requests of few. `max_running` is the engine's, and
-    known when that is ready.
+    Requests of many sequences cannot fill it: the last part is reserved for small requests. `max_running` is the
+    engine's, known once the engine is ready.
     """
 
     def __init__(self, *, max_queued: int, max_running: int = 0) -> None:
@@ -35,7 +35,7 @@ class Admission:
         return self.max_running + self._max_queued
 
     def admit(self, num_sequences: int) -> None:
-        """Take `num_sequences` in. Raises Busy (503) for want of room, BadRequest for more than can ever be held."""
+        """Admit `num_sequences`. Raises Busy (503) if there is no room now, BadRequest if there never can be."""
         room = self._room(num_sequences)
         if num_sequences > room:
             raise BadRequest(
@@ -56,17 +56,17 @@ class Admission:
         self.num_sequences += num_sequences
 
     def _room(self, num_sequences: int) -> int:
-        """How full the server may be once a request of `num_sequences` is in it."""
+        """Maximum sequences in the server including a new request of `num_sequences`."""
         return self.capacity if num_sequences <= _SMALL else self.capacity - self.capacity // _SHARE_FOR_SMALL
 
     def release(self, num_sequences: int) -> None:
-        """Let go of sequences that were admitted."""
+        """Release admitted sequences."""
         self.num_sequences -= num_sequences
         now = time.monotonic()
         self._ends.extend(now for _ in range(min(num_sequences, _RATE_SAMPLES)))
 
     def retry_after_s(self, num_sequences: int) -> int:
-        """Seconds until `num_sequences` will have ended, judged by the last ones that did."""
+        """Estimated seconds until `num_sequences` will have ended, from those that ended last."""
         if len(self._ends) < 2:
             return 1
         seconds_each = (time.monotonic() - self._ends[0]) / len(self._ends)

@@ -1,4 +1,4 @@
-"""The application: its routes, and what is asked about the server itself."""
+"""The application: its routes, and endpoints about the server itself."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def create_app(service: Service, keys: KeyRing) -> ASGIApp:
     )
 
     async def rooted(scope: Scope, receive: Receive, send: Send) -> None:
-        # uvicorn's own setting of that name would put the root before every path
+        # uvicorn's setting of that name would prepend the root to every path
         scope["root_path"] = config.root_path
         await app(scope, receive, send)
 
@@ -60,7 +60,7 @@ def _route(service: Service, operation: openapi.Operation, endpoint: Endpoint) -
     async def answered(request: Request) -> Response:
         try:
             return await endpoint(service, request)
-        # Whatever goes wrong with a request is its answer, and nobody else's concern.
+        # Any failure of a request becomes its response and does not affect others.
         except Exception as error:
             return api_error(error).response()
 
@@ -115,7 +115,7 @@ async def _health(service: Service, _request: Request) -> Response:
 
 
 async def _ping(service: Service, request: Request) -> Response:
-    """Health as SageMaker asks for it: 200 once requests can be taken."""
+    """SageMaker's health check: 200 once requests are accepted."""
     service.check_ready()
     return await _health(service, request)
 

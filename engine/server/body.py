@@ -1,4 +1,4 @@
-"""From the bytes of a request to a checked model, with OpenAI's error where they are none."""
+"""From the bytes of a request to a checked model, or OpenAI's error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHORT_BYTES = 32 * 1024
 
 
 async def read_model(request: Request, model: type[Model], service: Service) -> Model:
-    """Return the checked body, made away from the event loop where it is long. Raises APIError: 400, 413 or 503."""
+    """Return the checked body, parsed off the event loop if it is long. Raises APIError: 400, 413 or 503."""
     state = request.state
     if not hasattr(state, "body"):
         state.body = await read_plain(request, service)
@@ -35,34 +35,34 @@ async def read_model(request: Request, model: type[Model], service: Service) -> 
     try:
         return await _beside_the_loop(request, service, checked)
     finally:
-        # the answer may take long, and needs none of it
+        # generation may take long and does not need the body
         del state.body
 
 
 async def read_plain(request: Request, service: Service) -> Any:
-    """Return the body as plain JSON; `read_model` takes it from `request.state.body`, if put there. Raises as that."""
+    """Return the body as plain JSON; put into `request.state.body`, `read_model` uses it. Raises the same errors."""
     data = await read_body(request, service.config.max_body_bytes)
     request.state.body_bytes = len(data)
     return await _beside_the_loop(request, service, lambda: parse(data, service.max_json_values))
 
 
 async def _beside_the_loop(request: Request, service: Service, read: Callable[[], Result]) -> Result:
-    """Return `read()`, which reads the body: away from the event loop where that is long. Raises what it raises."""
+    """Return `read()`, which parses the body, off the event loop if the body is long. Raises its errors."""
     if request.state.body_bytes <= _SHORT_BYTES:
         return read()
-    # the parser's turns are short, and what Python code does is done in turns with the loop
+    # the parser holds the GIL only briefly, and Python code shares it with the loop
     return await service.offload.in_thread(client_of(request), read)
 
 
 def parse_model(
     data: bytes, model: type[Model], *, ignore_unknown: bool = False, max_values: int = MAX_VALUES
 ) -> Model:
-    """Return `data` as `model`. Raises BadRequest naming the field that does not fit."""
+    """Return `data` as `model`. Raises BadRequest naming the invalid field."""
     return to_model(parse(data, max_values), model, ignore_unknown=ignore_unknown)
 
 
 def parse(data: bytes, max_values: int = MAX_VALUES) -> Any:
-    """Return `data` as plain JSON. Raises BadRequest, or APIError (413) for what holds too much."""
+    """Return `data` as plain JSON. Raises BadRequest, or APIError (413) for too many values."""
     check_structure(data, max_values)
     try:
         return msgspec.json.decode(data)
@@ -84,7 +84,7 @@ async def read_body(request: Request, limit: int) -> bytes:
                 raise _too_large(limit)
             parts.append(part)
     except ClientDisconnect:
-        raise BadRequest("The connection was closed before the whole body had come.") from None
+        raise BadRequest("The connection was closed before the whole body had arrived.") from None
     return b"".join(parts)
 
 

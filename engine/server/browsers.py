@@ -1,12 +1,12 @@
-"""What keeps pages of other sites from using a server that asks for no key.
+"""Prevents pages of other sites from using a server without keys.
 
-A browser sends requests for any page that it shows. Two headers tell them from the operator's own:
+A browser sends requests for any page that it shows. Two headers distinguish them from the operator's own:
 
-- `Origin` names the page's site: it must be this server's own, or one of `allowed_origins`. Programs send none.
-- `Host` names the server as the page's address did. A site can point its own name at a local address, and is then of
-  one origin with the server; but no site is called by an IP address, `localhost`, a name without a dot, or one under a
-  suffix that is never registered. Other names are let in by `allowed_hosts`, or when a proxy hands them on (it says so
-  in a header) for a program.
+- `Origin` is the page's site: it must be this server's own, or one of `allowed_origins`. Programs send none.
+- `Host` is the name of the server in the page's address. A site can point its own name at a local address and then
+  has the same origin as the server; but no site has an IP address, `localhost`, a name without a dot, or a suffix
+  that is never registered. Other names need `allowed_hosts`, or a proxy that forwards requests of programs (and says
+  so in a header).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHOWN = 100
 
 
 class PageGuard:
-    """Tells which requests may come from where, on a server without keys."""
+    """Decides which requests a server without keys accepts."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._origins = frozenset(origin.rstrip("/").lower() for origin in config.allowed_origins)
@@ -38,7 +38,7 @@ class PageGuard:
         self._is_open = "*" in self._origins or config.uds is not None
 
     def check(self, headers: Headers) -> APIError | None:
-        """Return what the request is refused with, if it is."""
+        """Return the error if the request is refused."""
         if self._is_open:
             return None
         origin = headers.get("origin", "").rstrip("/").lower()
@@ -48,13 +48,13 @@ class PageGuard:
         if host and not self._is_host(_name(host)) and not _is_of_a_program_behind_a_proxy(headers):
             return APIError(
                 403,
-                f"This server asks for no key, and may then not be called as {host[:_SHOWN]!r}: any site could be. "
+                f"This server has no key, so it cannot be called as {host[:_SHOWN]!r}: any site could use that name. "
                 "Start it with --allowed-hosts NAME (or a key), or call it by an address.",
             )
         if origin and not _is_same(origin, host) and not _is_same(origin, headers.get("x-forwarded-host", "").lower()):
             return APIError(
                 403,
-                f"This server asks for no key, and a page of {origin[:_SHOWN]!r} may then not call it. Start it with "
+                f"This server has no key, so a page of {origin[:_SHOWN]!r} cannot call it. Start it with "
                 "--allowed-origins ORIGIN, or with a key.",
             )
         return None

@@ -37,7 +37,7 @@ _EMPTY = ChatDelta()
 
 
 async def create_chat_completion(service: Service, http: Request) -> Response:
-    """Answer a conversation. Raises what `errors.api_error` knows."""
+    """Answer a conversation. Raises errors that `errors.api_error` handles."""
     request = await read_model(http, ChatCompletionRequest, service)
     service.check_ready()
     check_model(request.model, service.model_names)
@@ -71,7 +71,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         parsers = plan.message_parsers(generation.requests[0].reasoning, response_id, request.n)
         answer = _Answer(service, request, generation, response_id, parsers)
         if request.stream:
-            stack.pop_all()  # the stream ends it
+            stack.pop_all()  # the stream closes it
             return EventStream(generation, answer.first_events(), answer.events, answer.last_event)
         generation.watch(http.receive)
         [output] = await generation.finished()
@@ -80,14 +80,14 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
 
 
 def template_variables(request: ChatCompletionRequest) -> dict[str, Any]:
-    """Return the variables of the chat template that a request brings."""
+    """Return a request's variables for the chat template."""
     variables = dict(request.chat_template_kwargs or {})
     if request.documents is not None:
         variables["documents"] = request.documents
     if request.reasoning_effort is not None:
         variables["reasoning_effort"] = request.reasoning_effort
     if request.reasoning_effort == "none":
-        # the name by which most templates that can do without reasoning know it
+        # the name that most templates with optional reasoning use
         variables.setdefault("enable_thinking", False)
     return variables
 
@@ -126,7 +126,7 @@ class _Answer:
         self._only_text_differs = is_plain and not asks_for_more
 
     def whole(self, output: RequestOutput) -> ChatCompletionResponse:
-        """Return the body of an answer that is not streamed."""
+        """Return the body of an unstreamed response."""
         body = ChatCompletionResponse(
             id=self._id,
             created=self._created,
@@ -142,7 +142,7 @@ class _Answer:
         return body
 
     def first_events(self) -> list[bytes]:
-        """Return the events with which each choice begins: its role."""
+        """Return the first event of each choice: its role."""
         prompt = self._generation.requests[0]
         opening = self._echoed()
         usage = self._generation.usage() if self._chunks.continuous_usage else None
@@ -157,7 +157,7 @@ class _Answer:
         ]
 
     def events(self, output: RequestOutput) -> bytes:
-        """Return the events of what is new."""
+        """Return the events of a new output."""
         if self._only_text_differs:
             return b"".join([self._event(choice) for choice in output.outputs])
         usage = self._generation.usage() if self._chunks.continuous_usage else None
@@ -173,7 +173,7 @@ class _Answer:
         )
 
     def last_event(self) -> bytes:
-        """Return what comes before the end of the stream."""
+        """Return the last event before the end of the stream."""
         return self._chunks.usage(self._generation.usage()) if self._chunks.include_usage else b""
 
     def _chunk_choice(self, choice: CompletionOutput) -> ChatChunkChoice:
@@ -194,7 +194,7 @@ class _Answer:
         held, reason = parser.finish(choice.finish_reason or "stop")
         message = message_of([ChatDelta(content=self._echoed()), fed, held], self._role)
         if self._enforces_calls and message.content is None:
-            message.content = ""  # as vLLM's; a call that the model makes by itself has null
+            message.content = ""  # as in vLLM; a call that the model makes by itself has null
         written = ChatChoice(choice.index, message, self._logprobs(choice), reason, choice.stop_reason, choice.seed)
         if self._request.return_token_ids:
             written.token_ids = choice.token_ids
@@ -213,13 +213,13 @@ class _Answer:
         )
 
     def _echoed(self) -> str:
-        """Return the last message's text, where the request wants it before the answer."""
+        """Return the last message's text if the request wants it before the answer."""
         content = self._request.messages[-1].get("content") if self._request.echo else None
         return content if isinstance(content, str) else ""
 
 
 def _says_something(chunk: ChatChunkChoice) -> bool:
-    """False where all that was generated may still become something else."""
+    """False if all generated text may still become something else."""
     return bool(chunk.delta != _EMPTY or chunk.finish_reason or chunk.logprobs or chunk.token_ids)
 
 

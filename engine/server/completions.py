@@ -24,7 +24,7 @@ from sempre.engine.text.token_stream import TokenStream, finished_text
 
 
 async def create_completion(service: Service, http: Request) -> Response:
-    """Complete one or several prompts. Raises what `errors.api_error` knows."""
+    """Complete one or several prompts. Raises errors that `errors.api_error` handles."""
     request = await read_model(http, CompletionRequest, service)
     service.check_ready()
     check_model(request.model, service.model_names)
@@ -40,7 +40,7 @@ async def create_completion(service: Service, http: Request) -> Response:
         stack.enter_context(generation)
         answer = _Answer(service, request, generation, f"cmpl-{id_of(request, http)}")
         if request.stream:
-            stack.pop_all()  # the stream ends it
+            stack.pop_all()  # the stream closes it
             return EventStream(generation, [], answer.events, answer.last_event)
         generation.watch(http.receive)
         outputs = await generation.finished()
@@ -75,7 +75,7 @@ class _Answer:
         self._only_text_differs = not (asks_for_more or request.max_tokens == 0 or self._chunks.continuous_usage)
 
     def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
-        """Return the body of an answer that is not streamed."""
+        """Return the body of an unstreamed response."""
         choices = [
             self._choice(place, output, choice) for place, output in enumerate(outputs) for choice in output.outputs
         ]
@@ -89,7 +89,7 @@ class _Answer:
         )
 
     def events(self, output: RequestOutput) -> bytes:
-        """Return the events of a prompt's news."""
+        """Return the events of a prompt's new output."""
         place = self._generation.place(output)
         if self._only_text_differs:
             return b"".join([self._event(place, output, choice) for choice in output.outputs])
@@ -104,7 +104,7 @@ class _Answer:
         return self._chunks.text(index, choice.text, lambda text: CompletionChoice(index, text, None, None, None, seed))
 
     def last_event(self) -> bytes:
-        """Return what comes before the end of the stream."""
+        """Return the last event before the end of the stream."""
         if not self._chunks.include_usage:
             return b""
         return self._chunks.usage(self._generation.usage(0 if self._request.max_tokens == 0 else None))
@@ -150,7 +150,7 @@ class _Answer:
         return writer
 
     def _echoed(self, output: RequestOutput) -> str:
-        """Return the prompt's text; of a character at its end that the output goes on with, the output has all."""
+        """Return the prompt's text; a last character that the output completes belongs to the output."""
         if output.prompt is not None:
             return output.prompt
         skip = self._request.skip_special_tokens
@@ -162,12 +162,12 @@ class _Answer:
         prompt, token_ids = output.prompt, output.prompt_token_ids
         skipped = self._skipped
         if prompt is not None:
-            # its special tokens are part of the text, but for the one that encoding put before it
+            # its special tokens are part of the text, except the one that encoding prepends
             skipped = () if prompt.startswith(self._tokenizer.token_text(token_ids[0])) else token_ids[:1]
         stream = TokenStream(self._tokenizer, skipped)
         writer = CompletionLogprobsWriter(
             self._tokenizer, stream, as_token_ids=self._request.return_tokens_as_token_ids
         )
-        # a stream brings them once, and another choice may begin later
+        # a stream reports them once, and another choice may begin later
         rows = self._prompt_rows.setdefault(place, output.prompt_logprobs or [])
         return writer.write(token_ids, rows)

@@ -1,9 +1,9 @@
-"""All connections of a server: how many there may be, how long each may wait, how many bytes of bodies are held.
+"""Limits on all connections of a server: their number, waiting times, and bytes of bodies held.
 
-A connection *waits* until the whole of a request has come: it is idle, sends a header, or sends a body. Whoever waits
-has a deadline, and when there are too many connections the one that has waited longest makes room: of those that have
-not sent a whole request yet, if there are any. So clients that open connections and send half of something cannot keep
-others out. A request that is being answered is never ended for another one's sake.
+A connection *waits* until a whole request has arrived: it is idle, or sends a header or a body. Waiting connections
+have a deadline. If there are too many connections, the one that has waited longest is closed, preferably one that has
+never sent a whole request. So clients that open connections and send partial requests cannot keep others out. A
+request that is being answered is never ended to make room for another.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ logger = logging.getLogger(__name__)
 
 SWEEP_S = 0.25
 _REPORT_SWEEPS = 40
-# files that the process needs beside its connections
+# files that the process needs besides its connections
 _OTHER_FILES = 256
-# of each body, so that ordinary requests never have to make room
+# of each body, so that ordinary requests never have to be evicted
 UNCOUNTED_BYTES = 64 * 1024
 
 
 class Connection(Protocol):
-    """What is asked of a connection."""
+    """The interface of a connection."""
 
     address: str | None
-    """who the peer is; None for one without an address of its own"""
+    """the peer's address; None for a peer without one"""
     held_bytes: int
-    """of the body beyond UNCOUNTED_BYTES"""
+    """bytes of the body beyond UNCOUNTED_BYTES"""
     has_been_served: bool
-    """a whole request has come on it, now or before"""
+    """it has received at least one whole request"""
     is_receiving: bool
-    """the body has not come whole"""
+    """the body is incomplete"""
 
     def expire(self, now: float) -> None:
         """End the connection if a deadline has passed."""
         ...
 
     def refuse(self, error: APIError) -> None:
-        """Answer with `error`, and close once the client has had time to read it."""
+        """Respond with `error`, and close once the client has had time to read it."""
         ...
 
     def make_room(self, error: APIError) -> None:
-        """The same, at once; without a word where no request has begun."""
+        """Like `refuse`, but at once; without a response if no request has begun."""
         ...
 
 
 class ConnectionGuard:
-    """Belongs to the event loop on which the first connection is made."""
+    """Tied to the event loop of the first connection."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.header_timeout = config.header_timeout
@@ -65,7 +65,7 @@ class ConnectionGuard:
         self._most_per_address = config.max_connections_per_address
         self._most_held = config.max_held_bytes
         self._all: dict[Connection, None] = {}
-        # those that have been served come second
+        # connections that have been served before come second
         self._waiting: tuple[dict[Connection, None], dict[Connection, None]] = ({}, {})
         self._by_address: defaultdict[str | None, dict[Connection, None]] = defaultdict(dict)
         self._holders: dict[Connection, None] = {}
@@ -74,7 +74,7 @@ class ConnectionGuard:
         self._sweeps = 0
 
     def admit(self, connection: Connection) -> APIError | None:
-        """Count a new connection, which waits; return what to refuse it with when nobody can make room."""
+        """Count a new, waiting connection; return the error to refuse it with if none can be closed for it."""
         peers = self._by_address[connection.address]
         if connection.address is not None and len(peers) >= self._most_per_address:
             text = f"from one address (--max-connections-per-address {self._most_per_address})"
@@ -91,11 +91,11 @@ class ConnectionGuard:
         return None
 
     def wait(self, connection: Connection) -> None:
-        """The connection begins to wait for a request."""
+        """The connection starts waiting for a request."""
         self._waiting[connection.has_been_served][connection] = None
 
     def serve(self, connection: Connection) -> None:
-        """A whole request has come."""
+        """A whole request has arrived."""
         for waiting in self._waiting:
             waiting.pop(connection, None)
 
@@ -110,7 +110,7 @@ class ConnectionGuard:
             self._by_address.pop(connection.address, None)
 
     def hold(self, connection: Connection, num_bytes: int) -> None:
-        """Count bytes of a body; beyond the bound the largest body that has not come whole is refused."""
+        """Count bytes of a body; beyond the limit the largest incomplete body is refused."""
         connection.held_bytes += num_bytes
         self._held_bytes += num_bytes
         self._holders[connection] = None
@@ -119,22 +119,22 @@ class ConnectionGuard:
             largest = max(candidates, key=lambda holder: holder.held_bytes, default=None)
             if largest is None:
                 return
-            text = f"The server holds {self._most_held} bytes of requests, all it may (--max-held-bytes)."
+            text = f"The server already holds {self._most_held} bytes of requests, its limit (--max-held-bytes)."
             largest.refuse(Busy(text, 2))
             self.release(largest)
 
     def release(self, connection: Connection) -> None:
-        """The body is not held any more."""
+        """The body is no longer held."""
         if self._holders.pop(connection, self) is None:
             self._held_bytes -= connection.held_bytes
             connection.held_bytes = 0
 
     def note(self, error: APIError) -> None:
-        """Count a refusal for the log: one line for many, since strangers cause them."""
+        """Count a refusal for the log: one line for many, since clients can cause any number."""
         self._refused[error.status] += 1
 
     def _make_room(self, among: dict[Connection, None], text: str) -> bool:
-        """End the connection of `among` that has waited longest."""
+        """Close the connection in `among` that has waited longest."""
         longest = next((waiting for waiting in chain(*self._waiting) if waiting in among), None)
         if longest is None:
             return False
@@ -157,7 +157,7 @@ class ConnectionGuard:
 
 
 def peer_address(host: str | None) -> str | None:
-    """Return who counts as one client: an IPv4 address, or a network of 64 bits of IPv6."""
+    """Return the key of a client: an IPv4 address, or a /64 network of IPv6."""
     if host is None:
         return None
     try:
@@ -171,7 +171,7 @@ def peer_address(host: str | None) -> str | None:
 
 
 def _room_for_files() -> int:
-    """Return how many connections the process may have open, after asking for as many as it may ask for."""
+    """Raise the limit of open files as far as allowed; return the number of connections that fit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:

@@ -1,4 +1,4 @@
-"""OpenAI's error object, and which status an exception is answered with.
+"""OpenAI's error object, and the HTTP status of each exception.
 
 {"error": {"message": "…", "type": "BadRequestError", "param": "top_p", "code": 400}}
 """
@@ -34,7 +34,7 @@ _LONGEST = 1000
 
 
 class ErrorObject(msgspec.Struct):
-    """`param` names the field that is to blame; `code` is the HTTP status."""
+    """`param` names the invalid field; `code` is the HTTP status."""
 
     message: str
     type: str
@@ -47,12 +47,12 @@ class ErrorResponse(msgspec.Struct):
 
 
 class APIError(Exception):
-    """Answered with `status` and OpenAI's error object."""
+    """An error response: `status` and OpenAI's error object."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, headers: dict[str, str] | None = None
     ) -> None:
-        # what a client sent is often told in the message
+        # the message often quotes what a client sent
         super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…")
         self.status = status
         self.param = param
@@ -64,26 +64,26 @@ class APIError(Exception):
         return msgspec.json.encode(ErrorResponse(error))
 
     def response(self) -> Response:
-        """Return the whole answer."""
+        """Return the whole response."""
         return Response(self.encode(), self.status, self.headers, "application/json")
 
 
 class BadRequest(APIError):
-    """The request cannot be obeyed as it is."""
+    """The request is invalid."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(400, message, param=param)
 
 
 class Busy(APIError):
-    """Nothing is wrong with the request: the same one may be sent again after `retry_after_s`."""
+    """The request is valid and may be sent again after `retry_after_s`."""
 
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(503, message, headers={"Retry-After": str(retry_after_s)})
 
 
 class ClientGone(APIError):
-    """Nobody is left to read the answer; the status is for the log."""
+    """The client has disconnected; the status is only logged."""
 
     def __init__(self) -> None:
         super().__init__(499, "The client closed the connection.")
@@ -93,7 +93,7 @@ RESTART_RETRY_S = 5
 
 
 def api_error(error: Exception) -> APIError:
-    """Return what `error` is answered with; one that nobody foresaw is logged and says no more than that."""
+    """Return the response for `error`; an unexpected one is logged, and its response gives no details."""
     match error:
         case APIError():
             return error

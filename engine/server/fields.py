@@ -1,8 +1,7 @@
-"""From plain JSON to a request, by the request's type.
+"""Converts plain JSON to a request type.
 
-A member that is null is one that is left out, whatever it is called; what a user's own JSON holds (schemas, messages,
-variables of a template) is left as it is. A whole float counts as an integer; where no text is wanted, one may be an
-integer, a number, true or false.
+Null counts as left out for every field; a user's own JSON (schemas, messages, template variables) is not changed. A
+whole float counts as an integer; unless a string is expected, a string may hold an integer, a number, true or false.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from sempre.engine.server.neutral import NEUTRAL, Neutral
 
 Model = TypeVar("Model", bound=Struct)
 Cleaner = Callable[[Any, str, bool], Any]
-"""(value, its path, whether unknown fields pass) → the value without what is neutral"""
+"""(value, its path, whether unknown fields are ignored) → the value without neutral fields"""
 
 _MOST_SHOWN = 80
-# what clients write that send forms, and vLLM takes
+# spellings of clients that send forms; vLLM accepts them
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?")
 _WORDS = {
@@ -39,7 +38,7 @@ _WORDS = {
 
 
 def to_model(plain: Any, model: type[Model], *, ignore_unknown: bool = False) -> Model:
-    """Return `plain` as `model`. Raises BadRequest naming the path, what was expected there and what was found."""
+    """Return `plain` as `model`. Raises BadRequest naming the path, the expected and the found value."""
     cleaned = plain if not isinstance(plain, dict) else _members(plain, model, "", ignore_unknown)
     try:
         return msgspec.convert(cleaned, model)
@@ -77,7 +76,7 @@ def _unchanged(value: Any, _path: str, _ignore_unknown: bool) -> Any:
 
 
 def _cleaner(info: types.Type) -> Cleaner | None:
-    """How a value of this type is cleaned; None where there is nothing to do."""
+    """The cleaner of values of this type; None if there is nothing to do."""
     match info:
         case types.Metadata(type=inner):
             return _cleaner(inner)
@@ -101,7 +100,7 @@ def _cleaner(info: types.Type) -> Cleaner | None:
 def _union(several: tuple[types.Type, ...]) -> Cleaner | None:
     found = [cleaner for info in several if (cleaner := _cleaner(info)) is not None]
     if any(isinstance(info, types.StrType) for info in several):
-        # a text is meant as one
+        # a string is expected here
         found = [_whole if cleaner is _integer else cleaner for cleaner in found if cleaner not in (_number, _flag)]
     if not found:
         return None
@@ -119,7 +118,7 @@ def _list(item: Cleaner | None) -> Cleaner | None:
         return None
 
     def clean(value: Any, path: str, ignore_unknown: bool) -> Any:
-        # token ids and texts are the ordinary case, and there may be many
+        # fast path: token ids and strings are common, and there may be many
         if not isinstance(value, list) or set(map(type, value)) <= {int, str}:
             return value
         return [item(entry, f"{path}[{place}]", ignore_unknown) for place, entry in enumerate(value)]
@@ -182,7 +181,7 @@ def _refusal(text: str, plain: Any, model: type[Struct]) -> BadRequest:
         info = _inside(info, name)
         if place or name:
             found = found[int(place)] if place else found[name]
-        else:  # a member that has no name in the message
+        else:  # the message does not name this field
             return BadRequest(f"{path}: {_problem(problem)}.", param=path.partition("[")[0])
     if problem.startswith("Invalid enum value"):
         problem = "Expected one of " + ", ".join(map(repr, _literals(info)))
@@ -194,7 +193,7 @@ def _in_words(problem: str, found: Any) -> str:
 
 
 def _problem(problem: str) -> str:
-    """Return msgspec's message in words: of "Expected `int` >= 1", "expected an integer greater than or equal to 1"."""
+    """Return msgspec's message in words: "Expected `int` >= 1" → "expected an integer greater than or equal to 1"."""
     expected = problem.partition(", got ")[0].replace("| null", "").replace(" `", "`")
 
     def words(match: re.Match[str]) -> str:
@@ -207,7 +206,7 @@ def _problem(problem: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as JSON shows it, or what kind it is where that is long."""
+    """A value as JSON, or its kind if that is long."""
     if isinstance(value, dict):
         return "an object" if value else "{}"
     if isinstance(value, list):
@@ -218,7 +217,7 @@ def _shown(value: Any) -> str:
 
 
 def _inside(info: types.Type | None, name: str) -> types.Type | None:
-    """The type of a member or an entry, None where it is not told."""
+    """The type of a field or an entry; None if unknown."""
     match info:
         case types.Metadata(type=inner):
             return _inside(inner, name)

@@ -1,6 +1,6 @@
-"""One HTTP request's way through the engine: streamed or whole, and aborted as soon as its client has gone.
+"""One HTTP request in the engine: streamed or whole, and aborted as soon as its client disconnects.
 
-Where an operator asks for it, a log line per request holds its prompt and parameters.
+Optionally, a log line per request contains its prompt and parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sempre.engine.server.responses import PromptTokensDetails, Usage
 from sempre.engine.server.service import Service
 from sempre.engine.server.tracing import RequestSpan
 
-# an event loop writes so many in a millisecond or two
+# an event loop writes this many in a millisecond or two
 _LONG_LOGPROBS = 1000
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [
@@ -37,7 +37,7 @@ _DEFAULTS = SamplingParams()
 
 
 class Generation:
-    """An admitted request. Use as a context: at its end, however it comes, nothing of the request is left."""
+    """An admitted request. Use as a context manager, which cleans up the request however it ends."""
 
     def __init__(self, service: Service, stream: OutputStream, span: RequestSpan) -> None:
         self.stream = stream
@@ -53,11 +53,11 @@ class Generation:
         self._watcher: asyncio.Task[None] | None = None
 
     def watch(self, receive: Receive) -> None:
-        """Abort the request when its client disconnects."""
+        """Abort the request if its client disconnects."""
         self._watcher = asyncio.create_task(self._wait_for_disconnect(receive))
 
     async def next(self) -> list[RequestOutput]:
-        """Wait for the news of a step; an empty list says that there will be none."""
+        """Wait for the outputs of a step; an empty list means that all have finished."""
         outputs = await self.stream.next()
         for output in outputs:
             if output.num_cached_tokens:
@@ -66,18 +66,18 @@ class Generation:
         return outputs
 
     def place(self, output: RequestOutput) -> int:
-        """Return which of the prompts an output is about."""
+        """Return the index of an output's prompt."""
         return self._places[output.request_id]
 
     async def finished(self) -> list[RequestOutput]:
-        """Return the whole outputs, in the order of the prompts."""
+        """Return the final outputs, in the order of the prompts."""
         whole: dict[int, RequestOutput] = {}
         while outputs := await self.next():
             whole.update((self.place(output), output) for output in outputs)
         return [whole[place] for place in range(len(self.requests))]
 
     async def encoded(self, body: Callable[[], msgspec.Struct]) -> bytes:
-        """Return a whole answer as JSON; `body` makes it, away from the event loop where it is long."""
+        """Return a whole response as JSON; `body` builds it, off the event loop if it is long."""
 
         def encode() -> bytes:
             return msgspec.json.encode(body())
@@ -87,7 +87,7 @@ class Generation:
         return await self._service.offload.written(encode)
 
     def _num_logprobs(self) -> int:
-        """Most log-probabilities that the answer reports."""
+        """Maximum number of log-probabilities in the response."""
         params = self.requests[0].params
         num_prompt = sum(len(request.prompt_token_ids) for request in self.requests)
         asked = ((self.num_tokens, params.logprobs), (num_prompt, params.prompt_logprobs))
@@ -95,13 +95,13 @@ class Generation:
         return sum(size * (vocab_size if most == -1 else 1 + most) for size, most in asked if most is not None)
 
     def usage(self, num_completion_tokens: int | None = None) -> Usage:
-        """Return the tokens spent so far."""
+        """Return the tokens used so far."""
         num_prompt = sum(len(request.prompt_token_ids) for request in self.requests)
         num_output = self.num_tokens if num_completion_tokens is None else num_completion_tokens
         return Usage(num_prompt, num_prompt + num_output, num_output, PromptTokensDetails(sum(self.num_cached)))
 
     def close(self) -> None:
-        """End the request; may be called again."""
+        """End the request; can be called twice."""
         if self._watcher is not None:
             self._watcher.cancel()
             self._watcher = None
@@ -136,10 +136,10 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._generation as generation:
             generation.watch(receive)
-            # The headers that middleware adds come with `send`.
+            # `send` includes the headers that middleware adds.
             await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
-            # No middleware looks at what follows the head, so tokens go straight to the socket's server. And they are
-            # sent by a task of their own: a task resumes through all frames that await it, here dozens of middleware's.
+            # No middleware reads the body, so tokens go straight to the socket's server. A separate task sends them,
+            # because a task resumes through all frames that await it, here dozens of middleware frames.
             await asyncio.create_task(self._send_body(scope["state"]["server_send"]))
 
     async def _send_body(self, send: Send) -> None:
@@ -159,12 +159,12 @@ class EventStream(Response):
 
 
 def log_requests(requests: Sequence[PreparedRequest], max_len: int | None) -> None:
-    """Log each prompt, at most `max_len` characters and token ids of it, and the parameters that are not defaults."""
+    """Log each prompt (at most `max_len` characters and token ids) and the parameters that are not defaults."""
     for request in requests:
         params = {
             name: value
             for name in (field.name for field in fields(request.params))
-            # how answers are handed out is the server's choice
+            # the server chooses the output kind
             if name != "output_kind" and (value := getattr(request.params, name)) != getattr(_DEFAULTS, name)
         }
         facts = {

@@ -1,8 +1,8 @@
-"""`python -m sempre.engine.server.helper_process`: work on what strangers sent, with limits of time and memory.
+"""`python -m sempre.engine.server.helper_process`: handles untrusted input with limits of time and memory.
 
 Frames on stdin and stdout: four bytes of length, then msgpack. A task is [name, arguments]; the answer is
-[True, result] or [False, [kind of error, message, parameter]]. It ends with its stdin. `--nice` leaves processors to
-others.
+[True, result] or [False, [kind of error, message, parameter]]. It ends with its stdin. `--nice` lowers its
+priority.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from sempre.ipc.errors import ConfigError, RequestError
 from sempre.ipc.liveness import die_with_parent_thread, leave_terminal_signals_to_parent
 
 MAX_MEMORY_BYTES = 96 * 2**20
-"""What a task may take beyond what the process has once it is ready."""
+"""Memory that a task may use in addition to that of the ready process."""
 MAX_CPU_S = 2
-"""Seconds of processor time of one task."""
+"""Seconds of CPU time for one task."""
 _NICENESS = 10
 
 TASKS: dict[str, Callable[..., Any]] = {"render_chat": render_chat}
 
 
 def answer(task: bytes) -> list[Any]:
-    """Do one task. Raises nothing that the task is to blame for."""
+    """Run one task. Never raises an error that the task caused."""
     try:
         name, arguments = msgspec.msgpack.decode(task)
         return [True, TASKS[name](**arguments)]
@@ -39,7 +39,7 @@ def answer(task: bytes) -> list[Any]:
         return [False, [type(error).__name__, str(error), error.parameter]]
     except MemoryError:
         return [False, ["MemoryError", "", None]]
-    # an expression of a template may do whatever raises; the task is then the one to blame
+    # a template's expression may raise anything; that is the task's error
     except Exception as error:
         return [False, ["RequestError", f"chat_template failed: {type(error).__name__}: {error}"[:1000], "messages"]]
 
@@ -74,7 +74,7 @@ def main() -> None:
     die_with_parent_thread()
     leave_terminal_signals_to_parent()
     sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not stand among the frames
+    os.dup2(2, 1)  # prints must not end up between the frames
     if "--nice" in sys.argv[1:]:
         with suppress(OSError):
             os.nice(_NICENESS)

@@ -1,4 +1,4 @@
-"""How busy the server is: /metrics, /load, and the header that tells a load balancer with an answer."""
+"""How busy the server is: /metrics, /load, and a response header for load balancers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sempre.ipc.errors import EngineDeadError
 logger = logging.getLogger(__name__)
 
 _FIGURES_S = 2.0
-# Open Request Cost Aggregation: the header of a request that asks for figures, and the answer's that has them
+# Open Request Cost Aggregation: the request header that asks for the load, and the response header with it
 _FORMAT_HEADER, _LOAD_HEADER = "endpoint-load-metrics-format", "endpoint-load-metrics"
 _SHOWN = 40
 
@@ -39,7 +39,7 @@ async def load(service: Service, _request: Request) -> Response:
 
 
 async def metrics(service: Service, _request: Request) -> Response:
-    """Return all figures in Prometheus's text format."""
+    """Return all metrics in Prometheus's text format."""
     engine = await _engine_metrics(service)
     rejected = service.admission.num_rejected
     prefix = service.config.metrics_prefix
@@ -48,7 +48,7 @@ async def metrics(service: Service, _request: Request) -> Response:
 
 
 async def load_header(service: Service, http: Request) -> dict[str, str]:
-    """Return the header with the load, in the format that the request's own header asks for (TEXT or JSON)."""
+    """Return the header with the load, in the format that the request's header names (TEXT or JSON)."""
     asked = http.headers.get(_FORMAT_HEADER)
     if asked is None:
         return {}
@@ -68,7 +68,7 @@ async def load_header(service: Service, http: Request) -> dict[str, str]:
 
 
 async def _gauges(service: Service) -> dict[str, Any]:
-    """Values per replica; none while the engine cannot tell."""
+    """Values per replica; none while the engine is unavailable."""
     gauges: dict[str, Any] = {}
     for metric in await _engine_metrics(service):
         if isinstance(metric, Gauge) and "reason" not in metric.labels:
@@ -77,7 +77,7 @@ async def _gauges(service: Service) -> dict[str, Any]:
 
 
 async def _engine_metrics(service: Service) -> list[Metric]:
-    """Return the engine's figures; none while it starts, or is being restarted and cannot tell."""
+    """Return the engine's metrics; none while it starts or restarts."""
     if not service.is_ready:
         return []
     try:
@@ -99,7 +99,7 @@ def _cache_configs(service: Service) -> list[dict[str, object]]:
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
         "kv_cache_size_tokens": ready.num_blocks * ready.block_size,
-        # the label's name is vLLM's, on every device
+        # vLLM's label name, on every device
         "num_gpu_blocks": ready.num_blocks,
         "num_gpu_blocks_override": None,
     }

@@ -1,7 +1,7 @@
 """Log-probabilities in the forms of /v1/completions and /v1/chat/completions.
 
-Numbers are the worker's float32, written with as many digits as tell them apart from their neighbours. JSON knows no
-infinity: a token of probability 0 has FLOOR.
+Numbers are the worker's float32, written with enough digits to identify them. JSON has no infinity: a token of
+probability 0 gets FLOOR.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from sempre.engine.text.tokenizer import Tokenizer
 
 FLOOR = -9999.0
 
-# ASCII but the backslash
+# ASCII without the backslash
 _PRINTABLE = frozenset(range(0x20, 0x7F)) - {0x5C}
 
 Row = Mapping[int, Logprob]
 
 
 class CompletionLogprobsWriter:
-    """Writes the tokens of one text, part by part; `text_offset` goes on where the last part ended.
+    """Writes the tokens of one text, part by part; `text_offset` continues where the last part ended.
 
-    A token is named by its text, one that holds a part of a character by its bytes, `bytes:\\xe3\\x81`. The sampled
-    token has its name, of others that look alike only the most probable one; the rest are named `token_id:N`.
+    A token's name is its text or, for part of a character, its bytes: `bytes:\\xe3\\x81`. If names clash, the sampled
+    token or else the most probable one keeps the name; the others are named `token_id:N`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stream: TokenStream, *, as_token_ids: bool, offset: int = 0) -> None:
-        """`stream` takes the tokens whose text is shown, and `offset` characters stand before them."""
+        """`stream` decodes the shown tokens; `offset` characters precede them."""
         self._tokenizer = tokenizer
         self._stream = stream
         self._as_token_ids = as_token_ids
@@ -91,8 +91,8 @@ def chat_logprobs(
     as_token_ids: bool,
     listed: Collection[int] = (),
 ) -> ChatLogprobs:
-    """Return each token with its `num_top` (-1: all) most probable alternatives, itself among them if it is one, and
-    those that are `listed`; in the order of their ranks."""
+    """Return each token with its `num_top` (-1: all) most probable alternatives, which may include itself, and the
+    `listed` tokens, ordered by rank."""
     content = []
     for token_id, row in zip(token_ids, rows, strict=True):
         most = len(row) if num_top == -1 else num_top
@@ -105,7 +105,7 @@ def chat_logprobs(
 
 
 def prompt_logprobs(rows: Sequence[Row | None]) -> PromptLogprobs:
-    """Return vLLM's form: per token an object of token id → entry, null for the first."""
+    """Return vLLM's format: per token an object of token id → entry, null for the first."""
     return [None if row is None else {str(token_id): _prompt_entry(row[token_id]) for token_id in row} for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""Log lines with the id of the request they are about, as text or as JSON; their length is bounded."""
+"""Log lines with the request's id, as text or as JSON, of limited length."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class JsonFormatter(PlainFormatter):
 
 
 def _bounded(value: object) -> object:
-    """Return the value with what is too long in it cut."""
+    """Return the value with its long parts cut."""
     match value:
         case str() if len(value) > MOST_CHARS:
             return f"{value[:MOST_CHARS]} … ({len(value)} characters)"
@@ -69,16 +69,16 @@ def _bounded(value: object) -> object:
 
 
 def _escaped(character: str) -> str:
-    # outside of a string's quotes JSON is printable, and inside every character has this form
+    # JSON is printable outside of strings, and inside every character may be written like this
     return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
-# below DEBUG, as the library has it
+# below DEBUG, as in the library
 _LEVELS = {"trace": 5}
 
 
 def set_up_logging(log_format: LogFormat, *, debug: bool, uvicorn_level: LogLevel = "warning") -> None:
-    """Send the logs of the project and of uvicorn to standard error, in one form."""
+    """Send the logs of the project and of uvicorn to standard error, in one format."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     project = logging.getLogger("sempre")
@@ -89,5 +89,5 @@ def set_up_logging(log_format: LogFormat, *, debug: bool, uvicorn_level: LogLeve
     uvicorn.handlers = [handler]
     uvicorn.setLevel(_LEVELS.get(uvicorn_level, uvicorn_level.upper()))
     uvicorn.propagate = False
-    # what other libraries and asyncio have to say, in the same form
+    # logs of other libraries and asyncio, in the same format
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

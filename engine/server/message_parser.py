@@ -1,6 +1,6 @@
 """From generated text to the parts of a chat message.
 
-A streamed answer and a whole one go through the same parser, so they hold the same message.
+Streamed and whole responses use the same parser, so they contain the same message.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class MessageParser(Protocol):
     """Reads one choice. Text that may still become something else is held back until `finish`."""
 
     def feed(self, text: str, token_ids: Sequence[int]) -> ChatDelta:
-        """Take what was generated next; return what it adds to the message."""
+        """Add generated text; return what it adds to the message."""
 
     def finish(self, finish_reason: str) -> tuple[ChatDelta, str]:
-        """Return what was held back, and the finish reason to report (`tool_calls` in place of `stop`)."""
+        """Return what was held back, and the finish reason to report (`tool_calls` instead of `stop`)."""
 
 
 class PlainContent:
@@ -47,8 +47,8 @@ class ParsedContent:
         include_reasoning: bool,
         has_content: bool = True,
     ) -> None:
-        """Ids of tool calls follow from `id_prefix`. `reports_calls`: a choice with calls ends for `tool_calls`.
-        Without `has_content` what is no call is the beginning of one that was cut off."""
+        """Tool call ids derive from `id_prefix`. `reports_calls`: a choice with calls has finish reason `tool_calls`.
+        Without `has_content`, text outside calls is the beginning of a call that was cut off."""
         self._has_content = has_content
         self._parser = parser
         self._id_prefix = id_prefix
@@ -92,7 +92,7 @@ class ParsedContent:
 
 
 def message_of(deltas: Sequence[ChatDelta], role: str) -> ChatMessage:
-    """Return the message that the deltas of a stream add up to."""
+    """Return the message assembled from the deltas of a stream."""
     content = [delta.content for delta in deltas if isinstance(delta.content, str)]
     reasoning = [delta.reasoning for delta in deltas if isinstance(delta.reasoning, str)]
     calls: dict[int, ToolCall] = {}

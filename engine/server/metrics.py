@@ -1,7 +1,7 @@
-"""/metrics: the engine's counters, and what only the server sees; vLLM's names under a prefix of ours.
+"""/metrics: the engine's counters and the server's own, with vLLM's names and our prefix.
 
-Observations are made for every streamed token, so they go to plain lists here and become prometheus-client's families
-when they are read.
+There is an observation for every streamed token, so they are kept in plain lists and converted to
+prometheus-client's families when read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _KINDS: dict[type[Metric], type[CounterMetricFamily | GaugeMetricFamily | Histog
 
 
 class Histogram(Observations):
-    """Observations with the name and the help of their family."""
+    """Observations with their family's name and help."""
 
     __slots__ = ("help_text", "name")
 
@@ -49,7 +49,7 @@ class Histogram(Observations):
 
 
 class ServerMetrics:
-    """Latencies and sizes of requests as clients meet them."""
+    """Latencies and sizes of requests as clients see them."""
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
@@ -84,7 +84,7 @@ class ServerMetrics:
     ) -> bytes:
         """Return everything in Prometheus's text format. `caches`: the layout of each replica's KV cache, once known.
 
-        What the engine calls its model is the folder or hub id; here it has the name that clients use.
+        The engine names its model by folder or hub id; here it has the name that clients use.
         """
         info = GaugeMetricFamily(
             PREFIX + "cache_config_info", "Layout of the KV cache; always 1.", labels=list(caches[0]) if caches else []
@@ -103,7 +103,7 @@ class ServerMetrics:
             family.add_metric(list(labels.values()), histogram.buckets(), histogram.sum)
             yield family
         rejected = CounterMetricFamily(
-            PREFIX + "admission_rejections", "Requests turned away with 503.", labels=list(labels)
+            PREFIX + "admission_rejections", "Requests rejected with 503.", labels=list(labels)
         )
         rejected.add_metric(list(labels.values()), num_rejected)
         yield rejected
@@ -111,7 +111,7 @@ class ServerMetrics:
 
 @dataclass(slots=True)
 class _Arrivals:
-    """When the first and the last token of a sequence came, and how many there were."""
+    """Arrival times of a sequence's first and last token, and the number of tokens."""
 
     first: float
     last: float
@@ -129,7 +129,7 @@ class RequestRecord:
         self._ended = False
 
     def take(self, outputs: Iterable[RequestOutput]) -> int:
-        """Note the arrival of tokens; return how many there are."""
+        """Record the arrival of tokens; return their number."""
         now = time.monotonic()
         num_tokens = 0
         for output in outputs:
@@ -152,7 +152,7 @@ class RequestRecord:
         return num_tokens
 
     def end(self) -> None:
-        """Note the end of the request; a second call does nothing."""
+        """Record the end of the request; a second call does nothing."""
         if self._ended:
             return
         self._ended = True

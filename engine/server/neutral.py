@@ -1,6 +1,6 @@
-"""Fields of OpenAI's and vLLM's interface that this server lacks, with the values that ask for what is done anyway.
+"""Fields of OpenAI's and vLLM's interface that this server lacks, with the values that match its behaviour.
 
-A field is refused only where it would change the answer. This table is the one place that says when it would not.
+A field is refused only if it would change the response. Only this table says when it would not.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Neutral(NamedTuple):
     """A field that is accepted and has no effect."""
 
     kind: Any
-    """the type that its value must have"""
+    """the type of its value"""
     values: tuple[Any, ...] | None = None
-    """the values that are accepted; None: all of the type"""
+    """the accepted values; None: all of the type"""
     instead: str = ""
-    """what does the same here, where no value is accepted"""
+    """the replacement here, if no value is accepted"""
 
 
 _NOTHING: tuple[Any, ...] = ()
@@ -69,7 +69,7 @@ NEUTRAL: dict[type[Struct], dict[str, Neutral]] = {
         **_GENERATION,
         "modalities": Neutral(list[str], (["text"],)),
         "audio": Neutral(_OBJECT, _NOTHING),
-        # a guess at the answer, which makes it faster and never another one
+        # a predicted answer, which affects only speed
         "prediction": Neutral(_OBJECT),
         "verbosity": Neutral(str, ("medium",)),
         "web_search_options": Neutral(_OBJECT, _NOTHING),
@@ -82,7 +82,7 @@ NEUTRAL: dict[type[Struct], dict[str, Neutral]] = {
         "media_io_kwargs": Neutral(_OBJECT, ({},)),
     },
     DetokenizeRequest: {},
-    # pads the events of a stream against observers of the network
+    # pads stream events to hide their size on the network
     StreamOptions: {"include_obfuscation": Neutral(bool)},
     Tool: {"cache_control": Neutral(_OBJECT)},
     FunctionDefinition: {"cache_control": Neutral(_OBJECT)},

@@ -1,8 +1,7 @@
-"""Work that would keep the event loop busy: done in a thread or in a helper process, one job at a time per client.
+"""Runs slow work off the event loop, in a thread or in a helper process, one job at a time per client.
 
-A thread is for libraries that let the loop run meanwhile (tokenizers, llguidance), and for answers, which Python code
-writes in turns with the loop; a template that never ends needs a process. Whoever waits does so behind his own jobs
-only.
+Threads run libraries that release the GIL (tokenizers, llguidance) and write responses, where Python code shares the
+GIL with the loop; a template that never ends needs a process. A client's jobs wait only for its own earlier jobs.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from sempre.ipc.errors import ConfigError, RequestError
 Result = TypeVar("Result")
 
 LONG_BYTES = 8 * 1024
-"""Bodies from this size on are encoded and rendered away from the loop."""
+"""Bodies from this size on are encoded and rendered off the event loop."""
 _WAIT_S = 30.0
-# a task that is stopped, or starved by others, has no processor time that a limit could see
+# a stopped or starved task uses no CPU time, so a CPU limit would not end it
 _HELPER_S = 30.0
 _RETRY_S = 5
 
 
 class Offload:
-    """The threads and the helper processes of one server: one for what is long or strange, one for all else."""
+    """The threads and the helper processes of one server: one for long or untrusted tasks, one for the rest."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(max(2, (os.cpu_count() or 1) // 2), thread_name_prefix="offload")
@@ -43,12 +42,12 @@ class Offload:
         self._turns: dict[str, _Turn] = {}
 
     async def in_thread(self, client: str, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Return `function(*arguments)`. Raises what it raises; Busy (503) for a client whose jobs take too long."""
+        """Return `function(*arguments)`. Raises its errors; Busy (503) for a client whose jobs take too long."""
         async with self._turn(client):
             return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     async def written(self, function: Callable[[], Result]) -> Result:
-        """Return `function()`, done beside what is read of requests. Raises what it raises."""
+        """Return `function()`, run in another thread than the reading of requests. Raises its errors."""
         return await asyncio.get_running_loop().run_in_executor(self._writer, function)
 
     async def in_helper(self, client: str, task: str, arguments: Mapping[str, Any]) -> Any:
@@ -57,7 +56,7 @@ class Offload:
             return await self._helper.do(task, arguments)
 
     async def in_urgent_helper(self, task: str, arguments: Mapping[str, Any]) -> Any:
-        """The same of a short task, whose client does not wait for his own long ones."""
+        """The same for a short task, which does not wait for the client's long ones."""
         return await self._urgent_helper.do(task, arguments)
 
     async def start(self) -> None:
@@ -93,7 +92,7 @@ class Offload:
 
 
 class _Turn:
-    """Whose job is done, of one client's."""
+    """The lock for one client's jobs."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
@@ -101,10 +100,10 @@ class _Turn:
 
 
 class Helper:
-    """One helper process, started when it is needed and anew after it has gone beyond its limits."""
+    """One helper process, started when needed and restarted after it exceeds its limits."""
 
     def __init__(self, *, is_urgent: bool) -> None:
-        """One that is not urgent leaves processors to others."""
+        """A helper that is not urgent runs at lower priority."""
         self._options = [] if is_urgent else ["--nice"]
         self._process: asyncio.subprocess.Process | None = None
         self._lock = asyncio.Lock()
@@ -123,7 +122,7 @@ class Helper:
                 self._kill()
                 raise _too_much_time() from None
             except BaseException:
-                # whoever comes next must not read this task's answer
+                # the next task must not read this task's answer
                 self._kill()
                 raise
         if succeeded:
@@ -136,7 +135,7 @@ class Helper:
             await self._started()
 
     async def close(self) -> None:
-        """End the process, and wait for that."""
+        """End the process and wait for its exit."""
         process = self._process
         self._kill()
         if process is not None:
@@ -147,7 +146,7 @@ class Helper:
             await process.wait()
 
     def _kill(self) -> None:
-        """The next task starts another process."""
+        """Kill the process; the next task starts another one."""
         process, self._process = self._process, None
         if process is not None:
             with suppress(ProcessLookupError):
@@ -193,14 +192,13 @@ def _error(kind: str, message: str, parameter: str | None) -> Exception:
 
 def _too_much_time() -> BadRequest:
     return BadRequest(
-        f"chat_template takes more than {MAX_CPU_S} s for these messages, which is the most there is for it.",
+        f"chat_template takes more than {MAX_CPU_S} s, the limit, for these messages.",
         param="messages",
     )
 
 
 def _too_much_memory() -> BadRequest:
     return BadRequest(
-        f"chat_template takes more than {MAX_MEMORY_BYTES >> 20} MiB of memory for these messages, which is the most "
-        "there is for it.",
+        f"chat_template takes more than {MAX_MEMORY_BYTES >> 20} MiB of memory, the limit, for these messages.",
         param="messages",
     )

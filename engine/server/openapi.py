@@ -1,4 +1,4 @@
-"""The description of the interface at /openapi.json, made from the models that check and write the bodies."""
+"""The API description at /openapi.json, made from the types that check and write the bodies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ERRORS = {
     413: "the body is too large",
     415: "the body is not JSON",
     500: "the engine failed",
-    503: "starting, busy or shutting down; come again after Retry-After",
+    503: "starting, busy or shutting down; retry after Retry-After",
 }
 
 
@@ -96,22 +96,22 @@ OPERATIONS = (
     Operation(
         "POST",
         "/invocations",
-        "Either of the two, told by messages or prompt; for SageMaker",
+        "Chat or completion, depending on messages or prompt; for SageMaker",
         (ChatCompletionRequest, CompletionRequest),
         (ChatCompletionResponse, CompletionResponse),
         streams=True,
     ),
-    Operation("GET", "/v1/models", "The model that is served", answers=(ModelList,)),
-    Operation("GET", "/v1/models/{model:path}", "One of its names", answers=(ModelCard,)),
+    Operation("GET", "/v1/models", "The served model", answers=(ModelList,)),
+    Operation("GET", "/v1/models/{model:path}", "The served model under one of its names", answers=(ModelCard,)),
     Operation("POST", "/tokenize", "Text or messages to token ids", (TokenizeRequest,), (TokenizeResponse,)),
     Operation("POST", "/detokenize", "Token ids to text", (DetokenizeRequest,), (DetokenizeResponse,)),
-    Operation("GET", "/tokenizer_info", "What the model's folder says of its tokenizer, and the chat template in use"),
-    Operation("GET", "/health", "Whether every worker answers and steps go on"),
-    Operation("GET", "/ping", "As /health, and 503 while the engine starts; for SageMaker"),
+    Operation("GET", "/tokenizer_info", "The model's tokenizer_config.json and the chat template in use"),
+    Operation("GET", "/health", "Whether every worker responds and steps make progress"),
+    Operation("GET", "/ping", "Like /health, and 503 while the engine starts; for SageMaker"),
     Operation("POST", "/ping", "The same"),
     Operation("GET", "/live", "Whether the server runs"),
     Operation("GET", "/ready", "Whether requests are accepted"),
-    Operation("GET", "/metrics", "Figures in Prometheus's format", media_type="text/plain"),
+    Operation("GET", "/metrics", "Metrics in Prometheus's format", media_type="text/plain"),
     Operation("GET", "/version", "The server's version"),
     Operation("GET", "/load", "Requests in progress, and how full the KV cache is"),
     Operation("GET", "/server_info", "Settings in use, seconds of each start-up phase, fingerprint"),
@@ -131,7 +131,7 @@ def description(root_path: str) -> dict[str, Any]:
 
 
 def _schemas() -> dict[str, Any]:
-    # each once, in their order
+    # without duplicates, in order
     bodies = list(dict.fromkeys(body for operation in OPERATIONS for body in operation.bodies))
     answers = list(dict.fromkeys(answer for operation in OPERATIONS for answer in operation.answers))
     _, schemas = msgspec.json.schema_components([*bodies, *answers, ErrorResponse], ref_template=_TEMPLATE + "{name}")
@@ -148,7 +148,7 @@ def _schemas() -> dict[str, Any]:
 
 
 def _parts(bodies: list[type[msgspec.Struct]], schemas: dict[str, Any]) -> set[str]:
-    """The names of the schemas that requests are made of."""
+    """The names of the schemas used by requests."""
     names = {body.__name__ for body in bodies}
     while True:
         text = msgspec.json.encode([schemas[name] for name in sorted(names)]).decode()
@@ -162,11 +162,11 @@ def _neutral(field: Neutral) -> dict[str, Any]:
     schema = msgspec.json.schema(field.kind)
     if field.values is not None:
         schema = {"enum": list(field.values)} if field.values else {"type": "null"}
-    return {**schema, "description": "accepted, and without effect"}
+    return {**schema, "description": "accepted, without effect"}
 
 
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a member that may also be null, which is the same as left out."""
+    """The schema of a field that may also be null, which means left out."""
     if {"type": "null"} in schema.get("anyOf", ()) or schema.get("type") == "null":
         return schema
     annotations: dict[str, Any] = {name: schema[name] for name in ("description", "default") if name in schema}

@@ -1,4 +1,4 @@
-"""From the fields of a request to SamplingParams, and to the prompts it is about."""
+"""From the fields of a request to SamplingParams and prompts."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ _SAME_NAME = (
 
 
 def apply_server_defaults(request: GenerationRequest, config: ServerConfig) -> None:
-    """Set the fields that the server's settings, or other fields, decide."""
+    """Set the fields that depend on the server's settings or on other fields."""
     if config.return_tokens_as_token_ids:
         request.return_tokens_as_token_ids = True
     if config.enable_force_include_usage and request.stream:
         request.stream_options = request.stream_options or StreamOptions()
         request.stream_options.include_usage = True
     if request.logprob_token_ids is not None:
-        # they are told among the log-probabilities
+        # they are reported as log-probabilities
         if isinstance(request, ChatCompletionRequest):
             request.logprobs = True
         elif isinstance(request, CompletionRequest) and request.logprobs is None:
@@ -69,7 +69,7 @@ def completion_parameters(request: CompletionRequest, defaults: SamplingParams, 
     if request.max_tokens == 0:
         if not request.echo:
             raise BadRequest("max_tokens must be at least 1, got 0; 0 is for echo only.", param="max_tokens")
-        # The prompt alone is wanted; the one token that has to be sampled is not reported.
+        # Only the prompt is wanted; the one token that must be sampled is not reported.
         changes["max_tokens"] = 1
     elif request.max_tokens is not None:
         changes["max_tokens"] = request.max_tokens
@@ -81,7 +81,7 @@ def completion_parameters(request: CompletionRequest, defaults: SamplingParams, 
 
 
 def chat_parameters(request: ChatCompletionRequest, defaults: SamplingParams, config: ServerConfig) -> SamplingParams:
-    """Return the parameters of /v1/chat/completions. Raises as `completion_parameters`."""
+    """Return the parameters of /v1/chat/completions. Raises the same errors."""
     changes = _common(request, config)
     if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
@@ -92,7 +92,7 @@ def chat_parameters(request: ChatCompletionRequest, defaults: SamplingParams, co
         raise BadRequest(
             "max_tokens is the old name of max_completion_tokens; they differ, give one.", param="max_tokens"
         )
-    # Without a limit an answer ends by itself, or with the context; the model's own default stands before that.
+    # Without a limit a response ends by itself or with the context, unless the model has its own default.
     own_default = defaults.max_tokens if defaults.max_tokens != SamplingParams().max_tokens else None
     changes["max_tokens"] = limits.pop() if limits else own_default
     check_template(request.chat_template, config)
@@ -100,7 +100,7 @@ def chat_parameters(request: ChatCompletionRequest, defaults: SamplingParams, co
 
 
 def check_template(chat_template: str | None, config: ServerConfig) -> None:
-    """Raise BadRequest for a chat template of a request that is not to be trusted, or is none."""
+    """Raise BadRequest for a request's chat template that is not allowed or invalid."""
     if chat_template is not None and not config.trust_request_chat_template:
         raise BadRequest(
             "chat_template of a request is refused unless the server runs with --trust-request-chat-template.",
@@ -111,7 +111,7 @@ def check_template(chat_template: str | None, config: ServerConfig) -> None:
 
 
 def check_model(name: str | None, served: list[str]) -> None:
-    """Raise 404 unless the model is one that is served."""
+    """Raise 404 unless the model is served."""
     if name is not None and name not in served:
         raise APIError(404, f"The model `{name}` does not exist.", param="model")
 

@@ -1,4 +1,4 @@
-"""From what a request says to token ids, away from the event loop where there is much of it."""
+"""From a request's prompts to token ids, off the event loop if they are long."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ async def _encoded(texts: Sequence[str], request: CompletionRequest, service: Se
 
 
 def _encode_all(texts: Sequence[str], special: bool, whole: bool, service: Service) -> list[dict[str, Any]]:
-    """Encode one text after the other; the first that is too long is the last that is looked at."""
+    """Encode the texts in order; stop at the first that is too long."""
     tokenizer = service.engine.get_tokenizer()
     found, total = [], 0
     for text in texts:
         service.check_text(text)
-        # unlike `encode`, this lets the event loop run meanwhile
+        # unlike `encode`, this lets the event loop run
         [token_ids] = tokenizer.encode_batch([text], special)
         if whole:
             service.checked_length(token_ids)
@@ -84,7 +84,7 @@ def _check_total(num_tokens: int, service: Service) -> None:
 
 
 async def encode(text: str, service: Service, http: Request, *, special: bool) -> list[int]:
-    """Return the token ids of a text, whatever their number. Raises BadRequest for one far beyond the context."""
+    """Return the token ids of a text of any length. Raises BadRequest for one far beyond the context."""
     service.check_text(text)
     tokenizer = service.engine.get_tokenizer()
     if len(text) <= LONG_BYTES:
@@ -105,24 +105,24 @@ async def render(
     for message in messages:
         service.check_text(str(message.get("content")) if isinstance(message.get("content"), str) else "")
     arguments = service.engine.chat_arguments(messages, chat_template_kwargs=chat_template_kwargs, **keywords)
-    # a model's own template has bounds of time and memory too: whoever wrote it is a stranger
+    # a model's own template has limits of time and memory too, since it is untrusted
     if http.state.body_bytes > LONG_BYTES or keywords.get("chat_template") is not None:
         text = await service.offload.in_helper(client_of(http), "render_chat", arguments)
     else:
         text = await service.offload.in_urgent_helper("render_chat", arguments)
-    # The template has written the special tokens itself.
+    # The template writes the special tokens itself.
     return {"prompt": text, "prompt_token_ids": await encode(text, service, http, special=add_special_tokens)}
 
 
 async def check_form(params: SamplingParams, service: Service, http: Request) -> None:
     """Check the form of the output before the request is built on the event loop. Raises RequestError."""
     if params.structured_outputs is not None:
-        # a short one may take long, too
+        # a short one may be slow, too
         await service.offload.in_thread(client_of(http), service.engine.check_form, params)
 
 
 def id_of(request: GenerationRequest, http: Request) -> str:
-    """Return what the id of the answer ends with: X-Request-Id, `request_id`, or a new one. Raises BadRequest."""
+    """Return the suffix of the response's id: X-Request-Id, `request_id`, or a new one. Raises BadRequest."""
     given, state = request.request_id, http.state
     if given is None or http.headers.get("x-request-id") == state.request_id:
         return str(state.request_id)
@@ -134,5 +134,5 @@ def id_of(request: GenerationRequest, http: Request) -> str:
 
 
 def client_of(http: Request) -> str:
-    """Return whose turn a request's work takes."""
+    """Return the client to which a request's jobs are charged."""
     return http.client.host if http.client is not None else ""

@@ -1,8 +1,8 @@
-"""HTTP on one connection, with bounds on what a client may send and how long it may take.
+"""HTTP on one connection, with limits on what a client may send and how long it may take.
 
-uvicorn's protocol reads headers of any length, for any time. Here a header has 64 KiB, 100 fields and
-`header_timeout`, a body has `body_timeout`, an answer must be read, and a few requests may be sent ahead.
-What is beyond is answered with a status and a sentence, if an answer can still be given, and the connection ends.
+uvicorn's protocol reads headers of any length, for any time. Here a header may have 64 KiB, 100 fields and
+`header_timeout`, a body `body_timeout`, responses must be read, and only a few requests may be sent ahead.
+Beyond a limit, the client gets a status and a message, if still possible, and the connection is closed.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from sempre.engine.server.errors import APIError, BadRequest
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_HEADER_FIELDS = 100
-# The parser cannot stop inside of what it is given, so it is given little at a time.
+# The parser cannot stop in the middle of its input, so it gets little at a time.
 _SLICE_BYTES = 16 * 1024
 _MOST_AHEAD = 16
-# A body in tiny pieces costs more than one in large ones; so many pieces are always allowed, and one per 64 bytes.
+# A body in tiny pieces is expensive; this many pieces are always allowed, plus one per 64 bytes.
 _FREE_PIECES = 4096
 _PIECE_BYTES = 64
-# of a message, beside what is in its body: sizes of chunks and whatever may stand around them
+# of a message outside its body: chunk sizes and the syntax around them
 _FRAMING_BYTES = 64 * 1024
 _BETWEEN_BYTES = 1024
-# What still comes after the answer is read, so that the client gets to read the answer.
+# Input after the response is still read, so that the client can read the response.
 _DISCARD_S = 2.0
 _DISCARD_BYTES = 64 * 2**20
 _MOST_LEFT_BYTES = 2**20
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection; `guard` is common to all."""
+    """One connection; all connections share `guard`."""
 
     def __init__(self, guard: ConnectionGuard, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
@@ -56,7 +56,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._write_deadline = math.inf
 
     def connection_made(self, transport: Any) -> None:
-        """Let the client in, if there is room."""
+        """Admit the client if there is room."""
         super().connection_made(transport)
         self.address = peer_address(self.client[0] if self.client is not None else None)
         refusal = self._guard.admit(self)
@@ -75,7 +75,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come, up to what must be refused."""
+        """Parse the data up to the first violation."""
         for start in range(0, len(data), _SLICE_BYTES):
             piece = data[start : start + _SLICE_BYTES]
             if self._closing:
@@ -85,9 +85,9 @@ class BoundedProtocol(HttpToolsProtocol):
             try:
                 self.parser.feed_data(piece)
             except httptools.HttpParserError:
-                self.refuse(BadRequest("This is no valid HTTP request."))
+                self.refuse(BadRequest("This is not a valid HTTP request."))
             except httptools.HttpParserUpgrade:
-                # the request is answered as if it had not asked for another protocol
+                # ignore the request for another protocol
                 pass
             self._count(len(piece))
 
@@ -101,7 +101,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._set_deadline()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A field of the header, or of what may follow a body in chunks."""
+        """A field of the header, or of the trailer after a chunked body."""
         if self._closing:
             return
         self._num_fields += 1
@@ -111,7 +111,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The header has come whole."""
+        """The header is complete."""
         if self._closing:
             return
         if len(self.pipeline) >= _MOST_AHEAD:
@@ -119,12 +119,12 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._in_head = False
         self.is_receiving = True
-        # set before the application can start, which releases it when it has read the body
+        # set before the application can start, which releases it after reading the body
         self.scope["state"]["release_body"] = self._release_body
         super().on_headers_complete()
         self._unanswered.append(self.cycle)
         if self.parser.should_upgrade():
-            # what follows would be of the other protocol
+            # the following data would belong to the other protocol
             self.cycle.keep_alive = False
         self._set_deadline()
 
@@ -146,11 +146,11 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._guard.hold(self, self._body_bytes - max(before, UNCOUNTED_BYTES))
 
     def on_message_complete(self) -> None:
-        """The request has come whole."""
+        """The request is complete."""
         if self._closing:
             return
         self.is_receiving = False
-        self._raw_bytes = -_SLICE_BYTES  # the rest of this slice may be of this message
+        self._raw_bytes = -_SLICE_BYTES  # the rest of this slice may belong to this message
         super().on_message_complete()
         if self._unanswered:
             self._guard.serve(self)
@@ -158,19 +158,19 @@ class BoundedProtocol(HttpToolsProtocol):
         self._set_deadline()
 
     def on_response_complete(self) -> None:
-        """An answer has been written."""
+        """A response has been written."""
         self._unanswered.popleft()
         self._release_body()
         super().on_response_complete()
         if not self._unanswered and not self._closing:
             self._guard.wait(self)
             if self.is_receiving and self.expect_100_continue:
-                # nobody can tell whether the client sends the body or its next request
+                # the client may send either the body or its next request
                 self._close()
         self._set_deadline()
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than is written."""
+        """The client reads more slowly than the server writes."""
         self._write_deadline = self.loop.time() + self._guard.body_timeout
         super().pause_writing()
 
@@ -193,7 +193,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close()
 
     def refuse(self, error: APIError) -> None:
-        """Answer with `error` in place of the application, and end the connection."""
+        """Respond with `error` instead of the application, and close the connection."""
         if self._closing or self.transport.is_closing():
             return
         self._guard.note(error)
@@ -207,7 +207,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if is_answered or len(self._unanswered) > 1:
             self._abort()
             return
-        # whoever is told to go is the first to make room
+        # refused connections are the first to be closed for others
         self._guard.serve(self)
         self.has_been_served = False
         self._guard.wait(self)
@@ -218,7 +218,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._deadline = self.loop.time() + _DISCARD_S
 
     def make_room(self, error: APIError) -> None:
-        """End the connection at once, with `error` where a request has begun."""
+        """Close the connection at once, with `error` if a request has begun."""
         if self._closing or not (self._in_head or self._unanswered):
             self._abort()
         else:
@@ -226,7 +226,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close()
 
     def _count(self, num_bytes: int) -> None:
-        """Count what was just parsed, all of it for the request that is coming now."""
+        """Count the bytes just parsed, all of them for the current request."""
         self._raw_bytes += num_bytes
         if self._closing:
             return
@@ -254,7 +254,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close()
 
     def _close(self) -> None:
-        """Close once what was written is sent, for which there is as much time as for a body."""
+        """Close once all data is sent, within `body_timeout`."""
         self._closing = True
         if not self.transport.is_closing():
             self.transport.close()
@@ -266,7 +266,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _end_requests(self) -> None:
-        """Tell the application that nobody waits; those ahead of the last request too, which uvicorn leaves writing."""
+        """Tell the application that the client left, also for pipelined requests, which uvicorn would keep writing."""
         for cycle in self._unanswered:
             cycle.disconnected = True
             cycle.body = bytearray()

@@ -1,8 +1,8 @@
-"""Bodies of requests: OpenAI's fields, and vLLM's beside them.
+"""Bodies of requests: OpenAI's and vLLM's fields.
 
-Every field does what it says or is refused. Fields of either that this server lacks are in `neutral.py`, with the
-values that ask for what is done anyway; fields that nobody names are refused, unless the server was told otherwise.
-A null member is one that is left out (see `fields.py`), so a type names None only where there is no default.
+Every field takes effect or is refused. Fields of either that this server lacks are in `neutral.py`, with the values
+that match its behaviour; unknown fields are refused, unless the server is set to ignore them.
+Null means left out (see `fields.py`), so a type includes None only if there is no default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Logprobs = Annotated[int, Meta(ge=-1)]
-# msgspec takes no bound beyond an int64; SamplingParams has the upper one
+# msgspec has no bounds beyond int64; SamplingParams checks the upper one
 Seed = Annotated[int, Meta(ge=-(2**63), extra_json_schema={"maximum": 2**64 - 1})]
 
 
@@ -26,14 +26,14 @@ def _doc(text: str) -> Meta:
 
 
 class StreamOptions(Struct, kw_only=True):
-    """What a stream reports besides its tokens."""
+    """What a stream reports in addition to tokens."""
 
     include_usage: Annotated[bool, _doc("end with a chunk that holds the usage and no choices")] = False
     continuous_usage_stats: Annotated[bool, _doc("report the usage in every chunk")] = False
 
 
 class JsonSchemaFormat(Struct, kw_only=True):
-    """OpenAI's wrapper of a schema, which is always kept strictly."""
+    """OpenAI's wrapper of a schema, which is always enforced strictly."""
 
     schema: Annotated[dict[str, Any], _doc("JSON schema of the output")]
     name: str | None = None
@@ -51,9 +51,9 @@ class ResponseFormat(Struct, kw_only=True):
 class GenerationRequest(Struct, kw_only=True):
     """What /v1/completions and /v1/chat/completions have in common."""
 
-    model: Annotated[str | None, _doc("a name at /v1/models; left out, the model that is served")] = None
+    model: Annotated[str | None, _doc("a name at /v1/models; default: the served model")] = None
     n: Annotated[int, Meta(ge=1, description="choices per prompt; choice i is sampled with seed + i")] = 1
-    seed: Annotated[Seed | None, _doc("the one in use is reported in each choice")] = None
+    seed: Annotated[Seed | None, _doc("each choice reports the seed used")] = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
@@ -80,17 +80,16 @@ class GenerationRequest(Struct, kw_only=True):
         int, Meta(ge=-(2**31), lt=2**31, description="lower is sooner, with --scheduling-policy priority")
     ] = 0
     cache_salt: (
-        Annotated[str, Meta(min_length=1, description="requests with other salts share no prefix cache")] | None
+        Annotated[str, Meta(min_length=1, description="requests with different salts share no prefix cache")] | None
     ) = None
-    request_id: Annotated[
-        str | None, _doc("what the answer's id ends with, unless the header X-Request-Id says it")
-    ] = None
+    request_id: Annotated[str | None, _doc("suffix of the response's id, unless X-Request-Id sets it")] = None
     truncate_prompt_tokens: Annotated[
-        Annotated[int, Meta(ge=-1)] | None, _doc("keep so many tokens of the prompt; -1: as many as the context holds")
+        Annotated[int, Meta(ge=-1)] | None,
+        _doc("prompt tokens to keep; -1: as many as the context holds"),
     ] = None
-    truncation_side: Annotated[Literal["left", "right"] | None, _doc("where it is cut; default: left")] = None
+    truncation_side: Annotated[Literal["left", "right"] | None, _doc("where the prompt is cut; default: left")] = None
     logprob_token_ids: Annotated[list[TokenId] | None, _doc("report the log-probabilities of these ids as well")] = None
-    return_token_ids: Annotated[bool, _doc("report token ids beside the text")] = False
+    return_token_ids: Annotated[bool, _doc("report token ids in addition to the text")] = False
     return_tokens_as_token_ids: Annotated[bool, _doc("name tokens `token_id:N` in log-probabilities")] = False
 
     response_format: ResponseFormat | None = None
@@ -106,7 +105,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: Annotated[str | list[str | TokenId | list[TokenId]], _doc("text or token ids, or a list of either")]
     max_tokens: Annotated[Count | None, _doc("0 only with echo; default: the model's own, or 16")] = None
     echo: Annotated[bool, _doc("put the prompt before the output")] = False
-    logprobs: Annotated[Logprobs | None, _doc("the k most probable tokens beside the one sampled")] = None
+    logprobs: Annotated[Logprobs | None, _doc("the k most probable tokens in addition to the sampled one")] = None
 
 
 class FunctionName(Struct, kw_only=True):
@@ -123,17 +122,17 @@ class NamedToolChoice(Struct, kw_only=True):
 
 
 class FunctionDefinition(Struct, kw_only=True, rename={"returns": "return"}, omit_defaults=True):
-    """A function that the model may call. Its schema is kept strictly where a call is enforced."""
+    """A function that the model may call. Its schema is enforced strictly if a call is enforced."""
 
     name: Annotated[str, Meta(min_length=1, max_length=128)]
     description: str | None = None
     parameters: Annotated[dict[str, Any] | None, _doc("JSON schema of the arguments")] = None
     returns: Annotated[dict[str, Any] | None, _doc("JSON schema of the result, for the chat template")] = None
-    strict: Annotated[bool | None, _doc("accepted, and without effect")] = None
+    strict: Annotated[bool | None, _doc("accepted, without effect")] = None
 
 
 class Tool(Struct, kw_only=True):
-    """A tool, as the chat template is told of it."""
+    """A tool, passed to the chat template."""
 
     type: Literal["function"]
     function: FunctionDefinition
@@ -176,7 +175,7 @@ class TokenizeRequest(Struct, kw_only=True):
     chat_template: Annotated[str | None, _doc("needs --trust-request-chat-template")] = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
-    return_token_strs: Annotated[bool, _doc("report the tokens as the vocabulary has them")] = False
+    return_token_strs: Annotated[bool, _doc("report the vocabulary entries of the tokens")] = False
 
 
 class DetokenizeRequest(Struct, kw_only=True):

@@ -1,6 +1,6 @@
-"""Bodies of responses, in the field order in which they are written, and the chunks of a stream.
+"""Bodies of responses, with fields in wire order, and the chunks of a stream.
 
-What stays the same in a stream is encoded once per request, so a token costs one small encoding.
+The constant part of a stream is encoded once per request, so a token costs one small encoding.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class ChunkEncoder:
         self._head = b"data: " + _ENCODER.encode(head)[:-1] + b',"choices":['
         self._fingerprint = b'],"system_fingerprint":' + _ENCODER.encode(fingerprint)
         self.include_usage = options is not None and options.include_usage
-        # of a stream that tells no usage there is none to be told all along, as in vLLM
+        # without include_usage there is no continuous usage either, as in vLLM
         self.continuous_usage = options is not None and options.include_usage and options.continuous_usage_stats
         self._frames: dict[int, _Frame] = {}
         self._tail = self._fingerprint + (b',"usage":null}\n\n' if self.include_usage else b"}\n\n")
@@ -215,15 +215,15 @@ class ChunkEncoder:
         usage: Usage | None = None,
         prompt_token_ids: list[int] | None = None,
     ) -> bytes:
-        """Return the event of one choice; `prompt_token_ids` stand in the first of a chat, and in no other."""
+        """Return the event of one choice; only the first of a chat has `prompt_token_ids`."""
         tail = self._tail if usage is None else self._usage_tail(usage)
         if prompt_token_ids is not None:
             tail = b'],"prompt_token_ids":' + _ENCODER.encode(prompt_token_ids) + b"," + tail.removeprefix(b"],")
         return self._head + _ENCODER.encode(choice) + tail
 
     def text(self, index: int, text: str, choice_of: Callable[[str], CompletionChoice | ChatChunkChoice]) -> bytes:
-        """Return the event of `choice_of(text)`, of which nothing else differs between calls for choice `index`; the
-        text must stand in it once."""
+        """Return the event of `choice_of(text)`, in which only the text differs between calls for choice `index` and
+        occurs once."""
         frame = self._frames.get(index)
         if frame is None:
             before, _, behind = self.choice(choice_of(_MARK)).rpartition(_ENCODED_MARK)
@@ -231,7 +231,7 @@ class ChunkEncoder:
         return frame.before + _ENCODER.encode(text) + frame.behind
 
     def usage(self, usage: Usage) -> bytes:
-        """Return the event that ends a stream with its usage."""
+        """Return the last event of a stream, which has its usage."""
         return self._head + self._usage_tail(usage)
 
     def _usage_tail(self, usage: Usage) -> bytes:

@@ -1,10 +1,10 @@
-"""Start, signals and end of the server.
+"""Start, signals and shutdown of the server.
 
-starting  ── the address is taken; /live 200, /ready and requests 503; settings may still be refused
+starting  ── the address is bound; /live 200, /ready and requests 503; settings may still be refused
 listening ── ready
           ── the engine ends ── exit code 4, or requests 503 until a new engine is ready (on_engine_death)
 SIGTERM or SIGINT ── draining: new requests 503, running ones have shutdown_timeout ── aborted ── engine ended
-a second signal ── all of that at once
+a second signal ── abort and end at once
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ logger = logging.getLogger(__name__)
 
 _DRAIN_LOOK_S = 0.05
 _CLOSE_S = 5
-# between attempts to start an engine that has ended; twice as long after each
+# between attempts to restart an engine; doubles after each
 _RESTART_PAUSE_S = 1.0
 _MOST_RESTART_PAUSE_S = 60.0
 _BACKLOG = 2048
-# the longest turn of a thread while the event loop has something to do
+# how long a thread may hold the GIL while the event loop is waiting
 _SWITCH_S = 0.001
 
 
 class _HttpServer(uvicorn.Server):
-    """uvicorn, with the signals left to us."""
+    """uvicorn without its signal handlers."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -68,7 +68,7 @@ class Server:
         self._stop_now = asyncio.Event()
 
     async def run(self, listening: socket.socket) -> None:
-        """Serve until a signal. Raises what stops the engine's start, and EngineDeadError when it has ended."""
+        """Serve until a signal. Raises the errors of the engine's start, and EngineDeadError if the engine ends."""
         began = time.monotonic()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -87,13 +87,13 @@ class Server:
             self._engine.shutdown()
 
     async def _serve(self) -> bool:
-        """Serve until a signal, with new engines if it is set so. Raises EngineDeadError; False: a signal came while no
-        engine was there."""
+        """Serve until a signal, restarting the engine if configured. Raises EngineDeadError. Returns False if a signal
+        came while there was no engine."""
         while await self._unless_stopped(ending := asyncio.create_task(self._engine.wait_for_end())):
             error = ending.result()
             self._service.pause()
             logger.error("the engine has ended: %s", error)
-            await self._wait_until_idle(_CLOSE_S)  # running requests are told
+            await self._wait_until_idle(_CLOSE_S)  # running requests get their error
             if self._config.on_engine_death == "exit":
                 raise error
             if not await self._restart_engine():
@@ -101,7 +101,7 @@ class Server:
         return True
 
     async def _restart_engine(self) -> bool:
-        """Return False when a signal came first."""
+        """Return False if a signal came first."""
         pause_s = _RESTART_PAUSE_S
         while not self._stop.is_set():
             logger.warning("the engine is started again")
@@ -114,7 +114,7 @@ class Server:
         return False
 
     async def _unless_stopped(self, task: asyncio.Task[Any]) -> bool:
-        """Wait for a task; cancel it, and return False, when a signal comes first."""
+        """Wait for a task; if a signal comes first, cancel it and return False."""
         stopping = asyncio.create_task(self._stop.wait())
         await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -126,13 +126,13 @@ class Server:
         return True
 
     async def _start_engine(self, start: Coroutine[Any, Any, None], began: float) -> bool:
-        """Return False when a signal came first. Raises what stops the start."""
+        """Return False if a signal came first. Raises the errors of the start."""
         starting = asyncio.create_task(start)
         if not await self._unless_stopped(starting):
             return False
         starting.result()
         seconds = time.monotonic() - began
-        # What lives as long as the server need not be looked through by every collection.
+        # Garbage collections need not scan objects that live as long as the server.
         gc.collect()
         gc.freeze()
         await self._service.offload.start()
@@ -167,7 +167,7 @@ class Server:
             logger.warning("%d requests are aborted", self._service.num_requests)
 
     async def _wait_until_idle(self, timeout_s: float) -> None:
-        """Return when no request is left, in time or not, or at the second signal."""
+        """Return when no request is left, at the timeout, or at the second signal."""
         deadline = time.monotonic() + timeout_s
         while self._service.num_requests and time.monotonic() < deadline and not self._stop_now.is_set():
             await asyncio.sleep(_DRAIN_LOOK_S)
@@ -176,7 +176,7 @@ class Server:
         config = self._config
         return uvicorn.Config(
             create_app(self._service, KeyRing(api_keys(config))),
-            # called as the class would be
+            # called like the class
             http=partial(BoundedProtocol, ConnectionGuard(config)),  # type: ignore[arg-type]
             ws="none",
             log_config=None,
@@ -195,8 +195,8 @@ class Server:
 def serve(engine: AsyncLLM, config: ServerConfig) -> None:
     """Serve `engine` until a signal.
 
-    Raises ConfigError for an address in use or unusable files of TLS, what stops the engine's start, and
-    EngineDeadError when it has ended, unless `on_engine_death` is "restart".
+    Raises ConfigError for an address in use or unusable TLS files, the errors of the engine's start, and
+    EngineDeadError if the engine ends, unless `on_engine_death` is "restart".
     """
     check_tls(config)
     listening = listen(config)
@@ -219,7 +219,7 @@ def serve(engine: AsyncLLM, config: ServerConfig) -> None:
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """Return the bound socket. Raises ConfigError when the address cannot be had."""
+    """Return the bound socket. Raises ConfigError if the address is unavailable."""
     family = socket.AF_UNIX if config.uds else socket.AF_INET6 if ":" in config.host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -237,7 +237,7 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def check_tls(config: ServerConfig) -> None:
-    """Load the files of TLS once, before anything is started. Raises ConfigError naming the one that is unusable."""
+    """Load the TLS files once, before anything is started. Raises ConfigError naming the unusable one."""
     if config.ssl_certfile is None or config.ssl_keyfile is None:
         return
     for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
@@ -249,7 +249,7 @@ def check_tls(config: ServerConfig) -> None:
             raise ConfigError(f"{name} {path} cannot be read: {error.strerror}.", parameter=name) from error
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # Never asks at the terminal: a key with a password is refused.
+        # Never prompt at the terminal: a key with a password is refused.
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password="")
     except (ssl.SSLError, ValueError) as error:
         raise ConfigError(
@@ -267,7 +267,7 @@ def check_tls(config: ServerConfig) -> None:
 
 
 def api_keys(config: ServerConfig) -> list[str]:
-    """Return the keys of the configuration and of its file. Raises ConfigError for a file that gives none."""
+    """Return the keys of the configuration and of its file. Raises ConfigError for a file without keys."""
     keys = list(config.api_key)
     if config.api_key_file is not None:
         try:
@@ -286,6 +286,6 @@ def api_keys(config: ServerConfig) -> list[str]:
 def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
     try:
         import uvloop
-    except ImportError:  # not made for every platform
+    except ImportError:  # not available on every platform
         return None
     return uvloop.Loop

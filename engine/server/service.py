@@ -19,12 +19,12 @@ from sempre.engine.server.offload import Offload
 from sempre.ipc.errors import too_long, too_many_characters
 
 _STARTING_RETRY_S = 5
-# a tokenizer's normalisation may shorten a text before it is encoded
+# a tokenizer's normalisation may shorten a text before encoding
 _SLACK = 4
 
 
 class Service:
-    """The engine behind the endpoints. Made before the engine is ready: until then requests get 503."""
+    """The engine that the endpoints use. Created before the engine is ready: until then requests get 503."""
 
     def __init__(self, engine: AsyncLLM, config: ServerConfig) -> None:
         self.engine = engine
@@ -41,39 +41,39 @@ class Service:
 
     @property
     def num_requests(self) -> int:
-        """HTTP requests that are being generated."""
+        """Number of running HTTP requests."""
         return len(self._streams)
 
     def serve(self, startup_seconds: dict[str, float]) -> None:
-        """The engine is ready: requests are taken from now on."""
+        """The engine is ready: accept requests from now on."""
         ready, settings = self.engine.ready, self.engine.config
         self.admission.max_running = ready.max_num_seqs * settings.data_parallel_size
         self.startup_seconds = startup_seconds
         self.is_ready = True
 
     def pause(self) -> None:
-        """The engine has ended: no requests are taken until `serve` is called again."""
+        """The engine has ended: accept no requests until `serve` is called again."""
         self.is_ready = False
 
     def check_ready(self) -> None:
-        """Raise Busy (503) while the engine starts, also again."""
+        """Raise Busy (503) while the engine starts or restarts."""
         if not self.is_ready:
             raise Busy("The engine is starting.", _STARTING_RETRY_S)
 
     @property
     def max_json_values(self) -> int:
-        """Most values that a body may hold: token ids of a prompt as long as the context are among them."""
+        """Maximum values in a body, which may include the token ids of a prompt as long as the context."""
         return max(MAX_VALUES, 2 * self.engine.ready.max_model_len if self.is_ready else 0)
 
     def checked_length(self, token_ids: list[int]) -> list[int]:
-        """Return a prompt's token ids. Raises BadRequest for more than the context holds, before any is looked at."""
+        """Return a prompt's token ids. Raises BadRequest for more than the context holds, before checking any."""
         limit = self.engine.ready.max_model_len
         if len(token_ids) >= limit:
             raise BadRequest(too_long(len(token_ids), limit), param="prompt")
         return token_ids
 
     def check_text(self, text: str) -> None:
-        """Raise BadRequest for a text that cannot fit into the context, whatever its tokens are."""
+        """Raise BadRequest for a text that cannot fit into the context, however it is tokenized."""
         tokenizer, limit = self.engine.get_tokenizer(), self.engine.ready.max_model_len
         if len(text) > limit * tokenizer.longest_token * _SLACK:
             raise BadRequest(too_many_characters(len(text), limit), param="prompt")
@@ -97,10 +97,10 @@ class Service:
         return stream
 
     def close(self, stream: OutputStream) -> None:
-        """Abort what is unfinished of a stream, and give its place back."""
+        """Abort the unfinished requests of a stream, and release its admission."""
         if self._streams.pop(id(stream), None) is not None:
             self.admission.release(stream.num_sequences)
-            # An engine that has died has nothing to be told.
+            # A dead engine needs no abort.
             with suppress(Exception):
                 stream.close()
 

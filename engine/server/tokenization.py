@@ -68,7 +68,7 @@ async def detokenize(service: Service, http: Request) -> Response:
 
 
 async def tokenizer_info(service: Service, http: Request) -> Response:
-    """Return what the model's tokenizer_config.json says, and the chat template in use."""
+    """Return the model's tokenizer_config.json and the chat template in use."""
     service.check_ready()
     tokenizer = service.engine.get_tokenizer()
     found = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.init_kwargs}

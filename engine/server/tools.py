@@ -1,4 +1,4 @@
-"""What a chat request's tools and the server's parsers mean for its prompt, its grammar and its answer."""
+"""How a chat request's tools and the server's parsers affect its prompt, grammar and response."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from sempre.engine.structured_outputs import StructuredOutputsParams
 
 @dataclass(frozen=True)
 class ChatPlan:
-    """What follows from a request before its prompt is known."""
+    """Decisions about a request before its prompt is known."""
 
     template_tools: list[dict[str, Any]] | None
-    """as the chat template is given them"""
+    """as passed to the chat template"""
     structured: StructuredOutputsParams | None
     call_parser: str | None
-    """the format of the tool calls to look for: a name of TOOL_PARSERS, "required", or "named" """
+    """the format of the tool calls to parse: a name of TOOL_PARSERS, "required", or "named" """
     named: str
-    """the function of tool_choice, if it is one"""
+    """the function that tool_choice names, if any"""
     one_call: bool
     reasoning_parser: str | None
     include_reasoning: bool
 
     @classmethod
     def of(cls, request: ChatCompletionRequest, config: ServerConfig) -> ChatPlan:
-        """Raises BadRequest, or ConfigError, naming the field."""
+        """Raises BadRequest or ConfigError naming the field."""
         structured = structured_outputs(request)
         parallel = request.parallel_tool_calls is not False
         call_parser, named = _call_parser(request, config)
@@ -51,7 +51,7 @@ class ChatPlan:
                 )
             structured = StructuredOutputsParams(json=_call_schema(request, named, parallel=parallel))
         elif structured is not None and _is_an_answer(structured):
-            # what such a form lets through is the answer, also where it looks like a call
+            # output in such a form is the answer, even if it looks like a call
             call_parser = None
         return cls(
             template_tools=[msgspec.to_builtins(tool) for tool in request.tools] if request.tools else None,
@@ -65,7 +65,7 @@ class ChatPlan:
 
     @property
     def form(self) -> StructuredOutputsParams | None:
-        """The form of the output; reasoning before it is free, unless the request itself says where the form begins."""
+        """The form of the output; reasoning before it is free, unless the request says where the form begins."""
         if self.structured is None or self.structured.begins_after is not None or self.reasoning_parser is None:
             return self.structured
         return replaced(self.structured, after_reasoning=True)
@@ -106,7 +106,7 @@ class ChatPlan:
 
 
 def _call_parser(request: ChatCompletionRequest, config: ServerConfig) -> tuple[str | None, str]:
-    """(format of the calls, function that is named)."""
+    """(format of the calls, named function)."""
     choice = request.tool_choice
     if not request.tools:
         if choice in (None, "none"):
@@ -114,7 +114,7 @@ def _call_parser(request: ChatCompletionRequest, config: ServerConfig) -> tuple[
         raise BadRequest(f"tool_choice {choice!r} needs tools.", param="tool_choice")
     names = [tool.function.name for tool in request.tools]
     if len(set(names)) < len(names):
-        raise BadRequest("tools: two functions have one name.", param="tools")
+        raise BadRequest("tools: two functions have the same name.", param="tools")
     if isinstance(choice, NamedToolChoice):
         if choice.function.name not in names:
             raise BadRequest(
@@ -135,8 +135,8 @@ def _call_parser(request: ChatCompletionRequest, config: ServerConfig) -> tuple[
 
 
 def _is_an_answer(form: StructuredOutputsParams) -> bool:
-    """Whether the form describes a value; a regular expression or a grammar may describe calls as the model writes
-    them."""
+    """Whether the form describes a value; a regular expression or a grammar may describe calls in the model's own
+    format."""
     return form.regex is None and form.grammar is None
 
 

@@ -1,4 +1,4 @@
-"""A span per request through opentelemetry-api, with seed and fingerprint; nothing without it, or without an SDK."""
+"""A span per request through opentelemetry-api, with seed and fingerprint; no-op without it or an SDK."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ except ImportError:  # the extra `otel` is not installed
 
 
 class RequestSpan:
-    """Spans one request, as a child of the caller's if it sent a `traceparent`.
+    """Spans one request, as a child of the caller's span if it sent a `traceparent`.
 
-    As a context it covers the request's admission: an error there ends it; else `end` does.
+    As a context manager it covers the request's admission: an error there ends the span; otherwise `end` does.
     """
 
     def __init__(self, span: Any, fingerprint: str) -> None:
@@ -37,7 +37,7 @@ class RequestSpan:
         """Start the span, with vLLM's attribute names."""
         if trace is None:
             return cls(None, "")
-        # Where the HTTP framework has a span of its own, ours is its child.
+        # If the HTTP framework has its own span, ours is its child.
         is_child = trace.get_current_span().get_span_context().is_valid
         context = None if is_child else extract(http.headers)
         span = trace.get_tracer("sempre").start_span("llm_request", context=context)
@@ -63,7 +63,7 @@ class RequestSpan:
             return
         span.set_attributes(
             {
-                # an attribute's integer has 63 bits, a seed 64
+                # integer attributes have 63 bits, seeds 64
                 "sempre.seed": [str(request.seeds[0]) for request in requests],
                 "sempre.fingerprint": self._fingerprint,
                 "gen_ai.usage.prompt_tokens": sum(len(request.prompt_token_ids) for request in requests),

@@ -77,7 +77,7 @@ def test_the_canary_notices(bounded: ServerProcess) -> None:
         (POST + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n" * 500, 400, "larger chunks"),
         (POST + b"Transfer-Encoding: chunked\r\n\r\n2;a=", b"a" * 4096, 400, "around its chunks"),
         (b"", b"\r\n" * 500, 400, "No request has begun"),
-        (b"no HTTP at all\r\n\r\n", b"", 400, "no valid HTTP"),
+        (b"no HTTP at all\r\n\r\n", b"", 400, "not a valid HTTP"),
     ],
 )
 def test_too_much(bounded: ServerProcess, beginning: bytes, piece: bytes, status: int, message: str) -> None:

@@ -1,7 +1,7 @@
 """The page at `/`: try prompts, see probabilities, check that a second run gives the same bits.
 
-Plain files without a build step, sent as they are. The policy lets the page load and call nothing but this server,
-run no script from markup, and make no markup from text: what a model writes can only ever be text.
+Plain files without a build step. The policy only lets the page load from and call this server, and prevents scripts
+in markup and markup from text: model output is only ever shown as text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
-    # The page belongs to the server's version, so it is asked for anew.
+    # The page depends on the server's version, so browsers must revalidate it.
     "Cache-Control": "no-cache",
 }
 

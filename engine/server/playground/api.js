@@ -1,11 +1,11 @@
-// Requests to this server: streamed answers as tokens.
+// Requests to this server: streamed responses as tokens.
 
 import { bytesOf } from "./characters.js";
 
 const DONE = "[DONE]";
 
-// A seed has up to 64 bits, a JavaScript number 53: seeds stay text on both ways. An unescaped `,"seed":` can only be a
-// key, as quotes within JSON strings are escaped.
+// A seed has up to 64 bits, a JavaScript number 53: seeds stay text both ways. An unescaped `,"seed":` can only be a
+// key, since quotes within JSON strings are escaped.
 export function parseChunk(json) {
   return JSON.parse(json.replace(/([{,]"seed":)(\d+)/g, '$1"$2"'));
 }
@@ -23,7 +23,7 @@ function messageOf(text, status) {
   try {
     return JSON.parse(text).error.message;
   } catch {
-    return `The server answered with status ${status}.`;
+    return `The server responded with status ${status}.`;
   }
 }
 
@@ -34,7 +34,7 @@ export async function get(path, apiKey) {
   return text;
 }
 
-// Yields the chunks of a streamed answer. Throws the server's own words when it refuses or fails.
+// Yields the chunks of a streamed response. Throws the server's error message if it refuses or fails.
 export async function* stream(path, body, seed, apiKey, signal) {
   const response = await fetch(path, { method: "POST", headers: headers(apiKey), body: encodeBody(body, seed), signal });
   if (!response.ok) throw new Error(messageOf(await response.text(), response.status));
@@ -42,7 +42,7 @@ export async function* stream(path, body, seed, apiKey, signal) {
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) throw new Error("The connection ended before the answer did.");
+    if (done) throw new Error("The connection closed before the response was complete.");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
@@ -60,7 +60,7 @@ function named(text, logprob, bytes) {
   return { text, logprob, bytes: bytesOf(text, bytes) };
 }
 
-// The tokens of one choice, in one form for both interfaces: {id, text, bytes, logprob, alternatives: [{text, bytes,
+// The tokens of one choice, in the same form for both interfaces: {id, text, bytes, logprob, alternatives: [{text, bytes,
 // logprob}]}; `text` is the server's name of the token.
 export function tokensOf(choice) {
   const ids = choice.token_ids ?? [];

@@ -1,10 +1,10 @@
-// From tokens to characters: a token may hold a part of a character, which is shown where it is complete.
+// From tokens to characters: a token may hold part of a character, which is shown once it is complete.
 
 const NAME = /^bytes:(?:\\x[0-9a-f]{2}|[^\\])+$/;
 const PART = /\\x([0-9a-f]{2})|([^\\])/gu;
 const UTF8 = new TextEncoder();
 
-// The bytes of a token, from the server's list of them or from a name such as `bytes:\xe3\x81`.
+// The bytes of a token, from the server's list or from a name such as `bytes:\xe3\x81`.
 export function bytesOf(name, listed) {
   if (listed) return Uint8Array.from(listed);
   if (!NAME.test(name) || !name.includes("\\x")) return UTF8.encode(name);
@@ -12,7 +12,7 @@ export function bytesOf(name, listed) {
   return Uint8Array.from(parts.flatMap(([, hex, character]) => (hex ? [parseInt(hex, 16)] : [...UTF8.encode(character)])));
 }
 
-// A token by itself, for lists: its characters, or the bytes where they are none.
+// A single token, for lists: its characters, or its bytes if they are not whole characters.
 export function alone(token) {
   try {
     return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(token.bytes);
@@ -21,7 +21,7 @@ export function alone(token) {
   }
 }
 
-// The characters of token after token; those that a token only begins come with the one that completes them.
+// The characters of consecutive tokens; a split character comes with the token that completes it.
 export class Characters {
   #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 
@@ -29,7 +29,7 @@ export class Characters {
     return this.#decoder.decode(token.bytes, { stream: true });
   }
 
-  // What an output's last tokens began and nothing completed.
+  // The incomplete character at the end of an output.
   end() {
     return this.#decoder.decode();
   }

@@ -1,7 +1,7 @@
 // Whether two runs gave the same bits.
 
-// JSON writes a float32 with digits enough to tell it from its neighbours, so equal doubles are equal bits; Object.is
-// also tells 0 from -0.
+// JSON writes a float32 with enough digits to identify it, so equal doubles mean equal bits; Object.is also
+// distinguishes 0 from -0.
 function sameToken(a, b) {
   return (
     a.id === b.id &&
@@ -18,7 +18,7 @@ function countLogprobs(token) {
 }
 
 // A run: {tokens, fingerprint, seed, finish, stopped}. Returns {equal, at, message}; `at` is the first token that
-// differs, or -1. A run that its reader stopped is compared as far as it goes.
+// differs, or -1. A stopped run is compared up to its end.
 export function compare(first, second) {
   const partial = first.stopped || second.stopped;
   const common = Math.min(first.tokens.length, second.tokens.length);
@@ -33,11 +33,11 @@ export function compare(first, second) {
 function describe(first, second, equal, at, common, partial) {
   const changed = first.fingerprint !== second.fingerprint;
   const engine = changed
-    ? ` The fingerprint changed from ${first.fingerprint} to ${second.fingerprint}: this is another engine.`
+    ? ` The fingerprint changed from ${first.fingerprint} to ${second.fingerprint}: this is a different engine.`
     : "";
   if (equal) {
     const numbers = second.tokens.slice(0, common).reduce((sum, token) => sum + countLogprobs(token), 0);
-    const extent = partial ? "as far as both runs go, " : "";
+    const extent = partial ? "up to the end of the shorter run, " : "";
     return `Equal bits: ${extent}${common} tokens and ${numbers} log-probabilities are the same.${engine}`;
   }
   if (at < common) {

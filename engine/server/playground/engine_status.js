@@ -1,10 +1,10 @@
-// The engine's load, once a second while the page is in sight.
+// The engine's load, once a second while the page is visible.
 
 import { get } from "./api.js";
 
 const PERIOD_MS = 1000;
 
-// Sums a metric over its labels; names are the same under every prefix.
+// Sums a metric over its labels, under any prefix.
 export function metric(exposition, name) {
   const pattern = new RegExp(`^\\w+:${name}(?:\\{[^}]*\\})? (\\S+)`, "gm");
   const values = [...exposition.matchAll(pattern)].map((match) => Number(match[1]));

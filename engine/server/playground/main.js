@@ -1,4 +1,4 @@
-// The page: from its form to a request, from the answer to the output, and the comparison of two runs.
+// The page: form to request, response to output, and comparison of two runs.
 
 import { get, stream, tokensOf } from "./api.js";
 import { compare } from "./comparison.js";
@@ -10,10 +10,10 @@ const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "
 
 const view = new TokenView(byId("output"), byId("details"), byId("announcement"));
 const apiKey = () => byId("api_key").value;
-let request; // {path, body} as last sent
-let typedSeed; // the form's seed with it
+let request; // {path, body} of the last request
+let typedSeed; // the form's seed for it
 let lastRun;
-let running; // AbortController of the run under way
+let running; // AbortController of the current run
 
 function mode() {
   return document.querySelector("input[name=mode]:checked").value;
@@ -40,7 +40,7 @@ function say(text, bad = false) {
   byId("status").classList.toggle("bad", bad);
 }
 
-// Without a run, or before its first chunk, there are no facts.
+// Without a run, or before its first chunk, the facts are empty.
 function showRun(run) {
   byId("seed-used").textContent = run?.seed ?? "–";
   byId("fingerprint").textContent = run?.fingerprint ?? "–";
@@ -48,12 +48,12 @@ function showRun(run) {
   byId("finish").textContent = run?.stopped ? "you" : (run?.finish ?? "–");
 }
 
-// Whether the form still says what was sent last.
+// Whether the form has changed since the last request.
 function isEdited() {
   return JSON.stringify(readForm()) !== JSON.stringify(request) || byId("seed").value !== typedSeed;
 }
 
-// What was found about a request does not stand beneath another one.
+// Hides the verdict once the form describes another request.
 function followForm() {
   const edited = Boolean(request) && isEdited();
   if (edited) showVerdict();
@@ -89,7 +89,7 @@ async function receive(run, seed, signal) {
   }
 }
 
-// Returns the run, or undefined when it failed.
+// Returns the run, or undefined if it failed.
 async function generate(seed) {
   const run = { tokens: [], stopped: false };
   const controller = new AbortController();

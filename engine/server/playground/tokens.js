@@ -1,5 +1,5 @@
 // The output: one element per token, coloured by probability, with its alternatives on hover and by keyboard.
-// Text of a model is only ever set as textContent.
+// Model output is only ever set as textContent.
 
 import { alone, Characters } from "./characters.js";
 
@@ -11,7 +11,7 @@ export function element(name, properties = {}, children = []) {
   return made;
 }
 
-// stands for a token that only begins a character
+// shown for a token that only begins a character
 const BEGINS = "·";
 
 function visible(text) {
@@ -62,7 +62,7 @@ export class TokenView {
     this.output.append(element("span", { className: `token p${bucket}${part}`, textContent: text || begins }));
   }
 
-  // Nothing follows: what was begun and not completed is shown as what it is.
+  // The output has ended: shows the bytes of an incomplete character.
   end() {
     const rest = this.#characters.end();
     if (rest && this.#tokens.length) this.output.lastElementChild.textContent = rest;
@@ -77,7 +77,7 @@ export class TokenView {
     return token ? [...this.output.children].indexOf(token) : -1;
   }
 
-  // By keyboard the first token is shown; a pointer says itself which one.
+  // Keyboard focus shows the first token; a pointer selects its own.
   #focused() {
     if (this.output.matches(":focus-visible")) this.#activate(this.#active < 0 ? 0 : this.#active);
   }
