@@ -1,1 +1,1 @@
-"""The command line, `sempre`. Modules here import what is heavy inside the functions that need it."""
+"""The command line, `sempre`. Modules here import heavy packages inside the functions that need them."""

@@ -1,4 +1,4 @@
-"""Flags made from the fields of the settings, so that both always say the same."""
+"""Flags generated from the fields of the settings, so that both always agree."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NOT_FLAGS = ("output_kind",)
 
 
 def add_model_flag(parser: argparse.ArgumentParser) -> None:
-    """Add `--model`; its absence is reported by `model_of`, after mistyped flags."""
+    """Add `--model`; `model_of` reports its absence, after mistyped flags."""
     parser.add_argument("--model", metavar="MODEL", help="name (tiny, smollm2-135m), folder, or hub id")
 
 
@@ -41,12 +41,12 @@ def model_of(namespace: argparse.Namespace) -> str:
     """Return the model's name. Raises UsageError when none is given."""
     model: str | None = namespace.model
     if model is None:
-        raise UsageError("--model is missing; the model `tiny` is always at hand: --model tiny")
+        raise UsageError("--model is missing; the model `tiny` is always available: --model tiny")
     return model
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
-    """Add a flag for every field of EngineConfig and FrontendConfig, and for vLLM's other keywords but `without`."""
+    """Add flags for the fields of EngineConfig and FrontendConfig and vLLM's other keywords, except `without`."""
     add_config_flags(parser, "engine", EngineConfig, FrontendConfig)
     group = parser.add_argument_group("speculation, in short")
     for name, hint in SHORT_SPECULATION.items():
@@ -59,7 +59,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, without: Collection[str
 
 
 def add_vllm_flags(parser: argparse.ArgumentParser, settings: Mapping[str, tuple[object, ...]]) -> None:
-    """Add flags that help does not list: the value of each is accepted or refused as the keyword of `LLM` is."""
+    """Add flags that help does not list: their values are accepted or refused like the keywords of `LLM`."""
     for name, accepted in settings.items():
         _add_vllm_flag(parser, name, accepted)
 
@@ -80,18 +80,18 @@ def config_values(namespace: argparse.Namespace, config: type[msgspec.Struct]) -
 
 
 def given_values(namespace: argparse.Namespace, names: Collection[str]) -> dict[str, Any]:
-    """Return those of the flags that were given."""
+    """Return the flags in `names` that were given."""
     return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
 
 
 def add_sampling_flags(
     parser: argparse.ArgumentParser, *, without: Collection[str] = (), defaults: dict[str, object] | None = None
 ) -> None:
-    """Add a flag for every field of SamplingParams but those in `without`; `defaults` differ from the struct's.
+    """Add a flag for every field of SamplingParams except `without`; `defaults` override the struct's.
 
-    The seed of a request is `--sampling-seed`: `--seed` is the engine's, from which it is derived otherwise.
+    The seed of a request is `--sampling-seed`; `--seed` is the engine's, from which it is derived otherwise.
     """
-    group = parser.add_argument_group("sampling", "What is left out is the model's own default, else the one below.")
+    group = parser.add_argument_group("sampling", "The default is the model's own, or else the one below.")
     hints = get_type_hints(SamplingParams, include_extras=True)
     for field in dataclasses.fields(SamplingParams):
         if field.name in _NOT_FLAGS or field.name in without:
@@ -121,7 +121,7 @@ def _flag_name(field: str) -> str:
 
 
 def _add_flag(group: Any, name: str, hint: Any, default: str) -> None:
-    # what a flag gives is never None: that is said by leaving it out
+    # a flag's value is never None: leave the flag out for that
     kind = next(option for option in options(hint) if option is not type(None))
     keywords: dict[str, Any] = {
         "dest": name,
@@ -193,11 +193,11 @@ def _integers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected integers with commas between, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected integers separated by commas, got {text!r}") from None
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Read a JSON object, as the type of a flag."""
+    """Parse a JSON object; a `type` for argparse."""
     try:
         value = json.loads(text)
     except ValueError:

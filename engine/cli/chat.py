@@ -1,4 +1,4 @@
-"""`sempre chat`: with an engine of one's own, or with a running server."""
+"""`sempre chat`: with its own engine, or with a running server."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WITHOUT = ("n", "logprobs", "prompt_logprobs", "detokenize")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("--system", metavar="TEXT", help="system message that begins the conversation")
-    parser.add_argument("-q", "--quick", metavar="TEXT", help="answer this message, and end")
+    parser.add_argument("-q", "--quick", metavar="TEXT", help="answer this message, then exit")
     add_server_flags(parser)
     add_model_flag(parser)
     add_engine_flags(parser)
@@ -42,7 +42,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Read messages and print answers until /exit or the end of input; exit code 1 when `--quick` was refused."""
+    """Read messages and print answers until /exit or the end of input; exit code 1 if `--quick` was refused."""
     opening = [] if namespace.system is None else [{"role": "system", "content": namespace.system}]
     given = sampling_keywords(namespace)
     SamplingParams(**{"max_tokens": None, **given})
@@ -94,7 +94,7 @@ def _converse(answer: Answer, opening: list[Message]) -> None:
 
 
 def _answer(llm: LLM, params: SamplingParams, messages: Sequence[Message]) -> str | None:
-    """Print the answer as it comes; return it, or None when the request was refused."""
+    """Print the answer as it arrives; return it, or None if the request was refused."""
     pieces: list[str] = []
     try:
         for output in llm.stream(llm.render_chat(list(messages)), params):

@@ -37,7 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Print facts that a report of a problem should contain. Nothing heavy is imported."""
+    """Print facts for a bug report. Imports nothing heavy."""
     facts = collect()
     if namespace.json:
         print(json.dumps(facts, ensure_ascii=False))

@@ -12,20 +12,20 @@ from sempre.engine.cli.remote.answers import completion_text, print_answer
 from sempre.engine.cli.remote.connection import DEFAULT_URL, Server, add_server_flags
 
 _HELP = "Each line, or text pasted at once, is a prompt; Ctrl-C stops a completion, Ctrl-D ends."
-# A stream is one text; what HTTP does not carry or a stream cannot hold has no flag here.
+# A stream is one text; fields that HTTP or a stream does not support have no flag here.
 _WITHOUT = ("n", "logprobs", "prompt_logprobs", "detokenize")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("-q", "--quick", metavar="PROMPT", help="complete this prompt, and end")
+    parser.add_argument("-q", "--quick", metavar="PROMPT", help="complete this prompt, then exit")
     add_server_flags(parser)
     add_model_flag(parser)
     add_sampling_flags(parser, without=_WITHOUT)
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Print completions as they come; exit code 1 when the last request was refused."""
+    """Print completions as they arrive; exit code 1 if the last request was refused."""
     if namespace.url is None:
         raise UsageError(f"--url is missing, for example --url {DEFAULT_URL}; without a server use sempre generate")
     with Server(namespace.url, namespace.api_key) as server:

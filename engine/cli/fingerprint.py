@@ -18,7 +18,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Start an engine, which alone knows all parts, and print the digest and the parts."""
+    """Start an engine, since only it knows all parts, and print the digest and the parts."""
     given: list[str] = namespace.models
     surplus = given[1:] if namespace.model is None else given
     if surplus:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sempre.engine.llm import LLM
     from sempre.engine.outputs import CompletionOutput, Logprob, RequestOutput
 
-# The struct's 16 tokens are a convention of the Python interface; a reader at a terminal wants to see more.
+# 16 tokens are the default of the Python interface; at a terminal people want to see more.
 DEFAULT_MAX_TOKENS = 128
 
 
@@ -42,11 +42,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Complete all prompts and print the completions in order; exit code 1 when one of them failed."""
+    """Complete all prompts and print the completions in order; exit code 1 if one failed."""
     model = model_of(namespace)
     given = sampling_keywords(namespace)
     rows = _rows(namespace)
-    # Wrong values are found before a model is loaded.
+    # Find wrong values before loading a model.
     checked = SamplingParams(**_with_length(given))
     for row in rows:
         _with_row(checked, row.sampling, row)
@@ -72,7 +72,7 @@ def _rows(namespace: argparse.Namespace) -> list[PromptRow]:
         from_pipe = not namespace.prompts and not sys.stdin.isatty()
         rows = prompts_from_arguments(["-"] if from_pipe else namespace.prompts, sys.stdin)
     if not rows:
-        raise UsageError("no prompt: give one as argument, by standard input, or with --input FILE")
+        raise UsageError("no prompt: give one as an argument, on standard input, or with --input FILE")
     return rows
 
 
@@ -125,7 +125,7 @@ def _print(index: int, output: RequestOutput, completion: CompletionOutput, *, a
 
 
 def _record(index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
-    """Return what is printed: a function of the guarantee's inputs alone, so neither times nor cache hits."""
+    """Return the record to print; it must be reproducible, so without times and cache hits."""
     prompt_logprobs = output.prompt_logprobs
     record: dict[str, Any] = {
         "index": index,
@@ -149,7 +149,7 @@ def _record(index: int, output: RequestOutput, completion: CompletionOutput) -> 
 
 
 def _entries(row: dict[int, Logprob]) -> list[dict[str, Any]]:
-    """Return one position; a float32 is printed with all the digits that its value has as a double."""
+    """Return one position; a float32 is printed with all digits of its value as a double."""
     return [
         {
             "token_id": token_id,

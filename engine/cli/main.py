@@ -1,4 +1,4 @@
-"""Entry point: which command, and how errors become one line and an exit code."""
+"""Entry point: selects the command, and turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ EXIT_USAGE = 2
 EXIT_MODEL = 3
 EXIT_ENGINE = 4
 EXIT_INTERRUPTED = 130
-# 128 + SIGPIPE: what a shell reports of a program whose reader has left
+# 128 + SIGPIPE: what a shell reports for a program whose reader has closed the pipe
 EXIT_CLOSED_OUTPUT = 141
 
 DEBUG_VARIABLE = "SEMPRE_DEBUG"
 
 COMMANDS = {
     "generate": "complete prompts from arguments, standard input or a JSONL file",
-    "chat": "talk with a model, in an engine of its own or on a running server",
+    "chat": "chat with a model, in its own engine or on a running server",
     "complete": "complete prompts on a running server",
     "run-batch": "answer an OpenAI batch file",
-    "serve": "serve a model over HTTP, with the interface of OpenAI",
-    "pull": "fetch a model of the catalogue",
+    "serve": "serve a model over HTTP, with OpenAI's interface",
+    "pull": "download a model of the catalogue",
     "bench": "measure latency, throughput or start-up",
     "bench serve": "measure a running server under load",
     "fingerprint": "print what the outputs of a model depend on, and its digest",
@@ -51,7 +51,7 @@ COMMANDS = {
 
 _EPILOG = f"""exit codes: {EXIT_OK} success, {EXIT_FAILURE} other failure, {EXIT_USAGE} usage or setting,
 {EXIT_MODEL} model, {EXIT_ENGINE} engine could not start or died, {EXIT_INTERRUPTED} interrupted,
-{EXIT_CLOSED_OUTPUT} the reader of the output has left (as with `| head`).
+{EXIT_CLOSED_OUTPUT} the reader closed the output (as with `| head`).
 `sempre COMMAND --help` describes a command."""
 
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("sempre: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has left; Python would complain once more when it flushes at exit.
+        # The reader has closed our output; Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_CLOSED_OUTPUT
     except (UsageError, SempreError, OSError) as error:
@@ -74,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _flushed(arguments: list[str], debug: bool) -> int:
-    """Run; what is left to write is written here, where a reader who has left is noticed."""
+    """Run, and flush output here, where a closed pipe can be handled."""
     try:
         code = _run(arguments, debug)
-    except SystemExit:  # of --help and --version
+    except SystemExit:  # from --help and --version
         sys.stdout.flush()
         raise
     sys.stdout.flush()
@@ -85,7 +85,7 @@ def _flushed(arguments: list[str], debug: bool) -> int:
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the exit code that tells this kind of error from others."""
+    """Return the exit code for this kind of error."""
     match error:
         case UsageError() | ConfigError():
             return EXIT_USAGE
@@ -134,7 +134,7 @@ def _top_parser() -> CommandParser:
 
 
 def _set_up_output(debug: bool) -> None:
-    """Log to standard error, and write UTF-8 whatever the locale, so that output is the same everywhere."""
+    """Log to standard error, and write UTF-8 in every locale, so that output is the same everywhere."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter("sempre: %(levelname)s: %(message)s"))
     root = logging.getLogger("sempre")

@@ -20,7 +20,7 @@ _PASTE_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One prompt and what it asks for itself."""
+    """One prompt with its own parameters."""
 
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
@@ -30,11 +30,11 @@ class PromptRow:
     sampling: dict[str, Any] = field(default_factory=dict)
     """Sampling parameters that override the flags."""
     where: str = ""
-    """Place of the row, for errors."""
+    """Position of the row, for errors."""
 
 
 def prompts_from_arguments(arguments: Sequence[str], standard_input: Iterable[str]) -> list[PromptRow]:
-    """Return one row per argument; `-` stands for the lines of standard input, empty ones left out."""
+    """Return one row per argument; `-` means the lines of standard input without empty ones."""
     rows = []
     for argument in arguments:
         if argument != "-":
@@ -49,7 +49,7 @@ def prompts_from_file(path: str) -> list[PromptRow]:
     """Return the rows of a JSONL file, one object per line.
 
     A row has one of `prompt`, `prompt_token_ids` and `messages`, optionally `cache_salt` and `priority`, and any field
-    of SamplingParams. Raises ConfigError that names the line, OSError when the file cannot be read.
+    of SamplingParams. Raises ConfigError naming the line, OSError if the file cannot be read.
     """
     rows = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
@@ -59,11 +59,11 @@ def prompts_from_file(path: str) -> list[PromptRow]:
 
 
 def _as_utf8(argument: str) -> str:
-    """Return an argument as it was typed: text here is UTF-8, also where the locale says otherwise."""
+    """Return an argument as typed: text here is UTF-8 in every locale."""
     try:
         return os.fsencode(argument).decode()
     except UnicodeError:
-        return argument  # refused, with its place, when the prompt is encoded
+        return argument  # refused with its position when the prompt is encoded
 
 
 def _row(line: bytes, where: str) -> PromptRow:

@@ -11,10 +11,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Fetch the model and print its folder."""
+    """Download the model and print its folder."""
     from sempre.engine.checkpoints import embedded_checkpoint
     from sempre.engine.models import pull
 
-    # What ships with the package is always at hand, so its folder is the answer, too.
+    # For a model that ships with the package, print its folder, too.
     print(embedded_checkpoint(namespace.name) or pull(namespace.name))
     return 0

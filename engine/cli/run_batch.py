@@ -1,8 +1,8 @@
 """`sempre run-batch`: an OpenAI batch file, answered line by line (https://platform.openai.com/docs/guides/batch).
 
-A line that is wrong, refused or lost says so in its own line of the output; all others are answered. Lines come out in
-the order in which they went in, each as soon as those before it are done. A request without a seed gets one that
-follows from the file alone.
+A line that is invalid, refused or lost has an error in its output line; all others are answered. Output lines are in
+input order, each written as soon as those before it are done. A request without a seed gets one that depends on the
+file alone.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.remote.connection import add_server_flags, base_url, headers_for
 
 _ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
-# How long a line goes on asking a server that says it is busy.
+# How long a line retries a busy server.
 _BUSY_PATIENCE_S = 600.0
 _BUSY = (429, 503)
 _NO_SEED = (None, -1)
 
 
 class Line(NamedTuple):
-    """One line of the input: a request, or why it is none."""
+    """One line of the input: a request, or why it is invalid."""
 
     number: int
     custom_id: str | None
@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-i", "--input-file", metavar="FILE", help="JSONL: custom_id, method, url, body")
     parser.add_argument("-o", "--output-file", metavar="FILE", help="JSONL: custom_id, response, error")
     parser.add_argument(
-        "--max-concurrency", type=int, default=256, metavar="N", help="most lines under way at once (default: 256)"
+        "--max-concurrency", type=int, default=256, metavar="N", help="maximum concurrent lines (default: 256)"
     )
     add_server_flags(parser)
     add_model_flag(parser)
@@ -51,7 +51,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Answer a batch on the server at `--url`, or on one of its own; exit code 1 when a line failed."""
+    """Answer a batch on the server at `--url`, or on its own server; exit code 1 if a line failed."""
     for name in ("input_file", "output_file"):
         if getattr(namespace, name) is None:
             raise UsageError(f"--{name.replace('_', '-')} is missing")
@@ -78,7 +78,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 class Address(NamedTuple):
-    """A server: its URL, the Unix socket it listens on if any, and the headers it wants."""
+    """A server: its URL, its Unix socket if any, and the headers to send."""
 
     url: str
     socket: str | None
@@ -86,7 +86,7 @@ class Address(NamedTuple):
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the lines of a batch file, empty ones left out."""
+    """Return the lines of a batch file without empty ones."""
     lines: list[Line] = []
     seen: dict[str, int] = {}
     for number, text in enumerate(path.read_bytes().splitlines(), start=1):
@@ -108,7 +108,7 @@ def _line(number: int, text: bytes, seen: dict[str, int]) -> Line:
     url, body = value.get("url"), value.get("body")
     refusal = None
     if custom_id in seen:
-        refusal = f"custom_id {custom_id!r} is also that of line {seen[custom_id]}"
+        refusal = f"custom_id {custom_id!r} is also used by line {seen[custom_id]}"
     elif value.get("method") != "POST":
         refusal = f"method must be 'POST', got {value.get('method')!r}"
     elif url not in _ENDPOINTS:
@@ -122,10 +122,10 @@ def _line(number: int, text: bytes, seen: dict[str, int]) -> Line:
 
 
 def seeded(lines: list[Line], engine_seed: int) -> list[Line]:
-    """Return the lines with a seed in every request that has none.
+    """Return the lines with a seed in every request.
 
-    Lines reach the server in no certain order, by which it would tell equal requests apart. So a seed follows from the
-    request itself and from how many equal ones stand before it: a batch file has the same answers in every run.
+    Lines reach the server in no fixed order, so it cannot number equal requests. So a seed depends on the request and
+    the number of equal ones before it: a batch file has the same answers in every run.
     """
     counts: Counter[tuple[str, str]] = Counter()
     return [line if line.refusal is not None else _seeded(line, engine_seed, counts) for line in lines]
@@ -149,7 +149,7 @@ async def answer(lines: list[Line], address: Address, output: IO[str], max_concu
     transport = httpx.AsyncHTTPTransport(
         uds=address.socket, limits=httpx.Limits(max_connections=max_concurrency), verify=address.socket is None
     )
-    # Answers are long in coming; a server that has gone is noticed by its connections.
+    # No read timeout, since answers take long; a dead server closes its connections.
     timeout = httpx.Timeout(None, connect=10.0)
     waiting = iter(enumerate(lines))
     write = _OrderedWriter(output)
@@ -168,7 +168,7 @@ async def answer(lines: list[Line], address: Address, output: IO[str], max_concu
 
 
 class _OrderedWriter:
-    """Holds records back until all those before them are written."""
+    """Holds back each record until all earlier ones are written."""
 
     def __init__(self, output: IO[str]) -> None:
         self._output = output
@@ -186,7 +186,7 @@ class _OrderedWriter:
 
 
 async def _record(client: Any, line: Line) -> dict[str, Any]:
-    """Ask for one line; a failure of any kind becomes its record."""
+    """Process one line; any failure becomes its record."""
     import httpx
 
     if line.refusal is not None:
@@ -209,7 +209,7 @@ async def _record(client: Any, line: Line) -> dict[str, Any]:
 
 
 async def _ask(client: Any, line: Line) -> Any:
-    """Send a line, again while the server says that it is busy."""
+    """Send a line; retry while the server is busy."""
     loop = asyncio.get_running_loop()
     until = loop.time() + _BUSY_PATIENCE_S
     body = json.dumps(line.body).encode()

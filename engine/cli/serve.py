@@ -47,8 +47,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="name (tiny, …), folder, or hub id")
     parser.add_argument("--model", metavar="MODEL", help="the same")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as the flags are")
-    parser.add_argument("--print-config", action="store_true", help="print the settings in use as YAML, and end")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, with the names of the flags")
+    parser.add_argument("--print-config", action="store_true", help="print the settings in use as YAML, then exit")
     add_config_flags(parser, "server", ServerConfig)
     add_engine_flags(parser, without=_SERVER_SETTINGS)
     add_vllm_flags(parser, VLLM_SERVER_SETTINGS)
@@ -62,9 +62,9 @@ def run(namespace: argparse.Namespace) -> int:
     engine = {name: value for name, value in settings.items() if name in _ENGINE_SETTINGS}
     model = settings.get("model")
     if model is None:
-        raise UsageError("which model? The model `tiny` is always at hand: sempre serve tiny")
+        raise UsageError("no model given; the model `tiny` is always available: sempre serve tiny")
     if not engine.get("num_threads"):
-        # Checked before it is divided by.
+        # Check before dividing by it.
         engine["num_threads"] = threads_beside_a_server(parse_arguments(model, engine).engine.world_size)
     if namespace.print_config:
         _print_config(model, engine, server)
@@ -77,13 +77,13 @@ def run(namespace: argparse.Namespace) -> int:
     keys = api_keys(server)
     set_up_logging(server.log_format, debug=namespace.debug, uvicorn_level=server.uvicorn_log_level)
     if not keys and os.environ.get("VLLM_API_KEY"):
-        logger.warning("VLLM_API_KEY is not read, so requests need no key; set %sAPI_KEY", ENVIRONMENT_PREFIX)
+        logger.warning("VLLM_API_KEY is ignored, so requests need no key; set %sAPI_KEY", ENVIRONMENT_PREFIX)
     serve(AsyncLLM(model, **engine), server)
     return 0
 
 
 def _settings(namespace: argparse.Namespace) -> dict[str, Any]:
-    """Return what was set: a flag comes before the environment, that before the file."""
+    """Return the given settings: flags override the environment, which overrides the file."""
     path = namespace.config or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG")
     settings = {} if path is None else _from_file(path)
     settings |= _from_environment()
@@ -122,14 +122,14 @@ def _from_file(path: str) -> dict[str, Any]:
 
 
 def _from_environment() -> dict[str, Any]:
-    """Return the server's settings that the environment holds (SEMPRE_PORT, …), and the model.
+    """Return the server's settings from the environment (SEMPRE_PORT, …), and the model.
 
-    The engine's are not read from there: nothing that an output depends on should be set unseen.
+    Engine settings are not read from there: what outputs depend on should be set visibly.
     """
     settings: dict[str, Any] = {}
     links = service_variables(os.environ)
     if links:
-        logger.warning("not read as settings, but as what Kubernetes sets beside a service: %s", ", ".join(links))
+        logger.warning("ignored as settings, since Kubernetes sets them for a service: %s", ", ".join(links))
     for name in ("model", *_SERVER_SETTINGS):
         variable = ENVIRONMENT_PREFIX + name.upper()
         text = os.environ.get(variable)
@@ -139,7 +139,7 @@ def _from_environment() -> dict[str, Any]:
 
 
 def service_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return what Kubernetes puts into every container beside a service whose name begins with ours.
+    """Return the variables that Kubernetes sets in every container for a service whose name begins with ours.
 
     For a service `sempre`: SEMPRE_PORT=tcp://10.0.0.1:8000, SEMPRE_SERVICE_HOST, SEMPRE_PORT_8000_TCP_ADDR, …
     """
@@ -179,7 +179,7 @@ def _print_config(model: str, engine: dict[str, Any], server: ServerConfig) -> N
         values = msgspec.to_builtins(config)
         shown |= {name: values[name] for name in field_types(type(config)) if name not in SECRETS}
     if shown["speculative_config"] is not None:
-        # Found again from the draft model's name, as the model's own path is.
+        # Resolved again from the draft model's name, like the model's own path.
         del shown["speculative_config"]["model_path"]
     print(yaml.safe_dump(shown, sort_keys=False), end="")
     if server.api_key:

@@ -1,9 +1,9 @@
-"""From a model argument to a local Hugging Face folder.
+"""Resolves a model argument to a local Hugging Face folder.
 
 `resolve_model`   a path, an embedded or catalogue name, or a hub id → `ResolvedModel`
 `resolve_tokenizer`   a path or a hub id → the folder of a tokenizer
 `with_overrides`  a folder with another config.json
-`pull`            fetch a catalogue model into the user's cache, checked and converted once
+`pull`            download a catalogue model into the user's cache, checked and converted once
 `CATALOG`         the named models `pull` knows
 `cache_folder`    where pulled models live
 """

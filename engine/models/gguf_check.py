@@ -1,7 +1,7 @@
-"""Whether a GGUF file is what its header says: every count, length and offset against the bytes that are there.
+"""Checks every count, length and offset in a GGUF header against the bytes of the file.
 
-The library that reads it takes them as they are: a count of 2**60 is counted to, an array in an array in an array calls
-itself, and a shape is multiplied in 64 bits.
+The library that reads it trusts them: it loops to a count of 2**60, recurses into nested arrays, and multiplies shapes
+in 64 bits.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _STRING, _ARRAY = 8, 9
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _MOST_FIELDS = 4096
 _MOST_TENSORS = 65_536
-# of all arrays together; a vocabulary of a million tokens has about three million
+# in all arrays; a vocabulary of a million tokens has about three million
 _MOST_ITEMS = 2**24
 _MOST_DIMENSIONS = 4
-# no type stores less than a bit of each element
+# every type stores at least one bit per element
 _ELEMENTS_PER_BYTE = 8
 _MOST_NAME_BYTES = 4096
 
 
 def check_gguf(path: Path) -> None:
-    """Raise ModelError naming what does not fit."""
+    """Raise ModelError naming the inconsistent part."""
     size = check_regular(path)
     if size < len(_MAGIC) + 20:
         raise ModelError(f"{path} cannot be read as GGUF: it has {size} bytes.")
@@ -39,7 +39,7 @@ def check_gguf(path: Path) -> None:
 
 
 class _Check:
-    """One walk over the header."""
+    """One pass over the header."""
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self._path = path
@@ -69,7 +69,7 @@ class _Check:
                 self._fail(f"expected its end within {self._size} bytes", f"{num_elements} elements at {offset}")
 
     def _tensor(self, number: int) -> tuple[int, int]:
-        """Return how many elements the tensor has, and where it begins."""
+        """Return the tensor's number of elements and its offset."""
         self._where = f"tensor {number}"
         self._string(_MOST_NAME_BYTES)
         num_dimensions = self._number("<I")

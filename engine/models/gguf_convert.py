@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 CONVERTER_REVISION = 1
-"""Raised whenever the same GGUF would give other files, so that older conversions are made again."""
+"""Increased whenever the same GGUF would give different files, so that older conversions are redone."""
 
 _MOST_WIDTH = 2**20
 _MOST_HEADS = 4096
@@ -59,15 +59,15 @@ def convert_gguf(gguf_path: Path, folder: Path, *, progress: bool = True) -> Non
     bfloat16, and a quantised value carries fewer significant bits than bfloat16 keeps of it, so float32 would
     double the size for no better model.
 
-    Raises ModelError (TensorMismatch for a tensor) naming the field or tensor that does not fit; whatever the
-    converter does not know stops it.
+    Raises ModelError (TensorMismatch for a tensor) naming the invalid field or tensor; anything unknown to
+    the converter is an error.
     """
     from gguf import GGUFReader
 
     from sempre.engine.models.gguf_tokenizer import special_token_ids, write_tokenizer
 
     check_gguf(gguf_path)
-    # What the check leaves to the reader: types of tensors, names that appear twice, text that is no UTF-8.
+    # Left to the reader: tensor types, duplicate names, invalid UTF-8.
     try:
         reader = GGUFReader(gguf_path)
     except (ValueError, OSError, IndexError, KeyError) as error:
@@ -86,7 +86,7 @@ def convert_gguf(gguf_path: Path, folder: Path, *, progress: bool = True) -> Non
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     targets = _targets(shape, vocab_size, tied="output.weight" not in tensors)
     _check_tensors(tensors, targets)
-    special_ids.pop("unk_token_id", None)  # a matter of the tokenizer alone
+    special_ids.pop("unk_token_id", None)  # only the tokenizer uses it
     config |= {"tie_word_embeddings": "lm_head.weight" not in targets, **special_ids}
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", special_ids)
@@ -104,7 +104,7 @@ def _read_shape(metadata: GGUFMetadata, num_tensors: int) -> _LlamaShape:
     metadata.expect("llama.rope.dimension_count", head_dim, default=head_dim)
     metadata.expect("llama.rope.scaling.type", "none", default="none")
     return _LlamaShape(
-        # each layer has tensors of its own, so there cannot be more layers than tensors
+        # each layer has its own tensors, so there cannot be more layers than tensors
         num_layers=metadata.count("llama.block_count", num_tensors),
         hidden_size=hidden_size,
         intermediate_size=metadata.count("llama.feed_forward_length", _MOST_WIDTH),
@@ -214,7 +214,7 @@ def _write_weights(reader: GGUFReader, targets: dict[str, _Target], path: Path, 
 def _dequantised_rows(tensor: ReaderTensor, permuted_heads: int) -> Iterator[npt.NDArray[np.float32]]:
     from gguf.quants import dequantize
 
-    # A row's bytes stand alone in every GGUF type, so rows are put in order while still quantised.
+    # In every GGUF type a row's bytes are self-contained, so rows are reordered while still quantised.
     rows = tensor.data if tensor.data.ndim == 2 else tensor.data[np.newaxis]
     order = _row_order(len(rows), permuted_heads)
     block = max(1, _VALUES_PER_BLOCK * len(rows) // tensor.n_elements)

@@ -14,14 +14,14 @@ _Value = TypeVar("_Value", str, int, float, bool, list)  # type: ignore[type-arg
 
 _Item = TypeVar("_Item", str, int)
 
-# Descriptions, or facts about the file itself that its reader has already used.
+# Descriptions, or facts about the file that its reader has already used.
 _IGNORED_PREFIXES = ("GGUF.", "general.", "quantize.")
 
 
 class GGUFMetadata:
     """Metadata fields by name; remembers which were read, so that `refuse_unread` can name the others.
 
-    A field that nobody reads would change the model and be lost in silence, therefore it stops the conversion.
+    An unread field might change the model and would be lost silently, so it stops the conversion.
     """
 
     def __init__(self, reader: GGUFReader) -> None:
@@ -33,7 +33,7 @@ class GGUFMetadata:
         if field not in self._fields:
             return None
         value = self._contents(field)
-        # bool is a subclass of int: True where a count belongs is an error all the same.
+        # bool is a subclass of int, but True is not a valid count.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ModelError(
                 f"GGUF field {field!r}: expected {kind.__name__}, found {type(value).__name__} {str(value)[:80]!r}."
@@ -55,7 +55,7 @@ class GGUFMetadata:
         return value
 
     def items(self, field: str, kind: type[_Item]) -> list[_Item]:
-        """Return the field's list, all of whose items are of `kind`. Raises ModelError."""
+        """Return the field's list, whose items must be of `kind`. Raises ModelError."""
         found: list[_Item] = self.require(field, list)
         for index, item in enumerate(found):
             if type(item) is not kind:

@@ -15,7 +15,7 @@ from sempre.ipc.errors import ModelError
 
 
 class _TokenType(IntEnum):
-    """Kinds of tokens that byte-level BPE vocabularies hold; numbers as in the GGUF specification."""
+    """Token types in byte-level BPE vocabularies; numbers from the GGUF specification."""
 
     NORMAL = 1
     CONTROL = 3
@@ -36,7 +36,7 @@ _PRE_TOKENIZERS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = Mappi
 
 
 def special_token_ids(metadata: GGUFMetadata) -> dict[str, int]:
-    """Return `bos_token_id`, `eos_token_id`, `pad_token_id`, `unk_token_id` as far as the file has them."""
+    """Return `bos_token_id`, `eos_token_id`, `pad_token_id`, `unk_token_id` if the file has them."""
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     found = {
         f"{ours}_token_id": metadata.get(f"tokenizer.ggml.{theirs}_token_id", int) for ours, theirs in names.items()
@@ -65,7 +65,7 @@ def write_tokenizer(metadata: GGUFMetadata, folder: Path, *, context_length: int
     tokenizer.save(str(folder / "tokenizer.json"))
 
     config: dict[str, object] = {
-        # The class that takes tokenizer.json as it is; a named one would rebuild the pre-tokenizer its own way.
+        # This class uses tokenizer.json unchanged; a model's own class would rebuild the pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,

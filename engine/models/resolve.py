@@ -1,4 +1,4 @@
-"""Turn the `model` argument into a local folder."""
+"""Resolves the `model` argument to a local folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A model found: `name` as the user wrote it, `path` the local folder with its config.json."""
+    """A resolved model: `name` as the user wrote it, `path` the local folder with its config.json."""
 
     name: str
     path: Path
@@ -37,24 +37,22 @@ def resolve_model(
     download_dir: str | None = None,
     progress: bool = True,
 ) -> ResolvedModel:
-    """Find `model`; the first of these that fits is used.
+    """Find `model`; the first match is used.
 
     1. a local folder that holds a config.json
     2. an embedded name (`tiny`, `tiny-draft`)
     3. a catalogue name (`smollm2-135m`), pulled into the cache on first use
     4. a hub id `org/name`, through huggingface_hub, which honours `HF_HUB_OFFLINE`, `HF_HOME` and `HF_TOKEN`
 
-    `revision` is a branch, tag or commit of a hub id and is refused for anything else. `download_dir` takes the place
-    of the hub's own cache folder, and is refused for models of the catalogue. `progress` shows bars while files are
-    fetched.
-
-    Raises ConfigError when the argument names nothing known, ModelError when a download or a conversion fails.
+    `revision` is a branch, tag or commit of a hub id and is refused for anything else. `download_dir` replaces the
+    hub's own cache folder and is refused for models of the catalogue. `progress` shows bars during downloads.
+    Raises ConfigError for an unknown model, ModelError if a download or a conversion fails.
     """
     if isinstance(model, os.PathLike):
         model = os.fspath(model)
     if not isinstance(model, str) or not model:
         raise ConfigError(f"model must be a non-empty string or a path, got {model!r}.", parameter="model", value=model)
-    cache_folder()  # raises for a relative SEMPRE_CACHE, before a worker fills a folder of that name
+    cache_folder()  # raises for a relative SEMPRE_CACHE before a worker fills that folder
     local = Path(model).expanduser()
     if (local / "config.json").is_file():
         _refuse_revision(model, revision)
@@ -88,7 +86,7 @@ def resolve_tokenizer(
 ) -> Path:
     """Return the folder of a tokenizer: a local one, an embedded name's, a hub id's.
 
-    Raises ConfigError when the argument names nothing known, ModelError when a download fails.
+    Raises ConfigError for an unknown tokenizer, ModelError if a download fails.
     """
     local = Path(tokenizer).expanduser()
     known = local if local.is_dir() else embedded_checkpoint(tokenizer)
@@ -111,12 +109,12 @@ def resolve_tokenizer(
 
 
 def refuse_remote_code(folder: Path) -> None:
-    """Raise ConfigError when the checkpoint brings code of its own (`auto_map`), for trust_remote_code to run."""
+    """Raise ConfigError if the checkpoint brings its own code (`auto_map`), which trust_remote_code would run."""
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
         try:
             found = read_json_object(path) if path.exists() else {}
-        except ModelError:  # whoever needs the file says so
+        except ModelError:  # reported where the file is needed
             continue
         if found.get("auto_map"):
             raise ConfigError(

@@ -1,7 +1,7 @@
-"""Write a safetensors file in bfloat16, piece by piece, without torch.
+"""Writes a safetensors file in bfloat16, piece by piece, without torch.
 
-The format is a little-endian uint64 header length, a JSON header and the raw tensors one after another. It is
-written here because the library wants all tensors in memory at once and numpy has no bfloat16.
+The format is a little-endian uint64 header length, a JSON header and the raw tensors in order. The library is not
+used because it needs all tensors in memory at once and numpy has no bfloat16.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def bfloat16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     Raises ValueError when a value is NaN or infinite, or becomes infinite by rounding.
     """
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    # Half a unit in the last kept place, less one unless the kept part is odd: carries exactly when rounding up.
+    # Half a unit of the last kept bit, minus one if the kept part is even: carries exactly when rounding up.
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
-    # A NaN whose upper bits are all set wraps to zero in the sum, so the input is looked at as well.
+    # A NaN whose upper bits are all set wraps to zero in the sum, so the input is checked as well.
     if not np.isfinite(values).all() or ((rounded & 0x7F80) == 0x7F80).any():
         raise ValueError("a value is not finite in bfloat16")
     return rounded
@@ -41,7 +41,7 @@ def write_bfloat16(
     """Write the tensors named in `shapes` to `path`, in that order.
 
     `pieces(name)` yields the tensor's values as consecutive row blocks; only one block is in memory at a time.
-    Raises ModelError when a tensor has a value that is not finite, or not as many values as its shape says.
+    Raises ModelError if a tensor has a non-finite value or a number of values that does not match its shape.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -79,7 +79,7 @@ def test_help_names_every_command() -> None:
             "unknown flag --max-tokns. Did you mean --max-tokens?",
         ),
         (["generate", "--xyzzy", "hi"], "unknown flag --xyzzy. See sempre generate --help."),
-        (["generate", "hi"], "--model is missing; the model `tiny` is always at hand: --model tiny"),
+        (["generate", "hi"], "--model is missing; the model `tiny` is always available: --model tiny"),
         (["generate", "--model"], "argument --model: expected one argument. See sempre generate --help."),
         (
             ["generate", "--model", "tiny", "--max-tokens", "many"],
@@ -88,7 +88,7 @@ def test_help_names_every_command() -> None:
         ),
         (
             ["generate", "--model", "tiny", "--stop-token-ids", "1;2"],
-            "argument --stop-token-ids: expected integers with commas between, got '1;2'. See sempre generate --help.",
+            "argument --stop-token-ids: expected integers separated by commas, got '1;2'. See sempre generate --help.",
         ),
         (
             ["generate", "--model", "tiny", "--logit-bias", "5"],
@@ -109,7 +109,7 @@ def test_usage_errors(arguments: list[str], message: str, capsys: pytest.Capture
         (
             ["generate", "--model", "tiny"],
             2,
-            "no prompt: give one as argument, by standard input, or with --input FILE",
+            "no prompt: give one as an argument, on standard input, or with --input FILE",
         ),
         (["generate", "--model", "tiny", "--top-p", "5", "hi"], 2, "top_p must be in [0, 1], got 5.0."),
         (["generate", "--model", "tiny", "--max-num-seqs", "0", "hi"], 2, "max_num_seqs must be at least 1, got 0."),

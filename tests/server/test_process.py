@@ -314,7 +314,7 @@ def test_a_number_in_a_file_must_be_one(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_key_for_vllm_is_not_taken_for_one(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log", *FLAGS, environment={"VLLM_API_KEY": "hidden"}) as server:
-        assert "VLLM_API_KEY is not read, so requests need no key; set SEMPRE_API_KEY" in server.log
+        assert "VLLM_API_KEY is ignored, so requests need no key; set SEMPRE_API_KEY" in server.log
         assert "hidden" not in server.log
 
 

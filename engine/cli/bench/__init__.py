@@ -13,7 +13,7 @@ from sempre.engine.cli.parser import UsageError
 
 
 class Flag(NamedTuple):
-    """An integer flag: its default for each kind of benchmark that has it."""
+    """An integer flag and its default for each benchmark that has it."""
 
     defaults: dict[str, int]
     help: str
@@ -25,11 +25,11 @@ FLAGS = {
     "output_len": Flag({"latency": 128, "throughput": 128}, "tokens generated for each prompt"),
     "batch_size": Flag({"latency": 8}, "prompts at once"),
     "n": Flag({"latency": 1, "throughput": 1}, "samples of each prompt"),
-    "num_prompts": Flag({"throughput": 1000}, "prompts in all"),
-    "num_iters_warmup": Flag({"latency": 10, "startup": 1}, "runs before those that count"),
+    "num_prompts": Flag({"throughput": 1000}, "total prompts"),
+    "num_iters_warmup": Flag({"latency": 10, "startup": 1}, "warm-up runs that do not count"),
     "num_iters": Flag({"latency": 30}, "runs that count"),
     "num_iters_cold": Flag({"startup": 3}, "starts with an empty kernel cache"),
-    "num_iters_warm": Flag({"startup": 3}, "starts with a filled one"),
+    "num_iters_warm": Flag({"startup": 3}, "starts with a filled kernel cache"),
 }
 
 
@@ -43,12 +43,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             "--" + name.replace("_", "-"), type=int, metavar="N", help=f"{flag.help} (default: {defaults})"
         )
-    group.add_argument("--output-json", metavar="FILE", help="write the result there too")
+    group.add_argument("--output-json", metavar="FILE", help="also write the result to this file")
     add_engine_flags(parser)
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Measure, and print the result as one JSON document in the last line."""
+    """Measure, and print the result as JSON in the last line."""
     workload = _workload(namespace)
     # brings in the engine, which help does without
     from sempre.engine.cli.bench import offline
@@ -70,7 +70,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _workload(namespace: argparse.Namespace) -> dict[str, int]:
-    """The flags of this kind of benchmark. Raises UsageError for one that belongs to another, or is below 1."""
+    """The flags of this benchmark. Raises UsageError for a flag of another one, or a value below 1."""
     workload: dict[str, int] = {}
     for name, flag in FLAGS.items():
         value = getattr(namespace, name)

@@ -1,7 +1,7 @@
-"""Sends streamed requests to a server at planned times, and notes when each event comes.
+"""Sends streamed requests to a server at planned times, and records when each event arrives.
 
-The client must not be what is measured. So there is one protocol object per connection on a bare event loop, the
-response parser is C (httptools), and an event is decoded into no more than three fields.
+The client must not distort the measurement, so there is one protocol object per connection on a bare event loop, the
+response parser is C (httptools), and an event is decoded into at most three fields.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sempre.engine.cli.remote.connection import DONE, EventSplitter
 
 
 class Usage(msgspec.Struct):
-    """Token counts as the server states them."""
+    """Token counts reported by the server."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
 
 class Delta(msgspec.Struct):
-    """What a chat's chunk adds."""
+    """The new text of a chat's chunk."""
 
     role: str | None = None
     content: str | None = None
@@ -51,7 +51,7 @@ class Chunk(msgspec.Struct):
     error: msgspec.Raw = msgspec.Raw()
 
 
-# A server may close a connection that is idle for longer just when it is used again.
+# A server may close a longer idle connection just when it is reused.
 _MOST_IDLE_S = 2.0
 _MOST_REFUSAL_BYTES = 64 * 1024
 # left out, or null
@@ -61,7 +61,7 @@ _DECODER = msgspec.json.Decoder(Chunk)
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one request. Times in seconds; `start_time` on the monotonic clock."""
+    """Result of one request. Times in seconds; `start_time` on the monotonic clock."""
 
     start_time: float = 0.0
     client_queue_time: float = 0.0
@@ -75,7 +75,7 @@ class Outcome:
 
     @property
     def success(self) -> bool:
-        """Whether the whole answer came."""
+        """Whether the response is complete."""
         return not self.error
 
 
@@ -87,10 +87,10 @@ class Planned(NamedTuple):
 
 
 class Endpoint:
-    """Where requests go: the address, and the head of each request."""
+    """The target of requests: its address, and the head of each request."""
 
     def __init__(self, url: str, headers: dict[str, str], *, insecure: bool = False) -> None:
-        """`insecure`: any certificate is taken."""
+        """`insecure`: accept any certificate."""
         parts = urlsplit(url)
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -109,7 +109,7 @@ class Endpoint:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection; one request at a time. It is of no more use once `is_open` is false."""
+    """One connection; one request at a time. Unusable once `is_open` is false."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -118,7 +118,7 @@ class _Connection(asyncio.Protocol):
         self.idle_since = 0.0
 
     async def exchange(self, request: bytes, outcome: Outcome) -> None:
-        """Send a request, and fill in what comes of it."""
+        """Send a request, and fill in its outcome."""
         assert self._transport is not None
         self._ended = asyncio.get_running_loop().create_future()
         self._outcome = outcome
@@ -136,7 +136,7 @@ class _Connection(asyncio.Protocol):
             self.idle_since = time.perf_counter()
 
     def close(self) -> None:
-        """Give the connection up, whatever is under way."""
+        """Close the connection, even during a request."""
         self.is_open = False
         if self._transport is not None:
             self._transport.abort()
@@ -149,7 +149,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.is_open = False
         if self._ended is not None:
-            # an answer without a length ends with its connection
+            # a response without a length ends with its connection
             if not self._done:
                 self._outcome.error = (
                     self._outcome.error or f"the connection was lost: {error or 'closed by the server'}"
@@ -158,14 +158,14 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._ended is None:
-            self.close()  # nothing was asked
+            self.close()  # data without a request
             return
         self._now = time.perf_counter()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            # What is raised in a callback comes as its context.
-            self._outcome.error = f"the answer cannot be read: {error.__context__ or error}"
+            # An error raised in a callback is the context.
+            self._outcome.error = f"the response cannot be parsed: {error.__context__ or error}"
             self.close()
             self._finish()
 
@@ -174,7 +174,7 @@ class _Connection(asyncio.Protocol):
         outcome.latency = self._last - outcome.start_time
         outcome.output_tokens = outcome.output_tokens or self._events
         if not self._events and not outcome.error:
-            outcome.error = "the answer holds no token"
+            outcome.error = "the response contains no token"
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
 
@@ -229,7 +229,7 @@ class _Connection(asyncio.Protocol):
 
 
 class _Client:
-    """Connections to one server, used again when free."""
+    """Reusable connections to one server."""
 
     def __init__(self, endpoint: Endpoint, timeout_s: float) -> None:
         self._endpoint = endpoint
@@ -237,7 +237,7 @@ class _Client:
         self._free: list[_Connection] = []
 
     async def send(self, body: bytes, waited: float) -> Outcome:
-        """Send a request once: one that fails is not sent again, as the server may have begun to answer it."""
+        """Send a request once: no retries, since the server may have begun to answer."""
         outcome = Outcome(start_time=time.perf_counter(), client_queue_time=waited)
         connection = None
         try:
@@ -245,7 +245,7 @@ class _Client:
                 connection = self._idle_connection() or await self._connect()
                 await connection.exchange(self._endpoint.request(body), outcome)
         except TimeoutError:
-            outcome.error = f"no whole answer within {self._timeout_s:g} s"
+            outcome.error = f"no complete response within {self._timeout_s:g} s"
         except (OSError, UnicodeError) as error:
             outcome.error = f"no connection: {error}"
         if connection is not None and connection.is_open:
@@ -282,9 +282,9 @@ async def drive(
     *,
     timeout_s: float,
 ) -> tuple[list[Outcome], float]:
-    """Send each request when it is due, or later if `max_concurrency` are under way; return outcomes and seconds.
+    """Send each request when it is due, or later if `max_concurrency` are running; return outcomes and seconds.
 
-    A request has `timeout_s` from its sending to its last byte, connecting included.
+    `timeout_s` covers a request from sending to its last byte, including connecting.
     """
     _allow_connections(max_concurrency or len(plan))
     client = _Client(endpoint, timeout_s)
@@ -306,7 +306,7 @@ async def drive(
 
 
 def _allow_connections(count: int) -> None:
-    """Raise the process's own limit of open files where it is too low and may be raised."""
+    """Raise the process's limit of open files if it is too low and may be raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 64
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""`sempre bench serve`: a running server under load; flags, definitions and result keys as in `vllm bench serve`."""
+"""`sempre bench serve`: load test of a server, with the flags, definitions and keys of `vllm bench serve`."""
 
 from __future__ import annotations
 
@@ -40,32 +40,32 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _add_server_flags(parser.add_argument_group("server"))
     _add_load_flags(parser.add_argument_group("load"))
     _add_result_flags(parser.add_argument_group("result"))
-    sampling = parser.add_argument_group("sampling", "What is left out is the server's default.")
+    sampling = parser.add_argument_group("sampling", "The defaults are the server's.")
     for name, kind in _SAMPLING.items():
         sampling.add_argument("--" + name.replace("_", "-"), type=kind, metavar="X")
     sampling.add_argument("--logprobs", type=int, metavar="N", help="alternatives to report with each token")
     sampling.add_argument(
         "--ignore-eos",
         action=argparse.BooleanOptionalAction,
-        help="generate all tokens that are asked for (default: with random prompts)",
+        help="always generate the full output length (default: with random prompts)",
     )
     sampling.add_argument("--extra-body", type=json_object, default={}, metavar="JSON", help="more request fields")
 
 
 def _add_server_flags(group: Any) -> None:
     group.add_argument("--backend", choices=_ENDPOINTS, default="openai", help="interface (default: openai)")
-    group.add_argument("--base-url", metavar="URL", help="address, in place of --host and --port")
+    group.add_argument("--base-url", metavar="URL", help="address, instead of --host and --port")
     group.add_argument("--host", default="127.0.0.1", metavar="TEXT", help="default: 127.0.0.1")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000")
-    group.add_argument("--endpoint", metavar="PATH", help="default: that of the backend")
-    group.add_argument("--model", metavar="MODEL", help="default: the first one that is served")
-    group.add_argument("--served-model-name", metavar="TEXT", help="name in requests, if it is not MODEL's")
-    group.add_argument("--tokenizer", metavar="MODEL", help="default: that of the model, found on this machine")
+    group.add_argument("--endpoint", metavar="PATH", help="default: the backend's")
+    group.add_argument("--model", metavar="MODEL", help="default: the first served model")
+    group.add_argument("--served-model-name", metavar="TEXT", help="name in requests, if it differs from MODEL")
+    group.add_argument("--tokenizer", metavar="MODEL", help="default: the model's, from this machine")
     group.add_argument("--api-key", metavar="KEY", help="default: $SEMPRE_API_KEY or $OPENAI_API_KEY")
-    group.add_argument("--insecure", action="store_true", help="take any certificate of the server")
+    group.add_argument("--insecure", action="store_true", help="accept any certificate of the server")
     group.add_argument("--header", action="append", default=[], metavar="KEY=VALUE", help="more request headers")
     group.add_argument(
-        "--ready-check-timeout-sec", type=float, default=0.0, metavar="X", help="wait so long for a server (default: 0)"
+        "--ready-check-timeout-sec", type=float, default=0.0, metavar="X", help="seconds to wait for it (default: 0)"
     )
 
 
@@ -76,34 +76,34 @@ def _add_load_flags(group: Any) -> None:
 
     group.add_argument("--dataset-name", choices=("random", "sharegpt"), default="random", help="default: random")
     group.add_argument("--dataset-path", metavar="FILE", help="file of the dataset sharegpt")
-    integer("--num-prompts", 1000, "requests in all")
+    integer("--num-prompts", 1000, "total requests")
     group.add_argument("--request-rate", type=float, default=math.inf, metavar="X", help="per second (default: inf)")
     group.add_argument("--burstiness", type=float, default=1.0, metavar="X", help="1 is Poisson, less in bursts")
-    integer("--max-concurrency", None, "most requests under way at once")
+    integer("--max-concurrency", None, "maximum concurrent requests")
     group.add_argument(
         "--request-timeout",
         type=float,
         default=3600.0,
         metavar="X",
-        help="seconds that a request has from its sending to its last byte (default: 3600)",
+        help="seconds from sending a request to its last byte (default: 3600)",
     )
-    integer("--num-warmups", 0, "requests before those that count")
+    integer("--num-warmups", 0, "warm-up requests that do not count")
     integer("--random-input-len", 1024, "tokens of a random prompt")
     integer("--random-output-len", 128, "tokens generated from it")
     group.add_argument("--random-range-ratio", type=float, default=0.0, metavar="X", help="both lengths vary by ± X")
-    integer("--random-prefix-len", 0, "tokens that begin all random prompts")
-    integer("--sharegpt-output-len", None, "tokens generated from a conversation; default: as many as its answer has")
+    integer("--random-prefix-len", 0, "tokens at the start shared by all random prompts")
+    integer("--sharegpt-output-len", None, "tokens generated from a conversation; default: the length of its answer")
     integer("--input-len", None, "the same as --random-input-len")
     integer("--output-len", None, "the same as --random-output-len or --sharegpt-output-len")
-    integer("--seed", 0, "of prompts and arrival times")
+    integer("--seed", 0, "seed of prompts and arrival times")
     group.add_argument("--disable-tqdm", action="store_true", help="no progress bar")
 
 
 def _add_result_flags(group: Any) -> None:
     group.add_argument("--save-result", action="store_true", help="write the result to a file")
     group.add_argument("--append-result", action="store_true", help="append the result to the file")
-    group.add_argument("--save-detailed", action="store_true", help="with the figures and texts of every request")
-    group.add_argument("--result-dir", default=".", metavar="FOLDER", help="default: the current one")
+    group.add_argument("--save-detailed", action="store_true", help="include the timings and texts of every request")
+    group.add_argument("--result-dir", default=".", metavar="FOLDER", help="default: the current folder")
     group.add_argument("--result-filename", metavar="FILE", help="default: from the settings and the time")
     group.add_argument("--label", metavar="TEXT", help="first part of the file's name (default: the backend)")
     group.add_argument("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="more keys of the result")
@@ -115,7 +115,7 @@ def _add_result_flags(group: Any) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Measure; print a table, and the result as one JSON document in the last line. Exit code 1 when a request failed.
 
-    All four metrics are in the result, whichever the table shows.
+    The result contains all four metrics, whichever the table shows.
     """
     _check(namespace)
     shown = _names(namespace.percentile_metrics, _METRICS, "--percentile-metrics")
@@ -149,7 +149,7 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _check(namespace: argparse.Namespace) -> None:
-    """Raise UsageError for numbers out of range and flags that need each other."""
+    """Raise UsageError for numbers out of range and incomplete combinations of flags."""
     if namespace.input_len is not None:
         namespace.random_input_len = namespace.input_len
     if namespace.output_len is not None:
@@ -183,7 +183,7 @@ def _percentiles(text: str) -> list[float]:
     except ValueError:
         values = [-1.0]
     if not all(0 <= value <= 100 for value in values):
-        raise UsageError(f"--metric-percentiles must be numbers from 0 to 100 with commas between, got {text!r}.")
+        raise UsageError(f"--metric-percentiles must be numbers from 0 to 100 separated by commas, got {text!r}.")
     return values
 
 
@@ -210,11 +210,11 @@ def _pair(text: str, flag: str) -> tuple[str, str]:
 def _refuse_broken_headers(headers: dict[str, str]) -> None:
     for name, value in headers.items():
         if any(character in name + value for character in "\r\n") or ":" in name:
-            raise UsageError(f"--header: {name!r} is no header that can be sent.")
+            raise UsageError(f"--header: {name!r} is not a valid header.")
 
 
 def _model_and_tokenizer(namespace: argparse.Namespace, url: str) -> tuple[str, str]:
-    """Ask the server for what was not given; wait for it as long as allowed."""
+    """Ask the server for missing values; wait for it as long as allowed."""
     if namespace.model is not None and not namespace.ready_check_timeout_sec:
         return namespace.model, namespace.tokenizer or namespace.model
     until = time.monotonic() + namespace.ready_check_timeout_sec

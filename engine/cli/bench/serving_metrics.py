@@ -1,6 +1,6 @@
-"""Figures of a load test, with vLLM's definitions and names.
+"""Metrics of a load test, with vLLM's definitions and names.
 
-TTFT   time to first token: from sending a request to its first event that holds output
+TTFT   time to first token: from sending a request to its first event with output
 ITL    inter-token latency: between two such events of one request
 TPOT   time per output token after the first: (latency - TTFT) / (output tokens - 1), one value per request
 E2EL   end-to-end latency: from sending a request to its last such event
@@ -22,14 +22,14 @@ TITLES = {
     "itl": "Inter-token Latency",
     "e2el": "End-to-end Latency",
 }
-# present with --save-detailed only
+# only with --save-detailed
 DETAILS = ("input_lens", "output_lens", "start_times", "ttfts", "itls", "generated_texts", "errors")
 
 
 def summarize(
     outcomes: Sequence[Outcome], seconds: float, percentiles: Sequence[float], goodput: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the result document; all latencies in milliseconds, all lists in seconds and in the order of sending."""
+    """Return the result document; latencies in milliseconds, lists in seconds and in sending order."""
     good = [outcome for outcome in outcomes if outcome.success]
     num_input = sum(outcome.prompt_tokens for outcome in good)
     num_output = sum(outcome.output_tokens for outcome in good)
@@ -62,7 +62,7 @@ def summarize(
 
 
 def table(result: Mapping[str, Any], shown: Sequence[str]) -> str:
-    """Return the figures for reading: counts, throughput, and the metrics in `shown`."""
+    """Return a readable table: counts, throughput, and the metrics in `shown`."""
     rows: list[tuple[str, Any] | str] = [
         ("Successful requests", result["completed"]),
         ("Failed requests", result["failed"]),
@@ -117,7 +117,7 @@ def _statistics(name: str, values: list[float], percentiles: Sequence[float]) ->
 
 
 def _num_within(good: Sequence[Outcome], goodput: Mapping[str, float]) -> int:
-    """How many requests kept every limit of `goodput`, in milliseconds."""
+    """Number of requests within every limit of `goodput`, in milliseconds."""
     count = 0
     for outcome in good:
         of_request = {"ttft": outcome.ttft, "tpot": _tpot(outcome), "e2el": outcome.latency}
@@ -126,9 +126,9 @@ def _num_within(good: Sequence[Outcome], goodput: Mapping[str, float]) -> int:
 
 
 def _peak_rate(good: Sequence[Outcome], seconds: float) -> float:
-    """Most output tokens per second in any of the equal parts, of at most a second, that the run is cut into.
+    """Maximum output tokens per second in any of the run's equal parts of at most a second.
 
-    Never below the mean. The tokens of a request are taken as spread evenly over its events.
+    Never below the mean. Assumes that a request's tokens are spread evenly over its events.
     """
     if not good or not seconds > 0:
         return 0.0
@@ -143,7 +143,7 @@ def _peak_rate(good: Sequence[Outcome], seconds: float) -> float:
 
 
 def _peak_concurrency(good: Sequence[Outcome]) -> int:
-    """Most requests under way at one moment; one that ends when another is sent makes way for it."""
+    """Maximum concurrent requests; one that ends when another is sent does not overlap it."""
     changes = [(outcome.start_time, 1) for outcome in good]
     changes += [(outcome.start_time + outcome.latency, -1) for outcome in good]
     running = most = 0

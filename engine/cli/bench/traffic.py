@@ -1,4 +1,4 @@
-"""What a load test sends, and when: a function of the seed alone."""
+"""Requests of a load test and their times, which depend on the seed alone."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ConfigError, ModelError
 from sempre.ipc.model_files import read_json_object
 
-# vLLM's bounds of conversations that are used, in tokens
+# vLLM's length limits of usable conversations, in tokens
 _SHORTEST = 4
 _LONGEST_PROMPT = 1024
 _LONGEST_IN_ALL = 2048
 
 
 class Sample(NamedTuple):
-    """A prompt, as text or as token ids, and the most tokens to generate from it."""
+    """A prompt, as text or token ids, and the maximum number of tokens to generate."""
 
     prompt: str | list[int]
     output_len: int
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return a model's tokenizer; only what lies on this machine or in the catalogue is used without a network."""
+    """Return a model's tokenizer; offline, only models on this machine or in the catalogue work."""
     return Tokenizer.from_folder(resolve_model(name).path)
 
 
 def vocab_size_of(name: str) -> int:
-    """Return how many token ids a model knows; a checkpoint without tokenizer states it in its configuration."""
+    """Return a model's vocabulary size; without a tokenizer, from config.json."""
     folder = resolve_model(name).path
     if (folder / "tokenizer.json").is_file():
         return len(Tokenizer.from_folder(folder))
@@ -54,9 +54,9 @@ def random_samples(
     prefix_len: int = 0,
     seed: int = 0,
 ) -> list[Sample]:
-    """Return prompts of random token ids: `prefix_len` ids common to all, then `input_len` of their own.
+    """Return prompts of random token ids: `prefix_len` shared ids, then `input_len` of their own.
 
-    Both lengths are uniform within ± `range_ratio` of what is asked for. Ids instead of text: lengths are exact.
+    Input and output lengths are uniform within ± `range_ratio`. Ids instead of text make lengths exact.
     """
     generator = random.Random(seed)
     prefix = generator.choices(range(vocab_size), k=prefix_len)
@@ -76,8 +76,8 @@ def sharegpt_samples(
 ) -> list[Sample]:
     """Return first messages of a ShareGPT file, with the length of their answers or `output_len`.
 
-    The file is a JSON list of {"conversations": [{"value": …}, {"value": …}, …]}. Conversations are shuffled, very
-    short and very long ones left out, and used again when there are fewer than `count`. Raises ConfigError.
+    The file is a JSON list of {"conversations": [{"value": …}, {"value": …}, …]}. Conversations are shuffled,
+    very short and very long ones left out, and reused if there are fewer than `count`. Raises ConfigError.
     """
     usable = []
     for conversation in _conversations(path):
@@ -110,7 +110,7 @@ def _conversations(path: str) -> list[list[dict[str, Any]]]:
 
 
 def as_text(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Sample]:
-    """Return the samples with text in place of ids; encoded again, it may be a few tokens longer or shorter."""
+    """Return the samples as text; encoded again, it may be a few tokens longer or shorter."""
     return [
         sample
         if isinstance(sample.prompt, str)
@@ -122,7 +122,7 @@ def as_text(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Sample]:
 def arrival_times(count: int, *, rate: float, burstiness: float, seed: int = 0) -> list[float]:
     """Return when each request is due, in seconds: at once for an infinite rate, else `rate` per second on average.
 
-    Gaps follow a gamma distribution of shape `burstiness`: 1 is a Poisson process, less comes in bursts, more evenly.
+    Gaps follow a gamma distribution of shape `burstiness`: 1 is a Poisson process, less is bursty, more is even.
     They are scaled so that the last request is due at count / rate.
     """
     if np.isinf(rate):

@@ -1,4 +1,4 @@
-"""Streamed answers at a terminal: the text as it comes, then what is needed to ask for it again; a chat of them."""
+"""Streamed answers at a terminal: the text as it arrives, then the seed and fingerprint to reproduce it; chat."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def completion_text(choice: dict[str, Any]) -> str:
 
 
 def chat_text(choice: dict[str, Any]) -> str:
-    """The text of one choice of a chat's chunk; what a model thinks aloud is text, too."""
+    """The text of one choice of a chat's chunk, including reasoning."""
     delta = choice.get("delta") or {}
     return (delta.get("reasoning") or "") + (delta.get("content") or "")
 
 
 def print_answer(chunks: Iterable[dict[str, Any]], text_of: Callable[[dict[str, Any]], str]) -> str | None:
-    """Print an answer as it comes; return it, or None when the request was refused. An interrupt stops it."""
+    """Print an answer as it arrives; return it, or None if the request was refused. An interrupt stops it."""
     pieces: list[str] = []
     known: dict[str, Any] = {}
     try:
@@ -49,20 +49,20 @@ def print_answer(chunks: Iterable[dict[str, Any]], text_of: Callable[[dict[str, 
 
 
 def refuse_engine_flags(namespace: argparse.Namespace) -> None:
-    """Raise UsageError when flags of an engine are given beside `--url`."""
+    """Raise UsageError if flags of an engine are combined with `--url`."""
     given = [f"--{name.replace('_', '-')}" for name in engine_keywords(namespace)]
     if given:
-        raise UsageError(f"{', '.join(given)}: set where the server is started, not with --url")
+        raise UsageError(f"{', '.join(given)}: set these when you start the server, not with --url")
 
 
 class RemoteChat:
-    """Asks a server; has the shape of a conversation's other partner, an engine of one's own."""
+    """Chats with a server; has the same interface as chatting with an own engine."""
 
     def __init__(self, server: Server, model: str | None, sampling: Mapping[str, Any]) -> None:
         self._server = server
         self._body = {"model": server.model(model), "stream": True, **sampling}
 
     def answer(self, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """Print the answer as it comes; return it, or None when the request was refused."""
+        """Print the answer as it arrives; return it, or None if the request was refused."""
         body = {**self._body, "messages": list(messages)}
         return print_answer(self._server.stream("/v1/chat/completions", body), chat_text)

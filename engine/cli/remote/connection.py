@@ -1,4 +1,4 @@
-"""One server: its address and key, and the two kinds of calls, answered at once or streamed."""
+"""A client of one server: its address and key, plain and streamed calls."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sempre.ipc.errors import RequestError, ServerError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLES = ("SEMPRE_API_KEY", "OPENAI_API_KEY")
-# Connecting is quick or fails, and so is a question about the server; the first token may wait in a long queue.
+# Connecting and queries about the server are quick or fail; the first token may wait in a long queue.
 CONNECT_TIMEOUT_S = 10.0
 _QUESTION_TIMEOUT_S = 30.0
 _SILENCE_TIMEOUT_S = 600.0
-# Servers close what is idle for longer, perhaps just when it is used again.
+# Servers close longer idle connections, perhaps just when they are reused.
 _MOST_IDLE_S = 2.0
 DONE = b"[DONE]"
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -31,7 +31,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"key of the server; better in the environment, as {' or '.join(KEY_VARIABLES)}",
+        help=f"key of the server; better set in the environment, as {' or '.join(KEY_VARIABLES)}",
     )
 
 
@@ -42,17 +42,17 @@ def headers_for(api_key: str | None) -> dict[str, str]:
 
 
 def base_url(url: str) -> str:
-    """Return the address without `/v1`. Raises UsageError for what is no HTTP address."""
+    """Return the address without `/v1`. Raises UsageError for anything but an HTTP address."""
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"--url must begin with http:// or https://, got {url!r}; for example {DEFAULT_URL}")
     return url.rstrip("/").removesuffix("/v1")
 
 
 class Server:
-    """A running server; closes its connections at the end of a `with`."""
+    """A running server; `with` closes its connections."""
 
     def __init__(self, url: str, api_key: str | None = None, *, insecure: bool = False) -> None:
-        """`insecure`: any certificate is taken."""
+        """`insecure`: accept any certificate."""
         import httpx
 
         self.url = base_url(url)
@@ -71,7 +71,7 @@ class Server:
         self._client.close()
 
     def models(self) -> list[dict[str, Any]]:
-        """Return the cards of the models that are served, at least one."""
+        """Return the cards of the served models, at least one."""
         document = self.get("/v1/models")
         cards = document.get("data") if isinstance(document, dict) else None
         if not cards or not all(isinstance(card, dict) and isinstance(card.get("id"), str) for card in cards):
@@ -79,7 +79,7 @@ class Server:
         return list(cards)
 
     def model(self, wanted: str | None) -> str:
-        """Return the name of the model to ask for: `wanted`, which must be served, else the first one served."""
+        """Return the name of the model to use: `wanted`, which must be served, or else the first served one."""
         served = [str(card["id"]) for card in self.models()]
         if wanted is not None and wanted not in served:
             raise UsageError(f"{self.url} does not serve {wanted!r}; it serves {', '.join(served)}")
@@ -98,8 +98,8 @@ class Server:
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the chunks of a streamed answer. Leaving the loop closes the connection, which ends the request.
 
-        Raises RequestError when the request is refused, also in mid-stream; ServerError when the server fails, goes
-        away, or ends the stream without its closing mark.
+        Raises RequestError if the request is refused, also in mid-stream; ServerError if the server fails,
+        disconnects, or ends the stream without its final event.
         """
         splitter = EventSplitter()
         import httpx
@@ -113,7 +113,7 @@ class Server:
                     if event == DONE:
                         return
                     yield _chunk(self.url, event)
-        raise ServerError(f"{self.url} ended the answer before its end", url=self.url)
+        raise ServerError(f"{self.url} ended the response too early", url=self.url)
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
@@ -137,7 +137,7 @@ def _events(splitter: EventSplitter, received: bytes, url: str) -> list[bytes]:
     try:
         return splitter.feed(received)
     except ValueError as error:
-        raise ServerError(f"{url} sent something that is no stream of events: {error}", url=url) from None
+        raise ServerError(f"{url} sent something that is not an event stream: {error}", url=url) from None
 
 
 def _chunk(url: str, event: bytes) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _chunk(url: str, event: bytes) -> dict[str, Any]:
     except ValueError:
         chunk = None
     if not isinstance(chunk, dict):
-        raise ServerError(f"{url} sent an event that is no JSON object: {event[:200]!r}", url=url)
+        raise ServerError(f"{url} sent an event that is not a JSON object: {event[:200]!r}", url=url)
     if "error" in chunk:
         code = chunk["error"].get("code") if isinstance(chunk["error"], dict) else None
         _refuse(url, code if isinstance(code, int) else 500, chunk)
@@ -164,7 +164,7 @@ def _check(url: str, status: int, content: bytes) -> None:
 
 
 def _refuse(url: str, status: int, document: Any) -> None:
-    """Raise the server's own words: RequestError for 400 to 499, ServerError for the rest."""
+    """Raise the server's error message: RequestError for 400 to 499, ServerError for the rest."""
     error = document.get("error", document) if isinstance(document, dict) else document
     message = error.get("message", error) if isinstance(error, dict) else error
     text = f"{message or 'no reason given'} (status {status})"
@@ -175,20 +175,20 @@ def _refuse(url: str, status: int, document: Any) -> None:
 
 
 class EventSplitter:
-    """Cuts a response's bytes, which may break anywhere, into the data of its events.
+    """Splits a response's bytes, in any chunks, into the data of its events.
 
-    Of server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) only what OpenAI's interface
-    uses is read: events end with an empty line, one `data:` line each; comments and other
-    fields are skipped. Lines end with LF or CRLF.
+    Of server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) only the part that
+    OpenAI's interface uses is supported: events end with an empty line and have one `data:` line; comments and
+    other fields are skipped. Lines end with LF or CRLF.
     """
 
     def __init__(self) -> None:
-        # of the line that is not complete yet
+        # of the incomplete line
         self._parts: list[bytes] = []
         self._length = 0
 
     def feed(self, received: bytes) -> list[bytes]:
-        """Return the data of the events that `received` completes, in order. Raises ValueError for an endless line."""
+        """Return the data of the events that `received` completes, in order. Raises ValueError for a long line."""
         if b"\n" not in received:
             self._parts.append(received)
             self._length += len(received)

@@ -1,4 +1,4 @@
-"""A server of a command's own: started on a Unix socket that nobody else can reach, stopped at the end."""
+"""A command's own server, on a private Unix socket, stopped at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STOP_TIMEOUT_S = 60.0
 
 @contextmanager
 def own_server(model: str, engine: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the path of the socket of a server that is ready. Raises StartupError with the server's own last words."""
+    """Yield the socket path of a ready server. Raises StartupError with the server's last log line."""
     with tempfile.TemporaryDirectory(prefix="sempre-") as folder:
         socket = os.path.join(folder, "http.sock")
         log = os.path.join(folder, "server.log")
@@ -37,7 +37,7 @@ def own_server(model: str, engine: Mapping[str, Any]) -> Iterator[str]:
                 stdout=subprocess.DEVNULL,
                 stderr=standard_error,
                 env=_environment(),
-                # An interrupt at the terminal is this process's; the server is stopped below.
+                # Ctrl-C must reach only this process, which stops the server below.
                 start_new_session=True,
             )
         try:
@@ -48,7 +48,7 @@ def own_server(model: str, engine: Mapping[str, Any]) -> Iterator[str]:
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Return settings as the flags that set them."""
+    """Return settings as command-line flags."""
     flags = []
     for name, value in settings.items():
         written = name.replace("_", "-")
@@ -64,7 +64,7 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment without what sets up servers: keys, ports and TLS are meant for others than this one."""
+    """Return the environment without settings of servers: keys, ports and TLS are not meant for this one."""
     theirs = {f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in (*field_types(ServerConfig), "config")}
     return {name: value for name, value in os.environ.items() if name not in theirs}
 
@@ -78,10 +78,10 @@ def _wait_until_ready(process: subprocess.Popen[bytes], socket: str, log: str) -
                 if client.get("/ready").status_code == 200:
                     return
             except httpx.TransportError:
-                pass  # it does not listen yet
+                pass  # not listening yet
             time.sleep(_PAUSE_S)
     with open(log, encoding="utf-8", errors="replace") as file:
-        words = file.read().strip().splitlines() or ["it said nothing"]
+        words = file.read().strip().splitlines() or ["no output"]
     raise StartupError(f"the server ended with code {process.returncode}: {words[-1]}", cause="\n".join(words))
 
 

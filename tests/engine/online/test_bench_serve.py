@@ -115,7 +115,7 @@ def test_requests_that_fail_are_counted_and_told(capsys: pytest.CaptureFixture[s
             "connection was lost",
             '"message": "lost"',
             "cannot be read",
-            "holds no token",
+            "contains no token",
             "",
         ],
         strict=True,
@@ -139,10 +139,10 @@ def test_requests_that_fail_are_counted_and_told(capsys: pytest.CaptureFixture[s
         (["--percentile-metrics", "ttft,x"], "--percentile-metrics: 'x' is none of ttft, tpot, itl, e2el."),
         (
             ["--metric-percentiles", "101"],
-            "--metric-percentiles must be numbers from 0 to 100 with commas between, got '101'.",
+            "--metric-percentiles must be numbers from 0 to 100 separated by commas, got '101'.",
         ),
         (["--goodput", "itl:3"], "--goodput: expected ttft|tpot|e2el:MILLISECONDS, got 'itl:3'."),
-        (["--header", "X=a\r\nY: b"], "--header: 'X' is no header that can be sent."),
+        (["--header", "X=a\r\nY: b"], "--header: 'X' is not a valid header."),
         (["--num-promts", "3"], "unknown flag --num-promts. Did you mean --num-prompts?"),
     ],
 )

@@ -63,7 +63,7 @@ def test_a_completion_in_pieces(capsys: pytest.CaptureFixture[str], size: int) -
         (
             Answer(pieces=[events(text_chunk("a"), done=False)]),
             1,
-            "sempre: error: {url} ended the answer before its end\n",
+            "sempre: error: {url} ended the response too early\n",
         ),
         (
             Answer(pieces=[events(text_chunk("a"), {"error": {"message": "lost", "code": 500}})]),
@@ -73,7 +73,7 @@ def test_a_completion_in_pieces(capsys: pytest.CaptureFixture[str], size: int) -
         (
             Answer(pieces=[b"data: {nonsense\n\n"]),
             1,
-            "sempre: error: {url} sent an event that is no JSON object: b'{nonsense'\n",
+            "sempre: error: {url} sent an event that is not a JSON object: b'{nonsense'\n",
         ),
     ],
 )
@@ -97,7 +97,11 @@ def test_a_connection_that_is_cut_is_a_failure(capsys: pytest.CaptureFixture[str
         (["complete", "-q", "x"], 2, "--url is missing, for example --url http://127.0.0.1:8000"),
         (["complete", "--url", "localhost:8000", "-q", "x"], 2, "--url must begin with http:// or https://"),
         (["complete", "--url", "http://127.0.0.1:1", "-q", "x"], 1, "no server answers at http://127.0.0.1:1"),
-        (["chat", "--url", "http://127.0.0.1:1", "--max-num-seqs", "3"], 2, "--max-num-seqs: set where the server"),
+        (
+            ["chat", "--url", "http://127.0.0.1:1", "--max-num-seqs", "3"],
+            2,
+            "--max-num-seqs: set these when you start the server",
+        ),
     ],
 )
 def test_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str) -> None:
