@@ -244,7 +244,7 @@ def _known_keywords() -> list[str]:
 
 
 def _refuse_unknown(name: str, value: object) -> None:
-    """Accept a keyword of vLLM that asks for the engine's normal behavior; raise for every other one."""
+    """Accept a keyword of vLLM that asks for the engine's normal behaviour; raise for every other one."""
     if name in VLLM_KEYWORDS:
         check_vllm_setting(name, value)
         return

@@ -1,4 +1,4 @@
-"""Settings of vLLM that this engine does not need, each with the values that match its behavior.
+"""Settings of vLLM that this engine does not need, each with the values that match its behaviour.
 
 Any other value is refused by name, so no setting is silently ignored.
 """
@@ -175,7 +175,7 @@ _SECRETS = ("hf_token",)
 
 
 def check_vllm_setting(name: str, value: object) -> None:
-    """Raise ConfigError unless a setting of the table matches the engine's behavior."""
+    """Raise ConfigError unless a setting of the table matches the engine's behaviour."""
     if any(_is_same(value, same) for same in _TABLE[name]):
         return
     shown = name if name in _SECRETS else f"{name}={value!r}"
