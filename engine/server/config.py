@@ -1,4 +1,4 @@
-"""The frozen configuration of the server: the one source for flags, environment, configuration file and documents."""
+"""The server's frozen configuration: the one source for flags, environment, configuration file and docs."""
 
 from __future__ import annotations
 
@@ -27,51 +27,51 @@ _Timeout = Annotated[float, Meta(ge=0.1, le=1e9)]
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of the server alone; those of the engine are EngineConfig's. Build it with `server_config(...)`."""
+    """Settings of the server only; EngineConfig has those of the engine. Build it with `server_config(...)`."""
 
     host: Annotated[str, doc("address to listen on")] = "0.0.0.0"
     port: Annotated[int, Meta(ge=0, le=65535), doc("port to listen on; 0 takes a free one")] = 8000
-    uds: Annotated[str | None, doc("Unix socket to listen on, in place of host and port")] = None
-    served_model_name: Annotated[list[str], doc("names the model is served under; the first one is reported")] = []
-    api_key: Annotated[list[str], doc("keys that clients may use; none lets everybody in")] = []
+    uds: Annotated[str | None, doc("Unix socket to listen on, instead of host and port")] = None
+    served_model_name: Annotated[list[str], doc("names of the served model; the first one is reported")] = []
+    api_key: Annotated[list[str], doc("keys that clients may use; none: no key is needed")] = []
     api_key_file: Annotated[str | None, doc("file with one key per line")] = None
     ssl_keyfile: Annotated[str | None, doc("private key, PEM; with ssl_certfile turns TLS on")] = None
     ssl_certfile: Annotated[str | None, doc("certificate chain, PEM")] = None
     ssl_ca_certs: Annotated[str | None, doc("certificate authorities of clients, PEM; clients must show one")] = None
-    allowed_origins: Annotated[list[str], doc("origins of web pages that may call (CORS)")] = []
-    allowed_hosts: Annotated[list[str], doc("names by which clients call a server without keys; * is any")] = []
+    allowed_origins: Annotated[list[str], doc("origins of web pages that may call the server (CORS)")] = []
+    allowed_hosts: Annotated[list[str], doc("host names for clients of a server without keys; * is any")] = []
     root_path: Annotated[str, doc("path under which a proxy serves this server")] = ""
-    response_role: Annotated[str, doc("role of the messages that are answered")] = "assistant"
+    response_role: Annotated[str, doc("role of the generated messages")] = "assistant"
     enable_auto_tool_choice: Annotated[bool, doc("let the model call tools; needs tool_call_parser")] = False
     tool_call_parser: Annotated[ToolParser | None, doc("the format in which the model calls tools")] = None
     reasoning_parser: Annotated[ReasoningParser, doc("how the model marks its reasoning")] = ""
-    enable_force_include_usage: Annotated[bool, doc("end every stream with its usage, asked for or not")] = False
+    enable_force_include_usage: Annotated[bool, doc("end every stream with its usage, even if not requested")] = False
     return_tokens_as_token_ids: Annotated[bool, doc("name tokens `token_id:N` in all log-probabilities")] = False
-    ignore_unknown_fields: Annotated[bool, doc("leave unknown request fields aside instead of refusing them")] = False
-    trust_request_chat_template: Annotated[bool, doc("let requests bring a chat template")] = False
-    max_num_queued_reqs: Annotated[_Number, doc("most sequences waiting while max_num_seqs run; more get 503")] = 1024
+    ignore_unknown_fields: Annotated[bool, doc("ignore unknown request fields instead of refusing them")] = False
+    trust_request_chat_template: Annotated[bool, doc("allow chat templates in requests")] = False
+    max_num_queued_reqs: Annotated[_Number, doc("maximum waiting sequences; more get 503")] = 1024
     max_body_bytes: Annotated[_Bytes, doc("largest body of a request")] = 8 * 1024 * 1024
     max_n: Annotated[Count, doc("largest `n` of a request")] = 128
-    max_prompts: Annotated[Count, doc("most prompts in one request")] = 1024
-    shutdown_timeout: Annotated[_Pause, doc("seconds that running requests have left after SIGTERM")] = 30.0
+    max_prompts: Annotated[Count, doc("maximum prompts in one request")] = 1024
+    shutdown_timeout: Annotated[_Pause, doc("seconds for running requests to finish after SIGTERM")] = 30.0
     on_engine_death: Annotated[
         EngineDeath,
         doc("when the engine has ended: exit with code 4, or restart it and answer 503 meanwhile"),
     ] = "exit"
     keep_alive_timeout: Annotated[_Pause, doc("seconds that an idle connection stays open")] = 5.0
-    header_timeout: Annotated[_Timeout, doc("seconds in which the header of a request must come")] = 10.0
-    body_timeout: Annotated[_Timeout, doc("seconds in which a body must come, and a stalled answer be read")] = 60.0
-    max_connections: Annotated[Count, doc("most connections; fewer where the limit of open files is lower")] = 4096
-    max_connections_per_address: Annotated[Count, doc("most connections from one address")] = 2048
-    max_held_bytes: Annotated[_Bytes, doc("most bytes of all unanswered requests; more get 503")] = 128 * 1024 * 1024
+    header_timeout: Annotated[_Timeout, doc("seconds until the header of a request must be complete")] = 10.0
+    body_timeout: Annotated[_Timeout, doc("seconds to receive a body, or for a stalled client to read on")] = 60.0
+    max_connections: Annotated[Count, doc("maximum connections; fewer if the limit of open files is lower")] = 4096
+    max_connections_per_address: Annotated[Count, doc("maximum connections from one address")] = 2048
+    max_held_bytes: Annotated[_Bytes, doc("maximum bytes of all unanswered requests; more get 503")] = 128 * 1024 * 1024
     metrics_prefix: Annotated[MetricsPrefix, doc("prefix of the names at /metrics")] = "sempre"
     log_format: Annotated[LogFormat, doc("form of log lines")] = "text"
     enable_access_log: Annotated[bool, doc("log a line per request")] = True
-    disable_uvicorn_access_log: Annotated[bool, doc("log no line per request")] = False
-    uvicorn_log_level: Annotated[LogLevel, doc("what of the HTTP library's own log is shown")] = "warning"
+    disable_uvicorn_access_log: Annotated[bool, doc("do not log a line per request")] = False
+    uvicorn_log_level: Annotated[LogLevel, doc("log level of the HTTP library")] = "warning"
     middleware: Annotated[list[str], doc("ASGI middleware around the application: module.Class, or a function")] = []
     enable_log_requests: Annotated[bool, doc("log prompts and parameters of requests")] = False
-    max_log_len: Annotated[_Number | None, doc("most characters, and token ids, of a prompt that are logged")] = None
+    max_log_len: Annotated[_Number | None, doc("maximum characters and token ids logged per prompt")] = None
 
 
 SECRETS = ("api_key",)
@@ -82,8 +82,8 @@ def server_config(settings: Mapping[str, Any]) -> ServerConfig:
     hints = get_type_hints(ServerConfig, include_extras=True)
     for name in settings:
         if name not in hints:
-            raise ConfigError(f"{name} is no setting of the server.", parameter=name)
-    shown = dict.fromkeys(SECRETS, "a value that is not shown")
+            raise ConfigError(f"{name} is not a setting of the server.", parameter=name)
+    shown = dict.fromkeys(SECRETS, "a hidden value")
     config = ServerConfig(
         **{name: checked(name, value, hints[name], shown.get(name)) for name, value in settings.items()}
     )
@@ -101,8 +101,8 @@ def server_config(settings: Mapping[str, Any]) -> ServerConfig:
 
 
 def load_middleware(names: Sequence[str]) -> list[Any]:
-    """Return what the dotted names stand for: classes made with the application, or coroutine functions that take a
-    request and the way on. Raises ConfigError naming the one that is neither."""
+    """Import the dotted names: classes that take the application, or coroutine functions that take a request and
+    `call_next`. Raises ConfigError naming one that is neither."""
     return [_load(name) for name in names]
 
 

@@ -15,16 +15,16 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.errors import APIError, BadRequest
 
 MAX_FORM_BYTES = 256 * 1024
-"""Most bytes of what says which form an output has; the grammar made of it has a limit of its own."""
+"""Maximum bytes of the requested output form; the grammar built from it has its own limit."""
 MAX_TOOLS_BYTES = 1 << 20
 MAX_TEMPLATE_CHARACTERS = 64 * 1024
 MAX_PROMPT_TOKENS = 1 << 18
-"""Most tokens of all prompts of a request, unless a single one may be longer."""
+"""Maximum tokens of all prompts of a request, unless a single one may be longer."""
 
 MAX_COPIED_VALUES = 1 << 21
-"""Most token ids and biases of a request's rules, taken for each of its sequences: each of them has its own."""
+"""Maximum token ids and biases of a request, counted for each of its sequences, which copy them."""
 
-# field → (most entries, most characters of all of them together)
+# field → (maximum entries, maximum characters of all entries)
 _TEXTS = {"stop": (256, 16 * 1024), "bad_words": (128, 8 * 1024)}
 _ENTRIES = {"stop_token_ids": 1024, "logprob_token_ids": 1024, "logit_bias": 4096, "allowed_token_ids": 1 << 17}
 _ENTRIES |= {"messages": 1 << 14, "documents": 1 << 14, "chat_template_kwargs": 1024}
@@ -36,16 +36,16 @@ _BYTES = {
 _CHARACTERS = {"cache_salt": 1024, "chat_template": MAX_TEMPLATE_CHARACTERS}
 MAX_DEPTH = 100
 MAX_CONTAINERS = 50_000
-"""Most objects and lists: each is an allocation, and what reads them afterwards takes its time over each."""
+"""Maximum objects and lists: each is an allocation and takes time to process later."""
 MAX_VALUES = 300_000
-"""Most entries and members, unless a single prompt of the model's may have more token ids."""
+"""Maximum entries and members, unless one prompt may have more token ids."""
 MAX_MEMBERS = 50_000
 _CHUNK = 1 << 16
 _QUOTE, _COMMA, _COLON = b'",:'
 
 
 def check_sizes(request: msgspec.Struct) -> None:
-    """Raise BadRequest naming the field that is too large, APIError (413) where it is a form or the tools."""
+    """Raise BadRequest naming the field that is too large, APIError (413) for an output form or tools."""
     for name, (entries, characters) in _TEXTS.items():
         value = getattr(request, name, None)
         texts: Sequence[str] = [value] if isinstance(value, str) else value or ()
@@ -62,7 +62,7 @@ def check_sizes(request: msgspec.Struct) -> None:
 
 
 def check_copies(params: SamplingParams, num_sequences: int) -> None:
-    """Raise BadRequest for rules of the next token that are too large for so many sequences."""
+    """Raise BadRequest for token rules that are too large for this many sequences."""
     for name in ("allowed_token_ids", "logit_bias", "stop_token_ids"):
         size = len(getattr(params, name) or ())
         if size * num_sequences > MAX_COPIED_VALUES:
@@ -74,7 +74,7 @@ def check_copies(params: SamplingParams, num_sequences: int) -> None:
 
 
 def check_entries(name: str, value: Collection[Any], most: int) -> None:
-    """Raise BadRequest for a list or an object that holds more than `most`."""
+    """Raise BadRequest for a list or an object with more than `most` entries."""
     if len(value) > most:
         raise BadRequest(f"{name} may hold at most {most} entries, found {len(value)}.", param=name)
 
@@ -85,11 +85,11 @@ def _check_bytes(name: str, value: object, most: int) -> None:
 
 
 def check_structure(data: bytes, max_values: int = MAX_VALUES) -> None:
-    """Raise BadRequest for JSON that is nested too deeply, APIError (413) for JSON that holds too much.
+    """Raise BadRequest for JSON that is nested too deeply, APIError (413) for JSON with too many values.
 
-    Linear, some milliseconds per megabyte; counts of a text that is no JSON mean nothing, and its parser will say so.
+    Linear, some milliseconds per megabyte; for invalid JSON the counts are meaningless, but the parser will refuse it.
     """
-    # no text holds more than it has brackets, commas and colons, so most need no closer look
+    # brackets, commas and colons are an upper bound, so most texts need no closer check
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH and data.count(b",") < MAX_MEMBERS // 2:
         return
     if b"\\" in data:

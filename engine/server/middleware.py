@@ -26,14 +26,14 @@ from sempre.engine.server.logs import REQUEST_ID
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
-# probes and scrapers have no key; neither has a page before its user has typed one
+# probes and scrapers have no key, nor does the page before its user has entered one
 OPEN_PATHS = frozenset({"/", "/health", "/ping", "/live", "/ready", "/metrics", "/version", "/openapi.json"})
 _SHOWN = 100
 OPEN_PREFIXES = ("/playground/",)
 
 
 class KeyRing:
-    """The keys that are let in. Only digests are kept, and all of them are compared, each in constant time."""
+    """The accepted keys. Only digests are kept; all of them are compared, each in constant time."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -48,7 +48,7 @@ class KeyRing:
 
 
 class RequestGate:
-    """ASGI middleware: honours or makes X-Request-Id and returns it, refuses strangers, writes the access log."""
+    """ASGI middleware: uses or creates X-Request-Id, refuses unauthorised requests, writes the access log."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, config: ServerConfig) -> None:
         self._app = app
@@ -88,7 +88,7 @@ class RequestGate:
                 self._log(scope, state.get("refused_with", status), time.monotonic() - began)
 
     def _refusal(self, scope: Scope, headers: Headers) -> APIError | None:
-        """Return what the request is refused with before its body is read, if it is."""
+        """Return the error if the request is refused before its body is read."""
         path, method = scope["path"], scope["method"]
         if path in OPEN_PATHS or path.startswith(OPEN_PREFIXES) or method == "OPTIONS":
             return None
@@ -125,7 +125,7 @@ def _request_id(given: str | None) -> str:
 
 
 def _type_refusal(headers: Headers) -> APIError | None:
-    """A page may send other types, or none, to any server without asking the browser first."""
+    """Refuse other content types: browsers let any page send those to any server without a preflight request."""
     kind = headers.get("content-type")
     if kind is not None and kind.partition(";")[0].strip().lower() == "application/json":
         return None
@@ -143,7 +143,7 @@ def _unauthorized(headers: Headers) -> APIError:
 
 
 def wrapped(app: ASGIApp, names: Sequence[str]) -> ASGIApp:
-    """Return `app` within the middleware; the last one named is the outermost."""
+    """Return `app` wrapped in the middleware; the last one named is the outermost."""
     for middleware in load_middleware(names):
         found: Any = middleware
         if inspect.isclass(found):

@@ -18,7 +18,7 @@ from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, EngineDeadError, RequestError
 from sempre.ipc.messages import AddRequests, OutputsReady, RequestSpec, SamplingSpec
 
-# where compiled kernels of the CPU and of the GPU are kept
+# folders of compiled kernels for CPU and GPU
 CACHE_VARIABLES = ("SEMPRE_CACHE", "TRITON_CACHE_DIR")
 
 
@@ -49,7 +49,7 @@ def startup(
 
 
 class Start(NamedTuple):
-    """Seconds until an engine was ready, and of the phases until then, as `/server_info` names them."""
+    """Seconds until an engine was ready, in total and per phase, as named by `/server_info`."""
 
     seconds: float
     phases: dict[str, float]
@@ -156,7 +156,7 @@ _PATIENCE_S = 600.0
 def random_requests(
     count: int, *, vocab_size: int, input_len: int, output_len: int, n: int, seed: int, first: int = 0
 ) -> list[RequestSpec]:
-    """`count` prompts, each `n` times with another seed; ordinals from `first` on. The end of sequence is ignored."""
+    """Make `count` prompts, each `n` times with different seeds and ignore_eos; ordinals start at `first`."""
     generator = random.Random(f"{seed} {first}")
     specs: list[RequestSpec] = []
     for _ in range(count):
@@ -173,14 +173,14 @@ def random_requests(
 
 
 def seconds_for(client: EngineClient, requests: list[RequestSpec]) -> float:
-    """Wall clock from sending all requests until the last has ended. Raises the error of one that fails."""
+    """Wall-clock seconds from sending all requests until the last has ended. Raises the error of a failed one."""
     began = time.perf_counter()
     client.send(AddRequests(requests=requests))
     unfinished = len(requests)
     while unfinished:
         event = client.receive(_PATIENCE_S)
         if event is None:
-            raise EngineDeadError(f"{unfinished} requests have given nothing for {_PATIENCE_S:g} s")
+            raise EngineDeadError(f"{unfinished} requests have made no progress for {_PATIENCE_S:g} s")
         if isinstance(event, OutputsReady):
             for delta in event.outputs:
                 if delta.error is not None:
@@ -190,7 +190,7 @@ def seconds_for(client: EngineClient, requests: list[RequestSpec]) -> float:
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """Of a sample, with linear interpolation between its points."""
+    """Percentiles of a sample, with linear interpolation."""
     ordered = sorted(values)
     result = {}
     for percent in (10, 25, 50, 75, 90, 99):
