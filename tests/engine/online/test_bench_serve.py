@@ -114,7 +114,7 @@ def test_requests_that_fail_are_counted_and_told(capsys: pytest.CaptureFixture[s
             "without [DONE]",
             "connection was lost",
             '"message": "lost"',
-            "cannot be read",
+            "cannot be parsed",
             "contains no token",
             "",
         ],
