@@ -8,7 +8,7 @@ import pytest
 
 from sempre.engine.server.neutral import NEUTRAL
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+README = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
 WITHOUT_EFFECT = sorted({name for fields in NEUTRAL.values() for name, field in fields.items() if field.values is None})
 
 
