@@ -132,7 +132,7 @@ def _common(request: GenerationRequest, config: ServerConfig) -> dict[str, Any]:
 
 
 def structured_outputs(request: GenerationRequest) -> StructuredOutputsParams | None:
-    """Raises BadRequest, or ConfigError, naming the field."""
+    """Return the form, if any. Raises BadRequest or ConfigError naming the field."""
     of_format = _of_format(request.response_format)
     if request.structured_outputs is None:
         return of_format
@@ -151,7 +151,7 @@ def structured_outputs(request: GenerationRequest) -> StructuredOutputsParams | 
 
 @contextmanager
 def blame_on(request: GenerationRequest) -> Iterator[None]:
-    """Let a grammar that is refused be blamed on the field that it came from."""
+    """Make errors about a grammar name the field that it came from."""
     try:
         yield
     except ConfigError as error:
