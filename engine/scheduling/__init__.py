@@ -3,8 +3,8 @@
     scheduler.py         Scheduler: add, abort, schedule, update, restart
     planner.py           StepPlanner: which request computes what in the next step
     crash_isolation.py   CrashIsolation: after a crash, requests run alone until the one that caused it is found
-    request.py           Request: one sequence and how far it has come
-    limits.py            Limits: what a sequence and a step must fit into
+    request.py           Request: one sequence and its progress
+    limits.py            Limits: limits of a sequence and of a step
     planned_step.py      PlannedStep: a step under construction or in flight, and the check of its result
     kv_cache_manager.py  KVCacheManager: block tables of requests; prefix hits
     block_pool.py        BlockPool: reference counts, free blocks, order of eviction

@@ -12,8 +12,8 @@ class BlockPool:
     """Every block is in exactly one state:
 
     used    reference count ≥ 1
-    cached  count 0, content still findable in the prefix cache; evicted in the order of release when needed
-    free    count 0, nothing of use in it
+    cached  count 0, content still in the prefix cache; evicted in the order of release when needed
+    free    count 0, no useful content
     """
 
     def __init__(self, num_blocks: int, prefix_cache: PrefixCache) -> None:
@@ -21,12 +21,12 @@ class BlockPool:
         self._prefix_cache = prefix_cache
         self._ref_counts = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
-        # insertion order is the logical clock of last use: total, and the same in every run
+        # insertion order is a logical clock of last use: total, and the same in every run
         self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` can give: free and cached ones."""
+        """Number of blocks that `allocate` can return: free and cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -34,16 +34,16 @@ class BlockPool:
         return self.num_blocks - self.num_available
 
     def num_cached(self, blocks: Sequence[int]) -> int:
-        """How many of `blocks` count as available now but would not once acquired."""
+        """How many of `blocks` are available now but would not be once acquired."""
         return sum(not self._ref_counts[block] for block in blocks)
 
     def is_shared(self, block: int) -> bool:
         return self._ref_counts[block] > 1
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks with one reference each; free ones first, then the content unused for longest.
+        """Return `count` blocks with one reference each: free ones first, then the least recently used.
 
-        The caller has checked `count <= num_available`.
+        The caller must check `count <= num_available`.
         """
         blocks = []
         for _ in range(count):
@@ -57,14 +57,14 @@ class BlockPool:
         return blocks
 
     def acquire(self, blocks: Sequence[int]) -> None:
-        """One more reference to blocks that the prefix cache found."""
+        """Add a reference to blocks found in the prefix cache."""
         for block in blocks:
             if not self._ref_counts[block]:
                 del self._cached[block]
             self._ref_counts[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One reference less to each block of a block table, the last first: a tail is useless without its head."""
+        """Drop a reference to each block of a block table, the last first: a tail is useless without its head."""
         for block in reversed(blocks):
             self._ref_counts[block] -= 1
             if self._ref_counts[block]:

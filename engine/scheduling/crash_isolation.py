@@ -1,7 +1,7 @@
-"""Which request brought the worker down? After a crash those that were at work run alone, one after the other.
+"""Which request crashed the worker? After a crash the requests in flight run alone, one after the other.
 
-A request passes once it has got as many tokens alone as it had steps under way at the crash. It then waits for the
-others at its place in the order. One that is at work in too many crashes before it passes is given up.
+A request passes once it has as many new tokens as it had steps in flight at the crash. It then waits for the others
+at its place in the order. A request in flight in too many crashes before it passes fails.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class _Suspect:
     request: Request
     num_crashes: int = 0
     passes_at: int = 0
-    """length of its sequence, in tokens, with which it passes"""
+    """length of its sequence, in tokens, at which it passes"""
 
 
 class CrashIsolation:
-    """The suspects of the last crashes; the least suspicious runs first, then the order of requests decides."""
+    """The suspects of recent crashes; the one with the fewest crashes runs first, then by the order of requests."""
 
     def __init__(self, max_request_crashes: int) -> None:
         self._max_request_crashes = max_request_crashes
@@ -34,14 +34,14 @@ class CrashIsolation:
 
     @property
     def current(self) -> Request | None:
-        """The one that runs alone now; None when all have passed."""
+        """The suspect that runs alone now; None when all have passed."""
         if not self._suspects:
             return None
         first = min(self._suspects.values(), key=lambda suspect: (suspect.num_crashes, suspect.request.order_key))
         return first.request
 
     def note_crash(self, in_flight: Iterable[PlannedStep]) -> list[tuple[Request, int]]:
-        """Suspect the unfinished requests of these steps; those to be given up, with their crashes, are left out."""
+        """Suspect the unfinished requests of these steps; return those to fail, with their number of crashes."""
         at_work = [request for step in in_flight for request in step.requests if request.finish_reason is None]
         num_steps = Counter(request.request_id for request in at_work)
         for request in at_work:
@@ -55,10 +55,10 @@ class CrashIsolation:
         return [(suspect.request, suspect.num_crashes) for suspect in guilty]
 
     def has_passed(self, request: Request) -> bool:
-        """Whether this suspect has got beyond the point of the crash."""
+        """Whether this suspect has passed the point of the crash."""
         suspect = self._suspects.get(request.request_id)
         return suspect is not None and len(request.token_ids) >= suspect.passes_at
 
     def release(self, request: Request) -> None:
-        """It has passed, ended, or is given up; a request that is no suspect is ignored."""
+        """Stop suspecting a request: it has passed, ended or failed. Other requests are ignored."""
         self._suspects.pop(request.request_id, None)

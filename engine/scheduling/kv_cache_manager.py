@@ -11,12 +11,12 @@ from sempre.engine.scheduling.request import Request
 
 
 class KVCacheManager:
-    """Gives blocks to requests and takes them back.
+    """Allocates blocks to requests and frees them.
 
         block_ids   | committed: full, written, findable | full or being filled | reserved |
                     0                   num_committed_blocks                    num_slots / block_size
 
-    Only committed blocks are ever shared, so nobody writes into a block that another request reads.
+    Only committed blocks are ever shared, so no request writes into a block that another one reads.
     """
 
     def __init__(self, *, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
@@ -28,13 +28,13 @@ class KVCacheManager:
 
     @property
     def usage(self) -> float:
-        """Share of all blocks that requests hold, 0…1."""
+        """Fraction of all blocks held by requests, 0…1."""
         return self._pool.num_used / self.num_blocks
 
     def find_cached_blocks(self, request: Request) -> list[int]:
         """Blocks of the longest cached prefix of a waiting request.
 
-        At most all tokens but the last: that one has to be computed, or nothing could be sampled.
+        Never includes the last token, which must be computed to sample the next one.
         """
         if not (self.enable_prefix_caching and request.reads_prefix_cache):
             return []
@@ -49,12 +49,12 @@ class KVCacheManager:
         return blocks
 
     def can_admit(self, request: Request, cached_blocks: Sequence[int]) -> bool:
-        """True if all tokens of the request fit now, not only its first chunk: one that has to leave again is waste."""
+        """Whether all tokens of the request fit now, not only its first chunk, so that it is not preempted at once."""
         num_new = -(-request.num_tokens // self.block_size) - len(cached_blocks)
         return num_new <= self._pool.num_available - self._pool.num_cached(cached_blocks)
 
     def admit(self, request: Request, cached_blocks: Sequence[int], num_tokens: int) -> None:
-        """Give a waiting request its cached blocks and room for its first `num_tokens` tokens."""
+        """Give a waiting request its cached blocks and blocks for its first `num_tokens` tokens."""
         self._pool.acquire(cached_blocks)
         request.block_ids = [*cached_blocks]
         request.num_slots = len(cached_blocks) * self.block_size
@@ -65,7 +65,7 @@ class KVCacheManager:
             raise AssertionError("admitted without room")
 
     def grow(self, request: Request, num_tokens: int) -> list[int] | None:
-        """Blocks added so that the request's first `num_tokens` tokens have room; None if too few are available."""
+        """Add blocks for the request's first `num_tokens` tokens and return them; None if too few are available."""
         num_new = -(-num_tokens // self.block_size) - len(request.block_ids)
         if num_new > self._pool.num_available:
             return None
@@ -75,11 +75,11 @@ class KVCacheManager:
         return blocks
 
     def commit(self, request: Request, num_written_tokens: int, sampled: Sequence[int] = ()) -> None:
-        """Offer the blocks that [0, num_written_tokens) fills to the prefix cache; `sampled` is still to be appended
-        to the request, which holds the other tokens.
+        """Add the blocks that [0, num_written_tokens) fills to the prefix cache; `sampled` are tokens not yet appended
+        to the request.
 
-        Called when the step that wrote them has returned, not when it is planned: a step that fails, wholly or for
-        this request, then never leaves a findable block without content.
+        Called when the step that wrote them has returned, not when it is planned, so a step that fails, as a whole or
+        for this request, never leaves a findable block without content.
         """
         num_full = num_written_tokens // self.block_size
         self._extend_keys(request, num_full, sampled)
@@ -89,7 +89,7 @@ class KVCacheManager:
         request.next_commit_at = (num_full + 1) * self.block_size
 
     def release(self, request: Request) -> None:
-        """Take all blocks back; committed ones stay findable until they are needed."""
+        """Free all blocks; committed ones stay findable until they are needed."""
         self._pool.release(request.block_ids)
         request.block_ids = []
         request.num_slots = 0

@@ -1,4 +1,4 @@
-"""What a sequence and a step must fit into, and what a request is told that does not."""
+"""Limits of a sequence and of a step, and the errors for requests beyond them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from sempre.ipc.messages import ErrorInfo, RequestSpec
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one replica, in tokens but for the numbers of blocks and of requests (`max_num_seqs`)."""
+    """Limits of one replica, in tokens except for the numbers of blocks and requests (`max_num_seqs`)."""
 
     max_model_len: int
     num_blocks: int
-    """KV cache of `block_size` tokens each"""
+    """blocks of the KV cache, of `block_size` tokens each"""
     block_size: int
     max_num_seqs: int
     """requests in one step"""
     max_num_batched_tokens: int
-    """in one step"""
+    """tokens in one step"""
     max_prompt_tokens: int | None = None
-    """of requests that do more than decode, in one step; None: all of them"""
+    """of these, for requests that do more than decode; None: all of them"""
     max_draft_tokens: int = 0
-    """to verify in one step"""
+    """draft tokens to verify in one step"""
 
     @property
     def max_kv_tokens(self) -> int:
@@ -43,7 +43,7 @@ class Limits:
         raise RequestError(message, parameter="prompt_token_ids", value=length, request_id=spec.request_id)
 
     def outgrown(self, request_id: str, num_tokens: int) -> ErrorInfo:
-        """The end of a request whose next token could not be computed even if it ran alone."""
+        """The error of a request whose next token could not be computed even if it ran alone."""
         message = (
             f"Request {request_id!r} has {num_tokens} tokens and outgrew the KV cache of {self.max_kv_tokens} tokens "
             f"(num_blocks={self.num_blocks}, block_size={self.block_size}). "

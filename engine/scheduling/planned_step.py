@@ -1,4 +1,4 @@
-"""A step: built up by the planner, then in flight until its result is back, and checked."""
+"""A step: built by the planner, then in flight until its result is back, and checked."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sempre.ipc.messages import (
 
 
 class PlannedStep:
-    """Built up by `StepPlanner.plan`, consumed by `Scheduler.update`; entry i of each list is of one request.
+    """Built by `StepPlanner.plan`, consumed by `Scheduler.update`; entry i of each list belongs to one request.
 
-    It holds the requests themselves, not their ids: an id may finish and be used again while the step runs.
+    It holds the requests themselves, not their ids: an id may finish and be reused while the step runs.
     """
 
     __slots__ = (
@@ -40,8 +40,8 @@ class PlannedStep:
 
     def __init__(self, step_id: int, limits: Limits) -> None:
         self.step_id = step_id
-        self.budget = limits.max_num_batched_tokens  # tokens that may still be planned
-        self.prompt_budget = limits.max_prompt_tokens or self.budget  # of them, for requests that do more than decode
+        self.budget = limits.max_num_batched_tokens  # remaining tokens
+        self.prompt_budget = limits.max_prompt_tokens or self.budget  # of these, for requests that do more than decode
         self.num_draft_tokens = 0  # to verify
         self.requests: list[Request] = []
         self.samples: list[bool] = []
@@ -61,7 +61,7 @@ class PlannedStep:
         block_ids: list[int],
         drafts: list[int] | None = None,
     ) -> None:
-        """Plan the next `num_tokens` tokens of a request and the drafts after them, and count all as computed."""
+        """Plan the next `num_tokens` tokens of a request and the drafts after them, and count them as computed."""
         start = request.num_computed_tokens
         end = start + num_tokens
         samples = end == request.num_tokens
@@ -96,7 +96,7 @@ class PlannedStep:
             request.num_tokens += 1
 
     def check(self, step: ExecuteStep, result: StepResult) -> None:
-        """Raise ProtocolError unless `step` is this one and `result` answers all of it; changes nothing."""
+        """Raise ProtocolError unless `step` is this one and `result` is complete; changes nothing."""
         if not step.step_id == result.step_id == self.step_id:
             raise ProtocolError(
                 f"StepResult.step_id: expected {self.step_id}, the oldest step in flight, "
@@ -138,7 +138,7 @@ class PlannedStep:
 
 
 def check_drafts(step: ExecuteStep, result: StepResult) -> None:
-    """Raise ProtocolError unless `result` has drafts for each request that was to have them, and not too many."""
+    """Raise ProtocolError unless `result` has drafts for each request that wanted them, and not too many."""
     expected, found = [item.num_drafts for item in step.drafts], [len(drafts) for drafts in result.drafts]
     if len(found) != len(expected) or any(map(gt, found, expected)):
         raise ProtocolError(
@@ -148,7 +148,7 @@ def check_drafts(step: ExecuteStep, result: StepResult) -> None:
 
 
 def follows_drafts(token_ids: list[int], drafts: list[int]) -> bool:
-    """Whether a worker may have sampled these when `drafts` were verified."""
+    """Whether a worker may have sampled `token_ids` when it verified `drafts`."""
     num_kept = len(token_ids) - 1
     return num_kept <= len(drafts) and token_ids[:num_kept] == drafts[:num_kept]
 
@@ -158,7 +158,7 @@ def num_rows(rows: LogprobRows | None) -> int:
 
 
 def num_prompt_logprob_rows(planned: ScheduledRequest, num_prompt_tokens: int) -> int:
-    """Rows a worker reports for one planned chunk, see `ScheduledRequest`."""
+    """Number of rows that a worker reports for one planned chunk, see `ScheduledRequest`."""
     start = planned.num_computed_tokens
     first = max(start + 1, planned.prompt_logprobs_start)
     last = min(start + planned.num_tokens, num_prompt_tokens - 1)

@@ -1,14 +1,14 @@
-"""Which request computes what in the next step, and who gives its KV cache blocks to whom.
+"""Which request computes what in the next step, and who is preempted for KV cache blocks.
 
-Order is (priority, ordinal, request id), lower first; the priority counts only under the policy "priority".
-One step takes at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests, and at most
-`max_prompt_tokens` of them are of prompts, since whoever decodes waits for those:
+Order is (priority, ordinal, request id), lower first; the priority only counts under the policy "priority".
+One step has at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests, and at most
+`max_prompt_tokens` of them belong to prompts, since these delay decoding requests:
 
 1. running requests, in order; one that needs a block when none is left preempts the last running request, or itself;
-2. then, if nobody was preempted, waiting requests, in order, while the first of them fits. None overtakes another.
+2. then, if none was preempted, waiting requests, in order, while the first of them fits. None overtakes another.
 
-A preempted request gives its blocks back and waits again at its place in the order; what it had computed is
-computed again. None of this shows in a request's tokens: they depend on its own prompt, parameters and seed alone.
+A preempted request frees its blocks, waits again at its place in the order, and is recomputed. This never affects a
+request's tokens: they depend on its own prompt, parameters and seed alone.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _ORDER_KEY = attrgetter("order_key")
 
 
 class StepPlanner:
-    """The requests that run, those that wait, and the blocks that the former hold."""
+    """The running and waiting requests, and the blocks of the running ones."""
 
     def __init__(self, limits: Limits, kv_cache: KVCacheManager, counters: SchedulerStats) -> None:
         self._limits = limits
         self.kv_cache = kv_cache
         self._counters = counters
-        self.running: list[Request] = []  # sorted by order key, as is `waiting`
+        self.running: list[Request] = []  # sorted by order key, like `waiting`
         self.waiting: list[Request] = []
 
     def plan(self, step_id: int, alone: Request | None, now: float) -> PlannedStep:
-        """Plan the next step, of one request if it is to run `alone`; it is empty when there is nothing to compute.
+        """Plan the next step, of one request if one must run `alone`; it is empty if there is nothing to compute.
 
         A request waits for its draft worker as long as its `Ask` is open at the time `now`.
         """
@@ -46,28 +46,28 @@ class StepPlanner:
             if self._plan_running(step, now):
                 self._plan_waiting(step)
         elif alone.is_running:
-            self._plan_running(step, now)  # nobody else is running
+            self._plan_running(step, now)  # no other request is running
         else:
             self._admit(step, alone)
         return step
 
     def wait(self, request: Request) -> None:
-        """Queue a request that runs nowhere, at its place in the order."""
+        """Queue a request that is not running, at its place in the order."""
         insort(self.waiting, request, key=_ORDER_KEY)
 
     def leave(self, request: Request) -> None:
-        """Take a request out of its queue, and its blocks back."""
+        """Remove a request from its queue, and free its blocks."""
         _remove(self.running if request.is_running else self.waiting, request)
         request.is_running = False
         self.kv_cache.release(request)
 
     def wait_again(self, request: Request) -> None:
-        """From running back to waiting, at its place in the order."""
+        """Move a request from running back to waiting, at its place in the order."""
         self.leave(request)
         self.wait(request)
 
     def restart(self, requests: Iterable[Request]) -> None:
-        """All `requests` wait: the worker has died, and the cache is empty."""
+        """Make all `requests` wait: the worker has died, and the cache is empty."""
         for request in self.running:
             request.is_running = False
             self.kv_cache.release(request)
@@ -76,7 +76,7 @@ class StepPlanner:
         self.kv_cache.forget_cached()
 
     def _plan_running(self, step: PlannedStep, now: float) -> bool:
-        """Plan running requests; False if one was preempted, so that nobody takes the blocks it waits for."""
+        """Plan running requests; False if one was preempted, so that no waiting request takes the blocks it needs."""
         running = self.running
         num_running = len(running)
         # preemption pops from the tail: a later request, or the current one
@@ -91,7 +91,7 @@ class StepPlanner:
                 continue
             num_later = num_running - index - 1
             if num_new > 1:
-                # a long prompt leaves a token to each later request: they go on decoding meanwhile
+                # a long prompt leaves one token for each later request, so that these keep decoding
                 num_new = min(num_new, step.prompt_budget, max(1, step.budget - num_later))
                 if not num_new:
                     continue
@@ -111,7 +111,7 @@ class StepPlanner:
         return len(running) == num_running
 
     def _drafts(self, request: Request, room: int) -> tuple[list[int], list[int]]:
-        """Draft tokens to verify after the request's last token, and blocks for them; nobody is preempted for these."""
+        """Draft tokens to verify after the request's last token, and blocks for them; these never cause preemption."""
         assert request.speculation is not None
         room = min(room, request.compute_limit - request.num_tokens)
         drafts = request.speculation.drafts(request.token_ids, max(0, room))
@@ -123,7 +123,7 @@ class StepPlanner:
         return drafts, block_ids
 
     def _grow_or_preempt(self, request: Request, num_tokens: int) -> list[int] | None:
-        """Blocks for the first `num_tokens` tokens, at the cost of the last requests; None if that was this one."""
+        """Blocks for the first `num_tokens` tokens, preempting the last requests; None if it preempted this one."""
         while (block_ids := self.kv_cache.grow(request, num_tokens)) is None:
             victim = self.running[-1]
             self.wait_again(victim)
@@ -140,7 +140,7 @@ class StepPlanner:
                 break
 
     def _admit(self, step: PlannedStep, request: Request) -> bool:
-        """Plan the first tokens of a waiting request; False when it does not fit now."""
+        """Plan the first tokens of a waiting request; False if it does not fit now."""
         if request.awaits_result:
             return False  # preempted while its last token or drafts were in flight
         cached_blocks = self.kv_cache.find_cached_blocks(request)
@@ -182,7 +182,7 @@ class StepPlanner:
 
 
 def _must_wait(request: Request, now: float) -> bool:
-    """Whether what the request's next step computes depends on something still to come."""
+    """Whether the request's next step depends on a pending result or draft."""
     speculation = request.speculation
     assert speculation is not None
     if request.drafts_in_flight or (speculation.ask is not None and speculation.ask.is_open(now)):

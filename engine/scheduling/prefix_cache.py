@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 
 class BlockKey(NamedTuple):
-    """`digest` (32 bytes) names the block's content and all before it; `packed_tokens` is the content itself."""
+    """`digest` (32 bytes) identifies the block's content and its prefix; `packed_tokens` is the content."""
 
     digest: bytes
     packed_tokens: bytes
@@ -43,7 +43,7 @@ class PrefixCache:
     def extend_keys(
         self, keys: list[BlockKey], token_ids: Sequence[int], num_blocks: int, cache_salt: str | None
     ) -> None:
-        """Append to `keys` until it has the keys of the first `num_blocks` full blocks of `token_ids`."""
+        """Extend `keys` to the keys of the first `num_blocks` full blocks of `token_ids`."""
         size = self.block_size
         parent = keys[-1].digest if keys else root_digest(cache_salt)
         for start in range(len(keys) * size, num_blocks * size, size):
@@ -52,7 +52,7 @@ class PrefixCache:
             keys.append(BlockKey(parent, packed))
 
     def find(self, key: BlockKey) -> int | None:
-        """The block with this content, or None. Token ids are compared too: a hit never rests on the digest alone."""
+        """The block with this content, or None. Token ids are compared too: a hit never depends on the digest alone."""
         block = self._block_by_digest.get(key.digest)
         if block is None:
             return None
@@ -60,7 +60,7 @@ class PrefixCache:
         return block if found is not None and found.packed_tokens == key.packed_tokens else None
 
     def insert(self, key: BlockKey, block: int) -> None:
-        """Offer a full, written block. When another block holds the same content already, that one stays the entry."""
+        """Add a full, written block. If another block already has the same content, that one stays the entry."""
         if key.digest not in self._block_by_digest:
             self._block_by_digest[key.digest] = block
             self._key_of_block[block] = key
@@ -70,7 +70,7 @@ class PrefixCache:
         return self._key_of_block[block] is not None
 
     def remove(self, block: int) -> None:
-        """Forget the content of a block that is about to be written anew."""
+        """Forget the content of a block that is about to be overwritten."""
         key = self._key_of_block[block]
         assert key is not None
         del self._block_by_digest[key.digest]

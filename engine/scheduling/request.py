@@ -1,4 +1,4 @@
-"""One sequence and how far it has come."""
+"""One sequence and its progress."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Request:
         KV cache    [0, num_computed_tokens) is written by the steps scheduled so far
                     [0, num_slots) has blocks, num_slots = len(block_ids) * block_size
 
-    There is no prefill or decode phase: `num_computed_tokens` has to catch up with `num_tokens`, as far as
-    `compute_limit`. Past it nothing is computed: the last token a request may have never needs keys and values.
+    There is no prefill or decode phase: `num_computed_tokens` catches up with `num_tokens`, up to `compute_limit`.
+    Nothing is computed beyond it: the last token a request may have never needs keys and values.
     """
 
     __slots__ = (
@@ -61,7 +61,7 @@ class Request:
     def __init__(
         self, spec: RequestSpec, priority: int, limits: Limits, speculation: Speculation | None = None
     ) -> None:
-        """`priority` is the spec's, or 0 under a policy that does not look at it."""
+        """`priority` is the spec's, or 0 under a policy that ignores it."""
         params = spec.params
         self.spec = spec
         self.request_id = spec.request_id
@@ -75,27 +75,27 @@ class Request:
         self.max_total_tokens = min(self.num_prompt_tokens + params.max_tokens, limits.max_model_len)
         self.compute_limit = min(self.max_total_tokens - 1, limits.max_kv_tokens)
 
-        # a token that is both ends the request as end of sequence
+        # a token that is both ends the request as end-of-sequence
         self.stop_reasons: dict[int, int | None] = {token_id: token_id for token_id in params.stop_token_ids}
         self.stop_reasons.update(dict.fromkeys(params.eos_token_ids))
         self.finish_reason: str | None = None
         self.stop_reason: int | None = None
 
         self.is_running = False
-        # one that another engine began: its prompt was counted and its cached tokens reported there
+        # begun by another engine, which counted its prompt and reported its cached tokens
         self.was_admitted = bool(spec.output_token_ids or spec.num_prompt_logprobs_delivered)
         self.num_prompt_tokens_counted = self.num_prompt_tokens if self.was_admitted else 0
         self.num_preemptions = 0
         self.is_known_to_worker = False
         self.cached_tokens_to_report = 0
-        # what its form allows next follows from the token before, which must have come back
+        # the grammar's next tokens depend on the previous token, which must be known
         self.waits_for_tokens = params.depends_on_output
         self.wants_prompt_logprobs = params.prompt_logprobs is not None
         self.num_prompt_logprobs_delivered = spec.num_prompt_logprobs_delivered
         self.prompt_logprobs_start = 1 + spec.num_prompt_logprobs_delivered
 
         self.speculation = speculation
-        # while they are verified, nobody knows how many tokens the step will bring
+        # while they are verified, the step's number of tokens is unknown
         self.drafts_in_flight: list[int] = []
 
         # owned by KVCacheManager
@@ -104,23 +104,23 @@ class Request:
         self.block_keys: list[BlockKey] = []
         self.num_committed_blocks = 0
         self.next_commit_at = 0
-        # results of steps before this one do not tell what `block_ids` holds: they wrote to blocks given away
+        # results of earlier steps say nothing about `block_ids`: they wrote to blocks that were freed
         self.admitted_at_step = 0
-        # a hit would skip positions whose log-probabilities are asked for
+        # a hit would skip positions whose log-probabilities are requested
         self.reads_prefix_cache = not self.wants_prompt_logprobs
 
     @property
     def is_held_back(self) -> bool:
-        """Whether nothing more may be planned for it before the token in flight is known."""
+        """Whether nothing more may be planned before the token in flight is known."""
         return self.waits_for_tokens and self.num_tokens > len(self.token_ids)
 
     @property
     def awaits_result(self) -> bool:
-        """Whether only the result of a step in flight can tell how it goes on, if at all."""
+        """Whether the result of a step in flight decides whether and how the request continues."""
         return self.num_tokens > self.compute_limit or self.is_held_back or bool(self.drafts_in_flight)
 
     def as_new(self) -> NewRequest:
-        """All that a worker which does not know the request needs of it."""
+        """Everything that a worker needs to start this request."""
         return NewRequest(
             request_id=self.request_id,
             token_ids=self.token_ids.copy(),
@@ -130,13 +130,13 @@ class Request:
         )
 
     def count_prompt_tokens(self, num_written: int) -> int:
-        """How many tokens of the prompt are among the first `num_written` for the first time."""
+        """How many prompt tokens among the first `num_written` are new."""
         num_counted = self.num_prompt_tokens_counted
         self.num_prompt_tokens_counted = max(num_counted, min(num_written, self.num_prompt_tokens))
         return self.num_prompt_tokens_counted - num_counted
 
     def append(self, token_id: int) -> bool:
-        """Append a sampled token; True when it ends the request, with `finish_reason` and `stop_reason` set."""
+        """Append a sampled token; True if it ends the request, setting `finish_reason` and `stop_reason`."""
         token_ids = self.token_ids
         token_ids.append(token_id)
         num_tokens = len(token_ids)
@@ -145,18 +145,18 @@ class Request:
             self.stop_reason = self.stop_reasons[token_id]
             return True
         if num_tokens > self.compute_limit:
-            # its keys and values fit nowhere, whoever else runs: the same token ends it in every batch
+            # its keys and values never fit, even alone: the same token ends it in every batch
             self.finish_reason = "length" if num_tokens >= self.max_total_tokens else "error"
             return True
         return False
 
     def _completes_form(self, token_id: int) -> bool:
-        """A grammar lets the end of the sequence be sampled early only where nothing else could follow."""
+        """With a grammar, an end-of-sequence token before `min_tokens` means that nothing else can follow."""
         params = self.spec.params
         return params.grammar is not None and token_id in params.eos_token_ids
 
     def lose_worker(self) -> None:
-        """Forget what the worker held or was about to answer; tokens already here stay."""
+        """Forget the worker's state and pending results; tokens received so far are kept."""
         self.num_tokens = len(self.token_ids)
         self.drafts_in_flight = []
         self.is_known_to_worker = False

@@ -1,6 +1,6 @@
-"""Continuous batching: plans the next step, and applies what came back. Which request computes what, see planner.py.
+"""Continuous batching: plans the next step and applies results. planner.py decides which request computes what.
 
-After a crash of the worker the requests that were at work run alone first, see crash_isolation.py.
+After a crash of the worker, the requests in flight run alone first, see crash_isolation.py.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from sempre.ipc.messages import (
 class Scheduler:
     """All requests of one replica.
 
-    `schedule` may be called again before `update` for the former step: what is in flight is counted as one token per
-    sampling request, and a step is never planned past a request's last possible token. A request with a grammar sits a
-    step out while its token is in flight; the others go on. Steps are updated in the order of their planning.
+    `schedule` may be called again before `update` of the previous step: each sampling request in flight counts as one
+    token, and a step is never planned past a request's last possible token. A request with a grammar skips a step while
+    its token is in flight; the others continue. Steps are updated in planning order.
     """
 
     def __init__(
@@ -62,31 +62,31 @@ class Scheduler:
         self._in_flight: deque[PlannedStep] = deque()
         self._asking: list[Request] = []
         self._isolation = CrashIsolation(max_request_crashes)
-        self._finished_ids: list[str] = []  # known to the worker, to be told with the next step
+        self._finished_ids: list[str] = []  # known to the worker, which is told with the next step
         self._next_step_id = 0
 
-    # Requests come and go
+    # Adding and aborting requests
 
     def add(self, spec: RequestSpec) -> None:
-        """Queue a request. Raises RequestError when its id is in use or it can never run."""
+        """Queue a request. Raises RequestError if its id is in use or it can never run."""
         if spec.request_id in self._requests:
             message = f"The request id {spec.request_id!r} belongs to an unfinished request; choose another one."
             raise RequestError(message, parameter="request_id", value=spec.request_id, request_id=spec.request_id)
         self._limits.check_prompt(spec)
         speculation = None
-        # a grammar follows tokens that are certain, one at a time
+        # a grammar needs known tokens, one at a time
         if self._speculation is not None and not spec.params.depends_on_output:
             speculation = self._speculation.start(spec.cache_salt)
         request = Request(spec, spec.priority if self._uses_priority else 0, self._limits, speculation)
         if request.num_tokens > request.compute_limit:
             length, limit = request.num_tokens, request.compute_limit
-            message = f"output_token_ids: the sequence has {length} tokens, and at most {limit} can go on."
+            message = f"output_token_ids: the sequence has {length} tokens; the maximum to continue is {limit}."
             raise RequestError(message, parameter="output_token_ids", value=length, request_id=spec.request_id)
         self._requests[spec.request_id] = request
         self._planner.wait(request)
 
     def abort(self, request_id: str, finish_reason: str = "abort") -> RequestOutputDelta | None:
-        """End a request now; what is in flight for it is dropped. None if the id is unknown."""
+        """End a request now and drop its results in flight. None if the id is unknown."""
         request = self._requests.get(request_id)
         if request is None:
             return None
@@ -103,12 +103,12 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self._requests)
 
-    # A step is planned
+    # Planning a step
 
     def schedule(self, now: float = inf) -> ExecuteStep | None:
-        """Plan the next step; None when there is nothing to compute before the next add or update.
+        """Plan the next step; None if there is nothing to compute before the next add or update.
 
-        `now` is the time by which requests wait for a draft worker; at the end of time they do not.
+        `now` decides whether requests still wait for a draft worker; with `inf` they do not.
         """
         step = self._planner.plan(self._next_step_id, self._isolation.current, now)
         if not step.scheduled:
@@ -126,16 +126,16 @@ class Scheduler:
         )
 
     def take_asking(self) -> list[Request]:
-        """Requests for which a draft worker is to be asked, since the last call."""
+        """Requests that want drafts from a draft worker since the last call."""
         asking, self._asking = self._asking, []
         return asking
 
-    # A result is applied
+    # Applying a result
 
     def update(self, step: ExecuteStep, result: StepResult) -> list[RequestOutputDelta]:
-        """Append what was sampled, end what is done, and tell what is new, in the order of the step.
+        """Append sampled tokens, end finished requests, and return the deltas in the order of the step.
 
-        Raises ProtocolError, with nothing changed, when `result` does not answer the oldest step in flight.
+        Raises ProtocolError, changing nothing, if `result` does not match the oldest step in flight.
         """
         if not self._in_flight:
             raise ProtocolError(f"StepResult.step_id: expected no result, no step is in flight, found {result.step_id}")
@@ -168,7 +168,7 @@ class Scheduler:
             if sampled.token_ids or sampled.prompt_logprobs is not None:
                 deltas.append(self._apply(request, sampled, planned, drafted.get(request.request_id)))
             if self._isolation and self._isolation.has_passed(request):
-                # the next suspect runs alone; this one's turn comes again after the last
+                # the next suspect runs alone; this one continues after the last
                 self._isolation.release(request)
                 if request.is_running:
                     self._planner.wait_again(request)
@@ -176,10 +176,10 @@ class Scheduler:
         return deltas
 
     def _compute_again(self, request: Request, planned: ScheduledRequest, holds_blocks: bool) -> None:
-        """The worker could not sample yet: it computes the last known token once more, in the next step."""
+        """The worker could not sample yet: recompute the last known token in the next step."""
         request.num_tokens -= 1
         if request.wants_prompt_logprobs:
-            # they follow from hidden states of this step, which nobody has any more
+            # they depend on hidden states of this step, which are gone
             request.prompt_logprobs_start = planned.prompt_logprobs_start
             if holds_blocks:
                 self._planner.wait_again(request)
@@ -187,7 +187,7 @@ class Scheduler:
             request.num_computed_tokens = request.num_tokens - 1
 
     def _count_rejected(self, request: Request, drafts: list[int], sampled: SampledTokens) -> int:
-        """Count what became of verified drafts; how many of them were rejected, and their keys and values with them."""
+        """Count accepted and rejected drafts; return how many were rejected, whose keys and values are invalid."""
         request.drafts_in_flight = []
         num_kept = len(sampled.token_ids) - 1
         counters = self._counters
@@ -203,8 +203,7 @@ class Scheduler:
     def _apply(
         self, request: Request, sampled: SampledTokens, planned: ScheduledRequest, drafted: list[int] | None
     ) -> RequestOutputDelta:
-        """Take over one request's tokens up to the first that ends it. `drafted`: what comes next, if that was asked
-        for."""
+        """Append one request's tokens up to the first that ends it. `drafted`: new draft tokens, if requested."""
         token_ids = sampled.token_ids
         logprobs = sampled.logprobs
         ended = False
@@ -252,7 +251,7 @@ class Scheduler:
         )
 
     def _retire(self, request: Request) -> None:
-        """Take a request that has a finish reason out of everything."""
+        """Remove a finished request from all structures."""
         assert request.finish_reason is not None
         if request.speculation is not None:
             request.speculation.ended(request.token_ids, request.num_prompt_tokens)
@@ -264,13 +263,13 @@ class Scheduler:
         self._counters.finished[request.finish_reason] += 1
         self._counters.preemptions_per_request.observe(request.num_preemptions)
 
-    # The rest
+    # Restart and statistics
 
     def restart(self, cause: str) -> list[RequestOutputDelta]:
-        """The worker died by `cause`; the next one knows nothing: every unfinished request waits again.
+        """The worker died from `cause`; its successor has no state, so every unfinished request waits again.
 
-        Steps in flight are lost; their results must not be given to `update` any more. Requests that were at work in
-        too many crashes end here, with an error.
+        Steps in flight are lost; do not pass their results to `update`. Requests that were in flight in too many
+        crashes end here with an error.
         """
         guilty = self._isolation.note_crash(self._in_flight)
         for request in self._requests.values():
@@ -292,21 +291,21 @@ class Scheduler:
         return self._ended_by_error(request, describe(error))
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks; False, and nothing done, while a request holds blocks."""
+        """Forget all cached blocks. While a request holds blocks, do nothing and return False."""
         if self._planner.running:
             return False
         self._kv_cache.forget_cached()
         return True
 
     def progress(self) -> dict[str, tuple[int, int]]:
-        """Tokens known and computed of each request that has a place in the steps; if none has, of the next one."""
+        """(known tokens, computed tokens) of each running request; if none runs, of the next one."""
         requests = self._planner.running or self._planner.waiting[:1]
         return {request.request_id: (len(request.token_ids), request.num_computed_tokens) for request in requests}
 
     def stats(self) -> SchedulerStats:
-        """A snapshot, but for the observations, which go on."""
+        """A snapshot, except for the observations, which keep changing."""
         suspect = self._isolation.current
-        # while a suspect runs nobody else may
+        # while a suspect runs, no other request may
         num_deferred = sum(suspect not in (None, request) or request.awaits_result for request in self._planner.waiting)
         return msgspec.structs.replace(
             self._counters,
