@@ -1,4 +1,4 @@
-"""The engine's core, the same in a coordinator process and in the user's: requests to replicas, steps to workers.
+"""The engine's core, in a coordinator process or in the user's: requests to replicas, steps to workers.
 
 A step, per replica: `step = scheduler.schedule()`; the workers execute it; `outputs = scheduler.update(step, result)`.
 Commands and events go in, client events come out; nothing here waits.
@@ -46,18 +46,18 @@ from sempre.ipc.messages import (
     WorkerStateChanged,
 )
 
-# between two looks at how far requests have come
+# between two checks of the progress of requests
 _LOOK_S = 1.0
 
 
 class LostWorker(NamedTuple):
-    """What the death of a worker means."""
+    """The consequences of a worker's death."""
 
     ranks: range
-    """of its replica, which go down together"""
+    """ranks of its replica, which restart together"""
     events: list[ClientEvent]
     num_explained_crashes: int
-    """crashes of this replica that are put down to requests which have been failed for it"""
+    """crashes of this replica caused by requests that have failed for it"""
 
 
 class EngineCore:
@@ -77,11 +77,11 @@ class EngineCore:
         self.ready: EngineReady | None = None
 
     def has_unfinished(self) -> bool:
-        """Whether an output or a reply is still to come."""
+        """Whether an output or a reply is still pending."""
         return bool(self._owners) or self._calls.pending()
 
     def advance(self) -> list[ClientEvent]:
-        """Give every replica with room for it the next step; what the client is to be told. Raises WorkerDied."""
+        """Send the next step to every replica with room for it; return events for the client. Raises WorkerDied."""
         now = time.monotonic()
         notices = [] if self._drafts is None else self._drafts.advance(now)
         for replica in self._replicas:
@@ -93,7 +93,7 @@ class EngineCore:
         return _notices(notices)
 
     def next_deadline(self) -> float | None:
-        """When `advance` has something to do though nothing has arrived, if that is known (time.monotonic)."""
+        """When `advance` will have something to do without a new message, if known (time.monotonic)."""
         now = time.monotonic()
         deadlines = [replica.next_deadline(now) for replica in self._replicas]
         if self._drafts is not None:
@@ -101,9 +101,9 @@ class EngineCore:
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def next_events(self) -> list[ClientEvent] | None:
-        """What the client is to be told about the next event of a worker; None when there is none.
+        """Events for the client from the next event of a worker; None if there is none.
 
-        Raises what ends the engine, and WorkerDied. Once it serves, the death of a draft worker costs speed only.
+        Raises errors that end the engine, and WorkerDied. Once serving, the death of a draft worker only costs speed.
         """
         try:
             arrival = self._executor.receive()
@@ -114,7 +114,7 @@ class EngineCore:
         return None if arrival is None else self.handle_event(*arrival)
 
     def lose_worker(self, error: WorkerDied) -> LostWorker:
-        """Have all unfinished requests of the worker's replica wait for fresh workers."""
+        """Make all unfinished requests of the worker's replica wait for new workers."""
         replica = self._replicas[error.rank // self._config.tensor_parallel_size]
         failed = replica.lose_workers(error.cause)
         for delta in failed:
@@ -125,7 +125,7 @@ class EngineCore:
         return LostWorker(replica.ranks, events, num_explained)
 
     def handle_event(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
-        """What the client is to be told about a worker's event. Raises what ends the engine."""
+        """Return events for the client from a worker's event. Raises errors that end the engine."""
         if self._drafts is not None and rank in self._drafts.ranks:
             return [*_notices(self._drafts.handle(rank, event)), *self._end_start_up()]
         match event:
@@ -142,7 +142,7 @@ class EngineCore:
                 return self._start_up(rank, event)
 
     def handle_command(self, command: ClientCommand) -> list[ClientEvent]:
-        """Raises MessageMalformed for a command that has no place here."""
+        """Raises MessageMalformed for an unexpected command."""
         if self.ready is None:
             name = type(command).__name__
             raise MessageMalformed(f"{name}: expected no command before EngineReady, found {name}", field="tag")
@@ -185,7 +185,7 @@ class EngineCore:
         return [*progress, *self._end_start_up()]
 
     def _end_start_up(self) -> list[ClientEvent]:
-        """Once all workers are ready: make the replicas, and say so."""
+        """All workers are ready: create the replicas, and tell the client."""
         ready = self._startup.ready
         if self.ready is not None or ready is None or (self._drafts is not None and not self._drafts.are_ready):
             return []
@@ -205,7 +205,7 @@ class EngineCore:
         return [ready]
 
     def _rejoin(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
-        """A fresh worker has come one step further; its replica goes on when all its ranks are ready."""
+        """A new worker has progressed; its replica continues when all its ranks are ready."""
         if not self._startup.rejoin(rank, event):
             return []
         replica = self._replicas[rank // self._config.tensor_parallel_size]
@@ -243,9 +243,9 @@ class EngineCore:
         )
 
     def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:
-        """Queue a request with the replica that has the least to do, the first of equals; or say why not.
+        """Queue a request with the least busy replica, the first on a tie; or return why not.
 
-        One without workers is the last choice.
+        A replica without workers is the last choice.
         """
         replica = min(self._replicas, key=lambda candidate: (not candidate.has_workers, candidate.load))
         try:
@@ -270,7 +270,7 @@ class EngineCore:
         return None if replica is None else replica.abort(request_id, finish_reason)
 
     def _reset_prefix_cache(self) -> bool:
-        """All replicas or none."""
+        """Reset all replicas or none."""
         if any(replica.num_unfinished for replica in self._replicas):
             return False
         return all(replica.reset_prefix_cache() for replica in self._replicas)
@@ -286,9 +286,9 @@ def _notices(texts: list[str]) -> list[ClientEvent]:
 
 
 class ProgressWatch:
-    """Looks at the requests of one replica that have a place in its steps; where none has, at the first that waits.
+    """Watches the running requests of one replica; if none runs, the first waiting one.
 
-    A request that queues while others move is not stalled. The age counts from the first look that found it so.
+    A request that queues while others progress is not stalled. The age counts from the first check without progress.
     """
 
     def __init__(self, rank: int, scheduler: Scheduler) -> None:
@@ -304,7 +304,7 @@ class ProgressWatch:
         }
 
     def stalled(self, now: float, limit_s: float) -> StalledRequests | None:
-        """Those that have not moved for longer than `limit_s`; None when there are none."""
+        """Requests without progress for longer than `limit_s`; None if there are none."""
         self.look(now)
         ages = {name: age_s for name, (_, since) in self._seen.items() if (age_s := now - since) > limit_s}
         if not ages:

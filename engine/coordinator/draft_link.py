@@ -1,4 +1,4 @@
-"""What one replica asks of its draft worker: one step at a time, and nobody waits for it longer than a moment."""
+"""One replica's queries to its draft worker: one step at a time, with short waits only."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sempre.engine.speculation import Ask, Incarnation, Speculation
 from sempre.ipc.errors import ProtocolError
 from sempre.ipc.messages import DraftRequest, ExecuteStep, StepResult
 
-# so long a request waits; a worker that needs longer is late, and asked nothing until its answer is there
+# how long a request waits; a slower worker is late, and gets no query until its answer is there
 PATIENCE_S = 0.5
 
 
 class DraftLink:
-    """Fed with requests that want drafts and with the worker's results; says what to send.
+    """Takes requests that want drafts and the worker's results; returns what to send.
 
-    A request waits for nothing but its own `Ask`, which ends by itself: whatever is forgotten here costs drafts only.
+    A request only waits for its own `Ask`, which expires by itself: anything forgotten here only costs drafts.
     """
 
     def __init__(self) -> None:
@@ -26,22 +26,22 @@ class DraftLink:
         self._vocab_size = 0
         self._next_id = 0
         self._known: dict[str, int] = {}
-        """tokens that the worker has been told, by request"""
+        """number of tokens that the worker has, by request"""
         self._finished: list[str] = []
         self._wanting: list[Request] = []
         self._queued: list[tuple[Request, Ask]] = []
         self._step: ExecuteStep | None = None
-        """under way, for `_asked`"""
+        """in flight, for `_asked`"""
         self._asked: list[Ask] = []
         self._sent_at = 0.0
 
     def begin(self, vocab_size: int) -> None:
-        """A worker serves; it knows nothing yet."""
+        """A worker starts serving, without any requests yet."""
         self.end()
         self._worker, self._vocab_size = Incarnation(), vocab_size
 
     def end(self) -> None:
-        """The worker is gone, and nobody waits for it any more."""
+        """The worker is gone, and no request waits for it any more."""
         if self._worker is not None:
             self._worker.is_gone = True
         self._worker = self._step = None
@@ -52,7 +52,7 @@ class DraftLink:
         return self._step is not None and now >= self._sent_at + PATIENCE_S
 
     def ask(self, requests: Sequence[Request]) -> None:
-        """These want drafts."""
+        """Add requests that want drafts."""
         self._wanting += requests
 
     def forget(self, request_id: str) -> None:
@@ -60,7 +60,7 @@ class DraftLink:
             self._finished.append(request_id)
 
     def next_step(self, now: float) -> ExecuteStep | None:
-        """What to send, if anything. Those that want drafts wait from now on, unless the worker is late or gone."""
+        """The step to send, if any. Requests that want drafts wait from now on, unless the worker is late or gone."""
         wanting, self._wanting = self._wanting, []
         worker, deadline = self._worker, now + PATIENCE_S
         if worker is None or self.is_late(now):
@@ -74,7 +74,7 @@ class DraftLink:
         if self._step is not None or not self._queued:
             return None
         queued, self._queued = self._queued, []
-        # one that was computed again meanwhile has asked again, or not
+        # a request that was recomputed meanwhile has a new query or none
         open_asks = [(request, ask) for request, ask in queued if ask.is_open(now) and _speculation(request).ask is ask]
         if not open_asks:
             return None
@@ -89,7 +89,7 @@ class DraftLink:
         return self._step
 
     def take(self, result: StepResult) -> None:
-        """Answer what was asked; what comes too late does no harm. Raises ProtocolError when the result is wrong."""
+        """Fill in the answers; late ones are harmless. Raises ProtocolError if the result is wrong."""
         step = self._step
         if step is None or result.step_id != step.step_id:
             expected = "none" if step is None else step.step_id
@@ -103,7 +103,7 @@ class DraftLink:
         self._step, self._asked = None, []
 
     def next_deadline(self, now: float) -> float | None:
-        """When the first of those that wait goes on without drafts."""
+        """When the first waiting request continues without drafts."""
         asks = chain(self._asked, (ask for _, ask in self._queued))
         return next((ask.deadline for ask in asks if ask.is_open(now)), None)
 

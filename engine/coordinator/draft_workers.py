@@ -1,6 +1,6 @@
-"""The draft workers of an engine, one for each replica: their start, their death, their restart.
+"""The draft workers of an engine, one for each replica: start, death and restart.
 
-They cost speed when they fail, never a request: it goes on without drafts.
+Their failures cost speed, never a request, which continues without drafts.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class DraftWorkers:
 
     @property
     def step_seconds(self) -> float:
-        """What one draft token may be expected to take; known while they serve."""
+        """Expected time of one draft token; known while they serve."""
         return self._startup.costs.step
 
     def serve(self, target: StartUp) -> list[int]:
-        """The engine is ready: from now on a failure costs speed only. Their process ids.
+        """The engine is ready: from now on a failure only costs speed. Returns their process ids.
 
-        Raises SeedMismatch, or ConfigError when their tokens are not the target's.
+        Raises SeedMismatch, or ConfigError if their tokens are not the target's.
         """
         assert self._startup.ready is not None
         target.check_drafts(self._startup)
@@ -53,7 +53,7 @@ class DraftWorkers:
         return self._startup.ready.worker_pids
 
     def advance(self, now: float) -> list[str]:
-        """Send what is wanted; what the user should know."""
+        """Send the next steps; return notices for the user."""
         notices: list[str] = []
         for rank, link in zip(self.ranks, self.links, strict=True):
             step = link.next_step(now)
@@ -72,12 +72,12 @@ class DraftWorkers:
         return notices
 
     def next_deadline(self, now: float) -> float | None:
-        """When the first request that waits goes on without drafts."""
+        """When the first waiting request continues without drafts."""
         deadlines = [deadline for link in self.links if (deadline := link.next_deadline(now)) is not None]
         return min(deadlines, default=None)
 
     def handle(self, rank: int, event: WorkerEvent) -> list[str]:
-        """Take an event of a draft worker; what the user should know. Raises only before the engine has served."""
+        """Handle an event of a draft worker; return notices for the user. Raises only before the engine serves."""
         if not self._has_served:
             self._startup.handle(rank, event)
             return []
@@ -94,9 +94,9 @@ class DraftWorkers:
         return []
 
     def lose(self, rank: int, error: SempreError | OSError) -> list[str]:
-        """One has died, or is wrong: another starts in its place, at most `max_restarts` times before it serves.
+        """A draft worker has died or is wrong: start a successor, at most `max_restarts` times before it serves.
 
-        What the user should know.
+        Returns notices for the user.
         """
         logger.warning("%s", error)
         self.links[self.ranks.index(rank)].end()

@@ -1,4 +1,4 @@
-"""Counters and gauges of an engine under the names that users of vLLM know."""
+"""Counters and gauges of an engine under vLLM's names."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ Report = dict[str, float | list[float] | dict[str, float | list[float]]]
 def metrics_report(replicas: Sequence[SchedulerStats], *, speculation: int = 0) -> Report:
     """One list per name with a value per replica. `request_success` counts all replicas by finish reason;
     `iteration_tokens_total` counts their steps by number of tokens, and `request_num_preemptions` their requests by
-    number of preemptions: those up to each bound, and the sum.
+    number of preemptions: cumulative counts per bound, and the sum.
 
-    `speculation` is the most draft tokens per request and step; accepted ones are counted, for all replicas, by place.
+    `speculation` is the maximum number of draft tokens per request and step; accepted ones are counted by position.
     """
     names = _NAMES | _OF_SPECULATION if speculation else _NAMES
     report: Report = {

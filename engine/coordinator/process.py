@@ -1,7 +1,7 @@
 """The coordinator process: `python -m sempre.engine.coordinator`, with CoordinatorArguments as JSON on stdin.
 
-One thread, one poll loop: commands of the client, events of the workers, ends of worker processes. It starts the
-workers before it does anything else, and imports no torch.
+One thread, one poll loop: commands of the client, events of the workers, exits of worker processes. It starts the
+workers first, and imports no torch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _HELLO_S = 10.0
 
 
 class CoordinatorArguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`worker_connect` is where workers connect, for a proxy in between; None is the coordinator's own hub."""
+    """`worker_connect` is the address for workers if there is a proxy; None is the coordinator's own hub."""
 
     config: EngineConfig
     directory: str
@@ -66,7 +66,7 @@ class Coordinator:
         hub: HubChannel[ClientCommand],
         client_pid: int,
     ) -> None:
-        # imported here: the workers are on their way while the scheduler is loaded
+        # imported here, so that the workers start while the scheduler is imported
         from sempre.engine.coordinator.core import EngineCore
         from sempre.engine.coordinator.recovery import Recovery
 
@@ -82,7 +82,7 @@ class Coordinator:
         self._recovery = Recovery(config, self._core, executor)
 
     def run(self) -> None:
-        """Until ShutdownEngine. Raises what ends the engine, for `main` to pass on."""
+        """Run until ShutdownEngine. Raises errors that end the engine, which `main` reports."""
         while not self._stopping:
             self._poller.poll(wait_ms(self._core.next_deadline(), time.monotonic()))
             try:
@@ -114,7 +114,7 @@ class Coordinator:
                     raise
 
     def fail(self, error: ErrorInfo) -> None:
-        """Tell the client why the engine ends; one that is still connecting is waited for."""
+        """Tell the client why the engine ends; wait for a client that is still connecting."""
         self._unsent.append(EngineFailed(error=error))
         deadline = time.monotonic() + _HELLO_S
         while self._client is None and time.monotonic() < deadline:
@@ -123,7 +123,7 @@ class Coordinator:
         try:
             self.tell([])
         except ProtocolError as gone:
-            logger.warning("nobody is left to be told: %s", gone)
+            logger.warning("the client is gone: %s", gone)
 
     def _serve_workers(self) -> None:
         while (events := self._core.next_events()) is not None:
@@ -133,7 +133,7 @@ class Coordinator:
         while (arrival := self._hub.receive()) is not None:
             identity, command = arrival
             if isinstance(command, ProtocolError):
-                continue  # answered by the hub; the client knows what it sent
+                continue  # the hub has answered; the client knows what it sent
             try:
                 self._obey(identity, command)
             except ProtocolError as error:
@@ -149,7 +149,7 @@ class Coordinator:
             case ShutdownEngine():
                 self._stopping = True
             case Refused(error=error):
-                # the client has raised the error to its user
+                # the client has raised the error to the user
                 logger.warning("the client refused a frame: %s", error.message)
             case _:
                 self.tell(self._core.handle_command(command))
@@ -167,16 +167,16 @@ class Coordinator:
 
 
 def wait_ms(deadline: float | None, now: float) -> int:
-    """How long to wait for messages, where something is to be done at the `deadline`, which has then passed."""
+    """How long to wait for messages so that the `deadline` has passed afterwards, in milliseconds."""
     return _POLL_MS if deadline is None else max(0, min(_POLL_MS, 1 + int(1000 * (deadline - now))))
 
 
 def main() -> int:
-    """Entry point. Exit code 0 after ShutdownEngine, 1 after a failure that the client was told of."""
+    """Entry point. Exit code 0 after ShutdownEngine, 1 after a failure reported to the client."""
     last_acts: list[Callable[[], None]] = []
     wake_up_with_parent_thread()
     watch_parent(os.getppid(), partial(_run_all, last_acts))
-    # a line, not all: a process that the client forks meanwhile has the other end of the pipe, too
+    # read one line, not to the end: a process forked by the client also holds the other end of the pipe
     arguments = msgspec.json.decode(sys.stdin.buffer.readline(), type=CoordinatorArguments)
     config = arguments.config
     directory = PrivateDirectory(Path(arguments.directory))
@@ -200,7 +200,7 @@ def main() -> int:
     with hub:
         code = _serve(config, executor, hub, arguments.client_pid)
     if os.getppid() != arguments.client_pid:
-        # the client would have done it
+        # the client would have removed it
         directory.remove()
     zmq.Context.instance().term()
     return code

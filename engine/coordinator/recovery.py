@@ -1,7 +1,7 @@
-"""What happens when a worker dies: its replica gets fresh ones, and the requests go on where they were.
+"""After a worker dies, its replica gets new workers, and the requests continue where they were.
 
-The bits are the same: noise is a function of (seed, position, token), so a request is computed again from its prompt
-and the tokens it has so far.
+The bits are the same: noise is a function of (seed, position, token), so a request is recomputed from its prompt and
+the tokens it has so far.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Recovery:
         ]
 
     def replace(self, error: WorkerDied) -> list[ClientEvent]:
-        """Start successors; what the client is to be told. Raises `error`, with the count, when there were too many.
+        """Start successors; return events for the client. Raises `error`, with the count, after too many restarts.
 
-        Raises StartupError while the engine starts: its client knows whether that is the first start or a repair.
+        Raises StartupError while the engine starts: its client knows whether that is the first start or a restart.
         """
         rank = error.rank
         if self._core.ready is None:

@@ -31,7 +31,7 @@ class Replica:
         max_steps_in_flight: int = 1,
         step_lead_s: float = 0.0,
     ) -> None:
-        """`drafts` leads to the draft worker of this replica, if it has one; `step_lead_s`: see `StepTiming`."""
+        """`drafts` is the link to this replica's draft worker, if any; `step_lead_s`: see `StepTiming`."""
         self.ranks = ranks
         self._drafts = drafts
         self._max_steps_in_flight = max_steps_in_flight
@@ -48,7 +48,7 @@ class Replica:
         self.has_workers = True
 
     def add(self, spec: RequestSpec) -> None:
-        """Raises RequestError when the request can never run."""
+        """Queue a request. Raises RequestError if it can never run."""
         self._scheduler.add(spec)
         tokens = len(spec.prompt_token_ids) + spec.params.max_tokens
         self._tokens[spec.request_id] = tokens
@@ -62,7 +62,7 @@ class Replica:
         return delta
 
     def advance(self, now: float) -> None:
-        """Send the next step when the workers have room for one, and it is time."""
+        """Send the next step if the workers have room for one and it is time."""
         if not self.has_workers:
             return
         while len(self._in_flight) < self._max_steps_in_flight and self._scheduler.has_unfinished():
@@ -74,7 +74,7 @@ class Replica:
             self._in_flight.append(step)
             self._timing.sent(step, now)
             for new in step.new_requests:
-                # known already: preempted, or the workers are fresh
+                # known already: preempted, or the workers are new
                 if new.request_id in self._added_at:
                     waited = now - self._added_at.pop(new.request_id)
                     self._time_in_queue[new.request_id] = waited
@@ -82,7 +82,7 @@ class Replica:
                 self._executor.send(rank, step)
 
     def next_deadline(self, now: float) -> float | None:
-        """When `advance` will have a step to send though nothing has arrived; None when that is not known."""
+        """When `advance` will have a step to send without a new message; None if unknown."""
         is_due = self.has_workers and 0 < len(self._in_flight) < self._max_steps_in_flight
         if not is_due or not self._scheduler.has_unfinished():
             return None
@@ -90,7 +90,7 @@ class Replica:
         return deadline if deadline > now else None
 
     def take(self, rank: int, result: StepResult) -> list[RequestOutputDelta]:
-        """What a step has brought, once the last of its ranks has answered. Raises ProtocolError."""
+        """Return the outputs of a step once the last of its ranks has answered. Raises ProtocolError."""
         self._results[rank] = result
         if len(self._results) < len(self.ranks):
             return []
@@ -113,8 +113,8 @@ class Replica:
         return output if waited is None else replace(output, time_in_queue=waited)
 
     def lose_workers(self, cause: str) -> list[RequestOutputDelta]:
-        """A worker died by `cause`: requests wait for `resume` and are computed again; the ends of those that are not,
-        because they were at work in too many crashes."""
+        """A worker died from `cause`: requests wait for `resume` and are recomputed. Returns the ends of those that
+        fail because they were in flight in too many crashes."""
         self.has_workers = False
         self._in_flight.clear()
         self._timing.reset()
@@ -125,7 +125,7 @@ class Replica:
         return failed
 
     def resume(self) -> None:
-        """Fresh workers are ready."""
+        """New workers are ready."""
         self.has_workers = True
 
     @property
@@ -137,7 +137,7 @@ class Replica:
 
     def stats(self) -> SchedulerStats:
         stats = self._scheduler.stats()
-        # without workers no room helps
+        # without workers, room does not help
         return stats if self.has_workers else replace(stats, num_deferred=stats.num_waiting)
 
     def _forget(self, request_id: str) -> None:

@@ -1,9 +1,9 @@
-"""Brings the workers of an engine from connected to serving, in two phases, and holds them to the same seeds.
+"""Brings the workers of an engine from connected to serving, in two phases, and checks that their seeds agree.
 
     WorkerHello → LoadModel → ModelLoaded      all ranks: digests before load, limits, fingerprint compared
                 → StartServing → WorkerReady   all ranks: digests after warm-up compared
 
-Each worker moves on by itself within a phase; a phase ends when its last worker has answered.
+Each worker progresses independently within a phase; a phase ends when its last worker has answered.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ _ALIKE = (
     "max_prompt_tokens",
 )
 
-# by the memory that a worker finds; the least of them holds for all
+# derived from a worker's memory; the minimum applies to all
 _CHOSEN = ("max_model_len", "max_num_seqs")
 
 
 class StartUp:
-    """Fed with the workers' events; `ready` is set by the last of them."""
+    """Handles the workers' events; the last one sets `ready`."""
 
     def __init__(self, config: EngineConfig, executor: Executor, ranks: range) -> None:
-        """`ranks`: of the workers to bring up, all targets or all draft workers."""
+        """`ranks`: the workers to start, all targets or all draft workers."""
         self.ready: EngineReady | None = None
         self._ranks = ranks
         drafts = draft_ranks(config)
@@ -66,7 +66,7 @@ class StartUp:
         self._phase_seconds: dict[str, float] = {}
 
     def handle(self, rank: int, event: WorkerEvent) -> list[StartupProgress]:
-        """Progress made by the event. Raises SeedMismatch, or StartupError when the workers are not alike."""
+        """Return the progress from an event. Raises SeedMismatch, or StartupError if the workers differ."""
         size = len(self._ranks)
         match event:
             case WorkerHello(pid=pid):
@@ -84,7 +84,7 @@ class StartUp:
                 raise AssertionError(f"{type(event).__name__} during start-up")
 
     def forget(self, ranks: Iterable[int]) -> None:
-        """These workers are replaced: each successor is brought to the same state by `rejoin`."""
+        """These workers are replaced: `rejoin` brings each successor to the same state."""
         self._absent.update(ranks)
 
     def awaits(self, ranks: Iterable[int]) -> bool:
@@ -92,9 +92,9 @@ class StartUp:
         return not self._absent.isdisjoint(ranks)
 
     def rejoin(self, rank: int, event: WorkerEvent) -> bool:
-        """Take a successor one step further; True when it is ready.
+        """Handle an event of a successor; True when it is ready.
 
-        Raises SeedMismatch, or StartupError when it differs from the worker it replaces.
+        Raises SeedMismatch, or StartupError if it differs from the worker it replaces.
         """
         match event:
             case WorkerHello(pid=pid):
@@ -106,7 +106,7 @@ class StartUp:
                 digests = (before.digests_before_load, event.digests_before_load)
                 compare_with_former(rank, self._names[rank], *digests, "before loading")
                 _refuse_other(rank, before, event, (*_ALIKE, *_CHOSEN), "the worker that it replaces")
-                # as many blocks as before; the worker itself refuses what does not fit
+                # as many blocks as before; the worker itself refuses if they do not fit
                 self._executor.send(rank, StartServing(num_blocks=self._num_blocks))
             case WorkerReady():
                 ready = self._warm[rank]
@@ -121,27 +121,27 @@ class StartUp:
 
     @property
     def max_steps_in_flight(self) -> int:
-        """Steps that a worker takes before it has answered the first of them."""
+        """How many steps a worker accepts before it has answered the first one."""
         return self._first.max_steps_in_flight
 
     @property
     def step_lead_s(self) -> float:
-        """So long before a step ends is the next one to be sent; 0: at once."""
+        """How long before the end of a step the next one should be sent; 0: at once."""
         return self._first.step_lead_s
 
     @property
     def costs(self) -> StepCosts:
-        """What a worker's steps may be expected to cost."""
+        """The expected costs of a worker's steps."""
         return self._first.costs
 
     @property
     def max_prompt_tokens(self) -> int | None:
-        """Most tokens of prompts in one step; None: all of them may be."""
+        """Maximum prompt tokens in one step; None: no extra limit."""
         return None if self._config.max_num_batched_tokens else self._first.max_prompt_tokens
 
     def check_drafts(self, drafts: StartUp) -> None:
-        """Both have ended. Raises SeedMismatch when a draft worker is seeded otherwise than the targets, ConfigError
-        when it has other tokens."""
+        """Call this when both are done. Raises SeedMismatch if a draft worker's seeds differ from the targets',
+        ConfigError if its tokens differ."""
         names = [self._names[self._ranks.start], *drafts._names.values()]
         before = [self._first, *drafts._loaded.values()]
         after = [self._warm[self._ranks.start], *drafts._warm.values()]
@@ -164,11 +164,11 @@ class StartUp:
 
     @property
     def _num_blocks(self) -> int:
-        """Replicas are alike to the scheduler, so the smallest memory decides for all."""
+        """All replicas get the same number of blocks, so the smallest memory decides."""
         return min(loaded.available_kv_blocks for loaded in self._loaded.values())
 
     def _with_limits_of_former(self, config: WorkerConfig) -> WorkerConfig:
-        """What the worker that is replaced chose by the memory that it found, and steps were planned for since."""
+        """Set the limits that the replaced worker derived from its memory, since steps are planned for them."""
         former = self._loaded[config.rank]
         return replace(config, max_model_len=former.max_model_len, max_num_seqs=former.max_num_seqs)
 
@@ -188,7 +188,7 @@ class StartUp:
         first = self._first
         self.ready = EngineReady(
             vocab_size=first.vocab_size,
-            # replicas are alike to the scheduler here too
+            # here, too, all replicas get the same limits
             max_model_len=min(loaded.max_model_len for loaded in self._loaded.values()),
             eos_token_ids=first.eos_token_ids,
             num_blocks=self._num_blocks,
@@ -203,7 +203,7 @@ class StartUp:
         return progress
 
     def _end_phase(self, phase: str, workers: Iterable[dict[str, float]] = ()) -> list[StartupProgress]:
-        """`workers`: seconds of each worker's own parts of the phase; the slowest worker's are kept."""
+        """`workers`: seconds of each worker's parts of the phase; those of the slowest worker are kept."""
         now = time.monotonic()
         seconds, self._phase_began = now - self._phase_began, now
         self._phase_seconds[phase] = seconds

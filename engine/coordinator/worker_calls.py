@@ -1,4 +1,4 @@
-"""Calls of a method on every worker, and the collection of their replies."""
+"""Calls a method on every worker and collects the replies."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sempre.ipc.messages import CallMethod, CallMethodReply, CallWorkers, CallWo
 
 
 class WorkerCalls:
-    """A worker answers between two steps; replies are handed on in rank order when the last is there.
+    """A worker answers between two steps; replies are returned in rank order once the last has arrived.
 
-    While a worker is being restarted, calls wait for it. One that was under way is sent again, once: all methods only
-    read.
+    While a worker is being restarted, calls wait for it. A running call is sent again, once: all methods are
+    read-only.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -33,7 +33,7 @@ class WorkerCalls:
         if self._lost_ranks:
             self._waiting.append(call)
             return
-        # numbered anew, as two calls of a client may carry the same number
+        # renumbered, since two calls of a client may have the same number
         call_id, self._next_id = self._next_id, self._next_id + 1
         self._under_way[call_id] = call
         self._replies[call_id] = {}
@@ -59,7 +59,7 @@ class WorkerCalls:
         return CallWorkersReply(call_id=client_id, results=[candidate.result for candidate in in_order])
 
     def lose(self, ranks: Iterable[int], death: WorkerDied) -> list[CallWorkersReply]:
-        """A worker died: calls under way wait for its successor; those that do so for the second time fail."""
+        """A worker died: running calls wait for its successor; those that do so for the second time fail."""
         self._lost_ranks.update(ranks)
         calls = [*self._under_way.values()]
         self._under_way.clear()
@@ -72,7 +72,7 @@ class WorkerCalls:
         return [CallWorkersReply(call_id=call.call_id, error=error) for call in failed]
 
     def resume(self, ranks: Iterable[int]) -> None:
-        """Fresh workers are ready: what waited for them is started. Raises WorkerDied."""
+        """New workers are ready: start the calls that waited for them. Raises WorkerDied."""
         self._lost_ranks.difference_update(ranks)
         if not self._lost_ranks:
             waiting, self._waiting = self._waiting, []

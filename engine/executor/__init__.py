@@ -1,7 +1,7 @@
-"""Executors: how commands reach the workers. The only part of the engine that knows where the workers live.
+"""Executors: how commands reach the workers. Only this part of the engine knows where the workers run.
 
 base.py         Executor, the protocol
 inproc.py       InprocExecutor: worker objects in this process
 local.py        LocalExecutor: worker processes on this machine, over ZeroMQ
-worker_peer.py  WorkerPeer: one worker as LocalExecutor sees it
+worker_peer.py  WorkerPeer: LocalExecutor's view of one worker
 """

@@ -1,4 +1,4 @@
-"""The seam between the engine's core and its workers."""
+"""The interface between the engine's core and its workers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from sempre.ipc.messages import WorkerCommand, WorkerEvent, WorkerHealth
 
 
 class Executor(Protocol):
-    """Carries commands to the workers of all ranks and hands back their events.
+    """Sends commands to the workers of all ranks and returns their events.
 
     Ranks [0, world_size) are targets; those of `draft_ranks` follow. Nothing here blocks for long: a command is queued,
-    its answer is a later event. Each worker answers its commands in the order in which they were sent, and says
-    `WorkerHello` before anything else.
+    and its answer is a later event. Each worker first sends `WorkerHello`, then answers its commands in order.
     """
 
     world_size: int
@@ -25,32 +24,32 @@ class Executor(Protocol):
         """Queue a command. Raises WorkerDied."""
 
     def receive(self) -> tuple[int, WorkerEvent] | None:
-        """The next event and the rank it comes from; None when there is none yet. Raises WorkerDied.
+        """The next event and its rank; None if there is none yet. Raises WorkerDied.
 
-        While the workers start, an error of theirs is raised as its own type (ModelError, ConfigError, …), and
-        StartupError when it has none.
+        While the workers start, their errors are raised as their own types (ModelError, ConfigError, …), or else as
+        StartupError.
         """
 
     def blame(self, rank: int, error: ProtocolError) -> SempreError:
-        """End a worker whose event is wrong; the error to raise for it."""
+        """End a worker that sent a wrong event; return the error to raise."""
 
     def health(self) -> list[WorkerHealth]:
-        """What is known of each target, in rank order."""
+        """The health of each target, in rank order."""
 
     def restart(self, rank: int, cause: str) -> None:
-        """End the worker if it still runs and start another in its place, which begins with its `WorkerHello`.
+        """End the worker if it still runs and start a successor, which begins with its `WorkerHello`.
 
-        Until that one is ready, its failure is a WorkerDied too.
+        Until the successor is ready, its failure is a WorkerDied too.
         """
 
     def abandon(self, rank: int) -> None:
-        """End the worker if it still runs; this rank has none from now on."""
+        """End the worker if it still runs, without a successor."""
 
     def shutdown(self) -> None:
-        """End all workers; returns when they are gone. May be called again."""
+        """End all workers; returns when they are gone. Can be called twice."""
 
 
-# of a GPU's memory, for a draft worker that shares it
+# fraction of a GPU's memory for a draft worker that shares it
 _DRAFT_SHARE = 0.08
 
 
@@ -68,7 +67,7 @@ def device_index(config: EngineConfig, rank: int) -> int:
 
 
 def worker_name(config: EngineConfig, rank: int) -> str:
-    """As a worker is called in messages."""
+    """A worker's name in messages."""
     drafts = draft_ranks(config)
     return f"draft worker {drafts.index(rank)}" if rank in drafts else f"worker {rank}"
 

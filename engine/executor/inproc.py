@@ -1,6 +1,6 @@
 """Worker objects in this process: no sockets, no other processes.
 
-The workers seed this process's global generators; that is the price of multiprocessing off.
+The workers seed this process's global generators, which is the cost of multiprocessing=False.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 
 class InprocExecutor:
-    """One worker per rank, each used when its event is asked for."""
+    """One worker per rank; each computes when its event is requested."""
 
     def __init__(self, config: EngineConfig, make_worker: Callable[[], WorkerProtocol] | None = None) -> None:
         self._config = config
@@ -45,13 +45,13 @@ class InprocExecutor:
         self._hellos: deque[tuple[int, WorkerHello]] = deque()
         ranks = [*range(self.world_size), *draft_ranks(config)]
         self._starting = set(ranks)
-        """not ready yet, and not in the place of others"""
+        """not ready yet, and not replacing others"""
         for rank in ranks:
             self._start(rank)
 
     def _start(self, rank: int) -> None:
         with self._computing():
-            # what is imported for a worker may make tensors
+            # imports for a worker may create tensors
             self._workers[rank] = self._make_worker()
         self._hellos.append((rank, WorkerHello(protocol_version=PROTOCOL_VERSION, rank=rank, pid=os.getpid())))
 
@@ -96,7 +96,7 @@ class InprocExecutor:
         return WorkerDied(text, rank=rank, cause=cause, worker_traceback=info.traceback)
 
     def health(self) -> list[WorkerHealth]:
-        """Nobody can ask while a worker computes, so nothing is ever late."""
+        """Cannot be called while a worker computes, so nothing is ever late."""
         pid = os.getpid()
         return [
             WorkerHealth(rank=rank, pid=pid, state="starting" if rank in self._starting else "ready")
@@ -118,7 +118,7 @@ class InprocExecutor:
         return event
 
     def _checked(self, rank: int, action: Callable[[], Result]) -> Result:
-        """Run it; what it raises becomes the error to raise for this worker."""
+        """Run `action`; convert its error to this worker's error."""
         try:
             with self._computing():
                 return action()
@@ -137,7 +137,7 @@ def _compute_state() -> Callable[[], AbstractContextManager[None]]:
 
 
 def _default_worker() -> WorkerProtocol:
-    # brings in torch, which the engine does without elsewhere
+    # imports torch, which the rest of the engine does not need
     from sempre.workers.worker import Worker
 
     return Worker()

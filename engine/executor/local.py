@@ -1,4 +1,4 @@
-"""Worker processes on this machine, started as `python -m`, connected by ZeroMQ over a private folder."""
+"""Worker processes on this machine, started with `python -m`, connected by ZeroMQ through a private folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sempre.ipc.messages import (
 logger = logging.getLogger(__name__)
 
 _GOODBYE_S = 2.0
-# a worker that announced its failure is left this long to end by itself
+# a worker that announced its failure has this long to exit by itself
 _LAST_WORD_S = 1.0
 _LAST_FRAMES_S = 0.02
 
@@ -40,8 +40,8 @@ _LAST_FRAMES_S = 0.02
 class LocalExecutor:
     """Starts its workers on construction, watches them, and ends them.
 
-    Workers do not outlive the process `client_pid`, either. `connect_address` is where they are told to connect, for a
-    proxy in between; the default is this hub.
+    Workers also end with the process `client_pid`. `connect_address` is where they connect if there is a proxy in
+    between; the default is this hub.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class LocalExecutor:
             raise
 
     def _start(self, rank: int, cause: str = "") -> None:
-        """Start a worker; `cause` is why the one before it has ended."""
+        """Start a worker; `cause` is why its predecessor ended."""
         name = worker_name(self._config, rank)
         arguments = ["--connect", self._address, "--rank", str(rank), "--device", self._config.device]
         arguments += ["--device-index", str(device_index(self._config, rank))]
@@ -98,7 +98,7 @@ class LocalExecutor:
             peer.child.send_kill()
 
     def register(self, poller: zmq.Poller) -> None:
-        """Have `poller` wake up for frames of the workers and for their ends."""
+        """Make `poller` wake up for frames of the workers and for their exits."""
         self._poller = poller
         poller.register(self._hub.socket, zmq.POLLIN)
         for peer in self._peers.values():
@@ -122,7 +122,7 @@ class LocalExecutor:
         old.child.kill()
         old.child.close()
         if old.identity is not None:
-            # what it sent before its end may still arrive
+            # frames it sent before its end may still arrive
             self._departed.add(old.identity)
             del self._by_identity[old.identity]
             self._hub.forget(old.identity)
@@ -142,7 +142,7 @@ class LocalExecutor:
     def receive(self) -> tuple[int, WorkerEvent] | None:
         event = self._next_event()
         if event is None and any(peer.child.exitcode() is not None for peer in self._peers.values()):
-            # its last frames may still be on their way
+            # its last frames may still be in transit
             time.sleep(_LAST_FRAMES_S)
             event = self._next_event()
         if event is None:
@@ -170,7 +170,7 @@ class LocalExecutor:
         return self._end(self._peers[rank], f"it broke the protocol: {error}")
 
     def kill_all(self) -> None:
-        """SIGKILL without waiting; callable from any thread."""
+        """Send SIGKILL without waiting; callable from any thread."""
         self._ending = True
         for peer in list(self._peers.values()):
             peer.child.send_kill()
@@ -184,7 +184,7 @@ class LocalExecutor:
                     logger.debug("%s", error)
         deadline = time.monotonic() + _GOODBYE_S
         for peer in self._peers.values():
-            # one that is not connected has nothing to finish
+            # an unconnected worker has nothing to finish
             patience = deadline - time.monotonic() if peer.identity is not None else 0.0
             if peer.child.wait(max(0.0, patience)) is None:
                 peer.child.kill()
@@ -192,7 +192,7 @@ class LocalExecutor:
         self._hub.close()
 
     def _welcome(self, identity: bytes, event: WorkerEvent) -> tuple[int, WorkerEvent] | None:
-        """Accept the peer when `event` is the hello of a worker that we started; else refuse it."""
+        """Accept the peer if `event` is the hello of a worker that we started; otherwise refuse it."""
         try:
             if not isinstance(event, WorkerHello):
                 raise MessageMalformed(f"tag: expected WorkerHello, found {type(event).__name__}", field="tag")
@@ -214,7 +214,7 @@ class LocalExecutor:
         return event.rank, event
 
     def _accept(self, peer: WorkerPeer, identity: bytes, event: WorkerEvent) -> bool:
-        """True when the event is for the core. Raises what a worker's failure means."""
+        """Whether the event is for the core. Raises the error of a failed worker."""
         peer.last_heard = time.monotonic()
         match event:
             case Heartbeat():
@@ -253,6 +253,6 @@ class LocalExecutor:
                 raise self._end(peer, f"not ready after {self._config.startup_timeout_s:g} s (startup_timeout_s)")
 
     def _end(self, peer: WorkerPeer, cause: str | None = None) -> SempreError:
-        """Make sure that the process is gone, and say why."""
+        """Make sure that the process is gone; return the error with the cause."""
         peer.child.kill()
         return peer.death(cause)

@@ -1,4 +1,4 @@
-"""How many compute threads a worker gets."""
+"""Number of compute threads of a worker."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import os
 
 
 def threads_per_worker(num_threads: int, num_workers: int) -> int:
-    """`num_threads`, or for 0 the cores this process may use divided by the workers that share them, at least 1."""
+    """`num_threads`, or if 0 the cores of this process divided by the workers that share them, at least 1."""
     if num_threads > 0:
         return num_threads
     return max(1, _usable_cores() // num_workers)
 
 
 def threads_beside_a_server(num_workers: int) -> int:
-    """The threads of a worker that leave one core to an HTTP server, its event loop and the coordinator.
+    """Threads per worker that leave one core for an HTTP server, its event loop and the coordinator.
 
-    Threads of a worker wait for each other, so one that has lost its core for a while to the server holds all up.
+    A worker's threads wait for each other, so one that loses its core to the server delays all.
     """
     return max(1, (_usable_cores() - 1) // num_workers)
 
@@ -26,15 +26,15 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-# About 0.1 ms of spinning: it bridges the gap between two kernels of a step, but a thread that has lost its core to
-# another process lets the scheduler work instead of burning the core that its peer waits for.
+# About 0.1 ms of spinning: enough to bridge the gap between two kernels of a step, but short enough that threads do
+# not keep spinning on a core that a descheduled peer needs.
 SPIN_COUNT = "20000"
 
 
 def thread_variables(num_threads: int) -> dict[str, str]:
-    """The environment that keeps every threading library of a worker at `num_threads`.
+    """Environment variables that limit every threading library of a worker to `num_threads`.
 
-    How long idle threads spin is the user's choice where OMP_WAIT_POLICY or GOMP_SPINCOUNT is set.
+    The user's OMP_WAIT_POLICY or GOMP_SPINCOUNT, if set, decide how long idle threads spin.
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     variables = dict.fromkeys(names, str(num_threads))

@@ -1,4 +1,4 @@
-"""One worker process as the executor sees it: its link, what it owes, and what its end means."""
+"""The executor's view of one worker process: its link, its open commands, and its end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ANSWERS: dict[type[WorkerCommand], type[WorkerEvent]] = {
 class WorkerPeer:
     """Tracks the commands that a worker has yet to answer, oldest first.
 
-    `num_restarts` workers had this rank before; the last of them ended by `restart_cause`.
+    `num_restarts` workers had this rank before; the last of them ended because of `restart_cause`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class WorkerPeer:
             self._owed.append(command)
 
     def check(self, event: WorkerEvent) -> None:
-        """Raises MessageMalformed unless `event` answers the oldest open command."""
+        """Raise MessageMalformed unless `event` answers the oldest open command."""
         name = type(event).__name__
         if isinstance(event, WorkerHello):
             raise MessageMalformed(f"{name}: rank {self.rank} said hello before", field="tag")
@@ -88,7 +88,7 @@ class WorkerPeer:
             case CallMethod(call_id=expected), CallMethodReply(call_id=found):
                 _expect("CallMethodReply.call_id", expected, found)
         self._owed.popleft()
-        # it can begin the next one only now
+        # it can only begin the next one now
         self._owed_since = time.monotonic()
         if isinstance(event, StepResult):
             self._last_step_id = event.step_id
@@ -97,7 +97,7 @@ class WorkerPeer:
             self.serving = True
 
     def is_repetition(self, event: WorkerEvent) -> bool:
-        """Whether it answers a step that has been answered: harmless, as nobody waits for it."""
+        """Whether it repeats the answer of a finished step, which is harmless."""
         return isinstance(event, StepResult) and event.step_id <= self._last_step_id
 
     def health(self) -> WorkerHealth:
@@ -119,7 +119,7 @@ class WorkerPeer:
         )
 
     def death(self, cause: str | None = None) -> SempreError:
-        """The error to raise once the process has ended; `cause` is ours, where we ended it."""
+        """The error to raise once the process has ended; `cause` is set if we ended it."""
         word = self._last_word
         exitcode = self.child.exitcode()
         if word is not None and cause is None:
