@@ -1,12 +1,12 @@
-"""The user process's end of an engine: commands out, events in.
+"""The user process's side of an engine: commands out, events in.
 
 interface.py         EngineClient, AsyncEngineClient
 process.py           over ZeroMQ to a coordinator process
 inproc.py            coordinator's core and worker in this process (multiprocessing off)
 asynchronous.py      the same two for asyncio
-engine_process.py    start, watch and end of the coordinator process
-pending_requests.py  what a coordinator has not answered yet: enough to have another one go on
-watch.py             silence of the coordinator, and whether the workers of one that died are gone
+engine_process.py    start, monitoring and end of the coordinator process
+pending_requests.py  unanswered requests and calls, with which another coordinator can continue
+watch.py             silence of the coordinator, and whether the workers of a dead one are gone
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def launch(
     *,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> EngineClient:
-    """Start an engine and wait until it is ready; `meanwhile` is called once its processes, if any, are on their way.
+    """Start an engine and wait until it is ready; `meanwhile` is called once its processes, if any, have been started.
 
     Raises the error that stopped it: ModelError, ConfigError, SeedMismatch, InvarianceError, StartupError, …
     """
@@ -40,7 +40,7 @@ def launch(
 
 
 async def launch_async(config: EngineConfig, on_progress: ProgressCallback | None = None) -> AsyncEngineClient:
-    """As `launch`, for asyncio; the event loop runs on while the engine starts."""
+    """Like `launch`, for asyncio; the event loop keeps running while the engine starts."""
     from sempre.engine.client.asynchronous import AsyncInprocClient, AsyncProcessClient
 
     if config.multiprocessing:

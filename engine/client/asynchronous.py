@@ -1,4 +1,4 @@
-"""The clients for asyncio, of an engine in processes of its own and of one inside this process."""
+"""The asyncio clients of an engine in its own processes and of one inside this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady
 
 
 class AsyncProcessClient(ProcessClientBase[AsyncPeerChannel[ClientEvent]]):
-    """The client for asyncio; belongs to the event loop that runs when it is made."""
+    """The client for asyncio; tied to the event loop in which it is created."""
 
     def __init__(self, config: EngineConfig, options: ProcessOptions) -> None:
         super().__init__(config, options, _connect)
@@ -30,7 +30,7 @@ class AsyncProcessClient(ProcessClientBase[AsyncPeerChannel[ClientEvent]]):
         options: ProcessOptions | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> AsyncProcessClient:
-        """As ProcessClient.launch; the event loop runs on meanwhile."""
+        """Like ProcessClient.launch, without blocking the event loop."""
         client = cls(config, options or ProcessOptions())
         try:
             while not client._startup_event(await client._receive(client._startup_seconds_left()), on_progress):
@@ -41,7 +41,7 @@ class AsyncProcessClient(ProcessClientBase[AsyncPeerChannel[ClientEvent]]):
         return client
 
     async def receive(self) -> ClientEvent:
-        """The next event; may be cancelled without losing one. Raises as ProcessClient.receive."""
+        """The next event; cancelling loses none. Raises the errors of ProcessClient.receive."""
         while True:
             event = await self._receive(LOOK_S)
             if event is not None:
@@ -70,7 +70,7 @@ def _connect(address: str, config: EngineConfig) -> AsyncPeerChannel[ClientEvent
 
 
 class AsyncInprocClient:
-    """Computes in one thread of its own, so that the event loop runs on."""
+    """Computes in its own thread, so that the event loop keeps running."""
 
     def __init__(self, client: InprocClient, thread: ThreadPoolExecutor) -> None:
         self.ready: EngineReady = client.ready
@@ -83,7 +83,7 @@ class AsyncInprocClient:
     async def launch(
         cls, config: EngineConfig, *, executor: Executor | None = None, on_progress: ProgressCallback | None = None
     ) -> AsyncInprocClient:
-        """As InprocClient.launch; `on_progress` is called in the other thread."""
+        """Like InprocClient.launch; `on_progress` is called in the other thread."""
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sempre-engine")
         loop = asyncio.get_running_loop()
         try:
@@ -104,7 +104,7 @@ class AsyncInprocClient:
         self._sent.set()
 
     async def receive(self) -> ClientEvent:
-        """The next event. A cancelled call's event is returned by the next one."""
+        """The next event. If a call is cancelled, the next one returns its event."""
         while True:
             self._sent.clear()
             if self._receiving is None and not self._client.has_work():
@@ -117,6 +117,6 @@ class AsyncInprocClient:
                 return event
 
     def close(self) -> None:
-        """Waits for the step in progress."""
+        """Close the engine after the current step."""
         self._thread.submit(self._client.close).result()
         self._thread.shutdown()

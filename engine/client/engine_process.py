@@ -1,4 +1,4 @@
-"""The coordinator process and its private folder, as the user's process holds them."""
+"""The coordinator process and its private folder, owned by the user's process."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _GOODBYE_S = 5.0
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """How the processes find each other; the defaults are what users get.
+    """Addresses of the processes; users get the defaults.
 
-    `directory` is made when None; `client_connect` and `worker_connect` put a proxy in between.
+    `directory` is created if None; `client_connect` and `worker_connect` put a proxy in between.
     """
 
     worker_module: str = "sempre.workers"
@@ -32,7 +32,7 @@ class ProcessOptions:
 
 
 class EngineProcess:
-    """Starts the coordinator on construction; `directory` may be that of one which has ended."""
+    """Starts the coordinator on construction; `directory` may be that of a previous one."""
 
     def __init__(self, config: EngineConfig, options: ProcessOptions, directory: PrivateDirectory) -> None:
         self.directory = directory
@@ -59,7 +59,7 @@ class EngineProcess:
         return os.getpid() != self._owner_pid
 
     def death(self, cause: str | None = None) -> CoordinatorDied:
-        """End what is left of the engine, and the error that says why; `cause` is ours, where we ended it."""
+        """End the rest of the engine and return the error with the cause; `cause` is set if we ended it."""
         self.child.kill_group()
         ending = self.child.describe_exit()
         text = f"the coordinator (pid {self.child.pid}) died: {ending}" + (f"; {cause}" if cause else "")
@@ -68,12 +68,12 @@ class EngineProcess:
         )
 
     def bury(self) -> None:
-        """Make sure that nothing of it runs; the folder stays for a successor."""
+        """Make sure that none of its processes run; the folder stays for a successor."""
         self.child.kill_group()
         self.child.close()
 
     def end(self) -> None:
-        """Wait for the end that was asked for, enforce it, and remove the folder."""
+        """Wait for the requested exit, enforce it, and remove the folder."""
         if self.child.ended() or self.child.wait(_GOODBYE_S) is None:
             self.child.kill_group()
         self.child.close()
@@ -81,7 +81,7 @@ class EngineProcess:
 
 
 def client_event(event: ClientEvent) -> ClientEvent | None:
-    """The event, unless it is for the client itself (None). Raises what EngineFailed and Refused carry."""
+    """The event, or None if it is for the client itself. Raises the errors in EngineFailed and Refused."""
     match event:
         case Heartbeat():
             return None
@@ -95,7 +95,7 @@ def client_event(event: ClientEvent) -> ClientEvent | None:
 
 
 def ended_by(error: BaseException) -> EngineDeadError:
-    """The error of an engine that is used after it ended."""
+    """The error for using an engine that has ended."""
     if isinstance(error, EngineDeadError):
         return error
     kind = "" if isinstance(error, SempreError) else f"{type(error).__name__}: "

@@ -1,4 +1,4 @@
-"""The client of an engine inside this process: coordinator's core and worker in one, driven by `receive`."""
+"""The client of an engine inside this process: core and worker, driven by `receive`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady, Shutdow
 
 
 class InprocClient:
-    """Computes while `receive` is waiting for an event, and only then."""
+    """Computes only while `receive` waits for an event."""
 
     ready: EngineReady
 
@@ -32,7 +32,7 @@ class InprocClient:
     def launch(
         cls, config: EngineConfig, *, executor: Executor | None = None, on_progress: ProgressCallback | None = None
     ) -> InprocClient:
-        """Load the model into this process; its global generators are seeded. Raises what stops the start-up."""
+        """Load the model into this process and seed its global generators. Raises the errors of the start-up."""
         client = cls(config, executor or InprocExecutor(config))
         try:
             client._start(on_progress)
@@ -42,13 +42,13 @@ class InprocClient:
         return client
 
     def send(self, command: ClientCommand) -> None:
-        """Queue a command for the next `receive`; the one method that may be called from another thread."""
+        """Queue a command for the next `receive`; only this method may be called from another thread."""
         if self._error is not None:
             raise again(self._error)
         self._commands.append(command)
 
     def receive(self, timeout_s: float | None = None) -> ClientEvent | None:
-        """As EngineClient. A step in progress is finished, whatever `timeout_s` says: nothing can interrupt it."""
+        """As in EngineClient, but a step in progress cannot be interrupted, even after `timeout_s`."""
         if self._error is not None:
             raise again(self._error)
         self._obey_commands()
@@ -56,13 +56,13 @@ class InprocClient:
             while not self._events and self._work():
                 pass
         except Exception as error:
-            # whatever it is, nobody knows where it has left scheduler and worker
+            # after any error, the state of scheduler and worker is unknown
             self._error = again(ended_by(error))
             raise
         return self._events.popleft() if self._events else None
 
     def has_work(self) -> bool:
-        """Whether `receive` has an event at hand or can compute one."""
+        """Whether `receive` has an event or can compute one."""
         return bool(self._commands or self._events) or self._core.has_unfinished()
 
     def close(self) -> None:
@@ -71,7 +71,7 @@ class InprocClient:
             self._error = ended_by(EngineDeadError("the engine was shut down"))
 
     def _obey_commands(self) -> None:
-        """Raises MessageMalformed for a command that has no place here; the engine is not harmed."""
+        """Raises MessageMalformed for an unexpected command, which does not harm the engine."""
         while self._commands:
             command = self._commands.popleft()
             if isinstance(command, ShutdownEngine):
@@ -80,7 +80,7 @@ class InprocClient:
                 self._events += self._core.handle_command(command)
 
     def _work(self) -> bool:
-        """Run one command of a worker; False when there was nothing to do."""
+        """Run one command of a worker; False if there was nothing to do."""
         self._events += self._core.advance()
         events = self._core.next_events()
         self._events += events or []

@@ -1,4 +1,4 @@
-"""What a started engine is to the user process, whichever way it was started."""
+"""The user process's interface to a started engine, however it was started."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ class EngineClient(Protocol):
         """Queue a command; never blocks. Raises EngineDeadError, MessageTooLarge, or TypeError (no msgpack form)."""
 
     def receive(self, timeout_s: float | None = None) -> ClientEvent | None:
-        """The next event; None when there is none within `timeout_s`, or when none can ever come.
+        """The next event; None if there is none within `timeout_s`, or if none can ever come.
 
-        Raises EngineDeadError when the engine has ended, and ProtocolError when a frame was refused or lost: what is
-        unfinished then may never be answered.
+        Raises EngineDeadError if the engine has ended, and ProtocolError if a frame was refused or lost: unfinished
+        requests may then never be answered.
         """
 
     def close(self) -> None:
-        """End the engine and all its processes; may be called again."""
+        """End the engine and all its processes; can be called twice."""
 
 
 class AsyncEngineClient(Protocol):
-    """The same for asyncio; belongs to the event loop it was launched in."""
+    """The same for asyncio; tied to the event loop in which it was launched."""
 
     ready: EngineReady
 
     @property
     def outage(self) -> str | None:
-        """Why the engine as a whole is being restarted; None when it is not."""
+        """Why the whole engine is being restarted; None if it is not."""
 
     def send(self, command: ClientCommand) -> None: ...
 
     async def receive(self) -> ClientEvent: ...
 
     def close(self) -> None:
-        """End the engine and all its processes, at once where it has failed; may be called again."""
+        """End the engine and all its processes, at once if it has failed; can be called twice."""

@@ -1,10 +1,10 @@
-"""When a signal may break in: not between the arrival of a frame and the end of what follows from it.
+"""When signals are handled: not between the arrival of a frame and the end of its processing.
 
-A handler that is written in Python raises wherever the main thread is, KeyboardInterrupt for one. Where that is inside
-of a socket's `recv`, the frame is lost, and with it what it holds for everybody else.
+A Python handler raises wherever the main thread is, for example KeyboardInterrupt. Inside a socket's `recv`, that loses
+the frame with the outputs of all requests in it.
 
-A handler may raise in here too, between any two instructions. So nothing depends on an installation or a restoration
-that was carried to its end: a stand-in that was left behind does what the user's handler does.
+A handler may raise here too, between any two instructions. So nothing depends on a complete installation or
+restoration: a leftover stand-in does what the user's handler does.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import ClassVar
 
 Handler = Callable[[int, FrameType | None], object]
 
-# for which programs have handlers that raise; to look at all of them would cost as much as a small step
+# signals whose handlers typically raise; checking all signals would cost as much as a small step
 _NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class _StandIn:
-    """Takes the place of one handler of the user's: notes the signal while they are held, else handles it."""
+    """Replaces one of the user's handlers: records the signal while signals are held, otherwise handles it."""
 
     holding = False
     waiting: ClassVar[dict[_StandIn, FrameType | None]] = {}
@@ -46,7 +46,7 @@ class _StandIn:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Inside, signals wait; they are handled at the end. Only the main thread is ever interrupted."""
+    """Hold signals inside the context and handle them at its end. Only the main thread is ever interrupted."""
     if _StandIn.holding or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -59,7 +59,7 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def allowed() -> Iterator[None]:
-    """A moment within `held` in which nothing can be lost: signals are handled."""
+    """Handle signals within `held`, at a point where nothing can be lost."""
     if not _StandIn.holding or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -97,5 +97,5 @@ def _handle_waiting() -> None:
     try:
         stand_in.handler(stand_in.number, frame)
     finally:
-        # a handler that raises keeps none of the others waiting
+        # a handler that raises does not block the others
         _handle_waiting()

@@ -1,4 +1,4 @@
-"""What a coordinator has not answered yet: enough to have another one go on."""
+"""Unanswered requests and calls, with which another coordinator can continue."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sempre.ipc.messages import (
     ResetPrefixCacheReply,
 )
 
-# Requests travel in frames of about this size, so that the first ones are at work while the last ones are sent.
+# Requests are sent in frames of about this size, so that the first ones run while the last ones are sent.
 FRAME_BYTES = 1 << 20
 
 Call = CallWorkers | GetMetrics | ResetPrefixCache
@@ -35,7 +35,7 @@ _ANSWERS: dict[type[ClientEvent], type[Call]] = {
 
 @dataclass(slots=True)
 class _Entry:
-    """One unfinished sequence and what the client has of it."""
+    """One unfinished sequence and the part the client has received."""
 
     spec: RequestSpec
     token_ids: list[int] = field(default_factory=list)
@@ -51,14 +51,14 @@ class PendingRequests:
 
     @property
     def num_unfinished(self) -> int:
-        """Sequences without an end."""
+        """Number of unfinished sequences."""
         return len(self._entries)
 
     def sent(self, command: ClientCommand) -> None:
-        """Take note of what a coordinator is asked for."""
+        """Record a command to the coordinator."""
         match command:
             case AddRequests(requests=specs):
-                # an id in use is refused by the coordinator; the first request with it goes on
+                # the coordinator refuses an id in use; the first request with it continues
                 self._entries.update({s.request_id: _Entry(s) for s in specs if s.request_id not in self._entries})
             case AbortRequests(request_ids=request_ids):
                 for request_id in request_ids:
@@ -67,7 +67,7 @@ class PendingRequests:
                 self._calls.append(command)
 
     def received(self, event: ClientEvent) -> None:
-        """Take note of what it has answered."""
+        """Record an event from the coordinator."""
         match event:
             case OutputsReady(outputs=deltas):
                 for delta in deltas:
@@ -87,14 +87,14 @@ class PendingRequests:
                     self._calls.remove(answered)
 
     def commands(self) -> Iterator[ClientCommand]:
-        """What has another coordinator go on where the last one ended."""
+        """Commands for another coordinator to continue where the last one ended."""
         for frame in frames(_resumed(entry) for entry in self._entries.values()):
             yield AddRequests(requests=frame)
         yield from self._calls
 
 
 def frames(specs: Iterable[RequestSpec]) -> Iterator[list[RequestSpec]]:
-    """The specs in order, cut into lists of about FRAME_BYTES each."""
+    """Yield the specs in order, in lists of about FRAME_BYTES each."""
     frame: list[RequestSpec] = []
     size = 0
     for spec in specs:

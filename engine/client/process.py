@@ -1,4 +1,4 @@
-"""The client of an engine in processes of its own."""
+"""The client of an engine in its own processes."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ from sempre.ipc.messages import (
 
 logger = logging.getLogger(__name__)
 
-# the coordinator itself holds each worker to startup_timeout_s
+# the coordinator itself enforces startup_timeout_s for each worker
 _STARTUP_MARGIN_S = 30.0
-# the longest wait without a look at the coordinator, where its end is not an event of its own
+# the longest wait without checking the coordinator, if its end does not wake us up
 LOOK_S = 0.25
 _LAST_FRAMES_S = 0.02
-# workers that were killed have given back their memory by then
+# by then killed workers have freed their memory
 _GONE_S = 10.0
 _GONE_POLL_S = 0.01
-# a successor that fails by one of these is not another one's chance: the bits would not be the same
+# no further restart after these errors of a successor: the bits would not be the same
 _FINAL = (SeedMismatch, InvarianceError)
 _ALIKE = (
     "vocab_size",
@@ -74,7 +74,7 @@ Channel = TypeVar("Channel", bound=PeerBase[ClientEvent])
 
 @dataclass
 class _Link(Generic[Channel]):
-    """What there is of the engine now; replaced when the coordinator is restarted."""
+    """The current engine; replaced when the coordinator is restarted."""
 
     process: EngineProcess
     channel: Channel
@@ -82,10 +82,10 @@ class _Link(Generic[Channel]):
 
 
 class ProcessClientBase(Generic[Channel]):
-    """Owns the coordinator process and watches it; how to wait for events is the subclass's.
+    """Owns and monitors the coordinator process; subclasses define how to wait for events.
 
-    A coordinator that dies after the start is restarted with its workers, and the unfinished requests go on where they
-    were: whoever receives sees a pause. The engine's processes end with `close`, with this object, or with this
+    A coordinator that dies after the start is restarted with its workers, and the unfinished requests continue where
+    they were: the receiver only sees a pause. The engine's processes end with `close`, with this object, or with this
     process.
     """
 
@@ -128,13 +128,13 @@ class ProcessClientBase(Generic[Channel]):
         if self._outage is None:
             self._link.channel.send(command)
         else:
-            # stays pending until the engine is back; what cannot be sent is refused now
+            # stays pending until the engine is back; commands that cannot be sent are refused now
             self._encoder.encode(command, 1)
         self._pending.sent(command)
 
     def close(self) -> None:
         if self._error is not None and not self._link.process.is_inherited():
-            # it has failed: there is nothing to be ended in order
+            # it has failed, so no orderly shutdown is needed
             self._link.process.child.kill_group()
         self._finalizer()
         if self._error is None:
@@ -160,20 +160,20 @@ class ProcessClientBase(Generic[Channel]):
         return process, channel
 
     def _interpret(self, arrival: ClientEvent) -> ClientEvent | None:
-        """An event for the user, or None. Raises what the event carries."""
+        """An event for the user, or None. Raises the error in the event."""
         self._heartbeats.heard()
         try:
             event = client_event(arrival)
         except ProtocolError:
-            raise  # one frame is lost, the engine is not
+            raise  # one frame is lost, but the engine still runs
         except CoordinatorDied as error:
-            # an error in the coordinator itself: its successor may fare better
+            # an error in the coordinator itself: a successor may succeed
             self._lose(error)
             self._raise_if_ended()
             return None
         except SempreError as error:
             if self._outage is not None and not isinstance(error, _FINAL):
-                # whoever died while the successor was starting: this too is repaired
+                # a process that died while the successor was starting is restarted, too
                 self._lose(CoordinatorDied(f"the restarted engine failed: {error}", cause=str(error)))
                 self._raise_if_ended()
                 return None
@@ -204,8 +204,8 @@ class ProcessClientBase(Generic[Channel]):
         self.ready = replace(self.ready, worker_pids=pids)
 
     def _look_after(self) -> None:
-        """To be called when nothing is left to be read: notices that the coordinator has ended or does not answer, and
-        goes on with a restart. Raises EngineDeadError when there is none."""
+        """Call this when nothing is left to read: detects that the coordinator has ended or does not answer, and drives
+        a restart. Raises EngineDeadError if there is none."""
         if self._gone_by is not None:
             self._start_successor(self._gone_by)
             return
@@ -216,7 +216,7 @@ class ProcessClientBase(Generic[Channel]):
             if self._saw_end:
                 self._lose(process.death())
             else:
-                # its last frames may still be on their way: read once more
+                # its last frames may still be in transit: read once more
                 self._saw_end = True
                 time.sleep(_LAST_FRAMES_S)
         elif silence_s is not None:
@@ -229,7 +229,7 @@ class ProcessClientBase(Generic[Channel]):
         self._raise_if_ended()
 
     def _lose(self, error: CoordinatorDied) -> None:
-        """The coordinator has died or failed: begin a restart, or end the engine."""
+        """The coordinator has died or failed: restart it, or end the engine."""
         started = self._is_ready or self._outage is not None
         if not started or not self._budget.take():
             text = f"{error}\nthe coordinator: {self._budget.exhausted()}" if started else str(error)
@@ -244,7 +244,7 @@ class ProcessClientBase(Generic[Channel]):
         self._rewatch()
 
     def _start_successor(self, gone_by: float) -> None:
-        """Once nothing of the former engine runs."""
+        """Start a successor once no process of the former engine runs."""
         if ranks := self._link.workers.running():
             if time.monotonic() > gone_by:
                 text = f"workers {ranks} still run {_GONE_S:g} s after they were killed with their coordinator"
@@ -261,10 +261,10 @@ class ProcessClientBase(Generic[Channel]):
         self._rewatch()
 
     def _rewatch(self) -> None:
-        """Process and channel are others now."""
+        """Process and channel have been replaced."""
 
     def _resume(self, ready: EngineReady) -> None:
-        """The successor is ready: it goes on with what is unfinished. Raises StartupError when it is not the same."""
+        """The successor is ready: it continues the unfinished requests. Raises StartupError if it differs."""
         for field in _ALIKE:
             expected, found = getattr(self.ready, field), getattr(ready, field)
             if expected != found:
@@ -279,7 +279,7 @@ class ProcessClientBase(Generic[Channel]):
 
     def _take_ready(self, ready: EngineReady) -> None:
         self.ready = ready
-        # a successor keeps the limits that were chosen by the memory found, whatever it finds itself
+        # a successor keeps the limits that were derived from memory at the first start
         self._config = replace(self._config, max_model_len=ready.max_model_len, max_num_seqs=ready.max_num_seqs)
         self._is_ready = True
         self._link.workers.follow(dict(enumerate(ready.worker_pids)))
@@ -289,7 +289,7 @@ class ProcessClientBase(Generic[Channel]):
             raise again(self._error)
 
     def _startup_event(self, event: ClientEvent | None, on_progress: ProgressCallback | None) -> bool:
-        """True once the engine is ready. Raises StartupError when it takes too long."""
+        """Whether the engine is ready. Raises StartupError if it takes too long."""
         match event:
             case StartupProgress():
                 if on_progress is not None:
@@ -336,7 +336,7 @@ class ProcessClient(ProcessClientBase[PeerChannel[ClientEvent]]):
         on_progress: ProgressCallback | None = None,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> ProcessClient:
-        """Start an engine, call `meanwhile`, and wait until the engine is ready; when it is not, its processes are gone
+        """Start an engine, call `meanwhile`, and wait until the engine is ready; on failure, its processes have ended
         before this raises."""
         client = cls(config, options or ProcessOptions())
         try:

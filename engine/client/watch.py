@@ -1,4 +1,4 @@
-"""What the user's process watches: whether the coordinator answers, and whether the workers of a dead one are gone."""
+"""Monitors whether the coordinator answers, and whether the workers of a dead one are gone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sempre.ipc.liveness import LONGEST_PAUSE_S
 
 
 class HeartbeatMonitor:
-    """Asks with a heartbeat every `interval_s`, and counts the silence from the first one that went unanswered.
+    """Sends a heartbeat every `interval_s`, and measures the silence since the first unanswered one.
 
-    Time in which this process did not look does not count.
+    Time in which this process was not polling does not count.
     """
 
     def __init__(self, interval_s: float) -> None:
@@ -23,11 +23,11 @@ class HeartbeatMonitor:
         self._looked_at = time.monotonic()
 
     def heard(self) -> None:
-        """Any frame is a sign of life."""
+        """Record a frame; any frame is a sign of life."""
         self._asked_at = None
 
     def is_due(self) -> bool:
-        """Whether a heartbeat is to be sent now; counts as sent when True."""
+        """Whether to send a heartbeat now; if True, it counts as sent."""
         now = time.monotonic()
         if now < self._next_beat:
             return False
@@ -37,7 +37,7 @@ class HeartbeatMonitor:
         return True
 
     def silence_s(self, limit_s: float) -> float | None:
-        """Seconds of silence once they exceed `limit_s`, else None. To be asked when nothing is left to be read."""
+        """Seconds of silence once they exceed `limit_s`, else None. Call this when nothing is left to read."""
         now = time.monotonic()
         pause_s, self._looked_at = now - self._looked_at, now
         if self._asked_at is None:
@@ -49,16 +49,16 @@ class HeartbeatMonitor:
 
 
 class WorkerWatch:
-    """Holds a descriptor of each worker process, taken while its coordinator lived: a number may be used again.
+    """Holds a descriptor of each worker process, opened while its coordinator ran, since process ids may be reused.
 
-    Where the system has no such descriptors, all count as gone.
+    If the system has no such descriptors, all count as gone.
     """
 
     def __init__(self) -> None:
         self._descriptors: dict[int, int] = {}
 
     def follow(self, pids: Mapping[int, int]) -> None:
-        """Follow these processes, by rank, in place of those that had the ranks before."""
+        """Watch these processes, by rank, instead of the previous ones of these ranks."""
         for rank, pid in pids.items():
             self._drop(rank)
             if hasattr(os, "pidfd_open"):

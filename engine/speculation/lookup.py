@@ -1,4 +1,4 @@
-"""Drafters that look for an earlier place like the present one and propose that it goes on as it did there.
+"""Drafters that search for an earlier match of the last tokens and propose the tokens that followed it.
 
 n-gram lookup: Saxena, "Prompt Lookup Decoding", 2023. Suffix lookup: Oliaro et al., "SuffixDecoding", arXiv 2411.04975.
 """
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Protocol
 
-# candidates that are compared at most: bounds the work per token where one n-gram comes again and again
+# maximum candidates to compare: bounds the work per token if one n-gram repeats often
 _MAX_CANDIDATES = 16
 _RECENT_TOKENS = 65536
-_END = -1  # between two outputs; no token
+_END = -1  # separates two outputs; not a token
 _MIN_SHARE = 0.3
-# an empty list of outputs in tokens' worth of memory: bounds the number of salts
+# memory of an empty list of outputs, in tokens: bounds the number of salts
 _COST_OF_A_SALT = 64
 
 
@@ -23,17 +23,17 @@ class Drafter(Protocol):
     """Follows one sequence. A draft model's drafts come from its worker instead, see `ModelSpeculation`."""
 
     def extend(self, token_ids: Sequence[int]) -> None:
-        """The sequence goes on with these tokens."""
+        """Append tokens to the sequence."""
 
     def propose(self, count: int) -> list[int]:
-        """At most `count` draft tokens of what comes next; empty when there is nothing to go by."""
+        """Return at most `count` draft tokens; empty without a match."""
 
     def finish(self, num_prompt_tokens: int) -> None:
         """The sequence has ended."""
 
 
 class TokenIndex:
-    """A growing list of tokens and, for each n-gram of `width` tokens in it, its places from last to first."""
+    """A growing list of tokens and, for each n-gram of `width` tokens, its places from last to first."""
 
     def __init__(self, width: int) -> None:
         self.token_ids: list[int] = []
@@ -54,8 +54,8 @@ class TokenIndex:
             last[ngram] = end
 
     def places(self, pattern: Sequence[int]) -> list[int]:
-        """Ends of occurrences of the last `width` tokens of `pattern`, the last first, not the end of the list itself:
-        nothing follows there."""
+        """Ends of occurrences of the last `width` tokens of `pattern`, the last first, without the end of the list,
+        where nothing follows."""
         if len(pattern) < self._width:
             return []
         ends: list[int] = []
@@ -67,7 +67,7 @@ class TokenIndex:
         return ends
 
     def match(self, end: int, pattern: Sequence[int], most: int) -> int:
-        """How many tokens before `end` equal the end of `pattern`; `width` of them are known to, `most` are enough."""
+        """How many tokens before `end` equal the end of `pattern`: at least `width`, counted up to `most`."""
         tokens = self.token_ids
         most = min(most, end, len(pattern))
         length = self._width
@@ -77,7 +77,7 @@ class TokenIndex:
 
 
 class NgramDrafter:
-    """Takes the longest match of `shortest` to `longest` tokens within the sequence itself, the last of equals."""
+    """Uses the longest match of `shortest` to `longest` tokens within the sequence, the last one on a tie."""
 
     def __init__(self, shortest: int, longest: int) -> None:
         self._index = TokenIndex(shortest)
@@ -98,7 +98,7 @@ class NgramDrafter:
         if not best_length:
             return []
         following = tokens[best : best + count]
-        # what overlaps its own pattern is a loop: it goes on turning
+        # a match that overlaps its own pattern is a loop: continue it
         period = len(following)
         return [following[i % period] for i in range(count)] if best + count > len(tokens) else following
 
@@ -107,7 +107,7 @@ class NgramDrafter:
 
 
 class RecentOutputs:
-    """The outputs of the last sequences that have ended, about 65,536 tokens of them."""
+    """The outputs of recently ended sequences, about 65,536 tokens."""
 
     def __init__(self, width: int, capacity: int = _RECENT_TOKENS) -> None:
         self._width = width
@@ -123,10 +123,10 @@ class RecentOutputs:
 
 
 class SaltedOutputs:
-    """The recent outputs of each `cache_salt` by themselves: no request learns of those of another salt.
+    """Separate recent outputs per `cache_salt`: no request learns about those of another salt.
 
-    Together they hold about `capacity` tokens more than one of them may; beyond, the salts that were not used for the
-    longest are forgotten.
+    Together they hold about `capacity` tokens more than one of them may; beyond that, the least recently used salts
+    are forgotten.
     """
 
     def __init__(self, width: int, capacity: int = _RECENT_TOKENS) -> None:
@@ -135,7 +135,7 @@ class SaltedOutputs:
         self._by_salt: dict[str | None, RecentOutputs] = {}
 
     def of(self, salt: str | None) -> RecentOutputs:
-        """Return those of one salt; None stands for requests without one."""
+        """Return those of one salt; None means requests without one."""
         recent = self._by_salt.pop(salt, None) or RecentOutputs(self._width, self._capacity)
         self._by_salt[salt] = recent  # now the last in order
         total = sum(len(outputs.index.token_ids) + _COST_OF_A_SALT for outputs in self._by_salt.values())
@@ -146,8 +146,8 @@ class SaltedOutputs:
 
 
 class SuffixDrafter:
-    """Takes the longest match in the sequence itself and in recent outputs; where several places match as long, the
-    next token is the one most of them go on with, as long as `_MIN_SHARE` of them do."""
+    """Uses the longest match in the sequence and in recent outputs; if several matches are equally long, the next token
+    is the most common one after them, as long as at least `_MIN_SHARE` of them have it."""
 
     def __init__(self, recent: RecentOutputs, shortest: int, longest: int) -> None:
         self._recent = recent
@@ -175,7 +175,7 @@ class SuffixDrafter:
 
 
 def _most_common_path(places: list[tuple[list[int], int]], length: int) -> list[int]:
-    """Tokens that follow most of the places, one after the other; of equals the one of the earliest place given."""
+    """The most common tokens after the places, one after the other; on a tie that of the earliest place given."""
     path: list[int] = []
     total = len(places)
     for offset in count():

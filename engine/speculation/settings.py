@@ -1,4 +1,4 @@
-"""From what a user asks for to a SpeculativeConfig."""
+"""Converts a user's settings to a SpeculativeConfig."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sempre.ipc.errors import ConfigError
 _FIELDS = tuple(name for name in SpeculativeConfig.__struct_fields__ if name != "model_path")
 _SHORT = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
 _METHODS: tuple[str, ...] = get_args(SpeculativeMethod)
-# names in place of a model that vLLM's users know
+# vLLM's method names that are given as a model
 _NO_MODELS = ("ngram", "[ngram]")
 
 
 def speculative_config(value: object, short: Mapping[str, object]) -> SpeculativeConfig | None:
     """`value` is a mapping, a SpeculativeConfig or None; `short` holds spec_method, spec_model, spec_tokens if given.
 
-    None is off, and so is `num_speculative_tokens` 0. A method that is left out is draft_model where there is a model.
-    The draft model is not looked for yet. Raises ConfigError.
+    None turns it off, and so does `num_speculative_tokens` 0. With a model, the default method is draft_model.
+    The draft model is not resolved yet. Raises ConfigError.
     """
     if isinstance(value, SpeculativeConfig):
         value = {name: getattr(value, name) for name in _FIELDS}

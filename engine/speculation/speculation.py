@@ -1,4 +1,4 @@
-"""One request's drafts as the scheduler asks for them, and the plan that makes such objects for all requests."""
+"""One request's drafts for the scheduler, and the plan that creates such objects for all requests."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from sempre.ipc.messages import StepCosts
 _START = 0.7
 _WEIGHT = 1 / 8
 _SUFFIX_LONGEST = 24
-# A draft model that was given up is asked again after this many tokens, and after twice as many each time in vain.
+# A paused draft model is tried again after this many tokens, and after twice as many with each failed try.
 _REST = 32
 _PROBE_LENGTH = 2
-# the way to a draft worker and back
+# the round trip to a draft worker
 _ASKING_SECONDS = 0.3e-3
 MakeDrafter = Callable[[str | None], Drafter]
 """Makes the drafter of one request from its `cache_salt`."""
 
 
 class DraftCosts(NamedTuple):
-    """In steps of the target."""
+    """Costs in steps of the target."""
 
     first: float
-    """what a step with drafts costs more, however many: the next one is not planned before its result is known"""
+    """extra cost of a step with any drafts: the next one is not planned before its result is known"""
     each: float
-    """a draft token and its row in the step"""
+    """cost of a draft token and its row in the step"""
 
 
 class DraftLength:
-    """At most `longest`; 0 while steps without drafts bring more tokens in the same time.
+    """At most `longest`; 0 while steps without drafts yield more tokens in the same time.
 
-    With a share r of accepted draft tokens, weighted towards the last of them, a step with k of them brings
+    With an acceptance rate r, weighted towards recent draft tokens, a step with k of them yields
     1 + r + … + r^k tokens (Leviathan et al., arXiv:2211.17192, section 3.1, if they are independent) and costs
     1 + first + k · each.
     """
@@ -47,7 +47,7 @@ class DraftLength:
         self.current = longest if not adaptive else self._length()
 
     def observe(self, num_accepted: int, *, missed: bool) -> None:
-        """So many draft tokens in a row were right; the one after them was wrong if `missed`."""
+        """Record that `num_accepted` draft tokens in a row were right; the one after them was wrong if `missed`."""
         if not self.adapts:
             return
         for _ in range(num_accepted):
@@ -69,20 +69,20 @@ class DraftLength:
 
 
 class Incarnation:
-    """One draft worker, until it is gone; the one that is started in its place is another."""
+    """One draft worker until its end; its successor is another incarnation."""
 
     is_gone = False
 
 
 @dataclass(slots=True)
 class Ask:
-    """What a draft worker has been asked for one request, which waits while this is open.
+    """A query to a draft worker for one request, which waits while this is open.
 
-    Nobody has to end that wait: it ends at the deadline, if neither the answer nor the end of the worker comes first.
+    The wait ends with the answer, with the worker's end, or by itself at the deadline.
     """
 
     num_known: int
-    """tokens of the request; the drafts follow them"""
+    """number of the request's tokens before the drafts"""
     num_drafts: int
     deadline: float
     worker: Incarnation
@@ -93,36 +93,36 @@ class Ask:
 
 
 class Speculation(Protocol):
-    """One request's drafts. `token_ids` is its sequence as far as results have come back."""
+    """One request's drafts. `token_ids` is its sequence including all received results."""
 
     ask: Ask | None
-    """what a draft worker was asked after the last result"""
+    """the query to a draft worker after the last result"""
 
     def must_wait(self, token_ids: list[int], num_in_flight: int) -> bool:
-        """Whether the result of a step in flight decides what the next one computes."""
+        """Whether the next step depends on the result of a step in flight."""
 
     def drafts(self, token_ids: list[int], room: int) -> list[int]:
-        """Draft tokens to verify with the step that computes the last token; at most `room`, which may be 0."""
+        """Draft tokens to verify in the step that computes the last token; at most `room`, which may be 0."""
 
     def num_wanted(self) -> int:
-        """Draft tokens that the worker is to make after that step."""
+        """Number of draft tokens that the worker should make after that step."""
 
     def num_to_ask(self) -> int:
-        """Draft tokens to ask a draft worker for, now that a result is back."""
+        """Number of draft tokens to ask a draft worker for after a result."""
 
     def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, drafted: list[int] | None) -> None:
-        """A step has returned that verified `drafts` and kept `num_kept`; the worker then `drafted` what comes next,
-        None where it was not asked to."""
+        """A step that verified `drafts` and accepted `num_kept` has returned; `drafted` are the worker's next drafts,
+        None if it was not asked for any."""
 
     def ended(self, token_ids: list[int], num_prompt_tokens: int) -> None:
-        """The request has ended, in whatever way."""
+        """The request has ended for any reason."""
 
 
 class LookupSpeculation:
     """Drafts of a drafter in this process.
 
-    Every token that comes is compared with the last draft, whether it was verified or not, so it costs nothing to
-    notice when drafts become worth while.
+    Every new token is compared with the last draft, verified or not, so it costs nothing to notice when drafts become
+    worthwhile.
     """
 
     def __init__(self, drafter: Drafter, length: DraftLength, longest: int) -> None:
@@ -166,12 +166,12 @@ class LookupSpeculation:
         self._length.observe(compared.index(False) if missed else len(compared), missed=missed)
         self._drafter.extend(new)
         self._num_seen = len(token_ids)
-        # one more than can be verified: a step may be in flight
+        # one more than can be verified, since a step may be in flight
         self._drafts = self._drafter.propose(self._longest + 1)
 
 
 class ModelSpeculation:
-    """Drafts of a draft model; `asks_worker`: it has a worker of its own, which is asked once a result is back."""
+    """Drafts of a draft model; `asks_worker`: it has its own worker, which is asked after each result."""
 
     def __init__(self, length: DraftLength, longest: int, *, asks_worker: bool) -> None:
         self.ask: Ask | None = None
@@ -180,9 +180,9 @@ class ModelSpeculation:
         self._asks_worker = asks_worker
         self._drafts: list[int] = []
         self._num_known = -1
-        self._rest = 0  # tokens before the draft model is asked again
+        self._rest = 0  # tokens until the draft model is tried again
         self._next_rest = _REST
-        self._in_flight = False  # a step whose result decides about drafts
+        self._in_flight = False  # the step whose result decides about drafts
         if length.current == 0:
             self._begin_rest()
 
@@ -197,7 +197,7 @@ class ModelSpeculation:
         return drafts
 
     def num_wanted(self) -> int:
-        # the drafts of a probe are verified before more are asked for
+        # verify the drafts of a probe before asking for more
         if self._asks_worker or (self._length.current == 0 and self._in_flight):
             return 0
         count = self._num_worth()
@@ -208,7 +208,7 @@ class ModelSpeculation:
         return self._num_worth() if self._asks_worker else 0
 
     def sampled(self, token_ids: list[int], drafts: list[int], num_kept: int, drafted: list[int] | None) -> None:
-        self.ask = None  # it was about a shorter sequence
+        self.ask = None  # it belongs to a shorter sequence
         self._rest = max(0, self._rest - 1)
         if drafts:
             self._length.observe(num_kept, missed=num_kept < len(drafts))
@@ -226,11 +226,11 @@ class ModelSpeculation:
         self.ask = None
 
     def _num_worth(self) -> int:
-        """How many draft tokens are worth asking for."""
+        """How many draft tokens are worth requesting."""
         return 0 if self._rest else self._length.current or self._probe_length
 
     def _take_answer(self, ask: Ask) -> None:
-        """The request goes on, with what its draft worker has answered or without; what comes later is too late."""
+        """Continue with the draft worker's answer, or without one; a later answer is ignored."""
         self.ask = None
         self._drafts, self._num_known = ask.answer or [], ask.num_known
         if not ask.answer:
@@ -246,8 +246,8 @@ class SpeculationPlan:
     """Makes a `Speculation` for each request of one replica."""
 
     def __init__(self, config: SpeculativeConfig, *, steps_ahead: bool, costs: StepCosts) -> None:
-        """`steps_ahead`: the worker takes a step before the result of the one before it is known. `costs`: expected of
-        the target, and of a draft model, wherever it is."""
+        """`steps_ahead`: the worker accepts a step before the result of the previous one is known. `costs`: expected
+        costs of the target and of the draft model, wherever it runs."""
         self._config = config
         self._costs = draft_costs(costs, steps_ahead=steps_ahead, asks_worker=self.asks_worker)
         self._make_drafter = DRAFTERS[config.method](config) if config.method in DRAFTERS else None
@@ -257,7 +257,7 @@ class SpeculationPlan:
         return self._config.placement == "worker"
 
     def start(self, cache_salt: str | None = None) -> Speculation:
-        """Drafts for a request; none come from outputs of requests with another `cache_salt`."""
+        """Drafts for a request, never from outputs of requests with another `cache_salt`."""
         config = self._config
         longest = config.num_speculative_tokens
         length = DraftLength(longest, costs=self._costs, adaptive=config.adaptive)
@@ -267,7 +267,7 @@ class SpeculationPlan:
 
 
 def draft_costs(costs: StepCosts, *, steps_ahead: bool, asks_worker: bool) -> DraftCosts:
-    """What drafts cost where steps and results take as long as `costs` says."""
+    """The costs of drafts, given the times of steps and results in `costs`."""
     waiting = costs.result if steps_ahead else 0.0
     if asks_worker:
         waiting += _ASKING_SECONDS
