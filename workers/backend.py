@@ -29,28 +29,19 @@ class ModelSetup:
     kernel: LinearKernel
     max_model_len: int
     block_size: int
-    max_num_batched_tokens: int
-    max_num_seqs: int
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """What a backend knows of the model once its weights are on the device."""
-
-    config: WorkerConfig
-    model: CausalLM
-    weights: WeightFacts
-    max_model_len: int
-    block_size: int
     """tokens in one KV cache block: the config's, or the device's best"""
     max_num_batched_tokens: int
     """most tokens in one step, likewise"""
     max_num_seqs: int
     """most requests in one step, likewise"""
 
-    @property
-    def spec(self) -> ModelSpec:
-        return self.model.spec
+
+@dataclass(frozen=True)
+class LoadedModel(ModelSetup):
+    """What a backend knows of the model once its weights are on the device."""
+
+    model: CausalLM
+    weights: WeightFacts
 
     @property
     def limits(self) -> StepLimits:

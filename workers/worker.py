@@ -290,33 +290,21 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def _setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
-    kernel = linear_kernel(config.numerics)
     spec = load_spec(Path(config.model_path))
-    block_size = config.block_size or BLOCK_SIZES[backend.placement.device.type][0]
-    max_num_batched_tokens = config.max_num_batched_tokens or backend.max_num_batched_tokens
     return ModelSetup(
         config,
         spec,
-        kernel,
-        _max_model_len(config, spec),
-        block_size,
-        max_num_batched_tokens,
-        config.max_num_seqs or backend.default_max_num_seqs(config, spec),
+        linear_kernel(config.numerics),
+        max_model_len=_max_model_len(config, spec),
+        block_size=config.block_size or BLOCK_SIZES[backend.placement.device.type][0],
+        max_num_batched_tokens=config.max_num_batched_tokens or backend.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs or backend.default_max_num_seqs(config, spec),
     )
 
 
 def _load(setup: ModelSetup, backend: Backend) -> LoadedModel:
-    config = setup.config
-    model, weights = load_model(config, setup.spec, setup.kernel, backend.placement)
-    return LoadedModel(
-        config,
-        model,
-        weights,
-        setup.max_model_len,
-        setup.block_size,
-        setup.max_num_batched_tokens,
-        setup.max_num_seqs,
-    )
+    model, weights = load_model(setup.config, setup.spec, setup.kernel, backend.placement)
+    return LoadedModel(**vars(setup), model=model, weights=weights)
 
 
 def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | None:
