@@ -168,8 +168,7 @@ class HubChannel(Generic[MessageT]):
         self._send_frame(identity, self._links[identity].pack(message))
 
     def receive(self, timeout_s: float = 0.0) -> tuple[bytes, MessageT | ProtocolError] | None:
-        """The next message and its sender, or the error of a frame refused on an established link; None: nothing
-        yet."""
+        """The next message and its sender, or the error of a frame refused on an established link; else None."""
         deadline = time.monotonic() + timeout_s
         while self.socket.poll(remaining_ms(deadline)):
             identity, *parts = self.socket.recv_multipart(zmq.DONTWAIT)

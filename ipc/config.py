@@ -40,14 +40,14 @@ def doc(text: str) -> Meta:
 
 
 class SpeculativeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How tokens are drafted ahead of the model; the outputs are the same with any of it, and without."""
+    """How tokens are drafted ahead of the model; the outputs are the same with it and without."""
 
     method: Annotated[SpeculativeMethod, doc("where draft tokens come from")]
     model: Annotated[str | None, doc("the draft model, for method draft_model")] = None
     model_path: Annotated[str | None, doc("the local folder that `model` was resolved to")] = None
     num_speculative_tokens: Annotated[int, Meta(ge=1, le=32), doc("most draft tokens per request and step")] = 4
     placement: Annotated[
-        Literal["colocated", "worker"], doc("the draft model in the target's worker, or in a worker of its own")
+        Literal["colocated", "worker"], doc("the draft model runs in the target's worker, or in a separate worker")
     ] = "colocated"
     adaptive: Annotated[bool, doc("fewer draft tokens, or none, for a request whose drafts are rejected")] = True
     prompt_lookup_min: Annotated[Count, doc("shortest n-gram that is looked up, tokens")] = 2
@@ -60,9 +60,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     model: Annotated[str, doc("name in the catalogue, folder, or hub id")]
     model_path: Annotated[str, doc("the local folder that `model` was resolved to")]
     seed: Annotated[
-        int, Meta(ge=0), doc("the engine's: seeds workers, and what requests without a seed of their own get")
+        int, Meta(ge=0), doc("the engine's seed: seeds workers, and requests without a seed of their own")
     ] = 0
-    dtype: Annotated[Dtype, doc("storage of weights and KV cache; auto is the checkpoint's")] = "auto"
+    dtype: Annotated[Dtype, doc("dtype of weights and KV cache; auto is the checkpoint's")] = "auto"
     quantization: Annotated[
         Quantization | None,
         doc("fp8: matrices and their inputs; fp8_weight_only: matrices; None is the checkpoint's"),
@@ -84,7 +84,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     data_parallel_size: Annotated[Count, doc("replicas of the model, one worker each")] = 1
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=1), doc("workers that share one replica; 1 for now")] = 1
     num_threads: Annotated[NonNegative, doc("compute threads of one worker; 0 divides the usable cores")] = 0
-    multiprocessing: Annotated[bool, doc("coordinator and workers in processes of their own")] = True
+    multiprocessing: Annotated[bool, doc("coordinator and workers run in separate processes")] = True
     scheduling_policy: Annotated[SchedulingPolicy, doc("order of waiting requests")] = "fcfs"
     device: Annotated[Device, doc("where workers compute; auto is cuda where there is a GPU")] = "auto"
     gpu_memory_utilization: Annotated[
@@ -92,10 +92,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = 0.92
     enforce_eager: Annotated[bool, doc("no CUDA graphs; the results are the same")] = False
     speculative_config: Annotated[
-        SpeculativeConfig | None, doc("draft tokens ahead, for speed alone: method, model, num_speculative_tokens, …")
+        SpeculativeConfig | None, doc("draft tokens ahead, only for speed: method, model, num_speculative_tokens, …")
     ] = None
     numerics: Annotated[
-        Numerics, doc("`control` uses the ordinary, non-invariant matrix product: only to show that tests can fail")
+        Numerics, doc("`control` uses the ordinary, non-invariant matmul: only to show that tests can fail")
     ] = "invariant"
     load_format: Annotated[LoadFormat, doc("dummy: seeded random weights")] = "auto"
     max_logprobs: Annotated[
@@ -111,7 +111,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = 5
     restart_window_s: Annotated[Seconds, doc("seconds after which a restart no longer counts")] = 600.0
     max_request_crashes: Annotated[
-        Count, doc("a request at work in this many crashes of a worker fails; alone after the first of them")
+        Count, doc("a request running in this many crashes of a worker fails; after the first it runs alone")
     ] = 3
     max_message_bytes: Annotated[
         int, Meta(ge=1 << 16, le=_MOST, extra={"is_size": True}), doc("largest frame accepted on a socket")
@@ -119,7 +119,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def world_size(self) -> int:
-        """Workers in all, draft workers aside."""
+        """All workers, without draft workers."""
         return self.data_parallel_size * self.tensor_parallel_size
 
     @property
@@ -133,7 +133,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def colocated_draft_model(self) -> str | None:
-        """The folder of the draft model that a target's worker runs beside the target, if it does."""
+        """The folder of the draft model that a target's worker also runs, if any."""
         speculative = self.speculative_config
         return speculative.model_path if speculative is not None and speculative.placement == "colocated" else None
 

@@ -1,4 +1,4 @@
-"""Exceptions in transit: to an ErrorInfo, back to the same type, and to everybody who waits."""
+"""Exceptions in transit: to an ErrorInfo, back to the same type, and to everyone waiting."""
 
 from __future__ import annotations
 

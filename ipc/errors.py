@@ -1,4 +1,4 @@
-"""Every exception a user can meet, in one tree.
+"""Every exception a user can see, in one tree.
 
 SempreError
 ├── ConfigError                a setting or argument is refused          (parameter, value); also a ValueError
@@ -39,7 +39,7 @@ class ConfigError(SempreError, ValueError):
 
 
 class RequestError(ConfigError):
-    """One request is refused or failed; the engine and all other requests go on."""
+    """One request is refused or failed; the engine and all other requests continue."""
 
     def __init__(
         self, message: str, *, parameter: str | None = None, value: object = None, request_id: str | None = None
@@ -49,7 +49,7 @@ class RequestError(ConfigError):
 
 
 class RequestCrashed(RequestError):
-    """A request that was running each time its worker died is not retried; the engine and all others go on."""
+    """A request that was running each time its worker died is not retried; the engine and all others continue."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class EngineUnhealthy(SempreError):
 
 
 class EngineDeadError(SempreError):
-    """The engine cannot go on; unfinished requests are lost to this engine object."""
+    """The engine cannot continue; unfinished requests are lost."""
 
 
 class WorkerDied(EngineDeadError):

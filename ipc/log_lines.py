@@ -33,7 +33,7 @@ def plain_lines(text: str, limit: int = _MOST_TRACEBACK_CHARS) -> str:
 
 
 def for_terminal(text: str, stream: TextIO) -> str:
-    """Return what a model wrote, for `stream`: unchanged, but where it is a terminal, without control characters."""
+    """Return what a model wrote, for `stream`: unchanged, except without control characters on a terminal."""
     if text.isprintable() or not stream.isatty():
         return text
     return "".join(c if c in "\n\t" or not (c < " " or "\x7f" <= c <= "\x9f") else _shown(c) for c in text)

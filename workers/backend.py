@@ -88,14 +88,14 @@ class Backend(Protocol):
     def placement(self) -> Placement: ...
 
     def begin(self, config: WorkerConfig) -> None:
-        """Before anything is loaded."""
+        """Called before anything is loaded."""
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         """Used where the config has none; after `begin`."""
 
     def loading(self, setup: ModelSetup) -> AbstractContextManager[Compilation]:
-        """Around the loading of weights: compiles the model's kernels in the meantime. Raises ConfigError with the sums
-        when memory runs out inside."""
+        """A context around loading the weights: compiles the model's kernels meanwhile. Raises ConfigError with the
+        sums when memory runs out inside."""
 
     def self_test(self, model: LoadedModel) -> dict[str, int]:
         """Comparisons passed, by operation; matmul kernels that disagree are no longer used.
@@ -113,10 +113,11 @@ class Backend(Protocol):
     def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner: ...
 
     def make_drafter(self, runner: ModelRunner) -> DraftModelRunner:
-        """Drafts with the model of `runner`, which takes no more steps itself."""
+        """A runner that drafts with the model of `runner`, which takes no more steps itself."""
 
     def prepare_steps(self, runner: ModelRunner) -> dict[str, str]:
-        """After the warm-up: whatever speeds up steps. Returns the parts of the fingerprint that are known only now."""
+        """Called after the warm-up: does what speeds up steps. Returns the fingerprint's parts that are known only
+        now."""
 
     def fingerprint(self, model: LoadedModel) -> dict[str, str]: ...
 

@@ -105,7 +105,7 @@ class StepPlan:
 
     @property
     def reads_all_rows(self) -> bool:
-        """Whether final hidden states of all rows are wanted, or all rows are sampled anyway."""
+        """Whether final hidden states of all rows are needed, or all rows are sampled anyway."""
         return self.sampled_rows.rows.size == self.ends[-1] or any(
             state.sampling.params.prompt_logprobs is not None for state in self.states
         )
@@ -200,7 +200,7 @@ class InputBatch:
 
     def plan(self, scheduled: list[ScheduledRequest]) -> StepPlan:
         """Apply the step's block tables; every scheduled request must be known. Raises MessageMalformed when a
-        request's numbers do not fit what is known of it."""
+        request's numbers do not match its known state."""
         count = len(scheduled)
         states = [self._requests[item.request_id] for item in scheduled]
         slots = np.fromiter((state.slot for state in states), np.int64, count)
@@ -221,8 +221,8 @@ class InputBatch:
         )
 
     def arrays(self, plan: StepPlan) -> StepArrays[AnyArray]:
-        """The step's arrays, in its own shape. For a decoding request whose last token is not recorded yet, the token
-        is undefined."""
+        """The step's arrays, in its own shape. A decoding request's token is undefined while its last token is not
+        recorded."""
         ends, slots, sampled = plan.ends, plan.slots, plan.sampled_rows
         token_ids: Int64 = np.empty(ends[-1], np.int64)
         # the last known token of a decoding request is stored; prompts are copied piece by piece

@@ -35,16 +35,16 @@ def make_requests() -> list[NewRequest]:
     ]
 
 
-def draft_anew(drafting: ModelDrafter, new: NewRequest, tokens: list[int], count: int) -> list[int]:
+def draft_from_scratch(drafter: ModelDrafter, new: NewRequest, tokens: list[int], count: int) -> list[int]:
     """Drafts after `tokens` by a drafter that does not know the request."""
-    drafting.add(structs.replace(new, token_ids=tokens.copy()))
-    drafts = drafting.propose([DraftRequest(request_id=new.request_id, num_drafts=count)])[0]
-    drafting.remove([new.request_id])
+    drafter.add(structs.replace(new, token_ids=tokens.copy()))
+    drafts = drafter.propose([DraftRequest(request_id=new.request_id, num_drafts=count)])[0]
+    drafter.remove([new.request_id])
     return drafts
 
 
 def differences(
-    drafting: ModelDrafter, make_other: Callable[[], ModelDrafter], rounds: int
+    drafter: ModelDrafter, make_other: Callable[[], ModelDrafter], rounds: int
 ) -> list[tuple[list[int], list[int]]]:
     """(found, expected) where drafts differ from those of a drafter to which the sequences are new.
 
@@ -55,7 +55,7 @@ def differences(
     known = {name: list(new.token_ids) for name, new in requests.items()}
     unseen: dict[str, list[int]] = {}
     for new in requests.values():
-        drafting.add(new)
+        drafter.add(new)
     num_compared = 0
     found_differences: list[tuple[list[int], list[int]]] = []
     for _ in range(rounds):
@@ -64,13 +64,13 @@ def differences(
             DraftRequest(request_id=name, token_ids=unseen.pop(name, []), num_drafts=count)
             for name, count in counts.items()
         ]
-        found = dict(zip(counts, drafting.propose(asked), strict=True))
+        found = dict(zip(counts, drafter.propose(asked), strict=True))
         for name, new in requests.items():
             tokens, drafts = known[name], found.get(name, [])
             left = new.num_prompt_tokens + new.params.max_tokens - 1 - len(tokens)
             if name in counts:
                 assert len(drafts) == min(counts[name], left)
-                expected = draft_anew(make_other(), new, tokens, counts[name]) if drafts else []
+                expected = draft_from_scratch(make_other(), new, tokens, counts[name]) if drafts else []
                 if drafts != expected:
                     found_differences.append((drafts, expected))
                 num_compared += len(drafts)
@@ -79,9 +79,9 @@ def differences(
             tokens += more
             unseen[name] = unseen.get(name, []) + more
             if len(more) > left:  # it ends, and comes again
-                drafting.remove([name])
+                drafter.remove([name])
                 known[name] = list(new.token_ids)
-                drafting.add(new)
+                drafter.add(new)
                 del unseen[name]
     assert num_compared > 3 * rounds
     return found_differences

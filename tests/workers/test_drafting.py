@@ -62,17 +62,17 @@ def new(request_id: str, **params: Any) -> NewRequest:
     )
 
 
-def ask(drafting: ModelDrafter, name: str, count: int, token_ids: Sequence[int] = ()) -> list[list[int]]:
+def ask(drafter: ModelDrafter, name: str, count: int, token_ids: Sequence[int] = ()) -> list[list[int]]:
     """Drafts for one request, which has gained these tokens."""
-    return drafting.propose([DraftRequest(request_id=name, token_ids=[*token_ids], num_drafts=count)])
+    return drafter.propose([DraftRequest(request_id=name, token_ids=[*token_ids], num_drafts=count)])
 
 
 def test_the_drafter_samples_by_the_request_s_own_seed_and_parameters() -> None:
     scribe = Scribe(num_blocks=8)
-    drafting = ModelDrafter(scribe, max_num_seqs=2)
+    drafter = ModelDrafter(scribe, max_num_seqs=2)
     request = new("a", temperature=0.7, top_p=0.9, logprobs=3, prompt_logprobs=2)
-    drafting.add(request)
-    assert ask(drafting, "a", 3) == [[7, 8, 9]]
+    drafter.add(request)
+    assert ask(drafter, "a", 3) == [[7, 8, 9]]
     (admitted,) = scribe.admitted
     assert (admitted.seed, admitted.token_ids, admitted.num_prompt_tokens) == (request.seed, PROMPT, len(PROMPT))
     assert admitted.params == new("a", temperature=0.7, top_p=0.9).params
@@ -83,10 +83,10 @@ def test_the_drafter_samples_by_the_request_s_own_seed_and_parameters() -> None:
 )
 def test_keys_and_values_hold_as_far_as_the_drafts_were_right(tokens: list[int], num_right: int) -> None:
     scribe = Scribe(num_blocks=8)
-    drafting = ModelDrafter(scribe, max_num_seqs=2)
-    drafting.add(new("a"))
-    ask(drafting, "a", 3)
-    ask(drafting, "a", 2, tokens)
+    drafter = ModelDrafter(scribe, max_num_seqs=2)
+    drafter.add(new("a"))
+    ask(drafter, "a", 3)
+    ask(drafter, "a", 2, tokens)
     first, second = scribe.asked
     assert (first.num_unchanged, first.num_computed, first.token_ids) == (40, 0, PROMPT)
     assert (second.num_unchanged, second.token_ids) == (num_right, [*PROMPT, *tokens])
@@ -97,11 +97,11 @@ def test_keys_and_values_hold_as_far_as_the_drafts_were_right(tokens: list[int],
 
 def test_a_sequence_whose_blocks_were_taken_is_computed_from_its_first_token() -> None:
     scribe = Scribe(num_blocks=4)
-    drafting = ModelDrafter(scribe, max_num_seqs=2)
+    drafter = ModelDrafter(scribe, max_num_seqs=2)
     for name in ("a", "b"):
-        drafting.add(new(name))
-        ask(drafting, name, 3)
-    ask(drafting, "a", 3, [7, 8, 1])
+        drafter.add(new(name))
+        ask(drafter, name, 3)
+    ask(drafter, "a", 3, [7, 8, 1])
     a, b, again = scribe.asked
     assert set(a.block_ids) & set(b.block_ids), "there is room for one of them only"
     assert (again.num_computed, len(again.block_ids)) == (0, 3)
@@ -109,24 +109,24 @@ def test_a_sequence_whose_blocks_were_taken_is_computed_from_its_first_token() -
 
 def test_drafts_are_bounded_by_what_the_request_and_the_model_may_have() -> None:
     scribe = Scribe(num_blocks=8, max_model_len=42)
-    drafting = ModelDrafter(scribe, max_num_seqs=2)
+    drafter = ModelDrafter(scribe, max_num_seqs=2)
     for name, max_tokens in (("ends", 2), ("last", 1), ("long", 50)):
-        drafting.add(new(name, max_tokens=max_tokens))
-    assert [*ask(drafting, "ends", 5), *ask(drafting, "last", 5)] == [[7], []]
-    assert ask(drafting, "long", 5) == [[7, 8]]
+        drafter.add(new(name, max_tokens=max_tokens))
+    assert [*ask(drafter, "ends", 5), *ask(drafter, "last", 5)] == [[7], []]
+    assert ask(drafter, "long", 5) == [[7, 8]]
 
 
 def test_nothing_is_drafted_after_a_step_that_has_failed() -> None:
     scribe = Scribe(num_blocks=8)
-    drafting = ModelDrafter(scribe, max_num_seqs=2)
+    drafter = ModelDrafter(scribe, max_num_seqs=2)
     failed = SampledTokens(request_id="a", error=ErrorInfo(type="ValueError", message="scripted"))
-    drafting.observe(ExecuteStep(step_id=0, new_requests=[new("a"), new("b")]), [failed])
-    assert [*ask(drafting, "a", 2), *ask(drafting, "b", 2)] == [[], [7, 8]]
+    drafter.observe(ExecuteStep(step_id=0, new_requests=[new("a"), new("b")]), [failed])
+    assert [*ask(drafter, "a", 2), *ask(drafter, "b", 2)] == [[], [7, 8]]
 
 
 def test_a_draft_for_a_request_that_nobody_knows_is_refused() -> None:
-    drafting = ModelDrafter(Scribe(num_blocks=8), max_num_seqs=2)
-    drafting.observe(ExecuteStep(step_id=0, new_requests=[new("a")]))
-    drafting.observe(ExecuteStep(step_id=1, finished_request_ids=["a", "never known"]))
+    drafter = ModelDrafter(Scribe(num_blocks=8), max_num_seqs=2)
+    drafter.observe(ExecuteStep(step_id=0, new_requests=[new("a")]))
+    drafter.observe(ExecuteStep(step_id=1, finished_request_ids=["a", "never known"]))
     with pytest.raises(MessageMalformed, match=r"drafts\.request_id: expected a known request, found 'a'"):
-        ask(drafting, "a", 2)
+        ask(drafter, "a", 2)

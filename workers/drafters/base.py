@@ -59,7 +59,7 @@ class DraftModelRunner(Protocol):
         """
 
     def prepare(self) -> None:
-        """Before the first request: whatever speeds up proposals."""
+        """Called before the first request: does what speeds up proposals."""
 
 
 def check_drafts(step: ExecuteStep, role: str, *, drafts: bool) -> None:

@@ -110,5 +110,5 @@ class DecodeGraphs(Generic[Shape]):
         self._graphs[shape] = graph
 
     def clear(self) -> None:
-        """Forget all graphs: what they point to has moved."""
+        """Forget all graphs: their addresses are stale."""
         self._graphs.clear()

@@ -2,8 +2,8 @@
 
 # R sequences, T rows (tokens), W blocks in a table
 A proposal begins with the tokens that came since the last one: one, or two where all drafts were right, so a graph
-takes one or two rows of each sequence. Each further draft token is a decode step whose inputs the device makes itself.
-Anything else that is missing, a prompt for instance, is computed first, kernel by kernel.
+takes one or two rows of each sequence. Each further draft token is a decode step whose inputs the device prepares
+itself. Anything else that is missing, a prompt for instance, is computed first, kernel by kernel.
 """
 
 from __future__ import annotations

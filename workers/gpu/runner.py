@@ -1,4 +1,4 @@
-"""Runs steps on a GPU, two at a time: the host plans and queues a step while the device computes the one before it.
+"""Runs steps on a GPU, two at a time: the host plans and queues a step while the device computes the previous one.
 
 # R requests in the step, T tokens, V vocabulary, H hidden size
 
@@ -194,7 +194,7 @@ class GpuModelRunner(ModelRunner):
         stages = self._sampler.prepare([-1] * num_rows)
         self.graphs.run(DecodeShape(num_rows, context_bucket(max_context_len, self.limits.max_model_len), stages))
 
-    # A step that verifies drafts beside decoding, and computes nothing else
+    # A step that only decodes and verifies drafts
 
     def _run_verification(self, flight: _Queued, plan: StepPlan) -> None:
         """Run as a graph, with a row for every draft token, padded."""

@@ -1,8 +1,8 @@
 """Copies to the GPU, through pinned memory.
 
 The numbers of one step are packed and sent in one copy. Several pinned buffers take turns, so that the host may pack a
-step while the copies of the ones before it are queued. There is one device buffer: the stream orders its uses. Weights
-come from memory-mapped files: while one piece is on its way to the device, the next is read from the file.
+step while copies of earlier ones are queued. There is one device buffer: the stream orders its uses. Weights come from
+memory-mapped files: while one piece is being copied to the device, the next is read from the file.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Uploader:
         self._next = 0
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device; one that is there already is returned as it is."""
+        """The tensor on the device; one that is already there is returned unchanged."""
         if tensor.device == self._device:
             return tensor
         source = tensor.contiguous().view(-1).view(torch.uint8)

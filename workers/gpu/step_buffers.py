@@ -74,7 +74,7 @@ class StepBuffers:
         self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
         self._tables = torch.zeros(num_slots, self._table_width, dtype=torch.int32, device=self._device)
 
-    # A decode step: everything but three numbers per row is on the device already
+    # A decode step: everything but three numbers per row is already on the device
 
     def stage_decode(self, rows: Int32) -> None:
         """Send slot, position and new block (int32 [3, R]; -1: padding, none) of the rows of a decode step."""
@@ -85,7 +85,7 @@ class StepBuffers:
         return self._decode_staging.views([_decode_rows(num_rows)])[0][0]
 
     def decode_inputs(self, num_rows: int, max_context_len: int) -> StepInput:
-        """Queue the making of the inputs from what was staged; capturable."""
+        """Queue the computation of the inputs from the staged arrays; capturable."""
         inputs = DecodeInputs(*(tensor[:num_rows] for tensor in self._decode))
         (rows,) = self._decode_staging.views([_decode_rows(num_rows)])
         decode_inputs(rows, self._last_tokens, self._tables, self._block_size, inputs)
@@ -128,7 +128,7 @@ class StepBuffers:
             self._last_tokens.index_copy_(0, new_slots, new_last_tokens)
 
     def inputs(self, shape: StepShape) -> tuple[StepInput, SampledRows]:
-        """Queue the making of the inputs from what was staged; capturable."""
+        """Queue the computation of the inputs from the staged arrays; capturable."""
         arrays = StepArrays(*self._staging.views(array_sizes(shape, self._block_size)))
         last_tokens = self._last_tokens.index_select(0, arrays.row_slots)
         token_ids = torch.where(arrays.token_ids < 0, last_tokens, arrays.token_ids)

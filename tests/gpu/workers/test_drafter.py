@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 MAX_SEQS = 3
 
 
-def drafting(*, enforce_eager: bool, max_num_batched_tokens: int) -> ModelDrafter:
+def make_drafter(*, enforce_eager: bool, max_num_batched_tokens: int) -> ModelDrafter:
     """With few places and blocks."""
     config = worker_config(
         model_folder(),
@@ -41,6 +41,6 @@ def drafting(*, enforce_eager: bool, max_num_batched_tokens: int) -> ModelDrafte
 
 @pytest.mark.parametrize("max_num_batched_tokens", [5, 64])
 def test_sequences_that_stay(max_num_batched_tokens: int) -> None:
-    stays = drafting(enforce_eager=False, max_num_batched_tokens=max_num_batched_tokens)
-    other = drafting(enforce_eager=True, max_num_batched_tokens=512)
+    stays = make_drafter(enforce_eager=False, max_num_batched_tokens=max_num_batched_tokens)
+    other = make_drafter(enforce_eager=True, max_num_batched_tokens=512)
     assert differences(stays, lambda: other, 60) == []

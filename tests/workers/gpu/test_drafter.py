@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from draft_cases import differences, draft_anew, make_requests
+from draft_cases import differences, draft_from_scratch, make_requests
 from no_gpu import without_gpu
 from safetensors.torch import load_file, save_file
 from worker_settings import worker_config
@@ -119,13 +119,13 @@ def test_what_a_proposal_on_a_gpu_leaves_behind(model: LoadedModel, gpu_drafter:
     from sempre.kernels.sampling import gpu_table
     from sempre.workers.sampling.per_request_tensors import PerRequestTensors
 
-    drafting = ModelDrafter(gpu_drafter, max_num_seqs=MAX_SEQS)
+    drafter = ModelDrafter(gpu_drafter, max_num_seqs=MAX_SEQS)
     new = make_requests()[2]
-    drafting.add(new)
+    drafter.add(new)
     tokens, more = list(new.token_ids), []
     for num_right in (4, 1, 0):
-        drafts = drafting.propose([DraftRequest(request_id=new.request_id, token_ids=more, num_drafts=4)])[0]
-        assert drafts == draft_anew(_on_cpu(model), new, tokens, 4)
+        drafts = drafter.propose([DraftRequest(request_id=new.request_id, token_ids=more, num_drafts=4)])[0]
+        assert drafts == draft_from_scratch(_on_cpu(model), new, tokens, 4)
         slot = gpu_drafter._states[new.request_id].slot
         found = gpu_drafter._sampler._tensors[slot].tensors
         state = SamplingState(new.params, new.seed, tokens + drafts, new.num_prompt_tokens)
