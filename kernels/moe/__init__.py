@@ -15,13 +15,22 @@ from collections.abc import Callable
 import torch
 
 from sempre.kernels.checks import check_rows
-from sempre.kernels.moe.experts import ExpertScratch, ExpertShape, ExpertWeights, GatedExperts, stack_like
+from sempre.kernels.moe.experts import (
+    ExpertScratch,
+    ExpertShape,
+    ExpertWeights,
+    GatedExperts,
+    SigmoidScores,
+    stack_like,
+)
 
 __all__ = [
     "ExpertScratch",
     "ExpertShape",
     "ExpertWeights",
     "GatedExperts",
+    "SigmoidScores",
+    "add_shared",
     "combine",
     "expert_scratch",
     "route",
@@ -30,21 +39,44 @@ __all__ = [
 ]
 
 
-def route(logits: torch.Tensor, num_chosen: int, *, renormalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def route(
+    logits: torch.Tensor, num_chosen: int, *, renormalize: bool, scores: SigmoidScores | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """logits float32 [T, E] → experts int64 [T, K] in rank order, and their weights float32 [T, K]; on a CPU.
 
-    A row with NaN or infinity among its logits has weights of NaN. ValueError for a `num_chosen` outside [1, E].
+    A row with NaN or infinity among its logits has weights of NaN. ValueError for a `num_chosen` outside [1, E], or
+    more than the kept groups have.
     """
     check_rows("route", logits, logits)
-    if not 1 <= num_chosen <= logits.shape[1]:
-        raise ValueError(f"route: expected 1 to {logits.shape[1]} experts a row, found {num_chosen}")
+    most = logits.shape[1] if scores is None else logits.shape[1] // scores.num_groups * scores.kept_groups
+    if not 1 <= num_chosen <= most:
+        raise ValueError(f"route: expected 1 to {most} experts a row, found {num_chosen}")
     experts = torch.empty(logits.shape[0], num_chosen, dtype=torch.int64, device=logits.device)
     weights = torch.empty(experts.shape, dtype=torch.float32, device=logits.device)
     if not logits.shape[0]:
         return experts, weights
     from sempre.kernels.moe import cpu
 
-    return cpu.route(logits, experts, weights, renormalize=renormalize)
+    return cpu.route(logits, experts, weights, renormalize=renormalize, scores=scores)
+
+
+def add_shared(out: torch.Tensor, shared: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """out[t] += sigmoid(gate[t]) * shared[t], or without a factor; out and shared [T, H], gate float32 [T, 1].
+
+    The product is rounded to float32, the sum to the dtype of `out`.
+    """
+    check_rows("add_shared", shared, out)
+    if shared.shape != out.shape or (gate is not None and gate.shape != (out.shape[0], 1)):
+        raise ValueError(f"add_shared: shared {tuple(shared.shape)} or its gate do not fit out {tuple(out.shape)}")
+    if not out.shape[0]:
+        return out
+    if not out.is_cuda:
+        from sempre.kernels.moe import cpu
+
+        return cpu.add_shared(out, shared, gate)
+    from sempre.kernels.moe import gpu_scores
+
+    return gpu_scores.add_shared(out, shared, gate)
 
 
 def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -74,6 +106,7 @@ def sparse_mlp(
     out: torch.Tensor,
     *,
     renormalize: bool,
+    scores: SigmoidScores | None = None,
 ) -> torch.Tensor:
     """x [T, H] and the router's logits float32 [T, E] → out [T, H], on a GPU: the experts' branches, combined."""
     check_rows("sparse_mlp", x, out)
@@ -84,7 +117,7 @@ def sparse_mlp(
         return out
     from sempre.kernels.moe import gpu
 
-    return gpu.sparse_mlp(x, logits, experts, scratch, out, renormalize=renormalize)
+    return gpu.sparse_mlp(x, logits, experts, scratch, out, renormalize=renormalize, scores=scores)
 
 
 def expert_scratch(

@@ -62,6 +62,19 @@ class ExpertShape(NamedTuple):
     intermediate_size: int
 
 
+class SigmoidScores(NamedTuple):
+    """Scores of experts that are sigmoids of their logits, instead of a softmax; a bias corrects who is chosen."""
+
+    bias: torch.Tensor
+    """float32 [E], added to the scores for choosing only"""
+    num_groups: int
+    """of experts of adjacent numbers, all as large"""
+    kept_groups: int
+    """groups that a row chooses from: those with the greatest sums of their two best"""
+    scale: float
+    """of the weights"""
+
+
 @dataclass(frozen=True)
 class ExpertScratch:
     """Memory for a step; layers of one shape, which run one after the other, share it."""

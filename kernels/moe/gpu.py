@@ -21,8 +21,9 @@ from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, wait_for_previous
 from sempre.kernels.linear.gpu import accumulate
 from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Tile, choose_expert_tile
-from sempre.kernels.moe.experts import ExpertScratch, ExpertShape, ExpertWeights, GatedExperts
+from sempre.kernels.moe.experts import ExpertScratch, ExpertShape, ExpertWeights, GatedExperts, SigmoidScores
 from sempre.kernels.moe.gpu_dispatch import chunks_of, dispatch, most_tiles
+from sempre.kernels.moe.gpu_scores import preferences, weigh
 
 COMBINED = 1024
 
@@ -186,10 +187,15 @@ def sparse_mlp(
     out: torch.Tensor,
     *,
     renormalize: bool,
+    scores: SigmoidScores | None = None,
 ) -> torch.Tensor:
     """See the facade."""
     rows = x.shape[0]
     tile = expert_tile(x.dtype, rows * scratch.experts.shape[1], experts.gate_up)
-    dispatch(logits, scratch, tile.block_t, renormalize=renormalize)
+    if scores is None:
+        dispatch(logits, scratch, tile.block_t, renormalize=renormalize)
+    else:
+        dispatch(preferences(logits, scores), scratch, tile.block_t, renormalize=renormalize)
+        weigh(logits, scratch, scores, renormalize=renormalize)
     _, parts = run_gated(x, experts, scratch, tile)
     return combine(parts.view(rows, -1, out.shape[1]), scratch.weights[:rows], out)

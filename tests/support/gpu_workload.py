@@ -62,6 +62,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 3,
         "intermediate_size": 336,
     },
+    "qwen2-moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "use_sliding_window": False,
+        "num_experts": 43,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 336,
+        "shared_expert_intermediate_size": 1008,
+        "mlp_only_layers": [1],
+    },
     "qwen3-moe": {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",

@@ -14,6 +14,7 @@ from sempre.kernels.moe import (
     ExpertShape,
     ExpertWeights,
     GatedExperts,
+    SigmoidScores,
     expert_scratch,
     route,
     stack_like,
@@ -21,6 +22,31 @@ from sempre.kernels.moe import (
 
 ODD = ExpertShape(5, 3, 96, 48)
 """of 5 experts, 3"""
+
+
+# rows, experts, experts a row, groups, kept groups
+SCORED = [(1, 5, 3, 1, 1), (7, 8, 2, 4, 2), (33, 128, 8, 1, 1), (9, 60, 6, 6, 3), (3, 4, 4, 2, 2), (5, 10, 2, 5, 1)]
+
+
+def scores_of(num_experts: int, groups: int, kept: int) -> SigmoidScores:
+    bias = torch.randn(num_experts, generator=torch.Generator().manual_seed(num_experts)) * 0.3
+    return SigmoidScores(bias, groups, kept, 2.5)
+
+
+def expected_choice(
+    logits: torch.Tensor, k: int, scores: SigmoidScores, *, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts and weights in float64."""
+    values = logits.double().sigmoid()
+    wanted = values + scores.bias.double()
+    groups = wanted.view(len(logits), scores.num_groups, -1)
+    kept = groups.topk(min(2, groups.shape[2]), -1).values.sum(-1).topk(scores.kept_groups, -1).indices
+    closed = torch.ones(groups.shape[:2], dtype=torch.bool).scatter(1, kept, False)
+    experts = groups.masked_fill(closed[:, :, None], float("-inf")).flatten(1).topk(k).indices
+    weights = values.gather(1, experts)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return experts, weights * scores.scale
 
 
 @dataclass
@@ -141,6 +167,60 @@ def check_route(device: str) -> None:
         assert found.weights[1].isnan().all()
         assert found.weights[[0, 2]].isfinite().all()
         assert ((found.experts >= 0) & (found.experts < 6)).all()
+
+
+def check_scores(device: str) -> None:
+    """Experts and weights by sigmoid scores are those of the CPU; ties, and rows that are not finite."""
+    from sempre.kernels.moe.gpu_dispatch import dispatch
+    from sempre.kernels.moe.gpu_scores import preferences, weigh
+
+    def found(logits: torch.Tensor, k: int, scores: SigmoidScores, renormalize: bool) -> list[torch.Tensor]:
+        shape = ExpertShape(logits.shape[1], k, 16, 16)
+        scratch = expert_scratch(
+            lambda role, size, dtype: torch.full(size, -7, dtype=dtype, device=device),
+            shape,
+            len(logits),
+            torch.float32,
+        )
+        on_device, moved = logits.to(device), scores._replace(bias=scores.bias.to(device))
+        dispatch(preferences(on_device, moved), scratch, 16, renormalize=renormalize)
+        weigh(on_device, scratch, moved, renormalize=renormalize)
+        return [scratch.experts.cpu().long(), scratch.weights.cpu()]
+
+    for rows, experts, k, groups, kept in SCORED:
+        logits = torch.randn(rows, experts, generator=torch.Generator().manual_seed(experts)) * 3.0
+        for scores in (scores_of(experts, groups, kept), SigmoidScores(torch.zeros(experts), groups, kept, 1.0)):
+            for renormalize in (True, False):
+                if not scores.bias.any():
+                    logits[0] = 1.5
+                expected, expected_weights = route(logits, k, renormalize=renormalize, scores=scores)
+                chosen, weights = found(logits, k, scores, renormalize)
+                assert torch.equal(chosen, expected)
+                assert ((weights - expected_weights) / expected_weights).abs().max() < 1e-6
+                alone = found(logits[-1:].clone(), k, scores, renormalize)
+                assert torch.equal(alone[1][0], weights[-1])
+    for wrong in (float("nan"), float("inf"), float("-inf")):
+        logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+        logits[1, 4] = wrong
+        chosen, weights = found(logits, 2, scores_of(6, 3, 2), True)
+        assert weights[1].isnan().all()
+        assert weights[[0, 2]].isfinite().all()
+        assert ((chosen >= 0) & (chosen < 6)).all()
+
+
+def check_shared(device: str) -> None:
+    """Rows of the shared expert, with and without gates, are those of float64, and their own."""
+    from sempre.kernels.moe.gpu_scores import add_shared
+
+    for rows, width in ((1, 16), (5, 96), (3, 2064)):
+        generator = torch.Generator().manual_seed(rows)
+        out, shared = (torch.randn(rows, width, generator=generator).to(device) for _ in range(2))
+        gate = (torch.randn(rows, 1, generator=generator) * 30.0).to(device)
+        assert torch.equal(add_shared(out.clone(), shared, None), out + shared)
+        together = add_shared(out.clone(), shared, gate)
+        expected = out.double() + gate.double().sigmoid() * shared.double()
+        assert (together - expected).norm() / expected.norm() < 1e-7
+        assert torch.equal(add_shared(out[-1:].clone(), shared[-1:], gate[-1:])[0], together[-1])
 
 
 def check_sort(device: str, cases: tuple[tuple[int, int, int, int], ...]) -> None:

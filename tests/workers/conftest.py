@@ -66,7 +66,7 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
     llama, mistral = transformers.LlamaConfig, transformers.MistralConfig
     qwen2, qwen3 = transformers.Qwen2Config, transformers.Qwen3Config
     gemma2, qwen3_moe = transformers.Gemma2Config, transformers.Qwen3MoeConfig
-    mixtral = transformers.MixtralConfig
+    mixtral, qwen2_moe = transformers.MixtralConfig, transformers.Qwen2MoeConfig
     return {
         "llama": llama(**COMMON),
         "llama-multi-head-tied": llama(**{**COMMON, "num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -102,6 +102,16 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
             tie_word_embeddings=True,
         ),
         "qwen3-moe-step": qwen3_moe(**COMMON, **EXPERTS, decoder_sparse_step=2, norm_topk_prob=False),
+        "qwen2-moe": qwen2_moe(**COMMON, **EXPERTS, shared_expert_intermediate_size=80, norm_topk_prob=True),
+        "qwen2-moe-odd": qwen2_moe(
+            **COMMON,
+            **ODD_EXPERTS,
+            shared_expert_intermediate_size=16,
+            qkv_bias=False,
+            decoder_sparse_step=2,
+            mlp_only_layers=[0],
+            tie_word_embeddings=True,
+        ),
         "mixtral": mixtral(**COMMON, num_local_experts=8, num_experts_per_tok=2),
         "mixtral-odd": mixtral(
             **COMMON, num_local_experts=5, num_experts_per_tok=3, sliding_window=20, tie_word_embeddings=True

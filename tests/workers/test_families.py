@@ -16,7 +16,7 @@ from sempre.workers.models.registry import parse_spec
 
 GREEDY = SamplingSpec(max_tokens=64, temperature=0.0, logprobs=4, prompt_logprobs=4)
 
-FAMILIES = ["qwen3-moe-odd", "qwen3-moe-step", "mixtral", "mixtral-odd"]
+FAMILIES = ["qwen3-moe-odd", "qwen3-moe-step", "qwen2-moe", "qwen2-moe-odd", "mixtral", "mixtral-odd"]
 
 
 def prompt_ids(length: int, salt: int = 0) -> list[int]:
@@ -61,6 +61,7 @@ def test_control(family: str, checkpoints: Any, serve: Any, prompt: Any) -> None
 
 DEFAULTS = {
     "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig,
+    "Qwen2MoeForCausalLM": transformers.Qwen2MoeConfig,
     "MixtralForCausalLM": transformers.MixtralConfig,
 }
 
@@ -73,6 +74,18 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
 
 
 REFUSED = [
+    (
+        "Qwen2MoeForCausalLM",
+        "num_experts_per_tok",
+        61,
+        "num_experts_per_tok: expected at most num_experts=60",
+    ),
+    ("Qwen2MoeForCausalLM", "shared_expert_intermediate_size", 8, "shared_expert_intermediate_size: expected a multi"),
+    ("Qwen2MoeForCausalLM", "qkv_bias", "yes", "qkv_bias: expected true or false"),
+    ("Qwen2MoeForCausalLM", "norm_topk_prob", 1, "norm_topk_prob: expected true or false"),
+    ("Qwen2MoeForCausalLM", "decoder_sparse_step", 0, "decoder_sparse_step: expected an integer of at least 1"),
+    ("Qwen2MoeForCausalLM", "mlp_only_layers", ["0"], "mlp_only_layers: expected a list of layers"),
+    ("Qwen2MoeForCausalLM", "use_sliding_window", True, "use_sliding_window: expected false for this architecture"),
     (
         "MixtralForCausalLM",
         "num_local_experts",

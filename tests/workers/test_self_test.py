@@ -38,6 +38,7 @@ FAMILIES = [
     "gemma2",
     "qwen3-moe-odd",
     "mixtral-odd",
+    "qwen2-moe",
 ]
 
 

@@ -38,6 +38,8 @@ FAMILIES = [
     "qwen3-moe",
     "qwen3-moe-odd",
     "qwen3-moe-step",
+    "qwen2-moe",
+    "qwen2-moe-odd",
     "mixtral",
     "mixtral-odd",
 ]

@@ -20,10 +20,12 @@ class GatedMLP(Module):
         *,
         bias: bool = False,
         activation: Activation = Activation.SILU,
+        role: str = "branch",
     ) -> None:
+        """`role` is that of the results' buffer."""
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         self.gate_up_proj = Linear(build, parts, hidden_size, bias=bias, role="gate_up", activation=activation)
-        self.down_proj = Linear(build, {"down_proj": hidden_size}, intermediate_size, bias=bias)
+        self.down_proj = Linear(build, {"down_proj": hidden_size}, intermediate_size, bias=bias, role=role)
 
     def allocate(self, scratch: Scratch) -> None:
         self._activated = scratch.rows("activated", self.down_proj.in_features)

@@ -5,17 +5,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from sempre.ipc.errors import ModelError
 from sempre.kernels.activation import Activation
-from sempre.kernels.moe import ExpertScratch, ExpertShape, GatedExperts, combine, expert_scratch, route, sparse_mlp
+from sempre.kernels.moe import (
+    ExpertScratch,
+    ExpertShape,
+    GatedExperts,
+    SigmoidScores,
+    combine,
+    expert_scratch,
+    route,
+    sparse_mlp,
+)
 from sempre.workers.layers.linear import ExpertLinear, Linear, Use
-from sempre.workers.layers.module import Build, Module, Scratch
+from sempre.workers.layers.module import Build, Module, Scratch, Tensors
 from sempre.workers.quantization.plain import NotQuantized
+from sempre.workers.tensor_source import Parameter
 
 
 class ExpertNames(NamedTuple):
@@ -56,6 +67,45 @@ class Experts(Module):
         return self.down_proj.of(expert, activated)
 
 
+@dataclass(frozen=True)
+class ExpertChoice:
+    """By which scores a row's experts are chosen, other than softmax (`kernels.moe.SigmoidScores`)."""
+
+    num_groups: int
+    kept_groups: int
+    scale: float
+
+
+class Router(Linear):
+    """Decides on experts, by float32 logits. It is small and its errors matter: floats only."""
+
+    def __init__(self, build: Build, name: str, num_experts: int, hidden_size: int) -> None:
+        unquantized = replace(build, quantization=NotQuantized())
+        super().__init__(unquantized, {name: num_experts}, hidden_size, use=Use.ROUTER)
+
+    def allocate(self, scratch: Scratch) -> None:
+        self._out = scratch.tensor("router", (scratch.max_tokens, self.out_features), torch.float32)
+
+
+class CorrectedRouter(Router):
+    """With a bias that corrects the choice."""
+
+    correction: torch.Tensor
+    """float32 [E]"""
+
+    def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
+        yield from super().own_parameters(path)
+        yield path + ".e_score_correction_bias", Parameter((self.out_features,), initial="zeros")
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        super().load(path, tensors)
+        self.correction = tensors.read(path + ".e_score_correction_bias").to(torch.float32, copy=True)
+
+    def own_tensors(self) -> Iterator[torch.Tensor]:
+        yield from super().own_tensors()
+        yield self.correction
+
+
 class SparseMLP(Module):
     """The experts with each row's largest router logits, weighted and added in the router's order (`kernels.moe`).
 
@@ -64,21 +114,26 @@ class SparseMLP(Module):
     """
 
     def __init__(
-        self, build: Build, shape: ExpertShape, *, renormalize: bool, names: ExpertNames = USUAL_NAMES
+        self,
+        build: Build,
+        shape: ExpertShape,
+        *,
+        renormalize: bool,
+        names: ExpertNames = USUAL_NAMES,
+        choice: ExpertChoice | None = None,
     ) -> None:
-        # the router is small and its errors matter: floats only
-        unquantized = replace(build, quantization=NotQuantized())
-        self.gate = Linear(unquantized, {"gate": shape.num_experts}, shape.hidden_size, use=Use.ROUTER)
+        router = Router if choice is None else CorrectedRouter
+        self.gate = router(build, "gate", shape.num_experts, shape.hidden_size)
         self.experts = Experts(build, shape, names)
         self.sizes = shape
         self.renormalize = renormalize
+        self.choice = choice
         self._scratch: ExpertScratch | None = None
 
     def allocate(self, scratch: Scratch) -> None:
         """Raises ModelError for more experts than a GPU's kernels support."""
         shape, rows = self.sizes, scratch.max_tokens
         self._out = scratch.rows("branch", shape.hidden_size)
-        self._logits = scratch.tensor("router", (rows, shape.num_experts), torch.float32)
         if self.experts.down_proj.stacked is not None:
             try:
                 self._scratch = expert_scratch(scratch.tensor, shape, rows, scratch.activations)
@@ -88,20 +143,27 @@ class SparseMLP(Module):
             self._parts = scratch.rows("expert parts", shape.experts_per_row * shape.hidden_size)
 
     def shape(self) -> tuple[object, ...]:
-        return (self.sizes, self.renormalize)
+        return (self.sizes, self.renormalize, self.choice)
+
+    @property
+    def _scores(self) -> SigmoidScores | None:
+        if self.choice is None or not isinstance(self.gate, CorrectedRouter):
+            return None
+        return SigmoidScores(self.gate.correction, self.choice.num_groups, self.choice.kept_groups, self.choice.scale)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]"""
-        count = x.shape[0]
-        out, logits = self._out[:count], self.gate.into(x, self._logits[:count])
+        out, logits = self._out[: x.shape[0]], self.gate(x)
         if self._scratch is None:
             return self._one_by_one(x, logits, out)
-        return sparse_mlp(x, logits, self.experts.stacked, self._scratch, out, renormalize=self.renormalize)
+        return sparse_mlp(
+            x, logits, self.experts.stacked, self._scratch, out, renormalize=self.renormalize, scores=self._scores
+        )
 
     def _one_by_one(self, x: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Expert by expert, on a CPU."""
         (count, width), k = x.shape, self.sizes.experts_per_row
-        experts, weights = route(logits, k, renormalize=self.renormalize)
+        experts, weights = route(logits, k, renormalize=self.renormalize, scores=self._scores)
         parts = self._parts[:count].view(count * k, width)
         # pairs are ordered by token; the sort is stable, so each expert's rows stay in that order
         places = experts.view(-1).argsort(stable=True)

@@ -45,6 +45,8 @@ class BiasRule(Enum):
     ALWAYS = "always"
     ATTENTION_BIAS = "attention_bias"
     """set by the config's field `attention_bias`"""
+    QKV_BIAS = "qkv_bias"
+    """as the config's field `qkv_bias` says"""
     MLP_BIAS = "mlp_bias"
     """set by the config's field `mlp_bias`"""
 
@@ -193,7 +195,7 @@ def _multiple(name: str, size: int, fields: ConfigFields) -> int:
 
 
 def _bias(fields: ConfigFields, rule: BiasRule) -> bool:
-    if rule in (BiasRule.ATTENTION_BIAS, BiasRule.MLP_BIAS):
+    if rule not in (BiasRule.NEVER, BiasRule.ALWAYS):
         return fields.boolean(rule.value, default=False)
     return rule is BiasRule.ALWAYS
 

@@ -62,3 +62,9 @@ def layers_by_step(config: ConfigFields, num_layers: int) -> tuple[int, ...]:
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
         config.fail("mlp_only_layers", "a list of layers", dense)
     return tuple(layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0)
+
+
+def refuse_windows(config: ConfigFields) -> None:
+    """Raise ModelError where some layers shall have a sliding window."""
+    if config.boolean("use_sliding_window", default=False):
+        config.fail("use_sliding_window", "false for this architecture", True)

@@ -19,7 +19,7 @@ from sempre.workers.models.config import (
     refuse_other_activation,
 )
 from sempre.workers.models.llama import gated_mlp, model_with
-from sempre.workers.models.moe import MoeSpec, layers_by_step, parse_experts
+from sempre.workers.models.moe import MoeSpec, layers_by_step, parse_experts, refuse_windows
 
 RULES = FamilyRules(qkv_bias=BiasRule.ATTENTION_BIAS, o_bias=BiasRule.ATTENTION_BIAS, qk_norm=True)
 DEFAULTS = {
@@ -41,8 +41,7 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     count = "num_experts" if config.raw.get("num_local_experts") is None else "num_local_experts"
     config = config.with_defaults({**DEFAULTS, count: 128})
     refuse_other_activation(config, "silu")
-    if config.boolean("use_sliding_window", default=False):
-        config.fail("use_sliding_window", "false for this architecture", True)
+    refuse_windows(config)
     common = parse_decoder(architecture, RULES, config, generation)
     return extended(
         common,

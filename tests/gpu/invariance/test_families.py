@@ -16,7 +16,7 @@ from sempre.engine.harness import Generation, compare_generations, generate, mak
 
 pytestmark = pytest.mark.gpu
 
-FAMILIES = ("gemma2", "qwen3-moe", "qwen3-moe fp8", "qwen3-moe fp8_weight_only", "mixtral")
+FAMILIES = ("gemma2", "qwen3-moe", "qwen3-moe fp8", "qwen3-moe fp8_weight_only", "mixtral", "qwen2-moe")
 
 
 def launch(family: str, **settings: Any) -> InprocClient:

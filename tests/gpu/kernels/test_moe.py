@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from moe_cases import ODD, Mixture, check_route, check_sort
+from moe_cases import ODD, Mixture, check_route, check_scores, check_shared, check_sort
 
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.moe import ExpertShape
@@ -48,6 +48,14 @@ def mixture(name: str, dtype: torch.dtype, scheme: Fp8Scheme | None, rows: int =
 
 def test_route() -> None:
     check_route("cuda")
+
+
+def test_sigmoid_scores() -> None:
+    check_scores("cuda")
+
+
+def test_shared_expert() -> None:
+    check_shared("cuda")
 
 
 def test_sort() -> None:

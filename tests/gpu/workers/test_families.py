@@ -40,6 +40,9 @@ CONFIGS = {
     "mixtral": lambda: transformers.MixtralConfig(
         **COMMON, num_local_experts=5, num_experts_per_tok=2, sliding_window=20
     ),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
+        **COMMON, **ODD_EXPERTS, mlp_only_layers=[1], shared_expert_intermediate_size=80
+    ),
     "8 of 60 experts": lambda: transformers.Qwen3MoeConfig(
         **COMMON, num_experts=60, num_experts_per_tok=8, moe_intermediate_size=16, norm_topk_prob=False
     ),

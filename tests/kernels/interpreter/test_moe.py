@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_cases import ODD, Mixture, check_route, check_sort
+from moe_cases import ODD, Mixture, check_route, check_scores, check_shared, check_sort
 
 from sempre.kernels.fp8 import FP8, Fp8Scheme
 from sempre.kernels.moe import ExpertShape, combine
@@ -15,6 +15,14 @@ ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3}
 
 def test_route() -> None:
     check_route("cpu")
+
+
+def test_sigmoid_scores() -> None:
+    check_scores("cpu")
+
+
+def test_shared_expert() -> None:
+    check_shared("cpu")
 
 
 def test_sort() -> None:

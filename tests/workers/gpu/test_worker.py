@@ -50,6 +50,13 @@ EXTRA: dict[str, dict[str, object]] = {
     "MistralForCausalLM": {"sliding_window": 9},
     "Gemma2ForCausalLM": {"sliding_window": 9, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "MixtralForCausalLM": {"num_local_experts": 5, "num_experts_per_tok": 3},
+    "Qwen2MoeForCausalLM": {
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "decoder_sparse_step": 2,
+    },
     "Qwen3MoeForCausalLM": {
         "num_experts": 5,
         "num_experts_per_tok": 3,
@@ -151,6 +158,7 @@ def _tokens(folder: Path, **changes: object) -> list[SampledTokens]:
         ("Qwen3MoeForCausalLM", None),
         ("Qwen3MoeForCausalLM", "fp8_weight_only"),
         ("MixtralForCausalLM", None),
+        ("Qwen2MoeForCausalLM", None),
         ("Gemma2ForCausalLM", None),
     ],
 )
