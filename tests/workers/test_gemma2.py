@@ -29,6 +29,7 @@ CONFIG: dict[str, Any] = {
 def test_what_the_family_takes_for_granted() -> None:
     spec: Any = parse_spec(CONFIG, {})
     assert spec.windows == (8, None, 8)
+    assert spec.one_layer_per_kind().windows == (8, None)
     assert spec.tie_word_embeddings
     assert (spec.query_scale, spec.attention_cap, spec.logit_cap) == (256**-0.5, 50.0, 30.0)
     without: Any = parse_spec({**CONFIG, "attn_logit_softcapping": None, "final_logit_softcapping": None}, {})

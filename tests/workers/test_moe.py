@@ -89,12 +89,23 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "sparse"),
-    [({}, (0, 1, 2, 3)), ({"decoder_sparse_step": 2}, (1, 3)), ({"mlp_only_layers": [0, 3]}, (1, 2))],
+    ("changes", "sparse", "kinds"),
+    [
+        ({}, (0, 1, 2, 3), (1, (0,))),
+        ({"decoder_sparse_step": 2}, (1, 3), (2, (1,))),
+        ({"mlp_only_layers": [2, 3]}, (0, 1), (2, (0,))),
+        ({"mlp_only_layers": [0, 1, 2, 3]}, (), (1, ())),
+    ],
 )
-def test_which_layers_have_experts(changes: dict[str, Any], sparse: tuple[int, ...]) -> None:
+def test_which_layers_have_experts(
+    changes: dict[str, Any], sparse: tuple[int, ...], kinds: tuple[int, tuple[int, ...]]
+) -> None:
+    """In the model, and where it has one layer of each kind."""
     spec: Any = parse_spec({**CONFIG, **changes}, {})
     assert spec.sparse_layers == sparse
+    small = spec.one_layer_per_kind()
+    assert (small.num_layers, small.sparse_layers) == kinds
+    assert len(small.windows) == small.num_layers
 
 
 @pytest.mark.parametrize(

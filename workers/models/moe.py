@@ -29,7 +29,7 @@ class MoeSpec(ModelSpec):
     def expert_shape(self) -> ExpertShape:
         return ExpertShape(self.num_experts, self.experts_per_token, self.hidden_size, self.expert_size)
 
-    def outline(self) -> Self:
+    def one_layer_per_kind(self) -> Self:
         kinds = dict.fromkeys((window, layer in self.sparse_layers) for layer, window in enumerate(self.windows))
         return replace(
             self,

@@ -1003,5 +1003,7 @@ def test_a_request_continues_from_its_tokens() -> None:
     assert step.scheduled[0].prompt_logprobs_start == 4
     deltas = replica.scheduler.update(step, replica.answer(step))
     assert (len(deltas), deltas[0].num_cached_tokens) == (1, 0)
-    with pytest.raises(RequestError, match=r"output_token_ids: the sequence has 8 tokens; the maximum to continue is 7"):
+    with pytest.raises(
+        RequestError, match=r"output_token_ids: the sequence has 8 tokens; the maximum to continue is 7"
+    ):
         replica.add(msgspec.structs.replace(begun, request_id="b", output_token_ids=[1, 2, 3, 4]))
