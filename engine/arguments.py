@@ -230,7 +230,7 @@ def check_keywords(kind: str, values: Sequence[object], keywords: Mapping[str, o
         if name not in known and name not in VLLM_KEYWORDS:
             raise TypeError(f"{kind} has no keyword {name!r}.{_hint(name, known)}")
     if not values and "model" not in keywords:
-        raise TypeError(f"{kind} needs a model; the model `tiny` is always at hand: {kind}('tiny')")
+        raise TypeError(f"{kind} needs a model; the model `tiny` is always available: {kind}('tiny')")
 
 
 def engine_keywords_of(values: Mapping[str, object]) -> dict[str, Any]:

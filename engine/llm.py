@@ -87,8 +87,8 @@ class LLM(EngineBase):
         Without parameters, the model's defaults apply; a list holds one per prompt, and so does `priority`
         (lower is sooner, under scheduling_policy="priority"). `lora_request`, `tokenization_kwargs` and
         `mm_processor_kwargs` must be empty. All prompts are checked before anything is computed. A request that
-        fails later ends with finish_reason `error` and its text in `outputs[i].error`; the others go on. Ctrl-C aborts
-        the running requests and leaves the engine usable.
+        fails later ends with finish_reason `error` and its text in `outputs[i].error`; the others continue. Ctrl-C
+        aborts the running requests and leaves the engine usable.
 
         Raises RequestError (a ValueError) for a refused prompt or parameter, EngineDeadError when the engine died.
         """

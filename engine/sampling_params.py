@@ -105,8 +105,8 @@ class SamplingParams:
     ] = None
     stop: Annotated[str | list[str] | None, doc("strings that end the output")] = None
     stop_token_ids: Annotated[list[int] | None, doc("token ids that end the output")] = None
-    ignore_eos: Annotated[bool, doc("go on after the end-of-sequence token")] = False
-    max_tokens: Annotated[int | None, doc("most tokens to generate; None is as many as the context holds")] = 16
+    ignore_eos: Annotated[bool, doc("continue after the end-of-sequence token")] = False
+    max_tokens: Annotated[int | None, doc("maximum tokens to generate; None is as many as the context holds")] = 16
     min_tokens: Annotated[int, doc("no stop before this many tokens")] = 0
     logprobs: Annotated[int | None, doc("report the k best and the sampled token's log-probability; -1 all")] = None
     prompt_logprobs: Annotated[int | None, doc("the same for every prompt token")] = None
@@ -131,7 +131,7 @@ class SamplingParams:
     thinking_token_budget: Annotated[int | None, doc("after this many tokens of reasoning, </think> is forced")] = None
     repetition_detection: InitVar[Any] = None
     truncate_prompt_tokens: Annotated[
-        int | None, doc("most tokens of the prompt to use; -1: as many as the context has room for")
+        int | None, doc("prompt tokens to keep; -1: as many as the context has room for")
     ] = None
     truncation_side: Annotated[
         Literal["left", "right"] | None, doc("where a prompt that is too long is cut; none: left")

@@ -58,7 +58,7 @@ class SeedCounts:
         self._unlink(slot)
         if self.num_dropped == 0:
             logger.warning(
-                "%d different requests without a seed have come: from now on the oldest are forgotten, and one of them "
+                "%d different requests without a seed have been seen: from now on the oldest are forgotten, and one "
                 "that comes again begins with its first seed",
                 self._capacity,
             )

@@ -140,7 +140,7 @@ def _schema(value: object) -> str:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _choices(value: object) -> list[str]:

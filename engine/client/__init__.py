@@ -25,7 +25,7 @@ def launch(
     *,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> EngineClient:
-    """Start an engine and wait until it is ready; `meanwhile` is called once its processes, if any, have been started.
+    """Start an engine and wait until it is ready; `meanwhile` is called once its processes, if any, have started.
 
     Raises the error that stopped it: ModelError, ConfigError, SeedMismatch, InvarianceError, StartupError, …
     """

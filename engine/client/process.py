@@ -275,7 +275,7 @@ class ProcessClientBase(Generic[Channel]):
         self._outage = None
         for command in self._pending.commands():
             self._link.channel.send(command)
-        logger.warning("the engine is ready again; %d sequences go on", self._pending.num_unfinished)
+        logger.warning("the engine is ready again; %d sequences continue", self._pending.num_unfinished)
 
     def _take_ready(self, ready: EngineReady) -> None:
         self.ready = ready

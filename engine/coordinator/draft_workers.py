@@ -66,8 +66,8 @@ class DraftWorkers:
         if not self._told_late and any(link.is_late(now) for link in self.links):
             self._told_late = True
             notices.append(
-                f"a draft worker has not answered within {PATIENCE_S:g} s: requests go on without its drafts whenever "
-                "it is late. The outputs are the same."
+                f"a draft worker has not answered within {PATIENCE_S:g} s: requests continue without its drafts "
+                "whenever it is late. The outputs are the same."
             )
         return notices
 
@@ -116,4 +116,4 @@ class DraftWorkers:
 
 
 def _failed(error: SempreError | OSError) -> str:
-    return f"a draft worker has failed: {str(error).splitlines()[0]}. Requests go on without its drafts"
+    return f"a draft worker has failed: {str(error).splitlines()[0]}. Requests continue without its drafts"

@@ -1,4 +1,4 @@
-"""What `LLM` and `AsyncLLM` share as classes, and their errors for missing attributes."""
+"""The base class of `LLM` and `AsyncLLM`, and their errors for missing attributes."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class EngineBase:
 
     @property
     def fingerprint(self) -> str:
-        """Short digest of `fingerprint_parts`: equal fingerprint, seed and request give equal bits.
+        """Short digest of `fingerprint_parts`: the same fingerprint, seed and request give the same bits.
 
         Empty before an `AsyncLLM` is started.
         """

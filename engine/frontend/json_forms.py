@@ -53,7 +53,7 @@ def _form(params: StructuredOutputsParams, max_tokens: int | None) -> dict[str, 
         if max_tokens is not None:
             add_bounds(schema, nodes, max_tokens)
     except (TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise SchemaRefused("", f"is no valid JSON schema: {error}") from None
+        raise SchemaRefused("", f"is not a valid JSON schema: {error}") from None
     return {**schema, "x-guidance": _options(params, options)}
 
 

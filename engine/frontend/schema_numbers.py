@@ -79,7 +79,7 @@ def _take_inside(schema: Schema, low: int | None, high: int | None, *, is_intege
         is_int64 = is_integer and high is not None and high >= _INT64_END - 1
         schema["maximum"] = _INT64_END if is_int64 else LARGEST if high is None else _float_inside(high, up=False)
     if schema.get("minimum", -LARGEST) > schema.get("maximum", LARGEST):
-        raise ValueError("no number that a grammar keeps exactly lies between the bounds.")
+        raise ValueError("no number between the bounds can be represented exactly.")
 
 
 def _is_kept(maximum: int, high: int) -> bool:
@@ -158,7 +158,7 @@ def check_exact(value: Any) -> None:
     """Raise ValueError for a number, at any depth, that the library does not hold: it would generate another one."""
     for number in _numbers_in(value):
         if not _is_held(number):
-            raise ValueError(f"the value {number} is beyond what a grammar keeps exactly.")
+            raise ValueError(f"the value {number} is beyond what a grammar can represent exactly.")
 
 
 def check_range(root: Schema) -> None:
@@ -168,7 +168,7 @@ def check_range(root: Schema) -> None:
     """
     for number in _numbers_in(root):
         if not -LARGEST <= number <= _INT64_END:
-            raise ValueError(f"the number {number} is beyond what a grammar keeps.")
+            raise ValueError(f"the number {number} is beyond what a grammar can represent.")
 
 
 def _is_held(number: int | float) -> bool:
@@ -225,7 +225,7 @@ def _float_inside(value: int, *, up: bool) -> int:
     if not up and value >= LARGEST:
         return LARGEST
     if abs(value) > LARGEST:
-        raise ValueError(f"the bound {value} is beyond what a grammar keeps.")
+        raise ValueError(f"the bound {value} is beyond what a grammar can represent.")
     nearest = float(value)
     if (int(nearest) < value) if up else (int(nearest) > value):
         nearest = math.nextafter(nearest, math.inf if up else -math.inf)

@@ -282,7 +282,7 @@ def _negation(schema: Schema, place: str) -> None:
         present = schema.get("type", [kind for kind in _TYPES if kind != "integer"])
         kept = [kind for kind in ([present] if isinstance(present, str) else present) if kind not in refused]
         if "integer" in refused and "number" in kept:
-            raise SchemaRefused(place, "not: no grammar keeps it.")
+            raise SchemaRefused(place, "not: no grammar can enforce it.")
         if "number" in refused:
             kept = [kind for kind in kept if kind != "integer"]
         schema["type"] = kept
@@ -290,7 +290,7 @@ def _negation(schema: Schema, place: str) -> None:
         out = negated.get("enum", [negated.get("const")])
         schema["enum"] = [value for value in schema["enum"] if not any(_equal(value, other) for other in out)]
     else:
-        raise SchemaRefused(place, "not: no grammar keeps it. Say what is allowed instead.")
+        raise SchemaRefused(place, "not: no grammar can enforce it. Say what is allowed instead.")
     del schema["not"]
 
 
@@ -307,7 +307,7 @@ def _names(schema: Schema, place: str) -> None:
     _drop_annotations(rest, place)
     values = schema.get("additionalProperties", True)
     if schema.get("properties") or schema.get("patternProperties") or rule is False:
-        raise SchemaRefused(place, "propertyNames beside properties or patternProperties: no grammar keeps it.")
+        raise SchemaRefused(place, "propertyNames beside properties or patternProperties: no grammar can enforce it.")
     if set(rest) == {"pattern"}:
         schema["patternProperties"] = {rest["pattern"]: values}
     elif rest and set(rest) <= {"minLength", "maxLength"}:
@@ -316,7 +316,7 @@ def _names(schema: Schema, place: str) -> None:
     elif set(rest) == {"enum"} and all(isinstance(name, str) for name in rest["enum"]):
         schema["properties"] = dict.fromkeys(rest["enum"], values)
     elif rest:
-        raise SchemaRefused(place, f"propertyNames with {', '.join(sorted(rest))}: no grammar keeps it.")
+        raise SchemaRefused(place, f"propertyNames with {', '.join(sorted(rest))}: no grammar can enforce it.")
     if rest:
         schema["additionalProperties"] = False
 
@@ -353,7 +353,7 @@ def _unevaluated(schema: Schema, place: str) -> None:
         if value is True or value == {}:
             pass
         elif combining:
-            raise SchemaRefused(place, f"{word} beside {', '.join(sorted(combining))}: no grammar keeps it.")
+            raise SchemaRefused(place, f"{word} beside {', '.join(sorted(combining))}: no grammar can enforce it.")
         else:
             schema.setdefault(sibling, value)
         del schema[word]
@@ -376,7 +376,7 @@ def _conditions(schema: Schema, place: str) -> None:
         for word in ("if", "then", "else"):
             schema.pop(word, None)
         return
-    raise SchemaRefused(place, "if: no grammar keeps it. Write the cases as anyOf.")
+    raise SchemaRefused(place, "if: no grammar can enforce it. Write the cases as anyOf.")
 
 
 def _patterns(schema: Schema, place: str) -> None:

@@ -97,7 +97,7 @@ def pull_model(model: CatalogModel, *, progress: bool = True) -> Path:
                 logger.warning("the cached model %s is damaged (%s) and is recreated", folder, fault.file)
             scratch = folder.with_name(f".{model.name}.partial")
             if scratch.exists():
-                shutil.rmtree(scratch)  # left by a killed process; holding the lock, nobody else uses it
+                shutil.rmtree(scratch)  # left by a killed process; we hold the lock, so it is unused
             scratch.mkdir()
             try:
                 _fetch_and_convert(model, scratch, folder, progress)

@@ -75,7 +75,7 @@ def resolve_model(
         folder = _fetch_from_hub(model, revision, download_dir, progress)
         if not (folder / "config.json").is_file():
             raise ModelError(
-                f"hub repository {model!r} has no config.json, so it is no transformers-style model folder."
+                f"hub repository {model!r} has no config.json, so it is not a transformers-style model folder."
             )
         return ResolvedModel(model, folder)
     raise _unknown(model, local)
@@ -101,7 +101,7 @@ def resolve_tokenizer(
         return known.resolve()
     if not _HUB_ID.fullmatch(tokenizer):
         raise ConfigError(
-            f"tokenizer {tokenizer!r} is no local folder and no hub id (org/name).",
+            f"tokenizer {tokenizer!r} is neither a local folder nor a hub id (org/name).",
             parameter="tokenizer",
             value=tokenizer,
         )
@@ -171,7 +171,7 @@ def _unknown(model: str, local: Path) -> ConfigError:
     elif os.sep in model or model.startswith(("~", ".")):
         found = f"looks like a path, but {local.absolute()} does not exist"
     else:
-        found = "is no local folder, no known name and no hub id (org/name)"
+        found = "is not a local folder, a known name or a hub id (org/name)"
     return ConfigError(f"model {model!r} {found}. {_known_names(model)}", parameter="model", value=model)
 
 

@@ -284,7 +284,7 @@ class Scheduler:
         request.finish_reason = "error"
         error = RequestCrashed(
             f"Request {request.request_id!r} was being computed in {num_crashes} crashes of its worker, the last: "
-            f"{cause}. It is not tried again (max_request_crashes).",
+            f"{cause}. It is not retried (max_request_crashes).",
             request_id=request.request_id,
             num_crashes=num_crashes,
         )

@@ -152,7 +152,7 @@ async def _server_info(service: Service, _request: Request) -> Response:
 
 
 async def _invoke(service: Service, http: Request) -> Response:
-    """/invocations, as SageMaker calls a model: the body's fields tell a chat from a completion."""
+    """/invocations, SageMaker's endpoint: the body's fields decide between chat and completion."""
     http.state.body = await read_plain(http, service)
     names = set(http.state.body) if isinstance(http.state.body, dict) else ()
     if "messages" in names:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 SWEEP_S = 0.25
 _REPORT_SWEEPS = 40
-# files that the process needs besides its connections
+# files that the process needs in addition to its connections
 _OTHER_FILES = 256
 # of each body, so that ordinary requests never have to be evicted
 UNCOUNTED_BYTES = 64 * 1024

@@ -1,6 +1,6 @@
-"""How much one request may hold, and how deeply its JSON may be nested, checked before anything is made of it.
+"""Size limits of one request and the depth of its JSON, checked before it is processed.
 
-A request's answer may take long; what comes before it must not, as everybody else waits for it.
+Generation may take long, but the work before it must not, since all other requests wait for it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What every request passes: its id, the key or what stands in for one, the type of its body, a line in the log.
+"""Handles every request: its id, its key or other access check, its content type, its access log line.
 
-The middleware of the user's own (`--middleware`) stands around it.
+The user's own middleware (`--middleware`) wraps it.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def speculative_config(value: object, short: Mapping[str, object]) -> Speculativ
         if name not in _FIELDS:
             near = near_name(str(name), _FIELDS)
             hint = f"Did you mean {near!r}?" if near else f"Known: {', '.join(_FIELDS)}."
-            raise _refused(f"speculative_config[{name!r}]", fields[name], f"is no setting of speculation. {hint}")
+            raise _refused(f"speculative_config[{name!r}]", fields[name], f"is not a setting of speculation. {hint}")
     if fields.get("model") in _NO_MODELS and fields.get("method") in (None, "ngram"):
         fields |= {"method": "ngram", "model": None}
     if fields.get("method") is None and fields.get("model") is not None:

@@ -218,7 +218,7 @@ def maps(r: random.Random) -> Schema:
 
 
 def beyond(r: random.Random) -> Schema:
-    """What no grammar keeps."""
+    """What no grammar can enforce."""
     rule = r.choice([
         {"type": "array", "uniqueItems": True},
         {"type": "array", "contains": {"type": "integer"}},

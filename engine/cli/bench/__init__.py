@@ -50,7 +50,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Measure, and print the result as JSON in the last line."""
     workload = _workload(namespace)
-    # brings in the engine, which help does without
+    # imports the engine, which help does not need
     from sempre.engine.cli.bench import offline
 
     measures: dict[str, Callable[..., dict[str, Any]]] = {

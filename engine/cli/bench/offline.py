@@ -1,4 +1,4 @@
-"""Latency, throughput and start-up of an engine of one's own, with requests of random token ids."""
+"""Latency, throughput and start-up of an engine, with requests of random token ids."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def startup(
 ) -> dict[str, Any]:
     """Seconds until an engine is ready, with an empty and with a filled kernel cache.
 
-    Each start has processes of its own. Raises ConfigError without them: their kernels would stay in memory.
+    Each start uses new processes. Raises ConfigError without multiprocessing: kernels would stay in memory.
     """
     config = engine_config(model, **keywords)
     if not config.multiprocessing:
@@ -91,7 +91,7 @@ def _summary(kind: str, starts: list[Start]) -> dict[str, Any]:
 def throughput(
     model: str, keywords: dict[str, Any], *, input_len: int, output_len: int, n: int, num_prompts: int
 ) -> dict[str, Any]:
-    """Requests and tokens (of prompts and outputs) per second when all requests are given at once."""
+    """Requests and tokens (of prompts and outputs) per second if all requests are sent at once."""
     config = engine_config(model, **keywords)
     client = launch(config)
     try:
@@ -126,7 +126,7 @@ def latency(
     num_iters: int,
     **lengths: int,
 ) -> dict[str, Any]:
-    """Seconds of one batch of requests; other prompts in every run, so that no prefix cache helps.
+    """Seconds of one batch of requests, with new prompts in every run, so the prefix cache does not help.
 
     `lengths` are input_len and output_len.
     """

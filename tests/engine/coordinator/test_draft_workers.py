@@ -124,7 +124,7 @@ def test_one_that_serves_in_between_is_always_started_again(executor: ScriptedEx
         executor.fails = True
         [notice] = core.next_events() or []
         assert isinstance(notice, EngineNotice)
-        assert "it was told to. Requests go on without its drafts while it is restarted" in notice.message
+        assert "it was told to. Requests continue without its drafts while it is restarted" in notice.message
         executor.fails = False
         assert polled(core) == []
         ask(core)
@@ -178,7 +178,7 @@ def test_one_that_answers_wrongly_is_replaced(
     answer(executor, **changes)
     notices = polled(core)
     assert len(notices) == 1
-    assert f"a draft worker has failed: StepResult.{found}. Requests go on without its drafts while" in notices[0]
+    assert f"a draft worker has failed: StepResult.{found}. Requests continue without its drafts while" in notices[0]
     assert executor.num_restarts == 1
     assert core.next_deadline() is None
 

@@ -42,7 +42,7 @@ def test_embedded_names_are_inside_the_package(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("tinny", "no local folder.*Did you mean tiny"),
+        ("tinny", "not a local folder.*Did you mean tiny"),
         ("SmolLM2-135M", "Did you mean smollm2-135m.*Known names: tiny, tiny-draft, smollm2-135m"),
         ("./nowhere", "looks like a path, but .*nowhere does not exist"),
         ("/nowhere/at/all", "looks like a path"),

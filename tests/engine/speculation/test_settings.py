@@ -60,7 +60,7 @@ def test_settings_that_leave_it_off(keywords: dict[str, Any]) -> None:
         ({"method": "ngram", "num_spekulative_tokens": 2}, "Did you mean 'num_speculative_tokens'"),
         ({"method": "ngram", "placement": "worker"}, r"placement'\]='worker' must be left out"),
         ({"method": "ngram", "prompt_lookup_min": 6}, r"prompt_lookup_min'\]=6 must be in \[1, prompt_lookup_max=5\]"),
-        ({"method": "ngram", "model_path": "/x"}, "model_path.*is no setting"),
+        ({"method": "ngram", "model_path": "/x"}, "model_path.*is not a setting"),
     ],
 )
 def test_settings_that_are_refused(value: Any, message: str) -> None:
