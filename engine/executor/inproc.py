@@ -19,6 +19,7 @@ from sempre.ipc.errors import SempreError, WorkerDied
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
     ExecuteStep,
+    StepResult,
     WorkerCommand,
     WorkerEvent,
     WorkerHealth,
@@ -80,7 +81,9 @@ class InprocExecutor:
             if worker.steps_in_flight and worker.step_done():
                 break
             self._commands.popleft()
-            self._checked(rank, partial(worker.submit, step))
+            result = self._checked(rank, partial(_start_step, worker, step))
+            if result is not None:
+                return rank, result
         for rank, worker in self._workers.items():
             if worker.steps_in_flight:
                 return rank, self._checked(rank, worker.collect)
@@ -128,6 +131,12 @@ class InprocExecutor:
             raise self.blame(rank, error) from error
         except Exception as error:
             raise self.blame(rank, error) from error
+
+
+def _start_step(worker: WorkerProtocol, step: ExecuteStep) -> StepResult | None:
+    """Start a step; its result if that is there at once."""
+    worker.submit(step)
+    return worker.collect() if worker.steps_in_flight == 1 and worker.step_done() else None
 
 
 def _compute_state() -> Callable[[], AbstractContextManager[None]]:
