@@ -266,7 +266,7 @@ def test_short_flags_of_speculation(where: str, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "which model"),
+        ((), "no model given"),
         (("tiny", "--prot", "1"), "--port"),
         (("tiny", "--port", "70000"), "port"),
         (("tiny", "--ssl-keyfile", "k"), "ssl_certfile"),
