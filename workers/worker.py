@@ -226,8 +226,9 @@ class Worker:
         return speed.costs(speed.decode_seconds(loaded.spec, loaded.weights), draft_seconds)
 
     def _fingerprint(self) -> dict[str, str]:
-        parts = self._require_backend().fingerprint(self._require_loaded())
-        own = {"config": spec_digest(self._require_loaded().spec), "llguidance": grammar_library_version()}
+        loaded = self._require_loaded()
+        parts = self._require_backend().fingerprint(loaded)
+        own = {"config": spec_digest(loaded.spec, loaded.max_model_len), "llguidance": grammar_library_version()}
         return parts | own | self._late_fingerprint
 
     def _kv_cache_digest(self, block_ids: list[int]) -> str:

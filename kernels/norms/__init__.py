@@ -11,7 +11,7 @@ import torch
 
 from sempre.kernels.checks import check_rows
 
-__all__ = ["add_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "rms_norm", "rms_norm_of_parts"]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
@@ -47,6 +47,24 @@ def add_rms_norm(
     from sempre.kernels.norms import gpu
 
     return gpu.add_rms_norm(x, residual, weight, eps, out)
+
+
+def rms_norm_of_parts(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor, eps: float) -> torch.Tensor:
+    """Norm two parts of rows [T, N], each by itself and in place: the first columns, as many as the weight `first` has,
+    and then as many as `second` has. The other columns stay."""
+    check_rows("rms_norm_of_parts", rows, rows)
+    widths = first.shape[0], second.shape[0]
+    if sum(widths) > rows.shape[1]:
+        raise ValueError(f"rms_norm_of_parts: weights of {widths} do not fit rows {tuple(rows.shape)}")
+    if not rows.shape[0]:
+        return rows
+    if not rows.is_cuda:
+        from sempre.kernels.norms import cpu
+
+        return cpu.rms_norm_of_parts(rows, first, second, eps)
+    from sempre.kernels.norms import gpu
+
+    return gpu.rms_norm_of_parts(rows, first, second, eps)
 
 
 def _check_shapes(operation: str, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:

@@ -74,6 +74,16 @@ def _add_rms_norm(x: int, residual: int, weight: int, rows: int, width: int, eps
         _rms_norm_row(residual + row, weight, width, eps, out + row)
 
 
+@compiled_twice
+def _rms_norm_of_parts(
+    x: int, rows: int, columns: int, first: int, width: int, second: int, rest: int, eps: float
+) -> None:
+    for t in prange(rows):
+        row = x + t * columns * 4
+        _rms_norm_row(row, first, width, eps, row)
+        _rms_norm_row(row + width * 4, second, rest, eps, row + width * 4)
+
+
 PARALLEL_ELEMENTS = 65_536  # below, starting the threads costs more than they save
 
 
@@ -93,3 +103,11 @@ def add_rms_norm(
     run = _add_rms_norm.parallel if x.numel() >= PARALLEL_ELEMENTS else _add_rms_norm.serial
     run(x.data_ptr(), residual.data_ptr(), weight.data_ptr(), rows, width, eps, out.data_ptr())
     return out
+
+
+def rms_norm_of_parts(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor, eps: float) -> torch.Tensor:
+    """As the facade."""
+    count, columns = rows.shape
+    run = _rms_norm_of_parts.parallel if rows.numel() >= PARALLEL_ELEMENTS else _rms_norm_of_parts.serial
+    run(rows.data_ptr(), count, columns, first.data_ptr(), len(first), second.data_ptr(), len(second), eps)
+    return rows

@@ -47,6 +47,28 @@ def _add_rms_norm(x: Any, residual: Any, weight: Any, out: Any, width: Any, eps:
     tl.store(out + at + i, _normalised(total.to(tl.float32), w, width, eps), mask=inside)
 
 
+@jit()
+def _norm_part(at: Any, weight: Any, width: Any, eps: Any, BLOCK: tl.constexpr) -> None:
+    i = tl.arange(0, BLOCK)
+    inside = i < width
+    w = tl.load(weight + i, mask=inside, other=0.0)
+    wait_for_previous()
+    value = tl.load(at + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at + i, _normalised(value, w, width, eps), mask=inside)
+
+
+@jit(runtime=("columns", "first_width", "second_width", "eps"))
+def _rms_norm_of_parts(
+    rows: Any, first: Any, second: Any, columns: Any, first_width: Any, second_width: Any, eps: Any,
+    FIRST: tl.constexpr, SECOND: tl.constexpr,
+) -> None:  # fmt: skip
+    at = rows + tl.program_id(0).to(tl.int64) * columns
+    if tl.program_id(1) == 0:
+        _norm_part(at, first, first_width, eps, FIRST)
+    else:
+        _norm_part(at + first_width, second, second_width, eps, SECOND)
+
+
 def _shape(width: int) -> tuple[int, int]:
     block = triton.next_power_of_2(width)
     return block, min(16, max(1, block // 1024))
@@ -68,3 +90,15 @@ def add_rms_norm(
     block, warps = _shape(width)
     _add_rms_norm[(rows,)](x, residual, weight, out, width, eps, BLOCK=block, num_warps=warps, **CHAINED)
     return out
+
+
+def rms_norm_of_parts(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor, eps: float) -> torch.Tensor:
+    """As the facade; a program owns one part of a row."""
+    count, columns = rows.shape
+    widths = len(first), len(second)
+    _, warps = _shape(max(widths))
+    _rms_norm_of_parts[(count, 2)](
+        rows, first, second, columns, *widths, eps,
+        FIRST=triton.next_power_of_2(widths[0]), SECOND=triton.next_power_of_2(widths[1]), num_warps=warps, **CHAINED,
+    )  # fmt: skip
+    return rows

@@ -66,33 +66,80 @@ def rope_and_cache_write(
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """`head_dim` D, base `theta`; `factor` of the scaling; the last three only for "llama3"."""
+    """Which angles the heads turn by, position by position."""
 
     head_dim: int
+    """D"""
     theta: float = 10000.0
-    scaling: Literal["default", "linear", "llama3"] = "default"
+    """the base"""
+    scaling: Literal["default", "linear", "llama3", "yarn", "longrope", "none"] = "default"
+    """none: the heads do not turn"""
     factor: float = 1.0
+    """how much the longest waves are stretched; for linear, llama3 and yarn"""
     low_freq_factor: float = 1.0
+    """for llama3, with the next"""
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    """for llama3, yarn and longrope"""
+    beta_fast: float = 32.0
+    """for yarn: waves that turn more often within the original context are kept"""
+    beta_slow: float = 1.0
+    """for yarn: waves that turn less often are stretched by `factor`"""
+    truncate: bool = True
+    """for yarn: whether the dimensions between which the two blend are rounded outwards"""
+    attention_factor: float = 1.0
+    """cosines and sines are multiplied by it; for yarn and longrope"""
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    """for longrope: how much each of the D / 2 waves is stretched, in tables that end within the original context, and
+    in longer ones"""
+
+    def is_long(self, max_len: int) -> bool:
+        """Whether a table of so many positions is made with `long_factors`."""
+        return self.scaling == "longrope" and max_len > self.original_max_position_embeddings
 
 
-def _frequencies(spec: RopeSpec) -> np.ndarray:
-    """Angular frequencies [D/2], float64."""
-    frequencies = spec.theta ** (-np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim)
-    if spec.scaling == "linear":
-        return frequencies / spec.factor
-    if spec.scaling == "llama3":
-        # long waves are stretched by `factor`, short ones kept, those between blended (Llama 3.1 model card)
-        wavelengths = 2 * math.pi / frequencies
-        ratio = spec.original_max_position_embeddings / wavelengths
-        blend = (ratio - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
-        blend = np.clip(blend, 0.0, 1.0)
-        return (1 - blend) * frequencies / spec.factor + blend * frequencies
+def _frequencies(spec: RopeSpec, max_len: int = 0) -> np.ndarray:
+    """Angular frequencies [D/2] of a table for `max_len` positions, float64."""
+    frequencies: np.ndarray = spec.theta ** (-np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim)
+    match spec.scaling:
+        case "none":
+            frequencies = np.zeros_like(frequencies)
+        case "linear":
+            frequencies = frequencies / spec.factor
+        case "llama3":
+            # long waves are stretched by `factor`, short ones kept, those between blended (Llama 3.1 model card)
+            wavelengths = 2 * math.pi / frequencies
+            ratio = spec.original_max_position_embeddings / wavelengths
+            blend = (ratio - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+            blend = np.clip(blend, 0.0, 1.0)
+            frequencies = (1 - blend) * frequencies / spec.factor + blend * frequencies
+        case "yarn":
+            stretched = _yarn_ramp(spec)
+            frequencies = frequencies * (1 - stretched) + frequencies / spec.factor * stretched
+        case "longrope":
+            frequencies = frequencies / np.array(spec.long_factors if spec.is_long(max_len) else spec.short_factors)
     return frequencies
+
+
+def _yarn_ramp(spec: RopeSpec) -> np.ndarray:
+    """How far each wave is stretched [D/2], from 0 to 1 (Peng et al. 2023, arXiv 2309.00071)."""
+    first, last = (
+        spec.head_dim
+        * math.log(spec.original_max_position_embeddings / (turns * 2 * math.pi))
+        / (2 * math.log(spec.theta))
+        for turns in (spec.beta_fast, spec.beta_slow)
+    )
+    if spec.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, spec.head_dim - 1)
+    width = last - first if last != first else 0.001
+    ramp: np.ndarray = np.clip((np.arange(spec.head_dim // 2, dtype=np.float64) - first) / width, 0.0, 1.0)
+    return ramp
 
 
 def cos_sin_table(spec: RopeSpec, max_len: int) -> torch.Tensor:
     """[max_len, D] float32: cosines in the first half of a row, sines in the second."""
-    angles = np.arange(max_len, dtype=np.float64)[:, None] * _frequencies(spec)[None, :]
-    return torch.from_numpy(np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32))
+    angles = np.arange(max_len, dtype=np.float64)[:, None] * _frequencies(spec, max_len)[None, :]
+    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * spec.attention_factor
+    return torch.from_numpy(table.astype(np.float32))

@@ -9,7 +9,7 @@ import torch
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.dtypes import dtype_code, widen
 from sempre.kernels.embedding import embed
-from sempre.kernels.norms import add_rms_norm, rms_norm
+from sempre.kernels.norms import add_rms_norm, rms_norm, rms_norm_of_parts
 
 WIDTHS = [16, 64, 576, 4096]
 
@@ -35,6 +35,22 @@ def test_add_rms_norm(width: int) -> None:
     out = add_rms_norm(x, total, weight, 1e-6, torch.full_like(x, float("nan")))
     assert torch.equal(total, residual + x)
     assert torch.equal(out, rms_norm(total, weight, 1e-6, torch.empty_like(x)))
+
+
+@pytest.mark.parametrize("widths", [(64, 16, 16), (576, 192, 192), (4096, 4096, 0)])
+def test_rms_norm_of_parts(widths: tuple[int, int, int]) -> None:
+    rows = _random(300, sum(widths), scale=3.0)
+    parts, (first, second) = rows.split(widths, dim=1), [_random(width) for width in widths[:2]]
+    expected = [
+        rms_norm(part.contiguous(), weight, 1e-5, torch.empty(300, len(weight)))
+        for part, weight in zip(parts, (first, second), strict=False)
+    ]
+    lone = rms_norm_of_parts(rows[299:].clone(), first, second, 1e-5)
+    found = rms_norm_of_parts(rows.clone(), first, second, 1e-5)
+    assert torch.equal(found, torch.cat([*expected, parts[2]], dim=1))
+    assert torch.equal(found[299:], lone)
+    with pytest.raises(ValueError, match="do not fit rows"):
+        rms_norm_of_parts(rows[:, :32].contiguous(), first, second, 1e-5)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sempre.ipc.errors import ModelError, UnknownArchitecture
+from sempre.kernels.rope import cos_sin_table
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.registry import FILES, load_spec, parse_spec
 
@@ -55,6 +59,42 @@ def test_rope_may_be_spelled_in_three_ways(changes: dict[str, object]) -> None:
 
 def test_linear_rope() -> None:
     assert spec(rope_scaling={"type": "linear", "factor": 2.0}).rope.factor == 2.0
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1 + i / 8 for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32, "beta_slow": 2}, 256),
+        ({"rope_type": "yarn", "factor": 8.0, "truncate": False, "beta_fast": 4.0, "attention_factor": 0.7}, 256),
+        ({"rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7, "rope_theta": 300.0}, 256),
+        (LONGROPE, 64),
+        (LONGROPE, 65),
+        ({**LONGROPE, "attention_factor": 1.3}, 256),
+    ],
+)
+def test_angles_are_those_of_transformers(rope: dict[str, Any], length: int) -> None:
+    config = transformers.LlamaConfig(**BASE, rope_parameters=dict(rope))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"), seq_len=length)
+    angles = torch.arange(length).double()[:, None] * frequencies.double()
+    expected = torch.cat([angles.cos(), angles.sin()], dim=1) * factor
+    for spelling in ({"rope_parameters": rope}, {"rope_scaling": rope, "rope_theta": rope.get("rope_theta")}):
+        found = cos_sin_table(spec(**spelling).rope, length).double()
+        assert float((found - expected).abs().max()) < 5e-5
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+def test_rope_fields_that_change_nothing_are_accepted(spelling: str) -> None:
+    neutral = {"type": "default", "factor": 1.0, "attention_factor": 1, "mrope_section": None, "rope_type": None}
+    assert spec(**{spelling: neutral}) == spec(**{spelling: {}}) == spec()
 
 
 @pytest.mark.parametrize(("name", "value"), [("torch_dtype", "bfloat16"), ("dtype", "float16")])
@@ -107,9 +147,15 @@ def test_end_of_sequence_ids_prefer_the_generation_config() -> None:
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: quant_method"),
         ({"torch_dtype": "float64"}, "torch_dtype"),
         ({"dtype": "int8"}, "dtype"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1}}, "beta_fast"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": 1}}, "truncate"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 0.5}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "beta_fast": 32}}, "beta_fast"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor"),
+        ({"rope_parameters": {"rope_type": "su", "short_factor": [1.0] * 7}}, "short_factor"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [0.0] * 8}}, "short_factor: 0"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor"),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "high_freq_factor": 1}}, "high_freq_factor"),

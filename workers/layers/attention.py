@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from sempre.kernels.attention import HeadLayout, HeadNorms, KvCache, PagedBatch, ScoreParams, paged_attention
+from sempre.kernels.norms import rms_norm_of_parts
 from sempre.kernels.rope import RopeSpec, rope_and_cache_write
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.module import Build, Module, Scratch
-from sempre.workers.layers.norm import HeadNorm
+from sempre.workers.layers.norm import HeadNorm, ProjectionNorm
 from sempre.workers.steps import StepInput
 
 
@@ -28,7 +29,11 @@ class AttentionShape:
     qkv_bias: bool
     o_bias: bool
     qk_norm_eps: float | None
-    """of the RMSNorm of each head before rope; None: without one"""
+    """of the RMSNorm of queries and keys before rope; None: without one"""
+    qk_norm: type[HeadNorm] = HeadNorm
+    """what that norm goes over"""
+    fused: bool = False
+    """whether queries, keys and values are one tensor of the checkpoint"""
 
 
 class Attention(Module):
@@ -38,13 +43,19 @@ class Attention(Module):
         head_dim = shape.heads.head_dim
         queries, keys = shape.heads.num_heads * head_dim, shape.heads.num_kv_heads * head_dim
         parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        if shape.fused:
+            parts = {"qkv_proj": queries + 2 * keys}
         self._shape = shape
         self.qkv_proj = Linear(build, parts, shape.hidden_size, bias=shape.qkv_bias, role="qkv")
         self.q_norm = self.k_norm = None
         if shape.qk_norm_eps is not None:
-            self.q_norm = HeadNorm(head_dim, shape.qk_norm_eps)
-            self.k_norm = HeadNorm(head_dim, shape.qk_norm_eps)
+            widths = (queries, keys) if self._norms_projections else (head_dim, head_dim)
+            self.q_norm, self.k_norm = (shape.qk_norm(width, shape.qk_norm_eps) for width in widths)
         self.o_proj = Linear(build, {"o_proj": shape.hidden_size}, queries, bias=shape.o_bias)
+
+    @property
+    def _norms_projections(self) -> bool:
+        return issubclass(self._shape.qk_norm, ProjectionNorm)
 
     def allocate(self, scratch: Scratch) -> None:
         self._table = scratch.rope_table(self._shape.rope)
@@ -61,7 +72,11 @@ class Attention(Module):
         """[T, H] → [S, H]"""
         heads, batch, read = self._shape.heads, step.batch, step.outputs
         qkv = self.qkv_proj(x)
-        rope_and_cache_write(qkv, step.positions, self._table, step.slot_mapping, cache, heads, self._norms)
+        norms = self._norms
+        if norms is not None and self._norms_projections:
+            rms_norm_of_parts(qkv, norms.q, norms.k, norms.eps)
+            norms = None
+        rope_and_cache_write(qkv, step.positions, self._table, step.slot_mapping, cache, heads, norms)
         if read is not None:
             qkv = qkv.index_select(0, read.rows)
             batch = PagedBatch(

@@ -20,12 +20,14 @@ class GatedMLP(Module):
         *,
         bias: bool = False,
         activation: Activation = Activation.SILU,
+        fused: bool = False,
         role: str = "branch",
     ) -> None:
-        """`role` is that of the results' buffer."""
-        parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        """`fused`: gate and up are one tensor of the checkpoint; `role` is that of the results' buffer."""
+        width = intermediate_size
+        parts = {"gate_up_proj": 2 * width} if fused else {"gate_proj": width, "up_proj": width}
         self.gate_up_proj = Linear(build, parts, hidden_size, bias=bias, role="gate_up", activation=activation)
-        self.down_proj = Linear(build, {"down_proj": hidden_size}, intermediate_size, bias=bias, role=role)
+        self.down_proj = Linear(build, {"down_proj": hidden_size}, width, bias=bias, role=role)
 
     def allocate(self, scratch: Scratch) -> None:
         self._activated = scratch.rows("activated", self.down_proj.in_features)

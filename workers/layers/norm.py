@@ -64,3 +64,11 @@ class HeadNorm(RMSNorm):
 
     def allocate(self, scratch: Scratch) -> None:
         """Nothing: it has no rows of its own."""
+
+
+class OffsetHeadNorm(HeadNorm, OffsetRMSNorm):
+    """The same, times 1 + the checkpoint's weight."""
+
+
+class ProjectionNorm(HeadNorm):
+    """A norm over all heads of a projection together."""

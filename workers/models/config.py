@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, Self, TypeVar
 
 from sempre.kernels.rope import RopeSpec
 from sempre.workers.config_fields import ConfigFields
+from sempre.workers.models.rope_config import rope_of
 from sempre.workers.quantization.config import QuantizationSpec, parse_quantization
 
-FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+# what `layer_types` may say of a layer
+FULL, WINDOWED = "full_attention", "sliding_attention"
 
-# any other field of the rope section belongs to an unsupported kind of scaling
-ROPE_FIELDS = (
-    "rope_type",
-    "type",
-    "rope_theta",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
-)
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 # More than any model has, yet cheap to handle before the tensors are checked.
 MAX_LAYERS = 1024
@@ -59,6 +52,8 @@ class WindowRule(Enum):
     """`sliding_window` keys in every layer; null is off"""
     UPPER_LAYERS = "upper layers"
     """`sliding_window` keys from layer `max_window_layers` on, when `use_sliding_window` is true"""
+    LAYER_TYPES = "layer types"
+    """`sliding_window` keys in those layers of which `layer_types` says so"""
     EVERY_OTHER_LAYER = "every other layer"
     """`sliding_window` keys in the layers of even number"""
 
@@ -71,6 +66,8 @@ class FamilyRules:
     o_bias: BiasRule = BiasRule.NEVER
     mlp_bias: BiasRule = BiasRule.NEVER
     window: WindowRule = WindowRule.NEVER
+    rope: Callable[[ConfigFields, int, int], RopeSpec] = rope_of
+    """of the config, the head dimension and max_position_embeddings"""
     qk_norm: bool = False
     """RMSNorm over each head of the queries and keys, before the rotary embedding"""
     default_head_dim: int | None = None
@@ -118,9 +115,11 @@ class ModelSpec:
 Spec = TypeVar("Spec", bound=ModelSpec)
 
 
-def spec_digest(spec: ModelSpec) -> str:
-    """Digest of what config.json and generation_config.json say; the weights' digest covers tensors only."""
-    return hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
+def spec_digest(spec: ModelSpec, max_model_len: int) -> str:
+    """Digest of what config.json and generation_config.json say, and of the tables of rope that depend on the setting
+    `max_model_len`; the weights' digest covers tensors only."""
+    said = repr(spec) + (" long" if spec.rope.is_long(max_model_len) else "")
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, generation: ConfigFields) -> ModelSpec:
@@ -147,7 +146,7 @@ def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, g
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=fields.positive_number("rms_norm_eps", default=1e-6),
-        rope=_rope(fields, head_dim, max_position_embeddings),
+        rope=rules.rope(fields, head_dim, max_position_embeddings),
         max_position_embeddings=max_position_embeddings,
         windows=_windows(fields, rules, num_layers),
         qkv_bias=_bias(fields, rules.qkv_bias),
@@ -165,6 +164,15 @@ def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, g
 def extended(common: ModelSpec, kind: type[Spec], **more: Any) -> Spec:
     """A family's spec: the common fields, and those that the family adds."""
     return kind(**{field.name: getattr(common, field.name) for field in fields(common)}, **more)
+
+
+def with_layer_types(fields: ConfigFields, full_every: int) -> ConfigFields:
+    """With `layer_types` where the config states none: a full layer after each `full_every` - 1 with a window."""
+    if fields.raw.get("layer_types") is not None:
+        return fields
+    count = fields.positive("num_hidden_layers", most=MAX_LAYERS)
+    types = [WINDOWED if (layer + 1) % full_every else FULL for layer in range(count)]
+    return ConfigFields({**fields.raw, "layer_types": types}, fields.source)
 
 
 def refuse_other_activation(fields: ConfigFields, supported: str, name: str = "hidden_act") -> None:
@@ -200,41 +208,6 @@ def _bias(fields: ConfigFields, rule: BiasRule) -> bool:
     return rule is BiasRule.ALWAYS
 
 
-def _rope(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RopeSpec:
-    name = "rope_parameters" if fields.raw.get("rope_parameters") is not None else "rope_scaling"
-    rope = fields.section(name)
-    for key in rope.raw:
-        if key not in ROPE_FIELDS:
-            rope.fail(key, f"only the fields {', '.join(ROPE_FIELDS)}", rope.raw[key])
-    kind = rope.raw.get("rope_type", rope.raw.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        rope.fail("rope_type", "'default', 'linear' or 'llama3'", kind)
-    for holder in (rope, fields):
-        partial = holder.raw.get("partial_rotary_factor")
-        if partial not in (None, 1, 1.0):
-            holder.fail("partial_rotary_factor", "1.0 (all of each head turns)", partial)
-    theta = (rope if rope.raw.get("rope_theta") is not None else fields).positive_number("rope_theta", default=10000.0)
-    if kind == "default":
-        return RopeSpec(head_dim=head_dim, theta=theta)
-    factor = rope.positive_number("factor")
-    if kind == "linear":
-        return RopeSpec(head_dim=head_dim, theta=theta, scaling="linear", factor=factor)
-    low, high = rope.positive_number("low_freq_factor"), rope.positive_number("high_freq_factor")
-    if high <= low:
-        rope.fail("high_freq_factor", f"more than low_freq_factor={low}", high)
-    return RopeSpec(
-        head_dim=head_dim,
-        theta=theta,
-        scaling="llama3",
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position_embeddings=rope.positive(
-            "original_max_position_embeddings", default=max_position_embeddings
-        ),
-    )
-
-
 def _windows(fields: ConfigFields, rules: FamilyRules, num_layers: int) -> tuple[int | None, ...]:
     full: tuple[int | None, ...] = (None,) * num_layers
     windows = full
@@ -247,11 +220,23 @@ def _windows(fields: ConfigFields, rules: FamilyRules, num_layers: int) -> tuple
         window = fields.positive("sliding_window")
         windows = tuple(None if layer % 2 else window for layer in range(num_layers))
     layer_types = fields.raw.get("layer_types")
-    if layer_types is not None:
-        implied = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    if rules.window is WindowRule.LAYER_TYPES:
+        windows = _windows_by_type(fields, layer_types, num_layers)
+    elif layer_types is not None:
+        implied = [FULL if window is None else WINDOWED for window in windows]
         if layer_types != implied:
             fields.fail("layer_types", f"what the sliding-window fields imply, {implied}", layer_types)
     return windows
+
+
+def _windows_by_type(fields: ConfigFields, layer_types: object, num_layers: int) -> tuple[int | None, ...]:
+    expected = f"a list of {num_layers} times {FULL!r} or {WINDOWED!r}"
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        fields.fail("layer_types", expected, layer_types)
+    if not all(layer_type in (FULL, WINDOWED) for layer_type in layer_types):
+        fields.fail("layer_types", expected, layer_types)
+    window = fields.positive("sliding_window") if WINDOWED in layer_types else None
+    return tuple(window if layer_type == WINDOWED else None for layer_type in layer_types)
 
 
 def _checkpoint_dtype(fields: ConfigFields) -> str | None:
