@@ -59,6 +59,15 @@ EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 # of 3 of 5 experts
 ODD_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.5}
+WINDOWED, FULL = "sliding_attention", "full_attention"
+
+
+def longrope(count: int, **more: Any) -> dict[str, Any]:
+    """Factors for heads of `count` waves."""
+    short, long = [1 + 0.1 * i for i in range(count)], [1.5 + 0.5 * i for i in range(count)]
+    return {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": short, "long_factor": long, **more}
 
 
 def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
@@ -67,12 +76,15 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
     qwen2, qwen3 = transformers.Qwen2Config, transformers.Qwen3Config
     gemma2, qwen3_moe = transformers.Gemma2Config, transformers.Qwen3MoeConfig
     mixtral, qwen2_moe = transformers.MixtralConfig, transformers.Qwen2MoeConfig
+    smollm3, granite, phi3 = transformers.SmolLM3Config, transformers.GraniteConfig, transformers.Phi3Config
+    olmo2, olmo3, gemma3 = transformers.Olmo2Config, transformers.Olmo3Config, transformers.Gemma3TextConfig
     return {
         "llama": llama(**COMMON),
         "llama-multi-head-tied": llama(**{**COMMON, "num_key_value_heads": 4, "tie_word_embeddings": True}),
         "llama-biases": llama(**COMMON, attention_bias=True, mlp_bias=True),
         "llama-llama3-rope": llama(**COMMON, rope_parameters=LLAMA3_ROPE),
         "llama-linear-rope": llama(**COMMON, rope_parameters=LINEAR_ROPE),
+        "llama-yarn-rope": llama(**COMMON, rope_parameters=YARN_ROPE),
         "llama-head-dim": llama(**COMMON, head_dim=48),
         "mistral-window": mistral(**COMMON, sliding_window=24),
         "qwen2": qwen2(**COMMON, tie_word_embeddings=True),
@@ -89,6 +101,64 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
                 "head_dim": 48,
                 "final_logit_softcapping": None,
             },
+            attention_bias=True,
+            tie_word_embeddings=False,
+        ),
+        "smollm3": smollm3(**COMMON, pad_token_id=0, no_rope_layer_interval=2),
+        "smollm3-odd": smollm3(
+            **{**COMMON, "num_hidden_layers": 5, "hidden_size": 96, "num_attention_heads": 6},
+            pad_token_id=0,
+            attention_bias=True,
+            mlp_bias=True,
+            use_sliding_window=True,
+            sliding_window=20,
+            no_rope_layers=[0, 1, 0, 1, 1, 0],
+            tie_word_embeddings=False,
+        ),
+        "granite": granite(**COMMON, **GRANITE, tie_word_embeddings=True),
+        "granite-odd": granite(
+            **{**COMMON, **GRANITE, "num_key_value_heads": 4, "residual_multiplier": 0.22},
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters=YARN_ROPE,
+        ),
+        "olmo2": olmo2(**COMMON, pad_token_id=0),
+        "olmo2-odd": olmo2(
+            **{**COMMON, "num_key_value_heads": 1, "hidden_size": 192},
+            pad_token_id=0,
+            attention_bias=True,
+            tie_word_embeddings=True,
+            rms_norm_eps=1e-3,
+        ),
+        "olmo3": olmo3(**{**COMMON, "num_hidden_layers": 5}, pad_token_id=0, sliding_window=20),
+        "olmo3-odd": olmo3(
+            **COMMON,
+            pad_token_id=0,
+            sliding_window=17,
+            attention_bias=True,
+            layer_types=[FULL, WINDOWED, FULL],
+            rope_parameters={FULL: YARN_ROPE, WINDOWED: {"rope_type": "default", "rope_theta": 300.0}},
+        ),
+        "phi3": phi3(**COMMON, pad_token_id=0),
+        "phi3-long": phi3(
+            **{**COMMON, "num_key_value_heads": 4},
+            pad_token_id=0,
+            sliding_window=24,
+            tie_word_embeddings=True,
+            original_max_position_embeddings=32,
+            rope_parameters=longrope(8),
+        ),
+        "gemma3": gemma3(
+            **{**COMMON, "num_hidden_layers": 7}, head_dim=32, query_pre_attn_scalar=24, sliding_window=20
+        ),
+        "gemma3-odd": gemma3(
+            **{**COMMON, "num_key_value_heads": 1},
+            head_dim=48,
+            query_pre_attn_scalar=10,
+            sliding_window=17,
+            layer_types=[FULL, WINDOWED, FULL],
+            rope_parameters={FULL: LINEAR_ROPE, WINDOWED: {"rope_type": "default", "rope_theta": 300.0}},
+            final_logit_softcapping=3.0,
             attention_bias=True,
             tie_word_embeddings=False,
         ),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,11 +14,17 @@ import transformers
 
 from sempre.ipc.errors import ModelError
 from sempre.ipc.messages import SamplingSpec
+from sempre.kernels.rope import RopeSpec
 from sempre.workers.models.registry import parse_spec
 
-GREEDY = SamplingSpec(max_tokens=64, temperature=0.0, logprobs=4, prompt_logprobs=4)
+GREEDY = SamplingSpec(max_tokens=64, temperature=0.0, logprobs=-1, prompt_logprobs=-1)
 
-FAMILIES = ["qwen3-moe-odd", "qwen3-moe-step", "qwen2-moe", "qwen2-moe-odd", "mixtral", "mixtral-odd"]
+FAMILIES = [
+    "qwen3-moe-odd", "qwen3-moe-step", "qwen2-moe", "qwen2-moe-odd", "mixtral", "mixtral-odd",
+    "llama-yarn-rope", "smollm3", "smollm3-odd", "granite", "granite-odd", "olmo2", "olmo2-odd", "olmo3", "olmo3-odd",
+    "phi3", "phi3-long", "gemma3", "gemma3-odd",
+]  # fmt: skip
+WINDOWED = "sliding_attention"
 
 
 def prompt_ids(length: int, salt: int = 0) -> list[int]:
@@ -38,7 +46,7 @@ def alone_and_among_others(serving: Any, prompt: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_transformers_and_bits_their_own(
-    family: str, checkpoints: Any, serve: Any, prompt: Any
+    family: str, checkpoints: Any, serve: Any, dense: Callable[..., torch.Tensor], prompt: Any
 ) -> None:
     checkpoint = checkpoints(family)
     alone, among_others = alone_and_among_others(serve(checkpoint.folder), prompt)
@@ -46,8 +54,11 @@ def test_greedy_tokens_are_those_of_transformers_and_bits_their_own(
     with torch.no_grad():
         logits = checkpoint.model(torch.tensor([prompt_ids(41) + alone.token_ids])).logits[0]
     assert alone.token_ids == logits[40:-1].argmax(-1).tolist()
+    expected = logits[:-1].double().log_softmax(-1)
+    found = torch.cat([dense(alone.prompt_logprobs, 320), dense(alone.logprobs, 320)]).double()
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
     # decode is what prefill is
-    params = SamplingSpec(max_tokens=1, temperature=0.0, prompt_logprobs=4)
+    params = msgspec.structs.replace(GREEDY, max_tokens=1)
     whole = serve(checkpoint.folder).run(prompt("whole", prompt_ids(41) + alone.token_ids, params))["whole"]
     assert logprob_bits(whole)[: len(logprob_bits(alone))] == logprob_bits(alone)
 
@@ -59,10 +70,32 @@ def test_control(family: str, checkpoints: Any, serve: Any, prompt: Any) -> None
     assert logprob_bits(among_others) != logprob_bits(alone)
 
 
+def test_longrope_is_chosen_by_the_longest_sequence(
+    checkpoints: Any, serve: Any, dense: Callable[..., torch.Tensor], prompt: Any
+) -> None:
+    checkpoint = checkpoints("phi3-long")
+    short, long = serve(checkpoint.folder, max_model_len=32), serve(checkpoint.folder)
+    assert short.loaded.fingerprint["config"] != long.loaded.fingerprint["config"]
+    ids = prompt_ids(31)
+    params = msgspec.structs.replace(GREEDY, max_tokens=1)
+    with torch.no_grad():
+        expected = torch.log_softmax(checkpoint.model(torch.tensor([ids])).logits[0].double(), dim=-1)[:-1]
+    found = {name: dense(run.run(prompt("a", ids, params))["a"].prompt_logprobs, 320).double()
+             for name, run in (("short", short), ("long", long))}  # fmt: skip
+    assert float((found["short"] - expected).norm() / expected.norm()) < 1e-5
+    assert float((found["long"] - expected).norm() / expected.norm()) > 1e-3
+
+
 DEFAULTS = {
     "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig,
     "Qwen2MoeForCausalLM": transformers.Qwen2MoeConfig,
     "MixtralForCausalLM": transformers.MixtralConfig,
+    "SmolLM3ForCausalLM": transformers.SmolLM3Config,
+    "GraniteForCausalLM": transformers.GraniteConfig,
+    "Olmo2ForCausalLM": transformers.Olmo2Config,
+    "Olmo3ForCausalLM": transformers.Olmo3Config,
+    "Phi3ForCausalLM": transformers.Phi3Config,
+    "Gemma3ForCausalLM": transformers.Gemma3TextConfig,
 }
 
 
@@ -73,7 +106,20 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     assert parse_spec(names, {}) == parse_spec({**full, **names}, {})
 
 
-REFUSED = [
+def test_older_spellings_of_two_ropes() -> None:
+    base = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "num_hidden_layers": 7}
+    gemma: Any = parse_spec(
+        {**base, "architectures": ["Gemma3ForCausalLM"], "rope_theta": 5e5, "rope_local_base_freq": 2e4,
+         "sliding_window_pattern": 3}, {}
+    )  # fmt: skip
+    assert gemma.rope == RopeSpec(256, 5e5, "linear", 8.0)
+    assert gemma.windowed_rope == RopeSpec(256, 2e4)
+    assert [window is None for window in gemma.windows] == [False, False, True] * 2 + [False]
+    olmo: Any = parse_spec({**base, "architectures": ["Olmo3ForCausalLM"]}, {})
+    assert (olmo.rope.scaling, olmo.windowed_rope.scaling) == ("linear", "default")
+
+
+REFUSED: list[tuple[str, str, object, str]] = [
     (
         "Qwen2MoeForCausalLM",
         "num_experts_per_tok",
@@ -97,6 +143,47 @@ REFUSED = [
     ("MixtralForCausalLM", "intermediate_size", 24, "intermediate_size: expected a multiple of 16"),
     ("MixtralForCausalLM", "layer_types", ["linear_attention"], "layer_types: expected what the sliding-window"),
     ("MixtralForCausalLM", "partial_rotary_factor", 0.5, "partial_rotary_factor: expected 1.0"),
+    ("SmolLM3ForCausalLM", "hidden_act", "gelu", "hidden_act: expected 'silu'"),
+    ("SmolLM3ForCausalLM", "no_rope_layers", [1] * 35, "no_rope_layers: expected a list of at least 36 times"),
+    ("SmolLM3ForCausalLM", "no_rope_layers", [2] * 36, "no_rope_layers: expected a list of at least 36 times"),
+    ("SmolLM3ForCausalLM", "no_rope_layer_interval", 0, "no_rope_layer_interval: expected an integer of at least 1"),
+    ("SmolLM3ForCausalLM", "layer_types", [WINDOWED] * 36, "layer_types: expected 'full_attention' everywhere"),
+    ("GraniteForCausalLM", "hidden_act", "gelu", "hidden_act: expected 'silu'"),
+    ("GraniteForCausalLM", "embedding_multiplier", 0, "embedding_multiplier: expected a finite number greater than 0"),
+    (
+        "GraniteForCausalLM",
+        "attention_multiplier",
+        "1",
+        "attention_multiplier: expected a finite number greater than 0",
+    ),
+    ("GraniteForCausalLM", "residual_multiplier", -1, "residual_multiplier: expected a finite number greater than 0"),
+    ("GraniteForCausalLM", "logits_scaling", True, "logits_scaling: expected a finite number greater than 0"),
+    ("Olmo2ForCausalLM", "hidden_act", "gelu", "hidden_act: expected 'silu'"),
+    ("Olmo2ForCausalLM", "layer_types", [WINDOWED] * 32, "layer_types: expected what the sliding-window fields imply"),
+    ("Olmo3ForCausalLM", "layer_types", [WINDOWED], "layer_types: expected a list of 32 times"),
+    ("Olmo3ForCausalLM", "layer_types", ["chunked_attention"] * 32, "layer_types: expected a list of 32 times"),
+    ("Olmo3ForCausalLM", "sliding_window", None, "sliding_window: expected a value"),
+    ("Olmo3ForCausalLM", "rope_theta", 10000.0, "rope_theta: expected 500000.0"),
+    (
+        "Olmo3ForCausalLM",
+        "rope_parameters",
+        {"rope_type": "default"},
+        "rope_parameters: rope_type: expected only the objects",
+    ),
+    ("Phi3ForCausalLM", "hidden_act", "gelu", "hidden_act: expected 'silu'"),
+    ("Phi3ForCausalLM", "partial_rotary_factor", 0.75, "partial_rotary_factor: expected 1.0"),
+    ("Gemma3ForCausalLM", "hidden_activation", "silu", "hidden_activation: expected 'gelu_pytorch_tanh'"),
+    ("Gemma3ForCausalLM", "attn_logit_softcapping", 50.0, "attn_logit_softcapping: expected null"),
+    ("Gemma3ForCausalLM", "use_bidirectional_attention", True, "use_bidirectional_attention: expected false"),
+    ("Gemma3ForCausalLM", "query_pre_attn_scalar", 0, "query_pre_attn_scalar: expected a finite number greater than 0"),
+    (
+        "Gemma3ForCausalLM",
+        "final_logit_softcapping",
+        -1,
+        "final_logit_softcapping: expected a finite number greater than 0",
+    ),
+    ("Gemma3ForCausalLM", "rope_local_base_freq", 0, "rope_local_base_freq: expected a finite number greater than 0"),
+    ("Gemma3ForCausalLM", "sliding_window_pattern", 0, "sliding_window_pattern: expected an integer of at least 1"),
 ]
 
 

@@ -31,6 +31,13 @@ NAMES = [
     "qwen2-moe-odd",
     "mixtral",
     "mixtral-odd",
+    "smollm3-odd",
+    "granite",
+    "olmo2",
+    "olmo2-odd",
+    "olmo3",
+    "phi3",
+    "gemma3",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from sempre.kernels.activation import Activation, soft_cap
 from sempre.kernels.attention import KvCache, ScoreParams
 from sempre.workers.config_fields import ConfigFields
-from sempre.workers.layers.attention import Attention
+from sempre.workers.layers.attention import Attention, AttentionShape
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module, Scratch
@@ -37,8 +38,8 @@ RULES = FamilyRules(
 
 
 @dataclass(frozen=True)
-class Gemma2Spec(ModelSpec):
-    """Caps of None are off."""
+class GemmaSpec(ModelSpec):
+    """Also of Gemma 3. Caps of None are off."""
 
     query_scale: float
     """of the scores"""
@@ -46,7 +47,7 @@ class Gemma2Spec(ModelSpec):
     logit_cap: float | None
 
 
-def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Gemma2Spec:
+def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> GemmaSpec:
     """Raises ModelError naming the field."""
     # hidden_act in older files names an activation that the family does not use
     refuse_other_activation(config, "gelu_pytorch_tanh", "hidden_activation")
@@ -55,38 +56,47 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     common = parse_decoder(architecture, RULES, config, generation)
     return extended(
         common,
-        Gemma2Spec,
+        GemmaSpec,
         query_scale=config.positive_number("query_pre_attn_scalar", default=256.0) ** -0.5,
-        attention_cap=_cap(config, "attn_logit_softcapping", 50.0),
-        logit_cap=_cap(config, "final_logit_softcapping", 30.0),
+        attention_cap=parse_cap(config, "attn_logit_softcapping", 50.0),
+        logit_cap=parse_cap(config, "final_logit_softcapping", 30.0),
     )
 
 
-def _cap(config: ConfigFields, name: str, default: float) -> float | None:
-    """The family's default when the field is absent, none when it is null."""
-    if name in config.raw and config.raw[name] is None:
+def parse_cap(config: ConfigFields, name: str, default: float | None) -> float | None:
+    """`default` when the field is absent, none when it is null."""
+    if config.raw.get(name) is None and (name in config.raw or default is None):
         return None
     return config.positive_number(name, default=default)
 
 
 def build_model(build: Build, spec: ModelSpec) -> CausalLM:
     """The tree, without tensors."""
-    assert isinstance(spec, Gemma2Spec)
-    blocks = [Gemma2Block(build, spec, layer) for layer in range(spec.num_layers)]
+    assert isinstance(spec, GemmaSpec)
+    return gemma_model(build, spec, lambda layer: gemma_attention_shape(spec, layer))
+
+
+def gemma_model(build: Build, spec: GemmaSpec, shape_of: Callable[[int], AttentionShape]) -> CausalLM:
+    """The tree whose layers have this attention."""
+    blocks = [GemmaBlock(build, spec, shape_of(layer)) for layer in range(spec.num_layers)]
     stack = ScaledStack(Embedding(spec.vocab_size, spec.hidden_size), blocks, _norm(spec))
     return CappedLM(build, spec, stack) if spec.logit_cap is not None else CausalLM(build, spec, stack)
+
+
+def gemma_attention_shape(spec: GemmaSpec, layer: int) -> AttentionShape:
+    """That of one layer."""
+    scores = ScoreParams(spec.query_scale, spec.windows[layer], spec.attention_cap)
+    return replace(attention_shape(spec, layer), scores=scores)
 
 
 def _norm(spec: ModelSpec, role: str = "normed") -> OffsetRMSNorm:
     return OffsetRMSNorm(spec.hidden_size, spec.rms_norm_eps, role=role)
 
 
-class Gemma2Block(Module):
+class GemmaBlock(Module):
     """Each branch is normed before it is computed and before it is added."""
 
-    def __init__(self, build: Build, spec: Gemma2Spec, layer: int) -> None:
-        scores = ScoreParams(spec.query_scale, spec.windows[layer], spec.attention_cap)
-        shape = replace(attention_shape(spec, layer), scores=scores)
+    def __init__(self, build: Build, spec: GemmaSpec, shape: AttentionShape) -> None:
         self.input_layernorm = _norm(spec)
         self.self_attn = Attention(build, shape)
         self.post_attention_layernorm = _norm(spec, "branch norm")
@@ -118,6 +128,6 @@ class CappedLM(CausalLM):
     """Logits are cap * tanh(logit / cap)."""
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        assert isinstance(self.spec, Gemma2Spec)
+        assert isinstance(self.spec, GemmaSpec)
         assert self.spec.logit_cap is not None
         return soft_cap(super().logits(hidden, out), self.spec.logit_cap)
