@@ -16,7 +16,10 @@ from sempre.engine.harness import Generation, compare_generations, generate, mak
 
 pytestmark = pytest.mark.gpu
 
-FAMILIES = ("gemma2", "qwen3-moe", "qwen3-moe fp8", "qwen3-moe fp8_weight_only", "mixtral", "qwen2-moe")
+FAMILIES = (
+    "gemma2", "qwen3-moe", "qwen3-moe fp8", "qwen3-moe fp8_weight_only", "mixtral", "qwen2-moe",
+    "smollm3", "granite", "olmo3", "phi3", "gemma3",
+)  # fmt: skip
 
 
 def launch(family: str, **settings: Any) -> InprocClient:
@@ -116,7 +119,7 @@ def test_scoring(family: str) -> None:
     assert [p.bits[0] for p in scored] == [p.bits[0] for p in lone.logprobs]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["gemma2", "qwen3-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3"])
 def test_control(name: str) -> None:
     """The library's ordinary matmuls give other bits in a batch: these tests can fail."""
     client = launch(name, numerics="control")

@@ -31,6 +31,19 @@ COMMON: dict[str, Any] = {
 }
 CAPPED = {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
 ODD_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 2.5,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0] * 16,
+    "long_factor": [1.5 + 0.5 * i for i in range(16)],
+}
 CONFIGS = {
     "gemma2": lambda: transformers.Gemma2Config(**COMMON, **CAPPED, sliding_window=20),
     "gemma2 without caps": lambda: transformers.Gemma2Config(
@@ -42,6 +55,18 @@ CONFIGS = {
     ),
     "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
         **COMMON, **ODD_EXPERTS, mlp_only_layers=[1], shared_expert_intermediate_size=80
+    ),
+    "smollm3": lambda: transformers.SmolLM3Config(
+        **COMMON, pad_token_id=0, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=20
+    ),
+    "granite": lambda: transformers.GraniteConfig(**COMMON, **MULTIPLIERS, attention_bias=True, rope_parameters=YARN),
+    "olmo2": lambda: transformers.Olmo2Config(**COMMON, pad_token_id=0, attention_bias=True),
+    "olmo3": lambda: transformers.Olmo3Config(**COMMON, pad_token_id=0, sliding_window=20),
+    "phi3": lambda: transformers.Phi3Config(
+        **{**COMMON, "hidden_size": 128}, pad_token_id=0, original_max_position_embeddings=64, rope_parameters=LONGROPE
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **{**COMMON, "num_hidden_layers": 7}, query_pre_attn_scalar=24, sliding_window=20, final_logit_softcapping=3.0
     ),
     "8 of 60 experts": lambda: transformers.Qwen3MoeConfig(
         **COMMON, num_experts=60, num_experts_per_tok=8, moe_intermediate_size=16, norm_topk_prob=False

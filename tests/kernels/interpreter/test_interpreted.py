@@ -102,6 +102,12 @@ def test_norms_and_embedding(dtype: torch.dtype) -> None:
     assert torch.equal(out, norms_gpu.rms_norm(total, weight, 1e-5, torch.empty_like(x)))
     expected = reference.rms_norm(total, weight, 1e-5)
     assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
+    parts = torch.cat([x, x[:, :96], x[:, :32]], dim=1)
+    normed = norms_gpu.rms_norm_of_parts(parts.clone(), weight, weight[:96].contiguous(), 1e-5)
+    for columns, w in ((slice(576), weight), (slice(576, 672), weight[:96])):
+        expected = reference.rms_norm(parts[:, columns], w, 1e-5)
+        assert (normed[:, columns] - expected).norm() / expected.norm() < ROUNDING[dtype]
+    assert torch.equal(normed[:, 672:], parts[:, 672:])
     table, ids = _random(10, 100, dtype=dtype), torch.tensor([3, 9, 10, -1])
     rows = embedding_gpu.embed(ids, table, torch.empty(4, 100, dtype=dtype))
     assert torch.equal(rows[:2], table[ids[:2]])

@@ -49,7 +49,10 @@ CONFIG = {
 EXTRA: dict[str, dict[str, object]] = {
     "MistralForCausalLM": {"sliding_window": 9},
     "Gemma2ForCausalLM": {"sliding_window": 9, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "Gemma3ForCausalLM": {"sliding_window": 9, "sliding_window_pattern": 2},
+    "GraniteForCausalLM": {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "logits_scaling": 2.5},
     "MixtralForCausalLM": {"num_local_experts": 5, "num_experts_per_tok": 3},
+    "Olmo3ForCausalLM": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
     "Qwen2MoeForCausalLM": {
         "num_experts": 5,
         "num_experts_per_tok": 3,
@@ -160,6 +163,11 @@ def _tokens(folder: Path, **changes: object) -> list[SampledTokens]:
         ("MixtralForCausalLM", None),
         ("Qwen2MoeForCausalLM", None),
         ("Gemma2ForCausalLM", None),
+        ("Gemma3ForCausalLM", None),
+        ("GraniteForCausalLM", None),
+        ("Olmo3ForCausalLM", None),
+        ("Phi3ForCausalLM", "fp8_weight_only"),
+        ("SmolLM3ForCausalLM", None),
     ],
 )
 def test_tokens_are_those_of_a_cpu(
