@@ -1,7 +1,7 @@
 """The OpenAI-compatible HTTP server: `sempre serve`.
 
 config.py         ServerConfig: every setting of the server
-requests.py       bodies of requests (pydantic); unknown fields are refused by name
+requests.py       bodies of requests (msgspec); unknown fields are refused by name
 responses.py      bodies of responses (msgspec) and stream chunks, encoded once per request and then per token
 errors.py         OpenAI's error object, and the status of each exception
 body.py           from the bytes of a request to a checked model
