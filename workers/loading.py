@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,11 +30,14 @@ from sempre.workers.tensor_source import (
     FLOAT_NAMES,
     DummySource,
     Parameter,
+    PartSource,
     TensorSource,
     mismatch,
     open_safetensors,
     tensor_bytes,
 )
+
+logger = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -100,7 +104,11 @@ def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, plac
     resolved = resolve_quantization(spec.quantization, config.quantization, config.load_format)
     model = build_model(Build(kernel, quantization_of(resolved)), spec)
     wanted = parameters(model)
-    with _open_source(config, spec, wanted, placement.device) as source:
+    with _open_source(config, spec, wanted, placement.device) as opened:
+        source = opened
+        if model.prefix and config.load_format != "dummy":
+            source = PartSource(opened, model.prefix, model.other_parts)
+            logger.info("%s: only the text part is loaded; images are not understood", spec.architecture)
         _check_tensors(wanted, model.copies, source)
         target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":

@@ -86,6 +86,29 @@ class SafetensorsSource:
         return _content_digest(name, tensor)
 
 
+class PartSource:
+    """The tensors of one part of a checkpoint: without the `prefix` of their names, and without the `other_parts`."""
+
+    def __init__(self, source: TensorSource, prefix: str, other_parts: tuple[str, ...]) -> None:
+        self._source = source
+        self._stored = {name.removeprefix(prefix): name for name in source.names() if not name.startswith(other_parts)}
+
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(self._stored[name])
+
+    def dtype_name(self, name: str) -> str:
+        return self._source.dtype_name(self._stored[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._source.read(self._stored[name])
+
+    def digest(self, name: str, tensor: torch.Tensor) -> bytes:
+        return self._source.digest(name, tensor)
+
+
 class DummySource:
     """Random weights as at initialisation: normal with `std`, or ones or zeros; a pure function of the seed.
 

@@ -162,6 +162,19 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
             attention_bias=True,
             tie_word_embeddings=False,
         ),
+        "gemma3-multimodal": transformers.Gemma3Config(
+            text_config=gemma3(**COMMON, head_dim=32, sliding_window=20, layer_types=[WINDOWED, FULL, WINDOWED]),
+            vision_config=transformers.SiglipVisionConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
+            ),
+            mm_tokens_per_image=4,
+            initializer_range=0.2,
+        ),
         "qwen3-moe": qwen3_moe(**COMMON, **EXPERTS, head_dim=32, norm_topk_prob=True),
         "qwen3-moe-odd": qwen3_moe(
             **COMMON,
@@ -212,8 +225,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Che
 def _make(name: str, folder: Path) -> Checkpoint:
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        model = transformers.AutoModelForCausalLM.from_config(
-            tiny_configs()[name], dtype=torch.float32, attn_implementation="eager"
+        config = tiny_configs()[name]
+        auto = transformers.AutoModelForImageTextToText if hasattr(config, "vision_config") else None
+        model = (auto or transformers.AutoModelForCausalLM).from_config(
+            config, dtype=torch.float32, attn_implementation="eager"
         )
         for parameter_name, parameter in model.named_parameters():
             # norms and biases would otherwise be ones and zeros, and a forgotten one invisible

@@ -23,6 +23,7 @@ FAMILIES = [
     "qwen3-moe-odd", "qwen3-moe-step", "qwen2-moe", "qwen2-moe-odd", "mixtral", "mixtral-odd",
     "llama-yarn-rope", "smollm3", "smollm3-odd", "granite", "granite-odd", "olmo2", "olmo2-odd", "olmo3", "olmo3-odd",
     "phi3", "phi3-long", "gemma3", "gemma3-odd",
+    "gemma3-multimodal",
 ]  # fmt: skip
 WINDOWED = "sliding_attention"
 
@@ -185,6 +186,18 @@ REFUSED: list[tuple[str, str, object, str]] = [
     ("Gemma3ForCausalLM", "rope_local_base_freq", 0, "rope_local_base_freq: expected a finite number greater than 0"),
     ("Gemma3ForCausalLM", "sliding_window_pattern", 0, "sliding_window_pattern: expected an integer of at least 1"),
 ]
+
+
+def test_the_text_part_has_the_common_fields_of_the_whole() -> None:
+    """An older config.json, in which most is left out."""
+    text = {"hidden_size": 2560, "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "torch_dtype": "bfloat16", "eos_token_id": [1, 106]}
+    spec: Any = parse_spec({**whole, "text_config": text}, {})
+    assert (spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.vocab_size) == (2560, 8, 4, 262208)
+    assert (spec.checkpoint_dtype, spec.eos_token_ids, spec.tie_word_embeddings) == ("bfloat16", (1, 106), True)
+    assert (spec.rope.scaling, spec.windowed_rope.scaling) == ("linear", "default")
+    with pytest.raises(ModelError, match=r"config\.json: text_config: hidden_size: expected an integer"):
+        parse_spec({**whole, "text_config": {"hidden_size": "64"}}, {})
 
 
 @pytest.mark.parametrize(("architecture", "field", "value", "expected"), REFUSED)

@@ -38,6 +38,7 @@ NAMES = [
     "olmo3",
     "phi3",
     "gemma3",
+    "gemma3-multimodal",
 ]
 
 
@@ -47,6 +48,8 @@ def test_the_tree_names_the_tensors_of_the_checkpoint(name: str, checkpoints: An
     model = build_model(Build(INVARIANT, NotQuantized()), load_spec(folder))
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    assert not model.prefix or any(key.startswith(model.other_parts) for key in saved)
+    saved = {k.removeprefix(model.prefix): v for k, v in saved.items() if not k.startswith(model.other_parts or "-")}
     named = {key: parameter.shape for key, parameter in parameters(model).items()}
     assert {key: shape for key, shape in saved.items() if key not in model.copies} == named
 

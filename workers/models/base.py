@@ -64,6 +64,11 @@ class Stack(Module):
 class CausalLM(Module):
     """A whole model: what runners call, and the facts about it."""
 
+    prefix = ""
+    """of its tensors' names in a checkpoint that holds more than this model"""
+    other_parts: tuple[str, ...] = ()
+    """prefixes of the tensors of the rest"""
+
     def __init__(self, build: Build, spec: ModelSpec, model: Stack) -> None:
         self.spec = spec
         self.model = model

@@ -1,4 +1,4 @@
-"""Gemma 3, its text part: Gemma 2's block without its caps on scores, with normed queries and keys, a window in five of
+"""Gemma 3, the text part: Gemma 2's block without its caps on scores, with normed queries and keys, a window in five of
 six layers, and another rope in those (Gemma team 2025, arXiv 2503.19786)."""
 
 from __future__ import annotations
@@ -47,6 +47,11 @@ DEFAULTS: dict[str, object] = {
 }
 WINDOWED_THETA = 10000.0
 
+# with images: the text part is a section of the config and a prefix of tensors; the common fields are stated beside it
+MULTIMODAL = "Gemma3ForConditionalGeneration"
+COMMON_FIELDS = ("dtype", "torch_dtype", "eos_token_id", "quantization_config")
+TEXT_PREFIX, OTHER_PARTS = "language_model.", ("vision_tower.", "multi_modal_projector.")
+
 
 @dataclass(frozen=True)
 class Gemma3Spec(GemmaSpec):
@@ -57,6 +62,8 @@ class Gemma3Spec(GemmaSpec):
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Gemma3Spec:
     """Raises ModelError naming the field."""
+    if architecture == MULTIMODAL:
+        config = _text_part(config)
     refuse_other_activation(config, "gelu_pytorch_tanh", "hidden_activation")
     if config.boolean("use_bidirectional_attention", default=False):
         config.fail("use_bidirectional_attention", "false", True)
@@ -76,6 +83,13 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     )
 
 
+def _text_part(config: ConfigFields) -> ConfigFields:
+    text = config.section("text_config")
+    stated = {name: config.raw[name] for name in COMMON_FIELDS if config.raw.get(name) is not None}
+    tied = config.boolean("tie_word_embeddings", default=True)
+    return ConfigFields({**text.raw, **stated, "tie_word_embeddings": tied}, text.source)
+
+
 def build_model(build: Build, spec: ModelSpec) -> CausalLM:
     """The tree, without tensors."""
     assert isinstance(spec, Gemma3Spec)
@@ -84,4 +98,7 @@ def build_model(build: Build, spec: ModelSpec) -> CausalLM:
         shape = replace(gemma_attention_shape(spec, layer), qk_norm=OffsetHeadNorm)
         return shape if spec.windows[layer] is None else replace(shape, rope=spec.windowed_rope)
 
-    return gemma_model(build, spec, shape_of)
+    model = gemma_model(build, spec, shape_of)
+    if spec.architecture == MULTIMODAL:
+        model.prefix, model.other_parts = TEXT_PREFIX, OTHER_PARTS
+    return model
