@@ -109,7 +109,7 @@ def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, plac
         if model.prefix and config.load_format != "dummy":
             source = PartSource(opened, model.prefix, model.other_parts)
             logger.info("%s: only the text part is loaded; images are not understood", spec.architecture)
-        _check_tensors(wanted, model.copies, source)
+        _check_tensors(wanted, model, source)
         target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":
             _check_memory(wanted, source, target, is_quantized=resolved is not None)
@@ -147,12 +147,12 @@ def _target_dtype(spec: ModelSpec, source: TensorSource, dtype: str) -> torch.dt
     return FLOAT_NAMES[source.dtype_name(EMBEDDING)] if name is None else getattr(torch, name)
 
 
-def _check_tensors(wanted: Mapping[str, Parameter], copies: Mapping[str, str], source: TensorSource) -> None:
+def _check_tensors(wanted: Mapping[str, Parameter], model: CausalLM, source: TensorSource) -> None:
     """Raise TensorMismatch, which lists what is missing, surplus, or of another shape or dtype.
 
     `copies`: tensors that may be present but are not read, with those that they must equal.
     """
-    present = set(source.names())
+    copies, present = model.copies, {name for name in source.names() if not name.startswith(model.unread)}
     found = [error for name, parameter in wanted.items() if (error := _wrong(name, parameter, present, source))]
     for name in sorted(present):
         if name in copies:

@@ -11,7 +11,7 @@ the value itself would be NaN. So a cache never holds a value that can affect a 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 from sempre.kernels.attention.contract import HeadLayout, HeadNorms, KvCache
 from sempre.kernels.checks import check_index, check_rows
 
-__all__ = ["RopeSpec", "cos_sin_table", "rope_and_cache_write"]
+__all__ = ["RopeSpec", "cos_sin_table", "head_order", "rope_and_cache_write"]
 
 
 def rope_and_cache_write(
@@ -93,6 +93,10 @@ class RopeSpec:
     long_factors: tuple[float, ...] = ()
     """for longrope: how much each of the D / 2 waves is stretched, in tables that end within the original context, and
     in longer ones"""
+    rotary_dim: int | None = None
+    """how many dimensions of a head turn, the first ones; None: all"""
+    interleaved: bool = False
+    """whether the checkpoint's pairs are neighbours instead of half of those dimensions apart (`head_order`)"""
 
     def is_long(self, max_len: int) -> bool:
         """Whether a table of so many positions is made with `long_factors`."""
@@ -139,7 +143,23 @@ def _yarn_ramp(spec: RopeSpec) -> np.ndarray:
 
 
 def cos_sin_table(spec: RopeSpec, max_len: int) -> torch.Tensor:
-    """[max_len, D] float32: cosines in the first half of a row, sines in the second."""
-    angles = np.arange(max_len, dtype=np.float64)[:, None] * _frequencies(spec, max_len)[None, :]
-    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * spec.attention_factor
-    return torch.from_numpy(table.astype(np.float32))
+    """[max_len, D] float32: cosines in the first half of a row, sines in the second; ones and zeros do not turn."""
+    turning = replace(spec, head_dim=spec.rotary_dim or spec.head_dim)
+    angles = np.arange(max_len, dtype=np.float64)[:, None] * _frequencies(turning, max_len)[None, :]
+    cosines, sines = np.cos(angles) * spec.attention_factor, np.sin(angles) * spec.attention_factor
+    still = ((0, 0), (0, (spec.head_dim - turning.head_dim) // 2))
+    halves = np.pad(cosines, still, constant_values=1.0), np.pad(sines, still)
+    return torch.from_numpy(np.concatenate(halves, axis=1).astype(np.float32))
+
+
+def head_order(spec: RopeSpec) -> list[int] | None:
+    """Which dimension of the checkpoint's heads each of the kernels' is, whose pairs are i and i + D/2; None: the same.
+
+    Scores do not depend on the order that queries and keys have in common.
+    """
+    turning, rest = spec.rotary_dim or spec.head_dim, list(range(spec.rotary_dim or spec.head_dim, spec.head_dim))
+    if not spec.interleaved and not rest:
+        return None
+    pairs = list(range(turning))
+    first, second = (pairs[::2], pairs[1::2]) if spec.interleaved else (pairs[: turning // 2], pairs[turning // 2 :])
+    return [*first, *rest[: len(rest) // 2], *second, *rest[len(rest) // 2 :]]

@@ -96,6 +96,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 1008,
         "mlp_only_layers": [1],
     },
+    "glm4": {"architectures": ["Glm4ForCausalLM"], "model_type": "glm4"},
+    "glm4-moe": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "n_routed_experts": 40,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 336,
+        "n_group": 5,
+        "topk_group": 3,
+        "use_qk_norm": True,
+        "routed_scaling_factor": 2.5,
+    },
     "qwen3-moe": {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",

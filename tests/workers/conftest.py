@@ -75,6 +75,7 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
     llama, mistral = transformers.LlamaConfig, transformers.MistralConfig
     qwen2, qwen3 = transformers.Qwen2Config, transformers.Qwen3Config
     gemma2, qwen3_moe = transformers.Gemma2Config, transformers.Qwen3MoeConfig
+    glm, glm4, glm4_moe = transformers.GlmConfig, transformers.Glm4Config, transformers.Glm4MoeConfig
     mixtral, qwen2_moe = transformers.MixtralConfig, transformers.Qwen2MoeConfig
     smollm3, granite, phi3 = transformers.SmolLM3Config, transformers.GraniteConfig, transformers.Phi3Config
     olmo2, olmo3, gemma3 = transformers.Olmo2Config, transformers.Olmo3Config, transformers.Gemma3TextConfig
@@ -195,6 +196,39 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
             mlp_only_layers=[0],
             tie_word_embeddings=True,
         ),
+        "glm": glm(**COMMON, head_dim=32, pad_token_id=0),
+        "glm4": glm4(**COMMON, head_dim=32, pad_token_id=0),
+        "glm4-odd": glm4(
+            **{**COMMON, "num_key_value_heads": 4},
+            head_dim=48,
+            pad_token_id=0,
+            partial_rotary_factor=0.25,
+            attention_bias=False,
+            tie_word_embeddings=True,
+        ),
+        "glm4-moe": glm4_moe(
+            **COMMON,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+            n_group=4,
+            topk_group=2,
+            use_qk_norm=True,
+            routed_scaling_factor=2.5,
+            head_dim=32,
+        ),
+        "glm4-moe-odd": glm4_moe(
+            **COMMON,
+            n_routed_experts=5,
+            num_experts_per_tok=3,
+            moe_intermediate_size=16,
+            n_shared_experts=2,
+            first_k_dense_replace=2,
+            norm_topk_prob=False,
+            attention_bias=True,
+            partial_rotary_factor=1.0,
+            tie_word_embeddings=True,
+        ),
         "mixtral": mixtral(**COMMON, num_local_experts=8, num_experts_per_tok=2),
         "mixtral-odd": mixtral(
             **COMMON, num_local_experts=5, num_experts_per_tok=3, sliding_window=20, tie_word_embeddings=True
@@ -234,6 +268,9 @@ def _make(name: str, folder: Path) -> Checkpoint:
             # norms and biases would otherwise be ones and zeros, and a forgotten one invisible
             if parameter_name.endswith(".bias") or "norm" in parameter_name:
                 torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name else 0.0, 0.3)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(buffer, 0.0, 0.3)
     model.eval().save_pretrained(folder)
     return Checkpoint(folder, model)
 

@@ -21,6 +21,7 @@ GREEDY = SamplingSpec(max_tokens=64, temperature=0.0, logprobs=-1, prompt_logpro
 
 FAMILIES = [
     "qwen3-moe-odd", "qwen3-moe-step", "qwen2-moe", "qwen2-moe-odd", "mixtral", "mixtral-odd",
+    "glm", "glm4", "glm4-odd", "glm4-moe", "glm4-moe-odd",
     "llama-yarn-rope", "smollm3", "smollm3-odd", "granite", "granite-odd", "olmo2", "olmo2-odd", "olmo3", "olmo3-odd",
     "phi3", "phi3-long", "gemma3", "gemma3-odd",
     "gemma3-multimodal",
@@ -90,6 +91,9 @@ def test_longrope_is_chosen_by_the_longest_sequence(
 DEFAULTS = {
     "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig,
     "Qwen2MoeForCausalLM": transformers.Qwen2MoeConfig,
+    "GlmForCausalLM": transformers.GlmConfig,
+    "Glm4ForCausalLM": transformers.Glm4Config,
+    "Glm4MoeForCausalLM": transformers.Glm4MoeConfig,
     "MixtralForCausalLM": transformers.MixtralConfig,
     "SmolLM3ForCausalLM": transformers.SmolLM3Config,
     "GraniteForCausalLM": transformers.GraniteConfig,
@@ -103,7 +107,9 @@ DEFAULTS = {
 @pytest.mark.parametrize("architecture", DEFAULTS)
 def test_defaults_are_those_of_transformers(architecture: str) -> None:
     full = json.loads(DEFAULTS[architecture]().to_json_string(use_diff=False))
-    names = {"architectures": [architecture]}
+    names: dict[str, object] = {"architectures": [architecture]}
+    if architecture == "Glm4MoeForCausalLM":
+        names["head_dim"] = 128  # without one, heads of its defaults are 42 wide
     assert parse_spec(names, {}) == parse_spec({**full, **names}, {})
 
 
@@ -121,6 +127,24 @@ def test_older_spellings_of_two_ropes() -> None:
 
 
 REFUSED: list[tuple[str, str, object, str]] = [
+    ("GlmForCausalLM", "hidden_act", "gelu", "hidden_act: expected 'silu'"),
+    ("Glm4ForCausalLM", "partial_rotary_factor", 1.5, "partial_rotary_factor: expected an even number of the 128"),
+    ("Glm4ForCausalLM", "partial_rotary_factor", 0.01, "partial_rotary_factor: expected an even number of the 128"),
+    ("Glm4ForCausalLM", "rope_parameters", {"partial_rotary_factor": 0.01}, "rope_parameters: partial_rotary_factor"),
+    ("Glm4ForCausalLM", "attention_bias", 1, "attention_bias: expected true or false"),
+    ("Glm4MoeForCausalLM", "n_group", 3, "n_group: expected equal groups of at least two of n_routed_experts=128"),
+    ("Glm4MoeForCausalLM", "n_group", 128, "n_group: expected equal groups of at least two"),
+    ("Glm4MoeForCausalLM", "topk_group", 2, "topk_group: expected at most n_group=1, found 2"),
+    ("Glm4MoeForCausalLM", "num_experts_per_tok", 129, "num_experts_per_tok: expected at most n_routed_experts=128"),
+    ("Glm4MoeForCausalLM", "n_shared_experts", 0, "n_shared_experts: expected an integer of at least 1"),
+    (
+        "Glm4MoeForCausalLM",
+        "routed_scaling_factor",
+        0,
+        "routed_scaling_factor: expected a finite number",
+    ),
+    ("Glm4MoeForCausalLM", "use_qk_norm", "yes", "use_qk_norm: expected true or false"),
+    ("Glm4MoeForCausalLM", "first_k_dense_replace", -1, "first_k_dense_replace: expected an integer of at least 0"),
     (
         "Qwen2MoeForCausalLM",
         "num_experts_per_tok",
@@ -203,4 +227,4 @@ def test_the_text_part_has_the_common_fields_of_the_whole() -> None:
 @pytest.mark.parametrize(("architecture", "field", "value", "expected"), REFUSED)
 def test_what_is_not_honoured_is_refused_by_name(architecture: str, field: str, value: object, expected: str) -> None:
     with pytest.raises(ModelError, match=f"config.json: {expected}"):
-        parse_spec({"architectures": [architecture], field: value}, {})
+        parse_spec({"architectures": [architecture], "head_dim": 128, field: value}, {})

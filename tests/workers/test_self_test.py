@@ -38,6 +38,8 @@ FAMILIES = [
     "gemma2",
     "qwen3-moe-odd",
     "mixtral-odd",
+    "glm4",
+    "glm4-moe",
     "qwen2-moe",
 ]
 

@@ -40,6 +40,11 @@ FAMILIES = [
     "qwen3-moe-step",
     "qwen2-moe",
     "qwen2-moe-odd",
+    "glm",
+    "glm4",
+    "glm4-odd",
+    "glm4-moe",
+    "glm4-moe-odd",
     "mixtral",
     "mixtral-odd",
 ]

@@ -11,8 +11,8 @@ import torch
 
 from sempre.kernels.attention import HeadLayout, HeadNorms, KvCache, PagedBatch, ScoreParams, paged_attention
 from sempre.kernels.norms import rms_norm_of_parts
-from sempre.kernels.rope import RopeSpec, rope_and_cache_write
-from sempre.workers.layers.linear import Linear
+from sempre.kernels.rope import RopeSpec, head_order, rope_and_cache_write
+from sempre.workers.layers.linear import HeadsLinear, Linear
 from sempre.workers.layers.module import Build, Module, Scratch
 from sempre.workers.layers.norm import HeadNorm, ProjectionNorm
 from sempre.workers.steps import StepInput
@@ -46,11 +46,15 @@ class Attention(Module):
         if shape.fused:
             parts = {"qkv_proj": queries + 2 * keys}
         self._shape = shape
-        self.qkv_proj = Linear(build, parts, shape.hidden_size, bias=shape.qkv_bias, role="qkv")
+        order = head_order(shape.rope)
+        self.qkv_proj = HeadsLinear(build, parts, shape.hidden_size, bias=shape.qkv_bias, role="qkv")
+        if order is not None:
+            self.qkv_proj.reorder(order, shape.heads.num_heads + shape.heads.num_kv_heads)
+        assert order is None or not self._norms_projections
         self.q_norm = self.k_norm = None
         if shape.qk_norm_eps is not None:
             widths = (queries, keys) if self._norms_projections else (head_dim, head_dim)
-            self.q_norm, self.k_norm = (shape.qk_norm(width, shape.qk_norm_eps) for width in widths)
+            self.q_norm, self.k_norm = (shape.qk_norm(width, shape.qk_norm_eps, order) for width in widths)
         self.o_proj = Linear(build, {"o_proj": shape.hidden_size}, queries, bias=shape.o_bias)
 
     @property

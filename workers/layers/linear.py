@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 
 import torch
@@ -108,6 +108,50 @@ class Linear(Module):
         """activation(first half) * second half of the result, into `out` [T, N / 2]."""
         self.kernel.gated_linear(x, self.weight, self._out[: x.shape[0]], out, self.activation)
         return out
+
+
+class HeadsLinear(Linear):
+    """Heads side by side; some have another order of their dimensions in the checkpoint."""
+
+    _order: torch.Tensor | None = None
+
+    def reorder(self, order: Sequence[int], num_heads: int) -> None:
+        """Of the first `num_heads` heads: which dimension of the checkpoint each is."""
+        rows = torch.arange(self.out_features, dtype=torch.int64, device="cpu")
+        turned = rows[: num_heads * len(order)].view(num_heads, len(order))[:, list(order)]
+        self._order = torch.cat([turned.reshape(-1), rows[turned.numel() :]])
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        if self._order is not None:
+            orders, start = {}, 0
+            for module, rows in zip(self.modules(path), self.parts.values(), strict=True):
+                orders[module] = self._order[start : start + rows] - start
+                start += rows
+            tensors = _Reordered(tensors, orders)
+        super().load(path, tensors)
+
+
+class _Reordered:
+    """Tensors whose rows come in another order, by their module."""
+
+    def __init__(self, tensors: Tensors, orders: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._orders = orders
+        self.matrix = tensors.matrix
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._reordered(name, self._tensors.read(name))
+
+    def vector(self, name: str) -> torch.Tensor:
+        return self._reordered(name, self._tensors.vector(name))
+
+    def _reordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        order = self._orders[name.rpartition(".")[0]]
+        if tensor.shape[0] != len(order):
+            return tensor  # one scale of all rows
+        # bytes: not every device takes rows of fp8
+        rows = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        return rows.index_select(0, order.to(tensor.device)).view(tensor.dtype)
 
 
 class ExpertLinear(Linear):

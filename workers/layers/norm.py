@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -61,6 +61,16 @@ class OffsetRMSNorm(RMSNorm):
 
 class HeadNorm(RMSNorm):
     """A norm over each head, which rope computes."""
+
+    def __init__(self, width: int, eps: float, order: Sequence[int] | None = None) -> None:
+        """`order`: which dimension of the checkpoint's heads each is; None: the same."""
+        super().__init__(width, eps)
+        self._order = order
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        super().load(path, tensors)
+        if self._order is not None:
+            self.weight = self.weight[list(self._order)].contiguous()
 
     def allocate(self, scratch: Scratch) -> None:
         """Nothing: it has no rows of its own."""

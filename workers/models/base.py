@@ -68,6 +68,8 @@ class CausalLM(Module):
     """of its tensors' names in a checkpoint that holds more than this model"""
     other_parts: tuple[str, ...] = ()
     """prefixes of the tensors of the rest"""
+    unread: tuple[str, ...] = ()
+    """prefixes of tensors that a checkpoint may hold though nothing reads them"""
 
     def __init__(self, build: Build, spec: ModelSpec, model: Stack) -> None:
         self.spec = spec

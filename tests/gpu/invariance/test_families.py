@@ -17,8 +17,8 @@ from sempre.engine.harness import Generation, compare_generations, generate, mak
 pytestmark = pytest.mark.gpu
 
 FAMILIES = (
-    "gemma2", "qwen3-moe", "qwen3-moe fp8", "qwen3-moe fp8_weight_only", "mixtral", "qwen2-moe",
-    "smollm3", "granite", "olmo3", "phi3", "gemma3",
+    "gemma2", "qwen3-moe", "qwen3-moe fp8", "qwen3-moe fp8_weight_only", "mixtral", "qwen2-moe", "glm4",
+    "glm4-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3",
 )  # fmt: skip
 
 

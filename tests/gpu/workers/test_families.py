@@ -68,6 +68,17 @@ CONFIGS = {
     "gemma3": lambda: transformers.Gemma3TextConfig(
         **{**COMMON, "num_hidden_layers": 7}, query_pre_attn_scalar=24, sliding_window=20, final_logit_softcapping=3.0
     ),
+    "glm4": lambda: transformers.Glm4Config(**COMMON, pad_token_id=0),
+    "glm4-moe": lambda: transformers.Glm4MoeConfig(
+        **COMMON,
+        n_routed_experts=10,
+        num_experts_per_tok=3,
+        moe_intermediate_size=48,
+        n_group=5,
+        topk_group=3,
+        use_qk_norm=True,
+        routed_scaling_factor=2.5,
+    ),
     "8 of 60 experts": lambda: transformers.Qwen3MoeConfig(
         **COMMON, num_experts=60, num_experts_per_tok=8, moe_intermediate_size=16, norm_topk_prob=False
     ),
@@ -84,6 +95,9 @@ def test_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) 
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:
                 torch.nn.init.normal_(parameter, 1.0, 0.3)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(buffer, 0.0, 0.3)
     model.eval().save_pretrained(tmp_path)
     tokens = [3 + 7919 * i % 300 for i in range(150)]
     with torch.no_grad():

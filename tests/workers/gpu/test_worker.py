@@ -60,6 +60,14 @@ EXTRA: dict[str, dict[str, object]] = {
         "shared_expert_intermediate_size": 48,
         "decoder_sparse_step": 2,
     },
+    "Glm4MoeForCausalLM": {
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "n_group": 3,
+        "topk_group": 2,
+        "use_qk_norm": True,
+    },
     "Qwen3MoeForCausalLM": {
         "num_experts": 5,
         "num_experts_per_tok": 3,
@@ -160,6 +168,8 @@ def _tokens(folder: Path, **changes: object) -> list[SampledTokens]:
         ("Qwen3ForCausalLM", None),
         ("Qwen3MoeForCausalLM", None),
         ("Qwen3MoeForCausalLM", "fp8_weight_only"),
+        ("Glm4ForCausalLM", None),
+        ("Glm4MoeForCausalLM", None),
         ("MixtralForCausalLM", None),
         ("Qwen2MoeForCausalLM", None),
         ("Gemma2ForCausalLM", None),

@@ -1,0 +1,94 @@
+"""GLM-4: Llama's block whose heads turn in part, by neighbouring pairs; since 0414 with norms after each branch too.
+
+GLM team 2024 (arXiv 2406.12793).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sempre.kernels.attention import KvCache
+from sempre.workers.config_fields import ConfigFields
+from sempre.workers.layers.attention import Attention
+from sempre.workers.layers.mlp import GatedMLP
+from sempre.workers.layers.module import Build
+from sempre.workers.layers.norm import RMSNorm
+from sempre.workers.models.base import CausalLM, rows_read
+from sempre.workers.models.config import BiasRule, FamilyRules, ModelSpec, parse_decoder, refuse_other_activation
+from sempre.workers.models.llama import LlamaBlock, attention_shape, model_of
+from sempre.workers.steps import StepInput
+
+RULES = FamilyRules(qkv_bias=BiasRule.ATTENTION_BIAS)
+DEFAULTS = {
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "eos_token_id": [151329, 151336, 151338],
+}
+PARTIAL = "partial_rotary_factor"
+
+
+def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> ModelSpec:
+    """Raises ModelError naming the field."""
+    if config.raw.get("eos_token_id") is None:
+        config = ConfigFields({**config.raw, "eos_token_id": DEFAULTS["eos_token_id"]})
+    return parse_turning(architecture, RULES, config.with_defaults(DEFAULTS), generation, interleaved=True)
+
+
+def parse_turning(
+    architecture: str, rules: FamilyRules, config: ConfigFields, generation: ConfigFields, *, interleaved: bool
+) -> ModelSpec:
+    """`parse_decoder` of a family whose heads turn in part, by half where the config does not say."""
+    refuse_other_activation(config, "silu")
+    name = "rope_parameters" if config.raw.get("rope_parameters") is not None else "rope_scaling"
+    rope = config.section(name)
+    holder = rope if rope.raw.get(PARTIAL) is not None else config
+    fraction = holder.positive_number(PARTIAL, default=0.5)
+    whole = {**config.raw, PARTIAL: None, name: {**rope.raw, PARTIAL: None}}
+    common = parse_decoder(architecture, rules, ConfigFields(whole), generation)
+    if common.rope.scaling == "longrope":
+        config.section(name).fail("rope_type", "another one than 'longrope' for this architecture", "longrope")
+    turning = int(common.head_dim * fraction)
+    if not 0 < turning <= common.head_dim or turning % 2:
+        holder.fail(PARTIAL, f"an even number of the {common.head_dim} dimensions of a head", fraction)
+    rotary_dim = turning if turning < common.head_dim else None
+    return replace(common, rope=replace(common.rope, rotary_dim=rotary_dim, interleaved=interleaved))
+
+
+def build_model(build: Build, spec: ModelSpec) -> CausalLM:
+    """The tree, without tensors."""
+    block = {"GlmForCausalLM": GlmBlock, "Glm4ForCausalLM": Glm4Block}[spec.architecture]
+    return model_of(build, spec, lambda layer: block(build, spec, layer))
+
+
+class GlmBlock(LlamaBlock):
+    def __init__(self, build: Build, spec: ModelSpec, layer: int) -> None:
+        mlp = GatedMLP(build, spec.hidden_size, spec.intermediate_size, fused=True)
+        super().__init__(spec, Attention(build, attention_shape(spec, layer)), mlp)
+
+
+class Glm4Block(GlmBlock):
+    """Each branch is normed before it is computed and before it is added."""
+
+    def __init__(self, build: Build, spec: ModelSpec, layer: int) -> None:
+        super().__init__(build, spec, layer)
+        self.post_self_attn_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, role="branch norm")
+        self.post_mlp_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, role="branch norm")
+
+    def __call__(
+        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attended = self.self_attn(self.input_layernorm.of_sum(branch, residual), step, cache)
+        residual = rows_read(residual, step)
+        branch = self.post_self_attn_layernorm(attended)
+        branch = self.mlp(self.post_attention_layernorm.of_sum(branch, residual))
+        return self.post_mlp_layernorm(branch), residual
