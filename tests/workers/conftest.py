@@ -236,6 +236,21 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
     }
 
 
+@pytest.fixture
+def config_of() -> Callable[[str], dict[str, Any]]:
+    """name → what transformers writes as its config.json"""
+
+    def of(name: str) -> dict[str, Any]:
+        config = tiny_configs()[name]
+        mapping = (
+            transformers.MODEL_FOR_CAUSAL_LM_MAPPING if not hasattr(config, "vision_config")
+            else transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        )  # fmt: skip
+        return config.to_dict() | {"architectures": [mapping[type(config)].__name__]}
+
+    return of
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     folder: Path
