@@ -150,7 +150,7 @@ def _target_dtype(spec: ModelSpec, source: TensorSource, dtype: str) -> torch.dt
 def _check_tensors(wanted: Mapping[str, Parameter], model: CausalLM, source: TensorSource) -> None:
     """Raise TensorMismatch, which lists what is missing, surplus, or of another shape or dtype.
 
-    `copies`: tensors that may be present but are not read, with those that they must equal.
+    Tensors that the model has as `copies` may be present, and must then equal those that are read.
     """
     copies, present = model.copies, {name for name in source.names() if not name.startswith(model.unread)}
     found = [error for name, parameter in wanted.items() if (error := _wrong(name, parameter, present, source))]

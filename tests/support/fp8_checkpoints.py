@@ -38,10 +38,12 @@ def quantization_config(scheme: str, scales: str, ignore: Sequence[str] = ("lm_h
 
 
 def quantize_tensors(tensors: dict[str, torch.Tensor], scales: str, *, head: bool = False) -> dict[str, torch.Tensor]:
-    """Every `_proj` matrix, and `lm_head` if wanted, in fp8 with a scale beside it."""
+    """Every `_proj` matrix and those of Mixtral's experts, and `lm_head` if wanted, in fp8 with a scale beside it."""
     quantized: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        if name.endswith("_proj.weight") or (head and name == "lm_head.weight"):
+        if name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")) or (
+            head and name == "lm_head.weight"
+        ):
             wide = tensor.float()
             amax = wide.abs().amax(1, keepdim=True) if scales == "channel" else wide.abs().max().reshape(1)
             scale = amax / 448.0

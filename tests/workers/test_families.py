@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from worker_settings import worker_config
 
-from sempre.ipc.errors import ModelError
+from sempre.ipc.errors import ModelError, TensorMismatch
 from sempre.ipc.messages import SamplingSpec
 from sempre.kernels.rope import RopeSpec
-from sempre.workers.models.registry import parse_spec
+from sempre.workers.layers.linear_kernel import INVARIANT
+from sempre.workers.loading import load_model
+from sempre.workers.models.registry import load_spec, parse_spec
 
 GREEDY = SamplingSpec(max_tokens=64, temperature=0.0, logprobs=-1, prompt_logprobs=-1)
 
@@ -228,3 +234,24 @@ def test_the_text_part_has_the_common_fields_of_the_whole() -> None:
 def test_what_is_not_honoured_is_refused_by_name(architecture: str, field: str, value: object, expected: str) -> None:
     with pytest.raises(ModelError, match=f"config.json: {expected}"):
         parse_spec({"architectures": [architecture], "head_dim": 128, field: value}, {})
+
+
+def test_layers_that_predict_more_tokens_are_not_read(checkpoints: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "more"
+    shutil.copytree(checkpoints("glm4-moe").folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    digest = load_model(worker_config(folder), load_spec(folder), INVARIANT).facts.digest
+    for layer, fits in ((3, True), (4, False)):
+        save_file({**tensors, f"model.layers.{layer}.eh_proj.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+        if fits:
+            assert load_model(worker_config(folder), load_spec(folder), INVARIANT).facts.digest == digest
+        else:
+            with pytest.raises(TensorMismatch, match=r"model\.layers\.4\.eh_proj\.weight.: expected no such tensor"):
+                load_model(worker_config(folder), load_spec(folder), INVARIANT)
+
+
+def test_the_number_of_experts_has_two_names() -> None:
+    names = {"architectures": ["Qwen3MoeForCausalLM"]}
+    for spelled in ({"num_experts": 64}, {"num_local_experts": 64}):
+        spec: Any = parse_spec({**names, **spelled}, {})
+        assert spec.num_experts == 64

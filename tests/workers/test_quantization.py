@@ -120,7 +120,7 @@ def test_what_is_not_supported_is_named(changes: dict[str, object], field: str, 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3-moe"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3-moe", "mixtral", "glm4", "glm4-moe"])
 def test_a_checkpoint_is_what_loading_makes(
     family: str, scheme: str, checkpoints: Any, quantized: Any, serve: Any, prompt: Any
 ) -> None:
