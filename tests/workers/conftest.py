@@ -149,6 +149,13 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
             original_max_position_embeddings=32,
             rope_parameters=longrope(8),
         ),
+        "phi3-part": phi3(
+            **{**COMMON, "hidden_size": 128},
+            pad_token_id=0,
+            original_max_position_embeddings=64,
+            partial_rotary_factor=0.75,
+            rope_parameters=longrope(12),
+        ),
         "gemma3": gemma3(
             **{**COMMON, "num_hidden_layers": 7}, head_dim=32, query_pre_attn_scalar=24, sliding_window=20
         ),

@@ -29,7 +29,8 @@ FAMILIES = [
     "qwen3-moe-odd", "qwen3-moe-step", "qwen2-moe", "qwen2-moe-odd", "mixtral", "mixtral-odd",
     "glm", "glm4", "glm4-odd", "glm4-moe", "glm4-moe-odd",
     "llama-yarn-rope", "smollm3", "smollm3-odd", "granite", "granite-odd", "olmo2", "olmo2-odd", "olmo3", "olmo3-odd",
-    "phi3", "phi3-long", "gemma3", "gemma3-odd",
+    "phi3", "phi3-long",
+    "phi3-part", "gemma3", "gemma3-odd",
     "gemma3-multimodal",
 ]  # fmt: skip
 WINDOWED = "sliding_attention"
@@ -202,7 +203,7 @@ REFUSED: list[tuple[str, str, object, str]] = [
         "rope_parameters: rope_type: expected only the objects",
     ),
     ("Phi3ForCausalLM", "hidden_act", "gelu", "hidden_act: expected 'silu'"),
-    ("Phi3ForCausalLM", "partial_rotary_factor", 0.75, "partial_rotary_factor: expected 1.0"),
+    ("Phi3ForCausalLM", "partial_rotary_factor", 1.5, "partial_rotary_factor: expected an even number of the 128 dim"),
     ("Gemma3ForCausalLM", "hidden_activation", "silu", "hidden_activation: expected 'gelu_pytorch_tanh'"),
     ("Gemma3ForCausalLM", "attn_logit_softcapping", 50.0, "attn_logit_softcapping: expected null"),
     ("Gemma3ForCausalLM", "use_bidirectional_attention", True, "use_bidirectional_attention: expected false"),

@@ -18,6 +18,7 @@ from sempre.workers.layers.norm import RMSNorm
 from sempre.workers.models.base import CausalLM, rows_read
 from sempre.workers.models.config import BiasRule, FamilyRules, ModelSpec, parse_decoder, refuse_other_activation
 from sempre.workers.models.llama import LlamaBlock, attention_shape, model_of
+from sempre.workers.models.rope_config import PARTIAL, rope_of_part
 from sempre.workers.steps import StepInput
 
 RULES = FamilyRules(qkv_bias=BiasRule.ATTENTION_BIAS)
@@ -34,7 +35,6 @@ DEFAULTS = {
     "attention_bias": True,
     "eos_token_id": [151329, 151336, 151338],
 }
-PARTIAL = "partial_rotary_factor"
 
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> ModelSpec:
@@ -49,19 +49,10 @@ def parse_turning(
 ) -> ModelSpec:
     """`parse_decoder` of a family whose heads turn in part, by half where the config does not say."""
     refuse_other_activation(config, "silu")
-    name = "rope_parameters" if config.raw.get("rope_parameters") is not None else "rope_scaling"
-    rope = config.section(name)
-    holder = rope if rope.raw.get(PARTIAL) is not None else config
-    fraction = holder.positive_number(PARTIAL, default=0.5)
-    whole = {**config.raw, PARTIAL: None, name: {**rope.raw, PARTIAL: None}}
-    common = parse_decoder(architecture, rules, ConfigFields(whole), generation)
-    if common.rope.scaling == "longrope":
-        config.section(name).fail("rope_type", "another one than 'longrope' for this architecture", "longrope")
-    turning = int(common.head_dim * fraction)
-    if not 0 < turning <= common.head_dim or turning % 2:
-        holder.fail(PARTIAL, f"an even number of the {common.head_dim} dimensions of a head", fraction)
-    rotary_dim = turning if turning < common.head_dim else None
-    return replace(common, rope=replace(common.rope, rotary_dim=rotary_dim, interleaved=interleaved))
+    if config.raw.get(PARTIAL) is None:
+        config = ConfigFields({**config.raw, PARTIAL: 0.5})
+    common = parse_decoder(architecture, replace(rules, rope=rope_of_part), config, generation)
+    return replace(common, rope=replace(common.rope, interleaved=interleaved))
 
 
 def build_model(build: Build, spec: ModelSpec) -> CausalLM:

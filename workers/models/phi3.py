@@ -1,4 +1,7 @@
-"""Phi-3 and Phi-4: Llama's block, with fused tensors in the checkpoint (Abdin et al. 2024, arXiv 2404.14219)."""
+"""Phi-3 and Phi-4: Llama's block, with fused tensors in the checkpoint; the heads of Phi-4 mini turn in part.
+
+Abdin et al. 2024 (arXiv 2404.14219).
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from sempre.workers.models.config import (
     refuse_other_activation,
 )
 from sempre.workers.models.llama import LlamaBlock, attention_shape, model_of
+from sempre.workers.models.rope_config import rope_of_part
 
-RULES = FamilyRules(window=WindowRule.EVERY_LAYER)
+RULES = FamilyRules(window=WindowRule.EVERY_LAYER, rope=rope_of_part)
 DEFAULTS: dict[str, object] = {
     "vocab_size": 32064,
     "hidden_size": 3072,

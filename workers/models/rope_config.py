@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from sempre.kernels.rope import RopeSpec
@@ -22,12 +23,27 @@ FIELDS: dict[str, tuple[str, ...]] = {
 # fields that may be this whatever the kind is, since they then change nothing
 NEUTRAL: dict[str, object] = {"factor": 1, "attention_factor": 1}
 ALIASES = {"su": "longrope"}
+PARTIAL = "partial_rotary_factor"
 
 
 def rope_of(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RopeSpec:
     """The one rope of all layers. Raises ModelError."""
     name = "rope_parameters" if fields.raw.get("rope_parameters") is not None else "rope_scaling"
     return _parse(fields.section(name), fields, head_dim, max_position_embeddings)
+
+
+def rope_of_part(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RopeSpec:
+    """The one rope of all layers, of families whose heads may turn in part. Raises ModelError."""
+    name = "rope_parameters" if fields.raw.get("rope_parameters") is not None else "rope_scaling"
+    rope = fields.section(name)
+    holder = rope if rope.raw.get(PARTIAL) is not None else fields
+    fraction = holder.positive_number(PARTIAL, default=1.0)
+    turning = int(head_dim * fraction)
+    if not 0 < turning <= head_dim or turning % 2:
+        holder.fail(PARTIAL, f"an even number of the {head_dim} dimensions of a head", fraction)
+    rest = ConfigFields({**fields.raw, PARTIAL: None, name: {**rope.raw, PARTIAL: None}}, fields.source)
+    spec = rope_of(rest, turning, max_position_embeddings)
+    return replace(spec, head_dim=head_dim, rotary_dim=turning if turning < head_dim else None)
 
 
 def rope_of_full_layers(fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RopeSpec:
@@ -70,9 +86,9 @@ def _parse(rope: ConfigFields, fields: ConfigFields, head_dim: int, max_position
         rope.fail("rope_type", f"one of {', '.join(FIELDS)}", kind)
     _refuse_other_fields(rope, kind)
     for holder in (rope, fields):
-        partial = holder.raw.get("partial_rotary_factor")
+        partial = holder.raw.get(PARTIAL)
         if partial not in (None, 1, 1.0):
-            holder.fail("partial_rotary_factor", "1.0 (all of each head turns)", partial)
+            holder.fail(PARTIAL, "1.0 (all of each head turns)", partial)
     theta = (rope if rope.raw.get("rope_theta") is not None else fields).positive_number("rope_theta", default=10000.0)
     if kind == "default":
         return RopeSpec(head_dim, theta)
@@ -135,6 +151,6 @@ def _factors(rope: ConfigFields, name: str, head_dim: int) -> tuple[float, ...]:
     values = rope.raw.get(name)
     count = head_dim // 2
     if not isinstance(values, list) or len(values) != count:
-        rope.fail(name, f"a list of {count} numbers (half of the head dimension)", values)
+        rope.fail(name, f"a list of {count} numbers (half of the dimensions that turn)", values)
     numbers = ConfigFields({str(index): value for index, value in enumerate(values)}, f"{rope.source}: {name}")
     return tuple(numbers.positive_number(index) for index in numbers.raw)
