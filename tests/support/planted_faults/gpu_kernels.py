@@ -8,6 +8,7 @@ DECODE_INPUTS = "kernels/decode_inputs/gpu.py"
 INPUT_TESTS = "tests/kernels/interpreter/test_decode_inputs.py"
 TESTS = "tests/kernels/interpreter/test_interpreted.py"
 DISPATCH = "kernels/moe/gpu_dispatch.py"
+SCORES = "kernels/moe/gpu_scores.py"
 EXPERT_TESTS = "tests/kernels/interpreter/test_moe.py"
 
 GPU_KERNELS = (
@@ -146,6 +147,30 @@ GPU_KERNELS = (
         "    for k in range(1, K):\n        total += tl.load(weights + row * K + k) * tl.load(at + k * width,",
         "    for k in range(K - 1, 0, -1):\n        total += tl.load(weights + row * K + k) * tl.load(at + k * width,",
         (f"{EXPERT_TESTS}::test_parts_are_added_as_on_a_cpu",),
+    ),
+    Fault(
+        "group-by-its-best-alone",
+        "A row keeps the groups with the best expert, not those with the best two.",
+        SCORES,
+        'totals = tl.where(group == g, first + tl.max(tl.where(e == best, float("-inf"), own), axis=0), totals)',
+        "totals = tl.where(group == g, first, totals)",
+        (f"{EXPERT_TESTS}::test_sigmoid_scores",),
+    ),
+    Fault(
+        "weights-without-their-scale",
+        "Weights by sigmoid scores are not scaled.",
+        SCORES,
+        'tl.where(before == before, score * scale, float("nan"))',
+        'tl.where(before == before, score, float("nan"))',
+        (f"{EXPERT_TESTS}::test_sigmoid_scores",),
+    ),
+    Fault(
+        "gate-of-a-shared-expert-is-its-logit",
+        "The expert of every row is multiplied by the logit of its gate.",
+        SCORES,
+        "value *= _sigmoid(tl.load(gate + row))",
+        "value *= tl.load(gate + row)",
+        (f"{EXPERT_TESTS}::test_shared_expert",),
     ),
     Fault(
         "draft-after-a-wrong-one-is-accepted-on-a-gpu",

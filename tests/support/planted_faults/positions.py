@@ -124,4 +124,20 @@ POSITIONS = (
         "        if state.slot < len(self._num_tokens):",
         (f"{TESTS}::test_a_token_of_a_removed_request_does_not_reach_its_successor",),
     ),
+    Fault(
+        "heads-in-the-order-of-the-checkpoint",
+        "Heads that turn in part, or by neighbouring pairs, keep the checkpoint's order of dimensions.",
+        "workers/layers/linear.py",
+        "return rows.index_select(0, order.to(tensor.device)).view(tensor.dtype)",
+        "return tensor",
+        ("tests/workers/test_families.py::test_greedy_tokens_are_those_of_transformers_and_bits_their_own[glm4-odd]",),
+    ),
+    Fault(
+        "norms-of-heads-in-the-order-of-the-checkpoint",
+        "The norm of heads in another order keeps its weights in the checkpoint's.",
+        "workers/layers/norm.py",
+        "self.weight = self.weight[list(self._order)].contiguous()",
+        "self.weight = self.weight.contiguous()",
+        ("tests/workers/test_families.py::test_greedy_tokens_are_those_of_transformers_and_bits_their_own[glm4-moe]",),
+    ),
 )
