@@ -151,9 +151,11 @@ class RowPlaces(NamedTuple):
 def row_places(starts: Int64, counts: Int64, block_tables: Int32, block_size: int) -> RowPlaces:
     """The places of tokens [starts[r], starts[r] + counts[r]) of each request r, one request after the other."""
     query_starts: Int32 = np.zeros(counts.size + 1, np.int32)
-    query_starts[1:] = np.cumsum(counts)
-    requests = np.repeat(np.arange(counts.size), counts)
-    positions = np.arange(query_starts[-1], dtype=np.int64) - np.repeat(query_starts[:-1] - starts, counts)
+    np.cumsum(counts, out=query_starts[1:])
+    requests, positions = np.arange(counts.size), starts
+    if query_starts[-1] > counts.size:
+        requests = np.repeat(requests, counts)
+        positions = np.arange(query_starts[-1], dtype=np.int64) - np.repeat(query_starts[:-1] - starts, counts)
     blocks = block_tables[requests, positions // block_size].astype(np.int64)
     return RowPlaces(positions, blocks * block_size + positions % block_size, requests, query_starts)
 

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sempre.kernels.checks import check_index
+
+Int32 = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -26,15 +31,22 @@ class PagedBatch:
     """no request has more rows; 1: row r belongs to request r"""
     max_context_len: int
     """no context is longer; this bound and the one above choose grids on a GPU and do not affect the result"""
+    fits: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False, compare=False)
+    """(rows, blocks of a cache) that this batch has been checked against: the layers of a step ask for the same"""
 
     def __post_init__(self) -> None:
         check_index("PagedBatch", "block_tables", self.block_tables, torch.int32)
         check_index("PagedBatch", "query_starts", self.query_starts, torch.int32)
         check_index("PagedBatch", "context_lens", self.context_lens, torch.int32)
 
-    @property
+    @cached_property
     def num_requests(self) -> int:
         return int(self.context_lens.shape[0])
+
+    @cached_property
+    def arrays(self) -> tuple[Int32, Int32, Int32]:
+        """Block tables, query starts and context lengths of a batch on the CPU, sharing their memory."""
+        return self.block_tables.numpy(), self.query_starts.numpy(), self.context_lens.numpy()
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class HeadLayout:
         """Query heads that share a key head."""
         return self.num_heads // self.num_kv_heads
 
-    @property
+    @cached_property
     def qkv_width(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 

@@ -326,8 +326,12 @@ def _paged_attention(
 
 def first_outside(batch: PagedBatch, num_rows: int, num_blocks: int) -> int:
     """The first request whose rows, context or blocks do not exist; -1 if all do."""
-    arrays = batch.block_tables.numpy(), batch.query_starts.numpy(), batch.context_lens.numpy()
-    return int(_first_outside(*arrays, num_rows, num_blocks))
+    if (num_rows, num_blocks) in batch.fits:
+        return -1
+    wrong = int(_first_outside(*batch.arrays, num_rows, num_blocks))
+    if wrong < 0:
+        batch.fits.add((num_rows, num_blocks))
+    return wrong
 
 
 def paged_attention(
@@ -339,9 +343,7 @@ def paged_attention(
         cache.k.data_ptr(),
         cache.v.data_ptr(),
         dtype_code(cache.k.dtype),
-        batch.block_tables.numpy(),
-        batch.query_starts.numpy(),
-        batch.context_lens.numpy(),
+        *batch.arrays,
         heads.num_heads,
         heads.num_kv_heads,
         heads.head_dim,

@@ -202,6 +202,23 @@ def test_nothing_to_compute_leaves_the_rows_alone() -> None:
     assert out.tolist() == [[1.0] * 16] * 2
 
 
+def test_a_batch_that_fits_one_cache_is_checked_against_the_next() -> None:
+    """Layers share the batch, and a batch that fits is not checked again for a cache of the same size."""
+    tables, starts, lens = ([[3]], [0, 2], [2])
+    batch = PagedBatch(*(torch.tensor(part, dtype=torch.int32) for part in (tables, starts, lens)), 2, 2)
+
+    def attend(num_blocks: int, num_rows: int) -> torch.Tensor:
+        cache = allocate_kv_cache(num_blocks, 1, 16, BLOCK, torch.float32)
+        qkv, out = torch.zeros(num_rows, 48), torch.ones(num_rows, 16)
+        return paged_attention(qkv, cache, batch, HeadLayout(1, 1, 16), ScoreParams(1.0), out)
+
+    for _ in range(2):
+        assert attend(4, 2).tolist() == [[0.0] * 16] * 2
+        for num_blocks, num_rows in ((3, 2), (4, 1)):
+            with pytest.raises(IndexError, match="request 0 has rows, a context or blocks outside"):
+                attend(num_blocks, num_rows)
+
+
 @pytest.mark.parametrize(("position", "slot"), [(8, 0), (-1, 0), (0, 32), (0, -1)])
 def test_rope_refuses_what_does_not_exist_before_it_writes(position: int, slot: int) -> None:
     cache = allocate_kv_cache(2, 1, 16, BLOCK, torch.float32)

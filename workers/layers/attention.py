@@ -86,6 +86,6 @@ class Attention(Module):
             batch = PagedBatch(
                 batch.block_tables, read.starts, batch.context_lens, read.max_per_request, batch.max_context_len
             )
-        attended = self._attended[: qkv.shape[0]]
+        attended = self._attended.first(qkv.shape[0])
         paged_attention(qkv, cache, batch, heads, self._shape.scores, attended, self._workspace)
         return self.o_proj(attended)

@@ -36,4 +36,4 @@ class Embedding(Module):
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids int64 [T] → [T, H], the residual stream of the step."""
-        return embed(token_ids, self.weight, self._out[: token_ids.shape[0]])
+        return embed(token_ids, self.weight, self._out.first(token_ids.shape[0]))

@@ -98,7 +98,7 @@ class Linear(Module):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, N], in the buffer of this role."""
-        return self.into(x, self._out[: x.shape[0]])
+        return self.into(x, self._out.first(x.shape[0]))
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write to, and return, `out` [T, N]."""
@@ -106,7 +106,7 @@ class Linear(Module):
 
     def gated(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """activation(first half) * second half of the result, into `out` [T, N / 2]."""
-        self.kernel.gated_linear(x, self.weight, self._out[: x.shape[0]], out, self.activation)
+        self.kernel.gated_linear(x, self.weight, self._out.first(x.shape[0]), out, self.activation)
         return out
 
 
@@ -215,11 +215,11 @@ class ExpertLinear(Linear):
 
     def of(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """One expert's result [T, N] on a CPU, in the buffer of this role."""
-        return self.kernel.linear(x, self.weights[expert], self._out[: x.shape[0]])
+        return self.kernel.linear(x, self.weights[expert], self._out.first(x.shape[0]))
 
     def gated_of(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Likewise `gated`."""
-        self.kernel.gated_linear(x, self.weights[expert], self._out[: x.shape[0]], out, self.activation)
+        self.kernel.gated_linear(x, self.weights[expert], self._out.first(x.shape[0]), out, self.activation)
         return out
 
 

@@ -34,4 +34,4 @@ class GatedMLP(Module):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]"""
-        return self.down_proj(self.gate_up_proj.gated(x, self._activated[: x.shape[0]]))
+        return self.down_proj(self.gate_up_proj.gated(x, self._activated.first(x.shape[0])))

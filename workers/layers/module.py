@@ -40,6 +40,22 @@ class Build:
     quantization: Quantization
 
 
+class RowBuffer:
+    """Rows of activations, shared by the modules of one role and width."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        """`rows` [max_tokens, width]"""
+        self._rows = rows
+        self._count = rows.shape[0]
+        self._first = rows
+
+    def first(self, count: int) -> torch.Tensor:
+        """The first rows [count, width]; the view is kept, as all layers of a step ask for the same."""
+        if count != self._count:
+            self._count, self._first = count, self._rows[:count]
+        return self._first
+
+
 @dataclass(frozen=True)
 class Scratch:
     """Memory for the steps of one runner, of at most `max_tokens` rows and contexts of at most `max_model_len`."""
@@ -49,12 +65,16 @@ class Scratch:
     activations: torch.dtype
     device: torch.device
     workspace: AttentionWorkspace | None = None
+    _rows: dict[tuple[str, int], RowBuffer] = field(default_factory=dict)
     _tensors: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
     _tables: dict[RopeSpec, torch.Tensor] = field(default_factory=dict)
 
-    def rows(self, role: str, width: int) -> torch.Tensor:
+    def rows(self, role: str, width: int) -> RowBuffer:
         """[max_tokens, width] of activations."""
-        return self.tensor(role, (self.max_tokens, width), self.activations)
+        key = (role, width)
+        if key not in self._rows:
+            self._rows[key] = RowBuffer(self.tensor(role, (self.max_tokens, width), self.activations))
+        return self._rows[key]
 
     def tensor(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Layers run one after the other and share buffers of the same role, shape and dtype."""

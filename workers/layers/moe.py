@@ -24,7 +24,7 @@ from sempre.kernels.moe import (
     sparse_mlp,
 )
 from sempre.workers.layers.linear import ExpertLinear, Linear, Use
-from sempre.workers.layers.module import Build, Module, Scratch, Tensors
+from sempre.workers.layers.module import Build, Module, RowBuffer, Scratch, Tensors
 from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.tensor_source import Parameter
 
@@ -63,7 +63,7 @@ class Experts(Module):
 
     def of(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """One expert's branch for rows [T, H] on a CPU."""
-        activated = self.gate_up_proj.gated_of(expert, x, self._activated[: x.shape[0]])
+        activated = self.gate_up_proj.gated_of(expert, x, self._activated.first(x.shape[0]))
         return self.down_proj.of(expert, activated)
 
 
@@ -84,7 +84,8 @@ class Router(Linear):
         super().__init__(unquantized, {name: num_experts}, hidden_size, use=Use.ROUTER)
 
     def allocate(self, scratch: Scratch) -> None:
-        self._out = scratch.tensor("router", (scratch.max_tokens, self.out_features), torch.float32)
+        logits = scratch.tensor("router", (scratch.max_tokens, self.out_features), torch.float32)
+        self._out = RowBuffer(logits)
 
 
 class CorrectedRouter(Router):
@@ -153,7 +154,7 @@ class SparseMLP(Module):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]"""
-        out, logits = self._out[: x.shape[0]], self.gate(x)
+        out, logits = self._out.first(x.shape[0]), self.gate(x)
         if self._scratch is None:
             return self._one_by_one(x, logits, out)
         return sparse_mlp(
@@ -164,7 +165,7 @@ class SparseMLP(Module):
         """Expert by expert, on a CPU."""
         (count, width), k = x.shape, self.sizes.experts_per_row
         experts, weights = route(logits, k, renormalize=self.renormalize, scores=self._scores)
-        parts = self._parts[:count].view(count * k, width)
+        parts = self._parts.first(count).view(count * k, width)
         # pairs are ordered by token; the sort is stable, so each expert's rows stay in that order
         places = experts.view(-1).argsort(stable=True)
         start = 0

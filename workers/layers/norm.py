@@ -40,13 +40,13 @@ class RMSNorm(Module):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, width], in a buffer that the next norm of this width overwrites."""
-        return rms_norm(x, self.weight, self.eps, self._out[: x.shape[0]])
+        return rms_norm(x, self.weight, self.eps, self._out.first(x.shape[0]))
 
     def of_sum(self, branch: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
         """Add `branch`, if any, to `residual` [T, width] in place; returns the norm of the sum."""
         if branch is None:
             return self(residual)
-        return add_rms_norm(branch, residual, self.weight, self.eps, self._out[: residual.shape[0]])
+        return add_rms_norm(branch, residual, self.weight, self.eps, self._out.first(residual.shape[0]))
 
 
 class OffsetRMSNorm(RMSNorm):
