@@ -52,7 +52,6 @@ def _norm_part(at: Any, weight: Any, width: Any, eps: Any, BLOCK: tl.constexpr) 
     i = tl.arange(0, BLOCK)
     inside = i < width
     w = tl.load(weight + i, mask=inside, other=0.0)
-    wait_for_previous()
     value = tl.load(at + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(at + i, _normalised(value, w, width, eps), mask=inside)
 
@@ -63,6 +62,7 @@ def _rms_norm_of_parts(
     FIRST: tl.constexpr, SECOND: tl.constexpr,
 ) -> None:  # fmt: skip
     at = rows + tl.program_id(0).to(tl.int64) * columns
+    wait_for_previous()
     if tl.program_id(1) == 0:
         _norm_part(at, first, first_width, eps, FIRST)
     else:
@@ -93,7 +93,7 @@ def add_rms_norm(
 
 
 def rms_norm_of_parts(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor, eps: float) -> torch.Tensor:
-    """As the facade; a program owns one part of a row."""
+    """See the facade; a program owns one part of a row."""
     count, columns = rows.shape
     widths = len(first), len(second)
     _, warps = _shape(max(widths))
