@@ -91,7 +91,7 @@ class StepPlan:
         decodes: npt.NDArray[np.bool_] = self.samples & (self.num_tokens == 1)
         return decodes
 
-    @property
+    @cached_property
     def shape(self) -> StepShape:
         return StepShape(
             num_requests=len(self.states),

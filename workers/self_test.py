@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from sempre.ipc.errors import InvarianceError
@@ -26,7 +27,7 @@ from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.layers.module import Module, Scratch, allocate, sharing
 from sempre.workers.loading import WeightFacts
 from sempre.workers.models.base import CausalLM
-from sempre.workers.steps import OutputRows, StepInput
+from sempre.workers.steps import OutputRows, StepInput, row_places
 from sempre.workers.tensor_source import CPU
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -187,24 +188,22 @@ class _Probe:
         `reads_last`: only those of the last request.
         """
         size, device = self._block_size, self.device
-        positions = torch.cat([torch.arange(start, end, dtype=torch.int64, device=CPU) for start, end, _ in requests])
-        lengths = torch.tensor([end - start for start, end, _ in requests], dtype=torch.int64, device=CPU)
-        owners = torch.repeat_interleave(torch.arange(len(requests), dtype=torch.int64, device=CPU), lengths)
-        tables = torch.tensor([blocks for _, _, blocks in requests], dtype=torch.int64, device=CPU)
-        starts = torch.cat([torch.zeros_like(lengths[:1]), lengths.cumsum(0)])
-        ends = [end for _, end, _ in requests]
+        starts, ends = (np.asarray([request[at] for request in requests], np.int64) for at in (0, 1))
+        tables = np.asarray([blocks for _, _, blocks in requests], np.int32)
+        places = row_places(starts, ends - starts, tables, size)
+        positions, query_starts = torch.from_numpy(places.positions), torch.from_numpy(places.query_starts)
         step = StepInput(
             token_ids=self._token_ids[positions].to(device),
             positions=positions.to(device),
-            slot_mapping=(tables[owners, positions // size] * size + positions % size).to(device),
+            slot_mapping=torch.from_numpy(places.slot_mapping).to(device),
             batch=PagedBatch(
-                block_tables=tables.to(torch.int32).to(device),
-                query_starts=starts.to(torch.int32).to(device),
-                context_lens=torch.tensor(ends, dtype=torch.int32, device=device),
-                max_query_len=int(lengths.max()),
-                max_context_len=max(ends),
+                block_tables=torch.from_numpy(tables).to(device),
+                query_starts=query_starts.to(device),
+                context_lens=torch.from_numpy(ends.astype(np.int32)).to(device),
+                max_query_len=int((ends - starts).max()),
+                max_context_len=int(ends.max()),
             ),
-            outputs=_rows_of_last(starts, device) if reads_last else None,
+            outputs=_rows_of_last(query_starts, device) if reads_last else None,
         )
         return self._model.forward(step, self._caches)
 

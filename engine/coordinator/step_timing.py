@@ -49,6 +49,8 @@ class StepTiming:
 
     def sent(self, step: ExecuteStep, now: float) -> None:
         """This step has been sent to the workers."""
+        if not self._lead_s:
+            return
         num_requests = len(step.scheduled)
         num_tokens = sum(item.num_tokens for item in step.scheduled)
         context = sum(item.num_computed_tokens for item in step.scheduled) // max(1, num_requests)
@@ -56,6 +58,8 @@ class StepTiming:
 
     def answered(self, now: float) -> None:
         """All ranks have answered the oldest step."""
+        if not self._lead_s:
+            return
         load, sent_at = self._running.popleft()
         if load.num_tokens:
             self._remembered.append((load, (now - max(sent_at, self._answered_at)) / load.num_tokens))
@@ -63,7 +67,7 @@ class StepTiming:
 
     def next_at(self) -> float:
         """The earliest time to plan the next step (time.monotonic)."""
-        if not self._lead_s or len(self._running) != 1:
+        if len(self._running) != 1:
             return -math.inf
         load, sent_at = self._running[0]
         alike = [seconds for other, seconds in self._remembered if load.is_like(other)]

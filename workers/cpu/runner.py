@@ -70,7 +70,7 @@ class CpuModelRunner(ModelRunner):
         count = sampled.rows.size
         if not count:
             return []
-        if plan.reads_all_rows:
+        if plan.shape.reads_all_rows:
             rows = torch.from_numpy(sampled.rows)
             hidden = torch.index_select(hidden, 0, rows, out=self._rows_RH[:count])
         logits_RV = self._model.logits(hidden, self._logits_RV[:count])

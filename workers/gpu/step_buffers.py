@@ -117,11 +117,14 @@ class StepBuffers:
             arrays = padded(arrays, shape, self._block_size)
         new_tokens = np.asarray([[state.slot, state.token_ids[-1]] for state in new], np.int64).reshape(-1, 2).T
         self._staging.stage([*arrays, *new_tokens])
+        extends_tables = any(item.block_ids for item in plan.scheduled)
+        if not extends_tables and not new:
+            return
         count = len(plan.states)
         sizes = [*array_sizes(shape, self._block_size), *_new_requests(len(new))]
         *views, new_slots, new_last_tokens = self._staging.views(sizes)
         on_device = StepArrays(*views)
-        if any(item.block_ids for item in plan.scheduled):
+        if extends_tables:
             tables = on_device.block_tables[:count]
             self._tables[:, : tables.shape[1]].index_copy_(0, on_device.slots[:count], tables)
         if new:
