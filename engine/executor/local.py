@@ -32,7 +32,7 @@ from sempre.ipc.messages import (
 logger = logging.getLogger(__name__)
 
 _GOODBYE_S = 2.0
-# a worker that announced its failure has this long to exit by itself
+# a worker that announced its failure, or cannot be reached, has this long to exit by itself
 _LAST_WORD_S = 1.0
 _LAST_FRAMES_S = 0.02
 
@@ -136,7 +136,7 @@ class LocalExecutor:
         try:
             self._hub.send(peer.identity, command)
         except ProtocolError as error:
-            raise self._end(peer, str(error)) from error
+            raise self._unreachable(peer, error) from error
         peer.sent(command)
 
     def receive(self) -> tuple[int, WorkerEvent] | None:
@@ -221,7 +221,7 @@ class LocalExecutor:
                 try:
                     self._hub.send(identity, Heartbeat(steps_done=event.steps_done))
                 except ProtocolError as error:
-                    raise self._end(peer, str(error)) from error
+                    raise self._unreachable(peer, error) from error
                 return False
             case Refused(error=error):
                 raise self._end(peer, f"it refused a frame: {error.message}")
@@ -251,6 +251,11 @@ class LocalExecutor:
                 raise self._end(peer, f"no heartbeat for {silence_s:.1f} s")
             if not peer.serving and now > peer.ready_by:
                 raise self._end(peer, f"not ready after {self._config.startup_timeout_s:g} s (startup_timeout_s)")
+
+    def _unreachable(self, peer: WorkerPeer, error: ProtocolError) -> SempreError:
+        """A worker that has just died cannot be reached, and how it died says more."""
+        ended = peer.child.wait(_LAST_WORD_S) is not None
+        return self._end(peer, None if ended else str(error))
 
     def _end(self, peer: WorkerPeer, cause: str | None = None) -> SempreError:
         """Make sure that the process is gone; return the error with the cause."""

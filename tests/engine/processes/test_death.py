@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from sempre.engine.executor.local import LocalExecutor
 from sempre.engine.harness import COORDINATOR, Cluster, make_request
-from sempre.ipc.errors import CoordinatorDied, WorkerDied
-from sempre.ipc.messages import AddRequests, RequestSpec
+from sempre.ipc.config import EngineConfig
+from sempre.ipc.endpoint import PrivateDirectory
+from sempre.ipc.errors import CoordinatorDied, ProtocolError, StartupError, WorkerDied
+from sempre.ipc.messages import AddRequests, RequestSpec, ShutdownWorker
 
 Start = Callable[..., Cluster]
 Gone = Callable[[Iterable[int]], list[int]]
@@ -51,6 +54,34 @@ def test_the_death_of_a_worker(start: Start, gone: Gone, busy: bool) -> None:
     assert gone(pids(cluster)) == []
     with pytest.raises(WorkerDied, match="worker 1"):
         cluster.client.send(AddRequests(requests=endless()))
+
+
+@pytest.mark.parametrize("dies", [True, False], ids=["it has died", "it lives"])
+def test_why_a_worker_that_cannot_be_reached_is_gone(monkeypatch: pytest.MonkeyPatch, dies: bool) -> None:
+    """Its sockets close before its exit can be seen: what ended it is the cause, and not that it cannot be reached."""
+    directory = PrivateDirectory.create()
+    config = EngineConfig(model="scripted-light", model_path="/")
+    executor = LocalExecutor(config, directory, client_pid=os.getpid(), worker_module="light_worker")
+    try:
+        deadline = time.monotonic() + 20
+        while executor.receive() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        pid = executor.health()[0].pid
+
+        def unreachable(*_: object) -> None:
+            if dies:
+                os.kill(pid, signal.SIGKILL)
+            raise ProtocolError("cannot reach peer")
+
+        monkeypatch.setattr(executor._hub, "send", unreachable)
+        with pytest.raises(StartupError) as death:
+            executor.send(0, ShutdownWorker())
+        assert death.value.cause == ("killed by SIGKILL" if dies else "cannot reach peer")
+    finally:
+        monkeypatch.undo()
+        executor.shutdown()
+        directory.remove()
 
 
 @pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
