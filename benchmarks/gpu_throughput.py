@@ -94,6 +94,7 @@ def run(client: EngineClient, specs: list[RequestSpec]) -> tuple[float, int]:
 ROWS: dict[str, tuple[str, Callable[[], list[RequestSpec]], Callable[[float, int], float]]] = {
     "latency": ("ms/token", lambda: requests(1, 128, 256, temperature=0.0), lambda s, n: 1000 * s / n),
     "batch-64": ("tok/s", lambda: requests(64, 512, 256, temperature=1.0), lambda s, n: n / s),
+    "batch-128": ("tok/s", lambda: requests(128, 512, 256, temperature=1.0), lambda s, n: n / s),
     "batch-256": ("tok/s", lambda: requests(256, 512, 256, temperature=1.0), lambda s, n: n / s),
     "batch-256-seeded": ("tok/s", lambda: requests(256, 512, 256, temperature=1.0, seeded=True), lambda s, n: n / s),
     "requests-1000": ("s", short_requests, lambda s, n: s),

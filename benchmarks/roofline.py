@@ -1,7 +1,8 @@
 """The least a step must read and compute, to compare with the time that its kernels took.
 
-Bytes: every matrix once, and the keys and values of all contexts. FLOPs: two per weight and
-token, and four per query dimension and key. Device figures are what an H100 SXM reaches, not its data sheet.
+Bytes: every matrix once, of a mixture of experts those that are chosen, and the keys and values of all contexts.
+FLOPs: two per weight and token, and four per query dimension and key. Device figures are what a card reaches, not its
+data sheet.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from sempre.workers.models.config import ModelSpec
+import torch
 
-REACHED_BYTES_PER_S = 3.05e12
+from sempre.workers.models.config import ModelSpec
+from sempre.workers.models.moe import MoeSpec
+
+REACHED_BYTES_PER_S = 4.0e12 if torch.cuda.is_available() and "H200" in torch.cuda.get_device_name() else 3.05e12
 REACHED_FLOPS = 750e12
 ITEM = 2  # bytes, bfloat16
 
+EXPERTS = ("_expert_linear",)
 PRODUCTS = ("_linear", "nvjet", "cublas", "gemm", "cutlass")
 ATTENTION = ("_attend", "_merge")
 
@@ -37,22 +42,32 @@ def work_of(spec: ModelSpec, tokens: int, contexts: Iterable[int], logit_rows: i
     keys = list(contexts)
     queries = spec.num_heads * spec.head_dim
     keys_and_values = 2 * spec.num_kv_heads * spec.head_dim
-    layer = spec.hidden_size * (2 * queries + keys_and_values + 3 * spec.intermediate_size)
+    sparse = len(spec.sparse_layers) if isinstance(spec, MoeSpec) else 0
     head = spec.vocab_size * spec.hidden_size
-    matrices = spec.num_layers * layer
+    matrices = spec.num_layers * spec.hidden_size * (2 * queries + keys_and_values)
+    matrices += (spec.num_layers - sparse) * 3 * spec.hidden_size * spec.intermediate_size
     products = Work("products", ITEM * (matrices + head), 2.0 * (matrices * tokens + head * logit_rows))
     key_bytes = 2 * ITEM * spec.num_kv_heads * spec.head_dim * spec.num_layers
     per_request = tokens // len(keys)
     # a prompt's row sees half of it on average
     seen = sum(keys) * per_request / (1 if per_request == 1 else 2)
     attention = Work("attention", key_bytes * sum(keys), 4.0 * queries * seen * spec.num_layers)
-    return [products, attention]
+    return [products, attention, *([_experts(spec, sparse, tokens)] if isinstance(spec, MoeSpec) else [])]
+
+
+def _experts(spec: MoeSpec, layers: int, tokens: int) -> Work:
+    """Routed experts' matmuls; the number that is read is the expected one of a router that prefers none."""
+    expert = 3 * spec.hidden_size * spec.expert_size
+    chosen = spec.num_experts * (1 - (1 - spec.experts_per_token / spec.num_experts) ** tokens)
+    return Work("experts", ITEM * layers * expert * chosen, 2.0 * layers * expert * spec.experts_per_token * tokens)
 
 
 def group_of(kernel: str) -> str:
     """Which group a kernel's time belongs to."""
     if kernel.startswith(ATTENTION):
         return "attention"
+    if kernel.startswith(EXPERTS):
+        return "experts"
     return "products" if any(part in kernel for part in PRODUCTS) else "other"
 
 
