@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from sempre.kernels.attention import KvCache
+from sempre.kernels.gated_delta import LayerState
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear import Linear, TiedLinear, Use
 from sempre.workers.layers.module import Build, Module
@@ -21,17 +22,19 @@ from sempre.workers.layers.norm import RMSNorm
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.steps import StepInput
 
+LayerCache = KvCache | LayerState
+
 
 class Block(Protocol):
     """One decoder layer, a Module."""
 
     def __call__(
-        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
+        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The branch still to be added [S, H] and the residual stream [S, H], for the rows that are read.
 
-        `branch` is the previous block's, None for the first. Rows that are not read may be dropped once their keys and
-        values are in the cache.
+        `branch` is the previous block's, None for the first. `cache` is the layer's: a KvCache, or its LayerState. Rows
+        that are not read may be dropped once the cache has what later rows need of them.
         """
 
 
@@ -48,7 +51,7 @@ class Stack(Module):
         self.layers = list(layers)
         self.norm = norm
 
-    def __call__(self, step: StepInput, caches: Sequence[KvCache]) -> torch.Tensor:
+    def __call__(self, step: StepInput, caches: Sequence[LayerCache]) -> torch.Tensor:
         residual, branch = self.embed(step.token_ids), None
         # nothing reads the other rows once the last keys and values are cached
         all_rows, last = replace(step, outputs=None), len(self.layers) - 1
@@ -94,8 +97,8 @@ class CausalLM(Module):
         """Tensors that a checkpoint may hold but are not read, each with the tensor it is a copy of."""
         return {"lm_head.weight": "model.embed_tokens.weight"} if self.spec.tie_word_embeddings else {}
 
-    def forward(self, step: StepInput, caches: Sequence[KvCache]) -> torch.Tensor:
-        """Write the step's keys and values into `caches` (one per layer); return the final hidden states.
+    def forward(self, step: StepInput, caches: Sequence[LayerCache]) -> torch.Tensor:
+        """Write the step's keys, values and states into `caches` (one per layer); return the final hidden states.
 
         Those of the rows in `step.outputs` [S, H], or of all rows [T, H], as a view of a buffer that the next call
         overwrites.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, Self, TypeVar
 
+from sempre.kernels.gated_delta import DeltaHeads
 from sempre.kernels.rope import RopeSpec
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.models.rope_config import rope_of
@@ -105,6 +106,11 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     quantization: QuantizationSpec | None
     """how the checkpoint's matrices are quantised, if they are"""
+
+    @property
+    def layer_states(self) -> tuple[DeltaHeads | None, ...]:
+        """Per layer: the shape of its states; None: it has keys and values instead."""
+        return (None,) * self.num_layers
 
     def one_layer_per_kind(self) -> Self:
         """The same model with one layer of each kind."""

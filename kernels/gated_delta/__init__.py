@@ -1,0 +1,13 @@
+"""Gated delta rule (Yang et al. 2024, arXiv 2412.06464): attention whose memory is a state of fixed size."""
+
+from __future__ import annotations
+
+from sempre.kernels.gated_delta.contract import (
+    DeltaHeads,
+    DeltaWeights,
+    LayerState,
+    StateBatch,
+    allocate_layer_state,
+)
+
+__all__ = ["DeltaHeads", "DeltaWeights", "LayerState", "StateBatch", "allocate_layer_state"]
