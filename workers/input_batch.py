@@ -21,7 +21,7 @@ import numpy.typing as npt
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import ErrorInfo, NewRequest, ScheduledRequest
 from sempre.workers.sampling import GrammarCompiler, SamplingState
-from sempre.workers.steps import AnyArray, Int32, Int64, StepArrays, StepShape, row_places
+from sempre.workers.steps import NO_STATES, AnyArray, Int32, Int64, StepArrays, StepShape, row_places
 
 
 @dataclass(eq=False)
@@ -75,6 +75,8 @@ class StepPlan:
     first_rows: Int64
     ends: Int64
     """one past the last row"""
+    has_states: bool = False
+    """whether layers of the model keep states"""
 
     @property
     def has_drafts(self) -> bool:
@@ -101,7 +103,22 @@ class StepPlan:
             max_context_len=int(self.context.max()),
             max_sampled=1 + int(self.num_drafts.max()),
             reads_all_rows=self.reads_all_rows,
+            has_states=self.has_states,
         )
+
+    @property
+    def state_reads(self) -> Int32:
+        """[R]: where the states before each request's first row are."""
+        return np.fromiter((item.state_read for item in self.scheduled), np.int32, len(self.scheduled))
+
+    @property
+    def state_writes(self) -> Int32:
+        """[T]: where the states after rows go."""
+        writes: Int32 = np.full(self.ends[-1], -1, np.int32)
+        for item, first in zip(self.scheduled, self.first_rows.tolist(), strict=True):
+            for offset, slot in item.state_writes:
+                writes[first + offset] = slot
+        return writes
 
     @property
     def reads_all_rows(self) -> bool:
@@ -126,9 +143,17 @@ class InputBatch:
     """Known requests by id, in order of arrival, with their block tables in one persistent array."""
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, max_model_len: int, num_slots: int, grammars: GrammarCompiler
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        num_slots: int,
+        grammars: GrammarCompiler,
+        has_states: bool = False,
     ) -> None:
         self._grammars = grammars
+        self._has_states = has_states
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._requests: dict[str, RequestState] = {}
@@ -217,7 +242,17 @@ class InputBatch:
         samples = context - num_drafts == known
         _check_drafts(scheduled, num_drafts, samples & (num_tokens > num_drafts))
         return StepPlan(
-            scheduled, states, slots, computed, num_tokens, context, num_drafts, samples, ends - num_tokens, ends
+            scheduled,
+            states,
+            slots,
+            computed,
+            num_tokens,
+            context,
+            num_drafts,
+            samples,
+            ends - num_tokens,
+            ends,
+            self._has_states,
         )
 
     def arrays(self, plan: StepPlan) -> StepArrays[AnyArray]:
@@ -244,6 +279,8 @@ class InputBatch:
             block_tables=tables,
             slots=slots,
             draft_ends=np.zeros(slots.size, np.int32),
+            state_reads=plan.state_reads if plan.has_states else NO_STATES,
+            state_writes=plan.state_writes if plan.has_states else NO_STATES,
             sampled_rows=sampled.rows,
             sampled_starts=sampled.starts(slots.size),
             sampled_slots=slots[sampled.requests].astype(np.int32),

@@ -81,6 +81,7 @@ class ModelRunner(ABC):
             max_model_len=limits.max_model_len,
             num_slots=limits.max_num_seqs,
             grammars=grammars,
+            has_states=limits.num_state_slots > 0,
         )
         self._validation = StepValidation(self._batch, limits, rank)
         self._prompt_logprobs = PromptLogprobs(model, *scorer, rank)

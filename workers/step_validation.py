@@ -19,6 +19,7 @@ class StepLimits(NamedTuple):
     max_num_batched_tokens: int
     vocab_size: int
     max_draft_tokens: int = 0
+    num_state_slots: int = 0
 
     @property
     def largest_step(self) -> StepShape:
@@ -30,6 +31,7 @@ class StepLimits(NamedTuple):
             max_query_len=self.max_num_batched_tokens,
             max_context_len=self.max_model_len,
             max_sampled=1 + self.max_draft_tokens,
+            has_states=self.num_state_slots > 0,
         )
 
 

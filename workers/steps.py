@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from sempre.kernels.attention import PagedBatch
+from sempre.kernels.states import StateBatch
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -37,6 +38,8 @@ class StepShape(NamedTuple):
     """no request has more sampled rows"""
     reads_all_rows: bool = False
     """whether final hidden states are needed of all rows, not only of the sampled ones"""
+    has_states: bool = False
+    """whether layers of the model keep states"""
 
     def size(self, dimension: str, block_size: int) -> int:
         """The size of a dimension in `FIELDS`."""
@@ -59,6 +62,8 @@ class Field(NamedTuple):
     dtype: type[np.signedinteger]
     dimensions: tuple[str, ...]
     padding: int = 0
+    of_states: bool = False
+    """empty unless layers of the model keep states"""
 
 
 class StepArrays(NamedTuple, Generic[Array]):
@@ -74,6 +79,8 @@ class StepArrays(NamedTuple, Generic[Array]):
     """of the request"""
     draft_ends: Array
     """of a proposal: the position of the request's last draft token"""
+    state_reads: Array
+    """slot of the state before the request's first row; -1: of no token"""
     sampled_starts: Array
     """sampled rows [sampled_starts[r], sampled_starts[r + 1]) belong to request r"""
     sampled_rows: Array
@@ -92,6 +99,8 @@ class StepArrays(NamedTuple, Generic[Array]):
     """block id * B + offset, where the row's keys and values are written; -1: nowhere"""
     row_slots: Array
     """of the row's request"""
+    state_writes: Array
+    """slot for the state after the row; -1: none"""
 
 
 # those of T rows come last: steps that differ only in T have the others at the same addresses
@@ -101,6 +110,7 @@ FIELDS = StepArrays(
     block_tables=Field(np.int32, ("R", "W")),
     slots=Field(np.int64, ("R",)),
     draft_ends=Field(np.int32, ("R",)),
+    state_reads=Field(np.int32, ("R",), -1, of_states=True),
     sampled_starts=Field(np.int32, ("R + 1",)),
     sampled_rows=Field(np.int64, ("S",)),
     sampled_slots=Field(np.int32, ("S",)),
@@ -110,12 +120,19 @@ FIELDS = StepArrays(
     positions=Field(np.int64, ("T",)),
     slot_mapping=Field(np.int64, ("T",), -1),
     row_slots=Field(np.int64, ("T",)),
+    state_writes=Field(np.int32, ("T",), -1, of_states=True),
 )
+# of a step of a model without states
+NO_STATES: Int32 = np.empty(0, np.int32)
 
 
 def array_sizes(shape: StepShape, block_size: int) -> list[tuple[type[np.signedinteger], tuple[int, ...]]]:
     """Dtype and sizes of each array of a step, in the order of `StepArrays`."""
-    return [(field.dtype, tuple(shape.size(name, block_size) for name in field.dimensions)) for field in FIELDS]
+    sizes = []
+    for field in FIELDS:
+        size = tuple(shape.size(name, block_size) for name in field.dimensions)
+        sizes.append((field.dtype, (0,) if field.of_states and not shape.has_states else size))
+    return sizes
 
 
 def padding(shape: StepShape, block_size: int) -> StepArrays[AnyArray]:
@@ -185,6 +202,8 @@ class StepInput:
     """the requests"""
     outputs: OutputRows | None = None
     """None: all rows"""
+    states: StateBatch | None = None
+    """of a model whose layers keep states"""
 
 
 def step_input(
@@ -206,4 +225,5 @@ def step_input(
             max_context_len=shape.max_context_len,
         ),
         outputs=outputs,
+        states=StateBatch(arrays.state_reads, arrays.state_writes) if shape.has_states else None,
     )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from msgspec import Meta
+
 from sempre.ipc.config import WorkerConfig
 from sempre.ipc.messages.common import (
     Data,
@@ -57,6 +61,9 @@ class ScheduledRequest(Data, frozen=True, kw_only=True):
     `draft_token_ids` are drafts of the tokens after the last known one, and the last of the `num_tokens`. The worker
     samples its own token after the last known one and after each draft token, and keeps them up to and including the
     first that the next draft token does not equal: one token, or several, none of which depends on the drafts.
+
+    Of a model whose layers keep states, `state_read` is the slot of the state before the first of the tokens, -1 where
+    there is none before it. `state_writes` are (index of a token among the `num_tokens`, slot for the state after it).
     """
 
     request_id: str
@@ -66,6 +73,8 @@ class ScheduledRequest(Data, frozen=True, kw_only=True):
     block_ids: list[NonNegative]
     prompt_logprobs_start: NonNegative = 0
     draft_token_ids: list[TokenId] = []
+    state_read: Annotated[int, Meta(ge=-1)] = -1
+    state_writes: list[tuple[NonNegative, NonNegative]] = []
 
 
 class DraftRequest(Data, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -49,13 +50,14 @@ class Sequence:
         self.table, self.computed = [], 0
 
 
-def new_batch(num_slots: int = 3) -> InputBatch:
+def new_batch(num_slots: int = 3, *, has_states: bool = False) -> InputBatch:
     return InputBatch(
         num_blocks=NUM_BLOCKS,
         block_size=BLOCK,
         max_model_len=LENGTH,
         num_slots=num_slots,
         grammars=GrammarCompiler(Path("none"), 10),
+        has_states=has_states,
     )
 
 
@@ -184,3 +186,28 @@ def test_a_token_of_a_removed_request_does_not_reach_its_successor() -> None:
     compute(batch, [(successor, successor.next_chunk(16))])
     batch.record(state, [5, 6])
     assert compute(batch, [(successor, successor.next_chunk(1))]).samples.tolist() == [True]
+
+
+def test_states_are_read_by_requests_and_written_by_rows() -> None:
+    batch = new_batch(has_states=True)
+    first, second = sequences(batch, {"first": (20, 20), "second": (3, 3)})
+    begun = msgspec.structs.replace(first.next_chunk(17), state_writes=[(15, 4), (16, 0)])
+    plan = compute(batch, [(first, begun)])
+    arrays = batch.arrays(plan)
+    assert (plan.shape.has_states, arrays.state_reads.tolist()) == (True, [-1])
+    assert arrays.state_writes.tolist() == [-1] * 15 + [4, 0]
+    chunks = [
+        (first, msgspec.structs.replace(first.next_chunk(3), state_read=0, state_writes=[(2, 0)])),
+        (second, msgspec.structs.replace(second.next_chunk(2), state_writes=[(1, 1)])),
+    ]
+    arrays = batch.arrays(compute(batch, chunks))
+    assert arrays.state_reads.tolist() == [0, -1]
+    assert arrays.state_writes.tolist() == [-1, -1, 0, -1, 1]
+
+
+def test_a_model_without_states_has_empty_arrays_of_them() -> None:
+    batch = new_batch()
+    (sequence,) = sequences(batch, {"a": (20, 20)})
+    plan = compute(batch, [(sequence, sequence.next_chunk(20))])
+    assert not plan.shape.has_states
+    assert batch.arrays(plan).state_reads.size == batch.arrays(plan).state_writes.size == 0

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from sempre.workers.gpu.decode_graphs import size_bucket
-from sempre.workers.steps import FIELDS, StepArrays, StepShape, array_sizes, padded, padding, row_places, step_input
+from sempre.workers.steps import (
+    FIELDS,
+    NO_STATES,
+    StepArrays,
+    StepShape,
+    array_sizes,
+    padded,
+    padding,
+    row_places,
+    step_input,
+)
 
 BLOCK = 16
 
@@ -26,6 +36,8 @@ def step(counts: list[int], starts: list[int]) -> tuple[StepArrays, StepShape]:
         block_tables=tables,
         slots=slots,
         draft_ends=context.astype(np.int32) + 3,
+        state_reads=NO_STATES,
+        state_writes=NO_STATES,
         sampled_starts=np.arange(len(counts) + 1, dtype=np.int32),
         sampled_rows=places.query_starts[1:].astype(np.int64) - 1,
         sampled_slots=slots.astype(np.int32),
@@ -105,3 +117,16 @@ def test_a_step_of_only_padding_writes_nowhere() -> None:
 
 def test_sizes_to_pad_to() -> None:
     assert [size_bucket(count) for count in range(1, 10)] == [1, 2, 3, 4, 6, 6, 8, 8, 12]
+
+
+def test_a_model_without_states_sends_none_and_one_with_states_pads_them_with_none() -> None:
+    arrays, shape = step([2, 1], [0, 4])
+    tensors = StepArrays(*map(torch.from_numpy, arrays))
+    assert step_input(tensors, shape).states is None
+    with_states = shape._replace(has_states=True, num_requests=3, num_rows=4)
+    arrays = arrays._replace(state_reads=np.asarray([-1, 5], np.int32), state_writes=np.asarray([-1, 6, 5], np.int32))
+    larger = padded(arrays, with_states, BLOCK)
+    states = step_input(StepArrays(*map(torch.from_numpy, larger)), with_states).states
+    assert states is not None
+    assert states.reads.tolist() == [-1, 5, -1]
+    assert states.writes.tolist() == [-1, 6, 5, -1]

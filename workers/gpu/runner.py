@@ -141,11 +141,12 @@ class GpuModelRunner(ModelRunner):
     # A step of single tokens
 
     def _decode_rows(self, plan: StepPlan) -> Int32 | None:
-        """int32 [3, R]: slot, position, new block; None when the step is not one token for each request."""
+        """int32 [3 or 5, R]: slot, position, new block, and of a model with states the slots of the states before and
+        after the row; None when the step is not one token for each request."""
         count = len(plan.states)
         if count > self._buckets[-1] or not plan.decodes.all():
             return None
-        rows: Int32 = np.empty((3, count), np.int32)
+        rows: Int32 = np.empty((self._buffers.num_row_fields, count), np.int32)
         rows[0] = plan.slots
         rows[1] = plan.computed
         rows[2] = -1
@@ -157,13 +158,15 @@ class GpuModelRunner(ModelRunner):
                 ):
                     return None
                 rows[2, index] = item.block_ids[0]
+        if plan.has_states:
+            rows[3], rows[4] = plan.state_reads, plan.state_writes
         return rows
 
     def _run_decode(self, flight: _Queued, plan: StepPlan, rows: Int32) -> None:
         count = len(plan.states)
         # without graphs there is nothing to pad for
         num_rows = next(b for b in self._buckets if b >= count) if self.graphs.enabled else count
-        padded: Int32 = np.full((3, num_rows), -1, np.int32)
+        padded: Int32 = np.full((len(rows), num_rows), -1, np.int32)
         padded[:, :count] = rows
         stages = self._sampler.prepare(padded[0].tolist())
         self._buffers.stage_decode(padded)
@@ -190,7 +193,7 @@ class GpuModelRunner(ModelRunner):
 
     @torch.inference_mode()
     def _capture_padding(self, num_rows: int, max_context_len: int) -> None:
-        self._buffers.stage_decode(np.full((3, num_rows), -1, np.int32))
+        self._buffers.stage_decode(np.full((self._buffers.num_row_fields, num_rows), -1, np.int32))
         stages = self._sampler.prepare([-1] * num_rows)
         self.graphs.run(DecodeShape(num_rows, context_bucket(max_context_len, self.limits.max_model_len), stages))
 
@@ -218,6 +221,7 @@ class GpuModelRunner(ModelRunner):
             max_context_len=context_bucket(shape.max_context_len, limits.max_model_len),
             max_sampled=longest,
             reads_all_rows=True,
+            has_states=shape.has_states,
         )
 
     def _launch_verification(self, shape: _VerificationShape) -> None:

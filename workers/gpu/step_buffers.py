@@ -15,12 +15,14 @@ import torch
 from sempre.kernels.attention import PagedBatch
 from sempre.kernels.decode_inputs import DecodeInputs, decode_inputs, record_tokens
 from sempre.kernels.sampling.gpu import DraftedRows
+from sempre.kernels.states import StateBatch
 from sempre.workers.gpu.staging import ArraySize, StepStaging, staged_bytes
 from sempre.workers.input_batch import RequestState, StepPlan
 from sempre.workers.step_validation import StepLimits
 from sempre.workers.steps import AnyArray, Int32, StepArrays, StepInput, StepShape, array_sizes, padded, step_input
 
 _ROW_FIELDS = 3  # slot, position, new block
+_STATE_FIELDS = 2  # slots of the states before and after the row
 
 
 class SampledRows(NamedTuple):
@@ -47,7 +49,9 @@ class StepBuffers:
         self._block_size = block_size
         self._table_width = table_width
         self._allocate_slots(num_slots)
-        self._decode_staging = StepStaging(device, staged_bytes([_decode_rows(max_rows)]))
+        self.num_row_fields = _ROW_FIELDS + (_STATE_FIELDS if limits.num_state_slots else 0)
+        """numbers that a row of a decode step sends"""
+        self._decode_staging = StepStaging(device, staged_bytes([self._decode_rows(max_rows)]))
         largest = [*array_sizes(limits.largest_step, block_size), *_new_requests(max_rows)]
         self._staging = StepStaging(device, staged_bytes(largest))
         self._decode = DecodeInputs(
@@ -74,21 +78,25 @@ class StepBuffers:
         self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
         self._tables = torch.zeros(num_slots, self._table_width, dtype=torch.int32, device=self._device)
 
-    # A decode step: everything but three numbers per row is already on the device
+    # A decode step: everything but a few numbers per row is already on the device
 
     def stage_decode(self, rows: Int32) -> None:
-        """Send slot, position and new block (int32 [3, R]; -1: padding, none) of the rows of a decode step."""
+        """Send slot, position and new block, and those of states, of the rows of a decode step: int32
+        [num_row_fields, R]; -1: padding, none."""
         self._decode_staging.stage([rows])
+
+    def _decode_rows(self, count: int) -> ArraySize:
+        return np.int32, (self.num_row_fields, count)
 
     def decode_slots(self, num_rows: int) -> torch.Tensor:
         """int32 [R], at a fixed address."""
-        return self._decode_staging.views([_decode_rows(num_rows)])[0][0]
+        return self._decode_staging.views([self._decode_rows(num_rows)])[0][0]
 
     def decode_inputs(self, num_rows: int, max_context_len: int) -> StepInput:
         """Queue the computation of the inputs from the staged arrays; capturable."""
         inputs = DecodeInputs(*(tensor[:num_rows] for tensor in self._decode))
-        (rows,) = self._decode_staging.views([_decode_rows(num_rows)])
-        decode_inputs(rows, self._last_tokens, self._tables, self._block_size, inputs)
+        (rows,) = self._decode_staging.views([self._decode_rows(num_rows)])
+        decode_inputs(rows[:_ROW_FIELDS], self._last_tokens, self._tables, self._block_size, inputs)
         return StepInput(
             token_ids=inputs.token_ids,
             positions=inputs.positions,
@@ -100,6 +108,7 @@ class StepBuffers:
                 max_query_len=1,
                 max_context_len=max_context_len,
             ),
+            states=StateBatch(rows[3], rows[4]) if self.num_row_fields > _ROW_FIELDS else None,
         )
 
     # Any other step
@@ -146,10 +155,6 @@ class StepBuffers:
     def record(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Keep the sampled tokens (int64 [S]) of `slots` (int32 [S]) for the next step; capturable."""
         record_tokens(slots, token_ids, self._last_tokens)
-
-
-def _decode_rows(count: int) -> ArraySize:
-    return np.int32, (_ROW_FIELDS, count)
 
 
 def _new_requests(count: int) -> list[ArraySize]:
