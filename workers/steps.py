@@ -210,7 +210,9 @@ def step_input(
     arrays: StepArrays[torch.Tensor], shape: StepShape, *, token_ids: torch.Tensor | None = None
 ) -> StepInput:
     """What the model reads of these arrays, with `token_ids` (int64 [T]) instead of theirs, where some were missing."""
-    outputs = None
+    outputs = states = None
+    if shape.has_states:
+        states = StateBatch(arrays.state_reads, arrays.state_writes, arrays.query_starts)
     if not shape.reads_all_rows:
         outputs = OutputRows(arrays.sampled_rows, arrays.sampled_starts, shape.max_sampled)
     return StepInput(
@@ -225,5 +227,5 @@ def step_input(
             max_context_len=shape.max_context_len,
         ),
         outputs=outputs,
-        states=StateBatch(arrays.state_reads, arrays.state_writes) if shape.has_states else None,
+        states=states,
     )

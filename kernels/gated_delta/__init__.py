@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from sempre.kernels.gated_delta.contract import (
-    DeltaHeads,
-    DeltaWeights,
-    LayerState,
-    StateBatch,
-    allocate_layer_state,
-)
+from sempre.kernels.gated_delta.contract import DeltaHeads, DeltaWeights
 
-__all__ = ["DeltaHeads", "DeltaWeights", "LayerState", "StateBatch", "allocate_layer_state"]
+__all__ = ["DeltaHeads", "DeltaWeights"]

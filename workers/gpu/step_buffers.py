@@ -96,6 +96,7 @@ class StepBuffers:
         """Queue the computation of the inputs from the staged arrays; capturable."""
         inputs = DecodeInputs(*(tensor[:num_rows] for tensor in self._decode))
         (rows,) = self._decode_staging.views([self._decode_rows(num_rows)])
+        row_starts = self._row_starts[: num_rows + 1]
         decode_inputs(rows[:_ROW_FIELDS], self._last_tokens, self._tables, self._block_size, inputs)
         return StepInput(
             token_ids=inputs.token_ids,
@@ -103,12 +104,12 @@ class StepBuffers:
             slot_mapping=inputs.slot_mapping,
             batch=PagedBatch(
                 block_tables=inputs.block_tables,
-                query_starts=self._row_starts[: num_rows + 1],
+                query_starts=row_starts,
                 context_lens=inputs.context_lens,
                 max_query_len=1,
                 max_context_len=max_context_len,
             ),
-            states=StateBatch(rows[3], rows[4]) if self.num_row_fields > _ROW_FIELDS else None,
+            states=StateBatch(rows[3], rows[4], row_starts) if self.num_row_fields > _ROW_FIELDS else None,
         )
 
     # Any other step

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from sempre.kernels.attention import KvCache
-from sempre.kernels.gated_delta import LayerState
+from sempre.kernels.states import LayerState
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear import Linear, TiedLinear, Use
 from sempre.workers.layers.module import Build, Module

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, Self, TypeVar
 
-from sempre.kernels.gated_delta import DeltaHeads
 from sempre.kernels.rope import RopeSpec
+from sempre.kernels.states import StateShape
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.models.rope_config import rope_of
 from sempre.workers.quantization.config import QuantizationSpec, parse_quantization
@@ -108,7 +108,7 @@ class ModelSpec:
     """how the checkpoint's matrices are quantised, if they are"""
 
     @property
-    def layer_states(self) -> tuple[DeltaHeads | None, ...]:
+    def layer_states(self) -> tuple[StateShape | None, ...]:
         """Per layer: the shape of its states; None: it has keys and values instead."""
         return (None,) * self.num_layers
 
