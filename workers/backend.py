@@ -56,7 +56,7 @@ class LoadedModel(ModelSetup):
     @property
     def block_bytes(self) -> int:
         """Bytes of one KV cache block."""
-        return block_bytes(self.spec, self.block_size, self.weights.dtype)
+        return block_bytes(self.spec.kv_layers, self.block_size, self.weights.dtype)
 
     def make_grammar_compiler(self, *, step_wait_s: float | None = None) -> GrammarCompiler:
         """For the model's own tokenizer."""

@@ -5,22 +5,32 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import KvCache, allocate_kv_cache
-from sempre.workers.models.config import ModelSpec
 from sempre.workers.tensor_source import CPU, tensor_bytes
 
 # share of the free memory that the caches of all workers of a host may claim
 MEMORY_SHARE = 0.4
 
 
-def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in every layer."""
-    return spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * block_size * dtype.itemsize
+class LayerKv(NamedTuple):
+    """The keys and values of one layer."""
+
+    num_kv_heads: int
+    head_dim: int
+    source: int | None = None
+    """the layer whose keys and values it reads, which is another one of these heads; None: its own"""
+
+
+def block_bytes(layers: Sequence[LayerKv], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: keys and values of `block_size` tokens in every layer that has its own."""
+    elements = sum(layer.num_kv_heads * layer.head_dim for layer in layers if layer.source is None)
+    return 2 * elements * block_size * dtype.itemsize
 
 
 def available_blocks(
@@ -92,23 +102,33 @@ def available_memory_bytes() -> int:
 class PagedKvCache:
     """One cache per layer, addressed by the same block ids. Memory is resident once a block is written."""
 
+    layers: list[KvCache]
+    """of each layer; one that reads another's has the same"""
+
     def __init__(
-        self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device = CPU
+        self,
+        layers: Sequence[LayerKv],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.layers: list[KvCache] = [
-            allocate_kv_cache(num_blocks, spec.num_kv_heads, spec.head_dim, block_size, dtype, device)
-            for _ in range(spec.num_layers)
-        ]
+        self._own = {
+            index: allocate_kv_cache(num_blocks, layer.num_kv_heads, layer.head_dim, block_size, dtype, device)
+            for index, layer in enumerate(layers)
+            if layer.source is None
+        }
+        self.layers = [self._own[index if layer.source is None else layer.source] for index, layer in enumerate(layers)]
 
     @property
     def nbytes(self) -> int:
-        return sum(int(layer.k.nbytes + layer.v.nbytes) for layer in self.layers)
+        return sum(int(layer.k.nbytes + layer.v.nbytes) for layer in self._own.values())
 
     def clear(self, block_ids: Sequence[int]) -> None:
         """Zero the blocks, as they were when allocated."""
-        for layer in self.layers:
+        for layer in self._own.values():
             for block_id in block_ids:
                 layer.k[block_id].zero_()
                 layer.v[block_id].zero_()
@@ -116,7 +136,7 @@ class PagedKvCache:
     def digest(self, block_ids: Sequence[int]) -> str:
         """SHA-256 over the blocks' keys and values in every layer, in the order given."""
         digest = hashlib.sha256()
-        for layer in self.layers:
+        for layer in self._own.values():
             for block_id in block_ids:
                 for tensor in (layer.k[block_id], layer.v[block_id]):
                     digest.update(tensor_bytes(tensor))

@@ -11,7 +11,6 @@ Nothing here draws from the global generators.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ import torch
 from sempre.ipc.errors import InvarianceError
 from sempre.kernels.attention import AttentionWorkspace, PagedBatch
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
-from sempre.workers.kv_cache import PagedKvCache
+from sempre.workers.kv_cache import LayerKv, PagedKvCache
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.layers.module import Module, Scratch, allocate, sharing
@@ -134,12 +133,11 @@ class _Probe:
         self.device = model.device
         self.num_tokens = min(_TOKENS[self.device.type], model.spec.max_position_embeddings)
         self._max_tokens = min(max_tokens, self.num_tokens + _NEIGHBOUR_TOKENS)
-        self._model = _with_distinct_blocks(model)
+        self._model, layers = _with_distinct_blocks(model)
         allocate(self._model, Scratch(self._max_tokens, self.num_tokens, facts.activations, self.device, workspace))
         self._block_size = block_size
         self._width = -(-self.num_tokens // block_size)
-        spec = replace(model.spec, num_layers=len(self._model.model.layers))
-        self._caches = PagedKvCache(spec, 2 * self._width, block_size, facts.dtype, self.device).layers
+        self._caches = PagedKvCache(layers, 2 * self._width, block_size, facts.dtype, self.device).layers
         self._token_ids = torch.arange(self.num_tokens, dtype=torch.int64, device=CPU) * 7919 % model.spec.vocab_size
 
     def cuts(self) -> list[int]:
@@ -216,15 +214,21 @@ def _rows_of_last(starts: torch.Tensor, device: torch.device) -> OutputRows:
     return OutputRows(rows, read.to(torch.int32).to(device), end - first)
 
 
-def _with_distinct_blocks(model: CausalLM) -> CausalLM:
-    """The model with the first block of each kind, sharing tensors; what it allocates is its own."""
+def _with_distinct_blocks(model: CausalLM) -> tuple[CausalLM, list[LayerKv]]:
+    """The model with the first block of each kind, sharing tensors, and what these keep in the KV cache; what it
+    allocates is its own.
+
+    A block that reads another layer's keys and values reads those of the block of that layer's kind.
+    """
     probe = sharing(model)
-    kinds: dict[object, Module] = {}
-    for block in probe.model.layers:
-        assert isinstance(block, Module)
-        kinds.setdefault(_kind(block), block)
-    probe.model.layers = list(kinds.values())  # type: ignore[arg-type]
-    return probe
+    kinds = [_kind(block) for block in probe.model.layers if isinstance(block, Module)]
+    first = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
+    places = {kind: place for place, kind in enumerate(first)}
+    layers = [model.spec.kv_layers[index] for index in first.values()]
+    probe.model.layers = [probe.model.layers[index] for index in first.values()]
+    return probe, [
+        layer if layer.source is None else layer._replace(source=places[kinds[layer.source]]) for layer in layers
+    ]
 
 
 def _kind(block: Module) -> object:

@@ -59,7 +59,7 @@ def _outputs(wanted: tuple[int, ...]) -> OutputRows:
 
 def _forward(model: LoadedModel, step: StepInput) -> tuple[torch.Tensor, PagedKvCache]:
     allocate(model.model, Scratch(sum(COUNTS), MAX_LEN, model.weights.activations, torch.device("cpu")))
-    cache = PagedKvCache(model.spec, NUM_BLOCKS, 16, model.weights.dtype)
+    cache = PagedKvCache(model.spec.kv_layers, NUM_BLOCKS, 16, model.weights.dtype)
     return model.model.forward(step, cache.layers).clone(), cache
 
 

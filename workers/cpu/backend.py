@@ -95,7 +95,7 @@ class CpuBackend:
         _leave_cores_to_kernels()
         scratch = Scratch(model.max_num_batched_tokens, model.max_model_len, model.weights.activations, CPU)
         allocate(model.model, scratch)
-        cache = PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype)
+        cache = PagedKvCache(model.spec.kv_layers, num_blocks, model.block_size, model.weights.dtype)
         grammars = model.make_grammar_compiler(step_wait_s=_FORM_WAIT_S)
         return CpuModelRunner(model.model, cache, grammars, model.limits, rank=config.rank)
 

@@ -85,7 +85,7 @@ class GpuBackend:
         return default_max_num_seqs(
             plan,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-            bytes_per_token=block_bytes(spec, 1, dtype),
+            bytes_per_token=block_bytes(spec.kv_layers, 1, dtype),
             bytes_per_row=row_bytes(spec),
             max_model_len=config.max_model_len,
         )
@@ -163,7 +163,7 @@ class GpuBackend:
     def make_runner(self, model: LoadedModel, num_blocks: int) -> GpuModelRunner:
         config = model.config
         steps = self._steps[config.role]  # allocated by available_blocks
-        cache = PagedKvCache(model.spec, num_blocks, model.block_size, model.weights.dtype, self.device)
+        cache = PagedKvCache(model.spec.kv_layers, num_blocks, model.block_size, model.weights.dtype, self.device)
         return GpuModelRunner(
             steps,
             cache,
@@ -213,7 +213,7 @@ class GpuBackend:
         if role not in self._workspaces:
             spec = model.spec
             self._workspaces[role] = allocate_attention_workspace(
-                spec.num_heads, spec.head_dim, max(model.max_model_len, 2048), self.device
+                spec.num_heads, spec.largest_head_dim, max(model.max_model_len, 2048), self.device
             )
         return self._workspaces[role]
 

@@ -153,7 +153,8 @@ def _launch_all(setup: ModelSetup, device: torch.device, found: Callable[[Varian
     spec, config = setup.spec.one_layer_per_kind(), setup.config
     placement = Placement(device, lambda tensor: tensor, hashing_threads=1)
     model, facts = load_model(replace(config, load_format="dummy", seed=0), spec, setup.kernel, placement)
-    workspace = allocate_attention_workspace(spec.num_heads, spec.head_dim, max(setup.max_model_len, 2048), device)
+    longest = max(setup.max_model_len, 2048)
+    workspace = allocate_attention_workspace(spec.num_heads, spec.largest_head_dim, longest, device)
     with collecting(found) as collection:
         _launch_steps(setup, model, facts, workspace, device)
         _launch_reports(spec.vocab_size, device)
@@ -187,7 +188,7 @@ def _launch_steps(
         torch.empty(most_rows, spec.hidden_size, dtype=facts.activations, device=device),
         torch.empty(most_rows, spec.vocab_size, dtype=torch.float32, device=device),
     )
-    cache = PagedKvCache(spec, 1, setup.block_size, facts.dtype, device)
+    cache = PagedKvCache(spec.kv_layers, 1, setup.block_size, facts.dtype, device)
     limits = StepLimits(setup.max_model_len, most_rows, MAX_TOKENS, spec.vocab_size)
     runner = GpuModelRunner(
         memory, cache, GrammarCompiler(Path(config.model_path), spec.vocab_size), limits, rank=config.rank, graphs=False

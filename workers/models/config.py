@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 from sempre.kernels.rope import RopeSpec
 from sempre.kernels.states import StateShape
 from sempre.workers.config_fields import ConfigFields
+from sempre.workers.kv_cache import LayerKv
 from sempre.workers.models.rope_config import rope_of
 from sempre.workers.quantization.config import QuantizationSpec, parse_quantization
 
@@ -111,6 +112,16 @@ class ModelSpec:
     def layer_states(self) -> tuple[StateShape | None, ...]:
         """Per layer: the shape of its states; None: it has keys and values instead."""
         return (None,) * self.num_layers
+
+    @property
+    def kv_layers(self) -> tuple[LayerKv, ...]:
+        """What each layer keeps in the KV cache."""
+        return (LayerKv(self.num_kv_heads, self.head_dim),) * self.num_layers
+
+    @property
+    def largest_head_dim(self) -> int:
+        """Of any layer."""
+        return max(layer.head_dim for layer in self.kv_layers)
 
     def one_layer_per_kind(self) -> Self:
         """The same model with one layer of each kind."""

@@ -99,7 +99,7 @@ def gpu_drafter(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> DraftMod
         torch.empty(MAX_SEQS, spec.vocab_size),
     )
     limits = StepLimits(MAX_LEN, MAX_SEQS, MAX_TOKENS, spec.vocab_size)
-    cache = PagedKvCache(spec, NUM_BLOCKS + 1, 16, model.weights.dtype)
+    cache = PagedKvCache(spec.kv_layers, NUM_BLOCKS + 1, 16, model.weights.dtype)
     cache.num_blocks = NUM_BLOCKS
     return drafter.GpuDraftModelRunner(memory, cache, limits, graphs=False)
 

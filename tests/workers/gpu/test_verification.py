@@ -57,7 +57,7 @@ def model(checkpoints: Callable[[str], Any]) -> LoadedModel:
 def _cpu_runner(model: LoadedModel) -> CpuModelRunner:
     return CpuModelRunner(
         _allocated(model),
-        PagedKvCache(model.spec, NUM_BLOCKS, 16, model.weights.dtype),
+        PagedKvCache(model.spec.kv_layers, NUM_BLOCKS, 16, model.weights.dtype),
         model.make_grammar_compiler(),
         StepLimits(MAX_LEN, MAX_SEQS, MAX_TOKENS, model.spec.vocab_size),
         rank=0,
@@ -92,7 +92,7 @@ def gpu_runner(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Any:
         torch.empty(rows, spec.vocab_size),
     )
     limits = StepLimits(MAX_LEN, MAX_SEQS, MAX_TOKENS, spec.vocab_size, MAX_DRAFTS)
-    cache = PagedKvCache(spec, NUM_BLOCKS, 16, model.weights.dtype)
+    cache = PagedKvCache(spec.kv_layers, NUM_BLOCKS, 16, model.weights.dtype)
     return runner.GpuModelRunner(memory, cache, model.make_grammar_compiler(), limits, rank=0, graphs=False)
 
 
