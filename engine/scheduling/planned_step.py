@@ -53,6 +53,20 @@ class PlannedStep:
     def has_room_for_prompts(self) -> bool:
         return self.budget > 0 and self.prompt_budget > 0
 
+    def prompt_room(self, request: Request) -> int:
+        """How many tokens of this prompt the step has room for."""
+        return -(-self.prompt_budget // request.token_cost)
+
+    def keep(self, room: int) -> None:
+        """Keep room for prompts until `give_back`."""
+        self.budget -= room
+        self.prompt_budget -= room
+
+    def give_back(self, room: int) -> None:
+        """Undo `keep`."""
+        self.budget += room
+        self.prompt_budget += room
+
     def add(
         self,
         request: Request,
@@ -65,6 +79,8 @@ class PlannedStep:
         start = request.num_computed_tokens
         end = start + num_tokens
         samples = end == request.num_tokens
+        if num_tokens > 1 or not samples:
+            self.prompt_budget = max(0, self.prompt_budget - num_tokens * request.token_cost)
         if samples and request.speculation is not None and (num_drafts := request.speculation.num_wanted()):
             self.drafts.append(DraftRequest(request_id=request.request_id, num_drafts=num_drafts))
         if drafts:
@@ -88,8 +104,6 @@ class PlannedStep:
         )
         self.requests.append(request)
         self.budget -= end - start
-        if num_tokens > 1 or not samples:
-            self.prompt_budget -= num_tokens
         request.num_computed_tokens = end
         self.samples.append(samples)
         if samples:

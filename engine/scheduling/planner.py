@@ -5,7 +5,10 @@ One step has at most `max_num_batched_tokens` tokens of at most `max_num_seqs` r
 `max_prompt_tokens` of them belong to prompts, since these delay decoding requests:
 
 1. running requests, in order; one that needs a block when none is left preempts the last running request, or itself;
-2. then, if none was preempted, waiting requests, in order, while the first of them fits. None overtakes another.
+2. then, if none was preempted, waiting requests, in order, while the first of them fits.
+
+None overtakes another, with one exception: where prompts would fill the step, up to a quarter of their tokens is kept
+for shorter prompts after them. So a short request waits for a step, and not for all of the long prompts before it.
 
 A preempted request frees its blocks, waits again at its place in the order, and is recomputed. This never affects a
 request's tokens: they depend on its own prompt, parameters and seed alone.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
+from itertools import chain
 from operator import attrgetter
 
 from sempre.engine.scheduling.kv_cache_manager import KVCacheManager
@@ -24,6 +28,8 @@ from sempre.engine.scheduling.request import OrderKey, Request
 from sempre.engine.scheduling.stats import SchedulerStats
 
 _ORDER_KEY = attrgetter("order_key")
+# fraction of a step's prompt tokens kept for prompts shorter than the one that would take the last of them
+_SHARE_FOR_SHORT = 4
 
 
 class StepPlanner:
@@ -43,8 +49,15 @@ class StepPlanner:
         """
         step = PlannedStep(step_id, self._limits)
         if alone is None:
-            if self._plan_running(step, now):
+            short = self._short_waiting(step) if self.waiting else []
+            kept = sum(request.num_tokens * request.token_cost for request in short)
+            step.keep(kept)
+            is_roomy = self._plan_running(step, now)
+            if is_roomy:
                 self._plan_waiting(step)
+            step.give_back(kept)
+            if is_roomy and short:
+                self._plan_short(step, short)
         elif alone.is_running:
             self._plan_running(step, now)  # no other request is running
         else:
@@ -92,7 +105,7 @@ class StepPlanner:
             num_later = num_running - index - 1
             if num_new > 1:
                 # a long prompt leaves one token for each later request, so that these keep decoding
-                num_new = min(num_new, step.prompt_budget, max(1, step.budget - num_later))
+                num_new = min(num_new, step.prompt_room(request), max(1, step.budget - num_later))
                 if not num_new:
                     continue
             block_table_start = len(request.block_ids)
@@ -139,6 +152,39 @@ class StepPlanner:
             if not self._admit(step, self.waiting[0]):
                 break
 
+    def _short_waiting(self, step: PlannedStep) -> list[Request]:
+        """Waiting requests with a shorter prompt than the one that would take the last room for prompts, up to a share
+        of it. None of them has a lower priority than that one."""
+        share = min(step.prompt_budget // _SHARE_FOR_SHORT, step.budget - len(self.running))
+        if len(self.running) >= self._limits.max_num_seqs or share < 1:
+            return []
+        room = step.prompt_budget
+        short = []
+        for request in chain(self.running, self.waiting):
+            num_new = min(request.num_tokens, request.compute_limit) - request.num_computed_tokens
+            needed = num_new * request.token_cost
+            if room >= 0:
+                if num_new > 1 or not request.is_running:
+                    room -= needed
+                last_priority, most = request.order_key[0], needed - 1
+            elif request.is_running or request.awaits_result:
+                continue
+            elif request.order_key[0] > last_priority or not share:
+                break
+            elif needed <= min(share, most):
+                short.append(request)
+                share -= needed
+        return short
+
+    def _plan_short(self, step: PlannedStep, short: list[Request]) -> None:
+        """Admit those of `short` that still wait, for which room was kept, and others in order if there is more."""
+        for request in short:
+            if request.is_running:
+                continue
+            if len(self.running) >= self._limits.max_num_seqs or not self._admit(step, request):
+                return
+        self._plan_waiting(step)
+
     def _admit(self, step: PlannedStep, request: Request) -> bool:
         """Plan the first tokens of a waiting request; False if it does not fit now."""
         if request.awaits_result:
@@ -147,7 +193,7 @@ class StepPlanner:
         if not self.kv_cache.can_admit(request, cached_blocks):
             return False
         num_cached = len(cached_blocks) * self.kv_cache.block_size
-        num_new = min(request.num_tokens - num_cached, step.budget, step.prompt_budget)
+        num_new = min(request.num_tokens - num_cached, step.budget, step.prompt_room(request))
         self.kv_cache.admit(request, cached_blocks, num_cached + num_new)
         self._count_admission(request, num_cached)
         _remove(self.waiting, request)

@@ -8,6 +8,8 @@ from sempre.engine.speculation import Speculation
 from sempre.ipc.messages import NewRequest, RequestSpec
 
 OrderKey = tuple[int, int, str]
+# Scoring a prompt token, with a row of logits of its own, takes about as long as computing it, or half of that.
+_SCORED_COST = 2
 
 
 class Request:
@@ -118,6 +120,12 @@ class Request:
     def awaits_result(self) -> bool:
         """Whether the result of a step in flight decides whether and how the request continues."""
         return self.num_tokens > self.compute_limit or self.is_held_back or bool(self.drafts_in_flight)
+
+    @property
+    def token_cost(self) -> int:
+        """What one token of its prompt takes of a step's room for prompts."""
+        scores = self.wants_prompt_logprobs and self.prompt_logprobs_start < self.num_prompt_tokens
+        return _SCORED_COST if scores else 1
 
     def as_new(self) -> NewRequest:
         """Everything that a worker needs to start this request."""

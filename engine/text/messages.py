@@ -95,9 +95,6 @@ class _Message:
         """The content in a tuple, or "absent". `beside`: what else the reply contains."""
         given = self._given.get("content")
         parts = self._texts(given) if isinstance(given, list) else None
-        if given is None and role != "assistant":
-            what = "must be a string or a list of text parts, got null; of a message that says nothing it is ''"
-            raise self._error(".content", what, given)
         if parts is None and not isinstance(given, str | None):
             kind = type(given).__name__
             raise self._error(".content", f"must be a string or a list of text parts, got {kind}", given)

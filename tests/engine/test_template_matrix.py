@@ -116,6 +116,11 @@ CASES: dict[str, list[Message]] = {
     "reasoning": [QUESTION, {**SAYS, "reasoning": "Hm."}, AGAIN],
     "reasoning by its older name": [QUESTION, {**SAYS, "reasoning_content": "Hm.", "reasoning": None}, AGAIN],
     "reasoning before a call": [QUESTION, {**CALLS, "reasoning": "Hm."}, ANSWER],
+    "null content of the user": [SYSTEM, {**QUESTION, "content": None}],
+    "no content of the user": [SYSTEM, {"role": "user"}],
+    "null content of the system": [{**SYSTEM, "content": None}, QUESTION],
+    "null content of the developer": [{"role": "developer", "content": None}, QUESTION],
+    "null content of the tool": [QUESTION, CALLS, {**ANSWER, "content": None}],
     **{f"parts of the {role}": parts_in(role) for role in ("system", "user", "assistant", "tool")},
 }
 
@@ -125,8 +130,10 @@ def as_read(message: Message, reads: Reads) -> Message:
     message = {key: value for key, value in copy.deepcopy(message).items() if value not in (None, [])}
     if message["role"] == "developer" and not reads.developer:
         message["role"] = "system"
-    content = message.get("content")
     role = message["role"]
+    if role != "assistant":
+        message.setdefault("content", "")
+    content = message.get("content")
     if isinstance(content, list) and role[0] not in reads.parts:
         message["content"] = "\n".join(part["text"] for part in content)
     elif isinstance(content, str) and not reads.text:

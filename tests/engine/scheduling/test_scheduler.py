@@ -159,6 +159,46 @@ def test_prompts_leave_a_step_short_to_those_who_decode() -> None:
     ]
 
 
+def test_a_short_prompt_does_not_wait_for_the_long_ones_before_it() -> None:
+    """Neither for one that is being computed nor for those that wait; each of these computes less for one step."""
+    replica = Replica(max_num_batched_tokens=80, max_prompt_tokens=16, num_blocks=64)
+    replica.add(spec("a", 40), spec("b", 30, ordinal=1), spec("c", 3, ordinal=2), spec("d", 4, ordinal=3))
+    steps = [replica.step()[0] for _ in range(3)]
+    assert steps == [{"a": 13, "c": 3}, {"a": 12, "c": 1, "d": 4}, {"a": 15, "b": 1, "c": 1, "d": 1}]
+    assert {delta.finish_reason for delta in replica.finish().values()} == {"length"}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "first"),
+    [
+        ([20, 5], {"a": 16}),  # more than a quarter of the room
+        ([20, 4], {"a": 12, "b": 4}),
+        ([12, 4], {"a": 12, "b": 4}),
+        ([12, 5, 4, 1], {"a": 12, "c": 4}),
+        ([4, 4, 4, 4, 4], {"a": 4, "b": 4, "c": 4, "d": 4}),  # as long as those before it
+    ],
+)
+def test_how_short_a_prompt_must_be(prompts: list[int], first: dict[str, int]) -> None:
+    replica = Replica(max_num_batched_tokens=80, max_prompt_tokens=16, num_blocks=64)
+    replica.add(*(spec("abcde"[number], length, ordinal=number) for number, length in enumerate(prompts)))
+    assert replica.step()[0] == first
+
+
+def test_a_short_prompt_of_a_lower_priority_waits() -> None:
+    replica = Replica(max_num_batched_tokens=80, max_prompt_tokens=16, num_blocks=64, policy="priority")
+    replica.add(spec("a", 40), spec("b", 3, ordinal=1, priority=1), spec("c", 3, ordinal=2))
+    assert replica.step()[0] == {"a": 13, "c": 3}
+    assert replica.step()[0] == {"a": 16, "c": 1}
+
+
+def test_scored_prompt_tokens_take_twice_the_room() -> None:
+    """Since a row of logits and its log-probabilities are computed for each; with the last of them that ends."""
+    replica = Replica(max_num_batched_tokens=80, max_prompt_tokens=16, num_blocks=64)
+    replica.add(spec("a", 20, prompt_logprobs=5), spec("b", 40, ordinal=1))
+    steps = [planned(replica.schedule()) for _ in range(4)]
+    assert steps == [{"a": 8}, {"a": 8}, {"a": 4, "b": 8}, {"a": 1, "b": 16}]
+
+
 def test_without_a_limit_of_their_own_prompts_fill_the_step() -> None:
     replica = Replica(max_num_batched_tokens=16)
     replica.add(spec("a", 3), spec("b", 10, ordinal=1), spec("c", 2, ordinal=2))
@@ -698,7 +738,7 @@ def test_the_prefix_cache_is_reset_only_while_no_request_holds_blocks() -> None:
 
 
 def test_prompt_rows_are_asked_for_once_also_after_preemption() -> None:
-    replica = Replica(num_blocks=4, max_num_batched_tokens=8, enable_prefix_caching=False)
+    replica = Replica(num_blocks=4, max_num_batched_tokens=11, enable_prefix_caching=False)
     replica.add(spec("a", 5, max_tokens=6), spec("b", 7, ordinal=1, max_tokens=3, prompt_logprobs=0))
     starts, reported = [], []
     while replica.scheduler.has_unfinished():
@@ -724,7 +764,7 @@ def test_prompt_rows_are_asked_for_once_also_after_preemption() -> None:
 
 
 def test_prompt_rows_are_asked_for_once_also_after_a_crash() -> None:
-    replica = Replica(max_num_batched_tokens=4)
+    replica = Replica(max_num_batched_tokens=8)
     replica.add(spec("a", 10, prompt_logprobs=0))
     step = replica.schedule()
     replica.scheduler.update(step, falsified(replica.answer(step), prompt_logprobs=rows(1, 4)))

@@ -21,6 +21,22 @@ SCHEDULING = (
         (f"{TESTS}::test_a_step_ahead_plans_the_token_in_flight_and_never_past_max_tokens",),
     ),
     Fault(
+        "short-prompts-wait-for-long-ones",
+        "A short prompt is computed after all of the long ones that came before it.",
+        PLANNER,
+        "_SHARE_FOR_SHORT = 4",
+        "_SHARE_FOR_SHORT = 1 << 30",
+        (f"{TESTS}::test_a_short_prompt_does_not_wait_for_the_long_ones_before_it",),
+    ),
+    Fault(
+        "scored-prompt-tokens-cost-nothing-more",
+        "A step of scored prompt tokens takes far longer than others, and everybody waits for it.",
+        REQUEST,
+        "_SCORED_COST = 2",
+        "_SCORED_COST = 1",
+        (f"{TESTS}::test_scored_prompt_tokens_take_twice_the_room",),
+    ),
+    Fault(
         "preempted-request-waits-at-the-end",
         "A preempted request loses its place to those that came after it.",
         PLANNER,
