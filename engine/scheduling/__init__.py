@@ -7,6 +7,7 @@
     limits.py            Limits: limits of a sequence and of a step
     planned_step.py      PlannedStep: a step under construction or in flight, and the check of its result
     kv_cache_manager.py  KVCacheManager: block tables of requests; prefix hits
+    state_slots.py       StateSlots: slots of states, for models that keep them; snapshots
     block_pool.py        BlockPool: reference counts, free blocks, order of eviction
     prefix_cache.py      PrefixCache: content of a full block ↔ block
     stats.py             SchedulerStats

@@ -74,6 +74,11 @@ class BlockPool:
             else:
                 self._free.append(block)
 
+    def evict_first(self, block: int) -> None:
+        """Make a block that holds a content the next to be evicted, unless it is in use."""
+        if not self._ref_counts[block]:
+            self._cached.move_to_end(block, last=False)
+
     def forget_cached(self) -> None:
         """Make every cached block free."""
         while self._cached:

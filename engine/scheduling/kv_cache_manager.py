@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from sempre.engine.scheduling.block_pool import BlockPool
-from sempre.engine.scheduling.prefix_cache import PrefixCache
+from sempre.engine.scheduling.prefix_cache import BlockKey, PrefixCache
 from sempre.engine.scheduling.request import Request
+from sempre.engine.scheduling.state_slots import StateSlots
 
 
 class KVCacheManager:
@@ -19,12 +20,16 @@ class KVCacheManager:
     Only committed blocks are ever shared, so no request writes into a block that another one reads.
     """
 
-    def __init__(self, *, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+    def __init__(
+        self, *, num_blocks: int, block_size: int, enable_prefix_caching: bool, states: StateSlots | None = None
+    ) -> None:
+        """`states`: of a model whose layers keep states; a prefix is cached as far as it has both."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._prefix_cache = PrefixCache(num_blocks, block_size)
         self._pool = BlockPool(num_blocks, self._prefix_cache)
+        self.states = states
 
     @property
     def usage(self) -> float:
@@ -46,10 +51,15 @@ class KVCacheManager:
             if block is None:
                 break
             blocks.append(block)
+        if self.states is not None:
+            request.num_matching_tokens = len(blocks) * self.block_size
+            del blocks[self.states.num_resumable_blocks(request.block_keys[: len(blocks)]) :]
         return blocks
 
     def can_admit(self, request: Request, cached_blocks: Sequence[int]) -> bool:
         """Whether all tokens of the request fit now, not only its first chunk, so that it is not preempted at once."""
+        if self.states is not None and not self.states.can_admit(_last_key(request, cached_blocks)):
+            return False
         num_new = -(-request.num_tokens // self.block_size) - len(cached_blocks)
         return num_new <= self._pool.num_available - self._pool.num_cached(cached_blocks)
 
@@ -61,6 +71,8 @@ class KVCacheManager:
         request.num_computed_tokens = request.num_slots
         request.num_committed_blocks = len(cached_blocks)
         request.next_commit_at = request.num_slots + self.block_size if self.enable_prefix_caching else sys.maxsize
+        if self.states is not None:
+            self.states.admit(request, _last_key(request, cached_blocks))
         if self.grow(request, num_tokens) is None:
             raise AssertionError("admitted without room")
 
@@ -87,6 +99,8 @@ class KVCacheManager:
             self._prefix_cache.insert(request.block_keys[index], request.block_ids[index])
         request.num_committed_blocks = num_full
         request.next_commit_at = (num_full + 1) * self.block_size
+        if self.states is not None:
+            self.states.commit(request, num_written_tokens)
 
     def release(self, request: Request) -> None:
         """Free all blocks; committed ones stay findable until they are needed."""
@@ -95,16 +109,22 @@ class KVCacheManager:
         request.num_slots = 0
         request.num_computed_tokens = 0
         request.num_committed_blocks = 0
+        if self.states is not None:
+            self.states.release(request)
 
     def forget_cached(self) -> None:
         """Empty the prefix cache; no request may hold a block."""
         assert not self._pool.num_used
         self._pool.forget_cached()
+        if self.states is not None:
+            self.states.forget_snapshots()
 
     def check_invariants(self, running: Sequence[Request]) -> None:
         """Raise AssertionError unless pool, prefix cache and the running requests' block tables agree."""
         self._pool.check_invariants([request.block_ids for request in running])
         self._prefix_cache.check_invariants()
+        if self.states is not None:
+            self.states.check_invariants(running)
         holders: dict[int, int] = {}
         for request in running:
             assert request.num_slots == len(request.block_ids) * self.block_size
@@ -122,3 +142,8 @@ class KVCacheManager:
             if num_blocks * self.block_size > len(token_ids):
                 token_ids = [*token_ids, *sampled]
             self._prefix_cache.extend_keys(request.block_keys, token_ids, num_blocks, salt)
+
+
+def _last_key(request: Request, cached_blocks: Sequence[int]) -> BlockKey | None:
+    """The key of the last cached block of a request, if any."""
+    return request.block_keys[len(cached_blocks) - 1] if cached_blocks else None

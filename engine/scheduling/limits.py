@@ -24,6 +24,8 @@ class Limits:
     """of these, for requests that do more than decode; None: all of them"""
     max_draft_tokens: int = 0
     """draft tokens to verify in one step"""
+    num_state_slots: int = 0
+    """slots of states; 0: no layer of the model keeps states"""
 
     @property
     def max_kv_tokens(self) -> int:

@@ -8,6 +8,7 @@ import msgspec
 
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.request import Request
+from sempre.engine.scheduling.state_slots import StateAccess
 from sempre.ipc.errors import ProtocolError
 from sempre.ipc.messages import (
     DraftRequest,
@@ -73,7 +74,8 @@ class PlannedStep:
         num_tokens: int,
         block_table_start: int,
         block_ids: list[int],
-        drafts: list[int] | None = None,
+        drafts: list[int],
+        states: StateAccess,
     ) -> None:
         """Plan the next `num_tokens` tokens of a request and the drafts after them, and count them as computed."""
         start = request.num_computed_tokens
@@ -99,7 +101,9 @@ class PlannedStep:
                 block_table_start=block_table_start,
                 block_ids=block_ids,
                 prompt_logprobs_start=rows_start,
-                draft_token_ids=drafts or [],
+                draft_token_ids=drafts,
+                state_read=states.read,
+                state_writes=list(states.writes),
             )
         )
         self.requests.append(request)

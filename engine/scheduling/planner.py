@@ -10,8 +10,8 @@ One step has at most `max_num_batched_tokens` tokens of at most `max_num_seqs` r
 None overtakes another, with one exception: where prompts would fill the step, up to a quarter of their tokens is kept
 for shorter prompts after them. So a short request waits for a step, and not for all of the long prompts before it.
 
-A preempted request frees its blocks, waits again at its place in the order, and is recomputed. This never affects a
-request's tokens: they depend on its own prompt, parameters and seed alone.
+A preempted request frees its blocks and slots of states, waits again at its place in the order, and is recomputed. This
+never affects a request's tokens: they depend on its own prompt, parameters and seed alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sempre.engine.scheduling.kv_cache_manager import KVCacheManager
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.planned_step import PlannedStep
 from sempre.engine.scheduling.request import OrderKey, Request
+from sempre.engine.scheduling.state_slots import StateAccess
 from sempre.engine.scheduling.stats import SchedulerStats
 
 _ORDER_KEY = attrgetter("order_key")
@@ -62,6 +63,8 @@ class StepPlanner:
             self._plan_running(step, now)  # no other request is running
         else:
             self._admit(step, alone)
+        if self.kv_cache.states is not None:
+            self.kv_cache.states.end_step()
         return step
 
     def wait(self, request: Request) -> None:
@@ -120,13 +123,16 @@ class StepPlanner:
                 room = min(step.budget - num_new - num_later, self._limits.max_draft_tokens - step.num_draft_tokens)
                 drafts, more_blocks = self._drafts(request, room)
                 block_ids = block_ids + more_blocks
-            step.add(request, num_new, block_table_start, block_ids, drafts)
+            states = self._plan_states(request, num_new, len(drafts))
+            step.add(request, num_new, block_table_start, block_ids, drafts, states)
         return len(running) == num_running
 
     def _drafts(self, request: Request, room: int) -> tuple[list[int], list[int]]:
         """Draft tokens to verify after the request's last token, and blocks for them; these never cause preemption."""
         assert request.speculation is not None
         room = min(room, request.compute_limit - request.num_tokens)
+        if self.kv_cache.states is not None:
+            room = min(room, self.kv_cache.states.num_spare)
         drafts = request.speculation.drafts(request.token_ids, max(0, room))
         block_ids: list[int] | None = []
         if request.num_tokens + len(drafts) > request.num_slots:
@@ -203,8 +209,16 @@ class StepPlanner:
         if not request.is_known_to_worker:
             request.is_known_to_worker = True
             step.new_requests.append(request.as_new())
-        step.add(request, num_new, 0, request.block_ids.copy())
+        step.add(request, num_new, 0, request.block_ids.copy(), [], self._plan_states(request, num_new))
         return True
+
+    def _plan_states(self, request: Request, num_tokens: int, num_drafts: int = 0) -> StateAccess:
+        """Slots for the next tokens of a running request; none for a model without states."""
+        if self.kv_cache.states is None:
+            return StateAccess()
+        samples = request.num_computed_tokens + num_tokens == request.num_tokens
+        keeps_last = samples and request.waits_for_tokens
+        return self.kv_cache.states.plan(request, num_tokens, num_drafts, keeps_last=keeps_last)
 
     def _count_admission(self, request: Request, num_cached: int) -> None:
         counters = self._counters

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.prefix_cache import BlockKey
 from sempre.engine.speculation import Speculation
@@ -10,6 +13,33 @@ from sempre.ipc.messages import NewRequest, RequestSpec
 OrderKey = tuple[int, int, str]
 # Scoring a prompt token, with a row of logits of its own, takes about as long as computing it, or half of that.
 _SCORED_COST = 2
+
+
+@dataclass(slots=True)
+class HeldSlots:
+    """Slots of states that a running request holds, see `StateSlots`; each is held once for each time it is named.
+
+    The next step reads `snapshot`, or `own` where that is -1. `undecided` and `new_snapshots` are pairs of a number of
+    tokens and the slot of the state after them.
+    """
+
+    own: int = -1
+    snapshot: int = -1
+    undecided: list[tuple[int, int]] = field(default_factory=list)
+    """written by the step in flight"""
+    new_snapshots: list[tuple[int, int]] = field(default_factory=list)
+    """written by steps in flight, ascending"""
+
+    def all(self) -> Iterator[int]:
+        yield from self.writable()
+        if self.snapshot >= 0:
+            yield self.snapshot
+
+    def writable(self) -> Iterator[int]:
+        """Slots that nobody else reads."""
+        yield self.own
+        yield from (slot for _, slot in self.undecided if slot != self.own)
+        yield from (slot for _, slot in self.new_snapshots)
 
 
 class Request:
@@ -40,6 +70,7 @@ class Request:
         "next_commit_at",
         "num_committed_blocks",
         "num_computed_tokens",
+        "num_matching_tokens",
         "num_preemptions",
         "num_prompt_logprobs_delivered",
         "num_prompt_tokens",
@@ -47,9 +78,11 @@ class Request:
         "num_slots",
         "num_tokens",
         "order_key",
+        "passing_snapshot",
         "prompt_logprobs_start",
         "reads_prefix_cache",
         "request_id",
+        "slots",
         "spec",
         "speculation",
         "stop_reason",
@@ -106,6 +139,10 @@ class Request:
         self.block_keys: list[BlockKey] = []
         self.num_committed_blocks = 0
         self.next_commit_at = 0
+        # owned by StateSlots
+        self.slots: HeldSlots | None = None
+        self.num_matching_tokens = 0  # of cached blocks, when it was admitted; snapshots may not reach as far
+        self.passing_snapshot: BlockKey | None = None  # worth keeping until the next one
         # results of earlier steps say nothing about `block_ids`: they wrote to blocks that were freed
         self.admitted_at_step = 0
         # a hit would skip positions whose log-probabilities are requested

@@ -16,6 +16,7 @@ from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.planned_step import PlannedStep, first_rows, num_rows
 from sempre.engine.scheduling.planner import StepPlanner
 from sempre.engine.scheduling.request import Request
+from sempre.engine.scheduling.state_slots import StateSlots
 from sempre.engine.scheduling.stats import SchedulerStats
 from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.config import SchedulingPolicy
@@ -55,8 +56,19 @@ class Scheduler:
         self._uses_priority = policy == "priority"
         self._requests: dict[str, Request] = {}
         self._counters = SchedulerStats()
+        self._states: StateSlots | None = None
+        if limits.num_state_slots:
+            self._states = StateSlots(
+                num_slots=limits.num_state_slots,
+                max_num_seqs=limits.max_num_seqs,
+                block_size=limits.block_size,
+                takes_snapshots=enable_prefix_caching,
+            )
         self._kv_cache = KVCacheManager(
-            num_blocks=limits.num_blocks, block_size=limits.block_size, enable_prefix_caching=enable_prefix_caching
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            enable_prefix_caching=enable_prefix_caching,
+            states=self._states,
         )
         self._planner = StepPlanner(limits, self._kv_cache, self._counters)
         self._in_flight: deque[PlannedStep] = deque()
@@ -163,6 +175,8 @@ class Scheduler:
                 num_written -= self._count_rejected(request, planned.draft_token_ids, sampled)
                 if holds_blocks:
                     request.num_computed_tokens = num_written
+            if self._states is not None and holds_blocks and sampled.token_ids:
+                self._states.decide(request, num_written)
             if holds_blocks and num_written >= request.next_commit_at:
                 self._kv_cache.commit(request, num_written, sampled.token_ids)
             if sampled.token_ids or sampled.prompt_logprobs is not None:
@@ -183,8 +197,13 @@ class Scheduler:
             request.prompt_logprobs_start = planned.prompt_logprobs_start
             if holds_blocks:
                 self._planner.wait_again(request)
+        elif holds_blocks and request.slots is not None and not request.slots.undecided:
+            # there was no slot to keep the state before it
+            self._planner.wait_again(request)
         elif holds_blocks:
             request.num_computed_tokens = request.num_tokens - 1
+            if self._states is not None:
+                self._states.decide(request, request.num_computed_tokens)
 
     def _count_rejected(self, request: Request, drafts: list[int], sampled: SampledTokens) -> int:
         """Count accepted and rejected drafts; return how many were rejected, whose keys and values are invalid."""

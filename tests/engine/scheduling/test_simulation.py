@@ -3,7 +3,8 @@
 The worker's next token is a pure function of (seed, all tokens before), so the right output of a request is known
 without any scheduler. Its KV cache holds, per slot, a digest of the whole prefix that was computed there; whenever a
 token is computed, every slot that it would attend to must hold the request's own prefix. Any wrong block table, early
-reuse, or false prefix hit shows at once.
+reuse, or false prefix hit shows at once. A slot of states holds the digest of the tokens folded into it, one after the
+other, so a state of other tokens, or of one token twice, shows as well.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sempre.engine.scheduling import Limits, Scheduler
 from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.config import SchedulingPolicy, SpeculativeConfig
 from sempre.ipc.messages import (
+    NOT_READY,
     ErrorInfo,
     ExecuteStep,
     LogprobRows,
@@ -62,6 +64,8 @@ class WorkerRequest:
     prefixes: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     failed: bool = False
+    not_ready_at: int = 0
+    """length at which its grammar was last not ready"""
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
@@ -69,12 +73,16 @@ class WorkerRequest:
 
 
 class ScriptedWorker:
-    """Executes steps; `fail_at[request id]` is the position whose computation fails for that request alone."""
+    """Executes steps; `fail_at[request id]` is the position whose computation fails for that request alone. With
+    `slow_grammars`, those are not ready at some lengths, once each."""
 
-    def __init__(self, block_size: int, fail_at: dict[str, int]) -> None:
-        self.block_size = block_size
+    def __init__(self, setup: Setup, fail_at: dict[str, int]) -> None:
+        self.block_size = setup.block_size
+        self.num_state_slots = setup.num_state_slots
+        self.slow_grammars = setup.slow_grammars
         self.fail_at = fail_at
         self.kv_cache: dict[tuple[int, int], int] = {}
+        self.states: dict[int, int] = {}
         self.requests: dict[str, WorkerRequest] = {}
 
     def execute(self, step: ExecuteStep) -> StepResult:
@@ -85,6 +93,7 @@ class ScriptedWorker:
             request = self.requests[new.request_id] = WorkerRequest(new)
             for token_id in new.token_ids:
                 request.append(token_id)
+        self.check_slots(step)
         sampled = [self.run(self.requests[item.request_id], item) for item in step.scheduled]
         drafts = [self.draft(self.requests[item.request_id], item.num_drafts) for item in step.drafts]
         return StepResult(rank=0, step_id=step.step_id, sampled=sampled, drafts=drafts)
@@ -108,9 +117,14 @@ class ScriptedWorker:
         for position in range(start, end):
             self.kv_cache[self.slot(request, position)] = prefixes[position]
         self.check_kv_cache(request, end - len(drafts))
+        if self.num_state_slots:
+            self.fold(request, item, prefixes)
         rows = self.prompt_logprobs(request, item)
         if end < len(request.token_ids):
             return SampledTokens(request_id=item.request_id, prompt_logprobs=rows)
+        if self.slow_grammars and request.new.params.grammar is not None and end % 3 and request.not_ready_at != end:
+            request.not_ready_at = end
+            return SampledTokens(request_id=item.request_id, error=ErrorInfo(type=NOT_READY, message="scripted"))
         sampled: list[int] = []
         for draft in [*drafts, None]:
             sampled.append(next_token(request.new.seed, request.prefixes[-1]))
@@ -118,6 +132,30 @@ class ScriptedWorker:
             if sampled[-1] != draft:
                 break
         return SampledTokens(request_id=item.request_id, token_ids=sampled, prompt_logprobs=rows)
+
+    def check_slots(self, step: ExecuteStep) -> None:
+        """The requests of a step may be computed in any order, or at once."""
+        owners: dict[int, str] = {}
+        for item in step.scheduled:
+            written = [slot for _, slot in item.state_writes]
+            assert len(set(written)) == len(written), "one slot for two tokens"
+            for slot in written:
+                assert owners.setdefault(slot, item.request_id) == item.request_id, "one slot of two requests"
+        for item in step.scheduled:
+            assert owners.get(item.state_read, item.request_id) == item.request_id, "read while another writes it"
+
+    def fold(self, request: WorkerRequest, item: ScheduledRequest, prefixes: list[int]) -> None:
+        start, writes = item.num_computed_tokens, dict(item.state_writes)
+        assert (item.state_read < 0) == (start == 0)
+        assert writes.keys() <= set(range(item.num_tokens))
+        state = 0 if item.state_read < 0 else self.states[item.state_read]
+        assert state == (prefixes[start - 1] if start else 0), f"state: {item.request_id} before position {start}"
+        token_ids = [*request.token_ids, *item.draft_token_ids]
+        for index in range(item.num_tokens):
+            state = extend(state, token_ids[start + index])
+            if index in writes:
+                assert 0 <= writes[index] < self.num_state_slots
+                self.states[writes[index]] = state
 
     def draft(self, request: WorkerRequest, count: int) -> list[int]:
         """As a draft model that is right three times out of four; it has nothing for a request that has failed."""
@@ -183,6 +221,8 @@ class Setup:
     max_prompt_tokens: int | None = None
     max_in_flight: int = 1
     speculative: SpeculativeConfig | None = None
+    num_state_slots: int = 0
+    slow_grammars: bool = False
 
     def scheduler(self) -> Scheduler:
         limits = {name: getattr(self, name) for name in Limits.__dataclass_fields__ if name != "max_draft_tokens"}
@@ -239,7 +279,7 @@ class Simulation:
         self.setup = setup
         self.tamper = tamper
         self.scheduler = setup.scheduler()
-        self.worker = ScriptedWorker(setup.block_size, workload.fail_at)
+        self.worker = ScriptedWorker(setup, workload.fail_at)
         self.in_flight: deque[tuple[ExecuteStep, StepResult]] = deque()
         self.outcomes = {spec.request_id: Outcome() for spec in workload.specs}
         self.steps: list[ExecuteStep] = []
@@ -267,7 +307,7 @@ class Simulation:
             if delta is not None:
                 self.outcomes[request_id].finish_reason = delta.finish_reason
         if tick in self.workload.restarts:
-            self.worker = ScriptedWorker(self.setup.block_size, self.workload.fail_at)
+            self.worker = ScriptedWorker(self.setup, self.workload.fail_at)
             self.in_flight.clear()
             self.scheduler.restart("killed")
         if tick in self.workload.resets:
@@ -364,17 +404,20 @@ def request_specs(draw: st.DrawFn, ordinal: int, longest_prompt: int) -> Request
 @st.composite
 def setups(draw: st.DrawFn) -> Setup:
     block_size = draw(st.sampled_from([1, 2, 4, 16]))
+    max_num_seqs = draw(st.sampled_from([1, 2, 3, 8]))
     return Setup(
         num_blocks=draw(st.integers(-(-6 // block_size), 40 // block_size + 3)),
         block_size=block_size,
         max_model_len=draw(st.integers(4, 40)),
-        max_num_seqs=draw(st.sampled_from([1, 2, 3, 8])),
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=draw(st.sampled_from([1, 2, 3, 7, 16, 64])),
         max_prompt_tokens=draw(st.sampled_from([None, None, 1, 2, 5, 64])),
         policy=draw(st.sampled_from(["fcfs", "priority"])),
         enable_prefix_caching=draw(st.booleans()),
         max_in_flight=draw(st.integers(1, 3)),
         speculative=draw(st.one_of(st.none(), speculative_configs)),
+        num_state_slots=draw(st.sampled_from([0, *(max_num_seqs + more for more in (0, 1, 2, 5, 20))])),
+        slow_grammars=draw(st.booleans()),
     )
 
 
@@ -457,6 +500,9 @@ SPECULATIVE = [
         {"max_in_flight": 3, "policy": "priority"},
         *[{"speculative": config, "max_in_flight": depth} for config in SPECULATIVE for depth in (1, 2)],
         {"speculative": SPECULATIVE[2], "num_blocks": 200},
+        *[{"num_state_slots": count, "slow_grammars": True, "max_in_flight": 2} for count in (8, 9, 12, 40)],
+        {"num_state_slots": 40, "speculative": SPECULATIVE[2], "max_in_flight": 2},
+        {"num_state_slots": 12, "block_size": 1, "num_blocks": 45, "speculative": SPECULATIVE[0]},
     ],
     ids=str,
 )
@@ -489,6 +535,59 @@ def test_drafts_are_kept_and_rejected_among_preemptions_and_prefix_hits(depth: i
     plain = Simulation(busy_workload(), small_setup(max_in_flight=depth))
     plain.run()
     assert stats.num_steps < plain.scheduler.stats().num_steps
+
+
+@pytest.mark.parametrize("num_spare", [0, 1, 4, 32])
+def test_requests_resume_where_a_snapshot_of_their_state_was_kept(num_spare: int) -> None:
+    """As many hits as without states where there is room for every snapshot, none where there is none."""
+    plain = Simulation(busy_workload(), small_setup())
+    plain.run()
+    simulation = Simulation(busy_workload(), small_setup(num_state_slots=8 + num_spare))
+    simulation.run()
+    stats, most = simulation.scheduler.stats(), plain.scheduler.stats()
+    assert stats.num_preemptions > 3
+    assert (stats.cached_prompt_tokens > 10) == (num_spare > 0)
+    assert stats.cached_prompt_tokens <= most.cached_prompt_tokens
+    if num_spare == 32:
+        assert stats.cached_prompt_tokens > 0.8 * most.cached_prompt_tokens
+
+
+@pytest.mark.parametrize("speculative", [None, SPECULATIVE[2]], ids=["plain", "drafts"])
+@pytest.mark.parametrize("num_state_slots", [3, 4, 7])
+def test_every_end_and_every_crash_of_few_requests_leaves_all_slots_free(
+    num_state_slots: int, speculative: SpeculativeConfig | None
+) -> None:
+    """One abort and one crash at every tick of a workload that preempts; invariants hold after each."""
+    prompts = [SHARED_PREFIX[:9], SHARED_PREFIX[:6], [*SHARED_PREFIX[:6], 4]]
+    specs = [
+        RequestSpec(
+            request_id=f"r{ordinal}",
+            prompt_token_ids=prompt,
+            params=SamplingSpec(max_tokens=6, grammar="start: /.*/" if ordinal == 1 else None),
+            seed=ordinal,
+            ordinal=ordinal,
+        )
+        for ordinal, prompt in enumerate(prompts)
+    ]
+    setup = small_setup(
+        num_blocks=8,
+        block_size=2,
+        max_num_seqs=3,
+        max_num_batched_tokens=5,
+        max_in_flight=2,
+        num_state_slots=num_state_slots,
+        slow_grammars=True,
+        speculative=speculative,
+    )
+    aborts: list[dict[str, int]] = [{}, *({f"r{index}": tick} for index in range(3) for tick in range(1, 14))]
+    preempted = 0
+    for aborted in aborts:
+        for crash in (frozenset[int](), *(frozenset([tick]) for tick in range(1, 14, 2))):
+            workload = Workload(specs, [0, 1, 2], aborted, fail_at={}, restarts=crash, resets=frozenset())
+            simulation = Simulation(workload, setup)
+            check_outcomes(workload, setup, simulation.run())
+            preempted += simulation.scheduler.stats().num_preemptions
+    assert preempted > 100
 
 
 def steps_digest() -> str:
@@ -545,6 +644,32 @@ def test_the_simulation_notices_rejected_drafts_counted_as_written(monkeypatch: 
     setup = small_setup(num_blocks=200, enable_prefix_caching=False, speculative=SPECULATIVE[2])
     simulation = Simulation(busy_workload(), setup)
     with pytest.raises(AssertionError):
+        simulation.run()
+
+
+def foreign_state(step: ExecuteStep) -> ExecuteStep:
+    """The last request of a step reads the first one's state."""
+    *others, last = step.scheduled
+    if not others or others[0].state_read < 0 or last.state_read < 0:
+        return step
+    return msgspec.structs.replace(
+        step, scheduled=[*others, msgspec.structs.replace(last, state_read=others[0].state_read)]
+    )
+
+
+def late_snapshot(step: ExecuteStep) -> ExecuteStep:
+    """A state that is kept before the last token is kept after it instead."""
+    scheduled = [
+        msgspec.structs.replace(item, state_writes=[(item.num_tokens - 1, slot) for _, slot in item.state_writes[:1]])
+        for item in step.scheduled
+    ]
+    return msgspec.structs.replace(step, scheduled=scheduled)
+
+
+@pytest.mark.parametrize("tamper", [foreign_state, late_snapshot])
+def test_the_simulation_notices_a_wrong_state(tamper: Callable[[ExecuteStep], ExecuteStep]) -> None:
+    simulation = Simulation(busy_workload(), small_setup(num_state_slots=40), tamper)
+    with pytest.raises((AssertionError, KeyError)):
         simulation.run()
 
 
