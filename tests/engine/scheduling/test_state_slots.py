@@ -139,6 +139,38 @@ def test_a_snapshot_is_found_only_after_the_step_that_wrote_it_has_returned() ->
     assert resumed_from(replica, PROMPT) == 8
 
 
+def test_the_result_of_one_chunk_says_nothing_of_the_next_ones_snapshot() -> None:
+    replica = Replica(8)
+    prompt = list(range(14))
+    request = replica.begin(prompt)
+    assert request is not None
+    replica.plan(request, 6)
+    replica.plan(request, 8)
+    replica.cache.commit(request, 6)
+    assert replica.slots.num_resumable_blocks(request.block_keys) == 1
+    replica.cache.commit(request, 14)
+    assert replica.slots.num_resumable_blocks(request.block_keys) == 3
+
+
+def test_a_snapshot_that_a_step_reads_is_not_overwritten_by_the_same_step() -> None:
+    replica = Replica(3)
+    former = replica.begin(PROMPT)
+    assert former is not None
+    replica.plan(former, 10)
+    replica.answer(former, [50], 10)
+    replica.end(former)
+    reader, writer = replica.begin(PROMPT), replica.begin([77, *PROMPT])
+    assert reader is not None
+    assert writer is not None
+    reads = replica.slots.plan(reader, 2, 0, keeps_last=False)
+    writes = replica.slots.plan(writer, 11, 0, keeps_last=False)
+    assert reads.read >= 0
+    assert reads.read not in dict(writes.writes).values()
+    replica.slots.end_step()
+    # the next step may
+    assert reads.read in dict(replica.slots.plan(writer, 5, 0, keeps_last=False).writes).values()
+
+
 def test_of_drafts_the_accepted_one_leaves_its_state_and_the_others_nothing() -> None:
     replica = Replica(8)
     request = replica.begin(PROMPT)

@@ -11,10 +11,12 @@ from planted_faults.positions import POSITIONS
 from planted_faults.sampling import SAMPLING
 from planted_faults.scheduling import SCHEDULING
 from planted_faults.speculation import SPECULATION
+from planted_faults.states import STATES
 
 FAULTS: tuple[Fault, ...] = (
     *SCHEDULING,
     *CACHE,
+    *STATES,
     *POSITIONS,
     *SPECULATION,
     *SAMPLING,

@@ -59,8 +59,8 @@ CACHE = (
         "step-in-flight-is-findable",
         "Blocks of a later chunk can be found as soon as it is planned, though its step may fail.",
         PLANNER,
-        "            step.add(request, num_new, block_table_start, block_ids, drafts)\n",
-        "            step.add(request, num_new, block_table_start, block_ids, drafts)\n"
+        "            step.add(request, num_new, block_table_start, block_ids, drafts, states)\n",
+        "            step.add(request, num_new, block_table_start, block_ids, drafts, states)\n"
         "            self.kv_cache.commit(request, min(start + num_new, len(request.token_ids)))\n",
         (f"{TESTS}::test_a_later_chunk_is_not_found_before_its_step_has_returned",),
     ),
@@ -68,8 +68,8 @@ CACHE = (
         "admission-in-flight-is-findable",
         "Blocks of a first chunk can be found as soon as it is planned, though its step may fail.",
         PLANNER,
-        "        step.add(request, num_new, 0, request.block_ids.copy())\n",
-        "        step.add(request, num_new, 0, request.block_ids.copy())\n"
+        "        step.add(request, num_new, 0, request.block_ids.copy(), [], self._plan_states(request, num_new))\n",
+        "        step.add(request, num_new, 0, request.block_ids.copy(), [], self._plan_states(request, num_new))\n"
         "        self.kv_cache.commit(request, num_cached + num_new)\n",
         (
             f"{TESTS}::test_a_block_is_not_found_before_its_step_has_returned",
