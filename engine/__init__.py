@@ -19,11 +19,20 @@ if TYPE_CHECKING:
     from sempre.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from sempre.engine.arguments import engine_config
     from sempre.engine.async_llm import AsyncLLM
+    from sempre.engine.frontend.beam_search import BeamSearchParams
     from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
     from sempre.engine.health import EngineHealth, WorkerHealth
     from sempre.engine.llm import LLM
     from sempre.engine.metrics import Counter, Gauge, Histogram, Metric
-    from sempre.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ScoringOutput
+    from sempre.engine.outputs import (
+        BeamSearchOutput,
+        BeamSearchSequence,
+        CompletionOutput,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+        ScoringOutput,
+    )
     from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
     from sempre.engine.structured_outputs import StructuredOutputsParams
     from sempre.ipc.config import EngineConfig
@@ -46,6 +55,9 @@ __all__ = [
     "LLM",
     "AsyncEngineArgs",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "ConfigError",
     "CoordinatorDied",
@@ -89,7 +101,16 @@ _NAMES_BY_MODULE = {
     "sempre.engine.health": ("EngineHealth", "WorkerHealth"),
     "sempre.engine.llm": ("LLM",),
     "sempre.engine.metrics": ("Counter", "Gauge", "Histogram", "Metric"),
-    "sempre.engine.outputs": ("CompletionOutput", "Logprob", "RequestMetrics", "RequestOutput", "ScoringOutput"),
+    "sempre.engine.outputs": (
+        "BeamSearchOutput",
+        "BeamSearchSequence",
+        "CompletionOutput",
+        "Logprob",
+        "RequestMetrics",
+        "RequestOutput",
+        "ScoringOutput",
+    ),
+    "sempre.engine.frontend.beam_search": ("BeamSearchParams",),
     "sempre.engine.frontend.prompts": ("PromptType", "TextPrompt", "TokensPrompt"),
     "sempre.engine.sampling_params": ("RequestOutputKind", "SamplingParams"),
     "sempre.engine.structured_outputs": ("StructuredOutputsParams",),

@@ -15,6 +15,7 @@ import msgspec
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import AsyncEngineClient, launch_async
 from sempre.engine.client.engine_process import ended_by
+from sempre.engine.frontend.beam_search import BeamSearches, BeamSearchParams
 from sempre.engine.frontend.engine_base import EngineBase
 from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, log_progress, worker_call
 from sempre.engine.frontend.output_processor import RequestState
@@ -26,7 +27,7 @@ from sempre.engine.frontend.session import check_refused
 from sempre.engine.health import EngineHealth, judge, unhealthy
 from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream
-from sempre.engine.outputs import RequestOutput
+from sempre.engine.outputs import BeamSearchOutput, RequestOutput
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.config import EngineConfig
@@ -163,6 +164,25 @@ class AsyncLLM(EngineBase):
         self._connected()
         params = self._or_default(sampling_params)
         return self._follow(self._frontend.builder.build_all(prompts, params, priority))
+
+    async def beam_search(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        params: BeamSearchParams,
+        *,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Return the most probable continuations of each prompt, like `LLM.beam_search`."""
+        search = self.beam_searches(prompts, params)
+        await search.run(self.stream, concurrency_limit)
+        return search.outputs(self._frontend.tokenizer)
+
+    def beam_searches(
+        self, prompts: PromptType | Sequence[PromptType], params: BeamSearchParams, given: SamplingParams | None = None
+    ) -> BeamSearches:
+        """Check the prompts of a search that the caller runs. Raises the errors of `beam_search`."""
+        self._connected()
+        return BeamSearches(self._frontend.builder, prompts, params, given=given)
 
     async def abort(self, request_id: str) -> None:
         """End a request: its generator yields a last output with finish_reason `abort`. Unknown ids are ignored."""

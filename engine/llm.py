@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from types import TracebackType
 from typing import Any, NamedTuple, Self, Unpack
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import launch
+from sempre.engine.frontend.beam_search import BeamSearches, BeamSearchParams
 from sempre.engine.frontend.engine_base import EngineBase
 from sempre.engine.frontend.engine_view import EngineView
 from sempre.engine.frontend.frontend import (
@@ -22,12 +23,12 @@ from sempre.engine.frontend.frontend import (
     worker_call,
 )
 from sempre.engine.frontend.output_processor import RequestState
-from sempre.engine.frontend.progress import GenerationProgress, StartupNotice, UseTqdm
+from sempre.engine.frontend.progress import GenerationProgress, StartupNotice, UseTqdm, search_progress
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import Session
 from sempre.engine.metrics import Metric
-from sempre.engine.outputs import RequestOutput, ScoringOutput
+from sempre.engine.outputs import BeamSearchOutput, RequestOutput, ScoringOutput
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.messages import ContentFormat
 from sempre.engine.vllm_settings import refuse_values
@@ -136,6 +137,30 @@ class LLM(EngineBase):
         )
         params = self._or_default(sampling_params)
         return self._complete(prompts, params, priority, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        params: BeamSearchParams,
+        lora_request: object = None,
+        use_tqdm: UseTqdm = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """Return the most probable continuations of each prompt, `beam_width` of them, best first.
+
+        At most `concurrency_limit` prompts are searched at a time. Raises the errors of `generate`, also when a request
+        fails while it runs.
+        """
+        self._check_open()
+        refuse_values(lora_request=lora_request)
+        with self._session.exclusive():
+            search = BeamSearches(self._frontend.builder, prompts, params)
+        rounds, outputs = search.rounds(concurrency_limit), None
+        with search_progress(use_tqdm, len(search.searches)) as show, suppress(StopIteration):
+            while True:
+                outputs = self._complete(rounds.send(outputs), search.params, None, use_tqdm=False)
+                show(search.num_finished)
+        return search.outputs(self._frontend.tokenizer)
 
     def enqueue(
         self,

@@ -57,6 +57,13 @@ class OutputStream:
             self._sleep = asyncio.get_running_loop().create_future()
             await self._sleep
 
+    async def finished(self) -> list[RequestOutput]:
+        """Wait for the last output of each request, in the order of the prompts. Raises the errors of `next`."""
+        last: dict[str, RequestOutput] = {}
+        while outputs := await self.next():
+            last.update((output.request_id, output) for output in outputs)
+        return [last[state.request_id] for state in self._states]
+
     def close(self) -> None:
         """Abort the unfinished requests; can be called twice."""
         if not self._closed:

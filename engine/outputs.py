@@ -94,6 +94,41 @@ class RequestOutput:
 
 
 @dataclass(slots=True)
+class BeamSearchSequence:
+    """One beam, prompt included."""
+
+    lora_request: ClassVar[None] = None
+
+    tokens: list[int]
+    """Prompt and output; without the end token, unless `include_stop_str_in_output`."""
+    logprobs: list[dict[int, Logprob]]
+    """Per output token, also for an end token that is left out: those that were compared."""
+    cum_logprob: float
+    """Sum of the log-probabilities of the output, end token included, added in order."""
+    text: str
+    """Prompt and output."""
+    finish_reason: str
+    """`stop` or `length`."""
+    stop_reason: int | None = None
+    """The end token."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The best beams of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
 class ScoringOutput:
     """How probable the model finds a given prompt."""
 

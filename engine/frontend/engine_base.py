@@ -28,9 +28,6 @@ _INSTEAD = {
     "apply_model": (
         "Functions are never sent to another process; call a method of the workers by its name: collective_rpc(…)."
     ),
-    "beam_search": (
-        "Ask for samples, SamplingParams(n=…, logprobs=0), and keep the one with the highest cumulative_logprob."
-    ),
     "check_and_raise_dead_error": _HEALTH,
     "classify": _TEXT_ALONE,
     "dead_error": _HEALTH,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -26,9 +27,7 @@ class GenerationProgress:
         self._num_output_tokens = 0
         if use_tqdm is False:
             return
-        self._bar = (_tqdm() if use_tqdm is True else use_tqdm)(
-            total=num_sequences, desc="Processed prompts", dynamic_ncols=True, postfix=_speeds(0.0, 0.0)
-        )
+        self._bar = _bar(use_tqdm, num_sequences, postfix=_speeds(0.0, 0.0))
 
     def finish(self, output: RequestOutput) -> None:
         """Count a finished request."""
@@ -47,11 +46,24 @@ class GenerationProgress:
             self._bar.close()
 
 
-def _tqdm() -> Callable[..., Any]:
+@contextmanager
+def search_progress(use_tqdm: UseTqdm, num_prompts: int) -> Iterator[Callable[[int], object]]:
+    """A bar of a beam search; yields what is called with the number of prompts done so far."""
+    if use_tqdm is False:
+        yield lambda num_done: None
+        return
+    bar = _bar(use_tqdm, num_prompts)
+    try:
+        yield lambda num_done: bar.update(num_done - bar.n)
+    finally:
+        bar.close()
+
+
+def _bar(use_tqdm: UseTqdm, total: int, **keywords: Any) -> Any:
     from tqdm import tqdm
 
-    make: Callable[..., Any] = tqdm
-    return make
+    make: Callable[..., Any] = tqdm if use_tqdm is True else use_tqdm  # type: ignore[assignment]
+    return make(total=total, desc="Processed prompts", dynamic_ncols=True, **keywords)
 
 
 def _speeds(input_speed: float, output_speed: float) -> str:

@@ -77,7 +77,7 @@ class RequestBuilder:
     ) -> None:
         """`is_in_use(id, n)`: whether an unfinished request has this id, or a sequence has one of its `n` ids."""
         self._tokenizer = tokenizer
-        self._limits = limits
+        self.limits = limits
         self._specs = SpecBuilder(tokenizer, limits)
         self._is_in_use = is_in_use
         self._seed_counts = SeedCounts()
@@ -133,7 +133,7 @@ class RequestBuilder:
             text, given_ids, cache_salt = parse_prompt(prompt)
             parameters = self._parameters(params)
             token_ids = self._prompt_token_ids(text, given_ids, parameters.params)
-            max_tokens = self._limits.max_tokens(parameters.params, len(token_ids))
+            max_tokens = self.limits.max_tokens(parameters.params, len(token_ids))
             _check_priority(priority)
             _check_text("cache_salt", cache_salt)
             _check_text("request_id", request_id)
@@ -160,7 +160,7 @@ class RequestBuilder:
             as_shared = spec.grammar is request.parameters.spec.grammar and spec.reasoning is None
             distribution = request.parameters.distribution if as_shared else distribution_digest(spec)
             digest = request_digest(distribution, request.token_ids)
-            seed = derive_request_seed(self._limits.engine_seed, digest, self._seed_counts.count(digest))
+            seed = derive_request_seed(self.limits.engine_seed, digest, self._seed_counts.count(digest))
         else:
             seed = params.seed
         name = self._free_name(params.n) if request.request_id is None else request.request_id
@@ -210,7 +210,7 @@ class RequestBuilder:
         return self._checked
 
     def _prompt_token_ids(self, text: str | None, given: Sequence[int] | None, params: SamplingParams) -> list[int]:
-        most = self._limits.max_prompt_tokens(params)
+        most = self.limits.max_prompt_tokens(params)
         if given is not None:
             token_ids = self._specs.checked_ids("prompt_token_ids", given)
             return token_ids if most is None else cut(token_ids, token_ids, most, params.truncation_side)

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sempre.engine.outputs import CompletionOutput, RequestOutput
+from sempre.engine.server.beams import beam_parameters
 from sempre.engine.server.body import read_model
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.load import load_header
@@ -42,7 +43,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     service.check_ready()
     check_model(request.model, service.model_names)
     apply_server_defaults(request, service.config)
-    params = chat_parameters(request, service.engine.get_default_sampling_params(), service.config)
+    params = chat_parameters(request, service.default_parameters(request), service.config)
     plan = ChatPlan.of(request, service.config)
     prompt = await render(
         service,
@@ -56,6 +57,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         tools=plan.template_tools,
     )
     params = dataclasses.replace(params, structured_outputs=plan.form)
+    search = beam_parameters(request, params)
     if request.cache_salt is not None:
         prompt["cache_salt"] = request.cache_salt
     if request.truncate_prompt_tokens is None:
@@ -63,7 +65,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     with blame_on(request):
         await check_form(params, service, http)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
-        generation = Generation(service, service.open([prompt], params, request.priority), span)
+        generation = Generation(service, service.open([prompt], params, request.priority, search), span)
     http.state.generation = generation
     response_id = f"chatcmpl-{id_of(request, http)}"
     with ExitStack() as stack:

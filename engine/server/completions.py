@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sempre.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from sempre.engine.server.beams import beam_parameters
 from sempre.engine.server.body import read_model
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.load import load_header
@@ -29,12 +30,13 @@ async def create_completion(service: Service, http: Request) -> Response:
     service.check_ready()
     check_model(request.model, service.model_names)
     apply_server_defaults(request, service.config)
-    params = completion_parameters(request, service.engine.get_default_sampling_params(), service.config)
+    params = completion_parameters(request, service.default_parameters(request), service.config)
+    search = beam_parameters(request, params)
     prompts = await prompts_of(request, service, http)
     with blame_on(request):
         await check_form(params, service, http)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
-        generation = Generation(service, service.open(prompts, params, request.priority), span)
+        generation = Generation(service, service.open(prompts, params, request.priority, search), span)
     http.state.generation = generation
     with ExitStack() as stack:
         stack.enter_context(generation)

@@ -18,6 +18,7 @@ from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.server.beams import BeamStream
 from sempre.engine.server.errors import ClientGone, api_error
 from sempre.engine.server.responses import PromptTokensDetails, Usage
 from sempre.engine.server.service import Service
@@ -39,7 +40,7 @@ _DEFAULTS = SamplingParams()
 class Generation:
     """An admitted request. Use as a context manager, which cleans up the request however it ends."""
 
-    def __init__(self, service: Service, stream: OutputStream, span: RequestSpan) -> None:
+    def __init__(self, service: Service, stream: OutputStream | BeamStream, span: RequestSpan) -> None:
         self.stream = stream
         self.requests = stream.requests
         self.num_cached = [0] * len(self.requests)

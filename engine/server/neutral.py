@@ -43,8 +43,6 @@ _GENERATION = {
     "prompt_cache_key": Neutral(str),
     "prompt_cache_retention": Neutral(str),
     "best_of": Neutral(int, (1,)),
-    "use_beam_search": Neutral(bool, (False,)),
-    "length_penalty": Neutral(float, (1.0,)),
     "early_stopping": Neutral(bool, (False,)),
     "spaces_between_special_tokens": Neutral(bool, (True,)),
     "logits_processors": Neutral(list[Any], ([],)),

@@ -127,6 +127,10 @@ def _common(request: GenerationRequest, config: ServerConfig) -> dict[str, Any]:
         raise BadRequest(f"n must be at most {config.max_n} (--max-n), got {request.n}.", param="n")
     given = {name: getattr(request, name) for name in _SAME_NAME}
     changes = {name: value for name, value in given.items() if value is not None}
+    if request.use_beam_search:
+        del changes["n"]  # the width of the search
+    elif request.length_penalty != 1.0:
+        raise BadRequest("length_penalty needs use_beam_search to be true.", param="length_penalty")
     changes["output_kind"] = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
     return changes
 

@@ -64,6 +64,8 @@ class GenerationRequest(Struct, kw_only=True):
     logit_bias: Annotated[dict[str, float] | None, _doc("token id → number within ±100")] = None
 
     top_k: Annotated[int, Meta(ge=-1)] | None = None
+    use_beam_search: Annotated[bool, _doc("return the n most probable outputs instead of samples")] = False
+    length_penalty: Annotated[float, _doc("of a beam search: exponent of the length that divides a score")] = 1.0
     min_p: Share | None = None
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
     stop_token_ids: list[TokenId] | None = None

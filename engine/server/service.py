@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from sempre.engine.async_llm import AsyncLLM
+from sempre.engine.frontend.beam_search import BeamSearchParams
 from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.admission import Admission
+from sempre.engine.server.beams import BeamStream
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import BadRequest, Busy
 from sempre.engine.server.limits import MAX_VALUES, check_copies
 from sempre.engine.server.metrics import ServerMetrics
 from sempre.engine.server.offload import Offload
+from sempre.engine.server.requests import GenerationRequest
 from sempre.ipc.errors import too_long, too_many_characters
 
 _STARTING_RETRY_S = 5
@@ -37,7 +40,7 @@ class Service:
         self.admission = Admission(max_queued=config.max_num_queued_reqs)
         self.metrics = ServerMetrics(self.model_names[0])
         self.offload = Offload()
-        self._streams: dict[int, OutputStream] = {}
+        self._streams: dict[int, OutputStream | BeamStream] = {}
 
     @property
     def num_requests(self) -> int:
@@ -78,25 +81,40 @@ class Service:
         if len(text) > limit * tokenizer.longest_token * _SLACK:
             raise BadRequest(too_many_characters(len(text), limit), param="prompt")
 
+    def default_parameters(self, request: GenerationRequest) -> SamplingParams:
+        """What applies where the request says nothing; the model's defaults are for sampling."""
+        return SamplingParams() if request.use_beam_search else self.engine.get_default_sampling_params()
+
     def open(
-        self, prompts: Sequence[PromptType], params: SamplingParams | list[SamplingParams], priority: int
-    ) -> OutputStream:
-        """Admit prompts and start them; `close` must follow. Raises APIError, RequestError, EngineDeadError."""
+        self,
+        prompts: Sequence[PromptType],
+        params: SamplingParams | list[SamplingParams],
+        priority: int,
+        search: BeamSearchParams | None = None,
+    ) -> OutputStream | BeamStream:
+        """Admit prompts and start them; `close` must follow. Raises APIError, RequestError, EngineDeadError.
+
+        With `search`, `params` are those of its response.
+        """
         self.check_ready()
         each = params if isinstance(params, list) else [params] * len(prompts)
-        num_sequences = sum(prompt_params.n for prompt_params in each)
+        num_sequences = sum(prompt_params.n if search is None else search.beam_width for prompt_params in each)
         for prompt_params in each:
             check_copies(prompt_params, num_sequences)
         self.admission.admit(num_sequences)
         try:
-            stream = self.engine.stream(list(prompts), params, priority=priority)
+            stream: OutputStream | BeamStream
+            if search is None:
+                stream = self.engine.stream(list(prompts), params, priority=priority)
+            else:
+                stream = BeamStream(self.engine, list(prompts), search, each[0], priority)
         except BaseException:
             self.admission.release(num_sequences)
             raise
         self._streams[id(stream)] = stream
         return stream
 
-    def close(self, stream: OutputStream) -> None:
+    def close(self, stream: OutputStream | BeamStream) -> None:
         """Abort the unfinished requests of a stream, and release its admission."""
         if self._streams.pop(id(stream), None) is not None:
             self.admission.release(stream.num_sequences)

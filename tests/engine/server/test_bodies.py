@@ -156,10 +156,8 @@ def test_neutral_values_have_no_effect(model: type[Any], base: dict[str, Any]) -
     [
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
-        ({"use_beam_search": True}, "use_beam_search"),
         ({"logits_processors": ["x"]}, "logits_processors"),
         ({"guided_json": {}}, "guided_json"),
-        ({"length_penalty": 2}, "length_penalty"),
         ({"n": 0}, "n"),
         ({"top_p": 1.5}, "top_p"),
         ({"temperature": -0.1}, "temperature"),

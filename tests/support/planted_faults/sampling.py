@@ -197,4 +197,20 @@ SAMPLING = (
         "        if len(states) != len(self._batch.states):",
         (f"{SAMPLER_TESTS}::test_each_row_alone_equals_the_row_in_a_mixed_batch",),
     ),
+    Fault(
+        "beams-ordered-by-parent-first",
+        "Continuations of equal score are ordered by their beam, then by token.",
+        "engine/frontend/beam_search.py",
+        "    token_id: int\n    parent: int\n",
+        "    parent: int\n    token_id: int\n",
+        ("tests/engine/test_beam_search.py::test_equal_scores_are_ordered_by_token_and_parent",),
+    ),
+    Fault(
+        "complete-beam-takes-a-place",
+        "A beam that has ended counts among those that go on.",
+        "engine/frontend/beam_search.py",
+        "elif len(live) < width:",
+        "elif len(live) + len(self._complete) < width:",
+        ("tests/engine/test_beam_search.py::test_a_complete_beam_takes_no_place_among_the_live_ones",),
+    ),
 )
