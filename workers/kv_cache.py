@@ -5,26 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import KvCache, allocate_kv_cache
+from sempre.workers.models.config import LayerKv
 from sempre.workers.tensor_source import CPU, tensor_bytes
 
 # share of the free memory that the caches of all workers of a host may claim
 MEMORY_SHARE = 0.4
-
-
-class LayerKv(NamedTuple):
-    """The keys and values of one layer."""
-
-    num_kv_heads: int
-    head_dim: int
-    source: int | None = None
-    """the layer whose keys and values it reads, which is another one of these heads; None: its own"""
 
 
 def block_bytes(layers: Sequence[LayerKv], block_size: int, dtype: torch.dtype) -> int:

@@ -20,12 +20,13 @@ import torch
 from sempre.ipc.errors import InvarianceError
 from sempre.kernels.attention import AttentionWorkspace, PagedBatch
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
-from sempre.workers.kv_cache import LayerKv, PagedKvCache
+from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.layers.module import Module, Scratch, allocate, sharing
 from sempre.workers.loading import WeightFacts
 from sempre.workers.models.base import CausalLM
+from sempre.workers.models.config import LayerKv
 from sempre.workers.steps import OutputRows, StepInput, row_places
 from sempre.workers.tensor_source import CPU
 

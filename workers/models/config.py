@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from sempre.kernels.rope import RopeSpec
 from sempre.kernels.states import StateShape
 from sempre.workers.config_fields import ConfigFields
-from sempre.workers.kv_cache import LayerKv
 from sempre.workers.models.rope_config import rope_of
 from sempre.workers.quantization.config import QuantizationSpec, parse_quantization
 
@@ -31,6 +30,15 @@ MAX_EOS_TOKENS = 1024
 
 # rows of activations are processed in vectors of this many elements
 WIDTH_MULTIPLE = 16
+
+
+class LayerKv(NamedTuple):
+    """The keys and values of one layer."""
+
+    num_kv_heads: int
+    head_dim: int
+    source: int | None = None
+    """the layer whose keys and values it reads, which is another one of these heads; None: its own"""
 
 
 class BiasRule(Enum):
