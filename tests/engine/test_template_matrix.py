@@ -1,4 +1,4 @@
-"""Prompts of twenty families' templates equal those of transformers, which is given each message in the family's form.
+"""Prompts of twenty-four families' templates equal those of transformers, which is given each message in the family's form.
 
 The table says what each template reads, as a person finds it by reading; the engine finds it by itself.
 """
@@ -48,13 +48,17 @@ FAMILIES = {
     "minimax-m2": Reads(parts="suat", reasoning="reasoning_content"),
     "mistral-nemo": Reads(),
     "mistral-small": Reads(parts="ua"),
+    "mixtral": Reads(arguments="none", missing=""),
+    "olmo-2": Reads(arguments="none", missing=""),
     "parts-only": Reads(arguments="none", parts="suat", text=False),
     "phi-3.5": Reads(arguments="none", missing=""),
+    "phi-4": Reads(arguments="none", missing=""),
     "qwen2.5": Reads(),
     "qwen3": Reads(missing="", reasoning="reasoning_content"),
     "qwen3-coder": Reads(),
     "qwq": Reads(missing=""),
     "seed-oss": Reads(reasoning="reasoning_content"),
+    "smollm3": Reads(arguments="none", missing=""),
 }
 TOOLS = [
     {
