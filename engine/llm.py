@@ -79,17 +79,17 @@ class LLM(EngineBase):
         *,
         use_tqdm: UseTqdm = True,
         lora_request: object = None,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; return outputs in the order of `prompts`.
 
-        Without parameters, the model's defaults apply; a list holds one per prompt, and so does `priority`
-        (lower is sooner, under scheduling_policy="priority"). `lora_request`, `tokenization_kwargs` and
-        `mm_processor_kwargs` must be empty. All prompts are checked before anything is computed. A request that
-        fails later ends with finish_reason `error` and its text in `outputs[i].error`; the others continue. Ctrl-C
-        aborts the running requests and leaves the engine usable.
+        Without parameters, the model's defaults apply; a list holds one per prompt. `priority` is one number for all
+        prompts or one each (lower is sooner, under scheduling_policy="priority"). `lora_request`,
+        `tokenization_kwargs` and `mm_processor_kwargs` must be empty. All prompts are checked before anything is
+        computed. A request that fails later ends with finish_reason `error` and its text in `outputs[i].error`; the
+        others continue. Ctrl-C aborts the running requests and leaves the engine usable.
 
         Raises RequestError (a ValueError) for a refused prompt or parameter, EngineDeadError when the engine died.
         """
@@ -106,7 +106,7 @@ class LLM(EngineBase):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: UseTqdm = True,
         lora_request: object = None,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -167,7 +167,7 @@ class LLM(EngineBase):
         prompts: PromptType | Sequence[PromptType],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
         **without_effect: object,
     ) -> list[str]:
         """Start each prompt and return the request ids at once; `wait_for_completion` returns the outputs.
@@ -189,7 +189,7 @@ class LLM(EngineBase):
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        priority: Sequence[int] | None = None,
+        priority: int | Sequence[int] | None = None,
         **template: Any,
     ) -> list[str]:
         """Like `enqueue`, for conversations; also takes the template keywords of `chat`."""
@@ -281,7 +281,7 @@ class LLM(EngineBase):
         self,
         prompts: PromptType | Sequence[PromptType],
         params: SamplingParams | Sequence[SamplingParams],
-        priority: Sequence[int] | None,
+        priority: int | Sequence[int] | None,
         use_tqdm: UseTqdm,
     ) -> list[RequestOutput]:
         with self._session.exclusive():

@@ -47,7 +47,7 @@ class CompletionOutput:
     cumulative_logprob: float | None
     """Sum of the sampled tokens' log-probabilities; None unless `logprobs` were asked for."""
     logprobs: list[dict[int, Logprob]] | None
-    """Per token: the sampled token first, then the k best, then those of `logprob_token_ids`."""
+    """Per token: the sampled token first, then the k best or those of `logprob_token_ids`."""
     finish_reason: str | None = None
     """`stop`, `length`, `abort`, `error`, or None while unfinished."""
     stop_reason: int | str | None = None

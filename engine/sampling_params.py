@@ -112,7 +112,9 @@ class SamplingParams:
     prompt_logprobs: Annotated[int | None, doc("the same for every prompt token")] = None
     prompt_logprob_token_ids: InitVar[Any] = None
     prompt_logprob_start: InitVar[Any] = None
-    logprob_token_ids: Annotated[list[int] | None, doc("report the log-probabilities of these ids as well")] = None
+    logprob_token_ids: Annotated[
+        list[int] | None, doc("report the log-probabilities of these ids instead of the k best")
+    ] = None
     flat_logprobs: InitVar[Any] = False
     detokenize: Annotated[bool, doc("produce text; without it, token ids only")] = True
     skip_special_tokens: Annotated[bool, doc("leave special tokens out of the text")] = True
@@ -128,7 +130,9 @@ class SamplingParams:
     extra_args: InitVar[Any] = None
     bad_words: Annotated[list[str] | None, doc("words that may not be generated")] = None
     skip_reading_prefix_cache: InitVar[Any] = None
-    thinking_token_budget: Annotated[int | None, doc("after this many tokens of reasoning, </think> is forced")] = None
+    thinking_token_budget: Annotated[
+        int | None, doc("after this many tokens of reasoning, </think> is forced; -1 is no limit")
+    ] = None
     repetition_detection: InitVar[Any] = None
     truncate_prompt_tokens: Annotated[
         int | None, doc("prompt tokens to keep; -1: as many as the context has room for")
@@ -235,9 +239,9 @@ class SamplingParams:
             )
         if self.thinking_token_budget is not None:
             budget = integer("thinking_token_budget", self.thinking_token_budget)
-            if budget < 0:
-                raise refusal("thinking_token_budget", budget, f"must be non-negative, got {budget}.")
-            self.thinking_token_budget = budget
+            if budget < -1:
+                raise refusal("thinking_token_budget", budget, f"must be non-negative, or -1, got {shown(budget)}.")
+            self.thinking_token_budget = None if budget == -1 else budget
         if self.truncate_prompt_tokens is not None:
             most = integer("truncate_prompt_tokens", self.truncate_prompt_tokens)
             if most < -1 or most == 0:
@@ -255,7 +259,8 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None:
                 continue
-            value = integer(name, value)
+            # as in vLLM, True asks for one
+            value = 1 if value is True else integer(name, value)
             if value < -1:
                 raise refusal(name, value, f"must be non-negative or -1, got {shown(value)}.")
             setattr(self, name, value)
@@ -284,14 +289,15 @@ class SamplingParams:
                 parameter="stop",
                 value=self.stop,
             )
-        self.stop, self.stop_token_ids = stop, token_ids("stop_token_ids", self.stop_token_ids or [])
+        self.stop = stop
+        self.stop_token_ids = list(dict.fromkeys(token_ids("stop_token_ids", self.stop_token_ids or [])))
 
     def _normalise_token_rules(self) -> None:
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = token_ids("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
                 raise refusal("allowed_token_ids", [], "is not None and empty!")
-        words = strings("bad_words", self.bad_words)
+        words = list(dict.fromkeys(strings("bad_words", self.bad_words)))
         if "" in words:
             raise refusal("bad_words", self.bad_words, "cannot contain an empty string. Remove it.")
         if len(words) > MAX_BAD_WORDS:

@@ -92,8 +92,9 @@ class StructuredOutputsParams:
             )
         given = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
+            several = "You can only use one kind of constraints for structured outputs. " if given else ""
             raise ConfigError(
-                f"structured_outputs: expected exactly one of {', '.join(CONSTRAINTS)}, "
+                f"structured_outputs: {several}Expected exactly one of {', '.join(CONSTRAINTS)}, "
                 f"found {' and '.join(given) or 'none'}.",
                 parameter="structured_outputs",
                 value=given,

@@ -200,7 +200,8 @@ def too_long(num_prompt_tokens: int, max_model_len: int) -> str:
     """A prompt that leaves no room for an output."""
     return (
         f"{_limit(max_model_len)} {_prompt(num_prompt_tokens)} is longer than the maximum model length of "
-        f"{max_model_len}. Shorten the prompt or raise max_model_len."
+        f"{max_model_len}. Make sure that `max_model_len` is no smaller than the number of text tokens (prompt + "
+        "requested output tokens). Please reduce the length of the prompt or raise max_model_len."
     )
 
 

@@ -74,6 +74,7 @@ class EngineView:
     def __init__(self, frontend: Frontend, ready: EngineReady) -> None:
         config: EngineConfig = frontend.config
         self._tokenizer = frontend.tokenizer
+        self._processor = frontend.processor
         self.model_config = ModelView(
             model=config.model,
             served_model_name=frontend.served_model_name,
@@ -108,6 +109,14 @@ class EngineView:
         """Return the tokenizer in use."""
         return self._tokenizer
 
+    def get_num_unfinished_requests(self) -> int:
+        """Return the number of requests that have not ended."""
+        return self._processor.num_unfinished
+
+    def has_unfinished_requests(self) -> bool:
+        """Return whether any request has not ended."""
+        return self._processor.num_unfinished > 0
+
     def get_model_config(self) -> ModelView:
         """Return `model_config`."""
         return self.model_config
@@ -117,8 +126,8 @@ class EngineView:
         def __getattr__(self, name: str) -> Any:
             raise AttributeError(
                 f"llm_engine has no {name!r} here: it has settings (model_config, cache_config, scheduler_config, "
-                "parallel_config, get_tokenizer()). Everything else is a method of LLM: collective_rpc, get_metrics, "
-                "reset_prefix_cache, shutdown."
+                "parallel_config, get_tokenizer()) and the number of unfinished requests. Everything else is a method "
+                "of LLM: collective_rpc, get_metrics, reset_prefix_cache, shutdown."
             )
 
 

@@ -43,11 +43,14 @@ logger = logging.getLogger(__name__)
 # generation_config.json's name → ours
 _GENERATION_FIELDS = {
     "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
     "min_p": "min_p",
     "max_new_tokens": "max_tokens",
+    "skip_special_tokens": "skip_special_tokens",
 }
 _MOST_NAMES = 16
 """maximum variables checked per conversation"""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sempre.engine.parameter_checks import shown
 from sempre.engine.sampling_params import SamplingParams
 from sempre.ipc.errors import RequestError, too_long, too_long_for_cache
 
@@ -47,8 +48,9 @@ class RequestLimits:
             )
         if params.min_tokens > room:
             raise RequestError(
-                f"min_tokens={params.min_tokens} does not fit after the prompt (length {num_prompt_tokens}): "
-                f"the maximum model length is {self.max_model_len}.",
+                f"min_tokens must be less than or equal to max_tokens={room}, got {shown(params.min_tokens)}: the "
+                f"prompt (length {num_prompt_tokens}) leaves no more of the maximum model length of "
+                f"{self.max_model_len}.",
                 parameter="min_tokens",
                 value=params.min_tokens,
             )

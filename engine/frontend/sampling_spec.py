@@ -60,8 +60,8 @@ class SpecBuilder:
             bad_words_token_ids=self._bad_words(params.bad_words or []),
             eos_token_ids=[] if params.ignore_eos else self._limits.eos_token_ids,
             stop_token_ids=self.checked_ids("stop_token_ids", params.stop_token_ids or []),
-            # listed ids are reported in addition to the sampled token
-            logprobs=0 if params.logprobs is None and listed else self._most(params.logprobs),
+            # listed ids are reported with the sampled token, instead of the best
+            logprobs=0 if listed else self._most(params.logprobs),
             prompt_logprobs=self._most(params.prompt_logprobs),
             grammar=self._grammar(params),
             logprob_token_ids=self.checked_ids("logprob_token_ids", listed or []),

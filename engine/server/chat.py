@@ -208,8 +208,7 @@ class _Answer:
         return chat_logprobs(
             choice.token_ids,
             choice.logprobs or [],
-            num_top=self._request.top_logprobs or 0,
-            listed=self._request.logprob_token_ids or (),
+            num_top=-1 if self._request.logprob_token_ids else self._request.top_logprobs or 0,
             tokenizer=self._tokenizer,
             as_token_ids=self._request.return_tokens_as_token_ids,
         )

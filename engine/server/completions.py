@@ -61,7 +61,8 @@ class _Answer:
         self._created = int(time.time())
         self._model = request.model or service.model_names[0]
         self._fingerprint = service.engine.fingerprint
-        self._skipped: Collection[int] = self._tokenizer.special_texts if request.skip_special_tokens else ()
+        self._skips_special = generation.requests[0].params.skip_special_tokens
+        self._skipped: Collection[int] = self._tokenizer.special_texts if self._skips_special else ()
         self._writers: dict[int, CompletionLogprobsWriter] = {}
         self._begun: set[int] = set()
         self._prompt_rows: dict[int, list[dict[int, Logprob] | None]] = {}
@@ -155,7 +156,7 @@ class _Answer:
         """Return the prompt's text; a last character that the output completes belongs to the output."""
         if output.prompt is not None:
             return output.prompt
-        skip = self._request.skip_special_tokens
+        skip = self._skips_special
         if self._request.max_tokens == 0:
             return self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=skip)
         return finished_text(self._tokenizer, output.prompt_token_ids, skip_special_tokens=skip)

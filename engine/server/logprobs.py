@@ -6,7 +6,8 @@ probability 0 gets FLOOR.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from sempre.engine.outputs import Logprob
 from sempre.engine.server.responses import (
@@ -89,16 +90,13 @@ def chat_logprobs(
     num_top: int,
     tokenizer: Tokenizer,
     as_token_ids: bool,
-    listed: Collection[int] = (),
 ) -> ChatLogprobs:
-    """Return each token with its `num_top` (-1: all) most probable alternatives, which may include itself, and the
-    `listed` tokens, ordered by rank."""
+    """Return each token with its `num_top` (-1: all reported) most probable alternatives, which may include itself,
+    ordered by rank."""
     content = []
     for token_id, row in zip(token_ids, rows, strict=True):
-        most = len(row) if num_top == -1 else num_top
-        best = sorted(
-            (entry.rank or 0, other) for other, entry in row.items() if (entry.rank or 0) <= most or other in listed
-        )
+        most = math.inf if num_top == -1 else num_top
+        best = sorted((entry.rank or 0, other) for other, entry in row.items() if (entry.rank or 0) <= most)
         top = [ChatTopLogprob(*_chat_token(other, row[other], tokenizer, as_token_ids)) for _, other in best]
         content.append(ChatTokenLogprob(*_chat_token(token_id, row[token_id], tokenizer, as_token_ids), top))
     return ChatLogprobs(content)

@@ -69,6 +69,11 @@ def completion_parameters(request: CompletionRequest, defaults: SamplingParams, 
     if request.max_tokens == 0:
         if not request.echo:
             raise BadRequest("max_tokens must be at least 1, got 0; 0 is for echo only.", param="max_tokens")
+        if request.logprob_token_ids:
+            raise BadRequest(
+                "logprob_token_ids needs max_tokens of at least 1: no output tokens are generated.",
+                param="logprob_token_ids",
+            )
         # Only the prompt is wanted; the one token that must be sampled is not reported.
         changes["max_tokens"] = 1
     elif request.max_tokens is not None:

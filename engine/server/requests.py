@@ -72,11 +72,13 @@ class GenerationRequest(Struct, kw_only=True):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: Count = 0
-    skip_special_tokens: bool = True
+    skip_special_tokens: Annotated[bool | None, _doc("default: the model's own, or true")] = None
     allowed_token_ids: list[TokenId] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: Logprobs | None = None
-    thinking_token_budget: Annotated[Count | None, _doc("tokens of reasoning after which </think> is forced")] = None
+    thinking_token_budget: Annotated[
+        Annotated[int, Meta(ge=-1)] | None, _doc("tokens of reasoning after which </think> is forced; -1: no limit")
+    ] = None
     add_special_tokens: Annotated[bool | None, _doc("whether the tokenizer adds its own (bos) to text")] = None
     priority: Annotated[
         int, Meta(ge=-(2**31), lt=2**31, description="lower is sooner, with --scheduling-policy priority")
@@ -90,7 +92,9 @@ class GenerationRequest(Struct, kw_only=True):
         _doc("prompt tokens to keep; -1: as many as the context holds"),
     ] = None
     truncation_side: Annotated[Literal["left", "right"] | None, _doc("where the prompt is cut; default: left")] = None
-    logprob_token_ids: Annotated[list[TokenId] | None, _doc("report the log-probabilities of these ids as well")] = None
+    logprob_token_ids: Annotated[
+        list[TokenId] | None, _doc("report the log-probabilities of these ids instead of the best")
+    ] = None
     return_token_ids: Annotated[bool, _doc("report token ids in addition to the text")] = False
     return_tokens_as_token_ids: Annotated[bool, _doc("name tokens `token_id:N` in log-probabilities")] = False
 

@@ -45,8 +45,8 @@ class ChatPlan:
         if call_parser in ("required", "named"):
             if structured is not None:
                 raise BadRequest(
-                    "tool_choice enforces a tool call, and response_format or structured_outputs another form; "
-                    "give one.",
+                    "You can use structured outputs or tools, not both: tool_choice enforces a tool call, and "
+                    "response_format or structured_outputs another form.",
                     param="tool_choice",
                 )
             structured = StructuredOutputsParams(json=_call_schema(request, named, parallel=parallel))
@@ -111,7 +111,7 @@ def _call_parser(request: ChatCompletionRequest, config: ServerConfig) -> tuple[
     if not request.tools:
         if choice in (None, "none"):
             return None, ""
-        raise BadRequest(f"tool_choice {choice!r} needs tools.", param="tool_choice")
+        raise BadRequest("When using `tool_choice`, `tools` must be set.", param="tool_choice")
     names = [tool.function.name for tool in request.tools]
     if len(set(names)) < len(names):
         raise BadRequest("tools: two functions have the same name.", param="tools")

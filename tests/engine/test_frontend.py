@@ -20,11 +20,14 @@ READY = EngineReady(
 )
 ALL_FIELDS = {
     "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
     "temperature": 0.6,
     "top_k": 20,
     "top_p": 0.95,
     "min_p": 0.05,
     "max_new_tokens": 9,
+    "skip_special_tokens": False,
 }
 
 
@@ -43,9 +46,9 @@ def frontend(folder: Path, defaults: Any, **keywords: Any) -> Frontend:
 
 def test_the_model_s_own_defaults(folder: Path) -> None:
     found = frontend(folder, {**ALL_FIELDS, "eos_token_id": 2, "do_sample": True, "typical_p": None})
-    assert found.default_sampling_params == SamplingParams(
-        repetition_penalty=1.1, temperature=0.6, top_k=20, top_p=0.95, min_p=0.05, max_tokens=9
-    )
+    ours = {**ALL_FIELDS, "max_tokens": 9}
+    del ours["max_new_tokens"]
+    assert found.default_sampling_params == SamplingParams(**ours)
     assert frontend(folder, {"top_p": None}).default_sampling_params == SamplingParams()
     assert frontend(folder, ALL_FIELDS, generation_config="vllm").default_sampling_params == SamplingParams()
 

@@ -58,13 +58,15 @@ def refusal(builder: RequestBuilder, prompt: Any, **params: Any) -> RequestError
             [3] * 32,
             {},
             "This model's maximum context length is 32 tokens. The decoder prompt (length 32) plus the number of "
-            "requested output tokens (at least 1) is longer than the maximum model length of 32. "
-            "Shorten the prompt or raise max_model_len.",
+            "requested output tokens (at least 1) is longer than the maximum model length of 32. Make sure that "
+            "`max_model_len` is no smaller than the number of text tokens (prompt + requested output tokens). "
+            "Please reduce the length of the prompt or raise max_model_len.",
         ),
         (
             [3] * 30,
             {"min_tokens": 3},
-            "min_tokens=3 does not fit after the prompt (length 30): the maximum model length is 32.",
+            "min_tokens must be less than or equal to max_tokens=2, got 3: the prompt (length 30) leaves no more of "
+            "the maximum model length of 32.",
         ),
         (
             [3],
@@ -275,8 +277,10 @@ def test_nothing_of_the_probability_leaves_the_best_token(builder: RequestBuilde
     assert (spec.top_k, spec.top_p) == (1, 1.0)
 
 
-def test_listed_ids_are_reported_with_the_sampled_token(builder: RequestBuilder) -> None:
-    spec = builder.build([3], SamplingParams(logprob_token_ids=[7, 5, 7])).sequences[0].params
+@pytest.mark.parametrize("logprobs", [None, 0, 5])
+def test_listed_ids_are_reported_with_the_sampled_token(builder: RequestBuilder, logprobs: int | None) -> None:
+    """Instead of the best."""
+    spec = builder.build([3], SamplingParams(logprobs=logprobs, logprob_token_ids=[7, 5, 7])).sequences[0].params
     assert (spec.logprobs, spec.logprob_token_ids) == (0, [7, 5])
     assert "Token id 360 is out of vocabulary: logprob_token_ids" in str(refusal(builder, [3], logprob_token_ids=[360]))
 

@@ -49,7 +49,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"min_tokens": -1}, "min_tokens must be greater than or equal to 0, got -1."),
     ({"min_tokens": 17}, "min_tokens must be less than or equal to max_tokens=16, got 17."),
     ({"logprobs": -2}, "logprobs must be non-negative or -1, got -2."),
-    ({"logprobs": True}, "logprobs must be an int, got True."),
     ({"prompt_logprobs": -2}, "prompt_logprobs must be non-negative or -1, got -2."),
     ({"stop": ["a", ""]}, "stop cannot contain an empty string."),
     ({"stop": ""}, "stop cannot contain an empty string."),
@@ -64,7 +63,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"allowed_token_ids": [1.5]}, "allowed_token_ids must contain only integers, got [1.5]."),
     ({"bad_words": [""]}, "bad_words cannot contain an empty string. Remove it."),
     ({"bad_words": "word"}, "bad_words must contain only strings, got 'word'."),
-    ({"bad_words": ["a"] * 129}, "bad_words can hold at most 128 words."),
+    ({"bad_words": [str(i) for i in range(129)]}, "bad_words can hold at most 128 words."),
     ({"logit_bias": [1]}, "logit_bias must be a dict of token id to number, got [1]."),
     ({"logit_bias": {"x": 1.0}}, "logit_bias keys must be token ids, got 'x'."),
     ({"logit_bias": {5: 1.0, "5": 2.0}}, "logit_bias names token id 5 twice."),
@@ -77,7 +76,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"logprob_token_ids": list(range(129))},
         "logprob_token_ids can hold at most 128 ids, got 129.",
     ),
-    ({"thinking_token_budget": -1}, "thinking_token_budget must be non-negative, got -1."),
+    ({"thinking_token_budget": -2}, "thinking_token_budget must be non-negative, or -1, got -2."),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be at least 1, or -1, got 0."),
     ({"truncation_side": "middle"}, "truncation_side must be 'left' or 'right', got 'middle'."),
     ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1."),
@@ -330,6 +329,20 @@ def test_replaceable() -> None:
 
 def test_unlimited_tokens_allow_any_minimum() -> None:
     assert SamplingParams(max_tokens=None, min_tokens=500).min_tokens == 500
+
+
+def test_true_asks_for_one_log_probability() -> None:
+    assert SamplingParams(logprobs=True, prompt_logprobs=True) == SamplingParams(logprobs=1, prompt_logprobs=1)
+
+
+def test_minus_one_is_no_thinking_budget() -> None:
+    assert SamplingParams(thinking_token_budget=-1) == SamplingParams()
+    assert SamplingParams(thinking_token_budget=0).thinking_token_budget == 0
+
+
+def test_entries_that_repeat_count_once() -> None:
+    params = SamplingParams(stop_token_ids=[9, 4, 9], bad_words=["b", "a", "b"] * 100, logprob_token_ids=[7, 5, 7])
+    assert (params.stop_token_ids, params.bad_words, params.logprob_token_ids) == ([9, 4], ["b", "a"], [7, 5])
 
 
 def test_the_callers_lists_stay_theirs() -> None:

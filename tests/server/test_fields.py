@@ -60,8 +60,8 @@ def test_a_prompt_is_cut_on_the_side_that_is_named(server: ServerProcess) -> Non
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_tokens_that_are_listed_are_told_with_the_log_probabilities(server: ServerProcess, stream: bool) -> None:
-    """Even where no others were requested, and however improbable they are."""
+def test_tokens_that_are_listed_are_told_instead_of_the_best(server: ServerProcess, stream: bool) -> None:
+    """With the sampled one, also where no log-probabilities were requested, and however improbable they are."""
     listed = [700, 3]
 
     def found(answer: Any, part: str) -> list[Any]:
@@ -72,26 +72,22 @@ def test_tokens_that_are_listed_are_told_with_the_log_probabilities(server: Serv
 
     fields = {"logprob_token_ids": listed, "return_tokens_as_token_ids": True, "stream": stream}
     every = complete(server, return_tokens_as_token_ids=True, logprobs=20).json()["choices"][0]
-    rows = found(complete(server, **fields), "top_logprobs")
-    assert len(rows) == COMMON["max_tokens"]
-    for token_id, row in zip(every["token_ids"], rows, strict=True):
-        assert set(row) == {f"token_id:{each}" for each in (token_id, *listed)}
-    best = found(complete(server, **fields, logprobs=2), "top_logprobs")
-    for row, tops in zip(best, every["logprobs"]["top_logprobs"], strict=True):
-        assert set(list(tops)[:2]) | {"token_id:700", "token_id:3"} <= set(row)
+    for more in ({}, {"logprobs": 2}):
+        rows = found(complete(server, **fields, **more), "top_logprobs")
+        assert len(rows) == COMMON["max_tokens"]
+        for token_id, row in zip(every["token_ids"], rows, strict=True):
+            assert set(row) == {f"token_id:{each}" for each in (token_id, *listed)}
 
-    rows = found(chat(server, **fields), "content")
-    assert len(rows) == COMMON["max_tokens"]
-    assert all({entry["token"] for entry in row["top_logprobs"]} == {"token_id:700", "token_id:3"} for row in rows)
-    rows = found(chat(server, **fields, logprobs=True, top_logprobs=2), "content")
-    for row in rows:
-        names = [entry["token"] for entry in row["top_logprobs"]]
-        assert len(names) in (3, 4)
-        assert {"token_id:700", "token_id:3"} <= set(names)
-        values = [entry["logprob"] for entry in row["top_logprobs"]]
-        assert values == sorted(values, reverse=True)
-    refused = complete(server, logprob_token_ids=[4096])
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprob_token_ids")
+    for more in ({}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 2}):
+        rows = found(chat(server, **fields, **more), "content")
+        assert len(rows) == COMMON["max_tokens"]
+        for row in rows:
+            assert {entry["token"] for entry in row["top_logprobs"]} == {row["token"], "token_id:700", "token_id:3"}
+            values = [entry["logprob"] for entry in row["top_logprobs"]]
+            assert values == sorted(values, reverse=True)
+    for unfit in ({"logprob_token_ids": [4096]}, {"logprob_token_ids": listed, "echo": True, "max_tokens": 0}):
+        refused = complete(server, **unfit)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprob_token_ids")
 
 
 def test_four_stop_strings_and_no_more(server: ServerProcess) -> None:
@@ -121,7 +117,8 @@ def test_thinking_ends_with_its_budget(server: ServerProcess) -> None:
     more = {"messages": [*CHAT["messages"], thinking], "add_generation_prompt": False, "continue_final_message": True}
     answer = chat(server, **more, max_tokens=3 + len(end), thinking_token_budget=3, ignore_eos=True).json()
     assert answer["choices"][0]["token_ids"][3:] == end
-    refused = complete(server, thinking_token_budget=-1)
+    assert complete(server, **fields, thinking_token_budget=-1).json()["choices"][0]["token_ids"] == free
+    refused = complete(server, thinking_token_budget=-2)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "thinking_token_budget")
 
 

@@ -1,0 +1,58 @@
+"""What a request leaves out takes the value of the model's defaults, and what it gives does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sempre.engine import SamplingParams
+from sempre.engine.server.config import ServerConfig
+from sempre.engine.server.fields import to_model
+from sempre.engine.server.parameters import chat_parameters, completion_parameters
+from sempre.engine.server.requests import ChatCompletionRequest, CompletionRequest
+
+DEFAULTS: dict[str, Any] = {
+    "repetition_penalty": 1.1,
+    "presence_penalty": 1.5,
+    "frequency_penalty": 0.5,
+    "temperature": 0.6,
+    "top_k": 20,
+    "top_p": 0.95,
+    "min_p": 0.05,
+    "max_tokens": 9,
+    "skip_special_tokens": False,
+}
+GIVEN: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.25,
+    "temperature": 1.0,
+    "top_k": -1,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "max_tokens": 16,
+    "skip_special_tokens": True,
+}
+Ask = Callable[..., SamplingParams]
+
+
+def complete(**fields: Any) -> SamplingParams:
+    request = to_model({"prompt": "It is", **fields}, CompletionRequest)
+    return completion_parameters(request, SamplingParams(**DEFAULTS), ServerConfig())
+
+
+def chat(**fields: Any) -> SamplingParams:
+    request = to_model({"messages": [{"role": "user", "content": "Hi"}], **fields}, ChatCompletionRequest)
+    return chat_parameters(request, SamplingParams(**DEFAULTS), ServerConfig())
+
+
+@pytest.mark.parametrize("ask", [complete, chat])
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_request_takes_the_defaults_that_it_does_not_give(ask: Ask, name: str) -> None:
+    assert {each: getattr(ask(), each) for each in DEFAULTS} == DEFAULTS
+    assert ask(**{name: None}) == ask()
+    changed = ask(**{name: GIVEN[name]})
+    expected = {**DEFAULTS, name: max(GIVEN[name], 0)}
+    assert {each: getattr(changed, each) for each in DEFAULTS} == expected
