@@ -29,11 +29,13 @@ from sempre.ipc.errors import ConfigError, RequestError
 ACCEPTED = [(name, value) for name, values in VLLM_KEYWORDS.items() for value in values]
 SERVER_ACCEPTED = [(name, value) for name, values in VLLM_SERVER_SETTINGS.items() for value in values]
 
-# a switch says yes or no
+# a switch says yes or no, and no queue is endless
 FLAGS = [
     (name, value)
     for name, value in [*ACCEPTED, *SERVER_ACCEPTED]
-    if value is not None or not any(isinstance(other, bool) for other in (VLLM_KEYWORDS | VLLM_SERVER_SETTINGS)[name])
+    if value is not None
+    or not any(isinstance(other, bool) for other in (VLLM_KEYWORDS | VLLM_SERVER_SETTINGS)[name])
+    and name != "max_num_queued_reqs"
 ]
 
 
@@ -91,8 +93,9 @@ def test_a_flag_of_the_server_that_asks_for_more_is_refused_by_name(name: str) -
 def test_no_setting_is_in_two_tables() -> None:
     own = {*field_types(ServerConfig), *(n for n in serve_command._ENGINE_SETTINGS if n not in VLLM_KEYWORDS)}
     assert not set(VLLM_SERVER_SETTINGS) & (own | set(VLLM_KEYWORDS))
-    # the server's own flag of that name comes first
-    assert set(VLLM_KEYWORDS) & own == {"enable_log_requests"}
+    # the server's own flags of these names come first
+    ours = {"enable_log_requests", "max_num_queued_reqs", "reasoning_parser", "shutdown_timeout"}
+    assert set(VLLM_KEYWORDS) & own == ours
 
 
 @pytest.mark.parametrize(
