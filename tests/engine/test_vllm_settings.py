@@ -34,8 +34,10 @@ FLAGS = [
     (name, value)
     for name, value in [*ACCEPTED, *SERVER_ACCEPTED]
     if value is not None
-    or not any(isinstance(other, bool) for other in (VLLM_KEYWORDS | VLLM_SERVER_SETTINGS)[name])
-    and name != "max_num_queued_reqs"
+    or (
+        not any(isinstance(other, bool) for other in (VLLM_KEYWORDS | VLLM_SERVER_SETTINGS)[name])
+        and name != "max_num_queued_reqs"
+    )
 ]
 
 
