@@ -110,14 +110,6 @@ def test_what_a_template_does_not_read_is_said_once(caplog: pytest.LogCaptureFix
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize("role", ["user", "system", "tool"])
-def test_content_that_is_null_is_told_as_such(role: str) -> None:
-    front = Frontend(parse_arguments("tiny", {}))
-    for message in ({"role": role, "content": None}, {"role": role}):
-        with pytest.raises(RequestError, match=r"messages\[0\]\.content must be a string .*, got null; of a message"):
-            front.render_chat([message])
-
-
 @pytest.mark.parametrize("content_format", ["auto", "openai"])
 def test_a_template_may_read_more_of_a_part_than_its_text(content_format: Any) -> None:
     template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}[{{ p.lang }}]{% endfor %}{% endfor %}"
