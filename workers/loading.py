@@ -23,8 +23,11 @@ from sempre.workers.layers.module import Build, Module, parameters
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.registry import build_model
-from sempre.workers.quantization.config import resolve_quantization
-from sempre.workers.quantization.fp8 import quantization_of
+from sempre.workers.quantization.config import Mxfp4Spec, StoredQuantization, resolve_quantization
+from sempre.workers.quantization.fp8 import Fp8Quantization
+from sempre.workers.quantization.method import Quantization
+from sempre.workers.quantization.mxfp4 import Mxfp4Quantization
+from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.tensor_source import (
     CPU,
     FLOAT_NAMES,
@@ -102,7 +105,8 @@ def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, plac
     Matrices that are quantised, by the checkpoint or by the setting `quantization`, are fp8 whatever `dtype` is.
     """
     resolved = resolve_quantization(spec.quantization, config.quantization, config.load_format)
-    model = build_model(Build(kernel, quantization_of(resolved)), spec)
+    scheme = None if resolved is None or isinstance(resolved, Mxfp4Spec) else resolved.scheme
+    model = build_model(Build(kernel, _formats(resolved)), spec)
     wanted = parameters(model)
     with _open_source(config, spec, wanted, placement.device) as opened:
         source = opened
@@ -112,7 +116,7 @@ def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, plac
         _check_tensors(wanted, model, source)
         target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":
-            _check_memory(wanted, source, target, is_quantized=resolved is not None)
+            _check_memory(wanted, source, target, is_fp8=scheme is not None)
         with ThreadPoolExecutor(max_workers=placement.hashing_threads) as pool:
             reader = _Reader(source, target, placement, pool)
             for path, module in model.walk():
@@ -121,11 +125,22 @@ def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, plac
                 dtype=target,
                 activations=placement.vector_dtype(target),
                 matrix_dtype=model.model.embed_tokens.weight.dtype,
-                quantization=resolved.scheme if resolved is not None else None,
+                quantization=scheme,
                 digest=reader.digest(),
                 nbytes=sum(int(tensor.nbytes) for tensor in tensors_of(model)),
             )
             return Loaded(model, facts)
+
+
+def _formats(resolved: StoredQuantization | None) -> Quantization:
+    """The formats of a model's matrices."""
+    match resolved:
+        case None:
+            return NotQuantized()
+        case Mxfp4Spec():
+            return Mxfp4Quantization(resolved)
+        case _:
+            return Fp8Quantization(resolved)
 
 
 @contextmanager
@@ -165,14 +180,14 @@ def _check_tensors(wanted: Mapping[str, Parameter], model: CausalLM, source: Ten
         raise _together(found)
 
 
-def _check_memory(
-    wanted: Mapping[str, Parameter], source: TensorSource, dtype: torch.dtype, *, is_quantized: bool
-) -> None:
+def _check_memory(wanted: Mapping[str, Parameter], source: TensorSource, dtype: torch.dtype, *, is_fp8: bool) -> None:
     """Raise ModelError for weights that cannot fit, before the first is created."""
     needed = 0
     for name, parameter in wanted.items():
-        stored = FLOAT_NAMES.get(source.dtype_name(name), dtype)
-        needed += math.prod(parameter.shape) * (1 if is_quantized else min(stored.itemsize, dtype.itemsize))
+        # what is packed in bytes is widened to 16 bit
+        stored = FLOAT_NAMES.get(source.dtype_name(name), torch.bfloat16)
+        itemsize = 1 if is_fp8 else min(stored.itemsize, dtype.itemsize)
+        needed += math.prod(parameter.shape) * parameter.elements * itemsize
     free = available_memory_bytes()
     if needed > free:
         raise ModelError(

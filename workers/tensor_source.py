@@ -34,6 +34,8 @@ class Parameter:
     """allowed ones, by safetensors' names"""
     initial: Literal["normal", "ones", "zeros"] = "normal"
     """its contents in dummy weights"""
+    elements: int = 1
+    """numbers of the model in one element"""
 
 
 def mismatch(tensor: str, expected: str, found: str) -> TensorMismatch:

@@ -2,7 +2,8 @@
 
 silu_and_mul: out = silu(gate) * up, silu(g) = g / (1 + exp(-g)); gelu_and_mul: out = gelu(gate) * up with
 gelu(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3))) (Shazeer 2020, arXiv 2002.05202; Hendrycks and Gimpel
-2016, arXiv 1606.08415). soft_cap: x = cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118).
+2016, arXiv 1606.08415); clamped_and_mul: out = (up + 1) * g / (1 + exp(-1.702 g)) with g = min(gate, 7), and up within
+-7 and 7 (gpt-oss, arXiv 2508.10925). soft_cap: x = cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118).
 
 Contract: elementwise in float32, rounded once. On a CPU exponential and tanh are the project's own polynomials; on a
 GPU the exponential is the hardware's, and tanh is a polynomial near 0 and derived from the exponential elsewhere.
@@ -16,7 +17,7 @@ import torch
 
 from sempre.kernels.checks import check_rows
 
-__all__ = ["Activation", "gelu_and_mul", "silu_and_mul", "soft_cap"]
+__all__ = ["Activation", "clamped_and_mul", "gelu_and_mul", "silu_and_mul", "soft_cap"]
 
 
 class Activation(Enum):
@@ -25,10 +26,18 @@ class Activation(Enum):
     SILU = "silu"
     GELU = "gelu"
     """by tanh"""
+    CLAMPED = "clamped"
+    """with gates and the other half both clamped"""
 
     def and_mul(self, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """gate_up [T, 2 I] (gates first) -> out [T, I]."""
-        return (gelu_and_mul if self is Activation.GELU else silu_and_mul)(gate_up, out)
+        match self:
+            case Activation.SILU:
+                return silu_and_mul(gate_up, out)
+            case Activation.GELU:
+                return gelu_and_mul(gate_up, out)
+            case Activation.CLAMPED:
+                return clamped_and_mul(gate_up, out)
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -51,14 +60,28 @@ def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     if not out.shape[0]:
         return out
     if not gate_up.is_cuda:
-        if out.shape[1] % 16:
-            raise ValueError(f"gelu_and_mul: expected a width that is a multiple of 16, found {out.shape[1]}")
+        _check_vectors("gelu_and_mul", out)
         from sempre.kernels.activation import cpu
 
         return cpu.gelu_and_mul(gate_up, out)
     from sempre.kernels.activation import gpu
 
     return gpu.gelu_and_mul(gate_up, out)
+
+
+def clamped_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """gate_up [T, 2 I] (gates first) -> out [T, I]. On a CPU, I must be a multiple of 16."""
+    _check_gated("clamped_and_mul", gate_up, out)
+    if not out.shape[0]:
+        return out
+    if not gate_up.is_cuda:
+        _check_vectors("clamped_and_mul", out)
+        from sempre.kernels.activation import cpu
+
+        return cpu.clamped_and_mul(gate_up, out)
+    from sempre.kernels.activation import gpu
+
+    return gpu.activate_and_mul(gate_up, out, Activation.CLAMPED)
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
@@ -81,3 +104,8 @@ def _check_gated(operation: str, gate_up: torch.Tensor, out: torch.Tensor) -> No
     check_rows(operation, gate_up, out)
     if gate_up.shape[1] != 2 * out.shape[1] or gate_up.shape[0] < out.shape[0]:
         raise ValueError(f"{operation}: {tuple(gate_up.shape)} does not fit an output of {tuple(out.shape)}")
+
+
+def _check_vectors(operation: str, out: torch.Tensor) -> None:
+    if out.shape[1] % 16:
+        raise ValueError(f"{operation}: expected a width that is a multiple of 16, found {out.shape[1]}")

@@ -34,27 +34,43 @@ _GELU_CUBE = float(np.float32(0.044715))
 _GELU_SCALE = float(np.float32(math.sqrt(2 / math.pi)))
 
 
-def _silu(b: ir.IRBuilder, g: ir.Value) -> ir.Value:
-    negated = b.fsub(constant(0.0), g)
+_CLAMPED_SLOPE, _CLAMPED_MOST = float(np.float32(1.702)), 7.0
+
+
+def _silu(b: ir.IRBuilder, g: ir.Value, up: ir.Value) -> ir.Value:
+    return b.fmul(_swish(b, g, b.fsub(constant(0.0), g)), up)
+
+
+def _swish(b: ir.IRBuilder, g: ir.Value, exponent: ir.Value) -> ir.Value:
+    """g / (1 + exp(exponent))"""
     # past 88 the exponential would overflow; g / (1 + exp(88)) is already 0 to float32's precision
-    capped = b.select(b.fcmp_ordered(">", negated, constant(88.0)), constant(88.0), negated)
+    capped = b.select(b.fcmp_ordered(">", exponent, constant(88.0)), constant(88.0), exponent)
     return b.fdiv(g, b.fadd(constant(1.0), exp(b, capped)))
 
 
-def _gelu(b: ir.IRBuilder, g: ir.Value) -> ir.Value:
+def _gelu(b: ir.IRBuilder, g: ir.Value, up: ir.Value) -> ir.Value:
     cube = b.fmul(b.fmul(g, g), g)
     inner = b.fmul(constant(_GELU_SCALE), fma(b, constant(_GELU_CUBE), cube, g))
-    return b.fmul(b.fmul(constant(0.5), g), b.fadd(constant(1.0), tanh(b, inner)))
+    return b.fmul(b.fmul(b.fmul(constant(0.5), g), b.fadd(constant(1.0), tanh(b, inner))), up)
 
 
-def _gated(activation: Callable[[ir.IRBuilder, ir.Value], ir.Value]) -> Any:
-    """Intrinsic (gate, up, width, out): activation(gate) * up of one row."""
+def _clamped(b: ir.IRBuilder, g: ir.Value, up: ir.Value) -> ir.Value:
+    most, least = constant(_CLAMPED_MOST), constant(-_CLAMPED_MOST)
+    # comparisons with NaN are false, so it stays
+    g = b.select(b.fcmp_ordered(">", g, most), most, g)
+    up = b.select(b.fcmp_ordered(">", up, most), most, up)
+    up = b.select(b.fcmp_ordered("<", up, least), least, up)
+    return b.fmul(b.fadd(up, constant(1.0)), _swish(b, g, b.fmul(g, constant(-_CLAMPED_SLOPE))))
+
+
+def _gated(activation: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]) -> Any:
+    """Intrinsic (gate, up, width, out): activation(gate, up) of one row."""
 
     def emit(b: ir.IRBuilder, gate: ir.Value, up: ir.Value, width: ir.Value, out: ir.Value) -> None:
         def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
             offset = b.mul(i, I64(4))
-            activated = activation(b, load(b, b.add(gate, offset), vec(F32)))
-            store(b, b.fmul(activated, load(b, b.add(up, offset), vec(F32))), b.add(out, offset))
+            halves = (load(b, b.add(half, offset), vec(F32)) for half in (gate, up))
+            store(b, activation(b, *halves), b.add(out, offset))
             return carried
 
         loop(b, I64(0), width, LANES, [], body)
@@ -74,6 +90,7 @@ def _emit_soft_cap(b: ir.IRBuilder, x: ir.Value, count: ir.Value, scale: ir.Valu
 
 _silu_row = _gated(_silu)
 _gelu_row = _gated(_gelu)
+_clamped_row = _gated(_clamped)
 # (x, count, scale, cap): x = cap * tanh(scale * x) of `count` elements, a multiple of LANES
 soft_cap_row = address_intrinsic(_emit_soft_cap)
 
@@ -90,6 +107,13 @@ def _gelu_and_mul(gate_up: int, rows: int, width: int, out: int) -> None:
     for t in prange(rows):
         gate = gate_up + t * 2 * width * 4
         _gelu_row(gate, gate + width * 4, width, out + t * width * 4)
+
+
+@compiled_twice
+def _clamped_and_mul(gate_up: int, rows: int, width: int, out: int) -> None:
+    for t in prange(rows):
+        gate = gate_up + t * 2 * width * 4
+        _clamped_row(gate, gate + width * 4, width, out + t * width * 4)
 
 
 @compiled(parallel=True)
@@ -120,6 +144,14 @@ def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """See the facade."""
     rows, width = out.shape
     _gelu_and_mul(gate_up.data_ptr(), rows, width, out.data_ptr())
+    return out
+
+
+def clamped_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """See the facade."""
+    rows, width = out.shape
+    run = _clamped_and_mul.parallel if out.numel() >= PARALLEL_ELEMENTS else _clamped_and_mul.serial
+    run(gate_up.data_ptr(), rows, width, out.data_ptr())
     return out
 
 

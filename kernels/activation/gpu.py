@@ -16,6 +16,7 @@ BLOCK = 1024
 
 _GELU_CUBE = tl.constexpr(0.044715)
 _GELU_SCALE = tl.constexpr(math.sqrt(2 / math.pi))
+_CLAMPED_SLOPE, _CLAMPED_MOST = tl.constexpr(1.702), tl.constexpr(7.0)
 # the CPU's polynomial (`vector_ir.tanh`)
 _TANH_SMALL, _TANH_LARGEST = tl.constexpr(0.625), tl.constexpr(44.0)
 _T0, _T1, _T2 = tl.constexpr(-3.33332819422e-1), tl.constexpr(1.33314422036e-1), tl.constexpr(-5.37397155531e-2)
@@ -53,8 +54,29 @@ def gelu_times(gate: Any, up: Any) -> Any:
     return 0.5 * gate * (1.0 + tanh32(inner)) * up
 
 
+@jit()
+def clamped_times(gate: Any, up: Any) -> Any:
+    """(up + 1) gate / (1 + exp(-1.702 gate)) in float32, both clamped; NaN, with which comparisons are false, stays."""
+    gate = tl.where(gate > _CLAMPED_MOST, _CLAMPED_MOST, gate)
+    up = tl.where(up > _CLAMPED_MOST, _CLAMPED_MOST, tl.where(up < -_CLAMPED_MOST, -_CLAMPED_MOST, up))
+    return gate / (1.0 + tl.exp(gate * -_CLAMPED_SLOPE)) * (up + 1.0)
+
+
+@jit()
+def activated(gate: Any, up: Any, ACTIVATION: tl.constexpr) -> Any:
+    """The two halves of a gated branch in float32 -> their activation, whose name ACTIVATION is."""
+    if ACTIVATION == "silu":
+        value = silu_times(gate, up)
+    elif ACTIVATION == "gelu":
+        value = gelu_times(gate, up)
+    else:
+        tl.static_assert(ACTIVATION == "clamped")
+        value = clamped_times(gate, up)
+    return value
+
+
 @jit(runtime=("width",))
-def _gated(gate_up: Any, out: Any, width: Any, BLOCK: tl.constexpr, GELU: tl.constexpr) -> None:
+def _gated(gate_up: Any, out: Any, width: Any, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr) -> None:
     wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -62,7 +84,7 @@ def _gated(gate_up: Any, out: Any, width: Any, BLOCK: tl.constexpr, GELU: tl.con
     gate = tl.load(gate_up + row * 2 * width + i, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + i, mask=inside, other=0.0).to(tl.float32)
     at = out + row * width + i
-    tl.store(at, gelu_times(gate, up) if GELU else silu_times(gate, up), mask=inside)
+    tl.store(at, activated(gate, up, ACTIVATION), mask=inside)
 
 
 @jit(runtime=("count", "scale", "cap"))
@@ -77,7 +99,7 @@ def activate_and_mul(gate_up: torch.Tensor, out: torch.Tensor, activation: Activ
     """As the facade's `activation.and_mul`."""
     rows, width = out.shape
     grid = (rows, triton.cdiv(width, BLOCK))
-    _gated[grid](gate_up, out, width, BLOCK=BLOCK, GELU=activation is Activation.GELU, num_warps=4, **CHAINED)
+    _gated[grid](gate_up, out, width, BLOCK=BLOCK, ACTIVATION=activation.value, num_warps=4, **CHAINED)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Causal attention over a paged KV cache, grouped queries, optional sliding window.
+"""Causal attention over a paged KV cache, grouped queries, optional sliding window and sinks.
 
 Contract: keys and values are in the cache before the call. Every query row visits the keys in tiles of 64 from position
 0 upwards (from the first tile its window touches), with the online softmax of Milakov and Gimelshein (2018, arXiv
@@ -9,7 +9,9 @@ in the cache are finite (see `kernels.rope`) and slots that were never written a
 
 CPU: scores are one chain of fused multiply-adds over D; the row's sum adds 4 vectors of 16 lanes as (0 + 1) + (2 + 3)
 and then a fixed tree; values are added one key after the other. GPU: sums run in the tensor core's steps, and splits
-of a fixed number of keys are merged in ascending order, by one program or by many.
+of a fixed number of keys are merged in ascending order, by one program or by many. A sink (Xiao et al. 2023, arXiv
+2309.17453) is what a row begins with on a CPU, and what the merge of its splits begins with on a GPU: a sum of one, at
+a maximum of the sink's score. So it is added once, however the keys are walked.
 """
 
 from __future__ import annotations
@@ -80,13 +82,15 @@ def paged_attention(
     Nothing is written where there are no rows or no requests. `workspace` lets a GPU run splits in parallel, without
     any effect on the result.
 
-    IndexError on the CPU for a batch that does not fit qkv, or that names a block outside the cache.
+    IndexError on the CPU for a batch that does not fit qkv, or that names a block outside the cache; ValueError for
+    other sinks than one for each head.
     """
     check_rows("paged_attention", qkv, out)
     num_rows = qkv.shape[0]
     if not num_rows or not batch.num_requests:
         return out
     heads.check_rows("paged_attention", qkv, num_rows)
+    scores.check_sinks("paged_attention", heads)
     if qkv.is_cuda:
         from sempre.kernels.attention import gpu
 

@@ -91,6 +91,14 @@ class ScoreParams:
     """a row sees the last `window` keys up to itself; None: all"""
     soft_cap: float | None = None
     """scores are cap * tanh(score / cap)"""
+    sinks: torch.Tensor | None = field(default=None, compare=False)
+    """float32 [Hq]: a head's rows have this score beside those of their keys, with a value of zeros"""
+
+    def check_sinks(self, operation: str, heads: HeadLayout) -> None:
+        """ValueError unless there is one for each head, or none."""
+        if self.sinks is not None and (self.sinks.shape != (heads.num_heads,) or self.sinks.dtype != torch.float32):
+            found = f"{self.sinks.dtype} {tuple(self.sinks.shape)}"
+            raise ValueError(f"{operation}: expected float32 sinks ({heads.num_heads},), found {found}")
 
 
 @dataclass(frozen=True)

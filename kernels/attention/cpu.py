@@ -37,6 +37,7 @@ BLOCK = 16
 TILE = 64
 BLOCKS_PER_TILE = TILE // BLOCK
 MAX_ROWS = 12
+_NO_SINKS = np.empty(0, np.float32)
 
 
 def allocate_kv_cache(
@@ -188,6 +189,7 @@ def _unit(
     scale: float,
     cap: float,
     window: int,
+    sinks: np.ndarray,
     out: int,
     out_row_bytes: int,
 ) -> None:
@@ -207,6 +209,8 @@ def _unit(
             copy_row(q + t * q_row_bytes + g * head_bytes, queries_at + (t * group + g) * head_bytes, dim)
     for i in range(rows):
         state[i, 0], state[i, 1] = -1e30, 0.0
+        if sinks.size > 0:
+            state[i, 0], state[i, 1] = sinks[head * group + i % group], 1.0
     last_position = first_position + tokens - 1
     start = 0
     if window > 0 and first_position - window + 1 > 0:
@@ -281,6 +285,7 @@ def _paged_attention(
     scale: float,
     cap: float,
     window: int,
+    sinks: np.ndarray,
     out: int,
 ) -> None:
     group = heads // kv_heads
@@ -319,6 +324,7 @@ def _paged_attention(
             scale,
             cap,
             window,
+            sinks,
             out + row * out_row_bytes + shift,
             out_row_bytes,
         )
@@ -350,6 +356,7 @@ def paged_attention(
         scores.scale,
         scores.soft_cap or 0.0,
         scores.window or 0,
+        scores.sinks.numpy() if scores.sinks is not None else _NO_SINKS,
         out.data_ptr(),
     )
     return out

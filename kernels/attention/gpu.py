@@ -3,7 +3,8 @@
 # R requests, T query tokens, Hq query heads, Hkv key heads, G = Hq / Hkv, D head dim, B keys per block, S splits
 A program owns one query tile (a few tokens of one request, times the G heads that share a key head). Contexts of one
 split need no merge; longer ones are processed by one program, or their splits run in parallel into scratch and a second
-kernel merges them: the same operations in the same ascending order, so the bits are the same either way.
+kernel merges them: the same operations in the same ascending order, so the bits are the same either way. Sinks are what
+a merge begins with.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sempre.kernels.attention.contract import (
     PagedBatch,
     ScoreParams,
 )
-from sempre.kernels.attention.gpu_tiles import LOWEST, find_request, merge, prefetch_tiles, walk_split
+from sempre.kernels.attention.gpu_tiles import empty_state, find_request, merge, prefetch_tiles, walk_split
 from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 # part of the result: must never depend on the shape of a step
@@ -65,6 +66,7 @@ def _attend(
     tables: Any,
     starts: Any,
     lens: Any,
+    sinks: Any,
     out: Any,
     part_acc: Any,
     part_m: Any,
@@ -85,6 +87,7 @@ def _attend(
     BLOCK_M: tl.constexpr,
     SINGLE_ROWS: tl.constexpr,
     MODE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     PREFETCH: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
@@ -131,13 +134,15 @@ def _attend(
             q, begin, end, first_position, position, end, keys, values, table, head, scale_log2,
             KV_HEADS, DIM, BLOCK_DIM, BLOCK, WINDOW, SOFT_CAP, CAP_SCALE, BLOCK_M,
         )  # fmt: skip
-        # as a merge into an empty state leaves it: no negative zero
-        acc = acc + 0.0
+        if HAS_SINKS:
+            none = empty_state(sinks, query_head, BLOCK_M, BLOCK_DIM, HAS_SINKS)
+            m, l, acc = merge(none[0], none[1], none[2], m, l, acc)  # noqa: E741
+        else:
+            # as a merge into an empty state leaves it: no negative zero
+            acc = acc + 0.0
         tl.store(out + out_row[:, None] * DIM + d[None, :], acc / l[:, None], mask=in_dim)
     elif MODE == 1:
-        m = tl.full([BLOCK_M], LOWEST, tl.float32)
-        l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
-        acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+        m, l, acc = empty_state(sinks, query_head, BLOCK_M, BLOCK_DIM, HAS_SINKS)  # noqa: E741
         for s in range(begin // SPLIT, (end + SPLIT - 1) // SPLIT):
             low, high = tl.maximum(begin, s * SPLIT), tl.minimum(end, s * SPLIT + SPLIT)
             m_split, l_split, acc_split = walk_split(
@@ -163,6 +168,7 @@ def _attend(
 def _merge_splits(
     starts: Any,
     lens: Any,
+    sinks: Any,
     out: Any,
     part_acc: Any,
     part_m: Any,
@@ -175,6 +181,7 @@ def _merge_splits(
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
     SINGLE_ROWS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ) -> None:
     """One program merges the splits of one token and head, ascending."""
     head = tl.program_id(0)
@@ -198,9 +205,7 @@ def _merge_splits(
     d = tl.arange(0, BLOCK_DIM)[None, :]
     out_row = (row + first).to(tl.int64) * HEADS + head
     one = tl.zeros([1], tl.int32)
-    m = tl.full([1], LOWEST, tl.float32)
-    l = tl.zeros([1], tl.float32)  # noqa: E741
-    acc = tl.zeros([1, BLOCK_DIM], tl.float32)
+    m, l, acc = empty_state(sinks, head + one, 1, BLOCK_DIM, HAS_SINKS)  # noqa: E741
     for s in range(begin // SPLIT, position // SPLIT + 1):
         at = out_row * max_splits + s
         acc_split = tl.load(part_acc + at * DIM + d, mask=d < DIM, other=0.0)
@@ -320,6 +325,7 @@ def _launch_attend(
         batch.block_tables,
         batch.query_starts,
         batch.context_lens,
+        scores.sinks,
         out,
         part_acc,
         part_m,
@@ -340,6 +346,7 @@ def _launch_attend(
         BLOCK_M=plan.launch.block_m,
         SINGLE_ROWS=plan.single_rows,
         MODE=plan.mode,
+        HAS_SINKS=scores.sinks is not None,
         PREFETCH=prefetched,
         num_warps=plan.launch.num_warps,
         num_stages=plan.launch.num_stages,
@@ -359,6 +366,7 @@ def _launch_merge(
     _merge_splits[(heads.num_heads, rows)](
         batch.query_starts,
         batch.context_lens,
+        scores.sinks,
         out,
         partials.acc,
         partials.m,
@@ -371,6 +379,7 @@ def _launch_merge(
         WINDOW=scores.window or 0,
         SPLIT=SPLIT,
         SINGLE_ROWS=plan.single_rows,
+        HAS_SINKS=scores.sinks is not None,
         num_warps=1,
         **CHAINED,
     )

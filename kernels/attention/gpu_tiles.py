@@ -8,6 +8,7 @@ fully masked tile changes nothing.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import triton.language as tl
@@ -20,6 +21,7 @@ TILE = 64
 LINE = tl.constexpr(64)
 # below every score, and finite so that no difference of maxima is NaN
 LOWEST = tl.constexpr(-1.0e30)
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @jit()
@@ -171,6 +173,20 @@ def walk_split(
     )  # fmt: skip
     # all 16 columns hold the row's sum
     return m, tl.max(l, axis=1), acc
+
+
+@jit()
+def empty_state(
+    sinks: Any, query_head: Any, ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr, HAS_SINKS: tl.constexpr
+) -> Any:
+    """What a merge begins with, (m, l, acc) of ROWS rows: nothing, or the sink of each row's query head."""
+    if HAS_SINKS:
+        m = tl.load(sinks + query_head) * LOG2_E
+        l = tl.full([ROWS], 1.0, tl.float32)  # noqa: E741
+    else:
+        m = tl.full([ROWS], LOWEST, tl.float32)
+        l = tl.zeros([ROWS], tl.float32)  # noqa: E741
+    return m, l, tl.zeros([ROWS, BLOCK_DIM], tl.float32)
 
 
 @jit()

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from sempre.kernels.activation import Activation
-from sempre.kernels.activation.gpu import activate_and_mul, gelu_times, silu_times
+from sempre.kernels.activation.gpu import activate_and_mul, activated
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, prefetch, wait_for_previous
 from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Choice, Library, Tile, choose, choose_fused
@@ -138,7 +138,7 @@ def _gated_linear(
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
-    GELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LINES: tl.constexpr,
 ) -> None:
     """One program owns both halves, gate n and up n + N; each is rounded as the unfused matmul would store it."""
@@ -169,7 +169,7 @@ def _gated_linear(
         x_at += BK
     dtype = out.dtype.element_ty
     gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
-    value = gelu_times(gate, up) if GELU else silu_times(gate, up)
+    value = activated(gate, up, ACTIVATION)
     at = out + t.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(at, tl.trans(value).to(dtype), mask=(t < T)[:, None] & (n < N)[None, :])
 
@@ -274,7 +274,7 @@ def run_fused_tile(
         BN=tile.block_n,
         BK=tile.block_k,
         EVEN_K=depth % tile.block_k == 0,
-        GELU=activation is Activation.GELU,
+        ACTIVATION=activation.value,
         LINES=_lines(rows, w),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -7,17 +7,20 @@ from typing import NamedTuple
 
 import torch
 
+from sempre.kernels.activation import Activation
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.linear.weights import ControlLinearWeight, GpuLinearWeight
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One linear layer of all experts: `weight` [E, N, D], with `scale` [E, N] float32 and `scheme` where it is fp8."""
+    """One linear layer of all experts: `weight` [E, N, D], `bias` [E, N] or None, and where the weight is fp8, `scheme`
+    and `scale` [E, N] float32."""
 
     weight: torch.Tensor
     scale: torch.Tensor | None = None
     scheme: Fp8Scheme | None = None
+    bias: torch.Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -28,29 +31,33 @@ class ExpertWeights:
         own = self.weight[expert]
         # bytes: not every device copies fp8
         own.view(torch.uint8).copy_(w.weight.view(torch.uint8))
+        bias = self.bias[expert].copy_(w.bias) if self.bias is not None and w.bias is not None else None
         if self.scale is None or isinstance(w, ControlLinearWeight):
-            return replace(w, weight=own)
+            return replace(w, weight=own, bias=bias)
         assert w.scale is not None
-        return replace(w, weight=own, scale=self.scale[expert].copy_(w.scale))
+        return replace(w, weight=own, bias=bias, scale=self.scale[expert].copy_(w.scale))
 
 
 def stack_like(w: GpuLinearWeight | ControlLinearWeight, num_experts: int) -> ExpertWeights:
-    """Room for `num_experts` weights like this one, without bias."""
-    scale = w.scale if isinstance(w, GpuLinearWeight) else None
-    return ExpertWeights(
-        w.weight.new_empty(num_experts, *w.weight.shape),
-        scale.new_empty(num_experts, *scale.shape) if scale is not None else None,
-        w.scheme if isinstance(w, GpuLinearWeight) else None,
-    )
+    """Room for `num_experts` weights like this one."""
+
+    def room(part: torch.Tensor | None) -> torch.Tensor | None:
+        return part.new_empty(num_experts, *part.shape) if part is not None else None
+
+    weight = w.weight.new_empty(num_experts, *w.weight.shape)
+    if isinstance(w, ControlLinearWeight):
+        return ExpertWeights(weight, bias=room(w.bias))
+    return ExpertWeights(weight, room(w.scale), w.scheme, room(w.bias))
 
 
 class GatedExperts(NamedTuple):
-    """down(silu(gate(x)) * up(x)) of each expert."""
+    """down(activation(gate(x)) * up(x)) of each expert."""
 
     gate_up: ExpertWeights
     """[E, 2 I, H], gates first"""
     down: ExpertWeights
     """[E, H, I]"""
+    activation: Activation = Activation.SILU
 
 
 class ExpertShape(NamedTuple):

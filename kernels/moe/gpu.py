@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sempre.kernels.activation.gpu import silu_times
+from sempre.kernels.activation import Activation
+from sempre.kernels.activation.gpu import activated
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, wait_for_previous
 from sempre.kernels.linear.gpu import accumulate
@@ -34,6 +35,7 @@ def _expert_linear(
     row_scales: Any,
     w: Any,
     scale: Any,
+    bias: Any,
     order: Any,
     tiles: Any,
     out: Any,
@@ -45,13 +47,14 @@ def _expert_linear(
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
     PAIRS_OF_ROW: tl.constexpr,
-    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_ROW_SCALES: tl.constexpr,
     PROMOTED: tl.constexpr,
 ) -> None:
-    """out[p] = w[expert of p] x[p // PAIRS_OF_ROW]; GATED: silu(first half) * second half, whose rows of w alternate in
-    a tile, each half rounded as the unfused matmul would store it."""
+    """out[p] = w[expert of p] x[p // PAIRS_OF_ROW] (+ bias); ACTIVATION: None, or that of the first half of the rows of
+    w, times the second; they alternate in a tile, and each half is rounded as the unfused matmul would store it."""
     wait_for_previous()
     tile = tl.program_id(1)
     expert = tl.load(tiles + tile).to(tl.int64)
@@ -63,7 +66,7 @@ def _expert_linear(
     pair = tl.load(order + tl.minimum(place, end - 1))
     row = pair // PAIRS_OF_ROW
     local = tl.arange(0, BN)
-    if GATED:
+    if ACTIVATION is not None:
         width = N // 2
         n = tl.minimum(tl.program_id(0) * (BN // 2) + local // 2, width - 1) + local % 2 * width
     else:
@@ -74,10 +77,12 @@ def _expert_linear(
         acc *= tl.load(row_scales + row)[None, :]
     if HAS_SCALE:
         acc *= tl.load(scale + expert * N + n)[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias + expert * N + n).to(tl.float32)[:, None]
     dtype = out.dtype.element_ty
-    if GATED:
+    if ACTIVATION is not None:
         gate, up = tl.split(tl.permute(tl.reshape(acc, [BN // 2, 2, BT]), [0, 2, 1]))
-        value = silu_times(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32))
+        value = activated(gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32), ACTIVATION)
         column = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
     else:
         value = acc
@@ -121,9 +126,15 @@ def expert_scratch(
 
 
 def run_experts(
-    x: torch.Tensor, w: ExpertWeights, scratch: ExpertScratch, out: torch.Tensor, tile: Tile, *, gated: bool
+    x: torch.Tensor,
+    w: ExpertWeights,
+    scratch: ExpertScratch,
+    out: torch.Tensor,
+    tile: Tile,
+    activation: Activation | None = None,
 ) -> torch.Tensor:
-    """The linear layer for pairs sorted for this tile; x [T, D], or [P, D] after a first layer, → out [P, N]."""
+    """The linear layer for pairs sorted for this tile; x [T, D], or [P, D] after a first layer, → out [P, N], or with
+    an activation [P, N / 2]."""
     num_pairs = out.shape[0]
     num_experts, columns, depth = w.weight.shape
     values, row_scales = quantize_rows(x) if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS else (x, None)
@@ -133,6 +144,7 @@ def run_experts(
         row_scales,
         w.weight,
         w.scale,
+        w.bias,
         scratch.order,
         scratch.tiles,
         out,
@@ -144,7 +156,8 @@ def run_experts(
         BK=tile.block_k,
         EVEN_K=depth % tile.block_k == 0,
         PAIRS_OF_ROW=num_pairs // x.shape[0],
-        GATED=gated,
+        ACTIVATION=activation.value if activation is not None else None,
+        HAS_BIAS=w.bias is not None,
         HAS_SCALE=w.scale is not None,
         HAS_ROW_SCALES=row_scales is not None,
         PROMOTED=PROMOTED if row_scales is not None else 0,
@@ -160,8 +173,8 @@ def run_gated(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns activated [P, I] and parts float32 [P, H] of x [T, H], dispatched for this tile."""
     num_pairs = x.shape[0] * scratch.experts.shape[1]
-    activated = run_experts(x, experts.gate_up, scratch, scratch.activated[:num_pairs], tile, gated=True)
-    return activated, run_experts(activated, experts.down, scratch, scratch.parts[:num_pairs], tile, gated=False)
+    inner = run_experts(x, experts.gate_up, scratch, scratch.activated[:num_pairs], tile, experts.activation)
+    return inner, run_experts(inner, experts.down, scratch, scratch.parts[:num_pairs], tile)
 
 
 def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

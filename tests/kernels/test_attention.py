@@ -37,6 +37,7 @@ class Sequences:
     dtype: torch.dtype
     window: int | None = None
     norm: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.num_heads * 1000 + self.head_dim)
@@ -51,6 +52,7 @@ class Sequences:
             self.tables[row, :count] = order[taken : taken + count]
             taken += count
         self.angles = cos_sin_table(RopeSpec(self.head_dim), 256)
+        self.scores = ScoreParams(self.head_dim**-0.5, self.window, sinks=self.sinks)
 
     def empty_cache(self) -> KvCache:
         """A cache full of NaN: reading anything unwritten shows."""
@@ -74,7 +76,7 @@ class Sequences:
         ends = [b for _, _, b in parts]
         tables = self.tables[[s for s, _, _ in parts]].contiguous()
         batch = PagedBatch(tables, starts, torch.tensor(ends, dtype=torch.int32), max(sizes), max(ends))
-        paged_attention(rows, cache, batch, heads, ScoreParams(self.head_dim**-0.5, self.window), out)
+        paged_attention(rows, cache, batch, heads, self.scores, out)
         return list(out.split(sizes))
 
     def whole(self) -> list[torch.Tensor]:
@@ -112,9 +114,40 @@ def test_accuracy_against_float64(heads: tuple[int, int, int], window: int | Non
         positions = torch.arange(length)
         q, k, v = x.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         q, k = (reference.rope(reference.rms_norm(y, sequences.norm, 1e-6), positions, frequencies) for y in (q, k))
-        expected = reference.attention(q, k, v, positions, dim**-0.5, window).reshape(length, -1)
+        expected = reference.attention(q, k, v, positions, sequences.scores).reshape(length, -1)
         error = (sequences.whole()[s] - expected).norm() / expected.norm()
         assert error < 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("heads", [(9, 3, 64), (16, 1, 32), (4, 4, 128)], ids=str)
+def test_sinks(heads: tuple[int, int, int], window: int | None) -> None:
+    """Each head's own; values of float64, and the bits of the whole prompt in chunks; without them other values."""
+    num_heads, num_kv_heads, dim = heads
+    sequences = Sequences(*heads, torch.float32, window, sinks=torch.linspace(-1.0, 8.0, num_heads))
+    whole = sequences.whole()
+    frequencies = torch.from_numpy(_frequencies(RopeSpec(dim)))
+    for s, length in enumerate(LENGTHS):
+        x = sequences.qkv[s].view(length, num_heads + 2 * num_kv_heads, dim)
+        q, k, v = x.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        q, k = (reference.rope(y, torch.arange(length), frequencies) for y in (q, k))
+        expected = reference.attention(q, k, v, torch.arange(length), sequences.scores)
+        error = (whole[s].view(expected.shape) - expected).norm(dim=(0, 2)) / expected.norm(dim=(0, 2))
+        assert (error < 1e-6).all(), "of each head: a large sink leaves small values"
+    for size in (1, 7, 65):
+        cache = sequences.empty_cache()
+        for start in range(0, max(LENGTHS), size):
+            parts = [(s, start, min(length, start + size)) for s, length in enumerate(LENGTHS) if length > start]
+            for out, (s, a, b) in zip(sequences.step(cache, parts), parts, strict=True):
+                assert torch.equal(out, whole[s][a:b]), f"sequence {s}, rows {a}..{b}, chunks of {size}"
+    without = Sequences(*heads, torch.float32, window).whole()
+    assert not any(torch.equal(a, b) for a, b in zip(whole, without, strict=True))
+
+
+def test_sinks_that_do_not_fit_are_refused() -> None:
+    for wrong in (torch.zeros(8), torch.zeros(9, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"paged_attention: expected float32 sinks \(9,\), found torch"):
+            Sequences(9, 3, 64, torch.float32, sinks=wrong).whole()
 
 
 def test_result_does_not_depend_on_threads() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sempre.kernels.activation import Activation
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
 from sempre.kernels.linear import GpuLinearWeight
 from sempre.kernels.moe import (
@@ -58,6 +59,8 @@ class Mixture:
     device: str
     rows: int
     scheme: Fp8Scheme | None = None
+    activation: Activation = Activation.SILU
+    """clamped: the linear layers have biases"""
 
     def __post_init__(self) -> None:
         experts, _, hidden, inner = self.shape
@@ -68,7 +71,7 @@ class Mixture:
         self.logits[:, -1] -= 100.0
         self.gate_up = self._experts(2 * inner, hidden)
         self.down = self._experts(hidden, inner)
-        self.experts = GatedExperts(self.gate_up, self.down)
+        self.experts = GatedExperts(self.gate_up, self.down, self.activation)
         self.scratch = self.scratch_for(self.rows)
 
     def _random(self, *shape: int) -> torch.Tensor:
@@ -82,10 +85,14 @@ class Mixture:
         return stacked
 
     def _weight(self, values: torch.Tensor) -> GpuLinearWeight:
+        bias = None
+        if self.activation is Activation.CLAMPED:
+            # some of the activations are clamped
+            bias = self._random(len(values)).to(self.dtype) * 5.0
         if self.scheme is None:
-            return GpuLinearWeight(values.to(self.dtype), None)
+            return GpuLinearWeight(values.to(self.dtype), bias)
         quantized = quantize_channels(values)
-        return GpuLinearWeight(quantized.values, None, scale=quantized.scale, scheme=self.scheme)
+        return GpuLinearWeight(quantized.values, bias, scale=quantized.scale, scheme=self.scheme)
 
     def scratch_for(self, rows: int) -> ExpertScratch:
         """Full of what may not be read."""
@@ -109,7 +116,8 @@ class Mixture:
     def expert(self, weights: ExpertWeights, expert: int) -> GpuLinearWeight:
         """One of them as an ordinary weight."""
         scale = weights.scale[expert] if weights.scale is not None else None
-        return GpuLinearWeight(weights.weight[expert], None, scale=scale, scheme=weights.scheme)
+        bias = weights.bias[expert] if weights.bias is not None else None
+        return GpuLinearWeight(weights.weight[expert], bias, scale=scale, scheme=weights.scheme)
 
     def one_by_one(self) -> torch.Tensor:
         """The same by the ordinary kernels, each expert on its own rows."""
@@ -126,7 +134,7 @@ class Mixture:
                 gate_up, down = self.expert(self.gate_up, expert), self.expert(self.down, expert)
                 both = torch.empty(len(row), gate_up.out_features, dtype=self.dtype, device=self.device)
                 activated = torch.empty(len(row), down.in_features, dtype=self.dtype, device=self.device)
-                linear_gpu.gated_linear(self.x[row].contiguous(), gate_up, both, activated)
+                linear_gpu.gated_linear(self.x[row].contiguous(), gate_up, both, activated, self.activation)
                 out = torch.empty(len(row), down.out_features, device=self.device)
                 parts[row, rank] = linear_gpu.linear(activated, down, out)
         return gpu.combine(parts, weights.contiguous(), torch.empty_like(self.x))

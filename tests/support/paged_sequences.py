@@ -31,6 +31,7 @@ class PagedSequences:
     window: int | None = None
     with_norm: bool = True
     soft_cap: float | None = None
+    with_sinks: bool = False
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.num_heads * 1000 + self.head_dim)
@@ -50,6 +51,8 @@ class PagedSequences:
         self.norm = norm.to(self.dtype).to(self.device) if self.with_norm else None
         self.norms = HeadNorms(self.norm, self.norm, EPS) if self.norm is not None else None
         self.heads = HeadLayout(self.num_heads, self.num_kv_heads, self.head_dim)
+        sinks = torch.linspace(-1.0, 3.0, self.num_heads).to(self.device) if self.with_sinks else None
+        self.scores = ScoreParams(self.head_dim**-0.5, self.window, self.soft_cap, sinks)
 
     def empty_cache(self) -> KvCache:
         """A cache full of NaN: reading anything unwritten shows."""
@@ -103,8 +106,7 @@ class PagedSequences:
             max_query_len=max(sizes) + slack if max(sizes) > 1 or slack else 1,
             max_context_len=max(b for _, _, b in parts) + slack,
         )
-        scores = ScoreParams(self.head_dim**-0.5, self.window, self.soft_cap)
-        attention_gpu.paged_attention(rows, cache, batch, self.heads, scores, out, workspace)
+        attention_gpu.paged_attention(rows, cache, batch, self.heads, self.scores, out, workspace)
         return list(out.split(sizes))
 
     def whole(self) -> list[torch.Tensor]:
@@ -120,8 +122,7 @@ class PagedSequences:
         for y in (q, k):
             normed = reference.rms_norm(y, self.norm.cpu(), EPS) if self.norm is not None else y
             rotated.append(reference.rope(normed, torch.arange(n), frequencies).to(self.dtype))
-        scale = self.head_dim**-0.5
-        found = reference.attention(*rotated, v, torch.arange(n), scale, self.window, self.soft_cap)
+        found = reference.attention(*rotated, v, torch.arange(n), self.scores)
         return found.reshape(n, -1)
 
 

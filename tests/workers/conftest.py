@@ -79,6 +79,7 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
     mixtral, qwen2_moe = transformers.MixtralConfig, transformers.Qwen2MoeConfig
     smollm3, granite, phi3 = transformers.SmolLM3Config, transformers.GraniteConfig, transformers.Phi3Config
     olmo2, olmo3, gemma3 = transformers.Olmo2Config, transformers.Olmo3Config, transformers.Gemma3TextConfig
+    gpt_oss = transformers.GptOssConfig
     return {
         "llama": llama(**COMMON),
         "llama-multi-head-tied": llama(**{**COMMON, "num_key_value_heads": 4, "tie_word_embeddings": True}),
@@ -236,6 +237,24 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
             partial_rotary_factor=1.0,
             tie_word_embeddings=True,
         ),
+        "gpt-oss": gpt_oss(
+            **{**COMMON, "num_hidden_layers": 4},
+            head_dim=32,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            sliding_window=20,
+            rope_parameters={**YARN_ROPE, "truncate": False},
+        ),
+        "gpt-oss-odd": gpt_oss(
+            **{**COMMON, "num_attention_heads": 6, "num_key_value_heads": 1, "intermediate_size": 48},
+            head_dim=48,
+            num_local_experts=5,
+            num_experts_per_tok=3,
+            sliding_window=17,
+            layer_types=[FULL, WINDOWED, FULL],
+            attention_bias=False,
+            tie_word_embeddings=True,
+        ),
         "mixtral": mixtral(**COMMON, num_local_experts=8, num_experts_per_tok=2),
         "mixtral-odd": mixtral(
             **COMMON, num_local_experts=5, num_experts_per_tok=3, sliding_window=20, tie_word_embeddings=True
@@ -290,6 +309,9 @@ def _make(name: str, folder: Path) -> Checkpoint:
             # norms and biases would otherwise be ones and zeros, and a forgotten one invisible
             if parameter_name.endswith(".bias") or "norm" in parameter_name:
                 torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name else 0.0, 0.3)
+            # so large that the activations are clamped, and that heads differ
+            if parameter_name.endswith(("proj_bias", "sinks")):
+                torch.nn.init.normal_(parameter, 0.0, 4.0 if "gate_up" in parameter_name else 1.5)
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):
                 torch.nn.init.normal_(buffer, 0.0, 0.3)

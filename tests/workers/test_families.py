@@ -31,7 +31,7 @@ FAMILIES = [
     "llama-yarn-rope", "smollm3", "smollm3-odd", "granite", "granite-odd", "olmo2", "olmo2-odd", "olmo3", "olmo3-odd",
     "phi3", "phi3-long",
     "phi3-part", "gemma3", "gemma3-odd",
-    "gemma3-multimodal",
+    "gemma3-multimodal", "gpt-oss", "gpt-oss-odd",
 ]  # fmt: skip
 WINDOWED = "sliding_attention"
 
@@ -108,6 +108,7 @@ DEFAULTS = {
     "Olmo3ForCausalLM": transformers.Olmo3Config,
     "Phi3ForCausalLM": transformers.Phi3Config,
     "Gemma3ForCausalLM": transformers.Gemma3TextConfig,
+    "GptOssForCausalLM": transformers.GptOssConfig,
 }
 
 
@@ -216,6 +217,40 @@ REFUSED: list[tuple[str, str, object, str]] = [
     ),
     ("Gemma3ForCausalLM", "rope_local_base_freq", 0, "rope_local_base_freq: expected a finite number greater than 0"),
     ("Gemma3ForCausalLM", "sliding_window_pattern", 0, "sliding_window_pattern: expected an integer of at least 1"),
+    ("GptOssForCausalLM", "hidden_act", "gelu", "hidden_act: expected 'silu'"),
+    ("GptOssForCausalLM", "swiglu_alpha", 1.0, "swiglu_alpha: expected 1.702, found 1.0"),
+    ("GptOssForCausalLM", "swiglu_limit", 10.0, "swiglu_limit: expected 7.0, found 10.0"),
+    ("GptOssForCausalLM", "swiglu_limit", "7", "swiglu_limit: expected a finite number"),
+    ("GptOssForCausalLM", "experts_per_token", 2, "experts_per_token: expected what num_experts_per_tok says, found 2"),
+    ("GptOssForCausalLM", "num_local_experts", 3, "num_experts_per_tok: expected at most num_local_experts=3"),
+    ("GptOssForCausalLM", "layer_types", [WINDOWED], "layer_types: expected a list of 36 times"),
+    ("GptOssForCausalLM", "sliding_window", None, "sliding_window: expected a value"),
+    ("GptOssForCausalLM", "attention_bias", "yes", "attention_bias: expected true or false"),
+    ("GptOssForCausalLM", "rope_scaling", {"rope_type": "dynamic"}, "rope_scaling: rope_type: expected one of"),
+    (
+        "GptOssForCausalLM",
+        "quantization_config",
+        {"quant_method": "gptq"},
+        "quantization_config: quant_method: expected 'mxfp4' for this architecture, found 'gptq'",
+    ),
+    (
+        "GptOssForCausalLM",
+        "quantization_config",
+        {"quant_method": "mxfp4", "block_size": 16},
+        "quantization_config: block_size: expected of mxfp4 only the fields",
+    ),
+    (
+        "GptOssForCausalLM",
+        "quantization_config",
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.35.mlp"]},
+        r"quantization_config: modules_to_not_convert: expected what leaves model\.layers\.35\.mlp\.experts in MXFP4",
+    ),
+    (
+        "GptOssForCausalLM",
+        "quantization_config",
+        {"quant_method": "mxfp4", "modules_to_not_convert": "lm_head"},
+        "quantization_config: modules_to_not_convert: expected a list of module names",
+    ),
 ]
 
 
@@ -251,8 +286,9 @@ def test_layers_that_predict_more_tokens_are_not_read(checkpoints: Any, tmp_path
                 load_model(worker_config(folder), load_spec(folder), INVARIANT)
 
 
-def test_the_number_of_experts_has_two_names() -> None:
-    names = {"architectures": ["Qwen3MoeForCausalLM"]}
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "GptOssForCausalLM"])
+def test_the_number_of_experts_has_two_names(architecture: str) -> None:
+    names = {"architectures": [architecture]}
     for spelled in ({"num_experts": 64}, {"num_local_experts": 64}):
         spec: Any = parse_spec({**names, **spelled}, {})
         assert spec.num_experts == 64

@@ -33,6 +33,7 @@ RECORDED: dict[str, dict[str, str]] = {
         "gemma3-odd": "410a96b79d20500c",
         "glm4-odd": "ef7d938ab0e52869",
         "glm4-moe-odd": "fd798bd1afe71f13",
+        "gpt-oss-odd": "14c08b636de67dd3",
         "granite": "56ef499691bb4e81",
         "mixtral": "4f9751ac355199bf",
         "olmo2-odd": "505685601b8fdf58",

@@ -44,6 +44,8 @@ NAMES = [
     "phi3",
     "gemma3",
     "gemma3-multimodal",
+    "gpt-oss",
+    "gpt-oss-odd",
 ]
 
 

@@ -41,6 +41,7 @@ FAMILIES = [
     "glm4",
     "glm4-moe",
     "qwen2-moe",
+    "gpt-oss-odd",
 ]
 
 

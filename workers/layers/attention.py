@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,9 +14,10 @@ from sempre.kernels.attention import HeadLayout, HeadNorms, KvCache, PagedBatch,
 from sempre.kernels.norms import rms_norm_of_parts
 from sempre.kernels.rope import RopeSpec, head_order, rope_and_cache_write
 from sempre.workers.layers.linear import HeadsLinear, Linear
-from sempre.workers.layers.module import Build, Module, Scratch
+from sempre.workers.layers.module import Build, Module, Scratch, Tensors
 from sempre.workers.layers.norm import HeadNorm, ProjectionNorm
 from sempre.workers.steps import StepInput
+from sempre.workers.tensor_source import Parameter
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,15 @@ class AttentionShape:
     """what that norm goes over"""
     fused: bool = False
     """whether queries, keys and values are one tensor of the checkpoint"""
+    has_sinks: bool = False
+    """whether the checkpoint has a sink for each head (`ScoreParams.sinks`)"""
 
 
 class Attention(Module):
     """Writes the step's keys and values; returns only the rows that are read."""
+
+    sinks: torch.Tensor | None = None
+    """float32 [Hq]"""
 
     def __init__(self, build: Build, shape: AttentionShape) -> None:
         head_dim = shape.heads.head_dim
@@ -61,7 +68,20 @@ class Attention(Module):
     def _norms_projections(self) -> bool:
         return issubclass(self._shape.qk_norm, ProjectionNorm)
 
+    def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
+        if self._shape.has_sinks:
+            yield path + ".sinks", Parameter((self._shape.heads.num_heads,))
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        if self._shape.has_sinks:
+            self.sinks = tensors.read(path + ".sinks").to(torch.float32, copy=True)
+
+    def own_tensors(self) -> Iterator[torch.Tensor]:
+        if self.sinks is not None:
+            yield self.sinks
+
     def allocate(self, scratch: Scratch) -> None:
+        self._scores = replace(self._shape.scores, sinks=self.sinks)
         self._table = scratch.rope_table(self._shape.rope)
         self._norms = None
         if self.q_norm is not None and self.k_norm is not None:
@@ -87,5 +107,5 @@ class Attention(Module):
                 batch.block_tables, read.starts, batch.context_lens, read.max_per_request, batch.max_context_len
             )
         attended = self._attended.first(qkv.shape[0])
-        paged_attention(qkv, cache, batch, heads, self._shape.scores, attended, self._workspace)
+        paged_attention(qkv, cache, batch, heads, self._scores, attended, self._workspace)
         return self.o_proj(attended)

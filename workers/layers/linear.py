@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 
 import torch
@@ -13,6 +14,7 @@ from sempre.kernels.moe import ExpertWeights, stack_like
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear_kernel import LinearWeight
 from sempre.workers.layers.module import Build, Module, Scratch, Tensors
+from sempre.workers.quantization.plain import PLAIN_SUFFIX
 from sempre.workers.tensor_source import Parameter
 
 
@@ -221,6 +223,53 @@ class ExpertLinear(Linear):
         """Likewise `gated`."""
         self.kernel.gated_linear(x, self.weights[expert], self._out.first(x.shape[0]), out, self.activation)
         return out
+
+
+class StackedExpertLinear(ExpertLinear):
+    """The same, where one tensor of the checkpoint holds all experts: at `path` [E, K, N], or in a format of fewer bits
+    with N before K; the bias is at `path` with `_bias`."""
+
+    def __init__(
+        self,
+        build: Build,
+        num_experts: int,
+        name: str,
+        order: Sequence[int],
+        in_features: int,
+        *,
+        role: str = "branch",
+        activation: Activation | None = None,
+    ) -> None:
+        """`order`: which output of the checkpoint each is."""
+        super().__init__(build, num_experts, {name: len(order)}, in_features, role=role, activation=activation)
+        self.bias = True
+        self._order = order
+
+    def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
+        experts, outputs = self.num_experts, self.out_features
+        for suffix, parameter in self._stored(path).items():
+            shape = (self.in_features, outputs) if suffix == PLAIN_SUFFIX else parameter.shape
+            yield _stacked(path, suffix), replace(parameter, shape=(experts, *shape))
+        yield path + "_bias", Parameter((experts, outputs), initial="zeros")
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        method = self._quantization.method([path])
+        stored = {suffix: tensors.read(_stacked(path, suffix)) for suffix in self._stored(path)}
+        stored = {suffix: t.transpose(1, 2) if suffix == PLAIN_SUFFIX else t for suffix, t in stored.items()}
+        biases = tensors.vector(path + "_bias")
+        order = torch.tensor(self._order, dtype=torch.int64, device=biases.device)
+        for expert in range(self.num_experts):
+            own = {suffix: tensor[expert].index_select(0, order) for suffix, tensor in stored.items()}
+            bias = biases[expert].index_select(0, order)
+            self.put(expert, method.pack({path: own}, bias, self.kernel, tensors.matrix))
+
+    def _stored(self, path: str) -> Mapping[str, Parameter]:
+        return self._quantization.method([path]).tensors(self.out_features, self.in_features)
+
+
+def _stacked(path: str, suffix: str) -> str:
+    """A tensor of all experts has no suffix where that of one matrix has the usual."""
+    return path if suffix == PLAIN_SUFFIX else path + suffix
 
 
 class TiedLinear(Linear):

@@ -23,7 +23,7 @@ from sempre.kernels.moe import (
     route,
     sparse_mlp,
 )
-from sempre.workers.layers.linear import ExpertLinear, Linear, Use
+from sempre.workers.layers.linear import ExpertLinear, Linear, StackedExpertLinear, Use
 from sempre.workers.layers.module import Build, Module, RowBuffer, Scratch, Tensors
 from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.tensor_source import Parameter
@@ -43,12 +43,10 @@ USUAL_NAMES = ExpertNames()
 class Experts(Module):
     """Gated feed-forward branches of one shape, side by side."""
 
-    def __init__(self, build: Build, shape: ExpertShape, names: ExpertNames) -> None:
-        count, hidden, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
-        parts = {names.gate: inner, names.up: inner}
-        self.gate_up_proj = ExpertLinear(build, count, parts, hidden, role="gate_up", activation=Activation.SILU)
-        self.down_proj = ExpertLinear(build, count, {names.down: hidden}, inner)
-        self.down_proj.rows_of_token = shape.experts_per_row
+    def __init__(self, gate_up: ExpertLinear, down: ExpertLinear, experts_per_row: int) -> None:
+        self.gate_up_proj = gate_up
+        self.down_proj = down
+        self.down_proj.rows_of_token = experts_per_row
 
     def allocate(self, scratch: Scratch) -> None:
         self._activated = scratch.rows("activated", self.down_proj.in_features)
@@ -59,12 +57,30 @@ class Experts(Module):
         gate_up, down = self.gate_up_proj.stacked, self.down_proj.stacked
         assert gate_up is not None
         assert down is not None
-        return GatedExperts(gate_up, down)
+        assert self.gate_up_proj.activation is not None
+        return GatedExperts(gate_up, down, self.gate_up_proj.activation)
 
     def of(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """One expert's branch for rows [T, H] on a CPU."""
         activated = self.gate_up_proj.gated_of(expert, x, self._activated.first(x.shape[0]))
         return self.down_proj.of(expert, activated)
+
+
+def experts_by_name(build: Build, shape: ExpertShape, names: ExpertNames = USUAL_NAMES) -> Experts:
+    """Each with tensors of its own."""
+    count, hidden, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    parts = {names.gate: inner, names.up: inner}
+    gate_up = ExpertLinear(build, count, parts, hidden, role="gate_up", activation=Activation.SILU)
+    return Experts(gate_up, ExpertLinear(build, count, {names.down: hidden}, inner), shape.experts_per_row)
+
+
+def stacked_experts(build: Build, shape: ExpertShape, activation: Activation) -> Experts:
+    """All in the same tensors, with biases; outputs of gates and of the other half take turns."""
+    count, hidden, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    halves = (*range(0, 2 * inner, 2), *range(1, 2 * inner, 2))
+    gate_up = StackedExpertLinear(build, count, "gate_up_proj", halves, hidden, role="gate_up", activation=activation)
+    down = StackedExpertLinear(build, count, "down_proj", range(hidden), inner)
+    return Experts(gate_up, down, shape.experts_per_row)
 
 
 @dataclass(frozen=True)
@@ -79,9 +95,9 @@ class ExpertChoice:
 class Router(Linear):
     """Decides on experts, by float32 logits. It is small and its errors matter: floats only."""
 
-    def __init__(self, build: Build, name: str, num_experts: int, hidden_size: int) -> None:
+    def __init__(self, build: Build, name: str, num_experts: int, hidden_size: int, *, bias: bool = False) -> None:
         unquantized = replace(build, quantization=NotQuantized())
-        super().__init__(unquantized, {name: num_experts}, hidden_size, use=Use.ROUTER)
+        super().__init__(unquantized, {name: num_experts}, hidden_size, bias=bias, use=Use.ROUTER)
 
     def allocate(self, scratch: Scratch) -> None:
         logits = scratch.tensor("router", (scratch.max_tokens, self.out_features), torch.float32)
@@ -122,10 +138,14 @@ class SparseMLP(Module):
         renormalize: bool,
         names: ExpertNames = USUAL_NAMES,
         choice: ExpertChoice | None = None,
+        parts: tuple[Router, Experts] | None = None,
     ) -> None:
-        router = Router if choice is None else CorrectedRouter
-        self.gate = router(build, "gate", shape.num_experts, shape.hidden_size)
-        self.experts = Experts(build, shape, names)
+        """`parts`: of a family that stores them otherwise."""
+        if parts is None:
+            router = Router if choice is None else CorrectedRouter
+            gate = router(build, "gate", shape.num_experts, shape.hidden_size)
+            parts = gate, experts_by_name(build, shape, names)
+        self.gate, self.experts = parts
         self.sizes = shape
         self.renormalize = renormalize
         self.choice = choice

@@ -12,7 +12,7 @@ from sempre.kernels.rope import RopeSpec
 from sempre.kernels.states import StateShape
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.models.rope_config import rope_of
-from sempre.workers.quantization.config import QuantizationSpec, parse_quantization
+from sempre.workers.quantization.config import StoredQuantization, parse_quantization
 
 # what `layer_types` may say of a layer
 FULL, WINDOWED = "full_attention", "sliding_attention"
@@ -84,6 +84,7 @@ class FamilyRules:
     """head dimension when the config has none; None: hidden_size / num_attention_heads"""
     tied_by_default: bool = False
     """whether the embedding is also the head's matrix when the config does not say"""
+    quantization: Callable[[ConfigFields], StoredQuantization | None] = parse_quantization
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class ModelSpec:
     checkpoint_dtype: str | None
     """dtype in config.json, if any"""
     eos_token_ids: tuple[int, ...]
-    quantization: QuantizationSpec | None
+    quantization: StoredQuantization | None
     """how the checkpoint's matrices are quantised, if they are"""
 
     @property
@@ -182,7 +183,7 @@ def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, g
         initializer_range=fields.positive_number("initializer_range", default=0.02),
         checkpoint_dtype=_checkpoint_dtype(fields),
         eos_token_ids=_eos_token_ids(fields, generation, vocab_size),
-        quantization=parse_quantization(fields),
+        quantization=rules.quantization(fields),
     )
 
 

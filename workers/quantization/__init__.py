@@ -1,2 +1,2 @@
-"""How matrices are stored: `method` is what a format implements, `plain` and `fp8` are the formats, `config` reads the
-checkpoint or the engine's setting."""
+"""How matrices are stored: `method` is what a format implements, `plain`, `fp8` and `mxfp4` are the formats, `config`
+reads the checkpoint or the engine's setting."""

@@ -32,6 +32,16 @@ class QuantizationSpec:
         return any(_matches(e, module) for e in self.targets) and not any(_matches(e, module) for e in self.ignore)
 
 
+@dataclass(frozen=True)
+class Mxfp4Spec:
+    """Matrices in blocks of 4-bit numbers (`quantization.mxfp4`), whose names end with one of `targets`."""
+
+    targets: tuple[str, ...]
+
+
+StoredQuantization = QuantizationSpec | Mxfp4Spec
+
+
 def _matches(entry: str, module: str) -> bool:
     if entry.startswith("re:"):
         return re.match(entry.removeprefix("re:"), module) is not None
@@ -39,19 +49,22 @@ def _matches(entry: str, module: str) -> bool:
 
 
 def resolve_quantization(
-    stated: QuantizationSpec | None, setting: str | None, load_format: str
-) -> QuantizationSpec | None:
+    stated: StoredQuantization | None, setting: str | None, load_format: str
+) -> StoredQuantization | None:
     """The checkpoint's own quantisation, or the engine's `setting` for one without; raises ConfigError for both.
 
     Dummy weights are never stored quantised.
     """
     if setting is None:
+        if isinstance(stated, Mxfp4Spec):
+            return stated if load_format != "dummy" else None
         if stated is not None and load_format == "dummy":
             return QuantizationSpec(stated.scheme, "channel", stated.targets, stated.ignore, stored=False)
         return stated
     if stated is not None:
+        name = "mxfp4" if isinstance(stated, Mxfp4Spec) else stated.scheme.value
         raise ConfigError(
-            f"quantization: expected None for a checkpoint that is quantised already ({stated.scheme.value}),"
+            f"quantization: expected None for a checkpoint that is quantised already ({name}),"
             f" found {setting!r}. Leave it out.",
             parameter="quantization",
             value=setting,

@@ -9,8 +9,8 @@ import torch
 from sempre.kernels.fp8 import QuantizedWeight, quantize_channels
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.quantization.config import QuantizationSpec
-from sempre.workers.quantization.method import Quantization, QuantizationMethod
-from sempre.workers.quantization.plain import PLAIN, NotQuantized
+from sempre.workers.quantization.method import QuantizationMethod
+from sempre.workers.quantization.plain import PLAIN
 from sempre.workers.tensor_source import FP8_NAME, Parameter, mismatch
 
 
@@ -76,8 +76,3 @@ class Fp8Quantization:
                 beside = f"fp8 like {', '.join(covered)}, with which it is one matmul"
                 raise mismatch(module + ".weight", beside, "an ignored module")
         return self._fp8
-
-
-def quantization_of(spec: QuantizationSpec | None) -> Quantization:
-    """The formats of a model's matrices."""
-    return NotQuantized() if spec is None else Fp8Quantization(spec)

@@ -10,12 +10,14 @@ import torch
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.tensor_source import Parameter
 
+PLAIN_SUFFIX = ".weight"
+
 
 class Plain:
     """`.weight` [N, K]."""
 
     def tensors(self, out_features: int, in_features: int) -> dict[str, Parameter]:
-        return {".weight": Parameter((out_features, in_features))}
+        return {PLAIN_SUFFIX: Parameter((out_features, in_features))}
 
     def pack(
         self,
@@ -24,7 +26,7 @@ class Plain:
         kernel: LinearKernel,
         as_matrix: Callable[[torch.Tensor], torch.Tensor],
     ) -> LinearWeight:
-        weights = [as_matrix(part[".weight"]) for part in parts.values()]
+        weights = [as_matrix(part[PLAIN_SUFFIX]) for part in parts.values()]
         common = reduce(torch.promote_types, (weight.dtype for weight in weights))
         weight = torch.cat([weight.to(common) for weight in weights]) if len(weights) > 1 else weights[0]
         return kernel.pack(weight, bias)

@@ -1,5 +1,5 @@
 """Axes A1, A3, A4, A5, A6, A9, A14 and A15 of families that compute differently: soft caps, windows in every other
-layer, a mixture of experts."""
+layer, a mixture of experts, sinks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 FAMILIES = (
     "gemma2", "qwen3-moe", "qwen3-moe fp8", "qwen3-moe fp8_weight_only", "mixtral", "qwen2-moe", "glm4",
-    "glm4-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3",
+    "glm4-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3", "gpt-oss",
 )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_scoring(family: str) -> None:
     assert [p.bits[0] for p in scored] == [p.bits[0] for p in lone.logprobs]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen3-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma2", "qwen3-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3", "gpt-oss"])
 def test_control(name: str) -> None:
     """The library's ordinary matmuls give other bits in a batch: these tests can fail."""
     client = launch(name, numerics="control")

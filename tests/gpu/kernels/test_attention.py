@@ -46,6 +46,25 @@ def test_soft_capped_scores(heads: tuple[int, int, int], dtype: torch.dtype, win
     _check_decode_rows(sequences, whole)
 
 
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [((64, 8, 64), torch.bfloat16), ((14, 2, 64), torch.float16), ((8, 1, 80), torch.float32)],
+    ids=str,
+)
+def test_sinks(heads: tuple[int, int, int], dtype: torch.dtype, window: int | None) -> None:
+    """The same of sinks, also where splits run side by side or in turn."""
+    sequences = _sequences(heads, dtype, window=window, with_sinks=True)
+    whole = sequences.whole()
+    for s, out in enumerate(whole):
+        expected = sequences.expected(s)
+        assert (out.cpu() - expected).norm() / expected.norm() < ROUNDING[dtype], f"sequence {s}"
+    without = _sequences(heads, dtype, window=window).whole()
+    assert all(not torch.equal(a, b) for a, b in zip(whole, without, strict=True))
+    _check_chunks(sequences, whole, (5, 37, 700))
+    _check_decode_rows(sequences, whole)
+
+
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize(("heads", "dtype"), CASES, ids=str)
 def test_accuracy_against_float64(heads: tuple[int, int, int], dtype: torch.dtype, window: int | None) -> None:

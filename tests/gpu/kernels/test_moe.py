@@ -9,6 +9,7 @@ import pytest
 import torch
 from moe_cases import ODD, Mixture, check_route, check_scores, check_shared, check_sort
 
+from sempre.kernels.activation import Activation
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.moe import ExpertShape
 
@@ -79,6 +80,19 @@ def test_rows_do_not_depend_on_their_number_or_place(name: str, dtype: torch.dty
     for first, end in ((0, 2), (3, 8), (0, 17), (11, 70), (60, 200), (5, 1000), (0, ROWS)):
         found = case.run(first, end)[: 70 - first]
         assert torch.equal(found, alone[first : first + len(found)]), f"rows {first} to {end}"
+
+
+@pytest.mark.parametrize(("dtype", "scheme"), [(torch.bfloat16, None), (torch.float32, None),
+                                              (torch.bfloat16, Fp8Scheme.WEIGHTS)], ids=str)  # fmt: skip
+def test_biases_and_clamped_activations(dtype: torch.dtype, scheme: Fp8Scheme | None) -> None:
+    """Bits of the ordinary matmuls, and of rows alone; other values than without."""
+    shape = ExpertShape(32, 4, 576, 336)
+    case = Mixture(shape, dtype, "cuda", 600, scheme, Activation.CLAMPED)
+    whole = case.one_by_one()
+    for rows in (1, 40, 600):
+        assert torch.equal(case.run(0, rows), whole[:rows])
+    assert torch.equal(torch.cat([case.run(row, row + 1) for row in range(20)]), whole[:20])
+    assert not torch.equal(Mixture(shape, dtype, "cuda", 600, scheme).one_by_one(), whole)
 
 
 def test_accuracy_against_float64() -> None:

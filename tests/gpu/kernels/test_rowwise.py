@@ -6,7 +6,7 @@ import kernel_reference as reference
 import pytest
 import torch
 
-from sempre.kernels.activation import gelu_and_mul, silu_and_mul, soft_cap
+from sempre.kernels.activation import clamped_and_mul, gelu_and_mul, silu_and_mul, soft_cap
 from sempre.kernels.embedding import embed
 from sempre.kernels.norms import add_rms_norm, rms_norm
 
@@ -74,6 +74,21 @@ def test_gelu_and_mul(width: int, dtype: torch.dtype) -> None:
     assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
     for i in (0, 69):
         assert torch.equal(gelu_and_mul(gate_up[i : i + 1], torch.empty_like(out[:1]))[0], out[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_clamped_and_mul(width: int, dtype: torch.dtype) -> None:
+    gate_up = _random(70, 2 * width, dtype=dtype, scale=6.0)
+    gate_up[0, :4] = torch.tensor([0.0, -100.0, 100.0, 1e-4])
+    out = clamped_and_mul(gate_up, torch.full((70, width), float("nan"), device="cuda", dtype=dtype))
+    expected = reference.clamped_and_mul(gate_up)
+    assert torch.isfinite(out).all()
+    assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
+    for i in (0, 69):
+        assert torch.equal(clamped_and_mul(gate_up[i : i + 1], torch.empty_like(out[:1]))[0], out[i])
+    gate_up[1, 0], gate_up[2, width] = float("nan"), float("nan")
+    assert clamped_and_mul(gate_up, out).isnan().nonzero().tolist() == [[1, 0], [2, 0]]
 
 
 @pytest.mark.parametrize("cap", [1.0, 30.0])

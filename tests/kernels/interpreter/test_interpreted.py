@@ -45,11 +45,12 @@ def test_fused_activation(dtype: torch.dtype, activation: Activation) -> None:
     out = torch.full((20, 35), float("nan"), dtype=dtype)
     gpu.gated_linear(x, w, torch.empty(20, 70, dtype=dtype), out, activation)
     product = gpu.linear(x, w, torch.empty(20, 70, dtype=dtype))
+    assert torch.equal(out, activation_gpu.activate_and_mul(product, torch.empty_like(out), activation))
     if activation is Activation.GELU:
-        assert torch.equal(out, activation_gpu.gelu_and_mul(product, torch.empty_like(out)))
         return
-    assert torch.equal(out, activation_gpu.silu_and_mul(product, torch.empty_like(out)))
-    expected = reference.silu_and_mul(product)
+    expected = {Activation.SILU: reference.silu_and_mul, Activation.CLAMPED: reference.clamped_and_mul}[activation](
+        product
+    )
     assert (out - expected).norm() / expected.norm() < ROUNDING[dtype]
 
 
@@ -86,6 +87,19 @@ def test_gelu_and_soft_caps(dtype: torch.dtype) -> None:
     assert ((gpu.soft_cap(x, 2.5) - expected) / expected).abs().max() < 1e-6
 
 
+def test_clamped_activation() -> None:
+    """NaN in either half stays one."""
+    from sempre.kernels.activation import gpu
+
+    gate_up = _random(7, 140, dtype=torch.float32) * 8.0
+    gate_up[3, 2], gate_up[4, 73] = float("nan"), float("nan")
+    out = gpu.activate_and_mul(gate_up, torch.full((7, 70), 1.0), Activation.CLAMPED)
+    expected = reference.clamped_and_mul(gate_up)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert out.isnan().nonzero().tolist() == [[3, 2], [4, 3]]
+    assert (out - expected).nan_to_num().norm() / expected.nan_to_num().norm() < 1e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norms_and_embedding(dtype: torch.dtype) -> None:
     from sempre.kernels.embedding import gpu as embedding_gpu
@@ -115,12 +129,14 @@ def test_norms_and_embedding(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "dtype", "window", "block", "soft_cap"),
+    ("heads", "dtype", "window", "block", "soft_cap", "with_sinks"),
     [
-        ((4, 2, 64), torch.float16, None, 16, None),
-        ((3, 1, 80), torch.float32, 37, 32, None),
-        ((2, 1, 16), torch.float32, 37, 32, 1.5),
-        ((2, 1, 16), torch.float16, None, 64, 1.5),
+        ((4, 2, 64), torch.float16, None, 16, None, False),
+        ((3, 1, 80), torch.float32, 37, 32, None, False),
+        ((2, 1, 16), torch.float32, 37, 32, 1.5, False),
+        ((2, 1, 16), torch.float16, None, 64, 1.5, False),
+        ((4, 2, 16), torch.float32, None, 16, None, True),
+        ((4, 1, 16), torch.float16, 37, 64, None, True),
     ],
     ids=str,
 )
@@ -130,6 +146,7 @@ def test_attention(
     window: int | None,
     block: int,
     soft_cap: float | None,
+    with_sinks: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from sempre.kernels.attention import gpu
@@ -138,7 +155,7 @@ def test_attention(
     monkeypatch.setattr(gpu, "SPLIT", 128)
     lengths = (131, 1, 20)
     settings = {"block": block, "window": window, "with_norm": heads[0] != 3, "soft_cap": soft_cap}
-    sequences = PagedSequences(lengths, *heads, dtype, "cpu", **settings)
+    sequences = PagedSequences(lengths, *heads, dtype, "cpu", with_sinks=with_sinks, **settings)
     cache = sequences.empty_cache()
     whole = sequences.step(cache, [(s, 0, n) for s, n in enumerate(lengths)])
     for s in range(3):

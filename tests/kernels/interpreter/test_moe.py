@@ -6,6 +6,7 @@ import pytest
 import torch
 from moe_cases import ODD, Mixture, check_route, check_scores, check_shared, check_sort
 
+from sempre.kernels.activation import Activation
 from sempre.kernels.fp8 import FP8, Fp8Scheme
 from sempre.kernels.moe import ExpertShape, combine
 
@@ -38,10 +39,11 @@ def test_parts_are_added_as_on_a_cpu() -> None:
     assert torch.equal(gpu.combine(parts, weights, torch.empty(7, 1100)), combine(parts, weights, torch.empty(7, 1100)))
 
 
+@pytest.mark.parametrize("activation", [Activation.SILU, Activation.CLAMPED], ids=str)
 @pytest.mark.parametrize("scheme", [None, *Fp8Scheme], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_experts_are_those_of_the_ordinary_matmuls(
-    dtype: torch.dtype, scheme: Fp8Scheme | None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, scheme: Fp8Scheme | None, activation: Activation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sempre.kernels.fp8 import gpu as fp8_gpu
     from sempre.kernels.linear import gpu as linear_gpu
@@ -52,7 +54,7 @@ def test_experts_are_those_of_the_ordinary_matmuls(
 
     for module in (linear_gpu, moe_gpu):
         monkeypatch.setattr(module, "quantize_rows", quantize_rows)
-    mixture = Mixture(ODD, dtype, "cpu", 21, scheme)
+    mixture = Mixture(ODD, dtype, "cpu", 21, scheme, activation)
     expected = mixture.one_by_one().float()
     found = mixture.run(0, 21).float()
     # where the previous matmuls round differently, an fp8 value may be its neighbour

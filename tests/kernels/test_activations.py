@@ -1,11 +1,14 @@
-"""gelu and soft caps: values against float64, a row alone and among others, ragged widths, NaN and infinities."""
+"""Activations, soft caps: values against float64, a row alone and among others, ragged widths, NaN and infinities."""
 
 from __future__ import annotations
 
+import math
+
+import kernel_reference as reference
 import pytest
 import torch
 
-from sempre.kernels.activation import gelu_and_mul, soft_cap
+from sempre.kernels.activation import clamped_and_mul, gelu_and_mul, soft_cap
 
 
 def spread(*shape: int) -> torch.Tensor:
@@ -25,6 +28,19 @@ def test_gelu_is_that_of_float64(rows: int, width: int) -> None:
     assert ((found - expected).abs() <= 4e-7 * (gate * up).abs() + 1e-37).all()
     for row in range(0, rows, 29):
         alone = gelu_and_mul(gate_up[row : row + 1].clone(), torch.empty(1, width))
+        assert torch.equal(alone[0].double(), found[row])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 48), (300, 112)])
+def test_clamped_is_that_of_float64(rows: int, width: int) -> None:
+    gate_up = torch.cat([spread(rows, width), torch.randn(rows, width, generator=torch.Generator().manual_seed(1)) * 6])
+    gate_up = gate_up.view(rows, 2 * width)
+    found = clamped_and_mul(gate_up, torch.empty(rows, width)).double()
+    expected = reference.clamped_and_mul(gate_up)
+    # up + 1 is rounded once
+    assert ((found - expected).abs() <= 4e-7 * expected.abs() + 1e-7 * gate_up[:, :width].abs().clamp(max=7.0)).all()
+    for row in range(0, rows, 29):
+        alone = clamped_and_mul(gate_up[row : row + 1].clone(), torch.empty(1, width))
         assert torch.equal(alone[0].double(), found[row])
 
 
@@ -49,6 +65,11 @@ def test_what_is_not_finite() -> None:
     gate_up[0, 3] = float("nan")
     activated = gelu_and_mul(gate_up, torch.empty(1, 16))
     assert activated.isnan()[0].tolist() == [index == 3 for index in range(16)]
+    gate_up[0, 16], gate_up[0, 17:20] = float("nan"), torch.tensor([float("inf"), float("-inf"), 1e30])
+    gate_up[0, 4] = float("inf")
+    clamped = clamped_and_mul(gate_up, torch.empty(1, 16))[0]
+    assert clamped.isnan().nonzero().view(-1).tolist() == [0, 3]
+    assert clamped[4] == pytest.approx(14.0 / (1.0 + math.exp(-7.0 * 1.702)), rel=1e-6)
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -56,5 +77,7 @@ def test_what_does_not_fit_is_refused() -> None:
         soft_cap(torch.zeros(1, 4), 0.0)
     with pytest.raises(ValueError, match="gelu_and_mul: expected a width that is a multiple of 16, found 8"):
         gelu_and_mul(torch.zeros(1, 16), torch.empty(1, 8))
+    with pytest.raises(ValueError, match="clamped_and_mul: expected a width that is a multiple of 16, found 8"):
+        clamped_and_mul(torch.zeros(1, 16), torch.empty(1, 8))
     with pytest.raises(ValueError, match="does not fit an output"):
         gelu_and_mul(torch.zeros(1, 16), torch.empty(1, 16))
