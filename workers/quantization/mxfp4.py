@@ -31,7 +31,8 @@ _SMALLEST = 1 << 22
 def widen(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """blocks uint8 [N, K / 32, 16], of two numbers each with the first in the lower bits, and scales uint8 [N, K / 32]
     → bfloat16 [N, K], exactly."""
-    both = torch.tensor([*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)], device=blocks.device)
+    signed = [*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)]
+    both = torch.tensor(signed, dtype=torch.float32, device=blocks.device)
     codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
     exponents = scales.to(torch.int32)
     powers = torch.where(exponents > 0, exponents << 23, _SMALLEST).view(torch.float32)
