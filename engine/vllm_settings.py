@@ -210,7 +210,7 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "pt_load_map_location": ("cpu",),
     "quantization_config": (None,),
     "ray_workers_use_nsight": (False,),
-    "reasoning_config": (None,),
+    "reasoning_config": (None, {}, {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}),
     "reasoning_parser": ("",),
     "reasoning_parser_plugin": ("", None),
     "renderer_num_workers": (1,),
@@ -272,7 +272,6 @@ VLLM_SERVER_SETTINGS: dict[str, tuple[object, ...]] = {
     "enable_log_deltas": (True, False),
     "enable_log_outputs": (False,),
     "enable_offline_docs": (False,),
-    "enable_per_request_metrics": (False,),
     # usage.prompt_tokens_details is always reported
     "enable_prompt_tokens_details": (True, False),
     # every response has an X-Request-Id

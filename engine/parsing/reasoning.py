@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sempre.engine.parsing.pieces import Content, Piece, Reasoning, split_before_tag
 
 if TYPE_CHECKING:
+    from sempre.engine.text.token_stream import TokenStream
     from sempre.engine.text.tokenizer import Tokenizer
 
 START, END = "<think>", "</think>"
@@ -62,7 +63,14 @@ class ReasoningSplitter:
         self._inside = inside
         self._started = False
         self._ended = False
+        self.has_reasoning = inside
+        """Whether the text begins with reasoning, as far as that is known."""
         self._undecided = ""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether what follows is content."""
+        return self._ended
 
     def feed(self, text: str) -> list[Piece]:
         self._undecided += text
@@ -96,9 +104,33 @@ class ReasoningSplitter:
         begin = self._undecided.lstrip()
         if begin.startswith(START):
             self._undecided = begin[len(START) :]
+            self.has_reasoning = True
         elif START.startswith(begin) and not final:
             return False
         else:
             self._ended = not self._inside
         self._started = True
         return True
+
+
+class ReasoningCounter:
+    """Counts the tokens of an output until its reasoning has ended, tags included, however the output is cut."""
+
+    def __init__(self, splitter: ReasoningSplitter, stream: TokenStream) -> None:
+        """`stream` decodes the output."""
+        self._splitter = splitter
+        self._stream = stream
+        self._num_tokens = 0
+
+    def push(self, token_ids: Sequence[int]) -> None:
+        """Add tokens of the output."""
+        for token_id in token_ids:
+            if self._splitter.has_ended:
+                return
+            self._splitter.feed(self._stream.push(token_id))
+            self._num_tokens += 1
+
+    @property
+    def count(self) -> int:
+        """Number of tokens so far."""
+        return self._num_tokens if self._splitter.has_reasoning else 0

@@ -29,6 +29,8 @@ from sempre.engine.server.responses import (
     ChatDelta,
     ChatLogprobs,
     ChunkEncoder,
+    CompletionTokensDetails,
+    Usage,
 )
 from sempre.engine.server.service import Service
 from sempre.engine.server.tools import ChatPlan
@@ -70,7 +72,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     response_id = f"chatcmpl-{id_of(request, http)}"
     with ExitStack() as stack:
         stack.enter_context(generation)
-        parsers = plan.message_parsers(generation.requests[0].reasoning, response_id, request.n)
+        parsers = plan.message_parsers(generation.requests[0], service.engine.get_tokenizer(), response_id)
         answer = _Answer(service, request, generation, response_id, parsers)
         if request.stream:
             stack.pop_all()  # the stream closes it
@@ -114,6 +116,7 @@ class _Answer:
         self._model = request.model or service.model_names[0]
         self._fingerprint = service.engine.fingerprint
         self._parsers = parsers
+        self._splits_reasoning = bool(service.config.reasoning_parser)
         self._enforces_calls = not isinstance(request.tool_choice, str | None) or request.tool_choice == "required"
         self._chunks = ChunkEncoder(
             response_id=response_id,
@@ -129,13 +132,15 @@ class _Answer:
 
     def whole(self, output: RequestOutput) -> ChatCompletionResponse:
         """Return the body of an unstreamed response."""
+        choices = [self._whole_choice(choice) for choice in output.outputs]
         body = ChatCompletionResponse(
             id=self._id,
             created=self._created,
             model=self._model,
-            choices=[self._whole_choice(choice) for choice in output.outputs],
-            usage=self._generation.usage(),
+            choices=choices,
+            usage=self._usage(),
             system_fingerprint=self._fingerprint,
+            metrics=self._generation.times(),
         )
         if self._request.return_token_ids:
             body.prompt_token_ids = output.prompt_token_ids
@@ -147,7 +152,7 @@ class _Answer:
         """Return the first event of each choice: its role."""
         prompt = self._generation.requests[0]
         opening = self._echoed()
-        usage = self._generation.usage() if self._chunks.continuous_usage else None
+        usage = self._usage() if self._chunks.continuous_usage else None
         token_ids = prompt.prompt_token_ids if self._request.return_token_ids else None
         return [
             self._chunks.choice(
@@ -162,8 +167,8 @@ class _Answer:
         """Return the events of a new output."""
         if self._only_text_differs:
             return b"".join([self._event(choice) for choice in output.outputs])
-        usage = self._generation.usage() if self._chunks.continuous_usage else None
         chunks = [self._chunk_choice(choice) for choice in output.outputs]
+        usage = self._usage() if self._chunks.continuous_usage else None
         return b"".join([self._chunks.choice(chunk, usage) for chunk in chunks if _says_something(chunk)])
 
     def _event(self, choice: CompletionOutput) -> bytes:
@@ -176,7 +181,16 @@ class _Answer:
 
     def last_event(self) -> bytes:
         """Return the last event before the end of the stream."""
-        return self._chunks.usage(self._generation.usage()) if self._chunks.include_usage else b""
+        if not self._chunks.include_usage:
+            return b""
+        return self._chunks.usage(self._usage(), self._generation.times())
+
+    def _usage(self) -> Usage:
+        usage = self._generation.usage()
+        if self._splits_reasoning:
+            num_reasoning = sum(parser.num_reasoning_tokens for parser in self._parsers)
+            usage.completion_tokens_details = CompletionTokensDetails(num_reasoning)
+        return usage
 
     def _chunk_choice(self, choice: CompletionOutput) -> ChatChunkChoice:
         parser = self._parsers[choice.index]

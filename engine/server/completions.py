@@ -61,8 +61,8 @@ class _Answer:
         self._created = int(time.time())
         self._model = request.model or service.model_names[0]
         self._fingerprint = service.engine.fingerprint
-        self._skips_special = generation.requests[0].params.skip_special_tokens
-        self._skipped: Collection[int] = self._tokenizer.special_texts if self._skips_special else ()
+        skips_special = generation.requests[0].params.skip_special_tokens
+        self._skipped: Collection[int] = self._tokenizer.special_texts if skips_special else ()
         self._writers: dict[int, CompletionLogprobsWriter] = {}
         self._begun: set[int] = set()
         self._prompt_rows: dict[int, list[dict[int, Logprob] | None]] = {}
@@ -89,6 +89,7 @@ class _Answer:
             choices=choices,
             usage=self._generation.usage(0 if self._request.max_tokens == 0 else None),
             system_fingerprint=self._fingerprint,
+            metrics=self._generation.times(),
         )
 
     def events(self, output: RequestOutput) -> bytes:
@@ -110,7 +111,8 @@ class _Answer:
         """Return the last event before the end of the stream."""
         if not self._chunks.include_usage:
             return b""
-        return self._chunks.usage(self._generation.usage(0 if self._request.max_tokens == 0 else None))
+        usage = self._generation.usage(0 if self._request.max_tokens == 0 else None)
+        return self._chunks.usage(usage, self._generation.times())
 
     def _choice(self, place: int, output: RequestOutput, choice: CompletionOutput) -> CompletionChoice:
         request = self._request
@@ -156,17 +158,15 @@ class _Answer:
         """Return the prompt's text; a last character that the output completes belongs to the output."""
         if output.prompt is not None:
             return output.prompt
-        skip = self._skips_special
         if self._request.max_tokens == 0:
-            return self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=skip)
-        return finished_text(self._tokenizer, output.prompt_token_ids, skip_special_tokens=skip)
+            return self._tokenizer.decode(output.prompt_token_ids)
+        return finished_text(self._tokenizer, output.prompt_token_ids)
 
     def _prompt_logprobs(self, place: int, output: RequestOutput) -> CompletionLogprobs:
         prompt, token_ids = output.prompt, output.prompt_token_ids
-        skipped = self._skipped
-        if prompt is not None:
-            # its special tokens are part of the text, except the one that encoding prepends
-            skipped = () if prompt.startswith(self._tokenizer.token_text(token_ids[0])) else token_ids[:1]
+        # special tokens are part of the text, except the one that encoding prepends
+        begins = prompt is None or prompt.startswith(self._tokenizer.token_text(token_ids[0]))
+        skipped = () if begins else token_ids[:1]
         stream = TokenStream(self._tokenizer, skipped)
         writer = CompletionLogprobsWriter(
             self._tokenizer, stream, as_token_ids=self._request.return_tokens_as_token_ids

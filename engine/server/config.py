@@ -45,7 +45,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     enable_auto_tool_choice: Annotated[bool, doc("let the model call tools; needs tool_call_parser")] = False
     tool_call_parser: Annotated[ToolParser | None, doc("the format in which the model calls tools")] = None
     reasoning_parser: Annotated[ReasoningParser, doc("how the model marks its reasoning")] = ""
-    enable_force_include_usage: Annotated[bool, doc("end every stream with its usage, even if not requested")] = False
+    enable_force_include_usage: Annotated[
+        bool, doc("report usage in every chunk of a stream, even if not requested")
+    ] = False
+    enable_per_request_metrics: Annotated[bool, doc("report the times of a request in its response")] = False
     return_tokens_as_token_ids: Annotated[bool, doc("name tokens `token_id:N` in all log-probabilities")] = False
     ignore_unknown_fields: Annotated[bool, doc("ignore unknown request fields instead of refusing them")] = False
     trust_request_chat_template: Annotated[bool, doc("allow chat templates in requests")] = False

@@ -11,16 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.output_stream import OutputStream
-from sempre.engine.outputs import RequestOutput
+from sempre.engine.outputs import RequestMetrics, RequestOutput
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.beams import BeamStream
 from sempre.engine.server.errors import ClientGone, api_error
-from sempre.engine.server.responses import PromptTokensDetails, Usage
+from sempre.engine.server.responses import PromptTokensDetails, RequestTimes, Usage
 from sempre.engine.server.service import Service
 from sempre.engine.server.tracing import RequestSpan
 
@@ -45,6 +46,7 @@ class Generation:
         self.requests = stream.requests
         self.num_cached = [0] * len(self.requests)
         self.num_tokens = 0
+        self._times: RequestMetrics | None = None
         self._places = {request.request_id: place for place, request in enumerate(self.requests)}
         self._service = service
         if service.config.enable_log_requests:
@@ -61,6 +63,7 @@ class Generation:
         """Wait for the outputs of a step; an empty list means that all have finished."""
         outputs = await self.stream.next()
         for output in outputs:
+            self._times = output.metrics
             if output.num_cached_tokens:
                 self.num_cached[self.place(output)] = output.num_cached_tokens
         self.num_tokens += self._record.take(outputs)
@@ -100,6 +103,12 @@ class Generation:
         num_prompt = sum(len(request.prompt_token_ids) for request in self.requests)
         num_output = self.num_tokens if num_completion_tokens is None else num_completion_tokens
         return Usage(num_prompt, num_prompt + num_output, num_output, PromptTokensDetails(sum(self.num_cached)))
+
+    def times(self) -> RequestTimes | UnsetType:
+        """Return the times of a request with one prompt, if the server reports them."""
+        if not self._service.config.enable_per_request_metrics or self._times is None or len(self.requests) > 1:
+            return UNSET
+        return RequestTimes.of(self._times, self.num_tokens)
 
     def close(self) -> None:
         """End the request; can be called twice."""

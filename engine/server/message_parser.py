@@ -12,11 +12,16 @@ from typing import Protocol
 import msgspec
 
 from sempre.engine.parsing import Arguments, CallStart, Content, OutputParser, Piece, Reasoning
+from sempre.engine.parsing.reasoning import ReasoningCounter
 from sempre.engine.server.responses import ChatDelta, ChatMessage, ToolCall, ToolCallFunction
 
 
 class MessageParser(Protocol):
     """Reads one choice. Text that may still become something else is held back until `finish`."""
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Number of tokens before the answer."""
 
     def feed(self, text: str, token_ids: Sequence[int]) -> ChatDelta:
         """Add generated text; return what it adds to the message."""
@@ -27,6 +32,8 @@ class MessageParser(Protocol):
 
 class PlainContent:
     """All text is content."""
+
+    num_reasoning_tokens = 0
 
     def feed(self, text: str, token_ids: Sequence[int]) -> ChatDelta:
         return ChatDelta(content=text)
@@ -46,17 +53,25 @@ class ParsedContent:
         reports_calls: bool,
         include_reasoning: bool,
         has_content: bool = True,
+        counter: ReasoningCounter | None = None,
     ) -> None:
         """Tool call ids derive from `id_prefix`. `reports_calls`: a choice with calls has finish reason `tool_calls`.
         Without `has_content`, text outside calls is the beginning of a call that was cut off."""
         self._has_content = has_content
+        self._counter = counter
         self._parser = parser
         self._id_prefix = id_prefix
         self._reports_calls = reports_calls
         self._include_reasoning = include_reasoning
         self._num_calls = 0
 
+    @property
+    def num_reasoning_tokens(self) -> int:
+        return 0 if self._counter is None else self._counter.count
+
     def feed(self, text: str, token_ids: Sequence[int]) -> ChatDelta:
+        if self._counter is not None:
+            self._counter.push(token_ids)
         return self._delta(self._parser.feed(text))
 
     def finish(self, finish_reason: str) -> tuple[ChatDelta, str]:

@@ -53,7 +53,7 @@ def apply_server_defaults(request: GenerationRequest, config: ServerConfig) -> N
         request.return_tokens_as_token_ids = True
     if config.enable_force_include_usage and request.stream:
         request.stream_options = request.stream_options or StreamOptions()
-        request.stream_options.include_usage = True
+        request.stream_options.include_usage = request.stream_options.continuous_usage_stats = True
     if request.logprob_token_ids is not None:
         # they are reported as log-probabilities
         if isinstance(request, ChatCompletionRequest):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from sempre.engine.outputs import RequestMetrics
 from sempre.engine.server.requests import StreamOptions
 
 TopLogprobs = dict[str, float]
@@ -24,11 +25,46 @@ class PromptTokensDetails(Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int
+
+
 class Usage(Struct):
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
+    """only if the server tells reasoning from answers"""
+
+
+class RequestTimes(Struct, omit_defaults=True):
+    """Times of one request, measured on the host of the server."""
+
+    time_to_first_token_ms: float | None = None
+    """from the first step to the first token"""
+    generation_time_ms: float | None = None
+    """from the first token to the last"""
+    queue_time_ms: float | None = None
+    mean_itl_ms: float | None = None
+    tokens_per_second: float | None = None
+    """from the first step to the last token"""
+
+    @classmethod
+    def of(cls, times: RequestMetrics, num_tokens: int) -> RequestTimes:
+        """The times of a request that has ended."""
+        first, last = times.first_token_time, times.finished_time
+        if first is None or last is None or times.time_in_queue is None:
+            return cls()
+        begin = times.arrival_time + times.time_in_queue
+        generation, whole = max(last - first, 0.0), max(last - begin, 0.0)
+        return cls(
+            time_to_first_token_ms=max(first - begin, 0.0) * 1000,
+            generation_time_ms=generation * 1000,
+            queue_time_ms=times.time_in_queue * 1000,
+            mean_itl_ms=generation / (num_tokens - 1) * 1000 if num_tokens > 1 else None,
+            tokens_per_second=num_tokens / whole if whole else None,
+        )
 
 
 class PromptLogprob(Struct):
@@ -70,6 +106,7 @@ class CompletionResponse(Struct):
     object: str = "text_completion"
     service_tier: None = None
     kv_transfer_params: None = None
+    metrics: RequestTimes | UnsetType = UNSET
 
 
 class ChatTopLogprob(Struct):
@@ -159,6 +196,7 @@ class ChatCompletionResponse(Struct):
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
     kv_transfer_params: None = None
+    metrics: RequestTimes | UnsetType = UNSET
 
 
 class ModelCard(Struct):
@@ -230,9 +268,12 @@ class ChunkEncoder:
             frame = self._frames[index] = _Frame(before, behind)
         return frame.before + _ENCODER.encode(text) + frame.behind
 
-    def usage(self, usage: Usage) -> bytes:
-        """Return the last event of a stream, which has its usage."""
-        return self._head + self._usage_tail(usage)
+    def usage(self, usage: Usage, times: RequestTimes | UnsetType) -> bytes:
+        """Return the last event of a stream, which has its usage, and its times if the server reports them."""
+        event = self._head + self._usage_tail(usage)
+        if times is UNSET:
+            return event
+        return event.removesuffix(b"}\n\n") + b',"metrics":' + _ENCODER.encode(times) + b"}\n\n"
 
     def _usage_tail(self, usage: Usage) -> bytes:
         return self._fingerprint + b',"usage":' + _ENCODER.encode(usage) + b"}\n\n"

@@ -8,10 +8,11 @@ from typing import Any
 
 import msgspec
 
+from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.parsing import TOOL_PARSERS, OutputParser, named_call_schema, required_calls_schema
 from sempre.engine.parsing.output_parser import reasoning_splitter
 from sempre.engine.parsing.pieces import Parser
-from sempre.engine.parsing.reasoning import PromptReasoning, ReasoningSplitter
+from sempre.engine.parsing.reasoning import ReasoningCounter, ReasoningSplitter
 from sempre.engine.parsing.tool_calls import NamedCallParser, RequiredCallsParser
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import BadRequest
@@ -19,6 +20,8 @@ from sempre.engine.server.message_parser import MessageParser, ParsedContent, Pl
 from sempre.engine.server.parameters import structured_outputs
 from sempre.engine.server.requests import ChatCompletionRequest, NamedToolChoice
 from sempre.engine.structured_outputs import StructuredOutputsParams
+from sempre.engine.text.token_stream import TokenStream
+from sempre.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -70,21 +73,27 @@ class ChatPlan:
             return self.structured
         return replaced(self.structured, after_reasoning=True)
 
-    def message_parsers(self, prompt: PromptReasoning, response_id: str, n: int) -> list[MessageParser]:
-        """The parsers of `n` choices after one prompt."""
-        opened = None if self.reasoning_parser is None else prompt.opened
-        return [self._message_parser(opened, f"{response_id}/{choice}") for choice in range(n)]
+    def message_parsers(self, request: PreparedRequest, tokenizer: Tokenizer, response_id: str) -> list[MessageParser]:
+        """The parsers of a request's choices."""
+        return [self._message_parser(request, tokenizer, f"{response_id}/{i}") for i in range(request.params.n)]
 
-    def _message_parser(self, opened: bool | None, id_prefix: str) -> MessageParser:
+    def _message_parser(self, request: PreparedRequest, tokenizer: Tokenizer, id_prefix: str) -> MessageParser:
+        opened = None if self.reasoning_parser is None else request.reasoning.opened
         reasoning = self._splitter(opened)
         if reasoning is None and self.call_parser is None:
             return PlainContent()
+        counted = self._splitter(opened)
+        counter = None
+        if counted is not None:
+            skipped = tokenizer.special_texts if request.params.skip_special_tokens else ()
+            counter = ReasoningCounter(counted, TokenStream(tokenizer, skipped, request.prompt_token_ids))
         return ParsedContent(
             OutputParser(reasoning, self._tool_parser(), one_call=self.one_call),
             id_prefix=id_prefix,
             reports_calls=self.call_parser != "named",
             has_content=self.call_parser not in ("required", "named"),
             include_reasoning=self.include_reasoning,
+            counter=counter,
         )
 
     def _splitter(self, opened: bool | None) -> ReasoningSplitter | None:

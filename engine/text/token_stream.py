@@ -146,15 +146,13 @@ def unfinished_tokens(tokenizer: Tokenizer, skipped_ids: Collection[int], token_
     return UnfinishedTokens(last if data else [], data)
 
 
-def finished_text(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+def finished_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """Return the text of a prompt without an incomplete last character, which the output may complete."""
-    skipped: Collection[int] = tokenizer.special_texts if skip_special_tokens else ()
-    last = unfinished_tokens(tokenizer, skipped, token_ids)
+    last = unfinished_tokens(tokenizer, (), token_ids)
     if not tokenizer.has_byte_fallback:
-        text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        text = tokenizer.decode(token_ids)
         return text.removesuffix("\ufffd") if last.data else text
-    kept = [token_id for token_id in token_ids if token_id not in skipped]
-    return tokenizer.decode(kept[: len(kept) - len(last.token_ids)], skip_special_tokens=False)
+    return tokenizer.decode(token_ids[: len(token_ids) - len(last.token_ids)])
 
 
 def _first_visible(token_ids: Sequence[int], skipped_ids: Collection[int]) -> list[int]:

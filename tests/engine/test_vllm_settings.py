@@ -20,7 +20,7 @@ from sempre.engine.server.body import parse_model
 from sempre.engine.server.config import ServerConfig, server_config
 from sempre.engine.server.logs import set_up_logging
 from sempre.engine.server.parameters import apply_server_defaults
-from sempre.engine.server.requests import CompletionRequest
+from sempre.engine.server.requests import CompletionRequest, StreamOptions
 from sempre.engine.structured_outputs import structured_outputs_defaults, with_defaults
 from sempre.engine.vllm_settings import VLLM_KEYWORDS, VLLM_SERVER_SETTINGS, check_vllm_settings
 from sempre.ipc.config import EngineConfig
@@ -242,11 +242,17 @@ def test_a_form_is_kept_whoever_was_to_read_it(backend: str, caplog: pytest.LogC
 
 def test_fields_that_the_server_decides() -> None:
     config = server_config({"enable_force_include_usage": True, "return_tokens_as_token_ids": True})
-    for body, usage in ((b'{"prompt": "a", "stream": true}', True), (b'{"prompt": "a"}', None)):
+    all_along = StreamOptions(include_usage=True, continuous_usage_stats=True)
+    asked = b'{"prompt": "a", "stream": true, "stream_options": {"include_usage": false}}'
+    for body, usage in (
+        (b'{"prompt": "a", "stream": true}', all_along),
+        (asked, all_along),
+        (b'{"prompt": "a"}', None),
+    ):
         request = parse_model(body, CompletionRequest)
         apply_server_defaults(request, config)
         assert request.return_tokens_as_token_ids is True
-        assert (request.stream_options and request.stream_options.include_usage) == usage
+        assert request.stream_options == usage
         untouched = parse_model(body, CompletionRequest)
         apply_server_defaults(untouched, server_config({}))
         assert untouched == parse_model(body, CompletionRequest)

@@ -30,7 +30,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("chat")
     (folder / "template.jinja").write_text(TEMPLATE)
     flags = ["--max-model-len", "512", "--num-threads", "1", "--chat-template", str(folder / "template.jinja")]
-    flags += ["--reasoning-parser", "qwen3", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    flags += [
+        "--enable-per-request-metrics",
+        "--reasoning-parser",
+        "qwen3",
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
+    ]
     flags += ["--structured-outputs-config.disable_any_whitespace", "true"]
     flags += ["--structured-outputs-config.disable_additional_properties", "true"]
     with ServerProcess(folder / "log", *flags) as process:
@@ -118,6 +125,54 @@ def test_reasoning_that_a_message_has_begun_goes_on(server: ServerProcess) -> No
     assert streamed(server, begun, **CONTINUED, **form) == {name: message[name] for name in ("reasoning", "content")}
     free = message_of(ask(server, begun, **CONTINUED, max_tokens=6, ignore_eos=True))
     assert (free["content"], bool(free["reasoning"])) == (None, True)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_usage_counts_the_tokens_of_reasoning(server: ServerProcess, n: int) -> None:
+    """Up to the end of its last tag, hidden or not, streamed or not."""
+    begun = [USER, {"role": "assistant", "content": "<think>\nLet me see: who"}]
+    form = {"structured_outputs": {"choice": ["yes", "no"]}, "thinking_token_budget": 6}
+    end = server.http.post("/tokenize", json={"prompt": "</think>"}).json()["count"]
+
+    def counted(messages: list[Any], **fields: Any) -> int:
+        return int(ask(server, messages, **fields)["usage"]["completion_tokens_details"]["reasoning_tokens"])
+
+    assert counted(begun, **CONTINUED, **form, n=n) == n * (6 + end)
+    assert counted(begun, **CONTINUED, **form, n=n, include_reasoning=False) == n * (6 + end)
+    assert counted(begun, **CONTINUED, n=n, max_tokens=5, ignore_eos=True) == n * 5
+    assert counted([USER], n=n, max_tokens=5, structured_outputs={"regex": "no+"}) == 0
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {**COMMON, "messages": begun, **CONTINUED, **form, "n": n, "stream": True, "stream_options": options}
+    lines = server.http.post("/v1/chat/completions", json=body).text.splitlines()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line and line != "data: [DONE]"]
+    counts = [chunk["usage"]["completion_tokens_details"]["reasoning_tokens"] for chunk in chunks]
+    assert (counts[0], counts[-1]) == (0, n * (6 + end))
+    assert counts == sorted(counts)
+
+
+def test_a_request_may_tell_its_times(server: ServerProcess) -> None:
+    """Only those of a request with one prompt, and at the end of a stream."""
+
+    def told(answer: Any) -> Any:
+        assert answer.status_code == 200, answer.text
+        return answer.json().get("metrics")
+
+    always = {"time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "tokens_per_second"}
+    for fields, names in (
+        ({"max_tokens": 4, "ignore_eos": True}, always | {"mean_itl_ms"}),
+        ({"max_tokens": 1}, always),
+    ):
+        for times in (
+            told(server.http.post("/v1/chat/completions", json={"messages": [USER], **fields})),
+            told(server.complete(prompt="It is", **fields)),
+        ):
+            assert set(times) == names
+            assert all(value >= 0 for value in times.values())
+    assert told(server.complete(prompt=["It is", "It was"], max_tokens=1)) is None
+    streamed = server.complete(prompt="It is", max_tokens=2, stream=True, stream_options={"include_usage": True})
+    *chunks, last = [json.loads(line[6:]) for line in streamed.text.splitlines() if line[6:] not in ("", "[DONE]")]
+    assert always <= set(last["metrics"])
+    assert not any("metrics" in chunk for chunk in chunks)
 
 
 def test_an_answer_that_a_message_has_begun_goes_on(server: ServerProcess) -> None:

@@ -245,6 +245,24 @@ def test_a_special_token_is_a_stop_string_though_it_is_hidden(
     assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", "<|im_end|><|im_end|>")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_of_token_ids_shows_special_tokens(server: ServerProcess, llm: LLM, stream: bool) -> None:
+    """As the echo of a text does; those of the output stay hidden."""
+    text = "<|im_start|>user\nHi<|im_end|>\n"
+    ids = llm.get_tokenizer().encode(text, add_special_tokens=False)
+    end = llm.get_tokenizer().encode("<|im_end|>", add_special_tokens=False)
+    for prompt in (ids, text):
+        fields: dict[str, Any] = {"prompt": prompt, "max_tokens": 2, "allowed_token_ids": end, "ignore_eos": True}
+        answer = server.complete(**fields, echo=True, logprobs=0, add_special_tokens=False, stream=stream)
+        choices = [c for e in (events(answer.text) if stream else [answer.json()]) for c in e["choices"]]
+        assert "".join(choice["text"] for choice in choices) == text
+        offsets = [offset for choice in choices for offset in choice["logprobs"]["text_offset"]]
+        tokens = [name for choice in choices for name in choice["logprobs"]["tokens"]]
+        assert offsets == [len("".join(tokens[:place])) for place in range(len(ids))] + [len(text)] * 2
+    alone = server.complete(prompt=ids, max_tokens=0, echo=True).json()
+    assert alone["choices"][0]["text"] == text
+
+
 def test_echo_scores_the_prompt(server: ServerProcess, llm: LLM) -> None:
     """What evaluation harnesses read: the log-probability of every prompt token after the first."""
     body = server.complete(prompt=PROMPT, max_tokens=1, echo=True, logprobs=1, temperature=0).json()

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from sempre.engine import SamplingParams
+from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.parsing.reasoning import PromptReasoning
 from sempre.engine.server.body import parse_model
 from sempre.engine.server.chat import template_variables
@@ -24,7 +26,9 @@ def content(text: str, **fields: Any) -> str | None:
     request = parse_model(body, ChatCompletionRequest)
     config = server_config({"enable_auto_tool_choice": True, "tool_call_parser": "llama3_json"})
     plan = ChatPlan.of(request, config)
-    [parser] = plan.message_parsers(PromptReasoning(None, [1]), "id", 1)  # type: ignore[arg-type]
+    tokenizer: Any = None  # nothing is decoded without a reasoning parser
+    prompt = PreparedRequest("0", None, [1], SamplingParams(), [], [0], 0.0, PromptReasoning(tokenizer, [1]))
+    [parser] = plan.message_parsers(prompt, tokenizer, "id")
     delta = parser.feed(text, [5])
     end, _ = parser.finish("stop")
     return "".join(part.content or "" for part in (delta, end) if part is not None)
