@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from sempre.ipc.messages import WorkerConfig
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.drafters.base import DraftModelRunner
-from sempre.workers.kv_cache import block_bytes
+from sempre.workers.kv_cache import PagedKvCache, block_bytes
 from sempre.workers.layers.linear_kernel import LinearKernel
 from sempre.workers.loading import Placement, WeightFacts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.runner import ModelRunner
 from sempre.workers.sampling import GrammarCompiler
+from sempre.workers.state_cache import CacheSizes, StateCache, StateNeeds, slot_bytes
 from sempre.workers.step_validation import StepLimits
+from sempre.workers.tensor_source import CPU
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,33 @@ class LoadedModel(ModelSetup):
     model: CausalLM
     weights: WeightFacts
 
-    @property
-    def limits(self) -> StepLimits:
+    def limits(self, sizes: CacheSizes) -> StepLimits:
         return StepLimits(
             self.max_model_len,
             self.max_num_seqs,
             self.max_num_batched_tokens,
             self.spec.vocab_size,
             self.config.max_draft_tokens,
+            sizes.num_state_slots,
         )
+
+    def allocate_cache(self, sizes: CacheSizes, device: torch.device = CPU) -> PagedKvCache:
+        """The KV cache, and the states of layers that keep them."""
+        spec, weights = self.spec, self.weights
+        states = StateCache(spec.layer_states, sizes.num_state_slots, weights.activations, device)
+        return PagedKvCache(spec.kv_layers, sizes.num_blocks, self.block_size, weights.dtype, device, states)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one KV cache block."""
         return block_bytes(self.spec.kv_layers, self.block_size, self.weights.dtype)
+
+    @property
+    def states(self) -> StateNeeds:
+        config = self.config
+        size = slot_bytes(self.spec.layer_states, self.weights.activations)
+        uses_spare = config.enable_prefix_caching or config.speculative_config is not None
+        return StateNeeds(size, self.max_num_seqs, uses_spare)
 
     def make_grammar_compiler(self, *, step_wait_s: float | None = None) -> GrammarCompiler:
         """For the model's own tokenizer."""
@@ -103,14 +120,15 @@ class Backend(Protocol):
         Raises InvarianceError.
         """
 
-    def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
-        """KV cache blocks that fit, together with as many for the draft model that shares the device.
+    def available_sizes(self, model: LoadedModel, draft: LoadedModel | None = None) -> CacheSizes:
+        """KV cache blocks that fit, together with as many for the draft model that shares the device, beside the
+        model's states.
 
         Raises ConfigError with the sums when not even one sequence of the config's `max_model_len` does, or, where that
         is None, not even one block.
         """
 
-    def make_runner(self, model: LoadedModel, num_blocks: int) -> ModelRunner: ...
+    def make_runner(self, model: LoadedModel, sizes: CacheSizes) -> ModelRunner: ...
 
     def make_drafter(self, runner: ModelRunner) -> DraftModelRunner:
         """A runner that drafts with the model of `runner`, which takes no more steps itself."""

@@ -11,7 +11,9 @@ import torch
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import KvCache, allocate_kv_cache
+from sempre.kernels.states import LayerState
 from sempre.workers.models.config import LayerKv
+from sempre.workers.state_cache import CacheSizes, StateCache, StateNeeds
 from sempre.workers.tensor_source import CPU, tensor_bytes
 
 # share of the free memory that the caches of all workers of a host may claim
@@ -24,21 +26,21 @@ def block_bytes(layers: Sequence[LayerKv], block_size: int, dtype: torch.dtype) 
     return 2 * elements * block_size * dtype.itemsize
 
 
-def available_blocks(
+def available_sizes(
     config: WorkerConfig,
     bytes_per_block: int,
+    states: StateNeeds,
     *,
     block_size: int,
     max_model_len: int,
-    max_num_seqs: int,
     draft_bytes_per_block: int = 0,
-) -> int:
-    """How many blocks the worker can hold; raises ConfigError with the sums when not even one full sequence fits, or,
-    where the config leaves `max_model_len` open, not even one block.
+) -> CacheSizes:
+    """How many blocks, and slots of states, the worker can hold; raises ConfigError with the sums when not even one
+    full sequence fits, or, where the config leaves `max_model_len` open, not even one block.
 
-    `kv_cache_memory_bytes` decides; without it, room for `max_num_seqs` sequences of `max_model_len` tokens, within the
-    worker's share of the free memory. `draft_bytes_per_block`: of these bytes, those for a draft model's keys and
-    values.
+    `kv_cache_memory_bytes` decides; without it, room for as many sequences of `max_model_len` tokens as a step may
+    have, within the worker's share of the free memory. `draft_bytes_per_block`: of these bytes, those for a draft
+    model's keys and values.
     """
     per_sequence = -(-max_model_len // block_size)
     share = draft_share(bytes_per_block, draft_bytes_per_block)
@@ -52,20 +54,23 @@ def available_blocks(
                 parameter="kv_cache_memory_bytes",
                 value=memory_bytes,
             )
-        num_blocks = memory_bytes // bytes_per_block
+        most_blocks = memory_bytes // bytes_per_block
     else:
         memory_bytes = int(MEMORY_SHARE * available_memory_bytes()) // config.world_size
         origin = f"{MEMORY_SHARE:.0%} of the free memory over {config.world_size} worker(s)"
-        num_blocks = min(memory_bytes // bytes_per_block, per_sequence * max_num_seqs)
+        most_blocks = per_sequence * states.max_num_seqs
+    num_slots = states.num_slots(memory_bytes, origin)
+    num_blocks = min(most_blocks, (memory_bytes - num_slots * states.slot_bytes) // bytes_per_block)
+    slots = f" less {num_slots} slots of states of {states.slot_bytes} bytes" if num_slots else ""
     if num_blocks < (1 if config.max_model_len is None else per_sequence):
         raise ConfigError(
             f"kv_cache_memory_bytes: one sequence of max_model_len={max_model_len} tokens needs {per_sequence} blocks"
             f" of {bytes_per_block} bytes{share} = {per_sequence * bytes_per_block} bytes; {origin} = {memory_bytes}"
-            f" bytes holds {num_blocks} blocks. Lower max_model_len or raise kv_cache_memory_bytes.",
+            f" bytes{slots} holds {num_blocks} blocks. Lower max_model_len or raise kv_cache_memory_bytes.",
             parameter="kv_cache_memory_bytes",
             value=config.kv_cache_memory_bytes,
         )
-    return num_blocks
+    return CacheSizes(num_blocks, num_slots)
 
 
 def draft_share(bytes_per_block: int, draft_bytes_per_block: int) -> str:
@@ -93,8 +98,8 @@ def available_memory_bytes() -> int:
 class PagedKvCache:
     """One cache per layer, addressed by the same block ids. Memory is resident once a block is written."""
 
-    layers: list[KvCache]
-    """of each layer; one that reads another's has the same"""
+    layers: list[KvCache | LayerState]
+    """of each layer; one that reads another's has the same, one that keeps states has its part of those"""
 
     def __init__(
         self,
@@ -103,6 +108,7 @@ class PagedKvCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device = CPU,
+        states: StateCache | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -111,7 +117,10 @@ class PagedKvCache:
             for index, layer in enumerate(layers)
             if layer.source is None
         }
+        self.states = states
         self.layers = [self._own[index if layer.source is None else layer.source] for index, layer in enumerate(layers)]
+        for index, state in states.layers.items() if states is not None else ():
+            self.layers[index] = state
 
     @property
     def nbytes(self) -> int:

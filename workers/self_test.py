@@ -20,6 +20,7 @@ import torch
 from sempre.ipc.errors import InvarianceError
 from sempre.kernels.attention import AttentionWorkspace, PagedBatch
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
+from sempre.kernels.states import StateBatch, StateShape
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
@@ -27,7 +28,8 @@ from sempre.workers.layers.module import Module, Scratch, allocate, sharing
 from sempre.workers.loading import WeightFacts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import LayerKv
-from sempre.workers.steps import OutputRows, StepInput, row_places
+from sempre.workers.state_cache import StateCache
+from sempre.workers.steps import Int32, OutputRows, StepInput, row_places
 from sempre.workers.tensor_source import CPU
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,6 +39,8 @@ _TOKENS = {"cpu": 150, "cuda": 1100}
 # this many of them are computed again as rows of one decode step
 _DECODED_ROWS = 40
 _NEIGHBOUR_TOKENS = 17
+# slots of states: the neighbour's, the sequence's own, then those before its last tokens
+_OTHER_SLOT, _OWN_SLOT, _LAST_SLOTS = range(3)
 # rows whose logits are compared: the last ones, since the last layer may compute only those
 _LOGIT_ROWS = 5
 
@@ -134,11 +138,13 @@ class _Probe:
         self.device = model.device
         self.num_tokens = min(_TOKENS[self.device.type], model.spec.max_position_embeddings)
         self._max_tokens = min(max_tokens, self.num_tokens + _NEIGHBOUR_TOKENS)
-        self._model, layers = _with_distinct_blocks(model)
+        self._model, layers, states = _with_distinct_blocks(model)
         allocate(self._model, Scratch(self._max_tokens, self.num_tokens, facts.activations, self.device, workspace))
         self._block_size = block_size
         self._width = -(-self.num_tokens // block_size)
-        self._caches = PagedKvCache(layers, 2 * self._width, block_size, facts.dtype, self.device).layers
+        self._keeps_states = any(states)
+        slots = StateCache(states, _LAST_SLOTS + _DECODED_ROWS, facts.activations, self.device)
+        self._caches = PagedKvCache(layers, 2 * self._width, block_size, facts.dtype, self.device, slots).layers
         self._token_ids = torch.arange(self.num_tokens, dtype=torch.int64, device=CPU) * 7919 % model.spec.vocab_size
 
     def cuts(self) -> list[int]:
@@ -153,7 +159,7 @@ class _Probe:
 
     def run(self, cuts: Sequence[int], *, backwards: bool, beside: bool = False) -> torch.Tensor:
         """Final hidden states of all tokens, computed in the chunks between `cuts`; keys and values stay in the
-        cache."""
+        cache, and so do the states before the last tokens."""
         blocks = list(range(self._width))
         self._blocks = blocks[::-1] if backwards else blocks
         other = list(range(self._width, 2 * self._width))
@@ -191,6 +197,7 @@ class _Probe:
         tables = np.asarray([blocks for _, _, blocks in requests], np.int32)
         places = row_places(starts, ends - starts, tables, size)
         positions, query_starts = torch.from_numpy(places.positions), torch.from_numpy(places.query_starts)
+        states = self._states(requests, places.query_starts, writes=reads_last) if self._keeps_states else None
         step = StepInput(
             token_ids=self._token_ids[positions].to(device),
             positions=positions.to(device),
@@ -203,8 +210,29 @@ class _Probe:
                 max_context_len=int(ends.max()),
             ),
             outputs=_rows_of_last(query_starts, device) if reads_last else None,
+            states=states,
         )
         return self._model.forward(step, self._caches)
+
+    def _states(self, requests: list[tuple[int, int, list[int]]], query_starts: Int32, *, writes: bool) -> StateBatch:
+        """Slots that the requests of a run, or without `writes` of a decode step, read and write."""
+        reads = [self._slot_after(start) if start else -1 for start, _, _ in requests]
+        written: Int32 = np.full(query_starts[-1], -1, np.int32)
+        for (start, end, blocks), first in zip(requests, query_starts.tolist(), strict=False):
+            if writes and blocks is not self._blocks:
+                written[first + end - start - 1] = _OTHER_SLOT
+            elif writes:
+                # each of the last rows leaves its state in a slot of its own, as drafts do
+                lengths = {end, *range(max(start + 1, self.num_tokens - _DECODED_ROWS), end)}
+                for length in lengths:
+                    written[first + length - start - 1] = self._slot_after(length)
+        arrays = (np.asarray(reads, np.int32), written, query_starts)
+        return StateBatch(*(torch.from_numpy(array).to(self.device) for array in arrays))
+
+    def _slot_after(self, length: int) -> int:
+        """Where the state of this many of the sequence's tokens is."""
+        missing = self.num_tokens - length
+        return _LAST_SLOTS + missing - 1 if 0 < missing <= _DECODED_ROWS else _OWN_SLOT
 
 
 def _rows_of_last(starts: torch.Tensor, device: torch.device) -> OutputRows:
@@ -215,9 +243,9 @@ def _rows_of_last(starts: torch.Tensor, device: torch.device) -> OutputRows:
     return OutputRows(rows, read.to(torch.int32).to(device), end - first)
 
 
-def _with_distinct_blocks(model: CausalLM) -> tuple[CausalLM, list[LayerKv]]:
-    """The model with the first block of each kind, sharing tensors, and what these keep in the KV cache; what it
-    allocates is its own.
+def _with_distinct_blocks(model: CausalLM) -> tuple[CausalLM, list[LayerKv], list[StateShape | None]]:
+    """The model with the first block of each kind, sharing tensors, and what these keep in the KV cache, or as states;
+    what it allocates is its own.
 
     A block that reads another layer's keys and values reads those of the block of that layer's kind.
     """
@@ -227,9 +255,8 @@ def _with_distinct_blocks(model: CausalLM) -> tuple[CausalLM, list[LayerKv]]:
     places = {kind: place for place, kind in enumerate(first)}
     layers = [model.spec.kv_layers[index] for index in first.values()]
     probe.model.layers = [probe.model.layers[index] for index in first.values()]
-    return probe, [
-        layer if layer.source is None else layer._replace(source=places[kinds[layer.source]]) for layer in layers
-    ]
+    kept = [layer if layer.source is None else layer._replace(source=places[kinds[layer.source]]) for layer in layers]
+    return probe, kept, [model.spec.layer_states[index] for index in first.values()]
 
 
 def _kind(block: Module) -> object:

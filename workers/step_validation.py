@@ -8,6 +8,7 @@ from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, RequestError
 from sempre.ipc.messages import ErrorInfo, ExecuteStep, NewRequest, ScheduledRequest
 from sempre.workers.input_batch import InputBatch, RequestState
+from sempre.workers.slot_validation import SlotValidation
 from sempre.workers.steps import StepShape
 
 
@@ -54,6 +55,7 @@ class StepValidation:
         self._batch = batch
         self._limits = limits
         self._rank = rank
+        self._slots = SlotValidation(limits.num_state_slots)
 
     def admit(self, step: ExecuteStep) -> ValidStep:
         """Raises MessageMalformed when the step itself is wrong."""
@@ -65,6 +67,7 @@ class StepValidation:
             item.request_id: error for item in step.scheduled if (error := batch.get(item.request_id).error) is not None
         }
         healthy = [item for item in step.scheduled if item.request_id not in errors] if errors else step.scheduled
+        self._slots.record(healthy)
         return ValidStep(healthy, errors, added, [state for state in gone if state is not None])
 
     def _check(self, step: ExecuteStep) -> None:
@@ -85,6 +88,7 @@ class StepValidation:
         if num_tokens > limits.max_num_batched_tokens:
             limit = f"at most max_num_batched_tokens={limits.max_num_batched_tokens} tokens"
             raise _malformed("scheduled.num_tokens", limit, str(num_tokens))
+        self._slots.check(step.scheduled)
         drafts = [token_id for item in step.scheduled for token_id in item.draft_token_ids]
         if len(drafts) > limits.max_draft_tokens:
             limit = f"at most max_draft_tokens={limits.max_draft_tokens} in all"

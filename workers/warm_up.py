@@ -25,7 +25,7 @@ _PARAMS = (
 
 
 def warm_up(runner: ModelRunner) -> None:
-    """Run a prompt and a decode step for each kind of sampling, then wipe the cache blocks they wrote."""
+    """Run a prompt and a decode step for each kind of sampling, then wipe what they wrote."""
     cache, limits = runner.cache, runner.limits
     room = min(limits.max_model_len, cache.num_blocks * cache.block_size, limits.max_num_batched_tokens)
     num_tokens = max(1, min(PROMPT_TOKENS, room - 1))
@@ -45,6 +45,7 @@ def warm_up(runner: ModelRunner) -> None:
             num_tokens=num_tokens,
             block_table_start=0,
             block_ids=block_ids,
+            state_writes=[(num_tokens - 1, 0)] if limits.num_state_slots else [],
         )
         runner.execute(ExecuteStep(step_id=0, new_requests=[new], scheduled=[prompt]))
         if num_tokens < room:
@@ -54,7 +55,11 @@ def warm_up(runner: ModelRunner) -> None:
                 num_tokens=1,
                 block_table_start=len(block_ids),
                 block_ids=[],
+                state_read=0 if limits.num_state_slots else -1,
+                state_writes=[(0, 0)] if limits.num_state_slots else [],
             )
             runner.execute(ExecuteStep(step_id=0, scheduled=[decode]))
         runner.execute(ExecuteStep(step_id=0, finished_request_ids=[request_id]))
-    runner.cache.clear(block_ids)
+    cache.clear(block_ids)
+    if limits.num_state_slots and cache.states is not None:
+        cache.states.clear([0])

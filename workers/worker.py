@@ -43,6 +43,7 @@ from sempre.workers.models.registry import load_spec
 from sempre.workers.runner import ModelRunner, StepQueue
 from sempre.workers.sampling.grammar import grammar_library_version
 from sempre.workers.seeding import rng_digests, seed_everything
+from sempre.workers.state_cache import CacheSizes
 from sempre.workers.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -94,15 +95,15 @@ class Worker:
         if config.numerics == "invariant":
             with _timed(seconds, "self_test"):
                 backend.self_test(loaded)
-        blocks = backend.available_blocks(loaded, self._draft_model)
-        loaded = self._loaded = _fitted(loaded, blocks)
+        sizes = backend.available_sizes(loaded, self._draft_model)
+        loaded = self._loaded = _fitted(loaded, sizes.num_blocks)
         return ModelLoaded(
             rank=config.rank,
             digests_before_load=digests,
             vocab_size=loaded.spec.vocab_size,
             max_model_len=loaded.max_model_len,
             kv_block_bytes=loaded.block_bytes,
-            available_kv_blocks=blocks,
+            available_kv_blocks=sizes.num_blocks,
             costs=self._expected_costs(loaded),
             eos_token_ids=list(loaded.spec.eos_token_ids),
             fingerprint=self._fingerprint(),
@@ -113,6 +114,8 @@ class Worker:
             max_prompt_tokens=backend.max_prompt_tokens,
             step_lead_s=backend.step_lead_s,
             max_num_seqs=loaded.max_num_seqs,
+            available_state_slots=sizes.num_state_slots,
+            state_slot_bytes=loaded.states.slot_bytes,
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
@@ -121,7 +124,7 @@ class Worker:
         config = loaded.config
         seconds: dict[str, float] = {}
         with _timed(seconds, "allocate"):
-            runner = backend.make_runner(loaded, command.num_blocks)
+            runner = backend.make_runner(loaded, CacheSizes(command.num_blocks, command.num_state_slots))
             draft_runner = self._make_draft_runner(runner, command.num_blocks)
         with _timed(seconds, "warm_up"):
             warm_up(runner)
@@ -197,7 +200,9 @@ class Worker:
         """The runner that drafts: a draft worker's model, or a target worker's second model, with as many blocks."""
         if self._require_loaded().config.role == "draft":
             return runner
-        return None if self._draft_model is None else self._require_backend().make_runner(self._draft_model, num_blocks)
+        if self._draft_model is None:
+            return None
+        return self._require_backend().make_runner(self._draft_model, CacheSizes(num_blocks))
 
     def _method(self, command: CallMethod) -> Callable[..., object]:
         method = self._methods.get(command.method)
@@ -249,6 +254,7 @@ class Worker:
         return self._require_backend().memory() | {
             "weight_bytes": self._require_loaded().weights.nbytes,
             "kv_cache_bytes": 0 if cache is None else cache.nbytes,
+            "state_cache_bytes": 0 if cache is None or cache.states is None else cache.states.nbytes,
             "draft_kv_cache_bytes": 0 if cache is None else cache.num_blocks * draft_block,
         }
 
@@ -292,6 +298,14 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def _setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
     spec = load_spec(Path(config.model_path))
+    if config.role == "draft" and any(spec.layer_states):
+        raise ConfigError(
+            f"speculative_config: the draft model {config.model_path} ({spec.architecture}) has layers that keep"
+            " states; expected one whose layers all have attention. Choose another draft model, or method ngram or"
+            " suffix.",
+            parameter="speculative_config",
+            value=config.model_path,
+        )
     return ModelSetup(
         config,
         spec,

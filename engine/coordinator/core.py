@@ -233,6 +233,7 @@ class EngineCore:
             max_num_batched_tokens=ready.max_num_batched_tokens,
             max_prompt_tokens=self._startup.max_prompt_tokens,
             max_draft_tokens=config.max_draft_tokens,
+            num_state_slots=self._startup.num_state_slots,
         )
         return Scheduler(
             limits,

@@ -36,6 +36,7 @@ _ALIKE = (
     "eos_token_ids",
     "fingerprint",
     "kv_block_bytes",
+    "state_slot_bytes",
     "max_steps_in_flight",
     "block_size",
     "max_num_batched_tokens",
@@ -107,7 +108,7 @@ class StartUp:
                 compare_with_former(rank, self._names[rank], *digests, "before loading")
                 _refuse_other(rank, before, event, (*_ALIKE, *_CHOSEN), "the worker that it replaces")
                 # as many blocks as before; the worker itself refuses if they do not fit
-                self._executor.send(rank, StartServing(num_blocks=self._num_blocks))
+                self._executor.send(rank, self._start_serving())
             case WorkerReady():
                 ready = self._warm[rank]
                 digests = (ready.digests_after_warm_up, event.digests_after_warm_up)
@@ -167,6 +168,14 @@ class StartUp:
         """All replicas get the same number of blocks, so the smallest memory decides."""
         return min(loaded.available_kv_blocks for loaded in self._loaded.values())
 
+    @property
+    def num_state_slots(self) -> int:
+        """Likewise; 0: the model keeps no states."""
+        return min(loaded.available_state_slots for loaded in self._loaded.values())
+
+    def _start_serving(self) -> StartServing:
+        return StartServing(num_blocks=self._num_blocks, num_state_slots=self.num_state_slots)
+
     def _with_limits_of_former(self, config: WorkerConfig) -> WorkerConfig:
         """Set the limits that the replaced worker derived from its memory, since steps are planned for them."""
         former = self._loaded[config.rank]
@@ -177,7 +186,7 @@ class StartUp:
         for rank in self._ranks:
             _refuse_other(rank, self._first, self._loaded[rank], _ALIKE, "rank 0")
         for rank in self._ranks:
-            self._executor.send(rank, StartServing(num_blocks=self._num_blocks))
+            self._executor.send(rank, self._start_serving())
         return self._end_phase("load", (loaded.phase_seconds for loaded in self._loaded.values()))
 
     def _all_warm(self) -> list[StartupProgress]:

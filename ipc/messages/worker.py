@@ -30,9 +30,10 @@ class LoadModel(Message, frozen=True, kw_only=True):
 
 
 class StartServing(Message, frozen=True, kw_only=True):
-    """Second command: allocate the KV cache, warm up, seed again."""
+    """Second command: allocate the KV cache and the slots of states, warm up, seed again."""
 
     num_blocks: Positive
+    num_state_slots: NonNegative = 0
 
 
 class NewRequest(Data, frozen=True, kw_only=True):
@@ -146,7 +147,7 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     Up to `max_steps_in_flight` steps may be sent before the first of them is answered; none may have more than
     `max_num_batched_tokens` tokens, or more than `max_num_seqs` requests. Where the worker chose the number of tokens,
     `max_prompt_tokens` of them may be prompt tokens. The next step is best sent `step_lead_s` seconds before the
-    current one ends; 0: at once.
+    current one ends; 0: at once. A model whose layers keep states has `available_state_slots` of `state_slot_bytes`.
     """
 
     rank: NonNegative
@@ -165,6 +166,8 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     max_prompt_tokens: Positive | None = None
     step_lead_s: float = 0.0
     max_num_seqs: Positive = 128
+    available_state_slots: NonNegative = 0
+    state_slot_bytes: NonNegative = 0
 
 
 class WorkerReady(Message, frozen=True, kw_only=True):

@@ -16,12 +16,13 @@ from sempre.workers.cpu.drafter import CpuDraftModelRunner
 from sempre.workers.cpu.runner import CpuModelRunner
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.fingerprint import fingerprint_parts
-from sempre.workers.kv_cache import PagedKvCache, available_blocks
+from sempre.workers.kv_cache import available_sizes
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import ON_CPU
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.runner import ModelRunner
 from sempre.workers.self_test import check_linears, check_model, require_equal
+from sempre.workers.state_cache import CacheSizes
 from sempre.workers.tensor_source import CPU
 
 # longer ones would only take more memory
@@ -79,25 +80,24 @@ class CpuBackend:
         ]
         return require_equal(comparisons)
 
-    def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
+    def available_sizes(self, model: LoadedModel, draft: LoadedModel | None = None) -> CacheSizes:
         draft_bytes = 0 if draft is None else draft.block_bytes
-        return available_blocks(
+        return available_sizes(
             model.config,
             model.block_bytes + draft_bytes,
+            model.states,
             block_size=model.block_size,
             max_model_len=model.max_model_len,
-            max_num_seqs=model.max_num_seqs,
             draft_bytes_per_block=draft_bytes,
         )
 
-    def make_runner(self, model: LoadedModel, num_blocks: int) -> CpuModelRunner:
+    def make_runner(self, model: LoadedModel, sizes: CacheSizes) -> CpuModelRunner:
         config = model.config
         _leave_cores_to_kernels()
         scratch = Scratch(model.max_num_batched_tokens, model.max_model_len, model.weights.activations, CPU)
         allocate(model.model, scratch)
-        cache = PagedKvCache(model.spec.kv_layers, num_blocks, model.block_size, model.weights.dtype)
         grammars = model.make_grammar_compiler(step_wait_s=_FORM_WAIT_S)
-        return CpuModelRunner(model.model, cache, grammars, model.limits, rank=config.rank)
+        return CpuModelRunner(model.model, model.allocate_cache(sizes), grammars, model.limits(sizes), rank=config.rank)
 
     def make_drafter(self, runner: ModelRunner) -> CpuDraftModelRunner:
         assert isinstance(runner, CpuModelRunner)

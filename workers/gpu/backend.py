@@ -20,11 +20,11 @@ from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.drafter import GpuDraftModelRunner
 from sempre.workers.gpu.fingerprint import fingerprint_parts
-from sempre.workers.gpu.memory import MemoryPlan, cache_blocks, default_max_num_seqs, out_of_memory
+from sempre.workers.gpu.memory import MemoryPlan, cache_sizes, default_max_num_seqs, out_of_memory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import require_fp8, run_self_test
 from sempre.workers.gpu.staging import Uploader
-from sempre.workers.kv_cache import PagedKvCache, block_bytes
+from sempre.workers.kv_cache import block_bytes
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import Placement
 from sempre.workers.models.config import ModelSpec
@@ -32,6 +32,7 @@ from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
 from sempre.workers.runner import ModelRunner
 from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.self_test import require_equal
+from sempre.workers.state_cache import CacheSizes, slot_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class GpuBackend:
             bytes_per_token=block_bytes(spec.kv_layers, 1, dtype),
             bytes_per_row=row_bytes(spec),
             max_model_len=config.max_model_len,
+            bytes_of_states=slot_bytes(spec.layer_states, dtype),
         )
 
     @contextmanager
@@ -122,7 +124,7 @@ class GpuBackend:
             logger.warning("self-test: matmul kernels that disagree are not used: %s", tested.excluded)
         return passed
 
-    def available_blocks(self, model: LoadedModel, draft: LoadedModel | None = None) -> int:
+    def available_sizes(self, model: LoadedModel, draft: LoadedModel | None = None) -> CacheSizes:
         try:
             self._steps = {part.config.role: self._allocate_steps(part) for part in (model, draft) if part is not None}
         except torch.OutOfMemoryError as error:
@@ -150,25 +152,23 @@ class GpuBackend:
             utilization=config.gpu_memory_utilization,
             draft_block_bytes=draft.block_bytes if draft is not None else 0,
         )
-        return cache_blocks(
+        return cache_sizes(
             plan,
+            model.states,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
             bytes_per_block=model.block_bytes + plan.draft_block_bytes,
             block_size=model.block_size,
             max_model_len=model.max_model_len,
-            max_num_seqs=model.max_num_seqs,
             shortens=config.max_model_len is None,
         )
 
-    def make_runner(self, model: LoadedModel, num_blocks: int) -> GpuModelRunner:
+    def make_runner(self, model: LoadedModel, sizes: CacheSizes) -> GpuModelRunner:
         config = model.config
-        steps = self._steps[config.role]  # allocated by available_blocks
-        cache = PagedKvCache(model.spec.kv_layers, num_blocks, model.block_size, model.weights.dtype, self.device)
         return GpuModelRunner(
-            steps,
-            cache,
+            self._steps[config.role],  # allocated by available_sizes
+            model.allocate_cache(sizes, self.device),
             model.make_grammar_compiler(),
-            model.limits,
+            model.limits(sizes),
             rank=config.rank,
             graphs=not config.enforce_eager,
         )

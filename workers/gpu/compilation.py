@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace as replace_fields
 from itertools import product as combinations
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +24,7 @@ from sempre.kernels.attention import AttentionWorkspace, PagedBatch
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.sampling import gpu as gpu_sampling
+from sempre.kernels.states import StateBatch
 from sempre.workers.backend import ModelSetup
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.decode_graphs import DecodeShape
@@ -39,6 +41,7 @@ from sempre.workers.models.registry import build_model
 from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.sampling.gpu_sampler import GpuSampler
+from sempre.workers.state_cache import StateCache
 from sempre.workers.step_validation import StepLimits
 from sempre.workers.steps import StepInput
 
@@ -188,8 +191,12 @@ def _launch_steps(
         torch.empty(most_rows, spec.hidden_size, dtype=facts.activations, device=device),
         torch.empty(most_rows, spec.vocab_size, dtype=torch.float32, device=device),
     )
-    cache = PagedKvCache(spec.kv_layers, 1, setup.block_size, facts.dtype, device)
-    limits = StepLimits(setup.max_model_len, most_rows, MAX_TOKENS, spec.vocab_size)
+    has_states = any(spec.layer_states)
+    states = StateCache(spec.layer_states, 1, facts.activations, device)
+    cache = PagedKvCache(spec.kv_layers, 1, setup.block_size, facts.dtype, device, states)
+    limits = StepLimits(
+        setup.max_model_len, most_rows, MAX_TOKENS, spec.vocab_size, num_state_slots=1 if has_states else 0
+    )
     runner = GpuModelRunner(
         memory, cache, GrammarCompiler(Path(config.model_path), spec.vocab_size), limits, rank=config.rank, graphs=False
     )
@@ -200,7 +207,8 @@ def _launch_steps(
     width = -(-setup.max_model_len // setup.block_size)
     for requests, tokens, context in PROMPTS:
         if context <= setup.max_model_len:
-            model.forward(_prompts(requests, tokens, context, width, device), cache.layers)
+            step = _prompts(requests, tokens, context, width, device)
+            model.forward(step if has_states else replace_fields(step, states=None), cache.layers)
     plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
     decode_rows = [rows for rows in DECODE_ROWS if rows <= most_rows]
     for rows, context in combinations(decode_rows, DECODE_CONTEXTS):
@@ -210,16 +218,22 @@ def _launch_steps(
 def _prompts(requests: int, tokens: int, context: int, width: int, device: torch.device) -> StepInput:
     """The contents do not matter: nothing is launched."""
     total = requests * tokens
+    query_starts = torch.zeros(requests + 1, dtype=torch.int32, device=device)
     return StepInput(
         token_ids=torch.zeros(total, dtype=torch.int64, device=device),
         positions=torch.zeros(total, dtype=torch.int64, device=device),
         slot_mapping=torch.zeros(total, dtype=torch.int64, device=device),
         batch=PagedBatch(
             block_tables=torch.zeros(requests, width, dtype=torch.int32, device=device),
-            query_starts=torch.zeros(requests + 1, dtype=torch.int32, device=device),
+            query_starts=query_starts,
             context_lens=torch.zeros(requests, dtype=torch.int32, device=device),
             max_query_len=tokens,
             max_context_len=context,
+        ),
+        states=StateBatch(
+            reads=torch.zeros(requests, dtype=torch.int32, device=device),
+            writes=torch.zeros(total, dtype=torch.int32, device=device),
+            query_starts=query_starts,
         ),
     )
 

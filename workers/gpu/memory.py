@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sempre.ipc.errors import ConfigError
 from sempre.workers.kv_cache import draft_share
+from sempre.workers.state_cache import CacheSizes, StateNeeds
 
 # what graphs, compiled kernels and libraries take besides what is allocated here
 RUNTIME_RESERVE_BYTES = 768 << 20
@@ -56,33 +57,35 @@ def default_max_num_seqs(
     bytes_per_token: int,
     bytes_per_row: int,
     max_model_len: int | None,
+    bytes_of_states: int = 0,
 ) -> int:
     """Most sequences in a step: as many as have room for EXPECTED_LEN tokens each in the cache beside their rows of a
     step.
 
     `plan` is from before the weights are loaded. An explicit `max_model_len`, tokens, keeps its room in the cache.
+    `bytes_of_states`: of each sequence, whatever its length.
     """
-    expected = min(EXPECTED_LEN, max_model_len or EXPECTED_LEN) * bytes_per_token
+    expected = min(EXPECTED_LEN, max_model_len or EXPECTED_LEN) * bytes_per_token + bytes_of_states
     if kv_cache_memory_bytes is None:
         fitting = plan.for_cache // (expected + bytes_per_row)
-        rows = (plan.for_cache - (max_model_len or 0) * bytes_per_token) // bytes_per_row
+        rows = (plan.for_cache - (max_model_len or 0) * bytes_per_token) // (bytes_per_row + bytes_of_states)
     else:
         fitting = kv_cache_memory_bytes // expected
         rows = (plan.for_cache - kv_cache_memory_bytes) // bytes_per_row
     return max(LEAST_SEQS, min(fitting, rows, MOST_SEQS) // SEQS_STEP * SEQS_STEP)
 
 
-def cache_blocks(
+def cache_sizes(
     plan: MemoryPlan,
+    states: StateNeeds,
     *,
     kv_cache_memory_bytes: int | None,
     bytes_per_block: int,
     block_size: int,
     max_model_len: int,
-    max_num_seqs: int,
     shortens: bool = False,
-) -> int:
-    """Blocks of the cache; more than `max_num_seqs` whole sequences are never needed.
+) -> CacheSizes:
+    """Blocks of the cache, beside slots of states; more whole sequences than a step may have are never needed.
 
     Raises ConfigError when not even one sequence fits, or, if it `shortens` to what fits, not even one block.
     """
@@ -92,13 +95,16 @@ def cache_blocks(
         if kv_cache_memory_bytes > plan.free:
             raise _too_little(plan, kv_cache_memory_bytes, plan.free, bytes_per_block, block_size, max_model_len)
         budget = kv_cache_memory_bytes
+    origin = "kv_cache_memory_bytes" if kv_cache_memory_bytes is not None else "memory left on the GPU"
+    num_slots = states.num_slots(budget, origin)
+    budget -= num_slots * states.slot_bytes
     num_blocks = budget // bytes_per_block
     if num_blocks < (1 if shortens else per_sequence):
         needed = per_sequence * bytes_per_block
         raise _too_little(plan, needed, budget, bytes_per_block, block_size, max_model_len)
     if kv_cache_memory_bytes is not None:
-        return num_blocks
-    return min(num_blocks, per_sequence * max_num_seqs)
+        return CacheSizes(num_blocks, num_slots)
+    return CacheSizes(min(num_blocks, per_sequence * states.max_num_seqs), num_slots)
 
 
 def out_of_memory(

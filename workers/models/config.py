@@ -36,6 +36,7 @@ class LayerKv(NamedTuple):
     """The keys and values of one layer."""
 
     num_kv_heads: int
+    """0: it has none"""
     head_dim: int
     source: int | None = None
     """the layer whose keys and values it reads, which is another one of these heads; None: its own"""
@@ -124,8 +125,8 @@ class ModelSpec:
 
     @property
     def kv_layers(self) -> tuple[LayerKv, ...]:
-        """What each layer keeps in the KV cache."""
-        return (LayerKv(self.num_kv_heads, self.head_dim),) * self.num_layers
+        """What each layer keeps in the KV cache: nothing where it keeps states."""
+        return tuple(LayerKv(0 if state else self.num_kv_heads, self.head_dim) for state in self.layer_states)
 
     @property
     def largest_head_dim(self) -> int:

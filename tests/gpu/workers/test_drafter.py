@@ -10,6 +10,7 @@ from worker_settings import worker_config
 
 from sempre.workers.drafters.model import ModelDrafter
 from sempre.workers.gpu.backend import GpuBackend
+from sempre.workers.state_cache import CacheSizes
 from sempre.workers.worker import _load, _setup
 
 pytestmark = pytest.mark.gpu
@@ -33,8 +34,8 @@ def make_drafter(*, enforce_eager: bool, max_num_batched_tokens: int) -> ModelDr
     backend = GpuBackend(torch.device("cuda", 0), None)
     backend.begin(config)
     model = _load(_setup(config, backend), backend)
-    backend.available_blocks(model)
-    runner = backend.make_drafter(backend.make_runner(model, 9))
+    backend.available_sizes(model)
+    runner = backend.make_drafter(backend.make_runner(model, CacheSizes(9)))
     runner.prepare()
     return ModelDrafter(runner, max_num_seqs=MAX_SEQS)
 

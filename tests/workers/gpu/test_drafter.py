@@ -28,6 +28,7 @@ from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.module import Scratch, allocate, sharing
 from sempre.workers.models.base import CausalLM
 from sempre.workers.sampling import SamplingState
+from sempre.workers.state_cache import CacheSizes
 from sempre.workers.step_validation import StepLimits
 from sempre.workers.steps import StepInput
 from sempre.workers.worker import _load, _setup
@@ -75,7 +76,7 @@ def _padded(model: CausalLM) -> CausalLM:
 
 def _on_cpu(model: LoadedModel, num_blocks: int = NUM_BLOCKS) -> ModelDrafter:
     backend = CpuBackend()
-    return ModelDrafter(backend.make_drafter(backend.make_runner(model, num_blocks)), max_num_seqs=MAX_SEQS)
+    return ModelDrafter(backend.make_drafter(backend.make_runner(model, CacheSizes(num_blocks))), max_num_seqs=MAX_SEQS)
 
 
 @pytest.fixture

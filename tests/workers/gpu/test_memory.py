@@ -8,25 +8,39 @@ from sempre.ipc.errors import ConfigError
 from sempre.workers.gpu.memory import (
     RUNTIME_RESERVE_BYTES,
     MemoryPlan,
-    cache_blocks,
+    cache_sizes,
     default_max_num_seqs,
     out_of_memory,
 )
+from sempre.workers.state_cache import CacheSizes, StateNeeds
 
 GIB = 1 << 30
 PLAN = MemoryPlan(total=80 * GIB, free=60 * GIB, weights=16 * GIB, activations=GIB, allocated=17 * GIB, utilization=0.9)
+
+NO_STATES = StateNeeds(0, 1000, uses_spare=True)
 
 
 def blocks(
     plan: MemoryPlan, kv_cache_memory_bytes: int | None = None, max_model_len: int = 4096, *, shortens: bool = False
 ) -> int:
-    return cache_blocks(
+    return sizes(plan, kv_cache_memory_bytes, max_model_len, shortens=shortens).num_blocks
+
+
+def sizes(
+    plan: MemoryPlan,
+    kv_cache_memory_bytes: int | None = None,
+    max_model_len: int = 4096,
+    states: StateNeeds = NO_STATES,
+    *,
+    shortens: bool = False,
+) -> CacheSizes:
+    return cache_sizes(
         plan,
+        states,
         kv_cache_memory_bytes=kv_cache_memory_bytes,
         bytes_per_block=1 << 21,
         block_size=16,
         max_model_len=max_model_len,
-        max_num_seqs=1000,
         shortens=shortens,
     )
 
@@ -54,6 +68,22 @@ def test_a_length_that_is_left_open_takes_what_there_is() -> None:
     assert blocks(PLAN, 100 << 21, shortens=True) == 100
     with pytest.raises(ConfigError, match="not even one block fits"):
         blocks(PLAN, 1, shortens=True)
+
+
+@pytest.mark.parametrize(("uses_spare", "num_slots"), [(True, 100 + 256), (False, 101)])
+def test_states_of_every_request_come_first_and_then_a_share_for_snapshots(uses_spare: bool, num_slots: int) -> None:
+    states = StateNeeds(10 << 20, 100, uses_spare)
+    found = sizes(PLAN, 11 * GIB, states=states)
+    assert found == CacheSizes((11 * GIB - num_slots * (10 << 20)) >> 21, num_slots)
+
+
+def test_requests_without_room_for_their_states_are_refused_with_the_sums() -> None:
+    states = StateNeeds(10 << 20, 128, uses_spare=True)
+    with pytest.raises(ConfigError, match=r"max_num_seqs: 128 requests .* 10485760 bytes each = 1342177280 bytes") as e:
+        sizes(PLAN, GIB, states=states)
+    assert e.value.parameter == "max_num_seqs"
+    most = sizes(PLAN, states=StateNeeds(1 << 20, 128, uses_spare=True))
+    assert most.num_state_slots == 4 * 128
 
 
 # an H100, and Qwen3's 0.6B and 8B: bytes of the weights, and of a token's keys and values
