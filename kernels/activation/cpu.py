@@ -1,4 +1,4 @@
-"""CPU activations and soft caps. T rows, I width (a multiple of 16), N elements of a row."""
+"""CPU activations, soft caps and gates. T rows, I width (a multiple of 16), N elements of a row."""
 
 from __future__ import annotations
 
@@ -37,8 +37,12 @@ _GELU_SCALE = float(np.float32(math.sqrt(2 / math.pi)))
 _CLAMPED_SLOPE, _CLAMPED_MOST = float(np.float32(1.702)), 7.0
 
 
-def _silu(b: ir.IRBuilder, g: ir.Value, up: ir.Value) -> ir.Value:
-    return b.fmul(_swish(b, g, b.fsub(constant(0.0), g)), up)
+def silu(b: ir.IRBuilder, g: ir.Value) -> ir.Value:
+    return _swish(b, g, b.fsub(constant(0.0), g))
+
+
+def _silu_times(b: ir.IRBuilder, g: ir.Value, up: ir.Value) -> ir.Value:
+    return b.fmul(silu(b, g), up)
 
 
 def _swish(b: ir.IRBuilder, g: ir.Value, exponent: ir.Value) -> ir.Value:
@@ -78,6 +82,17 @@ def _gated(activation: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]) -
     return address_intrinsic(emit)
 
 
+def _emit_gate(b: ir.IRBuilder, x: ir.Value, gates: ir.Value, count: ir.Value) -> None:
+    def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        offset = b.mul(i, I64(4))
+        at = b.add(x, offset)
+        negated = b.fsub(constant(0.0), load(b, b.add(gates, offset), vec(F32)))
+        store(b, _swish(b, load(b, at, vec(F32)), negated), at)
+        return carried
+
+    loop(b, I64(0), count, LANES, [], body)
+
+
 def _emit_soft_cap(b: ir.IRBuilder, x: ir.Value, count: ir.Value, scale: ir.Value, cap: ir.Value) -> None:
     def body(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
         at = b.add(x, b.mul(i, I64(4)))
@@ -88,9 +103,11 @@ def _emit_soft_cap(b: ir.IRBuilder, x: ir.Value, count: ir.Value, scale: ir.Valu
     loop(b, I64(0), count, LANES, [], body)
 
 
-_silu_row = _gated(_silu)
+# (gate, up, width, out): silu(gate) * up of one row, whose width is a multiple of LANES
+silu_and_mul_row = _gated(_silu_times)
 _gelu_row = _gated(_gelu)
 _clamped_row = _gated(_clamped)
+_gate_row = address_intrinsic(_emit_gate)
 # (x, count, scale, cap): x = cap * tanh(scale * x) of `count` elements, a multiple of LANES
 soft_cap_row = address_intrinsic(_emit_soft_cap)
 
@@ -99,14 +116,14 @@ soft_cap_row = address_intrinsic(_emit_soft_cap)
 def _silu_and_mul(gate_up: int, rows: int, width: int, out: int) -> None:
     for t in prange(rows):
         gate = gate_up + t * 2 * width * 4
-        _silu_row(gate, gate + width * 4, width, out + t * width * 4)
+        silu_and_mul_row(gate, gate + width * 4, width, out + t * width * 4)
 
 
 @compiled(parallel=True)
-def _gelu_mul(gate: int, gate_step: int, up: int, up_step: int, rows: int, width: int, out: int) -> None:
-    """Steps are bytes between rows."""
+def _gelu_and_mul(gate_up: int, rows: int, width: int, out: int) -> None:
     for t in prange(rows):
-        _gelu_row(gate + t * gate_step, up + t * up_step, width, out + t * width * 4)
+        gate = gate_up + t * 2 * width * 4
+        _gelu_row(gate, gate + width * 4, width, out + t * width * 4)
 
 
 @compiled_twice
@@ -132,6 +149,12 @@ def _soft_cap(x: np.ndarray, cap: float) -> None:
             keep(rest)
 
 
+@compiled_twice
+def _gate(x: int, gates: int, rows: int, width: int) -> None:
+    for t in prange(rows):
+        _gate_row(x + t * width * 4, gates + t * width * 4, width)
+
+
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """See the facade."""
     rows, width = out.shape
@@ -142,15 +165,8 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """See the facade."""
-    gate, up = gate_up.chunk(2, dim=1)
-    return gelu_mul(gate, up, out)
-
-
-def gelu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """See the facade; the rows of `gate` may lie apart too."""
     rows, width = out.shape
-    steps = gate.stride(0) * 4, up.stride(0) * 4
-    _gelu_mul(gate.data_ptr(), steps[0], up.data_ptr(), steps[1], rows, width, out.data_ptr())
+    _gelu_and_mul(gate_up.data_ptr(), rows, width, out.data_ptr())
     return out
 
 
@@ -165,4 +181,11 @@ def clamped_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
     """See the facade."""
     _soft_cap(x.numpy(), cap)
+    return x
+
+
+def gate(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """As the facade."""
+    run = _gate.parallel if x.numel() >= PARALLEL_ELEMENTS else _gate.serial
+    run(x.data_ptr(), gates.data_ptr(), *x.shape)
     return x

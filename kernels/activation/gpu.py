@@ -1,4 +1,4 @@
-"""GPU activations of gated feed-forward branches, and soft caps. T rows, I width, N elements of a row."""
+"""GPU activations of gated feed-forward branches, soft caps and gates. T rows, I width, N elements of a row."""
 
 from __future__ import annotations
 
@@ -75,23 +75,14 @@ def activated(gate: Any, up: Any, ACTIVATION: tl.constexpr) -> Any:
     return value
 
 
-@jit(runtime=("gate_step", "up_step", "width"))
-def _gated(
-    gates: Any,
-    ups: Any,
-    out: Any,
-    gate_step: Any,
-    up_step: Any,
-    width: Any,
-    BLOCK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-) -> None:
+@jit(runtime=("width",))
+def _gated(gate_up: Any, out: Any, width: Any, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr) -> None:
     wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
-    gate = tl.load(gates + row * gate_step + i, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(ups + row * up_step + i, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * 2 * width + i, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + i, mask=inside, other=0.0).to(tl.float32)
     at = out + row * width + i
     tl.store(at, activated(gate, up, ACTIVATION), mask=inside)
 
@@ -104,26 +95,21 @@ def _soft_cap(x: Any, count: Any, scale: Any, cap: Any, BLOCK: tl.constexpr) -> 
     tl.store(x + i, soft_capped(value, scale, cap), mask=i < count)
 
 
+@jit(runtime=("count",))
+def _gate(x: Any, gates: Any, count: Any, BLOCK: tl.constexpr) -> None:
+    wait_for_previous()
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    value = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gates + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(x + i, value / (1.0 + tl.exp(-g)), mask=inside)
+
+
 def activate_and_mul(gate_up: torch.Tensor, out: torch.Tensor, activation: Activation) -> torch.Tensor:
     """As the facade's `activation.and_mul`."""
-    gate, up = gate_up.chunk(2, dim=1)
-    return _activate(gate, up, out, activation)
-
-
-def _activate(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activation: Activation) -> torch.Tensor:
     rows, width = out.shape
-    _gated[(rows, triton.cdiv(width, BLOCK))](
-        gate,
-        up,
-        out,
-        gate.stride(0),
-        up.stride(0),
-        width,
-        BLOCK=BLOCK,
-        ACTIVATION=activation.value,
-        num_warps=4,
-        **CHAINED,
-    )
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _gated[grid](gate_up, out, width, BLOCK=BLOCK, ACTIVATION=activation.value, num_warps=4, **CHAINED)
     return out
 
 
@@ -137,13 +123,15 @@ def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return activate_and_mul(gate_up, out, Activation.GELU)
 
 
-def gelu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """See the facade; the rows of `gate` may lie apart too."""
-    return _activate(gate, up, out, Activation.GELU)
-
-
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
     """See the facade."""
     count = x.numel()
     _soft_cap[(triton.cdiv(count, BLOCK),)](x, count, 1.0 / cap, cap, BLOCK=BLOCK, num_warps=4, **CHAINED)
+    return x
+
+
+def gate(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """As the facade."""
+    count = x.numel()
+    _gate[(triton.cdiv(count, BLOCK),)](x, gates, count, BLOCK=BLOCK, num_warps=4, **CHAINED)
     return x

@@ -10,7 +10,7 @@ from numba import prange
 
 from sempre.kernels.jit import compiled, compiled_twice
 from sempre.kernels.moe.experts import SigmoidScores
-from sempre.kernels.sampling.elementary import exp32
+from sempre.kernels.sampling.elementary import exp32, sigmoid32
 
 PARALLEL_ELEMENTS = 16_384
 
@@ -18,14 +18,6 @@ _ZERO, _NAN = np.float32(0.0), np.float32(np.nan)
 _INFINITY = np.float32(np.inf)
 _NO_GATE = np.empty((0, 1), np.float32)
 _ONE, _TINY = np.float32(1.0), np.float32(1e-20)
-
-
-@compiled()
-def _sigmoid(x: Any) -> Any:
-    if np.isnan(x):
-        return _NAN
-    smaller = exp32(-abs(x))
-    return (_ONE if x >= _ZERO else smaller) / (_ONE + smaller)
 
 
 @compiled()
@@ -101,7 +93,7 @@ def _route_sigmoid(
         finite = True
         for e in range(row.size):
             finite &= -_INFINITY < row[e] < _INFINITY
-            scores[e] = _sigmoid(row[e])
+            scores[e] = sigmoid32(row[e])
             wanted[e] = scores[e] + bias[e]
         taken = np.zeros(row.size, np.bool_)
         if kept_groups < num_groups:
@@ -156,7 +148,7 @@ def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> to
 @compiled_twice
 def _add_shared(out: Any, shared: Any, gate: Any) -> None:
     for t in prange(out.shape[0]):
-        factor = _sigmoid(gate[t, 0]) if gate.shape[0] else _ONE
+        factor = sigmoid32(gate[t, 0]) if gate.shape[0] else _ONE
         for h in range(out.shape[1]):
             out[t, h] += factor * shared[t, h]
 

@@ -15,20 +15,13 @@ import triton.language as tl
 
 from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 from sempre.kernels.moe.experts import ExpertScratch, SigmoidScores
-from sempre.kernels.sampling.gpu_elementary import exp32
+from sempre.kernels.sampling.gpu_elementary import sigmoid32
 
 ADDED = 1024
 
 _TINY = tl.constexpr(1e-20)
 # finite, so that a row of these is not taken for one that cannot be computed
 _CLOSED = tl.constexpr(-3e38)
-
-
-@jit()
-def _sigmoid(x: Any) -> Any:
-    smaller = exp32(-tl.abs(x))
-    value = tl.div_rn(tl.where(x >= 0.0, 1.0, smaller), 1.0 + smaller)
-    return tl.where(x == x, value, float("nan"))
 
 
 @jit()
@@ -47,7 +40,7 @@ def _preferences(
     wait_for_previous()
     at = tl.program_id(0).to(tl.int64) * E + e
     logit = tl.load(logits + at, mask=inside, other=0.0)
-    wanted = tl.where(inside, _sigmoid(logit) + correction, float("-inf"))
+    wanted = tl.where(inside, sigmoid32(logit) + correction, float("-inf"))
     if KEPT < GROUPS:
         group = e // (E // GROUPS)
         totals = tl.full([BLOCK_E], float("-inf"), tl.float32)
@@ -80,7 +73,7 @@ def _weigh(
     rank = tl.arange(0, BLOCK_K)
     at, inside = row * K + rank, rank < K
     expert = tl.load(experts + at, mask=inside, other=0)
-    score = tl.where(inside, _sigmoid(tl.load(logits + row * E + expert)), 0.0)
+    score = tl.where(inside, sigmoid32(tl.load(logits + row * E + expert)), 0.0)
     before = tl.load(weights + at, mask=inside, other=0.0)
     if RENORMALIZE:
         score = tl.div_rn(score, tl.zeros_like(score) + (tl.sum(score, axis=0) + _TINY))
@@ -96,7 +89,7 @@ def _add_shared(out: Any, shared: Any, gate: Any, width: Any, GATED: tl.constexp
     at, inside = row * width + h, h < width
     value = tl.load(shared + at, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        value *= _sigmoid(tl.load(gate + row))
+        value *= sigmoid32(tl.load(gate + row))
     tl.store(out + at, tl.load(out + at, mask=inside, other=0.0).to(tl.float32) + value, mask=inside)
 
 

@@ -1,4 +1,5 @@
-"""exp and log in float32 as fixed sequences of IEEE operations: equal bits on every machine with fused multiply-add.
+"""exp, log and what follows from them in float32, as fixed sequences of IEEE operations: equal bits on every machine
+with fused multiply-add.
 
 No calls to a math library, no subnormal results. The polynomials (`coefficients.py`) are weighted least squares fits,
 iterated towards the smallest maximal error, computed in float64 and rounded to float32. Largest errors against float64,
@@ -74,3 +75,20 @@ def minus_log1m32(u: Any) -> Any:
     """-log(1 - u) for u in [0, 1/4], with full relative precision near 0."""
     p = fma(fma(fma(fma(fma(_U5, u, _U4), u, _U3), u, _U2), u, _U1), u, _U0)
     return fma(u * u, p, u)
+
+
+@inlined
+def sigmoid32(x: Any) -> Any:
+    """1 / (1 + e**-x); NaN stays NaN."""
+    smaller = exp32(-abs(x))
+    y = (_ONE if x >= _ZERO else smaller) / (_ONE + smaller)
+    return y if x == x else x
+
+
+@inlined
+def softplus32(x: Any) -> Any:
+    """log(1 + e**x), with full relative precision also where it is small; NaN stays NaN."""
+    u = exp32(-abs(x))
+    rounded = _ONE + u
+    y = (x if x > _ZERO else _ZERO) + (log32(rounded) + (u - (rounded - _ONE)) / rounded)
+    return y if x == x else x

@@ -98,6 +98,23 @@ def minus_log1m32(u: Any) -> Any:
 
 
 @jit()
+def sigmoid32(x: Any) -> Any:
+    """`elementary.sigmoid32`."""
+    smaller = exp32(-tl.abs(x))
+    value = tl.div_rn(tl.where(x >= 0.0, 1.0, smaller), 1.0 + smaller)
+    return tl.where(x == x, value, float("nan"))
+
+
+@jit()
+def softplus32(x: Any) -> Any:
+    """`elementary.softplus32`."""
+    u = exp32(-tl.abs(x))
+    rounded = u + 1.0
+    y = tl.where(x > 0.0, x, 0.0) + (log32(rounded) + tl.div_rn(u - (rounded - 1.0), rounded))
+    return tl.where(x == x, y, float("nan"))
+
+
+@jit()
 def philox(c0: Any, position: Any, k0: Any, k1: Any) -> Any:
     """Four uint32 words of the counters (c0, position, 0, 0)."""
     c1 = tl.zeros_like(c0) + position

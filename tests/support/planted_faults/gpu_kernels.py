@@ -168,7 +168,7 @@ GPU_KERNELS = (
         "gate-of-a-shared-expert-is-its-logit",
         "The expert of every row is multiplied by the logit of its gate.",
         SCORES,
-        "value *= _sigmoid(tl.load(gate + row))",
+        "value *= sigmoid32(tl.load(gate + row))",
         "value *= tl.load(gate + row)",
         (f"{EXPERT_TESTS}::test_shared_expert",),
     ),
