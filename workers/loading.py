@@ -110,9 +110,9 @@ def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, plac
     wanted = parameters(model)
     with _open_source(config, spec, wanted, placement.device) as opened:
         source = opened
-        if model.part is not None and config.load_format != "dummy":
-            source = PartSource(opened, model.part)
-            logger.info("%s: only the text part is loaded; images and sounds are not understood", spec.architecture)
+        if model.prefix and config.load_format != "dummy":
+            source = PartSource(opened, model.prefix, model.other_parts)
+            logger.info("%s: only the text part is loaded; images are not understood", spec.architecture)
         _check_tensors(wanted, model, source)
         target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":
@@ -236,7 +236,7 @@ def _same_tensor(source: TensorSource, a: str, b: str) -> bool:
 
 
 class _Reader:
-    """Reads each tensor once, and hashes it in `pool` while it is placed and packed."""
+    """Reads tensors, and hashes each in `pool` while it is placed and packed."""
 
     def __init__(
         self, source: TensorSource, dtype: torch.dtype, placement: Placement, pool: ThreadPoolExecutor
@@ -250,7 +250,8 @@ class _Reader:
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self._source.read(name)
-        self._hashes[name] = self._pool.submit(self._source.digest, name, tensor)
+        if name not in self._hashes:
+            self._hashes[name] = self._pool.submit(self._source.digest, name, tensor)
         return self._placement.upload(tensor)
 
     def vector(self, name: str) -> torch.Tensor:

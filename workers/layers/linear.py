@@ -67,10 +67,15 @@ class Linear(Module):
         parent = path.rpartition(".")[0]
         return [f"{parent}.{part}" if parent else part for part in self.parts]
 
+    @property
+    def stored(self) -> Mapping[str, int]:
+        """How many rows the checkpoint has of each part."""
+        return self.parts
+
     def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
         modules = self.modules(path)
         method = self._quantization.method(modules)
-        for module, rows in zip(modules, self.parts.values(), strict=True):
+        for module, rows in zip(modules, self.stored.values(), strict=True):
             for suffix, parameter in method.tensors(rows, self.in_features).items():
                 yield module + suffix, parameter
             if self.bias:
@@ -82,7 +87,7 @@ class Linear(Module):
         bias = torch.cat([tensors.vector(module + ".bias") for module in modules]) if self.bias else None
         parts = {
             module: {suffix: tensors.read(module + suffix) for suffix in method.tensors(rows, self.in_features)}
-            for module, rows in zip(modules, self.parts.values(), strict=True)
+            for module, rows in zip(modules, self.stored.values(), strict=True)
         }
         self.weight = method.pack(parts, bias, self.kernel, tensors.matrix)
 
@@ -113,9 +118,11 @@ class Linear(Module):
 
 
 class HeadsLinear(Linear):
-    """Heads side by side; some have another order of their dimensions in the checkpoint."""
+    """Heads side by side. The checkpoint may have their dimensions in another order, or them among other rows."""
 
     _order: torch.Tensor | None = None
+    _taken: Mapping[str, torch.Tensor] = {}
+    _stored: Mapping[str, int] = {}
 
     def reorder(self, order: Sequence[int], num_heads: int) -> None:
         """Of the first `num_heads` heads: which dimension of the checkpoint each is."""
@@ -123,22 +130,38 @@ class HeadsLinear(Linear):
         turned = rows[: num_heads * len(order)].view(num_heads, len(order))[:, list(order)]
         self._order = torch.cat([turned.reshape(-1), rows[turned.numel() :]])
 
+    def take(self, part: str, rows: torch.Tensor, *, of: int) -> None:
+        """Of a part: which of the checkpoint's `of` rows are the layer's."""
+        self._taken = {**self._taken, part: rows}
+        self._stored = {**self._stored, part: of}
+
+    @property
+    def stored(self) -> Mapping[str, int]:
+        return {**self.parts, **self._stored}
+
     def load(self, path: str, tensors: Tensors) -> None:
-        if self._order is not None:
-            orders, start = {}, 0
-            for module, rows in zip(self.modules(path), self.parts.values(), strict=True):
-                orders[module] = self._order[start : start + rows] - start
-                start += rows
-            tensors = _Reordered(tensors, orders)
+        if self._order is not None or self._taken:
+            tensors = _Reordered(tensors, self._checkpoint_rows(path))
         super().load(path, tensors)
+
+    def _checkpoint_rows(self, path: str) -> dict[str, torch.Tensor]:
+        """By module: which row of the checkpoint's each is."""
+        all_rows, start = {}, 0
+        for module, (part, count) in zip(self.modules(path), self.parts.items(), strict=True):
+            rows = torch.arange(count, dtype=torch.int64, device="cpu")
+            if self._order is not None:
+                rows = self._order[start : start + count] - start
+            all_rows[module] = self._taken[part][rows] if part in self._taken else rows
+            start += count
+        return all_rows
 
 
 class _Reordered:
-    """Tensors whose rows come in another order, by their module."""
+    """Tensors of which some rows are read, in another order, by their module."""
 
-    def __init__(self, tensors: Tensors, orders: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Tensors, rows: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
-        self._orders = orders
+        self._rows = rows
         self.matrix = tensors.matrix
 
     def read(self, name: str) -> torch.Tensor:
@@ -148,12 +171,11 @@ class _Reordered:
         return self._reordered(name, self._tensors.vector(name))
 
     def _reordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        order = self._orders[name.rpartition(".")[0]]
-        if tensor.shape[0] != len(order):
+        if tensor.shape[0] == 1:
             return tensor  # one scale of all rows
         # bytes: not every device takes rows of fp8
-        rows = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
-        return rows.index_select(0, order.to(tensor.device)).view(tensor.dtype)
+        whole = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+        return whole.index_select(0, self._rows[name.rpartition(".")[0]].to(tensor.device)).view(tensor.dtype)
 
 
 class ExpertLinear(Linear):

@@ -20,7 +20,7 @@ from sempre.workers.tensor_source import Parameter
 
 
 class Tensors(Protocol):
-    """The checkpoint's tensors, each read once, on the model's device."""
+    """The checkpoint's tensors, on the model's device."""
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored."""

@@ -1,0 +1,117 @@
+"""Qwen3.5, step by step: logits of transformers, and bits that depend neither on cuts and slots nor on neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hybrid_sequences import HybridModel, Part
+
+from sempre.ipc.errors import ModelError
+from sempre.workers.layers.linear_kernel import CONTROL
+from sempre.workers.models.registry import parse_spec
+
+NAMES = ["qwen3.5", "qwen3.5-odd", "qwen3.5-moe", "qwen3.5-moe-odd"]
+BLOCKS, OTHERS = [7, 3, 20, 1, 9, 30], [[11, 12], [13], [14, 15, 16]]
+
+
+def ids_of(length: int, salt: int = 0) -> list[int]:
+    return np.random.default_rng(salt).integers(3, 320, length).tolist()
+
+
+def whole(model: HybridModel, ids: list[int]) -> torch.Tensor:
+    return model.step(Part(ids, 0, len(ids), BLOCKS))[0]
+
+
+def cut(model: HybridModel, ids: list[int], cuts: list[int]) -> torch.Tensor:
+    """In chunks, among others that come and go; a snapshot at every cut, from which it goes on."""
+    rows, before = [], 0
+    for index, end in enumerate(cuts):
+        count = end - before
+        own = Part(ids, before, end, BLOCKS, index if before else -1, [-1] * (count - 1) + [index + 1])
+        other = ids_of(23, salt=index + 1)
+        neighbours = [
+            Part(other, 0, 5 + 3 * n, blocks, -1, [-1] * (4 + 3 * n) + [20 + n]) for n, blocks in enumerate(OTHERS)
+        ]
+        shift = index % 3
+        parts = [*neighbours[:shift], own, *neighbours[shift:]]
+        rows.append(model.step(*parts)[shift])
+        before = end
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(name: str, checkpoints: Any) -> None:
+    checkpoint, ids = checkpoints(name), ids_of(91)
+    with torch.no_grad():
+        expected = checkpoint.model(torch.tensor([ids])).logits[0].double()
+    found = whole(HybridModel(checkpoint.folder), ids).double()
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bits_do_not_depend_on_cuts_slots_or_neighbours(name: str, checkpoints: Any) -> None:
+    model, ids = HybridModel(checkpoints(name).folder), ids_of(80)
+    expected = whole(model, ids)
+    assert torch.equal(cut(model, ids, [1, 2, 3, 19, 50, 64, 79, 80]), expected)
+    # token by token, in place
+    lone = [model.step(Part(ids, at, at + 1, BLOCKS, 5 if at else -1, [5]))[0] for at in range(80)]
+    assert torch.equal(torch.cat(lone), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_control(name: str, checkpoints: Any) -> None:
+    """Ordinary matmuls give a row other bits among others: the test above can fail."""
+    model, ids = HybridModel(checkpoints(name).folder, CONTROL), ids_of(80)
+    assert not torch.equal(cut(model, ids, [1, 2, 3, 19, 50, 64, 79, 80]), whole(model, ids))
+
+
+def test_control_another_state_gives_other_bits(checkpoints: Any) -> None:
+    model, ids = HybridModel(checkpoints("qwen3.5").folder), ids_of(20)
+    expected = whole(model, ids)
+    model.step(Part(ids, 0, 10, BLOCKS, -1, [-1] * 8 + [1, 2]))
+    assert torch.equal(model.step(Part(ids, 10, 20, BLOCKS, 2))[0], expected[10:])
+    assert not torch.equal(model.step(Part(ids, 10, 20, BLOCKS, 1))[0], expected[10:])
+
+
+def test_rows_that_are_not_accepted_leave_no_trace(checkpoints: Any) -> None:
+    """Drafts are verified with a slot for each row; the sequence goes on from that of the accepted one."""
+    model, ids = HybridModel(checkpoints("qwen3.5").folder), ids_of(40)
+    expected = whole(model, ids)
+    model.step(Part(ids, 0, 12, BLOCKS, -1, [-1] * 11 + [1]))
+    drafted = [*ids[:15], *ids_of(5, salt=9)]
+    verified = model.step(Part(drafted, 12, 18, BLOCKS, 1, [2, 3, 1, 4, 5, 6]))[0]
+    assert torch.equal(verified[:3], expected[12:15])
+    assert torch.equal(model.step(Part(ids, 15, 40, BLOCKS, 1))[0], expected[15:])
+
+
+REFUSED: list[tuple[str, object, str]] = [
+    ("hidden_act", "gelu", "hidden_act: expected 'silu'"),
+    ("layer_types", ["linear_attention"], "layer_types: expected a list of 32 times"),
+    ("layer_types", ["sliding_attention"] * 32, "layer_types: expected a list of 32 times"),
+    ("layer_types", ["linear_attention"] * 32, "layer_types: expected a list of 32 times 'full_attention', at least"),
+    ("full_attention_interval", 33, "full_attention_interval: expected at most num_hidden_layers=32, found 33"),
+    ("full_attention_interval", 0, "full_attention_interval: expected an integer of at least 1"),
+    ("linear_num_value_heads", 24, "linear_num_value_heads: expected a multiple of linear_num_key_heads=16, found 24"),
+    ("linear_key_head_dim", 24, "linear_key_head_dim: expected a multiple of 16"),
+    ("linear_value_head_dim", 100, "linear_value_head_dim: expected a multiple of 16"),
+    ("linear_conv_kernel_dim", 5, "linear_conv_kernel_dim: expected from 2 to 4, found 5"),
+    ("linear_conv_kernel_dim", 1, "linear_conv_kernel_dim: expected from 2 to 4, found 1"),
+    ("partial_rotary_factor", 1.5, "partial_rotary_factor: expected an even number of the 256"),
+    ("rope_parameters", {"rope_type": "default", "factor": 2}, "rope_parameters: factor: expected of the type"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "expected"), REFUSED)
+def test_what_is_not_honoured_is_refused_by_name(field: str, value: object, expected: str) -> None:
+    with pytest.raises(ModelError, match=f"config.json: {expected}"):
+        parse_spec({"architectures": ["Qwen3_5ForCausalLM"], field: value}, {})
+
+
+def test_experts_are_always_renormalised() -> None:
+    config: dict[str, object] = {"architectures": ["Qwen3_5MoeForCausalLM"]}
+    assert parse_spec({**config, "norm_topk_prob": True}, {}) == parse_spec(config, {})
+    with pytest.raises(ModelError, match="norm_topk_prob: expected true for this architecture"):
+        parse_spec({**config, "norm_topk_prob": False}, {})

@@ -1,0 +1,213 @@
+"""Qwen3.5 and 3.6, the text part: gated delta layers, every fourth one gated attention; dense, or with experts.
+
+Qwen team 2026; gated delta rule: Yang et al. 2024 (arXiv 2412.06464). Layers that predict more tokens at once are in
+checkpoints, and are not read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+
+from sempre.kernels.gated_delta import DeltaHeads
+from sempre.kernels.states import StateShape
+from sempre.workers.config_fields import ConfigFields
+from sempre.workers.layers.attention import GatedAttention
+from sempre.workers.layers.embedding import Embedding
+from sempre.workers.layers.gated_delta import DeltaShape, GatedDelta
+from sempre.workers.layers.mlp import GatedMLP
+from sempre.workers.layers.module import Build, Module
+from sempre.workers.layers.moe import SparseMLP
+from sempre.workers.layers.norm import OffsetHeadNorm, OffsetRMSNorm
+from sempre.workers.models.base import CausalLM, Stack, rows_read
+from sempre.workers.models.config import (
+    FULL,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    WIDTH_MULTIPLE,
+    BiasRule,
+    FamilyRules,
+    ModelSpec,
+    extended,
+    parse_decoder,
+    refuse_other_activation,
+    width,
+)
+from sempre.workers.models.llama import attention_shape, gated_mlp
+from sempre.workers.models.moe import parse_experts
+from sempre.workers.models.qwen2_moe import Qwen2MoeSpec, Qwen2SparseMLP
+from sempre.workers.models.rope_config import PARTIAL, rope_of_part
+from sempre.workers.steps import StepInput
+
+RULES = FamilyRules(
+    qkv_bias=BiasRule.ATTENTION_BIAS,
+    o_bias=BiasRule.ATTENTION_BIAS,
+    rope=rope_of_part,
+    qk_norm=True,
+    default_head_dim=256,
+)
+DENSE_DEFAULTS: dict[str, object] = {
+    "vocab_size": 248320,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+}
+MOE_DEFAULTS: dict[str, object] = {
+    "vocab_size": 248320,
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+LINEAR = "linear_attention"
+# kernels keep the inputs before a row in registers
+CONV_WIDTHS = range(2, 5)
+# these say which of three positions turns a dimension; those of text are equal
+MROPE = ("mrope_section", "mrope_interleaved")
+UNREAD = ("mtp.",)
+
+
+@dataclass(frozen=True)
+class Qwen35Spec(ModelSpec):
+    delta: DeltaHeads
+    linear_layers: tuple[int, ...]
+    """layers with gated delta; the others have attention"""
+
+    @property
+    def layer_states(self) -> tuple[StateShape | None, ...]:
+        return tuple(self.delta.states if layer in self.linear_layers else None for layer in range(self.num_layers))
+
+    def one_layer_per_kind(self) -> Self:
+        kinds = dict.fromkeys(layer in self.linear_layers for layer in range(self.num_layers))
+        return replace(
+            self,
+            num_layers=len(kinds),
+            windows=(None,) * len(kinds),
+            linear_layers=tuple(layer for layer, is_linear in enumerate(kinds) if is_linear),
+        )
+
+
+@dataclass(frozen=True)
+class Qwen35MoeSpec(Qwen35Spec, Qwen2MoeSpec):
+    """Every layer has experts."""
+
+    def one_layer_per_kind(self) -> Self:
+        fewer = super().one_layer_per_kind()
+        return replace(fewer, sparse_layers=tuple(range(fewer.num_layers)))
+
+
+def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Qwen35Spec:
+    """Raises ModelError naming the field."""
+    has_experts = architecture == "Qwen3_5MoeForCausalLM"
+    config = config.with_defaults(MOE_DEFAULTS if has_experts else DENSE_DEFAULTS)
+    if has_experts:
+        # no layer is without experts, and so of this size
+        config = config.with_defaults({"intermediate_size": config.raw["moe_intermediate_size"]})
+        if not config.boolean("norm_topk_prob", default=True):
+            config.fail("norm_topk_prob", "true for this architecture", False)
+    refuse_other_activation(config, "silu")
+    common = parse_decoder(architecture, RULES, _plain_rope(config), generation)
+    hybrid = {"delta": _delta_heads(config), "linear_layers": _linear_layers(config, common.num_layers)}
+    if not has_experts:
+        return extended(common, Qwen35Spec, **hybrid)
+    experts: dict[str, Any] = parse_experts(config, "num_experts", "moe_intermediate_size")
+    return extended(
+        common,
+        Qwen35MoeSpec,
+        **hybrid,
+        **experts,
+        renormalize=True,
+        sparse_layers=tuple(range(common.num_layers)),
+        shared_size=width("shared_expert_intermediate_size", config),
+    )
+
+
+def _plain_rope(config: ConfigFields) -> ConfigFields:
+    """As text sees it; without the kinds of layers, which are read by `_linear_layers`."""
+    raw: dict[str, object] = {**config.raw, "layer_types": None}
+    if raw.get(PARTIAL) is None:
+        raw[PARTIAL] = 0.25
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.section(name).raw
+        if rope:
+            raw[name] = {key: value for key, value in rope.items() if key not in MROPE}
+    return ConfigFields(raw, config.source)
+
+
+def _linear_layers(config: ConfigFields, num_layers: int) -> tuple[int, ...]:
+    types = config.raw.get("layer_types")
+    if types is None:
+        every = config.positive("full_attention_interval", default=4)
+        if every > num_layers:
+            config.fail("full_attention_interval", f"at most num_hidden_layers={num_layers}", every)
+        return tuple(layer for layer in range(num_layers) if (layer + 1) % every)
+    is_known = isinstance(types, list) and len(types) == num_layers and all(kind in (FULL, LINEAR) for kind in types)
+    # blocks of the KV cache are what sequences are counted by
+    if not is_known or not isinstance(types, list) or FULL not in types:
+        config.fail("layer_types", f"a list of {num_layers} times {FULL!r}, at least once, or {LINEAR!r}", types)
+    return tuple(layer for layer, kind in enumerate(types) if kind == LINEAR)
+
+
+def _delta_heads(config: ConfigFields) -> DeltaHeads:
+    num_keys = config.positive("linear_num_key_heads", default=16, most=MAX_HEADS)
+    num_values = config.positive("linear_num_value_heads", default=32, most=MAX_HEADS)
+    if num_values % num_keys:
+        config.fail("linear_num_value_heads", f"a multiple of linear_num_key_heads={num_keys}", num_values)
+    dims = {
+        name: config.positive(f"linear_{name}_head_dim", default=128, most=MAX_HEAD_DIM) for name in ("key", "value")
+    }
+    for name, dim in dims.items():
+        if dim % WIDTH_MULTIPLE:
+            config.fail(
+                f"linear_{name}_head_dim", f"a multiple of {WIDTH_MULTIPLE} (the width of the kernels' vectors)", dim
+            )
+    conv_width = config.positive("linear_conv_kernel_dim", default=4)
+    if conv_width not in CONV_WIDTHS:
+        config.fail("linear_conv_kernel_dim", f"from {CONV_WIDTHS[0]} to {CONV_WIDTHS[-1]}", conv_width)
+    return DeltaHeads(num_keys, num_values, dims["key"], dims["value"], conv_width)
+
+
+def build_model(build: Build, spec: ModelSpec) -> CausalLM:
+    """The tree, without tensors."""
+    assert isinstance(spec, Qwen35Spec)
+    blocks = [Qwen35Block(build, spec, layer) for layer in range(spec.num_layers)]
+    norm = OffsetRMSNorm(spec.hidden_size, spec.rms_norm_eps)
+    model = CausalLM(build, spec, Stack(Embedding(spec.vocab_size, spec.hidden_size), blocks, norm))
+    model.unread = UNREAD
+    return model
+
+
+class Qwen35Block(Module):
+    """Norm and attention or gated delta, norm and feed-forward, each added to the residual stream."""
+
+    def __init__(self, build: Build, spec: Qwen35Spec, layer: int) -> None:
+        self.input_layernorm = OffsetRMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self._is_linear = layer in spec.linear_layers
+        if self._is_linear:
+            self.linear_attn = GatedDelta(build, DeltaShape(spec.hidden_size, spec.delta, spec.rms_norm_eps))
+        else:
+            self.self_attn = GatedAttention(build, replace(attention_shape(spec, layer), qk_norm=OffsetHeadNorm))
+        self.post_attention_layernorm = OffsetRMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.mlp = _mlp(build, spec)
+
+    def __call__(
+        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        mixer = self.linear_attn if self._is_linear else self.self_attn
+        mixed = mixer(self.input_layernorm.of_sum(branch, residual), step, cache)
+        residual = rows_read(residual, step)
+        return self.mlp(self.post_attention_layernorm.of_sum(mixed, residual)), residual
+
+
+def _mlp(build: Build, spec: Qwen35Spec) -> GatedMLP | SparseMLP:
+    return Qwen2SparseMLP(build, spec) if isinstance(spec, Qwen35MoeSpec) else gated_mlp(build, spec)
