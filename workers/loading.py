@@ -110,9 +110,9 @@ def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, plac
     wanted = parameters(model)
     with _open_source(config, spec, wanted, placement.device) as opened:
         source = opened
-        if model.prefix and config.load_format != "dummy":
-            source = PartSource(opened, model.prefix, model.other_parts)
-            logger.info("%s: only the text part is loaded; images are not understood", spec.architecture)
+        if model.part is not None and config.load_format != "dummy":
+            source = PartSource(opened, model.part)
+            logger.info("%s: only the text part is loaded; images and sounds are not understood", spec.architecture)
         _check_tensors(wanted, model, source)
         target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":

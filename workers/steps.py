@@ -7,7 +7,7 @@ shape: smaller steps are padded to it, and its arrays always lie at the same add
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -204,6 +204,26 @@ class StepInput:
     """None: all rows"""
     states: StateBatch | None = None
     """of a model whose layers keep states"""
+
+
+def of_rows_read(step: StepInput) -> StepInput:
+    """The same step of the rows that are read, for layers that write no keys and values."""
+    if step.outputs is None:
+        return step
+    read = step.outputs
+    return replace(
+        step,
+        token_ids=step.token_ids.index_select(0, read.rows),
+        positions=step.positions.index_select(0, read.rows),
+        slot_mapping=step.slot_mapping.index_select(0, read.rows),
+        batch=batch_of_rows_read(step.batch, read),
+        outputs=None,
+    )
+
+
+def batch_of_rows_read(batch: PagedBatch, read: OutputRows) -> PagedBatch:
+    """The requests of a step, with these of their rows."""
+    return PagedBatch(batch.block_tables, read.starts, batch.context_lens, read.max_per_request, batch.max_context_len)
 
 
 def step_input(

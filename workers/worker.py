@@ -365,10 +365,11 @@ def _max_model_len(config: WorkerConfig, spec: ModelSpec) -> int:
         return spec.max_position_embeddings
     if config.role == "draft":
         # longer sequences continue without drafts
-        return min(wanted, spec.max_position_embeddings)
-    if not 1 <= wanted <= spec.max_position_embeddings:
+        return min(wanted, spec.most_positions)
+    if not 1 <= wanted <= spec.most_positions:
+        stretched = "" if spec.most_positions == spec.max_position_embeddings else " times the factor of its rope"
         raise ConfigError(
-            f"max_model_len: expected 1 to {spec.max_position_embeddings} (max_position_embeddings of the model),"
+            f"max_model_len: expected 1 to {spec.most_positions} (max_position_embeddings of the model{stretched}),"
             f" found {wanted}.",
             parameter="max_model_len",
             value=wanted,

@@ -2,9 +2,9 @@
 
 silu_and_mul: out = silu(gate) * up, silu(g) = g / (1 + exp(-g)); gelu_and_mul: out = gelu(gate) * up with
 gelu(g) = g / 2 * (1 + tanh(sqrt(2 / pi) * (g + 0.044715 g^3))) (Shazeer 2020, arXiv 2002.05202; Hendrycks and Gimpel
-2016, arXiv 1606.08415); clamped_and_mul: out = (up + 1) * g / (1 + exp(-1.702 g)) with g = min(gate, 7), and up within
--7 and 7 (gpt-oss, arXiv 2508.10925). soft_cap: x = cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118).
-gate: x = x / (1 + exp(-g)).
+2016, arXiv 1606.08415); gelu_mul: the same of two tensors; clamped_and_mul: out = (up + 1) * g / (1 + exp(-1.702 g))
+with g = min(gate, 7), and up within -7 and 7 (gpt-oss, arXiv 2508.10925). soft_cap: x = cap * tanh(x / cap) (Gemma 2,
+arXiv 2408.00118). gate: x = x / (1 + exp(-g)).
 
 Contract: elementwise in float32, rounded once. On a CPU exponential and tanh are the project's own polynomials; on a
 GPU the exponential is the hardware's, and tanh is a polynomial near 0 and derived from the exponential elsewhere.
@@ -18,7 +18,7 @@ import torch
 
 from sempre.kernels.checks import check_rows
 
-__all__ = ["Activation", "clamped_and_mul", "gate", "gelu_and_mul", "silu_and_mul", "soft_cap"]
+__all__ = ["Activation", "clamped_and_mul", "gate", "gelu_and_mul", "gelu_mul", "silu_and_mul", "soft_cap"]
 
 
 class Activation(Enum):
@@ -83,6 +83,27 @@ def clamped_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     from sempre.kernels.activation import gpu
 
     return gpu.activate_and_mul(gate_up, out, Activation.CLAMPED)
+
+
+def gelu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """gate [T, I], up [T, I], whose rows may lie apart, -> out [T, I]. On a CPU, I must be a multiple of 16."""
+    check_rows("gelu_mul", gate, out)
+    fits = gate.shape == up.shape == out.shape and up.stride(1) == 1
+    if not fits or up.dtype is not gate.dtype or up.device != gate.device:
+        raise ValueError(
+            f"gelu_mul: gate {tuple(gate.shape)} and up {tuple(up.shape)}, {up.dtype}, do not fit an output of"
+            f" {tuple(out.shape)}, {out.dtype}"
+        )
+    if not out.shape[0]:
+        return out
+    if not gate.is_cuda:
+        _check_vectors("gelu_mul", out)
+        from sempre.kernels.activation import cpu
+
+        return cpu.gelu_mul(gate, up, out)
+    from sempre.kernels.activation import gpu
+
+    return gpu.gelu_mul(gate, up, out)
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:

@@ -120,10 +120,10 @@ def _silu_and_mul(gate_up: int, rows: int, width: int, out: int) -> None:
 
 
 @compiled(parallel=True)
-def _gelu_and_mul(gate_up: int, rows: int, width: int, out: int) -> None:
+def _gelu_mul(gate: int, gate_step: int, up: int, up_step: int, rows: int, width: int, out: int) -> None:
+    """Steps are bytes between rows."""
     for t in prange(rows):
-        gate = gate_up + t * 2 * width * 4
-        _gelu_row(gate, gate + width * 4, width, out + t * width * 4)
+        _gelu_row(gate + t * gate_step, up + t * up_step, width, out + t * width * 4)
 
 
 @compiled_twice
@@ -165,8 +165,15 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """See the facade."""
+    gate, up = gate_up.chunk(2, dim=1)
+    return gelu_mul(gate, up, out)
+
+
+def gelu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """See the facade; the rows of `gate` may lie apart too."""
     rows, width = out.shape
-    _gelu_and_mul(gate_up.data_ptr(), rows, width, out.data_ptr())
+    steps = gate.stride(0) * 4, up.stride(0) * 4
+    _gelu_mul(gate.data_ptr(), steps[0], up.data_ptr(), steps[1], rows, width, out.data_ptr())
     return out
 
 

@@ -75,14 +75,23 @@ def activated(gate: Any, up: Any, ACTIVATION: tl.constexpr) -> Any:
     return value
 
 
-@jit(runtime=("width",))
-def _gated(gate_up: Any, out: Any, width: Any, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr) -> None:
+@jit(runtime=("gate_step", "up_step", "width"))
+def _gated(
+    gates: Any,
+    ups: Any,
+    out: Any,
+    gate_step: Any,
+    up_step: Any,
+    width: Any,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+) -> None:
     wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < width
-    gate = tl.load(gate_up + row * 2 * width + i, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + i, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gates + row * gate_step + i, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(ups + row * up_step + i, mask=inside, other=0.0).to(tl.float32)
     at = out + row * width + i
     tl.store(at, activated(gate, up, ACTIVATION), mask=inside)
 
@@ -107,9 +116,24 @@ def _gate(x: Any, gates: Any, count: Any, BLOCK: tl.constexpr) -> None:
 
 def activate_and_mul(gate_up: torch.Tensor, out: torch.Tensor, activation: Activation) -> torch.Tensor:
     """As the facade's `activation.and_mul`."""
+    gate, up = gate_up.chunk(2, dim=1)
+    return _activate(gate, up, out, activation)
+
+
+def _activate(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor, activation: Activation) -> torch.Tensor:
     rows, width = out.shape
-    grid = (rows, triton.cdiv(width, BLOCK))
-    _gated[grid](gate_up, out, width, BLOCK=BLOCK, ACTIVATION=activation.value, num_warps=4, **CHAINED)
+    _gated[(rows, triton.cdiv(width, BLOCK))](
+        gate,
+        up,
+        out,
+        gate.stride(0),
+        up.stride(0),
+        width,
+        BLOCK=BLOCK,
+        ACTIVATION=activation.value,
+        num_warps=4,
+        **CHAINED,
+    )
     return out
 
 
@@ -121,6 +145,11 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """See the facade."""
     return activate_and_mul(gate_up, out, Activation.GELU)
+
+
+def gelu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """See the facade; the rows of `gate` may lie apart too."""
+    return _activate(gate, up, out, Activation.GELU)
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:

@@ -77,7 +77,7 @@ def paged_attention(
     out: torch.Tensor,
     workspace: AttentionWorkspace | None = None,
 ) -> torch.Tensor:
-    """Attention of the queries in qkv [T, (Hq + 2 Hkv) D] over the cache into, and returning, out [T, Hq D].
+    """Attention of the queries in qkv [T, (Hq + P Hkv) D] over the cache into, and returning, out [T, Hq D].
 
     Nothing is written where there are no rows or no requests. `workspace` lets a GPU run splits in parallel, without
     any effect on the result.

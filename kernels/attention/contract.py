@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -51,12 +52,15 @@ class PagedBatch:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """The heads in a row of qkv [T, (Hq + 2 Hkv) D]: queries, then keys, then values."""
+    """The heads in a row of qkv [T, (Hq + P Hkv) D]: queries, then keys, then values."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     """a multiple of 16"""
+    kv_parts: Literal[0, 1, 2] = 2
+    """P; 2: keys and values; 1: keys only, which before norm and rope are the values too; 0: neither, the cache is
+    another layer's and not written"""
 
     @property
     def group(self) -> int:
@@ -65,7 +69,7 @@ class HeadLayout:
 
     @cached_property
     def qkv_width(self) -> int:
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return (self.num_heads + self.kv_parts * self.num_kv_heads) * self.head_dim
 
     def check_rows(self, operation: str, qkv: torch.Tensor, num_rows: int) -> None:
         """ValueError unless `qkv` has that many rows of these heads, or more."""
@@ -78,8 +82,11 @@ class HeadNorms:
     """RMSNorm of each query and key head before rope: weights [D] of both, in the model's dtype."""
 
     q: torch.Tensor
-    k: torch.Tensor
+    k: torch.Tensor | None
+    """None: rows hold no keys"""
     eps: float
+    values: bool = False
+    """whether values are normed too, without a weight"""
 
 
 @dataclass(frozen=True)

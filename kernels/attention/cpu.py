@@ -282,6 +282,7 @@ def _paged_attention(
     heads: int,
     kv_heads: int,
     dim: int,
+    row_heads: int,
     scale: float,
     cap: float,
     window: int,
@@ -296,7 +297,7 @@ def _paged_attention(
     for r in range(requests):
         tokens = query_starts[r + 1] - query_starts[r]
         first_unit[r + 1] = first_unit[r] + (tokens + tile_tokens - 1) // tile_tokens
-    q_row_bytes, out_row_bytes = (heads + 2 * kv_heads) * dim * 4, heads * dim * 4
+    q_row_bytes, out_row_bytes = row_heads * dim * 4, heads * dim * 4
     num_tiles = first_unit[requests]
     for unit in prange(num_tiles * kv_heads):
         # consecutive units differ in the key head, and long and short tiles alternate between the threads
@@ -353,6 +354,7 @@ def paged_attention(
         heads.num_heads,
         heads.num_kv_heads,
         heads.head_dim,
+        heads.qkv_width // heads.head_dim,
         scores.scale,
         scores.soft_cap or 0.0,
         scores.window or 0,

@@ -47,6 +47,9 @@ class Launch(NamedTuple):
 
 def launch_shape(rows: int, programs: int, block_size: int, head_dim: int, dtype: torch.dtype) -> Launch:
     """For requests of at most `rows` query rows (tokens times G), in about `programs` programs; as measured on H100."""
+    if head_dim > 256:
+        # tiles of keys and values take most of the shared memory
+        return Launch(16, 8, 1) if dtype == torch.float32 else Launch(32 if rows > 16 else 16, 8, 2)
     if dtype == torch.float32:
         return Launch(16, 4, 1)
     if rows > 16:
@@ -76,6 +79,7 @@ def _attend(
     max_splits: Any,
     scale_log2: Any,
     KV_HEADS: tl.constexpr,
+    KV_PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -121,7 +125,7 @@ def _attend(
     d = tl.arange(0, BLOCK_DIM)
     in_dim = valid[:, None] & (d < DIM)[None, :]
     query_head = head * GROUP + i % GROUP
-    row_size = (KV_HEADS * GROUP + 2 * KV_HEADS) * DIM
+    row_size = (KV_HEADS * GROUP + KV_PARTS * KV_HEADS) * DIM
     q_at = qkv + (row + token).to(tl.int64)[:, None] * row_size + query_head[:, None] * DIM + d[None, :]
     q = tl.load(q_at, mask=in_dim, other=0.0)
     out_row = (row + token).to(tl.int64) * (KV_HEADS * GROUP) + query_head
@@ -266,9 +270,10 @@ def _plan(
     rows = heads.group if single_rows else batch.max_query_len * heads.group
     programs = num_requests * heads.num_kv_heads
     launch = launch_shape(rows, programs, cache.k.shape[2], heads.head_dim, qkv.dtype)
+    if heads.group > launch.block_m:
+        launch = launch._replace(block_m=triton.next_power_of_2(heads.group), num_stages=1)
     if single_rows:
         tiles = num_requests
-        launch = launch._replace(block_m=max(launch.block_m, triton.next_power_of_2(heads.group)))
     else:
         tiles = num_rows // (launch.block_m // heads.group) + num_requests
     splits = triton.cdiv(batch.max_context_len, SPLIT)
@@ -335,6 +340,7 @@ def _launch_attend(
         max_splits,
         (1.0 if cap else scores.scale) * math.log2(math.e),
         KV_HEADS=heads.num_kv_heads,
+        KV_PARTS=heads.kv_parts,
         GROUP=heads.group,
         DIM=heads.head_dim,
         BLOCK_DIM=triton.next_power_of_2(heads.head_dim),

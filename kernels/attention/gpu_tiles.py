@@ -63,6 +63,19 @@ def prefetch_tiles(
 
 
 @jit()
+def _values(
+    at: Any, key: Any, end: Any, d: Any, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr
+) -> Any:
+    if MASKED:
+        v = tl.load(at, mask=(key < end)[:, None] & (d < DIM)[None, :], other=0.0)
+    elif BLOCK_DIM != DIM:
+        v = tl.load(at, mask=(d < DIM)[None, :], other=0.0)
+    else:
+        v = tl.load(at)
+    return v
+
+
+@jit()
 def walk_tiles(
     q: Any,
     m: Any,
@@ -92,6 +105,8 @@ def walk_tiles(
     """
     n = tl.arange(0, 64)
     d = tl.arange(0, BLOCK_DIM)
+    # keys and values of wide heads in float32 do not fit the shared memory together
+    LATE: tl.constexpr = BLOCK_DIM > 256 and q.dtype == tl.float32
     for start in range(low, high, 64):
         key = start + n
         if BLOCK == 64:
@@ -107,13 +122,12 @@ def walk_tiles(
         v_at = values + at[:, None] + d[None, :]
         if MASKED:
             k = tl.load(k_at, mask=(key < end)[None, :] & (d < DIM)[:, None], other=0.0)
-            v = tl.load(v_at, mask=(key < end)[:, None] & (d < DIM)[None, :], other=0.0)
         elif BLOCK_DIM != DIM:
             k = tl.load(k_at, mask=(d < DIM)[:, None], other=0.0)
-            v = tl.load(v_at, mask=(d < DIM)[None, :], other=0.0)
         else:
             k = tl.load(k_at)
-            v = tl.load(v_at)
+        if not LATE:
+            v = _values(v_at, key, end, d, DIM, BLOCK_DIM, MASKED)
         scores = tl.dot(q, k, input_precision="ieee")
         if SOFT_CAP > 0:
             scores = soft_capped(scores, CAP_SCALE, SOFT_CAP)
@@ -128,6 +142,8 @@ def walk_tiles(
         m = m_new
         weights = p.to(q.dtype)
         ones = tl.full([64, 16], 1.0, q.dtype)
+        if LATE:
+            v = _values(v_at, key, end, d, DIM, BLOCK_DIM, MASKED)
         l = tl.dot(weights, ones, l * alpha[:, None], input_precision="ieee")  # noqa: E741
         acc = tl.dot(weights, v, acc * alpha[:, None], input_precision="ieee")
     return m, l, acc

@@ -25,9 +25,9 @@ from sempre.kernels.vector_ir import (
 
 
 def emit_rms_norm(
-    b: ir.IRBuilder, x: ir.Value, weight: ir.Value, width: ir.Value, eps: ir.Value, out: ir.Value
+    b: ir.IRBuilder, x: ir.Value, weight: ir.Value | None, width: ir.Value, eps: ir.Value, out: ir.Value
 ) -> None:
-    """Normalise the row of `width` float32 values at address `x` into `out` (which may be `x`)."""
+    """Normalise the row of `width` float32 values at address `x` into `out` (which may be `x`); None: no weight."""
 
     def square(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
         value = load(b, b.add(x, b.mul(i, I64(4))), vec(F32))
@@ -40,10 +40,17 @@ def emit_rms_norm(
     def scale(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
         offset = b.mul(i, I64(4))
         value = b.fmul(load(b, b.add(x, offset), vec(F32)), factor)
-        store(b, b.fmul(value, load(b, b.add(weight, offset), vec(F32))), b.add(out, offset))
+        if weight is not None:
+            value = b.fmul(value, load(b, b.add(weight, offset), vec(F32)))
+        store(b, value, b.add(out, offset))
         return carried
 
     loop(b, I64(0), width, LANES, [], scale)
+
+
+def emit_unweighted_rms_norm(b: ir.IRBuilder, x: ir.Value, width: ir.Value, eps: ir.Value, out: ir.Value) -> None:
+    """The same, without a weight."""
+    emit_rms_norm(b, x, None, width, eps, out)
 
 
 def _emit_add(b: ir.IRBuilder, x: ir.Value, residual: ir.Value, width: ir.Value) -> None:

@@ -32,7 +32,8 @@ def rope_and_cache_write(
     heads: HeadLayout,
     norms: HeadNorms | None = None,
 ) -> None:
-    """Rotate q of qkv [T, (Hq + 2 Hkv) D] in place and write the rotated k, and v, to their slots of the cache.
+    """Rotate q of qkv [T, (Hq + P Hkv) D] in place and write the rotated k, and v, to their slots of the cache, unless
+    the rows hold queries only (P = 0).
 
     `positions` and `slot_mapping` int64 [T] (slot = block id * B + offset); `table` from `cos_sin_table`; `norms` are
     applied before. On a GPU a row with a negative slot (padding) writes nothing to the cache; whether k in qkv is
@@ -72,15 +73,15 @@ class RopeSpec:
     """D"""
     theta: float = 10000.0
     """the base"""
-    scaling: Literal["default", "linear", "llama3", "yarn", "longrope", "none"] = "default"
+    scaling: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional", "none"] = "default"
     """none: the heads do not turn"""
     factor: float = 1.0
-    """how much the longest waves are stretched; for linear, llama3 and yarn"""
+    """how much the longest waves are stretched; for linear, dynamic, llama3, yarn and proportional"""
     low_freq_factor: float = 1.0
     """for llama3, with the next"""
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
-    """for llama3, yarn and longrope"""
+    """for dynamic, llama3, yarn and longrope"""
     beta_fast: float = 32.0
     """for yarn: waves that turn more often within the original context are kept"""
     beta_slow: float = 1.0
@@ -97,10 +98,18 @@ class RopeSpec:
     """how many dimensions of a head turn, the first ones; None: all"""
     interleaved: bool = False
     """whether the checkpoint's pairs are neighbours instead of half of those dimensions apart (`head_order`)"""
+    turning_pairs: int = 0
+    """for proportional: the first of the D / 2 pairs, which alone turn"""
 
     def is_long(self, max_len: int) -> bool:
         """Whether a table of so many positions is made with `long_factors`."""
         return self.scaling == "longrope" and max_len > self.original_max_position_embeddings
+
+    def variant(self, max_len: int) -> str:
+        """What the angles of a table depend on besides this, where they depend on its length."""
+        if self.scaling == "dynamic" and max_len > self.original_max_position_embeddings:
+            return f" {max_len}"
+        return " long" if self.is_long(max_len) else ""
 
 
 def _frequencies(spec: RopeSpec, max_len: int = 0) -> np.ndarray:
@@ -111,6 +120,14 @@ def _frequencies(spec: RopeSpec, max_len: int = 0) -> np.ndarray:
             frequencies = np.zeros_like(frequencies)
         case "linear":
             frequencies = frequencies / spec.factor
+        case "dynamic":
+            # the base that stretches the longest wave to the whole table, where that exceeds the original context
+            growth = spec.factor * max(max_len / spec.original_max_position_embeddings, 1.0) - (spec.factor - 1)
+            base = spec.theta * growth ** (spec.head_dim / (spec.head_dim - 2))
+            frequencies = base ** (-np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim)
+        case "proportional":
+            frequencies = frequencies / spec.factor
+            frequencies[spec.turning_pairs :] = 0.0
         case "llama3":
             # long waves are stretched by `factor`, short ones kept, those between blended (Llama 3.1 model card)
             wavelengths = 2 * math.pi / frequencies

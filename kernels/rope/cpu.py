@@ -1,4 +1,4 @@
-"""CPU: optional per-head RMSNorm of q and k, rope, and cache write, in one pass over the fused qkv rows.
+"""CPU: optional per-head RMSNorm of q, k and v, rope, and cache write, in one pass over the fused qkv rows.
 
 # T tokens, Hq query heads, Hkv key heads, D head dim, B block size
 Keys are stored transposed, [block, Hkv, D, B], so that one vector holds one dimension of 16 keys; values are stored
@@ -18,7 +18,7 @@ from numba.core import cgutils
 from sempre.kernels.attention.contract import HeadLayout, HeadNorms, KvCache
 from sempre.kernels.dtypes import ELEMENT_SIZE, dtype_code
 from sempre.kernels.jit import address_of, compiled, compiled_twice, keep
-from sempre.kernels.norms.cpu import emit_rms_norm
+from sempre.kernels.norms.cpu import emit_rms_norm, emit_unweighted_rms_norm
 from sempre.kernels.vector_ir import (
     ELEMENT_BYTES,
     F32,
@@ -101,6 +101,7 @@ def _emit_store_zero(b: ir.IRBuilder, target: ir.Value) -> None:
 _rotate = address_intrinsic(_emit_rotate)
 _store_zero = address_intrinsic(_emit_store_zero)
 _norm_row = address_intrinsic(emit_rms_norm)
+_norm_row_only = address_intrinsic(emit_unweighted_rms_norm)
 _narrow = address_intrinsic(_emit_narrow, returns=types.int64)
 _scatter_32, _scatter_16 = _scatter(I32), _scatter(I16)
 
@@ -122,26 +123,36 @@ def _token(
     dtype: int,
     heads: int,
     kv_heads: int,
+    first_value: int,
     dim: int,
     block: int,
     q_norm: int,
     k_norm: int,
+    v_norm: bool,
     eps: float,
 ) -> None:
+    """`first_value`: the first value head's number in the row; the first key head's where keys are values too."""
     size = ELEMENT_SIZE[dtype]
     block_id, offset = slot // block, slot % block
-    for h in range(heads + kv_heads):
+    for h in range(heads):
         head = row + h * dim * 4
-        norm = q_norm if h < heads else k_norm
-        if norm != 0:
-            _norm_row(head, norm, dim, eps, head)
+        if q_norm != 0:
+            _norm_row(head, q_norm, dim, eps, head)
         _rotate(head, angles, dim)
     rounded = np.empty(dim * 4, np.uint8)
     for h in range(kv_heads):
         base = (block_id * kv_heads + h) * block * dim * size
-        value, value_slot = row + (heads + kv_heads + h) * dim * 4, values + base + offset * dim * size
-        finite_key = _narrow(row + (heads + h) * dim * 4, address_of(rounded), dim, dtype)
+        key, value_slot = row + (heads + h) * dim * 4, values + base + offset * dim * size
+        # the value comes first: it may be the key as it is before norm and rope
+        value = row + (first_value + h) * dim * 4
+        if v_norm:
+            _norm_row_only(value, dim, eps, address_of(rounded))
+            value = address_of(rounded)
         finite_value = _narrow(value, value_slot, dim, dtype)
+        if k_norm != 0:
+            _norm_row(key, k_norm, dim, eps, key)
+        _rotate(key, angles, dim)
+        finite_key = _narrow(key, address_of(rounded), dim, dtype)
         if finite_key == 0 or finite_value == 0:
             # all ones are a NaN in every format
             rounded[:] = 255
@@ -173,13 +184,16 @@ def _rope(
     dtype: int,
     heads: int,
     kv_heads: int,
+    first_value: int,
+    row_heads: int,
     dim: int,
     block: int,
     q_norm: int,
     k_norm: int,
+    v_norm: bool,
     eps: float,
 ) -> None:
-    row_bytes = (heads + 2 * kv_heads) * dim * 4
+    row_bytes = row_heads * dim * 4
     for t in prange(len(positions)):
         _token(
             qkv + t * row_bytes,
@@ -190,10 +204,12 @@ def _rope(
             dtype,
             heads,
             kv_heads,
+            first_value,
             dim,
             block,
             q_norm,
             k_norm,
+            v_norm,
             eps,
         )
 
@@ -214,6 +230,7 @@ def rope_and_cache_write(
 ) -> None:
     """See the facade; positions and slots must exist. k in qkv is rotated too."""
     run = _rope.parallel if positions.shape[0] >= PARALLEL_ROWS else _rope.serial
+    kv_heads = heads.num_kv_heads if heads.kv_parts else 0
     run(
         qkv.data_ptr(),
         positions.numpy(),
@@ -223,10 +240,13 @@ def rope_and_cache_write(
         cache.v.data_ptr(),
         dtype_code(cache.k.dtype),
         heads.num_heads,
-        heads.num_kv_heads,
+        kv_heads,
+        heads.num_heads + (kv_heads if heads.kv_parts == 2 else 0),
+        heads.qkv_width // heads.head_dim,
         heads.head_dim,
         cache.k.shape[3],
         norms.q.data_ptr() if norms is not None else 0,
-        norms.k.data_ptr() if norms is not None else 0,
+        norms.k.data_ptr() if norms is not None and norms.k is not None else 0,
+        norms is not None and norms.values,
         norms.eps if norms is not None else 0.0,
     )

@@ -1,4 +1,4 @@
-"""GPU: optional per-head RMSNorm of q and k, rope, and cache write, in one pass over the fused qkv rows.
+"""GPU: optional per-head RMSNorm of q, k and v, rope, and cache write, in one pass over the fused qkv rows.
 
 # T tokens, Hq query heads, Hkv key heads, D head dim, B block size; caches [blocks, Hkv, B, D]
 A program owns one token and HEADS query heads, or HEADS key heads with their values. Float32 inside; q is rounded into
@@ -20,10 +20,16 @@ HEADS = 8
 
 
 @jit()
-def _normalised(low: Any, high: Any, w_low: Any, w_high: Any, eps: Any, DIM: tl.constexpr) -> Any:
+def _unweighted(low: Any, high: Any, eps: Any, DIM: tl.constexpr) -> Any:
     squares = tl.sum(low * low + high * high, axis=1)
     factor = (1.0 / tl.sqrt_rn(squares / DIM + eps))[:, None]
-    return low * factor * w_low.to(tl.float32)[None, :], high * factor * w_high.to(tl.float32)[None, :]
+    return low * factor, high * factor
+
+
+@jit()
+def _normalised(low: Any, high: Any, w_low: Any, w_high: Any, eps: Any, DIM: tl.constexpr) -> Any:
+    low, high = _unweighted(low, high, eps, DIM)
+    return low * w_low.to(tl.float32)[None, :], high * w_high.to(tl.float32)[None, :]
 
 
 @jit()
@@ -46,11 +52,13 @@ def _rope(
     eps: Any,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    KV_PARTS: tl.constexpr,
     DIM: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     NORM: tl.constexpr,
+    NORM_VALUES: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -59,7 +67,7 @@ def _rope(
     h = tl.arange(0, HEADS)
     i = tl.arange(0, HALF_BLOCK)
     inside = i < HALF
-    row = qkv + token * (Q_HEADS + 2 * KV_HEADS) * DIM
+    row = qkv + token * (Q_HEADS + KV_PARTS * KV_HEADS) * DIM
     slot = tl.load(slots + token)
     # padding writes no head
     writing = tl.where(slot >= 0, KV_HEADS, 0)
@@ -80,7 +88,7 @@ def _rope(
             low, high = _normalised(low, high, w_low, w_high, eps, DIM)
         tl.store(at, tl.fma(low, cosine, -(high * sine)), mask=mask)
         tl.store(at + HALF, tl.fma(high, cosine, low * sine), mask=mask)
-    else:
+    elif KV_PARTS > 0:
         h += (part - Q_PARTS) * HEADS
         mask = (h < writing)[:, None] & inside[None, :]
         at = row + (Q_HEADS + h)[:, None] * DIM + i[None, :]
@@ -96,8 +104,13 @@ def _rope(
             low, high = _normalised(low, high, w_low, w_high, eps, DIM)
         k_low = tl.fma(low, cosine, -(high * sine)).to(k_cache.dtype.element_ty)
         k_high = tl.fma(high, cosine, low * sine).to(k_cache.dtype.element_ty)
-        v_low = tl.load(at + KV_HEADS * DIM, mask=mask, other=0.0).to(v_cache.dtype.element_ty)
-        v_high = tl.load(at + KV_HEADS * DIM + HALF, mask=mask, other=0.0).to(v_cache.dtype.element_ty)
+        # where keys are values too, qkv still has them as they were
+        v_at = at + (KV_PARTS - 1) * KV_HEADS * DIM
+        v_low = tl.load(v_at, mask=mask, other=0.0)
+        v_high = tl.load(v_at + HALF, mask=mask, other=0.0)
+        if NORM_VALUES:
+            v_low, v_high = _unweighted(v_low.to(tl.float32), v_high.to(tl.float32), eps, DIM)
+        v_low, v_high = v_low.to(v_cache.dtype.element_ty), v_high.to(v_cache.dtype.element_ty)
         finite = (_not_finite(k_low, k_high) + _not_finite(v_low, v_high) == 0)[:, None]
         to = ((slot // BLOCK * KV_HEADS + h) * BLOCK + slot % BLOCK)[:, None] * DIM + i[None, :]
         tl.store(k_cache + to, tl.where(finite, k_low, float("nan")), mask=mask)
@@ -116,7 +129,8 @@ def rope_and_cache_write(
     norms: HeadNorms | None = None,
 ) -> None:
     """See the facade; k in qkv keeps its old values."""
-    parts = triton.cdiv(heads.num_heads, HEADS) + triton.cdiv(heads.num_kv_heads, HEADS)
+    kv_heads = heads.num_kv_heads if heads.kv_parts else 0
+    parts = triton.cdiv(heads.num_heads, HEADS) + triton.cdiv(kv_heads, HEADS)
     _rope[(positions.shape[0], parts)](
         qkv,
         positions,
@@ -129,11 +143,13 @@ def rope_and_cache_write(
         norms.eps if norms is not None else 0.0,
         Q_HEADS=heads.num_heads,
         KV_HEADS=heads.num_kv_heads,
+        KV_PARTS=heads.kv_parts,
         DIM=heads.head_dim,
         HALF_BLOCK=triton.next_power_of_2(heads.head_dim // 2),
         BLOCK=cache.k.shape[2],
         HEADS=HEADS,
         NORM=norms is not None,
+        NORM_VALUES=norms is not None and norms.values,
         num_warps=2,
         **CHAINED,
     )

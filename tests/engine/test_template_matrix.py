@@ -1,4 +1,4 @@
-"""Prompts of twenty-four families' templates equal those of transformers, which is given each message in the family's form.
+"""Prompts of families' templates equal those of transformers, which is given each message in the family's form.
 
 The table says what each template reads, as a person finds it by reading; the engine finds it by itself.
 """

@@ -8,7 +8,7 @@ import kernel_reference as reference
 import pytest
 import torch
 
-from sempre.kernels.activation import clamped_and_mul, gelu_and_mul, soft_cap
+from sempre.kernels.activation import clamped_and_mul, gelu_and_mul, gelu_mul, soft_cap
 
 
 def spread(*shape: int) -> torch.Tensor:
@@ -81,3 +81,23 @@ def test_what_does_not_fit_is_refused() -> None:
         clamped_and_mul(torch.zeros(1, 16), torch.empty(1, 8))
     with pytest.raises(ValueError, match="does not fit an output"):
         gelu_and_mul(torch.zeros(1, 16), torch.empty(1, 16))
+
+
+def test_gelu_of_two_tensors_has_the_bits_of_one() -> None:
+    gate_up, wide = rows_of(9, 96) * 3.0, rows_of(9, 160)
+    gate, up = gate_up.chunk(2, dim=1)
+    wide[:, 64:112] = up
+    expected = gelu_and_mul(gate_up, torch.empty(9, 48))
+    found = gelu_mul(gate.contiguous(), wide[:, 64:112], torch.empty(9, 48))
+    assert torch.equal(found, expected)
+    alone = gelu_mul(gate[4:5].contiguous(), wide[4:5, 64:112], torch.empty(1, 48))
+    assert torch.equal(alone[0], found[4])
+    assert not torch.equal(gelu_mul(gate.contiguous(), wide[:, 48:96], torch.empty(9, 48)), expected)
+    with pytest.raises(ValueError, match=r"gelu_mul: gate .* do not fit an output"):
+        gelu_mul(torch.zeros(1, 16), torch.zeros(1, 32), torch.empty(1, 16))
+    with pytest.raises(ValueError, match="gelu_mul: expected a width that is a multiple of 16, found 8"):
+        gelu_mul(torch.zeros(1, 8), torch.zeros(1, 8), torch.empty(1, 8))
+
+
+def rows_of(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))

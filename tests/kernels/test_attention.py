@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import kernel_reference as reference
+import kv_parts_cases
 import pytest
 import torch
 from nonfinite_cases import DAMAGES, Damage, sees
@@ -336,3 +337,9 @@ def test_control_a_weight_of_zero_does_not_mask_a_value() -> None:
     v[..., 7, :] = float("nan")
     scores = (q @ k.transpose(2, 3)).masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), float("-inf"))
     assert (scores.softmax(-1) @ v).isnan().all()
+
+
+@pytest.mark.parametrize("heads", kv_parts_cases.HEADS, ids=str)
+def test_rows_of_keys_that_are_values_and_of_queries_only(heads: tuple[int, int, int]) -> None:
+    kernels = kv_parts_cases.Kernels(rope_and_cache_write, paged_attention, allocate_kv_cache, "cpu")
+    kv_parts_cases.check_kv_parts(kernels, heads, torch.float32, 1e-6)

@@ -61,6 +61,9 @@ ODD_EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_siz
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
 GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.5}
+PROPORTIONAL_ROPE = {"rope_type": "proportional", "rope_theta": 500.0, "factor": 2.0, "partial_rotary_factor": 0.4}
+GEMMA4 = {"vocab_size_per_layer_input": 320, "head_dim": 32, "global_head_dim": 64, "sliding_window": 20}
+UNIFIED = {"head_dim": 32, "global_head_dim": 64, "sliding_window": 20, "num_global_key_value_heads": 1}
 WINDOWED, FULL = "sliding_attention", "full_attention"
 # odd: one group of heads, other dimensions of keys and values, another width, each kind of layer first
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32}
@@ -88,6 +91,7 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
     glm, glm4, glm4_moe = transformers.GlmConfig, transformers.Glm4Config, transformers.Glm4MoeConfig
     mixtral, qwen2_moe = transformers.MixtralConfig, transformers.Qwen2MoeConfig
     smollm3, granite, phi3 = transformers.SmolLM3Config, transformers.GraniteConfig, transformers.Phi3Config
+    gemma4 = transformers.Gemma4TextConfig
     qwen3_5, qwen3_5_moe = transformers.Qwen3_5TextConfig, transformers.Qwen3_5MoeTextConfig
     olmo2, olmo3, gemma3 = transformers.Olmo2Config, transformers.Olmo3Config, transformers.Gemma3TextConfig
     gpt_oss = transformers.GptOssConfig
@@ -97,6 +101,11 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
         "llama-biases": llama(**COMMON, attention_bias=True, mlp_bias=True),
         "llama-llama3-rope": llama(**COMMON, rope_parameters=LLAMA3_ROPE),
         "llama-linear-rope": llama(**COMMON, rope_parameters=LINEAR_ROPE),
+        "llama-dynamic-rope": llama(
+            **{**COMMON, "max_position_embeddings": 64},
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0},
+        ),
+        "llama-proportional-rope": llama(**COMMON, rope_parameters=PROPORTIONAL_ROPE),
         "llama-yarn-rope": llama(**COMMON, rope_parameters=YARN_ROPE),
         "llama-head-dim": llama(**COMMON, head_dim=48),
         "mistral-window": mistral(**COMMON, sliding_window=24),
@@ -193,6 +202,51 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
                 patch_size=14,
             ),
             mm_tokens_per_image=4,
+            initializer_range=0.2,
+        ),
+        "gemma4": gemma4(
+            **{**COMMON, **GEMMA4, "num_hidden_layers": 8},
+            num_kv_shared_layers=3,
+            use_double_wide_mlp=True,
+            layer_types=[WINDOWED, WINDOWED, FULL, WINDOWED, FULL, WINDOWED, WINDOWED, FULL],
+            hidden_size_per_layer_input=16,
+            final_logit_softcapping=3.0,
+        ),
+        "gemma4-odd": gemma4(
+            **{**COMMON, **GEMMA4, "head_dim": 48, "sliding_window": 17, "global_head_dim": 80},
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            layer_types=[FULL, WINDOWED, FULL],
+            rope_parameters={FULL: PROPORTIONAL_ROPE, WINDOWED: LINEAR_ROPE},
+            hidden_size_per_layer_input=0,
+            attention_bias=True,
+            tie_word_embeddings=False,
+        ),
+        "gemma4-multimodal": transformers.Gemma4Config(
+            text_config=gemma4(
+                **COMMON,
+                **GEMMA4,
+                hidden_size_per_layer_input=32,
+                num_kv_shared_layers=1,
+                layer_types=[WINDOWED, FULL, FULL],
+            ),
+            vision_config=transformers.Gemma4VisionConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=16,
+                position_embedding_size=64,
+            ),
+            initializer_range=0.2,
+        ),
+        "gemma4-unified": transformers.Gemma4UnifiedTextConfig(**COMMON, **UNIFIED, attention_k_eq_v=True),
+        "gemma4-unified-multimodal": transformers.Gemma4UnifiedConfig(
+            text_config=transformers.Gemma4UnifiedTextConfig(**COMMON, **UNIFIED),
+            vision_config=transformers.Gemma4UnifiedVisionConfig(
+                mm_embed_dim=64, output_proj_dims=64, mm_posemb_size=8
+            ),
             initializer_range=0.2,
         ),
         "qwen3-moe": qwen3_moe(**COMMON, **EXPERTS, head_dim=32, norm_topk_prob=True),
@@ -356,8 +410,8 @@ def _make(name: str, folder: Path) -> Checkpoint:
             if parameter_name.endswith(("proj_bias", "sinks")):
                 torch.nn.init.normal_(parameter, 0.0, 4.0 if "gate_up" in parameter_name else 1.5)
         for buffer_name, buffer in model.named_buffers():
-            if buffer_name.endswith("e_score_correction_bias"):
-                torch.nn.init.normal_(buffer, 0.0, 0.3)
+            if buffer_name.endswith(("e_score_correction_bias", "layer_scalar")):
+                torch.nn.init.normal_(buffer, 1.0 if "scalar" in buffer_name else 0.0, 0.3)
     model.eval().save_pretrained(folder)
     return Checkpoint(folder, model)
 

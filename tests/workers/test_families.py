@@ -16,11 +16,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from worker_settings import worker_config
 
-from sempre.ipc.errors import ModelError, TensorMismatch
+from sempre.ipc.errors import ConfigError, ModelError, TensorMismatch
 from sempre.ipc.messages import SamplingSpec
 from sempre.kernels.rope import RopeSpec
+from sempre.workers.kv_cache import PagedKvCache, block_bytes
 from sempre.workers.layers.linear_kernel import INVARIANT
 from sempre.workers.loading import load_model
+from sempre.workers.models.config import LayerKv
 from sempre.workers.models.registry import load_spec, parse_spec
 
 GREEDY = SamplingSpec(max_tokens=64, temperature=0.0, logprobs=-1, prompt_logprobs=-1)
@@ -32,8 +34,10 @@ FAMILIES = [
     "phi3", "phi3-long",
     "phi3-part", "gemma3", "gemma3-odd",
     "gemma3-multimodal", "gpt-oss", "gpt-oss-odd",
+    "gemma3-multimodal", "gemma4", "gemma4-odd", "gemma4-multimodal", "gemma4-unified", "gemma4-unified-multimodal",
+    "llama-proportional-rope",
 ]  # fmt: skip
-WINDOWED = "sliding_attention"
+WINDOWED, FULL = "sliding_attention", "full_attention"
 
 
 def prompt_ids(length: int, salt: int = 0) -> list[int]:
@@ -95,6 +99,56 @@ def test_longrope_is_chosen_by_the_longest_sequence(
     assert float((found["long"] - expected).norm() / expected.norm()) > 1e-3
 
 
+def test_dynamic_rope_reaches_as_far_as_the_longest_sequence(
+    checkpoints: Any, serve: Any, dense: Callable[..., torch.Tensor], prompt: Any
+) -> None:
+    """In the original context it turns as without; beyond, as transformers does in a sequence of that length."""
+    checkpoint, length = checkpoints("llama-dynamic-rope"), 150
+    short, long = serve(checkpoint.folder), serve(checkpoint.folder, max_model_len=length)
+    assert (short.loaded.max_model_len, long.loaded.max_model_len) == (64, length)
+    assert short.loaded.fingerprint["config"] != long.loaded.fingerprint["config"]
+    params = msgspec.structs.replace(GREEDY, max_tokens=1)
+    for run, ids, wrong in ((short, prompt_ids(60), long), (long, [*prompt_ids(length - 1), 5], short)):
+        with torch.no_grad():
+            expected = torch.log_softmax(checkpoint.model(torch.tensor([ids])).logits[0].double(), dim=-1)[:58]
+        found, other = (
+            dense(worker.run(prompt("a", ids[:59], params))["a"].prompt_logprobs, 320).double()
+            for worker in (run, wrong)
+        )
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+        assert float((other - expected).norm() / expected.norm()) > 1e-3
+    with pytest.raises(ConfigError, match=r"max_model_len: expected 1 to 256 \(max_position_embeddings of the model"):
+        serve(checkpoint.folder, max_model_len=257)
+
+
+ROPES: list[tuple[str, dict[str, object], RopeSpec]] = [
+    ("LlamaForCausalLM", {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 512}},
+     RopeSpec(128, 1e4, "dynamic", 2.0, original_max_position_embeddings=512)),
+    ("Qwen2ForCausalLM", {"rope_parameters": {"rope_type": "dynamic", "factor": 4, "rope_theta": 5e5, "alpha": None}},
+     RopeSpec(128, 5e5, "dynamic", 4.0, original_max_position_embeddings=512)),
+    ("Glm4ForCausalLM", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "partial_rotary_factor": 0.25},
+     RopeSpec(128, 1e4, "dynamic", 2.0, original_max_position_embeddings=512, rotary_dim=32, interleaved=True)),
+    ("Glm4ForCausalLM", {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.25}},
+     RopeSpec(128, 1e4, "proportional", turning_pairs=16, interleaved=True)),
+    ("MistralForCausalLM", {"rope_scaling": {"rope_type": "proportional", "factor": 3.0}},
+     RopeSpec(128, 1e4, "proportional", 3.0, turning_pairs=64)),
+    ("MistralForCausalLM", {"rope_scaling": {"rope_type": "default", "factor": 1.0}}, RopeSpec(128, 1e4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "expected"), ROPES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_dynamic_and_proportional_ropes_in_both_spellings(
+    architecture: str, fields: dict[str, object], expected: RopeSpec
+) -> None:
+    config = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "head_dim": 128, "max_position_embeddings": 512, "vocab_size": 100, "eos_token_id": 1}  # fmt: skip
+    spec = parse_spec({"architectures": [architecture], **config, **fields}, {})
+    assert spec.rope == expected
+    assert spec.most_positions == 512 * (expected.factor if expected.scaling == "dynamic" else 1)
+
+
 DEFAULTS = {
     "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig,
     "Qwen2MoeForCausalLM": transformers.Qwen2MoeConfig,
@@ -111,6 +165,8 @@ DEFAULTS = {
     "Phi3ForCausalLM": transformers.Phi3Config,
     "Gemma3ForCausalLM": transformers.Gemma3TextConfig,
     "GptOssForCausalLM": transformers.GptOssConfig,
+    "Gemma4ForCausalLM": transformers.Gemma4TextConfig,
+    "Gemma4UnifiedForCausalLM": transformers.Gemma4UnifiedTextConfig,
 }
 
 
@@ -253,6 +309,30 @@ REFUSED: list[tuple[str, str, object, str]] = [
         {"quant_method": "mxfp4", "modules_to_not_convert": "lm_head"},
         "quantization_config: modules_to_not_convert: expected a list of module names",
     ),
+    ("Gemma4ForCausalLM", "hidden_activation", "gelu", "hidden_activation: expected 'gelu_pytorch_tanh'"),
+    ("Gemma4ForCausalLM", "use_bidirectional_attention", "all", "use_bidirectional_attention: expected null or 'visi"),
+    ("Gemma4ForCausalLM", "enable_moe_block", True, "enable_moe_block: expected false"),
+    ("Gemma4ForCausalLM", "layer_types", WINDOWED, "layer_types: expected a list"),
+    ("Gemma4ForCausalLM", "layer_types", [], "layer_types: expected a list of 30 times"),
+    ("Gemma4ForCausalLM", "global_head_dim", 100, "global_head_dim: expected a multiple of 16"),
+    ("Gemma4ForCausalLM", "num_kv_shared_layers", 30, "num_kv_shared_layers: expected less than num_hidden_layers=30"),
+    ("Gemma4ForCausalLM", "num_kv_shared_layers", 25, "num_kv_shared_layers: expected a layer of each kind before"),
+    ("Gemma4ForCausalLM", "vocab_size_per_layer_input", 99, "vocab_size_per_layer_input: expected at least vocab_size"),
+    ("Gemma4ForCausalLM", "hidden_size_per_layer_input", 24, "hidden_size_per_layer_input: expected a multiple of 16"),
+    ("Gemma4ForCausalLM", "per_layer_config", {"5": {"head_dim": 64}}, "per_layer_config: expected the same sizes for"),
+    ("Gemma4ForCausalLM", "rope_parameters", {FULL: {}}, "rope_parameters: sliding_attention: expected the rope of"),
+    ("Gemma4ForCausalLM", "rope_scaling", {"factor": 2.0}, "rope_scaling: expected null beside rope_parameters"),
+    ("Gemma4ForCausalLM", "attention_k_eq_v", 1, "attention_k_eq_v: expected true or false"),
+    ("Gemma4UnifiedForCausalLM", "hidden_size_per_layer_input", 256, "hidden_size_per_layer_input: expected 0 for"),
+    ("Glm4ForCausalLM", "rope_scaling", {"rope_type": "dynamic"}, "rope_scaling: factor: expected a value"),
+    ("Glm4ForCausalLM", "rope_scaling", {"rope_type": "dynamic", "factor": 0.5}, "rope_scaling: factor: expected at "),
+    ("Glm4ForCausalLM", "rope_scaling", {"rope_type": "dynamic", "factor": 2, "alpha": 1000}, "rope_scaling: alpha"),
+    (
+        "Glm4ForCausalLM",
+        "rope_scaling",
+        {"rope_type": "proportional", "partial_rotary_factor": 1.5},
+        "rope_scaling: partial_rotary_factor: expected at most 1",
+    ),
 ]
 
 
@@ -294,3 +374,51 @@ def test_the_number_of_experts_has_two_names(architecture: str) -> None:
     for spelled in ({"num_experts": 64}, {"num_local_experts": 64}):
         spec: Any = parse_spec({**names, **spelled}, {})
         assert spec.num_experts == 64
+
+
+def test_sizes_of_gemma_4_in_both_spellings() -> None:
+    names = {"architectures": ["Gemma4ForCausalLM"], "num_hidden_layers": 4, "attention_k_eq_v": True}
+    types = {"layer_types": [WINDOWED, FULL, WINDOWED, WINDOWED]}
+    sizes = {"head_dim": 128, "num_key_value_heads": 2}
+    by_layer = {**names, **types, "per_layer_config": {"01": sizes, "3": sizes}}
+    by_kind = {**names, **types, "global_head_dim": 128, "num_global_key_value_heads": 2}
+    spec: Any = parse_spec(by_kind, {})
+    assert parse_spec(by_layer, {}) == spec
+    # the last layer sees all keys whatever the config says
+    assert [window is None for window in spec.windows] == [False, True, False, True]
+    assert spec.kv_layers == (LayerKv(4, 256), LayerKv(2, 128)) * 2
+    assert spec.largest_head_dim == 256
+    # heads of their own only where keys are values
+    other: Any = parse_spec({**by_kind, "attention_k_eq_v": False}, {})
+    assert other.kv_layers[1] == LayerKv(4, 128)
+    with pytest.raises(
+        ModelError, match=r"per_layer_config: hidden_size: expected only head_dim and num_key_value_hea"
+    ):
+        parse_spec({**by_layer, "per_layer_config": {key: {"hidden_size": 64} for key in "13"}}, {})
+
+
+def test_keys_and_values_that_layers_share_are_kept_once(config_of: Any) -> None:
+    spec: Any = parse_spec(config_of("gemma4"), {})
+    assert spec.sources == (None,) * 5 + (3, 3, 4)
+    cache = PagedKvCache(spec.kv_layers, 2, 16, torch.float32)
+    assert cache.nbytes == 2 * block_bytes(spec.kv_layers, 16, torch.float32)
+    assert cache.nbytes == 2 * 2 * 16 * 4 * 2 * (3 * 32 + 2 * 64)
+    assert all(cache.layers[layer] is cache.layers[source] for layer, source in ((5, 3), (6, 3), (7, 4)))
+    small = spec.one_layer_per_kind()
+    assert small.windows == (20, None, 20, None)
+    assert small.sources == (None, None, 0, 1)
+
+
+def test_tensors_of_layers_that_share_are_not_read(checkpoints: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "more"
+    shutil.copytree(checkpoints("gemma4").folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    digest = load_model(worker_config(folder), load_spec(folder), INVARIANT).facts.digest
+    for layer, fits in ((5, True), (8, False)):
+        name = f"model.layers.{layer}.self_attn.k_proj.weight"
+        save_file({**tensors, name: torch.zeros(64, 64)}, folder / "model.safetensors")
+        if fits:
+            assert load_model(worker_config(folder), load_spec(folder), INVARIANT).facts.digest == digest
+        else:
+            with pytest.raises(TensorMismatch, match="expected no such tensor"):
+                load_model(worker_config(folder), load_spec(folder), INVARIANT)

@@ -48,14 +48,14 @@ PARAMS = SamplingSpec(max_tokens=12, temperature=0.0, logprobs=2, prompt_logprob
 
 
 def write(folder: Path, config: dict[str, Any]) -> None:
-    """A checkpoint whose tensors follow from their names; the text part alone of a model with images."""
+    """A checkpoint whose tensors follow from their names."""
     (folder / "config.json").write_text(json.dumps(config))
     model = build_model(Build(INVARIANT, NotQuantized()), parse_spec(config, {}))
     tensors = {}
     for name, parameter in parameters(model).items():
         whole = np.random.default_rng(zlib.crc32(name.encode())).integers(-256, 257, parameter.shape)
         around = 1.0 if "norm" in name and parameter.initial == "ones" else 0.0
-        tensors[model.prefix + name] = torch.from_numpy(around + whole.astype(np.float32) / 1024)
+        tensors[name] = torch.from_numpy(around + whole.astype(np.float32) / 1024)
     save_file(tensors, folder / "model.safetensors")
 
 

@@ -42,6 +42,8 @@ FAMILIES = [
     "glm4-moe",
     "qwen2-moe",
     "gpt-oss-odd",
+    "gemma4",
+    "gemma4-odd",
 ]
 
 

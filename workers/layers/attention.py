@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from sempre.kernels.activation import gate
-from sempre.kernels.attention import HeadLayout, HeadNorms, KvCache, PagedBatch, ScoreParams, paged_attention
+from sempre.kernels.attention import HeadLayout, HeadNorms, KvCache, ScoreParams, paged_attention
 from sempre.kernels.norms import rms_norm_of_parts
 from sempre.kernels.rope import RopeSpec, head_order, rope_and_cache_write
 from sempre.workers.layers.linear import HeadsLinear, Linear
 from sempre.workers.layers.module import Build, Module, Scratch, Tensors
 from sempre.workers.layers.norm import HeadNorm, ProjectionNorm
-from sempre.workers.steps import StepInput
+from sempre.workers.steps import StepInput, batch_of_rows_read
 from sempre.workers.tensor_source import Parameter
 
 
@@ -35,6 +35,8 @@ class AttentionShape:
     """of the RMSNorm of queries and keys before rope; None: without one"""
     qk_norm: type[HeadNorm] = HeadNorm
     """what that norm goes over"""
+    v_norm: bool = False
+    """whether values are normed too, each head by itself and without a weight"""
     fused: bool = False
     """whether queries, keys and values are one tensor of the checkpoint"""
     has_sinks: bool = False
@@ -50,19 +52,21 @@ class Attention(Module):
     def __init__(self, build: Build, shape: AttentionShape) -> None:
         head_dim = shape.heads.head_dim
         queries, keys = shape.heads.num_heads * head_dim, shape.heads.num_kv_heads * head_dim
-        parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        parts = {"q_proj": queries} | dict.fromkeys(("k_proj", "v_proj")[: shape.heads.kv_parts], keys)
         if shape.fused:
-            parts = {"qkv_proj": queries + 2 * keys}
+            parts = {"qkv_proj": shape.heads.qkv_width}
         self._shape = shape
         order = head_order(shape.rope)
         self.qkv_proj = HeadsLinear(build, parts, shape.hidden_size, bias=shape.qkv_bias, role="qkv")
         if order is not None:
             self.qkv_proj.reorder(order, shape.heads.num_heads + shape.heads.num_kv_heads)
-        assert order is None or not self._norms_projections
+        assert order is None or not (self._norms_projections or shape.heads.kv_parts < 2)
         self.q_norm = self.k_norm = None
         if shape.qk_norm_eps is not None:
             widths = (queries, keys) if self._norms_projections else (head_dim, head_dim)
-            self.q_norm, self.k_norm = (shape.qk_norm(width, shape.qk_norm_eps, order) for width in widths)
+            self.q_norm = shape.qk_norm(widths[0], shape.qk_norm_eps, order)
+            if shape.heads.kv_parts:
+                self.k_norm = shape.qk_norm(widths[1], shape.qk_norm_eps, order)
         self.o_proj = Linear(build, {"o_proj": shape.hidden_size}, queries, bias=shape.o_bias)
 
     @property
@@ -85,8 +89,9 @@ class Attention(Module):
         self._scores = replace(self._shape.scores, sinks=self.sinks)
         self._table = scratch.rope_table(self._shape.rope)
         self._norms = None
-        if self.q_norm is not None and self.k_norm is not None:
-            self._norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        if self.q_norm is not None:
+            keys = None if self.k_norm is None else self.k_norm.weight
+            self._norms = HeadNorms(self.q_norm.weight, keys, self.q_norm.eps, self._shape.v_norm)
         self._attended = scratch.rows("attended", self.o_proj.in_features)
         self._workspace = scratch.workspace
 
@@ -102,15 +107,13 @@ class Attention(Module):
         heads, batch, read = self._shape.heads, step.batch, step.outputs
         qkv = self.qkv_proj(x)
         norms = self._norms
-        if norms is not None and self._norms_projections:
+        if norms is not None and norms.k is not None and self._norms_projections:
             rms_norm_of_parts(qkv, norms.q, norms.k, norms.eps)
             norms = None
         rope_and_cache_write(qkv, step.positions, self._table, step.slot_mapping, cache, heads, norms)
         if read is not None:
             qkv = qkv.index_select(0, read.rows)
-            batch = PagedBatch(
-                batch.block_tables, read.starts, batch.context_lens, read.max_per_request, batch.max_context_len
-            )
+            batch = batch_of_rows_read(batch, read)
         attended = self._attended.first(qkv.shape[0])
         paged_attention(qkv, cache, batch, heads, self._scores, attended, self._workspace)
         return attended

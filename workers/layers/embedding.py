@@ -16,9 +16,11 @@ class Embedding(Module):
 
     weight: torch.Tensor
 
-    def __init__(self, num_rows: int, width: int) -> None:
+    def __init__(self, num_rows: int, width: int, *, role: str = "residual") -> None:
+        """`role` names the result buffer."""
         self.num_rows = num_rows
         self.width = width
+        self._role = role
 
     def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
         yield path + ".weight", Parameter((self.num_rows, self.width))
@@ -32,8 +34,8 @@ class Embedding(Module):
         yield self.weight
 
     def allocate(self, scratch: Scratch) -> None:
-        self._out = scratch.rows("residual", self.width)
+        self._out = scratch.rows(self._role, self.width)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids int64 [T] → [T, H], the residual stream of the step."""
+        """token_ids int64 [T] → [T, H], in the buffer of this role: the residual stream of the step."""
         return embed(token_ids, self.weight, self._out.first(token_ids.shape[0]))

@@ -21,6 +21,7 @@ from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.norm import RMSNorm
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.steps import StepInput
+from sempre.workers.tensor_source import ModelPart
 
 LayerCache = KvCache | LayerState
 
@@ -30,8 +31,8 @@ class Block(Protocol):
 
     def __call__(
         self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The branch still to be added [S, H] and the residual stream [S, H], for the rows that are read.
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The branch still to be added [S, H], if any, and the residual stream [S, H], for the rows that are read.
 
         `branch` is the previous block's, None for the first. `cache` is the layer's: a KvCache, or its LayerState. Rows
         that are not read may be dropped once the cache has what later rows need of them.
@@ -67,10 +68,8 @@ class Stack(Module):
 class CausalLM(Module):
     """A whole model: what runners call, and the facts about it."""
 
-    prefix = ""
-    """of its tensors' names in a checkpoint that holds more than this model"""
-    other_parts: tuple[str, ...] = ()
-    """prefixes of the tensors of the rest"""
+    part: ModelPart | None = None
+    """which part of the checkpoint it is; None: all"""
     unread: tuple[str, ...] = ()
     """prefixes of tensors that a checkpoint may hold though nothing reads them"""
 

@@ -133,6 +133,12 @@ class ModelSpec:
         """Of any layer."""
         return max(layer.head_dim for layer in self.kv_layers)
 
+    @property
+    def most_positions(self) -> int:
+        """The longest sequence: dynamic rope reaches `factor` times as far."""
+        factor = self.rope.factor if self.rope.scaling == "dynamic" else 1.0
+        return int(self.max_position_embeddings * factor)
+
     def one_layer_per_kind(self) -> Self:
         """The same model with one layer of each kind."""
         windows = tuple(dict.fromkeys(self.windows))
@@ -145,7 +151,8 @@ Spec = TypeVar("Spec", bound=ModelSpec)
 def spec_digest(spec: ModelSpec, max_model_len: int) -> str:
     """Digest of what config.json and generation_config.json say, and of the tables of rope that depend on the setting
     `max_model_len`; the weights' digest covers tensors only."""
-    said = repr(spec) + (" long" if spec.rope.is_long(max_model_len) else "")
+    ropes = [value for value in vars(spec).values() if isinstance(value, RopeSpec)]
+    said = repr(spec) + "".join(rope.variant(max_model_len) for rope in ropes)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
@@ -218,9 +225,9 @@ def _head_dim(fields: ConfigFields, rules: FamilyRules, hidden_size: int, num_he
     return _multiple("head_dim", head_dim, fields)
 
 
-def width(name: str, fields: ConfigFields, default: int | None = None) -> int:
+def width(name: str, fields: ConfigFields, default: int | None = None, most: int = MAX_WIDTH) -> int:
     """The row size in field `name`. Raises ModelError."""
-    return _multiple(name, fields.positive(name, default=default, most=MAX_WIDTH), fields)
+    return _multiple(name, fields.positive(name, default=default, most=most), fields)
 
 
 def _multiple(name: str, size: int, fields: ConfigFields) -> int:

@@ -22,6 +22,7 @@ from sempre.workers.models.config import (
     with_layer_types,
 )
 from sempre.workers.models.gemma2 import GemmaSpec, gemma_attention_shape, gemma_model, parse_cap
+from sempre.workers.models.multimodal import TEXT_PART, text_part
 from sempre.workers.models.rope_config import rope_of_full_layers, rope_of_windowed_layers
 
 RULES = FamilyRules(
@@ -46,11 +47,7 @@ DEFAULTS: dict[str, object] = {
     "eos_token_id": 1,
 }
 WINDOWED_THETA = 10000.0
-
-# with images: the text part is a section of the config and a prefix of tensors; the common fields are stated beside it
 MULTIMODAL = "Gemma3ForConditionalGeneration"
-COMMON_FIELDS = ("dtype", "torch_dtype", "eos_token_id", "quantization_config")
-TEXT_PREFIX, OTHER_PARTS = "language_model.", ("vision_tower.", "multi_modal_projector.")
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Gemma3Spec(GemmaSpec):
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Gemma3Spec:
     """Raises ModelError naming the field."""
     if architecture == MULTIMODAL:
-        config = _text_part(config)
+        config = text_part(config, tied_by_default=True)
     refuse_other_activation(config, "gelu_pytorch_tanh", "hidden_activation")
     if config.boolean("use_bidirectional_attention", default=False):
         config.fail("use_bidirectional_attention", "false", True)
@@ -83,13 +80,6 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     )
 
 
-def _text_part(config: ConfigFields) -> ConfigFields:
-    text = config.section("text_config")
-    stated = {name: config.raw[name] for name in COMMON_FIELDS if config.raw.get(name) is not None}
-    tied = config.boolean("tie_word_embeddings", default=True)
-    return ConfigFields({**text.raw, **stated, "tie_word_embeddings": tied}, text.source)
-
-
 def build_model(build: Build, spec: ModelSpec) -> CausalLM:
     """The tree, without tensors."""
     assert isinstance(spec, Gemma3Spec)
@@ -100,5 +90,5 @@ def build_model(build: Build, spec: ModelSpec) -> CausalLM:
 
     model = gemma_model(build, spec, shape_of)
     if spec.architecture == MULTIMODAL:
-        model.prefix, model.other_parts = TEXT_PREFIX, OTHER_PARTS
+        model.part = TEXT_PART
     return model

@@ -14,6 +14,8 @@ COMMON_FIELDS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "or
 FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
+    "proportional": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (
         "factor", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim", "finetuned"
@@ -36,6 +38,8 @@ def rope_of_part(fields: ConfigFields, head_dim: int, max_position_embeddings: i
     """The one rope of all layers, of families whose heads may turn in part. Raises ModelError."""
     name = "rope_parameters" if fields.raw.get("rope_parameters") is not None else "rope_scaling"
     rope = fields.section(name)
+    if _kind(rope) == "proportional":
+        return rope_of(fields, head_dim, max_position_embeddings)
     holder = rope if rope.raw.get(PARTIAL) is not None else fields
     fraction = holder.positive_number(PARTIAL, default=1.0)
     turning = int(head_dim * fraction)
@@ -79,23 +83,25 @@ def _section_of(fields: ConfigFields, layer_type: str) -> ConfigFields | None:
 
 
 def _parse(rope: ConfigFields, fields: ConfigFields, head_dim: int, max_position_embeddings: int) -> RopeSpec:
-    stated = rope.raw.get("rope_type")
-    kind = rope.raw.get("type") if stated is None else stated
-    kind = "default" if kind is None else ALIASES.get(str(kind), str(kind))
+    kind = _kind(rope)
     if kind not in FIELDS:
         rope.fail("rope_type", f"one of {', '.join(FIELDS)}", kind)
     _refuse_other_fields(rope, kind)
     for holder in (rope, fields):
         partial = holder.raw.get(PARTIAL)
-        if partial not in (None, 1, 1.0):
+        if partial not in (None, 1, 1.0) and kind != "proportional":
             holder.fail(PARTIAL, "1.0 (all of each head turns)", partial)
     theta = (rope if rope.raw.get("rope_theta") is not None else fields).positive_number("rope_theta", default=10000.0)
     if kind == "default":
         return RopeSpec(head_dim, theta)
     if kind == "linear":
         return RopeSpec(head_dim, theta, "linear", rope.positive_number("factor"))
+    if kind == "proportional":
+        return _proportional(rope, fields, head_dim, theta)
     holder = fields if fields.raw.get("original_max_position_embeddings") is not None else rope
     original = holder.positive("original_max_position_embeddings", default=max_position_embeddings)
+    if kind == "dynamic":
+        return _dynamic(rope, head_dim, theta, original, max_position_embeddings)
     if kind == "llama3":
         return _llama3(rope, head_dim, theta, original)
     factor = rope.positive_number("factor", default=max_position_embeddings / original)
@@ -111,6 +117,34 @@ def _parse(rope: ConfigFields, fields: ConfigFields, head_dim: int, max_position
         short_factors=_factors(rope, "short_factor", head_dim),
         long_factors=_factors(rope, "long_factor", head_dim),
     )
+
+
+def _kind(rope: ConfigFields) -> str:
+    stated = rope.raw.get("rope_type")
+    kind = rope.raw.get("type") if stated is None else stated
+    return "default" if kind is None else ALIASES.get(str(kind), str(kind))
+
+
+def _proportional(rope: ConfigFields, fields: ConfigFields, head_dim: int, theta: float) -> RopeSpec:
+    """Waves as of whole heads, of which only the first turn."""
+    holder = rope if rope.raw.get(PARTIAL) is not None else fields
+    fraction = holder.positive_number(PARTIAL, default=1.0)
+    if fraction > 1:
+        holder.fail(PARTIAL, "at most 1", fraction)
+    factor = rope.positive_number("factor", default=1.0)
+    return RopeSpec(head_dim, theta, "proportional", factor, turning_pairs=int(fraction * head_dim // 2))
+
+
+def _dynamic(rope: ConfigFields, head_dim: int, theta: float, original: int, max_position_embeddings: int) -> RopeSpec:
+    """The original context is that of max_position_embeddings; the engine's longest sequence decides on the waves."""
+    if original != max_position_embeddings:
+        rope.fail("original_max_position_embeddings", f"max_position_embeddings={max_position_embeddings}", original)
+    factor = rope.positive_number("factor")
+    if factor < 1:
+        rope.fail("factor", "at least 1", factor)
+    if head_dim <= 2:
+        rope.fail(PARTIAL, "more than two dimensions of a head that turn", head_dim)
+    return RopeSpec(head_dim, theta, "dynamic", factor, original_max_position_embeddings=original)
 
 
 def _refuse_other_fields(rope: ConfigFields, kind: str) -> None:

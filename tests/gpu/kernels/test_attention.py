@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import kv_parts_cases
 import pytest
 import torch
 from nonfinite_cases import DAMAGES, Damage
 from paged_sequences import PagedSequences, check_damage
 
+from sempre.kernels.attention import allocate_kv_cache, paged_attention
+from sempre.kernels.rope import rope_and_cache_write
+
 pytestmark = pytest.mark.gpu
 
 LENGTHS = (1, 17, 64, 150, 515, 1300)
-HEADS = [(32, 8, 128), (16, 8, 128), (9, 3, 64), (14, 2, 64), (8, 1, 80), (4, 2, 96), (4, 1, 256), (28, 4, 128)]
+HEADS = [
+    (32, 8, 128),
+    (16, 8, 128),
+    (9, 3, 64),
+    (14, 2, 64),
+    (8, 1, 80),
+    (4, 2, 96),
+    (4, 1, 256),
+    (28, 4, 128),
+    (8, 1, 512),
+]
 # every head shape in bfloat16, a few in the other dtypes
 CASES = [
     *((heads, torch.bfloat16) for heads in HEADS),
     ((16, 8, 128), torch.float16),
     ((9, 3, 64), torch.float16),
     ((14, 2, 64), torch.float32),
+    ((4, 2, 512), torch.float32),
+    ((16, 2, 512), torch.float16),
     ((8, 1, 80), torch.float32),
 ]
 ROUNDING = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -174,3 +190,13 @@ def test_padding_rows_write_nothing_to_the_cache() -> None:
     )  # fmt: skip
     assert cache.k.isnan().all()
     assert cache.v.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("heads", kv_parts_cases.HEADS, ids=str)
+def test_rows_of_keys_that_are_values_and_of_queries_only(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    kernels = kv_parts_cases.Kernels(
+        rope_and_cache_write, paged_attention, lambda *sizes: allocate_kv_cache(*sizes, device), "cuda"
+    )
+    kv_parts_cases.check_kv_parts(kernels, heads, dtype, ROUNDING[dtype])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import kernel_reference as reference
+import kv_parts_cases
 import pytest
 import torch
 from paged_sequences import PagedSequences
 
 from sempre.kernels.activation import Activation
+from sempre.kernels.attention import KvCache
 from sempre.kernels.linear import GpuLinearWeight
 
 DTYPES = [torch.float16, torch.float32]
@@ -165,3 +167,27 @@ def test_attention(
     for options in ({"workspace": sequences.workspace(), "padding": 2}, {"slack": 9}):
         for found, (s, a, b) in zip(sequences.step(cache, parts, **options), parts, strict=True):
             torch.testing.assert_close(found, whole[s][a:b], rtol=0, atol=5 * ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", kv_parts_cases.HEADS, ids=str)
+def test_rows_of_keys_that_are_values_and_of_queries_only(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    from sempre.kernels.attention import gpu as attention_gpu
+    from sempre.kernels.rope import gpu as rope_gpu
+
+    def allocate(*sizes: object) -> KvCache:
+        return attention_gpu.allocate_kv_cache(*sizes, torch.device("cpu"))
+
+    kernels = kv_parts_cases.Kernels(rope_gpu.rope_and_cache_write, attention_gpu.paged_attention, allocate, "cpu")
+    kv_parts_cases.check_kv_parts(kernels, heads, dtype, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_of_two_tensors(dtype: torch.dtype) -> None:
+    from sempre.kernels.activation import gpu
+
+    gate_up, wide = _random(5, 140, dtype=dtype) * 3.0, _random(5, 300, dtype=dtype)
+    gate = gate_up[:, :70].contiguous()
+    wide[:, 100:170] = gate_up[:, 70:]
+    expected = gpu.gelu_and_mul(gate_up, torch.empty(5, 70, dtype=dtype))
+    assert torch.equal(gpu.gelu_mul(gate, wide[:, 100:170], torch.empty(5, 70, dtype=dtype)), expected)
