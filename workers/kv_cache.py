@@ -115,12 +115,11 @@ class PagedKvCache:
         self._own = {
             index: allocate_kv_cache(num_blocks, layer.num_kv_heads, layer.head_dim, block_size, dtype, device)
             for index, layer in enumerate(layers)
-            if layer.source is None
+            if layer.source is None and layer.num_kv_heads
         }
         self.states = states
-        self.layers = [self._own[index if layer.source is None else layer.source] for index, layer in enumerate(layers)]
-        for index, state in states.layers.items() if states is not None else ():
-            self.layers[index] = state
+        kept: dict[int, KvCache | LayerState] = {**self._own, **({} if states is None else states.layers)}
+        self.layers = [kept[index if layer.source is None else layer.source] for index, layer in enumerate(layers)]
 
     @property
     def nbytes(self) -> int:

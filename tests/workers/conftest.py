@@ -447,7 +447,9 @@ class ServingWorker:
         self.worker = Worker()
         self.loaded: ModelLoaded = self.worker.load_model(LoadModel(config=config))
         self.num_blocks = min(self.loaded.available_kv_blocks, 64)
-        self.ready: WorkerReady = self.worker.start_serving(StartServing(num_blocks=self.num_blocks))
+        self.num_slots = min(self.loaded.available_state_slots, 16)
+        start = StartServing(num_blocks=self.num_blocks, num_state_slots=self.num_slots)
+        self.ready: WorkerReady = self.worker.start_serving(start)
         self.block_size = self.loaded.block_size
         # from the top down, so that block order differs from position order
         self._free_blocks = list(range(self.num_blocks))
@@ -481,7 +483,7 @@ class ServingWorker:
         new = [self.new_request(prompt) for prompt in prompts]
         while True:
             scheduled = []
-            for prompt in prompts:
+            for slot, prompt in enumerate(prompts):
                 request_id, outcome = prompt.request_id, done[prompt.request_id]
                 if len(outcome.token_ids) >= prompt.params.max_tokens or outcome.errors:
                     continue
@@ -497,6 +499,8 @@ class ServingWorker:
                         block_table_start=len(tables[request_id]),
                         block_ids=self._grow(tables[request_id], computed[request_id] + amount),
                         prompt_logprobs_start=prompt.prompt_logprobs_start,
+                        state_read=slot if self.num_slots and computed[request_id] else -1,
+                        state_writes=[(amount - 1, slot)] if self.num_slots else [],
                     )
                 )
                 computed[request_id] += amount

@@ -28,6 +28,7 @@ from sempre.workers.models.registry import load_spec, parse_spec
 GREEDY = SamplingSpec(max_tokens=64, temperature=0.0, logprobs=-1, prompt_logprobs=-1)
 
 FAMILIES = [
+    "qwen3.5", "qwen3.5-odd", "qwen3.5-moe", "qwen3.5-moe-odd",
     "qwen3-moe-odd", "qwen3-moe-step", "qwen2-moe", "qwen2-moe-odd", "mixtral", "mixtral-odd",
     "glm", "glm4", "glm4-odd", "glm4-moe", "glm4-moe-odd",
     "llama-yarn-rope", "smollm3", "smollm3-odd", "granite", "granite-odd", "olmo2", "olmo2-odd", "olmo3", "olmo3-odd",
