@@ -15,13 +15,16 @@ from sempre.engine.speculation.settings import speculative_config
 from sempre.engine.vllm_settings import VLLM_KEYWORDS, check_vllm_setting
 from sempre.ipc.config import (
     BLOCK_SIZES,
+    Convert,
     Count,
     Device,
     Dtype,
     EngineConfig,
     LoadFormat,
     Numerics,
+    PoolerConfig,
     Quantization,
+    Runner,
     SchedulingPolicy,
     SpeculativeConfig,
     SpeculativeMethod,
@@ -86,6 +89,9 @@ class EngineKeywords(TypedDict, total=False):
     gpu_memory_utilization: float
     enforce_eager: bool
     speculative_config: SpeculativeConfig | Mapping[str, Any] | None
+    runner: Runner
+    convert: Convert
+    pooler_config: PoolerConfig | Mapping[str, Any] | None
     numerics: Numerics
     load_format: LoadFormat
     max_logprobs: int

@@ -16,7 +16,6 @@ from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import AsyncEngineClient, launch_async
 from sempre.engine.client.engine_process import ended_by
 from sempre.engine.frontend.beam_search import BeamSearches, BeamSearchParams
-from sempre.engine.frontend.engine_base import EngineBase
 from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, log_progress, worker_call
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.pacing import Pace, Pacer
@@ -28,6 +27,8 @@ from sempre.engine.health import EngineHealth, judge, unhealthy
 from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput
+from sempre.engine.pooling import PoolingParams
+from sempre.engine.pooling_calls import AsyncPoolingLLM, Prompts
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.config import EngineConfig
@@ -55,7 +56,7 @@ _OUTAGE_LOOK_S = 0.05
 _MOST_EVENTS_AT_ONCE = 8
 
 
-class AsyncLLM(EngineBase):
+class AsyncLLM(AsyncPoolingLLM):
     """A model with its coordinator and workers, for one event loop.
 
         async with AsyncLLM("tiny") as engine:
@@ -183,6 +184,19 @@ class AsyncLLM(EngineBase):
         """Check the prompts of a search that the caller runs. Raises the errors of `beam_search`."""
         self._connected()
         return BeamSearches(self._frontend.builder, prompts, params, given=given)
+
+    def pool(
+        self,
+        prompts: Prompts,
+        pooling_params: PoolingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> OutputStream:
+        """Start all prompts or none, like `stream`, for a model that pools."""
+        self._connected()
+        params = pooling_params or PoolingParams()
+        return self._follow(self._frontend.builder.build_pooled(prompts, params, priority, request_id=request_id))
 
     async def abort(self, request_id: str) -> None:
         """End a request: its generator yields a last output with finish_reason `abort`. Unknown ids are ignored."""

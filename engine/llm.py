@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from os import PathLike
 from types import TracebackType
-from typing import Any, NamedTuple, Self, Unpack
+from typing import Any, NamedTuple, Self, Unpack, overload
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import launch
 from sempre.engine.frontend.beam_search import BeamSearches, BeamSearchParams
-from sempre.engine.frontend.engine_base import EngineBase
 from sempre.engine.frontend.engine_view import EngineView
 from sempre.engine.frontend.frontend import (
     Frontend,
@@ -29,6 +28,8 @@ from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import Session
 from sempre.engine.metrics import Metric
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput, ScoringOutput
+from sempre.engine.pooling import PoolingParams, ScoringRequestOutput
+from sempre.engine.pooling_calls import PoolingLLM, Prompts, Texts
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.messages import ContentFormat
 from sempre.engine.vllm_settings import refuse_values
@@ -44,7 +45,7 @@ from sempre.ipc.messages import (
 Message = Mapping[str, Any]
 
 
-class LLM(EngineBase):
+class LLM(PoolingLLM):
     """A model with its coordinator and workers.
 
     Keywords are the fields of `EngineConfig` and `FrontendConfig`. Close it with `shutdown` or `with`; it also
@@ -206,12 +207,37 @@ class LLM(EngineBase):
             with self._dropped_on_error(requests):
                 return self._finished(_Running(requests, states), use_tqdm)
 
-    def score(self, prompts: PromptType | Sequence[PromptType], *, use_tqdm: UseTqdm = False) -> list[ScoringOutput]:
+    @overload
+    def score(self, prompts: Prompts, *, use_tqdm: UseTqdm = False) -> list[ScoringOutput]: ...
+
+    @overload
+    def score(
+        self,
+        prompts: Texts,
+        documents: Texts,
+        *,
+        use_tqdm: UseTqdm = False,
+        pooling_params: PoolingParams | None = None,
+    ) -> list[ScoringRequestOutput]: ...
+
+    def score(
+        self,
+        prompts: Any,
+        documents: Texts | None = None,
+        *,
+        use_tqdm: UseTqdm = False,
+        pooling_params: PoolingParams | None = None,
+    ) -> Any:
         """Return the log-probability of each prompt, per token and in total; the same bits as in generation.
+
+        With `documents`, the prompts are queries, one for all documents or one for each, and the result is how well
+        each document answers: what a model that ranks says of the pair, or the cosine of two embeddings.
 
         A prompt must leave room for one token. Raises RequestError, also when a request fails while it runs.
         """
         self._check_open()
+        if documents is not None:
+            return self._score_pairs(prompts, documents, pooling_params, use_tqdm)
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         outputs = self._complete(prompts, params, None, use_tqdm)
         return [_scored(output) for output in outputs]
@@ -286,6 +312,11 @@ class LLM(EngineBase):
     ) -> list[RequestOutput]:
         with self._session.exclusive():
             return self._run(self._frontend.builder.build_all(prompts, params, priority), use_tqdm)
+
+    def _pool(self, prompts: Prompts, params: PoolingParams | None, use_tqdm: UseTqdm) -> list[RequestOutput]:
+        self._check_open()
+        with self._session.exclusive():
+            return self._run(self._frontend.builder.build_pooled(prompts, params or PoolingParams()), use_tqdm)
 
     def _rendered(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], **template: Any

@@ -87,6 +87,8 @@ class RequestOutput:
     """Prompt tokens found in the prefix cache."""
     fingerprint: str = ""
     """Digest of everything that the output depends on, apart from seed and request."""
+    pooled: list[float] | None = None
+    """Of a model that pools: what `embed`, `classify` and `score` are made of."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists, strings and numbers."""

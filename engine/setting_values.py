@@ -83,7 +83,7 @@ def _words(option: Any) -> str:
     """Return a type in words."""
     if get_origin(option) is Literal:
         return " or ".join(map(repr, get_args(option)))
-    return _WORDS[get_origin(option) or option]
+    return _WORDS.get(get_origin(option) or option, "a mapping of its fields")
 
 
 def read_size(text: str) -> int:

@@ -27,7 +27,6 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "collect_detailed_traces": (None,),
     "compilation_config": (None, 0),
     "config_format": ("auto", "hf"),
-    "convert": ("auto", "none"),
     "cp_kv_cache_interleave_size": (None, 1),
     "cpu_distributed_timeout_seconds": (None,),
     "cpu_offload_gb": (0,),
@@ -200,7 +199,6 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "per_request_spec_decode_metrics": ("none",),
     "performance_mode": ("balanced",),
     "pipeline_parallel_size": (1,),
-    "pooler_config": (None,),
     "prefill_context_parallel_size": (1,),
     "prefill_schedule_interval": (1,),
     "prefix_cache_retention_interval": (0, None),
@@ -216,7 +214,6 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "renderer_num_workers": (1,),
     "replayssm_buffer_len": (16,),
     "return_sampling_mask": (False,),
-    "runner": ("auto", "generate"),
     "safetensors_load_strategy": ("lazy",),
     "safetensors_prefetch_block_size": (16777216,),
     "safetensors_prefetch_num_threads": (8,),
@@ -311,6 +308,7 @@ _INSTEAD = {
     "log_config_file": "Use log_format.",
     "logits_processors": "Use logit_bias, allowed_token_ids or bad_words of SamplingParams.",
     "otlp_traces_endpoint": "Set up an OpenTelemetry SDK in the process; see the extra `otel`.",
+    "task": "Use runner and convert.",
     "ssl_cert_reqs": "Give ssl_ca_certs, and clients must show a certificate.",
 }
 _SECRETS = ("hf_token",)

@@ -20,6 +20,10 @@ Quantization = Literal["fp8", "fp8_weight_only"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Role = Literal["target", "draft"]
+Runner = Literal["auto", "generate", "pooling"]
+Convert = Literal["auto", "none", "embed", "classify"]
+PoolingTask = Literal["embed", "classify"]
+PoolingKind = Literal["LAST", "MEAN", "CLS"]
 
 # what a message can carry
 _MOST = 2**63 - 1
@@ -52,6 +56,17 @@ class SpeculativeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     adaptive: Annotated[bool, doc("fewer draft tokens, or none, for a request whose drafts are rejected")] = True
     prompt_lookup_min: Annotated[Count, doc("shortest n-gram that is looked up, tokens")] = 2
     prompt_lookup_max: Annotated[Count, doc("longest n-gram that is looked up, tokens; for method ngram")] = 5
+
+
+class PoolerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a pooling model pools, instead of what its files say."""
+
+    pooling_type: Annotated[
+        PoolingKind | None, doc("of the last token, the mean over all, or of the first token (CLS)")
+    ] = None
+    use_activation: Annotated[
+        bool | None, doc("embeddings have norm 1, classes probabilities; a request may decide otherwise")
+    ] = None
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +109,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     speculative_config: Annotated[
         SpeculativeConfig | None, doc("draft tokens ahead, only for speed: method, model, num_speculative_tokens, …")
     ] = None
+    runner: Annotated[
+        Runner, doc("generate text, or pool: embeddings, classes, scores; auto is what the model's files say")
+    ] = "auto"
+    convert: Annotated[
+        Convert, doc("what a model that generates is pooled for: embed or classify; auto is what its files say")
+    ] = "auto"
+    pooler_config: Annotated[PoolerConfig | None, doc("pooling_type and use_activation, if not the model's own")] = None
     numerics: Annotated[
         Numerics, doc("`control` uses the ordinary, non-invariant matmul: only to show that tests can fail")
     ] = "invariant"

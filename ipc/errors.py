@@ -196,19 +196,23 @@ class CoordinatorDied(EngineDeadError):
         self.cause = cause
 
 
-def too_long(num_prompt_tokens: int, max_model_len: int) -> str:
-    """A prompt that leaves no room for an output."""
+def too_long(num_prompt_tokens: int, max_model_len: int, num_output_tokens: int = 1) -> str:
+    """A prompt that leaves no room for an output; one that is pooled has none."""
+    prompt = _prompt(num_prompt_tokens, num_output_tokens)
     return (
-        f"{_limit(max_model_len)} {_prompt(num_prompt_tokens)} is longer than the maximum model length of "
+        f"{_limit(max_model_len)} {prompt} is longer than the maximum model length of "
         f"{max_model_len}. Make sure that `max_model_len` is no smaller than the number of text tokens (prompt + "
         "requested output tokens). Please reduce the length of the prompt or raise max_model_len."
     )
 
 
-def too_long_for_cache(num_prompt_tokens: int, max_model_len: int, max_kv_tokens: int) -> str:
+def too_long_for_cache(
+    num_prompt_tokens: int, max_model_len: int, max_kv_tokens: int, num_output_tokens: int = 1
+) -> str:
     """A prompt that fits the model but not the KV cache of `max_kv_tokens` tokens."""
+    prompt = _prompt(num_prompt_tokens, num_output_tokens)
     return (
-        f"{_limit(max_model_len)} {_prompt(num_prompt_tokens)} does not fit into the KV cache of {max_kv_tokens} "
+        f"{_limit(max_model_len)} {prompt} does not fit into the KV cache of {max_kv_tokens} "
         "tokens. Shorten the prompt or raise kv_cache_memory_bytes."
     )
 
@@ -225,5 +229,7 @@ def _limit(max_model_len: int) -> str:
     return f"This model's maximum context length is {max_model_len} tokens."
 
 
-def _prompt(num_prompt_tokens: int) -> str:
+def _prompt(num_prompt_tokens: int, num_output_tokens: int) -> str:
+    if not num_output_tokens:
+        return f"The prompt (length {num_prompt_tokens})"
     return f"The decoder prompt (length {num_prompt_tokens}) plus the number of requested output tokens (at least 1)"

@@ -75,17 +75,30 @@ def read_text(path: Path, limit: int = MAX_CONFIG_BYTES) -> str:
         raise ModelError(f"{path}: expected UTF-8 text, found {error}.") from error
 
 
-def read_json_object(path: Path) -> dict[str, object]:
-    """Return the JSON object in a file. Raises ModelError naming the file."""
+def read_json_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, object]:
+    """Return the JSON object in a file of at most `limit` bytes. Raises ModelError naming the file."""
+    value = _read_json(path, limit)
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def read_json_objects(path: Path) -> list[dict[str, object]]:
+    """The same, for a list of objects."""
+    value = _read_json(path, MAX_CONFIG_BYTES)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise ModelError(f"{path}: expected a list of JSON objects, found {shown(value)}.")
+    return value
+
+
+def _read_json(path: Path, limit: int) -> object:
     try:
-        value = json.loads(read_bytes(path))
+        value = json.loads(read_bytes(path, limit))
     # ValueError: no JSON, no UTF-8, or an integer of thousands of digits
     except ValueError as error:
         raise ModelError(f"{path} is not valid JSON: {str(error)[:200]}") from error
     except RecursionError:
         raise _too_deep(path) from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}.")
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
         level = list(chain.from_iterable(map(_parts, level)))

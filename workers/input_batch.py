@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sempre.ipc.errors import MessageMalformed
-from sempre.ipc.messages import ErrorInfo, NewRequest, ScheduledRequest
+from sempre.ipc.messages import ErrorInfo, NewRequest, PoolingSpec, ScheduledRequest
+from sempre.workers.models.pooling import Pooling
 from sempre.workers.sampling import GrammarCompiler, SamplingState
 from sempre.workers.steps import NO_STATES, AnyArray, Int32, Int64, StepArrays, StepShape, row_places
 
@@ -38,6 +39,10 @@ class RequestState:
     """row in the batch's persistent arrays"""
     error: ErrorInfo | None
     """why the request cannot continue; only it fails, and again whenever it is scheduled"""
+    pooling: PoolingSpec | None = None
+    """its prompt is pooled, and nothing sampled"""
+    reads_all_rows: bool = False
+    """whether final hidden states of all its prompt's rows are needed"""
 
 
 class SampledRows(NamedTuple):
@@ -123,9 +128,7 @@ class StepPlan:
     @property
     def reads_all_rows(self) -> bool:
         """Whether final hidden states of all rows are needed, or all rows are sampled anyway."""
-        return self.sampled_rows.rows.size == self.ends[-1] or any(
-            state.sampling.params.prompt_logprobs is not None for state in self.states
-        )
+        return self.sampled_rows.rows.size == self.ends[-1] or any(state.reads_all_rows for state in self.states)
 
     @cached_property
     def sampled_rows(self) -> SampledRows:
@@ -151,7 +154,9 @@ class InputBatch:
         num_slots: int,
         grammars: GrammarCompiler,
         has_states: bool = False,
+        pooling: Pooling | None = None,
     ) -> None:
+        self.pooling = pooling
         self._grammars = grammars
         self._has_states = has_states
         self._num_blocks = num_blocks
@@ -177,7 +182,12 @@ class InputBatch:
         if params.depends_on_output:
             grammar = self._grammars.start(params, token_ids, new.num_prompt_tokens)
         sampling = SamplingState(params, new.seed, token_ids, new.num_prompt_tokens, grammar)
-        state = RequestState(new.request_id, token_ids, new.num_prompt_tokens, sampling, slot, error)
+        reads_all = params.prompt_logprobs is not None
+        if new.pooling is not None:
+            reads_all = self.pooling is not None and self.pooling.reads_all_rows
+        state = RequestState(
+            new.request_id, token_ids, new.num_prompt_tokens, sampling, slot, error, new.pooling, reads_all
+        )
         self._table_lens[slot] = 0
         self._num_tokens[slot] = len(token_ids)
         self._last_tokens[slot] = token_ids[-1]

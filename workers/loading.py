@@ -32,6 +32,7 @@ from sempre.workers.tensor_source import (
     CPU,
     FLOAT_NAMES,
     DummySource,
+    ModelPart,
     Parameter,
     PartSource,
     TensorSource,
@@ -42,6 +43,8 @@ from sempre.workers.tensor_source import (
 
 logger = logging.getLogger(__name__)
 
+# of the names of a decoder's tensors; a checkpoint without a head may leave it out
+_DECODER = "model."
 EMBEDDING = "model.embed_tokens.weight"
 
 # in old checkpoints; computed from config.json instead
@@ -113,6 +116,8 @@ def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, plac
         if model.part is not None and config.load_format != "dummy":
             source = PartSource(opened, model.part)
             logger.info("%s: only the text part is loaded; images and sounds are not understood", spec.architecture)
+        elif spec.pooling is not None and not any(name.startswith(_DECODER) for name in opened.names()):
+            source = PartSource(opened, ModelPart({"": _DECODER}, ()))
         _check_tensors(wanted, model, source)
         target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":

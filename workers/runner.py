@@ -66,10 +66,11 @@ class ModelRunner(ABC):
         cache: PagedKvCache,
         grammars: GrammarCompiler,
         limits: StepLimits,
-        scorer: tuple[PromptScorer, torch.Tensor],
+        scorer: tuple[PromptScorer, torch.Tensor] | None,
         rank: int,
     ) -> None:
-        """`scorer` computes log-probabilities of prompts, with its scratch for logits (float32 [rows, V])."""
+        """`scorer` computes log-probabilities of prompts, with its scratch for logits (float32 [rows, V]); None: the
+        model pools."""
         self.cache = cache
         self.limits = limits
         self._model = model
@@ -82,10 +83,16 @@ class ModelRunner(ABC):
             num_slots=limits.max_num_seqs,
             grammars=grammars,
             has_states=limits.num_state_slots > 0,
+            pooling=model.spec.pooling,
         )
         self._validation = StepValidation(self._batch, limits, rank)
-        self._prompt_logprobs = PromptLogprobs(model, *scorer, rank)
+        self._prompt_logprobs = None if scorer is None else PromptLogprobs(model, *scorer, rank)
         self._in_flight: deque[StepInFlight] = deque()
+
+    @property
+    def pools(self) -> bool:
+        """Whether prompts are pooled, and nothing is sampled."""
+        return self._model.spec.pooling is not None
 
     @property
     def steps_in_flight(self) -> int:
@@ -141,6 +148,7 @@ class ModelRunner(ABC):
 
     def _score_prompts(self, flight: StepInFlight, plan: StepPlan, hidden: torch.Tensor) -> None:
         """Log-probabilities of prompt tokens; `hidden` [T, H] has all rows when any are requested."""
+        assert self._prompt_logprobs is not None, "a model that pools has no log-probabilities"
         for index, (item, state) in enumerate(zip(plan.scheduled, plan.states, strict=True)):
             if state.sampling.params.prompt_logprobs is not None:
                 first_row = int(plan.first_rows[index])

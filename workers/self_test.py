@@ -121,7 +121,8 @@ def check_model(
     yield compare_rows(name, "as rows of a decode step", whole[-len(decoded) :], decoded)
     lone = probe.decode(1)
     yield compare_rows(name, "the last row alone", whole[-1:], lone)
-    yield compare_rows(name, "logits of one row and of several", *probe.logits(whole))
+    if (pair := probe.logits(whole)) is not None:
+        yield compare_rows(name, "logits of one row and of several", *pair)
 
 
 class _Probe:
@@ -178,13 +179,19 @@ class _Probe:
         first = self.num_tokens - count
         return self._forward([(at, at + 1, self._blocks) for at in range(first, self.num_tokens)]).clone()
 
-    def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of some rows, one by one and together."""
+    def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Logits of some rows, or a classifier's scores, one by one and together; None without a head."""
+        model = self._model
+        compute, width = model.logits, model.spec.vocab_size
+        if model.spec.pooling is not None:
+            if model.score is None:
+                return None
+            compute, width = model.scores, model.score.out_features
         some = hidden[-_LOGIT_ROWS:].contiguous()
-        out = torch.empty(2, len(some), self._model.spec.vocab_size, dtype=torch.float32, device=self.device)
+        out = torch.empty(2, len(some), width, dtype=torch.float32, device=self.device)
         for row in range(len(some)):
-            self._model.logits(some[row : row + 1], out[0, row : row + 1])
-        self._model.logits(some, out[1])
+            compute(some[row : row + 1], out[0, row : row + 1])
+        compute(some, out[1])
         return out[0], out[1]
 
     def _forward(self, requests: list[tuple[int, int, list[int]]], *, reads_last: bool = False) -> torch.Tensor:

@@ -104,6 +104,11 @@ class StepValidation:
             expected, found = f"{new.num_prompt_tokens} to {limits.max_model_len} tokens", f"{length}"
         elif max(new.token_ids) >= limits.vocab_size:
             expected, found = f"ids less than vocab_size={limits.vocab_size}", f"{max(new.token_ids)}"
+        elif (new.pooling is None) != (self._batch.pooling is None):
+            task = "generates" if self._batch.pooling is None else "pools"
+            message = f"pooling: the model {task}, and the request asks for the other."
+            error = RequestError(message, parameter="pooling", request_id=new.request_id)
+            return describe(error, self._rank)
         else:
             return None
         message = f"token_ids: expected {expected}, found {found}."

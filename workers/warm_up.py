@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sempre.ipc.messages import ExecuteStep, NewRequest, SamplingSpec, ScheduledRequest
+from sempre.ipc.messages import ExecuteStep, NewRequest, PoolingSpec, SamplingSpec, ScheduledRequest
 from sempre.workers.runner import ModelRunner
 
 PROMPT_TOKENS = 20
@@ -25,12 +25,14 @@ _PARAMS = (
 
 
 def warm_up(runner: ModelRunner) -> None:
-    """Run a prompt and a decode step for each kind of sampling, then wipe what they wrote."""
+    """Run a prompt and a decode step for each kind of sampling, or one prompt that is pooled, then wipe what they
+    wrote."""
     cache, limits = runner.cache, runner.limits
     room = min(limits.max_model_len, cache.num_blocks * cache.block_size, limits.max_num_batched_tokens)
     num_tokens = max(1, min(PROMPT_TOKENS, room - 1))
     block_ids = list(range(-(-min(num_tokens + 1, room) // runner.cache.block_size)))
-    for index, params in enumerate(_PARAMS):
+    pooling = PoolingSpec() if runner.pools else None
+    for index, params in enumerate(_PARAMS[:1] if runner.pools else _PARAMS):
         request_id = f"warm-up-{index}"
         new = NewRequest(
             request_id=request_id,
@@ -38,6 +40,7 @@ def warm_up(runner: ModelRunner) -> None:
             num_prompt_tokens=num_tokens,
             seed=0,
             params=params,
+            pooling=pooling,
         )
         prompt = ScheduledRequest(
             request_id=request_id,
@@ -48,7 +51,7 @@ def warm_up(runner: ModelRunner) -> None:
             state_writes=[(num_tokens - 1, 0)] if limits.num_state_slots else [],
         )
         runner.execute(ExecuteStep(step_id=0, new_requests=[new], scheduled=[prompt]))
-        if num_tokens < room:
+        if num_tokens < room and not runner.pools:
             decode = ScheduledRequest(
                 request_id=request_id,
                 num_computed_tokens=num_tokens,

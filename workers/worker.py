@@ -39,6 +39,7 @@ from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.layers.linear_kernel import linear_kernel
 from sempre.workers.loading import live_digest, load_model
 from sempre.workers.models.config import ModelSpec, spec_digest
+from sempre.workers.models.pooling import PoolingSettings
 from sempre.workers.models.registry import load_spec
 from sempre.workers.runner import ModelRunner, StepQueue
 from sempre.workers.sampling.grammar import grammar_library_version
@@ -97,6 +98,7 @@ class Worker:
                 backend.self_test(loaded)
         sizes = backend.available_sizes(loaded, self._draft_model)
         loaded = self._loaded = _fitted(loaded, sizes.num_blocks)
+        pooling = loaded.spec.pooling
         return ModelLoaded(
             rank=config.rank,
             digests_before_load=digests,
@@ -116,6 +118,7 @@ class Worker:
             max_num_seqs=loaded.max_num_seqs,
             available_state_slots=sizes.num_state_slots,
             state_slot_bytes=loaded.states.slot_bytes,
+            pooling=None if pooling is None else pooling.facts(loaded.spec.hidden_size),
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
@@ -297,8 +300,15 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def _setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
-    spec = load_spec(Path(config.model_path))
-    if config.role == "draft" and any(spec.layer_states):
+    is_draft = config.role == "draft"
+    settings = PoolingSettings(*(("generate",) if is_draft else (config.runner, config.convert, config.pooler_config)))
+    spec = load_spec(Path(config.model_path), settings)
+    if spec.pooling is not None and config.speculative_config is not None:
+        raise ConfigError(
+            "speculative_config: nothing is drafted for a model that pools. Leave it out.",
+            parameter="speculative_config",
+        )
+    if is_draft and any(spec.layer_states):
         raise ConfigError(
             f"speculative_config: the draft model {config.model_path} ({spec.architecture}) has layers that keep"
             " states; expected one whose layers all have attention. Choose another draft model, or method ngram or"

@@ -234,6 +234,7 @@ class EngineCore:
             max_prompt_tokens=self._startup.max_prompt_tokens,
             max_draft_tokens=config.max_draft_tokens,
             num_state_slots=self._startup.num_state_slots,
+            pools_every_token=ready.pooling is not None and ready.pooling.kind != "LAST",
         )
         return Scheduler(
             limits,

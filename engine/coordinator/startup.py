@@ -41,6 +41,7 @@ _ALIKE = (
     "block_size",
     "max_num_batched_tokens",
     "max_prompt_tokens",
+    "pooling",
 )
 
 # derived from a worker's memory; the minimum applies to all
@@ -208,6 +209,7 @@ class StartUp:
             worker_pids=[self.pids[rank] for rank in self._ranks],
             max_num_batched_tokens=first.max_num_batched_tokens,
             max_num_seqs=min(loaded.max_num_seqs for loaded in self._loaded.values()),
+            pooling=first.pooling,
         )
         return progress
 

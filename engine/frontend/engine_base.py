@@ -14,7 +14,7 @@ from sempre.engine.near_names import near_name
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.text.tokenizer import Tokenizer
 
-_TEXT_ALONE = "This engine only generates text."
+_TEXT_ALONE = "This engine reads text alone."
 _NO_ADAPTERS = "This engine does not support adapters; merge them into the checkpoint."
 _PROFILE = (
     "Make the engine with multiprocessing=False and run it inside torch.profiler.profile(), or attach a sampling "
@@ -29,11 +29,8 @@ _INSTEAD = {
         "Functions are never sent to another process; call a method of the workers by its name: collective_rpc(…)."
     ),
     "check_and_raise_dead_error": _HEALTH,
-    "classify": _TEXT_ALONE,
     "dead_error": _HEALTH,
     "do_log_stats": "Use get_metrics().",
-    "embed": _TEXT_ALONE,
-    "encode": f"{_TEXT_ALONE} For token ids use get_tokenizer().encode(…).",
     "errored": _HEALTH,
     "get_decoding_config": "Use `config`.",
     "get_model_config": "Use `config`, and `ready` for the limits in use.",
@@ -46,7 +43,7 @@ _INSTEAD = {
     "remove_lora": _NO_ADAPTERS,
     "reset_encoder_cache": _TEXT_ALONE,
     "reset_mm_cache": _TEXT_ALONE,
-    "reward": _TEXT_ALONE,
+    "reward": "Use classify or score.",
     "set_tokenizer": "Pass tokenizer=… when you create the engine.",
     "sleep": _SLEEP,
     "start_profile": _PROFILE,

@@ -18,6 +18,7 @@ from typing import Any
 from sempre.engine.arguments import Arguments
 from sempre.engine.frontend.limits import RequestLimits
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
+from sempre.engine.frontend.pooling import pair_messages
 from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.frontend.request_builder import RequestBuilder
 from sempre.engine.metrics import Metric, read_metrics
@@ -32,7 +33,7 @@ from sempre.ipc.codec import UNSEQUENCED, FrameEncoder
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, ModelError, RequestCrashed, RequestError, SempreError
 from sempre.ipc.log_lines import plain
-from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, MetricsReply, StartupProgress
+from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, MetricsReply, PoolingModel, StartupProgress
 from sempre.ipc.model_files import read_json_object, read_text
 
 DIGEST_LENGTH = 16
@@ -84,6 +85,8 @@ class Frontend:
     """Checks and numbers requests; set by `connect`."""
     fingerprint: str = ""
     """Digest of `parts`; set by `connect`."""
+    pooling: PoolingModel | None = None
+    """What the model computes instead of generating; set by `connect`."""
 
     def __init__(self, arguments: Arguments) -> None:
         """Load the tokenizer. Raises ModelError if it or generation_config.json is unusable, ConfigError for a
@@ -114,7 +117,9 @@ class Frontend:
             max_logprobs=self.config.max_logprobs,
             eos_token_ids=eos_token_ids,
             structured_outputs=self._structured_outputs,
+            pooling=ready.pooling,
         )
+        self.pooling = ready.pooling
         self.parts = fingerprint_parts(ready.fingerprint)
         self.fingerprint = fingerprint_digest(self.parts)
         self.processor = OutputProcessor(self.tokenizer, self.fingerprint, self._options.stream_interval)
@@ -144,6 +149,22 @@ class Frontend:
 
         text = render_chat(**self.chat_arguments(messages, **keywords))
         # The template writes the special tokens itself.
+        return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+
+    def pair_arguments(self, query: str, document: str) -> dict[str, Any] | None:
+        """Return the arguments of `render_chat` for a pair to be scored; None if the template has no such roles."""
+        messages = pair_messages(self.chat_template, query, document)
+        return None if messages is None else self.chat_arguments(messages)
+
+    def pair_prompt(self, query: str, document: str) -> TokensPrompt:
+        """Return a pair as the prompt that is scored: by the chat template, or both texts as the tokenizer pairs
+        them."""
+        arguments = self.pair_arguments(query, document)
+        if arguments is None:
+            return {"prompt_token_ids": self.tokenizer.encode_pair(query, document)}
+        from sempre.engine.text.chat_template import render_chat
+
+        text = render_chat(**arguments)
         return {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
 
     def chat_arguments(

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sempre.engine.parameter_checks import shown
+from sempre.engine.pooling import PoolingParams
 from sempre.engine.sampling_params import SamplingParams
 from sempre.ipc.errors import RequestError, too_long, too_long_for_cache
+from sempre.ipc.messages import PoolingModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,27 +27,16 @@ class RequestLimits:
     eos_token_ids: list[int]
     structured_outputs: Mapping[str, Any] = field(default_factory=dict)
     """Defaults for structured outputs."""
+    pooling: PoolingModel | None = None
+    """None: the model generates."""
 
     def max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
         """Return how many tokens may be generated: the requested number, limited by the context.
 
         Raises RequestError for an empty prompt or one that leaves no room.
         """
-        if not num_prompt_tokens:
-            raise RequestError("The decoder prompt cannot be empty.", parameter="prompt", value=[])
+        self.check_length(num_prompt_tokens, num_output_tokens=1)
         room = self.max_model_len - num_prompt_tokens
-        if room < 1:
-            raise RequestError(
-                too_long(num_prompt_tokens, self.max_model_len),
-                parameter="prompt",
-                value=num_prompt_tokens,
-            )
-        if num_prompt_tokens >= self.max_kv_tokens:
-            raise RequestError(
-                too_long_for_cache(num_prompt_tokens, self.max_model_len, self.max_kv_tokens),
-                parameter="prompt",
-                value=num_prompt_tokens,
-            )
         if params.min_tokens > room:
             raise RequestError(
                 f"min_tokens must be less than or equal to max_tokens={room}, got {shown(params.min_tokens)}: the "
@@ -56,7 +47,20 @@ class RequestLimits:
             )
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
-    def max_prompt_tokens(self, params: SamplingParams) -> int | None:
+    def check_length(self, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        """Raise RequestError for an empty prompt, or one that leaves no room for this many tokens."""
+        if not num_prompt_tokens:
+            raise RequestError("The decoder prompt cannot be empty.", parameter="prompt", value=[])
+        length = num_prompt_tokens + num_output_tokens
+        if length > self.max_model_len:
+            text = too_long(num_prompt_tokens, self.max_model_len, num_output_tokens)
+        elif length > self.max_kv_tokens:
+            text = too_long_for_cache(num_prompt_tokens, self.max_model_len, self.max_kv_tokens, num_output_tokens)
+        else:
+            return
+        raise RequestError(text, parameter="prompt", value=num_prompt_tokens)
+
+    def max_prompt_tokens(self, params: SamplingParams | PoolingParams) -> int | None:
         """Return the length to which a longer prompt is cut; None for no cut.
 
         `truncate_prompt_tokens=-1` leaves room for `max_tokens`, at least one. Raises RequestError for a length beyond
@@ -74,6 +78,8 @@ class RequestLimits:
             )
         if most != -1:
             return most
+        if isinstance(params, PoolingParams):
+            return min(self.max_model_len, self.max_kv_tokens)
         return max(1, min(self.max_model_len - (params.max_tokens or 1), self.max_kv_tokens - 1))
 
     def check_logprobs(self, params: SamplingParams) -> None:

@@ -40,6 +40,7 @@ class SequenceState:
         self.index = index
         self.finish_reason: str | None = None
         self.error: ErrorInfo | None = None
+        self.pooled: list[float] | None = None
         self._seed = seed
         self._detokenizer = detokenizer
         self._token_ids: list[int] = []
@@ -95,6 +96,9 @@ class SequenceState:
             for token_id, row in zip(token_ids, rows, strict=True):
                 self._cumulative_logprob += row[token_id].logprob
         self.finish_reason, self._stop_reason, self.error = finish_reason, stop_reason, delta.error
+        if delta.pooled is not None:
+            values = _unpack("pooled", array("f"), delta.pooled, len(delta.pooled) // 4, "RequestOutputDelta")
+            self.pooled = values.tolist()
         self._has_news = self._has_news or bool(token_ids) or finish_reason is not None
         return stopped_here
 
@@ -194,6 +198,7 @@ class RequestState:
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
             fingerprint=self._fingerprint,
+            pooled=self.sequences[0].pooled,
         )
 
     def _waits_for_prompt(self) -> bool:
@@ -356,11 +361,11 @@ def unpack_logprobs(rows: LogprobRows, tokenizer: Tokenizer | None) -> list[dict
     return unpacked
 
 
-def _unpack(field: str, values: array[Number], data: bytes, count: int) -> array[Number]:
+def _unpack(field: str, values: array[Number], data: bytes, count: int, message: str = "LogprobRows") -> array[Number]:
     """Fill the empty `values` from little-endian bytes."""
     if len(data) != count * values.itemsize:
         raise MessageMalformed(
-            f"LogprobRows.{field}: expected {count * values.itemsize} bytes, found {len(data)}.", field=field
+            f"{message}.{field}: expected {count * values.itemsize} bytes, found {len(data)}.", field=field
         )
     values.frombytes(data)
     if sys.byteorder == "big":

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
 from sempre.engine.frontend.limits import RequestLimits, cut
+from sempre.engine.frontend.pooling import pooling_spec, refuse_generation, require_pooling
 from sempre.engine.frontend.prompts import list_prompts, parse_prompt
 from sempre.engine.frontend.sampling_spec import SpecBuilder, check_utf8
 from sempre.engine.parameter_checks import shown
 from sempre.engine.parsing.reasoning import PromptReasoning
-from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.pooling import PoolingParams
+from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.seed_counts import SeedCounts
 from sempre.engine.seeding import child_seed, derive_request_seed, distribution_digest, reported_seed, request_digest
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ConfigError, RequestError
-from sempre.ipc.messages import RequestSpec, SamplingSpec
+from sempre.ipc.messages import PoolingSpec, RequestSpec, SamplingSpec
+
+# of a request that is pooled: nothing is sampled
+_NOT_SAMPLED = SamplingParams(
+    max_tokens=1, temperature=0.0, seed=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,30 +131,19 @@ class RequestBuilder:
         self, prompt: object, params: SamplingParams, priority: int, *, request_id: str | None = None, where: str = ""
     ) -> _Checked:
         """`where` is a prefix of error texts."""
+        refuse_generation(self.limits.pooling)
         if not isinstance(params, SamplingParams):
             raise RequestError(
                 f"sampling_params must be SamplingParams, got {type(params).__name__}.",
                 parameter="sampling_params",
                 value=params,
             )
-        try:
+        with _located(where):
             text, given_ids, cache_salt = parse_prompt(prompt)
             parameters = self._parameters(params)
             token_ids = self._prompt_token_ids(text, given_ids, parameters.params)
             max_tokens = self.limits.max_tokens(parameters.params, len(token_ids))
-            _check_priority(priority)
-            _check_text("cache_salt", cache_salt)
-            _check_text("request_id", request_id)
-            if request_id is not None and self._is_in_use(request_id, params.n):
-                raise RequestError(
-                    f"request_id {shown(request_id)} is in use by an unfinished request.",
-                    parameter="request_id",
-                    value=request_id,
-                )
-        except RequestError as error:
-            if not where:
-                raise
-            raise RequestError(f"{where}: {error}", parameter=error.parameter, value=error.value) from None
+            self._check_rest(priority, cache_salt, request_id, params.n)
         shared = parameters.spec
         spec = shared if shared.max_tokens == max_tokens else replace(shared, max_tokens=max_tokens)
         reasoning = PromptReasoning(self._tokenizer, token_ids)
@@ -185,6 +182,61 @@ class RequestBuilder:
             name, request.text, request.token_ids, params, sequences, seeds, time.time(), request.reasoning
         )
 
+    def _check_rest(self, priority: int, cache_salt: object, request_id: str | None, n: int) -> None:
+        _check_priority(priority)
+        _check_text("cache_salt", cache_salt)
+        _check_text("request_id", request_id)
+        if request_id is not None and self._is_in_use(request_id, n):
+            raise RequestError(
+                f"request_id {shown(request_id)} is in use by an unfinished request.",
+                parameter="request_id",
+                value=request_id,
+            )
+
+    def build_pooled(
+        self, prompts: object, params: PoolingParams, priority: int = 0, *, request_id: str | None = None
+    ) -> list[PreparedRequest]:
+        """Build one request per prompt for a model that pools; all are checked before the first is numbered.
+
+        Raises RequestError, also for a model that generates; only a single prompt may have a `request_id`.
+        """
+        spec = pooling_spec(params, require_pooling(self.limits.pooling))
+        parts, is_list = list_prompts(prompts)
+        checked = []
+        for index, prompt in enumerate(parts):
+            with _located(f"prompts[{index}]" if is_list else ""):
+                text, given_ids, cache_salt = parse_prompt(prompt)
+                token_ids = self._prompt_token_ids(text, given_ids, params)
+                self.limits.check_length(len(token_ids), num_output_tokens=0)
+                self._check_rest(priority, cache_salt, request_id, 1)
+                checked.append((text, token_ids, cache_salt))
+        return [self._number_pooled(*each, spec, priority, request_id) for each in checked]
+
+    def _number_pooled(
+        self,
+        text: str | None,
+        token_ids: list[int],
+        cache_salt: str | None,
+        spec: PoolingSpec,
+        priority: int,
+        request_id: str | None,
+    ) -> PreparedRequest:
+        name = self._free_name(1) if request_id is None else request_id
+        sequence = RequestSpec(
+            request_id=name,
+            prompt_token_ids=token_ids,
+            params=SamplingSpec(max_tokens=1),
+            seed=0,
+            ordinal=self._num_sequences,
+            priority=priority,
+            cache_salt=cache_salt,
+            pooling=spec,
+        )
+        self._num_requests += 1
+        self._num_sequences += 1
+        reasoning = PromptReasoning(self._tokenizer, token_ids)
+        return PreparedRequest(name, text, token_ids, _NOT_SAMPLED, [sequence], [0], time.time(), reasoning)
+
     def check_form(self, params: SamplingParams) -> None:
         """Check the form of the output, which is slow for a large grammar; any thread may call this.
 
@@ -209,7 +261,9 @@ class RequestBuilder:
             self._checked = _Parameters(given, params, spec, distribution_digest(spec))
         return self._checked
 
-    def _prompt_token_ids(self, text: str | None, given: Sequence[int] | None, params: SamplingParams) -> list[int]:
+    def _prompt_token_ids(
+        self, text: str | None, given: Sequence[int] | None, params: SamplingParams | PoolingParams
+    ) -> list[int]:
         most = self.limits.max_prompt_tokens(params)
         if given is not None:
             token_ids = self._specs.checked_ids("prompt_token_ids", given)
@@ -220,6 +274,17 @@ class RequestBuilder:
         if most is None or len(token_ids) <= most:
             return token_ids
         return cut(token_ids, self._tokenizer.encode(text, add_special_tokens=False), most, params.truncation_side)
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Put `where`, if not empty, before the text of a RequestError."""
+    try:
+        yield
+    except RequestError as error:
+        if not where:
+            raise
+        raise RequestError(f"{where}: {error}", parameter=error.parameter, value=error.value) from None
 
 
 def _check_priority(priority: int) -> None:

@@ -18,8 +18,9 @@ from sempre.ipc.model_files import read_json_object
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
 _TOKENIZER_FILES = ("tokenizer*", "*config.json", "*.jinja")
-# Sub-folders hold other formats; consolidated files repeat the same weights under other tensor names.
-_HUB_IGNORED = ["*/*", "consolidated*.safetensors"]
+# Sub-folders hold other formats, except those of sentence-transformers' modules, such as 1_Pooling; consolidated files
+# repeat the same weights under other tensor names.
+_HUB_IGNORED = ["[!0-9]*/*", "*/*.safetensors", "*/*.jinja", "*/*/*", "consolidated*.safetensors"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,20 +26,24 @@ class Limits:
     """draft tokens to verify in one step"""
     num_state_slots: int = 0
     """slots of states; 0: no layer of the model keeps states"""
+    pools_every_token: bool = False
+    """of a model that pools: results depend on every token of a prompt, so that none may come from the cache"""
 
     @property
     def max_kv_tokens(self) -> int:
         return self.num_blocks * self.block_size
 
     def check_prompt(self, spec: RequestSpec) -> None:
-        """Raise RequestError for a prompt that leaves no room for one token after it, or is empty."""
+        """Raise RequestError for a prompt that leaves no room for one token after it, unless it is pooled, or is
+        empty."""
         length = len(spec.prompt_token_ids)
+        num_after = 1 if spec.pooling is None else 0
         if not length:
             message = "The decoder prompt cannot be empty."
-        elif length >= self.max_model_len:
-            message = too_long(length, self.max_model_len)
-        elif length >= self.max_kv_tokens:
-            message = too_long_for_cache(length, self.max_model_len, self.max_kv_tokens)
+        elif length + num_after > self.max_model_len:
+            message = too_long(length, self.max_model_len, num_after)
+        elif length + num_after > self.max_kv_tokens:
+            message = too_long_for_cache(length, self.max_model_len, self.max_kv_tokens, num_after)
         else:
             return
         raise RequestError(message, parameter="prompt_token_ids", value=length, request_id=spec.request_id)

@@ -132,11 +132,15 @@ class PlannedStep:
                 found = f"request {sampled.request_id!r}"
                 raise self._refused(index, "request_id", f"request {request.request_id!r}", found)
             if sampled.error is None:
-                if bool(sampled.token_ids) != samples:
-                    expected = "at least one token" if samples else "no token"
+                pools = request.spec.pooling is not None
+                if (sampled.pooled is not None) != (pools and samples):
+                    expected = "what was pooled" if pools and samples else "nothing"
+                    raise self._refused(index, "pooled", expected, "nothing" if sampled.pooled is None else "a result")
+                if bool(sampled.token_ids) != (samples and not pools):
+                    expected = "at least one token" if samples and not pools else "no token"
                     raise self._refused(index, "token_ids", expected, f"{len(sampled.token_ids)} tokens")
                 drafts = self.scheduled[index].draft_token_ids
-                if samples and not follows_drafts(sampled.token_ids, drafts):
+                if sampled.token_ids and not follows_drafts(sampled.token_ids, drafts):
                     expected = f"a beginning of the drafts {drafts} and one token"
                     raise self._refused(index, "token_ids", expected, f"{sampled.token_ids}")
                 if request.wants_prompt_logprobs:

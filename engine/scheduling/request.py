@@ -108,6 +108,8 @@ class Request:
         self.num_computed_tokens = 0
         self.min_total_tokens = self.num_prompt_tokens + params.min_tokens
         self.max_total_tokens = min(self.num_prompt_tokens + params.max_tokens, limits.max_model_len)
+        if spec.pooling is not None:
+            self.max_total_tokens = self.num_prompt_tokens + 1  # the prompt may be as long as the context
         self.compute_limit = min(self.max_total_tokens - 1, limits.max_kv_tokens)
 
         # a token that is both ends the request as end-of-sequence
@@ -145,8 +147,8 @@ class Request:
         self.passing_snapshot: BlockKey | None = None  # worth keeping until the next one
         # results of earlier steps say nothing about `block_ids`: they wrote to blocks that were freed
         self.admitted_at_step = 0
-        # a hit would skip positions whose log-probabilities are requested
-        self.reads_prefix_cache = not self.wants_prompt_logprobs
+        # a hit would skip positions whose log-probabilities are requested, or that are pooled
+        self.reads_prefix_cache = not (self.wants_prompt_logprobs or limits.pools_every_token)
 
     @property
     def is_held_back(self) -> bool:
@@ -172,6 +174,7 @@ class Request:
             num_prompt_tokens=self.num_prompt_tokens,
             seed=self.spec.seed,
             params=self.spec.params,
+            pooling=self.spec.pooling,
         )
 
     def count_prompt_tokens(self, num_written: int) -> int:

@@ -179,7 +179,9 @@ class Scheduler:
                 self._states.decide(request, num_written)
             if holds_blocks and num_written >= request.next_commit_at:
                 self._kv_cache.commit(request, num_written, sampled.token_ids)
-            if sampled.token_ids or sampled.prompt_logprobs is not None:
+            if sampled.pooled is not None:
+                deltas.append(self._pooled(request, sampled.pooled))
+            elif sampled.token_ids or sampled.prompt_logprobs is not None:
                 deltas.append(self._apply(request, sampled, planned, drafted.get(request.request_id)))
             if self._isolation and self._isolation.has_passed(request):
                 # the next suspect runs alone; this one continues after the last
@@ -258,6 +260,17 @@ class Scheduler:
             stop_reason=request.stop_reason,
             num_cached_tokens=num_cached_tokens,
             error=error,
+        )
+
+    def _pooled(self, request: Request, pooled: bytes) -> RequestOutputDelta:
+        """The end of a request whose prompt has been pooled."""
+        request.finish_reason = "stop"
+        self._retire(request)
+        return RequestOutputDelta(
+            request_id=request.request_id,
+            finish_reason="stop",
+            num_cached_tokens=request.cached_tokens_to_report,
+            pooled=pooled,
         )
 
     def _ended_by_error(self, request: Request, error: ErrorInfo) -> RequestOutputDelta:

@@ -310,6 +310,10 @@ class Tokenizer:
             return self.encode_batch([text], add_special_tokens)[0]
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def encode_pair(self, first: str, second: str) -> list[int]:
+        """Return the token ids of two texts, with the special tokens that the tokenizer puts between and around."""
+        return list(self._backend.encode(first, second).ids)
+
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Return the token ids of each text; equal to `encode` on each, but in parallel."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)

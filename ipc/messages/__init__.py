@@ -39,6 +39,8 @@ from sempre.ipc.messages.common import (
     Heartbeat,
     LogprobRows,
     Message,
+    PoolingModel,
+    PoolingSpec,
     ReasoningSpec,
     Refused,
     RngDigests,

@@ -6,6 +6,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from sempre.ipc.config import PoolingKind, PoolingTask
+
 PROTOCOL_VERSION = 2
 
 # msgpack itself bounds an integer at 2**64 - 1; msgspec cannot state that bound
@@ -109,6 +111,31 @@ class SamplingSpec(Data, frozen=True, kw_only=True):
     def depends_on_output(self) -> bool:
         """Whether the tokens allowed next depend on the previous ones, which must be known first."""
         return self.grammar is not None or self.reasoning is not None
+
+
+class PoolingSpec(Data, frozen=True, kw_only=True):
+    """What a pooling model returns for a prompt: its vector's first `dimensions` elements (None: all) with norm 1, or
+    the probabilities of its labels; without `use_activation` the vector or the scores as they are."""
+
+    dimensions: Positive | None = None
+    use_activation: bool = True
+
+
+class PoolingModel(Data, frozen=True, kw_only=True):
+    """What a pooling model computes of a prompt: a vector of `width` elements, or a probability for each label.
+
+    `kind`: of its last token, of its first one, or the mean over all tokens. `dimensions`: the lengths to which vectors
+    may be cut; empty: any if `is_matryoshka`, else none.
+    """
+
+    task: PoolingTask
+    kind: PoolingKind
+    width: Positive
+    use_activation: bool = True
+    """unless a request says otherwise"""
+    is_matryoshka: bool = False
+    dimensions: list[Positive] = []
+    labels: list[str] = []
 
 
 class LogprobRows(Data, frozen=True, kw_only=True):

@@ -14,6 +14,8 @@ from sempre.ipc.messages.common import (
     LogprobRows,
     Message,
     NonNegative,
+    PoolingModel,
+    PoolingSpec,
     Positive,
     Refused,
     RngDigests,
@@ -44,6 +46,8 @@ class NewRequest(Data, frozen=True, kw_only=True):
     num_prompt_tokens: Positive
     seed: Uint64
     params: SamplingSpec
+    pooling: PoolingSpec | None = None
+    """its prompt is pooled, and nothing sampled"""
 
 
 class ScheduledRequest(Data, frozen=True, kw_only=True):
@@ -168,6 +172,8 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     max_num_seqs: Positive = 128
     available_state_slots: NonNegative = 0
     state_slot_bytes: NonNegative = 0
+    pooling: PoolingModel | None = None
+    """None: the model generates"""
 
 
 class WorkerReady(Message, frozen=True, kw_only=True):
@@ -191,6 +197,8 @@ class SampledTokens(Data, frozen=True, kw_only=True):
     logprobs: LogprobRows | None = None
     prompt_logprobs: LogprobRows | None = None
     error: ErrorInfo | None = None
+    pooled: bytes | None = None
+    """of a request that is pooled, with its prompt's last token: float32 little-endian"""
 
 
 class StepResult(Message, frozen=True, kw_only=True):

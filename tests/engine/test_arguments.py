@@ -176,7 +176,7 @@ def test_the_keywords_that_type_checkers_see_are_the_settings() -> None:
         }
         if int in options(hint) and takes_text(name, hint):
             expected.add(str)
-        if name == "speculative_config":
+        if name in ("speculative_config", "pooler_config"):
             expected.add(Mapping[str, Any])
         assert choices(stated[name]) == expected, name
 

@@ -19,6 +19,7 @@ from sempre.ipc.messages import (
     LogprobRows,
     ModelLoaded,
     NewRequest,
+    PoolingSpec,
     SampledTokens,
     SamplingSpec,
     ScheduledRequest,
@@ -424,6 +425,7 @@ class Finished:
     logprobs: list[LogprobRows] = field(default_factory=list)
     prompt_logprobs: list[LogprobRows] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    pooled: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -437,6 +439,7 @@ class Prompt:
     chunks: tuple[int, ...] = (10_000,)
     num_prompt_tokens: int | None = None
     prompt_logprobs_start: int = 0
+    pooling: PoolingSpec | None = None
 
 
 class ServingWorker:
@@ -485,7 +488,8 @@ class ServingWorker:
             scheduled = []
             for slot, prompt in enumerate(prompts):
                 request_id, outcome = prompt.request_id, done[prompt.request_id]
-                if len(outcome.token_ids) >= prompt.params.max_tokens or outcome.errors:
+                is_done = outcome.pooled is not None or len(outcome.token_ids) >= prompt.params.max_tokens
+                if is_done or outcome.errors:
                     continue
                 known = len(prompt.token_ids) + len(outcome.token_ids)
                 left = known - computed[request_id]
@@ -522,6 +526,7 @@ class ServingWorker:
             num_prompt_tokens=prompt.num_prompt_tokens or len(prompt.token_ids),
             seed=prompt.seed,
             params=prompt.params,
+            pooling=prompt.pooling,
         )
 
     def _grow(self, table: list[int], num_tokens: int) -> list[int]:
@@ -536,6 +541,8 @@ def _record(outcome: Finished, result: SampledTokens) -> None:
         outcome.logprobs.append(result.logprobs)
     if result.prompt_logprobs is not None:
         outcome.prompt_logprobs.append(result.prompt_logprobs)
+    if result.pooled is not None:
+        outcome.pooled = result.pooled
     if result.error is not None:
         outcome.errors.append(result.error.message)
 

@@ -13,6 +13,7 @@ from sempre.kernels.linear.cpu import ROW_BLOCK
 from sempre.kernels.threads import set_num_threads, settle_threads
 from sempre.workers.backend import Compilation, LoadedModel, ModelSetup
 from sempre.workers.cpu.drafter import CpuDraftModelRunner
+from sempre.workers.cpu.pooling_runner import CpuPoolingRunner
 from sempre.workers.cpu.runner import CpuModelRunner
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.fingerprint import fingerprint_parts
@@ -91,13 +92,14 @@ class CpuBackend:
             draft_bytes_per_block=draft_bytes,
         )
 
-    def make_runner(self, model: LoadedModel, sizes: CacheSizes) -> CpuModelRunner:
+    def make_runner(self, model: LoadedModel, sizes: CacheSizes) -> ModelRunner:
         config = model.config
         _leave_cores_to_kernels()
         scratch = Scratch(model.max_num_batched_tokens, model.max_model_len, model.weights.activations, CPU)
         allocate(model.model, scratch)
         grammars = model.make_grammar_compiler(step_wait_s=_FORM_WAIT_S)
-        return CpuModelRunner(model.model, model.allocate_cache(sizes), grammars, model.limits(sizes), rank=config.rank)
+        kind = CpuModelRunner if model.spec.pooling is None else CpuPoolingRunner
+        return kind(model.model, model.allocate_cache(sizes), grammars, model.limits(sizes), rank=config.rank)
 
     def make_drafter(self, runner: ModelRunner) -> CpuDraftModelRunner:
         assert isinstance(runner, CpuModelRunner)

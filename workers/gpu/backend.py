@@ -21,6 +21,7 @@ from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.drafter import GpuDraftModelRunner
 from sempre.workers.gpu.fingerprint import fingerprint_parts
 from sempre.workers.gpu.memory import MemoryPlan, cache_sizes, default_max_num_seqs, out_of_memory
+from sempre.workers.gpu.pooling_runner import GpuPoolingRunner, PoolingMemory
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import require_fp8, run_self_test
 from sempre.workers.gpu.staging import Uploader
@@ -28,6 +29,7 @@ from sempre.workers.kv_cache import block_bytes
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import Placement
 from sempre.workers.models.config import ModelSpec
+from sempre.workers.pooling import Pooler
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
 from sempre.workers.runner import ModelRunner
 from sempre.workers.sampling.gpu_sampler import GpuSampler
@@ -59,7 +61,7 @@ class GpuBackend:
         self._compiler = compiler
         self._excluded: dict[str, list[str]] = {}
         self._workspaces: dict[str, AttentionWorkspace] = {}
-        self._steps: dict[str, StepMemory] = {}
+        self._steps: dict[str, StepMemory | PoolingMemory] = {}
 
     @property
     def placement(self) -> Placement:
@@ -162,22 +164,22 @@ class GpuBackend:
             shortens=config.max_model_len is None,
         )
 
-    def make_runner(self, model: LoadedModel, sizes: CacheSizes) -> GpuModelRunner:
+    def make_runner(self, model: LoadedModel, sizes: CacheSizes) -> ModelRunner:
         config = model.config
-        return GpuModelRunner(
-            self._steps[config.role],  # allocated by available_sizes
-            model.allocate_cache(sizes, self.device),
-            model.make_grammar_compiler(),
-            model.limits(sizes),
-            rank=config.rank,
-            graphs=not config.enforce_eager,
-        )
+        steps = self._steps[config.role]  # allocated by available_sizes
+        cache, limits = model.allocate_cache(sizes, self.device), model.limits(sizes)
+        grammars = model.make_grammar_compiler()
+        if isinstance(steps, PoolingMemory):
+            return GpuPoolingRunner(steps, cache, grammars, limits, rank=config.rank)
+        return GpuModelRunner(steps, cache, grammars, limits, rank=config.rank, graphs=not config.enforce_eager)
 
     def make_drafter(self, runner: ModelRunner) -> GpuDraftModelRunner:
         assert isinstance(runner, GpuModelRunner)
         return GpuDraftModelRunner(runner.memory, runner.cache, runner.limits, graphs=runner.graphs.enabled)
 
     def prepare_steps(self, runner: ModelRunner) -> dict[str, str]:
+        if runner.pools:
+            return {}  # prompts are computed kernel by kernel
         assert isinstance(runner, GpuModelRunner)
         began = perf_counter()
         for context_len in CAPTURED_CONTEXTS:
@@ -217,13 +219,15 @@ class GpuBackend:
             )
         return self._workspaces[role]
 
-    def _allocate_steps(self, model: LoadedModel) -> StepMemory:
+    def _allocate_steps(self, model: LoadedModel) -> StepMemory | PoolingMemory:
         config, spec, weights = model.config, model.spec, model.weights
         workspace = self._attention_workspace(model)
         scratch = Scratch(
             model.max_num_batched_tokens, model.max_model_len, weights.activations, self.device, workspace
         )
         allocate(model.model, scratch)
+        if spec.pooling is not None:
+            return PoolingMemory(model.model, _pooler(model))
         rows = max(model.max_num_seqs + config.max_draft_tokens, PROMPT_LOGPROB_ROWS)
         sampler = GpuSampler(
             device=self.device, vocab_size=spec.vocab_size, max_num_seqs=rows, num_slots=model.max_num_seqs
@@ -236,8 +240,16 @@ class GpuBackend:
         )
 
 
+def _pooler(model: LoadedModel) -> Pooler:
+    most = model.max_num_seqs
+    return Pooler(model.model, model.weights.activations, num_slots=most, max_num_seqs=most, rank=model.config.rank)
+
+
 def row_bytes(spec: ModelSpec) -> int:
-    """What one more request takes in a step, besides the cache: logits, the sampler's copy of them, a hidden state."""
+    """What one more request takes in a step, besides the cache: logits, the sampler's copy of them, a hidden state; or
+    the sum that is pooled."""
+    if spec.pooling is not None:
+        return spec.hidden_size * torch.float64.itemsize
     return 2 * spec.vocab_size * torch.float32.itemsize + spec.hidden_size * torch.float32.itemsize
 
 

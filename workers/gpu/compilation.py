@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from sempre.kernels.attention import AttentionWorkspace, PagedBatch
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.gpu_jit import Collection, Variant, collecting
+from sempre.kernels.pooling import RowSpans, add_rows
 from sempre.kernels.sampling import gpu as gpu_sampling
 from sempre.kernels.states import StateBatch
 from sempre.workers.backend import ModelSetup
@@ -160,7 +161,8 @@ def _launch_all(setup: ModelSetup, device: torch.device, found: Callable[[Varian
     workspace = allocate_attention_workspace(spec.num_heads, spec.largest_head_dim, longest, device)
     with collecting(found) as collection:
         _launch_steps(setup, model, facts, workspace, device)
-        _launch_reports(spec.vocab_size, device)
+        if spec.pooling is None:
+            _launch_reports(spec.vocab_size, device)
         if config.numerics == "invariant":
             run_self_test(
                 model,
@@ -184,6 +186,12 @@ def _launch_steps(
     spec, config = model.spec, setup.config
     allocate(model, Scratch(MAX_TOKENS, setup.max_model_len, facts.activations, device, workspace))
     most_rows = _most_rows(setup)
+    states = StateCache(spec.layer_states, 1, facts.activations, device)
+    cache = PagedKvCache(spec.kv_layers, 1, setup.block_size, facts.dtype, device, states)
+    _launch_prompts(setup, model, cache, device)
+    if spec.pooling is not None:
+        _launch_pooling(model, facts, most_rows)
+        return
     sampler = GpuSampler(device=device, vocab_size=spec.vocab_size, max_num_seqs=most_rows, num_slots=most_rows)
     memory = StepMemory(
         model,
@@ -191,11 +199,8 @@ def _launch_steps(
         torch.empty(most_rows, spec.hidden_size, dtype=facts.activations, device=device),
         torch.empty(most_rows, spec.vocab_size, dtype=torch.float32, device=device),
     )
-    has_states = any(spec.layer_states)
-    states = StateCache(spec.layer_states, 1, facts.activations, device)
-    cache = PagedKvCache(spec.kv_layers, 1, setup.block_size, facts.dtype, device, states)
     limits = StepLimits(
-        setup.max_model_len, most_rows, MAX_TOKENS, spec.vocab_size, num_state_slots=1 if has_states else 0
+        setup.max_model_len, most_rows, MAX_TOKENS, spec.vocab_size, num_state_slots=1 if any(spec.layer_states) else 0
     )
     runner = GpuModelRunner(
         memory, cache, GrammarCompiler(Path(config.model_path), spec.vocab_size), limits, rank=config.rank, graphs=False
@@ -204,15 +209,36 @@ def _launch_steps(
     for edits, truncates, num_best in combinations((True, False), (True, False), (-1, 0, 5, 20)):
         stages = gpu_sampling.Stages(edits=edits, truncates=truncates, num_best=num_best)
         runner.launch_decode(DecodeShape(1, min(64, setup.max_model_len), stages))
-    width = -(-setup.max_model_len // setup.block_size)
-    for requests, tokens, context in PROMPTS:
-        if context <= setup.max_model_len:
-            step = _prompts(requests, tokens, context, width, device)
-            model.forward(step if has_states else replace_fields(step, states=None), cache.layers)
     plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
     decode_rows = [rows for rows in DECODE_ROWS if rows <= most_rows]
     for rows, context in combinations(decode_rows, DECODE_CONTEXTS):
         runner.launch_decode(DecodeShape(rows, min(context, setup.max_model_len), plain))
+
+
+def _launch_prompts(setup: ModelSetup, model: CausalLM, cache: PagedKvCache, device: torch.device) -> None:
+    width = -(-setup.max_model_len // setup.block_size)
+    for requests, tokens, context in PROMPTS:
+        if context <= setup.max_model_len:
+            step = _prompts(requests, tokens, context, width, device)
+            if not any(model.spec.layer_states):
+                step = replace_fields(step, states=None)
+            model.forward(step, cache.layers)
+
+
+def _launch_pooling(model: CausalLM, facts: WeightFacts, most_rows: int) -> None:
+    """Sums of rows, and a score head for as many requests as it has kernels for."""
+    width, device = model.spec.hidden_size, model.device
+    ones = torch.ones(1, dtype=torch.int64, device=device)
+    hidden = torch.zeros(2, width, dtype=facts.activations, device=device)
+    add_rows(
+        hidden, RowSpans(ones, ones + 1, ones - 1, ones), torch.zeros(1, width, dtype=torch.float64, device=device)
+    )
+    if model.score is None:
+        return
+    for rows in DECODE_ROWS:
+        if rows <= most_rows:
+            out = torch.empty(rows, model.score.out_features, dtype=torch.float32, device=device)
+            model.scores(torch.zeros(rows, width, dtype=facts.activations, device=device), out)
 
 
 def _prompts(requests: int, tokens: int, context: int, width: int, device: torch.device) -> StepInput:

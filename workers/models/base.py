@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
+from sempre.ipc.errors import ModelError
 from sempre.kernels.attention import KvCache
 from sempre.kernels.states import LayerState
 from sempre.workers.layers.embedding import Embedding
-from sempre.workers.layers.linear import Linear, TiedLinear, Use
+from sempre.workers.layers.linear import Linear, TiedLinear, TokenLinear, Use
 from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.norm import RMSNorm
 from sempre.workers.models.config import ModelSpec
@@ -72,6 +73,8 @@ class CausalLM(Module):
     """which part of the checkpoint it is; None: all"""
     unread: tuple[str, ...] = ()
     """prefixes of tensors that a checkpoint may hold though nothing reads them"""
+    score: Linear | None = None
+    """the head of a model that classifies"""
 
     def __init__(self, build: Build, spec: ModelSpec, model: Stack) -> None:
         self.spec = spec
@@ -80,6 +83,28 @@ class CausalLM(Module):
             self.lm_head: Linear = TiedLinear(build, model.embed_tokens)
         else:
             self.lm_head = Linear(build, {"lm_head": spec.vocab_size}, spec.hidden_size, use=Use.LOGITS)
+
+    def pool(self, build: Build) -> None:
+        """Replace the vocabulary's head by what `spec.pooling` needs; before anything is loaded."""
+        spec, pooling = self.spec, self.spec.pooling
+        assert pooling is not None
+        head = pooling.head
+        own_head = self.lm_head
+        del self.lm_head
+        if head is None or head.tokens is None:
+            # a checkpoint may hold it all the same
+            if not spec.tie_word_embeddings:
+                self.unread = (*self.unread, "lm_head.")
+            if head is not None:
+                self.score = Linear(build, {"score": head.num_rows}, spec.hidden_size, use=Use.LOGITS)
+        elif type(self).logits is not CausalLM.logits or own_head.bias:
+            raise ModelError(
+                f"config.json: classifier_from_token: expected a family whose logits are a plain matmul, found"
+                f" {spec.architecture}."
+            )
+        else:
+            table = self.model.embed_tokens if spec.tie_word_embeddings else None
+            self.score = TokenLinear(build, head.tokens, (spec.vocab_size, spec.hidden_size), table)
 
     @property
     def device(self) -> torch.device:
@@ -107,3 +132,8 @@ class CausalLM(Module):
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Logits of the given final hidden states [S, H], written to and returned as `out` [S, V]."""
         return self.lm_head.into(hidden, out)
+
+    def scores(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """What the score head says of the given rows [S, H], written to and returned as `out` [S, N]."""
+        assert self.score is not None
+        return self.score.into(hidden, out)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, NamedTuple, Self, TypeVar
 
 from sempre.kernels.rope import RopeSpec
 from sempre.kernels.states import StateShape
 from sempre.workers.config_fields import ConfigFields
+from sempre.workers.models.pooling import Pooling
 from sempre.workers.models.rope_config import rope_of
 from sempre.workers.quantization.config import StoredQuantization, parse_quantization
 
@@ -117,6 +118,8 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     quantization: StoredQuantization | None
     """how the checkpoint's matrices are quantised, if they are"""
+    pooling: Pooling | None = field(default=None, kw_only=True, repr=False)
+    """what it computes of a prompt; None: it generates"""
 
     @property
     def layer_states(self) -> tuple[StateShape | None, ...]:
@@ -153,6 +156,8 @@ def spec_digest(spec: ModelSpec, max_model_len: int) -> str:
     `max_model_len`; the weights' digest covers tensors only."""
     ropes = [value for value in vars(spec).values() if isinstance(value, RopeSpec)]
     said = repr(spec) + "".join(rope.variant(max_model_len) for rope in ropes)
+    if spec.pooling is not None:
+        said += repr(spec.pooling)
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.module import Build
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
+from sempre.workers.models.pooling import PoolingSettings, decoder_of, read_pooling
 
 FILES = {
     "LlamaForCausalLM": "llama",
@@ -42,6 +44,12 @@ FILES = {
     "SmolLM3ForCausalLM": "smollm3",
 }
 
+# their attention looks both ways, so that what is computed of a token depends on the tokens after it
+ENCODERS = (
+    "Albert", "Bert", "Camembert", "Deberta", "DistilBert", "Electra", "Ernie", "Eurobert", "Gte", "JinaBert",
+    "MPNet", "ModernBert", "NeoBert", "New", "NomicBert", "Roberta", "RoFormer", "T5", "XLM", "XLMRoberta",
+)  # fmt: skip
+
 
 class Family(Protocol):
     """A file of this package."""
@@ -56,6 +64,13 @@ class Family(Protocol):
 def family_of(architecture: str) -> Family:
     """Raises UnknownArchitecture, which lists the known ones."""
     if architecture not in FILES:
+        if (encoder := next((name for name in ENCODERS if architecture.startswith(name)), None)) is not None:
+            raise UnknownArchitecture(
+                f"config.json: architectures: expected a decoder, found {architecture!r}, an encoder ({encoder}): its"
+                " attention looks both ways, which is not supported. Models that embed or rank and are decoders are,"
+                " for example Qwen3-Embedding and Qwen3-Reranker.",
+                architecture=architecture,
+            )
         near = get_close_matches(architecture, FILES, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UnknownArchitecture(
@@ -65,14 +80,20 @@ def family_of(architecture: str) -> Family:
     return cast(Family, import_module(f"{__package__}.{FILES[architecture]}"))
 
 
-def load_spec(folder: Path) -> ModelSpec:
-    """The spec of the checkpoint in `folder`; raises ModelError or UnknownArchitecture."""
+def load_spec(folder: Path, settings: PoolingSettings | None = None) -> ModelSpec:
+    """The spec of the checkpoint in `folder`, which pools if its files or the `settings` say so.
+
+    Raises ModelError or UnknownArchitecture, ConfigError for settings that do not fit.
+    """
     if not folder.is_dir():
         raise ModelError(f"model_path: expected a checkpoint folder, found no folder at {folder}.")
     config = read_json_object(folder / "config.json")
     generation_path = folder / "generation_config.json"
     generation = read_json_object(generation_path) if generation_path.exists() else {}
-    return parse_spec(config, generation)
+    spec = parse_spec(config, generation)
+    sizes = spec.hidden_size, spec.vocab_size
+    pooling = read_pooling(folder, ConfigFields(config), sizes, settings or PoolingSettings())
+    return spec if pooling is None else replace(spec, pooling=pooling)
 
 
 def parse_spec(config: dict[str, object], generation_config: dict[str, object]) -> ModelSpec:
@@ -81,9 +102,18 @@ def parse_spec(config: dict[str, object], generation_config: dict[str, object]) 
     names = fields.raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         fields.fail("architectures", "a list of one architecture name", names)
-    return family_of(names[0]).parse(names[0], fields, ConfigFields(generation_config, "generation_config.json"))
+    for name, expected in (("is_causal", True), ("use_bidirectional_attention", False)):
+        if fields.boolean(name, default=expected) is not expected:
+            fields.fail(name, f"{str(expected).lower()}: attention that looks both ways is not supported", not expected)
+    architecture = decoder_of(names[0])
+    return family_of(architecture).parse(
+        architecture, fields, ConfigFields(generation_config, "generation_config.json")
+    )
 
 
 def build_model(build: Build, spec: ModelSpec) -> CausalLM:
     """The tree of a model, without its tensors."""
-    return family_of(spec.architecture).build_model(build, spec)
+    model = family_of(spec.architecture).build_model(build, spec)
+    if spec.pooling is not None:
+        model.pool(build)
+    return model

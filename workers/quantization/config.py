@@ -69,7 +69,7 @@ def resolve_quantization(
             parameter="quantization",
             value=setting,
         )
-    return QuantizationSpec(Fp8Scheme(setting), "channel", ("Linear",), ("lm_head",), stored=False)
+    return QuantizationSpec(Fp8Scheme(setting), "channel", ("Linear",), ("lm_head", "score"), stored=False)
 
 
 def parse_quantization(config: ConfigFields) -> QuantizationSpec | None:

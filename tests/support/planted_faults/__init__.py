@@ -7,6 +7,7 @@ from planted_faults.cache import CACHE
 from planted_faults.fault import Fault
 from planted_faults.gpu_kernels import GPU_KERNELS
 from planted_faults.links import LINKS
+from planted_faults.pooling import POOLING
 from planted_faults.positions import POSITIONS
 from planted_faults.sampling import SAMPLING
 from planted_faults.scheduling import SCHEDULING
@@ -23,6 +24,7 @@ FAULTS: tuple[Fault, ...] = (
     *ATTENTION_AND_LINEAR,
     *GPU_KERNELS,
     *LINKS,
+    *POOLING,
 )
 
 __all__ = ["FAULTS", "Fault"]

@@ -128,8 +128,8 @@ CACHE = (
         "prompt-logprobs-skip-cached-tokens",
         "A request that asks for prompt log-probabilities gets none for the tokens it found in the cache.",
         "engine/scheduling/request.py",
-        "self.reads_prefix_cache = not self.wants_prompt_logprobs",
-        "self.reads_prefix_cache = True",
+        "self.reads_prefix_cache = not (self.wants_prompt_logprobs or limits.pools_every_token)",
+        "self.reads_prefix_cache = not limits.pools_every_token",
         (f"{TESTS}::test_who_may_reuse_whose_blocks",),
     ),
 )

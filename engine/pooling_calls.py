@@ -1,0 +1,175 @@
+"""The methods of `LLM` and `AsyncLLM` for models that pool."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+
+from sempre.engine.frontend.engine_base import EngineBase
+from sempre.engine.frontend.pooling import (
+    Pairs,
+    as_classes,
+    as_embedding,
+    as_pooled,
+    as_relevance,
+    require_pooling,
+    require_scores,
+)
+from sempre.engine.frontend.progress import UseTqdm
+from sempre.engine.frontend.prompts import PromptType, TokensPrompt
+from sempre.engine.output_stream import OutputStream
+from sempre.engine.outputs import RequestOutput
+from sempre.engine.pooling import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    PoolingParams,
+    PoolingRequestOutput,
+    ScoringRequestOutput,
+)
+from sempre.engine.vllm_settings import refuse_values
+from sempre.ipc.config import PoolingTask
+
+Prompts = PromptType | Sequence[PromptType]
+Texts = str | Sequence[str]
+
+
+class PoolingEngine(EngineBase):
+    """What both kinds of engine share."""
+
+    def _pair_prompts(self, pairs: Pairs) -> list[TokensPrompt]:
+        return [self._frontend.pair_prompt(query, document) for query, document in pairs.texts()]
+
+    def _classes(self, outputs: Sequence[RequestOutput]) -> list[ClassificationRequestOutput]:
+        model = require_pooling(self._frontend.pooling, "classify")
+        return [as_classes(output, model) for output in outputs]
+
+
+class PoolingLLM(PoolingEngine):
+    """The base of `LLM`."""
+
+    @abstractmethod
+    def _pool(self, prompts: Prompts, params: PoolingParams | None, use_tqdm: UseTqdm) -> list[RequestOutput]:
+        """Pool each prompt; outputs in the order of `prompts`."""
+
+    def embed(
+        self,
+        prompts: Prompts,
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: object = None,
+        tokenization_kwargs: object = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Return the vector of each prompt; the same bits for any batch.
+
+        Raises RequestError for a refused prompt or parameter, for a model that does not embed, and when a request
+        fails while it runs.
+        """
+        refuse_values(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs)
+        require_pooling(self._frontend.pooling, "embed")
+        return [as_embedding(output) for output in self._pool(prompts, pooling_params, use_tqdm)]
+
+    def encode(
+        self,
+        prompts: Prompts,
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_task: PoolingTask | None = None,
+        lora_request: object = None,
+        tokenization_kwargs: object = None,
+    ) -> list[PoolingRequestOutput]:
+        """Return what the model pools, whether it embeds or classifies. Raises the errors of `embed`."""
+        refuse_values(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs)
+        require_pooling(self._frontend.pooling, pooling_task)
+        return [as_pooled(output) for output in self._pool(prompts, pooling_params, use_tqdm)]
+
+    def classify(
+        self,
+        prompts: Prompts,
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: object = None,
+        tokenization_kwargs: object = None,
+    ) -> list[ClassificationRequestOutput]:
+        """Return the probability of each label for each prompt. Raises the errors of `embed`."""
+        refuse_values(lora_request=lora_request, tokenization_kwargs=tokenization_kwargs)
+        require_pooling(self._frontend.pooling, "classify")
+        return self._classes(self._pool(prompts, pooling_params, use_tqdm))
+
+    def _score_pairs(
+        self, query: Texts, documents: Texts, params: PoolingParams | None, use_tqdm: UseTqdm
+    ) -> list[ScoringRequestOutput]:
+        pairs = Pairs(query, documents)
+        if require_scores(self._frontend.pooling).task == "embed":
+            return pairs.scored(self._pool(pairs.single, params, use_tqdm))
+        return [as_relevance(output) for output in self._pool(self._pair_prompts(pairs), params, use_tqdm)]
+
+
+class AsyncPoolingLLM(PoolingEngine):
+    """The base of `AsyncLLM`."""
+
+    @abstractmethod
+    def pool(
+        self,
+        prompts: Prompts,
+        pooling_params: PoolingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> OutputStream:
+        """Start all prompts or none, and return their outputs as one stream; only one prompt may have an id.
+
+        Raises RequestError for a refused prompt or parameter, EngineDeadError when the engine died.
+        """
+
+    async def encode(
+        self,
+        prompt: PromptType,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        lora_request: object = None,
+        trace_headers: object = None,
+        priority: int = 0,
+        tokenization_kwargs: object = None,
+    ) -> AsyncGenerator[PoolingRequestOutput, None]:
+        """Yield what the model pools of one prompt, once, like `LLM.encode`. Closing the generator aborts it."""
+        refuse_values(lora_request=lora_request, trace_headers=trace_headers, tokenization_kwargs=tokenization_kwargs)
+        stream = self.pool(prompt, pooling_params, priority=priority, request_id=request_id)
+        try:
+            for output in await stream.finished():
+                yield as_pooled(output)
+        finally:
+            stream.close()
+
+    async def embed(
+        self, prompts: Prompts, *, pooling_params: PoolingParams | None = None
+    ) -> list[EmbeddingRequestOutput]:
+        """Return the vector of each prompt, like `LLM.embed`."""
+        require_pooling(self._frontend.pooling, "embed")
+        return [as_embedding(output) for output in await self._pooled(prompts, pooling_params)]
+
+    async def classify(
+        self, prompts: Prompts, *, pooling_params: PoolingParams | None = None
+    ) -> list[ClassificationRequestOutput]:
+        """Return the probability of each label for each prompt, like `LLM.classify`."""
+        require_pooling(self._frontend.pooling, "classify")
+        return self._classes(await self._pooled(prompts, pooling_params))
+
+    async def score(
+        self, query: Texts, documents: Texts, *, pooling_params: PoolingParams | None = None
+    ) -> list[ScoringRequestOutput]:
+        """Return how well each document answers the query, like `LLM.score`."""
+        pairs = Pairs(query, documents)
+        if require_scores(self._frontend.pooling).task == "embed":
+            return pairs.scored(await self._pooled(pairs.single, pooling_params))
+        return [as_relevance(output) for output in await self._pooled(self._pair_prompts(pairs), pooling_params)]
+
+    async def _pooled(self, prompts: Prompts, params: PoolingParams | None) -> list[RequestOutput]:
+        stream = self.pool(prompts, params)
+        try:
+            return await stream.finished()
+        finally:
+            stream.close()
