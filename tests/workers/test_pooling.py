@@ -18,8 +18,8 @@ from pooling_checkpoints import FLAGS, NO, YES, write_modules, write_pooling
 from safetensors.torch import load_file, save_file
 
 from sempre.ipc.config import PoolerConfig
-from sempre.ipc.errors import ConfigError, ModelError, UnknownArchitecture
-from sempre.ipc.messages import PoolingSpec, SamplingSpec
+from sempre.ipc.errors import ConfigError, MessageMalformed, ModelError, UnknownArchitecture
+from sempre.ipc.messages import NewRequest, PoolingSpec, SamplingSpec, ScheduledRequest
 from sempre.workers.models.pooling import PoolingSettings
 from sempre.workers.models.registry import ENCODERS, load_spec
 from sempre.workers.pooling import softmax
@@ -104,6 +104,34 @@ def test_bits_depend_on_the_prompt_alone(numerics: str, kind: str, embedder: Any
     cut = prompt("a", wanted, ONE, chunks=(7, 1, 16), pooling=PoolingSpec())
     among = serving.run(*others[:2], cut, *others[2:])["a"].pooled
     assert (among == alone) == (numerics == "invariant")
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+def test_a_preempted_prompt_begins_again(kind: str, embedder: Any, serve: Any, prompt: Any) -> None:
+    serving = serve(embedder("qwen3", kind))
+    whole = serving.run(prompt("a", ids(60), ONE, pooling=PoolingSpec()))["a"].pooled
+    new = [serving.new_request(prompt("b", ids(60), ONE, pooling=PoolingSpec()))]
+    results = []
+    for start, end, blocks in ((0, 20, [3, 1]), (20, 41, [5]), (0, 33, [9, 2, 4]), (33, 60, [7])):
+        item = ScheduledRequest(
+            request_id="b",
+            num_computed_tokens=start,
+            num_tokens=end - start,
+            block_table_start=0 if start == 0 else start // 16 + 1,
+            block_ids=blocks,
+        )
+        results += serving.step([item], new)
+        new = []
+    assert [result.pooled for result in results] == [None, None, None, whole]
+
+
+def test_a_prompt_is_pooled_from_its_first_token(embedder: Any, serve: Any, prompt: Any) -> None:
+    """A sum cannot begin in the middle, whatever is in the cache; a last token can."""
+    item = ScheduledRequest(request_id="a", num_computed_tokens=16, num_tokens=4, block_table_start=0, block_ids=[3, 1])
+    new = [NewRequest(request_id="a", token_ids=ids(20), num_prompt_tokens=20, seed=0, params=ONE, pooling=RAW)]
+    with pytest.raises(MessageMalformed, match="num_computed_tokens: expected 0"):
+        serve(embedder("qwen3", "MEAN")).step([item], new)
+    assert serve(embedder("qwen3", "LAST")).step([item], new)[0].pooled is not None
 
 
 def test_checkpoints_without_a_head_or_the_prefix(embedder: Any, serve: Any, prompt: Any) -> None:
