@@ -27,8 +27,7 @@ from sempre.engine.health import EngineHealth, judge, unhealthy
 from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput
-from sempre.engine.pooling import PoolingParams
-from sempre.engine.pooling_calls import AsyncPoolingLLM, Prompts
+from sempre.engine.pooling_calls import AsyncPoolingLLM
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.config import EngineConfig
@@ -184,19 +183,6 @@ class AsyncLLM(AsyncPoolingLLM):
         """Check the prompts of a search that the caller runs. Raises the errors of `beam_search`."""
         self._connected()
         return BeamSearches(self._frontend.builder, prompts, params, given=given)
-
-    def pool(
-        self,
-        prompts: Prompts,
-        pooling_params: PoolingParams | None = None,
-        *,
-        priority: int = 0,
-        request_id: str | None = None,
-    ) -> OutputStream:
-        """Start all prompts or none, like `stream`, for a model that pools."""
-        self._connected()
-        params = pooling_params or PoolingParams()
-        return self._follow(self._frontend.builder.build_pooled(prompts, params, priority, request_id=request_id))
 
     async def abort(self, request_id: str) -> None:
         """End a request: its generator yields a last output with finish_reason `abort`. Unknown ids are ignored."""

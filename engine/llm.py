@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from os import PathLike
 from types import TracebackType
-from typing import Any, NamedTuple, Self, Unpack, overload
+from typing import Any, NamedTuple, Self, Unpack
 
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import launch
@@ -27,13 +27,13 @@ from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import Session
 from sempre.engine.metrics import Metric
-from sempre.engine.outputs import BeamSearchOutput, RequestOutput, ScoringOutput
-from sempre.engine.pooling import PoolingParams, ScoringRequestOutput
-from sempre.engine.pooling_calls import PoolingLLM, Prompts, Texts
+from sempre.engine.outputs import BeamSearchOutput, RequestOutput
+from sempre.engine.pooling import PoolingParams
+from sempre.engine.pooling_calls import PoolingLLM, Prompts
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.messages import ContentFormat
 from sempre.engine.vllm_settings import refuse_values
-from sempre.ipc.errors import EngineDeadError, RequestError
+from sempre.ipc.errors import EngineDeadError
 from sempre.ipc.messages import (
     CallWorkersReply,
     GetMetrics,
@@ -207,41 +207,6 @@ class LLM(PoolingLLM):
             with self._dropped_on_error(requests):
                 return self._finished(_Running(requests, states), use_tqdm)
 
-    @overload
-    def score(self, prompts: Prompts, *, use_tqdm: UseTqdm = False) -> list[ScoringOutput]: ...
-
-    @overload
-    def score(
-        self,
-        prompts: Texts,
-        documents: Texts,
-        *,
-        use_tqdm: UseTqdm = False,
-        pooling_params: PoolingParams | None = None,
-    ) -> list[ScoringRequestOutput]: ...
-
-    def score(
-        self,
-        prompts: Any,
-        documents: Texts | None = None,
-        *,
-        use_tqdm: UseTqdm = False,
-        pooling_params: PoolingParams | None = None,
-    ) -> Any:
-        """Return the log-probability of each prompt, per token and in total; the same bits as in generation.
-
-        With `documents`, the prompts are queries, one for all documents or one for each, and the result is how well
-        each document answers: what a model that ranks says of the pair, or the cosine of two embeddings.
-
-        A prompt must leave room for one token. Raises RequestError, also when a request fails while it runs.
-        """
-        self._check_open()
-        if documents is not None:
-            return self._score_pairs(prompts, documents, pooling_params, use_tqdm)
-        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._complete(prompts, params, None, use_tqdm)
-        return [_scored(output) for output in outputs]
-
     def stream(self, prompt: PromptType, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt and yield outputs as they come, in the form that `output_kind` sets.
 
@@ -391,19 +356,3 @@ class _Running(NamedTuple):
 def _is_conversation(messages: object) -> bool:
     """Whether this is one list of messages, not a list of such lists."""
     return isinstance(messages, Sequence) and not any(isinstance(message, Sequence) for message in messages)
-
-
-def _scored(output: RequestOutput) -> ScoringOutput:
-    error = output.outputs[0].error
-    if error is not None or output.prompt_logprobs is None:
-        raise RequestError(f"prompt {output.request_id} could not be scored: {error}", request_id=output.request_id)
-    logprobs = [
-        None if row is None else row[token_id].logprob
-        for token_id, row in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
-    ]
-    total = 0.0
-    # Not sum(): since Python 3.12 it rounds differently.
-    for logprob in logprobs[1:]:
-        assert logprob is not None
-        total += logprob
-    return ScoringOutput(output.prompt_token_ids, logprobs, total, output.fingerprint)

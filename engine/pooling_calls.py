@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any, overload
 
+from sempre.engine.client import AsyncEngineClient
 from sempre.engine.frontend.engine_base import EngineBase
 from sempre.engine.frontend.pooling import (
     Pairs,
@@ -17,8 +19,9 @@ from sempre.engine.frontend.pooling import (
 )
 from sempre.engine.frontend.progress import UseTqdm
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
+from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.output_stream import OutputStream
-from sempre.engine.outputs import RequestOutput
+from sempre.engine.outputs import RequestOutput, ScoringOutput
 from sempre.engine.pooling import (
     ClassificationRequestOutput,
     EmbeddingRequestOutput,
@@ -26,8 +29,10 @@ from sempre.engine.pooling import (
     PoolingRequestOutput,
     ScoringRequestOutput,
 )
+from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.config import PoolingTask
+from sempre.ipc.errors import RequestError
 
 Prompts = PromptType | Sequence[PromptType]
 Texts = str | Sequence[str]
@@ -46,6 +51,12 @@ class PoolingEngine(EngineBase):
 
 class PoolingLLM(PoolingEngine):
     """The base of `LLM`."""
+
+    @abstractmethod
+    def _complete(
+        self, prompts: Prompts, params: SamplingParams, priority: Sequence[int] | None, use_tqdm: UseTqdm
+    ) -> list[RequestOutput]:
+        """Generate for each prompt; outputs in the order of `prompts`."""
 
     @abstractmethod
     def _pool(self, prompts: Prompts, params: PoolingParams | None, use_tqdm: UseTqdm) -> list[RequestOutput]:
@@ -98,6 +109,40 @@ class PoolingLLM(PoolingEngine):
         require_pooling(self._frontend.pooling, "classify")
         return self._classes(self._pool(prompts, pooling_params, use_tqdm))
 
+    @overload
+    def score(self, prompts: Prompts, *, use_tqdm: UseTqdm = False) -> list[ScoringOutput]: ...
+
+    @overload
+    def score(
+        self,
+        prompts: Texts,
+        documents: Texts,
+        *,
+        use_tqdm: UseTqdm = False,
+        pooling_params: PoolingParams | None = None,
+    ) -> list[ScoringRequestOutput]: ...
+
+    def score(
+        self,
+        prompts: Any,
+        documents: Texts | None = None,
+        *,
+        use_tqdm: UseTqdm = False,
+        pooling_params: PoolingParams | None = None,
+    ) -> Any:
+        """Return the log-probability of each prompt, per token and in total; the same bits as in generation.
+
+        With `documents`, the prompts are queries, one for all documents or one for each, and the result is how well
+        each document answers: what a model that ranks says of the pair, or the cosine of two embeddings.
+
+        A prompt must leave room for one token. Raises RequestError, also when a request fails while it runs.
+        """
+        if documents is not None:
+            return self._score_pairs(prompts, documents, pooling_params, use_tqdm)
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self._complete(prompts, params, None, use_tqdm)
+        return [_scored(output) for output in outputs]
+
     def _score_pairs(
         self, query: Texts, documents: Texts, params: PoolingParams | None, use_tqdm: UseTqdm
     ) -> list[ScoringRequestOutput]:
@@ -107,10 +152,33 @@ class PoolingLLM(PoolingEngine):
         return [as_relevance(output) for output in self._pool(self._pair_prompts(pairs), params, use_tqdm)]
 
 
+def _scored(output: RequestOutput) -> ScoringOutput:
+    error = output.outputs[0].error
+    if error is not None or output.prompt_logprobs is None:
+        raise RequestError(f"prompt {output.request_id} could not be scored: {error}", request_id=output.request_id)
+    logprobs = [
+        None if row is None else row[token_id].logprob
+        for token_id, row in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+    ]
+    total = 0.0
+    # Not sum(): since Python 3.12 it rounds differently.
+    for logprob in logprobs[1:]:
+        assert logprob is not None
+        total += logprob
+    return ScoringOutput(output.prompt_token_ids, logprobs, total, output.fingerprint)
+
+
 class AsyncPoolingLLM(PoolingEngine):
     """The base of `AsyncLLM`."""
 
     @abstractmethod
+    def _connected(self) -> AsyncEngineClient:
+        """Return the link to the engine. Raises EngineDeadError."""
+
+    @abstractmethod
+    def _follow(self, requests: list[PreparedRequest]) -> OutputStream:
+        """Start requests and return their outputs as one stream."""
+
     def pool(
         self,
         prompts: Prompts,
@@ -123,6 +191,9 @@ class AsyncPoolingLLM(PoolingEngine):
 
         Raises RequestError for a refused prompt or parameter, EngineDeadError when the engine died.
         """
+        self._connected()
+        params = pooling_params or PoolingParams()
+        return self._follow(self._frontend.builder.build_pooled(prompts, params, priority, request_id=request_id))
 
     async def encode(
         self,

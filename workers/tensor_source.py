@@ -88,12 +88,29 @@ class SafetensorsSource:
         return _content_digest(name, tensor)
 
 
-class PartSource:
-    """The tensors of one part of a checkpoint: without the `prefix` of their names, and without the `other_parts`."""
+@dataclass(frozen=True)
+class ModelPart:
+    """A model within a checkpoint that holds more."""
 
-    def __init__(self, source: TensorSource, prefix: str, other_parts: tuple[str, ...]) -> None:
+    prefixes: Mapping[str, str]
+    """of the names of its tensors: stored → in the model by itself"""
+    others: tuple[str, ...]
+    """prefixes of the tensors of the rest"""
+
+    def own_name(self, stored: str) -> str:
+        """The name that the model by itself has for a tensor of this part."""
+        for prefix, own in self.prefixes.items():
+            if stored.startswith(prefix):
+                return own + stored.removeprefix(prefix)
+        return stored
+
+
+class PartSource:
+    """The tensors of one part of a checkpoint, by their own names."""
+
+    def __init__(self, source: TensorSource, part: ModelPart) -> None:
         self._source = source
-        self._stored = {name.removeprefix(prefix): name for name in source.names() if not name.startswith(other_parts)}
+        self._stored = {part.own_name(name): name for name in source.names() if not name.startswith(part.others)}
 
     def names(self) -> list[str]:
         return list(self._stored)
