@@ -10,13 +10,11 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-import msgspec
-
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import AsyncEngineClient, launch_async
 from sempre.engine.client.engine_process import ended_by
 from sempre.engine.frontend.beam_search import BeamSearches, BeamSearchParams
-from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, log_progress, worker_call
+from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, limits_of, log_progress, worker_call
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.pacing import Pace, Pacer
 from sempre.engine.frontend.progress import StartupNotice
@@ -25,7 +23,7 @@ from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import check_refused
 from sempre.engine.health import EngineHealth, judge, unhealthy
 from sempre.engine.metrics import Metric
-from sempre.engine.output_stream import OutputStream
+from sempre.engine.output_stream import OutputStream, StreamControl, check_prompt_logprobs
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput
 from sempre.engine.pooling_calls import AsyncPoolingLLM
 from sempre.engine.sampling_params import SamplingParams
@@ -102,7 +100,7 @@ class AsyncLLM(AsyncPoolingLLM):
             client = await launch_async(self._frontend.config, log_progress)
         finally:
             self._starts_again = False
-        if _limits(client.ready) != _limits(former.ready):
+        if limits_of(client.ready) != limits_of(former.ready):
             self._frontend.connect(client.ready)
         self._client, self._failure = client, None
         self._has_ended.clear()
@@ -156,14 +154,18 @@ class AsyncLLM(AsyncPoolingLLM):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int = 0,
+        max_held_logprobs: int | None = None,
     ) -> OutputStream:
         """Start all prompts or none, and return their outputs as one stream.
+
+        With `max_held_logprobs`, log-probabilities are given packed, as sequences that unpack what is read, and the
+        stream ends with a RequestError if it holds more of them than that before the outputs are complete.
 
         Raises RequestError for a refused prompt or parameter, EngineDeadError when the engine died.
         """
         self._connected()
         params = self._or_default(sampling_params)
-        return self._follow(self._frontend.builder.build_all(prompts, params, priority))
+        return self._follow(self._frontend.builder.build_all(prompts, params, priority), max_held_logprobs)
 
     async def beam_search(
         self,
@@ -308,17 +310,19 @@ class AsyncLLM(AsyncPoolingLLM):
             raise EngineDeadError("this AsyncLLM is not started; use `async with` or `await engine.start()`")
         return self._client
 
-    def _follow(self, requests: list[PreparedRequest]) -> OutputStream:
+    def _follow(self, requests: list[PreparedRequest], max_held_logprobs: int | None = None) -> OutputStream:
         client = self._connected()
+        packed = max_held_logprobs is not None
+        check_prompt_logprobs(requests, client.ready.vocab_size, max_held_logprobs)
         names = [request.request_id for request in requests]
         states: list[RequestState] = []
         try:
-            states += [self._frontend.processor.add(request) for request in requests]
+            states += [self._frontend.processor.add(request, keeps_packed=packed) for request in requests]
             self._pacer.start(requests, Pace.of(client.ready, self.config.data_parallel_size), client.send)
         except BaseException:
             self._drop([state.request_id for state in states])
             raise
-        stream = OutputStream(states, lambda: self._drop(names))
+        stream = OutputStream(states, StreamControl(lambda: self._drop(names), self._send), max_held_logprobs)
         self._streams.update(dict.fromkeys(names, stream))
         return stream
 
@@ -328,8 +332,13 @@ class AsyncLLM(AsyncPoolingLLM):
             self._streams.pop(name, None)
         sequence_ids = self._frontend.processor.forget(request_ids)
         self._pacer.drop(sequence_ids)
-        if sequence_ids and self._client is not None and self._failure is None:
-            self._client.send(AbortRequests(request_ids=sequence_ids))
+        if sequence_ids:
+            self._send(AbortRequests(request_ids=sequence_ids))
+
+    def _send(self, command: ClientCommand) -> None:
+        """Send a command, unless the engine has ended."""
+        if self._client is not None and self._failure is None:
+            self._client.send(command)
 
     async def _ask(self, command: ClientCommand, call_id: int, kind: type[Reply]) -> Reply:
         client = self._connected()
@@ -389,8 +398,3 @@ class AsyncLLM(AsyncPoolingLLM):
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(again(error))
-
-
-def _limits(ready: EngineReady) -> EngineReady:
-    """The part that requests depend on, without what differs from start to start."""
-    return msgspec.structs.replace(ready, phase_seconds={}, worker_pids=[], draft_worker_pids=[])

@@ -5,6 +5,7 @@ All of it works with `dataclasses.asdict` (or `to_dict`, which is the same), and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -46,7 +47,7 @@ class CompletionOutput:
     token_ids: list[int]
     cumulative_logprob: float | None
     """Sum of the sampled tokens' log-probabilities; None unless `logprobs` were asked for."""
-    logprobs: list[dict[int, Logprob]] | None
+    logprobs: Sequence[dict[int, Logprob]] | None
     """Per token: the sampled token first, then the k best or those of `logprob_token_ids`."""
     finish_reason: str | None = None
     """`stop`, `length`, `abort`, `error`, or None while unfinished."""
@@ -78,7 +79,7 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    prompt_logprobs: Sequence[dict[int, Logprob] | None] | None
     """Per prompt token, None for the first; None unless asked for."""
     outputs: list[CompletionOutput]
     finished: bool

@@ -17,9 +17,11 @@ from sempre.ipc.messages import (
     GetMetrics,
     MetricsReply,
     OutputsReady,
+    PauseRequests,
     RequestSpec,
     ResetPrefixCache,
     ResetPrefixCacheReply,
+    ResumeRequests,
 )
 
 # Requests are sent in frames of about this size, so that the first ones run while the last ones are sent.
@@ -40,6 +42,7 @@ class _Entry:
     spec: RequestSpec
     token_ids: list[int] = field(default_factory=list)
     num_prompt_logprobs: int = 0
+    is_paused: bool = False
 
 
 class PendingRequests:
@@ -63,6 +66,10 @@ class PendingRequests:
             case AbortRequests(request_ids=request_ids):
                 for request_id in request_ids:
                     self._entries.pop(request_id, None)
+            case PauseRequests(request_ids=request_ids) | ResumeRequests(request_ids=request_ids):
+                for request_id in request_ids:
+                    if request_id in self._entries:
+                        self._entries[request_id].is_paused = isinstance(command, PauseRequests)
             case CallWorkers() | GetMetrics() | ResetPrefixCache():
                 self._calls.append(command)
 
@@ -90,6 +97,9 @@ class PendingRequests:
         """Commands for another coordinator to continue where the last one ended."""
         for frame in frames(_resumed(entry) for entry in self._entries.values()):
             yield AddRequests(requests=frame)
+        paused = [request_id for request_id, entry in self._entries.items() if entry.is_paused]
+        if paused:
+            yield PauseRequests(request_ids=paused)
         yield from self._calls
 
 

@@ -36,10 +36,12 @@ from sempre.ipc.messages import (
     HealthReply,
     MetricsReply,
     OutputsReady,
+    PauseRequests,
     RequestOutputDelta,
     RequestSpec,
     ResetPrefixCache,
     ResetPrefixCacheReply,
+    ResumeRequests,
     StalledRequests,
     StepResult,
     WorkerEvent,
@@ -78,7 +80,7 @@ class EngineCore:
 
     def has_unfinished(self) -> bool:
         """Whether an output or a reply is still pending."""
-        return bool(self._owners) or self._calls.pending()
+        return any(replica.has_work for replica in self._replicas) or self._calls.pending()
 
     def advance(self) -> list[ClientEvent]:
         """Send the next step to every replica with room for it; return events for the client. Raises WorkerDied."""
@@ -151,6 +153,16 @@ class EngineCore:
                 return _outputs([self._add(spec) for spec in requests])
             case AbortRequests(request_ids=request_ids, finish_reason=reason):
                 return _outputs([self._abort(request_id, reason) for request_id in request_ids])
+            case PauseRequests(request_ids=request_ids):
+                for request_id in request_ids:
+                    if request_id in self._owners:
+                        self._owners[request_id].pause_request(request_id)
+                return []
+            case ResumeRequests(request_ids=request_ids):
+                for request_id in request_ids:
+                    if request_id in self._owners:
+                        self._owners[request_id].resume_request(request_id)
+                return []
             case CallWorkers():
                 self._calls.start(command)
                 return []

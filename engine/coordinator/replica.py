@@ -61,6 +61,14 @@ class Replica:
             self._forget(request_id)
         return delta
 
+    def pause_request(self, request_id: str) -> None:
+        """Compute no more of a request until `resume_request`."""
+        self._scheduler.pause(request_id)
+
+    def resume_request(self, request_id: str) -> None:
+        """Continue a paused request."""
+        self._scheduler.resume(request_id)
+
     def advance(self, now: float) -> None:
         """Send the next step if the workers have room for one and it is time."""
         if not self.has_workers:
@@ -127,6 +135,11 @@ class Replica:
     def resume(self) -> None:
         """New workers are ready."""
         self.has_workers = True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step is in flight, or a request is unfinished and not paused."""
+        return bool(self._in_flight) or self._scheduler.has_unfinished()
 
     @property
     def num_unfinished(self) -> int:

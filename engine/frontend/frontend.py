@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from sempre.engine.arguments import Arguments
 from sempre.engine.frontend.limits import RequestLimits
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
@@ -237,6 +239,11 @@ def _generation_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
                 value=value,
             ) from error
     return dict(overrides)
+
+
+def limits_of(ready: EngineReady) -> EngineReady:
+    """The part that requests depend on, without what differs from start to start."""
+    return replace(ready, phase_seconds={}, worker_pids=[], draft_worker_pids=[])
 
 
 def engine_metrics(reply: MetricsReply, frontend: Frontend) -> list[Metric]:

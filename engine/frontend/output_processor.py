@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
+from sempre.engine.frontend.logprob_rows import AfterFirst, RowBuffer, floats, own_logprobs
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.detokenizer import IncrementalDetokenizer
 from sempre.engine.text.tokenizer import Tokenizer
-from sempre.ipc.errors import MessageMalformed, RequestError
-from sempre.ipc.messages import ErrorInfo, LogprobRows, RequestOutputDelta
-
-Number = TypeVar("Number", int, float)
+from sempre.ipc.errors import RequestError
+from sempre.ipc.messages import ErrorInfo, RequestOutputDelta
 
 
 class SequenceState:
@@ -34,9 +30,11 @@ class SequenceState:
         seed: int,
         params: SamplingParams,
         detokenizer: IncrementalDetokenizer | None,
+        rows: RowBuffer | None,
         interval: int = 1,
     ):
-        """`interval`: new tokens per output after the first; the last output may have fewer."""
+        """`rows`: for log-probabilities, if requested. `interval`: new tokens per output after the first; the last
+        output may have fewer."""
         self.index = index
         self.finish_reason: str | None = None
         self.error: ErrorInfo | None = None
@@ -45,7 +43,7 @@ class SequenceState:
         self._detokenizer = detokenizer
         self._token_ids: list[int] = []
         self._text: list[str] = []
-        self._logprobs: list[dict[int, Logprob]] | None = [] if params.reports_logprobs else None
+        self._rows = rows
         self._cumulative_logprob = 0.0
         self._stop_reason: int | str | None = None
         self._decodes_late = detokenizer is not None and not params.stop_strings
@@ -59,8 +57,7 @@ class SequenceState:
     @property
     def has_news(self) -> bool:
         """Whether enough tokens arrived since the last `take`."""
-        num_new = len(self._token_ids) - self._taken_tokens
-        is_enough = not self._taken_tokens or num_new >= self._interval or self.finish_reason is not None
+        is_enough = not self._taken_tokens or self.num_new_tokens >= self._interval or self.finish_reason is not None
         return self._has_news and is_enough
 
     @property
@@ -68,7 +65,17 @@ class SequenceState:
         """Tokens generated so far."""
         return len(self._token_ids)
 
-    def apply(self, delta: RequestOutputDelta, logprobs: Sequence[dict[int, Logprob]]) -> bool:
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens that have not been taken."""
+        return len(self._token_ids) - self._taken_tokens
+
+    @property
+    def num_logprobs(self) -> int:
+        """Log-probabilities that are held."""
+        return 0 if self._rows is None else self._rows.num_entries
+
+    def apply(self, delta: RequestOutputDelta) -> bool:
         """Add new tokens; return whether a stop string ended the sequence before the coordinator did."""
         token_ids = delta.token_ids
         finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
@@ -84,23 +91,26 @@ class SequenceState:
                 finish_reason, stop_reason = "stop", update.stop_reason
                 token_ids = token_ids[: update.num_tokens]
         self._token_ids += token_ids
-        if self._logprobs is not None:
-            rows = logprobs[: len(token_ids)]
-            if len(rows) != len(token_ids):
-                raise RequestError(
-                    f"the worker reported log-probabilities of {len(rows)} tokens, and {len(token_ids)} were sampled.",
-                    parameter="logprobs",
-                    request_id=delta.request_id,
-                )
-            self._logprobs += rows
-            for token_id, row in zip(token_ids, rows, strict=True):
-                self._cumulative_logprob += row[token_id].logprob
+        if self._rows is not None:
+            self._add_logprobs(delta, len(token_ids))
         self.finish_reason, self._stop_reason, self.error = finish_reason, stop_reason, delta.error
         if delta.pooled is not None:
-            values = _unpack("pooled", array("f"), delta.pooled, len(delta.pooled) // 4, "RequestOutputDelta")
-            self.pooled = values.tolist()
+            self.pooled = floats("RequestOutputDelta.pooled", delta.pooled)
         self._has_news = self._has_news or bool(token_ids) or finish_reason is not None
         return stopped_here
+
+    def _add_logprobs(self, delta: RequestOutputDelta, count: int) -> None:
+        num_rows = 0 if delta.logprobs is None else delta.logprobs.num_rows
+        if num_rows < count:
+            raise RequestError(
+                f"the worker reported log-probabilities of {num_rows} tokens, and {count} were sampled.",
+                parameter="logprobs",
+                request_id=delta.request_id,
+            )
+        if delta.logprobs is not None and self._rows is not None:
+            self._rows.add(delta.logprobs, count)
+            for logprob in own_logprobs(delta.logprobs, count):
+                self._cumulative_logprob += logprob
 
     def take(self, *, only_new: bool) -> CompletionOutput:
         """Return everything so far, or only what is new since the last call."""
@@ -114,8 +124,8 @@ class SequenceState:
             index=self.index,
             text="".join(self._text[first_piece:]),
             token_ids=self._token_ids[first_token:],
-            cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
-            logprobs=None if self._logprobs is None else self._logprobs[first_token:],
+            cumulative_logprob=None if self._rows is None else self._cumulative_logprob,
+            logprobs=None if self._rows is None else self._rows.take() if only_new else self._rows.everything(),
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
             seed=self._seed,
@@ -139,18 +149,35 @@ class RequestState:
     """One request of a user: its sequences and its next output."""
 
     def __init__(
-        self, request: PreparedRequest, tokenizer: Tokenizer, fingerprint: str, stream_interval: int = 1
+        self,
+        request: PreparedRequest,
+        tokenizer: Tokenizer,
+        fingerprint: str,
+        stream_interval: int = 1,
+        *,
+        keeps_packed: bool = False,
     ) -> None:
+        """`keeps_packed`: log-probabilities are given as `PackedRows`."""
         params = request.params
+        texts = tokenizer if _has_text(request, tokenizer) else None
+
+        def rows() -> RowBuffer:
+            return RowBuffer(texts, keeps_packed=keeps_packed)
+
         self.request = request
         self.request_id = request.request_id
         self.sequences = [
-            SequenceState(i, seed, params, _detokenizer(request, tokenizer), stream_interval)
+            SequenceState(
+                i,
+                seed,
+                params,
+                _detokenizer(request, tokenizer),
+                rows() if params.reports_logprobs else None,
+                stream_interval,
+            )
             for i, seed in enumerate(request.seeds)
         ]
-        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
-            None if params.prompt_logprobs is None else [None]
-        )
+        self.prompt_rows = None if params.prompt_logprobs is None else rows()
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self._num_running = len(self.sequences)
@@ -165,6 +192,20 @@ class RequestState:
     def end_sequence(self) -> None:
         """Count one more sequence as ended."""
         self._num_running -= 1
+
+    @property
+    def gives_deltas(self) -> bool:
+        """Whether each output holds only what is new."""
+        return self.request.params.output_kind is RequestOutputKind.DELTA
+
+    @property
+    def num_held(self) -> int:
+        """Log-probabilities that are held; in a stream of deltas, also the tokens."""
+        num_held = 0 if self.prompt_rows is None else self.prompt_rows.num_entries
+        num_held += sum([sequence.num_logprobs for sequence in self.sequences])
+        if self.gives_deltas:
+            num_held += sum([sequence.num_new_tokens for sequence in self.sequences])
+        return num_held
 
     @property
     def error(self) -> ErrorInfo | None:
@@ -186,13 +227,11 @@ class RequestState:
             if not due or self._waits_for_prompt():
                 return None
         only_new = kind is RequestOutputKind.DELTA
-        prompt_logprobs = None if only_new and self._prompt_logprobs_taken else self.prompt_logprobs
-        self._prompt_logprobs_taken = True
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.request.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=self._take_prompt_logprobs(only_new=only_new),
             outputs=[sequence.take(only_new=only_new) for sequence in due],
             finished=self.finished,
             metrics=self.metrics,
@@ -201,12 +240,19 @@ class RequestState:
             pooled=self.sequences[0].pooled,
         )
 
+    def _take_prompt_logprobs(self, *, only_new: bool) -> Sequence[dict[int, Logprob] | None] | None:
+        if self.prompt_rows is None or (only_new and self._prompt_logprobs_taken):
+            return None
+        self._prompt_logprobs_taken = True
+        rows = self.prompt_rows.take() if only_new else self.prompt_rows.everything()
+        return [None, *rows] if isinstance(rows, list) else AfterFirst(rows)
+
     def _waits_for_prompt(self) -> bool:
         """Whether the prompt's log-probabilities are still missing. The first sequence computes them; another one may
         have its first token earlier, from the prefix cache or on another replica."""
-        if self.prompt_logprobs is None or self.sequences[0].finish_reason is not None:
+        if self.prompt_rows is None or self._prompt_logprobs_taken or self.sequences[0].finish_reason is not None:
             return False
-        return len(self.prompt_logprobs) < len(self.request.prompt_token_ids)
+        return len(self.prompt_rows) < len(self.request.prompt_token_ids) - 1
 
 
 @dataclass(slots=True)
@@ -240,8 +286,8 @@ class OutputProcessor:
         names = [request_id] if n == 1 else [f"{request_id}_{i}" for i in range(n)]
         return request_id in self._requests or any(name in self._sequences for name in names)
 
-    def add(self, request: PreparedRequest) -> RequestState:
-        """Track `request`. Raises RequestError if its id is in use."""
+    def add(self, request: PreparedRequest, *, keeps_packed: bool = False) -> RequestState:
+        """Track `request`; `keeps_packed` as in RequestState. Raises RequestError if its id is in use."""
         if self.is_in_use(request.request_id, len(request.sequences)):
             raise RequestError(
                 f"request_id {request.request_id!r} is in use by an unfinished request.",
@@ -249,7 +295,9 @@ class OutputProcessor:
                 value=request.request_id,
                 request_id=request.request_id,
             )
-        state = RequestState(request, self._tokenizer, self._fingerprint, self._stream_interval)
+        state = RequestState(
+            request, self._tokenizer, self._fingerprint, self._stream_interval, keeps_packed=keeps_packed
+        )
         self._requests[request.request_id] = state
         for spec, sequence in zip(request.sequences, state.sequences, strict=True):
             self._sequences[spec.request_id] = (state, sequence)
@@ -299,18 +347,15 @@ class OutputProcessor:
 
     def _apply(self, state: RequestState, sequence: SequenceState, delta: RequestOutputDelta) -> bool:
         # Siblings share one prompt: the first one's report counts for the request.
-        if delta.prompt_logprobs is not None and state.prompt_logprobs is not None and sequence.index == 0:
-            state.prompt_logprobs += self._unpacked(state, delta.prompt_logprobs)
+        if delta.prompt_logprobs is not None and state.prompt_rows is not None and sequence.index == 0:
+            state.prompt_rows.add(delta.prompt_logprobs, delta.prompt_logprobs.num_rows)
         if delta.num_cached_tokens and sequence.index == 0:
             state.num_cached_tokens = delta.num_cached_tokens
         if delta.time_in_queue is not None and state.metrics.time_in_queue is None:
             state.metrics.time_in_queue = delta.time_in_queue
         if state.metrics.first_token_time is None and delta.token_ids:
             state.metrics.first_token_time = time.time()
-        return sequence.apply(delta, () if delta.logprobs is None else self._unpacked(state, delta.logprobs))
-
-    def _unpacked(self, state: RequestState, rows: LogprobRows) -> list[dict[int, Logprob]]:
-        return unpack_logprobs(rows, self._tokenizer if _has_text(state.request, self._tokenizer) else None)
+        return sequence.apply(delta)
 
 
 def _has_text(request: PreparedRequest, tokenizer: Tokenizer) -> bool:
@@ -329,45 +374,3 @@ def _detokenizer(request: PreparedRequest, tokenizer: Tokenizer) -> IncrementalD
         min_tokens=params.min_tokens,
         prompt_token_ids=request.prompt_token_ids,
     )
-
-
-def unpack_logprobs(rows: LogprobRows, tokenizer: Tokenizer | None) -> list[dict[int, Logprob]]:
-    """Return one dict per row: the row's own token first, then the k best, then those requested by id, each once.
-
-    Every `logprob` is exactly the worker's float32. `decoded_token` needs a tokenizer. Raises MessageMalformed if
-    the packed sizes are inconsistent.
-    """
-    token_ids = _unpack("token_ids", array("i"), rows.token_ids, rows.num_rows * rows.width)
-    logprobs = _unpack("logprobs", array("f"), rows.logprobs, rows.num_rows * rows.width)
-    ranks = _unpack("ranks", array("i"), rows.ranks, rows.num_rows)
-    num_listed = len(rows.listed_ranks) // (4 * rows.num_rows) if rows.num_rows else 0
-    listed_ranks = _unpack("listed_ranks", array("i"), rows.listed_ranks, rows.num_rows * num_listed)
-    first_listed = rows.width - num_listed
-    unpacked = []
-    for row in range(rows.num_rows):
-        entries: dict[int, Logprob] = {}
-        start = row * rows.width
-        for column in range(rows.width):
-            token_id = token_ids[start + column]
-            if token_id in entries:
-                continue
-            if column >= first_listed:
-                rank = listed_ranks[row * num_listed + column - first_listed]
-            else:
-                rank = column or ranks[row]
-            text = None if tokenizer is None else tokenizer.token_text(token_id)
-            entries[token_id] = Logprob(logprobs[start + column], rank, text)
-        unpacked.append(entries)
-    return unpacked
-
-
-def _unpack(field: str, values: array[Number], data: bytes, count: int, message: str = "LogprobRows") -> array[Number]:
-    """Fill the empty `values` from little-endian bytes."""
-    if len(data) != count * values.itemsize:
-        raise MessageMalformed(
-            f"{message}.{field}: expected {count * values.itemsize} bytes, found {len(data)}.", field=field
-        )
-    values.frombytes(data)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values

@@ -42,7 +42,8 @@ class CrashIsolation:
 
     def note_crash(self, in_flight: Iterable[PlannedStep]) -> list[tuple[Request, int]]:
         """Suspect the unfinished requests of these steps; return those to fail, with their number of crashes."""
-        at_work = [request for step in in_flight for request in step.requests if request.finish_reason is None]
+        requests = [request for step in in_flight for request in step.requests]
+        at_work = [request for request in requests if request.finish_reason is None and not request.is_paused]
         num_steps = Counter(request.request_id for request in at_work)
         for request in at_work:
             suspect = self._suspects.setdefault(request.request_id, _Suspect(request))

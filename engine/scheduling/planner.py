@@ -34,7 +34,7 @@ _SHARE_FOR_SHORT = 4
 
 
 class StepPlanner:
-    """The running and waiting requests, and the blocks of the running ones."""
+    """The running and waiting requests, and the blocks of the running ones; paused requests are in neither queue."""
 
     def __init__(self, limits: Limits, kv_cache: KVCacheManager, counters: SchedulerStats) -> None:
         self._limits = limits
@@ -42,6 +42,7 @@ class StepPlanner:
         self._counters = counters
         self.running: list[Request] = []  # sorted by order key, like `waiting`
         self.waiting: list[Request] = []
+        self.num_paused = 0
 
     def plan(self, step_id: int, alone: Request | None, now: float) -> PlannedStep:
         """Plan the next step, of one request if one must run `alone`; it is empty if there is nothing to compute.
@@ -71,8 +72,23 @@ class StepPlanner:
         """Queue a request that is not running, at its place in the order."""
         insort(self.waiting, request, key=_ORDER_KEY)
 
+    def pause(self, request: Request) -> None:
+        """Remove a request from its queue until `resume`, and free its blocks."""
+        self.leave(request)
+        request.is_paused = True
+        self.num_paused += 1
+
+    def resume(self, request: Request) -> None:
+        """Let a paused request wait at its place in the order."""
+        self.leave(request)
+        self.wait(request)
+
     def leave(self, request: Request) -> None:
-        """Remove a request from its queue, and free its blocks."""
+        """Remove a request from its queue, if it is in one, and free its blocks."""
+        if request.is_paused:
+            request.is_paused = False
+            self.num_paused -= 1
+            return
         _remove(self.running if request.is_running else self.waiting, request)
         request.is_running = False
         self.kv_cache.release(request)
@@ -83,12 +99,12 @@ class StepPlanner:
         self.wait(request)
 
     def restart(self, requests: Iterable[Request]) -> None:
-        """Make all `requests` wait: the worker has died, and the cache is empty."""
+        """Make all `requests` wait that are not paused: the worker has died, and the cache is empty."""
         for request in self.running:
             request.is_running = False
             self.kv_cache.release(request)
         self.running.clear()
-        self.waiting = sorted(requests, key=_ORDER_KEY)
+        self.waiting = sorted((request for request in requests if not request.is_paused), key=_ORDER_KEY)
         self.kv_cache.forget_cached()
 
     def _plan_running(self, step: PlannedStep, now: float) -> bool:

@@ -64,6 +64,7 @@ class Request:
         "drafts_in_flight",
         "finish_reason",
         "is_known_to_worker",
+        "is_paused",
         "is_running",
         "max_total_tokens",
         "min_total_tokens",
@@ -119,6 +120,7 @@ class Request:
         self.stop_reason: int | None = None
 
         self.is_running = False
+        self.is_paused = False
         # begun by another engine, which counted its prompt and reported its cached tokens
         self.was_admitted = bool(spec.output_token_ids or spec.num_prompt_logprobs_delivered)
         self.num_prompt_tokens_counted = self.num_prompt_tokens if self.was_admitted else 0

@@ -108,8 +108,22 @@ class Scheduler:
             request_id=request_id, finish_reason=finish_reason, num_cached_tokens=request.cached_tokens_to_report
         )
 
+    def pause(self, request_id: str) -> None:
+        """Plan no more steps of a request until `resume`; it keeps its tokens, but no blocks. Ignores unknown ids."""
+        request = self._requests.get(request_id)
+        if request is not None and not request.is_paused:
+            self._planner.pause(request)
+            self._isolation.release(request)
+
+    def resume(self, request_id: str) -> None:
+        """Continue a paused request; ignores others."""
+        request = self._requests.get(request_id)
+        if request is not None and request.is_paused:
+            self._planner.resume(request)
+
     def has_unfinished(self) -> bool:
-        return bool(self._requests)
+        """Whether a request is unfinished and not paused."""
+        return len(self._requests) > self._planner.num_paused
 
     @property
     def num_unfinished(self) -> int:
@@ -351,6 +365,7 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, block tables, pool and prefix cache agree."""
-        assert len(self._planner.running) + len(self._planner.waiting) == len(self._requests)
+        num_queued = len(self._planner.running) + len(self._planner.waiting)
+        assert num_queued + self._planner.num_paused == len(self._requests)
         assert all(request.finish_reason is None for request in self._requests.values())
         self._planner.check_invariants()

@@ -31,6 +31,7 @@ from sempre.engine.server.responses import (
     ChunkEncoder,
     CompletionTokensDetails,
     Usage,
+    early,
 )
 from sempre.engine.server.service import Service
 from sempre.engine.server.tools import ChatPlan
@@ -132,7 +133,7 @@ class _Answer:
 
     def whole(self, output: RequestOutput) -> ChatCompletionResponse:
         """Return the body of an unstreamed response."""
-        choices = [self._whole_choice(choice) for choice in output.outputs]
+        choices = [early(self._whole_choice(choice)) for choice in output.outputs]
         body = ChatCompletionResponse(
             id=self._id,
             created=self._created,

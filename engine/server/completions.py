@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 
 from starlette.requests import Request
@@ -18,7 +18,13 @@ from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prom
 from sempre.engine.server.parameters import apply_server_defaults, blame_on, check_model, completion_parameters
 from sempre.engine.server.prompts import check_form, id_of, prompts_of
 from sempre.engine.server.requests import CompletionRequest
-from sempre.engine.server.responses import ChunkEncoder, CompletionChoice, CompletionLogprobs, CompletionResponse
+from sempre.engine.server.responses import (
+    ChunkEncoder,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionResponse,
+    early,
+)
 from sempre.engine.server.service import Service
 from sempre.engine.server.tracing import RequestSpan
 from sempre.engine.text.token_stream import TokenStream, finished_text
@@ -65,7 +71,7 @@ class _Answer:
         self._skipped: Collection[int] = self._tokenizer.special_texts if skips_special else ()
         self._writers: dict[int, CompletionLogprobsWriter] = {}
         self._begun: set[int] = set()
-        self._prompt_rows: dict[int, list[dict[int, Logprob] | None]] = {}
+        self._prompt_rows: dict[int, Sequence[dict[int, Logprob] | None]] = {}
         self._chunks = ChunkEncoder(
             response_id=response_id,
             kind="text_completion",
@@ -80,7 +86,9 @@ class _Answer:
     def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
         """Return the body of an unstreamed response."""
         choices = [
-            self._choice(place, output, choice) for place, output in enumerate(outputs) for choice in output.outputs
+            early(self._choice(place, output, choice))
+            for place, output in enumerate(outputs)
+            for choice in output.outputs
         ]
         return CompletionResponse(
             id=self._id,

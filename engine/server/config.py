@@ -67,6 +67,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_connections: Annotated[Count, doc("maximum connections; fewer if the limit of open files is lower")] = 4096
     max_connections_per_address: Annotated[Count, doc("maximum connections from one address")] = 2048
     max_held_bytes: Annotated[_Bytes, doc("maximum bytes of all unanswered requests; more get 503")] = 128 * 1024 * 1024
+    max_held_logprobs: Annotated[
+        Count, doc("maximum log-probabilities of one answer held until it is complete; a stream waits for its reader")
+    ] = 512 * 1024
     metrics_prefix: Annotated[MetricsPrefix, doc("prefix of the names at /metrics")] = "sempre"
     log_format: Annotated[LogFormat, doc("form of log lines")] = "text"
     enable_access_log: Annotated[bool, doc("log a line per request")] = True

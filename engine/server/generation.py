@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 import msgspec
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.output_stream import OutputStream
-from sempre.engine.outputs import RequestMetrics, RequestOutput
+from sempre.engine.outputs import Logprob, RequestMetrics, RequestOutput
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.beams import BeamStream
 from sempre.engine.server.errors import ClientGone, api_error
@@ -90,6 +90,19 @@ class Generation:
             return encode()
         return await self._service.offload.written(encode)
 
+    async def written(self, outputs: Sequence[RequestOutput], encode: Encode) -> bytes:
+        """Return the events of outputs, encoded off the event loop if they are long."""
+
+        def events() -> bytes:
+            return b"".join(map(encode, outputs))
+
+        rows: list[Sequence[Mapping[int, Logprob] | None] | None]
+        rows = [choice.logprobs for output in outputs for choice in output.outputs]
+        rows += [output.prompt_logprobs for output in outputs]
+        if sum(len(part) * len(part[-1] or ()) for part in rows if part) <= _LONG_LOGPROBS:
+            return events()
+        return await self._service.offload.written(events)
+
     def _num_logprobs(self) -> int:
         """Maximum number of log-probabilities in the response."""
         params = self.requests[0].params
@@ -157,7 +170,7 @@ class EventStream(Response):
             for event in self._first:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             while outputs := await self._generation.next():
-                body = b"".join(map(self._encode, outputs))
+                body = await self._generation.written(outputs, self._encode)
                 if body:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
             end = self._last()

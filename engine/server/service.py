@@ -102,10 +102,11 @@ class Service:
         for prompt_params in each:
             check_copies(prompt_params, num_sequences)
         self.admission.admit(num_sequences)
+        most = self.config.max_held_logprobs
         try:
             stream: OutputStream | BeamStream
             if search is None:
-                stream = self.engine.stream(list(prompts), params, priority=priority)
+                stream = self.engine.stream(list(prompts), params, priority=priority, max_held_logprobs=most)
             else:
                 stream = BeamStream(self.engine, list(prompts), search, each[0], priority)
         except BaseException:

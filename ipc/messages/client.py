@@ -62,6 +62,21 @@ class AbortRequests(Message, frozen=True, kw_only=True):
     finish_reason: Literal["abort", "stop"] = "abort"
 
 
+class PauseRequests(Message, frozen=True, kw_only=True):
+    """Compute no more tokens of these requests until ResumeRequests: their reader is behind. Unknown ids are ignored.
+
+    Tokens of steps in flight still arrive. A paused request holds no memory of a worker's.
+    """
+
+    request_ids: list[str]
+
+
+class ResumeRequests(Message, frozen=True, kw_only=True):
+    """Continue paused requests; others are ignored."""
+
+    request_ids: list[str]
+
+
 class CallWorkers(Message, frozen=True, kw_only=True):
     """Call one of the workers' public methods on every worker."""
 
@@ -91,6 +106,8 @@ ClientCommand = (
     ClientHello
     | AddRequests
     | AbortRequests
+    | PauseRequests
+    | ResumeRequests
     | CallWorkers
     | ResetPrefixCache
     | GetMetrics

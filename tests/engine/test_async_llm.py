@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -17,17 +18,20 @@ from sempre.engine import (
     AsyncLLM,
     EngineDeadError,
     Gauge,
+    Logprob,
     RequestError,
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
     WorkerDied,
 )
+from sempre.engine.output_stream import MOST_AHEAD
 
 PROMPT = "It is a truth"
 # a context long enough that a request without a limit runs for seconds: one that is ended has not ended by itself
 SETTINGS: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 8, "num_threads": 1}
 DELTA = RequestOutputKind.DELTA
+Joined = tuple[list[int], list[dict[int, Logprob]]]
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
@@ -117,6 +121,72 @@ def test_a_loop_that_was_held_up_misses_nothing(engine: AsyncLLM, run: Run) -> N
     parts = run(held_up())
     assert [token for part in parts for token in part.outputs[0].token_ids] == whole.outputs[0].token_ids
     assert "".join(part.outputs[0].text for part in parts) == whole.outputs[0].text
+
+
+async def held_until_read(engine: AsyncLLM, params: SamplingParams) -> tuple[int, dict[int, Joined]]:
+    """Read once, then not before the engine waits, then all; how much was held, and the outputs joined."""
+    stream = engine.stream(PROMPT, params)
+    outputs = await stream.next()
+    held, before = 0, -1
+    while not stream._paused or held != before:
+        await asyncio.sleep(0.3)
+        held, before = stream._num_held, held
+    joined: dict[int, Joined] = {index: ([], []) for index in range(params.n)}
+    while outputs:
+        for choice in (choice for output in outputs for choice in output.outputs):
+            joined[choice.index][0].extend(choice.token_ids)
+            joined[choice.index][1].extend(choice.logprobs or [])
+        outputs = await stream.next()
+    stream.close()
+    return held, joined
+
+
+def check_slow_reader(engine: AsyncLLM, run: Run) -> None:
+    params = short(n=8, max_tokens=260, logprobs=20, temperature=1.0, output_kind=RequestOutputKind.FINAL_ONLY)
+    (whole,) = run(collect(engine.generate(PROMPT, params)))
+    num_all = sum(len(row) + 1 for choice in whole.outputs for row in choice.logprobs or [])
+    held, joined = run(held_until_read(engine, replace(params, output_kind=DELTA)))
+    # what one step adds may exceed the limit, and steps are in flight
+    assert MOST_AHEAD < held < MOST_AHEAD + 8 * 8 * 22 < num_all
+    assert joined == {choice.index: (choice.token_ids, choice.logprobs) for choice in whole.outputs}
+    (other,) = run(collect(engine.generate(PROMPT, replace(params, seed=999, n=1, max_tokens=12))))
+    assert other.outputs[0].token_ids != joined[0][0][:12], "the control"
+
+
+def test_the_engine_waits_for_a_slow_reader(engine: AsyncLLM, run: Run) -> None:
+    check_slow_reader(engine, run)
+
+
+def test_an_engine_in_this_process_waits_for_a_slow_reader(runner: asyncio.Runner, run: Run) -> None:
+    async_llm = AsyncLLM("tiny", seed=3, multiprocessing=False, **SETTINGS)
+    runner.run(async_llm.start())
+    try:
+        check_slow_reader(async_llm, run)
+    finally:
+        runner.run(async_llm.__aexit__(None, None, None))
+
+
+def test_an_answer_is_bounded_by_its_log_probabilities(engine: AsyncLLM, run: Run) -> None:
+    async def read(limit: int, params: SamplingParams) -> list[RequestOutput]:
+        stream = engine.stream(PROMPT, params, max_held_logprobs=limit)
+        try:
+            return await stream.next()
+        finally:
+            stream.close()
+
+    whole = short(output_kind=RequestOutputKind.FINAL_ONLY)
+    for params in (replace(whole, logprobs=2), replace(whole, prompt_logprobs=2), replace(whole, logprobs=2, n=2)):
+        (expected,) = run(collect(engine.generate(PROMPT, params)))
+        (found,) = run(read(1000, params))
+        assert [list(choice.logprobs or []) for choice in found.outputs] == [
+            choice.logprobs or [] for choice in expected.outputs
+        ]
+        assert list(found.prompt_logprobs or []) == (expected.prompt_logprobs or [])
+        with pytest.raises(RequestError, match=r"at most 8 may be held until it is complete \(--max-held-logprobs\)"):
+            run(read(8, params))
+    assert run(read(8, whole)), "tokens alone are not counted"
+    assert engine._frontend.processor.num_unfinished == 0
+    assert run(wait_for_idle(engine))
 
 
 def test_stop_string(engine: AsyncLLM, run: Run) -> None:

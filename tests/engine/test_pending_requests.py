@@ -13,7 +13,9 @@ from sempre.ipc.messages import (
     LogprobRows,
     MetricsReply,
     OutputsReady,
+    PauseRequests,
     RequestOutputDelta,
+    ResumeRequests,
 )
 
 
@@ -37,6 +39,17 @@ def test_unfinished_requests_go_on_where_they_were() -> None:
     assert (first.prompt_token_ids, first.output_token_ids, first.num_prompt_logprobs_delivered) == ([1, 2, 3], [5], 2)
     assert (first.seed, first.ordinal, last) == (0, 0, specs[3])
     assert pending.num_unfinished == 2
+
+
+def test_paused_requests_stay_paused() -> None:
+    pending = PendingRequests()
+    pending.sent(AddRequests(requests=[make_request([1], ordinal=i) for i in range(3)]))
+    pending.sent(PauseRequests(request_ids=["0", "1", "unknown"]))
+    pending.sent(ResumeRequests(request_ids=["0", "2"]))
+    added, paused = pending.commands()
+    assert isinstance(added, AddRequests)
+    assert len(added.requests) == 3
+    assert paused == PauseRequests(request_ids=["1"])
 
 
 def test_calls_without_an_answer_are_made_again() -> None:

@@ -23,6 +23,8 @@ EXAMPLES: list[m.Message] = [
     m.ClientHello(protocol_version=1, pid=2),
     m.AddRequests(requests=[SPEC]),
     m.AbortRequests(request_ids=["r"]),
+    m.PauseRequests(request_ids=["r"]),
+    m.ResumeRequests(request_ids=["r"]),
     m.CallWorkers(call_id=1, method="ping", args=[1], kwargs={"k": None}),
     m.ResetPrefixCache(call_id=1),
     m.GetMetrics(call_id=1),
@@ -96,6 +98,8 @@ GOLDEN = {
         01029090c0c0c0c090cfffffffffffffffff0000c09000c0
     """,
     "AbortRequests": "93ad41626f7274526571756573747391a172a561626f7274",
+    "PauseRequests": "92ad5061757365526571756573747391a172",
+    "ResumeRequests": "92ae526573756d65526571756573747391a172",
     "CallWorkers": "95ab43616c6c576f726b65727301a470696e67910181a16bc0",
     "ResetPrefixCache": "92b05265736574507265666978436163686501",
     "GetMetrics": "92aa4765744d65747269637301",

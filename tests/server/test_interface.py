@@ -291,6 +291,15 @@ def test_prompt_logprobs(server: ServerProcess, llm: LLM) -> None:
     assert found == score.logprobs[1:]
 
 
+def test_an_answer_with_too_many_log_probabilities_is_refused_at_once(server: ServerProcess) -> None:
+    answer = server.complete(prompt=[[5 + i] * 240 for i in range(110)], prompt_logprobs=20, max_tokens=1)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "prompt_logprobs"
+    assert "at least 552090 log-probabilities, and at most 524288" in error["message"]
+    assert not server.load()["num_sequences"]
+
+
 def test_sampling_fields_reach_the_engine(server: ServerProcess) -> None:
     fields: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 8, "seed": 1, "return_token_ids": True}
     assert server.complete(**fields, logit_bias={"300": 100}).json()["choices"][0]["token_ids"] == [300] * 8

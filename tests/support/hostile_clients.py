@@ -142,6 +142,13 @@ def unread_answers(port: int) -> int:
     return 0
 
 
+def unread_logprobs(port: int) -> int:
+    """A few streams of many log-probabilities that nobody reads."""
+    body = b'{"prompt": "It is", "n": 16, "max_tokens": 200, "ignore_eos": true, "stream": true, "logprobs": 20}'
+    hold(port, [POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)] * 8)
+    return 0
+
+
 def hold(port: int, beginnings: list[bytes]) -> None:
     """Open a connection for each beginning, send it and wait."""
     with ExitStack() as stack:
@@ -215,5 +222,6 @@ ATTACKS: dict[str, Callable[[int], int]] = {
         held_bodies,
         held_small_bodies,
         unread_answers,
+        unread_logprobs,
     )
 }

@@ -252,6 +252,47 @@ def test_none_overtakes_the_first_waiting_request() -> None:
     assert list(replica.step()[0]) == ["a"]
 
 
+# Pauses
+
+
+def test_a_paused_request_leaves_its_place_and_its_blocks_to_others_until_it_goes_on() -> None:
+    replica = Replica(num_blocks=4, max_num_seqs=1, enable_prefix_caching=False)
+    replica.add(spec("a", 7, max_tokens=3), spec("b", 7, ordinal=1, max_tokens=3))
+    assert replica.step()[0] == {"a": 7}
+    ahead = replica.schedule()
+    replica.scheduler.pause("a")
+    replica.scheduler.pause("a")
+    replica.scheduler.check_invariants()
+    assert [delta.token_ids for delta in replica.scheduler.update(ahead, replica.answer(ahead))] == [[108]], (
+        "still comes"
+    )
+    assert [replica.step()[0] for _ in range(3)] == [{"b": 7}, {"b": 1}, {"b": 1}]
+    assert not replica.scheduler.has_unfinished()
+    assert replica.scheduler.schedule() is None
+    for _ in range(2):
+        replica.scheduler.resume("a")
+    computed, deltas = replica.step()
+    assert (computed, [(delta.token_ids, delta.finish_reason) for delta in deltas]) == ({"a": 9}, [([109], "length")])
+
+
+def test_a_paused_request_can_be_aborted_and_survives_a_crash() -> None:
+    replica = Replica(num_blocks=16)
+    replica.add(spec("a", 7, max_tokens=3), spec("b", 7, ordinal=1, max_tokens=3))
+    replica.step()
+    replica.schedule()
+    for name in ("a", "b", "unknown"):
+        replica.scheduler.pause(name)
+    replica.scheduler.resume("unknown")
+    assert replica.scheduler.restart("killed") == []
+    assert replica.scheduler.schedule() is None, "not even alone, as one that may have caused the crash"
+    ended = replica.scheduler.abort("b")
+    assert ended is not None
+    replica.scheduler.check_invariants()
+    replica.scheduler.resume("a")
+    assert replica.finish()["a"].finish_reason == "length"
+    assert replica.scheduler.num_unfinished == 0
+
+
 # Preemption
 
 

@@ -208,6 +208,8 @@ class Workload:
     fail_at: dict[str, int]
     restarts: frozenset[int]
     resets: frozenset[int]
+    pauses: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """from one tick to another"""
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,7 @@ class Simulation:
     def run(self) -> dict[str, Outcome]:
         last_arrival = max(self.workload.arrivals)
         tick = 0
-        while tick <= last_arrival or self.scheduler.has_unfinished() or self.in_flight:
+        while tick <= last_arrival or self.scheduler.num_unfinished or self.in_flight:
             assert tick < 4000, "no progress"
             self.command(tick)
             self.advance()
@@ -307,6 +309,11 @@ class Simulation:
             delta = self.scheduler.abort(request_id) if at == tick else None
             if delta is not None:
                 self.outcomes[request_id].finish_reason = delta.finish_reason
+        for request_id, (start, end) in self.workload.pauses.items():
+            if tick == start:
+                self.scheduler.pause(request_id)
+            if tick == end:
+                self.scheduler.resume(request_id)
         if tick in self.workload.restarts:
             self.worker = ScriptedWorker(self.setup, self.workload.fail_at)
             self.in_flight.clear()
@@ -375,6 +382,7 @@ speculative_configs = st.builds(
     prompt_lookup_min=st.integers(1, 2),
 )
 token_ids = st.integers(0, NUM_TOKEN_IDS - 1)
+pauses = st.tuples(st.integers(0, 30), st.integers(1, 20)).map(lambda pause: (pause[0], sum(pause)))
 SHARED_PREFIX = [1, 0, 2, 1, 3, 0, 1, 1, 2, 0, 3, 3, 1, 0, 2, 2, 1, 3, 0, 0]
 
 
@@ -435,6 +443,7 @@ def workloads(draw: st.DrawFn, setup: Setup) -> Workload:
         fail_at=draw(st.dictionaries(ids, st.integers(0, 30), max_size=1)),
         restarts=draw(st.frozensets(st.integers(0, 40), max_size=2)),
         resets=draw(st.frozensets(st.integers(0, 40), max_size=2)),
+        pauses=draw(st.dictionaries(ids, pauses, max_size=2)),
     )
 
 
