@@ -40,18 +40,18 @@ def work_of(spec: ModelSpec, tokens: int, contexts: Iterable[int], logit_rows: i
     """Matmuls and attention of a step of `tokens` tokens, evenly from requests whose numbers of keys are `contexts`:
     one token each, or whole prompts; `logit_rows` of them get logits."""
     keys = list(contexts)
-    queries = spec.num_heads * spec.head_dim
-    keys_and_values = 2 * spec.num_kv_heads * spec.head_dim
+    queries = [spec.num_heads * layer.head_dim for layer in spec.kv_layers]
+    keys_and_values = [2 * layer.num_kv_heads * layer.head_dim for layer in spec.kv_layers]
+    written = [size for size, layer in zip(keys_and_values, spec.kv_layers, strict=True) if layer.source is None]
     sparse = len(spec.sparse_layers) if isinstance(spec, MoeSpec) else 0
     head = spec.vocab_size * spec.hidden_size
-    matrices = spec.num_layers * spec.hidden_size * (2 * queries + keys_and_values)
+    matrices = spec.hidden_size * (2 * sum(queries) + sum(written))
     matrices += (spec.num_layers - sparse) * 3 * spec.hidden_size * spec.intermediate_size
     products = Work("products", ITEM * (matrices + head), 2.0 * (matrices * tokens + head * logit_rows))
-    key_bytes = 2 * ITEM * spec.num_kv_heads * spec.head_dim * spec.num_layers
     per_request = tokens // len(keys)
     # a prompt's row sees half of it on average
     seen = sum(keys) * per_request / (1 if per_request == 1 else 2)
-    attention = Work("attention", key_bytes * sum(keys), 4.0 * queries * seen * spec.num_layers)
+    attention = Work("attention", ITEM * sum(keys_and_values) * sum(keys), 4.0 * sum(queries) * seen)
     return [products, attention, *([_experts(spec, sparse, tokens)] if isinstance(spec, MoeSpec) else [])]
 
 

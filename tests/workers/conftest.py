@@ -110,6 +110,13 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
         "llama-yarn-rope": llama(**COMMON, rope_parameters=YARN_ROPE),
         "llama-head-dim": llama(**COMMON, head_dim=48),
         "mistral-window": mistral(**COMMON, sliding_window=24),
+        "mistral3-multimodal": transformers.Mistral3Config(
+            text_config=mistral(**COMMON, head_dim=32, sliding_window=None),
+            vision_config=transformers.PixtralVisionConfig(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28
+            ),
+            tie_word_embeddings=False,
+        ),
         "qwen2": qwen2(**COMMON, tie_word_embeddings=True),
         "qwen2-upper-window": qwen2(**COMMON, use_sliding_window=True, sliding_window=20, max_window_layers=1),
         "qwen3": qwen3(**COMMON, head_dim=32),

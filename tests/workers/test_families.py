@@ -21,7 +21,7 @@ from sempre.ipc.messages import SamplingSpec
 from sempre.kernels.rope import RopeSpec
 from sempre.workers.kv_cache import PagedKvCache, block_bytes
 from sempre.workers.layers.linear_kernel import INVARIANT
-from sempre.workers.loading import load_model
+from sempre.workers.loading import live_digest, load_model
 from sempre.workers.models.config import LayerKv
 from sempre.workers.models.registry import load_spec, parse_spec
 
@@ -36,7 +36,7 @@ FAMILIES = [
     "phi3-part", "gemma3", "gemma3-odd",
     "gemma3-multimodal", "gpt-oss", "gpt-oss-odd",
     "gemma3-multimodal", "gemma4", "gemma4-odd", "gemma4-multimodal", "gemma4-unified", "gemma4-unified-multimodal",
-    "llama-proportional-rope",
+    "llama-proportional-rope", "mistral3-multimodal",
 ]  # fmt: skip
 WINDOWED, FULL = "sliding_attention", "full_attention"
 
@@ -353,6 +353,25 @@ def test_the_text_part_has_the_common_fields_of_the_whole() -> None:
 def test_what_is_not_honoured_is_refused_by_name(architecture: str, field: str, value: object, expected: str) -> None:
     with pytest.raises(ModelError, match=f"config.json: {expected}"):
         parse_spec({"architectures": [architecture], "head_dim": 128, field: value}, {})
+
+
+def test_either_name_of_the_text_part_is_known(checkpoints: Any, tmp_path: Path) -> None:
+    """Older files have the model within the part, newer ones the part within the model."""
+    for family in ("gemma3-multimodal", "mistral3-multimodal"):
+        folder = tmp_path / family
+        shutil.copytree(checkpoints(family).folder, folder)
+        tensors = load_file(folder / "model.safetensors")
+        model = load_model(worker_config(folder), load_spec(folder), INVARIANT).model
+        names = {name.replace("language_model.model.", "model.language_model.") for name in tensors}
+        assert names != set(tensors)
+        renamed = {
+            ("lm_head.weight" if name == "language_model.lm_head.weight" else "model." + name)
+            .replace("model.language_model.model.", "model.language_model."): tensor
+            for name, tensor in tensors.items()
+        }  # fmt: skip
+        save_file(renamed, folder / "model.safetensors")
+        again = load_model(worker_config(folder), load_spec(folder), INVARIANT).model
+        assert live_digest(again) == live_digest(model)
 
 
 def test_layers_that_predict_more_tokens_are_not_read(checkpoints: Any, tmp_path: Path) -> None:

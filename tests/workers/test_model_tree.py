@@ -50,6 +50,7 @@ NAMES = [
     "gemma3-multimodal",
     "gpt-oss",
     "gpt-oss-odd",
+    "mistral3-multimodal",
     "gemma4",
     "gemma4-odd",
     "gemma4-multimodal",

@@ -24,7 +24,7 @@ COUNTS = (9, 7, 1, 5)
 WANTED = (1, 0, 1, 3)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma4", "gemma4-odd"])
 def model(request: pytest.FixtureRequest, checkpoints: Callable[[str], Any]) -> LoadedModel:
     config = worker_config(
         checkpoints(request.param).folder,

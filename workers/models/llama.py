@@ -27,13 +27,16 @@ from sempre.workers.models.config import (
     parse_decoder,
     refuse_other_activation,
 )
+from sempre.workers.models.multimodal import TEXT_PART, text_part
 from sempre.workers.steps import StepInput
 
+MULTIMODAL = "Mistral3ForConditionalGeneration"
 RULES = {
     "LlamaForCausalLM": FamilyRules(
         qkv_bias=BiasRule.ATTENTION_BIAS, o_bias=BiasRule.ATTENTION_BIAS, mlp_bias=BiasRule.MLP_BIAS
     ),
     "MistralForCausalLM": FamilyRules(window=WindowRule.EVERY_LAYER),
+    MULTIMODAL: FamilyRules(window=WindowRule.EVERY_LAYER),
     "Qwen2ForCausalLM": FamilyRules(qkv_bias=BiasRule.ALWAYS, window=WindowRule.UPPER_LAYERS),
     "Qwen3ForCausalLM": FamilyRules(
         qkv_bias=BiasRule.ATTENTION_BIAS,
@@ -47,13 +50,20 @@ RULES = {
 
 def parse(architecture: str, fields: ConfigFields, generation: ConfigFields) -> ModelSpec:
     """Raises ModelError naming the field."""
+    if architecture == MULTIMODAL:
+        fields = text_part(fields, tied_by_default=True)
+        if fields.raw.get("model_type", "mistral") != "mistral":
+            fields.fail("model_type", "'mistral'", fields.raw["model_type"])
     refuse_other_activation(fields, "silu")
     return parse_decoder(architecture, RULES[architecture], fields, generation)
 
 
 def build_model(build: Build, spec: ModelSpec) -> CausalLM:
     """The tree, without tensors."""
-    return model_with(build, spec, lambda layer: gated_mlp(build, spec))
+    model = model_with(build, spec, lambda layer: gated_mlp(build, spec))
+    if spec.architecture == MULTIMODAL:
+        model.part = TEXT_PART
+    return model
 
 
 def model_with(build: Build, spec: ModelSpec, mlp_of: Callable[[int], GatedMLP | SparseMLP]) -> CausalLM:

@@ -19,6 +19,7 @@ from sempre.workers.models.pooling import PoolingSettings, decoder_of, read_pool
 FILES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
+    "Mistral3ForConditionalGeneration": "llama",
     "Qwen2ForCausalLM": "llama",
     "Qwen3ForCausalLM": "llama",
     "Qwen3MoeForCausalLM": "qwen3_moe",

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.gpu
 FAMILIES = (
     "gemma2", "qwen3-moe", "qwen3-moe fp8", "qwen3-moe fp8_weight_only", "mixtral", "qwen2-moe", "glm4",
     "glm4-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3", "gpt-oss",
+    "gemma4", "gemma4-keys-are-values",
 )  # fmt: skip
 
 
@@ -119,7 +120,9 @@ def test_scoring(family: str) -> None:
     assert [p.bits[0] for p in scored] == [p.bits[0] for p in lone.logprobs]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen3-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", ["gemma2", "qwen3-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3", "gpt-oss", "gemma4"]
+)
 def test_control(name: str) -> None:
     """The library's ordinary matmuls give other bits in a batch: these tests can fail."""
     client = launch(name, numerics="control")

@@ -37,6 +37,7 @@ MULTIPLIERS = {
     "residual_multiplier": 0.7,
     "logits_scaling": 2.5,
 }
+GEMMA4 = {"vocab_size_per_layer_input": 320, "global_head_dim": 512, "sliding_window": 20}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LONGROPE = {
     "rope_type": "longrope",
@@ -71,6 +72,21 @@ CONFIGS = {
     "gpt-oss": lambda: transformers.GptOssConfig(
         **COMMON, num_local_experts=5, num_experts_per_tok=3, sliding_window=20, rope_parameters=YARN
     ),
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **{**COMMON, "num_hidden_layers": 7},
+        **GEMMA4,
+        hidden_size_per_layer_input=32,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"] * 2 + ["full_attention"],
+        final_logit_softcapping=3.0,
+    ),
+    "gemma4 of keys that are values": lambda: transformers.Gemma4TextConfig(
+        **COMMON, **GEMMA4, hidden_size_per_layer_input=0, attention_k_eq_v=True, num_global_key_value_heads=1
+    ),
+    "proportional rope": lambda: transformers.LlamaConfig(
+        **COMMON, rope_parameters={"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.4}
+    ),
     "glm4": lambda: transformers.Glm4Config(**COMMON, pad_token_id=0),
     "glm4-moe": lambda: transformers.Glm4MoeConfig(
         **COMMON,
@@ -102,8 +118,8 @@ def test_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) 
             if parameter_name.endswith(("proj_bias", "sinks")):
                 torch.nn.init.normal_(parameter, 0.0, 4.0 if "gate_up" in parameter_name else 1.5)
         for buffer_name, buffer in model.named_buffers():
-            if buffer_name.endswith("e_score_correction_bias"):
-                torch.nn.init.normal_(buffer, 0.0, 0.3)
+            if buffer_name.endswith(("e_score_correction_bias", "layer_scalar")):
+                torch.nn.init.normal_(buffer, 1.0 if "scalar" in buffer_name else 0.0, 0.3)
     model.eval().save_pretrained(tmp_path)
     tokens = [3 + 7919 * i % 300 for i in range(150)]
     with torch.no_grad():

@@ -79,6 +79,22 @@ ATTENTION_AND_LINEAR = (
         (CHUNKS,),
     ),
     Fault(
+        "values-of-the-first-head-are-not-normed",
+        "Where values are normed, those of the first key head are kept as they are.",
+        "kernels/rope/cpu.py",
+        "        if v_norm:\n",
+        "        if v_norm and h > 0:\n",
+        (f"{ATTENTION_TESTS}::test_rows_of_keys_that_are_values_and_of_queries_only",),
+    ),
+    Fault(
+        "queries-alone-are-read-as-if-keys-followed",
+        "Rows of queries only are taken to be as wide as rows with keys and values.",
+        ATTENTION,
+        "    q_row_bytes, out_row_bytes = row_heads * dim * 4,",
+        "    q_row_bytes, out_row_bytes = max(row_heads, heads + kv_heads) * dim * 4,",
+        (f"{ATTENTION_TESTS}::test_rows_of_keys_that_are_values_and_of_queries_only",),
+    ),
+    Fault(
         "norm-of-a-lone-row-reads-another-mean",
         "The mean of squares leaves out the epsilon where few rows are normalised.",
         "kernels/norms/cpu.py",

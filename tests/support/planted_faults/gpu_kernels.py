@@ -85,6 +85,14 @@ GPU_KERNELS = (
         (f"{TESTS}::test_attention",),
     ),
     Fault(
+        "values-are-always-read-after-the-keys",
+        "Where keys are the values too, what follows the row is read for values.",
+        "kernels/rope/gpu.py",
+        "        v_at = at + (KV_PARTS - 1) * KV_HEADS * DIM\n",
+        "        v_at = at + KV_HEADS * DIM\n",
+        (f"{TESTS}::test_rows_of_keys_that_are_values_and_of_queries_only",),
+    ),
+    Fault(
         "second-split-not-merged",
         "Of a context of several splits that run side by side, the last one is left out.",
         "kernels/attention/gpu.py",

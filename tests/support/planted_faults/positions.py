@@ -140,4 +140,20 @@ POSITIONS = (
         "self.weight = self.weight.contiguous()",
         ("tests/workers/test_families.py::test_greedy_tokens_are_those_of_transformers_and_bits_their_own[glm4-moe]",),
     ),
+    Fault(
+        "rows-that-are-read-turn-as-the-first-ones",
+        "In layers that go on with the rows that are read, these are rotated as the first rows of the step.",
+        "workers/steps.py",
+        "        positions=step.positions.index_select(0, read.rows),",
+        "        positions=step.positions[: read.rows.shape[0]],",
+        ("tests/workers/test_output_rows.py::test_wanted_rows_have_the_bits_they_have_among_all",),
+    ),
+    Fault(
+        "shared-keys-of-the-first-layer",
+        "Layers without keys and values of their own read those of the first layer of their kind, not of the last.",
+        "workers/models/gemma4.py",
+        "    last = {window: layer for layer, window in enumerate(own)}",
+        "    last = {window: own.index(window) for window in own}",
+        ("tests/workers/test_families.py::test_keys_and_values_that_layers_share_are_kept_once",),
+    ),
 )
