@@ -311,7 +311,7 @@ REFUSED: list[tuple[str, str, object, str]] = [
         "quantization_config: modules_to_not_convert: expected a list of module names",
     ),
     ("Gemma4ForCausalLM", "hidden_activation", "gelu", "hidden_activation: expected 'gelu_pytorch_tanh'"),
-    ("Gemma4ForCausalLM", "use_bidirectional_attention", "all", "use_bidirectional_attention: expected null or 'visi"),
+    ("Gemma4ForCausalLM", "use_bidirectional_attention", "all", "use_bidirectional_attention: expected false"),
     ("Gemma4ForCausalLM", "enable_moe_block", True, "enable_moe_block: expected false"),
     ("Gemma4ForCausalLM", "layer_types", WINDOWED, "layer_types: expected a list"),
     ("Gemma4ForCausalLM", "layer_types", [], "layer_types: expected a list of 30 times"),

@@ -151,9 +151,8 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
 
 def _refuse_unsupported(config: ConfigFields) -> None:
     refuse_other_activation(config, "gelu_pytorch_tanh", "hidden_activation")
-    bidirectional = config.raw.get("use_bidirectional_attention")
-    if bidirectional not in (None, "vision"):  # tokens of images, which there are none of
-        config.fail("use_bidirectional_attention", "null or 'vision'", bidirectional)
+    if config.raw.get("use_bidirectional_attention") not in (None, False, "vision"):
+        config.fail("use_bidirectional_attention", "null or 'vision'", config.raw["use_bidirectional_attention"])
     if config.boolean("enable_moe_block", default=False):
         config.fail("enable_moe_block", "false (layers with a mixture of experts are not supported)", True)
 

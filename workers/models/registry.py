@@ -51,6 +51,10 @@ ENCODERS = (
     "MPNet", "ModernBert", "NeoBert", "New", "NomicBert", "Roberta", "RoFormer", "T5", "XLM", "XLMRoberta",
 )  # fmt: skip
 
+# what config.json may say of where a token's attention looks; "vision": both ways among those of an image, which the
+# text part has none of
+ONE_WAY: dict[str, tuple[object, ...]] = {"is_causal": (True,), "use_bidirectional_attention": (False, "vision")}
+
 
 class Family(Protocol):
     """A file of this package."""
@@ -103,9 +107,11 @@ def parse_spec(config: dict[str, object], generation_config: dict[str, object]) 
     names = fields.raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         fields.fail("architectures", "a list of one architecture name", names)
-    for name, expected in (("is_causal", True), ("use_bidirectional_attention", False)):
-        if fields.boolean(name, default=expected) is not expected:
-            fields.fail(name, f"{str(expected).lower()}: attention that looks both ways is not supported", not expected)
+    for name, one_way in ONE_WAY.items():
+        value = fields.raw.get(name)
+        if value is not None and not any(type(value) is type(allowed) and value == allowed for allowed in one_way):
+            expected = f"{str(one_way[0]).lower()}: attention that looks both ways is not supported"
+            fields.fail(name, expected, value)
     architecture = decoder_of(names[0])
     return family_of(architecture).parse(
         architecture, fields, ConfigFields(generation_config, "generation_config.json")
