@@ -285,7 +285,7 @@ REFUSED: list[tuple[str, str, object, str]] = [
     ("GptOssForCausalLM", "layer_types", [WINDOWED], "layer_types: expected a list of 36 times"),
     ("GptOssForCausalLM", "sliding_window", None, "sliding_window: expected a value"),
     ("GptOssForCausalLM", "attention_bias", "yes", "attention_bias: expected true or false"),
-    ("GptOssForCausalLM", "rope_scaling", {"rope_type": "dynamic"}, "rope_scaling: rope_type: expected one of"),
+    ("GptOssForCausalLM", "rope_scaling", {"rope_type": "axial"}, "rope_scaling: rope_type: expected one of"),
     (
         "GptOssForCausalLM",
         "quantization_config",
