@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import threading
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,7 @@ from sempre.engine.frontend.json_forms import json_forms
 from sempre.engine.frontend.schema_lark import MAX_TRANSLATED_CHARACTERS, literal
 from sempre.engine.frontend.schema_numbers import check_range
 from sempre.engine.frontend.schemas import SchemaRefused
+from sempre.engine.parsing import harmony
 from sempre.engine.parsing.reasoning import END, START, PromptReasoning
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.structured_outputs import StructuredOutputsParams
@@ -97,6 +99,8 @@ class GrammarBuilder:
         if grammar is None and budget is None:
             return spec
         _require_library("structured_outputs" if budget is None else "thinking_token_budget")
+        if harmony.is_harmony(self._tokenizer):
+            return self._with_channels(spec, grammar, budget, prompt.open_message)
         opened = prompt.opened
         if opened is None:
             return spec
@@ -113,6 +117,34 @@ class GrammarBuilder:
             return replace(spec, grammar=framed, reasoning=None if budget is None else reasoning)
         return replace(spec, reasoning=reasoning)
 
+    def _with_channels(self, spec: SamplingSpec, grammar: str | None, budget: int | None, message: str) -> SamplingSpec:
+        """`message`: the prompt's unfinished one."""
+        if budget is not None:
+            raise RequestError(
+                "thinking_token_budget is for reasoning between <think> and </think>, which this model does not write. "
+                "Ask for less with reasoning_effort.",
+                parameter="thinking_token_budget",
+                value=budget,
+            )
+        if grammar is None or harmony.MESSAGE in message:
+            return spec
+        return replace(spec, grammar=self._in_final_message(grammar, begun=bool(message)))
+
+    def _in_final_message(self, grammar: str, *, begun: bool) -> str:
+        """`grammar` as a message on the channel `final`, optionally after one with reasoning."""
+        tags = {text: f"<[{token_id}]>" for token_id, text in self._tokenizer.special_texts.items()}
+        role = f'{tags[harmony.START]} "assistant"'
+        analysis, final = (
+            f'{tags[harmony.CHANNEL]} "{channel}" {tags[harmony.MESSAGE]}' for channel in ("analysis", "final")
+        )
+        # no text matches a special token, so the thoughts end where their message does
+        frame = [
+            f"start: {'' if begun else role} thoughts {final} {_SPACE} @{_BODY}",
+            f"thoughts: ({analysis} THOUGHTS {tags[harmony.END]} {role})?",
+            "THOUGHTS: /(?s:.*)/",
+        ]
+        return _framed(frame, grammar)
+
     def _after_reasoning(self, grammar: str, *, opened: bool) -> str:
         """`grammar` after reasoning; if `opened`, its start tag is in the prompt."""
         start, end = (self._tokenizer.encode(tag, add_special_tokens=False) for tag in (START, END))
@@ -124,9 +156,7 @@ class GrammarBuilder:
             f"closed[lazy]: THOUGHTS {json.dumps(END)}",
             f"THOUGHTS: {_THOUGHTS}",
         ]
-        return json.dumps(
-            {"grammars": [{"name": "frame", "lark_grammar": "\n".join(frame)}, *json.loads(grammar)["grammars"]]}
-        )
+        return _framed(frame, grammar)
 
     def _problem(
         self, grammar: str, params: StructuredOutputsParams, vocab_size: int, eos_token_ids: list[int]
@@ -134,7 +164,11 @@ class GrammarBuilder:
         from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 
         field = f"structured_outputs.{params.constraint}"
-        framed = self._after_reasoning(grammar, opened=False) if params.after_reasoning else grammar
+        framed = grammar
+        if params.after_reasoning and harmony.is_harmony(self._tokenizer):
+            framed = self._in_final_message(grammar, begun=True)
+        elif params.after_reasoning:
+            framed = self._after_reasoning(grammar, opened=False)
         limits = LLParserLimits(verbose_errors=False)
         failed, messages = LLMatcher.validate_grammar_with_warnings(framed, None, limits=limits)
         messages = _without_remarks(messages, field)
@@ -153,6 +187,12 @@ class GrammarBuilder:
         if params.regex is not None:
             return expression_reason(messages[0], params.regex, regex_to_lark)
         return reason(messages[0], {params.whitespace_pattern: "whitespace_pattern"})
+
+
+def _framed(frame: Sequence[str], grammar: str) -> str:
+    return json.dumps(
+        {"grammars": [{"name": "frame", "lark_grammar": "\n".join(frame)}, *json.loads(grammar)["grammars"]]}
+    )
 
 
 class _Form(NamedTuple):

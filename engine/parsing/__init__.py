@@ -1,6 +1,7 @@
 """Splits a model's text into reasoning, content and tool calls while it is generated.
 
     pieces.py        what a parser yields, and the message assembled from it
+    harmony.py       HarmonyParser: the messages of gpt-oss, with their channels
     reasoning.py     ReasoningSplitter: <think> … </think>
     call_scanner.py  CallScanner: one JSON object that names a function and its arguments
     tool_calls.py    HermesParser, Llama3JsonParser; JSON schemas that enforce calls, and parsers for them
@@ -10,7 +11,13 @@ The pieces do not depend on how the text was cut into chunks: a stream and a who
 Nothing here depends on servers or engines.
 """
 
-from sempre.engine.parsing.output_parser import REASONING_PARSERS, TOOL_PARSERS, OutputParser
+from sempre.engine.parsing.output_parser import (
+    HARMONY_CALLS,
+    HARMONY_REASONING,
+    REASONING_PARSERS,
+    TOOL_PARSERS,
+    OutputParser,
+)
 from sempre.engine.parsing.pieces import (
     Arguments,
     CallStart,
@@ -24,6 +31,8 @@ from sempre.engine.parsing.pieces import (
 from sempre.engine.parsing.tool_calls import named_call_schema, required_calls_schema
 
 __all__ = [
+    "HARMONY_CALLS",
+    "HARMONY_REASONING",
     "REASONING_PARSERS",
     "TOOL_PARSERS",
     "Arguments",

@@ -6,6 +6,9 @@ from sempre.engine.parsing.pieces import Content, Parser, Piece
 from sempre.engine.parsing.reasoning import ReasoningSplitter
 from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser
 
+HARMONY_REASONING, HARMONY_CALLS = "openai_gptoss", "openai"
+"""Names of the parsers of reasoning and of tool calls in harmony, which is one format."""
+
 REASONING_PARSERS: dict[str, bool] = {"qwen3": False, "deepseek_r1": True}
 """Models by name; True: an unconstrained output begins inside its reasoning, however the prompt ends."""
 
@@ -25,9 +28,12 @@ def reasoning_splitter(name: str, opened: bool | None, *, is_bound: bool = False
 
 
 class OutputParser:
-    """Splits off reasoning and parses tool calls in the rest; either may be None."""
+    """Splits off reasoning and parses tool calls in the rest; either may be None.
 
-    def __init__(self, reasoning: ReasoningSplitter | None, tools: Parser | None, *, one_call: bool = False) -> None:
+    A parser that finds reasoning may find calls, too.
+    """
+
+    def __init__(self, reasoning: Parser | None, tools: Parser | None, *, one_call: bool = False) -> None:
         """`one_call`: leave out every tool call but the first."""
         self._reasoning = reasoning
         self._tools = tools
@@ -49,11 +55,11 @@ class OutputParser:
     def _through_tools(self, pieces: list[Piece]) -> list[Piece]:
         tools = self._tools
         if tools is None:
-            return [piece for piece in pieces if piece != Content("")]
+            return self._counted([piece for piece in pieces if piece != Content("")])
         found: list[Piece] = []
         for piece in pieces:
-            found += self._counted(tools.feed(piece.text)) if isinstance(piece, Content) else [piece]
-        return found
+            found += tools.feed(piece.text) if isinstance(piece, Content) else [piece]
+        return self._counted(found)
 
     def _counted(self, pieces: list[Piece]) -> list[Piece]:
         return [piece for piece in pieces if not (self._one_call and getattr(piece, "index", 0) > 0)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from sempre.engine.parsing.harmony import open_message
 from sempre.engine.parsing.pieces import Content, Piece, Reasoning, split_before_tag
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ class PromptReasoning:
     def opened(self) -> bool | None:
         """See `opens_reasoning`."""
         return opens_reasoning(self._tokenizer, self._prompt_token_ids)
+
+    @cached_property
+    def open_message(self) -> str:
+        """See `harmony.open_message`."""
+        return open_message(self._tokenizer, self._prompt_token_ids)
 
 
 def _last_turn(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
@@ -113,10 +119,20 @@ class ReasoningSplitter:
         return True
 
 
+class _Counted(Protocol):
+    @property
+    def has_reasoning(self) -> bool: ...
+
+    @property
+    def has_ended(self) -> bool: ...
+
+    def feed(self, text: str) -> list[Piece]: ...
+
+
 class ReasoningCounter:
     """Counts the tokens of an output until its reasoning has ended, tags included, however the output is cut."""
 
-    def __init__(self, splitter: ReasoningSplitter, stream: TokenStream) -> None:
+    def __init__(self, splitter: _Counted, stream: TokenStream) -> None:
         """`stream` decodes the output."""
         self._splitter = splitter
         self._stream = stream

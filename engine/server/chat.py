@@ -59,7 +59,8 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         add_special_tokens=bool(request.add_special_tokens),
         tools=plan.template_tools,
     )
-    params = dataclasses.replace(params, structured_outputs=plan.form)
+    skips = params.skip_special_tokens and not plan.is_harmony
+    params = dataclasses.replace(params, structured_outputs=plan.form, skip_special_tokens=skips)
     search = beam_parameters(request, params)
     if request.cache_salt is not None:
         prompt["cache_salt"] = request.cache_salt

@@ -5,17 +5,21 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
+from sempre.engine.parsing import HARMONY_CALLS, HARMONY_REASONING
 from sempre.engine.setting_values import checked
 from sempre.ipc.config import Count, doc
 from sempre.ipc.errors import ConfigError
+from sempre.ipc.model_files import read_json_object
 
 LogFormat = Literal["text", "json"]
-ToolParser = Literal["hermes", "llama3_json"]
-ReasoningParser = Literal["", "qwen3", "deepseek_r1"]
+ToolParser = Literal["hermes", "llama3_json", "openai"]
+ReasoningParser = Literal["", "qwen3", "deepseek_r1", "openai_gptoss"]
 EngineDeath = Literal["exit", "restart"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
 MetricsPrefix = Literal["sempre", "vllm"]
@@ -97,12 +101,39 @@ def server_config(settings: Mapping[str, Any]) -> ServerConfig:
         raise ConfigError("ssl_keyfile and ssl_certfile need each other; give both.", parameter="ssl_keyfile")
     if config.ssl_ca_certs is not None and config.ssl_certfile is None:
         raise ConfigError("ssl_ca_certs needs ssl_certfile and ssl_keyfile.", parameter="ssl_ca_certs")
+    config = _with_both_of_harmony(config)
     if config.enable_auto_tool_choice and config.tool_call_parser is None:
         raise ConfigError("enable_auto_tool_choice needs tool_call_parser.", parameter="enable_auto_tool_choice")
     if config.middleware:
         load_middleware(config.middleware)
     if any(not key for key in config.api_key):
         raise ConfigError("api_key must not be empty.", parameter="api_key")
+    return config
+
+
+def with_model_defaults(config: ServerConfig, folder: Path) -> ServerConfig:
+    """The configuration for the model in `folder`: gpt-oss has its own format, and no other. Raises ConfigError."""
+    path = folder / "config.json"
+    if not path.exists() or read_json_object(path).get("architectures") != ["GptOssForCausalLM"]:
+        return config
+    parsers = {"reasoning_parser": config.reasoning_parser or HARMONY_REASONING}
+    if config.tool_call_parser is None:
+        parsers["tool_call_parser"] = HARMONY_CALLS
+    return _with_both_of_harmony(replace(config, enable_auto_tool_choice=True, **parsers))
+
+
+def _with_both_of_harmony(config: ServerConfig) -> ServerConfig:
+    """Tool calls in harmony are among its other messages."""
+    tools, reasoning = config.tool_call_parser, config.reasoning_parser
+    if tools == HARMONY_CALLS and not reasoning:
+        return replace(config, reasoning_parser=HARMONY_REASONING)
+    if tools is not None and (tools == HARMONY_CALLS) != (reasoning == HARMONY_REASONING):
+        raise ConfigError(
+            f"tool_call_parser: expected {HARMONY_CALLS!r} beside reasoning_parser {HARMONY_REASONING!r} (one format),"
+            f" and no other way, found {tools!r} beside {reasoning!r}.",
+            parameter="tool_call_parser",
+            value=tools,
+        )
     return config
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from sempre.engine.async_llm import AsyncLLM
 from sempre.engine.frontend.beam_search import BeamSearchParams
@@ -13,7 +14,7 @@ from sempre.engine.output_stream import OutputStream
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.admission import Admission
 from sempre.engine.server.beams import BeamStream
-from sempre.engine.server.config import ServerConfig
+from sempre.engine.server.config import ServerConfig, with_model_defaults
 from sempre.engine.server.errors import BadRequest, Busy
 from sempre.engine.server.limits import MAX_VALUES, check_copies
 from sempre.engine.server.metrics import ServerMetrics
@@ -31,7 +32,7 @@ class Service:
 
     def __init__(self, engine: AsyncLLM, config: ServerConfig) -> None:
         self.engine = engine
-        self.config = config
+        self.config = with_model_defaults(config, Path(engine.config.model_path))
         self.created = int(time.time())
         self.is_ready = False
         self.startup_seconds: dict[str, float] = {}

@@ -9,7 +9,15 @@ from typing import Any
 import msgspec
 
 from sempre.engine.frontend.request_builder import PreparedRequest
-from sempre.engine.parsing import TOOL_PARSERS, OutputParser, named_call_schema, required_calls_schema
+from sempre.engine.parsing import (
+    HARMONY_CALLS,
+    HARMONY_REASONING,
+    TOOL_PARSERS,
+    OutputParser,
+    named_call_schema,
+    required_calls_schema,
+)
+from sempre.engine.parsing.harmony import HarmonyParser
 from sempre.engine.parsing.output_parser import reasoning_splitter
 from sempre.engine.parsing.pieces import Parser
 from sempre.engine.parsing.reasoning import ReasoningCounter, ReasoningSplitter
@@ -32,7 +40,7 @@ class ChatPlan:
     """as passed to the chat template"""
     structured: StructuredOutputsParams | None
     call_parser: str | None
-    """the format of the tool calls to parse: a name of TOOL_PARSERS, "required", or "named" """
+    """the format of the tool calls to parse: a name of TOOL_PARSERS, HARMONY_CALLS, "required", or "named" """
     named: str
     """the function that tool_choice names, if any"""
     one_call: bool
@@ -67,6 +75,11 @@ class ChatPlan:
         )
 
     @property
+    def is_harmony(self) -> bool:
+        """Whether the parser reads special tokens, which must then be in the text."""
+        return self.reasoning_parser == HARMONY_REASONING
+
+    @property
     def form(self) -> StructuredOutputsParams | None:
         """The form of the output; reasoning before it is free, unless the request says where the form begins."""
         if self.structured is None or self.structured.begins_after is not None or self.reasoning_parser is None:
@@ -78,11 +91,9 @@ class ChatPlan:
         return [self._message_parser(request, tokenizer, f"{response_id}/{i}") for i in range(request.params.n)]
 
     def _message_parser(self, request: PreparedRequest, tokenizer: Tokenizer, id_prefix: str) -> MessageParser:
-        opened = None if self.reasoning_parser is None else request.reasoning.opened
-        reasoning = self._splitter(opened)
+        reasoning, counted = self._reasoning_parser(request), self._reasoning_parser(request)
         if reasoning is None and self.call_parser is None:
             return PlainContent()
-        counted = self._splitter(opened)
         counter = None
         if counted is not None:
             skipped = tokenizer.special_texts if request.params.skip_special_tokens else ()
@@ -96,15 +107,17 @@ class ChatPlan:
             counter=counter,
         )
 
-    def _splitter(self, opened: bool | None) -> ReasoningSplitter | None:
+    def _reasoning_parser(self, request: PreparedRequest) -> ReasoningSplitter | HarmonyParser | None:
         if self.reasoning_parser is None:
             return None
-        form = self.form
-        return reasoning_splitter(self.reasoning_parser, opened, is_bound=form is not None and form.after_reasoning)
+        if self.is_harmony:
+            return HarmonyParser(request.reasoning.open_message, calls=self.call_parser == HARMONY_CALLS)
+        bound = (form := self.form) is not None and form.after_reasoning
+        return reasoning_splitter(self.reasoning_parser, request.reasoning.opened, is_bound=bound)
 
     def _tool_parser(self) -> Parser | None:
         match self.call_parser:
-            case None:
+            case None | "openai":
                 return None
             case "named":
                 return NamedCallParser(self.named)

@@ -36,3 +36,11 @@ def byte_fallback_backend() -> Backend:
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return backend
+
+
+def harmony_backend() -> Backend:
+    """Byte-level, with the special tokens of gpt-oss; the first ends a sequence."""
+    backend = byte_level_backend()
+    names = ("return", "start", "end", "message", "channel", "constrain", "call")
+    backend.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in names])
+    return backend
