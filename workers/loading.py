@@ -20,6 +20,7 @@ from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.kv_cache import available_memory_bytes
 from sempre.workers.layers.linear_kernel import LinearKernel
 from sempre.workers.layers.module import Build, Module, parameters
+from sempre.workers.layers.separate_experts import SeparateExperts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.registry import build_model
@@ -112,12 +113,7 @@ def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, plac
     model = build_model(Build(kernel, _formats(resolved)), spec)
     wanted = parameters(model)
     with _open_source(config, spec, wanted, placement.device) as opened:
-        source = opened
-        if model.part is not None and config.load_format != "dummy":
-            source = PartSource(opened, model.part)
-            logger.info("%s: only the text part is loaded; images and sounds are not understood", spec.architecture)
-        elif spec.pooling is not None and not any(name.startswith(_DECODER) for name in opened.names()):
-            source = PartSource(opened, ModelPart({"": _DECODER}, ()))
+        source = opened if config.load_format == "dummy" else _own_tensors(opened, model)
         _check_tensors(wanted, model, source)
         target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":
@@ -146,6 +142,18 @@ def _formats(resolved: StoredQuantization | None) -> Quantization:
             return Mxfp4Quantization(resolved)
         case _:
             return Fp8Quantization(resolved)
+
+
+def _own_tensors(checkpoint: TensorSource, model: CausalLM) -> TensorSource:
+    """The tensors of this model, by its own names."""
+    source = checkpoint
+    if model.part is not None:
+        source = PartSource(checkpoint, model.part)
+        architecture = model.spec.architecture
+        logger.info("%s: only the text part is loaded; images and sounds are not understood", architecture)
+    elif model.spec.pooling is not None and not any(name.startswith(_DECODER) for name in checkpoint.names()):
+        source = PartSource(checkpoint, ModelPart({"": _DECODER}, ()))
+    return SeparateExperts(source) if model.may_stack_experts else source
 
 
 @contextmanager

@@ -76,6 +76,10 @@ ODD_DELTA = {
     "linear_conv_kernel_dim": 2,
     "layer_types": ["full_attention", "linear_attention", "full_attention"],
 }
+QWEN_VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+}  # fmt: skip
 
 
 def longrope(count: int, **more: Any) -> dict[str, Any]:
@@ -94,6 +98,7 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
     smollm3, granite, phi3 = transformers.SmolLM3Config, transformers.GraniteConfig, transformers.Phi3Config
     gemma4 = transformers.Gemma4TextConfig
     qwen3_5, qwen3_5_moe = transformers.Qwen3_5TextConfig, transformers.Qwen3_5MoeTextConfig
+    qwen3_next = transformers.Qwen3NextConfig
     olmo2, olmo3, gemma3 = transformers.Olmo2Config, transformers.Olmo3Config, transformers.Gemma3TextConfig
     gpt_oss = transformers.GptOssConfig
     return {
@@ -307,6 +312,32 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
             shared_expert_intermediate_size=16,
             tie_word_embeddings=True,
         ),
+        "qwen3.5-multimodal": transformers.Qwen3_5Config(
+            text_config={**COMMON, **DELTA, "head_dim": 32, "initializer_range": 0.05, "full_attention_interval": 2},
+            vision_config=QWEN_VISION,
+            tie_word_embeddings=True,
+        ),
+        "qwen3.5-moe-multimodal": transformers.Qwen3_5MoeConfig(
+            text_config={**COMMON, **ODD_DELTA, **EXPERTS, "shared_expert_intermediate_size": 80},
+            vision_config=QWEN_VISION,
+        ),
+        "qwen3-next": qwen3_next(
+            **{**COMMON, "num_hidden_layers": 4},
+            **DELTA,
+            **EXPERTS,
+            shared_expert_intermediate_size=80,
+            head_dim=32,
+            mlp_only_layers=[1],
+        ),
+        "qwen3-next-odd": qwen3_next(
+            **COMMON,
+            **ODD_DELTA,
+            **ODD_EXPERTS,
+            shared_expert_intermediate_size=16,
+            decoder_sparse_step=2,
+            norm_topk_prob=False,
+            tie_word_embeddings=True,
+        ),
         "glm": glm(**COMMON, head_dim=32, pad_token_id=0),
         "glm4": glm4(**COMMON, head_dim=32, pad_token_id=0),
         "glm4-odd": glm4(
@@ -412,7 +443,9 @@ def _make(name: str, folder: Path) -> Checkpoint:
             # norms and biases would otherwise be ones and zeros, and a forgotten one invisible
             if parameter_name.endswith(".bias") or "norm" in parameter_name:
                 # the norms of Qwen3.5 are times 1 + the weight; twice as much, its layers amplify rounding
-                is_offset = "Qwen3_5" in type(model).__name__ and "linear_attn" not in parameter_name
+                is_offset = (
+                    type(model).__name__.startswith(("Qwen3_5", "Qwen3Next")) and "linear_attn" not in parameter_name
+                )
                 torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name and not is_offset else 0.0, 0.3)
             # so large that the activations are clamped, and that heads differ
             if parameter_name.endswith(("proj_bias", "sinks")):

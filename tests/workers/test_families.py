@@ -28,13 +28,14 @@ from sempre.workers.models.registry import load_spec, parse_spec
 GREEDY = SamplingSpec(max_tokens=64, temperature=0.0, logprobs=-1, prompt_logprobs=-1)
 
 FAMILIES = [
-    "qwen3.5", "qwen3.5-odd", "qwen3.5-moe", "qwen3.5-moe-odd",
+    "qwen3.5", "qwen3.5-odd", "qwen3.5-moe", "qwen3.5-moe-odd", "qwen3.5-multimodal", "qwen3.5-moe-multimodal",
+    "qwen3-next", "qwen3-next-odd",
     "qwen3-moe-odd", "qwen3-moe-step", "qwen2-moe", "qwen2-moe-odd", "mixtral", "mixtral-odd",
     "glm", "glm4", "glm4-odd", "glm4-moe", "glm4-moe-odd",
     "llama-yarn-rope", "smollm3", "smollm3-odd", "granite", "granite-odd", "olmo2", "olmo2-odd", "olmo3", "olmo3-odd",
     "phi3", "phi3-long",
     "phi3-part", "gemma3", "gemma3-odd",
-    "gemma3-multimodal", "gpt-oss", "gpt-oss-odd",
+    "gpt-oss", "gpt-oss-odd",
     "gemma3-multimodal", "gemma4", "gemma4-odd", "gemma4-multimodal", "gemma4-unified", "gemma4-unified-multimodal",
     "llama-proportional-rope", "mistral3-multimodal",
 ]  # fmt: skip
@@ -155,6 +156,7 @@ DEFAULTS = {
     "Qwen2MoeForCausalLM": transformers.Qwen2MoeConfig,
     "Qwen3_5ForCausalLM": transformers.Qwen3_5TextConfig,
     "Qwen3_5MoeForCausalLM": transformers.Qwen3_5MoeTextConfig,
+    "Qwen3NextForCausalLM": transformers.Qwen3NextConfig,
     "GlmForCausalLM": transformers.GlmConfig,
     "Glm4ForCausalLM": transformers.Glm4Config,
     "Glm4MoeForCausalLM": transformers.Glm4MoeConfig,

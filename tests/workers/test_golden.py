@@ -43,6 +43,9 @@ RECORDED: dict[str, dict[str, str]] = {
         "phi3-long": "567df4ba0399c545",
         "qwen2-moe-odd": "d37f9c74636a3b37",
         "qwen3-moe-odd": "4712575bf80f759d",
+        "qwen3-next": "8c1b90af9f5a1ce7",
+        "qwen3.5-odd": "fd553713360b4193",
+        "qwen3.5-moe": "efa744421b5595c6",
         "smollm3-odd": "5c48a89456f9e735",
     },
 }

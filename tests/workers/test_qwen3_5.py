@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hybrid_sequences import HybridModel, Part
+from safetensors.torch import load_file, save_file
+from worker_settings import worker_config
 
-from sempre.ipc.errors import ModelError
-from sempre.workers.layers.linear_kernel import CONTROL
-from sempre.workers.models.registry import parse_spec
+from sempre.ipc.errors import ModelError, TensorMismatch
+from sempre.ipc.messages import SamplingSpec
+from sempre.workers.layers.attention import GatedAttention
+from sempre.workers.layers.linear_kernel import CONTROL, INVARIANT
+from sempre.workers.loading import live_digest, load_model
+from sempre.workers.models.qwen3_5 import Qwen35MoeSpec
+from sempre.workers.models.registry import load_spec, parse_spec
 
 NAMES = ["qwen3.5", "qwen3.5-odd", "qwen3.5-moe", "qwen3.5-moe-odd"]
 BLOCKS, OTHERS = [7, 3, 20, 1, 9, 30], [[11, 12], [13], [14, 15, 16]]
@@ -115,3 +123,83 @@ def test_experts_are_always_renormalised() -> None:
     assert parse_spec({**config, "norm_topk_prob": True}, {}) == parse_spec(config, {})
     with pytest.raises(ModelError, match="norm_topk_prob: expected true for this architecture"):
         parse_spec({**config, "norm_topk_prob": False}, {})
+
+
+def test_every_layer_has_experts() -> None:
+    config: dict[str, object] = {"architectures": ["Qwen3_5MoeForCausalLM"]}
+    assert parse_spec({**config, "decoder_sparse_step": 1, "mlp_only_layers": []}, {}) == parse_spec(config, {})
+    for field, value in (("decoder_sparse_step", 2), ("mlp_only_layers", [0])):
+        with pytest.raises(ModelError, match=f"{field}: expected .* for this architecture"):
+            parse_spec({**config, field: value}, {})
+
+
+def copied(checkpoints: Any, name: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that is copied to `folder`."""
+    shutil.copytree(checkpoints(name).folder, folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["qwen3.5-moe-odd", "qwen3.5-moe-multimodal"])
+def test_experts_may_be_in_one_tensor(name: str, checkpoints: Any, tmp_path: Path) -> None:
+    """As the first checkpoints have them; what is loaded is the same."""
+    tensors = copied(checkpoints, name, tmp_path / "stacked")
+    spec = load_spec(tmp_path / "stacked")
+    assert isinstance(spec, Qwen35MoeSpec)
+    expected = load_model(worker_config(checkpoints(name).folder), spec, INVARIANT)
+    bases = {key.split(".experts.")[0] for key in tensors if ".experts." in key}
+    assert len(bases) == spec.num_layers
+    for base in bases:
+        own = [
+            [tensors.pop(f"{base}.experts.{expert}.{part}.weight") for part in ("gate_proj", "up_proj", "down_proj")]
+            for expert in range(spec.num_experts)
+        ]
+        tensors[f"{base}.experts.gate_up_proj"] = torch.stack([torch.cat(parts[:2]) for parts in own])
+        tensors[f"{base}.experts.down_proj"] = torch.stack([parts[2] for parts in own])
+    save_file(tensors, tmp_path / "stacked" / "model.safetensors")
+    found = load_model(worker_config(tmp_path / "stacked"), spec, INVARIANT)
+    assert (found.facts, live_digest(found.model)) == (expected.facts, live_digest(expected.model))
+    # one that is missing is named as those that stand by themselves are
+    del tensors[f"{min(bases)}.experts.down_proj"]
+    save_file(tensors, tmp_path / "stacked" / "model.safetensors")
+    with pytest.raises(TensorMismatch, match=r"mlp\.experts\.0\.down_proj\.weight.: expected a tensor of shape"):
+        load_model(worker_config(tmp_path / "stacked"), spec, INVARIANT)
+
+
+def test_layers_that_predict_more_tokens_are_not_read(checkpoints: Any, tmp_path: Path) -> None:
+    tensors = copied(checkpoints, "qwen3.5-odd", tmp_path / "more")
+    expected = load_model(worker_config(tmp_path / "more"), load_spec(tmp_path / "more"), INVARIANT).facts
+    for name, is_refused in (("mtp.fc.weight", False), ("mtq.fc.weight", True)):
+        save_file({**tensors, name: torch.zeros(2, 2)}, tmp_path / "more" / "model.safetensors")
+        if is_refused:
+            with pytest.raises(TensorMismatch, match=r"mtq\.fc\.weight.: expected no such tensor"):
+                load_model(worker_config(tmp_path / "more"), load_spec(tmp_path / "more"), INVARIANT)
+        else:
+            assert (
+                load_model(worker_config(tmp_path / "more"), load_spec(tmp_path / "more"), INVARIANT).facts == expected
+            )
+
+
+def test_the_gates_rows_are_those_between_the_queries(checkpoints: Any) -> None:
+    """Each is read from the checkpoint's one tensor, and none is in both."""
+    model = HybridModel(checkpoints("qwen3.5-odd").folder).model
+    attention = dict(model.walk())["model.layers.0.self_attn"]
+    assert isinstance(attention, GatedAttention)
+    names = [
+        attention.qkv_proj._checkpoint_rows("a.b")["a.q_proj"],
+        attention.gate_proj._checkpoint_rows("a.b")["a.q_proj"],
+    ]
+    queries, gates = (rows.view(4, 48) for rows in names)
+    for head in range(4):
+        assert sorted(queries[head].tolist()) == list(range(head * 96, head * 96 + 48))
+        assert gates[head].tolist() == list(range(head * 96 + 48, head * 96 + 96))
+
+
+def test_fp8(checkpoints: Any, serve: Any, prompt: Any) -> None:
+    """The setting quantises all matrices but the small ones that decide how states decay."""
+    serving = serve(checkpoints("qwen3.5").folder, quantization="fp8")
+    params = SamplingSpec(max_tokens=8, temperature=0.0, logprobs=2)
+    alone = serving.run(prompt("a", ids_of(30), params))["a"]
+    others = [prompt(f"{n}", ids_of(9 + n, salt=n + 1), params) for n in range(3)]
+    beside = serving.run(*others, prompt("a", ids_of(30), params, chunks=(7, 1, 11)))["a"]
+    assert alone.errors == []
+    assert (beside.token_ids, beside.logprobs) == (alone.token_ids, alone.logprobs)

@@ -12,7 +12,7 @@ import torch
 
 from sempre.kernels.gated_delta import DeltaHeads, DeltaWeights, gated_delta
 from sempre.kernels.states import LayerState
-from sempre.workers.layers.linear import Linear, Use
+from sempre.workers.layers.linear import HeadsLinear, Linear, Use
 from sempre.workers.layers.module import Build, Module, RowBuffer, Scratch, Tensors
 from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.steps import StepInput
@@ -27,6 +27,8 @@ class DeltaShape:
     heads: DeltaHeads
     eps: float
     """of the norm of each head's result"""
+    grouped: bool = False
+    """whether the checkpoint has the projections of a key head, and of its value heads, side by side"""
 
 
 class GatedDelta(Module):
@@ -37,13 +39,19 @@ class GatedDelta(Module):
     def __init__(self, build: Build, shape: DeltaShape) -> None:
         heads = shape.heads
         self._shape = shape
-        self.in_proj_qkvz = Linear(
-            build, {"in_proj_qkv": heads.channels, "in_proj_z": heads.values}, shape.hidden_size, role="delta"
-        )
+        qkvz = {"in_proj_qkv": heads.channels, "in_proj_z": heads.values}
+        ba = {"in_proj_b": heads.num_value_heads, "in_proj_a": heads.num_value_heads}
+        if shape.grouped:
+            qkvz, ba = {"in_proj_qkvz": sum(qkvz.values())}, {"in_proj_ba": sum(ba.values())}
+        self.in_proj_qkvz = HeadsLinear(build, qkvz, shape.hidden_size, role="delta")
         # they are small and their errors add up over a sequence: floats only, with float32 results
         floats = replace(build, quantization=NotQuantized())
-        parts = {"in_proj_b": heads.num_value_heads, "in_proj_a": heads.num_value_heads}
-        self.in_proj_ba = Linear(floats, parts, shape.hidden_size, use=Use.ROUTER)
+        self.in_proj_ba = HeadsLinear(floats, ba, shape.hidden_size, use=Use.ROUTER)
+        if shape.grouped:
+            group = heads.num_value_heads // heads.num_key_heads
+            values = group * heads.value_dim
+            _ungroup(self.in_proj_qkvz, heads.num_key_heads, (heads.key_dim, heads.key_dim, values, values))
+            _ungroup(self.in_proj_ba, heads.num_key_heads, (group, group))
         self.out_proj = Linear(build, {"out_proj": shape.hidden_size}, heads.values)
 
     def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
@@ -88,3 +96,11 @@ class GatedDelta(Module):
         rows, mixed, out = self.in_proj_qkvz(x), self._mixed.first(count), self._out.first(count)
         gated_delta(rows, ba, self.weights, state, step.states, mixed, out)
         return self.out_proj(out if step.outputs is None else out.index_select(0, step.outputs.rows))
+
+
+def _ungroup(linear: HeadsLinear, num_groups: int, sizes: tuple[int, ...]) -> None:
+    """Read the one part of a layer that has, group by group, so many rows of each kind: kind by kind."""
+    [part] = linear.parts
+    rows = torch.arange(linear.out_features, dtype=torch.int64, device="cpu").view(num_groups, sum(sizes))
+    kinds = [kind.reshape(-1) for kind in torch.split_with_sizes(rows, list(sizes), dim=1)]
+    linear.take(part, torch.cat(kinds), of=linear.out_features)

@@ -71,6 +71,8 @@ class CausalLM(Module):
 
     part: ModelPart | None = None
     """which part of the checkpoint it is; None: all"""
+    may_stack_experts = False
+    """whether a checkpoint may hold all experts of a layer in one tensor (`SeparateExperts`)"""
     unread: tuple[str, ...] = ()
     """prefixes of tensors that a checkpoint may hold though nothing reads them"""
     score: Linear | None = None

@@ -7,7 +7,7 @@ from sempre.workers.tensor_source import ModelPart
 
 # stated beside the section, for all parts
 COMMON_FIELDS = ("dtype", "torch_dtype", "eos_token_id", "quantization_config")
-_TOWERS = ("vision_tower.", "audio_tower.", "multi_modal_projector.", "embed_vision.", "embed_audio.")
+_TOWERS = ("visual.", "vision_tower.", "audio_tower.", "multi_modal_projector.", "embed_vision.", "embed_audio.")
 _UNIFIED = ("vision_embedder.", "audio_embedder.")
 TEXT_PART = ModelPart(
     {"model.language_model.": "model.", "language_model.": ""},

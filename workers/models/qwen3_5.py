@@ -1,11 +1,13 @@
-"""Qwen3.5 and 3.6, the text part: gated delta layers, every fourth one gated attention; dense, or with experts.
+"""Qwen3.5 and 3.6, the text part, and Qwen3-Next: gated delta layers, every fourth one gated attention; dense, or with
+experts.
 
-Qwen team 2026; gated delta rule: Yang et al. 2024 (arXiv 2412.06464). Layers that predict more tokens at once are in
-checkpoints, and are not read.
+Gated delta rule: Yang et al. 2024 (arXiv 2412.06464). Layers that predict more tokens at once are in checkpoints, and
+are not read.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -36,7 +38,8 @@ from sempre.workers.models.config import (
     width,
 )
 from sempre.workers.models.llama import attention_shape, gated_mlp
-from sempre.workers.models.moe import parse_experts
+from sempre.workers.models.moe import layers_by_step, parse_experts
+from sempre.workers.models.multimodal import TEXT_PART, text_part
 from sempre.workers.models.qwen2_moe import Qwen2MoeSpec, Qwen2SparseMLP
 from sempre.workers.models.rope_config import PARTIAL, rope_of_part
 from sempre.workers.steps import StepInput
@@ -69,6 +72,18 @@ MOE_DEFAULTS: dict[str, object] = {
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
 }
+NEXT_DEFAULTS: dict[str, object] = {
+    **MOE_DEFAULTS,
+    "vocab_size": 151936,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 48,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+}
+NEXT = "Qwen3NextForCausalLM"
+# by what they have: experts in every layer or in none, and images or not
+DENSE = ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration")
+MULTIMODAL = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 LINEAR = "linear_attention"
 # kernels keep the inputs before a row in registers
 CONV_WIDTHS = range(2, 5)
@@ -99,37 +114,51 @@ class Qwen35Spec(ModelSpec):
 
 @dataclass(frozen=True)
 class Qwen35MoeSpec(Qwen35Spec, Qwen2MoeSpec):
-    """Every layer has experts."""
+    """With experts in some layers."""
 
     def one_layer_per_kind(self) -> Self:
-        fewer = super().one_layer_per_kind()
-        return replace(fewer, sparse_layers=tuple(range(fewer.num_layers)))
+        layers = range(self.num_layers)
+        kinds = dict.fromkeys((layer in self.linear_layers, layer in self.sparse_layers) for layer in layers)
+        return replace(
+            self,
+            num_layers=len(kinds),
+            windows=(None,) * len(kinds),
+            linear_layers=tuple(layer for layer, (is_linear, _) in enumerate(kinds) if is_linear),
+            sparse_layers=tuple(layer for layer, (_, is_sparse) in enumerate(kinds) if is_sparse),
+        )
 
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Qwen35Spec:
     """Raises ModelError naming the field."""
-    has_experts = architecture == "Qwen3_5MoeForCausalLM"
-    config = config.with_defaults(MOE_DEFAULTS if has_experts else DENSE_DEFAULTS)
-    if has_experts:
-        # no layer is without experts, and so of this size
-        config = config.with_defaults({"intermediate_size": config.raw["moe_intermediate_size"]})
-        if not config.boolean("norm_topk_prob", default=True):
-            config.fail("norm_topk_prob", "true for this architecture", False)
+    if architecture in MULTIMODAL:
+        config = text_part(config, tied_by_default=False)
+    defaults = NEXT_DEFAULTS if architecture == NEXT else MOE_DEFAULTS
+    config = config.with_defaults(DENSE_DEFAULTS if architecture in DENSE else defaults)
+    if architecture not in (*DENSE, NEXT):
+        config = _experts_everywhere(config)
     refuse_other_activation(config, "silu")
     common = parse_decoder(architecture, RULES, _plain_rope(config), generation)
-    hybrid = {"delta": _delta_heads(config), "linear_layers": _linear_layers(config, common.num_layers)}
-    if not has_experts:
+    hybrid: dict[str, Any] = {"delta": _delta_heads(config), "linear_layers": _linear_layers(config, common.num_layers)}
+    if architecture in DENSE:
         return extended(common, Qwen35Spec, **hybrid)
-    experts: dict[str, Any] = parse_experts(config, "num_experts", "moe_intermediate_size")
     return extended(
         common,
         Qwen35MoeSpec,
         **hybrid,
-        **experts,
-        renormalize=True,
-        sparse_layers=tuple(range(common.num_layers)),
+        **parse_experts(config, "num_experts", "moe_intermediate_size"),
+        renormalize=config.boolean("norm_topk_prob", default=True),
+        sparse_layers=layers_by_step(config, common.num_layers),
         shared_size=width("shared_expert_intermediate_size", config),
     )
+
+
+def _experts_everywhere(config: ConfigFields) -> ConfigFields:
+    """Of a family without fields for anything else. Raises ModelError for those of Qwen3-Next with another value."""
+    for name, only in (("norm_topk_prob", True), ("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        if config.raw.get(name) not in (None, only):
+            config.fail(name, f"{json.dumps(only)} for this architecture", config.raw[name])
+    # no layer is without experts, and so of this size
+    return config.with_defaults({"intermediate_size": config.raw["moe_intermediate_size"]})
 
 
 def _plain_rope(config: ConfigFields) -> ConfigFields:
@@ -184,6 +213,8 @@ def build_model(build: Build, spec: ModelSpec) -> CausalLM:
     norm = OffsetRMSNorm(spec.hidden_size, spec.rms_norm_eps)
     model = CausalLM(build, spec, Stack(Embedding(spec.vocab_size, spec.hidden_size), blocks, norm))
     model.unread = UNREAD
+    model.part = TEXT_PART if spec.architecture in MULTIMODAL else None
+    model.may_stack_experts = isinstance(spec, Qwen35MoeSpec)
     return model
 
 
@@ -194,11 +225,12 @@ class Qwen35Block(Module):
         self.input_layernorm = OffsetRMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self._is_linear = layer in spec.linear_layers
         if self._is_linear:
-            self.linear_attn = GatedDelta(build, DeltaShape(spec.hidden_size, spec.delta, spec.rms_norm_eps))
+            shape = DeltaShape(spec.hidden_size, spec.delta, spec.rms_norm_eps, grouped=spec.architecture == NEXT)
+            self.linear_attn = GatedDelta(build, shape)
         else:
             self.self_attn = GatedAttention(build, replace(attention_shape(spec, layer), qk_norm=OffsetHeadNorm))
         self.post_attention_layernorm = OffsetRMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = _mlp(build, spec)
+        self.mlp = _mlp(build, spec, layer)
 
     def __call__(
         self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: Any
@@ -209,5 +241,7 @@ class Qwen35Block(Module):
         return self.mlp(self.post_attention_layernorm.of_sum(mixed, residual)), residual
 
 
-def _mlp(build: Build, spec: Qwen35Spec) -> GatedMLP | SparseMLP:
-    return Qwen2SparseMLP(build, spec) if isinstance(spec, Qwen35MoeSpec) else gated_mlp(build, spec)
+def _mlp(build: Build, spec: Qwen35Spec, layer: int) -> GatedMLP | SparseMLP:
+    if isinstance(spec, Qwen35MoeSpec) and layer in spec.sparse_layers:
+        return Qwen2SparseMLP(build, spec)
+    return gated_mlp(build, spec)
