@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
+from msgspec import UNSET
 
 from sempre.engine.parsing import Arguments, CallStart, Content, OutputParser, Piece, Reasoning
 from sempre.engine.parsing.reasoning import ReasoningCounter
@@ -121,7 +122,7 @@ def message_of(deltas: Sequence[ChatDelta], role: str) -> ChatMessage:
         content=joined if joined or not (calls or reasoning) else None,
         reasoning=thought,
         reasoning_content=thought,
-        tool_calls=list(calls.values()),
+        tool_calls=list(calls.values()) or UNSET,
     )
 
 

@@ -155,7 +155,8 @@ class ChatMessage(Struct):
     annotations: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: list[ToolCall] = []
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    """left out if there are none, as by OpenAI"""
     reasoning: str | None = None
     reasoning_content: str | None = None
     """the same, under its older name"""

@@ -26,7 +26,7 @@ class AbsentTokenizer(Tokenizer):
         if name.startswith("__"):
             raise AttributeError(name)
         raise RequestError(
-            "there is no text with skip_tokenizer_init=True: give prompts as prompt_token_ids, without text "
+            "there is no text with `skip_tokenizer_init=True`: give prompts as prompt_token_ids, without text "
             "parameters, and read token_ids.",
             parameter="prompt",
         )
