@@ -44,7 +44,6 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "flat_logprobs": (False,),
     # added tokens are written by the tokenizer's decoder, which adds no such spaces
     "spaces_between_special_tokens": (True, False),
-    "stream_interval": (1,),
     "extra_args": ({},),
     "skip_reading_prefix_cache": (False,),
     "repetition_detection": (),
@@ -121,7 +120,7 @@ class SamplingParams:
     spaces_between_special_tokens: InitVar[Any] = True
     include_stop_str_in_output: Annotated[bool, doc("keep the stop string at the end of the text")] = False
     output_kind: Annotated[RequestOutputKind, doc("what streamed outputs hold")] = RequestOutputKind.CUMULATIVE
-    stream_interval: InitVar[Any] = None
+    stream_interval: Annotated[int | None, doc("tokens per streamed output, if more than the engine's")] = None
     structured_outputs: Annotated[StructuredOutputsParams | None, doc("the form the output must have")] = None
     logit_bias: Annotated[
         Mapping[int, float] | Mapping[str, float] | None, doc("added to the logits of these token ids, within ±100")
@@ -270,6 +269,11 @@ class SamplingParams:
                 "logprob_token_ids", listed, f"can hold at most {MAX_LOGPROB_TOKEN_IDS} ids, got {len(listed)}."
             )
         self.logprob_token_ids = listed or None
+        if self.stream_interval is not None:
+            interval = integer("stream_interval", self.stream_interval)
+            if interval < 1:
+                raise refusal("stream_interval", interval, f"must be at least 1, got {shown(interval)}.")
+            self.stream_interval = interval
         try:
             self.output_kind = RequestOutputKind(self.output_kind)
         except ValueError:

@@ -29,7 +29,8 @@ _ALIASES = {
     "tensor_parallel_size": ("-tp",),
 }
 _NESTED = "structured_outputs_config"
-_NOT_FLAGS = ("output_kind",)
+# the engine has a flag of the name `stream_interval`
+_NOT_FLAGS = ("output_kind", "stream_interval")
 
 
 def add_model_flag(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +113,7 @@ def engine_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
 
 def sampling_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
     """Return the sampling keywords that were given."""
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name not in _NOT_FLAGS]
     return {name: getattr(namespace, _flag_name(name)) for name in names if hasattr(namespace, _flag_name(name))}
 
 

@@ -166,6 +166,7 @@ class RequestState:
 
         self.request = request
         self.request_id = request.request_id
+        interval = max(stream_interval, params.stream_interval or 1)
         self.sequences = [
             SequenceState(
                 i,
@@ -173,7 +174,7 @@ class RequestState:
                 params,
                 _detokenizer(request, tokenizer),
                 rows() if params.reports_logprobs else None,
-                stream_interval,
+                interval,
             )
             for i, seed in enumerate(request.seeds)
         ]

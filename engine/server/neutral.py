@@ -51,6 +51,15 @@ _GENERATION = {
     "vllm_xargs": Neutral(_OBJECT, ({},)),
     "mm_processor_kwargs": Neutral(_OBJECT, ({},)),
     "repetition_detection": Neutral(_OBJECT, _NOTHING),
+    "watermarking": Neutral(bool, (False,)),
+    "session_id": Neutral(str),
+    "return_weight_versions": Neutral(bool, (False,)),
+    # which part of a report to leave out, and there is none
+    "routed_experts_prompt_start": Neutral(int),
+    # of vLLM's endpoints that only render prompts
+    "return_token_offsets": Neutral(bool),
+    "mm_payload": Neutral(str),
+    "return_mm_kwargs": Neutral(bool),
     "guided_json": Neutral(_OBJECT, _NOTHING, 'structured_outputs: {"json": …}'),
     "guided_regex": Neutral(str, _NOTHING, 'structured_outputs: {"regex": …}'),
     "guided_choice": Neutral(list[str], _NOTHING, 'structured_outputs: {"choice": …}'),
@@ -70,6 +79,8 @@ NEUTRAL: dict[type[Struct], dict[str, Neutral]] = {
         # a predicted answer, which affects only speed
         "prediction": Neutral(_OBJECT),
         "verbosity": Neutral(str, ("medium",)),
+        "prompt_cache_options": Neutral(_OBJECT),
+        "return_prompt_text": Neutral(bool, (False,)),
         "web_search_options": Neutral(_OBJECT, _NOTHING),
         "functions": Neutral(list[Any], ([],)),
         "function_call": Neutral(str, ("none", "auto")),
@@ -82,6 +93,6 @@ NEUTRAL: dict[type[Struct], dict[str, Neutral]] = {
     DetokenizeRequest: {},
     # pads stream events to hide their size on the network
     StreamOptions: {"include_obfuscation": Neutral(bool)},
-    Tool: {"cache_control": Neutral(_OBJECT)},
-    FunctionDefinition: {"cache_control": Neutral(_OBJECT)},
+    Tool: {"cache_control": Neutral(_OBJECT), "defer_loading": Neutral(bool, (False,))},
+    FunctionDefinition: {"cache_control": Neutral(_OBJECT), "defer_loading": Neutral(bool, (False,))},
 }

@@ -44,6 +44,7 @@ _SAME_NAME = (
     "truncate_prompt_tokens",
     "truncation_side",
     "logprob_token_ids",
+    "stream_interval",
 )
 
 

@@ -95,6 +95,9 @@ class GenerationRequest(Struct, kw_only=True):
     logprob_token_ids: Annotated[
         list[TokenId] | None, _doc("report the log-probabilities of these ids instead of the best")
     ] = None
+    stream_interval: Annotated[
+        Annotated[int, Meta(ge=1)] | None, _doc("tokens per chunk, if more than the server's")
+    ] = None
     return_token_ids: Annotated[bool, _doc("report token ids in addition to the text")] = False
     return_tokens_as_token_ids: Annotated[bool, _doc("name tokens `token_id:N` in log-probabilities")] = False
 

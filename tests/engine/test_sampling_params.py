@@ -82,6 +82,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1."),
     ({"detokenize": None}, "detokenize must be True or False, got None."),
     ({"output_kind": 7}, "output_kind must be a RequestOutputKind, got 7."),
+    ({"stream_interval": 0}, "stream_interval must be at least 1, got 0."),
+    ({"stream_interval": 1.5}, "stream_interval must be an int, got 1.5."),
 ]
 
 
@@ -149,6 +151,7 @@ def test_defaults() -> None:
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,
         "output_kind": RequestOutputKind.CUMULATIVE,
+        "stream_interval": None,
         "logit_bias": None,
         "allowed_token_ids": None,
         "bad_words": [],

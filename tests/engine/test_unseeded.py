@@ -46,6 +46,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "skip_special_tokens": (False, False),
     "include_stop_str_in_output": (True, False),
     "output_kind": (RequestOutputKind.DELTA, False),
+    "stream_interval": (3, False),
     "structured_outputs": (StructuredOutputsParams(regex="[a-z]+"), True),
     "logit_bias": ({5: 1.0}, True),
     "allowed_token_ids": ([5, 6], True),

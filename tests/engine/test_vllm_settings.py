@@ -333,6 +333,11 @@ def test_without_a_tokenizer_there_are_only_token_ids() -> None:
         pieces = [output.outputs[0].token_ids for output in llm.stream(prompt, deltas)]
         assert [len(piece) for piece in pieces] == [1, 4, 1]
         assert [token for piece in pieces for token in piece] == expected.token_ids
+        # a request may ask for more
+        for interval, lengths in ((2, [1, 4, 1]), (5, [1, 5]), (100, [1, 5])):
+            deltas.stream_interval = interval
+            found_lengths = [len(output.outputs[0].token_ids) for output in llm.stream(prompt, deltas)]
+            assert found_lengths == lengths
 
 
 @pytest.mark.parametrize(

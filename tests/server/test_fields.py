@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -103,6 +104,24 @@ def test_four_stop_strings_and_no_more(server: ServerProcess) -> None:
         refused = ask(server, stop=["\x01", "\x02", "\x03", "\x04", "\x05"])
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stop")
         assert ask(server, stop=["\x01", "\x02", "\x03", "\x04"]).status_code == 200
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+def test_a_stream_may_come_in_larger_chunks(server: ServerProcess, ask: Any) -> None:
+    """The first at once; the same tokens in all."""
+
+    def pieces(**fields: Any) -> list[list[int]]:
+        chunks = events(ask(server, stream=True, max_tokens=8, ignore_eos=True, **fields))
+        found = [choice.get("token_ids") or [] for chunk in chunks for choice in chunk["choices"]]
+        return [piece for piece in found if piece]
+
+    alone = pieces()
+    larger = pieces(stream_interval=5)
+    assert [len(piece) for piece in larger] == [1, 5, 2]
+    assert [*chain(*larger)] == [*chain(*alone)]
+    assert ask(server, stream_interval=5).json()["choices"] == ask(server).json()["choices"]
+    refused = ask(server, stream_interval=0)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stream_interval")
 
 
 def test_thinking_ends_with_its_budget(server: ServerProcess) -> None:
