@@ -19,7 +19,7 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "allowed_media_domains": (None,),
     # steps are always sent ahead; results do not depend on it
     "async_scheduling": (None, True, False),
-    "attention_backend": (None,),
+    "attention_backend": (None, "auto"),
     "attention_config": (None,),
     "aux_output_config": (None, {}),
     "calculate_kv_scales": (False,),
