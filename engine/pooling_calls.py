@@ -195,6 +195,11 @@ class AsyncPoolingLLM(PoolingEngine):
         params = pooling_params or PoolingParams()
         return self._follow(self._frontend.builder.build_pooled(prompts, params, priority, request_id=request_id))
 
+    def pair_arguments(self, query: str, document: str) -> dict[str, Any] | None:
+        """Return the arguments of `engine.text.render_chat` for a pair to be scored; None if the chat template does
+        not know the roles `query` and `document`."""
+        return self._frontend.pair_arguments(query, document)
+
     async def encode(
         self,
         prompt: PromptType,

@@ -23,6 +23,7 @@ from sempre.engine.pooling import (
     RelevanceOutput,
     ScoringRequestOutput,
 )
+from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.ipc.config import PoolingTask
 from sempre.ipc.errors import RequestError
 from sempre.ipc.messages import PoolingModel, PoolingSpec
@@ -30,6 +31,10 @@ from sempre.ipc.messages import PoolingModel, PoolingSpec
 Kind = TypeVar("Kind", bound=PooledOutput)  # type: ignore[type-arg]
 _NAMES = {"embed": "embeds", "classify": "classifies"}
 _ONE_LABEL = 1
+NOT_SAMPLED = SamplingParams(
+    max_tokens=1, temperature=0.0, seed=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+)
+"""Of a request that is pooled: nothing is sampled."""
 
 
 def require_pooling(model: PoolingModel | None, task: PoolingTask | None = None) -> PoolingModel:

@@ -11,23 +11,18 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from sempre.engine.frontend.limits import RequestLimits, cut
-from sempre.engine.frontend.pooling import pooling_spec, refuse_generation, require_pooling
+from sempre.engine.frontend.pooling import NOT_SAMPLED, pooling_spec, refuse_generation, require_pooling
 from sempre.engine.frontend.prompts import list_prompts, parse_prompt
 from sempre.engine.frontend.sampling_spec import SpecBuilder, check_utf8
 from sempre.engine.parameter_checks import shown
 from sempre.engine.parsing.reasoning import PromptReasoning
 from sempre.engine.pooling import PoolingParams
-from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
+from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.seed_counts import SeedCounts
 from sempre.engine.seeding import child_seed, derive_request_seed, distribution_digest, reported_seed, request_digest
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ConfigError, RequestError
 from sempre.ipc.messages import PoolingSpec, RequestSpec, SamplingSpec
-
-# of a request that is pooled: nothing is sampled
-_NOT_SAMPLED = SamplingParams(
-    max_tokens=1, temperature=0.0, seed=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +230,7 @@ class RequestBuilder:
         self._num_requests += 1
         self._num_sequences += 1
         reasoning = PromptReasoning(self._tokenizer, token_ids)
-        return PreparedRequest(name, text, token_ids, _NOT_SAMPLED, [sequence], [0], time.time(), reasoning)
+        return PreparedRequest(name, text, token_ids, NOT_SAMPLED, [sequence], [0], time.time(), reasoning)
 
     def check_form(self, params: SamplingParams) -> None:
         """Check the form of the output, which is slow for a large grammar; any thread may call this.

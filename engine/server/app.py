@@ -21,6 +21,7 @@ from sempre.engine.server.load import load, metrics
 from sempre.engine.server.middleware import KeyRing, RequestGate, wrapped
 from sempre.engine.server.parameters import check_model
 from sempre.engine.server.playground import PLAYGROUND_ROUTES
+from sempre.engine.server.pooling import classify, create_embeddings, create_pooling, create_scores, rerank
 from sempre.engine.server.responses import ModelCard, ModelList
 from sempre.engine.server.service import Service
 from sempre.engine.server.tokenization import detokenize, tokenize, tokenizer_info
@@ -165,6 +166,14 @@ async def _invoke(service: Service, http: Request) -> Response:
 _ENDPOINTS: dict[str, Endpoint] = {
     "/v1/completions": create_completion,
     "/v1/chat/completions": create_chat_completion,
+    "/v1/embeddings": create_embeddings,
+    "/pooling": create_pooling,
+    "/classify": classify,
+    "/score": create_scores,
+    "/v1/score": create_scores,
+    "/rerank": rerank,
+    "/v1/rerank": rerank,
+    "/v2/rerank": rerank,
     "/v1/models": _models,
     "/v1/models/{model:path}": _model,
     "/invocations": _invoke,

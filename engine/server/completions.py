@@ -38,7 +38,7 @@ async def create_completion(service: Service, http: Request) -> Response:
     apply_server_defaults(request, service.config)
     params = completion_parameters(request, service.default_parameters(request), service.config)
     search = beam_parameters(request, params)
-    prompts = await prompts_of(request, service, http)
+    prompts = await prompts_of(request, request.prompt, "prompt", service, http)
     with blame_on(request):
         await check_form(params, service, http)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):

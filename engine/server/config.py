@@ -59,7 +59,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_num_queued_reqs: Annotated[_Number, doc("maximum waiting sequences; more get 503")] = 1024
     max_body_bytes: Annotated[_Bytes, doc("largest body of a request")] = 8 * 1024 * 1024
     max_n: Annotated[Count, doc("largest `n` of a request")] = 128
-    max_prompts: Annotated[Count, doc("maximum prompts in one request")] = 1024
+    max_prompts: Annotated[Count, doc("maximum prompts in one request")] = 2048
     shutdown_timeout: Annotated[_Pause, doc("seconds for running requests to finish after SIGTERM")] = 30.0
     on_engine_death: Annotated[
         EngineDeath,

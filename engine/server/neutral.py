@@ -9,6 +9,13 @@ from typing import Any, NamedTuple
 
 from msgspec import Struct
 
+from sempre.engine.server.pooling_requests import (
+    ClassificationRequest,
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from sempre.engine.server.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -66,6 +73,20 @@ _GENERATION = {
     "guided_grammar": Neutral(str, _NOTHING, 'structured_outputs: {"grammar": …}'),
 }
 
+_POOLING = {
+    "user": Neutral(str),
+    "padding": Neutral(str, ("do_not_pad",)),
+    "mm_processor_kwargs": Neutral(_OBJECT, ({},)),
+    "normalize": Neutral(bool, _NOTHING, "use_activation"),
+}
+# of an encoding in base64
+_EMBEDDING = {
+    **_POOLING,
+    "embed_dtype": Neutral(str, ("float32",)),
+    "endianness": Neutral(str, ("native", "little")),
+    "messages": Neutral(list[Any], _NOTHING, "input"),
+}
+
 NEUTRAL: dict[type[Struct], dict[str, Neutral]] = {
     CompletionRequest: {
         **_GENERATION,
@@ -91,6 +112,11 @@ NEUTRAL: dict[type[Struct], dict[str, Neutral]] = {
         "media_io_kwargs": Neutral(_OBJECT, ({},)),
     },
     DetokenizeRequest: {},
+    EmbeddingRequest: _EMBEDDING,
+    PoolingRequest: _EMBEDDING,
+    ClassificationRequest: {**_POOLING, "messages": Neutral(list[Any], _NOTHING, "input")},
+    ScoreRequest: _POOLING,
+    RerankRequest: {**_POOLING, "return_documents": Neutral(bool, (True,))},
     # pads stream events to hide their size on the network
     StreamOptions: {"include_obfuscation": Neutral(bool)},
     Tool: {"cache_control": Neutral(_OBJECT), "defer_loading": Neutral(bool, (False,))},

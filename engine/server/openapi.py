@@ -10,6 +10,18 @@ import msgspec
 
 from sempre.engine.server.errors import ErrorResponse
 from sempre.engine.server.neutral import NEUTRAL, Neutral
+from sempre.engine.server.pooling_requests import (
+    ClassificationRequest,
+    ClassificationResponse,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    PoolingRequest,
+    PoolingResponse,
+    RerankRequest,
+    RerankResponse,
+    ScoreRequest,
+    ScoreResponse,
+)
 from sempre.engine.server.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -100,6 +112,17 @@ OPERATIONS = (
         (ChatCompletionRequest, CompletionRequest),
         (ChatCompletionResponse, CompletionResponse),
         streams=True,
+    ),
+    Operation("POST", "/v1/embeddings", "Vectors of prompts", (EmbeddingRequest,), (EmbeddingResponse,)),
+    Operation("POST", "/pooling", "What the model pools of prompts", (PoolingRequest,), (PoolingResponse,)),
+    Operation("POST", "/classify", "Probabilities of labels", (ClassificationRequest,), (ClassificationResponse,)),
+    *(
+        Operation("POST", path, "How well documents answer queries", (ScoreRequest,), (ScoreResponse,))
+        for path in ("/score", "/v1/score")
+    ),
+    *(
+        Operation("POST", path, "Documents in the order of relevance", (RerankRequest,), (RerankResponse,))
+        for path in ("/rerank", "/v1/rerank", "/v2/rerank")
     ),
     Operation("GET", "/v1/models", "The served model", answers=(ModelList,)),
     Operation("GET", "/v1/models/{model:path}", "The served model under one of its names", answers=(ModelCard,)),

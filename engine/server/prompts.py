@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.requests import Request
 
@@ -13,24 +13,27 @@ from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.limits import MAX_PROMPT_TOKENS
 from sempre.engine.server.middleware import REQUEST_ID_FORM
 from sempre.engine.server.offload import LONG_BYTES
-from sempre.engine.server.requests import CompletionRequest, GenerationRequest
 from sempre.engine.server.service import Service
 
 
-async def prompts_of(request: CompletionRequest, service: Service, http: Request) -> list[PromptType]:
-    """Return the prompts of a completion. Raises BadRequest for too many of them, or too long ones."""
-    given: Any = request.prompt
+class PromptFields(Protocol):
+    """What a request may say of its prompts."""
+
+    truncate_prompt_tokens: int | None
+    cache_salt: str | None
+
+
+async def prompts_of(
+    request: PromptFields, given: Any, field: str, service: Service, http: Request
+) -> list[PromptType]:
+    """Return the prompts in `field` of a request. Raises BadRequest for too many of them, or too long ones."""
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not given:
-        raise BadRequest("prompt must hold at least one prompt.", param="prompt")
-    if len(given) > service.config.max_prompts:
-        raise BadRequest(
-            f"prompt can hold at most {service.config.max_prompts} prompts (--max-prompts), got {len(given)}.",
-            param="prompt",
-        )
+        raise BadRequest(f"{field} must hold at least one prompt.", param=field)
+    check_number(field, len(given), service)
     if len(set(map(type, given))) > 1:
-        raise BadRequest("prompt must hold texts only, or lists of token ids only, or token ids only.", param="prompt")
+        raise BadRequest(f"{field} must hold texts only, or lists of token ids only, or token ids only.", param=field)
     found = (
         await _encoded(given, request, service, http) if isinstance(given[0], str) else _tokens(given, request, service)
     )
@@ -40,7 +43,16 @@ async def prompts_of(request: CompletionRequest, service: Service, http: Request
     return found
 
 
-def _tokens(given: Sequence[list[int]], request: CompletionRequest, service: Service) -> list[Any]:
+def check_number(field: str, count: int, service: Service) -> None:
+    """Raise BadRequest for more prompts than a request may have."""
+    if count > service.config.max_prompts:
+        raise BadRequest(
+            f"{field} can hold at most {service.config.max_prompts} prompts (--max-prompts), got {count}.",
+            param=field,
+        )
+
+
+def _tokens(given: Sequence[list[int]], request: PromptFields, service: Service) -> list[Any]:
     if request.truncate_prompt_tokens is None:
         for token_ids in given:
             service.checked_length(token_ids)
@@ -48,8 +60,8 @@ def _tokens(given: Sequence[list[int]], request: CompletionRequest, service: Ser
     return [{"prompt_token_ids": token_ids} for token_ids in given]
 
 
-async def _encoded(texts: Sequence[str], request: CompletionRequest, service: Service, http: Request) -> list[Any]:
-    special = request.add_special_tokens is not False
+async def _encoded(texts: Sequence[str], request: PromptFields, service: Service, http: Request) -> list[Any]:
+    special = getattr(request, "add_special_tokens", True) is not False
     if http.state.body_bytes <= LONG_BYTES:
         if special:
             return [{"prompt": text} for text in texts]
@@ -114,6 +126,12 @@ async def render(
     return {"prompt": text, "prompt_token_ids": await encode(text, service, http, special=add_special_tokens)}
 
 
+class Named(Protocol):
+    """A request that may have a name of its own."""
+
+    request_id: str | None
+
+
 async def check_form(params: SamplingParams, service: Service, http: Request) -> None:
     """Check the form of the output before the request is built on the event loop. Raises RequestError."""
     if params.structured_outputs is not None:
@@ -121,7 +139,7 @@ async def check_form(params: SamplingParams, service: Service, http: Request) ->
         await service.offload.in_thread(client_of(http), service.engine.check_form, params)
 
 
-def id_of(request: GenerationRequest, http: Request) -> str:
+def id_of(request: Named, http: Request) -> str:
     """Return the suffix of the response's id: X-Request-Id, `request_id`, or a new one. Raises BadRequest."""
     given, state = request.request_id, http.state
     if given is None or http.headers.get("x-request-id") == state.request_id:

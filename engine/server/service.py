@@ -11,6 +11,7 @@ from sempre.engine.async_llm import AsyncLLM
 from sempre.engine.frontend.beam_search import BeamSearchParams
 from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.output_stream import OutputStream
+from sempre.engine.pooling import PoolingParams
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.admission import Admission
 from sempre.engine.server.beams import BeamStream
@@ -42,6 +43,8 @@ class Service:
         self.metrics = ServerMetrics(self.model_names[0])
         self.offload = Offload()
         self._streams: dict[int, OutputStream | BeamStream] = {}
+        self._pooled: dict[int, int] = {}
+        """as how many sequences a stream of pooled prompts counts"""
 
     @property
     def num_requests(self) -> int:
@@ -72,8 +75,9 @@ class Service:
     def checked_length(self, token_ids: list[int]) -> list[int]:
         """Return a prompt's token ids. Raises BadRequest for more than the context holds, before checking any."""
         limit = self.engine.ready.max_model_len
-        if len(token_ids) >= limit:
-            raise BadRequest(too_long(len(token_ids), limit), param="prompt")
+        num_after = 1 if self.engine.ready.pooling is None else 0
+        if len(token_ids) + num_after > limit:
+            raise BadRequest(too_long(len(token_ids), limit, num_after), param="prompt")
         return token_ids
 
     def check_text(self, text: str) -> None:
@@ -116,10 +120,27 @@ class Service:
         self._streams[id(stream)] = stream
         return stream
 
+    def open_pooled(self, prompts: Sequence[PromptType], params: PoolingParams, priority: int) -> OutputStream:
+        """The same for prompts that are pooled.
+
+        They are short work and are sent to the engine in parts, so a call counts as at most one step's sequences.
+        """
+        self.check_ready()
+        count = min(len(prompts), max(1, self.admission.max_running))
+        self.admission.admit(count)
+        try:
+            stream = self.engine.pool(list(prompts), params, priority=priority)
+        except BaseException:
+            self.admission.release(count)
+            raise
+        self._streams[id(stream)] = stream
+        self._pooled[id(stream)] = count
+        return stream
+
     def close(self, stream: OutputStream | BeamStream) -> None:
         """Abort the unfinished requests of a stream, and release its admission."""
         if self._streams.pop(id(stream), None) is not None:
-            self.admission.release(stream.num_sequences)
+            self.admission.release(self._pooled.pop(id(stream), stream.num_sequences))
             # A dead engine needs no abort.
             with suppress(Exception):
                 stream.close()
