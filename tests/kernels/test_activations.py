@@ -8,7 +8,7 @@ import kernel_reference as reference
 import pytest
 import torch
 
-from sempre.kernels.activation import clamped_and_mul, gelu_and_mul, gelu_mul, soft_cap
+from sempre.kernels.activation import clamped_and_mul, gate, gelu_and_mul, gelu_mul, soft_cap
 
 
 def spread(*shape: int) -> torch.Tensor:
@@ -101,3 +101,20 @@ def test_gelu_of_two_tensors_has_the_bits_of_one() -> None:
 
 def rows_of(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 48), (300, 112)])
+def test_gate_is_that_of_float64(rows: int, width: int) -> None:
+    x, gates = torch.randn(rows, width, generator=torch.Generator().manual_seed(2)), spread(rows, width)
+    found = gate(x.clone(), gates)
+    expected = x.double() * gates.double().sigmoid()
+    assert ((found - expected).abs() <= 4e-7 * expected.abs() + 1e-37).all()
+    for row in range(0, rows, 29):
+        assert torch.equal(gate(x[row : row + 1].clone(), gates[row : row + 1].clone())[0], found[row])
+
+
+def test_a_gate_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="gate: expected a width that is a multiple of 16, found 24"):
+        gate(torch.zeros(2, 24), torch.zeros(2, 24))
+    with pytest.raises(ValueError, match=r"gate: gates \(2, 16\) do not fit x \(2, 32\)"):
+        gate(torch.zeros(2, 32), torch.zeros(2, 16))

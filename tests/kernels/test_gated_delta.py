@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from delta_cases import SHAPES, DeltaCase, check_cuts, check_verification, relative
 
 from sempre.kernels.gated_delta import DeltaHeads, cpu
+from sempre.kernels.jit import compiled
+from sempre.kernels.sampling.elementary import sigmoid32, softplus32
 
 LENGTHS = (37, 12, 1)
 
@@ -76,3 +81,21 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     case.weights = narrow.weights
     with pytest.raises(ValueError, match=r"gated_delta: rows \(3, 384\) does not fit DeltaHeads"):
         case.step(case.states(1), [(0, 0, 3)], [-1], [[-1, -1, -1]])
+
+
+@compiled()
+def _softplus_and_sigmoid(x: Any, out: Any) -> None:
+    for i in range(len(x)):
+        out[0, i], out[1, i] = softplus32(x[i]), sigmoid32(x[i])
+
+
+def test_softplus_has_full_relative_precision() -> None:
+    x = np.concatenate([np.linspace(-86, 90, 5001), [0.0, -0.0, -1e30, 1e30]]).astype(np.float32)
+    out = np.empty((2, len(x)), np.float32)
+    _softplus_and_sigmoid(x, out)
+    wide = torch.from_numpy(x).double()
+    expected = torch.nn.functional.softplus(wide, threshold=1e9), wide.sigmoid()
+    for found, exact in zip(torch.from_numpy(out).double(), expected, strict=True):
+        assert ((found - exact).abs() <= 2e-7 * exact + 1e-37).all()
+    _softplus_and_sigmoid(np.full(1, np.nan, np.float32), out)
+    assert np.isnan(out[:, 0]).all()

@@ -1,5 +1,5 @@
 """Axes A1, A3, A4, A5, A6, A9, A14 and A15 of families that compute differently: soft caps, windows in every other
-layer, a mixture of experts, sinks."""
+layer, a mixture of experts, sinks, states instead of keys and values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 FAMILIES = (
     "gemma2", "qwen3-moe", "qwen3-moe fp8", "qwen3-moe fp8_weight_only", "mixtral", "qwen2-moe", "glm4",
     "glm4-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3", "gpt-oss",
-    "gemma4", "gemma4-keys-are-values",
+    "gemma4", "gemma4-keys-are-values", "qwen3.5", "qwen3.5-moe", "qwen3.5 fp8",
 )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_scoring(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma2", "qwen3-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3", "gpt-oss", "gemma4"]
+    "name", ["gemma2", "qwen3-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3", "gpt-oss", "gemma4", "qwen3.5"]
 )
 def test_control(name: str) -> None:
     """The library's ordinary matmuls give other bits in a batch: these tests can fail."""

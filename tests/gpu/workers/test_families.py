@@ -38,6 +38,14 @@ MULTIPLIERS = {
     "logits_scaling": 2.5,
 }
 GEMMA4 = {"vocab_size_per_layer_input": 320, "global_head_dim": 512, "sliding_window": 20}
+# its layers amplify rounding more than others
+DELTA = {
+    "initializer_range": 0.05,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 48,
+    "linear_value_head_dim": 32,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LONGROPE = {
     "rope_type": "longrope",
@@ -86,6 +94,13 @@ CONFIGS = {
     ),
     "proportional rope": lambda: transformers.LlamaConfig(
         **COMMON, rope_parameters={"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.4}
+    ),
+    "qwen3.5": lambda: transformers.Qwen3_5TextConfig(**{**COMMON, **DELTA}),
+    "qwen3.5-moe": lambda: transformers.Qwen3_5MoeTextConfig(
+        **{**COMMON, **DELTA}, **ODD_EXPERTS, shared_expert_intermediate_size=80
+    ),
+    "qwen3-next": lambda: transformers.Qwen3NextConfig(
+        **{**COMMON, **DELTA}, **ODD_EXPERTS, mlp_only_layers=[1], shared_expert_intermediate_size=80
     ),
     "glm4": lambda: transformers.Glm4Config(**COMMON, pad_token_id=0),
     "glm4-moe": lambda: transformers.Glm4MoeConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from planted_faults.attention_and_linear import ATTENTION_AND_LINEAR
 from planted_faults.cache import CACHE
 from planted_faults.fault import Fault
+from planted_faults.gated_delta import GATED_DELTA
 from planted_faults.gpu_kernels import GPU_KERNELS
 from planted_faults.links import LINKS
 from planted_faults.pooling import POOLING
@@ -22,6 +23,7 @@ FAULTS: tuple[Fault, ...] = (
     *SPECULATION,
     *SAMPLING,
     *ATTENTION_AND_LINEAR,
+    *GATED_DELTA,
     *GPU_KERNELS,
     *LINKS,
     *POOLING,
