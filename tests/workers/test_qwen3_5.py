@@ -13,6 +13,9 @@ from hybrid_sequences import HybridModel, Part
 from safetensors.torch import load_file, save_file
 from worker_settings import worker_config
 
+from sempre.engine.arguments import engine_config
+from sempre.engine.client.inproc import InprocClient
+from sempre.engine.harness import generate, make_request
 from sempre.ipc.errors import ModelError, TensorMismatch
 from sempre.ipc.messages import SamplingSpec
 from sempre.workers.layers.attention import GatedAttention
@@ -105,6 +108,8 @@ REFUSED: list[tuple[str, object, str]] = [
     ("linear_num_value_heads", 24, "linear_num_value_heads: expected a multiple of linear_num_key_heads=16, found 24"),
     ("linear_key_head_dim", 24, "linear_key_head_dim: expected a multiple of 16"),
     ("linear_value_head_dim", 100, "linear_value_head_dim: expected a multiple of 16"),
+    ("attn_output_gate", False, "attn_output_gate: expected true for this architecture"),
+    ("mamba_ssm_dtype", "bfloat16", 'mamba_ssm_dtype: expected "float32" for this architecture'),
     ("linear_conv_kernel_dim", 5, "linear_conv_kernel_dim: expected from 2 to 4, found 5"),
     ("linear_conv_kernel_dim", 1, "linear_conv_kernel_dim: expected from 2 to 4, found 1"),
     ("partial_rotary_factor", 1.5, "partial_rotary_factor: expected an even number of the 256"),
@@ -203,3 +208,23 @@ def test_fp8(checkpoints: Any, serve: Any, prompt: Any) -> None:
     beside = serving.run(*others, prompt("a", ids_of(30), params, chunks=(7, 1, 11)))["a"]
     assert alone.errors == []
     assert (beside.token_ids, beside.logprobs) == (alone.token_ids, alone.logprobs)
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "qwen3.5-moe-odd", "qwen3-next", "qwen3.5-multimodal"])
+def test_greedy_tokens_of_an_engine_are_those_of_transformers(name: str, checkpoints: Any) -> None:
+    """With few slots and small steps, and the last request resuming from what the first left in the prefix cache."""
+    checkpoint = checkpoints(name)
+    prompts = [ids_of(70), ids_of(9, salt=1), ids_of(33, salt=2), ids_of(70)]
+    settings = {"max_num_seqs": 3, "max_num_batched_tokens": 32, "max_model_len": 256, "num_threads": 1}
+    client = InprocClient.launch(engine_config(model=str(checkpoint.folder), multiprocessing=False, **settings))
+    requests = [make_request(ids, max_tokens=64, temperature=0.0, ordinal=n) for n, ids in enumerate(prompts)]
+    try:
+        runs = [*generate(client, requests[:3]), *generate(client, requests[3:])]
+    finally:
+        client.close()
+    assert runs[3].token_ids == runs[0].token_ids
+    for ids, run in zip(prompts, runs, strict=True):
+        with torch.no_grad():
+            logits = checkpoint.model(torch.tensor([[*ids, *run.token_ids]])).logits[0]
+        assert len(run.token_ids) == 64
+        assert list(run.token_ids) == logits[len(ids) - 1 : -1].argmax(-1).tolist()

@@ -8,6 +8,7 @@ are not read.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -90,6 +91,10 @@ CONV_WIDTHS = range(2, 5)
 # these say which of three positions turns a dimension; those of text are equal
 MROPE = ("mrope_section", "mrope_interleaved")
 UNREAD = ("mtp.",)
+# fields with one value that is computed, in published configs though transformers does not read them
+FIXED: dict[str, object] = {"attn_output_gate": True, "mamba_ssm_dtype": "float32"}
+# likewise of those where every layer has experts; Qwen3-Next may have others
+EVERYWHERE: dict[str, object] = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,11 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
         config = text_part(config, tied_by_default=False)
     defaults = NEXT_DEFAULTS if architecture == NEXT else MOE_DEFAULTS
     config = config.with_defaults(DENSE_DEFAULTS if architecture in DENSE else defaults)
+    _refuse_other_values(config, FIXED)
     if architecture not in (*DENSE, NEXT):
-        config = _experts_everywhere(config)
+        _refuse_other_values(config, EVERYWHERE)
+        # no layer is without experts, and so of this size
+        config = config.with_defaults({"intermediate_size": config.raw["moe_intermediate_size"]})
     refuse_other_activation(config, "silu")
     common = parse_decoder(architecture, RULES, _plain_rope(config), generation)
     hybrid: dict[str, Any] = {"delta": _delta_heads(config), "linear_layers": _linear_layers(config, common.num_layers)}
@@ -152,13 +160,10 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     )
 
 
-def _experts_everywhere(config: ConfigFields) -> ConfigFields:
-    """Of a family without fields for anything else. Raises ModelError for those of Qwen3-Next with another value."""
-    for name, only in (("norm_topk_prob", True), ("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+def _refuse_other_values(config: ConfigFields, fixed: Mapping[str, object]) -> None:
+    for name, only in fixed.items():
         if config.raw.get(name) not in (None, only):
             config.fail(name, f"{json.dumps(only)} for this architecture", config.raw[name])
-    # no layer is without experts, and so of this size
-    return config.with_defaults({"intermediate_size": config.raw["moe_intermediate_size"]})
 
 
 def _plain_rope(config: ConfigFields) -> ConfigFields:
