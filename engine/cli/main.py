@@ -42,6 +42,7 @@ COMMANDS = {
     "complete": "complete prompts on a running server",
     "run-batch": "answer an OpenAI batch file",
     "serve": "serve a model over HTTP, with OpenAI's interface",
+    "list-models": "print the architectures that are supported, and those that are refused",
     "pull": "download a model of the catalogue",
     "bench": "measure latency, throughput or start-up",
     "bench serve": "measure a running server under load",

@@ -32,8 +32,9 @@ _KINDS: dict[str, PoolingKind] = {
 _FLAG = "pooling_mode_"
 _ACTIVATIONS: dict[str, Activation] = {"Sigmoid": "sigmoid", "Identity": "none", "Softmax": "softmax"}
 _OF_PROBLEM: dict[str, Activation] = {"regression": "none", "multi_label_classification": "sigmoid"}
-_CLASSIFIER, _GENERATOR = "ForSequenceClassification", "ForCausalLM"
-_ENDINGS = ("Text" + _CLASSIFIER, _CLASSIFIER, "TextModel", "Model")
+# how the names of architectures end
+CLASSIFIER, GENERATOR, DECODER = "ForSequenceClassification", "ForCausalLM", "Model"
+_ENDINGS = ("Text" + CLASSIFIER, CLASSIFIER, "Text" + DECODER, DECODER)
 _FROM_TOKENS = "classifier_from_token"
 
 
@@ -92,7 +93,7 @@ def decoder_of(architecture: str) -> str:
     """The architecture of the same family that generates: also for a decoder without a head, or with a score head."""
     for ending in _ENDINGS:
         if architecture.endswith(ending):
-            return architecture.removesuffix(ending) + _GENERATOR
+            return architecture.removesuffix(ending) + GENERATOR
     return architecture
 
 
@@ -156,13 +157,13 @@ def _refuse_pooling_settings(settings: PoolingSettings) -> None:
 
 def _task(model: _Facts, modules: _Stated | None, settings: PoolingSettings) -> PoolingTask | None:
     native: PoolingTask | None = None
-    if model.architecture.endswith(_CLASSIFIER) or (modules is not None and modules.tokens is not None):
+    if model.architecture.endswith(CLASSIFIER) or (modules is not None and modules.tokens is not None):
         native = "classify"
     elif modules is not None or decoder_of(model.architecture) != model.architecture:
         native = "embed"
     convert = settings.convert
     if convert in ("embed", "classify"):
-        if model.architecture.endswith(_CLASSIFIER) and convert == "embed":
+        if model.architecture.endswith(CLASSIFIER) and convert == "embed":
             raise ConfigError(
                 f"convert: {model.architecture} classifies; expected 'classify' or 'auto', found 'embed'.",
                 parameter="convert",
@@ -217,7 +218,7 @@ def _score_head(model: _Facts, modules: _Stated | None) -> ScoreHead:
     fields = model.fields
     if fields.raw.get(_FROM_TOKENS) is not None:
         return ScoreHead(("LABEL_0",), "sigmoid", _tokens_of_config(model))
-    if model.architecture.endswith(_CLASSIFIER):
+    if model.architecture.endswith(CLASSIFIER):
         labels = _labels(fields)
         return ScoreHead(labels, _activation(fields, len(labels)))
     if modules is None or modules.tokens is None:

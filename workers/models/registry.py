@@ -6,7 +6,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from sempre.ipc.errors import ModelError, UnknownArchitecture
 from sempre.ipc.model_files import read_json_object
@@ -14,7 +14,7 @@ from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.module import Build
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
-from sempre.workers.models.pooling import PoolingSettings, decoder_of, read_pooling
+from sempre.workers.models.pooling import CLASSIFIER, DECODER, GENERATOR, PoolingSettings, decoder_of, read_pooling
 
 FILES = {
     "LlamaForCausalLM": "llama",
@@ -54,6 +54,8 @@ ENCODERS = (
     "MPNet", "ModernBert", "NeoBert", "New", "NomicBert", "Roberta", "RoFormer", "T5", "XLM", "XLMRoberta",
 )  # fmt: skip
 
+BOTH_WAYS = "attention that looks both ways is not supported"
+
 # what config.json may say of where a token's attention looks; "vision": both ways among those of an image, which the
 # text part has none of
 ONE_WAY: dict[str, tuple[object, ...]] = {"is_causal": (True,), "use_bidirectional_attention": (False, "vision")}
@@ -72,13 +74,6 @@ class Family(Protocol):
 def family_of(architecture: str) -> Family:
     """Raises UnknownArchitecture, which lists the known ones."""
     if architecture not in FILES:
-        if (encoder := next((name for name in ENCODERS if architecture.startswith(name)), None)) is not None:
-            raise UnknownArchitecture(
-                f"config.json: architectures: expected a decoder, found {architecture!r}, an encoder ({encoder}): its"
-                " attention looks both ways, which is not supported. Models that embed or rank and are decoders are,"
-                " for example Qwen3-Embedding and Qwen3-Reranker.",
-                architecture=architecture,
-            )
         near = get_close_matches(architecture, FILES, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UnknownArchitecture(
@@ -86,6 +81,32 @@ def family_of(architecture: str) -> Family:
             architecture=architecture,
         )
     return cast(Family, import_module(f"{__package__}.{FILES[architecture]}"))
+
+
+def _refuse_encoder(architecture: str) -> None:
+    if architecture.startswith(ENCODERS) and not architecture.endswith("ForCausalLM"):
+        raise UnknownArchitecture(
+            f"config.json: architectures: expected a decoder, found {architecture!r}, an encoder: {BOTH_WAYS}. Models"
+            " that embed or rank and are decoders are supported, for example Qwen3-Embedding and Qwen3-Reranker.",
+            architecture=architecture,
+        )
+
+
+class KnownModels(NamedTuple):
+    """What may be in the field `architectures`."""
+
+    generate: list[str]
+    pool: list[str]
+    """beside those that generate, if their files say how they pool"""
+    refused: dict[str, list[str]]
+    """beginnings of names, by the reason"""
+
+
+def known_models() -> KnownModels:
+    """The architectures of this package."""
+    families = [name.removesuffix(GENERATOR) for name in FILES if name.endswith(GENERATOR)]
+    pooling = [family + ending for family in families for ending in (DECODER, CLASSIFIER)]
+    return KnownModels(list(FILES), pooling, {BOTH_WAYS: list(ENCODERS)})
 
 
 def load_spec(folder: Path, settings: PoolingSettings | None = None) -> ModelSpec:
@@ -113,8 +134,8 @@ def parse_spec(config: dict[str, object], generation_config: dict[str, object]) 
     for name, one_way in ONE_WAY.items():
         value = fields.raw.get(name)
         if value is not None and not any(type(value) is type(allowed) and value == allowed for allowed in one_way):
-            expected = f"{str(one_way[0]).lower()}: attention that looks both ways is not supported"
-            fields.fail(name, expected, value)
+            fields.fail(name, f"{str(one_way[0]).lower()}: {BOTH_WAYS}", value)
+    _refuse_encoder(names[0])
     architecture = decoder_of(names[0])
     return family_of(architecture).parse(
         architecture, fields, ConfigFields(generation_config, "generation_config.json")
