@@ -23,9 +23,9 @@ from sempre.kernels.states import LayerState, StateBatch
 # the convolution keeps the rows before in registers
 MOST_CONV_WIDTH = 4
 # channels of one program
-CHANNELS = 256
-# columns of the state of one program, where Dv is a multiple; otherwise NARROW, which always divides it
-COLUMNS, NARROW = 32, 16
+CHANNELS = 128
+# columns of the state of one program, which divide Dv: so few that one warp owns them, and sums need no barrier
+COLUMNS = 16
 
 _UNIT_EPS = tl.constexpr(1e-6)
 
@@ -200,11 +200,10 @@ def gated_delta(
         rows, weights.conv, state.conv, *slots, mixed,
         C=channels, WIDTH=rows.shape[1], W=heads.conv_width, BLOCK=CHANNELS, num_warps=4, **CHAINED,
     )  # fmt: skip
-    columns = COLUMNS if dim % COLUMNS == 0 else NARROW
-    _rule[(num_requests, heads.num_value_heads, dim // columns)](
+    _rule[(num_requests, heads.num_value_heads, dim // COLUMNS)](
         mixed, ba, weights.rate, weights.offset, state.recurrent, *slots, out, heads.key_dim**-0.5,
         K=heads.num_key_heads, V=heads.num_value_heads, DK=heads.key_dim, DV=dim,
-        BLOCK=triton.next_power_of_2(heads.key_dim), COLUMNS=columns, num_warps=4, **CHAINED,
+        BLOCK=triton.next_power_of_2(heads.key_dim), COLUMNS=COLUMNS, num_warps=1, **CHAINED,
     )  # fmt: skip
     _norm_and_gate[(rows.shape[0], heads.num_value_heads)](
         rows, weights.norm, out, weights.eps,
