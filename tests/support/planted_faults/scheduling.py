@@ -144,8 +144,8 @@ SCHEDULING = (
         "admitted-in-a-step-that-preempts",
         "A waiting request takes the blocks for which another has just been preempted.",
         PLANNER,
-        "            if self._plan_running(step, now):\n                self._plan_waiting(step)",
-        "            self._plan_running(step, now)\n            self._plan_waiting(step)",
+        "            if is_roomy:\n                self._plan_waiting(step)",
+        "            self._plan_waiting(step)",
         (f"{TESTS}::test_nobody_is_admitted_in_a_step_that_preempts",),
     ),
     Fault(
