@@ -94,7 +94,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     block_size: Annotated[Count | None, doc("tokens in one KV cache block; None is the device's best")] = None
     enable_prefix_caching: Annotated[bool, doc("reuse the KV cache of equal prefixes")] = True
     kv_cache_memory_bytes: Annotated[
-        Size | None, doc("KV cache of one worker, a draft model's included; None: from free memory")
+        Size | None, doc("KV cache of one worker, with states and a draft model's; None: from free memory")
     ] = None
     data_parallel_size: Annotated[Count, doc("replicas of the model, one worker each")] = 1
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=1), doc("workers that share one replica; 1 for now")] = 1
