@@ -93,14 +93,11 @@ def chat_parameters(request: ChatCompletionRequest, defaults: SamplingParams, co
         raise BadRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
     if request.logprobs:
         changes["logprobs"] = request.top_logprobs or 0
-    limits = {request.max_tokens, request.max_completion_tokens} - {None}
-    if len(limits) > 1:
-        raise BadRequest(
-            "max_tokens is the old name of max_completion_tokens; they differ, give one.", param="max_tokens"
-        )
+    # the newer name comes first, as in vLLM
+    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     # Without a limit a response ends by itself or with the context, unless the model has its own default.
     own_default = defaults.max_tokens if defaults.max_tokens != SamplingParams().max_tokens else None
-    changes["max_tokens"] = limits.pop() if limits else own_default
+    changes["max_tokens"] = own_default if limit is None else limit
     check_template(request.chat_template, config)
     return dataclasses.replace(defaults, **changes)
 
@@ -117,8 +114,8 @@ def check_template(chat_template: str | None, config: ServerConfig) -> None:
 
 
 def check_model(name: str | None, served: list[str]) -> None:
-    """Raise 404 unless the model is served."""
-    if name is not None and name not in served:
+    """Raise 404 unless the model is served; no name, or an empty one, means the first."""
+    if name and name not in served:
         raise APIError(404, f"The model `{name}` does not exist.", param="model")
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from sempre.engine import SamplingParams
 from sempre.engine.server.config import ServerConfig
+from sempre.engine.server.errors import APIError
 from sempre.engine.server.fields import to_model
-from sempre.engine.server.parameters import chat_parameters, completion_parameters
+from sempre.engine.server.parameters import chat_parameters, check_model, completion_parameters
 from sempre.engine.server.requests import ChatCompletionRequest, CompletionRequest
 
 DEFAULTS: dict[str, Any] = {
@@ -56,3 +57,22 @@ def test_a_request_takes_the_defaults_that_it_does_not_give(ask: Ask, name: str)
     changed = ask(**{name: GIVEN[name]})
     expected = {**DEFAULTS, name: max(GIVEN[name], 0)}
     assert {each: getattr(changed, each) for each in DEFAULTS} == expected
+
+
+def test_the_newer_name_of_the_limit_comes_first() -> None:
+    for fields, limit in (
+        ({"max_tokens": 3}, 3),
+        ({"max_completion_tokens": 4}, 4),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, 4),
+        ({"max_tokens": 4, "max_completion_tokens": 3}, 3),
+        ({"max_tokens": 4, "max_completion_tokens": None}, 4),
+    ):
+        assert chat(**fields).max_tokens == limit
+
+
+@pytest.mark.parametrize("name", [None, "", "a", "b"])
+def test_no_name_and_an_empty_one_mean_the_served_model(name: str | None) -> None:
+    check_model(name, ["a", "b"])
+    with pytest.raises(APIError, match="The model `c` does not exist") as refusal:
+        check_model("c", ["a", "b"])
+    assert refusal.value.status == 404
