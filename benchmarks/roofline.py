@@ -1,7 +1,8 @@
 """The least a step must read and compute, to compare with the time that its kernels took.
 
-Bytes: every matrix once, of a mixture of experts those that are chosen, and the keys and values of all contexts.
-FLOPs: two per weight and token, and four per query dimension and key. Device figures are what a card reaches, not its
+Bytes: every matrix once, of a mixture of experts those that are chosen, the keys and values of all contexts, and states
+read and written. FLOPs: two per weight and token, four per query dimension and key, seven per number of a state and
+token. Device figures are what a card reaches, not its
 data sheet.
 """
 
@@ -14,6 +15,7 @@ import torch
 
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.moe import MoeSpec
+from sempre.workers.models.qwen3_5 import Qwen35Spec
 
 REACHED_BYTES_PER_S = 4.0e12 if torch.cuda.is_available() and "H200" in torch.cuda.get_device_name() else 3.05e12
 REACHED_FLOPS = 750e12
@@ -22,6 +24,7 @@ ITEM = 2  # bytes, bfloat16
 EXPERTS = ("_expert_linear",)
 PRODUCTS = ("_linear", "nvjet", "cublas", "gemm", "cutlass")
 ATTENTION = ("_attend", "_merge")
+STATES = ("_conv", "_rule", "_norm_and_gate")
 
 
 class Work(NamedTuple):
@@ -40,19 +43,27 @@ def work_of(spec: ModelSpec, tokens: int, contexts: Iterable[int], logit_rows: i
     """Matmuls and attention of a step of `tokens` tokens, evenly from requests whose numbers of keys are `contexts`:
     one token each, or whole prompts; `logit_rows` of them get logits."""
     keys = list(contexts)
-    queries = [spec.num_heads * layer.head_dim for layer in spec.kv_layers]
+    attending = [layer for layer, state in zip(spec.kv_layers, spec.layer_states, strict=True) if state is None]
+    queries = [spec.num_heads * layer.head_dim for layer in attending]
     keys_and_values = [2 * layer.num_kv_heads * layer.head_dim for layer in spec.kv_layers]
     written = [size for size, layer in zip(keys_and_values, spec.kv_layers, strict=True) if layer.source is None]
     sparse = len(spec.sparse_layers) if isinstance(spec, MoeSpec) else 0
     head = spec.vocab_size * spec.hidden_size
     matrices = spec.hidden_size * (2 * sum(queries) + sum(written))
+    if isinstance(spec, Qwen35Spec):
+        # gates beside the queries; projections into and out of the layers with states
+        into_and_out = spec.delta.channels + 2 * spec.delta.values + 2 * spec.delta.num_value_heads
+        matrices += spec.hidden_size * (sum(queries) + len(spec.linear_layers) * into_and_out)
     matrices += (spec.num_layers - sparse) * 3 * spec.hidden_size * spec.intermediate_size
     products = Work("products", ITEM * (matrices + head), 2.0 * (matrices * tokens + head * logit_rows))
     per_request = tokens // len(keys)
     # a prompt's row sees half of it on average
     seen = sum(keys) * per_request / (1 if per_request == 1 else 2)
     attention = Work("attention", ITEM * sum(keys_and_values) * sum(keys), 4.0 * sum(queries) * seen)
-    return [products, attention, *([_experts(spec, sparse, tokens)] if isinstance(spec, MoeSpec) else [])]
+    experts = [_experts(spec, sparse, tokens)] if isinstance(spec, MoeSpec) else []
+    numbers = sum(state.num_heads * state.key_dim * state.value_dim for state in spec.layer_states if state is not None)
+    states = [Work("states", 2 * 4 * numbers * len(keys), 7.0 * numbers * tokens)] if numbers else []
+    return [products, attention, *states, *experts]
 
 
 def _experts(spec: MoeSpec, layers: int, tokens: int) -> Work:
@@ -68,6 +79,8 @@ def group_of(kernel: str) -> str:
         return "attention"
     if kernel.startswith(EXPERTS):
         return "experts"
+    if kernel.startswith(STATES):
+        return "states"
     return "products" if any(part in kernel for part in PRODUCTS) else "other"
 
 
