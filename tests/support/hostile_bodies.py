@@ -174,12 +174,10 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "log-probabilities of answers": (
         COMPLETIONS, lambda: completion(n=64, max_tokens=60, ignore_eos=True, logprobs=20)
     ),
-    "log-probabilities of long answers": (
-        COMPLETIONS, lambda: completion(n=128, max_tokens=1900, ignore_eos=True, logprobs=20)
-    ),
     "log-probabilities of many prompts": (
         COMPLETIONS, lambda: completion(prompt=[[5 + i] * 1900 for i in range(100)], prompt_logprobs=20)
     ),
+    "8 long prompts": (COMPLETIONS, lambda: completion(prompt=[list(range(5 + i, 1905 + i)) for i in range(8)])),
     "a long prompt, scored": (COMPLETIONS, lambda: completion(prompt=list(range(5, 1905)), prompt_logprobs=20)),
     "log-probabilities of a stream": (
         COMPLETIONS, lambda: completion(n=64, max_tokens=60, ignore_eos=True, logprobs=20, stream=True)

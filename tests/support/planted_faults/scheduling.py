@@ -37,6 +37,22 @@ SCHEDULING = (
         (f"{TESTS}::test_scored_prompt_tokens_take_twice_the_room",),
     ),
     Fault(
+        "paused-request-goes-on-after-a-crash",
+        "A request whose reader is behind continues when its worker is replaced, and more piles up.",
+        PLANNER,
+        "sorted((request for request in requests if not request.is_paused), key=_ORDER_KEY)",
+        "sorted(requests, key=_ORDER_KEY)",
+        (f"{TESTS}::test_a_paused_request_can_be_aborted_and_survives_a_crash",),
+    ),
+    Fault(
+        "paused-request-keeps-its-place",
+        "A request whose reader is behind holds a place and blocks that others wait for.",
+        PLANNER,
+        "        self.leave(request)\n        request.is_paused = True",
+        "        request.is_paused = True",
+        (f"{TESTS}::test_a_paused_request_leaves_its_place_and_its_blocks_to_others_until_it_goes_on",),
+    ),
+    Fault(
         "preempted-request-waits-at-the-end",
         "A preempted request loses its place to those that came after it.",
         PLANNER,
