@@ -11,7 +11,7 @@ no order of additions can be seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Context, Decimal
 
 import numpy as np
@@ -39,14 +39,23 @@ class Pooler:
     """The sums of one runner's requests, by slot, and what is made of them."""
 
     def __init__(
-        self, model: CausalLM, activations: torch.dtype, *, num_slots: int, max_num_seqs: int, rank: int
+        self,
+        model: CausalLM,
+        activations: torch.dtype,
+        *,
+        num_slots: int,
+        max_num_seqs: int,
+        rank: int,
+        upload: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
     ) -> None:
+        """`upload` copies what is computed on the host to the device."""
         pooling = model.spec.pooling
         assert pooling is not None, "only models that pool have a pooler"
         self.pooling: Pooling = pooling
         self._model = model
         self._activations = activations
         self._rank = rank
+        self._upload = upload
         self._sums_NH = torch.zeros(num_slots, model.spec.hidden_size, dtype=torch.float64, device=model.device)
         # tokens of each slot's prompt that are in its sum
         self._done: npt.NDArray[np.int64] = np.zeros(num_slots, np.int64)
@@ -69,18 +78,17 @@ class Pooler:
 
         `hidden` has all rows of the step [T, H], or only those of the last tokens. None for P = 0.
         """
-        spans = self._spans(plan)
-        device = hidden.device
-        on_device = RowSpans(*(torch.from_numpy(values).to(device) for values in spans))
-        add_rows(hidden, on_device, self._sums_NH)
         done = np.flatnonzero(plan.samples)
+        arrays = [*self._spans(plan), plan.slots[done], plan.context[done]]
+        # together, in one copy
+        uploaded = self._upload(torch.from_numpy(np.concatenate(arrays)))
+        *spans, slots, counts = torch.split(uploaded, [array.size for array in arrays])
+        add_rows(hidden, RowSpans(*spans), self._sums_NH)
         if not done.size:
             return None
-        slots = torch.from_numpy(plan.slots[done]).to(device)
         pooled_PH = self._sums_NH.index_select(0, slots)
         if self.pooling.kind == "MEAN":
-            counts = torch.from_numpy(plan.context[done].astype(np.float64)).to(device)
-            pooled_PH = pooled_PH / counts[:, None]
+            pooled_PH = pooled_PH / counts[:, None].to(torch.float64)
         if self._model.score is None:
             return pooled_PH.to(torch.float32)
         rows_PH = pooled_PH.to(self._activations)

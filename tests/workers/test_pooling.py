@@ -78,7 +78,7 @@ def reference(kind: str, hidden: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(pooled, dim=0)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3", "qwen3-moe-odd"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3", "qwen3-moe-odd", "qwen3.5", "gemma4", "gpt-oss"])
 @pytest.mark.parametrize("kind", FLAGS)
 def test_embeddings_are_those_of_transformers(
     kind: str, family: str, embedder: Any, checkpoints: Any, serve: Any, prompt: Any

@@ -21,7 +21,7 @@ from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.drafter import GpuDraftModelRunner
 from sempre.workers.gpu.fingerprint import fingerprint_parts
 from sempre.workers.gpu.memory import MemoryPlan, cache_sizes, default_max_num_seqs, out_of_memory
-from sempre.workers.gpu.pooling_runner import GpuPoolingRunner, PoolingMemory
+from sempre.workers.gpu.pooling_runner import GpuPoolingRunner, PoolingMemory, pinned_upload
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import require_fp8, run_self_test
 from sempre.workers.gpu.staging import Uploader
@@ -242,7 +242,14 @@ class GpuBackend:
 
 def _pooler(model: LoadedModel) -> Pooler:
     most = model.max_num_seqs
-    return Pooler(model.model, model.weights.activations, num_slots=most, max_num_seqs=most, rank=model.config.rank)
+    return Pooler(
+        model.model,
+        model.weights.activations,
+        num_slots=most,
+        max_num_seqs=most,
+        rank=model.config.rank,
+        upload=pinned_upload(model.model.device),
+    )
 
 
 def row_bytes(spec: ModelSpec) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -85,6 +85,16 @@ class GpuPoolingRunner(ModelRunner):
         flight.done.synchronize()
         flight.prompt_results = self._pooler.results(flight.plan, flight.values)
         return []
+
+
+def pinned_upload(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A copy to the device that the host does not wait for."""
+
+    def upload(values: torch.Tensor) -> torch.Tensor:
+        pinned = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        return pinned.copy_(values).to(device, non_blocking=True)
+
+    return upload
 
 
 def _to_host(values: torch.Tensor | None) -> torch.Tensor | None:

@@ -12,8 +12,8 @@ POOLING = (
         "mean-over-the-last-chunk",
         "The sum over a prompt is divided by the number of tokens in its last step.",
         WORKER,
-        "plan.context[done]",
-        "plan.num_tokens[done]",
+        "plan.context[done]]",
+        "plan.num_tokens[done]]",
         ("tests/invariance/test_pooling.py::test_chunks",),
     ),
     Fault(
