@@ -34,6 +34,7 @@ __all__ = [
     "combine",
     "expert_scratch",
     "route",
+    "scale_weights",
     "sparse_mlp",
     "stack_like",
 ]
@@ -58,6 +59,11 @@ def route(
     from sempre.kernels.moe import cpu
 
     return cpu.route(logits, experts, weights, renormalize=renormalize, scores=scores)
+
+
+def scale_weights(weights: torch.Tensor, experts: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """weights[t, k] *= factors[experts[t, k]], in place; weights and experts [T, K], factors float32 [E]."""
+    return weights.mul_(factors.index_select(0, experts.reshape(-1)).view(weights.shape))
 
 
 def add_shared(out: torch.Tensor, shared: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
@@ -107,8 +113,12 @@ def sparse_mlp(
     *,
     renormalize: bool,
     scores: SigmoidScores | None = None,
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [T, H] and the router's logits float32 [T, E] → out [T, H], on a GPU: the experts' branches, combined."""
+    """x [T, H] and the router's logits float32 [T, E] → out [T, H], on a GPU: the experts' branches, combined.
+
+    `factors`: of the experts' weights, as in `scale_weights`.
+    """
     check_rows("sparse_mlp", x, out)
     check_rows("sparse_mlp", logits, out)
     if experts.gate_up.num_experts != logits.shape[1]:
@@ -117,7 +127,7 @@ def sparse_mlp(
         return out
     from sempre.kernels.moe import gpu
 
-    return gpu.sparse_mlp(x, logits, experts, scratch, out, renormalize=renormalize, scores=scores)
+    return gpu.sparse_mlp(x, logits, experts, scratch, out, renormalize=renormalize, scores=scores, factors=factors)
 
 
 def expert_scratch(

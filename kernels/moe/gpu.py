@@ -22,6 +22,7 @@ from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, wait_for_previous
 from sempre.kernels.linear.gpu import accumulate
 from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Tile, choose_expert_tile
+from sempre.kernels.moe import scale_weights
 from sempre.kernels.moe.experts import ExpertScratch, ExpertShape, ExpertWeights, GatedExperts, SigmoidScores
 from sempre.kernels.moe.gpu_dispatch import chunks_of, dispatch, most_tiles
 from sempre.kernels.moe.gpu_scores import preferences, weigh
@@ -201,6 +202,7 @@ def sparse_mlp(
     *,
     renormalize: bool,
     scores: SigmoidScores | None = None,
+    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the facade."""
     rows = x.shape[0]
@@ -210,5 +212,7 @@ def sparse_mlp(
     else:
         dispatch(preferences(logits, scores), scratch, tile.block_t, renormalize=renormalize)
         weigh(logits, scratch, scores, renormalize=renormalize)
+    if factors is not None:
+        scale_weights(scratch.weights[:rows], scratch.experts[:rows], factors)
     _, parts = run_gated(x, experts, scratch, tile)
     return combine(parts.view(rows, -1, out.shape[1]), scratch.weights[:rows], out)

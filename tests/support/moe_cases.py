@@ -104,14 +104,14 @@ class Mixture:
 
         return expert_scratch(allocate, self.shape, rows, self.dtype)
 
-    def run(self, first: int, end: int, **changes: Any) -> torch.Tensor:
+    def run(self, first: int, end: int, factors: torch.Tensor | None = None, **changes: Any) -> torch.Tensor:
         """Rows [first, end) in one step."""
         from sempre.kernels.moe import gpu
 
         values = {"x": self.x, "logits": self.logits} | changes
         x, logits = (values[name][first:end].contiguous() for name in ("x", "logits"))
         out = torch.full((end - first, self.shape.hidden_size), float("nan"), dtype=self.dtype, device=self.device)
-        return gpu.sparse_mlp(x, logits, self.experts, self.scratch, out, renormalize=True)
+        return gpu.sparse_mlp(x, logits, self.experts, self.scratch, out, renormalize=True, factors=factors)
 
     def expert(self, weights: ExpertWeights, expert: int) -> GpuLinearWeight:
         """One of them as an ordinary weight."""
@@ -214,6 +214,18 @@ def check_scores(device: str) -> None:
         assert weights[1].isnan().all()
         assert weights[[0, 2]].isfinite().all()
         assert ((chosen >= 0) & (chosen < 6)).all()
+
+
+def check_factors(device: str) -> None:
+    """Factors of the weights have the bits of experts whose results are as much larger."""
+    mixture = Mixture(ODD, torch.float32, device, 9)
+    factors = 2.0 ** (torch.arange(ODD.num_experts, device=device) % 3 - 1)
+    plain, found = mixture.run(0, 9).clone(), mixture.run(0, 9, factors).clone()
+    alone = [mixture.run(row, row + 1, factors)[0].clone() for row in range(9)]
+    mixture.down.weight.mul_(factors[:, None, None])
+    assert torch.equal(found, mixture.run(0, 9))
+    assert not torch.equal(found, plain)
+    torch.testing.assert_close(torch.stack(alone), found, rtol=0, atol=1e-4)
 
 
 def check_shared(device: str) -> None:

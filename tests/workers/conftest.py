@@ -235,6 +235,18 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
             attention_bias=True,
             tie_word_embeddings=False,
         ),
+        "gemma4-moe": gemma4(
+            **COMMON,
+            **GEMMA4,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            layer_types=[WINDOWED, WINDOWED, FULL],
+            hidden_size_per_layer_input=0,
+            enable_moe_block=True,
+            num_experts=5,
+            top_k_experts=3,
+            moe_intermediate_size=48,
+        ),
         "gemma4-multimodal": transformers.Gemma4Config(
             text_config=gemma4(
                 **COMMON,
@@ -447,6 +459,8 @@ def _make(name: str, folder: Path) -> Checkpoint:
                     type(model).__name__.startswith(("Qwen3_5", "Qwen3Next")) and "linear_attn" not in parameter_name
                 )
                 torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name and not is_offset else 0.0, 0.3)
+            if parameter_name.endswith(("router.scale", "per_expert_scale")):
+                torch.nn.init.normal_(parameter, 1.0, 0.3)
             # so large that the activations are clamped, and that heads differ
             if parameter_name.endswith(("proj_bias", "sinks")):
                 torch.nn.init.normal_(parameter, 0.0, 4.0 if "gate_up" in parameter_name else 1.5)

@@ -37,7 +37,7 @@ FAMILIES = [
     "phi3-part", "gemma3", "gemma3-odd",
     "gpt-oss", "gpt-oss-odd",
     "gemma3-multimodal", "gemma4", "gemma4-odd", "gemma4-multimodal", "gemma4-unified", "gemma4-unified-multimodal",
-    "llama-proportional-rope", "mistral3-multimodal",
+    "llama-proportional-rope", "gemma4-moe", "mistral3-multimodal",
 ]  # fmt: skip
 WINDOWED, FULL = "sliding_attention", "full_attention"
 
@@ -314,7 +314,9 @@ REFUSED: list[tuple[str, str, object, str]] = [
     ),
     ("Gemma4ForCausalLM", "hidden_activation", "gelu", "hidden_activation: expected 'gelu_pytorch_tanh'"),
     ("Gemma4ForCausalLM", "use_bidirectional_attention", "all", "use_bidirectional_attention: expected false"),
-    ("Gemma4ForCausalLM", "enable_moe_block", True, "enable_moe_block: expected false"),
+    ("Gemma4ForCausalLM", "enable_moe_block", True, "num_experts: expected a value"),
+    ("Gemma4ForCausalLM", "enable_moe_block", "yes", "enable_moe_block: expected true or false"),
+    ("Gemma4UnifiedForCausalLM", "enable_moe_block", True, "enable_moe_block: expected false for this architecture"),
     ("Gemma4ForCausalLM", "layer_types", WINDOWED, "layer_types: expected a list"),
     ("Gemma4ForCausalLM", "layer_types", [], "layer_types: expected a list of 30 times"),
     ("Gemma4ForCausalLM", "global_head_dim", 100, "global_head_dim: expected a multiple of 16"),

@@ -33,6 +33,7 @@ RECORDED: dict[str, dict[str, str]] = {
         "gemma3-odd": "410a96b79d20500c",
         "gemma4": "f0e2b3d3d45d8245",
         "gemma4-odd": "a2f8baf15a1c6c8d",
+        "gemma4-moe": "af0c2caafc8a0fa2",
         "glm4-odd": "ef7d938ab0e52869",
         "glm4-moe-odd": "fd798bd1afe71f13",
         "gpt-oss-odd": "14c08b636de67dd3",

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from worker_settings import worker_config
 
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import INVARIANT
 from sempre.workers.layers.module import Build, RowBuffer, Scratch, allocate, parameters, sharing
+from sempre.workers.layers.separate_experts import SeparateExperts
 from sempre.workers.loading import load_model, tensors_of
 from sempre.workers.models.registry import FILES, build_model, load_spec
 from sempre.workers.quantization.plain import NotQuantized
+from sempre.workers.tensor_source import open_safetensors
 
 NAMES = [
     "llama",
@@ -57,6 +58,7 @@ NAMES = [
     "mistral3-multimodal",
     "gemma4",
     "gemma4-odd",
+    "gemma4-moe",
     "gemma4-multimodal",
     "gemma4-unified",
     "gemma4-unified-multimodal",
@@ -67,8 +69,9 @@ NAMES = [
 def test_the_tree_names_the_tensors_of_the_checkpoint(name: str, checkpoints: Any) -> None:
     folder = checkpoints(name).folder
     model = build_model(Build(INVARIANT, NotQuantized()), load_spec(folder))
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    with open_safetensors(folder) as file:
+        source = SeparateExperts(file) if model.may_stack_experts else file
+        saved = {key: source.shape(key) for key in source.names()}
     if model.part is not None:
         own = {model.part.own_name(k): v for k, v in saved.items() if not k.startswith(model.part.others)}
         assert len(own) < len(saved)

@@ -44,6 +44,7 @@ FAMILIES = [
     "gpt-oss-odd",
     "gemma4",
     "gemma4-odd",
+    "gemma4-moe",
 ]
 
 

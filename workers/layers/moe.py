@@ -21,6 +21,7 @@ from sempre.kernels.moe import (
     combine,
     expert_scratch,
     route,
+    scale_weights,
     sparse_mlp,
 )
 from sempre.workers.layers.linear import ExpertLinear, Linear, StackedExpertLinear, Use
@@ -66,11 +67,13 @@ class Experts(Module):
         return self.down_proj.of(expert, activated)
 
 
-def experts_by_name(build: Build, shape: ExpertShape, names: ExpertNames = USUAL_NAMES) -> Experts:
+def experts_by_name(
+    build: Build, shape: ExpertShape, names: ExpertNames = USUAL_NAMES, activation: Activation = Activation.SILU
+) -> Experts:
     """Each with tensors of its own."""
     count, hidden, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
     parts = {names.gate: inner, names.up: inner}
-    gate_up = ExpertLinear(build, count, parts, hidden, role="gate_up", activation=Activation.SILU)
+    gate_up = ExpertLinear(build, count, parts, hidden, role="gate_up", activation=activation)
     return Experts(gate_up, ExpertLinear(build, count, {names.down: hidden}, inner), shape.experts_per_row)
 
 
@@ -130,6 +133,9 @@ class SparseMLP(Module):
     do not depend on who shares its experts. No expert has a capacity, and no row is dropped.
     """
 
+    factors: torch.Tensor | None = None
+    """float32 [E]: of the weights of the experts, beyond those by their logits"""
+
     def __init__(
         self,
         build: Build,
@@ -174,17 +180,30 @@ class SparseMLP(Module):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]"""
-        out, logits = self._out.first(x.shape[0]), self.gate(x)
+        return self.mix(x, self.gate(x))
+
+    def mix(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The same, with experts by these logits [T, E]."""
+        out = self._out.first(x.shape[0])
         if self._scratch is None:
             return self._one_by_one(x, logits, out)
         return sparse_mlp(
-            x, logits, self.experts.stacked, self._scratch, out, renormalize=self.renormalize, scores=self._scores
+            x,
+            logits,
+            self.experts.stacked,
+            self._scratch,
+            out,
+            renormalize=self.renormalize,
+            scores=self._scores,
+            factors=self.factors,
         )
 
     def _one_by_one(self, x: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Expert by expert, on a CPU."""
         (count, width), k = x.shape, self.sizes.experts_per_row
         experts, weights = route(logits, k, renormalize=self.renormalize, scores=self._scores)
+        if self.factors is not None:
+            scale_weights(weights, experts, self.factors)
         parts = self._parts.first(count).view(count * k, width)
         # pairs are ordered by token; the sort is stable, so each expert's rows stay in that order
         places = experts.view(-1).argsort(stable=True)

@@ -1,230 +1,39 @@
 """Gemma 4, the text part (Google DeepMind 2026).
 
 Gemma 3's sandwich of norms. Layers that see all keys have heads of their own, whose keys may be their values; the last
-layers read the keys and values of earlier ones; a small embedding of the token for each layer is added at its end.
+layers read the keys and values of earlier ones; a small embedding of the token for each layer is added at its end;
+there may be a mixture of experts beside the feed-forward branch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Self
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
 from sempre.kernels.activation import Activation, gelu_mul
 from sempre.kernels.attention import HeadLayout, KvCache, ScoreParams
+from sempre.kernels.moe import ExpertShape
 from sempre.kernels.norms import rms_norm
-from sempre.kernels.rope import RopeSpec
-from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module, Scratch, Tensors
+from sempre.workers.layers.moe import Router, SparseMLP, experts_by_name
 from sempre.workers.layers.norm import RMSNorm
 from sempre.workers.models.base import CausalLM, rows_read
-from sempre.workers.models.config import (
-    FULL,
-    MAX_HEAD_DIM,
-    MAX_HEADS,
-    MAX_VOCAB_SIZE,
-    WINDOWED,
-    BiasRule,
-    FamilyRules,
-    LayerKv,
-    ModelSpec,
-    WindowRule,
-    extended,
-    parse_decoder,
-    refuse_other_activation,
-    width,
-    with_layer_types,
-)
-from sempre.workers.models.gemma2 import CappedLM, GemmaSpec, ScaledStack, parse_cap
+from sempre.workers.models.config import ModelSpec
+from sempre.workers.models.gemma2 import CappedLM, ScaledStack
+from sempre.workers.models.gemma4_config import MULTIMODAL, Gemma4Spec, parse
 from sempre.workers.models.llama import attention_shape
-from sempre.workers.models.multimodal import TEXT_PART, text_part
-from sempre.workers.models.rope_config import rope_of_full_layers, rope_of_windowed_layers
+from sempre.workers.models.multimodal import TEXT_PART
 from sempre.workers.steps import StepInput, of_rows_read
 from sempre.workers.tensor_source import Parameter
 
-MULTIMODAL = ("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration")
-# without embeddings for each layer, and with longer sequences
-UNIFIED = ("Gemma4UnifiedForCausalLM", "Gemma4UnifiedForConditionalGeneration")
-RULES = FamilyRules(
-    qkv_bias=BiasRule.ATTENTION_BIAS, o_bias=BiasRule.ATTENTION_BIAS, window=WindowRule.LAYER_TYPES, qk_norm=True
-)
-DEFAULTS: dict[str, object] = {
-    "vocab_size": 262144,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 131072,
-    "sliding_window": 512,
-    "tie_word_embeddings": True,
-    "eos_token_id": 1,
-    "hidden_size_per_layer_input": 256,
-}
-UNIFIED_DEFAULTS = DEFAULTS | {
-    "max_position_embeddings": 262144,
-    "sliding_window": 1024,
-    "hidden_size_per_layer_input": 0,
-}
-ROPES = {
-    WINDOWED: {"rope_type": "default", "rope_theta": 10000.0},
-    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
-}
-FULL_EVERY = 6
-
-
-class PerLayerSizes(NamedTuple):
-    """Of the embeddings for each layer."""
-
-    vocab_size: int
-    width: int
-    num_layers: int
-
-
-@dataclass(frozen=True)
-class Gemma4Spec(GemmaSpec):
-    """`rope` is that of the layers without a window, whose heads are `full_heads`; the others have the common ones."""
-
-    windowed_rope: RopeSpec
-    full_heads: LayerKv
-    keys_are_values: bool
-    """in the layers without a window, before norm and rope"""
-    sources: tuple[int | None, ...]
-    """per layer: the one whose keys and values it reads; None: its own"""
-    doubled_readers: bool
-    """whether layers that read another's have a feed-forward branch twice as wide"""
-    per_layer: PerLayerSizes | None
-
-    @property
-    def kv_layers(self) -> tuple[LayerKv, ...]:
-        common = LayerKv(self.num_kv_heads, self.head_dim)
-        return tuple(
-            (self.full_heads if window is None else common)._replace(source=source)
-            for window, source in zip(self.windows, self.sources, strict=True)
-        )
-
-    def one_layer_per_kind(self) -> Self:
-        own = (source is None for source in self.sources)
-        kinds = list(dict.fromkeys(zip(self.windows, own, strict=True)))
-        return replace(
-            self,
-            num_layers=len(kinds),
-            windows=tuple(window for window, _ in kinds),
-            sources=tuple(None if is_own else kinds.index((window, True)) for window, is_own in kinds),
-        )
-
-
-def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Gemma4Spec:
-    """Raises ModelError naming the field."""
-    if architecture in MULTIMODAL:
-        config = text_part(config, tied_by_default=True)
-    _refuse_unsupported(config)
-    is_unified = architecture in UNIFIED
-    config = _with_ropes(_with_layer_types(config.with_defaults(UNIFIED_DEFAULTS if is_unified else DEFAULTS)))
-    keys_are_values = config.boolean("attention_k_eq_v", default=False)
-    full = _full_heads(config, keys_are_values=keys_are_values)
-    rules = replace(RULES, rope=lambda fields, _, most: rope_of_full_layers(fields, full.head_dim, most))
-    common = parse_decoder(architecture, rules, config, generation)
-    if common.num_heads % full.num_kv_heads:
-        config.fail("num_global_key_value_heads", f"a divisor of {common.num_heads} heads", full.num_kv_heads)
-    return extended(
-        common,
-        Gemma4Spec,
-        query_scale=1.0,
-        attention_cap=None,
-        logit_cap=parse_cap(config, "final_logit_softcapping", None),
-        windowed_rope=rope_of_windowed_layers(config, common.head_dim, common.max_position_embeddings, 10000.0),
-        full_heads=full,
-        keys_are_values=keys_are_values,
-        sources=_sources(config, common.windows),
-        doubled_readers=config.boolean("use_double_wide_mlp", default=False),
-        per_layer=_per_layer_sizes(config, common, is_unified=is_unified),
-    )
-
-
-def _refuse_unsupported(config: ConfigFields) -> None:
-    refuse_other_activation(config, "gelu_pytorch_tanh", "hidden_activation")
-    if config.raw.get("use_bidirectional_attention") not in (None, False, "vision"):
-        config.fail("use_bidirectional_attention", "null or 'vision'", config.raw["use_bidirectional_attention"])
-    if config.boolean("enable_moe_block", default=False):
-        config.fail("enable_moe_block", "false (layers with a mixture of experts are not supported)", True)
-
-
-def _with_layer_types(config: ConfigFields) -> ConfigFields:
-    """The last layer sees all keys whatever the config says."""
-    config = with_layer_types(config, FULL_EVERY)
-    types = config.raw["layer_types"]
-    if not isinstance(types, list):
-        config.fail("layer_types", "a list", types)
-    return ConfigFields({**config.raw, "layer_types": [*types[:-1], FULL]}, config.source)
-
-
-def _with_ropes(config: ConfigFields) -> ConfigFields:
-    if config.raw.get("rope_parameters") is None:
-        return ConfigFields({**config.raw, "rope_parameters": ROPES}, config.source)
-    ropes, types = config.section("rope_parameters"), config.raw["layer_types"]
-    assert isinstance(types, list)
-    for kind in (FULL, WINDOWED):
-        if kind in types and ropes.raw.get(kind) is None:
-            ropes.fail(kind, "the rope of these layers", None)
-    return config
-
-
-def _full_heads(config: ConfigFields, *, keys_are_values: bool) -> LayerKv:
-    """In either spelling: sizes of all such layers, or those of each by itself."""
-    common_kv_heads = config.positive("num_key_value_heads", most=MAX_HEADS)
-    stated = config.section("per_layer_config")
-    if config.raw.get("per_layer_config") is None:
-        kv_heads = common_kv_heads
-        if keys_are_values:
-            kv_heads = config.positive("num_global_key_value_heads", default=common_kv_heads, most=MAX_HEADS)
-        return LayerKv(kv_heads, width("global_head_dim", config, default=512, most=MAX_HEAD_DIM))
-    types = config.raw["layer_types"]
-    assert isinstance(types, list)
-    # numbers may have leading zeros
-    of_layer = {str(layer).lstrip("0") or "0": sizes for layer, sizes in stated.raw.items()}
-    full = [str(layer) for layer, kind in enumerate(types) if kind == FULL]
-    first = of_layer.get(full[0])
-    if of_layer != dict.fromkeys(full, first) or not isinstance(first, dict):
-        config.fail("per_layer_config", f"the same sizes for each of the layers {', '.join(full)}", stated.raw)
-    sizes = ConfigFields(first, stated.source)
-    for name, value in first.items():
-        if name not in ("head_dim", "num_key_value_heads"):
-            sizes.fail(name, "only head_dim and num_key_value_heads", value)
-    kv_heads = sizes.positive("num_key_value_heads", default=common_kv_heads, most=MAX_HEADS)
-    return LayerKv(kv_heads, width("head_dim", sizes, default=width("head_dim", config), most=MAX_HEAD_DIM))
-
-
-def _sources(config: ConfigFields, windows: Sequence[int | None]) -> tuple[int | None, ...]:
-    """The last layers read the last earlier one of their kind."""
-    shared = config.natural("num_kv_shared_layers", default=0)
-    if shared >= len(windows):
-        config.fail("num_kv_shared_layers", f"less than num_hidden_layers={len(windows)}", shared)
-    first = len(windows) - shared
-    own = windows[:first]
-    if shared and set(windows) != set(own):
-        config.fail("num_kv_shared_layers", "a layer of each kind before those that share", shared)
-    last = {window: layer for layer, window in enumerate(own)}
-    return (None,) * first + tuple(last[window] for window in windows[first:])
-
-
-def _per_layer_sizes(config: ConfigFields, common: ModelSpec, *, is_unified: bool) -> PerLayerSizes | None:
-    if not config.raw.get("hidden_size_per_layer_input"):
-        return None
-    size = width("hidden_size_per_layer_input", config)
-    if is_unified:
-        config.fail("hidden_size_per_layer_input", "0 for this architecture", size)
-    vocab = config.positive("vocab_size_per_layer_input", default=262144, most=MAX_VOCAB_SIZE)
-    if vocab < common.vocab_size:
-        config.fail("vocab_size_per_layer_input", f"at least vocab_size={common.vocab_size}", vocab)
-    return PerLayerSizes(vocab, size, common.num_layers)
+__all__ = ["build_model", "parse"]
 
 
 def build_model(build: Build, spec: ModelSpec) -> CausalLM:
@@ -235,6 +44,7 @@ def build_model(build: Build, spec: ModelSpec) -> CausalLM:
     model = CappedLM(build, spec, stack) if spec.logit_cap is not None else CausalLM(build, spec, stack)
     if spec.architecture in MULTIMODAL:
         model.part = TEXT_PART
+    model.may_stack_experts = spec.experts is not None
     readers = [layer for layer, source in enumerate(spec.sources) if source is not None]
     # published files have them, though nothing reads them
     parts = ("k_proj", "v_proj", "k_norm", "v_norm")
@@ -274,6 +84,12 @@ class Gemma4Block(Module):
         self.pre_feedforward_layernorm = _norm(spec)
         self.mlp = GatedMLP(build, spec.hidden_size, spec.intermediate_size * doubled, activation=Activation.GELU)
         self.post_feedforward_layernorm = _norm(spec, "branch norm")
+        self.router = None
+        if spec.experts is not None:
+            self.post_feedforward_layernorm_1 = _norm(spec, "dense norm")
+            self.router = Gemma4Experts(build, spec, spec.experts)
+            self.pre_feedforward_layernorm_2 = _norm(spec)
+            self.post_feedforward_layernorm_2 = _norm(spec, "branch norm")
         self._layer = layer
         self._sizes = spec.per_layer
         if spec.per_layer is not None:
@@ -294,7 +110,7 @@ class Gemma4Block(Module):
 
     def allocate(self, scratch: Scratch) -> None:
         if self._sizes is not None:
-            self._mixed = scratch.rows("per layer mixed", self._sizes.width)
+            self._gated = scratch.rows("per layer gated", self._sizes.width)
 
     def __call__(
         self,
@@ -309,13 +125,56 @@ class Gemma4Block(Module):
         residual = rows_read(residual, step)
         branch = self.post_attention_layernorm(attended)
         branch = self.mlp(self.pre_feedforward_layernorm.of_sum(branch, residual))
+        if self.router is not None:
+            dense = self.post_feedforward_layernorm_1(branch)
+            mixed = self.router.of(residual, self.pre_feedforward_layernorm_2(residual))
+            branch = dense.add_(self.post_feedforward_layernorm_2(mixed))
         residual.add_(self.post_feedforward_layernorm(branch))
         if inputs is not None and self._sizes is not None:
             start = self._layer * self._sizes.width
             own = inputs[:, start : start + self._sizes.width]
-            mixed = gelu_mul(self.per_layer_input_gate(residual), own, self._mixed.first(own.shape[0]))
-            residual.add_(self.post_per_layer_input_norm(self.per_layer_projection(mixed)))
+            gated = gelu_mul(self.per_layer_input_gate(residual), own, self._gated.first(own.shape[0]))
+            residual.add_(self.post_per_layer_input_norm(self.per_layer_projection(gated)))
         return None, residual.mul_(self.scalar)
+
+
+class Gemma4Experts(SparseMLP):
+    """`router`: chooses by a norm of its own, and scales the experts' weights. Its experts lie beside it."""
+
+    scale: torch.Tensor
+    """float32 [H]: of the norm"""
+
+    def __init__(self, build: Build, spec: Gemma4Spec, shape: ExpertShape) -> None:
+        experts = experts_by_name(build, shape, activation=Activation.GELU)
+        parts = Router(build, "proj", shape.num_experts, shape.hidden_size), experts
+        super().__init__(build, shape, renormalize=True, parts=parts)
+        self._eps = spec.rms_norm_eps
+
+    def walk(self, path: str = "") -> Iterator[tuple[str, Module]]:
+        yield from self.gate.walk(path + ".proj")
+        yield from self.experts.walk(path.removesuffix("router") + "experts")
+        yield path, self
+
+    def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
+        yield path + ".scale", Parameter((self.sizes.hidden_size,), initial="ones")
+        yield path + ".per_expert_scale", Parameter((self.sizes.num_experts,), initial="ones")
+
+    def load(self, path: str, tensors: Tensors) -> None:
+        self.scale = tensors.read(path + ".scale").to(torch.float32, copy=True) * self.sizes.hidden_size**-0.5
+        self.factors = tensors.read(path + ".per_expert_scale").to(torch.float32, copy=True)
+
+    def own_tensors(self) -> Iterator[torch.Tensor]:
+        assert self.factors is not None
+        yield from (self.scale, self.factors)
+
+    def allocate(self, scratch: Scratch) -> None:
+        super().allocate(scratch)
+        self._normed = scratch.rows("router normed", self.sizes.hidden_size)
+
+    def of(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The experts' branch of x [T, H], by a choice that depends on the residual stream."""
+        normed = rms_norm(residual, self.scale, self._eps, self._normed.first(residual.shape[0]))
+        return self.mix(x, self.gate(normed))
 
 
 class PerLayerNorm(RMSNorm):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 FAMILIES = (
     "gemma2", "qwen3-moe", "qwen3-moe fp8", "qwen3-moe fp8_weight_only", "mixtral", "qwen2-moe", "glm4",
     "glm4-moe", "smollm3", "granite", "olmo3", "phi3", "gemma3", "gpt-oss",
-    "gemma4", "gemma4-keys-are-values", "qwen3.5", "qwen3.5-moe", "qwen3.5 fp8",
+    "gemma4", "gemma4-keys-are-values", "gemma4-moe", "qwen3.5", "qwen3.5-moe", "qwen3.5 fp8",
 )  # fmt: skip
 
 

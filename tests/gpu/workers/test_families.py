@@ -92,6 +92,15 @@ CONFIGS = {
     "gemma4 of keys that are values": lambda: transformers.Gemma4TextConfig(
         **COMMON, **GEMMA4, hidden_size_per_layer_input=0, attention_k_eq_v=True, num_global_key_value_heads=1
     ),
+    "gemma4 with experts": lambda: transformers.Gemma4TextConfig(
+        **COMMON,
+        **GEMMA4,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=5,
+        top_k_experts=3,
+        moe_intermediate_size=48,
+    ),
     "proportional rope": lambda: transformers.LlamaConfig(
         **COMMON, rope_parameters={"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": 0.4}
     ),
@@ -127,7 +136,7 @@ def test_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) 
             CONFIGS[name](), dtype=torch.float32, attn_implementation="eager"
         )
         for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name:
+            if "norm" in parameter_name or parameter_name.endswith(("router.scale", "per_expert_scale")):
                 torch.nn.init.normal_(parameter, 1.0, 0.3)
             # so large that the activations are clamped, and that heads differ
             if parameter_name.endswith(("proj_bias", "sinks")):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moe_cases import ODD, Mixture, check_route, check_scores, check_shared, check_sort
+from moe_cases import ODD, Mixture, check_factors, check_route, check_scores, check_shared, check_sort
 
 from sempre.kernels.activation import Activation
 from sempre.kernels.fp8 import FP8, Fp8Scheme
@@ -20,6 +20,10 @@ def test_route() -> None:
 
 def test_sigmoid_scores() -> None:
     check_scores("cpu")
+
+
+def test_factors_of_weights() -> None:
+    check_factors("cpu")
 
 
 def test_shared_expert() -> None:
@@ -39,7 +43,7 @@ def test_parts_are_added_as_on_a_cpu() -> None:
     assert torch.equal(gpu.combine(parts, weights, torch.empty(7, 1100)), combine(parts, weights, torch.empty(7, 1100)))
 
 
-@pytest.mark.parametrize("activation", [Activation.SILU, Activation.CLAMPED], ids=str)
+@pytest.mark.parametrize("activation", list(Activation), ids=str)
 @pytest.mark.parametrize("scheme", [None, *Fp8Scheme], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_experts_are_those_of_the_ordinary_matmuls(

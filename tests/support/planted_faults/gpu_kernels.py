@@ -93,6 +93,14 @@ GPU_KERNELS = (
         (f"{TESTS}::test_rows_of_keys_that_are_values_and_of_queries_only",),
     ),
     Fault(
+        "factors-of-the-first-experts",
+        "The weights of a row's experts are multiplied by the factors of other experts.",
+        "kernels/moe/__init__.py",
+        "factors.index_select(0, experts.reshape(-1)).view(weights.shape)",
+        "factors.index_select(0, experts.flip(1).reshape(-1)).view(weights.shape)",
+        ("tests/kernels/interpreter/test_moe.py::test_factors_of_weights",),
+    ),
+    Fault(
         "second-split-not-merged",
         "Of a context of several splits that run side by side, the last one is left out.",
         "kernels/attention/gpu.py",

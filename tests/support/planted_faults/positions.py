@@ -151,7 +151,7 @@ POSITIONS = (
     Fault(
         "shared-keys-of-the-first-layer",
         "Layers without keys and values of their own read those of the first layer of their kind, not of the last.",
-        "workers/models/gemma4.py",
+        "workers/models/gemma4_config.py",
         "    last = {window: layer for layer, window in enumerate(own)}",
         "    last = {window: own.index(window) for window in own}",
         ("tests/workers/test_families.py::test_keys_and_values_that_layers_share_are_kept_once",),
