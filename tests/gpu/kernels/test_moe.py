@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from moe_cases import ODD, Mixture, check_route, check_scores, check_shared, check_sort
+from moe_cases import ODD, Mixture, check_factors, check_route, check_scores, check_shared, check_sort
 
 from sempre.kernels.activation import Activation
 from sempre.kernels.fp8 import Fp8Scheme
@@ -53,6 +53,10 @@ def test_route() -> None:
 
 def test_sigmoid_scores() -> None:
     check_scores("cuda")
+
+
+def test_factors_of_weights() -> None:
+    check_factors("cuda")
 
 
 def test_shared_expert() -> None:
