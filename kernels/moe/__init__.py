@@ -113,12 +113,8 @@ def sparse_mlp(
     *,
     renormalize: bool,
     scores: SigmoidScores | None = None,
-    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [T, H] and the router's logits float32 [T, E] → out [T, H], on a GPU: the experts' branches, combined.
-
-    `factors`: of the experts' weights, as in `scale_weights`.
-    """
+    """x [T, H] and the router's logits float32 [T, E] → out [T, H], on a GPU: the experts' branches, combined."""
     check_rows("sparse_mlp", x, out)
     check_rows("sparse_mlp", logits, out)
     if experts.gate_up.num_experts != logits.shape[1]:
@@ -127,7 +123,7 @@ def sparse_mlp(
         return out
     from sempre.kernels.moe import gpu
 
-    return gpu.sparse_mlp(x, logits, experts, scratch, out, renormalize=renormalize, scores=scores, factors=factors)
+    return gpu.sparse_mlp(x, logits, experts, scratch, out, renormalize=renormalize, scores=scores)
 
 
 def expert_scratch(

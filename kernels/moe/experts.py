@@ -58,6 +58,8 @@ class GatedExperts(NamedTuple):
     down: ExpertWeights
     """[E, H, I]"""
     activation: Activation = Activation.SILU
+    factors: torch.Tensor | None = None
+    """float32 [E]: the experts' weights in the sum are multiplied by them"""
 
 
 class ExpertShape(NamedTuple):

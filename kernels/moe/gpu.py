@@ -202,7 +202,6 @@ def sparse_mlp(
     *,
     renormalize: bool,
     scores: SigmoidScores | None = None,
-    factors: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the facade."""
     rows = x.shape[0]
@@ -212,7 +211,7 @@ def sparse_mlp(
     else:
         dispatch(preferences(logits, scores), scratch, tile.block_t, renormalize=renormalize)
         weigh(logits, scratch, scores, renormalize=renormalize)
-    if factors is not None:
-        scale_weights(scratch.weights[:rows], scratch.experts[:rows], factors)
+    if experts.factors is not None:
+        scale_weights(scratch.weights[:rows], scratch.experts[:rows], experts.factors)
     _, parts = run_gated(x, experts, scratch, tile)
     return combine(parts.view(rows, -1, out.shape[1]), scratch.weights[:rows], out)

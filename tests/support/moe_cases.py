@@ -111,7 +111,8 @@ class Mixture:
         values = {"x": self.x, "logits": self.logits} | changes
         x, logits = (values[name][first:end].contiguous() for name in ("x", "logits"))
         out = torch.full((end - first, self.shape.hidden_size), float("nan"), dtype=self.dtype, device=self.device)
-        return gpu.sparse_mlp(x, logits, self.experts, self.scratch, out, renormalize=True, factors=factors)
+        experts = self.experts._replace(factors=factors)
+        return gpu.sparse_mlp(x, logits, experts, self.scratch, out, renormalize=True)
 
     def expert(self, weights: ExpertWeights, expert: int) -> GpuLinearWeight:
         """One of them as an ordinary weight."""

@@ -190,12 +190,11 @@ class SparseMLP(Module):
         return sparse_mlp(
             x,
             logits,
-            self.experts.stacked,
+            self.experts.stacked._replace(factors=self.factors),
             self._scratch,
             out,
             renormalize=self.renormalize,
             scores=self._scores,
-            factors=self.factors,
         )
 
     def _one_by_one(self, x: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
