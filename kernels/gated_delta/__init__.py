@@ -41,6 +41,9 @@ def gated_delta(
     check_rows("gated_delta", rows, out)
     check_rows("gated_delta", ba, mixed)
     _check_shapes(rows, ba, mixed, out, heads)
+    if batch.writes.shape[0] != rows.shape[0] or batch.query_starts.shape[0] != batch.reads.shape[0] + 1:
+        sizes = tuple(array.shape[0] for array in (batch.reads, batch.writes, batch.query_starts))
+        raise ValueError(f"gated_delta: reads, writes and query_starts of {sizes} do not fit {rows.shape[0]} rows")
     if not rows.shape[0]:
         return out
     if rows.is_cuda:
@@ -49,6 +52,8 @@ def gated_delta(
         return gpu.gated_delta(rows, ba, weights, state, batch, mixed, out)
     from sempre.kernels.gated_delta import cpu
 
+    if int(batch.query_starts[-1]) > rows.shape[0]:
+        raise IndexError(f"gated_delta: requests end at row {int(batch.query_starts[-1])} of {rows.shape[0]}")
     num_slots = state.recurrent.shape[0]
     for name, slots in (("reads", batch.reads), ("writes", batch.writes)):
         low, high = (int(bound) for bound in slots.aminmax())

@@ -231,7 +231,9 @@ def _head_task(
     row_bytes = (2 * num_keys * key_dim + num_values * value_dim) * 4
     key_head = v // (num_values // num_keys)
     q, k = np.empty(key_dim, np.float32), np.empty(key_dim, np.float32)
-    own = np.zeros((key_dim, value_dim), np.float32)
+    own = np.empty((key_dim, value_dim), np.float32)
+    if read < 0:
+        own[:] = 0.0
     head_bytes = key_dim * value_dim * 4
     before = states + (read * num_values + v) * head_bytes if read >= 0 else address_of(own)
     scale = np.float32(1.0) / np.sqrt(np.float32(key_dim))

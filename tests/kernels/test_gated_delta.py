@@ -81,6 +81,10 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     case.weights = narrow.weights
     with pytest.raises(ValueError, match=r"gated_delta: rows \(3, 384\) does not fit DeltaHeads"):
         case.step(case.states(1), [(0, 0, 3)], [-1], [[-1, -1, -1]])
+    with pytest.raises(
+        ValueError, match=r"gated_delta: reads, writes and query_starts of \(2, 3, 2\) do not fit 3 rows"
+    ):
+        narrow.step(narrow.states(1), [(0, 0, 3)], [-1, -1], [[-1, -1, -1]])
 
 
 @compiled()
