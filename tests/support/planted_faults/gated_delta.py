@@ -24,10 +24,7 @@ GATED_DELTA = (
         CPU,
         "        before = after\n",
         "",
-        (
-            f"{CPU_TESTS}::test_values_are_those_of_float64",
-            f"{CPU_TESTS}::test_a_step_may_leave_the_state_after_every_row",
-        ),
+        (f"{CPU_TESTS}::test_a_step_may_leave_the_state_after_every_row",),
     ),
     Fault(
         "value-heads-take-turns",
