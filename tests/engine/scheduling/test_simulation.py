@@ -228,7 +228,7 @@ class Setup:
     slow_grammars: bool = False
 
     def scheduler(self) -> Scheduler:
-        limits = {name: getattr(self, name) for name in Limits.__dataclass_fields__ if name != "max_draft_tokens"}
+        limits = {name: getattr(self, name) for name in Limits.__dataclass_fields__ if hasattr(self, name)}
         plan = None
         if self.speculative is not None:
             plan = SpeculationPlan(self.speculative, steps_ahead=self.max_in_flight > 1, costs=COSTS)

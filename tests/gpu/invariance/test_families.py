@@ -73,7 +73,8 @@ def test_batches_chunks_graphs_and_speculation(family: str, settings: dict[str, 
 
 
 def test_prefix_cache_and_preemption(family: str) -> None:
-    client = launch(family, kv_cache_memory_bytes=1100 * KV_BLOCK_BYTES)
+    # of models with states, a slot for each request comes out of the same memory
+    client = launch(family, kv_cache_memory_bytes=1100 * KV_BLOCK_BYTES, max_num_seqs=64)
     try:
         for n in range(3):
             named = [msgspec.structs.replace(r, request_id=f"{n}-{r.request_id}") for r in make_requests()]

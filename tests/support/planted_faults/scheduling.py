@@ -56,6 +56,7 @@ SCHEDULING = (
         "preempted-request-waits-at-the-end",
         "A preempted request loses its place to those that came after it.",
         PLANNER,
+        '        """Move a request from running back to waiting, at its place in the order."""\n'
         "        self.leave(request)\n        self.wait(request)",
         "        self.leave(request)\n        self.waiting.append(request)",
         (f"{SIMULATION}::test_a_busy_workload_ends_right_under_every_setting",),
@@ -64,6 +65,7 @@ SCHEDULING = (
         "preempted-request-keeps-its-blocks",
         "Blocks of a preempted request stay taken, and those who run never get them.",
         PLANNER,
+        '        """Move a request from running back to waiting, at its place in the order."""\n'
         "        self.leave(request)\n        self.wait(request)",
         "        self.running.remove(request)\n        request.is_running = False\n        self.wait(request)",
         (f"{TESTS}::test_a_preempted_request_finds_its_own_blocks_again",),

@@ -84,4 +84,31 @@ STATES = (
         "        held.own = kept",
         (f"{TESTS}::test_of_drafts_the_accepted_one_leaves_its_state_and_the_others_nothing",),
     ),
+    Fault(
+        "states-are-written-after-rows-of-others",
+        "A request's states are kept after the rows of the step's first request.",
+        "workers/input_batch.py",
+        "writes[first + offset] = slot",
+        "writes[offset] = slot",
+        ("tests/workers/test_input_batch.py::test_states_are_read_by_requests_and_written_by_rows",),
+    ),
+    Fault(
+        "unwritten-state-is-read",
+        "A worker computes a request from whatever its slot holds.",
+        "workers/slot_validation.py",
+        "if item.state_read >= 0 and not self._is_written[item.state_read]:",
+        "if item.state_read >= self._num_slots:",
+        ("tests/workers/test_slot_validation.py::test_a_slot_that_was_never_written_is_not_read",),
+    ),
+    Fault(
+        "padding-writes-a-state",
+        "Padding of a step overwrites the first slot.",
+        "workers/steps.py",
+        'state_writes=Field(np.int32, ("T",), -1, of_states=True)',
+        'state_writes=Field(np.int32, ("T",), 0, of_states=True)',
+        (
+            "tests/workers/test_steps.py"
+            "::test_a_model_without_states_sends_none_and_one_with_states_pads_them_with_none",
+        ),
+    ),
 )
