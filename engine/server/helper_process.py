@@ -21,7 +21,7 @@ from sempre.engine.text.chat_template import render_chat
 from sempre.ipc.errors import ConfigError, RequestError
 from sempre.ipc.liveness import die_with_parent_thread, leave_terminal_signals_to_parent
 
-MAX_MEMORY_BYTES = 96 * 2**20
+MAX_MEMORY_BYTES = 56 * 2**20
 """Memory that a task may use in addition to that of the ready process."""
 MAX_CPU_S = 2
 """Seconds of CPU time for one task."""

@@ -40,6 +40,7 @@ CHOSEN = (
     "nested arguments",
     "template: a wide number",
     "template: a long string",
+    "template: indented",
 )
 
 
