@@ -87,11 +87,11 @@ ATTENTION_AND_LINEAR = (
         (f"{ATTENTION_TESTS}::test_rows_of_keys_that_are_values_and_of_queries_only",),
     ),
     Fault(
-        "queries-alone-are-read-as-if-keys-followed",
-        "Rows of queries only are taken to be as wide as rows with keys and values.",
+        "rows-with-keys-are-read-as-if-without",
+        "Rows of queries and of keys that are values are taken to be as wide as rows of queries only.",
         ATTENTION,
         "    q_row_bytes, out_row_bytes = row_heads * dim * 4,",
-        "    q_row_bytes, out_row_bytes = max(row_heads, heads + kv_heads) * dim * 4,",
+        "    q_row_bytes, out_row_bytes = (row_heads if row_heads != heads + kv_heads else heads) * dim * 4,",
         (f"{ATTENTION_TESTS}::test_rows_of_keys_that_are_values_and_of_queries_only",),
     ),
     Fault(
