@@ -415,6 +415,12 @@ def test_sizes_of_gemma_4_in_both_spellings() -> None:
     # heads of their own only where keys are values
     other: Any = parse_spec({**by_kind, "attention_k_eq_v": False}, {})
     assert other.kv_layers[1] == LayerKv(4, 128)
+    # transformers writes no sizes that are the common ones
+    written = transformers.Gemma4TextConfig(global_head_dim=256).to_dict()
+    assert written["per_layer_config"] == {}
+    for uniform in ({}, None):
+        same: Any = parse_spec({**written, **names, **types, "per_layer_config": uniform}, {})
+        assert same.kv_layers == (LayerKv(4, 256),) * 4
     with pytest.raises(
         ModelError, match=r"per_layer_config: hidden_size: expected only head_dim and num_key_value_hea"
     ):

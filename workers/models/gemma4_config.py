@@ -164,7 +164,7 @@ def _full_heads(config: ConfigFields, *, keys_are_values: bool) -> LayerKv:
     """In either spelling: sizes of all such layers, or those of each by itself."""
     common_kv_heads = config.positive("num_key_value_heads", most=MAX_HEADS)
     stated = config.section("per_layer_config")
-    if config.raw.get("per_layer_config") is None:
+    if "per_layer_config" not in config.raw:
         kv_heads = common_kv_heads
         if keys_are_values:
             kv_heads = config.positive("num_global_key_value_heads", default=common_kv_heads, most=MAX_HEADS)
@@ -174,8 +174,9 @@ def _full_heads(config: ConfigFields, *, keys_are_values: bool) -> LayerKv:
     # numbers may have leading zeros
     of_layer = {str(layer).lstrip("0") or "0": sizes for layer, sizes in stated.raw.items()}
     full = [str(layer) for layer, kind in enumerate(types) if kind == FULL]
-    first = of_layer.get(full[0])
-    if of_layer != dict.fromkeys(full, first) or not isinstance(first, dict):
+    # nothing is written of layers whose sizes are the common ones
+    first = of_layer.get(full[0]) if of_layer else {}
+    if (of_layer and of_layer != dict.fromkeys(full, first)) or not isinstance(first, dict):
         config.fail("per_layer_config", f"the same sizes for each of the layers {', '.join(full)}", stated.raw)
     sizes = ConfigFields(first, stated.source)
     for name, value in first.items():
