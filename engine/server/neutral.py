@@ -64,9 +64,9 @@ _GENERATION = {
     # which part of a report to leave out, and there is none
     "routed_experts_prompt_start": Neutral(int),
     # of vLLM's endpoints that only render prompts
-    "return_token_offsets": Neutral(bool),
-    "mm_payload": Neutral(str),
-    "return_mm_kwargs": Neutral(bool),
+    "return_token_offsets": Neutral(bool, (False,)),
+    "mm_payload": Neutral(str, _NOTHING),
+    "return_mm_kwargs": Neutral(bool, (False,)),
     "guided_json": Neutral(_OBJECT, _NOTHING, 'structured_outputs: {"json": …}'),
     "guided_regex": Neutral(str, _NOTHING, 'structured_outputs: {"regex": …}'),
     "guided_choice": Neutral(list[str], _NOTHING, 'structured_outputs: {"choice": …}'),
