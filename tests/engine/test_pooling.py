@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 from pooling_checkpoints import classifier, embedder, reranker
 
-from sempre.engine import LLM, AsyncLLM, ConfigError, ModelError, PoolingParams, RequestError, SamplingParams
+from sempre.engine import (
+    LLM,
+    AsyncLLM,
+    BeamSearchParams,
+    ConfigError,
+    ModelError,
+    PoolingParams,
+    RequestError,
+    SamplingParams,
+)
 from sempre.engine.cli.main import main
 from sempre.engine.frontend.pooling import cosine
 
@@ -87,6 +96,7 @@ def test_what_a_model_cannot_do(embeds: LLM, folders: dict[str, Path]) -> None:
         lambda: embeds.chat([{"role": "user", "content": "a"}], chat_template="{{ messages[0].content }}"),
         lambda: next(embeds.stream("a")),
         lambda: embeds.score("a"),
+        lambda: embeds.beam_search("a", BeamSearchParams(beam_width=2, max_tokens=2)),
         lambda: embeds.enqueue("a", SamplingParams()),
     ):
         with pytest.raises(RequestError, match="This model embeds and does not generate text"):

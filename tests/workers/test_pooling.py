@@ -300,6 +300,22 @@ def test_other_modules_are_refused(modules: list[str], embedder: Any) -> None:
     assert f"modules.json: [{len(modules) - 1}]: type: expected Transformer, then Pooling" in refused(folder)
 
 
+@pytest.mark.parametrize("path", ["", ".", "..", "../1_Pooling", "/etc", 5, None])
+def test_a_module_is_in_a_folder_of_the_checkpoint(path: object, embedder: Any) -> None:
+    folder = embedder("qwen3", "LAST")
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[1]["path"] = path
+    (folder / "modules.json").write_text(json.dumps(modules))
+    assert "modules.json: [1]: path: expected the name of a folder" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "[", '[{"type": 5}]'])
+def test_broken_modules(text: str, embedder: Any) -> None:
+    folder = embedder("qwen3", "LAST")
+    (folder / "modules.json").write_text(text)
+    assert "modules.json" in refused(folder)
+
+
 def test_a_pooling_that_is_not_stated_is_refused(checkpoints: Any) -> None:
     folder = checkpoints("qwen3").folder
     assert load_spec(folder).pooling is None

@@ -308,7 +308,7 @@ def _modules(model: _Facts) -> _Stated | None:
 
 def _config_of(model: _Facts, module: ConfigFields) -> ConfigFields:
     folder = module.raw.get("path")
-    if not isinstance(folder, str) or not folder or Path(folder).name != folder:
+    if not isinstance(folder, str) or folder in ("", ".", "..") or Path(folder).name != folder:
         module.fail("path", "the name of a folder", folder)
     return ConfigFields(read_json_object(model.folder / folder / "config.json"), f"{folder}/config.json")
 
