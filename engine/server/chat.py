@@ -74,7 +74,8 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     response_id = f"chatcmpl-{id_of(request, http)}"
     with ExitStack() as stack:
         stack.enter_context(generation)
-        parsers = plan.message_parsers(generation.requests[0], service.engine.get_tokenizer(), response_id)
+        tokenizer = service.engine.get_tokenizer()
+        parsers = plan.message_parsers(generation.requests[0], tokenizer, response_id, request.n)
         answer = _Answer(service, request, generation, response_id, parsers)
         if request.stream:
             stack.pop_all()  # the stream closes it

@@ -86,9 +86,11 @@ class ChatPlan:
             return self.structured
         return replaced(self.structured, after_reasoning=True)
 
-    def message_parsers(self, request: PreparedRequest, tokenizer: Tokenizer, response_id: str) -> list[MessageParser]:
-        """The parsers of a request's choices."""
-        return [self._message_parser(request, tokenizer, f"{response_id}/{i}") for i in range(request.params.n)]
+    def message_parsers(
+        self, request: PreparedRequest, tokenizer: Tokenizer, response_id: str, n: int
+    ) -> list[MessageParser]:
+        """The parsers of `n` choices, which a beam search does not have as sequences of its request."""
+        return [self._message_parser(request, tokenizer, f"{response_id}/{i}") for i in range(n)]
 
     def _message_parser(self, request: PreparedRequest, tokenizer: Tokenizer, id_prefix: str) -> MessageParser:
         reasoning, counted = self._reasoning_parser(request), self._reasoning_parser(request)

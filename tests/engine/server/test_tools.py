@@ -28,7 +28,7 @@ def content(text: str, **fields: Any) -> str | None:
     plan = ChatPlan.of(request, config)
     tokenizer: Any = None  # nothing is decoded without a reasoning parser
     prompt = PreparedRequest("0", None, [1], SamplingParams(), [], [0], 0.0, PromptReasoning(tokenizer, [1]))
-    [parser] = plan.message_parsers(prompt, tokenizer, "id")
+    [parser] = plan.message_parsers(prompt, tokenizer, "id", 1)
     delta = parser.feed(text, [5])
     end, _ = parser.finish("stop")
     return "".join(part.content or "" for part in (delta, end) if part is not None)
