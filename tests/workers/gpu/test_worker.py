@@ -63,6 +63,13 @@ EXTRA: dict[str, dict[str, object]] = {
         "topk_group": 2,
         "use_qk_norm": True,
     },
+    "Qwen3_5ForCausalLM": {
+        "full_attention_interval": 2,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
     "Qwen3MoeForCausalLM": {
         "num_experts": 5,
         "num_experts_per_tok": 3,
@@ -87,11 +94,11 @@ def _tokens(folder: Path, **changes: object) -> list[SampledTokens]:
         **changes,  # type: ignore[arg-type]
     )
     worker = Worker()
-    worker.load_model(LoadModel(config=config))
-    worker.start_serving(StartServing(num_blocks=20))
+    num_slots = worker.load_model(LoadModel(config=config)).available_state_slots
+    worker.start_serving(StartServing(num_blocks=20, num_state_slots=num_slots))
     params = SamplingSpec(max_tokens=4, temperature=1.0, logprobs=2, prompt_logprobs=1)
     new = NewRequest(request_id="a", token_ids=PROMPT, num_prompt_tokens=len(PROMPT), seed=5, params=params)
-    found = []
+    found, slots = [], (2, 2, 0, 0)
     for step in range(4):
         computed = 0 if step == 0 else len(PROMPT) + step - 1
         scheduled = ScheduledRequest(
@@ -100,12 +107,19 @@ def _tokens(folder: Path, **changes: object) -> list[SampledTokens]:
             num_tokens=1 if step else len(PROMPT),
             block_table_start=2 if step else 0,
             block_ids=[] if step else [3, 1],
+            # a snapshot within the prompt, and the state after each step, in place or not
+            state_read=slots[step - 1] if num_slots and step else -1,
+            state_writes=_writes(step, slots[step]) if num_slots else [],
         )
         command = ExecuteStep(step_id=step, new_requests=[] if step else [new], scheduled=[scheduled])
         worker.submit(command)
         found += worker.collect().sampled
     worker.shutdown()
     return found
+
+
+def _writes(step: int, slot: int) -> list[tuple[int, int]]:
+    return [(0, slot)] if step else [(15, 1), (len(PROMPT) - 1, slot)]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +131,7 @@ def _tokens(folder: Path, **changes: object) -> list[SampledTokens]:
         ("Qwen2ForCausalLM", None),
         ("Qwen3ForCausalLM", None),
         ("Qwen3MoeForCausalLM", None),
+        pytest.param("Qwen3_5ForCausalLM", None, marks=pytest.mark.timeout(900)),
         ("Qwen3MoeForCausalLM", "fp8_weight_only"),
         ("Glm4ForCausalLM", None),
         ("Glm4MoeForCausalLM", None),
