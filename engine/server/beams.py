@@ -32,7 +32,9 @@ def beam_parameters(request: GenerationRequest, params: SamplingParams) -> BeamS
         return None
     defaults = SamplingParams()
     for field in dataclasses.fields(SamplingParams):
-        if field.name not in _ALLOWED and getattr(params, field.name) != getattr(defaults, field.name):
+        value = getattr(params, field.name)
+        is_empty = isinstance(value, dict | list) and not value
+        if field.name not in _ALLOWED and not is_empty and value != getattr(defaults, field.name):
             raise BadRequest(f"{field.name} cannot be used with use_beam_search.", param=field.name)
     return BeamSearchParams(
         beam_width=request.n,

@@ -157,13 +157,15 @@ class _Answer:
         opening = self._echoed()
         usage = self._usage() if self._chunks.continuous_usage else None
         token_ids = prompt.prompt_token_ids if self._request.return_token_ids else None
+        # beams have one seed
+        seeds = list(prompt.seeds) * (len(self._parsers) // len(prompt.seeds))
         return [
             self._chunks.choice(
                 ChatChunkChoice(index, ChatDelta(role=self._role, content=opening), None, None, None, seed),
                 usage,
                 token_ids if index == 0 else None,
             )
-            for index, seed in enumerate(prompt.seeds)
+            for index, seed in enumerate(seeds)
         ]
 
     def events(self, output: RequestOutput) -> bytes:

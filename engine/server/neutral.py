@@ -79,6 +79,14 @@ _POOLING = {
     "mm_processor_kwargs": Neutral(_OBJECT, ({},)),
     "normalize": Neutral(bool, _NOTHING, "use_activation"),
 }
+# of pairs: where their texts are cut, and what a template knows beside them
+_PAIRS = {
+    **_POOLING,
+    "max_tokens_per_query": Neutral(int, (0,)),
+    "max_tokens_per_doc": Neutral(int, (0,)),
+    "instruction": Neutral(str, _NOTHING),
+    "chat_template_kwargs": Neutral(_OBJECT, ({},)),
+}
 # of an encoding in base64
 _EMBEDDING = {
     **_POOLING,
@@ -115,8 +123,8 @@ NEUTRAL: dict[type[Struct], dict[str, Neutral]] = {
     EmbeddingRequest: _EMBEDDING,
     PoolingRequest: _EMBEDDING,
     ClassificationRequest: {**_POOLING, "messages": Neutral(list[Any], _NOTHING, "input")},
-    ScoreRequest: _POOLING,
-    RerankRequest: {**_POOLING, "return_documents": Neutral(bool, (True,))},
+    ScoreRequest: _PAIRS,
+    RerankRequest: {**_PAIRS, "return_documents": Neutral(bool, (True,))},
     # pads stream events to hide their size on the network
     StreamOptions: {"include_obfuscation": Neutral(bool)},
     Tool: {"cache_control": Neutral(_OBJECT), "defer_loading": Neutral(bool, (False,))},

@@ -55,6 +55,16 @@ def test_a_conversation(server: ServerProcess) -> None:
     texts = [[choice["message"]["content"] for choice in answer["choices"]] for answer in answers]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) == 2
+    lines = server.http.post("/v1/chat/completions", json=body | {"stream": True}).text.split("\n\n")
+    assert lines[-2] == "data: [DONE]"
+    choices = [choice for line in lines[:-2] for choice in json.loads(line.removeprefix("data: "))["choices"]]
+    streamed = ["".join(c["delta"].get("content") or "" for c in choices if c["index"] == i) for i in range(2)]
+    assert streamed == texts[0]
+    assert [c["index"] for c in choices if "role" in c["delta"]] == [0, 1]
+
+
+def test_empty_lists_of_what_a_search_does_not_honour_pass(server: ServerProcess) -> None:
+    assert ask(server, logit_bias={}, stop=[], bad_words=[], stop_token_ids=[])["choices"] == ask(server)["choices"]
 
 
 @pytest.mark.parametrize(

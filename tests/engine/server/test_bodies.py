@@ -20,6 +20,13 @@ from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import APIError, BadRequest, Busy
 from sempre.engine.server.limits import MAX_CONTAINERS, MAX_DEPTH, MAX_MEMBERS, MAX_VALUES, check_structure
 from sempre.engine.server.neutral import NEUTRAL
+from sempre.engine.server.pooling_requests import (
+    ClassificationRequest,
+    EmbeddingRequest,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from sempre.engine.server.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -34,6 +41,11 @@ BASES: dict[type[Any], dict[str, Any]] = {
     ChatCompletionRequest: {"messages": [MESSAGE]},
     TokenizeRequest: {},
     DetokenizeRequest: {"tokens": [1]},
+    EmbeddingRequest: {"input": "a"},
+    PoolingRequest: {"input": "a"},
+    ClassificationRequest: {"input": "a"},
+    ScoreRequest: {},
+    RerankRequest: {"query": "a", "documents": ["b"]},
 }
 # (body, where fields may be in it, the struct that they belong to)
 PLACES: list[tuple[type[Any], tuple[str | int, ...], dict[str, Any]]] = [
@@ -202,6 +214,19 @@ def test_chat_fields_that_would_change_the_answer() -> None:
     ]:
         with pytest.raises(BadRequest) as refused:
             parsed(ChatCompletionRequest, {"messages": [MESSAGE], name: value})
+        assert refused.value.param == name
+
+
+@pytest.mark.parametrize("model", [ScoreRequest, RerankRequest])
+def test_fields_of_pairs_that_would_change_the_scores(model: type[Any]) -> None:
+    for name, value in [
+        ("max_tokens_per_query", 3),
+        ("max_tokens_per_doc", 3),
+        ("instruction", "Find the answer."),
+        ("chat_template_kwargs", {"instruction": "Find the answer."}),
+    ]:
+        with pytest.raises(BadRequest, match="support") as refused:
+            parsed(model, {**BASES[model], name: value})
         assert refused.value.param == name
 
 
