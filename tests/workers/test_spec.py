@@ -111,6 +111,8 @@ def test_families() -> None:
     assert qwen3.head_dim == 128
     assert spec(architectures=["MistralForCausalLM"], sliding_window=32).windows == (32,) * 4
     assert spec(architectures=["MistralForCausalLM"], sliding_window=None).windows == (None,) * 4
+    default = transformers.MistralConfig().sliding_window
+    assert spec(architectures=["MistralForCausalLM"]).windows == (default,) * 4
 
 
 def test_upper_layers_window() -> None:
@@ -152,7 +154,7 @@ def test_end_of_sequence_ids_prefer_the_generation_config() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 0.5}, "rope_theta"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "beta_fast": 32}}, "beta_fast"),
         ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "factor"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type"),
+        ({"rope_scaling": {"type": "axial", "factor": 4.0}}, "rope_type"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor"),
         ({"rope_parameters": {"rope_type": "su", "short_factor": [1.0] * 7}}, "short_factor"),
         ({"rope_parameters": {"rope_type": "longrope", "short_factor": [0.0] * 8}}, "short_factor: 0"),

@@ -46,6 +46,8 @@ RULES = {
         default_head_dim=128,
     ),
 }
+# of a config that says nothing; null is no window
+MISTRAL_DEFAULTS: dict[str, object] = {"sliding_window": 4096}
 
 
 def parse(architecture: str, fields: ConfigFields, generation: ConfigFields) -> ModelSpec:
@@ -54,6 +56,8 @@ def parse(architecture: str, fields: ConfigFields, generation: ConfigFields) -> 
         fields = text_part(fields, tied_by_default=True)
         if fields.raw.get("model_type", "mistral") != "mistral":
             fields.fail("model_type", "'mistral'", fields.raw["model_type"])
+    if RULES[architecture].window is WindowRule.EVERY_LAYER:
+        fields = fields.with_defaults(MISTRAL_DEFAULTS)
     refuse_other_activation(fields, "silu")
     return parse_decoder(architecture, RULES[architecture], fields, generation)
 
