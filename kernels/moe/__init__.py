@@ -62,7 +62,7 @@ def route(
 
 
 def scale_weights(weights: torch.Tensor, experts: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """weights[t, k] *= factors[experts[t, k]], in place; weights and experts [T, K], factors float32 [E]."""
+    """weights[t, k] *= factors[experts[t, k]], in place; weights and experts [T, K], factors float32 [E]; on a CPU."""
     return weights.mul_(factors.index_select(0, experts.reshape(-1)).view(weights.shape))
 
 

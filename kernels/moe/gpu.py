@@ -22,10 +22,9 @@ from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, wait_for_previous
 from sempre.kernels.linear.gpu import accumulate
 from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Tile, choose_expert_tile
-from sempre.kernels.moe import scale_weights
 from sempre.kernels.moe.experts import ExpertScratch, ExpertShape, ExpertWeights, GatedExperts, SigmoidScores
 from sempre.kernels.moe.gpu_dispatch import chunks_of, dispatch, most_tiles
-from sempre.kernels.moe.gpu_scores import preferences, weigh
+from sempre.kernels.moe.gpu_scores import preferences, scale_weights, weigh
 
 COMBINED = 1024
 
@@ -212,6 +211,6 @@ def sparse_mlp(
         dispatch(preferences(logits, scores), scratch, tile.block_t, renormalize=renormalize)
         weigh(logits, scratch, scores, renormalize=renormalize)
     if experts.factors is not None:
-        scale_weights(scratch.weights[:rows], scratch.experts[:rows], experts.factors)
+        scale_weights(scratch, rows, experts.factors)
     _, parts = run_gated(x, experts, scratch, tile)
     return combine(parts.view(rows, -1, out.shape[1]), scratch.weights[:rows], out)

@@ -1,4 +1,4 @@
-"""GPU routing by sigmoid scores, around the router that sorts, and the sum with a shared expert.
+"""GPU routing by sigmoid scores, around the router that sorts, factors of weights, and the sum with a shared expert.
 
 # T rows, E experts, K experts a row, H width
 A program owns one row, or a part of it. `preferences` are what `dispatch` takes for logits: it chooses the greatest;
@@ -81,6 +81,15 @@ def _weigh(
     tl.store(weights + at, tl.where(before == before, score * scale, float("nan")), mask=inside)
 
 
+@jit()
+def _scale_weights(experts: Any, weights: Any, factors: Any, K: tl.constexpr, BLOCK_K: tl.constexpr) -> None:
+    wait_for_previous()
+    rank = tl.arange(0, BLOCK_K)
+    at, inside = tl.program_id(0).to(tl.int64) * K + rank, rank < K
+    factor = tl.load(factors + tl.load(experts + at, mask=inside, other=0), mask=inside, other=0.0)
+    tl.store(weights + at, tl.load(weights + at, mask=inside, other=0.0) * factor, mask=inside)
+
+
 @jit(runtime=("width",))
 def _add_shared(out: Any, shared: Any, gate: Any, width: Any, GATED: tl.constexpr, BLOCK: tl.constexpr) -> None:
     wait_for_previous()
@@ -124,6 +133,23 @@ def weigh(logits: torch.Tensor, scratch: ExpertScratch, scores: SigmoidScores, *
         K=num_chosen,
         BLOCK_K=triton.next_power_of_2(num_chosen),
         RENORMALIZE=renormalize,
+        num_warps=1,
+        **CHAINED,
+    )
+
+
+def scale_weights(scratch: ExpertScratch, rows: int, factors: torch.Tensor) -> None:
+    """Multiply the weights of the chosen experts by the experts' factors, float32 [E].
+
+    A kernel, since PyTorch would look for experts that no kernel has written while kernels are only collected.
+    """
+    num_chosen = scratch.experts.shape[1]
+    _scale_weights[(rows,)](
+        scratch.experts,
+        scratch.weights,
+        factors,
+        K=num_chosen,
+        BLOCK_K=triton.next_power_of_2(num_chosen),
         num_warps=1,
         **CHAINED,
     )
