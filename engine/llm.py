@@ -275,6 +275,7 @@ class LLM(PoolingLLM):
         priority: int | Sequence[int] | None,
         use_tqdm: UseTqdm,
     ) -> list[RequestOutput]:
+        self._check_open()
         with self._session.exclusive():
             return self._run(self._frontend.builder.build_all(prompts, params, priority), use_tqdm)
 

@@ -27,9 +27,10 @@ from sempre.ipc.messages import ReasoningSpec, SamplingSpec
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
-
-
 logger = logging.getLogger(__name__)
+
+# no output has more tokens, and it fits a message
+MOST_REASONING = 2**31 - 1
 
 MAX_GRAMMAR_BYTES = 128 * 1024
 """Maximum UTF-8 bytes of a schema, expression, grammar, or all choices."""
@@ -111,7 +112,7 @@ class GrammarBuilder:
             end_token_ids=self._tokenizer.encode(END, add_special_tokens=False),
             begins_inside=opened,
             grammar=None if opened else framed,
-            budget=budget,
+            budget=None if budget is None else min(budget, MOST_REASONING),
         )
         if opened and framed is not None:
             return replace(spec, grammar=framed, reasoning=None if budget is None else reasoning)

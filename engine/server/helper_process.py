@@ -1,8 +1,8 @@
 """`python -m sempre.engine.server.helper_process`: handles untrusted input with limits of time and memory.
 
-Frames on stdin and stdout: four bytes of length, then msgpack. A task is [name, arguments]; the answer is
-[True, result] or [False, [kind of error, message, parameter]]. It ends with its stdin. `--nice` lowers its
-priority.
+Frames on stdin and stdout: four bytes of length, then JSON, whose integers have any size. A task is [name, arguments];
+the answer is [True, result] or [False, [kind of error, message, parameter]]. It ends with its stdin. `--nice` lowers
+its priority.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TASKS: dict[str, Callable[..., Any]] = {"render_chat": render_chat}
 def answer(task: bytes) -> list[Any]:
     """Run one task. Never raises an error that the task caused."""
     try:
-        name, arguments = msgspec.msgpack.decode(task)
+        name, arguments = msgspec.json.decode(task)
         return [True, TASKS[name](**arguments)]
     except (ConfigError, RequestError) as error:
         return [False, [type(error).__name__, str(error), error.parameter]]
@@ -62,9 +62,9 @@ def _serve(source: BinaryIO, sink: BinaryIO) -> None:
         task = source.read(int.from_bytes(head, "little"))
         _limit_time()
         try:
-            told = msgspec.msgpack.encode(answer(task))
+            told = msgspec.json.encode(answer(task))
         except MemoryError:
-            told = msgspec.msgpack.encode([False, ["MemoryError", "", None]])
+            told = msgspec.json.encode([False, ["MemoryError", "", None]])
         sink.write(len(told).to_bytes(4, "little") + told)
         sink.flush()
 
@@ -78,7 +78,7 @@ def main() -> None:
     if "--nice" in sys.argv[1:]:
         with suppress(OSError):
             os.nice(_NICENESS)
-    msgspec.msgpack.encode(answer(msgspec.msgpack.encode(["render_chat", _WARM_UP])))
+    msgspec.json.encode(answer(msgspec.json.encode(["render_chat", _WARM_UP])))
     _limit_memory()
     _serve(sys.stdin.buffer, sink)
 

@@ -110,12 +110,12 @@ class Helper:
 
     async def do(self, task: str, arguments: Mapping[str, Any]) -> Any:
         """Return the result of a task; see `Offload.in_helper`."""
-        frame = msgspec.msgpack.encode([task, arguments])
+        frame = msgspec.json.encode([task, arguments])
         async with self._lock:
             process = await self._started()
             try:
                 async with asyncio.timeout(_HELPER_S):
-                    succeeded, result = msgspec.msgpack.decode(await _exchange(process, frame))
+                    succeeded, result = msgspec.json.decode(await _exchange(process, frame))
             except (asyncio.IncompleteReadError, ConnectionError):
                 raise await self._ended(process) from None
             except TimeoutError:

@@ -117,6 +117,8 @@ def _rope(
         tl.store(k_cache + to + HALF, tl.where(finite, k_high, float("nan")), mask=mask)
         tl.store(v_cache + to, tl.where(finite, v_low, 0.0), mask=mask)
         tl.store(v_cache + to + HALF, tl.where(finite, v_high, 0.0), mask=mask)
+    else:
+        wait_for_previous()
 
 
 def rope_and_cache_write(

@@ -6,8 +6,17 @@ import json
 from itertools import chain
 from typing import Any
 
+import msgspec
 import pytest
 from server_process import ServerProcess
+
+from sempre.engine.server.neutral import NEUTRAL
+from sempre.engine.server.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 
 CHAT = {"messages": [{"role": "user", "content": "Who is there?"}]}
 PROMPT = "It is a truth"
@@ -259,3 +268,36 @@ def test_every_key_of_a_bias_that_is_none_is_named(server: ServerProcess) -> Non
 def test_no_tools_are_none(server: ServerProcess) -> None:
     assert chat(server, tools=[]).json()["choices"] == chat(server).json()["choices"]
     assert chat(server, tools=[], tool_choice="required").json()["error"]["param"] == "tool_choice"
+
+
+def _fields_of(model: Any) -> list[str]:
+    return [field.encode_name for field in msgspec.structs.fields(model)] + list(NEUTRAL[model])
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "base"),
+    [
+        ("/v1/chat/completions", ChatCompletionRequest, CHAT | {"max_tokens": 2}),
+        ("/v1/completions", CompletionRequest, {"prompt": PROMPT, "max_tokens": 2}),
+        ("/tokenize", TokenizeRequest, {"prompt": PROMPT}),
+        ("/detokenize", DetokenizeRequest, {"tokens": [5]}),
+    ],
+)
+def test_integers_of_more_than_64_bits_are_taken_or_refused(
+    server: ServerProcess, path: str, model: Any, base: dict[str, Any]
+) -> None:
+    huge = 2**70
+    values = (
+        huge,
+        -huge,
+        2**64,
+        1e300,
+        [huge],
+        {"5": huge},
+        {str(huge): 1},
+        [{"role": "user", "content": "x", "a": huge}],
+    )
+    for name in _fields_of(model):
+        for value in values:
+            answer = server.http.post(path, json={**base, name: value})
+            assert answer.status_code in (200, 400), (name, value, answer.text)
