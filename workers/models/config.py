@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, NamedTuple, Self, TypeVar
@@ -144,8 +144,16 @@ class ModelSpec:
 
     def one_layer_per_kind(self) -> Self:
         """The same model with one layer of each kind."""
-        windows = tuple(dict.fromkeys(self.windows))
-        return replace(self, num_layers=len(windows), windows=windows)
+        first = {self.kind_of(layer): layer for layer in reversed(range(self.num_layers))}
+        return self.with_layers(sorted(first.values()))
+
+    def kind_of(self, layer: int) -> Hashable:
+        """What tells a layer from others; families add to it."""
+        return self.windows[layer]
+
+    def with_layers(self, layers: Sequence[int]) -> Self:
+        """The same model with these of its layers; families keep what they say of each layer."""
+        return replace(self, num_layers=len(layers), windows=tuple(self.windows[layer] for layer in layers))
 
 
 Spec = TypeVar("Spec", bound=ModelSpec)

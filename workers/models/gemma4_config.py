@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -94,15 +94,13 @@ class Gemma4Spec(GemmaSpec):
             for window, source in zip(self.windows, self.sources, strict=True)
         )
 
-    def one_layer_per_kind(self) -> Self:
-        own = (source is None for source in self.sources)
-        kinds = list(dict.fromkeys(zip(self.windows, own, strict=True)))
-        return replace(
-            self,
-            num_layers=len(kinds),
-            windows=tuple(window for window, _ in kinds),
-            sources=tuple(None if is_own else kinds.index((window, True)) for window, is_own in kinds),
-        )
+    def kind_of(self, layer: int) -> Hashable:
+        return super().kind_of(layer), self.sources[layer] is None
+
+    def with_layers(self, layers: Sequence[int]) -> Self:
+        own = {self.windows[layer]: index for index, layer in enumerate(layers) if self.sources[layer] is None}
+        sources = tuple(None if self.sources[layer] is None else own[self.windows[layer]] for layer in layers)
+        return replace(super().with_layers(layers), sources=sources)
 
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Gemma4Spec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -29,14 +30,12 @@ class MoeSpec(ModelSpec):
     def expert_shape(self) -> ExpertShape:
         return ExpertShape(self.num_experts, self.experts_per_token, self.hidden_size, self.expert_size)
 
-    def one_layer_per_kind(self) -> Self:
-        kinds = dict.fromkeys((window, layer in self.sparse_layers) for layer, window in enumerate(self.windows))
-        return replace(
-            self,
-            num_layers=len(kinds),
-            windows=tuple(window for window, _ in kinds),
-            sparse_layers=tuple(layer for layer, (_, is_sparse) in enumerate(kinds) if is_sparse),
-        )
+    def kind_of(self, layer: int) -> Hashable:
+        return super().kind_of(layer), layer in self.sparse_layers
+
+    def with_layers(self, layers: Sequence[int]) -> Self:
+        sparse = tuple(index for index, layer in enumerate(layers) if layer in self.sparse_layers)
+        return replace(super().with_layers(layers), sparse_layers=sparse)
 
 
 def parse_experts(config: ConfigFields, count_name: str, size_name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ are not read.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -107,30 +107,17 @@ class Qwen35Spec(ModelSpec):
     def layer_states(self) -> tuple[StateShape | None, ...]:
         return tuple(self.delta.states if layer in self.linear_layers else None for layer in range(self.num_layers))
 
-    def one_layer_per_kind(self) -> Self:
-        kinds = dict.fromkeys(layer in self.linear_layers for layer in range(self.num_layers))
-        return replace(
-            self,
-            num_layers=len(kinds),
-            windows=(None,) * len(kinds),
-            linear_layers=tuple(layer for layer, is_linear in enumerate(kinds) if is_linear),
-        )
+    def kind_of(self, layer: int) -> Hashable:
+        return super().kind_of(layer), layer in self.linear_layers
+
+    def with_layers(self, layers: Sequence[int]) -> Self:
+        linear = tuple(index for index, layer in enumerate(layers) if layer in self.linear_layers)
+        return replace(super().with_layers(layers), linear_layers=linear)
 
 
 @dataclass(frozen=True)
 class Qwen35MoeSpec(Qwen35Spec, Qwen2MoeSpec):
     """With experts in some layers."""
-
-    def one_layer_per_kind(self) -> Self:
-        layers = range(self.num_layers)
-        kinds = dict.fromkeys((layer in self.linear_layers, layer in self.sparse_layers) for layer in layers)
-        return replace(
-            self,
-            num_layers=len(kinds),
-            windows=(None,) * len(kinds),
-            linear_layers=tuple(layer for layer, (is_linear, _) in enumerate(kinds) if is_linear),
-            sparse_layers=tuple(layer for layer, (_, is_sparse) in enumerate(kinds) if is_sparse),
-        )
 
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Qwen35Spec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -51,10 +52,11 @@ class SmolLM3Spec(ModelSpec):
     rope_layers: tuple[bool, ...]
     """per layer: whether the heads turn"""
 
-    def one_layer_per_kind(self) -> Self:
-        kinds = tuple(dict.fromkeys(zip(self.windows, self.rope_layers, strict=True)))
-        windows, rope_layers = zip(*kinds, strict=True)
-        return replace(self, num_layers=len(kinds), windows=windows, rope_layers=rope_layers)
+    def kind_of(self, layer: int) -> Hashable:
+        return super().kind_of(layer), self.rope_layers[layer]
+
+    def with_layers(self, layers: Sequence[int]) -> Self:
+        return replace(super().with_layers(layers), rope_layers=tuple(self.rope_layers[layer] for layer in layers))
 
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> SmolLM3Spec:
