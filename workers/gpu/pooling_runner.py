@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from sempre.ipc.messages import ExecuteStep
+from sempre.workers.gpu.queued_step import QueuedRunner, QueuedStep
 from sempre.workers.gpu.step_buffers import StepBuffers
 from sempre.workers.input_batch import StepPlan
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.base import CausalLM
 from sempre.workers.pooling import Pooler
-from sempre.workers.runner import ModelRunner, StepInFlight
+from sempre.workers.runner import StepInFlight
 from sempre.workers.sampling import GrammarCompiler, RowResult
 from sempre.workers.step_validation import StepLimits, ValidStep
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
 @dataclass
-class _Queued(StepInFlight):
+class _Queued(QueuedStep):
     """A step whose results are not on the host yet."""
 
     values: torch.Tensor | None = None
     """on the host, filled when `done`"""
-    done: torch.cuda.Event = field(default_factory=_event)
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class PoolingMemory:
     pooler: Pooler
 
 
-class GpuPoolingRunner(ModelRunner):
+class GpuPoolingRunner(QueuedRunner):
     """One replica's model, cache, pooler, and the requests it knows."""
 
     def __init__(
@@ -54,11 +50,6 @@ class GpuPoolingRunner(ModelRunner):
             table_width=self._batch.table_width,
             block_size=cache.block_size,
         )
-
-    def step_done(self) -> bool:
-        flight = self._in_flight[0]
-        assert isinstance(flight, _Queued)
-        return bool(flight.done.query())  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def _update_requests(self, step: ExecuteStep, valid: ValidStep) -> None:

@@ -9,7 +9,7 @@ drafts, run as CUDA graphs; prompts, and steps that mix prompts with decoding, r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,11 +18,12 @@ from msgspec.structs import replace
 
 from sempre.ipc.messages import ExecuteStep
 from sempre.workers.gpu.decode_graphs import DecodeGraphs, DecodeShape, context_bucket, row_buckets, size_bucket
+from sempre.workers.gpu.queued_step import QueuedRunner, QueuedStep
 from sempre.workers.gpu.step_buffers import SampledRows, StepBuffers
 from sempre.workers.input_batch import RequestState, StepPlan
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.base import CausalLM
-from sempre.workers.runner import ModelRunner, StepInFlight
+from sempre.workers.runner import StepInFlight
 from sempre.workers.sampling import GrammarCompiler, RowError, RowResult, SamplingState
 from sempre.workers.sampling.gpu_sampler import GpuSampler, PendingSample
 from sempre.workers.step_validation import StepLimits, ValidStep
@@ -32,16 +33,11 @@ if TYPE_CHECKING:
     from sempre.kernels.sampling.gpu import Stages
 
 
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
 @dataclass
-class _Queued(StepInFlight):
+class _Queued(QueuedStep):
     """A step whose tokens are not on the host yet."""
 
     pending: PendingSample | None = None
-    done: torch.cuda.Event = field(default_factory=_event)
 
 
 class _VerificationShape(NamedTuple):
@@ -63,7 +59,7 @@ class StepMemory:
     """float32"""
 
 
-class GpuModelRunner(ModelRunner):
+class GpuModelRunner(QueuedRunner):
     """One replica's model, cache, sampler, and the requests it knows."""
 
     def __init__(
@@ -93,11 +89,6 @@ class GpuModelRunner(ModelRunner):
         self._verification_graphs: DecodeGraphs[_VerificationShape] = DecodeGraphs(
             self._launch_verification, enabled=graphs
         )
-
-    def step_done(self) -> bool:
-        flight = self._in_flight[0]
-        assert isinstance(flight, _Queued)
-        return bool(flight.done.query())  # type: ignore[no-untyped-call]
 
     # Requests come and go
 
