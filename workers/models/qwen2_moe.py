@@ -6,6 +6,7 @@ Yang et al. 2024 (arXiv 2407.10671).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,11 +60,18 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     return extended(
         common,
         Qwen2MoeSpec,
-        **parse_experts(config, "num_experts", "moe_intermediate_size"),
+        **parse_with_shared(config, common.num_layers),
         renormalize=config.boolean("norm_topk_prob", default=False),
-        sparse_layers=layers_by_step(config, common.num_layers),
-        shared_size=width("shared_expert_intermediate_size", config),
     )
+
+
+def parse_with_shared(config: ConfigFields, num_layers: int) -> dict[str, Any]:
+    """The fields of a Qwen2MoeSpec about experts, but for `renormalize`. Raises ModelError naming the field."""
+    return {
+        **parse_experts(config, "num_experts", "moe_intermediate_size"),
+        "sparse_layers": layers_by_step(config, num_layers),
+        "shared_size": width("shared_expert_intermediate_size", config),
+    }
 
 
 def build_model(build: Build, spec: ModelSpec) -> CausalLM:

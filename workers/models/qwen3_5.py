@@ -36,12 +36,10 @@ from sempre.workers.models.config import (
     extended,
     parse_decoder,
     refuse_other_activation,
-    width,
 )
 from sempre.workers.models.llama import attention_shape, gated_mlp
-from sempre.workers.models.moe import layers_by_step, parse_experts
 from sempre.workers.models.multimodal import TEXT_PART, text_part
-from sempre.workers.models.qwen2_moe import Qwen2MoeSpec, Qwen2SparseMLP
+from sempre.workers.models.qwen2_moe import Qwen2MoeSpec, Qwen2SparseMLP, parse_with_shared
 from sempre.workers.models.rope_config import PARTIAL, rope_of_part
 from sempre.workers.steps import StepInput
 
@@ -140,10 +138,8 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
         common,
         Qwen35MoeSpec,
         **hybrid,
-        **parse_experts(config, "num_experts", "moe_intermediate_size"),
+        **parse_with_shared(config, common.num_layers),
         renormalize=config.boolean("norm_topk_prob", default=True),
-        sparse_layers=layers_by_step(config, common.num_layers),
-        shared_size=width("shared_expert_intermediate_size", config),
     )
 
 
