@@ -81,10 +81,14 @@ class OutputStream:
             await self._sleep
 
     async def finished(self) -> list[RequestOutput]:
-        """Wait for the last output of each request, in the order of the prompts. Raises the errors of `next`."""
+        """Wait for the last output of each request, in the order of the prompts, and close. Raises the errors of
+        `next`."""
         last: dict[str, RequestOutput] = {}
-        while outputs := await self.next():
-            last.update((output.request_id, output) for output in outputs)
+        try:
+            while outputs := await self.next():
+                last.update((output.request_id, output) for output in outputs)
+        finally:
+            self.close()
         return [last[state.request_id] for state in self._states]
 
     def close(self) -> None:

@@ -214,25 +214,22 @@ class AsyncPoolingLLM(PoolingEngine):
         """Yield what the model pools of one prompt, once, like `LLM.encode`. Closing the generator aborts it."""
         refuse_values(lora_request=lora_request, trace_headers=trace_headers, tokenization_kwargs=tokenization_kwargs)
         stream = self.pool(prompt, pooling_params, priority=priority, request_id=request_id)
-        try:
-            for output in await stream.finished():
-                yield as_pooled(output)
-        finally:
-            stream.close()
+        for output in await stream.finished():
+            yield as_pooled(output)
 
     async def embed(
         self, prompts: Prompts, *, pooling_params: PoolingParams | None = None
     ) -> list[EmbeddingRequestOutput]:
         """Return the vector of each prompt, like `LLM.embed`."""
         require_pooling(self._frontend.pooling, "embed")
-        return [as_embedding(output) for output in await self._pooled(prompts, pooling_params)]
+        return [as_embedding(output) for output in await self.pool(prompts, pooling_params).finished()]
 
     async def classify(
         self, prompts: Prompts, *, pooling_params: PoolingParams | None = None
     ) -> list[ClassificationRequestOutput]:
         """Return the probability of each label for each prompt, like `LLM.classify`."""
         require_pooling(self._frontend.pooling, "classify")
-        return self._classes(await self._pooled(prompts, pooling_params))
+        return self._classes(await self.pool(prompts, pooling_params).finished())
 
     async def score(
         self, query: Texts, documents: Texts, *, pooling_params: PoolingParams | None = None
@@ -240,12 +237,6 @@ class AsyncPoolingLLM(PoolingEngine):
         """Return how well each document answers the query, like `LLM.score`."""
         pairs = Pairs(query, documents)
         if require_scores(self._frontend.pooling).task == "embed":
-            return pairs.scored(await self._pooled(pairs.single, pooling_params))
-        return [as_relevance(output) for output in await self._pooled(self._pair_prompts(pairs), pooling_params)]
-
-    async def _pooled(self, prompts: Prompts, params: PoolingParams | None) -> list[RequestOutput]:
-        stream = self.pool(prompts, params)
-        try:
-            return await stream.finished()
-        finally:
-            stream.close()
+            return pairs.scored(await self.pool(pairs.single, pooling_params).finished())
+        outputs = await self.pool(self._pair_prompts(pairs), pooling_params).finished()
+        return [as_relevance(output) for output in outputs]

@@ -254,11 +254,7 @@ class BeamSearches:
         rounds, outputs = self.rounds(at_once), None
         with suppress(StopIteration):
             while True:
-                stream = start(rounds.send(outputs), self.params)
-                try:
-                    outputs = await stream.finished()
-                finally:
-                    stream.close()
+                outputs = await start(rounds.send(outputs), self.params).finished()
 
     def rounds(self, at_once: int | None = None) -> Generator[list[TokensPrompt], Round | None, None]:
         """Yield the prompts of each round and take their outputs; at most `at_once` searches run at a time.
