@@ -98,9 +98,14 @@ class BeamSearch:
         self._complete: list[Beam] = []
 
     @property
+    def has_ended(self) -> bool:
+        """Whether there are no more rounds."""
+        return not self._rounds_left
+
+    @property
     def prompts(self) -> list[TokensPrompt]:
         """What is asked for in the next round, one per beam; none when the search has ended."""
-        if not self._rounds_left:
+        if self.has_ended:
             return []
         token_ids, salt = self.request.prompt_token_ids, self.request.sequences[0].cache_salt
         prompts = [TokensPrompt(prompt_token_ids=[*token_ids, *beam.token_ids]) for beam in self._live]
@@ -241,7 +246,7 @@ class BeamSearches:
     @property
     def num_finished(self) -> int:
         """Number of prompts whose search has ended."""
-        return sum(not search.prompts for search in self.searches)
+        return sum(search.has_ended for search in self.searches)
 
     def outputs(self, tokenizer: Tokenizer) -> list[BeamSearchOutput]:
         """The results for a caller in Python, in the order of the prompts."""
