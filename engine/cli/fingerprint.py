@@ -28,12 +28,16 @@ def run(namespace: argparse.Namespace) -> int:
     from sempre.engine.llm import LLM
 
     with LLM(model, **engine_keywords(namespace)) as llm:
-        digest, parts = llm.fingerprint, llm.fingerprint_parts
+        digest, parts, environment = llm.fingerprint, llm.fingerprint_parts, llm.fingerprint_environment
     if namespace.json:
-        print(json.dumps({"fingerprint": digest, "parts": parts}, ensure_ascii=False))
+        found = {"fingerprint": digest, "parts": parts, "environment": environment}
+        print(json.dumps(found, ensure_ascii=False))
         return 0
     print(digest)
-    width = max(map(len, parts))
+    width = max(map(len, [*parts, *environment]))
     for name, value in parts.items():
+        print(f"  {name:<{width}}  {value}")
+    print("of this machine, without effect on any bit:")
+    for name, value in environment.items():
         print(f"  {name:<{width}}  {value}")
     return 0

@@ -102,7 +102,12 @@ class EngineBase:
     @property
     def fingerprint_parts(self) -> dict[str, str]:
         """The values that `fingerprint` is a digest of, by name."""
-        return dict(self._frontend.parts)
+        return dict(self._frontend.bits)
+
+    @property
+    def fingerprint_environment(self) -> dict[str, str]:
+        """Facts about machine and process that no bit depends on, by name: threads, Python's version, …"""
+        return dict(self._frontend.environment)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
         """Return one conversation as the prompt that `LLM.chat` uses; takes its keywords and raises its errors."""

@@ -80,7 +80,7 @@ class EngineView:
             served_model_name=frontend.served_model_name,
             tokenizer=frontend.tokenizer_name,
             seed=config.seed,
-            dtype=frontend.parts.get("dtype", config.dtype),
+            dtype=frontend.bits.get("dtype", config.dtype),
             quantization=config.quantization,
             max_model_len=ready.max_model_len,
             max_logprobs=config.max_logprobs,

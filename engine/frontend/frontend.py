@@ -1,12 +1,7 @@
-"""What `LLM` and `AsyncLLM` share: from prompts to requests, and from deltas to outputs.
-
-The fingerprint identifies everything that an output depends on apart from seed and request.
-"""
+"""What `LLM` and `AsyncLLM` share: from prompts to requests, and from deltas to outputs."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 import sys
@@ -18,6 +13,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from sempre.engine.arguments import Arguments
+from sempre.engine.fingerprint import fingerprint_bits, fingerprint_digest, fingerprint_environment
 from sempre.engine.frontend.limits import RequestLimits
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
 from sempre.engine.frontend.pooling import pair_messages
@@ -30,7 +26,6 @@ from sempre.engine.structured_outputs import structured_outputs_defaults
 from sempre.engine.text.absent_tokenizer import AbsentTokenizer
 from sempre.engine.text.messages import ContentFormat
 from sempre.engine.text.tokenizer import Tokenizer
-from sempre.engine.version import __version__
 from sempre.ipc.codec import UNSEQUENCED, FrameEncoder
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, ModelError, RequestCrashed, RequestError, SempreError
@@ -38,10 +33,6 @@ from sempre.ipc.log_lines import plain
 from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, MetricsReply, PoolingModel, StartupProgress
 from sempre.ipc.model_files import read_json_object, read_text
 
-DIGEST_LENGTH = 16
-
-# parts that no bit depends on, as tests show: reported, but not in the digest
-ENVIRONMENT = ("graphs", "threads")
 logger = logging.getLogger(__name__)
 # generation_config.json's name → ours
 _GENERATION_FIELDS = {
@@ -63,21 +54,6 @@ _MOST_SHOWN = 60
 _READ_OTHERWISE = {"date_string": "strftime_now"}
 
 
-def fingerprint_parts(worker_parts: Mapping[str, str]) -> dict[str, str]:
-    """Return the workers' parts and the engine version, sorted by name.
-
-    Workers report weights content, dtype, numerics profile, threads, architecture and library versions.
-    """
-    return dict(sorted({**worker_parts, "engine": __version__}.items()))
-
-
-def fingerprint_digest(parts: Mapping[str, str]) -> str:
-    """Return the first 16 hex digits of SHA-256 over the sorted parts without ENVIRONMENT, as compact JSON (UTF-8)."""
-    deciding = {name: value for name, value in parts.items() if name not in ENVIRONMENT}
-    canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:DIGEST_LENGTH]
-
-
 class Frontend:
     """The text side of one engine: tokenizer, templates, default parameters and, after `connect`, requests."""
 
@@ -86,7 +62,7 @@ class Frontend:
     builder: RequestBuilder
     """Checks and numbers requests; set by `connect`."""
     fingerprint: str = ""
-    """Digest of `parts`; set by `connect`."""
+    """Digest of `bits`; set by `connect`."""
     pooling: PoolingModel | None = None
     """What the model computes instead of generating; set by `connect`."""
 
@@ -104,7 +80,8 @@ class Frontend:
         self.default_sampling_params = self._default_sampling_params()
         given = self._options.chat_template
         self._chat_template = None if given is None else _template_text(given)
-        self.parts: dict[str, str] = {}
+        self.bits: dict[str, str] = {}
+        self.environment: dict[str, str] = {}
         self._unread = UnreadVariables()
 
     def connect(self, ready: EngineReady) -> None:
@@ -122,8 +99,9 @@ class Frontend:
             pooling=ready.pooling,
         )
         self.pooling = ready.pooling
-        self.parts = fingerprint_parts(ready.fingerprint)
-        self.fingerprint = fingerprint_digest(self.parts)
+        self.bits = fingerprint_bits(ready.fingerprint)
+        self.environment = fingerprint_environment(ready.fingerprint)
+        self.fingerprint = fingerprint_digest(self.bits)
         self.processor = OutputProcessor(self.tokenizer, self.fingerprint, self._options.stream_interval)
         self.builder = RequestBuilder(self.tokenizer, limits, self.processor.is_in_use)
 

@@ -136,6 +136,7 @@ async def _server_info(service: Service, _request: Request) -> Response:
             "version": __version__,
             "fingerprint": engine.fingerprint,
             "fingerprint_parts": engine.fingerprint_parts,
+            "fingerprint_environment": engine.fingerprint_environment,
             "engine_config": msgspec.to_builtins(engine.config),
             "server_config": shown,
             "limits": {

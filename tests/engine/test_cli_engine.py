@@ -119,10 +119,12 @@ def test_fingerprint(capsys: pytest.CaptureFixture[str]) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     found = json.loads(result.stdout)
     assert len(found["fingerprint"]) == 16
-    assert set(found["parts"]) >= {"engine", "weights", "dtype", "numerics", "threads", "architecture", "torch"}
+    assert set(found["parts"]) >= {"engine", "weights", "dtype", "numerics", "architecture", "torch"}
+    assert found["environment"]["threads"] == "1"
     text = printed(capsys, "fingerprint", "tiny", "--num-threads", "1").splitlines()
     assert text[0] == found["fingerprint"]
-    assert [line.split()[0] for line in text[1:]] == list(found["parts"])
+    facts = [line.split()[0] for line in text[1:] if line.startswith("  ")]
+    assert facts == [*found["parts"], *found["environment"]]
 
 
 def test_interrupts_of_a_chat() -> None:

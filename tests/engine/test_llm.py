@@ -330,7 +330,8 @@ def test_metrics(llm: LLM) -> None:
 
 def test_fingerprint(llm: LLM) -> None:
     assert len(llm.fingerprint) == 16
-    assert set(llm.fingerprint_parts) >= {"engine", "weights", "dtype", "numerics", "threads", "architecture", "torch"}
+    assert set(llm.fingerprint_parts) >= {"engine", "weights", "dtype", "numerics", "architecture", "torch"}
+    assert set(llm.fingerprint_environment) == {"threads", "python"}
 
 
 def test_request_metrics_are_in_order(llm: LLM) -> None:

@@ -466,6 +466,7 @@ def test_information(server: ServerProcess, llm: LLM) -> None:
     info = server.http.get("/server_info").json()
     assert info["fingerprint"] == llm.fingerprint
     assert info["fingerprint_parts"] == llm.fingerprint_parts
+    assert info["fingerprint_environment"].keys() == llm.fingerprint_environment.keys()
     assert info["engine_config"]["max_num_seqs"] == 8
     assert info["limits"]["max_num_batched_tokens"] == 8 + 240
     assert {"start", "load", "warm_up", "total"} <= info["startup_seconds"].keys()

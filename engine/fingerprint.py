@@ -1,0 +1,46 @@
+"""What outputs depend on apart from seed and request, in two parts: bits, which are digested, and the environment.
+
+*Bits* are all values that may decide a bit: weights, dtype, numerics, architecture, the libraries that compute.
+*Environment* are facts worth knowing that decide none, as tests show: the golden digests hold for every version of
+Python and on every card of one architecture, the tests of invariance for any number of threads and with or without
+CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+from sempre.engine.version import __version__
+
+DIGEST_LENGTH = 16
+ENVIRONMENT = ("device", "graphs", "python", "threads")
+"""Parts that are named and not digested."""
+
+
+def fingerprint_bits(worker_parts: Mapping[str, str]) -> dict[str, str]:
+    """Return the parts that decide bits, sorted by name: the workers' and the engine's version."""
+    deciding = {name: value for name, value in worker_parts.items() if name not in ENVIRONMENT}
+    return dict(sorted({**deciding, "engine": __version__}.items()))
+
+
+def fingerprint_environment(worker_parts: Mapping[str, str]) -> dict[str, str]:
+    """Return the parts that decide no bit, sorted by name."""
+    return {name: worker_parts[name] for name in ENVIRONMENT if name in worker_parts}
+
+
+def fingerprint_digest(bits: Mapping[str, str]) -> str:
+    """Return the first 16 hex digits of SHA-256 over `bits`, sorted by name, as compact JSON (UTF-8)."""
+    canonical = json.dumps(bits, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:DIGEST_LENGTH]
+
+
+def fingerprint_differences(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
+    """Return a phrase for each part that differs, sorted by name: `dtype: float32 against bfloat16`."""
+    names = sorted({*a, *b})
+    return [f"{name}: {_shown(a, name)} against {_shown(b, name)}" for name in names if a.get(name) != b.get(name)]
+
+
+def _shown(parts: Mapping[str, str], name: str) -> str:
+    return parts.get(name, "absent")
