@@ -44,6 +44,8 @@ if TYPE_CHECKING:
         RelevanceOutput,
         ScoringRequestOutput,
     )
+    from sempre.engine.proof.frames import to_frame
+    from sempre.engine.proof.saved_outputs import load_outputs, save_outputs
     from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
     from sempre.engine.structured_outputs import StructuredOutputsParams
     from sempre.ipc.config import EngineConfig
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
         EngineUnhealthy,
         InvarianceError,
         ModelError,
+        RecordError,
         RequestCrashed,
         RequestError,
         SeedMismatch,
@@ -92,6 +95,7 @@ __all__ = [
     "PoolingParams",
     "PoolingRequestOutput",
     "PromptType",
+    "RecordError",
     "RelevanceOutput",
     "RequestCrashed",
     "RequestError",
@@ -111,6 +115,9 @@ __all__ = [
     "WorkerHealth",
     "__version__",
     "engine_config",
+    "load_outputs",
+    "save_outputs",
+    "to_frame",
 ]
 
 _NAMES_BY_MODULE = {
@@ -143,6 +150,8 @@ _NAMES_BY_MODULE = {
         "RelevanceOutput",
         "ScoringRequestOutput",
     ),
+    "sempre.engine.proof.frames": ("to_frame",),
+    "sempre.engine.proof.saved_outputs": ("load_outputs", "save_outputs"),
     "sempre.engine.sampling_params": ("RequestOutputKind", "SamplingParams"),
     "sempre.engine.structured_outputs": ("StructuredOutputsParams",),
     "sempre.ipc.errors": (
@@ -152,6 +161,7 @@ _NAMES_BY_MODULE = {
         "EngineUnhealthy",
         "InvarianceError",
         "ModelError",
+        "RecordError",
         "RequestCrashed",
         "RequestError",
         "SeedMismatch",

@@ -5,6 +5,7 @@ All of it works with `dataclasses.asdict` (or `to_dict`, which is the same), and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from msgspec import Struct
 
 from sempre.engine.metrics import dataclass_view
+from sempre.engine.proof.json_values import json_ready
 
 
 @dataclass_view
@@ -94,6 +96,19 @@ class RequestOutput:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists, strings and numbers."""
         return asdict(self)
+
+    def to_json(self) -> str:
+        """Return everything as JSON on one line; a log-probability reads back to the same bits.
+
+        Infinities and NaN, which JSON lacks, are the strings `Infinity`, `-Infinity` and `NaN`.
+        """
+        return json.dumps(json_ready(self), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+    def _repr_html_(self) -> str:
+        """Return the form that a notebook shows: tokens coloured by probability."""
+        from sempre.engine.proof.token_html import output_html
+
+        return output_html(self)
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ SempreError
 │   ├── MessageTooLarge        it exceeds the limit                      (size_bytes, limit_bytes)
 │   ├── FrameLost              frames of a link are missing              (expected, found)
 │   └── VersionMismatch        the peer speaks another protocol          (expected, found)
+├── RecordError                a saved run or receipt cannot be used    (path, line)
 ├── ServerError                an HTTP server fails or cannot be reached (url, status)
 ├── StartupError               a process did not become ready            (rank, cause)
 ├── EngineUnhealthy            a worker is unhealthy                     (rank, cause)
@@ -141,6 +142,15 @@ class VersionMismatch(ProtocolError):
         super().__init__(message)
         self.expected = expected
         self.found = found
+
+
+class RecordError(SempreError):
+    """A saved run or a receipt cannot be read, verified or written; `line` is that of its file, from 1."""
+
+    def __init__(self, message: str, *, path: str = "", line: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.line = line
 
 
 class ServerError(SempreError):

@@ -78,6 +78,11 @@ class EngineBase:
         def __getattr__(self, name: str) -> Any:
             raise absent(type(self).__name__, name, dir(type(self)))
 
+    def __repr__(self) -> str:
+        config = self._frontend.config
+        state = f"fingerprint={self.fingerprint!r}" if self.fingerprint else "not started"
+        return f"{type(self).__name__}({config.model!r}, seed={config.seed}, {state})"
+
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> Self:
         """Create an engine with these keywords. Raises the constructor's errors."""

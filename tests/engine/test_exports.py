@@ -41,6 +41,7 @@ PUBLIC = {
     "Metric",
     "ModelError",
     "PromptType",
+    "RecordError",
     "RequestCrashed",
     "RequestError",
     "RequestMetrics",
@@ -58,6 +59,9 @@ PUBLIC = {
     "WorkerHealth",
     "__version__",
     "engine_config",
+    "load_outputs",
+    "save_outputs",
+    "to_frame",
 }
 
 
