@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NoReturn
 
 from sempre.ipc.errors import ModelError
@@ -18,10 +17,6 @@ class ConfigFields:
     def __init__(self, raw: dict[str, object], source: str = "config.json") -> None:
         self.raw = raw
         self.source = source
-
-    def with_defaults(self, values: Mapping[str, object]) -> ConfigFields:
-        """The same fields, with these values for absent ones; null stays null."""
-        return ConfigFields({**values, **self.raw}, self.source)
 
     def fail(self, name: str, expected: str, found: object) -> NoReturn:
         raise ModelError(f"{self.source}: {name}: expected {expected}, found {shown(found)}.")

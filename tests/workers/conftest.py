@@ -408,6 +408,12 @@ def tiny_configs() -> dict[str, transformers.PretrainedConfig]:
     }
 
 
+@pytest.fixture(scope="session")
+def variants() -> list[str]:
+    """The names that `config_of` and `checkpoints` know."""
+    return list(tiny_configs())
+
+
 @pytest.fixture
 def config_of() -> Callable[[str], dict[str, Any]]:
     """name → what transformers writes as its config.json"""

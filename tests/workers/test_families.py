@@ -145,7 +145,8 @@ def test_dynamic_and_proportional_ropes_in_both_spellings(
     architecture: str, fields: dict[str, object], expected: RopeSpec
 ) -> None:
     config = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "head_dim": 128, "max_position_embeddings": 512, "vocab_size": 100, "eos_token_id": 1}  # fmt: skip
+              "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 512, "vocab_size": 100,
+              "eos_token_id": 1}  # fmt: skip
     spec = parse_spec({"architectures": [architecture], **config, **fields}, {})
     assert spec.rope == expected
     assert spec.most_positions == 512 * (expected.factor if expected.scaling == "dynamic" else 1)
@@ -256,7 +257,7 @@ REFUSED: list[tuple[str, str, object, str]] = [
     ("Olmo2ForCausalLM", "layer_types", [WINDOWED] * 32, "layer_types: expected what the sliding-window fields imply"),
     ("Olmo3ForCausalLM", "layer_types", [WINDOWED], "layer_types: expected a list of 32 times"),
     ("Olmo3ForCausalLM", "layer_types", ["chunked_attention"] * 32, "layer_types: expected a list of 32 times"),
-    ("Olmo3ForCausalLM", "sliding_window", None, "sliding_window: expected a value"),
+    ("Olmo3ForCausalLM", "sliding_window", None, "sliding_window: expected a number of keys"),
     ("Olmo3ForCausalLM", "rope_theta", 10000.0, "rope_theta: expected 500000.0"),
     (
         "Olmo3ForCausalLM",
@@ -285,7 +286,7 @@ REFUSED: list[tuple[str, str, object, str]] = [
     ("GptOssForCausalLM", "experts_per_token", 2, "experts_per_token: expected what num_experts_per_tok says, found 2"),
     ("GptOssForCausalLM", "num_local_experts", 3, "num_experts_per_tok: expected at most num_local_experts=3"),
     ("GptOssForCausalLM", "layer_types", [WINDOWED], "layer_types: expected a list of 36 times"),
-    ("GptOssForCausalLM", "sliding_window", None, "sliding_window: expected a value"),
+    ("GptOssForCausalLM", "sliding_window", None, "sliding_window: expected a number of keys"),
     ("GptOssForCausalLM", "attention_bias", "yes", "attention_bias: expected true or false"),
     ("GptOssForCausalLM", "rope_scaling", {"rope_type": "axial"}, "rope_scaling: rope_type: expected one of"),
     (

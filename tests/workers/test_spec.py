@@ -133,7 +133,6 @@ def test_end_of_sequence_ids_prefer_the_generation_config() -> None:
     [
         ({"hidden_size": "64"}, "hidden_size"),
         ({"hidden_size": True}, "hidden_size"),
-        ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": 65}, "hidden_size"),
         ({"hidden_size": 80, "num_attention_heads": 3, "num_key_value_heads": 3}, "hidden_size"),
         ({"intermediate_size": 100}, "intermediate_size"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, NamedTuple, Self, TypeVar
@@ -28,6 +28,9 @@ MAX_WIDTH = 2**20
 MAX_VOCAB_SIZE = 2**24
 MAX_POSITIONS = 2**27
 MAX_EOS_TOKENS = 1024
+
+# null in these says that there is none; elsewhere it says nothing
+NULLABLE = ("eos_token_id", "sliding_window")
 
 # rows of activations are processed in vectors of this many elements
 WIDTH_MULTIPLE = 16
@@ -82,10 +85,6 @@ class FamilyRules:
     """of the config, the head dimension and max_position_embeddings"""
     qk_norm: bool = False
     """RMSNorm over each head of the queries and keys, before the rotary embedding"""
-    default_head_dim: int | None = None
-    """head dimension when the config has none; None: hidden_size / num_attention_heads"""
-    tied_by_default: bool = False
-    """whether the embedding is also the head's matrix when the config does not say"""
     quantization: Callable[[ConfigFields], StoredQuantization | None] = parse_quantization
 
 
@@ -180,7 +179,7 @@ def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, g
     if num_heads % num_kv_heads:
         fields.fail("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}", num_kv_heads)
     num_layers = fields.positive("num_hidden_layers", most=MAX_LAYERS)
-    head_dim = _head_dim(fields, rules, hidden_size, num_heads)
+    head_dim = _head_dim(fields, hidden_size, num_heads)
     vocab_size = fields.positive("vocab_size", most=MAX_VOCAB_SIZE)
     max_position_embeddings = fields.positive("max_position_embeddings", most=MAX_POSITIONS)
     return ModelSpec(
@@ -200,7 +199,7 @@ def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, g
         o_bias=_bias(fields, rules.o_bias),
         mlp_bias=_bias(fields, rules.mlp_bias),
         qk_norm=rules.qk_norm,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", default=rules.tied_by_default),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
         initializer_range=fields.positive_number("initializer_range", default=0.02),
         checkpoint_dtype=_checkpoint_dtype(fields),
         eos_token_ids=_eos_token_ids(fields, generation, vocab_size),
@@ -211,6 +210,21 @@ def parse_decoder(architecture: str, rules: FamilyRules, fields: ConfigFields, g
 def extended(common: ModelSpec, kind: type[Spec], **more: Any) -> Spec:
     """A family's spec: the common fields, and those that the family adds."""
     return kind(**{field.name: getattr(common, field.name) for field in fields(common)}, **more)
+
+
+def with_defaults(config: ConfigFields, values: Mapping[str, Any], nullable: Sequence[str] = ()) -> ConfigFields:
+    """With a class's default values where the config is silent; null is silence but in NULLABLE and `nullable` fields.
+
+    A default end of sequence that the vocabulary lacks is left out: nothing can sample it.
+    """
+    said = {name for name, value in config.raw.items() if value is not None or name in NULLABLE or name in nullable}
+    missing = {name: value for name, value in values.items() if name not in said}
+    fields = ConfigFields({**config.raw, **missing}, config.source)
+    ends = missing.get("eos_token_id")
+    if ends is not None:
+        vocab_size = fields.positive("vocab_size", most=MAX_VOCAB_SIZE)
+        fields.raw["eos_token_id"] = [end for end in (ends if isinstance(ends, list) else [ends]) if end < vocab_size]
+    return fields
 
 
 def with_layer_types(fields: ConfigFields, full_every: int) -> ConfigFields:
@@ -229,12 +243,10 @@ def refuse_other_activation(fields: ConfigFields, supported: str, name: str = "h
         fields.fail(name, repr(supported), activation)
 
 
-def _head_dim(fields: ConfigFields, rules: FamilyRules, hidden_size: int, num_heads: int) -> int:
-    if fields.raw.get("head_dim") is None and rules.default_head_dim is None and hidden_size % num_heads:
+def _head_dim(fields: ConfigFields, hidden_size: int, num_heads: int) -> int:
+    if fields.raw.get("head_dim") is None and hidden_size % num_heads:
         fields.fail("hidden_size", f"a multiple of num_attention_heads={num_heads}, or head_dim", hidden_size)
-    head_dim = fields.positive(
-        "head_dim", default=rules.default_head_dim or hidden_size // num_heads, most=MAX_HEAD_DIM
-    )
+    head_dim = fields.positive("head_dim", default=hidden_size // num_heads, most=MAX_HEAD_DIM)
     return _multiple("head_dim", head_dim, fields)
 
 
@@ -264,7 +276,7 @@ def _windows(fields: ConfigFields, rules: FamilyRules, num_layers: int) -> tuple
         first = min(fields.natural("max_window_layers"), num_layers)
         windows = full[:first] + (fields.positive("sliding_window"),) * (num_layers - first)
     elif rules.window is WindowRule.EVERY_OTHER_LAYER:
-        window = fields.positive("sliding_window")
+        window = _window(fields, "every other layer")
         windows = tuple(None if layer % 2 else window for layer in range(num_layers))
     layer_types = fields.raw.get("layer_types")
     if rules.window is WindowRule.LAYER_TYPES:
@@ -276,13 +288,19 @@ def _windows(fields: ConfigFields, rules: FamilyRules, num_layers: int) -> tuple
     return windows
 
 
+def _window(fields: ConfigFields, layers: str) -> int:
+    if fields.raw.get("sliding_window") is None:
+        fields.fail("sliding_window", f"a number of keys, as layers have a window ({layers})", None)
+    return fields.positive("sliding_window")
+
+
 def _windows_by_type(fields: ConfigFields, layer_types: object, num_layers: int) -> tuple[int | None, ...]:
     expected = f"a list of {num_layers} times {FULL!r} or {WINDOWED!r}"
     if not isinstance(layer_types, list) or len(layer_types) != num_layers:
         fields.fail("layer_types", expected, layer_types)
     if not all(layer_type in (FULL, WINDOWED) for layer_type in layer_types):
         fields.fail("layer_types", expected, layer_types)
-    window = fields.positive("sliding_window") if WINDOWED in layer_types else None
+    window = _window(fields, "those that layer_types names") if WINDOWED in layer_types else None
     return tuple(window if layer_type == WINDOWED else None for layer_type in layer_types)
 
 

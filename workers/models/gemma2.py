@@ -24,6 +24,7 @@ from sempre.workers.models.config import (
     extended,
     parse_decoder,
     refuse_other_activation,
+    with_defaults,
 )
 from sempre.workers.models.llama import attention_shape
 from sempre.workers.steps import StepInput
@@ -32,9 +33,20 @@ RULES = FamilyRules(
     qkv_bias=BiasRule.ATTENTION_BIAS,
     o_bias=BiasRule.ATTENTION_BIAS,
     window=WindowRule.EVERY_OTHER_LAYER,
-    default_head_dim=256,
-    tied_by_default=True,
 )
+DEFAULTS: dict[str, object] = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     refuse_other_activation(config, "gelu_pytorch_tanh", "hidden_activation")
     if config.boolean("use_bidirectional_attention", default=False):
         config.fail("use_bidirectional_attention", "false", True)
+    config = with_defaults(config, DEFAULTS)
     common = parse_decoder(architecture, RULES, config, generation)
     return extended(
         common,

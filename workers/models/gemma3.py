@@ -19,6 +19,7 @@ from sempre.workers.models.config import (
     extended,
     parse_decoder,
     refuse_other_activation,
+    with_defaults,
     with_layer_types,
 )
 from sempre.workers.models.gemma2 import GemmaSpec, gemma_attention_shape, gemma_model, parse_cap
@@ -67,7 +68,7 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     if config.raw.get("attn_logit_softcapping") is not None:
         config.fail("attn_logit_softcapping", "null for this architecture", config.raw["attn_logit_softcapping"])
     full_every = config.positive("sliding_window_pattern", default=6)
-    config = with_layer_types(config.with_defaults(DEFAULTS), full_every)
+    config = with_layer_types(with_defaults(config, DEFAULTS), full_every)
     common = parse_decoder(architecture, RULES, config, generation)
     theta = config.positive_number("rope_local_base_freq", default=WINDOWED_THETA)
     return extended(

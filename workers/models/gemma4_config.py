@@ -24,6 +24,7 @@ from sempre.workers.models.config import (
     parse_decoder,
     refuse_other_activation,
     width,
+    with_defaults,
     with_layer_types,
 )
 from sempre.workers.models.gemma2 import GemmaSpec, parse_cap
@@ -109,7 +110,7 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
         config = text_part(config, tied_by_default=True)
     _refuse_unsupported(config)
     is_unified = architecture in UNIFIED
-    config = _with_ropes(_with_layer_types(config.with_defaults(UNIFIED_DEFAULTS if is_unified else DEFAULTS)))
+    config = _with_ropes(_with_layer_types(with_defaults(config, UNIFIED_DEFAULTS if is_unified else DEFAULTS)))
     keys_are_values = config.boolean("attention_k_eq_v", default=False)
     full = _full_heads(config, keys_are_values=keys_are_values)
     rules = replace(RULES, rope=lambda fields, _, most: rope_of_full_layers(fields, full.head_dim, most))

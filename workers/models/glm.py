@@ -16,7 +16,14 @@ from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build
 from sempre.workers.layers.norm import RMSNorm
 from sempre.workers.models.base import CausalLM, rows_read
-from sempre.workers.models.config import BiasRule, FamilyRules, ModelSpec, parse_decoder, refuse_other_activation
+from sempre.workers.models.config import (
+    BiasRule,
+    FamilyRules,
+    ModelSpec,
+    parse_decoder,
+    refuse_other_activation,
+    with_defaults,
+)
 from sempre.workers.models.llama import LlamaBlock, attention_shape, model_of
 from sempre.workers.models.rope_config import PARTIAL, rope_of_part
 from sempre.workers.steps import StepInput
@@ -39,9 +46,10 @@ DEFAULTS = {
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> ModelSpec:
     """Raises ModelError naming the field."""
+    # here null says nothing of it
     if config.raw.get("eos_token_id") is None:
-        config = ConfigFields({**config.raw, "eos_token_id": DEFAULTS["eos_token_id"]})
-    return parse_turning(architecture, RULES, config.with_defaults(DEFAULTS), generation, interleaved=True)
+        config = ConfigFields({name: value for name, value in config.raw.items() if name != "eos_token_id"})
+    return parse_turning(architecture, RULES, with_defaults(config, DEFAULTS), generation, interleaved=True)
 
 
 def parse_turning(

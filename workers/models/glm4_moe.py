@@ -15,7 +15,7 @@ from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build
 from sempre.workers.layers.moe import ExpertChoice, SparseMLP
 from sempre.workers.models.base import CausalLM
-from sempre.workers.models.config import BiasRule, FamilyRules, ModelSpec, extended
+from sempre.workers.models.config import BiasRule, FamilyRules, ModelSpec, extended, with_defaults
 from sempre.workers.models.glm import parse_turning
 from sempre.workers.models.llama import gated_mlp, model_with
 from sempre.workers.models.moe import MoeSpec, parse_experts
@@ -47,7 +47,7 @@ class Glm4MoeSpec(MoeSpec):
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Glm4MoeSpec:
     """Raises ModelError naming the field."""
-    config = config.with_defaults(DEFAULTS)
+    config = with_defaults(config, DEFAULTS)
     common = parse_turning(architecture, RULES, config, generation, interleaved=False)
     experts = parse_experts(config, "n_routed_experts", "moe_intermediate_size")
     first = config.natural("first_k_dense_replace", default=1)

@@ -22,6 +22,7 @@ from sempre.workers.models.config import (
     extended,
     parse_decoder,
     refuse_other_activation,
+    with_defaults,
     with_layer_types,
 )
 from sempre.workers.models.llama import LlamaBlock, attention_shape, model_of
@@ -99,7 +100,7 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     """Raises ModelError naming the field."""
     # transformers takes either name
     count = "num_local_experts" if config.raw.get("num_experts") is None else "num_experts"
-    config = config.with_defaults({**DEFAULTS, count: 128})
+    config = with_defaults(config, {**DEFAULTS, count: 128})
     if config.raw.get("rope_parameters") is None and config.raw.get("rope_scaling") is None:
         config = ConfigFields({**config.raw, "rope_parameters": ROPE}, config.source)
     config = with_layer_types(config, 2)

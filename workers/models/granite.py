@@ -20,6 +20,7 @@ from sempre.workers.models.config import (
     extended,
     parse_decoder,
     refuse_other_activation,
+    with_defaults,
 )
 from sempre.workers.models.llama import LlamaBlock, attention_shape, gated_mlp
 from sempre.workers.steps import StepInput
@@ -50,7 +51,7 @@ class GraniteSpec(ModelSpec):
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> GraniteSpec:
     """Raises ModelError naming the field."""
     refuse_other_activation(config, "silu")
-    config = config.with_defaults(DEFAULTS)
+    config = with_defaults(config, DEFAULTS)
     names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
     factors = {name: config.positive_number(name, default=1.0) for name in names}
     return extended(parse_decoder(architecture, RULES, config, generation), GraniteSpec, **factors)

@@ -26,6 +26,7 @@ from sempre.workers.models.config import (
     WindowRule,
     parse_decoder,
     refuse_other_activation,
+    with_defaults,
 )
 from sempre.workers.models.multimodal import TEXT_PART, text_part
 from sempre.workers.steps import StepInput
@@ -43,11 +44,41 @@ RULES = {
         o_bias=BiasRule.ATTENTION_BIAS,
         window=WindowRule.UPPER_LAYERS,
         qk_norm=True,
-        default_head_dim=128,
     ),
 }
-# of a config that says nothing; null is no window
-MISTRAL_DEFAULTS: dict[str, object] = {"sliding_window": 4096}
+COMMON_DEFAULTS: dict[str, object] = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_DEFAULTS: dict[str, object] = {
+    **COMMON_DEFAULTS,
+    "vocab_size": 32000,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 2,
+}
+MISTRAL_DEFAULTS: dict[str, object] = {
+    **COMMON_DEFAULTS,
+    "vocab_size": 32000,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "eos_token_id": 2,
+    "sliding_window": 4096,
+}
+QWEN2_DEFAULTS: dict[str, object] = {
+    **COMMON_DEFAULTS,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "sliding_window": 4096,
+}
+DEFAULTS: dict[str, dict[str, object]] = {
+    "LlamaForCausalLM": LLAMA_DEFAULTS,
+    "MistralForCausalLM": MISTRAL_DEFAULTS,
+    MULTIMODAL: MISTRAL_DEFAULTS,
+    "Qwen2ForCausalLM": QWEN2_DEFAULTS,
+    "Qwen3ForCausalLM": {**QWEN2_DEFAULTS, "head_dim": 128},
+}
 
 
 def parse(architecture: str, fields: ConfigFields, generation: ConfigFields) -> ModelSpec:
@@ -56,8 +87,8 @@ def parse(architecture: str, fields: ConfigFields, generation: ConfigFields) -> 
         fields = text_part(fields, tied_by_default=True)
         if fields.raw.get("model_type", "mistral") != "mistral":
             fields.fail("model_type", "'mistral'", fields.raw["model_type"])
-    if RULES[architecture].window is WindowRule.EVERY_LAYER:
-        fields = fields.with_defaults(MISTRAL_DEFAULTS)
+    nullable = () if DEFAULTS[architecture] is MISTRAL_DEFAULTS else ("num_key_value_heads",)
+    fields = with_defaults(fields, DEFAULTS[architecture], nullable)
     refuse_other_activation(fields, "silu")
     return parse_decoder(architecture, RULES[architecture], fields, generation)
 

@@ -16,6 +16,7 @@ from sempre.workers.models.config import (
     extended,
     parse_decoder,
     refuse_other_activation,
+    with_defaults,
 )
 from sempre.workers.models.llama import LlamaBlock, attention_shape, model_of
 from sempre.workers.models.moe import MoeSpec, parse_experts
@@ -39,7 +40,7 @@ DEFAULTS = {
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> MoeSpec:
     """Raises ModelError naming the field."""
-    config = config.with_defaults(DEFAULTS)
+    config = with_defaults(config, DEFAULTS)
     refuse_other_activation(config, "silu")
     common = parse_decoder(architecture, RULES, config, generation)
     experts = parse_experts(config, "num_local_experts", "intermediate_size")

@@ -17,6 +17,8 @@ TEXT_PART = ModelPart(
 
 def text_part(config: ConfigFields, *, tied_by_default: bool) -> ConfigFields:
     """The section of the text part, with the common fields. Raises ModelError."""
+    if config.raw.get("text_config") is None:
+        config.fail("text_config", "an object", None)
     text = config.section("text_config")
     stated = {name: config.raw[name] for name in COMMON_FIELDS if config.raw.get(name) is not None}
     tied = config.boolean("tie_word_embeddings", default=tied_by_default)

@@ -22,6 +22,7 @@ from sempre.workers.models.config import (
     extended,
     parse_decoder,
     refuse_other_activation,
+    with_defaults,
     with_layer_types,
 )
 from sempre.workers.models.llama import attention_shape, gated_mlp, model_of
@@ -56,8 +57,8 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     """Raises ModelError naming the field."""
     refuse_other_activation(config, "silu")
     if architecture == "Olmo2ForCausalLM":
-        return parse_decoder(architecture, RULES, config.with_defaults(DEFAULTS), generation)
-    config = with_layer_types(config.with_defaults(OLMO3_DEFAULTS), OLMO3_FULL_EVERY)
+        return parse_decoder(architecture, RULES, with_defaults(config, DEFAULTS), generation)
+    config = with_layer_types(with_defaults(config, OLMO3_DEFAULTS), OLMO3_FULL_EVERY)
     # transformers turns the layers with a window by the default whatever this says
     if config.positive_number("rope_theta") != OLMO3_THETA:
         config.fail(

@@ -18,6 +18,7 @@ from sempre.workers.models.config import (
     WindowRule,
     parse_decoder,
     refuse_other_activation,
+    with_defaults,
 )
 from sempre.workers.models.llama import LlamaBlock, attention_shape, model_of
 from sempre.workers.models.rope_config import rope_of_part
@@ -39,7 +40,7 @@ DEFAULTS: dict[str, object] = {
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> ModelSpec:
     """Raises ModelError naming the field."""
     refuse_other_activation(config, "silu")
-    return parse_decoder(architecture, RULES, config.with_defaults(DEFAULTS), generation)
+    return parse_decoder(architecture, RULES, with_defaults(config, DEFAULTS), generation)
 
 
 def build_model(build: Build, spec: ModelSpec) -> CausalLM:

@@ -24,6 +24,7 @@ from sempre.workers.models.config import (
     parse_decoder,
     refuse_other_activation,
     width,
+    with_defaults,
 )
 from sempre.workers.models.llama import gated_mlp, model_with
 from sempre.workers.models.moe import MoeSpec, layers_by_step, parse_experts, refuse_windows
@@ -53,7 +54,7 @@ class Qwen2MoeSpec(MoeSpec):
 
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> Qwen2MoeSpec:
     """Raises ModelError naming the field."""
-    config = config.with_defaults(DEFAULTS)
+    config = with_defaults(config, DEFAULTS)
     refuse_other_activation(config, "silu")
     refuse_windows(config)
     common = parse_decoder(architecture, RULES, config, generation)

@@ -36,6 +36,7 @@ from sempre.workers.models.config import (
     extended,
     parse_decoder,
     refuse_other_activation,
+    with_defaults,
 )
 from sempre.workers.models.llama import attention_shape, gated_mlp
 from sempre.workers.models.multimodal import TEXT_PART, text_part
@@ -48,7 +49,6 @@ RULES = FamilyRules(
     o_bias=BiasRule.ATTENTION_BIAS,
     rope=rope_of_part,
     qk_norm=True,
-    default_head_dim=256,
 )
 DENSE_DEFAULTS: dict[str, object] = {
     "vocab_size": 248320,
@@ -57,6 +57,7 @@ DENSE_DEFAULTS: dict[str, object] = {
     "num_hidden_layers": 32,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
+    "head_dim": 256,
     "max_position_embeddings": 32768,
 }
 MOE_DEFAULTS: dict[str, object] = {
@@ -65,6 +66,7 @@ MOE_DEFAULTS: dict[str, object] = {
     "num_hidden_layers": 40,
     "num_attention_heads": 16,
     "num_key_value_heads": 2,
+    "head_dim": 256,
     "max_position_embeddings": 32768,
     "num_experts": 256,
     "num_experts_per_tok": 8,
@@ -123,12 +125,12 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     if architecture in MULTIMODAL:
         config = text_part(config, tied_by_default=False)
     defaults = NEXT_DEFAULTS if architecture == NEXT else MOE_DEFAULTS
-    config = config.with_defaults(DENSE_DEFAULTS if architecture in DENSE else defaults)
+    config = with_defaults(config, DENSE_DEFAULTS if architecture in DENSE else defaults)
     _refuse_other_values(config, FIXED)
     if architecture not in (*DENSE, NEXT):
         _refuse_other_values(config, EVERYWHERE)
         # no layer is without experts, and so of this size
-        config = config.with_defaults({"intermediate_size": config.raw["moe_intermediate_size"]})
+        config = with_defaults(config, {"intermediate_size": config.raw["moe_intermediate_size"]})
     refuse_other_activation(config, "silu")
     common = parse_decoder(architecture, RULES, _plain_rope(config), generation)
     hybrid: dict[str, Any] = {"delta": _delta_heads(config), "linear_layers": _linear_layers(config, common.num_layers)}

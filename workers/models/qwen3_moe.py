@@ -17,6 +17,7 @@ from sempre.workers.models.config import (
     extended,
     parse_decoder,
     refuse_other_activation,
+    with_defaults,
 )
 from sempre.workers.models.llama import gated_mlp, model_with
 from sempre.workers.models.moe import MoeSpec, layers_by_step, parse_experts, refuse_windows
@@ -39,7 +40,7 @@ def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> 
     """Raises ModelError naming the field."""
     # transformers takes either name
     count = "num_experts" if config.raw.get("num_local_experts") is None else "num_local_experts"
-    config = config.with_defaults({**DEFAULTS, count: 128})
+    config = with_defaults(config, {**DEFAULTS, count: 128})
     refuse_other_activation(config, "silu")
     refuse_windows(config)
     common = parse_decoder(architecture, RULES, config, generation)

@@ -22,6 +22,7 @@ from sempre.workers.models.config import (
     extended,
     parse_decoder,
     refuse_other_activation,
+    with_defaults,
 )
 from sempre.workers.models.llama import LlamaBlock, attention_shape, gated_mlp, model_of
 
@@ -62,7 +63,7 @@ class SmolLM3Spec(ModelSpec):
 def parse(architecture: str, config: ConfigFields, generation: ConfigFields) -> SmolLM3Spec:
     """Raises ModelError naming the field."""
     refuse_other_activation(config, "silu")
-    config = config.with_defaults(DEFAULTS)
+    config = with_defaults(config, DEFAULTS, nullable=("num_key_value_heads",))
     rope_layers = _rope_layers(config, config.positive("num_hidden_layers", most=MAX_LAYERS))
     windowed = config.boolean("use_sliding_window", default=False) and config.raw.get("sliding_window") is not None
     types = config.raw.get("layer_types")
