@@ -17,21 +17,18 @@ from numba import prange
 from sempre.kernels.activation.cpu import soft_cap_row
 from sempre.kernels.attention.contract import HeadLayout, KvCache, PagedBatch, ScoreParams
 from sempre.kernels.attention.cpu_tiles import (
-    copy_row,
-    divide_row,
-    multiply_row,
-    pv_1,
-    pv_2,
-    pv_3,
-    pv_4,
-    qk_1,
-    qk_2,
-    qk_3,
-    qk_4,
-    softmax_row,
+    COPY_ROW,
+    DIVIDE_ROW,
+    MOST_ROWS,
+    MULTIPLY_ROW,
+    PV,
+    QK,
+    SOFTMAX_ROW,
+    TILES,
 )
 from sempre.kernels.dtypes import ELEMENT_SIZE, dtype_code, widen
 from sempre.kernels.jit import address_of, compiled, keep
+from sempre.kernels.native import call_native, call_native_float
 
 BLOCK = 16
 TILE = 64
@@ -65,51 +62,30 @@ def _unmapped_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 @compiled()
-def _scores(q: int, rows: int, dim: int, k0: int, k1: int, k2: int, k3: int, scores: int) -> None:
+def _scores(tiles: int, q: int, rows: int, dim: int, k0: int, k1: int, k2: int, k3: int, scores: int) -> None:
     row_bytes = dim * 4
-    done = 0
-    while done < rows:
-        q_at, out, left = q + done * row_bytes, scores + done * TILE * 4, rows - done
-        if left >= 4:
-            qk_4(q_at, row_bytes, k0, k1, k2, k3, dim, out)
-            done += 4
-        elif left == 3:
-            qk_3(q_at, row_bytes, k0, k1, k2, k3, dim, out)
-            done += 3
-        elif left == 2:
-            qk_2(q_at, row_bytes, k0, k1, k2, k3, dim, out)
-            done += 2
-        else:
-            qk_1(q_at, row_bytes, k0, k1, k2, k3, dim, out)
-            done += 1
+    for done in range(0, rows, MOST_ROWS):
+        count = min(MOST_ROWS, rows - done)
+        q_at, out = q + done * row_bytes, scores + done * TILE * 4
+        call_native(tiles, QK + count - 1, q_at, row_bytes, k0, k1, k2, k3, dim, out)
 
 
 @compiled()
 def _weighted_values(
-    p: int, rows: int, dim: int, v0: int, v1: int, v2: int, v3: int, first: int, past: int, acc: int
+    tiles: int, p: int, rows: int, dim: int, v0: int, v1: int, v2: int, v3: int, first: int, past: int, acc: int
 ) -> None:
     """Add the weighted values of the tile's keys [first, past) to each row."""
     if past <= first:
         return
-    done = 0
-    while done < rows:
-        p_at, out, left = p + done * TILE * 4, acc + done * dim * 4, rows - done
-        if left >= 4:
-            pv_4(p_at, v0, v1, v2, v3, first, past, dim, out)
-            done += 4
-        elif left == 3:
-            pv_3(p_at, v0, v1, v2, v3, first, past, dim, out)
-            done += 3
-        elif left == 2:
-            pv_2(p_at, v0, v1, v2, v3, first, past, dim, out)
-            done += 2
-        else:
-            pv_1(p_at, v0, v1, v2, v3, first, past, dim, out)
-            done += 1
+    for done in range(0, rows, MOST_ROWS):
+        count = min(MOST_ROWS, rows - done)
+        p_at, out = p + done * TILE * 4, acc + done * dim * 4
+        call_native(tiles, PV + count - 1, p_at, v0, v1, v2, v3, first, past, dim, out)
 
 
 @compiled()
 def _values_of_each(
+    tiles: int,
     p: int,
     tokens: int,
     group: int,
@@ -129,11 +105,13 @@ def _values_of_each(
         low = max(first, position + t - window + 1) if window > 0 else first
         high = min(past, position + t + 1)
         shift = t * group
-        _weighted_values(p + shift * TILE * 4, group, dim, v0, v1, v2, v3, low, high, acc + shift * dim * 4)
+        p_at, acc_at = p + shift * TILE * 4, acc + shift * dim * 4
+        _weighted_values(tiles, p_at, group, dim, v0, v1, v2, v3, low, high, acc_at)
 
 
 @compiled()
 def _seen_values(
+    tiles: int,
     p: int,
     tokens: int,
     group: int,
@@ -155,10 +133,10 @@ def _seen_values(
     low = min(max(0, position + tokens - window), in_tile) if window > 0 else 0
     high = min(max(0, position + 1), in_tile)
     if low > 0:
-        _values_of_each(p, tokens, group, dim, v0, v1, v2, v3, 0, low, position, window, acc)
-    _weighted_values(p, tokens * group, dim, v0, v1, v2, v3, low, high, acc)
+        _values_of_each(tiles, p, tokens, group, dim, v0, v1, v2, v3, 0, low, position, window, acc)
+    _weighted_values(tiles, p, tokens * group, dim, v0, v1, v2, v3, low, high, acc)
     if tokens > 1:
-        _values_of_each(p, tokens, group, dim, v0, v1, v2, v3, max(low, high), in_tile, position, window, acc)
+        _values_of_each(tiles, p, tokens, group, dim, v0, v1, v2, v3, max(low, high), in_tile, position, window, acc)
 
 
 @compiled()
@@ -174,6 +152,7 @@ def _widen_blocks(b0: int, b1: int, b2: int, b3: int, target: int, count: int, d
 
 @compiled()
 def _unit(
+    tiles: int,
     q: int,
     q_row_bytes: int,
     tokens: int,
@@ -206,7 +185,8 @@ def _unit(
     acc_at, state_at = address_of(acc), address_of(state)
     for t in range(tokens):
         for g in range(group):
-            copy_row(q + t * q_row_bytes + g * head_bytes, queries_at + (t * group + g) * head_bytes, dim)
+            query_at = queries_at + (t * group + g) * head_bytes
+            call_native(tiles, COPY_ROW, q + t * q_row_bytes + g * head_bytes, query_at, dim)
     for i in range(rows):
         state[i, 0], state[i, 1] = -1e30, 0.0
         if sinks.size > 0:
@@ -231,18 +211,21 @@ def _unit(
             half = BLOCKS_PER_TILE * BLOCK * dim * 4
             k0, k1, k2, k3 = _widen_blocks(k0, k1, k2, k3, wide_at, BLOCK * dim, dtype)
             v0, v1, v2, v3 = _widen_blocks(v0, v1, v2, v3, wide_at + half, BLOCK * dim, dtype)
-        _scores(queries_at, rows, dim, k0, k1, k2, k3, scores_at)
+        _scores(tiles, queries_at, rows, dim, k0, k1, k2, k3, scores_at)
         for i in range(rows):
             position = first_position + i // group
             low = position - window + 1 - tile if window > 0 else 0
+            row_at, sums_at = scores_at + i * TILE * 4, state_at + i * 8
             if cap > 0:
-                soft_cap_row(scores_at + i * TILE * 4, TILE, scale / cap, cap)
-            factor = softmax_row(scores_at + i * TILE * 4, low, position + 1 - tile, left_scale, state_at + i * 8)
-            multiply_row(acc_at + i * head_bytes, factor, dim)
-        _seen_values(scores_at, tokens, group, dim, v0, v1, v2, v3, in_tile, first_position - tile, window, acc_at)
+                soft_cap_row(row_at, TILE, scale / cap, cap)
+            factor = call_native_float(tiles, SOFTMAX_ROW, row_at, low, position + 1 - tile, left_scale, sums_at)
+            call_native(tiles, MULTIPLY_ROW, acc_at + i * head_bytes, factor, dim)
+        first_seen = first_position - tile
+        _seen_values(tiles, scores_at, tokens, group, dim, v0, v1, v2, v3, in_tile, first_seen, window, acc_at)
     for i in range(rows):
         t, g = i // group, i % group
-        divide_row(acc_at + i * head_bytes, state_at + i * 8 + 4, out + t * out_row_bytes + g * head_bytes, dim)
+        out_at = out + t * out_row_bytes + g * head_bytes
+        call_native(tiles, DIVIDE_ROW, acc_at + i * head_bytes, state_at + i * 8 + 4, out_at, dim)
     keep(queries)
     keep(scores)
     keep(acc)
@@ -272,6 +255,7 @@ def _first_outside(
 
 @compiled(parallel=True)
 def _paged_attention(
+    tiles: int,
     qkv: int,
     keys: int,
     values: int,
@@ -310,6 +294,7 @@ def _paged_attention(
         first_position = context_lens[r] - (stop - start) + first_token
         shift = head * group * dim * 4
         _unit(
+            tiles,
             qkv + row * q_row_bytes + shift,
             q_row_bytes,
             tokens,
@@ -346,6 +331,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """See the facade; the batch must fit, its bounds do not matter."""
     _paged_attention(
+        TILES.table,
         qkv.data_ptr(),
         cache.k.data_ptr(),
         cache.v.data_ptr(),

@@ -1,20 +1,21 @@
-"""The register tiles of the CPU attention: scores, online softmax and weighted values for one tile of 64 keys."""
+"""The register tiles of the CPU attention: scores, online softmax and weighted values for one tile of 64 keys.
+
+Compiled kernels call them by their place in `TILES`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from llvmlite import ir
-from numba import types
 
+from sempre.kernels.native import Native, NativeGroup
 from sempre.kernels.vector_ir import (
     F32,
     I32,
     I64,
     LANES,
-    address_intrinsic,
     constant,
     exp,
     fma,
@@ -33,8 +34,8 @@ TILE_ROW_BYTES = BLOCKS * LANES * 4
 NEGATIVE_INFINITY = float("-inf")
 
 
-def _qk(rows: int) -> Any:
-    """Intrinsic (q, q_row_bytes, k0…k3, dim, scores): rows x 64 dot products over ascending dimensions.
+def _qk(rows: int) -> Native:
+    """Function (q, q_row_bytes, k0…k3, dim, scores): rows x 64 dot products over ascending dimensions.
 
     k0…k3 are the addresses of four transposed key blocks [dim, 16], float32.
     """
@@ -57,11 +58,11 @@ def _qk(rows: int) -> Any:
             for j in range(BLOCKS):
                 store(b, sums[i * BLOCKS + j], b.add(scores, I64(i * TILE_ROW_BYTES + j * 64)))
 
-    return address_intrinsic(emit)
+    return Native(emit, "iiiiiiii")
 
 
-def _pv(rows: int) -> Any:
-    """Intrinsic (p, v0…v3, first, past, dim, acc): acc[i] += p[i, j] * v[j] for the keys [first, past), ascending.
+def _pv(rows: int) -> Native:
+    """Function (p, v0…v3, first, past, dim, acc): acc[i] += p[i, j] * v[j] for the keys [first, past), ascending.
 
     v0…v3 are four value blocks [16, dim] and acc [rows, dim], float32; other keys of the tile are not read.
     """
@@ -82,7 +83,7 @@ def _pv(rows: int) -> Any:
         loop(b, I64(0), wide, 4 * LANES, [], columns(4))
         loop(b, wide, dim, LANES, [], columns(1))
 
-    return address_intrinsic(emit)
+    return Native(emit, "iiiiiiiii")
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,17 @@ def _emit_copy_row(b: ir.IRBuilder, source: ir.Value, target: ir.Value, dim: ir.
     loop(b, I64(0), dim, LANES, [], body)
 
 
-qk_1, qk_2, qk_3, qk_4 = (_qk(rows) for rows in (1, 2, 3, 4))
-pv_1, pv_2, pv_3, pv_4 = (_pv(rows) for rows in (1, 2, 3, 4))
-softmax_row = address_intrinsic(_emit_softmax_row, returns=types.float32)
-multiply_row = address_intrinsic(_emit_multiply_row)
-divide_row = address_intrinsic(_emit_divide_row)
-copy_row = address_intrinsic(_emit_copy_row)
+MOST_ROWS = 4  # of a tile
+# places in TILES; the first is that of tiles with one row
+QK, PV, SOFTMAX_ROW, MULTIPLY_ROW, DIVIDE_ROW, COPY_ROW = 0, MOST_ROWS, *range(2 * MOST_ROWS, 2 * MOST_ROWS + 4)
+TILES = NativeGroup(
+    "attention",
+    {
+        **{f"qk_{rows}": _qk(rows) for rows in range(1, MOST_ROWS + 1)},
+        **{f"pv_{rows}": _pv(rows) for rows in range(1, MOST_ROWS + 1)},
+        "softmax_row": Native(_emit_softmax_row, "iiifi", returns_float=True),
+        "multiply_row": Native(_emit_multiply_row, "ifi"),
+        "divide_row": Native(_emit_divide_row, "iiii"),
+        "copy_row": Native(_emit_copy_row, "iii"),
+    },
+)

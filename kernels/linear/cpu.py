@@ -17,17 +17,15 @@ from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.jit import address_of, compiled, keep
 from sempre.kernels.linear.cpu_tiles import (
     PANEL,
+    TILE_ROWS,
+    TILES,
     add_rows,
     copy_rows,
     multiply_rows,
     scale_rows,
-    tile_1,
-    tile_2,
-    tile_4,
-    tile_8,
-    tile_12,
 )
 from sempre.kernels.linear.weights import CpuLinearWeight
+from sempre.kernels.native import call_native
 
 ROW_BLOCK = 240  # rows of x that stay in the L2 cache while panels stream through
 WIDEN_ROWS = 24
@@ -71,7 +69,11 @@ def linear(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tens
     row_scales = None
     if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         x, row_scales = quantize_rows(x)
+    # those of float32 are compiled when a step first has enough rows
+    wide_tiles = TILES[0].table if x.shape[0] >= WIDEN_ROWS else 0
     _linear(
+        TILES[w.dtype_code].table,
+        wide_tiles,
         x.data_ptr(),
         x.shape[0],
         w.in_features,
@@ -87,42 +89,34 @@ def linear(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tens
 
 
 @compiled()
-def _tiles(x: int, rows: int, depth: int, panel: int, dtype: int, out: int, out_row: int) -> None:
+def _tiles(tiles: int, x: int, rows: int, depth: int, panel: int, out: int, out_row: int) -> None:
     x_row = depth * 4
-    done = 0
+    done, tile = 0, 0
     while done < rows:
-        x_at, out_at, left = x + done * x_row, out + done * out_row, rows - done
-        if left >= 12:
-            tile_12(x_at, x_row, panel, depth, out_at, out_row, dtype)
-            done += 12
-        elif left >= 8:
-            tile_8(x_at, x_row, panel, depth, out_at, out_row, dtype)
-            done += 8
-        elif left >= 4:
-            tile_4(x_at, x_row, panel, depth, out_at, out_row, dtype)
-            done += 4
-        elif left >= 2:
-            tile_2(x_at, x_row, panel, depth, out_at, out_row, dtype)
-            done += 2
-        else:
-            tile_1(x_at, x_row, panel, depth, out_at, out_row, dtype)
-            done += 1
+        while TILE_ROWS[tile] > rows - done:
+            tile += 1
+        call_native(tiles, tile, x + done * x_row, x_row, panel, depth, out + done * out_row, out_row)
+        done += TILE_ROWS[tile]
 
 
 @compiled()
-def _panel_rows(x: int, rows: int, depth: int, panel: int, dtype: int, out: int, out_row: int) -> None:
+def _panel_rows(
+    tiles: int, wide_tiles: int, x: int, rows: int, depth: int, panel: int, dtype: int, out: int, out_row: int
+) -> None:
     if dtype != 0 and rows >= WIDEN_ROWS:
         scratch = np.empty(depth * PANEL, np.float32)
         wide = address_of(scratch)
         widen(panel, wide, depth * PANEL, dtype)
-        _tiles(x, rows, depth, wide, 0, out, out_row)
+        _tiles(wide_tiles, x, rows, depth, wide, out, out_row)
         keep(scratch)
     else:
-        _tiles(x, rows, depth, panel, dtype, out, out_row)
+        _tiles(tiles, x, rows, depth, panel, out, out_row)
 
 
 @compiled(parallel=True)
 def _linear(
+    tiles: int,
+    wide_tiles: int,
     x: int,
     rows: int,
     depth: int,
@@ -146,11 +140,11 @@ def _linear(
         panel = panels + p * panel_bytes
         width = min(PANEL, columns - p * PANEL)
         if width == PANEL:
-            _panel_rows(x_at, block_rows, depth, panel, dtype, out_at, columns * 4)
+            _panel_rows(tiles, wide_tiles, x_at, block_rows, depth, panel, dtype, out_at, columns * 4)
         else:
             # the last, partial panel goes through scratch rows so that nothing is written past a row's end
             part = np.empty((block_rows, PANEL), np.float32)
-            _panel_rows(x_at, block_rows, depth, panel, dtype, address_of(part), PANEL * 4)
+            _panel_rows(tiles, wide_tiles, x_at, block_rows, depth, panel, dtype, address_of(part), PANEL * 4)
             copy_rows(address_of(part), PANEL * 4, out_at, columns * 4, block_rows, width)
             keep(part)
         if row_scales != 0:

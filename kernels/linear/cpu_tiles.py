@@ -1,4 +1,4 @@
-"""The register tiles of the CPU matmul, and small copies around them."""
+"""The register tiles of the CPU matmul, which compiled kernels call by their place in `TILES`, and small copies."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from llvmlite import ir
 
+from sempre.kernels.native import Native, NativeGroup
 from sempre.kernels.vector_ir import (
     ELEMENT_BYTES,
     F32,
     I64,
     LANES,
     address_intrinsic,
-    branch_on_dtype,
     constant,
     fma,
     load,
@@ -44,19 +44,14 @@ class _Operands:
     out_row: ir.Value
 
 
-def fma_tile(rows: int) -> Any:
-    """Intrinsic (x, x_row, panel, depth, out, out_row, dtype): `rows` x 32 elements of a matmul.
+def _tile(rows: int, dtype: str) -> Native:
+    """Function (x, x_row, panel, depth, out, out_row): `rows` x 32 elements of a matmul.
 
     out[i, j] = sum over k ascending of x[i, k] * panel[k, j], in chains of `CHAIN` terms: one fused multiply-add per
     term, starting at 0, then one addition to the sum of the chains before. x and out are float32; the panel [depth, 32]
-    holds elements of `dtype` (a code of `kernels.dtypes`).
+    holds elements of `dtype`.
     """
-
-    def emit(b: ir.IRBuilder, *values: ir.Value) -> None:
-        *operands, dtype = values
-        branch_on_dtype(b, dtype, lambda name: _emit_tile(b, rows, name, _Operands(*operands)))
-
-    return address_intrinsic(emit)
+    return Native(lambda b, *operands: _emit_tile(b, rows, dtype, _Operands(*operands)), "iiiiii")
 
 
 def _emit_tile(b: ir.IRBuilder, rows: int, dtype: str, tile: _Operands) -> None:
@@ -151,6 +146,11 @@ def _emit_scale_rows(
     loop(b, I64(0), rows, 1, [], row)
 
 
-tile_1, tile_2, tile_4, tile_8, tile_12 = (fma_tile(rows) for rows in (1, 2, 4, 8, 12))
+TILE_ROWS = (12, 8, 4, 2, 1)
+# a group for each dtype of `kernels.dtypes`, by its code; in a group, a tile for each number of rows
+TILES = [
+    NativeGroup(f"linear.{dtype}", {f"tile_{rows}": _tile(rows, dtype) for rows in TILE_ROWS})
+    for dtype in ELEMENT_BYTES
+]
 copy_rows, add_rows, multiply_rows = (_rows_of_scalars(emit) for emit in (_emit_copy, _emit_add, _emit_multiply))
 scale_rows = address_intrinsic(_emit_scale_rows)
