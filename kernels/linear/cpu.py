@@ -34,7 +34,7 @@ WIDEN_ROWS = 24
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLinearWeight:
     """Pack `weight` [N, K] (float32, bfloat16 or float16, kept as stored) and `bias` [N]."""
     out_features, in_features = weight.shape
-    return CpuLinearWeight(_panels(weight), _vector(bias), in_features, out_features, dtype_code(weight.dtype))
+    return CpuLinearWeight(to_panels(weight), _vector(bias), in_features, out_features, dtype_code(weight.dtype))
 
 
 def pack_fp8_linear(
@@ -42,11 +42,12 @@ def pack_fp8_linear(
 ) -> CpuLinearWeight:
     """Pack the fp8 `weight` [N, K], `scale` [N] and `bias` [N]."""
     out_features, in_features = weight.shape
-    panels = _panels(weight.view(torch.uint8)).view(weight.dtype)
+    panels = to_panels(weight.view(torch.uint8)).view(weight.dtype)
     return CpuLinearWeight(panels, _vector(bias), in_features, out_features, FP8_CODE, _vector(scale), scheme)
 
 
-def _panels(weight: torch.Tensor) -> torch.Tensor:
+def to_panels(weight: torch.Tensor) -> torch.Tensor:
+    """weight [N, K] as panels [P, K, 32]; columns past N are zero."""
     out_features, in_features = weight.shape
     num_panels = -(-out_features // PANEL)
     if out_features % PANEL:
@@ -89,8 +90,9 @@ def linear(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tens
 
 
 @compiled()
-def _tiles(tiles: int, x: int, rows: int, depth: int, panel: int, out: int, out_row: int) -> None:
-    x_row = depth * 4
+def multiply_panel(tiles: int, x: int, x_row: int, rows: int, depth: int, panel: int, out: int, out_row: int) -> None:
+    """Rows of x, `x_row` bytes apart, by one panel [depth, 32]; rows of out are `out_row` bytes apart. `tiles` is the
+    table of the panel's dtype."""
     done, tile = 0, 0
     while done < rows:
         while TILE_ROWS[tile] > rows - done:
@@ -107,10 +109,10 @@ def _panel_rows(
         scratch = np.empty(depth * PANEL, np.float32)
         wide = address_of(scratch)
         widen(panel, wide, depth * PANEL, dtype)
-        _tiles(wide_tiles, x, rows, depth, wide, out, out_row)
+        multiply_panel(wide_tiles, x, depth * 4, rows, depth, wide, out, out_row)
         keep(scratch)
     else:
-        _tiles(tiles, x, rows, depth, panel, out, out_row)
+        multiply_panel(tiles, x, depth * 4, rows, depth, panel, out, out_row)
 
 
 @compiled(parallel=True)
