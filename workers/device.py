@@ -9,7 +9,10 @@ import torch
 from sempre.ipc.config import Device
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import StepCosts
+from sempre.workers.layers.linear import ExpertLinear, Linear, Use
+from sempre.workers.layers.moe import Experts
 from sempre.workers.loading import WeightFacts
+from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 
 
@@ -34,6 +37,26 @@ def resolve_device(name: Device, index: int) -> torch.device:
             value=name,
         )
     return torch.device("cuda", index)
+
+
+def attention_parity(model: CausalLM) -> int | None:
+    """Tokens of context over which attention costs a prompt token as much as all linear layers, in multiplications.
+
+    Experts count as often as a token has them; None if no layer's attention grows with the context.
+    """
+    spec = model.spec
+    growing = [
+        kv.head_dim for kv, window in zip(spec.kv_layers, spec.windows, strict=True) if kv.num_kv_heads and not window
+    ]
+    if not growing:
+        return None
+    linear = sum(
+        module.multiplications
+        for _, module in model.walk()
+        if isinstance(module, Experts)
+        or (isinstance(module, Linear) and not isinstance(module, ExpertLinear) and module.use is not Use.LOGITS)
+    )
+    return max(1, linear // sum(2 * spec.num_heads * head_dim for head_dim in growing))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from sempre.ipc.messages import (
 from sempre.kernels.threads import get_num_threads
 from sempre.workers.backend import Backend, LoadedModel, ModelSetup
 from sempre.workers.backends import make_backend
-from sempre.workers.device import resolve_device
+from sempre.workers.device import attention_parity, resolve_device
 from sempre.workers.drafters.base import check_drafts
 from sempre.workers.drafters.model import DraftSteps, ModelDrafter
 from sempre.workers.gpu.compiler_process import CompilerProcess
@@ -119,6 +119,7 @@ class Worker:
             available_state_slots=sizes.num_state_slots,
             state_slot_bytes=loaded.states.slot_bytes,
             pooling=None if pooling is None else pooling.facts(loaded.spec.hidden_size),
+            attention_parity=None if backend.max_prompt_tokens is None else attention_parity(loaded.model),
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:

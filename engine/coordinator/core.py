@@ -244,6 +244,7 @@ class EngineCore:
             max_num_seqs=ready.max_num_seqs,
             max_num_batched_tokens=ready.max_num_batched_tokens,
             max_prompt_tokens=self._startup.max_prompt_tokens,
+            attention_parity=self._startup.attention_parity,
             max_draft_tokens=config.max_draft_tokens,
             num_state_slots=self._startup.num_state_slots,
             pools_every_token=ready.pooling is not None and ready.pooling.kind != "LAST",

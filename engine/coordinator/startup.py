@@ -42,6 +42,7 @@ _ALIKE = (
     "max_num_batched_tokens",
     "max_prompt_tokens",
     "pooling",
+    "attention_parity",
 )
 
 # derived from a worker's memory; the minimum applies to all
@@ -140,6 +141,11 @@ class StartUp:
     def max_prompt_tokens(self) -> int | None:
         """Maximum prompt tokens in one step; None: no extra limit."""
         return None if self._config.max_num_batched_tokens else self._first.max_prompt_tokens
+
+    @property
+    def attention_parity(self) -> int | None:
+        """As ModelLoaded; None where the number of prompt tokens is the user's."""
+        return None if self._config.max_num_batched_tokens else self._first.attention_parity
 
     def check_drafts(self, drafts: StartUp) -> None:
         """Call this when both are done. Raises SeedMismatch if a draft worker's seeds differ from the targets',

@@ -22,6 +22,9 @@ class Limits:
     """tokens in one step"""
     max_prompt_tokens: int | None = None
     """of these, for requests that do more than decode; None: all of them"""
+    attention_parity: int | None = None
+    """tokens of context over which attention costs a prompt token as much as the rest of the model; None: costs do not
+    matter, or attention's does not grow with the context"""
     max_draft_tokens: int = 0
     """draft tokens to verify in one step"""
     num_state_slots: int = 0

@@ -42,7 +42,7 @@ class PlannedStep:
     def __init__(self, step_id: int, limits: Limits) -> None:
         self.step_id = step_id
         self.budget = limits.max_num_batched_tokens  # remaining tokens
-        self.prompt_budget = limits.max_prompt_tokens or self.budget  # of these, for requests that do more than decode
+        self.prompt_budget = limits.max_prompt_tokens or self.budget  # for requests that do more than decode
         self.num_draft_tokens = 0  # to verify
         self.requests: list[Request] = []
         self.samples: list[bool] = []
@@ -53,10 +53,6 @@ class PlannedStep:
     @property
     def has_room_for_prompts(self) -> bool:
         return self.budget > 0 and self.prompt_budget > 0
-
-    def prompt_room(self, request: Request) -> int:
-        """How many tokens of this prompt the step has room for."""
-        return -(-self.prompt_budget // request.token_cost)
 
     def keep(self, room: int) -> None:
         """Keep room for prompts until `give_back`."""
@@ -81,8 +77,11 @@ class PlannedStep:
         start = request.num_computed_tokens
         end = start + num_tokens
         samples = end == request.num_tokens
-        if num_tokens > 1 or not samples:
-            self.prompt_budget = max(0, self.prompt_budget - num_tokens * request.token_cost)
+        if not samples:
+            # Cut here, it has taken all the room: a later prompt would get a few tokens, and wait behind this one.
+            self.prompt_budget = 0
+        elif num_tokens > 1:
+            self.prompt_budget = max(0, self.prompt_budget - request.prompt_cost(start, num_tokens))
         if samples and request.speculation is not None and (num_drafts := request.speculation.num_wanted()):
             self.drafts.append(DraftRequest(request_id=request.request_id, num_drafts=num_drafts))
         if drafts:

@@ -2,7 +2,8 @@
 
 Order is (priority, ordinal, request id), lower first; the priority only counts under the policy "priority".
 One step has at most `max_num_batched_tokens` tokens of at most `max_num_seqs` requests, and at most
-`max_prompt_tokens` of them belong to prompts, since these delay decoding requests:
+`max_prompt_tokens` of them belong to prompts, since these delay decoding requests; where a prompt token costs more than
+usual, far from the beginning or scored, fewer:
 
 1. running requests, in order; one that needs a block when none is left preempts the last running request, or itself;
 2. then, if none was preempted, waiting requests, in order, while the first of them fits.
@@ -52,7 +53,7 @@ class StepPlanner:
         step = PlannedStep(step_id, self._limits)
         if alone is None:
             short = self._short_waiting(step) if self.waiting else []
-            kept = sum(request.num_tokens * request.token_cost for request in short)
+            kept = sum(request.prompt_cost(0, request.num_tokens) for request in short)
             step.keep(kept)
             is_roomy = self._plan_running(step, now)
             if is_roomy:
@@ -124,7 +125,8 @@ class StepPlanner:
             num_later = num_running - index - 1
             if num_new > 1:
                 # a long prompt leaves one token for each later request, so that these keep decoding
-                num_new = min(num_new, step.prompt_room(request), max(1, step.budget - num_later))
+                room = request.prompt_room(start, step.prompt_budget)
+                num_new = min(num_new, room, max(1, step.budget - num_later))
                 if not num_new:
                     continue
             block_table_start = len(request.block_ids)
@@ -184,7 +186,7 @@ class StepPlanner:
         short = []
         for request in chain(self.running, self.waiting):
             num_new = min(request.num_tokens, request.compute_limit) - request.num_computed_tokens
-            needed = num_new * request.token_cost
+            needed = request.prompt_cost(request.num_computed_tokens, num_new)
             if room >= 0:
                 if num_new > 1 or not request.is_running:
                     room -= needed
@@ -215,7 +217,7 @@ class StepPlanner:
         if not self.kv_cache.can_admit(request, cached_blocks):
             return False
         num_cached = len(cached_blocks) * self.kv_cache.block_size
-        num_new = min(request.num_tokens - num_cached, step.budget, step.prompt_room(request))
+        num_new = min(request.num_tokens - num_cached, step.budget, request.prompt_room(num_cached, step.prompt_budget))
         self.kv_cache.admit(request, cached_blocks, num_cached + num_new)
         self._count_admission(request, num_cached)
         _remove(self.waiting, request)

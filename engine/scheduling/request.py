@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import isqrt
 
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.prefix_cache import BlockKey
@@ -57,6 +58,7 @@ class Request:
 
     __slots__ = (
         "admitted_at_step",
+        "attention_parity",
         "block_ids",
         "block_keys",
         "cached_tokens_to_report",
@@ -133,6 +135,7 @@ class Request:
         self.num_prompt_logprobs_delivered = spec.num_prompt_logprobs_delivered
         self.prompt_logprobs_start = 1 + spec.num_prompt_logprobs_delivered
 
+        self.attention_parity = limits.attention_parity
         self.speculation = speculation
         # while they are verified, the step's number of tokens is unknown
         self.drafts_in_flight: list[int] = []
@@ -162,9 +165,24 @@ class Request:
         """Whether the result of a step in flight decides whether and how the request continues."""
         return self.num_tokens > self.compute_limit or self.is_held_back or bool(self.drafts_in_flight)
 
+    def prompt_cost(self, start: int, num_tokens: int) -> int:
+        """What its tokens from `start` on take of a step's room for prompts: one each, more where attention reads a
+        long context or the tokens are scored."""
+        cost = num_tokens * self._token_cost
+        if self.attention_parity is not None:
+            cost += num_tokens * (2 * start + num_tokens) // (2 * self.attention_parity)
+        return cost
+
+    def prompt_room(self, start: int, budget: int) -> int:
+        """How many of its tokens from `start` on fit into a step's room for prompts; at least one if there is any."""
+        cost, parity = self._token_cost, self.attention_parity
+        if parity is None:
+            return -(-budget // cost)
+        first = cost * parity + start  # the cost of the first of them, times the parity
+        return max(min(budget, 1), isqrt(first * first + 2 * parity * budget) - first)
+
     @property
-    def token_cost(self) -> int:
-        """What one token of its prompt takes of a step's room for prompts."""
+    def _token_cost(self) -> int:
         scores = self.wants_prompt_logprobs and self.prompt_logprobs_start < self.num_prompt_tokens
         return _SCORED_COST if scores else 1
 

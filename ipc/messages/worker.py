@@ -174,6 +174,9 @@ class ModelLoaded(Message, frozen=True, kw_only=True):
     state_slot_bytes: NonNegative = 0
     pooling: PoolingModel | None = None
     """None: the model generates"""
+    attention_parity: Positive | None = None
+    """tokens of context over which attention costs a prompt token as much as the rest of the model, where that counts
+    for how many prompt tokens a step has"""
 
 
 class WorkerReady(Message, frozen=True, kw_only=True):

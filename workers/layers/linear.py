@@ -72,6 +72,11 @@ class Linear(Module):
         """How many rows the checkpoint has of each part."""
         return self.parts
 
+    @property
+    def multiplications(self) -> int:
+        """For one row of x."""
+        return self.in_features * self.out_features
+
     def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
         modules = self.modules(path)
         method = self._quantization.method(modules)

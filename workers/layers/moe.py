@@ -61,6 +61,12 @@ class Experts(Module):
         assert self.gate_up_proj.activation is not None
         return GatedExperts(gate_up, down, self.gate_up_proj.activation)
 
+    @property
+    def multiplications(self) -> int:
+        """For one row of hidden states, in all of its experts."""
+        expert = self.gate_up_proj.multiplications + self.down_proj.multiplications
+        return expert * self.down_proj.rows_of_token
+
     def of(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """One expert's branch for rows [T, H] on a CPU."""
         activated = self.gate_up_proj.gated_of(expert, x, self._activated.first(x.shape[0]))

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from sempre.engine.scheduling import Limits, Scheduler
+from sempre.engine.scheduling.request import Request
 from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.errors import ProtocolError, RequestError
@@ -197,6 +198,32 @@ def test_scored_prompt_tokens_take_twice_the_room() -> None:
     replica.add(spec("a", 20, prompt_logprobs=5), spec("b", 40, ordinal=1))
     steps = [planned(replica.schedule()) for _ in range(4)]
     assert steps == [{"a": 8}, {"a": 8}, {"a": 4, "b": 8}, {"a": 1, "b": 16}]
+
+
+def test_tokens_far_from_the_beginning_take_more_room() -> None:
+    """Since attention reads all tokens before them: here, one beside 16 costs twice as much as the first."""
+    limits = {"max_num_batched_tokens": 80, "max_prompt_tokens": 16, "num_blocks": 64}
+    replica = Replica(**limits, attention_parity=16)
+    replica.add(spec("a", 60), spec("b", 40, ordinal=1))
+    steps = [planned(replica.schedule()) for _ in range(6)]
+    # 11 + 11²/32 is 14; at 35, each costs 1 + 37/16; where "a" is cut, nothing of "b" is computed
+    assert steps == [{"a": num_tokens} for num_tokens in (11, 8, 6, 5, 5, 4)]
+    even = Replica(**limits)
+    even.add(spec("a", 60))
+    assert [planned(even.schedule())["a"] for _ in range(4)] == [16, 16, 16, 12]
+
+
+@pytest.mark.parametrize("parity", [None, 1, 7, 1700, 10**9])
+@pytest.mark.parametrize("scores", [False, True])
+def test_the_room_of_a_prompt_is_used_and_exceeded_by_one_token_at_most(parity: int | None, scores: bool) -> None:
+    limits = Limits(10**6, 10**6, 16, 8, 4096, attention_parity=parity)
+    request = Request(spec("a", 100_000, **({"prompt_logprobs": 1} if scores else {})), 0, limits)
+    for start in (0, 1, 16, 1900, 90_000):
+        assert request.prompt_room(start, 0) == 0
+        for budget in (1, 2, 16, 240, 2048):
+            room = request.prompt_room(start, budget)
+            assert room >= 1
+            assert request.prompt_cost(start, room - 1) < budget <= request.prompt_cost(start, room + 1)
 
 
 def test_without_a_limit_of_their_own_prompts_fill_the_step() -> None:

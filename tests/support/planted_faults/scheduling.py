@@ -37,6 +37,22 @@ SCHEDULING = (
         (f"{TESTS}::test_scored_prompt_tokens_take_twice_the_room",),
     ),
     Fault(
+        "tokens-far-from-the-beginning-cost-nothing-more",
+        "A step deep in a long prompt takes far longer than others, and everybody waits for it.",
+        REQUEST,
+        "if self.attention_parity is not None:",
+        "if False:",
+        (f"{TESTS}::test_tokens_far_from_the_beginning_take_more_room",),
+    ),
+    Fault(
+        "crumbs-of-a-step-go-to-a-later-prompt",
+        "What a long prompt leaves of a step starts another one, which then waits behind the long one.",
+        STEP,
+        "            self.prompt_budget = 0",
+        "            self.prompt_budget = max(0, self.prompt_budget - request.prompt_cost(start, num_tokens))",
+        (f"{TESTS}::test_tokens_far_from_the_beginning_take_more_room",),
+    ),
+    Fault(
         "paused-request-goes-on-after-a-crash",
         "A request whose reader is behind continues when its worker is replaced, and more piles up.",
         PLANNER,
