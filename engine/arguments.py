@@ -22,6 +22,7 @@ from sempre.ipc.config import (
     EngineConfig,
     LoadFormat,
     Numerics,
+    NumericsProfile,
     PoolerConfig,
     Quantization,
     Runner,
@@ -93,6 +94,7 @@ class EngineKeywords(TypedDict, total=False):
     convert: Convert
     pooler_config: PoolerConfig | Mapping[str, Any] | None
     numerics: Numerics
+    numerics_profile: NumericsProfile | None
     load_format: LoadFormat
     max_logprobs: int
     heartbeat_interval_s: float
@@ -308,6 +310,12 @@ def _check_together(config: EngineConfig) -> None:
             f"heartbeat_interval_s={config.heartbeat_interval_s}.",
             parameter="heartbeat_timeout_s",
             value=config.heartbeat_timeout_s,
+        )
+    if config.numerics == "control" and config.profile != "single":
+        raise ConfigError(
+            f"numerics_profile={config.profile!r} has no effect with numerics='control', whose sums have no set order.",
+            parameter="numerics_profile",
+            value=config.profile,
         )
     if config.data_parallel_size > 1 and not config.multiprocessing:
         raise ConfigError(

@@ -15,6 +15,7 @@ from sempre.ipc.errors import ConfigError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 Numerics = Literal["invariant", "control"]
+NumericsProfile = Literal["single", "tree8"]
 SpeculativeMethod = Literal["ngram", "suffix", "draft_model"]
 Quantization = Literal["fp8", "fp8_weight_only"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -119,6 +120,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     numerics: Annotated[
         Numerics, doc("`control` uses the ordinary, non-invariant matmul: only to show that tests can fail")
     ] = "invariant"
+    numerics_profile: Annotated[
+        NumericsProfile | None,
+        doc("order of sums: `single` is one chain; `tree8` gives equal bits for any number of workers; None is single"),
+    ] = None
     load_format: Annotated[LoadFormat, doc("dummy: seeded random weights")] = "auto"
     max_logprobs: Annotated[
         int, Meta(ge=-1, le=_MOST), doc("most log-probabilities per token; -1 allows the whole vocabulary")
@@ -143,6 +148,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def world_size(self) -> int:
         """All workers, without draft workers."""
         return self.data_parallel_size * self.tensor_parallel_size
+
+    @property
+    def profile(self) -> NumericsProfile:
+        """`numerics_profile`, resolved."""
+        return self.numerics_profile or "single"
 
     @property
     def max_draft_tokens(self) -> int:
@@ -179,6 +189,12 @@ def check_device_settings(config: EngineConfig, device: str) -> None:
             f" found {config.block_size}. Leave it out, which gives {sizes[0]}.",
             parameter="block_size",
             value=config.block_size,
+        )
+    if device == "cuda" and config.profile != "single":
+        raise ConfigError(
+            f"numerics_profile: expected single on a GPU, found {config.profile}.",
+            parameter="numerics_profile",
+            value=config.profile,
         )
     if device == "cpu" and config.num_threads > (cores := len(os.sched_getaffinity(0))):
         raise ConfigError(

@@ -9,7 +9,8 @@ import torch
 from sempre.ipc.config import Device
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import StepCosts
-from sempre.workers.layers.linear import ExpertLinear, Linear, Use
+from sempre.workers.layers.expert_linear import ExpertLinear
+from sempre.workers.layers.linear import Linear, Use
 from sempre.workers.layers.moe import Experts
 from sempre.workers.loading import WeightFacts
 from sempre.workers.models.base import CausalLM

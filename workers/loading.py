@@ -24,6 +24,7 @@ from sempre.workers.layers.separate_experts import SeparateExperts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.registry import build_model
+from sempre.workers.parallel import parallel_of
 from sempre.workers.quantization.config import Mxfp4Spec, StoredQuantization, resolve_quantization
 from sempre.workers.quantization.fp8 import Fp8Quantization
 from sempre.workers.quantization.method import Quantization
@@ -102,7 +103,8 @@ class Loaded(NamedTuple):
 
 
 def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, placement: Placement = ON_CPU) -> Loaded:
-    """Build the tree and load it. Raises TensorMismatch or ModelError before reading any tensor.
+    """Build the tree and load it. Raises TensorMismatch or ModelError before reading any tensor, and ConfigError for a
+    model that ranks cannot share.
 
     Matrices on the CPU: float32 keeps 16-bit checkpoints in 16 bit (widening is exact, the bits are the
     same); bfloat16 and float16 round to nearest even. Norm weights and biases are float32. On a GPU all are in `dtype`.
@@ -110,7 +112,8 @@ def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, plac
     """
     resolved = resolve_quantization(spec.quantization, config.quantization, config.load_format)
     scheme = None if resolved is None or isinstance(resolved, Mxfp4Spec) else resolved.scheme
-    model = build_model(Build(kernel, _formats(resolved)), spec)
+    parallel = parallel_of(config.profile)
+    model = build_model(Build(kernel, _formats(resolved), parallel), spec)
     wanted = parameters(model)
     with _open_source(config, spec, wanted, placement.device) as opened:
         source = opened if config.load_format == "dummy" else _own_tensors(opened, model)

@@ -282,9 +282,9 @@ def distinct_linears(model: CausalLM) -> list[tuple[str, Linear]]:
     return list(seen.values())
 
 
-def shape_of(weight: LinearWeight) -> tuple[int, int, Fp8Scheme | None]:
-    """Matrices of equal shape and scheme are multiplied by the same kernels."""
-    return weight.out_features, weight.in_features, weight.scheme
+def shape_of(weight: LinearWeight) -> tuple[int, int, Fp8Scheme | None, int]:
+    """Matrices of equal shape, scheme and leaves are multiplied by the same kernels."""
+    return weight.out_features, weight.in_features, weight.scheme, weight.leaves
 
 
 def check_linears(model: CausalLM, matrix_dtype: torch.dtype, max_tokens: int) -> Iterator[Comparison]:
@@ -301,24 +301,20 @@ def check_linears(model: CausalLM, matrix_dtype: torch.dtype, max_tokens: int) -
         stored_as = weight.scheme.value if weight.scheme is not None else str(matrix_dtype).removeprefix("torch.")
         operation = f"linear {path.rpartition('.')[2]} [N={columns}, K={depth}, {stored_as}]"
         tested = columns if columns <= _MAX_COLUMNS else _MAX_COLUMNS - (-columns % 32)
-        small = _random_weight(tested, depth, weight.scheme, linear.kernel, matrix_dtype, generator)
+        small = _random_weight(tested, weight, linear.kernel, matrix_dtype, generator)
         x = torch.randn(_DISTINCT_ROWS, depth, generator=generator, dtype=torch.float32, device=CPU)
         yield from _compare_rows(operation, x, small, linear.kernel, row_counts)
         yield from _compare_rows(operation, x, weight, linear.kernel, [_FULL_SIZE_ROWS])
 
 
 def _random_weight(
-    columns: int,
-    depth: int,
-    scheme: Fp8Scheme | None,
-    kernel: LinearKernel,
-    matrix_dtype: torch.dtype,
-    generator: torch.Generator,
+    columns: int, like: LinearWeight, kernel: LinearKernel, matrix_dtype: torch.dtype, generator: torch.Generator
 ) -> LinearWeight:
-    weight = torch.randn(columns, depth, generator=generator, dtype=torch.float32, device=CPU)
-    if scheme is None:
-        return kernel.pack(weight.to(matrix_dtype), None)
-    return kernel.pack_fp8(*quantize_channels(weight), None, scheme)
+    weight = torch.randn(columns, like.in_features, generator=generator, dtype=torch.float32, device=CPU)
+    leaves = [like.leaves] if like.leaves > 1 else []
+    if like.scheme is None:
+        return kernel.pack(weight.to(matrix_dtype), None, *leaves)
+    return kernel.pack_fp8(*quantize_channels(weight), None, like.scheme, *leaves)
 
 
 def _compare_rows(

@@ -237,7 +237,11 @@ class Worker:
     def _fingerprint(self) -> dict[str, str]:
         loaded = self._require_loaded()
         parts = self._require_backend().fingerprint(loaded)
-        own = {"config": spec_digest(loaded.spec, loaded.max_model_len), "llguidance": grammar_library_version()}
+        own = {
+            "config": spec_digest(loaded.spec, loaded.max_model_len),
+            "llguidance": grammar_library_version(),
+            "numerics_profile": loaded.config.profile,
+        }
         return parts | own | self._late_fingerprint
 
     def _kv_cache_digest(self, block_ids: list[int]) -> str:
@@ -345,6 +349,7 @@ def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | No
         model_path=folder,
         speculative_config=None,
         quantization=None,
+        numerics_profile="single",
         max_model_len=target.max_model_len,
     )
     draft = _load(_setup(draft_config, backend), backend)

@@ -82,6 +82,7 @@ def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerCo
             "role": "draft",
             "model_path": speculative.model_path,
             "tensor_parallel_size": 1,
+            "numerics_profile": "single",
             "quantization": None,
             "gpu_memory_utilization": _DRAFT_SHARE,
             "speculative_config": None,

@@ -8,6 +8,11 @@ and x has the weight's dtype.
 
 fp8 weights: the accumulator is multiplied by the scale of x's row, if the scheme quantises x (`kernels.fp8`), then by
 the scale of the output channel, each product rounded to float32, and the bias is added after.
+
+A weight may have K in L equal leaves, L a power of two up to 8. Each leaf is summed as above, starting at 0, and the
+leaves are added as a balanced binary tree, ((0+1)+(2+3))+((4+5)+(6+7)), in float32. x is quantised leaf by leaf, and a
+leaf's sum multiplied by its own scale before it is added. So workers that own whole subtrees each pass one partial sum
+(`partial_linear`), and `sum_partials` goes on with the same tree: the bits do not depend on how many workers there are.
 """
 
 from __future__ import annotations
@@ -31,27 +36,47 @@ __all__ = [
     "linear",
     "pack_fp8_linear",
     "pack_linear",
+    "partial_linear",
+    "sum_partials",
 ]
 
+MAX_LEAVES = 8
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLinearWeight | GpuLinearWeight:
-    """Prepare `weight` [N, K] and `bias` [N]: packed in panels on CPU, unchanged on a GPU."""
+
+def pack_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None = None, leaves: int = 1
+) -> CpuLinearWeight | GpuLinearWeight:
+    """Prepare `weight` [N, K] and `bias` [N]: packed in panels on CPU, unchanged on a GPU. ValueError for leaves that
+    do not fit."""
+    _check_leaves("pack_linear", weight, leaves)
     if weight.is_cuda:
-        return GpuLinearWeight(weight.contiguous(), bias.to(weight.dtype).contiguous() if bias is not None else None)
+        bias = bias.to(weight.dtype).contiguous() if bias is not None else None
+        return GpuLinearWeight(weight.contiguous(), bias, leaves=leaves)
     from sempre.kernels.linear import cpu
 
-    return cpu.pack_linear(weight, bias)
+    return cpu.pack_linear(weight, bias, leaves)
 
 
 def pack_fp8_linear(
-    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme, leaves: int = 1
 ) -> CpuLinearWeight | GpuLinearWeight:
     """Like `pack_linear`, for the fp8 `weight` [N, K] without NaN, times `scale` [N]."""
+    _check_leaves("pack_fp8_linear", weight, leaves)
     if weight.is_cuda:
-        return GpuLinearWeight(weight.contiguous(), bias, scale=scale.float().contiguous(), scheme=scheme)
+        return GpuLinearWeight(
+            weight.contiguous(), bias, scale=scale.float().contiguous(), scheme=scheme, leaves=leaves
+        )
     from sempre.kernels.linear import cpu
 
-    return cpu.pack_fp8_linear(weight, scale, bias, scheme)
+    return cpu.pack_fp8_linear(weight, scale, bias, scheme, leaves)
+
+
+def _check_leaves(operation: str, weight: torch.Tensor, leaves: int) -> None:
+    depth = int(weight.shape[1])
+    if leaves not in (1, 2, 4, 8) or depth % (16 * leaves) * (leaves > 1):
+        raise ValueError(
+            f"{operation}: expected 1, 2, 4 or 8 leaves of a multiple of 16, found {leaves} of K = {depth}"
+        )
 
 
 def linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
@@ -69,6 +94,33 @@ def linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, out: torch.Ten
     from sempre.kernels.linear import gpu
 
     return gpu.linear(x, w, out)
+
+
+def partial_linear(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
+    """Like `linear` into float32 `out`, without the scales of channels and the bias: a worker's share of a sum over
+    several."""
+    _check("partial_linear", x, w, out, w.out_features)
+    if not x.shape[0]:
+        return out
+    from sempre.kernels.linear import cpu
+
+    return cpu.partial_linear(x, w, out)
+
+
+def sum_partials(partials: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
+    """Add the workers' `partials` float32 [R, T, N] as a balanced binary tree, R a power of two; times the scales of
+    channels, plus the bias, into out [T, N]. All contiguous; returns `out`."""
+    ranks = partials.shape[0]
+    if ranks & (ranks - 1) or partials.shape[1:] != out.shape or out.shape[1] != w.out_features:
+        raise ValueError(
+            f"sum_partials: partials {tuple(partials.shape)} and out {tuple(out.shape)} do not fit a weight of"
+            f" {w.out_features} x {w.in_features} and a power of two of workers"
+        )
+    if not out.shape[0]:
+        return out
+    from sempre.kernels.linear import cpu
+
+    return cpu.sum_partials(partials, w, out)
 
 
 def gated_linear(

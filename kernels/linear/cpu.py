@@ -4,6 +4,9 @@
 A panel [K, 32] is contiguous, so a decode step streams each weight once, in order. From WIDEN_ROWS rows on, a 16-bit or
 fp8 panel is first widened into scratch memory: the same bits, without widening in the inner loop. An fp8 weight's sums
 are multiplied by the scale of their row of x, if that was quantised, then by their column's.
+
+Where K has leaves, a unit of work computes them one after the other and adds two neighbouring sums as soon as both are
+there, as a carry runs through a binary counter: at most log2(leaves) sums wait at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from sempre.kernels.linear.cpu_tiles import (
     PANEL,
     TILE_ROWS,
     TILES,
+    add_panels,
     add_rows,
     copy_rows,
     multiply_rows,
@@ -31,19 +35,22 @@ ROW_BLOCK = 240  # rows of x that stay in the L2 cache while panels stream throu
 WIDEN_ROWS = 24
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> CpuLinearWeight:
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, leaves: int = 1) -> CpuLinearWeight:
     """Pack `weight` [N, K] (float32, bfloat16 or float16, kept as stored) and `bias` [N]."""
     out_features, in_features = weight.shape
-    return CpuLinearWeight(to_panels(weight), _vector(bias), in_features, out_features, dtype_code(weight.dtype))
+    dtype = dtype_code(weight.dtype)
+    return CpuLinearWeight(to_panels(weight), _vector(bias), in_features, out_features, dtype, leaves=leaves)
 
 
 def pack_fp8_linear(
-    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
+    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme, leaves: int = 1
 ) -> CpuLinearWeight:
     """Pack the fp8 `weight` [N, K], `scale` [N] and `bias` [N]."""
     out_features, in_features = weight.shape
     panels = to_panels(weight.view(torch.uint8)).view(weight.dtype)
-    return CpuLinearWeight(panels, _vector(bias), in_features, out_features, FP8_CODE, _vector(scale), scheme)
+    return CpuLinearWeight(
+        panels, _vector(bias), in_features, out_features, FP8_CODE, _vector(scale), scheme, leaves=leaves
+    )
 
 
 def to_panels(weight: torch.Tensor) -> torch.Tensor:
@@ -67,25 +74,44 @@ def _address(values: torch.Tensor | None) -> int:
 
 def linear(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
     """See the facade."""
-    row_scales = None
+    return _run(x, w, out, _address(w.scale), _address(w.bias))
+
+
+def partial_linear(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
+    """See the facade."""
+    return _run(x, w, out, 0, 0)
+
+
+def _run(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor, scale: int, bias: int) -> torch.Tensor:
+    """`scale` and `bias` are addresses; 0: none."""
+    row_scales, rows = None, x.shape[0]
     if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
-        x, row_scales = quantize_rows(x)
+        # each leaf of a row has a scale of its own
+        x, row_scales = quantize_rows(x.view(rows * w.leaves, w.in_features // w.leaves))
     # those of float32 are compiled when a step first has enough rows
-    wide_tiles = TILES[0].table if x.shape[0] >= WIDEN_ROWS else 0
+    wide_tiles = TILES[0].table if rows >= WIDEN_ROWS else 0
     _linear(
         TILES[w.dtype_code].table,
         wide_tiles,
         x.data_ptr(),
-        x.shape[0],
+        rows,
         w.in_features,
+        w.leaves,
         w.panels.data_ptr(),
         w.dtype_code,
         w.out_features,
         _address(row_scales),
-        _address(w.scale),
-        _address(w.bias),
+        scale,
+        bias,
         out.data_ptr(),
     )
+    return out
+
+
+def sum_partials(partials: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
+    """See the facade."""
+    ranks, rows, columns = partials.shape
+    _sum_partials(partials.data_ptr(), ranks, rows, columns, _address(w.scale), _address(w.bias), out.data_ptr())
     return out
 
 
@@ -103,16 +129,93 @@ def multiply_panel(tiles: int, x: int, x_row: int, rows: int, depth: int, panel:
 
 @compiled()
 def _panel_rows(
-    tiles: int, wide_tiles: int, x: int, rows: int, depth: int, panel: int, dtype: int, out: int, out_row: int
+    tiles: int,
+    wide_tiles: int,
+    x: int,
+    x_row: int,
+    rows: int,
+    depth: int,
+    panel: int,
+    dtype: int,
+    out: int,
+    out_row: int,
 ) -> None:
     if dtype != 0 and rows >= WIDEN_ROWS:
         scratch = np.empty(depth * PANEL, np.float32)
         wide = address_of(scratch)
         widen(panel, wide, depth * PANEL, dtype)
-        multiply_panel(wide_tiles, x, depth * 4, rows, depth, wide, out, out_row)
+        multiply_panel(wide_tiles, x, x_row, rows, depth, wide, out, out_row)
         keep(scratch)
     else:
-        multiply_panel(tiles, x, depth * 4, rows, depth, panel, out, out_row)
+        multiply_panel(tiles, x, x_row, rows, depth, panel, out, out_row)
+
+
+@compiled()
+def _leaf_rows(
+    tiles: int,
+    wide_tiles: int,
+    x: int,
+    rows: int,
+    depth: int,
+    leaves: int,
+    panel: int,
+    dtype: int,
+    row_scales: int,
+    out: int,
+    out_row: int,
+) -> None:
+    """The sum over the tree of leaves; `row_scales` [rows, leaves], 0: none."""
+    leaf_depth = depth // leaves
+    panel_bytes = leaf_depth * PANEL * ELEMENT_SIZE[dtype]
+    level_bytes = rows * PANEL * 4
+    levels = 0
+    while (1 << levels) < leaves:
+        levels += 1
+    waiting = np.empty(levels * rows * PANEL, np.float32)
+    # sum s waits in `out` for s = 0, in level s - 1 of the scratch memory after that
+    scratch = address_of(waiting) - level_bytes
+    for leaf in range(leaves):
+        count = 0
+        bits = leaf
+        while bits:
+            count += bits & 1
+            bits >>= 1
+        place, row = (out, out_row) if count == 0 else (scratch + count * level_bytes, PANEL * 4)
+        x_at, panel_at = x + leaf * leaf_depth * 4, panel + leaf * panel_bytes
+        _panel_rows(tiles, wide_tiles, x_at, depth * 4, rows, leaf_depth, panel_at, dtype, place, row)
+        if row_scales != 0:
+            scale_rows(row_scales + leaf * 4, leaves * 4, place, row, rows, PANEL)
+        bits = leaf
+        while bits & 1:
+            count -= 1
+            place_before, row_before = (out, out_row) if count == 0 else (scratch + count * level_bytes, PANEL * 4)
+            add_panels(place, row, place_before, row_before, rows)
+            place, row = place_before, row_before
+            bits >>= 1
+    keep(waiting)
+
+
+@compiled()
+def _unit(
+    tiles: int,
+    wide_tiles: int,
+    x: int,
+    rows: int,
+    depth: int,
+    leaves: int,
+    panel: int,
+    dtype: int,
+    row_scales: int,
+    out: int,
+    out_row: int,
+) -> None:
+    """Sums of `rows` rows by PANEL columns."""
+    if leaves > 1:
+        _leaf_rows(tiles, wide_tiles, x, rows, depth, leaves, panel, dtype, row_scales, out, out_row)
+        return
+    _panel_rows(tiles, wide_tiles, x, depth * 4, rows, depth, panel, dtype, out, out_row)
+    if row_scales != 0:
+        scale_rows(row_scales, 4, out, out_row, rows, PANEL)
 
 
 @compiled(parallel=True)
@@ -122,6 +225,7 @@ def _linear(
     x: int,
     rows: int,
     depth: int,
+    leaves: int,
     panels: int,
     dtype: int,
     columns: int,
@@ -139,19 +243,44 @@ def _linear(
         block_rows = min(ROW_BLOCK, rows - first_row)
         x_at = x + first_row * depth * 4
         out_at = out + (first_row * columns + p * PANEL) * 4
+        scales_at = row_scales + first_row * leaves * 4 if row_scales != 0 else 0
         panel = panels + p * panel_bytes
         width = min(PANEL, columns - p * PANEL)
         if width == PANEL:
-            _panel_rows(tiles, wide_tiles, x_at, block_rows, depth, panel, dtype, out_at, columns * 4)
+            _unit(tiles, wide_tiles, x_at, block_rows, depth, leaves, panel, dtype, scales_at, out_at, columns * 4)
         else:
             # the last, partial panel goes through scratch rows so that nothing is written past a row's end
             part = np.empty((block_rows, PANEL), np.float32)
-            _panel_rows(tiles, wide_tiles, x_at, block_rows, depth, panel, dtype, address_of(part), PANEL * 4)
+            _unit(
+                tiles, wide_tiles, x_at, block_rows, depth, leaves, panel, dtype, scales_at, address_of(part), PANEL * 4
+            )
             copy_rows(address_of(part), PANEL * 4, out_at, columns * 4, block_rows, width)
             keep(part)
-        if row_scales != 0:
-            scale_rows(row_scales + first_row * 4, out_at, columns * 4, block_rows, width)
-        if scale != 0:
-            multiply_rows(scale + p * PANEL * 4, 0, out_at, columns * 4, block_rows, width)
-        if bias != 0:
-            add_rows(bias + p * PANEL * 4, 0, out_at, columns * 4, block_rows, width)
+        _finish_rows(scale, bias, p * PANEL, out_at, columns * 4, block_rows, width)
+
+
+@compiled()
+def _finish_rows(scale: int, bias: int, first_column: int, out: int, out_row: int, rows: int, width: int) -> None:
+    """Times the scales of some columns, plus their biases; addresses of 0: none."""
+    if scale != 0:
+        multiply_rows(scale + first_column * 4, 0, out, out_row, rows, width)
+    if bias != 0:
+        add_rows(bias + first_column * 4, 0, out, out_row, rows, width)
+
+
+@compiled(parallel=True)
+def _sum_partials(partials: int, ranks: int, rows: int, columns: int, scale: int, bias: int, out: int) -> None:
+    row_bytes = columns * 4
+    for t in prange(rows):
+        sums = np.empty(ranks * columns, np.float32)
+        for rank in range(ranks):
+            copy_rows(partials + (rank * rows + t) * row_bytes, 0, address_of(sums) + rank * row_bytes, 0, 1, columns)
+        distance = 1
+        while distance < ranks:
+            for left in range(0, ranks, 2 * distance):
+                at = address_of(sums) + left * row_bytes
+                add_rows(at + distance * row_bytes, 0, at, 0, 1, columns)
+            distance *= 2
+        copy_rows(address_of(sums), 0, out + t * row_bytes, 0, 1, columns)
+        keep(sums)
+        _finish_rows(scale, bias, 0, out + t * row_bytes, 0, 1, columns)

@@ -127,12 +127,18 @@ def _emit_multiply(b: ir.IRBuilder, source: ir.Value, target: ir.Value) -> None:
 
 
 def _emit_scale_rows(
-    b: ir.IRBuilder, scales: ir.Value, target: ir.Value, target_row: ir.Value, rows: ir.Value, columns: ir.Value
+    b: ir.IRBuilder,
+    scales: ir.Value,
+    scale_row: ir.Value,
+    target: ir.Value,
+    target_row: ir.Value,
+    rows: ir.Value,
+    columns: ir.Value,
 ) -> None:
-    """Multiply row i of a small float32 block by scales[i]."""
+    """Multiply row i of a small float32 block by the scale at `scales` + i * `scale_row` bytes."""
 
     def row(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
-        scale = load(b, b.add(scales, b.mul(i, I64(4))), F32)
+        scale = load(b, b.add(scales, b.mul(i, scale_row)), F32)
         start = b.add(target, b.mul(i, target_row))
 
         def element(b: ir.IRBuilder, j: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
@@ -146,6 +152,22 @@ def _emit_scale_rows(
     loop(b, I64(0), rows, 1, [], row)
 
 
+def _emit_add_panels(
+    b: ir.IRBuilder, source: ir.Value, source_row: ir.Value, target: ir.Value, target_row: ir.Value, rows: ir.Value
+) -> None:
+    """Add rows of a panel, PANEL float32 each, to other rows."""
+
+    def row(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        source_at, target_at = b.add(source, b.mul(i, source_row)), b.add(target, b.mul(i, target_row))
+        for vector in range(VECTORS):
+            offset = I64(vector * LANES * 4)
+            place = b.add(target_at, offset)
+            store(b, b.fadd(load(b, place, vec(F32)), load(b, b.add(source_at, offset), vec(F32))), place)
+        return carried
+
+    loop(b, I64(0), rows, 1, [], row)
+
+
 TILE_ROWS = (12, 8, 4, 2, 1)
 # a group for each dtype of `kernels.dtypes`, by its code; in a group, a tile for each number of rows
 TILES = [
@@ -154,3 +176,4 @@ TILES = [
 ]
 copy_rows, add_rows, multiply_rows = (_rows_of_scalars(emit) for emit in (_emit_copy, _emit_add, _emit_multiply))
 scale_rows = address_intrinsic(_emit_scale_rows)
+add_panels = address_intrinsic(_emit_add_panels)

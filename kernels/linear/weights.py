@@ -19,7 +19,8 @@ class _Weight:
 class CpuLinearWeight(_Weight):
     """A weight in panels: `panels` [P, K, 32], columns past N zero; `bias` [N] float32 or None.
 
-    An fp8 weight has a `scheme`, and `scale` [N] float32. `dtype_code` is that of `kernels.dtypes`.
+    An fp8 weight has a `scheme`, and `scale` [N] float32. `dtype_code` is that of `kernels.dtypes`. K is summed in
+    `leaves` equal parts.
     """
 
     panels: torch.Tensor
@@ -29,6 +30,7 @@ class CpuLinearWeight(_Weight):
     dtype_code: int
     scale: torch.Tensor | None = None
     scheme: Fp8Scheme | None = None
+    leaves: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,14 @@ class GpuLinearWeight(_RowMajorWeight):
     """As in the checkpoint; both in the model dtype, contiguous, on one device.
 
     An fp8 `weight` has a `scheme`, and `scale` [N] float32.
-    `excluded` names kernel choices (`str` of an entry of the table) that the self-test found to disagree.
+    `excluded` names kernel choices (`str` of an entry of the table) that the self-test found to disagree. K is summed
+    in `leaves` equal parts.
     """
 
     excluded: frozenset[str] = frozenset()
     scale: torch.Tensor | None = None
     scheme: Fp8Scheme | None = None
+    leaves: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,3 +69,8 @@ class ControlLinearWeight(_RowMajorWeight):
     """For the library's matmul: float32 on CPU, unchanged on a GPU; an fp8 weight is widened to float32."""
 
     scheme: Fp8Scheme | None = None
+
+    @property
+    def leaves(self) -> int:
+        """The library decides on the order of its sums."""
+        return 1

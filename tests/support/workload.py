@@ -77,9 +77,9 @@ def run_inproc(requests: Sequence[RequestSpec], **settings: Any) -> list[Generat
 
 
 @cache
-def run_alone(numerics: str) -> tuple[Generation, ...]:
+def run_alone(numerics: str, profile: str = "single") -> tuple[Generation, ...]:
     """Every request by itself, one after the other, without a prefix cache."""
-    client = launch_inproc(enable_prefix_caching=False, numerics=numerics)
+    client = launch_inproc(enable_prefix_caching=False, numerics=numerics, numerics_profile=profile)
     try:
         return tuple(generate(client, [request])[0] for request in make_requests())
     finally:

@@ -17,6 +17,7 @@ from sempre.kernels.rope import RopeSpec, head_order, rope_and_cache_write
 from sempre.workers.layers.linear import HeadsLinear, Linear
 from sempre.workers.layers.module import Build, Module, Scratch, Tensors
 from sempre.workers.layers.norm import HeadNorm, ProjectionNorm
+from sempre.workers.layers.row_parallel import RowParallelLinear
 from sempre.workers.steps import StepInput, batch_of_rows_read
 from sempre.workers.tensor_source import Parameter
 
@@ -50,16 +51,24 @@ class Attention(Module):
     """float32 [Hq]"""
 
     def __init__(self, build: Build, shape: AttentionShape) -> None:
-        head_dim = shape.heads.head_dim
-        queries, keys = shape.heads.num_heads * head_dim, shape.heads.num_kv_heads * head_dim
-        parts = {"q_proj": queries} | dict.fromkeys(("k_proj", "v_proj")[: shape.heads.kv_parts], keys)
-        if shape.fused:
-            parts = {"qkv_proj": shape.heads.qkv_width}
         self._shape = shape
+        if self._norms_projections:
+            # its norms go over all heads
+            build = replace(build, parallel=build.parallel.whole)
+        self._own = own = build.parallel.own_heads(shape.heads)
+        self.heads = own.layout
+        """of this rank"""
+        head_dim = self.heads.head_dim
+        queries, keys = self.heads.num_heads * head_dim, self.heads.num_kv_heads * head_dim
+        parts = {"q_proj": queries} | dict.fromkeys(("k_proj", "v_proj")[: self.heads.kv_parts], keys)
+        if shape.fused:
+            parts = {"qkv_proj": self.heads.qkv_width}
         order = head_order(shape.rope)
         self.qkv_proj = HeadsLinear(build, parts, shape.hidden_size, bias=shape.qkv_bias, role="qkv")
+        if self.heads != shape.heads:
+            self._take_own_heads()
         if order is not None:
-            self.qkv_proj.reorder(order, shape.heads.num_heads + shape.heads.num_kv_heads)
+            self.qkv_proj.reorder(order, self.heads.num_heads + self.heads.num_kv_heads)
         assert order is None or not (self._norms_projections or shape.heads.kv_parts < 2)
         self.q_norm = self.k_norm = None
         if shape.qk_norm_eps is not None:
@@ -67,7 +76,23 @@ class Attention(Module):
             self.q_norm = shape.qk_norm(widths[0], shape.qk_norm_eps, order)
             if shape.heads.kv_parts:
                 self.k_norm = shape.qk_norm(widths[1], shape.qk_norm_eps, order)
-        self.o_proj = Linear(build, {"o_proj": shape.hidden_size}, queries, bias=shape.o_bias)
+        self.o_proj = RowParallelLinear(
+            build, {"o_proj": shape.hidden_size}, shape.heads.num_heads * head_dim, bias=shape.o_bias, unit=head_dim
+        )
+
+    def _take_own_heads(self) -> None:
+        """Read the rows of this rank's heads."""
+        whole, own = self._shape.heads, self._own
+        queries, keys = _rows_of(own.queries, whole.head_dim), _rows_of(own.keys, whole.head_dim)
+        num_queries, num_keys = whole.num_heads * whole.head_dim, whole.num_kv_heads * whole.head_dim
+        if self._shape.fused:
+            starts = [num_queries + part * num_keys for part in range(whole.kv_parts)]
+            rows = torch.cat([queries, *(start + keys for start in starts)])
+            self.qkv_proj.take("qkv_proj", rows, of=whole.qkv_width)
+            return
+        self.qkv_proj.take("q_proj", queries, of=num_queries)
+        for part in ("k_proj", "v_proj")[: whole.kv_parts]:
+            self.qkv_proj.take(part, keys, of=num_keys)
 
     @property
     def _norms_projections(self) -> bool:
@@ -79,7 +104,8 @@ class Attention(Module):
 
     def load(self, path: str, tensors: Tensors) -> None:
         if self._shape.has_sinks:
-            self.sinks = tensors.read(path + ".sinks").to(torch.float32, copy=True)
+            own = self._own.queries
+            self.sinks = tensors.read(path + ".sinks")[own.start : own.stop].to(torch.float32, copy=True)
 
     def own_tensors(self) -> Iterator[torch.Tensor]:
         if self.sinks is not None:
@@ -96,7 +122,7 @@ class Attention(Module):
         self._workspace = scratch.workspace
 
     def shape(self) -> tuple[object, ...]:
-        return (self._shape,)
+        return (self._shape, self.heads)
 
     def __call__(self, x: torch.Tensor, step: StepInput, cache: KvCache) -> torch.Tensor:
         """[T, H] → [S, H]"""
@@ -104,7 +130,7 @@ class Attention(Module):
 
     def attend(self, x: torch.Tensor, step: StepInput, cache: KvCache) -> torch.Tensor:
         """[T, H] → [S, Hq D], before the last projection."""
-        heads, batch, read = self._shape.heads, step.batch, step.outputs
+        heads, batch, read = self.heads, step.batch, step.outputs
         qkv = self.qkv_proj(x)
         norms = self._norms
         if norms is not None and norms.k is not None and self._norms_projections:
@@ -119,17 +145,24 @@ class Attention(Module):
         return attended
 
 
+def _rows_of(heads: range, head_dim: int) -> torch.Tensor:
+    """The rows of some heads in a projection."""
+    return torch.arange(heads.start * head_dim, heads.stop * head_dim, dtype=torch.int64, device="cpu")
+
+
 class GatedAttention(Attention):
     """Each head's result is multiplied by the sigmoid of a gate, whose matrix lies beside the head's queries."""
 
     def __init__(self, build: Build, shape: AttentionShape) -> None:
         super().__init__(build, shape)
-        num_heads, head_dim = shape.heads.num_heads, shape.heads.head_dim
-        width = num_heads * head_dim
-        rows = torch.arange(2 * width, dtype=torch.int64, device="cpu").view(num_heads, 2, head_dim)
-        self.qkv_proj.take("q_proj", rows[:, 0].reshape(-1), of=2 * width)
-        self.gate_proj = HeadsLinear(build, {"q_proj": width}, shape.hidden_size, bias=shape.qkv_bias, role="gates")
-        self.gate_proj.take("q_proj", rows[:, 1].reshape(-1), of=2 * width)
+        num_heads, head_dim, own = shape.heads.num_heads, shape.heads.head_dim, self._own.queries
+        width = 2 * num_heads * head_dim
+        rows = torch.arange(width, dtype=torch.int64, device="cpu").view(num_heads, 2, head_dim)
+        rows = rows[own.start : own.stop]
+        self.qkv_proj.take("q_proj", rows[:, 0].reshape(-1), of=width)
+        queries = {"q_proj": len(own) * head_dim}
+        self.gate_proj = Linear(build, queries, shape.hidden_size, bias=shape.qkv_bias, role="gates")
+        self.gate_proj.take("q_proj", rows[:, 1].reshape(-1), of=width)
 
     def __call__(self, x: torch.Tensor, step: StepInput, cache: KvCache) -> torch.Tensor:
         """[T, H] → [S, H]"""

@@ -37,18 +37,23 @@ class LinearWeight(Protocol):
     def scheme(self) -> Fp8Scheme | None:
         """None: not fp8"""
 
+    @property
+    def leaves(self) -> int:
+        """parts in which K is summed"""
+
 
 class LinearKernel(NamedTuple):
     """`pack(weight [N, K], bias [N] or None)`; `linear(x [T, K], weight, out [T, N])`, which returns `out`; and
     `gated_linear(x [T, K], weight [2I, K], scratch [T, 2I], out [T, I], activation)`: that of the first half, times the
     second.
-    `pack_fp8(weight [N, K] fp8, scale [N], bias [N] or None, scheme)` packs a quantised weight.
+    `pack_fp8(weight [N, K] fp8, scale [N], bias [N] or None, scheme)` packs a quantised weight. Where K
+    has leaves, their number follows.
     """
 
-    pack: Callable[[torch.Tensor, torch.Tensor | None], LinearWeight]
+    pack: Callable[..., LinearWeight]
     linear: Callable[..., torch.Tensor]
     gated_linear: Callable[..., object]
-    pack_fp8: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Fp8Scheme], LinearWeight]
+    pack_fp8: Callable[..., LinearWeight]
 
 
 def _control_gated_linear(

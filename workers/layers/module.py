@@ -15,6 +15,7 @@ import torch
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.rope import RopeSpec, cos_sin_table
 from sempre.workers.layers.linear_kernel import LinearKernel
+from sempre.workers.parallel import ALONE, Parallel
 from sempre.workers.quantization.method import Quantization
 from sempre.workers.tensor_source import Parameter
 
@@ -34,10 +35,11 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class Build:
-    """How the modules of a model store and multiply matrices."""
+    """How the modules of a model store and multiply matrices, and which parts of them are this rank's."""
 
     kernel: LinearKernel
     quantization: Quantization
+    parallel: Parallel = ALONE
 
 
 class RowBuffer:

@@ -24,7 +24,8 @@ from sempre.kernels.moe import (
     scale_weights,
     sparse_mlp,
 )
-from sempre.workers.layers.linear import ExpertLinear, Linear, StackedExpertLinear, Use
+from sempre.workers.layers.expert_linear import ExpertLinear, StackedExpertLinear
+from sempre.workers.layers.linear import Linear, Use
 from sempre.workers.layers.module import Build, Module, RowBuffer, Scratch, Tensors
 from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.tensor_source import Parameter

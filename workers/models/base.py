@@ -17,9 +17,10 @@ from sempre.ipc.errors import ModelError
 from sempre.kernels.attention import KvCache
 from sempre.kernels.states import LayerState
 from sempre.workers.layers.embedding import Embedding
-from sempre.workers.layers.linear import Linear, TiedLinear, TokenLinear, Use
+from sempre.workers.layers.linear import Linear, Use
 from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.norm import RMSNorm
+from sempre.workers.layers.vocabulary import TiedLinear, TokenLinear
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.steps import StepInput
 from sempre.workers.tensor_source import ModelPart

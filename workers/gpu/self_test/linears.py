@@ -18,7 +18,8 @@ from sempre.kernels.linear.gpu import FP8_CAPABILITY, operands, run_tile
 from sempre.kernels.linear.gpu_check import disagreeing, disagreeing_fused
 from sempre.kernels.linear.gpu_table import FLOAT32, REFERENCES, Tile
 from sempre.kernels.linear.weights import GpuLinearWeight
-from sempre.workers.layers.linear import ExpertLinear, Use
+from sempre.workers.layers.expert_linear import ExpertLinear
+from sempre.workers.layers.linear import Use
 from sempre.workers.loading import WeightFacts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
@@ -28,7 +29,7 @@ from sempre.workers.self_test import Comparison, compare, distinct_linears, shap
 REFERENCE_ROWS = 70
 LONE_ROWS = (0, 1, 63, 64, 69)
 
-Shape = tuple[int, int, Fp8Scheme | None]
+Shape = tuple[int, int, Fp8Scheme | None, int]
 
 
 class LinearTest(NamedTuple):
@@ -79,8 +80,9 @@ def check_linears(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_n
 
 
 def _name(shape: Shape) -> str:
-    columns, depth, scheme = shape
-    return f"N={columns},K={depth}" + (f",{scheme.value}" if scheme is not None else "")
+    columns, depth, scheme, leaves = shape
+    formats = [scheme.value] if scheme is not None else []
+    return ",".join([f"N={columns}", f"K={depth}", *formats, *([f"leaves={leaves}"] if leaves > 1 else [])])
 
 
 def _check_reference(name: str, w: GpuLinearWeight, dtype: torch.dtype, out_dtype: torch.dtype) -> Iterator[Comparison]:

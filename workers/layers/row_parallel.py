@@ -1,0 +1,69 @@
+"""The linear layer whose inputs ranks share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.linear import CpuLinearWeight, partial_linear, sum_partials
+from sempre.workers.layers.linear import Linear
+from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
+from sempre.workers.layers.module import Build
+from sempre.workers.parallel import LEAF_UNIT, pieces
+
+
+class RowParallelLinear(Linear):
+    """x [T, K] → [T, N], summed over K in leaves (`kernels.linear`). A rank's x [T, K / ranks] has its own inputs; the
+    result is the whole sum, on every rank."""
+
+    def __init__(
+        self,
+        build: Build,
+        parts: Mapping[str, int],
+        in_features: int,
+        *,
+        bias: bool = False,
+        role: str = "branch",
+        unit: int = LEAF_UNIT,
+    ) -> None:
+        """A leaf has a multiple of `unit` inputs. Raises ConfigError where ranks cannot share them."""
+        self._parallel = parallel = build.parallel
+        self._own = parallel.own_inputs(" and ".join(parts), in_features, unit)
+        self._leaves = parallel.leaves(in_features, unit) // parallel.size
+        super().__init__(build, parts, len(self._own), bias=bias, role=role)
+        self._stored_inputs = in_features
+
+    @property
+    def stored_inputs(self) -> int:
+        return self._stored_inputs
+
+    @property
+    def _packing(self) -> LinearKernel:
+        kernel, own, leaves = self.kernel, self._own, self._leaves
+        if leaves == 1 and len(own) == self._stored_inputs:
+            return kernel
+
+        def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearWeight:
+            return kernel.pack(weight[:, own.start : own.stop], bias, leaves)
+
+        def pack_fp8(
+            weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
+        ) -> LinearWeight:
+            # quantised as a whole before: the scale of a channel does not depend on the cut
+            return kernel.pack_fp8(weight[:, own.start : own.stop], scale, bias, scheme, leaves)
+
+        return kernel._replace(pack=pack, pack_fp8=pack_fp8)
+
+    def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        exchange = self._parallel.exchange
+        if exchange is None:
+            return super().into(x, out)
+        assert isinstance(self.weight, CpuLinearWeight), "ranks of one model compute on CPUs"
+        for rows in pieces(exchange, x.shape[0], self.out_features):
+            slots = exchange.slots(rows.stop - rows.start, self.out_features)
+            partial_linear(x[rows], self.weight, slots[self._parallel.rank])
+            exchange.wait()
+            sum_partials(slots, self.weight, out[rows])
+        return out

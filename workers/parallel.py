@@ -1,0 +1,123 @@
+"""Tensor parallelism: which part of each layer is a rank's own, and how the ranks' parts come together.
+
+A model's ranks run the same steps. Heads, the width of feed-forward branches and the vocabulary are cut; an expert
+never is, whole ones lie on the ranks. Nothing that ranks pass to each other changes bits: rows are moved as they are,
+and partial sums are added in the order of the ranks, on the tree of leaves that one worker would use
+(`kernels.linear`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+
+from sempre.ipc.config import NumericsProfile
+from sempre.ipc.errors import ConfigError
+from sempre.kernels.attention import HeadLayout
+from sempre.kernels.linear import MAX_LEAVES
+
+# a leaf's inputs are a multiple of this
+LEAF_UNIT = 16
+
+
+class Exchange(Protocol):
+    """Memory that the ranks of a replica share. Every rank calls the same in the same order."""
+
+    def most_rows(self, width: int) -> int:
+        """How many rows of `width` float32 one call of `slots` has room for."""
+
+    def slots(self, rows: int, width: int) -> torch.Tensor:
+        """float32 [ranks, rows, width], to be written by each rank in its own part, or in agreed other parts.
+
+        What the last call gave may be read until the next `wait`.
+        """
+
+    def wait(self) -> None:
+        """Until every rank has written to what `slots` gave."""
+
+
+class OwnHeads(NamedTuple):
+    """A rank's heads, as ranges of the model's."""
+
+    layout: HeadLayout
+    queries: range
+    keys: range
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A worker's rank among the `size` workers of its replica, and the most leaves of a sum."""
+
+    rank: int = 0
+    size: int = 1
+    most_leaves: int = 1
+    exchange: Exchange | None = None
+    """None: the worker has the whole model"""
+
+    @property
+    def whole(self) -> Parallel:
+        """For a layer that every rank computes whole."""
+        return replace(self, rank=0, size=1, exchange=None)
+
+    def leaves(self, depth: int, unit: int = LEAF_UNIT) -> int:
+        """The leaves of a sum over `depth` inputs, of all ranks: the most, up to `most_leaves`, that are a multiple of
+        `unit` inputs each."""
+        leaves = self.most_leaves
+        while depth % (leaves * unit):
+            leaves //= 2
+        return max(1, leaves)
+
+    def own_inputs(self, name: str, depth: int, unit: int = LEAF_UNIT) -> range:
+        """This rank's inputs of a layer that sums over `depth` of them: whole leaves. Raises ConfigError."""
+        leaves = self.leaves(depth, unit)
+        if leaves % self.size:
+            raise self._refused(f"a divisor of the {leaves} leaves in which {name} sums its {depth} inputs")
+        count = depth // self.size
+        return range(self.rank * count, (self.rank + 1) * count)
+
+    def own_heads(self, heads: HeadLayout) -> OwnHeads:
+        """This rank's heads; where there are fewer key heads than ranks, several ranks have the same. Raises
+        ConfigError."""
+        size, rank = self.size, self.rank
+        queries, keys = heads.num_heads, heads.num_kv_heads
+        if queries % size:
+            raise self._refused(f"a divisor of num_attention_heads={queries}")
+        if max(keys, size) % min(keys, size):
+            raise self._refused(f"a divisor or a multiple of num_key_value_heads={keys}")
+        own = range(rank * queries // size, (rank + 1) * queries // size)
+        first, count = rank * keys // size, max(1, keys // size)
+        layout = replace(heads, num_heads=len(own), num_kv_heads=count)
+        return OwnHeads(layout, own, range(first, first + count))
+
+    def own_rows(self, count: int, rank: int | None = None) -> range:
+        """A rank's (by default this one's) share of `count` things that are never cut; the first may have one more."""
+        rank = self.rank if rank is None else rank
+        each, more = divmod(count, self.size)
+        first = rank * each + min(rank, more)
+        return range(first, first + each + (rank < more))
+
+    def _refused(self, expected: str) -> ConfigError:
+        return ConfigError(
+            f"tensor_parallel_size: rank {self.rank}: expected {expected}, found {self.size}.",
+            parameter="tensor_parallel_size",
+            value=self.size,
+        )
+
+
+ALONE = Parallel()
+"""One worker that sums in one chain."""
+
+
+def parallel_of(profile: NumericsProfile, rank: int = 0, size: int = 1, exchange: Exchange | None = None) -> Parallel:
+    """The place of rank `rank` of `size` under a profile."""
+    return Parallel(rank, size, MAX_LEAVES if profile == "tree8" else 1, exchange)
+
+
+def pieces(exchange: Exchange, rows: int, width: int) -> Iterator[slice]:
+    """Rows of `width`, as many at a time as the exchange has room for."""
+    most = exchange.most_rows(width)
+    for start in range(0, rows, most):
+        yield slice(start, min(start + most, rows))
