@@ -65,6 +65,11 @@ class FrontendConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         dict[str, Any] | None, doc("backend and defaults of structured outputs: disable_any_whitespace, …")
     ] = None
     stream_interval: Annotated[Count, doc("tokens between two outputs of a stream; the first output comes at once")] = 1
+    record: Annotated[
+        str | bool | None, doc("folder to which a receipt of every output is appended; in Python also True, no folder")
+    ] = None
+    record_key: Annotated[str | None, doc("PEM file of the ed25519 private key that signs receipts")] = None
+    record_private: Annotated[bool, doc("receipts have a digest of the prompt in place of its tokens")] = False
     served_model_name: Annotated[str | None, doc("the model's name in metrics; a server has its own setting")] = None
 
 
@@ -119,6 +124,9 @@ class EngineKeywords(TypedDict, total=False):
     default_chat_template_kwargs: dict[str, Any] | None
     structured_outputs_config: dict[str, Any] | None
     stream_interval: int
+    record: str | bool | None
+    record_key: str | None
+    record_private: bool
     served_model_name: str | list[str] | None
     spec_method: SpeculativeMethod | None
     spec_model: str | None

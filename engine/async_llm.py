@@ -155,17 +155,17 @@ class AsyncLLM(AsyncPoolingLLM):
         *,
         priority: int = 0,
         max_held_logprobs: int | None = None,
+        record: bool | None = None,
     ) -> OutputStream:
-        """Start all prompts or none, and return their outputs as one stream.
+        """Start all prompts or none, and return their outputs as one stream, with receipts if `record`.
 
         With `max_held_logprobs`, log-probabilities are given packed, as sequences that unpack what is read, and the
-        stream ends with a RequestError if it holds more of them than that before the outputs are complete.
-
-        Raises RequestError for a refused prompt or parameter, EngineDeadError when the engine died.
+        stream fails if it holds more of them before the outputs are complete. Raises the errors of `LLM.generate`.
         """
         self._connected()
         params = self._or_default(sampling_params)
-        return self._follow(self._frontend.builder.build_all(prompts, params, priority), max_held_logprobs)
+        requests = self._frontend.builder.build_all(prompts, params, priority, record=record)
+        return self._follow(requests, max_held_logprobs)
 
     async def beam_search(
         self,
@@ -176,7 +176,7 @@ class AsyncLLM(AsyncPoolingLLM):
     ) -> list[BeamSearchOutput]:
         """Return the most probable continuations of each prompt, like `LLM.beam_search`."""
         search = self.beam_searches(prompts, params)
-        await search.run(self.stream, concurrency_limit)
+        await search.run(lambda *call: self.stream(*call, record=False), concurrency_limit)
         return search.outputs(self._frontend.tokenizer)
 
     def beam_searches(

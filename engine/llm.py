@@ -159,7 +159,7 @@ class LLM(PoolingLLM):
         rounds, outputs = search.rounds(concurrency_limit), None
         with search_progress(use_tqdm, len(search.searches)) as show, suppress(StopIteration):
             while True:
-                outputs = self._complete(rounds.send(outputs), search.params, None, use_tqdm=False)
+                outputs = self._complete(rounds.send(outputs), search.params, None, False, record=False)
                 show(search.num_finished)
         return search.outputs(self._frontend.tokenizer)
 
@@ -274,10 +274,11 @@ class LLM(PoolingLLM):
         params: SamplingParams | Sequence[SamplingParams],
         priority: int | Sequence[int] | None,
         use_tqdm: UseTqdm,
+        record: bool | None = None,
     ) -> list[RequestOutput]:
         self._check_open()
         with self._session.exclusive():
-            return self._run(self._frontend.builder.build_all(prompts, params, priority), use_tqdm)
+            return self._run(self._frontend.builder.build_all(prompts, params, priority, record=record), use_tqdm)
 
     def _pool(self, prompts: Prompts, params: PoolingParams | None, use_tqdm: UseTqdm) -> list[RequestOutput]:
         self._check_open()

@@ -59,6 +59,8 @@ class CompletionOutput:
     """The seed used: the same request with this seed and n=1 gives the same tokens."""
     error: str | None = None
     """What went wrong, when `finish_reason` is `error`."""
+    receipt: str | None = None
+    """How to make this completion again, as one line (see `engine.proof.statement`), if it was recorded."""
 
     def finished(self) -> bool:
         """Whether this completion has ended."""

@@ -21,6 +21,7 @@ from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.frontend.request_builder import RequestBuilder
 from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.near_names import near_name
+from sempre.engine.proof.recorder import Recorder
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.structured_outputs import structured_outputs_defaults
 from sempre.engine.text.absent_tokenizer import AbsentTokenizer
@@ -68,7 +69,7 @@ class Frontend:
 
     def __init__(self, arguments: Arguments) -> None:
         """Load the tokenizer. Raises ModelError if it or generation_config.json is unusable, ConfigError for a
-        missing chat template."""
+        missing chat template or an unusable key of receipts, RecordError for their folder."""
         self.config, self._options = arguments
         folder = self._options.tokenizer
         self.tokenizer: Tokenizer = (
@@ -78,6 +79,9 @@ class Frontend:
         )
         self._structured_outputs = structured_outputs_defaults(self._options.structured_outputs_config)
         self.default_sampling_params = self._default_sampling_params()
+        self.recorder = Recorder(arguments, self._structured_outputs)
+        if self.recorder.records_all:
+            self.recorder.prepare()
         given = self._options.chat_template
         self._chat_template = None if given is None else _template_text(given)
         self.bits: dict[str, str] = {}
@@ -102,8 +106,11 @@ class Frontend:
         self.bits = fingerprint_bits(ready.fingerprint)
         self.environment = fingerprint_environment(ready.fingerprint)
         self.fingerprint = fingerprint_digest(self.bits)
-        self.processor = OutputProcessor(self.tokenizer, self.fingerprint, self._options.stream_interval)
-        self.builder = RequestBuilder(self.tokenizer, limits, self.processor.is_in_use)
+        self.recorder.connect(self.bits, self.environment, self.fingerprint)
+        self.processor = OutputProcessor(self.tokenizer, self.fingerprint, self._options.stream_interval, self.recorder)
+        self.builder = RequestBuilder(
+            self.tokenizer, limits, self.processor.is_in_use, records_all=self.recorder.records_all
+        )
 
     @property
     def served_model_name(self) -> str:

@@ -6,143 +6,18 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from sempre.engine.frontend.logprob_rows import AfterFirst, RowBuffer, floats, own_logprobs
+from sempre.engine.frontend.logprob_rows import AfterFirst, RowBuffer
 from sempre.engine.frontend.request_builder import PreparedRequest
-from sempre.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
+from sempre.engine.frontend.sequence_state import SequenceState
+from sempre.engine.outputs import Logprob, RequestMetrics, RequestOutput
+from sempre.engine.proof.output_chain import OutputChain
+from sempre.engine.proof.recorder import Finished, Recorder, Recording
+from sempre.engine.sampling_params import RequestOutputKind
 from sempre.engine.text.detokenizer import IncrementalDetokenizer
 from sempre.engine.text.tokenizer import Tokenizer
-from sempre.ipc.errors import RequestError
+from sempre.ipc.error_info import describe
+from sempre.ipc.errors import RecordError, RequestError
 from sempre.ipc.messages import ErrorInfo, RequestOutputDelta
-
-
-class SequenceState:
-    """One sequence of a request: everything generated, and how much of it was returned.
-
-    tokens and text:  [0, _taken) returned | [_taken, len) new
-
-    Without stop strings the text is not needed earlier, so tokens are decoded when they are returned, all at once.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        seed: int,
-        params: SamplingParams,
-        detokenizer: IncrementalDetokenizer | None,
-        rows: RowBuffer | None,
-        interval: int = 1,
-    ):
-        """`rows`: for log-probabilities, if requested. `interval`: new tokens per output after the first; the last
-        output may have fewer."""
-        self.index = index
-        self.finish_reason: str | None = None
-        self.error: ErrorInfo | None = None
-        self.pooled: list[float] | None = None
-        self._seed = seed
-        self._detokenizer = detokenizer
-        self._token_ids: list[int] = []
-        self._text: list[str] = []
-        self._rows = rows
-        self._cumulative_logprob = 0.0
-        self._stop_reason: int | str | None = None
-        self._decodes_late = detokenizer is not None and not params.stop_strings
-        self._num_decoded = 0
-        self._text_ended = False
-        self._taken_tokens = 0
-        self._taken_pieces = 0
-        self._has_news = False
-        self._interval = interval
-
-    @property
-    def has_news(self) -> bool:
-        """Whether enough tokens arrived since the last `take`."""
-        is_enough = not self._taken_tokens or self.num_new_tokens >= self._interval or self.finish_reason is not None
-        return self._has_news and is_enough
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self._token_ids)
-
-    @property
-    def num_new_tokens(self) -> int:
-        """Tokens that have not been taken."""
-        return len(self._token_ids) - self._taken_tokens
-
-    @property
-    def num_logprobs(self) -> int:
-        """Log-probabilities that are held."""
-        return 0 if self._rows is None else self._rows.num_entries
-
-    def apply(self, delta: RequestOutputDelta) -> bool:
-        """Add new tokens; return whether a stop string ended the sequence before the coordinator did."""
-        token_ids = delta.token_ids
-        finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
-        stopped_here = False
-        if self._detokenizer is not None and not self._decodes_late:
-            update = self._detokenizer.update(
-                token_ids, finished=finish_reason is not None, stop_token=finish_reason == "stop"
-            )
-            if update.delta:
-                self._text.append(update.delta)
-            if update.stop_reason is not None:
-                stopped_here = finish_reason is None
-                finish_reason, stop_reason = "stop", update.stop_reason
-                token_ids = token_ids[: update.num_tokens]
-        self._token_ids += token_ids
-        if self._rows is not None:
-            self._add_logprobs(delta, len(token_ids))
-        self.finish_reason, self._stop_reason, self.error = finish_reason, stop_reason, delta.error
-        if delta.pooled is not None:
-            self.pooled = floats("RequestOutputDelta.pooled", delta.pooled)
-        self._has_news = self._has_news or bool(token_ids) or finish_reason is not None
-        return stopped_here
-
-    def _add_logprobs(self, delta: RequestOutputDelta, count: int) -> None:
-        num_rows = 0 if delta.logprobs is None else delta.logprobs.num_rows
-        if num_rows < count:
-            raise RequestError(
-                f"the worker reported log-probabilities of {num_rows} tokens, and {count} were sampled.",
-                parameter="logprobs",
-                request_id=delta.request_id,
-            )
-        if delta.logprobs is not None and self._rows is not None:
-            self._rows.add(delta.logprobs, count)
-            for logprob in own_logprobs(delta.logprobs, count):
-                self._cumulative_logprob += logprob
-
-    def take(self, *, only_new: bool) -> CompletionOutput:
-        """Return everything so far, or only what is new since the last call."""
-        if self._decodes_late:
-            self._decode()
-        first_token = self._taken_tokens if only_new else 0
-        first_piece = self._taken_pieces if only_new else 0
-        self._taken_tokens, self._taken_pieces = len(self._token_ids), len(self._text)
-        self._has_news = False
-        return CompletionOutput(
-            index=self.index,
-            text="".join(self._text[first_piece:]),
-            token_ids=self._token_ids[first_token:],
-            cumulative_logprob=None if self._rows is None else self._cumulative_logprob,
-            logprobs=None if self._rows is None else self._rows.take() if only_new else self._rows.everything(),
-            finish_reason=self.finish_reason,
-            stop_reason=self._stop_reason,
-            seed=self._seed,
-            error=None if self.error is None else f"{self.error.type}: {self.error.message}",
-        )
-
-    def _decode(self) -> None:
-        """Decode the tokens that arrived since the last call."""
-        assert self._detokenizer is not None
-        ended = self.finish_reason is not None
-        if self._text_ended or (not ended and self._num_decoded == len(self._token_ids)):
-            return
-        token_ids = self._token_ids[self._num_decoded :]
-        self._num_decoded, self._text_ended = len(self._token_ids), ended
-        text = self._detokenizer.take_all(token_ids, ends=ended, stop_token=self.finish_reason == "stop")
-        if text:
-            self._text.append(text)
 
 
 class RequestState:
@@ -178,6 +53,10 @@ class RequestState:
             )
             for i, seed in enumerate(request.seeds)
         ]
+        if request.is_recorded:
+            for sequence in self.sequences:
+                # a request for all reports the whole distribution
+                sequence.recording = Recording(OutputChain(), OutputChain() if params.logprobs == -1 else None)
         self.prompt_rows = None if params.prompt_logprobs is None else rows()
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
@@ -269,9 +148,13 @@ class Processed:
 class OutputProcessor:
     """The unfinished requests of one engine. Finished requests are forgotten at once."""
 
-    def __init__(self, tokenizer: Tokenizer, fingerprint: str, stream_interval: int = 1) -> None:
-        """`stream_interval`: tokens between two outputs of a sequence, after the first."""
+    def __init__(
+        self, tokenizer: Tokenizer, fingerprint: str, stream_interval: int = 1, recorder: Recorder | None = None
+    ) -> None:
+        """`stream_interval`: tokens between two outputs of a sequence, after the first; `recorder` makes the receipts
+        of requests that have them."""
         self._tokenizer = tokenizer
+        self._recorder = recorder
         self._stream_interval = stream_interval
         self._fingerprint = fingerprint
         self._requests: dict[str, RequestState] = {}
@@ -317,6 +200,8 @@ class OutputProcessor:
                 processed.stopped_ids.append(delta.request_id)
             updated[state] = None
             if sequence.finish_reason is not None:
+                if sequence.recording is not None and sequence.error is None:
+                    self._record(state, sequence, sequence.recording)
                 state.end_sequence()
                 del self._sequences[delta.request_id]
                 if state.finished:
@@ -346,6 +231,14 @@ class OutputProcessor:
         self.process(RequestOutputDelta(request_id=name, finish_reason="abort") for name in sequence_ids)
         return state, sequence_ids
 
+    def _record(self, state: RequestState, sequence: SequenceState, recording: Recording) -> None:
+        """Make the receipt of a sequence that has ended; one that cannot be written fails this sequence alone."""
+        assert self._recorder is not None
+        try:
+            sequence.receipt = self._recorder.receipt(_finished(state, sequence, recording))
+        except RecordError as error:
+            sequence.finish_reason, sequence.error = "error", describe(error)
+
     def _apply(self, state: RequestState, sequence: SequenceState, delta: RequestOutputDelta) -> bool:
         # Siblings share one prompt: the first one's report counts for the request.
         if delta.prompt_logprobs is not None and state.prompt_rows is not None and sequence.index == 0:
@@ -357,6 +250,21 @@ class OutputProcessor:
         if state.metrics.first_token_time is None and delta.token_ids:
             state.metrics.first_token_time = time.time()
         return sequence.apply(delta)
+
+
+def _finished(state: RequestState, sequence: SequenceState, recording: Recording) -> Finished:
+    """What the receipt of a sequence that has ended is made of."""
+    assert sequence.finish_reason is not None
+    return Finished(
+        request=state.request,
+        index=sequence.index,
+        token_ids=sequence.token_ids,
+        recording=recording,
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+        arrival_time=state.metrics.arrival_time,
+        finished_time=time.time(),
+    )
 
 
 def _has_text(request: PreparedRequest, tokenizer: Tokenizer) -> bool:

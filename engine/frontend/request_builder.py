@@ -41,6 +41,8 @@ class PreparedRequest:
     arrival_time: float
     reasoning: PromptReasoning = field(compare=False, repr=False)
     """Whether the output begins inside reasoning."""
+    is_recorded: bool = False
+    """Whether its outputs have receipts."""
 
 
 class _Parameters(NamedTuple):
@@ -63,6 +65,7 @@ class _Checked(NamedTuple):
     reasoning: PromptReasoning
     priority: int
     cache_salt: str | None
+    is_recorded: bool
 
 
 class RequestBuilder:
@@ -77,8 +80,12 @@ class RequestBuilder:
         tokenizer: Tokenizer,
         limits: RequestLimits,
         is_in_use: Callable[[str, int], bool] = lambda request_id, n: False,
+        *,
+        records_all: bool = False,
     ) -> None:
-        """`is_in_use(id, n)`: whether an unfinished request has this id, or a sequence has one of its `n` ids."""
+        """`is_in_use(id, n)`: whether an unfinished request has this id, or a sequence has one of its `n` ids.
+        `records_all`: outputs have receipts unless a call says otherwise."""
+        self._records_all = records_all
         self._tokenizer = tokenizer
         self.limits = limits
         self._specs = SpecBuilder(tokenizer, limits)
@@ -100,8 +107,11 @@ class RequestBuilder:
         prompts: object,
         params: SamplingParams | Sequence[SamplingParams],
         priorities: int | Sequence[int] | None = None,
+        *,
+        record: bool | None = None,
     ) -> list[PreparedRequest]:
-        """Build one request per prompt; all are checked before the first is numbered.
+        """Build one request per prompt; all are checked before the first is numbered. `record`: whether they have
+        receipts; None is the builder's setting.
 
         Raises RequestError (a ValueError) naming the refused prompt or parameter and the reason.
         """
@@ -110,7 +120,7 @@ class RequestBuilder:
         priority_list = _one_each("priority", 0 if priorities is None else priorities, int, len(parts))
         self._checked = None
         checked = [
-            self._check(prompt, prompt_params, priority, where=f"prompts[{i}]" if is_list else "")
+            self._check(prompt, prompt_params, priority, where=f"prompts[{i}]" if is_list else "", record=record)
             for i, (prompt, prompt_params, priority) in enumerate(zip(parts, params_list, priority_list, strict=True))
         ]
         return [self._number(request) for request in checked]
@@ -123,7 +133,14 @@ class RequestBuilder:
         return self._number(self._check(prompt, params, priority, request_id=request_id))
 
     def _check(
-        self, prompt: object, params: SamplingParams, priority: int, *, request_id: str | None = None, where: str = ""
+        self,
+        prompt: object,
+        params: SamplingParams,
+        priority: int,
+        *,
+        request_id: str | None = None,
+        where: str = "",
+        record: bool | None = None,
     ) -> _Checked:
         """`where` is a prefix of error texts."""
         refuse_generation(self.limits.pooling)
@@ -143,7 +160,10 @@ class RequestBuilder:
         spec = shared if shared.max_tokens == max_tokens else replace(shared, max_tokens=max_tokens)
         reasoning = PromptReasoning(self._tokenizer, token_ids)
         spec = self._specs.with_reasoning(spec, parameters.params, reasoning)
-        return _Checked(request_id, text, token_ids, parameters, spec, reasoning, priority, cache_salt)
+        is_recorded = self._records_all if record is None else record
+        if is_recorded and spec.logprobs is None:
+            spec = replace(spec, logprobs=0)  # those of the sampled tokens, for the receipt
+        return _Checked(request_id, text, token_ids, parameters, spec, reasoning, priority, cache_salt, is_recorded)
 
     def _number(self, request: _Checked) -> PreparedRequest:
         params, spec = request.parameters.params, request.spec
@@ -174,7 +194,15 @@ class RequestBuilder:
         self._num_sequences += params.n
         seeds = [reported_seed(seed, i) for i in range(params.n)]
         return PreparedRequest(
-            name, request.text, request.token_ids, params, sequences, seeds, time.time(), request.reasoning
+            name,
+            request.text,
+            request.token_ids,
+            params,
+            sequences,
+            seeds,
+            time.time(),
+            request.reasoning,
+            request.is_recorded,
         )
 
     def _check_rest(self, priority: int, cache_salt: object, request_id: str | None, n: int) -> None:

@@ -99,5 +99,5 @@ class BeamStream:
     def _start(self, prompts: Sequence[TokensPrompt], params: SamplingParams) -> OutputStream:
         if self._failure is not None:
             raise again(self._failure)
-        self._round = self._engine.stream(prompts, params, priority=self._priority)
+        self._round = self._engine.stream(prompts, params, priority=self._priority, record=False)
         return self._round

@@ -1,0 +1,220 @@
+"""Makes the receipt of each output that is to have one, and appends it to the engine's file of receipts."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sempre.engine.arguments import Arguments
+from sempre.engine.frontend.request_builder import PreparedRequest
+from sempre.engine.proof.dsse import Signer, envelope, load_signer
+from sempre.engine.proof.json_values import json_ready
+from sempre.engine.proof.model_manifest import file_digest, manifest_digest
+from sempre.engine.proof.output_chain import OutputChain
+from sempre.engine.proof.receipt_log import ReceiptLog
+from sempre.engine.proof.statement import (
+    BUILD_TYPE,
+    BUILDER,
+    PREDICATE_TYPE,
+    STATEMENT_TYPE,
+    BuildDefinition,
+    Builder,
+    Digest,
+    EngineFacts,
+    Metadata,
+    Output,
+    Predicate,
+    Request,
+    Resource,
+    RunDetails,
+    Statement,
+    encode,
+    prompt_digest,
+)
+from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.structured_outputs import with_defaults
+from sempre.ipc.errors import RecordError
+from sempre.ipc.messages import LogprobRows
+
+# what reports an output, counts siblings or names the seed, which a receipt has on its own
+_NOT_RECORDED = frozenset(
+    {
+        "n",
+        "seed",
+        "output_kind",
+        "stream_interval",
+        "logprobs",
+        "prompt_logprobs",
+        "logprob_token_ids",
+        "truncate_prompt_tokens",
+        "truncation_side",
+    }
+)
+_DEFAULTS = SamplingParams()
+# settings that may decide bits; the seed only makes dummy weights
+DECIDING_SETTINGS = ("dtype", "quantization", "numerics", "max_model_len", "load_format", "device")
+DECIDING_OPTIONS = ("tokenizer", "tokenizer_revision", "revision", "hf_overrides", "skip_tokenizer_init")
+
+
+@dataclass(slots=True)
+class Recording:
+    """What is recorded of one output while it grows."""
+
+    tokens: OutputChain
+    rows: OutputChain | None
+    """of whole distributions, if the request reports them"""
+
+    def add(self, token_ids: Sequence[int], logprobs: LogprobRows) -> None:
+        """Add tokens, whose rows `logprobs` begins with."""
+        stride = 4 * logprobs.width
+        self.tokens.add_tokens(token_ids, logprobs.logprobs, stride)
+        if self.rows is not None:
+            self.rows.add_rows(logprobs.token_ids, logprobs.logprobs, len(token_ids), stride)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One output that has ended."""
+
+    request: PreparedRequest
+    index: int
+    token_ids: list[int]
+    recording: Recording
+    finish_reason: str
+    stop_reason: int | str | None
+    arrival_time: float
+    finished_time: float
+    """seconds since the epoch"""
+
+
+class Recorder:
+    """Makes receipts for one engine."""
+
+    def __init__(self, arguments: Arguments, structured_outputs: Mapping[str, Any]) -> None:
+        """Load the key, and check the folder. Raises ConfigError for the key, RecordError for the folder."""
+        self._config, self._options = arguments
+        self._structured_outputs = structured_outputs
+        folder, key = self._options.record, self._options.record_key
+        self._signer: Signer | None = None if key is None else load_signer(Path(key).expanduser())
+        self._log = ReceiptLog(Path(folder).expanduser() if isinstance(folder, str) else None)
+        self._bits: dict[str, str] = {}
+        self._environment: dict[str, str] = {}
+        self._fingerprint = ""
+
+    def connect(self, bits: dict[str, str], environment: dict[str, str], fingerprint: str) -> None:
+        """Set the fingerprint of the engine, which is now ready."""
+        self._bits, self._environment, self._fingerprint = bits, environment, fingerprint
+
+    @property
+    def records_all(self) -> bool:
+        """Whether every output has a receipt, not only those that ask for one."""
+        return bool(self._options.record)
+
+    def prepare(self) -> None:
+        """Hash the model's files, which takes seconds for a large one. Raises ModelError."""
+        _ = self._dependencies
+
+    def receipt(self, finished: Finished) -> str:
+        """Return the receipt of an output, on one line, after it was appended to the file.
+
+        Raises RecordError if it cannot be written, or if a parameter has no canonical JSON.
+        """
+        try:
+            return self._log.append(lambda previous: self._line(finished, previous)).decode()
+        except ValueError as error:
+            raise RecordError(f"this output has no receipt: {error}") from None
+
+    def _line(self, finished: Finished, previous: str | None) -> bytes:
+        return envelope(encode(self._statement(finished, previous)), self._signer)
+
+    def _statement(self, finished: Finished, previous: str | None) -> Statement:
+        request, recording = finished.request, finished.recording
+        rows = recording.rows
+        metadata = Metadata(
+            invocation_id=f"{request.request_id}/{finished.index}",
+            started_on=_time(finished.arrival_time),
+            finished_on=_time(finished.finished_time),
+            previous=None if previous is None else Digest(previous),
+        )
+        output = Output(
+            token_ids=finished.token_ids,
+            marks=base64.b64encode(recording.tokens.marks).decode(),
+            finish_reason=finished.finish_reason,
+            stop_reason=finished.stop_reason,
+            distribution_marks=None if rows is None else base64.b64encode(rows.marks).decode(),
+            distribution_digest=None if rows is None else Digest(rows.digest),
+        )
+        definition = BuildDefinition(
+            build_type=BUILD_TYPE,
+            external_parameters=self._request(request, finished.index),
+            internal_parameters=EngineFacts(settings=self._settings, bits=self._bits, environment=self._environment),
+            resolved_dependencies=self._dependencies,
+        )
+        builder = Builder(BUILDER + self._fingerprint)
+        return Statement(
+            type_=STATEMENT_TYPE,
+            subject=[Resource("output", Digest(recording.tokens.digest))],
+            predicate_type=PREDICATE_TYPE,
+            predicate=Predicate(build_definition=definition, run_details=RunDetails(builder, metadata), output=output),
+        )
+
+    def _request(self, request: PreparedRequest, index: int) -> Request:
+        token_ids = request.prompt_token_ids
+        is_private = self._options.record_private
+        return Request(
+            model=self._config.model,
+            seed=str(request.seeds[index]),
+            sampling_params=recorded_params(request, self._structured_outputs),
+            prompt_token_ids=None if is_private else token_ids,
+            prompt_digest=Digest(prompt_digest(token_ids)) if is_private else None,
+        )
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for config, names in ((self._config, DECIDING_SETTINGS), (self._options, DECIDING_OPTIONS)):
+            defaults = {field.name: field.default for field in msgspec.structs.fields(config)}
+            given = {name: getattr(config, name) for name in names}
+            found |= {name: value for name, value in given.items() if value != defaults[name]}
+        if self._config.load_format == "dummy":
+            found["seed"] = str(self._config.seed)
+        return found
+
+    @cached_property
+    def _dependencies(self) -> list[Resource]:
+        found = []
+        if self._config.load_format != "dummy":
+            found.append(Resource("weights", Digest(manifest_digest(Path(self._config.model_path)))))
+        tokenizer = Path(self._options.tokenizer or self._config.model_path) / "tokenizer.json"
+        if tokenizer.is_file() and not self._options.skip_tokenizer_init:
+            found.append(Resource("tokenizer", Digest(file_digest(tokenizer).hex())))
+        return found
+
+
+def recorded_params(request: PreparedRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that may change an output and are not the defaults; the length is always there."""
+    params = request.params
+    names = [field.name for field in fields(params) if field.name not in _NOT_RECORDED]
+    found = {name: json_ready(getattr(params, name)) for name in names if getattr(params, name) not in _empty(name)}
+    if params.structured_outputs is not None:
+        form = json_ready(with_defaults(params.structured_outputs, defaults))
+        found["structured_outputs"] = {name: value for name, value in form.items() if value not in (None, False)}
+    found["max_tokens"] = request.sequences[0].params.max_tokens
+    return found
+
+
+def _empty(name: str) -> tuple[object, ...]:
+    """Values that are as good as the default."""
+    default = getattr(_DEFAULTS, name)
+    return (default, None, []) if default in (None, []) else (default,)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

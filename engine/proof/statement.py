@@ -1,0 +1,193 @@
+"""What a receipt says: an in-toto Statement v1 whose subject is an output, and whose predicate is how to make it again.
+
+_type          https://in-toto.io/Statement/v1
+subject        the output, by the digest of its chain (`output_chain`)
+predicateType  https://sempre.dev/inference/v1
+predicate      in the words of SLSA's provenance:
+  buildDefinition
+    buildType             https://sempre.dev/generate/v1
+    externalParameters    the request: model, prompt, parameters that may change the output, seed (a string, since
+                          JSON's numbers have 53 bits)
+    internalParameters    settings of the engine that were not defaults and may decide bits; the fingerprint's two
+                          parts
+    resolvedDependencies  digests: weights (OpenSSF's model manifest), tokenizer
+  runDetails
+    builder               id: the fingerprint
+    metadata              id of the request, times, and the digest of the line before in the file
+  output                  token ids, how it ended, the marks of its chain in base64
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from sempre.engine.proof.json_values import canonical_json
+from sempre.engine.proof.output_chain import MARK_BYTES
+from sempre.ipc.model_files import shown
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "https://sempre.dev/inference/v1"
+BUILD_TYPE = "https://sempre.dev/generate/v1"
+BUILDER = "sempre:"
+"""followed by the fingerprint"""
+
+
+class Digest(Struct, frozen=True):
+    sha256: str
+
+
+class Resource(Struct, frozen=True):
+    name: str
+    digest: Digest
+
+
+class Request(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """The request of one output. Either the prompt's token ids or, if it is private, their digest."""
+
+    model: str
+    seed: str
+    sampling_params: dict[str, Any]
+    prompt_token_ids: list[int] | None = None
+    prompt_digest: Digest | None = None
+
+
+class EngineFacts(Struct, frozen=True, kw_only=True, rename="camel"):
+    """Settings that may decide bits, and the fingerprint's two parts."""
+
+    settings: dict[str, Any]
+    bits: dict[str, str]
+    environment: dict[str, str]
+
+
+class BuildDefinition(Struct, frozen=True, kw_only=True, rename="camel"):
+    build_type: str
+    external_parameters: Request
+    internal_parameters: EngineFacts
+    resolved_dependencies: list[Resource]
+
+
+class Builder(Struct, frozen=True):
+    id: str
+
+
+class Metadata(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    invocation_id: str
+    started_on: str
+    finished_on: str
+    previous: Digest | None = None
+    """of the line before in its file; None for the first"""
+
+
+class RunDetails(Struct, frozen=True):
+    builder: Builder
+    metadata: Metadata
+
+
+class Output(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """The output itself; `distribution_marks` only if the request reported whole distributions."""
+
+    token_ids: list[int]
+    marks: str
+    finish_reason: str
+    stop_reason: int | str | None = None
+    distribution_marks: str | None = None
+    distribution_digest: Digest | None = None
+
+
+class Predicate(Struct, frozen=True, kw_only=True, rename="camel"):
+    build_definition: BuildDefinition
+    run_details: RunDetails
+    output: Output
+
+
+class Statement(Struct, frozen=True, kw_only=True, rename={"type_": "_type", "predicate_type": "predicateType"}):
+    type_: str
+    subject: list[Resource]
+    predicate_type: str
+    predicate: Predicate
+
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_DECODER = msgspec.json.Decoder(Statement)
+
+
+def encode(statement: Statement) -> bytes:
+    """Return a statement as canonical JSON. Raises ValueError for a value that it cannot hold."""
+    return canonical_json(msgspec.to_builtins(statement))
+
+
+def decode(payload: bytes) -> Statement:
+    """Return the statement of a payload. Raises ValueError naming the field, or the version it does not know."""
+    head = _head(payload)
+    expected = {"_type": STATEMENT_TYPE, "predicateType": PREDICATE_TYPE}
+    for name, value in expected.items():
+        if head.get(name) != value:
+            raise ValueError(
+                f"{name}: expected {value!r}, found {head.get(name)!r}; another version wrote this receipt"
+            )
+    try:
+        statement = _DECODER.decode(payload)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"the statement has other fields than expected: {error}") from None
+    _check(statement)
+    return statement
+
+
+def prompt_digest(token_ids: Sequence[int]) -> str:
+    """Return SHA-256 over the ids as uint32, little-endian."""
+    return hashlib.sha256(struct.pack(f"<{len(token_ids)}I", *token_ids)).hexdigest()
+
+
+def marks_of(field: str, text: str) -> bytes:
+    """Return marks from base64. Raises ValueError naming the field."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise ValueError(f"{field}: expected base64, found {shown(text)}") from None
+
+
+def _head(payload: bytes) -> dict[str, Any]:
+    try:
+        head = msgspec.json.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"payload: expected a JSON object, found something else ({error})") from None
+    if not isinstance(head, dict):
+        raise ValueError(f"payload: expected a JSON object, found {type(head).__name__}")
+    return head
+
+
+def _check(statement: Statement) -> None:
+    """Raise ValueError for fields that contradict each other, as after an altered byte."""
+    predicate = statement.predicate
+    output, request = predicate.output, predicate.build_definition.external_parameters
+    if len(statement.subject) != 1:
+        raise ValueError(f"subject: expected one output, found {len(statement.subject)}")
+    _check_marks("output.marks", output.marks, statement.subject[0].digest, len(output.token_ids))
+    if output.distribution_marks is not None:
+        digest = output.distribution_digest or Digest("")
+        _check_marks("output.distributionMarks", output.distribution_marks, digest, len(output.token_ids))
+    if not request.seed.removeprefix("-").isdecimal() or not -(2**63) <= int(request.seed) < 2**64:
+        raise ValueError(f"seed: expected an integer of 64 bits as a string, found {shown(request.seed)}")
+    if (request.prompt_token_ids is None) is (request.prompt_digest is None):
+        raise ValueError("externalParameters: expected either promptTokenIds or promptDigest")
+
+
+def _check_marks(field: str, text: str, digest: Digest, num_tokens: int) -> None:
+    """Raise ValueError unless there are marks of every token that end as the digest begins."""
+    if _SHA256.fullmatch(digest.sha256) is None:
+        raise ValueError(f"the digest of {field}: expected 64 hex digits, found {shown(digest.sha256)}")
+    marks = marks_of(field, text)
+    if len(marks) != MARK_BYTES * num_tokens:
+        expected = MARK_BYTES * num_tokens
+        raise ValueError(f"{field}: expected {expected} bytes, {MARK_BYTES} for each token, found {len(marks)}")
+    if marks and bytes.fromhex(digest.sha256)[:MARK_BYTES] != marks[-MARK_BYTES:]:
+        raise ValueError(f"{field}: expected marks that end as their digest begins, found others: it was altered")
