@@ -1,25 +1,32 @@
-"""How fast the GPU's attention runs for decode and prefill shapes, under several launch shapes; all must agree bitwise.
+"""How fast the GPU's attention runs for decode and prefill shapes, under several launch shapes, and for decode steps
+whose requests share a prefix, with its keys read for each and once; all must agree bitwise.
 
 Metric: time of one layer's attention inside a CUDA graph that cycles through several caches, so that keys and values
 come from memory. GB/s counts keys and values once; TFLOP/s counts 4 D Hq per visible key and query.
 
     python benchmarks/gpu_attention.py
+    python benchmarks/gpu_attention.py --only-shared
 
 The last line is one JSON document.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import multiprocessing
 import statistics
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from sempre.kernels.attention import HeadLayout, KvCache, PagedBatch, ScoreParams, gpu
+from sempre.kernels.attention import HeadLayout, KvCache, PagedBatch, ScoreParams, gpu, paged_attention
 from sempre.kernels.attention.gpu import Launch, allocate_attention_workspace
+from sempre.kernels.attention.shared_prefixes import group_rows, most_shared_splits
 
 
 class Case(NamedTuple):
@@ -30,6 +37,16 @@ class Case(NamedTuple):
     requests: int
     tokens: int
     context: int
+
+
+class SharedCase(NamedTuple):
+    """`requests` of one query row each: all share `prefix` keys and have `rest` of their own."""
+
+    heads: int
+    kv_heads: int
+    requests: int
+    prefix: int
+    rest: int
 
 
 class Variant(NamedTuple):
@@ -52,6 +69,11 @@ PREFILL = [
     Case(32, 8, 4, 1024, 4096),
     Case(16, 8, 1, 4096, 4096),
     Case(32, 8, 16, 512, 512),
+]
+SHARED = [
+    SharedCase(heads, 8, requests, prefix, 300)
+    for heads in (32, 16)
+    for requests, prefix in ((8, 4096), (32, 4096), (64, 4096), (128, 4096), (256, 4096), (128, 1024), (256, 512))
 ]
 DECODE_VARIANTS = [
     *(Variant(Launch(16, 4, s), 512, block) for s in (2, 3, 4, 5) for block in (16, 64)),
@@ -107,6 +129,56 @@ class Step:
         )  # fmt: skip
 
 
+class SharedStep:
+    """Inputs of one case, with a cache for each of `copies` layers."""
+
+    def __init__(self, case: SharedCase, copies: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(1)
+        shared, own = case.prefix // 64, -(-case.rest // 64)
+        num_blocks = shared + case.requests * own
+        self.heads = HeadLayout(case.heads, case.kv_heads, DIM)
+        self.caches = []
+        for _ in range(copies):
+            cache = gpu.allocate_kv_cache(num_blocks, case.kv_heads, DIM, 64, torch.bfloat16, torch.device("cuda"))
+            for target in (cache.k, cache.v):
+                target.normal_(generator=generator)
+            self.caches.append(cache)
+        ints = {"device": "cuda", "dtype": torch.int32}
+        rest = torch.arange(case.requests * own, **ints).view(case.requests, own) + shared
+        tables = torch.cat([torch.arange(shared, **ints).expand(case.requests, shared), rest], dim=1).contiguous()
+        ids = np.arange(1, case.prefix // gpu.SPLIT + 1, dtype=np.int32)[None].repeat(case.requests, 0)
+        arrays = group_rows(ids, case.requests, least_saved=1)
+        assert arrays is not None
+        context, splits = case.prefix + case.rest, most_shared_splits(case.requests, -(-8192 // gpu.SPLIT))
+        lens = torch.full((case.requests,), context, **ints)
+        starts = torch.arange(case.requests + 1, **ints)
+        self.alone = PagedBatch(tables, starts, lens, 1, 8192)
+        self.together = replace(self.alone, prefixes=arrays.on_device(torch.device("cuda"), splits))
+        self.qkv = torch.randn(case.requests, self.heads.qkv_width, generator=generator, device="cuda",
+                               dtype=torch.bfloat16)  # fmt: skip
+        self.out = torch.empty(case.requests, case.heads * DIM, device="cuda", dtype=torch.bfloat16)
+        self.workspace = allocate_attention_workspace(case.heads, DIM, gpu.SHARED_LEN, torch.device("cuda"))
+
+    def time_us(self, batch: PagedBatch) -> tuple[float, str]:
+        """One layer's time, and the digest of the first one's output."""
+
+        def run(cache: KvCache) -> torch.Tensor:
+            scores = ScoreParams(DIM**-0.5)
+            return paged_attention(self.qkv, cache, batch, self.heads, scores, self.out, self.workspace)
+
+        found = digest(run(self.caches[0]))
+        return replayed(lambda: [run(cache) for cache in self.caches]) / len(self.caches), found
+
+
+def measure_shared(case: SharedCase) -> dict[str, object]:
+    step = SharedStep(case, 8)
+    (alone, expected), (together, found) = step.time_us(step.alone), step.time_us(step.together)
+    assert found == expected, f"{case}: {found} with the prefix read once, {expected} without"
+    print(f"{tuple(case)} shared prefix: read for each {alone:8.1f} us, once {together:8.1f} us,"
+          f" {alone / together:5.2f}x {found}", flush=True)  # fmt: skip
+    return {"case": case, "alone_us": alone, "together_us": together, "digest": found}
+
+
 def compile_variants(pairs: list[tuple[Case, Variant]]) -> None:
     for case, variant in pairs:
         apply(variant)
@@ -119,12 +191,20 @@ def measure(case: Case, variant: Variant) -> tuple[float, str]:
     apply(variant)
     cache_bytes = 4 * case.requests * case.context * case.kv_heads * DIM
     step = Step(case, variant, max(1, min(16, -(-(150 << 20) // cache_bytes))) if case.tokens == 1 else 1)
-    digest = hashlib.sha256(step.run(step.caches[0]).view(torch.int16).cpu().numpy().tobytes()).hexdigest()[:8]
-    graph = torch.cuda.CUDAGraph()
+    found = digest(step.run(step.caches[0]))
     calls = max(4, len(step.caches)) if case.tokens == 1 else 2
+    return replayed(lambda: [step.run(step.caches[i % len(step.caches)]) for i in range(calls)]) / calls, found
+
+
+def digest(out: torch.Tensor) -> str:
+    return hashlib.sha256(out.view(torch.int16).cpu().numpy().tobytes()).hexdigest()[:8]
+
+
+def replayed(launch: Callable[[], object]) -> float:
+    """Microseconds of what `launch` queues, as a graph."""
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(calls):
-            step.run(step.caches[i % len(step.caches)])
+        launch()
     graph.replay()
     times = []
     for _ in range(3):
@@ -133,11 +213,20 @@ def measure(case: Case, variant: Variant) -> tuple[float, str]:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / calls)
-    return statistics.median(times), digest
+        times.append(start.elapsed_time(end) * 1000)
+    return statistics.median(times)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only-shared", action="store_true", help="only decode steps whose requests share a prefix")
+    only_shared = parser.parse_args().only_shared
+    shared = [measure_shared(case) for case in SHARED]
+    results = [] if only_shared else measure_variants()
+    print(json.dumps({"device": torch.cuda.get_device_name(), "results": results, "shared": shared}))
+
+
+def measure_variants() -> list[tuple[Case, Variant, float, str]]:
     pairs = [(c, v) for c in DECODE for v in DECODE_VARIANTS] + [(c, v) for c in PREFILL for v in PREFILL_VARIANTS]
     # one case per distinct compilation: groups of 4 and 2, one split or several
     first = [
@@ -149,15 +238,15 @@ def main() -> None:
         pool.map(compile_variants, [first[i::14] for i in range(14)], chunksize=1)
     results = []
     for case, variant in pairs:
-        time_us, digest = measure(case, variant)
+        time_us, found = measure(case, variant)
         keys = 4 * case.requests * case.context * case.kv_heads * DIM
         visible = sum(range(case.context - case.tokens + 1, case.context + 1)) * case.requests
         teraflops = 4 * DIM * case.heads * visible / time_us / 1e6
         print(f"{tuple(case)} {tuple(variant.launch)} split={variant.split} B={variant.block}"
-              f" {time_us:8.1f} us {keys / time_us / 1e3:6.0f} GB/s {teraflops:6.1f} TFLOP/s {digest}",
+              f" {time_us:8.1f} us {keys / time_us / 1e3:6.0f} GB/s {teraflops:6.1f} TFLOP/s {found}",
               flush=True)  # fmt: skip
-        results.append((case, variant, time_us, digest))
-    print(json.dumps({"device": torch.cuda.get_device_name(), "results": results}))
+        results.append((case, variant, time_us, found))
+    return results
 
 
 if __name__ == "__main__":

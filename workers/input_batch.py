@@ -11,6 +11,7 @@ tokens, if a step has any, come after that one; the step samples after each of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -82,6 +83,8 @@ class StepPlan:
     """one past the last row"""
     has_states: bool = False
     """whether layers of the model keep states"""
+    grown: Sequence[int] = ()
+    """requests, by index, whose block tables were extended for this step"""
 
     @property
     def has_drafts(self) -> bool:
@@ -233,6 +236,11 @@ class InputBatch:
         """Blocks in a table."""
         return int(self._block_tables.shape[1])
 
+    def block_table(self, slot: int) -> Int32:
+        """A request's blocks; do not modify."""
+        table: Int32 = self._block_tables[slot]
+        return table
+
     def plan(self, scheduled: list[ScheduledRequest]) -> StepPlan:
         """Apply the step's block tables; every scheduled request must be known. Raises MessageMalformed when a
         request's numbers do not match its known state."""
@@ -241,9 +249,9 @@ class InputBatch:
         slots = np.fromiter((state.slot for state in states), np.int64, count)
         computed = np.fromiter((item.num_computed_tokens for item in scheduled), np.int64, count)
         num_tokens = np.fromiter((item.num_tokens for item in scheduled), np.int64, count)
-        for item, state in zip(scheduled, states, strict=True):
-            if item.block_ids:
-                self._extend_table(item, state.slot)
+        grown = [index for index, item in enumerate(scheduled) if item.block_ids]
+        for index in grown:
+            self._extend_table(scheduled[index], states[index].slot)
         context = computed + num_tokens
         num_drafts = np.fromiter((len(item.draft_token_ids) for item in scheduled), np.int64, count)
         known = self._num_tokens[slots]
@@ -263,6 +271,7 @@ class InputBatch:
             ends - num_tokens,
             ends,
             self._has_states,
+            grown,
         )
 
     def arrays(self, plan: StepPlan) -> StepArrays[AnyArray]:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from sempre.ipc.errors import InvarianceError
-from sempre.kernels.attention import AttentionWorkspace, PagedBatch
+from sempre.kernels.attention import AttentionWorkspace, PagedBatch, SharedPrefixes
+from sempre.kernels.attention.shared_prefixes import group_rows
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
 from sempre.kernels.states import StateBatch, StateShape
 from sempre.workers.kv_cache import PagedKvCache
@@ -119,6 +120,8 @@ def check_model(
     yield compare_rows(name, f"in chunks, cut at {cuts}, beside another sequence", whole, chunked)
     decoded = probe.decode(_DECODED_ROWS)
     yield compare_rows(name, "as rows of a decode step", whole[-len(decoded) :], decoded)
+    if (sharing_keys := probe.decode_sharing(_DECODED_ROWS)) is not None:
+        yield compare_rows(name, "as rows of a decode step that share keys", decoded, sharing_keys)
     lone = probe.decode(1)
     yield compare_rows(name, "the last row alone", whole[-1:], lone)
     if (pair := probe.logits(whole)) is not None:
@@ -179,6 +182,23 @@ class _Probe:
         first = self.num_tokens - count
         return self._forward([(at, at + 1, self._blocks) for at in range(first, self.num_tokens)]).clone()
 
+    def decode_sharing(self, count: int) -> torch.Tensor | None:
+        """The same on a GPU, with the keys of whole splits read once for all; None where there is no whole split."""
+        count = min(count, self.num_tokens, self._max_tokens)
+        if self.device.type != "cuda":
+            return None
+        from sempre.kernels.attention.gpu import SPLIT
+
+        first = self.num_tokens - count
+        contexts, num_splits = np.arange(first + 1, self.num_tokens + 1), -(-self.num_tokens // SPLIT)
+        ids = np.arange(1, num_splits + 1, dtype=np.int32)
+        whole = ids <= (contexts // SPLIT)[:, None]
+        arrays = group_rows(np.where(whole, ids, 0).astype(np.int32), count, least_saved=1)
+        if arrays is None:
+            return None
+        requests = [(at, at + 1, self._blocks) for at in range(first, self.num_tokens)]
+        return self._forward(requests, prefixes=arrays.on_device(self.device, num_splits)).clone()
+
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits of some rows, or a classifier's scores, one by one and together; None without a head."""
         model = self._model
@@ -194,7 +214,13 @@ class _Probe:
         compute(some, out[1])
         return out[0], out[1]
 
-    def _forward(self, requests: list[tuple[int, int, list[int]]], *, reads_last: bool = False) -> torch.Tensor:
+    def _forward(
+        self,
+        requests: list[tuple[int, int, list[int]]],
+        *,
+        reads_last: bool = False,
+        prefixes: SharedPrefixes | None = None,
+    ) -> torch.Tensor:
         """Final hidden states of the tokens [start, end) of each request, whose cache blocks are given.
 
         `reads_last`: only those of the last request.
@@ -215,6 +241,7 @@ class _Probe:
                 context_lens=torch.from_numpy(ends.astype(np.int32)).to(device),
                 max_query_len=int((ends - starts).max()),
                 max_context_len=int(ends.max()),
+                prefixes=prefixes,
             ),
             outputs=_rows_of_last(query_starts, device) if reads_last else None,
             states=states,

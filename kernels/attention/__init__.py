@@ -9,9 +9,10 @@ in the cache are finite (see `kernels.rope`) and slots that were never written a
 
 CPU: scores are one chain of fused multiply-adds over D; the row's sum adds 4 vectors of 16 lanes as (0 + 1) + (2 + 3)
 and then a fixed tree; values are added one key after the other. GPU: sums run in the tensor core's steps, and splits
-of a fixed number of keys are merged in ascending order, by one program or by many. A sink (Xiao et al. 2023, arXiv
-2309.17453) is what a row begins with on a CPU, and what the merge of its splits begins with on a GPU: a sum of one, at
-a maximum of the sink's score. So it is added once, however the keys are walked.
+of a fixed number of keys are merged in ascending order, by one program or by many, each split's sums computed for one
+request or for all that share its blocks. A sink (Xiao et al. 2023, arXiv 2309.17453) is what a row begins with on a
+CPU, and what the merge of its splits begins with on a GPU: a sum of one, at a maximum of the sink's score. So it is
+added once, however the keys are walked.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sempre.kernels.attention.contract import (
     PagedBatch,
     ScoreParams,
 )
+from sempre.kernels.attention.shared_prefixes import SharedPrefixes
 from sempre.kernels.checks import check_rows
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "KvCache",
     "PagedBatch",
     "ScoreParams",
+    "SharedPrefixes",
     "allocate_kv_cache",
     "paged_attention",
 ]
@@ -92,8 +95,10 @@ def paged_attention(
     heads.check_rows("paged_attention", qkv, num_rows)
     scores.check_sinks("paged_attention", heads)
     if qkv.is_cuda:
-        from sempre.kernels.attention import gpu
+        from sempre.kernels.attention import gpu, gpu_prefix
 
+        if gpu_prefix.can_share(batch, heads, scores, workspace):
+            return gpu_prefix.paged_attention(qkv, cache, batch, heads, scores, out, workspace)
         return gpu.paged_attention(qkv, cache, batch, heads, scores, out, workspace)
     from sempre.kernels.attention import cpu
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sempre.kernels.attention.shared_prefixes import SharedPrefixes
 from sempre.kernels.checks import check_index
 
 Int32 = npt.NDArray[np.int32]
@@ -32,6 +33,8 @@ class PagedBatch:
     """no request has more rows; 1: row r belongs to request r"""
     max_context_len: int
     """no context is longer; this bound and the one above choose grids on a GPU and do not affect the result"""
+    prefixes: SharedPrefixes | None = field(default=None, compare=False)
+    """of a step of single rows on a GPU: keys to read once for several of them, without any effect on the result"""
     fits: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False, compare=False)
     """(rows, blocks of a cache) that this batch has been checked against: the layers of a step ask for the same"""
 

@@ -24,6 +24,7 @@ from sempre.kernels.attention.contract import (
     ScoreParams,
 )
 from sempre.kernels.attention.gpu_tiles import empty_state, find_request, merge, prefetch_tiles, walk_split
+from sempre.kernels.attention.shared_prefixes import MAX_ENTRIES
 from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 # part of the result: must never depend on the shape of a step
@@ -33,6 +34,9 @@ TARGET_PROGRAMS = 528
 FEW_PROGRAMS = 132
 # a step of more query tokens than this fills the device without parallel splits
 MAX_SPLIT_TOKENS = 64
+
+# a workspace for contexts of this many keys has room for all entries that a step may share
+SHARED_LEN = MAX_ENTRIES // MAX_SPLIT_TOKENS * SPLIT
 
 ONE_SPLIT, WALK, PARALLEL = 0, 1, 2
 
@@ -238,7 +242,7 @@ def allocate_attention_workspace(
     )
 
 
-def _prefetched_tiles(programs: int, block_size: int, head_dim: int) -> int:
+def prefetched_tiles(programs: int, block_size: int, head_dim: int) -> int:
     """Tiles of keys that a decode program prefetches before its query is ready: what fits the L2 cache in total."""
     if block_size != 64 or head_dim & (head_dim - 1) or programs > TARGET_PROGRAMS:
         return 0
@@ -302,7 +306,7 @@ def paged_attention(
         plan = _plan(qkv, cache, batch, heads, workspace, single_rows=single_rows)
         _launch_attend(plan, qkv, cache, batch, heads, scores, out)
         if plan.workspace is not None:
-            _launch_merge(plan, plan.workspace, batch, heads, scores, out)
+            launch_merge(plan, plan.workspace, batch, heads, scores, out)
     return out
 
 
@@ -322,7 +326,7 @@ def _launch_attend(
         max_splits = plan.workspace.max_splits
     block_size, cap = cache.k.shape[2], scores.soft_cap
     if plan.single_rows and not scores.window:
-        prefetched = _prefetched_tiles(batch.num_requests * heads.num_kv_heads, block_size, heads.head_dim)
+        prefetched = prefetched_tiles(batch.num_requests * heads.num_kv_heads, block_size, heads.head_dim)
     _attend[(heads.num_kv_heads, plan.tiles, plan.splits)](
         qkv,
         cache.k,
@@ -360,7 +364,7 @@ def _launch_attend(
     )
 
 
-def _launch_merge(
+def launch_merge(
     plan: Plan,
     partials: AttentionWorkspace,
     batch: PagedBatch,

@@ -24,6 +24,7 @@ from sempre.workers.gpu.memory import MemoryPlan, cache_sizes, default_max_num_s
 from sempre.workers.gpu.pooling_runner import GpuPoolingRunner, PoolingMemory, pinned_upload
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import require_fp8, run_self_test
+from sempre.workers.gpu.shared_splits import workspace_len
 from sempre.workers.gpu.staging import Uploader
 from sempre.workers.kv_cache import block_bytes
 from sempre.workers.layers.module import Scratch, allocate
@@ -214,8 +215,9 @@ class GpuBackend:
         role = model.config.role
         if role not in self._workspaces:
             spec = model.spec
+            keys = workspace_len(model.config, model.max_model_len)
             self._workspaces[role] = allocate_attention_workspace(
-                spec.num_heads, spec.largest_head_dim, max(model.max_model_len, 2048), self.device
+                spec.num_heads, spec.largest_head_dim, keys, self.device
             )
         return self._workspaces[role]
 

@@ -21,7 +21,7 @@ import torch
 from msgspec.structs import replace
 
 from sempre.kernels.attention import AttentionWorkspace, PagedBatch
-from sempre.kernels.attention.gpu import allocate_attention_workspace
+from sempre.kernels.attention.gpu import SPLIT, allocate_attention_workspace
 from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.pooling import RowSpans, add_rows
 from sempre.kernels.sampling import gpu as gpu_sampling
@@ -32,6 +32,7 @@ from sempre.workers.gpu.decode_graphs import DecodeShape
 from sempre.workers.gpu.kernel_cache_index import index_key, read_index, write_index
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import run_self_test
+from sempre.workers.gpu.shared_splits import workspace_len
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear_kernel import INVARIANT
 from sempre.workers.layers.module import Build, Scratch, allocate, parameters
@@ -157,8 +158,8 @@ def _launch_all(setup: ModelSetup, device: torch.device, found: Callable[[Varian
     spec, config = setup.spec.one_layer_per_kind(), setup.config
     placement = Placement(device, lambda tensor: tensor, hashing_threads=1)
     model, facts = load_model(replace(config, load_format="dummy", seed=0), spec, setup.kernel, placement)
-    longest = max(setup.max_model_len, 2048)
-    workspace = allocate_attention_workspace(spec.num_heads, spec.largest_head_dim, longest, device)
+    keys = workspace_len(config, setup.max_model_len)
+    workspace = allocate_attention_workspace(spec.num_heads, spec.largest_head_dim, keys, device)
     with collecting(found) as collection:
         _launch_steps(setup, model, facts, workspace, device)
         if spec.pooling is None:
@@ -212,7 +213,10 @@ def _launch_steps(
     plain = gpu_sampling.Stages(edits=False, truncates=False, num_best=-1)
     decode_rows = [rows for rows in DECODE_ROWS if rows <= most_rows]
     for rows, context in combinations(decode_rows, DECODE_CONTEXTS):
-        runner.launch_decode(DecodeShape(rows, min(context, setup.max_model_len), plain))
+        length = min(context, setup.max_model_len)
+        runner.launch_decode(DecodeShape(rows, length, plain))
+        if config.enable_prefix_caching and length > SPLIT:
+            runner.launch_decode(DecodeShape(rows, length, plain, shares_prefixes=True))
 
 
 def _launch_prompts(setup: ModelSetup, model: CausalLM, cache: PagedKvCache, device: torch.device) -> None:

@@ -29,6 +29,8 @@ class DecodeShape(NamedTuple):
     num_rows: int
     max_context_len: int
     stages: Stages
+    shares_prefixes: bool = False
+    """whether keys that several requests share are read once"""
 
 
 def row_buckets(max_num_seqs: int) -> list[int]:

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from sempre.ipc.messages import ExecuteStep
 from sempre.workers.gpu.decode_graphs import DecodeGraphs, DecodeShape, context_bucket, row_buckets, size_bucket
 from sempre.workers.gpu.queued_step import QueuedRunner, QueuedStep
+from sempre.workers.gpu.shared_splits import SharedSplits
 from sempre.workers.gpu.step_buffers import SampledRows, StepBuffers
 from sempre.workers.input_batch import RequestState, StepPlan
 from sempre.workers.kv_cache import PagedKvCache
@@ -85,6 +86,9 @@ class GpuModelRunner(QueuedRunner):
             table_width=self._batch.table_width,
             block_size=cache.block_size,
         )
+        self._shared_splits = SharedSplits(
+            num_slots=self._batch.num_slots, table_width=self._batch.table_width, block_size=cache.block_size
+        )
         self.graphs: DecodeGraphs[DecodeShape] = DecodeGraphs(self.launch_decode, enabled=graphs)
         self._verification_graphs: DecodeGraphs[_VerificationShape] = DecodeGraphs(
             self._launch_verification, enabled=graphs
@@ -102,6 +106,7 @@ class GpuModelRunner(QueuedRunner):
             self._verification_graphs.clear()
         for state in valid.removed:
             self._sampler.release(state.slot)
+            self._shared_splits.remove(state.slot)
         for state in valid.added:
             if state.error is not None:
                 continue
@@ -115,6 +120,10 @@ class GpuModelRunner(QueuedRunner):
     def _start(self, step: ExecuteStep, plan: StepPlan | None, valid: ValidStep) -> StepInFlight:
         flight = _Queued(step, valid.errors, plan)
         if plan is not None:
+            for index in plan.grown:
+                item, slot = plan.scheduled[index], plan.states[index].slot
+                end = item.block_table_start + len(item.block_ids)
+                self._shared_splits.extend(slot, self._batch.block_table(slot), item.block_table_start, end)
             rows = None if step.new_requests else self._decode_rows(plan)
             if rows is not None:
                 self._run_decode(flight, plan, rows)
@@ -141,14 +150,11 @@ class GpuModelRunner(QueuedRunner):
         rows[0] = plan.slots
         rows[1] = plan.computed
         rows[2] = -1
-        for index, item in enumerate(plan.scheduled):
-            if item.block_ids:
-                if (
-                    len(item.block_ids) > 1
-                    or item.block_table_start != item.num_computed_tokens // self.cache.block_size
-                ):
-                    return None
-                rows[2, index] = item.block_ids[0]
+        for index in plan.grown:
+            item = plan.scheduled[index]
+            if len(item.block_ids) > 1 or item.block_table_start != item.num_computed_tokens // self.cache.block_size:
+                return None
+            rows[2, index] = item.block_ids[0]
         if plan.has_states:
             rows[3], rows[4] = plan.state_reads, plan.state_writes
         return rows
@@ -162,14 +168,17 @@ class GpuModelRunner(QueuedRunner):
         stages = self._sampler.prepare(padded[0].tolist())
         self._buffers.stage_decode(padded)
         context_len = context_bucket(int(plan.context.max()), self.limits.max_model_len)
-        self.graphs.run(DecodeShape(num_rows, context_len, stages))
+        prefixes = self._shared_splits.of_step(plan.slots, plan.context, num_rows, context_len)
+        if prefixes is not None and prefixes.is_new:
+            self._buffers.stage_prefixes(prefixes.arrays)
+        self.graphs.run(DecodeShape(num_rows, context_len, stages, prefixes is not None))
         states = [state.sampling for state in plan.states]
         padding = [None] * (num_rows - count)
         flight.pending = self._sampler.start_copy(self._logits_RV[:num_rows], stages, [*states, *padding])
 
     def launch_decode(self, shape: DecodeShape) -> None:
         """Queue the kernels of a decode step whose rows are staged; capturable."""
-        model_input = self._buffers.decode_inputs(shape.num_rows, shape.max_context_len)
+        model_input = self._buffers.decode_inputs(shape)
         hidden_RH = self._model.forward(model_input, self.cache.layers)
         logits_RV = self._model.logits(hidden_RH, self._logits_RV[: shape.num_rows])
         tokens_R = self._sampler.sample(logits_RV, model_input.batch.context_lens, shape.stages)

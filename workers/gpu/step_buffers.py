@@ -12,10 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sempre.kernels.attention import PagedBatch
+from sempre.kernels.attention import PagedBatch, SharedPrefixes
+from sempre.kernels.attention.gpu import SPLIT
+from sempre.kernels.attention.shared_prefixes import PrefixArrays, most_shared_splits
+from sempre.kernels.attention.shared_prefixes import array_sizes as prefix_sizes
 from sempre.kernels.decode_inputs import DecodeInputs, decode_inputs, record_tokens
 from sempre.kernels.sampling.gpu import DraftedRows
 from sempre.kernels.states import StateBatch
+from sempre.workers.gpu.decode_graphs import DecodeShape
 from sempre.workers.gpu.staging import ArraySize, StepStaging, staged_bytes
 from sempre.workers.input_batch import RequestState, StepPlan
 from sempre.workers.step_validation import StepLimits
@@ -52,6 +56,8 @@ class StepBuffers:
         self.num_row_fields = _ROW_FIELDS + (_STATE_FIELDS if limits.num_state_slots else 0)
         """numbers that a row of a decode step sends"""
         self._decode_staging = StepStaging(device, staged_bytes([self._decode_rows(max_rows)]))
+        # sent only when they change
+        self._prefix_staging = StepStaging(device, staged_bytes(_prefix_arrays(max_rows)))
         largest = [*array_sizes(limits.largest_step, block_size), *_new_requests(max_rows)]
         self._staging = StepStaging(device, staged_bytes(largest))
         self._decode = DecodeInputs(
@@ -92,8 +98,18 @@ class StepBuffers:
         """int32 [R], at a fixed address."""
         return self._decode_staging.views([self._decode_rows(num_rows)])[0][0]
 
-    def decode_inputs(self, num_rows: int, max_context_len: int) -> StepInput:
+    def stage_prefixes(self, arrays: PrefixArrays) -> None:
+        """Send what the rows of decode steps share, until they share something else."""
+        self._prefix_staging.stage(arrays)
+
+    def _prefixes(self, num_rows: int, max_context_len: int) -> SharedPrefixes:
+        rows, tiles, num_tiles, counts = self._prefix_staging.views(_prefix_arrays(num_rows))
+        max_splits = most_shared_splits(num_rows, -(-max_context_len // SPLIT))
+        return SharedPrefixes(rows, tiles, num_tiles, counts, max_splits)
+
+    def decode_inputs(self, shape: DecodeShape) -> StepInput:
         """Queue the computation of the inputs from the staged arrays; capturable."""
+        num_rows, max_context_len = shape.num_rows, shape.max_context_len
         inputs = DecodeInputs(*(tensor[:num_rows] for tensor in self._decode))
         (rows,) = self._decode_staging.views([self._decode_rows(num_rows)])
         row_starts = self._row_starts[: num_rows + 1]
@@ -108,6 +124,7 @@ class StepBuffers:
                 context_lens=inputs.context_lens,
                 max_query_len=1,
                 max_context_len=max_context_len,
+                prefixes=self._prefixes(num_rows, max_context_len) if shape.shares_prefixes else None,
             ),
             states=StateBatch(rows[3], rows[4], row_starts) if self.num_row_fields > _ROW_FIELDS else None,
         )
@@ -156,6 +173,10 @@ class StepBuffers:
     def record(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Keep the sampled tokens (int64 [S]) of `slots` (int32 [S]) for the next step; capturable."""
         record_tokens(slots, token_ids, self._last_tokens)
+
+
+def _prefix_arrays(num_rows: int) -> list[ArraySize]:
+    return [(np.int32, size) for size in prefix_sizes(num_rows)]
 
 
 def _new_requests(count: int) -> list[ArraySize]:

@@ -7,6 +7,7 @@ from planted_faults.fault import Fault
 DECODE_INPUTS = "kernels/decode_inputs/gpu.py"
 INPUT_TESTS = "tests/kernels/interpreter/test_decode_inputs.py"
 TESTS = "tests/kernels/interpreter/test_interpreted.py"
+PREFIX_TESTS = "tests/kernels/interpreter/test_shared_prefixes.py"
 DISPATCH = "kernels/moe/gpu_dispatch.py"
 SCORES = "kernels/moe/gpu_scores.py"
 EXPERT_TESTS = "tests/kernels/interpreter/test_moe.py"
@@ -195,6 +196,30 @@ GPU_KERNELS = (
         "empty_state(sinks, head + one, 1, BLOCK_DIM, HAS_SINKS)",
         "empty_state(sinks, head + one, 1, BLOCK_DIM, False)",
         (f"{TESTS}::test_attention",),
+    ),
+    Fault(
+        "first-shared-split-not-merged",
+        "A request leaves out the first of the splits that were computed for several requests.",
+        "kernels/attention/gpu_prefix.py",
+        "        for s in range(shared):",
+        "        for s in range(1, shared):",
+        (f"{PREFIX_TESTS}::test_the_bits_are_those_of_reading_all_keys_for_each",),
+    ),
+    Fault(
+        "later-members-of-a-tile-left-out",
+        "Of a group with more rows than a tile, the last requests read what an earlier step left.",
+        "kernels/attention/gpu_prefix.py",
+        "        if tl.program_id(1) * TOKENS < count:",
+        "        if tl.program_id(1) * TOKENS + TOKENS <= count:",
+        (f"{PREFIX_TESTS}::test_groups_larger_than_a_tile",),
+    ),
+    Fault(
+        "splits-named-by-their-first-block",
+        "Splits that begin with the same block count as one.",
+        "workers/gpu/shared_splits.py",
+        'self._hold(split.to_bytes(4, "little") + blocks.tobytes())',
+        "self._hold(blocks[:1].tobytes())",
+        ("tests/workers/gpu/test_shared_splits.py::test_blocks_that_differ_later_are_not_shared",),
     ),
     Fault(
         "sinks-in-units-of-e",
