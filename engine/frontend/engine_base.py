@@ -114,6 +114,10 @@ class EngineBase:
         """Facts about machine and process that no bit depends on, by name: threads, Python's version, …"""
         return dict(self._frontend.environment)
 
+    def prepare_receipts(self) -> None:
+        """Hash the model's files, which receipts name; the first receipt does it otherwise. Raises ModelError."""
+        self._frontend.recorder.prepare()
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
         """Return one conversation as the prompt that `LLM.chat` uses; takes its keywords and raises its errors."""
         return self._frontend.render_chat(messages, **keywords)

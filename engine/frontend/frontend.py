@@ -29,7 +29,7 @@ from sempre.engine.text.messages import ContentFormat
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.codec import UNSEQUENCED, FrameEncoder
 from sempre.ipc.error_info import restore
-from sempre.ipc.errors import ConfigError, ModelError, RequestCrashed, RequestError, SempreError
+from sempre.ipc.errors import ConfigError, ModelError, RecordError, RequestCrashed, RequestError, SempreError
 from sempre.ipc.log_lines import plain
 from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, MetricsReply, PoolingModel, StartupProgress
 from sempre.ipc.model_files import read_json_object, read_text
@@ -255,11 +255,14 @@ def call_results(reply: CallWorkersReply, method: str) -> list[object]:
 
 
 def raise_failure(state: RequestState) -> None:
-    """Raise RequestError if a sequence of the request failed while it ran; RequestCrashed if its worker died, too."""
+    """Raise RequestError if a sequence of the request failed while it ran; RequestCrashed if its worker died, too;
+    RecordError if its receipt could not be written."""
     if state.error is not None:
         name = state.request_id
         text = f"request {name} failed: {state.error.type}: {state.error.message}"
         original = restore(state.error)
+        if isinstance(original, RecordError):
+            raise original
         if isinstance(original, RequestCrashed):
             raise RequestCrashed(text, request_id=name, num_crashes=original.num_crashes)
         raise RequestError(text, request_id=name)

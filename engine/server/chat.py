@@ -21,6 +21,7 @@ from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
 from sempre.engine.server.message_parser import MessageParser, PlainContent, message_of
 from sempre.engine.server.parameters import apply_server_defaults, blame_on, chat_parameters, check_model
 from sempre.engine.server.prompts import check_form, id_of, render
+from sempre.engine.server.receipts import asks_for_receipts, receipt_of
 from sempre.engine.server.requests import ChatCompletionRequest
 from sempre.engine.server.responses import (
     ChatChoice,
@@ -62,6 +63,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     skips = params.skip_special_tokens and not plan.is_harmony
     params = dataclasses.replace(params, structured_outputs=plan.form, skip_special_tokens=skips)
     search = beam_parameters(request, params)
+    gives_receipts = await asks_for_receipts(service, http, searches=search is not None)
     if request.cache_salt is not None:
         prompt["cache_salt"] = request.cache_salt
     if request.truncate_prompt_tokens is None:
@@ -69,7 +71,8 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     with blame_on(request):
         await check_form(params, service, http)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
-        generation = Generation(service, service.open([prompt], params, request.priority, search), span)
+        stream = service.open([prompt], params, request.priority, search, gives_receipts)
+        generation = Generation(service, stream, span, gives_receipts=gives_receipts)
     http.state.generation = generation
     response_id = f"chatcmpl-{id_of(request, http)}"
     with ExitStack() as stack:
@@ -207,6 +210,8 @@ class _Answer:
         written = ChatChunkChoice(choice.index, delta, self._logprobs(choice), reason, choice.stop_reason, choice.seed)
         if self._request.return_token_ids:
             written.token_ids = choice.token_ids
+        if self._generation.gives_receipts:
+            written.receipt = receipt_of(choice)
         return written
 
     def _whole_choice(self, choice: CompletionOutput) -> ChatChoice:
@@ -219,6 +224,8 @@ class _Answer:
         written = ChatChoice(choice.index, message, self._logprobs(choice), reason, choice.stop_reason, choice.seed)
         if self._request.return_token_ids:
             written.token_ids = choice.token_ids
+        if self._generation.gives_receipts:
+            written.receipt = receipt_of(choice)
         return written
 
     def _logprobs(self, choice: CompletionOutput) -> ChatLogprobs | None:

@@ -17,6 +17,7 @@ from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
 from sempre.engine.server.parameters import apply_server_defaults, blame_on, check_model, completion_parameters
 from sempre.engine.server.prompts import check_form, id_of, prompts_of
+from sempre.engine.server.receipts import asks_for_receipts, receipt_of
 from sempre.engine.server.requests import CompletionRequest
 from sempre.engine.server.responses import (
     ChunkEncoder,
@@ -38,11 +39,13 @@ async def create_completion(service: Service, http: Request) -> Response:
     apply_server_defaults(request, service.config)
     params = completion_parameters(request, service.default_parameters(request), service.config)
     search = beam_parameters(request, params)
+    gives_receipts = await asks_for_receipts(service, http, searches=search is not None)
     prompts = await prompts_of(request, request.prompt, "prompt", service, http)
     with blame_on(request):
         await check_form(params, service, http)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
-        generation = Generation(service, service.open(prompts, params, request.priority, search), span)
+        stream = service.open(prompts, params, request.priority, search, gives_receipts)
+        generation = Generation(service, stream, span, gives_receipts=gives_receipts)
     http.state.generation = generation
     with ExitStack() as stack:
         stack.enter_context(generation)
@@ -151,6 +154,8 @@ class _Answer:
             written.prompt_token_ids = output.prompt_token_ids if first else None
         if request.prompt_logprobs is not None and output.prompt_logprobs is not None:
             written.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
+        if self._generation.gives_receipts:
+            written.receipt = receipt_of(choice)
         return written
 
     def _writer(self, index: int, output: RequestOutput, offset: int) -> CompletionLogprobsWriter:

@@ -10,7 +10,7 @@ import logging
 import msgspec
 from starlette.responses import Response
 
-from sempre.ipc.errors import ConfigError, EngineDeadError, ProtocolError
+from sempre.ipc.errors import ConfigError, EngineDeadError, ProtocolError, RecordError
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,9 @@ def api_error(error: Exception) -> APIError:
             return Busy(f"The engine cannot serve: {str(error).splitlines()[0]}", RESTART_RETRY_S)
         case ProtocolError():
             return APIError(500, f"A frame between the processes of the engine was lost: {error}")
+        case RecordError():
+            logger.error("%s", error)
+            return APIError(500, "The receipt of this output could not be written; the server's log has the details.")
         case _:
             logger.error("unforeseen error", exc_info=error)
             return APIError(500, f"Internal server error ({type(error).__name__}); the server's log has the details.")

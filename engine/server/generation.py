@@ -41,8 +41,11 @@ _DEFAULTS = SamplingParams()
 class Generation:
     """An admitted request. Use as a context manager, which cleans up the request however it ends."""
 
-    def __init__(self, service: Service, stream: OutputStream | BeamStream, span: RequestSpan) -> None:
+    def __init__(
+        self, service: Service, stream: OutputStream | BeamStream, span: RequestSpan, *, gives_receipts: bool = False
+    ) -> None:
         self.stream = stream
+        self.gives_receipts = gives_receipts
         self.requests = stream.requests
         self.num_cached = [0] * len(self.requests)
         self.num_tokens = 0

@@ -102,6 +102,8 @@ class CompletionChoice(Struct):
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    receipt: msgspec.Raw | UnsetType = UNSET
+    """how to make this choice again, if the request asked for it"""
 
 
 class CompletionResponse(Struct):
@@ -181,6 +183,8 @@ class ChatChoice(Struct):
     stop_reason: int | str | None
     seed: int
     token_ids: list[int] | None = None
+    receipt: msgspec.Raw | UnsetType = UNSET
+    """as of a completion"""
 
 
 class ChatChunkChoice(Struct):
@@ -191,6 +195,8 @@ class ChatChunkChoice(Struct):
     stop_reason: int | str | None
     seed: int
     token_ids: list[int] | UnsetType = UNSET
+    receipt: msgspec.Raw | UnsetType = UNSET
+    """in the last chunk of a choice"""
 
 
 class ChatCompletionResponse(Struct):

@@ -96,10 +96,11 @@ class Service:
         params: SamplingParams | list[SamplingParams],
         priority: int,
         search: BeamSearchParams | None = None,
+        record: bool = False,
     ) -> OutputStream | BeamStream:
         """Admit prompts and start them; `close` must follow. Raises APIError, RequestError, EngineDeadError.
 
-        With `search`, `params` are those of its response.
+        With `search`, `params` are those of its response. `record`: make receipts even if the engine does not.
         """
         self.check_ready()
         each = params if isinstance(params, list) else [params] * len(prompts)
@@ -111,7 +112,9 @@ class Service:
         try:
             stream: OutputStream | BeamStream
             if search is None:
-                stream = self.engine.stream(list(prompts), params, priority=priority, max_held_logprobs=most)
+                stream = self.engine.stream(
+                    list(prompts), params, priority=priority, max_held_logprobs=most, record=record or None
+                )
             else:
                 stream = BeamStream(self.engine, list(prompts), search, each[0], priority)
         except BaseException:

@@ -1,0 +1,91 @@
+"""Receipts over HTTP: with a header, whole and streamed, and in the files of a server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server_process import ServerProcess
+
+from sempre.engine import LLM, SamplingParams
+from sempre.engine.proof.receipt_log import Receipt, read_receipts, receipt_files
+from sempre.engine.proof.statement import Statement, decode
+
+HEADER = {"X-Sempre-Receipt": "1"}
+BODY: dict[str, Any] = {"prompt": "It is a truth", "max_tokens": 6, "seed": 5, "n": 2, "ignore_eos": True}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "seed": 3}
+
+
+def statement_of(choice: dict[str, Any]) -> Statement:
+    return decode(base64.b64decode(choice["receipt"]["payload"]))
+
+
+def streamed(server: ServerProcess, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    text = server.http.post(path, json={**body, "stream": True}, headers=HEADER).text
+    events = [line[6:] for line in text.splitlines() if line.startswith("data: ") and line != "data: [DONE]"]
+    return [choice for event in events for choice in json.loads(event)["choices"]]
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", BODY), ("/v1/chat/completions", CHAT)])
+def test_choices_with_receipts(path: str, body: dict[str, Any], server: ServerProcess) -> None:
+    plain = server.http.post(path, json=body).json()["choices"]
+    found = server.http.post(path, json=body, headers=HEADER).json()["choices"]
+    statements = [statement_of(choice) for choice in found]
+    assert [{k: v for k, v in choice.items() if k != "receipt"} for choice in found] == plain
+    seeds = [each.predicate.build_definition.external_parameters.seed for each in statements]
+    assert seeds == [str(choice["seed"]) for choice in plain]
+    ended = [choice for choice in streamed(server, path, body) if "receipt" in choice]
+    assert all(choice["finish_reason"] for choice in ended)
+    subjects = [statement_of(choice).subject for choice in sorted(ended, key=lambda choice: int(choice["index"]))]
+    assert subjects == [each.subject for each in statements]
+
+
+def test_the_subject_is_that_of_a_local_engine(server: ServerProcess) -> None:
+    [choice] = server.http.post("/v1/completions", json={**BODY, "n": 1}, headers=HEADER).json()["choices"]
+    with LLM("tiny", record=True, max_model_len=256, num_threads=1, multiprocessing=False) as llm:
+        params = SamplingParams(max_tokens=6, seed=5, ignore_eos=True, logprobs=3)
+        [output] = llm.generate(BODY["prompt"], params, use_tqdm=False)
+    local = decode(base64.b64decode(json.loads(output.outputs[0].receipt or "")["payload"]))
+    assert statement_of(choice).subject == local.subject
+    assert statement_of(choice).predicate.build_definition.internal_parameters.bits == llm.fingerprint_parts
+    other = server.http.post("/v1/completions", json={**BODY, "n": 1, "seed": 6}, headers=HEADER).json()["choices"]
+    assert statement_of(other[0]).subject != local.subject
+
+
+def test_what_is_refused(server: ServerProcess) -> None:
+    refused = server.http.post("/v1/completions", json=BODY, headers={"X-Sempre-Receipt": "yes"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "The header X-Sempre-Receipt must be 0 or 1, got 'yes'."
+    search = {**BODY, "use_beam_search": True, "temperature": 0}
+    refused = server.http.post("/v1/completions", json=search, headers=HEADER)
+    assert (refused.status_code, "A beam search has no receipts" in refused.text) == (400, True)
+    assert server.http.post("/v1/completions", json=BODY, headers={"X-Sempre-Receipt": "0"}).status_code == 200
+
+
+def test_the_files_of_a_server(tmp_path: Path) -> None:
+    folder = tmp_path / "receipts"
+    flags = ("--max-model-len", "256", "--num-threads", "1", "--record", str(folder))
+    with ServerProcess(tmp_path / "log", *flags) as server:
+        assert server.complete(**BODY).json()["choices"][0].keys() & {"receipt"} == set()
+        [choice, _] = server.http.post("/v1/completions", json=BODY, headers=HEADER).json()["choices"]
+        # an embedding of a search has no receipts, and a refused request neither
+        assert server.complete(**{**BODY, "max_tokens": 0.5}).status_code == 400
+        assert server.complete(**BODY, use_beam_search=True).status_code == 200
+        (tmp_path / "away").mkdir()
+        [file] = receipt_files(folder)
+        file.rename(tmp_path / "away" / file.name)
+        failed = server.complete(**BODY)
+        assert failed.status_code == 500
+        assert failed.json()["error"]["message"].startswith("The receipt of this output could not be written")
+        (tmp_path / "away" / file.name).rename(file)
+        assert server.complete(**BODY).status_code == 200
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+    whole = [list(read_receipts(path)) for path in receipt_files(folder)]
+    assert [[isinstance(each, Receipt) for each in found] for found in whole[:1]] == [[True] * 4]
+    assert all(isinstance(each, Receipt) for found in whole for each in found)
+    assert json.dumps(choice["receipt"], separators=(",", ":"), sort_keys=True) in file.read_text()
