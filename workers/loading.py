@@ -16,7 +16,9 @@ import torch
 
 from sempre.ipc.config import WorkerConfig
 from sempre.ipc.errors import ModelError, TensorMismatch
+from sempre.ipc.gguf_index import GGUF_INDEX_FILE
 from sempre.kernels.fp8 import Fp8Scheme
+from sempre.workers.gguf_source import open_gguf
 from sempre.workers.kv_cache import available_memory_bytes
 from sempre.workers.layers.linear_kernel import LinearKernel
 from sempre.workers.layers.module import Build, Module, parameters
@@ -168,7 +170,8 @@ def _open_source(
         name = config.dtype if config.dtype != "auto" else spec.checkpoint_dtype or "float32"
         yield DummySource(wanted, getattr(torch, name), config.seed, spec.initializer_range, device)
     else:
-        with open_safetensors(Path(config.model_path)) as source:
+        folder = Path(config.model_path)
+        with open_gguf(folder) if (folder / GGUF_INDEX_FILE).exists() else open_safetensors(folder) as source:
             yield source
 
 

@@ -10,9 +10,10 @@ import math
 import mmap
 import struct
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from sempre.ipc.errors import ModelError
+from sempre.ipc.gguf_index import BLOCK_SIZES, BlockSize
 from sempre.ipc.model_files import check_regular
 
 _MAGIC = b"GGUF"
@@ -24,8 +25,14 @@ _MOST_TENSORS = 65_536
 # in all arrays; a vocabulary of a million tokens has about three million
 _MOST_ITEMS = 2**24
 _MOST_DIMENSIONS = 4
-# every type stores at least one bit per element
-_ELEMENTS_PER_BYTE = 8
+# the numbers of the types in `BLOCK_SIZES`
+_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
+    "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23, "BF16": 30, "MXFP4": 39,
+}  # fmt: skip
+_SIZES = {number: BLOCK_SIZES[name] for name, number in _TYPES.items()}
+# of other types, which are refused later, by name: they store at least one bit per element
+_LEAST = BlockSize(8, 1)
 _MOST_NAME_BYTES = 4096
 
 
@@ -36,6 +43,13 @@ def check_gguf(path: Path) -> None:
         raise ModelError(f"{path} cannot be read as GGUF: it has {size} bytes.")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         _Check(path, data, size).run()
+
+
+class _Extent(NamedTuple):
+    """The bytes of a tensor; the offset is from the end of the header."""
+
+    num_bytes: int
+    offset: int
 
 
 class _Check:
@@ -62,14 +76,14 @@ class _Check:
             self._where = f"field {number}"
             self._string(_MOST_NAME_BYTES)
             self._value(self._number("<I"))
-        elements = [self._tensor(number) for number in range(num_tensors)]
-        for number, (num_elements, offset) in enumerate(elements):
+        tensors = [self._tensor(number) for number in range(num_tensors)]
+        for number, tensor in enumerate(tensors):
             self._where = f"tensor {number}"
-            if self._at + offset + num_elements // _ELEMENTS_PER_BYTE > self._size + _ELEMENTS_PER_BYTE:
-                self._fail(f"expected its end within {self._size} bytes", f"{num_elements} elements at {offset}")
+            if self._at + tensor.offset + tensor.num_bytes > self._size:
+                found = f"{tensor.num_bytes} bytes at {tensor.offset} after a header of {self._at}"
+                self._fail(f"expected its end within {self._size} bytes", found)
 
-    def _tensor(self, number: int) -> tuple[int, int]:
-        """Return the tensor's number of elements and its offset."""
+    def _tensor(self, number: int) -> _Extent:
         self._where = f"tensor {number}"
         self._string(_MOST_NAME_BYTES)
         num_dimensions = self._number("<I")
@@ -78,8 +92,10 @@ class _Check:
         sizes = [self._number("<Q") for _ in range(num_dimensions)]
         if min(sizes) == 0:
             self._fail("expected dimensions of at least 1", str(sizes))
-        self._number("<I")
-        return math.prod(sizes), self._number("<Q")
+        block = _SIZES.get(self._number("<I"), _LEAST)
+        if block is not _LEAST and sizes[0] % block.elements:
+            self._fail(f"expected rows of whole blocks of {block.elements}", str(sizes))
+        return _Extent(math.prod(sizes) // block.elements * block.num_bytes, self._number("<Q"))
 
     def _value(self, kind: int) -> None:
         if kind == _STRING:

