@@ -174,10 +174,10 @@ def _pieces(metadata: GgufMetadata, tokens: list[str]) -> Tokenizer:
         byte_fallback=has_bytes,
     )
     tokenizer = Tokenizer(model)
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", bool)
+    prefixed = metadata.get("tokenizer.ggml.add_space_prefix", bool) is not False
     steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", _SPACE)]
     undone: list[decoders.Decoder] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if prefix is None or prefix:
+    if prefixed:
         steps.insert(0, normalizers.Prepend(_SPACE))
         undone.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(steps)
@@ -186,8 +186,9 @@ def _pieces(metadata: GgufMetadata, tokens: list[str]) -> Tokenizer:
         if kind in (_TokenType.CONTROL, _TokenType.UNKNOWN):
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif kind == _TokenType.USER_DEFINED:
-            # such a token may stand for spaces, which are replaced before it is looked for
-            tokenizer.add_tokens([AddedToken(token, special=False, normalized=True)])
+            # one of spaces is looked for after they are replaced; a prefix would become part of it
+            replaced = _SPACE in token and not prefixed
+            tokenizer.add_tokens([AddedToken(token, special=False, normalized=replaced)])
     return tokenizer
 
 
