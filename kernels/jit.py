@@ -52,6 +52,11 @@ def compiled(*, parallel: bool = False) -> Callable[[Kernel], Kernel]:
     return decorate
 
 
+def is_kept(kernel: Kernel) -> bool:
+    """Whether the cache folder holds code of a compiled function, for whichever types; True where nothing is kept."""
+    return cache_folder() is None or kernel._cache.has_code  # type: ignore[attr-defined]
+
+
 class Twice(NamedTuple):
     """One function with loops over `prange`, compiled twice: for few rows, starting threads costs more than it
     saves."""

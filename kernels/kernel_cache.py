@@ -63,6 +63,11 @@ class KernelFiles:
         for path in self._folder.glob(f"{self._name}.*.kernel"):
             path.unlink(missing_ok=True)
 
+    @property
+    def any(self) -> bool:
+        """Whether there is one, of whatever contents."""
+        return any(True for _ in self._folder.glob(f"{self._name}.*.kernel"))
+
     def load(self, key: object) -> Any:
         """What was saved under `key`; None if there is nothing, or it is incomplete."""
         path = self._path(key)
@@ -119,6 +124,10 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
         name = f"{function.__module__.removeprefix('sempre.')}.{name}.{sys.implementation.cache_tag}"
         self._cache_file = KernelFiles(folder, name)
         self.enable()
+
+    @property
+    def has_code(self) -> bool:
+        return self._cache_file.any
 
     def _save_overload(self, signature: Any, data: Any) -> None:
         if self._enabled and self._impl.check_cachable(data):

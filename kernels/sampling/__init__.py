@@ -32,7 +32,6 @@ __all__ = [
     "forbid",
     "logprobs",
     "sample",
-    "warm_up",
 ]
 
 
@@ -124,11 +123,3 @@ def logprobs(
     from sempre.kernels.sampling import cpu
 
     return cpu.logprobs(array, rows, targets, vocabulary if num_best < 0 else min(num_best, vocabulary))
-
-
-def warm_up() -> None:
-    """Compile every sampling kernel, or load it from the cache."""
-    logits = torch.zeros(2, 64, dtype=torch.float32, device="cpu")
-    rows = SamplingRows.of(seeds=[0, 1], temperature=[1.0, 1.0], top_k=[2, 0], top_p=[0.5, 1.0], min_p=[0.1, 0.0])
-    sample(logits, rows, np.zeros(2, np.int64))
-    logprobs(logits, np.arange(2), np.zeros(2, np.int64), 1)

@@ -12,6 +12,7 @@ from sempre.kernels.sampling.truncation import truncate_rows
 
 # rows whose log-probabilities are gathered at a time: bounds the scratch memory when the whole vocabulary is requested
 ROWS_AT_A_TIME = 64
+KERNELS = (truncate_rows, best_of_chunks, row_statistics)
 
 
 def sample(logits: npt.NDArray[np.float32], rows: SamplingRows, positions: npt.NDArray[np.int64]) -> Sampled:

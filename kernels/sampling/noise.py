@@ -98,14 +98,16 @@ def _best_of_chunk(logits: Any, first: Any, temperature: Any, seed: Any, positio
     vocabulary = logits.size
     key_0, key_1 = np.uint32(seed & _LOW_32), np.uint32(seed >> _SHIFT_32)
     words = np.empty(TILE, np.uint32)
-    padded = np.full(TILE, _MINUS_INFINITY, np.float32)
-    best = np.full(TILE, _MINUS_INFINITY, np.float32)
+    padded, best = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     best_tile = np.zeros(TILE, np.int32)
+    for lane in range(TILE):
+        best[lane] = _MINUS_INFINITY
     for tile in range(first // TILE, (min(first + CHUNK, vocabulary) + TILE - 1) // TILE):
         start = tile * TILE
         x = logits[start : start + TILE]
         if x.size < TILE:
-            padded[: x.size] = x
+            for lane in range(TILE):
+                padded[lane] = x[lane] if lane < x.size else _MINUS_INFINITY
             x = padded
         if temperature == _ZERO:
             for lane in range(TILE):

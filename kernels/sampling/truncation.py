@@ -48,13 +48,18 @@ def mass(difference: Any) -> Any:
 @compiled()
 def greatest(x: Any) -> Any:
     """The greatest value of x (float32 [V]); +inf if any is NaN or +inf, -inf if all are."""
-    best = np.full(_LANES, _MINUS_INFINITY, np.float32)
+    best = np.empty(_LANES, np.float32)
+    for lane in range(_LANES):
+        best[lane] = _MINUS_INFINITY
     for start in range(0, x.size, _LANES):
         block = x[start : start + _LANES]
         for lane in range(block.size):
             value = block[lane] if block[lane] < _INFINITY else _INFINITY
             best[lane] = value if value > best[lane] else best[lane]
-    return best.max()
+    greatest_of_all = best[0]
+    for lane in range(1, _LANES):
+        greatest_of_all = max(greatest_of_all, best[lane])
+    return greatest_of_all
 
 
 @compiled()
@@ -141,7 +146,9 @@ def _truncate_row(x: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) 
         weights = np.empty(x.size, np.int64)
         for i in range(x.size):
             weights[i] = mass(x[i] - maximum)
-        total = weights.sum()
+        total = 0
+        for i in range(x.size):
+            total += weights[i]
         need = np.int64(np.ceil(top_p * np.float64(total)))
         _keep_prefix(x, keys, weights, min(max(need, 1), total))
 

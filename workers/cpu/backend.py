@@ -12,6 +12,7 @@ from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.linear.cpu import ROW_BLOCK
 from sempre.kernels.threads import set_num_threads, settle_threads
 from sempre.workers.backend import Compilation, LoadedModel, ModelSetup
+from sempre.workers.cpu.compilation import SamplingCompilation
 from sempre.workers.cpu.drafter import CpuDraftModelRunner
 from sempre.workers.cpu.pooling_runner import CpuPoolingRunner
 from sempre.workers.cpu.runner import CpuModelRunner
@@ -35,7 +36,7 @@ _DEFAULT_MAX_NUM_SEQS = 128
 
 
 class _NothingToCompile:
-    """CPU kernels are compiled when they first run."""
+    """The kernels of a model are compiled when they first run: in the self-test."""
 
     def finish(self) -> dict[str, float]:
         return {}
@@ -56,8 +57,10 @@ class CpuBackend:
         self.max_num_batched_tokens = ROW_BLOCK
         self.max_prompt_tokens: int | None = ROW_BLOCK
         self.max_steps_in_flight = 1
+        self._compilation: SamplingCompilation | None = None
 
     def begin(self, config: WorkerConfig) -> None:
+        self._compilation = SamplingCompilation.start()
         threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // config.world_size)
         set_num_threads(threads)
         settle_threads()
@@ -94,6 +97,8 @@ class CpuBackend:
 
     def make_runner(self, model: LoadedModel, sizes: CacheSizes) -> ModelRunner:
         config = model.config
+        if self._compilation is not None:
+            self._compilation.finish()
         _leave_cores_to_kernels()
         scratch = Scratch(model.max_num_batched_tokens, model.max_model_len, model.weights.activations, CPU)
         allocate(model.model, scratch)
@@ -120,7 +125,8 @@ class CpuBackend:
         }
 
     def end(self) -> None:
-        """Nothing to release."""
+        if self._compilation is not None:
+            self._compilation.close()
 
 
 def _leave_cores_to_kernels() -> None:
