@@ -58,8 +58,9 @@ class StructuredOutputsParams:
     begins_after            leave the output free up to and including the first such text (a reasoning model's
                             "</think>"); the constraint applies after it and any white space
     after_reasoning         an output that begins with "<think>", or whose prompt ends with it, is free up to and
-                            including "</think>"; other outputs are constrained from the first token; for
-                            gpt-oss: the message on the channel `final` is constrained; one on `analysis` may precede it
+                            including "</think>"; other outputs are constrained from the first token; Gemma 4 has
+                            "<|channel>" and "<channel|>" instead; for gpt-oss: the message on the channel `final` is
+                            constrained; one on `analysis` may precede it
 
     Raises ConfigError (a ValueError) that names the field, TypeError for an unknown keyword.
     """

@@ -18,7 +18,7 @@ from sempre.engine.frontend.schema_lark import MAX_TRANSLATED_CHARACTERS, litera
 from sempre.engine.frontend.schema_numbers import check_range
 from sempre.engine.frontend.schemas import SchemaRefused
 from sempre.engine.parsing import harmony
-from sempre.engine.parsing.reasoning import END, START, PromptReasoning
+from sempre.engine.parsing.reasoning import PromptReasoning, tags_of
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.structured_outputs import StructuredOutputsParams
 from sempre.engine.text.tokenizer import Tokenizer
@@ -41,8 +41,6 @@ _MOST_BUILT_CHARACTERS = 8 << 20
 
 _BODY = "body"
 _SPACE = r"/[ \n\r\t]{0,4}/"
-# any bytes without the end tag, including invalid UTF-8
-_THOUGHTS = rf"~/(?s:.*){re.escape(END).replace('/', chr(92) + '/')}(?s:.*)/"
 _END = 256
 
 
@@ -106,10 +104,11 @@ class GrammarBuilder:
         if opened is None:
             return spec
         framed = None if grammar is None else self._after_reasoning(grammar, opened=opened)
+        tags = tags_of(self._tokenizer)
         reasoning = ReasoningSpec(
-            start=START,
-            end=END,
-            end_token_ids=self._tokenizer.encode(END, add_special_tokens=False),
+            start=tags.start,
+            end=tags.end,
+            end_token_ids=self._tokenizer.encode(tags.end, add_special_tokens=False),
             begins_inside=opened,
             grammar=None if opened else framed,
             budget=None if budget is None else min(budget, MOST_REASONING),
@@ -148,14 +147,16 @@ class GrammarBuilder:
 
     def _after_reasoning(self, grammar: str, *, opened: bool) -> str:
         """`grammar` after reasoning; if `opened`, its start tag is in the prompt."""
-        start, end = (self._tokenizer.encode(tag, add_special_tokens=False) for tag in (START, END))
+        tags = tags_of(self._tokenizer)
+        start, end = (self._tokenizer.encode(tag, add_special_tokens=False) for tag in tags)
         # write a one-token tag as that token; it may be special, and no text matches special tokens
-        open_tag = f"<[{start[0]}]>" if len(start) == 1 else json.dumps(START)
+        open_tag = f"<[{start[0]}]>" if len(start) == 1 else json.dumps(tags.start)
         frame = [
             f"start: {'' if opened else open_tag} thoughts {_SPACE} @{_BODY}",
             "thoughts: closed" + (f" | THOUGHTS <[{end[0]}]>" if len(end) == 1 else ""),
-            f"closed[lazy]: THOUGHTS {json.dumps(END)}",
-            f"THOUGHTS: {_THOUGHTS}",
+            f"closed[lazy]: THOUGHTS {json.dumps(tags.end)}",
+            # a complement alone would allow the bytes that stand for special tokens, too
+            f"THOUGHTS: /(?s:.*)/ & ~/(?s:.*){literal(tags.end)}(?s:.*)/",
         ]
         return _framed(frame, grammar)
 

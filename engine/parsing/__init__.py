@@ -2,6 +2,7 @@
 
     pieces.py        what a parser yields, and the message assembled from it
     harmony.py       HarmonyParser: the messages of gpt-oss, with their channels
+    gemma4.py        Gemma4Parser: the thoughts and calls of Gemma 4; gemma4_arguments.py: those of a call, into JSON
     reasoning.py     ReasoningSplitter: <think> … </think>
     call_scanner.py  CallScanner: one JSON object that names a function and its arguments
     tool_calls.py    HermesParser, Llama3JsonParser; JSON schemas that enforce calls, and parsers for them
@@ -12,10 +13,9 @@ Nothing here depends on servers or engines.
 """
 
 from sempre.engine.parsing.output_parser import (
-    HARMONY_CALLS,
-    HARMONY_REASONING,
     REASONING_PARSERS,
     TOOL_PARSERS,
+    WHOLE_FORMATS,
     OutputParser,
 )
 from sempre.engine.parsing.pieces import (
@@ -31,10 +31,9 @@ from sempre.engine.parsing.pieces import (
 from sempre.engine.parsing.tool_calls import named_call_schema, required_calls_schema
 
 __all__ = [
-    "HARMONY_CALLS",
-    "HARMONY_REASONING",
     "REASONING_PARSERS",
     "TOOL_PARSERS",
+    "WHOLE_FORMATS",
     "Arguments",
     "CallStart",
     "Content",

@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from sempre.engine.parsing.pieces import Arguments, CallStart, Content, Piece, Reasoning, split_before_tag
+from sempre.engine.parsing.pieces import (
+    Arguments,
+    CallStart,
+    Content,
+    Piece,
+    Reasoning,
+    split_before_tag,
+    unfinished_part,
+)
 
 if TYPE_CHECKING:
     from sempre.engine.text.tokenizer import Tokenizer
@@ -40,14 +48,7 @@ def is_harmony(tokenizer: Tokenizer) -> bool:
 
 def open_message(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> str:
     """The message that a prompt leaves unfinished, from its <|start|> on; "" without one."""
-    special_texts = tokenizer.special_texts
-    for place in range(len(prompt_token_ids) - 1, -1, -1):
-        text = special_texts.get(prompt_token_ids[place])
-        if text == START:
-            return tokenizer.decode(prompt_token_ids[place:], skip_special_tokens=False)
-        if text in ENDS:
-            break
-    return ""
+    return unfinished_part(tokenizer, prompt_token_ids, START, ENDS)
 
 
 class _Kind(Enum):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from sempre.engine.parsing.gemma4 import Gemma4Parser
+from sempre.engine.parsing.harmony import HarmonyParser
 from sempre.engine.parsing.pieces import Content, Parser, Piece
-from sempre.engine.parsing.reasoning import ReasoningSplitter
+from sempre.engine.parsing.reasoning import PromptReasoning, ReasoningSplitter
 from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser
 
-HARMONY_REASONING, HARMONY_CALLS = "openai_gptoss", "openai"
-"""Names of the parsers of reasoning and of tool calls in harmony, which is one format."""
+WHOLE_FORMATS: dict[str, str] = {"openai": "openai_gptoss", "gemma4": "gemma4"}
+"""Formats of whole outputs, whose tags are special tokens: the name of the parser of tool calls, and of reasoning."""
 
 REASONING_PARSERS: dict[str, bool] = {"qwen3": False, "deepseek_r1": True}
 """Models by name; True: an unconstrained output begins inside its reasoning, however the prompt ends."""
@@ -17,6 +19,16 @@ TOOL_PARSERS: dict[str, type[HermesParser] | type[Llama3JsonParser]] = {
     "llama3_json": Llama3JsonParser,
 }
 """Formats of tool calls by name."""
+
+
+def whole_parser(name: str, reasoning: PromptReasoning, *, calls: bool) -> HarmonyParser | Gemma4Parser:
+    """The parser of an output in the whole format whose parser of reasoning has this name.
+
+    `reasoning` is the prompt's. Without `calls`, calls are content.
+    """
+    if name == WHOLE_FORMATS["openai"]:
+        return HarmonyParser(reasoning.open_message, calls=calls)
+    return Gemma4Parser(reasoning.open_channel, calls=calls)
 
 
 def reasoning_splitter(name: str, opened: bool | None, *, is_bound: bool = False) -> ReasoningSplitter | None:

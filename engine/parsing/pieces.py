@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from sempre.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,18 @@ def assemble(pieces: Iterable[Piece]) -> ParsedMessage:
             case Arguments(index, text):
                 message.tool_calls[index].arguments += text
     return message
+
+
+def unfinished_part(tokenizer: Tokenizer, token_ids: Sequence[int], start: str, tags: Sequence[str]) -> str:
+    """The text from the last special token `start` on; "" where another of the `tags` follows it, or without one."""
+    special_texts = tokenizer.special_texts
+    for place in range(len(token_ids) - 1, -1, -1):
+        text = special_texts.get(token_ids[place])
+        if text == start:
+            return tokenizer.decode(token_ids[place:], skip_special_tokens=False)
+        if text in tags:
+            break
+    return ""
 
 
 def split_before_tag(text: str, tag: str) -> tuple[str, str]:

@@ -1,12 +1,12 @@
-"""Reasoning before the answer, between <think> and </think>."""
+"""Reasoning before the answer, between <think> and </think>, or in the channel of Gemma 4."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from sempre.engine.parsing.harmony import open_message
+from sempre.engine.parsing import gemma4, harmony
 from sempre.engine.parsing.pieces import Content, Piece, Reasoning, split_before_tag
 
 if TYPE_CHECKING:
@@ -15,8 +15,23 @@ if TYPE_CHECKING:
 
 START, END = "<think>", "</think>"
 
+
+class ReasoningTags(NamedTuple):
+    """What begins and what ends reasoning."""
+
+    start: str
+    end: str
+
+
+_THINK, _CHANNEL = ReasoningTags(START, END), ReasoningTags(gemma4.CHANNEL, gemma4.CHANNEL_END)
+
 _TAIL_TOKENS = 16
 """Number of last tokens to search for a final tag in a prompt without turns."""
+
+
+def tags_of(tokenizer: Tokenizer) -> ReasoningTags:
+    """Those that the model writes."""
+    return _CHANNEL if gemma4.is_gemma4(tokenizer) else _THINK
 
 
 def opens_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> bool | None:
@@ -25,8 +40,9 @@ def opens_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> bo
     Chat templates end a prompt with the start tag to make the model think, or with empty reasoning to prevent it;
     the last turn may also be the beginning of an answer to continue.
     """
-    turn = _last_turn(tokenizer, prompt_token_ids)
-    start, end = turn.rfind(START), turn.rfind(END)
+    tags = tags_of(tokenizer)
+    turn = _last_turn(tokenizer, prompt_token_ids, tags)
+    start, end = turn.rfind(tags.start), turn.rfind(tags.end)
     return start >= 0 if start >= end else None
 
 
@@ -45,17 +61,22 @@ class PromptReasoning:
     @cached_property
     def open_message(self) -> str:
         """See `harmony.open_message`."""
-        return open_message(self._tokenizer, self._prompt_token_ids)
+        return harmony.open_message(self._tokenizer, self._prompt_token_ids)
+
+    @cached_property
+    def open_channel(self) -> str:
+        """See `gemma4.open_channel`."""
+        return gemma4.open_channel(self._tokenizer, self._prompt_token_ids)
 
 
-def _last_turn(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+def _last_turn(tokenizer: Tokenizer, token_ids: Sequence[int], tags: ReasoningTags) -> str:
     """The text after the last special token, where a turn begins; without one, the tag that ends the prompt."""
     special_texts = tokenizer.special_texts
     for place in range(len(token_ids) - 1, -1, -1):
-        if special_texts.get(token_ids[place], START) not in (START, END):
+        if special_texts.get(token_ids[place], tags.start) not in tags:
             return tokenizer.decode(token_ids[place + 1 :], skip_special_tokens=False)
     tail = tokenizer.decode(token_ids[-_TAIL_TOKENS:], skip_special_tokens=False).rstrip()
-    return next((tag for tag in (START, END) if tail.endswith(tag)), "")
+    return next((tag for tag in tags if tail.endswith(tag)), "")
 
 
 class ReasoningSplitter:

@@ -16,19 +16,51 @@ _DEFINITIONS = ("$defs", "definitions")
 Schema = dict[str, Any]
 
 
-class _CallParser:
-    """What the formats share: content around calls, and one call at a time.
-
-    White space alone before, between or after calls is dropped. An object that does not name a function is content,
-    unchanged. One that names a function and then breaks off or is malformed is a call with the arguments it has, since
-    they were already passed on.
-    """
+class AroundCalls:
+    """Content around calls. White space alone before, between or after calls is dropped."""
 
     def __init__(self) -> None:
         self._pieces: list[Piece] = []
         self._num_calls = 0
         self._space = ""
         self._content_is_blank = True
+
+    def _take(self) -> list[Piece]:
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def _finish(self) -> list[Piece]:
+        """The remaining pieces; the text has ended."""
+        if self._space and not (self._content_is_blank and self._num_calls):
+            self._pieces.append(Content(self._space))
+        return self._take()
+
+    def _say(self, text: str) -> None:
+        """Add content; white space is held back until other content follows."""
+        text = self._space + text
+        end = len(text.rstrip())
+        self._space = text[end:]
+        if end:
+            self._content_is_blank = False
+            self._pieces.append(Content(text[:end]))
+
+    def _start_call(self, name: str) -> None:
+        if self._space and not self._content_is_blank:
+            self._pieces.append(Content(self._space))
+        self._space, self._content_is_blank = "", True
+        self._num_calls += 1
+        self._pieces.append(CallStart(self._num_calls - 1, name))
+
+
+class _CallParser(AroundCalls):
+    """What the formats in JSON share: one call at a time.
+
+    An object that does not name a function is content, unchanged. One that names a function and then breaks off or is
+    malformed is a call with the arguments it has, since they were already passed on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
         self._scanner: CallScanner | None = None
         self._is_started = False
 
@@ -39,9 +71,7 @@ class _CallParser:
 
     def finish(self) -> list[Piece]:
         self._end()
-        if self._space and not (self._content_is_blank and self._num_calls):
-            self._pieces.append(Content(self._space))
-        return self._take()
+        return self._finish()
 
     def _step(self, text: str) -> str:
         """Read some of `text` and return the rest."""
@@ -50,19 +80,6 @@ class _CallParser:
     def _end(self) -> None:
         """The text has ended."""
         raise NotImplementedError
-
-    def _take(self) -> list[Piece]:
-        pieces, self._pieces = self._pieces, []
-        return pieces
-
-    def _say(self, text: str) -> None:
-        """Add content; white space is held back until other content follows."""
-        text = self._space + text
-        end = len(text.rstrip())
-        self._space = text[end:]
-        if end:
-            self._content_is_blank = False
-            self._pieces.append(Content(text[:end]))
 
     def _begin_call(self) -> None:
         self._scanner, self._is_started = CallScanner(), False
@@ -85,12 +102,8 @@ class _CallParser:
             self._pieces.append(Arguments(self._num_calls - 1, rest))
 
     def _start_call(self, name: str) -> None:
-        if self._space and not self._content_is_blank:
-            self._pieces.append(Content(self._space))
-        self._space, self._content_is_blank = "", True
+        super()._start_call(name)
         self._is_started = True
-        self._num_calls += 1
-        self._pieces.append(CallStart(self._num_calls - 1, name))
 
 
 class HermesParser(_CallParser):

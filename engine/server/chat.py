@@ -60,7 +60,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         add_special_tokens=bool(request.add_special_tokens),
         tools=plan.template_tools,
     )
-    skips = params.skip_special_tokens and not plan.is_harmony
+    skips = params.skip_special_tokens and not plan.reads_special_tokens
     params = dataclasses.replace(params, structured_outputs=plan.form, skip_special_tokens=skips)
     search = beam_parameters(request, params)
     gives_receipts = await asks_for_receipts(service, http, searches=search is not None)

@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal, get_type_hints
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from sempre.engine.parsing import HARMONY_CALLS, HARMONY_REASONING
+from sempre.engine.parsing import WHOLE_FORMATS
 from sempre.engine.setting_values import checked
 from sempre.ipc.config import Count, doc
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.model_files import read_json_object
 
 LogFormat = Literal["text", "json"]
-ToolParser = Literal["hermes", "llama3_json", "openai"]
-ReasoningParser = Literal["", "qwen3", "deepseek_r1", "openai_gptoss"]
+ToolParser = Literal["hermes", "llama3_json", "openai", "gemma4"]
+ReasoningParser = Literal["", "qwen3", "deepseek_r1", "openai_gptoss", "gemma4"]
 EngineDeath = Literal["exit", "restart"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
 MetricsPrefix = Literal["sempre", "vllm"]
@@ -85,6 +85,16 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 SECRETS = ("api_key",)
+# the parsers of tool calls of architectures that have a whole format
+FORMATS = {"GptOssForCausalLM": "openai"} | dict.fromkeys(
+    (
+        "Gemma4ForCausalLM",
+        "Gemma4ForConditionalGeneration",
+        "Gemma4UnifiedForCausalLM",
+        "Gemma4UnifiedForConditionalGeneration",
+    ),
+    "gemma4",
+)
 
 
 def server_config(settings: Mapping[str, Any]) -> ServerConfig:
@@ -101,7 +111,7 @@ def server_config(settings: Mapping[str, Any]) -> ServerConfig:
         raise ConfigError("ssl_keyfile and ssl_certfile need each other; give both.", parameter="ssl_keyfile")
     if config.ssl_ca_certs is not None and config.ssl_certfile is None:
         raise ConfigError("ssl_ca_certs needs ssl_certfile and ssl_keyfile.", parameter="ssl_ca_certs")
-    config = _with_both_of_harmony(config)
+    config = _with_both_of_format(config)
     if config.enable_auto_tool_choice and config.tool_call_parser is None:
         raise ConfigError("enable_auto_tool_choice needs tool_call_parser.", parameter="enable_auto_tool_choice")
     if config.middleware:
@@ -112,28 +122,37 @@ def server_config(settings: Mapping[str, Any]) -> ServerConfig:
 
 
 def with_model_defaults(config: ServerConfig, folder: Path) -> ServerConfig:
-    """The configuration for the model in `folder`: gpt-oss has its own format, and no other. Raises ConfigError."""
+    """The configuration for the model in `folder`: gpt-oss has its own format, and no other; Gemma 4 has its own unless
+    the configuration names one. Raises ConfigError."""
     path = folder / "config.json"
-    if not path.exists() or read_json_object(path).get("architectures") != ["GptOssForCausalLM"]:
+    [architecture] = names if (names := _architectures(path)) else [""]
+    tools = FORMATS.get(architecture)
+    if tools is None or (tools != "openai" and (config.tool_call_parser or config.reasoning_parser)):
         return config
-    parsers = {"reasoning_parser": config.reasoning_parser or HARMONY_REASONING}
+    parsers = {"reasoning_parser": config.reasoning_parser or WHOLE_FORMATS[tools]}
     if config.tool_call_parser is None:
-        parsers["tool_call_parser"] = HARMONY_CALLS
-    return _with_both_of_harmony(replace(config, enable_auto_tool_choice=True, **parsers))
+        parsers["tool_call_parser"] = tools
+    return _with_both_of_format(replace(config, enable_auto_tool_choice=True, **parsers))
 
 
-def _with_both_of_harmony(config: ServerConfig) -> ServerConfig:
-    """Tool calls in harmony are among its other messages."""
+def _architectures(path: Path) -> list[str]:
+    names = read_json_object(path).get("architectures") if path.exists() else None
+    return names if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else []
+
+
+def _with_both_of_format(config: ServerConfig) -> ServerConfig:
+    """In some formats, tool calls are among the other parts of an output."""
     tools, reasoning = config.tool_call_parser, config.reasoning_parser
-    if tools == HARMONY_CALLS and not reasoning:
-        return replace(config, reasoning_parser=HARMONY_REASONING)
-    if tools is not None and (tools == HARMONY_CALLS) != (reasoning == HARMONY_REASONING):
-        raise ConfigError(
-            f"tool_call_parser: expected {HARMONY_CALLS!r} beside reasoning_parser {HARMONY_REASONING!r} (one format),"
-            f" and no other way, found {tools!r} beside {reasoning!r}.",
-            parameter="tool_call_parser",
-            value=tools,
-        )
+    if tools in WHOLE_FORMATS and not reasoning:
+        return replace(config, reasoning_parser=WHOLE_FORMATS[tools])
+    for of_calls, of_reasoning in WHOLE_FORMATS.items():
+        if tools is not None and (tools == of_calls) != (reasoning == of_reasoning):
+            raise ConfigError(
+                f"tool_call_parser: expected {of_calls!r} beside reasoning_parser {of_reasoning!r} (one format), and no"
+                f" other way, found {tools!r} beside {reasoning!r}.",
+                parameter="tool_call_parser",
+                value=tools,
+            )
     return config
 
 

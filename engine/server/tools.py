@@ -10,15 +10,15 @@ import msgspec
 
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.parsing import (
-    HARMONY_CALLS,
-    HARMONY_REASONING,
     TOOL_PARSERS,
+    WHOLE_FORMATS,
     OutputParser,
     named_call_schema,
     required_calls_schema,
 )
+from sempre.engine.parsing.gemma4 import Gemma4Parser
 from sempre.engine.parsing.harmony import HarmonyParser
-from sempre.engine.parsing.output_parser import reasoning_splitter
+from sempre.engine.parsing.output_parser import reasoning_splitter, whole_parser
 from sempre.engine.parsing.pieces import Parser
 from sempre.engine.parsing.reasoning import ReasoningCounter, ReasoningSplitter
 from sempre.engine.parsing.tool_calls import NamedCallParser, RequiredCallsParser
@@ -40,7 +40,7 @@ class ChatPlan:
     """as passed to the chat template"""
     structured: StructuredOutputsParams | None
     call_parser: str | None
-    """the format of the tool calls to parse: a name of TOOL_PARSERS, HARMONY_CALLS, "required", or "named" """
+    """the format of the tool calls to parse: a name of TOOL_PARSERS or WHOLE_FORMATS, "required", or "named" """
     named: str
     """the function that tool_choice names, if any"""
     one_call: bool
@@ -75,9 +75,9 @@ class ChatPlan:
         )
 
     @property
-    def is_harmony(self) -> bool:
-        """Whether the parser reads special tokens, which must then be in the text."""
-        return self.reasoning_parser == HARMONY_REASONING
+    def reads_special_tokens(self) -> bool:
+        """Whether they must be in the text that is parsed."""
+        return self.reasoning_parser in WHOLE_FORMATS.values()
 
     @property
     def form(self) -> StructuredOutputsParams | None:
@@ -109,24 +109,24 @@ class ChatPlan:
             counter=counter,
         )
 
-    def _reasoning_parser(self, request: PreparedRequest) -> ReasoningSplitter | HarmonyParser | None:
+    def _reasoning_parser(self, request: PreparedRequest) -> ReasoningSplitter | HarmonyParser | Gemma4Parser | None:
         if self.reasoning_parser is None:
             return None
-        if self.is_harmony:
-            return HarmonyParser(request.reasoning.open_message, calls=self.call_parser == HARMONY_CALLS)
+        if self.reads_special_tokens:
+            return whole_parser(self.reasoning_parser, request.reasoning, calls=self.call_parser in WHOLE_FORMATS)
         bound = (form := self.form) is not None and form.after_reasoning
         return reasoning_splitter(self.reasoning_parser, request.reasoning.opened, is_bound=bound)
 
     def _tool_parser(self) -> Parser | None:
         match self.call_parser:
-            case None | "openai":
+            case None:
                 return None
             case "named":
                 return NamedCallParser(self.named)
             case "required":
                 return RequiredCallsParser()
             case name:
-                return TOOL_PARSERS[name]()
+                return None if name in WHOLE_FORMATS else TOOL_PARSERS[name]()
 
 
 def _call_parser(request: ChatCompletionRequest, config: ServerConfig) -> tuple[str | None, str]:

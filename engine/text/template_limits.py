@@ -23,9 +23,15 @@ from jinja2.exceptions import SecurityError
 MAX_CPU_S = 10.0
 """Seconds of CPU time for one conversation; a prompt of a million tokens takes about one second."""
 MAX_SIZE = 1 << 24
-"""Maximum characters or entries of one value, and the largest number passed to a function."""
+"""Maximum characters or entries of one value, and the largest number passed to a function that may be a size."""
 
 _TICKS_PER_LOOK = 32
+# no number makes a result of these large
+_PLAIN_FILTERS = (
+    "abs", "attr", "count", "d", "default", "e", "escape", "first", "float", "forceescape", "int", "items", "last",
+    "length", "list", "lower", "max", "min", "safe", "string", "sum", "title", "tojson", "trim", "upper",
+)  # fmt: skip
+_PLAIN_CALLS = ("Namespace", "append", "count", "dict", "get", "index", "pop", "raise_exception", "setdefault")
 _WIDTH = re.compile(r"\d{7,}")
 
 
@@ -44,7 +50,9 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._budget = _Budget()
-        self.filters = {name: _guarded(found) for name, found in self.filters.items()}
+        self.filters = {
+            name: found if name in _PLAIN_FILTERS else _guarded(found) for name, found in self.filters.items()
+        }
 
     @contextmanager
     def bounded(self) -> Iterator[None]:
@@ -73,8 +81,10 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     # the names of these parameters cannot clash with a template's keyword arguments
     def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function or a method, unless its arguments are too large."""
-        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
-        _check_call(getattr(__obj, "__name__", ""), (owner, *args) if isinstance(owner, str) else args, kwargs)
+        name = getattr(__obj, "__name__", "")
+        if not isinstance(__obj, jinja2.runtime.Macro) and name not in _PLAIN_CALLS:
+            owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
+            _check_call(name, (owner, *args) if isinstance(owner, str) else args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:

@@ -41,6 +41,12 @@ def rendered(template: str, **variables: Any) -> str:
         "{{ ('b' * 999999).join(['a'] * 999999) }}",
         "{{ (['a'] * 999999) | join('b' * 999999) }}",
         "{{ range(1000000000000) | list }}",
+        "{{ 1.5 | round(1000000000000, 'ceil') }}",
+        "{{ [1] | slice(1000000000000) | list }}",
+        "{{ width.to_bytes(width) }}",
+        "{{ lipsum(n=1000000000000) }}",
+        "{% macro wide(f, n) %}{{ f(n) }}{% endmacro %}{{ wide('a'.center, width) }}",
+        "{{ ['a'] | map('center', 1000000000000) | list }}",
         DOUBLING.replace("OPERATION", "n.x ~ n.x"),
         DOUBLING.replace("OPERATION", "n.x + n.x"),
         DOUBLING.replace("OPERATION", "n.x + n.x").replace("x='a'", "x=[1]"),
@@ -71,6 +77,32 @@ def test_what_would_take_all_time_is_refused(template: str, monkeypatch: pytest.
         rendered(template)
     # far below what they would take, which is minutes and more
     assert time.thread_time() - began < 20
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "{{ n }}",
+        "{{ n | string }}",
+        "{{ n | tojson }}",
+        "{{ n | abs }}",
+        "{{ n | int }}",
+        "{{ n | default(1) }}",
+        "{{ none | default(n, true) }}",
+        "{{ {}.get('a', n) }}",
+        "{{ [1, n] | max }}",
+        "{{ [n] | sum }}",
+        "{{ [n] | first }}",
+        "{{ dict(a=n)['a'] }}",
+        "{% set s = namespace(a=n) %}{{ s.a }}",
+        "{% macro m(a, b=1) %}{{ a if b == 1 else b }}{% endmacro %}{{ m(n) }}",
+        "{% macro m(a, b=1) %}{{ b }}{% endmacro %}{{ m(1, b=n) }}",
+        "{% macro m() %}{{ caller(n) }}{% endmacro %}{% call(a) m() %}{{ a }}{% endcall %}",
+    ],
+)
+def test_a_number_that_is_no_size_may_be_large(shown: str) -> None:
+    for number in (2**24 + 1, 10**15):
+        assert rendered(shown, n=number) == str(number)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ FAMILIES = {
     "deepseek-r1": Reads(arguments="text", missing=None),
     "functionary": Reads(arguments="text"),
     "gemma": Reads(arguments="none", parts="uas", first_system=False),
-    "gemma-4": Reads(arguments="none", parts="suat", developer=True, missing=""),
+    "gemma-4": Reads(parts="uat", developer=True, reasoning="reasoning"),
     "glm-4.6": Reads(parts="sua", reasoning="reasoning_content"),
     "gpt-oss": Reads(reasoning="thinking", developer=True),
     "granite-4": Reads(parts="suat"),

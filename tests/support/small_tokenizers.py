@@ -38,6 +38,15 @@ def byte_fallback_backend() -> Backend:
     return backend
 
 
+def gemma4_backend() -> Backend:
+    """Byte-level, with the special tokens of Gemma 4; the first ends a sequence."""
+    backend = byte_level_backend()
+    pairs = ("turn", "channel", "tool_call", "tool_response", "tool")
+    texts = ["<turn|>", *(f"<|{name}>" for name in pairs), *(f"<{name}|>" for name in pairs[1:]), '<|"|>', "<|think|>"]
+    backend.add_special_tokens([AddedToken(text, special=True) for text in texts])
+    return backend
+
+
 def harmony_backend() -> Backend:
     """Byte-level, with the special tokens of gpt-oss; the first ends a sequence."""
     backend = byte_level_backend()
