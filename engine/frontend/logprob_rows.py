@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import repeat
 from typing import overload
 
 from sempre.engine.outputs import Logprob
@@ -136,11 +137,12 @@ def _unpacked(rows: LogprobRows | PackedRows, row: int, num_listed: int, tokeniz
     own_rank = struct.unpack_from("<i", rows.ranks, 4 * row)
     listed_ranks = struct.unpack_from(f"<{num_listed}i", rows.listed_ranks, 4 * row * num_listed)
     ranks = (*own_rank, *range(1, width - num_listed), *listed_ranks)
-    entries: Row = {}
-    for token_id, logprob, rank in zip(token_ids, logprobs, ranks, strict=True):
-        if token_id not in entries:
-            text = None if tokenizer is None else tokenizer.token_text(token_id)
-            entries[token_id] = Logprob(logprob, rank, text)
+    texts = repeat(None, width) if tokenizer is None else map(tokenizer.token_text, token_ids)
+    each = list(map(Logprob, logprobs, ranks, texts))
+    entries = dict(zip(token_ids, each, strict=True))
+    if len(entries) < width:
+        # of equal ids, the first counts
+        entries.update(zip(reversed(token_ids), reversed(each), strict=True))
     return entries
 
 

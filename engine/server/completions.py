@@ -14,7 +14,7 @@ from sempre.engine.server.beams import beam_parameters
 from sempre.engine.server.body import read_model
 from sempre.engine.server.generation import EventStream, Generation
 from sempre.engine.server.load import load_header
-from sempre.engine.server.logprobs import CompletionLogprobsWriter, joined, prompt_logprobs
+from sempre.engine.server.logprobs import CompletionLogprobsWriter, IdNames, joined, prompt_logprobs
 from sempre.engine.server.parameters import apply_server_defaults, blame_on, check_model, completion_parameters
 from sempre.engine.server.prompts import check_form, id_of, prompts_of
 from sempre.engine.server.receipts import asks_for_receipts, receipt_of
@@ -72,6 +72,7 @@ class _Answer:
         self._fingerprint = service.engine.fingerprint
         skips_special = generation.requests[0].params.skip_special_tokens
         self._skipped: Collection[int] = self._tokenizer.special_texts if skips_special else ()
+        self._names = IdNames() if request.return_tokens_as_token_ids else service.token_names
         self._writers: dict[int, CompletionLogprobsWriter] = {}
         self._begun: set[int] = set()
         self._prompt_rows: dict[int, Sequence[dict[int, Logprob] | None]] = {}
@@ -162,8 +163,7 @@ class _Answer:
         writer = self._writers.get(index)
         if writer is None:
             stream = TokenStream(self._tokenizer, self._skipped, output.prompt_token_ids)
-            as_ids = self._request.return_tokens_as_token_ids
-            writer = CompletionLogprobsWriter(self._tokenizer, stream, as_token_ids=as_ids, offset=offset)
+            writer = CompletionLogprobsWriter(self._names, stream, offset)
             self._writers[index] = writer
         return writer
 
@@ -181,9 +181,7 @@ class _Answer:
         begins = prompt is None or prompt.startswith(self._tokenizer.token_text(token_ids[0]))
         skipped = () if begins else token_ids[:1]
         stream = TokenStream(self._tokenizer, skipped)
-        writer = CompletionLogprobsWriter(
-            self._tokenizer, stream, as_token_ids=self._request.return_tokens_as_token_ids
-        )
+        writer = CompletionLogprobsWriter(self._names, stream)
         # a stream reports them once, and another choice may begin later
         rows = self._prompt_rows.setdefault(place, output.prompt_logprobs or [])
         return writer.write(token_ids, rows)

@@ -30,18 +30,42 @@ _PRINTABLE = frozenset(range(0x20, 0x7F)) - {0x5C}
 Row = Mapping[int, Logprob]
 
 
+class TokenNames(dict[int, str]):
+    """By id, computed when first read: a token's text or, for part of a character, its bytes: `bytes:\\xe3\\x81`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str:
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            name = "bytes:" + "".join([chr(byte) if byte in _PRINTABLE else f"\\x{byte:02x}" for byte in data])
+        else:
+            name = self._tokenizer.token_text(token_id)
+        self[token_id] = name
+        return name
+
+
+class IdNames(dict[int, str]):
+    """`token_id:N` for each id."""
+
+    def __missing__(self, token_id: int) -> str:
+        return f"token_id:{token_id}"
+
+
 class CompletionLogprobsWriter:
     """Writes the tokens of one text, part by part; `text_offset` continues where the last part ended.
 
-    A token's name is its text or, for part of a character, its bytes: `bytes:\\xe3\\x81`. If names clash, the sampled
-    token or else the most probable one keeps the name; the others are named `token_id:N`.
+    If names clash, the sampled token or else the most probable one keeps the name; the others are named `token_id:N`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stream: TokenStream, *, as_token_ids: bool, offset: int = 0) -> None:
+    def __init__(self, names: TokenNames | IdNames, stream: TokenStream, offset: int = 0) -> None:
         """`stream` decodes the shown tokens; `offset` characters precede them."""
-        self._tokenizer = tokenizer
+        self._names = names
         self._stream = stream
-        self._as_token_ids = as_token_ids
         self._offset = offset
 
     def write(self, token_ids: Sequence[int], rows: Iterable[Row | None]) -> CompletionLogprobs:
@@ -49,28 +73,25 @@ class CompletionLogprobsWriter:
         written = CompletionLogprobs([], [], [], [])
         for token_id, row in zip(token_ids, rows, strict=True):
             written.text_offset.append(self._offset + len(self._stream.tentative))
-            written.tokens.append(self._name(token_id))
+            written.tokens.append(self._names[token_id])
             written.token_logprobs.append(None if row is None else _finite(row[token_id].logprob))
             written.top_logprobs.append(None if row is None else self._top(token_id, row))
             self._offset += len(self._stream.push(token_id))
         return written
 
     def _top(self, token_id: int, row: Row) -> TopLogprobs:
-        top = {self._name(token_id): _finite(row[token_id].logprob)}
+        names = self._names
+        top = {names[token_id]: _finite(row[token_id].logprob)}
+        logprobs = [entry.logprob for entry in row.values()]
+        top.update(zip(map(names.__getitem__, row), logprobs, strict=True))
+        if len(top) == len(row) and min(logprobs) >= FLOOR:
+            return top
+        top = {names[token_id]: _finite(row[token_id].logprob)}
         for other, entry in row.items():
             if other != token_id:
-                name = self._name(other)
+                name = names[other]
                 top[f"token_id:{other}" if name in top else name] = _finite(entry.logprob)
         return top
-
-    def _name(self, token_id: int) -> str:
-        if self._as_token_ids:
-            return f"token_id:{token_id}"
-        data = self._tokenizer.token_bytes(token_id)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join([chr(byte) if byte in _PRINTABLE else f"\\x{byte:02x}" for byte in data])
 
 
 def joined(first: CompletionLogprobs, second: CompletionLogprobs) -> CompletionLogprobs:
@@ -96,7 +117,7 @@ def chat_logprobs(
     content = []
     for token_id, row in zip(token_ids, rows, strict=True):
         most = math.inf if num_top == -1 else num_top
-        best = sorted((entry.rank or 0, other) for other, entry in row.items() if (entry.rank or 0) <= most)
+        best = sorted([(rank, other) for other, entry in row.items() if (rank := entry.rank or 0) <= most])
         top = [ChatTopLogprob(*_chat_token(other, row[other], tokenizer, as_token_ids)) for _, other in best]
         content.append(ChatTokenLogprob(*_chat_token(token_id, row[token_id], tokenizer, as_token_ids), top))
     return ChatLogprobs(content)
@@ -119,4 +140,4 @@ def _chat_token(
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, FLOOR)
+    return logprob if logprob >= FLOOR else FLOOR  # `max` would take several times as long

@@ -18,6 +18,7 @@ from sempre.engine.server.beams import BeamStream
 from sempre.engine.server.config import ServerConfig, with_model_defaults
 from sempre.engine.server.errors import BadRequest, Busy
 from sempre.engine.server.limits import MAX_VALUES, check_copies
+from sempre.engine.server.logprobs import TokenNames
 from sempre.engine.server.metrics import ServerMetrics
 from sempre.engine.server.offload import Offload
 from sempre.engine.server.requests import GenerationRequest
@@ -42,6 +43,7 @@ class Service:
         self.admission = Admission(max_queued=config.max_num_queued_reqs)
         self.metrics = ServerMetrics(self.model_names[0])
         self.offload = Offload()
+        self.token_names = TokenNames(engine.get_tokenizer())
         self._streams: dict[int, OutputStream | BeamStream] = {}
         self._pooled: dict[int, int] = {}
         """as how many sequences a stream of pooled prompts counts"""

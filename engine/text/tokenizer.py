@@ -99,6 +99,7 @@ class Tokenizer:
         """Whether tokens <0x00> to <0xFF> are bytes whose runs are decoded as a whole."""
         self._anchor: tuple[list[int], str] | None = None
         self._token_bytes: dict[int, bytes] = {}
+        self._token_texts: dict[int, str] = {}
         self._bytes_by_id: dict[int, int | None] = {}
 
     @classmethod
@@ -331,7 +332,10 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Return one token as text, with its leading space; part of a character shows as U+FFFD."""
-        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+        cached = self._token_texts.get(token_id)
+        if cached is None:
+            cached = self._token_texts[token_id] = self.token_bytes(token_id).decode("utf-8", errors="replace")
+        return cached
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the UTF-8 bytes that the token adds inside a text; b"" beyond the vocabulary.

@@ -295,3 +295,33 @@ def test_an_asynchronous_peer_returns_what_has_arrived_without_waiting(
             assert await peer.receive(WAIT_S) == Heartbeat(steps_done=3)
 
     asyncio.run(converse())
+
+
+def test_an_asynchronous_peer_that_sends_misses_nothing(hub: HubChannel[ClientCommand], address: str) -> None:
+    """What it sends may use up the signal that something has arrived."""
+
+    async def converse() -> None:
+        with AsyncPeerChannel[ClientEvent](address, receives=ClientEvent, limit_bytes=LIMIT) as peer:
+            peer.send(HELLO)
+            arrival = hub.receive(WAIT_S)
+            assert arrival is not None
+            hub.accept(arrival[0])
+            for number in range(50):
+                waiting = asyncio.create_task(peer.receive(WAIT_S))
+                await asyncio.sleep(0)
+                hub.send(arrival[0], Heartbeat(steps_done=number))
+                time.sleep(0.002)  # it arrives while the event loop does something else
+                peer.send(Heartbeat())
+                assert await waiting == Heartbeat(steps_done=number)
+
+    asyncio.run(converse())
+
+
+def test_an_asynchronous_peer_may_be_closed_after_its_event_loop(address: str, hub: HubChannel[ClientCommand]) -> None:
+    async def connect() -> AsyncPeerChannel[ClientEvent]:
+        return AsyncPeerChannel[ClientEvent](address, receives=ClientEvent, limit_bytes=LIMIT)
+
+    peer = asyncio.run(connect())
+    peer.close()
+    peer.close()
+    assert peer.socket.closed

@@ -33,6 +33,8 @@ CHOSEN = (
     "10⁵ allowed ids for 128 answers",
     "a wide string of 8 MB",
     "log-probabilities of a chat",
+    "8 long prompts",
+    "a long prompt, scored",
     "a schema of 4,000 properties",
     "a schema that recurs",
     "a schema of nested choices",

@@ -20,8 +20,8 @@ from canary import Canary
 from hostile_clients import ATTACKS, GET, POST, answer, connected
 from server_process import ServerProcess
 
-FLAGS = ("--max-model-len", "512", "--max-num-seqs", "64", "--num-threads", "1")
-LIMITS = ("--header-timeout", "1", "--body-timeout", "1", "--max-connections-per-address", "64")
+FLAGS = ("--max-model-len", "512", "--max-num-seqs", "8", "--num-threads", "1")
+LIMITS = ("--header-timeout", "1", "--body-timeout", "1", "--max-connections-per-address", "160")
 CALLS = 40
 BODY = b'{"prompt": "It is", "max_tokens": 1}'
 

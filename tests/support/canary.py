@@ -1,9 +1,10 @@
 """What a well-behaved client feels, and what memory a server takes, while another client misbehaves.
 
 The canary is a separate process, so that a hostile client written in Python cannot slow it down. Its calls are
-`/health` on a new connection each and one token of a completion on a kept one, in turn. Three clocks run for each call:
-the wall's, which also shows the load of the machine; the wall's without what the server's event loop, the coordinator
-and the workers waited for a processor; and the processor time of the event loop.
+`/health` on a new connection each and, beside them, one token of a completion on a kept one. Three clocks run for each
+call: the wall's, which also shows the load of the machine; the wall's without what the server's event loop, the
+coordinator and the workers waited for a processor; and the processor time of the event loop. The last one counts for
+`/health` alone: a completion may also wait for a place in a step, while the event loop serves those who have one.
 
     python tests/support/canary.py [NAME …]     every attack of hostile_clients.py, or those named, as a table
     python tests/support/canary.py --bodies [NAME …]        the same of hostile_bodies.py
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -51,7 +53,7 @@ class Reading:
     stuck_s: float
     """of the slowest call without what it waited for a processor"""
     busiest_s: float
-    """processor time of the server's event loop within one call"""
+    """processor time of the server's event loop within one call of `/health`"""
     memory_bytes: int
     failures: tuple[str, ...]
 
@@ -172,17 +174,25 @@ class _Probe:
         self._authorization = f"Authorization: Bearer {key}\r\n".encode() if key else b""
         self._kept: socket.socket | None = None
 
-    def call(self, number: int) -> Call:
-        """Make one call."""
+    def health(self) -> Call:
+        """Make a call of `/health`."""
+        return self._timed(self._health)
+
+    def completion(self) -> Call:
+        """Make a call for one token."""
+        return self._timed(self._complete)._replace(busiest_s=0.0)
+
+    def _timed(self, call: Callable[[], bytes]) -> Call:
         (worked, waited), began = self._clock_s(), time.monotonic()
         problem = ""
         try:
-            status = self._complete() if number % 2 else self._health()
+            status = call()
             if status != b"200":
                 problem = f"a call was answered with {status!r}"
         except OSError as error:
             problem = f"a call failed after {time.monotonic() - began:.1f} s: {error!r}"
-            self._kept = None
+            if call == self._complete:
+                self._kept = None
         wall = time.monotonic() - began
         now_worked, now_waited = self._clock_s()
         return Call(wall, max(0.0, wall - (now_waited - waited)), now_worked - worked, problem)
@@ -241,10 +251,20 @@ def _probe(port: int, key: str, calls: int, clocks: list[str]) -> None:
         over.set()
 
     threading.Thread(target=wait_for_the_end, daemon=True).start()
-    made = [probe.call(0)]
+    made = [probe.health()]
     print("calling", flush=True)
-    while len(made) < calls or not over.is_set():
-        made.append(probe.call(len(made)))
+
+    def repeat(call: Callable[[], Call]) -> None:
+        for number in count(1):
+            made.append(call())
+            if 2 * number >= calls and over.is_set():
+                return
+
+    threads = [threading.Thread(target=repeat, args=(call,)) for call in (probe.health, probe.completion)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     most = {name: max(getattr(call, name) for call in made) for name in Call._fields if name != "problem"}
     problems = [call.problem for call in made if call.problem]
     print(json.dumps({"calls": len(made), **most, "failures": problems}))

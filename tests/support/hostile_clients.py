@@ -136,9 +136,9 @@ def held_small_bodies(port: int) -> int:
 
 
 def unread_answers(port: int) -> int:
-    """20 streams that nobody reads."""
-    body = b'{"prompt": "It is", "max_tokens": 200, "ignore_eos": true, "stream": true, "logprobs": 5}'
-    hold(port, [POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)] * 20)
+    """128 streams of many log-probabilities that nobody reads, more than the server has places for."""
+    body = b'{"prompt": "It is", "max_tokens": 200, "ignore_eos": true, "stream": true, "logprobs": 20}'
+    hold(port, [POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)] * 128)
     return 0
 
 

@@ -7,7 +7,15 @@ import math
 from small_tokenizers import byte_fallback_backend
 
 from sempre.engine.outputs import Logprob
-from sempre.engine.server.logprobs import FLOOR, CompletionLogprobsWriter, chat_logprobs, joined, prompt_logprobs
+from sempre.engine.server.logprobs import (
+    FLOOR,
+    CompletionLogprobsWriter,
+    IdNames,
+    TokenNames,
+    chat_logprobs,
+    joined,
+    prompt_logprobs,
+)
 from sempre.engine.text.token_stream import TokenStream
 from sempre.engine.text.tokenizer import Tokenizer
 
@@ -19,7 +27,7 @@ ROWS = [
 
 def writer(tokenizer: Tokenizer, *, as_token_ids: bool = False, offset: int = 0) -> CompletionLogprobsWriter:
     stream = TokenStream(tokenizer, tokenizer.special_texts)
-    return CompletionLogprobsWriter(tokenizer, stream, as_token_ids=as_token_ids, offset=offset)
+    return CompletionLogprobsWriter(IdNames() if as_token_ids else TokenNames(tokenizer), stream, offset)
 
 
 def row(*token_ids: int) -> dict[int, Logprob]:
