@@ -10,6 +10,17 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
+from sempre.engine.cli.exit_codes import (
+    EXIT_CLOSED_OUTPUT,
+    EXIT_DIFFERENT,
+    EXIT_ENGINE,
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_MODEL,
+    EXIT_NOT_JUDGED,
+    EXIT_OK,
+    EXIT_USAGE,
+)
 from sempre.engine.cli.parser import CommandParser, UsageError
 from sempre.engine.near_names import near_name
 from sempre.engine.version import __version__
@@ -25,15 +36,6 @@ from sempre.ipc.errors import (
 )
 from sempre.ipc.log_lines import PlainFormatter, plain, plain_lines
 
-EXIT_OK = 0
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-EXIT_MODEL = 3
-EXIT_ENGINE = 4
-EXIT_INTERRUPTED = 130
-# 128 + SIGPIPE: what a shell reports for a program whose reader has closed the pipe
-EXIT_CLOSED_OUTPUT = 141
-
 DEBUG_VARIABLE = "SEMPRE_DEBUG"
 
 COMMANDS = {
@@ -47,11 +49,13 @@ COMMANDS = {
     "bench": "measure latency, throughput or start-up",
     "bench serve": "measure a running server under load",
     "fingerprint": "print what the outputs of a model depend on, and its digest",
+    "replay": "make the outputs of receipts again, and say whether they are equal",
     "collect-env": "print versions and facts of this machine",
 }
 
 _EPILOG = f"""exit codes: {EXIT_OK} success, {EXIT_FAILURE} other failure, {EXIT_USAGE} usage or setting,
-{EXIT_MODEL} model, {EXIT_ENGINE} engine could not start or died, {EXIT_INTERRUPTED} interrupted,
+{EXIT_MODEL} model, {EXIT_ENGINE} engine could not start or died, {EXIT_DIFFERENT} outputs differ,
+{EXIT_NOT_JUDGED} none differs but some could not be judged, {EXIT_INTERRUPTED} interrupted,
 {EXIT_CLOSED_OUTPUT} the reader closed the output (as with `| head`).
 `sempre COMMAND --help` describes a command."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from sempre.engine.arg_utils import EngineArgs, keywords_of
@@ -113,6 +114,11 @@ class EngineBase:
     def fingerprint_environment(self) -> dict[str, str]:
         """Facts about machine and process that no bit depends on, by name: threads, Python's version, …"""
         return dict(self._frontend.environment)
+
+    @property
+    def model_folder(self) -> Path:
+        """The folder of the model in use."""
+        return Path(self._frontend.config.model_path)
 
     def prepare_receipts(self) -> None:
         """Hash the model's files, which receipts name; the first receipt does it otherwise. Raises ModelError."""

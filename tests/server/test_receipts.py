@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from receipts import altered_receipt, record_under_load
 from server_process import ServerProcess
 
 from sempre.engine import LLM, SamplingParams
+from sempre.engine.cli.main import main
 from sempre.engine.proof.receipt_log import Receipt, read_receipts, receipt_files
 from sempre.engine.proof.statement import Statement, decode
 
@@ -89,3 +91,25 @@ def test_the_files_of_a_server(tmp_path: Path) -> None:
     assert [[isinstance(each, Receipt) for each in found] for found in whole[:1]] == [[True] * 4]
     assert all(isinstance(each, Receipt) for found in whole for each in found)
     assert json.dumps(choice["receipt"], separators=(",", ":"), sort_keys=True) in file.read_text()
+
+
+def test_receipts_are_made_again_over_http(
+    server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = record_under_load(tmp_path / "receipts", 16, num_threads=1)
+    code = main(["replay", str(tmp_path / "receipts"), "--url", server.url, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    # this server reports at most 20 log-probabilities, so it refuses the two requests for all
+    assert (code, found["outputs"], found["different"]) == (6, count - 2, [])
+    assert all("logprobs" in each["problem"] for each in found["not_judged"])
+    line = receipt_files(tmp_path / "receipts")[0].read_bytes().splitlines()[3]
+
+    def another_seed(statement: dict[str, Any]) -> None:
+        request = statement["predicate"]["buildDefinition"]["externalParameters"]
+        request.update(seed="1", samplingParams={"max_tokens": 30})
+
+    path = altered_receipt(line, another_seed, tmp_path / "x.jsonl")
+    assert main(["replay", str(path), "--url", server.url]) == 5
+    assert "different: " in capsys.readouterr().out
+    assert main(["replay", str(path), "--url", "http://127.0.0.1:9"]) == 1
+    assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err

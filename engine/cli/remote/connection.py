@@ -95,6 +95,19 @@ class Server:
         except ValueError:
             raise ServerError(f"{self.url}{path} answered with something that is not JSON", url=self.url) from None
 
+    def post(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Any:
+        """Return the JSON document that answers `body`. Raises RequestError if it is refused, ServerError."""
+        import httpx
+
+        patience = httpx.Timeout(_SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        with self._failures():
+            response = self._client.post(path, json=body, headers=headers, timeout=patience)
+        _check(self.url, response.status_code, response.content)
+        try:
+            return response.json()
+        except ValueError:
+            raise ServerError(f"{self.url}{path} answered with something that is not JSON", url=self.url) from None
+
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the chunks of a streamed answer. Leaving the loop closes the connection, which ends the request.
 

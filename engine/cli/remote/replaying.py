@@ -1,0 +1,86 @@
+"""Replays receipts on a running server."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from sempre.engine.cli.remote.connection import Server
+from sempre.engine.proof.dsse import payload_of
+from sempre.engine.proof.kept_output import KeptOutput
+from sempre.engine.proof.receipt_log import Receipt
+from sempre.engine.proof.replay import prompt_of, sampling_params
+from sempre.engine.proof.statement import decode, marks_of
+from sempre.engine.sampling_params import SamplingParams
+from sempre.ipc.errors import ConfigError, RequestError, ServerError
+
+# what the interface lacks and no output depends on, or says in another way
+_NOT_SENT = frozenset({"n", "detokenize", "output_kind", "stream_interval", "prompt_logprobs", "structured_outputs"})
+_RECEIPT = {"X-Sempre-Receipt": "1"}
+
+
+class ServerReplayer:
+    """Sends each request to /v1/completions, all of a batch at once."""
+
+    def __init__(self, server: Server, model: str | None) -> None:
+        """Raises ServerError if the server does not answer, or is none of this project."""
+        self._server = server
+        self._model = server.model(model)
+        info = server.get("/server_info")
+        bits = info.get("fingerprint_parts") if isinstance(info, dict) else None
+        if not isinstance(bits, dict):
+            raise ServerError(f"{server.url}/server_info has no fingerprint_parts", url=server.url)
+        self.bits: dict[str, str] = {str(name): str(value) for name, value in bits.items()}
+
+    def outputs(self, receipts: Sequence[Receipt]) -> list[KeptOutput | ConfigError]:
+        """Return the output of each receipt, or why its request was refused. Raises ServerError."""
+        with ThreadPoolExecutor(max_workers=max(1, len(receipts))) as pool:
+            return list(pool.map(self._output, receipts))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of tokens."""
+        answer = self._server.post("/detokenize", {"model": self._model, "tokens": token_ids})
+        return str(answer.get("prompt", ""))
+
+    def _output(self, receipt: Receipt) -> KeptOutput | ConfigError:
+        try:
+            params = sampling_params(receipt)
+            body = {"model": self._model, "prompt": prompt_of(receipt), **body_of(params), "return_token_ids": True}
+            answer = self._server.post("/v1/completions", {**body, "logprobs": params.logprobs}, _RECEIPT)
+        except ConfigError as error:
+            return error
+        except TypeError as error:
+            return RequestError(f"the recorded parameters are not those of this version: {error}")
+        return _kept(answer["choices"][0], str(answer["system_fingerprint"]))
+
+
+def body_of(params: SamplingParams) -> dict[str, Any]:
+    """Return the fields of a request: all that decide an output, since the server's defaults may be the model's."""
+    names = [field.name for field in dataclasses.fields(params) if field.name not in _NOT_SENT]
+    found = {name: getattr(params, name) for name in names}
+    form = params.structured_outputs
+    if form is not None:
+        given = dataclasses.asdict(form)
+        found["structured_outputs"] = {name: value for name, value in given.items() if value not in (None, False)}
+    if found["logit_bias"] is not None:
+        found["logit_bias"] = {str(token_id): value for token_id, value in found["logit_bias"].items()}
+    return {name: value for name, value in found.items() if value not in (None, [])}
+
+
+def _kept(choice: dict[str, Any], fingerprint: str) -> KeptOutput:
+    output = decode(payload_of(choice["receipt"])).predicate.output
+    logprobs = choice["logprobs"]["token_logprobs"]
+    rows = output.distribution_marks
+    return KeptOutput(
+        name=f"choice {choice['index']}",
+        token_ids=choice["token_ids"],
+        finish_reason=choice["finish_reason"],
+        stop_reason=choice["stop_reason"],
+        seed=choice["seed"],
+        fingerprint=fingerprint,
+        logprobs=logprobs,
+        marks=marks_of("output.marks", output.marks),
+        distribution_marks=None if rows is None else marks_of("output.distributionMarks", rows),
+    )

@@ -1,0 +1,203 @@
+"""Receipts made again: the same requests on an engine or a server, and each output compared with the recorded one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from sempre.engine.fingerprint import fingerprint_differences
+from sempre.engine.frontend.prompts import TokensPrompt
+from sempre.engine.llm import LLM
+from sempre.engine.outputs import RequestOutput
+from sempre.engine.proof.differences import Difference, difference
+from sempre.engine.proof.kept_output import KeptOutput, kept_completion, kept_receipt, own_logprobs
+from sempre.engine.proof.receipt_log import Receipt
+from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.structured_outputs import StructuredOutputsParams
+from sempre.ipc.errors import ConfigError, RequestError
+from sempre.ipc.model_files import read_json_object
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A receipt and what came of it: equal if there is neither a difference nor a problem."""
+
+    name: str
+    num_tokens: int
+    difference: Difference | None = None
+    problem: str | None = None
+    """why it could not be judged"""
+    changed_parts: tuple[str, ...] = ()
+    """the parts of the fingerprint that decide bits and are not as recorded"""
+
+    @property
+    def is_equal(self) -> bool:
+        return self.difference is None and self.problem is None
+
+
+class Replayer(Protocol):
+    """Makes outputs again."""
+
+    bits: dict[str, str]
+    """of its fingerprint"""
+
+    def outputs(self, receipts: Sequence[Receipt]) -> list[KeptOutput | ConfigError]:
+        """Return the output of each receipt, or why its request was refused."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of tokens."""
+
+
+def replay(receipts: Sequence[Receipt], replayer: Replayer) -> Iterator[Replayed]:
+    """Make the outputs of all receipts in one batch, and yield what came of each."""
+    for receipt, found in zip(receipts, replayer.outputs(receipts), strict=True):
+        recorded = kept_receipt(receipt)
+        count = len(recorded.token_ids)
+        parts = receipt.statement.predicate.build_definition.internal_parameters.bits
+        changed = tuple(fingerprint_differences(parts, replayer.bits))
+        if isinstance(found, ConfigError):
+            yield Replayed(recorded.name, count, problem=str(found), changed_parts=changed)
+            continue
+        if recorded.finish_reason == "abort":
+            # it was cut by its reader, so only its beginning can be compared
+            recorded = replace(recorded, finish_reason=found.finish_reason, stop_reason=found.stop_reason)
+        differs = difference(recorded, found, replayer.decode)
+        yield Replayed(recorded.name, count, difference=differs, changed_parts=changed)
+
+
+class LocalReplayer:
+    """Replays on an engine of this process."""
+
+    def __init__(self, llm: LLM, *, teacher_forced: bool = False) -> None:
+        """`teacher_forced`: compute the log-probabilities of the recorded tokens in one pass over prompt and output.
+        That is faster, and does not show that these tokens are sampled. Raises ConfigError for a model with recurrent
+        layers, which compute a prompt in another order than generated tokens."""
+        self.bits = llm.fingerprint_parts
+        self._llm = llm
+        self._teacher_forced = teacher_forced
+        if teacher_forced and _has_recurrent_layers(llm.model_folder):
+            raise ConfigError(
+                "teacher_forced: this model has recurrent layers, whose generated tokens must go through the "
+                "recurrence one by one. Leave it out: the replay then generates each output.",
+                parameter="teacher_forced",
+            )
+
+    def outputs(self, receipts: Sequence[Receipt]) -> list[KeptOutput | ConfigError]:
+        """Return the output of each receipt, all made in one batch, or why its request was refused."""
+        requests = [self._request(receipt) for receipt in receipts]
+        valid = [request for request in requests if not isinstance(request, ConfigError)]
+        made = iter(self._made(valid))
+        found = [request if isinstance(request, ConfigError) else next(made) for request in requests]
+        if not self._teacher_forced:
+            return found
+        return [_scored(receipt, output) for receipt, output in zip(receipts, found, strict=True)]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of tokens."""
+        return self._llm.get_tokenizer().decode(token_ids)
+
+    def _request(self, receipt: Receipt) -> _LocalRequest | ConfigError:
+        try:
+            prompt = prompt_of(receipt)
+            return _teacher_forced(receipt, prompt) if self._teacher_forced else (prompt, sampling_params(receipt))
+        except ConfigError as error:
+            return error
+        except TypeError as error:
+            return ConfigError(f"the recorded parameters are not those of this version: {error}")
+
+    def _made(self, requests: Sequence[_LocalRequest]) -> list[KeptOutput | ConfigError]:
+        """Run all requests at once; if one is refused, each alone, since no request of a refused call is run."""
+        prompts: list[TokensPrompt] = [{"prompt_token_ids": prompt} for prompt, _ in requests]
+        params = [each for _, each in requests]
+        try:
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        except ConfigError as error:
+            if len(requests) == 1:
+                return [error]
+            return [found for request in requests for found in self._made([request])]
+        if self._teacher_forced:
+            return [_as_scored(output) for output in outputs]
+        return [kept_completion(output, output.outputs[0]) for output in outputs]
+
+
+_LocalRequest = tuple[list[int], SamplingParams]
+
+
+def prompt_of(receipt: Receipt) -> list[int]:
+    """Return the prompt. Raises RequestError for a private one, of which only the digest is known."""
+    token_ids = receipt.statement.predicate.build_definition.external_parameters.prompt_token_ids
+    if token_ids is None:
+        raise RequestError("the prompt is private: the receipt has only its digest; give the prompts with --prompts.")
+    return token_ids
+
+
+def with_prompts(receipt: Receipt, prompts: Mapping[str, list[int]]) -> Receipt:
+    """Return a receipt with its private prompt, if it is among `prompts`, which go by digest."""
+    predicate = receipt.statement.predicate
+    definition = predicate.build_definition
+    request = definition.external_parameters
+    if request.prompt_digest is None or request.prompt_digest.sha256 not in prompts:
+        return receipt
+    known = msgspec.structs.replace(request, prompt_token_ids=prompts[request.prompt_digest.sha256], prompt_digest=None)
+    definition = msgspec.structs.replace(definition, external_parameters=known)
+    statement = msgspec.structs.replace(
+        receipt.statement, predicate=msgspec.structs.replace(predicate, build_definition=definition)
+    )
+    return receipt._replace(statement=statement)
+
+
+def sampling_params(receipt: Receipt) -> SamplingParams:
+    """Return the parameters that make the output again. Raises ConfigError, TypeError for an unknown parameter."""
+    predicate = receipt.statement.predicate
+    request = predicate.build_definition.external_parameters
+    given: dict[str, Any] = dict(request.sampling_params)
+    form = given.pop("structured_outputs", None)
+    output = predicate.output
+    if output.finish_reason == "abort":
+        given["max_tokens"] = max(1, len(output.token_ids))
+        given["min_tokens"] = min(given.get("min_tokens", 0), given["max_tokens"])
+    return SamplingParams(
+        **given,
+        seed=int(request.seed),
+        structured_outputs=None if form is None else StructuredOutputsParams(**form),
+        logprobs=0 if output.distribution_marks is None else -1,
+    )
+
+
+def _teacher_forced(receipt: Receipt, prompt: list[int]) -> _LocalRequest:
+    """Score all but the last token as a prompt, and the last one as the token that follows."""
+    token_ids = receipt.statement.predicate.output.token_ids
+    if not token_ids:
+        raise RequestError("the output has no tokens to score.")
+    params = SamplingParams(
+        temperature=0.0, max_tokens=1, prompt_logprobs=0, logprob_token_ids=token_ids[-1:], detokenize=False
+    )
+    return [*prompt, *token_ids[:-1]], params
+
+
+def _as_scored(output: RequestOutput) -> KeptOutput:
+    """Return the scored tokens of a whole prompt and of what follows, which `_scored` cuts."""
+    kept = kept_completion(output, output.outputs[0])
+    rows = output.prompt_logprobs or []
+    return replace(kept, rows=[*(row or {} for row in rows), *(kept.rows or [])], logprobs=None)
+
+
+def _scored(receipt: Receipt, found: KeptOutput | ConfigError) -> KeptOutput | ConfigError:
+    """Return the recorded output with the log-probabilities of the pass over it."""
+    if isinstance(found, ConfigError) or found.error is not None:
+        return found
+    recorded = kept_receipt(receipt)
+    rows = list(found.rows or [])[-len(recorded.token_ids) :]
+    values = own_logprobs(recorded.token_ids, rows)
+    return replace(recorded, name=found.name, marks=None, distribution_marks=None, logprobs=values)
+
+
+def _has_recurrent_layers(folder: Path) -> bool:
+    path = folder / "config.json"
+    config = read_json_object(path) if path.is_file() else {}
+    fields = config.get("text_config", config)
+    return isinstance(fields, dict) and any(name.startswith("linear_") for name in fields)
