@@ -59,14 +59,14 @@ class LoadedModel(ModelSetup):
 
     def allocate_cache(self, sizes: CacheSizes, device: torch.device = CPU) -> PagedKvCache:
         """The KV cache, and the states of layers that keep them."""
-        spec, weights = self.spec, self.weights
-        states = StateCache(spec.layer_states, sizes.num_state_slots, weights.activations, device)
-        return PagedKvCache(spec.kv_layers, sizes.num_blocks, self.block_size, weights.dtype, device, states)
+        model, weights = self.model, self.weights
+        states = StateCache(self.spec.layer_states, sizes.num_state_slots, weights.activations, device)
+        return PagedKvCache(model.kv_layers, sizes.num_blocks, self.block_size, weights.dtype, device, states)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one KV cache block."""
-        return block_bytes(self.spec.kv_layers, self.block_size, self.weights.dtype)
+        return block_bytes(self.model.kv_layers, self.block_size, self.weights.dtype)
 
     @property
     def states(self) -> StateNeeds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from sempre.workers.layers.separate_experts import SeparateExperts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.registry import build_model
-from sempre.workers.parallel import parallel_of
+from sempre.workers.parallel import Parallel, parallel_of
 from sempre.workers.quantization.config import Mxfp4Spec, StoredQuantization, resolve_quantization
 from sempre.workers.quantization.fp8 import Fp8Quantization
 from sempre.workers.quantization.method import Quantization
@@ -104,17 +104,25 @@ class Loaded(NamedTuple):
     facts: WeightFacts
 
 
-def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, placement: Placement = ON_CPU) -> Loaded:
+def load_model(
+    config: WorkerConfig,
+    spec: ModelSpec,
+    kernel: LinearKernel,
+    placement: Placement = ON_CPU,
+    parallel: Parallel | None = None,
+) -> Loaded:
     """Build the tree and load it. Raises TensorMismatch or ModelError before reading any tensor, and ConfigError for a
     model that ranks cannot share.
 
     Matrices on the CPU: float32 keeps 16-bit checkpoints in 16 bit (widening is exact, the bits are the
     same); bfloat16 and float16 round to nearest even. Norm weights and biases are float32. On a GPU all are in `dtype`.
     Matrices that are quantised, by the checkpoint or by the setting `quantization`, are fp8 whatever `dtype` is.
+    `parallel` is the place among the ranks, by default of a worker with the whole model; the digest of the weights is
+    that of the whole.
     """
     resolved = resolve_quantization(spec.quantization, config.quantization, config.load_format)
     scheme = None if resolved is None or isinstance(resolved, Mxfp4Spec) else resolved.scheme
-    parallel = parallel_of(config.profile)
+    parallel = parallel or parallel_of(config.profile)
     model = build_model(Build(kernel, _formats(resolved), parallel), spec)
     wanted = parameters(model)
     with _open_source(config, spec, wanted, placement.device) as opened:
@@ -127,6 +135,7 @@ def load_model(config: WorkerConfig, spec: ModelSpec, kernel: LinearKernel, plac
             reader = _Reader(source, target, placement, pool)
             for path, module in model.walk():
                 module.load(path, reader)
+            reader.hash_rest(wanted)
             facts = WeightFacts(
                 dtype=target,
                 activations=placement.vector_dtype(target),
@@ -280,6 +289,12 @@ class _Reader:
         if self._dtype == torch.float32 and self._placement.keeps_dtype:
             return tensor
         return tensor.to(self._dtype)
+
+    def hash_rest(self, names: Iterable[str]) -> None:
+        """Hash those that were not read, because other ranks have them."""
+        for name in names:
+            if name not in self._hashes:
+                self._hashes[name] = self._pool.submit(self._source.digest, name, self._source.read(name))
 
     def digest(self) -> str:
         return hashlib.sha256(b"".join(self._hashes[name].result() for name in sorted(self._hashes))).hexdigest()

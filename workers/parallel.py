@@ -99,6 +99,12 @@ class Parallel:
         first = rank * each + min(rank, more)
         return range(first, first + each + (rank < more))
 
+    def own_experts(self, count: int) -> range:
+        """This rank's experts, at least one. Raises ConfigError."""
+        if count < self.size:
+            raise self._refused(f"at most the {count} experts, which are never cut")
+        return self.own_rows(count)
+
     def _refused(self, expected: str) -> ConfigError:
         return ConfigError(
             f"tensor_parallel_size: rank {self.rank}: expected {expected}, found {self.size}.",

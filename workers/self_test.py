@@ -287,7 +287,7 @@ def _with_distinct_blocks(model: CausalLM) -> tuple[CausalLM, list[LayerKv], lis
     kinds = [_kind(block) for block in probe.model.layers if isinstance(block, Module)]
     first = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
     places = {kind: place for place, kind in enumerate(first)}
-    layers = [model.spec.kv_layers[index] for index in first.values()]
+    layers = [model.kv_layers[index] for index in first.values()]
     probe.model.layers = [probe.model.layers[index] for index in first.values()]
     kept = [layer if layer.source is None else layer._replace(source=places[kinds[layer.source]]) for layer in layers]
     return probe, kept, [model.spec.layer_states[index] for index in first.values()]

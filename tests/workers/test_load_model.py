@@ -46,6 +46,7 @@ def test_answers(checkpoints: Any, serve: Any) -> None:
         "storage",
         "quantization",
         "numerics",
+        "numerics_profile",
         "threads",
         "architecture",
         "torch",

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_names import NAMES
 from worker_settings import worker_config
 
 from sempre.workers.layers.linear import Linear
@@ -16,53 +17,6 @@ from sempre.workers.loading import load_model, tensors_of
 from sempre.workers.models.registry import FILES, build_model, load_spec
 from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.tensor_source import open_safetensors
-
-NAMES = [
-    "llama",
-    "llama-biases",
-    "mistral-window",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma2-odd",
-    "qwen3-moe",
-    "qwen3-moe-odd",
-    "qwen3-moe-step",
-    "qwen2-moe",
-    "qwen2-moe-odd",
-    "qwen3.5",
-    "qwen3.5-odd",
-    "qwen3.5-moe",
-    "qwen3.5-moe-odd",
-    "qwen3.5-multimodal",
-    "qwen3.5-moe-multimodal",
-    "qwen3-next",
-    "qwen3-next-odd",
-    "glm",
-    "glm4",
-    "glm4-odd",
-    "glm4-moe",
-    "glm4-moe-odd",
-    "mixtral",
-    "mixtral-odd",
-    "smollm3-odd",
-    "granite",
-    "olmo2",
-    "olmo2-odd",
-    "olmo3",
-    "phi3",
-    "gemma3",
-    "gemma3-multimodal",
-    "gpt-oss",
-    "gpt-oss-odd",
-    "mistral3-multimodal",
-    "gemma4",
-    "gemma4-odd",
-    "gemma4-moe",
-    "gemma4-multimodal",
-    "gemma4-unified",
-    "gemma4-unified-multimodal",
-]
 
 
 @pytest.mark.parametrize("name", NAMES)

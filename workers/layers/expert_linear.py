@@ -38,6 +38,8 @@ class ExpertLinear(Linear):
     ) -> None:
         super().__init__(build, parts, in_features, role=role, activation=activation)
         self.num_experts = num_experts
+        self.own = build.parallel.own_experts(num_experts)
+        """the experts that this rank has"""
         self.weights: list[LinearWeight] = []
 
     def _paths(self, path: str) -> list[str]:
@@ -49,18 +51,19 @@ class ExpertLinear(Linear):
             yield from super().own_parameters(expert)
 
     def load(self, path: str, tensors: Tensors) -> None:
-        for expert, expert_path in enumerate(self._paths(path)):
-            super().load(expert_path, tensors)
+        paths = self._paths(path)
+        for expert in self.own:
+            super().load(paths[expert], tensors)
             self.put(expert, self.weight)
 
     def put(self, expert: int, weight: LinearWeight) -> None:
         """Store the weight of one expert; called in ascending order of experts."""
         if isinstance(weight, GpuLinearWeight | ControlLinearWeight) and weight.weight.is_cuda:
             # one at a time, so that a model's largest tensors never exist twice
-            if expert == 0:
-                self.stacked = stack_like(weight, self.num_experts)
+            if expert == self.own.start:
+                self.stacked = stack_like(weight, len(self.own))
             assert self.stacked is not None
-            self.weight = self.stacked.put(expert, weight)
+            self.weight = self.stacked.put(expert - self.own.start, weight)
         else:
             self.weights.append(weight)
             self.weight = self.weights[0]
@@ -78,11 +81,13 @@ class ExpertLinear(Linear):
 
     def of(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """One expert's result [T, N] on a CPU, in the buffer of this role."""
-        return self.kernel.linear(x, self.weights[expert], self._out.first(x.shape[0]))
+        return self.kernel.linear(x, self.weights[expert - self.own.start], self._out.first(x.shape[0]))
 
     def gated_of(self, expert: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Likewise `gated`."""
-        self.kernel.gated_linear(x, self.weights[expert], self._out.first(x.shape[0]), out, self.activation)
+        self.kernel.gated_linear(
+            x, self.weights[expert - self.own.start], self._out.first(x.shape[0]), out, self.activation
+        )
         return out
 
 
@@ -119,7 +124,7 @@ class StackedExpertLinear(ExpertLinear):
         stored = {suffix: t.transpose(1, 2) if suffix == PLAIN_SUFFIX else t for suffix, t in stored.items()}
         biases = tensors.vector(path + "_bias")
         order = torch.tensor(self._order, dtype=torch.int64, device=biases.device)
-        for expert in range(self.num_experts):
+        for expert in self.own:
             own = {suffix: tensor[expert].index_select(0, order) for suffix, tensor in stored.items()}
             bias = biases[expert].index_select(0, order)
             self.put(expert, method.pack({path: own}, bias, self.kernel, tensors.matrix))

@@ -27,6 +27,7 @@ from sempre.kernels.moe import (
 from sempre.workers.layers.expert_linear import ExpertLinear, StackedExpertLinear
 from sempre.workers.layers.linear import Linear, Use
 from sempre.workers.layers.module import Build, Module, RowBuffer, Scratch, Tensors
+from sempre.workers.parallel import Exchange, pieces
 from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.tensor_source import Parameter
 
@@ -61,6 +62,11 @@ class Experts(Module):
         assert down is not None
         assert self.gate_up_proj.activation is not None
         return GatedExperts(gate_up, down, self.gate_up_proj.activation)
+
+    @property
+    def own(self) -> range:
+        """The experts that this rank has."""
+        return self.down_proj.own
 
     @property
     def multiplications(self) -> int:
@@ -159,6 +165,7 @@ class SparseMLP(Module):
             gate = router(build, "gate", shape.num_experts, shape.hidden_size)
             parts = gate, experts_by_name(build, shape, names)
         self.gate, self.experts = parts
+        self._exchange = build.parallel.exchange
         self.sizes = shape
         self.renormalize = renormalize
         self.choice = choice
@@ -215,8 +222,30 @@ class SparseMLP(Module):
         places = experts.view(-1).argsort(stable=True)
         start = 0
         for expert, num_rows in enumerate(torch.bincount(experts.view(-1), minlength=self.sizes.num_experts).tolist()):
-            if num_rows:
+            if num_rows and expert in self.experts.own:
                 own = places[start : start + num_rows]
                 parts.index_copy_(0, own, self.experts.of(expert, x.index_select(0, own // k)))
-                start += num_rows
+            start += num_rows
+        if self._exchange is not None:
+            return self._combine_over_ranks(self._exchange, parts.view(count, k, width), experts, weights, out)
         return combine(parts.view(count, k, width), weights, out)
+
+    def _combine_over_ranks(
+        self,
+        exchange: Exchange,
+        parts: torch.Tensor,
+        experts: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Of `parts` [T, K, H] each rank has the rows of its own experts; all get all of them."""
+        count, k, width = parts.shape
+        own = self.experts.own
+        for rows in pieces(exchange, count, k * width):
+            shared = exchange.slots(rows.stop - rows.start, k * width)[0].view(-1, width)
+            chosen = experts[rows].reshape(-1)
+            places = ((chosen >= own.start) & (chosen < own.stop)).nonzero().view(-1)
+            shared.index_copy_(0, places, parts[rows].reshape(-1, width).index_select(0, places))
+            exchange.wait()
+            combine(shared.view(-1, k, width), weights[rows], out[rows])
+        return out

@@ -16,12 +16,13 @@ import torch
 from sempre.ipc.errors import ModelError
 from sempre.kernels.attention import KvCache
 from sempre.kernels.states import LayerState
+from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear import Linear, Use
 from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.norm import RMSNorm
-from sempre.workers.layers.vocabulary import TiedLinear, TokenLinear
-from sempre.workers.models.config import ModelSpec
+from sempre.workers.layers.vocabulary import Head, TiedHead, TokenLinear
+from sempre.workers.models.config import LayerKv, ModelSpec
 from sempre.workers.steps import StepInput
 from sempre.workers.tensor_source import ModelPart
 
@@ -67,6 +68,13 @@ class Stack(Module):
         return self.embed_tokens(token_ids)
 
 
+def _own_kv(layer: LayerKv, block: Block) -> LayerKv:
+    if not layer.num_kv_heads or not isinstance(block, Module):
+        return layer
+    attention = next(module for _, module in block.walk() if isinstance(module, Attention))
+    return layer._replace(num_kv_heads=attention.heads.num_kv_heads)
+
+
 class CausalLM(Module):
     """A whole model: what runners call, and the facts about it."""
 
@@ -83,9 +91,9 @@ class CausalLM(Module):
         self.spec = spec
         self.model = model
         if spec.tie_word_embeddings:
-            self.lm_head: Linear = TiedLinear(build, model.embed_tokens)
+            self.lm_head: Head = TiedHead(build, model.embed_tokens)
         else:
-            self.lm_head = Linear(build, {"lm_head": spec.vocab_size}, spec.hidden_size, use=Use.LOGITS)
+            self.lm_head = Head(build, spec.vocab_size, spec.hidden_size)
 
     def pool(self, build: Build) -> None:
         """Replace the vocabulary's head by what `spec.pooling` needs; before anything is loaded."""
@@ -106,8 +114,8 @@ class CausalLM(Module):
                 f" {spec.architecture}."
             )
         else:
-            table = self.model.embed_tokens if spec.tie_word_embeddings else None
-            self.score = TokenLinear(build, head.tokens, (spec.vocab_size, spec.hidden_size), table)
+            shape = (spec.vocab_size, spec.hidden_size)
+            self.score = TokenLinear(build, head.tokens, shape, tied=spec.tie_word_embeddings)
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +126,11 @@ class CausalLM(Module):
         for path, module in self.walk():
             if isinstance(module, Linear):
                 yield path, module
+
+    @property
+    def kv_layers(self) -> tuple[LayerKv, ...]:
+        """What each layer keeps in the KV cache of this rank: the heads of its attention."""
+        return tuple(_own_kv(layer, block) for layer, block in zip(self.spec.kv_layers, self.model.layers, strict=True))
 
     @property
     def copies(self) -> dict[str, str]:

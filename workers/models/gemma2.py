@@ -92,7 +92,7 @@ def build_model(build: Build, spec: ModelSpec) -> CausalLM:
 def gemma_model(build: Build, spec: GemmaSpec, shape_of: Callable[[int], AttentionShape]) -> CausalLM:
     """The tree whose layers have this attention."""
     blocks = [GemmaBlock(build, spec, shape_of(layer)) for layer in range(spec.num_layers)]
-    stack = ScaledStack(Embedding(spec.vocab_size, spec.hidden_size), blocks, _norm(spec))
+    stack = ScaledStack(Embedding(build, spec.vocab_size, spec.hidden_size), blocks, _norm(spec))
     return CappedLM(build, spec, stack) if spec.logit_cap is not None else CausalLM(build, spec, stack)
 
 

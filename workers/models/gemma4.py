@@ -194,11 +194,11 @@ class Gemma4Stack(ScaledStack):
     """Once the last keys and values are cached, only the rows that are read go on."""
 
     def __init__(self, build: Build, spec: Gemma4Spec, blocks: Sequence[Gemma4Block]) -> None:
-        super().__init__(Embedding(spec.vocab_size, spec.hidden_size), blocks, _norm(spec))
+        super().__init__(Embedding(build, spec.vocab_size, spec.hidden_size), blocks, _norm(spec))
         self._sizes = spec.per_layer
         if spec.per_layer is not None:
             vocab, size, count = spec.per_layer
-            self.embed_tokens_per_layer = Embedding(vocab, size * count, role="per layer ids")
+            self.embed_tokens_per_layer = Embedding(build, vocab, size * count, role="per layer ids")
             projection = {"per_layer_model_projection": size * count}
             self.per_layer_model_projection = Linear(build, projection, spec.hidden_size, role="per layer")
             self.per_layer_projection_norm = PerLayerNorm(size, spec.rms_norm_eps)

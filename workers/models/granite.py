@@ -61,7 +61,7 @@ def build_model(build: Build, spec: ModelSpec) -> CausalLM:
     """The tree, without tensors."""
     assert isinstance(spec, GraniteSpec)
     blocks = [GraniteBlock(build, spec, layer) for layer in range(spec.num_layers)]
-    stack = GraniteStack(Embedding(spec.vocab_size, spec.hidden_size), blocks, _norm(spec))
+    stack = GraniteStack(Embedding(build, spec.vocab_size, spec.hidden_size), blocks, _norm(spec))
     stack.multiplier = spec.embedding_multiplier
     return GraniteLM(build, spec, stack)
 

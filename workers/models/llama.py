@@ -114,7 +114,7 @@ def model_of(build: Build, spec: ModelSpec, block_of: Callable[[int], Block]) ->
     """The tree of these blocks."""
     blocks = [block_of(layer) for layer in range(spec.num_layers)]
     norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-    return CausalLM(build, spec, Stack(Embedding(spec.vocab_size, spec.hidden_size), blocks, norm))
+    return CausalLM(build, spec, Stack(Embedding(build, spec.vocab_size, spec.hidden_size), blocks, norm))
 
 
 def attention_shape(spec: ModelSpec, layer: int) -> AttentionShape:

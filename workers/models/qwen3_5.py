@@ -201,7 +201,7 @@ def build_model(build: Build, spec: ModelSpec) -> CausalLM:
     assert isinstance(spec, Qwen35Spec)
     blocks = [Qwen35Block(build, spec, layer) for layer in range(spec.num_layers)]
     norm = OffsetRMSNorm(spec.hidden_size, spec.rms_norm_eps)
-    model = CausalLM(build, spec, Stack(Embedding(spec.vocab_size, spec.hidden_size), blocks, norm))
+    model = CausalLM(build, spec, Stack(Embedding(build, spec.vocab_size, spec.hidden_size), blocks, norm))
     model.unread = UNREAD
     model.part = TEXT_PART if spec.architecture in MULTIMODAL else None
     model.may_stack_experts = isinstance(spec, Qwen35MoeSpec)

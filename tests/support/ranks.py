@@ -1,0 +1,114 @@
+"""The ranks of one model as threads of this process, which share memory as worker processes do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from worker_settings import worker_config
+
+from sempre.ipc.config import NumericsProfile
+from sempre.kernels.attention import PagedBatch
+from sempre.kernels.states import StateBatch
+from sempre.workers.cpu.exchange import SharedMemoryExchange
+from sempre.workers.kv_cache import PagedKvCache
+from sempre.workers.layers.linear_kernel import INVARIANT
+from sempre.workers.layers.module import Scratch, allocate
+from sempre.workers.loading import Loaded, load_model
+from sempre.workers.models.registry import load_spec
+from sempre.workers.parallel import Parallel, parallel_of
+from sempre.workers.state_cache import StateCache
+from sempre.workers.steps import StepInput, row_places
+
+Result = TypeVar("Result")
+
+CPU = torch.device("cpu")
+BLOCK, MOST = 16, 256
+
+
+def on_all_ranks(size: int, action: Callable[[int], Result]) -> list[Result]:
+    """`action` of each rank at once; raises the first one's error."""
+    with ThreadPoolExecutor(size) as pool:
+        return [future.result() for future in [pool.submit(action, rank) for rank in range(size)]]
+
+
+class Ranks:
+    """A model on `size` ranks, 1: on one worker, with a KV cache for one sequence."""
+
+    def __init__(
+        self,
+        folder: Path | str,
+        size: int,
+        profile: NumericsProfile = "tree8",
+        patience_s: float = 60.0,
+        **settings: Any,
+    ) -> None:
+        self.size = size
+        self._config = worker_config(folder, **settings)
+        self._profile = profile
+        self._patience_s = patience_s
+        self._descriptor = os.memfd_create("ranks")
+        self.exchanges: list[SharedMemoryExchange] = []
+        try:
+            self.loaded = on_all_ranks(size, self._load)
+        finally:
+            os.close(self._descriptor)
+        self.caches = [self._prepare(loaded) for loaded in self.loaded]
+
+    def _load(self, rank: int) -> Loaded:
+        spec = load_spec(Path(self._config.model_path))
+        return load_model(self._config, spec, INVARIANT, parallel=self._parallel(rank))
+
+    def _parallel(self, rank: int) -> Parallel:
+        if self.size == 1:
+            return parallel_of(self._profile)
+        exchange = SharedMemoryExchange(self._descriptor, rank, self.size, patience_s=self._patience_s)
+        self.exchanges.append(exchange)
+        return parallel_of(self._profile, rank, self.size, exchange)
+
+    def _prepare(self, loaded: Loaded) -> PagedKvCache:
+        model, facts = loaded
+        allocate(model, Scratch(MOST, MOST, facts.activations, CPU))
+        states = StateCache(model.spec.layer_states, 1, facts.activations, CPU)
+        return PagedKvCache(model.kv_layers, MOST // BLOCK, BLOCK, facts.dtype, CPU, states)
+
+    def logits(self, token_ids: Sequence[int], cuts: Sequence[int] = ()) -> list[torch.Tensor]:
+        """Those of all tokens [T, V], by rank; the sequence is computed in pieces that end at `cuts`."""
+        ends = [*cuts, len(token_ids)]
+
+        def run(rank: int) -> torch.Tensor:
+            pieces = zip([0, *ends], ends, strict=False)
+            return torch.cat([self._piece(rank, token_ids, start, end) for start, end in pieces])
+
+        return on_all_ranks(self.size, run)
+
+    def _piece(self, rank: int, token_ids: Sequence[int], start: int, end: int) -> torch.Tensor:
+        model = self.loaded[rank].model
+        starts, counts = np.asarray([start], np.int64), np.asarray([end - start], np.int64)
+        table = np.arange(MOST // BLOCK, dtype=np.int32)[None, :]
+        places = row_places(starts, counts, table, BLOCK)
+        query_starts = torch.from_numpy(places.query_starts)
+        states = None
+        if any(model.spec.layer_states):
+            written = torch.tensor([-1] * (end - start - 1) + [0], dtype=torch.int32)
+            states = StateBatch(torch.tensor([0 if start else -1], dtype=torch.int32), written, query_starts)
+        step = StepInput(
+            token_ids=torch.tensor(token_ids[start:end], dtype=torch.int64),
+            positions=torch.from_numpy(places.positions),
+            slot_mapping=torch.from_numpy(places.slot_mapping),
+            batch=PagedBatch(
+                block_tables=torch.from_numpy(table),
+                query_starts=query_starts,
+                context_lens=torch.tensor([end], dtype=torch.int32),
+                max_query_len=end - start,
+                max_context_len=end,
+            ),
+            states=states,
+        )
+        hidden = model.forward(step, self.caches[rank].layers)
+        return model.logits(hidden, torch.full((len(hidden), model.spec.vocab_size), float("nan")))
