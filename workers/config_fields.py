@@ -21,6 +21,13 @@ class ConfigFields:
     def fail(self, name: str, expected: str, found: object) -> NoReturn:
         raise ModelError(f"{self.source}: {name}: expected {expected}, found {shown(found)}.")
 
+    def one_of(self, name: str, *allowed: object, note: str = "") -> None:
+        """Raise ModelError unless the field, None when absent, is one of these values, and of its type."""
+        value = self.raw.get(name)
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            choices = " or ".join("nothing" if choice is None else repr(choice) for choice in allowed)
+            self.fail(name, choices + note, value)
+
     def natural(self, name: str, default: int | None = None) -> int:
         return self._integer(name, default, minimum=0, most=_MOST)
 

@@ -27,11 +27,12 @@ from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.registry import build_model
 from sempre.workers.parallel import Parallel, parallel_of
-from sempre.workers.quantization.config import Mxfp4Spec, StoredQuantization, resolve_quantization
+from sempre.workers.quantization.config import Mxfp4Spec, QuantizationSpec, StoredQuantization, resolve_quantization
 from sempre.workers.quantization.fp8 import Fp8Quantization
 from sempre.workers.quantization.method import Quantization
 from sempre.workers.quantization.mxfp4 import Mxfp4Quantization
 from sempre.workers.quantization.plain import NotQuantized
+from sempre.workers.quantization.widened import WidenedSource, WidenedSpec
 from sempre.workers.tensor_source import (
     CPU,
     FLOAT_NAMES,
@@ -121,12 +122,12 @@ def load_model(
     that of the whole.
     """
     resolved = resolve_quantization(spec.quantization, config.quantization, config.load_format)
-    scheme = None if resolved is None or isinstance(resolved, Mxfp4Spec) else resolved.scheme
+    scheme = resolved.scheme if isinstance(resolved, QuantizationSpec) else None
     parallel = parallel or parallel_of(config.profile)
     model = build_model(Build(kernel, _formats(resolved), parallel), spec)
     wanted = parameters(model)
     with _open_source(config, spec, wanted, placement.device) as opened:
-        source = opened if config.load_format == "dummy" else _own_tensors(opened, model)
+        source = opened if config.load_format == "dummy" else _own_tensors(opened, resolved, model)
         _check_tensors(wanted, model, source)
         target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":
@@ -150,7 +151,7 @@ def load_model(
 def _formats(resolved: StoredQuantization | None) -> Quantization:
     """The formats of a model's matrices."""
     match resolved:
-        case None:
+        case None | WidenedSpec():
             return NotQuantized()
         case Mxfp4Spec():
             return Mxfp4Quantization(resolved)
@@ -158,15 +159,15 @@ def _formats(resolved: StoredQuantization | None) -> Quantization:
             return Fp8Quantization(resolved)
 
 
-def _own_tensors(checkpoint: TensorSource, model: CausalLM) -> TensorSource:
-    """The tensors of this model, by its own names."""
-    source = checkpoint
+def _own_tensors(checkpoint: TensorSource, stored: StoredQuantization | None, model: CausalLM) -> TensorSource:
+    """The tensors of this model, by its own names, and widened where they are stored in fewer bits."""
+    source: TensorSource = WidenedSource(checkpoint, stored.format) if isinstance(stored, WidenedSpec) else checkpoint
     if model.part is not None:
-        source = PartSource(checkpoint, model.part)
+        source = PartSource(source, model.part)
         architecture = model.spec.architecture
         logger.info("%s: only the text part is loaded; images and sounds are not understood", architecture)
-    elif model.spec.pooling is not None and not any(name.startswith(_DECODER) for name in checkpoint.names()):
-        source = PartSource(checkpoint, ModelPart({"": _DECODER}, ()))
+    elif model.spec.pooling is not None and not any(name.startswith(_DECODER) for name in source.names()):
+        source = PartSource(source, ModelPart({"": _DECODER}, ()))
     return SeparateExperts(source) if model.may_stack_experts else source
 
 

@@ -13,7 +13,8 @@ from sempre.kernels.states import StateShape
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.models.pooling import Pooling
 from sempre.workers.models.rope_config import rope_of
-from sempre.workers.quantization.config import StoredQuantization, parse_quantization
+from sempre.workers.quantization.config import StoredQuantization
+from sempre.workers.quantization.stored import parse_stored
 
 # what `layer_types` may say of a layer
 FULL, WINDOWED = "full_attention", "sliding_attention"
@@ -85,7 +86,7 @@ class FamilyRules:
     """of the config, the head dimension and max_position_embeddings"""
     qk_norm: bool = False
     """RMSNorm over each head of the queries and keys, before the rotary embedding"""
-    quantization: Callable[[ConfigFields], StoredQuantization | None] = parse_quantization
+    quantization: Callable[[ConfigFields], StoredQuantization | None] = parse_stored
 
 
 @dataclass(frozen=True)

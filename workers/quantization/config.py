@@ -9,6 +9,7 @@ from typing import Literal
 from sempre.ipc.errors import ConfigError
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.config_fields import ConfigFields
+from sempre.workers.quantization.widened import WidenedSpec
 
 SUPPORTED = "compressed-tensors fp8: weights per channel or tensor, activations per token and dynamic, or not at all"
 FORMATS = ("float-quantized", "naive-quantized")
@@ -39,7 +40,7 @@ class Mxfp4Spec:
     targets: tuple[str, ...]
 
 
-StoredQuantization = QuantizationSpec | Mxfp4Spec
+StoredQuantization = QuantizationSpec | Mxfp4Spec | WidenedSpec
 
 
 def _matches(entry: str, module: str) -> bool:
@@ -56,13 +57,13 @@ def resolve_quantization(
     Dummy weights are never stored quantised.
     """
     if setting is None:
-        if isinstance(stated, Mxfp4Spec):
+        if isinstance(stated, Mxfp4Spec | WidenedSpec):
             return stated if load_format != "dummy" else None
         if stated is not None and load_format == "dummy":
             return QuantizationSpec(stated.scheme, "channel", stated.targets, stated.ignore, stored=False)
         return stated
     if stated is not None:
-        name = "mxfp4" if isinstance(stated, Mxfp4Spec) else stated.scheme.value
+        name = _name_of(stated)
         raise ConfigError(
             f"quantization: expected None for a checkpoint that is quantised already ({name}),"
             f" found {setting!r}. Leave it out.",
@@ -72,8 +73,18 @@ def resolve_quantization(
     return QuantizationSpec(Fp8Scheme(setting), "channel", ("Linear",), ("lm_head", "score"), stored=False)
 
 
+def _name_of(stated: StoredQuantization) -> str:
+    match stated:
+        case Mxfp4Spec():
+            return "mxfp4"
+        case WidenedSpec():
+            return stated.format.name
+        case _:
+            return stated.scheme.value
+
+
 def parse_quantization(config: ConfigFields) -> QuantizationSpec | None:
-    """The section `quantization_config`; None where there is none. Raises ModelError naming the field."""
+    """The section `quantization_config` of fp8; None where there is none. Raises ModelError naming the field."""
     if config.raw.get("quantization_config") is None:
         return None
     fields = config.section("quantization_config")
@@ -118,10 +129,7 @@ def _check_fp8(fields: ConfigFields) -> None:
 
 
 def _require(fields: ConfigFields, name: str, *allowed: object) -> None:
-    value = fields.raw.get(name)
-    if not any(type(value) is type(choice) and value == choice for choice in allowed):
-        choices = " or ".join("nothing" if choice is None else repr(choice) for choice in allowed)
-        fields.fail(name, f"{choices} (supported: {SUPPORTED})", value)
+    fields.one_of(name, *allowed, note=f" (supported: {SUPPORTED})")
 
 
 def _entries(fields: ConfigFields, name: str) -> tuple[str, ...]:

@@ -7,13 +7,16 @@ NaN. Every product is exact in bfloat16, so widened matrices have the bits of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.quantization.config import Mxfp4Spec
 from sempre.workers.quantization.method import QuantizationMethod
 from sempre.workers.quantization.plain import PLAIN, PLAIN_SUFFIX
+from sempre.workers.quantization.widened import Shape, groups_of
 from sempre.workers.tensor_source import Parameter, mismatch
 
 BLOCK = 32
@@ -31,12 +34,16 @@ _SMALLEST = 1 << 22
 def widen(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """blocks uint8 [N, K / 32, 16], of two numbers each with the first in the lower bits, and scales uint8 [N, K / 32]
     → bfloat16 [N, K], exactly."""
-    signed = [*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)]
-    both = torch.tensor(signed, dtype=torch.float32, device=blocks.device)
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
     exponents = scales.to(torch.int32)
     powers = torch.where(exponents > 0, exponents << 23, _SMALLEST).view(torch.float32)
-    return (both[codes.int()] * powers[..., None]).to(torch.bfloat16).flatten(1)
+    return (numbers_of(blocks) * powers[..., None]).to(torch.bfloat16).flatten(1)
+
+
+def numbers_of(pairs: torch.Tensor) -> torch.Tensor:
+    """e2m1 numbers, two in each byte with the first in the lower bits: uint8 [..., B] → float32 [..., 2 * B]."""
+    signed = [*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)]
+    both = torch.tensor(signed, dtype=torch.float32, device=pairs.device)
+    return both[torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2).int()]
 
 
 class Mxfp4:
@@ -76,3 +83,42 @@ class Mxfp4Quantization:
 
     def method(self, modules: Sequence[str]) -> QuantizationMethod:
         return self._mxfp4 if all(module.endswith(self._spec.targets) for module in modules) else PLAIN
+
+
+@dataclass(frozen=True)
+class Mxfp4Packed:
+    """As compressed-tensors stores it: `.weight_packed` [N, K / 2] and `.weight_scale` [N, K / 32]."""
+
+    name = "mxfp4"
+    main = ".weight_packed"
+    scale = ".weight_scale"
+
+    def sizes(self, main: Shape) -> tuple[int, int]:
+        return main[0], 2 * main[1]
+
+    def stored(self, out_features: int, in_features: int) -> dict[str, Parameter]:
+        groups, _ = groups_of(in_features, BLOCK)
+        return {
+            self.main: Parameter((out_features, in_features // 2), BYTES),
+            self.scale: Parameter((out_features, groups), BYTES),
+        }
+
+    def optional(self) -> dict[str, Parameter]:
+        return {}
+
+    def dtype_name(self, scale: str) -> str:
+        return "BF16"
+
+    def widen(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        packed = tensors[self.main]
+        return widen(packed.view(packed.shape[0], -1, BLOCK // 2), tensors[self.scale])
+
+
+def parse_mxfp4_packed(group: ConfigFields) -> Mxfp4Packed:
+    """`group`: the only one of config_groups. Raises ModelError naming the field."""
+    group.one_of("input_activations", None)
+    weights = group.section("weights")
+    weights.one_of("type", "float")
+    weights.one_of("num_bits", 4)
+    weights.one_of("group_size", BLOCK)
+    return Mxfp4Packed()
