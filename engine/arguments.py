@@ -98,6 +98,10 @@ class EngineKeywords(TypedDict, total=False):
     runner: Runner
     convert: Convert
     pooler_config: PoolerConfig | Mapping[str, Any] | None
+    enable_lora: bool
+    max_loras: int
+    max_lora_rank: int
+    max_cpu_loras: int | None
     numerics: Numerics
     numerics_profile: NumericsProfile | None
     load_format: LoadFormat
@@ -311,6 +315,20 @@ def _multiprocessing_from_environment() -> bool:
     return value == "1"
 
 
+def _check_adapters(config: EngineConfig) -> None:
+    defaults = {field.name: field.default for field in msgspec.structs.fields(EngineConfig)}
+    for name in ("max_loras", "max_lora_rank", "max_cpu_loras"):
+        value = getattr(config, name)
+        if not config.enable_lora and value != defaults[name]:
+            raise ConfigError(f"{name}={value} has no effect without enable_lora=True.", parameter=name, value=value)
+    if config.max_cpu_loras is not None and config.max_cpu_loras < config.max_loras:
+        raise ConfigError(
+            f"max_cpu_loras={config.max_cpu_loras} must be at least max_loras={config.max_loras}.",
+            parameter="max_cpu_loras",
+            value=config.max_cpu_loras,
+        )
+
+
 def _check_together(config: EngineConfig) -> None:
     if config.heartbeat_timeout_s <= config.heartbeat_interval_s:
         raise ConfigError(
@@ -325,6 +343,7 @@ def _check_together(config: EngineConfig) -> None:
             parameter="numerics_profile",
             value=config.profile,
         )
+    _check_adapters(config)
     if config.data_parallel_size > 1 and not config.multiprocessing:
         raise ConfigError(
             f"data_parallel_size={config.data_parallel_size} needs multiprocessing=True: one process holds one worker.",

@@ -56,9 +56,11 @@ def distribution_digest(spec: SamplingSpec) -> bytes:
     return hashlib.sha256(_DIGEST_TAG + msgspec.msgpack.encode(canonical)).digest()
 
 
-def request_digest(distribution: bytes, prompt_token_ids: Sequence[int]) -> bytes:
-    """Return the digest (32 bytes) of distribution and prompt under which requests without a seed are counted."""
-    return hashlib.sha256(distribution + msgspec.msgpack.encode(prompt_token_ids)).digest()
+def request_digest(distribution: bytes, prompt_token_ids: Sequence[int], adapter: str | None = None) -> bytes:
+    """Return the digest (32 bytes) of distribution, prompt and adapter (the digest of its files, hex) under which
+    requests without a seed are counted."""
+    own = b"" if adapter is None else bytes.fromhex(adapter)
+    return hashlib.sha256(distribution + own + msgspec.msgpack.encode(prompt_token_ids)).digest()
 
 
 def derive_request_seed(engine_seed: int, digest: bytes, count: int) -> int:

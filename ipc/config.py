@@ -117,6 +117,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Convert, doc("what a model that generates is pooled for: embed or classify; auto is what its files say")
     ] = "auto"
     pooler_config: Annotated[PoolerConfig | None, doc("pooling_type and use_activation, if not the model's own")] = None
+    enable_lora: Annotated[bool, doc("serve low-rank adapters beside the model")] = False
+    max_loras: Annotated[Count, doc("most adapters in one step; requests of others wait")] = 1
+    max_lora_rank: Annotated[int, Meta(ge=1, le=512), doc("largest rank of an adapter")] = 16
+    max_cpu_loras: Annotated[
+        Count | None, doc("most adapters kept in a worker's memory, at least max_loras; None: as many as max_loras")
+    ] = None
     numerics: Annotated[
         Numerics, doc("`control` uses the ordinary, non-invariant matmul: only to show that tests can fail")
     ] = "invariant"
@@ -153,6 +159,16 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def profile(self) -> NumericsProfile:
         """`numerics_profile`, resolved."""
         return self.numerics_profile or "single"
+
+    @property
+    def num_adapter_slots(self) -> int:
+        """The most adapters in one step; 0: none are served."""
+        return self.max_loras if self.enable_lora else 0
+
+    @property
+    def num_kept_adapters(self) -> int:
+        """The most adapters in a worker's memory."""
+        return max(self.num_adapter_slots, self.max_cpu_loras or 0)
 
     @property
     def max_draft_tokens(self) -> int:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from sempre.ipc.messages import WorkerConfig
+from sempre.workers.adapters.store import AdapterStore
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.drafters.base import DraftModelRunner
 from sempre.workers.kv_cache import PagedKvCache, block_bytes
@@ -46,6 +47,8 @@ class LoadedModel(ModelSetup):
 
     model: CausalLM
     weights: WeightFacts
+    adapters: AdapterStore | None = None
+    """None: none are served"""
 
     def limits(self, sizes: CacheSizes) -> StepLimits:
         return StepLimits(
@@ -55,6 +58,7 @@ class LoadedModel(ModelSetup):
             self.spec.vocab_size,
             self.config.max_draft_tokens,
             sizes.num_state_slots,
+            0 if self.adapters is None else self.config.num_adapter_slots,
         )
 
     def allocate_cache(self, sizes: CacheSizes, device: torch.device = CPU) -> PagedKvCache:

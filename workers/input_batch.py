@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sempre.ipc.errors import MessageMalformed
-from sempre.ipc.messages import ErrorInfo, NewRequest, PoolingSpec, ScheduledRequest
+from sempre.ipc.messages import AdapterSpec, ErrorInfo, NewRequest, PoolingSpec, ScheduledRequest
 from sempre.workers.models.pooling import Pooling
 from sempre.workers.sampling import GrammarCompiler, SamplingState
-from sempre.workers.steps import NO_STATES, AnyArray, Int32, Int64, StepArrays, StepShape, row_places
+from sempre.workers.steps import EMPTY, AnyArray, Int32, Int64, StepArrays, StepShape, row_places
 
 
 @dataclass(eq=False)
@@ -44,6 +44,9 @@ class RequestState:
     """its prompt is pooled, and nothing sampled"""
     reads_all_rows: bool = False
     """whether final hidden states of all its prompt's rows are needed"""
+    adapter: AdapterSpec | None = None
+    adapter_slot: int = -1
+    """of its adapter in the current step; -1: without one"""
 
 
 class SampledRows(NamedTuple):
@@ -112,7 +115,18 @@ class StepPlan:
             max_sampled=1 + int(self.num_drafts.max()),
             reads_all_rows=self.reads_all_rows,
             has_states=self.has_states,
+            has_adapters=self.has_adapters,
         )
+
+    @cached_property
+    def has_adapters(self) -> bool:
+        """Whether any request has an adapter."""
+        return any(state.adapter is not None for state in self.states)
+
+    @property
+    def adapter_slots(self) -> Int32:
+        """[R]"""
+        return np.fromiter((state.adapter_slot for state in self.states), np.int32, len(self.states))
 
     @property
     def state_reads(self) -> Int32:
@@ -189,7 +203,15 @@ class InputBatch:
         if new.pooling is not None:
             reads_all = self.pooling is not None and self.pooling.reads_all_rows
         state = RequestState(
-            new.request_id, token_ids, new.num_prompt_tokens, sampling, slot, error, new.pooling, reads_all
+            new.request_id,
+            token_ids,
+            new.num_prompt_tokens,
+            sampling,
+            slot,
+            error,
+            new.pooling,
+            reads_all,
+            new.adapter,
         )
         self._table_lens[slot] = 0
         self._num_tokens[slot] = len(token_ids)
@@ -298,13 +320,14 @@ class InputBatch:
             block_tables=tables,
             slots=slots,
             draft_ends=np.zeros(slots.size, np.int32),
-            state_reads=plan.state_reads if plan.has_states else NO_STATES,
-            state_writes=plan.state_writes if plan.has_states else NO_STATES,
+            state_reads=plan.state_reads if plan.has_states else EMPTY,
+            state_writes=plan.state_writes if plan.has_states else EMPTY,
             sampled_rows=sampled.rows,
             sampled_starts=sampled.starts(slots.size),
             sampled_slots=slots[sampled.requests].astype(np.int32),
             sampled_positions=sampled.positions,
             draft_offsets=sampled.offsets.astype(np.int32),
+            row_adapters=np.repeat(plan.adapter_slots, plan.num_tokens) if plan.has_adapters else EMPTY,
         )
 
     def _take_slot(self) -> int:

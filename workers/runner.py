@@ -13,6 +13,7 @@ import torch
 from msgspec.structs import replace
 
 from sempre.ipc.messages import NOT_READY, ErrorInfo, ExecuteStep, SampledTokens
+from sempre.workers.adapters.store import AdapterStore
 from sempre.workers.input_batch import InputBatch, StepPlan
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.base import CausalLM
@@ -60,6 +61,9 @@ class StepQueue(Protocol):
 class ModelRunner(ABC):
     """One replica's model, cache, sampler, and the requests it knows. The limits also apply to the warm-up."""
 
+    adapters: AdapterStore | None = None
+    """those that requests may have"""
+
     def __init__(
         self,
         model: CausalLM,
@@ -106,6 +110,9 @@ class ModelRunner(ABC):
         result.
         """
         valid = self._validation.admit(step)
+        if self.adapters is not None:
+            states = [self._batch.get(item.request_id) for item in step.scheduled]
+            self.adapters.prepare([state for state in states if state.error is None], valid.errors)
         self._update_requests(step, valid)
         healthy = [item for item in step.scheduled if item.request_id not in valid.errors]
         plan = self._batch.plan(healthy) if healthy else None

@@ -21,6 +21,7 @@ class StepLimits(NamedTuple):
     vocab_size: int
     max_draft_tokens: int = 0
     num_state_slots: int = 0
+    num_adapter_slots: int = 0
 
     @property
     def largest_step(self) -> StepShape:
@@ -33,6 +34,7 @@ class StepLimits(NamedTuple):
             max_context_len=self.max_model_len,
             max_sampled=1 + self.max_draft_tokens,
             has_states=self.num_state_slots > 0,
+            has_adapters=self.num_adapter_slots > 0,
         )
 
 
@@ -108,6 +110,10 @@ class StepValidation:
             task = "generates" if self._batch.pooling is None else "pools"
             message = f"pooling: the model {task}, and the request asks for the other."
             error = RequestError(message, parameter="pooling", request_id=new.request_id)
+            return describe(error, self._rank)
+        elif new.adapter is not None and not self._limits.num_adapter_slots:
+            message = f"adapter: expected none, as the worker serves none, found {new.adapter.name!r}."
+            error = RequestError(message, parameter="lora_request", request_id=new.request_id)
             return describe(error, self._rank)
         else:
             return None

@@ -15,7 +15,9 @@ import numpy.typing as npt
 import torch
 
 from sempre.kernels.attention import PagedBatch
+from sempre.kernels.lora import adapter_rows
 from sempre.kernels.states import StateBatch
+from sempre.workers.layers.lora import StepAdapters
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -40,6 +42,8 @@ class StepShape(NamedTuple):
     """whether final hidden states are needed of all rows, not only of the sampled ones"""
     has_states: bool = False
     """whether layers of the model keep states"""
+    has_adapters: bool = False
+    """whether any row has an adapter"""
 
     def size(self, dimension: str, block_size: int) -> int:
         """The size of a dimension in `FIELDS`."""
@@ -64,6 +68,12 @@ class Field(NamedTuple):
     padding: int = 0
     of_states: bool = False
     """empty unless layers of the model keep states"""
+    of_adapters: bool = False
+    """empty unless a row of the step has an adapter"""
+
+    def is_empty(self, shape: StepShape) -> bool:
+        """Whether steps of this shape have none of it."""
+        return (self.of_states and not shape.has_states) or (self.of_adapters and not shape.has_adapters)
 
 
 class StepArrays(NamedTuple, Generic[Array]):
@@ -101,6 +111,8 @@ class StepArrays(NamedTuple, Generic[Array]):
     """of the row's request"""
     state_writes: Array
     """slot for the state after the row; -1: none"""
+    row_adapters: Array
+    """slot of the row's adapter; -1: none"""
 
 
 # those of T rows come last: steps that differ only in T have the others at the same addresses
@@ -121,9 +133,10 @@ FIELDS = StepArrays(
     slot_mapping=Field(np.int64, ("T",), -1),
     row_slots=Field(np.int64, ("T",)),
     state_writes=Field(np.int32, ("T",), -1, of_states=True),
+    row_adapters=Field(np.int32, ("T",), -1, of_adapters=True),
 )
-# of a step of a model without states
-NO_STATES: Int32 = np.empty(0, np.int32)
+# of a step of a model without states, or without adapters
+EMPTY: Int32 = np.empty(0, np.int32)
 
 
 def array_sizes(shape: StepShape, block_size: int) -> list[tuple[type[np.signedinteger], tuple[int, ...]]]:
@@ -131,7 +144,7 @@ def array_sizes(shape: StepShape, block_size: int) -> list[tuple[type[np.signedi
     sizes = []
     for field in FIELDS:
         size = tuple(shape.size(name, block_size) for name in field.dimensions)
-        sizes.append((field.dtype, (0,) if field.of_states and not shape.has_states else size))
+        sizes.append((field.dtype, (0,) if field.is_empty(shape) else size))
     return sizes
 
 
@@ -204,6 +217,8 @@ class StepInput:
     """None: all rows"""
     states: StateBatch | None = None
     """of a model whose layers keep states"""
+    adapters: StepAdapters | None = None
+    """None: no row has one"""
 
 
 def of_rows_read(step: StepInput) -> StepInput:
@@ -235,6 +250,7 @@ def step_input(
         states = StateBatch(arrays.state_reads, arrays.state_writes, arrays.query_starts)
     if not shape.reads_all_rows:
         outputs = OutputRows(arrays.sampled_rows, arrays.sampled_starts, shape.max_sampled)
+    adapters = step_adapters(arrays.row_adapters, outputs) if shape.has_adapters else None
     return StepInput(
         token_ids=arrays.token_ids if token_ids is None else token_ids,
         positions=arrays.positions,
@@ -248,4 +264,11 @@ def step_input(
         ),
         outputs=outputs,
         states=states,
+        adapters=adapters,
     )
+
+
+def step_adapters(row_adapters: torch.Tensor, outputs: OutputRows | None) -> StepAdapters:
+    """The slots of all rows, int32 [T], and of those that are read."""
+    read = None if outputs is None else adapter_rows(row_adapters.index_select(0, outputs.rows))
+    return StepAdapters(adapter_rows(row_adapters), read)

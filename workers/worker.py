@@ -30,6 +30,7 @@ from sempre.ipc.messages import (
     WorkerReady,
 )
 from sempre.kernels.threads import get_num_threads
+from sempre.workers.adapters.store import AdapterStore, adapter_methods
 from sempre.workers.backend import Backend, LoadedModel, ModelSetup
 from sempre.workers.backends import make_backend
 from sempre.workers.device import attention_parity, resolve_device
@@ -73,6 +74,7 @@ class Worker:
             "ping": lambda: "pong",
             "rng_digests": self._rng_digests,
             "self_test": self._self_test,
+            **adapter_methods(lambda: self._require_loaded().adapters),
         }
 
     def load_model(self, command: LoadModel) -> ModelLoaded:
@@ -129,6 +131,7 @@ class Worker:
         seconds: dict[str, float] = {}
         with _timed(seconds, "allocate"):
             runner = backend.make_runner(loaded, CacheSizes(command.num_blocks, command.num_state_slots))
+            runner.adapters = loaded.adapters
             draft_runner = self._make_draft_runner(runner, command.num_blocks)
         with _timed(seconds, "warm_up"):
             warm_up(runner)
@@ -313,6 +316,8 @@ def _setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
             "speculative_config: nothing is drafted for a model that pools. Leave it out.",
             parameter="speculative_config",
         )
+    if spec.pooling is not None and config.enable_lora:
+        raise ConfigError("enable_lora: a model that pools has no adapters. Leave it out.", parameter="enable_lora")
     if is_draft and any(spec.layer_states):
         raise ConfigError(
             f"speculative_config: the draft model {config.model_path} ({spec.architecture}) has layers that keep"
@@ -334,7 +339,9 @@ def _setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
 
 def _load(setup: ModelSetup, backend: Backend) -> LoadedModel:
     model, weights = load_model(setup.config, setup.spec, setup.kernel, backend.placement)
-    return LoadedModel(**vars(setup), model=model, weights=weights)
+    serves_adapters = setup.config.enable_lora and setup.config.role == "target"
+    adapters = AdapterStore(setup.config, model, weights.activations) if serves_adapters else None
+    return LoadedModel(**vars(setup), model=model, weights=weights, adapters=adapters)
 
 
 def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | None:

@@ -247,6 +247,7 @@ class EngineCore:
             attention_parity=self._startup.attention_parity,
             max_draft_tokens=config.max_draft_tokens,
             num_state_slots=self._startup.num_state_slots,
+            max_adapters=config.num_adapter_slots,
             pools_every_token=ready.pooling is not None and ready.pooling.kind != "LAST",
         )
         return Scheduler(

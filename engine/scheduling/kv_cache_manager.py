@@ -141,7 +141,7 @@ class KVCacheManager:
             token_ids = request.token_ids
             if num_blocks * self.block_size > len(token_ids):
                 token_ids = [*token_ids, *sampled]
-            self._prefix_cache.extend_keys(request.block_keys, token_ids, num_blocks, salt)
+            self._prefix_cache.extend_keys(request.block_keys, token_ids, num_blocks, salt, request.adapter)
 
 
 def _last_key(request: Request, cached_blocks: Sequence[int]) -> BlockKey | None:

@@ -29,6 +29,8 @@ class Limits:
     """draft tokens to verify in one step"""
     num_state_slots: int = 0
     """slots of states; 0: no layer of the model keeps states"""
+    max_adapters: int = 0
+    """adapters of the requests in one step; 0: none are served"""
     pools_every_token: bool = False
     """of a model that pools: results depend on every token of a prompt, so that none may come from the cache"""
 
@@ -50,6 +52,12 @@ class Limits:
         else:
             return
         raise RequestError(message, parameter="prompt_token_ids", value=length, request_id=spec.request_id)
+
+    def check_adapter(self, spec: RequestSpec) -> None:
+        """Raise RequestError for an adapter where none are served."""
+        if spec.adapter is not None and not self.max_adapters:
+            message = f"lora_request: expected an engine with enable_lora=True for adapter {spec.adapter.name!r}."
+            raise RequestError(message, parameter="lora_request", request_id=spec.request_id)
 
     def outgrown(self, request_id: str, num_tokens: int) -> ErrorInfo:
         """The error of a request whose next token could not be computed even if it ran alone."""

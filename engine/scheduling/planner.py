@@ -11,6 +11,9 @@ usual, far from the beginning or scored, fewer:
 None overtakes another, with one exception: where prompts would fill the step, up to a quarter of their tokens is kept
 for shorter prompts after them. So a short request waits for a step, and not for all of the long prompts before it.
 
+A step has at most `max_adapters` adapters, so a request may wait until no running request uses one of them. Later
+requests, of no adapter or of those in use, overtake the first that waits so, `max_num_seqs` of them; then all wait.
+
 A preempted request frees its blocks and slots of states, waits again at its place in the order, and is recomputed. This
 never affects a request's tokens: they depend on its own prompt, parameters and seed alone.
 """
@@ -18,6 +21,7 @@ never affects a request's tokens: they depend on its own prompt, parameters and 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter
@@ -44,6 +48,7 @@ class StepPlanner:
         self.running: list[Request] = []  # sorted by order key, like `waiting`
         self.waiting: list[Request] = []
         self.num_paused = 0
+        self._running_adapters: Counter[str] = Counter()  # running requests by their adapter
 
     def plan(self, step_id: int, alone: Request | None, now: float) -> PlannedStep:
         """Plan the next step, of one request if one must run `alone`; it is empty if there is nothing to compute.
@@ -91,6 +96,10 @@ class StepPlanner:
             self.num_paused -= 1
             return
         _remove(self.running if request.is_running else self.waiting, request)
+        if request.is_running and request.adapter is not None:
+            self._running_adapters[request.adapter] -= 1
+            if not self._running_adapters[request.adapter]:
+                del self._running_adapters[request.adapter]
         request.is_running = False
         self.kv_cache.release(request)
 
@@ -105,6 +114,7 @@ class StepPlanner:
             request.is_running = False
             self.kv_cache.release(request)
         self.running.clear()
+        self._running_adapters.clear()
         self.waiting = sorted((request for request in requests if not request.is_paused), key=_ORDER_KEY)
         self.kv_cache.forget_cached()
 
@@ -171,10 +181,25 @@ class StepPlanner:
         return block_ids
 
     def _plan_waiting(self, step: PlannedStep) -> None:
-        """Admit waiting requests, strictly in order."""
-        while self.waiting and len(self.running) < self._limits.max_num_seqs and step.has_room_for_prompts:
-            if not self._admit(step, self.waiting[0]):
+        """Admit waiting requests in order; those before `place` wait for a slot of their adapter."""
+        most, place = self._limits.max_num_seqs, 0
+        while place < len(self.waiting) and len(self.running) < most and step.has_room_for_prompts:
+            first, request = self.waiting[0], self.waiting[place]
+            if not self.has_adapter_slot(request):
+                if first.num_overtaken >= most:
+                    break
+                place += 1
+            elif not self._admit(step, request):
                 break
+            elif place:
+                first.num_overtaken += 1
+                if first.num_overtaken >= most:
+                    break
+
+    def has_adapter_slot(self, request: Request) -> bool:
+        """Whether the running requests leave a slot for this one's adapter, or use it themselves."""
+        in_use = self._running_adapters
+        return request.adapter is None or request.adapter in in_use or len(in_use) < self._limits.max_adapters
 
     def _short_waiting(self, step: PlannedStep) -> list[Request]:
         """Waiting requests with a shorter prompt than the one that would take the last room for prompts, up to a share
@@ -203,7 +228,7 @@ class StepPlanner:
     def _plan_short(self, step: PlannedStep, short: list[Request]) -> None:
         """Admit those of `short` that still wait, for which room was kept, and others in order if there is more."""
         for request in short:
-            if request.is_running:
+            if request.is_running or not self.has_adapter_slot(request):
                 continue
             if len(self.running) >= self._limits.max_num_seqs or not self._admit(step, request):
                 return
@@ -213,6 +238,7 @@ class StepPlanner:
         """Plan the first tokens of a waiting request; False if it does not fit now."""
         if request.awaits_result:
             return False  # preempted while its last token or drafts were in flight
+        assert self.has_adapter_slot(request)
         cached_blocks = self.kv_cache.find_cached_blocks(request)
         if not self.kv_cache.can_admit(request, cached_blocks):
             return False
@@ -223,6 +249,9 @@ class StepPlanner:
         _remove(self.waiting, request)
         insort(self.running, request, key=_ORDER_KEY)
         request.is_running = True
+        request.num_overtaken = 0
+        if request.adapter is not None:
+            self._running_adapters[request.adapter] += 1
         request.admitted_at_step = step.step_id
         if not request.is_known_to_worker:
             request.is_known_to_worker = True
@@ -256,6 +285,9 @@ class StepPlanner:
             assert keys == sorted(set(keys))
         assert all(request.is_running and request.block_ids for request in self.running)
         assert not any(request.is_running or request.block_ids for request in self.waiting)
+        used = Counter(request.adapter for request in self.running if request.adapter is not None)
+        assert used == self._running_adapters
+        assert len(used) <= self._limits.max_adapters
         self.kv_cache.check_invariants(self.running)
 
 

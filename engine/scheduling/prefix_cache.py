@@ -2,7 +2,7 @@
 
 A block's key chains SHA-256 over its whole prefix, so equal keys mean equal tokens from position 0 on:
 
-    digest(block 0) = sha256(root(cache_salt) | token ids)
+    digest(block 0) = sha256(root(cache_salt, adapter) | token ids)
     digest(block i) = sha256(digest(block i-1) | token ids)        token ids: uint32 little-endian
 
 Every part has a fixed length, so two different inputs never share a byte string.
@@ -23,9 +23,13 @@ class BlockKey(NamedTuple):
     packed_tokens: bytes
 
 
-def root_digest(cache_salt: str | None) -> bytes:
-    """Parent of a sequence's first block; requests with different salts never share a block."""
-    return bytes(32) if cache_salt is None else hashlib.sha256(cache_salt.encode()).digest()
+def root_digest(cache_salt: str | None, adapter: str | None = None) -> bytes:
+    """Parent of a sequence's first block; requests with different salts or adapters never share a block.
+
+    `adapter`: the digest of the adapter's files, hex.
+    """
+    salted = bytes(32) if cache_salt is None else hashlib.sha256(cache_salt.encode()).digest()
+    return salted if adapter is None else hashlib.sha256(salted + bytes.fromhex(adapter)).digest()
 
 
 class PrefixCache:
@@ -41,11 +45,16 @@ class PrefixCache:
         return len(self._block_by_digest)
 
     def extend_keys(
-        self, keys: list[BlockKey], token_ids: Sequence[int], num_blocks: int, cache_salt: str | None
+        self,
+        keys: list[BlockKey],
+        token_ids: Sequence[int],
+        num_blocks: int,
+        cache_salt: str | None,
+        adapter: str | None = None,
     ) -> None:
-        """Extend `keys` to the keys of the first `num_blocks` full blocks of `token_ids`."""
+        """Extend `keys` to the keys of the first `num_blocks` full blocks of `token_ids`, computed with `adapter`."""
         size = self.block_size
-        parent = keys[-1].digest if keys else root_digest(cache_salt)
+        parent = keys[-1].digest if keys else root_digest(cache_salt, adapter)
         for start in range(len(keys) * size, num_blocks * size, size):
             packed = self._pack(*token_ids[start : start + size])
             parent = hashlib.sha256(parent + packed).digest()

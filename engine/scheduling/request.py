@@ -57,6 +57,7 @@ class Request:
     """
 
     __slots__ = (
+        "adapter",
         "admitted_at_step",
         "attention_parity",
         "block_ids",
@@ -74,6 +75,7 @@ class Request:
         "num_committed_blocks",
         "num_computed_tokens",
         "num_matching_tokens",
+        "num_overtaken",
         "num_preemptions",
         "num_prompt_logprobs_delivered",
         "num_prompt_tokens",
@@ -104,6 +106,8 @@ class Request:
         self.spec = spec
         self.request_id = spec.request_id
         self.order_key: OrderKey = (priority, spec.ordinal, spec.request_id)
+        self.adapter = None if spec.adapter is None else spec.adapter.digest
+        self.num_overtaken = 0  # by later requests, while it waited for a slot of its adapter
 
         self.token_ids = [*spec.prompt_token_ids, *spec.output_token_ids]
         self.num_prompt_tokens = len(spec.prompt_token_ids)
@@ -195,6 +199,7 @@ class Request:
             seed=self.spec.seed,
             params=self.spec.params,
             pooling=self.spec.pooling,
+            adapter=self.spec.adapter,
         )
 
     def count_prompt_tokens(self, num_written: int) -> int:

@@ -85,6 +85,7 @@ class Scheduler:
             message = f"The request id {spec.request_id!r} belongs to an unfinished request; choose another one."
             raise RequestError(message, parameter="request_id", value=spec.request_id, request_id=spec.request_id)
         self._limits.check_prompt(spec)
+        self._limits.check_adapter(spec)
         speculation = None
         # a grammar needs known tokens, one at a time
         if self._speculation is not None and not spec.params.depends_on_output:
@@ -352,7 +353,10 @@ class Scheduler:
         """A snapshot, except for the observations, which keep changing."""
         suspect = self._isolation.current
         # while a suspect runs, no other request may
-        num_deferred = sum(suspect not in (None, request) or request.awaits_result for request in self._planner.waiting)
+        num_deferred = sum(
+            suspect not in (None, request) or request.awaits_result or not self._planner.has_adapter_slot(request)
+            for request in self._planner.waiting
+        )
         return msgspec.structs.replace(
             self._counters,
             num_running=len(self._planner.running),

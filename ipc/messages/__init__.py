@@ -37,6 +37,7 @@ from sempre.ipc.messages.client import (
 from sempre.ipc.messages.common import (
     NOT_READY,
     PROTOCOL_VERSION,
+    AdapterSpec,
     ErrorInfo,
     Heartbeat,
     LogprobRows,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from sempre.ipc.messages.common import (
+    AdapterSpec,
     Data,
     ErrorInfo,
     Heartbeat,
@@ -46,6 +47,8 @@ class RequestSpec(Data, frozen=True, kw_only=True):
     """rows of the prompt's log-probabilities that the client already has; they are not sent again"""
     pooling: PoolingSpec | None = None
     """for a pooling model: nothing is sampled"""
+    adapter: AdapterSpec | None = None
+    """None: the model itself"""
 
 
 class AddRequests(Message, frozen=True, kw_only=True):

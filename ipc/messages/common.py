@@ -121,6 +121,14 @@ class PoolingSpec(Data, frozen=True, kw_only=True):
     use_activation: bool = True
 
 
+class AdapterSpec(Data, frozen=True, kw_only=True):
+    """A low-rank adapter: the user's name for it, its folder, and SHA-256 (hex) of its files, which identifies it."""
+
+    name: str
+    path: str
+    digest: str
+
+
 class PoolingModel(Data, frozen=True, kw_only=True):
     """What a pooling model computes of a prompt: a vector of `width` elements, or a probability for each label.
 

@@ -8,6 +8,7 @@ from msgspec import Meta
 
 from sempre.ipc.config import WorkerConfig
 from sempre.ipc.messages.common import (
+    AdapterSpec,
     Data,
     ErrorInfo,
     Heartbeat,
@@ -48,6 +49,8 @@ class NewRequest(Data, frozen=True, kw_only=True):
     params: SamplingSpec
     pooling: PoolingSpec | None = None
     """its prompt is pooled, and nothing sampled"""
+    adapter: AdapterSpec | None = None
+    """loaded when it is first needed"""
 
 
 class ScheduledRequest(Data, frozen=True, kw_only=True):

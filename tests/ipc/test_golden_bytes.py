@@ -16,7 +16,10 @@ DIGESTS = m.RngDigests(python_random="p", numpy_random="n", torch_cpu="t")
 ROWS = m.LogprobRows(num_rows=1, width=1, token_ids=b"\1\0\0\0", logprobs=b"\0\0\x80\xbf", ranks=b"\1\0\0\0")
 ERROR = m.ErrorInfo(type="T", message="m", rank=1, facts={"a": 1, "b": None})
 PARAMS = m.SamplingSpec(max_tokens=4, logit_bias={7: 0.5}, bad_words_token_ids=[[1, 2]])
-SPEC = m.RequestSpec(request_id="r", prompt_token_ids=[1, 300], params=PARAMS, seed=2**64 - 1, ordinal=0)
+ADAPTER = m.AdapterSpec(name="a", path="/a", digest="0f")
+SPEC = m.RequestSpec(
+    request_id="r", prompt_token_ids=[1, 300], params=PARAMS, seed=2**64 - 1, ordinal=0, adapter=ADAPTER
+)
 DELTA = m.RequestOutputDelta(request_id="r", token_ids=[5], logprobs=ROWS, finish_reason="stop", stop_reason=5)
 
 EXAMPLES: list[m.Message] = [
@@ -61,7 +64,9 @@ EXAMPLES: list[m.Message] = [
     m.ExecuteStep(
         step_id=1,
         finished_request_ids=["q"],
-        new_requests=[m.NewRequest(request_id="r", token_ids=[1, 2], num_prompt_tokens=2, seed=0, params=PARAMS)],
+        new_requests=[
+            m.NewRequest(request_id="r", token_ids=[1, 2], num_prompt_tokens=2, seed=0, params=PARAMS, adapter=ADAPTER)
+        ],
         scheduled=[
             m.ScheduledRequest(request_id="r", num_computed_tokens=0, num_tokens=2, block_table_start=0, block_ids=[4])
         ],
@@ -93,9 +98,9 @@ EXAMPLES: list[m.Message] = [
 GOLDEN = {
     "ClientHello": "93ab436c69656e7448656c6c6f0102",
     "AddRequests": """
-        92ab4164645265717565737473919aa1729201cd012cdc00130400cb3ff0000000000000cb3ff000000000000000cb00
+        92ab4164645265717565737473919ba1729201cd012cdc00130400cb3ff0000000000000cb3ff000000000000000cb00
         00000000000000cb0000000000000000cb0000000000000000cb3ff00000000000008107cb3fe0000000000000c09192
-        01029090c0c0c0c090cfffffffffffffffff0000c09000c0
+        01029090c0c0c0c090cfffffffffffffffff0000c09000c093a161a22f61a23066
     """,
     "AbortRequests": "93ad41626f7274526571756573747391a172a561626f7274",
     "PauseRequests": "92ad5061757365526571756573747391a172",
@@ -137,9 +142,9 @@ GOLDEN = {
     """,
     "StartServing": "93ac537461727453657276696e670300",
     "ExecuteStep": """
-        96ab45786563757465537465700191a1719196a1729201020200dc00130400cb3ff0000000000000cb3ff00000000000
+        96ab45786563757465537465700191a1719197a1729201020200dc00130400cb3ff0000000000000cb3ff00000000000
         0000cb0000000000000000cb0000000000000000cb0000000000000000cb3ff00000000000008107cb3fe00000000000
-        00c0919201029090c0c0c0c090c09199a17200020091040090ff909193a172910502
+        00c0919201029090c0c0c0c090c093a161a22f61a230669199a17200020091040090ff909193a172910502
     """,
     "CallMethod": "95aa43616c6c4d6574686f6401a470696e679080",
     "ShutdownWorker": "91ae53687574646f776e576f726b6572",

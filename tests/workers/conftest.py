@@ -14,6 +14,7 @@ import transformers
 from worker_settings import worker_config
 
 from sempre.ipc.messages import (
+    AdapterSpec,
     ExecuteStep,
     LoadModel,
     LogprobRows,
@@ -500,6 +501,7 @@ class Prompt:
     num_prompt_tokens: int | None = None
     prompt_logprobs_start: int = 0
     pooling: PoolingSpec | None = None
+    adapter: AdapterSpec | None = None
 
 
 class ServingWorker:
@@ -587,6 +589,7 @@ class ServingWorker:
             seed=prompt.seed,
             params=prompt.params,
             pooling=prompt.pooling,
+            adapter=prompt.adapter,
         )
 
     def _grow(self, table: list[int], num_tokens: int) -> list[int]:

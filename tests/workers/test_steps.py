@@ -8,8 +8,8 @@ import torch
 
 from sempre.workers.gpu.decode_graphs import size_bucket
 from sempre.workers.steps import (
+    EMPTY,
     FIELDS,
-    NO_STATES,
     StepArrays,
     StepShape,
     array_sizes,
@@ -36,8 +36,8 @@ def step(counts: list[int], starts: list[int]) -> tuple[StepArrays, StepShape]:
         block_tables=tables,
         slots=slots,
         draft_ends=context.astype(np.int32) + 3,
-        state_reads=NO_STATES,
-        state_writes=NO_STATES,
+        state_reads=EMPTY,
+        state_writes=EMPTY,
         sampled_starts=np.arange(len(counts) + 1, dtype=np.int32),
         sampled_rows=places.query_starts[1:].astype(np.int64) - 1,
         sampled_slots=slots.astype(np.int32),
@@ -47,6 +47,7 @@ def step(counts: list[int], starts: list[int]) -> tuple[StepArrays, StepShape]:
         positions=places.positions,
         slot_mapping=places.slot_mapping,
         row_slots=slots[places.requests],
+        row_adapters=EMPTY,
     )
     shape = StepShape(len(counts), int(lengths.sum()), len(counts), int(lengths.max()), int(context.max()), 1)
     return arrays, shape

@@ -74,9 +74,9 @@ class ModelDrafter:
         self._num_admitted = 0
 
     def add(self, new: NewRequest) -> None:
-        """A request with all tokens known so far."""
+        """A request with all tokens known so far. Drafts are the draft model's own, without the request's adapter."""
         params = replace(new.params, logprobs=None, prompt_logprobs=None)
-        self._sequences[new.request_id] = _Sequence(replace(new, params=params), list(new.token_ids))
+        self._sequences[new.request_id] = _Sequence(replace(new, params=params, adapter=None), list(new.token_ids))
 
     def remove(self, request_ids: Sequence[str]) -> None:
         """Forget requests; unknown ones are ignored."""

@@ -26,6 +26,7 @@ from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.pooling import RowSpans, add_rows
 from sempre.kernels.sampling import gpu as gpu_sampling
 from sempre.kernels.states import StateBatch
+from sempre.workers.adapters.store import AdapterStore
 from sempre.workers.backend import ModelSetup
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.decode_graphs import DecodeShape
@@ -45,7 +46,7 @@ from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.state_cache import StateCache
 from sempre.workers.step_validation import StepLimits
-from sempre.workers.steps import StepInput
+from sempre.workers.steps import StepInput, step_adapters
 
 # this few kernels compile faster here than a compiler process starts
 FEW = 4
@@ -160,6 +161,8 @@ def _launch_all(setup: ModelSetup, device: torch.device, found: Callable[[Varian
     model, facts = load_model(replace(config, load_format="dummy", seed=0), spec, setup.kernel, placement)
     keys = workspace_len(config, setup.max_model_len)
     workspace = allocate_attention_workspace(spec.num_heads, spec.largest_head_dim, keys, device)
+    if config.num_adapter_slots:
+        AdapterStore(config, model, facts.activations)  # gives the layers their slots
     with collecting(found) as collection:
         _launch_steps(setup, model, facts, workspace, device)
         if spec.pooling is None:
@@ -201,7 +204,12 @@ def _launch_steps(
         torch.empty(most_rows, spec.vocab_size, dtype=torch.float32, device=device),
     )
     limits = StepLimits(
-        setup.max_model_len, most_rows, MAX_TOKENS, spec.vocab_size, num_state_slots=1 if any(spec.layer_states) else 0
+        setup.max_model_len,
+        most_rows,
+        MAX_TOKENS,
+        spec.vocab_size,
+        num_state_slots=1 if any(spec.layer_states) else 0,
+        num_adapter_slots=config.num_adapter_slots,
     )
     runner = GpuModelRunner(
         memory, cache, GrammarCompiler(Path(config.model_path), spec.vocab_size), limits, rank=config.rank, graphs=False
@@ -214,7 +222,8 @@ def _launch_steps(
     decode_rows = [rows for rows in DECODE_ROWS if rows <= most_rows]
     for rows, context in combinations(decode_rows, DECODE_CONTEXTS):
         length = min(context, setup.max_model_len)
-        runner.launch_decode(DecodeShape(rows, length, plain))
+        for has_adapters in (False, True)[: 1 + (config.num_adapter_slots > 0)]:
+            runner.launch_decode(DecodeShape(rows, length, plain, has_adapters=has_adapters))
         if config.enable_prefix_caching and length > SPLIT:
             runner.launch_decode(DecodeShape(rows, length, plain, shares_prefixes=True))
 
@@ -227,6 +236,9 @@ def _launch_prompts(setup: ModelSetup, model: CausalLM, cache: PagedKvCache, dev
             if not any(model.spec.layer_states):
                 step = replace_fields(step, states=None)
             model.forward(step, cache.layers)
+            if setup.config.num_adapter_slots:
+                slots = torch.zeros(requests * tokens, dtype=torch.int32, device=device)
+                model.forward(replace_fields(step, adapters=step_adapters(slots, None)), cache.layers)
 
 
 def _launch_pooling(model: CausalLM, facts: WeightFacts, most_rows: int) -> None:

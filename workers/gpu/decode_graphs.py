@@ -1,7 +1,7 @@
 """CUDA graphs of the whole decode step, one per shape, captured after its first run and replayed afterwards.
 
 A shape is a number of rows (a bucket; the rows beyond the step's are padding), a bound of the context (it chooses the
-attention's grids), and the stages of sampling. None of it affects the results.
+attention's grids), the stages of sampling, and whether any row has an adapter. None of it affects the results.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class DecodeShape(NamedTuple):
     stages: Stages
     shares_prefixes: bool = False
     """whether keys that several requests share are read once"""
+    has_adapters: bool = False
+    """whether any row has an adapter"""
 
 
 def row_buckets(max_num_seqs: int) -> list[int]:

@@ -25,7 +25,7 @@ from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.sampling import RowError, SamplingState
 from sempre.workers.step_validation import StepLimits
 from sempre.workers.steps import (
-    NO_STATES,
+    EMPTY,
     AnyArray,
     Int32,
     StepArrays,
@@ -300,8 +300,8 @@ class GpuDraftModelRunner:
             block_tables=tables,
             slots=slots,
             draft_ends=np.zeros(count, np.int32),
-            state_reads=NO_STATES,
-            state_writes=NO_STATES,
+            state_reads=EMPTY,
+            state_writes=EMPTY,
             sampled_starts=np.minimum(np.arange(count + 1, dtype=np.int32), num_sampled),
             sampled_rows=places.query_starts[1 : num_sampled + 1].astype(np.int64) - 1,
             sampled_slots=slots[:num_sampled].astype(np.int32),
@@ -311,4 +311,5 @@ class GpuDraftModelRunner:
             positions=places.positions,
             slot_mapping=places.slot_mapping,
             row_slots=slots[places.requests],
+            row_adapters=EMPTY,
         )

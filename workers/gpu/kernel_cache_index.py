@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _FILE = "variants"
 # the settings that decide which variants a model with given limits needs
-_RELEVANT = ("dtype", "numerics", "quantization")
+_RELEVANT = ("dtype", "numerics", "quantization", "enable_lora", "max_loras", "max_lora_rank")
 
 
 def index_key(setup: ModelSetup, gpu: str) -> str:

@@ -141,8 +141,9 @@ class GpuModelRunner(QueuedRunner):
     # A step of single tokens
 
     def _decode_rows(self, plan: StepPlan) -> Int32 | None:
-        """int32 [3 or 5, R]: slot, position, new block, and of a model with states the slots of the states before and
-        after the row; None when the step is not one token for each request."""
+        """int32 [3 to 6, R]: slot, position, new block, of a model with states the slots of the states before and after
+        the row, and where adapters are served the slot of the row's; None when the step is not one token for each
+        request."""
         count = len(plan.states)
         if count > self._buckets[-1] or not plan.decodes.all():
             return None
@@ -157,6 +158,8 @@ class GpuModelRunner(QueuedRunner):
             rows[2, index] = item.block_ids[0]
         if plan.has_states:
             rows[3], rows[4] = plan.state_reads, plan.state_writes
+        if self.limits.num_adapter_slots:
+            rows[-1] = plan.adapter_slots
         return rows
 
     def _run_decode(self, flight: _Queued, plan: StepPlan, rows: Int32) -> None:
@@ -171,7 +174,7 @@ class GpuModelRunner(QueuedRunner):
         prefixes = self._shared_splits.of_step(plan.slots, plan.context, num_rows, context_len)
         if prefixes is not None and prefixes.is_new:
             self._buffers.stage_prefixes(prefixes.arrays)
-        self.graphs.run(DecodeShape(num_rows, context_len, stages, prefixes is not None))
+        self.graphs.run(DecodeShape(num_rows, context_len, stages, prefixes is not None, plan.has_adapters))
         states = [state.sampling for state in plan.states]
         padding = [None] * (num_rows - count)
         flight.pending = self._sampler.start_copy(self._logits_RV[:num_rows], stages, [*states, *padding])
@@ -222,6 +225,7 @@ class GpuModelRunner(QueuedRunner):
             max_sampled=longest,
             reads_all_rows=True,
             has_states=shape.has_states,
+            has_adapters=shape.has_adapters,
         )
 
     def _launch_verification(self, shape: _VerificationShape) -> None:

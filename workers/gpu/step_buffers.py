@@ -23,10 +23,21 @@ from sempre.workers.gpu.decode_graphs import DecodeShape
 from sempre.workers.gpu.staging import ArraySize, StepStaging, staged_bytes
 from sempre.workers.input_batch import RequestState, StepPlan
 from sempre.workers.step_validation import StepLimits
-from sempre.workers.steps import AnyArray, Int32, StepArrays, StepInput, StepShape, array_sizes, padded, step_input
+from sempre.workers.steps import (
+    AnyArray,
+    Int32,
+    StepArrays,
+    StepInput,
+    StepShape,
+    array_sizes,
+    padded,
+    step_adapters,
+    step_input,
+)
 
 _ROW_FIELDS = 3  # slot, position, new block
 _STATE_FIELDS = 2  # slots of the states before and after the row
+_ADAPTER_FIELDS = 1  # slot of the row's adapter
 
 
 class SampledRows(NamedTuple):
@@ -53,8 +64,10 @@ class StepBuffers:
         self._block_size = block_size
         self._table_width = table_width
         self._allocate_slots(num_slots)
-        self.num_row_fields = _ROW_FIELDS + (_STATE_FIELDS if limits.num_state_slots else 0)
-        """numbers that a row of a decode step sends"""
+        self._has_states = limits.num_state_slots > 0
+        self.num_row_fields = _ROW_FIELDS + (_STATE_FIELDS if self._has_states else 0)
+        self.num_row_fields += _ADAPTER_FIELDS if limits.num_adapter_slots else 0
+        """numbers that a row of a decode step sends; that of the adapter comes last"""
         self._decode_staging = StepStaging(device, staged_bytes([self._decode_rows(max_rows)]))
         # sent only when they change
         self._prefix_staging = StepStaging(device, staged_bytes(_prefix_arrays(max_rows)))
@@ -87,7 +100,7 @@ class StepBuffers:
     # A decode step: everything but a few numbers per row is already on the device
 
     def stage_decode(self, rows: Int32) -> None:
-        """Send slot, position and new block, and those of states, of the rows of a decode step: int32
+        """Send slot, position and new block, and those of states and adapter, of the rows of a decode step: int32
         [num_row_fields, R]; -1: padding, none."""
         self._decode_staging.stage([rows])
 
@@ -126,7 +139,8 @@ class StepBuffers:
                 max_context_len=max_context_len,
                 prefixes=self._prefixes(num_rows, max_context_len) if shape.shares_prefixes else None,
             ),
-            states=StateBatch(rows[3], rows[4], row_starts) if self.num_row_fields > _ROW_FIELDS else None,
+            states=StateBatch(rows[3], rows[4], row_starts) if self._has_states else None,
+            adapters=step_adapters(rows[-1], None) if shape.has_adapters else None,
         )
 
     # Any other step

@@ -8,9 +8,14 @@ from enum import Enum
 import torch
 
 from sempre.kernels.activation import Activation
+from sempre.kernels.lora import AdapterRows, LoraSlots, add_adapters
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
+from sempre.workers.layers.lora import AdapterPart
 from sempre.workers.layers.module import Build, Module, Scratch, Tensors
 from sempre.workers.tensor_source import Parameter
+
+# of a step's rows that have adapters on a GPU: so many at a time, whose float32 results are scratch
+_ROWS_AT_ONCE = 2048
 
 
 class Use(Enum):
@@ -36,6 +41,8 @@ class Linear(Module):
     """at most this many rows of x per token of a step"""
     _taken: Mapping[str, torch.Tensor] = {}
     _stored_rows: Mapping[str, int] = {}
+    adapters: LoraSlots | None = None
+    """those that rows of a step may have"""
 
     def __init__(
         self,
@@ -123,6 +130,12 @@ class Linear(Module):
     def allocate(self, scratch: Scratch) -> None:
         if not self.use.is_float32:
             self._out = scratch.rows(self._role, self.out_features)
+        if self.adapters is not None:
+            self._current = scratch.adapters
+            self.adapters.allocate(scratch.tensor, scratch.max_tokens)
+            if scratch.activations != torch.float32:
+                size = min(scratch.max_tokens, _ROWS_AT_ONCE), self.out_features
+                self._base = scratch.tensor("adapted base", size, torch.float32)
 
     def shape(self) -> tuple[object, ...]:
         return (self.out_features, self.in_features, self.bias, self.weight.scheme)
@@ -133,11 +146,41 @@ class Linear(Module):
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write to, and return, `out` [T, N]."""
+        rows = self._adapter_rows(x)
+        if rows is not None:
+            return self._adapted(x, rows, out)
         return self.kernel.linear(x, self.weight, out)
 
     def gated(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """activation(first half) * second half of the result, into `out` [T, N / 2]."""
+        rows = self._adapter_rows(x)
+        if rows is not None:
+            assert self.activation is not None
+            return self.activation.and_mul(self._adapted(x, rows, self._out.first(x.shape[0])), out)
         self.kernel.gated_linear(x, self.weight, self._out.first(x.shape[0]), out, self.activation)
+        return out
+
+    def adapter_parts(self, path: str) -> list[AdapterPart]:
+        """The projections that an adapter may change, in order."""
+        reordered = self._checkpoint_rows(path)
+        return [
+            AdapterPart(module, rows, reordered.get(module))
+            for module, rows in zip(self.modules(path), self.stored.values(), strict=True)
+        ]
+
+    def _adapter_rows(self, x: torch.Tensor) -> AdapterRows | None:
+        """Which adapters the rows of the current step have; None: none."""
+        return None if self.adapters is None else self._current.of(x.shape[0])
+
+    def _adapted(self, x: torch.Tensor, rows: AdapterRows, out: torch.Tensor) -> torch.Tensor:
+        """`into`, with each row's adapter added before the result is rounded."""
+        assert self.adapters is not None
+        if out.dtype == torch.float32:
+            return add_adapters(x, self.kernel.linear(x, self.weight, out), self.adapters, rows, out)
+        for start in range(0, x.shape[0], _ROWS_AT_ONCE):
+            own = slice(start, start + _ROWS_AT_ONCE)
+            base = self.kernel.linear(x[own], self.weight, self._base[: x[own].shape[0]])
+            add_adapters(x[own], base, self.adapters, AdapterRows(rows.slots[own]), out[own])
         return out
 
 

@@ -15,6 +15,7 @@ import torch
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.rope import RopeSpec, cos_sin_table
 from sempre.workers.layers.linear_kernel import LinearKernel
+from sempre.workers.layers.lora import CurrentAdapters
 from sempre.workers.parallel import ALONE, Parallel
 from sempre.workers.quantization.method import Quantization
 from sempre.workers.tensor_source import Parameter
@@ -67,6 +68,7 @@ class Scratch:
     activations: torch.dtype
     device: torch.device
     workspace: AttentionWorkspace | None = None
+    adapters: CurrentAdapters = field(default_factory=CurrentAdapters)
     _rows: dict[tuple[str, int], RowBuffer] = field(default_factory=dict)
     _tensors: dict[tuple[object, ...], torch.Tensor] = field(default_factory=dict)
     _tables: dict[RopeSpec, torch.Tensor] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from sempre.kernels.states import LayerState
 from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear import Linear, Use
-from sempre.workers.layers.module import Build, Module
+from sempre.workers.layers.module import Build, Module, Scratch
 from sempre.workers.layers.norm import RMSNorm
 from sempre.workers.layers.vocabulary import Head, TiedHead, TokenLinear
 from sempre.workers.models.config import LayerKv, ModelSpec
@@ -121,6 +121,9 @@ class CausalLM(Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
+    def allocate(self, scratch: Scratch) -> None:
+        self._adapters = scratch.adapters
+
     def linears(self) -> Iterator[tuple[str, Linear]]:
         """All linear layers, with their paths."""
         for path, module in self.walk():
@@ -143,6 +146,7 @@ class CausalLM(Module):
         Those of the rows in `step.outputs` [S, H], or of all rows [T, H], as a view of a buffer that the next call
         overwrites.
         """
+        self._adapters.step = step.adapters
         return self.model(step, caches)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

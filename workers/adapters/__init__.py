@@ -1,0 +1,1 @@
+"""Low-rank adapters: `peft` reads PEFT's folders, `store` keeps the loaded ones and gives them slots."""
