@@ -55,7 +55,9 @@ class Difference:
             case "logprob":
                 apart = ""
                 if self.a.logprob is not None and self.b.logprob is not None and _are_finite(self.a, self.b):
-                    apart = f", {ulps_between(self.a.logprob, self.b.logprob)} ulps apart"
+                    apart = f", {ulps_between(self.a.logprob, self.b.logprob)} ulp apart"
+                if self.a.logprob is None and self.b.logprob is None:
+                    return f"{where}{after}: other log-probabilities of token {_token(self.a)}, kept as marks"
                 values = f"{_logprob(self.a)} against {_logprob(self.b)}"
                 return f"{where}{after}: log-probability of token {_token(self.a, alone=True)}: {values}{apart}"
             case "distribution":

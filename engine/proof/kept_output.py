@@ -10,7 +10,7 @@ from sempre.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from sempre.engine.proof.logprob_bits import float32_bits
 from sempre.engine.proof.output_chain import OutputChain
 from sempre.engine.proof.receipt_log import Receipt
-from sempre.engine.proof.statement import marks_of
+from sempre.engine.proof.statement import digest_of_prompt, marks_of, prompt_digest
 
 Row = Mapping[int, Logprob]
 
@@ -26,6 +26,7 @@ class KeptOutput:
     stop_reason: int | str | None
     seed: int
     fingerprint: str
+    prompt_digest: str
     prompt_token_ids: list[int] | None = None
     logprobs: list[float] | None = None
     """of the tokens, as float32 values"""
@@ -68,6 +69,7 @@ def kept_completion(output: RequestOutput, completion: CompletionOutput) -> Kept
         stop_reason=completion.stop_reason,
         seed=completion.seed,
         fingerprint=output.fingerprint,
+        prompt_digest=prompt_digest(output.prompt_token_ids),
         prompt_token_ids=output.prompt_token_ids,
         logprobs=None if rows is None else own_logprobs(completion.token_ids, rows),
         rows=rows,
@@ -87,6 +89,7 @@ def kept_receipt(receipt: Receipt) -> KeptOutput:
         stop_reason=output.stop_reason,
         seed=int(request.seed),
         fingerprint=predicate.run_details.builder.id.rpartition(":")[2],
+        prompt_digest=digest_of_prompt(request),
         prompt_token_ids=request.prompt_token_ids,
         marks=marks_of("output.marks", output.marks),
         distribution_marks=None if rows is None else marks_of("output.distributionMarks", rows),

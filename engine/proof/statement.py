@@ -147,6 +147,13 @@ def prompt_digest(token_ids: Sequence[int]) -> str:
     return hashlib.sha256(struct.pack(f"<{len(token_ids)}I", *token_ids)).hexdigest()
 
 
+def digest_of_prompt(request: Request) -> str:
+    """Return the digest of a request's prompt, private or not."""
+    if request.prompt_digest is not None:
+        return request.prompt_digest.sha256
+    return prompt_digest(request.prompt_token_ids or [])
+
+
 def marks_of(field: str, text: str) -> bytes:
     """Return marks from base64. Raises ValueError naming the field."""
     try:

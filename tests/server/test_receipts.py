@@ -113,3 +113,14 @@ def test_receipts_are_made_again_over_http(
     assert "different: " in capsys.readouterr().out
     assert main(["replay", str(path), "--url", "http://127.0.0.1:9"]) == 1
     assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_runs_are_compared_with_servers(
+    server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with LLM("tiny", record=str(tmp_path / "r"), max_model_len=256, num_threads=1, multiprocessing=False) as llm:
+        llm.generate(["a", "b", "c"], SamplingParams(max_tokens=5, logprobs=1), use_tqdm=False)
+    assert main(["compare", str(tmp_path / "r"), server.url]) == 0
+    assert capsys.readouterr().out == "3 outputs, 15 tokens, 15 log-probabilities: equal, bit for bit\n"
+    assert main(["compare", server.url, server.url, "--requests", str(tmp_path / "r"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["logprobs"] == 15

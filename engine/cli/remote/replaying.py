@@ -12,12 +12,14 @@ from sempre.engine.proof.dsse import payload_of
 from sempre.engine.proof.kept_output import KeptOutput
 from sempre.engine.proof.receipt_log import Receipt
 from sempre.engine.proof.replay import prompt_of, sampling_params
-from sempre.engine.proof.statement import decode, marks_of
+from sempre.engine.proof.run_comparison import Run
+from sempre.engine.proof.statement import decode, digest_of_prompt, marks_of
 from sempre.engine.sampling_params import SamplingParams
 from sempre.ipc.errors import ConfigError, RequestError, ServerError
 
 # what the interface lacks and no output depends on, or says in another way
 _NOT_SENT = frozenset({"n", "detokenize", "output_kind", "stream_interval", "prompt_logprobs", "structured_outputs"})
+_AT_ONCE = 64
 _RECEIPT = {"X-Sempre-Receipt": "1"}
 
 
@@ -70,7 +72,8 @@ def body_of(params: SamplingParams) -> dict[str, Any]:
 
 
 def _kept(choice: dict[str, Any], fingerprint: str) -> KeptOutput:
-    output = decode(payload_of(choice["receipt"])).predicate.output
+    statement = decode(payload_of(choice["receipt"]))
+    output = statement.predicate.output
     logprobs = choice["logprobs"]["token_logprobs"]
     rows = output.distribution_marks
     return KeptOutput(
@@ -80,7 +83,22 @@ def _kept(choice: dict[str, Any], fingerprint: str) -> KeptOutput:
         stop_reason=choice["stop_reason"],
         seed=choice["seed"],
         fingerprint=fingerprint,
+        prompt_digest=digest_of_prompt(statement.predicate.build_definition.external_parameters),
         logprobs=logprobs,
         marks=marks_of("output.marks", output.marks),
         distribution_marks=None if rows is None else marks_of("output.distributionMarks", rows),
     )
+
+
+def answered_run(replayer: ServerReplayer, receipts: Sequence[Receipt], name: str) -> Run:
+    """Return a server's answers to the requests of receipts, as a run. Raises ServerError."""
+    run = Run(name, bits=[replayer.bits])
+    for start in range(0, len(receipts), _AT_ONCE):
+        part = receipts[start : start + _AT_ONCE]
+        for receipt, found in zip(part, replayer.outputs(part), strict=True):
+            asked = f"{receipt.path.name}, line {receipt.line}"
+            if isinstance(found, ConfigError):
+                run.problems.append(f"{name}: {asked}: {found}")
+            else:
+                run.outputs.append(dataclasses.replace(found, name=f"{name}, asked as {asked}"))
+    return run

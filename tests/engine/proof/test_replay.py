@@ -140,7 +140,7 @@ def test_one_flipped_bit_of_a_weight_is_found_and_named(
     # what was recorded is known again, from its mark
     assert near
     assert all(each["a"]["bits"] != each["b"]["bits"] for each in near)
-    assert "ulps apart" in near[0]["sentence"]
+    assert "ulp apart" in near[0]["sentence"]
     assert [part.partition(":")[0] for part in found["fingerprint_changes"]] == ["weights"]
 
 
