@@ -25,6 +25,9 @@ class PoolingParams:
     """Cut longer prompts to this many tokens; -1: to what the model takes."""
     truncation_side: Literal["left", "right"] | None = None
     """Where they are cut; None: left."""
+    prompt_name: str | None = None
+    """The stored prompt (sentence-transformers) to put before each text; None: the model's default, if it has one; "":
+    none."""
     task: PoolingTask | None = None
     """What the model is expected to do; None: whatever it does."""
 
@@ -43,6 +46,9 @@ class PoolingParams:
         if self.truncation_side not in (None, *_SIDES):
             side = self.truncation_side
             raise refusal("truncation_side", side, f"must be 'left' or 'right', got {shown(side)}.")
+        if not isinstance(self.prompt_name, str | None):
+            name = self.prompt_name
+            raise refusal("prompt_name", name, f"must be the name of a stored prompt, got {shown(name)}.")
         if self.task not in (None, "embed", "classify"):
             raise refusal("task", self.task, f"must be 'embed' or 'classify', got {shown(self.task)}.")
 

@@ -133,7 +133,8 @@ class PoolingLLM(PoolingEngine):
         """Return the log-probability of each prompt, per token and in total; the same bits as in generation.
 
         With `documents`, the prompts are queries, one for all documents or one for each, and the result is how well
-        each document answers: what a model that ranks says of the pair, or the cosine of two embeddings.
+        each document answers: what a model that ranks says of the pair, or the similarity of two embeddings (the
+        cosine, unless the model's files name another).
 
         A prompt must leave room for one token. Raises RequestError, also when a request fails while it runs.
         """
@@ -147,8 +148,8 @@ class PoolingLLM(PoolingEngine):
         self, query: Texts, documents: Texts, params: PoolingParams | None, use_tqdm: UseTqdm
     ) -> list[ScoringRequestOutput]:
         pairs = Pairs(query, documents)
-        if require_scores(self._frontend.pooling).task == "embed":
-            return pairs.scored(self._pool(pairs.single, params, use_tqdm))
+        if (model := require_scores(self._frontend.pooling)).task == "embed":
+            return pairs.scored(self._pool(pairs.single, params, use_tqdm), model.similarity)
         return [as_relevance(output) for output in self._pool(self._pair_prompts(pairs), params, use_tqdm)]
 
 
@@ -236,7 +237,7 @@ class AsyncPoolingLLM(PoolingEngine):
     ) -> list[ScoringRequestOutput]:
         """Return how well each document answers the query, like `LLM.score`."""
         pairs = Pairs(query, documents)
-        if require_scores(self._frontend.pooling).task == "embed":
-            return pairs.scored(await self.pool(pairs.single, pooling_params).finished())
+        if (model := require_scores(self._frontend.pooling)).task == "embed":
+            return pairs.scored(await self.pool(pairs.single, pooling_params).finished(), model.similarity)
         outputs = await self.pool(self._pair_prompts(pairs), pooling_params).finished()
         return [as_relevance(output) for output in outputs]

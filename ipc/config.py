@@ -59,6 +59,10 @@ class SpeculativeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     prompt_lookup_max: Annotated[Count, doc("longest n-gram that is looked up, tokens; for method ngram")] = 5
 
 
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+"""Of two embeddings; distances are negative."""
+
+
 class PoolerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a pooling model pools, instead of what its files say."""
 

@@ -385,7 +385,7 @@ def _fitted(loaded: LoadedModel, num_blocks: int) -> LoadedModel:
 def _max_model_len(config: WorkerConfig, spec: ModelSpec) -> int:
     wanted = config.max_model_len
     if wanted is None:
-        return spec.max_position_embeddings
+        return spec.default_positions
     if config.role == "draft":
         # longer sequences continue without drafts
         return min(wanted, spec.most_positions)

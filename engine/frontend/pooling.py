@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.parameter_checks import shown
@@ -24,7 +24,7 @@ from sempre.engine.pooling import (
     ScoringRequestOutput,
 )
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
-from sempre.ipc.config import PoolingTask
+from sempre.ipc.config import PoolingTask, Similarity
 from sempre.ipc.errors import RequestError
 from sempre.ipc.messages import PoolingModel, PoolingSpec
 
@@ -74,6 +74,29 @@ def pooling_spec(params: PoolingParams, model: PoolingModel) -> PoolingSpec:
         _check_dimensions(params.dimensions, model)
     active = model.use_activation if params.use_activation is None else params.use_activation
     return PoolingSpec(dimensions=params.dimensions, use_activation=active)
+
+
+def stored_prompt(model: PoolingModel, name: str | None) -> str:
+    """Return what the model puts before texts. Raises RequestError for a name that it does not know."""
+    if name is None:
+        name = model.default_prompt_name or ""
+    if name == "":
+        return ""
+    if name not in model.prompts:
+        known = ", ".join(map(repr, model.prompts)) or "none: its files have no prompts"
+        raise RequestError(
+            f"prompt_name: expected one of the model's ({known}), found {shown(name)}.",
+            parameter="prompt_name",
+            value=name,
+        )
+    return model.prompts[name]
+
+
+def refuse_prompt_name(name: str) -> NoReturn:
+    """Raise RequestError for token ids beside the name of a stored prompt."""
+    raise RequestError(
+        "prompt_name is for texts; a prompt of token ids is used as given.", parameter="prompt_name", value=name
+    )
 
 
 def _check_dimensions(dimensions: int, model: PoolingModel) -> None:
@@ -161,11 +184,13 @@ class Pairs:
         """Each text once: the queries, then the documents, for a model that embeds them one by one."""
         return [*self._queries, *self._documents]
 
-    def scored(self, embedded: Sequence[RequestOutput]) -> list[ScoringRequestOutput]:
-        """Return the cosine similarity of each pair, from what the model returned for `single`."""
+    def scored(self, embedded: Sequence[RequestOutput], similarity: Similarity) -> list[ScoringRequestOutput]:
+        """Return how similar the texts of each pair are, from what the model returned for `single`."""
         count = len(self._queries)
         queries = [embedded[0]] * len(self._documents) if self._shared else embedded[:count]
-        return [_similarity(query, document) for query, document in zip(queries, embedded[count:], strict=True)]
+        of_two = SIMILARITIES[similarity]
+        pairs = zip(queries, embedded[count:], strict=True)
+        return [_similarity(query, document, of_two) for query, document in pairs]
 
 
 def _texts(parameter: str, given: object) -> list[str]:
@@ -184,8 +209,10 @@ def as_relevance(output: RequestOutput) -> ScoringRequestOutput:
     return _output(ScoringRequestOutput, output, RelevanceOutput(values_of(output)[0]))
 
 
-def _similarity(query: RequestOutput, document: RequestOutput) -> ScoringRequestOutput:
-    score = cosine(values_of(query), values_of(document))
+def _similarity(
+    query: RequestOutput, document: RequestOutput, of_two: Callable[[Sequence[float], Sequence[float]], float]
+) -> ScoringRequestOutput:
+    score = of_two(values_of(query), values_of(document))
     found = _output(ScoringRequestOutput, document, RelevanceOutput(score))
     found.request_id = f"{query.request_id}_{document.request_id}"
     found.prompt_token_ids = query.prompt_token_ids + document.prompt_token_ids
@@ -194,9 +221,28 @@ def _similarity(query: RequestOutput, document: RequestOutput) -> ScoringRequest
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
     """Sums are rounded once, so that no order of additions can be seen."""
-    product = math.fsum(x * y for x, y in zip(a, b, strict=True))
-    norms = math.sqrt(math.fsum(x * x for x in a)) * math.sqrt(math.fsum(y * y for y in b))
-    return product / norms if norms else 0.0
+    norms = math.sqrt(dot(a, a)) * math.sqrt(dot(b, b))
+    return dot(a, b) / norms if norms else 0.0
+
+
+def dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+
+def _euclidean(a: Sequence[float], b: Sequence[float]) -> float:
+    return -math.sqrt(math.fsum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
+
+
+def _manhattan(a: Sequence[float], b: Sequence[float]) -> float:
+    return -math.fsum(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+SIMILARITIES: dict[Similarity, Callable[[Sequence[float], Sequence[float]], float]] = {
+    "cosine": cosine,
+    "dot": dot,
+    "euclidean": _euclidean,
+    "manhattan": _manhattan,
+}
 
 
 def require_scores(model: PoolingModel | None) -> PoolingModel:

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from sempre.engine.frontend.limits import RequestLimits, cut
-from sempre.engine.frontend.pooling import NOT_SAMPLED, pooling_spec, refuse_generation, require_pooling
+from sempre.engine.frontend.pooling import (
+    NOT_SAMPLED,
+    pooling_spec,
+    refuse_generation,
+    refuse_prompt_name,
+    require_pooling,
+    stored_prompt,
+)
 from sempre.engine.frontend.prompts import list_prompts, parse_prompt
 from sempre.engine.frontend.sampling_spec import SpecBuilder, check_utf8
 from sempre.engine.parameter_checks import shown
@@ -223,12 +230,17 @@ class RequestBuilder:
 
         Raises RequestError, also for a model that generates; only a single prompt may have a `request_id`.
         """
-        spec = pooling_spec(params, require_pooling(self.limits.pooling))
+        model = require_pooling(self.limits.pooling)
+        spec, before = pooling_spec(params, model), stored_prompt(model, params.prompt_name)
         parts, is_list = list_prompts(prompts)
         checked = []
         for index, prompt in enumerate(parts):
             with _located(f"prompts[{index}]" if is_list else ""):
                 text, given_ids, cache_salt = parse_prompt(prompt)
+                if given_ids is None:
+                    text = before + (text or "")
+                elif params.prompt_name:
+                    refuse_prompt_name(params.prompt_name)
                 token_ids = self._prompt_token_ids(text, given_ids, params)
                 self.limits.check_length(len(token_ids), num_output_tokens=0)
                 self._check_rest(priority, cache_salt, request_id, 1)

@@ -13,7 +13,16 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sempre.engine.frontend.pooling import NOT_SAMPLED, Pairs, as_classes, as_relevance, require_scores, values_of
+from sempre.engine.frontend.pooling import (
+    NOT_SAMPLED,
+    Pairs,
+    as_classes,
+    as_relevance,
+    refuse_prompt_name,
+    require_scores,
+    stored_prompt,
+    values_of,
+)
 from sempre.engine.frontend.pooling import require_pooling as required
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.pooling import PoolingParams
@@ -138,7 +147,15 @@ async def _read(service: Service, http: Request, kind: type[Body], task: Pooling
 
 
 async def _prompts(service: Service, http: Request, request: EmbeddingRequest | ClassificationRequest) -> list[Any]:
-    return await prompts_of(request, request.input, "input", service, http)
+    name = request.prompt_name if isinstance(request, EmbeddingRequest) else None
+    before = stored_prompt(required(service.engine.ready.pooling), name)
+    given: Any = [request.input] if isinstance(request.input, str) else request.input
+    if given and isinstance(given[0], str):
+        # a list of several types is refused later
+        given = [before + each if isinstance(each, str) else each for each in given]
+    elif name:
+        refuse_prompt_name(name)
+    return await prompts_of(request, given, "input", service, http)
 
 
 async def _pooled(
@@ -149,6 +166,7 @@ async def _pooled(
         use_activation=request.use_activation,
         truncate_prompt_tokens=request.truncate_prompt_tokens,
         truncation_side=request.truncation_side,
+        prompt_name="",  # texts have it already
     )
     with RequestSpan.begin(http, service, NOT_SAMPLED) as span:
         generation = Generation(service, service.open_pooled(prompts, params, request.priority), span)
@@ -170,9 +188,10 @@ async def _scores(
     for text in pairs.single:
         service.check_text(text)
     if model.task == "embed":
-        texts = await prompts_of(request, pairs.single, "documents", service, http)
-        found = await _pooled(service, http, request, texts)
-        scored = pairs.scored(found.outputs)
+        before = stored_prompt(model, None)
+        texts = [before + text for text in pairs.single]
+        found = await _pooled(service, http, request, await prompts_of(request, texts, "documents", service, http))
+        scored = pairs.scored(found.outputs, model.similarity)
     else:
         prompts = await _pair_prompts(service, http, pairs)
         if request.cache_salt is not None:

@@ -42,6 +42,9 @@ class EmbeddingRequest(InputBody, kw_only=True):
     dimensions: (
         Annotated[int, Meta(ge=1, description="elements of an embedding, for models trained for that")] | None
     ) = None
+    prompt_name: Annotated[
+        str | None, Meta(description="the model's stored prompt before each text; default: the model's, empty: none")
+    ] = None
 
 
 class PoolingRequest(EmbeddingRequest, kw_only=True):

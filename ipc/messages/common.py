@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from sempre.ipc.config import PoolingKind, PoolingTask
+from sempre.ipc.config import PoolingKind, PoolingTask, Similarity
 
 PROTOCOL_VERSION = 2
 
@@ -133,7 +133,8 @@ class PoolingModel(Data, frozen=True, kw_only=True):
     """What a pooling model computes of a prompt: a vector of `width` elements, or a probability for each label.
 
     `kind`: of its last token, of its first one, or the mean over all tokens. `dimensions`: the lengths to which vectors
-    may be cut; empty: any if `is_matryoshka`, else none.
+    may be cut; empty: any if `is_matryoshka`, else none. `prompts` by name come before texts that ask for them, that of
+    `default_prompt_name` before all others.
     """
 
     task: PoolingTask
@@ -144,6 +145,9 @@ class PoolingModel(Data, frozen=True, kw_only=True):
     is_matryoshka: bool = False
     dimensions: list[Positive] = []
     labels: list[str] = []
+    prompts: dict[str, str] = {}
+    default_prompt_name: str | None = None
+    similarity: Similarity = "cosine"
 
 
 class LogprobRows(Data, frozen=True, kw_only=True):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pooling_checkpoints import classifier, embedder, reranker
 
@@ -23,7 +25,7 @@ from sempre.engine import (
     SamplingParams,
 )
 from sempre.engine.cli.main import main
-from sempre.engine.frontend.pooling import cosine
+from sempre.engine.frontend.pooling import SIMILARITIES, cosine
 
 SETTINGS: dict[str, Any] = {"multiprocessing": False, "num_threads": 1, "max_model_len": 128}
 TEXTS = ["It is a truth", "universally acknowledged", "It is a truth"]
@@ -153,6 +155,68 @@ def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "runner: pooling" in printed
     assert "pooling_type: MEAN" in printed
+
+
+PROMPTS = {"query": "A question: ", "document": None, "long": "Find " * 20}
+
+
+def stored(folder: Path, default: str | None, similarity: str | None = None) -> Path:
+    """An embedder with stored prompts."""
+    embedder(folder, "MEAN", normalizes=False)
+    config = {"prompts": PROMPTS, "default_prompt_name": default, "similarity_fn_name": similarity}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 96, "do_lower_case": False}))
+    return folder
+
+
+def embedded(llm: LLM, texts: Sequence[Any], name: str | None = None) -> list[list[float]]:
+    outputs = llm.embed(texts, pooling_params=PoolingParams(prompt_name=name))
+    return [output.outputs.embedding for output in outputs]
+
+
+def test_stored_prompts_come_before_texts(tmp_path: Path) -> None:
+    settings = {name: value for name, value in SETTINGS.items() if name != "max_model_len"}
+    with LLM(stored(tmp_path / "plain", None), **settings) as llm:
+        written = ["A question: " + text for text in TEXTS]
+        plain, asked = embedded(llm, TEXTS), embedded(llm, written)
+        assert plain != asked
+        assert embedded(llm, TEXTS, "query") == asked
+        assert embedded(llm, TEXTS, "document") == embedded(llm, TEXTS, "") == plain
+        assert llm.embed(TEXTS[0], pooling_params=PoolingParams(prompt_name="query"))[0].prompt_token_ids == (
+            llm.get_tokenizer().encode(written[0])
+        )
+        ids = llm.get_tokenizer().encode(TEXTS[0])
+        assert embedded(llm, [ids]) == plain[:1]
+        with pytest.raises(RequestError, match="prompt_name is for texts"):
+            embedded(llm, [ids], "query")
+        with pytest.raises(RequestError, match=r"prompt_name: expected one of the model's \('query', .*, found 'x'"):
+            embedded(llm, TEXTS, "x")
+        # the length that it was trained for
+        with pytest.raises(RequestError, match="96"):
+            embedded(llm, ["word " * 200])
+        cosines = [output.outputs.score for output in llm.score(TEXTS[0], TEXTS)]
+        assert cosines == [cosine(plain[0], vector) for vector in plain]
+    with LLM(stored(tmp_path / "default", "query", "dot"), **settings) as llm:
+        assert embedded(llm, TEXTS) == embedded(llm, TEXTS, "query") == asked
+        assert embedded(llm, TEXTS, "") == plain
+        assert embedded(llm, [ids]) == plain[:1]
+        dots = [output.outputs.score for output in llm.score(TEXTS[0], TEXTS)]
+        assert dots == [math.fsum(x * y for x, y in zip(asked[0], vector, strict=True)) for vector in asked]
+    with pytest.raises(ConfigError, match="prompt_name must be the name of a stored prompt, got 1"):
+        PoolingParams(prompt_name=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SIMILARITIES)
+def test_similarities_are_those_of_their_definitions(name: Any) -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((2, 64))
+    expected = {
+        "cosine": a @ b / np.linalg.norm(a) / np.linalg.norm(b),
+        "dot": a @ b,
+        "euclidean": -np.linalg.norm(a - b),
+        "manhattan": -np.abs(a - b).sum(),
+    }
+    assert SIMILARITIES[name](a.tolist(), b.tolist()) == pytest.approx(expected[name], rel=1e-12)
 
 
 def test_cosine() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +29,14 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pooling")
-    return {
+    made = {
         "embed": embedder(root / "embed", is_matryoshka=True),
         "classify": classifier(root / "classify"),
         "rank": reranker(root / "rank"),
     }
+    stored = {"prompts": {"query": "It is asked: ", "document": ""}, "default_prompt_name": None}
+    (made["embed"] / "config_sentence_transformers.json").write_text(json.dumps(stored))
+    return made
 
 
 def served(folder: Path, *flags: str) -> Iterator[ServerProcess]:
@@ -104,6 +108,24 @@ def test_forms_of_the_input(embeds: ServerProcess, vectors: dict[int | None, lis
     assert (pooled["data"][0]["data"], pooled["data"][0]["object"]) == (vectors[None][0], "pooling")
     raw = posted(embeds, "/v1/embeddings", input=TEXTS[0], use_activation=False)["data"][0]["embedding"]
     assert raw != vectors[None][0]
+
+
+def test_stored_prompts(embeds: ServerProcess, vectors: dict[int | None, list[list[float]]]) -> None:
+    def of(**body: Any) -> list[list[float]]:
+        return [item["embedding"] for item in posted(embeds, "/v1/embeddings", **body)["data"]]
+
+    asked = of(input=["It is asked: " + text for text in TEXTS])
+    assert asked != vectors[None]
+    assert of(input=TEXTS, prompt_name="query") == asked
+    assert of(input=TEXTS[0], prompt_name="query") == asked[:1]
+    assert of(input=TEXTS, prompt_name="document") == of(input=TEXTS, prompt_name="") == vectors[None]
+    pooled = posted(embeds, "/pooling", input=TEXTS, prompt_name="query")
+    assert [item["data"] for item in pooled["data"]] == asked
+    refused = (TEXTS, "x", "prompt_name: expected one of the model's"), ([[5, 6]], "query", "prompt_name is for texts")
+    for given, name, text in refused:
+        status, message, param = error(embeds, "/v1/embeddings", input=given, prompt_name=name)
+        assert (status, param) == (400, "prompt_name")
+        assert text in message
 
 
 def test_as_many_inputs_as_openai_takes(embeds: ServerProcess) -> None:

@@ -316,6 +316,50 @@ def test_broken_modules(text: str, embedder: Any) -> None:
     assert "modules.json" in refused(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("config_sentence_transformers.json", {"prompts": ["a"]}, "prompts: expected an object"),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"a": 1}},
+            "prompts: expected a text for each of",
+        ),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"a": ""}, "default_prompt_name": "b"},
+            "default_prompt_name: expected a name among prompts: a, found 'b'",
+        ),
+        (
+            "config_sentence_transformers.json",
+            {"default_prompt_name": 1},
+            "default_prompt_name: expected a name among prompts: there is none, found 1",
+        ),
+        ("config_sentence_transformers.json", {"similarity_fn_name": "jaccard"}, "similarity_fn_name: expected one of"),
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case: expected false"),
+        ("sentence_bert_config.json", {"max_seq_length": 0}, "max_seq_length: expected an integer of at least 1"),
+    ],
+)
+def test_files_beside_the_modules(name: str, content: dict[str, object], text: str, embedder: Any) -> None:
+    folder = embedder("qwen3", "LAST")
+    (folder / name).write_text(json.dumps(content))
+    assert f"{name}: {text}" in refused(folder)
+
+
+def test_prompts_that_a_mean_leaves_out(embedder: Any) -> None:
+    folder = embedder("qwen3", "MEAN")
+    write_pooling(folder, {"pooling_mode_mean_tokens": True, "include_prompt": False})
+    stated = folder / "config_sentence_transformers.json"
+    stated.write_text(json.dumps({"prompts": {"query": "Q: "}}))
+    assert "prompts: expected none beside include_prompt=false" in refused(folder)
+    # nothing is left out of these
+    stated.write_text(json.dumps({"prompts": {"query": ""}}))
+    assert load_spec(folder).pooling is not None
+    stated.write_text(json.dumps({"prompts": {"query": "Q: "}}))
+    write_pooling(folder, {"pooling_mode_lasttoken": True, "include_prompt": False})
+    assert load_spec(folder).pooling is not None
+
+
 def test_a_pooling_that_is_not_stated_is_refused(checkpoints: Any) -> None:
     folder = checkpoints("qwen3").folder
     assert load_spec(folder).pooling is None

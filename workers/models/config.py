@@ -137,6 +137,12 @@ class ModelSpec:
         return max(layer.head_dim for layer in self.kv_layers)
 
     @property
+    def default_positions(self) -> int:
+        """The longest sequence, unless a setting says otherwise."""
+        trained = None if self.pooling is None else self.pooling.files.max_length
+        return min(self.max_position_embeddings, trained or self.max_position_embeddings)
+
+    @property
     def most_positions(self) -> int:
         """The longest sequence: dynamic rope reaches `factor` times as far."""
         factor = self.rope.factor if self.rope.scaling == "dynamic" else 1.0

@@ -6,7 +6,7 @@ A pooling that no file states is refused unless the setting `pooler_config` stat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -15,6 +15,7 @@ from sempre.ipc.errors import ConfigError, ModelError
 from sempre.ipc.messages import PoolingModel
 from sempre.ipc.model_files import MAX_TOKENIZER_BYTES, check_regular, read_json_object, read_json_objects, shown
 from sempre.workers.config_fields import ConfigFields
+from sempre.workers.models.sentence_files import CONFIG, SentenceFiles, read_sentence_files
 
 Activation = Literal["softmax", "sigmoid", "none"]
 
@@ -63,6 +64,8 @@ class Pooling:
     """None: the pooled row is the result"""
     is_matryoshka: bool
     dimensions: tuple[int, ...]
+    files: SentenceFiles = field(default_factory=SentenceFiles, repr=False)
+    """what decides on the tokens of a text, and on scores, but not on what is computed of tokens"""
 
     @property
     def reads_all_rows(self) -> bool:
@@ -78,6 +81,9 @@ class Pooling:
             is_matryoshka=self.is_matryoshka,
             dimensions=list(self.dimensions),
             labels=[] if self.head is None else list(self.head.labels),
+            prompts=self.files.prompts,
+            default_prompt_name=self.files.default_prompt_name,
+            similarity=self.files.similarity,
         )
 
 
@@ -103,6 +109,8 @@ class _Stated(NamedTuple):
     kind: PoolingKind | None = None
     normalizes: bool = False
     tokens: tuple[int, int] | None = None
+    skips_prompts: bool = False
+    """whether the tokens of a stored prompt are left out of a mean"""
 
 
 class _Facts(NamedTuple):
@@ -185,6 +193,12 @@ def _embedder(model: _Facts, modules: _Stated | None, settings: PoolingSettings)
             " pooler_config={'pooling_type': 'LAST'}, 'MEAN' or 'CLS', whichever it was trained with."
         )
     normalizes = True if modules is None else modules.normalizes
+    files = read_sentence_files(model.folder)
+    if kind == "MEAN" and modules is not None and modules.skips_prompts and any(files.prompts.values()):
+        raise ModelError(
+            f"{model.folder / CONFIG}: prompts: expected none beside include_prompt=false, which leaves their tokens"
+            f" out of the mean, found {shown(files.prompts)}."
+        )
     stated = model.fields.raw.get("matryoshka_dimensions")
     dimensions = _dimensions(model, stated) if stated is not None else ()
     return Pooling(
@@ -193,6 +207,7 @@ def _embedder(model: _Facts, modules: _Stated | None, settings: PoolingSettings)
         head=None,
         is_matryoshka=bool(dimensions) or model.fields.boolean("is_matryoshka", default=False),
         dimensions=dimensions,
+        files=files,
     )
 
 
@@ -287,14 +302,16 @@ def _modules(model: _Facts) -> _Stated | None:
     if not path.exists():
         return None
     kind: PoolingKind | None = None
-    normalizes, tokens = False, None
+    normalizes, tokens, skips_prompts = False, None, False
     for place, module in enumerate(read_json_objects(path)):
         fields = ConfigFields(module, f"{MODULES_FILE}: [{place}]")
         name = str(fields.raw.get("type")).rpartition(".")[2]
         if place == 0 and name == "Transformer":
             continue
         if place == 1 and name == "Pooling":
-            kind = _kind(_config_of(model, fields), model.hidden_size)
+            pooling = _config_of(model, fields)
+            kind = _kind(pooling, model.hidden_size)
+            skips_prompts = not pooling.boolean("include_prompt", default=True)
         elif place == 1 and name == "LogitScore":
             config = _config_of(model, fields)
             tokens = _checked_tokens(config, ("false_token_id", "true_token_id"), model.vocab_size)
@@ -303,7 +320,7 @@ def _modules(model: _Facts) -> _Stated | None:
         else:
             expected = "Transformer, then Pooling and perhaps Normalize, or LogitScore"
             fields.fail("type", expected, fields.raw.get("type"))
-    return _Stated(kind, normalizes, tokens)
+    return _Stated(kind, normalizes, tokens, skips_prompts)
 
 
 def _config_of(model: _Facts, module: ConfigFields) -> ConfigFields:
