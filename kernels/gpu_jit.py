@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
@@ -173,6 +174,20 @@ def jit(*, runtime: tuple[str, ...] = ()) -> Callable[[Kernel], Any]:
         if triton.knobs.runtime.interpret:
             return triton.jit(function, do_not_specialize=list(runtime))
         return _Kernel(function, do_not_specialize=list(runtime))
+
+    return decorate
+
+
+class _GluonKernel(_Kernel, GluonJITFunction):  # type: ignore[misc]
+    """A kernel in Gluon, Triton's language of layouts and warps."""
+
+
+def gluon_jit(*, runtime: tuple[str, ...] = ()) -> Callable[[Kernel], Any]:
+    """As `jit`, of a kernel in Gluon; there is no interpreter for them."""
+
+    def decorate(function: Kernel) -> Any:
+        function.__globals__["Any"] = tl.constexpr(None)
+        return _GluonKernel(function, do_not_specialize=list(runtime))
 
     return decorate
 

@@ -187,7 +187,7 @@ class _Probe:
         count = min(count, self.num_tokens, self._max_tokens)
         if self.device.type != "cuda":
             return None
-        from sempre.kernels.attention.gpu import SPLIT
+        from sempre.kernels.attention.gpu_tiles import SPLIT
 
         first = self.num_tokens - count
         contexts, num_splits = np.arange(first + 1, self.num_tokens + 1), -(-self.num_tokens // SPLIT)

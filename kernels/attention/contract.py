@@ -128,11 +128,13 @@ class KvCache:
 
 @dataclass(frozen=True)
 class AttentionWorkspace:
-    """Partials of splits: `acc` [tokens, Hq, splits, D], `m` and `l` [tokens, Hq, splits], float32."""
+    """Partials of splits: `acc` [tokens, Hq, splits, D], `m` and `l` [tokens, Hq, splits], float32; and counters of a
+    launch whose programs share out their work, int32 [2], zeros before it and after."""
 
     acc: torch.Tensor
     m: torch.Tensor
     l: torch.Tensor  # noqa: E741
+    counters: torch.Tensor
 
     @property
     def max_splits(self) -> int:
@@ -140,7 +142,7 @@ class AttentionWorkspace:
 
     @property
     def nbytes(self) -> int:
-        return int(self.acc.nbytes + self.m.nbytes + self.l.nbytes)
+        return int(self.acc.nbytes + self.m.nbytes + self.l.nbytes + self.counters.nbytes)
 
     def holds(self, tokens: int, splits: int) -> bool:
         return tokens <= self.acc.shape[0] and splits <= self.max_splits

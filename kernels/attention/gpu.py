@@ -3,8 +3,7 @@
 # R requests, T query tokens, Hq query heads, Hkv key heads, G = Hq / Hkv, D head dim, B keys per block, S splits
 A program owns one query tile (a few tokens of one request, times the G heads that share a key head). Contexts of one
 split need no merge; longer ones are processed by one program, or their splits run in parallel into scratch and a second
-kernel merges them: the same operations in the same ascending order, so the bits are the same either way. Sinks are what
-a merge begins with.
+kernel merges them: the same operations in the same ascending order. Sinks are what a merge begins with.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sempre.kernels.attention import gpu_prefill
 from sempre.kernels.attention.contract import (
     AttentionWorkspace,
     HeadLayout,
@@ -23,12 +23,10 @@ from sempre.kernels.attention.contract import (
     PagedBatch,
     ScoreParams,
 )
-from sempre.kernels.attention.gpu_tiles import empty_state, find_request, merge, prefetch_tiles, walk_split
+from sempre.kernels.attention.gpu_tiles import SPLIT, empty_state, find_request, merge, prefetch_tiles, walk_split
 from sempre.kernels.attention.shared_prefixes import MAX_ENTRIES
 from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
-# part of the result: must never depend on the shape of a step
-SPLIT = 512
 # enough programs to fill the device; only decides between equivalent launches
 TARGET_PROGRAMS = 528
 FEW_PROGRAMS = 132
@@ -239,6 +237,7 @@ def allocate_attention_workspace(
         torch.empty(*shape, head_dim, dtype=torch.float32, device=device),
         torch.empty(shape, dtype=torch.float32, device=device),
         torch.empty(shape, dtype=torch.float32, device=device),
+        torch.zeros(2, dtype=torch.int32, device=device),
     )
 
 
@@ -304,6 +303,10 @@ def paged_attention(
     """
     for single_rows in (True,) if batch.max_query_len == 1 else (True, False):
         plan = _plan(qkv, cache, batch, heads, workspace, single_rows=single_rows)
+        in_turn = not single_rows and plan.mode != PARALLEL
+        if workspace is not None and in_turn and gpu_prefill.serves(qkv, cache, batch, heads, scores):
+            gpu_prefill.paged_attention(qkv, cache, batch, heads, scores, out, workspace)
+            continue
         _launch_attend(plan, qkv, cache, batch, heads, scores, out)
         if plan.workspace is not None:
             launch_merge(plan, plan.workspace, batch, heads, scores, out)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from sempre.kernels.attention import gpu
 from sempre.kernels.attention.contract import AttentionWorkspace, HeadLayout, KvCache, PagedBatch, ScoreParams
-from sempre.kernels.attention.gpu_tiles import LOWEST, empty_state, merge, prefetch_tiles, walk_split, walk_tiles
+from sempre.kernels.attention.gpu_tiles import LOWEST, SPLIT, empty_state, merge, prefetch_tiles, walk_split, walk_tiles
 from sempre.kernels.attention.shared_prefixes import TILE_REQUESTS, SharedPrefixes
 from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
@@ -203,7 +203,7 @@ class _Step(NamedTuple):
             "BLOCK": self.cache.k.shape[2],
             "SOFT_CAP": cap or 0.0,
             "CAP_SCALE": self.scores.scale / cap if cap else 0.0,
-            "SPLIT": gpu.SPLIT,
+            "SPLIT": SPLIT,
             "BLOCK_M": launch.block_m,
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
@@ -238,7 +238,7 @@ def paged_attention(
     step = _Step(qkv, cache, batch, batch.prefixes, heads, scores, partials)
     _launch_shared(step)
     programs = num_requests * heads.num_kv_heads
-    splits = triton.cdiv(batch.max_context_len, gpu.SPLIT)
+    splits = triton.cdiv(batch.max_context_len, SPLIT)
     # the workspace must have a place for each split, not only for shared ones
     parallel = max(1, min(splits, gpu.TARGET_PROGRAMS // programs)) if splits <= max_splits else 1
     launch = step.launch(heads.group, programs)
@@ -282,4 +282,5 @@ def _partials(workspace: AttentionWorkspace, rows: int, heads: HeadLayout, split
         workspace.acc.view(-1)[: count * heads.head_dim].view(*shape, heads.head_dim),
         workspace.m.view(-1)[:count].view(shape),
         workspace.l.view(-1)[:count].view(shape),
+        workspace.counters,
     )

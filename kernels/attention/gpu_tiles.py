@@ -17,6 +17,8 @@ from sempre.kernels.activation.gpu import soft_capped
 from sempre.kernels.gpu_jit import jit, prefetch
 
 TILE = 64
+# part of the result: must never depend on the shape of a step
+SPLIT = 512
 # elements of 16 bit in a cache line
 LINE = tl.constexpr(64)
 # below every score, and finite so that no difference of maxima is NaN

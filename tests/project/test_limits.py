@@ -12,7 +12,7 @@ PACKAGES = ("engine", "workers", "ipc", "kernels")
 MOST_LINES = 400
 MOST_FUNCTION_LINES = 60
 MOST_PARAMETERS = 7
-COMPILED = re.compile(r"\b(jit|compiled|compiled_twice|intrinsic)\b")
+COMPILED = re.compile(r"\b(jit|gluon_jit|compiled|compiled_twice|intrinsic)\b")
 
 KEYWORD_APIS = {
     "engine/llm.py chat": "keywords of vLLM's LLM.chat",

@@ -21,7 +21,8 @@ import torch
 from msgspec.structs import replace
 
 from sempre.kernels.attention import AttentionWorkspace, PagedBatch
-from sempre.kernels.attention.gpu import SPLIT, allocate_attention_workspace
+from sempre.kernels.attention.gpu import allocate_attention_workspace
+from sempre.kernels.attention.gpu_tiles import SPLIT
 from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.pooling import RowSpans, add_rows
 from sempre.kernels.sampling import gpu as gpu_sampling

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sempre.ipc.messages import WorkerConfig
-from sempre.kernels.attention.gpu import SHARED_LEN, SPLIT
+from sempre.kernels.attention.gpu import SHARED_LEN
+from sempre.kernels.attention.gpu_tiles import SPLIT
 from sempre.kernels.attention.shared_prefixes import LEAST_SAVED, PrefixArrays, group_rows, most_shared_splits
 from sempre.workers.steps import Int32, Int64
 

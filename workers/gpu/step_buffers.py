@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sempre.kernels.attention import PagedBatch, SharedPrefixes
-from sempre.kernels.attention.gpu import SPLIT
+from sempre.kernels.attention.gpu_tiles import SPLIT
 from sempre.kernels.attention.shared_prefixes import PrefixArrays, most_shared_splits
 from sempre.kernels.attention.shared_prefixes import array_sizes as prefix_sizes
 from sempre.kernels.decode_inputs import DecodeInputs, decode_inputs, record_tokens

@@ -7,7 +7,7 @@ import torch
 from shared_prefix_cases import Requests, SharedStep, check_shared_prefixes, check_that_keys_are_read_once
 
 from sempre.kernels.attention import HeadLayout, PagedBatch, SharedPrefixes
-from sempre.kernels.attention.gpu import SPLIT
+from sempre.kernels.attention.gpu_tiles import SPLIT
 
 pytestmark = pytest.mark.gpu
 
