@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from types import TracebackType, UnionType
 from typing import Any, Generic, Self
@@ -25,23 +26,45 @@ logger = logging.getLogger(__name__)
 # otherwise two peers could refuse each other's refusals forever
 _MOST_REFUSALS = 16
 _RECONNECT_MS = 10
+_TELL_BYTES = 1 << 20
 # characters of each text in a refusal
 _SHOWN = 2000
 
 
 class Link(Generic[MessageT]):
-    """Counts the frames of one link, so that a lost frame is an error and a repeated one is dropped."""
+    """Counts the frames of one link, so that a lost frame is an error and a repeated one is dropped.
 
-    def __init__(self, encoder: FrameEncoder, decoder: FrameDecoder[MessageT], *, received: int = 0) -> None:
+    Of a peer that says what it has read, it also counts the bytes of what it has not.
+    """
+
+    def __init__(
+        self,
+        encoder: FrameEncoder,
+        decoder: FrameDecoder[MessageT],
+        *,
+        received: int = 0,
+        counts_unread: bool = False,
+    ) -> None:
         self._encoder = encoder
         self._decoder = decoder
         self._sent = 0
-        self._received = received
+        self.received = received
+        self.unread_bytes = 0
+        self._unread: deque[int] | None = deque() if counts_unread else None
 
     def pack(self, message: Message) -> bytearray:
         frame = self._encoder.encode(message, self._sent + 1)
         self._sent += 1
+        if self._unread is not None:
+            self._unread.append(len(frame))
+            self.unread_bytes += len(frame)
         return frame
+
+    def has_read(self, sequence: int) -> None:
+        """The peer has read the frames up to this number."""
+        if self._unread is not None:
+            for _ in range(min(len(self._unread), sequence - (self._sent - len(self._unread)))):
+                self.unread_bytes -= self._unread.popleft()
 
     def unpack(self, parts: Sequence[bytes]) -> MessageT | None:
         """The message in these parts; None for a duplicate. Raises ProtocolError; counting continues afterwards."""
@@ -49,14 +72,14 @@ class Link(Generic[MessageT]):
             sequence, message = self._decoder.decode(single_part(parts))
         except ProtocolError:
             # whatever it was, it counts as one frame
-            self._received += 1
+            self.received += 1
             raise
         if sequence == UNSEQUENCED:
             return message
-        expected = self._received + 1
+        expected = self.received + 1
         if sequence < expected:
             return None
-        self._received = sequence
+        self.received = sequence
         if sequence > expected:
             raise FrameLost(
                 f"sequence: expected frame {expected} of this link, found {sequence}; what lies between was lost",
@@ -91,6 +114,7 @@ class PeerBase(Generic[MessageT]):
         configure(socket, limit_bytes)
         self.refusals = Refusals(address)
         self._link: Link[MessageT] = Link(FrameEncoder(limit_bytes), FrameDecoder(receives, limit_bytes))
+        self._read_bytes = 0
         try:
             socket.connect(address)
         except zmq.ZMQError as error:
@@ -101,8 +125,16 @@ class PeerBase(Generic[MessageT]):
         """Never blocks. Raises MessageTooLarge; TypeError when a free-form value has no msgpack form."""
         self.socket.send(self._link.pack(message), zmq.DONTWAIT)
 
+    def read_up_to(self) -> int | None:
+        """The number of the last frame, for the hub to know, once every `_TELL_BYTES` that were read; else None."""
+        if self._read_bytes < _TELL_BYTES:
+            return None
+        self._read_bytes = 0
+        return self._link.received
+
     def _take(self, parts: Sequence[bytes]) -> MessageT | None:
         """The message in these parts; None for a duplicate. Raises ProtocolError after answering."""
+        self._read_bytes += sum(map(len, parts))
         try:
             return self._link.unpack(parts)
         except ProtocolError as error:
@@ -155,9 +187,18 @@ class HubChannel(Generic[MessageT]):
             self.socket.close()
             raise ProtocolError(f"cannot bind {address}: {error}") from error
 
-    def accept(self, identity: bytes) -> None:
-        """Establish the link with a peer whose hello, its first frame, was valid."""
-        self._links[identity] = Link(self._encoder, self._decoder, received=1)
+    def accept(self, identity: bytes, *, counts_unread: bool = False) -> None:
+        """Establish the link with a peer whose hello, its first frame, was valid; `counts_unread`: it tells what it has
+        read."""
+        self._links[identity] = Link(self._encoder, self._decoder, received=1, counts_unread=counts_unread)
+
+    def has_read(self, identity: bytes, sequence: int) -> None:
+        """The peer has read the frames up to this number."""
+        self._links[identity].has_read(sequence)
+
+    def unread_bytes(self, identity: bytes) -> int:
+        """Bytes of frames that the peer has not read, as far as it has told; it tells every `_TELL_BYTES`."""
+        return self._links[identity].unread_bytes
 
     def forget(self, identity: bytes) -> None:
         """End the link with a peer that has ended; its earlier frames are no longer decoded in order."""

@@ -40,6 +40,7 @@ from sempre.ipc.messages import (
     ClientEvent,
     ClientHello,
     EngineReady,
+    FramesRead,
     Heartbeat,
     ShutdownEngine,
     StartupProgress,
@@ -162,6 +163,8 @@ class ProcessClientBase(Generic[Channel]):
     def _interpret(self, arrival: ClientEvent) -> ClientEvent | None:
         """An event for the user, or None. Raises the error in the event."""
         self._heartbeats.heard()
+        if (sequence := self._link.channel.read_up_to()) is not None:
+            self._link.channel.send(FramesRead(sequence=sequence))
         try:
             event = client_event(arrival)
         except ProtocolError:

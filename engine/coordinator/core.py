@@ -94,6 +94,11 @@ class EngineCore:
                 watch.look(now)
         return _notices(notices)
 
+    def rest(self) -> None:
+        """Called instead of `advance` while the client is behind: no request makes progress, and none is stalled."""
+        for watch in self._watches:
+            watch.forget()
+
     def next_deadline(self) -> float | None:
         """When `advance` will have something to do without a new message, if known (time.monotonic)."""
         now = time.monotonic()
@@ -318,6 +323,10 @@ class ProgressWatch:
             name: (progress, seen[name][1] if name in seen and seen[name][0] == progress else now)
             for name, progress in self._scheduler.progress().items()
         }
+
+    def forget(self) -> None:
+        """Count the age of every request anew."""
+        self._seen.clear()
 
     def stalled(self, now: float, limit_s: float) -> StalledRequests | None:
         """Requests without progress for longer than `limit_s`; None if there are none."""

@@ -33,6 +33,7 @@ from sempre.ipc.messages import (
     ClientHello,
     EngineFailed,
     ErrorInfo,
+    FramesRead,
     Heartbeat,
     OutputsReady,
     Refused,
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_MS = 200
 _FLUSH_MS = 2000
+# outputs that the client has not read, beyond which its requests wait; the results of steps in flight come on top
+MOST_UNREAD_BYTES = 64 << 20
 _HELLO_S = 10.0
 
 
@@ -84,11 +87,15 @@ class Coordinator:
     def run(self) -> None:
         """Run until ShutdownEngine. Raises errors that end the engine, which `main` reports."""
         while not self._stopping:
-            self._poller.poll(wait_ms(self._core.next_deadline(), time.monotonic()))
+            deadline = None if self._is_client_behind() else self._core.next_deadline()
+            self._poller.poll(wait_ms(deadline, time.monotonic()))
             try:
                 self._serve_client()
                 self._serve_workers()
-                self.tell(self._core.advance())
+                if self._is_client_behind():
+                    self._core.rest()
+                else:
+                    self.tell(self._core.advance())
             except WorkerDied as error:
                 self.tell(self._recovery.replace(error))
 
@@ -99,6 +106,11 @@ class Coordinator:
             for event in self._unsent:
                 self._send(self._client, event)
             self._unsent.clear()
+
+    def _is_client_behind(self) -> bool:
+        """Whether the client has left so much unread that no further step should be computed: it is stopped, or does
+        something else, and the outputs wait in this process or in its own."""
+        return self._client is not None and self._hub.unread_bytes(self._client) > MOST_UNREAD_BYTES
 
     def _send(self, client: bytes, event: ClientEvent) -> None:
         try:
@@ -146,6 +158,8 @@ class Coordinator:
         match command:
             case Heartbeat():
                 self.tell([Heartbeat()])
+            case FramesRead(sequence=sequence):
+                self._hub.has_read(identity, sequence)
             case ShutdownEngine():
                 self._stopping = True
             case Refused(error=error):
@@ -161,7 +175,7 @@ class Coordinator:
         check_pid(command, self._client_pid)
         if self._client is not None:
             raise MessageMalformed("ClientHello: expected one client, found a second", field="tag")
-        self._hub.accept(identity)
+        self._hub.accept(identity, counts_unread=True)
         self._client = identity
         self.tell([])
 

@@ -16,6 +16,7 @@ from sempre.ipc.messages.client import (
     EngineFailed,
     EngineNotice,
     EngineReady,
+    FramesRead,
     GetHealth,
     GetMetrics,
     HealthReply,

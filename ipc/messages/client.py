@@ -80,6 +80,12 @@ class ResumeRequests(Message, frozen=True, kw_only=True):
     request_ids: list[str]
 
 
+class FramesRead(Message, frozen=True, kw_only=True):
+    """The client has read the link's frames up to this number. A coordinator that is far ahead of its client waits."""
+
+    sequence: NonNegative
+
+
 class CallWorkers(Message, frozen=True, kw_only=True):
     """Call one of the workers' public methods on every worker."""
 
@@ -111,6 +117,7 @@ ClientCommand = (
     | AbortRequests
     | PauseRequests
     | ResumeRequests
+    | FramesRead
     | CallWorkers
     | ResetPrefixCache
     | GetMetrics

@@ -6,6 +6,7 @@ from planted_faults.fault import Fault
 
 CODEC = "ipc/codec.py"
 LINK = "ipc/channel.py"
+COORDINATOR = "engine/coordinator/process.py"
 TESTS = "tests/ipc/test_codec.py"
 CHANNEL_TESTS = "tests/ipc/test_channel.py"
 
@@ -46,7 +47,7 @@ LINKS = (
         "refused-frame-does-not-count",
         "After one frame that was refused, the next one is taken for the sign of a lost one.",
         LINK,
-        "            self._received += 1\n",
+        "            self.received += 1\n",
         "",
         (f"{TESTS}::test_a_corrupt_frame_counts_as_one",),
     ),
@@ -54,9 +55,17 @@ LINKS = (
         "refused-message-takes-a-number",
         "A message that is too large to be sent leaves a gap, and the link breaks at the next one.",
         LINK,
-        "        frame = self._encoder.encode(message, self._sent + 1)\n        self._sent += 1\n        return frame",
-        "        self._sent += 1\n        return self._encoder.encode(message, self._sent)",
+        "        frame = self._encoder.encode(message, self._sent + 1)\n        self._sent += 1",
+        "        self._sent += 1\n        frame = self._encoder.encode(message, self._sent)",
         (f"{CHANNEL_TESTS}::test_a_large_message_is_refused_before_it_is_sent",),
+    ),
+    Fault(
+        "outputs-pile-up",
+        "The outputs for a client that is stopped pile up without end.",
+        COORDINATOR,
+        "> MOST_UNREAD_BYTES",
+        "> 1 << 60",
+        ("tests/engine/processes/test_stopped_client.py::test_its_outputs_wait_in_bounded_memory_and_it_goes_on",),
     ),
     Fault(
         "large-frames-pass",
