@@ -62,6 +62,11 @@ def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     return _llvm(b, "fma", x, y, z)
 
 
+def llvm_rint(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Each lane rounded to an integer, ties to even."""
+    return _llvm(b, "rint", x)
+
+
 def llvm_sqrt(b: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
     """Square root of one float32, correctly rounded."""
     function = cgutils.get_or_insert_function(b.module, ir.FunctionType(F32, [F32]), "llvm.sqrt.f32")
