@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from sempre.engine.version import __version__
 
 if TYPE_CHECKING:
+    from sempre.engine.adapters import LoRARequest
     from sempre.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from sempre.engine.arguments import engine_config
     from sempre.engine.async_llm import AsyncLLM
@@ -88,6 +89,7 @@ __all__ = [
     "Gauge",
     "Histogram",
     "InvarianceError",
+    "LoRARequest",
     "Logprob",
     "Metric",
     "ModelError",
@@ -121,6 +123,7 @@ __all__ = [
 ]
 
 _NAMES_BY_MODULE = {
+    "sempre.engine.adapters": ("LoRARequest",),
     "sempre.engine.arg_utils": ("AsyncEngineArgs", "EngineArgs"),
     "sempre.engine.arguments": ("engine_config",),
     "sempre.engine.async_llm": ("AsyncLLM",),

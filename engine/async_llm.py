@@ -10,6 +10,7 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+from sempre.engine.adapters import LoRARequest, Requested
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import AsyncEngineClient, launch_async
 from sempre.engine.client.engine_process import ended_by
@@ -22,10 +23,10 @@ from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import check_refused
 from sempre.engine.health import EngineHealth, judge, unhealthy
+from sempre.engine.lora_calls import AsyncLoraLLM
 from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream, StreamControl, check_prompt_logprobs
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput
-from sempre.engine.pooling_calls import AsyncPoolingLLM
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.config import EngineConfig
@@ -53,7 +54,7 @@ _OUTAGE_LOOK_S = 0.05
 _MOST_EVENTS_AT_ONCE = 8
 
 
-class AsyncLLM(AsyncPoolingLLM):
+class AsyncLLM(AsyncLoraLLM):
     """A model with its coordinator and workers, for one event loop.
 
         async with AsyncLLM("tiny") as engine:
@@ -119,7 +120,7 @@ class AsyncLLM(AsyncPoolingLLM):
         request_id: str | None = None,
         *,
         prompt_text: str | None = None,
-        lora_request: object = None,
+        lora_request: LoRARequest | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         trace_headers: Mapping[str, str] | None = None,
         priority: int = 0,
@@ -127,21 +128,23 @@ class AsyncLLM(AsyncPoolingLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete one prompt and yield outputs as they come, in the form that `output_kind` sets.
 
-        A slow reader gets fewer, larger outputs; nothing piles up. Closing the generator aborts the request. The
-        other keywords are vLLM's and must be None; `priority` needs scheduling_policy="priority".
+        A slow reader gets fewer, larger outputs; nothing piles up. Closing the generator aborts the request. An
+        adapter is loaded if it is not yet. The other keywords are vLLM's and must be None; `priority` needs
+        scheduling_policy="priority".
 
         Raises RequestError for a refused request or one that failed, EngineDeadError when the engine died.
         """
         self._connected()
         refuse_values(
             prompt_text=prompt_text,
-            lora_request=lora_request,
             tokenization_kwargs=tokenization_kwargs,
             trace_headers=trace_headers,
             data_parallel_rank=data_parallel_rank,
         )
         params = self._or_default(sampling_params)
-        stream = self._follow([self._frontend.builder.build(prompt, params, priority, request_id=request_id)])
+        [adapter] = await self._load(lora_request)
+        builder = self._frontend.builder
+        stream = self._follow([builder.build(prompt, params, priority, request_id=request_id, adapter=adapter)])
         try:
             while outputs := await stream.next():
                 yield outputs[0]
@@ -156,15 +159,17 @@ class AsyncLLM(AsyncPoolingLLM):
         priority: int = 0,
         max_held_logprobs: int | None = None,
         record: bool | None = None,
+        lora_request: Requested = None,
     ) -> OutputStream:
-        """Start all prompts or none, and return their outputs as one stream, with receipts if `record`.
+        """Start all prompts or none, and return their outputs as one stream, with receipts if `record`. An adapter must
+        be loaded (`add_lora`).
 
         With `max_held_logprobs`, log-probabilities are given packed, as sequences that unpack what is read, and the
         stream fails if it holds more of them before the outputs are complete. Raises the errors of `LLM.generate`.
         """
         self._connected()
-        params = self._or_default(sampling_params)
-        requests = self._frontend.builder.build_all(prompts, params, priority, record=record)
+        params, adapters = self._or_default(sampling_params), self._loaded(lora_request)
+        requests = self._frontend.builder.build_all(prompts, params, priority, record=record, adapters=adapters)
         return self._follow(requests, max_held_logprobs)
 
     async def beam_search(
@@ -254,15 +259,6 @@ class AsyncLLM(AsyncPoolingLLM):
     async def check_health(self, timeout_s: float = 2.0) -> None:
         """Raise EngineUnhealthy, naming the rank, unless all workers are ready, send heartbeats and are not stuck."""
         (await self.health(timeout_s)).check()
-
-    @property
-    def chat_template(self) -> str | None:
-        """The chat template in use, None when there is none."""
-        return self._frontend.chat_template
-
-    def chat_arguments(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> dict[str, Any]:
-        """Return the arguments for `engine.text.render_chat`; takes the keywords of `LLM.chat`."""
-        return self._frontend.chat_arguments(messages, **keywords)
 
     def check_form(self, params: SamplingParams) -> None:
         """Check the structured output of `params` here, in any thread, so that `stream` need not.

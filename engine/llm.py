@@ -9,6 +9,7 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, NamedTuple, Self, Unpack
 
+from sempre.engine.adapters import Adapter, Requested
 from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import launch
 from sempre.engine.frontend.beam_search import BeamSearches, BeamSearchParams
@@ -26,10 +27,11 @@ from sempre.engine.frontend.progress import GenerationProgress, StartupNotice, U
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import Session
+from sempre.engine.lora_calls import LoraLLM
 from sempre.engine.metrics import Metric
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput
 from sempre.engine.pooling import PoolingParams
-from sempre.engine.pooling_calls import PoolingLLM, Prompts
+from sempre.engine.pooling_calls import Prompts
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.messages import ContentFormat
 from sempre.engine.vllm_settings import refuse_values
@@ -45,7 +47,7 @@ from sempre.ipc.messages import (
 Message = Mapping[str, Any]
 
 
-class LLM(PoolingLLM):
+class LLM(LoraLLM):
     """A model with its coordinator and workers.
 
     Keywords are the fields of `EngineConfig` and `FrontendConfig`. Close it with `shutdown` or `with`; it also
@@ -79,7 +81,7 @@ class LLM(PoolingLLM):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: UseTqdm = True,
-        lora_request: object = None,
+        lora_request: Requested = None,
         priority: int | Sequence[int] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
@@ -87,26 +89,25 @@ class LLM(PoolingLLM):
         """Complete each prompt; return outputs in the order of `prompts`.
 
         Without parameters, the model's defaults apply; a list holds one per prompt. `priority` is one number for all
-        prompts or one each (lower is sooner, under scheduling_policy="priority"). `lora_request`,
-        `tokenization_kwargs` and `mm_processor_kwargs` must be empty. All prompts are checked before anything is
-        computed. A request that fails later ends with finish_reason `error` and its text in `outputs[i].error`; the
-        others continue. Ctrl-C aborts the running requests and leaves the engine usable.
+        prompts or one each (lower is sooner, under scheduling_policy="priority"). `lora_request` is the adapter of all
+        prompts, or a list with one or None each; what is not loaded yet is loaded. `tokenization_kwargs` and
+        `mm_processor_kwargs` must be empty. All prompts are checked before anything is computed. A request that fails
+        later ends with finish_reason `error` and its text in `outputs[i].error`; the others continue. Ctrl-C aborts the
+        running requests and leaves the engine usable.
 
         Raises RequestError (a ValueError) for a refused prompt or parameter, EngineDeadError when the engine died.
         """
         self._check_open()
-        refuse_values(
-            lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
-        )
+        refuse_values(tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs)
         params = self._or_default(sampling_params)
-        return self._complete(prompts, params, priority, use_tqdm)
+        return self._complete(prompts, params, priority, use_tqdm, adapters=self._load(lora_request))
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: UseTqdm = True,
-        lora_request: object = None,
+        lora_request: Requested = None,
         priority: int | Sequence[int] | None = None,
         *,
         chat_template: str | None = None,
@@ -124,9 +125,7 @@ class LLM(PoolingLLM):
         errors of `generate`.
         """
         self._check_open()
-        refuse_values(
-            lora_request=lora_request, tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs
-        )
+        refuse_values(tokenization_kwargs=tokenization_kwargs, mm_processor_kwargs=mm_processor_kwargs)
         prompts = self._rendered(
             messages,
             chat_template=chat_template,
@@ -137,7 +136,7 @@ class LLM(PoolingLLM):
             chat_template_content_format=chat_template_content_format,
         )
         params = self._or_default(sampling_params)
-        return self._complete(prompts, params, priority, use_tqdm)
+        return self._complete(prompts, params, priority, use_tqdm, adapters=self._load(lora_request))
 
     def beam_search(
         self,
@@ -169,6 +168,7 @@ class LLM(PoolingLLM):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int | Sequence[int] | None = None,
+        lora_request: Requested = None,
         **without_effect: object,
     ) -> list[str]:
         """Start each prompt and return the request ids at once; `wait_for_completion` returns the outputs.
@@ -178,9 +178,9 @@ class LLM(PoolingLLM):
         self._check_open()
         without_effect.pop("use_tqdm", None)
         refuse_values(**without_effect)
-        params = self._or_default(sampling_params)
+        params, adapters = self._or_default(sampling_params), self._load(lora_request)
         with self._session.exclusive():
-            requests = self._frontend.builder.build_all(prompts, params, priority)
+            requests = self._frontend.builder.build_all(prompts, params, priority, adapters=adapters)
             with self._dropped_on_error(requests):
                 self._enqueued.append(_Running(requests, self._session.submit(requests)))
         return [request.request_id for request in requests]
@@ -275,10 +275,13 @@ class LLM(PoolingLLM):
         priority: int | Sequence[int] | None,
         use_tqdm: UseTqdm,
         record: bool | None = None,
+        adapters: Sequence[Adapter | None] = (None,),
     ) -> list[RequestOutput]:
         self._check_open()
         with self._session.exclusive():
-            return self._run(self._frontend.builder.build_all(prompts, params, priority, record=record), use_tqdm)
+            builder = self._frontend.builder
+            requests = builder.build_all(prompts, params, priority, record=record, adapters=adapters)
+            return self._run(requests, use_tqdm)
 
     def _pool(self, prompts: Prompts, params: PoolingParams | None, use_tqdm: UseTqdm) -> list[RequestOutput]:
         self._check_open()

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from msgspec import Struct
 
+from sempre.engine.adapters import LoRARequest
 from sempre.engine.metrics import dataclass_view
 from sempre.engine.proof.json_values import json_ready
 
@@ -75,7 +76,6 @@ class CompletionOutput:
 class RequestOutput:
     """All completions of one request."""
 
-    lora_request: ClassVar[None] = None
     encoder_prompt: ClassVar[None] = None
     encoder_prompt_token_ids: ClassVar[None] = None
     kv_transfer_params: ClassVar[None] = None
@@ -92,6 +92,8 @@ class RequestOutput:
     """Prompt tokens found in the prefix cache."""
     fingerprint: str = ""
     """Digest of everything that the output depends on, apart from seed and request."""
+    lora_request: LoRARequest | None = None
+    """The adapter of the request."""
     pooled: list[float] | None = None
     """Of a model that pools: what `embed`, `classify` and `score` are made of."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, overload
 
 from sempre.engine.client import AsyncEngineClient
@@ -195,6 +195,15 @@ class AsyncPoolingLLM(PoolingEngine):
         self._connected()
         params = pooling_params or PoolingParams()
         return self._follow(self._frontend.builder.build_pooled(prompts, params, priority, request_id=request_id))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template in use, None when there is none."""
+        return self._frontend.chat_template
+
+    def chat_arguments(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> dict[str, Any]:
+        """Return the arguments for `engine.text.render_chat`; takes the keywords of `LLM.chat`."""
+        return self._frontend.chat_arguments(messages, **keywords)
 
     def pair_arguments(self, query: str, document: str) -> dict[str, Any] | None:
         """Return the arguments of `engine.text.render_chat` for a pair to be scored; None if the chat template does

@@ -16,7 +16,6 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.text.tokenizer import Tokenizer
 
 _TEXT_ALONE = "This engine reads text alone."
-_NO_ADAPTERS = "This engine does not support adapters; merge them into the checkpoint."
 _PROFILE = (
     "Make the engine with multiprocessing=False and run it inside torch.profiler.profile(), or attach a sampling "
     "profiler to the worker processes."
@@ -24,7 +23,6 @@ _PROFILE = (
 _SLEEP = "Call shutdown() to free memory, and create a new engine: the same requests give the same bits."
 _HEALTH = "Use `await engine.health()`, which returns the state and the problems by rank."
 _INSTEAD = {
-    "add_lora": _NO_ADAPTERS,
     "add_request": "Use generate(…), or stream(…) for several prompts.",
     "apply_model": (
         "Functions are never sent to another process; call a method of the workers by its name: collective_rpc(…)."
@@ -39,9 +37,7 @@ _INSTEAD = {
     "is_running": _HEALTH,
     "is_sleeping": _SLEEP,
     "is_stopped": _HEALTH,
-    "list_loras": _NO_ADAPTERS,
-    "pin_lora": _NO_ADAPTERS,
-    "remove_lora": _NO_ADAPTERS,
+    "pin_lora": "Raise max_cpu_loras: the least recently used adapter is forgotten, and loaded again when needed.",
     "reset_encoder_cache": _TEXT_ALONE,
     "reset_mm_cache": _TEXT_ALONE,
     "reward": "Use classify or score.",

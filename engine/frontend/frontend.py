@@ -12,6 +12,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from sempre.engine.adapters import Adapter, Adapters
 from sempre.engine.arguments import Arguments
 from sempre.engine.fingerprint import fingerprint_bits, fingerprint_digest, fingerprint_environment
 from sempre.engine.frontend.limits import RequestLimits
@@ -86,6 +87,7 @@ class Frontend:
         self._chat_template = None if given is None else _template_text(given)
         self.bits: dict[str, str] = {}
         self.environment: dict[str, str] = {}
+        self.adapters = Adapters(are_served=self.config.enable_lora)
         self._unread = UnreadVariables()
 
     def connect(self, ready: EngineReady) -> None:
@@ -107,9 +109,17 @@ class Frontend:
         self.environment = fingerprint_environment(ready.fingerprint)
         self.fingerprint = fingerprint_digest(self.bits)
         self.recorder.connect(self.bits, self.environment, self.fingerprint)
-        self.processor = OutputProcessor(self.tokenizer, self.fingerprint, self._options.stream_interval, self.recorder)
+        self.processor = OutputProcessor(
+            self.tokenizer, self.fingerprint_with, self._options.stream_interval, self.recorder
+        )
         self.builder = RequestBuilder(
             self.tokenizer, limits, self.processor.is_in_use, records_all=self.recorder.records_all
+        )
+
+    def fingerprint_with(self, adapter: Adapter | None) -> str:
+        """Return the fingerprint of outputs with this adapter; None: the model itself."""
+        return (
+            self.fingerprint if adapter is None else fingerprint_digest({**self.bits, "adapter": adapter.spec.digest})
         )
 
     @property

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from sempre.engine.adapters import Adapter
 from sempre.engine.frontend.logprob_rows import AfterFirst, RowBuffer
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.sequence_state import SequenceState
@@ -117,6 +118,7 @@ class RequestState:
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
             fingerprint=self._fingerprint,
+            lora_request=None if self.request.adapter is None else self.request.adapter.request,
             pooled=self.sequences[0].pooled,
         )
 
@@ -149,10 +151,14 @@ class OutputProcessor:
     """The unfinished requests of one engine. Finished requests are forgotten at once."""
 
     def __init__(
-        self, tokenizer: Tokenizer, fingerprint: str, stream_interval: int = 1, recorder: Recorder | None = None
+        self,
+        tokenizer: Tokenizer,
+        fingerprint: Callable[[Adapter | None], str],
+        stream_interval: int = 1,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`stream_interval`: tokens between two outputs of a sequence, after the first; `recorder` makes the receipts
-        of requests that have them."""
+        """`fingerprint`: of outputs with an adapter, or with none. `stream_interval`: tokens between two outputs of a
+        sequence, after the first. `recorder` makes the receipts of requests that have them."""
         self._tokenizer = tokenizer
         self._recorder = recorder
         self._stream_interval = stream_interval
@@ -180,7 +186,11 @@ class OutputProcessor:
                 request_id=request.request_id,
             )
         state = RequestState(
-            request, self._tokenizer, self._fingerprint, self._stream_interval, keeps_packed=keeps_packed
+            request,
+            self._tokenizer,
+            self._fingerprint(request.adapter),
+            self._stream_interval,
+            keeps_packed=keeps_packed,
         )
         self._requests[request.request_id] = state
         for spec, sequence in zip(request.sequences, state.sequences, strict=True):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
+from sempre.engine.adapters import Adapter
 from sempre.engine.frontend.limits import RequestLimits, cut
 from sempre.engine.frontend.pooling import (
     NOT_SAMPLED,
@@ -49,6 +50,8 @@ class PreparedRequest:
     reasoning: PromptReasoning = field(compare=False, repr=False)
     """Whether the output begins inside reasoning."""
     is_recorded: bool = False
+    adapter: Adapter | None = None
+    """None: the model itself"""
     """Whether its outputs have receipts."""
 
 
@@ -73,6 +76,7 @@ class _Checked(NamedTuple):
     priority: int
     cache_salt: str | None
     is_recorded: bool
+    adapter: Adapter | None = None
 
 
 class RequestBuilder:
@@ -116,28 +120,37 @@ class RequestBuilder:
         priorities: int | Sequence[int] | None = None,
         *,
         record: bool | None = None,
+        adapters: Sequence[Adapter | None] = (None,),
     ) -> list[PreparedRequest]:
         """Build one request per prompt; all are checked before the first is numbered. `record`: whether they have
-        receipts; None is the builder's setting.
+        receipts; None is the builder's setting. `adapters`: one for all prompts, or one each.
 
         Raises RequestError (a ValueError) naming the refused prompt or parameter and the reason.
         """
         parts, is_list = list_prompts(prompts)
         params_list = _one_each("sampling_params", params, SamplingParams, len(parts))
         priority_list = _one_each("priority", 0 if priorities is None else priorities, int, len(parts))
+        adapter_list = _adapters_each(adapters, len(parts))
         self._checked = None
         checked = [
             self._check(prompt, prompt_params, priority, where=f"prompts[{i}]" if is_list else "", record=record)
             for i, (prompt, prompt_params, priority) in enumerate(zip(parts, params_list, priority_list, strict=True))
         ]
-        return [self._number(request) for request in checked]
+        both = zip(checked, adapter_list, strict=True)
+        return [self._number(request) for request in [_with_adapter(*each) for each in both]]
 
     def build(
-        self, prompt: object, params: SamplingParams, priority: int = 0, *, request_id: str | None = None
+        self,
+        prompt: object,
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        request_id: str | None = None,
+        adapter: Adapter | None = None,
     ) -> PreparedRequest:
         """Build one request. Raises RequestError, also for a `request_id` in use."""
         self._checked = None
-        return self._number(self._check(prompt, params, priority, request_id=request_id))
+        return self._number(_with_adapter(self._check(prompt, params, priority, request_id=request_id), adapter))
 
     def _check(
         self,
@@ -174,11 +187,12 @@ class RequestBuilder:
 
     def _number(self, request: _Checked) -> PreparedRequest:
         params, spec = request.parameters.params, request.spec
+        adapter = None if request.adapter is None else request.adapter.spec
         if params.seed is None:
             # a prompt that opens the reasoning changes the grammar
             as_shared = spec.grammar is request.parameters.spec.grammar and spec.reasoning is None
             distribution = request.parameters.distribution if as_shared else distribution_digest(spec)
-            digest = request_digest(distribution, request.token_ids)
+            digest = request_digest(distribution, request.token_ids, None if adapter is None else adapter.digest)
             seed = derive_request_seed(self.limits.engine_seed, digest, self._seed_counts.count(digest))
         else:
             seed = params.seed
@@ -194,6 +208,7 @@ class RequestBuilder:
                 ordinal=self._num_sequences + i,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
+                adapter=adapter,
             )
             for i in range(params.n)
         ]
@@ -210,6 +225,7 @@ class RequestBuilder:
             time.time(),
             request.reasoning,
             request.is_recorded,
+            request.adapter,
         )
 
     def _check_rest(self, priority: int, cache_salt: object, request_id: str | None, n: int) -> None:
@@ -309,6 +325,26 @@ class RequestBuilder:
         if most is None or len(token_ids) <= most:
             return token_ids
         return cut(token_ids, self._tokenizer.encode(text, add_special_tokens=False), most, params.truncation_side)
+
+
+def _adapters_each(adapters: Sequence[Adapter | None], count: int) -> list[Adapter | None]:
+    """Return one per prompt; a single one applies to all."""
+    items = list(adapters) * count if len(adapters) == 1 else list(adapters)
+    if len(items) != count:
+        raise RequestError(
+            f"The lengths of prompts and lora_request must be the same, got {count} and {len(items)}.",
+            parameter="lora_request",
+        )
+    return items
+
+
+def _with_adapter(request: _Checked, adapter: Adapter | None) -> _Checked:
+    if adapter is not None and request.is_recorded:
+        raise RequestError(
+            "lora_request: outputs with an adapter have no receipts yet; leave the adapter out, or record=False.",
+            parameter="lora_request",
+        )
+    return request._replace(adapter=adapter)
 
 
 @contextmanager

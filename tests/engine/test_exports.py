@@ -11,6 +11,7 @@ import sempre.engine
 
 PUBLIC = {
     "LLM",
+    "LoRARequest",
     "AsyncEngineArgs",
     "AsyncLLM",
     "BeamSearchOutput",

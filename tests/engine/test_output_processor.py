@@ -35,7 +35,7 @@ class Harness:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.builder = RequestBuilder(tokenizer, LIMITS)
-        self.processor = OutputProcessor(tokenizer, "fingerprint")
+        self.processor = OutputProcessor(tokenizer, lambda adapter: "fingerprint")
 
     def add(self, prompt: Any = "The", request_id: str = "r", **params: Any) -> RequestState:
         return self.processor.add(self.builder.build(prompt, SamplingParams(**params), request_id=request_id))

@@ -1,0 +1,1 @@
+"""`sempre.lora.request`, the path that users of vLLM import LoRARequest from."""
