@@ -7,6 +7,8 @@ measured time. Run it as `python benchmarks/scheduling.py`; it prints a table an
     churn     256 running requests out of 2,000 that come and go, prompts in chunks beside decoding
     shared    the same with a common prefix of 256 tokens, found in the prefix cache
     pressure  the same with a third of the KV cache they need, so that requests are preempted
+    queue     churn with 10,000 requests, so that up to 9,744 wait, and 1,000,000 blocks
+    wide      1,024 requests, nothing but decoding
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class Scenario:
     output_lengths: range
     num_blocks: int
     shared_prefix: int = 0
+    max_num_seqs: int = 256
 
 
 SCENARIOS = [
@@ -40,6 +43,8 @@ SCENARIOS = [
     Scenario("churn", 2_000, range(64, 512), range(32, 192), 16_384),
     Scenario("shared", 2_000, range(320, 512), range(32, 192), 16_384, shared_prefix=256),
     Scenario("pressure", 2_000, range(64, 512), range(32, 192), 2_600),
+    Scenario("queue", 10_000, range(64, 512), range(32, 192), 1_000_000),
+    Scenario("wide", 1_024, range(16, 17), range(256, 257), 32_768, max_num_seqs=1_024),
 ]
 
 
@@ -99,7 +104,7 @@ def measure(scenario: Scenario) -> Figures:
         num_blocks=scenario.num_blocks,
         block_size=16,
         max_model_len=4_096,
-        max_num_seqs=256,
+        max_num_seqs=scenario.max_num_seqs,
         max_num_batched_tokens=2_048,
     )
     scheduler = Scheduler(limits, policy="fcfs", enable_prefix_caching=True)

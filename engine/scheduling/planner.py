@@ -20,20 +20,19 @@ never affects a request's tokens: they depend on its own prompt, parameters and 
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
-from operator import attrgetter
 
 from sempre.engine.scheduling.kv_cache_manager import KVCacheManager
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.planned_step import PlannedStep
-from sempre.engine.scheduling.request import OrderKey, Request
+from sempre.engine.scheduling.request import Request
 from sempre.engine.scheduling.state_slots import StateAccess
 from sempre.engine.scheduling.stats import SchedulerStats
+from sempre.engine.scheduling.waiting_queue import ORDER_KEY, WaitingQueue, remove
 
-_ORDER_KEY = attrgetter("order_key")
 # fraction of a step's prompt tokens kept for prompts shorter than the one that would take the last of them
 _SHARE_FOR_SHORT = 4
 
@@ -45,8 +44,8 @@ class StepPlanner:
         self._limits = limits
         self.kv_cache = kv_cache
         self._counters = counters
-        self.running: list[Request] = []  # sorted by order key, like `waiting`
-        self.waiting: list[Request] = []
+        self.running: list[Request] = []  # sorted by order key
+        self.waiting = WaitingQueue()
         self.num_paused = 0
         self._running_adapters: Counter[str] = Counter()  # running requests by their adapter
 
@@ -76,7 +75,7 @@ class StepPlanner:
 
     def wait(self, request: Request) -> None:
         """Queue a request that is not running, at its place in the order."""
-        insort(self.waiting, request, key=_ORDER_KEY)
+        self.waiting.add(request)
 
     def pause(self, request: Request) -> None:
         """Remove a request from its queue until `resume`, and free its blocks."""
@@ -95,7 +94,10 @@ class StepPlanner:
             request.is_paused = False
             self.num_paused -= 1
             return
-        _remove(self.running if request.is_running else self.waiting, request)
+        if request.is_running:
+            remove(self.running, request)
+        else:
+            self.waiting.remove(request)
         if request.is_running and request.adapter is not None:
             self._running_adapters[request.adapter] -= 1
             if not self._running_adapters[request.adapter]:
@@ -115,7 +117,7 @@ class StepPlanner:
             self.kv_cache.release(request)
         self.running.clear()
         self._running_adapters.clear()
-        self.waiting = sorted((request for request in requests if not request.is_paused), key=_ORDER_KEY)
+        self.waiting = WaitingQueue(request for request in requests if not request.is_paused)
         self.kv_cache.forget_cached()
 
     def _plan_running(self, step: PlannedStep, now: float) -> bool:
@@ -181,20 +183,19 @@ class StepPlanner:
         return block_ids
 
     def _plan_waiting(self, step: PlannedStep) -> None:
-        """Admit waiting requests in order; those before `place` wait for a slot of their adapter."""
-        most, place = self._limits.max_num_seqs, 0
-        while place < len(self.waiting) and len(self.running) < most and step.has_room_for_prompts:
-            first, request = self.waiting[0], self.waiting[place]
-            if not self.has_adapter_slot(request):
-                if first.num_overtaken >= most:
-                    break
-                place += 1
-            elif not self._admit(step, request):
+        """Admit waiting requests in order; they overtake those that wait for a slot of their adapter."""
+        most = self._limits.max_num_seqs
+        while self.waiting and len(self.running) < most and step.has_room_for_prompts:
+            first: Request = self.waiting.first
+            request: Request | None = first
+            if not self.has_adapter_slot(first):
+                request = None
+                if first.num_overtaken < most:
+                    request = self.waiting.first_of_adapters(self._running_adapters)
+            if request is None or not self._admit(step, request):
                 break
-            elif place:
+            if request is not first:
                 first.num_overtaken += 1
-                if first.num_overtaken >= most:
-                    break
 
     def has_adapter_slot(self, request: Request) -> bool:
         """Whether the running requests leave a slot for this one's adapter, or use it themselves."""
@@ -208,22 +209,15 @@ class StepPlanner:
         if len(self.running) >= self._limits.max_num_seqs or share < 1:
             return []
         room = step.prompt_budget
-        short = []
         for request in chain(self.running, self.waiting):
             num_new = min(request.num_tokens, request.compute_limit) - request.num_computed_tokens
             needed = request.prompt_cost(request.num_computed_tokens, num_new)
-            if room >= 0:
-                if num_new > 1 or not request.is_running:
-                    room -= needed
-                last_priority, most = request.order_key[0], needed - 1
-            elif request.is_running or request.awaits_result:
-                continue
-            elif request.order_key[0] > last_priority or not share:
-                break
-            elif needed <= min(share, most):
-                short.append(request)
-                share -= needed
-        return short
+            if num_new > 1 or not request.is_running:
+                room -= needed
+            if room < 0:
+                after = None if request.is_running else request.order_key
+                return self.waiting.shorter(after, needed - 1, share, request.order_key[0])
+        return []
 
     def _plan_short(self, step: PlannedStep, short: list[Request]) -> None:
         """Admit those of `short` that still wait, for which room was kept, and others in order if there is more."""
@@ -246,8 +240,8 @@ class StepPlanner:
         num_new = min(request.num_tokens - num_cached, step.budget, request.prompt_room(num_cached, step.prompt_budget))
         self.kv_cache.admit(request, cached_blocks, num_cached + num_new)
         self._count_admission(request, num_cached)
-        _remove(self.waiting, request)
-        insort(self.running, request, key=_ORDER_KEY)
+        self.waiting.remove(request)
+        insort(self.running, request, key=ORDER_KEY)
         request.is_running = True
         request.num_overtaken = 0
         if request.adapter is not None:
@@ -280,6 +274,7 @@ class StepPlanner:
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, block tables, pool and prefix cache agree."""
+        self.waiting.check_invariants()
         for queue in (self.running, self.waiting):
             keys = [request.order_key for request in queue]
             assert keys == sorted(set(keys))
@@ -298,8 +293,3 @@ def _must_wait(request: Request, now: float) -> bool:
     if request.drafts_in_flight or (speculation.ask is not None and speculation.ask.is_open(now)):
         return True
     return speculation.must_wait(request.token_ids, request.num_tokens - len(request.token_ids))
-
-
-def _remove(queue: list[Request], request: Request) -> None:
-    key: OrderKey = request.order_key
-    del queue[bisect_left(queue, key, key=_ORDER_KEY)]

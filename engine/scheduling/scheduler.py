@@ -6,6 +6,7 @@ After a crash of the worker, the requests in flight run alone first, see crash_i
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from math import inf
 
 import msgspec
@@ -346,7 +347,7 @@ class Scheduler:
 
     def progress(self) -> dict[str, tuple[int, int]]:
         """(known tokens, computed tokens) of each running request; if none runs, of the next one."""
-        requests = self._planner.running or self._planner.waiting[:1]
+        requests = self._planner.running or list(islice(self._planner.waiting, 1))
         return {request.request_id: (len(request.token_ids), request.num_computed_tokens) for request in requests}
 
     def stats(self) -> SchedulerStats:

@@ -56,8 +56,8 @@ SCHEDULING = (
         "paused-request-goes-on-after-a-crash",
         "A request whose reader is behind continues when its worker is replaced, and more piles up.",
         PLANNER,
-        "sorted((request for request in requests if not request.is_paused), key=_ORDER_KEY)",
-        "sorted(requests, key=_ORDER_KEY)",
+        "WaitingQueue(request for request in requests if not request.is_paused)",
+        "WaitingQueue(requests)",
         (f"{TESTS}::test_a_paused_request_can_be_aborted_and_survives_a_crash",),
     ),
     Fault(
@@ -74,7 +74,8 @@ SCHEDULING = (
         PLANNER,
         '        """Move a request from running back to waiting, at its place in the order."""\n'
         "        self.leave(request)\n        self.wait(request)",
-        "        self.leave(request)\n        self.waiting.append(request)",
+        "        self.leave(request)\n"
+        "        request.order_key = (request.order_key[0], 1 << 60, request.request_id)\n        self.wait(request)",
         (f"{SIMULATION}::test_a_busy_workload_ends_right_under_every_setting",),
     ),
     Fault(
