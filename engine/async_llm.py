@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from itertools import count
 from os import PathLike
@@ -22,16 +21,17 @@ from sempre.engine.frontend.progress import StartupNotice
 from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import check_refused
-from sempre.engine.health import EngineHealth, judge, unhealthy
+from sempre.engine.health import EngineHealth, answered_health, unhealthy
 from sempre.engine.lora_calls import AsyncLoraLLM
 from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream, StreamControl, check_prompt_logprobs
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput
 from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.shared_task import SharedTask
 from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import again
-from sempre.ipc.errors import EngineDeadError, ProtocolError, SempreError
+from sempre.ipc.errors import EngineDeadError, ProtocolError
 from sempre.ipc.messages import (
     AbortRequests,
     CallWorkersReply,
@@ -48,7 +48,6 @@ from sempre.ipc.messages import (
 )
 
 Reply = TypeVar("Reply", CallWorkersReply, HealthReply, MetricsReply, ResetPrefixCacheReply)
-_OUTAGE_LOOK_S = 0.05
 # Events handled before readers of outputs run: readers slower than the engine then get the tokens of several steps
 # at once, which costs little more than those of one step.
 _MOST_EVENTS_AT_ONCE = 8
@@ -61,8 +60,8 @@ class AsyncLLM(AsyncLoraLLM):
             async for output in engine.generate("It is a truth", SamplingParams(max_tokens=32)):
                 print(output.outputs[0].text)
 
-    Takes the keywords of `LLM`. `start` (or `async with`) launches the processes. Any number of tasks may generate
-    at the same time.
+    Takes the keywords of `LLM`. `start`, `async with` or the first call that is awaited launches the processes. Any
+    number of tasks may generate at the same time.
     """
 
     def __init__(self, model: str | PathLike[str], **keywords: Unpack[EngineKeywords]) -> None:
@@ -70,6 +69,7 @@ class AsyncLLM(AsyncLoraLLM):
         self._frontend = Frontend(parse_arguments(model, keywords))
         self._client: AsyncEngineClient | None = None
         self._reader: asyncio.Task[None] | None = None
+        self._launching = SharedTask(self._launch)
         self._failure: EngineDeadError | None = None
         self._has_ended = asyncio.Event()
         self._starts_again = False
@@ -80,8 +80,11 @@ class AsyncLLM(AsyncLoraLLM):
 
     async def start(self) -> None:
         """Launch the engine and wait until it is ready. Raises the errors of `LLM`."""
-        if self._client is not None or self._failure is not None:
+        if self._client is not None or self._failure is not None or self._launching.is_running:
             raise EngineDeadError("this AsyncLLM was started before; make a new one")
+        await self._launch()
+
+    async def _launch(self) -> None:
         with StartupNotice(self._frontend.config.model):
             self._client = await launch_async(self._frontend.config, log_progress)
         self._frontend.connect(self._client.ready)
@@ -134,6 +137,7 @@ class AsyncLLM(AsyncLoraLLM):
 
         Raises RequestError for a refused request or one that failed, EngineDeadError when the engine died.
         """
+        await self._begun()
         self._connected()
         refuse_values(
             prompt_text=prompt_text,
@@ -180,6 +184,7 @@ class AsyncLLM(AsyncLoraLLM):
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
         """Return the most probable continuations of each prompt, like `LLM.beam_search`."""
+        await self._begun()
         search = self.beam_searches(prompts, params)
         await search.run(lambda *call: self.stream(*call, record=False), concurrency_limit)
         return search.outputs(self._frontend.tokenizer)
@@ -240,21 +245,7 @@ class AsyncLLM(AsyncLoraLLM):
             return unhealthy("starting", "the engine is not ready yet")
         call_id = next(self._call_ids)
         asking = asyncio.create_task(self._ask(GetHealth(call_id=call_id), call_id, HealthReply))
-        deadline = time.monotonic() + timeout_s
-        try:
-            while not asking.done():
-                # an outage, during which nobody answers, may begin while we wait
-                if (outage := client.outage) is not None:
-                    return unhealthy("restarting", outage)
-                if (wait_s := deadline - time.monotonic()) <= 0:
-                    return unhealthy("ready", f"the coordinator has not answered for {timeout_s:g} s")
-                await asyncio.wait([asking], timeout=min(wait_s, _OUTAGE_LOOK_S))
-            reply = asking.result()
-            return judge(reply.workers, self._frontend.config, reply.stalled)
-        except SempreError as error:
-            return unhealthy("dead", str(error))
-        finally:
-            asking.cancel()
+        return await answered_health(asking, self._frontend.config, lambda: client.outage, timeout_s)
 
     async def check_health(self, timeout_s: float = 2.0) -> None:
         """Raise EngineUnhealthy, naming the rank, unless all workers are ready, send heartbeats and are not stuck."""
@@ -279,7 +270,9 @@ class AsyncLLM(AsyncLoraLLM):
 
     def shutdown(self) -> None:
         """End the workers and the coordinator; running generators raise EngineDeadError. Can be called twice."""
-        self._fail(EngineDeadError("this AsyncLLM was shut down"))
+        error = EngineDeadError("this AsyncLLM was shut down")
+        self._fail(error)
+        self._launching.cancel(error)
         if self._reader is not None:
             self._reader.cancel()
             self._reader = None
@@ -298,6 +291,10 @@ class AsyncLLM(AsyncLoraLLM):
         self.shutdown()
         if reader is not None:
             await asyncio.gather(reader, return_exceptions=True)
+
+    async def _begun(self) -> None:
+        if self._client is None and self._failure is None:
+            await self._launching.run()
 
     def _connected(self) -> AsyncEngineClient:
         if self._failure is not None:
@@ -337,6 +334,7 @@ class AsyncLLM(AsyncLoraLLM):
             self._client.send(command)
 
     async def _ask(self, command: ClientCommand, call_id: int, kind: type[Reply]) -> Reply:
+        await self._begun()
         client = self._connected()
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._replies[call_id] = future

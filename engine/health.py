@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from msgspec import Struct
 
 from sempre.ipc import messages
 from sempre.ipc.config import EngineConfig
-from sempre.ipc.errors import EngineUnhealthy
+from sempre.ipc.errors import EngineUnhealthy, SempreError
 
 EngineState = Literal["starting", "ready", "restarting", "dead"]
 # A worker sends heartbeats while it computes, too; a busy machine alone does not explain this many missing ones.
 HEARTBEATS_MISSED = 10
+_OUTAGE_LOOK_S = 0.05
 
 
 class WorkerHealth(Struct, frozen=True, kw_only=True):
@@ -64,6 +67,26 @@ class EngineHealth(Struct, frozen=True, kw_only=True):
 def unhealthy(state: EngineState, text: str) -> EngineHealth:
     """The health of an engine whose workers cannot be asked."""
     return EngineHealth(state=state, problems=[Problem(rank=None, text=text)])
+
+
+async def answered_health(
+    asking: asyncio.Task[messages.HealthReply], config: EngineConfig, outage: Callable[[], str | None], timeout_s: float
+) -> EngineHealth:
+    """The health that the coordinator reports. An outage, during which nobody answers, may begin meanwhile."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not asking.done():
+            if (cause := outage()) is not None:
+                return unhealthy("restarting", cause)
+            if (wait_s := deadline - time.monotonic()) <= 0:
+                return unhealthy("ready", f"the coordinator has not answered for {timeout_s:g} s")
+            await asyncio.wait([asking], timeout=min(wait_s, _OUTAGE_LOOK_S))
+        reply = asking.result()
+        return judge(reply.workers, config, reply.stalled)
+    except SempreError as error:
+        return unhealthy("dead", str(error))
+    finally:
+        asking.cancel()
 
 
 def judge(

@@ -173,6 +173,10 @@ class AsyncPoolingLLM(PoolingEngine):
     """The base of `AsyncLLM`."""
 
     @abstractmethod
+    async def _begun(self) -> None:
+        """Start the engine unless it was started, and wait until it is ready. Raises the errors of its start."""
+
+    @abstractmethod
     def _connected(self) -> AsyncEngineClient:
         """Return the link to the engine. Raises EngineDeadError."""
 
@@ -223,6 +227,7 @@ class AsyncPoolingLLM(PoolingEngine):
     ) -> AsyncGenerator[PoolingRequestOutput, None]:
         """Yield what the model pools of one prompt, once, like `LLM.encode`. Closing the generator aborts it."""
         refuse_values(lora_request=lora_request, trace_headers=trace_headers, tokenization_kwargs=tokenization_kwargs)
+        await self._begun()
         stream = self.pool(prompt, pooling_params, priority=priority, request_id=request_id)
         for output in await stream.finished():
             yield as_pooled(output)
@@ -231,6 +236,7 @@ class AsyncPoolingLLM(PoolingEngine):
         self, prompts: Prompts, *, pooling_params: PoolingParams | None = None
     ) -> list[EmbeddingRequestOutput]:
         """Return the vector of each prompt, like `LLM.embed`."""
+        await self._begun()
         require_pooling(self._frontend.pooling, "embed")
         return [as_embedding(output) for output in await self.pool(prompts, pooling_params).finished()]
 
@@ -238,6 +244,7 @@ class AsyncPoolingLLM(PoolingEngine):
         self, prompts: Prompts, *, pooling_params: PoolingParams | None = None
     ) -> list[ClassificationRequestOutput]:
         """Return the probability of each label for each prompt, like `LLM.classify`."""
+        await self._begun()
         require_pooling(self._frontend.pooling, "classify")
         return self._classes(await self.pool(prompts, pooling_params).finished())
 
@@ -245,6 +252,7 @@ class AsyncPoolingLLM(PoolingEngine):
         self, query: Texts, documents: Texts, *, pooling_params: PoolingParams | None = None
     ) -> list[ScoringRequestOutput]:
         """Return how well each document answers the query, like `LLM.score`."""
+        await self._begun()
         pairs = Pairs(query, documents)
         if (model := require_scores(self._frontend.pooling)).task == "embed":
             return pairs.scored(await self.pool(pairs.single, pooling_params).finished(), model.similarity)

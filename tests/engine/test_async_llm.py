@@ -15,7 +15,9 @@ import pytest
 
 from sempre.engine import (
     LLM,
+    AsyncEngineArgs,
     AsyncLLM,
+    ConfigError,
     EngineDeadError,
     Gauge,
     Logprob,
@@ -284,7 +286,7 @@ def test_use_before_the_start_and_after_the_end(run: Run) -> None:
     async def lifecycle() -> None:
         async_llm = AsyncLLM("tiny", **SETTINGS)
         with pytest.raises(EngineDeadError, match="this AsyncLLM is not started"):
-            await anext(async_llm.generate(PROMPT))
+            async_llm.stream(PROMPT)
         async with async_llm:
             with pytest.raises(EngineDeadError, match="this AsyncLLM was started before"):
                 await async_llm.start()
@@ -297,6 +299,51 @@ def test_use_before_the_start_and_after_the_end(run: Run) -> None:
     before = len(psutil.Process().children(recursive=True))
     run(lifecycle())
     assert len(psutil.Process().children(recursive=True)) == before
+
+
+def test_the_first_calls_start_the_engine_once(run: Run) -> None:
+    """Whatever they are, and though one of them is given up meanwhile; a start that fails is tried again."""
+
+    async def begin() -> list[int]:
+        args = AsyncEngineArgs("tiny", **SETTINGS)
+        async_llm = AsyncLLM.from_engine_args(args)
+        assert (await async_llm.health()).state == "starting"
+        impatient = asyncio.create_task(anext(async_llm.generate(PROMPT, short())))
+        calls = [collect(async_llm.generate(PROMPT, short(seed=1))), async_llm.get_metrics()]
+        running = [asyncio.ensure_future(call) for call in calls]
+        await asyncio.sleep(0.2)
+        impatient.cancel()
+        with pytest.raises(EngineDeadError, match="started before"):
+            await async_llm.start()
+        [*_, output], metrics = await asyncio.gather(*running)
+        assert len([metric for metric in metrics if metric.name == "sempre:kv_cache_usage_perc"]) == 1
+        async_llm.shutdown()
+        with pytest.raises(EngineDeadError, match="this AsyncLLM was shut down"):
+            await collect(async_llm.generate(PROMPT))
+        token_ids: list[int] = output.outputs[0].token_ids
+        return token_ids
+
+    async def end_meanwhile() -> None:
+        async_llm = AsyncLLM("tiny", **SETTINGS)
+        asked = asyncio.create_task(async_llm.get_metrics())
+        await asyncio.sleep(0.2)
+        async_llm.shutdown()
+        with pytest.raises(EngineDeadError, match="this AsyncLLM was shut down"):
+            await asked
+
+    async def fail_twice() -> None:
+        async_llm = AsyncLLM("tiny", **{**SETTINGS, "kv_cache_memory_bytes": 1})
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
+                await collect(async_llm.generate(PROMPT))
+
+    before = len(psutil.Process().children(recursive=True))
+    token_ids = run(begin())
+    run(fail_twice())
+    run(end_meanwhile())
+    assert len(psutil.Process().children(recursive=True)) == before
+    with LLM("tiny", **SETTINGS) as llm:
+        assert llm.generate(PROMPT, short(seed=1), use_tqdm=False)[0].outputs[0].token_ids == token_ids
 
 
 def test_a_death_without_restarts_reaches_every_generator(run: Run) -> None:
