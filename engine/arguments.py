@@ -339,16 +339,32 @@ def _check_together(config: EngineConfig) -> None:
         )
     if config.numerics == "control" and config.profile != "single":
         raise ConfigError(
-            f"numerics_profile={config.profile!r} has no effect with numerics='control', whose sums have no set order.",
+            "numerics='control' needs numerics_profile='single' and tensor_parallel_size=1: its sums have no set"
+            " order.",
+            parameter="numerics",
+            value=config.numerics,
+        )
+    if config.tensor_parallel_size not in (1, 2, 4, 8):
+        raise ConfigError(
+            f"tensor_parallel_size must be 1, 2, 4 or 8, got {config.tensor_parallel_size}.",
+            parameter="tensor_parallel_size",
+            value=config.tensor_parallel_size,
+        )
+    if config.profile == "single" and config.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"numerics_profile='single' needs tensor_parallel_size=1, found {config.tensor_parallel_size}: only the"
+            " sums of tree8 can be shared.",
             parameter="numerics_profile",
             value=config.profile,
         )
     _check_adapters(config)
-    if config.data_parallel_size > 1 and not config.multiprocessing:
-        raise ConfigError(
-            f"data_parallel_size={config.data_parallel_size} needs multiprocessing=True: one process holds one worker.",
-            parameter="data_parallel_size",
-            value=config.data_parallel_size,
-        )
+    for name in ("data_parallel_size", "tensor_parallel_size"):
+        value = getattr(config, name)
+        if value > 1 and not config.multiprocessing:
+            raise ConfigError(
+                f"{name}={value} needs multiprocessing=True: one process holds one worker.",
+                parameter=name,
+                value=value,
+            )
     if config.device in BLOCK_SIZES:
         check_device_settings(config, config.device)

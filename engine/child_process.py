@@ -29,6 +29,7 @@ class ChildProcess:
         environment: Mapping[str, str],
         stdin: bytes = b"",
         own_group: bool = False,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self.log_path = log_path
         with open(log_path, "wb", buffering=0) as log:
@@ -40,6 +41,7 @@ class ChildProcess:
                 stderr=log,
                 env=dict(environment),
                 process_group=0 if own_group else None,
+                pass_fds=pass_fds,
             )
         self.pid = self._popen.pid
         self._pidfd = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else None

@@ -102,7 +102,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Size | None, doc("KV cache of one worker, with states and a draft model's; None: from free memory")
     ] = None
     data_parallel_size: Annotated[Count, doc("replicas of the model, one worker each")] = 1
-    tensor_parallel_size: Annotated[int, Meta(ge=1, le=1), doc("workers that share one replica; 1 for now")] = 1
+    tensor_parallel_size: Annotated[int, Meta(ge=1, le=8), doc("workers that share one replica: 1, 2, 4 or 8")] = 1
     num_threads: Annotated[NonNegative, doc("compute threads of one worker; 0 divides the usable cores")] = 0
     multiprocessing: Annotated[bool, doc("coordinator and workers run in separate processes")] = True
     scheduling_policy: Annotated[SchedulingPolicy, doc("order of waiting requests")] = "fcfs"
@@ -132,7 +132,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = "invariant"
     numerics_profile: Annotated[
         NumericsProfile | None,
-        doc("order of sums: `single` is one chain; `tree8` gives equal bits for any number of workers; None is single"),
+        doc("order of sums: `tree8` gives equal bits for any tensor_parallel_size; None is single for 1, else tree8"),
     ] = None
     load_format: Annotated[LoadFormat, doc("dummy: seeded random weights")] = "auto"
     max_logprobs: Annotated[
@@ -162,7 +162,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def profile(self) -> NumericsProfile:
         """`numerics_profile`, resolved."""
-        return self.numerics_profile or "single"
+        return self.numerics_profile or ("single" if self.tensor_parallel_size == 1 else "tree8")
 
     @property
     def num_adapter_slots(self) -> int:

@@ -16,6 +16,7 @@ SempreError
 │   └── VersionMismatch        the peer speaks another protocol          (expected, found)
 ├── RecordError                a saved run or receipt cannot be used    (path, line)
 ├── ServerError                an HTTP server fails or cannot be reached (url, status)
+├── RanksDiffer                ranks of a replica computed different results (rank, step_id, request_id)
 ├── StartupError               a process did not become ready            (rank, cause)
 ├── EngineUnhealthy            a worker is unhealthy                     (rank, cause)
 └── EngineDeadError            the engine cannot go on
@@ -160,6 +161,16 @@ class ServerError(SempreError):
         super().__init__(message)
         self.url = url
         self.status = status
+
+
+class RanksDiffer(SempreError):
+    """The ranks that share a replica did not compute the same in a step; `rank` is the first that differs."""
+
+    def __init__(self, message: str, *, rank: int, step_id: int, request_id: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.step_id = step_id
+        self.request_id = request_id
 
 
 class StartupError(SempreError):

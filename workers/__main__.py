@@ -9,7 +9,7 @@ from sempre.workers.gpu.early_start import early_start
 from sempre.workers.main import WorkerProtocol, main, parse_options
 
 
-def make_worker(device: str, index: int) -> WorkerProtocol:
+def make_worker(device: str, index: int, shared_memory: int | None) -> WorkerProtocol:
     """The worker that runs a model; torch is imported only now, after the hello."""
     began = perf_counter()
     compiler = early_start(device, index)
@@ -19,9 +19,9 @@ def make_worker(device: str, index: int) -> WorkerProtocol:
 
     gc.enable()
     gc.freeze()
-    return Worker(compiler, import_seconds=perf_counter() - began)
+    return Worker(compiler, import_seconds=perf_counter() - began, shared_memory=shared_memory)
 
 
 if __name__ == "__main__":
     options = parse_options()
-    main(lambda: make_worker(options.device, options.device_index))
+    main(lambda: make_worker(options.device, options.device_index, options.shared_memory))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from sempre.workers.layers.linear_kernel import LinearKernel
 from sempre.workers.loading import Placement, WeightFacts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
+from sempre.workers.parallel import ALONE, Exchange, Parallel
 from sempre.workers.runner import ModelRunner
 from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.state_cache import CacheSizes, StateCache, StateNeeds, slot_bytes
@@ -39,6 +40,7 @@ class ModelSetup:
     """most tokens in one step, likewise"""
     max_num_seqs: int
     """most requests in one step, likewise"""
+    parallel: Parallel = field(default=ALONE, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ class Backend(Protocol):
 
     def begin(self, config: WorkerConfig) -> None:
         """Called before anything is loaded."""
+
+    def join(self, config: WorkerConfig, shared_memory: int) -> Exchange:
+        """Join the other ranks of the replica, with which the worker shares this file; after `begin`."""
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         """Used where the config has none; after `begin`."""

@@ -283,6 +283,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", required=True, type=int)
     parser.add_argument("--device", default="cpu", help="where it will be told to compute: auto, cpu or cuda")
     parser.add_argument("--device-index", type=int, default=0, help="of its GPU, if it has one")
+    parser.add_argument("--shared-memory", type=int, help="file descriptor, if other ranks share its replica")
     parser.add_argument("--parent-pid", required=True, type=int, help="the coordinator, which must not be outlived")
     parser.add_argument("--client-pid", required=True, type=int, help="the user's process, which must not be either")
     parser.add_argument("--heartbeat-interval-s", type=float, default=0.5)

@@ -39,9 +39,11 @@ from sempre.workers.drafters.model import DraftSteps, ModelDrafter
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.layers.linear_kernel import linear_kernel
 from sempre.workers.loading import live_digest, load_model
-from sempre.workers.models.config import ModelSpec, spec_digest
+from sempre.workers.model_length import fitted, max_model_len
+from sempre.workers.models.config import spec_digest
 from sempre.workers.models.pooling import PoolingSettings
 from sempre.workers.models.registry import load_spec
+from sempre.workers.replica import join_replica, whole_model
 from sempre.workers.runner import ModelRunner, StepQueue
 from sempre.workers.sampling.grammar import grammar_library_version
 from sempre.workers.seeding import rng_digests, seed_everything
@@ -54,8 +56,16 @@ logger = logging.getLogger(__name__)
 class Worker:
     """One replica on one device. Commands come in the order load_model, start_serving, then steps and calls."""
 
-    def __init__(self, compiler: CompilerProcess | None = None, *, import_seconds: float = 0.0) -> None:
-        """`compiler` was started early, for a GPU. `import_seconds` is how long the imports took, for the report."""
+    def __init__(
+        self,
+        compiler: CompilerProcess | None = None,
+        *,
+        import_seconds: float = 0.0,
+        shared_memory: int | None = None,
+    ) -> None:
+        """`compiler` was started early, for a GPU. `import_seconds` is how long the imports took, for the report.
+        `shared_memory` is a file descriptor, given where other ranks share the replica."""
+        self._shared_memory = shared_memory
         self._compiler = compiler
         self._import_seconds = import_seconds
         self._backend: Backend | None = None
@@ -88,7 +98,7 @@ class Worker:
         with _timed(seconds, "start_device"):
             backend.begin(config)
         self._backend = backend
-        setup = _setup(config, backend)
+        setup = replace_fields(_setup(config, backend), parallel=join_replica(config, backend, self._shared_memory))
         with backend.loading(setup) as compilation:
             with _timed(seconds, "load_weights"):
                 loaded = _load(setup, backend)
@@ -99,7 +109,7 @@ class Worker:
             with _timed(seconds, "self_test"):
                 backend.self_test(loaded)
         sizes = backend.available_sizes(loaded, self._draft_model)
-        loaded = self._loaded = _fitted(loaded, sizes.num_blocks)
+        loaded = self._loaded = fitted(loaded, sizes.num_blocks)
         pooling = loaded.spec.pooling
         return ModelLoaded(
             rank=config.rank,
@@ -121,7 +131,7 @@ class Worker:
             available_state_slots=sizes.num_state_slots,
             state_slot_bytes=loaded.states.slot_bytes,
             pooling=None if pooling is None else pooling.facts(loaded.spec.hidden_size),
-            attention_parity=None if backend.max_prompt_tokens is None else attention_parity(loaded.model),
+            attention_parity=None if backend.max_prompt_tokens is None else attention_parity(whole_model(loaded)),
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:
@@ -330,7 +340,7 @@ def _setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
         config,
         spec,
         linear_kernel(config.numerics),
-        max_model_len=_max_model_len(config, spec),
+        max_model_len=max_model_len(config, spec),
         block_size=config.block_size or BLOCK_SIZES[backend.placement.device.type][0],
         max_num_batched_tokens=config.max_num_batched_tokens or backend.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs or backend.default_max_num_seqs(config, spec),
@@ -338,7 +348,7 @@ def _setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
 
 
 def _load(setup: ModelSetup, backend: Backend) -> LoadedModel:
-    model, weights = load_model(setup.config, setup.spec, setup.kernel, backend.placement)
+    model, weights = load_model(setup.config, setup.spec, setup.kernel, backend.placement, setup.parallel)
     serves_adapters = setup.config.enable_lora and setup.config.role == "target"
     adapters = AdapterStore(setup.config, model, weights.activations) if serves_adapters else None
     return LoadedModel(**vars(setup), model=model, weights=weights, adapters=adapters)
@@ -357,6 +367,7 @@ def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | No
         speculative_config=None,
         quantization=None,
         numerics_profile="single",
+        tensor_parallel_size=1,
         max_model_len=target.max_model_len,
     )
     draft = _load(_setup(draft_config, backend), backend)
@@ -369,32 +380,3 @@ def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | No
             value=folder,
         )
     return draft
-
-
-def _fitted(loaded: LoadedModel, num_blocks: int) -> LoadedModel:
-    """With a shorter `max_model_len` where the config leaves it open and the cache is too small for the model's."""
-    held = num_blocks * loaded.block_size
-    if loaded.config.max_model_len is not None or held >= loaded.max_model_len:
-        return loaded
-    logger.warning(
-        "max_model_len is %d tokens, what the KV cache holds; the model could take %d", held, loaded.max_model_len
-    )
-    return replace_fields(loaded, max_model_len=held)
-
-
-def _max_model_len(config: WorkerConfig, spec: ModelSpec) -> int:
-    wanted = config.max_model_len
-    if wanted is None:
-        return spec.default_positions
-    if config.role == "draft":
-        # longer sequences continue without drafts
-        return min(wanted, spec.most_positions)
-    if not 1 <= wanted <= spec.most_positions:
-        stretched = "" if spec.most_positions == spec.max_position_embeddings else " times the factor of its rope"
-        raise ConfigError(
-            f"max_model_len: expected 1 to {spec.most_positions} (max_position_embeddings of the model{stretched}),"
-            f" found {wanted}.",
-            parameter="max_model_len",
-            value=wanted,
-        )
-    return wanted

@@ -6,6 +6,7 @@ core.py            EngineCore: requests to replicas, steps to workers; the same 
 startup.py         handshake with the workers, comparison of their random states
 recovery.py        restarts of dead workers
 replica.py         a scheduler and the ranks that execute its steps
+rank_comparison.py the results of those ranks, which must be equal
 draft_workers.py   the draft workers and their restarts
 draft_link.py      one replica's queries to its draft worker
 worker_calls.py    calls of the workers' public methods

@@ -21,7 +21,7 @@ from sempre.engine.scheduling import Limits, Scheduler
 from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import MessageMalformed, ProtocolError, RequestError, WorkerDied
+from sempre.ipc.errors import MessageMalformed, ProtocolError, RanksDiffer, RequestError, WorkerDied
 from sempre.ipc.messages import (
     AbortRequests,
     AddRequests,
@@ -194,6 +194,8 @@ class EngineCore:
             return self._replicas[rank // self._config.tensor_parallel_size].take(rank, result)
         except ProtocolError as error:
             raise self._executor.blame(rank, error) from error
+        except RanksDiffer as error:
+            raise self._executor.blame(error.rank, error) from error
 
     def _start_up(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
         if self._startup.ready is not None:

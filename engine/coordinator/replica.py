@@ -8,6 +8,7 @@ from collections import deque
 from msgspec.structs import replace
 
 from sempre.engine.coordinator.draft_link import DraftLink
+from sempre.engine.coordinator.rank_comparison import compare_ranks
 from sempre.engine.coordinator.step_timing import StepTiming
 from sempre.engine.executor.base import Executor
 from sempre.engine.scheduling import Scheduler, SchedulerStats
@@ -39,7 +40,8 @@ class Replica:
         self._executor = executor
         self._in_flight: deque[ExecuteStep] = deque()
         self._timing = StepTiming(step_lead_s)
-        self._results: dict[int, StepResult] = {}
+        self._results: dict[int, dict[int, StepResult]] = {}
+        """by step, then rank: of steps that not all ranks have answered"""
         self._tokens: dict[str, int] = {}
         # until the first step, then until the first output
         self._added_at: dict[str, float] = {}
@@ -98,12 +100,15 @@ class Replica:
         return deadline if deadline > now else None
 
     def take(self, rank: int, result: StepResult) -> list[RequestOutputDelta]:
-        """Return the outputs of a step once the last of its ranks has answered. Raises ProtocolError."""
-        self._results[rank] = result
-        if len(self._results) < len(self.ranks):
+        """Return the outputs of a step once the last of its ranks has answered. Raises ProtocolError, and RanksDiffer
+        unless all have computed the same."""
+        results = self._results.setdefault(result.step_id, {})
+        results[rank] = result
+        if len(results) < len(self.ranks):
             return []
-        result = self._results[self.ranks[0]]
-        self._results.clear()
+        del self._results[result.step_id]
+        compare_ranks(results)
+        result = results[self.ranks[0]]
         outputs = self._scheduler.update(self._in_flight[0], result)
         self._in_flight.popleft()
         self._timing.answered(time.monotonic())

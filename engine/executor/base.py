@@ -7,7 +7,7 @@ from typing import Protocol
 from msgspec.structs import asdict
 
 from sempre.ipc.config import EngineConfig, WorkerConfig
-from sempre.ipc.errors import ProtocolError, SempreError
+from sempre.ipc.errors import ProtocolError, RanksDiffer, SempreError
 from sempre.ipc.messages import WorkerCommand, WorkerEvent, WorkerHealth
 
 
@@ -30,8 +30,8 @@ class Executor(Protocol):
         StartupError.
         """
 
-    def blame(self, rank: int, error: ProtocolError) -> SempreError:
-        """End a worker that sent a wrong event; return the error to raise."""
+    def blame(self, rank: int, error: ProtocolError | RanksDiffer) -> SempreError:
+        """End a worker that sent a wrong event, or another result than its peers; return the error to raise."""
 
     def health(self) -> list[WorkerHealth]:
         """The health of each target, in rank order."""

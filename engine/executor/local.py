@@ -11,12 +11,13 @@ import zmq
 
 from sempre.engine.child_process import ChildProcess, child_environment
 from sempre.engine.executor.base import device_index, draft_ranks, worker_name
+from sempre.engine.executor.replica_memory import ReplicaMemory
 from sempre.engine.executor.threads import thread_variables, threads_per_worker
 from sempre.engine.executor.worker_peer import WorkerPeer
 from sempre.ipc.channel import HubChannel, check_pid, check_version
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.endpoint import PrivateDirectory
-from sempre.ipc.errors import MessageMalformed, ProtocolError, SempreError
+from sempre.ipc.errors import MessageMalformed, ProtocolError, RanksDiffer, SempreError
 from sempre.ipc.liveness import LONGEST_PAUSE_S, starting_timeout_s
 from sempre.ipc.messages import (
     Heartbeat,
@@ -64,6 +65,8 @@ class LocalExecutor:
         self._worker_module = worker_module
         self._address = connect_address or directory.worker_address
         self._directory = directory
+        # the ranks of a replica restart together, each as often as the others
+        self._memory = ReplicaMemory(config.tensor_parallel_size)
         self._poller: zmq.Poller | None = None
         self._ending = False
         self._checked_at = time.monotonic()
@@ -87,7 +90,16 @@ class LocalExecutor:
         arguments += ["--heartbeat-interval-s", repr(self._config.heartbeat_interval_s)]
         arguments += ["--max-message-bytes", str(self._config.max_message_bytes)]
         log_path = self._directory.log_path(name.replace(" ", "-"))
-        child = ChildProcess(self._worker_module, arguments, log_path=log_path, environment=self._environment)
+        shared = None if rank >= self.world_size else self._memory.descriptor(rank, self._num_restarts[rank])
+        if shared is not None:
+            arguments += ["--shared-memory", str(shared)]
+        child = ChildProcess(
+            self._worker_module,
+            arguments,
+            log_path=log_path,
+            environment=self._environment,
+            pass_fds=[] if shared is None else [shared],
+        )
         ready_by = time.monotonic() + self._config.startup_timeout_s
         self._peers[rank] = peer = WorkerPeer(
             rank, name, child, ready_by, num_restarts=self._num_restarts[rank], restart_cause=cause
@@ -166,8 +178,9 @@ class LocalExecutor:
                 return peer.rank, event
         return None
 
-    def blame(self, rank: int, error: ProtocolError) -> SempreError:
-        return self._end(self._peers[rank], f"it broke the protocol: {error}")
+    def blame(self, rank: int, error: ProtocolError | RanksDiffer) -> SempreError:
+        cause = str(error) if isinstance(error, RanksDiffer) else f"it broke the protocol: {error}"
+        return self._end(self._peers[rank], cause)
 
     def kill_all(self) -> None:
         """Send SIGKILL without waiting; callable from any thread."""
@@ -190,6 +203,7 @@ class LocalExecutor:
                 peer.child.kill()
             peer.child.close()
         self._hub.close()
+        self._memory.close()
 
     def _welcome(self, identity: bytes, event: WorkerEvent) -> tuple[int, WorkerEvent] | None:
         """Accept the peer if `event` is the hello of a worker that we started; otherwise refuse it."""

@@ -205,6 +205,8 @@ class SampledTokens(Data, frozen=True, kw_only=True):
     error: ErrorInfo | None = None
     pooled: bytes | None = None
     """of a request that is pooled, with its prompt's last token: float32 little-endian"""
+    hidden_digest: bytes = b""
+    """of the final hidden states that its tokens were sampled from; empty where no other rank has the same"""
 
 
 class StepResult(Message, frozen=True, kw_only=True):

@@ -47,7 +47,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_logprobs": -2}, "max_logprobs must be at least -1, got -2."),
     ({"max_message_bytes": 5}, "max_message_bytes must be at least 65536, got 5."),
     ({"block_size": 0}, "block_size must be at least 1, got 0."),
-    ({"tensor_parallel_size": 2}, "tensor_parallel_size can only be 1 for now, got 2."),
+    ({"tensor_parallel_size": 3}, "tensor_parallel_size must be 1, 2, 4 or 8, got 3."),
+    (
+        {"tensor_parallel_size": 2, "multiprocessing": False},
+        "tensor_parallel_size=2 needs multiprocessing=True: one process holds one worker.",
+    ),
+    (
+        {"tensor_parallel_size": 2, "numerics_profile": "single"},
+        "numerics_profile='single' needs tensor_parallel_size=1, found 2: only the sums of tree8 can be shared.",
+    ),
+    (
+        {"tensor_parallel_size": 2, "numerics": "control"},
+        "numerics='control' needs numerics_profile='single' and tensor_parallel_size=1: its sums have no set order.",
+    ),
+    ({"numerics_profile": "tree4"}, "numerics_profile must be 'single' or 'tree8' or None, got 'tree4'."),
     ({"device": "tpu"}, "device must be 'auto' or 'cpu' or 'cuda', got 'tpu'."),
     ({"enable_prefix_caching": 1}, "enable_prefix_caching must be True or False, got 1."),
     ({"scheduling_policy": "lifo"}, "scheduling_policy must be 'fcfs' or 'priority', got 'lifo'."),

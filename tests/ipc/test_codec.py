@@ -154,7 +154,7 @@ def test_a_refusal_names_the_field(message: object, field: str) -> None:
         ({"numerics": "fast"}, ".numerics"),
         ({"role": "guest"}, ".role"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 33}}, ".num_speculative_tokens"),
-        ({"tensor_parallel_size": 2}, ".tensor_parallel_size"),
+        ({"tensor_parallel_size": 16}, ".tensor_parallel_size"),
         ({"rank": None}, ".rank"),
     ],
 )

@@ -10,10 +10,11 @@ import torch
 
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.linear.cpu import ROW_BLOCK
-from sempre.kernels.threads import set_num_threads, settle_threads
+from sempre.kernels.threads import get_num_threads, set_num_threads, settle_threads
 from sempre.workers.backend import Compilation, LoadedModel, ModelSetup
 from sempre.workers.cpu.compilation import SamplingCompilation
 from sempre.workers.cpu.drafter import CpuDraftModelRunner
+from sempre.workers.cpu.exchange import SharedMemoryExchange
 from sempre.workers.cpu.pooling_runner import CpuPoolingRunner
 from sempre.workers.cpu.runner import CpuModelRunner
 from sempre.workers.device import DeviceSpeed
@@ -22,6 +23,7 @@ from sempre.workers.kv_cache import available_sizes
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import ON_CPU
 from sempre.workers.models.config import ModelSpec
+from sempre.workers.parallel import Exchange
 from sempre.workers.runner import ModelRunner
 from sempre.workers.self_test import check_linears, check_model, require_equal
 from sempre.workers.state_cache import CacheSizes
@@ -69,6 +71,13 @@ class CpuBackend:
         # the next step is queued at the worker, which is never idle; drafts, though, depend on results
         self.max_steps_in_flight = 1 if config.max_draft_tokens else 2
 
+    def join(self, config: WorkerConfig, shared_memory: int) -> Exchange:
+        size = config.tensor_parallel_size
+        rank, threads = config.rank % size, get_num_threads()
+        return SharedMemoryExchange(
+            shared_memory, rank, size, threads=threads, patience_s=max(config.startup_timeout_s, config.step_timeout_s)
+        )
+
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         return _DEFAULT_MAX_NUM_SEQS
 
@@ -102,7 +111,9 @@ class CpuBackend:
         _leave_cores_to_kernels()
         scratch = Scratch(model.max_num_batched_tokens, model.max_model_len, model.weights.activations, CPU)
         allocate(model.model, scratch)
-        grammars = model.make_grammar_compiler(step_wait_s=_FORM_WAIT_S)
+        # ranks must agree on what a step samples, so none of them gives up on a mask
+        step_wait_s = _FORM_WAIT_S if model.parallel.size == 1 else None
+        grammars = model.make_grammar_compiler(step_wait_s=step_wait_s)
         kind = CpuModelRunner if model.spec.pooling is None else CpuPoolingRunner
         return kind(model.model, model.allocate_cache(sizes), grammars, model.limits(sizes), rank=config.rank)
 

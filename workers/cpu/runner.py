@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from msgspec.structs import replace
 
-from sempre.ipc.messages import ExecuteStep
+from sempre.ipc.messages import ExecuteStep, SampledTokens
 from sempre.workers.input_batch import StepPlan
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.base import CausalLM
@@ -25,6 +27,8 @@ from sempre.workers.verification import drafts_in_place
 @dataclass
 class _Computed(StepInFlight):
     outcomes: Sequence[RowResult] = field(default_factory=list)
+    hidden_digests: list[bytes] = field(default_factory=list)
+    """of the sampled rows, where other ranks have the same"""
 
 
 class CpuModelRunner(ModelRunner):
@@ -56,7 +60,7 @@ class CpuModelRunner(ModelRunner):
             self._grammars.patience.begin_step()
             _prepare_grammars(plan)
             hidden = self._model.forward(step_input(arrays, plan.shape), self.cache.layers)
-            flight.outcomes = self._sample(plan, hidden)
+            flight.outcomes = self._sample(flight, plan, hidden)
             self._score_prompts(flight, plan, hidden)
         return flight
 
@@ -64,7 +68,18 @@ class CpuModelRunner(ModelRunner):
         assert isinstance(flight, _Computed)
         return flight.outcomes
 
-    def _sample(self, plan: StepPlan, hidden: torch.Tensor) -> Sequence[RowResult]:
+    def _results(self, flight: StepInFlight, plan: StepPlan) -> dict[str, SampledTokens]:
+        results = super()._results(flight, plan)
+        assert isinstance(flight, _Computed)
+        digests: dict[str, bytes] = {}
+        for index, digest in zip(plan.sampled_rows.requests.tolist(), flight.hidden_digests, strict=False):
+            request_id = plan.states[index].request_id
+            digests[request_id] = digests.get(request_id, b"") + digest
+        return results | {
+            request_id: replace(results[request_id], hidden_digest=digest) for request_id, digest in digests.items()
+        }
+
+    def _sample(self, flight: _Computed, plan: StepPlan, hidden: torch.Tensor) -> Sequence[RowResult]:
         """One result per row that samples; `hidden` is [T, H] if it has all rows of the step, else [S, H]."""
         sampled = plan.sampled_rows
         count = sampled.rows.size
@@ -73,10 +88,17 @@ class CpuModelRunner(ModelRunner):
         if plan.shape.reads_all_rows:
             rows = torch.from_numpy(sampled.rows)
             hidden = torch.index_select(hidden, 0, rows, out=self._rows_RH[:count])
+        if self._model.parallel.size > 1:
+            flight.hidden_digests = [_digest(row) for row in hidden]
         logits_RV = self._model.logits(hidden, self._logits_RV[:count])
         states = [plan.states[index].sampling for index in sampled.requests.tolist()]
         with drafts_in_place(plan):
             return self._sampler.sample(logits_RV, states, sampled.positions.tolist())
+
+
+def _digest(row: torch.Tensor) -> bytes:
+    """8 bytes that tell a row of float32 from others."""
+    return hashlib.blake2b(row.numpy().data, digest_size=8).digest()
 
 
 def _prepare_grammars(plan: StepPlan) -> None:

@@ -10,6 +10,7 @@ from time import perf_counter
 
 import torch
 
+from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.attention.gpu import allocate_attention_workspace
@@ -30,6 +31,7 @@ from sempre.workers.kv_cache import block_bytes
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import Placement
 from sempre.workers.models.config import ModelSpec
+from sempre.workers.parallel import Exchange
 from sempre.workers.pooling import Pooler
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
 from sempre.workers.runner import ModelRunner
@@ -74,6 +76,14 @@ class GpuBackend:
             from sempre.kernels.linear.gpu import configure
 
             configure()
+
+    def join(self, config: WorkerConfig, shared_memory: int) -> Exchange:
+        raise ConfigError(
+            f"tensor_parallel_size: expected 1 on a GPU, found {config.tensor_parallel_size}. Use device='cpu', or"
+            " data_parallel_size for several GPUs.",
+            parameter="tensor_parallel_size",
+            value=config.tensor_parallel_size,
+        )
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         free, total = torch.cuda.mem_get_info(self.device)

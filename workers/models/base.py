@@ -89,6 +89,7 @@ class CausalLM(Module):
 
     def __init__(self, build: Build, spec: ModelSpec, model: Stack) -> None:
         self.spec = spec
+        self.parallel = build.parallel
         self.model = model
         if spec.tie_word_embeddings:
             self.lm_head: Head = TiedHead(build, model.embed_tokens)

@@ -95,6 +95,17 @@ class OddWorker(LightWorker):
             self._die_of_it(command)
         if command.step_id == 3:
             match ODDITY:
+                case "another token" if self._settings.rank == 1:
+                    result = super().execute(command)
+                    other = msgspec.structs.replace(result.sampled[-1], token_ids=[9])
+                    return msgspec.structs.replace(result, sampled=[*result.sampled[:-1], other])
+                case "another hidden state, once" if self._settings.rank == 1 and _is_first():
+                    result = super().execute(command)
+                    other = msgspec.structs.replace(result.sampled[0], hidden_digest=b"\1" * 8)
+                    return msgspec.structs.replace(result, sampled=[other, *result.sampled[1:]])
+                case "a result is left out" if self._settings.rank == 1:
+                    result = super().execute(command)
+                    return msgspec.structs.replace(result, sampled=result.sampled[:-1])
                 case "step crashes":
                     raise ZeroDivisionError("in the middle of a step")
                 case "step ends by a signal":
