@@ -65,6 +65,8 @@ class ParallelView:
     tensor_parallel_size: int
     data_parallel_size: int
     world_size: int
+    worker_pids: list[int]
+    """process ids at the start, in the order of ranks"""
     pipeline_parallel_size: int = 1
 
 
@@ -93,7 +95,9 @@ class EngineView:
         self.scheduler_config = SchedulerView(
             ready.max_num_seqs, ready.max_num_batched_tokens, ready.max_model_len, config.scheduling_policy
         )
-        self.parallel_config = ParallelView(config.tensor_parallel_size, config.data_parallel_size, ready.world_size)
+        self.parallel_config = ParallelView(
+            config.tensor_parallel_size, config.data_parallel_size, ready.world_size, list(ready.worker_pids)
+        )
 
     @property
     def vllm_config(self) -> EngineView:

@@ -79,7 +79,7 @@ class LocalReplayer:
         self.bits = llm.fingerprint_parts
         self._llm = llm
         self._teacher_forced = teacher_forced
-        if teacher_forced and _has_recurrent_layers(llm.model_folder):
+        if teacher_forced and has_recurrent_layers(llm.model_folder):
             raise ConfigError(
                 "teacher_forced: this model has recurrent layers, whose generated tokens must go through the "
                 "recurrence one by one. Leave it out: the replay then generates each output.",
@@ -196,7 +196,8 @@ def _scored(receipt: Receipt, found: KeptOutput | ConfigError) -> KeptOutput | C
     return replace(recorded, name=found.name, marks=None, distribution_marks=None, logprobs=values)
 
 
-def _has_recurrent_layers(folder: Path) -> bool:
+def has_recurrent_layers(folder: Path) -> bool:
+    """Whether a model's config.json describes layers that keep a state instead of keys and values."""
     path = folder / "config.json"
     config = read_json_object(path) if path.is_file() else {}
     fields = config.get("text_config", config)

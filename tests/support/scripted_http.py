@@ -87,6 +87,9 @@ def scripted_server(
             pass
 
     class Server(ThreadingHTTPServer):
+        # clients that connect at once; the default of 5 would refuse some
+        request_queue_size = 128
+
         def handle_error(self, request: object, client_address: object) -> None:
             """A client that leaves in the middle of an answer is no error of the test; others are shown."""
             if not isinstance(sys.exc_info()[1], ConnectionError):
