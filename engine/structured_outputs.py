@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sempre.engine.near_names import near_name
+from sempre.engine.structural_tags import parse_structural_tag
 from sempre.ipc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 _FLAGS = (
     "json_object",
     "disable_any_whitespace",
@@ -54,7 +55,8 @@ class StructuredOutputsParams:
     disable_additional_properties  objects have only the properties that their schema names, unless it says otherwise;
                             None, here and for white space: use the engine's structured_outputs_config
     disable_fallback        without effect: one library reads all forms
-    structural_tag          must be None
+    structural_tag          free text with tagged parts that have a form, such as tool calls: vLLM's JSON, as text or a
+                            dict (`structural_tags`)
     begins_after            leave the output free up to and including the first such text (a reasoning model's
                             "</think>"); the constraint applies after it and any white space
     after_reasoning         an output that begins with "<think>", or whose prompt ends with it, is free up to and
@@ -74,7 +76,7 @@ class StructuredOutputsParams:
     whitespace_pattern: str | None = None
     disable_additional_properties: bool | None = None
     disable_fallback: bool = False
-    structural_tag: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
     begins_after: str | None = None
     after_reasoning: bool = False
 
@@ -88,10 +90,6 @@ class StructuredOutputsParams:
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        if self.structural_tag is not None:
-            raise _refusal(
-                "structural_tag", self.structural_tag, "is not supported by this engine. Leave it out or use grammar."
-            )
         given = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             several = "You can only use one kind of constraints for structured outputs. " if given else ""
@@ -103,6 +101,10 @@ class StructuredOutputsParams:
             )
         if self.json is not None:
             object.__setattr__(self, "json", _schema(self.json))
+        if self.structural_tag is not None:
+            parse_structural_tag(self.structural_tag)
+            if not isinstance(self.structural_tag, str):
+                object.__setattr__(self, "structural_tag", json.dumps(self.structural_tag))
         for name in ("regex", "grammar", "begins_after", "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
@@ -179,7 +181,7 @@ def structured_outputs_defaults(config: Mapping[str, Any] | None) -> dict[str, A
 
 def with_defaults(form: StructuredOutputsParams, defaults: Mapping[str, Any]) -> StructuredOutputsParams:
     """Return `form` with `defaults` for its unset members; all of them concern JSON."""
-    if form.json is None and not form.json_object:
+    if form.json is None and not form.json_object and form.structural_tag is None:
         return form
     changes = {name: value for name, value in defaults.items() if getattr(form, name) is None}
     if form.disable_any_whitespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -17,9 +18,11 @@ from sempre.engine.frontend.json_forms import json_forms
 from sempre.engine.frontend.schema_lark import MAX_TRANSLATED_CHARACTERS, literal
 from sempre.engine.frontend.schema_numbers import check_range
 from sempre.engine.frontend.schemas import SchemaRefused
+from sempre.engine.frontend.tag_grammars import tag_grammars
 from sempre.engine.parsing import harmony
 from sempre.engine.parsing.reasoning import PromptReasoning, tags_of
 from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.structural_tags import parse_structural_tag
 from sempre.engine.structured_outputs import StructuredOutputsParams
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
@@ -80,7 +83,7 @@ class GrammarBuilder:
         try:
             _check_size(params, field)
             # report the problem of the last one tried
-            for grammar in _translated(params, field, max_tokens):
+            for grammar in self._translated(params, field, max_tokens):
                 if len(grammar) > MAX_TRANSLATED_CHARACTERS:
                     problem = f"as a grammar it has {len(grammar)} characters, at most {MAX_TRANSLATED_CHARACTERS}."
                     continue
@@ -90,6 +93,30 @@ class GrammarBuilder:
         except RequestError as error:
             return _Form("", str(error))
         return _Form("", f"{field} is refused: {problem}")
+
+    def _translated(self, params: StructuredOutputsParams, field: str, max_tokens: int) -> list[str]:
+        """Candidate grammars, the best first."""
+        try:
+            if params.structural_tag is None:
+                bodies = [[{"name": _BODY, **body}] for body in _bodies(params, field, max_tokens)]
+            else:
+                bodies = self._tagged(params, field, max_tokens)
+        except SchemaRefused as error:
+            raise RequestError(f"{field} is refused: {error}", parameter=field) from None
+        frames = []
+        if params.begins_after is not None:
+            first = f"/(?s:.*){literal(params.begins_after)}/"
+            frame = f"start: before {_SPACE} @{_BODY}\nbefore[lazy]: {first}\n"
+            frames = [{"name": "frame", "lark_grammar": frame}]
+        return [json.dumps({"grammars": [*frames, *body]}) for body in bodies]
+
+    def _tagged(self, params: StructuredOutputsParams, field: str, max_tokens: int) -> list[list[dict[str, object]]]:
+        tags = parse_structural_tag(params.structural_tag)
+        contents = []
+        for tag in tags.tags:
+            keywords = {"begins_after": None, "structural_tag": None, **tag.form}
+            contents.append(_bodies(dataclasses.replace(params, **keywords), field, max_tokens))
+        return tag_grammars(tags, contents, self._tokenizer.special_texts, _BODY)
 
     def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt: PromptReasoning) -> SamplingSpec:
         """Return `spec` adapted to an output that reasons before its answer, after this prompt."""
@@ -261,21 +288,11 @@ def _require_library(parameter: str) -> None:
         ) from None
 
 
-def _translated(params: StructuredOutputsParams, field: str, max_tokens: int) -> list[str]:
-    """Candidate grammars, the best first."""
+def _bodies(params: StructuredOutputsParams, field: str, max_tokens: int) -> list[dict[str, object]]:
+    """Candidates for a form, the best first. Raises SchemaRefused, RequestError."""
     if params.json is None and not params.json_object:
-        bodies = [_text_body(params, field)]
-    else:
-        try:
-            bodies = json_forms(params, max_tokens)
-        except SchemaRefused as error:
-            raise RequestError(f"{field} is refused: {error}", parameter=field) from None
-    frames = []
-    if params.begins_after is not None:
-        first = f"/(?s:.*){literal(params.begins_after)}/"
-        frame = f"start: before {_SPACE} @{_BODY}\nbefore[lazy]: {first}\n"
-        frames = [{"name": "frame", "lark_grammar": frame}]
-    return [json.dumps({"grammars": [*frames, {"name": _BODY, **body}]}) for body in bodies]
+        return [_text_body(params, field)]
+    return json_forms(params, max_tokens)
 
 
 def _text_body(params: StructuredOutputsParams, field: str) -> dict[str, object]:

@@ -140,7 +140,8 @@ def _common(request: GenerationRequest, config: ServerConfig) -> dict[str, Any]:
 
 def structured_outputs(request: GenerationRequest) -> StructuredOutputsParams | None:
     """Return the form, if any. Raises BadRequest or ConfigError naming the field."""
-    of_format = _of_format(request.response_format)
+    with blame_on(request):
+        of_format = _of_format(request.response_format)
     if request.structured_outputs is None:
         return of_format
     if of_format is not None:
@@ -174,6 +175,10 @@ def _of_format(given: ResponseFormat | None) -> StructuredOutputsParams | None:
         return None
     if given.type == "json_object":
         return StructuredOutputsParams(json_object=True)
+    if given.type == "structural_tag":
+        members = {name: getattr(given, name) for name in ("structures", "triggers", "format")}
+        named = {name: value for name, value in members.items() if value is not None}
+        return StructuredOutputsParams(structural_tag={"type": given.type, **named})
     field = "response_format.json_schema"
     if given.json_schema is None:
         raise BadRequest(f"{field} must be provided: an object with a schema.", param=field)

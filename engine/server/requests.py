@@ -44,8 +44,11 @@ class JsonSchemaFormat(Struct, kw_only=True):
 class ResponseFormat(Struct, kw_only=True):
     """The form of the output."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
+    structures: Annotated[list[dict[str, Any]] | None, _doc("of a structural tag in vLLM's older format")] = None
+    triggers: Annotated[list[str] | None, _doc("likewise")] = None
+    format: Annotated[dict[str, Any] | None, _doc("of a structural tag in the newer format")] = None
 
 
 class GenerationRequest(Struct, kw_only=True):

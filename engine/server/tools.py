@@ -159,9 +159,9 @@ def _call_parser(request: ChatCompletionRequest, config: ServerConfig) -> tuple[
 
 
 def _is_an_answer(form: StructuredOutputsParams) -> bool:
-    """Whether the form describes a value; a regular expression or a grammar may describe calls in the model's own
+    """Whether the form describes a value; a regular expression, a grammar or tags may describe calls in the model's own
     format."""
-    return form.regex is None and form.grammar is None
+    return form.regex is None and form.grammar is None and form.structural_tag is None
 
 
 def _call_schema(request: ChatCompletionRequest, named: str, *, parallel: bool) -> dict[str, Any]:

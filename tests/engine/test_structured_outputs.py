@@ -183,7 +183,11 @@ def test_a_request_that_runs_into_an_error_ends_alone(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("fields", "parameter", "message"),
     [
-        ({}, "structured_outputs", "exactly one of json, regex, choice, grammar, json_object, found none"),
+        (
+            {},
+            "structured_outputs",
+            "exactly one of json, regex, choice, grammar, json_object, structural_tag, found none",
+        ),
         ({"regex": "a", "json_object": True}, "structured_outputs", "found regex and json_object"),
         ({"json_object": False}, "structured_outputs", "found none"),
         ({"json": "{"}, "structured_outputs.json", "is not JSON"),
@@ -196,7 +200,7 @@ def test_a_request_that_runs_into_an_error_ends_alone(llm: LLM) -> None:
         ({"choice": ["a", ""]}, "structured_outputs.choice", "not empty"),
         ({"grammar": 3}, "structured_outputs.grammar", "must be a string"),
         ({"regex": "a", "disable_any_whitespace": 1}, "structured_outputs.disable_any_whitespace", "True or False"),
-        ({"structural_tag": "x"}, "structured_outputs.structural_tag", "is not supported"),
+        ({"structural_tag": "x"}, "structured_outputs.structural_tag", "is refused: JSON is malformed"),
         (
             {"regex": "a", "after_reasoning": True, "begins_after": "b"},
             "structured_outputs.after_reasoning",

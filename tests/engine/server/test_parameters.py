@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ from sempre.engine import SamplingParams
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.errors import APIError
 from sempre.engine.server.fields import to_model
-from sempre.engine.server.parameters import chat_parameters, check_model, completion_parameters
-from sempre.engine.server.requests import ChatCompletionRequest, CompletionRequest
+from sempre.engine.server.parameters import chat_parameters, check_model, completion_parameters, structured_outputs
+from sempre.engine.server.requests import ChatCompletionRequest, CompletionRequest, GenerationRequest
 
 DEFAULTS: dict[str, Any] = {
     "repetition_penalty": 1.1,
@@ -76,3 +77,30 @@ def test_no_name_and_an_empty_one_mean_the_served_model(name: str | None) -> Non
     with pytest.raises(APIError, match="The model `c` does not exist") as refusal:
         check_model("c", ["a", "b"])
     assert refusal.value.status == 404
+
+
+TAG = {"begin": "<f>", "schema": {"type": "boolean"}, "end": "</f>"}
+TAGS = {"type": "structural_tag", "structures": [TAG], "triggers": ["<f"]}
+NEWER = {
+    "type": "structural_tag",
+    "format": {
+        "type": "triggered_tags",
+        "triggers": ["<"],
+        "tags": [{"type": "tag", "begin": "<f>", "content": {"type": "regex", "pattern": "a"}, "end": ""}],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatCompletionRequest])
+@pytest.mark.parametrize("tags", [TAGS, NEWER])
+def test_a_format_of_tags(kind: type[GenerationRequest], tags: dict[str, Any]) -> None:
+    """In either field, vLLM's two formats."""
+    prompt = {"prompt": "a"} if kind is CompletionRequest else {"messages": [{"role": "user", "content": "a"}]}
+    form = structured_outputs(to_model({**prompt, "response_format": tags}, kind))
+    assert form is not None
+    assert json.loads(str(form.structural_tag)) == tags
+    fields = {**prompt, "structured_outputs": {"structural_tag": json.dumps(tags)}}
+    assert structured_outputs(to_model(fields, kind)) == form
+    with pytest.raises(APIError, match="is refused") as refused:
+        structured_outputs(to_model({**prompt, "response_format": {**tags, "format": {}}}, kind))
+    assert refused.value.param == "response_format"
