@@ -12,7 +12,7 @@ from typing import Any
 
 from sempre.engine.frontend.schema_numbers import LARGEST, kinds_of
 from sempre.engine.frontend.schema_objects import join_objects, refers_through
-from sempre.engine.frontend.schemas import COMBINING, KINDS, SPEAKING, Node, Schema, merged
+from sempre.engine.frontend.schemas import COMBINING, KINDS, SPEAKING, WORDS_OF_ARRAYS, Node, Schema, merged
 
 _LONGEST_STRING = 20_000
 _MOST_ITEMS = 1000
@@ -23,6 +23,13 @@ _FORMAT_LENGTHS = {"date-time": 35, "duration": 12, "email": 12, "hostname": 8, 
 KEY_LENGTH = 20
 _COMPARED = 4
 """Characters used to distinguish names, which keeps the pattern small: names that share more are left out."""
+_OF_NUMBERS = {"exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multipleOf"}
+_WORDS_OF = {
+    "array": WORDS_OF_ARRAYS,
+    "integer": _OF_NUMBERS,
+    "number": _OF_NUMBERS,
+    "string": {"format", "maxLength", "minLength", "pattern"},
+}
 _PART = re.compile(r"\\.|\{(\d+),\}|.", re.DOTALL)
 
 
@@ -49,6 +56,8 @@ def add_bounds(root: Schema, nodes: list[Node], max_tokens: int) -> None:
                 schema["maxItems"] = max(items, least)
         if id(schema) not in together:
             any_value.bound(schema, own)
+        elif len(schema.get("patternProperties") or ()) == 1 and schema.get("additionalProperties") is False:
+            any_value.bound_pattern(schema, own)
 
 
 def _open(schema: Schema) -> None:
@@ -69,10 +78,12 @@ def _is_free(schema: Schema) -> bool:
 
 
 def _may_be(schema: Schema, kind: str) -> bool:
-    """Whether a schema names the type, or names none but constrains values."""
+    """Whether a schema names the type, or names none but constrains its values."""
     kinds = schema.get("type")
     if kinds is None:
-        return not {"properties", *COMBINING} & set(schema) and bool(SPEAKING & set(schema))
+        if {"properties", *COMBINING} & set(schema):
+            return bool(_WORDS_OF[kind] & set(schema))
+        return bool(SPEAKING & set(schema))
     return kinds == kind or (isinstance(kinds, list) and kind in kinds)
 
 
@@ -122,6 +133,11 @@ class _AnyValue:
         schema.update(self._bounded(schema, share))
         if not COMBINING & set(schema) and ("object" in kinds_of(schema) or "properties" in schema):
             self._bound_names(schema, share)
+
+    def bound_pattern(self, schema: Schema, share: int) -> None:
+        """Bound the one pattern of names, and values of any kind there."""
+        [(pattern, values)] = schema["patternProperties"].items()
+        schema["patternProperties"] = {short_names(pattern) or pattern: self._bounded(values, share // 4)}
 
     def _bound_names(self, schema: Schema, share: int) -> None:
         values = schema.get("additionalProperties", True)

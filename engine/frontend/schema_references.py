@@ -7,6 +7,8 @@ from typing import Any
 from urllib.parse import quote, unquote, urldefrag, urljoin
 
 Schema = dict[str, Any]
+ASIDE = ("$defs", "definitions")
+"""Where schemas stand that nothing uses unless it refers to them."""
 Children = Callable[[Schema], Iterator[tuple[str, Any]]]
 
 
@@ -115,6 +117,21 @@ class References:
                 definitions[name] = target
                 places[id(target)] = f"#/$defs/{name}"
             schema["$ref"] = places[id(target)]
+
+
+def reached(root: Schema, pending: list[Schema], children: Children) -> set[int]:
+    """These schemas and what is inside or referred to, by identity; definitions only where something refers to them."""
+    found: set[int] = set()
+    while pending:
+        schema = pending.pop()
+        if id(schema) in found:
+            continue
+        found.add(id(schema))
+        reference = schema.get("$ref")
+        target = target_of(root, reference) if isinstance(reference, str) and reference.startswith("#") else None
+        inside = [child for path, child in children(schema) if path.partition("/")[0] not in ASIDE]
+        pending += [child for child in (target, *inside) if isinstance(child, dict)]
+    return found
 
 
 def target_of(root: Any, reference: str) -> Any:

@@ -19,7 +19,7 @@ from sempre.engine.frontend.schema_numbers import (
     rewrite_numbers,
     rewrite_values,
 )
-from sempre.engine.frontend.schema_references import References, target_of
+from sempre.engine.frontend.schema_references import References, reached
 
 Schema = dict[str, Any]
 
@@ -42,7 +42,6 @@ SPEAKING = COMBINING | {
     "properties", "required", "type", "uniqueItems",
 }  # fmt: skip
 """Keywords that constrain the value; all others, such as OpenAPI's, are annotations or hold targets of references."""
-_ASIDE = ("$defs", "definitions")
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
 WORDS_OF_ARRAYS = {"contains", "items", "maxContains", "maxItems", "minContains", "minItems", "prefixItems",
                    "unevaluatedItems", "uniqueItems"}  # fmt: skip
@@ -78,8 +77,8 @@ class Node(NamedTuple):
 
 
 def rewritten(root: Schema, *, closed: bool = False) -> tuple[Schema, list[Node]]:
-    """Rewrite `root` in place for the library; return it and all schemas inside. `closed`: objects have only named
-    properties.
+    """Rewrite `root` in place for the library; return it and all schemas that it uses. `closed`: objects have only
+    named properties.
 
     Raises SchemaRefused.
     """
@@ -89,15 +88,17 @@ def rewritten(root: Schema, *, closed: bool = False) -> tuple[Schema, list[Node]
     for pointer, target in references.targets():
         walk.enter(target, pointer)
     references.write()
+    used = reached(root, [root], subschemas)
+    nodes = [node for node in walk.nodes if id(node.schema) in used]
     try:
         check_range(root)
-        multiples = [node.schema for node in walk.nodes if "multipleOf" in node.schema]
+        multiples = [node.schema for node in nodes if "multipleOf" in node.schema]
         check_multiples(schema["multipleOf"] for schema in multiples)
-        together = merged(root, walk.nodes) if len(multiples) > 1 else set()
+        together = merged(root, nodes) if len(multiples) > 1 else set()
         check_common_multiple(schema["multipleOf"] for schema in multiples if id(schema) in together)
     except ValueError as error:
         raise SchemaRefused("", str(error)) from None
-    return root, walk.nodes
+    return root, nodes
 
 
 class _Walk:
@@ -150,17 +151,7 @@ def merged(root: Schema, nodes: list[Node]) -> set[int]:
     speaking = [(node.schema, SPEAKING & set(node.schema) - {"type"}) for node in nodes]
     pending = [schema for schema, words in speaking if COMBINING & words and len(words) > 1]
     pending += [node.schema for node in nodes if len(node.schema.get("allOf", ())) > 1]
-    found: set[int] = set()
-    while pending:
-        schema = pending.pop()
-        if id(schema) in found:
-            continue
-        found.add(id(schema))
-        reference = schema.get("$ref")
-        target = target_of(root, reference) if isinstance(reference, str) and reference.startswith("#") else None
-        children = [child for path, child in subschemas(schema) if path.partition("/")[0] not in _ASIDE]
-        pending += [child for child in (target, *children) if isinstance(child, dict)]
-    return found
+    return reached(root, pending, subschemas)
 
 
 def _check_sizes(schema: Schema, place: str) -> None:
@@ -175,6 +166,13 @@ def _drop_annotations(schema: Schema, place: str) -> None:
         schema.pop(word, None)
     if "format" in schema and not (isinstance(schema["format"], str) and schema["format"] in FORMATS):
         del schema["format"]
+
+
+def _take_only_case(schema: Schema, place: str) -> None:
+    """A single case is no choice."""
+    for word in ("anyOf", "oneOf"):
+        if isinstance(schema.get(word), list) and len(schema[word]) == 1:
+            schema["allOf"] = [*schema.get("allOf", ()), *schema.pop(word)]
 
 
 def _modernise(schema: Schema, place: str) -> None:
@@ -390,6 +388,6 @@ def _patterns(schema: Schema, place: str) -> None:
 
 
 _RULES: tuple[Callable[[Schema, str], None], ...] = (
-    _drop_annotations, _modernise, _check_types, narrow, _formats, _numbers, _negation, _conditions, _unevaluated,
-    _names, _dependent, _counts, _arrays, _patterns,
+    _drop_annotations, _take_only_case, _modernise, _check_types, narrow, _formats, _numbers, _negation, _conditions,
+    _unevaluated, _names, _dependent, _counts, _arrays, _patterns,
 )  # fmt: skip

@@ -88,5 +88,5 @@ def test_answers_fulfil_their_schemas() -> None:
 @pytest.mark.timeout(1800)
 def test_many_answers_fulfil_their_schemas() -> None:
     found = check(range(250, 10_000))
-    # where kinds are many and schemas of one value contradict each other, not every part is bounded
+    # where a value has several schemas and is an object in one, not every name is bounded
     assert found["endless"] < 0.005 * found["whole"], found
