@@ -450,10 +450,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Che
     return get
 
 
+@pytest.fixture(scope="session")
+def checkpoint_of() -> Callable[[transformers.PretrainedConfig, Path], Checkpoint]:
+    """A config, and the folder for a checkpoint of it."""
+    return _saved
+
+
 def _make(name: str, folder: Path) -> Checkpoint:
+    return _saved(tiny_configs()[name], folder)
+
+
+def _saved(config: transformers.PretrainedConfig, folder: Path) -> Checkpoint:
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        config = tiny_configs()[name]
         auto = transformers.AutoModelForImageTextToText if hasattr(config, "vision_config") else None
         model = (auto or transformers.AutoModelForCausalLM).from_config(
             config, dtype=torch.float32, attn_implementation="eager"

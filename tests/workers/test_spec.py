@@ -145,7 +145,7 @@ def test_end_of_sequence_ids_prefer_the_generation_config() -> None:
         ({"attention_bias": "no"}, "attention_bias"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: quant_method"),
+        ({"quantization_config": {"quant_method": "exl2"}}, "quantization_config: quant_method"),
         ({"torch_dtype": "float64"}, "torch_dtype"),
         ({"dtype": "int8"}, "dtype"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1}}, "beta_fast"),
