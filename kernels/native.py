@@ -29,6 +29,8 @@ Emit = Callable[..., ir.Value | None]
 _VOID = ir.VoidType()
 _FLOAT_ARGUMENT, _INTEGER_ARGUMENT = "f", "i"
 _OPTIMISATION = 2
+# for instructions that are written out
+llvm.initialize_native_asmparser()
 # LLVM's code generator is shared by all threads of the process
 _COMPILING = Lock()
 

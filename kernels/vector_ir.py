@@ -116,18 +116,25 @@ def _load_fp8(b: ir.IRBuilder, addr: ir.Value, lanes: int) -> ir.Value:
     return b.fmul(b.fpext(b.bitcast(half, vec(F16, lanes)), vec(F32, lanes)), constant(256.0, lanes))
 
 
+def bfloat16_bits(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """A float32 vector rounded to bfloat16, to nearest, ties to even, in the upper halves of int32 lanes, whose lower
+    halves mean nothing; NaN stays NaN."""
+    lanes = value.type.count
+    bits = b.bitcast(value, vec(I32, lanes))
+    odd = b.and_(b.lshr(bits, int_constant(16, lanes)), int_constant(1, lanes))
+    rounded = b.add(bits, b.add(odd, int_constant(0x7FFF, lanes)))
+    is_nan = b.fcmp_unordered("uno", value, value)
+    return b.select(is_nan, b.or_(bits, int_constant(0x400000, lanes)), rounded)
+
+
 def store_rounded(b: ir.IRBuilder, value: ir.Value, addr: ir.Value, dtype: str) -> None:
     """Store a float32 vector as `dtype`, rounded to nearest, ties to even; NaN stays NaN."""
     lanes = value.type.count
     if dtype == "float32":
         store(b, value, addr)
     elif dtype == "bfloat16":
-        bits = b.bitcast(value, vec(I32, lanes))
-        odd = b.and_(b.lshr(bits, int_constant(16, lanes)), int_constant(1, lanes))
-        rounded = b.add(bits, b.add(odd, int_constant(0x7FFF, lanes)))
-        is_nan = b.fcmp_unordered("uno", value, value)
-        kept = b.select(is_nan, b.or_(bits, int_constant(0x400000, lanes)), rounded)
-        store(b, b.trunc(b.lshr(kept, int_constant(16, lanes)), vec(I16, lanes)), addr)
+        bits = b.lshr(bfloat16_bits(b, value), int_constant(16, lanes))
+        store(b, b.trunc(bits, vec(I16, lanes)), addr)
     else:
         store(b, b.fptrunc(value, vec(F16, lanes)), addr)
 

@@ -12,7 +12,7 @@ from sempre.kernels.threads import get_num_threads
 from sempre.workers.loading import WeightFacts
 
 # names the order of operations of the CPU kernels; a change of any result's bits raises the number
-CPU_PROFILE = "cpu-fma-2"
+CPU_PROFILE = "cpu-fma-3"
 
 # vector extensions that code generation may use, widest first
 _VECTOR_LEVELS = ("avx512f", "avx2", "avx", "asimd")

@@ -20,7 +20,7 @@ from sempre.ipc.gguf_index import GGUF_INDEX_FILE
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.workers.gguf_source import open_gguf
 from sempre.workers.kv_cache import available_memory_bytes
-from sempre.workers.layers.linear_kernel import LinearKernel
+from sempre.workers.layers.linear_kernel import LinearKernel, with_inputs
 from sempre.workers.layers.module import Build, Module, parameters
 from sempre.workers.layers.separate_experts import SeparateExperts
 from sempre.workers.models.base import CausalLM
@@ -116,10 +116,10 @@ def load_model(
     model that ranks cannot share.
 
     Matrices on the CPU: float32 keeps 16-bit checkpoints in 16 bit (widening is exact, the bits are the
-    same); bfloat16 and float16 round to nearest even. Norm weights and biases are float32. On a GPU all are in `dtype`.
-    Matrices that are quantised, by the checkpoint or by the setting `quantization`, are fp8 whatever `dtype` is.
-    `parallel` is the place among the ranks, by default of a worker with the whole model; the digest of the weights is
-    that of the whole.
+    same); bfloat16 and float16 round to nearest even, and bfloat16 rounds the inputs of matmuls as well. Norm weights
+    and biases are float32. On a GPU all are in `dtype`. Matrices that are quantised, by the checkpoint or by the
+    setting `quantization`, are fp8 whatever `dtype` is. `parallel` is the place among the ranks, by default of a worker
+    with the whole model; the digest of the weights is that of the whole.
     """
     resolved = resolve_quantization(spec.quantization, config.quantization, config.load_format)
     scheme = resolved.scheme if isinstance(resolved, QuantizationSpec) else None
@@ -131,6 +131,8 @@ def load_model(
         _check_tensors(wanted, model, source)
         target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":
+            # the dtype may be the checkpoint's, which is known only now
+            model = build_model(Build(with_inputs(kernel, target), _formats(resolved), parallel), spec)
             _check_memory(wanted, source, target, is_fp8=scheme is not None)
         with ThreadPoolExecutor(max_workers=placement.hashing_threads) as pool:
             reader = _Reader(source, target, placement, pool)

@@ -10,7 +10,7 @@ from serve import arguments, serve
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
 
     @torch.inference_mode()
     def generate(prompts: list[list[int]], output_len: int) -> int:

@@ -6,6 +6,11 @@ it, or the number of threads. On CPU each chain of 64 terms is one fused multipl
 order, and 16-bit and fp8 weights are widened exactly; on a GPU the steps are the tensor core's own, K is never split,
 and x has the weight's dtype.
 
+On a CPU a bfloat16 weight may be packed so that x is rounded to bfloat16 too, to nearest, ties to even. Each output is
+then one chain over all of k ascending, one fused multiply-add per term, each of which reads subnormal numbers as zero
+and flushes a subnormal result to zero; an odd K has a last term of zero. That is what the instruction VDPBF16PS does,
+two terms at a time; CPUs without it take the same steps one at a time, with equal bits.
+
 fp8 weights: the accumulator is multiplied by the scale of x's row, if the scheme quantises x (`kernels.fp8`), then by
 the scale of the output channel, each product rounded to float32, and the bias is added after.
 
@@ -34,6 +39,7 @@ __all__ = [
     "control_pack_fp8",
     "gated_linear",
     "linear",
+    "pack_bfloat16_linear",
     "pack_fp8_linear",
     "pack_linear",
     "partial_linear",
@@ -55,6 +61,18 @@ def pack_linear(
     from sempre.kernels.linear import cpu
 
     return cpu.pack_linear(weight, bias, leaves)
+
+
+def pack_bfloat16_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None = None, leaves: int = 1
+) -> CpuLinearWeight | GpuLinearWeight:
+    """Like `pack_linear`; x is rounded to bfloat16 as well, where a weight on a CPU has that dtype."""
+    if weight.is_cuda or weight.dtype is not torch.bfloat16:
+        return pack_linear(weight, bias, leaves)
+    _check_leaves("pack_bfloat16_linear", weight, leaves)
+    from sempre.kernels.linear import cpu
+
+    return cpu.pack_bfloat16_linear(weight, bias, leaves)
 
 
 def pack_fp8_linear(

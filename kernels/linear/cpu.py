@@ -3,7 +3,8 @@
 # T rows of x, K in features, N out features, P = ceil(N / 32) panels
 A panel [K, 32] is contiguous, so a decode step streams each weight once, in order. From WIDEN_ROWS rows on, a 16-bit or
 fp8 panel is first widened into scratch memory: the same bits, without widening in the inner loop. An fp8 weight's sums
-are multiplied by the scale of their row of x, if that was quantised, then by their column's.
+are multiplied by the scale of their row of x, if that was quantised, then by their column's. Where x is rounded to
+bfloat16 too, a pair of elements takes the place of one of float32 (`cpu_pairs`).
 
 Where K has leaves, a unit of work computes them one after the other and adds two neighbouring sums as soon as both are
 there, as a carry runs through a binary counter: at most log2(leaves) sums wait at a time.
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 from numba import prange
 
-from sempre.kernels.dtypes import ELEMENT_SIZE, FP8_CODE, dtype_code, widen
+from sempre.kernels.dtypes import CODES, ELEMENT_SIZE, FP8_CODE, dtype_code, widen
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.jit import address_of, compiled, keep
+from sempre.kernels.linear import cpu_pairs
 from sempre.kernels.linear.cpu_tiles import (
     PANEL,
     TILE_ROWS,
@@ -33,6 +35,8 @@ from sempre.kernels.native import call_native
 
 ROW_BLOCK = 240  # rows of x that stay in the L2 cache while panels stream through
 WIDEN_ROWS = 24
+PARALLEL_ELEMENTS = 65_536  # of x to round: below, starting the threads costs more than they save
+FLOAT32_CODE = CODES[torch.float32]
 
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, leaves: int = 1) -> CpuLinearWeight:
@@ -40,6 +44,14 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, leaves: 
     out_features, in_features = weight.shape
     dtype = dtype_code(weight.dtype)
     return CpuLinearWeight(to_panels(weight), _vector(bias), in_features, out_features, dtype, leaves=leaves)
+
+
+def pack_bfloat16_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, leaves: int = 1) -> CpuLinearWeight:
+    """Pack the bfloat16 `weight` [N, K] in pairs, and `bias` [N]."""
+    out_features, in_features = weight.shape
+    panels = to_panels(cpu_pairs.pairs_of(weight))
+    dtype = CODES[torch.bfloat16]
+    return CpuLinearWeight(panels, _vector(bias), in_features, out_features, dtype, leaves=leaves, rounds_x=True)
 
 
 def pack_fp8_linear(
@@ -88,17 +100,23 @@ def _run(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor, scale: int, bia
     if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         # each leaf of a row has a scale of its own
         x, row_scales = quantize_rows(x.view(rows * w.leaves, w.in_features // w.leaves))
-    # those of float32 are compiled when a step first has enough rows
-    wide_tiles = TILES[0].table if rows >= WIDEN_ROWS else 0
+    if w.rounds_x:
+        # a pair is as large as an element of float32, and never widened
+        tiles, wide_tiles, dtype = cpu_pairs.TILES.table, 0, FLOAT32_CODE
+    else:
+        # those of float32 are compiled when a step first has enough rows
+        wide_tiles = TILES[FLOAT32_CODE].table if rows >= WIDEN_ROWS else 0
+        tiles, dtype = TILES[w.dtype_code].table, w.dtype_code
     _linear(
-        TILES[w.dtype_code].table,
+        tiles,
         wide_tiles,
         x.data_ptr(),
+        w.rounds_x,
         rows,
         w.in_features,
         w.leaves,
         w.panels.data_ptr(),
-        w.dtype_code,
+        dtype,
         w.out_features,
         _address(row_scales),
         scale,
@@ -223,6 +241,7 @@ def _linear(
     tiles: int,
     wide_tiles: int,
     x: int,
+    rounds_x: bool,
     rows: int,
     depth: int,
     leaves: int,
@@ -234,6 +253,16 @@ def _linear(
     bias: int,
     out: int,
 ) -> None:
+    words = np.empty(rows * ((depth + 1) // 2) if rounds_x else 0, np.int32)
+    if rounds_x:
+        words_at, row_bytes, pairs = address_of(words), depth * 4, (depth + 1) // 2
+        if rows * depth >= PARALLEL_ELEMENTS:
+            for t in prange(rows):
+                call_native(tiles, cpu_pairs.ROUND_ROW, x + t * row_bytes, row_bytes // 4, words_at + t * pairs * 4)
+        else:
+            for t in range(rows):
+                call_native(tiles, cpu_pairs.ROUND_ROW, x + t * row_bytes, row_bytes // 4, words_at + t * pairs * 4)
+        x, depth = words_at, pairs
     num_panels = (columns + PANEL - 1) // PANEL
     num_row_blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
     panel_bytes = depth * PANEL * ELEMENT_SIZE[dtype]
@@ -257,6 +286,7 @@ def _linear(
             copy_rows(address_of(part), PANEL * 4, out_at, columns * 4, block_rows, width)
             keep(part)
         _finish_rows(scale, bias, p * PANEL, out_at, columns * 4, block_rows, width)
+    keep(words)
 
 
 @compiled()

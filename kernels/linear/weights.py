@@ -20,7 +20,7 @@ class CpuLinearWeight(_Weight):
     """A weight in panels: `panels` [P, K, 32], columns past N zero; `bias` [N] float32 or None.
 
     An fp8 weight has a `scheme`, and `scale` [N] float32. `dtype_code` is that of `kernels.dtypes`. K is summed in
-    `leaves` equal parts.
+    `leaves` equal parts. With `rounds_x` the panels are those of pairs, int32 [P, ceil(K / 2), 32] (`cpu_pairs`).
     """
 
     panels: torch.Tensor
@@ -31,6 +31,7 @@ class CpuLinearWeight(_Weight):
     scale: torch.Tensor | None = None
     scheme: Fp8Scheme | None = None
     leaves: int = 1
+    rounds_x: bool = False
 
 
 @dataclass(frozen=True)

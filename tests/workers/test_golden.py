@@ -27,7 +27,7 @@ from sempre.workers.quantization.plain import NotQuantized
 # recorded on the first; code generated for the second was found to give the same
 RECORDED_ON = ("x86_64-avx512f", "x86_64-avx2")
 RECORDED: dict[str, dict[str, str]] = {
-    "cpu-fma-2": {
+    "cpu-fma-3": {
         "gemma2": "fed4ca053e595822",
         "gemma3": "d5fc8d4fbcd88ce6",
         "gemma3-odd": "410a96b79d20500c",

@@ -56,7 +56,7 @@ def test_answers(checkpoints: Any, serve: Any) -> None:
         "python",
         "llguidance",
     }
-    assert loaded.fingerprint["numerics"] == "cpu-fma-2"
+    assert loaded.fingerprint["numerics"] == "cpu-fma-3"
 
 
 def test_generation_config_decides_the_end_of_sequence(checkpoints: Any, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from worker_settings import worker_config
 
 from sempre.ipc.errors import ModelError, TensorMismatch
+from sempre.kernels.linear import CpuLinearWeight
+from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import INVARIANT
 from sempre.workers.loading import Loaded, live_digest, load_model
 from sempre.workers.models.registry import load_spec
@@ -203,6 +205,20 @@ def test_sixteen_bit_dtype_rounds_to_nearest_even(checkpoints: Any, edited: Any)
     by_loader = load(checkpoints("llama").folder, "bfloat16")
     assert by_loader.facts.dtype == by_loader.facts.matrix_dtype == torch.bfloat16
     assert live_digest(by_loader.model) == live_digest(load(edited("llama", rounded), "bfloat16").model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "auto"])
+def test_only_bfloat16_rounds_the_inputs_of_matmuls(edited: Any, dtype: str) -> None:
+    def rounded(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+    loaded = load(edited("llama", rounded), dtype)
+    weights = [module.weight for _, module in loaded.model.walk() if isinstance(module, Linear)]
+    assert len(weights) > 4
+    expected = dtype == "bfloat16" or (dtype == "auto" and loaded.facts.dtype is torch.bfloat16)
+    assert {weight.rounds_x for weight in weights if isinstance(weight, CpuLinearWeight)} == {expected}
+    if dtype == "float32":
+        assert loaded.facts.matrix_dtype is torch.bfloat16, "stored as it was"
 
 
 @pytest.mark.parametrize(("stated", "expected"), [("float16", torch.float16), (None, torch.float32)])

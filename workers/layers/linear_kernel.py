@@ -16,6 +16,7 @@ from sempre.kernels.linear import (
     control_pack_fp8,
     gated_linear,
     linear,
+    pack_bfloat16_linear,
     pack_fp8_linear,
     pack_linear,
 )
@@ -69,3 +70,10 @@ CONTROL = LinearKernel(control_pack, control_linear, _control_gated_linear, cont
 def linear_kernel(numerics: Numerics) -> LinearKernel:
     """The kernels for the setting `numerics`."""
     return {"invariant": INVARIANT, "control": CONTROL}[numerics]
+
+
+def with_inputs(kernel: LinearKernel, dtype: torch.dtype) -> LinearKernel:
+    """`kernel` for an engine's `dtype` on a CPU: with bfloat16, inputs of the invariant matmul are rounded to it."""
+    if kernel is INVARIANT and dtype is torch.bfloat16:
+        return kernel._replace(pack=pack_bfloat16_linear)
+    return kernel

@@ -2,6 +2,7 @@
 
 # T tokens in the step, S rows that are read, H hidden size, V vocabulary
 The residual stream and all activations are float32 on the CPU and in the model's dtype on a GPU; logits are float32.
+With dtype bfloat16 on a CPU, the inputs of matmuls are rounded to it, see `kernels.linear`.
 In effect every operation works on one row at a time, so a row's bits depend only on its own request.
 """
 

@@ -113,6 +113,22 @@ ATTENTION_AND_LINEAR = (
         (f"{LINEAR_TESTS}::test_rows_do_not_depend_on_their_number_or_place",),
     ),
     Fault(
+        "pairs-from-the-odd-element-on",
+        "Of two terms that are added together the later one comes first.",
+        "kernels/linear/cpu_pairs.py",
+        "for one, other in zip(halves(b, x), halves(b, column), strict=True):",
+        "for one, other in reversed(list(zip(halves(b, x), halves(b, column), strict=True))):",
+        ("tests/kernels/test_bfloat16_linear.py::test_the_instruction_gives_the_bits_of_the_steps_it_stands_for",),
+    ),
+    Fault(
+        "odd-depth-with-what-was-there",
+        "The last term of an odd K is multiplied by whatever the memory holds.",
+        "kernels/linear/cpu_pairs.py",
+        "        store(b, upper, at)\n",
+        "",
+        ("tests/kernels/test_bfloat16_linear.py::test_rounding_is_that_of_torch_with_a_zero_after_an_odd_count",),
+    ),
+    Fault(
         "bias-of-the-first-panel",
         "All panels of 32 columns get the bias of the first.",
         LINEAR,
