@@ -62,7 +62,7 @@ def attention_parity(model: CausalLM) -> int | None:
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """Constants, not measured at start-up: the number of draft tokens must not vary from start to start."""
+    """Constants, not measured at start-up; the coordinator expects them until it has timed steps."""
 
     step_seconds: float
     """fixed cost of a decode step of one sequence"""

@@ -110,8 +110,9 @@ class Replica:
         compare_ranks(results)
         result = results[self.ranks[0]]
         outputs = self._scheduler.update(self._in_flight[0], result)
-        self._in_flight.popleft()
-        self._timing.answered(time.monotonic())
+        step, now = self._in_flight.popleft(), time.monotonic()
+        self._timing.answered(now)
+        self._scheduler.record_time(step, result, now)
         if self._time_in_queue:
             outputs = [self._timed(output) for output in outputs]
         for output in outputs:

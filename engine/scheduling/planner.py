@@ -73,6 +73,10 @@ class StepPlanner:
             self.kv_cache.states.end_step()
         return step
 
+    def waits_for_drafts(self, now: float) -> bool:
+        """Whether a running request must wait for a result or its draft worker before its next step is planned."""
+        return any(request.speculation is not None and _must_wait(request, now) for request in self.running)
+
     def wait(self, request: Request) -> None:
         """Queue a request that is not running, at its place in the order."""
         self.waiting.add(request)

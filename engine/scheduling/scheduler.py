@@ -40,7 +40,9 @@ class Scheduler:
 
     `schedule` may be called again before `update` of the previous step: each sampling request in flight counts as one
     token, and a step is never planned past a request's last possible token. A request with a grammar skips a step while
-    its token is in flight; the others continue. Steps are updated in planning order.
+    its token is in flight; the others continue. While a request needs the result of a step in flight to draft, none is
+    planned ahead: it would run at half the speed of the others, and they without it. Steps are updated in planning
+    order.
     """
 
     def __init__(
@@ -138,6 +140,8 @@ class Scheduler:
 
         `now` decides whether requests still wait for a draft worker; with `inf` they do not.
         """
+        if self._in_flight and self._planner.waits_for_drafts(now):
+            return None
         step = self._planner.plan(self._next_step_id, self._isolation.current, now)
         if not step.scheduled:
             return None
@@ -159,6 +163,11 @@ class Scheduler:
         return asking
 
     # Applying a result
+
+    def record_time(self, step: ExecuteStep, result: StepResult, now: float) -> None:
+        """The workers answered the step `now`, seconds of a steady clock: speculation measures what it costs."""
+        if self._speculation is not None:
+            self._speculation.observe(step, result.sampled, now)
 
     def update(self, step: ExecuteStep, result: StepResult) -> list[RequestOutputDelta]:
         """Append sampled tokens, end finished requests, and return the deltas in the order of the step.
@@ -319,6 +328,8 @@ class Scheduler:
         Steps in flight are lost; do not pass their results to `update`. Requests that were in flight in too many
         crashes end here with an error.
         """
+        if self._speculation is not None:
+            self._speculation.forget_times()
         guilty = self._isolation.note_crash(self._in_flight)
         for request in self._requests.values():
             request.lose_worker()

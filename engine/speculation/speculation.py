@@ -2,70 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from sempre.engine.speculation.costs import DraftCosts, DraftLength, DraftMeter, FixedLength
 from sempre.engine.speculation.lookup import Drafter, NgramDrafter, SaltedOutputs, SuffixDrafter
 from sempre.ipc.config import SpeculativeConfig
-from sempre.ipc.messages import StepCosts
+from sempre.ipc.messages import ExecuteStep, SampledTokens, StepCosts
 
-_START = 0.7
-_WEIGHT = 1 / 8
 _SUFFIX_LONGEST = 24
-# A paused draft model is tried again after this many tokens, and after twice as many with each failed try.
+# A draft model without drafts for a request is asked again after this many tokens, and after twice as many with each
+# failed try.
 _REST = 32
-_PROBE_LENGTH = 2
 # the round trip to a draft worker
 _ASKING_SECONDS = 0.3e-3
+Length = DraftLength | FixedLength
 MakeDrafter = Callable[[str | None], Drafter]
 """Makes the drafter of one request from its `cache_salt`."""
-
-
-class DraftCosts(NamedTuple):
-    """Costs in steps of the target."""
-
-    first: float
-    """extra cost of a step with any drafts: the next one is not planned before its result is known"""
-    each: float
-    """cost of a draft token and its row in the step"""
-
-
-class DraftLength:
-    """At most `longest`; 0 while steps without drafts yield more tokens in the same time.
-
-    With an acceptance rate r, weighted towards recent draft tokens, a step with k of them yields
-    1 + r + … + r^k tokens (Leviathan et al., arXiv:2211.17192, section 3.1, if they are independent) and costs
-    1 + first + k · each.
-    """
-
-    def __init__(self, longest: int, *, costs: DraftCosts, adaptive: bool = True) -> None:
-        self._longest = longest
-        self._costs = costs
-        self.adapts = adaptive
-        self._rate = _START
-        self.current = longest if not adaptive else self._length()
-
-    def observe(self, num_accepted: int, *, missed: bool) -> None:
-        """Record that `num_accepted` draft tokens in a row were right; the one after them was wrong if `missed`."""
-        if not self.adapts:
-            return
-        for _ in range(num_accepted):
-            self._rate += (1.0 - self._rate) * _WEIGHT
-        if missed:
-            self._rate -= self._rate * _WEIGHT
-        self.current = self._length()
-
-    def _length(self) -> int:
-        best, best_speed = 0, 1.0
-        tokens, kept, cost = 1.0, 1.0, 1.0 + self._costs.first
-        for length in range(1, self._longest + 1):
-            kept *= self._rate
-            tokens += kept
-            cost += self._costs.each
-            if tokens / cost > best_speed:
-                best, best_speed = length, tokens / cost
-        return best
 
 
 class Incarnation:
@@ -125,7 +79,7 @@ class LookupSpeculation:
     worthwhile.
     """
 
-    def __init__(self, drafter: Drafter, length: DraftLength, longest: int) -> None:
+    def __init__(self, drafter: Drafter, length: Length, longest: int) -> None:
         self._drafter = drafter
         self._length = length
         self._longest = longest
@@ -173,18 +127,15 @@ class LookupSpeculation:
 class ModelSpeculation:
     """Drafts of a draft model; `asks_worker`: it has its own worker, which is asked after each result."""
 
-    def __init__(self, length: DraftLength, longest: int, *, asks_worker: bool) -> None:
+    def __init__(self, length: Length, *, asks_worker: bool) -> None:
         self.ask: Ask | None = None
         self._length = length
-        self._probe_length = min(longest, _PROBE_LENGTH)
         self._asks_worker = asks_worker
         self._drafts: list[int] = []
         self._num_known = -1
         self._rest = 0  # tokens until the draft model is tried again
         self._next_rest = _REST
         self._in_flight = False  # the step whose result decides about drafts
-        if length.current == 0:
-            self._begin_rest()
 
     def must_wait(self, token_ids: list[int], num_in_flight: int) -> bool:
         return num_in_flight > 0 and (self._in_flight or self.num_to_ask() > 0)
@@ -212,10 +163,7 @@ class ModelSpeculation:
         self._rest = max(0, self._rest - 1)
         if drafts:
             self._length.observe(num_kept, missed=num_kept < len(drafts))
-            if self._length.current > 0:
-                self._next_rest = _REST
-            else:
-                self._begin_rest()
+            self._next_rest = _REST
         elif drafted == []:
             self._begin_rest()
         if drafts or drafted is not None:
@@ -227,7 +175,7 @@ class ModelSpeculation:
 
     def _num_worth(self) -> int:
         """How many draft tokens are worth requesting."""
-        return 0 if self._rest else self._length.current or self._probe_length
+        return 0 if self._rest else self._length.current
 
     def _take_answer(self, ask: Ask) -> None:
         """Continue with the draft worker's answer, or without one; a later answer is ignored."""
@@ -249,20 +197,32 @@ class SpeculationPlan:
         """`steps_ahead`: the worker accepts a step before the result of the previous one is known. `costs`: expected
         costs of the target and of the draft model, wherever it runs."""
         self._config = config
-        self._costs = draft_costs(costs, steps_ahead=steps_ahead, asks_worker=self.asks_worker)
+        expected = draft_costs(costs, steps_ahead=steps_ahead, asks_worker=self.asks_worker)
+        self._meter = DraftMeter(expected, config.num_speculative_tokens)
         self._make_drafter = DRAFTERS[config.method](config) if config.method in DRAFTERS else None
 
     @property
     def asks_worker(self) -> bool:
         return self._config.placement == "worker"
 
+    def observe(self, step: ExecuteStep, sampled: Sequence[SampledTokens], now: float) -> None:
+        """The step was answered `now`, seconds of a steady clock."""
+        if self._config.adaptive:
+            self._meter.observe(step, sampled, now)
+
+    def forget_times(self) -> None:
+        """The worker is another one."""
+        self._meter.forget_times()
+
     def start(self, cache_salt: str | None = None) -> Speculation:
         """Drafts for a request, never from outputs of requests with another `cache_salt`."""
         config = self._config
         longest = config.num_speculative_tokens
-        length = DraftLength(longest, costs=self._costs, adaptive=config.adaptive)
+        length: Length = FixedLength(longest)
+        if config.adaptive:
+            length = DraftLength(self._meter, made_together=self._make_drafter is None)
         if self._make_drafter is None:
-            return ModelSpeculation(length, longest, asks_worker=self.asks_worker)
+            return ModelSpeculation(length, asks_worker=self.asks_worker)
         return LookupSpeculation(self._make_drafter(cache_salt), length, longest)
 
 
@@ -271,7 +231,7 @@ def draft_costs(costs: StepCosts, *, steps_ahead: bool, asks_worker: bool) -> Dr
     waiting = costs.result if steps_ahead else 0.0
     if asks_worker:
         waiting += _ASKING_SECONDS
-    return DraftCosts(first=waiting / costs.step, each=(costs.row + costs.draft) / costs.step)
+    return DraftCosts(waiting / costs.step, costs.draft / costs.step, costs.row / costs.step)
 
 
 def _ngram_drafters(config: SpeculativeConfig) -> MakeDrafter:

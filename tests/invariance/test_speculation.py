@@ -14,7 +14,7 @@ from workload import KV_BLOCK_BYTES
 
 from sempre.engine import LLM, Counter, Gauge, SamplingParams
 from sempre.engine.outputs import CompletionOutput
-from sempre.engine.speculation.speculation import DraftCosts
+from sempre.engine.speculation.costs import DraftCosts
 from sempre.workers import runner
 
 # the first and the last repeat themselves, so that lookup finds something
@@ -170,7 +170,8 @@ def test_on_equals_off_in_every_combination(stack: ExitStack, drafter: str, size
 @pytest.mark.parametrize("drafter", ["ngram", "suffix", "colocated", "worker"])
 def test_adaptive_lengths_change_nothing(stack: ExitStack, monkeypatch: pytest.MonkeyPatch, drafter: str) -> None:
     # where drafts cost what they do on a CPU, a draft model would hardly be asked
-    monkeypatch.setattr("sempre.engine.speculation.speculation.draft_costs", lambda *_, **__: DraftCosts(0.1, 0.1))
+    monkeypatch.setattr("sempre.engine.speculation.speculation.draft_costs", lambda *_, **__: DraftCosts(0.1, 0.0, 0.1))
+    monkeypatch.setattr("sempre.engine.speculation.SpeculationPlan.observe", lambda *_: None)
     llm = stack.enter_context(speculating(drafter, 7, adaptive=True))
     assert run(llm) == plain()[0]
     found = counted(llm)

@@ -126,7 +126,7 @@ class Run:
     def answer_drafts(self) -> None:
         if self.asked is not None:
             step, self.asked = self.asked, None
-            drafts = [self.drawn.choices(range(1000), k=self.drawn.randint(0, 3)) for _ in step.drafts]
+            drafts = [self.drawn.choices(range(1000), k=self.drawn.randint(0, item.num_drafts)) for item in step.drafts]
             self.link.take(StepResult(rank=0, step_id=step.step_id, drafts=drafts))
 
     def answer_wrongly(self) -> None:

@@ -489,14 +489,30 @@ def test_drafts_leave_a_token_to_each_request_after_them() -> None:
     assert planned(replica.schedule()) == {"a": 5, "b": 1}
 
 
-def test_preempted_while_its_drafts_are_verified_it_waits_for_the_result() -> None:
+def test_nothing_is_planned_ahead_of_a_result_that_a_request_needs_to_draft() -> None:
+    """Two halves of a batch in turn would take the time of two batches."""
+    replica = lookup_replica()
+    replica.script["a"] = [5]
+    replica.add(spec("a", [5, 6, 5, 6], max_tokens=20), spec("b", 2, ordinal=1))
+    replica.step()
+    verifying = replica.schedule()
+    assert planned(verifying) == {"a": 8, "b": 1}
+    assert replica.scheduler.schedule() is None
+    sampled = [SampledTokens(request_id="a", token_ids=[6, 9]), replica.answer(verifying).sampled[1]]
+    replica.scheduler.update(verifying, StepResult(rank=0, step_id=verifying.step_id, sampled=sampled))
+    assert planned(replica.schedule()) == {"a": 1, "b": 1}
+
+
+def test_stopped_while_its_drafts_are_verified_it_waits_for_the_result() -> None:
     replica = lookup_replica(num_blocks=6)
     replica.script["a"] = [5]
     replica.add(spec("free", 7), spec("a", [5, 6, 5, 6, 5, 6], ordinal=1, max_tokens=20))
     assert replica.step()[0] == {"free": 7, "a": 6}
     verifying = replica.schedule()
     assert verifying.scheduled[1].draft_token_ids == [6, 5, 6, 5, 6, 5, 6]
-    assert planned(replica.schedule()) == {"free": 1}, "it has taken the blocks of the other"
+    replica.scheduler.pause("a")
+    replica.scheduler.resume("a")
+    assert planned(replica.schedule()) == {"free": 1}
     replica.scheduler.abort("free")
     assert replica.scheduler.schedule() is None, "there is room, and nobody knows how long the request is"
     sampled = [replica.answer(verifying).sampled[0], SampledTokens(request_id="a", token_ids=[6, 9])]

@@ -597,7 +597,7 @@ def test_every_end_and_every_crash_of_few_requests_leaves_all_slots_free(
             simulation = Simulation(workload, setup)
             check_outcomes(workload, setup, simulation.run())
             preempted += simulation.scheduler.stats().num_preemptions
-    assert preempted > 100
+    assert preempted > 80
 
 
 def steps_digest() -> str:

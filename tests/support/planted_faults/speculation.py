@@ -13,6 +13,7 @@ LINK = "engine/coordinator/draft_link.py"
 SCHEDULER_TESTS = "tests/engine/scheduling/test_scheduler.py"
 SIMULATION = "tests/engine/scheduling/test_simulation.py"
 TESTS = "tests/engine/speculation/test_speculation.py"
+COST_TESTS = "tests/engine/speculation/test_costs.py"
 VERIFICATION_TESTS = "tests/workers/test_verification.py"
 INVARIANCE = "tests/invariance/test_speculation.py"
 DRAFTING = "workers/drafters/model.py"
@@ -88,12 +89,36 @@ SPECULATION = (
         (f"{SIMULATION}::test_a_busy_workload_ends_right_under_every_setting",),
     ),
     Fault(
+        "planned-ahead-of-drafts",
+        "While one request's drafts are verified, the others run ahead, and it waits for two steps each time.",
+        SCHEDULER,
+        "if self._in_flight and self._planner.waits_for_drafts(now):",
+        "if self._in_flight and not self._requests:",
+        (f"{SCHEDULER_TESTS}::test_nothing_is_planned_ahead_of_a_result_that_a_request_needs_to_draft",),
+    ),
+    Fault(
+        "costs-of-drafts-as-expected",
+        "Nobody tells how long steps with drafts really took.",
+        "engine/speculation/costs.py",
+        "self._costs, self._is_measured = self._expected.times(load.factor), True",
+        "self._is_measured = True",
+        (f"{COST_TESTS}::test_a_draft_model",),
+    ),
+    Fault(
+        "losses-of-drafts-are-not-counted",
+        "Drafts that cost more than they bring never pause.",
+        "engine/speculation/costs.py",
+        "        if self._lost > _CREDIT:",
+        "        if self._lost < -_CREDIT:",
+        (f"{COST_TESTS}::test_a_draft_model",),
+    ),
+    Fault(
         "admitted-while-its-drafts-are-verified",
-        "A request that was preempted is computed again before it is known how many of its drafts are accepted.",
+        "A request that was stopped is computed again before it is known how many of its drafts are accepted.",
         "engine/scheduling/request.py",
         "or self.is_held_back or bool(self.drafts_in_flight)",
         "or self.is_held_back",
-        (f"{SCHEDULER_TESTS}::test_preempted_while_its_drafts_are_verified_it_waits_for_the_result",),
+        (f"{SCHEDULER_TESTS}::test_stopped_while_its_drafts_are_verified_it_waits_for_the_result",),
     ),
     Fault(
         "ranks-of-listed-tokens-lost",

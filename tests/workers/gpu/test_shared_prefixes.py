@@ -23,7 +23,7 @@ from sempre.workers import worker as worker_module
 from sempre.workers.worker import Worker
 
 # minutes of interpretation
-pytestmark = pytest.mark.product
+pytestmark = [pytest.mark.product, pytest.mark.timeout(900)]
 
 SPLIT, BLOCK = 64, 16
 CONFIG = {
@@ -44,8 +44,8 @@ CONFIG = {
 }
 PREFIX = [3 + 7 * at % 90 for at in range(SPLIT)]
 # request, tokens after the prefix, blocks after the shared ones
-REQUESTS = {"a": ([5, 6, 7], 10), "b": ([8, 9], 11), "c": ([10], 12), "d": ([11] * 5, 13)}
-DECODE_STEPS = 3
+REQUESTS = {"a": ([5, 6, 7], 10), "b": ([8, 9], 11), "c": ([10], 12)}
+DECODE_STEPS = 2
 
 
 def _scheduled(name: str, step: int) -> ScheduledRequest:
@@ -94,7 +94,7 @@ def _run(folder: Path) -> list[SampledTokens]:
     ]
     steps = [
         (new[:1], [_scheduled("a", 0)]),
-        (new[1:], [_scheduled(name, 0) for name in "bcd"]),
+        (new[1:], [_scheduled(name, 0) for name in "bc"]),
         *(([], [_scheduled(name, step) for name in REQUESTS]) for step in range(1, 1 + DECODE_STEPS)),
     ]
     found: list[SampledTokens] = []
@@ -128,6 +128,6 @@ def test_reading_a_prefix_once_changes_no_bit(
     assert not counts, "so few keys do not pay"
     monkeypatch.setattr(shared_splits, "LEAST_SAVED", 1)
     found = _run(tmp_path)
-    assert counts == [[1, 1, 1, 1]] * DECODE_STEPS, "only the layer that sees all keys"
+    assert counts == [[1, 1, 1]] * DECODE_STEPS, "only the layer that sees all keys"
     assert all(result.error is None and result.token_ids for result in found)
     assert found == expected
