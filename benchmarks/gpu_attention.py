@@ -26,7 +26,7 @@ import torch
 
 from sempre.kernels.attention import HeadLayout, KvCache, PagedBatch, ScoreParams, gpu, paged_attention
 from sempre.kernels.attention.gpu import Launch, allocate_attention_workspace
-from sempre.kernels.attention.shared_prefixes import group_rows, most_shared_splits
+from sempre.kernels.attention.shared_prefixes import group_requests, most_shared_splits
 
 
 class Case(NamedTuple):
@@ -147,7 +147,7 @@ class SharedStep:
         rest = torch.arange(case.requests * own, **ints).view(case.requests, own) + shared
         tables = torch.cat([torch.arange(shared, **ints).expand(case.requests, shared), rest], dim=1).contiguous()
         ids = np.arange(1, case.prefix // gpu.SPLIT + 1, dtype=np.int32)[None].repeat(case.requests, 0)
-        arrays = group_rows(ids, case.requests, least_saved=1)
+        arrays = group_requests(ids, case.requests, least_saved=1)
         assert arrays is not None
         context, splits = case.prefix + case.rest, most_shared_splits(case.requests, -(-8192 // gpu.SPLIT))
         lens = torch.full((case.requests,), context, **ints)

@@ -19,7 +19,7 @@ import torch
 
 from sempre.ipc.errors import InvarianceError
 from sempre.kernels.attention import AttentionWorkspace, PagedBatch, SharedPrefixes
-from sempre.kernels.attention.shared_prefixes import group_rows
+from sempre.kernels.attention.shared_prefixes import group_requests
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
 from sempre.kernels.states import StateBatch, StateShape
 from sempre.workers.kv_cache import PagedKvCache
@@ -193,7 +193,7 @@ class _Probe:
         contexts, num_splits = np.arange(first + 1, self.num_tokens + 1), -(-self.num_tokens // SPLIT)
         ids = np.arange(1, num_splits + 1, dtype=np.int32)
         whole = ids <= (contexts // SPLIT)[:, None]
-        arrays = group_rows(np.where(whole, ids, 0).astype(np.int32), count, least_saved=1)
+        arrays = group_requests(np.where(whole, ids, 0).astype(np.int32), count, least_saved=1)
         if arrays is None:
             return None
         requests = [(at, at + 1, self._blocks) for at in range(first, self.num_tokens)]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sempre.kernels.attention import PagedBatch
+from sempre.kernels.attention import PagedBatch, SharedPrefixes
 from sempre.kernels.lora import adapter_rows
 from sempre.kernels.states import StateBatch
 from sempre.workers.layers.lora import StepAdapters
@@ -242,7 +242,11 @@ def batch_of_rows_read(batch: PagedBatch, read: OutputRows) -> PagedBatch:
 
 
 def step_input(
-    arrays: StepArrays[torch.Tensor], shape: StepShape, *, token_ids: torch.Tensor | None = None
+    arrays: StepArrays[torch.Tensor],
+    shape: StepShape,
+    *,
+    token_ids: torch.Tensor | None = None,
+    prefixes: SharedPrefixes | None = None,
 ) -> StepInput:
     """What the model reads of these arrays, with `token_ids` (int64 [T]) instead of theirs, where some were missing."""
     outputs = states = None
@@ -261,6 +265,7 @@ def step_input(
             context_lens=arrays.context_lens,
             max_query_len=shape.max_query_len,
             max_context_len=shape.max_context_len,
+            prefixes=prefixes,
         ),
         outputs=outputs,
         states=states,

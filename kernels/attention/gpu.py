@@ -248,6 +248,18 @@ def prefetched_tiles(programs: int, block_size: int, head_dim: int) -> int:
     return 4 if programs < FEW_PROGRAMS else 1
 
 
+class Inputs(NamedTuple):
+    """The arguments of `paged_attention`."""
+
+    qkv: torch.Tensor
+    cache: KvCache
+    batch: PagedBatch
+    heads: HeadLayout
+    scores: ScoreParams
+    out: torch.Tensor
+    workspace: AttentionWorkspace | None
+
+
 class Plan(NamedTuple):
     """One launch: of the requests of one row, or of the others, with the number of query tiles and parallel splits."""
 
@@ -260,15 +272,8 @@ class Plan(NamedTuple):
     """where splits run in parallel"""
 
 
-def _plan(
-    qkv: torch.Tensor,
-    cache: KvCache,
-    batch: PagedBatch,
-    heads: HeadLayout,
-    workspace: AttentionWorkspace | None,
-    *,
-    single_rows: bool,
-) -> Plan:
+def _plan(inputs: Inputs, *, single_rows: bool) -> Plan:
+    qkv, cache, batch, heads, _, _, workspace = inputs
     num_rows, num_requests = qkv.shape[0], batch.num_requests
     rows = heads.group if single_rows else batch.max_query_len * heads.group
     programs = num_requests * heads.num_kv_heads
@@ -301,27 +306,27 @@ def paged_attention(
     `workspace` lets few query tiles fill the device; without it, or where it is too small, one program processes all
     splits.
     """
+    inputs = Inputs(qkv, cache, batch, heads, scores, out, workspace)
     for single_rows in (True,) if batch.max_query_len == 1 else (True, False):
-        plan = _plan(qkv, cache, batch, heads, workspace, single_rows=single_rows)
-        in_turn = not single_rows and plan.mode != PARALLEL
-        if workspace is not None and in_turn and gpu_prefill.serves(qkv, cache, batch, heads, scores):
-            gpu_prefill.paged_attention(qkv, cache, batch, heads, scores, out, workspace)
-            continue
-        _launch_attend(plan, qkv, cache, batch, heads, scores, out)
-        if plan.workspace is not None:
-            launch_merge(plan, plan.workspace, batch, heads, scores, out)
+        attend(inputs, single_rows=single_rows)
     return out
 
 
-def _launch_attend(
-    plan: Plan,
-    qkv: torch.Tensor,
-    cache: KvCache,
-    batch: PagedBatch,
-    heads: HeadLayout,
-    scores: ScoreParams,
-    out: torch.Tensor,
-) -> None:
+def attend(inputs: Inputs, *, single_rows: bool) -> None:
+    """The requests of one row, or the others."""
+    qkv, cache, batch, heads, scores, out, workspace = inputs
+    plan = _plan(inputs, single_rows=single_rows)
+    in_turn = not single_rows and plan.mode != PARALLEL
+    if workspace is not None and in_turn and gpu_prefill.serves(qkv, cache, batch, heads, scores):
+        gpu_prefill.paged_attention(qkv, cache, batch, heads, scores, out, workspace)
+        return
+    _launch_attend(plan, inputs)
+    if plan.workspace is not None:
+        launch_merge(plan, plan.workspace, inputs)
+
+
+def _launch_attend(plan: Plan, inputs: Inputs) -> None:
+    qkv, cache, batch, heads, scores, out, _ = inputs
     part_acc = part_m = part_l = None
     max_splits = prefetched = 0
     if plan.workspace is not None:
@@ -367,14 +372,9 @@ def _launch_attend(
     )
 
 
-def launch_merge(
-    plan: Plan,
-    partials: AttentionWorkspace,
-    batch: PagedBatch,
-    heads: HeadLayout,
-    scores: ScoreParams,
-    out: torch.Tensor,
-) -> None:
+def launch_merge(plan: Plan, partials: AttentionWorkspace, inputs: Inputs) -> None:
+    """Merge the splits of each row that this plan's launch has computed."""
+    batch, heads, scores, out = inputs.batch, inputs.heads, inputs.scores, inputs.out
     rows = batch.num_requests if plan.single_rows else out.shape[0] + batch.num_requests
     _merge_splits[(heads.num_heads, rows)](
         batch.query_starts,

@@ -1,6 +1,6 @@
-"""GPU attention of a decode step whose requests share leading splits of keys: these are read once for many rows.
+"""GPU attention of a step whose decoding requests share leading splits of keys: these are read once for many rows.
 
-# R requests of one row each, Hq query heads, Hkv key heads, G = Hq / Hkv, D head dim
+# R requests, some of one row, Hq query heads, Hkv key heads, G = Hq / Hkv, D head dim
 The first kernel computes partials of shared splits, one tile of a group's rows at a time; the second begins each
 request with those, in ascending order, and goes on with the splits of its own. A partial depends on its keys and its
 row alone and the merge has one order, so the bits are those of `gpu.paged_attention`. (The cascades of FlashInfer, Ye
@@ -29,7 +29,8 @@ def _attend_shared(
     keys: Any,
     values: Any,
     tables: Any,
-    rows: Any,
+    starts: Any,
+    requests: Any,
     tiles: Any,
     num_tiles: Any,
     part_acc: Any,
@@ -64,11 +65,12 @@ def _attend_shared(
         count = tl.load(tiles + 3 * index + 2)
         if tl.program_id(1) * TOKENS < count:
             valid = (i // GROUP < TOKENS) & (member < count)
-            row = tl.load(rows + first + member, mask=valid, other=0).to(tl.int64)
+            r = tl.load(requests + first + member, mask=valid, other=0).to(tl.int64)
+            row = tl.load(starts + r, mask=valid, other=0).to(tl.int64)
             in_dim = valid[:, None] & (d < DIM)[None, :]
             q_at = qkv + row[:, None] * row_size + query_head[:, None] * DIM + d[None, :]
             q = tl.load(q_at, mask=in_dim, other=0.0)
-            table = tables + tl.load(rows + first).to(tl.int64) * table_stride
+            table = tables + tl.load(requests + first).to(tl.int64) * table_stride
             m = tl.full([BLOCK_M], LOWEST, tl.float32)
             l = tl.zeros([BLOCK_M, 16], tl.float32)  # noqa: E741
             acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
@@ -77,7 +79,7 @@ def _attend_shared(
                 q, m, l, acc, low, low + SPLIT, member, low + SPLIT, keys, values, table, head, scale_log2,
                 KV_HEADS, DIM, BLOCK_DIM, BLOCK, 0, SOFT_CAP, CAP_SCALE, False,
             )  # fmt: skip
-            at = (row * (KV_HEADS * GROUP) + query_head) * max_splits + split
+            at = (r * (KV_HEADS * GROUP) + query_head) * max_splits + split
             tl.store(part_acc + at[:, None] * DIM + d[None, :], acc, mask=in_dim)
             tl.store(part_m + at, m, mask=valid)
             tl.store(part_l + at, tl.max(l, axis=1), mask=valid)
@@ -89,6 +91,7 @@ def _attend_rest(
     keys: Any,
     values: Any,
     tables: Any,
+    starts: Any,
     lens: Any,
     counts: Any,
     sinks: Any,
@@ -113,8 +116,10 @@ def _attend_rest(
     HAS_SINKS: tl.constexpr,
     PREFETCH: tl.constexpr,
 ) -> None:
-    """Programs [Hkv, R, splits side by side]: the rows of one request that share a key head."""
+    """Programs [Hkv, R, splits side by side]: the query heads of one request's row that share a key head."""
     head, r = tl.program_id(0), tl.program_id(1)
+    row = tl.load(starts + r)
+    count = tl.load(starts + r + 1) - row
     context = tl.load(lens + r)
     shared = tl.load(counts + r)
     table = tables + r.to(tl.int64) * table_stride
@@ -122,7 +127,8 @@ def _attend_rest(
         low = (shared + tl.program_id(2)) * SPLIT
         prefetch_tiles(context, low, keys, values, table, head, KV_HEADS, DIM, BLOCK, PREFETCH)
     wait_for_previous()
-    if context < 1:
+    # others belong to another launch; padding has no context
+    if (count != 1) | (context < 1):
         return
     i = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_DIM)
@@ -130,9 +136,10 @@ def _attend_rest(
     in_dim = valid[:, None] & (d < DIM)[None, :]
     query_head = head * GROUP + i % GROUP
     row_size = (KV_HEADS * GROUP + KV_PARTS * KV_HEADS) * DIM
-    q_at = qkv + r.to(tl.int64) * row_size + query_head[:, None] * DIM + d[None, :]
+    q_at = qkv + row.to(tl.int64) * row_size + query_head[:, None] * DIM + d[None, :]
     q = tl.load(q_at, mask=in_dim, other=0.0)
-    out_row = r.to(tl.int64) * (KV_HEADS * GROUP) + query_head
+    out_row = row.to(tl.int64) * (KV_HEADS * GROUP) + query_head
+    part_row = r.to(tl.int64) * (KV_HEADS * GROUP) + query_head
     last = context - 1
     position = last + i * 0
     num_splits = (context + SPLIT - 1) // SPLIT
@@ -142,14 +149,14 @@ def _attend_rest(
                 q, s * SPLIT, tl.minimum(context, s * SPLIT + SPLIT), last, position, context, keys, values, table,
                 head, scale_log2, KV_HEADS, DIM, BLOCK_DIM, BLOCK, 0, SOFT_CAP, CAP_SCALE, BLOCK_M,
             )  # fmt: skip
-            at = out_row * max_splits + s
+            at = part_row * max_splits + s
             tl.store(part_acc + at[:, None] * DIM + d[None, :], acc, mask=in_dim)
             tl.store(part_m + at, m, mask=valid)
             tl.store(part_l + at, l, mask=valid)
     else:
         m, l, acc = empty_state(sinks, query_head, BLOCK_M, BLOCK_DIM, HAS_SINKS)  # noqa: E741
         for s in range(shared):
-            at = out_row * max_splits + s
+            at = part_row * max_splits + s
             m_split = tl.load(part_m + at, mask=valid, other=LOWEST)
             l_split = tl.load(part_l + at, mask=valid, other=0.0)
             acc_split = tl.load(part_acc + at[:, None] * DIM + d[None, :], mask=in_dim, other=0.0)
@@ -184,7 +191,7 @@ class _Step(NamedTuple):
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        return self.qkv, self.cache.k, self.cache.v, self.batch.block_tables
+        return self.qkv, self.cache.k, self.cache.v, self.batch.block_tables, self.batch.query_starts
 
     @property
     def outputs_and_sizes(self) -> tuple[object, ...]:
@@ -229,18 +236,20 @@ def paged_attention(
     out: torch.Tensor,
     workspace: AttentionWorkspace | None,
 ) -> torch.Tensor:
-    """As `gpu.paged_attention`, of a batch of single rows for which `can_share` holds."""
+    """As `gpu.paged_attention`, of a batch for which `can_share` holds."""
     assert batch.prefixes is not None
     assert workspace is not None
-    assert batch.max_query_len == 1
+    inputs = gpu.Inputs(qkv, cache, batch, heads, scores, out, workspace)
     num_requests, max_splits = batch.num_requests, batch.prefixes.max_splits
     partials = _partials(workspace, num_requests, heads, max_splits)
     step = _Step(qkv, cache, batch, batch.prefixes, heads, scores, partials)
     _launch_shared(step)
     programs = num_requests * heads.num_kv_heads
     splits = triton.cdiv(batch.max_context_len, SPLIT)
-    # the workspace must have a place for each split, not only for shared ones
-    parallel = max(1, min(splits, gpu.TARGET_PROGRAMS // programs)) if splits <= max_splits else 1
+    only_rows, parallel = batch.max_query_len == 1, 1
+    # the workspace must have a place for each split, not only for shared ones; row r is then that of request r
+    if only_rows and splits <= max_splits:
+        parallel = max(1, min(splits, gpu.TARGET_PROGRAMS // programs))
     launch = step.launch(heads.group, programs)
     _attend_rest[(heads.num_kv_heads, num_requests, parallel)](
         *step.inputs,
@@ -256,7 +265,9 @@ def paged_attention(
     )
     if parallel > 1:
         plan = gpu.Plan(True, num_requests, parallel, gpu.PARALLEL, launch, partials)
-        gpu.launch_merge(plan, partials, batch, heads, scores, out)
+        gpu.launch_merge(plan, partials, inputs)
+    if not only_rows:
+        gpu.attend(inputs, single_rows=False)
     return out
 
 
@@ -266,7 +277,7 @@ def _launch_shared(step: _Step) -> None:
     parts = triton.cdiv(TILE_REQUESTS, launch.block_m // group)
     _attend_shared[(kv_heads, parts, triton.cdiv(gpu.TARGET_PROGRAMS, kv_heads * parts))](
         *step.inputs,
-        prefixes.rows,
+        prefixes.requests,
         prefixes.tiles,
         prefixes.num_tiles,
         *step.outputs_and_sizes,

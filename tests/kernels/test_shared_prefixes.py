@@ -13,7 +13,7 @@ from sempre.kernels.attention import SharedPrefixes
 from sempre.kernels.attention.shared_prefixes import (
     MAX_ENTRIES,
     TILE_REQUESTS,
-    group_rows,
+    group_requests,
     most_shared_splits,
 )
 
@@ -33,7 +33,7 @@ def _ids(rows: list[str]) -> npt.NDArray[np.int32]:
 @given(st.lists(st.text("ab.", min_size=1, max_size=4), min_size=1, max_size=150), st.integers(0, 7))
 def test_each_leading_shared_split_is_in_one_tile_with_its_like(rows: list[str], padding: int) -> None:
     ids = _ids(rows)
-    arrays = group_rows(ids, len(rows) + padding, least_saved=1)
+    arrays = group_requests(ids, len(rows) + padding, least_saved=1)
     if arrays is None:
         first = [row[0] for row in rows if row[0] != "."]
         assert len(first) == len(set(first))
@@ -41,7 +41,7 @@ def test_each_leading_shared_split_is_in_one_tile_with_its_like(rows: list[str],
     assert arrays.counts.tolist()[len(rows) :] == [0] * padding
     found: dict[tuple[int, int], int] = {}
     for split, start, count in arrays.tiles[: arrays.num_tiles[0]].tolist():
-        members = arrays.rows[start : start + count].tolist()
+        members = arrays.requests[start : start + count].tolist()
         assert 0 < count <= TILE_REQUESTS
         assert len({ids[row, split] for row in members}) == 1
         for row in members:
@@ -57,8 +57,8 @@ def test_each_leading_shared_split_is_in_one_tile_with_its_like(rows: list[str],
 
 
 def test_few_savings_do_not_pay() -> None:
-    assert group_rows(_ids(["aaaa", "aaaa"]), 2, least_saved=5) is None
-    assert group_rows(_ids(["aaaa", "aaaa"]), 2, least_saved=4) is not None
+    assert group_requests(_ids(["aaaa", "aaaa"]), 2, least_saved=5) is None
+    assert group_requests(_ids(["aaaa", "aaaa"]), 2, least_saved=4) is not None
 
 
 def test_the_workspace_bounds_what_is_shared() -> None:

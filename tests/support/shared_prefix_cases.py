@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from sempre.kernels.attention import HeadLayout, KvCache, PagedBatch, ScoreParams
-from sempre.kernels.attention.shared_prefixes import PrefixArrays, group_rows, most_shared_splits
+from sempre.kernels.attention.shared_prefixes import PrefixArrays, group_requests, most_shared_splits
 
 # of each request: what it shares of its leading splits, and how many keys it has after them
 Requests = list[tuple[str, int]]
@@ -71,34 +72,44 @@ class SharedStep:
     def arrays(self, *, padding: int = 0, least_saved: int = 1) -> PrefixArrays | None:
         num_rows = len(self.requests) + padding
         width = most_shared_splits(num_rows, self.split_ids.shape[1])
-        return group_rows(self.split_ids[:, :width], num_rows, least_saved=least_saved)
+        return group_requests(self.split_ids[:, :width], num_rows, least_saved=least_saved)
 
-    def batch(self, prefixes: PrefixArrays | None, *, padding: int = 0, stride: int = 0, slack: int = 0) -> PagedBatch:
-        """`padding` rows follow; `stride`: splits that the workspace has room for, at least those shared."""
+    def batch(
+        self,
+        prefixes: PrefixArrays | None,
+        *,
+        padding: int = 0,
+        stride: int = 0,
+        slack: int = 0,
+        counts: Sequence[int] = (),
+    ) -> PagedBatch:
+        """`padding` requests follow; `stride`: splits that the workspace has room for, at least those shared;
+        `counts`: rows of each request, else one."""
+        rows = torch.tensor([0, *(counts or [1] * len(self.requests)), *[int(not counts)] * padding])
         tables = torch.cat([self.tables, torch.zeros(padding, self.tables.shape[1], dtype=torch.int32)])
         shared = None
         if prefixes is not None:
             shared = prefixes.on_device(torch.device(self.device), max(stride, self.split_ids.shape[1]))
         return PagedBatch(
             tables.to(self.device),
-            torch.arange(len(tables) + 1, dtype=torch.int32, device=self.device),
+            rows.cumsum(0).to(torch.int32).to(self.device),
             torch.tensor([*self.lens, *[0] * padding], dtype=torch.int32, device=self.device),
-            max_query_len=1,
+            max_query_len=int(rows.max()),
             max_context_len=max(self.lens) + slack,
             prefixes=shared,
         )
 
     def attend(self, batch: PagedBatch) -> torch.Tensor:
-        """[R, Hq D], of all keys read anew, or with the batch's prefixes."""
+        """[T, Hq D], of all keys read anew, or with the batch's prefixes."""
         from sempre.kernels.attention import gpu, gpu_prefix
 
-        rows = batch.num_requests
-        qkv = torch.cat([self.qkv, self.qkv.new_zeros(rows - len(self.qkv), self.qkv.shape[1])])
+        rows = int(batch.query_starts[-1])
+        qkv = self.qkv.repeat(-(-rows // len(self.qkv)), 1)[:rows].contiguous()
         out = torch.full((rows, self.heads.num_heads * self.heads.head_dim), float("nan"), device=self.device).to(
             self.dtype
         )
         stride = 1 if batch.prefixes is None else batch.prefixes.max_splits
-        needed = -(-stride * rows // gpu.MAX_SPLIT_TOKENS) * self.split
+        needed = -(-stride * batch.num_requests // gpu.MAX_SPLIT_TOKENS) * self.split
         workspace = gpu.allocate_attention_workspace(
             self.heads.num_heads, self.heads.head_dim, max(needed, max(self.lens)), torch.device(self.device)
         )
@@ -126,6 +137,21 @@ def check_shared_prefixes(step: SharedStep) -> None:
         assert found[len(expected) :].isnan().all(), "padding is not written"
 
 
+def check_beside_prompts(step: SharedStep) -> None:
+    """The same where some requests have several rows: their own keys, though their blocks are shared, too."""
+    counts = [5 if index % 3 == 1 else 1 for index in range(len(step.requests))]
+    step.split_ids[[count > 1 for count in counts]] = 0
+    expected = step.attend(step.batch(None, counts=counts))
+    arrays = step.arrays(padding=2)
+    assert arrays is not None
+    assert not arrays.counts[1]
+    for stride in (0, -(-max(step.lens) // step.split)):
+        found = step.attend(step.batch(arrays, counts=counts, padding=2, stride=stride))
+        assert step.ran == "gpu_prefix"
+        assert expected.isfinite().all()
+        assert torch.equal(found, expected), stride
+
+
 def check_that_keys_are_read_once(step: SharedStep) -> None:
     """Every member of a group but the first one loses its own copy of the first split, and nothing changes; without the
     group, everything does: the control."""
@@ -133,7 +159,7 @@ def check_that_keys_are_read_once(step: SharedStep) -> None:
     assert arrays is not None
     before = step.attend(step.batch(None))
     per_split = step.split // step.block
-    first = int(arrays.rows[0])
+    first = int(arrays.requests[0])
     others = [row for row in range(len(step.requests)) if row != first]
     # another order of the blocks: other keys at every position of the split
     step.tables[others, :per_split] = step.tables[others, :per_split].flip(1)

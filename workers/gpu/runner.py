@@ -171,13 +171,19 @@ class GpuModelRunner(QueuedRunner):
         stages = self._sampler.prepare(padded[0].tolist())
         self._buffers.stage_decode(padded)
         context_len = context_bucket(int(plan.context.max()), self.limits.max_model_len)
-        prefixes = self._shared_splits.of_step(plan.slots, plan.context, num_rows, context_len)
-        if prefixes is not None and prefixes.is_new:
-            self._buffers.stage_prefixes(prefixes.arrays)
-        self.graphs.run(DecodeShape(num_rows, context_len, stages, prefixes is not None, plan.has_adapters))
+        shares = self._stage_prefixes(plan, num_rows, context_len)
+        self.graphs.run(DecodeShape(num_rows, context_len, stages, shares, plan.has_adapters))
         states = [state.sampling for state in plan.states]
         padding = [None] * (num_rows - count)
         flight.pending = self._sampler.start_copy(self._logits_RV[:num_rows], stages, [*states, *padding])
+
+    def _stage_prefixes(self, plan: StepPlan, num_requests: int, max_context_len: int) -> bool:
+        """Send which keys decoding requests share; False if they share too few."""
+        contexts = np.where(plan.decodes, plan.context, 0)
+        prefixes = self._shared_splits.of_step(plan.slots, contexts, num_requests, max_context_len)
+        if prefixes is not None and prefixes.is_new:
+            self._buffers.stage_prefixes(prefixes.arrays)
+        return prefixes is not None
 
     def launch_decode(self, shape: DecodeShape) -> None:
         """Queue the kernels of a decode step whose rows are staged; capturable."""
@@ -237,7 +243,8 @@ class GpuModelRunner(QueuedRunner):
     def _run_mixed(self, flight: _Queued, plan: StepPlan, new: Sequence[RequestState]) -> None:
         shape = plan.shape
         self._buffers.stage(plan, self._batch.arrays(plan), shape, new)
-        hidden, sampled = self._forward(shape)
+        shares = self._stage_prefixes(plan, shape.num_requests, shape.max_context_len)
+        hidden, sampled = self._forward(shape, shares_prefixes=shares)
         if shape.num_sampled:
             # after the forward pass has been queued: grammar masks are computed while it runs
             states, slots = self._sampled(plan, shape.num_sampled)
@@ -254,9 +261,9 @@ class GpuModelRunner(QueuedRunner):
         missing = num_rows - len(states)
         return [*states, *[None] * missing], [*plan.slots[requests].tolist(), *[-1] * missing]
 
-    def _forward(self, shape: StepShape) -> tuple[torch.Tensor, SampledRows]:
+    def _forward(self, shape: StepShape, *, shares_prefixes: bool = False) -> tuple[torch.Tensor, SampledRows]:
         """Queue the forward pass of the staged step; final hidden states, of all rows or of those that sample."""
-        model_input, sampled = self._buffers.inputs(shape)
+        model_input, sampled = self._buffers.inputs(shape, shares_prefixes=shares_prefixes)
         return self._model.forward(model_input, self.cache.layers), sampled
 
     def _sample(self, hidden: torch.Tensor, sampled: SampledRows, stages: Stages) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Which requests hold the same cache blocks in whole splits of keys, kept up to date as their tables grow.
 
-# N slots (one per known request), S splits of a table, R requests of a decode step
+# N slots (one per known request), S splits of a table, R requests of a step
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention.gpu import SHARED_LEN
 from sempre.kernels.attention.gpu_tiles import SPLIT
-from sempre.kernels.attention.shared_prefixes import LEAST_SAVED, PrefixArrays, group_rows, most_shared_splits
+from sempre.kernels.attention.shared_prefixes import LEAST_SAVED, PrefixArrays, group_requests, most_shared_splits
 from sempre.workers.steps import Int32, Int64
 
 # of the self-test, and more
@@ -26,12 +26,12 @@ def workspace_len(config: WorkerConfig, max_model_len: int) -> int:
 
 
 class StepPrefixes(NamedTuple):
-    """What a decode step shares."""
+    """What the requests of a step share."""
 
     arrays: PrefixArrays
     max_splits: int
     is_new: bool
-    """whether they differ from those of the last step that shared any"""
+    """whether they are not those of the last step that shared any"""
 
 
 class SharedSplits:
@@ -71,23 +71,24 @@ class SharedSplits:
         if slot < len(self._held):
             self._forget(slot, 0)
 
-    def of_step(self, slots: Int64, contexts: Int64, num_rows: int, max_context_len: int) -> StepPrefixes | None:
-        """What requests of one row each, whose contexts end at `contexts`, share in a step padded to `num_rows`."""
+    def of_step(self, slots: Int64, contexts: Int64, num_requests: int, max_context_len: int) -> StepPrefixes | None:
+        """What decoding requests, whose contexts end at `contexts`, share in a step padded to `num_requests`; 0 for
+        requests of several rows."""
         if not self._num_shared:
             return None
-        key = (slots.tobytes(), num_rows, max_context_len)
+        whole = contexts // SPLIT
+        key = (slots.tobytes(), whole.tobytes(), num_requests, max_context_len)
         if key != self._step[0]:
-            self._step = key, self._group(slots, contexts, num_rows, -(-max_context_len // SPLIT))
+            self._step = key, self._group(slots, whole, num_requests, -(-max_context_len // SPLIT))
             return self._step[1]
-        # contexts only grow, by blocks of their own
         return None if self._step[1] is None else self._step[1]._replace(is_new=False)
 
-    def _group(self, slots: Int64, contexts: Int64, num_rows: int, num_splits: int) -> StepPrefixes | None:
-        max_splits = most_shared_splits(num_rows, num_splits)
+    def _group(self, slots: Int64, whole: Int64, num_requests: int, num_splits: int) -> StepPrefixes | None:
+        """`whole` [R]: splits all of whose keys the request sees."""
+        max_splits = most_shared_splits(num_requests, num_splits)
         ids = self._ids[slots, : min(max_splits, self._ids.shape[1])]
-        # all rows of a group must see all keys of the split
-        whole = np.arange(ids.shape[1]) < (contexts // SPLIT)[:, None]
-        arrays = group_rows(np.where(whole, ids, 0), num_rows, least_saved=LEAST_SAVED)
+        seen = np.arange(ids.shape[1]) < whole[:, None]
+        arrays = group_requests(np.where(seen, ids, 0), num_requests, least_saved=LEAST_SAVED)
         return None if arrays is None else StepPrefixes(arrays, max_splits, is_new=True)
 
     def _grow(self, slot: int) -> None:

@@ -112,13 +112,13 @@ class StepBuffers:
         return self._decode_staging.views([self._decode_rows(num_rows)])[0][0]
 
     def stage_prefixes(self, arrays: PrefixArrays) -> None:
-        """Send what the rows of decode steps share, until they share something else."""
+        """Send what the requests of steps share, until they share something else."""
         self._prefix_staging.stage(arrays)
 
-    def _prefixes(self, num_rows: int, max_context_len: int) -> SharedPrefixes:
-        rows, tiles, num_tiles, counts = self._prefix_staging.views(_prefix_arrays(num_rows))
-        max_splits = most_shared_splits(num_rows, -(-max_context_len // SPLIT))
-        return SharedPrefixes(rows, tiles, num_tiles, counts, max_splits)
+    def _prefixes(self, num_requests: int, max_context_len: int) -> SharedPrefixes:
+        requests, tiles, num_tiles, counts = self._prefix_staging.views(_prefix_arrays(num_requests))
+        max_splits = most_shared_splits(num_requests, -(-max_context_len // SPLIT))
+        return SharedPrefixes(requests, tiles, num_tiles, counts, max_splits)
 
     def decode_inputs(self, shape: DecodeShape) -> StepInput:
         """Queue the computation of the inputs from the staged arrays; capturable."""
@@ -171,8 +171,9 @@ class StepBuffers:
         if new:
             self._last_tokens.index_copy_(0, new_slots, new_last_tokens)
 
-    def inputs(self, shape: StepShape) -> tuple[StepInput, SampledRows]:
+    def inputs(self, shape: StepShape, *, shares_prefixes: bool = False) -> tuple[StepInput, SampledRows]:
         """Queue the computation of the inputs from the staged arrays; capturable."""
+        prefixes = self._prefixes(shape.num_requests, shape.max_context_len) if shares_prefixes else None
         arrays = StepArrays(*self._staging.views(array_sizes(shape, self._block_size)))
         last_tokens = self._last_tokens.index_select(0, arrays.row_slots)
         token_ids = torch.where(arrays.token_ids < 0, last_tokens, arrays.token_ids)
@@ -182,15 +183,15 @@ class StepBuffers:
             inputs = token_ids if rows is None else token_ids.index_select(0, rows)
             drafts = DraftedRows(arrays.draft_offsets, inputs, self._last_tokens)
         sampled = SampledRows(rows, arrays.sampled_slots, arrays.sampled_positions, drafts)
-        return step_input(arrays, shape, token_ids=token_ids), sampled
+        return step_input(arrays, shape, token_ids=token_ids, prefixes=prefixes), sampled
 
     def record(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Keep the sampled tokens (int64 [S]) of `slots` (int32 [S]) for the next step; capturable."""
         record_tokens(slots, token_ids, self._last_tokens)
 
 
-def _prefix_arrays(num_rows: int) -> list[ArraySize]:
-    return [(np.int32, size) for size in prefix_sizes(num_rows)]
+def _prefix_arrays(num_requests: int) -> list[ArraySize]:
+    return [(np.int32, size) for size in prefix_sizes(num_requests)]
 
 
 def _new_requests(count: int) -> list[ArraySize]:

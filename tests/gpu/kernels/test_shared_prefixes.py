@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shared_prefix_cases import Requests, SharedStep, check_shared_prefixes, check_that_keys_are_read_once
+from shared_prefix_cases import (
+    Requests,
+    SharedStep,
+    check_beside_prompts,
+    check_shared_prefixes,
+    check_that_keys_are_read_once,
+)
 
 from sempre.kernels.attention import HeadLayout, PagedBatch, SharedPrefixes
 from sempre.kernels.attention.gpu_tiles import SPLIT
@@ -14,7 +20,7 @@ pytestmark = pytest.mark.gpu
 TREE: Requests = [
     ("aa", 5), ("ab", 70), ("", 9), ("aa", 0), ("ab", 1), ("c", 1300), ("c", 3), ("aad", 7), ("", 2000), ("aae", 512),
 ]  # fmt: skip
-ARRAYS = ("rows", "tiles", "num_tiles", "counts")
+ARRAYS = ("requests", "tiles", "num_tiles", "counts")
 MANY: Requests = [("abcdefgh", 1 + row % 70) for row in range(130)]
 # query heads, key heads, head dim: groups of 1 to 16
 HEADS = [
@@ -44,6 +50,12 @@ def _layout(heads: tuple[int, int, int]) -> HeadLayout:
 @pytest.mark.parametrize(("heads", "dtype"), CASES, ids=str)
 def test_groups_within_groups(heads: tuple[int, int, int], dtype: torch.dtype, block: int) -> None:
     check_shared_prefixes(SharedStep(TREE, _layout(heads), dtype, "cuda", SPLIT, block))
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_beside_requests_of_several_rows(heads: tuple[int, int, int]) -> None:
+    for requests in (TREE, MANY):
+        check_beside_prompts(SharedStep(requests, _layout(heads), torch.bfloat16, "cuda", SPLIT))
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from rows_summed_alone import sum_rows_alone
-from shared_prefix_cases import Requests, SharedStep, check_shared_prefixes, check_that_keys_are_read_once
+from shared_prefix_cases import (
+    Requests,
+    SharedStep,
+    check_beside_prompts,
+    check_shared_prefixes,
+    check_that_keys_are_read_once,
+)
 
 from sempre.kernels.attention import HeadLayout
 
@@ -16,10 +22,11 @@ TREE: Requests = [("aa", 5), ("ab", 70), ("", 9), ("aa", 0), ("ab", 1), ("c", 13
 
 @pytest.fixture(autouse=True)
 def _rows_summed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sempre.kernels.attention import gpu
+    from sempre.kernels.attention import gpu, gpu_prefix
 
     sum_rows_alone(monkeypatch)
-    monkeypatch.setattr(gpu, "SPLIT", SPLIT)
+    for module in (gpu, gpu_prefix):
+        monkeypatch.setattr(module, "SPLIT", SPLIT)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +57,11 @@ def test_groups_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert arrays is not None
     assert arrays.tiles[: arrays.num_tiles[0]].tolist() == [[0, 0, 5], [0, 5, 5], [0, 10, 2]]
     check_shared_prefixes(step)
+
+
+def test_beside_requests_of_several_rows() -> None:
+    step = SharedStep([*TREE, ("aa", 3)], HeadLayout(4, 2, 16), torch.float16, "cpu", SPLIT, with_sinks=True)
+    check_beside_prompts(step)
 
 
 def test_keys_are_read_for_the_group() -> None:

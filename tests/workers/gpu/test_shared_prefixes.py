@@ -113,7 +113,7 @@ def test_reading_a_prefix_once_changes_no_bit(
 
     sum_rows_alone(monkeypatch)
     monkeypatch.setattr(worker_module, "make_backend", lambda *_: gpu_backend)
-    for module in (gpu, shared_splits, step_buffers):
+    for module in (gpu, gpu_prefix, shared_splits, step_buffers):
         monkeypatch.setattr(module, "SPLIT", SPLIT)
     counts = []
     attend = gpu_prefix.paged_attention

@@ -94,7 +94,7 @@ def test_tiles_hold_equal_blocks_and_miss_none(changes: list[tuple[int, tuple[st
     if found is not None:
         arrays = found.arrays
         for split, first, count in arrays.tiles[: arrays.num_tiles[0]].tolist():
-            members = [slots[row] for row in arrays.rows[first : first + count].tolist()]
+            members = [slots[row] for row in arrays.requests[first : first + count].tolist()]
             assert set(members) <= set(requests.like(members[0], split))
 
 
