@@ -140,7 +140,7 @@ class Scheduler:
 
         `now` decides whether requests still wait for a draft worker; with `inf` they do not.
         """
-        if self._in_flight and self._planner.waits_for_drafts(now):
+        if self._speculation is not None and self._in_flight and self._planner.waits_for_drafts(now):
             return None
         step = self._planner.plan(self._next_step_id, self._isolation.current, now)
         if not step.scheduled:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
 from sempre.ipc.messages import ExecuteStep, SampledTokens
@@ -31,8 +31,9 @@ _CREDIT = 3.0
 # a pause, in steps: at least, and for each lost step; twice as long after each trial that fails
 _LEAST_PAUSE, _PAUSE_PER_LOSS = 128, 128
 _LONGEST_PAUSE = 8192
-# the first step of its kind is not counted if it takes longer than this many others: a graph was captured
-_LONGEST_FIRST = 10.0
+# a step counts as at most this many others: the machine did something else; and the first of its kind not at all if it
+# takes longer than so many: a graph was captured
+_LONGEST, _LONGEST_FIRST = 4.0, 10.0
 # most draft tokens of a request in a trial, and before it is known what they cost
 _TRIAL_LENGTH = 2
 # a row costs something, whatever is expected
@@ -105,7 +106,10 @@ class _Load:
 
     @property
     def plain_seconds(self) -> float | None:
-        return median(self.plain) if len(self.plain) >= _LEAST_TIMED else None
+        if len(self.plain) < _LEAST_TIMED:
+            return None
+        most = _LONGEST * median(self.plain)
+        return fmean(min(seconds, most) for seconds in self.plain)
 
     @property
     def factor(self) -> float | None:
@@ -227,10 +231,10 @@ class DraftMeter:
     def _take_drafting(self, load: _Load, timed: _Timed) -> None:
         plain = load.plain_seconds
         if plain is not None and timed.waited:
-            steps = sum(timed.waited) / plain / len(timed.waited)
+            steps = fmean(timed.waited) / plain
             if timed.shape in self._shapes or steps <= _LONGEST_FIRST:
                 load.factors.append((steps - 1.0) / self._expected.of_step(timed.lengths))
-                self._lost = max(self._lost + steps - timed.num_tokens, -_CREDIT)
+                self._lost = max(self._lost + min(steps, _LONGEST) - timed.num_tokens, -_CREDIT)
         self._shapes.add(timed.shape)
         self._share += (len(timed.lengths) / timed.num_requests - self._share) * _WEIGHT
         load.num_drafting += 1

@@ -32,6 +32,8 @@ class Machine:
     """steps in flight"""
     capture: float = 0.0
     """the first step of a shape"""
+    noise: float = 0.0
+    """every twentieth step takes this much longer"""
 
     def seconds(self, step: ExecuteStep) -> float:
         rows = sum(item.num_tokens for item in step.scheduled)
@@ -93,6 +95,8 @@ class Run:
                 if (shape := self.machine.shape(step)) not in self._captured:
                     self._captured.add(shape)
                     self._device_free += self.machine.capture
+                if step.step_id * 40503 % 20 == 7:
+                    self._device_free += self.machine.noise
                 flying.append((step, self._device_free + self.machine.result / 2))
             step, answered = flying.popleft()
             self.now = max(self.now, answered)

@@ -76,6 +76,14 @@ def test_the_first_step_of_a_shape_does_not_count() -> None:
     assert without(CHEAP, 1) / sum(rounds(run, 1)) > 2.0
 
 
+@pytest.mark.parametrize("num_requests", [1, 8])
+def test_a_machine_that_sometimes_does_something_else(num_requests: int) -> None:
+    noisy = replace(CHEAP, noise=1e-2)
+    for share, least in ((0.0, 0.94), (0.9, 1.4)):
+        run = Run(noisy, model_plan(noisy), share=share)
+        assert without(noisy, num_requests) / sum(rounds(run, num_requests)) > least
+
+
 def test_the_same_history_gives_the_same_steps() -> None:
     runs = [Run(DEAR, model_plan(DEAR), share=0.6) for _ in range(2)]
     assert rounds(runs[0], 8) == rounds(runs[1], 8)
