@@ -51,6 +51,11 @@ class PlannedStep:
         self.drafts: list[DraftRequest] = []
 
     @property
+    def speculates(self) -> bool:
+        """Whether drafts are verified in it, or made after it."""
+        return self.num_draft_tokens > 0 or bool(self.drafts)
+
+    @property
     def has_room_for_prompts(self) -> bool:
         return self.budget > 0 and self.prompt_budget > 0
 

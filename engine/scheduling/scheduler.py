@@ -140,7 +140,7 @@ class Scheduler:
 
         `now` decides whether requests still wait for a draft worker; with `inf` they do not.
         """
-        if self._speculation is not None and self._in_flight and self._planner.waits_for_drafts(now):
+        if self._in_flight and self._waits_for_drafts(now):
             return None
         step = self._planner.plan(self._next_step_id, self._isolation.current, now)
         if not step.scheduled:
@@ -156,6 +156,13 @@ class Scheduler:
             scheduled=step.scheduled,
             drafts=step.drafts,
         )
+
+    def _waits_for_drafts(self, now: float) -> bool:
+        """Whether the next step depends on the result of one in flight, for a request to draft."""
+        speculation = self._speculation
+        if speculation is None or not (speculation.may_draft or any(step.speculates for step in self._in_flight)):
+            return False
+        return self._planner.waits_for_drafts(now)
 
     def take_asking(self) -> list[Request]:
         """Requests that want drafts from a draft worker since the last call."""

@@ -205,6 +205,11 @@ class SpeculationPlan:
     def asks_worker(self) -> bool:
         return self._config.placement == "worker"
 
+    @property
+    def may_draft(self) -> bool:
+        """Whether any request would have drafts now."""
+        return not self._config.adaptive or self._meter.costs is not None or self._meter.trial_length > 0
+
     def observe(self, step: ExecuteStep, sampled: Sequence[SampledTokens], now: float) -> None:
         """The step was answered `now`, seconds of a steady clock."""
         if self._config.adaptive:

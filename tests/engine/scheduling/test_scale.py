@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from random import Random
@@ -90,11 +91,14 @@ def _num_lines(function: Callable[[], Any]) -> int:
         return trace
 
     before = sys.gettrace()
+    # a collection, which may begin anywhere, calls functions of test libraries
+    gc.disable()
     sys.settrace(trace)
     try:
         function()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count
 
 

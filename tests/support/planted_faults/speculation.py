@@ -92,8 +92,8 @@ SPECULATION = (
         "planned-ahead-of-drafts",
         "While one request's drafts are verified, the others run ahead, and it waits for two steps each time.",
         SCHEDULER,
-        "self._in_flight and self._planner.waits_for_drafts(now):",
-        "self._in_flight and not self._requests:",
+        "        if self._in_flight and self._waits_for_drafts(now):",
+        "        if self._in_flight and not self._requests:",
         (f"{SCHEDULER_TESTS}::test_nothing_is_planned_ahead_of_a_result_that_a_request_needs_to_draft",),
     ),
     Fault(
