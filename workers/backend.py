@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from sempre.ipc.messages import WorkerConfig
+from sempre.kernels.attention import AttentionWorkspace
 from sempre.workers.adapters.store import AdapterStore
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.drafters.base import DraftModelRunner
@@ -128,6 +129,9 @@ class Backend(Protocol):
 
         Raises InvarianceError.
         """
+
+    def attention_workspace(self, model: LoadedModel) -> AttentionWorkspace | None:
+        """Memory that attention needs on this device, shared by all that runs this model."""
 
     def available_sizes(self, model: LoadedModel, draft: LoadedModel | None = None) -> CacheSizes:
         """KV cache blocks that fit, together with as many for the draft model that shares the device, beside the

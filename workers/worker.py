@@ -43,6 +43,7 @@ from sempre.workers.model_length import fitted, max_model_len
 from sempre.workers.models.config import spec_digest
 from sempre.workers.models.pooling import PoolingSettings
 from sempre.workers.models.registry import load_spec
+from sempre.workers.module_trace import TracedResult, trace_methods, trace_modules
 from sempre.workers.replica import join_replica, whole_model
 from sempre.workers.runner import ModelRunner, StepQueue
 from sempre.workers.sampling.grammar import grammar_library_version
@@ -84,6 +85,7 @@ class Worker:
             "ping": lambda: "pong",
             "rng_digests": self._rng_digests,
             "self_test": self._self_test,
+            **trace_methods(self._trace),
             **adapter_methods(lambda: self._require_loaded().adapters),
         }
 
@@ -288,6 +290,11 @@ class Worker:
 
     def _self_test(self) -> dict[str, int]:
         return self._require_backend().self_test(self._require_loaded())
+
+    def _trace(self, token_ids: list[int]) -> list[TracedResult]:
+        loaded = self._require_loaded()
+        workspace = self._require_backend().attention_workspace(loaded)
+        return trace_modules(loaded.model, loaded.weights, token_ids, block_size=loaded.block_size, workspace=workspace)
 
     def _require_backend(self) -> Backend:
         self._require_loaded()

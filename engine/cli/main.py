@@ -51,6 +51,7 @@ COMMANDS = {
     "fingerprint": "print what the outputs of a model depend on, and its digest",
     "replay": "make the outputs of receipts again, and say whether they are equal",
     "verify": "check on this machine, or from outside on a server, that outputs depend on nothing else",
+    "bisect": "find the first token, layer and operation in which two settings or checkpoints differ",
     "compare": "compare two runs or servers, output by output and bit for bit",
     "collect-env": "print versions and facts of this machine",
 }

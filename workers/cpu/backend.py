@@ -93,6 +93,9 @@ class CpuBackend:
         ]
         return require_equal(comparisons)
 
+    def attention_workspace(self, model: LoadedModel) -> None:
+        """None: attention on a CPU needs none."""
+
     def available_sizes(self, model: LoadedModel, draft: LoadedModel | None = None) -> CacheSizes:
         draft_bytes = 0 if draft is None else draft.block_bytes
         return available_sizes(

@@ -126,7 +126,7 @@ class GpuBackend:
         tested = run_self_test(
             model.model,
             model.weights,
-            self._attention_workspace(model),
+            self.attention_workspace(model),
             block_size=model.block_size,
             max_tokens=model.max_num_batched_tokens,
             max_num_seqs=model.max_num_seqs,
@@ -221,7 +221,8 @@ class GpuBackend:
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
-    def _attention_workspace(self, model: LoadedModel) -> AttentionWorkspace:
+    def attention_workspace(self, model: LoadedModel) -> AttentionWorkspace:
+        """Memory of attention, shared by all that runs this model."""
         role = model.config.role
         if role not in self._workspaces:
             spec = model.spec
@@ -233,7 +234,7 @@ class GpuBackend:
 
     def _allocate_steps(self, model: LoadedModel) -> StepMemory | PoolingMemory:
         config, spec, weights = model.config, model.spec, model.weights
-        workspace = self._attention_workspace(model)
+        workspace = self.attention_workspace(model)
         scratch = Scratch(
             model.max_num_batched_tokens, model.max_model_len, weights.activations, self.device, workspace
         )
