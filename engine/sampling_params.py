@@ -41,7 +41,6 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "watermarking": (False,),
     "prompt_logprob_token_ids": ([],),
     "prompt_logprob_start": (0,),
-    "flat_logprobs": (False,),
     # added tokens are written by the tokenizer's decoder, which adds no such spaces
     "spaces_between_special_tokens": (True, False),
     "extra_args": ({},),
@@ -114,7 +113,7 @@ class SamplingParams:
     logprob_token_ids: Annotated[
         list[int] | None, doc("report the log-probabilities of these ids instead of the k best")
     ] = None
-    flat_logprobs: InitVar[Any] = False
+    flat_logprobs: Annotated[bool, doc("give log-probabilities as FlatLogprobs, in a few lists")] = False
     detokenize: Annotated[bool, doc("produce text; without it, token ids only")] = True
     skip_special_tokens: Annotated[bool, doc("leave special tokens out of the text")] = True
     spaces_between_special_tokens: InitVar[Any] = True
@@ -269,6 +268,7 @@ class SamplingParams:
                 "logprob_token_ids", listed, f"can hold at most {MAX_LOGPROB_TOKEN_IDS} ids, got {len(listed)}."
             )
         self.logprob_token_ids = listed or None
+        boolean("flat_logprobs", self.flat_logprobs)
         if self.stream_interval is not None:
             interval = integer("stream_interval", self.stream_interval)
             if interval < 1:

@@ -6,10 +6,11 @@ Packed, an entry takes 8 bytes, unpacked over 100. A server holds them for clien
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import overload
 
+from sempre.engine.flat_logprobs import FlatLogprobs
 from sempre.engine.outputs import Logprob
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import MessageMalformed
@@ -80,14 +81,23 @@ class AfterFirst(Sequence[Row | None]):
         return self._rows[places - 1] if places else None
 
 
+def after_first(rows: Sequence[Row]) -> Sequence[Row | None]:
+    """A prompt's rows, given in the form of `rows`, which has none for the first token."""
+    if isinstance(rows, FlatLogprobs):
+        flat = FlatLogprobs()
+        flat.extend([None, *rows])
+        return flat
+    return [None, *rows] if isinstance(rows, list) else AfterFirst(rows)
+
+
 class RowBuffer:
     """The rows of one sequence that have arrived and have not been taken."""
 
-    def __init__(self, tokenizer: Tokenizer | None, *, keeps_packed: bool) -> None:
-        """`keeps_packed`: rows are given as PackedRows, not as a list."""
+    def __init__(self, tokenizer: Tokenizer | None, empty: Callable[[], PackedRows | FlatLogprobs | list[Row]]) -> None:
+        """`empty` makes what the rows are given in."""
         self._tokenizer = tokenizer
-        self._keeps_packed = keeps_packed
-        self._rows: PackedRows | list[Row] = PackedRows(tokenizer) if keeps_packed else []
+        self._empty = empty
+        self._rows = empty()
         self.num_entries = 0
         """log-probabilities in these rows"""
 
@@ -100,16 +110,16 @@ class RowBuffer:
             self._rows.add(rows, count)
         else:
             num_listed = _checked(rows)
-            self._rows += [_unpacked(rows, row, num_listed, self._tokenizer) for row in range(count)]
+            self._rows.extend([_unpacked(rows, row, num_listed, self._tokenizer) for row in range(count)])
         self.num_entries += count * rows.width
 
     def everything(self) -> Sequence[Row]:
         """Return all rows, and keep them."""
-        return self._rows if isinstance(self._rows, PackedRows) else self._rows.copy()
+        return self._rows if isinstance(self._rows, PackedRows) else self._rows[:]
 
     def take(self) -> Sequence[Row]:
         """Return all rows, and forget them."""
-        taken, self._rows = self._rows, PackedRows(self._tokenizer) if self._keeps_packed else []
+        taken, self._rows = self._rows, self._empty()
         self.num_entries = 0
         return taken
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from sempre.engine.adapters import Adapter
-from sempre.engine.frontend.logprob_rows import AfterFirst, RowBuffer
+from sempre.engine.flat_logprobs import FlatLogprobs
+from sempre.engine.frontend.logprob_rows import PackedRows, RowBuffer, after_first
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.sequence_state import SequenceState
 from sempre.engine.outputs import Logprob, RequestMetrics, RequestOutput
@@ -37,8 +39,13 @@ class RequestState:
         params = request.params
         texts = tokenizer if _has_text(request, tokenizer) else None
 
+        empty: Callable[[], PackedRows | FlatLogprobs | list[dict[int, Logprob]]]
+        empty = FlatLogprobs if params.flat_logprobs else list
+        if keeps_packed:
+            empty = partial(PackedRows, texts)
+
         def rows() -> RowBuffer:
-            return RowBuffer(texts, keeps_packed=keeps_packed)
+            return RowBuffer(texts, empty)
 
         self.request = request
         self.request_id = request.request_id
@@ -127,7 +134,7 @@ class RequestState:
             return None
         self._prompt_logprobs_taken = True
         rows = self.prompt_rows.take() if only_new else self.prompt_rows.everything()
-        return [None, *rows] if isinstance(rows, list) else AfterFirst(rows)
+        return after_first(rows)
 
     def _waits_for_prompt(self) -> bool:
         """Whether the prompt's log-probabilities are still missing. The first sequence computes them; another one may

@@ -16,12 +16,12 @@ def json_ready(value: Any) -> Any:
     """Return `value` with objects as dicts, sequences as lists, string keys, and numbers that JSON lacks as strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: json_ready(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
         return {str(name): json_ready(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [json_ready(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: json_ready(getattr(value, field.name)) for field in fields(value)}
     return value
 
 

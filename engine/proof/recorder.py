@@ -53,6 +53,7 @@ _NOT_RECORDED = frozenset(
         "logprobs",
         "prompt_logprobs",
         "logprob_token_ids",
+        "flat_logprobs",
         "truncate_prompt_tokens",
         "truncation_side",
     }

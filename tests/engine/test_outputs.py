@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from sempre.engine import LLM, AsyncLLM, RequestError, RequestOutput, SamplingParams
+from sempre.engine import LLM, AsyncLLM, ConfigError, RequestError, RequestOutput, RequestOutputKind, SamplingParams
+from sempre.engine.flat_logprobs import FlatLogprobs
 from sempre.engine.outputs import Logprob
 
 SETTINGS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 8, "num_threads": 1, "multiprocessing": False}
@@ -148,3 +150,45 @@ def test_default_parameters_are_a_copy(llm: LLM) -> None:
     defaults = llm.get_default_sampling_params()
     defaults.temperature = 0.0
     assert llm.get_default_sampling_params() != defaults
+
+
+def test_flat_logprobs_are_the_same_rows(llm: LLM) -> None:
+    """In any form of output, for the prompt as well; a slice, a copy and JSON keep them."""
+    expected, flat = (one(llm, n=2, prompt_logprobs=2, flat_logprobs=is_flat) for is_flat in (False, True))
+    for rows, found in (
+        (expected.outputs[1].logprobs, flat.outputs[1].logprobs),
+        ([{}, *(expected.prompt_logprobs or [])[1:]], flat.prompt_logprobs),
+    ):
+        assert isinstance(found, FlatLogprobs)
+        assert rows is not None
+        assert len(rows) > 2
+        assert list(found) == rows
+        assert found == rows
+        assert found != rows[:-1]
+        assert (found[-1], found[1:3]) == (rows[-1], rows[1:3])
+        assert isinstance(found[1:3], FlatLogprobs)
+        assert copy.deepcopy(found) == found
+        assert found.token_ids == [token_id for row in rows if row for token_id in row]
+        assert found.logprobs == [entry.logprob for row in rows if row for entry in row.values()]
+        assert [*zip(found.start_indices, found.end_indices, strict=True)][-1][1] == len(found.ranks)
+        with pytest.raises(IndexError):
+            found[len(rows)]
+    assert plain(flat.to_dict())
+    kept, same = (json.loads(output.to_json())["outputs"] for output in (flat, expected))
+    assert kept == same
+    with pytest.raises(ConfigError, match="flat_logprobs"):
+        SamplingParams(flat_logprobs=1)  # type: ignore[arg-type]
+
+
+def test_flat_logprobs_of_a_stream() -> None:
+    async def streamed(kind: RequestOutputKind) -> list[Any]:
+        params = dataclasses.replace(PARAMS, flat_logprobs=True, output_kind=kind)
+        async with AsyncLLM("tiny", **SETTINGS) as engine:
+            return [output.outputs[0] async for output in engine.generate("It is a truth", params)]
+
+    parts = asyncio.run(streamed(RequestOutputKind.DELTA))
+    whole = asyncio.run(streamed(RequestOutputKind.CUMULATIVE))
+    assert all(isinstance(part.logprobs, FlatLogprobs) for part in (*parts, *whole))
+    assert [row for part in parts for row in part.logprobs] == list(whole[-1].logprobs)
+    lengths = [len(part.logprobs) for part in whole]
+    assert lengths == [len(part.token_ids) for part in whole]  # earlier ones have not grown since

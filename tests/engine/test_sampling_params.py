@@ -147,6 +147,7 @@ def test_defaults() -> None:
         "logprobs": None,
         "prompt_logprobs": None,
         "logprob_token_ids": None,
+        "flat_logprobs": False,
         "detokenize": True,
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,

@@ -42,6 +42,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "logprobs": (1, False),
     "prompt_logprobs": (1, False),
     "logprob_token_ids": ([4], False),
+    "flat_logprobs": (True, False),
     "detokenize": (False, False),
     "skip_special_tokens": (False, False),
     "include_stop_str_in_output": (True, False),
