@@ -210,12 +210,6 @@ def check_device_settings(config: EngineConfig, device: str) -> None:
             parameter="block_size",
             value=config.block_size,
         )
-    if device == "cuda" and config.profile != "single":
-        raise ConfigError(
-            f"numerics_profile: expected single on a GPU, found {config.profile}.",
-            parameter="numerics_profile",
-            value=config.profile,
-        )
     if device == "cpu" and config.num_threads > (cores := len(os.sched_getaffinity(0))):
         raise ConfigError(
             f"num_threads: expected at most the {cores} usable cores, found {config.num_threads}.",

@@ -7,6 +7,10 @@ operand, so that a few rows still fill a tensor-core tile.
 fp8 weights with 16-bit activations are widened exactly to their dtype, and multiplied like weights of that dtype. The
 accumulator of the fp8 tensor cores is narrower than float32, so every PROMOTED elements of K, counted from 0, their sum
 is added to a float32 accumulator; the interval is the same in every tile, so that the result does not depend on it.
+
+A weight whose K has leaves is never given to the library. For many rows a program walks the leaves one after the other
+and holds up to three sums that wait; for few, each leaf has programs of its own, which keep more of the device busy,
+and a second kernel adds their float32 sums on the same tree.
 """
 
 from __future__ import annotations
@@ -20,17 +24,14 @@ import triton.language as tl
 from sempre.kernels.activation import Activation
 from sempre.kernels.activation.gpu import activate_and_mul, activated
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
-from sempre.kernels.gpu_jit import CHAINED, architecture, jit, prefetch, wait_for_previous
+from sempre.kernels.gpu_jit import CHAINED, architecture, jit, wait_for_previous
+from sempre.kernels.linear.gpu_leaves import MOST_SPLIT_ROWS, run_split
 from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Choice, Library, Tile, choose, choose_fused
+from sempre.kernels.linear.gpu_tiles import accumulate, prefetch_rows, prefetched_lines, tree_sum
 from sempre.kernels.linear.weights import GpuLinearWeight
 
 # the first architecture with conversions and tensor cores for fp8
 FP8_CAPABILITY = (8, 9)
-LINE_BYTES = 128
-# a part of the L2 cache
-PREFETCHED_BYTES = 16 << 20
-# more rows are compute-bound
-MOST_PREFETCHING_ROWS = 64
 
 
 def configure() -> None:
@@ -39,52 +40,6 @@ def configure() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = (False, False)
     torch.backends.cuda.matmul.allow_tf32 = False
-
-
-@jit()
-def _prefetch_rows(w: Any, n: Any, K: Any, LINES: tl.constexpr) -> None:
-    """Prefetch the first LINES lines of 128 bytes of rows n of the weight, which no other kernel writes."""
-    if LINES > 0:
-        PER_LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
-        prefetch(w + n.to(tl.int64)[:, None] * K + (tl.arange(0, LINES) * PER_LINE)[None, :])
-
-
-@jit()
-def accumulate(
-    w: Any,
-    x: Any,
-    n: Any,
-    t: Any,
-    K: Any,
-    BN: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PROMOTED: tl.constexpr,
-) -> Any:
-    """acc[n, t] = sum over ascending k of w[n, k] x[t, k]; a weight of another dtype is widened to that of x.
-
-    PROMOTED: 0, or for fp8 operands the elements of K after which their sum goes to the float32 accumulator.
-    """
-    k = tl.arange(0, BK)
-    w_at = w + n.to(tl.int64)[:, None] * K + k[None, :]
-    x_at = x + t.to(tl.int64)[None, :] * K + k[:, None]
-    acc = tl.zeros([BN, BT], tl.float32)
-    for start in range(0, K, BK):
-        if EVEN_K:
-            w_tile = tl.load(w_at)
-            x_tile = tl.load(x_at)
-        else:
-            inside = start + k < K
-            w_tile = tl.load(w_at, mask=inside[None, :], other=0.0)
-            x_tile = tl.load(x_at, mask=inside[:, None], other=0.0)
-        if PROMOTED > 0:
-            acc = tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=PROMOTED)
-        else:
-            acc = tl.dot(w_tile.to(x_tile.dtype), x_tile, acc, input_precision="ieee")
-        w_at += BK
-        x_at += BK
-    return acc
 
 
 @jit(runtime=("T",))
@@ -98,26 +53,32 @@ def _linear(
     T: Any,
     N: Any,
     K: Any,
+    D: Any,
     BT: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
+    LEAVES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_ROW_SCALES: tl.constexpr,
     PROMOTED: tl.constexpr,
     LINES: tl.constexpr,
 ) -> None:
-    """acc[n, t] over ascending k of w[n, k] x[t, k], then * row_scales[t], * scale[n], + bias[n], each if there."""
+    """acc[n, t], the sum of LEAVES leaves of D = K / LEAVES elements, each over ascending k of w[n, k] x[t, k], times
+    row_scales[t, leaf]; then * scale[n], + bias[n]; scales and bias if there."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     # rows past the end repeat the last one and are not stored
     n_in, t_in = tl.minimum(n, N - 1), tl.minimum(t, T - 1)
-    _prefetch_rows(w, n_in, K, LINES)
+    prefetch_rows(w, n_in, K, LINES)
     wait_for_previous()
-    acc = accumulate(w, x, n_in, t_in, K, BN, BT, BK, EVEN_K, PROMOTED)
-    if HAS_ROW_SCALES:
-        acc *= tl.load(row_scales + t_in)[None, :]
+    if LEAVES > 1:
+        acc = tree_sum(x, row_scales, w, n_in, t_in, K, D, BN, BT, BK, EVEN_K, LEAVES, HAS_ROW_SCALES, PROMOTED)
+    else:
+        acc = accumulate(w, x, n_in, t_in, K, BN, BT, BK, EVEN_K, PROMOTED)
+        if HAS_ROW_SCALES:
+            acc *= tl.load(row_scales + t_in)[None, :]
     if HAS_SCALE:
         acc *= tl.load(scale + n_in)[:, None]
     if HAS_BIAS:
@@ -145,8 +106,8 @@ def _gated_linear(
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     n_in, t_in = tl.minimum(n, N - 1), tl.minimum(t, T - 1)
-    _prefetch_rows(w, n_in, K, LINES)
-    _prefetch_rows(w, n_in + N, K, LINES)
+    prefetch_rows(w, n_in, K, LINES)
+    prefetch_rows(w, n_in + N, K, LINES)
     wait_for_previous()
     k = tl.arange(0, BK)
     gate_at = w + n_in.to(tl.int64)[:, None] * K + k[None, :]
@@ -174,24 +135,21 @@ def _gated_linear(
     tl.store(at, tl.trans(value).to(dtype), mask=(t < T)[:, None] & (n < N)[None, :])
 
 
-def _lines(rows: int, w: GpuLinearWeight) -> int:
-    """Lines of each weight row that a matmul of few rows prefetches before it waits for x; a power of two."""
-    if rows > MOST_PREFETCHING_ROWS or w.scheme is not None:
-        return 0
-    lines = min(w.in_features * w.weight.itemsize // LINE_BYTES, PREFETCHED_BYTES // (w.out_features * LINE_BYTES))
-    return 1 << (lines.bit_length() - 1) if lines else 0
-
-
 def operands(x: torch.Tensor, w: GpuLinearWeight) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x in the matmul's dtype, and its row scales."""
-    return quantize_rows(x) if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS else (x, None)
+    """x [T, K] in the matmul's dtype, and its scales [T * leaves]."""
+    if w.scheme is not Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
+        return x, None
+    values, scales = quantize_rows(x.view(x.shape[0] * w.leaves, w.in_features // w.leaves))
+    return values.view(x.shape), scales
 
 
 def run_tile(
     x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, tile: Tile, row_scales: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The linear layer by one given tile; x is fp8 with `row_scales` [T], or of another dtype without."""
+    """The linear layer by one given tile; x is fp8 with `row_scales` [T, leaves], or of another dtype without."""
     rows, (columns, depth) = x.shape[0], w.weight.shape
+    if w.leaves > 1 and rows <= MOST_SPLIT_ROWS:
+        return run_split(x, w, out, tile, row_scales)
     grid = (triton.cdiv(rows, tile.block_t), triton.cdiv(columns, tile.block_n))
     _linear[grid](
         x,
@@ -203,15 +161,17 @@ def run_tile(
         rows,
         columns,
         depth,
+        depth // w.leaves,
         BT=tile.block_t,
         BN=tile.block_n,
         BK=tile.block_k,
-        EVEN_K=depth % tile.block_k == 0,
+        EVEN_K=depth // w.leaves % tile.block_k == 0,
+        LEAVES=w.leaves,
         HAS_BIAS=w.bias is not None,
         HAS_SCALE=w.scale is not None,
         HAS_ROW_SCALES=row_scales is not None,
         PROMOTED=PROMOTED if row_scales is not None else 0,
-        LINES=_lines(rows, w),
+        LINES=prefetched_lines(rows, w),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **CHAINED,
@@ -275,7 +235,7 @@ def run_fused_tile(
         BK=tile.block_k,
         EVEN_K=depth % tile.block_k == 0,
         ACTIVATION=activation.value,
-        LINES=_lines(rows, w),
+        LINES=prefetched_lines(rows, w),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **CHAINED,

@@ -66,6 +66,14 @@ FLOAT32 = Tile(16, 64, 32, 4, 2)
 # for many rows where the library is not used
 MANY_ROWS = Tile(128, 128, 64, 8, 4)
 
+# of a program that walks leaves: three sums may wait beside the one it adds to, all in registers
+MOST_WAITING = 64 * 128
+MANY_ROWS_OF_LEAVES: dict[Fp8Scheme | None, Tile] = {
+    None: Tile(64, 128, 64, 8, 4),
+    Fp8Scheme.WEIGHTS: Tile(64, 128, 64, 8, 4),
+    Fp8Scheme.WEIGHTS_AND_ACTIVATIONS: Tile(64, 128, 128, 8, 4),
+}
+
 TABLES: dict[tuple[str, Fp8Scheme | None], tuple[Range, ...]] = {
     ("sm_90", None): (
         Range(8, 2048, ANY, Tile(8, 16, 256, 1, 6)),
@@ -157,12 +165,14 @@ def choose(arch: str, rows: int, w: GpuLinearWeight) -> Choice:
     """The first entry of the table that fits and was not excluded by the self-test; else the reference tile.
 
     The library only gets shapes that all its tensor-core kernels take, without bias, which it would round separately;
-    `MANY_ROWS` replaces it elsewhere.
+    `MANY_ROWS` replaces it elsewhere. It has no leaves: there, `MANY_ROWS_OF_LEAVES` does.
     """
     reference = REFERENCES[w.scheme]
     for entry in TABLES.get((arch, w.scheme), ()):
         if rows <= entry.max_rows and w.out_features <= entry.max_out and w.in_features <= entry.max_in:
             choice = entry.choice
+            if w.leaves > 1 and (isinstance(choice, Library) or choice.block_t * choice.block_n > MOST_WAITING):
+                choice = MANY_ROWS_OF_LEAVES[w.scheme]
             if isinstance(choice, Library) and (
                 w.out_features % 64 or w.in_features % 64 or w.bias is not None or str(choice) in w.excluded
             ):

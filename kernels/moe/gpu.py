@@ -20,8 +20,8 @@ from sempre.kernels.activation import Activation
 from sempre.kernels.activation.gpu import activated
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, wait_for_previous
-from sempre.kernels.linear.gpu import accumulate
 from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Tile, choose_expert_tile
+from sempre.kernels.linear.gpu_tiles import accumulate
 from sempre.kernels.moe.experts import ExpertScratch, ExpertShape, ExpertWeights, GatedExperts, SigmoidScores
 from sempre.kernels.moe.gpu_dispatch import chunks_of, dispatch, most_tiles
 from sempre.kernels.moe.gpu_scores import preferences, scale_weights, weigh
