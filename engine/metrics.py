@@ -17,7 +17,16 @@ PREFIX = "sempre:"
 _GAUGES = frozenset(
     {"num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc"}
 )
-_HISTOGRAMS = frozenset({"iteration_tokens_total", "request_num_preemptions"})
+# vLLM's buckets
+TOKEN_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+COUNT_BOUNDS = (1, 2, 5, 10, 20)
+_SIZES = {
+    "request_prompt_tokens": TOKEN_BOUNDS,
+    "request_generation_tokens": TOKEN_BOUNDS,
+    "request_params_n": COUNT_BOUNDS,
+    "request_params_max_tokens": TOKEN_BOUNDS,
+}
+_HISTOGRAMS = frozenset({"iteration_tokens_total", "request_num_preemptions", *_SIZES})
 _LABEL_OF_PARTS = {
     "num_requests_waiting_by_reason": "reason",
     "request_success": "finished_reason",
@@ -131,3 +140,24 @@ class Observations:
             total += count
             buckets.append(("+Inf" if bound is None else str(float(bound)), float(total)))
         return buckets
+
+
+class RequestSizes:
+    """Sizes of the requests of one engine, as its user sees them."""
+
+    def __init__(self) -> None:
+        self._observed = {name: Observations(bounds) for name, bounds in _SIZES.items()}
+
+    def begun(self, num_prompt_tokens: int, n: int, max_tokens: int) -> None:
+        """Count a request."""
+        self._observed["request_prompt_tokens"].observe(num_prompt_tokens)
+        self._observed["request_params_n"].observe(n)
+        self._observed["request_params_max_tokens"].observe(max_tokens)
+
+    def ended(self, num_tokens: int) -> None:
+        """Count an output."""
+        self._observed["request_generation_tokens"].observe(num_tokens)
+
+    def report(self) -> dict[str, ReportedValue]:
+        """Return values for `read_metrics`."""
+        return {name: {**dict(each.buckets()), "sum": each.sum} for name, each in self._observed.items()}

@@ -242,9 +242,9 @@ def limits_of(ready: EngineReady) -> EngineReady:
 
 
 def engine_metrics(reply: MetricsReply, frontend: Frontend) -> list[Metric]:
-    """Return the coordinator's metrics and that of this process."""
+    """Return the coordinator's metrics and those of this process."""
     own = {"unseeded_digests_dropped": float(frontend.builder.num_dropped_digests)}
-    return read_metrics({**reply.values, **own}, frontend.served_model_name)
+    return read_metrics({**reply.values, **own, **frontend.processor.sizes.report()}, frontend.served_model_name)
 
 
 def log_progress(progress: StartupProgress) -> None:

@@ -12,6 +12,7 @@ from sempre.engine.flat_logprobs import FlatLogprobs
 from sempre.engine.frontend.logprob_rows import PackedRows, RowBuffer, after_first
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.sequence_state import SequenceState
+from sempre.engine.metrics import RequestSizes
 from sempre.engine.outputs import Logprob, RequestMetrics, RequestOutput
 from sempre.engine.proof.output_chain import OutputChain
 from sempre.engine.proof.recorder import Finished, Recorder, Recording
@@ -172,6 +173,7 @@ class OutputProcessor:
         self._fingerprint = fingerprint
         self._requests: dict[str, RequestState] = {}
         self._sequences: dict[str, tuple[RequestState, SequenceState]] = {}
+        self.sizes = RequestSizes()
 
     @property
     def num_unfinished(self) -> int:
@@ -202,6 +204,9 @@ class OutputProcessor:
         self._requests[request.request_id] = state
         for spec, sequence in zip(request.sequences, state.sequences, strict=True):
             self._sequences[spec.request_id] = (state, sequence)
+        first = request.sequences[0]
+        if first.pooling is None:
+            self.sizes.begun(len(first.prompt_token_ids), len(request.sequences), first.params.max_tokens)
         return state
 
     def process(self, deltas: Iterable[RequestOutputDelta]) -> Processed:
@@ -219,6 +224,8 @@ class OutputProcessor:
             if sequence.finish_reason is not None:
                 if sequence.recording is not None and sequence.error is None:
                     self._record(state, sequence, sequence.recording)
+                if sequence.pooled is None:
+                    self.sizes.ended(sequence.num_tokens)
                 state.end_sequence()
                 del self._sequences[delta.request_id]
                 if state.finished:

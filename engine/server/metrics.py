@@ -18,7 +18,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from sempre.engine.frontend.request_builder import PreparedRequest
-from sempre.engine.metrics import PREFIX, Counter, Gauge, Metric, Observations
+from sempre.engine.metrics import COUNT_BOUNDS, PREFIX, TOKEN_BOUNDS, Counter, Gauge, Metric, Observations
 from sempre.engine.metrics import Histogram as EngineHistogram
 from sempre.engine.outputs import RequestMetrics, RequestOutput
 
@@ -27,8 +27,6 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
 _REQUEST_S = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-_COUNTS = (1, 2, 5, 10, 20)
 
 _KINDS: dict[type[Metric], type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]] = {
     Counter: CounterMetricFamily,
@@ -65,10 +63,10 @@ class ServerMetrics:
         self.inference = Histogram(
             "request_inference_time_seconds", "From the first step to the last token.", _REQUEST_S
         )
-        self.prompt_tokens = Histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
-        self.output_tokens = Histogram("request_generation_tokens", "Tokens of an output.", _TOKENS)
-        self.params_n = Histogram("request_params_n", "`n` of a request.", _COUNTS)
-        self.params_max_tokens = Histogram("request_params_max_tokens", "`max_tokens` of a request.", _TOKENS)
+        self.prompt_tokens = Histogram("request_prompt_tokens", "Tokens of a prompt.", TOKEN_BOUNDS)
+        self.output_tokens = Histogram("request_generation_tokens", "Tokens of an output.", TOKEN_BOUNDS)
+        self.params_n = Histogram("request_params_n", "`n` of a request.", COUNT_BOUNDS)
+        self.params_max_tokens = Histogram("request_params_max_tokens", "`max_tokens` of a request.", TOKEN_BOUNDS)
         self._histograms = [value for value in vars(self).values() if isinstance(value, Histogram)]
 
     def begin(self, requests: Sequence[PreparedRequest]) -> RequestRecord:
@@ -91,7 +89,12 @@ class ServerMetrics:
         )
         for cache in caches:
             info.add_metric([str(value) for value in cache.values()], 1)
-        renamed = [replace(metric, labels={**metric.labels, "model_name": self._model_name}) for metric in engine]
+        own = {PREFIX + histogram.name for histogram in self._histograms}
+        renamed = [
+            replace(metric, labels={**metric.labels, "model_name": self._model_name})
+            for metric in engine
+            if metric.name not in own  # counted here for each HTTP request, also where a search makes many of it
+        ]
         registry = CollectorRegistry()
         registry.register(_Families([*self._families(num_rejected), info, *_engine_families(renamed)], prefix + ":"))
         return generate_latest(registry)

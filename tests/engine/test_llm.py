@@ -22,6 +22,7 @@ from sempre.engine import (
     Counter,
     EngineDeadError,
     Gauge,
+    Histogram,
     Logprob,
     RequestError,
     RequestOutput,
@@ -326,6 +327,31 @@ def test_metrics(llm: LLM) -> None:
     llm.generate(PROMPTS, short(), use_tqdm=False)
     assert metric_values(llm, "generation_tokens")[0] - before == 24
     assert {metric.labels["model_name"] for metric in llm.get_metrics()} == {"tiny"}
+
+
+def test_sizes_of_requests_are_counted(llm: LLM) -> None:
+    """As vLLM's offline engine does; an output counts when it ends."""
+
+    def counted() -> dict[str, Histogram]:
+        return {metric.name: metric for metric in llm.get_metrics() if isinstance(metric, Histogram)}
+
+    before = counted()
+    llm.generate([[5, 6, 7], [8] * 11], short(max_tokens=4, n=2, ignore_eos=True), use_tqdm=False)
+    after = counted()
+    grown = {
+        name: (after[name].count - before[name].count, after[name].sum - before[name].sum)
+        for name in after
+        if name.startswith("sempre:request_p") or name == "sempre:request_generation_tokens"
+    }
+    assert grown == {
+        "sempre:request_prompt_tokens": (2, 14),
+        "sempre:request_generation_tokens": (4, 16),
+        "sempre:request_params_n": (2, 4),
+        "sempre:request_params_max_tokens": (2, 8),
+    }
+    name = "sempre:request_prompt_tokens"
+    per_bound = {bound: after[name].buckets[bound] - before[name].buckets[bound] for bound in after[name].buckets}
+    assert [per_bound[bound] for bound in ("2.0", "5.0", "10.0", "20.0", "+Inf")] == [0, 1, 1, 2, 2]
 
 
 def test_fingerprint(llm: LLM) -> None:
