@@ -17,7 +17,7 @@ SchedulingPolicy = Literal["fcfs", "priority"]
 Numerics = Literal["invariant", "control"]
 NumericsProfile = Literal["single", "tree8"]
 SpeculativeMethod = Literal["ngram", "suffix", "draft_model"]
-Quantization = Literal["fp8", "fp8_weight_only"]
+Quantization = Literal["fp8", "fp8_weight_only", "int8", "int4", "integer"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Role = Literal["target", "draft"]
@@ -85,7 +85,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     dtype: Annotated[Dtype, doc("dtype of weights and KV cache; auto is the checkpoint's")] = "auto"
     quantization: Annotated[
         Quantization | None,
-        doc("fp8: matrices and their inputs; fp8_weight_only: matrices; None is the checkpoint's"),
+        doc(
+            "fp8: matrices and their inputs; fp8_weight_only: matrices; int8, int4: matrices in blocks, with inputs in "
+            "int8, on a CPU; integer: the same with a GGUF file's own blocks; None is the checkpoint's"
+        ),
     ] = None
     max_model_len: Annotated[
         Size | None, doc("longest prompt plus output, tokens; None is the model's, or what the KV cache holds if less")

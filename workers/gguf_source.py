@@ -4,31 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from sempre.ipc.errors import ModelError, TensorMismatch
-from sempre.ipc.gguf_index import Form, GgufIndex, IndexEntry, StoredTensor, read_gguf_index
+from sempre.ipc.gguf_index import BLOCK_SIZES, Form, GgufIndex, IndexEntry, StoredTensor, read_gguf_index
 from sempre.ipc.model_files import check_regular
-from sempre.workers.quantization.gguf_blocks import UNPACK, dequantize
+from sempre.workers.quantization.gguf_blocks import UNPACK, Blocks, IntegerForm, dequantize, integer_form
 from sempre.workers.tensor_source import FLOAT_NAMES, mismatch
+
+CODES, SCALES, MINIMA = ".codes", ".code_scales", ".code_minima"
+"""suffixes of a matrix's blocks as integers"""
+
+# what each module is in GGUF has one source, whose rows are put in order while quantised
+_FORMS_OF_INTEGERS = (Form.PLAIN, Form.HEADS, Form.EXPERT)
+
+
+def integer_forms(index: GgufIndex) -> dict[str, IntegerForm]:
+    """The forms of the matrices that are stored in blocks, by module."""
+    found = {}
+    for name, entry in index.tensors.items():
+        kind = entry.sources[0].type
+        rank = len(entry.sources[0].shape) - (entry.form is Form.EXPERT)
+        if name.endswith(".weight") and entry.form in _FORMS_OF_INTEGERS and kind in UNPACK and rank == 2:
+            found[name.removesuffix(".weight")] = integer_form(kind)
+    return found
 
 
 class GgufSource:
-    """Block formats are dequantised to float32."""
+    """Block formats are dequantised to float32, or shown as integers with their scales."""
 
-    def __init__(self, index: GgufIndex, files: Sequence[torch.Tensor]) -> None:
-        """`files` uint8 [bytes]"""
+    def __init__(self, index: GgufIndex, files: Sequence[torch.Tensor], integers: Set[str] = frozenset()) -> None:
+        """`files` uint8 [bytes]; `integers`: modules whose blocks are shown as integers."""
         self._tensors = index.tensors
         self._files = files
+        self._parts: dict[str, str] = {}
+        """tensors that are parts of blocks → the matrix"""
+        forms = integer_forms(index)
+        for module in sorted(integers):
+            for suffix in (CODES, SCALES, *((MINIMA,) if forms[module].has_minimum else ())):
+                self._parts[module + suffix] = module + ".weight"
+        self._forms = {module + ".weight": forms[module] for module in integers}
+        self._last: tuple[str, Blocks] | None = None
 
     def names(self) -> list[str]:
-        return list(self._tensors)
+        return [*(name for name in self._tensors if name not in self._forms), *self._parts]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._parts:
+            rows, width = self.shape(self._parts[name])
+            return (rows, width if name.endswith(CODES) else width // self._forms[self._parts[name]].group)
         entry = self._tensors[name]
         shape = entry.sources[0].shape
         match entry.form:
@@ -42,10 +70,14 @@ class GgufSource:
                 return shape
 
     def dtype_name(self, name: str) -> str:
+        if name in self._parts:
+            return "I8" if name.endswith(CODES) else "F32"
         kinds = {source.type for source in self._tensors[name].sources}
         return kinds.pop() if len(kinds) == 1 and kinds <= FLOAT_NAMES.keys() else "F32"
 
     def read(self, name: str) -> torch.Tensor:
+        if name in self._parts:
+            return self._read_part(name)
         entry = self._tensors[name]
         try:
             values = self._values(entry)
@@ -58,12 +90,31 @@ class GgufSource:
 
     def digest(self, name: str, tensor: torch.Tensor) -> bytes:
         """Over what is stored, which determines the tensor."""
-        entry = self._tensors[name]
+        entry = self._tensors[self._parts.get(name, name)]
         digest = hashlib.sha256(f"{name} {entry.form.value} {entry.number}".encode())
         for source in entry.sources:
             digest.update(f" {source.type} {source.shape}".encode())
             digest.update(self._raw(entry, source).numpy().data)
         return digest.digest()
+
+    def _read_part(self, name: str) -> torch.Tensor:
+        """The codes, scales or minima of a matrix's blocks."""
+        matrix = self._parts[name]
+        if self._last is None or self._last[0] != matrix:
+            entry = self._tensors[matrix]
+            (source,) = entry.sources
+            block = BLOCK_SIZES[source.type]
+            raw = self._ordered(entry, source)
+            blocks = UNPACK[source.type](raw.reshape(-1, block.num_bytes))
+            self._last = matrix, blocks.of_rows(raw.shape[0])
+        blocks = self._last[1]
+        if name.endswith(CODES):
+            return blocks.codes
+        values = blocks.scale if name.endswith(SCALES) else blocks.minimum
+        assert values is not None
+        if not bool(values.isfinite().all()):
+            raise mismatch(name, "finite numbers in the file", f"{int((~values.isfinite()).sum())} that are not")
+        return values
 
     def _values(self, entry: IndexEntry) -> torch.Tensor:
         first, *others = (self._floats(entry, source) for source in entry.sources)
@@ -86,13 +137,18 @@ class GgufSource:
             return whole.view(source.shape[0], -1)[entry.number].view(source.shape[1], -1)
         return whole
 
-    def _floats(self, entry: IndexEntry, source: StoredTensor) -> torch.Tensor:
+    def _ordered(self, entry: IndexEntry, source: StoredTensor) -> torch.Tensor:
+        """The same, in the order of the model."""
         raw = self._raw(entry, source)
+        if entry.form is not Form.HEADS:
+            return raw
+        # rows are made of whole blocks, so that they are put in order while quantised
+        per_item = raw.view(source.shape[0], -1)
+        return per_item[rows_of_heads(source.shape[0], entry.number)].view(raw.shape)
+
+    def _floats(self, entry: IndexEntry, source: StoredTensor) -> torch.Tensor:
+        raw = self._ordered(entry, source)
         shape = source.shape[1:] if entry.form is Form.EXPERT else source.shape
-        if entry.form is Form.HEADS:
-            # rows are made of whole blocks, so that they are put in order while quantised
-            per_item = raw.view(shape[0], -1)
-            raw = per_item[rows_of_heads(shape[0], entry.number)].view(raw.shape)
         if source.type in UNPACK:
             return dequantize(source.type, raw).view(shape)
         # a copy: offsets in the file need not be multiples of an element's size
@@ -109,8 +165,9 @@ def rows_of_heads(num_rows: int, num_heads: int) -> torch.Tensor:
 
 
 @contextmanager
-def open_gguf(folder: Path) -> Iterator[GgufSource]:
-    """Open the files that the folder's index names. Raises ModelError for one that has changed since."""
+def open_gguf(folder: Path, integers: Set[str] = frozenset()) -> Iterator[GgufSource]:
+    """Open the files that the folder's index names; `integers` as of GgufSource. Raises ModelError for a file that has
+    changed since."""
     index = read_gguf_index(folder)
     paths = [folder / file.path for file in index.files]
     for path, file in zip(paths, index.files, strict=True):
@@ -122,7 +179,7 @@ def open_gguf(folder: Path) -> Iterator[GgufSource]:
         for path, file in zip(paths, index.files, strict=True)
     ]
     try:
-        yield GgufSource(index, files)
+        yield GgufSource(index, files, integers)
     except TensorMismatch as error:
         named = f"{', '.join(map(str, paths))}: {error}"
         raise TensorMismatch(named, tensor=error.tensor, expected=error.expected, found=error.found) from error

@@ -18,7 +18,8 @@ from sempre.ipc.config import WorkerConfig
 from sempre.ipc.errors import ModelError, TensorMismatch
 from sempre.ipc.gguf_index import GGUF_INDEX_FILE
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.workers.gguf_source import open_gguf
+from sempre.kernels.integers import IntegerScheme
+from sempre.workers.gguf_source import CODES, open_gguf
 from sempre.workers.kv_cache import available_memory_bytes
 from sempre.workers.layers.linear_kernel import LinearKernel, with_inputs
 from sempre.workers.layers.module import Build, Module, parameters
@@ -27,8 +28,15 @@ from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.registry import build_model
 from sempre.workers.parallel import Parallel, parallel_of
-from sempre.workers.quantization.config import Mxfp4Spec, QuantizationSpec, StoredQuantization, resolve_quantization
+from sempre.workers.quantization.config import (
+    IntegerSpec,
+    Mxfp4Spec,
+    QuantizationSpec,
+    StoredQuantization,
+    resolve_quantization,
+)
 from sempre.workers.quantization.fp8 import Fp8Quantization
+from sempre.workers.quantization.integers import integer_quantization
 from sempre.workers.quantization.method import Quantization
 from sempre.workers.quantization.mxfp4 import Mxfp4Quantization
 from sempre.workers.quantization.plain import NotQuantized
@@ -91,7 +99,7 @@ class WeightFacts:
     """the dtype of hidden states"""
     matrix_dtype: torch.dtype
     """of the matrices that are not quantised"""
-    quantization: Fp8Scheme | None
+    quantization: Fp8Scheme | IntegerScheme | None
     """of the matrices that are quantised, if any are"""
     digest: str
     """SHA-256 of names, shapes, dtypes and bytes in the checkpoint; how they are split into files does not matter"""
@@ -122,9 +130,10 @@ def load_model(
     with the whole model; the digest of the weights is that of the whole.
     """
     resolved = resolve_quantization(spec.quantization, config.quantization, config.load_format)
-    scheme = resolved.scheme if isinstance(resolved, QuantizationSpec) else None
+    scheme = resolved.scheme if isinstance(resolved, QuantizationSpec | IntegerSpec) else None
     parallel = parallel or parallel_of(config.profile)
-    model = build_model(Build(kernel, _formats(resolved), parallel), spec)
+    formats = _formats(resolved, config, placement)
+    model = build_model(Build(kernel, formats, parallel), spec)
     wanted = parameters(model)
     with _open_source(config, spec, wanted, placement.device) as opened:
         source = opened if config.load_format == "dummy" else _own_tensors(opened, resolved, model)
@@ -132,7 +141,7 @@ def load_model(
         target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":
             # the dtype may be the checkpoint's, which is known only now
-            model = build_model(Build(with_inputs(kernel, target), _formats(resolved), parallel), spec)
+            model = build_model(Build(with_inputs(kernel, target), formats, parallel), spec)
             _check_memory(wanted, source, target, is_fp8=scheme is not None)
         with ThreadPoolExecutor(max_workers=placement.hashing_threads) as pool:
             reader = _Reader(source, target, placement, pool)
@@ -150,9 +159,13 @@ def load_model(
             return Loaded(model, facts)
 
 
-def _formats(resolved: StoredQuantization | None) -> Quantization:
-    """The formats of a model's matrices."""
+def _formats(
+    resolved: StoredQuantization | IntegerSpec | None, config: WorkerConfig, placement: Placement
+) -> Quantization:
+    """The formats of a model's matrices. Raises ConfigError for integers where they are not computed."""
     match resolved:
+        case IntegerSpec():
+            return integer_quantization(resolved.scheme, config, placement.device)
         case None | WidenedSpec():
             return NotQuantized()
         case Mxfp4Spec():
@@ -161,7 +174,9 @@ def _formats(resolved: StoredQuantization | None) -> Quantization:
             return Fp8Quantization(resolved)
 
 
-def _own_tensors(checkpoint: TensorSource, stored: StoredQuantization | None, model: CausalLM) -> TensorSource:
+def _own_tensors(
+    checkpoint: TensorSource, stored: StoredQuantization | IntegerSpec | None, model: CausalLM
+) -> TensorSource:
     """The tensors of this model, by its own names, and widened where they are stored in fewer bits."""
     source: TensorSource = WidenedSource(checkpoint, stored.format) if isinstance(stored, WidenedSpec) else checkpoint
     if model.part is not None:
@@ -183,7 +198,9 @@ def _open_source(
         yield DummySource(wanted, getattr(torch, name), config.seed, spec.initializer_range, device)
     else:
         folder = Path(config.model_path)
-        with open_gguf(folder) if (folder / GGUF_INDEX_FILE).exists() else open_safetensors(folder) as source:
+        integers = {name.removesuffix(CODES) for name in wanted if name.endswith(CODES)}
+        is_gguf = (folder / GGUF_INDEX_FILE).exists()
+        with open_gguf(folder, integers) if is_gguf else open_safetensors(folder) as source:
             yield source
 
 

@@ -21,6 +21,7 @@ from sempre.ipc.errors import InvarianceError
 from sempre.kernels.attention import AttentionWorkspace, PagedBatch, SharedPrefixes
 from sempre.kernels.attention.shared_prefixes import group_requests
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
+from sempre.kernels.integers import GroupedIntegers, IntegerScheme, IntegerWeight, Layout
 from sempre.kernels.states import StateBatch, StateShape
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear import Linear
@@ -305,13 +306,18 @@ def distinct_linears(model: CausalLM) -> list[tuple[str, Linear]]:
     """One of each kind that is computed alike (shape, fp8 scheme, use and activation): the first, with its path."""
     seen: dict[object, tuple[str, Linear]] = {}
     for path, linear in model.linears():
-        seen.setdefault((linear.use, linear.activation, shape_of(linear.weight)), (path, linear))
+        kind = (linear.use, linear.activation, shape_of(linear.weight), _layouts(linear.weight))
+        seen.setdefault(kind, (path, linear))
     return list(seen.values())
 
 
-def shape_of(weight: LinearWeight) -> tuple[int, int, Fp8Scheme | None, int]:
-    """Matrices of equal shape, scheme and leaves are multiplied by the same kernels."""
+def shape_of(weight: LinearWeight) -> tuple[int, int, Fp8Scheme | IntegerScheme | None, int]:
+    """Matrices of equal shape, scheme and leaves are multiplied by the same kernels; integers by those of a layout."""
     return weight.out_features, weight.in_features, weight.scheme, weight.leaves
+
+
+def _layouts(weight: LinearWeight) -> tuple[Layout, ...]:
+    return tuple(part.layout for part in weight.parts) if isinstance(weight, IntegerWeight) else ()
 
 
 def check_linears(model: CausalLM, matrix_dtype: torch.dtype, max_tokens: int) -> Iterator[Comparison]:
@@ -339,9 +345,20 @@ def _random_weight(
 ) -> LinearWeight:
     weight = torch.randn(columns, like.in_features, generator=generator, dtype=torch.float32, device=CPU)
     leaves = [like.leaves] if like.leaves > 1 else []
-    if like.scheme is None:
+    if isinstance(like, IntegerWeight):
+        matrices = [_random_integers(weight, layout) for layout in dict.fromkeys(_layouts(like))]
+        return kernel.pack_integers(matrices, None, like.scheme)
+    if not isinstance(like.scheme, Fp8Scheme):
         return kernel.pack(weight.to(matrix_dtype), None, *leaves)
     return kernel.pack_fp8(*quantize_channels(weight), None, like.scheme, *leaves)
+
+
+def _random_integers(numbers: torch.Tensor, layout: Layout) -> GroupedIntegers:
+    """Codes over the whole range of a layout, by random numbers [N, K], which also become scales."""
+    most = (1 << layout.bits) - 1
+    codes = (numbers.view(torch.int32) & most) - layout.offset
+    scale = numbers[:, :: layout.group].contiguous()
+    return GroupedIntegers(codes.to(torch.int8), scale, scale.flip(0) if layout.has_minimum else None)
 
 
 def _compare_rows(

@@ -17,6 +17,7 @@ VNNI, AVX2 or plain ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -30,7 +31,9 @@ __all__ = [
     "IntegerPart",
     "IntegerScheme",
     "IntegerWeight",
+    "Layout",
     "integer_linear",
+    "pack_integer_linear",
     "pack_integers",
 ]
 
@@ -72,19 +75,27 @@ class GroupedIntegers:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How the codes of a part lie in memory: each plus `offset`, in `bits`."""
+
+    bits: int
+    offset: int
+    group: int
+    has_minimum: bool
+
+
+@dataclass(frozen=True)
 class IntegerPart:
     """Some outputs of a weight, in panels of 32 of them; columns past N are zero.
 
-    `codes` uint8: with 8 bits [P, K / 4, 32, 4], each code plus 128; with 4 bits [P, K / 8, 32, 4], two codes plus
-    `offset` in a byte, the inputs 8i + j in the lower and 8i + 4 + j in the upper half. `scale`, `minimum` [P, G, 32].
+    `codes` uint8: with 8 bits [P, K / 4, 32, 4]; with 4 bits [P, K / 8, 32, 4], two in a byte, the inputs 8i + j in the
+    lower and 8i + 4 + j in the upper half. `scale`, `minimum` [P, G, 32].
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     minimum: torch.Tensor | None
-    bits: int
-    offset: int
-    group: int
+    layout: Layout
     out_features: int
 
 
@@ -127,7 +138,16 @@ def pack_integers(matrix: GroupedIntegers) -> IntegerPart:
     if bits == 4:
         quads = quads[:, ::2] | (quads[:, 1::2] << 4)
     minimum = None if matrix.minimum is None else _grouped(matrix.minimum)
-    return IntegerPart(quads.contiguous(), _grouped(matrix.scale), minimum, bits, offset, matrix.group, rows)
+    layout = Layout(bits, offset, matrix.group, minimum is not None)
+    return IntegerPart(quads.contiguous(), _grouped(matrix.scale), minimum, layout, rows)
+
+
+def pack_integer_linear(
+    matrices: Sequence[GroupedIntegers], bias: torch.Tensor | None, scheme: IntegerScheme
+) -> IntegerWeight:
+    """Pack matrices of equal K, one after the other along their outputs, and `bias` [N]."""
+    own_bias = None if bias is None else bias.float().contiguous()
+    return IntegerWeight(tuple(map(pack_integers, matrices)), own_bias, matrices[0].codes.shape[1], scheme)
 
 
 def _panels(matrix: torch.Tensor, padding: int) -> torch.Tensor:

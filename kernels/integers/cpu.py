@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import prange
 
 from sempre.kernels.integers import BLOCK, PANEL, IntegerPart, IntegerWeight
-from sempre.kernels.integers.tiles import TILE_ROWS, layout_of, tiles_of
+from sempre.kernels.integers.tiles import TILE_ROWS, tiles_of
 from sempre.kernels.jit import address_of, compiled, compiled_twice, keep
 from sempre.kernels.linear.cpu_tiles import add_rows, copy_rows
 from sempre.kernels.native import call_native
@@ -222,14 +222,14 @@ def _run(x: Quantized, part: IntegerPart, w: IntegerWeight, out: torch.Tensor, c
     """One part's outputs, from `column` on."""
     rows, depth = x.values.shape
     _integer_linear(
-        tiles_of(layout_of(part)).table,
+        tiles_of(part.layout).table,
         x.values.data_ptr(),
         x.scales.data_ptr(),
-        x.totals_of(part.group).data_ptr(),
+        x.totals_of(part.layout.group).data_ptr(),
         rows,
         depth,
-        part.group,
-        depth * PANEL * part.bits // 8,
+        part.layout.group,
+        depth * PANEL * part.layout.bits // 8,
         part.codes.data_ptr(),
         part.scale.data_ptr(),
         0 if part.minimum is None else part.minimum.data_ptr(),

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
-from sempre.kernels.integers import BLOCK, IntegerPart
+from sempre.kernels.integers import BLOCK, Layout
 from sempre.kernels.native import Native, NativeGroup
 from sempre.kernels.vector_ir import F32, I8, I16, I32, I64, LANES, constant, fma, load, loop, splat, store, vec
 
@@ -113,16 +113,6 @@ DOTS: dict[str, Dot] = {"vnni512": _vnni, "vnni256": _vnni_halves, "avx2": _avx2
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the codes of a part lie in memory."""
-
-    bits: int
-    offset: int
-    group: int
-    has_minimum: bool
-
-
-@dataclass(frozen=True)
 class _Operands:
     """Addresses; rows of what belongs to x and out begin so many bytes apart."""
 
@@ -207,7 +197,3 @@ def tiles_of(layout: Layout) -> NativeGroup:
     kind = dot_kind(machine_features())
     name = f"integers-{layout.bits}-{layout.offset}-{layout.group}-{int(layout.has_minimum)}-{kind}"
     return NativeGroup(name, {f"rows_{rows}": _tile(rows, layout, kind) for rows in TILE_ROWS})
-
-
-def layout_of(part: IntegerPart) -> Layout:
-    return Layout(part.bits, part.offset, part.group, part.minimum is not None)

@@ -176,7 +176,7 @@ def test_four_bits_are_used_where_the_codes_allow() -> None:
     def bits(least: int, most: int) -> tuple[int, int]:
         codes = torch.tensor([[least, most] * 16], dtype=torch.int8)
         part = pack_integers(GroupedIntegers(codes, torch.ones(1, 1)))
-        return part.bits, part.offset
+        return part.layout.bits, part.layout.offset
 
     assert [bits(0, 15), bits(-8, 7), bits(-9, 7), bits(-1, 8), bits(0, 16)] == [
         (4, 0), (4, 8), (8, 128), (8, 128), (8, 128)

@@ -10,7 +10,7 @@ import torch
 from sempre.kernels.activation import Activation
 from sempre.kernels.linear import ControlLinearWeight, GpuLinearWeight
 from sempre.kernels.moe import ExpertWeights, stack_like
-from sempre.workers.layers.linear import Linear
+from sempre.workers.layers.linear import Linear, tensors_of_weight
 from sempre.workers.layers.linear_kernel import LinearWeight
 from sempre.workers.layers.module import Build, Scratch, Tensors
 from sempre.workers.quantization.plain import PLAIN_SUFFIX
@@ -70,7 +70,7 @@ class ExpertLinear(Linear):
 
     def own_tensors(self) -> Iterator[torch.Tensor]:
         for weight in [self.stacked] if self.stacked is not None else self.weights:
-            yield from (value for value in vars(weight).values() if isinstance(value, torch.Tensor))
+            yield from tensors_of_weight(weight)
 
     def allocate(self, scratch: Scratch) -> None:
         if self.stacked is None:
@@ -130,7 +130,7 @@ class StackedExpertLinear(ExpertLinear):
             self.put(expert, method.pack({path: own}, bias, self.kernel, tensors.matrix))
 
     def _stored(self, path: str) -> Mapping[str, Parameter]:
-        return self._quantization.method([path]).tensors(self.out_features, self.in_features)
+        return self._quantization.method([path]).tensors(path, self.out_features, self.in_features)
 
 
 def _stacked(path: str, suffix: str) -> str:

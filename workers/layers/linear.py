@@ -100,7 +100,7 @@ class Linear(Module):
         modules = self.modules(path)
         method = self._quantization.method(modules)
         for module, rows in zip(modules, self.stored.values(), strict=True):
-            for suffix, parameter in method.tensors(rows, self.stored_inputs).items():
+            for suffix, parameter in method.tensors(module, rows, self.stored_inputs).items():
                 yield module + suffix, parameter
             if self.bias:
                 yield module + ".bias", Parameter((rows,), initial="zeros")
@@ -112,7 +112,9 @@ class Linear(Module):
         method = self._quantization.method(modules)
         bias = torch.cat([tensors.vector(module + ".bias") for module in modules]) if self.bias else None
         parts = {
-            module: {suffix: tensors.read(module + suffix) for suffix in method.tensors(rows, self.stored_inputs)}
+            module: {
+                suffix: tensors.read(module + suffix) for suffix in method.tensors(module, rows, self.stored_inputs)
+            }
             for module, rows in zip(modules, self.stored.values(), strict=True)
         }
         self.weight = method.pack(parts, bias, self._packing, tensors.matrix)
@@ -123,9 +125,7 @@ class Linear(Module):
         return {module: self._taken[part] for module, part in modules if part in self._taken}
 
     def own_tensors(self) -> Iterator[torch.Tensor]:
-        for value in vars(self.weight).values():
-            if isinstance(value, torch.Tensor):
-                yield value
+        yield from tensors_of_weight(self.weight)
 
     def allocate(self, scratch: Scratch) -> None:
         if not self.use.is_float32:
@@ -182,6 +182,16 @@ class Linear(Module):
             base = self.kernel.linear(x[own], self.weight, self._base[: x[own].shape[0]])
             add_adapters(x[own], base, self.adapters, AdapterRows(rows.slots[own]), out[own])
         return out
+
+
+def tensors_of_weight(weight: object) -> Iterator[torch.Tensor]:
+    """What a weight holds in memory, also in its parts."""
+    for value in vars(weight).values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            for part in value:
+                yield from tensors_of_weight(part)
 
 
 class HeadsLinear(Linear):

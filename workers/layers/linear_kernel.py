@@ -10,10 +10,12 @@ import torch
 from sempre.ipc.config import Numerics
 from sempre.kernels.activation import Activation
 from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.integers import IntegerScheme, pack_integer_linear
 from sempre.kernels.linear import (
     control_linear,
     control_pack,
     control_pack_fp8,
+    control_pack_integers,
     gated_linear,
     linear,
     pack_bfloat16_linear,
@@ -35,8 +37,8 @@ class LinearWeight(Protocol):
     def nbytes(self) -> int: ...
 
     @property
-    def scheme(self) -> Fp8Scheme | None:
-        """None: not fp8"""
+    def scheme(self) -> Fp8Scheme | IntegerScheme | None:
+        """None: floats"""
 
     @property
     def leaves(self) -> int:
@@ -47,7 +49,8 @@ class LinearKernel(NamedTuple):
     """`pack(weight [N, K], bias [N] or None)`; `linear(x [T, K], weight, out [T, N])`, which returns `out`; and
     `gated_linear(x [T, K], weight [2I, K], scratch [T, 2I], out [T, I], activation)`: that of the first half, times the
     second.
-    `pack_fp8(weight [N, K] fp8, scale [N], bias [N] or None, scheme)` packs a quantised weight. Where K
+    `pack_fp8(weight [N, K] fp8, scale [N], bias [N] or None, scheme)` packs a quantised weight, and
+    `pack_integers(matrices, bias [N] or None, scheme)` one of integers, for a CPU. Where K
     has leaves, their number follows.
     """
 
@@ -55,6 +58,7 @@ class LinearKernel(NamedTuple):
     linear: Callable[..., torch.Tensor]
     gated_linear: Callable[..., object]
     pack_fp8: Callable[..., LinearWeight]
+    pack_integers: Callable[..., LinearWeight]
 
 
 def _control_gated_linear(
@@ -63,8 +67,8 @@ def _control_gated_linear(
     activation.and_mul(control_linear(x, weight, gate_up), out)
 
 
-INVARIANT = LinearKernel(pack_linear, linear, gated_linear, pack_fp8_linear)
-CONTROL = LinearKernel(control_pack, control_linear, _control_gated_linear, control_pack_fp8)
+INVARIANT = LinearKernel(pack_linear, linear, gated_linear, pack_fp8_linear, pack_integer_linear)
+CONTROL = LinearKernel(control_pack, control_linear, _control_gated_linear, control_pack_fp8, control_pack_integers)
 
 
 def linear_kernel(numerics: Numerics) -> LinearKernel:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from sempre.ipc.errors import ConfigError
 from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.integers import IntegerScheme
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.quantization.widened import WidenedSpec
 
@@ -40,6 +41,13 @@ class Mxfp4Spec:
     targets: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class IntegerSpec:
+    """Matrices of integers, with inputs in int8 (`quantization.integers`)."""
+
+    scheme: IntegerScheme
+
+
 StoredQuantization = QuantizationSpec | Mxfp4Spec | WidenedSpec
 
 
@@ -51,7 +59,7 @@ def _matches(entry: str, module: str) -> bool:
 
 def resolve_quantization(
     stated: StoredQuantization | None, setting: str | None, load_format: str
-) -> StoredQuantization | None:
+) -> StoredQuantization | IntegerSpec | None:
     """The checkpoint's own quantisation, or the engine's `setting` for one without; raises ConfigError for both.
 
     Dummy weights are never stored quantised.
@@ -70,6 +78,8 @@ def resolve_quantization(
             parameter="quantization",
             value=setting,
         )
+    if setting in (scheme.value for scheme in IntegerScheme):
+        return IntegerSpec(IntegerScheme(setting))
     return QuantizationSpec(Fp8Scheme(setting), "channel", ("Linear",), ("lm_head", "score"), stored=False)
 
 

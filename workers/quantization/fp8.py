@@ -20,9 +20,9 @@ class Fp8:
     def __init__(self, spec: QuantizationSpec) -> None:
         self._spec = spec
 
-    def tensors(self, out_features: int, in_features: int) -> dict[str, Parameter]:
+    def tensors(self, module: str, out_features: int, in_features: int) -> dict[str, Parameter]:
         if not self._spec.stored:
-            return PLAIN.tensors(out_features, in_features)
+            return PLAIN.tensors(module, out_features, in_features)
         scale = (out_features, 1) if self._spec.weight_scales == "channel" else (1,)
         return {
             ".weight": Parameter((out_features, in_features), (FP8_NAME,)),

@@ -18,8 +18,23 @@ NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89
 """the values of the codes of IQ4_NL and IQ4_XS"""
 FP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """the values of the codes of MXFP4, twice as large as e2m1's, so that they are integers"""
+_GROUPS_OF_16 = ("Q2_K", "Q3_K", "Q6_K")
+_WITH_MINIMA = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
 ROWS_AT_ONCE = 1 << 22
 """elements that are dequantised at once"""
+
+
+class IntegerForm(NamedTuple):
+    """What the groups of a type are."""
+
+    group: int
+    """elements that share a scale"""
+    has_minimum: bool
+
+
+def integer_form(kind: str) -> IntegerForm:
+    """That of a block format."""
+    return IntegerForm(16 if kind in _GROUPS_OF_16 else 32, kind in _WITH_MINIMA)
 
 
 class Blocks(NamedTuple):
@@ -28,6 +43,11 @@ class Blocks(NamedTuple):
     codes: torch.Tensor
     scale: torch.Tensor
     minimum: torch.Tensor | None = None
+
+    def of_rows(self, rows: int) -> Blocks:
+        """The same, where blocks of a row follow one another: [rows, K] and [rows, groups of K]."""
+        minimum = None if self.minimum is None else self.minimum.view(rows, -1)
+        return Blocks(self.codes.view(rows, -1), self.scale.view(rows, -1), minimum)
 
     def values(self) -> torch.Tensor:
         """float32 [B, N]"""

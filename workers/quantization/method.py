@@ -14,8 +14,8 @@ from sempre.workers.tensor_source import Parameter
 class QuantizationMethod(Protocol):
     """One format."""
 
-    def tensors(self, out_features: int, in_features: int) -> dict[str, Parameter]:
-        """The tensors, by suffix of the matrix's name."""
+    def tensors(self, module: str, out_features: int, in_features: int) -> dict[str, Parameter]:
+        """The tensors of the matrix `module`, by suffix of its name."""
 
     def pack(
         self,

@@ -49,7 +49,7 @@ def numbers_of(pairs: torch.Tensor) -> torch.Tensor:
 class Mxfp4:
     """`_blocks` [N, K / 32, 16] and `_scales` [N, K / 32]."""
 
-    def tensors(self, out_features: int, in_features: int) -> dict[str, Parameter]:
+    def tensors(self, module: str, out_features: int, in_features: int) -> dict[str, Parameter]:
         blocks = in_features // BLOCK
         return {
             BLOCKS: Parameter((out_features, blocks, BLOCK // 2), BYTES, elements=2),

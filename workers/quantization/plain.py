@@ -16,7 +16,7 @@ PLAIN_SUFFIX = ".weight"
 class Plain:
     """`.weight` [N, K]."""
 
-    def tensors(self, out_features: int, in_features: int) -> dict[str, Parameter]:
+    def tensors(self, module: str, out_features: int, in_features: int) -> dict[str, Parameter]:
         return {PLAIN_SUFFIX: Parameter((out_features, in_features))}
 
     def pack(

@@ -14,6 +14,7 @@ import torch
 
 from sempre.ipc.errors import ConfigError
 from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.integers import IntegerScheme
 from sempre.kernels.linear.gpu import FP8_CAPABILITY, operands, run_tile
 from sempre.kernels.linear.gpu_check import disagreeing, disagreeing_fused
 from sempre.kernels.linear.gpu_table import FLOAT32, REFERENCES, Tile
@@ -29,7 +30,7 @@ from sempre.workers.self_test import Comparison, compare, distinct_linears, shap
 REFERENCE_ROWS = 70
 LONE_ROWS = (0, 1, 63, 64, 69)
 
-Shape = tuple[int, int, Fp8Scheme | None, int]
+Shape = tuple[int, int, Fp8Scheme | IntegerScheme | None, int]
 
 
 class LinearTest(NamedTuple):
