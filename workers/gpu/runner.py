@@ -179,6 +179,8 @@ class GpuModelRunner(QueuedRunner):
 
     def _stage_prefixes(self, plan: StepPlan, num_requests: int, max_context_len: int) -> bool:
         """Send which keys decoding requests share; False if they share too few."""
+        if not self._shared_splits.has_shared:
+            return False
         contexts = np.where(plan.decodes, plan.context, 0)
         prefixes = self._shared_splits.of_step(plan.slots, contexts, num_requests, max_context_len)
         if prefixes is not None and prefixes.is_new:

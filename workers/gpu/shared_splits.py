@@ -66,6 +66,11 @@ class SharedSplits:
             self._ids[slot, split] = self._hold(split.to_bytes(4, "little") + blocks.tobytes())
         self._held[slot] = last
 
+    @property
+    def has_shared(self) -> bool:
+        """Whether any two known requests share a split."""
+        return self._num_shared > 0
+
     def remove(self, slot: int) -> None:
         """The slot's request has gone."""
         if slot < len(self._held):
