@@ -120,8 +120,8 @@ CACHE = (
         "prefix-cache-outlives-the-worker",
         "After a crash blocks are found whose contents died with the worker.",
         PLANNER,
-        "if not request.is_paused), key=_ORDER_KEY)\n        self.kv_cache.forget_cached()",
-        "if not request.is_paused), key=_ORDER_KEY)",
+        "if not request.is_paused)\n        self.kv_cache.forget_cached()",
+        "if not request.is_paused)",
         (f"{TESTS}::test_restart_sends_every_token_again_and_counts_nothing_twice",),
     ),
     Fault(

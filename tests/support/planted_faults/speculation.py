@@ -218,8 +218,8 @@ SPECULATION = (
         "draft-model-samples-with-other-noise",
         "Drafts and tokens are sampled with different noise, and most drafts are rejected.",
         DRAFTING,
-        "_Sequence(replace(new, params=params)",
-        "_Sequence(replace(new, params=params, seed=new.seed + 1)",
+        "_Sequence(replace(new, params=params, adapter=None)",
+        "_Sequence(replace(new, params=params, adapter=None, seed=new.seed + 1)",
         (
             f"{DRAFTING_TESTS}::test_the_drafter_samples_by_the_request_s_own_seed_and_parameters",
             "tests/invariance/test_speculative_distribution.py::test_drafts_are_samples_too",
