@@ -88,26 +88,23 @@ class Adapters:
         Raises RequestError for anything else, for a number that another adapter has, where none are served, and for a
         folder without the files.
         """
-        items = [requested] if requested is None or isinstance(requested, LoRARequest) else requested
-        if (
-            not isinstance(items, Sequence)
-            or isinstance(items, str)
-            or not all(item is None or isinstance(item, LoRARequest) for item in items)
-        ):
-            text = f"must be a LoRARequest, or a list with one or None per prompt, got {shown(requested)}."
-            raise _refused("lora_request", text, requested)
-        return [None if item is None else self._adapter(item) for item in items]
+        return [None if item is None else self._adapter(item) for item in _items(requested)]
+
+    def loaded(self, requested: Requested) -> list[Adapter | None]:
+        """The same, of adapters that the workers have accepted; their files are not looked at. Raises RequestError."""
+        found: list[Adapter | None] = []
+        for item in _items(requested):
+            known = None if item is None else self._by_id.get(item.lora_int_id)
+            if item is not None and (known is None or known.request != item):
+                text = f"{item.lora_name!r} is not loaded: call add_lora first."
+                raise _refused("lora_request", text, item.lora_path)
+            found.append(known)
+        return found
 
     def unknown(self, adapters: Sequence[Adapter | None]) -> list[Adapter]:
         """Return those that the workers have not accepted yet, each once."""
         found = {adapter.spec.digest: adapter for adapter in adapters if adapter is not None}
         return [adapter for digest, adapter in found.items() if digest not in self._accepted]
-
-    def require_accepted(self, adapters: Sequence[Adapter | None]) -> None:
-        """Raise RequestError for one that the workers have not accepted yet."""
-        for adapter in self.unknown(adapters):
-            text = f"{adapter.request.lora_name!r} is not loaded: call add_lora first."
-            raise _refused("lora_request", text, adapter.request.lora_path)
 
     def accept(self, adapters: Sequence[Adapter | None]) -> None:
         """The workers have loaded these."""
@@ -160,6 +157,18 @@ class Adapters:
         if known is None or known[0] != state:
             known = self._digests[str(folder)] = (state, adapter_digest(folder))
         return known[1]
+
+
+def _items(requested: Requested) -> Sequence[LoRARequest | None]:
+    items = [requested] if requested is None or isinstance(requested, LoRARequest) else requested
+    if (
+        not isinstance(items, Sequence)
+        or isinstance(items, str)
+        or not all(item is None or isinstance(item, LoRARequest) for item in items)
+    ):
+        text = f"must be a LoRARequest, or a list with one or None per prompt, got {shown(requested)}."
+        raise _refused("lora_request", text, requested)
+    return items
 
 
 def _file_state(path: Path) -> object:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 from sempre.engine.adapters import Adapter, LoRARequest, Requested
+from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.pooling_calls import AsyncPoolingLLM, PoolingLLM
 from sempre.ipc.messages import AdapterSpec
 
@@ -93,22 +95,19 @@ class AsyncLoraLLM(AsyncPoolingLLM):
         """Return the numbers of the adapters that were loaded and not removed."""
         return self._frontend.adapters.ids
 
-    def fingerprint_with(self, lora_request: LoRARequest | None) -> str:
-        """Return the fingerprint of outputs with this adapter, which is loaded; None: of the model itself."""
-        [adapter] = self._loaded(lora_request)
-        return self._frontend.fingerprint_with(adapter)
+    def fingerprint_of(self, request: PreparedRequest) -> str:
+        """Return the fingerprint of a request's outputs, which depends on its adapter."""
+        return self._frontend.fingerprint_with(request.adapter)
 
     def _loaded(self, requested: Requested) -> list[Adapter | None]:
         """Return the adapters that a call asks for. Raises RequestError for one that is not loaded yet."""
-        registry = self._frontend.adapters
-        adapters = registry.find(requested)
-        registry.require_accepted(adapters)
-        return adapters
+        return self._frontend.adapters.loaded(requested)
 
     async def _load(self, requested: Requested) -> list[Adapter | None]:
         """Return the adapters that a call asks for, which every worker has accepted. Raises RequestError."""
         registry = self._frontend.adapters
-        adapters = registry.find(requested)
+        # large files are hashed
+        adapters = await asyncio.to_thread(registry.find, requested)
         for adapter in registry.unknown(adapters):
             await self.collective_rpc("load_adapter", args=_arguments(adapter.spec))
         registry.accept(adapters)

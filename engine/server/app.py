@@ -13,6 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sempre.engine.server import openapi
+from sempre.engine.server.adapter_calls import load_lora_adapter, unload_lora_adapter
 from sempre.engine.server.body import read_plain
 from sempre.engine.server.chat import create_chat_completion
 from sempre.engine.server.completions import create_completion
@@ -77,19 +78,23 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _models(service: Service, _request: Request) -> Response:
     service.check_ready()
-    cards = [_card(service, name) for name in service.model_names]
+    cards = [_card(service, name) for name in service.served_names]
     return Response(msgspec.json.encode(ModelList(cards)), media_type="application/json")
 
 
 async def _model(service: Service, request: Request) -> Response:
     service.check_ready()
     name = request.path_params["model"]
-    check_model(name, service.model_names)
+    check_model(name, service.served_names)
     return Response(msgspec.json.encode(_card(service, name)), media_type="application/json")
 
 
 def _card(service: Service, name: str) -> ModelCard:
-    return ModelCard(name, service.created, service.engine.ready.max_model_len, service.engine.config.model)
+    length, adapter = service.engine.ready.max_model_len, service.adapters.of(name)
+    if adapter is None:
+        return ModelCard(name, service.created, length, service.engine.config.model)
+    parent = adapter.base_model_name or service.model_names[0]
+    return ModelCard(name, service.created, length, adapter.lora_path, parent)
 
 
 async def _live(_service: Service, _request: Request) -> Response:
@@ -175,6 +180,8 @@ _ENDPOINTS: dict[str, Endpoint] = {
     "/rerank": rerank,
     "/v1/rerank": rerank,
     "/v2/rerank": rerank,
+    "/v1/load_lora_adapter": load_lora_adapter,
+    "/v1/unload_lora_adapter": unload_lora_adapter,
     "/v1/models": _models,
     "/v1/models/{model:path}": _model,
     "/invocations": _invoke,

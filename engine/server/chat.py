@@ -45,7 +45,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     """Answer a conversation. Raises errors that `errors.api_error` handles."""
     request = await read_model(http, ChatCompletionRequest, service)
     service.check_ready()
-    check_model(request.model, service.model_names)
+    check_model(request.model, service.served_names)
     apply_server_defaults(request, service.config)
     params = chat_parameters(request, service.default_parameters(request), service.config)
     plan = ChatPlan.of(request, service.config)
@@ -71,7 +71,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     with blame_on(request):
         await check_form(params, service, http)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
-        stream = service.open([prompt], params, request.priority, search, gives_receipts)
+        stream = service.open([prompt], params, request.priority, search, gives_receipts, request.model)
         generation = Generation(service, stream, span, gives_receipts=gives_receipts)
     http.state.generation = generation
     response_id = f"chatcmpl-{id_of(request, http)}"
@@ -120,7 +120,7 @@ class _Answer:
         self._id = response_id
         self._created = int(time.time())
         self._model = request.model or service.model_names[0]
-        self._fingerprint = service.engine.fingerprint
+        self._fingerprint = service.engine.fingerprint_of(generation.requests[0])
         self._parsers = parsers
         self._splits_reasoning = bool(service.config.reasoning_parser)
         self._enforces_calls = not isinstance(request.tool_choice, str | None) or request.tool_choice == "required"

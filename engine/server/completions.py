@@ -35,7 +35,7 @@ async def create_completion(service: Service, http: Request) -> Response:
     """Complete one or several prompts. Raises errors that `errors.api_error` handles."""
     request = await read_model(http, CompletionRequest, service)
     service.check_ready()
-    check_model(request.model, service.model_names)
+    check_model(request.model, service.served_names)
     apply_server_defaults(request, service.config)
     params = completion_parameters(request, service.default_parameters(request), service.config)
     search = beam_parameters(request, params)
@@ -44,7 +44,7 @@ async def create_completion(service: Service, http: Request) -> Response:
     with blame_on(request):
         await check_form(params, service, http)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
-        stream = service.open(prompts, params, request.priority, search, gives_receipts)
+        stream = service.open(prompts, params, request.priority, search, gives_receipts, request.model)
         generation = Generation(service, stream, span, gives_receipts=gives_receipts)
     http.state.generation = generation
     with ExitStack() as stack:
@@ -69,7 +69,7 @@ class _Answer:
         self._id = response_id
         self._created = int(time.time())
         self._model = request.model or service.model_names[0]
-        self._fingerprint = service.engine.fingerprint
+        self._fingerprint = service.engine.fingerprint_of(generation.requests[0])
         skips_special = generation.requests[0].params.skip_special_tokens
         self._skipped: Collection[int] = self._tokenizer.special_texts if skips_special else ()
         self._names = IdNames() if request.return_tokens_as_token_ids else service.token_names

@@ -37,6 +37,12 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     port: Annotated[int, Meta(ge=0, le=65535), doc("port to listen on; 0 takes a free one")] = 8000
     uds: Annotated[str | None, doc("Unix socket to listen on, instead of host and port")] = None
     served_model_name: Annotated[list[str], doc("names of the served model; the first one is reported")] = []
+    lora_modules: Annotated[
+        list[str], doc("adapters that clients may name as model: name=path, or JSON with name and path")
+    ] = []
+    allow_runtime_lora_updating: Annotated[
+        bool, doc("clients may load and unload adapters, from any folder that the server can read")
+    ] = False
     api_key: Annotated[list[str], doc("keys that clients may use; none: no key is needed")] = []
     api_key_file: Annotated[str | None, doc("file with one key per line")] = None
     ssl_keyfile: Annotated[str | None, doc("private key, PEM; with ssl_certfile turns TLS on")] = None

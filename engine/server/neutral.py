@@ -21,9 +21,11 @@ from sempre.engine.server.requests import (
     CompletionRequest,
     DetokenizeRequest,
     FunctionDefinition,
+    LoadAdapterRequest,
     StreamOptions,
     TokenizeRequest,
     Tool,
+    UnloadAdapterRequest,
 )
 
 
@@ -120,6 +122,8 @@ NEUTRAL: dict[type[Struct], dict[str, Neutral]] = {
         "media_io_kwargs": Neutral(_OBJECT, ({},)),
     },
     DetokenizeRequest: {},
+    LoadAdapterRequest: {},
+    UnloadAdapterRequest: {},
     EmbeddingRequest: _EMBEDDING,
     PoolingRequest: _EMBEDDING,
     ClassificationRequest: {**_POOLING, "messages": Neutral(list[Any], _NOTHING, "input")},

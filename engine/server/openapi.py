@@ -26,7 +26,9 @@ from sempre.engine.server.requests import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    LoadAdapterRequest,
     TokenizeRequest,
+    UnloadAdapterRequest,
 )
 from sempre.engine.server.responses import (
     ChatCompletionResponse,
@@ -124,8 +126,12 @@ OPERATIONS = (
         Operation("POST", path, "Documents in the order of relevance", (RerankRequest,), (RerankResponse,))
         for path in ("/rerank", "/v1/rerank", "/v2/rerank")
     ),
-    Operation("GET", "/v1/models", "The served model", answers=(ModelList,)),
-    Operation("GET", "/v1/models/{model:path}", "The served model under one of its names", answers=(ModelCard,)),
+    Operation(
+        "POST", "/v1/load_lora_adapter", "Serve one more adapter", (LoadAdapterRequest,), media_type="text/plain"
+    ),
+    Operation("POST", "/v1/unload_lora_adapter", "Forget an adapter", (UnloadAdapterRequest,), media_type="text/plain"),
+    Operation("GET", "/v1/models", "The served model, and its adapters", answers=(ModelList,)),
+    Operation("GET", "/v1/models/{model:path}", "The served model or adapter of this name", answers=(ModelCard,)),
     Operation("POST", "/tokenize", "Text or messages to token ids", (TokenizeRequest,), (TokenizeResponse,)),
     Operation("POST", "/detokenize", "Token ids to text", (DetokenizeRequest,), (DetokenizeResponse,)),
     Operation("GET", "/tokenizer_info", "The model's tokenizer_config.json and the chat template in use"),

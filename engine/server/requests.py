@@ -175,6 +175,21 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     ] = None
 
 
+class LoadAdapterRequest(Struct, kw_only=True):
+    """Body of /v1/load_lora_adapter."""
+
+    lora_name: Annotated[str, Meta(min_length=1, description="what clients name as `model`")]
+    lora_path: Annotated[str, Meta(min_length=1, description="folder on the server that PEFT saved")]
+    load_inplace: Annotated[bool, _doc("replace an adapter of this name")] = False
+
+
+class UnloadAdapterRequest(Struct, kw_only=True):
+    """Body of /v1/unload_lora_adapter."""
+
+    lora_name: Annotated[str, Meta(min_length=1)]
+    lora_int_id: Annotated[Annotated[int, Meta(ge=1)] | None, _doc("must be its number, if given")] = None
+
+
 class TokenizeRequest(Struct, kw_only=True):
     """Body of /tokenize: text, or messages."""
 

@@ -135,6 +135,7 @@ class Server:
         # Garbage collections need not scan objects that live as long as the server.
         gc.collect()
         gc.freeze()
+        await self._service.adapters.start()
         await self._service.offload.start()
         self._service.serve({**self._engine.ready.phase_seconds, "total": seconds})
         ready = self._engine.ready

@@ -13,6 +13,7 @@ from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.pooling import PoolingParams
 from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.server.adapters import ServedAdapters, lora_modules
 from sempre.engine.server.admission import Admission
 from sempre.engine.server.beams import BeamStream
 from sempre.engine.server.config import ServerConfig, with_model_defaults
@@ -40,6 +41,7 @@ class Service:
         self.startup_seconds: dict[str, float] = {}
         settings = engine.config
         self.model_names = config.served_model_name or [settings.model]
+        self.adapters = ServedAdapters(engine, self.model_names, lora_modules(config.lora_modules))
         self.admission = Admission(max_queued=config.max_num_queued_reqs)
         self.metrics = ServerMetrics(self.model_names[0])
         self.offload = Offload()
@@ -47,6 +49,11 @@ class Service:
         self._streams: dict[int, OutputStream | BeamStream] = {}
         self._pooled: dict[int, int] = {}
         """as how many sequences a stream of pooled prompts counts"""
+
+    @property
+    def served_names(self) -> list[str]:
+        """What clients may name as `model`: the model's names, then those of adapters."""
+        return [*self.model_names, *self.adapters.names]
 
     @property
     def num_requests(self) -> int:
@@ -99,12 +106,17 @@ class Service:
         priority: int,
         search: BeamSearchParams | None = None,
         record: bool = False,
+        model: str | None = None,
     ) -> OutputStream | BeamStream:
         """Admit prompts and start them; `close` must follow. Raises APIError, RequestError, EngineDeadError.
 
         With `search`, `params` are those of its response. `record`: make receipts even if the engine does not.
+        `model`: the name of an adapter, or of the model itself.
         """
         self.check_ready()
+        adapter = self.adapters.of(model)
+        if adapter is not None and search is not None:
+            raise BadRequest("use_beam_search is not available with an adapter.", param="use_beam_search")
         each = params if isinstance(params, list) else [params] * len(prompts)
         num_sequences = sum(prompt_params.n if search is None else search.beam_width for prompt_params in each)
         for prompt_params in each:
@@ -115,7 +127,12 @@ class Service:
             stream: OutputStream | BeamStream
             if search is None:
                 stream = self.engine.stream(
-                    list(prompts), params, priority=priority, max_held_logprobs=most, record=record or None
+                    list(prompts),
+                    params,
+                    priority=priority,
+                    max_held_logprobs=most,
+                    record=record or None,
+                    lora_request=adapter,
                 )
             else:
                 stream = BeamStream(self.engine, list(prompts), search, each[0], priority)

@@ -23,7 +23,7 @@ async def tokenize(service: Service, http: Request) -> Response:
     """Return the token ids of a text or a conversation."""
     request = await read_model(http, TokenizeRequest, service)
     service.check_ready()
-    check_model(request.model, service.model_names)
+    check_model(request.model, service.served_names)
     if (request.prompt is None) == (request.messages is None):
         raise BadRequest("give either prompt or messages.", param="prompt")
     check_template(request.chat_template, service.config)
@@ -53,7 +53,7 @@ async def detokenize(service: Service, http: Request) -> Response:
     """Return the text of token ids."""
     request = await read_model(http, DetokenizeRequest, service)
     service.check_ready()
-    check_model(request.model, service.model_names)
+    check_model(request.model, service.served_names)
     size = service.engine.ready.vocab_size
     check_entries("tokens", request.tokens, max(_MAX_TOKENS, service.engine.ready.max_model_len))
     largest = max(request.tokens, default=0)

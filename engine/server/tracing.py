@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -27,22 +27,22 @@ class RequestSpan:
     As a context manager it covers the request's admission: an error there ends the span; otherwise `end` does.
     """
 
-    def __init__(self, span: Any, fingerprint: str) -> None:
+    def __init__(self, span: Any, fingerprint_of: Callable[[PreparedRequest], str] | None = None) -> None:
         self._span = span
-        self._fingerprint = fingerprint
+        self._fingerprint_of = fingerprint_of
         self._began = time.monotonic()
 
     @classmethod
     def begin(cls, http: Request, service: Service, params: SamplingParams) -> RequestSpan:
         """Start the span, with vLLM's attribute names."""
         if trace is None:
-            return cls(None, "")
+            return cls(None)
         # If the HTTP framework has its own span, ours is its child.
         is_child = trace.get_current_span().get_span_context().is_valid
         context = None if is_child else extract(http.headers)
         span = trace.get_tracer("sempre").start_span("llm_request", context=context)
         if not span.is_recording():
-            return cls(None, "")
+            return cls(None)
         span.set_attributes(
             {
                 "gen_ai.request.id": http.state.request_id,
@@ -54,18 +54,18 @@ class RequestSpan:
         )
         if params.max_tokens is not None:
             span.set_attribute("gen_ai.request.max_tokens", params.max_tokens)
-        return cls(span, service.engine.fingerprint)
+        return cls(span, service.engine.fingerprint_of)
 
     def end(self, requests: Sequence[PreparedRequest], num_tokens: int) -> None:
         """Finish the span with what was generated; a second call does nothing."""
         span, self._span = self._span, None
-        if span is None:
+        if span is None or self._fingerprint_of is None:
             return
         span.set_attributes(
             {
                 # integer attributes have 63 bits, seeds 64
                 "sempre.seed": [str(request.seeds[0]) for request in requests],
-                "sempre.fingerprint": self._fingerprint,
+                "sempre.fingerprint": self._fingerprint_of(requests[0]),
                 "gen_ai.usage.prompt_tokens": sum(len(request.prompt_token_ids) for request in requests),
                 "gen_ai.usage.completion_tokens": num_tokens,
                 "gen_ai.usage.num_sequences": sum(len(request.sequences) for request in requests),

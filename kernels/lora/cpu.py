@@ -11,20 +11,22 @@ from numba import prange
 
 from sempre.kernels.jit import address_of, compiled, keep
 from sempre.kernels.linear.cpu import multiply_panel, to_panels
-from sempre.kernels.linear.cpu_tiles import PANEL, TILES, add_rows, copy_rows
+from sempre.kernels.linear.cpu_tiles import PANEL, TILES
 from sempre.kernels.lora import AdapterRows, AdapterWeight, LoraShape, ScratchTensor
 
-# of an entry of the table: addresses of the panels of A and B, and the rank
+# of an entry of the table: address of the panels of B, rank, and the part's first column of x A^T
 _FIELDS = 3
 
 
 class CpuLoraSlots:
-    """Panels of A [r, K] and B [N, r] by slot and part."""
+    """By slot: panels of the parts' A, one below the other [sum of ranks, K], and of each part's B [N, r]."""
 
     def __init__(self, shape: LoraShape) -> None:
         self.shape = shape
         num_parts = len(shape.widths)
-        self._table = np.zeros((shape.num_slots, num_parts, _FIELDS), np.int64)
+        self._parts = np.zeros((shape.num_slots, num_parts, _FIELDS), np.int64)
+        # address of the panels of A, and their number
+        self._inner = np.zeros((shape.num_slots, 2), np.int64)
         self._panels: list[list[torch.Tensor]] = [[] for _ in range(shape.num_slots)]
         ends = np.cumsum(shape.widths)
         self._columns = np.stack([ends - shape.widths, ends]).astype(np.int64)
@@ -39,12 +41,19 @@ class CpuLoraSlots:
     def put(self, slot: int, parts: tuple[AdapterWeight | None, ...]) -> None:
         """See the protocol."""
         self._panels[slot] = []
-        self._table[slot] = 0
-        for index, part in enumerate(parts):
-            if part is not None:
-                panels = [to_panels(part.a), to_panels(part.b)]
-                self._panels[slot] += panels
-                self._table[slot, index] = (*(each.data_ptr() for each in panels), part.a.shape[0])
+        self._parts[slot] = self._inner[slot] = 0
+        given = [(index, part) for index, part in enumerate(parts) if part is not None]
+        if not given:
+            return
+        inner = to_panels(torch.cat([part.a for _, part in given]))
+        self._panels[slot].append(inner)
+        self._inner[slot] = inner.data_ptr(), inner.shape[0]
+        first = 0
+        for index, part in given:
+            panels, rank = to_panels(part.b), part.a.shape[0]
+            self._panels[slot].append(panels)
+            self._parts[slot, index] = panels.data_ptr(), rank, first
+            first += rank
 
     def add(self, x: torch.Tensor, base: torch.Tensor, rows: AdapterRows, out: torch.Tensor) -> torch.Tensor:
         """See the facade."""
@@ -54,14 +63,13 @@ class CpuLoraSlots:
             out.copy_(base)
         _add(
             TILES[0].table,
-            x.data_ptr(),
-            x.shape[1],
+            x.numpy(),
             rows.order.numpy(),
             rows.groups.numpy(),
-            self._table,
+            self._inner,
+            self._parts,
             self._columns,
-            out.data_ptr(),
-            out.shape[1],
+            out.numpy(),
         )
         return out
 
@@ -69,26 +77,25 @@ class CpuLoraSlots:
 @compiled(parallel=True)
 def _add(
     tiles: int,
-    x: int,
-    depth: int,
+    x: np.ndarray,
     order: np.ndarray,
     groups: np.ndarray,
-    table: np.ndarray,
+    inner_panels: np.ndarray,
+    parts: np.ndarray,
     columns: np.ndarray,
-    out: int,
-    width: int,
+    out: np.ndarray,
 ) -> None:
-    num_parts = table.shape[1]
-    for unit in prange(groups.shape[0] * num_parts):
-        group, part = unit // num_parts, unit % num_parts
+    depth = x.shape[1]
+    for group in prange(groups.shape[0]):
         slot, first, count = groups[group, 0], groups[group, 1], groups[group, 2]
-        a, b, rank = table[slot, part, 0], table[slot, part, 1], table[slot, part, 2]
-        if rank > 0:
+        a, num_panels = inner_panels[slot, 0], inner_panels[slot, 1]
+        if num_panels > 0:
             own = np.empty((count, depth), np.float32)
             own_at = address_of(own)
             for i in range(count):
-                copy_rows(x + order[first + i] * depth * 4, 0, own_at + i * depth * 4, 0, 1, depth)
-            num_panels = (rank + PANEL - 1) // PANEL
+                row = order[first + i]
+                for k in range(depth):
+                    own[i, k] = x[row, k]
             inner = np.empty((count, num_panels * PANEL), np.float32)
             inner_at, inner_row = address_of(inner), num_panels * PANEL * 4
             for p in range(num_panels):
@@ -96,14 +103,20 @@ def _add(
                 multiply_panel(tiles, own_at, depth * 4, count, depth, panel, inner_at + p * PANEL * 4, inner_row)
             change = np.empty((count, PANEL), np.float32)
             change_at = address_of(change)
-            start, end = columns[0, part], columns[1, part]
-            for p in range((end - start + PANEL - 1) // PANEL):
-                multiply_panel(tiles, inner_at, inner_row, count, rank, b + p * rank * PANEL * 4, change_at, PANEL * 4)
-                column = start + p * PANEL
-                kept = min(PANEL, end - column)
-                for i in range(count):
-                    target = out + (order[first + i] * width + column) * 4
-                    add_rows(change_at + i * PANEL * 4, 0, target, 0, 1, kept)
+            for part in range(parts.shape[1]):
+                b, rank = parts[slot, part, 0], parts[slot, part, 1]
+                part_at = inner_at + parts[slot, part, 2] * 4
+                start, end = columns[0, part], columns[1, part]
+                num_columns = end - start if rank > 0 else 0
+                for p in range((num_columns + PANEL - 1) // PANEL):
+                    panel = b + p * rank * PANEL * 4
+                    multiply_panel(tiles, part_at, inner_row, count, rank, panel, change_at, PANEL * 4)
+                    column = start + p * PANEL
+                    kept = min(PANEL, end - column)
+                    for i in range(count):
+                        row = order[first + i]
+                        for k in range(kept):
+                            out[row, column + k] += change[i, k]
             keep(own)
             keep(inner)
             keep(change)

@@ -202,7 +202,6 @@ def test_asynchronous(requests: list[LoRARequest], llm: LLM) -> None:
             assert await engine.add_lora(requests[0]) is False
             streamed = await engine.stream(["A"], PARAMS, lora_request=requests[0]).finished()
             assert tokens(streamed) == found[1]
-            assert engine.fingerprint_with(requests[0]) == streamed[0].fingerprint
             assert [await engine.remove_lora(1), await engine.remove_lora(1)] == [True, False]
             return found
 
