@@ -57,6 +57,7 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
 _INSTEAD = {
     "guided_decoding": "Use structured_outputs=StructuredOutputsParams(…).",
     "logits_processors": "Use logit_bias, allowed_token_ids or bad_words.",
+    "prompt_logprob_token_ids": "Use prompt_logprobs; -1 reports the whole vocabulary.",
 }
 
 

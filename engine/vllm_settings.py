@@ -296,6 +296,8 @@ VLLM_SERVER_SETTINGS: dict[str, tuple[object, ...]] = {
 _TABLE = VLLM_KEYWORDS | VLLM_SERVER_SETTINGS
 
 _INSTEAD = {
+    "api_server_count": "One process serves the API; data_parallel_size adds replicas behind it.",
+    "logprobs_mode": "Log-probabilities are those before temperature, penalties and forms: raw_logprobs.",
     "enable_log_requests": "It is a flag of `sempre serve`.",
     "exclude_tools_when_tool_choice_none": "Leave tools out of such requests.",
     "fingerprint_value": "The fingerprint is what outputs depend on, and cannot be given.",

@@ -97,6 +97,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"hf_token": "hf_abc"},
         "hf_token is not supported by this engine. Set the environment variable HF_TOKEN.",
     ),
+    (
+        {"logprobs_mode": "processed_logprobs"},
+        "logprobs_mode='processed_logprobs' is not supported by this engine. Log-probabilities are those before"
+        " temperature, penalties and forms: raw_logprobs.",
+    ),
     ({"max_model_len": 2**63}, f"max_model_len must be at most {2**63 - 1}, got {2**63}."),
     ({"pipeline_parallel_size": True}, "pipeline_parallel_size=True is not supported by this engine. Leave it out."),
 ]
