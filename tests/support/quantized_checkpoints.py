@@ -155,6 +155,18 @@ def write_mxfp4(n: int, k: int, generator: torch.Generator) -> Written:
     )
 
 
+def write_scaled(n: int, k: int, generator: torch.Generator, *, dtype: torch.dtype, channel: bool) -> Written:
+    shape = (n, 1) if channel else (1,)
+    scale = torch.rand(shape, generator=generator) * 1e-3 + 1e-4
+    if dtype is torch.int8:
+        weight, scale = (integers((n, k), 254, generator) - 127).to(dtype), scale.to(torch.bfloat16)
+    else:
+        weight = (torch.randn((n, k), generator=generator) * 40).to(dtype)
+    values = (weight.double() * scale.double()).float().to(torch.bfloat16)
+    stored = {".weight": weight, ".weight_scale": scale}
+    return Written(stored if channel else {**stored, ".input_scale": torch.tensor(0.25)}, values)
+
+
 def compressed(form: str, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": {"dynamic": False, **weights}, "input_activations": None}
     return {
@@ -163,6 +175,15 @@ def compressed(form: str, **weights: Any) -> dict[str, Any]:
         "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
     }
+
+
+def with_inputs(config: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """With inputs of 8 bits too."""
+    inputs = {"num_bits": 8, "symmetric": True, "dynamic": True, "strategy": "token", **fields}
+    if not inputs["dynamic"]:
+        inputs["strategy"] = "tensor"
+    config["config_groups"]["group_0"]["input_activations"] = inputs
+    return config
 
 
 def gptq(*, bits: int = 4, group: int = 32, order: str = "plain", version: int = 1) -> Case:
@@ -198,6 +219,22 @@ CASES = {
     "fp8-blocks": Case(
         {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
         write_fp8_blocks,
+    ),
+    "w8a8-int8": Case(
+        with_inputs(
+            compressed("int-quantized", type="int", num_bits=8, symmetric=True, strategy="channel"), type="int"
+        ),
+        lambda n, k, g: write_scaled(n, k, g, dtype=torch.int8, channel=True),
+    ),
+    "fp8-static": Case(
+        with_inputs(
+            compressed("float-quantized", type="float", num_bits=8, strategy="tensor"), type="float", dynamic=False
+        ),
+        lambda n, k, g: write_scaled(n, k, g, dtype=torch.float8_e4m3fn, channel=False),
+    ),
+    "fp8-static-method": Case(
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        lambda n, k, g: write_scaled(n, k, g, dtype=torch.float8_e4m3fn, channel=False),
     ),
     "nvfp4-modelopt": Case(
         {"quant_method": "modelopt", "quant_algo": "NVFP4"},

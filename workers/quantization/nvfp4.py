@@ -26,7 +26,6 @@ class Nvfp4:
 
     main: str
     matrix_scale: str
-    matrix_shape: tuple[int, ...]
     is_reciprocal: bool
     unused: tuple[str, ...]
     name = "nvfp4"
@@ -40,11 +39,11 @@ class Nvfp4:
         return {
             self.main: Parameter((out_features, in_features // 2), ("U8",)),
             self.scale: Parameter((out_features, groups), (FP8_NAME,)),
-            self.matrix_scale: Parameter(self.matrix_shape, ("F32",)),
+            self.matrix_scale: Parameter((1,), ("F32",)),
         }
 
     def optional(self) -> dict[str, Parameter]:
-        return {suffix: Parameter(self.matrix_shape, ("F32",)) for suffix in self.unused}
+        return {suffix: Parameter((1,), ("F32",)) for suffix in self.unused}
 
     def dtype_name(self, scale: str) -> str:
         return "BF16"
@@ -56,8 +55,8 @@ class Nvfp4:
         return (numbers_of(tensors[self.main]) * scales.repeat_interleave(BLOCK, 1)).to(torch.bfloat16)
 
 
-MODELOPT = Nvfp4(".weight", ".weight_scale_2", (), False, (".input_scale",))
-COMPRESSED = Nvfp4(".weight_packed", ".weight_global_scale", (1,), True, (".input_global_scale",))
+MODELOPT = Nvfp4(".weight", ".weight_scale_2", False, (".input_scale",))
+COMPRESSED = Nvfp4(".weight_packed", ".weight_global_scale", True, (".input_global_scale",))
 
 
 def parse_modelopt(fields: ConfigFields) -> Nvfp4:

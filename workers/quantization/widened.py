@@ -93,7 +93,9 @@ class WidenedSource:
             name = module + suffix
             if name not in present:
                 raise mismatch(name, f"a tensor of shape {list(parameter.shape)} ({form.name})", "nothing")
-            if self._source.shape(name) != parameter.shape:
+            # one number is stored with or without a dimension
+            shapes = [parameter.shape, ()] if parameter.shape == (1,) else [parameter.shape]
+            if self._source.shape(name) not in shapes:
                 found = f"shape {list(self._source.shape(name))}"
                 raise mismatch(name, f"shape {list(parameter.shape)} ({form.name})", found)
             if self._source.dtype_name(name) not in parameter.dtypes:
