@@ -40,8 +40,8 @@ SCHEDULING = (
         "tokens-far-from-the-beginning-cost-nothing-more",
         "A step deep in a long prompt takes far longer than others, and everybody waits for it.",
         REQUEST,
-        "if self.attention_parity is not None:",
-        "if False:",
+        "        if parity is None:",
+        "        if True:",
         (f"{TESTS}::test_tokens_far_from_the_beginning_take_more_room",),
     ),
     Fault(
