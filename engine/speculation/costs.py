@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import fmean, median, pstdev
 from typing import NamedTuple
 
 from sempre.ipc.messages import ExecuteStep, SampledTokens
@@ -26,8 +26,9 @@ _BEGIN, _KEEP = 1.05, 1.01
 _LEAST_TIMED, _REMEMBERED = 3, 16
 # after so many steps with drafts, steps without are timed anew: contexts have grown
 _REFRESH = 512
-# steps that drafts may lose before they pause, and that gains are remembered for
-_CREDIT = 3.0
+# steps that drafts may lose before they pause, and that gains are remembered for; and more for each standard deviation
+# of steps without
+_CREDIT, _CREDIT_PER_SPREAD = 3.0, 8.0
 # a pause, in steps: at least, and for each lost step; twice as long after each trial that fails
 _LEAST_PAUSE, _PAUSE_PER_LOSS = 128, 128
 _LONGEST_PAUSE = 8192
@@ -106,14 +107,21 @@ class _Load:
 
     @property
     def plain_seconds(self) -> float | None:
-        if len(self.plain) < _LEAST_TIMED:
-            return None
-        most = _LONGEST * median(self.plain)
-        return fmean(min(seconds, most) for seconds in self.plain)
+        return fmean(self._counted()) if len(self.plain) >= _LEAST_TIMED else None
+
+    @property
+    def credit(self) -> float:
+        """Steps that drafts may lose."""
+        counted = self._counted()
+        return _CREDIT + _CREDIT_PER_SPREAD * pstdev(counted) / fmean(counted)
 
     @property
     def factor(self) -> float | None:
         return max(0.0, median(self.factors)) if len(self.factors) >= _LEAST_TIMED else None
+
+    def _counted(self) -> list[float]:
+        most = _LONGEST * median(self.plain)
+        return [min(seconds, most) for seconds in self.plain]
 
 
 class DraftMeter:
@@ -234,16 +242,16 @@ class DraftMeter:
             steps = fmean(timed.waited) / plain
             if timed.shape in self._shapes or steps <= _LONGEST_FIRST:
                 load.factors.append((steps - 1.0) / self._expected.of_step(timed.lengths))
-                self._lost = max(self._lost + min(steps, _LONGEST) - timed.num_tokens, -_CREDIT)
+                self._lost = max(self._lost + min(steps, _LONGEST) - timed.num_tokens, -load.credit)
+                if self._lost > load.credit:
+                    self._pause()
+                elif self._lost < 0.0:
+                    self._num_failed = 0
         self._shapes.add(timed.shape)
         self._share += (len(timed.lengths) / timed.num_requests - self._share) * _WEIGHT
         load.num_drafting += 1
         if load.num_drafting % _REFRESH == 0:
             load.plain.clear()
-        if self._lost > _CREDIT:
-            self._pause()
-        elif self._lost < 0.0:
-            self._num_failed = 0
 
     def _pause(self) -> None:
         pause = max(_LEAST_PAUSE, self._lost * _PAUSE_PER_LOSS) * 2**self._num_failed

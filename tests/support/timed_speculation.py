@@ -33,7 +33,8 @@ class Machine:
     capture: float = 0.0
     """the first step of a shape"""
     noise: float = 0.0
-    """every twentieth step takes this much longer"""
+    """some steps take this much longer"""
+    noisy_percent: int = 5
 
     def seconds(self, step: ExecuteStep) -> float:
         rows = sum(item.num_tokens for item in step.scheduled)
@@ -95,7 +96,7 @@ class Run:
                 if (shape := self.machine.shape(step)) not in self._captured:
                     self._captured.add(shape)
                     self._device_free += self.machine.capture
-                if step.step_id * 40503 % 20 == 7:
+                if (step.step_id * 2654435761 >> 7) % 100 < self.machine.noisy_percent:
                     self._device_free += self.machine.noise
                 flying.append((step, self._device_free + self.machine.result / 2))
             step, answered = flying.popleft()

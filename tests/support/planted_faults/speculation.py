@@ -108,8 +108,8 @@ SPECULATION = (
         "losses-of-drafts-are-not-counted",
         "Drafts that cost more than they bring never pause.",
         "engine/speculation/costs.py",
-        "        if self._lost > _CREDIT:",
-        "        if self._lost < -_CREDIT:",
+        "                if self._lost > load.credit:",
+        "                if self._lost > 1000.0:",
         (f"{COST_TESTS}::test_a_draft_model",),
     ),
     Fault(
