@@ -7,15 +7,27 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import prange
 
 from sempre.kernels.jit import address_of, compiled, keep
 from sempre.kernels.linear.cpu import multiply_panel, to_panels
-from sempre.kernels.linear.cpu_tiles import PANEL, TILES
+from sempre.kernels.linear.cpu_tiles import PANEL, TILES, VECTORS, add_rows
 from sempre.kernels.lora import AdapterRows, AdapterWeight, LoraShape, ScratchTensor
+from sempre.kernels.vector_ir import F32, I64, LANES, address_intrinsic, load, store, vec
 
 # of an entry of the table: address of the panels of B, rank, and the part's first column of x A^T
 _FIELDS = 3
+
+
+def _emit_add_panel(b: ir.IRBuilder, source: ir.Value, target: ir.Value) -> None:
+    """Add a panel's width of float32 at `source` to those at `target`."""
+    for index in range(VECTORS):
+        source_at, target_at = (b.add(place, I64(4 * LANES * index)) for place in (source, target))
+        store(b, b.fadd(load(b, target_at, vec(F32)), load(b, source_at, vec(F32))), target_at)
+
+
+_add_panel = address_intrinsic(_emit_add_panel)
 
 
 class CpuLoraSlots:
@@ -69,7 +81,8 @@ class CpuLoraSlots:
             self._inner,
             self._parts,
             self._columns,
-            out.numpy(),
+            out.data_ptr(),
+            out.shape[1],
         )
         return out
 
@@ -83,7 +96,8 @@ def _add(
     inner_panels: np.ndarray,
     parts: np.ndarray,
     columns: np.ndarray,
-    out: np.ndarray,
+    out: int,
+    width: int,
 ) -> None:
     depth = x.shape[1]
     for group in prange(groups.shape[0]):
@@ -114,9 +128,11 @@ def _add(
                     column = start + p * PANEL
                     kept = min(PANEL, end - column)
                     for i in range(count):
-                        row = order[first + i]
-                        for k in range(kept):
-                            out[row, column + k] += change[i, k]
+                        target = out + (order[first + i] * width + column) * 4
+                        if kept == PANEL:
+                            _add_panel(change_at + i * PANEL * 4, target)
+                        else:
+                            add_rows(change_at + i * PANEL * 4, 0, target, 0, 1, kept)
             keep(own)
             keep(inner)
             keep(change)
