@@ -124,10 +124,11 @@ class _AnyValue:
 
     def bound(self, schema: Schema, share: int) -> None:
         """Replace the free values directly inside, and bound the unnamed properties."""
-        for word in ("properties", "patternProperties"):
+        # of those under a pattern there may be several
+        for word, part in (("properties", share), ("patternProperties", _each_of_several(share))):
             children = schema.get(word)
             if isinstance(children, dict):
-                schema[word] = {name: self._bounded(child, share) for name, child in children.items()}
+                schema[word] = {name: self._bounded(child, part) for name, child in children.items()}
         if "items" in schema or (_may_be(schema, "array") and not {"prefixItems", *COMBINING} & set(schema)):
             schema["items"] = self._bounded(schema.get("items", True), share // 4)
         schema.update(self._bounded(schema, share))
@@ -158,7 +159,7 @@ class _AnyValue:
             return
         most = _most_names(share)
         _share_out([values], share)
-        further = {other_names(names): self._bounded(values, max(4, share // most - 12))}
+        further = {other_names(names): self._bounded(values, _each_of_several(share))}
         if not {name for name, child in named.items() if child is not False} <= set(schema.get("required") or ()):
             # further ones can only be counted if all named ones are present
             del schema["additionalProperties"]
@@ -201,7 +202,8 @@ class _AnyValue:
         """Bound the user's own name patterns; names that match no shortened pattern are excluded."""
         rules = schema["patternProperties"]
         _share_out(rules.values(), share)
-        is_whole = set(schema) <= _OF_OBJECTS | {"patternProperties", "additionalProperties"} and not self._has_pointers
+        words = _OF_OBJECTS | {"patternProperties", "additionalProperties", "$defs"}
+        is_whole = set(schema) <= words and not self._has_pointers
         if len(rules) == 1 or (is_whole and schema.get("type") == "object"):
             schema["patternProperties"] = {short_names(pattern) or pattern: values for pattern, values in rules.items()}
         schema["additionalProperties"] = False
@@ -210,9 +212,10 @@ class _AnyValue:
             # shortened patterns may no longer share a name; an impossible case makes the library compare the full ones
             compared = {"type": "object", "patternProperties": rules, "additionalProperties": False}
             nothing = {"required": [""], "properties": {"": False}}
+            definitions = {word: schema.pop(word) for word in ("$defs",) if word in schema}
             cases = [{**schema}, {**compared, **nothing}]
             schema.clear()
-            schema["anyOf"] = cases
+            schema.update({**definitions, "anyOf": cases})
 
     def _bounded(self, child: Any, share: int) -> Any:
         if child is not True and (not isinstance(child, dict) or SPEAKING & set(child)):
@@ -250,11 +253,16 @@ def _most_names(share: int) -> int:
     return min(_MOST_ITEMS, max(2, share // 32))
 
 
+def _each_of_several(share: int) -> int:
+    """What each of the most properties without a name may take, besides its name and white space."""
+    return max(4, share // _most_names(share) - 12)
+
+
 def _share_out(values: Iterable[Any], share: int) -> None:
     """Bound scalars, each by its part of the share."""
     for value in values:
         if isinstance(value, dict) and value.get("type") == "string" and not {"const", "enum", "$ref"} & set(value):
-            _bound_scalars(value, max(4, share // _most_names(share) - 12))
+            _bound_scalars(value, _each_of_several(share))
 
 
 def other_names(names: list[str]) -> str:

@@ -84,6 +84,25 @@ def test_answers_fulfil_their_schemas() -> None:
     assert found["whole"] > found["refused"] > 0
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}},
+        {"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}, "maxProperties": 9},
+        {"type": "object", "patternProperties": {"^a": {}, "^b": {}}, "additionalProperties": False},
+        {"type": "object", "patternProperties": {"^a": True}, "minProperties": 3},
+    ],
+)
+def test_free_values_under_patterns_of_names_end(schema: dict[str, Any]) -> None:
+    """Each takes its part of the answer's room."""
+    grammar = BUILDER.build(StructuredOutputsParams(json=schema), VOCABULARY, ENDS, MAX_TOKENS)
+    validator = jsonschema_rs.Draft202012Validator(schema)
+    for seed in range(12):
+        text = answer(grammar, seed)
+        assert text is not None
+        assert validator.is_valid(json.loads(text))
+
+
 @pytest.mark.product
 @pytest.mark.timeout(1800)
 def test_many_answers_fulfil_their_schemas() -> None:
