@@ -66,8 +66,8 @@ def write_gguf_folder(path: Path, folder: Path, *, shown_path: Callable[[Path], 
     ids: dict[str, object] = {
         name: token_id for name, token_id in facts.special_ids.items() if name in ("bos_token_id", "pad_token_id")
     }
-    if facts.eos_ids:
-        ids["eos_token_id"] = facts.eos_ids if len(facts.eos_ids) > 1 else facts.eos_ids[0]
+    # also where there is none: a config that is silent has its family's default
+    ids["eos_token_id"] = facts.eos_ids[0] if len(facts.eos_ids) == 1 else facts.eos_ids
     _write_json(folder / "config.json", config | ids)
     _write_json(folder / "generation_config.json", ids)
     named = shown_path or (lambda shard: str(shard.resolve()))

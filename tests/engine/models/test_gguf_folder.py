@@ -15,6 +15,7 @@ from sempre.engine.models.gguf_folder import write_gguf_folder
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ModelError, TensorMismatch
 from sempre.workers.gguf_source import open_gguf
+from sempre.workers.models.registry import load_spec
 
 
 def describe(path: Path, folder: Path) -> Path:
@@ -41,6 +42,19 @@ def test_rows_left_in_file_order_are_others(tmp_path: Path, write_gguf) -> None:
         found = source.read("model.layers.0.self_attn.q_proj.weight")
     assert torch.equal(found, query)
     assert not torch.equal(found.reshape(4, 2, 8, 64).swapaxes(1, 2).reshape(64, 64), query)
+
+
+def test_a_file_without_an_end_has_none(tmp_path: Path, write_gguf) -> None:
+    """Not that of transformers' class, which may be any token of this vocabulary."""
+
+    def forget(writer: GGUFWriter) -> None:
+        for fields in writer.kv_data:
+            fields.pop("tokenizer.ggml.eos_token_id", None)
+            fields.pop("tokenizer.ggml.eot_token_id", None)
+
+    write_gguf(tmp_path / "a.gguf", change=forget)
+    describe(tmp_path / "a.gguf", tmp_path / "out")
+    assert load_spec(tmp_path / "out").eos_token_ids == ()
 
 
 def test_config_and_tokenizer(tmp_path: Path, write_gguf) -> None:
