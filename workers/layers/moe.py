@@ -220,11 +220,12 @@ class SparseMLP(Module):
         parts = self._parts.first(count).view(count * k, width)
         # pairs are ordered by token; the sort is stable, so each expert's rows stay in that order
         places = experts.view(-1).argsort(stable=True)
+        tokens = places // k
         start = 0
         for expert, num_rows in enumerate(torch.bincount(experts.view(-1), minlength=self.sizes.num_experts).tolist()):
             if num_rows and expert in self.experts.own:
-                own = places[start : start + num_rows]
-                parts.index_copy_(0, own, self.experts.of(expert, x.index_select(0, own // k)))
+                own = slice(start, start + num_rows)
+                parts.index_copy_(0, places[own], self.experts.of(expert, x.index_select(0, tokens[own])))
             start += num_rows
         if self._exchange is not None:
             return self._combine_over_ranks(self._exchange, parts.view(count, k, width), experts, weights, out)
