@@ -14,6 +14,8 @@ triton = pytest.importorskip("triton")
 from sempre.kernels.linear import gpu_check  # noqa: E402
 from sempre.kernels.linear.gpu_table import choose_fused  # noqa: E402
 from sempre.kernels.linear.weights import GpuLinearWeight  # noqa: E402
+from sempre.kernels.lora import LoraShape, make_slots  # noqa: E402
+from sempre.workers.adapters.peft import adaptable_linears  # noqa: E402
 from sempre.workers.gpu.self_test.linears import check_linears  # noqa: E402
 from sempre.workers.layers.linear_kernel import INVARIANT  # noqa: E402
 from sempre.workers.layers.module import Build  # noqa: E402
@@ -89,3 +91,26 @@ def test_a_fused_matmul_that_disagrees_is_left_out(monkeypatch: pytest.MonkeyPat
     assert choose_fused("any", 4, INNER, frozenset()) is not None
     assert choose_fused("any", 4, INNER, gate_up.excluded) is None
     assert _weight(model, "down_proj").excluded == frozenset()
+
+
+@pytest.mark.parametrize("with_adapters", [True, False])
+def test_a_matmul_whose_float32_results_disagree_is_left_out_beside_adapters(
+    with_adapters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters are added to those."""
+    run = gpu_check.run_choice
+
+    def wrong(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, *rest: Any) -> torch.Tensor:
+        run(x, w, out, *rest)
+        if out.dtype == torch.float32 and w.in_features == INNER:
+            out[0, 0] += 1.0
+        return out
+
+    monkeypatch.setattr(gpu_check, "run_choice", wrong)
+    model = _model()
+    if with_adapters:
+        for _, linear in adaptable_linears(model):
+            shape = LoraShape(linear.in_features, tuple(linear.parts.values()), 1, 16)
+            linear.adapters = make_slots(shape, torch.float16, torch.device("cpu"))
+    tested = check_linears(model, torch.float16, max_tokens=20, max_num_seqs=4)
+    assert (f"N={HIDDEN},K={INNER}" in tested.excluded) == with_adapters

@@ -70,6 +70,9 @@ def check_linears(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_n
         max_rows = min(max_tokens, max(max_num_seqs, PROMPT_LOGPROB_ROWS)) if logits else max_tokens
         out_dtype = torch.float32 if linear.use.is_float32 else dtype
         wrong = set(disagreeing(weight, dtype, max_rows=max_rows, out_dtype=out_dtype))
+        if linear.adapters is not None and out_dtype != torch.float32:
+            # adapters are added to float32 results, which are then rounded as the others
+            wrong |= set(disagreeing(weight, dtype, max_rows=max_rows, out_dtype=torch.float32))
         if linear.activation is not None:
             wrong |= set(disagreeing_fused(weight, linear.activation, max_rows=max_rows))
         if wrong:
