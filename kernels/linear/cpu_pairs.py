@@ -41,6 +41,9 @@ from sempre.kernels.vector_ir import (
 _UPPER = -0x10000  # the upper half of a word
 _WORD_BYTES = 4
 _PAIRS = LANES // 2
+# tiles of so many rows compute long enough for the next panel to arrive meanwhile; with fewer the memory is all that
+# counts, and reads ahead by itself
+_PREFETCHING_ROWS = 4
 # MXCSR and FPCR: to nearest, nothing trapped, subnormal inputs and results are zero
 _FLUSHING_MXCSR, _FLUSHING_FPCR = 0x9FC0, 1 << 24
 
@@ -107,11 +110,16 @@ def _emit_sums(b: ir.IRBuilder, rows: int, tile: _Operands, add_pairs: _AddPairs
     for _ in range(rows - 1):
         x_rows.append(b.add(x_rows[-1], tile.x_row))
         out_rows.append(b.add(out_rows[-1], tile.out_row))
+    panel_bytes = b.mul(tile.depth, I64(PANEL * _WORD_BYTES))
     places = [(i, j) for i in range(rows) for j in range(VECTORS)]
 
     def step(b: ir.IRBuilder, k: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
         at = b.add(tile.panel, b.mul(k, I64(PANEL * _WORD_BYTES)))
-        columns = [load(b, b.add(at, I64(LANES * _WORD_BYTES * j)), vec(I32)) for j in range(VECTORS)]
+        places_of_columns = [b.add(at, I64(LANES * _WORD_BYTES * j)) for j in range(VECTORS)]
+        columns = [load(b, place, vec(I32)) for place in places_of_columns]
+        if rows >= _PREFETCHING_ROWS:
+            for place in places_of_columns:
+                _prefetch(b, b.add(place, panel_bytes))
         following = []
         for i, row in enumerate(x_rows):
             # one at a time: all of them together would not fit in the registers
@@ -152,6 +160,13 @@ def _emit_round_row(b: ir.IRBuilder, x: ir.Value, count: ir.Value, out: ir.Value
     whole = b.and_(count, I64(-LANES))
     loop(b, I64(0), whole, LANES, [], several)
     loop(b, whole, count, 2, [], one)
+
+
+def _prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Have a line of the next panel brought into the L2 cache; after the last panel it is ignored."""
+    if IS_X86:
+        kind = ir.FunctionType(ir.VoidType(), [I64])
+        b.asm(kind, "prefetcht1 ($0)", "r", [address], side_effect=True)
 
 
 def _begin_flushing(b: ir.IRBuilder) -> ir.Value:

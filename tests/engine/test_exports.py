@@ -92,6 +92,12 @@ def test_import_is_cheap() -> None:
     assert modules_after("import sempre.engine").isdisjoint({"torch", "numpy", "msgspec", "zmq", "tokenizers"})
 
 
+def test_an_engine_is_imported_with_two_libraries() -> None:
+    """Each other one would delay the start of every program that imports the engine."""
+    others = modules_after("from sempre.engine import LLM, SamplingParams") - modules_after("pass")
+    assert others - sys.stdlib_module_names == {"sempre", "msgspec", "tokenizers", "typing_extensions"}
+
+
 @pytest.mark.parametrize("name", ["LLM", "AsyncLLM", "SamplingParams", "engine_config"])
 def test_no_name_imports_torch(name: str) -> None:
     assert modules_after(f"from sempre.engine import {name}").isdisjoint({"torch", "numba", "transformers"})
