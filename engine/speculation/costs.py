@@ -29,6 +29,8 @@ _REFRESH = 512
 # steps that drafts may lose before they pause, and that gains are remembered for; and more for each standard deviation
 # of steps without
 _CREDIT, _CREDIT_PER_SPREAD = 3.0, 8.0
+# steps between trials until it is known what drafts cost
+_FIRST_TRIAL = 8
 # a pause, in steps: at least, and for each lost step; twice as long after each trial that fails
 _LEAST_PAUSE, _PAUSE_PER_LOSS = 128, 128
 _LONGEST_PAUSE = 8192
@@ -147,7 +149,7 @@ class DraftMeter:
         self._share = 1.0  # of requests that have drafts, while some do
         self._lost = 0.0  # steps lost in drafting, less those gained
         self._num_failed = 0
-        self._try_at = _LEAST_PAUSE
+        self._try_at = _FIRST_TRIAL
         self._is_paused = False
         self._is_held = False  # paused, or until steps without drafts have been timed
         self._pays = self._is_decided = False
@@ -182,7 +184,8 @@ class DraftMeter:
         self._is_decided = False
         lengths = _draft_lengths(step)
         if lengths:  # the next trial, if this was one
-            self._try_at = max(self._try_at, self._num_steps + _LEAST_PAUSE)
+            pause = _LEAST_PAUSE if self._is_measured else _FIRST_TRIAL
+            self._try_at = max(self._try_at, self._num_steps + pause)
         timed = self._timed(step, sampled, lengths, now)
         if timed is None:
             return
