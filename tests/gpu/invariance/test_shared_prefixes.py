@@ -66,7 +66,8 @@ def test_a_common_prefix_is_not_seen(shared: list[int], settings: dict[str, Any]
 def test_groups_of_other_blocks_are_noticed(shared: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: requests whose prefixes differ, grouped as if they did not."""
     requests = [
-        make_request(prompt(400 + index, 1030), seed=index, ordinal=index, max_tokens=4, temperature=1.0, logprobs=1)
+        # so long that most decode at the same time: few shared splits do not pay, and are read for each
+        make_request(prompt(400 + index, 1030), seed=index, ordinal=index, max_tokens=24, temperature=1.0, logprobs=1)
         for index in range(24)
     ]
     expected = run_inproc(requests, **SETTINGS)

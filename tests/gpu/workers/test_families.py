@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,13 @@ CONFIGS = {
 }
 
 
+def _scores(model: Any, tokens: list[int]) -> torch.Tensor:
+    """Log-probabilities of the tokens but the first, in float64, from logits in the model's dtype."""
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].double()
+    return logits.log_softmax(-1)[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     with torch.random.fork_rng():
@@ -146,9 +154,9 @@ def test_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) 
                 torch.nn.init.normal_(buffer, 1.0 if "scalar" in buffer_name else 0.0, 0.3)
     model.eval().save_pretrained(tmp_path)
     tokens = [3 + 7919 * i % 300 for i in range(150)]
-    with torch.no_grad():
-        logits = model(torch.tensor([tokens])).logits[0].double()
-    expected = logits.log_softmax(-1)[torch.arange(149), torch.tensor(tokens[1:])]
+    reference = copy.deepcopy(model).double()
+    reference.set_experts_implementation("eager")  # grouped products have no float64
+    theirs, expected = _scores(model, tokens), _scores(reference, tokens)
     # chunks, so that the cache is read
     client = launch_inproc(
         model=str(tmp_path), load_format="auto", dtype="float32", max_model_len=512, max_num_seqs=4,
@@ -159,5 +167,7 @@ def test_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) 
     finally:
         client.close()
     found = [struct.unpack("<f", struct.pack("<I", p.bits[0]))[0] for p in scored.prompt_logprobs[-149:]]
-    error = torch.tensor(found, dtype=torch.float64) - expected
-    assert error.norm() / expected.norm() < 1e-5
+    ours = torch.tensor(found, dtype=torch.float64)
+    # a model that amplifies rounding does so for transformers in float32, too
+    bound = max(1e-5, ((theirs - expected).norm() / expected.norm()).item())
+    assert (ours - expected).norm() / expected.norm() < bound

@@ -10,6 +10,8 @@ import torch
 from pooling_checkpoints import FLAGS, classifier, embedder, reranker
 
 from sempre.engine import LLM
+from sempre.workers.input_batch import StepPlan
+from sempre.workers.pooling import Pooler
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,9 +50,18 @@ def test_bits_depend_on_the_prompt_alone(kind: str, dtype: str, folders: dict[st
 
 
 @pytest.mark.parametrize("kind", FLAGS)
-def test_control(kind: str, folders: dict[str, Path]) -> None:
-    """The ordinary matmul gives other bits in a batch: the test above can fail."""
-    changes = {"numerics": "control", "enable_prefix_caching": False, "dtype": "bfloat16"}
+def test_the_row_of_a_neighbour_is_noticed(
+    kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: each request but the first of a step has the row before its own in its sum, too."""
+    spans = Pooler._spans
+
+    def shifted(self: Pooler, plan: StepPlan) -> tuple[Any, ...]:
+        first, *others = spans(self, plan)
+        return first - (first > 0), *others
+
+    monkeypatch.setattr(Pooler, "_spans", shifted)
+    changes = {"enable_prefix_caching": False, "dtype": "bfloat16"}
     lone = run(folders[kind], *([prompt] for prompt in PROMPTS), **changes)
     assert run(folders[kind], PROMPTS, **changes) != [[values for [values] in lone]]
 
