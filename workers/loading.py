@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from sempre.ipc.config import WorkerConfig
-from sempre.ipc.errors import ModelError, TensorMismatch
+from sempre.ipc.errors import ConfigError, ModelError, TensorMismatch
 from sempre.ipc.gguf_index import GGUF_INDEX_FILE
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.integers import IntegerScheme
@@ -132,6 +132,13 @@ def load_model(
     resolved = resolve_quantization(spec.quantization, config.quantization, config.load_format)
     scheme = resolved.scheme if isinstance(resolved, QuantizationSpec | IntegerSpec) else None
     parallel = parallel or parallel_of(config.profile)
+    if parallel.most_leaves > 1 and isinstance(resolved, IntegerSpec):
+        raise ConfigError(
+            f"quantization: expected numerics_profile 'single' and tensor_parallel_size 1 for matrices of integers,"
+            f" found {config.profile!r} and {parallel.size}; their blocks are not summed in leaves yet.",
+            parameter="quantization",
+            value=config.quantization,
+        )
     formats = _formats(resolved, config, placement)
     model = build_model(Build(kernel, formats, parallel), spec)
     wanted = parameters(model)

@@ -27,6 +27,7 @@ from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.layers.module import Module, Scratch, allocate, sharing
+from sempre.workers.leaf_check import leaves_apart_and_together
 from sempre.workers.loading import WeightFacts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import LayerKv
@@ -338,6 +339,9 @@ def check_linears(model: CausalLM, matrix_dtype: torch.dtype, max_tokens: int) -
         x = torch.randn(_DISTINCT_ROWS, depth, generator=generator, dtype=torch.float32, device=CPU)
         yield from _compare_rows(operation, x, small, linear.kernel, row_counts)
         yield from _compare_rows(operation, x, weight, linear.kernel, [_FULL_SIZE_ROWS])
+        if weight.leaves > 1:
+            pair = leaves_apart_and_together(x, weight, linear.kernel, matrix_dtype, generator)
+            yield compare(operation, f"{weight.leaves} leaves against each by itself", *pair)
 
 
 def _random_weight(

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from family_names import NAMES
 from ranks import Ranks, on_all_ranks
 from safetensors.torch import save_file
 
-from sempre.ipc.errors import ConfigError, EngineUnhealthy, StartupError
+from sempre.ipc.errors import ConfigError, EngineUnhealthy, InvarianceError, StartupError
+from sempre.kernels.linear import CpuLinearWeight, linear
 from sempre.workers.cpu.exchange import SharedMemoryExchange
 from sempre.workers.layers.linear_kernel import INVARIANT
 from sempre.workers.layers.module import Build, parameters
 from sempre.workers.models.registry import build_model, load_spec
 from sempre.workers.quantization.plain import NotQuantized
+from sempre.workers.self_test import check_linears, require_equal
 
 TOKENS = [(7919 * i + 11) % 320 for i in range(45)]
 CUTS = (1, 18, 44)
@@ -217,6 +220,8 @@ def test_rows_are_those_that_the_others_wrote() -> None:
                 time.sleep(0.03)
             slots[rank] = 1000 * number + rank
             exchange.wait()
+            if number % 100 == 53 + rank:
+                time.sleep(0.03)
             expected = 1000.0 * number + torch.arange(size)[:, None, None]
             wrong += int((slots != expected).sum())
         return wrong
@@ -254,3 +259,34 @@ def test_an_unknown_token_is_refused_by_every_rank(folder: Folder) -> None:
     for _ in range(2):
         with pytest.raises(IndexError, match="outside a table of 320 rows"):
             ranks.logits([5, 320])
+
+
+# The self-test
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_the_self_test_notices_another_order_of_leaves(quantization: str | None, folder: Folder) -> None:
+    model, facts = of(folder("llama"), 1, quantization=quantization).loaded[0]
+    passed = require_equal(check_linears(model, facts.matrix_dtype, 64))
+    assert passed["linear"] > 0
+
+    def swapped(x: torch.Tensor, weight: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
+        """The sums of the second leaf and the third are exchanged."""
+        order = torch.arange(weight.leaves)
+        order[1:3] = order[1:3].flip(0) if weight.leaves > 2 else order[1:3]
+        parts, panels = x.chunk(weight.leaves, 1), weight.panels.view(torch.uint8).chunk(weight.leaves, 1)
+        panels = torch.cat([panels[leaf] for leaf in order], 1).view(weight.panels.dtype)
+        return linear(torch.cat([parts[leaf] for leaf in order], 1), replace(weight, panels=panels), out)
+
+    for _, module in model.linears():
+        module.kernel = INVARIANT._replace(linear=swapped)
+    with pytest.raises(InvarianceError, match=r"self-test: linear .*: \d leaves against each by itself: expected the"):
+        require_equal(check_linears(model, facts.matrix_dtype, 64))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_matrices_of_integers_are_refused(size: int, folder: Folder) -> None:
+    checkpoint = folder("llama")
+    with pytest.raises(ConfigError, match="for matrices of integers, found 'tree8'") as refused:
+        of(checkpoint, size, numerics_profile="tree8", quantization="int8")
+    assert refused.value.parameter == "quantization"

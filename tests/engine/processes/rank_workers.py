@@ -33,8 +33,8 @@ class FaultyRank(Worker):
         loaded = super().load_model(command)
         model = self._require_loaded().model
         match FAULT:
-            case "another weight bit in memory":
-                norm = model.model.layers[2].input_layernorm.weight
+            case "another bit of the last norm in memory":
+                norm = model.model.norm.weight
                 norm.view(torch.int32)[7] ^= 1 << 18
             case "a dropped partial":
                 add = row_parallel.sum_partials

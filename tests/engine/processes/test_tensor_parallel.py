@@ -127,7 +127,7 @@ class _in_a_moment:
         ),
         ("a dropped partial", WorkerDied, r"rank 1 differs from rank 0 in step \d+, request '0', hidden state"),
         pytest.param(
-            "another weight bit in memory",
+            "another bit of the last norm in memory",
             WorkerDied,
             r"rank 1 differs from rank 0 in step \d+, request '0', hidden state",
             marks=pytest.mark.product,

@@ -10,6 +10,7 @@ from planted_faults.gpu_kernels import GPU_KERNELS
 from planted_faults.links import LINKS
 from planted_faults.pooling import POOLING
 from planted_faults.positions import POSITIONS
+from planted_faults.ranks import RANKS
 from planted_faults.sampling import SAMPLING
 from planted_faults.scheduling import SCHEDULING
 from planted_faults.speculation import SPECULATION
@@ -27,6 +28,7 @@ FAULTS: tuple[Fault, ...] = (
     *GPU_KERNELS,
     *LINKS,
     *POOLING,
+    *RANKS,
 )
 
 __all__ = ["FAULTS", "Fault"]

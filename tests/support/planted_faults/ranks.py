@@ -1,0 +1,85 @@
+"""Faults of what ranks of one model share: sums in leaves, memory, and the comparison of their results."""
+
+from __future__ import annotations
+
+from planted_faults.fault import Fault
+
+LEAVES = "tests/kernels/test_leaves.py"
+MODELS = "tests/workers/test_tensor_parallel.py"
+PROCESSES = "tests/engine/processes/test_tensor_parallel.py"
+LINEAR = "kernels/linear/cpu.py"
+
+RANKS = (
+    Fault(
+        "ranks-added-in-another-order",
+        "Partial sums are added in another order than the leaves of one worker.",
+        LINEAR,
+        "partials + (rank * rows + t) * row_bytes",
+        "partials + (rank * 3 % ranks * rows + t) * row_bytes",
+        (f"{LEAVES}::test_any_number_of_workers_gives_the_same_bits",),
+    ),
+    Fault(
+        "a-partial-is-dropped",
+        "The sums of the last ranks are left out.",
+        LINEAR,
+        "for left in range(0, ranks, 2 * distance):",
+        "for left in range(0, distance, 2 * distance):",
+        (f"{LEAVES}::test_any_number_of_workers_gives_the_same_bits",),
+    ),
+    Fault(
+        "leaves-one-after-the-other",
+        "Leaves are added to one sum in turn, so that two workers give other bits than one.",
+        LINEAR,
+        "        while bits & 1:\n            count -= 1",
+        "        while bits > 0 and count > 0:\n            count -= 1",
+        (f"{LEAVES}::test_the_order_is_a_balanced_binary_tree",),
+    ),
+    Fault(
+        "every-leaf-has-the-first-one-s-scale",
+        "Quantised activations of a leaf are multiplied by another leaf's scale.",
+        LINEAR,
+        "scale_rows(row_scales + leaf * 4, leaves * 4",
+        "scale_rows(row_scales, leaves * 4",
+        (f"{LEAVES}::test_activations_have_a_scale_for_each_leaf",),
+    ),
+    Fault(
+        "a-meeting-is-left-early",
+        "A rank waits only for those before it.",
+        "kernels/exchange/cpu.py",
+        "for other in range(processes):",
+        "for other in range(index):",
+        (f"{MODELS}::test_rows_are_those_that_the_others_wrote",),
+    ),
+    Fault(
+        "halves-do-not-take-turns",
+        "A fast rank writes the next rows over those that a slow one still reads.",
+        "workers/cpu/exchange.py",
+        "self._halves[self._number % 2]",
+        "self._halves[0]",
+        (f"{MODELS}::test_rows_are_those_that_the_others_wrote",),
+    ),
+    Fault(
+        "every-rank-has-the-first-key-heads",
+        "Queries of a rank attend to the keys of another's.",
+        "workers/parallel.py",
+        "first, count = rank * keys // size, max(1, keys // size)",
+        "first, count = 0, max(1, keys // size)",
+        (f"{MODELS}::test_sixteen_bit_weights",),
+    ),
+    Fault(
+        "weights-of-a-part-are-digested",
+        "The digest of the weights depends on how many workers share them.",
+        "workers/loading.py",
+        "reader.hash_rest(wanted)",
+        "reader.hash_rest(())",
+        (f"{MODELS}::test_every_family_on_two_ranks[qwen3-moe]",),
+    ),
+    Fault(
+        "only-the-first-rank-counts",
+        "What the other ranks computed is not compared.",
+        "engine/coordinator/rank_comparison.py",
+        "    for rank in others:",
+        "    for rank in others[:0]:",
+        (f"{PROCESSES}::test_the_rank_the_step_and_the_request_are_named",),
+    ),
+)
