@@ -68,9 +68,9 @@ class NativeGroup:
             engine = _load(self._object_code())
         return engine, np.asarray([engine.get_function_address(name) for name in self._functions], np.int64)
 
-    @property
+    @cached_property
     def table(self) -> int:
-        """The address of the functions' addresses, in the order of the group; valid as long as the process."""
+        """The address of the functions' addresses, in the order of the group; valid as long as the group."""
         return int(self._compiled[1].ctypes.data)
 
     def _object_code(self) -> bytes:

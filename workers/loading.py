@@ -44,10 +44,12 @@ from sempre.workers.quantization.widened import WidenedSource, WidenedSpec
 from sempre.workers.tensor_source import (
     CPU,
     FLOAT_NAMES,
+    DroppedSafetensors,
     DummySource,
     ModelPart,
     Parameter,
     PartSource,
+    SafetensorsSource,
     TensorSource,
     mismatch,
     open_safetensors,
@@ -206,8 +208,9 @@ def _open_source(
     else:
         folder = Path(config.model_path)
         integers = {name.removesuffix(CODES) for name in wanted if name.endswith(CODES)}
+        kind = DroppedSafetensors if device.type == "cpu" else SafetensorsSource
         is_gguf = (folder / GGUF_INDEX_FILE).exists()
-        with open_gguf(folder, integers) if is_gguf else open_safetensors(folder) as source:
+        with open_gguf(folder, integers) if is_gguf else open_safetensors(folder, kind) as source:
             yield source
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from sempre.ipc.errors import ModelError, TensorMismatch
 from sempre.ipc.model_files import check_regular, read_json_object, shown
+from sempre.workers.host_memory import MappedFiles
 
 # safetensors' names of the dtypes a weight may have
 FLOAT_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -23,6 +25,8 @@ CPU = torch.device("cpu")
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# of the tensors that were read last
+_KEPT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,28 @@ class SafetensorsSource:
 
     def digest(self, name: str, tensor: torch.Tensor) -> bytes:
         return _content_digest(name, tensor)
+
+
+class DroppedSafetensors(SafetensorsSource):
+    """The same, of which a tensor's part of the mapped file leaves the memory when it is hashed, and when others have
+    been read since. So a file is not in memory beside what a CPU makes of it; reading again only takes longer."""
+
+    def __init__(self, files: Mapping[str, Any]) -> None:
+        super().__init__(files)
+        self._mapped = MappedFiles()
+        self._last_read: deque[torch.Tensor] = deque()
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = super().read(name)
+        self._last_read.append(tensor)
+        while len(self._last_read) > 1 and sum(read.nbytes for read in self._last_read) > _KEPT_BYTES:
+            self._mapped.drop(self._last_read.popleft())
+        return tensor
+
+    def digest(self, name: str, tensor: torch.Tensor) -> bytes:
+        found = super().digest(name, tensor)
+        self._mapped.drop(tensor)
+        return found
 
 
 @dataclass(frozen=True)
@@ -194,14 +220,14 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 @contextmanager
-def open_safetensors(folder: Path) -> Iterator[SafetensorsSource]:
+def open_safetensors(folder: Path, kind: type[SafetensorsSource] = SafetensorsSource) -> Iterator[SafetensorsSource]:
     """Open the checkpoint's files; raises ModelError naming the file or the index entry that does not fit."""
     with ExitStack() as stack:
         if (folder / INDEX_FILE).exists():
-            yield SafetensorsSource(_open_shards(stack, folder))
+            yield kind(_open_shards(stack, folder))
         elif (folder / SINGLE_FILE).exists():
             opened = _open(stack, folder / SINGLE_FILE)
-            yield SafetensorsSource(dict.fromkeys(opened.keys(), opened))
+            yield kind(dict.fromkeys(opened.keys(), opened))
         else:
             found = sorted(path.name for path in folder.glob("*.*") if path.suffix in (".bin", ".pt", ".safetensors"))
             raise ModelError(

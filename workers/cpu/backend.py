@@ -19,6 +19,7 @@ from sempre.workers.cpu.pooling_runner import CpuPoolingRunner
 from sempre.workers.cpu.runner import CpuModelRunner
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.fingerprint import fingerprint_parts
+from sempre.workers.host_memory import give_back_free_memory
 from sempre.workers.kv_cache import available_sizes
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import ON_CPU
@@ -111,6 +112,7 @@ class CpuBackend:
         config = model.config
         if self._compilation is not None:
             self._compilation.finish()
+        give_back_free_memory()
         _leave_cores_to_kernels()
         scratch = Scratch(model.max_num_batched_tokens, model.max_model_len, model.weights.activations, CPU)
         allocate(model.model, scratch)
