@@ -59,15 +59,19 @@ def test_a_row_without_an_adapter_is_the_base() -> None:
         assert torch.equal(found[row], each.base[row]) == (row % 3 == 0)
 
 
-def test_the_order_is_the_documented_one() -> None:
-    each = case(129, (320, 5))
-    adapter = each.adapters[3]
-    changes = []
-    for part in adapter:
-        assert part is not None
-        inner = product_in_order(each.x.numpy(), part.a.numpy())
-        changes.append(torch.from_numpy(product_in_order(inner, part.b.numpy())))
-    assert torch.equal(each.run(list(range(ROWS)), [3] * ROWS), each.base + torch.cat(changes, 1))
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_the_order_is_the_documented_one(stored: torch.dtype) -> None:
+    """Also where A and B are kept in 16 bit, which holds them exactly."""
+    each = lora_case(129, (320, 5), [(33, 33), (70, 3)], torch.float32, ROWS, stored)
+    for owner, adapter in enumerate(each.adapters):
+        changes = []
+        for part in adapter:
+            assert part is not None
+            inner = product_in_order(each.x.numpy(), part.a.numpy())
+            changes.append(torch.from_numpy(product_in_order(inner, part.b.numpy())))
+        assert torch.equal(each.run(list(range(ROWS)), [owner] * ROWS), each.base + torch.cat(changes, 1))
+    in_float32 = lora_case(129, (320, 5), [(33, 33), (70, 3)], torch.float32, ROWS).slots.nbytes
+    assert each.slots.nbytes == (in_float32 if stored == torch.float32 else in_float32 // 2)
 
 
 def test_neither_threads_nor_slots_decide() -> None:

@@ -39,9 +39,15 @@ class LoraCase:
 
 
 def lora_case(
-    in_features: int, widths: tuple[int, ...], ranks: list[tuple[int, ...]], dtype: torch.dtype, num_rows: int
+    in_features: int,
+    widths: tuple[int, ...],
+    ranks: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    num_rows: int,
+    stored: torch.dtype = torch.float32,
 ) -> LoraCase:
-    """One adapter for each of `ranks`, which has a rank for each part; 0: none for that part."""
+    """One adapter for each of `ranks`, which has a rank for each part; 0: none for that part. `stored`: holds A and B
+    exactly."""
     generator = torch.Generator().manual_seed(in_features)
     shape = LoraShape(in_features, widths, len(ranks), max(max(each) for each in ranks))
     slots = make_slots(shape, dtype, torch.device("cpu"))
@@ -53,7 +59,12 @@ def lora_case(
     for slot, each in enumerate(ranks):
         adapters.append(
             tuple(
-                AdapterWeight(normal(rank, in_features) * in_features**-0.5, normal(width, rank)) if rank else None
+                AdapterWeight(
+                    (normal(rank, in_features) * in_features**-0.5).to(stored).float(),
+                    normal(width, rank).to(stored).float(),
+                )
+                if rank
+                else None
                 for rank, width in zip(each, widths, strict=True)
             )
         )
