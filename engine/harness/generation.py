@@ -75,13 +75,14 @@ def generate(client: EngineClient, requests: Sequence[RequestSpec], *, timeout_s
             for delta in event.outputs:
                 # unfinished requests of an earlier, failed call may still report
                 if delta.request_id in unfinished:
-                    _apply(results[delta.request_id], delta)
+                    apply_delta(results[delta.request_id], delta)
                     if delta.finish_reason is not None:
                         unfinished.remove(delta.request_id)
     return list(results.values())
 
 
-def _apply(result: Generation, delta: RequestOutputDelta) -> None:
+def apply_delta(result: Generation, delta: RequestOutputDelta) -> None:
+    """Add what is new for a request. Raises RequestError if it failed."""
     if delta.error is not None:
         text = f"request {delta.request_id!r} failed: {delta.error.type}: {delta.error.message}"
         raise restore(delta.error) or RequestError(text, request_id=delta.request_id)
