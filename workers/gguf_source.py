@@ -13,25 +13,16 @@ import torch
 from sempre.ipc.errors import ModelError, TensorMismatch
 from sempre.ipc.gguf_index import BLOCK_SIZES, Form, GgufIndex, IndexEntry, StoredTensor, read_gguf_index
 from sempre.ipc.model_files import check_regular
-from sempre.workers.quantization.gguf_blocks import UNPACK, Blocks, IntegerForm, dequantize, integer_form
+from sempre.workers.quantization.gguf_blocks import (
+    CODES,
+    MINIMA,
+    SCALES,
+    UNPACK,
+    Blocks,
+    dequantize,
+    integer_forms,
+)
 from sempre.workers.tensor_source import FLOAT_NAMES, mismatch
-
-CODES, SCALES, MINIMA = ".codes", ".code_scales", ".code_minima"
-"""suffixes of a matrix's blocks as integers"""
-
-# what each module is in GGUF has one source, whose rows are put in order while quantised
-_FORMS_OF_INTEGERS = (Form.PLAIN, Form.HEADS, Form.EXPERT)
-
-
-def integer_forms(index: GgufIndex) -> dict[str, IntegerForm]:
-    """The forms of the matrices that are stored in blocks, by module."""
-    found = {}
-    for name, entry in index.tensors.items():
-        kind = entry.sources[0].type
-        rank = len(entry.sources[0].shape) - (entry.form is Form.EXPERT)
-        if name.endswith(".weight") and entry.form in _FORMS_OF_INTEGERS and kind in UNPACK and rank == 2:
-            found[name.removesuffix(".weight")] = integer_form(kind)
-    return found
 
 
 class GgufSource:

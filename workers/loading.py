@@ -19,7 +19,7 @@ from sempre.ipc.errors import ConfigError, ModelError, TensorMismatch
 from sempre.ipc.gguf_index import GGUF_INDEX_FILE
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.integers import IntegerScheme
-from sempre.workers.gguf_source import CODES, open_gguf
+from sempre.workers.gguf_source import open_gguf
 from sempre.workers.kv_cache import available_memory_bytes
 from sempre.workers.layers.linear_kernel import LinearKernel, with_inputs
 from sempre.workers.layers.module import Build, Module, parameters
@@ -36,6 +36,7 @@ from sempre.workers.quantization.config import (
     resolve_quantization,
 )
 from sempre.workers.quantization.fp8 import Fp8Quantization
+from sempre.workers.quantization.gguf_blocks import CODES
 from sempre.workers.quantization.integers import integer_quantization
 from sempre.workers.quantization.method import Quantization
 from sempre.workers.quantization.mxfp4 import Mxfp4Quantization

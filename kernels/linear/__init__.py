@@ -27,8 +27,7 @@ import torch
 from sempre.kernels.activation import Activation
 from sempre.kernels.checks import check_rows
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.kernels.integers import IntegerWeight, integer_linear
-from sempre.kernels.linear.control import control_linear, control_pack, control_pack_fp8, control_pack_integers
+from sempre.kernels.linear.control import control_linear, control_pack, control_pack_fp8
 from sempre.kernels.linear.weights import ControlLinearWeight, CpuLinearWeight, GpuLinearWeight
 
 __all__ = [
@@ -38,7 +37,6 @@ __all__ = [
     "control_linear",
     "control_pack",
     "control_pack_fp8",
-    "control_pack_integers",
     "gated_linear",
     "linear",
     "pack_bfloat16_linear",
@@ -99,13 +97,11 @@ def _check_leaves(operation: str, weight: torch.Tensor, leaves: int) -> None:
         )
 
 
-def linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight | IntegerWeight, out: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
     """x [T, K] times the prepared weight into out [T, N]; both contiguous. Returns `out`.
 
     CPU: x and out float32. GPU: x in the weight's dtype (any, if that is fp8), out in x's or float32.
     """
-    if isinstance(w, IntegerWeight):
-        return integer_linear(x, w, out)
     _check("linear", x, w, out, w.out_features)
     if not x.shape[0]:
         return out
@@ -147,7 +143,7 @@ def sum_partials(partials: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) 
 
 def gated_linear(
     x: torch.Tensor,
-    w: CpuLinearWeight | GpuLinearWeight | IntegerWeight,
+    w: CpuLinearWeight | GpuLinearWeight,
     gate_up: torch.Tensor,
     out: torch.Tensor,
     activation: Activation = Activation.SILU,

@@ -5,12 +5,9 @@ It exists so that invariance tests can show that they are able to fail.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
-from sempre.kernels.integers import GroupedIntegers, IntegerScheme
 from sempre.kernels.linear.weights import ControlLinearWeight
 
 MOST_PARTS = 4
@@ -26,12 +23,6 @@ def control_pack_fp8(
     weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, scheme: Fp8Scheme
 ) -> ControlLinearWeight:
     return ControlLinearWeight(weight.float() * scale[:, None], bias.float() if bias is not None else None, scheme)
-
-
-def control_pack_integers(
-    matrices: Sequence[GroupedIntegers], bias: torch.Tensor | None, scheme: IntegerScheme
-) -> ControlLinearWeight:
-    return control_pack(torch.cat([matrix.values() for matrix in matrices]), bias)
 
 
 def control_linear(x: torch.Tensor, w: ControlLinearWeight, out: torch.Tensor) -> torch.Tensor:

@@ -21,11 +21,11 @@ from sempre.ipc.errors import ConfigError, TensorMismatch
 from sempre.ipc.gguf_index import BLOCK_SIZES, GGUF_INDEX_FILE, read_gguf_index
 from sempre.ipc.messages import SamplingSpec
 from sempre.kernels.integers import GroupedIntegers, IntegerScheme, IntegerWeight
-from sempre.workers.gguf_source import CODES, MINIMA, SCALES, integer_forms, open_gguf
+from sempre.workers.gguf_source import open_gguf
 from sempre.workers.layers.linear_kernel import CONTROL, INVARIANT
 from sempre.workers.loading import ON_CPU, Loaded, live_digest, load_model
 from sempre.workers.models.registry import load_spec
-from sempre.workers.quantization.gguf_blocks import UNPACK
+from sempre.workers.quantization.gguf_blocks import CODES, MINIMA, SCALES, UNPACK, integer_forms
 from sempre.workers.quantization.integers import quantize_blocks
 from sempre.workers.self_test import check_linears, require_equal
 

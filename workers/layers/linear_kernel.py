@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -10,12 +10,17 @@ import torch
 from sempre.ipc.config import Numerics
 from sempre.kernels.activation import Activation
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.kernels.integers import IntegerScheme, pack_integer_linear
+from sempre.kernels.integers import (
+    GroupedIntegers,
+    IntegerScheme,
+    IntegerWeight,
+    integer_linear,
+    pack_integer_linear,
+)
 from sempre.kernels.linear import (
     control_linear,
     control_pack,
     control_pack_fp8,
-    control_pack_integers,
     gated_linear,
     linear,
     pack_bfloat16_linear,
@@ -61,14 +66,33 @@ class LinearKernel(NamedTuple):
     pack_integers: Callable[..., LinearWeight]
 
 
+def _linear(x: torch.Tensor, weight: Any, out: torch.Tensor) -> torch.Tensor:
+    return integer_linear(x, weight, out) if isinstance(weight, IntegerWeight) else linear(x, weight, out)
+
+
+def _gated_linear(
+    x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor, activation: Activation
+) -> None:
+    if isinstance(weight, IntegerWeight):
+        activation.and_mul(integer_linear(x, weight, gate_up), out)
+    else:
+        gated_linear(x, weight, gate_up, out, activation)
+
+
+def _control_pack_integers(
+    matrices: Sequence[GroupedIntegers], bias: torch.Tensor | None, scheme: IntegerScheme
+) -> LinearWeight:
+    return control_pack(torch.cat([matrix.values() for matrix in matrices]), bias)
+
+
 def _control_gated_linear(
     x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor, activation: Activation
 ) -> None:
     activation.and_mul(control_linear(x, weight, gate_up), out)
 
 
-INVARIANT = LinearKernel(pack_linear, linear, gated_linear, pack_fp8_linear, pack_integer_linear)
-CONTROL = LinearKernel(control_pack, control_linear, _control_gated_linear, control_pack_fp8, control_pack_integers)
+INVARIANT = LinearKernel(pack_linear, _linear, _gated_linear, pack_fp8_linear, pack_integer_linear)
+CONTROL = LinearKernel(control_pack, control_linear, _control_gated_linear, control_pack_fp8, _control_pack_integers)
 
 
 def linear_kernel(numerics: Numerics) -> LinearKernel:

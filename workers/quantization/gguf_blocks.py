@@ -12,12 +12,17 @@ from typing import NamedTuple
 
 import torch
 
-from sempre.ipc.gguf_index import BLOCK_SIZES
+from sempre.ipc.gguf_index import BLOCK_SIZES, Form, GgufIndex
 
 NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """the values of the codes of IQ4_NL and IQ4_XS"""
 FP4_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """the values of the codes of MXFP4, twice as large as e2m1's, so that they are integers"""
+CODES, SCALES, MINIMA = ".codes", ".code_scales", ".code_minima"
+"""suffixes of a matrix's blocks as integers"""
+
+# what each module is in GGUF has one source, whose rows are put in order while quantised
+_FORMS_OF_INTEGERS = (Form.PLAIN, Form.HEADS, Form.EXPERT)
 _GROUPS_OF_16 = ("Q2_K", "Q3_K", "Q6_K")
 _WITH_MINIMA = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
 ROWS_AT_ONCE = 1 << 22
@@ -198,3 +203,14 @@ UNPACK: dict[str, Callable[[torch.Tensor], Blocks]] = {
     "MXFP4": _mxfp4,
 }
 """By type: uint8 [B, bytes of a block] → the unpacked blocks."""
+
+
+def integer_forms(index: GgufIndex) -> dict[str, IntegerForm]:
+    """The forms of the matrices that are stored in blocks, by module."""
+    found = {}
+    for name, entry in index.tensors.items():
+        kind = entry.sources[0].type
+        rank = len(entry.sources[0].shape) - (entry.form is Form.EXPERT)
+        if name.endswith(".weight") and entry.form in _FORMS_OF_INTEGERS and kind in UNPACK and rank == 2:
+            found[name.removesuffix(".weight")] = integer_form(kind)
+    return found

@@ -12,9 +12,8 @@ from sempre.ipc.config import WorkerConfig
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.gguf_index import GGUF_INDEX_FILE, read_gguf_index
 from sempre.kernels.integers import BLOCK, GroupedIntegers, IntegerScheme
-from sempre.workers.gguf_source import CODES, MINIMA, SCALES, integer_forms
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
-from sempre.workers.quantization.gguf_blocks import IntegerForm
+from sempre.workers.quantization.gguf_blocks import CODES, MINIMA, SCALES, IntegerForm, integer_forms
 from sempre.workers.quantization.method import QuantizationMethod
 from sempre.workers.quantization.plain import PLAIN, PLAIN_SUFFIX
 from sempre.workers.tensor_source import Parameter, mismatch

@@ -172,8 +172,8 @@ ATTENTION_AND_LINEAR = (
         "upper-bits-first",
         "Of two numbers of 4 bits in a byte the second is taken for the first.",
         "workers/quantization/mxfp4.py",
-        "torch.stack([blocks & 15, blocks >> 4], dim=-1)",
-        "torch.stack([blocks >> 4, blocks & 15], dim=-1)",
+        "torch.stack([pairs & 15, pairs >> 4], dim=-1)",
+        "torch.stack([pairs >> 4, pairs & 15], dim=-1)",
         ("tests/workers/test_gpt_oss.py::test_every_code_and_scale_is_exact",),
     ),
     Fault(
