@@ -196,8 +196,10 @@ class DraftMeter:
         elif self._after_plain and timed.waited:  # a step after one with drafts was planned late
             load.plain.append(median(timed.waited))
         self._after_plain = not timed.lengths
+        # what was measured with another number of requests holds until there is better, but does not rule out trials
+        self._is_measured = load.factor is not None
         if load.factor is not None:
-            self._costs, self._is_measured = self._expected.times(load.factor), True
+            self._costs = self._expected.times(load.factor)
         self._is_paused = self._is_paused and self._num_steps < self._try_at
         self._is_held = self._is_paused or load.plain_seconds is None
 

@@ -100,8 +100,8 @@ SPECULATION = (
         "costs-of-drafts-as-expected",
         "Nobody tells how long steps with drafts really took.",
         "engine/speculation/costs.py",
-        "self._costs, self._is_measured = self._expected.times(load.factor), True",
-        "self._is_measured = True",
+        "self._costs = self._expected.times(load.factor)",
+        "pass",
         (f"{COST_TESTS}::test_a_draft_model",),
     ),
     Fault(
