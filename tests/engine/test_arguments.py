@@ -88,7 +88,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"quantization": "awq"},
-        "quantization must be 'fp8' or 'fp8_weight_only' or None, got 'awq'.",
+        "quantization must be 'fp8' or 'fp8_weight_only' or 'int8' or 'int4' or 'integer' or None, got 'awq'.",
     ),
     ({"stream_interval": 0}, "stream_interval must be at least 1, got 0."),
     ({"hf_overrides": 5}, "hf_overrides must be a mapping or None, got 5."),

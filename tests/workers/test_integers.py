@@ -211,7 +211,9 @@ def test_the_fingerprint_names_the_profile(checkpoint: Path, described: Any, ser
 def test_what_integers_do_not_do_is_refused(checkpoint: Path, described: Any) -> None:
     with pytest.raises(ConfigError, match=r"'integer': expected a GGUF file with matrices in blocks, found .*wide"):
         load(checkpoint, quantization="integer")
-    with pytest.raises(ConfigError, match=r"'int8': expected profile 'single', found 'tree8'"):
+    with pytest.raises(
+        ConfigError, match=r"expected numerics_profile 'single' .* for matrices of integers, found 'tree8'"
+    ):
         load(checkpoint, quantization="int8", numerics_profile="tree8")
     with pytest.raises(ConfigError, match=r"'integer': expected load_format 'auto', found 'dummy'"):
         load(described("Q8_0"), quantization="integer", load_format="dummy")

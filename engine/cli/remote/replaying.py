@@ -18,7 +18,10 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.ipc.errors import ConfigError, RequestError, ServerError
 
 # what the interface lacks and no output depends on, or says in another way
-_NOT_SENT = frozenset({"n", "detokenize", "output_kind", "stream_interval", "prompt_logprobs", "structured_outputs"})
+# of one output the form alone, or given in another
+_NOT_SENT = frozenset(
+    {"n", "detokenize", "output_kind", "stream_interval", "prompt_logprobs", "flat_logprobs", "structured_outputs"}
+)
 _AT_ONCE = 64
 _RECEIPT = {"X-Sempre-Receipt": "1"}
 

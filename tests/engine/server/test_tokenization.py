@@ -35,7 +35,7 @@ def service(template: str = TEMPLATE, **settings: Any) -> Any:
     return SimpleNamespace(
         engine=engine,
         config=config,
-        model_names=["tiny"],
+        served_names=["tiny"],
         check_ready=lambda: None,
         max_json_values=10_000,
         check_text=lambda text: None,

@@ -89,8 +89,8 @@ SAMPLING = (
         "top-p-of-what-was-there-before",
         "The nucleus is a share of more probability than top-k and min-p have left.",
         TRUNCATION,
-        "        total = weights.sum()\n",
-        "        total = max(weights.sum(), np.int64(1) << np.int64(45))\n",
+        "            total += weights[i]\n",
+        "            total += weights[i]\n        total = max(total, np.int64(1) << np.int64(45))\n",
         (f"{KERNEL_TESTS}/test_truncation.py::test_equals_a_full_sort",),
     ),
     Fault(
