@@ -175,7 +175,7 @@ def test_the_killers_pass_without_a_fault(project: Path, tmp_path: Path) -> None
     ("before", "after"),
     [
         ("def find_cached_blocks(self, request", "def find_cached_blocks(self, (request"),
-        ("prefix_cache import PrefixCache", "prefix_cache import NoSuchName"),
+        ("import BlockKey, PrefixCache", "import BlockKey, NoSuchName"),
         ("block = self._prefix_cache.find(key)", "block = self._prefix_cache.find(no_such_name)"),
     ],
 )

@@ -99,7 +99,7 @@ GPU_KERNELS = (
         "kernels/moe/__init__.py",
         "factors.index_select(0, experts.reshape(-1)).view(weights.shape)",
         "factors.index_select(0, experts.flip(1).reshape(-1)).view(weights.shape)",
-        ("tests/kernels/interpreter/test_moe.py::test_factors_of_weights",),
+        ("tests/workers/test_families.py::test_greedy_tokens_are_those_of_transformers_and_bits_their_own",),
     ),
     Fault(
         "second-split-not-merged",
