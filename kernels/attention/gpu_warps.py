@@ -9,7 +9,6 @@ are those of `gpu_tiles`, and so are the bits.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import triton
@@ -22,11 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sempre.kernels.attention.gpu_tiles import LOG2_E, LOWEST, find_request
 from sempre.kernels.gpu_jit import gluon_jit
 
-# below every score, and finite so that no difference of maxima is NaN
-LOWEST = gl.constexpr(-1.0e30)
-LOG2_E = gl.constexpr(math.log2(math.e))
 # query rows of a consumer, keys of a tile
 ROWS = gl.constexpr(64)
 TILE = gl.constexpr(64)
@@ -34,20 +31,6 @@ TILE = gl.constexpr(64)
 AHEAD = gl.constexpr(2)
 # its name differs between releases of Triton
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-
-
-@gluon_jit()
-def find_request(starts: Any, index: Any, num_requests: Any, TOKENS: gl.constexpr) -> Any:
-    """The request of query tile `index` when request r's tiles begin at starts[r] // TOKENS + r."""
-    low = 0
-    high = num_requests
-    while low < high:
-        middle = (low + high) // 2
-        if gl.load(starts + middle) // TOKENS + middle <= index:
-            low = middle + 1
-        else:
-            high = middle
-    return low - 1
 
 
 @gluon_jit()

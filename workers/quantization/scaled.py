@@ -52,32 +52,33 @@ class Scaled:
         return (tensors[self.main].float() * scale.float()).to(target)
 
 
-def parse_int_quantized(group: ConfigFields) -> Scaled:
-    """`group`: the only one of config_groups. Raises ModelError naming the field."""
+def _scales_by_channel(group: ConfigFields, kind: str) -> bool:
+    """Whether its weights, of 8 bits and the type `kind`, have a scale for each channel, not one for all."""
     weights = group.section("weights")
-    weights.one_of("type", "int")
+    weights.one_of("type", kind)
     weights.one_of("num_bits", 8)
     weights.one_of("symmetric", None, True)
     weights.one_of("strategy", "channel", "tensor")
     weights.one_of("dynamic", None, False)
+    return bool(weights.raw["strategy"] == "channel")
+
+
+def parse_int_quantized(group: ConfigFields) -> Scaled:
+    """`group`: the only one of config_groups. Raises ModelError naming the field."""
+    by_channel = _scales_by_channel(group, "int")
     if group.raw.get("input_activations") is not None:
         activations = group.section("input_activations")
         activations.one_of("type", "int")
         activations.one_of("num_bits", 8)
         activations.one_of("symmetric", None, True)
-    return Scaled(INT8, weights.raw["strategy"] == "channel")
+    return Scaled(INT8, by_channel)
 
 
 def parse_static_fp8(group: ConfigFields) -> Scaled:
     """The same, for inputs with static scales."""
-    weights = group.section("weights")
-    weights.one_of("type", "float")
-    weights.one_of("num_bits", 8)
-    weights.one_of("symmetric", None, True)
-    weights.one_of("strategy", "channel", "tensor")
-    weights.one_of("dynamic", None, False)
+    by_channel = _scales_by_channel(group, "float")
     group.section("input_activations").one_of("strategy", "tensor")
-    return Scaled(FP8, weights.raw["strategy"] == "channel")
+    return Scaled(FP8, by_channel)
 
 
 def parse_fp8_of_tensors(fields: ConfigFields) -> Scaled:
