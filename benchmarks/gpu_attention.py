@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sempre.kernels.attention import HeadLayout, KvCache, PagedBatch, ScoreParams, gpu, paged_attention
+from sempre.kernels.attention import HeadLayout, KvCache, PagedBatch, ScoreParams, gpu, gpu_prefill, paged_attention
 from sempre.kernels.attention.gpu import Launch, allocate_attention_workspace
 from sempre.kernels.attention.shared_prefixes import group_requests, most_shared_splits
 
@@ -50,7 +50,8 @@ class SharedCase(NamedTuple):
 
 
 class Variant(NamedTuple):
-    launch: Launch
+    launch: Launch | None
+    """None: the kernel for long prompts, which has one shape"""
     split: int
     block: int
 
@@ -81,16 +82,22 @@ DECODE_VARIANTS = [
     *(Variant(Launch(16, 4, s), split, 64) for s in (3, 4) for split in (256, 1024)),
 ]
 PREFILL_VARIANTS = [
+    Variant(None, 512, 64),
     *(Variant(Launch(128, 8, s), 512, block) for s in (2, 3, 4) for block in (16, 64)),
     *(Variant(Launch(64, 4, s), 512, 64) for s in (2, 3, 4)),
     *(Variant(Launch(128, 8, 3), split, 64) for split in (256, 1024, 8192)),
 ]
 DIM = 128
+NEVER = 1 << 30
+chosen_shape = gpu.launch_shape
 
 
 def apply(variant: Variant) -> None:
     gpu.SPLIT = variant.split
-    gpu.launch_shape = lambda *arguments: variant.launch
+    launch = variant.launch
+    gpu.launch_shape = chosen_shape if launch is None else lambda *arguments: launch
+    # otherwise it would serve whatever launch is measured
+    gpu_prefill.LONG_CONTEXT = 0 if launch is None else NEVER
 
 
 class Step:
@@ -242,7 +249,7 @@ def measure_variants() -> list[tuple[Case, Variant, float, str]]:
         keys = 4 * case.requests * case.context * case.kv_heads * DIM
         visible = sum(range(case.context - case.tokens + 1, case.context + 1)) * case.requests
         teraflops = 4 * DIM * case.heads * visible / time_us / 1e6
-        print(f"{tuple(case)} {tuple(variant.launch)} split={variant.split} B={variant.block}"
+        print(f"{tuple(case)} {tuple(variant.launch or ())} split={variant.split} B={variant.block}"
               f" {time_us:8.1f} us {keys / time_us / 1e3:6.0f} GB/s {teraflops:6.1f} TFLOP/s {found}",
               flush=True)  # fmt: skip
         results.append((case, variant, time_us, found))
