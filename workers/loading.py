@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.integers import IntegerScheme
 from sempre.workers.gguf_source import open_gguf
 from sempre.workers.kv_cache import available_memory_bytes
-from sempre.workers.layers.linear_kernel import LinearKernel, with_inputs
+from sempre.workers.layers.linear_kernel import LinearKernel, linear_kernel, with_inputs
 from sempre.workers.layers.module import Build, Module, parameters
 from sempre.workers.layers.separate_experts import SeparateExperts
 from sempre.workers.models.base import CausalLM
@@ -167,6 +168,37 @@ def load_model(
                 nbytes=sum(int(tensor.nbytes) for tensor in tensors_of(model)),
             )
             return Loaded(model, facts)
+
+
+class PlainTensors(NamedTuple):
+    """All tensors of a model whose matrices are plain floats."""
+
+    tensors: dict[str, torch.Tensor]
+    """by name, float32 copies on the CPU"""
+    dtype: torch.dtype
+    """the resolved `dtype` of an engine"""
+    matrix_dtype: torch.dtype
+    """of its matrices"""
+
+
+def read_floats(config: WorkerConfig, spec: ModelSpec) -> PlainTensors:
+    """Read a whole checkpoint. Raises TensorMismatch or ModelError as `load_model`, and ModelError for quantised
+    matrices."""
+    resolved = resolve_quantization(spec.quantization, config.quantization, config.load_format)
+    if resolved is not None:
+        raise ModelError(
+            f"quantization: expected matrices of plain floats, found {type(resolved).__name__}. Convert the checkpoint."
+        )
+    model = build_model(Build(linear_kernel("invariant"), NotQuantized()), spec)
+    wanted = parameters(model)
+    with _open_source(config, spec, wanted, CPU) as opened:
+        source = _own_tensors(opened, resolved, model)
+        _check_tensors(wanted, model, source)
+        target = _target_dtype(spec, source, config.dtype)
+        found = {name: source.read(name).to(torch.float32, copy=True) for name in wanted}
+        matrices = {FLOAT_NAMES[source.dtype_name(name)] for name in wanted if len(source.shape(name)) > 1}
+    stored = target if target is not torch.float32 else reduce(torch.promote_types, sorted(matrices, key=str))
+    return PlainTensors(found, target, stored)
 
 
 def _formats(

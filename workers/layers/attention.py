@@ -95,6 +95,11 @@ class Attention(Module):
             self.qkv_proj.take(part, keys, of=num_keys)
 
     @property
+    def has_sinks(self) -> bool:
+        """Whether each head has a sink."""
+        return self._shape.has_sinks
+
+    @property
     def _norms_projections(self) -> bool:
         return issubclass(self._shape.qk_norm, ProjectionNorm)
 
@@ -130,9 +135,11 @@ class Attention(Module):
 
     def attend(self, x: torch.Tensor, step: StepInput, cache: KvCache) -> torch.Tensor:
         """[T, H] → [S, Hq D], before the last projection."""
-        heads, batch, read = self.heads, step.batch, step.outputs
-        qkv = self.qkv_proj(x)
-        norms = self._norms
+        return self.attend_rows(self.qkv_proj(x), step, cache)
+
+    def attend_rows(self, rows: torch.Tensor, step: StepInput, cache: KvCache) -> torch.Tensor:
+        """The same of queries, keys and values [T, (Hq + P Hkv) D], which are overwritten."""
+        qkv, heads, batch, read, norms = rows, self.heads, step.batch, step.outputs, self._norms
         if norms is not None and norms.k is not None and self._norms_projections:
             rms_norm_of_parts(qkv, norms.q, norms.k, norms.eps)
             norms = None

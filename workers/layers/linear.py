@@ -157,8 +157,7 @@ class Linear(Module):
         if rows is not None:
             assert self.activation is not None
             return self.activation.and_mul(self._adapted(x, rows, self._out.first(x.shape[0])), out)
-        self.kernel.gated_linear(x, self.weight, self._out.first(x.shape[0]), out, self.activation)
-        return out
+        return self.kernel.gated_linear(x, self.weight, self._out.first(x.shape[0]), out, self.activation)
 
     def adapter_parts(self, path: str) -> list[AdapterPart]:
         """The projections that an adapter may change, in order."""
@@ -234,9 +233,11 @@ class _Reordered:
     def _reordered(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.shape[0] == 1:
             return tensor  # one scale of all rows
-        # bytes: not every device takes rows of fp8
         rows = self._rows.get(name.rpartition(".")[0])
         if rows is None:
             return tensor
-        whole = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
-        return whole.index_select(0, rows.to(tensor.device)).view(tensor.dtype)
+        rows = rows.to(tensor.device)
+        if tensor.dtype.itemsize > 1:
+            return tensor.index_select(0, rows)
+        # bytes: not every device takes rows of fp8
+        return tensor.view(torch.uint8).index_select(0, rows).view(tensor.dtype)

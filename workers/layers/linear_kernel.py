@@ -53,7 +53,7 @@ class LinearWeight(Protocol):
 class LinearKernel(NamedTuple):
     """`pack(weight [N, K], bias [N] or None)`; `linear(x [T, K], weight, out [T, N])`, which returns `out`; and
     `gated_linear(x [T, K], weight [2I, K], scratch [T, 2I], out [T, I], activation)`: that of the first half, times the
-    second.
+    second, which returns `out` too.
     `pack_fp8(weight [N, K] fp8, scale [N], bias [N] or None, scheme)` packs a quantised weight, and
     `pack_integers(matrices, bias [N] or None, scheme)` one of integers, for a CPU. Where K
     has leaves, their number follows.
@@ -61,7 +61,7 @@ class LinearKernel(NamedTuple):
 
     pack: Callable[..., LinearWeight]
     linear: Callable[..., torch.Tensor]
-    gated_linear: Callable[..., object]
+    gated_linear: Callable[..., torch.Tensor]
     pack_fp8: Callable[..., LinearWeight]
     pack_integers: Callable[..., LinearWeight]
 
@@ -72,11 +72,10 @@ def _linear(x: torch.Tensor, weight: Any, out: torch.Tensor) -> torch.Tensor:
 
 def _gated_linear(
     x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor, activation: Activation
-) -> None:
+) -> torch.Tensor:
     if isinstance(weight, IntegerWeight):
-        activation.and_mul(integer_linear(x, weight, gate_up), out)
-    else:
-        gated_linear(x, weight, gate_up, out, activation)
+        return activation.and_mul(integer_linear(x, weight, gate_up), out)
+    return gated_linear(x, weight, gate_up, out, activation)
 
 
 def _control_pack_integers(
@@ -87,8 +86,8 @@ def _control_pack_integers(
 
 def _control_gated_linear(
     x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor, activation: Activation
-) -> None:
-    activation.and_mul(control_linear(x, weight, gate_up), out)
+) -> torch.Tensor:
+    return activation.and_mul(control_linear(x, weight, gate_up), out)
 
 
 INVARIANT = LinearKernel(pack_linear, _linear, _gated_linear, pack_fp8_linear, pack_integer_linear)
