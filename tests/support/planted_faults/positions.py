@@ -128,7 +128,7 @@ POSITIONS = (
         "heads-in-the-order-of-the-checkpoint",
         "Heads that turn in part, or by neighbouring pairs, keep the checkpoint's order of dimensions.",
         "workers/layers/linear.py",
-        "return whole.index_select(0, rows.to(tensor.device)).view(tensor.dtype)",
+        "return tensor.index_select(0, rows)",
         "return tensor",
         ("tests/workers/test_families.py::test_greedy_tokens_are_those_of_transformers_and_bits_their_own[glm4-odd]",),
     ),
