@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from sempre.engine.frontend.frontend import raise_failure
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.request_builder import PreparedRequest
+from sempre.engine.frontend.sequence_state import NewText
 from sempre.engine.outputs import RequestOutput
 from sempre.ipc.error_info import again
 from sempre.ipc.errors import RequestError
@@ -41,6 +42,7 @@ class OutputStream:
         self._control = control
         self._max_held = max_held_logprobs
         self._closed = False
+        # of requests with updates that their reader may leave for longer than a step
         self._held: dict[RequestState, int] = {}
         self._num_held = 0
         self._paused: dict[str, None] = {}
@@ -66,19 +68,26 @@ class OutputStream:
         An empty list means that all requests have finished. Raises RequestError if a request failed, EngineDeadError
         if the engine died.
         """
-        while True:
-            if self._updated:
-                updated, self._updated = self._updated, {}
-                self._resume()
-                outputs = [output for state in updated if (output := self._take(state)) is not None]
-                if outputs:
-                    return outputs
+        while updated := await self.updated():
+            outputs = [output for state in updated if (output := self.take(state)) is not None]
+            if outputs:
+                return outputs
+        return []
+
+    async def updated(self) -> Collection[RequestState]:
+        """Wait for updates; return the requests that have some, for `take` or `take_texts`. None means that all have
+        finished. Raises EngineDeadError if the engine died."""
+        while not self._updated:
             if not self._unfinished:
-                return []
+                return ()
             if self._failure is not None:
                 raise again(self._failure)
             self._sleep = asyncio.get_running_loop().create_future()
             await self._sleep
+        updated, self._updated = self._updated, {}
+        if self._paused:
+            self._resume()
+        return updated
 
     async def finished(self) -> list[RequestOutput]:
         """Wait for the last output of each request, in the order of the prompts, and close. Raises the errors of
@@ -106,6 +115,10 @@ class OutputStream:
     def wake(self, state: RequestState) -> None:
         """Called by the engine: a request has an update."""
         self._updated[state] = None
+        if self._sleep is not None and not state.holds_rows:
+            # what the reader takes now need not be counted
+            self._wake_up()
+            return
         num_held = self._count(state)
         if self._max_held is not None and num_held > self._max_held:
             self.abort(_too_many_logprobs(num_held, self._max_held))
@@ -146,9 +159,18 @@ class OutputStream:
         if paused and not self._closed:
             self._control.send(ResumeRequests(request_ids=list(paused)))
 
-    def _take(self, state: RequestState) -> RequestOutput | None:
+    def take_texts(self, state: RequestState) -> list[NewText] | None:
+        """Return what is new in an updated request if that is only text; otherwise None, and `take` has it."""
+        texts = state.take_texts()
+        if state in self._held:
+            self._count(state)
+        return texts
+
+    def take(self, state: RequestState) -> RequestOutput | None:
+        """Return the output of an updated request, if it has one. Raises RequestError if the request failed."""
         output = state.take_output()
-        self._count(state)
+        if state in self._held:
+            self._count(state)
         if output is not None:
             for choice in output.outputs:
                 if choice.error is not None:

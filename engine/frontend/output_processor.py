@@ -11,7 +11,7 @@ from sempre.engine.adapters import Adapter
 from sempre.engine.flat_logprobs import FlatLogprobs
 from sempre.engine.frontend.logprob_rows import PackedRows, RowBuffer, after_first
 from sempre.engine.frontend.request_builder import PreparedRequest
-from sempre.engine.frontend.sequence_state import SequenceState
+from sempre.engine.frontend.sequence_state import NewText, SequenceState
 from sempre.engine.metrics import RequestSizes
 from sempre.engine.outputs import Logprob, RequestMetrics, RequestOutput
 from sempre.engine.proof.output_chain import OutputChain
@@ -72,6 +72,8 @@ class RequestState:
         self._num_running = len(self.sequences)
         self._fingerprint = fingerprint
         self._prompt_logprobs_taken = False
+        self.holds_rows = params.reports_logprobs or params.prompt_logprobs is not None
+        """log-probabilities may pile up"""
 
     @property
     def finished(self) -> bool:
@@ -129,6 +131,18 @@ class RequestState:
             lora_request=None if self.request.adapter is None else self.request.adapter.request,
             pooled=self.sequences[0].pooled,
         )
+
+    def take_texts(self) -> list[NewText] | None:
+        """Return what is new in each sequence; None, taking nothing, if `take_output` has more to tell than text."""
+        if self.holds_rows or not self.gives_deltas:
+            return None
+        due = []
+        for sequence in self.sequences:
+            if sequence.has_news:
+                if sequence.finish_reason is not None:
+                    return None
+                due.append(sequence)
+        return [sequence.take_text() for sequence in due]
 
     def _take_prompt_logprobs(self, *, only_new: bool) -> Sequence[dict[int, Logprob] | None] | None:
         if self.prompt_rows is None or (only_new and self._prompt_logprobs_taken):

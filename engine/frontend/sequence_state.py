@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec import Struct
+
 from sempre.engine.frontend.logprob_rows import RowBuffer, floats, own_logprobs
 from sempre.engine.outputs import CompletionOutput
 from sempre.engine.proof.recorder import Recording
@@ -9,6 +11,15 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.text.detokenizer import IncrementalDetokenizer
 from sempre.ipc.errors import RequestError
 from sempre.ipc.messages import ErrorInfo, RequestOutputDelta
+
+
+class NewText(Struct, gc=False):
+    """What is new in a sequence that goes on and of which only text is reported."""
+
+    index: int
+    seed: int
+    text: str
+    num_tokens: int
 
 
 class SequenceState:
@@ -144,6 +155,15 @@ class SequenceState:
             error=None if self.error is None else f"{self.error.type}: {self.error.message}",
             receipt=self.receipt,
         )
+
+    def take_text(self) -> NewText:
+        """Return only the text and the number of tokens that are new since the last call."""
+        if self._decodes_late:
+            self._decode()
+        text, num_tokens = "".join(self._text[self._taken_pieces :]), len(self._token_ids) - self._taken_tokens
+        self._taken_tokens, self._taken_pieces = len(self._token_ids), len(self._text)
+        self._has_news = False
+        return NewText(self.index, self._seed, text, num_tokens)
 
     def _decode(self) -> None:
         """Decode the tokens that arrived since the last call."""

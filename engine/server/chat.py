@@ -12,10 +12,11 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sempre.engine.frontend.sequence_state import NewText
 from sempre.engine.outputs import CompletionOutput, RequestOutput
 from sempre.engine.server.beams import beam_parameters
 from sempre.engine.server.body import read_model
-from sempre.engine.server.generation import EventStream, Generation
+from sempre.engine.server.generation import Encoder, EventStream, Generation
 from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
 from sempre.engine.server.message_parser import MessageParser, PlainContent, message_of
@@ -82,7 +83,7 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
         answer = _Answer(service, request, generation, response_id, parsers)
         if request.stream:
             stack.pop_all()  # the stream closes it
-            return EventStream(generation, answer.first_events(), answer.events, answer.last_event)
+            return EventStream(generation, answer.first_events(), answer.encoder, answer.last_event)
         generation.watch(http.receive)
         [output] = await generation.finished()
         body = await generation.encoded(lambda: answer.whole(output))
@@ -134,7 +135,7 @@ class _Answer:
         )
         asks_for_more = request.logprobs or request.return_token_ids or self._chunks.continuous_usage
         is_plain = all(isinstance(parser, PlainContent) for parser in parsers)
-        self._only_text_differs = is_plain and not asks_for_more
+        self.encoder = Encoder(self._events, self._text_event if is_plain and not asks_for_more else None)
 
     def whole(self, output: RequestOutput) -> ChatCompletionResponse:
         """Return the body of an unstreamed response."""
@@ -171,20 +172,16 @@ class _Answer:
             for index, seed in enumerate(seeds)
         ]
 
-    def events(self, output: RequestOutput) -> bytes:
+    def _events(self, output: RequestOutput) -> bytes:
         """Return the events of a new output."""
-        if self._only_text_differs:
-            return b"".join([self._event(choice) for choice in output.outputs])
         chunks = [self._chunk_choice(choice) for choice in output.outputs]
         usage = self._usage() if self._chunks.continuous_usage else None
         return b"".join([self._chunks.choice(chunk, usage) for chunk in chunks if _says_something(chunk)])
 
-    def _event(self, choice: CompletionOutput) -> bytes:
-        if choice.finish_reason is not None:
-            return self._chunks.choice(self._chunk_choice(choice))
-        index, seed = choice.index, choice.seed
+    def _text_event(self, _place: int, new: NewText) -> bytes:
+        index, seed = new.index, new.seed
         return self._chunks.text(
-            index, choice.text, lambda text: ChatChunkChoice(index, ChatDelta(content=text), None, None, None, seed)
+            index, new.text, lambda text: ChatChunkChoice(index, ChatDelta(content=text), None, None, None, seed)
         )
 
     def last_event(self) -> bytes:

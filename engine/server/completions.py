@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sempre.engine.frontend.sequence_state import NewText
 from sempre.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from sempre.engine.server.beams import beam_parameters
 from sempre.engine.server.body import read_model
-from sempre.engine.server.generation import EventStream, Generation
+from sempre.engine.server.generation import Encoder, EventStream, Generation
 from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import CompletionLogprobsWriter, IdNames, joined, prompt_logprobs
 from sempre.engine.server.parameters import apply_server_defaults, blame_on, check_model, completion_parameters
@@ -52,7 +53,7 @@ async def create_completion(service: Service, http: Request) -> Response:
         answer = _Answer(service, request, generation, f"cmpl-{id_of(request, http)}")
         if request.stream:
             stack.pop_all()  # the stream closes it
-            return EventStream(generation, [], answer.events, answer.last_event)
+            return EventStream(generation, [], answer.encoder, answer.last_event)
         generation.watch(http.receive)
         outputs = await generation.finished()
         body = await generation.encoded(lambda: answer.whole(outputs))
@@ -85,7 +86,8 @@ class _Answer:
             options=request.stream_options,
         )
         asks_for_more = request.logprobs is not None or request.echo or request.return_token_ids
-        self._only_text_differs = not (asks_for_more or request.max_tokens == 0 or self._chunks.continuous_usage)
+        only_text_differs = not (asks_for_more or request.max_tokens == 0 or self._chunks.continuous_usage)
+        self.encoder = Encoder(self._events, self._text_event if only_text_differs else None)
 
     def whole(self, outputs: list[RequestOutput]) -> CompletionResponse:
         """Return the body of an unstreamed response."""
@@ -104,20 +106,15 @@ class _Answer:
             metrics=self._generation.times(),
         )
 
-    def events(self, output: RequestOutput) -> bytes:
+    def _events(self, output: RequestOutput) -> bytes:
         """Return the events of a prompt's new output."""
         place = self._generation.place(output)
-        if self._only_text_differs:
-            return b"".join([self._event(place, output, choice) for choice in output.outputs])
         usage = self._generation.usage() if self._chunks.continuous_usage else None
         return b"".join([self._chunks.choice(self._choice(place, output, choice), usage) for choice in output.outputs])
 
-    def _event(self, place: int, output: RequestOutput, choice: CompletionOutput) -> bytes:
-        if choice.finish_reason is not None:
-            return self._chunks.choice(self._choice(place, output, choice))
-        index = place * self._request.n + choice.index
-        seed = choice.seed
-        return self._chunks.text(index, choice.text, lambda text: CompletionChoice(index, text, None, None, None, seed))
+    def _text_event(self, place: int, new: NewText) -> bytes:
+        index, seed = place * self._request.n + new.index, new.seed
+        return self._chunks.text(index, new.text, lambda text: CompletionChoice(index, text, None, None, None, seed))
 
     def last_event(self) -> bytes:
         """Return the last event before the end of the stream."""

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from typing import NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -16,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sempre.engine.frontend.request_builder import PreparedRequest
+from sempre.engine.frontend.sequence_state import NewText
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import Logprob, RequestMetrics, RequestOutput
 from sempre.engine.sampling_params import SamplingParams
@@ -33,8 +35,17 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-Encode = Callable[[RequestOutput], bytes]
 logger = logging.getLogger(__name__)
+
+
+class Encoder(NamedTuple):
+    """Writes the events of a stream."""
+
+    output: Callable[[RequestOutput], bytes]
+    text: Callable[[int, NewText], bytes] | None
+    """of a prompt, by its index, if its events tell only text before the last one"""
+
+
 _DEFAULTS = SamplingParams()
 
 
@@ -64,7 +75,9 @@ class Generation:
 
     async def next(self) -> list[RequestOutput]:
         """Wait for the outputs of a step; an empty list means that all have finished."""
-        outputs = await self.stream.next()
+        return self._noted(await self.stream.next())
+
+    def _noted(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
         for output in outputs:
             self._times = output.metrics
             if output.num_cached_tokens:
@@ -93,7 +106,26 @@ class Generation:
             return encode()
         return await self._service.offload.written(encode)
 
-    async def written(self, outputs: Sequence[RequestOutput], encode: Encode) -> bytes:
+    async def next_events(self, encoder: Encoder) -> bytes | None:
+        """Wait for the events of a step, which may be none; None means that all outputs have finished."""
+        stream = self.stream
+        if encoder.text is None or not isinstance(stream, OutputStream):
+            outputs = await self.next()
+            return await self.written(outputs, encoder.output) if outputs else None
+        if not (states := await stream.updated()):
+            return None
+        events = []
+        for state in states:
+            if (texts := stream.take_texts(state)) is not None:
+                place = self._places[state.request_id]
+                for new in texts:
+                    self.num_tokens += self._record.arrived(state.request_id, new.index, new.num_tokens, state.metrics)
+                    events.append(encoder.text(place, new))
+            elif (output := stream.take(state)) is not None:
+                events.append(await self.written(self._noted([output]), encoder.output))
+        return b"".join(events)
+
+    async def written(self, outputs: Sequence[RequestOutput], encode: Callable[[RequestOutput], bytes]) -> bytes:
         """Return the events of outputs, encoded off the event loop if they are long."""
 
         def events() -> bytes:
@@ -152,11 +184,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, first: Sequence[bytes], encode: Encode, last: Callable[[], bytes]):
+    def __init__(self, generation: Generation, first: Sequence[bytes], encoder: Encoder, last: Callable[[], bytes]):
         super().__init__()
         self._generation = generation
         self._first = first
-        self._encode = encode
+        self._encoder = encoder
         self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -172,8 +204,7 @@ class EventStream(Response):
         try:
             for event in self._first:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-            while outputs := await self._generation.next():
-                body = await self._generation.written(outputs, self._encode)
+            while (body := await self._generation.next_events(self._encoder)) is not None:
                 if body:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
             end = self._last()

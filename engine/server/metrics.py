@@ -133,26 +133,29 @@ class RequestRecord:
 
     def take(self, outputs: Iterable[RequestOutput]) -> int:
         """Record the arrival of tokens; return their number."""
-        now = time.monotonic()
         num_tokens = 0
         for output in outputs:
             for choice in output.outputs:
-                if not choice.token_ids:
-                    continue
-                num_new = len(choice.token_ids)
-                num_tokens += num_new
-                key = (output.request_id, choice.index)
-                seen = self._sequences.get(key)
-                if seen is None:
-                    self._sequences[key] = _Arrivals(now, now, num_new)
-                    if output.metrics is not None:
-                        self._requests[output.request_id] = output.metrics
-                    self._metrics.first_token.observe(now - self._began)
-                else:
-                    self._metrics.inter_token.observe(now - seen.last)
-                    seen.last = now
-                    seen.count += num_new
+                num_tokens += self.arrived(output.request_id, choice.index, len(choice.token_ids), output.metrics)
         return num_tokens
+
+    def arrived(self, request_id: str, index: int, num_new: int, times: RequestMetrics | None) -> int:
+        """Record the arrival of a sequence's next `num_new` tokens; return their number."""
+        if not num_new:
+            return 0
+        now = time.monotonic()
+        key = (request_id, index)
+        seen = self._sequences.get(key)
+        if seen is None:
+            self._sequences[key] = _Arrivals(now, now, num_new)
+            if times is not None:
+                self._requests[request_id] = times
+            self._metrics.first_token.observe(now - self._began)
+        else:
+            self._metrics.inter_token.observe(now - seen.last)
+            seen.last = now
+            seen.count += num_new
+        return num_new
 
     def end(self) -> None:
         """Record the end of the request; a second call does nothing."""
