@@ -394,3 +394,31 @@ def test_a_request_that_crashed_its_worker_is_told_apart(harness: Harness) -> No
         with pytest.raises(RequestError, match=f"request {kind.__name__} failed: {kind.__name__}: m") as error:
             raise_failure(state)
         assert type(error.value) is kind
+
+
+def test_texts_alone_are_those_of_the_outputs(harness: Harness) -> None:
+    states = [harness.add(request_id=name, output_kind=DELTA, n=2, seed=3) for name in "ab"]
+    told: tuple[list[Any], list[Any]] = ([], [])
+    parts = [harness.ids(text) for text in (" quick", " brown fox", " é", " jumps")]
+    for number, part in enumerate(parts):
+        for name in ("a_0", "b_0", *(("a_1", "b_1") if number % 2 else ())):
+            harness.feed(part, name)
+        texts = states[0].take_texts()
+        assert texts is not None
+        told[0].append([(new.index, new.seed, new.text, new.num_tokens) for new in texts])
+        told[1].append([(c.index, c.seed, c.text, len(c.token_ids)) for c in output_of(states[1]).outputs])
+    assert told[0] == told[1]
+    assert [len(news) for news in told[0]] == [1, 2, 1, 2]
+    assert states[0].take_texts() == []
+
+
+def test_texts_alone_are_not_all_of_other_outputs(harness: Harness) -> None:
+    for name, params in {"whole": {}, "rows": {"output_kind": DELTA, "logprobs": 0}}.items():
+        state = harness.add(request_id=name, **params)
+        harness.feed([7], name, logprobs=rows([(7, -0.5)], ranks=[1]))
+        assert state.take_texts() is None
+        assert output_of(state).outputs[0].token_ids == [7]
+    ended = harness.add(request_id="ended", output_kind=DELTA)
+    harness.feed([7], "ended", finish_reason="length")
+    assert ended.take_texts() is None, "it has a finish reason to tell"
+    assert output_of(ended).outputs[0].finish_reason == "length"

@@ -357,6 +357,17 @@ def test_a_preempted_request_finds_its_own_blocks_again() -> None:
     assert [(item.request_id, item.num_computed_tokens) for item in step.scheduled] == [("b", 4)], "its tail went to a"
 
 
+def test_a_preempted_request_goes_on_before_those_that_came_after_it() -> None:
+    replica = Replica(num_blocks=4, enable_prefix_caching=False)
+    replica.add(spec("a", 7, max_tokens=6), spec("b", 7, ordinal=1, max_tokens=6))
+    for _ in range(2):
+        replica.step()
+    replica.add(spec("c", 1, ordinal=2, max_tokens=2))
+    assert replica.step()[0] == {"a": 1}, "b left"
+    steps = [replica.step()[0] for _ in range(4)]
+    assert steps == [{"a": 1}, {"a": 1}, {"a": 1}, {"b": 9, "c": 1}], "c fits beside a, but b was first"
+
+
 def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
     replica = Replica(num_blocks=4, max_num_seqs=2, policy="priority", enable_prefix_caching=False)
     replica.add(spec("a", 7), spec("b", 7, ordinal=1, priority=2))
@@ -1084,6 +1095,19 @@ def test_suspects_run_alone_until_each_has_passed() -> None:
         companies.append([item.request_id for item in step.scheduled])
         replica.scheduler.update(step, replica.answer(step))
     assert companies == [["a"], ["b"], ["a", "b", "c"], ["a", "b", "c"]]
+
+
+def test_nobody_waits_for_a_suspect_that_has_ended() -> None:
+    replica = Replica()
+    replica.add(spec("a", 4, max_tokens=9), spec("b", 4, ordinal=1, max_tokens=9))
+    replica.step()
+    assert crash(replica) == []
+    replica.add(spec("c", 4, ordinal=2, max_tokens=9))
+    replica.scheduler.abort("a")
+    stats = replica.scheduler.stats()
+    assert (stats.num_waiting, stats.num_deferred) == (2, 1), "b runs alone now, and only c waits for it"
+    companies = [list(replica.step()[0]) for _ in range(2)]
+    assert companies == [["b"], ["b", "c"]]
 
 
 def test_a_suspect_passes_with_all_tokens_that_were_under_way() -> None:

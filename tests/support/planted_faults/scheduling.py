@@ -9,7 +9,6 @@ SCHEDULER = "engine/scheduling/scheduler.py"
 PLANNER = "engine/scheduling/planner.py"
 STEP = "engine/scheduling/planned_step.py"
 TESTS = "tests/engine/scheduling/test_scheduler.py"
-SIMULATION = "tests/engine/scheduling/test_simulation.py"
 
 SCHEDULING = (
     Fault(
@@ -76,7 +75,7 @@ SCHEDULING = (
         "        self.leave(request)\n        self.wait(request)",
         "        self.leave(request)\n"
         "        request.order_key = (request.order_key[0], 1 << 60, request.request_id)\n        self.wait(request)",
-        (f"{SIMULATION}::test_a_busy_workload_ends_right_under_every_setting",),
+        (f"{TESTS}::test_a_preempted_request_goes_on_before_those_that_came_after_it",),
     ),
     Fault(
         "preempted-request-keeps-its-blocks",
@@ -165,7 +164,7 @@ SCHEDULING = (
         SCHEDULER,
         "        self._isolation.release(request)\n        del self._requests",
         "        del self._requests",
-        ("tests/engine/coordinator/test_waits.py::test_every_wait_has_an_end",),
+        (f"{TESTS}::test_nobody_waits_for_a_suspect_that_has_ended",),
     ),
     Fault(
         "prompt-takes-the-place-of-decoding",
