@@ -11,7 +11,7 @@ tokens, if a step has any, come after that one; the step samples after each of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -226,6 +226,10 @@ class InputBatch:
             self._free_slots.append(state.slot)
         return state
 
+    def ids(self) -> KeysView[str]:
+        """Of the known requests."""
+        return self._requests.keys()
+
     def get(self, request_id: str) -> RequestState:
         return self._requests[request_id]
 
@@ -245,7 +249,8 @@ class InputBatch:
         removed in the meantime."""
         state.token_ids += token_ids
         if self._requests.get(state.request_id) is state:
-            self._num_tokens[state.slot] += len(token_ids) - 1
+            if len(token_ids) != 1:
+                self._num_tokens[state.slot] += len(token_ids) - 1
             self._last_tokens[state.slot] = state.token_ids[-1]
 
     @property
@@ -268,14 +273,14 @@ class InputBatch:
         request's numbers do not match its known state."""
         count = len(scheduled)
         states = [self._requests[item.request_id] for item in scheduled]
-        slots = np.fromiter((state.slot for state in states), np.int64, count)
-        computed = np.fromiter((item.num_computed_tokens for item in scheduled), np.int64, count)
-        num_tokens = np.fromiter((item.num_tokens for item in scheduled), np.int64, count)
+        slots = np.fromiter([state.slot for state in states], np.int64, count)
+        computed = np.fromiter([item.num_computed_tokens for item in scheduled], np.int64, count)
+        num_tokens = np.fromiter([item.num_tokens for item in scheduled], np.int64, count)
         grown = [index for index, item in enumerate(scheduled) if item.block_ids]
         for index in grown:
             self._extend_table(scheduled[index], states[index].slot)
         context = computed + num_tokens
-        num_drafts = np.fromiter((len(item.draft_token_ids) for item in scheduled), np.int64, count)
+        num_drafts = np.fromiter([len(item.draft_token_ids) for item in scheduled], np.int64, count)
         known = self._num_tokens[slots]
         self._check_reach(scheduled, slots, context, known + num_drafts)
         ends = np.cumsum(num_tokens)

@@ -22,6 +22,7 @@ from sempre.ipc.channel import PeerChannel
 from sempre.ipc.error_info import describe, restore
 from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError, RequestError
 from sempre.ipc.liveness import (
+    collect_garbage_rarely,
     die_with_parent_thread,
     leave_terminal_signals_to_parent,
     watch_grandparent,
@@ -261,6 +262,7 @@ def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None =
     options = parse_options(argv)
     die_with_parent_thread(options.parent_pid)
     faulthandler.enable()
+    collect_garbage_rarely()
     leave_terminal_signals_to_parent()
     set_up_process_log(f"worker {options.rank}")
     watch_parent(options.parent_pid, lambda: None)

@@ -114,7 +114,9 @@ class ModelRunner(ABC):
             states = [self._batch.get(item.request_id) for item in step.scheduled]
             self.adapters.prepare([state for state in states if state.error is None], valid.errors)
         self._update_requests(step, valid)
-        healthy = [item for item in step.scheduled if item.request_id not in valid.errors]
+        healthy = step.scheduled
+        if valid.errors:
+            healthy = [item for item in step.scheduled if item.request_id not in valid.errors]
         plan = self._batch.plan(healthy) if healthy else None
         if plan is not None:
             self._batch.expect(plan.slots[plan.samples])
@@ -167,7 +169,15 @@ class ModelRunner(ABC):
         for index, outcome in zip(plan.sampled_rows.requests.tolist(), self._outcomes(flight), strict=False):
             rows[index].append(outcome)
         results = {}
+        is_plain = not (flight.prompt_results or plan.has_drafts)
         for index, state in enumerate(plan.states):
+            row = rows[index][0] if rows[index] else None
+            if is_plain and state.error is None and row is not None and row.token_id is not None:
+                # as below, in short: one token
+                sampled = SampledTokens(request_id=state.request_id, token_ids=[row.token_id], logprobs=row.logprobs)
+                self._batch.record(state, sampled.token_ids)
+                results[state.request_id] = sampled
+                continue
             empty = SampledTokens(request_id=state.request_id)
             result = flight.prompt_results.get(state.request_id, empty)
             if state.error is not None:  # it failed in the previous step, when this one was already queued

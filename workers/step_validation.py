@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 from sempre.ipc.error_info import describe
@@ -65,9 +66,8 @@ class StepValidation:
         gone = [batch.remove(request_id) for request_id in step.finished_request_ids]
         self._check(step)
         added = [batch.add(new, self._refusal(new)) for new in step.new_requests]
-        errors = {
-            item.request_id: error for item in step.scheduled if (error := batch.get(item.request_id).error) is not None
-        }
+        states = [batch.get(item.request_id) for item in step.scheduled]
+        errors = {state.request_id: state.error for state in states if state.error is not None}
         healthy = [item for item in step.scheduled if item.request_id not in errors] if errors else step.scheduled
         self._slots.record(healthy)
         return ValidStep(healthy, errors, added, [state for state in gone if state is not None])
@@ -78,20 +78,21 @@ class StepValidation:
             again = [new.request_id for new in step.new_requests if new.request_id in self._batch]
             raise _malformed("new_requests", "ids that are not known yet", f"{again or 'one id twice'}")
         ids = [item.request_id for item in step.scheduled]
-        unknown = [request_id for request_id in ids if request_id not in self._batch and request_id not in known]
+        distinct = set(ids)
+        unknown = distinct - known - self._batch.ids()
         if unknown:
-            raise _malformed("scheduled.request_id", "known requests", f"unknown ids {unknown}")
-        if len(set(ids)) < len(ids):
+            raise _malformed("scheduled.request_id", "known requests", f"unknown ids {sorted(unknown)}")
+        if len(distinct) < len(ids):
             raise _malformed("scheduled.request_id", "each request once", "one id twice")
         limits = self._limits
         if len(ids) > limits.max_num_seqs:
             raise _malformed("scheduled", f"at most max_num_seqs={limits.max_num_seqs} requests", str(len(ids)))
-        num_tokens = sum(item.num_tokens for item in step.scheduled)
+        num_tokens = sum([item.num_tokens for item in step.scheduled])
         if num_tokens > limits.max_num_batched_tokens:
             limit = f"at most max_num_batched_tokens={limits.max_num_batched_tokens} tokens"
             raise _malformed("scheduled.num_tokens", limit, str(num_tokens))
         self._slots.check(step.scheduled)
-        drafts = [token_id for item in step.scheduled for token_id in item.draft_token_ids]
+        drafts = list(chain.from_iterable([item.draft_token_ids for item in step.scheduled]))
         if len(drafts) > limits.max_draft_tokens:
             limit = f"at most max_draft_tokens={limits.max_draft_tokens} in all"
             raise _malformed("scheduled.draft_token_ids", limit, str(len(drafts)))

@@ -24,7 +24,12 @@ from sempre.ipc.config import EngineConfig
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, MessageTooLarge, ProtocolError, WorkerDied
-from sempre.ipc.liveness import leave_terminal_signals_to_parent, wake_up_with_parent_thread, watch_parent
+from sempre.ipc.liveness import (
+    collect_garbage_rarely,
+    leave_terminal_signals_to_parent,
+    wake_up_with_parent_thread,
+    watch_parent,
+)
 from sempre.ipc.log_lines import set_up_process_log
 from sempre.ipc.messages import (
     CallWorkersReply,
@@ -198,6 +203,7 @@ def main() -> int:
         directory.remove()
         return 1
     faulthandler.enable()
+    collect_garbage_rarely()
     leave_terminal_signals_to_parent()
     set_up_process_log("coordinator")
     hub: HubChannel[ClientCommand] = HubChannel(

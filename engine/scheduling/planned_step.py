@@ -117,6 +117,25 @@ class PlannedStep:
         if samples:
             request.num_tokens += 1
 
+    def add_token(self, request: Request, new_block_ids: list[int]) -> None:
+        """Like `add`, for a plain request (without states) whose last known token alone is to be computed, after its
+        block table has grown by `new_block_ids`."""
+        start = request.num_computed_tokens
+        self.scheduled.append(
+            ScheduledRequest(
+                request_id=request.request_id,
+                num_computed_tokens=start,
+                num_tokens=1,
+                block_table_start=len(request.block_ids) - len(new_block_ids),
+                block_ids=new_block_ids,
+            )
+        )
+        self.requests.append(request)
+        self.samples.append(True)
+        self.budget -= 1
+        request.num_computed_tokens = start + 1
+        request.num_tokens += 1
+
     def check(self, step: ExecuteStep, result: StepResult) -> None:
         """Raise ProtocolError unless `step` is this one and `result` is complete; changes nothing."""
         if not step.step_id == result.step_id == self.step_id:
@@ -136,6 +155,8 @@ class PlannedStep:
                 found = f"request {sampled.request_id!r}"
                 raise self._refused(index, "request_id", f"request {request.request_id!r}", found)
             if sampled.error is None:
+                if samples and request.is_plain and len(sampled.token_ids) == 1 and sampled.pooled is None:
+                    continue
                 pools = request.spec.pooling is not None
                 if (sampled.pooled is not None) != (pools and samples):
                     expected = "what was pooled" if pools and samples else "nothing"

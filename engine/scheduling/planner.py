@@ -128,11 +128,18 @@ class StepPlanner:
         """Plan running requests; False if one was preempted, so that no waiting request takes the blocks it needs."""
         running = self.running
         num_running = len(running)
+        is_stateless = self.kv_cache.states is None
         # preemption pops from the tail: a later request, or the current one
         for index, request in enumerate(running):
             if not step.budget:
                 break
             start = request.num_computed_tokens
+            if is_stateless and request.is_plain and start + 1 == request.num_tokens <= request.compute_limit:
+                grown = [] if start < request.num_slots else self._grow_or_preempt(request, start + 1)
+                if grown is None:
+                    break
+                step.add_token(request, grown)
+                continue
             num_new = min(request.num_tokens, request.compute_limit) - start
             if num_new < 1 or request.is_held_back:
                 continue  # its last token is in flight

@@ -68,6 +68,7 @@ class Request:
         "finish_reason",
         "is_known_to_worker",
         "is_paused",
+        "is_plain",
         "is_running",
         "max_total_tokens",
         "min_total_tokens",
@@ -120,11 +121,10 @@ class Request:
         self.compute_limit = min(self.max_total_tokens - 1, limits.max_kv_tokens)
 
         # a token that is both ends the request as end-of-sequence
-        self.stop_reasons: dict[int, int | None] = {token_id: token_id for token_id in params.stop_token_ids}
-        self.stop_reasons.update(dict.fromkeys(params.eos_token_ids))
+        stop_ids: dict[int, int | None] = dict(zip(params.stop_token_ids, params.stop_token_ids, strict=True))
+        self.stop_reasons = stop_ids | dict.fromkeys(params.eos_token_ids)
         self.finish_reason: str | None = None
         self.stop_reason: int | None = None
-
         self.is_running = False
         self.is_paused = False
         # begun by another engine, which counted its prompt and reported its cached tokens
@@ -141,6 +141,7 @@ class Request:
 
         self.attention_parity = limits.attention_parity
         self.speculation = speculation
+        self.is_plain = speculation is None and _is_plain(spec)
         # while they are verified, the step's number of tokens is unknown
         self.drafts_in_flight: list[int] = []
 
@@ -223,6 +224,10 @@ class Request:
             return True
         return False
 
+    def append_all(self, token_ids: list[int]) -> int | None:
+        """Append sampled tokens up to the first that ends the request; return how many that are, None if none does."""
+        return next((count for count, token_id in enumerate(token_ids, 1) if self.append(token_id)), None)
+
     def _completes_form(self, token_id: int) -> bool:
         """With a grammar, an end-of-sequence token before `min_tokens` means that nothing else can follow."""
         params = self.spec.params
@@ -234,3 +239,9 @@ class Request:
         self.drafts_in_flight = []
         self.is_known_to_worker = False
         self.prompt_logprobs_start = 1 + self.num_prompt_logprobs_delivered
+
+
+def _is_plain(spec: RequestSpec) -> bool:
+    """Whether, once the prompt is computed, a step without drafts is one token more and nothing else."""
+    params = spec.params
+    return not params.depends_on_output and params.prompt_logprobs is None and spec.pooling is None

@@ -188,6 +188,7 @@ class Scheduler:
         self._in_flight.popleft()
         deltas = []
         num_prompt_tokens, num_generated = 0, self._counters.generation_tokens
+        has_suspects = bool(self._isolation)
         drafted = dict(zip((item.request_id for item in in_flight.drafts), result.drafts, strict=True))
         for request, planned, sampled in zip(in_flight.requests, in_flight.scheduled, result.sampled, strict=True):
             if request.num_prompt_tokens_counted < request.num_prompt_tokens:
@@ -195,10 +196,10 @@ class Scheduler:
             if request.finish_reason is not None:
                 continue  # aborted or stopped while this step was in flight
             holds_blocks = request.is_running and request.admitted_at_step <= in_flight.step_id
-            if sampled.error is not None and sampled.error.type == NOT_READY:
-                self._compute_again(request, planned, holds_blocks)
-                continue
             if sampled.error is not None:
+                if sampled.error.type == NOT_READY:
+                    self._compute_again(request, planned, holds_blocks)
+                    continue
                 request.finish_reason = "error"
                 deltas.append(self._ended_by_error(request, sampled.error))
                 continue
@@ -215,7 +216,7 @@ class Scheduler:
                 deltas.append(self._pooled(request, sampled.pooled))
             elif sampled.token_ids or sampled.prompt_logprobs is not None:
                 deltas.append(self._apply(request, sampled, planned, drafted.get(request.request_id)))
-            if self._isolation and self._isolation.has_passed(request):
+            if has_suspects and self._isolation.has_passed(request):
                 # the next suspect runs alone; this one continues after the last
                 self._isolation.release(request)
                 if request.is_running:
@@ -260,13 +261,14 @@ class Scheduler:
         token_ids = sampled.token_ids
         logprobs = sampled.logprobs
         ended = False
-        for count, token_id in enumerate(token_ids, 1):
-            if request.append(token_id):
-                ended = True
-                if count < len(token_ids):
-                    token_ids = token_ids[:count]
-                    logprobs = first_rows(logprobs, count)
-                break
+        if len(token_ids) == 1:
+            ended = request.append(token_ids[0])
+            if not ended and request.is_plain and not request.cached_tokens_to_report:
+                self._counters.generation_tokens += 1
+                return RequestOutputDelta(request_id=request.request_id, token_ids=token_ids, logprobs=logprobs)
+        elif (count := request.append_all(token_ids)) is not None:
+            ended = True
+            token_ids, logprobs = token_ids[:count], first_rows(logprobs, count)
         if token_ids:
             request.num_tokens += len(token_ids) - 1  # one was counted when the step was planned
             self._counters.generation_tokens += len(token_ids)

@@ -35,6 +35,7 @@ from sempre.engine.server.middleware import KeyRing
 from sempre.engine.server.protocol import BoundedProtocol
 from sempre.engine.server.service import Service
 from sempre.ipc.errors import ConfigError, SempreError
+from sempre.ipc.liveness import collect_garbage_rarely
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,7 @@ class Server:
         # Garbage collections need not scan objects that live as long as the server.
         gc.collect()
         gc.freeze()
+        collect_garbage_rarely()
         await self._service.adapters.start()
         await self._service.offload.start()
         self._service.serve({**self._engine.ready.phase_seconds, "total": seconds})

@@ -106,8 +106,8 @@ SCHEDULING = (
         "tokens-after-a-stop-are-delivered",
         "Of several tokens in one result, one after the end of the request reaches the user.",
         SCHEDULER,
-        "                    token_ids = token_ids[:count]",
-        "                    token_ids = token_ids[: count + 1]",
+        "token_ids, logprobs = token_ids[:count], first",
+        "token_ids, logprobs = token_ids[: count + 1], first",
         (f"{TESTS}::test_several_tokens_are_cut_at_the_first_end",),
     ),
     Fault(
