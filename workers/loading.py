@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +29,13 @@ from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.registry import build_model
 from sempre.workers.parallel import Parallel, parallel_of
+from sempre.workers.quantization.coded import (
+    ONLINE_FORMS,
+    CodedQuantization,
+    CodedSource,
+    OnlineCodedQuantization,
+    coded_matrices,
+)
 from sempre.workers.quantization.config import (
     IntegerSpec,
     Mxfp4Spec,
@@ -42,7 +49,7 @@ from sempre.workers.quantization.integers import integer_quantization
 from sempre.workers.quantization.method import Quantization
 from sempre.workers.quantization.mxfp4 import Mxfp4Quantization
 from sempre.workers.quantization.plain import NotQuantized
-from sempre.workers.quantization.widened import WidenedSource, WidenedSpec
+from sempre.workers.quantization.widened import CodedFormat, WidenedSource, WidenedSpec
 from sempre.workers.tensor_source import (
     CPU,
     FLOAT_NAMES,
@@ -79,6 +86,8 @@ class Placement:
     upload: Callable[[torch.Tensor], torch.Tensor]
     """copies a tensor of the source to `device`; the source's must stay valid until all are loaded"""
     hashing_threads: int
+    packs: bool = False
+    """Whether matrices of few bits stay packed."""
 
     @property
     def keeps_dtype(self) -> bool:
@@ -143,11 +152,12 @@ def load_model(
             parameter="quantization",
             value=config.quantization,
         )
-    formats = _formats(resolved, config, placement)
+    formats = _formats(resolved, spec, config, placement)
     model = build_model(Build(kernel, formats, parallel), spec)
     wanted = parameters(model)
     with _open_source(config, spec, wanted, placement.device) as opened:
-        source = opened if config.load_format == "dummy" else _own_tensors(opened, resolved, model)
+        coded = {name.removesuffix(CODES) for name in wanted if name.endswith(CODES)}
+        source = opened if config.load_format == "dummy" else _own_tensors(opened, resolved, model, coded)
         _check_tensors(wanted, model, source)
         target = _target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":
@@ -202,25 +212,46 @@ def read_floats(config: WorkerConfig, spec: ModelSpec) -> PlainTensors:
 
 
 def _formats(
-    resolved: StoredQuantization | IntegerSpec | None, config: WorkerConfig, placement: Placement
+    resolved: StoredQuantization | IntegerSpec | None, spec: ModelSpec, config: WorkerConfig, placement: Placement
 ) -> Quantization:
     """The formats of a model's matrices. Raises ConfigError for integers where they are not computed."""
     match resolved:
         case IntegerSpec():
+            if placement.packs and resolved.scheme in ONLINE_FORMS:
+                return OnlineCodedQuantization(ONLINE_FORMS[resolved.scheme])
             return integer_quantization(resolved.scheme, config, placement.device)
         case None | WidenedSpec():
-            return NotQuantized()
+            stated = spec.quantization
+            if not placement.packs or not isinstance(stated, WidenedSpec) or not isinstance(stated.format, CodedFormat):
+                return NotQuantized()
+            if config.load_format == "dummy":
+                return OnlineCodedQuantization(stated.format.form())
+            return _coded_quantization(stated.format, spec, config)
         case Mxfp4Spec():
             return Mxfp4Quantization(resolved)
         case _:
             return Fp8Quantization(resolved)
 
 
+def _coded_quantization(form: CodedFormat, spec: ModelSpec, config: WorkerConfig) -> Quantization:
+    """Codes, where kernels read them for the engine's dtype."""
+    with open_safetensors(Path(config.model_path)) as opened:
+        source = WidenedSource(opened, form)
+        if config.dtype == "auto" and spec.checkpoint_dtype is None and EMBEDDING not in source.names():
+            return NotQuantized()
+        return CodedQuantization(coded_matrices(source, form, _target_dtype(spec, source, config.dtype)))
+
+
 def _own_tensors(
-    checkpoint: TensorSource, stored: StoredQuantization | IntegerSpec | None, model: CausalLM
+    checkpoint: TensorSource, stored: StoredQuantization | IntegerSpec | None, model: CausalLM, coded: Set[str]
 ) -> TensorSource:
-    """The tensors of this model, by its own names, and widened where they are stored in fewer bits."""
-    source: TensorSource = WidenedSource(checkpoint, stored.format) if isinstance(stored, WidenedSpec) else checkpoint
+    """The tensors of this model, by its own names, and widened where they are stored in fewer bits, if not `coded`."""
+    source = checkpoint
+    if isinstance(stored, WidenedSpec):
+        source = widened = WidenedSource(checkpoint, stored.format)
+        if coded:
+            assert isinstance(stored.format, CodedFormat)
+            source = CodedSource(widened, stored.format, coded)
     if model.part is not None:
         source = PartSource(source, model.part)
         architecture = model.spec.architecture

@@ -22,6 +22,7 @@ from sempre.kernels.attention import AttentionWorkspace, PagedBatch, SharedPrefi
 from sempre.kernels.attention.shared_prefixes import group_requests
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
 from sempre.kernels.integers import GroupedIntegers, IntegerScheme, IntegerWeight, Layout
+from sempre.kernels.packed import PackedScheme, PackedWeight
 from sempre.kernels.states import StateBatch, StateShape
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear import Linear
@@ -307,14 +308,18 @@ def distinct_linears(model: CausalLM) -> list[tuple[str, Linear]]:
     """One of each kind that is computed alike (shape, fp8 scheme, use and activation): the first, with its path."""
     seen: dict[object, tuple[str, Linear]] = {}
     for path, linear in model.linears():
-        kind = (linear.use, linear.activation, shape_of(linear.weight), _layouts(linear.weight))
+        kind = (linear.use, linear.activation, shape_of(linear.weight), _details(linear.weight))
         seen.setdefault(kind, (path, linear))
     return list(seen.values())
 
 
-def shape_of(weight: LinearWeight) -> tuple[int, int, Fp8Scheme | IntegerScheme | None, int]:
+def shape_of(weight: LinearWeight) -> tuple[int, int, Fp8Scheme | IntegerScheme | PackedScheme | None, int]:
     """Matrices of equal shape, scheme and leaves are multiplied by the same kernels; integers by those of a layout."""
     return weight.out_features, weight.in_features, weight.scheme, weight.leaves
+
+
+def _details(weight: LinearWeight) -> tuple[object, ...]:
+    return (weight.group, weight.scale_dtype) if isinstance(weight, PackedWeight) else _layouts(weight)
 
 
 def _layouts(weight: LinearWeight) -> tuple[Layout, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, Protocol
 
 import torch
@@ -100,12 +101,15 @@ class DroppedSafetensors(SafetensorsSource):
         super().__init__(files)
         self._mapped = MappedFiles()
         self._last_read: deque[torch.Tensor] = deque()
+        # formats read again what they hash, in other threads
+        self._lock = Lock()
 
     def read(self, name: str) -> torch.Tensor:
         tensor = super().read(name)
-        self._last_read.append(tensor)
-        while len(self._last_read) > 1 and sum(read.nbytes for read in self._last_read) > _KEPT_BYTES:
-            self._mapped.drop(self._last_read.popleft())
+        with self._lock:
+            self._last_read.append(tensor)
+            while len(self._last_read) > 1 and sum(read.nbytes for read in self._last_read) > _KEPT_BYTES:
+                self._mapped.drop(self._last_read.popleft())
         return tensor
 
     def digest(self, name: str, tensor: torch.Tensor) -> bytes:

@@ -17,11 +17,12 @@ from worker_settings import worker_config
 
 from sempre.ipc.errors import ConfigError, ModelError, TensorMismatch
 from sempre.ipc.messages import SamplingSpec
+from sempre.kernels.packed.codes import MAGNITUDES
 from sempre.workers.layers.linear_kernel import INVARIANT
 from sempre.workers.layers.module import Build, parameters
 from sempre.workers.loading import Loaded, load_model
 from sempre.workers.models.registry import build_model, load_spec, parse_spec
-from sempre.workers.quantization.mxfp4 import MAGNITUDES, Mxfp4Quantization, widen
+from sempre.workers.quantization.mxfp4 import Mxfp4Quantization, widen
 from sempre.workers.quantization.plain import NotQuantized
 
 QUANTIZED = {

@@ -15,6 +15,7 @@ from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.packed import PackedWeight, can_unpack
 from sempre.workers.backend import LoadedModel, ModelSetup
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
@@ -68,7 +69,7 @@ class GpuBackend:
 
     @property
     def placement(self) -> Placement:
-        return Placement(self.device, Uploader(self.device), HASHING_THREADS)
+        return Placement(self.device, Uploader(self.device), HASHING_THREADS, packs=can_unpack(self.device))
 
     def begin(self, config: WorkerConfig) -> None:
         torch.cuda.set_device(self.device)
@@ -160,7 +161,7 @@ class GpuBackend:
             total=total,
             free=free,
             weights=weights,
-            activations=max(0, allocated - weights) + quantized_rows_bytes(model),
+            activations=max(0, allocated - weights) + quantized_rows_bytes(model) + widened_bytes(model),
             allocated=allocated,
             utilization=config.gpu_memory_utilization,
             draft_block_bytes=draft.block_bytes if draft is not None else 0,
@@ -271,6 +272,13 @@ def row_bytes(spec: ModelSpec) -> int:
     if spec.pooling is not None:
         return spec.hidden_size * torch.float64.itemsize
     return 2 * spec.vocab_size * torch.float32.itemsize + spec.hidden_size * torch.float32.itemsize
+
+
+def widened_bytes(model: LoadedModel) -> int:
+    """What a step of many rows allocates for packed weights: the largest, widened, for graphs and for other steps."""
+    weights = [linear.weight for _, linear in model.model.linears()]
+    sizes = (w.in_features * w.out_features * w.dtype.itemsize for w in weights if isinstance(w, PackedWeight))
+    return 2 * max(sizes, default=0)
 
 
 def quantized_rows_bytes(model: LoadedModel) -> int:

@@ -24,6 +24,7 @@ from sempre.kernels.attention import AttentionWorkspace, PagedBatch
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.attention.gpu_tiles import SPLIT
 from sempre.kernels.gpu_jit import Collection, Variant, collecting
+from sempre.kernels.packed import can_unpack
 from sempre.kernels.pooling import RowSpans, add_rows
 from sempre.kernels.sampling import gpu as gpu_sampling
 from sempre.kernels.states import StateBatch
@@ -158,7 +159,7 @@ def _capability(device: torch.device) -> int:
 @torch.inference_mode()
 def _launch_all(setup: ModelSetup, device: torch.device, found: Callable[[Variant], object]) -> Collection:
     spec, config = setup.spec.one_layer_per_kind(), setup.config
-    placement = Placement(device, lambda tensor: tensor, hashing_threads=1)
+    placement = Placement(device, lambda tensor: tensor, hashing_threads=1, packs=can_unpack(device))
     model, facts = load_model(replace(config, load_format="dummy", seed=0), spec, setup.kernel, placement)
     keys = workspace_len(config, setup.max_model_len)
     workspace = allocate_attention_workspace(spec.num_heads, spec.largest_head_dim, keys, device)

@@ -27,6 +27,7 @@ from sempre.kernels.linear import (
     pack_fp8_linear,
     pack_linear,
 )
+from sempre.kernels.packed import Codes, PackedScheme, PackedWeight, pack_codes, packed_linear
 
 
 class LinearWeight(Protocol):
@@ -42,7 +43,7 @@ class LinearWeight(Protocol):
     def nbytes(self) -> int: ...
 
     @property
-    def scheme(self) -> Fp8Scheme | IntegerScheme | None:
+    def scheme(self) -> Fp8Scheme | IntegerScheme | PackedScheme | None:
         """None: floats"""
 
     @property
@@ -56,7 +57,7 @@ class LinearKernel(NamedTuple):
     second, which returns `out` too.
     `pack_fp8(weight [N, K] fp8, scale [N], bias [N] or None, scheme)` packs a quantised weight, and
     `pack_integers(matrices, bias [N] or None, scheme)` one of integers, for a CPU. Where K
-    has leaves, their number follows.
+    has leaves, their number follows. `pack_codes(matrices, bias [N] or None, dtype)` keeps a weight packed on a GPU.
     """
 
     pack: Callable[..., LinearWeight]
@@ -64,17 +65,24 @@ class LinearKernel(NamedTuple):
     gated_linear: Callable[..., torch.Tensor]
     pack_fp8: Callable[..., LinearWeight]
     pack_integers: Callable[..., LinearWeight]
+    pack_codes: Callable[..., LinearWeight]
 
 
 def _linear(x: torch.Tensor, weight: Any, out: torch.Tensor) -> torch.Tensor:
-    return integer_linear(x, weight, out) if isinstance(weight, IntegerWeight) else linear(x, weight, out)
+    match weight:
+        case IntegerWeight():
+            return integer_linear(x, weight, out)
+        case PackedWeight():
+            return packed_linear(x, weight, out)
+        case _:
+            return linear(x, weight, out)
 
 
 def _gated_linear(
     x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor, activation: Activation
 ) -> torch.Tensor:
-    if isinstance(weight, IntegerWeight):
-        return activation.and_mul(integer_linear(x, weight, gate_up), out)
+    if isinstance(weight, IntegerWeight | PackedWeight):
+        return activation.and_mul(_linear(x, weight, gate_up), out)
     return gated_linear(x, weight, gate_up, out, activation)
 
 
@@ -84,14 +92,20 @@ def _control_pack_integers(
     return control_pack(torch.cat([matrix.values() for matrix in matrices]), bias)
 
 
+def _control_pack_codes(matrices: Sequence[Codes], bias: torch.Tensor | None, dtype: torch.dtype) -> LinearWeight:
+    return control_pack(torch.cat([matrix.values().to(dtype) for matrix in matrices]), bias)
+
+
 def _control_gated_linear(
     x: torch.Tensor, weight: Any, gate_up: torch.Tensor, out: torch.Tensor, activation: Activation
 ) -> torch.Tensor:
     return activation.and_mul(control_linear(x, weight, gate_up), out)
 
 
-INVARIANT = LinearKernel(pack_linear, _linear, _gated_linear, pack_fp8_linear, pack_integer_linear)
-CONTROL = LinearKernel(control_pack, control_linear, _control_gated_linear, control_pack_fp8, _control_pack_integers)
+INVARIANT = LinearKernel(pack_linear, _linear, _gated_linear, pack_fp8_linear, pack_integer_linear, pack_codes)
+CONTROL = LinearKernel(
+    control_pack, control_linear, _control_gated_linear, control_pack_fp8, _control_pack_integers, _control_pack_codes
+)
 
 
 def linear_kernel(numerics: Numerics) -> LinearKernel:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.linear import CpuLinearWeight, partial_linear, sum_partials
+from sempre.kernels.packed import Codes
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.layers.module import Build
@@ -54,7 +55,11 @@ class RowParallelLinear(Linear):
             # quantised as a whole before: the scale of a channel does not depend on the cut
             return kernel.pack_fp8(weight[:, own.start : own.stop], scale, bias, scheme, leaves)
 
-        return kernel._replace(pack=pack, pack_fp8=pack_fp8)
+        def pack_codes(matrices: Sequence[Codes], bias: torch.Tensor | None, dtype: torch.dtype) -> LinearWeight:
+            # no kernel sums a packed weight in leaves
+            return pack(torch.cat([matrix.values().to(dtype) for matrix in matrices]), bias)
+
+        return kernel._replace(pack=pack, pack_fp8=pack_fp8, pack_codes=pack_codes)
 
     def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         exchange = self._parallel.exchange

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sempre.kernels.packed import CodeForm, Codes
 from sempre.workers.config_fields import ConfigFields
-from sempre.workers.quantization.widened import Shape, groups_of, scaled, unpacked
+from sempre.workers.quantization.widened import Shape, groups_of, paired, unpacked
 from sempre.workers.tensor_source import Parameter
 
 # of each of the eight outputs
@@ -27,6 +28,7 @@ class Awq:
 
     group_size: int | None
     name = "awq"
+    group_index = None
     main = ".qweight"
     scale = ".scales"
 
@@ -49,11 +51,15 @@ class Awq:
         return scale
 
     def widen(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        numbers, zeros = (unpacked(tensors[suffix], 4, PLACES) for suffix in (".qweight", ".qzeros"))
-        scales = tensors[".scales"]
-        size = numbers.shape[0] // scales.shape[0]
-        offsets = numbers - zeros.repeat_interleave(size, 0)
-        return scaled(offsets, scales.repeat_interleave(size, 0)).t().contiguous()
+        return self.codes(tensors).values()
+
+    def form(self) -> CodeForm:
+        return CodeForm(4, self.group_size, has_zeros=True)
+
+    def codes(self, tensors: Mapping[str, torch.Tensor]) -> Codes:
+        numbers, zeros = (unpacked(tensors[suffix], 4, PLACES).t() for suffix in (".qweight", ".qzeros"))
+        scales = tensors[".scales"].t().contiguous()
+        return Codes(paired(numbers), scales, zeros.to(torch.int16, memory_format=torch.contiguous_format), self.form())
 
 
 def parse_awq(fields: ConfigFields) -> Awq:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from sempre.kernels.packed import CodeForm, Codes
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.quantization.awq import HALVES, INTEGERS, parse_group_size
-from sempre.workers.quantization.widened import Shape, groups_of, scaled, unpacked
+from sempre.workers.quantization.widened import Shape, group_numbers, groups_of, unpacked
 from sempre.workers.tensor_source import Parameter
 
 
@@ -25,6 +26,7 @@ class Gptq:
     group_size: int | None
     zeros_less_one: bool
     name = "gptq"
+    group_index = ".g_idx"
     main = ".qweight"
     scale = ".scales"
 
@@ -53,12 +55,17 @@ class Gptq:
         return scale
 
     def widen(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        scales, group = tensors[".scales"], tensors[".g_idx"].long()
-        if int(group.min()) < 0 or int(group.max()) >= scales.shape[0]:
-            raise ValueError(f".g_idx from {int(group.min())} to {int(group.max())}, of {scales.shape[0]} groups")
-        numbers = unpacked(tensors[".qweight"].t(), self.bits)
-        zeros = unpacked(tensors[".qzeros"], self.bits) + int(self.zeros_less_one)
-        return scaled(numbers - zeros[group].t(), scales[group].t()).contiguous()
+        return self.codes(tensors).values()
+
+    def form(self) -> CodeForm:
+        return CodeForm(self.bits, self.group_size, has_zeros=True)
+
+    def codes(self, tensors: Mapping[str, torch.Tensor]) -> Codes:
+        scales = tensors[".scales"].t().contiguous()
+        words = tensors[".qweight"].t().contiguous()
+        zeros = unpacked(tensors[".qzeros"], self.bits).to(torch.int16) + int(self.zeros_less_one)
+        order = group_numbers(tensors, ".g_idx", scales.shape[1])
+        return Codes(words.view(torch.uint8), scales, zeros.t().contiguous(), self.form(), order)
 
 
 def parse_gptq(fields: ConfigFields) -> Gptq:

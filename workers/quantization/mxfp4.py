@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sempre.kernels.packed import CodeForm, Codes, Numbers
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.quantization.config import Mxfp4Spec
@@ -23,27 +24,15 @@ BLOCK = 32
 BLOCKS, SCALES = "_blocks", "_scales"
 BYTES = ("U8",)
 
-# of the codes 0 to 7; the fourth bit is the sign
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # with a larger one not every number is finite in bfloat16
 LARGEST_SCALE = 252
-# the bits of float32's 2 ** -127, which has no exponent of its own
-_SMALLEST = 1 << 22
+FORM = CodeForm(4, BLOCK, numbers=Numbers.E2M1)
 
 
 def widen(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """blocks uint8 [N, K / 32, 16], of two numbers each with the first in the lower bits, and scales uint8 [N, K / 32]
     → bfloat16 [N, K], exactly."""
-    exponents = scales.to(torch.int32)
-    powers = torch.where(exponents > 0, exponents << 23, _SMALLEST).view(torch.float32)
-    return (numbers_of(blocks) * powers[..., None]).to(torch.bfloat16).flatten(1)
-
-
-def numbers_of(pairs: torch.Tensor) -> torch.Tensor:
-    """e2m1 numbers, two in each byte with the first in the lower bits: uint8 [..., B] → float32 [..., 2 * B]."""
-    signed = [*MAGNITUDES, *(-magnitude for magnitude in MAGNITUDES)]
-    both = torch.tensor(signed, dtype=torch.float32, device=pairs.device)
-    return both[torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2).int()]
+    return Codes(blocks.flatten(1), scales, None, FORM).values()
 
 
 class Mxfp4:
@@ -92,6 +81,7 @@ class Mxfp4Packed:
     name = "mxfp4"
     main = ".weight_packed"
     scale = ".weight_scale"
+    group_index = None
 
     def sizes(self, main: Shape) -> tuple[int, int]:
         return main[0], 2 * main[1]
@@ -110,8 +100,13 @@ class Mxfp4Packed:
         return "BF16"
 
     def widen(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        packed = tensors[self.main]
-        return widen(packed.view(packed.shape[0], -1, BLOCK // 2), tensors[self.scale])
+        return self.codes(tensors).values()
+
+    def form(self) -> CodeForm:
+        return FORM
+
+    def codes(self, tensors: Mapping[str, torch.Tensor]) -> Codes:
+        return Codes(tensors[self.main], tensors[self.scale], None, FORM)
 
 
 def parse_mxfp4_packed(group: ConfigFields) -> Mxfp4Packed:

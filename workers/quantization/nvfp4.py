@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sempre.kernels.packed import e2m1, unpaired
 from sempre.workers.config_fields import ConfigFields
-from sempre.workers.quantization.mxfp4 import numbers_of
 from sempre.workers.quantization.widened import Shape, groups_of
 from sempre.workers.tensor_source import FP8_NAME, Parameter
 
@@ -52,7 +52,7 @@ class Nvfp4:
         whole = tensors[self.matrix_scale].reshape(())
         scales = tensors[self.scale].float()
         scales = scales / whole if self.is_reciprocal else scales * whole
-        return (numbers_of(tensors[self.main]) * scales.repeat_interleave(BLOCK, 1)).to(torch.bfloat16)
+        return (e2m1(unpaired(tensors[self.main])) * scales.repeat_interleave(BLOCK, 1)).to(torch.bfloat16)
 
 
 MODELOPT = Nvfp4(".weight", ".weight_scale_2", False, (".input_scale",))

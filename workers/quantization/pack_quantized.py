@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from sempre.kernels.packed import CodeForm, Codes
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.quantization.awq import INTEGERS
-from sempre.workers.quantization.widened import Shape, groups_of, scaled, unpacked
+from sempre.workers.quantization.widened import Shape, group_numbers, groups_of, unpacked
 from sempre.workers.tensor_source import FLOAT_NAMES, Parameter
 
 
@@ -58,25 +59,25 @@ class PackQuantized:
         return scale
 
     def widen(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        numbers, scales = unpacked(tensors[".weight_packed"], self.bits), tensors[".weight_scale"]
-        if tensors[".weight_shape"].tolist() != list(numbers.shape):
-            raise ValueError(f".weight_shape {tensors['.weight_shape'].tolist()} of a matrix {list(numbers.shape)}")
-        zeros = torch.tensor(1 << (self.bits - 1), dtype=torch.int32, device=numbers.device)
-        if not self.symmetric:
-            words = tensors[".weight_zero_point"].t()
-            zeros = self._of_inputs(unpacked(words, self.bits).t()[: numbers.shape[0]], numbers.shape[1], tensors)
-        return scaled(numbers - zeros, self._of_inputs(scales, numbers.shape[1], tensors))
+        return self.codes(tensors).values()
 
-    def _of_inputs(self, grouped: torch.Tensor, count: int, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[N, G] → [N, K]"""
-        if not self.by_activation_order:
-            return grouped.repeat_interleave(count // grouped.shape[1], 1)
-        group = tensors[".weight_g_idx"].long()
-        if int(group.min()) < 0 or int(group.max()) >= grouped.shape[1]:
-            raise ValueError(
-                f".weight_g_idx from {int(group.min())} to {int(group.max())}, of {grouped.shape[1]} groups"
-            )
-        return grouped[:, group]
+    @property
+    def group_index(self) -> str | None:
+        return ".weight_g_idx" if self.by_activation_order else None
+
+    def form(self) -> CodeForm:
+        return CodeForm(self.bits, self.group_size, has_zeros=not self.symmetric)
+
+    def codes(self, tensors: Mapping[str, torch.Tensor]) -> Codes:
+        words, scales, zeros = tensors[".weight_packed"], tensors[".weight_scale"], None
+        shape = [words.shape[0], words.shape[1] * self._per_word]
+        if tensors[".weight_shape"].tolist() != shape:
+            raise ValueError(f".weight_shape {tensors['.weight_shape'].tolist()} of a matrix {shape}")
+        if not self.symmetric:
+            numbers = unpacked(tensors[".weight_zero_point"].t(), self.bits).t()[: shape[0]]
+            zeros = numbers.to(torch.int16, memory_format=torch.contiguous_format)
+        order = group_numbers(tensors, ".weight_g_idx", scales.shape[1]) if self.by_activation_order else None
+        return Codes(words.contiguous().view(torch.uint8), scales, zeros, self.form(), order)
 
 
 def parse_pack_quantized(group: ConfigFields) -> PackQuantized:

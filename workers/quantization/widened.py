@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
+from sempre.ipc.errors import TensorMismatch
+from sempre.kernels.packed import CodeForm, Codes
 from sempre.workers.quantization.plain import PLAIN_SUFFIX
 from sempre.workers.tensor_source import Parameter, TensorSource, mismatch
 
@@ -48,6 +50,21 @@ class WidenedFormat(Protocol):
 
     def widen(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The values [N, K]. Raises ValueError, which says what was expected and found."""
+
+
+@runtime_checkable
+class CodedFormat(WidenedFormat, Protocol):
+    """One whose numbers kernels can read."""
+
+    @property
+    def group_index(self) -> str | None:
+        """the suffix of the tensor with each input's group, if there is one"""
+
+    def form(self) -> CodeForm:
+        """What its codes are like."""
+
+    def codes(self, tensors: Mapping[str, torch.Tensor]) -> Codes:
+        """The matrix as codes. Raises ValueError, which says what was expected and found."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +140,41 @@ class WidenedSource:
         try:
             values = self._format.widen(stored)
         except ValueError as error:
-            raise mismatch(module + self._format.main, f"numbers of {self._format.name}", str(error)) from error
+            raise self._wrong_numbers(module, error) from error
         if not bool(values.isfinite().all()):
             found = f"{int((~values.isfinite()).sum())} that are not"
             raise mismatch(module + self._format.scale, "scales that make finite values", found)
         return values
+
+    def matrices(self) -> dict[str, Shape]:
+        """[N, K] of each quantised matrix, by module."""
+        return {name.removesuffix(PLAIN_SUFFIX): shape for name, shape in self._shapes.items()}
+
+    def scale_name(self, module: str) -> str:
+        """Safetensors' name of the dtype of a quantised matrix's scales."""
+        return self._source.dtype_name(module + self._format.scale)
+
+    def is_ordered(self, module: str) -> bool:
+        """Whether the inputs of each group of a coded matrix follow one another."""
+        form = self._format
+        assert isinstance(form, CodedFormat)
+        if form.group_index is None:
+            return True
+        width = self._shapes[module + PLAIN_SUFFIX][1]
+        group, count = self._source.read(module + form.group_index), width // form.form().group_of(width)
+        return group_numbers({"": group}, "", count) is None
+
+    def codes(self, module: str) -> Codes:
+        """A matrix of a coded format as codes."""
+        assert isinstance(self._format, CodedFormat)
+        stored = {suffix: self._source.read(module + suffix) for suffix in self._parts[module]}
+        try:
+            return self._format.codes(stored)
+        except ValueError as error:
+            raise self._wrong_numbers(module, error) from error
+
+    def _wrong_numbers(self, module: str, error: ValueError) -> TensorMismatch:
+        return mismatch(module + self._format.main, f"numbers of {self._format.name}", str(error))
 
     def digest(self, name: str, tensor: torch.Tensor) -> bytes:
         """Over what is stored, which determines the tensor."""
@@ -141,15 +188,25 @@ class WidenedSource:
 
 
 def unpacked(words: torch.Tensor, bits: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """int32 words [..., W] → unsigned numbers [..., W * 32 / bits], the lowest bits first, or by their places."""
+    """int32 words [..., W] → uint8 [..., W * 32 / bits], the lowest bits first, or by their places."""
     places = range(32 // bits) if order is None else order
     mask = (1 << bits) - 1
-    return torch.stack([(words >> (bits * place)) & mask for place in places], dim=-1).flatten(-2)
+    return torch.stack([((words >> (bits * place)) & mask).to(torch.uint8) for place in places], dim=-1).flatten(-2)
 
 
-def scaled(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """numbers * scales in the scales' dtype: exact products, rounded once."""
-    return (numbers.float() * scales.float()).to(scales.dtype)
+def paired(numbers: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, K] of 4 bits → [N, K / 2], the first of two in the lower bits."""
+    return numbers[:, ::2] | (numbers[:, 1::2] << 4)
+
+
+def group_numbers(tensors: Mapping[str, torch.Tensor], suffix: str, groups: int) -> torch.Tensor | None:
+    """int64 [K]: the group of each input as stored; None where they follow one another. Raises ValueError for a number
+    out of range."""
+    stored = tensors[suffix].long()
+    if int(stored.min()) < 0 or int(stored.max()) >= groups:
+        raise ValueError(f"{suffix} from {int(stored.min())} to {int(stored.max())}, of {groups} groups")
+    ascending = torch.arange(len(stored), device=stored.device) // (len(stored) // groups)
+    return None if torch.equal(stored, ascending) else stored
 
 
 def groups_of(in_features: int, group_size: int | None) -> tuple[int, int]:

@@ -19,6 +19,9 @@ from sempre.kernels.linear.gpu import FP8_CAPABILITY, operands, run_tile
 from sempre.kernels.linear.gpu_check import disagreeing, disagreeing_fused
 from sempre.kernels.linear.gpu_table import FLOAT32, REFERENCES, Tile
 from sempre.kernels.linear.weights import GpuLinearWeight
+from sempre.kernels.packed import PackedScheme, PackedWeight
+from sempre.kernels.packed.gpu import dense_weight
+from sempre.kernels.packed.gpu_check import disagreeing_packed
 from sempre.workers.layers.expert_linear import ExpertLinear
 from sempre.workers.layers.linear import Use
 from sempre.workers.loading import WeightFacts
@@ -30,7 +33,7 @@ from sempre.workers.self_test import Comparison, compare, distinct_linears, shap
 REFERENCE_ROWS = 70
 LONE_ROWS = (0, 1, 63, 64, 69)
 
-Shape = tuple[int, int, Fp8Scheme | IntegerScheme | None, int]
+Shape = tuple[int, int, Fp8Scheme | IntegerScheme | PackedScheme | None, int]
 
 
 class LinearTest(NamedTuple):
@@ -63,20 +66,25 @@ def check_linears(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_n
     for path, linear in distinct_linears(model):
         if isinstance(linear, ExpertLinear):
             continue  # other kernels compute these
-        weight = linear.weight
+        stored = linear.weight
+        # for many rows, and as the reference of few, a packed weight is widened
+        weight = dense_weight(stored) if isinstance(stored, PackedWeight) else stored
         assert isinstance(weight, GpuLinearWeight)
         logits = linear.use is Use.LOGITS
         # logits are float32, and are computed for the rows that sample or are scored
         max_rows = min(max_tokens, max(max_num_seqs, PROMPT_LOGPROB_ROWS)) if logits else max_tokens
         out_dtype = torch.float32 if linear.use.is_float32 else dtype
-        wrong = set(disagreeing(weight, dtype, max_rows=max_rows, out_dtype=out_dtype))
-        if linear.adapters is not None and out_dtype != torch.float32:
-            # adapters are added to float32 results, which are then rounded as the others
-            wrong |= set(disagreeing(weight, dtype, max_rows=max_rows, out_dtype=torch.float32))
-        if linear.activation is not None:
+        # adapters are added to float32 results, which are then rounded as the others
+        outputs = {out_dtype} if linear.adapters is None else {out_dtype, torch.float32}
+        wrong: set[str] = set()
+        for output in outputs:
+            wrong |= set(disagreeing(weight, dtype, max_rows=max_rows, out_dtype=output))
+            if isinstance(stored, PackedWeight):
+                wrong |= set(disagreeing_packed(stored, max_rows=max_rows, out_dtype=output))
+        if linear.activation is not None and stored is weight:
             wrong |= set(disagreeing_fused(weight, linear.activation, max_rows=max_rows))
         if wrong:
-            excluded.setdefault(shape_of(weight), set()).update(wrong)
+            excluded.setdefault(shape_of(stored), set()).update(wrong)
         reference += _check_reference(path.rpartition(".")[2], weight, dtype, out_dtype)
     if excluded:
         _exclude(model, excluded)
@@ -110,5 +118,6 @@ def _run_reference(x: torch.Tensor, w: GpuLinearWeight, out_dtype: torch.dtype, 
 
 def _exclude(model: CausalLM, excluded: dict[Shape, set[str]]) -> None:
     for _, linear in model.linears():
-        assert isinstance(linear.weight, GpuLinearWeight)
-        linear.weight = replace(linear.weight, excluded=frozenset(excluded.get(shape_of(linear.weight), ())))
+        weight = linear.weight
+        assert isinstance(weight, GpuLinearWeight | PackedWeight)
+        linear.weight = replace(weight, excluded=frozenset(excluded.get(shape_of(weight), ())))
