@@ -123,6 +123,7 @@ def configuration(args: argparse.Namespace, shape: str) -> dict[str, object]:
         "max_model_len": args.max_model_len,
         "max_num_seqs": args.max_num_seqs,
         "max_num_batched_tokens": args.max_num_batched_tokens,
+        "quantization": args.quantization,
         "multiprocessing": not args.inproc,
         "enforce_eager": args.enforce_eager,
     }
@@ -285,6 +286,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=4608)
     parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--quantization", help="the engine's setting")
     parser.add_argument("--inproc", action="store_true", help="no processes")
     parser.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--profile", help="folder for lists of kernels by time (implies --inproc)")
