@@ -99,34 +99,34 @@ def compile_tiles(part: int, parts: int, form: CodeForm, dtype: torch.dtype) -> 
                 packed_gpu.run_tile(many, w, many.new_empty(len(many), columns), tile)
 
 
-def measure(
-    depth: int, columns: int, row_counts: list[int], form: CodeForm, dtype: torch.dtype
-) -> list[dict[str, Any]]:
-    first = pack_codes([random_codes(depth, columns, form, dtype)], None, dtype)
-    weights = copies_of(first)
-    dense = make(depth, columns, max(1, -(-CACHE_OVERFLOW // (2 * depth * columns))))
-    dense = [replace(w, weight=w.weight.to(dtype)) for w in dense]
-    works = {tile for tile in CANDIDATES if fits(tile, first) and usable(tile, first)}
-    widened = packed_gpu.dense_weight(first)
-    results = []
-    for rows in row_counts:
-        x = torch.randn(rows, depth, device="cuda").to(dtype)
-        out = x.new_empty(rows, columns)
-        expected = run_tile(x, widened, torch.empty_like(out), REFERENCE)
-        plain = microseconds(lambda w: dense_linear(x, w, out), dense)
+class Shape:
+    """One matrix, packed and in 16 bits, in as many copies as overflow the cache."""
+
+    def __init__(self, depth: int, columns: int, form: CodeForm, dtype: torch.dtype) -> None:
+        self.first = pack_codes([random_codes(depth, columns, form, dtype)], None, dtype)
+        self.packed = copies_of(self.first)
+        dense = make(depth, columns, max(1, -(-CACHE_OVERFLOW // (2 * depth * columns))))
+        self.dense = [replace(w, weight=w.weight.to(dtype)) for w in dense]
+        self.works = {tile for tile in CANDIDATES if fits(tile, self.first) and usable(tile, self.first)}
+        self.widened = packed_gpu.dense_weight(self.first)
+
+    def measure(self, rows: int) -> dict[str, Any]:
+        w = self.first
+        x = torch.randn(rows, w.in_features, device="cuda").to(w.dtype)
+        out = x.new_empty(rows, w.out_features)
+        expected = run_tile(x, self.widened, torch.empty_like(out), REFERENCE)
         times: dict[str, float] = {}
         differ: list[str] = []
-        for choice in fitting(rows, first):
-            if isinstance(choice, PackedTile) and choice not in works:
+        for choice in fitting(rows, w):
+            if isinstance(choice, PackedTile) and choice not in self.works:
                 continue
-            found = packed_gpu.run_choice(x, first, torch.full_like(out, float("nan")), choice)
+            found = packed_gpu.run_choice(x, w, torch.full_like(out, float("nan")), choice)
             if not torch.equal(found, expected):
                 differ.append(str(choice))
-            times[str(choice)] = microseconds(lambda w, c=choice: packed_gpu.run_choice(x, w, out, c), weights)
-        results.append({"K": depth, "N": columns, "T": rows, "16 bits": plain, "times": times, "differ": differ,
-                        "bytes": first.nbytes, "floor": first.nbytes / 3e6})  # fmt: skip
-        report(results[-1])
-    return results
+            times[str(choice)] = microseconds(lambda w, c=choice: packed_gpu.run_choice(x, w, out, c), self.packed)
+        plain = microseconds(lambda w: dense_linear(x, w, out), self.dense)
+        return {"K": w.in_features, "N": w.out_features, "T": rows, "16 bits": plain, "times": times,
+                "differ": differ, "bytes": w.nbytes, "floor": w.nbytes / 3e6}  # fmt: skip
 
 
 def report(result: dict[str, Any]) -> None:
@@ -159,7 +159,11 @@ def main() -> None:
     results = []
     for shape in args.shapes.split(","):
         depth, columns = map(int, shape.split("x"))
-        results += measure(depth, columns, [int(rows) for rows in args.rows.split(",")], form, dtype)
+        measured = Shape(depth, columns, form, dtype)
+        for rows in args.rows.split(","):
+            results.append(measured.measure(int(rows)))
+            report(results[-1])
+        del measured
         torch.cuda.empty_cache()
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     print(json.dumps(facts | {"form": args.form, "results": results}))
