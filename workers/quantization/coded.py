@@ -123,7 +123,7 @@ class StoredCodes:
 
 def _dtype_of(as_matrix: Callable[[torch.Tensor], torch.Tensor]) -> torch.dtype:
     """The dtype for matrices."""
-    return as_matrix(torch.empty(0)).dtype
+    return as_matrix(torch.empty(0, dtype=torch.float32, device="cpu")).dtype
 
 
 def _check_finite(module: str, matrix: Codes) -> None:

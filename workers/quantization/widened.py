@@ -205,7 +205,7 @@ def group_numbers(tensors: Mapping[str, torch.Tensor], suffix: str, groups: int)
     stored = tensors[suffix].long()
     if int(stored.min()) < 0 or int(stored.max()) >= groups:
         raise ValueError(f"{suffix} from {int(stored.min())} to {int(stored.max())}, of {groups} groups")
-    ascending = torch.arange(len(stored), device=stored.device) // (len(stored) // groups)
+    ascending = torch.arange(len(stored), dtype=torch.int64, device=stored.device) // (len(stored) // groups)
     return None if torch.equal(stored, ascending) else stored
 
 
