@@ -1,9 +1,8 @@
 """GPU linear layers of packed weights. T rows, N out, K in.
 
 For some rows the weight is widened in registers, tile by tile; for many it is widened once into scratch memory and
-multiplied as any matrix (`kernels.linear.gpu`). Weights are the left operand of warp groups, which read them from
-registers, as in every linear layer; or, where N is too small for that to keep the device busy, the right operand of
-single warps, in a tile that is turned.
+multiplied as any matrix (`kernels.linear.gpu`). As in every linear layer weights are the left operand; here the tensor
+cores read it from registers.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from sempre.kernels.linear.gpu_tiles import LINE_BYTES, MOST_PREFETCHING_ROWS, P
 from sempre.kernels.linear.weights import GpuLinearWeight
 from sempre.kernels.packed import PackedWeight
 from sempre.kernels.packed.gpu_table import PackedChoice, PackedTile, Widened, choose
-from sempre.kernels.packed.gpu_unpack import kind_of, turned, unpacked
+from sempre.kernels.packed.gpu_unpack import kind_of, unpacked, wait_for_tensor_cores
 
 # of the kernel that widens: out features, and inputs of its tiles
 _WIDENED_ROWS, _WIDENED_INPUTS = 32, 128
@@ -41,7 +40,6 @@ def _loaded(
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     T: tl.constexpr,
-    TURNED: tl.constexpr,
     EVEN_K: tl.constexpr,
 ) -> Any:
     """The tile of blocks `block` of 16 rows, which are rows n, and of BK inputs from `start` on."""
@@ -58,7 +56,7 @@ def _loaded(
         # numbers past the end are multiplied by zeros of x
         tile = tl.load(at, mask=(start // BK * WORDS + i < of_row)[None, :], other=0)
         scales = tl.load(pairs_at, mask=(g * GROUP < K)[:, None], other=0)
-    return unpacked(tile, scales, BN, BK, GROUP, BITS, KIND, T, TURNED)
+    return unpacked(tile, scales, BN, BK, GROUP, BITS, KIND, T)
 
 
 @jit(runtime=("T",))
@@ -78,7 +76,6 @@ def _packed_linear(
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     KIND: tl.constexpr,
-    TURNED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     LINES: tl.constexpr,
 ) -> None:
@@ -94,20 +91,16 @@ def _packed_linear(
     wait_for_previous()
     dtype = x.dtype.element_ty
     k = tl.arange(0, BK)
-    x_at = x + t.to(tl.int64)[:, None] * K + k[None, :] if TURNED else x + t.to(tl.int64)[None, :] * K + k[:, None]
-    acc = tl.zeros([BT, BN] if TURNED else [BN, BT], tl.float32)
+    x_at = x + t.to(tl.int64)[None, :] * K + k[:, None]
+    acc = tl.zeros([BN, BT], tl.float32)
     for start in range(0, K, BK):
-        tile = _loaded(words, pairs, block, n_in, start, N, K, BN, BK, GROUP, BITS, KIND, dtype, TURNED, EVEN_K)
+        tile = _loaded(words, pairs, block, n_in, start, N, K, BN, BK, GROUP, BITS, KIND, dtype, EVEN_K)
         # rows past the end are zeros, which need not be read
-        if TURNED:
-            inside = (t < T)[:, None] if EVEN_K else (t < T)[:, None] & (start + k < K)[None, :]
-            x_tile = turned(tl.load(x_at, mask=inside, other=0.0), BT, BK)
-            acc = tl.dot(x_tile, tile, acc, input_precision="ieee")
-        else:
-            inside = (t < T)[None, :] if EVEN_K else (t < T)[None, :] & (start + k < K)[:, None]
-            acc = tl.dot(tile, tl.load(x_at, mask=inside, other=0.0), acc, input_precision="ieee")
+        inside = (t < T)[None, :] if EVEN_K else (t < T)[None, :] & (start + k < K)[:, None]
+        acc = tl.dot(tile, tl.load(x_at, mask=inside, other=0.0), acc, input_precision="ieee")
+        wait_for_tensor_cores()
         x_at += BK
-    result = acc if TURNED else tl.trans(acc)
+    result = tl.trans(acc)
     if HAS_BIAS:
         result += tl.load(bias + n_in).to(tl.float32)[None, :]
     at = out + t.to(tl.int64)[:, None] * N + n[None, :]
@@ -135,7 +128,7 @@ def _widen(
     k = start + tl.arange(0, BK)
     wait_for_previous()
     dtype = out.dtype.element_ty
-    tile = _loaded(words, pairs, block, n_in, start, N, K, BN, BK, GROUP, BITS, KIND, dtype, False, EVEN_K)
+    tile = _loaded(words, pairs, block, n_in, start, N, K, BN, BK, GROUP, BITS, KIND, dtype, EVEN_K)
     tl.store(out + n.to(tl.int64)[:, None] * K + k[None, :], tile, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
@@ -193,7 +186,6 @@ def run_tile(x: torch.Tensor, w: PackedWeight, out: torch.Tensor, tile: PackedTi
         GROUP=w.group,
         BITS=w.scheme.bits,
         KIND=kind_of(w),
-        TURNED=tile.turned,
         HAS_BIAS=w.bias is not None,
         LINES=_prefetched_lines(rows, w),
         num_warps=tile.num_warps,

@@ -1,8 +1,8 @@
 """Which kernel multiplies a packed weight on a GPU: a fixed table per architecture, read from the top, never tuned at
 run time. Every choice gives the same bits (the self-test checks it). T rows of x, N out features, K in features.
 
-On sm_90 a tile that is not turned has at least 64 out features, 16 rows and 4 warps: a smaller one uses other
-instructions, which take the inputs in another order.
+On sm_90 a tile has at least 64 out features, 16 rows and 4 warps: a smaller one uses other instructions, which take the
+inputs in another order.
 """
 
 from __future__ import annotations
@@ -16,19 +16,16 @@ ANY = 1 << 62
 
 
 class PackedTile(NamedTuple):
-    """A program owns `block_t` rows x `block_n` out features and walks K in steps of `block_k`; `turned`: the weights
-    are the right operand."""
+    """A program owns `block_t` rows x `block_n` out features and walks K in steps of `block_k`."""
 
     block_t: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    turned: bool = False
 
     def __str__(self) -> str:
-        kind = "turned" if self.turned else "packed"
-        return f"{kind}-t{self.block_t}-n{self.block_n}-k{self.block_k}-w{self.num_warps}-s{self.num_stages}"
+        return f"packed-t{self.block_t}-n{self.block_n}-k{self.block_k}-w{self.num_warps}-s{self.num_stages}"
 
 
 class Widened(NamedTuple):
@@ -52,24 +49,36 @@ class Range(NamedTuple):
     choice: PackedChoice
 
 
-_OF_FOUR_BITS = (
-    Range(16, 8192, PackedTile(16, 32, 256, 4, 4, True)),
-    Range(16, ANY, PackedTile(16, 64, 128, 4, 5)),
-    Range(32, ANY, PackedTile(32, 64, 128, 4, 5)),
-    Range(64, ANY, PackedTile(64, 64, 128, 4, 4)),
-    Range(256, ANY, PackedTile(128, 64, 128, 4, 3)),
+# of one chain over K few programs exist where N is small, and longer steps keep more of the weight on its way
+_INT4 = (
+    Range(16, 8192, PackedTile(16, 64, 512, 4, 3)),
+    Range(16, ANY, PackedTile(16, 64, 256, 4, 4)),
+    Range(32, ANY, PackedTile(32, 64, 256, 4, 3)),
+    Range(64, 8192, PackedTile(32, 64, 256, 4, 3)),
+    Range(64, ANY, PackedTile(64, 128, 128, 8, 3)),
+    Range(128, 8192, PackedTile(64, 64, 256, 4, 3)),
+    Range(128, ANY, PackedTile(128, 128, 128, 8, 3)),
+    Range(256, 8192, PackedTile(128, 64, 64, 4, 5)),
+    Range(256, ANY, PackedTile(256, 64, 64, 4, 4)),
     Range(ANY, ANY, WIDENED),
 )
 
 TABLES: dict[tuple[str, PackedScheme], tuple[Range, ...]] = {
-    ("sm_90", PackedScheme.INT4): _OF_FOUR_BITS,
-    ("sm_90", PackedScheme.MXFP4): _OF_FOUR_BITS,
-    ("sm_90", PackedScheme.INT8): (
-        Range(16, 8192, PackedTile(16, 32, 128, 4, 5, True)),
-        Range(16, ANY, PackedTile(16, 64, 128, 4, 5)),
-        Range(32, ANY, PackedTile(32, 64, 128, 4, 5)),
+    ("sm_90", PackedScheme.INT4): _INT4,
+    # scales of 32 inputs take their share of longer steps
+    ("sm_90", PackedScheme.MXFP4): (
+        Range(16, ANY, PackedTile(16, 64, 256, 4, 4)),
+        Range(32, ANY, PackedTile(32, 64, 256, 4, 3)),
+        Range(64, 8192, PackedTile(32, 64, 256, 4, 3)),
         Range(64, ANY, PackedTile(64, 64, 128, 4, 4)),
-        Range(256, ANY, PackedTile(128, 64, 128, 4, 3)),
+        Range(256, ANY, PackedTile(128, 64, 64, 4, 5)),
+        Range(ANY, ANY, WIDENED),
+    ),
+    ("sm_90", PackedScheme.INT8): (
+        Range(16, ANY, PackedTile(16, 64, 256, 4, 4)),
+        Range(32, ANY, PackedTile(32, 64, 256, 4, 3)),
+        Range(64, ANY, PackedTile(64, 64, 128, 4, 4)),
+        Range(256, ANY, PackedTile(128, 64, 64, 4, 5)),
         Range(ANY, ANY, WIDENED),
     ),
 }

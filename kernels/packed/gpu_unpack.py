@@ -215,30 +215,28 @@ def unpacked(
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     T: tl.constexpr,
-    TURNED: tl.constexpr,
 ) -> Any:
-    """A tile [BN, BK] of the matrix in dtype T from its words [BN / 16, BK * bits / 2] and the pairs of its groups.
-
-    TURNED: [BK, BN] instead, and of every 16 inputs in the order of `turned`.
-    """
+    """A tile [BN, BK] of the matrix in dtype T from its words [BN / 16, BK * bits / 2] and the pairs of its groups."""
     UNIT: tl.constexpr = 256 // BITS
     split = tl.reshape(words, [BN // 16, BK // UNIT, 8, 4, 2, 2])
     numbers = _numbers(split, _pairs_of_words(pairs, BN, BK, UNIT, GROUP), BITS, KIND, T)
     # dimensions: block 0, unit 1, g 2, c 3, row 4, half 5, number of the pair 6, then place: 7, or 8 (16s) and 7 (8s)
-    if UNIT == 64:
-        if TURNED:
-            ordered = tl.permute(numbers, [1, 5, 8, 3, 7, 6, 0, 4, 2])
-        else:
-            ordered = tl.permute(numbers, [0, 4, 2, 1, 5, 8, 7, 3, 6])
-    elif TURNED:
-        ordered = tl.permute(numbers, [1, 5, 3, 7, 6, 0, 4, 2])
+    if BITS == 4:
+        ordered = tl.permute(numbers, [0, 4, 2, 1, 5, 8, 7, 3, 6])
     else:
         ordered = tl.permute(numbers, [0, 4, 2, 1, 5, 7, 3, 6])
-    return tl.reshape(ordered, [BK, BN]) if TURNED else tl.reshape(ordered, [BN, BK])
+    return tl.reshape(ordered, [BN, BK])
 
 
 @jit()
-def turned(x: Any, BT: tl.constexpr, BK: tl.constexpr) -> Any:
-    """x [BT, BK] with every 16 inputs so ordered that the instruction, which takes four adjacent ones from each thread
-    where weights of 4 bits are multiplied, gets them in their own order: 0, 1, 8, 9, 2, 3, 10, 11, …"""
-    return tl.reshape(tl.permute(tl.reshape(x, [BT, BK // 16, 2, 4, 2]), [0, 1, 3, 2, 4]), [BT, BK])
+def wait_for_tensor_cores() -> None:
+    """Wait until all warp group instructions have ended.
+
+    They read operands in registers while other instructions run; without this, the next step's operands could be
+    written to registers that the last step's are still read from.
+    """
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; mov.u32 $0, 0;", "=r,r", [tl.zeros([1], tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip

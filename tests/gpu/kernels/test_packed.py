@@ -109,7 +109,7 @@ def test_the_self_test_excludes_no_tile_of_the_table(name: str) -> None:
 
 
 def test_the_self_test_reports_a_tile_that_adds_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs in the order of tiles that are not turned, in a turned one."""
+    """The second half of K beside the first."""
     w = _weight("int4-128-zeros", 4096, 4096, (BRAIN, BRAIN), bias=False)
     original = packed_gpu.run_tile
 
