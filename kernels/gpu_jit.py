@@ -32,16 +32,19 @@ Kernel = Callable[..., Any]
 triton.knobs.cache.manager_class = CheckedCache
 
 
-def _can_chain() -> bool:
-    """Whether kernels may be launched before the previous one has ended (compute capability 9 and above)."""
+def _target_arch() -> int:
+    """90 for a GPU of compute capability 9.0; 0 without CUDA."""
     try:
         target = driver.active.get_current_target()
     except RuntimeError:  # no driver: the interpreter
-        return False
-    return bool(target.backend == "cuda" and target.arch >= 90)
+        return 0
+    return int(target.arch) if target.backend == "cuda" else 0
 
 
-CHAINS = tl.constexpr(_can_chain())
+# whether kernels may be launched before the previous one has ended
+CHAINS = tl.constexpr(_target_arch() >= 90)
+# whether groups of warps give the tensor cores their operands (`wgmma`)
+WARP_GROUPS = tl.constexpr(_target_arch() == 90)
 # whether a multiply and an add are rounded once or twice must not depend on the tile around them
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 # for kernels that call `wait_for_previous` before they touch what other kernels read or write
@@ -202,6 +205,20 @@ def wait_for_previous() -> None:
     if CHAINS:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@jit()
+def wait_for_tensor_cores() -> None:
+    """Wait until the instructions of warp groups have ended.
+
+    They read operands in registers while other instructions run. In a loop whose operands are computed, the next step
+    would else write them to registers that the last step's are still read from.
+    """
+    if WARP_GROUPS:
+        tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; mov.u32 $0, 0;", "=r,r", [tl.zeros([1], tl.int32)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @jit()

@@ -6,7 +6,7 @@ from typing import Any
 
 import triton.language as tl
 
-from sempre.kernels.gpu_jit import jit, prefetch
+from sempre.kernels.gpu_jit import jit, prefetch, wait_for_tensor_cores
 from sempre.kernels.linear.weights import GpuLinearWeight
 
 LINE_BYTES = 128
@@ -75,6 +75,8 @@ def accumulate_part(
             acc = tl.dot(w_tile, x_tile, acc, max_num_imprecise_acc=PROMOTED)
         else:
             acc = tl.dot(w_tile.to(x_tile.dtype), x_tile, acc, input_precision="ieee")
+            if w_tile.dtype != x_tile.dtype:
+                wait_for_tensor_cores()
         w_at += BK
         x_at += BK
     return acc

@@ -13,13 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from sempre.kernels.gpu_jit import CHAINED, architecture, jit, prefetch, wait_for_previous
+from sempre.kernels.gpu_jit import CHAINED, architecture, jit, prefetch, wait_for_previous, wait_for_tensor_cores
 from sempre.kernels.linear import gpu as dense
 from sempre.kernels.linear.gpu_tiles import LINE_BYTES, MOST_PREFETCHING_ROWS, PREFETCHED_BYTES, power_of_two
 from sempre.kernels.linear.weights import GpuLinearWeight
 from sempre.kernels.packed import PackedWeight
 from sempre.kernels.packed.gpu_table import PackedChoice, PackedTile, Widened, choose
-from sempre.kernels.packed.gpu_unpack import kind_of, unpacked, wait_for_tensor_cores
+from sempre.kernels.packed.gpu_unpack import kind_of, unpacked
 
 # of the kernel that widens: out features, and inputs of its tiles
 _WIDENED_ROWS, _WIDENED_INPUTS = 32, 128

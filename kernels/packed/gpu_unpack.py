@@ -226,17 +226,3 @@ def unpacked(
     else:
         ordered = tl.permute(numbers, [0, 4, 2, 1, 5, 7, 3, 6])
     return tl.reshape(ordered, [BN, BK])
-
-
-@jit()
-def wait_for_tensor_cores() -> None:
-    """Wait until all warp group instructions have ended.
-
-    They read operands in registers while other instructions run; without this, the next step's operands could be
-    written to registers that the last step's are still read from.
-    """
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "wgmma.wait_group.sync.aligned 0; mov.u32 $0, 0;", "=r,r", [tl.zeros([1], tl.int32)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
