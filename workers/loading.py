@@ -202,7 +202,7 @@ def read_floats(config: WorkerConfig, spec: ModelSpec) -> PlainTensors:
     model = build_model(Build(linear_kernel("invariant"), NotQuantized()), spec)
     wanted = parameters(model)
     with _open_source(config, spec, wanted, CPU) as opened:
-        source = _own_tensors(opened, resolved, model)
+        source = _own_tensors(opened, resolved, model, coded=frozenset())
         _check_tensors(wanted, model, source)
         target = _target_dtype(spec, source, config.dtype)
         found = {name: source.read(name).to(torch.float32, copy=True) for name in wanted}
