@@ -19,7 +19,7 @@ from sempre.workers.layers.linear_kernel import LinearKernel
 from sempre.workers.loading import Placement, WeightFacts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
-from sempre.workers.parallel import ALONE, Exchange, Parallel
+from sempre.workers.parallel import ALONE, Parallel
 from sempre.workers.runner import ModelRunner
 from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.state_cache import CacheSizes, StateCache, StateNeeds, slot_bytes
@@ -114,8 +114,9 @@ class Backend(Protocol):
     def begin(self, config: WorkerConfig) -> None:
         """Called before anything is loaded."""
 
-    def join(self, config: WorkerConfig, shared_memory: int) -> Exchange:
-        """Join the other ranks of the replica, with which the worker shares this file; after `begin`."""
+    def join(self, config: WorkerConfig, shared_memory: int) -> Parallel:
+        """Join the other ranks of the replica, with which the worker shares this file; after `begin`. Raises
+        ConfigError where the device cannot."""
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         """Used where the config has none; after `begin`."""

@@ -17,7 +17,8 @@ import torch
 from sempre.ipc.config import NumericsProfile
 from sempre.ipc.errors import ConfigError
 from sempre.kernels.attention import HeadLayout
-from sempre.kernels.linear import MAX_LEAVES
+from sempre.kernels.exchange.contract import Cut, Norm
+from sempre.kernels.linear import MAX_LEAVES, GpuLinearWeight
 
 # a leaf's inputs are a multiple of this
 LEAF_UNIT = 16
@@ -39,6 +40,32 @@ class Exchange(Protocol):
         """Until every rank has written to what `slots` gave."""
 
 
+class DeviceExchange(Protocol):
+    """Memory of GPUs that the ranks of a replica share. Every rank calls the same in the same order; nothing waits for
+    the device."""
+
+    def begin(self) -> None:
+        """Once before a sequence of sums: until all ranks are past the sequence before."""
+
+    def sum(self, x: torch.Tensor, weight: GpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
+        """The matmul of a row-parallel layer: x [T, own inputs] → out [T, N], the sum of all ranks."""
+
+    def sum_and_norm(self, x: torch.Tensor, weight: GpuLinearWeight, norm: Norm, out: torch.Tensor) -> torch.Tensor:
+        """The same, then `kernels.norms.add_rms_norm`."""
+
+    def embed(self, token_ids: torch.Tensor, table: torch.Tensor, cut: Cut, out: torch.Tensor) -> torch.Tensor:
+        """Rows of a table that is `cut`; this rank has `table`. A sequence begins."""
+
+    def gather(self, x: torch.Tensor, weight: GpuLinearWeight, cut: Cut, out: torch.Tensor) -> torch.Tensor:
+        """x [T, K] → out float32 [T, N], where each rank has some of the N rows of the weight. A sequence begins."""
+
+    def smallest(self, number: int) -> int:
+        """The smallest of what the ranks say; waits for them."""
+
+    def check(self) -> None:
+        """After a wait for the device. Raises EngineUnhealthy, naming a rank that did not come."""
+
+
 class OwnHeads(NamedTuple):
     """A rank's heads, as ranges of the model's."""
 
@@ -55,12 +82,14 @@ class Parallel:
     size: int = 1
     most_leaves: int = 1
     exchange: Exchange | None = None
-    """None: the worker has the whole model"""
+    """between CPUs; None: the worker has the whole model, or a GPU"""
+    devices: DeviceExchange | None = None
+    """between GPUs"""
 
     @property
     def whole(self) -> Parallel:
         """For a layer that every rank computes whole."""
-        return replace(self, rank=0, size=1, exchange=None)
+        return replace(self, rank=0, size=1, exchange=None, devices=None)
 
     def leaves(self, depth: int, unit: int = LEAF_UNIT) -> int:
         """The leaves of a sum over `depth` inputs, of all ranks: the most, up to `most_leaves`, that are a multiple of
@@ -99,6 +128,10 @@ class Parallel:
         first = rank * each + min(rank, more)
         return range(first, first + each + (rank < more))
 
+    def cut(self, count: int) -> Cut:
+        """How `own_rows` cuts `count` rows."""
+        return Cut(count, *divmod(count, self.size))
+
     def own_experts(self, count: int) -> range:
         """This rank's experts, at least one. Raises ConfigError."""
         if count < self.size:
@@ -117,9 +150,15 @@ ALONE = Parallel()
 """One worker that sums in one chain."""
 
 
-def parallel_of(profile: NumericsProfile, rank: int = 0, size: int = 1, exchange: Exchange | None = None) -> Parallel:
+def parallel_of(
+    profile: NumericsProfile,
+    rank: int = 0,
+    size: int = 1,
+    exchange: Exchange | None = None,
+    devices: DeviceExchange | None = None,
+) -> Parallel:
     """The place of rank `rank` of `size` under a profile."""
-    return Parallel(rank, size, MAX_LEAVES if profile == "tree8" else 1, exchange)
+    return Parallel(rank, size, MAX_LEAVES if profile == "tree8" else 1, exchange, devices)
 
 
 def pieces(exchange: Exchange, rows: int, width: int) -> Iterator[slice]:

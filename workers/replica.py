@@ -19,7 +19,7 @@ def join_replica(config: WorkerConfig, backend: Backend, shared_memory: int | No
         return parallel_of(config.profile)
     if shared_memory is None:
         raise ProtocolError(f"worker: expected memory to share with the other {size - 1} rank(s), found none.")
-    return parallel_of(config.profile, config.rank % size, size, backend.join(config, shared_memory))
+    return backend.join(config, shared_memory)
 
 
 def whole_model(loaded: LoadedModel) -> CausalLM:

@@ -100,7 +100,8 @@ class Worker:
         with _timed(seconds, "start_device"):
             backend.begin(config)
         self._backend = backend
-        setup = replace_fields(_setup(config, backend), parallel=join_replica(config, backend, self._shared_memory))
+        parallel = join_replica(config, backend, self._shared_memory)
+        setup = replace_fields(_setup(config, backend), parallel=parallel)
         with backend.loading(setup) as compilation:
             with _timed(seconds, "load_weights"):
                 loaded = _load(setup, backend)

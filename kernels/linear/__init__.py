@@ -22,6 +22,8 @@ leaf's sum multiplied by its own scale before it is added. So workers that own w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sempre.kernels.activation import Activation
@@ -114,12 +116,16 @@ def linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, out: torch.Ten
     return gpu.linear(x, w, out)
 
 
-def partial_linear(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
+def partial_linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
     """Like `linear` into float32 `out`, without the scales of channels and the bias: a worker's share of a sum over
     several."""
     _check("partial_linear", x, w, out, w.out_features)
     if not x.shape[0]:
         return out
+    if isinstance(w, GpuLinearWeight):
+        from sempre.kernels.linear import gpu
+
+        return gpu.linear(x, replace(w, scale=None, bias=None), out)
     from sempre.kernels.linear import cpu
 
     return cpu.partial_linear(x, w, out)

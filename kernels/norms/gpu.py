@@ -15,7 +15,7 @@ from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
 
 
 @jit()
-def _normalised(x: Any, weight: Any, width: Any, eps: Any) -> Any:
+def normalised(x: Any, weight: Any, width: Any, eps: Any) -> Any:
     squares = tl.sum(x * x, axis=0)
     factor = 1.0 / tl.sqrt_rn(squares / width + eps)
     return x * factor * weight.to(tl.float32)
@@ -29,7 +29,7 @@ def _rms_norm(x: Any, weight: Any, out: Any, width: Any, eps: Any, BLOCK: tl.con
     w = tl.load(weight + i, mask=inside, other=0.0)
     wait_for_previous()
     value = tl.load(x + at + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at + i, _normalised(value, w, width, eps), mask=inside)
+    tl.store(out + at + i, normalised(value, w, width, eps), mask=inside)
 
 
 @jit(runtime=("width", "eps"))
@@ -44,7 +44,7 @@ def _add_rms_norm(x: Any, residual: Any, weight: Any, out: Any, width: Any, eps:
     # normalise what the next layer will read
     total = value.to(residual.dtype.element_ty)
     tl.store(residual + at + i, total, mask=inside)
-    tl.store(out + at + i, _normalised(total.to(tl.float32), w, width, eps), mask=inside)
+    tl.store(out + at + i, normalised(total.to(tl.float32), w, width, eps), mask=inside)
 
 
 @jit()
@@ -53,7 +53,7 @@ def _norm_part(at: Any, weight: Any, width: Any, eps: Any, BLOCK: tl.constexpr) 
     inside = i < width
     w = tl.load(weight + i, mask=inside, other=0.0)
     value = tl.load(at + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at + i, _normalised(value, w, width, eps), mask=inside)
+    tl.store(at + i, normalised(value, w, width, eps), mask=inside)
 
 
 @jit(runtime=("columns", "first_width", "second_width", "eps"))
@@ -69,7 +69,8 @@ def _rms_norm_of_parts(
         _norm_part(at + first_width, second, second_width, eps, SECOND)
 
 
-def _shape(width: int) -> tuple[int, int]:
+def row_shape(width: int) -> tuple[int, int]:
+    """Elements of a program with a whole row, a power of two, and its warps."""
     block = triton.next_power_of_2(width)
     return block, min(16, max(1, block // 1024))
 
@@ -77,7 +78,7 @@ def _shape(width: int) -> tuple[int, int]:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
     """See the facade; float32 inside, rounded once."""
     rows, width = x.shape
-    block, warps = _shape(width)
+    block, warps = row_shape(width)
     _rms_norm[(rows,)](x, weight, out, width, eps, BLOCK=block, num_warps=warps, **CHAINED)
     return out
 
@@ -87,7 +88,7 @@ def add_rms_norm(
 ) -> torch.Tensor:
     """See the facade; the new residual is rounded to its dtype."""
     rows, width = x.shape
-    block, warps = _shape(width)
+    block, warps = row_shape(width)
     _add_rms_norm[(rows,)](x, residual, weight, out, width, eps, BLOCK=block, num_warps=warps, **CHAINED)
     return out
 
@@ -96,7 +97,7 @@ def rms_norm_of_parts(rows: torch.Tensor, first: torch.Tensor, second: torch.Ten
     """See the facade; a program owns one part of a row."""
     count, columns = rows.shape
     widths = len(first), len(second)
-    _, warps = _shape(max(widths))
+    _, warps = row_shape(max(widths))
     _rms_norm_of_parts[(count, 2)](
         rows, first, second, columns, *widths, eps,
         FIRST=triton.next_power_of_2(widths[0]), SECOND=triton.next_power_of_2(widths[1]), num_warps=warps, **CHAINED,

@@ -24,7 +24,7 @@ from sempre.workers.kv_cache import available_sizes
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import ON_CPU
 from sempre.workers.models.config import ModelSpec
-from sempre.workers.parallel import Exchange
+from sempre.workers.parallel import Parallel, parallel_of
 from sempre.workers.runner import ModelRunner
 from sempre.workers.self_test import check_linears, check_model, require_equal
 from sempre.workers.state_cache import CacheSizes
@@ -72,12 +72,12 @@ class CpuBackend:
         # the next step is queued at the worker, which is never idle; drafts, though, depend on results
         self.max_steps_in_flight = 1 if config.max_draft_tokens else 2
 
-    def join(self, config: WorkerConfig, shared_memory: int) -> Exchange:
+    def join(self, config: WorkerConfig, shared_memory: int) -> Parallel:
         size = config.tensor_parallel_size
         rank, threads = config.rank % size, get_num_threads()
-        return SharedMemoryExchange(
-            shared_memory, rank, size, threads=threads, patience_s=max(config.startup_timeout_s, config.step_timeout_s)
-        )
+        patience_s = max(config.startup_timeout_s, config.step_timeout_s)
+        exchange = SharedMemoryExchange(shared_memory, rank, size, threads=threads, patience_s=patience_s)
+        return parallel_of(config.profile, rank, size, exchange)
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         return _DEFAULT_MAX_NUM_SEQS

@@ -10,19 +10,21 @@ from time import perf_counter
 
 import torch
 
-from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.packed import PackedWeight, can_unpack
 from sempre.workers.backend import LoadedModel, ModelSetup
+from sempre.workers.cpu.exchange import SharedMemoryExchange
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.gpu.compilation import KernelCompilation, weight_bytes
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.gpu.drafter import GpuDraftModelRunner
+from sempre.workers.gpu.exchange import MEMORY_BYTES, GpuExchange
 from sempre.workers.gpu.fingerprint import fingerprint_parts
 from sempre.workers.gpu.memory import MemoryPlan, cache_sizes, default_max_num_seqs, out_of_memory
+from sempre.workers.gpu.peer_memory import open_peer_memory
 from sempre.workers.gpu.pooling_runner import GpuPoolingRunner, PoolingMemory, pinned_upload
 from sempre.workers.gpu.runner import GpuModelRunner, StepMemory
 from sempre.workers.gpu.self_test import require_fp8, run_self_test
@@ -32,7 +34,7 @@ from sempre.workers.kv_cache import block_bytes
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import Placement
 from sempre.workers.models.config import ModelSpec
-from sempre.workers.parallel import Exchange
+from sempre.workers.parallel import Parallel, parallel_of
 from sempre.workers.pooling import Pooler
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
 from sempre.workers.runner import ModelRunner
@@ -56,6 +58,7 @@ class GpuBackend:
     step_lead_s = 0.0
     max_steps_in_flight = 2
     # an H100, models of 20 MB to 16 GB
+    open_peer_memory = staticmethod(open_peer_memory)
     speed = DeviceSpeed(
         step_seconds=0.2e-3, layer_seconds=20e-6, bytes_per_second=3e12, row_share=0.02, result_seconds=0.3e-3
     )
@@ -63,6 +66,7 @@ class GpuBackend:
     def __init__(self, device: torch.device, compiler: CompilerProcess | None) -> None:
         self.device = device
         self._compiler = compiler
+        self._exchange: GpuExchange | None = None
         self._excluded: dict[str, list[str]] = {}
         self._workspaces: dict[str, AttentionWorkspace] = {}
         self._steps: dict[str, StepMemory | PoolingMemory] = {}
@@ -78,13 +82,13 @@ class GpuBackend:
 
             configure()
 
-    def join(self, config: WorkerConfig, shared_memory: int) -> Exchange:
-        raise ConfigError(
-            f"tensor_parallel_size: expected 1 on a GPU, found {config.tensor_parallel_size}. Use device='cpu', or"
-            " data_parallel_size for several GPUs.",
-            parameter="tensor_parallel_size",
-            value=config.tensor_parallel_size,
-        )
+    def join(self, config: WorkerConfig, shared_memory: int) -> Parallel:
+        size = config.tensor_parallel_size
+        rank, patience_s = config.rank % size, max(config.startup_timeout_s, config.step_timeout_s)
+        host = SharedMemoryExchange(shared_memory, rank, size, patience_s=patience_s)
+        memory = self.open_peer_memory(host, rank, size, MEMORY_BYTES, self.device)
+        self._exchange = GpuExchange(memory, rank, self.device, host, patience_s=patience_s)
+        return parallel_of(config.profile, rank, size, devices=self._exchange)
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         free, total = torch.cuda.mem_get_info(self.device)
@@ -92,12 +96,12 @@ class GpuBackend:
         plan = MemoryPlan(
             total=total,
             free=free,
-            weights=weight_bytes(spec, config.dtype),
+            weights=weight_bytes(spec, config.dtype) // config.tensor_parallel_size,
             activations=0,
             allocated=0,
             utilization=config.gpu_memory_utilization,
         )
-        return default_max_num_seqs(
+        most = default_max_num_seqs(
             plan,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
             bytes_per_token=block_bytes(spec.kv_layers, 1, dtype),
@@ -105,6 +109,7 @@ class GpuBackend:
             max_model_len=config.max_model_len,
             bytes_of_states=slot_bytes(spec.layer_states, dtype),
         )
+        return self._of_all_ranks(most)
 
     @contextmanager
     def loading(self, setup: ModelSetup) -> Iterator[KernelCompilation]:
@@ -132,6 +137,7 @@ class GpuBackend:
             max_tokens=model.max_num_batched_tokens,
             max_num_seqs=model.max_num_seqs,
         )
+        self._check_ranks()
         passed = require_equal(tested.comparisons)
         self._excluded = tested.excluded
         if tested.excluded:
@@ -166,7 +172,7 @@ class GpuBackend:
             utilization=config.gpu_memory_utilization,
             draft_block_bytes=draft.block_bytes if draft is not None else 0,
         )
-        return cache_sizes(
+        sizes = cache_sizes(
             plan,
             model.states,
             kv_cache_memory_bytes=config.kv_cache_memory_bytes,
@@ -175,6 +181,16 @@ class GpuBackend:
             max_model_len=model.max_model_len,
             shortens=config.max_model_len is None,
         )
+        return sizes._replace(num_blocks=self._of_all_ranks(sizes.num_blocks))
+
+    def _of_all_ranks(self, number: int) -> int:
+        """The smallest that a rank of the replica has, whose steps must be alike."""
+        return number if self._exchange is None else self._exchange.smallest(number)
+
+    def _check_ranks(self) -> None:
+        if self._exchange is not None:
+            torch.cuda.synchronize(self.device)
+            self._exchange.check()
 
     def make_runner(self, model: LoadedModel, sizes: CacheSizes) -> ModelRunner:
         config = model.config

@@ -160,7 +160,8 @@ def _capability(device: torch.device) -> int:
 def _launch_all(setup: ModelSetup, device: torch.device, found: Callable[[Variant], object]) -> Collection:
     spec, config = setup.spec.one_layer_per_kind(), setup.config
     placement = Placement(device, lambda tensor: tensor, hashing_threads=1, packs=can_unpack(device))
-    model, facts = load_model(replace(config, load_format="dummy", seed=0), spec, setup.kernel, placement)
+    dummy = replace(config, load_format="dummy", seed=0)
+    model, facts = load_model(dummy, spec, setup.kernel, placement, setup.parallel)
     keys = workspace_len(config, setup.max_model_len)
     workspace = allocate_attention_workspace(spec.num_heads, spec.largest_head_dim, keys, device)
     if config.num_adapter_slots:
@@ -193,7 +194,7 @@ def _launch_steps(
     allocate(model, Scratch(MAX_TOKENS, setup.max_model_len, facts.activations, device, workspace))
     most_rows = _most_rows(setup)
     states = StateCache(spec.layer_states, 1, facts.activations, device)
-    cache = PagedKvCache(spec.kv_layers, 1, setup.block_size, facts.dtype, device, states)
+    cache = PagedKvCache(model.kv_layers, 1, setup.block_size, facts.dtype, device, states)
     _launch_prompts(setup, model, cache, device)
     if spec.pooling is not None:
         _launch_pooling(model, facts, most_rows)

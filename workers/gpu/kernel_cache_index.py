@@ -37,6 +37,7 @@ def index_key(setup: ModelSetup, gpu: str) -> str:
         setup.block_size,
         setup.max_num_batched_tokens,
         setup.max_num_seqs,
+        (setup.parallel.rank, setup.parallel.size, setup.parallel.most_leaves),
         [getattr(setup.config, name) for name in _RELEVANT],
     )
     digest = hashlib.sha256(repr(facts).encode())

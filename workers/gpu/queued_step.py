@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sempre.workers.runner import ModelRunner, StepInFlight
+from sempre.workers.runner import ComputedStep, ModelRunner, StepInFlight
 
 
 def _event() -> torch.cuda.Event:
@@ -23,6 +23,13 @@ class QueuedStep(StepInFlight):
 
 class QueuedRunner(ModelRunner):
     """A runner whose steps in flight are all QueuedStep."""
+
+    def collect(self) -> ComputedStep:
+        """Raises EngineUnhealthy where another rank of the replica does not come."""
+        computed = super().collect()
+        if (devices := self._model.parallel.devices) is not None:
+            devices.check()
+        return computed
 
     def step_done(self) -> bool:
         flight = self._in_flight[0]

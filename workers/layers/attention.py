@@ -17,7 +17,7 @@ from sempre.kernels.rope import RopeSpec, head_order, rope_and_cache_write
 from sempre.workers.layers.linear import HeadsLinear, Linear
 from sempre.workers.layers.module import Build, Module, Scratch, Tensors
 from sempre.workers.layers.norm import HeadNorm, ProjectionNorm
-from sempre.workers.layers.row_parallel import RowParallelLinear
+from sempre.workers.layers.row_parallel import RowParallelLinear, Unsummed
 from sempre.workers.steps import StepInput, batch_of_rows_read
 from sempre.workers.tensor_source import Parameter
 
@@ -132,6 +132,10 @@ class Attention(Module):
     def __call__(self, x: torch.Tensor, step: StepInput, cache: KvCache) -> torch.Tensor:
         """[T, H] → [S, H]"""
         return self.o_proj(self.attend(x, step, cache))
+
+    def unsummed(self, x: torch.Tensor, step: StepInput, cache: KvCache) -> torch.Tensor | Unsummed:
+        """The same, for the norm that is next."""
+        return self.o_proj.unsummed(self.attend(x, step, cache))
 
     def attend(self, x: torch.Tensor, step: StepInput, cache: KvCache) -> torch.Tensor:
         """[T, H] → [S, Hq D], before the last projection."""

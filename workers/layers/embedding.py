@@ -23,6 +23,8 @@ class Embedding(Module):
         self.width = width
         self.own = build.parallel.own_rows(num_rows)
         self._exchange = build.parallel.exchange
+        self._devices = build.parallel.devices
+        self._cut = build.parallel.cut(num_rows)
         self._role = role
 
     def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
@@ -42,6 +44,8 @@ class Embedding(Module):
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids int64 [T] → [T, H], in the buffer of this role: the residual stream of the step."""
         out = self._out.first(token_ids.shape[0])
+        if self._devices is not None:
+            return self._devices.embed(token_ids, self.weight, self._cut, out)
         if self._exchange is None:
             return embed(token_ids, self.weight, out)
         if ((token_ids < 0) | (token_ids >= self.num_rows)).any():

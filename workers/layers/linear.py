@@ -96,6 +96,11 @@ class Linear(Module):
         """For one row of x."""
         return self.in_features * self.out_features
 
+    @property
+    def stores_float32(self) -> bool:
+        """Whether the matmul's results are float32 on a GPU."""
+        return self.use.is_float32
+
     def own_parameters(self, path: str) -> Iterator[tuple[str, Parameter]]:
         modules = self.modules(path)
         method = self._quantization.method(modules)

@@ -7,7 +7,7 @@ import torch
 from sempre.kernels.activation import Activation
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.module import Build, Module, Scratch
-from sempre.workers.layers.row_parallel import RowParallelLinear
+from sempre.workers.layers.row_parallel import RowParallelLinear, Unsummed
 
 
 class GatedMLP(Module):
@@ -45,4 +45,11 @@ class GatedMLP(Module):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] → [T, H]"""
-        return self.down_proj(self.gate_up_proj.gated(x, self._activated.first(x.shape[0])))
+        return self.down_proj(self._inner(x))
+
+    def unsummed(self, x: torch.Tensor) -> torch.Tensor | Unsummed:
+        """The same, for the norm that is next."""
+        return self.down_proj.unsummed(self._inner(x))
+
+    def _inner(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gate_up_proj.gated(x, self._activated.first(x.shape[0]))

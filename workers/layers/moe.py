@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from sempre.ipc.errors import ModelError
+from sempre.ipc.errors import ConfigError, ModelError
 from sempre.kernels.activation import Activation
 from sempre.kernels.moe import (
     ExpertScratch,
@@ -166,6 +166,13 @@ class SparseMLP(Module):
             parts = gate, experts_by_name(build, shape, names)
         self.gate, self.experts = parts
         self._exchange = build.parallel.exchange
+        if build.parallel.devices is not None:
+            raise ConfigError(
+                f"tensor_parallel_size: expected 1 on GPUs for a model with experts, found {build.parallel.size}."
+                " Use data_parallel_size, or device='cpu'.",
+                parameter="tensor_parallel_size",
+                value=build.parallel.size,
+            )
         self.sizes = shape
         self.renormalize = renormalize
         self.choice = choice

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from sempre.kernels.exchange.contract import Norm
 from sempre.kernels.norms import add_rms_norm, rms_norm
 from sempre.workers.layers.module import Module, Scratch, Tensors
+from sempre.workers.layers.row_parallel import Unsummed
 from sempre.workers.tensor_source import Parameter
 
 
@@ -42,10 +44,12 @@ class RMSNorm(Module):
         """[T, width], in a buffer that the next norm of this width overwrites."""
         return rms_norm(x, self.weight, self.eps, self._out.first(x.shape[0]))
 
-    def of_sum(self, branch: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    def of_sum(self, branch: torch.Tensor | Unsummed | None, residual: torch.Tensor) -> torch.Tensor:
         """Add `branch`, if any, to `residual` [T, width] in place; returns the norm of the sum."""
         if branch is None:
             return self(residual)
+        if isinstance(branch, Unsummed):
+            return branch.add_and_norm(Norm(residual, self.weight, self.eps), self._out.first(residual.shape[0]))
         return add_rms_norm(branch, residual, self.weight, self.eps, self._out.first(residual.shape[0]))
 
 

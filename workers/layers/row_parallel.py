@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
+from sempre.kernels.exchange.contract import Norm
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.kernels.linear import CpuLinearWeight, partial_linear, sum_partials
+from sempre.kernels.linear import CpuLinearWeight, GpuLinearWeight, partial_linear, sum_partials
 from sempre.kernels.packed import Codes
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.layers.module import Build
 from sempre.workers.parallel import LEAF_UNIT, pieces
+
+
+class Unsummed(NamedTuple):
+    """The result of a row-parallel layer that the ranks have not added yet, so that the norm after it can be part of
+    the sum. `x` must not change until then."""
+
+    layer: RowParallelLinear
+    x: torch.Tensor
+
+    def add_and_norm(self, norm: Norm, out: torch.Tensor) -> torch.Tensor:
+        """Add to the residual in place; the norm of that, into `out`."""
+        devices = self.layer.parallel.devices
+        assert devices is not None
+        assert isinstance(self.layer.weight, GpuLinearWeight)
+        return devices.sum_and_norm(self.x, self.layer.weight, norm, out)
 
 
 class RowParallelLinear(Linear):
@@ -30,7 +47,7 @@ class RowParallelLinear(Linear):
         unit: int = LEAF_UNIT,
     ) -> None:
         """A leaf has a multiple of `unit` inputs. Raises ConfigError where ranks cannot share them."""
-        self._parallel = parallel = build.parallel
+        self.parallel = parallel = build.parallel
         self._own = parallel.own_inputs(" and ".join(parts), in_features, unit)
         self._leaves = parallel.leaves(in_features, unit) // parallel.size
         super().__init__(build, parts, len(self._own), bias=bias, role=role)
@@ -61,14 +78,25 @@ class RowParallelLinear(Linear):
 
         return kernel._replace(pack=pack, pack_fp8=pack_fp8, pack_codes=pack_codes)
 
+    @property
+    def stores_float32(self) -> bool:
+        return self.parallel.devices is not None
+
+    def unsummed(self, x: torch.Tensor) -> torch.Tensor | Unsummed:
+        """[T, N], or what becomes of it with the norm that is next."""
+        return self(x) if self.parallel.devices is None else Unsummed(self, x)
+
     def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        exchange = self._parallel.exchange
+        exchange, devices = self.parallel.exchange, self.parallel.devices
+        if devices is not None:
+            assert isinstance(self.weight, GpuLinearWeight)
+            return devices.sum(x, self.weight, out)
         if exchange is None:
             return super().into(x, out)
-        assert isinstance(self.weight, CpuLinearWeight), "ranks of one model compute on CPUs"
+        assert isinstance(self.weight, CpuLinearWeight), "ranks of one model compute on devices of one kind"
         for rows in pieces(exchange, x.shape[0], self.out_features):
             slots = exchange.slots(rows.stop - rows.start, self.out_features)
-            partial_linear(x[rows], self.weight, slots[self._parallel.rank])
+            partial_linear(x[rows], self.weight, slots[self.parallel.rank])
             exchange.wait()
             sum_partials(slots, self.weight, out[rows])
         return out

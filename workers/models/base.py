@@ -22,20 +22,22 @@ from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear import Linear, Use
 from sempre.workers.layers.module import Build, Module, Scratch
 from sempre.workers.layers.norm import RMSNorm
+from sempre.workers.layers.row_parallel import Unsummed
 from sempre.workers.layers.vocabulary import Head, TiedHead, TokenLinear
 from sempre.workers.models.config import LayerKv, ModelSpec
 from sempre.workers.steps import StepInput
 from sempre.workers.tensor_source import ModelPart
 
 LayerCache = KvCache | LayerState
+Branch = torch.Tensor | Unsummed
 
 
 class Block(Protocol):
     """One decoder layer, a Module."""
 
     def __call__(
-        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: Any
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        self, branch: Branch | None, residual: torch.Tensor, step: StepInput, cache: Any
+    ) -> tuple[Branch | None, torch.Tensor]:
         """The branch still to be added [S, H], if any, and the residual stream [S, H], for the rows that are read.
 
         `branch` is the previous block's, None for the first. `cache` is the layer's: a KvCache, or its LayerState. Rows
@@ -57,7 +59,8 @@ class Stack(Module):
         self.norm = norm
 
     def __call__(self, step: StepInput, caches: Sequence[LayerCache]) -> torch.Tensor:
-        residual, branch = self.embed(step.token_ids), None
+        branch: Branch | None = None
+        residual = self.embed(step.token_ids)
         # nothing reads the other rows once the last keys and values are cached
         all_rows, last = replace(step, outputs=None), len(self.layers) - 1
         for index, (block, cache) in enumerate(zip(self.layers, caches, strict=True)):

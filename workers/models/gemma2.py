@@ -15,7 +15,7 @@ from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module, Scratch
 from sempre.workers.layers.norm import OffsetRMSNorm
-from sempre.workers.models.base import CausalLM, Stack, rows_read
+from sempre.workers.models.base import Branch, CausalLM, Stack, rows_read
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -118,7 +118,7 @@ class GemmaBlock(Module):
         self.post_feedforward_layernorm = _norm(spec, "branch norm")
 
     def __call__(
-        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
+        self, branch: Branch | None, residual: torch.Tensor, step: StepInput, cache: KvCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         attended = self.self_attn(self.input_layernorm.of_sum(branch, residual), step, cache)
         residual = rows_read(residual, step)

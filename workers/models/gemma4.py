@@ -24,7 +24,7 @@ from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module, Scratch, Tensors
 from sempre.workers.layers.moe import Router, SparseMLP, experts_by_name
 from sempre.workers.layers.norm import RMSNorm
-from sempre.workers.models.base import CausalLM, rows_read
+from sempre.workers.models.base import Branch, CausalLM, rows_read
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.gemma2 import CappedLM, ScaledStack
 from sempre.workers.models.gemma4_config import MULTIMODAL, Gemma4Spec, parse
@@ -114,7 +114,7 @@ class Gemma4Block(Module):
 
     def __call__(
         self,
-        branch: torch.Tensor | None,
+        branch: Branch | None,
         residual: torch.Tensor,
         step: StepInput,
         cache: KvCache,

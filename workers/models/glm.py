@@ -15,7 +15,7 @@ from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build
 from sempre.workers.layers.norm import RMSNorm
-from sempre.workers.models.base import CausalLM, rows_read
+from sempre.workers.models.base import Branch, CausalLM, rows_read
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -84,7 +84,7 @@ class Glm4Block(GlmBlock):
         self.post_mlp_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, role="branch norm")
 
     def __call__(
-        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
+        self, branch: Branch | None, residual: torch.Tensor, step: StepInput, cache: KvCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         attended = self.self_attn(self.input_layernorm.of_sum(branch, residual), step, cache)
         residual = rows_read(residual, step)

@@ -12,7 +12,7 @@ from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.module import Build
 from sempre.workers.layers.norm import RMSNorm
-from sempre.workers.models.base import CausalLM, Stack, rows_read
+from sempre.workers.models.base import Branch, CausalLM, Stack, rows_read
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -80,7 +80,7 @@ class GraniteBlock(LlamaBlock):
         self._multiplier = spec.residual_multiplier
 
     def __call__(
-        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
+        self, branch: Branch | None, residual: torch.Tensor, step: StepInput, cache: KvCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         attended = self.self_attn(self.input_layernorm.of_sum(branch, residual), step, cache).mul_(self._multiplier)
         residual = rows_read(residual, step)

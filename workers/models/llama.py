@@ -18,7 +18,7 @@ from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.moe import SparseMLP
 from sempre.workers.layers.norm import RMSNorm
-from sempre.workers.models.base import Block, CausalLM, Stack, rows_read
+from sempre.workers.models.base import Block, Branch, CausalLM, Stack, rows_read
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -144,8 +144,9 @@ class LlamaBlock(Module):
         self.mlp = mlp
 
     def __call__(
-        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        attended = self.self_attn(self.input_layernorm.of_sum(branch, residual), step, cache)
+        self, branch: Branch | None, residual: torch.Tensor, step: StepInput, cache: KvCache
+    ) -> tuple[Branch, torch.Tensor]:
+        attended = self.self_attn.unsummed(self.input_layernorm.of_sum(branch, residual), step, cache)
         residual = rows_read(residual, step)
-        return self.mlp(self.post_attention_layernorm.of_sum(attended, residual)), residual
+        x = self.post_attention_layernorm.of_sum(attended, residual)
+        return self.mlp.unsummed(x) if isinstance(self.mlp, GatedMLP) else self.mlp(x), residual

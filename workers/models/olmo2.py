@@ -13,7 +13,7 @@ from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.attention import Attention, AttentionShape
 from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.norm import ProjectionNorm, RMSNorm
-from sempre.workers.models.base import CausalLM, rows_read
+from sempre.workers.models.base import Branch, CausalLM, rows_read
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -91,9 +91,10 @@ class OlmoBlock(Module):
         self.post_feedforward_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, role="branch norm")
 
     def __call__(
-        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: KvCache
+        self, branch: Branch | None, residual: torch.Tensor, step: StepInput, cache: KvCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if branch is not None:
+            assert isinstance(branch, torch.Tensor), "a block of this kind before"
             residual.add_(branch)
         attended = self.self_attn(residual, step, cache)
         residual = rows_read(residual, step)

@@ -24,7 +24,7 @@ from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.moe import SparseMLP
 from sempre.workers.layers.norm import OffsetHeadNorm, OffsetRMSNorm
-from sempre.workers.models.base import CausalLM, Stack, rows_read
+from sempre.workers.models.base import Branch, CausalLM, Stack, rows_read
 from sempre.workers.models.config import (
     FULL,
     MAX_HEAD_DIM,
@@ -223,7 +223,7 @@ class Qwen35Block(Module):
         self.mlp = _mlp(build, spec, layer)
 
     def __call__(
-        self, branch: torch.Tensor | None, residual: torch.Tensor, step: StepInput, cache: Any
+        self, branch: Branch | None, residual: torch.Tensor, step: StepInput, cache: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         mixer = self.linear_attn if self._is_linear else self.self_attn
         mixed = mixer(self.input_layernorm.of_sum(branch, residual), step, cache)

@@ -57,8 +57,8 @@ GPU_KERNELS = (
         "norm-of-what-is-not-rounded",
         "What is normalised is not what the next layer reads.",
         "kernels/norms/gpu.py",
-        "_normalised(total.to(tl.float32), w, width, eps)",
-        "_normalised(value, w, width, eps)",
+        "normalised(total.to(tl.float32), w, width, eps)",
+        "normalised(value, w, width, eps)",
         (f"{TESTS}::test_norms_and_embedding",),
     ),
     Fault(

@@ -73,7 +73,7 @@ def check_linears(model: CausalLM, dtype: torch.dtype, *, max_tokens: int, max_n
         logits = linear.use is Use.LOGITS
         # logits are float32, and are computed for the rows that sample or are scored
         max_rows = min(max_tokens, max(max_num_seqs, PROMPT_LOGPROB_ROWS)) if logits else max_tokens
-        out_dtype = torch.float32 if linear.use.is_float32 else dtype
+        out_dtype = torch.float32 if linear.stores_float32 else dtype
         # adapters are added to float32 results, which are then rounded as the others
         outputs = {out_dtype} if linear.adapters is None else {out_dtype, torch.float32}
         wrong: set[str] = set()
