@@ -8,7 +8,7 @@ and partial sums are added in the order of the ranks, on the tree of leaves that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -40,6 +40,10 @@ class Exchange(Protocol):
         """Until every rank has written to what `slots` gave."""
 
 
+# inputs, and where the results go
+Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class DeviceExchange(Protocol):
     """Memory of GPUs that the ranks of a replica share. Every rank calls the same in the same order; nothing waits for
     the device."""
@@ -56,8 +60,9 @@ class DeviceExchange(Protocol):
     def embed(self, token_ids: torch.Tensor, table: torch.Tensor, cut: Cut, out: torch.Tensor) -> torch.Tensor:
         """Rows of a table that is `cut`; this rank has `table`. A sequence begins."""
 
-    def gather(self, x: torch.Tensor, weight: GpuLinearWeight, cut: Cut, out: torch.Tensor) -> torch.Tensor:
-        """x [T, K] → out float32 [T, N], where each rank has some of the N rows of the weight. A sequence begins."""
+    def gather(self, multiply: Multiply, x: torch.Tensor, cut: Cut, out: torch.Tensor) -> torch.Tensor:
+        """x [T, K] → out float32 [T, N], where each rank has some of the N columns, which `multiply` writes. A sequence
+        begins."""
 
     def smallest(self, number: int) -> int:
         """The smallest of what the ranks say; waits for them."""

@@ -82,7 +82,7 @@ def _meet(bases: Any, counts: Any, failure: Any, patience: Any, RANK: tl.constex
             # the difference, since numbers start again after 2**32
             missing = number - tl.atomic_add(flag, 0, sem="acquire", scope="sys")
             looks = 0
-            while (missing > 0) & (looks < _QUICK_LOOKS):
+            while (missing > 0) & (looks < _QUICK_LOOKS) & (looks < patience):
                 missing = number - tl.atomic_add(flag, 0, sem="acquire", scope="sys")
                 looks += 1
             while (missing > 0) & (looks < patience):
@@ -101,8 +101,9 @@ def _only_meet(bases: Any, counts: Any, failure: Any, patience: Any, RANK: tl.co
 
 @jit()
 def _partial(bases: Any, rank: Any, start: Any, at: Any, inside: Any) -> Any:
-    # not from a cache that other GPUs' writes do not reach
-    return tl.load(_area(bases, rank, start, tl.float32) + at, mask=inside, other=0.0, cache_modifier=".cg")
+    # through the L1 cache, whose old lines the meeting has dropped: a thread's elements are 32 bytes, which it loads in
+    # two halves, and without that cache each half would bring both over the link
+    return tl.load(_area(bases, rank, start, tl.float32) + at, mask=inside, other=0.0)
 
 
 @jit()

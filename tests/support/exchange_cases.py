@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from gpu_ranks import device_of, exchange_of
+from ranks import logits_of, prepared
+from worker_settings import worker_config
 
 from sempre.ipc.errors import EngineUnhealthy
 from sempre.kernels.exchange.contract import Cut, Norm
 from sempre.kernels.linear import GpuLinearWeight, linear
+from sempre.workers.layers.linear_kernel import INVARIANT
+from sempre.workers.loading import load_model
+from sempre.workers.models.registry import load_spec
+from sempre.workers.parallel import parallel_of
 
 HAS_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
@@ -70,18 +77,19 @@ def _prepare() -> None:
     gpu.PLACES = 2
 
 
-def sums(rank: int, size: int, folder: Path, most_bytes: int) -> list[str]:
-    """Which sums of this rank are not those of the reference. `most_bytes`: of rows that all ranks add."""
+def sums(rank: int, size: int, folder: Path) -> list[str]:
+    """Which sums of this rank are not those of the reference: all rows added by all ranks, and each rank's share by
+    one, which must not be seen in the bits."""
     from sempre.workers.gpu import exchange as module
 
     _prepare()
-    module.MOST_BYTES_ADDED_BY_ALL = most_bytes
     module.partial_linear = _matmul  # type: ignore[assignment]
     exchange = exchange_of(folder, rank, size)
     wrong = []
     for number, shape in enumerate(SHAPES):
-        exchange.begin()
-        wrong += _wrong_sums(exchange, rank, size, shape, has_bias=number % 2 == 0)
+        for module.MOST_BYTES_ADDED_BY_ALL in (1 << 40, 0):
+            exchange.begin()
+            wrong += _wrong_sums(exchange, rank, size, shape, has_bias=number % 2 == 0)
     if HAS_GPU:
         torch.cuda.synchronize()
     exchange.check()
@@ -139,9 +147,10 @@ def moves(rank: int, size: int, folder: Path) -> list[str]:
         x = _factors(rows, width, seed=3).to(device)
         scale = _random(vocabulary, seed=4, dtype=torch.float32).to(device)
         owned = scale[first : first + len(own)].contiguous()
+        weight = GpuLinearWeight(own, None, scale=owned)
         out = torch.full((rows, vocabulary), float("nan"), device=device)
         expected = linear(x, GpuLinearWeight(table, None, scale=scale), torch.empty_like(out))
-        if not torch.equal(exchange.gather(x, GpuLinearWeight(own, None, scale=owned), cut, out), expected):
+        if not torch.equal(exchange.gather(lambda x, out, w=weight: linear(x, w, out), x, cut, out), expected):
             wrong.append(f"columns of {vocabulary} x {width}: {int((out != expected).sum())} differ")
     if HAS_GPU:
         torch.cuda.synchronize()
@@ -152,7 +161,7 @@ def moves(rank: int, size: int, folder: Path) -> list[str]:
 def missing(rank: int, size: int, folder: Path) -> str:
     """Who is said to be missing, on rank 0, where no other rank comes."""
     _prepare()
-    exchange = exchange_of(folder, rank, size, patience_s=0.01)
+    exchange = exchange_of(folder, rank, size, patience_s=1e-5)
     if rank:
         return ""
     exchange.begin()
@@ -162,3 +171,17 @@ def missing(rank: int, size: int, folder: Path) -> str:
     with pytest.raises(EngineUnhealthy, match=r"rank 0: an exchange between GPUs: expected rank 1 within") as error:
         exchange.check()
     return f"{error.value.rank}"
+
+
+def model_logits(rank: int, size: int, folder: Path, checkpoint: Path, token_ids: list[int]) -> torch.Tensor:
+    """Of a model in float32 under `tree8`, by the GPU's kernels in the interpreter: of a prompt but for its last two
+    tokens, then of each of these alone [T, V]."""
+    _prepare()
+    parallel = parallel_of("tree8")
+    if size > 1:
+        parallel = parallel_of("tree8", rank, size, devices=exchange_of(folder, rank, size))
+    spec = load_spec(checkpoint)
+    loaded = load_model(worker_config(checkpoint, dtype="float32"), spec, INVARIANT, parallel=parallel)
+    cache, count = prepared(loaded), len(token_ids)
+    cuts = [0, count - 2, count - 1, count]
+    return torch.cat([logits_of(loaded.model, cache, token_ids, *ends) for ends in pairwise(cuts)])

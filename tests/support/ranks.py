@@ -20,6 +20,7 @@ from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear_kernel import INVARIANT
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import Loaded, load_model
+from sempre.workers.models.base import CausalLM
 from sempre.workers.models.registry import load_spec
 from sempre.workers.parallel import Parallel, parallel_of
 from sempre.workers.state_cache import StateCache
@@ -58,7 +59,7 @@ class Ranks:
             self.loaded = on_all_ranks(size, self._load)
         finally:
             os.close(self._descriptor)
-        self.caches = [self._prepare(loaded) for loaded in self.loaded]
+        self.caches = [prepared(loaded) for loaded in self.loaded]
 
     def _load(self, rank: int) -> Loaded:
         spec = load_spec(Path(self._config.model_path))
@@ -71,12 +72,6 @@ class Ranks:
         self.exchanges.append(exchange)
         return parallel_of(self._profile, rank, self.size, exchange)
 
-    def _prepare(self, loaded: Loaded) -> PagedKvCache:
-        model, facts = loaded
-        allocate(model, Scratch(MOST, MOST, facts.activations, CPU))
-        states = StateCache(model.spec.layer_states, 1, facts.activations, CPU)
-        return PagedKvCache(model.kv_layers, MOST // BLOCK, BLOCK, facts.dtype, CPU, states)
-
     def logits(self, token_ids: Sequence[int], cuts: Sequence[int] = ()) -> list[torch.Tensor]:
         """Those of all tokens [T, V], by rank; the sequence is computed in pieces that end at `cuts`."""
         ends = [*cuts, len(token_ids)]
@@ -88,27 +83,39 @@ class Ranks:
         return on_all_ranks(self.size, run)
 
     def _piece(self, rank: int, token_ids: Sequence[int], start: int, end: int) -> torch.Tensor:
-        model = self.loaded[rank].model
-        starts, counts = np.asarray([start], np.int64), np.asarray([end - start], np.int64)
-        table = np.arange(MOST // BLOCK, dtype=np.int32)[None, :]
-        places = row_places(starts, counts, table, BLOCK)
-        query_starts = torch.from_numpy(places.query_starts)
-        states = None
-        if any(model.spec.layer_states):
-            written = torch.tensor([-1] * (end - start - 1) + [0], dtype=torch.int32)
-            states = StateBatch(torch.tensor([0 if start else -1], dtype=torch.int32), written, query_starts)
-        step = StepInput(
-            token_ids=torch.tensor(token_ids[start:end], dtype=torch.int64),
-            positions=torch.from_numpy(places.positions),
-            slot_mapping=torch.from_numpy(places.slot_mapping),
-            batch=PagedBatch(
-                block_tables=torch.from_numpy(table),
-                query_starts=query_starts,
-                context_lens=torch.tensor([end], dtype=torch.int32),
-                max_query_len=end - start,
-                max_context_len=end,
-            ),
-            states=states,
-        )
-        hidden = model.forward(step, self.caches[rank].layers)
-        return model.logits(hidden, torch.full((len(hidden), model.spec.vocab_size), float("nan")))
+        return logits_of(self.loaded[rank].model, self.caches[rank], token_ids, start, end)
+
+
+def prepared(loaded: Loaded) -> PagedKvCache:
+    """Allocate what the model needs for one sequence; its cache."""
+    model, facts = loaded
+    allocate(model, Scratch(MOST, MOST, facts.activations, CPU))
+    states = StateCache(model.spec.layer_states, 1, facts.activations, CPU)
+    return PagedKvCache(model.kv_layers, MOST // BLOCK, BLOCK, facts.dtype, CPU, states)
+
+
+def logits_of(model: CausalLM, cache: PagedKvCache, token_ids: Sequence[int], start: int, end: int) -> torch.Tensor:
+    """Those of tokens [start, end) of a sequence whose earlier ones are in the cache."""
+    starts, counts = np.asarray([start], np.int64), np.asarray([end - start], np.int64)
+    table = np.arange(MOST // BLOCK, dtype=np.int32)[None, :]
+    places = row_places(starts, counts, table, BLOCK)
+    query_starts = torch.from_numpy(places.query_starts)
+    states = None
+    if any(model.spec.layer_states):
+        written = torch.tensor([-1] * (end - start - 1) + [0], dtype=torch.int32)
+        states = StateBatch(torch.tensor([0 if start else -1], dtype=torch.int32), written, query_starts)
+    step = StepInput(
+        token_ids=torch.tensor(token_ids[start:end], dtype=torch.int64),
+        positions=torch.from_numpy(places.positions),
+        slot_mapping=torch.from_numpy(places.slot_mapping),
+        batch=PagedBatch(
+            block_tables=torch.from_numpy(table),
+            query_starts=query_starts,
+            context_lens=torch.tensor([end], dtype=torch.int32),
+            max_query_len=end - start,
+            max_context_len=end,
+        ),
+        states=states,
+    )
+    hidden = model.forward(step, cache.layers)
+    return model.logits(hidden, torch.full((len(hidden), model.spec.vocab_size), float("nan")))

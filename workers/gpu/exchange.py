@@ -25,9 +25,9 @@ from sempre.kernels.exchange.gpu import (
     sum_rows,
     sum_shares,
 )
-from sempre.kernels.linear import GpuLinearWeight, linear, partial_linear
+from sempre.kernels.linear import GpuLinearWeight, partial_linear
 from sempre.workers.gpu.peer_memory import PeerMemory, share
-from sempre.workers.parallel import Exchange
+from sempre.workers.parallel import Exchange, Multiply
 
 AREA_BYTES = 64 << 20
 MEMORY_BYTES = FLAG_BYTES + 3 * AREA_BYTES
@@ -98,12 +98,13 @@ class GpuExchange:
             gather_rows(self.peers, start, ids, cut, out[rows])
         return out
 
-    def gather(self, x: torch.Tensor, weight: GpuLinearWeight, cut: Cut, out: torch.Tensor) -> torch.Tensor:
+    def gather(self, multiply: Multiply, x: torch.Tensor, cut: Cut, out: torch.Tensor) -> torch.Tensor:
         """See `DeviceExchange`."""
         self.begin()
+        columns = cut.each + (self.peers.rank < cut.more)
         for rows in self._pieces(x.shape[0], cut.each + 1):
             start, own = self._next_half(), x[rows]
-            linear(own, weight, self._rows(start, own.shape[0], weight.out_features, torch.float32))
+            multiply(own, self._rows(start, own.shape[0], columns, torch.float32))
             gather_columns(self.peers, start, cut, out[rows])
         return out
 

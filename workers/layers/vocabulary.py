@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from sempre.kernels.linear import GpuLinearWeight
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear import Linear, Use
 from sempre.workers.layers.module import Build, Tensors
@@ -30,8 +29,7 @@ class Head(Linear):
     def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         exchange, parallel = self._parallel.exchange, self._parallel
         if parallel.devices is not None:
-            assert isinstance(self.weight, GpuLinearWeight)
-            return parallel.devices.gather(x, self.weight, parallel.cut(self._vocab_size), out)
+            return parallel.devices.gather(super().into, x, parallel.cut(self._vocab_size), out)
         if exchange is None:
             return super().into(x, out)
         shares = [parallel.own_rows(self._vocab_size, rank) for rank in range(parallel.size)]

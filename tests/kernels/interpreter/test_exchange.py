@@ -14,10 +14,9 @@ def product(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.product)
 
 
-@pytest.mark.parametrize(("size", "most_bytes"), [(2, 1 << 20), (2, 0), product(4, 1 << 20), product(4, 0)])
-def test_sums_are_trees_over_the_ranks(size: int, most_bytes: int, tmp_path: Path) -> None:
-    """All rows added by all ranks, and each rank's share by one, which must not be seen in the bits."""
-    assert in_processes(size, sums, tmp_path, most_bytes) == [[]] * size
+@pytest.mark.parametrize("size", [2, product(4)])
+def test_sums_are_trees_over_the_ranks(size: int, tmp_path: Path) -> None:
+    assert in_processes(size, sums, tmp_path) == [[]] * size
 
 
 @pytest.mark.parametrize("size", [2, product(4)])

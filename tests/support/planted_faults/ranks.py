@@ -8,6 +8,8 @@ LEAVES = "tests/kernels/test_leaves.py"
 MODELS = "tests/workers/test_tensor_parallel.py"
 PROCESSES = "tests/engine/processes/test_tensor_parallel.py"
 LINEAR = "kernels/linear/cpu.py"
+GPU_EXCHANGE = "kernels/exchange/gpu.py"
+GPU_TESTS = "tests/kernels/interpreter/test_exchange.py"
 
 RANKS = (
     Fault(
@@ -57,6 +59,22 @@ RANKS = (
         "self._halves[self._number % 2]",
         "self._halves[0]",
         (f"{MODELS}::test_rows_are_those_that_the_others_wrote",),
+    ),
+    Fault(
+        "a-partial-of-a-gpu-is-added-twice",
+        "On GPUs the first rank's partial sum takes the place of the second one's.",
+        GPU_EXCHANGE,
+        "_partial(bases, 0, start, at, inside) + _partial(bases, 1, start, at, inside)",
+        "_partial(bases, 0, start, at, inside) + _partial(bases, 0, start, at, inside)",
+        (f"{GPU_TESTS}::test_sums_are_trees_over_the_ranks[2]",),
+    ),
+    Fault(
+        "gpus-share-no-late-rows",
+        "The last rows of a sum whose rows are shared out are not given to the other ranks.",
+        GPU_EXCHANGE,
+        "for t in range(first + tl.program_id(0), last, tl.num_programs(0)):",
+        "for t in range(first + tl.program_id(0), last - 1, tl.num_programs(0)):",
+        (f"{GPU_TESTS}::test_sums_are_trees_over_the_ranks[2]",),
     ),
     Fault(
         "every-rank-has-the-first-key-heads",
