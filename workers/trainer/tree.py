@@ -23,7 +23,7 @@ from sempre.workers.layers.module import Module, RowBuffer, Scratch
 from sempre.workers.layers.norm import HeadNorm, OffsetHeadNorm, OffsetRMSNorm, RMSNorm
 from sempre.workers.layers.row_parallel import RowParallelLinear
 from sempre.workers.layers.vocabulary import Head, TiedHead
-from sempre.workers.models.base import CausalLM, Stack
+from sempre.workers.models.base import Branch, CausalLM, Stack
 from sempre.workers.models.gemma2 import CappedLM, GemmaBlock, GemmaSpec, ScaledStack
 from sempre.workers.models.glm import Glm4Block, GlmBlock
 from sempre.workers.models.granite import GraniteBlock, GraniteLM, GraniteSpec, GraniteStack
@@ -38,9 +38,10 @@ class _Norm(RMSNorm):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return operations.norm(x, self.weight, self.eps)
 
-    def of_sum(self, branch: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+    def of_sum(self, branch: Branch | None, residual: torch.Tensor) -> torch.Tensor:
         if branch is None:
             return self(residual)
+        assert isinstance(branch, torch.Tensor), "a trainer has the whole model"
         return operations.norm_of_sum(branch, residual, self.weight, self.eps)
 
 

@@ -56,7 +56,13 @@ def checkpoint(folder: Path, architecture: str, *, tied: bool) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("architecture", "tied"), [("Qwen3ForCausalLM", False), ("Gemma2ForCausalLM", True)])
+@pytest.mark.parametrize(
+    ("architecture", "tied"),
+    [
+        ("Qwen3ForCausalLM", False),
+        pytest.param("Gemma2ForCausalLM", True, marks=pytest.mark.product),
+    ],
+)
 def test_two_ranks_compute_the_model(architecture: str, tied: bool, tmp_path: Path) -> None:
     """The interpreter's matmuls add in any order, so only nearly; the bits are compared on GPUs."""
     folder = checkpoint(tmp_path, architecture, tied=tied)
