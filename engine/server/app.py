@@ -14,6 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sempre.engine.server import openapi
 from sempre.engine.server.adapter_calls import load_lora_adapter, unload_lora_adapter
+from sempre.engine.server.agents.messages import count_tokens, create_message
+from sempre.engine.server.agents.responses import create_response
 from sempre.engine.server.body import read_plain
 from sempre.engine.server.chat import create_chat_completion
 from sempre.engine.server.completions import create_completion
@@ -64,7 +66,7 @@ def _route(service: Service, operation: openapi.Operation, endpoint: Endpoint) -
             return await endpoint(service, request)
         # Any failure of a request becomes its response and does not affect others.
         except Exception as error:
-            return api_error(error).response()
+            return api_error(error).response(operation.path)
 
     return Route(operation.path, answered, methods=[operation.method], name=operation.name)
 
@@ -73,7 +75,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     found = f"{request.method} {request.url.path}"
     message = {404: f"Not found: {found}.", 405: f"Method not allowed: {found}."}.get(error.status_code, error.detail)
-    return APIError(error.status_code, message, headers=dict(error.headers or {})).response()
+    return APIError(error.status_code, message, headers=dict(error.headers or {})).response(request.url.path)
 
 
 async def _models(service: Service, _request: Request) -> Response:
@@ -172,6 +174,9 @@ async def _invoke(service: Service, http: Request) -> Response:
 _ENDPOINTS: dict[str, Endpoint] = {
     "/v1/completions": create_completion,
     "/v1/chat/completions": create_chat_completion,
+    "/v1/responses": create_response,
+    "/v1/messages": create_message,
+    "/v1/messages/count_tokens": count_tokens,
     "/v1/embeddings": create_embeddings,
     "/pooling": create_pooling,
     "/classify": classify,

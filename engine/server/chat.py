@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 from msgspec import UNSET
 from starlette.requests import Request
@@ -14,15 +11,13 @@ from starlette.responses import Response
 
 from sempre.engine.frontend.sequence_state import NewText
 from sempre.engine.outputs import CompletionOutput, RequestOutput
-from sempre.engine.server.beams import beam_parameters
 from sempre.engine.server.body import read_model
-from sempre.engine.server.generation import Encoder, EventStream, Generation
+from sempre.engine.server.conversation import Conversation, open_conversation
+from sempre.engine.server.generation import DONE, Encoder, EventStream
 from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
-from sempre.engine.server.message_parser import MessageParser, PlainContent, message_of
-from sempre.engine.server.parameters import apply_server_defaults, blame_on, chat_parameters, check_model
-from sempre.engine.server.prompts import check_form, id_of, render
-from sempre.engine.server.receipts import asks_for_receipts, receipt_of
+from sempre.engine.server.message_parser import PlainContent, message_of
+from sempre.engine.server.receipts import receipt_of
 from sempre.engine.server.requests import ChatCompletionRequest
 from sempre.engine.server.responses import (
     ChatChoice,
@@ -36,8 +31,6 @@ from sempre.engine.server.responses import (
     early,
 )
 from sempre.engine.server.service import Service
-from sempre.engine.server.tools import ChatPlan
-from sempre.engine.server.tracing import RequestSpan
 
 _EMPTY = ChatDelta()
 
@@ -45,42 +38,11 @@ _EMPTY = ChatDelta()
 async def create_chat_completion(service: Service, http: Request) -> Response:
     """Answer a conversation. Raises errors that `errors.api_error` handles."""
     request = await read_model(http, ChatCompletionRequest, service)
-    service.check_ready()
-    check_model(request.model, service.served_names)
-    apply_server_defaults(request, service.config)
-    params = chat_parameters(request, service.default_parameters(request), service.config)
-    plan = ChatPlan.of(request, service.config)
-    prompt = await render(
-        service,
-        http,
-        request.messages,
-        chat_template_kwargs=template_variables(request),
-        chat_template=request.chat_template,
-        add_generation_prompt=request.add_generation_prompt,
-        continue_final_message=request.continue_final_message,
-        add_special_tokens=bool(request.add_special_tokens),
-        tools=plan.template_tools,
-    )
-    skips = params.skip_special_tokens and not plan.reads_special_tokens
-    params = dataclasses.replace(params, structured_outputs=plan.form, skip_special_tokens=skips)
-    search = beam_parameters(request, params)
-    gives_receipts = await asks_for_receipts(service, http, searches=search is not None)
-    if request.cache_salt is not None:
-        prompt["cache_salt"] = request.cache_salt
-    if request.truncate_prompt_tokens is None:
-        service.checked_length(list(prompt["prompt_token_ids"]))
-    with blame_on(request):
-        await check_form(params, service, http)
-    with RequestSpan.begin(http, service, params) as span, blame_on(request):
-        stream = service.open([prompt], params, request.priority, search, gives_receipts, request.model)
-        generation = Generation(service, stream, span, gives_receipts=gives_receipts)
-    http.state.generation = generation
-    response_id = f"chatcmpl-{id_of(request, http)}"
+    conversation = await open_conversation(service, http, request, "chatcmpl-")
+    generation = conversation.generation
     with ExitStack() as stack:
         stack.enter_context(generation)
-        tokenizer = service.engine.get_tokenizer()
-        parsers = plan.message_parsers(generation.requests[0], tokenizer, response_id, request.n)
-        answer = _Answer(service, request, generation, response_id, parsers)
+        answer = _Answer(service, conversation)
         if request.stream:
             stack.pop_all()  # the stream closes it
             return EventStream(generation, answer.first_events(), answer.encoder, answer.last_event)
@@ -90,43 +52,23 @@ async def create_chat_completion(service: Service, http: Request) -> Response:
     return Response(body, headers=await load_header(service, http), media_type="application/json")
 
 
-def template_variables(request: ChatCompletionRequest) -> dict[str, Any]:
-    """Return a request's variables for the chat template."""
-    variables = dict(request.chat_template_kwargs or {})
-    if request.documents is not None:
-        variables["documents"] = request.documents
-    if request.reasoning_effort is not None:
-        variables["reasoning_effort"] = request.reasoning_effort
-    if request.reasoning_effort == "none":
-        # the name that most templates with optional reasoning use
-        variables.setdefault("enable_thinking", False)
-    return variables
-
-
 class _Answer:
     """Writes the choices of one conversation."""
 
-    def __init__(
-        self,
-        service: Service,
-        request: ChatCompletionRequest,
-        generation: Generation,
-        response_id: str,
-        parsers: Sequence[MessageParser],
-    ) -> None:
-        self._request = request
-        self._generation = generation
+    def __init__(self, service: Service, conversation: Conversation) -> None:
+        self._request = request = conversation.request
+        self._generation = conversation.generation
         self._tokenizer = service.engine.get_tokenizer()
         self._role = service.config.response_role
-        self._id = response_id
+        self._id = conversation.response_id
         self._created = int(time.time())
-        self._model = request.model or service.model_names[0]
-        self._fingerprint = service.engine.fingerprint_of(generation.requests[0])
-        self._parsers = parsers
+        self._model = conversation.model
+        self._fingerprint = conversation.fingerprint
+        self._parsers = parsers = conversation.parsers
         self._splits_reasoning = bool(service.config.reasoning_parser)
         self._enforces_calls = not isinstance(request.tool_choice, str | None) or request.tool_choice == "required"
         self._chunks = ChunkEncoder(
-            response_id=response_id,
+            response_id=self._id,
             kind="chat.completion.chunk",
             created=self._created,
             model=self._model,
@@ -185,10 +127,10 @@ class _Answer:
         )
 
     def last_event(self) -> bytes:
-        """Return the last event before the end of the stream."""
+        """Return the end of the stream."""
         if not self._chunks.include_usage:
-            return b""
-        return self._chunks.usage(self._usage(), self._generation.times())
+            return DONE
+        return self._chunks.usage(self._usage(), self._generation.times()) + DONE
 
     def _usage(self) -> Usage:
         usage = self._generation.usage()

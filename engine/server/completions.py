@@ -13,7 +13,7 @@ from sempre.engine.frontend.sequence_state import NewText
 from sempre.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from sempre.engine.server.beams import beam_parameters
 from sempre.engine.server.body import read_model
-from sempre.engine.server.generation import Encoder, EventStream, Generation
+from sempre.engine.server.generation import DONE, Encoder, EventStream, Generation
 from sempre.engine.server.load import load_header
 from sempre.engine.server.logprobs import CompletionLogprobsWriter, IdNames, joined, prompt_logprobs
 from sempre.engine.server.parameters import apply_server_defaults, blame_on, check_model, completion_parameters
@@ -117,11 +117,11 @@ class _Answer:
         return self._chunks.text(index, new.text, lambda text: CompletionChoice(index, text, None, None, None, seed))
 
     def last_event(self) -> bytes:
-        """Return the last event before the end of the stream."""
+        """Return the end of the stream."""
         if not self._chunks.include_usage:
-            return b""
+            return DONE
         usage = self._generation.usage(0 if self._request.max_tokens == 0 else None)
-        return self._chunks.usage(usage, self._generation.times())
+        return self._chunks.usage(usage, self._generation.times()) + DONE
 
     def _choice(self, place: int, output: RequestOutput, choice: CompletionOutput) -> CompletionChoice:
         request = self._request

@@ -1,6 +1,7 @@
-"""OpenAI's error object, and the HTTP status of each exception.
+"""OpenAI's error object and Anthropic's, and the HTTP status of each exception.
 
 {"error": {"message": "…", "type": "BadRequestError", "param": "top_p", "code": 400}}
+{"type": "error", "error": {"type": "invalid_request_error", "message": "…"}}          under /v1/messages
 """
 
 from __future__ import annotations
@@ -28,8 +29,14 @@ _TYPES = {
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
 }
-
-
+MESSAGES_PATH = "/v1/messages"
+_TYPES_OF_MESSAGES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
 _LONGEST = 1000
 
 
@@ -46,6 +53,18 @@ class ErrorResponse(msgspec.Struct):
     error: ErrorObject
 
 
+class MessagesErrorObject(msgspec.Struct):
+    """Anthropic's, which names no field but in its text."""
+
+    type: str
+    message: str
+
+
+class MessagesErrorResponse(msgspec.Struct):
+    error: MessagesErrorObject
+    type: str = "error"
+
+
 class APIError(Exception):
     """An error response: `status` and OpenAI's error object."""
 
@@ -58,14 +77,19 @@ class APIError(Exception):
         self.param = param
         self.headers = headers or {}
 
-    def encode(self) -> bytes:
-        """Return the error object as JSON."""
+    def encode(self, path: str = "") -> bytes:
+        """Return the error object as JSON, in the form that clients of `path` read."""
+        if path.startswith(MESSAGES_PATH):
+            kind = "invalid_request_error" if self.status < 500 else "api_error"
+            return msgspec.json.encode(
+                MessagesErrorResponse(MessagesErrorObject(_TYPES_OF_MESSAGES.get(self.status, kind), str(self)))
+            )
         error = ErrorObject(str(self), _TYPES.get(self.status, "APIError"), self.param, self.status)
         return msgspec.json.encode(ErrorResponse(error))
 
-    def response(self) -> Response:
-        """Return the whole response."""
-        return Response(self.encode(), self.status, self.headers, "application/json")
+    def response(self, path: str = "") -> Response:
+        """Return the whole response, in the form that clients of `path` read."""
+        return Response(self.encode(path), self.status, self.headers, "application/json")
 
 
 class BadRequest(APIError):

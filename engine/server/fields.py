@@ -88,17 +88,23 @@ def _cleaner(info: types.Type) -> Cleaner | None:
             return _number
         case types.BoolType():
             return _flag
-        case types.StructType(cls=model):
+        case types.StructType(tag=None, cls=model):
             return lambda value, path, ignore: (
                 _members(value, model, f"{path}.", ignore) if isinstance(value, dict) else value
             )
+        case types.StructType():
+            return _tagged([info])
         case types.ListType(item_type=item):
             return _list(_cleaner(item))
     return None
 
 
 def _union(several: tuple[types.Type, ...]) -> Cleaner | None:
-    found = [cleaner for info in several if (cleaner := _cleaner(info)) is not None]
+    tagged = [info for info in several if isinstance(info, types.StructType) and info.tag is not None]
+    others = [info for info in several if info not in tagged]
+    found = [cleaner for info in others if (cleaner := _cleaner(info)) is not None]
+    if tagged:
+        found.append(_tagged(tagged))
     if any(isinstance(info, types.StrType) for info in several):
         # a string is expected here
         found = [_whole if cleaner is _integer else cleaner for cleaner in found if cleaner not in (_number, _flag)]
@@ -109,6 +115,30 @@ def _union(several: tuple[types.Type, ...]) -> Cleaner | None:
         for cleaner in found:
             value = cleaner(value, path, ignore_unknown)
         return value
+
+    return clean
+
+
+def _tagged(models: list[types.StructType]) -> Cleaner:
+    """The cleaner of objects whose tag says which model they are; without one, the only or the default model is it."""
+    of_tag = {info.tag: info for info in models}
+    [field] = {info.tag_field for info in models}
+    assert field is not None
+    default = next((info.tag for info in models if len(models) == 1 or getattr(info.cls, "is_default", False)), None)
+
+    def clean(value: Any, path: str, ignore_unknown: bool) -> Any:
+        if not isinstance(value, dict):
+            return value
+        tag = default if value.get(field) is None else value[field]
+        where = f"{path}.{field}"
+        if tag is None:
+            raise BadRequest(f"{where} is missing.", param=where)
+        info = of_tag.get(tag) if isinstance(tag, str) else None
+        if info is None:
+            known = ", ".join(map(repr, of_tag))
+            raise BadRequest(f"{where}: {_shown(tag)} is not supported by this server, only {known}.", param=where)
+        members = {name: member for name, member in value.items() if name != field}
+        return {field: tag, **_members(members, info.cls, f"{path}.", ignore_unknown)}
 
     return clean
 

@@ -22,7 +22,7 @@ from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import Logprob, RequestMetrics, RequestOutput
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.beams import BeamStream
-from sempre.engine.server.errors import ClientGone, api_error
+from sempre.engine.server.errors import APIError, ClientGone, api_error
 from sempre.engine.server.responses import PromptTokensDetails, RequestTimes, Usage
 from sempre.engine.server.service import Service
 from sempre.engine.server.tracing import RequestSpan
@@ -180,16 +180,27 @@ class Generation:
 
 
 class EventStream(Response):
-    """Server-sent events of one generation; each step of the engine is one write."""
+    """Server-sent events of one generation; each step of the engine is one write.
+
+    `first`, the events of each output, then those of `last`; or, after a failure, those of `failed`.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, first: Sequence[bytes], encoder: Encoder, last: Callable[[], bytes]):
+    def __init__(
+        self,
+        generation: Generation,
+        first: Sequence[bytes],
+        encoder: Encoder,
+        last: Callable[[], bytes],
+        failed: Callable[[APIError], bytes] | None = None,
+    ) -> None:
         super().__init__()
         self._generation = generation
         self._first = first
         self._encoder = encoder
         self._last = last
+        self._failed = failed or failed_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._generation as generation:
@@ -211,8 +222,13 @@ class EventStream(Response):
         except ClientGone:
             return
         except Exception as error:
-            end = b"data: " + api_error(error).encode() + b"\n\n"
-        await send({"type": "http.response.body", "body": end + DONE, "more_body": False})
+            end = self._failed(api_error(error))
+        await send({"type": "http.response.body", "body": end, "more_body": False})
+
+
+def failed_event(error: APIError) -> bytes:
+    """Return the end of a stream of completions that has failed."""
+    return b"data: " + error.encode() + b"\n\n" + DONE
 
 
 def log_requests(requests: Sequence[PreparedRequest], max_len: int | None) -> None:

@@ -27,7 +27,7 @@ MAX_COPIED_VALUES = 1 << 21
 # field → (maximum entries, maximum characters of all entries)
 _TEXTS = {"stop": (256, 16 * 1024), "bad_words": (128, 8 * 1024)}
 _ENTRIES = {"stop_token_ids": 1024, "logprob_token_ids": 1024, "logit_bias": 4096, "allowed_token_ids": 1 << 17}
-_ENTRIES |= {"messages": 1 << 14, "documents": 1 << 14, "chat_template_kwargs": 1024}
+_ENTRIES |= {"messages": 1 << 14, "input": 1 << 14, "documents": 1 << 14, "chat_template_kwargs": 1024}
 _BYTES = {
     "structured_outputs": MAX_FORM_BYTES,
     "response_format": MAX_FORM_BYTES,

@@ -18,11 +18,23 @@ from sempre.engine.server.responses import ChatDelta, ChatMessage, ToolCall, Too
 
 
 class MessageParser(Protocol):
-    """Reads one choice. Text that may still become something else is held back until `finish`."""
+    """Reads one choice. Text that may still become something else is held back until the end.
+
+    Take it as pieces (`pieces`, then `last_pieces`) or as deltas of a chat message (`feed`, then `finish`).
+    """
 
     @property
     def num_reasoning_tokens(self) -> int:
         """Number of tokens before the answer."""
+
+    def pieces(self, text: str, token_ids: Sequence[int]) -> list[Piece]:
+        """Add generated text; return the pieces that are certain."""
+
+    def last_pieces(self) -> list[Piece]:
+        """Return the pieces that were held back."""
+
+    def call_id(self, index: int, prefix: str = "call_") -> str:
+        """Return the id of a tool call."""
 
     def feed(self, text: str, token_ids: Sequence[int]) -> ChatDelta:
         """Add generated text; return what it adds to the message."""
@@ -35,6 +47,15 @@ class PlainContent:
     """All text is content."""
 
     num_reasoning_tokens = 0
+
+    def pieces(self, text: str, token_ids: Sequence[int]) -> list[Piece]:
+        return [Content(text)] if text else []
+
+    def last_pieces(self) -> list[Piece]:
+        return []
+
+    def call_id(self, index: int, prefix: str = "call_") -> str:
+        raise AssertionError("plain content has no calls")
 
     def feed(self, text: str, token_ids: Sequence[int]) -> ChatDelta:
         return ChatDelta(content=text)
@@ -58,53 +79,62 @@ class ParsedContent:
     ) -> None:
         """Tool call ids derive from `id_prefix`. `reports_calls`: a choice with calls has finish reason `tool_calls`.
         Without `has_content`, text outside calls is the beginning of a call that was cut off."""
-        self._has_content = has_content
         self._counter = counter
         self._parser = parser
         self._id_prefix = id_prefix
         self._reports_calls = reports_calls
-        self._include_reasoning = include_reasoning
+        left_out = ((Content, has_content), (Reasoning, include_reasoning))
+        self._left_out = tuple(kind for kind, is_told in left_out if not is_told)
         self._num_calls = 0
 
     @property
     def num_reasoning_tokens(self) -> int:
         return 0 if self._counter is None else self._counter.count
 
-    def feed(self, text: str, token_ids: Sequence[int]) -> ChatDelta:
+    def pieces(self, text: str, token_ids: Sequence[int]) -> list[Piece]:
         if self._counter is not None:
             self._counter.push(token_ids)
-        return self._delta(self._parser.feed(text))
+        return self._told(self._parser.feed(text))
+
+    def last_pieces(self) -> list[Piece]:
+        return self._told(self._parser.finish())
+
+    def call_id(self, index: int, prefix: str = "call_") -> str:
+        return prefix + hashlib.sha256(f"{self._id_prefix}/{index}".encode()).hexdigest()[:24]
+
+    def feed(self, text: str, token_ids: Sequence[int]) -> ChatDelta:
+        return self._delta(self.pieces(text, token_ids))
 
     def finish(self, finish_reason: str) -> tuple[ChatDelta, str]:
-        delta = self._delta(self._parser.finish())
+        delta = self._delta(self.last_pieces())
         if finish_reason == "stop" and self._num_calls and self._reports_calls:
             finish_reason = "tool_calls"
         return delta, finish_reason
+
+    def _told(self, pieces: list[Piece]) -> list[Piece]:
+        return [piece for piece in pieces if not isinstance(piece, self._left_out)] if self._left_out else pieces
 
     def _delta(self, pieces: Sequence[Piece]) -> ChatDelta:
         """The pieces as one delta."""
         delta = ChatDelta()
         content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
         reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
-        if content and self._has_content:
+        if content:
             delta.content = content
-        if reasoning and self._include_reasoning:
+        if reasoning:
             delta.reasoning = delta.reasoning_content = reasoning
         calls: dict[int, ToolCall] = {}
         for piece in pieces:
             if isinstance(piece, CallStart):
                 self._num_calls += 1
                 function = ToolCallFunction(piece.name, "")
-                calls[piece.index] = ToolCall(function, self._call_id(piece.index), "function", piece.index)
+                calls[piece.index] = ToolCall(function, self.call_id(piece.index), "function", piece.index)
             elif isinstance(piece, Arguments):
                 part = calls.setdefault(piece.index, ToolCall(ToolCallFunction(), index=piece.index))
                 part.function.arguments = (part.function.arguments or "") + piece.text
         if calls:
             delta.tool_calls = list(calls.values())
         return delta
-
-    def _call_id(self, index: int) -> str:
-        return "call_" + hashlib.sha256(f"{self._id_prefix}/{index}".encode()).hexdigest()[:24]
 
 
 def message_of(deltas: Sequence[ChatDelta], role: str) -> ChatMessage:

@@ -82,7 +82,7 @@ class RequestGate:
             if refusal is None:
                 await self._app(scope, receive, send_with_id)
             else:
-                await refusal.response()(scope, receive, send_with_id)
+                await refusal.response(scope["path"])(scope, receive, send_with_id)
         finally:
             if self._access_log:
                 self._log(scope, state.get("refused_with", status), time.monotonic() - began)
@@ -94,7 +94,9 @@ class RequestGate:
             return None
         if self._keys:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or key.strip() not in self._keys:
+            is_known = scheme.lower() == "bearer" and key.strip() in self._keys
+            # the header of Anthropic's clients
+            if not is_known and headers.get("x-api-key", "") not in self._keys:
                 return _unauthorized(headers)
         else:
             refusal = self._pages.check(headers)
@@ -135,10 +137,9 @@ def _type_refusal(headers: Headers) -> APIError | None:
 
 def _unauthorized(headers: Headers) -> APIError:
     told = {"WWW-Authenticate": "Bearer"}
-    if "authorization" not in headers:
-        return APIError(
-            401, "You didn't provide an API key. Send it in the header `Authorization: Bearer KEY`.", headers=told
-        )
+    if "authorization" not in headers and "x-api-key" not in headers:
+        text = "You didn't provide an API key. Send it in the header `Authorization: Bearer KEY` or `x-api-key: KEY`."
+        return APIError(401, text, headers=told)
     return APIError(401, "Incorrect API key provided.", headers=told)
 
 

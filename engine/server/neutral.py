@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from msgspec import Struct
 
+from sempre.engine.server.agents import messages_requests as of_messages
+from sempre.engine.server.agents import responses_requests as of_responses
 from sempre.engine.server.pooling_requests import (
     ClassificationRequest,
     EmbeddingRequest,
@@ -97,7 +99,80 @@ _EMBEDDING = {
     "messages": Neutral(list[Any], _NOTHING, "input"),
 }
 
+_CACHED = {"cache_control": Neutral(_OBJECT)}
+# that nothing but the model's own answer calls a tool
+_CALLER = {"caller": Neutral(_OBJECT, ({"type": "direct"},))}
+_STORED = "the whole conversation as input: this server stores no responses"
+_MESSAGES = {
+    "metadata": Neutral(_OBJECT),
+    "cache_control": Neutral(_OBJECT),
+    "service_tier": Neutral(str),
+    "inference_geo": Neutral(str),
+    "speed": Neutral(str, ("standard",)),
+    "container": Neutral(Any, _NOTHING),
+    "mcp_servers": Neutral(list[Any], ([],)),
+    # what Claude Code sends, and means that nothing is edited
+    "context_management": Neutral(
+        _OBJECT, ({}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]})
+    ),
+}
+_RESPONSES = {
+    "user": Neutral(str),
+    "store": Neutral(bool),
+    "service_tier": Neutral(str),
+    "safety_identifier": Neutral(str),
+    "prompt_cache_key": Neutral(str),
+    "prompt_cache_retention": Neutral(str),
+    "prompt_cache_options": Neutral(_OBJECT),
+    "stream_options": Neutral(_OBJECT, ({}, {"include_obfuscation": True}, {"include_obfuscation": False})),
+    "background": Neutral(bool, (False,)),
+    "top_logprobs": Neutral(int, (0,)),
+    # of tools that the server runs, and there are none
+    "max_tool_calls": Neutral(int),
+    "previous_response_id": Neutral(str, _NOTHING, _STORED),
+    "conversation": Neutral(Any, _NOTHING, _STORED),
+    "prompt": Neutral(_OBJECT, _NOTHING, "instructions and input"),
+    "context_management": Neutral(list[Any], ([],)),
+}
+_ITEM = {"id": Neutral(str), "status": Neutral(str)}
+_OF_AGENTS: dict[type[Struct], dict[str, Neutral]] = {
+    of_messages.MessagesRequest: _MESSAGES,
+    of_messages.CountTokensRequest: _MESSAGES,
+    of_messages.InputMessage: {},
+    of_messages.TextBlock: {**_CACHED, "citations": Neutral(list[Any], ([],))},
+    of_messages.ThinkingBlock: {"signature": Neutral(str)},
+    of_messages.ToolUseBlock: {**_CACHED, **_CALLER},
+    of_messages.ToolResultBlock: _CACHED,
+    of_messages.ClientTool: {
+        **_CACHED,
+        "defer_loading": Neutral(bool, (False,)),
+        # when the input is streamed
+        "eager_input_streaming": Neutral(bool),
+        "allowed_callers": Neutral(list[str], (["direct"],)),
+        "input_examples": Neutral(list[Any], ([],)),
+    },
+    of_responses.ResponsesRequest: _RESPONSES,
+    of_responses.InputText: {"prompt_cache_breakpoint": Neutral(_OBJECT)},
+    of_responses.OutputText: {"annotations": Neutral(list[Any]), "logprobs": Neutral(list[Any])},
+    of_responses.InputItemMessage: {**_ITEM, "phase": Neutral(str)},
+    of_responses.ReasoningItem: _ITEM,
+    of_responses.FunctionCallItem: {**_ITEM, **_CALLER},
+    of_responses.FunctionCallOutputItem: {**_ITEM, **_CALLER, "name": Neutral(str)},
+    of_responses.FunctionTool: {
+        "defer_loading": Neutral(bool, (False,)),
+        "allowed_callers": Neutral(list[str], (["direct"],)),
+        "output_schema": Neutral(_OBJECT, _NOTHING),
+    },
+    of_responses.TextConfig: {"verbosity": Neutral(str, ("medium",))},
+    of_responses.ReasoningConfig: {
+        "generate_summary": Neutral(str),
+        "context": Neutral(str, ("auto", "all_turns")),
+        "mode": Neutral(str, ("standard",)),
+    },
+}
+
 NEUTRAL: dict[type[Struct], dict[str, Neutral]] = {
+    **_OF_AGENTS,
     CompletionRequest: {
         **_GENERATION,
         "suffix": Neutral(str, ("",)),

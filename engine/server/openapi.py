@@ -8,7 +8,11 @@ from typing import Any
 
 import msgspec
 
-from sempre.engine.server.errors import ErrorResponse
+from sempre.engine.server.agents.messages_output import MessagesResponse, TokenCount
+from sempre.engine.server.agents.messages_requests import CountTokensRequest, MessagesRequest
+from sempre.engine.server.agents.responses_output import ResponsesResponse
+from sempre.engine.server.agents.responses_requests import ResponsesRequest
+from sempre.engine.server.errors import MESSAGES_PATH, ErrorResponse, MessagesErrorResponse
 from sempre.engine.server.neutral import NEUTRAL, Neutral
 from sempre.engine.server.pooling_requests import (
     ClassificationRequest,
@@ -84,7 +88,8 @@ class Operation:
         expected = (401, 404, 500, 503) if parameters else (401, 500, 503)
         statuses = _ERRORS if self.bodies else {status: _ERRORS[status] for status in expected}
         for status, text in statuses.items():
-            error = {"schema": {"$ref": _TEMPLATE + ErrorResponse.__name__}}
+            form = MessagesErrorResponse if self.path.startswith(MESSAGES_PATH) else ErrorResponse
+            error = {"schema": {"$ref": _TEMPLATE + form.__name__}}
             found["responses"][str(status)] = {"description": text, "content": {"application/json": error}}
         if self.bodies:
             schema = {"schema": _one_of(self.bodies)}
@@ -106,6 +111,25 @@ OPERATIONS = (
         (ChatCompletionRequest,),
         (ChatCompletionResponse,),
         streams=True,
+    ),
+    Operation(
+        "POST",
+        "/v1/responses",
+        "Answer a conversation of items; stores nothing",
+        (ResponsesRequest,),
+        (ResponsesResponse,),
+        streams=True,
+    ),
+    Operation(
+        "POST",
+        "/v1/messages",
+        "Answer a conversation, for Anthropic's clients",
+        (MessagesRequest,),
+        (MessagesResponse,),
+        streams=True,
+    ),
+    Operation(
+        "POST", "/v1/messages/count_tokens", "Count a conversation's tokens", (CountTokensRequest,), (TokenCount,)
     ),
     Operation(
         "POST",
@@ -163,7 +187,9 @@ def _schemas() -> dict[str, Any]:
     # without duplicates, in order
     bodies = list(dict.fromkeys(body for operation in OPERATIONS for body in operation.bodies))
     answers = list(dict.fromkeys(answer for operation in OPERATIONS for answer in operation.answers))
-    _, schemas = msgspec.json.schema_components([*bodies, *answers, ErrorResponse], ref_template=_TEMPLATE + "{name}")
+    _, schemas = msgspec.json.schema_components(
+        [*bodies, *answers, ErrorResponse, MessagesErrorResponse], ref_template=_TEMPLATE + "{name}"
+    )
     for body, neutral in NEUTRAL.items():
         schema = schemas[body.__name__]
         schema["properties"].update({name: _neutral(field) for name, field in neutral.items()})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from typing import Any
@@ -86,11 +88,19 @@ class ChatPlan:
             return self.structured
         return replaced(self.structured, after_reasoning=True)
 
-    def message_parsers(
-        self, request: PreparedRequest, tokenizer: Tokenizer, response_id: str, n: int
-    ) -> list[MessageParser]:
-        """The parsers of `n` choices, which a beam search does not have as sequences of its request."""
-        return [self._message_parser(request, tokenizer, f"{response_id}/{i}") for i in range(n)]
+    def message_parsers(self, request: PreparedRequest, tokenizer: Tokenizer, n: int) -> list[MessageParser]:
+        """The parsers of `n` choices, which a beam search does not have as sequences of its request.
+
+        The ids of calls follow from the prompt and the seed, since they are part of the next prompt of many templates:
+        the same conversation with the same seed goes on in the same way.
+        """
+        ids = array("q", request.prompt_token_ids).tobytes() if self._has_parser else b""
+        origin = hashlib.sha256(ids).hexdigest()
+        return [self._message_parser(request, tokenizer, f"{origin}/{request.seeds[0]}/{i}") for i in range(n)]
+
+    @property
+    def _has_parser(self) -> bool:
+        return self.reasoning_parser is not None or self.call_parser is not None
 
     def _message_parser(self, request: PreparedRequest, tokenizer: Tokenizer, id_prefix: str) -> MessageParser:
         reasoning, counted = self._reasoning_parser(request), self._reasoning_parser(request)

@@ -103,7 +103,7 @@ def answer(text: str, prompt: str = PROMPT, **fields: Any) -> dict[str, Any]:
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     params = SamplingParams(skip_special_tokens=False)
     prepared = PreparedRequest("0", None, ids, params, [], [0], 0.0, PromptReasoning(tokenizer, ids))
-    [parser] = plan.message_parsers(prepared, tokenizer, "id", 1)
+    [parser] = plan.message_parsers(prepared, tokenizer, 1)
     found: dict[str, Any] = {"content": "", "reasoning": "", "calls": []}
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     for delta in (parser.feed(text, token_ids), (end := parser.finish("stop"))[0]):

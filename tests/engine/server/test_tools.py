@@ -11,8 +11,8 @@ from sempre.engine import SamplingParams
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.parsing.reasoning import PromptReasoning
 from sempre.engine.server.body import parse_model
-from sempre.engine.server.chat import template_variables
 from sempre.engine.server.config import server_config
+from sempre.engine.server.conversation import template_variables
 from sempre.engine.server.requests import ChatCompletionRequest
 from sempre.engine.server.tools import ChatPlan
 
@@ -28,7 +28,7 @@ def content(text: str, **fields: Any) -> str | None:
     plan = ChatPlan.of(request, config)
     tokenizer: Any = None  # nothing is decoded without a reasoning parser
     prompt = PreparedRequest("0", None, [1], SamplingParams(), [], [0], 0.0, PromptReasoning(tokenizer, [1]))
-    [parser] = plan.message_parsers(prompt, tokenizer, "id", 1)
+    [parser] = plan.message_parsers(prompt, tokenizer, 1)
     delta = parser.feed(text, [5])
     end, _ = parser.finish("stop")
     return "".join(part.content or "" for part in (delta, end) if part is not None)
