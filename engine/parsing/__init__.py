@@ -6,6 +6,9 @@
     reasoning.py     ReasoningSplitter: <think> … </think>
     call_scanner.py  CallScanner: one JSON object that names a function and its arguments
     tool_calls.py    HermesParser, Llama3JsonParser; JSON schemas that enforce calls, and parsers for them
+    tagged_calls.py  DeepSeekV3Parser, DeepSeekV31Parser, MistralParser: tags around a name and its JSON
+    xml_calls.py     Qwen3CoderParser, SeedOssParser: an element per parameter
+    pythonic.py      PythonicParser: a list of calls in Python
     output_parser.py OutputParser: reasoning, then tool calls, of one output
 
 The pieces do not depend on how the text was cut into chunks: a stream and a whole message are parsed alike.
@@ -13,7 +16,9 @@ Nothing here depends on servers or engines.
 """
 
 from sempre.engine.parsing.output_parser import (
+    OF_SPECIAL_TOKENS,
     REASONING_PARSERS,
+    SHORT_IDS,
     TOOL_PARSERS,
     WHOLE_FORMATS,
     OutputParser,
@@ -31,7 +36,9 @@ from sempre.engine.parsing.pieces import (
 from sempre.engine.parsing.tool_calls import named_call_schema, required_calls_schema
 
 __all__ = [
+    "OF_SPECIAL_TOKENS",
     "REASONING_PARSERS",
+    "SHORT_IDS",
     "TOOL_PARSERS",
     "WHOLE_FORMATS",
     "Arguments",

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from sempre.engine.parsing.gemma4 import Gemma4Parser
 from sempre.engine.parsing.harmony import HarmonyParser
 from sempre.engine.parsing.pieces import Content, Parser, Piece
+from sempre.engine.parsing.pythonic import PythonicParser
 from sempre.engine.parsing.reasoning import PromptReasoning, ReasoningSplitter
-from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser
+from sempre.engine.parsing.tagged_calls import DeepSeekV3Parser, DeepSeekV31Parser, MistralParser
+from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser, Schema
+from sempre.engine.parsing.xml_calls import Qwen3CoderParser, SeedOssParser
+
+Schemas = Mapping[str, Schema | None]
+"""Name of a function → the schema of its arguments."""
 
 WHOLE_FORMATS: dict[str, str] = {"openai": "openai_gptoss", "gemma4": "gemma4"}
 """Formats of whole outputs, whose tags are special tokens: the name of the parser of tool calls, and of reasoning."""
@@ -14,11 +22,23 @@ WHOLE_FORMATS: dict[str, str] = {"openai": "openai_gptoss", "gemma4": "gemma4"}
 REASONING_PARSERS: dict[str, bool] = {"qwen3": False, "deepseek_r1": True}
 """Models by name; True: an unconstrained output begins inside its reasoning, however the prompt ends."""
 
-TOOL_PARSERS: dict[str, type[HermesParser] | type[Llama3JsonParser]] = {
-    "hermes": HermesParser,
-    "llama3_json": Llama3JsonParser,
+TOOL_PARSERS: dict[str, Callable[[Schemas], Parser]] = {
+    "hermes": lambda _schemas: HermesParser(),
+    "llama3_json": lambda _schemas: Llama3JsonParser(),
+    "mistral": lambda _schemas: MistralParser(),
+    "pythonic": lambda _schemas: PythonicParser(),
+    "deepseek_v3": lambda _schemas: DeepSeekV3Parser(),
+    "deepseek_v31": lambda _schemas: DeepSeekV31Parser(),
+    "qwen3_coder": Qwen3CoderParser,
+    "seed_oss": SeedOssParser,
 }
-"""Formats of tool calls by name."""
+"""Formats of tool calls by name: a parser for tools with the given schemas."""
+
+OF_SPECIAL_TOKENS = ("mistral",)
+"""Those whose tags are special tokens, so that they must be in the text that is parsed."""
+
+SHORT_IDS = ("mistral",)
+"""Those whose chat templates read ids of nine letters and digits."""
 
 
 def whole_parser(name: str, reasoning: PromptReasoning, *, calls: bool) -> HarmonyParser | Gemma4Parser:

@@ -33,7 +33,7 @@ async def read_model(request: Request, model: type[Model], service: Service) -> 
         return found
 
     try:
-        return await _beside_the_loop(request, service, checked)
+        return await beside_the_loop(request, service, checked)
     finally:
         # generation may take long and does not need the body
         del state.body
@@ -43,11 +43,11 @@ async def read_plain(request: Request, service: Service) -> Any:
     """Return the body as plain JSON; put into `request.state.body`, `read_model` uses it. Raises the same errors."""
     data = await read_body(request, service.config.max_body_bytes)
     request.state.body_bytes = len(data)
-    return await _beside_the_loop(request, service, lambda: parse(data, service.max_json_values))
+    return await beside_the_loop(request, service, lambda: parse(data, service.max_json_values))
 
 
-async def _beside_the_loop(request: Request, service: Service, read: Callable[[], Result]) -> Result:
-    """Return `read()`, which parses the body, off the event loop if the body is long. Raises its errors."""
+async def beside_the_loop(request: Request, service: Service, read: Callable[[], Result]) -> Result:
+    """Return `read()`, which parses or converts the body, off the event loop if the body is long. Raises its errors."""
     if request.state.body_bytes <= _SHORT_BYTES:
         return read()
     # the parser holds the GIL only briefly, and Python code shares it with the loop

@@ -18,7 +18,18 @@ from sempre.ipc.errors import ConfigError
 from sempre.ipc.model_files import read_json_object
 
 LogFormat = Literal["text", "json"]
-ToolParser = Literal["hermes", "llama3_json", "openai", "gemma4"]
+ToolParser = Literal[
+    "hermes",
+    "llama3_json",
+    "mistral",
+    "pythonic",
+    "deepseek_v3",
+    "deepseek_v31",
+    "qwen3_coder",
+    "seed_oss",
+    "openai",
+    "gemma4",
+]
 ReasoningParser = Literal["", "qwen3", "deepseek_r1", "openai_gptoss", "gemma4"]
 EngineDeath = Literal["exit", "restart"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]

@@ -72,16 +72,21 @@ class ParsedContent:
         parser: OutputParser,
         *,
         id_prefix: str,
+        short_ids: bool = False,
         reports_calls: bool,
         include_reasoning: bool,
         has_content: bool = True,
         counter: ReasoningCounter | None = None,
     ) -> None:
-        """Tool call ids derive from `id_prefix`. `reports_calls`: a choice with calls has finish reason `tool_calls`.
-        Without `has_content`, text outside calls is the beginning of a call that was cut off."""
+        """Tool call ids derive from `id_prefix`; `short_ids` have nine letters and digits.
+
+        `reports_calls`: a choice with calls has finish reason `tool_calls`. Without `has_content`, text outside calls
+        is the beginning of a call that was cut off.
+        """
         self._counter = counter
         self._parser = parser
         self._id_prefix = id_prefix
+        self._short_ids = short_ids
         self._reports_calls = reports_calls
         left_out = ((Content, has_content), (Reasoning, include_reasoning))
         self._left_out = tuple(kind for kind, is_told in left_out if not is_told)
@@ -100,7 +105,8 @@ class ParsedContent:
         return self._told(self._parser.finish())
 
     def call_id(self, index: int, prefix: str = "call_") -> str:
-        return prefix + hashlib.sha256(f"{self._id_prefix}/{index}".encode()).hexdigest()[:24]
+        digest = hashlib.sha256(f"{self._id_prefix}/{index}".encode()).hexdigest()
+        return digest[:9] if self._short_ids else prefix + digest[:24]
 
     def feed(self, text: str, token_ids: Sequence[int]) -> ChatDelta:
         return self._delta(self.pieces(text, token_ids))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from typing import Any
@@ -12,6 +13,8 @@ import msgspec
 
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.parsing import (
+    OF_SPECIAL_TOKENS,
+    SHORT_IDS,
     TOOL_PARSERS,
     WHOLE_FORMATS,
     OutputParser,
@@ -48,6 +51,10 @@ class ChatPlan:
     one_call: bool
     reasoning_parser: str | None
     include_reasoning: bool
+    short_ids: bool
+    """whether the ids of calls have the form that the model's chat template reads"""
+    schemas: Mapping[str, dict[str, Any] | None]
+    """of the arguments of the request's functions"""
 
     @classmethod
     def of(cls, request: ChatCompletionRequest, config: ServerConfig) -> ChatPlan:
@@ -74,11 +81,18 @@ class ChatPlan:
             one_call=not parallel,
             reasoning_parser=config.reasoning_parser or None,
             include_reasoning=request.include_reasoning is not False,
+            short_ids=config.tool_call_parser in SHORT_IDS,
+            schemas={tool.function.name: tool.function.parameters for tool in request.tools or []},
         )
 
     @property
     def reads_special_tokens(self) -> bool:
         """Whether they must be in the text that is parsed."""
+        return self.is_whole_format or self.call_parser in OF_SPECIAL_TOKENS
+
+    @property
+    def is_whole_format(self) -> bool:
+        """Whether reasoning, calls and content are parts of one format."""
         return self.reasoning_parser in WHOLE_FORMATS.values()
 
     @property
@@ -113,6 +127,7 @@ class ChatPlan:
         return ParsedContent(
             OutputParser(reasoning, self._tool_parser(), one_call=self.one_call),
             id_prefix=id_prefix,
+            short_ids=self.short_ids,
             reports_calls=self.call_parser != "named",
             has_content=self.call_parser not in ("required", "named"),
             include_reasoning=self.include_reasoning,
@@ -122,7 +137,7 @@ class ChatPlan:
     def _reasoning_parser(self, request: PreparedRequest) -> ReasoningSplitter | HarmonyParser | Gemma4Parser | None:
         if self.reasoning_parser is None:
             return None
-        if self.reads_special_tokens:
+        if self.is_whole_format:
             return whole_parser(self.reasoning_parser, request.reasoning, calls=self.call_parser in WHOLE_FORMATS)
         bound = (form := self.form) is not None and form.after_reasoning
         return reasoning_splitter(self.reasoning_parser, request.reasoning.opened, is_bound=bound)
@@ -136,7 +151,7 @@ class ChatPlan:
             case "required":
                 return RequiredCallsParser()
             case name:
-                return None if name in WHOLE_FORMATS else TOOL_PARSERS[name]()
+                return None if name in WHOLE_FORMATS else TOOL_PARSERS[name](self.schemas)
 
 
 def _call_parser(request: ChatCompletionRequest, config: ServerConfig) -> tuple[str | None, str]:

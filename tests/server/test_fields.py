@@ -10,6 +10,8 @@ import msgspec
 import pytest
 from server_process import ServerProcess
 
+from sempre.engine.server.agents.messages_requests import MessagesRequest
+from sempre.engine.server.agents.responses_requests import ResponsesRequest
 from sempre.engine.server.neutral import NEUTRAL
 from sempre.engine.server.requests import (
     ChatCompletionRequest,
@@ -279,6 +281,8 @@ def _fields_of(model: Any) -> list[str]:
     [
         ("/v1/chat/completions", ChatCompletionRequest, CHAT | {"max_tokens": 2}),
         ("/v1/completions", CompletionRequest, {"prompt": PROMPT, "max_tokens": 2}),
+        ("/v1/responses", ResponsesRequest, {"input": PROMPT, "max_output_tokens": 2}),
+        ("/v1/messages", MessagesRequest, CHAT | {"max_tokens": 2}),
         ("/tokenize", TokenizeRequest, {"prompt": PROMPT}),
         ("/detokenize", DetokenizeRequest, {"tokens": [5]}),
     ],

@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from server_process import ServerProcess
 
+from sempre.engine.server.agents.messages_requests import CountTokensRequest, MessagesRequest
+from sempre.engine.server.agents.responses_requests import ResponsesRequest
 from sempre.engine.server.neutral import NEUTRAL
 from sempre.engine.server.requests import (
     ChatCompletionRequest,
@@ -23,6 +25,9 @@ from sempre.engine.server.requests import (
 ENDPOINTS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "/v1/completions": (CompletionRequest, {"prompt": "It is", "max_tokens": 2, "n": 1}),
     "/v1/chat/completions": (ChatCompletionRequest, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
+    "/v1/responses": (ResponsesRequest, {"input": "Hi", "max_output_tokens": 2}),
+    "/v1/messages": (MessagesRequest, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
+    "/v1/messages/count_tokens": (CountTokensRequest, {"messages": [{"role": "user", "content": "Hi"}]}),
     "/tokenize": (TokenizeRequest, {"prompt": "It is"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [1, 2]}),
 }
@@ -78,8 +83,9 @@ def test_the_description_is_kept(server: ServerProcess) -> None:
         @settings(FUZZ, max_examples=25, phases=[Phase.generate])
         @given(case=operation.as_strategy())
         def check(case: Any) -> None:
-            if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
-                case.body["max_tokens"] = min(case.body["max_tokens"], 4)
+            for name in ("max_tokens", "max_output_tokens"):
+                if isinstance(case.body, dict) and isinstance(case.body.get(name), int):
+                    case.body[name] = min(case.body[name], 4)
             answer = case.call()
             assert answer.status_code < 500, answer.text
             assert answer.status_code in (200, 400, 404, 415), (answer.status_code, answer.text)

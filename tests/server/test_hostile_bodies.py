@@ -40,6 +40,8 @@ CHOSEN = (
     "a schema of nested choices",
     "an expression of many states",
     "nested arguments",
+    "messages: 24,000 blocks",
+    "responses: 16,000 items",
     "template: a wide number",
     "template: a long string",
     "template: indented",

@@ -13,7 +13,7 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 
 def test_curl_examples(server: ServerProcess) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    [block] = [block for block in blocks if block.startswith("curl")]
+    block = "".join(block for block in blocks if block.startswith("curl"))
     commands = [line for line in block.replace("\\\n", "").splitlines() if line]
     answers = []
     for command in commands:
@@ -21,8 +21,10 @@ def test_curl_examples(server: ServerProcess) -> None:
         done = subprocess.run(["bash", "-c", here], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         answers.append(done.stdout)
-    completion, chat, tokens, health = answers
+    completion, chat, tokens, health, response, message = answers
     assert '"seed":7' in completion
     assert chat.endswith("data: [DONE]\n\n")
     assert '"tokens":[' in tokens
     assert '"healthy"' in health
+    assert '"object":"response"' in response
+    assert '"type":"message"' in message

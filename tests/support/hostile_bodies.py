@@ -231,6 +231,36 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "invocations: a message of 7 MB": (
         "/invocations", lambda: chat(messages=[{"role": "user", "content": TEXT * 500_000}])
     ),
+    "messages: 24,000 blocks": (
+        "/v1/messages",
+        lambda: chat(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}] * 24_000}]),
+    ),
+    "messages: 8,000 turns of calls": (
+        "/v1/messages",
+        lambda: chat(messages=[
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": {"a": [1]}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": "b"}]},
+        ] * 8000),
+    ),
+    "messages: a text of 7 MB": (
+        "/v1/messages", lambda: chat(messages=[{"role": "user", "content": [{"type": "text", "text": TEXT * 500_000}]}])
+    ),
+    "messages: 128 tools": (
+        "/v1/messages",
+        lambda: chat(tools=[{"name": f"f{i}", "input_schema": properties(300)} for i in range(128)]),
+    ),
+    "responses: 16,000 items": (
+        "/v1/responses", lambda: encoded(input=[MESSAGE] * 16_000, max_output_tokens=1)
+    ),
+    "responses: 40,000 items": (
+        "/v1/responses", lambda: encoded(input=[MESSAGE] * 40_000, max_output_tokens=1)
+    ),
+    "responses: reasoning of 7 MB": (
+        "/v1/responses",
+        lambda: encoded(
+            input=[{"type": "reasoning", "summary": [], "encrypted_content": "AAAA" * 1_700_000}], max_output_tokens=1
+        ),
+    ),
     "a body for an endpoint without": ("/health", lambda: b"x" * 8_000_000),
     "a schema of 100 properties": (COMPLETIONS, lambda: form(json=properties(100))),
     "a schema of 1,000 properties": (COMPLETIONS, lambda: form(json=properties(1000))),

@@ -14,7 +14,7 @@ from sempre.engine.server.agents.messages_input import NAMES, chat_request
 from sempre.engine.server.agents.messages_output import MessagesAnswer, TokenCount, failed_event
 from sempre.engine.server.agents.messages_requests import CountTokensRequest, MessagesRequest
 from sempre.engine.server.agents.sampling import named_as
-from sempre.engine.server.body import read_model
+from sempre.engine.server.body import beside_the_loop, read_model
 from sempre.engine.server.conversation import conversation_prompt, open_conversation
 from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.generation import Encoder, EventStream
@@ -35,7 +35,7 @@ async def create_message(service: Service, http: Request) -> Response:
     """Answer a conversation. Raises errors that `errors.api_error` handles."""
     request = await _read(service, http, MessagesRequest)
     with named_as(NAMES):
-        chat = _chat(service, request)
+        chat = await _chat(service, http, request)
         conversation = await open_conversation(service, http, chat, "msg_")
     generation = conversation.generation
     with ExitStack() as stack:
@@ -56,7 +56,7 @@ async def count_tokens(service: Service, http: Request) -> Response:
     service.check_ready()
     check_model(request.model, service.served_names)
     with named_as(NAMES):
-        chat = _chat(service, request)
+        chat = await _chat(service, http, request)
         prompt = await conversation_prompt(service, http, chat, ChatPlan.of(chat, service.config))
     body = msgspec.json.encode(TokenCount(len(prompt["prompt_token_ids"])))
     return Response(body, media_type="application/json")
@@ -70,8 +70,13 @@ async def _read(service: Service, http: Request, model: type[Model]) -> Model:
     return await read_model(http, model, service)
 
 
-def _chat(service: Service, request: CountTokensRequest) -> ChatCompletionRequest:
+async def _chat(service: Service, http: Request, request: CountTokensRequest) -> ChatCompletionRequest:
     service.check_ready()
-    chat = chat_request(request, service.config, service.engine.chat_template or "")
-    check_sizes(chat)
-    return chat
+    template = service.engine.chat_template or ""
+
+    def convert() -> ChatCompletionRequest:
+        chat = chat_request(request, service.config, template)
+        check_sizes(chat)
+        return chat
+
+    return await beside_the_loop(http, service, convert)

@@ -12,12 +12,13 @@ from sempre.engine.server.agents.responses_input import NAMES, chat_request
 from sempre.engine.server.agents.responses_output import ResponsesAnswer
 from sempre.engine.server.agents.responses_requests import ResponsesRequest
 from sempre.engine.server.agents.sampling import named_as
-from sempre.engine.server.body import read_model, read_plain
+from sempre.engine.server.body import beside_the_loop, read_model, read_plain
 from sempre.engine.server.conversation import open_conversation
 from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.generation import Encoder, EventStream
 from sempre.engine.server.limits import check_sizes
 from sempre.engine.server.load import load_header
+from sempre.engine.server.requests import ChatCompletionRequest
 from sempre.engine.server.service import Service
 
 
@@ -27,8 +28,7 @@ async def create_response(service: Service, http: Request) -> Response:
     _refuse_references(http.state.body)
     request = await read_model(http, ResponsesRequest, service)
     with named_as(NAMES):
-        chat = chat_request(request)
-        check_sizes(chat)
+        chat = await beside_the_loop(http, service, lambda: _chat(request))
         conversation = await open_conversation(service, http, chat, "resp_")
     generation = conversation.generation
     with ExitStack() as stack:
@@ -43,6 +43,12 @@ async def create_response(service: Service, http: Request) -> Response:
         [output] = await generation.finished()
         body = await generation.encoded(lambda: answer.whole(output))
     return Response(body, headers=await load_header(service, http), media_type="application/json")
+
+
+def _chat(request: ResponsesRequest) -> ChatCompletionRequest:
+    chat = chat_request(request)
+    check_sizes(chat)
+    return chat
 
 
 def _refuse_references(body: Any) -> None:
