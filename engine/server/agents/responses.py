@@ -36,9 +36,8 @@ async def create_response(service: Service, http: Request) -> Response:
         answer = ResponsesAnswer(request, conversation)
         if request.stream:
             stack.pop_all()  # the stream closes it
-            return EventStream(
-                generation, answer.first_events(), Encoder(answer.events, None), answer.last_event, answer.failed_event
-            )
+            encoder = Encoder(answer.events, None)
+            return EventStream(generation, answer.first_events(), encoder, answer.last_event, answer.failed_event)
         generation.watch(http.receive)
         [output] = await generation.finished()
         body = await generation.encoded(lambda: answer.whole(output))
