@@ -28,8 +28,8 @@ import triton
 from sempre.kernels.activation import silu_and_mul
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
 from sempre.kernels.linear import GpuLinearWeight
-from sempre.kernels.linear.gpu import configure, operands, run_choice, run_fused_tile, run_tile
-from sempre.kernels.linear.gpu_table import FP8_REFERENCE, LIBRARY, REFERENCE, Tile
+from sempre.kernels.linear.gpu import configure, operands, run_choice, run_fused_tile
+from sempre.kernels.linear.gpu_table import FP8_REFERENCE, LIBRARY, REFERENCE, Choice, Tile, Warps
 
 # (K, N): qkv, o, gate_up, down, lm_head of an 8B and a 0.6B model
 SHAPES = ((4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096), (4096, 151936),
@@ -66,6 +66,8 @@ FP8_CANDIDATES = tuple(
         (128, 128, 128, 4, 4), (128, 128, 128, 8, 4), (256, 64, 128, 4, 3), (256, 128, 128, 8, 3),
     )
 )  # fmt: skip
+FP8_WARPS = (Warps(256, 128, 4), Warps(128, 128, 5))
+MOST_ROWS_OF_TILES = 64
 CACHE_OVERFLOW = 200 << 20
 
 
@@ -155,7 +157,7 @@ def measure(
             "weight_bytes": 2}  # fmt: skip
 
 
-def measure_fp8(depth: int, columns: int, rows: int, scheme: Fp8Scheme, tiles: list[Tile]) -> dict[str, Any]:
+def measure_fp8(depth: int, columns: int, rows: int, scheme: Fp8Scheme, choices: list[Choice]) -> dict[str, Any]:
     x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
     out = torch.empty(rows, columns, device="cuda", dtype=torch.bfloat16)
     plain = make(depth, columns, max(1, -(-CACHE_OVERFLOW // (2 * depth * columns))))
@@ -165,22 +167,22 @@ def measure_fp8(depth: int, columns: int, rows: int, scheme: Fp8Scheme, tiles: l
         quantized = quantize_channels(w.weight)
         weights.append(GpuLinearWeight(quantized.values, None, scale=quantized.scale, scheme=scheme))
 
-    def run(w: GpuLinearWeight, tile: Tile) -> torch.Tensor:
+    def run(w: GpuLinearWeight, choice: Choice) -> torch.Tensor:
         values, scales = operands(x, w)
-        return run_tile(values, w, out, tile, scales)
+        return run_choice(values, w, out, choice, scales)
 
     expected = run(weights[0], FP8_REFERENCE).clone()
     times: dict[str, float] = {}
     differ: list[str] = []
-    for tile in tiles:
+    for choice in choices:
         try:
-            found = run(weights[0], tile)
+            found = run(weights[0], choice)
         except (RuntimeError, ValueError, triton.runtime.errors.OutOfResources, triton.CompilationError) as error:
-            print(f"{tile}: {type(error).__name__}: {str(error)[:120]}", flush=True)
+            print(f"{choice}: {type(error).__name__}: {str(error)[:120]}", flush=True)
             continue
         if not torch.equal(found, expected):
-            differ.append(str(tile))
-        times[str(tile)] = microseconds(lambda w, t=tile: run(w, t), weights)
+            differ.append(str(choice))
+        times[str(choice)] = microseconds(lambda w, c=choice: run(w, c), weights)
     result = {"K": depth, "N": columns, "T": rows, "default": control, "times": times, "fused": {}, "differ": differ,
               "weight_bytes": 1}  # fmt: skip
     if scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
@@ -211,13 +213,15 @@ def report(result: dict[str, Any]) -> None:
 
 def measure_scheme(scheme: Fp8Scheme, shapes: list[tuple[int, ...]], row_counts: list[int]) -> None:
     configure()
-    candidates = FP8_CANDIDATES if scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS else CANDIDATES
+    both = scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS
     results = []
     for depth, columns in shapes:
         if columns > 100_000:
             continue  # the output matrix of a model stays in 16 bit
         for rows in row_counts:
-            results.append(measure_fp8(depth, columns, rows, scheme, fitting(candidates, rows)))
+            candidates: list[Choice] = [*fitting(FP8_CANDIDATES if both else CANDIDATES, rows)]
+            candidates.extend(FP8_WARPS if both and rows > MOST_ROWS_OF_TILES else ())
+            results.append(measure_fp8(depth, columns, rows, scheme, candidates))
             report(results[-1])
             torch.cuda.empty_cache()
     found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "scheme": scheme.value}

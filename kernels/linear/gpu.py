@@ -25,8 +25,9 @@ from sempre.kernels.activation import Activation
 from sempre.kernels.activation.gpu import activate_and_mul, activated
 from sempre.kernels.fp8 import Fp8Scheme, quantize_rows
 from sempre.kernels.gpu_jit import CHAINED, architecture, jit, wait_for_previous
+from sempre.kernels.linear.gpu_fp8 import run_warps
 from sempre.kernels.linear.gpu_leaves import MOST_SPLIT_ROWS, run_split
-from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Choice, Library, Tile, choose, choose_fused
+from sempre.kernels.linear.gpu_table import FLOAT32, PROMOTED, Choice, Library, Tile, Warps, choose, choose_fused
 from sempre.kernels.linear.gpu_tiles import accumulate, prefetch_rows, prefetched_lines, tree_sum
 from sempre.kernels.linear.weights import GpuLinearWeight
 
@@ -189,7 +190,13 @@ def run_library(x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor) -> torch
 def run_choice(
     x: torch.Tensor, w: GpuLinearWeight, out: torch.Tensor, choice: Choice, row_scales: torch.Tensor | None = None
 ) -> torch.Tensor:
-    return run_library(x, w, out) if isinstance(choice, Library) else run_tile(x, w, out, choice, row_scales)
+    """The linear layer by one given choice; arguments as of `run_tile`."""
+    if isinstance(choice, Library):
+        return run_library(x, w, out)
+    if isinstance(choice, Warps):
+        assert row_scales is not None
+        return run_warps(x, row_scales, w, out, choice)
+    return run_tile(x, w, out, choice, row_scales)
 
 
 def _choice(x: torch.Tensor, w: GpuLinearWeight) -> Choice:

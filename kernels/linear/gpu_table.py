@@ -38,7 +38,18 @@ class Library(NamedTuple):
         return self.name
 
 
-Choice = Tile | Library
+class Warps(NamedTuple):
+    """Programs of a producer warp and two consumer warpgroups (`gpu_fp8`), for tiles of `block_t` rows x `block_n`."""
+
+    block_t: int
+    block_n: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return f"warps-t{self.block_t}-n{self.block_n}-s{self.num_stages}"
+
+
+Choice = Tile | Library | Warps
 
 
 class Range(NamedTuple):
@@ -101,9 +112,16 @@ TABLES: dict[tuple[str, Fp8Scheme | None], tuple[Range, ...]] = {
         Range(32, ANY, ANY, Tile(32, 64, 256, 4, 4)),
         Range(64, ANY, ANY, Tile(64, 64, 128, 4, 5)),
         Range(256, ANY, ANY, Tile(128, 64, 128, 4, 4)),
-        Range(ANY, ANY, ANY, Tile(128, 128, 128, 8, 4)),
+        Range(ANY, ANY, ANY, Warps(256, 128, 4)),
     ),
 }
+
+# instead of `Warps` of 256 rows, where it leaves fewer multiprocessors without a tile at the end
+FEWER_ROWS = Warps(128, 128, 5)
+# multiprocessors of an H100 or H200, and the time of a row in tiles of 128 rows compared with 256, as measured
+MULTIPROCESSORS, FEWER_ROWS_COST = 132, 1.03
+# instead of `Warps`, where rows of the output do not begin at a multiple of 16 bytes, or K has leaves
+MANY_ROWS_FP8 = Tile(128, 128, 128, 8, 4)
 
 # linear layers fused with their activation: N counts the features of one half, which a program holds of each
 FUSED_TABLES: dict[str, tuple[Range, ...]] = {
@@ -171,6 +189,8 @@ def choose(arch: str, rows: int, w: GpuLinearWeight) -> Choice:
     for entry in TABLES.get((arch, w.scheme), ()):
         if rows <= entry.max_rows and w.out_features <= entry.max_out and w.in_features <= entry.max_in:
             choice = entry.choice
+            if isinstance(choice, Warps):
+                choice = _choose_warps(choice, rows, w)
             if w.leaves > 1 and (isinstance(choice, Library) or choice.block_t * choice.block_n > MOST_WAITING):
                 choice = MANY_ROWS_OF_LEAVES[w.scheme]
             if isinstance(choice, Library) and (
@@ -179,6 +199,19 @@ def choose(arch: str, rows: int, w: GpuLinearWeight) -> Choice:
                 choice = MANY_ROWS
             return reference if str(choice) in w.excluded else choice
     return reference
+
+
+def _choose_warps(warps: Warps, rows: int, w: GpuLinearWeight) -> Choice:
+    """`warps` or what replaces it."""
+    if _time(FEWER_ROWS, rows, w.out_features) * FEWER_ROWS_COST < _time(warps, rows, w.out_features):
+        warps = FEWER_ROWS
+    return MANY_ROWS_FP8 if w.leaves > 1 or w.out_features % 8 or str(warps) in w.excluded else warps
+
+
+def _time(warps: Warps, rows: int, columns: int) -> int:
+    """Rows of all tiles that the busiest multiprocessor computes."""
+    tiles = -(-rows // warps.block_t) * -(-columns // warps.block_n)
+    return -(-tiles // MULTIPROCESSORS) * warps.block_t
 
 
 def choices(arch: str, w: GpuLinearWeight, max_rows: int) -> dict[Choice, tuple[int, ...]]:
@@ -192,4 +225,7 @@ def choices(arch: str, w: GpuLinearWeight, max_rows: int) -> dict[Choice, tuple[
         found.setdefault(choose(arch, rows, w), []).append(rows)
     if LIBRARY in found:
         found.setdefault(MANY_ROWS, []).extend((found[LIBRARY][0], found[LIBRARY][-1]))
+    warps = [rows for choice, counts in found.items() if isinstance(choice, Warps) for rows in counts]
+    if warps:
+        found.setdefault(MANY_ROWS_FP8, []).extend((warps[0], warps[-1]))
     return {choice: tuple(counts) for choice, counts in found.items()}

@@ -105,6 +105,31 @@ def test_every_tile_of_the_table_agrees(depth: int, columns: int, dtype: torch.d
     assert disagreeing(w, dtype, max_rows=1024, out_dtype=torch.float32) == {}
 
 
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(("depth", "columns"), [(4096, 6144), (576, 960), (96, 24), (4112, 1000), (128, 8), (16, 136)])
+def test_warps_have_the_bits_of_the_reference_tile(
+    depth: int, columns: int, bias: bool, out_dtype: torch.dtype
+) -> None:
+    """Over rows and columns that end inside a tile, and steps of K that end inside 128."""
+    from sempre.kernels.linear import gpu
+    from sempre.kernels.linear.gpu_table import FP8_REFERENCE, Warps
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("programs of warpgroups are for compute capability 9.0")
+    x, w = _case(
+        depth, columns, 2500, Fp8Scheme.WEIGHTS_AND_ACTIVATIONS, torch.float16 if bias else torch.bfloat16, bias
+    )
+    for rows in (1, 63, 64, 65, 128, 200, 257, 1000, 2500):
+        values, scales = gpu.operands(x[-rows:].contiguous(), w)
+        out = [torch.full((rows + 1, columns), float("nan"), device="cuda", dtype=out_dtype) for _ in range(3)]
+        gpu.run_tile(values, w, out[0][:rows], FP8_REFERENCE, scales)
+        for warps, found in zip((Warps(256, 128, 4), Warps(128, 128, 5)), out[1:], strict=True):
+            gpu.run_choice(values, w, found[:rows], warps, scales)
+            assert torch.equal(found[:rows], out[0][:rows]), f"{rows} rows, {warps}"
+            assert found[rows].isnan().all(), "nothing is written past the last row"
+
+
 def test_control_a_tile_outside_the_fp8_tensor_cores_disagrees() -> None:
     """The comparison is able to fail: one warp computes in float16, whose sums are wider."""
     from sempre.kernels.linear import gpu
