@@ -154,7 +154,7 @@ SHORT_SPECULATION: dict[str, Any] = {
     "spec_model": Annotated[str | None, doc("speculative_config's model")],
     "spec_tokens": Annotated[int | None, doc("speculative_config's num_speculative_tokens")],
 }
-_DERIVED_FIELDS = ("model", "model_path")
+_DERIVED_FIELDS = ("model", "model_path", "weights_path")
 _PYTHON_ALONE = "served_model_name"
 """A keyword without a flag: the server has a setting of that name."""
 

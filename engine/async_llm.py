@@ -14,7 +14,14 @@ from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import AsyncEngineClient, launch_async
 from sempre.engine.client.engine_process import ended_by
 from sempre.engine.frontend.beam_search import BeamSearches, BeamSearchParams
-from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, limits_of, log_progress, worker_call
+from sempre.engine.frontend.frontend import (
+    Frontend,
+    call_results,
+    engine_metrics,
+    limits_of,
+    log_progress,
+    worker_call,
+)
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.pacing import Pace, Pacer
 from sempre.engine.frontend.progress import StartupNotice
@@ -22,13 +29,13 @@ from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import check_refused
 from sempre.engine.health import EngineHealth, answered_health, unhealthy
-from sempre.engine.lora_calls import AsyncLoraLLM
 from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream, StreamControl, check_prompt_logprobs
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.shared_task import SharedTask
 from sempre.engine.vllm_settings import refuse_values
+from sempre.engine.weight_calls import AsyncWeightsLLM
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import again
 from sempre.ipc.errors import EngineDeadError, ProtocolError
@@ -45,15 +52,17 @@ from sempre.ipc.messages import (
     OutputsReady,
     ResetPrefixCache,
     ResetPrefixCacheReply,
+    UpdateWeights,
+    UpdateWeightsReply,
 )
 
-Reply = TypeVar("Reply", CallWorkersReply, HealthReply, MetricsReply, ResetPrefixCacheReply)
+Reply = TypeVar("Reply", CallWorkersReply, HealthReply, MetricsReply, ResetPrefixCacheReply, UpdateWeightsReply)
 # Events handled before readers of outputs run: readers slower than the engine then get the tokens of several steps
 # at once, which costs little more than those of one step.
 _MOST_EVENTS_AT_ONCE = 8
 
 
-class AsyncLLM(AsyncLoraLLM):
+class AsyncLLM(AsyncWeightsLLM):
     """A model with its coordinator and workers, for one event loop.
 
         async with AsyncLLM("tiny") as engine:
@@ -311,13 +320,20 @@ class AsyncLLM(AsyncLoraLLM):
         states: list[RequestState] = []
         try:
             states += [self._frontend.processor.add(request, keeps_packed=packed) for request in requests]
-            self._pacer.start(requests, Pace.of(client.ready, self.config.data_parallel_size), client.send)
+            self._start_pacing(requests)
         except BaseException:
             self._drop([state.request_id for state in states])
             raise
         stream = OutputStream(states, StreamControl(lambda: self._drop(names), self._send), max_held_logprobs)
         self._streams.update(dict.fromkeys(names, stream))
         return stream
+
+    def _start_pacing(self, requests: Sequence[PreparedRequest]) -> None:
+        client = self._connected()
+        self._pacer.start(requests, Pace.of(client.ready, self.config.data_parallel_size), client.send)
+
+    async def _ask_for_weights(self, command: UpdateWeights) -> UpdateWeightsReply:
+        return await self._ask(command, command.call_id, UpdateWeightsReply)
 
     def _drop(self, request_ids: list[str]) -> None:
         """Forget requests and abort the unfinished ones."""
@@ -367,7 +383,7 @@ class AsyncLLM(AsyncLoraLLM):
                     client.send(AbortRequests(request_ids=processed.stopped_ids, finish_reason="stop"))
                 for state in processed.updated:
                     self._wake(state)
-            case CallWorkersReply() | HealthReply() | MetricsReply() | ResetPrefixCacheReply():
+            case CallWorkersReply() | HealthReply() | MetricsReply() | ResetPrefixCacheReply() | UpdateWeightsReply():
                 future = self._replies.get(event.call_id)
                 if future is not None and not future.done():
                     future.set_result(event)

@@ -20,14 +20,15 @@ from sempre.engine.frontend.frontend import (
     engine_metrics,
     log_progress,
     raise_failure,
+    updated_fingerprint,
     worker_call,
 )
+from sempre.engine.frontend.new_weights import NewWeights, Running
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.progress import GenerationProgress, StartupNotice, UseTqdm, search_progress
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import Session
-from sempre.engine.lora_calls import LoraLLM
 from sempre.engine.metrics import Metric
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput
 from sempre.engine.pooling import PoolingParams
@@ -35,6 +36,7 @@ from sempre.engine.pooling_calls import Prompts
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.engine.text.messages import ContentFormat
 from sempre.engine.vllm_settings import refuse_values
+from sempre.engine.weight_calls import WeightsLLM
 from sempre.ipc.errors import EngineDeadError
 from sempre.ipc.messages import (
     CallWorkersReply,
@@ -47,7 +49,7 @@ from sempre.ipc.messages import (
 Message = Mapping[str, Any]
 
 
-class LLM(LoraLLM):
+class LLM(WeightsLLM):
     """A model with its coordinator and workers.
 
     Keywords are the fields of `EngineConfig` and `FrontendConfig`. Close it with `shutdown` or `with`; it also
@@ -246,6 +248,14 @@ class LLM(LoraLLM):
         self._check_open()
         call_id = self._session.next_call_id()
         return self._session.ask(ResetPrefixCache(call_id=call_id), call_id, ResetPrefixCacheReply).done
+
+    def _replace_weights(self, weights: NewWeights, running: Running) -> None:
+        self._check_open()
+        try:
+            reply = self._session.update_weights(weights.path, restarts=running == "restart")
+            self._frontend.use_weights(weights, updated_fingerprint(reply))
+        finally:
+            self._session.begin_again()
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Return the number of workers in all replicas or in one."""

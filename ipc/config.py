@@ -6,9 +6,10 @@ They travel to the coordinator as JSON, and to the workers with the facts of the
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from sempre.ipc.errors import ConfigError
 
@@ -79,6 +80,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     model: Annotated[str, doc("name in the catalogue, folder, or hub id")]
     model_path: Annotated[str, doc("the local folder that `model` was resolved to")]
+    weights_path: Annotated[str | None, doc("folder of the weights in use; None is model_path")] = None
     seed: Annotated[
         int, Meta(ge=0), doc("the engine's seed: seeds workers, and requests without a seed of their own")
     ] = 0
@@ -163,6 +165,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.data_parallel_size * self.tensor_parallel_size
 
     @property
+    def weights_folder(self) -> str:
+        """The folder of the weights in use."""
+        return self.weights_path or self.model_path
+
+    @property
     def profile(self) -> NumericsProfile:
         """`numerics_profile`, resolved."""
         return self.numerics_profile or ("single" if self.tensor_parallel_size == 1 else "tree8")
@@ -191,6 +198,15 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """The folder of the draft model that a target's worker also runs, if any."""
         speculative = self.speculative_config
         return speculative.model_path if speculative is not None and speculative.placement == "colocated" else None
+
+
+C = TypeVar("C", bound=EngineConfig)
+
+
+def with_weights(config: C, folder: str) -> C:
+    """The settings with the weights of another folder, also in place of dummy ones."""
+    load_format = "auto" if config.load_format == "dummy" else config.load_format
+    return replace(config, weights_path=folder, load_format=load_format)
 
 
 class WorkerConfig(EngineConfig, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=False):

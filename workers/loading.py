@@ -270,7 +270,7 @@ def _open_source(
         name = config.dtype if config.dtype != "auto" else spec.checkpoint_dtype or "float32"
         yield DummySource(wanted, getattr(torch, name), config.seed, spec.initializer_range, device)
     else:
-        folder = Path(config.model_path)
+        folder = Path(config.weights_folder)
         integers = {name.removesuffix(CODES) for name in wanted if name.endswith(CODES)}
         kind = DroppedSafetensors if device.type == "cpu" else SafetensorsSource
         is_gguf = (folder / GGUF_INDEX_FILE).exists()

@@ -38,6 +38,7 @@ from sempre.workers.drafters.base import check_drafts
 from sempre.workers.drafters.model import DraftSteps, ModelDrafter
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.layers.linear_kernel import linear_kernel
+from sempre.workers.live_weights import weight_methods
 from sempre.workers.loading import live_digest, load_model
 from sempre.workers.model_length import fitted, max_model_len
 from sempre.workers.models.config import spec_digest
@@ -86,6 +87,7 @@ class Worker:
             "rng_digests": self._rng_digests,
             "self_test": self._self_test,
             **trace_methods(self._trace),
+            **weight_methods(self._require_loaded, lambda: self._require_backend().placement, self._take_weights),
             **adapter_methods(lambda: self._require_loaded().adapters),
         }
 
@@ -227,10 +229,11 @@ class Worker:
     def _method(self, command: CallMethod) -> Callable[..., object]:
         method = self._methods.get(command.method)
         if method is None:
-            near = get_close_matches(command.method, self._methods, n=1)
+            known = [name for name in self._methods if not name.startswith("_")]
+            near = get_close_matches(command.method, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"method: no worker method {command.method!r}.{hint} Known: {', '.join(self._methods)}.",
+                f"method: no worker method {command.method!r}.{hint} Known: {', '.join(known)}.",
                 parameter="method",
                 value=command.method,
             )
@@ -291,6 +294,9 @@ class Worker:
 
     def _self_test(self) -> dict[str, int]:
         return self._require_backend().self_test(self._require_loaded())
+
+    def _take_weights(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
 
     def _trace(self, token_ids: list[int]) -> list[TracedResult]:
         loaded = self._require_loaded()
@@ -372,6 +378,7 @@ def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | No
         config,
         role="draft",
         model_path=folder,
+        weights_path=None,
         speculative_config=None,
         quantization=None,
         numerics_profile="single",

@@ -22,16 +22,20 @@ from sempre.ipc.messages import (
     ResetPrefixCache,
     ResetPrefixCacheReply,
     ResumeRequests,
+    UpdateWeights,
+    UpdateWeightsReply,
 )
 
 # Requests are sent in frames of about this size, so that the first ones run while the last ones are sent.
 FRAME_BYTES = 1 << 20
 
-Call = CallWorkers | GetMetrics | ResetPrefixCache
-_ANSWERS: dict[type[ClientEvent], type[Call]] = {
+Call = CallWorkers | GetMetrics | ResetPrefixCache | UpdateWeights
+Reply = CallWorkersReply | MetricsReply | ResetPrefixCacheReply | UpdateWeightsReply
+_ANSWERS: dict[type[Reply], type[Call]] = {
     CallWorkersReply: CallWorkers,
     MetricsReply: GetMetrics,
     ResetPrefixCacheReply: ResetPrefixCache,
+    UpdateWeightsReply: UpdateWeights,
 }
 
 
@@ -70,7 +74,7 @@ class PendingRequests:
                 for request_id in request_ids:
                     if request_id in self._entries:
                         self._entries[request_id].is_paused = isinstance(command, PauseRequests)
-            case CallWorkers() | GetMetrics() | ResetPrefixCache():
+            case CallWorkers() | GetMetrics() | ResetPrefixCache() | UpdateWeights():
                 self._calls.append(command)
 
     def received(self, event: ClientEvent) -> None:
@@ -87,11 +91,15 @@ class PendingRequests:
                     entry.token_ids += delta.token_ids
                     if delta.prompt_logprobs is not None:
                         entry.num_prompt_logprobs += delta.prompt_logprobs.num_rows
-            case CallWorkersReply() | MetricsReply() | ResetPrefixCacheReply():
-                kind, call_id = _ANSWERS[type(event)], event.call_id
-                answered = next((c for c in self._calls if type(c) is kind and c.call_id == call_id), None)
+            case CallWorkersReply() | MetricsReply() | ResetPrefixCacheReply() | UpdateWeightsReply():
+                answered = self.call_of(event)
                 if answered is not None:
                     self._calls.remove(answered)
+
+    def call_of(self, reply: Reply) -> Call | None:
+        """The call that this answers."""
+        kind = _ANSWERS[type(reply)]
+        return next((call for call in self._calls if type(call) is kind and call.call_id == reply.call_id), None)
 
     def commands(self) -> Iterator[ClientCommand]:
         """Commands for another coordinator to continue where the last one ended."""

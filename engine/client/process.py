@@ -21,7 +21,7 @@ from sempre.engine.client.pending_requests import PendingRequests
 from sempre.engine.client.watch import HeartbeatMonitor, WorkerWatch
 from sempre.ipc.channel import PeerBase, PeerChannel
 from sempre.ipc.codec import FrameEncoder
-from sempre.ipc.config import EngineConfig
+from sempre.ipc.config import EngineConfig, with_weights
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import again
 from sempre.ipc.errors import (
@@ -44,6 +44,8 @@ from sempre.ipc.messages import (
     Heartbeat,
     ShutdownEngine,
     StartupProgress,
+    UpdateWeights,
+    UpdateWeightsReply,
     WorkerStateChanged,
 )
 
@@ -192,8 +194,17 @@ class ProcessClientBase(Generic[Channel]):
                 return None
             case None:
                 return None
+        if isinstance(event, UpdateWeightsReply) and event.error is None:
+            self._change_weights(event)
         self._pending.received(event)
         return event
+
+    def _change_weights(self, reply: UpdateWeightsReply) -> None:
+        """A successor begins with the new weights."""
+        command = self._pending.call_of(reply)
+        if isinstance(command, UpdateWeights):
+            self._config = with_weights(self._config, command.path)
+            self.ready = replace(self.ready, fingerprint=reply.fingerprint)
 
     def _follow(self, change: WorkerStateChanged) -> None:
         rank, pid = change.rank, change.pid

@@ -15,6 +15,7 @@ from sempre.engine.coordinator.draft_workers import DraftWorkers
 from sempre.engine.coordinator.metrics_report import Report, metrics_report
 from sempre.engine.coordinator.replica import Replica
 from sempre.engine.coordinator.startup import StartUp
+from sempre.engine.coordinator.weights_update import WeightsUpdate
 from sempre.engine.coordinator.worker_calls import WorkerCalls
 from sempre.engine.executor.base import Executor, draft_ranks
 from sempre.engine.scheduling import Limits, Scheduler
@@ -44,6 +45,8 @@ from sempre.ipc.messages import (
     ResumeRequests,
     StalledRequests,
     StepResult,
+    UpdateWeights,
+    UpdateWeightsReply,
     WorkerEvent,
     WorkerStateChanged,
 )
@@ -74,20 +77,28 @@ class EngineCore:
         self._next_look = 0.0
         self._look_every_s = min(_LOOK_S, config.step_timeout_s / 4)
         self._owners: dict[str, Replica] = {}
+        self._held: dict[str, RequestSpec] = {}
+        """requests that wait for new weights"""
         self._calls = WorkerCalls(executor)
+        self._weights = WeightsUpdate(executor, self._startup)
         self._drafts = DraftWorkers(config, executor) if draft_ranks(config) else None
         self.ready: EngineReady | None = None
 
     def has_unfinished(self) -> bool:
         """Whether an output or a reply is still pending."""
-        return any(replica.has_work for replica in self._replicas) or self._calls.pending()
+        return any(replica.has_work for replica in self._replicas) or (
+            self._calls.pending() or self._weights.is_pending
+        )
 
     def advance(self) -> list[ClientEvent]:
         """Send the next step to every replica with room for it; return events for the client. Raises WorkerDied."""
         now = time.monotonic()
         notices = [] if self._drafts is None else self._drafts.advance(now)
-        for replica in self._replicas:
-            replica.advance(now)
+        if self._weights.is_waiting and not any(r.num_unfinished or r.has_work for r in self._replicas):
+            self._weights.start()
+        if not self._weights.is_running:
+            for replica in self._replicas:
+                replica.advance(now)
         if now > self._next_look:
             self._next_look = now + self._look_every_s
             for watch in self._watches:
@@ -128,6 +139,7 @@ class EngineCore:
             del self._owners[delta.request_id]
         self._startup.forget(replica.ranks)
         events: list[ClientEvent] = [*self._calls.lose(replica.ranks, error), *_outputs([*failed])]
+        events += self._updated(self._weights.lose(replica.ranks, error))
         num_explained = self._config.max_request_crashes if failed else 0
         return LostWorker(replica.ranks, events, num_explained)
 
@@ -144,7 +156,7 @@ class EngineCore:
                 return [OutputsReady(outputs=outputs)] if outputs else []
             case CallMethodReply():
                 reply = self._calls.take(rank, event)
-                return [] if reply is None else [reply]
+                return self._updated(self._weights.take(rank, event)) if reply is None else [reply]
             case _:
                 return self._start_up(rank, event)
 
@@ -173,6 +185,9 @@ class EngineCore:
                 return []
             case ResetPrefixCache(call_id=call_id):
                 return [ResetPrefixCacheReply(call_id=call_id, done=self._reset_prefix_cache())]
+            case UpdateWeights():
+                refusal = self._weights.accept(command)
+                return [] if refusal is None else [refusal]
             case GetMetrics(call_id=call_id):
                 values = self._metrics()
                 return [MetricsReply(call_id=call_id, values=values)]
@@ -232,8 +247,19 @@ class EngineCore:
             return []
         replica.resume()
         self._calls.resume(replica.ranks)
+        updated = self._updated(self._weights.resume(replica.ranks))
         pids = self._startup.pids
-        return [WorkerStateChanged(rank=peer, state="ready", pid=pids[peer]) for peer in replica.ranks]
+        return [*(WorkerStateChanged(rank=peer, state="ready", pid=pids[peer]) for peer in replica.ranks), *updated]
+
+    def _updated(self, reply: UpdateWeightsReply | None) -> list[ClientEvent]:
+        """The end of an update, if it has ended: what is cached comes from the former weights."""
+        if reply is None:
+            return []
+        if reply.error is None:
+            for replica in self._replicas:
+                replica.reset_prefix_cache()
+        held, self._held = self._held, {}
+        return [reply, *_outputs([self._add(spec) for spec in held.values()])]
 
     def _scheduler(self, ready: EngineReady) -> Scheduler:
         config = self._config
@@ -270,6 +296,10 @@ class EngineCore:
 
         A replica without workers is the last choice.
         """
+        if self._weights.is_pending:
+            # it will begin with the new weights
+            self._held[spec.request_id] = spec
+            return None
         replica = min(self._replicas, key=lambda candidate: (not candidate.has_workers, candidate.load))
         try:
             self._refuse_known(spec)
@@ -280,7 +310,7 @@ class EngineCore:
         return None
 
     def _refuse_known(self, spec: RequestSpec) -> None:
-        if spec.request_id in self._owners:
+        if spec.request_id in self._owners or spec.request_id in self._held:
             raise RequestError(
                 f"request id {spec.request_id!r} is in use by an unfinished request",
                 parameter="request_id",
@@ -289,6 +319,8 @@ class EngineCore:
             )
 
     def _abort(self, request_id: str, finish_reason: str) -> RequestOutputDelta | None:
+        if self._held.pop(request_id, None) is not None:
+            return RequestOutputDelta(request_id=request_id, finish_reason=finish_reason)
         replica = self._owners.pop(request_id, None)
         return None if replica is None else replica.abort(request_id, finish_reason)
 

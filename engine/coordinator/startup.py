@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from sempre.engine.executor.base import Executor, draft_ranks, worker_config, worker_name
 from sempre.engine.executor.threads import threads_per_worker
 from sempre.engine.seeding import compare_digests, compare_with_former
-from sempre.ipc.config import EngineConfig
+from sempre.ipc.config import EngineConfig, with_weights
 from sempre.ipc.errors import ConfigError, StartupError
 from sempre.ipc.messages import (
     EngineReady,
@@ -122,6 +122,17 @@ class StartUp:
                 raise AssertionError(f"{type(event).__name__} during the restart of worker {rank}")
         return False
 
+    def change_weights(self, folder: str, digest: str) -> None:
+        """All workers, and the successors of those that die, have the weights of this folder from now on."""
+        self._config = with_weights(self._config, folder)
+        for rank, loaded in self._loaded.items():
+            self._loaded[rank] = replace(loaded, fingerprint=loaded.fingerprint | {"weights": digest})
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Of the workers, once they are ready."""
+        return self._first.fingerprint | self._warm[self._ranks.start].fingerprint
+
     @property
     def max_steps_in_flight(self) -> int:
         """How many steps a worker accepts before it has answered the first one."""
@@ -210,7 +221,7 @@ class StartUp:
             num_blocks=self._num_blocks,
             block_size=first.block_size,
             world_size=len(self._ranks),
-            fingerprint=first.fingerprint | self._warm[self._ranks.start].fingerprint,
+            fingerprint=self.fingerprint,
             phase_seconds=self._phase_seconds,
             worker_pids=[self.pids[rank] for rank in self._ranks],
             max_num_batched_tokens=first.max_num_batched_tokens,

@@ -81,6 +81,7 @@ def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerCo
         settings |= {
             "role": "draft",
             "model_path": speculative.model_path,
+            "weights_path": None,
             "tensor_parallel_size": 1,
             "numerics_profile": "single",
             "quantization": None,

@@ -16,6 +16,7 @@ from sempre.engine.adapters import Adapter, Adapters
 from sempre.engine.arguments import Arguments
 from sempre.engine.fingerprint import fingerprint_bits, fingerprint_digest, fingerprint_environment
 from sempre.engine.frontend.limits import RequestLimits
+from sempre.engine.frontend.new_weights import NewWeights
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
 from sempre.engine.frontend.pooling import pair_messages
 from sempre.engine.frontend.prompts import TokensPrompt
@@ -29,10 +30,19 @@ from sempre.engine.text.absent_tokenizer import AbsentTokenizer
 from sempre.engine.text.messages import ContentFormat
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.codec import UNSEQUENCED, FrameEncoder
+from sempre.ipc.config import with_weights
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, ModelError, RecordError, RequestCrashed, RequestError, SempreError
 from sempre.ipc.log_lines import plain
-from sempre.ipc.messages import CallWorkers, CallWorkersReply, EngineReady, MetricsReply, PoolingModel, StartupProgress
+from sempre.ipc.messages import (
+    CallWorkers,
+    CallWorkersReply,
+    EngineReady,
+    MetricsReply,
+    PoolingModel,
+    StartupProgress,
+    UpdateWeightsReply,
+)
 from sempre.ipc.model_files import read_json_object, read_text
 
 logger = logging.getLogger(__name__)
@@ -87,6 +97,7 @@ class Frontend:
         self._chat_template = None if given is None else _template_text(given)
         self.bits: dict[str, str] = {}
         self.environment: dict[str, str] = {}
+        self._weights: NewWeights | None = None
         self.adapters = Adapters(are_served=self.config.enable_lora)
         self._unread = UnreadVariables()
 
@@ -105,16 +116,28 @@ class Frontend:
             pooling=ready.pooling,
         )
         self.pooling = ready.pooling
-        self.bits = fingerprint_bits(ready.fingerprint)
-        self.environment = fingerprint_environment(ready.fingerprint)
-        self.fingerprint = fingerprint_digest(self.bits)
-        self.recorder.connect(self.bits, self.environment, self.fingerprint)
+        self._take_fingerprint(ready.fingerprint)
         self.processor = OutputProcessor(
             self.tokenizer, self.fingerprint_with, self._options.stream_interval, self.recorder
         )
         self.builder = RequestBuilder(
             self.tokenizer, limits, self.processor.is_in_use, records_all=self.recorder.records_all
         )
+
+    def _take_fingerprint(self, parts: Mapping[str, str]) -> None:
+        self.bits = fingerprint_bits(parts)
+        self.environment = fingerprint_environment(parts)
+        self.fingerprint = fingerprint_digest(self.bits)
+        self.recorder.connect(self.bits, self.environment, self.fingerprint, Path(self.config.weights_folder))
+
+    def use_weights(self, weights: NewWeights, parts: Mapping[str, str]) -> None:
+        """The workers have new weights, and this fingerprint; all unfinished requests begin with them."""
+        former, self._weights = self._weights, weights
+        self.config = with_weights(self.config, weights.path)
+        self._take_fingerprint(parts)
+        self.processor.rename()
+        if former is not None:
+            former.remove()
 
     def fingerprint_with(self, adapter: Adapter | None) -> str:
         """Return the fingerprint of outputs with this adapter; None: the model itself."""
@@ -264,6 +287,13 @@ def call_results(reply: CallWorkersReply, method: str) -> list[object]:
     raise error
 
 
+def updated_fingerprint(reply: UpdateWeightsReply) -> dict[str, str]:
+    """Return the fingerprint with the new weights. Raises the error of workers that refused them."""
+    if reply.error is None:
+        return reply.fingerprint
+    raise restore(reply.error) or RequestError(f"update_weights: {reply.error.type}: {reply.error.message}")
+
+
 def raise_failure(state: RequestState) -> None:
     """Raise RequestError if a sequence of the request failed while it ran; RequestCrashed if its worker died, too;
     RecordError if its receipt could not be written."""
@@ -301,6 +331,10 @@ def _checked_method(method: object) -> str:
             "another process.",
             parameter="method",
             value=method,
+        )
+    if method.startswith("_"):
+        raise RequestError(
+            f"method must be a public method of a worker, got {method!r}.", parameter="method", value=method
         )
     return method
 

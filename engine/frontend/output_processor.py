@@ -37,20 +37,26 @@ class RequestState:
         keeps_packed: bool = False,
     ) -> None:
         """`keeps_packed`: log-probabilities are given as `PackedRows`."""
-        params = request.params
+        self.request = request
+        self.request_id = request.request_id
+        self._tokenizer = tokenizer
+        self._interval = max(stream_interval, request.params.stream_interval or 1)
+        self._keeps_packed = keeps_packed
+        self.begin(fingerprint)
+
+    def begin(self, fingerprint: str) -> None:
+        """Nothing has been generated yet, with the weights of this fingerprint."""
+        request, tokenizer, params = self.request, self._tokenizer, self.request.params
         texts = tokenizer if _has_text(request, tokenizer) else None
 
         empty: Callable[[], PackedRows | FlatLogprobs | list[dict[int, Logprob]]]
         empty = FlatLogprobs if params.flat_logprobs else list
-        if keeps_packed:
+        if self._keeps_packed:
             empty = partial(PackedRows, texts)
 
         def rows() -> RowBuffer:
             return RowBuffer(texts, empty)
 
-        self.request = request
-        self.request_id = request.request_id
-        interval = max(stream_interval, params.stream_interval or 1)
         self.sequences = [
             SequenceState(
                 i,
@@ -58,7 +64,7 @@ class RequestState:
                 params,
                 _detokenizer(request, tokenizer),
                 rows() if params.reports_logprobs else None,
-                interval,
+                self._interval,
             )
             for i, seed in enumerate(request.seeds)
         ]
@@ -70,7 +76,7 @@ class RequestState:
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self._num_running = len(self.sequences)
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._prompt_logprobs_taken = False
         self.holds_rows = params.reports_logprobs or params.prompt_logprobs is not None
         """log-probabilities may pile up"""
@@ -127,7 +133,7 @@ class RequestState:
             finished=self.finished,
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
-            fingerprint=self._fingerprint,
+            fingerprint=self.fingerprint,
             lora_request=None if self.request.adapter is None else self.request.adapter.request,
             pooled=self.sequences[0].pooled,
         )
@@ -215,13 +221,40 @@ class OutputProcessor:
             self._stream_interval,
             keeps_packed=keeps_packed,
         )
-        self._requests[request.request_id] = state
-        for spec, sequence in zip(request.sequences, state.sequences, strict=True):
-            self._sequences[spec.request_id] = (state, sequence)
+        self._track(state)
         first = request.sequences[0]
         if first.pooling is None:
             self.sizes.begun(len(first.prompt_token_ids), len(request.sequences), first.params.max_tokens)
         return state
+
+    def _track(self, state: RequestState) -> None:
+        self._requests[state.request_id] = state
+        for spec, sequence in zip(state.request.sequences, state.sequences, strict=True):
+            self._sequences[spec.request_id] = (state, sequence)
+
+    def withdraw(self) -> tuple[list[RequestState], list[str]]:
+        """Take all unfinished requests back, to `begin_again`; also return the ids of their unfinished sequences, which
+        the coordinator must abort. Raises RequestError, and changes nothing, if one is a stream of deltas."""
+        states = list(self._requests.values())
+        for state in states:
+            if state.gives_deltas:
+                raise RequestError(
+                    f"running='restart': request {state.request_id} is a stream of deltas, which cannot be taken back.",
+                    parameter="running",
+                    request_id=state.request_id,
+                )
+        return states, self.forget([state.request_id for state in states])
+
+    def begin_again(self, states: Iterable[RequestState]) -> None:
+        """Track requests that were taken back, from their beginning."""
+        for state in states:
+            state.begin(self._fingerprint(state.request.adapter))
+            self._track(state)
+
+    def rename(self) -> None:
+        """Unfinished requests, of which nothing has been generated, have the current fingerprint."""
+        for state in self._requests.values():
+            state.fingerprint = self._fingerprint(state.request.adapter)
 
     def process(self, deltas: Iterable[RequestOutputDelta]) -> Processed:
         """Apply deltas in order. Late deltas of aborted sequences are dropped."""

@@ -78,6 +78,13 @@ class Pacer:
                 touched[call] = None
         self._send_more(touched)
 
+    def send_all(self) -> None:
+        """Send all sequences that wait, whether or not there is room for them."""
+        calls = dict.fromkeys(self._calls.values())
+        self._calls.clear()
+        for call in calls:
+            call.send_all()
+
     def _send_more(self, calls: Iterable[_Call]) -> None:
         for call in calls:
             call.send_more()
@@ -115,6 +122,12 @@ class _Call:
         self.begun(name)
         self._sent.pop(name, None)
         self.held.pop(name, None)
+
+    def send_all(self) -> None:
+        """Send all sequences that were not sent."""
+        held, self.held = self.held, {}
+        for frame in frames(spec for spec, _ in held.values()):
+            self._send(AddRequests(requests=frame))
 
     def send_more(self) -> None:
         """Send as many sequences as there is room for, in order."""

@@ -29,11 +29,13 @@ from sempre.ipc.messages import (
     Refused,
     RequestSpec,
     ResetPrefixCacheReply,
+    UpdateWeights,
+    UpdateWeightsReply,
 )
 
 logger = logging.getLogger(__name__)
 
-Reply = TypeVar("Reply", CallWorkersReply, MetricsReply, ResetPrefixCacheReply)
+Reply = TypeVar("Reply", CallWorkersReply, MetricsReply, ResetPrefixCacheReply, UpdateWeightsReply)
 
 
 class Session:
@@ -43,6 +45,7 @@ class Session:
         self._client = client
         self._processor = processor
         self._call_ids = count()
+        self._withdrawn: list[RequestState] = []
         # Reentrant: a stream may be read inside any other call.
         self._in_use = threading.RLock()
 
@@ -95,6 +98,25 @@ class Session:
             sequence_ids = self._processor.forget(request.request_id for request in requests)
             if sequence_ids and not isinstance(because, EngineDeadError):
                 self._client.send(AbortRequests(request_ids=sequence_ids))
+
+    def update_weights(self, path: str, *, restarts: bool) -> UpdateWeightsReply:
+        """Give the workers these weights, once the unfinished requests have ended or, if it `restarts` them, at once;
+        `begin_again` must follow then."""
+        command = UpdateWeights(call_id=self.next_call_id(), path=path)
+        with self.exclusive(), held():
+            if restarts:
+                self._withdrawn, sequence_ids = self._processor.withdraw()
+                if sequence_ids:
+                    self._client.send(AbortRequests(request_ids=sequence_ids))
+            return self._ask(command, command.call_id, UpdateWeightsReply, None)
+
+    def begin_again(self) -> None:
+        """Send the requests again that an update of weights restarts."""
+        withdrawn, self._withdrawn = self._withdrawn, []
+        self._processor.begin_again(withdrawn)
+        for frame in frames_of(state.request for state in withdrawn):
+            with held():
+                self._client.send(AddRequests(requests=frame))
 
     def _ask(self, command: ClientCommand, call_id: int, kind: type[Reply], timeout_s: float | None) -> Reply:
         deadline = Deadline(timeout_s)

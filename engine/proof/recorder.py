@@ -102,6 +102,7 @@ class Recorder:
         """Load the key, and check the folder. Raises ConfigError for the key, RecordError for the folder."""
         self._config, self._options = arguments
         self._structured_outputs = structured_outputs
+        self._weights_folder = Path(self._config.weights_folder)
         folder, key = self._options.record, self._options.record_key
         self._signer: Signer | None = None if key is None else load_signer(Path(key).expanduser())
         self._log = ReceiptLog(Path(folder).expanduser() if isinstance(folder, str) else None)
@@ -109,9 +110,14 @@ class Recorder:
         self._environment: dict[str, str] = {}
         self._fingerprint = ""
 
-    def connect(self, bits: dict[str, str], environment: dict[str, str], fingerprint: str) -> None:
-        """Set the fingerprint of the engine, which is now ready."""
+    def connect(
+        self, bits: dict[str, str], environment: dict[str, str], fingerprint: str, weights_folder: Path
+    ) -> None:
+        """Set the fingerprint of the engine, which is ready, with the weights of this folder."""
         self._bits, self._environment, self._fingerprint = bits, environment, fingerprint
+        if weights_folder != self._weights_folder:
+            self._weights_folder = weights_folder
+            self.__dict__.pop("_dependencies", None)
 
     @property
     def records_all(self) -> bool:
@@ -191,8 +197,8 @@ class Recorder:
     @cached_property
     def _dependencies(self) -> list[Resource]:
         found = []
-        if self._config.load_format != "dummy":
-            found.append(Resource("weights", Digest(manifest_digest(Path(self._config.model_path)))))
+        if self._config.load_format != "dummy" or self._weights_folder != Path(self._config.model_path):
+            found.append(Resource("weights", Digest(manifest_digest(self._weights_folder))))
         tokenizer = Path(self._options.tokenizer or self._config.model_path) / "tokenizer.json"
         if tokenizer.is_file() and not self._options.skip_tokenizer_init:
             found.append(Resource("tokenizer", Digest(file_digest(tokenizer).hex())))

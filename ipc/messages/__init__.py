@@ -31,6 +31,8 @@ from sempre.ipc.messages.client import (
     ShutdownEngine,
     StalledRequests,
     StartupProgress,
+    UpdateWeights,
+    UpdateWeightsReply,
     WorkerHealth,
     WorkerState,
     WorkerStateChanged,

@@ -99,6 +99,13 @@ class ResetPrefixCache(Message, frozen=True, kw_only=True):
     call_id: NonNegative
 
 
+class UpdateWeights(Message, frozen=True, kw_only=True):
+    """Replace the model's weights by those in a folder, while no request is unfinished; all workers do, or none."""
+
+    call_id: NonNegative
+    path: str
+
+
 class GetMetrics(Message, frozen=True, kw_only=True):
     call_id: NonNegative
 
@@ -120,6 +127,7 @@ ClientCommand = (
     | FramesRead
     | CallWorkers
     | ResetPrefixCache
+    | UpdateWeights
     | GetMetrics
     | GetHealth
     | ShutdownEngine
@@ -196,6 +204,14 @@ class ResetPrefixCacheReply(Message, frozen=True, kw_only=True):
     done: bool
 
 
+class UpdateWeightsReply(Message, frozen=True, kw_only=True):
+    """The fingerprint with the new weights; or the error, and the weights are the old ones."""
+
+    call_id: NonNegative
+    fingerprint: dict[str, str] = {}
+    error: ErrorInfo | None = None
+
+
 class MetricsReply(Message, frozen=True, kw_only=True):
     """Counters and gauges by name; lists are per-replica values, objects values by part."""
 
@@ -261,6 +277,7 @@ ClientEvent = (
     | OutputsReady
     | CallWorkersReply
     | ResetPrefixCacheReply
+    | UpdateWeightsReply
     | MetricsReply
     | HealthReply
     | WorkerStateChanged
