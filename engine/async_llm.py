@@ -23,7 +23,7 @@ from sempre.engine.frontend.frontend import (
     worker_call,
 )
 from sempre.engine.frontend.output_processor import RequestState
-from sempre.engine.frontend.pacing import Pace, Pacer
+from sempre.engine.frontend.pacing import Pacer
 from sempre.engine.frontend.progress import StartupNotice
 from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.frontend.request_builder import PreparedRequest
@@ -52,7 +52,6 @@ from sempre.ipc.messages import (
     OutputsReady,
     ResetPrefixCache,
     ResetPrefixCacheReply,
-    UpdateWeights,
     UpdateWeightsReply,
 )
 
@@ -261,10 +260,7 @@ class AsyncLLM(AsyncWeightsLLM):
         (await self.health(timeout_s)).check()
 
     def check_form(self, params: SamplingParams) -> None:
-        """Check the structured output of `params` here, in any thread, so that `stream` need not.
-
-        Raises RequestError if it is invalid.
-        """
+        """Check the structured output of `params` here, in any thread. Raises RequestError."""
         self._frontend.builder.check_form(params)
 
     @property
@@ -328,13 +324,6 @@ class AsyncLLM(AsyncWeightsLLM):
         self._streams.update(dict.fromkeys(names, stream))
         return stream
 
-    def _start_pacing(self, requests: Sequence[PreparedRequest]) -> None:
-        client = self._connected()
-        self._pacer.start(requests, Pace.of(client.ready, self.config.data_parallel_size), client.send)
-
-    async def _ask_for_weights(self, command: UpdateWeights) -> UpdateWeightsReply:
-        return await self._ask(command, command.call_id, UpdateWeightsReply)
-
     def _drop(self, request_ids: list[str]) -> None:
         """Forget requests and abort the unfinished ones."""
         for name in request_ids:
@@ -345,7 +334,6 @@ class AsyncLLM(AsyncWeightsLLM):
             self._send(AbortRequests(request_ids=sequence_ids))
 
     def _send(self, command: ClientCommand) -> None:
-        """Send a command, unless the engine has ended."""
         if self._client is not None and self._failure is None:
             self._client.send(command)
 

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from os import PathLike
 
+from sempre.engine.client import AsyncEngineClient
 from sempre.engine.frontend.frontend import updated_fingerprint
 from sempre.engine.frontend.new_weights import (
     NamedTensors,
@@ -17,7 +18,7 @@ from sempre.engine.frontend.new_weights import (
     weights_of_tensors,
 )
 from sempre.engine.frontend.output_processor import RequestState
-from sempre.engine.frontend.pacing import Pacer
+from sempre.engine.frontend.pacing import Pace, Pacer
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.lora_calls import AsyncLoraLLM, LoraLLM
 from sempre.engine.output_stream import OutputStream
@@ -63,16 +64,22 @@ class AsyncWeightsLLM(AsyncLoraLLM):
     _call_ids: Iterator[int]
 
     @abstractmethod
-    async def _ask_for_weights(self, command: UpdateWeights) -> UpdateWeightsReply:
-        """Send it, and wait for the reply."""
+    async def _ask(self, command: ClientCommand, call_id: int, kind: type[UpdateWeightsReply]) -> UpdateWeightsReply:
+        """Send a command, and wait for its reply."""
+
+    @abstractmethod
+    def _connected(self) -> AsyncEngineClient:
+        """The client of the running engine. Raises EngineDeadError."""
 
     @abstractmethod
     def _send(self, command: ClientCommand) -> None:
         """Send a command, unless the engine has ended."""
 
-    @abstractmethod
     def _start_pacing(self, requests: Sequence[PreparedRequest]) -> None:
         """Send requests, as many as there is room for."""
+        client = self._connected()
+        pace = Pace.of(client.ready, self._frontend.config.data_parallel_size)
+        self._pacer.start(requests, pace, client.send)
 
     async def load_weights(self, path: str | PathLike[str], *, running: Running = "finish") -> None:
         """Replace the model's weights by those of a folder, like `LLM.load_weights`; requests that come meanwhile wait
@@ -103,7 +110,8 @@ class AsyncWeightsLLM(AsyncLoraLLM):
         # what came before gets the old weights, also where it waits here
         self._pacer.send_all()
         try:
-            reply = await self._ask_for_weights(UpdateWeights(call_id=next(self._call_ids), path=weights.path))
+            command = UpdateWeights(call_id=next(self._call_ids), path=weights.path)
+            reply = await self._ask(command, command.call_id, UpdateWeightsReply)
             self._frontend.use_weights(weights, updated_fingerprint(reply))
         finally:
             # a stream may have been closed meanwhile

@@ -80,6 +80,8 @@ class WeightsUpdate:
             return None
         if not self._commits:
             return self._fail(death)
+        # a successor has nothing to commit
+        self._replies |= {rank: CallMethodReply(rank=rank, call_id=self._call_id) for rank in self._lost}
         return self._progress()
 
     def resume(self, ranks: Iterable[int]) -> UpdateWeightsReply | None:

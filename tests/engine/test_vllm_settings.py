@@ -380,7 +380,7 @@ NEUTRAL_NONE = [
     (config, field.name)
     for config in (EngineConfig, FrontendConfig)
     for field in msgspec.structs.fields(config)
-    if field.name not in ("model", "model_path", "seed")
+    if field.name not in ("model", "model_path", "weights_path", "seed")
 ]
 
 

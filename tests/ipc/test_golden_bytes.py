@@ -31,6 +31,7 @@ EXAMPLES: list[m.Message] = [
     m.FramesRead(sequence=300),
     m.CallWorkers(call_id=1, method="ping", args=[1], kwargs={"k": None}),
     m.ResetPrefixCache(call_id=1),
+    m.UpdateWeights(call_id=1, path="/w"),
     m.GetMetrics(call_id=1),
     m.GetHealth(call_id=1),
     m.ShutdownEngine(),
@@ -52,6 +53,7 @@ EXAMPLES: list[m.Message] = [
     m.OutputsReady(outputs=[DELTA]),
     m.CallWorkersReply(call_id=1, results=["pong"]),
     m.ResetPrefixCacheReply(call_id=1, done=True),
+    m.UpdateWeightsReply(call_id=1, fingerprint={"a": "b"}),
     m.MetricsReply(call_id=1, values={"a": 1.0, "b": [1.0], "c": {"d": 1.0}}),
     m.HealthReply(
         call_id=1,
@@ -125,6 +127,8 @@ GOLDEN = {
         700500c0c0c0
     """,
     "CallWorkersReply": "94b043616c6c576f726b6572735265706c790191a4706f6e67c0",
+    "UpdateWeights": "93ad5570646174655765696768747301a22f77",
+    "UpdateWeightsReply": "94b2557064617465576569676874735265706c790181a161a162c0",
     "ResetPrefixCacheReply": "93b5526573657450726566697843616368655265706c7901c3",
     "MetricsReply": """
         93ac4d6574726963735265706c790183a161cb3ff0000000000000a16291cb3ff0000000000000a16381a164cb3ff000
