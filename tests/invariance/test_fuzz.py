@@ -1,185 +1,91 @@
-"""Random lives of an engine: requests arrive, wait beside others, are aborted, paused, preempted, drafted for.
+"""Random lives of an engine: requests arrive, wait beside others, are aborted, paused, preempted, drafted for, adapted,
+quantised and shared between processes, and processes are killed. See `lives` for what must hold.
 
-Whatever happened before and beside it, every finished request must equal the same request alone in a fresh engine, bit
-for bit, and may only reuse cached blocks of its own salt. A failure is shrunk to a short sequence of calls. The plain
-run is the same each time; SEMPRE_FUZZ_SECONDS=3600 looks for new ones that long, each printed so that it can be kept as
-a case of its own.
+The plain run draws the same lives each time. SEMPRE_FUZZ_SECONDS=3600 looks for new ones that long. A life that fails
+is shrunk and kept in `lives/`, where every later run lives it again: commit it with what mends it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from typing import Any, ClassVar
+from pathlib import Path
 
-import msgspec
 import pytest
-from hypothesis import HealthCheck, Phase, seed, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from workload import KV_BLOCK_BYTES, launch_inproc, make_requests, run_alone
-
-from sempre.engine.client.inproc import InprocClient
-from sempre.engine.harness import Generation, compare_generations
-from sempre.engine.harness.generation import apply_delta
-from sempre.ipc.messages import (
-    AbortRequests,
-    AddRequests,
-    GetMetrics,
-    MetricsReply,
-    OutputsReady,
-    PauseRequests,
-    ResetPrefixCache,
-    ResumeRequests,
-)
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from lives import Life, lives, run, shrunk
 
 SECONDS = float(os.environ.get("SEMPRE_FUZZ_SECONDS", "0"))
-EXAMPLES = settings(
-    max_examples=20,
-    stateful_step_count=14,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-TEMPLATES = make_requests()
-SPECULATION: list[dict[str, Any] | None] = [
-    None,
-    {"method": "ngram", "num_speculative_tokens": 3, "adaptive": False},
-    {"method": "suffix", "num_speculative_tokens": 4},
-]
-ENGINES = st.fixed_dictionaries(
-    {
-        "max_num_seqs": st.sampled_from([1, 2, 3, 8]),
-        "max_num_batched_tokens": st.sampled_from([16, 33, 64, 256]),
-        # 34 blocks hold the longest request alone, so that others are preempted; that is drawn more often
-        "kv_cache_memory_bytes": st.sampled_from([34 * KV_BLOCK_BYTES, 34 * KV_BLOCK_BYTES, 400 * KV_BLOCK_BYTES]),
-        "enable_prefix_caching": st.booleans(),
-        "speculative_config": st.sampled_from(SPECULATION),
-    }
+# each is a life, which takes a second or a few
+NUM_TRIES = 500 if SECONDS else 50
+FOLDER = Path(__file__).parent / "lives"
+# how many lives of each kind are drawn
+NUM_LIVES = {"plain": 8, "drafts": 6, "adapters": 5, "formats": 5, "processes": 3}
+# failing lives are shrunk by `shrunk`, which stops after a number of tries
+DRAWN = settings(
+    deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 
 
-class EngineLife(RuleBasedStateMachine):
-    """What happens to one engine."""
+def look(kind: str, folder: Path = FOLDER, number: int | None = None) -> None:
+    """Run random lives; keep the smallest form of one that fails. `number`: others than those of the plain run."""
+    failed: list[Life] = []
 
-    numerics: ClassVar[str] = "invariant"
-
-    @initialize(engine=ENGINES)
-    def start(self, engine: dict[str, Any]) -> None:
-        self.client: InprocClient = launch_inproc(numerics=self.numerics, **engine)
-        self.template_of: dict[str, int] = {}
-        self.results: dict[str, Generation] = {}
-        self.running: dict[str, None] = {}
-        self.paused: dict[str, None] = {}
-        self.salts: set[str | None] = set()
-        self.first_of_salt: set[str] = set()
-
-    @rule(
-        templates=st.lists(st.integers(0, len(TEMPLATES) - 1), min_size=1, max_size=6),
-        salt=st.sampled_from([None, "a", "b"]),
-    )
-    def ask(self, templates: list[int], salt: str | None) -> None:
-        """Some requests arrive together."""
-        requests = []
-        for template in templates:
-            name = str(len(self.template_of))
-            changes: dict[str, Any] = {"request_id": name, "ordinal": len(self.template_of), "cache_salt": salt}
-            requests.append(msgspec.structs.replace(TEMPLATES[template], **changes))
-            self.template_of[name], self.results[name], self.running[name] = template, Generation(name), None
-        if salt not in self.salts:
-            self.salts.add(salt)
-            self.first_of_salt.add(requests[0].request_id)
-        self.client.send(AddRequests(requests=requests))
-
-    @rule(events=st.integers(1, 12))
-    def compute(self, events: int) -> None:
-        for _ in range(events):
-            if not self.running.keys() - self.paused.keys():
-                return
-            self.receive()
-
-    @precondition(lambda self: self.running)
-    @rule(place=st.integers(0, 7))
-    def abort(self, place: int) -> None:
-        name = list(self.running)[place % len(self.running)]
-        self.client.send(AbortRequests(request_ids=[name]))
-        del self.running[name], self.results[name]
-        self.paused.pop(name, None)
-
-    @precondition(lambda self: self.running)
-    @rule(place=st.integers(0, 7))
-    def pause(self, place: int) -> None:
-        name = list(self.running)[place % len(self.running)]
-        self.client.send(PauseRequests(request_ids=[name]))
-        self.paused[name] = None
-
-    @precondition(lambda self: self.paused)
-    @rule()
-    def resume(self) -> None:
-        self.client.send(ResumeRequests(request_ids=list(self.paused)))
-        self.paused.clear()
-
-    @rule()
-    def reset_prefix_cache(self) -> None:
-        self.client.send(ResetPrefixCache(call_id=len(self.template_of)))
-
-    def receive(self) -> None:
-        event = self.client.receive(0.0)
-        if not isinstance(event, OutputsReady):
-            return
-        for delta in event.outputs:
-            if delta.request_id in self.running:
-                apply_delta(self.results[delta.request_id], delta)
-                if delta.finish_reason is not None:
-                    del self.running[delta.request_id]
-                    self.paused.pop(delta.request_id, None)
-
-    def teardown(self) -> None:
-        if not hasattr(self, "client"):
-            return
+    def run_and_note(life: Life) -> None:
         try:
-            if self.paused:
-                self.resume()
-            while self.running:
-                self.receive()
-            was_preempted = self.num_preemptions() > 0
-        finally:
-            self.client.close()
-        for name, found in self.results.items():
-            expected = run_alone(self.numerics)[self.template_of[name]]
-            comparison = compare_generations([expected], [found])
-            assert comparison.equal, comparison.first_difference
-            # a request that comes back after a preemption may find its own blocks
-            if name in self.first_of_salt and not was_preempted:
-                assert not found.num_cached_tokens, "blocks of another salt were reused"
+            run(life)
+        except Exception:
+            failed.append(life)
+            raise
 
-    def num_preemptions(self) -> float:
-        self.client.send(GetMetrics(call_id=0))
-        while not isinstance(reply := self.client.receive(0.0), MetricsReply):
-            pass
-        value = reply.values["num_preemptions"]
-        return sum(value) if isinstance(value, list) else 0.0
+    check = given(lives(kind))(run_and_note)
+    check = settings(DRAWN, max_examples=NUM_LIVES.get(kind, 1), derandomize=number is None)(check)
+    try:
+        (check if number is None else seed(number)(check))()
+    except Exception as error:
+        if failed:
+            error.add_note(f"kept as {keep(shrunk(failed[0], NUM_TRIES), folder)}")
+        raise
 
 
-def test_random_lives() -> None:
-    run_state_machine_as_test(EngineLife, settings=EXAMPLES)
+def keep(life: Life, folder: Path) -> Path:
+    """Write a life to a file of its own."""
+    text = life.to_json()
+    folder.mkdir(exist_ok=True)
+    path = folder / f"found-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
-def test_the_ordinary_matmul_is_noticed() -> None:
-    class WithControl(EngineLife):
-        numerics = "control"
-
-    with pytest.raises(AssertionError, match="request 0 "):
-        run_state_machine_as_test(WithControl, settings=settings(EXAMPLES, phases=[Phase.generate]))
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_kept_lives(path: Path) -> None:
+    run(Life.from_json(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.skipif(not SECONDS, reason="SEMPRE_FUZZ_SECONDS says how long to look for new cases")
-@pytest.mark.timeout(SECONDS + 900)
+@pytest.mark.parametrize("kind", NUM_LIVES)
+def test_random_lives(kind: str) -> None:
+    look(kind)
+
+
+def test_the_ordinary_matmul_is_noticed_and_the_life_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="template ") as caught:
+        look("control", tmp_path / "lives")
+    [path] = (tmp_path / "lives").glob("found-*.json")
+    assert caught.value.__notes__[-1] == f"kept as {path}"
+    life = Life.from_json(path.read_text(encoding="utf-8"))
+    # one request among others, or cut into chunks, is enough
+    assert len(life.events) <= 2
+    with pytest.raises(AssertionError, match="template "):
+        run(life)
+
+
+@pytest.mark.skipif(not SECONDS, reason="SEMPRE_FUZZ_SECONDS says how long to look for new lives")
+@pytest.mark.timeout(2 * SECONDS + 3600)
 def test_new_lives() -> None:
     end, number = time.monotonic() + SECONDS, int(time.time())
     while time.monotonic() < end:
-        number += 1
-        print(f"seed {number}")
-        machine = seed(number)(type("EngineLife", (EngineLife,), {}))
-        run_state_machine_as_test(machine, settings=settings(EXAMPLES, derandomize=False))
+        for kind in NUM_LIVES:
+            number += 1
+            print(f"{kind}, seed {number}")
+            look(kind, number=number)
