@@ -36,6 +36,11 @@ def fingerprint_digest(bits: Mapping[str, str]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:DIGEST_LENGTH]
 
 
+def fingerprint_with_adapter(bits: Mapping[str, str], adapter: str | None) -> str:
+    """Return the fingerprint of outputs with the adapter of this digest; None: of the model itself."""
+    return fingerprint_digest(bits if adapter is None else {**bits, "adapter": adapter})
+
+
 def fingerprint_differences(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
     """Return a phrase for each part that differs, sorted by name: `dtype: float32 against bfloat16`."""
     names = sorted({*a, *b})

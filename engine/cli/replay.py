@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,15 @@ from sempre.engine.cli.remote.connection import Server, add_server_flags
 from sempre.engine.cli.replay_report import ReplayReport
 
 if TYPE_CHECKING:
+    from sempre.engine.proof.dsse import Verifier
     from sempre.engine.proof.receipt_log import Receipt
-    from sempre.engine.proof.replay import Replayer
+    from sempre.engine.proof.replay import LocalReplayer, Replayer
     from sempre.ipc.errors import RecordError
 
 _DEFAULT_BATCH = 64
 _SAMPLE_SPACE = 2**64
+# between two looks at files that grow
+_PAUSE_S = 1.0
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +46,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sample", metavar="SHARE", help="replay a share of the receipts, for example 1%% or 0.01")
     parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="with --url: replay what is recorded from now on, too, until something differs or Ctrl-C",
+    )
+    parser.add_argument(
         "--key", action="append", default=[], metavar="FILE", help="PEM key that must have signed each receipt"
     )
     parser.add_argument("--prompts", metavar="FILE", help="JSONL with the prompt_token_ids of private prompts")
@@ -57,7 +66,9 @@ def run(namespace: argparse.Namespace) -> int:
     if namespace.batch < 1:
         raise UsageError(f"--batch must be at least 1, got {namespace.batch}")
     share = 1.0 if namespace.sample is None else read_share(namespace.sample)
-    report = ReplayReport(as_json=namespace.json, teacher_forced=namespace.teacher_forced)
+    report = ReplayReport(as_json=namespace.json)
+    if namespace.follow:
+        return _follow(namespace, share, report)
     receipts = []
     for found in _sampled(_receipts(namespace), share):
         if isinstance(found, Exception):
@@ -66,7 +77,7 @@ def run(namespace: argparse.Namespace) -> int:
             receipts.append(found)
     report.begin(len(receipts))
     try:
-        for replayer, group in _replayers(namespace, receipts):
+        for replayer, group in _replayers(namespace, receipts, report):
             _judge(replayer, group, namespace.batch, report)
     finally:
         report.close()
@@ -85,13 +96,11 @@ def read_share(text: str) -> float:
 
 
 def _receipts(namespace: argparse.Namespace) -> Iterator[Receipt | RecordError]:
-    from sempre.engine.proof.dsse import load_verifier
     from sempre.engine.proof.receipt_log import read_receipts, receipt_files
     from sempre.engine.proof.replay import with_prompts
     from sempre.ipc.errors import RecordError
 
-    keys = [load_verifier(Path(name)) for name in namespace.key]
-    prompts = {} if namespace.prompts is None else _prompts(Path(namespace.prompts))
+    keys, prompts = _keys_and_prompts(namespace)
     for name in namespace.files:
         for file in receipt_files(Path(name)):
             for found in read_receipts(file, keys):
@@ -105,10 +114,60 @@ def _sampled(receipts: Iterable[Receipt | RecordError], share: float) -> Iterato
             yield found
             continue
         metadata = found.statement.predicate.run_details.metadata
-        seed = f"{found.statement.subject[0].digest.sha256} {metadata.invocation_id} {metadata.started_on}"
+        seed = f"{found.statement.subject[0].digest.sha256} {metadata.invocation_id} {metadata.finished_on}"
         place = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big")
         if place < share * _SAMPLE_SPACE:
             yield found
+
+
+def _follow(namespace: argparse.Namespace, share: float, report: ReplayReport) -> int:
+    """Replay receipts on a server as they are recorded."""
+    from sempre.engine.cli.remote.replaying import ServerReplayer
+    from sempre.engine.proof.receipt_log import ReceiptFollower
+    from sempre.engine.proof.replay import with_prompts
+
+    if namespace.url is None:
+        raise UsageError("--follow needs --url, the address of the server that is audited")
+    keys, prompts = _keys_and_prompts(namespace)
+    follower = ReceiptFollower(keys)
+    report.begin(None)
+    try:
+        with _served(namespace) as server:
+            replayer = ServerReplayer(server, namespace.model)
+            while not report.has_differences:
+                added = (found for name in namespace.files for found in follower.added(Path(name)))
+                receipts = []
+                for found in _sampled(added, share):
+                    if isinstance(found, Exception):
+                        report.add_bad_line(found)
+                    elif not replayer.has_made(found):
+                        receipts.append(with_prompts(found, prompts))
+                _judge(replayer, receipts, namespace.batch, report)
+                if not receipts:
+                    time.sleep(_PAUSE_S)
+    except KeyboardInterrupt:
+        pass  # the way to end it
+    finally:
+        report.close()
+    return report.end()
+
+
+@contextmanager
+def _served(namespace: argparse.Namespace) -> Iterator[Server]:
+    from sempre.engine.cli.remote.answers import refuse_engine_flags
+
+    refuse_engine_flags(namespace)
+    if namespace.teacher_forced:
+        raise UsageError("--teacher-forced works on an own engine, not with --url")
+    with Server(namespace.url, namespace.api_key) as server:
+        yield server
+
+
+def _keys_and_prompts(namespace: argparse.Namespace) -> tuple[list[Verifier], dict[str, list[int]]]:
+    from sempre.engine.proof.dsse import load_verifier
+
+    keys = [load_verifier(Path(name)) for name in namespace.key]
+    return keys, {} if namespace.prompts is None else _prompts(Path(namespace.prompts))
 
 
 def _prompts(path: Path) -> dict[str, list[int]]:
@@ -128,17 +187,13 @@ def _prompts(path: Path) -> dict[str, list[int]]:
 
 
 def _replayers(
-    namespace: argparse.Namespace, receipts: Sequence[Receipt]
+    namespace: argparse.Namespace, receipts: Sequence[Receipt], report: ReplayReport
 ) -> Iterator[tuple[Replayer, Sequence[Receipt]]]:
     """Yield an open engine for each model and its settings, with its receipts; or the one server with all."""
     if namespace.url is not None:
-        from sempre.engine.cli.remote.answers import refuse_engine_flags
         from sempre.engine.cli.remote.replaying import ServerReplayer
 
-        refuse_engine_flags(namespace)
-        if namespace.teacher_forced:
-            raise UsageError("--teacher-forced works on an own engine, not with --url")
-        with Server(namespace.url, namespace.api_key) as server:
+        with _served(namespace) as server:
             yield ServerReplayer(server, namespace.model), receipts
         return
     groups: dict[str, list[Receipt]] = {}
@@ -146,6 +201,8 @@ def _replayers(
         groups.setdefault(json.dumps(_engine_of(receipt), sort_keys=True), []).append(receipt)
     for key, group in groups.items():
         with _local(namespace, json.loads(key)) as replayer:
+            if namespace.teacher_forced:
+                report.note_pass(is_one_pass=replayer.is_one_pass)
             yield replayer, group
 
 
@@ -155,7 +212,7 @@ def _engine_of(receipt: Receipt) -> tuple[str, dict[str, Any]]:
 
 
 @contextmanager
-def _local(namespace: argparse.Namespace, recorded: tuple[str, dict[str, Any]]) -> Iterator[Replayer]:
+def _local(namespace: argparse.Namespace, recorded: tuple[str, dict[str, Any]]) -> Iterator[LocalReplayer]:
     """Start an engine as it was recorded, except for what the flags say."""
     from sempre.engine.llm import LLM
     from sempre.engine.proof.replay import LocalReplayer

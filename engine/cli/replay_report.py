@@ -16,17 +16,26 @@ if TYPE_CHECKING:
 class ReplayReport:
     """Counts, and prints lines for people or one JSON object."""
 
-    def __init__(self, *, as_json: bool, teacher_forced: bool) -> None:
+    def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
-        self._teacher_forced = teacher_forced
+        self._passes: set[bool] = set()
         self._num_outputs = self._num_tokens = 0
         self._different: list[dict[str, Any]] = []
         self._not_judged: list[dict[str, Any]] = []
         self._changed: dict[str, None] = {}
         self._bar: Any = None
 
-    def begin(self, count: int) -> None:
-        """Show progress at a terminal."""
+    @property
+    def has_differences(self) -> bool:
+        """Whether an output was not as recorded."""
+        return bool(self._different)
+
+    def note_pass(self, *, is_one_pass: bool) -> None:
+        """Note how outputs are computed that only are to be scored: in one pass, or token by token."""
+        self._passes.add(is_one_pass)
+
+    def begin(self, count: int | None) -> None:
+        """Show progress at a terminal; None: nobody knows how many there will be."""
         from tqdm import tqdm
 
         self._bar = tqdm(total=count, unit=" outputs", disable=not sys.stderr.isatty())
@@ -80,8 +89,10 @@ class ReplayReport:
             text = f"{what}: {len(self._different):,} different"
         elif self._num_outputs:
             text = f"{what}: equal, bit for bit"
-            if self._teacher_forced:
+            if True in self._passes:
                 text += " (log-probabilities of the recorded tokens; sampling was not repeated)"
+            if False in self._passes:
+                text += " (generated token by token: recurrent layers compute a prompt in another order)"
         else:
             text = "no output was judged"
         return text + (f"; {len(self._not_judged):,} not judged" if self._not_judged else "")

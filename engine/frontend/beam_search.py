@@ -214,6 +214,7 @@ class BeamSearches:
 
         Raises RequestError for a refused prompt, or for more beams than the engine has log-probabilities.
         """
+        builder.tell_unrecorded("beam searches")
         limits = builder.limits
         params = replace(params)  # checks values that were assigned later
         wanted = 2 * params.beam_width

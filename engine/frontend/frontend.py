@@ -14,7 +14,12 @@ from msgspec.structs import replace
 
 from sempre.engine.adapters import Adapter, Adapters
 from sempre.engine.arguments import Arguments
-from sempre.engine.fingerprint import fingerprint_bits, fingerprint_digest, fingerprint_environment
+from sempre.engine.fingerprint import (
+    fingerprint_bits,
+    fingerprint_digest,
+    fingerprint_environment,
+    fingerprint_with_adapter,
+)
 from sempre.engine.frontend.limits import RequestLimits
 from sempre.engine.frontend.new_weights import NewWeights
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
@@ -128,7 +133,7 @@ class Frontend:
         self.bits = fingerprint_bits(parts)
         self.environment = fingerprint_environment(parts)
         self.fingerprint = fingerprint_digest(self.bits)
-        self.recorder.connect(self.bits, self.environment, self.fingerprint, Path(self.config.weights_folder))
+        self.recorder.connect(self.bits, self.environment, Path(self.config.weights_folder))
 
     def use_weights(self, weights: NewWeights, parts: Mapping[str, str]) -> None:
         """The workers have new weights, and this fingerprint; all unfinished requests begin with them."""
@@ -141,9 +146,7 @@ class Frontend:
 
     def fingerprint_with(self, adapter: Adapter | None) -> str:
         """Return the fingerprint of outputs with this adapter; None: the model itself."""
-        return (
-            self.fingerprint if adapter is None else fingerprint_digest({**self.bits, "adapter": adapter.spec.digest})
-        )
+        return self.fingerprint if adapter is None else fingerprint_with_adapter(self.bits, adapter.spec.digest)
 
     @property
     def served_model_name(self) -> str:

@@ -333,7 +333,6 @@ def _finished(state: RequestState, sequence: SequenceState, recording: Recording
         recording=recording,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
-        arrival_time=state.metrics.arrival_time,
         finished_time=time.time(),
     )
 

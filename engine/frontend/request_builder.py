@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ConfigError, RequestError
 from sempre.ipc.messages import PoolingSpec, RequestSpec, SamplingSpec
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
@@ -50,9 +53,9 @@ class PreparedRequest:
     reasoning: PromptReasoning = field(compare=False, repr=False)
     """Whether the output begins inside reasoning."""
     is_recorded: bool = False
+    """Whether its outputs have receipts."""
     adapter: Adapter | None = None
     """None: the model itself"""
-    """Whether its outputs have receipts."""
 
 
 class _Parameters(NamedTuple):
@@ -97,6 +100,7 @@ class RequestBuilder:
         """`is_in_use(id, n)`: whether an unfinished request has this id, or a sequence has one of its `n` ids.
         `records_all`: outputs have receipts unless a call says otherwise."""
         self._records_all = records_all
+        self._told_unrecorded: set[str] = set()
         self._tokenizer = tokenizer
         self.limits = limits
         self._specs = SpecBuilder(tokenizer, limits)
@@ -112,6 +116,12 @@ class RequestBuilder:
     def num_dropped_digests(self) -> int:
         """Requests without a seed whose count was dropped because too many different ones followed."""
         return self._seed_counts.num_dropped
+
+    def tell_unrecorded(self, what: str) -> None:
+        """Warn once that outputs of this kind have no receipts, where others have."""
+        if self._records_all and what not in self._told_unrecorded:
+            self._told_unrecorded.add(what)
+            logger.warning("%s have no receipts: only generated outputs are recorded", what)
 
     def build_all(
         self,
@@ -137,7 +147,7 @@ class RequestBuilder:
             for i, (prompt, prompt_params, priority) in enumerate(zip(parts, params_list, priority_list, strict=True))
         ]
         both = zip(checked, adapter_list, strict=True)
-        return [self._number(request) for request in [_with_adapter(*each) for each in both]]
+        return [self._number(request) for request in [each._replace(adapter=adapter) for each, adapter in both]]
 
     def build(
         self,
@@ -150,7 +160,7 @@ class RequestBuilder:
     ) -> PreparedRequest:
         """Build one request. Raises RequestError, also for a `request_id` in use."""
         self._checked = None
-        return self._number(_with_adapter(self._check(prompt, params, priority, request_id=request_id), adapter))
+        return self._number(self._check(prompt, params, priority, request_id=request_id)._replace(adapter=adapter))
 
     def _check(
         self,
@@ -247,6 +257,7 @@ class RequestBuilder:
         Raises RequestError, also for a model that generates; only a single prompt may have a `request_id`.
         """
         model = require_pooling(self.limits.pooling)
+        self.tell_unrecorded("pooled outputs")
         spec, before = pooling_spec(params, model), stored_prompt(model, params.prompt_name)
         parts, is_list = list_prompts(prompts)
         checked = []
@@ -336,15 +347,6 @@ def _adapters_each(adapters: Sequence[Adapter | None], count: int) -> list[Adapt
             parameter="lora_request",
         )
     return items
-
-
-def _with_adapter(request: _Checked, adapter: Adapter | None) -> _Checked:
-    if adapter is not None and request.is_recorded:
-        raise RequestError(
-            "lora_request: outputs with an adapter have no receipts yet; leave the adapter out, or record=False.",
-            parameter="lora_request",
-        )
-    return request._replace(adapter=adapter)
 
 
 @contextmanager

@@ -22,13 +22,18 @@ class JsonLine(NamedTuple):
     value: dict[str, Any]
     """empty if there is an error"""
     error: RecordError | None
+    is_whole: bool = True
+    """not the last line of a file, torn or still being written"""
 
 
-def read_json_lines(path: Path) -> Iterator[JsonLine]:
-    """Yield the lines that are not empty. Raises RecordError if the file cannot be read or has an endless line."""
+def read_json_lines(path: Path, offset: int = 0, number: int = 0) -> Iterator[JsonLine]:
+    """Yield the lines that are not empty, from the byte `offset` on, before which there are `number` lines.
+
+    Raises RecordError if the file cannot be read or has an endless line.
+    """
     try:
         with path.open("rb") as file:
-            number = 0
+            file.seek(offset)
             while text := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(text) > MAX_LINE_BYTES:
@@ -46,9 +51,10 @@ def line_error(path: Path, number: int, what: str) -> RecordError:
 
 def _parsed(path: Path, number: int, text: bytes) -> JsonLine:
     def bad(what: str) -> JsonLine:
-        return JsonLine(number, text, {}, line_error(path, number, what))
+        return JsonLine(number, text, {}, line_error(path, number, what), is_whole)
 
-    if not text.endswith(b"\n"):
+    is_whole = text.endswith(b"\n")
+    if not is_whole:
         return bad("the last line is torn: expected a line feed at its end, found the end of the file")
     text = text[:-1]
     try:

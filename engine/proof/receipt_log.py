@@ -105,6 +105,27 @@ def read_receipts(path: Path, keys: Sequence[Verifier] = ()) -> Iterator[Receipt
         before = line
 
 
+class ReceiptFollower:
+    """Reads files that still grow: each call has what was added since, as far as its lines are whole."""
+
+    def __init__(self, keys: Sequence[Verifier] = ()) -> None:
+        """As for `read_receipts`."""
+        self._keys = keys
+        self._read: dict[Path, tuple[int, JsonLine | None]] = {}
+
+    def added(self, path: Path) -> Iterator[Receipt | RecordError]:
+        """Yield the new receipts of a file or folder, which may be empty. Raises RecordError if it cannot be read."""
+        for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path]:
+            offset, before = self._read.get(file, (0, None))
+            for line in read_json_lines(file, offset, 0 if before is None else before.number):
+                if not line.is_whole:
+                    break
+                offset += len(line.text) + 1
+                yield _receipt(file, line, before, self._keys)
+                before = line
+                self._read[file] = offset, before
+
+
 def is_receipt(value: dict[str, object]) -> bool:
     """Whether this is an envelope of any kind."""
     return "payloadType" in value and "payload" in value
@@ -126,8 +147,7 @@ def _receipt(path: Path, line: JsonLine, before: JsonLine | None, keys: Sequence
 
 def _check_chain(statement: Statement, before: JsonLine | None) -> None:
     """Raise ValueError unless the statement names the line before."""
-    previous = statement.predicate.run_details.metadata.previous
-    named = None if previous is None else previous.sha256
+    named = statement.predicate.run_details.metadata.previous
     if before is None and named is not None:
         raise ValueError("previous: expected none in the first line of a file, found one: lines before it are missing")
     if before is not None and named != line_digest(before.text):

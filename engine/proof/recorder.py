@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from sempre.engine.arguments import Arguments
+from sempre.engine.fingerprint import fingerprint_with_adapter
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.proof.dsse import Signer, envelope, load_signer
 from sempre.engine.proof.json_values import json_ready
@@ -20,6 +21,7 @@ from sempre.engine.proof.model_manifest import file_digest, manifest_digest
 from sempre.engine.proof.output_chain import OutputChain
 from sempre.engine.proof.receipt_log import ReceiptLog
 from sempre.engine.proof.statement import (
+    ADAPTER,
     BUILD_TYPE,
     BUILDER,
     PREDICATE_TYPE,
@@ -29,6 +31,7 @@ from sempre.engine.proof.statement import (
     Digest,
     EngineFacts,
     Metadata,
+    NamedAdapter,
     Output,
     Predicate,
     Request,
@@ -37,6 +40,8 @@ from sempre.engine.proof.statement import (
     Statement,
     encode,
     prompt_digest,
+    recorded_bits_of,
+    written_parts,
 )
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.structured_outputs import with_defaults
@@ -61,6 +66,8 @@ _NOT_RECORDED = frozenset(
 _DEFAULTS = SamplingParams()
 # settings that may decide bits; the seed only makes dummy weights
 DECIDING_SETTINGS = ("dtype", "quantization", "numerics", "max_model_len", "load_format", "device")
+# without which an output with an adapter cannot be made again
+ADAPTER_SETTINGS = ("enable_lora", "max_lora_rank")
 DECIDING_OPTIONS = ("tokenizer", "tokenizer_revision", "revision", "hf_overrides", "skip_tokenizer_init")
 
 
@@ -90,7 +97,6 @@ class Finished:
     recording: Recording
     finish_reason: str
     stop_reason: int | str | None
-    arrival_time: float
     finished_time: float
     """seconds since the epoch"""
 
@@ -108,13 +114,10 @@ class Recorder:
         self._log = ReceiptLog(Path(folder).expanduser() if isinstance(folder, str) else None)
         self._bits: dict[str, str] = {}
         self._environment: dict[str, str] = {}
-        self._fingerprint = ""
 
-    def connect(
-        self, bits: dict[str, str], environment: dict[str, str], fingerprint: str, weights_folder: Path
-    ) -> None:
-        """Set the fingerprint of the engine, which is ready, with the weights of this folder."""
-        self._bits, self._environment, self._fingerprint = bits, environment, fingerprint
+    def connect(self, bits: dict[str, str], environment: dict[str, str], weights_folder: Path) -> None:
+        """Set the fingerprint's parts of the engine, which is ready, with the weights of this folder."""
+        self._bits, self._environment = bits, environment
         if weights_folder != self._weights_folder:
             self._weights_folder = weights_folder
             self.__dict__.pop("_dependencies", None)
@@ -143,12 +146,14 @@ class Recorder:
 
     def _statement(self, finished: Finished, previous: str | None) -> Statement:
         request, recording = finished.request, finished.recording
-        rows = recording.rows
+        rows, dependencies = recording.rows, self._dependencies
+        adapter = None if request.adapter is None else request.adapter.spec.digest
+        if adapter is not None:
+            dependencies = [*dependencies, Resource(ADAPTER, Digest(adapter))]
         metadata = Metadata(
             invocation_id=f"{request.request_id}/{finished.index}",
-            started_on=_time(finished.arrival_time),
             finished_on=_time(finished.finished_time),
-            previous=None if previous is None else Digest(previous),
+            previous=previous,
         )
         output = Output(
             token_ids=finished.token_ids,
@@ -161,10 +166,14 @@ class Recorder:
         definition = BuildDefinition(
             build_type=BUILD_TYPE,
             external_parameters=self._request(request, finished.index),
-            internal_parameters=EngineFacts(settings=self._settings, bits=self._bits, environment=self._environment),
-            resolved_dependencies=self._dependencies,
+            internal_parameters=EngineFacts(
+                settings=self._settings if adapter is None else {**self._settings, **self._adapter_settings},
+                bits=written_parts(recorded_bits_of(self._bits)),
+                environment=written_parts(self._environment),
+            ),
+            resolved_dependencies=dependencies,
         )
-        builder = Builder(BUILDER + self._fingerprint)
+        builder = Builder(BUILDER + fingerprint_with_adapter(self._bits, adapter))
         return Statement(
             type_=STATEMENT_TYPE,
             subject=[Resource("output", Digest(recording.tokens.digest))],
@@ -175,12 +184,14 @@ class Recorder:
     def _request(self, request: PreparedRequest, index: int) -> Request:
         token_ids = request.prompt_token_ids
         is_private = self._options.record_private
+        adapter = request.adapter
         return Request(
             model=self._config.model,
             seed=str(request.seeds[index]),
             sampling_params=recorded_params(request, self._structured_outputs),
             prompt_token_ids=None if is_private else token_ids,
             prompt_digest=Digest(prompt_digest(token_ids)) if is_private else None,
+            adapter=None if adapter is None else NamedAdapter(adapter.spec.name, adapter.spec.path),
         )
 
     @cached_property
@@ -195,12 +206,18 @@ class Recorder:
         return found
 
     @cached_property
+    def _adapter_settings(self) -> dict[str, Any]:
+        return {name: getattr(self._config, name) for name in ADAPTER_SETTINGS}
+
+    @cached_property
     def _dependencies(self) -> list[Resource]:
         found = []
         if self._config.load_format != "dummy" or self._weights_folder != Path(self._config.model_path):
             found.append(Resource("weights", Digest(manifest_digest(self._weights_folder))))
+        # the manifest covers a tokenizer in the same folder
         tokenizer = Path(self._options.tokenizer or self._config.model_path) / "tokenizer.json"
-        if tokenizer.is_file() and not self._options.skip_tokenizer_init:
+        is_covered = found and tokenizer.parent.resolve() == self._weights_folder.resolve()
+        if tokenizer.is_file() and not self._options.skip_tokenizer_init and not is_covered:
             found.append(Resource("tokenizer", Digest(file_digest(tokenizer).hex())))
         return found
 

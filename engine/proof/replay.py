@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from sempre.engine.adapters import LoRARequest
 from sempre.engine.fingerprint import fingerprint_differences
 from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.llm import LLM
@@ -16,9 +17,11 @@ from sempre.engine.outputs import RequestOutput
 from sempre.engine.proof.differences import Difference, difference
 from sempre.engine.proof.kept_output import KeptOutput, kept_completion, kept_receipt, own_logprobs
 from sempre.engine.proof.receipt_log import Receipt
+from sempre.engine.proof.statement import adapter_digest_of, recorded_bits_of
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.structured_outputs import StructuredOutputsParams
-from sempre.ipc.errors import ConfigError, RequestError
+from sempre.ipc.adapter_files import adapter_digest
+from sempre.ipc.errors import ConfigError, ModelError, RequestError
 from sempre.ipc.model_files import read_json_object
 
 
@@ -43,7 +46,7 @@ class Replayer(Protocol):
     """Makes outputs again."""
 
     bits: dict[str, str]
-    """of its fingerprint"""
+    """of its fingerprint, as receipts have them"""
 
     def outputs(self, receipts: Sequence[Receipt]) -> list[KeptOutput | ConfigError]:
         """Return the output of each receipt, or why its request was refused."""
@@ -57,8 +60,11 @@ def replay(receipts: Sequence[Receipt], replayer: Replayer) -> Iterator[Replayed
     for receipt, found in zip(receipts, replayer.outputs(receipts), strict=True):
         recorded = kept_receipt(receipt)
         count = len(recorded.token_ids)
-        parts = receipt.statement.predicate.build_definition.internal_parameters.bits
+        parts = receipt.statement.predicate.build_definition.internal_parameters.bits_by_name
         changed = tuple(fingerprint_differences(parts, replayer.bits))
+        if not changed and not isinstance(found, ConfigError) and found.fingerprint != recorded.fingerprint:
+            # what a fingerprint has beside the engine's parts
+            changed = (f"adapter: {adapter_digest_of(receipt.statement)} against another",)
         if isinstance(found, ConfigError):
             yield Replayed(recorded.name, count, problem=str(found), changed_parts=changed)
             continue
@@ -69,22 +75,23 @@ def replay(receipts: Sequence[Receipt], replayer: Replayer) -> Iterator[Replayed
         yield Replayed(recorded.name, count, difference=differs, changed_parts=changed)
 
 
+class _LocalRequest(NamedTuple):
+    prompt: list[int]
+    params: SamplingParams
+    adapter: LoRARequest | None
+
+
 class LocalReplayer:
     """Replays on an engine of this process."""
 
     def __init__(self, llm: LLM, *, teacher_forced: bool = False) -> None:
         """`teacher_forced`: compute the log-probabilities of the recorded tokens in one pass over prompt and output.
-        That is faster, and does not show that these tokens are sampled. Raises ConfigError for a model with recurrent
-        layers, which compute a prompt in another order than generated tokens."""
-        self.bits = llm.fingerprint_parts
+        That is faster, and does not show that these tokens are sampled. Recurrent layers compute a prompt in another
+        order than generated tokens: with them each output is generated, token by token, and `is_one_pass` is false."""
+        self.bits = recorded_bits_of(llm.fingerprint_parts)
         self._llm = llm
-        self._teacher_forced = teacher_forced
-        if teacher_forced and has_recurrent_layers(llm.model_folder):
-            raise ConfigError(
-                "teacher_forced: this model has recurrent layers, whose generated tokens must go through the "
-                "recurrence one by one. Leave it out: the replay then generates each output.",
-                parameter="teacher_forced",
-            )
+        self.is_one_pass = teacher_forced and not has_recurrent_layers(llm.model_folder)
+        self._adapters: dict[str, LoRARequest] = {}
 
     def outputs(self, receipts: Sequence[Receipt]) -> list[KeptOutput | ConfigError]:
         """Return the output of each receipt, all made in one batch, or why its request was refused."""
@@ -92,7 +99,7 @@ class LocalReplayer:
         valid = [request for request in requests if not isinstance(request, ConfigError)]
         made = iter(self._made(valid))
         found = [request if isinstance(request, ConfigError) else next(made) for request in requests]
-        if not self._teacher_forced:
+        if not self.is_one_pass:
             return found
         return [_scored(receipt, output) for receipt, output in zip(receipts, found, strict=True)]
 
@@ -103,28 +110,40 @@ class LocalReplayer:
     def _request(self, receipt: Receipt) -> _LocalRequest | ConfigError:
         try:
             prompt = prompt_of(receipt)
-            return _teacher_forced(receipt, prompt) if self._teacher_forced else (prompt, sampling_params(receipt))
+            adapter = self._adapter(receipt)
+            if self.is_one_pass:
+                return _LocalRequest(*_teacher_forced(receipt, prompt), adapter)
+            return _LocalRequest(prompt, sampling_params(receipt), adapter)
         except ConfigError as error:
             return error
+        except ModelError as error:
+            return ConfigError(str(error))
         except TypeError as error:
             return ConfigError(f"the recorded parameters are not those of this version: {error}")
 
+    def _adapter(self, receipt: Receipt) -> LoRARequest | None:
+        """Return the adapter. Raises ModelError without its files, RequestError if they are others."""
+        named = receipt.statement.predicate.build_definition.external_parameters.adapter
+        if named is None:
+            return None
+        expected, found = adapter_digest_of(receipt.statement), adapter_digest(Path(named.path))
+        if expected != found:
+            raise RequestError(f"the adapter {named.path}: expected files of digest {expected}, found {found}.")
+        return self._adapters.setdefault(found, LoRARequest(named.name, len(self._adapters) + 1, named.path))
+
     def _made(self, requests: Sequence[_LocalRequest]) -> list[KeptOutput | ConfigError]:
         """Run all requests at once; if one is refused, each alone, since no request of a refused call is run."""
-        prompts: list[TokensPrompt] = [{"prompt_token_ids": prompt} for prompt, _ in requests]
-        params = [each for _, each in requests]
+        prompts: list[TokensPrompt] = [{"prompt_token_ids": each.prompt} for each in requests]
+        params, adapters = [each.params for each in requests], [each.adapter for each in requests]
         try:
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            outputs = self._llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
         except ConfigError as error:
             if len(requests) == 1:
                 return [error]
             return [found for request in requests for found in self._made([request])]
-        if self._teacher_forced:
+        if self.is_one_pass:
             return [_as_scored(output) for output in outputs]
         return [kept_completion(output, output.outputs[0]) for output in outputs]
-
-
-_LocalRequest = tuple[list[int], SamplingParams]
 
 
 def prompt_of(receipt: Receipt) -> list[int]:
@@ -168,7 +187,7 @@ def sampling_params(receipt: Receipt) -> SamplingParams:
     )
 
 
-def _teacher_forced(receipt: Receipt, prompt: list[int]) -> _LocalRequest:
+def _teacher_forced(receipt: Receipt, prompt: list[int]) -> tuple[list[int], SamplingParams]:
     """Score all but the last token as a prompt, and the last one as the token that follows."""
     token_ids = receipt.statement.predicate.output.token_ids
     if not token_ids:

@@ -209,8 +209,9 @@ def _add_receipts(run: Run, file: Path) -> None:
         definition = found.statement.predicate.build_definition
         run.outputs.append(output)
         run.params[output.name] = definition.external_parameters.sampling_params
-        if definition.internal_parameters.bits not in run.bits:
-            run.bits.append(definition.internal_parameters.bits)
+        bits = definition.internal_parameters.bits_by_name
+        if bits not in run.bits:
+            run.bits.append(bits)
 
 
 def num_by_position(positions: Sequence[int], num_bins: int = 12) -> list[tuple[int, int, int]]:

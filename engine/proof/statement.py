@@ -7,13 +7,14 @@ predicate      in the words of SLSA's provenance:
   buildDefinition
     buildType             https://sempre.dev/generate/v1
     externalParameters    the request: model, prompt, parameters that may change the output, seed (a string, since
-                          JSON's numbers have 53 bits)
+                          JSON's numbers have 53 bits), adapter
     internalParameters    settings of the engine that were not defaults and may decide bits; the fingerprint's two
                           parts
-    resolvedDependencies  digests: weights (OpenSSF's model manifest), tokenizer
+    resolvedDependencies  digests: weights (OpenSSF's model manifest, which covers all files of the model's folder), the
+                          tokenizer if it is in another folder, the adapter
   runDetails
     builder               id: the fingerprint
-    metadata              id of the request, times, and the digest of the line before in the file
+    metadata              id of the request, when it ended, and the digest of the line before in the file
   output                  token ids, how it ended, the marks of its chain in base64
 """
 
@@ -24,7 +25,7 @@ import binascii
 import hashlib
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -39,6 +40,9 @@ PREDICATE_TYPE = "https://sempre.dev/inference/v1"
 BUILD_TYPE = "https://sempre.dev/generate/v1"
 BUILDER = "sempre:"
 """followed by the fingerprint"""
+ADAPTER = "adapter"
+WEIGHTS_DIGITS = 16
+"""of the digest of weights in the fingerprint; the manifest's is whole"""
 
 
 class Digest(Struct, frozen=True):
@@ -50,7 +54,18 @@ class Resource(Struct, frozen=True):
     digest: Digest
 
 
-class Request(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+# a receipt is made for each output: the names are short
+_SHORT = {"sampling_params": "sampling", "prompt_token_ids": "prompt", "prompt_digest": "promptDigest"}
+
+
+class NamedAdapter(Struct, frozen=True):
+    """A low-rank adapter: the user's name for it, and its folder."""
+
+    name: str
+    path: str
+
+
+class Request(Struct, frozen=True, kw_only=True, rename=_SHORT, omit_defaults=True):
     """The request of one output. Either the prompt's token ids or, if it is private, their digest."""
 
     model: str
@@ -58,14 +73,20 @@ class Request(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=T
     sampling_params: dict[str, Any]
     prompt_token_ids: list[int] | None = None
     prompt_digest: Digest | None = None
+    adapter: NamedAdapter | None = None
 
 
-class EngineFacts(Struct, frozen=True, kw_only=True, rename="camel"):
-    """Settings that may decide bits, and the fingerprint's two parts."""
+class EngineFacts(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """Settings that may decide bits, and the fingerprint's two parts as `written_parts`: see `recorded_bits_of`."""
 
-    settings: dict[str, Any]
-    bits: dict[str, str]
-    environment: dict[str, str]
+    settings: dict[str, Any] = {}
+    bits: str
+    environment: str
+
+    @property
+    def bits_by_name(self) -> dict[str, str]:
+        """The parts that decide bits. Raises ValueError."""
+        return read_parts("bits", self.bits)
 
 
 class BuildDefinition(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -81,10 +102,9 @@ class Builder(Struct, frozen=True):
 
 class Metadata(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
     invocation_id: str
-    started_on: str
     finished_on: str
-    previous: Digest | None = None
-    """of the line before in its file; None for the first"""
+    previous: str | None = None
+    """SHA-256 of the line before in its file; None for the first"""
 
 
 class RunDetails(Struct, frozen=True):
@@ -116,6 +136,8 @@ class Statement(Struct, frozen=True, kw_only=True, rename={"type_": "_type", "pr
     predicate: Predicate
 
 
+# parts of the fingerprint that receipts leave out; storage, too, if it is the dtype
+_USUAL = {"numerics_profile": "single", "quantization": "none"}
 _SHA256 = re.compile("[0-9a-f]{64}")
 _DECODER = msgspec.json.Decoder(Statement)
 
@@ -154,6 +176,36 @@ def digest_of_prompt(request: Request) -> str:
     return prompt_digest(request.prompt_token_ids or [])
 
 
+def recorded_bits_of(bits: Mapping[str, str]) -> dict[str, str]:
+    """Return the parts of a fingerprint that decide bits as receipts have them: the digest of the weights is cut, and
+    what is usual is left out."""
+    cut = {name: value[:WEIGHTS_DIGITS] if name == "weights" else value for name, value in bits.items()}
+    usual = {**_USUAL, "storage": bits.get("dtype")}
+    return {name: value for name, value in cut.items() if usual.get(name) != value}
+
+
+def written_parts(parts: Mapping[str, str]) -> str:
+    """Return `name=value` of each part, with semicolons between. Raises ValueError for a value with a semicolon."""
+    text = ";".join(f"{name}={value}" for name, value in parts.items())
+    if text.count(";") != max(0, len(parts) - 1):
+        raise ValueError(f"the fingerprint: expected values without semicolons, found {shown(text)}")
+    return text
+
+
+def read_parts(field: str, text: str) -> dict[str, str]:
+    """Return the parts by name. Raises ValueError naming the field."""
+    parts = dict(each.partition("=")[::2] for each in text.split(";") if each)
+    if written_parts(parts) != text:
+        raise ValueError(f"{field}: expected parts of a fingerprint such as 'dtype=bfloat16;…', found {shown(text)}")
+    return parts
+
+
+def adapter_digest_of(statement: Statement) -> str | None:
+    """Return the digest of the adapter's files; None: the output is of the model itself."""
+    found = statement.predicate.build_definition.resolved_dependencies
+    return next((each.digest.sha256 for each in found if each.name == ADAPTER), None)
+
+
 def marks_of(field: str, text: str) -> bytes:
     """Return marks from base64. Raises ValueError naming the field."""
     try:
@@ -182,10 +234,17 @@ def _check(statement: Statement) -> None:
     if output.distribution_marks is not None:
         digest = output.distribution_digest or Digest("")
         _check_marks("output.distributionMarks", output.distribution_marks, digest, len(output.token_ids))
+    facts = predicate.build_definition.internal_parameters
+    read_parts("bits", facts.bits)
+    read_parts("environment", facts.environment)
     if not request.seed.removeprefix("-").isdecimal() or not -(2**63) <= int(request.seed) < 2**64:
         raise ValueError(f"seed: expected an integer of 64 bits as a string, found {shown(request.seed)}")
     if (request.prompt_token_ids is None) is (request.prompt_digest is None):
-        raise ValueError("externalParameters: expected either promptTokenIds or promptDigest")
+        raise ValueError("externalParameters: expected either prompt or promptDigest")
+    if (request.adapter is None) is not (adapter_digest_of(statement) is None):
+        raise ValueError(
+            "adapter: expected its name in externalParameters and its digest in resolvedDependencies, or none"
+        )
 
 
 def _check_marks(field: str, text: str, digest: Digest, num_tokens: int) -> None:

@@ -205,7 +205,7 @@ def opened_weights(receipt: str | None) -> tuple[str, str]:
     statement = decode(payload_of(json.loads(receipt)))
     definition = statement.predicate.build_definition
     [weights] = [found for found in definition.resolved_dependencies if found.name == "weights"]
-    return weights.digest.sha256, definition.internal_parameters.bits["weights"]
+    return weights.digest.sha256, definition.internal_parameters.bits_by_name["weights"]
 
 
 def test_trainer_and_engine_report_the_same_after_a_step(llm: LLM) -> None:

@@ -25,8 +25,10 @@ def commands() -> list[str]:
 
 
 def test_the_commands(tmp_path: Path) -> None:
-    serve, replay, compare, verify, bisect = commands()
+    serve, replay, audit, compare, verify, bisect = commands()
     assert (serve, verify) == ("sempre serve tiny --record receipts", "sempre verify tiny")
+    # it does not end by itself: test_receipts has it
+    assert audit == "sempre replay receipts --url http://127.0.0.1:8000 --sample 1% --follow"
     environment = {**os.environ, "SEMPRE_NUM_THREADS": "1"}
     with ServerProcess(tmp_path / "log", "--record", str(tmp_path / "receipts"), "--num-threads", "1") as server:
         for seed in range(3):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -14,8 +17,8 @@ from server_process import ServerProcess
 
 from sempre.engine import LLM, SamplingParams
 from sempre.engine.cli.main import main
-from sempre.engine.proof.receipt_log import Receipt, read_receipts, receipt_files
-from sempre.engine.proof.statement import Statement, decode
+from sempre.engine.proof.receipt_log import Receipt, ReceiptFollower, read_receipts, receipt_files
+from sempre.engine.proof.statement import Statement, decode, recorded_bits_of
 
 HEADER = {"X-Sempre-Receipt": "1"}
 BODY: dict[str, Any] = {"prompt": "It is a truth", "max_tokens": 6, "seed": 5, "n": 2, "ignore_eos": True}
@@ -53,7 +56,9 @@ def test_the_subject_is_that_of_a_local_engine(server: ServerProcess) -> None:
         [output] = llm.generate(BODY["prompt"], params, use_tqdm=False)
     local = decode(base64.b64decode(json.loads(output.outputs[0].receipt or "")["payload"]))
     assert statement_of(choice).subject == local.subject
-    assert statement_of(choice).predicate.build_definition.internal_parameters.bits == llm.fingerprint_parts
+    assert statement_of(choice).predicate.build_definition.internal_parameters.bits_by_name == recorded_bits_of(
+        llm.fingerprint_parts
+    )
     other = server.http.post("/v1/completions", json={**BODY, "n": 1, "seed": 6}, headers=HEADER).json()["choices"]
     assert statement_of(other[0]).subject != local.subject
 
@@ -106,13 +111,69 @@ def test_receipts_are_made_again_over_http(
 
     def another_seed(statement: dict[str, Any]) -> None:
         request = statement["predicate"]["buildDefinition"]["externalParameters"]
-        request.update(seed="1", samplingParams={"max_tokens": 30})
+        request.update(seed="1", sampling={"max_tokens": 30})
 
     path = altered_receipt(line, another_seed, tmp_path / "x.jsonl")
     assert main(["replay", str(path), "--url", server.url]) == 5
     assert "different: " in capsys.readouterr().out
     assert main(["replay", str(path), "--url", "http://127.0.0.1:9"]) == 1
     assert "no server answers at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_a_running_server_is_audited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "receipts"
+
+    def num_lines() -> int:
+        return sum(len(file.read_bytes().splitlines()) for file in folder.glob("*.jsonl"))
+
+    def another_token(statement: dict[str, Any]) -> None:
+        statement["predicate"]["output"]["tokenIds"][2] ^= 1
+
+    codes: list[int] = []
+    with ServerProcess(
+        tmp_path / "log", "--max-model-len", "256", "--num-threads", "1", "--record", str(folder)
+    ) as server:
+        command = ["replay", str(folder), "--url", server.url, "--follow", "--json"]
+        audit = Thread(target=lambda: codes.append(main(command)), daemon=True)
+        assert server.complete(**BODY).status_code == 200
+        audit.start()
+        # the server records the answers to the audit, too; these are not replayed in turn
+        wait_until(lambda: num_lines() >= 4)
+        assert server.complete(**{**BODY, "seed": 6}).status_code == 200
+        wait_until(lambda: num_lines() >= 8)
+        line = receipt_files(folder)[0].read_bytes().splitlines()[0]
+        altered_receipt(line, another_token, folder / "z.jsonl")
+        audit.join(300.0)
+    assert codes == [5]
+    found = json.loads(capsys.readouterr().out)
+    assert (found["outputs"], found["not_judged"]) == (5, [])
+    [difference] = found["different"]
+    assert (difference["kind"], difference["position"]) == ("token", 2)
+
+
+def test_lines_that_are_being_written(tmp_path: Path) -> None:
+    with LLM("tiny", record=str(tmp_path / "r"), max_model_len=256, num_threads=1, multiprocessing=False) as llm:
+        llm.generate(["a", "b", "c"], SamplingParams(max_tokens=3), use_tqdm=False)
+    lines = receipt_files(tmp_path / "r")[0].read_bytes().splitlines(keepends=True)
+    follower, path = ReceiptFollower(), tmp_path / "f"
+    path.mkdir()
+    assert list(follower.added(path)) == []
+    file = path / "x.jsonl"
+    file.write_bytes(lines[0] + lines[1][:50])
+    assert [each.line for each in follower.added(path) if isinstance(each, Receipt)] == [1]
+    file.write_bytes(b"".join(lines))
+    assert [each.line for each in follower.added(path) if isinstance(each, Receipt)] == [2, 3]
+    file.write_bytes(b"".join(lines) + lines[1])
+    [error] = follower.added(path)
+    assert "line 4: previous: expected the digest of the line before" in str(error)
+    assert list(follower.added(path)) == []
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 300.0
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
 
 
 def test_runs_are_compared_with_servers(

@@ -13,7 +13,7 @@ from sempre.engine.proof.kept_output import KeptOutput
 from sempre.engine.proof.receipt_log import Receipt
 from sempre.engine.proof.replay import prompt_of, sampling_params
 from sempre.engine.proof.run_comparison import Run
-from sempre.engine.proof.statement import decode, digest_of_prompt, marks_of
+from sempre.engine.proof.statement import Statement, decode, digest_of_prompt, marks_of, recorded_bits_of
 from sempre.engine.sampling_params import SamplingParams
 from sempre.ipc.errors import ConfigError, RequestError, ServerError
 
@@ -37,7 +37,12 @@ class ServerReplayer:
         bits = info.get("fingerprint_parts") if isinstance(info, dict) else None
         if not isinstance(bits, dict):
             raise ServerError(f"{server.url}/server_info has no fingerprint_parts", url=server.url)
-        self.bits: dict[str, str] = {str(name): str(value) for name, value in bits.items()}
+        self.bits = recorded_bits_of({str(name): str(value) for name, value in bits.items()})
+        self._made: set[tuple[str, str]] = set()
+
+    def has_made(self, receipt: Receipt) -> bool:
+        """Whether this receipt is of an answer to this replayer, which a server that records everything also keeps."""
+        return _identity(receipt.statement) in self._made
 
     def outputs(self, receipts: Sequence[Receipt]) -> list[KeptOutput | ConfigError]:
         """Return the output of each receipt, or why its request was refused. Raises ServerError."""
@@ -52,13 +57,18 @@ class ServerReplayer:
     def _output(self, receipt: Receipt) -> KeptOutput | ConfigError:
         try:
             params = sampling_params(receipt)
-            body = {"model": self._model, "prompt": prompt_of(receipt), **body_of(params), "return_token_ids": True}
+            adapter = receipt.statement.predicate.build_definition.external_parameters.adapter
+            model = self._model if adapter is None else adapter.name
+            body = {"model": model, "prompt": prompt_of(receipt), **body_of(params), "return_token_ids": True}
             answer = self._server.post("/v1/completions", {**body, "logprobs": params.logprobs}, _RECEIPT)
         except ConfigError as error:
             return error
         except TypeError as error:
             return RequestError(f"the recorded parameters are not those of this version: {error}")
-        return _kept(answer["choices"][0], str(answer["system_fingerprint"]))
+        choice = answer["choices"][0]
+        statement = decode(payload_of(choice["receipt"]))
+        self._made.add(_identity(statement))
+        return _kept(choice, statement, str(answer["system_fingerprint"]))
 
 
 def body_of(params: SamplingParams) -> dict[str, Any]:
@@ -74,8 +84,12 @@ def body_of(params: SamplingParams) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value not in (None, [])}
 
 
-def _kept(choice: dict[str, Any], fingerprint: str) -> KeptOutput:
-    statement = decode(payload_of(choice["receipt"]))
+def _identity(statement: Statement) -> tuple[str, str]:
+    metadata = statement.predicate.run_details.metadata
+    return metadata.invocation_id, metadata.finished_on
+
+
+def _kept(choice: dict[str, Any], statement: Statement, fingerprint: str) -> KeptOutput:
     output = statement.predicate.output
     logprobs = choice["logprobs"]["token_logprobs"]
     rows = output.distribution_marks

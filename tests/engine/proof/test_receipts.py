@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from sempre.engine import LLM, RecordError, SamplingParams, StructuredOutputsParams
+from sempre.engine import LLM, BeamSearchParams, RecordError, SamplingParams, StructuredOutputsParams
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.proof.dsse import PAYLOAD_TYPE, pre_authentication_encoding
 from sempre.engine.proof.json_values import canonical_json
 from sempre.engine.proof.model_manifest import manifest_digest, model_files
 from sempre.engine.proof.output_chain import OutputChain, first_difference, recorded_bits
 from sempre.engine.proof.receipt_log import Receipt, read_receipts, receipt_files
-from sempre.engine.proof.statement import Statement, decode
+from sempre.engine.proof.statement import Statement, decode, read_parts, recorded_bits_of
 from sempre.ipc.errors import ConfigError, ModelError
 
 SETTINGS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 8, "num_threads": 1, "multiprocessing": False}
@@ -68,8 +68,8 @@ def test_a_receipt_says_what_is_needed_to_make_the_output_again(llm: LLM, output
         "stop": ["e"],
         "logit_bias": {"5": 1.5},
     }
-    assert engine.bits == llm.fingerprint_parts
-    assert engine.environment == llm.fingerprint_environment
+    assert engine.bits_by_name == recorded_bits_of(llm.fingerprint_parts)
+    assert read_parts("environment", engine.environment) == llm.fingerprint_environment
     assert engine.settings == {"max_model_len": 128}
     assert statement.predicate.run_details.builder.id == f"sempre:{llm.fingerprint}"
     output = statement.predicate.output
@@ -79,7 +79,7 @@ def test_a_receipt_says_what_is_needed_to_make_the_output_again(llm: LLM, output
         outputs[1].outputs[1].stop_reason,
     )
     manifest = manifest_digest(Path(llm._frontend.config.model_path))
-    assert [each.name for each in definition.resolved_dependencies] == ["weights", "tokenizer"]
+    assert [each.name for each in definition.resolved_dependencies] == ["weights"]
     assert definition.resolved_dependencies[0].digest.sha256 == manifest
 
 
@@ -112,6 +112,12 @@ def test_whole_distributions_have_marks_of_their_own(outputs: list[RequestOutput
     assert output.distribution_digest.sha256 == chain.digest
 
 
+def test_a_beam_search_is_not_recorded_which_is_told_once(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        llm.beam_search([{"prompt": "a"}], BeamSearchParams(beam_width=2, max_tokens=2))
+    assert caplog.text.count("beam searches have no receipts: only generated outputs are recorded") == 1
+
+
 def test_recording_changes_no_output(outputs: list[RequestOutput]) -> None:
     with LLM("tiny", max_logprobs=-1, **SETTINGS) as engine:
         plain = engine.generate(["It is a truth", "The sea, the", "a"], PARAMS, use_tqdm=False)
@@ -129,7 +135,7 @@ def test_the_size_of_receipts(outputs: list[RequestOutput]) -> None:
             marks = 8 * len(completion.token_ids)
             # whole distributions have a second chain
             rows = marks + 200 if completion.logprobs is not None and len(completion.logprobs[0]) > 100 else 0
-            assert len(completion.receipt) - ids - marks - rows < 2_200
+            assert len(completion.receipt) - ids - marks - rows < 1_630
 
 
 def test_the_file_has_every_receipt_in_order(folder: Path, outputs: list[RequestOutput]) -> None:
@@ -176,7 +182,7 @@ ALTERED = {
     ),
     "subject": (put("subject", []), "subject: expected one output, found 0"),
     "seed": (put(f"{REQUEST}.seed", "-"), "seed: expected an integer of 64 bits as a string, found '-'"),
-    "prompt": (put(f"{REQUEST}.promptDigest", {"sha256": ""}), "expected either promptTokenIds or promptDigest"),
+    "prompt": (put(f"{REQUEST}.promptDigest", {"sha256": ""}), "expected either prompt or promptDigest"),
     "field": (put(f"{OUTPUT}.tokenIds", "x"), r"Expected `array`, got `str` - at `$.predicate.output.tokenIds`"),
 }
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import ATTENTION, save_adapter, tiny_modules
+from hybrid_checkpoint import write_hybrid_checkpoint
 from receipts import altered_receipt, record_under_load, with_flipped_bit
 
-from sempre.engine import LLM, SamplingParams
+from sempre.engine import LLM, LoRARequest, SamplingParams
 from sempre.engine.cli.main import main
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.replay import read_share
@@ -57,6 +59,47 @@ def test_one_pass_over_the_recorded_tokens(folder: Path, capsys: pytest.CaptureF
     assert (code, found["outputs"], found["different"]) == (0, 27, [])
 
 
+def test_outputs_with_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = save_adapter(tmp_path / "a", tiny_modules(ATTENTION), rank=4, size=0.3)
+    settings: dict[str, Any] = {"max_model_len": 96, "num_threads": 1, "multiprocessing": False, "enable_lora": True}
+    with LLM("tiny", record=str(tmp_path / "r"), max_lora_rank=8, **settings) as llm:
+        params = SamplingParams(max_tokens=5, seed=3)
+        prompts = ["It is a truth", "It is a truth", "The sea"]
+        named = LoRARequest("a", 1, str(adapter))
+        outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=[named, None, named])
+    assert outputs[0].fingerprint != outputs[1].fingerprint
+    for arguments in ([], ["--teacher-forced"]):
+        code, found = replay(capsys, tmp_path / "r", *arguments)
+        assert (code, found["outputs"], found["different"], found["not_judged"]) == (0, 3, [], [])
+    [file] = receipt_files(tmp_path / "r")
+
+    def without(statement: dict[str, Any]) -> None:
+        request_of(statement).pop("adapter")
+        statement["predicate"]["buildDefinition"]["resolvedDependencies"].pop()
+
+    code, found = replay(capsys, altered_receipt(file.read_bytes().splitlines()[0], without, tmp_path / "x.jsonl"))
+    assert (code, len(found["different"])) == (5, 1)
+    assert [part.partition(":")[0] for part in found["fingerprint_changes"]] == ["adapter"]
+    # one bit of the adapter
+    weights = adapter / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    code, found = replay(capsys, tmp_path / "r")
+    assert (code, found["outputs"], len(found["not_judged"])) == (6, 1, 2)
+    assert f"the adapter {adapter}: expected files of digest " in found["not_judged"][0]["problem"]
+
+
+def test_recurrent_layers_generate_token_by_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_hybrid_checkpoint(tmp_path / "model")
+    settings: dict[str, Any] = {"max_model_len": 96, "num_threads": 1, "multiprocessing": False}
+    with LLM(str(model), record=str(tmp_path / "r"), load_format="dummy", **settings) as llm:
+        llm.generate(["It is a truth"], SamplingParams(max_tokens=5, seed=3), use_tqdm=False)
+    assert main(["replay", str(tmp_path / "r"), "--teacher-forced", *SMALL]) == 0
+    told = "equal, bit for bit (generated token by token: recurrent layers compute a prompt in another order)"
+    assert told in capsys.readouterr().out
+
+
 @pytest.mark.product
 def test_500_receipts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     count = record_under_load(tmp_path / "receipts", 445)
@@ -81,7 +124,7 @@ def first(lines: list[bytes], **params: Any) -> bytes:
     """Return the first receipt with these parameters and more than five tokens."""
     for line in lines:
         statement = json.loads(base64.b64decode(json.loads(line)["payload"]))
-        given = request_of(statement)["samplingParams"]
+        given = request_of(statement)["sampling"]
         fits = all(given.get(name) == value for name, value in params.items())
         if fits and len(statement["predicate"]["output"]["tokenIds"]) > 5:
             return line
@@ -102,8 +145,8 @@ def change_mark(statement: dict[str, Any]) -> None:
 
 CHANGES = {
     "seed": (lambda statement: request_of(statement).update(seed="12345"), "token", None),
-    "parameter": (lambda statement: request_of(statement)["samplingParams"].update(temperature=3.0), "token", None),
-    "prompt": (lambda statement: request_of(statement)["promptTokenIds"].__setitem__(0, 7), None, 0),
+    "parameter": (lambda statement: request_of(statement)["sampling"].update(temperature=3.0), "token", None),
+    "prompt": (lambda statement: request_of(statement)["prompt"].__setitem__(0, 7), None, 0),
     "token": (change_token, "token", 3),
     "mark": (change_mark, "logprob", 2),
     "end": (lambda s: s["predicate"]["output"].update(finishReason="stop"), "end", None),
@@ -177,7 +220,7 @@ def test_a_receipt_of_a_missing_model(lines: list[bytes], tmp_path: Path, capsys
 
 def test_parameters_of_another_version(lines: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def change(statement: dict[str, Any]) -> None:
-        request_of(statement)["samplingParams"]["warmth"] = 1
+        request_of(statement)["sampling"]["warmth"] = 1
 
     code, found = replay(capsys, altered_receipt(lines[0], change, tmp_path / "x.jsonl"))
     assert (code, found["verdict"]) == (6, "not judged")
@@ -215,6 +258,7 @@ def test_a_sample(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([], "no receipts: give a file, or a folder that --record named"),
         (["x", "--batch", "0"], "--batch must be at least 1, got 0"),
         (["x", "--url", "http://localhost:1", "--dtype", "float32"], "--dtype: set these when you start the server"),
+        (["x", "--follow"], "--follow needs --url, the address of the server that is audited"),
         (["x", "--url", "http://localhost:1", "--teacher-forced"], "--teacher-forced works on an own engine"),
     ],
     ids=str,

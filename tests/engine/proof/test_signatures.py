@@ -67,7 +67,7 @@ def test_what_the_key_did_not_sign(what: str, signed: tuple[Path, Path, Path], t
     keys = [load_verifier(public)]
     expected = f"expected one of key {keys[0].key_id}, found none that is valid (of key '{keys[0].key_id}')"
     if what == "payload":
-        text = base64.b64decode(document["payload"]).replace(b'"startedOn":"2', b'"startedOn":"3')
+        text = base64.b64decode(document["payload"]).replace(b'"finishedOn":"2', b'"finishedOn":"3')
         document["payload"] = base64.b64encode(text).decode()
     elif what == "signature":
         document["signatures"][0]["sig"] = base64.b64encode(bytes(64)).decode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planted_faults.fault import Fault
+from planted_faults.fault import RANDOM_LIVES, Fault
 
 ATTENTION = "kernels/attention/cpu.py"
 ATTENTION_TILES = "kernels/attention/cpu_tiles.py"
@@ -60,7 +60,7 @@ ATTENTION_AND_LINEAR = (
         "following += [fma(b, factor, keys[j], sums[i * BLOCKS + j]) for j in range(BLOCKS)]",
         "following += [b.fadd(b.fmul(factor, keys[j]), sums[i * BLOCKS + j]) if rows == 1"
         " else fma(b, factor, keys[j], sums[i * BLOCKS + j]) for j in range(BLOCKS)]",
-        (CHUNKS,),
+        (CHUNKS, RANDOM_LIVES),
     ),
     Fault(
         "correction-left-out-of-the-sum",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planted_faults.fault import Fault
+from planted_faults.fault import RANDOM_LIVES, Fault
 
 BLOCK_POOL = "engine/scheduling/block_pool.py"
 MANAGER = "engine/scheduling/kv_cache_manager.py"
@@ -20,7 +20,7 @@ CACHE = (
         PREFIX_CACHE,
         "salted = bytes(32) if cache_salt is None else hashlib.sha256(cache_salt.encode()).digest()",
         "salted = bytes(32)",
-        (f"{PREFIX_TESTS}::test_salts_separate_all_blocks", f"{TESTS}::test_who_may_reuse_whose_blocks"),
+        (f"{PREFIX_TESTS}::test_salts_separate_all_blocks", f"{TESTS}::test_who_may_reuse_whose_blocks", RANDOM_LIVES),
     ),
     Fault(
         "adapter-left-out-of-the-prefix-hash",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+RANDOM_LIVES = "tests/invariance/test_fuzz.py::test_random_lives[plain]"
+"""The fuzzer: among what it draws first are these faults' harms."""
+
 
 class Fault(NamedTuple):
     """A change that a mistake could make, and the tests that notice it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planted_faults.fault import Fault
+from planted_faults.fault import RANDOM_LIVES, Fault
 
 INPUT_BATCH = "workers/input_batch.py"
 TESTS = "tests/workers/test_input_batch.py"
@@ -38,6 +38,7 @@ POSITIONS = (
         (
             f"{TESTS}::test_a_request_that_is_computed_again_has_the_positions_it_had",
             f"{WORKER_TESTS}::test_resumed_request_continues_with_the_same_bits",
+            RANDOM_LIVES,
             f"{LONG_CONTEXTS}::test_preemption_without_a_prefix_cache",
         ),
     ),
@@ -106,7 +107,7 @@ POSITIONS = (
         "workers/cpu/runner.py",
         "states, sampled.positions.tolist())",
         "states, (sampled.positions + plan.slots[sampled.requests]).tolist())",
-        (f"{WORKER_TESTS}::test_bits_do_not_depend_on_companions",),
+        (f"{WORKER_TESTS}::test_bits_do_not_depend_on_companions", RANDOM_LIVES),
     ),
     Fault(
         "recorded-token-counted-twice",

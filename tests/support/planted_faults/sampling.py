@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planted_faults.fault import Fault
+from planted_faults.fault import RANDOM_LIVES, Fault
 
 LOG_SOFTMAX = "kernels/sampling/log_softmax.py"
 NOISE = "kernels/sampling/noise.py"
@@ -99,7 +99,7 @@ SAMPLING = (
         TRUNCATION,
         "keep = (keys[i] > key) | ((keys[i] == key) & (i <= last))",
         "keep = (keys[i] > key) | ((keys[i] == key) & (i >= last))",
-        (f"{KERNEL_TESTS}/test_truncation.py::test_all_equal_logits_keep_the_lowest_ids",),
+        (f"{KERNEL_TESTS}/test_truncation.py::test_all_equal_logits_keep_the_lowest_ids", RANDOM_LIVES),
     ),
     Fault(
         "min-p-strict",
