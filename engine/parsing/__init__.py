@@ -3,12 +3,13 @@
     pieces.py        what a parser yields, and the message assembled from it
     harmony.py       HarmonyParser: the messages of gpt-oss, with their channels
     gemma4.py        Gemma4Parser: the thoughts and calls of Gemma 4; gemma4_arguments.py: those of a call, into JSON
-    reasoning.py     ReasoningSplitter: <think> … </think>
+    reasoning.py     ReasoningSplitter: <think> … </think>, and the tags or phrases of other models
     call_scanner.py  CallScanner: one JSON object that names a function and its arguments
     tool_calls.py    HermesParser, Llama3JsonParser; JSON schemas that enforce calls, and parsers for them
     tagged_calls.py  DeepSeekV3Parser, DeepSeekV31Parser, MistralParser: tags around a name and its JSON
     xml_calls.py     Qwen3CoderParser, SeedOssParser: an element per parameter
     pythonic.py      PythonicParser: a list of calls in Python
+    detection.py     the format of tool calls that a chat template shows
     output_parser.py OutputParser: reasoning, then tool calls, of one output
 
 The pieces do not depend on how the text was cut into chunks: a stream and a whole message are parsed alike.
@@ -16,6 +17,7 @@ Nothing here depends on servers or engines.
 """
 
 from sempre.engine.parsing.output_parser import (
+    OF_PHRASES,
     OF_SPECIAL_TOKENS,
     REASONING_PARSERS,
     SHORT_IDS,
@@ -36,6 +38,7 @@ from sempre.engine.parsing.pieces import (
 from sempre.engine.parsing.tool_calls import named_call_schema, required_calls_schema
 
 __all__ = [
+    "OF_PHRASES",
     "OF_SPECIAL_TOKENS",
     "REASONING_PARSERS",
     "SHORT_IDS",

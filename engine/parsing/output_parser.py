@@ -8,7 +8,15 @@ from sempre.engine.parsing.gemma4 import Gemma4Parser
 from sempre.engine.parsing.harmony import HarmonyParser
 from sempre.engine.parsing.pieces import Content, Parser, Piece
 from sempre.engine.parsing.pythonic import PythonicParser
-from sempre.engine.parsing.reasoning import PromptReasoning, ReasoningSplitter
+from sempre.engine.parsing.reasoning import (
+    GRANITE,
+    MISTRAL,
+    SEED,
+    THINK,
+    PromptReasoning,
+    ReasoningSplitter,
+    ReasoningTags,
+)
 from sempre.engine.parsing.tagged_calls import DeepSeekV3Parser, DeepSeekV31Parser, MistralParser
 from sempre.engine.parsing.tool_calls import HermesParser, Llama3JsonParser, Schema
 from sempre.engine.parsing.xml_calls import Qwen3CoderParser, SeedOssParser
@@ -19,8 +27,20 @@ Schemas = Mapping[str, Schema | None]
 WHOLE_FORMATS: dict[str, str] = {"openai": "openai_gptoss", "gemma4": "gemma4"}
 """Formats of whole outputs, whose tags are special tokens: the name of the parser of tool calls, and of reasoning."""
 
-REASONING_PARSERS: dict[str, bool] = {"qwen3": False, "deepseek_r1": True}
-"""Models by name; True: an unconstrained output begins inside its reasoning, however the prompt ends."""
+REASONING_PARSERS: dict[str, tuple[ReasoningTags, ...]] = {
+    "qwen3": (THINK,),
+    "deepseek_r1": (THINK,),
+    "mistral": (MISTRAL,),
+    "seed_oss": (SEED,),
+    "granite": GRANITE,
+}
+"""Models by name: what begins and ends their reasoning."""
+
+BEGINS_INSIDE = ("deepseek_r1",)
+"""Those whose unconstrained output begins inside its reasoning, however the prompt ends."""
+
+OF_PHRASES = ("granite",)
+"""Those that mark reasoning by phrases, which no grammar and no budget knows."""
 
 TOOL_PARSERS: dict[str, Callable[[Schemas], Parser]] = {
     "hermes": lambda _schemas: HermesParser(),
@@ -35,7 +55,7 @@ TOOL_PARSERS: dict[str, Callable[[Schemas], Parser]] = {
 """Formats of tool calls by name: a parser for tools with the given schemas."""
 
 OF_SPECIAL_TOKENS = ("mistral",)
-"""Those whose tags are special tokens, so that they must be in the text that is parsed."""
+"""Formats of tool calls and of reasoning whose tags are special tokens, which must be in the text that is parsed."""
 
 SHORT_IDS = ("mistral",)
 """Those whose chat templates read ids of nine letters and digits."""
@@ -56,7 +76,10 @@ def reasoning_splitter(name: str, opened: bool | None, *, is_bound: bool = False
 
     `is_bound`: the answer is structured, from the first token if the output does not begin with the start tag.
     """
-    return None if opened is None else ReasoningSplitter(inside=opened or (REASONING_PARSERS[name] and not is_bound))
+    if opened is None:
+        return None
+    inside = opened or (name in BEGINS_INSIDE and not is_bound)
+    return ReasoningSplitter(inside=inside, tags=REASONING_PARSERS[name])
 
 
 class OutputParser:

@@ -1,4 +1,4 @@
-"""Reasoning before the answer, between <think> and </think>, or in the channel of Gemma 4."""
+"""Reasoning before the answer, between tags or phrases that the model has for it, or in the channel of Gemma 4."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ class ReasoningTags(NamedTuple):
     end: str
 
 
-_THINK, _CHANNEL = ReasoningTags(START, END), ReasoningTags(gemma4.CHANNEL, gemma4.CHANNEL_END)
+THINK = ReasoningTags(START, END)
+_CHANNEL = ReasoningTags(gemma4.CHANNEL, gemma4.CHANNEL_END)
+MISTRAL = ReasoningTags("[THINK]", "[/THINK]")
+SEED = ReasoningTags("<seed:think>", "</seed:think>")
+GRANITE = (
+    ReasoningTags("Here is my thought process:", "Here is my response:"),
+    ReasoningTags("Here's my thought process:", "Here's my response:"),
+)
+"""Phrases, either of which may begin and end reasoning."""
 
 _TAIL_TOKENS = 16
 """Number of last tokens to search for a final tag in a prompt without turns."""
@@ -31,7 +39,9 @@ _TAIL_TOKENS = 16
 
 def tags_of(tokenizer: Tokenizer) -> ReasoningTags:
     """Those that the model writes."""
-    return _CHANNEL if gemma4.is_gemma4(tokenizer) else _THINK
+    if gemma4.is_gemma4(tokenizer):
+        return _CHANNEL
+    return next((tags for tags in (MISTRAL, SEED) if set(tags) <= tokenizer.added_texts), THINK)
 
 
 def opens_reasoning(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> bool | None:
@@ -80,13 +90,15 @@ def _last_turn(tokenizer: Tokenizer, token_ids: Sequence[int], tags: ReasoningTa
 
 
 class ReasoningSplitter:
-    """Reasoning up to the first </think>, then content; only the tags are removed.
+    """Reasoning up to the first tag that ends it, then content; only the tags are removed.
 
-    A text that begins inside reasoning and has no </think> is all reasoning. Otherwise reasoning must begin with
-    <think>, optionally after white space; a text that does not is all content.
+    A text that begins inside reasoning and never ends it is all reasoning. Otherwise reasoning must begin with a start
+    tag, optionally after white space; a text that does not is all content.
     """
 
-    def __init__(self, *, inside: bool) -> None:
+    def __init__(self, *, inside: bool, tags: Sequence[ReasoningTags] = (THINK,)) -> None:
+        """`tags`: any of them begins and ends reasoning."""
+        self._starts, self._ends = [each.start for each in tags], [each.end for each in tags]
         self._inside = inside
         self._started = False
         self._ended = False
@@ -105,12 +117,7 @@ class ReasoningSplitter:
         if not self._started and not self._decide_start(final=False):
             return pieces
         if not self._ended:
-            before, tag, after = self._undecided.partition(END)
-            if tag:
-                self._ended = True
-                self._undecided = after
-            else:
-                before, self._undecided = split_before_tag(before, END)
+            before = self._before_end()
             if before:
                 pieces.append(Reasoning(before))
         if self._ended and self._undecided:
@@ -126,13 +133,26 @@ class ReasoningSplitter:
             return []
         return [Content(rest)] if self._ended else [Reasoning(rest)]
 
+    def _before_end(self) -> str:
+        """Take the reasoning that is certain, and the tag that ends it."""
+        text = self._undecided
+        places = [(place, end) for end in self._ends if (place := text.find(end)) >= 0]
+        if places:
+            place, end = min(places)
+            self._ended, self._undecided = True, text[place + len(end) :]
+            return text[:place]
+        certain = min((split_before_tag(text, end)[0] for end in self._ends), key=len)
+        self._undecided = text[len(certain) :]
+        return certain
+
     def _decide_start(self, *, final: bool) -> bool:
         """Return whether the beginning of the text is decided."""
         begin = self._undecided.lstrip()
-        if begin.startswith(START):
-            self._undecided = begin[len(START) :]
+        start = next((start for start in self._starts if begin.startswith(start)), None)
+        if start is not None:
+            self._undecided = begin[len(start) :]
             self.has_reasoning = True
-        elif START.startswith(begin) and not final:
+        elif not final and any(start.startswith(begin) for start in self._starts):
             return False
         else:
             self._ended = not self._inside

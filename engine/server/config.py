@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from sempre.engine.parsing import WHOLE_FORMATS
+from sempre.engine.parsing.detection import tool_format_of
 from sempre.engine.setting_values import checked
 from sempre.ipc.config import Count, doc
 from sempre.ipc.errors import ConfigError
@@ -19,6 +20,7 @@ from sempre.ipc.model_files import read_json_object
 
 LogFormat = Literal["text", "json"]
 ToolParser = Literal[
+    "auto",
     "hermes",
     "llama3_json",
     "mistral",
@@ -30,7 +32,7 @@ ToolParser = Literal[
     "openai",
     "gemma4",
 ]
-ReasoningParser = Literal["", "qwen3", "deepseek_r1", "openai_gptoss", "gemma4"]
+ReasoningParser = Literal["", "qwen3", "deepseek_r1", "mistral", "seed_oss", "granite", "openai_gptoss", "gemma4"]
 EngineDeath = Literal["exit", "restart"]
 LogLevel = Literal["critical", "error", "warning", "info", "debug", "trace"]
 MetricsPrefix = Literal["sempre", "vllm"]
@@ -64,7 +66,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     root_path: Annotated[str, doc("path under which a proxy serves this server")] = ""
     response_role: Annotated[str, doc("role of the generated messages")] = "assistant"
     enable_auto_tool_choice: Annotated[bool, doc("let the model call tools; needs tool_call_parser")] = False
-    tool_call_parser: Annotated[ToolParser | None, doc("the format in which the model calls tools")] = None
+    tool_call_parser: Annotated[
+        ToolParser | None, doc("the format in which the model calls tools; auto: the one of its chat template")
+    ] = None
     reasoning_parser: Annotated[ReasoningParser, doc("how the model marks its reasoning")] = ""
     enable_force_include_usage: Annotated[
         bool, doc("report usage in every chunk of a stream, even if not requested")
@@ -138,12 +142,21 @@ def server_config(settings: Mapping[str, Any]) -> ServerConfig:
     return config
 
 
-def with_model_defaults(config: ServerConfig, folder: Path) -> ServerConfig:
-    """The configuration for the model in `folder`: gpt-oss has its own format, and no other; Gemma 4 has its own unless
-    the configuration names one. Raises ConfigError."""
+def with_model_defaults(config: ServerConfig, folder: Path, template: str = "") -> ServerConfig:
+    """The configuration for the model in `folder` with its chat template: gpt-oss has its own format, and no other;
+    Gemma 4 has its own unless the configuration names one. Raises ConfigError."""
     path = folder / "config.json"
     [architecture] = names if (names := _architectures(path)) else [""]
     tools = FORMATS.get(architecture)
+    if config.tool_call_parser == "auto":
+        found = None if tools is not None else tool_format_of(template)
+        if tools is None and found is None:
+            raise ConfigError(
+                "tool_call_parser: the chat template shows no format of tool calls, so auto finds none; name one.",
+                parameter="tool_call_parser",
+                value="auto",
+            )
+        config = replace(config, tool_call_parser=found)
     if tools is None or (tools != "openai" and (config.tool_call_parser or config.reasoning_parser)):
         return config
     parsers = {"reasoning_parser": config.reasoning_parser or WHOLE_FORMATS[tools]}
@@ -160,6 +173,8 @@ def _architectures(path: Path) -> list[str]:
 def _with_both_of_format(config: ServerConfig) -> ServerConfig:
     """In some formats, tool calls are among the other parts of an output."""
     tools, reasoning = config.tool_call_parser, config.reasoning_parser
+    if tools == "auto":
+        return config
     if tools in WHOLE_FORMATS and not reasoning:
         return replace(config, reasoning_parser=WHOLE_FORMATS[tools])
     for of_calls, of_reasoning in WHOLE_FORMATS.items():

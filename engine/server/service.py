@@ -35,7 +35,8 @@ class Service:
 
     def __init__(self, engine: AsyncLLM, config: ServerConfig) -> None:
         self.engine = engine
-        self.config = with_model_defaults(config, Path(engine.config.model_path))
+        template = engine.chat_template if config.tool_call_parser == "auto" else None
+        self.config = with_model_defaults(config, Path(engine.config.model_path), template or "")
         self.created = int(time.time())
         self.is_ready = False
         self.startup_seconds: dict[str, float] = {}

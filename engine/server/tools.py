@@ -13,6 +13,7 @@ import msgspec
 
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.parsing import (
+    OF_PHRASES,
     OF_SPECIAL_TOKENS,
     SHORT_IDS,
     TOOL_PARSERS,
@@ -60,6 +61,12 @@ class ChatPlan:
     def of(cls, request: ChatCompletionRequest, config: ServerConfig) -> ChatPlan:
         """Raises BadRequest or ConfigError naming the field."""
         structured = structured_outputs(request)
+        if config.reasoning_parser in OF_PHRASES and request.thinking_token_budget not in (None, -1):
+            raise BadRequest(
+                f"thinking_token_budget is not available with the reasoning parser {config.reasoning_parser!r}, whose "
+                "reasoning ends with a phrase, not with a tag. Leave it out.",
+                param="thinking_token_budget",
+            )
         parallel = request.parallel_tool_calls is not False
         call_parser, named = _call_parser(request, config)
         if call_parser in ("required", "named"):
@@ -88,7 +95,7 @@ class ChatPlan:
     @property
     def reads_special_tokens(self) -> bool:
         """Whether they must be in the text that is parsed."""
-        return self.is_whole_format or self.call_parser in OF_SPECIAL_TOKENS
+        return self.is_whole_format or bool({self.call_parser, self.reasoning_parser} & set(OF_SPECIAL_TOKENS))
 
     @property
     def is_whole_format(self) -> bool:
@@ -98,7 +105,9 @@ class ChatPlan:
     @property
     def form(self) -> StructuredOutputsParams | None:
         """The form of the output; reasoning before it is free, unless the request says where the form begins."""
-        if self.structured is None or self.structured.begins_after is not None or self.reasoning_parser is None:
+        if self.structured is None or self.structured.begins_after is not None:
+            return self.structured
+        if self.reasoning_parser is None or self.reasoning_parser in OF_PHRASES:
             return self.structured
         return replaced(self.structured, after_reasoning=True)
 

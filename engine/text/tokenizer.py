@@ -89,6 +89,8 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self.special_texts = {token_id: token.content for token_id, token in self._added.items() if token.special}
         """Special tokens by id, which `skip_special_tokens` leaves out of text."""
+        self.added_texts = frozenset(token.content for token in self._added.values())
+        """The texts of all added tokens, special or not."""
         given = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         self.special_tokens_map = named | {name: token for name, token in given.items() if token is not None}
         """The special tokens with a role, by role name."""

@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sempre.engine.parsing import CallStart, OutputParser, ParsedMessage, ToolCall, assemble
+from sempre.engine.parsing.detection import tool_format_of
 from sempre.engine.parsing.output_parser import TOOL_PARSERS
 from sempre.engine.server.agents.blocks import Blocks
+from sempre.engine.server.config import server_config, with_model_defaults
 from sempre.engine.text.chat_template import render_chat
+from sempre.ipc.errors import ConfigError
 
 TEMPLATES = Path(__file__).parents[1] / "chat_templates"
 SCHEMAS: Any = {
@@ -210,3 +213,18 @@ def said(content: str | None, calls: list[tuple[str, str]]) -> ParsedMessage:
 def test_examples(kind: str, text: str, expected: ParsedMessage) -> None:
     assert parsed(kind, text) == expected
     assert parsed(kind, *text) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "kind"),
+    [*((template, kind) for kind, template in OWN), ("glm-4.6", None), ("phi-4", None), ("gemma", None)],
+)
+def test_auto_finds_the_format_of_a_template(template: str, kind: str | None) -> None:
+    source = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+    assert tool_format_of(source) == kind
+    config = server_config({"enable_auto_tool_choice": True, "tool_call_parser": "auto"})
+    if kind is None:
+        with pytest.raises(ConfigError, match="auto finds none"):
+            with_model_defaults(config, Path("nowhere"), source)
+    else:
+        assert with_model_defaults(config, Path("nowhere"), source).tool_call_parser == kind
