@@ -209,7 +209,7 @@ def test_the_report_contains_no_markup_of_outputs(runs: Path, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no `chromium` on the PATH (Debian's package of that name)")
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
 def test_the_report_in_a_browser(width: int, scheme: Any, runs: Path, tmp_path: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     report = tmp_path / "report.html"
