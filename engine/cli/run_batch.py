@@ -21,7 +21,7 @@ from sempre.engine.cli.arguments import add_engine_flags, add_model_flag, engine
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.remote.connection import add_server_flags, base_url, headers_for
 
-_ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+_ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 # How long a line retries a busy server.
 _BUSY_PATIENCE_S = 600.0
 _BUSY = (429, 503)

@@ -74,7 +74,10 @@ def _route(service: Service, operation: openapi.Operation, endpoint: Endpoint) -
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     found = f"{request.method} {request.url.path}"
-    message = {404: f"Not found: {found}.", 405: f"Method not allowed: {found}."}.get(error.status_code, error.detail)
+    missing = f"Not found: {found}."
+    if request.url.path.startswith("/v1/responses/"):
+        missing += " This server stores no responses."
+    message = {404: missing, 405: f"Method not allowed: {found}."}.get(error.status_code, error.detail)
     return APIError(error.status_code, message, headers=dict(error.headers or {})).response(request.url.path)
 
 

@@ -121,6 +121,15 @@ def test_the_events_of_a_stream_are_anthropics(server: ServerProcess) -> None:
     assert whole["usage"]["output_tokens_details"]["thinking_tokens"] > 0
 
 
+def test_a_long_call_is_told_at_once_and_pings_come_meanwhile(server: ServerProcess) -> None:
+    found = events(server, messages=[{"role": "user", "content": "[long]"}], tools=TOOLS, seed=7)
+    kinds = [kind for kind, _ in found]
+    begun = kinds.index("content_block_start")
+    assert kinds[2:begun] == ["ping"] * (begun - 2) != []
+    assert kinds[begun:-2] == ["content_block_start", "content_block_delta", "content_block_stop"]
+    assert json.loads(found[begun + 1][1]["delta"]["partial_json"]) == {"of": list(range(60))}
+
+
 def prompt_tokens(client: anthropic.Anthropic, messages: Any, **fields: Any) -> int:
     return client.messages.count_tokens(model="tiny", messages=messages, **fields).input_tokens
 

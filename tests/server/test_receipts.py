@@ -49,6 +49,21 @@ def test_choices_with_receipts(path: str, body: dict[str, Any], server: ServerPr
     assert subjects == [each.subject for each in statements]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/messages", CHAT), ("/v1/responses", {"input": "Hi", "max_output_tokens": 4, "seed": 3})]
+)
+def test_answers_of_agents_with_receipts(path: str, body: dict[str, Any], server: ServerProcess) -> None:
+    """The subject is that of the same conversation at /v1/chat/completions."""
+    chat = server.http.post("/v1/chat/completions", json=CHAT, headers=HEADER).json()
+    expected = statement_of(chat["choices"][0]).subject
+    assert "receipt" not in server.http.post(path, json=body).json()
+    assert statement_of(server.http.post(path, json=body, headers=HEADER).json()).subject == expected
+    text = server.http.post(path, json={**body, "stream": True}, headers=HEADER).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    told = [event.get("response", event) for event in events]
+    assert [statement_of(each).subject for each in told if "receipt" in each] == [expected]
+
+
 def test_the_subject_is_that_of_a_local_engine(server: ServerProcess) -> None:
     [choice] = server.http.post("/v1/completions", json={**BODY, "n": 1}, headers=HEADER).json()["choices"]
     with LLM("tiny", record=True, max_model_len=256, num_threads=1, multiprocessing=False) as llm:

@@ -241,3 +241,10 @@ def test_what_is_not_built_is_named(server: ServerProcess, fields: dict[str, Any
         error = answer.json()["error"]
         assert (error["param"], error["type"]) == (param, "BadRequestError")
         assert told in error["message"]
+
+
+def test_nothing_is_stored(client: openai.OpenAI) -> None:
+    made = client.responses.create(**ASK, store=True)
+    for call in (client.responses.retrieve, client.responses.delete):
+        with pytest.raises(openai.NotFoundError, match="stores no responses"):
+            call(made.id)

@@ -29,8 +29,14 @@ _RESULT = re.compile(r"<\|im_start\|>tool \S+\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
 def answer(prompt: str, choice: int) -> str:
-    """What the model says: two calls at once, then one, then what it has learnt; `[broken]`: a call that is none."""
+    """What the model says: two calls at once, then one, then what it has learnt.
+
+    With `[broken]` in the prompt a call that is none, with `[long]` a long one.
+    """
     results = _RESULT.findall(prompt)
+    if "[long]" in prompt:
+        words = ", ".join(map(str, range(60)))
+        return f'<tool_call>\n{{"name": "clock", "arguments": {{"of": [{words}]}}}}\n</tool_call>'
     if "[broken]" in prompt:
         return 'See:\n<tool_call>\n{"name": "weather", "arguments": {"city": [1}}\n</tool_call>'
     if "[tool " not in prompt:

@@ -44,17 +44,18 @@ def test_wrong_lines_harm_no_others(tmp_path: Path, server_url: str, capsys: pyt
         request("refused", {**good, "top_p": 7}),
         request("unknown model", {**good, "model": "gone"}),
         request("chat", chat, url="/v1/chat/completions"),
+        request("response", {"input": "Hé", "max_output_tokens": 3, "seed": 1}, url="/v1/responses"),
         request("last", good),
     ]
     code, records = answers(tmp_path, lines, "--url", server_url, "--max-concurrency", "3")
     assert code == 1
-    assert "10 of 13 lines failed" in capsys.readouterr().err
+    assert "10 of 14 lines failed" in capsys.readouterr().err
     assert [record["custom_id"] for record in records] == [
         *["first", None, None, None, "first", "get", "elsewhere", "no body", "streamed"],
-        *["refused", "unknown model", "chat", "last"],
+        *["refused", "unknown model", "chat", "response", "last"],
     ]
-    assert [record["id"] for record in records] == [f"batch_req_{i}" for i in (1, *range(3, 15))]
-    assert [record["response"]["status_code"] for record in records] == [200, *[400] * 9, 404, 200, 200]
+    assert [record["id"] for record in records] == [f"batch_req_{i}" for i in (1, *range(3, 16))]
+    assert [record["response"]["status_code"] for record in records] == [200, *[400] * 9, 404, 200, 200, 200]
     first, last = records[0], records[-1]
     assert first["error"] is None
     assert first["response"]["body"]["choices"] == last["response"]["body"]["choices"]
