@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_workload import model_folder
 
 from sempre.engine import LLM, SamplingParams
 from sempre.workers.trainer import Trainer
@@ -19,11 +18,11 @@ def test_logprobs_have_the_bits_of_the_engine(dtype: Any) -> None:
     """Sequences of mixed lengths, sampled by an engine with prefixes in its cache; gradients are finite."""
     prompts: list[Any] = [{"prompt_token_ids": list(range(5, 5 + length))} for length in (90, 3, 90, 200, 17)]
     params = SamplingParams(max_tokens=40, logprobs=0, ignore_eos=True, seed=1)
-    with LLM(str(model_folder()), device="cuda", multiprocessing=False, dtype=dtype, max_model_len=512) as llm:
+    with LLM("tiny", device="cuda", multiprocessing=False, dtype=dtype, max_model_len=512) as llm:
         outputs = [llm.generate(prompts, params, use_tqdm=False) for _ in range(2)][1]
-        parts = llm.fingerprint_parts
+        folder, parts = llm.model_folder, llm.fingerprint_parts
     assert any(output.num_cached_tokens for output in outputs)
-    trainer = Trainer(model_folder(), dtype=dtype, device="cuda", max_model_len=512)
+    trainer = Trainer(folder, dtype=dtype, device="cuda", max_model_len=512)
     trainer.check_engine(parts)
     sequences = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]
     lengths = list(map(len, sequences))
