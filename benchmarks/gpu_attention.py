@@ -1,11 +1,13 @@
-"""How fast the GPU's attention runs for decode and prefill shapes, under several launch shapes, and for decode steps
-whose requests share a prefix, with its keys read for each and once; all must agree bitwise.
+"""How fast the GPU's attention runs for decode and prefill shapes, under several launch shapes, for decode steps over
+long contexts, by the kernel for all cards and the one for splits, and for decode steps whose requests share a prefix,
+with its keys read for each and once; all must agree bitwise.
 
 Metric: time of one layer's attention inside a CUDA graph that cycles through several caches, so that keys and values
 come from memory. GB/s counts keys and values once; TFLOP/s counts 4 D Hq per visible key and query.
 
     python benchmarks/gpu_attention.py
     python benchmarks/gpu_attention.py --only-shared
+    python benchmarks/gpu_attention.py --only-long
 
 The last line is one JSON document.
 """
@@ -24,7 +26,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sempre.kernels.attention import HeadLayout, KvCache, PagedBatch, ScoreParams, gpu, gpu_prefill, paged_attention
+from sempre.kernels.attention import (
+    HeadLayout,
+    KvCache,
+    PagedBatch,
+    ScoreParams,
+    gpu,
+    gpu_decode,
+    gpu_prefill,
+    paged_attention,
+)
 from sempre.kernels.attention.gpu import Launch, allocate_attention_workspace
 from sempre.kernels.attention.shared_prefixes import group_requests, most_shared_splits
 
@@ -47,6 +58,18 @@ class SharedCase(NamedTuple):
     requests: int
     prefix: int
     rest: int
+
+
+class LongCase(NamedTuple):
+    """One query row for each of `contexts`."""
+
+    heads: int
+    kv_heads: int
+    contexts: tuple[int, ...]
+
+    def __str__(self) -> str:
+        least, most = min(self.contexts), max(self.contexts)
+        return f"{self.heads}/{self.kv_heads} {len(self.contexts)} x {least if least == most else f'{least}..{most}'}"
 
 
 class Variant(NamedTuple):
@@ -76,6 +99,15 @@ SHARED = [
     for heads in (32, 16)
     for requests, prefix in ((8, 4096), (32, 4096), (64, 4096), (128, 4096), (256, 4096), (128, 1024), (256, 512))
 ]
+# from a few splits for each multiprocessor to many; the last are unequal
+LONG = [
+    LongCase(heads, 8, contexts)
+    for heads in (32, 16)
+    for contexts in (
+        (4_000,), (32_000,), (16_000,) * 4, (700,) * 16, (16_000,) * 16, (700,) * 64, (2_000,) * 64, (16_000,) * 64,
+        (700,) * 256, (4_000,) * 256, tuple(500 * 2 ** (i % 7) for i in range(32)), (60_000, *(1_000,) * 31),
+    )
+]  # fmt: skip
 DECODE_VARIANTS = [
     *(Variant(Launch(16, 4, s), 512, block) for s in (2, 3, 4, 5) for block in (16, 64)),
     *(Variant(Launch(16, 2, s), 512, 64) for s in (3, 4)),
@@ -90,13 +122,15 @@ PREFILL_VARIANTS = [
 DIM = 128
 NEVER = 1 << 30
 chosen_shape = gpu.launch_shape
+serves_splits = gpu_decode.serves
 
 
 def apply(variant: Variant) -> None:
     gpu.SPLIT = variant.split
     launch = variant.launch
     gpu.launch_shape = chosen_shape if launch is None else lambda *arguments: launch
-    # otherwise it would serve whatever launch is measured
+    # otherwise they would serve whatever launch is measured
+    gpu_decode.serves = lambda *arguments: False
     gpu_prefill.LONG_CONTEXT = 0 if launch is None else NEVER
 
 
@@ -186,6 +220,55 @@ def measure_shared(case: SharedCase) -> dict[str, object]:
     return {"case": case, "alone_us": alone, "together_us": together, "digest": found}
 
 
+class LongStep:
+    """Inputs of one case, with a cache for each of `copies` layers."""
+
+    def __init__(self, case: LongCase) -> None:
+        generator = torch.Generator("cuda").manual_seed(1)
+        blocks = [-(-context // 64) for context in case.contexts]
+        num_blocks, width = sum(blocks), max(blocks)
+        self.heads = HeadLayout(case.heads, case.kv_heads, DIM)
+        self.nbytes = 4 * sum(case.contexts) * case.kv_heads * DIM
+        self.caches = []
+        for _ in range(max(1, min(16, -(-(400 << 20) // self.nbytes)))):
+            cache = gpu.allocate_kv_cache(num_blocks, case.kv_heads, DIM, 64, torch.bfloat16, torch.device("cuda"))
+            for target in (cache.k, cache.v):
+                target.normal_(generator=generator)
+            self.caches.append(cache)
+        ints = {"device": "cuda", "dtype": torch.int32}
+        order = torch.randperm(num_blocks, generator=generator, device="cuda").to(torch.int32)
+        tables = torch.zeros(len(blocks), width, **ints)
+        for row, part in zip(tables, order.split(blocks), strict=True):
+            row[: len(part)] = part
+        starts, lens = torch.arange(len(blocks) + 1, **ints), torch.tensor(case.contexts, **ints)
+        self.batch = PagedBatch(tables, starts, lens, 1, max(case.contexts))
+        self.qkv = torch.randn(len(blocks), self.heads.qkv_width, generator=generator, device="cuda",
+                               dtype=torch.bfloat16)  # fmt: skip
+        self.out = torch.empty(len(blocks), case.heads * DIM, device="cuda", dtype=torch.bfloat16)
+        self.workspace = allocate_attention_workspace(case.heads, DIM, max(40_960, *case.contexts),
+                                                      torch.device("cuda"))  # fmt: skip
+
+    def time_us(self, serves: Callable[..., bool]) -> tuple[float, str]:
+        """One layer's time, and the digest of the first one's output; `serves` chooses the kernel."""
+        gpu_decode.serves, gpu_decode.LONG_CONTEXT = serves, 0
+
+        def run(cache: KvCache) -> torch.Tensor:
+            scores = ScoreParams(DIM**-0.5)
+            return gpu.paged_attention(self.qkv, cache, self.batch, self.heads, scores, self.out, self.workspace)
+
+        found = digest(run(self.caches[0]))
+        return replayed(lambda: [run(cache) for cache in self.caches]) / len(self.caches), found
+
+
+def measure_long(case: LongCase) -> dict[str, object]:
+    step = LongStep(case)
+    (before, expected), (now, found) = step.time_us(lambda *arguments: False), step.time_us(serves_splits)
+    print(f"{case}: for all cards {before:8.1f} us {step.nbytes / before / 1e6:5.2f} TB/s,"
+          f" for splits {now:8.1f} us {step.nbytes / now / 1e6:5.2f} TB/s"
+          f" {found} {'equal' if found == expected else f'DIFFERS from {expected}'}", flush=True)  # fmt: skip
+    return {"case": str(case), "all_cards_us": before, "splits_us": now, "equal": found == expected}
+
+
 def compile_variants(pairs: list[tuple[Case, Variant]]) -> None:
     for case, variant in pairs:
         apply(variant)
@@ -227,10 +310,16 @@ def replayed(launch: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only-shared", action="store_true", help="only decode steps whose requests share a prefix")
-    only_shared = parser.parse_args().only_shared
-    shared = [measure_shared(case) for case in SHARED]
-    results = [] if only_shared else measure_variants()
-    print(json.dumps({"device": torch.cuda.get_device_name(), "results": results, "shared": shared}))
+    parser.add_argument("--only-long", action="store_true", help="only decode steps over long contexts")
+    arguments = parser.parse_args()
+    everything = not (arguments.only_shared or arguments.only_long)
+    found = {
+        "device": torch.cuda.get_device_name(),
+        "long": [] if arguments.only_shared else [measure_long(case) for case in LONG],
+        "shared": [] if arguments.only_long else [measure_shared(case) for case in SHARED],
+        "results": measure_variants() if everything else [],
+    }
+    print(json.dumps(found))
 
 
 def measure_variants() -> list[tuple[Case, Variant, float, str]]:

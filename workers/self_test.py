@@ -42,6 +42,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _TOKENS = {"cpu": 150, "cuda": 1100}
 # this many of them are computed again as rows of one decode step
 _DECODED_ROWS = 40
+# a bound on contexts above which a GPU may use another kernel for them
+_LONG_BOUND = 8192
 _NEIGHBOUR_TOKENS = 17
 # slots of states: the neighbour's, the sequence's own, then those before its last tokens
 _OTHER_SLOT, _OWN_SLOT, _LAST_SLOTS = range(3)
@@ -125,6 +127,9 @@ def check_model(
     yield compare_rows(name, "as rows of a decode step", whole[-len(decoded) :], decoded)
     if (sharing_keys := probe.decode_sharing(_DECODED_ROWS)) is not None:
         yield compare_rows(name, "as rows of a decode step that share keys", decoded, sharing_keys)
+    if probe.device.type == "cuda":
+        for_long = probe.decode(_DECODED_ROWS, bound=_LONG_BOUND)
+        yield compare_rows(name, "as rows of a decode step over long contexts", decoded, for_long)
     lone = probe.decode(1)
     yield compare_rows(name, "the last row alone", whole[-1:], lone)
     if (pair := probe.logits(whole)) is not None:
@@ -179,11 +184,12 @@ class _Probe:
             rows.append(hidden.clone())
         return torch.cat(rows)
 
-    def decode(self, count: int) -> torch.Tensor:
-        """The last tokens as `count` requests of one token each, over the keys and values of the last run."""
+    def decode(self, count: int, *, bound: int = 0) -> torch.Tensor:
+        """The last tokens as `count` requests of one token each, over the keys and values of the last run; kernels are
+        chosen for contexts of `bound` tokens or more."""
         count = min(count, self.num_tokens, self._max_tokens)
         first = self.num_tokens - count
-        return self._forward([(at, at + 1, self._blocks) for at in range(first, self.num_tokens)]).clone()
+        return self._forward([(at, at + 1, self._blocks) for at in range(first, self.num_tokens)], bound=bound).clone()
 
     def decode_sharing(self, count: int) -> torch.Tensor | None:
         """The same on a GPU, with the keys of whole splits read once for all; None where there is no whole split."""
@@ -223,10 +229,11 @@ class _Probe:
         *,
         reads_last: bool = False,
         prefixes: SharedPrefixes | None = None,
+        bound: int = 0,
     ) -> torch.Tensor:
         """Final hidden states of the tokens [start, end) of each request, whose cache blocks are given.
 
-        `reads_last`: only those of the last request.
+        `reads_last`: only those of the last request. `bound`: the step may have contexts as long.
         """
         size, device = self._block_size, self.device
         starts, ends = (np.asarray([request[at] for request in requests], np.int64) for at in (0, 1))
@@ -243,7 +250,7 @@ class _Probe:
                 query_starts=query_starts.to(device),
                 context_lens=torch.from_numpy(ends.astype(np.int32)).to(device),
                 max_query_len=int((ends - starts).max()),
-                max_context_len=int(ends.max()),
+                max_context_len=max(int(ends.max()), bound),
                 prefixes=prefixes,
             ),
             outputs=_rows_of_last(query_starts, device) if reads_last else None,

@@ -128,13 +128,15 @@ class KvCache:
 
 @dataclass(frozen=True)
 class AttentionWorkspace:
-    """Partials of splits: `acc` [tokens, Hq, splits, D], `m` and `l` [tokens, Hq, splits], float32; and counters of a
-    launch whose programs share out their work, int32 [2], zeros before it and after."""
+    """Partials of splits: `acc` [tokens, Hq, splits, D], `m` and `l` [tokens, Hq, splits], float32; and int32 counters,
+    zeros before a launch and after: `counters` [2] of programs that share out their work, `arrived` of the splits of
+    each request and key head that are complete."""
 
     acc: torch.Tensor
     m: torch.Tensor
     l: torch.Tensor  # noqa: E741
     counters: torch.Tensor
+    arrived: torch.Tensor
 
     @property
     def max_splits(self) -> int:
@@ -142,7 +144,12 @@ class AttentionWorkspace:
 
     @property
     def nbytes(self) -> int:
-        return int(self.acc.nbytes + self.m.nbytes + self.l.nbytes + self.counters.nbytes)
+        return sum(int(part.nbytes) for part in vars(self).values())
 
     def holds(self, tokens: int, splits: int) -> bool:
         return tokens <= self.acc.shape[0] and splits <= self.max_splits
+
+    def has_room_for(self, rows: int, splits: int, heads: HeadLayout) -> bool:
+        """Whether it can be divided anew into `splits` partials of that many rows."""
+        count = rows * heads.num_heads * splits
+        return count <= self.m.numel() and count * heads.head_dim <= self.acc.numel()

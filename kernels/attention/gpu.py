@@ -15,14 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from sempre.kernels.attention import gpu_prefill
-from sempre.kernels.attention.contract import (
-    AttentionWorkspace,
-    HeadLayout,
-    KvCache,
-    PagedBatch,
-    ScoreParams,
-)
+from sempre.kernels.attention import gpu_decode, gpu_prefill
+from sempre.kernels.attention.contract import AttentionWorkspace, HeadLayout, KvCache, PagedBatch, ScoreParams
+from sempre.kernels.attention.gpu_split_warps import MAX_REQUESTS
 from sempre.kernels.attention.gpu_tiles import SPLIT, empty_state, find_request, merge, prefetch_tiles, walk_split
 from sempre.kernels.attention.shared_prefixes import MAX_ENTRIES
 from sempre.kernels.gpu_jit import CHAINED, jit, wait_for_previous
@@ -32,10 +27,8 @@ TARGET_PROGRAMS = 528
 FEW_PROGRAMS = 132
 # a step of more query tokens than this fills the device without parallel splits
 MAX_SPLIT_TOKENS = 64
-
 # a workspace for contexts of this many keys has room for all entries that a step may share
 SHARED_LEN = MAX_ENTRIES // MAX_SPLIT_TOKENS * SPLIT
-
 ONE_SPLIT, WALK, PARALLEL = 0, 1, 2
 
 
@@ -238,6 +231,7 @@ def allocate_attention_workspace(
         torch.empty(shape, dtype=torch.float32, device=device),
         torch.empty(shape, dtype=torch.float32, device=device),
         torch.zeros(2, dtype=torch.int32, device=device),
+        torch.zeros(MAX_REQUESTS * num_heads, dtype=torch.int32, device=device),
     )
 
 
@@ -315,6 +309,9 @@ def paged_attention(
 def attend(inputs: Inputs, *, single_rows: bool) -> None:
     """The requests of one row, or the others."""
     qkv, cache, batch, heads, scores, out, workspace = inputs
+    if workspace is not None and single_rows and gpu_decode.serves(qkv, cache, batch, heads, scores, workspace):
+        gpu_decode.paged_attention(qkv, cache, batch, heads, scores, out, workspace)
+        return
     plan = _plan(inputs, single_rows=single_rows)
     in_turn = not single_rows and plan.mode != PARALLEL
     if workspace is not None and in_turn and gpu_prefill.serves(qkv, cache, batch, heads, scores):

@@ -223,8 +223,7 @@ def can_share(batch: PagedBatch, heads: HeadLayout, scores: ScoreParams, workspa
     prefixes = batch.prefixes
     if prefixes is None or scores.window is not None or workspace is None:
         return False
-    needed = batch.num_requests * heads.num_heads * prefixes.max_splits
-    return needed <= workspace.m.numel() and needed * heads.head_dim <= workspace.acc.numel()
+    return workspace.has_room_for(batch.num_requests, prefixes.max_splits, heads)
 
 
 def paged_attention(
@@ -294,4 +293,5 @@ def _partials(workspace: AttentionWorkspace, rows: int, heads: HeadLayout, split
         workspace.m.view(-1)[:count].view(shape),
         workspace.l.view(-1)[:count].view(shape),
         workspace.counters,
+        workspace.arrived,
     )

@@ -182,6 +182,12 @@ def merge(m: Any, l: Any, acc: Any, m_split: Any, l_split: Any, acc_split: Any) 
     m_split = gl.convert_layout(m_split, ROW)
     # all columns hold the row's sum
     l_split = gl.convert_layout(gl.max(l_split, axis=1), ROW)
+    return next_state(m, l, acc, m_split, l_split, acc_split)
+
+
+@gluon_jit()
+def next_state(m: Any, l: Any, acc: Any, m_split: Any, l_split: Any, acc_split: Any) -> Any:  # noqa: E741
+    """`merge` of a split whose state has the layouts of the one before it."""
     m_new = gl.maximum(m, m_split)
     old = gl.exp2(m - m_new)
     new = gl.exp2(m_split - m_new)

@@ -111,7 +111,7 @@ TABLES: dict[tuple[str, Fp8Scheme | None], tuple[Range, ...]] = {
         Range(16, ANY, ANY, Tile(16, 64, 256, 4, 5)),
         Range(32, ANY, ANY, Tile(32, 64, 256, 4, 4)),
         Range(64, ANY, ANY, Tile(64, 64, 128, 4, 5)),
-        Range(256, ANY, ANY, Tile(128, 64, 128, 4, 4)),
+        Range(128, ANY, ANY, Tile(128, 64, 128, 4, 4)),
         Range(ANY, ANY, ANY, Warps(256, 128, 4)),
     ),
 }

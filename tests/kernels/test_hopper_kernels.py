@@ -30,7 +30,7 @@ compile_described(variant.describe(), launcher=False)
 print(json.dumps([before, variant.is_on_disk()]))
 """
 ATTENTION = """
-from sempre.kernels.attention import HeadLayout, PagedBatch, ScoreParams, gpu, gpu_prefill
+from sempre.kernels.attention import HeadLayout, PagedBatch, ScoreParams, gpu, gpu_decode, gpu_prefill
 heads, cpu = HeadLayout(8, 2, 64), torch.device("cpu")
 qkv = torch.zeros(2048, heads.qkv_width, dtype=torch.bfloat16)
 cache = gpu.allocate_kv_cache(32, 2, 64, 64, torch.bfloat16, cpu)
@@ -50,6 +50,7 @@ out = torch.empty(1000, 512, dtype=torch.bfloat16)
 """
 CASES = {
     "prefill": (ATTENTION, "gpu_prefill.paged_attention(*arguments)"),
+    "decode": (ATTENTION, "gpu_decode.paged_attention(*arguments)"),
     "fp8": (LINEAR, "run_warps(x, torch.ones(1000), weight, out, Warps(256, 128, 4))"),
 }
 

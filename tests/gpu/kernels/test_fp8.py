@@ -49,6 +49,28 @@ def test_rows_have_the_bits_of_the_cpu(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(values.float().cpu(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_is_quantised_as_on_the_cpu(dtype: torch.dtype) -> None:
+    """All finite numbers up to a row's maximum, for maxima of every size, also subnormal; infinities and NaN."""
+    patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = patterns[patterns.isfinite()]
+    positive = finite[finite > 0].float()
+    maxima = positive[:: len(positive) // 97]
+    x = torch.zeros(len(maxima) + 2, len(finite), dtype=dtype)
+    for row, maximum in zip(x, maxima, strict=False):
+        row.copy_(finite.where(finite.abs() <= maximum.to(dtype), -maximum.to(dtype)))
+    x[-2:] = finite
+    x[-2, 7], x[-1, 9] = float("inf"), float("nan")
+    expected, expected_scale = quantize_rows(x.float())
+    values, scale = quantize_rows(x.cuda())
+    assert torch.equal(scale[:-1].cpu(), expected_scale[:-1])
+    found = values.float().cpu()
+    assert torch.equal(found[:-2], expected[:-2])
+    assert torch.equal(found[:-2].signbit(), expected[:-2].signbit())
+    assert torch.equal(found[-2:].nan_to_num(), expected[-2:].nan_to_num())
+    assert found[-2:].isnan().any(dim=1).all()
+
+
 def test_channels_have_the_bits_of_the_cpu() -> None:
     weight = torch.randn(500, 640, generator=torch.Generator().manual_seed(1))
     expected, found = quantize_channels(weight), quantize_channels(weight.cuda())
