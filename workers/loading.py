@@ -20,6 +20,7 @@ from sempre.ipc.errors import ConfigError, ModelError, TensorMismatch
 from sempre.ipc.gguf_index import GGUF_INDEX_FILE
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.integers import IntegerScheme
+from sempre.workers.formats import formats_of, stored_format, target_dtype
 from sempre.workers.gguf_source import open_gguf
 from sempre.workers.kv_cache import available_memory_bytes
 from sempre.workers.layers.linear_kernel import LinearKernel, linear_kernel, with_inputs
@@ -29,27 +30,16 @@ from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.registry import build_model
 from sempre.workers.parallel import Parallel, parallel_of
-from sempre.workers.quantization.coded import (
-    ONLINE_FORMS,
-    CodedQuantization,
-    CodedSource,
-    OnlineCodedQuantization,
-    coded_matrices,
-)
+from sempre.workers.quantization.coded import CodedSource
 from sempre.workers.quantization.config import (
     IntegerSpec,
-    Mxfp4Spec,
     QuantizationSpec,
     StoredQuantization,
     resolve_quantization,
 )
-from sempre.workers.quantization.fp8 import Fp8Quantization
 from sempre.workers.quantization.gguf_blocks import CODES
-from sempre.workers.quantization.integers import integer_quantization
-from sempre.workers.quantization.method import Quantization
-from sempre.workers.quantization.mxfp4 import Mxfp4Quantization
 from sempre.workers.quantization.plain import NotQuantized
-from sempre.workers.quantization.widened import CodedFormat, WidenedSource, WidenedSpec
+from sempre.workers.quantization.widened import CodedFormat, WidenedSource
 from sempre.workers.tensor_source import (
     CPU,
     FLOAT_NAMES,
@@ -69,7 +59,6 @@ logger = logging.getLogger(__name__)
 
 # of the names of a decoder's tensors; a checkpoint without a head may leave it out
 _DECODER = "model."
-EMBEDDING = "model.embed_tokens.weight"
 
 # in old checkpoints; computed from config.json instead
 HARMLESS_SUFFIX = ".rotary_emb.inv_freq"
@@ -152,14 +141,14 @@ def load_model(
             parameter="quantization",
             value=config.quantization,
         )
-    formats = _formats(resolved, spec, config, placement)
+    formats = formats_of(resolved, spec, config, placement.device, packs=placement.packs)
     model = build_model(Build(kernel, formats, parallel), spec)
     wanted = parameters(model)
     with _open_source(config, spec, wanted, placement.device) as opened:
         coded = {name.removesuffix(CODES) for name in wanted if name.endswith(CODES)}
         source = opened if config.load_format == "dummy" else _own_tensors(opened, resolved, model, coded)
         _check_tensors(wanted, model, source)
-        target = _target_dtype(spec, source, config.dtype)
+        target = target_dtype(spec, source, config.dtype)
         if placement.device.type == "cpu":
             # the dtype may be the checkpoint's, which is known only now
             model = build_model(Build(with_inputs(kernel, target), formats, parallel), spec)
@@ -204,54 +193,21 @@ def read_floats(config: WorkerConfig, spec: ModelSpec) -> PlainTensors:
     with _open_source(config, spec, wanted, CPU) as opened:
         source = _own_tensors(opened, resolved, model, coded=frozenset())
         _check_tensors(wanted, model, source)
-        target = _target_dtype(spec, source, config.dtype)
+        target = target_dtype(spec, source, config.dtype)
         found = {name: source.read(name).to(torch.float32, copy=True) for name in wanted}
         matrices = {FLOAT_NAMES[source.dtype_name(name)] for name in wanted if len(source.shape(name)) > 1}
     stored = target if target is not torch.float32 else reduce(torch.promote_types, sorted(matrices, key=str))
     return PlainTensors(found, target, stored)
 
 
-def _formats(
-    resolved: StoredQuantization | IntegerSpec | None, spec: ModelSpec, config: WorkerConfig, placement: Placement
-) -> Quantization:
-    """The formats of a model's matrices. Raises ConfigError for integers where they are not computed."""
-    match resolved:
-        case IntegerSpec():
-            if placement.packs and resolved.scheme in ONLINE_FORMS:
-                return OnlineCodedQuantization(ONLINE_FORMS[resolved.scheme])
-            return integer_quantization(resolved.scheme, config, placement.device)
-        case None | WidenedSpec():
-            stated = spec.quantization
-            if not placement.packs or not isinstance(stated, WidenedSpec) or not isinstance(stated.format, CodedFormat):
-                return NotQuantized()
-            if config.load_format == "dummy":
-                return OnlineCodedQuantization(stated.format.form())
-            return _coded_quantization(stated.format, spec, config)
-        case Mxfp4Spec():
-            return Mxfp4Quantization(resolved)
-        case _:
-            return Fp8Quantization(resolved)
-
-
-def _coded_quantization(form: CodedFormat, spec: ModelSpec, config: WorkerConfig) -> Quantization:
-    """Codes, where kernels read them for the engine's dtype."""
-    with open_safetensors(Path(config.model_path)) as opened:
-        source = WidenedSource(opened, form)
-        if config.dtype == "auto" and spec.checkpoint_dtype is None and EMBEDDING not in source.names():
-            return NotQuantized()
-        return CodedQuantization(coded_matrices(source, form, _target_dtype(spec, source, config.dtype)))
-
-
 def _own_tensors(
     checkpoint: TensorSource, stored: StoredQuantization | IntegerSpec | None, model: CausalLM, coded: Set[str]
 ) -> TensorSource:
     """The tensors of this model, by its own names, and widened where they are stored in fewer bits, if not `coded`."""
-    source = checkpoint
-    if isinstance(stored, WidenedSpec):
-        source = widened = WidenedSource(checkpoint, stored.format)
-        if coded:
-            assert isinstance(stored.format, CodedFormat)
-            source = CodedSource(widened, stored.format, coded)
+    source, form = checkpoint, stored_format(stored)
+    if form is not None:
+        widened = WidenedSource(checkpoint, form)
+        source = CodedSource(widened, form, coded) if coded and isinstance(form, CodedFormat) else widened
     if model.part is not None:
         source = PartSource(source, model.part)
         architecture = model.spec.architecture
@@ -276,12 +232,6 @@ def _open_source(
         is_gguf = (folder / GGUF_INDEX_FILE).exists()
         with open_gguf(folder, integers) if is_gguf else open_safetensors(folder, kind) as source:
             yield source
-
-
-def _target_dtype(spec: ModelSpec, source: TensorSource, dtype: str) -> torch.dtype:
-    """`dtype`, with auto resolved."""
-    name = dtype if dtype != "auto" else spec.checkpoint_dtype
-    return FLOAT_NAMES[source.dtype_name(EMBEDDING)] if name is None else getattr(torch, name)
 
 
 def _check_tensors(wanted: Mapping[str, Parameter], model: CausalLM, source: TensorSource) -> None:

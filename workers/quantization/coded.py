@@ -16,7 +16,7 @@ from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.quantization.gguf_blocks import CODES, SCALES
 from sempre.workers.quantization.method import QuantizationMethod
 from sempre.workers.quantization.plain import PLAIN, PLAIN_SUFFIX
-from sempre.workers.quantization.widened import CodedFormat, WidenedSource
+from sempre.workers.quantization.widened import CodedFormat, WidenedSource, coded_form
 from sempre.workers.tensor_source import FLOAT_NAMES, Parameter, mismatch
 
 ZEROS = ".code_zeros"
@@ -49,7 +49,7 @@ class CodedSource:
     def __init__(self, source: WidenedSource, form: CodedFormat, coded: Set[str]) -> None:
         """`coded`: modules; the others are widened."""
         self._source = source
-        self._form = form.form()
+        self._form = coded_form(form)
         suffixes = (CODES, SCALES, *((ZEROS,) if self._form.has_zeros else ()))
         self._parts = {module + suffix: module for module in sorted(coded) for suffix in suffixes}
         self._hidden = {module + PLAIN_SUFFIX for module in coded}
@@ -114,11 +114,15 @@ class StoredCodes:
         kernel: LinearKernel,
         as_matrix: Callable[[torch.Tensor], torch.Tensor],
     ) -> LinearWeight:
-        matrices = []
-        for module, part in parts.items():
-            matrices.append(Codes(part[CODES], part[SCALES], part.get(ZEROS), self._matrix.form))
-            _check_finite(module, matrices[-1])
+        matrices = [coded_part(module, part, self._matrix.form) for module, part in parts.items()]
         return pack_or_widen(matrices, bias, kernel, _dtype_of(as_matrix))
+
+
+def coded_part(module: str, part: Mapping[str, torch.Tensor], form: CodeForm) -> Codes:
+    """The codes of one matrix. Raises TensorMismatch for scales that do not make finite values."""
+    codes = Codes(part[CODES], part[SCALES], part.get(ZEROS), form)
+    _check_finite(module, codes)
+    return codes
 
 
 def _dtype_of(as_matrix: Callable[[torch.Tensor], torch.Tensor]) -> torch.dtype:
@@ -233,9 +237,9 @@ def _is_expert(module: str) -> bool:
 
 def coded_matrices(source: WidenedSource, form: CodedFormat, dtype: torch.dtype) -> dict[str, CodedMatrix]:
     """The matrices of a checkpoint that kernels read as codes, for an engine's `dtype`."""
-    found = {}
+    found, made = {}, coded_form(form)
     for module, (rows, width) in source.matrices().items():
-        matrix = CodedMatrix(form.form(), source.scale_name(module))
+        matrix = CodedMatrix(made, source.scale_name(module))
         if source.is_ordered(module) and can_pack(matrix.form, rows, width, matrix.scale_dtype, dtype):
             found[module] = matrix
     return found

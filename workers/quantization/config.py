@@ -10,7 +10,7 @@ from sempre.ipc.errors import ConfigError
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.integers import IntegerScheme
 from sempre.workers.config_fields import ConfigFields
-from sempre.workers.quantization.widened import WidenedSpec
+from sempre.workers.quantization.widened import WidenedFormat, WidenedSpec, form_of
 
 SUPPORTED = "compressed-tensors fp8: weights per channel or tensor, activations per token and dynamic, or not at all"
 FORMATS = ("float-quantized", "naive-quantized")
@@ -43,9 +43,10 @@ class Mxfp4Spec:
 
 @dataclass(frozen=True)
 class IntegerSpec:
-    """Matrices of integers, with inputs in int8 (`quantization.integers`)."""
+    """Matrices of integers, with inputs in int8 (`quantization.integers`); `format`: of a checkpoint's own codes."""
 
     scheme: IntegerScheme
+    format: WidenedFormat | None = None
 
 
 StoredQuantization = QuantizationSpec | Mxfp4Spec | WidenedSpec
@@ -70,6 +71,8 @@ def resolve_quantization(
         if stated is not None and load_format == "dummy":
             return QuantizationSpec(stated.scheme, "channel", stated.targets, stated.ignore, stored=False)
         return stated
+    if setting == IntegerScheme.STORED.value and isinstance(stated, WidenedSpec) and form_of(stated.format) is not None:
+        return IntegerSpec(IntegerScheme.STORED, stated.format)
     if stated is not None:
         name = _name_of(stated)
         raise ConfigError(

@@ -108,8 +108,8 @@ class IntegerQuantization:
         return self._stored if all(module in self._forms for module in modules) else PLAIN
 
 
-def integer_quantization(scheme: IntegerScheme, config: WorkerConfig, device: torch.device) -> IntegerQuantization:
-    """The formats of a checkpoint. Raises ConfigError for a machine or a checkpoint that lacks what they need."""
+def check_integers(scheme: IntegerScheme, config: WorkerConfig, device: torch.device) -> None:
+    """Raise ConfigError for a machine or settings that lack what integers need."""
     setting = f"quantization={scheme.value!r}"
     given = {"device": (device.type, "cpu"), "profile": (config.profile, "single")}
     if scheme is IntegerScheme.STORED and config.load_format == "dummy":
@@ -128,14 +128,19 @@ def integer_quantization(scheme: IntegerScheme, config: WorkerConfig, device: to
         dot_kind(machine_features())
     except MissingInstructions as error:
         raise ConfigError(f"{setting}: {error}.", parameter="quantization", value=scheme.value) from error
+
+
+def integer_quantization(scheme: IntegerScheme, config: WorkerConfig) -> IntegerQuantization:
+    """The formats of a checkpoint that passed `check_integers`. Raises ConfigError for one without blocks."""
+    setting = f"quantization={scheme.value!r}"
     if scheme is not IntegerScheme.STORED:
         return IntegerQuantization(scheme, {})
     folder = Path(config.model_path)
     forms = integer_forms(read_gguf_index(folder)) if (folder / GGUF_INDEX_FILE).exists() else {}
     if not forms:
         raise ConfigError(
-            f"{setting}: expected a GGUF file with matrices in blocks, found {config.model_path}. 'int8' and 'int4'"
-            " quantise other checkpoints.",
+            f"{setting}: expected a GGUF file with matrices in blocks, or a checkpoint of integers, found"
+            f" {config.model_path}. 'int8' and 'int4' quantise other checkpoints.",
             parameter="quantization",
             value=scheme.value,
         )

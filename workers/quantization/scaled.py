@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sempre.kernels.packed import CodeForm, Codes
 from sempre.workers.config_fields import ConfigFields
 from sempre.workers.quantization.widened import Shape
 from sempre.workers.tensor_source import FLOAT_NAMES, FP8_NAME, Parameter
@@ -26,6 +27,7 @@ class Scaled:
     by_channel: bool
     main = ".weight"
     scale = ".weight_scale"
+    group_index = None
 
     @property
     def name(self) -> str:
@@ -45,6 +47,14 @@ class Scaled:
 
     def dtype_name(self, scale: str) -> str:
         return "F16" if scale == "F16" else "BF16"
+
+    def form(self) -> CodeForm | None:
+        return CodeForm(8, None) if self.dtype == INT8 else None
+
+    def codes(self, tensors: Mapping[str, torch.Tensor]) -> Codes:
+        numbers, form = tensors[self.main], CodeForm(8, None)
+        scales = tensors[self.scale].reshape(-1, 1).expand(len(numbers), 1).contiguous()
+        return Codes((numbers.to(torch.int16) + form.middle).to(torch.uint8), scales, None, form)
 
     def widen(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         scale = tensors[self.scale]

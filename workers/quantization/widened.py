@@ -60,11 +60,23 @@ class CodedFormat(WidenedFormat, Protocol):
     def group_index(self) -> str | None:
         """the suffix of the tensor with each input's group, if there is one"""
 
-    def form(self) -> CodeForm:
-        """What its codes are like."""
+    def form(self) -> CodeForm | None:
+        """What its codes are like; None where kernels cannot read them."""
 
     def codes(self, tensors: Mapping[str, torch.Tensor]) -> Codes:
         """The matrix as codes. Raises ValueError, which says what was expected and found."""
+
+
+def form_of(form: WidenedFormat | None) -> CodeForm | None:
+    """What the codes of a format are like, if kernels can read them."""
+    return form.form() if isinstance(form, CodedFormat) else None
+
+
+def coded_form(form: CodedFormat) -> CodeForm:
+    """The same of one that has codes."""
+    found = form.form()
+    assert found is not None, form.name
+    return found
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ class WidenedSource:
         if form.group_index is None:
             return True
         width = self._shapes[module + PLAIN_SUFFIX][1]
-        group, count = self._source.read(module + form.group_index), width // form.form().group_of(width)
+        group, count = self._source.read(module + form.group_index), width // coded_form(form).group_of(width)
         return group_numbers({"": group}, "", count) is None
 
     def codes(self, module: str) -> Codes:
