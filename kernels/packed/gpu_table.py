@@ -54,12 +54,11 @@ _INT4 = (
     Range(16, 8192, PackedTile(16, 64, 512, 4, 3)),
     Range(16, ANY, PackedTile(16, 64, 256, 4, 4)),
     Range(32, ANY, PackedTile(32, 64, 256, 4, 3)),
-    Range(64, 8192, PackedTile(32, 64, 256, 4, 3)),
+    Range(64, 4096, PackedTile(32, 64, 256, 4, 4)),
+    Range(64, 8192, PackedTile(64, 64, 256, 4, 3)),
     Range(64, ANY, PackedTile(64, 128, 128, 8, 3)),
-    Range(128, 8192, PackedTile(64, 64, 256, 4, 3)),
-    Range(128, ANY, PackedTile(128, 128, 128, 8, 3)),
-    Range(256, 8192, PackedTile(128, 64, 64, 4, 5)),
-    Range(256, ANY, PackedTile(256, 64, 64, 4, 4)),
+    Range(128, 4096, PackedTile(64, 64, 256, 4, 3)),
+    Range(256, ANY, PackedTile(128, 64, 64, 4, 5)),
     Range(ANY, ANY, WIDENED),
 )
 

@@ -12,7 +12,26 @@ DISPATCH = "kernels/moe/gpu_dispatch.py"
 SCORES = "kernels/moe/gpu_scores.py"
 EXPERT_TESTS = "tests/kernels/interpreter/test_moe.py"
 
+UNPACK = "kernels/packed/gpu_unpack.py"
+PACKED_TESTS = "tests/kernels/interpreter/test_packed.py"
+
 GPU_KERNELS = (
+    Fault(
+        "packed-zero-of-another-dtype",
+        "The zero of packed 4-bit weights with scales in float16 is read as if it were stored with those in bfloat16.",
+        UNPACK,
+        '    ONES: tl.constexpr = 0x4300 if "int4_bf16" in KIND else 0x6400',
+        "    ONES: tl.constexpr = 0x4300",
+        (f"{PACKED_TESTS}::test_a_packed_weight_stands_for_the_values_of_its_codes",),
+    ),
+    Fault(
+        "packed-scale-of-the-other-rows",
+        "Outputs of a block of packed weights have the scales of others in it.",
+        UNPACK,
+        "        each = tl.permute(tl.reshape(pairs, [GROUPS, BLOCKS, 2, 8]), [1, 0, 3, 2])",
+        "        each = tl.permute(tl.reshape(pairs, [GROUPS, BLOCKS, 8, 2]), [1, 0, 2, 3])",
+        (f"{PACKED_TESTS}::test_a_packed_weight_stands_for_the_values_of_its_codes",),
+    ),
     Fault(
         "new-block-not-entered",
         "A block that a request gets while it decodes is used once and then forgotten.",
