@@ -171,7 +171,7 @@ ATTENTION_AND_LINEAR = (
     Fault(
         "upper-bits-first",
         "Of two numbers of 4 bits in a byte the second is taken for the first.",
-        "workers/quantization/mxfp4.py",
+        "kernels/packed/codes.py",
         "torch.stack([pairs & 15, pairs >> 4], dim=-1)",
         "torch.stack([pairs >> 4, pairs & 15], dim=-1)",
         ("tests/workers/test_gpt_oss.py::test_every_code_and_scale_is_exact",),
@@ -179,9 +179,9 @@ ATTENTION_AND_LINEAR = (
     Fault(
         "smallest-scale-is-zero",
         "A block with the smallest scale is read as zeros.",
-        "workers/quantization/mxfp4.py",
-        "torch.where(exponents > 0, exponents << 23, _SMALLEST)",
-        "(exponents << 23)",
+        "kernels/packed/codes.py",
+        "torch.where(wide > 0, wide << 23, _SMALLEST)",
+        "(wide << 23)",
         ("tests/workers/test_gpt_oss.py::test_every_code_and_scale_is_exact",),
     ),
     Fault(
