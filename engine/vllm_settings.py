@@ -253,7 +253,6 @@ VLLM_SERVER_SETTINGS: dict[str, tuple[object, ...]] = {
     "cohere_format": ("cmd4",),
     "cohere_is_reasoning_model": (True, False),
     "data_parallel_supervisor_port": (9256,),
-    "disable_access_log_for_endpoints": (None,),
     "disable_fastapi_docs": (False,),
     # one process handles all requests
     "disable_frontend_multiprocessing": (True, False),

@@ -48,10 +48,10 @@ def run(namespace: argparse.Namespace) -> int:
     SamplingParams(**{"max_tokens": None, **given})
     if namespace.url is not None:
         from sempre.engine.cli.remote.answers import RemoteChat, refuse_engine_flags
-        from sempre.engine.cli.remote.connection import Server
+        from sempre.engine.cli.remote.connection import connect
 
         refuse_engine_flags(namespace)
-        with Server(namespace.url, namespace.api_key) as server:
+        with connect(namespace) as server:
             return _talk(RemoteChat(server, namespace.model, given).answer, opening, namespace.quick)
     model = model_of(namespace)
 

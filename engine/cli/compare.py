@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sempre.engine.cli.exit_codes import EXIT_DIFFERENT, EXIT_NOT_JUDGED, EXIT_OK
 from sempre.engine.cli.parser import UsageError
+from sempre.engine.cli.remote.connection import add_certificate_flags
 from sempre.ipc.log_lines import plain
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="also write a report that a browser shows")
     parser.add_argument("--requests", metavar="FILE", help="receipts whose requests two servers answer")
     parser.add_argument("--api-key", metavar="KEY", help="key of the servers; better set in the environment")
+    add_certificate_flags(parser)
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -71,14 +73,14 @@ def _runs(namespace: argparse.Namespace, names: list[str]) -> list[Run]:
 
 def _served(namespace: argparse.Namespace, url: str, asked: Path) -> Run:
     """Return what a server answers to the requests of receipts. Raises UsageError for saved outputs."""
-    from sempre.engine.cli.remote.connection import Server
+    from sempre.engine.cli.remote.connection import connect
     from sempre.engine.cli.remote.replaying import ServerReplayer, answered_run
     from sempre.engine.proof.receipt_log import Receipt, read_receipts, receipt_files
 
     receipts = [found for file in receipt_files(asked) for found in read_receipts(file) if isinstance(found, Receipt)]
     if not receipts:
         raise UsageError(f"{asked} has no receipts: only they say with which parameters a server must be asked")
-    with Server(url, namespace.api_key) as server:
+    with connect(namespace, url) as server:
         return answered_run(ServerReplayer(server, None), receipts, url)
 
 

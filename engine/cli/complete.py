@@ -9,7 +9,7 @@ from sempre.engine.cli.arguments import add_model_flag, add_sampling_flags, samp
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.prompt_source import TerminalInput
 from sempre.engine.cli.remote.answers import completion_text, print_answer
-from sempre.engine.cli.remote.connection import DEFAULT_URL, Server, add_server_flags
+from sempre.engine.cli.remote.connection import DEFAULT_URL, Server, add_server_flags, connect
 
 _HELP = "Each line, or text pasted at once, is a prompt; Ctrl-C stops a completion, Ctrl-D ends."
 # A stream is one text; fields that HTTP or a stream does not support have no flag here.
@@ -28,7 +28,7 @@ def run(namespace: argparse.Namespace) -> int:
     """Print completions as they arrive; exit code 1 if the last request was refused."""
     if namespace.url is None:
         raise UsageError(f"--url is missing, for example --url {DEFAULT_URL}; without a server use sempre generate")
-    with Server(namespace.url, namespace.api_key) as server:
+    with connect(namespace) as server:
         body = {"model": server.model(namespace.model), "stream": True, **sampling_keywords(namespace)}
         if namespace.quick is not None:
             return _complete(server, {**body, "prompt": namespace.quick})

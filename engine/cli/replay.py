@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sempre.engine.cli.arguments import add_engine_flags, add_model_flag, engine_keywords
 from sempre.engine.cli.parser import UsageError
-from sempre.engine.cli.remote.connection import Server, add_server_flags
+from sempre.engine.cli.remote.connection import Server, add_server_flags, connect
 from sempre.engine.cli.replay_report import ReplayReport
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _served(namespace: argparse.Namespace) -> Iterator[Server]:
     refuse_engine_flags(namespace)
     if namespace.teacher_forced:
         raise UsageError("--teacher-forced works on an own engine, not with --url")
-    with Server(namespace.url, namespace.api_key) as server:
+    with connect(namespace) as server:
         yield server
 
 

@@ -15,11 +15,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from sempre.engine.cli.arguments import add_engine_flags, add_model_flag, engine_keywords, model_of
 from sempre.engine.cli.parser import UsageError
-from sempre.engine.cli.remote.connection import add_server_flags, base_url, headers_for
+from sempre.engine.cli.remote.connection import add_server_flags, base_url, certificate_check, headers_for
+
+if TYPE_CHECKING:
+    import ssl
 
 _ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 # How long a line retries a busy server.
@@ -64,7 +67,9 @@ def run(namespace: argparse.Namespace) -> int:
             from sempre.engine.cli.remote.answers import refuse_engine_flags
 
             refuse_engine_flags(namespace)
-            address = Address(base_url(namespace.url), None, headers_for(namespace.api_key))
+            address = Address(
+                base_url(namespace.url), None, headers_for(namespace.api_key), certificate_check(namespace)
+            )
             failed = asyncio.run(answer(lines, address, output, namespace.max_concurrency))
         else:
             from sempre.engine.cli.remote.own_server import own_server
@@ -78,11 +83,12 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 class Address(NamedTuple):
-    """A server: its URL, its Unix socket if any, and the headers to send."""
+    """A server: its URL, its Unix socket if any, the headers to send, and how its certificate is checked."""
 
     url: str
     socket: str | None
     headers: dict[str, str]
+    verify: ssl.SSLContext | bool = False
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -147,7 +153,7 @@ async def answer(lines: list[Line], address: Address, output: IO[str], max_concu
     from tqdm import tqdm
 
     transport = httpx.AsyncHTTPTransport(
-        uds=address.socket, limits=httpx.Limits(max_connections=max_concurrency), verify=address.socket is None
+        uds=address.socket, limits=httpx.Limits(max_connections=max_concurrency), verify=address.verify
     )
     # No read timeout, since answers take long; a dead server closes its connections.
     timeout = httpx.Timeout(None, connect=10.0)

@@ -64,10 +64,10 @@ def _results(namespace: argparse.Namespace, model: str | None, table: Table) -> 
         return
     from sempre.engine.cli.remote.answers import refuse_engine_flags
     from sempre.engine.cli.remote.black_box import BlackBox
-    from sempre.engine.cli.remote.connection import Server
+    from sempre.engine.cli.remote.connection import connect
 
     refuse_engine_flags(namespace)
-    with Server(namespace.url, namespace.api_key) as server:
+    with connect(namespace) as server:
         box = BlackBox(server, namespace.engine, model)
         table.begin(f"{namespace.url} ({namespace.engine})")
         yield from box.results()

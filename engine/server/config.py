@@ -99,6 +99,10 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     log_format: Annotated[LogFormat, doc("form of log lines")] = "text"
     enable_access_log: Annotated[bool, doc("log a line per request")] = True
     disable_uvicorn_access_log: Annotated[bool, doc("do not log a line per request")] = False
+    disable_access_log_for_endpoints: Annotated[
+        str, doc("paths, between commas, whose requests are not logged unless they are refused")
+    ] = "/health,/live,/ready,/ping,/metrics,/load"
+    log_stats_interval: Annotated[_Pause, doc("seconds between lines about throughput while busy; 0: none")] = 10.0
     uvicorn_log_level: Annotated[LogLevel, doc("log level of the HTTP library")] = "warning"
     middleware: Annotated[list[str], doc("ASGI middleware around the application: module.Class, or a function")] = []
     enable_log_requests: Annotated[bool, doc("log prompts and parameters of requests")] = False

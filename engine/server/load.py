@@ -40,7 +40,7 @@ async def load(service: Service, _request: Request) -> Response:
 
 async def metrics(service: Service, _request: Request) -> Response:
     """Return all metrics in Prometheus's text format."""
-    engine = await _engine_metrics(service)
+    engine = await engine_metrics(service)
     rejected = service.admission.num_rejected
     prefix = service.config.metrics_prefix
     text = service.metrics.exposition(engine, _cache_configs(service), num_rejected=rejected, prefix=prefix)
@@ -70,13 +70,13 @@ async def load_header(service: Service, http: Request) -> dict[str, str]:
 async def _gauges(service: Service) -> dict[str, Any]:
     """Values per replica; none while the engine is unavailable."""
     gauges: dict[str, Any] = {}
-    for metric in await _engine_metrics(service):
+    for metric in await engine_metrics(service):
         if isinstance(metric, Gauge) and "reason" not in metric.labels:
             gauges.setdefault(metric.name.removeprefix(PREFIX), []).append(metric.value)
     return gauges
 
 
-async def _engine_metrics(service: Service) -> list[Metric]:
+async def engine_metrics(service: Service) -> list[Metric]:
     """Return the engine's metrics; none while it starts or restarts."""
     if not service.is_ready:
         return []

@@ -55,6 +55,7 @@ class RequestGate:
         self._keys = keys
         self._pages = PageGuard(config)
         self._access_log = config.enable_access_log and not config.disable_uvicorn_access_log
+        self._unlogged = frozenset(path.strip() for path in config.disable_access_log_for_endpoints.split(","))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,8 +85,9 @@ class RequestGate:
             else:
                 await refusal.response(scope["path"])(scope, receive, send_with_id)
         finally:
-            if self._access_log:
-                self._log(scope, state.get("refused_with", status), time.monotonic() - began)
+            status = state.get("refused_with", status)
+            if self._access_log and (status >= 400 or scope["path"] not in self._unlogged):
+                self._log(scope, status, time.monotonic() - began)
 
     def _refusal(self, scope: Scope, headers: Headers) -> APIError | None:
         """Return the error if the request is refused before its body is read."""

@@ -21,12 +21,14 @@ import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from sempre.engine.async_llm import AsyncLLM
+from sempre.engine.server.activity import log_activity
 from sempre.engine.server.app import create_app
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.connections import ConnectionGuard
@@ -76,6 +78,7 @@ class Server:
             loop.add_signal_handler(number, self._on_signal)
         http = _HttpServer(self._uvicorn_config())
         serving = asyncio.create_task(http.serve(sockets=[listening]))
+        reporting = self._report_activity()
         try:
             if await self._start_engine(self._engine.start(), began) and await self._serve():
                 await self._drain()
@@ -83,9 +86,15 @@ class Server:
             self._service.abort_all(Busy("The server is shutting down.", 1))
             http.should_exit = True
             http.force_exit = self._stop_now.is_set()
+            if reporting is not None:
+                reporting.cancel()
             await serving
             await self._service.offload.close()
             self._engine.shutdown()
+
+    def _report_activity(self) -> asyncio.Task[None] | None:
+        interval_s = self._config.log_stats_interval
+        return asyncio.create_task(log_activity(self._service, interval_s)) if interval_s else None
 
     async def _serve(self) -> bool:
         """Serve until a signal, restarting the engine if configured. Raises EngineDeadError. Returns False if a signal
@@ -150,6 +159,9 @@ class Server:
             self._service.admission.max_running,
         )
         logger.info("ready after %.2f s, listening on %s", seconds, self._address)
+        page = page_address(self._config, self._address)
+        if page is not None:
+            logger.info("the page is at %s", page)
         return True
 
     def _on_signal(self) -> None:
@@ -206,6 +218,11 @@ def serve(engine: AsyncLLM, config: ServerConfig) -> None:
     kind = "https" if config.ssl_certfile is not None else "http"
     where = config.uds or f"{kind}://{config.host}:{listening.getsockname()[1]}"
     logger.info("starting on %s (process %d): requests get 503 until it is ready", where, os.getpid())
+    if is_open(config):
+        logger.warning(
+            "anyone who can reach port %s of this machine can use the server: set --api-key-file, or --host 127.0.0.1",
+            where.rpartition(":")[2],
+        )
 
     sys.setswitchinterval(_SWITCH_S)
 
@@ -237,6 +254,28 @@ def listen(config: ServerConfig) -> socket.socket:
         where = config.uds or f"{config.host}:{config.port}"
         raise ConfigError(f"cannot listen on {where}: {error.strerror}.", parameter="port", value=where) from error
     return found
+
+
+def is_open(config: ServerConfig) -> bool:
+    """Whether other machines can reach the server, and need no key."""
+    if config.uds is not None or config.api_key or config.api_key_file is not None or config.ssl_ca_certs is not None:
+        return False
+    if config.host == "localhost":
+        return False
+    try:
+        return not ip_address(config.host).is_loopback
+    except ValueError:  # a name
+        return True
+
+
+def page_address(config: ServerConfig, address: str) -> str | None:
+    """The page's address for a browser on this machine; none for a Unix socket."""
+    if config.uds is not None:
+        return None
+    kind, port = address.partition(":")[0], address.rpartition(":")[2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}.get(config.host, config.host)
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"{kind}://{host}:{port}{config.root_path.rstrip('/')}/"
 
 
 def check_tls(config: ServerConfig) -> None:

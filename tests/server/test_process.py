@@ -303,6 +303,8 @@ def test_a_setting_that_the_model_refuses_is_never_said_to_be_served(flags: tupl
 def test_the_address_is_told_when_it_answers(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log", *FLAGS) as server:
         assert f"listening on {server.url}" in server.log
+        assert server.log.splitlines()[-1].endswith(f"the page is at {server.url}/")
+        assert "anyone who can reach" not in server.log
 
 
 def test_a_number_in_a_file_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

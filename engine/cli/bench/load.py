@@ -89,13 +89,15 @@ class Planned(NamedTuple):
 class Endpoint:
     """The target of requests: its address, and the head of each request."""
 
-    def __init__(self, url: str, headers: dict[str, str], *, insecure: bool = False) -> None:
-        """`insecure`: accept any certificate."""
+    def __init__(self, url: str, headers: dict[str, str], *, verify: ssl.SSLContext | bool = True) -> None:
+        """`verify`: True is by the authorities that the system trusts, False not at all."""
         parts = urlsplit(url)
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
-        self.ssl = ssl.create_default_context() if parts.scheme == "https" else None
-        if self.ssl is not None and insecure:
+        self.ssl = None
+        if parts.scheme == "https":
+            self.ssl = verify if isinstance(verify, ssl.SSLContext) else ssl.create_default_context()
+        if self.ssl is not None and verify is False:
             self.ssl.check_hostname = False
             self.ssl.verify_mode = ssl.CERT_NONE
         lines = [f"POST {parts.path} HTTP/1.1", f"Host: {parts.netloc.rpartition('@')[2]}"]

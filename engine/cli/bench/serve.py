@@ -14,7 +14,13 @@ from typing import Any
 
 from sempre.engine.cli.arguments import json_object
 from sempre.engine.cli.parser import UsageError
-from sempre.engine.cli.remote.connection import Server, base_url, headers_for
+from sempre.engine.cli.remote.connection import (
+    add_certificate_flags,
+    base_url,
+    certificate_check,
+    connect,
+    headers_for,
+)
 from sempre.ipc.errors import SempreError, ServerError
 from sempre.ipc.log_lines import plain
 
@@ -62,7 +68,7 @@ def _add_server_flags(group: Any) -> None:
     group.add_argument("--served-model-name", metavar="TEXT", help="name in requests, if it differs from MODEL")
     group.add_argument("--tokenizer", metavar="MODEL", help="default: the model's, from this machine")
     group.add_argument("--api-key", metavar="KEY", help="default: $SEMPRE_API_KEY or $OPENAI_API_KEY")
-    group.add_argument("--insecure", action="store_true", help="accept any certificate of the server")
+    add_certificate_flags(group)
     group.add_argument("--header", action="append", default=[], metavar="KEY=VALUE", help="more request headers")
     group.add_argument(
         "--ready-check-timeout-sec", type=float, default=0.0, metavar="X", help="seconds to wait for it (default: 0)"
@@ -131,9 +137,8 @@ def run(namespace: argparse.Namespace) -> int:
     from sempre.engine.cli.bench.serving_metrics import DETAILS, summarize, table
 
     bodies = _bodies(namespace, namespace.served_model_name or model, tokenizer)
-    endpoint = Endpoint(
-        url + (namespace.endpoint or _ENDPOINTS[namespace.backend]), headers, insecure=namespace.insecure
-    )
+    path = namespace.endpoint or _ENDPOINTS[namespace.backend]
+    endpoint = Endpoint(url + path, headers, verify=certificate_check(namespace))
     outcomes, seconds = _send(namespace, endpoint, bodies)
     result = _setting(namespace, model, tokenizer) | metadata | summarize(outcomes, seconds, percentiles, goodput)
     print(table(result, shown))
@@ -218,7 +223,7 @@ def _model_and_tokenizer(namespace: argparse.Namespace, url: str) -> tuple[str, 
     if namespace.model is not None and not namespace.ready_check_timeout_sec:
         return namespace.model, namespace.tokenizer or namespace.model
     until = time.monotonic() + namespace.ready_check_timeout_sec
-    with Server(url, namespace.api_key, insecure=namespace.insecure) as server:
+    with connect(namespace, url) as server:
         while True:
             try:
                 cards = server.models()

@@ -7,10 +7,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sempre.engine.cli.parser import UsageError
 from sempre.ipc.errors import RequestError, ServerError
+
+if TYPE_CHECKING:
+    import ssl
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLES = ("SEMPRE_API_KEY", "OPENAI_API_KEY")
@@ -25,7 +28,7 @@ MAX_LINE_BYTES = 16 * 1024 * 1024
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
-    """Add `--url` and `--api-key`."""
+    """Add `--url`, `--api-key` and the flags about certificates."""
     group = parser.add_argument_group("server")
     group.add_argument("--url", metavar="URL", help="address of a running server, with or without /v1")
     group.add_argument(
@@ -33,6 +36,27 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help=f"key of the server; better set in the environment, as {' or '.join(KEY_VARIABLES)}",
     )
+    add_certificate_flags(group)
+
+
+def add_certificate_flags(group: argparse._ActionsContainer) -> None:
+    """Add `--ca-file` and `--insecure`."""
+    group.add_argument("--ca-file", metavar="FILE", help="certificate authorities to trust, PEM (https only)")
+    group.add_argument("--insecure", action="store_true", help="accept any certificate of the server")
+
+
+def certificate_check(namespace: argparse.Namespace) -> ssl.SSLContext | bool:
+    """How a server's certificate is checked, as httpx takes it. Raises UsageError for an unusable file."""
+    import ssl
+
+    if namespace.ca_file is None:
+        return not namespace.insecure
+    if namespace.insecure:
+        raise UsageError("--ca-file and --insecure exclude each other")
+    try:
+        return ssl.create_default_context(cafile=namespace.ca_file)
+    except OSError as error:  # of ssl, too
+        raise UsageError(f"--ca-file {namespace.ca_file}: no certificates in PEM could be read: {error}") from error
 
 
 def headers_for(api_key: str | None) -> dict[str, str]:
@@ -48,11 +72,16 @@ def base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
+def connect(namespace: argparse.Namespace, url: str | None = None) -> Server:
+    """The server at `url`, or else that of `--url`, with the key and the check of the flags."""
+    return Server(url or namespace.url, namespace.api_key, verify=certificate_check(namespace))
+
+
 class Server:
     """A running server; `with` closes its connections."""
 
-    def __init__(self, url: str, api_key: str | None = None, *, insecure: bool = False) -> None:
-        """`insecure`: accept any certificate."""
+    def __init__(self, url: str, api_key: str | None = None, *, verify: ssl.SSLContext | bool = True) -> None:
+        """`verify`: see `certificate_check`."""
         import httpx
 
         self.url = base_url(url)
@@ -61,7 +90,7 @@ class Server:
             headers=headers_for(api_key),
             timeout=httpx.Timeout(_QUESTION_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(keepalive_expiry=_MOST_IDLE_S),
-            verify=not insecure,
+            verify=verify,
         )
 
     def __enter__(self) -> Server:

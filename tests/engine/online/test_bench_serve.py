@@ -92,6 +92,35 @@ def test_a_certificate_that_nobody_signed_is_taken_when_told_so(
             assert measure(capsys, server.url, *flags, *model, "--insecure")["completed"] == 2
 
 
+def test_a_certificate_of_a_named_authority_is_taken(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=here"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    flags = ["--num-prompts", "2", "--random-input-len", "3", "--ca-file", str(certificate)]
+    with scripted_server(lambda p, b: Answer(pieces=[events(text_chunk("a"), USAGE)]), tls) as server:
+        assert measure(capsys, server.url, *flags)["completed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ca-file", "/nowhere/ca.pem"], "--ca-file /nowhere/ca.pem: no certificates in PEM could be read"),
+        (["--ca-file", __file__], f"--ca-file {__file__}: no certificates in PEM could be read"),
+        (["--ca-file", "/nowhere/ca.pem", "--insecure"], "--ca-file and --insecure exclude each other"),
+    ],
+)
+@pytest.mark.parametrize("command", [["complete", "-q", "a"], ["chat", "-q", "a"], ["bench", "serve"]])
+def test_unusable_authorities_are_refused(
+    capsys: pytest.CaptureFixture[str], command: list[str], flags: list[str], message: str
+) -> None:
+    where = ["--base-url" if command[0] == "bench" else "--url", "https://127.0.0.1:9"]
+    assert main([*command, *where, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_requests_that_fail_are_counted_and_told(capsys: pytest.CaptureFixture[str]) -> None:
     endings = [
         refusal("busy", 503),

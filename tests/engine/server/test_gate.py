@@ -48,6 +48,32 @@ def call(
 
 
 @pytest.mark.parametrize(
+    ("path", "settings", "logged"),
+    [
+        ("/v1/models", {}, True),
+        ("/health", {}, False),
+        ("/metrics", {}, False),
+        ("/health", {"disable_access_log_for_endpoints": ""}, True),
+        ("/v1/models", {"disable_access_log_for_endpoints": "/health, /v1/models"}, False),
+        ("/health", {"disable_access_log_for_endpoints": "/v1/models"}, True),
+    ],
+)
+def test_probes_are_not_logged(
+    caplog: pytest.LogCaptureFixture, path: str, settings: dict[str, Any], logged: bool
+) -> None:
+    with caplog.at_level("INFO"):
+        assert call({"host": "127.0.0.1"}, method="GET", path=path, enable_access_log=True, **settings)[0] == 200
+    assert [record.getMessage() for record in caplog.records] == [f"GET {path}"] * logged
+
+
+def test_a_refused_request_is_always_logged(caplog: pytest.LogCaptureFixture) -> None:
+    silent = {"disable_access_log_for_endpoints": "/v1/models"}
+    with caplog.at_level("INFO"):
+        assert call({}, method="GET", path="/v1/models", keys=("k",), enable_access_log=True, **silent)[0] == 401
+    assert [record.getMessage() for record in caplog.records] == ["GET /v1/models"]
+
+
+@pytest.mark.parametrize(
     "host",
     [
         "127.0.0.1:8000",
