@@ -38,7 +38,13 @@ def run(client: OpenAI, model: str) -> list[dict[str, Any]]:
     while len(messages) < 8:
         choice = "required" if len(messages) == 1 else "none"
         answer = client.chat.completions.create(
-            model=model, messages=messages, tools=TOOLS, tool_choice=choice, seed=7, max_tokens=160
+            model=model,
+            messages=messages,
+            tools=TOOLS,
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            seed=7,
+            max_tokens=160,
         )
         message = answer.choices[0].message
         calls = message.tool_calls or []
@@ -69,7 +75,7 @@ def main() -> None:
     first, second = run(client, model), run(client, model)
     for message in first:
         calls = [f"{c['function']['name']}({c['function']['arguments']})" for c in message.get("tool_calls", [])]
-        print(f"{message['role']}: {' '.join(calls) or message['content']!r}")
+        print(f"{message['role']}: {calls[0] if calls else repr(message['content'])}")
     print("both loops:", "equal" if first == second else "different")
 
 

@@ -101,9 +101,8 @@ def _only_meet(bases: Any, counts: Any, failure: Any, patience: Any, RANK: tl.co
 
 @jit()
 def _partial(bases: Any, rank: Any, start: Any, at: Any, inside: Any) -> Any:
-    # through the L1 cache, whose old lines the meeting has dropped: a thread's elements are 32 bytes, which it loads in
-    # two halves, and without that cache each half would bring both over the link
-    return tl.load(_area(bases, rank, start, tl.float32) + at, mask=inside, other=0.0)
+    # not from a cache that other GPUs' writes do not reach
+    return tl.load(_area(bases, rank, start, tl.float32) + at, mask=inside, other=0.0, cache_modifier=".cg")
 
 
 @jit()
