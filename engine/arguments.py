@@ -88,6 +88,7 @@ class EngineKeywords(TypedDict, total=False):
     kv_cache_memory_bytes: int | str | None
     data_parallel_size: int
     tensor_parallel_size: int
+    pipeline_parallel_size: int
     num_threads: int
     multiprocessing: bool
     scheduling_policy: SchedulingPolicy
@@ -358,7 +359,7 @@ def _check_together(config: EngineConfig) -> None:
             value=config.profile,
         )
     _check_adapters(config)
-    for name in ("data_parallel_size", "tensor_parallel_size"):
+    for name in ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size"):
         value = getattr(config, name)
         if value > 1 and not config.multiprocessing:
             raise ConfigError(

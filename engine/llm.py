@@ -259,7 +259,7 @@ class LLM(WeightsLLM):
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Return the number of workers in all replicas or in one."""
-        return self._ready.world_size if include_dp else self._frontend.config.tensor_parallel_size
+        return self._ready.world_size if include_dp else self._frontend.config.replica_size
 
     @property
     def llm_engine(self) -> EngineView:

@@ -194,7 +194,6 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "otlp_traces_endpoint": (None,),
     "per_request_spec_decode_metrics": ("none",),
     "performance_mode": ("balanced",),
-    "pipeline_parallel_size": (1,),
     "prefill_context_parallel_size": (1,),
     "prefill_schedule_interval": (1,),
     "prefix_cache_retention_interval": (0, None),

@@ -106,8 +106,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     kv_cache_memory_bytes: Annotated[
         Size | None, doc("KV cache of one worker, with states and a draft model's; None: from free memory")
     ] = None
-    data_parallel_size: Annotated[Count, doc("replicas of the model, one worker each")] = 1
-    tensor_parallel_size: Annotated[int, Meta(ge=1, le=8), doc("workers that share one replica: 1, 2, 4 or 8")] = 1
+    data_parallel_size: Annotated[Count, doc("replicas of the model")] = 1
+    tensor_parallel_size: Annotated[
+        int, Meta(ge=1, le=8), doc("workers that share each layer of a replica: 1, 2, 4 or 8")
+    ] = 1
+    pipeline_parallel_size: Annotated[
+        Count, doc("stages of a replica, each with some of the layers, of tensor_parallel_size workers each")
+    ] = 1
     num_threads: Annotated[NonNegative, doc("compute threads of one worker; 0 divides the usable cores")] = 0
     multiprocessing: Annotated[bool, doc("coordinator and workers run in separate processes")] = True
     scheduling_policy: Annotated[SchedulingPolicy, doc("order of waiting requests")] = "fcfs"
@@ -162,7 +167,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def world_size(self) -> int:
         """All workers, without draft workers."""
-        return self.data_parallel_size * self.tensor_parallel_size
+        return self.data_parallel_size * self.replica_size
+
+    @property
+    def replica_size(self) -> int:
+        """The workers of one replica: those of its first stage, then those of the next."""
+        return self.pipeline_parallel_size * self.tensor_parallel_size
 
     @property
     def weights_folder(self) -> str:

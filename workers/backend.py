@@ -67,18 +67,18 @@ class LoadedModel(ModelSetup):
     def allocate_cache(self, sizes: CacheSizes, device: torch.device = CPU) -> PagedKvCache:
         """The KV cache, and the states of layers that keep them."""
         model, weights = self.model, self.weights
-        states = StateCache(self.spec.layer_states, sizes.num_state_slots, weights.activations, device)
+        states = StateCache(model.layer_states, sizes.num_state_slots, weights.activations, device)
         return PagedKvCache(model.kv_layers, sizes.num_blocks, self.block_size, weights.dtype, device, states)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one KV cache block."""
-        return block_bytes(self.model.kv_layers, self.block_size, self.weights.dtype)
+        """Bytes of one KV cache block; at least 1, also of a stage without attention."""
+        return max(1, block_bytes(self.model.kv_layers, self.block_size, self.weights.dtype))
 
     @property
     def states(self) -> StateNeeds:
         config = self.config
-        size = slot_bytes(self.spec.layer_states, self.weights.activations)
+        size = slot_bytes(self.model.layer_states, self.weights.activations)
         uses_spare = config.enable_prefix_caching or config.speculative_config is not None
         return StateNeeds(size, self.max_num_seqs, uses_spare)
 
@@ -116,7 +116,7 @@ class Backend(Protocol):
 
     def join(self, config: WorkerConfig, shared_memory: int) -> Parallel:
         """Join the other ranks of the replica, with which the worker shares this file; after `begin`. Raises
-        ConfigError where the device cannot."""
+        ConfigError for ranks or stages that the device does not have."""
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         """Used where the config has none; after `begin`."""

@@ -99,7 +99,8 @@ class PagedKvCache:
     """One cache per layer, addressed by the same block ids. Memory is resident once a block is written."""
 
     layers: list[KvCache | LayerState]
-    """of each layer; one that reads another's has the same, one that keeps states has its part of those"""
+    """of each layer; one that reads another's has the same, one that keeps states has its part of those, and that of
+    another stage an empty one"""
 
     def __init__(
         self,
@@ -119,7 +120,9 @@ class PagedKvCache:
         }
         self.states = states
         kept: dict[int, KvCache | LayerState] = {**self._own, **({} if states is None else states.layers)}
-        self.layers = [kept[index if layer.source is None else layer.source] for index, layer in enumerate(layers)]
+        sources = [index if layer.source is None else layer.source for index, layer in enumerate(layers)]
+        nothing = KvCache(*torch.empty(2, 0, dtype=dtype, device=device))
+        self.layers = [kept.get(source, nothing) for source in sources]
 
     @property
     def nbytes(self) -> int:

@@ -153,6 +153,7 @@ def load_model(
             # the dtype may be the checkpoint's, which is known only now
             model = build_model(Build(with_inputs(kernel, target), formats, parallel), spec)
             _check_memory(wanted, source, target, is_fp8=scheme is not None)
+        model.keep_stage()
         with ThreadPoolExecutor(max_workers=placement.hashing_threads) as pool:
             reader = _Reader(source, target, placement, pool)
             for path, module in model.walk():
@@ -161,7 +162,7 @@ def load_model(
             facts = WeightFacts(
                 dtype=target,
                 activations=placement.vector_dtype(target),
-                matrix_dtype=model.model.embed_tokens.weight.dtype,
+                matrix_dtype=_matrix_dtype(model, source, reader),
                 quantization=scheme,
                 digest=reader.digest(),
                 nbytes=sum(int(tensor.nbytes) for tensor in tensors_of(model)),
@@ -232,6 +233,13 @@ def _open_source(
         is_gguf = (folder / GGUF_INDEX_FILE).exists()
         with open_gguf(folder, integers) if is_gguf else open_safetensors(folder, kind) as source:
             yield source
+
+
+def _matrix_dtype(model: CausalLM, source: TensorSource, reader: _Reader) -> torch.dtype:
+    """The embedding table's, which another stage may have."""
+    if "embed_tokens" not in model.model.elsewhere:
+        return model.model.embed_tokens.weight.dtype
+    return reader.matrix(source.read(EMBEDDING)[:1]).dtype
 
 
 def _check_tensors(wanted: Mapping[str, Parameter], model: CausalLM, source: TensorSource) -> None:

@@ -50,7 +50,8 @@ def trace_modules(
     block_size: int,
     workspace: AttentionWorkspace | None,
 ) -> list[TracedResult]:
-    """Compute a prompt in one step; return every result that has a row for each token, then the logits.
+    """Compute a prompt in one step; return every result that has a row for each token, then the logits; of a stage,
+    its own.
 
     Raises ConfigError for an empty or too long prompt, or an id outside the vocabulary.
     """
@@ -63,6 +64,8 @@ def trace_modules(
     device = model.device
     allocate(twin, Scratch(count, count, facts.activations, device, workspace))
     hidden = twin.forward(*_step(twin, facts, token_ids, block_size))
+    if not model.parallel.stage.is_last:
+        return results
     logits = torch.empty(count, model.spec.vocab_size, dtype=torch.float32, device=device)
     for row in range(count):
         twin.logits(hidden[row : row + 1].contiguous(), logits[row : row + 1])
@@ -148,7 +151,7 @@ def _step(
     """A step of one whole prompt, and the cache that it fills."""
     count, device = len(token_ids), model.device
     num_blocks = -(-count // block_size)
-    kept_states = model.spec.layer_states
+    kept_states = model.layer_states
     slots = StateCache(kept_states, 1, facts.activations, device)
     cache = PagedKvCache(model.kv_layers, num_blocks, block_size, facts.dtype, device, slots)
     starts, lengths = np.zeros(1, np.int64), np.asarray([count], np.int64)
@@ -156,7 +159,7 @@ def _step(
     places = row_places(starts, lengths, tables, block_size)
     query_starts = torch.from_numpy(places.query_starts).to(device)
     states = None
-    if any(kept_states):
+    if any(model.spec.layer_states):
         reads, writes = np.asarray([-1], np.int32), np.full(count, -1, np.int32)
         arrays = (reads, writes, places.query_starts)
         states = StateBatch(*(torch.from_numpy(array).to(device) for array in arrays))

@@ -1,6 +1,6 @@
 """Tensor parallelism: which part of each layer is a rank's own, and how the ranks' parts come together.
 
-A model's ranks run the same steps. Heads, the width of feed-forward branches and the vocabulary are cut; an expert
+A stage's ranks run the same steps. Heads, the width of feed-forward branches and the vocabulary are cut; an expert
 never is, whole ones lie on the ranks. Nothing that ranks pass to each other changes bits: rows are moved as they are,
 and partial sums are added in the order of the ranks, on the tree of leaves that one worker would use
 (`kernels.linear`).
@@ -19,6 +19,7 @@ from sempre.ipc.errors import ConfigError
 from sempre.kernels.attention import HeadLayout
 from sempre.kernels.exchange.contract import Cut, Norm
 from sempre.kernels.linear import MAX_LEAVES, GpuLinearWeight
+from sempre.workers.stages import ALL_LAYERS, Stage
 
 # a leaf's inputs are a multiple of this
 LEAF_UNIT = 16
@@ -81,15 +82,21 @@ class OwnHeads(NamedTuple):
 
 @dataclass(frozen=True)
 class Parallel:
-    """A worker's rank among the `size` workers of its replica, and the most leaves of a sum."""
+    """A worker's rank among the `size` workers of its stage, the stage, and the most leaves of a sum."""
 
     rank: int = 0
     size: int = 1
     most_leaves: int = 1
     exchange: Exchange | None = None
-    """between CPUs; None: the worker has the whole model, or a GPU"""
+    """between CPUs; None: the worker has the whole stage, or a GPU"""
     devices: DeviceExchange | None = None
     """between GPUs"""
+    stage: Stage = ALL_LAYERS
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the worker has the whole model."""
+        return self.size == 1 and self.stage.count == 1
 
     @property
     def whole(self) -> Parallel:
@@ -161,9 +168,10 @@ def parallel_of(
     size: int = 1,
     exchange: Exchange | None = None,
     devices: DeviceExchange | None = None,
+    stage: Stage = ALL_LAYERS,
 ) -> Parallel:
-    """The place of rank `rank` of `size` under a profile."""
-    return Parallel(rank, size, MAX_LEAVES if profile == "tree8" else 1, exchange, devices)
+    """The place of rank `rank` of `size` of a stage, under a profile."""
+    return Parallel(rank, size, MAX_LEAVES if profile == "tree8" else 1, exchange, devices, stage)
 
 
 def pieces(exchange: Exchange, rows: int, width: int) -> Iterator[slice]:

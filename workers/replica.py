@@ -14,16 +14,16 @@ from sempre.workers.quantization.plain import NotQuantized
 
 def join_replica(config: WorkerConfig, backend: Backend, shared_memory: int | None) -> Parallel:
     """Join the other ranks, if any, by a file descriptor that all have. Raises ConfigError where the device cannot."""
-    size = config.tensor_parallel_size
-    if size == 1:
+    if config.replica_size == 1:
         return parallel_of(config.profile)
     if shared_memory is None:
-        raise ProtocolError(f"worker: expected memory to share with the other {size - 1} rank(s), found none.")
+        others = config.replica_size - 1
+        raise ProtocolError(f"worker: expected memory to share with the other {others} rank(s), found none.")
     return backend.join(config, shared_memory)
 
 
 def whole_model(loaded: LoadedModel) -> CausalLM:
     """The model as one worker would have it, possibly without tensors."""
-    if loaded.parallel.size == 1:
+    if loaded.parallel.is_alone:
         return loaded.model
     return build_model(Build(loaded.kernel, NotQuantized()), loaded.spec)

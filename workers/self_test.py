@@ -211,6 +211,8 @@ class _Probe:
     def logits(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits of some rows, or a classifier's scores, one by one and together; None without a head."""
         model = self._model
+        if not model.parallel.stage.is_last:
+            return None
         compute, width = model.logits, model.spec.vocab_size
         if model.spec.pooling is not None:
             if model.score is None:
@@ -294,13 +296,16 @@ def _with_distinct_blocks(model: CausalLM) -> tuple[CausalLM, list[LayerKv], lis
     A block that reads another layer's keys and values reads those of the block of that layer's kind.
     """
     probe = sharing(model)
-    kinds = [_kind(block) for block in probe.model.layers if isinstance(block, Module)]
-    first = {kind: kinds.index(kind) for kind in dict.fromkeys(kinds)}
+    blocks = {index: probe.model.layers[index] for index in probe.model.own_layers}
+    kinds = {index: _kind(block) for index, block in blocks.items() if isinstance(block, Module)}
+    first: dict[object, int] = {}
+    for index, kind in kinds.items():
+        first.setdefault(kind, index)
     places = {kind: place for place, kind in enumerate(first)}
     layers = [model.kv_layers[index] for index in first.values()]
-    probe.model.layers = [probe.model.layers[index] for index in first.values()]
+    probe.model.set_layers([blocks[index] for index in first.values()])
     kept = [layer if layer.source is None else layer._replace(source=places[kinds[layer.source]]) for layer in layers]
-    return probe, kept, [model.spec.layer_states[index] for index in first.values()]
+    return probe, kept, [model.layer_states[index] for index in first.values()]
 
 
 def _kind(block: Module) -> object:

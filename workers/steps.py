@@ -221,6 +221,11 @@ class StepInput:
     """None: no row has one"""
 
 
+def rows_read(rows: torch.Tensor, step: StepInput) -> torch.Tensor:
+    """The rows of [T, H] that are read [S, H]."""
+    return rows if step.outputs is None else rows.index_select(0, step.outputs.rows)
+
+
 def of_rows_read(step: StepInput) -> StepInput:
     """The same step of the rows that are read, for layers that write no keys and values."""
     if step.outputs is None:

@@ -179,7 +179,10 @@ class Worker:
         """Start a step without waiting for an asynchronous device. A request that cannot be computed has its error in
         the result. Raises ProtocolError for a step that is wrong."""
         steps = self._require_steps()
-        check_drafts(command, self._require_loaded().config.role, drafts=self._drafter is not None)
+        loaded = self._require_loaded()
+        # only the last stage drafts
+        drafts = self._drafter is not None or not loaded.parallel.stage.is_last
+        check_drafts(command, loaded.config.role, drafts=drafts)
         steps.submit(command)
 
     def step_done(self) -> bool:
@@ -340,6 +343,12 @@ def _setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
             "speculative_config: nothing is drafted for a model that pools. Leave it out.",
             parameter="speculative_config",
         )
+    if spec.pooling is not None and config.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"pipeline_parallel_size: expected 1 for a model that pools, found {config.pipeline_parallel_size}.",
+            parameter="pipeline_parallel_size",
+            value=config.pipeline_parallel_size,
+        )
     if spec.pooling is not None and config.enable_lora:
         raise ConfigError("enable_lora: a model that pools has no adapters. Leave it out.", parameter="enable_lora")
     if is_draft and any(spec.layer_states):
@@ -369,10 +378,10 @@ def _load(setup: ModelSetup, backend: Backend) -> LoadedModel:
 
 
 def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | None:
-    """The model that a target's worker drafts with, if any."""
+    """The model that a target's worker drafts with, if any; only the last stage does."""
     config = target.config
     folder = config.colocated_draft_model
-    if folder is None:
+    if folder is None or not target.parallel.stage.is_last:
         return None
     draft_config = replace(
         config,
@@ -383,6 +392,7 @@ def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | No
         quantization=None,
         numerics_profile="single",
         tensor_parallel_size=1,
+        pipeline_parallel_size=1,
         max_model_len=target.max_model_len,
     )
     draft = _load(_setup(draft_config, backend), backend)

@@ -133,7 +133,7 @@ class EngineCore:
 
     def lose_worker(self, error: WorkerDied) -> LostWorker:
         """Make all unfinished requests of the worker's replica wait for new workers."""
-        replica = self._replicas[error.rank // self._config.tensor_parallel_size]
+        replica = self._replicas[error.rank // self._config.replica_size]
         failed = replica.lose_workers(error.cause)
         for delta in failed:
             del self._owners[delta.request_id]
@@ -206,7 +206,7 @@ class EngineCore:
 
     def _take(self, rank: int, result: StepResult) -> list[RequestOutputDelta]:
         try:
-            return self._replicas[rank // self._config.tensor_parallel_size].take(rank, result)
+            return self._replicas[rank // self._config.replica_size].take(rank, result)
         except ProtocolError as error:
             raise self._executor.blame(rank, error) from error
         except RanksDiffer as error:
@@ -225,7 +225,7 @@ class EngineCore:
             return []
         if self._drafts is not None:
             ready = replace(ready, draft_worker_pids=self._drafts.serve(self._startup))
-        size = self._config.tensor_parallel_size
+        size = self._config.replica_size
         for first in range(0, self._executor.world_size, size):
             ranks = range(first, first + size)
             depth, lead_s = self._startup.max_steps_in_flight, self._startup.step_lead_s
@@ -233,7 +233,15 @@ class EngineCore:
             scheduler = self._scheduler(ready)
             self._watches.append(ProgressWatch(first, scheduler))
             self._replicas.append(
-                Replica(ranks, scheduler, self._executor, link, max_steps_in_flight=depth, step_lead_s=lead_s)
+                Replica(
+                    ranks,
+                    scheduler,
+                    self._executor,
+                    link,
+                    max_steps_in_flight=depth,
+                    step_lead_s=lead_s,
+                    ranks_per_stage=self._config.tensor_parallel_size,
+                )
             )
         self.ready = ready
         return [ready]
@@ -242,7 +250,7 @@ class EngineCore:
         """A new worker has progressed; its replica continues when all its ranks are ready."""
         if not self._startup.rejoin(rank, event):
             return []
-        replica = self._replicas[rank // self._config.tensor_parallel_size]
+        replica = self._replicas[rank // self._config.replica_size]
         if self._startup.awaits(replica.ranks):
             return []
         replica.resume()

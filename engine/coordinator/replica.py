@@ -31,9 +31,12 @@ class Replica:
         *,
         max_steps_in_flight: int = 1,
         step_lead_s: float = 0.0,
+        ranks_per_stage: int | None = None,
     ) -> None:
-        """`drafts` is the link to this replica's draft worker, if any; `step_lead_s`: see `StepTiming`."""
+        """`drafts` is the link to this replica's draft worker, if any; `step_lead_s`: see `StepTiming`. By default all
+        ranks are one stage."""
         self.ranks = ranks
+        self._ranks_per_stage = ranks_per_stage or len(ranks)
         self._drafts = drafts
         self._max_steps_in_flight = max_steps_in_flight
         self._scheduler = scheduler
@@ -107,8 +110,7 @@ class Replica:
         if len(results) < len(self.ranks):
             return []
         del self._results[result.step_id]
-        compare_ranks(results)
-        result = results[self.ranks[0]]
+        result = compare_ranks(results, self._ranks_per_stage)
         outputs = self._scheduler.update(self._in_flight[0], result)
         step, now = self._in_flight.popleft(), time.monotonic()
         self._timing.answered(now)

@@ -35,8 +35,6 @@ _ALIKE = (
     "vocab_size",
     "eos_token_ids",
     "fingerprint",
-    "kv_block_bytes",
-    "state_slot_bytes",
     "max_steps_in_flight",
     "block_size",
     "max_num_batched_tokens",
@@ -44,6 +42,9 @@ _ALIKE = (
     "pooling",
     "attention_parity",
 )
+
+# of the layers of a stage
+_ALIKE_IN_STAGE = ("kv_block_bytes", "state_slot_bytes")
 
 # derived from a worker's memory; the minimum applies to all
 _CHOSEN = ("max_model_len", "max_num_seqs")
@@ -60,6 +61,9 @@ class StartUp:
         self._names = {rank: worker_name(config, rank) if rank in drafts else f"rank {rank}" for rank in ranks}
         self._config = config
         self._executor = executor
+        # a draft worker has a whole model
+        self._replica_size = 1 if ranks.start in drafts else config.replica_size
+        self._stage_size = 1 if ranks.start in drafts else config.tensor_parallel_size
         self._num_threads = threads_per_worker(config.num_threads, executor.world_size)
         self.pids: dict[int, int] = {}
         self._absent: set[int] = set()
@@ -108,7 +112,8 @@ class StartUp:
                 before = self._loaded[rank]
                 digests = (before.digests_before_load, event.digests_before_load)
                 compare_with_former(rank, self._names[rank], *digests, "before loading")
-                _refuse_other(rank, before, event, (*_ALIKE, *_CHOSEN), "the worker that it replaces")
+                alike = (*_ALIKE, *_ALIKE_IN_STAGE, *_CHOSEN)
+                _refuse_other(rank, before, event, alike, "the worker that it replaces")
                 # as many blocks as before; the worker itself refuses if they do not fit
                 self._executor.send(rank, self._start_serving())
             case WorkerReady():
@@ -145,8 +150,8 @@ class StartUp:
 
     @property
     def costs(self) -> StepCosts:
-        """The expected costs of a worker's steps."""
-        return self._first.costs
+        """The expected costs of a worker's steps; of several stages', those of the last, which drafts."""
+        return self._loaded[self._ranks.start + self._replica_size - self._stage_size].costs
 
     @property
     def max_prompt_tokens(self) -> int | None:
@@ -181,6 +186,9 @@ class StartUp:
     def _first(self) -> ModelLoaded:
         return self._loaded[self._ranks.start]
 
+    def _place_in_replica(self, rank: int) -> int:
+        return (rank - self._ranks.start) % self._replica_size
+
     @property
     def _num_blocks(self) -> int:
         """All replicas get the same number of blocks, so the smallest memory decides."""
@@ -188,8 +196,9 @@ class StartUp:
 
     @property
     def num_state_slots(self) -> int:
-        """Likewise; 0: the model keeps no states."""
-        return min(loaded.available_state_slots for loaded in self._loaded.values())
+        """Likewise, of those that keep states; 0: the model keeps none."""
+        keeping = (loaded.available_state_slots for loaded in self._loaded.values() if loaded.state_slot_bytes)
+        return min(keeping, default=0)
 
     def _start_serving(self) -> StartServing:
         return StartServing(num_blocks=self._num_blocks, num_state_slots=self.num_state_slots)
@@ -203,6 +212,8 @@ class StartUp:
         compare_digests([self._loaded[rank].digests_before_load for rank in self._ranks], "before the model is loaded")
         for rank in self._ranks:
             _refuse_other(rank, self._first, self._loaded[rank], _ALIKE, "rank 0")
+            peer = self._ranks.start + self._place_in_replica(rank) // self._stage_size * self._stage_size
+            _refuse_other(rank, self._loaded[peer], self._loaded[rank], _ALIKE_IN_STAGE, f"rank {peer}")
         for rank in self._ranks:
             self._executor.send(rank, self._start_serving())
         return self._end_phase("load", (loaded.phase_seconds for loaded in self._loaded.values()))

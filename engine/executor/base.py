@@ -63,7 +63,7 @@ def draft_ranks(config: EngineConfig) -> range:
 def device_index(config: EngineConfig, rank: int) -> int:
     """The GPU of a worker; a draft worker shares that of the first rank of its replica."""
     drafts = draft_ranks(config)
-    return drafts.index(rank) * config.tensor_parallel_size if rank in drafts else rank
+    return drafts.index(rank) * config.replica_size if rank in drafts else rank
 
 
 def worker_name(config: EngineConfig, rank: int) -> str:
@@ -73,7 +73,8 @@ def worker_name(config: EngineConfig, rank: int) -> str:
 
 
 def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerConfig:
-    """The settings of worker `rank`: replicas are numbered first, then the ranks within a replica."""
+    """The settings of worker `rank`: replicas are numbered first, then the stages of a replica, then the
+    ranks of a stage."""
     settings = asdict(config) | {"num_threads": num_threads}
     speculative = config.speculative_config
     if rank in draft_ranks(config):
@@ -83,6 +84,7 @@ def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerCo
             "model_path": speculative.model_path,
             "weights_path": None,
             "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
             "numerics_profile": "single",
             "quantization": None,
             "gpu_memory_utilization": _DRAFT_SHARE,

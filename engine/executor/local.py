@@ -66,7 +66,7 @@ class LocalExecutor:
         self._address = connect_address or directory.worker_address
         self._directory = directory
         # the ranks of a replica restart together, each as often as the others
-        self._memory = ReplicaMemory(config.tensor_parallel_size)
+        self._memory = ReplicaMemory(config.replica_size)
         self._poller: zmq.Poller | None = None
         self._ending = False
         self._checked_at = time.monotonic()

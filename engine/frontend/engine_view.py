@@ -67,7 +67,7 @@ class ParallelView:
     world_size: int
     worker_pids: list[int]
     """process ids at the start, in the order of ranks"""
-    pipeline_parallel_size: int = 1
+    pipeline_parallel_size: int
 
 
 class EngineView:
@@ -96,7 +96,11 @@ class EngineView:
             ready.max_num_seqs, ready.max_num_batched_tokens, ready.max_model_len, config.scheduling_policy
         )
         self.parallel_config = ParallelView(
-            config.tensor_parallel_size, config.data_parallel_size, ready.world_size, list(ready.worker_pids)
+            config.tensor_parallel_size,
+            config.data_parallel_size,
+            ready.world_size,
+            list(ready.worker_pids),
+            config.pipeline_parallel_size,
         )
 
     @property

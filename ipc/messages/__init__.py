@@ -60,6 +60,7 @@ from sempre.ipc.messages.worker import (
     LoadModel,
     ModelLoaded,
     NewRequest,
+    RequestOutcome,
     SampledTokens,
     ScheduledRequest,
     ShutdownWorker,

@@ -206,7 +206,18 @@ class SampledTokens(Data, frozen=True, kw_only=True):
     pooled: bytes | None = None
     """of a request that is pooled, with its prompt's last token: float32 little-endian"""
     hidden_digest: bytes = b""
-    """of the final hidden states that its tokens were sampled from; empty where no other rank has the same"""
+    """of the hidden states that its tokens were sampled from, as they leave this rank's layers; empty where no other
+    rank has the same, or takes them over"""
+    received_digest: bytes = b""
+    """likewise, as the stage before passed them on; empty without one"""
+
+
+class RequestOutcome(Data, frozen=True, kw_only=True):
+    """What the last stage tells the others of one request in one step."""
+
+    token_ids: list[TokenId] = []
+    error_type: str = ""
+    """empty: none"""
 
 
 class StepResult(Message, frozen=True, kw_only=True):

@@ -1,15 +1,16 @@
-"""A meeting of processes in memory that they share: each waits until all have come.
+"""Processes that share memory wait for each other: until all have come to a meeting, or until one has gone on.
 
-Contract: every process has a line of LINE bytes at `lines` + index * LINE, all zero at first. The meetings are numbered
-1, 2, 3, …; what a process wrote before meeting n is seen by the others after it. Nobody can be more than one meeting
-ahead of another. A process that waits first looks again and again, then sleeps in the kernel until it is woken.
+Contract: every process has a line of LINE bytes, of a meeting at `lines` + index * LINE, all zero at first. The
+meetings are numbered 1, 2, 3, …; what a process wrote before meeting n, or before it published a number, is seen by the
+others after it. Nobody can be more than one meeting ahead of another. Numbers are those modulo 2**32. A process that
+waits first looks again and again, then sleeps in the kernel until it is woken.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["LINE", "enter", "meet"]
+__all__ = ["LINE", "await_change", "enter", "meet", "publish"]
 
 LINE = 64
 
@@ -30,3 +31,20 @@ def meet(lines: torch.Tensor, index: int, number: int, *, spins: int, wait_s: fl
     from sempre.kernels.exchange import cpu
 
     return cpu.meet(lines, index, number, spins=spins, wait_s=wait_s)
+
+
+def publish(line: torch.Tensor, number: int) -> None:
+    """Write a number to this process's line, int8 [LINE], and wake those that wait for it."""
+    from sempre.kernels.exchange import cpu
+
+    cpu.publish(line, number)
+
+
+def await_change(line: torch.Tensor, before: int, *, spins: int, wait_s: float) -> int:
+    """Wait until another process's line has another number than `before`; return what it has.
+
+    `spins`: how often to look before sleeping. After about `wait_s` it may still have `before`; 0 does not sleep.
+    """
+    from sempre.kernels.exchange import cpu
+
+    return cpu.await_change(line, before, spins=spins, wait_s=wait_s)

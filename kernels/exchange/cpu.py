@@ -1,8 +1,8 @@
-"""The meeting on a CPU: sequentially consistent words, and the system's futex to sleep on them.
+"""Lines on a CPU: sequentially consistent words, and the system's futex to sleep on them.
 
-A line has two words of 32 bits: the number of the last meeting that its process has come to, and how many others sleep
-until it comes. A sleeper counts itself before it sleeps, and the kernel checks the number once more; a process that
-comes writes the number before it looks for sleepers. So one of the two always sees the other.
+A line has two words of 32 bits: the number that its process has published last, and how many others sleep until it
+changes. A sleeper counts itself before it sleeps, and the kernel checks the number once more; a process that publishes
+writes the number before it looks for sleepers. So one of the two always sees the other.
 """
 
 from __future__ import annotations
@@ -60,27 +60,37 @@ def _enter(line: int) -> int:
 
 
 @compiled()
+def _publish(line: int, number: int) -> None:
+    _store(line, number)
+    if _load(line + _SLEEPERS) != 0:
+        _futex(line, _WAKE, _EVERYONE, 0)
+
+
+@compiled()
+def _await_change(line: int, before: int, spins: int, wait_ns: int) -> int:
+    looked = 0
+    while looked < spins and _load(line) == before:
+        looked += 1
+    if _load(line) == before and wait_ns > 0:
+        timeout = np.empty(2, np.int64)
+        timeout[0], timeout[1] = wait_ns // 1_000_000_000, wait_ns % 1_000_000_000
+        _add(line + _SLEEPERS, 1)
+        _futex(line, _WAIT, before, address_of(timeout))
+        _add(line + _SLEEPERS, -1)
+        keep(timeout)
+    now: int = _load(line)
+    return now
+
+
+@compiled()
 def _meet(lines: int, processes: int, index: int, number: int, spins: int, wait_ns: int) -> int:
-    own, before = lines + index * LINE, (number - 1) & 0xFFFFFFFF
-    _store(own, number)
-    if _load(own + _SLEEPERS) != 0:
-        _futex(own, _WAKE, _EVERYONE, 0)
-    timeout = np.empty(2, np.int64)
-    timeout[0], timeout[1] = wait_ns // 1_000_000_000, wait_ns % 1_000_000_000
+    _publish(lines + index * LINE, number)
+    before = (number - 1) & 0xFFFFFFFF
     missing = -1
     for other in range(processes):
-        line = lines + other * LINE
-        looked = 0
-        while looked < spins and _load(line) == before:
-            looked += 1
-        if _load(line) == before:
-            _add(line + _SLEEPERS, 1)
-            _futex(line, _WAIT, before, address_of(timeout))
-            _add(line + _SLEEPERS, -1)
-        if _load(line) == before:
+        if _await_change(lines + other * LINE, before, spins, wait_ns) == before:
             missing = other
             break
-    keep(timeout)
     return missing
 
 
@@ -93,3 +103,13 @@ def meet(lines: torch.Tensor, index: int, number: int, *, spins: int, wait_s: fl
     """See the facade."""
     missing = int(_meet(lines.data_ptr(), lines.numel() // LINE, index, number & 0xFFFFFFFF, spins, int(wait_s * 1e9)))
     return None if missing < 0 else missing
+
+
+def publish(line: torch.Tensor, number: int) -> None:
+    """See the facade."""
+    _publish(line.data_ptr(), number & 0xFFFFFFFF)
+
+
+def await_change(line: torch.Tensor, before: int, *, spins: int, wait_s: float) -> int:
+    """See the facade."""
+    return int(_await_change(line.data_ptr(), before & 0xFFFFFFFF, spins, int(wait_s * 1e9)))

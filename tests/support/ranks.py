@@ -16,6 +16,7 @@ from sempre.ipc.config import NumericsProfile
 from sempre.kernels.attention import PagedBatch
 from sempre.kernels.states import StateBatch
 from sempre.workers.cpu.exchange import SharedMemoryExchange
+from sempre.workers.cpu.replica_file import ReplicaFile
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear_kernel import INVARIANT
 from sempre.workers.layers.module import Scratch, allocate
@@ -39,7 +40,8 @@ def on_all_ranks(size: int, action: Callable[[int], Result]) -> list[Result]:
 
 
 class Ranks:
-    """A model on `size` ranks, 1: on one worker, with a KV cache for one sequence."""
+    """A model on `size` ranks of each of `num_stages` stages, by default on one worker, with a KV cache for one
+    sequence."""
 
     def __init__(
         self,
@@ -47,16 +49,18 @@ class Ranks:
         size: int,
         profile: NumericsProfile = "tree8",
         patience_s: float = 60.0,
+        num_stages: int = 1,
         **settings: Any,
     ) -> None:
         self.size = size
+        self.num_stages = num_stages
         self._config = worker_config(folder, **settings)
         self._profile = profile
         self._patience_s = patience_s
         self._descriptor = os.memfd_create("ranks")
         self.exchanges: list[SharedMemoryExchange] = []
         try:
-            self.loaded = on_all_ranks(size, self._load)
+            self.loaded = on_all_ranks(size * num_stages, self._load)
         finally:
             os.close(self._descriptor)
         self.caches = [prepared(loaded) for loaded in self.loaded]
@@ -66,21 +70,22 @@ class Ranks:
         return load_model(self._config, spec, INVARIANT, parallel=self._parallel(rank))
 
     def _parallel(self, rank: int) -> Parallel:
-        if self.size == 1:
-            return parallel_of(self._profile)
-        exchange = SharedMemoryExchange(self._descriptor, rank, self.size, patience_s=self._patience_s)
-        self.exchanges.append(exchange)
-        return parallel_of(self._profile, rank, self.size, exchange)
+        file = ReplicaFile(self._descriptor, self.size, self.num_stages, rank, patience_s=self._patience_s)
+        exchange, stage = file.exchange(), file.stage()
+        if exchange is not None:
+            self.exchanges.append(exchange)
+        return parallel_of(self._profile, rank % self.size, self.size, exchange, stage=stage)
 
     def logits(self, token_ids: Sequence[int], cuts: Sequence[int] = ()) -> list[torch.Tensor]:
-        """Those of all tokens [T, V], by rank; the sequence is computed in pieces that end at `cuts`."""
+        """Those of all tokens [T, V], by rank of the last stage; the sequence is computed in pieces that end at
+        `cuts`."""
         ends = [*cuts, len(token_ids)]
 
         def run(rank: int) -> torch.Tensor:
             pieces = zip([0, *ends], ends, strict=False)
             return torch.cat([self._piece(rank, token_ids, start, end) for start, end in pieces])
 
-        return on_all_ranks(self.size, run)
+        return on_all_ranks(self.size * self.num_stages, run)[-self.size :]
 
     def _piece(self, rank: int, token_ids: Sequence[int], start: int, end: int) -> torch.Tensor:
         return logits_of(self.loaded[rank].model, self.caches[rank], token_ids, start, end)
@@ -90,7 +95,7 @@ def prepared(loaded: Loaded) -> PagedKvCache:
     """Allocate what the model needs for one sequence; its cache."""
     model, facts = loaded
     allocate(model, Scratch(MOST, MOST, facts.activations, CPU))
-    states = StateCache(model.spec.layer_states, 1, facts.activations, CPU)
+    states = StateCache(model.layer_states, 1, facts.activations, CPU)
     return PagedKvCache(model.kv_layers, MOST // BLOCK, BLOCK, facts.dtype, CPU, states)
 
 
@@ -118,4 +123,6 @@ def logits_of(model: CausalLM, cache: PagedKvCache, token_ids: Sequence[int], st
         states=states,
     )
     hidden = model.forward(step, cache.layers)
+    if not model.parallel.stage.is_last:
+        return hidden
     return model.logits(hidden, torch.full((len(hidden), model.spec.vocab_size), float("nan")))

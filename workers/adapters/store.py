@@ -28,12 +28,18 @@ class AdapterStore:
     def __init__(self, config: WorkerConfig, model: CausalLM, dtype: torch.dtype) -> None:
         """Give each linear layer slots; before the steps' memory is allocated. `dtype` is that of activations.
 
-        Raises ConfigError for the numerics profile tree8, whose leaves adapters do not have.
+        Raises ConfigError for the numerics profile tree8, whose leaves adapters do not have, and for stages.
         """
         if config.profile != "single":
             raise ConfigError(
                 f"enable_lora: expected numerics_profile 'single' and tensor_parallel_size 1, found {config.profile!r}"
                 f" and {config.tensor_parallel_size}; adapters are not summed in leaves yet.",
+                parameter="enable_lora",
+            )
+        if config.pipeline_parallel_size > 1:
+            raise ConfigError(
+                f"enable_lora: expected pipeline_parallel_size 1, found {config.pipeline_parallel_size}; adapters are"
+                " not cut into stages yet.",
                 parameter="enable_lora",
             )
         self._rank = config.rank

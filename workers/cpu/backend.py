@@ -14,9 +14,10 @@ from sempre.kernels.threads import get_num_threads, set_num_threads, settle_thre
 from sempre.workers.backend import Compilation, LoadedModel, ModelSetup
 from sempre.workers.cpu.compilation import SamplingCompilation
 from sempre.workers.cpu.drafter import CpuDraftModelRunner
-from sempre.workers.cpu.exchange import SharedMemoryExchange
 from sempre.workers.cpu.pooling_runner import CpuPoolingRunner
+from sempre.workers.cpu.replica_file import ReplicaFile
 from sempre.workers.cpu.runner import CpuModelRunner
+from sempre.workers.cpu.stage_runner import CpuStageRunner
 from sempre.workers.device import DeviceSpeed
 from sempre.workers.fingerprint import fingerprint_parts
 from sempre.workers.host_memory import give_back_free_memory
@@ -49,8 +50,6 @@ class CpuBackend:
     """The CPU."""
 
     placement = ON_CPU
-    # planning, the transfer to a worker, and slack for a busy machine
-    step_lead_s = 0.008
     # one thread, tiny-draft to SmolLM2-135M; a row costs 0.1 to 0.2 steps beside one other, 0.5 beside many
     speed = DeviceSpeed(
         step_seconds=0.3e-3, layer_seconds=20e-6, bytes_per_second=12e9, row_share=0.5, result_seconds=0.2e-3
@@ -60,6 +59,8 @@ class CpuBackend:
         self.max_num_batched_tokens = ROW_BLOCK
         self.max_prompt_tokens: int | None = ROW_BLOCK
         self.max_steps_in_flight = 1
+        # planning, the transfer to a worker, and slack for a busy machine
+        self.step_lead_s = 0.008
         self._compilation: SamplingCompilation | None = None
 
     def begin(self, config: WorkerConfig) -> None:
@@ -73,11 +74,20 @@ class CpuBackend:
         self.max_steps_in_flight = 1 if config.max_draft_tokens else 2
 
     def join(self, config: WorkerConfig, shared_memory: int) -> Parallel:
-        size = config.tensor_parallel_size
-        rank, threads = config.rank % size, get_num_threads()
-        patience_s = max(config.startup_timeout_s, config.step_timeout_s)
-        exchange = SharedMemoryExchange(shared_memory, rank, size, threads=threads, patience_s=patience_s)
-        return parallel_of(config.profile, rank, size, exchange)
+        size, rank = config.tensor_parallel_size, config.rank % config.replica_size
+        file = ReplicaFile(
+            shared_memory,
+            size,
+            config.pipeline_parallel_size,
+            rank,
+            threads=get_num_threads(),
+            patience_s=max(config.startup_timeout_s, config.step_timeout_s),
+        )
+        stage = file.stage()
+        if stage.count > 1:
+            # stages are busy with parts of two steps at once, so the next one is sent without delay
+            self.step_lead_s = 0.0
+        return parallel_of(config.profile, rank % size, size, file.exchange(), stage=stage)
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         return _DEFAULT_MAX_NUM_SEQS
@@ -117,9 +127,13 @@ class CpuBackend:
         scratch = Scratch(model.max_num_batched_tokens, model.max_model_len, model.weights.activations, CPU)
         allocate(model.model, scratch)
         # ranks must agree on what a step samples, so none of them gives up on a mask
-        step_wait_s = _FORM_WAIT_S if model.parallel.size == 1 else None
+        step_wait_s = _FORM_WAIT_S if model.parallel.is_alone else None
         grammars = model.make_grammar_compiler(step_wait_s=step_wait_s)
-        kind = CpuModelRunner if model.spec.pooling is None else CpuPoolingRunner
+        kind: type[CpuModelRunner | CpuPoolingRunner] = CpuModelRunner
+        if model.spec.pooling is not None:
+            kind = CpuPoolingRunner
+        elif model.parallel.stage.count > 1:
+            kind = CpuStageRunner
         return kind(model.model, model.allocate_cache(sizes), grammars, model.limits(sizes), rank=config.rank)
 
     def make_drafter(self, runner: ModelRunner) -> CpuDraftModelRunner:

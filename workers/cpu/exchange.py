@@ -8,44 +8,53 @@ waited since, and nobody waits before it has read the half before.
 from __future__ import annotations
 
 import mmap
-import os
 import time
 
 import torch
 
 from sempre.ipc.errors import EngineUnhealthy, StartupError
 from sempre.kernels.exchange import LINE, enter, meet
+from sempre.workers.cpu.shared_file import Place, spins_of
 
 # of one half: the widest row, the logits of 2**24 tokens, fits
 _HALF_BYTES = 64 << 20
 # as much is exchanged at a time, so that it stays in the caches
 _PIECE_BYTES = 8 << 20
 _HEADER_BYTES = mmap.PAGESIZE
-# with a core for each rank, about as long as two kernels of a step take
-_SPINS = 20_000
-_SPINS_OF_SHARED_CORES = 200
+EXCHANGE_BYTES = _HEADER_BYTES + 2 * _HALF_BYTES
 _WAIT_S = 0.2
 
 
 class SharedMemoryExchange:
     """`parallel.Exchange` between processes of one host."""
 
-    def __init__(self, descriptor: int, rank: int, size: int, *, threads: int = 1, patience_s: float = 120.0) -> None:
-        """`descriptor` is an open file, empty at first, for this replica alone. `threads`: of each rank. A rank that
-        lets the others wait for `patience_s` has failed. Raises StartupError if another process is this rank."""
-        total = _HEADER_BYTES + 2 * _HALF_BYTES
-        os.ftruncate(descriptor, total)
-        self._memory = torch.frombuffer(mmap.mmap(descriptor, total), dtype=torch.int8)
+    def __init__(
+        self,
+        descriptor: int,
+        rank: int,
+        size: int,
+        *,
+        threads: int = 1,
+        patience_s: float = 120.0,
+        place: Place | None = None,
+    ) -> None:
+        """`descriptor` is an open file, empty at first, for this replica alone; `place`: in it, by default all of it.
+        `threads`: of each rank. A rank that lets the others wait for `patience_s` has failed. Raises StartupError if
+        another process is this rank."""
+        place = place or Place(EXCHANGE_BYTES, 0)
+        self._memory = place.map(descriptor, EXCHANGE_BYTES)
+        self._first_rank = place.first_rank
         self._lines = self._memory[: size * LINE]
         self._halves = self._memory[_HEADER_BYTES:].view(torch.float32).chunk(2)
         self._rank = rank
         self._size = size
         self._patience_s = patience_s
         self._number = 0
-        self._spins = _SPINS if size * threads <= len(os.sched_getaffinity(0)) else _SPINS_OF_SHARED_CORES
+        self._spins = spins_of(size * threads)
         if not enter(self._lines, rank):
-            text = f"rank {rank}: expected one worker of each rank, found one that has joined the replica already"
-            raise StartupError(text, rank=rank)
+            number = place.first_rank + rank
+            text = f"rank {number}: expected one worker of each rank, found one that has joined the replica already"
+            raise StartupError(text, rank=number)
 
     def most_rows(self, width: int) -> int:
         """See `Exchange`."""
@@ -65,9 +74,10 @@ class SharedMemoryExchange:
         deadline = time.monotonic() + self._patience_s
         while missing is not None:
             if time.monotonic() > deadline:
+                own, other = self._first_rank + self._rank, self._first_rank + missing
                 text = (
-                    f"rank {self._rank}: exchange {self._number}: expected rank {missing} within"
+                    f"rank {own}: exchange {self._number}: expected rank {other} within"
                     f" {self._patience_s:g} s, found it missing"
                 )
-                raise EngineUnhealthy(text, rank=missing, cause="missing")
+                raise EngineUnhealthy(text, rank=other, cause="missing")
             missing = meet(self._lines, self._rank, self._number, spins=0, wait_s=_WAIT_S)

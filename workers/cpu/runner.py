@@ -25,10 +25,14 @@ from sempre.workers.verification import drafts_in_place
 
 
 @dataclass
-class _Computed(StepInFlight):
+class ComputedRows(StepInFlight):
+    """What became of the sampled rows."""
+
     outcomes: Sequence[RowResult] = field(default_factory=list)
     hidden_digests: list[bytes] = field(default_factory=list)
-    """of the sampled rows, where other ranks have the same"""
+    """of each, where other ranks have the same, or take it over"""
+    received_digests: list[bytes] = field(default_factory=list)
+    """of each, as the stage before passed it on"""
 
 
 class CpuModelRunner(ModelRunner):
@@ -54,51 +58,74 @@ class CpuModelRunner(ModelRunner):
         return
 
     def _start(self, step: ExecuteStep, plan: StepPlan | None, valid: ValidStep) -> StepInFlight:
-        flight = _Computed(step, valid.errors, plan)
+        flight = ComputedRows(step, valid.errors, plan)
         if plan is not None:
-            arrays = StepArrays(*map(torch.from_numpy, self._batch.arrays(plan)))
-            self._grammars.patience.begin_step()
-            _prepare_grammars(plan)
-            hidden = self._model.forward(step_input(arrays, plan.shape), self.cache.layers)
-            flight.outcomes = self._sample(flight, plan, hidden)
-            self._score_prompts(flight, plan, hidden)
+            self._compute(flight, plan)
         return flight
 
+    def _compute(self, flight: ComputedRows, plan: StepPlan) -> None:
+        self._grammars.patience.begin_step()
+        _prepare_grammars(plan)
+        hidden = self._forward(plan)
+        flight.outcomes = self._sample(flight, plan, hidden)
+        self._score_prompts(flight, plan, hidden)
+
+    def _forward(self, plan: StepPlan) -> torch.Tensor:
+        """The final hidden states of all rows [T, H] if the plan reads them, else of the sampled ones [S, H]."""
+        arrays = StepArrays(*map(torch.from_numpy, self._batch.arrays(plan)))
+        return self._model.forward(step_input(arrays, plan.shape), self.cache.layers)
+
     def _outcomes(self, flight: StepInFlight) -> Sequence[RowResult]:
-        assert isinstance(flight, _Computed)
+        assert isinstance(flight, ComputedRows)
         return flight.outcomes
 
     def _results(self, flight: StepInFlight, plan: StepPlan) -> dict[str, SampledTokens]:
         results = super()._results(flight, plan)
-        assert isinstance(flight, _Computed)
-        digests: dict[str, bytes] = {}
-        for index, digest in zip(plan.sampled_rows.requests.tolist(), flight.hidden_digests, strict=False):
-            request_id = plan.states[index].request_id
-            digests[request_id] = digests.get(request_id, b"") + digest
-        return results | {
-            request_id: replace(results[request_id], hidden_digest=digest) for request_id, digest in digests.items()
-        }
+        assert isinstance(flight, ComputedRows)
+        return with_digests(results, flight, plan)
 
-    def _sample(self, flight: _Computed, plan: StepPlan, hidden: torch.Tensor) -> Sequence[RowResult]:
+    def _sampled(self, plan: StepPlan, hidden: torch.Tensor) -> torch.Tensor:
+        """The sampled rows [S, H] of `hidden`, which is [T, H] if it has all rows of the step."""
+        if not plan.shape.reads_all_rows:
+            return hidden
+        rows = torch.from_numpy(plan.sampled_rows.rows)
+        return torch.index_select(hidden, 0, rows, out=self._rows_RH[: len(rows)])
+
+    def _sample(self, flight: ComputedRows, plan: StepPlan, hidden: torch.Tensor) -> Sequence[RowResult]:
         """One result per row that samples; `hidden` is [T, H] if it has all rows of the step, else [S, H]."""
         sampled = plan.sampled_rows
         count = sampled.rows.size
         if not count:
             return []
-        if plan.shape.reads_all_rows:
-            rows = torch.from_numpy(sampled.rows)
-            hidden = torch.index_select(hidden, 0, rows, out=self._rows_RH[:count])
-        if self._model.parallel.size > 1:
-            flight.hidden_digests = [_digest(row) for row in hidden]
+        hidden = self._sampled(plan, hidden)
+        if not self._model.parallel.is_alone:
+            flight.hidden_digests = row_digests(hidden)
         logits_RV = self._model.logits(hidden, self._logits_RV[:count])
         states = [plan.states[index].sampling for index in sampled.requests.tolist()]
         with drafts_in_place(plan):
             return self._sampler.sample(logits_RV, states, sampled.positions.tolist())
 
 
-def _digest(row: torch.Tensor) -> bytes:
-    """8 bytes that tell a row of float32 from others."""
-    return hashlib.blake2b(row.numpy().data, digest_size=8).digest()
+def row_digests(rows: torch.Tensor) -> list[bytes]:
+    """8 bytes for each row of float32 [S, H], that tell it from others."""
+    return [hashlib.blake2b(row.numpy().data, digest_size=8).digest() for row in rows]
+
+
+def with_digests(results: dict[str, SampledTokens], flight: ComputedRows, plan: StepPlan) -> dict[str, SampledTokens]:
+    """The results by request id, with the digests of their rows."""
+    hidden, received = (_by_request(plan, rows) for rows in (flight.hidden_digests, flight.received_digests))
+    return results | {
+        name: replace(results[name], hidden_digest=digest, received_digest=received.get(name, b""))
+        for name, digest in hidden.items()
+    }
+
+
+def _by_request(plan: StepPlan, digests: list[bytes]) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for index, digest in zip(plan.sampled_rows.requests.tolist(), digests, strict=False):
+        request_id = plan.states[index].request_id
+        found[request_id] = found.get(request_id, b"") + digest
+    return found
 
 
 def _prepare_grammars(plan: StepPlan) -> None:

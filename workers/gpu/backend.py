@@ -10,6 +10,7 @@ from time import perf_counter
 
 import torch
 
+from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.attention.gpu import allocate_attention_workspace
@@ -83,6 +84,13 @@ class GpuBackend:
             configure()
 
     def join(self, config: WorkerConfig, shared_memory: int) -> Parallel:
+        if config.pipeline_parallel_size > 1:
+            raise ConfigError(
+                f"pipeline_parallel_size: expected 1 on a GPU, found {config.pipeline_parallel_size}. Use"
+                " tensor_parallel_size or data_parallel_size for several GPUs, or device='cpu'.",
+                parameter="pipeline_parallel_size",
+                value=config.pipeline_parallel_size,
+            )
         size = config.tensor_parallel_size
         rank, patience_s = config.rank % size, max(config.startup_timeout_s, config.step_timeout_s)
         host = SharedMemoryExchange(shared_memory, rank, size, patience_s=patience_s)

@@ -97,15 +97,20 @@ class Scratch:
 class Module:
     """A node of the tree. It is constructed (shapes only), then loads, allocates and computes."""
 
+    elsewhere: frozenset[str] = frozenset()
+    """children that workers of other stages have"""
+
     def children(self) -> Iterator[tuple[str, Module]]:
-        """Attributes that are modules, or lists of modules, in the order in which they were set."""
+        """Attributes that are modules, or lists of modules, in the order in which they were set, but for those
+        elsewhere."""
         for name, value in vars(self).items():
-            if name.startswith("_"):
+            if name.startswith("_") or name in self.elsewhere:
                 continue
             if isinstance(value, Module):
                 yield name, value
             elif isinstance(value, list):
-                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Module))
+                items = ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Module))
+                yield from (item for item in items if item[0] not in self.elsewhere)
 
     def walk(self, path: str = "") -> Iterator[tuple[str, Module]]:
         """All modules below this one, then itself, with their paths."""

@@ -16,15 +16,17 @@ import torch
 
 from sempre.ipc.errors import ModelError
 from sempre.kernels.attention import KvCache
-from sempre.kernels.states import LayerState
+from sempre.kernels.states import LayerState, StateShape
 from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.linear import Linear, Use
 from sempre.workers.layers.module import Build, Module, Scratch
 from sempre.workers.layers.norm import RMSNorm
 from sempre.workers.layers.row_parallel import Unsummed
+from sempre.workers.layers.stage_input import StageInput, sums_read
 from sempre.workers.layers.vocabulary import Head, TiedHead, TokenLinear
 from sempre.workers.models.config import LayerKv, ModelSpec
+from sempre.workers.stages import ALL_LAYERS, Stage
 from sempre.workers.steps import StepInput
 from sempre.workers.tensor_source import ModelPart
 
@@ -45,27 +47,52 @@ class Block(Protocol):
         """
 
 
-def rows_read(rows: torch.Tensor, step: StepInput) -> torch.Tensor:
-    """The rows of [T, H] that are read [S, H]."""
-    return rows if step.outputs is None else rows.index_select(0, step.outputs.rows)
-
-
 class Stack(Module):
-    """`model.`: embedding, blocks, final norm."""
+    """`model.`: embedding, blocks, final norm. A stage computes `own_layers`."""
+
+    input: StageInput | None = None
+    """of a stage that is not the first"""
 
     def __init__(self, embed_tokens: Embedding, layers: Sequence[Block], norm: RMSNorm) -> None:
         self.embed_tokens = embed_tokens
-        self.layers = list(layers)
+        self.set_layers(layers)
         self.norm = norm
+        self._stage = ALL_LAYERS
+
+    def set_layers(self, layers: Sequence[Block]) -> None:
+        """Have these blocks, and compute all of them."""
+        self.layers = list(layers)
+        self.own_layers = range(len(self.layers))
+        self.elsewhere = frozenset(name for name in self.elsewhere if not name.startswith("layers."))
+
+    def keep_stage(self, stage: Stage, *, keep_table: bool) -> None:
+        """Leave out what other stages have; `keep_table`: the head is the embedding's table. Raises ConfigError."""
+        own = stage.layers(len(self.layers))
+        elsewhere = {f"layers.{index}" for index in range(len(self.layers)) if index not in own}
+        if not stage.is_first:
+            self.input = StageInput(stage, self.embed_tokens.width)
+            elsewhere |= set() if stage.is_last and keep_table else {"embed_tokens"}
+        if not stage.is_last:
+            elsewhere.add("norm")
+        self._stage, self.own_layers, self.elsewhere = stage, own, frozenset(elsewhere)
 
     def __call__(self, step: StepInput, caches: Sequence[LayerCache]) -> torch.Tensor:
         branch: Branch | None = None
-        residual = self.embed(step.token_ids)
+        if self.input is None:
+            residual = self.embed(step.token_ids)
+        else:
+            branch, residual = self.input(step)
         # nothing reads the other rows once the last keys and values are cached
-        all_rows, last = replace(step, outputs=None), len(self.layers) - 1
-        for index, (block, cache) in enumerate(zip(self.layers, caches, strict=True)):
+        all_rows, last = replace(step, outputs=None), self.own_layers.stop - 1 if self._stage.is_last else None
+        for index in self.own_layers:
+            block, cache = self.layers[index], caches[index]
             branch, residual = block(branch, residual, step if index == last else all_rows, cache)
-        return self.norm.of_sum(branch, residual)
+        if last is not None:
+            return self.norm.of_sum(branch, residual)
+        assert self._stage.link is not None
+        assert not isinstance(branch, Unsummed), "stages are on CPUs"
+        self._stage.link.pass_on(branch, residual)
+        return sums_read(branch, residual, step)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The residual stream before the first block [T, H]."""
@@ -100,6 +127,21 @@ class CausalLM(Module):
         else:
             self.lm_head = Head(build, spec.vocab_size, spec.hidden_size)
 
+    def keep_stage(self) -> None:
+        """Leave out what other stages have, before anything is loaded. Raises ConfigError for a model that the stages
+        cannot share."""
+        stage = self.parallel.stage
+        if stage.count == 1:
+            return
+        self.model.keep_stage(stage, keep_table=self.spec.tie_word_embeddings)
+        own = self.model.own_layers
+        for index in own:
+            source = self.spec.kv_layers[index].source
+            if source is not None and source not in own:
+                raise stage.refused(f"layer {source} together with layer {index}, which reads its keys and values")
+        if not stage.is_last:
+            self.elsewhere = frozenset({"lm_head", "score"})
+
     def pool(self, build: Build) -> None:
         """Replace the vocabulary's head by what `spec.pooling` needs; before anything is loaded."""
         spec, pooling = self.spec, self.spec.pooling
@@ -124,7 +166,7 @@ class CausalLM(Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return next(tensor for _, module in self.walk() for tensor in module.own_tensors()).device
 
     def allocate(self, scratch: Scratch) -> None:
         self._adapters = scratch.adapters
@@ -137,8 +179,18 @@ class CausalLM(Module):
 
     @property
     def kv_layers(self) -> tuple[LayerKv, ...]:
-        """What each layer keeps in the KV cache of this rank: the heads of its attention."""
-        return tuple(_own_kv(layer, block) for layer, block in zip(self.spec.kv_layers, self.model.layers, strict=True))
+        """What each layer keeps in the KV cache of this rank: the heads of its attention, none of another stage's."""
+        own, layers = self.model.own_layers, zip(self.spec.kv_layers, self.model.layers, strict=True)
+        return tuple(
+            _own_kv(layer, block) if index in own else LayerKv(0, layer.head_dim)
+            for index, (layer, block) in enumerate(layers)
+        )
+
+    @property
+    def layer_states(self) -> tuple[StateShape | None, ...]:
+        """What each layer keeps of a sequence; None: nothing, or another stage has the layer."""
+        own = self.model.own_layers
+        return tuple(shape if index in own else None for index, shape in enumerate(self.spec.layer_states))
 
     @property
     def copies(self) -> dict[str, str]:
@@ -149,7 +201,7 @@ class CausalLM(Module):
         """Write the step's keys, values and states into `caches` (one per layer); return the final hidden states.
 
         Those of the rows in `step.outputs` [S, H], or of all rows [T, H], as a view of a buffer that the next call
-        overwrites.
+        overwrites. A stage before the last passes its hidden states on, and returns those of the same rows.
         """
         self._adapters.step = step.adapters
         return self.model(step, caches)

@@ -15,7 +15,7 @@ from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module, Scratch
 from sempre.workers.layers.norm import OffsetRMSNorm
-from sempre.workers.models.base import Branch, CausalLM, Stack, rows_read
+from sempre.workers.models.base import Branch, CausalLM, Stack
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -27,7 +27,7 @@ from sempre.workers.models.config import (
     with_defaults,
 )
 from sempre.workers.models.llama import attention_shape
-from sempre.workers.steps import StepInput
+from sempre.workers.steps import StepInput, rows_read
 
 RULES = FamilyRules(
     qkv_bias=BiasRule.ATTENTION_BIAS,

@@ -24,13 +24,14 @@ from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module, Scratch, Tensors
 from sempre.workers.layers.moe import Router, SparseMLP, experts_by_name
 from sempre.workers.layers.norm import RMSNorm
-from sempre.workers.models.base import Branch, CausalLM, rows_read
+from sempre.workers.models.base import Branch, CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.gemma2 import CappedLM, ScaledStack
 from sempre.workers.models.gemma4_config import MULTIMODAL, Gemma4Spec, parse
 from sempre.workers.models.llama import attention_shape
 from sempre.workers.models.multimodal import TEXT_PART
-from sempre.workers.steps import StepInput, of_rows_read
+from sempre.workers.stages import Stage
+from sempre.workers.steps import StepInput, of_rows_read, rows_read
 from sempre.workers.tensor_source import Parameter
 
 __all__ = ["build_model", "parse"]
@@ -208,6 +209,10 @@ class Gemma4Stack(ScaledStack):
         if self._sizes is not None:
             scale = torch.tensor(self._sizes.width**0.5, dtype=scratch.activations, device="cpu")
             self._per_layer_scale = scale.item()
+
+    def keep_stage(self, stage: Stage, *, keep_table: bool) -> None:
+        """Raises ConfigError: later layers need the embeddings, or the keys and values, of earlier ones."""
+        raise stage.refused("one stage for Gemma 4, whose later layers read what earlier ones do")
 
     def __call__(self, step: StepInput, caches: Sequence[Any]) -> torch.Tensor:
         residual, branch = self.embed(step.token_ids), None

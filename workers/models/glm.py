@@ -15,7 +15,7 @@ from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build
 from sempre.workers.layers.norm import RMSNorm
-from sempre.workers.models.base import Branch, CausalLM, rows_read
+from sempre.workers.models.base import Branch, CausalLM
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -26,7 +26,7 @@ from sempre.workers.models.config import (
 )
 from sempre.workers.models.llama import LlamaBlock, attention_shape, model_of
 from sempre.workers.models.rope_config import PARTIAL, rope_of_part
-from sempre.workers.steps import StepInput
+from sempre.workers.steps import StepInput, rows_read
 
 RULES = FamilyRules(qkv_bias=BiasRule.ATTENTION_BIAS)
 DEFAULTS = {

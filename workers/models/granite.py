@@ -12,7 +12,7 @@ from sempre.workers.layers.attention import Attention
 from sempre.workers.layers.embedding import Embedding
 from sempre.workers.layers.module import Build
 from sempre.workers.layers.norm import RMSNorm
-from sempre.workers.models.base import Branch, CausalLM, Stack, rows_read
+from sempre.workers.models.base import Branch, CausalLM, Stack
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -23,7 +23,7 @@ from sempre.workers.models.config import (
     with_defaults,
 )
 from sempre.workers.models.llama import LlamaBlock, attention_shape, gated_mlp
-from sempre.workers.steps import StepInput
+from sempre.workers.steps import StepInput, rows_read
 
 RULES = FamilyRules(qkv_bias=BiasRule.ATTENTION_BIAS, o_bias=BiasRule.ATTENTION_BIAS, mlp_bias=BiasRule.MLP_BIAS)
 DEFAULTS: dict[str, object] = {

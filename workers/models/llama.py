@@ -18,7 +18,7 @@ from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.moe import SparseMLP
 from sempre.workers.layers.norm import RMSNorm
-from sempre.workers.models.base import Block, Branch, CausalLM, Stack, rows_read
+from sempre.workers.models.base import Block, Branch, CausalLM, Stack
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -29,7 +29,7 @@ from sempre.workers.models.config import (
     with_defaults,
 )
 from sempre.workers.models.multimodal import TEXT_PART, text_part
-from sempre.workers.steps import StepInput
+from sempre.workers.steps import StepInput, rows_read
 
 MULTIMODAL = "Mistral3ForConditionalGeneration"
 RULES = {

@@ -13,7 +13,7 @@ from sempre.workers.config_fields import ConfigFields
 from sempre.workers.layers.attention import Attention, AttentionShape
 from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.norm import ProjectionNorm, RMSNorm
-from sempre.workers.models.base import Branch, CausalLM, rows_read
+from sempre.workers.models.base import Branch, CausalLM
 from sempre.workers.models.config import (
     BiasRule,
     FamilyRules,
@@ -27,7 +27,7 @@ from sempre.workers.models.config import (
 )
 from sempre.workers.models.llama import attention_shape, gated_mlp, model_of
 from sempre.workers.models.rope_config import rope_of_full_layers, rope_of_windowed_layers
-from sempre.workers.steps import StepInput
+from sempre.workers.steps import StepInput, rows_read
 
 RULES = FamilyRules(qkv_bias=BiasRule.ATTENTION_BIAS, o_bias=BiasRule.ATTENTION_BIAS, qk_norm=True)
 OLMO3_RULES = replace(RULES, window=WindowRule.LAYER_TYPES, rope=rope_of_full_layers)

@@ -24,7 +24,7 @@ from sempre.workers.layers.mlp import GatedMLP
 from sempre.workers.layers.module import Build, Module
 from sempre.workers.layers.moe import SparseMLP
 from sempre.workers.layers.norm import OffsetHeadNorm, OffsetRMSNorm
-from sempre.workers.models.base import Branch, CausalLM, Stack, rows_read
+from sempre.workers.models.base import Branch, CausalLM, Stack
 from sempre.workers.models.config import (
     FULL,
     MAX_HEAD_DIM,
@@ -42,7 +42,7 @@ from sempre.workers.models.llama import attention_shape, gated_mlp
 from sempre.workers.models.multimodal import TEXT_PART, text_part
 from sempre.workers.models.qwen2_moe import Qwen2MoeSpec, Qwen2SparseMLP, parse_with_shared
 from sempre.workers.models.rope_config import PARTIAL, rope_of_part
-from sempre.workers.steps import StepInput
+from sempre.workers.steps import StepInput, rows_read
 
 RULES = FamilyRules(
     qkv_bias=BiasRule.ATTENTION_BIAS,
