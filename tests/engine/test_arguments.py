@@ -92,7 +92,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"stream_interval": 0}, "stream_interval must be at least 1, got 0."),
     ({"hf_overrides": 5}, "hf_overrides must be a mapping or None, got 5."),
-    ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported by this engine. Leave it out."),
+    ({"pipeline_parallel_size": 0}, "pipeline_parallel_size must be at least 1, got 0."),
+    (
+        {"pipeline_parallel_size": 2, "multiprocessing": False},
+        "pipeline_parallel_size=2 needs multiprocessing=True: one process holds one worker.",
+    ),
     (
         {"hf_token": "hf_abc"},
         "hf_token is not supported by this engine. Set the environment variable HF_TOKEN.",
@@ -103,7 +107,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         " temperature, penalties and forms: raw_logprobs.",
     ),
     ({"max_model_len": 2**63}, f"max_model_len must be at most {2**63 - 1}, got {2**63}."),
-    ({"pipeline_parallel_size": True}, "pipeline_parallel_size=True is not supported by this engine. Leave it out."),
+    ({"pipeline_parallel_size": True}, "pipeline_parallel_size must be an int, got True."),
 ]
 
 

@@ -13,8 +13,8 @@ PACKAGES = ("engine", "workers", "ipc", "kernels")
 MODELS = "sempre.workers.models"
 LAYERS = ("sempre.workers.layers", "sempre.workers.quantization")
 # what a model's modules may know of a worker: a step's arrays, a checkpoint's tensors, the fields of its config, and
-# its rank
-WORKER = tuple(f"sempre.workers.{name}" for name in ("steps", "tensor_source", "config_fields", "parallel"))
+# its rank and stage
+WORKER = tuple(f"sempre.workers.{name}" for name in ("steps", "tensor_source", "config_fields", "parallel", "stages"))
 BELOW_LAYERS = ("sempre.kernels", "sempre.ipc", *WORKER)
 BELOW_MODELS = (*LAYERS, *BELOW_LAYERS)
 

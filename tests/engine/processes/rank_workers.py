@@ -36,6 +36,10 @@ class FaultyRank(Worker):
             case "another bit of the last norm in memory":
                 norm = model.model.norm.weight
                 norm.view(torch.int32)[7] ^= 1 << 18
+            case "another hidden state is received":
+                link = model.model.input._link
+                take = link.take_over
+                link.take_over = lambda branch, residual: (take(branch, residual), residual.mul_(1.0001))[0]
             case "a dropped partial":
                 add = row_parallel.sum_partials
                 row_parallel.sum_partials = lambda partials, w, out: add(partials[[1, 1]].contiguous(), w, out)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from workload import KV_BLOCK_BYTES, SETTINGS, make_requests, run_alone
 
-from sempre.engine.harness import Cluster, Generation, compare_generations
+from sempre.engine.harness import Cluster, Generation, compare_generations, make_request
+from sempre.ipc.errors import ConfigError, RequestError, SeedMismatch, StartupError, WorkerDied
 from sempre.ipc.messages import RequestSpec
 
 Start = Callable[..., Cluster]
@@ -42,3 +45,133 @@ def test_two_stages_with_chunks_preemption_and_a_prefix_cache(two_stages: Start)
     assert metrics["prefix_cache_hits"] > [0.0]
     assert not compare_generations(run_alone("invariant", "tree8"), run_alone("invariant")).equal
     assert all(passed["model"] for passed in cluster.call("self_test"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tensor_parallel_size": 2},
+        pytest.param({"pipeline_parallel_size": 4}, marks=pytest.mark.product),
+        pytest.param({"data_parallel_size": 2}, marks=pytest.mark.product),
+    ],
+    ids=["two stages of two ranks", "four stages, two layers or one", "two replicas"],
+)
+def test_other_layouts(settings: dict[str, int], two_stages: Start) -> None:
+    cluster = two_stages(**settings)
+    check(cluster.generate(make_requests()), "tree8" if "tensor_parallel_size" in settings else "single")
+    assert len({tuple(sorted(digests.items())) for digests in cluster.rng_digests()}) == 1
+
+
+@pytest.mark.parametrize(
+    "speculation",
+    [
+        {"method": "draft_model", "model": "tiny-draft", "num_speculative_tokens": 3},
+        pytest.param({"method": "ngram", "num_speculative_tokens": 4}, marks=pytest.mark.product),
+        pytest.param({"method": "suffix", "num_speculative_tokens": 4}, marks=pytest.mark.product),
+        pytest.param(
+            {"method": "draft_model", "model": "tiny-draft", "num_speculative_tokens": 3, "placement": "worker"},
+            marks=pytest.mark.product,
+        ),
+    ],
+    ids=["draft model of the last stage", "ngram", "suffix", "draft worker"],
+)
+def test_speculation(speculation: dict[str, object], two_stages: Start) -> None:
+    cluster = two_stages(speculative_config={**speculation, "adaptive": False})
+    check(cluster.generate(make_requests()))
+    assert cluster.metrics()["spec_decode_num_accepted_tokens"] > [0.0]
+
+
+@pytest.mark.parametrize(
+    "target", [1, pytest.param(0, marks=pytest.mark.product)], ids=["the last stage", "the first stage"]
+)
+def test_a_stage_that_dies_in_the_middle(target: int, two_stages: Start) -> None:
+    cluster = two_stages()
+    former, digests = cluster.worker_pids(), cluster.rng_digests()
+    killer = threading.Thread(target=lambda: (time.sleep(0.4), cluster.kill(target)))
+    killer.start()
+    check(cluster.generate(make_requests()))
+    killer.join()
+    check(cluster.generate(make_requests()))
+    assert not set(former) & set(cluster.worker_pids())
+    assert cluster.rng_digests() == digests
+
+
+def test_a_request_that_fails_harms_no_other(two_stages: Start) -> None:
+    """The last stage finds that its form cannot be read; the first goes on with the others."""
+    cluster = two_stages()
+    good = make_requests()[:4]
+    bad = make_request([5, 6, 7], ordinal=9, request_id="bad", max_tokens=8, grammar="no grammar at all")
+    with pytest.raises(RequestError, match="structured_outputs: "):
+        cluster.generate([*good[:2], bad, *good[2:]])
+    comparison = compare_generations(run_alone("invariant")[:4], cluster.generate(good))
+    assert comparison.equal, comparison.first_difference
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pipeline_parallel_size": 7}, r"pipeline_parallel_size: stage \d: expected at most the model's 6 layers"),
+        ({"enable_lora": True}, r"enable_lora: expected pipeline_parallel_size 1, found 2"),
+        (
+            {"runner": "pooling", "pooler_config": {"pooling_type": "MEAN"}},
+            r"pipeline_parallel_size: expected 1 for a model that pools, found 2",
+        ),
+    ],
+)
+def test_what_stages_cannot_share_is_refused(settings: dict[str, object], message: str, two_stages: Start) -> None:
+    with pytest.raises(ConfigError, match=message):
+        two_stages(**settings)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("another weight bit in the file", StartupError, r"rank 1 differs from rank 0 in fingerprint"),
+        (
+            "another hidden state is received",
+            WorkerDied,
+            r"rank 1 differs from rank 0 in step \d+, request '0', hidden state from the stage before",
+        ),
+    ],
+)
+def test_a_stage_that_computes_something_else(
+    fault: str,
+    error: type[Exception],
+    message: str,
+    start: Start,
+    requests: Requests,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SEMPRE_TEST_FAULT", fault)
+    with pytest.raises(error, match=message) as found:
+        start("rank_workers", **TWO, max_restarts=0).generate(requests(2))
+    assert found.value.rank == 1
+
+
+# Ranks without a model
+
+
+@pytest.mark.parametrize(("oddity", "when"), [("draws before load", "before"), ("draws at warm-up", "after warm-up")])
+def test_stages_that_are_seeded_differently(oddity: str, when: str, start_odd: Start) -> None:
+    with pytest.raises(SeedMismatch, match=f"rank 1 is seeded differently from rank 0 {when}"):
+        start_odd(oddity, pipeline_parallel_size=2)
+
+
+def test_blocks_of_stages_may_have_other_sizes(start_odd: Start, requests: Requests) -> None:
+    expected = start_odd("none").generate(requests(3))
+    assert start_odd("other block size", pipeline_parallel_size=2).generate(requests(3)) == expected
+
+
+@pytest.mark.parametrize(
+    ("oddity", "what"),
+    [
+        ("another token", r"request '3', tokens: expected \[\d+\], found \[9\]"),
+        ("a result is left out", r"expected 4 results, found 3"),
+    ],
+)
+def test_the_stage_the_step_and_the_request_are_named(
+    oddity: str, what: str, start_odd: Start, requests: Requests
+) -> None:
+    with pytest.raises(WorkerDied, match=rf"rank 1 differs from rank 0 in step 3, {what}") as found:
+        start_odd(oddity, pipeline_parallel_size=2, max_restarts=0).generate(requests(4))
+    assert found.value.rank == 1

@@ -7,6 +7,8 @@ from planted_faults.fault import Fault
 LEAVES = "tests/kernels/test_leaves.py"
 MODELS = "tests/workers/test_tensor_parallel.py"
 PROCESSES = "tests/engine/processes/test_tensor_parallel.py"
+STAGES = "tests/workers/test_pipeline_parallel.py"
+STAGED_PROCESSES = "tests/engine/processes/test_pipeline_parallel.py"
 LINEAR = "kernels/linear/cpu.py"
 GPU_EXCHANGE = "kernels/exchange/gpu.py"
 GPU_TESTS = "tests/kernels/interpreter/test_exchange.py"
@@ -96,8 +98,48 @@ RANKS = (
         "only-the-first-rank-counts",
         "What the other ranks computed is not compared.",
         "engine/coordinator/rank_comparison.py",
-        "    for rank in others:",
-        "    for rank in others[:0]:",
+        "    for place, rank in enumerate(ranks):",
+        "    for place, rank in enumerate(ranks[:1]):",
         (f"{PROCESSES}::test_the_rank_the_step_and_the_request_are_named",),
+    ),
+    Fault(
+        "stages-are-not-compared",
+        "What a stage took over is not compared with what the one before passed on.",
+        "engine/coordinator/rank_comparison.py",
+        "        elif place:",
+        "        elif place < 0:",
+        (f"{STAGED_PROCESSES}::test_the_stage_the_step_and_the_request_are_named",),
+    ),
+    Fault(
+        "a-stage-passes-on-no-branch",
+        "What the last layer of a stage has not added yet is lost.",
+        "workers/models/base.py",
+        "self._stage.link.pass_on(branch, residual)",
+        "self._stage.link.pass_on(None, residual)",
+        (f"{STAGES}::test_more_stages_and_ranks[llama-2-1]",),
+    ),
+    Fault(
+        "every-stage-reads-rows-alone",
+        "A stage before the last drops the rows of which only keys and values are needed.",
+        "workers/models/base.py",
+        "self.own_layers.stop - 1 if self._stage.is_last else None",
+        "self.own_layers.stop - 1",
+        (f"{STAGED_PROCESSES}::test_two_stages_with_chunks_preemption_and_a_prefix_cache",),
+    ),
+    Fault(
+        "the-ring-is-read-before-it-is-written",
+        "A stage does not wait for hidden states.",
+        "workers/cpu/stage_link.py",
+        "if self._writes else self._seen - self._count",
+        "if self._writes else _RING_BYTES",
+        (f"{STAGES}::test_bytes_arrive_in_order",),
+    ),
+    Fault(
+        "a-stage-does-not-wait-for-tokens",
+        "A request goes on before the last stage has said what it sampled.",
+        "workers/cpu/stage_runner.py",
+        "while any(not part.awaited.isdisjoint(ids) for _, part in self._passed_on):",
+        "while False:",
+        (f"{STAGED_PROCESSES}::test_two_stages_with_chunks_preemption_and_a_prefix_cache",),
     ),
 )
