@@ -74,7 +74,8 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "enable_elastic_ep": (False,),
     "enable_ep_weight_filter": (False,),
     "enable_eplb": (False,),
-    "enable_expert_parallel": (False,),
+    # whole experts always lie on the workers of a replica
+    "enable_expert_parallel": (True, False),
     "enable_fault_tolerance": (False,),
     "enable_flashinfer_autotune": (None, True, False),
     "enable_hc_sp": (False,),

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from sempre.engine.coordinator.draft_workers import DraftWorkers
 from sempre.engine.coordinator.metrics_report import Report, metrics_report
-from sempre.engine.coordinator.replica import Replica
+from sempre.engine.coordinator.replica import Replica, best_replica
 from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.coordinator.weights_update import WeightsUpdate
 from sempre.engine.coordinator.worker_calls import WorkerCalls
@@ -300,15 +300,12 @@ class EngineCore:
         )
 
     def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:
-        """Queue a request with the least busy replica, the first on a tie; or return why not.
-
-        A replica without workers is the last choice.
-        """
+        """Queue a request with the best replica for it; or return why not."""
         if self._weights.is_pending:
             # it will begin with the new weights
             self._held[spec.request_id] = spec
             return None
-        replica = min(self._replicas, key=lambda candidate: (not candidate.has_workers, candidate.load))
+        replica = best_replica(self._replicas, spec)
         try:
             self._refuse_known(spec)
             replica.add(spec)

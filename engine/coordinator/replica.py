@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 
 from msgspec.structs import replace
 
@@ -12,7 +13,24 @@ from sempre.engine.coordinator.rank_comparison import compare_ranks
 from sempre.engine.coordinator.step_timing import StepTiming
 from sempre.engine.executor.base import Executor
 from sempre.engine.scheduling import Scheduler, SchedulerStats
+from sempre.engine.scheduling.prefix_cache import BlockKey
 from sempre.ipc.messages import ExecuteStep, RequestOutputDelta, RequestSpec, StepResult
+
+
+def best_replica(replicas: Sequence[Replica], spec: RequestSpec) -> Replica:
+    """The replica with the fewest tokens to compute if it gets this request: its load, less what it has cached of the
+    request. Then the one that has cached more, then the first. One without workers is the last choice.
+
+    So requests follow a common prefix until the replica that has it is busier by more tokens than it saves.
+    """
+    if len(replicas) == 1:
+        return replicas[0]
+    keys: list[BlockKey] = []
+    # log-probabilities of a prompt need all of it
+    reads_cache = spec.params.prompt_logprobs is None
+    cached = [replica.num_cached_tokens(spec, keys) if reads_cache else 0 for replica in replicas]
+    candidates = zip(replicas, cached, strict=True)
+    return min(candidates, key=lambda pair: (not pair[0].has_workers, pair[0].load - pair[1], -pair[1]))[0]
 
 
 class Replica:
@@ -59,6 +77,10 @@ class Replica:
         self._tokens[spec.request_id] = tokens
         self._added_at[spec.request_id] = time.monotonic()
         self.load += tokens
+
+    def num_cached_tokens(self, spec: RequestSpec, keys: list[BlockKey]) -> int:
+        """How long a prefix of a new request this replica need not compute; `keys`: see `KVCacheManager`."""
+        return self._scheduler.num_cached_tokens(spec, keys)
 
     def abort(self, request_id: str, finish_reason: str) -> RequestOutputDelta | None:
         delta = self._scheduler.abort(request_id, finish_reason)

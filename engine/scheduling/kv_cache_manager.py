@@ -9,6 +9,7 @@ from sempre.engine.scheduling.block_pool import BlockPool
 from sempre.engine.scheduling.prefix_cache import BlockKey, PrefixCache
 from sempre.engine.scheduling.request import Request
 from sempre.engine.scheduling.state_slots import StateSlots
+from sempre.ipc.messages import RequestSpec
 
 
 class KVCacheManager:
@@ -55,6 +56,26 @@ class KVCacheManager:
             request.num_matching_tokens = len(blocks) * self.block_size
             del blocks[self.states.num_resumable_blocks(request.block_keys[: len(blocks)]) :]
         return blocks
+
+    def num_cached_tokens(self, spec: RequestSpec, keys: list[BlockKey]) -> int:
+        """How long a prefix of a new request is cached, if it may be read.
+
+        `keys` are those of its first blocks, which are added as far as they are looked up: the caches of all replicas
+        have the same for the same content.
+        """
+        token_ids = [*spec.prompt_token_ids, *spec.output_token_ids]
+        most = (len(token_ids) - 1) // self.block_size if self.enable_prefix_caching else 0
+        adapter = None if spec.adapter is None else spec.adapter.digest
+        count = 0
+        while count < most:
+            if count == len(keys):
+                self._prefix_cache.extend_keys(keys, token_ids, count + 1, spec.cache_salt, adapter)
+            if self._prefix_cache.find(keys[count]) is None:
+                break
+            count += 1
+        if self.states is not None:
+            count = self.states.num_resumable_blocks(keys[:count])
+        return count * self.block_size
 
     def can_admit(self, request: Request, cached_blocks: Sequence[int]) -> bool:
         """Whether all tokens of the request fit now, not only its first chunk, so that it is not preempted at once."""

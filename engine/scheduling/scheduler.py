@@ -16,6 +16,7 @@ from sempre.engine.scheduling.kv_cache_manager import KVCacheManager
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.planned_step import PlannedStep, first_rows, num_rows
 from sempre.engine.scheduling.planner import StepPlanner
+from sempre.engine.scheduling.prefix_cache import BlockKey
 from sempre.engine.scheduling.request import Request
 from sempre.engine.scheduling.state_slots import StateSlots
 from sempre.engine.scheduling.stats import SchedulerStats
@@ -100,6 +101,10 @@ class Scheduler:
             raise RequestError(message, parameter="output_token_ids", value=length, request_id=spec.request_id)
         self._requests[spec.request_id] = request
         self._planner.wait(request)
+
+    def num_cached_tokens(self, spec: RequestSpec, keys: list[BlockKey]) -> int:
+        """How long a prefix of a new request is cached; see `KVCacheManager`."""
+        return self._kv_cache.num_cached_tokens(spec, keys)
 
     def abort(self, request_id: str, finish_reason: str = "abort") -> RequestOutputDelta | None:
         """End a request now and drop its results in flight. None if the id is unknown."""
@@ -390,7 +395,6 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless queues, block tables, pool and prefix cache agree."""
-        num_queued = len(self._planner.running) + len(self._planner.waiting)
-        assert num_queued + self._planner.num_paused == len(self._requests)
+        assert len(self._planner.running) + len(self._planner.waiting) + self._planner.num_paused == len(self._requests)
         assert all(request.finish_reason is None for request in self._requests.values())
         self._planner.check_invariants()

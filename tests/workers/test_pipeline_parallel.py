@@ -7,16 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from family_names import NAMES
 from ranks import Ranks, on_all_ranks
+from worker_settings import worker_config
 
 from sempre.ipc.errors import ConfigError, EngineUnhealthy, ProtocolError, StartupError
-from sempre.ipc.messages import ScheduledRequest
+from sempre.ipc.messages import ExecuteStep, NewRequest, RequestOutcome, SamplingSpec, ScheduledRequest
 from sempre.workers.cpu.replica_file import ReplicaFile
-from sempre.workers.cpu.stage_runner import parts_of
+from sempre.workers.cpu.stage_runner import CpuStageRunner, parts_of
+from sempre.workers.kv_cache import PagedKvCache
+from sempre.workers.layers.linear_kernel import INVARIANT
+from sempre.workers.layers.module import Scratch, allocate
+from sempre.workers.loading import load_model
+from sempre.workers.models.registry import load_spec
+from sempre.workers.parallel import parallel_of
+from sempre.workers.sampling import GrammarCompiler
 from sempre.workers.stages import Stage, StageLink
+from sempre.workers.step_validation import StepLimits
 
 TOKENS = [(7919 * i + 11) % 320 for i in range(45)]
 CUTS = (1, 18, 44)
@@ -146,6 +156,103 @@ def test_parts_of_a_step(num_tokens: list[int], sizes: list[int]) -> None:
     parts = parts_of(scheduled, 2)
     assert [item for part in parts for item in part] == scheduled
     assert [len(part) for part in parts] == sizes
+
+
+class LastStage:
+    """A link that notes what passes, and reports a token of each request of each part."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.outcomes: list[list[RequestOutcome]] = []
+
+    def pass_on(self, branch: torch.Tensor | None, residual: torch.Tensor) -> None:
+        self.events.append(f"{len(residual)} rows")
+
+    def next_report(self) -> bytes:
+        self.events.append("report")
+        return msgspec.msgpack.encode(self.outcomes.pop(0))
+
+    def has_report(self, wait_s: float) -> bool:
+        return False
+
+
+@pytest.fixture
+def first_stage(checkpoints: Checkpoints) -> tuple[CpuStageRunner, LastStage]:
+    """A runner of the first two layers."""
+    folder, link = checkpoints("llama").folder, LastStage()
+    stage = Stage(0, 2, link)  # type: ignore[arg-type]
+    parallel = parallel_of("single", stage=stage)
+    model, facts = load_model(worker_config(folder), load_spec(folder), INVARIANT, parallel=parallel)
+    allocate(model, Scratch(64, 64, facts.activations, torch.device("cpu")))
+    cache = PagedKvCache(model.kv_layers, 16, 16, facts.dtype)
+    return CpuStageRunner(model, cache, GrammarCompiler(folder, 320), StepLimits(64, 4, 64, 320), rank=0), link
+
+
+def _step(step_id: int, computed: int, count: int, new: int = 0, **settings: Any) -> ExecuteStep:
+    """The same for each of four requests, of which `new` tokens of each are told."""
+    names = [str(index) for index in range(4)]
+    params = SamplingSpec(max_tokens=8, **settings)
+    return ExecuteStep(
+        step_id=step_id,
+        new_requests=[
+            NewRequest(request_id=name, token_ids=TOKENS[:new], num_prompt_tokens=new, seed=0, params=params)
+            for name in names
+            if new
+        ],
+        scheduled=[
+            ScheduledRequest(
+                request_id=name,
+                num_computed_tokens=computed,
+                num_tokens=count,
+                block_table_start=0 if new else 1,
+                block_ids=[index] if new else [],
+            )
+            for index, name in enumerate(names)
+        ],
+    )
+
+
+def _tokens(*token_ids: int) -> list[RequestOutcome]:
+    return [RequestOutcome(token_ids=[token_id]) for token_id in token_ids]
+
+
+def test_a_part_waits_only_for_the_tokens_it_continues(first_stage: tuple[CpuStageRunner, LastStage]) -> None:
+    """So the first stage computes a part of the next step while the last one computes a part of this step."""
+    runner, link = first_stage
+    link.outcomes = [_tokens(5, 6), _tokens(7, 8), _tokens(9, 10), _tokens(11, 12)]
+    runner.submit(_step(0, 0, 6, new=6))
+    runner.submit(_step(1, 6, 1))
+    assert link.events == ["12 rows", "12 rows", "report", "2 rows", "report", "2 rows"]
+    assert runner.steps_in_flight == 2
+    assert [result.token_ids for result in runner.collect().sampled] == [[5], [6], [7], [8]]
+    assert not runner.step_done()
+    assert [result.token_ids for result in runner.collect().sampled] == [[9], [10], [11], [12]]
+
+
+def test_chunks_of_prompts_wait_for_nothing(first_stage: tuple[CpuStageRunner, LastStage]) -> None:
+    runner, link = first_stage
+    runner.submit(_step(0, 0, 3, new=6))
+    runner.submit(_step(1, 3, 2))
+    assert link.events == ["6 rows", "6 rows", "4 rows", "4 rows"]
+
+
+def test_a_chunk_that_may_fail_is_waited_for(first_stage: tuple[CpuStageRunner, LastStage]) -> None:
+    """Log-probabilities of a prompt may be none; the request is left out of the next step by all stages."""
+    runner, link = first_stage
+    failed = [RequestOutcome(error_type="RequestError"), RequestOutcome()]
+    link.outcomes = [failed, [RequestOutcome()] * 2, [RequestOutcome(error_type="RequestError"), RequestOutcome()]]
+    runner.submit(_step(0, 0, 3, new=6, prompt_logprobs=1))
+    runner.submit(_step(1, 3, 2))
+    assert link.events == ["6 rows", "6 rows", "report", "2 rows", "report", "4 rows"]
+    assert [result.error is not None for result in runner.collect().sampled] == [True, False, False, False]
+
+
+def test_a_report_of_another_step_is_refused(first_stage: tuple[CpuStageRunner, LastStage]) -> None:
+    runner, link = first_stage
+    link.outcomes = [_tokens(5)]
+    runner.submit(_step(0, 0, 6, new=6))
+    with pytest.raises(ProtocolError, match="rank 0: step 0: expected a report of 2 requests, found 1"):
+        runner.collect()
 
 
 # The link between stages

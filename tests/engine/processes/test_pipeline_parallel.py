@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
-from workload import KV_BLOCK_BYTES, SETTINGS, make_requests, run_alone
+from hybrid_checkpoint import hybrid_settings, write_hybrid_checkpoint
+from workload import KV_BLOCK_BYTES, SETTINGS, make_requests, run_alone, run_inproc
 
 from sempre.engine.harness import Cluster, Generation, compare_generations, make_request
 from sempre.ipc.errors import ConfigError, RequestError, SeedMismatch, StartupError, WorkerDied
@@ -60,6 +62,17 @@ def test_other_layouts(settings: dict[str, int], two_stages: Start) -> None:
     cluster = two_stages(**settings)
     check(cluster.generate(make_requests()), "tree8" if "tensor_parallel_size" in settings else "single")
     assert len({tuple(sorted(digests.items())) for digests in cluster.rng_digests()}) == 1
+
+
+@pytest.mark.parametrize("num_stages", [2, pytest.param(4, marks=pytest.mark.product)])
+def test_layers_that_keep_states(num_stages: int, tmp_path: Path) -> None:
+    """The first of two stages, and three of four, have no layer with keys and values."""
+    settings = hybrid_settings(write_hybrid_checkpoint(tmp_path))
+    expected = run_inproc(make_requests(), **settings)
+    with Cluster(**settings, pipeline_parallel_size=num_stages, max_num_seqs=6, max_num_batched_tokens=60) as cluster:
+        comparison = compare_generations(expected, cluster.generate(make_requests()))
+        assert comparison.equal, comparison.first_difference
+        assert cluster.metrics()["prefix_cache_hits"] > [0.0]
 
 
 @pytest.mark.parametrize(

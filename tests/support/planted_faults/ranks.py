@@ -8,6 +8,7 @@ LEAVES = "tests/kernels/test_leaves.py"
 MODELS = "tests/workers/test_tensor_parallel.py"
 PROCESSES = "tests/engine/processes/test_tensor_parallel.py"
 STAGES = "tests/workers/test_pipeline_parallel.py"
+ROUTING = "tests/engine/coordinator/test_routing.py"
 STAGED_PROCESSES = "tests/engine/processes/test_pipeline_parallel.py"
 LINEAR = "kernels/linear/cpu.py"
 GPU_EXCHANGE = "kernels/exchange/gpu.py"
@@ -103,6 +104,22 @@ RANKS = (
         (f"{PROCESSES}::test_the_rank_the_step_and_the_request_are_named",),
     ),
     Fault(
+        "prefixes-do-not-attract",
+        "A request goes to the least busy replica, though another one has its prefix.",
+        "engine/coordinator/replica.py",
+        "pair[0].load - pair[1], -pair[1]",
+        "pair[0].load, 0",
+        (f"{ROUTING}::test_a_request_follows_the_longest_cached_prefix",),
+    ),
+    Fault(
+        "prefixes-attract-at-any-load",
+        "All requests with a common prefix go to one replica.",
+        "engine/coordinator/replica.py",
+        "pair[0].load - pair[1], -pair[1]",
+        "-pair[1], pair[0].load",
+        (f"{ROUTING}::test_a_replica_that_is_busier_than_the_prefix_saves_does_not_get_it",),
+    ),
+    Fault(
         "stages-are-not-compared",
         "What a stage took over is not compared with what the one before passed on.",
         "engine/coordinator/rank_comparison.py",
@@ -135,11 +152,19 @@ RANKS = (
         (f"{STAGES}::test_bytes_arrive_in_order",),
     ),
     Fault(
+        "a-stage-waits-for-all-tokens",
+        "A stage is idle while the others compute the rest of a step.",
+        "workers/cpu/stage_runner.py",
+        "while any(not part.awaited.isdisjoint(ids) for _, part in self._passed_on):",
+        "while self._passed_on:",
+        (f"{STAGES}::test_a_part_waits_only_for_the_tokens_it_continues",),
+    ),
+    Fault(
         "a-stage-does-not-wait-for-tokens",
         "A request goes on before the last stage has said what it sampled.",
         "workers/cpu/stage_runner.py",
         "while any(not part.awaited.isdisjoint(ids) for _, part in self._passed_on):",
         "while False:",
-        (f"{STAGED_PROCESSES}::test_two_stages_with_chunks_preemption_and_a_prefix_cache",),
+        (f"{STAGES}::test_a_part_waits_only_for_the_tokens_it_continues",),
     ),
 )
