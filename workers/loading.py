@@ -159,10 +159,12 @@ def load_model(
             for path, module in model.walk():
                 module.load(path, reader)
             reader.hash_rest(wanted)
+            is_elsewhere = "embed_tokens" in model.model.elsewhere
+            table = reader.matrix(source.read(EMBEDDING)[:1]) if is_elsewhere else model.model.embed_tokens.weight
             facts = WeightFacts(
                 dtype=target,
                 activations=placement.vector_dtype(target),
-                matrix_dtype=_matrix_dtype(model, source, reader),
+                matrix_dtype=table.dtype,
                 quantization=scheme,
                 digest=reader.digest(),
                 nbytes=sum(int(tensor.nbytes) for tensor in tensors_of(model)),
@@ -233,13 +235,6 @@ def _open_source(
         is_gguf = (folder / GGUF_INDEX_FILE).exists()
         with open_gguf(folder, integers) if is_gguf else open_safetensors(folder, kind) as source:
             yield source
-
-
-def _matrix_dtype(model: CausalLM, source: TensorSource, reader: _Reader) -> torch.dtype:
-    """The embedding table's, which another stage may have."""
-    if "embed_tokens" not in model.model.elsewhere:
-        return model.model.embed_tokens.weight.dtype
-    return reader.matrix(source.read(EMBEDDING)[:1]).dtype
 
 
 def _check_tensors(wanted: Mapping[str, Parameter], model: CausalLM, source: TensorSource) -> None:
