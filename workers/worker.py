@@ -180,7 +180,6 @@ class Worker:
         the result. Raises ProtocolError for a step that is wrong."""
         steps = self._require_steps()
         loaded = self._require_loaded()
-        # only the last stage drafts
         drafts = self._drafter is not None or not loaded.parallel.stage.is_last
         check_drafts(command, loaded.config.role, drafts=drafts)
         steps.submit(command)
@@ -342,12 +341,6 @@ def _setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
         raise ConfigError(
             "speculative_config: nothing is drafted for a model that pools. Leave it out.",
             parameter="speculative_config",
-        )
-    if spec.pooling is not None and config.pipeline_parallel_size > 1:
-        raise ConfigError(
-            f"pipeline_parallel_size: expected 1 for a model that pools, found {config.pipeline_parallel_size}.",
-            parameter="pipeline_parallel_size",
-            value=config.pipeline_parallel_size,
         )
     if spec.pooling is not None and config.enable_lora:
         raise ConfigError("enable_lora: a model that pools has no adapters. Leave it out.", parameter="enable_lora")

@@ -133,6 +133,8 @@ class CausalLM(Module):
         stage = self.parallel.stage
         if stage.count == 1:
             return
+        if self.spec.pooling is not None:
+            raise stage.refused("one stage for a model that pools")
         self.model.keep_stage(stage, keep_table=self.spec.tie_word_embeddings)
         own = self.model.own_layers
         for index in own:
@@ -140,7 +142,7 @@ class CausalLM(Module):
             if source is not None and source not in own:
                 raise stage.refused(f"layer {source} together with layer {index}, which reads its keys and values")
         if not stage.is_last:
-            self.elsewhere = frozenset({"lm_head", "score"})
+            self.elsewhere = frozenset({"lm_head"})
 
     def pool(self, build: Build) -> None:
         """Replace the vocabulary's head by what `spec.pooling` needs; before anything is loaded."""

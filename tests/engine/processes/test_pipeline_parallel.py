@@ -126,7 +126,7 @@ def test_a_request_that_fails_harms_no_other(two_stages: Start) -> None:
         ({"enable_lora": True}, r"enable_lora: expected pipeline_parallel_size 1, found 2"),
         (
             {"runner": "pooling", "pooler_config": {"pooling_type": "MEAN"}},
-            r"pipeline_parallel_size: expected 1 for a model that pools, found 2",
+            r"pipeline_parallel_size: stage \d: expected one stage for a model that pools, found 2",
         ),
     ],
 )
