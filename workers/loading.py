@@ -26,6 +26,7 @@ from sempre.workers.kv_cache import available_memory_bytes
 from sempre.workers.layers.linear_kernel import LinearKernel, linear_kernel, with_inputs
 from sempre.workers.layers.module import Build, Module, parameters
 from sempre.workers.layers.separate_experts import SeparateExperts
+from sempre.workers.layers.vocabulary import EMBEDDING
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.registry import build_model
