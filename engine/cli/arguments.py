@@ -111,9 +111,14 @@ def engine_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
     return values | given_values(namespace, (*SHORT_SPECULATION, *VLLM_KEYWORDS))
 
 
+def sampling_field_names() -> list[str]:
+    """Return the fields of SamplingParams that a user sets by name."""
+    return [field.name for field in dataclasses.fields(SamplingParams) if field.name not in _NOT_FLAGS]
+
+
 def sampling_keywords(namespace: argparse.Namespace) -> dict[str, Any]:
     """Return the sampling keywords that were given."""
-    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name not in _NOT_FLAGS]
+    names = sampling_field_names()
     return {name: getattr(namespace, _flag_name(name)) for name in names if hasattr(namespace, _flag_name(name))}
 
 

@@ -5,29 +5,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from sempre.engine.cli.answers import Display, Piece, PlainDisplay, engine_pieces, show_answer
 from sempre.engine.cli.arguments import (
     add_engine_flags,
     add_model_flag,
     add_sampling_flags,
     engine_keywords,
     model_of,
+    sampling_field_names,
     sampling_keywords,
 )
-from sempre.engine.cli.prompt_source import TerminalInput
+from sempre.engine.cli.conversation import KEYS, Ask, Conversation, Message
 from sempre.engine.cli.remote.connection import add_server_flags
+from sempre.engine.cli.terminal_input import TerminalInput
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
-from sempre.ipc.errors import RequestError
-from sempre.ipc.log_lines import for_terminal, plain
 
 if TYPE_CHECKING:
     from sempre.engine.llm import LLM
 
-_HELP = "/exit ends, /reset forgets the conversation, Ctrl-C stops an answer."
-Message = dict[str, str]
-Answer = Callable[[Sequence[Message]], str | None]
 _WITHOUT = ("n", "logprobs", "prompt_logprobs", "detokenize")
 
 
@@ -43,7 +41,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Read messages and print answers until /exit or the end of input; exit code 1 if `--quick` was refused."""
-    opening = [] if namespace.system is None else [{"role": "system", "content": namespace.system}]
     given = sampling_keywords(namespace)
     SamplingParams(**{"max_tokens": None, **given})
     if namespace.url is not None:
@@ -52,58 +49,58 @@ def run(namespace: argparse.Namespace) -> int:
 
         refuse_engine_flags(namespace)
         with connect(namespace) as server:
-            return _talk(RemoteChat(server, namespace.model, given).answer, opening, namespace.quick)
+            waits = namespace.quick is None and sys.stdin.isatty()
+            return _talk(RemoteChat(server, namespace.model, waits=waits).pieces, namespace, given)
     model = model_of(namespace)
 
     from sempre.engine.llm import LLM
 
     with LLM(model, **engine_keywords(namespace)) as llm:
-        changes = {"max_tokens": None, **given, "output_kind": RequestOutputKind.DELTA}
-        params = dataclasses.replace(llm.get_default_sampling_params(), **changes)
-        return _talk(lambda messages: _answer(llm, params, messages), opening, namespace.quick)
+        return _talk(lambda messages, sampling: _pieces(llm, messages, sampling), namespace, given)
 
 
-def _talk(answer: Answer, opening: list[Message], quick: str | None) -> int:
-    if quick is not None:
-        return int(answer([*opening, {"role": "user", "content": quick}]) is None)
-    _converse(answer, opening)
+def _pieces(llm: LLM, messages: Sequence[Message], sampling: Mapping[str, Any]) -> Iterator[Piece]:
+    changes = {"max_tokens": None, **sampling, "output_kind": RequestOutputKind.DELTA}
+    params = dataclasses.replace(llm.get_default_sampling_params(), **changes)
+    yield from engine_pieces(llm, llm.render_chat(list(messages)), params)
+
+
+def _talk(ask: Ask, namespace: argparse.Namespace, sampling: Mapping[str, Any]) -> int:
+    if namespace.quick is not None:
+        opening = [] if namespace.system is None else [{"role": "system", "content": namespace.system}]
+        answer = show_answer(ask([*opening, {"role": "user", "content": namespace.quick}], sampling), display())
+        return int(answer is None)
+    converse(ask, namespace.system, sampling)
     return 0
 
 
-def _converse(answer: Answer, opening: list[Message]) -> None:
-    typed = TerminalInput()
+def converse(ask: Ask, system: str | None, sampling: Mapping[str, Any]) -> None:
+    """Take texts from standard input until it ends, or /exit."""
+    conversation = Conversation(
+        ask,
+        display,
+        system=system,
+        sampling=sampling,
+        settable=[name for name in sampling_field_names() if name not in _WITHOUT],
+        survives=sys.stdin.isatty(),
+    )
+    typed = TerminalInput("chat", conversation.completions)
     if typed.is_interactive:
-        print(_HELP, file=sys.stderr)
-    messages = list(opening)
+        print(f"/help shows the commands. {KEYS}", file=sys.stderr)
     while True:
         try:
-            line = typed.read().strip()
+            text = typed.read()
         except EOFError:
             return
-        if line == "/exit":
+        if not conversation.take(text):
             return
-        if line == "/reset":
-            messages = list(opening)
-        elif line.startswith("/") and "\n" not in line:
-            print(f"unknown command {line}. {_HELP}", file=sys.stderr)
-        elif line:
-            question = {"role": "user", "content": line}
-            text = answer([*messages, question])
-            if text is not None:
-                messages += [question, {"role": "assistant", "content": text}]
 
 
-def _answer(llm: LLM, params: SamplingParams, messages: Sequence[Message]) -> str | None:
-    """Print the answer as it arrives; return it, or None if the request was refused."""
-    pieces: list[str] = []
-    try:
-        for output in llm.stream(llm.render_chat(list(messages)), params):
-            pieces.append(output.outputs[0].text)
-            print(for_terminal(pieces[-1], sys.stdout), end="", flush=True)
-    except KeyboardInterrupt:
-        print(" [stopped]", end="")
-    except RequestError as error:
-        print(f"sempre: error: {plain(str(error))}", file=sys.stderr)
-        return None
-    print(flush=True)
-    return "".join(pieces)
+def display() -> Display:
+    """Markdown at a terminal, plain text anywhere else."""
+    if not sys.stdout.isatty():
+        return PlainDisplay()
+    # not needed for help and pipes
+    from sempre.engine.cli.markdown_display import MarkdownDisplay
+
+    return MarkdownDisplay()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
+from sempre.engine.cli.answers import PlainDisplay, show_answer
 from sempre.engine.cli.arguments import add_model_flag, add_sampling_flags, sampling_keywords
 from sempre.engine.cli.parser import UsageError
-from sempre.engine.cli.prompt_source import TerminalInput
-from sempre.engine.cli.remote.answers import completion_text, print_answer
+from sempre.engine.cli.remote.answers import STREAMED, completion_text, pieces_of
 from sempre.engine.cli.remote.connection import DEFAULT_URL, Server, add_server_flags, connect
+from sempre.engine.cli.terminal_input import TerminalInput
 
-_HELP = "Each line, or text pasted at once, is a prompt; Ctrl-C stops a completion, Ctrl-D ends."
+_HELP = "Enter sends, Alt-Enter begins a new line; Ctrl-C stops a completion, Ctrl-D ends."
 # A stream is one text; fields that HTTP or a stream does not support have no flag here.
 _WITHOUT = ("n", "logprobs", "prompt_logprobs", "detokenize")
 
@@ -29,10 +30,10 @@ def run(namespace: argparse.Namespace) -> int:
     if namespace.url is None:
         raise UsageError(f"--url is missing, for example --url {DEFAULT_URL}; without a server use sempre generate")
     with connect(namespace) as server:
-        body = {"model": server.model(namespace.model), "stream": True, **sampling_keywords(namespace)}
+        body = {"model": server.model(namespace.model), **STREAMED, **sampling_keywords(namespace)}
         if namespace.quick is not None:
             return _complete(server, {**body, "prompt": namespace.quick})
-        typed = TerminalInput()
+        typed = TerminalInput("complete")
         if typed.is_interactive:
             print(_HELP, file=sys.stderr)
         code = 0
@@ -46,4 +47,5 @@ def run(namespace: argparse.Namespace) -> int:
 
 
 def _complete(server: Server, body: dict[str, object]) -> int:
-    return int(print_answer(server.stream("/v1/completions", body), completion_text) is None)
+    pieces = pieces_of(server.stream("/v1/completions", body), completion_text)
+    return int(show_answer(pieces, PlainDisplay()) is None)

@@ -1,11 +1,9 @@
-"""Where prompts come from: arguments, lines of standard input, rows of a JSONL file, or a terminal."""
+"""Where prompts come from: arguments, lines of standard input, rows of a JSONL file."""
 
 from __future__ import annotations
 
 import json
 import os
-import select
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +12,6 @@ from typing import Any
 from sempre.ipc.errors import ConfigError
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-# pasted text arrives at once, typed text does not
-_PASTE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,25 +81,3 @@ def _row(line: bytes, where: str) -> PromptRow:
         raise ConfigError(f"{where}: priority must be an int, got {priority!r}.", parameter="priority", value=priority)
     taken = {key: value.pop(key) for key in (*given, "cache_salt", "priority") if key in value}
     return PromptRow(**taken, sampling=value, where=where)
-
-
-class TerminalInput:
-    """Reads texts from standard input, with editing and history at a terminal."""
-
-    def __init__(self) -> None:
-        self.is_interactive = sys.stdin.isatty()
-        self._gathers_lines = False
-        if self.is_interactive:
-            # importing it gives input() line editing and history
-            import readline
-
-            # bracketed paste, which Python turns off: a line break in pasted text does not end the text
-            readline.parse_and_bind("set enable-bracketed-paste on")
-            self._gathers_lines = "libedit" in (readline.__doc__ or "")
-
-    def read(self) -> str:
-        """Return the next text, or the next line of a file. Raises EOFError at the end."""
-        lines = [input("> " if self.is_interactive else "")]
-        while self._gathers_lines and select.select([sys.stdin], [], [], _PASTE_S)[0]:
-            lines.append(input())
-        return "\n".join(lines)

@@ -102,9 +102,7 @@ def test_chat() -> None:
     sampling = ["--temperature", "0", "--max-tokens", "5", "--ignore-eos"]
     result = sempre("chat", *COMMON, *sampling, "--system", "Be brief.", stdin="\n".join(lines))
     assert result.returncode == 0
-    assert result.stderr == (
-        "unknown command /nothing. /exit ends, /reset forgets the conversation, Ctrl-C stops an answer.\n"
-    )
+    assert result.stderr == "unknown command /nothing. /help shows all.\n"
     conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
     with LLM("tiny", max_model_len=256, num_threads=1) as llm:

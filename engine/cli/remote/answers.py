@@ -1,17 +1,26 @@
-"""Streamed answers at a terminal: the text as it arrives, then the seed and fingerprint to reproduce it; chat."""
+"""Pieces of a server's streamed answers; chat with a server."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from sempre.engine.cli.answers import Piece
 from sempre.engine.cli.arguments import engine_keywords
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.remote.connection import Server
-from sempre.ipc.errors import RequestError
-from sempre.ipc.log_lines import for_terminal, plain
+from sempre.ipc.errors import ServerError
+from sempre.ipc.log_lines import plain
+
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+# a server that is restarted with a small model is back by then
+_PATIENCE_S = 60.0
+_PAUSE_S = 0.5
+# none: no connection; 503: it starts or ends
+_GONE = (None, 503)
 
 
 def completion_text(choice: dict[str, Any]) -> str:
@@ -25,27 +34,15 @@ def chat_text(choice: dict[str, Any]) -> str:
     return (delta.get("reasoning") or "") + (delta.get("content") or "")
 
 
-def print_answer(chunks: Iterable[dict[str, Any]], text_of: Callable[[dict[str, Any]], str]) -> str | None:
-    """Print an answer as it arrives; return it, or None if the request was refused. An interrupt stops it."""
-    pieces: list[str] = []
-    known: dict[str, Any] = {}
-    try:
-        for chunk in chunks:
-            known |= {"fingerprint": chunk["system_fingerprint"]} if chunk.get("system_fingerprint") else {}
-            for choice in chunk.get("choices") or ():
-                known |= {"seed": choice["seed"]} if choice.get("seed") is not None else {}
-                pieces.append(text_of(choice))
-                print(for_terminal(pieces[-1], sys.stdout), end="", flush=True)
-    except KeyboardInterrupt:
-        print(" [stopped]", end="")
-    except RequestError as error:
-        print(f"sempre: error: {plain(str(error))}", file=sys.stderr)
-        return None
-    print(flush=True)
-    if sys.stderr.isatty() and known:
-        facts = ", ".join(f"{name} {value}" for name, value in known.items())
-        print(f"[{plain(facts)}]", file=sys.stderr)
-    return "".join(pieces)
+def pieces_of(chunks: Iterable[dict[str, Any]], text_of: Callable[[dict[str, Any]], str]) -> Iterator[Piece]:
+    """Yield the pieces of streamed chunks."""
+    for chunk in chunks:
+        fingerprint = chunk.get("system_fingerprint")
+        num_tokens = (chunk.get("usage") or {}).get("completion_tokens")
+        for choice in chunk.get("choices") or ():
+            yield Piece(text_of(choice), choice.get("seed"), fingerprint, num_tokens)
+        if not chunk.get("choices"):
+            yield Piece("", None, fingerprint, num_tokens)
 
 
 def refuse_engine_flags(namespace: argparse.Namespace) -> None:
@@ -56,13 +53,29 @@ def refuse_engine_flags(namespace: argparse.Namespace) -> None:
 
 
 class RemoteChat:
-    """Chats with a server; has the same interface as chatting with an own engine."""
+    """Chats with a server."""
 
-    def __init__(self, server: Server, model: str | None, sampling: Mapping[str, Any]) -> None:
+    def __init__(self, server: Server, model: str | None, *, waits: bool = False) -> None:
+        """`waits`: if the server is gone before an answer has begun, ask again for up to a minute."""
         self._server = server
-        self._body = {"model": server.model(model), "stream": True, **sampling}
+        self._body = {"model": server.model(model), **STREAMED}
+        self._waits = waits
 
-    def answer(self, messages: Sequence[Mapping[str, str]]) -> str | None:
-        """Print the answer as it arrives; return it, or None if the request was refused."""
-        body = {**self._body, "messages": list(messages)}
-        return print_answer(self._server.stream("/v1/chat/completions", body), chat_text)
+    def pieces(self, messages: Sequence[Mapping[str, str]], sampling: Mapping[str, Any]) -> Iterator[Piece]:
+        """Yield the answer as it arrives. Raises RequestError, ServerError."""
+        body = {**self._body, **sampling, "messages": list(messages)}
+        until = time.monotonic() + _PATIENCE_S
+        told = has_begun = False
+        while True:
+            try:
+                for piece in pieces_of(self._server.stream("/v1/chat/completions", body), chat_text):
+                    has_begun = True
+                    yield piece
+                return
+            except ServerError as error:
+                if not self._waits or has_begun or error.status not in _GONE or time.monotonic() > until:
+                    raise
+                if not told:
+                    print(f"sempre: {plain(str(error))}; asking again, Ctrl-C stops", file=sys.stderr)
+                told = True
+                time.sleep(_PAUSE_S)

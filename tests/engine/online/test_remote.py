@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from scripted_http import Answer, events, refusal, scripted_server, text_chunk
 
 from sempre.engine.cli.main import main
+from sempre.engine.cli.remote.answers import STREAMED, RemoteChat
 from sempre.engine.cli.remote.connection import EventSplitter, Server, base_url
+from sempre.ipc.errors import ServerError
 
 STREAM = events(
     text_chunk("Grüß "), text_chunk("dich\n\ndata: x", system_fingerprint="f"), {"choices": [], "usage": None}
@@ -49,7 +51,7 @@ def test_a_completion_in_pieces(capsys: pytest.CaptureFixture[str], size: int) -
         code, out, err = run(capsys, "complete", "--url", f"{server.url}/v1", "-q", "x", "--api-key", "k", *flags)
     assert (code, out, err) == (0, "Grüß dich\n\ndata: x\n", "")
     assert server.bodies == [
-        {"model": "scripted", "stream": True, "seed": 5, "stop": ["a"], "max_tokens": 9, "prompt": "x"}
+        {"model": "scripted", **STREAMED, "seed": 5, "stop": ["a"], "max_tokens": 9, "prompt": "x"}
     ]
     assert server.headers[0]["authorization"] == "Bearer k"
 
@@ -138,6 +140,26 @@ def test_a_refused_message_is_left_out_of_the_conversation(
         code, out, err = run(capsys, "chat", "--url", server.url, "--system", "s")
     assert (code, out, err) == (0, "yes\nyes\n", "sempre: error: no (status 400)\n")
     assert [message["content"] for message in server.bodies[-1]["messages"]] == ["s", "one", "yes", "two"]
+
+
+def test_a_chat_waits_for_a_server_that_is_gone_for_a_moment(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [
+        refusal("starting", 503),
+        Answer(cut=True),
+        Answer(pieces=[events({"choices": [{"delta": {"content": "yes"}, "seed": 3}], "system_fingerprint": "f"})]),
+        Answer(pieces=[events({"choices": [{"delta": {"content": "no"}}]}, done=False)], cut=True),
+    ]
+    script = iter(answers)
+    with scripted_server(lambda path, body: next(script)) as scripted, Server(scripted.url) as server:
+        chat = RemoteChat(server, None, waits=True)
+        messages = [{"role": "user", "content": "x"}]
+        assert [piece[:3] for piece in chat.pieces(messages, {"seed": 3})] == [("yes", 3, "f")]
+        assert scripted.bodies[0] == scripted.bodies[1] == scripted.bodies[2]
+        # once an answer has begun, it is not asked for again
+        with pytest.raises(ServerError):
+            list(chat.pieces(messages, {"seed": 3}))
+        assert len(scripted.bodies) == len(answers)
+    assert capsys.readouterr().err.count("asking again, Ctrl-C stops") == 1
 
 
 def test_completions_of_a_server(
