@@ -24,8 +24,8 @@ from sempre.kernels.attention.gpu_tiles import SPLIT
 from sempre.kernels.attention.gpu_warps import AHEAD, TILE
 from sempre.kernels.gpu_jit import CHAINED, architecture, gluon_jit, wait_for_previous
 
-# out of service: since its last repair, of a read in front of the first row, it has not run on a device. From 4,096 keys
-# on it is as fast as one program for each request and key head, or faster
+# out of service: since its last repair, of a read before the first row, it has not run on a device. From 4,096 keys on
+# it is as fast as one program for each request and key head, or faster
 LONG_CONTEXT = 1 << 60
 # programs that share a multiprocessor, and the registers of a thread when one starts
 PROGRAMS, REGISTERS = 2, 128

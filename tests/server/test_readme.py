@@ -1,4 +1,4 @@
-"""The curl commands of the README do what it says."""
+"""The curl commands of the README, and of the page on serving, do what they say."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 from server_process import ServerProcess
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = (ROOT / "README.md", ROOT / "examples" / "serving.md")
 
 
 def test_curl_examples(server: ServerProcess) -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     block = "".join(block for block in blocks if block.startswith("curl"))
     commands = [line for line in block.replace("\\\n", "").splitlines() if line]
     answers = []
