@@ -1,9 +1,10 @@
 """What outputs depend on apart from seed and request, in two parts: bits, which are digested, and the environment.
 
-*Bits* are all values that may decide a bit: weights, dtype, numerics, architecture, the libraries that compute.
-*Environment* are facts worth knowing that decide none, as tests show: the golden digests hold for every version of
-Python and on every card of one architecture, the tests of invariance for any number of threads and with or without
-CUDA graphs.
+*Bits* are all values that may decide a bit: weights, dtype, architecture, the libraries that compute, and the numerics
+version, whose number rises when a golden digest changes, and only then (`numerics_versions`). *Environment* are facts
+worth knowing that decide none, as tests show: the golden digests hold for every version of Python, for every version of
+this package with the same numerics version, and on every card of one architecture; the tests of invariance for any
+number of threads and with or without CUDA graphs.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from collections.abc import Mapping
 from sempre.engine.version import __version__
 
 DIGEST_LENGTH = 16
-ENVIRONMENT = ("device", "graphs", "python", "threads")
+ENVIRONMENT = ("device", "engine", "graphs", "python", "threads")
 """Parts that are named and not digested."""
 
 
 def fingerprint_bits(worker_parts: Mapping[str, str]) -> dict[str, str]:
-    """Return the parts that decide bits, sorted by name: the workers' and the engine's version."""
-    deciding = {name: value for name, value in worker_parts.items() if name not in ENVIRONMENT}
-    return dict(sorted({**deciding, "engine": __version__}.items()))
+    """Return the parts that decide bits, sorted by name; earlier receipts have the engine's version among them."""
+    return {name: value for name, value in sorted(worker_parts.items()) if name not in ENVIRONMENT}
 
 
 def fingerprint_environment(worker_parts: Mapping[str, str]) -> dict[str, str]:
-    """Return the parts that decide no bit, sorted by name."""
-    return {name: worker_parts[name] for name in ENVIRONMENT if name in worker_parts}
+    """Return the parts that decide no bit, sorted by name: some of the workers', and the engine's version."""
+    parts = {**worker_parts, "engine": __version__}
+    return {name: parts[name] for name in ENVIRONMENT if name in parts}
 
 
 def fingerprint_digest(bits: Mapping[str, str]) -> str:

@@ -37,7 +37,7 @@ def run(namespace: argparse.Namespace) -> int:
     width = max(map(len, [*parts, *environment]))
     for name, value in parts.items():
         print(f"  {name:<{width}}  {value}")
-    print("of this machine, without effect on any bit:")
+    print("without effect on any bit:")
     for name, value in environment.items():
         print(f"  {name:<{width}}  {value}")
     return 0

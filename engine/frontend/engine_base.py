@@ -108,7 +108,7 @@ class EngineBase:
 
     @property
     def fingerprint_environment(self) -> dict[str, str]:
-        """Facts about machine and process that no bit depends on, by name: threads, Python's version, …"""
+        """Facts that no bit depends on, by name: threads, the versions of Python and of this package, …"""
         return dict(self._frontend.environment)
 
     @property

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from sempre.engine.adapters import LoRARequest
-from sempre.engine.fingerprint import fingerprint_differences
+from sempre.engine.fingerprint import fingerprint_bits
 from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.llm import LLM
+from sempre.engine.numerics_versions import changed_bits
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.proof.differences import Difference, difference
 from sempre.engine.proof.kept_output import KeptOutput, kept_completion, kept_receipt, own_logprobs
@@ -60,14 +61,17 @@ def replay(receipts: Sequence[Receipt], replayer: Replayer) -> Iterator[Replayed
     for receipt, found in zip(receipts, replayer.outputs(receipts), strict=True):
         recorded = kept_receipt(receipt)
         count = len(recorded.token_ids)
-        parts = receipt.statement.predicate.build_definition.internal_parameters.bits_by_name
-        changed = tuple(fingerprint_differences(parts, replayer.bits))
-        if not changed and not isinstance(found, ConfigError) and found.fingerprint != recorded.fingerprint:
-            # what a fingerprint has beside the engine's parts
-            changed = (f"adapter: {adapter_digest_of(receipt.statement)} against another",)
+        engine = receipt.statement.predicate.build_definition.internal_parameters
+        parts = engine.bits_by_name
+        changed = tuple(changed_bits(parts, replayer.bits, engine.recorder))
         if isinstance(found, ConfigError):
             yield Replayed(recorded.name, count, problem=str(found), changed_parts=changed)
             continue
+        # the digest of an earlier receipt is also of the engine's version, so it cannot be compared
+        is_earlier = fingerprint_bits(parts) != parts
+        if not changed and not is_earlier and found.fingerprint != recorded.fingerprint:
+            # what a fingerprint has beside the engine's parts
+            changed = (f"adapter: {adapter_digest_of(receipt.statement)} against another",)
         if recorded.finish_reason == "abort":
             # it was cut by its reader, so only its beginning can be compared
             recorded = replace(recorded, finish_reason=found.finish_reason, stop_reason=found.stop_reason)

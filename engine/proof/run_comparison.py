@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from sempre.engine.fingerprint import fingerprint_differences
+from sempre.engine.fingerprint import fingerprint_bits, fingerprint_differences
 from sempre.engine.proof.differences import Difference, difference, num_logprobs_compared
 from sempre.engine.proof.json_lines import read_json_lines
 from sempre.engine.proof.kept_output import KeptOutput, kept_completions, kept_receipt
@@ -209,7 +209,7 @@ def _add_receipts(run: Run, file: Path) -> None:
         definition = found.statement.predicate.build_definition
         run.outputs.append(output)
         run.params[output.name] = definition.external_parameters.sampling_params
-        bits = definition.internal_parameters.bits_by_name
+        bits = fingerprint_bits(definition.internal_parameters.bits_by_name)
         if bits not in run.bits:
             run.bits.append(bits)
 

@@ -88,6 +88,12 @@ class EngineFacts(Struct, frozen=True, kw_only=True, rename="camel", omit_defaul
         """The parts that decide bits. Raises ValueError."""
         return read_parts("bits", self.bits)
 
+    @property
+    def recorder(self) -> str | None:
+        """The release that recorded; earlier receipts have it among the parts that decide bits. Raises ValueError."""
+        parts = {**self.bits_by_name, **read_parts("environment", self.environment)}
+        return parts.get("engine")
+
 
 class BuildDefinition(Struct, frozen=True, kw_only=True, rename="camel"):
     build_type: str

@@ -15,6 +15,7 @@ import pytest
 
 from sempre.engine import LLM, SamplingParams
 from sempre.engine.cli.main import main
+from sempre.engine.version import __version__
 
 COMMON = ["--model", "tiny", "--max-model-len", "256", "--num-threads", "1"]
 
@@ -117,8 +118,9 @@ def test_fingerprint(capsys: pytest.CaptureFixture[str]) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     found = json.loads(result.stdout)
     assert len(found["fingerprint"]) == 16
-    assert set(found["parts"]) >= {"engine", "weights", "dtype", "numerics", "architecture", "torch"}
+    assert set(found["parts"]) >= {"weights", "dtype", "numerics", "architecture", "torch"}
     assert found["environment"]["threads"] == "1"
+    assert found["environment"]["engine"] == __version__
     text = printed(capsys, "fingerprint", "tiny", "--num-threads", "1").splitlines()
     assert text[0] == found["fingerprint"]
     facts = [line.split()[0] for line in text[1:] if line.startswith("  ")]

@@ -13,7 +13,7 @@ from sempre.workers.fingerprint import quantization_profile
 from sempre.workers.loading import WeightFacts
 
 # order of operations of the GPU kernels, by dtype; a change of any result's bits raises the number
-_PROFILES = {torch.bfloat16: "cuda-bf16-1", torch.float16: "cuda-fp16-1", torch.float32: "cuda-fp32-1"}
+PROFILES = {torch.bfloat16: "cuda-bf16-1", torch.float16: "cuda-fp16-1", torch.float32: "cuda-fp32-1"}
 _DRIVER_FILE = Path("/sys/module/nvidia/version")
 
 
@@ -26,7 +26,7 @@ def fingerprint_parts(
         "weights": weights.digest,
         "dtype": str(weights.dtype).removeprefix("torch."),
         "quantization": quantization_profile(weights),
-        "numerics": _PROFILES[weights.dtype] if numerics == "invariant" else numerics,
+        "numerics": PROFILES[weights.dtype] if numerics == "invariant" else numerics,
         "device": torch.cuda.get_device_name(device),
         "architecture": architecture(device),
         "kernels": f"without {without}" if without else "all",

@@ -17,7 +17,10 @@ from sempre.engine.cli.main import main
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.replay import read_share
 from sempre.engine.proof.receipt_log import receipt_files
+from sempre.engine.proof.run_comparison import compare_runs, load_run
 from sempre.engine.proof.statement import PREDICATE_TYPE
+from sempre.engine.version import __version__
+from sempre.workers.fingerprint import CPU_PROFILE
 
 SMALL = ["--num-threads", "1", "--no-multiprocessing"]
 TINY = Path(__file__).parents[3] / "engine" / "checkpoints" / "tiny"
@@ -187,11 +190,46 @@ def test_one_flipped_bit_of_a_weight_is_found_and_named(
     assert [part.partition(":")[0] for part in found["fingerprint_changes"]] == ["weights"]
 
 
+def facts_of(statement: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = statement["predicate"]["buildDefinition"]["internalParameters"]
+    return found
+
+
+def test_the_release_that_has_the_recorded_numerics_version_is_named(
+    lines: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(statement: dict[str, Any]) -> None:
+        facts = facts_of(statement)
+        facts["bits"] = facts["bits"].replace(f"numerics={CPU_PROFILE}", "numerics=cpu-fma-99")
+        facts["environment"] = facts["environment"].replace(f"engine={__version__}", "engine=9.1.0")
+
+    _, found = replay(capsys, altered_receipt(lines[0], change, tmp_path / "x.jsonl"))
+    hint = f"release {__version__} does not know it; release 9.1.0 recorded it"
+    assert found["fingerprint_changes"] == [f"numerics: cpu-fma-99 against {CPU_PROFILE} ({hint})"]
+
+
+def test_a_receipt_whose_fingerprint_had_the_version_of_the_engine(
+    lines: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(statement: dict[str, Any]) -> None:
+        facts = facts_of(statement)
+        facts["environment"] = facts["environment"].replace(f"engine={__version__};", "")
+        facts["bits"] += ";engine=0.0.9"
+        statement["predicate"]["runDetails"]["builder"]["id"] = "sempre:0123456789abcdef"
+
+    path = altered_receipt(lines[0], change, tmp_path / "x.jsonl")
+    code, found = replay(capsys, path)
+    assert (code, found["verdict"], found["fingerprint_changes"]) == (0, "equal", [])
+    new = altered_receipt(lines[0], lambda statement: None, tmp_path / "y.jsonl")
+    assert compare_runs(load_run(path), load_run(new)).changed_parts() == []
+
+
 def test_another_kernel_is_found_and_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = replay(capsys, folder, "--numerics", "control")
     assert code == 5
     assert found["different"]
-    assert [part.partition(":")[0] for part in found["fingerprint_changes"]] == ["numerics"]
+    hint = "this release computes as recorded, with another device, dtype or setting of numerics"
+    assert found["fingerprint_changes"] == [f"numerics: {CPU_PROFILE} against control ({hint})"]
     code, found = replay(capsys, folder, "--numerics", "control", "--teacher-forced")
     assert code == 5
 
