@@ -11,7 +11,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from sempre.engine.metrics import PREFIX, Gauge, Metric
+from sempre.engine.metrics import PREFIX, Counter, Gauge, Metric
 from sempre.engine.server.metrics import CONTENT_TYPE
 from sempre.engine.server.service import Service
 from sempre.ipc.errors import EngineDeadError
@@ -25,15 +25,19 @@ _SHOWN = 40
 
 
 async def load(service: Service, _request: Request) -> Response:
-    """Return how many requests are being answered, and the gauges of each replica."""
+    """Return how many requests are being answered, the tokens generated since the start, and each replica's gauges."""
     service.check_ready()
     admission = service.admission
+    engine = await engine_metrics(service)
+    generated = [one.value for one in engine if isinstance(one, Counter) and one.name == f"{PREFIX}generation_tokens"]
     return JSONResponse(
         {
             "server_load": service.num_requests,
             "num_sequences": admission.num_sequences,
             "capacity": admission.capacity,
-            **await _gauges(service),
+            # null while the engine is unavailable
+            "generation_tokens": sum(generated) if generated else None,
+            **_gauges(engine),
         }
     )
 
@@ -55,7 +59,7 @@ async def load_header(service: Service, http: Request) -> dict[str, str]:
     if asked.upper() not in ("TEXT", "JSON"):
         logger.warning("%s: expected TEXT or JSON, found %r", _FORMAT_HEADER, asked[:_SHOWN])
         return {}
-    gauges = await _gauges(service)
+    gauges = _gauges(await engine_metrics(service))
     if not gauges:
         return {}
     named = {
@@ -67,10 +71,10 @@ async def load_header(service: Service, http: Request) -> dict[str, str]:
     return {_LOAD_HEADER: "TEXT " + ", ".join(f"named_metrics.{name}={value}" for name, value in named.items())}
 
 
-async def _gauges(service: Service) -> dict[str, Any]:
-    """Values per replica; none while the engine is unavailable."""
+def _gauges(engine: list[Metric]) -> dict[str, Any]:
+    """Return the values of each gauge, one per replica."""
     gauges: dict[str, Any] = {}
-    for metric in await engine_metrics(service):
+    for metric in engine:
         if isinstance(metric, Gauge) and "reason" not in metric.labels:
             gauges.setdefault(metric.name.removeprefix(PREFIX), []).append(metric.value)
     return gauges

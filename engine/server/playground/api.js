@@ -19,6 +19,24 @@ function headers(apiKey) {
   return { "Content-Type": "application/json", ...(apiKey ? { Authorization: `Bearer ${apiKey}` } : {}) };
 }
 
+// A refusal of the server, or its absence.
+class RequestError extends Error {
+  constructor(message, { status, isUnreachable = false }) {
+    super(message);
+    this.status = status;
+    this.isUnreachable = isUnreachable;
+  }
+}
+
+async function reach(path, options) {
+  try {
+    return await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new RequestError("The server cannot be reached: it has stopped, or the network is down.", { isUnreachable: true });
+  }
+}
+
 function messageOf(text, status) {
   try {
     return JSON.parse(text).error.message;
@@ -28,21 +46,24 @@ function messageOf(text, status) {
 }
 
 export async function get(path, apiKey) {
-  const response = await fetch(path, { headers: headers(apiKey), cache: "no-store" });
+  const response = await reach(path, { headers: headers(apiKey), cache: "no-store" });
   const text = await response.text();
-  if (!response.ok) throw new Error(messageOf(text, response.status));
+  if (!response.ok) throw new RequestError(messageOf(text, response.status), response);
   return text;
 }
 
 // Yields the chunks of a streamed response. Throws the server's error message if it refuses or fails.
 export async function* stream(path, body, seed, apiKey, signal) {
-  const response = await fetch(path, { method: "POST", headers: headers(apiKey), body: encodeBody(body, seed), signal });
-  if (!response.ok) throw new Error(messageOf(await response.text(), response.status));
+  const response = await reach(path, { method: "POST", headers: headers(apiKey), body: encodeBody(body, seed), signal });
+  if (!response.ok) throw new RequestError(messageOf(await response.text(), response.status), response);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { done, value } = await reader.read();
-    if (done) throw new Error("The connection closed before the response was complete.");
+    const { done, value } = await reader.read().catch((error) => {
+      if (signal?.aborted) throw error;
+      return { done: true };
+    });
+    if (done) throw new Error("The connection closed before the response was complete: the server may have stopped.");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {

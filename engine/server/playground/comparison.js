@@ -2,7 +2,7 @@
 
 // JSON writes a float32 with enough digits to identify it, so equal doubles mean equal bits; Object.is also
 // distinguishes 0 from -0.
-function sameToken(a, b) {
+export function sameToken(a, b) {
   return (
     a.id === b.id &&
     a.text === b.text &&

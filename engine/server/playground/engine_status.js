@@ -1,38 +1,44 @@
-// The engine's load, once a second while the page is visible.
+// The engine's load, once in two seconds while the page is visible, and whether the server answers at all.
 
 import { get } from "./api.js";
+import { byId } from "./elements.js";
 
-const PERIOD_MS = 1000;
-
-// Sums a metric over its labels, under any prefix.
-export function metric(exposition, name) {
-  const pattern = new RegExp(`^\\w+:${name}(?:\\{[^}]*\\})? (\\S+)`, "gm");
-  const values = [...exposition.matchAll(pattern)].map((match) => Number(match[1]));
-  return values.length ? values.reduce((sum, value) => sum + value, 0) : undefined;
-}
+const PERIOD_MS = 2000;
 
 function show(id, text) {
-  document.getElementById(id).textContent = text;
+  byId(id).textContent = text;
 }
 
-export function watchEngine(apiKey) {
+const sum = (values) => values?.reduce((total, value) => total + value, 0);
+
+function sayGone(text) {
+  byId("gone").hidden = text === "";
+  if (byId("gone").textContent !== text) byId("gone").textContent = text;
+}
+
+export function watchEngine(apiKey, onReturn) {
   let before;
+  let isGone = false;
   const read = async () => {
     try {
-      const [exposition, load] = await Promise.all([get("metrics"), get("load", apiKey()).then(JSON.parse)]);
+      const load = JSON.parse(await get("load", apiKey()));
       const usage = load.kv_cache_usage_perc?.reduce((most, one) => Math.max(most, one), 0);
-      show("running", metric(exposition, "num_requests_running") ?? load.server_load);
-      show("waiting", metric(exposition, "num_requests_waiting") ?? "–");
+      show("running", sum(load.num_requests_running) ?? load.server_load);
+      show("waiting", sum(load.num_requests_waiting) ?? "–");
       show("kv", usage === undefined ? "–" : `${(100 * usage).toFixed(1)} %`);
-      document.getElementById("kv-meter").value = usage ?? 0;
-      const now = { tokens: metric(exposition, "generation_tokens_total"), time: performance.now() };
-      if (before && now.tokens !== undefined) {
-        show("rate", ((1000 * (now.tokens - before.tokens)) / (now.time - before.time)).toFixed(0));
-      }
+      byId("kv-meter").value = usage ?? 0;
+      const now = { tokens: load.generation_tokens, time: performance.now() };
+      if (before?.tokens <= now.tokens) show("rate", ((1000 * (now.tokens - before.tokens)) / (now.time - before.time)).toFixed(0));
       before = now;
-    } catch {
+      sayGone("");
+      if (isGone) onReturn();
+      isGone = false;
+    } catch (error) {
       for (const id of ["running", "waiting", "kv", "rate"]) show(id, "–");
       before = undefined;
+      isGone ||= error.isUnreachable || error.status >= 500;
+      if (error.isUnreachable) sayGone("The server is gone: it does not answer. It is asked again every two seconds; your text stays here.");
+      else sayGone(error.status >= 500 ? `The server answers but is not ready: ${error.message}` : "");
     }
   };
   const loop = async () => {

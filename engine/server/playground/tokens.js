@@ -1,65 +1,45 @@
-// The output: one element per token, coloured by probability, with its alternatives on hover and by keyboard.
+// One output: an element per token, tinted by how surprising it was, with its details on hover, tap and by keyboard.
 // Model output is only ever set as textContent.
 
 import { alone, Characters } from "./characters.js";
-
-const BOUNDS = [0.01, 0.1, 0.5, 0.9];
-
-export function element(name, properties = {}, children = []) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.append(...children);
-  return made;
-}
+import { element, percent, visible } from "./elements.js";
+import { strength } from "./colours.js";
 
 // shown for a token that only begins a character
 const BEGINS = "·";
 
-function visible(text) {
-  return text === "" ? "∅" : text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
-}
-
-function percent(logprob) {
-  const p = 100 * Math.exp(logprob);
-  return `${p < 0.1 ? p.toExponential(1) : p.toFixed(1)} %`;
-}
-
 export class TokenView {
-  #frame;
   #details;
-  #announcement;
   #tokens = [];
   #active = -1;
   #characters = new Characters();
 
-  constructor(output, details, announcement) {
-    this.output = output;
-    this.#frame = output.parentElement;
+  // `details` is shared by all outputs; `branch(index, rival)` is called when a rival token is chosen.
+  constructor(details, { colour, branch }) {
+    this.colour = colour;
+    this.branch = branch;
     this.#details = details;
-    this.#announcement = announcement;
-    output.addEventListener("pointerover", (event) => this.#show(this.#indexOf(event.target)));
-    output.addEventListener("pointerleave", () => this.#show(this.#active));
-    output.addEventListener("keydown", (event) => this.#key(event));
-    output.addEventListener("click", (event) => this.#activate(this.#indexOf(event.target)));
-    output.addEventListener("focus", () => this.#focused());
-    output.addEventListener("blur", () => this.#activate(-1));
+    this.output = element("span", { className: "output", tabIndex: 0, dir: "auto" });
+    this.output.setAttribute("role", "group");
+    this.output.setAttribute("aria-label", "Tokens; use the arrow keys to move between them");
+    this.output.addEventListener("pointerover", (event) => this.#hover(this.#indexOf(event.target)));
+    this.output.addEventListener("pointerleave", () => this.#hover(this.#active));
+    this.output.addEventListener("keydown", (event) => this.#key(event));
+    this.output.addEventListener("click", (event) => this.#activate(this.#indexOf(event.target)));
+    this.output.addEventListener("focus", () => this.#focused());
   }
 
-  clear() {
-    this.#tokens = [];
-    this.#active = -1;
-    this.#characters = new Characters();
-    this.output.replaceChildren();
-    this.#details.hidden = true;
-    this.#announcement.textContent = "";
+  get tokens() {
+    return this.#tokens;
   }
 
   add(token) {
-    const bucket = BOUNDS.filter((bound) => Math.exp(token.logprob) >= bound).length;
     const begins = token.bytes.length ? BEGINS : "∅";
     const text = this.#characters.of(token).replaceAll("\n", "⏎\n");
     this.#tokens.push(token);
     const part = text === "" && token.bytes.length ? " part" : "";
-    this.output.append(element("span", { className: `token p${bucket}${part}`, textContent: text || begins }));
+    const className = `token s${strength(token, this.colour)}${part}`;
+    this.output.append(element("span", { className, textContent: text || begins }));
   }
 
   // The output has ended: shows the bytes of an incomplete character.
@@ -68,8 +48,41 @@ export class TokenView {
     if (rest && this.#tokens.length) this.output.lastElementChild.textContent = rest;
   }
 
+  // Before a second run: what it has not reached yet is faint.
+  expect() {
+    for (const one of this.output.children) one.classList.add("pending");
+  }
+
+  // The second run gave the same bits for this token.
+  confirm(index) {
+    const one = this.output.children[index];
+    one.classList.remove("pending");
+    one.classList.add("same");
+  }
+
+  settle() {
+    for (const one of this.output.children) one.classList.remove("pending");
+  }
+
+  // Removes the tokens from `index` on.
+  cut(index) {
+    const kept = this.#tokens.slice(0, index);
+    while (this.output.children.length > index) this.output.lastElementChild.remove();
+    this.#tokens = kept;
+    this.#characters = new Characters();
+    for (const token of kept) this.#characters.of(token);
+    this.leave();
+  }
+
   markDifference(index) {
     this.output.children[index]?.classList.add("differs");
+  }
+
+  // Closes the details and forgets the selected token.
+  leave() {
+    this.output.children[this.#active]?.classList.remove("active");
+    this.#active = -1;
+    this.#details.close(this);
   }
 
   #indexOf(target) {
@@ -79,52 +92,58 @@ export class TokenView {
 
   // Keyboard focus shows the first token; a pointer selects its own.
   #focused() {
-    if (this.output.matches(":focus-visible")) this.#activate(this.#active < 0 ? 0 : this.#active);
+    if (this.output.matches(":focus-visible") && this.#active < 0 && !this.#details.isClosing) this.#activate(0);
   }
 
   #key(event) {
     const last = this.#tokens.length - 1;
-    const steps = { ArrowRight: this.#active + 1, ArrowLeft: this.#active - 1, Home: 0, End: last };
-    if (!(event.key in steps) || last < 0) return;
+    if (last < 0) return;
+    if (event.key === "Escape" && this.#active >= 0) {
+      event.stopPropagation();
+      this.leave();
+      return;
+    }
+    if (event.key === "Enter" && this.#active >= 0) {
+      event.preventDefault();
+      this.#details.focus();
+      return;
+    }
+    const at = this.#active;
+    const steps = { ArrowRight: () => at + 1, ArrowLeft: () => at - 1, Home: () => 0, End: () => last };
+    Object.assign(steps, { ArrowDown: () => this.#line(1), ArrowUp: () => this.#line(-1) });
+    if (!(event.key in steps)) return;
     event.preventDefault();
-    this.#activate(Math.min(Math.max(steps[event.key], 0), last));
+    this.#activate(Math.min(Math.max(steps[event.key](), 0), last));
+  }
+
+  // The token of the next line in `direction` that is nearest to the selected one; the selected one if there is none.
+  #line(direction) {
+    const boxes = [...this.output.children].map((one) => one.getClientRects()[0] ?? one.getBoundingClientRect());
+    const here = boxes[Math.max(this.#active, 0)];
+    const beyond = boxes.filter((box) => direction * (box.top - here.top) > here.height / 2);
+    if (!beyond.length) return this.#active;
+    const tops = beyond.map((box) => box.top);
+    const top = direction > 0 ? Math.min(...tops) : Math.max(...tops);
+    const distance = (box) => Math.abs(box.left - here.left);
+    const line = beyond.filter((box) => Math.abs(box.top - top) < here.height / 2);
+    return boxes.indexOf(line.reduce((best, box) => (distance(box) < distance(best) ? box : best)));
   }
 
   #activate(index) {
     this.output.children[this.#active]?.classList.remove("active");
     this.#active = index < this.#tokens.length ? index : -1;
     this.output.children[this.#active]?.classList.add("active");
-    this.#show(this.#active);
     const token = this.#tokens[this.#active];
-    if (token) this.#announcement.textContent = `Token ${index + 1}: ${visible(alone(token))}, ${percent(token.logprob)}`;
+    if (!token) {
+      this.#details.close(this);
+      return;
+    }
+    this.#details.show(this, this.#active, true);
+    this.#details.announce(`Token ${index + 1}: ${visible(alone(token))}, ${percent(token.logprob)}`);
   }
 
-  #show(index) {
-    const token = this.#tokens[index];
-    this.#details.hidden = !token;
-    if (!token) return;
-    this.#details.replaceChildren(this.#table(index, token));
-    const place = this.output.children[index];
-    const most = Math.max(0, this.#frame.clientWidth - this.#details.offsetWidth);
-    this.#details.style.left = `${Math.min(place.offsetLeft, most)}px`;
-    this.#details.style.top = `${place.offsetTop + place.offsetHeight + 6}px`;
-  }
-
-  #table(index, token) {
-    const alternatives = [...token.alternatives];
-    if (!alternatives.some((one) => one.text === token.text)) alternatives.push(token);
-    alternatives.sort((a, b) => b.logprob - a.logprob);
-    const row = (one) =>
-      element("tr", { className: one.text === token.text ? "chosen" : "" }, [
-        element("td", { textContent: visible(alone(one)), dir: "auto" }),
-        element("td", { textContent: percent(one.logprob) }),
-        element("td", { textContent: String(one.logprob) }),
-      ]);
-    const head = ["token", "probability", "logprob"].map((textContent) => element("th", { textContent, scope: "col" }));
-    return element("table", {}, [
-      element("caption", { textContent: `Token ${index + 1}, id ${token.id ?? "unknown"}` }),
-      element("thead", {}, [element("tr", {}, head)]),
-      element("tbody", {}, alternatives.map(row)),
-    ]);
+  #hover(index) {
+    if (index >= 0) this.#details.show(this, index, index === this.#active);
+    else this.#details.close(this);
   }
 }

@@ -1,0 +1,24 @@
+// Chat answers as formatted text. marked makes HTML of Markdown; DOMPurify admits these elements only and returns nodes.
+
+import { marked } from "./vendor/marked.js";
+import purify from "./vendor/dompurify.js";
+
+const TAGS = "p br hr h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code em strong del table thead tbody tr th td a".split(" ");
+
+purify.addHook("afterSanitizeAttributes", (node) => {
+  if (node.tagName !== "A") return;
+  node.setAttribute("target", "_blank");
+  node.setAttribute("rel", "noopener noreferrer");
+});
+
+export function formatted(text) {
+  const html = marked.parse(text, { gfm: true, breaks: true, async: false });
+  return purify.sanitize(html, {
+    ALLOWED_TAGS: TAGS,
+    ALLOWED_ATTR: ["href", "start", "align"],
+    ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+    ALLOW_DATA_ATTR: false,
+    ALLOW_ARIA_ATTR: false,
+    RETURN_DOM_FRAGMENT: true,
+  });
+}
