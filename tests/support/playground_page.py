@@ -40,7 +40,7 @@ def say(page: Page, text: str) -> None:
     turns = page.locator(".turn").count()
     page.fill("#prompt", text)
     page.click("#generate")
-    page.wait_for_function(f"document.querySelectorAll('.turn').length === {turns + 1}")
+    page.wait_for_function(f"() => document.querySelectorAll('.turn').length === {turns + 1}")
     page.wait_for_selector(ENABLED)
 
 

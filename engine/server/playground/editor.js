@@ -1,7 +1,7 @@
 // The prompt as a part of the text: its line breaks and the keys that send it.
 
 import { byId } from "./elements.js";
-import { mode } from "./form.js";
+import { LAST_LINE, mode } from "./form.js";
 
 // Whether Enter sends: in chat, where there is a keyboard beside the screen.
 export function sends(event) {
@@ -11,14 +11,21 @@ export function sends(event) {
   return inChat && !event.shiftKey;
 }
 
-// browsers add a second line break at the end of a text, which would be part of the prompt
+// Browsers show the caret in an empty last line only if something follows there; a line break of their own would be
+// part of the prompt, so this is a space without width, which form.js takes off.
 byId("prompt").addEventListener("beforeinput", (event) => {
   if (!["insertParagraph", "insertLineBreak"].includes(event.inputType)) return;
   event.preventDefault();
   const range = getSelection().getRangeAt(0);
+  const line = document.createTextNode("\n");
   range.deleteContents();
-  range.insertNode(document.createTextNode("\n"));
-  range.collapse(false);
+  range.insertNode(line);
+  range.setStartAfter(line);
+  range.collapse(true);
+  if (!byId("prompt").textContent.endsWith(LAST_LINE)) byId("prompt").append(LAST_LINE);
+  byId("prompt").normalize();
+  getSelection().removeAllRanges();
+  getSelection().addRange(range);
   byId("prompt").dispatchEvent(new Event("input", { bubbles: true }));
 });
 // a press on the free space beside the text goes to its prompt

@@ -13,9 +13,12 @@ export function setMode(value) {
   document.querySelector(`input[name=mode][value=${value}]`).checked = true;
 }
 
-// A trailing line break of the editor itself is not part of the prompt.
+// Holds the caret in an empty last line of the prompt, and is no part of it.
+export const LAST_LINE = "\u200b";
+
 export function prompt() {
-  return byId("prompt").innerText.replaceAll("\r", "");
+  const text = byId("prompt").textContent;
+  return text.endsWith(LAST_LINE) ? text.slice(0, -LAST_LINE.length) : text;
 }
 
 export function setPrompt(text) {

@@ -45,7 +45,7 @@ def page(browser: Browser, server_url: str, request: pytest.FixtureRequest) -> I
     context.on("weberror", lambda error: complaints.append(str(error.error)))
     context.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     opened.goto(server_url)
-    opened.wait_for_function("document.getElementById('model').textContent !== '…'")
+    opened.wait_for_function("() => document.getElementById('model').textContent !== '…'")
     yield opened
     context.close()
     assert [text for text in complaints if not text.startswith("Failed to load resource")] == []
