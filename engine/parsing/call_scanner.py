@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from enum import Enum, auto
 
+from sempre.engine.parsing.pieces import well_formed
+
 _WHITE_SPACE = " \t\r\n"
 _CLOSING = {"{": "}", "[": "]"}
 _ARGUMENT_KEYS = ("arguments", "parameters")
@@ -192,8 +194,9 @@ class CallScanner:
 
 
 def _decoded(text: str) -> object:
+    """The value of JSON text; None if it is none, or is nested too deeply."""
     try:
         value: object = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return value
+    return well_formed(value) if isinstance(value, str) else value

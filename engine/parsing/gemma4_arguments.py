@@ -12,6 +12,8 @@ import json
 import re
 from enum import Enum, auto
 
+from sempre.engine.parsing.pieces import well_formed
+
 _WHITE_SPACE = " \t\r\n"
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
 # as JSON says them, and as Python does, which templates print
@@ -251,7 +253,7 @@ def _escaped(text: str) -> str:
 def _decoded(text: str) -> str:
     """What a JSON string says, without its quotation marks; the text itself where it is none."""
     try:
-        return str(json.loads(f'"{text}"', strict=False))
+        return well_formed(json.loads(f'"{text}"', strict=False))
     except ValueError:
         return text
 

@@ -98,6 +98,11 @@ def unfinished_part(tokenizer: Tokenizer, token_ids: Sequence[int], start: str, 
     return ""
 
 
+def well_formed(text: str) -> str:
+    """Text that UTF-8 can hold, from one with escapes: surrogates of a pair become its character, others U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def split_before_tag(text: str, tag: str) -> tuple[str, str]:
     """(certain, undecided): `text`, which does not contain `tag`, cut where a tag may begin."""
     for size in range(min(len(tag) - 1, len(text)), 0, -1):

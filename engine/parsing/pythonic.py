@@ -14,7 +14,7 @@ import warnings
 from enum import Enum, auto
 from typing import Any
 
-from sempre.engine.parsing.pieces import Arguments, Piece
+from sempre.engine.parsing.pieces import Arguments, Piece, well_formed
 from sempre.engine.parsing.tool_calls import AroundCalls
 
 _START, _END = "<|python_start|>", "<|python_end|>"
@@ -185,7 +185,8 @@ def _parsed(text: str) -> tuple[str, str] | None:
         arguments = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
         if None in arguments:
             return None
-        return ast.unparse(call.func), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        return ast.unparse(call.func), well_formed(written)
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
 

@@ -11,9 +11,7 @@ from enum import Enum, auto
 from sempre.engine.parsing.pieces import Arguments, Piece, split_before_tag
 from sempre.engine.parsing.tool_calls import AroundCalls, RequiredCallsParser
 
-# what may follow arguments, as far as it is known: the end of a fence around them
-_FENCE_END = re.compile(r"\s*`{0,3}\s*$")
-_FENCE = "```json"
+_FENCE, _FENCE_END = "```json", "```"
 
 
 class _At(Enum):
@@ -83,10 +81,9 @@ class _TaggedParser(AroundCalls):
         text = self._held + text
         if not self._has_arguments:
             text = text.lstrip()
-        end = _FENCE_END.search(text)
-        assert end is not None
-        self._held = text[end.start() :]
-        if certain := text[: end.start()]:
+        certain = _without_fence_end(text)
+        self._held = text[len(certain) :]
+        if certain:
             self._has_arguments = True
             self._pieces.append(Arguments(self._num_calls - 1, certain))
 
@@ -97,6 +94,13 @@ class _TaggedParser(AroundCalls):
         elif self._at is _At.ARGUMENTS and not self._has_arguments and not is_cut:
             self._pieces.append(Arguments(self._num_calls - 1, "{}"))
         self._at, self._header, self._held = _At.CONTENT, "", ""
+
+
+def _without_fence_end(text: str) -> str:
+    """Arguments without what may follow them: the end of a fence, as much of it as there is, and white space."""
+    before = text.rstrip()
+    num_ticks = min(len(before) - len(before.rstrip("`")), len(_FENCE_END))
+    return before[: len(before) - num_ticks].rstrip()
 
 
 class DeepSeekV31Parser(_TaggedParser):

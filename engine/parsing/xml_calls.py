@@ -23,8 +23,8 @@ from sempre.engine.parsing.pieces import Arguments, Piece, split_before_tag
 from sempre.engine.parsing.tool_calls import AroundCalls, Schema
 
 _WORDS = {"True": "true", "False": "false", "None": "null"}
-_FUNCTION = re.compile(r"\s*<function=([^<>]+?)\s*>")
-_PARAMETER = re.compile(r"<parameter=([^<>]+?)\s*>")
+_FUNCTION = re.compile(r"\s*<function=([^<>]+)>")
+_PARAMETER = re.compile(r"<parameter=([^<>]+)>")
 _PARAMETER_END, _FUNCTION_END = "</parameter>", "</function>"
 # how much may be between two tags before they are none
 _LONGEST_TAG = 512
@@ -156,8 +156,8 @@ class Qwen3CoderParser(AroundCalls):
     def _json(self, value: str) -> str:
         """A value as JSON."""
         text = value.removesuffix("\n")
-        schema = (self._schemas.get(self._name) or {}).get("properties", {}).get(self._key)
-        kinds = _kinds(schema)
+        properties = (self._schemas.get(self._name) or {}).get("properties")
+        kinds = _kinds(properties.get(self._key)) if isinstance(properties, Mapping) else set()
         word = _WORDS.get(text.strip(), text.strip())
         if kinds and (word == "null" if "string" in kinds else True) and _is_json(word):
             return word
@@ -171,18 +171,21 @@ class SeedOssParser(Qwen3CoderParser):
 
 
 def _kinds(schema: Any) -> set[str]:
-    """The types that a schema names; none where it does not say."""
+    """The types that a schema names; none where it does not say, or is no schema: nobody has checked it."""
     if not isinstance(schema, Mapping):
         return set()
-    named = schema.get("type")
-    found = {named} if isinstance(named, str) else set(named) if isinstance(named, list) else set()
+    found = {each for each in _listed(schema.get("type")) if isinstance(each, str)}
     for key in ("anyOf", "oneOf"):
-        for each in schema.get(key) or ():
+        for each in _listed(schema.get(key)):
             found |= _kinds(each)
     if not found:
-        for value in schema.get("enum") or ():
+        for value in _listed(schema.get("enum")):
             found.add("string" if isinstance(value, str) else "other")
     return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if isinstance(value, str) else []
 
 
 def _is_json(text: str) -> bool:

@@ -27,8 +27,9 @@ from sempre.engine.server.responses import PromptTokensDetails, RequestTimes, Us
 from sempre.engine.server.service import Service
 from sempre.engine.server.tracing import RequestSpan
 
-# an event loop writes this many in a millisecond or two
+# an event loop writes this many in a millisecond or two, and parses this many in ten
 _LONG_LOGPROBS = 1000
+_LONG_TOKENS = 1000
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -102,7 +103,7 @@ class Generation:
         def encode() -> bytes:
             return msgspec.json.encode(body())
 
-        if self._num_logprobs() <= _LONG_LOGPROBS:
+        if self._num_logprobs() <= _LONG_LOGPROBS and self.num_tokens <= _LONG_TOKENS:
             return encode()
         return await self._service.offload.written(encode)
 

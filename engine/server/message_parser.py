@@ -130,14 +130,17 @@ class ParsedContent:
         if reasoning:
             delta.reasoning = delta.reasoning_content = reasoning
         calls: dict[int, ToolCall] = {}
+        arguments: dict[int, list[str]] = {}
         for piece in pieces:
             if isinstance(piece, CallStart):
                 self._num_calls += 1
                 function = ToolCallFunction(piece.name, "")
                 calls[piece.index] = ToolCall(function, self.call_id(piece.index), "function", piece.index)
             elif isinstance(piece, Arguments):
-                part = calls.setdefault(piece.index, ToolCall(ToolCallFunction(), index=piece.index))
-                part.function.arguments = (part.function.arguments or "") + piece.text
+                calls.setdefault(piece.index, ToolCall(ToolCallFunction(), index=piece.index))
+                arguments.setdefault(piece.index, []).append(piece.text)
+        for index, texts in arguments.items():
+            calls[index].function.arguments = "".join(texts)
         if calls:
             delta.tool_calls = list(calls.values())
         return delta
