@@ -36,12 +36,18 @@ def answer(task: bytes) -> list[Any]:
         name, arguments = msgspec.json.decode(task)
         return [True, TASKS[name](**arguments)]
     except (ConfigError, RequestError) as error:
-        return [False, [type(error).__name__, str(error), error.parameter]]
+        return [False, [type(error).__name__, _sendable(error), error.parameter]]
     except MemoryError:
         return [False, ["MemoryError", "", None]]
     # a template's expression may raise anything; that is the task's error
     except Exception as error:
-        return [False, ["RequestError", f"chat_template failed: {type(error).__name__}: {error}"[:1000], "messages"]]
+        told = f"chat_template failed: {type(error).__name__}: {_sendable(error)}"
+        return [False, ["RequestError", told[:1000], "messages"]]
+
+
+def _sendable(error: Exception) -> str:
+    """What an error says: a template may put any text into it."""
+    return str(error).encode("utf-8", "backslashreplace").decode()
 
 
 def _limit_memory() -> None:

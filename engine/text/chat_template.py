@@ -146,7 +146,17 @@ def _rendered(template: str, variables: Mapping[str, Any]) -> str:
     compiled = _compile(template)
     assert isinstance(compiled.environment, BoundedEnvironment)
     with compiled.environment.bounded():
-        return compiled.render(variables)
+        prompt = compiled.render(variables)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        # JSON text in a message, like arguments of a call, may escape what the body itself cannot hold
+        raise RequestError(
+            f"the prompt that chat_template makes of these messages has no UTF-8 form: {error.reason} at character "
+            f"{error.start}.",
+            parameter="messages",
+        ) from None
+    return prompt
 
 
 def _mark_end(message: dict[str, Any], index: int) -> None:

@@ -6,9 +6,11 @@ import time
 from typing import Any
 
 import jinja2.sandbox
+import msgspec
 import pytest
 
 from sempre.engine import RequestError
+from sempre.engine.server.helper_process import answer
 from sempre.engine.text import template_limits
 from sempre.engine.text.chat_template import render_chat
 from sempre.engine.text.template_limits import BoundedEnvironment
@@ -126,3 +128,30 @@ def test_ordinary_templates_render_as_they_do_without_bounds(template: str) -> N
     expected = plain.from_string(template).render(messages=MESSAGES)
     assert expected
     assert bounded.from_string(template).render(messages=MESSAGES) == expected
+
+
+def _call(arguments: str) -> list[dict[str, Any]]:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [*MESSAGES, {"role": "assistant", "tool_calls": [call]}]
+
+
+_SHOWS_ARGUMENTS = (
+    "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments.a }}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    names: dict[str, Any] = {"bos_token": None, "eos_token": None}
+    assert render_chat(_call(r'{"a": "\ud83d\ude00"}'), _SHOWS_ARGUMENTS, **names) == "😀"
+    for messages, template in ((_call(r'{"a": "\ud800"}'), _SHOWS_ARGUMENTS), (MESSAGES, r"{{ '\ud800' }}")):
+        with pytest.raises(RequestError, match="no UTF-8 form: surrogates not allowed at character 0") as caught:
+            render_chat(messages, template, **names)
+        assert caught.value.parameter == "messages"
+
+
+@pytest.mark.parametrize("template", [r"{{ '\ud800' }}", r"{{ raise_exception('\ud800') }}", r"{{ '\ud800' + 1 }}"])
+def test_the_helper_process_answers_whatever_a_template_does(template: str) -> None:
+    task = ["render_chat", {"messages": MESSAGES, "template": template, "bos_token": None, "eos_token": None}]
+    is_done, [kind, told, parameter] = msgspec.json.decode(msgspec.json.encode(answer(msgspec.json.encode(task))))
+    assert (is_done, kind, parameter) == (False, "RequestError", "messages")
+    assert "memory" not in told
