@@ -45,9 +45,15 @@ def weights_of_tensors(named_tensors: NamedTensors) -> NewWeights:
     """Write tensors to a private folder. Raises RequestError for other values, or a name that comes twice."""
     pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
     found: dict[str, torch.Tensor] = {}
-    for name, tensor in pairs:
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise _refused("named_tensors", f"must be pairs of a name and a torch.Tensor, got {shown(pairs)}.", pairs)
+    for pair in pairs:
+        name, tensor = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (pair, None)
         if not isinstance(name, str) or not hasattr(tensor, "untyped_storage"):
             raise _refused("named_tensors", f"must be pairs of a name and a torch.Tensor, got {shown(name)}.", name)
+        if tensor.is_meta or str(tensor.layout) != "torch.strided":
+            kind = "on the meta device" if tensor.is_meta else f"of the layout {tensor.layout}"
+            raise _refused("named_tensors", f"must have their values in memory, {name!r} is {kind}.", name)
         if name in found:
             raise _refused("named_tensors", f"has {name!r} twice.", name)
         # a copy: several may share their memory, which a file does not allow

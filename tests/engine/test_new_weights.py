@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sempre.engine import LLM, AsyncLLM, RequestError, RequestOutput, RequestOutputKind, SamplingParams
+from sempre.engine.frontend.new_weights import weights_of_tensors
 from sempre.engine.proof.dsse import payload_of
 from sempre.engine.proof.statement import decode
 from sempre.ipc.errors import TensorMismatch
@@ -263,3 +264,22 @@ def test_requests_that_come_meanwhile_get_the_new_weights(
             assert (bits(again), {output.fingerprint for output in again}) == (old, {own})
 
     loop(together())
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (None, "must be pairs of a name and a torch.Tensor, got None"),
+        ("abc", "must be pairs of a name and a torch.Tensor, got 'abc'"),
+        ([("a", 1, 2)], "must be pairs of a name and a torch.Tensor"),
+        (["ab"], "must be pairs of a name and a torch.Tensor, got 'ab'"),
+        ({"a": torch.ones(2, 2, device="meta")}, "must have their values in memory, 'a' is on the meta device"),
+        (
+            {"a": torch.ones(2, 2).to_sparse()},
+            "must have their values in memory, 'a' is of the layout",
+        ),
+    ],
+)
+def test_what_holds_no_values_is_refused_by_name(given: Any, text: str) -> None:
+    with pytest.raises(RequestError, match=text):
+        weights_of_tensors(given)
