@@ -19,12 +19,11 @@ from sempre.engine.frontend.frontend import (
     call_results,
     engine_metrics,
     limits_of,
-    log_progress,
     worker_call,
 )
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.pacing import Pacer
-from sempre.engine.frontend.progress import StartupNotice
+from sempre.engine.frontend.progress import StartupNotice, log_progress
 from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import check_refused
@@ -93,8 +92,8 @@ class AsyncLLM(AsyncWeightsLLM):
         await self._launch()
 
     async def _launch(self) -> None:
-        with StartupNotice(self._frontend.config.model):
-            self._client = await launch_async(self._frontend.config, log_progress)
+        with StartupNotice(self._frontend.config.model) as notice:
+            self._client = await launch_async(self._frontend.config, notice.phase_ended)
         self._frontend.connect(self._client.ready)
         self._reader = asyncio.create_task(self._read(self._client), name="sempre reader")
 

@@ -18,7 +18,6 @@ from sempre.engine.frontend.frontend import (
     Frontend,
     call_results,
     engine_metrics,
-    log_progress,
     raise_failure,
     updated_fingerprint,
     worker_call,
@@ -68,8 +67,8 @@ class LLM(WeightsLLM):
         def load_frontend() -> None:
             self._frontend = Frontend(arguments)
 
-        with StartupNotice(arguments.engine.model):
-            client = launch(arguments.engine, log_progress, meanwhile=load_frontend)
+        with StartupNotice(arguments.engine.model) as notice:
+            client = launch(arguments.engine, notice.phase_ended, meanwhile=load_frontend)
         # Runs once: on shutdown, when this object is garbage-collected, or at the end of the program.
         self._closer = weakref.finalize(self, client.close)
         self._frontend.connect(client.ready)

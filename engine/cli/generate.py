@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sempre.engine.cli.answers import PlainDisplay, engine_pieces, show_answer
 from sempre.engine.cli.arguments import (
     add_engine_flags,
     add_model_flag,
@@ -19,7 +20,7 @@ from sempre.engine.cli.arguments import (
 )
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.prompt_source import PromptRow, prompts_from_arguments, prompts_from_file
-from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
 from sempre.ipc.errors import ConfigError, RequestError
 from sempre.ipc.log_lines import for_terminal, plain
 
@@ -42,7 +43,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Complete all prompts and print the completions in order; exit code 1 if one failed."""
+    """Complete all prompts and print the completions in order; exit code 1 if one failed.
+
+    At a terminal, the completion of a single prompt is printed as it arrives.
+    """
     model = model_of(namespace)
     given = sampling_keywords(namespace)
     rows = _rows(namespace)
@@ -56,6 +60,9 @@ def run(namespace: argparse.Namespace) -> int:
     with LLM(model, **engine_keywords(namespace)) as llm:
         base = _base_params(llm, given)
         params = [_with_row(base, row.sampling, row) for row in rows]
+        if len(rows) == params[0].n == 1 and sys.stdout.isatty() and not namespace.json:
+            streamed = dataclasses.replace(params[0], output_kind=RequestOutputKind.DELTA)
+            return int(show_answer(engine_pieces(llm, _prompt(llm, rows[0]), streamed), PlainDisplay()) is None)
         outputs = _generate(llm, rows, params)
         for index, output in enumerate(outputs):
             for completion in output.outputs:

@@ -36,6 +36,8 @@ from sempre.ipc.errors import (
 )
 from sempre.ipc.log_lines import PlainFormatter, plain, plain_lines
 
+logger = logging.getLogger(__name__)
+
 DEBUG_VARIABLE = "SEMPRE_DEBUG"
 
 COMMANDS = {
@@ -48,6 +50,7 @@ COMMANDS = {
     "pull": "download a model of the catalogue",
     "bench": "measure latency, throughput or start-up",
     "bench serve": "measure a running server under load",
+    "bench compare": "show the figures of two results of `bench` beside each other",
     "fingerprint": "print what the outputs of a model depend on, and its digest",
     "replay": "make the outputs of receipts again, and say whether they are equal",
     "verify": "check on this machine, or from outside on a server, that outputs depend on nothing else",
@@ -124,6 +127,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     parser.add_argument("--debug", action="store_true", help="log everything, and show tracebacks of errors")
     namespace = parser.parse(rest)
     _set_up_output(debug)
+    _warn_of_variables()
     code: int = module.run(namespace)
     return code
 
@@ -133,12 +137,22 @@ def _top_parser() -> CommandParser:
         prog="sempre",
         usage="sempre COMMAND [flags]",
         description="LLM inference whose outputs are reproducible bit for bit.\n\ncommands:\n"
-        + "\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items()),
+        + "\n".join(f"  {name:<13} {text}" for name, text in COMMANDS.items()),
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"sempre {__version__}")
     return parser
+
+
+def _warn_of_variables() -> None:
+    """Warn of variables with our prefix that nothing reads, such as SEMPRE_CACH."""
+    if any(name.startswith("SEMPRE_") for name in os.environ):
+        # imports every setting
+        from sempre.engine.cli.serve import ignored_variables
+
+        for sentence in ignored_variables(os.environ):
+            logger.warning("%s", sentence)
 
 
 def _set_up_output(debug: bool) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -20,6 +20,7 @@ from sempre.engine.cli.arguments import (
     engine_keywords,
     given_values,
 )
+from sempre.engine.cli.config_file import named_places, read_config
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.executor.threads import threads_beside_a_server
 from sempre.engine.near_names import near_name
@@ -35,12 +36,14 @@ ENVIRONMENT_PREFIX = "SEMPRE_"
 _SERVICE_VARIABLE = re.compile(r"\w+_SERVICE_(HOST|PORT(_\w+)?)|\w+_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.*")
 _SERVER_SETTINGS = field_types(ServerConfig)
-_ENGINE_SETTINGS = (
+_ENGINE_SETTINGS: tuple[str, ...] = (
     *field_types(EngineConfig),
     *field_types(FrontendConfig),
     *SHORT_SPECULATION,
     *(name for name in VLLM_KEYWORDS if name not in _SERVER_SETTINGS),
 )
+
+_KNOWN = frozenset({"model", *_SERVER_SETTINGS, *_ENGINE_SETTINGS, *VLLM_SERVER_SETTINGS})
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,16 +59,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
-    settings = _settings(namespace)
-    check_vllm_settings(settings)
-    server = server_config({name: value for name, value in settings.items() if name in _SERVER_SETTINGS})
-    engine = {name: value for name, value in settings.items() if name in _ENGINE_SETTINGS}
-    model = settings.get("model")
-    if model is None:
-        raise UsageError("no model given; the model `tiny` is always available: sempre serve tiny")
+    settings, places = _settings(namespace)
+    with named_places(places):
+        check_vllm_settings(settings)
+        server = server_config({name: value for name, value in settings.items() if name in _SERVER_SETTINGS})
+        engine = {name: value for name, value in settings.items() if name in _ENGINE_SETTINGS}
+        model = settings.get("model")
+        if model is None:
+            raise UsageError("no model given; the model `tiny` is always available: sempre serve tiny")
+        # Nothing is started for settings that cannot work.
+        world_size = parse_arguments(model, engine).engine.world_size
     if not engine.get("num_threads"):
-        # Check before dividing by it.
-        engine["num_threads"] = threads_beside_a_server(parse_arguments(model, engine).engine.world_size)
+        engine["num_threads"] = threads_beside_a_server(world_size)
     if namespace.print_config:
         _print_config(model, engine, server)
         return 0
@@ -82,43 +87,29 @@ def run(namespace: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(namespace: argparse.Namespace) -> dict[str, Any]:
+class Settings(NamedTuple):
+    """The given settings, and the places of those that a file has set."""
+
+    values: dict[str, Any]
+    places: dict[str, str]
+
+
+def _settings(namespace: argparse.Namespace) -> Settings:
     """Return the given settings: flags override the environment, which overrides the file."""
     path = namespace.config or os.environ.get(ENVIRONMENT_PREFIX + "CONFIG")
-    settings = {} if path is None else _from_file(path)
-    settings |= _from_environment()
-    settings |= config_values(namespace, ServerConfig) | engine_keywords(namespace)
-    settings |= given_values(namespace, VLLM_SERVER_SETTINGS)
+    settings, places = ({}, {}) if path is None else read_config(path, _KNOWN)
+    for name, value in settings.items():
+        if isinstance(value, str) and name in _SERVER_SETTINGS and _is_list(name):
+            settings[name] = [value]
+    others = _from_environment() | config_values(namespace, ServerConfig) | engine_keywords(namespace)
+    others |= given_values(namespace, VLLM_SERVER_SETTINGS)
+    settings |= others
     given = [model for model in (namespace.model_argument, namespace.model) if model is not None]
     if len(set(given)) > 1:
         raise UsageError(f"two models are given: {' and '.join(given)}")
     if given:
         settings["model"] = given[0]
-    return settings
-
-
-def _from_file(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", parameter="config") from error
-    if found is None:
-        return {}
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} must hold settings as `name: value`, found {type(found).__name__}.")
-    settings = {str(name).replace("-", "_"): value for name, value in found.items()}
-    known = {"model", *_SERVER_SETTINGS, *_ENGINE_SETTINGS, *VLLM_SERVER_SETTINGS}
-    for name, value in settings.items():
-        if name not in known:
-            near = near_name(name, known)
-            hint = f" Did you mean {near!r}?" if near else ""
-            raise ConfigError(f"{path}: there is no setting {name!r}.{hint}", parameter=name)
-        if isinstance(value, str) and name in _SERVER_SETTINGS and _is_list(name):
-            settings[name] = [value]
-    return settings
+    return Settings(settings, {name: place for name, place in places.items() if name not in others})
 
 
 def _from_environment() -> dict[str, Any]:
@@ -136,6 +127,23 @@ def _from_environment() -> dict[str, Any]:
         if text is not None and variable not in links:
             settings[name] = text if name == "model" else _converted(name, text)
     return settings
+
+
+def ignored_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each variable with our prefix that nothing reads."""
+    known = {ENVIRONMENT_PREFIX + name.upper() for name in ("model", "config", *_SERVER_SETTINGS)}
+    known |= {"SEMPRE_CACHE", "SEMPRE_DEBUG", "SEMPRE_MULTIPROCESSING", *service_variables(environment)}
+    sentences = []
+    for variable in sorted(environment):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in known:
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+        near = near_name(variable, known)
+        hint = f" Did you mean {near}?" if near else ""
+        if name in _ENGINE_SETTINGS:
+            hint = f" Settings of the engine are not read from the environment: use --{name.replace('_', '-')}."
+        sentences.append(f"the variable {variable} is not read.{hint}")
+    return sentences
 
 
 def service_variables(environment: Mapping[str, str]) -> list[str]:

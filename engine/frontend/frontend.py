@@ -45,7 +45,6 @@ from sempre.ipc.messages import (
     EngineReady,
     MetricsReply,
     PoolingModel,
-    StartupProgress,
     UpdateWeightsReply,
 )
 from sempre.ipc.model_files import read_json_object, read_text
@@ -271,11 +270,6 @@ def engine_metrics(reply: MetricsReply, frontend: Frontend) -> list[Metric]:
     """Return the coordinator's metrics and those of this process."""
     own = {"unseeded_digests_dropped": float(frontend.builder.num_dropped_digests)}
     return read_metrics({**reply.values, **own, **frontend.processor.sizes.report()}, frontend.served_model_name)
-
-
-def log_progress(progress: StartupProgress) -> None:
-    """Log one finished phase of the start-up."""
-    logger.info("start-up: %s took %.2f s", progress.phase, progress.seconds)
 
 
 def call_results(reply: CallWorkersReply, method: str) -> list[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -11,11 +12,19 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from sempre.engine.outputs import RequestOutput
+from sempre.ipc.messages import StartupProgress
+
+logger = logging.getLogger(__name__)
 
 UseTqdm = bool | Callable[..., Any]
 """True, False, or a callable with tqdm's interface that makes a bar."""
 # A normal start of a small model is faster; a first start, which compiles kernels, takes several times as long.
 DELAY_S = 2.0
+_PHASES = {
+    "start": "starting the processes",
+    "load": "loading the weights",
+    "warm_up": "preparing the kernels and checking them",
+}
 
 
 class GenerationProgress:
@@ -70,8 +79,13 @@ def _speeds(input_speed: float, output_speed: float) -> str:
     return f"est. speed input: {input_speed:.2f} toks/s, output: {output_speed:.2f} toks/s"
 
 
+def log_progress(progress: StartupProgress) -> None:
+    """Log one finished phase of the start-up."""
+    logger.info("start-up: %s took %.2f s", progress.phase, progress.seconds)
+
+
 class StartupNotice:
-    """Context manager of a start-up: writes a line to `stream` if it takes longer than `delay_s`, and one at its end.
+    """Context manager of a start-up that writes to `stream` if it takes longer than `delay_s`: phases and the end.
 
     Silent unless at a terminal or in a notebook. Phases are logged in any case.
     """
@@ -81,6 +95,9 @@ class StartupNotice:
         self._stream = sys.stderr if stream is None else stream
         self._began = 0.0
         self._told = threading.Event()
+        # phases end in this thread or the engine's, the timer has its own
+        self._lock = threading.Lock()
+        self._phases: list[str] = []
         self._timer = threading.Timer(delay_s, self._tell)
         self._timer.daemon = True
 
@@ -98,13 +115,30 @@ class StartupNotice:
         self._timer.cancel()
         self._timer.join()
         if self._told.is_set() and error is None:
-            self._write(f"sempre: {self._model} is ready after {time.monotonic() - self._began:.0f} s")
+            self._write(f"sempre: {self._model} is ready after {time.monotonic() - self._began:.1f} s")
+
+    def phase_ended(self, progress: StartupProgress) -> None:
+        """Tell of a phase if the start is a long one, at once or when it turns out to be."""
+        log_progress(progress)
+        with self._lock:
+            name = _PHASES.get(progress.phase, progress.phase)
+            self._phases.append(f"sempre: {name} took {progress.seconds:.1f} s")
+            self._write_phases()
 
     def _tell(self) -> None:
-        self._told.set()
-        self._write(
-            f"sempre: starting {self._model}; the first start on a machine compiles the kernels and can take a minute"
-        )
+        with self._lock:
+            self._told.set()
+            self._write(
+                f"sempre: starting {self._model}; the first start on a machine compiles the kernels and can take a "
+                "minute"
+            )
+            self._write_phases()
+
+    def _write_phases(self) -> None:
+        if self._told.is_set():
+            for line in self._phases:
+                self._write(line)
+            self._phases.clear()
 
     def _write(self, line: str) -> None:
         print(line, file=self._stream, flush=True)

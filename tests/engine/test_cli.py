@@ -20,6 +20,7 @@ from sempre.engine.cli.arguments import (
 from sempre.engine.cli.main import COMMANDS, exit_code, main
 from sempre.engine.cli.parser import CommandParser, UsageError
 from sempre.engine.cli.prompt_source import PromptRow, prompts_from_arguments, prompts_from_file
+from sempre.engine.cli.serve import ignored_variables
 from sempre.engine.version import __version__
 from sempre.ipc.errors import (
     ConfigError,
@@ -324,3 +325,22 @@ def test_pull_of_a_model_in_the_package_prints_its_folder() -> None:
     result = sempre("pull", "tiny")
     assert (result.returncode, result.stderr) == (0, "")
     assert (Path(result.stdout.strip()) / "config.json").is_file()
+
+
+def test_variables_that_nothing_reads_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {
+        "SEMPRE_CACH": "/x",
+        "SEMPRE_MAX_MODEL_LEN": "5",
+        "SEMPRE_PORT": "3",
+        "SEMPRE_CACHE": "/x",
+        "SEMPRE_SERVICE_HOST": "10.0.0.1",
+        "OTHER": "1",
+    }
+    assert ignored_variables(environment) == [
+        "the variable SEMPRE_CACH is not read. Did you mean SEMPRE_CACHE?",
+        "the variable SEMPRE_MAX_MODEL_LEN is not read. Settings of the engine are not read from the environment: "
+        "use --max-model-len.",
+    ]
+    result = sempre("pull", "tiny", environment={"SEMPRE_CACH": "/x"})
+    assert result.returncode == 0
+    assert "sempre: WARNING: the variable SEMPRE_CACH is not read. Did you mean SEMPRE_CACHE?" in result.stderr

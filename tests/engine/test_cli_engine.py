@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 
 from sempre.engine import LLM, SamplingParams
@@ -162,3 +164,15 @@ def test_interrupts_of_a_chat() -> None:
         _, errors = process.communicate(timeout=60)
     assert answer[0] == again[0]
     assert (process.returncode, errors) == (130, "sempre: interrupted\n")
+
+
+def test_one_prompt_at_a_terminal_streams_and_ends_with_what_reproduces_it() -> None:
+    flags = ["--max-tokens", "12", "--sampling-seed", "5", "--ignore-eos"]
+    [record] = records(*flags, "The ship")
+    process = pexpect.spawn(sys.executable, command("generate", *COMMON, *flags, "The ship")[1:], timeout=120)
+    process.expect(pexpect.EOF)
+    process.close()
+    assert process.exitstatus == 0
+    shown = process.before.decode().replace("\r\n", "\n")
+    facts = rf"\[seed 5, fingerprint {record['fingerprint']}, 12 tokens, [\d,.]+ tokens/s\]\n"
+    assert re.fullmatch(r"(?s).*" + re.escape(record["text"] + "\n") + facts, shown)

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from sempre.engine.frontend.progress import StartupNotice
+from sempre.ipc.messages import StartupProgress
 
 NEVER_S = 3600.0
 
@@ -33,10 +34,32 @@ def test_a_long_start_is_explained_and_its_end_told() -> None:
     assert last.startswith("sempre: tiny is ready after ")
 
 
+def test_phases_of_a_long_start_are_told_with_their_times() -> None:
+    terminal = Terminal()
+    with StartupNotice("tiny", terminal, delay_s=0.0) as notice:
+        assert terminal.was_written.wait(60)
+        notice.phase_ended(StartupProgress(phase="load", seconds=3.21))
+        notice.phase_ended(StartupProgress(phase="warm_up", seconds=0.56))
+    assert terminal.getvalue().splitlines()[1:3] == [
+        "sempre: loading the weights took 3.2 s",
+        "sempre: preparing the kernels and checking them took 0.6 s",
+    ]
+
+
+def test_phases_that_ended_before_a_start_was_long_are_told_then() -> None:
+    terminal = Terminal()
+    notice = StartupNotice("tiny", terminal, delay_s=0.0)
+    notice.phase_ended(StartupProgress(phase="start", seconds=0.31))
+    assert terminal.getvalue() == ""
+    with notice:
+        assert terminal.was_written.wait(60)
+    assert terminal.getvalue().splitlines()[1] == "sempre: starting the processes took 0.3 s"
+
+
 def test_a_short_start_is_silent() -> None:
     terminal = Terminal()
-    with StartupNotice("tiny", terminal, delay_s=NEVER_S):
-        pass
+    with StartupNotice("tiny", terminal, delay_s=NEVER_S) as notice:
+        notice.phase_ended(StartupProgress(phase="load", seconds=0.1))
     assert terminal.getvalue() == ""
 
 

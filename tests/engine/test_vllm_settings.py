@@ -53,7 +53,7 @@ def settings_of(*arguments: str) -> dict[str, Any]:
     """What `sempre serve tiny ARGUMENTS` is started with."""
     parser = CommandParser(prog="sempre serve")
     serve_command.add_flags(parser)
-    return serve_command._settings(parser.parse(["tiny", *arguments]))
+    return serve_command._settings(parser.parse(["tiny", *arguments])).values
 
 
 def as_flag(name: str, value: object) -> list[str]:

@@ -314,6 +314,37 @@ def test_a_number_in_a_file_must_be_one(tmp_path: Path, capsys: pytest.CaptureFi
     assert "data_parallel_size must be an int, got '2'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "host: ::1\n# more\nmax-num-seq: 3\n",
+            "{file}, line 3: there is no setting 'max_num_seq'. Did you mean 'max_num_seqs'?",
+        ),
+        ("port: 1\nhost: ::1\nport: 2\n", "{file}, line 3: 'port' is set twice, first in {file}, line 1"),
+        ("host: ::1\nport: 70000\n", "{file}, line 2: port"),
+        ("\n\ndata_parallel_size: 0\n", "{file}, line 3: data_parallel_size must be at least 1"),
+        ("kv-cache-dtype: fp8\n", "{file}, line 1: kv_cache_dtype='fp8' is not supported by this engine"),
+    ],
+)
+def test_an_error_of_a_file_names_its_line(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    assert main(["serve", "tiny", "--config", str(file), "--print-config"]) == 2
+    assert message.replace("{file}", str(file)) in capsys.readouterr().err
+
+
+def test_a_flag_that_overrides_a_file_is_not_said_to_stand_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 1\n")
+    assert main(["serve", "tiny", "--config", str(file), "--print-config", "--port", "70000"]) == 2
+    assert str(file) not in capsys.readouterr().err
+
+
 def test_a_key_for_vllm_is_not_taken_for_one(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log", *FLAGS, environment={"VLLM_API_KEY": "hidden"}) as server:
         assert "VLLM_API_KEY is ignored, so requests need no key; set SEMPRE_API_KEY" in server.log

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sempre.engine.cli.arguments import add_engine_flags, add_model_flag, engine_keywords, model_of
+from sempre.engine.cli.bench.tables import offline_table
 from sempre.engine.cli.parser import UsageError
 
 
@@ -48,7 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Measure, and print the result as JSON in the last line."""
+    """Measure, and print a table, and the result as JSON in the last line."""
     workload = _workload(namespace)
     # imports the engine, which help does not need
     from sempre.engine.cli.bench import offline
@@ -59,9 +60,7 @@ def run(namespace: argparse.Namespace) -> int:
         "startup": offline.startup,
     }
     result = measures[namespace.kind](model_of(namespace), engine_keywords(namespace), **workload)
-    for name, value in result.items():
-        if not isinstance(value, (list, dict)):
-            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    print(offline_table(result))
     document = json.dumps(result)
     if namespace.output_json is not None:
         Path(namespace.output_json).write_text(document + "\n", encoding="utf-8")

@@ -8,11 +8,14 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sempre.engine.cli.arguments import json_object
+from sempre.engine.cli.bench.plot import check_plot_name, write_plot
+from sempre.engine.cli.bench.tables import sweep_table
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.remote.connection import (
     add_certificate_flags,
@@ -23,6 +26,9 @@ from sempre.engine.cli.remote.connection import (
 )
 from sempre.ipc.errors import SempreError, ServerError
 from sempre.ipc.log_lines import plain
+
+if TYPE_CHECKING:
+    from sempre.engine.cli.bench.load import Endpoint
 
 _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
@@ -83,9 +89,11 @@ def _add_load_flags(group: Any) -> None:
     group.add_argument("--dataset-name", choices=("random", "sharegpt"), default="random", help="default: random")
     group.add_argument("--dataset-path", metavar="FILE", help="file of the dataset sharegpt")
     integer("--num-prompts", 1000, "total requests")
-    group.add_argument("--request-rate", type=float, default=math.inf, metavar="X", help="per second (default: inf)")
+    rates: dict[str, Any] = {"type": _listed(float), "default": [math.inf], "metavar": "X,…"}
+    group.add_argument("--request-rate", **rates, help="per second; several are measured in turn (default: inf)")
     group.add_argument("--burstiness", type=float, default=1.0, metavar="X", help="1 is Poisson, less in bursts")
-    integer("--max-concurrency", None, "maximum concurrent requests")
+    limits: dict[str, Any] = {"type": _listed(int), "default": [None], "metavar": "N,…"}
+    group.add_argument("--max-concurrency", **limits, help="concurrent requests; several are measured in turn")
     group.add_argument(
         "--request-timeout",
         type=float,
@@ -115,42 +123,87 @@ def _add_result_flags(group: Any) -> None:
     group.add_argument("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="more keys of the result")
     group.add_argument("--percentile-metrics", default="ttft,tpot,itl", metavar="NAMES", help="metrics in the table")
     group.add_argument("--metric-percentiles", default="99", metavar="X,X,…", help="default: 99")
+    group.add_argument("--plot", metavar="FILE", help="draw latency and throughput against the load; .svg or .html")
     group.add_argument("--goodput", nargs="*", default=[], metavar="NAME:MS", help="limits of ttft, tpot, e2el")
+
+
+def _listed(kind: type[float]) -> Callable[[str], list[float]]:
+    def parse(text: str) -> list[float]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+
+    return parse
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Measure; print a table, and the result as one JSON document in the last line. Exit code 1 when a request failed.
 
-    The result contains all four metrics, whichever the table shows.
+    The result contains all four metrics, whichever the table shows. Several loads give one table and result each, then
+    a table of all; each has prompts of its own, which no cached prefix of an earlier one helps.
     """
-    _check(namespace)
-    shown = _names(namespace.percentile_metrics, _METRICS, "--percentile-metrics")
-    percentiles = _percentiles(namespace.metric_percentiles)
-    goodput = _goodput(namespace.goodput)
-    metadata = dict(_pair(item, "--metadata") for item in namespace.metadata)
+    loads = [(rate, limit) for rate in namespace.request_rate for limit in namespace.max_concurrency]
+    if len(namespace.request_rate) > 1 and len(namespace.max_concurrency) > 1:
+        raise UsageError("give several values to one of --request-rate and --max-concurrency, not to both")
+    for load in loads:
+        namespace.request_rate, namespace.max_concurrency = load
+        _check(namespace)
+    check_plot_name(namespace.plot)
     headers = headers_for(namespace.api_key) | dict(_pair(item, "--header") for item in namespace.header)
     _refuse_broken_headers(headers)
+    report = _Report(
+        _names(namespace.percentile_metrics, _METRICS, "--percentile-metrics"),
+        _percentiles(namespace.metric_percentiles),
+        _goodput(namespace.goodput),
+        dict(_pair(item, "--metadata") for item in namespace.metadata),
+    )
     url = base_url(namespace.base_url or f"http://{namespace.host}:{namespace.port}")
-    model, tokenizer = _model_and_tokenizer(namespace, url)
+    names = _model_and_tokenizer(namespace, url)
 
     from sempre.engine.cli.bench.load import Endpoint
-    from sempre.engine.cli.bench.serving_metrics import DETAILS, summarize, table
 
-    bodies = _bodies(namespace, namespace.served_model_name or model, tokenizer)
     path = namespace.endpoint or _ENDPOINTS[namespace.backend]
     endpoint = Endpoint(url + path, headers, verify=certificate_check(namespace))
+    results = []
+    first_seed = namespace.seed
+    for number, load in enumerate(loads):
+        namespace.request_rate, namespace.max_concurrency = load
+        namespace.seed = first_seed + number
+        results.append(_measured(namespace, endpoint, names, report))
+        if namespace.save_result or namespace.append_result:
+            _save(namespace, names[0], results[-1], append=namespace.append_result or number > 0)
+    if len(results) > 1:
+        print(sweep_table(results))
+    if namespace.plot is not None:
+        write_plot(Path(namespace.plot), {namespace.label or names[0]: results})
+    print(json.dumps(results[0] if len(results) == 1 else {"runs": results}))
+    return int(any(result["failed"] for result in results))
+
+
+class _Report(NamedTuple):
+    """What the result holds and the table shows."""
+
+    shown: list[str]
+    percentiles: list[float]
+    goodput: dict[str, float]
+    metadata: dict[str, str]
+
+
+def _measured(
+    namespace: argparse.Namespace, endpoint: Endpoint, names: tuple[str, str], report: _Report
+) -> dict[str, Any]:
+    """Measure one load, and print its table and errors. `names` are those of model and tokenizer."""
+    from sempre.engine.cli.bench.serving_metrics import DETAILS, summarize, table
+
+    bodies = _bodies(namespace, namespace.served_model_name or names[0], names[1])
     outcomes, seconds = _send(namespace, endpoint, bodies)
-    result = _setting(namespace, model, tokenizer) | metadata | summarize(outcomes, seconds, percentiles, goodput)
-    print(table(result, shown))
+    found = summarize(outcomes, seconds, report.percentiles, report.goodput)
+    result = _setting(namespace, *names) | report.metadata | found
+    print(table(result, report.shown))
     for error in dict.fromkeys(outcome.error for outcome in outcomes if outcome.error):
         print(f"sempre: error: {plain(str(error))}", file=sys.stderr)
-    if not namespace.save_detailed:
-        result = {key: value for key, value in result.items() if key not in DETAILS}
-    document = json.dumps(result)
-    if namespace.save_result or namespace.append_result:
-        _save(namespace, model, result["date"], document)
-    print(document)
-    return int(result["failed"] > 0)
+    return result if namespace.save_detailed else {key: result[key] for key in result if key not in DETAILS}
 
 
 def _check(namespace: argparse.Namespace) -> None:
@@ -291,7 +344,7 @@ def _common_fields(namespace: argparse.Namespace, model: str) -> dict[str, Any]:
     return fields
 
 
-def _send(namespace: argparse.Namespace, endpoint: Any, bodies: list[bytes]) -> tuple[list[Any], float]:
+def _send(namespace: argparse.Namespace, endpoint: Endpoint, bodies: list[bytes]) -> tuple[list[Any], float]:
     from tqdm import tqdm
 
     from sempre.engine.cli.bench.load import Planned, drive
@@ -328,11 +381,13 @@ def _setting(namespace: argparse.Namespace, model: str, tokenizer: str) -> dict[
     }
 
 
-def _save(namespace: argparse.Namespace, model: str, date: str, document: str) -> None:
+def _save(namespace: argparse.Namespace, model: str, result: dict[str, Any], *, append: bool) -> None:
     limit = "" if namespace.max_concurrency is None else f"-concurrency{namespace.max_concurrency}"
     label = namespace.label or namespace.backend
-    name = f"{label}-{namespace.request_rate}qps{limit}-{Path(model).name}-{date}.json"
+    name = f"{label}-{namespace.request_rate}qps{limit}-{Path(model).name}-{result['date']}.json"
     path = Path(namespace.result_dir) / (namespace.result_filename or name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a" if namespace.append_result else "w", encoding="utf-8") as file:
-        file.write(document + "\n")
+    with path.open(
+        "a" if append and (namespace.result_filename or namespace.append_result) else "w", encoding="utf-8"
+    ) as file:
+        file.write(json.dumps(result) + "\n")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sempre.engine.cli.bench.load import Outcome
+from sempre.engine.cli.bench.tables import Row, lines
 
 TITLES = {
     "ttft": "Time to First Token",
@@ -63,7 +64,7 @@ def summarize(
 
 def table(result: Mapping[str, Any], shown: Sequence[str]) -> str:
     """Return a readable table: counts, throughput, and the metrics in `shown`."""
-    rows: list[tuple[str, Any] | str] = [
+    rows: list[Row] = [
         ("Successful requests", result["completed"]),
         ("Failed requests", result["failed"]),
         ("Benchmark duration (s)", result["duration"]),
@@ -85,14 +86,7 @@ def table(result: Mapping[str, Any], shown: Sequence[str]) -> str:
         for key, value in result.items():
             if key.endswith(suffix):
                 rows.append((f"{key.removesuffix(suffix).capitalize()} {name.upper()} (ms)", value))
-    return "\n".join(_line(row) for row in rows)
-
-
-def _line(row: tuple[str, Any] | str) -> str:
-    if isinstance(row, str):
-        return f" {row} ".center(52, "-")
-    name, value = row
-    return f"{name + ':':<40} {value:.2f}" if isinstance(value, float) else f"{name + ':':<40} {value}"
+    return lines(rows)
 
 
 def _latencies(good: Sequence[Outcome]) -> dict[str, list[float]]:
