@@ -20,6 +20,7 @@ from sempre.ipc.config import (
     Device,
     Dtype,
     EngineConfig,
+    KVEventsConfig,
     LoadFormat,
     Numerics,
     NumericsProfile,
@@ -30,6 +31,7 @@ from sempre.ipc.config import (
     SpeculativeConfig,
     SpeculativeMethod,
     check_device_settings,
+    check_kv_events,
     doc,
 )
 from sempre.ipc.errors import ConfigError
@@ -85,6 +87,7 @@ class EngineKeywords(TypedDict, total=False):
     max_num_batched_tokens: int | str | None
     block_size: int | None
     enable_prefix_caching: bool
+    kv_events_config: KVEventsConfig | Mapping[str, Any] | None
     kv_cache_memory_bytes: int | str | None
     data_parallel_size: int
     tensor_parallel_size: int
@@ -359,6 +362,7 @@ def _check_together(config: EngineConfig) -> None:
             value=config.profile,
         )
     _check_adapters(config)
+    check_kv_events(config)
     for name in ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size"):
         value = getattr(config, name)
         if value > 1 and not config.multiprocessing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import ge, gt, le
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -39,8 +39,10 @@ def checked(name: str, value: object, hint: Any, shown: str | None = None) -> An
             raise ConfigError(f"{name}: {error}.", parameter=parameter, value=value) from None
     try:
         return msgspec.convert(value, hint)
-    except msgspec.ValidationError:
+    except msgspec.ValidationError as error:
         expected = _range_missed(value, hint) or f"must be {' or '.join(map(_words, options(hint)))}"
+        if isinstance(value, Mapping) and any(issubclass(kind, msgspec.Struct) for kind in _classes(hint)):
+            expected += f" ({error})"
         raise ConfigError(f"{name} {expected}, got {shown or repr(value)}.", parameter=parameter, value=value) from None
 
 
@@ -51,6 +53,10 @@ def options(hint: Any) -> tuple[Any, ...]:
     if get_origin(hint) in (Union, UnionType):
         return tuple(option for member in get_args(hint) for option in options(member))
     return (hint,)
+
+
+def _classes(hint: Any) -> Iterator[type]:
+    return (option for option in options(hint) if isinstance(option, type))
 
 
 def description(hint: Any) -> str:

@@ -118,7 +118,6 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "kv_cache_dtype_skip_layers": (None, []),
     "kv_cache_metrics": (False,),
     "kv_cache_metrics_sample": (0.01,),
-    "kv_events_config": (None,),
     "kv_offloading_backend": ("native",),
     "kv_offloading_size": (None,),
     "kv_sharing_fast_prefill": (False,),

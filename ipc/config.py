@@ -31,6 +31,7 @@ PoolingKind = Literal["LAST", "MEAN", "CLS"]
 _MOST = 2**63 - 1
 Count = Annotated[int, Meta(ge=1, le=_MOST)]
 NonNegative = Annotated[int, Meta(ge=0, le=_MOST)]
+Queued = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Size = Annotated[int, Meta(ge=1, le=_MOST, extra={"is_size": True})]
 """may be given as text: 2k, 4GiB"""
 Seconds = Annotated[float, Meta(gt=0, le=1e9)]
@@ -75,6 +76,43 @@ class PoolerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = None
 
 
+class KVEventsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How changes of the prefix cache are published, in vLLM's messages and under its names.
+
+    Whoever may connect reads the tokens of every prompt, and the cache salts.
+    """
+
+    enable_kv_cache_events: Annotated[bool, doc("publish which blocks are stored and removed")] = False
+    publisher: Annotated[Literal["null", "zmq"] | None, doc("null publishes nothing; None is zmq where enabled")] = None
+    endpoint: Annotated[
+        str,
+        doc("address of the PUB socket: ipc, or tcp, which is bound if it has * or ::, else connected to"),
+    ] = "tcp://*:5557"
+    replay_endpoint: Annotated[str | None, doc("address of the socket that repeats former batches; None: none")] = None
+    buffer_steps: Annotated[Count, doc("batches kept to be repeated")] = 10_000
+    hwm: Annotated[Queued, doc("messages queued for a slow subscriber, which misses more; 0: no limit")] = 100_000
+    max_queue_size: Annotated[Queued, doc("batches queued for the publishing thread; 0: no limit")] = 100_000
+    topic: Annotated[str, doc("first frame of every message")] = ""
+
+    @property
+    def publishes(self) -> bool:
+        return self.enable_kv_cache_events and self.publisher != "null"
+
+    def addresses(self, replica: int) -> list[str]:
+        """Of one replica: its endpoint, then its replay endpoint, if any. Each replica has its own, on the port that
+        many after the setting's."""
+        return [_moved(address, replica) for address in (self.endpoint, self.replay_endpoint) if address is not None]
+
+
+def _moved(address: str, replica: int) -> str:
+    if not replica:
+        return address
+    if address.startswith("ipc://"):
+        return f"{address}_dp{replica}"
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + replica}"
+
+
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of one engine. Build it with `engine.arguments.engine_config(...)`, which validates and resolves."""
 
@@ -103,6 +141,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = None
     block_size: Annotated[Count | None, doc("tokens in one KV cache block; None is the device's best")] = None
     enable_prefix_caching: Annotated[bool, doc("reuse the KV cache of equal prefixes")] = True
+    kv_events_config: Annotated[
+        KVEventsConfig | None, doc("publish changes of the prefix cache: enable_kv_cache_events, endpoint, topic, …")
+    ] = None
     kv_cache_memory_bytes: Annotated[
         Size | None, doc("KV cache of one worker, with states and a draft model's; None: from free memory")
     ] = None
@@ -245,3 +286,44 @@ def check_device_settings(config: EngineConfig, device: str) -> None:
             parameter="num_threads",
             value=config.num_threads,
         )
+
+
+def check_kv_events(config: EngineConfig) -> None:
+    """Raise ConfigError for addresses that the replicas cannot have, or events of a cache that is not there."""
+    events = config.kv_events_config
+    if events is None:
+        return
+    if events.publishes and not config.enable_prefix_caching:
+        raise ConfigError(
+            "kv_events_config: there are no events without a prefix cache. Leave out enable_kv_cache_events, or set"
+            " enable_prefix_caching=True.",
+            parameter="kv_events_config",
+            value=events.enable_kv_cache_events,
+        )
+    last = 2**16 - config.data_parallel_size
+    for name in ("endpoint", "replay_endpoint"):
+        address = getattr(events, name)
+        if address is not None and not _is_address(address, last):
+            raise ConfigError(
+                f"kv_events_config[{name!r}] must be ipc://PATH, or tcp://HOST:PORT with a port of 1 to {last}, got"
+                f" {address!r}.",
+                parameter="kv_events_config",
+                value=address,
+            )
+    addresses = [address for replica in range(config.data_parallel_size) for address in events.addresses(replica)]
+    twice = next((address for address in addresses if addresses.count(address) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"kv_events_config: {twice} would be used twice. Each of the {config.data_parallel_size} replicas has an"
+            " endpoint and a replay_endpoint, on the ports that follow; leave room between the two.",
+            parameter="kv_events_config",
+            value=twice,
+        )
+
+
+def _is_address(address: str, last_port: int) -> bool:
+    scheme, _, place = address.partition("://")
+    host, _, port = place.rpartition(":")
+    if scheme == "ipc":
+        return bool(place)
+    return scheme == "tcp" and bool(host) and port.isascii() and port.isdecimal() and 1 <= int(port) <= last_port

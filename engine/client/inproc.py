@@ -26,7 +26,7 @@ class InprocClient:
         self._commands: deque[ClientCommand] = deque()
         self._events: deque[ClientEvent] = deque()
         self._error: EngineDeadError | None = None
-        self._finalizer = weakref.finalize(self, executor.shutdown)
+        self._finalizer = weakref.finalize(self, _end, self._core, executor)
 
     @classmethod
     def launch(
@@ -95,3 +95,8 @@ class InprocClient:
                 if isinstance(event, StartupProgress) and on_progress is not None:
                     on_progress(event)
         self.ready = self._core.ready
+
+
+def _end(core: EngineCore, executor: Executor) -> None:
+    core.close()
+    executor.shutdown()

@@ -10,5 +10,6 @@ rank_comparison.py the results of those ranks, which must be equal
 draft_workers.py   the draft workers and their restarts
 draft_link.py      one replica's queries to its draft worker
 worker_calls.py    calls of the workers' public methods
+kv_event_publisher.py  what the prefix caches hold, over ZeroMQ
 metrics_report.py  counters and gauges
 """

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from sempre.engine.coordinator.draft_workers import DraftWorkers
+from sempre.engine.coordinator.kv_event_publisher import KVEventPublishers
 from sempre.engine.coordinator.metrics_report import Report, metrics_report
 from sempre.engine.coordinator.replica import Replica, best_replica
 from sempre.engine.coordinator.startup import StartUp
@@ -19,6 +20,7 @@ from sempre.engine.coordinator.weights_update import WeightsUpdate
 from sempre.engine.coordinator.worker_calls import WorkerCalls
 from sempre.engine.executor.base import Executor, draft_ranks
 from sempre.engine.scheduling import Limits, Scheduler
+from sempre.engine.scheduling.kv_events import KVEvents
 from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import describe
@@ -81,6 +83,7 @@ class EngineCore:
         """requests that wait for new weights"""
         self._calls = WorkerCalls(executor)
         self._weights = WeightsUpdate(executor, self._startup)
+        self._kv_events = KVEventPublishers(config.kv_events_config, config.data_parallel_size)
         self._drafts = DraftWorkers(config, executor) if draft_ranks(config) else None
         self.ready: EngineReady | None = None
 
@@ -89,6 +92,10 @@ class EngineCore:
         return any(replica.has_work for replica in self._replicas) or (
             self._calls.pending() or self._weights.is_pending
         )
+
+    def close(self) -> None:
+        """End what this core has started itself; the executor's owner ends the workers."""
+        self._kv_events.close()
 
     def advance(self) -> list[ClientEvent]:
         """Send the next step to every replica with room for it; return events for the client. Raises WorkerDied."""
@@ -129,12 +136,17 @@ class EngineCore:
             if self._drafts is None or error.rank not in self._drafts.ranks or self.ready is None:
                 raise
             return _notices(self._drafts.lose(error.rank, error))
-        return None if arrival is None else self.handle_event(*arrival)
+        if arrival is None:
+            return None
+        events = self.handle_event(*arrival)
+        self._kv_events.flush()
+        return events
 
     def lose_worker(self, error: WorkerDied) -> LostWorker:
         """Make all unfinished requests of the worker's replica wait for new workers."""
         replica = self._replicas[error.rank // self._config.replica_size]
         failed = replica.lose_workers(error.cause)
+        self._kv_events.flush()
         for delta in failed:
             del self._owners[delta.request_id]
         self._startup.forget(replica.ranks)
@@ -215,6 +227,8 @@ class EngineCore:
     def _start_up(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
         if self._startup.ready is not None:
             return self._rejoin(rank, event)
+        # not before: an error now reaches the client
+        self._kv_events.open()
         progress = self._startup.handle(rank, event)
         return [*progress, *self._end_start_up()]
 
@@ -230,7 +244,7 @@ class EngineCore:
             ranks = range(first, first + size)
             depth, lead_s = self._startup.max_steps_in_flight, self._startup.step_lead_s
             link = None if self._drafts is None else self._drafts.links[first // size]
-            scheduler = self._scheduler(ready)
+            scheduler = self._scheduler(ready, self._kv_events.follow(first // size, ready.block_size))
             self._watches.append(ProgressWatch(first, scheduler))
             self._replicas.append(
                 Replica(
@@ -269,7 +283,7 @@ class EngineCore:
         held, self._held = self._held, {}
         return [reply, *_outputs([self._add(spec) for spec in held.values()])]
 
-    def _scheduler(self, ready: EngineReady) -> Scheduler:
+    def _scheduler(self, ready: EngineReady, kv_events: KVEvents | None) -> Scheduler:
         config = self._config
         speculation = None
         if config.speculative_config is not None:
@@ -297,6 +311,7 @@ class EngineCore:
             enable_prefix_caching=config.enable_prefix_caching,
             max_request_crashes=config.max_request_crashes,
             speculation=speculation,
+            kv_events=kv_events,
         )
 
     def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:
@@ -333,7 +348,9 @@ class EngineCore:
         """Reset all replicas or none."""
         if any(replica.num_unfinished for replica in self._replicas):
             return False
-        return all(replica.reset_prefix_cache() for replica in self._replicas)
+        done = all(replica.reset_prefix_cache() for replica in self._replicas)
+        self._kv_events.flush()
+        return done
 
 
 def _outputs(deltas: list[RequestOutputDelta | None]) -> list[ClientEvent]:

@@ -104,6 +104,10 @@ class Coordinator:
             except WorkerDied as error:
                 self.tell(self._recovery.replace(error))
 
+    def close(self) -> None:
+        """Call this at the end, whatever ended it."""
+        self._core.close()
+
     def tell(self, events: Iterable[ClientEvent]) -> None:
         """Send events to the client, or keep them until it has said hello."""
         self._unsent += events
@@ -246,5 +250,6 @@ def _serve(
         coordinator.fail(describe(error))
         return 1
     finally:
+        coordinator.close()
         executor.shutdown()
     return 0

@@ -10,6 +10,7 @@
     state_slots.py       StateSlots: slots of states, for models that keep them; snapshots
     block_pool.py        BlockPool: reference counts, free blocks, order of eviction
     prefix_cache.py      PrefixCache: content of a full block ↔ block
+    kv_events.py         KVEvents: which blocks have become findable, and which no longer are
     stats.py             SchedulerStats
 
 Pure Python: no I/O, no clock, no randomness, no tensors. The same sequence of calls gives the same steps.

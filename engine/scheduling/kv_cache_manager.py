@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from sempre.engine.scheduling.block_pool import BlockPool
+from sempre.engine.scheduling.kv_events import KVEvents
 from sempre.engine.scheduling.prefix_cache import BlockKey, PrefixCache
 from sempre.engine.scheduling.request import Request
 from sempre.engine.scheduling.state_slots import StateSlots
@@ -22,13 +23,21 @@ class KVCacheManager:
     """
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, enable_prefix_caching: bool, states: StateSlots | None = None
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool,
+        states: StateSlots | None = None,
+        events: KVEvents | None = None,
     ) -> None:
-        """`states`: of a model whose layers keep states; a prefix is cached as far as it has both."""
+        """`states`: of a model whose layers keep states; a prefix is cached as far as it has both. `events` are told
+        what is cached."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._prefix_cache = PrefixCache(num_blocks, block_size)
+        self._events = events
+        self._prefix_cache = PrefixCache(num_blocks, block_size, None if events is None else events.removed)
         self._pool = BlockPool(num_blocks, self._prefix_cache)
         self.states = states
 
@@ -117,7 +126,9 @@ class KVCacheManager:
         num_full = num_written_tokens // self.block_size
         self._extend_keys(request, num_full, sampled)
         for index in range(request.num_committed_blocks, num_full):
-            self._prefix_cache.insert(request.block_keys[index], request.block_ids[index])
+            is_new = self._prefix_cache.insert(request.block_keys[index], request.block_ids[index])
+            if is_new and self._events is not None:
+                self._events.stored(request.spec, request.block_keys, index)
         request.num_committed_blocks = num_full
         request.next_commit_at = (num_full + 1) * self.block_size
         if self.states is not None:
@@ -137,6 +148,8 @@ class KVCacheManager:
         """Empty the prefix cache; no request may hold a block."""
         assert not self._pool.num_used
         self._pool.forget_cached()
+        if self._events is not None:
+            self._events.cleared()
         if self.states is not None:
             self.states.forget_snapshots()
 

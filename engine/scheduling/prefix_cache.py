@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -35,8 +35,10 @@ def root_digest(cache_salt: str | None, adapter: str | None = None) -> bytes:
 class PrefixCache:
     """Maps keys to the blocks that hold their content, one block per key."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, on_removal: Callable[[BlockKey], None] | None = None) -> None:
+        """`on_removal` is told the key of every block that is forgotten."""
         self.block_size = block_size
+        self._on_removal = on_removal
         self._pack = struct.Struct(f"<{block_size}I").pack
         self._block_by_digest: dict[bytes, int] = {}
         self._key_of_block: list[BlockKey | None] = [None] * num_blocks
@@ -68,11 +70,14 @@ class PrefixCache:
         found = self._key_of_block[block]
         return block if found is not None and found.packed_tokens == key.packed_tokens else None
 
-    def insert(self, key: BlockKey, block: int) -> None:
-        """Add a full, written block. If another block already has the same content, that one stays the entry."""
-        if key.digest not in self._block_by_digest:
-            self._block_by_digest[key.digest] = block
-            self._key_of_block[block] = key
+    def insert(self, key: BlockKey, block: int) -> bool:
+        """Add a full, written block. If another block already has the same content, that one stays the entry, and the
+        answer is False."""
+        if key.digest in self._block_by_digest:
+            return False
+        self._block_by_digest[key.digest] = block
+        self._key_of_block[block] = key
+        return True
 
     def holds(self, block: int) -> bool:
         """True if `block` can be found by its content."""
@@ -84,6 +89,8 @@ class PrefixCache:
         assert key is not None
         del self._block_by_digest[key.digest]
         self._key_of_block[block] = None
+        if self._on_removal is not None:
+            self._on_removal(key)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless the two maps are each other's inverse."""

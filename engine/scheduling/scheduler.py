@@ -13,6 +13,7 @@ import msgspec
 
 from sempre.engine.scheduling.crash_isolation import CrashIsolation
 from sempre.engine.scheduling.kv_cache_manager import KVCacheManager
+from sempre.engine.scheduling.kv_events import KVEvents
 from sempre.engine.scheduling.limits import Limits
 from sempre.engine.scheduling.planned_step import PlannedStep, first_rows, num_rows
 from sempre.engine.scheduling.planner import StepPlanner
@@ -54,6 +55,7 @@ class Scheduler:
         enable_prefix_caching: bool,
         max_request_crashes: int = 3,
         speculation: SpeculationPlan | None = None,
+        kv_events: KVEvents | None = None,
     ) -> None:
         self._limits = limits
         self._speculation = speculation
@@ -73,6 +75,7 @@ class Scheduler:
             block_size=limits.block_size,
             enable_prefix_caching=enable_prefix_caching,
             states=self._states,
+            events=kv_events,
         )
         self._planner = StepPlanner(limits, self._kv_cache, self._counters)
         self._in_flight: deque[PlannedStep] = deque()
@@ -165,9 +168,8 @@ class Scheduler:
     def _waits_for_drafts(self, now: float) -> bool:
         """Whether the next step depends on the result of one in flight, for a request to draft."""
         speculation = self._speculation
-        if speculation is None or not (speculation.may_draft or any(step.speculates for step in self._in_flight)):
-            return False
-        return self._planner.waits_for_drafts(now)
+        may_draft = speculation is not None and (speculation.may_draft or any(s.speculates for s in self._in_flight))
+        return may_draft and self._planner.waits_for_drafts(now)
 
     def take_asking(self) -> list[Request]:
         """Requests that want drafts from a draft worker since the last call."""
@@ -263,8 +265,7 @@ class Scheduler:
         self, request: Request, sampled: SampledTokens, planned: ScheduledRequest, drafted: list[int] | None
     ) -> RequestOutputDelta:
         """Append one request's tokens up to the first that ends it. `drafted`: new draft tokens, if requested."""
-        token_ids = sampled.token_ids
-        logprobs = sampled.logprobs
+        token_ids, logprobs = sampled.token_ids, sampled.logprobs
         ended = False
         if len(token_ids) == 1:
             ended = request.append(token_ids[0])
@@ -283,8 +284,7 @@ class Scheduler:
             request.speculation.sampled(request.token_ids, planned.draft_token_ids, len(token_ids) - 1, drafted)
             if request.speculation.num_to_ask():
                 self._asking.append(request)
-        num_cached_tokens = request.cached_tokens_to_report
-        request.cached_tokens_to_report = 0
+        num_cached_tokens, request.cached_tokens_to_report = request.cached_tokens_to_report, 0
         error = None
         if ended:
             self._retire(request)

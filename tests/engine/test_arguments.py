@@ -106,6 +106,36 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "logprobs_mode='processed_logprobs' is not supported by this engine. Log-probabilities are those before"
         " temperature, penalties and forms: raw_logprobs.",
     ),
+    (
+        {"kv_events_config": {"enable_kv_cache_events": True}, "enable_prefix_caching": False},
+        "kv_events_config: there are no events without a prefix cache. Leave out enable_kv_cache_events, or set"
+        " enable_prefix_caching=True.",
+    ),
+    (
+        {"kv_events_config": {"endpoint": "tcp://*:65535"}, "data_parallel_size": 2},
+        "kv_events_config['endpoint'] must be ipc://PATH, or tcp://HOST:PORT with a port of 1 to 65534, got"
+        " 'tcp://*:65535'.",
+    ),
+    (
+        {"kv_events_config": {"replay_endpoint": "inproc://replay"}},
+        "kv_events_config['replay_endpoint'] must be ipc://PATH, or tcp://HOST:PORT with a port of 1 to 65535, got"
+        " 'inproc://replay'.",
+    ),
+    (
+        {"kv_events_config": {"replay_endpoint": "tcp://*:5558"}, "data_parallel_size": 2},
+        "kv_events_config: tcp://*:5558 would be used twice. Each of the 2 replicas has an endpoint and a"
+        " replay_endpoint, on the ports that follow; leave room between the two.",
+    ),
+    (
+        {"kv_events_config": {"enable": True}},
+        "kv_events_config must be a mapping of its fields or None (Object contains unknown field `enable`), got"
+        " {'enable': True}.",
+    ),
+    (
+        {"kv_events_config": {"hwm": "many"}},
+        "kv_events_config must be a mapping of its fields or None (Expected `int`, got `str` - at `$.hwm`), got"
+        " {'hwm': 'many'}.",
+    ),
     ({"max_model_len": 2**63}, f"max_model_len must be at most {2**63 - 1}, got {2**63}."),
     ({"pipeline_parallel_size": True}, "pipeline_parallel_size must be an int, got True."),
 ]
@@ -198,7 +228,7 @@ def test_the_keywords_that_type_checkers_see_are_the_settings() -> None:
         }
         if int in options(hint) and takes_text(name, hint):
             expected.add(str)
-        if name in ("speculative_config", "pooler_config"):
+        if name in ("speculative_config", "pooler_config", "kv_events_config"):
             expected.add(Mapping[str, Any])
         assert choices(stated[name]) == expected, name
 

@@ -20,10 +20,13 @@ from dataclasses import dataclass, field
 
 import msgspec
 import pytest
+from cache_mirror import CacheMirror, findable_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sempre.engine.scheduling import Limits, Scheduler
+from sempre.engine.scheduling.kv_events import KVEvents
+from sempre.engine.scheduling.prefix_cache import BlockKey
 from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.config import SchedulingPolicy, SpeculativeConfig
 from sempre.ipc.messages import (
@@ -227,7 +230,7 @@ class Setup:
     num_state_slots: int = 0
     slow_grammars: bool = False
 
-    def scheduler(self) -> Scheduler:
+    def scheduler(self, kv_events: KVEvents | None = None) -> Scheduler:
         limits = {name: getattr(self, name) for name in Limits.__dataclass_fields__ if hasattr(self, name)}
         plan = None
         if self.speculative is not None:
@@ -237,6 +240,7 @@ class Setup:
             policy=self.policy,
             enable_prefix_caching=self.enable_prefix_caching,
             speculation=plan,
+            kv_events=kv_events,
         )
 
 
@@ -281,7 +285,9 @@ class Simulation:
         self.workload = workload
         self.setup = setup
         self.tamper = tamper
-        self.scheduler = setup.scheduler()
+        self.kv_events = KVEvents(setup.block_size)
+        self.mirror = CacheMirror()
+        self.scheduler = setup.scheduler(self.kv_events)
         self.worker = ScriptedWorker(setup, workload.fail_at)
         self.in_flight: deque[tuple[ExecuteStep, StepResult]] = deque()
         self.outcomes = {spec.request_id: Outcome() for spec in workload.specs}
@@ -295,11 +301,18 @@ class Simulation:
             self.command(tick)
             self.advance()
             self.scheduler.check_invariants()
+            self.check_mirror()
             tick += 1
         assert self.scheduler.stats().kv_cache_usage == 0
         assert self.scheduler.reset_prefix_cache()
         self.scheduler.check_invariants()
+        self.check_mirror()
         return self.outcomes
+
+    def check_mirror(self) -> None:
+        """A subscriber of KV events knows exactly what can be found."""
+        self.mirror.apply(msgspec.to_builtins(self.kv_events.take()))
+        assert self.mirror.blocks == findable_blocks(self.scheduler)
 
     def command(self, tick: int) -> None:
         for spec, arrival in zip(self.workload.specs, self.workload.arrivals, strict=True):
@@ -532,6 +545,16 @@ def test_the_busy_workload_preempts_and_hits_the_prefix_cache() -> None:
     assert stats.generation_tokens == sum(10 + ordinal for ordinal in range(12))
 
 
+@pytest.mark.parametrize("name", ["stored", "removed"])
+def test_the_simulation_notices_a_missing_event(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget_one(self: KVEvents, *args: RequestSpec | list[BlockKey] | BlockKey | int) -> None:
+        monkeypatch.undo()
+
+    monkeypatch.setattr(KVEvents, name, forget_one)
+    with pytest.raises((AssertionError, KeyError)):
+        Simulation(busy_workload(), small_setup()).run()
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_drafts_are_kept_and_rejected_among_preemptions_and_prefix_hits(depth: int) -> None:
     simulation = Simulation(busy_workload(), small_setup(speculative=SPECULATIVE[2], max_in_flight=depth))
@@ -610,7 +633,7 @@ def test_steps_are_the_same_in_every_process() -> None:
     """Python's own hash seed differs between the processes."""
     digests = {steps_digest()}
     for hash_seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, __file__]
         digests.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip())
     assert len(digests) == 1
