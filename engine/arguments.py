@@ -22,6 +22,7 @@ from sempre.ipc.config import (
     EngineConfig,
     KVEventsConfig,
     LoadFormat,
+    LogprobsMode,
     Numerics,
     NumericsProfile,
     PoolerConfig,
@@ -110,6 +111,7 @@ class EngineKeywords(TypedDict, total=False):
     numerics_profile: NumericsProfile | None
     load_format: LoadFormat
     max_logprobs: int
+    logprobs_mode: LogprobsMode
     heartbeat_interval_s: float
     heartbeat_timeout_s: float
     step_timeout_s: float

@@ -131,7 +131,6 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "logging_config": (None,),
     "logits_processor_pattern": (None,),
     "logits_processors": (None, []),
-    "logprobs_mode": ("raw_logprobs",),
     "long_prefill_token_threshold": (0,),
     "long_prefill_token_threshold_adaptive": (False,),
     "lora_dtype": ("auto",),
@@ -295,7 +294,6 @@ _TABLE = VLLM_KEYWORDS | VLLM_SERVER_SETTINGS
 
 _INSTEAD = {
     "api_server_count": "One process serves the API; data_parallel_size adds replicas behind it.",
-    "logprobs_mode": "Log-probabilities are those before temperature, penalties and forms: raw_logprobs.",
     "enable_log_requests": "It is a flag of `sempre serve`.",
     "exclude_tools_when_tool_choice_none": "Leave tools out of such requests.",
     "fingerprint_value": "The fingerprint is what outputs depend on, and cannot be given.",

@@ -20,6 +20,7 @@ NumericsProfile = Literal["single", "tree8"]
 SpeculativeMethod = Literal["ngram", "suffix", "draft_model"]
 Quantization = Literal["fp8", "fp8_weight_only", "int8", "int4", "integer"]
 Device = Literal["auto", "cpu", "cuda"]
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Role = Literal["target", "draft"]
 Runner = Literal["auto", "generate", "pooling"]
@@ -189,6 +190,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_logprobs: Annotated[
         int, Meta(ge=-1, le=_MOST), doc("most log-probabilities per token; -1 allows the whole vocabulary")
     ] = 20
+    logprobs_mode: Annotated[
+        LogprobsMode,
+        doc(
+            "what log-probabilities are: of the raw logits, or processed, after penalties, masks, temperature, min_p, "
+            "top_k and top_p; or these logits themselves. Prompts are never processed"
+        ),
+    ] = "raw_logprobs"
     heartbeat_interval_s: Annotated[Seconds, doc("seconds between heartbeats")] = 0.5
     heartbeat_timeout_s: Annotated[Seconds, doc("a silent process counts as stuck after this many seconds")] = 30.0
     step_timeout_s: Annotated[Seconds, doc("a longer step counts as stuck: the engine is unhealthy")] = 120.0

@@ -263,6 +263,8 @@ class Worker:
             "llguidance": grammar_library_version(),
             "numerics_profile": loaded.config.profile,
         }
+        if loaded.config.logprobs_mode != "raw_logprobs":
+            own["logprobs_mode"] = loaded.config.logprobs_mode
         return parts | own | self._late_fingerprint
 
     def _kv_cache_digest(self, block_ids: list[int]) -> str:

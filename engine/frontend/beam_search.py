@@ -218,6 +218,13 @@ class BeamSearches:
         limits = builder.limits
         params = replace(params)  # checks values that were assigned later
         wanted = 2 * params.beam_width
+        if limits.logprobs_mode.endswith("logits"):
+            raise RequestError(
+                f"a beam search adds log-probabilities, and logprobs_mode={limits.logprobs_mode!r} reports logits. "
+                "Start the engine with raw_logprobs or processed_logprobs.",
+                parameter="logprobs_mode",
+                value=limits.logprobs_mode,
+            )
         if limits.max_logprobs != -1 and min(wanted, limits.vocab_size) > limits.max_logprobs:
             raise RequestError(
                 f"beam_width={shown(params.beam_width)} compares {wanted} log-probabilities per token, more than the "

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from sempre.engine.frontend.frontend import Frontend
-from sempre.ipc.config import EngineConfig
+from sempre.ipc.config import EngineConfig, LogprobsMode
 from sempre.ipc.messages import EngineReady
 from sempre.ipc.model_files import read_json_object
 
@@ -28,6 +28,7 @@ class ModelView:
     quantization: str | None
     max_model_len: int
     max_logprobs: int
+    logprobs_mode: LogprobsMode
     hf_config: SimpleNamespace
     """the fields of config.json"""
     vocab_size: int
@@ -86,6 +87,7 @@ class EngineView:
             quantization=config.quantization,
             max_model_len=ready.max_model_len,
             max_logprobs=config.max_logprobs,
+            logprobs_mode=config.logprobs_mode,
             hf_config=_hf_config(config),
             vocab_size=ready.vocab_size,
         )

@@ -118,6 +118,7 @@ class Frontend:
             eos_token_ids=eos_token_ids,
             structured_outputs=self._structured_outputs,
             pooling=ready.pooling,
+            logprobs_mode=self.config.logprobs_mode,
         )
         self.pooling = ready.pooling
         self._take_fingerprint(ready.fingerprint)

@@ -9,6 +9,7 @@ from typing import Any
 from sempre.engine.parameter_checks import shown
 from sempre.engine.pooling import PoolingParams
 from sempre.engine.sampling_params import SamplingParams
+from sempre.ipc.config import LogprobsMode
 from sempre.ipc.errors import RequestError, too_long, too_long_for_cache
 from sempre.ipc.messages import PoolingModel
 
@@ -29,6 +30,7 @@ class RequestLimits:
     """Defaults for structured outputs."""
     pooling: PoolingModel | None = None
     """None: the model generates."""
+    logprobs_mode: LogprobsMode = "raw_logprobs"
 
     def max_tokens(self, params: SamplingParams, num_prompt_tokens: int) -> int:
         """Return how many tokens may be generated: the requested number, limited by the context.

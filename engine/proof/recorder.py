@@ -65,7 +65,7 @@ _NOT_RECORDED = frozenset(
 )
 _DEFAULTS = SamplingParams()
 # settings that may decide bits; the seed only makes dummy weights
-DECIDING_SETTINGS = ("dtype", "quantization", "numerics", "max_model_len", "load_format", "device")
+DECIDING_SETTINGS = ("dtype", "quantization", "numerics", "logprobs_mode", "max_model_len", "load_format", "device")
 # without which an output with an adapter cannot be made again
 ADAPTER_SETTINGS = ("enable_lora", "max_lora_rank")
 DECIDING_OPTIONS = ("tokenizer", "tokenizer_revision", "revision", "hf_overrides", "skip_tokenizer_init")

@@ -91,8 +91,17 @@ class LocalReplayer:
     def __init__(self, llm: LLM, *, teacher_forced: bool = False) -> None:
         """`teacher_forced`: compute the log-probabilities of the recorded tokens in one pass over prompt and output.
         That is faster, and does not show that these tokens are sampled. Recurrent layers compute a prompt in another
-        order than generated tokens: with them each output is generated, token by token, and `is_one_pass` is false."""
+        order than generated tokens: with them each output is generated, token by token, and `is_one_pass` is false.
+        Raises ConfigError for processed log-probabilities, which a pass over a prompt does not compute."""
         self.bits = recorded_bits_of(llm.fingerprint_parts)
+        mode = self.bits.get("logprobs_mode", "raw_logprobs")
+        if teacher_forced and mode.startswith("processed"):
+            raise ConfigError(
+                f"teacher_forced: expected log-probabilities of raw logits, found logprobs_mode={mode!r}: a pass over "
+                "recorded tokens processes no logits. Replay without it.",
+                parameter="teacher_forced",
+                value=True,
+            )
         self._llm = llm
         self.is_one_pass = teacher_forced and not has_recurrent_layers(llm.model_folder)
         self._adapters: dict[str, LoRARequest] = {}

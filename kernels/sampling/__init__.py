@@ -22,7 +22,9 @@ import torch
 from sempre.kernels.sampling.penalties import add_bias, allow_bits, allow_only, apply_penalties, forbid
 
 __all__ = [
+    "RAW_LOGPROBS",
     "Logprobs",
+    "Reports",
     "Sampled",
     "SamplingRows",
     "add_bias",
@@ -35,6 +37,18 @@ __all__ = [
 ]
 
 
+class Reports(NamedTuple):
+    """What is reported of a row."""
+
+    processed: bool = False
+    """of the logits that its token is drawn from, after every step but the noise; else of the raw ones"""
+    logits: bool = False
+    """logits, instead of log-probabilities"""
+
+
+RAW_LOGPROBS = Reports()
+
+
 @dataclass(frozen=True)
 class SamplingRows:
     """What `sample` needs to know of each row; arrays [M], made by `SamplingRows.of` with checked dtypes."""
@@ -45,16 +59,21 @@ class SamplingRows:
     top_p: npt.NDArray[np.float64]
     min_p: npt.NDArray[np.float32]
     truncated: npt.NDArray[np.int64]
-    """Indices of the rows that are random and use top_k, top_p or min_p."""
+    """Indices of the rows that are random and use top_k, top_p or min_p, or whose processed logits are read."""
     temperature_after_truncation: npt.NDArray[np.float32]
     """1 for the truncated rows, whose logits are already divided."""
 
     @classmethod
-    def of(cls, *, seeds: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> SamplingRows:
-        """Sequences of M numbers; top_k 0, top_p 1 and min_p 0 are off."""
+    def of(
+        cls, *, seeds: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, processed: Any = False
+    ) -> SamplingRows:
+        """Sequences of M numbers; top_k 0, top_p 1 and min_p 0 are off.
+
+        `processed` rows are left in the logits as their token is drawn from them, without the noise.
+        """
         temperatures = np.asarray(temperature, np.float32)
         ks, ps, floors = np.asarray(top_k, np.int64), np.asarray(top_p, np.float64), np.asarray(min_p, np.float32)
-        truncates = (temperatures > 0) & ((ks > 0) | (ps < 1.0) | (floors > 0))
+        truncates = (temperatures > 0) & ((ks > 0) | (ps < 1.0) | (floors > 0) | np.asarray(processed, np.bool_))
         after = np.where(truncates, np.float32(1), temperatures)
         return cls(np.asarray(seeds, np.uint64), temperatures, ks, ps, floors, np.flatnonzero(truncates), after)
 
@@ -110,11 +129,15 @@ def sample(logits: torch.Tensor, rows: SamplingRows, positions: npt.NDArray[np.i
 
 
 def logprobs(
-    logits: torch.Tensor, rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], num_best: int
+    logits: torch.Tensor,
+    rows: npt.NDArray[np.int64],
+    targets: npt.NDArray[np.int64],
+    num_best: int,
+    reports: Reports = RAW_LOGPROBS,
 ) -> Logprobs:
     """Log-probabilities of targets [R] and of the `num_best` best tokens (-1: all) in logits[rows], rows [R].
 
-    Raises ValueError when a target is outside the vocabulary.
+    Where `reports` says so, the values are the logits. Raises ValueError when a target is outside the vocabulary.
     """
     array = _as_array(logits)
     vocabulary = array.shape[1]
@@ -122,4 +145,4 @@ def logprobs(
         raise ValueError(f"targets: expected ids in [0, {vocabulary}), found {targets.min()} … {targets.max()}")
     from sempre.kernels.sampling import cpu
 
-    return cpu.logprobs(array, rows, targets, vocabulary if num_best < 0 else min(num_best, vocabulary))
+    return cpu.logprobs(array, rows, targets, vocabulary if num_best < 0 else min(num_best, vocabulary), reports)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from sempre.kernels.sampling import Logprobs, Sampled, SamplingRows
+from sempre.kernels.sampling import Logprobs, Reports, Sampled, SamplingRows
 from sempre.kernels.sampling.log_softmax import row_statistics
 from sempre.kernels.sampling.noise import CHUNK, best_of_chunks
 from sempre.kernels.sampling.truncation import truncate_rows
@@ -29,7 +29,11 @@ def sample(logits: npt.NDArray[np.float32], rows: SamplingRows, positions: npt.N
 
 
 def logprobs(
-    logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], num_best: int
+    logits: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.int64],
+    targets: npt.NDArray[np.int64],
+    num_best: int,
+    reports: Reports,
 ) -> Logprobs:
     """See the facade; logits [M, V], num_best in [0, V]."""
     result = Logprobs(
@@ -40,12 +44,16 @@ def logprobs(
     )
     for start in range(0, rows.size, ROWS_AT_A_TIME):
         part = slice(start, start + ROWS_AT_A_TIME)
-        _fill_logprobs(logits, rows[part], targets[part], result.part(part))
+        _fill_logprobs(logits, rows[part], targets[part], result.part(part), reports)
     return result
 
 
 def _fill_logprobs(
-    logits: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], out: Logprobs
+    logits: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.int64],
+    targets: npt.NDArray[np.int64],
+    out: Logprobs,
+    reports: Reports,
 ) -> None:
     maximum, log_sum = np.empty(rows.size, np.float32), np.empty(rows.size, np.float32)
     best = np.zeros((rows.size, out.token_ids.shape[1] - 1), np.uint64)
@@ -54,5 +62,9 @@ def _fill_logprobs(
     out.token_ids[:, 0] = targets
     out.token_ids[:, 1:] = (best & np.uint64(0xFFFFFFFF)).astype(np.int32)
     out.valid[:] = np.isfinite(maximum)
+    if reports.logits:
+        # a zero has no sign, as in the order of tokens
+        out.logprobs[:] = logits[rows[:, None], out.token_ids] + np.float32(0)
+        return
     with np.errstate(invalid="ignore"):  # rows that are not valid
         out.logprobs[:] = (logits[rows[:, None], out.token_ids] - maximum[:, None]) - log_sum[:, None]

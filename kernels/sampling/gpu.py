@@ -16,10 +16,13 @@ import torch
 
 from sempre.kernels.gpu_jit import CHAINED, EXACT
 from sempre.kernels.sampling import (
+    RAW_LOGPROBS,
+    Reports,
     gpu_estimate,
     gpu_logprobs,
     gpu_noise,
     gpu_penalties,
+    gpu_processed,
     gpu_search,
     gpu_table,
     gpu_truncation,
@@ -89,7 +92,15 @@ def _power_of_2(number: int) -> int:
 class SamplingBuffers:
     """Scratch and results for up to `max_rows` rows; about max_rows * V * 4 bytes of device memory."""
 
-    def __init__(self, device: torch.device, vocab_size: int, max_rows: int, tiles: Tiles = TILES) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        vocab_size: int,
+        max_rows: int,
+        tiles: Tiles = TILES,
+        reports: Reports = RAW_LOGPROBS,
+    ) -> None:
+        self.reports = reports
         self.vocab_size = vocab_size
         self.max_rows = max_rows
         self.tiles = tiles
@@ -180,7 +191,8 @@ def sample(
             **EXACT,
         )
     if stages.num_best >= 0:
-        report_logprobs(logits, buffers.token_ids, row_slots, table, buffers, stages.num_best)
+        reported = _processed(batch, buffers, stages) if buffers.reports.processed else logits
+        report_logprobs(reported, buffers.token_ids, row_slots, table, buffers, stages.num_best)
     return buffers.token_ids[:num_rows]
 
 
@@ -264,6 +276,26 @@ def _choose(batch: _Batch, b: SamplingBuffers, stages: Stages, *, advances: bool
         num_warps=4,
         **CHAINED,
     )
+
+
+def _processed(batch: _Batch, b: SamplingBuffers, stages: Stages) -> torch.Tensor:
+    """The logits that the tokens were drawn from, without the noise: float32 [R, V], of the rows that report them."""
+    rows, vocabulary = batch.logits.shape
+    gpu_processed.keep_processed[(_divided_up(vocabulary, b.tiles.edits), rows)](
+        batch.logits,
+        b.edited,
+        batch.row_slots,
+        batch.table,
+        b.cut_keys,
+        b.cut_ids,
+        vocabulary,
+        EDITS=stages.edits,
+        TRUNCATES=stages.truncates,
+        BLOCK=b.tiles.edits,
+        num_warps=8,
+        **EXACT,
+    )
+    return b.edited[:rows]
 
 
 def _find_cuts(batch: _Batch, b: SamplingBuffers, edits: bool) -> None:
@@ -365,6 +397,7 @@ def report_logprobs(
         MAX_BEST,
         TILES=num_tiles,
         CANDIDATES=_power_of_2(max(1, b.num_logprob_tiles * width)),
+        LOGITS=b.reports.logits,
         num_warps=4,
         **EXACT,
     )

@@ -1,4 +1,4 @@
-"""GPU kernels: log-probabilities of the raw logits (see `log_softmax.py`), in tiles.
+"""GPU kernels: log-probabilities of logits, raw or processed (see `log_softmax.py`), in tiles.
 
 The sum of masses and the rank are integers, added up atomically: no order can be seen.
 """
@@ -118,11 +118,12 @@ def report(
     best_stride: Any,
     TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    LOGITS: tl.constexpr,
 ) -> None:
     """Words 2 and 3 of head (int32 [R, HEAD]): rank and log-probability of targets[r]; 0 if there is no distribution.
 
     best (int32 [R, best_stride, 2]): id and log-probability (float32 bits) of the num_best best tokens.
-    TILES >= num_tiles, CANDIDATES >= num_tiles * num_best.
+    TILES >= num_tiles, CANDIDATES >= num_tiles * num_best. LOGITS: the logits, in place of log-probabilities.
     """
     row = tl.program_id(0)
     if not _wanted(row_slots, table, row):
@@ -137,7 +138,12 @@ def report(
     target = tl.load(targets + row)
     value = tl.load(logits + row.to(tl.int64) * vocabulary + target).to(tl.float32)
     tl.store(head + row * _HEAD + 2, tl.load(ranks + row))
-    tl.store(head + row * _HEAD + 3, ((value - maximum) - log_sum).to(tl.int32, bitcast=True))
+    if LOGITS:
+        # as the best below: a zero has no sign
+        reported = key_value(order_key(value))
+    else:
+        reported = (value - maximum) - log_sum
+    tl.store(head + row * _HEAD + 3, reported.to(tl.int32, bitcast=True))
     candidates = tl.arange(0, CANDIDATES)
     ordered = tl.load(
         tile_best + row.to(tl.int64) * num_tiles * num_best + candidates,
@@ -147,7 +153,9 @@ def report(
     for index in range(num_best):
         first = tl.max(ordered, axis=0)
         place = best + (row.to(tl.int64) * best_stride + index) * 2
-        logprob = (key_value((first >> 32).to(tl.int32)) - maximum) - log_sum
+        logprob = key_value((first >> 32).to(tl.int32))
+        if not LOGITS:
+            logprob = (logprob - maximum) - log_sum
         tl.store(place, (0x7FFFFFFF - (first & 0x7FFFFFFF)).to(tl.int32))
         tl.store(place + 1, logprob.to(tl.int32, bitcast=True))
         ordered = tl.where(ordered == first, _NOTHING, ordered)

@@ -37,7 +37,8 @@ def _ids_of_word(first: Any, counter: Any, WORD: tl.constexpr) -> Any:
 
 
 @jit()
-def _keep_prefix(x: Any, ids: Any, cut_key: Any, cut_id: Any) -> Any:
+def keep_prefix(x: Any, ids: Any, cut_key: Any, cut_id: Any) -> Any:
+    """x up to its cut, -inf after it."""
     key = order_key(x)
     keep = (key > cut_key) | ((key == cut_key) & (ids <= cut_id))
     return tl.where(keep, x, float("-inf"))
@@ -89,8 +90,8 @@ def best_of_tiles(
         if TRUNCATES:  # noqa: SIM102, a constant and a value
             if (flags & _TRUNCATES) != 0:
                 cut_key, cut_id = tl.load(cut_keys + row), tl.load(cut_ids + row)
-                x_0, x_1 = _keep_prefix(x_0, ids_0, cut_key, cut_id), _keep_prefix(x_1, ids_1, cut_key, cut_id)
-                x_2, x_3 = _keep_prefix(x_2, ids_2, cut_key, cut_id), _keep_prefix(x_3, ids_3, cut_key, cut_id)
+                x_0, x_1 = keep_prefix(x_0, ids_0, cut_key, cut_id), keep_prefix(x_1, ids_1, cut_key, cut_id)
+                x_2, x_3 = keep_prefix(x_2, ids_2, cut_key, cut_id), keep_prefix(x_3, ids_3, cut_key, cut_id)
         allowed = (x_0 != float("-inf")) | (x_1 != float("-inf")) | (x_2 != float("-inf")) | (x_3 != float("-inf"))
         if tl.max(allowed.to(tl.int32), axis=0) > 0:
             position = tl.load(positions + row).to(tl.uint32)

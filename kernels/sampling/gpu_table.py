@@ -38,5 +38,6 @@ GRAMMAR = 14  # int32 [V / 32]: bits of the tokens that the grammar forbids now,
 # flags
 EDITS = 1
 TRUNCATES = 2
+KEEPS_PROCESSED = 4  # its processed logits are reported
 
 IN_PROMPT = 1 << 30

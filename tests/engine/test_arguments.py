@@ -102,9 +102,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "hf_token is not supported by this engine. Set the environment variable HF_TOKEN.",
     ),
     (
-        {"logprobs_mode": "processed_logprobs"},
-        "logprobs_mode='processed_logprobs' is not supported by this engine. Log-probabilities are those before"
-        " temperature, penalties and forms: raw_logprobs.",
+        {"logprobs_mode": "probs"},
+        "logprobs_mode must be 'raw_logprobs' or 'processed_logprobs' or 'raw_logits' or 'processed_logits', "
+        "got 'probs'.",
     ),
     (
         {"kv_events_config": {"enable_kv_cache_events": True}, "enable_prefix_caching": False},

@@ -8,6 +8,7 @@ import grammars
 import torch
 
 from sempre.ipc.messages import SamplingSpec
+from sempre.kernels.sampling import RAW_LOGPROBS, Reports
 from sempre.workers.sampling import RowResult, Sampler, SamplingState
 
 if TYPE_CHECKING:  # imports Triton
@@ -123,6 +124,7 @@ def disagreements(
     steps: int,
     seed: int,
     parameters: list[dict[str, Any]] = PARAMETERS,
+    reports: Reports = RAW_LOGPROBS,
     **options: Any,
 ) -> list[str]:
     """What differs between the device and the CPU over some steps, each continuing with the CPU's tokens."""
@@ -130,7 +132,12 @@ def disagreements(
 
     states = make_states(parameters, seed)
     sampler = GpuSampler(
-        device=device, vocab_size=vocab_size, max_num_seqs=len(states), num_slots=len(states), **options
+        device=device,
+        vocab_size=vocab_size,
+        max_num_seqs=len(states),
+        num_slots=len(states),
+        reports=reports,
+        **options,
     )
     for slot, state in enumerate(states):
         sampler.admit(slot, state)
@@ -138,7 +145,7 @@ def disagreements(
     for step in range(steps):
         logits = make_logits(kind, len(states), vocab_size, seed + step)
         positions = [len(state.token_ids) for state in states]
-        expected = Sampler().sample(logits.clone(), states, positions)
+        expected = Sampler(reports).sample(logits.clone(), states, positions)
         for row, (left, right) in enumerate(zip(run(sampler, device, logits, states), expected, strict=True)):
             if left != right:
                 found.append(f"{kind} V={vocab_size} step {step} {parameters[row]}: {left} instead of {right}")
@@ -155,6 +162,7 @@ def verification_disagreements(
     *,
     seed: int,
     parameters: list[dict[str, Any]] = PARAMETERS,
+    reports: Reports = RAW_LOGPROBS,
     **options: Any,
 ) -> list[str]:
     """What differs when rows verify drafts: the tokens of every row whose drafts are right so far, the last accepted
@@ -169,6 +177,7 @@ def verification_disagreements(
         vocab_size=vocab_size,
         max_num_seqs=(1 + most) * len(states) + 2,
         num_slots=len(states),
+        reports=reports,
         **options,
     )
     last_tokens = torch.full((len(states),), -5)
@@ -184,7 +193,7 @@ def verification_disagreements(
             if not stands:
                 rows.append((slot, offset, drafted, position, None))
                 continue
-            result = Sampler().sample(logits[-1].clone(), [state], [position])[0]
+            result = Sampler(reports).sample(logits[-1].clone(), [state], [position])[0]
             assert result.token_id is not None, result.error
             rows.append((slot, offset, drafted, position, result))
             state.token_ids.append(result.token_id)
@@ -212,7 +221,7 @@ def verification_disagreements(
     if not torch.equal(drafts.last_tokens.cpu(), last_tokens):
         found.append(f"last tokens {drafts.last_tokens.tolist()} instead of {last_tokens.tolist()}")
     after = make_logits("flat", len(states), vocab_size, seed)
-    expected_after = Sampler().sample(after.clone(), states, [len(state.token_ids) for state in states])
+    expected_after = Sampler(reports).sample(after.clone(), states, [len(state.token_ids) for state in states])
     for slot, (left, right) in enumerate(zip(run(sampler, device, after, states), expected_after, strict=True)):
         if left != right:
             found.append(f"slot {slot} ({parameters[slot]}) afterwards: {left} instead of {right}")

@@ -27,6 +27,7 @@ from sempre.workers.loading import ON_CPU
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.parallel import Parallel, parallel_of
 from sempre.workers.runner import ModelRunner
+from sempre.workers.sampling import reports_of
 from sempre.workers.self_test import check_linears, check_model, require_equal
 from sempre.workers.state_cache import CacheSizes
 from sempre.workers.tensor_source import CPU
@@ -129,12 +130,12 @@ class CpuBackend:
         # ranks must agree on what a step samples, so none of them gives up on a mask
         step_wait_s = _FORM_WAIT_S if model.parallel.is_alone else None
         grammars = model.make_grammar_compiler(step_wait_s=step_wait_s)
-        kind: type[CpuModelRunner | CpuPoolingRunner] = CpuModelRunner
+        cache, limits = model.allocate_cache(sizes), model.limits(sizes)
         if model.spec.pooling is not None:
-            kind = CpuPoolingRunner
-        elif model.parallel.stage.count > 1:
-            kind = CpuStageRunner
-        return kind(model.model, model.allocate_cache(sizes), grammars, model.limits(sizes), rank=config.rank)
+            return CpuPoolingRunner(model.model, cache, grammars, limits, rank=config.rank)
+        kind = CpuStageRunner if model.parallel.stage.count > 1 else CpuModelRunner
+        reports = reports_of(config.logprobs_mode)
+        return kind(model.model, cache, grammars, limits, rank=config.rank, reports=reports)
 
     def make_drafter(self, runner: ModelRunner) -> CpuDraftModelRunner:
         assert isinstance(runner, CpuModelRunner)

@@ -13,6 +13,7 @@ import torch
 from msgspec.structs import replace
 
 from sempre.ipc.messages import ExecuteStep, SampledTokens
+from sempre.kernels.sampling import RAW_LOGPROBS, Reports
 from sempre.workers.input_batch import StepPlan
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.models.base import CausalLM
@@ -39,9 +40,16 @@ class CpuModelRunner(ModelRunner):
     """One replica's model, cache, sampler, and the requests it knows."""
 
     def __init__(
-        self, model: CausalLM, cache: PagedKvCache, grammars: GrammarCompiler, limits: StepLimits, *, rank: int
+        self,
+        model: CausalLM,
+        cache: PagedKvCache,
+        grammars: GrammarCompiler,
+        limits: StepLimits,
+        *,
+        rank: int,
+        reports: Reports = RAW_LOGPROBS,
     ) -> None:
-        self._sampler = Sampler()
+        self._sampler = Sampler(reports)
         rows = max(limits.max_num_seqs + limits.max_draft_tokens, PROMPT_LOGPROB_ROWS)
         self._rows_RH = torch.empty(rows, model.spec.hidden_size, dtype=torch.float32, device="cpu")
         self._logits_RV = torch.empty(rows, model.spec.vocab_size, dtype=torch.float32, device="cpu")

@@ -19,6 +19,7 @@ import msgspec
 
 from sempre.ipc.errors import ProtocolError
 from sempre.ipc.messages import NOT_READY, ErrorInfo, ExecuteStep, RequestOutcome, SampledTokens, ScheduledRequest
+from sempre.kernels.sampling import RAW_LOGPROBS, Reports
 from sempre.workers.cpu.runner import ComputedRows, CpuModelRunner, row_digests, with_digests
 from sempre.workers.input_batch import StepPlan
 from sempre.workers.kv_cache import PagedKvCache
@@ -54,9 +55,16 @@ class CpuStageRunner(CpuModelRunner):
     """One stage's layers and cache, and the requests it knows."""
 
     def __init__(
-        self, model: CausalLM, cache: PagedKvCache, grammars: GrammarCompiler, limits: StepLimits, *, rank: int
+        self,
+        model: CausalLM,
+        cache: PagedKvCache,
+        grammars: GrammarCompiler,
+        limits: StepLimits,
+        *,
+        rank: int,
+        reports: Reports = RAW_LOGPROBS,
     ) -> None:
-        super().__init__(model, cache, grammars, limits, rank=rank)
+        super().__init__(model, cache, grammars, limits, rank=rank, reports=reports)
         self._stage = model.parallel.stage
         self._passed_on: deque[tuple[_StagedStep, _Part]] = deque()
         """parts that the last stage has not reported"""

@@ -39,6 +39,7 @@ from sempre.workers.parallel import Parallel, parallel_of
 from sempre.workers.pooling import Pooler
 from sempre.workers.prompt_logprobs import PROMPT_LOGPROB_ROWS
 from sempre.workers.runner import ModelRunner
+from sempre.workers.sampling import reports_of
 from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.self_test import require_equal
 from sempre.workers.state_cache import CacheSizes, slot_bytes
@@ -268,7 +269,11 @@ class GpuBackend:
             return PoolingMemory(model.model, _pooler(model))
         rows = max(model.max_num_seqs + config.max_draft_tokens, PROMPT_LOGPROB_ROWS)
         sampler = GpuSampler(
-            device=self.device, vocab_size=spec.vocab_size, max_num_seqs=rows, num_slots=model.max_num_seqs
+            device=self.device,
+            vocab_size=spec.vocab_size,
+            max_num_seqs=rows,
+            num_slots=model.max_num_seqs,
+            reports=reports_of(config.logprobs_mode),
         )
         return StepMemory(
             model.model,

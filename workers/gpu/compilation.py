@@ -26,6 +26,7 @@ from sempre.kernels.attention.gpu_tiles import SPLIT
 from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.packed import can_unpack
 from sempre.kernels.pooling import RowSpans, add_rows
+from sempre.kernels.sampling import Reports
 from sempre.kernels.sampling import gpu as gpu_sampling
 from sempre.kernels.states import StateBatch
 from sempre.workers.adapters.store import AdapterStore
@@ -44,7 +45,7 @@ from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import ModelSpec
 from sempre.workers.models.registry import build_model
 from sempre.workers.quantization.plain import NotQuantized
-from sempre.workers.sampling import GrammarCompiler
+from sempre.workers.sampling import GrammarCompiler, reports_of
 from sempre.workers.sampling.gpu_sampler import GpuSampler
 from sempre.workers.state_cache import StateCache
 from sempre.workers.step_validation import StepLimits
@@ -169,7 +170,7 @@ def _launch_all(setup: ModelSetup, device: torch.device, found: Callable[[Varian
     with collecting(found) as collection:
         _launch_steps(setup, model, facts, workspace, device)
         if spec.pooling is None:
-            _launch_reports(spec.vocab_size, device)
+            _launch_reports(spec.vocab_size, device, reports_of(config.logprobs_mode))
         if config.numerics == "invariant":
             run_self_test(
                 model,
@@ -199,7 +200,13 @@ def _launch_steps(
     if spec.pooling is not None:
         _launch_pooling(model, facts, most_rows)
         return
-    sampler = GpuSampler(device=device, vocab_size=spec.vocab_size, max_num_seqs=most_rows, num_slots=most_rows)
+    sampler = GpuSampler(
+        device=device,
+        vocab_size=spec.vocab_size,
+        max_num_seqs=most_rows,
+        num_slots=most_rows,
+        reports=reports_of(config.logprobs_mode),
+    )
     memory = StepMemory(
         model,
         sampler,
@@ -283,9 +290,9 @@ def _prompts(requests: int, tokens: int, context: int, width: int, device: torch
     )
 
 
-def _launch_reports(vocab_size: int, device: torch.device) -> None:
+def _launch_reports(vocab_size: int, device: torch.device, reports: Reports) -> None:
     """Log-probabilities of prompts, for every number of best tokens."""
-    buffers = gpu_sampling.SamplingBuffers(device, vocab_size, 1)
+    buffers = gpu_sampling.SamplingBuffers(device, vocab_size, 1, reports=reports)
     logits = torch.empty(1, vocab_size, dtype=torch.float32, device=device)
     targets = torch.zeros(1, dtype=torch.int64, device=device)
     slots = torch.zeros(1, dtype=torch.int32, device=device)

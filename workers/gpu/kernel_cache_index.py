@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _FILE = "variants"
 # the settings that decide which variants a model with given limits needs
-_RELEVANT = ("dtype", "numerics", "quantization", "enable_lora", "max_loras", "max_lora_rank")
+_RELEVANT = ("dtype", "numerics", "quantization", "enable_lora", "max_loras", "max_lora_rank", "logprobs_mode")
 
 
 def index_key(setup: ModelSetup, gpu: str) -> str:

@@ -2,7 +2,7 @@
 
 from sempre.workers.sampling.grammar import GrammarCompiler
 from sempre.workers.sampling.row_error import NoDistribution, RowError
-from sempre.workers.sampling.sampler import RowResult, Sampler, pack_logprobs
+from sempre.workers.sampling.sampler import RowResult, Sampler, pack_logprobs, reports_of
 from sempre.workers.sampling.state import SamplingState
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "Sampler",
     "SamplingState",
     "pack_logprobs",
+    "reports_of",
 ]

@@ -23,7 +23,7 @@ import torch
 
 from sempre.ipc.messages import LogprobRows
 from sempre.kernels import sampling as cpu
-from sempre.kernels.sampling import gpu, gpu_table
+from sempre.kernels.sampling import RAW_LOGPROBS, Reports, gpu, gpu_table
 from sempre.kernels.sampling.coefficients import log32
 from sempre.kernels.sampling.gpu import MAX_BEST, TILES, DraftedRows, SamplingBuffers, Stages, Tiles
 from sempre.kernels.sampling.gpu_noise import BAD_LOGITS, HEAD
@@ -64,11 +64,19 @@ class GpuSampler:
     """The sampler of one replica; constructs its scratch memory, about max_num_seqs * V * 4 bytes, at once."""
 
     def __init__(
-        self, *, device: torch.device, vocab_size: int, max_num_seqs: int, num_slots: int, tiles: Tiles = TILES
+        self,
+        *,
+        device: torch.device,
+        vocab_size: int,
+        max_num_seqs: int,
+        num_slots: int,
+        tiles: Tiles = TILES,
+        reports: Reports = RAW_LOGPROBS,
     ) -> None:
         self._device = device
         self._vocab_size = vocab_size
-        self._buffers = SamplingBuffers(device, vocab_size, max_num_seqs, tiles)
+        self._reports = reports
+        self._buffers = SamplingBuffers(device, vocab_size, max_num_seqs, tiles, reports)
         self._row_slots = torch.full((max_num_seqs,), -1, dtype=torch.int32, device=device)
         self._host_row_slots: list[int] = []
         self._tensors: dict[int, PerRequestTensors] = {}
@@ -123,11 +131,12 @@ class GpuSampler:
             self._with_grammar[slot] = state
         row = self._host_table[slot]
         row.copy_(torch.from_numpy(_table_row(state, tensors, self._vocab_size)))
-        flags = int(row[gpu_table.FLAGS])
+        flags, num_best = int(row[gpu_table.FLAGS]), int(row[gpu_table.NUM_BEST])
+        if self._reports.processed and state.params.logprobs is not None:
+            # also for log-probabilities that are computed on the host, from the processed logits
+            row[gpu_table.FLAGS], num_best = flags | gpu_table.KEEPS_PROCESSED, max(num_best, 0)
         self._stages[slot] = Stages(
-            edits=bool(flags & gpu_table.EDITS),
-            truncates=bool(flags & gpu_table.TRUNCATES),
-            num_best=int(row[gpu_table.NUM_BEST]),
+            edits=bool(flags & gpu_table.EDITS), truncates=bool(flags & gpu_table.TRUNCATES), num_best=num_best
         )
         self._table_is_stale = True
 
@@ -204,7 +213,8 @@ class GpuSampler:
         wide = [row for row, state in enumerate(states) if state is not None and _is_wide(state, self._vocab_size)]
         wide_logits = None
         if wide:
-            wide_logits = self._to_host(torch.stack([logits[row] for row in wide]).float())
+            reported = buffers.edited if self._reports.processed else logits
+            wide_logits = self._to_host(torch.stack([reported[row] for row in wide]).float())
         event = None
         if self._device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]
@@ -253,7 +263,9 @@ class GpuSampler:
         rows = logits.shape[0]
         if num_best < 0 or num_best > MAX_BEST:
             targets = np.asarray(token_ids, np.int64)
-            logprobs = cpu.logprobs(logits.float().cpu(), np.arange(rows, dtype=np.int64), targets, num_best)
+            logprobs = cpu.logprobs(
+                logits.float().cpu(), np.arange(rows, dtype=np.int64), targets, num_best, self._reports
+            )
             check_valid(logprobs)
             return pack_logprobs(logprobs, slice(None))
         table = gpu.empty_table(1, torch.device("cpu"))
@@ -308,10 +320,10 @@ class GpuSampler:
             raise AssertionError(f"row {row} reports no log-probabilities")
         index = pending.wide_rows.index(row)
         target = np.asarray([token], np.int64)
-        logprobs = cpu.logprobs(pending.wide_logits, np.asarray([index], np.int64), target, state.params.logprobs)
-        return with_listed(
-            pack_logprobs(logprobs, slice(None)), pending.wide_logits, index, state.params.logprob_token_ids
-        )
+        logits, num_best = pending.wide_logits, state.params.logprobs
+        logprobs = cpu.logprobs(logits, np.asarray([index], np.int64), target, num_best, self._reports)
+        packed = pack_logprobs(logprobs, slice(None))
+        return with_listed(packed, logits, index, state.params.logprob_token_ids, self._reports)
 
 
 def _is_wide(state: SamplingState, vocab_size: int) -> bool:

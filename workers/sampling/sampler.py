@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sempre.ipc.config import LogprobsMode
 from sempre.ipc.messages import ErrorInfo, LogprobRows
 from sempre.kernels import sampling
-from sempre.kernels.sampling import Logprobs, SamplingRows
+from sempre.kernels.sampling import RAW_LOGPROBS, Logprobs, Reports, SamplingRows
 from sempre.workers.sampling.row_error import NoDistribution, RowError
 from sempre.workers.sampling.state import SamplingState
 
@@ -29,6 +30,11 @@ class RowResult(NamedTuple):
     error: ErrorInfo | None
 
 
+def reports_of(mode: LogprobsMode) -> Reports:
+    """What the engine's logprobs_mode reports."""
+    return Reports(processed=mode.startswith("processed"), logits=mode.endswith("logits"))
+
+
 def pack_logprobs(logprobs: Logprobs, rows: slice) -> LogprobRows:
     """The wire form of some rows."""
     part = logprobs.part(rows)
@@ -41,12 +47,14 @@ def pack_logprobs(logprobs: Logprobs, rows: slice) -> LogprobRows:
     )
 
 
-def with_listed(packed: LogprobRows, logits: torch.Tensor, row: int, token_ids: list[int]) -> LogprobRows:
+def with_listed(
+    packed: LogprobRows, logits: torch.Tensor, row: int, token_ids: list[int], reports: Reports
+) -> LogprobRows:
     """Return one packed row with the log-probabilities of more tokens, from logits[row] (of [M, V])."""
     if not token_ids:
         return packed
     rows = np.full(len(token_ids), row, np.int64)
-    listed = pack_logprobs(sampling.logprobs(logits, rows, np.asarray(token_ids, np.int64), 0), slice(None))
+    listed = pack_logprobs(sampling.logprobs(logits, rows, np.asarray(token_ids, np.int64), 0, reports), slice(None))
     return LogprobRows(
         num_rows=1,
         width=packed.width + len(token_ids),
@@ -72,12 +80,12 @@ class _Batch:
     rewritten: list[int]
     """Rows with any of steps 2 to 7."""
     saved: Rows
-    """Rows whose raw logits are needed after sampling has overwritten them."""
+    """Rows whose raw logits are reported after sampling has overwritten them."""
     reported: dict[int, Rows]
     """Rows by the number of best log-probabilities they request."""
 
     @classmethod
-    def of(cls, states: list[SamplingState]) -> _Batch:
+    def of(cls, states: list[SamplingState], reports: Reports) -> _Batch:
         params = [state.params for state in states]
         parameters = SamplingRows.of(
             seeds=np.fromiter((state.seed for state in states), np.uint64, len(states)),
@@ -85,10 +93,12 @@ class _Batch:
             top_k=[p.top_k for p in params],
             top_p=[p.top_p for p in params],
             min_p=[p.min_p for p in params],
+            processed=[reports.processed and p.logprobs is not None for p in params],
         )
         rewritten = [row for row, state in enumerate(states) if state.rewrites_logits]
         overwritten = {*rewritten, *parameters.truncated.tolist()}
-        saved = [row for row, p in enumerate(params) if p.logprobs is not None and row in overwritten]
+        reporting = [row for row, p in enumerate(params) if p.logprobs is not None]
+        saved = [] if reports.processed else [row for row in reporting if row in overwritten]
         reported: dict[int, list[int]] = {}
         for row, p in enumerate(params):
             if p.logprobs is not None:
@@ -100,7 +110,8 @@ class _Batch:
 class Sampler:
     """Turns rows of logits into tokens. For each row, in this order:
 
-    1. log-probabilities, if requested, are those of the raw logits (computed last, from a saved copy);
+    1. log-probabilities, if requested, are those of the raw logits (computed last, from a saved copy), or else of the
+       processed ones, which are those before step 12 (`Reports`);
     2. allowed_token_ids: everything else becomes -inf;
     3. grammar: every token that would leave it becomes -inf, and so do all ends until it is complete; reasoning
         that has used up its budget is forced to end;
@@ -119,8 +130,9 @@ class Sampler:
     function of its logits, its state and its position, not of other rows or the thread count.
     """
 
-    def __init__(self) -> None:
-        self._batch = _Batch.of([])
+    def __init__(self, reports: Reports = RAW_LOGPROBS) -> None:
+        self._reports = reports
+        self._batch = _Batch.of([], reports)
 
     @np.errstate(all="ignore")
     def sample(
@@ -137,7 +149,7 @@ class Sampler:
                 f"found {len(states)} and {len(positions)}"
             )
         if list(states) != self._batch.states:  # compares identities
-            self._batch = _Batch.of(list(states))
+            self._batch = _Batch.of(list(states), self._reports)
         batch = self._batch
         raw = logits[batch.saved] if batch.saved.size else None
         errors = self._rewrite(logits, positions)
@@ -157,10 +169,11 @@ class Sampler:
     def prompt_logprobs(self, logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> LogprobRows:
         """Log-probabilities of token_ids[m], the prompt token after row m of logits [M, V]; num_best -1: all.
 
-        Raises NoDistribution naming the first row that has none.
+        Nothing processes the logits of a prompt: they are raw. Raises NoDistribution naming the first row that has
+        none.
         """
         rows = np.arange(logits.shape[0], dtype=np.int64)
-        logprobs = sampling.logprobs(logits, rows, np.asarray(token_ids, np.int64), num_best)
+        logprobs = sampling.logprobs(logits, rows, np.asarray(token_ids, np.int64), num_best, self._reports)
         check_valid(logprobs)
         return pack_logprobs(logprobs, slice(None))
 
@@ -181,10 +194,11 @@ class Sampler:
     def _logprobs(self, logits: torch.Tensor, token_ids: npt.NDArray[np.int32]) -> dict[int, LogprobRows]:
         packed: dict[int, LogprobRows] = {}
         for num_best, rows in self._batch.reported.items():
-            logprobs = sampling.logprobs(logits, rows, token_ids[rows].astype(np.int64), num_best)
+            logprobs = sampling.logprobs(logits, rows, token_ids[rows].astype(np.int64), num_best, self._reports)
             for index, row in enumerate(rows.tolist()):
                 listed = self._batch.states[row].params.logprob_token_ids
-                packed[row] = with_listed(pack_logprobs(logprobs, slice(index, index + 1)), logits, row, listed)
+                own = pack_logprobs(logprobs, slice(index, index + 1))
+                packed[row] = with_listed(own, logits, row, listed, self._reports)
         return packed
 
 

@@ -18,12 +18,24 @@ from sampling_cases import (
     verification_disagreements,
 )
 
+from sempre.ipc.config import LogprobsMode
+from sempre.workers.sampling import Sampler, reports_of
+
 CPU = torch.device("cpu")
 TRUNCATING = [values for values in PARAMETERS if {"top_k", "top_p", "min_p"} & values.keys()]
 
 # whose rows depend on the drafts before them, and two that do not
 HISTORIES = {"repetition_penalty", "frequency_penalty", "bad_words_token_ids", "min_tokens"}
 VERIFYING = [{}, {"top_k": 5, "logprobs": 3}, *[values for values in PARAMETERS if HISTORIES & values.keys()]]
+
+REPORTING: list[dict[str, Any]] = [
+    {"temperature": 0.0, "repetition_penalty": 1.3, "logprobs": 3},
+    {"min_p": 0.02, "top_p": 0.7, "top_k": 40, "temperature": 0.6, "logprobs": 2},
+    {"logit_bias": {7: 3.5, 11: -100.0, 0: 0.25}, "top_k": 3, "logprobs": 5},
+    {"temperature": 1.3, "logprobs": 0},
+    {"logprobs": -1, "presence_penalty": 1.5, "top_p": 0.9},
+    {"temperature": 0.7},
+]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +60,36 @@ def test_verification_equals_decoding_one_by_one_on_the_cpu() -> None:
 
     tiles = Tiles(noise=128, logprobs=128, edits=256, phrases=2, cut=256, cut_piece=256, cut_sample=2, cut_list=16)
     assert verification_disagreements(CPU, 130, seed=3, parameters=VERIFYING, tiles=tiles) == []
+
+
+@pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logits", "processed_logits"])
+def test_what_is_reported_equals_the_cpu(mode: LogprobsMode) -> None:
+    """Best tokens of kernels and of the host, beside rows without, and rows that verify drafts."""
+    from sempre.kernels.sampling.gpu import Tiles
+
+    tiles = Tiles(noise=128, logprobs=128, edits=256, phrases=2, cut=256, cut_piece=256, cut_sample=2, cut_list=16)
+    reports = reports_of(mode)
+    options: dict[str, Any] = {"tiles": tiles, "reports": reports}
+    assert disagreements(CPU, "tied", 130, steps=1, seed=5, parameters=REPORTING, **options) == []
+    assert verification_disagreements(CPU, 130, seed=3, parameters=REPORTING[:4], **options) == []
+
+
+@pytest.mark.parametrize("mode", ["processed_logprobs", "processed_logits"])
+def test_a_batch_whose_best_tokens_are_all_computed_on_the_host(mode: LogprobsMode) -> None:
+    parameters = [{"logprobs": 30, "top_k": 3, "temperature": 0.7}, {"logprobs": -1, "logit_bias": {3: 2.0}}]
+    assert disagreements(CPU, "flat", 130, steps=2, seed=7, parameters=parameters, reports=reports_of(mode)) == []
+
+
+def test_logits_of_a_prompt_equal_the_cpu() -> None:
+    from sempre.workers.sampling.gpu_sampler import GpuSampler
+
+    reports = reports_of("raw_logits")
+    sampler = GpuSampler(device=CPU, vocab_size=130, max_num_seqs=4, num_slots=4, reports=reports)
+    logits = make_logits("tied", 4, 130, seed=2)
+    for num_best in (0, 3, -1):
+        found = sampler.prompt_logprobs(logits, [1, 2, 3, 129], num_best)
+        assert found == Sampler(reports).prompt_logprobs(logits, [1, 2, 3, 129], num_best)
+        assert found != Sampler().prompt_logprobs(logits, [1, 2, 3, 129], num_best)
 
 
 def test_a_grammar_masks_as_on_the_cpu() -> None:

@@ -177,8 +177,8 @@ SAMPLING = (
         "logprobs-of-changed-logits",
         "Log-probabilities are reported of the logits after masks and penalties.",
         "workers/sampling/sampler.py",
-        "if p.logprobs is not None and row in overwritten]",
-        "if p.logprobs is not None and row in parameters.truncated]",
+        "for row in reporting if row in overwritten]",
+        "for row in reporting if row in parameters.truncated]",
         (f"{SAMPLER_TESTS}::test_logprobs_are_those_of_the_raw_logits_and_equal_prompt_logprobs",),
     ),
     Fault(

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import sampling_reference as reference
 import torch
 
+from sempre.ipc.config import LogprobsMode
 from sempre.ipc.messages import LogprobRows, SamplingSpec
 from sempre.kernels.threads import get_num_threads, set_num_threads
-from sempre.workers.sampling import RowError, RowResult, Sampler, SamplingState
+from sempre.workers.sampling import RowError, RowResult, Sampler, SamplingState, reports_of
 
 VOCAB = 10_001
 PROMPT = [5, 6, 7, 8, 9]
 OUTPUT = [20, 21, 20, 22]
 POSITION = len(PROMPT) + len(OUTPUT)
 
+MODES: tuple[LogprobsMode, ...] = get_args(LogprobsMode)
 KINDS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0},
@@ -126,6 +128,63 @@ def test_logprobs_are_those_of_the_raw_logits_and_equal_prompt_logprobs(kind: di
     assert rank == 1 + np.flatnonzero(order == result.token_id)[0]
     assert np.abs(np.array(values) - exact[ids]).max() < 5e-6
     assert Sampler().prompt_logprobs(logits, [result.token_id], 4) == result.logprobs
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_token_is_the_best_of_the_processed_logits_with_its_noise(kind: dict[str, Any]) -> None:
+    """Exactly: so they are what the token was drawn from, and not something near."""
+    raw, state = _logits(1), _state(0, **(kind | {"logprobs": -1}))
+    (result,) = Sampler(reports_of("processed_logits")).sample(raw.clone(), [state], [POSITION])
+    assert result.token_id is not None
+    assert result.logprobs is not None
+    ids, values, rank = _values(result.logprobs)
+    assert ids[0] == result.token_id
+    assert values[0] == values[rank]
+    assert values[1:] == sorted(values[1:], reverse=True)
+    processed = np.empty(VOCAB, np.float32)
+    processed[ids[1:]] = values[1:]
+    temperature = state.params.temperature
+    noise = reference.gumbel_noise(state.seed, POSITION, VOCAB) if temperature else np.float32(0)
+    assert int((processed + noise).argmax()) == result.token_id
+    p = state.params
+    plain = raw.numpy()[0] / np.float32(temperature or 1)
+    if not state.rewrites_logits:
+        keep = reference.truncated(plain, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p)
+        assert np.array_equal(processed, np.where(keep, plain, np.float32(-np.inf)))
+    else:  # control: something was processed
+        assert not np.array_equal(processed, plain)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_processed_logprobs_are_those_of_the_processed_logits(kind: dict[str, Any]) -> None:
+    found = {}
+    for mode in MODES:
+        (result,) = Sampler(reports_of(mode)).sample(_logits(1), [_state(0, **(kind | {"logprobs": -1}))], [POSITION])
+        assert result.logprobs is not None
+        found[mode] = (result.token_id, *_values(result.logprobs))
+    assert len({token for token, *_ in found.values()}) == 1
+    for space in ("raw", "processed"):
+        _, ids, logits, rank = found[f"{space}_logits"]
+        _, same_ids, logprobs, same_rank = found[f"{space}_logprobs"]
+        assert (ids, rank) == (same_ids, same_rank)
+        exact = reference.log_softmax(np.array(logits[1:], np.float32))
+        finite = np.isfinite(exact)
+        assert np.array_equal(finite, np.isfinite(logprobs[1:]))
+        assert np.abs(np.array(logprobs[1:])[finite] - exact[finite]).max() < 5e-6
+    assert found["raw_logits"][2] == [float(_logits(1)[0, token]) for token in found["raw_logits"][1]]
+
+
+@pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logits", "processed_logits"])
+def test_reports_of_each_row_alone_equal_those_in_a_mixed_batch(threads: int, mode: LogprobsMode) -> None:
+    logits = _logits(32)
+    states = [_state(row, **({"logprobs": 3} | KINDS[row % len(KINDS)])) for row in range(32)]
+    batch = Sampler(reports_of(mode)).sample(logits.clone(), states, [POSITION] * 32)
+    for row in range(32):
+        lone = Sampler(reports_of(mode)).sample(logits[row : row + 1].clone(), [states[row]], [POSITION])
+        assert lone == [batch[row]]
+    raw = Sampler().sample(logits.clone(), states, [POSITION] * 32)
+    assert [result.token_id for result in raw] == [result.token_id for result in batch]
+    assert raw != batch
 
 
 def test_greedy_follows_the_masks() -> None:
