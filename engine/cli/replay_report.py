@@ -67,9 +67,11 @@ class ReplayReport:
     def end(self) -> int:
         """Print the verdict; return the exit code."""
         changed = list(self._changed)
+        # nothing at all is not equal to anything
+        incomplete = bool(self._not_judged) or not self._num_outputs
         if self._as_json:
             found = {
-                "verdict": "different" if self._different else "not judged" if self._not_judged else "equal",
+                "verdict": "different" if self._different else "not judged" if incomplete else "equal",
                 "outputs": self._num_outputs,
                 "tokens": self._num_tokens,
                 "different": self._different,
@@ -81,7 +83,7 @@ class ReplayReport:
             print(self._verdict())
             if changed:
                 print(f"the fingerprint is not the recorded one: {plain('; '.join(changed))}")
-        return EXIT_DIFFERENT if self._different else EXIT_NOT_JUDGED if self._not_judged else EXIT_OK
+        return EXIT_DIFFERENT if self._different else EXIT_NOT_JUDGED if incomplete else EXIT_OK
 
     def _verdict(self) -> str:
         what = f"{self._num_outputs:,} {'output' if self._num_outputs == 1 else 'outputs'}, {self._num_tokens:,} tokens"

@@ -311,3 +311,11 @@ def test_a_file_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", "absent.jsonl"]) == 1
     assert "absent.jsonl: cannot be read: No such file or directory" in capsys.readouterr().err
     assert PREDICATE_TYPE.endswith("v1")
+
+
+def test_nothing_is_not_equal_to_anything(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = replay(capsys, folder, "--sample", "0.001%")
+    assert (code, found["verdict"], found["outputs"]) == (6, "not judged", 0)
+    (tmp_path / "none.jsonl").write_bytes(b"")
+    assert main(["replay", str(tmp_path / "none.jsonl")]) == 6
+    assert capsys.readouterr().out == "no output was judged\n"
