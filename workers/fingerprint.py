@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sempre.ipc.config import WorkerConfig
 from sempre.kernels.threads import get_num_threads
 from sempre.workers.loading import WeightFacts
 
@@ -16,6 +17,12 @@ CPU_PROFILE = "cpu-fma-3"
 
 # vector extensions that code generation may use, widest first
 _VECTOR_LEVELS = ("avx512f", "avx2", "avx", "asimd")
+
+
+def setting_parts(config: WorkerConfig) -> dict[str, str]:
+    """Parts by settings; the mode of log-probabilities only where it is not the default."""
+    mode = {} if config.logprobs_mode == "raw_logprobs" else {"logprobs_mode": config.logprobs_mode}
+    return {"numerics_profile": config.profile, **mode}
 
 
 def fingerprint_parts(weights: WeightFacts, numerics: str) -> dict[str, str]:

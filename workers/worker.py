@@ -36,6 +36,7 @@ from sempre.workers.backends import make_backend
 from sempre.workers.device import attention_parity, resolve_device
 from sempre.workers.drafters.base import check_drafts
 from sempre.workers.drafters.model import DraftSteps, ModelDrafter
+from sempre.workers.fingerprint import setting_parts
 from sempre.workers.gpu.compiler_process import CompilerProcess
 from sempre.workers.layers.linear_kernel import linear_kernel
 from sempre.workers.live_weights import weight_methods
@@ -258,14 +259,8 @@ class Worker:
     def _fingerprint(self) -> dict[str, str]:
         loaded = self._require_loaded()
         parts = self._require_backend().fingerprint(loaded)
-        own = {
-            "config": spec_digest(loaded.spec, loaded.max_model_len),
-            "llguidance": grammar_library_version(),
-            "numerics_profile": loaded.config.profile,
-        }
-        if loaded.config.logprobs_mode != "raw_logprobs":
-            own["logprobs_mode"] = loaded.config.logprobs_mode
-        return parts | own | self._late_fingerprint
+        own = {"config": spec_digest(loaded.spec, loaded.max_model_len), "llguidance": grammar_library_version()}
+        return parts | own | setting_parts(loaded.config) | self._late_fingerprint
 
     def _kv_cache_digest(self, block_ids: list[int]) -> str:
         cache = self._require_runner().cache

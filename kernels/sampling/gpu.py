@@ -24,10 +24,10 @@ from sempre.kernels.sampling import (
     gpu_penalties,
     gpu_processed,
     gpu_search,
-    gpu_table,
     gpu_truncation,
     gpu_verify,
 )
+from sempre.kernels.sampling.gpu_verify import DraftedRows
 
 # the most best log-probabilities that the kernels report per row
 MAX_BEST = 20
@@ -65,17 +65,6 @@ class Stages:
     """top_k, top_p, min_p"""
     num_best: int
     """best log-probabilities, at most MAX_BEST; -1: no log-probabilities"""
-
-
-class DraftedRows(NamedTuple):
-    """Rows that verify draft tokens: those of a request are adjacent, in the order of their positions."""
-
-    offsets: torch.Tensor
-    """int32 [R]: how many tokens before the row's are drafts; 0 for a request's first row, and for padding"""
-    inputs: torch.Tensor
-    """int64 [R]: the token that the row computed, after which it samples"""
-    last_tokens: torch.Tensor
-    """int64 [slots]: receives the last accepted token of each slot"""
 
 
 TILES = Tiles()
@@ -403,11 +392,4 @@ def report_logprobs(
     )
 
 
-def empty_table(num_slots: int, device: torch.device) -> torch.Tensor:
-    """A table of slots that are greedy, without edits and reports."""
-    table: torch.Tensor = torch.zeros(num_slots, gpu_table.WORDS, dtype=torch.int32, device=device)
-    table[:, gpu_table.NUM_BEST] = -1
-    return table
-
-
-__all__ = ["MAX_BEST", "DraftedRows", "SamplingBuffers", "Stages", "Tiles", "empty_table", "report_logprobs", "sample"]
+__all__ = ["MAX_BEST", "DraftedRows", "SamplingBuffers", "Stages", "Tiles", "report_logprobs", "sample"]

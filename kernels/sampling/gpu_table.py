@@ -6,6 +6,8 @@ word:    0     1           2 3    4     5      6 7    8 9 10     11            1
 
 from __future__ import annotations
 
+import torch
+
 WORDS = 32
 
 # 32-bit words
@@ -41,3 +43,10 @@ TRUNCATES = 2
 KEEPS_PROCESSED = 4  # its processed logits are reported
 
 IN_PROMPT = 1 << 30
+
+
+def empty_table(num_slots: int, device: torch.device) -> torch.Tensor:
+    """A table of slots that are greedy, without edits and reports."""
+    table: torch.Tensor = torch.zeros(num_slots, WORDS, dtype=torch.int32, device=device)
+    table[:, NUM_BEST] = -1
+    return table

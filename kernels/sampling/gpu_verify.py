@@ -1,9 +1,10 @@
-"""GPU kernel: which of the tokens sampled after draft tokens are accepted (see `DraftedRows` in `gpu.py`)."""
+"""GPU kernel: which of the tokens sampled after draft tokens are accepted (see `DraftedRows`)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton.language as tl
 
 from sempre.kernels.gpu_jit import jit
@@ -12,6 +13,17 @@ from sempre.kernels.sampling import gpu_noise, gpu_table
 _WORDS = tl.constexpr(gpu_table.WORDS)
 _COUNTS, _HISTORY = tl.constexpr(gpu_table.COUNTS), tl.constexpr(gpu_table.HISTORY)
 _HEAD = tl.constexpr(gpu_noise.HEAD)
+
+
+class DraftedRows(NamedTuple):
+    """Rows that verify draft tokens: those of a request are adjacent, in the order of their positions."""
+
+    offsets: torch.Tensor
+    """int32 [R]: how many tokens before the row's are drafts; 0 for a request's first row, and for padding"""
+    inputs: torch.Tensor
+    """int64 [R]: the token that the row computed, after which it samples"""
+    last_tokens: torch.Tensor
+    """int64 [slots]: receives the last accepted token of each slot"""
 
 
 @jit(runtime=("num_rows",))

@@ -26,7 +26,7 @@ from sempre.kernels.attention.gpu_tiles import SPLIT
 from sempre.kernels.gpu_jit import Collection, Variant, collecting
 from sempre.kernels.packed import can_unpack
 from sempre.kernels.pooling import RowSpans, add_rows
-from sempre.kernels.sampling import Reports
+from sempre.kernels.sampling import Reports, gpu_table
 from sempre.kernels.sampling import gpu as gpu_sampling
 from sempre.kernels.states import StateBatch
 from sempre.workers.adapters.store import AdapterStore
@@ -296,6 +296,6 @@ def _launch_reports(vocab_size: int, device: torch.device, reports: Reports) -> 
     logits = torch.empty(1, vocab_size, dtype=torch.float32, device=device)
     targets = torch.zeros(1, dtype=torch.int64, device=device)
     slots = torch.zeros(1, dtype=torch.int32, device=device)
-    table = gpu_sampling.empty_table(1, device)
+    table = gpu_table.empty_table(1, device)
     for num_best in range(gpu_sampling.MAX_BEST + 1):
         gpu_sampling.report_logprobs(logits, targets, slots, table, buffers, num_best)

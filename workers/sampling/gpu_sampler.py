@@ -83,7 +83,7 @@ class GpuSampler:
         self._stages: dict[int, Stages] = {}
         self._with_grammar: dict[int, SamplingState] = {}
         self._unprepared: dict[int, RowError] = {}
-        self._set_table(gpu.empty_table(num_slots, torch.device("cpu")))
+        self._set_table(gpu_table.empty_table(num_slots, torch.device("cpu")))
 
     @property
     def token_ids(self) -> torch.Tensor:
@@ -105,7 +105,7 @@ class GpuSampler:
         old = self._host_table
         if num_slots <= old.shape[0]:
             return False
-        table = gpu.empty_table(num_slots, torch.device("cpu"))
+        table = gpu_table.empty_table(num_slots, torch.device("cpu"))
         table[: old.shape[0]] = old
         self._set_table(table)
         return True
@@ -268,7 +268,7 @@ class GpuSampler:
             )
             check_valid(logprobs)
             return pack_logprobs(logprobs, slice(None))
-        table = gpu.empty_table(1, torch.device("cpu"))
+        table = gpu_table.empty_table(1, torch.device("cpu"))
         table[0, gpu_table.NUM_BEST] = num_best
         slots = torch.zeros(rows, dtype=torch.int32, device=self._device)
         targets_on_device = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
