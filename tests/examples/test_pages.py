@@ -27,7 +27,9 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize(("page", "language"), [("README.md", "sh"), ("examples/workers.md", "bash")])
+@pytest.mark.parametrize(
+    ("page", "language"), [("README.md", "sh"), pytest.param("examples/workers.md", "bash", marks=pytest.mark.product)]
+)
 def test_outputs_that_are_said_to_be_equal_are(page: str, language: str, tmp_path: Path) -> None:
     [block] = [block for block in blocks(page, language) if "| cmp - alone.json" in block]
     done = subprocess.run(

@@ -63,7 +63,9 @@ def test_kept_lives(path: Path) -> None:
     run(Life.from_json(path.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("kind", NUM_LIVES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.product] * (kind == "processes")) for kind in NUM_LIVES]
+)
 def test_random_lives(kind: str) -> None:
     look(kind)
 

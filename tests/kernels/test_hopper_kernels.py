@@ -55,6 +55,7 @@ CASES = {
 }
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("name", CASES)
 def test_it_compiles_for_hopper_without_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

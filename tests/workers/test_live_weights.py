@@ -52,7 +52,7 @@ def bits(worker: Any, prompt: Any) -> tuple[list[int], bytes]:
     return result.token_ids, b"".join(rows.logprobs for rows in [*result.prompt_logprobs, *result.logprobs])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.product), "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bits_are_those_of_a_worker_that_loaded_them(
     family: str, dtype: str, checkpoints: Any, serve: Any, prompt: Any, tmp_path: Path

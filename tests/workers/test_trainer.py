@@ -63,7 +63,7 @@ def in_one_batch(sequences: list[list[int]], *, left: bool = False) -> tuple[tor
     return ids, mask
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.product), "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_have_the_bits_of_the_engine(
     family: str, dtype: Any, checkpoints: Any, serve: Any, prompt: Any

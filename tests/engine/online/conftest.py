@@ -22,7 +22,7 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield process.url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -34,7 +34,7 @@ def browser() -> Iterator[Browser]:
         opened.close()
 
 
-@pytest.fixture(params=[1440, 390])
+@pytest.fixture(params=[pytest.param(1440, marks=pytest.mark.product), 390])
 def page(browser: Browser, server_url: str, request: pytest.FixtureRequest) -> Iterator[Page]:
     """The page in a wide and in a phone's window, loaded; a complaint of the browser fails the test, except for
     requests that fail, which tests cause on purpose."""

@@ -103,7 +103,14 @@ def assert_sound(page: sync_api.Page) -> None:
 STATES = [empty, token, verdict, edited, different, settings, history, chat, gone]
 
 
-@pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
+@pytest.mark.parametrize(
+    "state",
+    [
+        pytest.param(state, marks=[pytest.mark.product] * (state not in (token, settings, chat, gone)))
+        for state in STATES
+    ],
+    ids=lambda state: state.__name__,
+)
 def test_each_state_is_sound(page: sync_api.Page, state: Callable[[sync_api.Page], None]) -> None:
     state(page)
     assert_sound(page)

@@ -49,6 +49,7 @@ def test_two_stages_with_chunks_preemption_and_a_prefix_cache(two_stages: Start)
     assert all(passed["model"] for passed in cluster.call("self_test"))
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "settings",
     [
@@ -94,6 +95,7 @@ def test_speculation(speculation: dict[str, object], two_stages: Start) -> None:
     assert cluster.metrics()["spec_decode_num_accepted_tokens"] > [0.0]
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     "target", [1, pytest.param(0, marks=pytest.mark.product)], ids=["the last stage", "the first stage"]
 )
@@ -109,6 +111,7 @@ def test_a_stage_that_dies_in_the_middle(target: int, two_stages: Start) -> None
     assert cluster.rng_digests() == digests
 
 
+@pytest.mark.product
 def test_a_request_that_fails_harms_no_other(two_stages: Start) -> None:
     """The last stage finds that its form cannot be read; the first goes on with the others."""
     cluster = two_stages()
@@ -119,6 +122,7 @@ def test_a_request_that_fails_harms_no_other(two_stages: Start) -> None:
         cluster.generate([bad])
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -56,6 +56,7 @@ def checkpoint(folder: Path, architecture: str, *, tied: bool) -> Path:
     return folder
 
 
+@pytest.mark.product
 @pytest.mark.parametrize(
     ("architecture", "tied"),
     [
