@@ -13,7 +13,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from sempre.engine.parsing.gemma4_arguments import ArgumentsReader
-from sempre.engine.parsing.pieces import Arguments, Piece, Reasoning, split_before_tag, unfinished_part
+from sempre.engine.parsing.pieces import Arguments, Piece, Reasoning, TagSplitter, unfinished_part
 from sempre.engine.parsing.tool_calls import AroundCalls
 
 if TYPE_CHECKING:
@@ -59,9 +59,7 @@ class Gemma4Parser(AroundCalls):
     def __init__(self, prompt: str = "", *, calls: bool) -> None:
         """`prompt`: its open channel (`open_channel`). Without `calls`, calls are content, unchanged."""
         super().__init__()
-        self._tags = TAGS if calls else tuple(tag for tag in TAGS if tag not in _OF_CALLS)
-        self._tag = re.compile("|".join(map(re.escape, self._tags)))
-        self._undecided = ""
+        self._splitter = TagSplitter(TAGS if calls else [tag for tag in TAGS if tag not in _OF_CALLS])
         self._at = _At.CONTENT
         # the text of this part so far, while it is undecided
         self._held = ""
@@ -74,23 +72,18 @@ class Gemma4Parser(AroundCalls):
         """Whether content or a call has."""
         self.feed(prompt)
         # what looks like the beginning of a tag there is text
-        self._undecided, self._has_thoughts = "", False
+        self._splitter.take_rest()
+        self._has_thoughts = False
 
     def feed(self, text: str) -> list[Piece]:
-        text = self._undecided + text
-        done = 0
-        for tag in self._tag.finditer(text):
-            self._add(text[done : tag.start()])
-            self._at_tag(tag[0])
-            done = tag.end()
-        certain = min((split_before_tag(text[done:], tag)[0] for tag in self._tags), key=len)
-        self._undecided = text[done + len(certain) :]
-        self._add(certain)
+        for before, tag in self._splitter.split(text):
+            self._add(before)
+            if tag:
+                self._at_tag(tag)
         return self._take()
 
     def finish(self) -> list[Piece]:
-        self._add(self._undecided)
-        self._undecided = ""
+        self._add(self._splitter.take_rest())
         match self._at:
             case _At.HEADER:
                 self._end_header()

@@ -20,7 +20,7 @@ from sempre.engine.parsing.pieces import (
     Content,
     Piece,
     Reasoning,
-    split_before_tag,
+    TagSplitter,
     unfinished_part,
 )
 
@@ -68,7 +68,7 @@ class HarmonyParser:
         """`prompt`: its unfinished message (`open_message`). Without `calls`, messages to functions are content."""
         self._calls = False
         self._pieces: list[Piece] = []
-        self._undecided = ""
+        self._splitter = TagSplitter(TAGS)
         # the text and tags since the last message, after the part of the header in the prompt; None inside a message
         self._header: list[str] | None = []
         self._prompt_header = ""
@@ -82,27 +82,22 @@ class HarmonyParser:
         self.has_ended = False
         """Whether one of another kind has."""
         self.feed(prompt)
-        self._calls, self._undecided = calls, ""
+        self._splitter.take_rest()
+        self._calls = calls
         self._said.clear()
         self.has_ended = self._header is None and self._kind is not _Kind.REASONING
         if self._header is not None:
             self._prompt_header, self._header = "".join(self._header), []
 
     def feed(self, text: str) -> list[Piece]:
-        text = self._undecided + text
-        done = 0
-        for tag in _TAG.finditer(text):
-            self._add(text[done : tag.start()])
-            self._at_tag(tag[0])
-            done = tag.end()
-        certain = min((split_before_tag(text[done:], tag)[0] for tag in TAGS), key=len)
-        self._undecided = text[done + len(certain) :]
-        self._add(certain)
+        for before, tag in self._splitter.split(text):
+            self._add(before)
+            if tag:
+                self._at_tag(tag)
         return self._take()
 
     def finish(self) -> list[Piece]:
-        self._add(self._undecided)
-        self._undecided = ""
+        self._add(self._splitter.take_rest())
         self._end()
         return self._take()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -109,3 +110,28 @@ def split_before_tag(text: str, tag: str) -> tuple[str, str]:
         if text.endswith(tag[:size]):
             return text[:-size], text[-size:]
     return text, ""
+
+
+class TagSplitter:
+    """Cuts a text that arrives in parts at its tags. What may be the beginning of a tag waits for what follows."""
+
+    def __init__(self, tags: Sequence[str]) -> None:
+        self._tags = tags
+        self._tag = re.compile("|".join(map(re.escape, tags)))
+        self._undecided = ""
+
+    def split(self, text: str) -> Iterator[tuple[str, str]]:
+        """Yield the text before each tag, with the tag; at last what is certain of the rest, with ""."""
+        text = self._undecided + text
+        done = 0
+        for tag in self._tag.finditer(text):
+            yield text[done : tag.start()], tag[0]
+            done = tag.end()
+        certain = min((split_before_tag(text[done:], tag)[0] for tag in self._tags), key=len)
+        self._undecided = text[done + len(certain) :]
+        yield certain, ""
+
+    def take_rest(self) -> str:
+        """What is undecided: text, since nothing follows."""
+        rest, self._undecided = self._undecided, ""
+        return rest

@@ -5,10 +5,9 @@ The arguments are passed on as they arrive, as in the formats of `tool_calls.py`
 
 from __future__ import annotations
 
-import re
 from enum import Enum, auto
 
-from sempre.engine.parsing.pieces import Arguments, Piece, split_before_tag
+from sempre.engine.parsing.pieces import Arguments, Piece, TagSplitter
 from sempre.engine.parsing.tool_calls import AroundCalls, RequiredCallsParser
 
 _FENCE, _FENCE_END = "```json", "```"
@@ -27,8 +26,7 @@ class _TaggedParser(AroundCalls):
 
     def __init__(self) -> None:
         super().__init__()
-        self._tag = re.compile("|".join(map(re.escape, self.TAGS)))
-        self._undecided = ""
+        self._splitter = TagSplitter(self.TAGS)
         self._at = _At.CONTENT
         # the text and tags of a call before its arguments
         self._header = ""
@@ -37,20 +35,14 @@ class _TaggedParser(AroundCalls):
         self._has_arguments = False
 
     def feed(self, text: str) -> list[Piece]:
-        text = self._undecided + text
-        done = 0
-        for tag in self._tag.finditer(text):
-            self._add(text[done : tag.start()])
-            self._at_tag(tag[0])
-            done = tag.end()
-        certain = min((split_before_tag(text[done:], tag)[0] for tag in self.TAGS), key=len)
-        self._undecided = text[done + len(certain) :]
-        self._add(certain)
+        for before, tag in self._splitter.split(text):
+            self._add(before)
+            if tag:
+                self._at_tag(tag)
         return self._take()
 
     def finish(self) -> list[Piece]:
-        self._add(self._undecided)
-        self._undecided = ""
+        self._add(self._splitter.take_rest())
         self._end_call(is_cut=True)
         return self._finish()
 
@@ -173,8 +165,7 @@ class MistralParser(_TaggedParser):
 
     def finish(self) -> list[Piece]:
         pieces = self.feed("")
-        self._add(self._undecided)
-        self._undecided = ""
+        self._add(self._splitter.take_rest())
         if self._list is None:
             return [*pieces, *super().finish()]
         return [*pieces, *self._take(), *self._list.finish()]
