@@ -15,7 +15,7 @@ from sempre.kernels.packed import CodeForm, Codes, Numbers, can_pack
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.quantization.gguf_blocks import CODES, SCALES
 from sempre.workers.quantization.method import QuantizationMethod
-from sempre.workers.quantization.plain import PLAIN, PLAIN_SUFFIX
+from sempre.workers.quantization.plain import PLAIN, PLAIN_SUFFIX, finite_weight
 from sempre.workers.quantization.widened import CodedFormat, WidenedSource, coded_form
 from sempre.workers.tensor_source import FLOAT_NAMES, Parameter, mismatch
 
@@ -199,11 +199,15 @@ class OnlineCodes:
     ) -> LinearWeight:
         matrices, dtype = [], _dtype_of(as_matrix)
         for module, tensors in parts.items():
-            weight = tensors[PLAIN_SUFFIX]
-            if wrong := int((~weight.isfinite()).sum()):
-                raise mismatch(module + PLAIN_SUFFIX, "finite values", f"{wrong} that are not")
+            weight = finite_weight(module, tensors)
             matrices.append(quantize_groups(weight, self._fitting(weight.shape[1]), dtype))
         return pack_or_widen(matrices, bias, kernel, dtype)
+
+
+def common_matrix(matrices: Mapping[str, CodedMatrix], modules: Sequence[str]) -> CodedMatrix | None:
+    """What modules that are fused have in common; None where they are not alike, and are widened to be one matmul."""
+    found = {matrices.get(module) for module in modules}
+    return found.pop() if len(found) == 1 else None
 
 
 class CodedQuantization:
@@ -213,10 +217,8 @@ class CodedQuantization:
         self._matrices = matrices
 
     def method(self, modules: Sequence[str]) -> QuantizationMethod:
-        found = {self._matrices.get(module) for module in modules}
-        first = found.pop()
-        # those that are not alike are widened, to be one matmul
-        return PLAIN if first is None or found or _is_expert(modules[0]) else StoredCodes(first)
+        matrix = common_matrix(self._matrices, modules)
+        return PLAIN if matrix is None or _is_expert(modules[0]) else StoredCodes(matrix)
 
 
 class OnlineCodedQuantization:

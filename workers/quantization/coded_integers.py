@@ -14,7 +14,7 @@ from sempre.ipc.errors import ConfigError
 from sempre.kernels.integers import BLOCK, GroupedIntegers, IntegerScheme
 from sempre.kernels.packed import Codes, Numbers
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
-from sempre.workers.quantization.coded import CodedMatrix, StoredCodes, coded_part
+from sempre.workers.quantization.coded import CodedMatrix, StoredCodes, coded_part, common_matrix
 from sempre.workers.quantization.method import QuantizationMethod
 from sempre.workers.quantization.plain import PLAIN
 from sempre.workers.quantization.widened import CodedFormat, WidenedSource
@@ -62,9 +62,8 @@ class CodedIntegerQuantization:
         self._matrices = matrices
 
     def method(self, modules: Sequence[str]) -> QuantizationMethod:
-        found = {self._matrices.get(module) for module in modules}
-        first = found.pop()
-        return PLAIN if first is None or found else CodedIntegers(first)
+        matrix = common_matrix(self._matrices, modules)
+        return PLAIN if matrix is None else CodedIntegers(matrix)
 
 
 def coded_integer_quantization(source: WidenedSource, form: CodedFormat) -> CodedIntegerQuantization:

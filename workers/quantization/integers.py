@@ -15,7 +15,7 @@ from sempre.kernels.integers import BLOCK, GroupedIntegers, IntegerScheme
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.quantization.gguf_blocks import CODES, MINIMA, SCALES, IntegerForm, integer_forms
 from sempre.workers.quantization.method import QuantizationMethod
-from sempre.workers.quantization.plain import PLAIN, PLAIN_SUFFIX
+from sempre.workers.quantization.plain import PLAIN, PLAIN_SUFFIX, finite_weight
 from sempre.workers.tensor_source import Parameter, mismatch
 
 # beside which the codes of a block are spread evenly; 8 and 4 bits, without the lowest, so that both signs are alike
@@ -53,14 +53,7 @@ class OnlineIntegers:
         kernel: LinearKernel,
         as_matrix: Callable[[torch.Tensor], torch.Tensor],
     ) -> LinearWeight:
-        matrices = []
-        for module, tensors in parts.items():
-            weight = tensors[PLAIN_SUFFIX]
-            if not bool(weight.isfinite().all()):
-                raise mismatch(
-                    module + PLAIN_SUFFIX, "finite values", f"{int((~weight.isfinite()).sum())} that are not"
-                )
-            matrices.append(quantize_blocks(weight, self._scheme))
+        matrices = [quantize_blocks(finite_weight(module, part), self._scheme) for module, part in parts.items()]
         return kernel.pack_integers(matrices, bias, self._scheme)
 
 

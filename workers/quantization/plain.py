@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
-from sempre.workers.tensor_source import Parameter
+from sempre.workers.tensor_source import Parameter, mismatch
 
 PLAIN_SUFFIX = ".weight"
 
@@ -33,6 +33,14 @@ class Plain:
 
 
 PLAIN = Plain()
+
+
+def finite_weight(module: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The floats [N, K] of a matrix that is quantised while loading. Raises TensorMismatch unless all are finite."""
+    weight = tensors[PLAIN_SUFFIX]
+    if not bool(weight.isfinite().all()):
+        raise mismatch(module + PLAIN_SUFFIX, "finite values", f"{int((~weight.isfinite()).sum())} that are not")
+    return weight
 
 
 class NotQuantized:
