@@ -8,7 +8,7 @@ from typing import Any
 
 from sempre.engine.arguments import engine_config
 from sempre.engine.client.inproc import InprocClient
-from sempre.engine.harness import Generation, generate, make_request
+from sempre.engine.harness import Generation, compare_generations, generate, make_request
 from sempre.ipc.messages import ReasoningSpec, RequestSpec
 
 SETTINGS: dict[str, Any] = {"model": "tiny", "max_model_len": 512, "num_threads": 1}
@@ -84,3 +84,9 @@ def run_alone(numerics: str, profile: str = "single") -> tuple[Generation, ...]:
         return tuple(generate(client, [request])[0] for request in make_requests())
     finally:
         client.close()
+
+
+def check_alone(run: Sequence[Generation], profile: str = "single") -> None:
+    """Fail unless a run of all requests has the bits of `run_alone`."""
+    comparison = compare_generations(run_alone("invariant", profile), run)
+    assert comparison.equal, comparison.first_difference

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hybrid_checkpoint import hybrid_settings, write_hybrid_checkpoint
-from workload import KV_BLOCK_BYTES, SETTINGS, make_requests, run_alone, run_inproc
+from workload import KV_BLOCK_BYTES, SETTINGS, check_alone, make_requests, run_alone, run_inproc
 
-from sempre.engine.harness import Cluster, Generation, compare_generations, make_request
+from sempre.engine.harness import Cluster, compare_generations, make_request
 from sempre.ipc.errors import ConfigError, RequestError, SeedMismatch, StartupError, WorkerDied
 from sempre.ipc.messages import AddRequests, RequestSpec
 
@@ -20,11 +20,6 @@ Start = Callable[..., Cluster]
 Requests = Callable[..., list[RequestSpec]]
 
 TWO: dict[str, Any] = {key: value for key, value in SETTINGS.items() if key != "model"} | {"pipeline_parallel_size": 2}
-
-
-def check(run: Sequence[Generation], profile: str = "single") -> None:
-    comparison = compare_generations(run_alone("invariant", profile), run)
-    assert comparison.equal, comparison.first_difference
 
 
 @pytest.fixture
@@ -40,8 +35,8 @@ def test_two_stages_with_chunks_preemption_and_a_prefix_cache(two_stages: Start)
     assert cluster.ready.fingerprint["numerics_profile"] == "single"
     first, second = cluster.rng_digests()
     assert first == second
-    check(cluster.generate(make_requests()))
-    check(cluster.generate(make_requests()[::-1])[::-1])
+    check_alone(cluster.generate(make_requests()))
+    check_alone(cluster.generate(make_requests()[::-1])[::-1])
     metrics = cluster.metrics()
     assert metrics["num_preemptions"] > [0.0]
     assert metrics["prefix_cache_hits"] > [0.0]
@@ -61,7 +56,7 @@ def test_two_stages_with_chunks_preemption_and_a_prefix_cache(two_stages: Start)
 )
 def test_other_layouts(settings: dict[str, int], two_stages: Start) -> None:
     cluster = two_stages(**settings)
-    check(cluster.generate(make_requests()), "tree8" if "tensor_parallel_size" in settings else "single")
+    check_alone(cluster.generate(make_requests()), "tree8" if "tensor_parallel_size" in settings else "single")
     assert len({tuple(sorted(digests.items())) for digests in cluster.rng_digests()}) == 1
 
 
@@ -91,7 +86,7 @@ def test_layers_that_keep_states(num_stages: int, tmp_path: Path) -> None:
 )
 def test_speculation(speculation: dict[str, object], two_stages: Start) -> None:
     cluster = two_stages(speculative_config={**speculation, "adaptive": False})
-    check(cluster.generate(make_requests()))
+    check_alone(cluster.generate(make_requests()))
     assert cluster.metrics()["spec_decode_num_accepted_tokens"] > [0.0]
 
 
@@ -104,9 +99,9 @@ def test_a_stage_that_dies_in_the_middle(target: int, two_stages: Start) -> None
     former, digests = cluster.worker_pids(), cluster.rng_digests()
     killer = threading.Thread(target=lambda: (time.sleep(0.4), cluster.kill(target)))
     killer.start()
-    check(cluster.generate(make_requests()))
+    check_alone(cluster.generate(make_requests()))
     killer.join()
-    check(cluster.generate(make_requests()))
+    check_alone(cluster.generate(make_requests()))
     assert not set(former) & set(cluster.worker_pids())
     assert cluster.rng_digests() == digests
 
@@ -117,7 +112,7 @@ def test_a_request_that_fails_harms_no_other(two_stages: Start) -> None:
     cluster = two_stages()
     bad = make_request([5, 6, 7], ordinal=99, request_id="bad", max_tokens=8, grammar="no grammar at all")
     cluster.client.send(AddRequests(requests=[bad]))
-    check(cluster.generate(make_requests()))
+    check_alone(cluster.generate(make_requests()))
     with pytest.raises(RequestError, match="structured_outputs: "):
         cluster.generate([bad])
 

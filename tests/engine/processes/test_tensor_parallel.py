@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
-from workload import KV_BLOCK_BYTES, SETTINGS, make_requests, run_alone
+from workload import KV_BLOCK_BYTES, SETTINGS, check_alone, make_requests, run_alone
 
-from sempre.engine.harness import Cluster, Generation, compare_generations
+from sempre.engine.harness import Cluster, compare_generations
 from sempre.ipc.errors import SeedMismatch, StartupError, WorkerDied
 from sempre.ipc.messages import RequestSpec
 
@@ -20,9 +21,7 @@ Requests = Callable[..., list[RequestSpec]]
 TWO: dict[str, Any] = {key: value for key, value in SETTINGS.items() if key != "model"} | {"tensor_parallel_size": 2}
 
 
-def check(run: Sequence[Generation], profile: str = "tree8") -> None:
-    comparison = compare_generations(run_alone("invariant", profile), run)
-    assert comparison.equal, comparison.first_difference
+check = partial(check_alone, profile="tree8")
 
 
 @pytest.fixture
