@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 
 _NEGATIONS = frozenset({"no", "not", "disable", "disabled", "without", "skip"})
+_LONG_NEGATIONS = tuple(sorted(word for word in _NEGATIONS if len(word) > 4))
 _OPPOSITES = (
     ("allow", "deny"),
     ("before", "after"),
@@ -44,4 +45,9 @@ def _words(name: str) -> list[str]:
 
 
 def _is_negated(words: list[str]) -> bool:
-    return sum(word in _NEGATIONS for word in words) % 2 == 1
+    return sum(word in _NEGATIONS or _is_mistyped_negation(word) for word in words) % 2 == 1
+
+
+def _is_mistyped_negation(word: str) -> bool:
+    """With a letter or the separator after it left out; a short one is as near to too many other words."""
+    return word.startswith(_LONG_NEGATIONS) or bool(difflib.get_close_matches(word, _LONG_NEGATIONS, cutoff=0.9))

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import TypeVar
 
@@ -97,7 +97,8 @@ class Session:
         with held():
             sequence_ids = self._processor.forget(request.request_id for request in requests)
             if sequence_ids and not isinstance(because, EngineDeadError):
-                self._client.send(AbortRequests(request_ids=sequence_ids))
+                with suppress(EngineDeadError):  # a stream that is dropped after the end has nothing to abort
+                    self._client.send(AbortRequests(request_ids=sequence_ids))
 
     def update_weights(self, path: str, *, restarts: bool) -> UpdateWeightsReply:
         """Give the workers these weights, once the unfinished requests have ended or, if it `restarts` them, at once;

@@ -47,6 +47,8 @@ _CLOSE_S = 5
 _RESTART_PAUSE_S = 1.0
 _MOST_RESTART_PAUSE_S = 60.0
 _BACKLOG = 2048
+# uvloop accepts one connection per pass and socket: a health check would wait a pass for each that came before it
+_MORE_ACCEPTS = 7
 # how long a thread may hold the GIL while the event loop is waiting
 _SWITCH_S = 0.001
 
@@ -77,7 +79,8 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         http = _HttpServer(self._uvicorn_config())
-        serving = asyncio.create_task(http.serve(sockets=[listening]))
+        sockets = [listening, *(listening.dup() for _ in range(_MORE_ACCEPTS))]
+        serving = asyncio.create_task(http.serve(sockets=sockets))
         reporting = self._report_activity()
         try:
             if await self._start_engine(self._engine.start(), began) and await self._serve():

@@ -124,7 +124,11 @@ def test_usage_errors(arguments: list[str], message: str, capsys: pytest.Capture
             1,
             "[Errno 2] No such file or directory: '/nowhere.jsonl'",
         ),
-        (["pull", "smollm"], 2, "model 'smollm' is not in the catalogue. Did you mean smollm2-135m?"),
+        (
+            ["pull", "smollm"],
+            2,
+            "model 'smollm' is not a local folder, a known name or a hub id (org/name). Did you mean smollm2-135m?",
+        ),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], code: int, message: str) -> None:
@@ -148,7 +152,7 @@ def test_debug_shows_the_traceback(flag: list[str], environment: dict[str, str])
     result = sempre("pull", "nothing", *flag, environment=environment)
     assert result.returncode == 2
     assert "Traceback (most recent call last)" in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("sempre: error: model 'nothing' is not in the catalogue.")
+    assert result.stderr.splitlines()[-1].startswith("sempre: error: model 'nothing' is not a local folder,")
 
 
 @pytest.mark.parametrize(

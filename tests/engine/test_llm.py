@@ -388,11 +388,13 @@ def test_shutdown_and_the_user_s_generators() -> None:
     assert generator_states() == states
     llm.chat([{"role": "user", "content": "Hello"}], short(), use_tqdm=False)
     llm.score(PROMPTS)
-    stream = llm.stream(PROMPTS[0], short(max_tokens=None))
+    dropped, stream = (llm.stream(PROMPTS[0], short(max_tokens=None)) for _ in range(2))
+    next(dropped)
     next(stream)
     assert generator_states() == states
     llm.shutdown()
     llm.shutdown()
+    dropped.close()  # type: ignore[attr-defined]
     assert num_children() == before
     assert generator_states() == states
     for use in (lambda: llm.generate("a"), llm.get_metrics, llm.reset_prefix_cache, lambda: llm.score("a")):
