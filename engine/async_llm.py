@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from itertools import count
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 from sempre.engine.adapters import LoRARequest, Requested
 from sempre.engine.arguments import EngineKeywords, parse_arguments
@@ -26,15 +26,15 @@ from sempre.engine.frontend.pacing import Pacer
 from sempre.engine.frontend.progress import StartupNotice, log_progress
 from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.frontend.request_builder import PreparedRequest
-from sempre.engine.frontend.session import check_refused
+from sempre.engine.frontend.session import REPLIES, Reply, check_refused
 from sempre.engine.health import EngineHealth, answered_health, unhealthy
 from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream, StreamControl, check_prompt_logprobs
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.shared_task import SharedTask
+from sempre.engine.sleep_calls import AsyncSleepLLM
 from sempre.engine.vllm_settings import refuse_values
-from sempre.engine.weight_calls import AsyncWeightsLLM
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import again
 from sempre.ipc.errors import EngineDeadError, ProtocolError
@@ -51,16 +51,14 @@ from sempre.ipc.messages import (
     OutputsReady,
     ResetPrefixCache,
     ResetPrefixCacheReply,
-    UpdateWeightsReply,
 )
 
-Reply = TypeVar("Reply", CallWorkersReply, HealthReply, MetricsReply, ResetPrefixCacheReply, UpdateWeightsReply)
 # Events handled before readers of outputs run: readers slower than the engine then get the tokens of several steps
 # at once, which costs little more than those of one step.
 _MOST_EVENTS_AT_ONCE = 8
 
 
-class AsyncLLM(AsyncWeightsLLM):
+class AsyncLLM(AsyncSleepLLM):
     """A model with its coordinator and workers, for one event loop.
 
         async with AsyncLLM("tiny") as engine:
@@ -370,7 +368,7 @@ class AsyncLLM(AsyncWeightsLLM):
                     client.send(AbortRequests(request_ids=processed.stopped_ids, finish_reason="stop"))
                 for state in processed.updated:
                     self._wake(state)
-            case CallWorkersReply() | HealthReply() | MetricsReply() | ResetPrefixCacheReply() | UpdateWeightsReply():
+            case _ if isinstance(event, REPLIES):
                 future = self._replies.get(event.call_id)
                 if future is not None and not future.done():
                     future.set_result(event)

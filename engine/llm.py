@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from os import PathLike
 from types import TracebackType
@@ -27,15 +27,15 @@ from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.progress import GenerationProgress, StartupNotice, UseTqdm, search_progress
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
-from sempre.engine.frontend.session import Session
+from sempre.engine.frontend.session import Session, SleepCommand
 from sempre.engine.metrics import Metric
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput
 from sempre.engine.pooling import PoolingParams
 from sempre.engine.pooling_calls import Prompts
 from sempre.engine.sampling_params import RequestOutputKind, SamplingParams
+from sempre.engine.sleep_calls import SleepLLM
 from sempre.engine.text.messages import ContentFormat
 from sempre.engine.vllm_settings import refuse_values
-from sempre.engine.weight_calls import WeightsLLM
 from sempre.ipc.errors import EngineDeadError
 from sempre.ipc.messages import (
     CallWorkersReply,
@@ -43,12 +43,13 @@ from sempre.ipc.messages import (
     MetricsReply,
     ResetPrefixCache,
     ResetPrefixCacheReply,
+    SleepTag,
 )
 
 Message = Mapping[str, Any]
 
 
-class LLM(WeightsLLM):
+class LLM(SleepLLM):
     """A model with its coordinator and workers.
 
     Keywords are the fields of `EngineConfig` and `FrontendConfig`. Close it with `shutdown` or `with`; it also
@@ -255,6 +256,10 @@ class LLM(WeightsLLM):
             self._frontend.use_weights(weights, updated_fingerprint(reply))
         finally:
             self._session.begin_again()
+
+    def _change_sleep(self, make_command: Callable[[int], SleepCommand]) -> list[SleepTag]:
+        self._check_open()
+        return self._session.change_sleep(make_command)
 
     def get_world_size(self, include_dp: bool = True) -> int:
         """Return the number of workers in all replicas or in one."""

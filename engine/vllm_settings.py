@@ -93,7 +93,8 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "enable_prompt_embeds": (False,),
     "enable_return_routed_experts": (False,),
     "enable_shm_tensor_arena": (False,),
-    "enable_sleep_mode": (False,),
+    # a flag of `sempre serve`; in Python an engine can always sleep
+    "enable_sleep_mode": (True, False),
     "enable_tower_connector_lora": (False,),
     "enable_trace_replay": (False,),
     "engram_config": (None,),

@@ -20,6 +20,7 @@ from sempre.engine.frontend.new_weights import (
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.pacing import Pace, Pacer
 from sempre.engine.frontend.request_builder import PreparedRequest
+from sempre.engine.frontend.session import Reply
 from sempre.engine.lora_calls import AsyncLoraLLM, LoraLLM
 from sempre.engine.output_stream import OutputStream
 from sempre.ipc.messages import AbortRequests, ClientCommand, UpdateWeights, UpdateWeightsReply
@@ -64,7 +65,7 @@ class AsyncWeightsLLM(AsyncLoraLLM):
     _call_ids: Iterator[int]
 
     @abstractmethod
-    async def _ask(self, command: ClientCommand, call_id: int, kind: type[UpdateWeightsReply]) -> UpdateWeightsReply:
+    async def _ask(self, command: ClientCommand, call_id: int, kind: type[Reply]) -> Reply:
         """Send a command, and wait for its reply."""
 
     @abstractmethod

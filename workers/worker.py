@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace as replace_fields
 from difflib import get_close_matches
-from pathlib import Path
 from time import perf_counter
 
-from msgspec.structs import replace
+from msgspec.structs import asdict
 
-from sempre.ipc.config import BLOCK_SIZES, check_device_settings
+from sempre.ipc.config import check_device_settings
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import ConfigError, ProtocolError
 from sempre.ipc.messages import (
@@ -26,30 +25,29 @@ from sempre.ipc.messages import (
     StartServing,
     StepCosts,
     StepResult,
-    WorkerConfig,
     WorkerReady,
 )
 from sempre.kernels.threads import get_num_threads
-from sempre.workers.adapters.store import AdapterStore, adapter_methods
-from sempre.workers.backend import Backend, LoadedModel, ModelSetup
+from sempre.workers.adapters.store import adapter_methods
+from sempre.workers.backend import Backend, LoadedModel
 from sempre.workers.backends import make_backend
 from sempre.workers.device import attention_parity, resolve_device
 from sempre.workers.drafters.base import check_drafts
 from sempre.workers.drafters.model import DraftSteps, ModelDrafter
 from sempre.workers.fingerprint import setting_parts
 from sempre.workers.gpu.compiler_process import CompilerProcess
-from sempre.workers.layers.linear_kernel import linear_kernel
+from sempre.workers.inspection import checked_digest, memory_bytes
 from sempre.workers.live_weights import weight_methods
-from sempre.workers.loading import live_digest, load_model
-from sempre.workers.model_length import fitted, max_model_len
+from sempre.workers.loading import live_digest
+from sempre.workers.model_length import fitted
+from sempre.workers.model_loading import load_draft_model, load_with_adapters, model_setup
 from sempre.workers.models.config import spec_digest
-from sempre.workers.models.pooling import PoolingSettings
-from sempre.workers.models.registry import load_spec
 from sempre.workers.module_trace import TracedResult, trace_methods, trace_modules
 from sempre.workers.replica import join_replica, whole_model
 from sempre.workers.runner import ModelRunner, StepQueue
 from sempre.workers.sampling.grammar import grammar_library_version
 from sempre.workers.seeding import rng_digests, seed_everything
+from sempre.workers.sleep import SleepingModel, asleep, check_device, give_back
 from sempre.workers.state_cache import CacheSizes
 from sempre.workers.warm_up import warm_up
 
@@ -78,6 +76,9 @@ class Worker:
         self._draft_model: LoadedModel | None = None
         self._drafter: ModelDrafter | None = None
         self._late_fingerprint: dict[str, str] = {}
+        self._rank = 0
+        self._sleeping: SleepingModel | None = None
+        """set while caches, or also weights, are released"""
         self._methods: dict[str, Callable[..., object]] = {
             "fingerprint": self._fingerprint,
             "kv_cache_digest": self._kv_cache_digest,
@@ -85,8 +86,10 @@ class Worker:
             "num_threads": get_num_threads,
             "parameter_digest": self._parameter_digest,
             "ping": lambda: "pong",
-            "rng_digests": self._rng_digests,
+            "rng_digests": lambda: asdict(rng_digests()),
             "self_test": self._self_test,
+            "_release": self._release,
+            "_restore": self._restore,
             **trace_methods(self._trace),
             **weight_methods(self._require_loaded, lambda: self._require_backend().placement, self._take_weights),
             **adapter_methods(lambda: self._require_loaded().adapters),
@@ -97,6 +100,7 @@ class Worker:
         seconds = {"imports": self._import_seconds}
         backend = make_backend(resolve_device(command.config.device, command.config.device_index), self._compiler)
         config = command.config
+        self._rank = config.rank
         check_device_settings(config, backend.placement.device.type)
         seed_everything(config.seed)
         digests = rng_digests()
@@ -104,11 +108,11 @@ class Worker:
             backend.begin(config)
         self._backend = backend
         parallel = join_replica(config, backend, self._shared_memory)
-        setup = replace_fields(_setup(config, backend), parallel=parallel)
+        setup = replace_fields(model_setup(config, backend), parallel=parallel)
         with backend.loading(setup) as compilation:
             with _timed(seconds, "load_weights"):
-                loaded = _load(setup, backend)
-                self._draft_model = _load_draft_model(loaded, backend)
+                loaded = load_with_adapters(setup, backend)
+                self._draft_model = load_draft_model(loaded, backend)
             with _timed(seconds, "compile"):
                 seconds |= compilation.finish()
         if config.numerics == "invariant":
@@ -201,12 +205,11 @@ class Worker:
 
     def call(self, command: CallMethod) -> CallMethodReply:
         """Call a public method; its error, or that of an unknown name or wrong arguments, is the reply's."""
-        rank = self._loaded.config.rank if self._loaded is not None else 0
         try:
             result = self._method(command)(*command.args, **command.kwargs)
         except Exception as error:  # goes to the caller of this one method
-            return CallMethodReply(rank=rank, call_id=command.call_id, error=describe(error, rank))
-        return CallMethodReply(rank=rank, call_id=command.call_id, result=result)
+            return CallMethodReply(rank=self._rank, call_id=command.call_id, error=describe(error, self._rank))
+        return CallMethodReply(rank=self._rank, call_id=command.call_id, result=result)
 
     def shutdown(self) -> None:
         """Release weights, cache, and what the device's backend acquired."""
@@ -263,33 +266,45 @@ class Worker:
         return parts | own | setting_parts(loaded.config) | self._late_fingerprint
 
     def _kv_cache_digest(self, block_ids: list[int]) -> str:
-        cache = self._require_runner().cache
-        for block_id in block_ids:
-            if type(block_id) is not int or not 0 <= block_id < cache.num_blocks:
-                raise ConfigError(
-                    f"block_ids: expected ids in [0, {cache.num_blocks}), found {block_id!r}.",
-                    parameter="block_ids",
-                    value=block_id,
-                )
-        return cache.digest(block_ids)
+        return checked_digest(self._require_runner().cache, block_ids)
 
     def _memory(self) -> dict[str, int]:
         """Bytes: as counted by the device's backend, of the weights, and of the KV caches of model and draft."""
+        if self._sleeping is None:
+            self._require_loaded()
+        assert self._backend is not None
         cache = None if self._runner is None else self._runner.cache
-        draft_block = 0 if self._draft_model is None else self._draft_model.block_bytes
-        return self._require_backend().memory() | {
-            "weight_bytes": self._require_loaded().weights.nbytes,
-            "kv_cache_bytes": 0 if cache is None else cache.nbytes,
-            "state_cache_bytes": 0 if cache is None or cache.states is None else cache.states.nbytes,
-            "draft_kv_cache_bytes": 0 if cache is None else cache.num_blocks * draft_block,
-        }
+        return self._backend.memory() | memory_bytes(self._loaded, self._draft_model, cache)
 
     def _parameter_digest(self) -> str:
         return live_digest(self._require_loaded().model)
 
-    def _rng_digests(self) -> dict[str, str]:
-        digests = rng_digests()
-        return {name: getattr(digests, name) for name in digests.__struct_fields__}
+    def _release(self, tags: list[str]) -> None:
+        """Give back the caches, and the weights if `tags` has them, until `_restore`. Raises ConfigError on a GPU."""
+        assert self._backend is not None
+        check_device(self._backend.placement.device)
+        if self._loaded is not None:
+            self._sleeping = SleepingModel.of(self._loaded)
+        self._runner = self._steps = self._drafter = None
+        if "weights" in tags:
+            self._loaded = self._draft_model = None
+        give_back()
+
+    def _restore(self, tags: list[str], weights_path: str | None, num_blocks: int, num_state_slots: int) -> None:
+        """Read weights and allocate caches again, whatever of `tags` is missing. Raises ModelError for other weights
+        than before, and the errors of loading."""
+        sleeping, backend = self._sleeping, self._backend
+        if sleeping is None:
+            return
+        assert backend is not None
+        if "weights" in tags and self._loaded is None:
+            loaded = load_with_adapters(sleeping.setup(weights_path), backend)
+            sleeping.check(loaded)
+            self._draft_model = load_draft_model(loaded, backend)
+            self._loaded = loaded
+        if "kv_cache" in tags:
+            self.start_serving(StartServing(num_blocks=num_blocks, num_state_slots=num_state_slots))
+            self._sleeping = None
 
     def _self_test(self) -> dict[str, int]:
         return self._require_backend().self_test(self._require_loaded())
@@ -309,6 +324,8 @@ class Worker:
 
     def _require_loaded(self) -> LoadedModel:
         if self._loaded is None:
+            if self._sleeping is not None:
+                raise asleep("weights")
             raise ProtocolError("worker: expected LoadModel as the first command, found another one.")
         return self._loaded
 
@@ -319,6 +336,8 @@ class Worker:
 
     def _require_runner(self) -> ModelRunner:
         if self._runner is None:
+            if self._sleeping is not None:
+                raise asleep("caches")
             raise ProtocolError("worker: expected StartServing before this command.")
         return self._runner
 
@@ -328,70 +347,3 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = perf_counter()
     yield
     seconds[phase] = perf_counter() - start
-
-
-def _setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
-    is_draft = config.role == "draft"
-    settings = PoolingSettings(*(("generate",) if is_draft else (config.runner, config.convert, config.pooler_config)))
-    spec = load_spec(Path(config.model_path), settings)
-    if spec.pooling is not None and config.speculative_config is not None:
-        raise ConfigError(
-            "speculative_config: nothing is drafted for a model that pools. Leave it out.",
-            parameter="speculative_config",
-        )
-    if spec.pooling is not None and config.enable_lora:
-        raise ConfigError("enable_lora: a model that pools has no adapters. Leave it out.", parameter="enable_lora")
-    if is_draft and any(spec.layer_states):
-        raise ConfigError(
-            f"speculative_config: the draft model {config.model_path} ({spec.architecture}) has layers that keep"
-            " states; expected one whose layers all have attention. Choose another draft model, or method ngram or"
-            " suffix.",
-            parameter="speculative_config",
-            value=config.model_path,
-        )
-    return ModelSetup(
-        config,
-        spec,
-        linear_kernel(config.numerics),
-        max_model_len=max_model_len(config, spec),
-        block_size=config.block_size or BLOCK_SIZES[backend.placement.device.type][0],
-        max_num_batched_tokens=config.max_num_batched_tokens or backend.max_num_batched_tokens,
-        max_num_seqs=config.max_num_seqs or backend.default_max_num_seqs(config, spec),
-    )
-
-
-def _load(setup: ModelSetup, backend: Backend) -> LoadedModel:
-    model, weights = load_model(setup.config, setup.spec, setup.kernel, backend.placement, setup.parallel)
-    serves_adapters = setup.config.enable_lora and setup.config.role == "target"
-    adapters = AdapterStore(setup.config, model, weights.activations) if serves_adapters else None
-    return LoadedModel(**vars(setup), model=model, weights=weights, adapters=adapters)
-
-
-def _load_draft_model(target: LoadedModel, backend: Backend) -> LoadedModel | None:
-    """The model that a target's worker drafts with, if any; only the last stage does."""
-    config = target.config
-    folder = config.colocated_draft_model
-    if folder is None or not target.parallel.stage.is_last:
-        return None
-    draft_config = replace(
-        config,
-        role="draft",
-        model_path=folder,
-        weights_path=None,
-        speculative_config=None,
-        quantization=None,
-        numerics_profile="single",
-        tensor_parallel_size=1,
-        pipeline_parallel_size=1,
-        max_model_len=target.max_model_len,
-    )
-    draft = _load(_setup(draft_config, backend), backend)
-    found, expected = draft.spec.vocab_size, target.spec.vocab_size
-    if found != expected:
-        raise ConfigError(
-            f"speculative_config: the draft model {folder} has a vocabulary of {found} tokens, and the"
-            f" model {config.model_path} one of {expected}; both must have the same tokens.",
-            parameter="speculative_config",
-            value=folder,
-        )
-    return draft

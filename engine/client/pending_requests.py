@@ -15,6 +15,7 @@ from sempre.ipc.messages import (
     ClientCommand,
     ClientEvent,
     GetMetrics,
+    GetSleepState,
     MetricsReply,
     OutputsReady,
     PauseRequests,
@@ -22,20 +23,28 @@ from sempre.ipc.messages import (
     ResetPrefixCache,
     ResetPrefixCacheReply,
     ResumeRequests,
+    SleepEngine,
+    SleepReply,
+    SleepTag,
     UpdateWeights,
     UpdateWeightsReply,
+    WakeEngine,
 )
 
 # Requests are sent in frames of about this size, so that the first ones run while the last ones are sent.
 FRAME_BYTES = 1 << 20
 
-Call = CallWorkers | GetMetrics | ResetPrefixCache | UpdateWeights
-Reply = CallWorkersReply | MetricsReply | ResetPrefixCacheReply | UpdateWeightsReply
-_ANSWERS: dict[type[Reply], type[Call]] = {
-    CallWorkersReply: CallWorkers,
-    MetricsReply: GetMetrics,
-    ResetPrefixCacheReply: ResetPrefixCache,
-    UpdateWeightsReply: UpdateWeights,
+# the number of no call of a client
+_NO_CALL = (1 << 62) - 1
+
+Call = CallWorkers | GetMetrics | ResetPrefixCache | UpdateWeights | SleepEngine | WakeEngine | GetSleepState
+Reply = CallWorkersReply | MetricsReply | ResetPrefixCacheReply | UpdateWeightsReply | SleepReply
+_ANSWERS: dict[type[Reply], tuple[type[Call], ...]] = {
+    CallWorkersReply: (CallWorkers,),
+    MetricsReply: (GetMetrics,),
+    ResetPrefixCacheReply: (ResetPrefixCache,),
+    UpdateWeightsReply: (UpdateWeights,),
+    SleepReply: (SleepEngine, WakeEngine, GetSleepState),
 }
 
 
@@ -55,6 +64,7 @@ class PendingRequests:
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._calls: list[Call] = []
+        self._asleep: list[SleepTag] = []
 
     @property
     def num_unfinished(self) -> int:
@@ -74,7 +84,7 @@ class PendingRequests:
                 for request_id in request_ids:
                     if request_id in self._entries:
                         self._entries[request_id].is_paused = isinstance(command, PauseRequests)
-            case CallWorkers() | GetMetrics() | ResetPrefixCache() | UpdateWeights():
+            case _ if isinstance(command, Call):
                 self._calls.append(command)
 
     def received(self, event: ClientEvent) -> None:
@@ -91,18 +101,23 @@ class PendingRequests:
                     entry.token_ids += delta.token_ids
                     if delta.prompt_logprobs is not None:
                         entry.num_prompt_logprobs += delta.prompt_logprobs.num_rows
-            case CallWorkersReply() | MetricsReply() | ResetPrefixCacheReply() | UpdateWeightsReply():
+            case _ if isinstance(event, Reply):
+                if isinstance(event, SleepReply):
+                    self._asleep = event.tags
                 answered = self.call_of(event)
                 if answered is not None:
                     self._calls.remove(answered)
 
     def call_of(self, reply: Reply) -> Call | None:
         """The call that this answers."""
-        kind = _ANSWERS[type(reply)]
-        return next((call for call in self._calls if type(call) is kind and call.call_id == reply.call_id), None)
+        kinds = _ANSWERS[type(reply)]
+        return next((call for call in self._calls if type(call) in kinds and call.call_id == reply.call_id), None)
 
     def commands(self) -> Iterator[ClientCommand]:
         """Commands for another coordinator to continue where the last one ended."""
+        if self._asleep:
+            # nobody waits for this answer
+            yield SleepEngine(call_id=_NO_CALL, tags=self._asleep, mode="keep")
         for frame in frames(_resumed(entry) for entry in self._entries.values()):
             yield AddRequests(requests=frame)
         paused = [request_id for request_id, entry in self._entries.items() if entry.is_paused]

@@ -14,14 +14,14 @@ from msgspec.structs import replace
 from sempre.engine.coordinator.draft_workers import DraftWorkers
 from sempre.engine.coordinator.kv_event_publisher import KVEventPublishers
 from sempre.engine.coordinator.metrics_report import Report, metrics_report
+from sempre.engine.coordinator.progress_watch import ProgressWatch
 from sempre.engine.coordinator.replica import Replica, best_replica
+from sempre.engine.coordinator.scheduler_setup import make_scheduler
+from sempre.engine.coordinator.sleep import SleepControl
 from sempre.engine.coordinator.startup import StartUp
 from sempre.engine.coordinator.weights_update import WeightsUpdate
 from sempre.engine.coordinator.worker_calls import WorkerCalls
 from sempre.engine.executor.base import Executor, draft_ranks
-from sempre.engine.scheduling import Limits, Scheduler
-from sempre.engine.scheduling.kv_events import KVEvents
-from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, ProtocolError, RanksDiffer, RequestError, WorkerDied
@@ -36,6 +36,7 @@ from sempre.ipc.messages import (
     EngineReady,
     GetHealth,
     GetMetrics,
+    GetSleepState,
     HealthReply,
     MetricsReply,
     OutputsReady,
@@ -45,10 +46,12 @@ from sempre.ipc.messages import (
     ResetPrefixCache,
     ResetPrefixCacheReply,
     ResumeRequests,
-    StalledRequests,
+    SleepEngine,
+    SleepReply,
     StepResult,
     UpdateWeights,
     UpdateWeightsReply,
+    WakeEngine,
     WorkerEvent,
     WorkerStateChanged,
 )
@@ -80,18 +83,18 @@ class EngineCore:
         self._look_every_s = min(_LOOK_S, config.step_timeout_s / 4)
         self._owners: dict[str, Replica] = {}
         self._held: dict[str, RequestSpec] = {}
-        """requests that wait for new weights"""
+        """requests that wait for new weights, or for the engine to wake up"""
         self._calls = WorkerCalls(executor)
         self._weights = WeightsUpdate(executor, self._startup)
+        self._sleep = SleepControl(executor, self._startup)
         self._kv_events = KVEventPublishers(config.kv_events_config, config.data_parallel_size)
         self._drafts = DraftWorkers(config, executor) if draft_ranks(config) else None
         self.ready: EngineReady | None = None
 
     def has_unfinished(self) -> bool:
         """Whether an output or a reply is still pending."""
-        return any(replica.has_work for replica in self._replicas) or (
-            self._calls.pending() or self._weights.is_pending
-        )
+        computes = not self._sleep.holds_steps and any(replica.has_work for replica in self._replicas)
+        return computes or self._calls.pending() or self._weights.is_pending or self._sleep.is_changing
 
     def close(self) -> None:
         """End what this core has started itself; the executor's owner ends the workers."""
@@ -101,16 +104,22 @@ class EngineCore:
         """Send the next step to every replica with room for it; return events for the client. Raises WorkerDied."""
         now = time.monotonic()
         notices = [] if self._drafts is None else self._drafts.advance(now)
-        if self._weights.is_waiting and not any(r.num_unfinished or r.has_work for r in self._replicas):
+        has_requests = any(replica.num_unfinished or replica.has_work for replica in self._replicas)
+        if self._weights.is_waiting and not has_requests:
             self._weights.start()
-        if not self._weights.is_running:
+        events = _notices(notices)
+        if self._sleep.is_waiting and not (has_requests if self._sleep.lets_finish else self._is_computing()):
+            events += self._release()
+        if self._sleep.holds_steps:
+            self.rest()
+        elif not self._weights.is_running:
             for replica in self._replicas:
                 replica.advance(now)
         if now > self._next_look:
             self._next_look = now + self._look_every_s
             for watch in self._watches:
                 watch.look(now)
-        return _notices(notices)
+        return events
 
     def rest(self) -> None:
         """Called instead of `advance` while the client is behind: no request makes progress, and none is stalled."""
@@ -152,6 +161,7 @@ class EngineCore:
         self._startup.forget(replica.ranks)
         events: list[ClientEvent] = [*self._calls.lose(replica.ranks, error), *_outputs([*failed])]
         events += self._updated(self._weights.lose(replica.ranks, error))
+        self._sleep.lose(replica.ranks)
         num_explained = self._config.max_request_crashes if failed else 0
         return LostWorker(replica.ranks, events, num_explained)
 
@@ -168,7 +178,9 @@ class EngineCore:
                 return [OutputsReady(outputs=outputs)] if outputs else []
             case CallMethodReply():
                 reply = self._calls.take(rank, event)
-                return self._updated(self._weights.take(rank, event)) if reply is None else [reply]
+                if reply is not None:
+                    return [reply]
+                return [*self._updated(self._weights.take(rank, event)), *self._changed(self._sleep.take(rank, event))]
             case _:
                 return self._start_up(rank, event)
 
@@ -198,13 +210,20 @@ class EngineCore:
             case ResetPrefixCache(call_id=call_id):
                 return [ResetPrefixCacheReply(call_id=call_id, done=self._reset_prefix_cache())]
             case UpdateWeights():
-                refusal = self._weights.accept(command)
+                asleep = self._sleep.refuse_weights(sum(replica.num_unfinished for replica in self._replicas))
+                refusal = self._weights.accept(command, asleep)
                 return [] if refusal is None else [refusal]
+            case SleepEngine() | WakeEngine():
+                return self._change_sleep(command)
+            case GetSleepState(call_id=call_id):
+                return [SleepReply(call_id=call_id, tags=list(self._sleep.away))]
             case GetMetrics(call_id=call_id):
                 values = self._metrics()
                 return [MetricsReply(call_id=call_id, values=values)]
             case GetHealth(call_id=call_id):
                 now, limit_s = time.monotonic(), self._config.step_timeout_s
+                if self._sleep.holds_steps:
+                    self.rest()
                 stalled = [found for watch in self._watches if (found := watch.stalled(now, limit_s)) is not None]
                 return [HealthReply(call_id=call_id, workers=self._executor.health(), stalled=stalled)]
             case _:
@@ -239,12 +258,14 @@ class EngineCore:
             return []
         if self._drafts is not None:
             ready = replace(ready, draft_worker_pids=self._drafts.serve(self._startup))
+        draft_step_seconds = None if self._drafts is None else self._drafts.step_seconds
         size = self._config.replica_size
         for first in range(0, self._executor.world_size, size):
             ranks = range(first, first + size)
             depth, lead_s = self._startup.max_steps_in_flight, self._startup.step_lead_s
             link = None if self._drafts is None else self._drafts.links[first // size]
-            scheduler = self._scheduler(ready, self._kv_events.follow(first // size, ready.block_size))
+            events = self._kv_events.follow(first // size, ready.block_size)
+            scheduler = make_scheduler(self._config, self._startup, ready, draft_step_seconds, events)
             self._watches.append(ProgressWatch(first, scheduler))
             self._replicas.append(
                 Replica(
@@ -270,6 +291,7 @@ class EngineCore:
         replica.resume()
         self._calls.resume(replica.ranks)
         updated = self._updated(self._weights.resume(replica.ranks))
+        updated += self._changed(self._sleep.resume(replica.ranks))
         pids = self._startup.pids
         return [*(WorkerStateChanged(rank=peer, state="ready", pid=pids[peer]) for peer in replica.ranks), *updated]
 
@@ -280,44 +302,49 @@ class EngineCore:
         if reply.error is None:
             for replica in self._replicas:
                 replica.reset_prefix_cache()
-        held, self._held = self._held, {}
-        return [reply, *_outputs([self._add(spec) for spec in held.values()])]
+        return [reply, *self._add_held()]
 
-    def _scheduler(self, ready: EngineReady, kv_events: KVEvents | None) -> Scheduler:
-        config = self._config
-        speculation = None
-        if config.speculative_config is not None:
-            steps_ahead = self._startup.max_steps_in_flight > 1
-            costs = self._startup.costs
-            if self._drafts is not None:
-                costs = replace(costs, draft=self._drafts.step_seconds)
-            speculation = SpeculationPlan(config.speculative_config, steps_ahead=steps_ahead, costs=costs)
-        limits = Limits(
-            max_model_len=ready.max_model_len,
-            num_blocks=ready.num_blocks,
-            block_size=ready.block_size,
-            max_num_seqs=ready.max_num_seqs,
-            max_num_batched_tokens=ready.max_num_batched_tokens,
-            max_prompt_tokens=self._startup.max_prompt_tokens,
-            attention_parity=self._startup.attention_parity,
-            max_draft_tokens=config.max_draft_tokens,
-            num_state_slots=self._startup.num_state_slots,
-            max_adapters=config.num_adapter_slots,
-            pools_every_token=ready.pooling is not None and ready.pooling.kind != "LAST",
-        )
-        return Scheduler(
-            limits,
-            policy=config.scheduling_policy,
-            enable_prefix_caching=config.enable_prefix_caching,
-            max_request_crashes=config.max_request_crashes,
-            speculation=speculation,
-            kv_events=kv_events,
-        )
+    def _add_held(self) -> list[ClientEvent]:
+        """Add what has waited, unless there is something else to wait for."""
+        held, self._held = self._held, {}
+        return _outputs([self._add(spec) for spec in held.values()])
+
+    def _change_sleep(self, command: SleepEngine | WakeEngine) -> list[ClientEvent]:
+        """Begin to fall asleep or to wake up."""
+        refusal = self._sleep.refusal(command, updates_weights=self._weights.is_pending)
+        if refusal is not None:
+            return [refusal]
+        aborted: list[ClientEvent] = []
+        if isinstance(command, SleepEngine) and command.mode == "abort":
+            aborted = _outputs([self._abort(name, "abort") for name in [*self._owners, *self._held]])
+        return [*aborted, *self._changed(self._sleep.accept(command))]
+
+    def _release(self) -> list[ClientEvent]:
+        """No step is in flight: what is computed is forgotten, and the workers give back its memory."""
+        if self._sleep.clears_cache:
+            for replica in self._replicas:
+                replica.forget_computed()
+            self._kv_events.flush()
+        if self._drafts is not None and self._sleep.frees_memory:
+            self._drafts.sleep()
+        return self._changed(self._sleep.release())
+
+    def _changed(self, reply: SleepReply | None) -> list[ClientEvent]:
+        """The end of falling asleep or of waking up, if it has ended."""
+        if reply is None:
+            return []
+        if self._sleep.is_pending:
+            return [reply]
+        notices = [] if self._drafts is None else self._drafts.wake_up()
+        return [*_notices(notices), reply, *self._add_held()]
+
+    def _is_computing(self) -> bool:
+        return any(replica.is_computing for replica in self._replicas)
 
     def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:
         """Queue a request with the best replica for it; or return why not."""
-        if self._weights.is_pending:
-            # it will begin with the new weights
+        if self._weights.is_pending or self._sleep.is_pending:
+            # it begins with the new weights, or once the engine is awake
             self._held[spec.request_id] = spec
             return None
         replica = best_replica(self._replicas, spec)
@@ -360,35 +387,3 @@ def _outputs(deltas: list[RequestOutputDelta | None]) -> list[ClientEvent]:
 
 def _notices(texts: list[str]) -> list[ClientEvent]:
     return [EngineNotice(message=text) for text in texts]
-
-
-class ProgressWatch:
-    """Watches the running requests of one replica; if none runs, the first waiting one.
-
-    A request that queues while others progress is not stalled. The age counts from the first check without progress.
-    """
-
-    def __init__(self, rank: int, scheduler: Scheduler) -> None:
-        self._rank = rank
-        self._scheduler = scheduler
-        self._seen: dict[str, tuple[tuple[int, int], float]] = {}
-
-    def look(self, now: float) -> None:
-        seen = self._seen
-        self._seen = {
-            name: (progress, seen[name][1] if name in seen and seen[name][0] == progress else now)
-            for name, progress in self._scheduler.progress().items()
-        }
-
-    def forget(self) -> None:
-        """Count the age of every request anew."""
-        self._seen.clear()
-
-    def stalled(self, now: float, limit_s: float) -> StalledRequests | None:
-        """Requests without progress for longer than `limit_s`; None if there are none."""
-        self.look(now)
-        ages = {name: age_s for name, (_, since) in self._seen.items() if (age_s := now - since) > limit_s}
-        if not ages:
-            return None
-        oldest = max(ages, key=lambda name: ages[name])
-        return StalledRequests(rank=self._rank, num_requests=len(ages), request_id=oldest, age_s=ages[oldest])

@@ -30,6 +30,7 @@ class DraftWorkers:
         self._num_restarts: Counter[int] = Counter()  # since it last served
         self._has_served = False
         self._told_late = False
+        self._sleeps = False
 
     @property
     def are_ready(self) -> bool:
@@ -92,6 +93,26 @@ class DraftWorkers:
         except SempreError as error:
             return self.lose(rank, error)
         return []
+
+    def sleep(self) -> None:
+        """End the workers until `wake_up`."""
+        self._sleeps = True
+        for rank, link in zip(self.ranks, self.links, strict=True):
+            link.end()
+            self._startup.forget([rank])
+            self._executor.abandon(rank)
+
+    def wake_up(self) -> list[str]:
+        """Start successors, if the workers sleep; requests continue without drafts until they are ready. Returns
+        notices for the user."""
+        sleeps, self._sleeps = self._sleeps, False
+        notices: list[str] = []
+        for rank in self.ranks if sleeps else ():
+            try:
+                self._executor.restart(rank, "the engine wakes up")
+            except (OSError, SempreError) as error:
+                notices += self.lose(rank, error)
+        return notices
 
     def lose(self, rank: int, error: SempreError | OSError) -> list[str]:
         """A draft worker has died or is wrong: start a successor, at most `max_restarts` times before it serves.

@@ -166,6 +166,17 @@ class Replica:
         """New workers are ready."""
         self.has_workers = True
 
+    def forget_computed(self) -> None:
+        """No step is in flight: requests keep their tokens, and the workers forget everything else."""
+        assert not self._in_flight
+        self._timing.reset()
+        self._scheduler.forget_computed()
+
+    @property
+    def is_computing(self) -> bool:
+        """Whether a step is in flight."""
+        return bool(self._in_flight)
+
     @property
     def has_work(self) -> bool:
         """Whether a step is in flight, or a request is unfinished and not paused."""

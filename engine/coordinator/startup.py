@@ -9,7 +9,7 @@ Each worker progresses independently within a phase; a phase ends when its last 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
@@ -132,6 +132,12 @@ class StartUp:
         self._config = with_weights(self._config, folder)
         for rank, loaded in self._loaded.items():
             self._loaded[rank] = replace(loaded, fingerprint=loaded.fingerprint | {"weights": digest})
+
+    def memory(self, tags: Sequence[str]) -> list[object]:
+        """Arguments with which a worker gets back what it has given back: `tags`, the folder of the weights if it is
+        not its own, and the sizes of its caches."""
+        serving = self._start_serving()
+        return [list(tags), self._config.weights_path, serving.num_blocks, serving.num_state_slots]
 
     @property
     def fingerprint(self) -> dict[str, str]:

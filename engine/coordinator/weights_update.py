@@ -52,10 +52,11 @@ class WeightsUpdate:
         """Whether an update is to start once nothing is unfinished."""
         return self._command is not None and not self._has_begun and not self._lost
 
-    def accept(self, command: UpdateWeights) -> UpdateWeightsReply | None:
-        """Wait for the running requests; or say why not."""
+    def accept(self, command: UpdateWeights, error: RequestError | None = None) -> UpdateWeightsReply | None:
+        """Wait for the running requests; or say why not, which may be an `error` that is known before."""
         if self._command is not None:
             error = RequestError("update_weights: expected no other update of weights, found one that has not ended.")
+        if error is not None:
             return UpdateWeightsReply(call_id=command.call_id, error=describe(error))
         self._command, self._has_begun, self._commits = command, False, False
         return None

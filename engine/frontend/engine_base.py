@@ -20,7 +20,6 @@ _PROFILE = (
     "Make the engine with multiprocessing=False and run it inside torch.profiler.profile(), or attach a sampling "
     "profiler to the worker processes."
 )
-_SLEEP = "Call shutdown() to free memory, and create a new engine: the same requests give the same bits."
 _HEALTH = "Use `await engine.health()`, which returns the state and the problems by rank."
 _INSTEAD = {
     "add_request": "Use generate(…), or stream(…) for several prompts.",
@@ -35,17 +34,14 @@ _INSTEAD = {
     "get_model_config": "Use `config`, and `ready` for the limits in use.",
     "get_vllm_config": "Use `config`, and `ready` for the limits in use.",
     "is_running": _HEALTH,
-    "is_sleeping": _SLEEP,
     "is_stopped": _HEALTH,
     "pin_lora": "Raise max_cpu_loras: the least recently used adapter is forgotten, and loaded again when needed.",
     "reset_encoder_cache": _TEXT_ALONE,
     "reset_mm_cache": _TEXT_ALONE,
     "reward": "Use classify or score.",
     "set_tokenizer": "Pass tokenizer=… when you create the engine.",
-    "sleep": _SLEEP,
     "start_profile": _PROFILE,
     "stop_profile": _PROFILE,
-    "wake_up": _SLEEP,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import TypeVar
@@ -16,7 +16,7 @@ from sempre.engine.client.pending_requests import frames
 from sempre.engine.frontend.output_processor import OutputProcessor, RequestState
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.ipc.error_info import restore
-from sempre.ipc.errors import EngineDeadError, ProtocolError
+from sempre.ipc.errors import EngineDeadError, ProtocolError, RequestError
 from sempre.ipc.messages import (
     AbortRequests,
     AddRequests,
@@ -24,18 +24,28 @@ from sempre.ipc.messages import (
     ClientCommand,
     ClientEvent,
     EngineNotice,
+    GetSleepState,
+    HealthReply,
     MetricsReply,
     OutputsReady,
     Refused,
     RequestSpec,
     ResetPrefixCacheReply,
+    SleepEngine,
+    SleepReply,
+    SleepTag,
     UpdateWeights,
     UpdateWeightsReply,
+    WakeEngine,
 )
 
 logger = logging.getLogger(__name__)
 
-Reply = TypeVar("Reply", CallWorkersReply, MetricsReply, ResetPrefixCacheReply, UpdateWeightsReply)
+Reply = TypeVar(
+    "Reply", CallWorkersReply, HealthReply, MetricsReply, ResetPrefixCacheReply, SleepReply, UpdateWeightsReply
+)
+REPLIES = (CallWorkersReply, HealthReply, MetricsReply, ResetPrefixCacheReply, SleepReply, UpdateWeightsReply)
+SleepCommand = SleepEngine | WakeEngine | GetSleepState
 
 
 class Session:
@@ -46,6 +56,7 @@ class Session:
         self._processor = processor
         self._call_ids = count()
         self._withdrawn: list[RequestState] = []
+        self._asleep: list[SleepTag] = []
         # Reentrant: a stream may be read inside any other call.
         self._in_use = threading.RLock()
 
@@ -75,7 +86,10 @@ class Session:
         return states
 
     def receive(self) -> list[RequestState]:
-        """Wait for one event; return the updated requests. Raises EngineDeadError, ProtocolError."""
+        """Wait for one event; return the updated requests. Raises EngineDeadError, ProtocolError; RequestError if the
+        engine sleeps, since only the waiting thread could wake it up."""
+        if self._asleep:
+            raise RequestError(f"the engine sleeps ({', '.join(self._asleep)}); call wake_up() first.")
         with held():
             event = self._client.receive()
             if event is None:
@@ -110,6 +124,12 @@ class Session:
                 if sequence_ids:
                     self._client.send(AbortRequests(request_ids=sequence_ids))
             return self._ask(command, command.call_id, UpdateWeightsReply, None)
+
+    def change_sleep(self, make_command: Callable[[int], SleepCommand]) -> list[SleepTag]:
+        """Have the engine fall asleep or wake up; return what it does without now. Raises the error of workers."""
+        call_id = self.next_call_id()
+        self._asleep = tags_asleep(self.ask(make_command(call_id), call_id, SleepReply))
+        return self._asleep
 
     def begin_again(self) -> None:
         """Send the requests again that an update of weights restarts."""
@@ -146,6 +166,13 @@ class Session:
 def frames_of(requests: Iterable[PreparedRequest]) -> Iterator[list[RequestSpec]]:
     """Yield the sequences of all requests in order, in lists that fit into a frame."""
     return frames(spec for request in requests for spec in request.sequences)
+
+
+def tags_asleep(reply: SleepReply) -> list[SleepTag]:
+    """Return what a sleeping engine does without. Raises the error of a change that was refused or has failed."""
+    if reply.error is None:
+        return reply.tags
+    raise restore(reply.error) or RequestError(f"{reply.error.type}: {reply.error.message}")
 
 
 def check_refused(event: ClientEvent) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sempre.engine.scheduling.planned_step import PlannedStep
 from sempre.engine.scheduling.request import Request
+from sempre.ipc.errors import RequestCrashed
 
 
 @dataclass(slots=True)
@@ -63,3 +64,13 @@ class CrashIsolation:
     def release(self, request: Request) -> None:
         """Stop suspecting a request: it has passed, ended or failed. Other requests are ignored."""
         self._suspects.pop(request.request_id, None)
+
+
+def crashed(request: Request, num_crashes: int, cause: str) -> RequestCrashed:
+    """The error of a request that is given up after so many crashes, the last from `cause`."""
+    return RequestCrashed(
+        f"Request {request.request_id!r} was being computed in {num_crashes} crashes of its worker, the last: "
+        f"{cause}. It is not retried (max_request_crashes).",
+        request_id=request.request_id,
+        num_crashes=num_crashes,
+    )

@@ -11,7 +11,7 @@ from math import inf
 
 import msgspec
 
-from sempre.engine.scheduling.crash_isolation import CrashIsolation
+from sempre.engine.scheduling.crash_isolation import CrashIsolation, crashed
 from sempre.engine.scheduling.kv_cache_manager import KVCacheManager
 from sempre.engine.scheduling.kv_events import KVEvents
 from sempre.engine.scheduling.limits import Limits
@@ -24,7 +24,7 @@ from sempre.engine.scheduling.stats import SchedulerStats
 from sempre.engine.speculation import SpeculationPlan
 from sempre.ipc.config import SchedulingPolicy
 from sempre.ipc.error_info import describe
-from sempre.ipc.errors import ProtocolError, RequestCrashed, RequestError
+from sempre.ipc.errors import ProtocolError, RequestError
 from sempre.ipc.messages import (
     NOT_READY,
     ErrorInfo,
@@ -342,26 +342,25 @@ class Scheduler:
         Steps in flight are lost; do not pass their results to `update`. Requests that were in flight in too many
         crashes end here with an error.
         """
+        guilty = self._isolation.note_crash(self._in_flight)
+        self.forget_computed()
+        self._counters.num_worker_restarts += 1
+        return [self._given_up(request, num_crashes, cause) for request, num_crashes in guilty]
+
+    def forget_computed(self) -> None:
+        """The workers have no state any more, and no step is in flight: every unfinished request waits again, with its
+        tokens."""
         if self._speculation is not None:
             self._speculation.forget_times()
-        guilty = self._isolation.note_crash(self._in_flight)
         for request in self._requests.values():
             request.lose_worker()
         self._planner.restart(self._requests.values())
         self._in_flight.clear()
         self._finished_ids.clear()
-        self._counters.num_worker_restarts += 1
-        return [self._given_up(request, num_crashes, cause) for request, num_crashes in guilty]
 
     def _given_up(self, request: Request, num_crashes: int, cause: str) -> RequestOutputDelta:
         request.finish_reason = "error"
-        error = RequestCrashed(
-            f"Request {request.request_id!r} was being computed in {num_crashes} crashes of its worker, the last: "
-            f"{cause}. It is not retried (max_request_crashes).",
-            request_id=request.request_id,
-            num_crashes=num_crashes,
-        )
-        return self._ended_by_error(request, describe(error))
+        return self._ended_by_error(request, describe(crashed(request, num_crashes, cause)))
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks. While a request holds blocks, do nothing and return False."""

@@ -27,6 +27,7 @@ from sempre.engine.server.playground import PLAYGROUND_ROUTES
 from sempre.engine.server.pooling import classify, create_embeddings, create_pooling, create_scores, rerank
 from sempre.engine.server.responses import ModelCard, ModelList
 from sempre.engine.server.service import Service
+from sempre.engine.server.sleep import is_paused, is_sleeping, pause, resume, sleep, wake_up
 from sempre.engine.server.tokenization import detokenize, tokenize, tokenizer_info
 from sempre.engine.version import __version__
 
@@ -190,6 +191,12 @@ _ENDPOINTS: dict[str, Endpoint] = {
     "/v2/rerank": rerank,
     "/v1/load_lora_adapter": load_lora_adapter,
     "/v1/unload_lora_adapter": unload_lora_adapter,
+    "/sleep": sleep,
+    "/wake_up": wake_up,
+    "/is_sleeping": is_sleeping,
+    "/pause": pause,
+    "/resume": resume,
+    "/is_paused": is_paused,
     "/v1/models": _models,
     "/v1/models/{model:path}": _model,
     "/invocations": _invoke,

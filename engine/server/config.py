@@ -56,6 +56,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     allow_runtime_lora_updating: Annotated[
         bool, doc("clients may load and unload adapters, from any folder that the server can read")
     ] = False
+    enable_sleep_mode: Annotated[bool, doc("clients may pause the engine, or put it to sleep, for all")] = False
     api_key: Annotated[list[str], doc("keys that clients may use; none: no key is needed")] = []
     api_key_file: Annotated[str | None, doc("file with one key per line")] = None
     ssl_keyfile: Annotated[str | None, doc("private key, PEM; with ssl_certfile turns TLS on")] = None

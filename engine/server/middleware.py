@@ -31,6 +31,8 @@ REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 OPEN_PATHS = frozenset({"/", "/health", "/ping", "/live", "/ready", "/metrics", "/version", "/openapi.json"})
 _SHOWN = 100
 OPEN_PREFIXES = ("/playground/",)
+# POST without a body, so without its type; the check of pages has refused those of other sites
+BODILESS_PATHS = frozenset({"/sleep", "/wake_up", "/pause", "/resume"})
 
 
 class KeyRing:
@@ -121,7 +123,7 @@ class RequestGate:
             refusal = self._pages.check(headers)
             if refusal is not None:
                 return refusal
-        if method == "POST":
+        if method == "POST" and path not in BODILESS_PATHS:
             return _type_refusal(headers)
         return None
 

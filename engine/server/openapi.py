@@ -154,6 +154,12 @@ OPERATIONS = (
         "POST", "/v1/load_lora_adapter", "Serve one more adapter", (LoadAdapterRequest,), media_type="text/plain"
     ),
     Operation("POST", "/v1/unload_lora_adapter", "Forget an adapter", (UnloadAdapterRequest,), media_type="text/plain"),
+    Operation("POST", "/sleep", "Give back memory until /wake_up; with --enable-sleep-mode"),
+    Operation("POST", "/wake_up", "Take back memory, and compute what has waited"),
+    Operation("GET", "/is_sleeping", "Whether the engine sleeps, at any level"),
+    Operation("POST", "/pause", "Compute nothing until /resume; with --enable-sleep-mode"),
+    Operation("POST", "/resume", "Compute again"),
+    Operation("GET", "/is_paused", "Whether nothing is computed, asleep or paused"),
     Operation("GET", "/v1/models", "The served model, and its adapters", answers=(ModelList,)),
     Operation("GET", "/v1/models/{model:path}", "The served model or adapter of this name", answers=(ModelCard,)),
     Operation("POST", "/tokenize", "Text or messages to token ids", (TokenizeRequest,), (TokenizeResponse,)),

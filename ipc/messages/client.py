@@ -22,6 +22,10 @@ from sempre.ipc.messages.common import (
 )
 
 WorkerState = Literal["starting", "ready", "restarting"]
+SleepTag = Literal["scheduling", "kv_cache", "weights"]
+"""What a sleeping engine does without: it computes no steps, has no caches, and no weights."""
+SleepMode = Literal["abort", "wait", "keep"]
+"""What becomes of unfinished requests: they are aborted, they finish before, or they continue afterwards."""
 
 
 class ClientHello(Message, frozen=True, kw_only=True):
@@ -106,6 +110,27 @@ class UpdateWeights(Message, frozen=True, kw_only=True):
     path: str
 
 
+class SleepEngine(Message, frozen=True, kw_only=True):
+    """Compute nothing, and do without these, until WakeEngine. Requests that come meanwhile wait."""
+
+    call_id: NonNegative
+    tags: list[SleepTag]
+    mode: SleepMode = "abort"
+    clear_cache: bool = False
+    """also empty the prefix cache, unless requests are kept"""
+
+
+class WakeEngine(Message, frozen=True, kw_only=True):
+    """Have these again; the engine computes once it has all of them."""
+
+    call_id: NonNegative
+    tags: list[SleepTag]
+
+
+class GetSleepState(Message, frozen=True, kw_only=True):
+    call_id: NonNegative
+
+
 class GetMetrics(Message, frozen=True, kw_only=True):
     call_id: NonNegative
 
@@ -128,6 +153,9 @@ ClientCommand = (
     | CallWorkers
     | ResetPrefixCache
     | UpdateWeights
+    | SleepEngine
+    | WakeEngine
+    | GetSleepState
     | GetMetrics
     | GetHealth
     | ShutdownEngine
@@ -212,6 +240,14 @@ class UpdateWeightsReply(Message, frozen=True, kw_only=True):
     error: ErrorInfo | None = None
 
 
+class SleepReply(Message, frozen=True, kw_only=True):
+    """What the engine does without now: nothing if it is awake; or the error, and nothing has changed."""
+
+    call_id: NonNegative
+    tags: list[SleepTag] = []
+    error: ErrorInfo | None = None
+
+
 class MetricsReply(Message, frozen=True, kw_only=True):
     """Counters and gauges by name; lists are per-replica values, objects values by part."""
 
@@ -278,6 +314,7 @@ ClientEvent = (
     | CallWorkersReply
     | ResetPrefixCacheReply
     | UpdateWeightsReply
+    | SleepReply
     | MetricsReply
     | HealthReply
     | WorkerStateChanged

@@ -96,7 +96,7 @@ def test_no_setting_is_in_two_tables() -> None:
     own = {*field_types(ServerConfig), *(n for n in serve_command._ENGINE_SETTINGS if n not in VLLM_KEYWORDS)}
     assert not set(VLLM_SERVER_SETTINGS) & (own | set(VLLM_KEYWORDS))
     # the server's own flags of these names come first
-    ours = {"enable_log_requests", "max_num_queued_reqs", "reasoning_parser", "shutdown_timeout"}
+    ours = {"enable_log_requests", "enable_sleep_mode", "max_num_queued_reqs", "reasoning_parser", "shutdown_timeout"}
     assert set(VLLM_KEYWORDS) & own == ours
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sempre.engine.coordinator.core import ProgressWatch
+from sempre.engine.coordinator.progress_watch import ProgressWatch
 from sempre.engine.harness import make_request
 from sempre.engine.scheduling import Limits, Scheduler
 from sempre.ipc.messages import ExecuteStep, SampledTokens, StepResult

@@ -10,8 +10,8 @@ from worker_settings import worker_config
 
 from sempre.workers.drafters.model import ModelDrafter
 from sempre.workers.gpu.backend import GpuBackend
+from sempre.workers.model_loading import load_with_adapters, model_setup
 from sempre.workers.state_cache import CacheSizes
-from sempre.workers.worker import _load, _setup
 
 pytestmark = pytest.mark.gpu
 
@@ -33,7 +33,7 @@ def make_drafter(*, enforce_eager: bool, max_num_batched_tokens: int) -> ModelDr
     )
     backend = GpuBackend(torch.device("cuda", 0), None)
     backend.begin(config)
-    model = _load(_setup(config, backend), backend)
+    model = load_with_adapters(model_setup(config, backend), backend)
     backend.available_sizes(model)
     runner = backend.make_drafter(backend.make_runner(model, CacheSizes(9)))
     runner.prepare()

@@ -26,12 +26,12 @@ from sempre.workers.drafters.base import DraftModelRunner
 from sempre.workers.drafters.model import ModelDrafter, _Sequence
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.module import Scratch, allocate, sharing
+from sempre.workers.model_loading import load_with_adapters, model_setup
 from sempre.workers.models.base import CausalLM
 from sempre.workers.sampling import SamplingState
 from sempre.workers.state_cache import CacheSizes
 from sempre.workers.step_validation import StepLimits
 from sempre.workers.steps import StepInput
-from sempre.workers.worker import _load, _setup
 
 MAX_SEQS, MAX_TOKENS, MAX_LEN, NUM_BLOCKS = 3, 12, 64, 9
 
@@ -53,7 +53,7 @@ def model(checkpoints: Callable[[str], Any], tmp_path_factory: pytest.TempPathFa
     )
     backend = CpuBackend()
     backend.begin(config)
-    return _load(_setup(config, backend), backend)
+    return load_with_adapters(model_setup(config, backend), backend)
 
 
 def _padded(model: CausalLM) -> CausalLM:

@@ -28,9 +28,9 @@ from sempre.workers.cpu.backend import CpuBackend
 from sempre.workers.cpu.runner import CpuModelRunner
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.module import Scratch, allocate, sharing
+from sempre.workers.model_loading import load_with_adapters, model_setup
 from sempre.workers.models.base import CausalLM
 from sempre.workers.step_validation import StepLimits
-from sempre.workers.worker import _load, _setup
 
 MAX_SEQS, MAX_TOKENS, MAX_LEN, MAX_DRAFTS, NUM_BLOCKS = 6, 24, 48, 16, 7
 KINDS: list[dict[str, Any]] = [
@@ -51,7 +51,7 @@ def model(checkpoints: Callable[[str], Any]) -> LoadedModel:
     config = worker_config(folder, dtype="float32", max_model_len=MAX_LEN)
     backend = CpuBackend()
     backend.begin(config)
-    return _load(_setup(config, backend), backend)
+    return load_with_adapters(model_setup(config, backend), backend)
 
 
 def _cpu_runner(model: LoadedModel) -> CpuModelRunner:
