@@ -8,11 +8,11 @@ import os
 import shutil
 import signal
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sempre.engine import LLM, Counter, SamplingParams, StructuredOutputsParams
+from sempre.engine import LLM, Counter, LoRARequest, SamplingParams, StructuredOutputsParams
 from sempre.engine.proof.dsse import envelope
 from sempre.engine.proof.json_values import canonical_json
 
@@ -49,15 +49,20 @@ def mixed_requests(count: int) -> tuple[list[str], list[SamplingParams]]:
     return prompts, params
 
 
-def record_under_load(folder: Path, count: int, **settings: Any) -> int:
-    """Record `count` requests with drafts, preemptions and a worker killed in between; return the number of outputs."""
+def record_under_load(folder: Path, count: int, adapters: Sequence[Path] = (), **settings: Any) -> int:
+    """Record `count` requests with drafts, preemptions and a worker killed in between; return the number of outputs.
+    Where there are adapters, every other request has one of them."""
     prompts, params = mixed_requests(count)
+    named = [LoRARequest(path.name, number, str(path)) for number, path in enumerate(adapters, 1)]
+    chosen = [named[i // 2 % len(named)] if named and i % 2 else None for i in range(count)]
+    if named:
+        settings |= {"enable_lora": True, "max_lora_rank": 8}
     with LLM("tiny", record=str(folder), speculative_config=SPECULATION, **{**SETTINGS, **settings}) as llm:
         half = len(prompts) // 2
-        llm.enqueue(prompts[:half], params[:half])
+        llm.enqueue(prompts[:half], params[:half], lora_request=chosen[:half])
         os.kill(llm._ready.worker_pids[0], signal.SIGKILL)
         outputs = llm.wait_for_completion(use_tqdm=False)
-        outputs += llm.generate(prompts[half:], params[half:], use_tqdm=False)
+        outputs += llm.generate(prompts[half:], params[half:], use_tqdm=False, lora_request=chosen[half:])
         found = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
     for name in ("num_preemptions", "prefix_cache_hits", "spec_decode_num_accepted_tokens", "worker_restarts"):
         assert found[f"sempre:{name}"], found

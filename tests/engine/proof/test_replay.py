@@ -16,9 +16,10 @@ from sempre.engine import LLM, LoRARequest, SamplingParams
 from sempre.engine.cli.main import main
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.cli.replay import read_share
+from sempre.engine.proof.dsse import payload_of
 from sempre.engine.proof.receipt_log import receipt_files
 from sempre.engine.proof.run_comparison import compare_runs, load_run
-from sempre.engine.proof.statement import PREDICATE_TYPE
+from sempre.engine.proof.statement import PREDICATE_TYPE, adapter_digest_of, decode
 from sempre.engine.version import __version__
 from sempre.workers.fingerprint import CPU_PROFILE
 
@@ -105,10 +106,16 @@ def test_recurrent_layers_generate_token_by_token(tmp_path: Path, capsys: pytest
 
 @pytest.mark.product
 def test_500_receipts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    count = record_under_load(tmp_path / "receipts", 445)
-    code, found = replay(capsys, tmp_path / "receipts")
-    assert (code, found["outputs"], found["different"], found["not_judged"]) == (0, count, [], [])
+    modules = tiny_modules(ATTENTION)
+    adapters = [save_adapter(tmp_path / name, modules, rank=rank, size=0.3) for name, rank in (("a", 4), ("b", 8))]
+    count = record_under_load(tmp_path / "receipts", 445, adapters)
     assert count >= 500
+    for batch in (16, 500):
+        code, found = replay(capsys, tmp_path / "receipts", "--batch", batch)
+        assert (code, found["outputs"], found["different"], found["not_judged"]) == (0, count, [], [])
+    [file] = receipt_files(tmp_path / "receipts")
+    digests = [adapter_digest_of(decode(payload_of(json.loads(line)))) for line in file.read_bytes().splitlines()]
+    assert len(set(digests)) == 3, "no adapter, and two"
 
 
 def test_what_people_see(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
