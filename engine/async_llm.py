@@ -192,6 +192,7 @@ class AsyncLLM(AsyncSleepLLM):
         await self._begun()
         search = self.beam_searches(prompts, params)
         await search.run(lambda *call: self.stream(*call, record=False), concurrency_limit)
+        self.record_beams(search)
         return search.outputs(self._frontend.tokenizer)
 
     def beam_searches(

@@ -162,6 +162,7 @@ class LLM(SleepLLM):
             while True:
                 outputs = self._complete(rounds.send(outputs), search.params, None, False, record=False)
                 show(search.num_finished)
+        self.record_beams(search)
         return search.outputs(self._frontend.tokenizer)
 
     def enqueue(

@@ -133,6 +133,8 @@ class BeamSearchSequence:
     """`stop` or `length`."""
     stop_reason: int | None = None
     """The end token."""
+    receipt: str | None = None
+    """On one line, if the engine records (`record=…`)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists, strings and numbers."""

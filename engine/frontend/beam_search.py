@@ -10,9 +10,10 @@ token id, then by parent. So a result is as independent of other requests as the
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +21,9 @@ from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest, RequestBuilder
 from sempre.engine.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
 from sempre.engine.parameter_checks import boolean, finite, integer, refusal, shown
+from sempre.engine.proof.logprob_bits import float32_bytes
+from sempre.engine.proof.output_chain import OutputChain
+from sempre.engine.proof.recorder import Finished, Recorder, Recording
 from sempre.engine.sampling_params import MAX_N, RequestOutputKind, SamplingParams
 from sempre.engine.text.detokenizer import IncrementalDetokenizer
 from sempre.engine.text.tokenizer import Tokenizer
@@ -76,6 +80,10 @@ class Beam(NamedTuple):
     end_token: int | None = None
     """the token that ended the sequence"""
 
+    @property
+    def finish_reason(self) -> str:
+        return "length" if self.end_token is None else "stop"
+
 
 class _Candidate(NamedTuple):
     """A beam and the token after it; the smallest is the best."""
@@ -96,6 +104,8 @@ class BeamSearch:
         self._rounds_left = min(params.max_tokens, room)
         self._live = [Beam()]
         self._complete: list[Beam] = []
+        self._receipts: list[str] = []
+        """of the best beams, once they are recorded"""
 
     @property
     def has_ended(self) -> bool:
@@ -139,9 +149,31 @@ class BeamSearch:
         beams = [*self._complete, *self._live]
         return sorted(beams, key=self._score, reverse=True)[: self.params.beam_width]
 
+    def record(self, recorder: Recorder) -> None:
+        """Make a receipt of each of the best beams. Raises RecordError."""
+        asked = {name: value for name, value in asdict(self.params).items() if name != "temperature"}
+        for index, beam in enumerate(self.best()):
+            chain = OutputChain()
+            for token_id, row in zip(beam.token_ids, beam.logprobs, strict=False):
+                chain.add_tokens([token_id], float32_bytes([row[token_id].logprob]), 4)
+            finished = Finished(
+                request=self.request,
+                index=index,
+                token_ids=list(beam.token_ids),
+                recording=Recording(chain, None),
+                finish_reason=beam.finish_reason,
+                stop_reason=beam.end_token,
+                finished_time=time.time(),
+                beam_search={**asked, "index": index},
+            )
+            self._receipts.append(recorder.receipt(finished))
+
     def output(self, tokenizer: Tokenizer) -> BeamSearchOutput:
         """The best beams for a caller in Python: tokens and text begin with the prompt."""
-        return BeamSearchOutput([self._sequence(beam, tokenizer) for beam in self.best()])
+        return BeamSearchOutput([self._sequence(i, beam, tokenizer) for i, beam in enumerate(self.best())])
+
+    def _receipt(self, index: int) -> str | None:
+        return self._receipts[index] if self._receipts else None
 
     def request_output(self, tokenizer: Tokenizer, given: SamplingParams, fingerprint: str) -> RequestOutput:
         """The best beams as the completions of one request, with the log-probabilities that were asked for."""
@@ -172,19 +204,21 @@ class BeamSearch:
             token_ids=list(beam.token_ids),
             cumulative_logprob=beam.total,
             logprobs=rows,
-            finish_reason="length" if beam.end_token is None else "stop",
+            finish_reason=beam.finish_reason,
             seed=self.request.seeds[0],
+            receipt=self._receipt(index),
         )
 
-    def _sequence(self, beam: Beam, tokenizer: Tokenizer) -> BeamSearchSequence:
+    def _sequence(self, index: int, beam: Beam, tokenizer: Tokenizer) -> BeamSearchSequence:
         token_ids = [*self.request.prompt_token_ids, *beam.token_ids]
         return BeamSearchSequence(
             tokens=token_ids,
             logprobs=list(beam.logprobs),
             text=tokenizer.decode(token_ids) if tokenizer.makes_text else "",
             cum_logprob=beam.total,
-            finish_reason="length" if beam.end_token is None else "stop",
+            finish_reason=beam.finish_reason,
             stop_reason=beam.end_token,
+            receipt=self._receipt(index),
         )
 
     def _score(self, beam: Beam) -> float:
@@ -214,7 +248,8 @@ class BeamSearches:
 
         Raises RequestError for a refused prompt, or for more beams than the engine has log-probabilities.
         """
-        builder.tell_unrecorded("beam searches")
+        self.is_recorded = builder.records_all
+        """whether the beams have receipts"""
         limits = builder.limits
         params = replace(params)  # checks values that were assigned later
         wanted = 2 * params.beam_width
@@ -244,7 +279,7 @@ class BeamSearches:
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        requests = builder.build_all(prompts, replace(self.params, max_tokens=params.max_tokens))
+        requests = builder.build_all(prompts, replace(self.params, max_tokens=params.max_tokens), record=False)
         most_tokens = min(limits.max_model_len, limits.max_kv_tokens)
         self.searches = [
             BeamSearch(request, params, limits.eos_token_ids, most_tokens - len(request.prompt_token_ids))
@@ -255,6 +290,12 @@ class BeamSearches:
     def num_finished(self) -> int:
         """Number of prompts whose search has ended."""
         return sum(search.has_ended for search in self.searches)
+
+    def record(self, recorder: Recorder) -> None:
+        """Make the receipts of the beams, if they have some: all rounds are done. Raises RecordError."""
+        if self.is_recorded:
+            for search in self.searches:
+                search.record(recorder)
 
     def outputs(self, tokenizer: Tokenizer) -> list[BeamSearchOutput]:
         """The results for a caller in Python, in the order of the prompts."""

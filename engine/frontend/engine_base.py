@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from sempre.engine.arg_utils import EngineArgs, keywords_of
 from sempre.engine.arguments import EngineKeywords, check_keywords
+from sempre.engine.frontend.beam_search import BeamSearches
 from sempre.engine.frontend.frontend import Frontend
 from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.near_names import near_name
@@ -115,6 +116,10 @@ class EngineBase:
     def prepare_receipts(self) -> None:
         """Hash the model's files, which receipts name; the first receipt does it otherwise. Raises ModelError."""
         self._frontend.recorder.prepare()
+
+    def record_beams(self, searches: BeamSearches) -> None:
+        """Make the receipts of searches that the caller has run, if this engine records. Raises RecordError."""
+        searches.record(self._frontend.recorder)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> TokensPrompt:
         """Return one conversation as the prompt that `LLM.chat` uses; takes its keywords and raises its errors."""

@@ -14,6 +14,7 @@ from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.sequence_state import NewText, SequenceState
 from sempre.engine.metrics import RequestSizes
 from sempre.engine.outputs import Logprob, RequestMetrics, RequestOutput
+from sempre.engine.proof.logprob_bits import float32_bytes
 from sempre.engine.proof.output_chain import OutputChain
 from sempre.engine.proof.recorder import Finished, Recorder, Recording
 from sempre.engine.sampling_params import RequestOutputKind
@@ -334,6 +335,7 @@ def _finished(state: RequestState, sequence: SequenceState, recording: Recording
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
         finished_time=time.time(),
+        pooled=None if sequence.pooled is None else float32_bytes(sequence.pooled),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,6 @@ from sempre.engine.seeding import child_seed, derive_request_seed, distribution_
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ConfigError, RequestError
 from sempre.ipc.messages import PoolingSpec, RequestSpec, SamplingSpec
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +96,7 @@ class RequestBuilder:
     ) -> None:
         """`is_in_use(id, n)`: whether an unfinished request has this id, or a sequence has one of its `n` ids.
         `records_all`: outputs have receipts unless a call says otherwise."""
-        self._records_all = records_all
-        self._told_unrecorded: set[str] = set()
+        self.records_all = records_all
         self._tokenizer = tokenizer
         self.limits = limits
         self._specs = SpecBuilder(tokenizer, limits)
@@ -116,12 +112,6 @@ class RequestBuilder:
     def num_dropped_digests(self) -> int:
         """Requests without a seed whose count was dropped because too many different ones followed."""
         return self._seed_counts.num_dropped
-
-    def tell_unrecorded(self, what: str) -> None:
-        """Warn once that outputs of this kind have no receipts, where others have."""
-        if self._records_all and what not in self._told_unrecorded:
-            self._told_unrecorded.add(what)
-            logger.warning("%s have no receipts: only generated outputs are recorded", what)
 
     def build_all(
         self,
@@ -190,7 +180,7 @@ class RequestBuilder:
         spec = shared if shared.max_tokens == max_tokens else replace(shared, max_tokens=max_tokens)
         reasoning = PromptReasoning(self._tokenizer, token_ids)
         spec = self._specs.with_reasoning(spec, parameters.params, reasoning)
-        is_recorded = self._records_all if record is None else record
+        is_recorded = self.records_all if record is None else record
         if is_recorded and spec.logprobs is None:
             spec = replace(spec, logprobs=0)  # those of the sampled tokens, for the receipt
         return _Checked(request_id, text, token_ids, parameters, spec, reasoning, priority, cache_salt, is_recorded)
@@ -257,7 +247,6 @@ class RequestBuilder:
         Raises RequestError, also for a model that generates; only a single prompt may have a `request_id`.
         """
         model = require_pooling(self.limits.pooling)
-        self.tell_unrecorded("pooled outputs")
         spec, before = pooling_spec(params, model), stored_prompt(model, params.prompt_name)
         parts, is_list = list_prompts(prompts)
         checked = []
@@ -297,7 +286,9 @@ class RequestBuilder:
         self._num_requests += 1
         self._num_sequences += 1
         reasoning = PromptReasoning(self._tokenizer, token_ids)
-        return PreparedRequest(name, text, token_ids, NOT_SAMPLED, [sequence], [0], time.time(), reasoning)
+        return PreparedRequest(
+            name, text, token_ids, NOT_SAMPLED, [sequence], [0], time.time(), reasoning, is_recorded=self.records_all
+        )
 
     def check_form(self, params: SamplingParams) -> None:
         """Check the form of the output, which is slow for a large grammar; any thread may call this.

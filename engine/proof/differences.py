@@ -10,7 +10,7 @@ from sempre.engine.proof.kept_output import KeptOutput, marks_of_rows
 from sempre.engine.proof.logprob_bits import float32_bits, from_bits, shown_logprob, ulps_between
 from sempre.engine.proof.output_chain import OutputChain, first_difference, recorded_bits
 
-Kind = Literal["token", "logprob", "distribution", "length", "end", "error"]
+Kind = Literal["token", "logprob", "distribution", "pooled", "length", "end", "error"]
 # as far as a log-probability that only a mark was kept of is searched around the other one
 _REACH_ULPS = 1 << 15
 _CONTEXT_TOKENS = 8
@@ -26,6 +26,7 @@ class Side:
     text: str | None
     """of the token"""
     logprob: float | None
+    """or the element of what is pooled"""
     end: str
 
     @property
@@ -36,7 +37,8 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where two outputs first differ. `position` counts output tokens from 0; None if they differ as a whole."""
+    """Where two outputs first differ. `position` counts output tokens, or elements of what is pooled, from 0; None if
+    they differ as a whole."""
 
     kind: Kind
     position: int | None
@@ -53,17 +55,21 @@ class Difference:
             case "token":
                 return f"{where}{after}: token {_token(self.a)} against {_token(self.b)}"
             case "logprob":
-                apart = ""
-                if self.a.logprob is not None and self.b.logprob is not None and _are_finite(self.a, self.b):
-                    apart = f", {ulps_between(self.a.logprob, self.b.logprob)} ulp apart"
                 if self.a.logprob is None and self.b.logprob is None:
                     return f"{where}{after}: other log-probabilities of token {_token(self.a)}, kept as marks"
-                values = f"{_logprob(self.a)} against {_logprob(self.b)}"
-                return f"{where}{after}: log-probability of token {_token(self.a, alone=True)}: {values}{apart}"
+                return f"{where}{after}: log-probability of token {_token(self.a, alone=True)}: {self._values()}"
+            case "pooled":
+                return f"at element {self.position} of what is pooled: {self._values()}"
             case "distribution":
                 return f"{where}{after}: the same token and log-probability, but other log-probabilities beside it"
             case "length" | "end" | "error":
                 return f"{self.a.end} against {self.b.end}"
+
+    def _values(self) -> str:
+        apart = ""
+        if self.a.logprob is not None and self.b.logprob is not None and _are_finite(self.a, self.b):
+            apart = f", {ulps_between(self.a.logprob, self.b.logprob)} ulp apart"
+        return f"{_logprob(self.a)} against {_logprob(self.b)}{apart}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, with the bits."""
@@ -81,6 +87,8 @@ def difference(a: KeptOutput, b: KeptOutput, decode: Decode | None = None) -> Di
     """
     if a.error is not None or b.error is not None:
         return None if a.error == b.error else Difference("error", None, _end(a), _end(b))
+    if a.pooled is not None or b.pooled is not None:
+        return _pooled_difference(a, b)
     common = min(len(a.token_ids), len(b.token_ids))
     token = next((i for i in range(common) if a.token_ids[i] != b.token_ids[i]), None)
     logprob = _first_logprob(a, b)
@@ -100,6 +108,16 @@ def difference(a: KeptOutput, b: KeptOutput, decode: Decode | None = None) -> Di
     if (a.finish_reason, a.stop_reason) != (b.finish_reason, b.stop_reason):
         return Difference("end", None, _end(a), _end(b))
     return None
+
+
+def _pooled_difference(a: KeptOutput, b: KeptOutput) -> Difference | None:
+    """Return the first element of what was pooled that differs."""
+    one, other = (memoryview(kept.pooled or b"").cast("I") for kept in (a, b))
+    for position, pair in enumerate(zip(one, other, strict=False)):
+        if pair[0] != pair[1]:
+            first, second = (Side(None, None, from_bits(bits), "") for bits in pair)
+            return Difference("pooled", position, first, second)
+    return None if len(one) == len(other) else Difference("length", None, _end(a), _end(b))
 
 
 def num_logprobs_compared(a: KeptOutput, b: KeptOutput) -> int:
@@ -177,6 +195,8 @@ def _context(kept: KeptOutput, position: int, decode: Decode | None) -> str | No
 
 def _end(kept: KeptOutput) -> Side:
     stop = "" if kept.stop_reason is None else f" by {kept.stop_reason!r}"
+    if kept.pooled is not None:
+        return Side(None, None, None, f"{len(kept.pooled) // 4} pooled elements")
     text = f"{len(kept.token_ids)} tokens, ended: {kept.finish_reason}{stop}" if kept.error is None else kept.error
     return Side(None, None, None, text)
 

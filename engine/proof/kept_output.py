@@ -6,8 +6,9 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sempre.engine.outputs import CompletionOutput, Logprob, RequestOutput
-from sempre.engine.proof.logprob_bits import float32_bits
+from sempre.engine.outputs import BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
+from sempre.engine.pooling import PoolingRequestOutput
+from sempre.engine.proof.logprob_bits import float32_bytes
 from sempre.engine.proof.output_chain import OutputChain
 from sempre.engine.proof.receipt_log import Receipt
 from sempre.engine.proof.statement import digest_of_prompt, marks_of, prompt_digest
@@ -35,6 +36,8 @@ class KeptOutput:
     marks: bytes | None = None
     """of the chain over tokens and log-probabilities"""
     distribution_marks: bytes | None = None
+    pooled: bytes | None = None
+    """float32 values, in place of tokens"""
     error: str | None = None
 
     def chain_marks(self) -> bytes | None:
@@ -42,7 +45,7 @@ class KeptOutput:
         if self.marks is not None or self.logprobs is None:
             return self.marks
         chain = OutputChain()
-        chain.add_tokens(self.token_ids, b"".join(_packed(value) for value in self.logprobs), 4)
+        chain.add_tokens(self.token_ids, float32_bytes(self.logprobs), 4)
         return chain.marks
 
     def token_text(self, position: int) -> str | None:
@@ -93,6 +96,40 @@ def kept_receipt(receipt: Receipt) -> KeptOutput:
         prompt_token_ids=request.prompt_token_ids,
         marks=marks_of("output.marks", output.marks),
         distribution_marks=None if rows is None else marks_of("output.distributionMarks", rows),
+        pooled=None if output.pooled is None else marks_of("output.pooled", output.pooled),
+    )
+
+
+def kept_pooled(output: PoolingRequestOutput) -> KeptOutput:
+    """Return what was pooled of a prompt."""
+    return KeptOutput(
+        name=f"request {output.request_id}",
+        token_ids=[],
+        finish_reason="stop",
+        stop_reason=None,
+        seed=0,
+        fingerprint=output.fingerprint,
+        prompt_digest=prompt_digest(output.prompt_token_ids),
+        prompt_token_ids=output.prompt_token_ids,
+        pooled=float32_bytes(output.outputs.data),
+    )
+
+
+def kept_beam(beam: BeamSearchSequence, num_prompt_tokens: int, *, seed: int, fingerprint: str) -> KeptOutput:
+    """Return one beam of a search."""
+    prompt, token_ids = beam.tokens[:num_prompt_tokens], beam.tokens[num_prompt_tokens:]
+    # an end token that is not shown has a row, too
+    rows = beam.logprobs[: len(token_ids)]
+    return KeptOutput(
+        name="a beam",
+        token_ids=token_ids,
+        finish_reason=beam.finish_reason,
+        stop_reason=beam.stop_reason,
+        seed=seed,
+        fingerprint=fingerprint,
+        prompt_digest=prompt_digest(prompt),
+        prompt_token_ids=prompt,
+        logprobs=own_logprobs(token_ids, rows),
     )
 
 
@@ -113,9 +150,5 @@ def marks_of_rows(rows: Sequence[Row]) -> bytes:
             place = row[ids[0]].rank or 0
             ids.insert(place, ids[0])
             values.insert(place, values[0])
-        chain.add(struct.pack(f"<{len(ids)}i", *ids) + b"".join(map(_packed, values)))
+        chain.add(struct.pack(f"<{len(ids)}i", *ids) + float32_bytes(values))
     return chain.marks
-
-
-def _packed(logprob: float) -> bytes:
-    return float32_bits(logprob).to_bytes(4, "little")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 
 def float32_bits(logprob: float) -> int:
@@ -20,6 +21,11 @@ def from_bits(bits: int) -> float:
     """Return the value of a bit pattern."""
     value: float = struct.unpack("<f", struct.pack("<I", bits))[0]
     return value
+
+
+def float32_bytes(values: Iterable[float]) -> bytes:
+    """Return the float32 of each value, little-endian."""
+    return b"".join(float32_bits(value).to_bytes(4, "little") for value in values)
 
 
 def shown_logprob(logprob: float) -> str:

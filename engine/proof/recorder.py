@@ -39,6 +39,7 @@ from sempre.engine.proof.statement import (
     RunDetails,
     Statement,
     encode,
+    pooled_digest,
     prompt_digest,
     recorded_bits_of,
     written_parts,
@@ -65,7 +66,18 @@ _NOT_RECORDED = frozenset(
 )
 _DEFAULTS = SamplingParams()
 # settings that may decide bits; the seed only makes dummy weights
-DECIDING_SETTINGS = ("dtype", "quantization", "numerics", "logprobs_mode", "max_model_len", "load_format", "device")
+DECIDING_SETTINGS = (
+    "dtype",
+    "quantization",
+    "numerics",
+    "logprobs_mode",
+    "max_model_len",
+    "load_format",
+    "device",
+    "runner",
+    "convert",
+    "pooler_config",
+)
 # without which an output with an adapter cannot be made again
 ADAPTER_SETTINGS = ("enable_lora", "max_lora_rank")
 DECIDING_OPTIONS = ("tokenizer", "tokenizer_revision", "revision", "hf_overrides", "skip_tokenizer_init")
@@ -99,6 +111,10 @@ class Finished:
     stop_reason: int | str | None
     finished_time: float
     """seconds since the epoch"""
+    pooled: bytes | None = None
+    """float32 values, in place of tokens"""
+    beam_search: dict[str, Any] | None = None
+    """what found the tokens, in place of sampling"""
 
 
 class Recorder:
@@ -162,10 +178,11 @@ class Recorder:
             stop_reason=finished.stop_reason,
             distribution_marks=None if rows is None else base64.b64encode(rows.marks).decode(),
             distribution_digest=None if rows is None else Digest(rows.digest),
+            pooled=None if finished.pooled is None else base64.b64encode(finished.pooled).decode(),
         )
         definition = BuildDefinition(
             build_type=BUILD_TYPE,
-            external_parameters=self._request(request, finished.index),
+            external_parameters=self._request(finished),
             internal_parameters=EngineFacts(
                 settings=self._settings if adapter is None else {**self._settings, **self._adapter_settings},
                 bits=written_parts(recorded_bits_of(self._bits)),
@@ -173,22 +190,28 @@ class Recorder:
             ),
             resolved_dependencies=dependencies,
         )
+        subject = Digest(recording.tokens.digest) if finished.pooled is None else pooled_digest(finished.pooled)
         builder = Builder(BUILDER + fingerprint_with_adapter(self._bits, adapter))
         return Statement(
             type_=STATEMENT_TYPE,
-            subject=[Resource("output", Digest(recording.tokens.digest))],
+            subject=[Resource("output", subject)],
             predicate_type=PREDICATE_TYPE,
             predicate=Predicate(build_definition=definition, run_details=RunDetails(builder, metadata), output=output),
         )
 
-    def _request(self, request: PreparedRequest, index: int) -> Request:
+    def _request(self, finished: Finished) -> Request:
+        request = finished.request
         token_ids = request.prompt_token_ids
         is_private = self._options.record_private
         adapter = request.adapter
+        pooling, search = request.sequences[0].pooling, finished.beam_search
+        is_sampled = pooling is None and search is None
         return Request(
             model=self._config.model,
-            seed=str(request.seeds[index]),
-            sampling_params=recorded_params(request, self._structured_outputs),
+            seed=str(request.seeds[finished.index if search is None else 0]),
+            sampling_params=recorded_params(request, self._structured_outputs) if is_sampled else {},
+            pooling=None if pooling is None else msgspec.structs.asdict(pooling),
+            beam_search=search,
             prompt_token_ids=None if is_private else token_ids,
             prompt_digest=Digest(prompt_digest(token_ids)) if is_private else None,
             adapter=None if adapter is None else NamedAdapter(adapter.spec.name, adapter.spec.path),

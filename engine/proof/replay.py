@@ -11,12 +11,21 @@ import msgspec
 
 from sempre.engine.adapters import LoRARequest
 from sempre.engine.fingerprint import fingerprint_bits
+from sempre.engine.frontend.beam_search import BeamSearchParams
 from sempre.engine.frontend.prompts import TokensPrompt
 from sempre.engine.llm import LLM
 from sempre.engine.numerics_versions import changed_bits
-from sempre.engine.outputs import RequestOutput
+from sempre.engine.outputs import BeamSearchOutput, RequestOutput
+from sempre.engine.pooling import PoolingParams
 from sempre.engine.proof.differences import Difference, difference
-from sempre.engine.proof.kept_output import KeptOutput, kept_completion, kept_receipt, own_logprobs
+from sempre.engine.proof.kept_output import (
+    KeptOutput,
+    kept_beam,
+    kept_completion,
+    kept_pooled,
+    kept_receipt,
+    own_logprobs,
+)
 from sempre.engine.proof.receipt_log import Receipt
 from sempre.engine.proof.statement import adapter_digest_of, recorded_bits_of
 from sempre.engine.sampling_params import SamplingParams
@@ -85,6 +94,19 @@ class _LocalRequest(NamedTuple):
     adapter: LoRARequest | None
 
 
+class _Pooled(NamedTuple):
+    prompt: list[int]
+    params: PoolingParams
+
+
+class _Search(NamedTuple):
+    prompt: list[int]
+    params: BeamSearchParams
+    place: int
+    """of the beam among the best"""
+    seed: int
+
+
 class LocalReplayer:
     """Replays on an engine of this process."""
 
@@ -105,27 +127,41 @@ class LocalReplayer:
         self._llm = llm
         self.is_one_pass = teacher_forced and not has_recurrent_layers(llm.model_folder)
         self._adapters: dict[str, LoRARequest] = {}
+        self._searches: dict[str, BeamSearchOutput] = {}
 
     def outputs(self, receipts: Sequence[Receipt]) -> list[KeptOutput | ConfigError]:
         """Return the output of each receipt, all made in one batch, or why its request was refused."""
         requests = [self._request(receipt) for receipt in receipts]
-        valid = [request for request in requests if not isinstance(request, ConfigError)]
-        made = iter(self._made(valid))
-        found = [request if isinstance(request, ConfigError) else next(made) for request in requests]
-        if not self.is_one_pass:
-            return found
-        return [_scored(receipt, output) for receipt, output in zip(receipts, found, strict=True)]
+        made = iter(self._made([request for request in requests if isinstance(request, _LocalRequest)]))
+        found: list[KeptOutput | ConfigError] = []
+        for receipt, request in zip(receipts, requests, strict=True):
+            match request:
+                case _LocalRequest():
+                    output = next(made)
+                    found.append(_scored(receipt, output) if self.is_one_pass else output)
+                case _Pooled() | _Search():
+                    found.append(self._made_alone(request))
+                case _:
+                    found.append(request)
+        return found
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of tokens."""
         return self._llm.get_tokenizer().decode(token_ids)
 
-    def _request(self, receipt: Receipt) -> _LocalRequest | ConfigError:
+    def _request(self, receipt: Receipt) -> _LocalRequest | _Pooled | _Search | ConfigError:
+        asked = receipt.statement.predicate.build_definition.external_parameters
         try:
             prompt = prompt_of(receipt)
+            if asked.pooling is not None:
+                return _Pooled(prompt, PoolingParams(**asked.pooling))
             adapter = self._adapter(receipt)
             if self.is_one_pass:
                 return _LocalRequest(*_teacher_forced(receipt, prompt), adapter)
+            if asked.beam_search is not None:
+                search = dict(asked.beam_search)
+                index = search.pop("index")
+                return _Search(prompt, BeamSearchParams(**search), index, int(asked.seed))
             return _LocalRequest(prompt, sampling_params(receipt), adapter)
         except ConfigError as error:
             return error
@@ -143,6 +179,24 @@ class LocalReplayer:
         if expected != found:
             raise RequestError(f"the adapter {named.path}: expected files of digest {expected}, found {found}.")
         return self._adapters.setdefault(found, LoRARequest(named.name, len(self._adapters) + 1, named.path))
+
+    def _made_alone(self, request: _Pooled | _Search) -> KeptOutput | ConfigError:
+        """Pool a prompt; or search, once for all beams of a search."""
+        prompt: TokensPrompt = {"prompt_token_ids": request.prompt}
+        try:
+            if isinstance(request, _Pooled):
+                [pooled] = self._llm.encode([prompt], request.params, use_tqdm=False)
+                return kept_pooled(pooled)
+            key = repr(request[:2])
+            if key not in self._searches:
+                [self._searches[key]] = self._llm.beam_search([prompt], request.params)
+            beams = self._searches[key].sequences
+        except ConfigError as error:
+            return error
+        if request.place >= len(beams):
+            return RequestError(f"index: expected one of the {len(beams)} beams of this search, found {request.place}.")
+        fingerprint = self._llm.fingerprint
+        return kept_beam(beams[request.place], len(request.prompt), seed=request.seed, fingerprint=fingerprint)
 
     def _made(self, requests: Sequence[_LocalRequest]) -> list[KeptOutput | ConfigError]:
         """Run all requests at once; if one is refused, each alone, since no request of a refused call is run."""

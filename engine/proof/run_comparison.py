@@ -207,8 +207,9 @@ def _add_receipts(run: Run, file: Path) -> None:
             continue
         output = kept_receipt(found)
         definition = found.statement.predicate.build_definition
+        asked = definition.external_parameters
         run.outputs.append(output)
-        run.params[output.name] = definition.external_parameters.sampling_params
+        run.params[output.name] = {**asked.sampling_params, **(asked.pooling or {}), **(asked.beam_search or {})}
         bits = fingerprint_bits(definition.internal_parameters.bits_by_name)
         if bits not in run.bits:
             run.bits.append(bits)

@@ -7,7 +7,7 @@ predicate      in the words of SLSA's provenance:
   buildDefinition
     buildType             https://sempre.dev/generate/v1
     externalParameters    the request: model, prompt, parameters that may change the output, seed (a string, since
-                          JSON's numbers have 53 bits), adapter
+                          JSON's numbers have 53 bits), adapter; what is asked of a pooling model, or of a beam search
     internalParameters    settings of the engine that were not defaults and may decide bits; the fingerprint's two
                           parts
     resolvedDependencies  digests: weights (OpenSSF's model manifest, which covers all files of the model's folder), the
@@ -15,7 +15,8 @@ predicate      in the words of SLSA's provenance:
   runDetails
     builder               id: the fingerprint
     metadata              id of the request, when it ended, and the digest of the line before in the file
-  output                  token ids, how it ended, the marks of its chain in base64
+  output                  token ids, how it ended, the marks of its chain in base64; or what was pooled, whose digest
+                          is the subject's
 """
 
 from __future__ import annotations
@@ -55,7 +56,12 @@ class Resource(Struct, frozen=True):
 
 
 # a receipt is made for each output: the names are short
-_SHORT = {"sampling_params": "sampling", "prompt_token_ids": "prompt", "prompt_digest": "promptDigest"}
+_SHORT = {
+    "sampling_params": "sampling",
+    "prompt_token_ids": "prompt",
+    "prompt_digest": "promptDigest",
+    "beam_search": "beamSearch",
+}
 
 
 class NamedAdapter(Struct, frozen=True):
@@ -74,6 +80,10 @@ class Request(Struct, frozen=True, kw_only=True, rename=_SHORT, omit_defaults=Tr
     prompt_token_ids: list[int] | None = None
     prompt_digest: Digest | None = None
     adapter: NamedAdapter | None = None
+    pooling: dict[str, Any] | None = None
+    """the fields of PoolingParams that decide what is pooled"""
+    beam_search: dict[str, Any] | None = None
+    """those of BeamSearchParams, and `index`, the place of this beam among the best"""
 
 
 class EngineFacts(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
@@ -127,6 +137,8 @@ class Output(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=Tr
     stop_reason: int | str | None = None
     distribution_marks: str | None = None
     distribution_digest: Digest | None = None
+    pooled: str | None = None
+    """float32 values, little-endian, in base64; of a request with `pooling`"""
 
 
 class Predicate(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -173,6 +185,11 @@ def decode(payload: bytes) -> Statement:
 def prompt_digest(token_ids: Sequence[int]) -> str:
     """Return SHA-256 over the ids as uint32, little-endian."""
     return hashlib.sha256(struct.pack(f"<{len(token_ids)}I", *token_ids)).hexdigest()
+
+
+def pooled_digest(values: bytes) -> Digest:
+    """Return the digest of what was pooled."""
+    return Digest(hashlib.sha256(values).hexdigest())
 
 
 def digest_of_prompt(request: Request) -> str:
@@ -237,6 +254,16 @@ def _check(statement: Statement) -> None:
     if len(statement.subject) != 1:
         raise ValueError(f"subject: expected one output, found {len(statement.subject)}")
     _check_marks("output.marks", output.marks, statement.subject[0].digest, len(output.token_ids))
+    if (output.pooled is None) is not (request.pooling is None):
+        raise ValueError("output.pooled: expected it with externalParameters.pooling, or neither")
+    if output.pooled is not None:
+        values = marks_of("output.pooled", output.pooled)
+        if (
+            len(values) % 4
+            or output.token_ids
+            or hashlib.sha256(values).hexdigest() != statement.subject[0].digest.sha256
+        ):
+            raise ValueError("output.pooled: expected float32 values of the subject's digest: it was altered")
     if output.distribution_marks is not None:
         digest = output.distribution_digest or Digest("")
         _check_marks("output.distributionMarks", output.distribution_marks, digest, len(output.token_ids))

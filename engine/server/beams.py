@@ -81,6 +81,7 @@ class BeamStream:
         if self._is_told:
             return []
         await self._search.run(self._start)
+        self._engine.record_beams(self._search)
         self._is_told = True
         tokenizer, fingerprint = self._engine.get_tokenizer(), self._engine.fingerprint
         return [each.request_output(tokenizer, self._given, fingerprint) for each in self._search.searches]

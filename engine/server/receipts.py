@@ -16,7 +16,7 @@ _ASKED = {"1": True, "0": False}
 
 async def asks_for_receipts(service: Service, http: Request, *, searches: bool) -> bool:
     """Return whether the request asks for receipts; hash the model's files if it is the first. `searches`: it is a beam
-    search, which has none. Raises BadRequest for another value of the header.
+    search, which cannot ask for them. Raises BadRequest for another value of the header.
     """
     value = http.headers.get(HEADER, "0").strip()
     if value not in _ASKED:
@@ -24,7 +24,7 @@ async def asks_for_receipts(service: Service, http: Request, *, searches: bool) 
     if not _ASKED[value]:
         return False
     if searches:
-        raise BadRequest("A beam search has no receipts: leave out X-Sempre-Receipt or use_beam_search.")
+        raise BadRequest("Beams have receipts if the server records all (--record): leave out X-Sempre-Receipt.")
     await service.offload.written(service.engine.prepare_receipts)
     return True
 

@@ -84,7 +84,7 @@ def test_what_is_refused(server: ServerProcess) -> None:
     assert refused.json()["error"]["message"] == "The header X-Sempre-Receipt must be 0 or 1, got 'yes'."
     search = {**BODY, "use_beam_search": True, "temperature": 0}
     refused = server.http.post("/v1/completions", json=search, headers=HEADER)
-    assert (refused.status_code, "A beam search has no receipts" in refused.text) == (400, True)
+    assert (refused.status_code, "Beams have receipts if the server records all" in refused.text) == (400, True)
     assert server.http.post("/v1/completions", json=BODY, headers={"X-Sempre-Receipt": "0"}).status_code == 200
 
 

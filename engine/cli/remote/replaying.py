@@ -55,9 +55,13 @@ class ServerReplayer:
         return str(answer.get("prompt", ""))
 
     def _output(self, receipt: Receipt) -> KeptOutput | ConfigError:
+        asked = receipt.statement.predicate.build_definition.external_parameters
+        if asked.pooling is not None or asked.beam_search is not None:
+            kind = "pooled outputs" if asked.beam_search is None else "beams"
+            return RequestError(f"{kind} are made again by an engine of this process; leave out --url.")
         try:
             params = sampling_params(receipt)
-            adapter = receipt.statement.predicate.build_definition.external_parameters.adapter
+            adapter = asked.adapter
             model = self._model if adapter is None else adapter.name
             body = {"model": model, "prompt": prompt_of(receipt), **body_of(params), "return_token_ids": True}
             answer = self._server.post("/v1/completions", {**body, "logprobs": params.logprobs}, _RECEIPT)

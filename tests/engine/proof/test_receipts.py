@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from sempre.engine import LLM, BeamSearchParams, RecordError, SamplingParams, StructuredOutputsParams
+from sempre.engine import LLM, RecordError, SamplingParams, StructuredOutputsParams
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.proof.dsse import PAYLOAD_TYPE, pre_authentication_encoding
 from sempre.engine.proof.json_values import canonical_json
@@ -110,12 +110,6 @@ def test_whole_distributions_have_marks_of_their_own(outputs: list[RequestOutput
     assert base64.b64decode(output.distribution_marks or "") == chain.marks
     assert output.distribution_digest is not None
     assert output.distribution_digest.sha256 == chain.digest
-
-
-def test_a_beam_search_is_not_recorded_which_is_told_once(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
-    for _ in range(2):
-        llm.beam_search([{"prompt": "a"}], BeamSearchParams(beam_width=2, max_tokens=2))
-    assert caplog.text.count("beam searches have no receipts: only generated outputs are recorded") == 1
 
 
 def test_recording_changes_no_output(outputs: list[RequestOutput]) -> None:
