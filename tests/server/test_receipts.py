@@ -94,7 +94,7 @@ def test_the_files_of_a_server(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "log", *flags) as server:
         assert server.complete(**BODY).json()["choices"][0].keys() & {"receipt"} == set()
         [choice, _] = server.http.post("/v1/completions", json=BODY, headers=HEADER).json()["choices"]
-        # an embedding of a search has no receipts, and a refused request neither
+        # a refused request has none; each beam of a search has one
         assert server.complete(**{**BODY, "max_tokens": 0.5}).status_code == 400
         assert server.complete(**BODY, use_beam_search=True).status_code == 200
         (tmp_path / "away").mkdir()
@@ -108,7 +108,7 @@ def test_the_files_of_a_server(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
     whole = [list(read_receipts(path)) for path in receipt_files(folder)]
-    assert [[isinstance(each, Receipt) for each in found] for found in whole[:1]] == [[True] * 4]
+    assert [[isinstance(each, Receipt) for each in found] for found in whole[:1]] == [[True] * 6]
     assert all(isinstance(each, Receipt) for found in whole for each in found)
     assert json.dumps(choice["receipt"], separators=(",", ":"), sort_keys=True) in file.read_text()
 
