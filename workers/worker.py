@@ -43,6 +43,7 @@ from sempre.workers.model_length import fitted
 from sempre.workers.model_loading import load_draft_model, load_with_adapters, model_setup
 from sempre.workers.models.config import spec_digest
 from sempre.workers.module_trace import TracedResult, trace_methods, trace_modules
+from sempre.workers.reference_trace import compare_methods
 from sempre.workers.replica import join_replica, whole_model
 from sempre.workers.runner import ModelRunner, StepQueue
 from sempre.workers.sampling.grammar import grammar_library_version
@@ -91,6 +92,7 @@ class Worker:
             "_release": self._release,
             "_restore": self._restore,
             **trace_methods(self._trace),
+            **compare_methods(self._trace),
             **weight_methods(self._require_loaded, lambda: self._require_backend().placement, self._take_weights),
             **adapter_methods(lambda: self._require_loaded().adapters),
         }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PROMPT = "It was a dark and stormy night, and"
 _MAX_TOKENS = 32
+_TRANSFORMERS = "transformers"
 # both engines live at the same time
 _KV_BYTES = "512MiB"
 
@@ -29,7 +30,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "sides",
         nargs="*",
         metavar="SIDE",
-        help='two of: a model, or settings of the first model as a JSON object such as \'{"numerics": "control"}\'',
+        help='two of: a model, settings of the first model as a JSON object such as \'{"numerics": "control"}\', or'
+        " transformers (transformers:FOLDER for another checkpoint), whose modules are compared",
     )
     parser.add_argument("--prompt", metavar="TEXT", help=f"default: {_PROMPT!r}")
     parser.add_argument("--receipt", metavar="FILE:LINE", help="the prompt and parameters of this receipt")
@@ -41,6 +43,8 @@ def run(namespace: argparse.Namespace) -> int:
     """Print the first difference of tokens and of operations; exit code 5 if there is one."""
     if len(namespace.sides) != 2:
         raise UsageError(f"expected two sides, found {len(namespace.sides)}. See sempre bisect --help.")
+    if any(side.partition(":")[0] == _TRANSFORMERS for side in namespace.sides):
+        return _run_reference(namespace)
     sides = _sides(namespace.sides, engine_keywords(namespace))
     prompt, params = _request(namespace)
     from sempre.engine.llm import LLM
@@ -53,6 +57,31 @@ def run(namespace: argparse.Namespace) -> int:
     else:
         _print(found)
     return EXIT_OK if found.is_equal else EXIT_DIFFERENT
+
+
+def _run_reference(namespace: argparse.Namespace) -> int:
+    """Compare the modules of one engine with those of transformers; exit code 5 if one is far away."""
+    references = [side for side in namespace.sides if side.partition(":")[0] == _TRANSFORMERS]
+    own = [side for side in namespace.sides if side not in references]
+    if len(own) != 1 or own[0].startswith("{"):
+        raise UsageError(f"one of the sides must be a model, the other {_TRANSFORMERS} or {_TRANSFORMERS}:FOLDER")
+    [(model, keywords)] = _sides(own, engine_keywords(namespace))
+    prompt, params = _request(namespace)
+    from sempre.engine.llm import LLM
+    from sempre.engine.proof.reference_comparison import compare_with_transformers
+
+    with LLM(model, **keywords) as llm:
+        folder = Path(references[0].partition(":")[2] or llm.model_folder)
+        found = compare_with_transformers(llm, folder, prompt, params)
+    if namespace.json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        print(f"{len(found.operations)} results of modules compared, {found.num_skipped} that the reference lacks")
+        first, far = found.first_differing, found.first_far
+        print(plain(f"first with other bits: {'none' if first is None else first.sentence()}"))
+        print(plain(f"furthest: {found.furthest.sentence()}"))
+        print(plain(f"first beyond {found.far:g}: {'none' if far is None else far.sentence()}"))
+    return EXIT_OK if found.first_far is None else EXIT_DIFFERENT
 
 
 def _sides(given: list[str], common: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
