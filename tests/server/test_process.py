@@ -53,7 +53,7 @@ def wait_for_load(server: ServerProcess, num_sequences: int) -> None:
 def test_drain_finishes_what_runs(tmp_path: Path) -> None:
     """SIGTERM: the running request ends well, a new one gets 503 with Retry-After, the exit code is 0."""
     # it runs for seconds, however late this process is with its requests
-    fields = {**LONG, "max_tokens": 1200}
+    fields = {**LONG, "max_tokens": 700}
     with ServerProcess(tmp_path / "log", *FLAGS) as server:
         expected = server.complete(**fields).json()["choices"]
         running = Background(server, **fields)
