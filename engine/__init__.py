@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sempre.engine.async_llm import AsyncLLM
     from sempre.engine.frontend.beam_search import BeamSearchParams
     from sempre.engine.frontend.prompts import PromptType, TextPrompt, TokensPrompt
-    from sempre.engine.health import EngineHealth, WorkerHealth
+    from sempre.engine.health import EngineHealth, RankReport, WorkerHealth
     from sempre.engine.llm import LLM
     from sempre.engine.metrics import Counter, Gauge, Histogram, Metric
     from sempre.engine.outputs import (
@@ -97,6 +97,7 @@ __all__ = [
     "PoolingParams",
     "PoolingRequestOutput",
     "PromptType",
+    "RankReport",
     "RecordError",
     "RelevanceOutput",
     "RequestCrashed",
@@ -128,7 +129,7 @@ _NAMES_BY_MODULE = {
     "sempre.engine.arguments": ("engine_config",),
     "sempre.engine.async_llm": ("AsyncLLM",),
     "sempre.ipc.config": ("EngineConfig",),
-    "sempre.engine.health": ("EngineHealth", "WorkerHealth"),
+    "sempre.engine.health": ("EngineHealth", "RankReport", "WorkerHealth"),
     "sempre.engine.llm": ("LLM",),
     "sempre.engine.metrics": ("Counter", "Gauge", "Histogram", "Metric"),
     "sempre.engine.outputs": (

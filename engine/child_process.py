@@ -103,10 +103,20 @@ class ChildProcess:
             os.close(self._pidfd)
             self._pidfd = None
 
-    def log_tail(self) -> str:
-        """The last lines of its log."""
+    def ask_for_stacks(self) -> None:
+        """Have the process write the stacks of its threads to its log. It must handle SIGUSR1, by `faulthandler`; one
+        that is stopped does so when it is continued."""
+        if not self.ended():
+            self._popen.send_signal(signal.SIGUSR1)
+
+    def log_size(self) -> int:
+        """Bytes that it has logged so far."""
+        return self.log_path.stat().st_size if self.log_path.exists() else 0
+
+    def log_tail(self, start: int = 0) -> str:
+        """The last lines of its log, those from byte `start` on."""
         try:
-            data = self.log_path.read_bytes()
+            data = self.log_path.read_bytes()[start:]
         except FileNotFoundError:
             return ""
         return data[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 from msgspec import Struct
 
@@ -36,6 +36,27 @@ class WorkerHealth(Struct, frozen=True, kw_only=True):
     """Why it was last restarted; empty if it never was."""
 
 
+_Health = TypeVar("_Health", bound=WorkerHealth)
+
+
+class RankReport(WorkerHealth, frozen=True, kw_only=True):
+    """One worker process in detail, for whoever looks for the reason of a delay."""
+
+    role: messages.WorkerRole
+    host: str
+    """The name of its machine."""
+    step_id: int | None
+    """The last step that it has finished."""
+    step_digest: str
+    """Of that step's tokens and hidden states: the same for all ranks of a stage."""
+    resident_bytes: int | None
+    """Its memory in RAM, as of its last heartbeat; None if unknown."""
+    process_state: str
+    """What its process does: running, sleeping, stopped, …; empty if unknown."""
+    stack: str
+    """Of one that works on a command for long, the stack of its main thread; of one that is silent, of all threads."""
+
+
 class Problem(Struct, frozen=True, kw_only=True):
     """What is wrong with one process; `rank` is None for the coordinator or the whole engine."""
 
@@ -50,6 +71,8 @@ class EngineHealth(Struct, frozen=True, kw_only=True):
     state: EngineState
     problems: list[Problem]
     workers: list[WorkerHealth] = []
+    ranks: list[RankReport] = []
+    """Every worker in detail: the targets in rank order, then the draft workers."""
 
     @property
     def healthy(self) -> bool:
@@ -82,7 +105,7 @@ async def answered_health(
                 return unhealthy("ready", f"the coordinator has not answered for {timeout_s:g} s")
             await asyncio.wait([asking], timeout=min(wait_s, _OUTAGE_LOOK_S))
         reply = asking.result()
-        return judge(reply.workers, config, reply.stalled)
+        return judge(reply.workers, config, reply.stalled, reply.draft_workers)
     except SempreError as error:
         return unhealthy("dead", str(error))
     finally:
@@ -93,16 +116,23 @@ def judge(
     reports: Sequence[messages.WorkerHealth],
     config: EngineConfig,
     stalled: Sequence[messages.StalledRequests] = (),
+    draft_workers: Sequence[messages.WorkerHealth] = (),
 ) -> EngineHealth:
-    """The health of an engine, from its coordinator's report of workers and of requests without progress."""
+    """The health of an engine, from its coordinator's report of workers and of requests without progress; draft workers
+    are not needed for it."""
     problems = [problem for report in reports if (problem := _problem(report, config)) is not None]
     explained = {problem.rank for problem in problems}
     problems += [_stall(report, config) for report in stalled if report.rank not in explained]
-    # users see fields by name; the message is an array
-    names = WorkerHealth.__struct_fields__
-    workers = [WorkerHealth(**{name: getattr(report, name) for name in names}) for report in reports]
+    workers = [_named(report, WorkerHealth) for report in reports]
     restarting = any(report.state != "ready" for report in reports)
-    return EngineHealth(state="restarting" if restarting else "ready", problems=problems, workers=workers)
+    ranks = [_named(report, RankReport) for report in (*reports, *draft_workers)]
+    state: EngineState = "restarting" if restarting else "ready"
+    return EngineHealth(state=state, problems=problems, workers=workers, ranks=ranks)
+
+
+def _named(report: messages.WorkerHealth, kind: type[_Health]) -> _Health:
+    """Users see fields by name; the message is an array."""
+    return kind(**{name: getattr(report, name) for name in kind.__struct_fields__})
 
 
 def _problem(report: messages.WorkerHealth, config: EngineConfig) -> Problem | None:

@@ -11,6 +11,8 @@ import faulthandler
 import importlib.metadata
 import logging
 import os
+import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -49,12 +51,15 @@ from sempre.ipc.messages import (
     WorkerHello,
     WorkerReady,
 )
+from sempre.ipc.process_facts import main_thread_stack, resident_bytes
 
 logger = logging.getLogger(__name__)
 
 # how often a step on an accelerator is polled while no command arrives
 _STEP_POLL_S = 20e-6
 _FLUSH_MS = 2000
+# a command that takes longer, in heartbeat intervals, has its stack told with every heartbeat
+_LAGGING_INTERVALS = 4
 
 
 class WorkerProtocol(Protocol):
@@ -140,13 +145,21 @@ class WorkerLoop:
         self._accepts: tuple[type[WorkerCommand], ...] = (LoadModel,)
         self._max_steps_in_flight = 1
         self._steps_done = 0
+        self._working_since: float | None = None
+        """on the oldest command without an answer (time.monotonic)"""
         self._socket_lock = threading.Lock()
         self._ended = threading.Event()
 
     def run(self) -> int:
         """The exit code: 0 after ShutdownWorker, 1 after a failure reported to the coordinator."""
         versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
-        hello = WorkerHello(protocol_version=PROTOCOL_VERSION, rank=self._rank, pid=os.getpid(), versions=versions)
+        hello = WorkerHello(
+            protocol_version=PROTOCOL_VERSION,
+            rank=self._rank,
+            pid=os.getpid(),
+            versions=versions,
+            host=socket.gethostname(),
+        )
         self._send(hello)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         try:
@@ -174,6 +187,7 @@ class WorkerLoop:
                 case None | Heartbeat():
                     continue
                 case ExecuteStep() if ExecuteStep in self._accepts:
+                    self._begin_work()
                     worker.submit(command)
                     if worker.step_done() or worker.steps_in_flight >= self._max_steps_in_flight:
                         self._collect(worker)
@@ -193,6 +207,7 @@ class WorkerLoop:
         result = worker.collect()
         self._steps_done += 1
         self._reply(result)
+        self._working_since = time.monotonic() if worker.steps_in_flight else None
 
     def _next_command(self, worker: WorkerProtocol) -> WorkerCommand | None:
         """The next command; None after the interval, and as soon as the oldest step in flight is done."""
@@ -221,6 +236,7 @@ class WorkerLoop:
             found = type(command).__name__
             self._send(Refused(error=describe(MessageMalformed(f"tag: expected {names}, found {found}", field="tag"))))
             return
+        self._begin_work()
         event = run_command(worker, command)
         match event:
             case ModelLoaded(max_steps_in_flight=depth):
@@ -229,6 +245,11 @@ class WorkerLoop:
             case WorkerReady():
                 self._accepts = (ExecuteStep, CallMethod)
         self._reply(event)
+        self._working_since = None
+
+    def _begin_work(self) -> None:
+        if self._working_since is None:
+            self._working_since = time.monotonic()
 
     def _reply(self, event: WorkerEvent) -> None:
         try:
@@ -240,7 +261,10 @@ class WorkerLoop:
             self._send(substitute)
 
     def _heartbeat(self) -> Heartbeat:
-        return Heartbeat(rank=self._rank, steps_done=self._steps_done)
+        since = self._working_since
+        is_lagging = since is not None and time.monotonic() - since > _LAGGING_INTERVALS * self._interval_s
+        stack = main_thread_stack() if is_lagging else ""
+        return Heartbeat(rank=self._rank, steps_done=self._steps_done, resident_bytes=resident_bytes(), stack=stack)
 
     def _send(self, message: Message) -> None:
         with self._socket_lock:
@@ -262,6 +286,8 @@ def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None =
     options = parse_options(argv)
     die_with_parent_thread(options.parent_pid)
     faulthandler.enable()
+    # a coordinator that no longer hears of this process asks for the stacks of its threads, which go to its log
+    faulthandler.register(signal.SIGUSR1)
     collect_garbage_rarely()
     leave_terminal_signals_to_parent()
     set_up_process_log(f"worker {options.rank}")

@@ -58,6 +58,7 @@ COMMANDS = {
     "replay": "make the outputs of receipts again, and say whether they are equal",
     "verify": "check on this machine, or from outside on a server, that outputs depend on nothing else",
     "bisect": "find the first token, layer and operation in which two settings or checkpoints differ",
+    "debug ranks": "print what each worker of a running server does, with stacks of those that lag",
     "compare": "compare two runs or servers, output by output and bit for bit",
     "collect-env": "print versions and facts of this machine",
 }

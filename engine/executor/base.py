@@ -34,7 +34,7 @@ class Executor(Protocol):
         """End a worker that sent a wrong event, or another result than its peers; return the error to raise."""
 
     def health(self) -> list[WorkerHealth]:
-        """The health of each target, in rank order."""
+        """The health of each worker, in rank order; a draft worker that was given up has none."""
 
     def restart(self, rank: int, cause: str) -> None:
         """End the worker if it still runs and start a successor, which begins with its `WorkerHello`.

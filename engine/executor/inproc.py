@@ -6,6 +6,7 @@ The workers seed this process's global generators, which is the cost of multipro
 from __future__ import annotations
 
 import os
+import socket
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +27,7 @@ from sempre.ipc.messages import (
     WorkerHello,
     WorkerReady,
 )
+from sempre.ipc.process_facts import resident_bytes
 
 if TYPE_CHECKING:
     from sempre.workers.main import WorkerProtocol
@@ -100,10 +102,17 @@ class InprocExecutor:
 
     def health(self) -> list[WorkerHealth]:
         """Cannot be called while a worker computes, so nothing is ever late."""
-        pid = os.getpid()
         return [
-            WorkerHealth(rank=rank, pid=pid, state="starting" if rank in self._starting else "ready")
-            for rank in range(self.world_size)
+            WorkerHealth(
+                rank=rank,
+                pid=os.getpid(),
+                state="starting" if rank in self._starting else "ready",
+                role="target" if rank < self.world_size else "draft",
+                host=socket.gethostname(),
+                resident_bytes=resident_bytes(),
+                process_state="running",
+            )
+            for rank in sorted(self._workers)
         ]
 
     def shutdown(self) -> None:

@@ -102,7 +102,13 @@ class LocalExecutor:
         )
         ready_by = time.monotonic() + self._config.startup_timeout_s
         self._peers[rank] = peer = WorkerPeer(
-            rank, name, child, ready_by, num_restarts=self._num_restarts[rank], restart_cause=cause
+            rank,
+            name,
+            child,
+            ready_by,
+            role="target" if rank < self.world_size else "draft",
+            num_restarts=self._num_restarts[rank],
+            restart_cause=cause,
         )
         self._watch(peer)
         if self._ending:
@@ -140,7 +146,7 @@ class LocalExecutor:
             self._hub.forget(old.identity)
 
     def health(self) -> list[WorkerHealth]:
-        return [self._peers[rank].health() for rank in range(self.world_size)]
+        return [peer.health() for _, peer in sorted(self._peers.items())]
 
     def send(self, rank: int, command: WorkerCommand) -> None:
         peer = self._peers[rank]
@@ -223,13 +229,13 @@ class LocalExecutor:
             return None
         self._hub.accept(identity)
         peer.identity = identity
-        peer.last_heard = time.monotonic()
+        peer.heard(event)
         self._by_identity[identity] = peer
         return event.rank, event
 
     def _accept(self, peer: WorkerPeer, identity: bytes, event: WorkerEvent) -> bool:
         """Whether the event is for the core. Raises the error of a failed worker."""
-        peer.last_heard = time.monotonic()
+        peer.heard(event)
         match event:
             case Heartbeat():
                 try:
@@ -261,7 +267,10 @@ class LocalExecutor:
                 peer.last_heard += pause_s
             silence_s = now - peer.last_heard
             limit_s = self._config.heartbeat_timeout_s
-            if silence_s > (limit_s if peer.serving else starting_timeout_s(limit_s)):
+            if not peer.serving:
+                limit_s = starting_timeout_s(limit_s)
+            peer.ask_if_silent(silence_s, limit_s, self._config.heartbeat_interval_s)
+            if silence_s > limit_s:
                 raise self._end(peer, f"no heartbeat for {silence_s:.1f} s")
             if not peer.serving and now > peer.ready_by:
                 raise self._end(peer, f"not ready after {self._config.startup_timeout_s:g} s (startup_timeout_s)")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
+
+import msgspec
 
 from sempre.engine.child_process import ChildProcess
 from sempre.ipc.error_info import restore
@@ -13,6 +16,7 @@ from sempre.ipc.messages import (
     CallMethodReply,
     ErrorInfo,
     ExecuteStep,
+    Heartbeat,
     LoadModel,
     ModelLoaded,
     StartServing,
@@ -23,8 +27,10 @@ from sempre.ipc.messages import (
     WorkerHealth,
     WorkerHello,
     WorkerReady,
+    WorkerRole,
     WorkerState,
 )
+from sempre.ipc.process_facts import process_state
 
 _ANSWERS: dict[type[WorkerCommand], type[WorkerEvent]] = {
     LoadModel: ModelLoaded,
@@ -32,6 +38,9 @@ _ANSWERS: dict[type[WorkerCommand], type[WorkerEvent]] = {
     ExecuteStep: StepResult,
     CallMethod: CallMethodReply,
 }
+
+# a process that has been silent for this many intervals of heartbeats is asked for its stacks
+_SILENT_INTERVALS = 4
 
 
 class WorkerPeer:
@@ -47,6 +56,7 @@ class WorkerPeer:
         child: ChildProcess,
         ready_by: float,
         *,
+        role: WorkerRole = "target",
         num_restarts: int = 0,
         restart_cause: str = "",
     ) -> None:
@@ -54,6 +64,7 @@ class WorkerPeer:
         self.name = name
         self.child = child
         self.ready_by = ready_by
+        self.role = role
         self.num_restarts = num_restarts
         self.restart_cause = restart_cause
         self.identity: bytes | None = None
@@ -61,7 +72,11 @@ class WorkerPeer:
         self.last_heard = time.monotonic()
         self._owed: deque[WorkerCommand] = deque()
         self._owed_since = 0.0
-        self._last_step_id = -1
+        self._host = ""
+        self._heartbeat = Heartbeat()
+        self._stacks_from: int | None = None
+        """where in its log the stacks begin that it was asked for; None: it was not"""
+        self._last_step: StepResult | None = None
         self._last_step_at: float | None = None
         self._last_word: ErrorInfo | None = None
 
@@ -70,6 +85,25 @@ class WorkerPeer:
             if not self._owed:
                 self._owed_since = time.monotonic()
             self._owed.append(command)
+
+    def heard(self, event: WorkerEvent) -> None:
+        """A frame of the worker has arrived."""
+        self.last_heard = time.monotonic()
+        self._stacks_from = None
+        if isinstance(event, Heartbeat):
+            self._heartbeat = event
+        if isinstance(event, WorkerHello):
+            self._host = event.host
+
+    def ask_if_silent(self, silence_s: float, limit_s: float, interval_s: float) -> None:
+        """Have a process write its stacks to its log, once it has been silent for several intervals, or while it starts
+        for half of what it may be."""
+        # a starting process may import for long
+        patience_s = min(limit_s / 2, _SILENT_INTERVALS * interval_s if self.serving else limit_s)
+        if self.identity is None or self._stacks_from is not None or silence_s < patience_s:
+            return
+        self._stacks_from = self.child.log_size()
+        self.child.ask_for_stacks()
 
     def check(self, event: WorkerEvent) -> None:
         """Raise MessageMalformed unless `event` answers the oldest open command."""
@@ -91,14 +125,15 @@ class WorkerPeer:
         # it can only begin the next one now
         self._owed_since = time.monotonic()
         if isinstance(event, StepResult):
-            self._last_step_id = event.step_id
+            self._last_step = event
             self._last_step_at = self._owed_since
         if isinstance(event, WorkerReady):
             self.serving = True
 
     def is_repetition(self, event: WorkerEvent) -> bool:
         """Whether it repeats the answer of a finished step, which is harmless."""
-        return isinstance(event, StepResult) and event.step_id <= self._last_step_id
+        last = self._last_step
+        return isinstance(event, StepResult) and last is not None and event.step_id <= last.step_id
 
     def health(self) -> WorkerHealth:
         now = time.monotonic()
@@ -116,6 +151,13 @@ class WorkerPeer:
             last_step_age_s=None if self._last_step_at is None else now - self._last_step_at,
             num_restarts=self.num_restarts,
             cause=self.restart_cause,
+            role=self.role,
+            host=self._host,
+            step_id=None if self._last_step is None else self._last_step.step_id,
+            step_digest="" if self._last_step is None else step_digest(self._last_step),
+            resident_bytes=self._heartbeat.resident_bytes,
+            process_state=process_state(self.child.pid),
+            stack=self._heartbeat.stack if self._stacks_from is None else self.child.log_tail(self._stacks_from),
         )
 
     def death(self, cause: str | None = None) -> SempreError:
@@ -137,6 +179,12 @@ class WorkerPeer:
             cause=cause or ending,
             worker_traceback=traceback,
         )
+
+
+def step_digest(result: StepResult) -> str:
+    """Of the tokens and hidden states of a step, or of its drafts: the same for all ranks of a stage."""
+    rows = [(sampled.request_id, sampled.token_ids, sampled.hidden_digest) for sampled in result.sampled]
+    return hashlib.sha256(msgspec.msgpack.encode([rows, [] if rows else result.drafts])).hexdigest()[:16]
 
 
 def _expect(field: str, expected: object, found: object) -> None:

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from sempre.engine.arguments import engine_config
 from sempre.engine.client.engine_process import ProcessOptions
 from sempre.engine.client.process import ProcessClient
 from sempre.engine.harness.faults import Fault, FaultProxy
 from sempre.engine.harness.generation import Generation, generate
+from sempre.engine.harness.questions import Questions
 from sempre.ipc.endpoint import PrivateDirectory
-from sempre.ipc.error_info import restore
-from sempre.ipc.errors import ProtocolError
-from sempre.ipc.messages import (
-    CallWorkers,
-    CallWorkersReply,
-    ClientCommand,
-    EngineReady,
-    GetMetrics,
-    MetricsReply,
-    RequestSpec,
-)
+from sempre.ipc.messages import EngineReady, RequestSpec, WorkerHealth
 
 COORDINATOR = "coordinator"
-_REPLY_S = 60.0
-
-Reply = TypeVar("Reply", CallWorkersReply, MetricsReply)
 
 
 class Cluster:
@@ -67,7 +54,7 @@ class Cluster:
         except BaseException:
             self._close_proxies()
             raise
-        self._next_call_id = 0
+        self._questions = Questions(self.client)
 
     def __enter__(self) -> Self:
         return self
@@ -97,19 +84,19 @@ class Cluster:
 
     def call(self, method: str, *args: object) -> list[Any]:
         """Call a method of every worker; return results in rank order. Raises the first error."""
-        call_id = self._call_id()
-        reply = self._ask(CallWorkers(call_id=call_id, method=method, args=list(args)), CallWorkersReply, call_id)
-        if reply.error is not None:
-            raise restore(reply.error) or ProtocolError(f"{reply.error.type}: {reply.error.message}")
-        return reply.results
+        return self._questions.call(method, *args)
 
     def rng_digests(self) -> list[dict[str, str]]:
         """The current digests of each rank's generators, by generator."""
         return self.call("rng_digests")
 
+    def ranks(self) -> list[WorkerHealth]:
+        """What the coordinator knows of each worker, targets first: process, step, digest, memory, stack if it lags."""
+        return self._questions.ranks()
+
     def metrics(self) -> dict[str, Any]:
-        call_id = self._call_id()
-        return self._ask(GetMetrics(call_id=call_id), MetricsReply, call_id).values
+        """Counters and gauges by name."""
+        return self._questions.metrics()
 
     def kill(self, target: int | str) -> None:
         """Send SIGKILL to a rank or to COORDINATOR."""
@@ -129,19 +116,6 @@ class Cluster:
         if isinstance(target, int) and 0 <= target < len(self.worker_pids()):
             return self.worker_pids()[target]
         raise ValueError(f"target: expected a rank below {len(self.worker_pids())} or {COORDINATOR!r}, got {target!r}")
-
-    def _call_id(self) -> int:
-        self._next_call_id += 1
-        return self._next_call_id
-
-    def _ask(self, command: ClientCommand, kind: type[Reply], call_id: int) -> Reply:
-        """Send `command` and return its reply; other events are dropped, since no generation is running."""
-        self.client.send(command)
-        deadline = time.monotonic() + _REPLY_S
-        while (event := self.client.receive(max(0.0, deadline - time.monotonic()))) is not None:
-            if isinstance(event, kind) and event.call_id == call_id:
-                return event
-        raise TimeoutError(f"no {kind.__name__} within {_REPLY_S:g} s")
 
     def _proxy(self, faults: Sequence[Fault] | None, link: str, hub_address: str) -> FaultProxy | None:
         if faults is None:

@@ -18,11 +18,10 @@ from sempre.engine.server.agents.messages import count_tokens, create_message
 from sempre.engine.server.agents.responses import create_response
 from sempre.engine.server.body import read_plain
 from sempre.engine.server.chat import create_chat_completion
-from sempre.engine.server.clients import KeyRing
 from sempre.engine.server.completions import create_completion
 from sempre.engine.server.errors import APIError, BadRequest, api_error
 from sempre.engine.server.load import load, metrics
-from sempre.engine.server.middleware import RequestGate, wrapped
+from sempre.engine.server.middleware import KeyRing, RequestGate, wrapped
 from sempre.engine.server.parameters import check_model
 from sempre.engine.server.playground import PLAYGROUND_ROUTES
 from sempre.engine.server.pooling import classify, create_embeddings, create_pooling, create_scores, rerank
@@ -127,6 +126,15 @@ async def _health(service: Service, _request: Request) -> Response:
     return Response(msgspec.json.encode(answer), 503 if problems else 200, media_type="application/json")
 
 
+async def _ranks(service: Service, _request: Request) -> Response:
+    """Every worker in detail, with stacks of those that lag: for whoever runs the server, not for everyone."""
+    service.check_ready()
+    found = await service.engine.health()
+    problems = [{"rank": problem.rank, "reason": problem.text} for problem in found.problems]
+    answer = {"state": found.state, "problems": problems, "ranks": found.ranks}
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+
 async def _ping(service: Service, request: Request) -> Response:
     """SageMaker's health check: 200 once requests are accepted."""
     service.check_ready()
@@ -212,4 +220,5 @@ _ENDPOINTS: dict[str, Endpoint] = {
     "/version": _version,
     "/load": load,
     "/server_info": _server_info,
+    "/debug/ranks": _ranks,
 }

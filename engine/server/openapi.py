@@ -51,7 +51,6 @@ _ERRORS = {
     404: "no such model",
     413: "the body is too large",
     415: "the body is not JSON",
-    429: "the API key has used what it may for now; retry after Retry-After",
     500: "the engine failed",
     503: "starting, busy or shutting down; retry after Retry-After",
 }
@@ -175,6 +174,7 @@ OPERATIONS = (
     Operation("GET", "/version", "The server's version"),
     Operation("GET", "/load", "Requests in progress, and how full the KV cache is"),
     Operation("GET", "/server_info", "Settings in use, seconds of each start-up phase, fingerprint"),
+    Operation("GET", "/debug/ranks", "Each worker's step, digest, memory and, if it lags, stack"),
 )
 
 

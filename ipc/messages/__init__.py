@@ -36,11 +36,11 @@ from sempre.ipc.messages.client import (
     SleepTag,
     StalledRequests,
     StartupProgress,
-    TenantSpec,
     UpdateWeights,
     UpdateWeightsReply,
     WakeEngine,
     WorkerHealth,
+    WorkerRole,
     WorkerState,
     WorkerStateChanged,
 )

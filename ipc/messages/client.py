@@ -26,6 +26,7 @@ SleepTag = Literal["scheduling", "kv_cache", "weights"]
 """What a sleeping engine does without: it computes no steps, has no caches, and no weights."""
 SleepMode = Literal["abort", "wait", "keep"]
 """What becomes of unfinished requests: they are aborted, they finish before, or they continue afterwards."""
+WorkerRole = Literal["target", "draft"]
 
 
 class ClientHello(Message, frozen=True, kw_only=True):
@@ -33,13 +34,6 @@ class ClientHello(Message, frozen=True, kw_only=True):
 
     protocol_version: int
     pid: int
-
-
-class TenantSpec(Data, frozen=True, kw_only=True):
-    """Who shares the engine with others, in proportion to the weights."""
-
-    name: str
-    weight: Positive = 1
 
 
 class RequestSpec(Data, frozen=True, kw_only=True):
@@ -60,8 +54,6 @@ class RequestSpec(Data, frozen=True, kw_only=True):
     """for a pooling model: nothing is sampled"""
     adapter: AdapterSpec | None = None
     """None: the model itself"""
-    tenant: TenantSpec | None = None
-    """it waits for the tenant's turn; None: it waits for no turn"""
 
 
 class AddRequests(Message, frozen=True, kw_only=True):
@@ -279,6 +271,19 @@ class WorkerHealth(Data, frozen=True, kw_only=True):
     num_restarts: NonNegative = 0
     cause: str = ""
     """why it was last restarted"""
+    role: WorkerRole = "target"
+    host: str = ""
+    """the name of its machine"""
+    step_id: NonNegative | None = None
+    """the last step that it has finished"""
+    step_digest: str = ""
+    """of that step's tokens and hidden states: the same for all ranks of a stage"""
+    resident_bytes: NonNegative | None = None
+    """its memory in RAM, as of its last heartbeat"""
+    process_state: str = ""
+    """running, sleeping, stopped, …; empty if unknown"""
+    stack: str = ""
+    """of one that works on a command for long, its main thread's; of one that is silent, that of all threads"""
 
 
 class StalledRequests(Data, frozen=True, kw_only=True):
@@ -298,6 +303,7 @@ class HealthReply(Message, frozen=True, kw_only=True):
     call_id: NonNegative
     workers: list[WorkerHealth]
     stalled: list[StalledRequests] = []
+    draft_workers: list[WorkerHealth] = []
 
 
 class WorkerStateChanged(Message, frozen=True, kw_only=True):

@@ -54,6 +54,10 @@ class Heartbeat(Message, frozen=True, kw_only=True):
 
     rank: int | None = None
     steps_done: int = 0
+    resident_bytes: int | None = None
+    """the sender's memory in RAM, if known"""
+    stack: str = ""
+    """of the main thread of a worker that has worked on one command for several intervals"""
 
 
 class Refused(Message, frozen=True, kw_only=True):

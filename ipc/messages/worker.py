@@ -133,6 +133,7 @@ class WorkerHello(Message, frozen=True, kw_only=True):
     rank: NonNegative
     pid: int
     versions: dict[str, str] = {}
+    host: str = ""
 
 
 class StepCosts(Data, frozen=True, kw_only=True):

@@ -42,6 +42,7 @@ PUBLIC = {
     "Metric",
     "ModelError",
     "PromptType",
+    "RankReport",
     "RecordError",
     "RequestCrashed",
     "RequestError",

@@ -18,13 +18,7 @@ ERROR = m.ErrorInfo(type="T", message="m", rank=1, facts={"a": 1, "b": None})
 PARAMS = m.SamplingSpec(max_tokens=4, logit_bias={7: 0.5}, bad_words_token_ids=[[1, 2]])
 ADAPTER = m.AdapterSpec(name="a", path="/a", digest="0f")
 SPEC = m.RequestSpec(
-    request_id="r",
-    prompt_token_ids=[1, 300],
-    params=PARAMS,
-    seed=2**64 - 1,
-    ordinal=0,
-    adapter=ADAPTER,
-    tenant=m.TenantSpec(name="t", weight=2),
+    request_id="r", prompt_token_ids=[1, 300], params=PARAMS, seed=2**64 - 1, ordinal=0, adapter=ADAPTER
 )
 DELTA = m.RequestOutputDelta(request_id="r", token_ids=[5], logprobs=ROWS, finish_reason="stop", stop_reason=5)
 
@@ -111,9 +105,9 @@ EXAMPLES: list[m.Message] = [
 GOLDEN = {
     "ClientHello": "93ab436c69656e7448656c6c6f0102",
     "AddRequests": """
-        92ab4164645265717565737473919ca1729201cd012cdc00130400cb3ff0000000000000cb3ff000000000000000cb00
+        92ab4164645265717565737473919ba1729201cd012cdc00130400cb3ff0000000000000cb3ff000000000000000cb00
         00000000000000cb0000000000000000cb0000000000000000cb3ff00000000000008107cb3fe0000000000000c09192
-        01029090c0c0c0c090cfffffffffffffffff0000c09000c093a161a22f61a2306692a17402
+        01029090c0c0c0c090cfffffffffffffffff0000c09000c093a161a22f61a23066
     """,
     "AbortRequests": "93ad41626f7274526571756573747391a172a561626f7274",
     "PauseRequests": "92ad5061757365526571756573747391a172",
@@ -128,7 +122,7 @@ GOLDEN = {
     "GetMetrics": "92aa4765744d65747269637301",
     "GetHealth": "92a94765744865616c746801",
     "ShutdownEngine": "91ae53687574646f776e456e67696e65",
-    "Heartbeat": "93a94865617274626561740003",
+    "Heartbeat": "95a94865617274626561740003c0a0",
     "Refused": "92a75265667573656495a154a16d01a082a16101a162c0",
     "StartupProgress": "93af5374617274757050726f6772657373a46c6f6164cb3fe0000000000000",
     "EngineReady": """
@@ -149,8 +143,8 @@ GOLDEN = {
         0000000000
     """,
     "HealthReply": """
-        94ab4865616c74685265706c790191980009a57265616479cb3fe0000000000000c0c000a091940002a161cb3fe00000
-        00000000
+        95ab4865616c74685265706c7901919f0009a57265616479cb3fe0000000000000c0c000a0a6746172676574a0c0a0c0
+        a0a091940002a161cb3fe000000000000090
     """,
     "WorkerStateChanged": """
         95b2576f726b657253746174654368616e67656400aa72657374617274696e670995a154a16d01a082a16101a162c0
@@ -168,7 +162,7 @@ GOLDEN = {
     """,
     "CallMethod": "95aa43616c6c4d6574686f6401a470696e679080",
     "ShutdownWorker": "91ae53687574646f776e576f726b6572",
-    "WorkerHello": "95ab576f726b657248656c6c6f01000281a5746f726368a132",
+    "WorkerHello": "96ab576f726b657248656c6c6f01000281a5746f726368a132a0",
     "ModelLoaded": """
         dc0015ab4d6f64656c4c6f616465640094a170a16ea174a00a14400394cb3fe0000000000000cb3fd0000000000000cb
         3fc0000000000000cb00000000000000009080800110cd0800c0cb0000000000000000cc800000c0c0

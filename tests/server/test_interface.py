@@ -13,6 +13,7 @@ import pytest
 from server_process import ServerProcess
 
 from sempre.engine import LLM, SamplingParams
+from sempre.engine.cli.main import main
 from sempre.engine.server import activity
 
 PROMPT = "It is a truth"
@@ -474,6 +475,25 @@ def test_information(server: ServerProcess, llm: LLM) -> None:
     assert {"start", "load", "warm_up", "total"} <= info["startup_seconds"].keys()
     assert server.http.get("/health").json()["status"] == "healthy"
     assert [worker["rank"] for worker in server.http.get("/health").json()["workers"]] == [0]
+
+
+def test_ranks_are_looked_at(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    server.complete(prompt="a", max_tokens=2)
+    capsys.readouterr()
+    assert main(["debug", "ranks", "--url", server.url]) == 0
+    titles, row = capsys.readouterr().out.splitlines()
+    assert main(["debug", "ranks", "--url", server.url, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    [rank] = found["ranks"]
+    assert (found["state"], found["problems"], rank["role"], rank["stack"]) == ("ready", [], "target", "")
+    assert rank["pid"] == server.http.get("/health").json()["workers"][0]["pid"]
+    assert "stack" not in server.http.get("/health").text
+    assert rank["resident_bytes"] > 2**20
+    cells = dict(zip(titles.split(), row.replace(" MiB", "MiB").replace(" s", "s").split(), strict=True))
+    assert (cells["rank"], cells["pid"], cells["digest"]) == ("0", str(rank["pid"]), rank["step_digest"])
+    assert cells["step"] == str(rank["step_id"])
+    assert main(["debug", "ranks"]) == 2
+    assert "--url: give the address" in capsys.readouterr().err
 
 
 def test_metrics_count(server: ServerProcess) -> None:

@@ -8,7 +8,9 @@ second. Started with `python -m scripted_worker`; used in-process as `ScriptedWo
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -59,7 +61,7 @@ class ScriptedWorker:
     def __init__(self) -> None:
         self._sequences: dict[str, _Sequence] = {}
         self._config: WorkerConfig | None = None
-        self._step_seconds = 0.0
+        self._step_seconds = float(os.environ.get("SEMPRE_TEST_STEP_SECONDS", "0"))
         self._results: deque[StepResult] = deque()
 
     def load_model(self, command: LoadModel) -> ModelLoaded:
@@ -117,7 +119,13 @@ class ScriptedWorker:
         return StepResult(rank=self._settings.rank, step_id=command.step_id, sampled=sampled, drafts=drafts)
 
     def call(self, command: CallMethod) -> CallMethodReply:
-        methods = {"rng_digests": self.rng_digests, "ping": lambda: "pong", "repeat": self.repeat, "slow": self.slow}
+        methods = {
+            "hold": self.hold,
+            "ping": lambda: "pong",
+            "repeat": self.repeat,
+            "rng_digests": self.rng_digests,
+            "slow": self.slow,
+        }
         rank = self._settings.rank
         try:
             method = methods.get(command.method)
@@ -138,6 +146,14 @@ class ScriptedWorker:
     def slow(self, seconds: float) -> None:
         """Make every further step take this long."""
         self._step_seconds = seconds
+
+    def hold(self, seconds: float) -> None:
+        """Keep the interpreter's lock this long, as native code may: no other thread runs."""
+        interval, end = sys.getswitchinterval(), time.monotonic() + seconds
+        sys.setswitchinterval(2 * seconds)
+        while time.monotonic() < end:
+            pass
+        sys.setswitchinterval(interval)
 
     def repeat(self, text: str, times: int) -> str:
         """A reply of any size."""

@@ -16,11 +16,8 @@ from sempre.ipc.errors import CoordinatorDied, EngineDeadError, RequestCrashed, 
 from sempre.ipc.messages import (
     AbortRequests,
     AddRequests,
-    GetHealth,
-    HealthReply,
     OutputsReady,
     RequestSpec,
-    WorkerHealth,
 )
 
 Start = Callable[..., Cluster]
@@ -37,13 +34,6 @@ def deadly(ordinal: int) -> RequestSpec:
 
 def tokens(generations: list[Generation]) -> list[list[int]]:
     return [generation.token_ids for generation in generations]
-
-
-def health(cluster: Cluster) -> list[WorkerHealth]:
-    cluster.client.send(GetHealth(call_id=99))
-    while not isinstance(event := cluster.client.receive(20), HealthReply):
-        assert event is not None
-    return event.workers
 
 
 def collect(cluster: Cluster, specs: list[RequestSpec], timeout_s: float = 60.0) -> dict[str, tuple[list[int], object]]:
@@ -117,7 +107,7 @@ def test_a_deadly_request_fails_alone_and_is_forgiven(start_odd: Start, requests
         assert len(ids) == 4
         assert getattr(error, "type", None) == RequestCrashed.__name__
         assert "was being computed in 3 crashes of its worker, the last: killed by SIGKILL" in str(error)
-    assert health(cluster)[0].num_restarts == 6
+    assert cluster.ranks()[0].num_restarts == 6
     assert cluster.metrics()["worker_restarts"] == [6.0]
 
 
@@ -247,7 +237,7 @@ def test_a_stuck_step_is_told_while_heartbeats_go_on(start: Start) -> None:
     cluster.client.send(AddRequests(requests=[make_request([1], ordinal=1, max_tokens=30)]))
     deadline = time.monotonic() + 20
     while True:
-        (worker,) = health(cluster)
+        (worker,) = cluster.ranks()
         assert worker.state == "ready"
         assert worker.heartbeat_age_s is not None
         if worker.step_age_s is not None and worker.step_age_s > 0.3 > worker.heartbeat_age_s:

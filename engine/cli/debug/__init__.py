@@ -1,0 +1,1 @@
+"""`sempre debug …`: commands that look into a running server."""
