@@ -73,19 +73,29 @@ def trace_modules(
     return [*results, TracedResult(_LOGITS, type(model).__name__, logits.to(CPU))]
 
 
-def trace_methods(trace: Callable[[list[int]], list[TracedResult]]) -> dict[str, Callable[..., object]]:
+def trace_methods(
+    trace: Callable[[list[int]], list[TracedResult]], own_rank: Callable[[], int]
+) -> dict[str, Callable[..., object]]:
     """Methods of a worker that call `trace` for a prompt."""
 
     def traced(token_ids: list[int]) -> list[list[object]]:
-        """Path, operation, dtype and a digest per row of each module's results, in order."""
+        """Path, operation, dtype, elements per row and a digest per row of each module's results, in order."""
         return [
-            [found.path, found.operation, str(found.rows.dtype).removeprefix("torch."), row_digests(found.rows)]
+            [
+                found.path,
+                found.operation,
+                str(found.rows.dtype).removeprefix("torch."),
+                found.rows[0].numel(),
+                row_digests(found.rows),
+            ]
             for found in trace(token_ids)
         ]
 
-    def traced_row(token_ids: list[int], index: int, row: int) -> bytes:
-        """The values of one row of one of these results."""
+    def traced_row(token_ids: list[int], rank: int, index: int, row: int) -> bytes:
+        """The values of one row of one of the results of `rank`; of other ranks, which must take part, nothing."""
         results = trace(token_ids)
+        if rank != own_rank():
+            return b""
         if not (0 <= index < len(results) and 0 <= row < len(token_ids)):
             raise ConfigError(
                 f"index, row: expected less than {len(results)} and {len(token_ids)}, found {index} and {row}.",

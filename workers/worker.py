@@ -91,7 +91,7 @@ class Worker:
             "self_test": self._self_test,
             "_release": self._release,
             "_restore": self._restore,
-            **trace_methods(self._trace),
+            **trace_methods(self._trace, lambda: self._require_loaded().config.rank),
             **compare_methods(self._trace),
             **weight_methods(self._require_loaded, lambda: self._require_backend().placement, self._take_weights),
             **adapter_methods(lambda: self._require_loaded().adapters),

@@ -13,5 +13,6 @@ kept_output.py     an output in any of these forms; differences.py: where two of
 run_comparison.py  two runs; report_html.py: their comparison for a browser
 replay.py          receipts made again
 verification.py    every axis of the guarantee, checked on this machine
-bisection.py       the first operation that differs between two engines
+traces.py          the results of every module, and the first that differs between two engines of any layout
+bisection.py       the first token and operation that differ between two engines
 """

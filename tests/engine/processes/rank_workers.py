@@ -1,4 +1,4 @@
-"""Ranks of a model of which rank 1 computes something else; SEMPRE_TEST_FAULT says what."""
+"""Ranks of a model of which rank 1, or all, compute something else; SEMPRE_TEST_FAULT says what."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from sempre.workers.main import main, parse_options
 from sempre.workers.worker import Worker
 
 FAULT = os.environ["SEMPRE_TEST_FAULT"]
+_sum = row_parallel.sum_partials
 
 
 class FaultyRank(Worker):
     """Faulty if it is rank 1."""
 
     def load_model(self, command: LoadModel) -> ModelLoaded:
+        if FAULT == "every rank drops a partial":
+            row_parallel.sum_partials = lambda partials, w, out: _sum(partials[[0, 0]].contiguous(), w, out)
         if command.config.rank != 1:
             return super().load_model(command)
         if FAULT == "another weight bit in the file":
@@ -41,8 +44,7 @@ class FaultyRank(Worker):
                 take = link.take_over
                 link.take_over = lambda branch, residual: (take(branch, residual), residual.mul_(1.0001))[0]
             case "a dropped partial":
-                add = row_parallel.sum_partials
-                row_parallel.sum_partials = lambda partials, w, out: add(partials[[1, 1]].contiguous(), w, out)
+                row_parallel.sum_partials = lambda partials, w, out: _sum(partials[[1, 1]].contiguous(), w, out)
         return loaded
 
 

@@ -13,8 +13,9 @@ from receipts import with_flipped_bit
 
 from sempre.engine import LLM, SamplingParams
 from sempre.engine.cli.main import main
-from sempre.engine.proof.bisection import TracedOperation, first_operation, traced
+from sempre.engine.proof.bisection import tracer
 from sempre.engine.proof.receipt_log import receipt_files
+from sempre.engine.proof.traces import TracedOperation, first_different, same_results, shared_results
 from sempre.ipc.errors import ConfigError
 
 FLAGS = ["--num-threads", "1"]
@@ -89,10 +90,10 @@ def test_a_receipt_is_the_request(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_rows_do_not_depend_on_the_rows_after_them(llm: LLM) -> None:
     ids = llm.get_tokenizer().encode("It was a dark and stormy night, and the rain fell in torrents")
-    whole, part = traced(llm, ids), traced(llm, ids[:7])
-    assert [entry[:3] for entry in whole] == [entry[:3] for entry in part]
+    whole, part = tracer(llm).trace(ids), tracer(llm).trace(ids[:7])
+    assert [entry[:4] for entry in whole] == [entry[:4] for entry in part]
     assert [entry.digests[:56] for entry in whole] == [entry.digests for entry in part]
-    other = traced(llm, [*ids[:6], 5])
+    other = tracer(llm).trace([*ids[:6], 5])
     assert [entry.digests[:48] for entry in whole] == [entry.digests[:48] for entry in other]
     assert whole[0].digests[48:56] != other[0].digests[48:56]
 
@@ -101,12 +102,12 @@ def test_the_traced_logits_are_those_of_generation(llm: LLM) -> None:
     prompt = "It was a dark and stormy night, and"
     [output] = llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=6, logprobs=1), use_tqdm=False)
     ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-    trace = traced(llm, ids)
+    trace = tracer(llm).trace(ids)
     assert trace[-1].path == "logits"
     for place, token_id in enumerate(output.outputs[0].token_ids):
         row = len(output.prompt_token_ids) + place - 1
-        [values] = llm.collective_rpc("traced_row", args=[ids, len(trace) - 1, row])
-        logits = memoryview(values).cast("f").tolist()  # type: ignore[arg-type]
+        values = tracer(llm).row(trace[-1], ids, row)
+        logits = memoryview(values).cast("f").tolist()
         assert logits.index(max(logits)) == token_id
 
 
@@ -115,20 +116,37 @@ def test_worker_methods_refuse_other_arguments(llm: LLM) -> None:
         ("trace_modules", [[]], "token_ids: expected 1 to 2048 ids, found 0"),
         ("trace_modules", [[-1]], r"token_ids: expected ids in \[0, "),
         ("trace_modules", [["a"]], "found 'a'"),
-        ("traced_row", [[1], 10_000, 0], "index, row: expected less than"),
+        ("traced_row", [[1], 0, 10_000, 0], "index, row: expected less than"),
     ):
         with pytest.raises(ConfigError, match=message):
             llm.collective_rpc(method, args=arguments)
 
 
+def operation(path: str, width: int = 2, digests: bytes = bytes(8), dtype: str = "float32") -> TracedOperation:
+    return TracedOperation(path, "Linear", dtype, width, digests)
+
+
 def test_models_of_other_trees() -> None:
-    one = [TracedOperation("a", "Norm", "float32", bytes(8)), TracedOperation("b", "Linear", "float32", bytes(8))]
+    one = [operation("a"), operation("b")]
     with pytest.raises(ConfigError, match=r"different things: b \(Linear, float32\) against c \(Linear, float32\)"):
-        first_operation(one, [one[0], one[1]._replace(path="c")])
+        same_results(one, [one[0], operation("c")])
     with pytest.raises(ConfigError, match="the models have 2 and 1 results"):
-        first_operation(one, one[:1])
-    assert first_operation(one, list(one)) is None
-    assert first_operation(one, [one[0]._replace(digests=b"1234567x"), one[1]]) == (0, [0])
+        same_results(one, one[:1])
+    assert first_different(same_results(one, list(one))) is None
+    assert first_different(same_results(one, [operation("a", digests=b"1234567x"), one[1]])) == (0, [0])
+
+
+def test_what_two_layouts_have_whole_is_compared() -> None:
+    alone = [operation("a"), operation("b", 4), operation("b", 4), operation("c"), operation("logits")]
+    shared = [operation("a"), operation("b", 4), operation("b", 2), operation("logits", digests=b"1234567x")]
+    pairs = shared_results(alone, shared)
+    # the second result of b is a rank's own part, and c is another rank's
+    assert [one.path for one, _ in pairs] == ["a", "b", "logits"]
+    assert first_different(pairs) == (2, [0])
+    with pytest.raises(ConfigError, match="no logits in common"):
+        shared_results(alone, shared[:-1])
+    with pytest.raises(ConfigError, match=r"a \(Linear, float32\) against a \(Linear, float16\)"):
+        shared_results(alone, [operation("a", dtype="float16"), *shared[1:]])
 
 
 @pytest.mark.parametrize(
