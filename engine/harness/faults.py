@@ -27,10 +27,11 @@ class Fault:
     the coordinator, "down" from it. `message` names the message type to count; None: any.
 
     delay: it and all frames after it wait `delay_s`. drop: it never arrives. duplicate: it arrives twice.
-    corrupt: its last byte is inverted.
+    corrupt: its last byte is inverted. reorder: it arrives after the next one. partition: for `delay_s` nothing arrives
+    in either direction, of any peer; then everything does, as over a connection that was not closed.
     """
 
-    action: Literal["delay", "drop", "duplicate", "corrupt"]
+    action: Literal["delay", "drop", "duplicate", "corrupt", "reorder", "partition"]
     direction: Direction
     message: str | None = None
     nth: int = 1
@@ -57,12 +58,23 @@ class _Lane:
     socket: zmq.Socket[bytes]
     address: list[bytes]
     waiting: deque[tuple[float, bytes]] = field(default_factory=deque)
+    held: bytes | None = None
+    """a frame that arrives after the next one"""
+    closed_until: float = 0.0
 
     def put(self, frame: bytes, delay_s: float) -> None:
-        ready = time.monotonic() + delay_s
+        ready = max(time.monotonic() + delay_s, self.closed_until)
         if self.waiting:
             ready = max(ready, self.waiting[-1][0])
         self.waiting.append((ready, frame))
+        if self.held is not None:
+            self.waiting.append((ready, self.held))
+            self.held = None
+
+    def close(self, seconds: float) -> None:
+        """Let nothing through for so long."""
+        self.closed_until = time.monotonic() + seconds
+        self.waiting = deque((max(ready, self.closed_until), frame) for ready, frame in self.waiting)
 
     def flush(self) -> None:
         while self.waiting and self.waiting[0][0] <= time.monotonic():
@@ -143,6 +155,12 @@ class FaultProxy:
                     frame = frame[:-1] + bytes([frame[-1] ^ 0xFF])
                 case "duplicate":
                     lane.put(frame, 0.0)
+                case "reorder" if lane.held is None:
+                    lane.held = frame
+                    continue
+                case "partition" if fault is not None:
+                    for each in self._lanes.values():
+                        each.close(fault.delay_s)
             lane.put(frame, fault.delay_s if fault and fault.action == "delay" else 0.0)
 
     def _strike(self, direction: Direction, tag: str) -> Fault | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sempre.engine.client import EngineClient
 from sempre.ipc.error_info import restore
-from sempre.ipc.errors import RequestError
+from sempre.ipc.errors import ProtocolError, RequestError, SempreError
 from sempre.ipc.messages import AddRequests, LogprobRows, OutputsReady, RequestOutputDelta, RequestSpec, SamplingSpec
 
 
@@ -33,6 +33,20 @@ class Generation:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass
+class Outcome:
+    """How a request ended: with its result, or with an error and what arrived before it."""
+
+    generation: Generation
+    error: SempreError | TimeoutError | None = None
+
+    def result(self) -> Generation:
+        """Raises the error."""
+        if self.error is not None:
+            raise self.error
+        return self.generation
 
 
 def make_request(
@@ -63,22 +77,57 @@ def generate(client: EngineClient, requests: Sequence[RequestSpec], *, timeout_s
 
     Raises RequestError for a failed request, TimeoutError, and the errors of `client.receive`.
     """
-    results = {spec.request_id: Generation(spec.request_id) for spec in requests}
-    unfinished = set(results)
+    found = _started(client, requests)
+    for _ in _events_taken(client, found, timeout_s):
+        for outcome in found.values():
+            outcome.result()
+    return [outcome.result() for outcome in found.values()]
+
+
+def outcomes(client: EngineClient, requests: Sequence[RequestSpec], *, timeout_s: float = 120.0) -> list[Outcome]:
+    """Run all requests at once; return how each ended, in their order. Raises nothing for those that failed."""
+    found = _started(client, requests)
+    for _ in _events_taken(client, found, timeout_s):
+        pass
+    return list(found.values())
+
+
+def _started(client: EngineClient, requests: Sequence[RequestSpec]) -> dict[str, Outcome]:
     client.send(AddRequests(requests=list(requests)))
+    return {spec.request_id: Outcome(Generation(spec.request_id)) for spec in requests}
+
+
+def _events_taken(client: EngineClient, found: Mapping[str, Outcome], timeout_s: float) -> Iterator[None]:
+    """Complete what was `found`; yields after each event of the engine. An error of the engine is that of all
+    unfinished requests."""
+    unfinished = dict(found)
     deadline = time.monotonic() + timeout_s
     while unfinished:
-        event = client.receive(max(0.0, deadline - time.monotonic()))
-        if event is None:
-            raise TimeoutError(f"{len(unfinished)} of {len(results)} requests unfinished after {timeout_s:g} s")
-        if isinstance(event, OutputsReady):
-            for delta in event.outputs:
-                # unfinished requests of an earlier, failed call may still report
-                if delta.request_id in unfinished:
-                    apply_delta(results[delta.request_id], delta)
-                    if delta.finish_reason is not None:
-                        unfinished.remove(delta.request_id)
-    return list(results.values())
+        try:
+            event = client.receive(max(0.0, deadline - time.monotonic()))
+            if event is None:
+                raise TimeoutError(f"{len(unfinished)} of {len(found)} requests unfinished after {timeout_s:g} s")
+        except (SempreError, TimeoutError) as error:
+            for outcome in unfinished.values():
+                outcome.error = error
+            return
+        for delta in event.outputs if isinstance(event, OutputsReady) else ():
+            # unfinished requests of an earlier, failed call may still report
+            if delta.request_id in found:
+                _take(delta, found[delta.request_id], unfinished)
+        yield
+
+
+def _take(delta: RequestOutputDelta, outcome: Outcome, unfinished: dict[str, Outcome]) -> None:
+    if delta.request_id not in unfinished:
+        outcome.error = ProtocolError(f"request {delta.request_id!r}: an output arrived after its end")
+        return
+    try:
+        apply_delta(outcome.generation, delta)
+    except SempreError as error:
+        outcome.error = error
+    if delta.finish_reason is not None:
+        del unfinished[delta.request_id]
 
 
 def apply_delta(result: Generation, delta: RequestOutputDelta) -> None:

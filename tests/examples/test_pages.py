@@ -44,8 +44,9 @@ def test_outputs_that_are_said_to_be_equal_are(page: str, language: str, tmp_pat
     assert (tmp_path / "alone.json").stat().st_size > 100
 
 
-def test_the_first_python_block(tmp_path: Path) -> None:
-    block = blocks("README.md", "python")[0]
+@pytest.mark.parametrize("page", ["README.md", pytest.param("examples/workers.md", marks=pytest.mark.product)])
+def test_the_first_python_block(page: str, tmp_path: Path) -> None:
+    block = blocks(page, "python")[0]
     command = [sys.executable, "-c", block]
     done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
