@@ -20,6 +20,7 @@ from sempre.ipc.config import (
     Device,
     Dtype,
     EngineConfig,
+    KvCacheDtype,
     KVEventsConfig,
     LoadFormat,
     LogprobsMode,
@@ -89,6 +90,7 @@ class EngineKeywords(TypedDict, total=False):
     block_size: int | None
     enable_prefix_caching: bool
     kv_events_config: KVEventsConfig | Mapping[str, Any] | None
+    kv_cache_dtype: KvCacheDtype | Literal["fp8_e4m3"]
     kv_cache_memory_bytes: int | str | None
     data_parallel_size: int
     tensor_parallel_size: int
@@ -153,6 +155,7 @@ class Arguments(NamedTuple):
 # other names for a value of a setting
 SAME_VALUES: dict[str, dict[object, object]] = {
     "dtype": {"half": "float16", "float": "float32"},
+    "kv_cache_dtype": {"fp8_e4m3": "fp8"},
     "max_model_len": {"auto": None, -1: None},
 }
 SHORT_SPECULATION: dict[str, Any] = {

@@ -115,7 +115,6 @@ VLLM_KEYWORDS: dict[str, tuple[object, ...]] = {
     "kda_decode_backend": (None,),
     "kda_prefill_backend": (None,),
     "kernel_config": (None,),
-    "kv_cache_dtype": ("auto",),
     "kv_cache_dtype_skip_layers": (None, []),
     "kv_cache_metrics": (False,),
     "kv_cache_metrics_sample": (0.01,),

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from sempre.ipc.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KvCacheDtype = Literal["auto", "fp8"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 Numerics = Literal["invariant", "control"]
 NumericsProfile = Literal["single", "tree8"]
@@ -145,6 +146,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     kv_events_config: Annotated[
         KVEventsConfig | None, doc("publish changes of the prefix cache: enable_kv_cache_events, endpoint, topic, …")
     ] = None
+    kv_cache_dtype: Annotated[
+        KvCacheDtype,
+        doc(
+            "keys and values in the cache; fp8: a byte each, with a scale per token and head, on a CPU; auto is dtype's"
+        ),
+    ] = "auto"
     kv_cache_memory_bytes: Annotated[
         Size | None, doc("KV cache of one worker, with states and a draft model's; None: from free memory")
     ] = None
@@ -287,6 +294,13 @@ def check_device_settings(config: EngineConfig, device: str) -> None:
             f" found {config.block_size}. Leave it out, which gives {sizes[0]}.",
             parameter="block_size",
             value=config.block_size,
+        )
+    if device != "cpu" and config.kv_cache_dtype == "fp8":
+        raise ConfigError(
+            "kv_cache_dtype: expected 'auto' on a GPU, found 'fp8', which is for CPUs only. Leave it out, or set"
+            " device='cpu'.",
+            parameter="kv_cache_dtype",
+            value=config.kv_cache_dtype,
         )
     if device == "cpu" and config.num_threads > (cores := len(os.sched_getaffinity(0))):
         raise ConfigError(

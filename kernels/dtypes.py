@@ -22,7 +22,7 @@ from sempre.kernels.vector_ir import (
 
 # in the order of ELEMENT_BYTES
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FP8_CODE = 3  # float8_e4m3fn, a format of matrices only
+FP8_CODE = 3  # float8_e4m3fn, of matrices and of a KV cache with scales
 ELEMENT_SIZE = tuple(ELEMENT_BYTES.values())
 
 
@@ -31,6 +31,11 @@ def dtype_code(dtype: torch.dtype) -> int:
     if dtype not in CODES:
         raise TypeError(f"dtype must be one of {[str(d) for d in CODES]}, got {dtype}")
     return CODES[dtype]
+
+
+def cache_dtype_code(dtype: torch.dtype) -> int:
+    """The same of a KV cache, which may also be 3, fp8."""
+    return FP8_CODE if dtype is torch.float8_e4m3fn else dtype_code(dtype)
 
 
 def _emit_widen(b: ir.IRBuilder, source: ir.Value, target: ir.Value, count: ir.Value, dtype: ir.Value) -> None:

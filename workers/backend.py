@@ -68,12 +68,12 @@ class LoadedModel(ModelSetup):
         """The KV cache, and the states of layers that keep them."""
         model, weights = self.model, self.weights
         states = StateCache(model.layer_states, sizes.num_state_slots, weights.activations, device)
-        return PagedKvCache(model.kv_layers, sizes.num_blocks, self.block_size, weights.dtype, device, states)
+        return PagedKvCache(model.kv_layers, sizes.num_blocks, self.block_size, weights.kv_dtype, device, states)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one KV cache block; at least 1, also of a stage without attention."""
-        return max(1, block_bytes(self.model.kv_layers, self.block_size, self.weights.dtype))
+        return max(1, block_bytes(self.model.kv_layers, self.block_size, self.weights.kv_dtype))
 
     @property
     def states(self) -> StateNeeds:

@@ -20,9 +20,11 @@ _VECTOR_LEVELS = ("avx512f", "avx2", "avx", "asimd")
 
 
 def setting_parts(config: WorkerConfig) -> dict[str, str]:
-    """Parts by settings; the mode of log-probabilities only where it is not the default."""
+    """Parts by settings; the mode of log-probabilities and the dtype of the KV cache only where they are not the
+    default. A quantised cache has the number of its order of operations, as a scheme of quantisation has."""
     mode = {} if config.logprobs_mode == "raw_logprobs" else {"logprobs_mode": config.logprobs_mode}
-    return {"numerics_profile": config.profile, **mode}
+    cache = {} if config.kv_cache_dtype == "auto" else {"kv_cache": f"{config.kv_cache_dtype}-1"}
+    return {"numerics_profile": config.profile, **mode, **cache}
 
 
 def fingerprint_parts(weights: WeightFacts, numerics: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
 from sempre.kernels.attention import KvCache, allocate_kv_cache
+from sempre.kernels.fp8 import FP8
 from sempre.kernels.states import LayerState
 from sempre.workers.models.config import LayerKv
 from sempre.workers.state_cache import CacheSizes, StateCache, StateNeeds
@@ -21,9 +22,12 @@ MEMORY_SHARE = 0.4
 
 
 def block_bytes(layers: Sequence[LayerKv], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of `block_size` tokens in every layer that has its own."""
-    elements = sum(layer.num_kv_heads * layer.head_dim for layer in layers if layer.source is None)
-    return 2 * elements * block_size * dtype.itemsize
+    """Bytes of one block: keys and values of `block_size` tokens in every layer that has its own, with their scales."""
+    scale = torch.float32.itemsize if dtype is FP8 else 0
+    row_bytes = [
+        layer.num_kv_heads * (layer.head_dim * dtype.itemsize + scale) for layer in layers if layer.source is None
+    ]
+    return 2 * block_size * sum(row_bytes)
 
 
 def available_sizes(
@@ -121,25 +125,25 @@ class PagedKvCache:
         self.states = states
         kept: dict[int, KvCache | LayerState] = {**self._own, **({} if states is None else states.layers)}
         sources = [index if layer.source is None else layer.source for index, layer in enumerate(layers)]
-        nothing = KvCache(*torch.empty(2, 0, dtype=dtype, device=device))
+        nothing = KvCache(*torch.empty(2, 0, device=device))
         self.layers = [kept.get(source, nothing) for source in sources]
 
     @property
     def nbytes(self) -> int:
-        return sum(int(layer.k.nbytes + layer.v.nbytes) for layer in self._own.values())
+        return sum(int(tensor.nbytes) for layer in self._own.values() for tensor in layer.tensors)
 
     def clear(self, block_ids: Sequence[int]) -> None:
         """Zero the blocks, as they were when allocated."""
         for layer in self._own.values():
             for block_id in block_ids:
-                layer.k[block_id].zero_()
-                layer.v[block_id].zero_()
+                for tensor in layer.tensors:
+                    tensor[block_id].zero_()
 
     def digest(self, block_ids: Sequence[int]) -> str:
-        """SHA-256 over the blocks' keys and values in every layer, in the order given."""
+        """SHA-256 over the blocks' keys and values, and their scales, in every layer, in the order given."""
         digest = hashlib.sha256()
         for layer in self._own.values():
             for block_id in block_ids:
-                for tensor in (layer.k[block_id], layer.v[block_id]):
-                    digest.update(tensor_bytes(tensor))
+                for tensor in layer.tensors:
+                    digest.update(tensor_bytes(tensor[block_id]))
         return digest.hexdigest()

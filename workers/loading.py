@@ -18,7 +18,7 @@ import torch
 from sempre.ipc.config import WorkerConfig
 from sempre.ipc.errors import ConfigError, ModelError, TensorMismatch
 from sempre.ipc.gguf_index import GGUF_INDEX_FILE
-from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.fp8 import FP8, Fp8Scheme
 from sempre.kernels.integers import IntegerScheme
 from sempre.workers.formats import formats_of, stored_format, target_dtype
 from sempre.workers.gguf_source import open_gguf
@@ -97,7 +97,9 @@ class WeightFacts:
     """Facts about a model's weights."""
 
     dtype: torch.dtype
-    """the resolved `dtype` of the engine, also the KV cache's"""
+    """the resolved `dtype` of the engine"""
+    kv_dtype: torch.dtype
+    """of the KV cache"""
     activations: torch.dtype
     """the dtype of hidden states"""
     matrix_dtype: torch.dtype
@@ -164,6 +166,7 @@ def load_model(
             table = reader.matrix(source.read(EMBEDDING)[:1]) if is_elsewhere else model.model.embed_tokens.weight
             facts = WeightFacts(
                 dtype=target,
+                kv_dtype=FP8 if config.kv_cache_dtype == "fp8" else target,
                 activations=placement.vector_dtype(target),
                 matrix_dtype=table.dtype,
                 quantization=scheme,

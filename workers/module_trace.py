@@ -163,7 +163,7 @@ def _step(
     num_blocks = -(-count // block_size)
     kept_states = model.layer_states
     slots = StateCache(kept_states, 1, facts.activations, device)
-    cache = PagedKvCache(model.kv_layers, num_blocks, block_size, facts.dtype, device, slots)
+    cache = PagedKvCache(model.kv_layers, num_blocks, block_size, facts.kv_dtype, device, slots)
     starts, lengths = np.zeros(1, np.int64), np.asarray([count], np.int64)
     tables = np.arange(num_blocks, dtype=np.int32)[None]
     places = row_places(starts, lengths, tables, block_size)

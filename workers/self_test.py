@@ -156,7 +156,7 @@ class _Probe:
         self._width = -(-self.num_tokens // block_size)
         self._keeps_states = any(states)
         slots = StateCache(states, _LAST_SLOTS + _DECODED_ROWS, facts.activations, self.device)
-        self._caches = PagedKvCache(layers, 2 * self._width, block_size, facts.dtype, self.device, slots).layers
+        self._caches = PagedKvCache(layers, 2 * self._width, block_size, facts.kv_dtype, self.device, slots).layers
         self._token_ids = torch.arange(self.num_tokens, dtype=torch.int64, device=CPU) * 7919 % model.spec.vocab_size
 
     def cuts(self) -> list[int]:

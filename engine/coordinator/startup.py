@@ -244,6 +244,7 @@ class StartUp:
             max_num_batched_tokens=first.max_num_batched_tokens,
             max_num_seqs=min(loaded.max_num_seqs for loaded in self._loaded.values()),
             pooling=first.pooling,
+            kv_block_bytes=max(loaded.kv_block_bytes for loaded in self._loaded.values()),
         )
         return progress
 

@@ -47,6 +47,8 @@ class CacheView:
     """number of blocks, on a CPU as well"""
     enable_prefix_caching: bool
     gpu_memory_utilization: float
+    cache_dtype: str
+    """the setting kv_cache_dtype"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,11 @@ class EngineView:
             vocab_size=ready.vocab_size,
         )
         self.cache_config = CacheView(
-            ready.block_size, ready.num_blocks, config.enable_prefix_caching, config.gpu_memory_utilization
+            ready.block_size,
+            ready.num_blocks,
+            config.enable_prefix_caching,
+            config.gpu_memory_utilization,
+            config.kv_cache_dtype,
         )
         self.scheduler_config = SchedulerView(
             ready.max_num_seqs, ready.max_num_batched_tokens, ready.max_model_len, config.scheduling_policy

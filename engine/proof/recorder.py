@@ -69,6 +69,7 @@ _DEFAULTS = SamplingParams()
 DECIDING_SETTINGS = (
     "dtype",
     "quantization",
+    "kv_cache_dtype",
     "numerics",
     "logprobs_mode",
     "max_model_len",

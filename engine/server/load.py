@@ -98,7 +98,7 @@ def _cache_configs(service: Service) -> list[dict[str, object]]:
     ready, config = service.engine.ready, service.engine.config
     layout = {
         "block_size": ready.block_size,
-        "cache_dtype": "auto",
+        "cache_dtype": config.kv_cache_dtype,
         "enable_prefix_caching": config.enable_prefix_caching,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "kv_cache_memory_bytes": config.kv_cache_memory_bytes,

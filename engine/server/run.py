@@ -155,9 +155,10 @@ class Server:
         ready = self._engine.ready
         logger.info("fingerprint %s, seed %d", self._engine.fingerprint, self._engine.config.seed)
         logger.info(
-            "KV cache: %d blocks of %d tokens; up to %d tokens per sequence, %d sequences at a time",
+            "KV cache: %d blocks of %d tokens and %d bytes; up to %d tokens per sequence, %d sequences at a time",
             ready.num_blocks,
             ready.block_size,
+            ready.kv_block_bytes,
             ready.max_model_len,
             self._service.admission.max_running,
         )

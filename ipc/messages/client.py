@@ -189,6 +189,8 @@ class EngineReady(Message, frozen=True, kw_only=True):
     max_num_seqs: Positive = 128
     pooling: PoolingModel | None = None
     """None: the model generates"""
+    kv_block_bytes: NonNegative = 0
+    """keys and values of one block, on the worker whose layers need most"""
 
 
 class EngineNotice(Message, frozen=True, kw_only=True):

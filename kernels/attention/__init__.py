@@ -13,6 +13,10 @@ of a fixed number of keys are merged in ascending order, by one program or by ma
 request or for all that share its blocks. A sink (Xiao et al. 2023, arXiv 2309.17453) is what a row begins with on a
 CPU, and what the merge of its splits begins with on a GPU: a sum of one, at a maximum of the sink's score. So it is
 added once, however the keys are walked.
+
+A cache of fp8, on a CPU, has a scale for each key and each value of a head, made of that row alone (`kernels.fp8`).
+What is read is element times scale, rounded to float32: the result is that of a float32 cache with these contents, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from sempre.kernels.attention.contract import (
 )
 from sempre.kernels.attention.shared_prefixes import SharedPrefixes
 from sempre.kernels.checks import check_rows
+from sempre.kernels.fp8 import FP8
 
 __all__ = [
     "AttentionWorkspace",
@@ -56,7 +61,7 @@ def allocate_kv_cache(
     device: torch.device = CPU,
 ) -> KvCache:
     """A cache of zeros for one layer. ValueError for a block size or head dim that the device's kernel does not
-    support."""
+    support, and for fp8 on a GPU."""
     sizes = CPU_BLOCK_SIZES if device.type == "cpu" else GPU_BLOCK_SIZES
     if block_size not in sizes:
         raise ValueError(f"block_size must be one of {sizes} on {device.type}, got {block_size}")
@@ -66,6 +71,8 @@ def allocate_kv_cache(
         from sempre.kernels.attention import cpu
 
         return cpu.allocate_kv_cache(num_blocks, num_kv_heads, head_dim, block_size, dtype)
+    if dtype is FP8:
+        raise ValueError(f"a KV cache of {dtype} is for CPUs only, got {device.type}")
     from sempre.kernels.attention import gpu
 
     return gpu.allocate_kv_cache(num_blocks, num_kv_heads, head_dim, block_size, dtype, device)

@@ -15,6 +15,7 @@ import torch
 
 from sempre.kernels.attention.shared_prefixes import SharedPrefixes
 from sempre.kernels.checks import check_index
+from sempre.kernels.fp8 import FP8
 
 Int32 = npt.NDArray[np.int32]
 
@@ -113,17 +114,42 @@ class ScoreParams:
 
 @dataclass(frozen=True)
 class KvCache:
-    """One layer's keys and values, in the cache's dtype. ValueError unless they are contiguous and of one dtype.
+    """One layer's keys and values, in the cache's dtype. ValueError unless they are contiguous and of one dtype, and
+    have scales if that is fp8, and only then.
 
     On CPU `k` is [blocks, Hkv, D, B] (transposed) and `v` [blocks, Hkv, B, D]; on a GPU both are [blocks, Hkv, B, D].
     """
 
     k: torch.Tensor
     v: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    """float32 [blocks, Hkv, B]: what the elements of each key are multiplied by"""
+    v_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if not (self.k.is_contiguous() and self.v.is_contiguous() and self.k.dtype is self.v.dtype):
             raise ValueError("KvCache: expected contiguous keys and values of one dtype")
+        scales = [scale for scale in (self.k_scale, self.v_scale) if scale is not None]
+        if len(scales) != (2 if self.k.dtype is FP8 else 0):
+            raise ValueError(
+                f"KvCache: expected two scales with {FP8} and none else, found {len(scales)}, {self.k.dtype}"
+            )
+        expected = self.v.shape[:3]
+        if any(s.shape != expected or s.dtype != torch.float32 or not s.is_contiguous() for s in scales):
+            found = ", ".join(f"{scale.dtype} {tuple(scale.shape)}" for scale in scales)
+            raise ValueError(f"KvCache: expected contiguous float32 scales {tuple(expected)}, found {found}")
+
+    @property
+    def scale_addresses(self) -> tuple[int, int]:
+        """Of keys and values; 0 where there are none."""
+        if self.k_scale is None or self.v_scale is None:
+            return 0, 0
+        return self.k_scale.data_ptr(), self.v_scale.data_ptr()
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that is kept, each [blocks, ...]."""
+        return tuple(part for part in (self.k, self.v, self.k_scale, self.v_scale) if part is not None)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from numba import prange
 
 from sempre.kernels.activation.cpu import soft_cap_row
 from sempre.kernels.attention.contract import HeadLayout, KvCache, PagedBatch, ScoreParams
+from sempre.kernels.attention.cpu_scaled import scaled_keys, scaled_values
 from sempre.kernels.attention.cpu_tiles import (
     COPY_ROW,
     DIVIDE_ROW,
@@ -26,7 +27,8 @@ from sempre.kernels.attention.cpu_tiles import (
     SOFTMAX_ROW,
     TILES,
 )
-from sempre.kernels.dtypes import ELEMENT_SIZE, dtype_code, widen
+from sempre.kernels.dtypes import ELEMENT_SIZE, FP8_CODE, cache_dtype_code, widen
+from sempre.kernels.fp8 import FP8
 from sempre.kernels.jit import address_of, compiled, keep
 from sempre.kernels.native import call_native, call_native_float
 
@@ -41,9 +43,12 @@ def allocate_kv_cache(
     num_blocks: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> KvCache:
     """A cache of zeros; memory that is never written stays unmapped."""
+    shape = (num_blocks, num_kv_heads, block_size)
+    scales = [_unmapped_zeros(shape, torch.float32) for _ in range(2 if dtype is FP8 else 0)]
     return KvCache(
         _unmapped_zeros((num_blocks, num_kv_heads, head_dim, block_size), dtype),
-        _unmapped_zeros((num_blocks, num_kv_heads, block_size, head_dim), dtype),
+        _unmapped_zeros((*shape, head_dim), dtype),
+        *scales,
     )
 
 
@@ -161,6 +166,8 @@ def _unit(
     dim: int,
     keys: int,
     values: int,
+    k_scales: int,
+    v_scales: int,
     dtype: int,
     head: int,
     kv_heads: int,
@@ -201,14 +208,18 @@ def _unit(
         last_block = (in_tile - 1) // BLOCK
         first = tile // BLOCK
         # blocks past the last key repeat its block: their scores are masked and their values never read
-        b0 = (table[first] * kv_heads + head) * block_bytes
-        b1 = (table[first + min(1, last_block)] * kv_heads + head) * block_bytes
-        b2 = (table[first + min(2, last_block)] * kv_heads + head) * block_bytes
-        b3 = (table[first + min(3, last_block)] * kv_heads + head) * block_bytes
+        n0 = table[first] * kv_heads + head
+        n1 = table[first + min(1, last_block)] * kv_heads + head
+        n2 = table[first + min(2, last_block)] * kv_heads + head
+        n3 = table[first + min(3, last_block)] * kv_heads + head
+        b0, b1, b2, b3 = n0 * block_bytes, n1 * block_bytes, n2 * block_bytes, n3 * block_bytes
         k0, k1, k2, k3 = keys + b0, keys + b1, keys + b2, keys + b3
         v0, v1, v2, v3 = values + b0, values + b1, values + b2, values + b3
-        if dtype != 0:
-            half = BLOCKS_PER_TILE * BLOCK * dim * 4
+        half = BLOCKS_PER_TILE * BLOCK * dim * 4
+        if dtype == FP8_CODE:
+            k0, k1, k2, k3 = scaled_keys(keys, k_scales, n0, n1, n2, n3, dim, wide_at)
+            v0, v1, v2, v3 = scaled_values(values, v_scales, n0, n1, n2, n3, dim, wide_at + half)
+        elif dtype != 0:
             k0, k1, k2, k3 = _widen_blocks(k0, k1, k2, k3, wide_at, BLOCK * dim, dtype)
             v0, v1, v2, v3 = _widen_blocks(v0, v1, v2, v3, wide_at + half, BLOCK * dim, dtype)
         _scores(tiles, queries_at, rows, dim, k0, k1, k2, k3, scores_at)
@@ -259,6 +270,8 @@ def _paged_attention(
     qkv: int,
     keys: int,
     values: int,
+    k_scales: int,
+    v_scales: int,
     dtype: int,
     block_tables: np.ndarray,
     query_starts: np.ndarray,
@@ -303,6 +316,8 @@ def _paged_attention(
             dim,
             keys,
             values,
+            k_scales,
+            v_scales,
             dtype,
             head,
             kv_heads,
@@ -335,7 +350,8 @@ def paged_attention(
         qkv.data_ptr(),
         cache.k.data_ptr(),
         cache.v.data_ptr(),
-        dtype_code(cache.k.dtype),
+        *cache.scale_addresses,
+        cache_dtype_code(cache.k.dtype),
         *batch.arrays,
         heads.num_heads,
         heads.num_kv_heads,

@@ -1,14 +1,17 @@
-"""CPU quantisation of rows. T rows, K elements (a multiple of 16)."""
+"""CPU quantisation of rows, widened or as bytes. T rows, K elements (a multiple of 16)."""
 
 from __future__ import annotations
 
 import torch
 from llvmlite import ir
-from numba import prange
+from numba import prange, types
 
 from sempre.kernels.jit import compiled_twice
 from sempre.kernels.vector_ir import (
+    F16,
     F32,
+    I8,
+    I16,
     I32,
     I64,
     LANES,
@@ -44,7 +47,9 @@ def _emit_rounded(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return b.select(b.fcmp_unordered("uno", value, value), value, rounded)
 
 
-def _emit_row(b: ir.IRBuilder, x: ir.Value, width: ir.Value, out: ir.Value, scale_at: ir.Value) -> None:
+def _emit_scale(b: ir.IRBuilder, x: ir.Value, width: ir.Value) -> ir.Value:
+    """The row's scale; NaN does not count."""
+
     def largest(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
         bits = load(b, b.add(x, b.mul(i, I64(4))), vec(I32))
         magnitude = b.bitcast(b.and_(bits, int_constant(0x7FFF_FFFF)), vec(F32))
@@ -53,7 +58,11 @@ def _emit_row(b: ir.IRBuilder, x: ir.Value, width: ir.Value, out: ir.Value, scal
     amax = tree_max(b, loop(b, I64(0), width, LANES, [constant(0.0)], largest)[0])
     scale = b.fdiv(amax, ir.Constant(F32, LARGEST))
     least = ir.Constant(F32, SMALLEST_SCALE)
-    scale = b.select(b.fcmp_ordered(">", scale, least), scale, least)
+    return b.select(b.fcmp_ordered(">", scale, least), scale, least)
+
+
+def _emit_row(b: ir.IRBuilder, x: ir.Value, width: ir.Value, out: ir.Value, scale_at: ir.Value) -> None:
+    scale = _emit_scale(b, x, width)
     store(b, scale, scale_at)
     divisor = splat(b, scale)
 
@@ -66,6 +75,41 @@ def _emit_row(b: ir.IRBuilder, x: ir.Value, width: ir.Value, out: ir.Value, scal
     loop(b, I64(0), width, LANES, [], quantize)
 
 
+def _emit_bytes(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The bytes of float32 lanes that are fp8 values: a float16 times 2**-8 has the same bits, seven places higher."""
+    half = b.fptrunc(b.fmul(value, constant(2.0**-8)), vec(F16))
+    bits = b.bitcast(half, vec(I16))
+
+    def each(mask: int) -> ir.Constant:
+        return ir.Constant(vec(I16), [mask] * LANES)
+
+    sign, magnitude = b.and_(b.lshr(bits, each(8)), each(0x80)), b.and_(b.lshr(bits, each(7)), each(0x7F))
+    return b.trunc(b.or_(sign, magnitude), vec(I8))
+
+
+def _emit_row_as_bytes(b: ir.IRBuilder, x: ir.Value, width: ir.Value, out: ir.Value, scale_at: ir.Value) -> ir.Value:
+    scale = _emit_scale(b, x, width)
+    store(b, scale, scale_at)
+    divisor = splat(b, scale)
+    flags = ir.VectorType(ir.IntType(1), LANES)
+
+    def quantize(b: ir.IRBuilder, i: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
+        value = load(b, b.add(x, b.mul(i, I64(4))), vec(F32))
+        store(b, _emit_bytes(b, _emit_rounded(b, b.fdiv(value, divisor))), b.add(out, i))
+        return [b.or_(carried[0], b.fcmp_unordered("uno", value, value))]
+
+    (is_nan,) = loop(b, I64(0), width, LANES, [ir.Constant(flags, [0] * LANES)], quantize)
+    # twice the greatest value that can be read, which must not overflow
+    greatest = b.fmul(scale, ir.Constant(F32, 2 * LARGEST))
+    is_finite = b.fcmp_ordered("<", greatest, ir.Constant(F32, float("inf")))
+    has_no_nan = b.icmp_unsigned("==", b.bitcast(is_nan, ir.IntType(LANES)), ir.IntType(LANES)(0))
+    return b.zext(b.and_(is_finite, has_no_nan), I64)
+
+
+quantize_to_bytes = address_intrinsic(_emit_row_as_bytes, returns=types.int64)
+"""(x, K, out, scale): the row of K float32 at x, quantised into K bytes at `out` and a float32 at `scale`, for use
+inside kernels. 1 if what is read of it, bytes times scale, is finite; 0 for rows with NaN, or with magnitudes of 2**127
+or more, whose bytes mean nothing."""
 _row = address_intrinsic(_emit_row)
 
 

@@ -5,7 +5,8 @@ float32 operation, the second multiply fused; the table of angles is computed in
 
 A key or value that is not finite in the cache's dtype is written as a key of NaN and a value of zeros. Rows that see it
 become NaN through its score, as they must; rows that do not mask its score and add zero times zero, where zero times
-the value itself would be NaN. So a cache never holds a value that can affect a row which does not see it.
+the value itself would be NaN. So a cache never holds a value that can affect a row which does not see it. A
+cache of fp8 has the same: there, the NaN is the key's scale.
 """
 
 from __future__ import annotations

@@ -16,12 +16,14 @@ from numba import prange, types
 from numba.core import cgutils
 
 from sempre.kernels.attention.contract import HeadLayout, HeadNorms, KvCache
-from sempre.kernels.dtypes import ELEMENT_SIZE, dtype_code
+from sempre.kernels.dtypes import ELEMENT_SIZE, FP8_CODE, cache_dtype_code
+from sempre.kernels.fp8.cpu import quantize_to_bytes
 from sempre.kernels.jit import address_of, compiled, compiled_twice, keep
 from sempre.kernels.norms.cpu import emit_rms_norm, emit_unweighted_rms_norm
 from sempre.kernels.vector_ir import (
     ELEMENT_BYTES,
     F32,
+    I8,
     I16,
     I32,
     I64,
@@ -98,12 +100,16 @@ def _emit_store_zero(b: ir.IRBuilder, target: ir.Value) -> None:
     store(b, I32(0), target)
 
 
+def _emit_store_nan(b: ir.IRBuilder, target: ir.Value) -> None:
+    store(b, I32(0x7FC00000), target)
+
+
 _rotate = address_intrinsic(_emit_rotate)
-_store_zero = address_intrinsic(_emit_store_zero)
+_store_zero, _store_nan = address_intrinsic(_emit_store_zero), address_intrinsic(_emit_store_nan)
 _norm_row = address_intrinsic(emit_rms_norm)
 _norm_row_only = address_intrinsic(emit_unweighted_rms_norm)
 _narrow = address_intrinsic(_emit_narrow, returns=types.int64)
-_scatter_32, _scatter_16 = _scatter(I32), _scatter(I16)
+_scatter_32, _scatter_16, _scatter_8 = _scatter(I32), _scatter(I16), _scatter(I8)
 
 
 @compiled()
@@ -114,12 +120,22 @@ def _clear_row(target: int, size: int) -> None:
 
 
 @compiled()
+def _store_row(row: int, target: int, scale: int, dim: int, dtype: int) -> int:
+    """Store a row of `dim` float32 in the cache's dtype; 1 if what is read of it will be finite."""
+    if dtype == FP8_CODE:
+        return int(quantize_to_bytes(row, dim, target, scale))
+    return int(_narrow(row, target, dim, dtype))
+
+
+@compiled()
 def _token(
     row: int,
     angles: int,
     slot: int,
     keys: int,
     values: int,
+    k_scales: int,
+    v_scales: int,
     dtype: int,
     heads: int,
     kv_heads: int,
@@ -141,23 +157,31 @@ def _token(
         _rotate(head, angles, dim)
     rounded = np.empty(dim * 4, np.uint8)
     for h in range(kv_heads):
-        base = (block_id * kv_heads + h) * block * dim * size
+        first_slot = (block_id * kv_heads + h) * block
+        base = first_slot * dim * size
+        # of no meaning without scales
+        k_scale, v_scale = k_scales + (first_slot + offset) * 4, v_scales + (first_slot + offset) * 4
         key, value_slot = row + (heads + h) * dim * 4, values + base + offset * dim * size
         # the value comes first: it may be the key as it is before norm and rope
         value = row + (first_value + h) * dim * 4
         if v_norm:
             _norm_row_only(value, dim, eps, address_of(rounded))
             value = address_of(rounded)
-        finite_value = _narrow(value, value_slot, dim, dtype)
+        finite_value = _store_row(value, value_slot, v_scale, dim, dtype)
         if k_norm != 0:
             _norm_row(key, k_norm, dim, eps, key)
         _rotate(key, angles, dim)
-        finite_key = _narrow(key, address_of(rounded), dim, dtype)
+        finite_key = _store_row(key, address_of(rounded), k_scale, dim, dtype)
         if finite_key == 0 or finite_value == 0:
-            # all ones are a NaN in every format
+            # all ones are a NaN in every format; with scales, only those are
             rounded[:] = 255
             _clear_row(value_slot, dim * size)
-        if size == 4:
+            if dtype == FP8_CODE:
+                _store_nan(k_scale)
+                _store_zero(v_scale)
+        if size == 1:
+            _scatter_8(address_of(rounded), keys + base + offset, dim, block)
+        elif size == 4:
             _scatter_32(address_of(rounded), keys + base + offset * 4, dim, block * 4)
         else:
             _scatter_16(address_of(rounded), keys + base + offset * 2, dim, block * 2)
@@ -181,6 +205,8 @@ def _rope(
     slots: np.ndarray,
     keys: int,
     values: int,
+    k_scales: int,
+    v_scales: int,
     dtype: int,
     heads: int,
     kv_heads: int,
@@ -201,6 +227,8 @@ def _rope(
             slots[t],
             keys,
             values,
+            k_scales,
+            v_scales,
             dtype,
             heads,
             kv_heads,
@@ -238,7 +266,8 @@ def rope_and_cache_write(
         slot_mapping.numpy(),
         cache.k.data_ptr(),
         cache.v.data_ptr(),
-        dtype_code(cache.k.dtype),
+        *cache.scale_addresses,
+        cache_dtype_code(cache.k.dtype),
         heads.num_heads,
         kv_heads,
         heads.num_heads + (kv_heads if heads.kv_parts == 2 else 0),

@@ -1,5 +1,5 @@
-"""Axes A1–A5 for models whose matrices are fp8, quantised while loading or stored so; each with a control that must
-fail."""
+"""Axes A1–A5 for models whose matrices are fp8, quantised while loading or stored so, or whose KV cache is; each with a
+control that must fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 from fp8_checkpoints import write_tiny
-from workload import KV_BLOCK_BYTES, launch_inproc, make_requests
+from workload import FP8_KV_BLOCK_BYTES, KV_BLOCK_BYTES, launch_inproc, make_requests
 
 from sempre.engine.harness import Generation, compare_generations, generate
 from sempre.ipc.messages import GetMetrics, MetricsReply, RequestSpec
@@ -18,6 +18,7 @@ Run = Callable[..., list[Generation]]
 
 
 STORED = "compressed-tensors fp8"
+KV_CACHE = "kv_cache_dtype fp8"
 # every storage with the invariant matmul; the control is the same for all, so one always runs
 VARIANTS = [
     pytest.param((storage, numerics), marks=[] if always else [pytest.mark.product], id=f"{storage}-{numerics}")
@@ -28,13 +29,15 @@ VARIANTS = [
         ("fp8_weight_only", "control", False),
         (STORED, "invariant", True),
         (STORED, "control", False),
+        (KV_CACHE, "invariant", False),
+        (KV_CACHE, "control", False),
     )
 ]
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """How the matrices are stored, and which matmul runs."""
+    """What is fp8, and which matmul runs."""
     found: tuple[str, str] = request.param
     return found
 
@@ -42,6 +45,8 @@ def variant(request: pytest.FixtureRequest) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def model(variant: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The engine's settings."""
+    if variant[0] == KV_CACHE:
+        return {"kv_cache_dtype": "fp8"}
     if variant[0] != STORED:
         return {"quantization": variant[0]}
     return {"model": str(write_tiny(tmp_path_factory.mktemp("tiny-fp8"), "fp8", "tensor"))}
@@ -126,6 +131,13 @@ def test_prefix_cache(run: Run, requests: list[RequestSpec], check: Any) -> None
     assert sum(result.num_cached_tokens for result in results[len(requests) :]) > 0
 
 
-def test_preemption(run: Run, requests: list[RequestSpec], check: Any) -> None:
+def test_preemption(run: Run, requests: list[RequestSpec], check: Any, variant: tuple[str, str]) -> None:
     """A5: too few blocks for all, so running requests are evicted and recomputed."""
-    check(run(requests, expect_preemption=True, kv_cache_memory_bytes=33 * KV_BLOCK_BYTES, max_num_seqs=12))
+    block_bytes = FP8_KV_BLOCK_BYTES if variant[0] == KV_CACHE else KV_BLOCK_BYTES
+    check(run(requests, expect_preemption=True, kv_cache_memory_bytes=33 * block_bytes, max_num_seqs=12))
+
+
+def test_speculation(run: Run, requests: list[RequestSpec], check: Any) -> None:
+    """A9: a draft model, whose cache is of the same dtype, and prompts cut into chunks."""
+    drafts = {"method": "draft_model", "model": "tiny-draft", "num_speculative_tokens": 3}
+    check(run(requests, speculative_config=drafts, max_num_batched_tokens=65))

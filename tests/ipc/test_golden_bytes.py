@@ -51,6 +51,7 @@ EXAMPLES: list[m.Message] = [
         fingerprint={"a": "b"},
         worker_pids=[9],
         pooling=m.PoolingModel(task="embed", kind="LAST", width=8, dimensions=[4]),
+        kv_block_bytes=6144,
     ),
     m.EngineNotice(message="m"),
     m.OutputsReady(outputs=[DELTA]),
@@ -126,8 +127,8 @@ GOLDEN = {
     "Refused": "92a75265667573656495a154a16d01a082a16101a162c0",
     "StartupProgress": "93af5374617274757050726f6772657373a46c6f6164cb3fe0000000000000",
     "EngineReady": """
-        9eab456e67696e6552656164790a14910203100181a161a16280910990cd0800cc809aa5656d626564a44c41535408c3
-        c291049080c0a6636f73696e65
+        9fab456e67696e6552656164790a14910203100181a161a16280910990cd0800cc809aa5656d626564a44c41535408c3
+        c291049080c0a6636f73696e65cd1800
     """,
     "EngineNotice": "92ac456e67696e654e6f74696365a16d",
     "OutputsReady": """

@@ -20,6 +20,7 @@ from sempre.kernels.attention import (
     allocate_kv_cache,
     paged_attention,
 )
+from sempre.kernels.fp8 import FP8
 from sempre.kernels.rope import RopeSpec, _frequencies, cos_sin_table, rope_and_cache_write
 from sempre.kernels.threads import get_num_threads, set_num_threads
 
@@ -58,8 +59,8 @@ class Sequences:
     def empty_cache(self) -> KvCache:
         """A cache full of NaN: reading anything unwritten shows."""
         cache = allocate_kv_cache(self.num_blocks, self.num_kv_heads, self.head_dim, BLOCK, self.dtype)
-        cache.k.fill_(float("nan"))
-        cache.v.fill_(float("nan"))
+        for part in cache.tensors:
+            part.fill_(float("nan"))
         return cache
 
     def step(self, cache: KvCache, parts: list[tuple[int, int, int]]) -> list[torch.Tensor]:
@@ -89,7 +90,7 @@ def _norm(dim: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("window", [None, 37])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, FP8], ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_decode_and_chunks_give_the_bits_of_the_whole_prompt(
     heads: tuple[int, int, int], dtype: torch.dtype, window: int | None
@@ -275,10 +276,13 @@ def _damaged(sequences: Sequences, damage: Damage, positions: Sequence[int]) -> 
         damage.apply(row[heads : heads + kv_heads], row[heads + kv_heads :])
 
 
+FP8_DAMAGES = [Damage("value", float("nan"), FP8), Damage("key", float("-inf"), FP8), Damage("value", 3e38, FP8)]
 # every damage with and without a window, each at its own place
 AT = (0, 15, 16, 63, 64, 100, 149)
 CASES = [
-    (damage, window, AT[(i + j) % len(AT)]) for i, damage in enumerate(DAMAGES) for j, window in enumerate((None, 37))
+    (damage, window, AT[(i + j) % len(AT)])
+    for i, damage in enumerate(DAMAGES + FP8_DAMAGES)
+    for j, window in enumerate((None, 37))
 ]
 
 

@@ -274,7 +274,8 @@ def test_short_flags_of_speculation(where: str, tmp_path: Path, capsys: pytest.C
         (("tiny", "--ssl-keyfile", "/nothing", "--ssl-certfile", "/nothing"), "ssl_keyfile /nothing cannot be read"),
         (("tiny", "--ssl-keyfile", __file__, "--ssl-certfile", __file__), "no certificate and its key"),
         (("tiny", "--config", "/nothing"), "/nothing"),
-        (("tiny", "--kv-cache-dtype", "fp8"), "kv_cache_dtype='fp8' is not supported by this engine"),
+        (("tiny", "--kv-cache-dtype", "fp4"), "kv_cache_dtype must be 'auto' or 'fp8', got 'fp4'"),
+        (("tiny", "--calculate-kv-scales"), "calculate_kv_scales=True is not supported by this engine"),
         (("tiny", "--no-enable-chunked-prefill"), "enable_chunked_prefill=False is not supported by this engine"),
         (("tiny", "--data-parallel-size", "0"), "data_parallel_size must be at least 1"),
     ],
@@ -324,7 +325,7 @@ def test_a_number_in_a_file_must_be_one(tmp_path: Path, capsys: pytest.CaptureFi
         ("port: 1\nhost: ::1\nport: 2\n", "{file}, line 3: 'port' is set twice, first in {file}, line 1"),
         ("host: ::1\nport: 70000\n", "{file}, line 2: port"),
         ("\n\ndata_parallel_size: 0\n", "{file}, line 3: data_parallel_size must be at least 1"),
-        ("kv-cache-dtype: fp8\n", "{file}, line 1: kv_cache_dtype='fp8' is not supported by this engine"),
+        ("calculate-kv-scales: true\n", "{file}, line 1: calculate_kv_scales=True is not supported by this engine"),
     ],
 )
 def test_an_error_of_a_file_names_its_line(

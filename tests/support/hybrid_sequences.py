@@ -39,7 +39,7 @@ class HybridModel:
         self.model, facts = load_model(worker_config(folder), spec, kernel)
         allocate(self.model, Scratch(MOST, MOST, facts.activations, CPU))
         self.caches: list[Any] = [
-            allocate_kv_cache(BLOCKS, spec.num_kv_heads, spec.head_dim, BLOCK, facts.dtype, CPU)
+            allocate_kv_cache(BLOCKS, spec.num_kv_heads, spec.head_dim, BLOCK, facts.kv_dtype, CPU)
             if shape is None
             else allocate_layer_state(shape, SLOTS, facts.activations, CPU)
             for shape in spec.layer_states

@@ -96,7 +96,7 @@ def prepared(loaded: Loaded) -> PagedKvCache:
     model, facts = loaded
     allocate(model, Scratch(MOST, MOST, facts.activations, CPU))
     states = StateCache(model.layer_states, 1, facts.activations, CPU)
-    return PagedKvCache(model.kv_layers, MOST // BLOCK, BLOCK, facts.dtype, CPU, states)
+    return PagedKvCache(model.kv_layers, MOST // BLOCK, BLOCK, facts.kv_dtype, CPU, states)
 
 
 def logits_of(model: CausalLM, cache: PagedKvCache, token_ids: Sequence[int], start: int, end: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from sempre.ipc.messages import ReasoningSpec, RequestSpec
 
 SETTINGS: dict[str, Any] = {"model": "tiny", "max_model_len": 512, "num_threads": 1}
 KV_BLOCK_BYTES = 2 * 6 * 2 * 64 * 16 * 2  # k and v, 6 layers, 2 heads, 64 dimensions, 16 tokens, bfloat16
+FP8_KV_BLOCK_BYTES = 2 * 6 * 2 * (64 + 4) * 16  # the same in fp8, with a float32 scale for each key and value
 
 _JSON_GRAMMAR = """{"grammars": [{"json_schema": {"type": "object", "x-guidance": {"whitespace_flexible": false},
  "properties": {"name": {"type": "string"}, "sizes": {"type": "array", "items": {"type": "integer"}}},

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from family_names import NAMES
 from worker_settings import worker_config
 
 from sempre.ipc.errors import InvarianceError
+from sempre.kernels.fp8 import FP8
 from sempre.workers.layers import attention, embedding, norm
 from sempre.workers.layers.linear_kernel import CONTROL, INVARIANT, LinearKernel, LinearWeight
 from sempre.workers.loading import Loaded, load_model
@@ -17,8 +19,8 @@ from sempre.workers.models.registry import load_spec
 from sempre.workers.self_test import check_linears, check_model, compare, compare_rows, require_equal
 
 
-def load(folder: Path, kernel: LinearKernel, dtype: str = "auto") -> Loaded:
-    return load_model(worker_config(folder, dtype=dtype), load_spec(folder), kernel)
+def load(folder: Path, kernel: LinearKernel, dtype: str = "auto", **settings: Any) -> Loaded:
+    return load_model(worker_config(folder, dtype=dtype, **settings), load_spec(folder), kernel)
 
 
 def run(folder: Path, kernel: LinearKernel = INVARIANT, dtype: str = "auto", max_tokens: int = 256) -> dict[str, int]:
@@ -55,6 +57,19 @@ def test_kernels_pass(family: str, dtype: str, checkpoints: Any) -> None:
     assert run(folder, dtype=dtype) == {"model": 4}
     model, facts = load(folder, INVARIANT, dtype)
     assert require_equal(check_linears(model, facts.matrix_dtype, 256))["linear"] > 50
+
+
+@pytest.mark.parametrize(
+    "family", [name if name == "gemma4" else pytest.param(name, marks=pytest.mark.product) for name in NAMES]
+)
+def test_an_fp8_cache_passes(family: str, checkpoints: Any) -> None:
+    """With every family's heads, windows, shared keys and values, and states."""
+    folder = checkpoints(family).folder
+    model, facts = load(folder, INVARIANT, kv_cache_dtype="fp8")
+    assert facts.kv_dtype is FP8
+    assert require_equal(check_model(model, facts, 16, max_tokens=256)) == {"model": 4}
+    with pytest.raises(InvarianceError, match=r"model \[\w+, \w+\]: in chunks.* elements different"):
+        require_equal(check_model(*load(folder, CONTROL, kv_cache_dtype="fp8"), 16, max_tokens=256))
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 17, 18, 40, 100])

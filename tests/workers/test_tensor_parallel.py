@@ -124,6 +124,15 @@ def test_quantised(name: str, quantization: str, folder: Folder) -> None:
     check(of(checkpoint, 4, quantization=quantization), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3-moe", marks=pytest.mark.product)])
+def test_fp8_kv_cache(name: str, folder: Folder) -> None:
+    """A head's scale is its own, so it does not matter which rank has the head."""
+    checkpoint = folder(name)
+    expected = expected_of(checkpoint, kv_cache_dtype="fp8")
+    check(of(checkpoint, 2, kv_cache_dtype="fp8"), expected)
+    assert not torch.equal(expected, expected_of(checkpoint))
+
+
 def test_sixteen_bit_weights(folder: Folder) -> None:
     checkpoint = folder("qwen3")
     check(of(checkpoint, 4, dtype="bfloat16"), expected_of(checkpoint, dtype="bfloat16"))

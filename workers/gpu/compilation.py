@@ -195,7 +195,7 @@ def _launch_steps(
     allocate(model, Scratch(MAX_TOKENS, setup.max_model_len, facts.activations, device, workspace))
     most_rows = _most_rows(setup)
     states = StateCache(spec.layer_states, 1, facts.activations, device)
-    cache = PagedKvCache(model.kv_layers, 1, setup.block_size, facts.dtype, device, states)
+    cache = PagedKvCache(model.kv_layers, 1, setup.block_size, facts.kv_dtype, device, states)
     _launch_prompts(setup, model, cache, device)
     if spec.pooling is not None:
         _launch_pooling(model, facts, most_rows)

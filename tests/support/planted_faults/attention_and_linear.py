@@ -41,8 +41,8 @@ ATTENTION_AND_LINEAR = (
         "third-block-of-a-tile-repeated",
         "The last block of a tile is never read.",
         ATTENTION,
-        "b3 = (table[first + min(3, last_block)]",
-        "b3 = (table[first + min(2, last_block)]",
+        "n3 = table[first + min(3, last_block)]",
+        "n3 = table[first + min(2, last_block)]",
         (f"{ATTENTION_TESTS}::test_accuracy_against_float64",),
     ),
     Fault(
@@ -52,6 +52,14 @@ ATTENTION_AND_LINEAR = (
         "        high = min(past, position + t + 1)",
         "        high = past",
         (f"{ATTENTION_TESTS}::test_masked_values_are_not_read",),
+    ),
+    Fault(
+        "values-of-a-block-share-a-scale",
+        "In an fp8 cache a value is read with the scale of the one that was written to its block last.",
+        "kernels/rope/cpu.py",
+        "v_scales + (first_slot + offset) * 4",
+        "v_scales + first_slot * 4",
+        (CHUNKS, "tests/kernels/test_fp8_cache.py::test_what_is_read_is_near_what_was_written"),
     ),
     Fault(
         "lone-rows-without-fma-in-attention",
