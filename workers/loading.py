@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 
 from sempre.ipc.config import WorkerConfig
-from sempre.ipc.errors import ConfigError, ModelError, TensorMismatch
+from sempre.ipc.errors import ModelError, TensorMismatch
 from sempre.ipc.gguf_index import GGUF_INDEX_FILE
 from sempre.kernels.fp8 import FP8, Fp8Scheme
-from sempre.kernels.integers import IntegerScheme
+from sempre.kernels.integers import BLOCK, IntegerScheme
 from sempre.workers.formats import formats_of, stored_format, target_dtype
 from sempre.workers.gguf_source import open_gguf
 from sempre.workers.kv_cache import available_memory_bytes
@@ -137,13 +137,9 @@ def load_model(
     resolved = resolve_quantization(spec.quantization, config.quantization, config.load_format)
     scheme = resolved.scheme if isinstance(resolved, QuantizationSpec | IntegerSpec) else None
     parallel = parallel or parallel_of(config.profile)
-    if parallel.most_leaves > 1 and isinstance(resolved, IntegerSpec):
-        raise ConfigError(
-            f"quantization: expected numerics_profile 'single' and tensor_parallel_size 1 for matrices of integers,"
-            f" found {config.profile!r} and {parallel.size}; their blocks are not summed in leaves yet.",
-            parameter="quantization",
-            value=config.quantization,
-        )
+    if isinstance(resolved, IntegerSpec):
+        # blocks are never cut
+        parallel = replace(parallel, leaf_unit=BLOCK)
     formats = formats_of(resolved, spec, config, placement.device, packs=placement.packs)
     model = build_model(Build(kernel, formats, parallel), spec)
     wanted = parameters(model)

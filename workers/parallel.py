@@ -8,6 +8,7 @@ and partial sums are added in the order of the ranks, on the tree of leaves that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -92,6 +93,8 @@ class Parallel:
     devices: DeviceExchange | None = None
     """between GPUs"""
     stage: Stage = ALL_LAYERS
+    leaf_unit: int = LEAF_UNIT
+    """a leaf has a multiple of so many inputs"""
 
     @property
     def is_alone(self) -> bool:
@@ -105,8 +108,8 @@ class Parallel:
 
     def leaves(self, depth: int, unit: int = LEAF_UNIT) -> int:
         """The leaves of a sum over `depth` inputs, of all ranks: the most, up to `most_leaves`, that are a multiple of
-        `unit` inputs each."""
-        leaves = self.most_leaves
+        `unit` inputs each, and of `leaf_unit`."""
+        leaves, unit = self.most_leaves, math.lcm(unit, self.leaf_unit)
         while depth % (leaves * unit):
             leaves //= 2
         return max(1, leaves)

@@ -21,14 +21,14 @@ from sempre.ipc.errors import InvarianceError
 from sempre.kernels.attention import AttentionWorkspace, PagedBatch, SharedPrefixes
 from sempre.kernels.attention.shared_prefixes import group_requests
 from sempre.kernels.fp8 import Fp8Scheme, quantize_channels
-from sempre.kernels.integers import GroupedIntegers, IntegerScheme, IntegerWeight, Layout
+from sempre.kernels.integers import IntegerScheme, IntegerWeight
 from sempre.kernels.packed import PackedScheme, PackedWeight
 from sempre.kernels.states import StateBatch, StateShape
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.layers.module import Module, Scratch, allocate, sharing
-from sempre.workers.leaf_check import leaves_apart_and_together
+from sempre.workers.leaf_check import integers_like, layouts, leaves_apart_and_together
 from sempre.workers.loading import WeightFacts
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.config import LayerKv
@@ -331,11 +331,7 @@ def shape_of(weight: LinearWeight) -> tuple[int, int, Fp8Scheme | IntegerScheme 
 
 
 def _details(weight: LinearWeight) -> tuple[object, ...]:
-    return (weight.group, weight.scale_dtype) if isinstance(weight, PackedWeight) else _layouts(weight)
-
-
-def _layouts(weight: LinearWeight) -> tuple[Layout, ...]:
-    return tuple(part.layout for part in weight.parts) if isinstance(weight, IntegerWeight) else ()
+    return (weight.group, weight.scale_dtype) if isinstance(weight, PackedWeight) else layouts(weight)
 
 
 def check_linears(model: CausalLM, matrix_dtype: torch.dtype, max_tokens: int) -> Iterator[Comparison]:
@@ -367,19 +363,10 @@ def _random_weight(
     weight = torch.randn(columns, like.in_features, generator=generator, dtype=torch.float32, device=CPU)
     leaves = [like.leaves] if like.leaves > 1 else []
     if isinstance(like, IntegerWeight):
-        matrices = [_random_integers(weight, layout) for layout in dict.fromkeys(_layouts(like))]
-        return kernel.pack_integers(matrices, None, like.scheme)
+        return kernel.pack_integers(integers_like(like, weight), None, like.scheme, *leaves)
     if not isinstance(like.scheme, Fp8Scheme):
         return kernel.pack(weight.to(matrix_dtype), None, *leaves)
     return kernel.pack_fp8(*quantize_channels(weight), None, like.scheme, *leaves)
-
-
-def _random_integers(numbers: torch.Tensor, layout: Layout) -> GroupedIntegers:
-    """Codes over the whole range of a layout, by random numbers [N, K], which also become scales."""
-    most = (1 << layout.bits) - 1
-    codes = (numbers.view(torch.int32) & most) - layout.offset
-    scale = numbers[:, :: layout.group].contiguous()
-    return GroupedIntegers(codes.to(torch.int8), scale, scale.flip(0) if layout.has_minimum else None)
 
 
 def _compare_rows(

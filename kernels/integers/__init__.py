@@ -13,6 +13,10 @@ minimum (or none). In each block of 32 of a row of x:
 conversions to float32. Every other operation is one of IEEE 754's on float32, written out: a division, a product, a
 fused multiply-add. So the bits depend neither on rows or threads nor on which instructions a CPU has for the integers:
 VNNI, AVX2 or plain ones.
+
+A weight may have K in L equal leaves of whole blocks, L a power of two up to 8. Each is a sum as above; they are added
+as a balanced binary tree, ((0+1)+(2+3))+((4+5)+(6+7)), and the bias last. So workers that own whole subtrees each pass
+one partial sum, as in `kernels.linear`. Blocks of x are the same for any L.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ __all__ = [
     "integer_linear",
     "pack_integer_linear",
     "pack_integers",
+    "partial_integer_linear",
+    "sum_integer_partials",
 ]
 
 BLOCK = 32
@@ -65,10 +71,16 @@ class GroupedIntegers:
     def group(self) -> int:
         return int(self.codes.shape[1] // self.scale.shape[1])
 
+    def inputs(self, own: range) -> GroupedIntegers:
+        """Some of its inputs, whole groups."""
+        columns, groups = slice(own.start, own.stop), slice(own.start // self.group, own.stop // self.group)
+        minimum = None if self.minimum is None else self.minimum[:, groups]
+        return GroupedIntegers(self.codes[:, columns], self.scale[:, groups], minimum)
+
     def values(self) -> torch.Tensor:
         """What the matrix stands for, float32 [N, K]."""
         rows, width = self.codes.shape
-        wide = self.codes.view(rows, -1, self.group).float() * self.scale[..., None]
+        wide = self.codes.reshape(rows, -1, self.group).float() * self.scale[..., None]
         if self.minimum is not None:
             wide -= self.minimum[..., None]
         return wide.view(rows, width)
@@ -104,6 +116,7 @@ class IntegerWeight:
     """A weight whose outputs are those of its parts, one after the other, and `bias` [N] float32 or None."""
 
     parts: tuple[IntegerPart, ...]
+    """those of the first leaf, then of the next"""
     bias: torch.Tensor | None
     in_features: int
     scheme: IntegerScheme
@@ -111,7 +124,7 @@ class IntegerWeight:
 
     @property
     def out_features(self) -> int:
-        return sum(part.out_features for part in self.parts)
+        return sum(part.out_features for part in self.parts) // self.leaves
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -143,11 +156,20 @@ def pack_integers(matrix: GroupedIntegers) -> IntegerPart:
 
 
 def pack_integer_linear(
-    matrices: Sequence[GroupedIntegers], bias: torch.Tensor | None, scheme: IntegerScheme
+    matrices: Sequence[GroupedIntegers], bias: torch.Tensor | None, scheme: IntegerScheme, leaves: int = 1
 ) -> IntegerWeight:
-    """Pack matrices of equal K, one after the other along their outputs, and `bias` [N]."""
+    """Pack matrices of equal K, one after the other along their outputs, and `bias` [N]. ValueError for leaves that do
+    not fit."""
+    depth = int(matrices[0].codes.shape[1])
+    if leaves not in (1, 2, 4, 8) or depth % (BLOCK * leaves):
+        raise ValueError(
+            f"integers: expected 1, 2, 4 or 8 leaves of a multiple of {BLOCK}, found {leaves} of K = {depth}"
+        )
     own_bias = None if bias is None else bias.float().contiguous()
-    return IntegerWeight(tuple(map(pack_integers, matrices)), own_bias, matrices[0].codes.shape[1], scheme)
+    each = depth // leaves
+    ranges = [range(start, start + each) for start in range(0, depth, each)]
+    parts = tuple(pack_integers(matrix.inputs(own)) for own in ranges for matrix in matrices)
+    return IntegerWeight(parts, own_bias, depth, scheme, leaves)
 
 
 def _panels(matrix: torch.Tensor, padding: int) -> torch.Tensor:
@@ -165,14 +187,41 @@ def _grouped(values: torch.Tensor) -> torch.Tensor:
 
 def integer_linear(x: torch.Tensor, w: IntegerWeight, out: torch.Tensor) -> torch.Tensor:
     """x float32 [T, K] times the weight into out float32 [T, N]; both contiguous, on the CPU. Returns `out`."""
-    check_rows("integer_linear", x, out)
+    return _integer_linear("integer_linear", x, w, w.bias, out)
+
+
+def partial_integer_linear(x: torch.Tensor, w: IntegerWeight, out: torch.Tensor) -> torch.Tensor:
+    """The same without the bias: a worker's share of a sum over several."""
+    return _integer_linear("partial_integer_linear", x, w, None, out)
+
+
+def _integer_linear(
+    operation: str, x: torch.Tensor, w: IntegerWeight, bias: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    check_rows(operation, x, out)
     if x.shape[1] != w.in_features or out.shape != (x.shape[0], w.out_features):
         raise ValueError(
-            f"integer_linear: x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of"
+            f"{operation}: x {tuple(x.shape)} and out {tuple(out.shape)} do not fit a weight of"
             f" {w.out_features} x {w.in_features}"
         )
     if not x.shape[0]:
         return out
     from sempre.kernels.integers import cpu
 
-    return cpu.integer_linear(x, w, out)
+    return cpu.integer_linear(x, w, bias, out)
+
+
+def sum_integer_partials(partials: torch.Tensor, w: IntegerWeight, out: torch.Tensor) -> torch.Tensor:
+    """Add the workers' `partials` float32 [R, T, N] as a balanced binary tree, R a power of two, plus the bias, into
+    out [T, N]. All contiguous; returns `out`."""
+    ranks = partials.shape[0]
+    if ranks & (ranks - 1) or partials.shape[1:] != out.shape or out.shape[1] != w.out_features:
+        raise ValueError(
+            f"sum_integer_partials: partials {tuple(partials.shape)} and out {tuple(out.shape)} do not fit a weight of"
+            f" {w.out_features} x {w.in_features} and a power of two of workers"
+        )
+    if not out.shape[0]:
+        return out
+    from sempre.kernels.linear import cpu
+
+    return cpu.add_partials(partials, None, w.bias, out)

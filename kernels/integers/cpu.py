@@ -7,9 +7,10 @@ import torch
 from llvmlite import ir
 from numba import prange
 
-from sempre.kernels.integers import BLOCK, PANEL, IntegerPart, IntegerWeight
+from sempre.kernels.integers import BLOCK, IntegerPart, IntegerWeight
 from sempre.kernels.integers.tiles import TILE_ROWS, tiles_of
 from sempre.kernels.jit import address_of, compiled, compiled_twice, keep
+from sempre.kernels.linear.cpu import add_partials
 from sempre.kernels.linear.cpu_tiles import add_rows, copy_rows
 from sempre.kernels.native import call_native
 from sempre.kernels.vector_ir import (
@@ -108,6 +109,7 @@ def _tile_rows(
     totals: int,
     rows: int,
     depth: int,
+    row_depth: int,
     group: int,
     codes: int,
     scale: int,
@@ -115,20 +117,20 @@ def _tile_rows(
     out: int,
     out_row: int,
 ) -> None:
-    """Some rows by one panel."""
-    done, tile, groups = 0, 0, depth // group
+    """Some rows by one panel; a row of x has `row_depth` inputs, of which `depth` are the panel's."""
+    done, tile, groups, row_groups = 0, 0, depth // group, row_depth // group
     while done < rows:
         while TILE_ROWS[tile] > rows - done:
             tile += 1
         call_native(
             tiles,
             tile,
-            x + done * depth,
-            depth,
-            scales + done * (depth // 32) * 4,
-            depth // 32 * 4,
-            totals + done * groups * 4,
-            groups * 4,
+            x + done * row_depth,
+            row_depth,
+            scales + done * (row_depth // 32) * 4,
+            row_depth // 32 * 4,
+            totals + done * row_groups * 4,
+            row_groups * 4,
             codes,
             scale,
             minimum,
@@ -147,6 +149,7 @@ def _integer_linear(
     totals: int,
     rows: int,
     depth: int,
+    row_depth: int,
     group: int,
     panel_bytes: int,
     codes: int,
@@ -167,18 +170,43 @@ def _integer_linear(
         width = min(32, columns - p * 32)
         out_at = out + first * out_row + p * 128
         minimum_at = minimum + p * groups * 128 if minimum != 0 else 0
-        x_at, scales_at, totals_at = x + first * depth, scales + first * (depth // 32) * 4, totals + first * groups * 4
+        x_at, scales_at = x + first * row_depth, scales + first * (row_depth // 32) * 4
+        totals_at = totals + first * (row_depth // group) * 4
         codes_at, scale_at = codes + p * panel_bytes, scale + p * groups * 128
         if width == 32:
             _tile_rows(
-                tiles, x_at, scales_at, totals_at, count, depth, group, codes_at, scale_at, minimum_at, out_at, out_row
+                tiles,
+                x_at,
+                scales_at,
+                totals_at,
+                count,
+                depth,
+                row_depth,
+                group,
+                codes_at,
+                scale_at,
+                minimum_at,
+                out_at,
+                out_row,
             )
         else:
             # the last, partial panel goes through scratch rows so that nothing is written past a row's end
             part = np.empty((count, 32), np.float32)
             place = address_of(part)
             _tile_rows(
-                tiles, x_at, scales_at, totals_at, count, depth, group, codes_at, scale_at, minimum_at, place, 128
+                tiles,
+                x_at,
+                scales_at,
+                totals_at,
+                count,
+                depth,
+                row_depth,
+                group,
+                codes_at,
+                scale_at,
+                minimum_at,
+                place,
+                128,
             )
             copy_rows(place, 128, out_at, out_row, count, width)
             keep(part)
@@ -208,33 +236,47 @@ class Quantized:
         return self._of_blocks
 
 
-def integer_linear(x: torch.Tensor, w: IntegerWeight, out: torch.Tensor) -> torch.Tensor:
-    """See the facade."""
+def integer_linear(x: torch.Tensor, w: IntegerWeight, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """See the facade; `bias` instead of the weight's."""
     quantized = Quantized(x)
-    column = 0
-    for part in w.parts:
-        _run(quantized, part, w, out, column)
+    if w.leaves == 1:
+        return _leaf(quantized, w, 0, bias, out)
+    sums = torch.empty((w.leaves, *out.shape), dtype=torch.float32, device="cpu")
+    for leaf in range(w.leaves):
+        _leaf(quantized, w, leaf, None, sums[leaf])
+    return add_partials(sums, None, bias, out)
+
+
+def _leaf(x: Quantized, w: IntegerWeight, leaf: int, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """One leaf's sums, plus `bias`."""
+    count, column = len(w.parts) // w.leaves, 0
+    for part in w.parts[leaf * count : (leaf + 1) * count]:
+        _run(x, part, leaf * (w.in_features // w.leaves), None if bias is None else bias[column:], out[:, column:])
         column += part.out_features
     return out
 
 
-def _run(x: Quantized, part: IntegerPart, w: IntegerWeight, out: torch.Tensor, column: int) -> None:
-    """One part's outputs, from `column` on."""
-    rows, depth = x.values.shape
+def _run(x: Quantized, part: IntegerPart, first: int, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """One part's outputs, of the inputs from `first` on, into the first columns of `out`."""
+    rows, row_depth = x.values.shape
+    group, panels = part.layout.group, part.scale.shape[0]
+    depth = part.scale.shape[1] * group
+    totals = x.totals_of(group)
     _integer_linear(
         tiles_of(part.layout).table,
-        x.values.data_ptr(),
-        x.scales.data_ptr(),
-        x.totals_of(part.layout.group).data_ptr(),
+        x.values.data_ptr() + first,
+        x.scales.data_ptr() + first // BLOCK * 4,
+        totals.data_ptr() + first // group * 4,
         rows,
         depth,
-        part.layout.group,
-        depth * PANEL * part.layout.bits // 8,
+        row_depth,
+        group,
+        part.codes.nbytes // panels,
         part.codes.data_ptr(),
         part.scale.data_ptr(),
         0 if part.minimum is None else part.minimum.data_ptr(),
         part.out_features,
-        0 if w.bias is None else w.bias.data_ptr() + 4 * column,
-        out.data_ptr() + 4 * column,
-        4 * w.out_features,
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        4 * out.stride(0),
     )

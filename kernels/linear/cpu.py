@@ -128,8 +128,15 @@ def _run(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor, scale: int, bia
 
 def sum_partials(partials: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
     """See the facade."""
+    return add_partials(partials, w.scale, w.bias, out)
+
+
+def add_partials(
+    partials: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    """Add `partials` [R, T, N] as a balanced binary tree, times the scales of channels, plus the bias, into `out`."""
     ranks, rows, columns = partials.shape
-    _sum_partials(partials.data_ptr(), ranks, rows, columns, _address(w.scale), _address(w.bias), out.data_ptr())
+    _sum_partials(partials.data_ptr(), ranks, rows, columns, _address(scale), _address(bias), out.data_ptr())
     return out
 
 

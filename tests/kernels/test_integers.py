@@ -15,7 +15,17 @@ import pytest
 import torch
 from integer_cases import INPUTS, LAYOUTS, OUTPUTS, activations, digests, fractions, matrix, multiply
 
-from sempre.kernels.integers import BLOCK, GroupedIntegers, IntegerScheme, IntegerWeight, integer_linear, pack_integers
+from sempre.kernels.integers import (
+    BLOCK,
+    GroupedIntegers,
+    IntegerScheme,
+    IntegerWeight,
+    integer_linear,
+    pack_integer_linear,
+    pack_integers,
+    partial_integer_linear,
+    sum_integer_partials,
+)
 from sempre.kernels.integers.tiles import DOTS, dot_kind, machine_features
 from sempre.kernels.threads import get_num_threads, set_num_threads
 
@@ -152,6 +162,40 @@ def test_parts_of_other_layouts_are_one_weight() -> None:
     for case, start, stop in zip(cases, starts, starts[1:], strict=False):
         assert torch.equal(found[:, start:stop], multiply(case, x, bias[start:stop].clone()))
     assert w.nbytes == sum(int(tensor.nbytes) for tensor in w.tensors)
+
+
+def four_times_as_wide(rows: torch.Tensor) -> torch.Tensor:
+    return torch.cat([rows, rows.flip(0), rows.roll(2, 0), rows.roll(5, 0)], 1)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_leaves_are_added_as_a_tree_by_however_many_workers(name: str) -> None:
+    case, x, bias = matrix(*LAYOUTS[name]), four_times_as_wide(activations()), fractions((OUTPUTS,), 20, 9)
+    minimum = None if case.minimum is None else four_times_as_wide(case.minimum)
+    case = GroupedIntegers(four_times_as_wide(case.codes), four_times_as_wide(case.scale), minimum)
+    depth = x.shape[1]
+
+    def packed(own: range, leaves: int) -> IntegerWeight:
+        return pack_integer_linear([case.inputs(own)], bias, IntegerScheme.STORED, leaves)
+
+    def partial(own: range, leaves: int) -> torch.Tensor:
+        part = x[:, own.start : own.stop].contiguous()
+        return partial_integer_linear(part, packed(own, leaves), torch.empty(len(x), OUTPUTS))
+
+    def shares(count: int) -> list[range]:
+        return [range(start, start + depth // count) for start in range(0, depth, depth // count)]
+
+    whole = packed(range(depth), 8)
+    assert whole.out_features == OUTPUTS
+    found = integer_linear(x, whole, torch.empty(len(x), OUTPUTS))
+    a, b, c, d, e, f, g, h = (partial(own, 1) for own in shares(8))
+    assert torch.equal(found, ((a + b) + (c + d)) + ((e + f) + (g + h)) + bias)
+    for workers in (1, 2, 4, 8):
+        partials = torch.stack([partial(own, 8 // workers) for own in shares(workers)])
+        assert torch.equal(sum_integer_partials(partials, whole, torch.empty_like(found)), found), workers
+    assert not torch.equal(integer_linear(x, packed(range(depth), 1), torch.empty_like(found)), found)  # control
+    with pytest.raises(ValueError, match="leaves of a multiple of 32, found 4 of K = 192"):
+        packed(range(INPUTS), 4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -13,6 +13,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_gguf_of
+from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from worker_settings import worker_config
 
@@ -90,6 +91,22 @@ def test_a_row_keeps_its_bits_among_others(
     assert among_others == alone
     plain, _ = runs(serve, prompt, folder)
     assert plain != alone
+
+
+@pytest.mark.parametrize(
+    "kind", ["mixed", *(pytest.param(kind, marks=pytest.mark.product) for kind in ("Q8_0", "Q4_0", "Q4_K", "int4"))]
+)
+def test_ranks_give_the_bits_of_one_worker(kind: str, checkpoint: Path, described: Any) -> None:
+    folder, setting = (checkpoint, kind) if kind.startswith("int") else (described(kind), "integer")
+    one, two, four = (Ranks(folder, size, quantization=setting) for size in (1, 2, 4))
+    [expected] = one.logits(IDS)
+    weights = {path: module.weight for path, module in two.loaded[0].model.linears()}
+    assert {weights[f"model.layers.1.{name}"].leaves for name in ("self_attn.o_proj", "mlp.down_proj")} == {4, 2}
+    for ranks in (two, four):
+        for rank, found in enumerate(ranks.logits(IDS, (1, 18))):
+            assert torch.equal(found, expected), f"rank {rank} of {ranks.size}"
+    [in_one_chain] = Ranks(folder, 1, quantization=setting, profile="single").logits(IDS)
+    assert not torch.equal(in_one_chain, expected)  # control: the order of sums shows
 
 
 @pytest.mark.parametrize("setting", ["int8", "integer"])
@@ -211,10 +228,6 @@ def test_the_fingerprint_names_the_profile(checkpoint: Path, described: Any, ser
 def test_what_integers_do_not_do_is_refused(checkpoint: Path, described: Any) -> None:
     with pytest.raises(ConfigError, match=r"'integer': expected a GGUF file with matrices in blocks, or a .*wide"):
         load(checkpoint, quantization="integer")
-    with pytest.raises(
-        ConfigError, match=r"expected numerics_profile 'single' .* for matrices of integers, found 'tree8'"
-    ):
-        load(checkpoint, quantization="int8", numerics_profile="tree8")
     with pytest.raises(ConfigError, match=r"'integer': expected load_format 'auto', found 'dummy'"):
         load(described("Q8_0"), quantization="integer", load_format="dummy")
     config = worker_config(checkpoint, quantization="int4")

@@ -116,12 +116,14 @@ def test_more_ranks_and_shapes(name: str, size: int, changes: dict[str, object],
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3-moe"])
-@pytest.mark.parametrize("quantization", ["fp8", "fp8_weight_only"])
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_weight_only", "int8"])
 def test_quantised(name: str, quantization: str, folder: Folder) -> None:
     checkpoint = folder(name)
     expected = expected_of(checkpoint, quantization=quantization)
     check(of(checkpoint, 2, quantization=quantization), expected)
-    check(of(checkpoint, 4, quantization=quantization), expected)
+    # blocks of 32 are never cut, and the sum over the heads has 64 inputs
+    if quantization != "int8":
+        check(of(checkpoint, 4, quantization=quantization), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("qwen3-moe", marks=pytest.mark.product)])

@@ -9,6 +9,13 @@ import torch
 
 from sempre.kernels.exchange.contract import Norm
 from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.integers import (
+    GroupedIntegers,
+    IntegerScheme,
+    IntegerWeight,
+    partial_integer_linear,
+    sum_integer_partials,
+)
 from sempre.kernels.linear import CpuLinearWeight, GpuLinearWeight, partial_linear, sum_partials
 from sempre.kernels.packed import Codes
 from sempre.workers.layers.linear import Linear
@@ -72,11 +79,16 @@ class RowParallelLinear(Linear):
             # quantised as a whole before: the scale of a channel does not depend on the cut
             return kernel.pack_fp8(weight[:, own.start : own.stop], scale, bias, scheme, leaves)
 
+        def pack_integers(
+            matrices: Sequence[GroupedIntegers], bias: torch.Tensor | None, scheme: IntegerScheme
+        ) -> LinearWeight:
+            return kernel.pack_integers([matrix.inputs(own) for matrix in matrices], bias, scheme, leaves)
+
         def pack_codes(matrices: Sequence[Codes], bias: torch.Tensor | None, dtype: torch.dtype) -> LinearWeight:
             # no kernel sums a packed weight in leaves
             return pack(torch.cat([matrix.values().to(dtype) for matrix in matrices]), bias)
 
-        return kernel._replace(pack=pack, pack_fp8=pack_fp8, pack_codes=pack_codes)
+        return kernel._replace(pack=pack, pack_fp8=pack_fp8, pack_integers=pack_integers, pack_codes=pack_codes)
 
     @property
     def stores_float32(self) -> bool:
@@ -93,10 +105,24 @@ class RowParallelLinear(Linear):
             return devices.sum(x, self.weight, out)
         if exchange is None:
             return super().into(x, out)
-        assert isinstance(self.weight, CpuLinearWeight), "ranks of one model compute on devices of one kind"
         for rows in pieces(exchange, x.shape[0], self.out_features):
             slots = exchange.slots(rows.stop - rows.start, self.out_features)
-            partial_linear(x[rows], self.weight, slots[self.parallel.rank])
+            self._partial(x[rows], slots[self.parallel.rank])
             exchange.wait()
-            sum_partials(slots, self.weight, out[rows])
+            self._sum(slots, out[rows])
         return out
+
+    def _partial(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """This rank's share of the sum."""
+        if isinstance(self.weight, IntegerWeight):
+            partial_integer_linear(x, self.weight, out)
+            return
+        assert isinstance(self.weight, CpuLinearWeight), "ranks of one model compute on devices of one kind"
+        partial_linear(x, self.weight, out)
+
+    def _sum(self, partials: torch.Tensor, out: torch.Tensor) -> None:
+        if isinstance(self.weight, IntegerWeight):
+            sum_integer_partials(partials, self.weight, out)
+            return
+        assert isinstance(self.weight, CpuLinearWeight)
+        sum_partials(partials, self.weight, out)

@@ -104,7 +104,7 @@ class IntegerQuantization:
 def check_integers(scheme: IntegerScheme, config: WorkerConfig, device: torch.device) -> None:
     """Raise ConfigError for a machine or settings that lack what integers need."""
     setting = f"quantization={scheme.value!r}"
-    given = {"device": (device.type, "cpu"), "profile": (config.profile, "single")}
+    given = {"device": (device.type, "cpu")}
     if scheme is IntegerScheme.STORED and config.load_format == "dummy":
         given["load_format"] = (config.load_format, "auto")
     for name, (found, expected) in given.items():
