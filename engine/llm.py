@@ -335,7 +335,10 @@ class LLM(SleepLLM):
             while num_running:
                 for state in news:
                     # A stream that is read between two calls has its own reader.
-                    if state.finished and state.request_id in outputs:
+                    if state.request_id not in outputs:
+                        continue
+                    progress.count(state)
+                    if state.finished:
                         output = state.take_output(RequestOutputKind.FINAL_ONLY)
                         assert output is not None
                         outputs[output.request_id] = output

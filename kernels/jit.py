@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,29 @@ from typing import Any, NamedTuple
 import llvmlite
 import numba
 import numpy as np
+from numba.core.event import TimingListener, register
 
 from sempre.kernels.kernel_cache import KernelCache, private_folder
 
 Kernel = Callable[..., Any]
+
+_COMPILATION = TimingListener()
+register("numba:compile", _COMPILATION)
+
+
+def compile_seconds() -> float:
+    """Return how long this process has compiled kernels, or waited for that; 0 if all came from the cache folder."""
+    return float(_COMPILATION.duration) if _COMPILATION.done else 0.0
+
+
+@contextmanager
+def counted_as_compilation() -> Iterator[None]:
+    """Count the time of the body, in which another process compiles."""
+    _COMPILATION.on_start(None)
+    try:
+        yield
+    finally:
+        _COMPILATION.on_end(None)
 
 
 @cache

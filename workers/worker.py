@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace as replace_fields
 from difflib import get_close_matches
-from time import perf_counter
 
 from msgspec.structs import asdict
 
@@ -43,6 +41,7 @@ from sempre.workers.model_length import fitted
 from sempre.workers.model_loading import load_draft_model, load_with_adapters, model_setup
 from sempre.workers.models.config import spec_digest
 from sempre.workers.module_trace import TracedResult, trace_methods, trace_modules
+from sempre.workers.phases import timed
 from sempre.workers.reference_trace import compare_methods
 from sempre.workers.replica import join_replica, whole_model
 from sempre.workers.runner import ModelRunner, StepQueue
@@ -106,19 +105,19 @@ class Worker:
         check_device_settings(config, backend.placement.device.type)
         seed_everything(config.seed)
         digests = rng_digests()
-        with _timed(seconds, "start_device"):
+        with timed(seconds, "start_device"):
             backend.begin(config)
         self._backend = backend
         parallel = join_replica(config, backend, self._shared_memory)
         setup = replace_fields(model_setup(config, backend), parallel=parallel)
         with backend.loading(setup) as compilation:
-            with _timed(seconds, "load_weights"):
+            with timed(seconds, "load_weights"):
                 loaded = load_with_adapters(setup, backend)
                 self._draft_model = load_draft_model(loaded, backend)
-            with _timed(seconds, "compile"):
+            with timed(seconds, "compile"):
                 seconds |= compilation.finish()
         if config.numerics == "invariant":
-            with _timed(seconds, "self_test"):
+            with timed(seconds, "self_test"):
                 backend.self_test(loaded)
         sizes = backend.available_sizes(loaded, self._draft_model)
         loaded = self._loaded = fitted(loaded, sizes.num_blocks)
@@ -151,15 +150,15 @@ class Worker:
         loaded, backend = self._require_loaded(), self._require_backend()
         config = loaded.config
         seconds: dict[str, float] = {}
-        with _timed(seconds, "allocate"):
+        with timed(seconds, "allocate"):
             runner = backend.make_runner(loaded, CacheSizes(command.num_blocks, command.num_state_slots))
             runner.adapters = loaded.adapters
             draft_runner = self._make_draft_runner(runner, command.num_blocks)
-        with _timed(seconds, "warm_up"):
+        with timed(seconds, "warm_up"):
             warm_up(runner)
             if draft_runner is not None and draft_runner is not runner:
                 warm_up(draft_runner)
-        with _timed(seconds, "prepare_steps"):
+        with timed(seconds, "prepare_steps"):
             if draft_runner is not runner:
                 self._late_fingerprint = backend.prepare_steps(runner)
             if draft_runner is not None:
@@ -342,10 +341,3 @@ class Worker:
                 raise asleep("caches")
             raise ProtocolError("worker: expected StartServing before this command.")
         return self._runner
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = perf_counter()
-    yield
-    seconds[phase] = perf_counter() - start

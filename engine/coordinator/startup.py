@@ -253,11 +253,14 @@ class StartUp:
         now = time.monotonic()
         seconds, self._phase_began = now - self._phase_began, now
         self._phase_seconds[phase] = seconds
+        compiled = 0.0
         for parts in workers:
+            # on a GPU a process compiles while weights are loaded, and the rest is waited for
+            compiled = max(compiled, parts.get("compile", 0.0) + parts.get("compile_kernels", 0.0))
             for name, value in parts.items():
                 key = f"{phase}.{name}"
                 self._phase_seconds[key] = max(value, self._phase_seconds.get(key, 0.0))
-        return [StartupProgress(phase=phase, seconds=seconds)]
+        return [StartupProgress(phase=phase, seconds=seconds, compile_seconds=compiled)]
 
 
 def _refuse_other(rank: int, one: WorkerEvent, other: WorkerEvent, alike: tuple[str, ...], model: str) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.outputs import RequestOutput
 from sempre.ipc.messages import StartupProgress
 
@@ -20,6 +21,9 @@ UseTqdm = bool | Callable[..., Any]
 """True, False, or a callable with tqdm's interface that makes a bar."""
 # A normal start of a small model is faster; a first start, which compiles kernels, takes several times as long.
 DELAY_S = 2.0
+_REFRESH_S = 0.1
+# less is no news
+_MIN_COMPILE_S = 0.1
 _PHASES = {
     "start": "starting the processes",
     "load": "loading the weights",
@@ -28,26 +32,46 @@ _PHASES = {
 
 
 class GenerationProgress:
-    """Counts finished sequences and estimates the speed."""
+    """Counts finished sequences, and tokens as they arrive."""
 
     def __init__(self, use_tqdm: UseTqdm, num_sequences: int) -> None:
         self._bar: Any = None
         self._num_input_tokens = 0
         self._num_output_tokens = 0
+        self._counted: dict[str, int] = {}
+        self._shown_at = time.monotonic()
         if use_tqdm is False:
             return
-        self._bar = _bar(use_tqdm, num_sequences, postfix=_speeds(0.0, 0.0))
+        self._bar = _bar(use_tqdm, num_sequences, postfix=_speeds(0, 0.0, 0.0))
+
+    def count(self, request: RequestState) -> None:
+        """Count the tokens of a request that goes on; the bar is drawn again at most every 100 ms."""
+        if self._bar is None:
+            return
+        self._add(request.request_id, sum(sequence.num_tokens for sequence in request.sequences))
+        if time.monotonic() - self._shown_at >= _REFRESH_S:
+            self._show()
+            self._bar.refresh()
 
     def finish(self, output: RequestOutput) -> None:
         """Count a finished request."""
         if self._bar is None:
             return
         self._num_input_tokens += len(output.prompt_token_ids) * len(output.outputs)
-        self._num_output_tokens += sum(len(completion.token_ids) for completion in output.outputs)
+        self._add(output.request_id, sum(len(completion.token_ids) for completion in output.outputs))
+        self._show()
+        self._bar.update(len(output.outputs))
+
+    def _add(self, request_id: str, num_tokens: int) -> None:
+        self._num_output_tokens += num_tokens - self._counted.get(request_id, 0)
+        self._counted[request_id] = num_tokens
+
+    def _show(self) -> None:
+        self._shown_at = time.monotonic()
         elapsed = self._bar.format_dict["elapsed"]
         if elapsed > 0.0:
-            self._bar.postfix = _speeds(self._num_input_tokens / elapsed, self._num_output_tokens / elapsed)
-        self._bar.update(len(output.outputs))
+            num_output = self._num_output_tokens
+            self._bar.postfix = _speeds(num_output, self._num_input_tokens / elapsed, num_output / elapsed)
 
     def close(self) -> None:
         """Close the bar."""
@@ -69,19 +93,26 @@ def search_progress(use_tqdm: UseTqdm, num_prompts: int) -> Iterator[Callable[[i
 
 
 def _bar(use_tqdm: UseTqdm, total: int, **keywords: Any) -> Any:
-    from tqdm import tqdm
+    # a bar of the notebook in one
+    from tqdm.auto import tqdm
 
     make: Callable[..., Any] = tqdm if use_tqdm is True else use_tqdm  # type: ignore[assignment]
     return make(total=total, desc="Processed prompts", dynamic_ncols=True, **keywords)
 
 
-def _speeds(input_speed: float, output_speed: float) -> str:
-    return f"est. speed input: {input_speed:.2f} toks/s, output: {output_speed:.2f} toks/s"
+def _speeds(num_tokens: int, input_speed: float, output_speed: float) -> str:
+    return f"{num_tokens} tokens, est. speed input: {input_speed:.2f} toks/s, output: {output_speed:.2f} toks/s"
 
 
 def log_progress(progress: StartupProgress) -> None:
     """Log one finished phase of the start-up."""
-    logger.info("start-up: %s took %.2f s", progress.phase, progress.seconds)
+    logger.info("start-up: %s took %.2f s%s", progress.phase, progress.seconds, _compiled(progress))
+
+
+def _compiled(progress: StartupProgress) -> str:
+    if progress.compile_seconds < _MIN_COMPILE_S:
+        return ""
+    return f", of which compiling kernels {progress.compile_seconds:.1f} s"
 
 
 class StartupNotice:
@@ -122,7 +153,7 @@ class StartupNotice:
         log_progress(progress)
         with self._lock:
             name = _PHASES.get(progress.phase, progress.phase)
-            self._phases.append(f"sempre: {name} took {progress.seconds:.1f} s")
+            self._phases.append(f"sempre: {name} took {progress.seconds:.1f} s{_compiled(progress)}")
             self._write_phases()
 
     def _tell(self) -> None:

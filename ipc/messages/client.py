@@ -170,6 +170,8 @@ class StartupProgress(Message, frozen=True, kw_only=True):
 
     phase: str
     seconds: float
+    compile_seconds: float = 0.0
+    """of them, in which kernels were compiled"""
 
 
 class EngineReady(Message, frozen=True, kw_only=True):

@@ -247,6 +247,7 @@ class RecordingBar:
         self.postfix = keywords["postfix"]
         self.format_dict = {"elapsed": 2.0}
         self.num_done = 0
+        self.drawn: list[str] = []
         self.closed = False
         self._fail_at = fail_at
 
@@ -254,6 +255,9 @@ class RecordingBar:
         self.num_done += count
         if self._fail_at is not None and self.num_done >= self._fail_at:
             raise KeyboardInterrupt
+
+    def refresh(self) -> None:
+        self.drawn.append(self.postfix)
 
     def close(self) -> None:
         self.closed = True
@@ -269,9 +273,24 @@ def test_progress_bar(llm: LLM) -> None:
     outputs = llm.generate(PROMPTS, short(n=2), use_tqdm=make)
     (bar,) = bars
     assert (bar.keywords["total"], bar.keywords["desc"], bar.num_done, bar.closed) == (6, "Processed prompts", 6, True)
-    assert bar.keywords["postfix"] == "est. speed input: 0.00 toks/s, output: 0.00 toks/s"
+    assert bar.keywords["postfix"] == "0 tokens, est. speed input: 0.00 toks/s, output: 0.00 toks/s"
     num_input = sum(2 * len(output.prompt_token_ids) for output in outputs)
-    assert bar.postfix == f"est. speed input: {num_input / 2:.2f} toks/s, output: {6 * 8 / 2:.2f} toks/s"
+    speeds = f"est. speed input: {num_input / 2:.2f} toks/s, output: {6 * 8 / 2:.2f} toks/s"
+    assert bar.postfix == f"{6 * 8} tokens, {speeds}"
+
+
+def test_a_bar_counts_tokens_while_a_request_goes_on(llm: LLM) -> None:
+    bars: list[RecordingBar] = []
+
+    def make(**keywords: Any) -> RecordingBar:
+        bars.append(RecordingBar(**keywords))
+        return bars[-1]
+
+    llm.generate(PROMPTS[0], short(max_tokens=400, ignore_eos=True), use_tqdm=make)
+    counted = [int(text.split()[0]) for text in bars[0].drawn]
+    assert len(counted) >= 2, "drawn before the end"
+    assert counted == sorted(set(counted))
+    assert 0 < counted[0] < counted[-1] < 400
 
 
 def test_tqdm_is_the_default_bar(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,10 +38,10 @@ def test_phases_of_a_long_start_are_told_with_their_times() -> None:
     terminal = Terminal()
     with StartupNotice("tiny", terminal, delay_s=0.0) as notice:
         assert terminal.was_written.wait(60)
-        notice.phase_ended(StartupProgress(phase="load", seconds=3.21))
+        notice.phase_ended(StartupProgress(phase="load", seconds=3.21, compile_seconds=2.5))
         notice.phase_ended(StartupProgress(phase="warm_up", seconds=0.56))
     assert terminal.getvalue().splitlines()[1:3] == [
-        "sempre: loading the weights took 3.2 s",
+        "sempre: loading the weights took 3.2 s, of which compiling kernels 2.5 s",
         "sempre: preparing the kernels and checking them took 0.6 s",
     ]
 

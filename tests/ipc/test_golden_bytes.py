@@ -40,7 +40,7 @@ EXAMPLES: list[m.Message] = [
     m.ShutdownEngine(),
     m.Heartbeat(rank=0, steps_done=3),
     m.Refused(error=ERROR),
-    m.StartupProgress(phase="load", seconds=0.5),
+    m.StartupProgress(phase="load", seconds=0.5, compile_seconds=0.25),
     m.EngineReady(
         vocab_size=10,
         max_model_len=20,
@@ -125,7 +125,7 @@ GOLDEN = {
     "ShutdownEngine": "91ae53687574646f776e456e67696e65",
     "Heartbeat": "95a94865617274626561740003c0a0",
     "Refused": "92a75265667573656495a154a16d01a082a16101a162c0",
-    "StartupProgress": "93af5374617274757050726f6772657373a46c6f6164cb3fe0000000000000",
+    "StartupProgress": "94af5374617274757050726f6772657373a46c6f6164cb3fe0000000000000cb3fd0000000000000",
     "EngineReady": """
         9fab456e67696e6552656164790a14910203100181a161a16280910990cd0800cc809aa5656d626564a44c41535408c3
         c291049080c0a6636f73696e65cd1800

@@ -77,6 +77,7 @@ class ScriptedWorker:
             fingerprint={"model": "scripted"},
             max_num_batched_tokens=command.config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS,
             max_num_seqs=command.config.max_num_seqs or _DEFAULT_NUM_SEQS,
+            phase_seconds={"compile_kernels": 0.25},
         )
 
     def start_serving(self, command: StartServing) -> WorkerReady:

@@ -13,7 +13,7 @@ import sys
 from typing import Self
 
 from sempre.ipc.liveness import bound
-from sempre.kernels.jit import is_kept
+from sempre.kernels.jit import counted_as_compilation, is_kept
 from sempre.kernels.sampling.cpu import KERNELS
 from sempre.kernels.sampling.warm_up import PROGRAM
 
@@ -45,7 +45,8 @@ class SamplingCompilation:
 
     def finish(self) -> None:
         """Wait for it. What it failed to compile is compiled when it is first used."""
-        _, errors = self._popen.communicate()
+        with counted_as_compilation():
+            _, errors = self._popen.communicate()
         if code := self._popen.returncode:
             logger.warning(
                 "the sampler's kernels' compiler ended with %d, so they are compiled here: %s", code, errors[-_TAIL:]

@@ -37,6 +37,7 @@ def test_progress_is_reported_by_phase() -> None:
     with ProcessClient.launch(config, options=options, on_progress=phases.append) as client:
         assert [progress.phase for progress in phases] == ["start", "load", "warm_up"]
         assert all(progress.seconds >= 0 for progress in phases)
+        assert [progress.compile_seconds for progress in phases] == [0.0, 0.25, 0.0], "of the slowest worker"
         assert client.ready.world_size == len(client.ready.worker_pids) == 2
         assert {"start", "load", "warm_up"} <= set(client.ready.phase_seconds)
 
