@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from sempre.engine.arguments import SAME_VALUES, SHORT_SPECULATION, FrontendConfig, field_types
-from sempre.engine.cli.parser import UsageError
+from sempre.engine.cli.parser import Required, UsageError
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.setting_values import description, options, read_size
 from sempre.engine.structured_outputs import CONFIG_MEMBERS
@@ -29,20 +29,27 @@ _ALIASES = {
     "tensor_parallel_size": ("-tp",),
 }
 _NESTED = "structured_outputs_config"
+_MODEL = "name (tiny, smollm2-135m), folder, or hub id"
+_NO_MODEL = "; the model `tiny` is always available: --model tiny"
 # the engine has a flag of the name `stream_interval`
 _NOT_FLAGS = ("output_kind", "stream_interval")
 
 
 def add_model_flag(parser: argparse.ArgumentParser) -> None:
-    """Add `--model`; `model_of` reports its absence, after mistyped flags."""
-    parser.add_argument("--model", metavar="MODEL", help="name (tiny, smollm2-135m), folder, or hub id")
+    """Add `--model`, for a command that can do without; where it cannot, `model_of` reports its absence."""
+    parser.add_argument("--model", metavar="MODEL", help=_MODEL)
+
+
+def add_required_model_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--model`, for a command that always needs one."""
+    parser.add_argument("--model", action=Required, metavar="MODEL", help=_MODEL, missing=_NO_MODEL)
 
 
 def model_of(namespace: argparse.Namespace) -> str:
     """Return the model's name. Raises UsageError when none is given."""
     model: str | None = namespace.model
     if model is None:
-        raise UsageError("--model is missing; the model `tiny` is always available: --model tiny")
+        raise UsageError(f"--model is missing{_NO_MODEL}")
     return model
 
 

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from sempre.engine.cli.answers import PlainDisplay, engine_pieces, show_answer
 from sempre.engine.cli.arguments import (
     add_engine_flags,
-    add_model_flag,
+    add_required_model_flag,
     add_sampling_flags,
     engine_keywords,
-    model_of,
     sampling_keywords,
 )
 from sempre.engine.cli.parser import UsageError
@@ -37,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="a prompt; - reads one per line of standard input")
     parser.add_argument("--input", metavar="FILE", help="JSONL file: prompt, prompt_token_ids or messages, and fields")
     parser.add_argument("--json", action="store_true", help="one JSON object per completion, without any times")
-    add_model_flag(parser)
+    add_required_model_flag(parser)
     add_engine_flags(parser)
     add_sampling_flags(parser, defaults={"max_tokens": DEFAULT_MAX_TOKENS})
 
@@ -47,7 +46,6 @@ def run(namespace: argparse.Namespace) -> int:
 
     At a terminal, the completion of a single prompt is printed as it arrives.
     """
-    model = model_of(namespace)
     given = sampling_keywords(namespace)
     rows = _rows(namespace)
     # Find wrong values before loading a model.
@@ -57,7 +55,7 @@ def run(namespace: argparse.Namespace) -> int:
 
     from sempre.engine.llm import LLM
 
-    with LLM(model, **engine_keywords(namespace)) as llm:
+    with LLM(namespace.model, **engine_keywords(namespace)) as llm:
         base = _base_params(llm, given)
         params = [_with_row(base, row.sampling, row) for row in rows]
         if len(rows) == params[0].n == 1 and sys.stdout.isatty() and not namespace.json:

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 
 from sempre.engine.cli.exit_codes import (
     EXIT_CLOSED_OUTPUT,
@@ -60,6 +61,7 @@ COMMANDS = {
     "bisect": "find the first token, layer and operation in which two settings or checkpoints differ",
     "debug ranks": "print what each worker of a running server does, with stacks of those that lag",
     "compare": "compare two runs or servers, output by output and bit for bit",
+    "completion": "print a script that completes commands and flags in a shell",
     "collect-env": "print versions and facts of this machine",
 }
 
@@ -67,7 +69,12 @@ _EPILOG = f"""exit codes: {EXIT_OK} success, {EXIT_FAILURE} other failure, {EXIT
 {EXIT_MODEL} model, {EXIT_ENGINE} engine could not start or died, {EXIT_DIFFERENT} outputs differ,
 {EXIT_NOT_JUDGED} none differs but some could not be judged, {EXIT_INTERRUPTED} interrupted,
 {EXIT_CLOSED_OUTPUT} the reader closed the output (as with `| head`).
-`sempre COMMAND --help` describes a command."""
+`sempre COMMAND --help` describes a command, `sempre COMMAND --help=WORD` its flags with this word."""
+
+HELP_HINT = (
+    "--help=WORD shows the flags with this word in their name, or else in their description; --help=GROUP a group, "
+    "--help=listgroup the names of all, --help=page everything in a pager."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,16 +131,29 @@ def _run(arguments: list[str], debug: bool) -> int:
         near = near_name(command, COMMANDS)
         hint = f" Did you mean {near!r}?" if near else f" Commands: {', '.join(COMMANDS)}."
         raise UsageError(f"unknown command {command!r}.{hint}")
-    module = import_module(f"sempre.engine.cli.{command.replace('-', '_').replace(' ', '.')}")
+    module = command_module(command)
     description = COMMANDS[command]
     parser = CommandParser(prog=f"sempre {command}", description=f"{description[0].upper()}{description[1:]}.")
+    parser.epilog = HELP_HINT
     module.add_flags(parser)
     parser.add_argument("--debug", action="store_true", help="log everything, and show tracebacks of errors")
+    flags = rest[: rest.index("--")] if "--" in rest else rest
+    topic = next((word.removeprefix("--help=") for word in flags if word.startswith("--help=")), None)
+    if topic is not None:
+        from sempre.engine.cli.help import topic_help
+
+        print(topic_help(parser, topic), end="")
+        return EXIT_OK
     namespace = parser.parse(rest)
     _set_up_output(debug)
     _warn_of_variables()
     code: int = module.run(namespace)
     return code
+
+
+def command_module(command: str) -> ModuleType:
+    """Import what runs this command: its `add_flags` and `run`."""
+    return import_module(f"sempre.engine.cli.{command.replace('-', '_').replace(' ', '.')}")
 
 
 def _top_parser() -> CommandParser:

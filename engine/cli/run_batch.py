@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from sempre.engine.cli.arguments import add_engine_flags, add_model_flag, engine_keywords, model_of
-from sempre.engine.cli.parser import UsageError
+from sempre.engine.cli.parser import Required, UsageError
 from sempre.engine.cli.remote.connection import add_server_flags, base_url, certificate_check, headers_for
 
 if TYPE_CHECKING:
@@ -43,8 +43,12 @@ class Line(NamedTuple):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
-    parser.add_argument("-i", "--input-file", metavar="FILE", help="JSONL: custom_id, method, url, body")
-    parser.add_argument("-o", "--output-file", metavar="FILE", help="JSONL: custom_id, response, error")
+    parser.add_argument(
+        "-i", "--input-file", action=Required, metavar="FILE", help="JSONL: custom_id, method, url, body"
+    )
+    parser.add_argument(
+        "-o", "--output-file", action=Required, metavar="FILE", help="JSONL: custom_id, response, error"
+    )
     parser.add_argument(
         "--max-concurrency", type=int, default=256, metavar="N", help="maximum concurrent lines (default: 256)"
     )
@@ -55,9 +59,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """Answer a batch on the server at `--url`, or on its own server; exit code 1 if a line failed."""
-    for name in ("input_file", "output_file"):
-        if getattr(namespace, name) is None:
-            raise UsageError(f"--{name.replace('_', '-')} is missing")
     if namespace.max_concurrency < 1:
         raise UsageError(f"--max-concurrency must be at least 1, got {namespace.max_concurrency}.")
     settings = engine_keywords(namespace)

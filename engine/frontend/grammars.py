@@ -284,7 +284,8 @@ def _require_library(parameter: str) -> None:
         import llguidance  # noqa: F401
     except ImportError:
         raise RequestError(
-            f"{parameter} needs the llguidance package: pip install 'sempre[structured]'.", parameter=parameter
+            f"{parameter} needs the package llguidance, which is not installed: pip install llguidance",
+            parameter=parameter,
         ) from None
 
 

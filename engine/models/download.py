@@ -25,7 +25,6 @@ _PYPI = "https://pypi.org/simple"
 _ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.1"
 _TIMEOUT_S = 30.0
 _MOST_FAILURES = 5
-_CHUNK_BYTES = 1 << 18
 
 
 class PinnedWheel(NamedTuple):
@@ -135,7 +134,7 @@ def _append(client: httpx.Client, url: str, target: Path, wheel: PinnedWheel, ba
         resumes = response.headers.get("content-range", "").startswith(f"bytes {begin}-")
         bar.update((begin if resumes else 0) - bar.n)
         with open(target, "ab" if resumes else "wb") as file:
-            for chunk in response.iter_bytes(_CHUNK_BYTES):
+            for chunk in response.iter_bytes():
                 file.write(chunk)
                 bar.update(len(chunk))
                 if file.tell() > wheel.num_bytes:

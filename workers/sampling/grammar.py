@@ -273,7 +273,7 @@ class GrammarCompiler:
             from llguidance import LLTokenizer
         except ImportError as error:
             raise RowError(
-                OPERATION, "needs the llguidance package where the workers run: pip install 'sempre[structured]'"
+                OPERATION, "needs the package llguidance where the workers run: pip install llguidance"
             ) from error
         try:
             text = read_text(self._path, MAX_TOKENIZER_BYTES)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sempre.engine.cli.arguments import add_engine_flags, add_model_flag, engine_keywords, model_of
+from sempre.engine.cli.arguments import add_engine_flags, add_required_model_flag, engine_keywords
 from sempre.engine.cli.bench.tables import offline_table
 from sempre.engine.cli.parser import UsageError
 
@@ -37,7 +37,12 @@ FLAGS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("kind", choices=KINDS, help="what to measure")
-    add_model_flag(parser)
+    add_workload_flags(parser)
+
+
+def add_workload_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every kind."""
+    add_required_model_flag(parser)
     group = parser.add_argument_group("workload", "Prompts are random token ids; nothing is detokenized.")
     for name, flag in FLAGS.items():
         defaults = ", ".join(f"{kind} {value}" for kind, value in flag.defaults.items())
@@ -59,7 +64,7 @@ def run(namespace: argparse.Namespace) -> int:
         "throughput": offline.throughput,
         "startup": offline.startup,
     }
-    result = measures[namespace.kind](model_of(namespace), engine_keywords(namespace), **workload)
+    result = measures[namespace.kind](namespace.model, engine_keywords(namespace), **workload)
     print(offline_table(result))
     document = json.dumps(result)
     if namespace.output_json is not None:
