@@ -27,6 +27,7 @@ from sempre.engine.frontend.progress import StartupNotice, log_progress
 from sempre.engine.frontend.prompts import PromptType
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.session import REPLIES, Reply, check_refused
+from sempre.engine.frontend.tenants import of_tenant
 from sempre.engine.health import EngineHealth, answered_health, unhealthy
 from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream, StreamControl, check_prompt_logprobs
@@ -51,6 +52,7 @@ from sempre.ipc.messages import (
     OutputsReady,
     ResetPrefixCache,
     ResetPrefixCacheReply,
+    TenantSpec,
 )
 
 # Events handled before readers of outputs run: readers slower than the engine then get the tokens of several steps
@@ -169,9 +171,10 @@ class AsyncLLM(AsyncSleepLLM):
         max_held_logprobs: int | None = None,
         record: bool | None = None,
         lora_request: Requested = None,
+        tenant: TenantSpec | None = None,
     ) -> OutputStream:
         """Start all prompts or none, and return their outputs as one stream, with receipts if `record`. An adapter must
-        be loaded (`add_lora`).
+        be loaded (`add_lora`). Requests of a `tenant` wait for its turn among those of others.
 
         With `max_held_logprobs`, log-probabilities are given packed, as sequences that unpack what is read, and the
         stream fails if it holds more of them before the outputs are complete. Raises the errors of `LLM.generate`.
@@ -179,7 +182,7 @@ class AsyncLLM(AsyncSleepLLM):
         self._connected()
         params, adapters = self._or_default(sampling_params), self._loaded(lora_request)
         requests = self._frontend.builder.build_all(prompts, params, priority, record=record, adapters=adapters)
-        return self._follow(requests, max_held_logprobs)
+        return self._follow(of_tenant(requests, tenant), max_held_logprobs)
 
     async def beam_search(
         self,

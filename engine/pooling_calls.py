@@ -20,6 +20,7 @@ from sempre.engine.frontend.pooling import (
 from sempre.engine.frontend.progress import UseTqdm
 from sempre.engine.frontend.prompts import PromptType, TokensPrompt
 from sempre.engine.frontend.request_builder import PreparedRequest
+from sempre.engine.frontend.tenants import of_tenant
 from sempre.engine.output_stream import OutputStream
 from sempre.engine.outputs import RequestOutput, ScoringOutput
 from sempre.engine.pooling import (
@@ -33,6 +34,7 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.config import PoolingTask
 from sempre.ipc.errors import RequestError
+from sempre.ipc.messages import TenantSpec
 
 Prompts = PromptType | Sequence[PromptType]
 Texts = str | Sequence[str]
@@ -191,14 +193,17 @@ class AsyncPoolingLLM(PoolingEngine):
         *,
         priority: int = 0,
         request_id: str | None = None,
+        tenant: TenantSpec | None = None,
     ) -> OutputStream:
-        """Start all prompts or none, and return their outputs as one stream; only one prompt may have an id.
+        """Start all prompts or none, and return their outputs as one stream; only one prompt may have an id. Requests
+        of a `tenant` wait for its turn among those of others.
 
         Raises RequestError for a refused prompt or parameter, EngineDeadError when the engine died.
         """
         self._connected()
         params = pooling_params or PoolingParams()
-        return self._follow(self._frontend.builder.build_pooled(prompts, params, priority, request_id=request_id))
+        requests = self._frontend.builder.build_pooled(prompts, params, priority, request_id=request_id)
+        return self._follow(of_tenant(requests, tenant))
 
     @property
     def chat_template(self) -> str | None:

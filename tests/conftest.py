@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,18 @@ settings.load_profile("reproducible")
 
 # a suite started in the background ignores interrupts, and so would every process its tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_LINES = (Path(__file__).parent / "product_cases.txt").read_text(encoding="utf-8").splitlines()
+PRODUCT_CASES = tuple(line for line in _LINES if not line.startswith("#"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the listed cases before the marker expression selects."""
+    for item in items:
+        if item.nodeid.startswith(PRODUCT_CASES):
+            item.add_marker(pytest.mark.product)
 
 
 @pytest.fixture(autouse=True)

@@ -76,8 +76,9 @@ def run(namespace: argparse.Namespace) -> int:
         return 0
 
     from sempre.engine.async_llm import AsyncLLM
+    from sempre.engine.server.api_keys import api_keys
     from sempre.engine.server.logs import set_up_logging
-    from sempre.engine.server.run import api_keys, serve
+    from sempre.engine.server.run import serve
 
     keys = api_keys(server)
     set_up_logging(server.log_format, debug=namespace.debug, uvicorn_level=server.uvicorn_log_level)

@@ -2,7 +2,9 @@
 
 process.py         the process, `python -m sempre.engine.coordinator`: its sockets and its poll loop
 core.py            EngineCore: requests to replicas, steps to workers; the same with multiprocessing off
+fair_queue.py      requests that wait for their tenant's turn
 progress_watch.py  requests without progress
+client_events.py   events for clients
 startup.py         handshake with the workers, comparison of their random states
 recovery.py        restarts of dead workers
 replica.py         a scheduler and the ranks that execute its steps

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from sempre.engine.coordinator.client_events import in_use, notices_of, outputs_of, refused
 from sempre.engine.coordinator.draft_workers import DraftWorkers
+from sempre.engine.coordinator.fair_queue import FairQueue
 from sempre.engine.coordinator.kv_event_publisher import KVEventPublishers
 from sempre.engine.coordinator.metrics_report import Report, metrics_report
 from sempre.engine.coordinator.progress_watch import ProgressWatch
@@ -23,7 +25,6 @@ from sempre.engine.coordinator.weights_update import WeightsUpdate
 from sempre.engine.coordinator.worker_calls import WorkerCalls
 from sempre.engine.executor.base import Executor, draft_ranks
 from sempre.ipc.config import EngineConfig
-from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, ProtocolError, RanksDiffer, RequestError, WorkerDied
 from sempre.ipc.messages import (
     AbortRequests,
@@ -32,7 +33,6 @@ from sempre.ipc.messages import (
     CallWorkers,
     ClientCommand,
     ClientEvent,
-    EngineNotice,
     EngineReady,
     GetHealth,
     GetMetrics,
@@ -84,6 +84,7 @@ class EngineCore:
         self._owners: dict[str, Replica] = {}
         self._held: dict[str, RequestSpec] = {}
         """requests that wait for new weights, or for the engine to wake up"""
+        self._fair = FairQueue(uses_priority=config.scheduling_policy == "priority")
         self._calls = WorkerCalls(executor)
         self._weights = WeightsUpdate(executor, self._startup)
         self._sleep = SleepControl(executor, self._startup)
@@ -93,7 +94,8 @@ class EngineCore:
 
     def has_unfinished(self) -> bool:
         """Whether an output or a reply is still pending."""
-        computes = not self._sleep.holds_steps and any(replica.has_work for replica in self._replicas)
+        has_work = bool(self._fair) or any(replica.has_work for replica in self._replicas)
+        computes = has_work and not self._sleep.holds_steps
         return computes or self._calls.pending() or self._weights.is_pending or self._sleep.is_changing
 
     def close(self) -> None:
@@ -104,12 +106,15 @@ class EngineCore:
         """Send the next step to every replica with room for it; return events for the client. Raises WorkerDied."""
         now = time.monotonic()
         notices = [] if self._drafts is None else self._drafts.advance(now)
+        events = notices_of(notices)
+        if self.ready is not None and not self._weights.is_pending and not self._sleep.holds_steps:
+            events += outputs_of([*self._fair.begin(self._replicas, self.ready, self._begin)])
         has_requests = any(replica.num_unfinished or replica.has_work for replica in self._replicas)
         if self._weights.is_waiting and not has_requests:
             self._weights.start()
-        events = _notices(notices)
-        if self._sleep.is_waiting and not (has_requests if self._sleep.lets_finish else self._is_computing()):
-            events += self._release()
+        if self._sleep.is_waiting:
+            waits = self._fair or has_requests if self._sleep.lets_finish else self._is_computing()
+            events += [] if waits else self._release()
         if self._sleep.holds_steps:
             self.rest()
         elif not self._weights.is_running:
@@ -144,7 +149,7 @@ class EngineCore:
         except WorkerDied as error:
             if self._drafts is None or error.rank not in self._drafts.ranks or self.ready is None:
                 raise
-            return _notices(self._drafts.lose(error.rank, error))
+            return notices_of(self._drafts.lose(error.rank, error))
         if arrival is None:
             return None
         events = self.handle_event(*arrival)
@@ -156,10 +161,11 @@ class EngineCore:
         replica = self._replicas[error.rank // self._config.replica_size]
         failed = replica.lose_workers(error.cause)
         self._kv_events.flush()
+        self._fair.count(failed)
         for delta in failed:
             del self._owners[delta.request_id]
         self._startup.forget(replica.ranks)
-        events: list[ClientEvent] = [*self._calls.lose(replica.ranks, error), *_outputs([*failed])]
+        events: list[ClientEvent] = [*self._calls.lose(replica.ranks, error), *outputs_of([*failed])]
         events += self._updated(self._weights.lose(replica.ranks, error))
         self._sleep.lose(replica.ranks)
         num_explained = self._config.max_request_crashes if failed else 0
@@ -168,10 +174,11 @@ class EngineCore:
     def handle_event(self, rank: int, event: WorkerEvent) -> list[ClientEvent]:
         """Return events for the client from a worker's event. Raises errors that end the engine."""
         if self._drafts is not None and rank in self._drafts.ranks:
-            return [*_notices(self._drafts.handle(rank, event)), *self._end_start_up()]
+            return [*notices_of(self._drafts.handle(rank, event)), *self._end_start_up()]
         match event:
             case StepResult():
                 outputs = self._take(rank, event)
+                self._fair.count(outputs)
                 for output in outputs:
                     if output.finish_reason is not None:
                         del self._owners[output.request_id]
@@ -191,16 +198,18 @@ class EngineCore:
             raise MessageMalformed(f"{name}: expected no command before EngineReady, found {name}", field="tag")
         match command:
             case AddRequests(requests=requests):
-                return _outputs([self._add(spec) for spec in requests])
+                return outputs_of([self._add(spec) for spec in requests])
             case AbortRequests(request_ids=request_ids, finish_reason=reason):
-                return _outputs([self._abort(request_id, reason) for request_id in request_ids])
+                return outputs_of([self._abort(request_id, reason) for request_id in request_ids])
             case PauseRequests(request_ids=request_ids):
                 for request_id in request_ids:
+                    self._fair.pause(request_id)
                     if request_id in self._owners:
                         self._owners[request_id].pause_request(request_id)
                 return []
             case ResumeRequests(request_ids=request_ids):
                 for request_id in request_ids:
+                    self._fair.resume(request_id)
                     if request_id in self._owners:
                         self._owners[request_id].resume_request(request_id)
                 return []
@@ -235,7 +244,10 @@ class EngineCore:
     def _metrics(self) -> Report:
         speculative = self._config.speculative_config
         longest = 0 if speculative is None else speculative.num_speculative_tokens
-        return metrics_report([replica.stats() for replica in self._replicas], speculation=longest)
+        first, *others = (replica.stats() for replica in self._replicas)
+        # no replica has them yet
+        first = replace(first, num_waiting=first.num_waiting + len(self._fair))
+        return metrics_report([first, *others], speculation=longest)
 
     def _take(self, rank: int, result: StepResult) -> list[RequestOutputDelta]:
         try:
@@ -309,7 +321,7 @@ class EngineCore:
     def _add_held(self) -> list[ClientEvent]:
         """Add what has waited, unless there is something else to wait for."""
         held, self._held = self._held, {}
-        return _outputs([self._add(spec) for spec in held.values()])
+        return outputs_of([self._add(spec) for spec in held.values()])
 
     def _change_sleep(self, command: SleepEngine | WakeEngine) -> list[ClientEvent]:
         """Begin to fall asleep or to wake up."""
@@ -318,7 +330,7 @@ class EngineCore:
             return [refusal]
         aborted: list[ClientEvent] = []
         if isinstance(command, SleepEngine) and command.mode == "abort":
-            aborted = _outputs([self._abort(name, "abort") for name in [*self._owners, *self._held]])
+            aborted = outputs_of([self._abort(name, "abort") for name in [*self._owners, *self._held, *self._fair]])
         return [*aborted, *self._changed(self._sleep.accept(command))]
 
     def _release(self) -> list[ClientEvent]:
@@ -338,54 +350,43 @@ class EngineCore:
         if self._sleep.is_pending:
             return [reply]
         notices = [] if self._drafts is None else self._drafts.wake_up()
-        return [*_notices(notices), reply, *self._add_held()]
+        return [*notices_of(notices), reply, *self._add_held()]
 
     def _is_computing(self) -> bool:
         return any(replica.is_computing for replica in self._replicas)
 
     def _add(self, spec: RequestSpec) -> RequestOutputDelta | None:
-        """Queue a request with the best replica for it; or return why not."""
+        """Queue a request, with the best replica for it or to wait for its tenant's turn; or return why not."""
         if self._weights.is_pending or self._sleep.is_pending:
             # it begins with the new weights, or once the engine is awake
             self._held[spec.request_id] = spec
             return None
-        replica = best_replica(self._replicas, spec)
+        if any(spec.request_id in known for known in (self._owners, self._held, self._fair)):
+            return refused(spec, in_use(spec))
+        if spec.tenant is not None:
+            self._fair.add(spec)
+            return None
+        return self._begin(spec, best_replica(self._replicas, spec))
+
+    def _begin(self, spec: RequestSpec, replica: Replica) -> RequestOutputDelta | None:
+        """Queue a request with a replica; or return why not."""
         try:
-            self._refuse_known(spec)
             replica.add(spec)
         except RequestError as error:
-            return RequestOutputDelta(request_id=spec.request_id, finish_reason="error", error=describe(error))
+            return refused(spec, error)
         self._owners[spec.request_id] = replica
         return None
 
-    def _refuse_known(self, spec: RequestSpec) -> None:
-        if spec.request_id in self._owners or spec.request_id in self._held:
-            raise RequestError(
-                f"request id {spec.request_id!r} is in use by an unfinished request",
-                parameter="request_id",
-                value=spec.request_id,
-                request_id=spec.request_id,
-            )
-
     def _abort(self, request_id: str, finish_reason: str) -> RequestOutputDelta | None:
-        if self._held.pop(request_id, None) is not None:
+        if self._held.pop(request_id, None) is not None or self._fair.remove(request_id):
             return RequestOutputDelta(request_id=request_id, finish_reason=finish_reason)
         replica = self._owners.pop(request_id, None)
         return None if replica is None else replica.abort(request_id, finish_reason)
 
     def _reset_prefix_cache(self) -> bool:
         """Reset all replicas or none."""
-        if any(replica.num_unfinished for replica in self._replicas):
+        if self._fair or any(replica.num_unfinished for replica in self._replicas):
             return False
         done = all(replica.reset_prefix_cache() for replica in self._replicas)
         self._kv_events.flush()
         return done
-
-
-def _outputs(deltas: list[RequestOutputDelta | None]) -> list[ClientEvent]:
-    outputs = [delta for delta in deltas if delta is not None]
-    return [OutputsReady(outputs=outputs)] if outputs else []
-
-
-def _notices(texts: list[str]) -> list[ClientEvent]:
-    return [EngineNotice(message=text) for text in texts]

@@ -18,10 +18,11 @@ from sempre.engine.server.agents.messages import count_tokens, create_message
 from sempre.engine.server.agents.responses import create_response
 from sempre.engine.server.body import read_plain
 from sempre.engine.server.chat import create_chat_completion
+from sempre.engine.server.clients import KeyRing
 from sempre.engine.server.completions import create_completion
 from sempre.engine.server.errors import APIError, BadRequest, api_error
 from sempre.engine.server.load import load, metrics
-from sempre.engine.server.middleware import KeyRing, RequestGate, wrapped
+from sempre.engine.server.middleware import RequestGate, wrapped
 from sempre.engine.server.parameters import check_model
 from sempre.engine.server.playground import PLAYGROUND_ROUTES
 from sempre.engine.server.pooling import classify, create_embeddings, create_pooling, create_scores, rerank

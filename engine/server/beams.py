@@ -15,6 +15,7 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.errors import BadRequest
 from sempre.engine.server.requests import GenerationRequest
 from sempre.ipc.error_info import again
+from sempre.ipc.messages import TenantSpec
 
 # sampling parameters that a search has a use for, or that choose nothing
 _ALLOWED = frozenset({
@@ -56,12 +57,14 @@ class BeamStream:
         search: BeamSearchParams,
         given: SamplingParams,
         priority: int,
+        tenant: TenantSpec | None = None,
     ) -> None:
         """Raises RequestError for a refused prompt, EngineDeadError."""
         self._engine = engine
         self._search = engine.beam_searches(prompts, search, given)
         self._given = given
         self._priority = priority
+        self._tenant = tenant
         self._round: OutputStream | None = None
         self._failure: BaseException | None = None
         self._is_told = False
@@ -100,5 +103,5 @@ class BeamStream:
     def _start(self, prompts: Sequence[TokensPrompt], params: SamplingParams) -> OutputStream:
         if self._failure is not None:
             raise again(self._failure)
-        self._round = self._engine.stream(prompts, params, priority=self._priority, record=False)
+        self._round = self._engine.stream(prompts, params, priority=self._priority, record=False, tenant=self._tenant)
         return self._round

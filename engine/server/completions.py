@@ -45,7 +45,9 @@ async def create_completion(service: Service, http: Request) -> Response:
     with blame_on(request):
         await check_form(params, service, http)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
-        stream = service.open(prompts, params, request.priority, search, gives_receipts, request.model)
+        stream = service.open(
+            http.state.client, prompts, params, request.priority, search, gives_receipts, request.model
+        )
         generation = Generation(service, stream, span, gives_receipts=gives_receipts)
     http.state.generation = generation
     with ExitStack() as stack:

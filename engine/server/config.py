@@ -58,7 +58,13 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = False
     enable_sleep_mode: Annotated[bool, doc("clients may pause the engine, or put it to sleep, for all")] = False
     api_key: Annotated[list[str], doc("keys that clients may use; none: no key is needed")] = []
-    api_key_file: Annotated[str | None, doc("file with one key per line")] = None
+    api_key_file: Annotated[str | None, doc("file with one key per line, and settings of the key after it")] = None
+    max_sequences_per_key: Annotated[_Number, doc("maximum sequences of one key at a time; 0: no such limit")] = 0
+    requests_per_minute: Annotated[_Number, doc("maximum requests of one key per minute; 0: no such limit")] = 0
+    tokens_per_minute: Annotated[
+        _Number, doc("maximum tokens of prompts and outputs of one key per minute; 0: no such limit")
+    ] = 0
+    share_prefix_cache: Annotated[bool, doc("requests of different keys may share the prefix cache")] = False
     ssl_keyfile: Annotated[str | None, doc("private key, PEM; with ssl_certfile turns TLS on")] = None
     ssl_certfile: Annotated[str | None, doc("certificate chain, PEM")] = None
     ssl_ca_certs: Annotated[str | None, doc("certificate authorities of clients, PEM; clients must show one")] = None

@@ -57,7 +57,9 @@ async def open_conversation(
         await check_form(params, service, http)
     response_id = id_prefix + id_of(request, http)
     with RequestSpan.begin(http, service, params) as span, blame_on(request):
-        stream = service.open([prompt], params, request.priority, search, gives_receipts, request.model)
+        stream = service.open(
+            http.state.client, [prompt], params, request.priority, search, gives_receipts, request.model
+        )
         generation = Generation(service, stream, span, gives_receipts=gives_receipts)
     http.state.generation = generation
     try:

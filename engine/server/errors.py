@@ -24,6 +24,7 @@ _TYPES = {
     408: "RequestTimeoutError",
     413: "RequestTooLargeError",
     415: "UnsupportedMediaTypeError",
+    429: "RateLimitError",
     431: "RequestTooLargeError",
     500: "InternalServerError",
     501: "NotImplementedError",
@@ -35,6 +36,7 @@ _TYPES_OF_MESSAGES = {
     403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
+    429: "rate_limit_error",
     503: "overloaded_error",
 }
 _LONGEST = 1000
@@ -104,6 +106,13 @@ class Busy(APIError):
 
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(503, message, headers={"Retry-After": str(retry_after_s)})
+
+
+class RateLimited(APIError):
+    """The client has used what its key allows for now; it may try again after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(429, message, headers={"Retry-After": str(max(1, retry_after_s))})
 
 
 class ClientGone(APIError):

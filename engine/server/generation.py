@@ -61,6 +61,8 @@ class Generation:
         self.requests = stream.requests
         self.num_cached = [0] * len(self.requests)
         self.num_tokens = 0
+        self._client = service.client_of(stream)
+        self._client.charge(sum(len(request.prompt_token_ids) for request in self.requests))
         self._times: RequestMetrics | None = None
         self._places = {request.request_id: place for place, request in enumerate(self.requests)}
         self._service = service
@@ -83,8 +85,12 @@ class Generation:
             self._times = output.metrics
             if output.num_cached_tokens:
                 self.num_cached[self.place(output)] = output.num_cached_tokens
-        self.num_tokens += self._record.take(outputs)
+        self._count(self._record.take(outputs))
         return outputs
+
+    def _count(self, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
+        self._client.charge(num_tokens)
 
     def place(self, output: RequestOutput) -> int:
         """Return the index of an output's prompt."""
@@ -120,7 +126,7 @@ class Generation:
             if (texts := stream.take_texts(state)) is not None:
                 place = self._places[state.request_id]
                 for new in texts:
-                    self.num_tokens += self._record.arrived(state.request_id, new.index, new.num_tokens, state.metrics)
+                    self._count(self._record.arrived(state.request_id, new.index, new.num_tokens, state.metrics))
                     events.append(encoder.text(place, new))
             elif (output := stream.take(state)) is not None:
                 events.append(await self.written(self._noted([output]), encoder.output))

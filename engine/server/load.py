@@ -47,7 +47,9 @@ async def metrics(service: Service, _request: Request) -> Response:
     engine = await engine_metrics(service)
     rejected = service.admission.num_rejected
     prefix = service.config.metrics_prefix
-    text = service.metrics.exposition(engine, _cache_configs(service), num_rejected=rejected, prefix=prefix)
+    text = service.metrics.exposition(
+        engine, _cache_configs(service), clients=service.keys.clients, num_rejected=rejected, prefix=prefix
+    )
     return Response(text, media_type=CONTENT_TYPE)
 
 

@@ -21,6 +21,7 @@ from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.metrics import COUNT_BOUNDS, PREFIX, TOKEN_BOUNDS, Counter, Gauge, Metric, Observations
 from sempre.engine.metrics import Histogram as EngineHistogram
 from sempre.engine.outputs import RequestMetrics, RequestOutput
+from sempre.engine.server.clients import Client
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -78,9 +79,16 @@ class ServerMetrics:
         return RequestRecord(self)
 
     def exposition(
-        self, engine: Iterable[Metric], caches: Sequence[Mapping[str, object]], *, num_rejected: int, prefix: str
+        self,
+        engine: Iterable[Metric],
+        caches: Sequence[Mapping[str, object]],
+        *,
+        clients: Sequence[Client] = (),
+        num_rejected: int,
+        prefix: str,
     ) -> bytes:
         """Return everything in Prometheus's text format. `caches`: the layout of each replica's KV cache, once known.
+        `clients`: those of API keys.
 
         The engine names its model by folder or hub id; here it has the name that clients use.
         """
@@ -96,7 +104,8 @@ class ServerMetrics:
             if metric.name not in own  # counted here for each HTTP request, also where a search makes many of it
         ]
         registry = CollectorRegistry()
-        registry.register(_Families([*self._families(num_rejected), info, *_engine_families(renamed)], prefix + ":"))
+        own_families = [*self._families(num_rejected), *self._of_clients(clients), info]
+        registry.register(_Families([*own_families, *_engine_families(renamed)], prefix + ":"))
         return generate_latest(registry)
 
     def _families(self, num_rejected: int) -> Iterator[Family]:
@@ -110,6 +119,21 @@ class ServerMetrics:
         )
         rejected.add_metric(list(labels.values()), num_rejected)
         yield rejected
+
+    def _of_clients(self, clients: Sequence[Client]) -> Iterator[Family]:
+        """What each API key has used, by its name."""
+        if not clients:
+            return
+        labels = ["model_name", "api_key"]
+        tokens = CounterMetricFamily(PREFIX + "api_key_tokens", "Tokens of prompts and outputs.", labels=labels)
+        refused = CounterMetricFamily(PREFIX + "api_key_refusals", "Requests refused with 429.", labels=labels)
+        sequences = GaugeMetricFamily(PREFIX + "api_key_sequences", "Sequences waiting or running.", labels=labels)
+        for client in clients:
+            own = [self._model_name, client.name or ""]
+            tokens.add_metric(own, client.num_tokens)
+            refused.add_metric(own, client.num_refused)
+            sequences.add_metric(own, client.num_sequences)
+        yield from (tokens, refused, sequences)
 
 
 @dataclass(slots=True)

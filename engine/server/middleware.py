@@ -6,8 +6,6 @@ The user's own middleware (`--middleware`) wraps it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import inspect
 import logging
 import re
@@ -20,6 +18,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sempre.engine.server.browsers import PageGuard
+from sempre.engine.server.clients import Client, KeyRing
 from sempre.engine.server.config import ServerConfig, load_middleware
 from sempre.engine.server.errors import APIError
 from sempre.engine.server.logs import REQUEST_ID
@@ -33,21 +32,6 @@ _SHOWN = 100
 OPEN_PREFIXES = ("/playground/",)
 # POST without a body, so without its type; the check of pages has refused those of other sites
 BODILESS_PATHS = frozenset({"/sleep", "/wake_up", "/pause", "/resume"})
-
-
-class KeyRing:
-    """The accepted keys. Only digests are kept; all of them are compared, each in constant time."""
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
-
-    def __bool__(self) -> bool:
-        return bool(self._digests)
-
-    def __contains__(self, key: str) -> bool:
-        found = _digest(key)
-        matches = [hmac.compare_digest(found, digest) for digest in self._digests]
-        return any(matches)
 
 
 class Turnstile:
@@ -64,7 +48,8 @@ class Turnstile:
 
 
 class RequestGate:
-    """ASGI middleware: uses or creates X-Request-Id, refuses unauthorised requests, writes the access log."""
+    """ASGI middleware: uses or creates X-Request-Id, finds the client, refuses unauthorised requests and those beyond
+    its rates, writes the access log."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, config: ServerConfig) -> None:
         self._app = app
@@ -81,7 +66,7 @@ class RequestGate:
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
         state = scope.setdefault("state", {})
-        state["request_id"], state["server_send"] = request_id, send
+        state["request_id"], state["server_send"], state["client"] = request_id, send, self._keys.anybody
         REQUEST_ID.set(request_id)
         status = 0
         began = time.monotonic()
@@ -91,6 +76,7 @@ class RequestGate:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"].append((b"x-request-id", request_id.encode()))
+                message["headers"] += state["client"].headers()
                 if "release_body" in state:
                     state["release_body"]()
             await send(message)
@@ -113,19 +99,27 @@ class RequestGate:
         path, method = scope["path"], scope["method"]
         if path in OPEN_PATHS or path.startswith(OPEN_PREFIXES) or method == "OPTIONS":
             return None
+        client = self._keys.anybody
         if self._keys:
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            is_known = scheme.lower() == "bearer" and key.strip() in self._keys
-            # the header of Anthropic's clients
-            if not is_known and headers.get("x-api-key", "") not in self._keys:
+            found = self._client(headers)
+            if found is None:
                 return _unauthorized(headers)
+            scope["state"]["client"] = client = found
         else:
             refusal = self._pages.check(headers)
             if refusal is not None:
                 return refusal
-        if method == "POST" and path not in BODILESS_PATHS:
-            return _type_refusal(headers)
+        if method == "POST":
+            refusal = None if path in BODILESS_PATHS else _type_refusal(headers)
+            return refusal or _rate_refusal(client)
         return None
+
+    def _client(self, headers: Headers) -> Client | None:
+        """Return the client whose key the request has."""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        found = self._keys.find(key.strip()) if scheme.lower() == "bearer" else None
+        # the header of Anthropic's clients
+        return found or self._keys.find(headers.get("x-api-key", ""))
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         facts: dict[str, object] = {"status": status, "duration_s": round(seconds, 6)}
@@ -136,10 +130,6 @@ class RequestGate:
             facts["output_tokens"] = generation.num_tokens
             facts["seed"] = requests[0].seeds[0]
         logger.info("%s %s", scope["method"], scope["path"], extra={"facts": facts})
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _request_id(given: str | None) -> str:
@@ -154,6 +144,14 @@ def _type_refusal(headers: Headers) -> APIError | None:
         return None
     found = "none" if kind is None else repr(kind[:_SHOWN])
     return APIError(415, f"A request with a body needs the header `Content-Type: application/json`; found {found}.")
+
+
+def _rate_refusal(client: Client) -> APIError | None:
+    try:
+        client.enter()
+    except APIError as error:
+        return error
+    return None
 
 
 def _unauthorized(headers: Headers) -> APIError:

@@ -51,6 +51,7 @@ _ERRORS = {
     404: "no such model",
     413: "the body is too large",
     415: "the body is not JSON",
+    429: "the API key has used what it may for now; retry after Retry-After",
     500: "the engine failed",
     503: "starting, busy or shutting down; retry after Retry-After",
 }

@@ -169,7 +169,8 @@ async def _pooled(
         prompt_name="",  # texts have it already
     )
     with RequestSpan.begin(http, service, NOT_SAMPLED) as span:
-        generation = Generation(service, service.open_pooled(prompts, params, request.priority), span)
+        stream = service.open_pooled(http.state.client, prompts, params, request.priority)
+        generation = Generation(service, stream, span)
     http.state.generation = generation
     with generation:
         generation.watch(http.receive)

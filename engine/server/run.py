@@ -29,11 +29,12 @@ import uvicorn
 
 from sempre.engine.async_llm import AsyncLLM
 from sempre.engine.server.activity import log_activity
+from sempre.engine.server.api_keys import api_keys
 from sempre.engine.server.app import create_app
+from sempre.engine.server.clients import KeyRing
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.connections import ConnectionGuard
 from sempre.engine.server.errors import Busy
-from sempre.engine.server.middleware import KeyRing
 from sempre.engine.server.protocol import BoundedProtocol
 from sempre.engine.server.service import Service
 from sempre.ipc.errors import ConfigError, SempreError
@@ -68,7 +69,8 @@ class Server:
         self._config = config
         self._address = address
         self._engine = engine
-        self._service = Service(engine, config)
+        keys = KeyRing(api_keys(config), shares_prefix_cache=config.share_prefix_cache)
+        self._service = Service(engine, config, keys)
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
 
@@ -194,7 +196,7 @@ class Server:
     def _uvicorn_config(self) -> uvicorn.Config:
         config = self._config
         return uvicorn.Config(
-            create_app(self._service, KeyRing(api_keys(config))),
+            create_app(self._service, self._service.keys),
             # called like the class
             http=partial(BoundedProtocol, ConnectionGuard(config)),  # type: ignore[arg-type]
             ws="none",
@@ -310,23 +312,6 @@ def check_tls(config: ServerConfig) -> None:
         raise ConfigError(
             f"ssl_ca_certs {config.ssl_ca_certs} holds no certificates in PEM: {error}.", parameter="ssl_ca_certs"
         ) from error
-
-
-def api_keys(config: ServerConfig) -> list[str]:
-    """Return the keys of the configuration and of its file. Raises ConfigError for a file without keys."""
-    keys = list(config.api_key)
-    if config.api_key_file is not None:
-        try:
-            lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise ConfigError(
-                f"api_key_file {config.api_key_file} cannot be read: {error.strerror}.", parameter="api_key_file"
-            ) from error
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise ConfigError(f"api_key_file {config.api_key_file} holds no key.", parameter="api_key_file")
-        keys += found
-    return keys
 
 
 def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from sempre.engine.async_llm import AsyncLLM
 from sempre.engine.frontend.beam_search import BeamSearchParams
@@ -16,6 +17,7 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.adapters import ServedAdapters, lora_modules
 from sempre.engine.server.admission import Admission
 from sempre.engine.server.beams import BeamStream
+from sempre.engine.server.clients import Client, KeyRing
 from sempre.engine.server.config import ServerConfig, with_model_defaults
 from sempre.engine.server.errors import BadRequest, Busy
 from sempre.engine.server.limits import MAX_VALUES, check_copies
@@ -30,11 +32,21 @@ _STARTING_RETRY_S = 5
 _SLACK = 4
 
 
+class _Admitted(NamedTuple):
+    """A running HTTP request."""
+
+    stream: OutputStream | BeamStream
+    client: Client
+    num_sequences: int
+    """as how many it counts"""
+
+
 class Service:
     """The engine that the endpoints use. Created before the engine is ready: until then requests get 503."""
 
-    def __init__(self, engine: AsyncLLM, config: ServerConfig) -> None:
+    def __init__(self, engine: AsyncLLM, config: ServerConfig, keys: KeyRing) -> None:
         self.engine = engine
+        self.keys = keys
         template = engine.chat_template if config.tool_call_parser == "auto" else None
         self.config = with_model_defaults(config, Path(engine.config.model_path), template or "")
         self.created = int(time.time())
@@ -47,9 +59,7 @@ class Service:
         self.metrics = ServerMetrics(self.model_names[0])
         self.offload = Offload()
         self.token_names = TokenNames(engine.get_tokenizer())
-        self._streams: dict[int, OutputStream | BeamStream] = {}
-        self._pooled: dict[int, int] = {}
-        """as how many sequences a stream of pooled prompts counts"""
+        self._streams: dict[int, _Admitted] = {}
 
     @property
     def served_names(self) -> list[str]:
@@ -102,6 +112,7 @@ class Service:
 
     def open(
         self,
+        client: Client,
         prompts: Sequence[PromptType],
         params: SamplingParams | list[SamplingParams],
         priority: int,
@@ -109,7 +120,7 @@ class Service:
         record: bool = False,
         model: str | None = None,
     ) -> OutputStream | BeamStream:
-        """Admit prompts and start them; `close` must follow. Raises APIError, RequestError, EngineDeadError.
+        """Admit a client's prompts and start them; `close` must follow. Raises APIError, RequestError, EngineDeadError.
 
         With `search`, `params` are those of its response. `record`: make receipts even if the engine does not.
         `model`: the name of an adapter, or of the model itself.
@@ -122,53 +133,73 @@ class Service:
         num_sequences = sum(prompt_params.n if search is None else search.beam_width for prompt_params in each)
         for prompt_params in each:
             check_copies(prompt_params, num_sequences)
-        self.admission.admit(num_sequences)
-        most = self.config.max_held_logprobs
+        self._admit(client, num_sequences)
+        most, salted = self.config.max_held_logprobs, client.salted(prompts)
         try:
             stream: OutputStream | BeamStream
             if search is None:
                 stream = self.engine.stream(
-                    list(prompts),
+                    salted,
                     params,
                     priority=priority,
                     max_held_logprobs=most,
                     record=record or None,
                     lora_request=adapter,
+                    tenant=client.tenant,
                 )
             else:
-                stream = BeamStream(self.engine, list(prompts), search, each[0], priority)
+                stream = BeamStream(self.engine, salted, search, each[0], priority, client.tenant)
         except BaseException:
-            self.admission.release(num_sequences)
+            self._release(client, num_sequences)
             raise
-        self._streams[id(stream)] = stream
+        self._streams[id(stream)] = _Admitted(stream, client, num_sequences)
         return stream
 
-    def open_pooled(self, prompts: Sequence[PromptType], params: PoolingParams, priority: int) -> OutputStream:
+    def open_pooled(
+        self, client: Client, prompts: Sequence[PromptType], params: PoolingParams, priority: int
+    ) -> OutputStream:
         """The same for prompts that are pooled.
 
         They are short work and are sent to the engine in parts, so a call counts as at most one step's sequences.
         """
         self.check_ready()
         count = min(len(prompts), max(1, self.admission.max_running))
-        self.admission.admit(count)
+        self._admit(client, count)
         try:
-            stream = self.engine.pool(list(prompts), params, priority=priority)
+            stream = self.engine.pool(client.salted(prompts), params, priority=priority, tenant=client.tenant)
         except BaseException:
-            self.admission.release(count)
+            self._release(client, count)
             raise
-        self._streams[id(stream)] = stream
-        self._pooled[id(stream)] = count
+        self._streams[id(stream)] = _Admitted(stream, client, count)
         return stream
+
+    def client_of(self, stream: OutputStream | BeamStream) -> Client:
+        """Return the client of an open stream."""
+        return self._streams[id(stream)].client
+
+    def _admit(self, client: Client, num_sequences: int) -> None:
+        admission = self.admission
+        client.admit(num_sequences, admission.capacity, admission.retry_after_s(num_sequences))
+        try:
+            admission.admit(num_sequences)
+        except BaseException:
+            client.release(num_sequences)
+            raise
+
+    def _release(self, client: Client, num_sequences: int) -> None:
+        self.admission.release(num_sequences)
+        client.release(num_sequences)
 
     def close(self, stream: OutputStream | BeamStream) -> None:
         """Abort the unfinished requests of a stream, and release its admission."""
-        if self._streams.pop(id(stream), None) is not None:
-            self.admission.release(self._pooled.pop(id(stream), stream.num_sequences))
+        admitted = self._streams.pop(id(stream), None)
+        if admitted is not None:
+            self._release(admitted.client, admitted.num_sequences)
             # A dead engine needs no abort.
             with suppress(Exception):
                 stream.close()
 
     def abort_all(self, error: Exception) -> None:
         """End every running request with `error`."""
-        for stream in list(self._streams.values()):
-            stream.abort(error)
+        for admitted in list(self._streams.values()):
+            admitted.stream.abort(error)

@@ -36,6 +36,7 @@ from sempre.ipc.messages.client import (
     SleepTag,
     StalledRequests,
     StartupProgress,
+    TenantSpec,
     UpdateWeights,
     UpdateWeightsReply,
     WakeEngine,

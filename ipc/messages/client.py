@@ -36,6 +36,13 @@ class ClientHello(Message, frozen=True, kw_only=True):
     pid: int
 
 
+class TenantSpec(Data, frozen=True, kw_only=True):
+    """Who shares the engine with others, in proportion to the weights."""
+
+    name: str
+    weight: Positive = 1
+
+
 class RequestSpec(Data, frozen=True, kw_only=True):
     """One sequence to generate. `seed` is the one in use; `priority` lower is sooner; `ordinal` breaks every tie."""
 
@@ -54,6 +61,8 @@ class RequestSpec(Data, frozen=True, kw_only=True):
     """for a pooling model: nothing is sampled"""
     adapter: AdapterSpec | None = None
     """None: the model itself"""
+    tenant: TenantSpec | None = None
+    """it waits for the tenant's turn; None: it waits for no turn"""
 
 
 class AddRequests(Message, frozen=True, kw_only=True):

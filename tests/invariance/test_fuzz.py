@@ -21,7 +21,7 @@ SECONDS = float(os.environ.get("SEMPRE_FUZZ_SECONDS", "0"))
 NUM_TRIES = 500 if SECONDS else 50
 FOLDER = Path(__file__).parent / "lives"
 # how many lives of each kind are drawn
-NUM_LIVES = {"plain": 8, "drafts": 6, "adapters": 5, "formats": 5, "processes": 3}
+NUM_LIVES = {"plain": 5, "drafts": 6, "adapters": 5, "formats": 2, "processes": 3}
 # failing lives are shrunk by `shrunk`, which stops after a number of tries
 DRAWN = settings(
     deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)

@@ -18,7 +18,13 @@ ERROR = m.ErrorInfo(type="T", message="m", rank=1, facts={"a": 1, "b": None})
 PARAMS = m.SamplingSpec(max_tokens=4, logit_bias={7: 0.5}, bad_words_token_ids=[[1, 2]])
 ADAPTER = m.AdapterSpec(name="a", path="/a", digest="0f")
 SPEC = m.RequestSpec(
-    request_id="r", prompt_token_ids=[1, 300], params=PARAMS, seed=2**64 - 1, ordinal=0, adapter=ADAPTER
+    request_id="r",
+    prompt_token_ids=[1, 300],
+    params=PARAMS,
+    seed=2**64 - 1,
+    ordinal=0,
+    adapter=ADAPTER,
+    tenant=m.TenantSpec(name="t", weight=2),
 )
 DELTA = m.RequestOutputDelta(request_id="r", token_ids=[5], logprobs=ROWS, finish_reason="stop", stop_reason=5)
 
@@ -106,9 +112,9 @@ EXAMPLES: list[m.Message] = [
 GOLDEN = {
     "ClientHello": "93ab436c69656e7448656c6c6f0102",
     "AddRequests": """
-        92ab4164645265717565737473919ba1729201cd012cdc00130400cb3ff0000000000000cb3ff000000000000000cb00
+        92ab4164645265717565737473919ca1729201cd012cdc00130400cb3ff0000000000000cb3ff000000000000000cb00
         00000000000000cb0000000000000000cb0000000000000000cb3ff00000000000008107cb3fe0000000000000c09192
-        01029090c0c0c0c090cfffffffffffffffff0000c09000c093a161a22f61a23066
+        01029090c0c0c0c090cfffffffffffffffff0000c09000c093a161a22f61a2306692a17402
     """,
     "AbortRequests": "93ad41626f7274526571756573747391a172a561626f7274",
     "PauseRequests": "92ad5061757365526571756573747391a172",

@@ -80,7 +80,7 @@ def test_the_description_is_kept(server: ServerProcess) -> None:
         seen.add(operation.path)
 
         # a failing case is shown as it was found: making it smaller takes minutes
-        @settings(FUZZ, max_examples=25, phases=[Phase.generate])
+        @settings(FUZZ, max_examples=10, phases=[Phase.generate])
         @given(case=operation.as_strategy())
         def check(case: Any) -> None:
             for name in ("max_tokens", "max_output_tokens"):

@@ -53,7 +53,7 @@ def wait_for_load(server: ServerProcess, num_sequences: int) -> None:
 def test_drain_finishes_what_runs(tmp_path: Path) -> None:
     """SIGTERM: the running request ends well, a new one gets 503 with Retry-After, the exit code is 0."""
     # it runs for seconds, however late this process is with its requests
-    fields = {**LONG, "max_tokens": 1200}
+    fields = {**LONG, "max_tokens": 700}
     with ServerProcess(tmp_path / "log", *FLAGS) as server:
         expected = server.complete(**fields).json()["choices"]
         running = Background(server, **fields)
@@ -143,7 +143,7 @@ def test_keys_tls_body_limit_names_and_unknown_fields(tmp_path: Path) -> None:
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *files, *subject]
     subprocess.run(command, check=True, capture_output=True)
     keys = tmp_path / "keys"
-    keys.write_text("from-the-file\n\n")
+    keys.write_text("from-the-file name=file max_sequences=2 requests_per_minute=40\n\n")
     flags = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate), "--max-body-bytes", "2000"]
     flags += ["--served-model-name", "a", "--served-model-name", "b", "--ignore-unknown-fields"]
     flags += [
@@ -162,7 +162,8 @@ def test_keys_tls_body_limit_names_and_unknown_fields(tmp_path: Path) -> None:
         tmp_path / "log", *FLAGS, *flags, scheme="https", verify=context, environment=environment
     ) as server:
         check_keys(server, context)
-        server.http.headers["Authorization"] = "Bearer from-the-file"
+        check_clients(server)
+        server.http.headers["Authorization"] = "Bearer from-the-environment"
         assert "from-the" not in server.log.replace(str(keys), "") + server.http.get("/server_info").text
         done = server.complete(prompt="a", model="b", max_tokens=1, unheard_of=1)
         assert (done.status_code, done.json()["model"]) == (200, "b")
@@ -199,6 +200,32 @@ def check_keys(server: ServerProcess, context: ssl.SSLContext) -> None:
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="wrong", http_client=http)
     with client, pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
         client.models.list()
+
+
+def check_clients(server: ServerProcess) -> None:
+    """Each key has its limits, and reads only what it has written to the prefix cache itself."""
+    cached = {}
+    for key in ("from-the-file", "from-the-environment", "from-the-file"):
+        body = {"prompt": list(range(1, 101)), "max_tokens": 1, "n": 2}
+        answer = server.http.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+        assert ("x-ratelimit-remaining-requests" in answer.headers) == (key == "from-the-file")
+        cached.setdefault(key, []).append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert cached["from-the-environment"][0] == cached["from-the-file"][0] < cached["from-the-file"][1]
+    file, environment = ({"Authorization": f"Bearer {key}"} for key in ("from-the-file", "from-the-environment"))
+    body |= {"n": 1, "seed": 5, "logprobs": 3}
+    choices = [
+        server.http.post("/v1/completions", json=body, headers=key).json()["choices"] for key in (file, environment)
+    ]
+    assert choices[0] == choices[1]
+    assert "may have 2 at a time" in server.http.post("/v1/completions", json=body | {"n": 3}, headers=file).text
+    while (answer := server.http.post("/tokenize", json={"prompt": "a"}, headers=file)).status_code == 200:
+        pass
+    assert (answer.status_code, answer.json()["error"]["type"]) == (429, "RateLimitError")
+    assert 1 <= int(answer.headers["retry-after"]) <= 2
+    assert server.http.post("/tokenize", json={"prompt": "a"}, headers=environment).status_code == 200
+    figures = server.http.get("/metrics").text
+    assert 'vllm:api_key_refusals_total{api_key="file",model_name="a"} 1.0' in figures
+    assert 'vllm:api_key_tokens_total{api_key="key-1",model_name="a"} 203.0' in figures
 
 
 def test_health_names_the_rank(tmp_path: Path) -> None:

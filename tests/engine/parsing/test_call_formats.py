@@ -76,7 +76,7 @@ COMMON = ["\n", " ", "Hello", "é", '{"a": [1, "}"]}', "{}", "{", "}", "\\"]
 
 @pytest.mark.parametrize("kind", FRAGMENTS)
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_chunks_do_not_affect_the_result(kind: str, data: st.DataObject) -> None:
     text = data.draw(st.lists(st.sampled_from([*FRAGMENTS[kind], *COMMON]), max_size=10).map("".join))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -90,7 +90,7 @@ def test_chunks_do_not_affect_the_result(kind: str, data: st.DataObject) -> None
 
 @pytest.mark.parametrize("kind", ["hermes", "llama3_json"])
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_blocks_do_not_depend_on_chunks_either(kind: str, data: st.DataObject) -> None:
     parts = ["<tool_call>", "</tool_call>", '{"name": "f", "arguments": {"a": 1}}', ";", "<|python_tag|>", *COMMON]
     text = data.draw(st.lists(st.sampled_from(parts), max_size=10).map("".join))
@@ -99,7 +99,7 @@ def test_blocks_do_not_depend_on_chunks_either(kind: str, data: st.DataObject) -
 
 @pytest.mark.parametrize("kind", FRAGMENTS)
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_pieces_come_in_order(kind: str, data: st.DataObject) -> None:
     """A call begins before its arguments come, calls are numbered from 0, no piece is empty."""
     text = data.draw(st.lists(st.sampled_from([*FRAGMENTS[kind], *COMMON]), max_size=10).map("".join))

@@ -139,7 +139,7 @@ VALUES = st.recursive(
 
 
 @given(data=st.data(), prompt=st.sampled_from(["", "<|channel>thought\n", "<|channel>tho"]), calls=st.booleans())
-@settings(max_examples=500)
+@settings(max_examples=160)
 def test_chunks_do_not_affect_the_result(data: st.DataObject, prompt: str, calls: bool) -> None:
     text = data.draw(TEXTS)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -149,7 +149,7 @@ def test_chunks_do_not_affect_the_result(data: st.DataObject, prompt: str, calls
 
 
 @given(text=TEXTS)
-@settings(max_examples=500)
+@settings(max_examples=160)
 def test_what_has_ended_is_json(text: str) -> None:
     """Whatever is in a call, its arguments are an object once its end tag is there."""
     for call in parsed("<|tool_call>call:f{" + text + "<tool_call|>" + WEATHER).tool_calls:
@@ -157,7 +157,7 @@ def test_what_has_ended_is_json(text: str) -> None:
 
 
 @given(text=TEXTS)
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_pieces_come_in_order(text: str) -> None:
     """A call begins before its arguments come, calls are numbered from 0, no piece is empty."""
     parser = Gemma4Parser(calls=True)
@@ -179,7 +179,7 @@ def test_depth_and_length_cost_what_they_must() -> None:
 
 
 @given(arguments=st.dictionaries(st.text("abc_", min_size=1), VALUES, max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_template_and_the_parser_agree(arguments: dict[str, Any]) -> None:
     """What the template makes of a message is read as that message."""
     text = json.dumps(arguments)

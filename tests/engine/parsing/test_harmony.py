@@ -120,7 +120,7 @@ TEXTS = st.lists(FRAGMENTS, max_size=12).map("".join)
 
 
 @given(data=st.data(), prompt=st.sampled_from(["", PROMPT, PROMPT + "<|channel|>final<|message|>I "]))
-@settings(max_examples=500)
+@settings(max_examples=160)
 def test_chunks_do_not_affect_the_result(data: st.DataObject, prompt: str) -> None:
     text = data.draw(TEXTS)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -129,7 +129,7 @@ def test_chunks_do_not_affect_the_result(data: st.DataObject, prompt: str) -> No
 
 
 @given(text=TEXTS)
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_pieces_come_in_order(text: str) -> None:
     """A call begins before its arguments come, calls are numbered from 0, no piece is empty."""
     parser = HarmonyParser(PROMPT, calls=True)

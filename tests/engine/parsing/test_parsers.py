@@ -56,7 +56,7 @@ TEXTS = st.lists(FRAGMENTS, max_size=9).map("".join)
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-@settings(max_examples=250)
+@settings(max_examples=80)
 def test_chunks_do_not_affect_the_result(kind: str, data: st.DataObject) -> None:
     text = data.draw(TEXTS)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -100,7 +100,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("kind", ["hermes", "llama3_json", "required"])
 @given(calls=CALLS, dumps=DUMPS, backwards=st.booleans())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_well_formed_calls(
     kind: str, calls: list[tuple[str, dict[str, object]]], dumps: object, backwards: bool
 ) -> None:
@@ -116,7 +116,7 @@ def test_well_formed_calls(
 
 
 @given(text=TEXTS, inside=st.booleans())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_reasoning_is_what_a_regular_expression_finds(text: str, inside: bool) -> None:
     begin = re.fullmatch(r"\s*<think>(.*)", text, re.DOTALL)
     expected = ParsedMessage()

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from sempre.engine.server.api_keys import ApiKey
+from sempre.engine.server.clients import KeyRing
 from sempre.engine.server.config import server_config
-from sempre.engine.server.middleware import KeyRing, RequestGate
+from sempre.engine.server.middleware import RequestGate
 
 JSON = {"content-type": "application/json"}
 BROWSER = {"user-agent": "Mozilla/5.0"}
@@ -41,7 +43,8 @@ def call(
 
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": raw, "query_string": b""}
-    gate = RequestGate(_reached, KeyRing(keys), server_config({"enable_access_log": False, **settings}))
+    ring = KeyRing([ApiKey(secret=key, name=key) for key in keys])
+    gate = RequestGate(_reached, ring, server_config({"enable_access_log": False, **settings}))
     asyncio.run(gate(scope, receive, send))
     body = json.loads(sent[1]["body"])
     return sent[0]["status"], body["error"]["message"] if "error" in body else ""

@@ -43,7 +43,9 @@ def test_rows_of_both_forms_and_of_any_mixture(dtype: torch.dtype, monkeypatch: 
             error = (tiled[row].double() - expected).norm() / expected.norm()
             assert error < (1e-6 if dtype == torch.float32 else 5e-4)
             assert owner != NONE or torch.equal(tiled[row], each.base[row].to(dtype))
-    # a control: the rank's order of additions is seen
+    if dtype == torch.float16:
+        return
+    # a control: the rank's order of additions is seen, which rounding to float16 may hide
     turned = gpu.GpuLoraSlots(each.shape, dtype, torch.device("cpu"))
     turned.allocate(lambda role, shape, dtype: torch.empty(shape, dtype=dtype), ROWS)
     first, second = each.adapters[0]
