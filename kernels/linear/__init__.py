@@ -22,6 +22,7 @@ leaf's sum multiplied by its own scale before it is added. So workers that own w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -30,16 +31,26 @@ from sempre.kernels.activation import Activation
 from sempre.kernels.checks import check_rows
 from sempre.kernels.fp8 import Fp8Scheme
 from sempre.kernels.linear.control import control_linear, control_pack, control_pack_fp8
-from sempre.kernels.linear.weights import ControlLinearWeight, CpuLinearWeight, GpuLinearWeight
+from sempre.kernels.linear.weights import (
+    ControlLinearWeight,
+    CpuLinearWeight,
+    GpuLinearWeight,
+    GroupRows,
+    WeightGroup,
+)
 
 __all__ = [
     "ControlLinearWeight",
     "CpuLinearWeight",
     "GpuLinearWeight",
+    "GroupRows",
+    "WeightGroup",
     "control_linear",
     "control_pack",
     "control_pack_fp8",
     "gated_linear",
+    "group_linear",
+    "group_weights",
     "linear",
     "pack_bfloat16_linear",
     "pack_fp8_linear",
@@ -145,6 +156,31 @@ def sum_partials(partials: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) 
     from sempre.kernels.linear import cpu
 
     return cpu.sum_partials(partials, w, out)
+
+
+def group_weights(weights: Sequence[object]) -> WeightGroup | None:
+    """Prepare several weights on a CPU for `group_linear`; None unless they are alike in shape, dtype and scheme, and K
+    is summed in one piece."""
+    if not all(isinstance(w, CpuLinearWeight) for w in weights):
+        return None
+    from sempre.kernels.linear import cpu_groups
+
+    return cpu_groups.group_weights(weights)
+
+
+def group_linear(x: torch.Tensor, group: WeightGroup, rows: GroupRows, out: torch.Tensor) -> torch.Tensor:
+    """Row `x_rows[p]` of x [R, K] times its weight, into row `out_rows[p]` of out [S, N], for each p of `rows`; other
+    rows stay as they are. On a CPU; both contiguous, and every row that is named exists. Returns `out`."""
+    check_rows("group_linear", x, out)
+    w = group.weights[0]
+    if x.shape[1] != w.in_features or out.shape[1] != w.out_features or len(rows.starts) != len(group.weights) + 1:
+        raise ValueError(
+            f"group_linear: x {tuple(x.shape)}, out {tuple(out.shape)} and starts of {len(rows.starts)} do not fit"
+            f" {len(group.weights)} weights of {w.out_features} x {w.in_features}"
+        )
+    from sempre.kernels.linear import cpu_groups
+
+    return cpu_groups.group_linear(x, group, rows, out)
 
 
 def gated_linear(

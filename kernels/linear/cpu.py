@@ -80,13 +80,13 @@ def _vector(values: torch.Tensor | None) -> torch.Tensor | None:
     return values.float().contiguous() if values is not None else None
 
 
-def _address(values: torch.Tensor | None) -> int:
+def address(values: torch.Tensor | None) -> int:
     return values.data_ptr() if values is not None else 0
 
 
 def linear(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
     """See the facade."""
-    return _run(x, w, out, _address(w.scale), _address(w.bias))
+    return _run(x, w, out, address(w.scale), address(w.bias))
 
 
 def partial_linear(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
@@ -100,13 +100,7 @@ def _run(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor, scale: int, bia
     if w.scheme is Fp8Scheme.WEIGHTS_AND_ACTIVATIONS:
         # each leaf of a row has a scale of its own
         x, row_scales = quantize_rows(x.view(rows * w.leaves, w.in_features // w.leaves))
-    if w.rounds_x:
-        # a pair is as large as an element of float32, and never widened
-        tiles, wide_tiles, dtype = cpu_pairs.TILES.table, 0, FLOAT32_CODE
-    else:
-        # those of float32 are compiled when a step first has enough rows
-        wide_tiles = TILES[FLOAT32_CODE].table if rows >= WIDEN_ROWS else 0
-        tiles, dtype = TILES[w.dtype_code].table, w.dtype_code
+    tiles, wide_tiles, dtype = tiles_of(w, rows)
     _linear(
         tiles,
         wide_tiles,
@@ -118,12 +112,22 @@ def _run(x: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor, scale: int, bia
         w.panels.data_ptr(),
         dtype,
         w.out_features,
-        _address(row_scales),
+        address(row_scales),
         scale,
         bias,
         out.data_ptr(),
     )
     return out
+
+
+def tiles_of(w: CpuLinearWeight, rows: int) -> tuple[int, int, int]:
+    """The table of tiles for a weight's panels, that for panels once widened, and the code of the panels' dtype, for
+    at most so many rows."""
+    if w.rounds_x:
+        # a pair is as large as an element of float32, and never widened
+        return cpu_pairs.TILES.table, 0, FLOAT32_CODE
+    # those of float32 are compiled when a step first has enough rows
+    return TILES[w.dtype_code].table, TILES[FLOAT32_CODE].table if rows >= WIDEN_ROWS else 0, w.dtype_code
 
 
 def sum_partials(partials: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
@@ -136,7 +140,7 @@ def add_partials(
 ) -> torch.Tensor:
     """Add `partials` [R, T, N] as a balanced binary tree, times the scales of channels, plus the bias, into `out`."""
     ranks, rows, columns = partials.shape
-    _sum_partials(partials.data_ptr(), ranks, rows, columns, _address(scale), _address(bias), out.data_ptr())
+    _sum_partials(partials.data_ptr(), ranks, rows, columns, address(scale), address(bias), out.data_ptr())
     return out
 
 
@@ -153,7 +157,7 @@ def multiply_panel(tiles: int, x: int, x_row: int, rows: int, depth: int, panel:
 
 
 @compiled()
-def _panel_rows(
+def panel_rows(
     tiles: int,
     wide_tiles: int,
     x: int,
@@ -207,7 +211,7 @@ def _leaf_rows(
             bits >>= 1
         place, row = (out, out_row) if count == 0 else (scratch + count * level_bytes, PANEL * 4)
         x_at, panel_at = x + leaf * leaf_depth * 4, panel + leaf * panel_bytes
-        _panel_rows(tiles, wide_tiles, x_at, depth * 4, rows, leaf_depth, panel_at, dtype, place, row)
+        panel_rows(tiles, wide_tiles, x_at, depth * 4, rows, leaf_depth, panel_at, dtype, place, row)
         if row_scales != 0:
             scale_rows(row_scales + leaf * 4, leaves * 4, place, row, rows, PANEL)
         bits = leaf
@@ -238,7 +242,7 @@ def _unit(
     if leaves > 1:
         _leaf_rows(tiles, wide_tiles, x, rows, depth, leaves, panel, dtype, row_scales, out, out_row)
         return
-    _panel_rows(tiles, wide_tiles, x, depth * 4, rows, depth, panel, dtype, out, out_row)
+    panel_rows(tiles, wide_tiles, x, depth * 4, rows, depth, panel, dtype, out, out_row)
     if row_scales != 0:
         scale_rows(row_scales, 4, out, out_row, rows, PANEL)
 
@@ -292,12 +296,12 @@ def _linear(
             )
             copy_rows(address_of(part), PANEL * 4, out_at, columns * 4, block_rows, width)
             keep(part)
-        _finish_rows(scale, bias, p * PANEL, out_at, columns * 4, block_rows, width)
+        finish_rows(scale, bias, p * PANEL, out_at, columns * 4, block_rows, width)
     keep(words)
 
 
 @compiled()
-def _finish_rows(scale: int, bias: int, first_column: int, out: int, out_row: int, rows: int, width: int) -> None:
+def finish_rows(scale: int, bias: int, first_column: int, out: int, out_row: int, rows: int, width: int) -> None:
     """Times the scales of some columns, plus their biases; addresses of 0: none."""
     if scale != 0:
         multiply_rows(scale + first_column * 4, 0, out, out_row, rows, width)
@@ -320,4 +324,4 @@ def _sum_partials(partials: int, ranks: int, rows: int, columns: int, scale: int
             distance *= 2
         copy_rows(address_of(sums), 0, out + t * row_bytes, 0, 1, columns)
         keep(sums)
-        _finish_rows(scale, bias, 0, out + t * row_bytes, 0, 1, columns)
+        finish_rows(scale, bias, 0, out + t * row_bytes, 0, 1, columns)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sempre.kernels.fp8 import Fp8Scheme
+
+Int64 = npt.NDArray[np.int64]
 
 
 class _Weight:
@@ -32,6 +37,38 @@ class CpuLinearWeight(_Weight):
     scheme: Fp8Scheme | None = None
     leaves: int = 1
     rounds_x: bool = False
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Weights on a CPU of one shape, dtype and scheme, where they lie in memory."""
+
+    weights: tuple[CpuLinearWeight, ...]
+    panels: Int64
+    """[G] addresses"""
+    scales: Int64
+    """[G] addresses of the scales of columns; 0: none"""
+    biases: Int64
+    """[G] addresses; 0: none"""
+
+    @property
+    def in_features(self) -> int:
+        return self.weights[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.weights[0].out_features
+
+
+class GroupRows(NamedTuple):
+    """Which rows a weight computes, weight by weight."""
+
+    starts: Int64
+    """[G + 1]: entries [starts[g], starts[g + 1]) are those of weight g"""
+    x_rows: Int64
+    """[P]: of each, the row of x"""
+    out_rows: Int64
+    """[P]: and that of the result"""
 
 
 @dataclass(frozen=True)

@@ -16,22 +16,27 @@ import torch
 
 from sempre.kernels.checks import check_rows
 from sempre.kernels.moe.experts import (
+    ExpertRows,
     ExpertScratch,
     ExpertShape,
     ExpertWeights,
     GatedExperts,
+    GroupedExperts,
     SigmoidScores,
     stack_like,
 )
 
 __all__ = [
+    "ExpertRows",
     "ExpertScratch",
     "ExpertShape",
     "ExpertWeights",
     "GatedExperts",
+    "GroupedExperts",
     "SigmoidScores",
     "add_shared",
     "combine",
+    "expert_parts",
     "expert_scratch",
     "route",
     "scale_weights",
@@ -102,6 +107,25 @@ def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> to
     from sempre.kernels.moe import gpu
 
     return gpu.combine(parts, weights, out)
+
+
+def expert_parts(
+    x: torch.Tensor, experts: torch.Tensor, weights: GroupedExperts, scratch: ExpertRows, parts: torch.Tensor
+) -> torch.Tensor:
+    """x float32 [T, H] and experts int64 [T, K] → parts float32 [T, K, H]: the branch of each expert for its row.
+
+    On a CPU. Parts of experts that are not among `weights` stay as they are.
+    """
+    check_rows("expert_parts", x, parts)
+    pairs = experts.numel()
+    if parts.shape != (*experts.shape, x.shape[1]) or min(len(rows) for rows in scratch) < pairs:
+        raise ValueError(
+            f"expert_parts: x {tuple(x.shape)}, parts {tuple(parts.shape)} and scratch of {len(scratch.activated)} rows"
+            f" do not fit experts {tuple(experts.shape)}"
+        )
+    from sempre.kernels.moe import cpu
+
+    return cpu.expert_parts(x, experts, weights, scratch, parts)
 
 
 def sparse_mlp(

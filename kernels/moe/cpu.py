@@ -1,4 +1,4 @@
-"""CPU router and combine. T rows, E experts, K experts a row, H width."""
+"""CPU router, experts and combine. T rows, E experts, K experts a row, H width."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from numba import prange
 
 from sempre.kernels.jit import compiled, compiled_twice
-from sempre.kernels.moe.experts import SigmoidScores
+from sempre.kernels.linear import GroupRows, group_linear
+from sempre.kernels.moe.experts import ExpertRows, GroupedExperts, SigmoidScores
 from sempre.kernels.sampling.elementary import exp32, sigmoid32
 
 PARALLEL_ELEMENTS = 16_384
@@ -126,6 +127,46 @@ def route(
         groups = scores.num_groups, scores.kept_groups
         _route_sigmoid(logits.numpy(), scores.bias.numpy(), *groups, np.float32(scores.scale), renormalize, *into)
     return experts, weights
+
+
+@compiled()
+def _sort_pairs(experts: Any, first: int, starts: Any, tokens: Any, pairs: Any) -> None:
+    """A stable counting sort of pairs by their experts, of which there are starts.size - 1 from `first` on; others are
+    left out."""
+    rows, chosen = experts.shape
+    count = starts.size - 1
+    starts[:] = 0
+    for t in range(rows):
+        for k in range(chosen):
+            g = experts[t, k] - first
+            if 0 <= g < count:
+                starts[g + 1] += 1
+    for g in range(count):
+        starts[g + 1] += starts[g]
+    places = starts[:-1].copy()
+    for t in range(rows):
+        for k in range(chosen):
+            g = experts[t, k] - first
+            if 0 <= g < count:
+                tokens[places[g]] = t
+                pairs[places[g]] = t * chosen + k
+                places[g] += 1
+
+
+def expert_parts(
+    x: torch.Tensor, experts: torch.Tensor, weights: GroupedExperts, scratch: ExpertRows, parts: torch.Tensor
+) -> torch.Tensor:
+    """See the facade."""
+    most = experts.numel()
+    starts = np.empty(len(weights.down.weights) + 1, np.int64)
+    tokens, pairs, in_order = np.empty(most, np.int64), np.empty(most, np.int64), np.arange(most)
+    _sort_pairs(experts.numpy(), weights.first, starts, tokens, pairs)
+    count = int(starts[-1])
+    gate_up, activated = scratch.gate_up[:count], scratch.activated[:count]
+    group_linear(x, weights.gate_up, GroupRows(starts, tokens, in_order), gate_up)
+    weights.activation.and_mul(gate_up, activated)
+    group_linear(activated, weights.down, GroupRows(starts, in_order, pairs), parts.view(most, x.shape[1]))
+    return parts
 
 
 @compiled_twice

@@ -1,4 +1,4 @@
-"""Weights and memory of a mixture of experts on a GPU. T rows, E experts, K experts a row, P = T K, N out, D in."""
+"""Weights and memory of a mixture of experts. T rows, E experts, K experts a row, P = T K, N out, D in."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 from sempre.kernels.activation import Activation
 from sempre.kernels.fp8 import Fp8Scheme
-from sempre.kernels.linear.weights import ControlLinearWeight, GpuLinearWeight
+from sempre.kernels.linear.weights import ControlLinearWeight, GpuLinearWeight, WeightGroup
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One linear layer of all experts: `weight` [E, N, D], `bias` [E, N] or None, and where the weight is fp8, `scheme`
-    and `scale` [E, N] float32."""
+    """One linear layer of all experts on a GPU: `weight` [E, N, D], `bias` [E, N] or None, and where the weight is fp8,
+    `scheme` and `scale` [E, N] float32."""
 
     weight: torch.Tensor
     scale: torch.Tensor | None = None
@@ -51,7 +51,7 @@ def stack_like(w: GpuLinearWeight | ControlLinearWeight, num_experts: int) -> Ex
 
 
 class GatedExperts(NamedTuple):
-    """down(activation(gate(x)) * up(x)) of each expert."""
+    """On a GPU: down(activation(gate(x)) * up(x)) of each expert."""
 
     gate_up: ExpertWeights
     """[E, 2 I, H], gates first"""
@@ -60,6 +60,27 @@ class GatedExperts(NamedTuple):
     activation: Activation = Activation.SILU
     factors: torch.Tensor | None = None
     """float32 [E]: the experts' weights in the sum are multiplied by them"""
+
+
+class GroupedExperts(NamedTuple):
+    """The same on a CPU."""
+
+    gate_up: WeightGroup
+    """of [2 I, H], gates first"""
+    down: WeightGroup
+    """of [H, I]"""
+    activation: Activation
+    first: int
+    """number of the first expert; the others follow"""
+
+
+class ExpertRows(NamedTuple):
+    """Memory on a CPU; no more is used than rows that these experts have."""
+
+    gate_up: torch.Tensor
+    """float32 [P, 2 I]"""
+    activated: torch.Tensor
+    """float32 [P, I]"""
 
 
 class ExpertShape(NamedTuple):
@@ -86,7 +107,7 @@ class SigmoidScores(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertScratch:
-    """Memory for a step; layers of one shape, which run one after the other, share it."""
+    """Memory on a GPU for a step; layers of one shape, which run one after the other, share it."""
 
     experts: torch.Tensor
     """int32 [T, K]"""

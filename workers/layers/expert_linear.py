@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from sempre.kernels.activation import Activation
-from sempre.kernels.linear import ControlLinearWeight, GpuLinearWeight
+from sempre.kernels.linear import ControlLinearWeight, GpuLinearWeight, WeightGroup, group_weights
 from sempre.kernels.moe import ExpertWeights, stack_like
 from sempre.workers.layers.linear import Linear, tensors_of_weight
 from sempre.workers.layers.linear_kernel import LinearWeight
@@ -25,6 +25,8 @@ class ExpertLinear(Linear):
     """
 
     stacked: ExpertWeights | None = None
+    group: WeightGroup | None = None
+    """all on a CPU, if they are floats and alike"""
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class ExpertLinear(Linear):
 
     def allocate(self, scratch: Scratch) -> None:
         if self.stacked is None:
+            self.group = group_weights(self.weights)
             super().allocate(scratch)
 
     def shape(self) -> tuple[object, ...]:

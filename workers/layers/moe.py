@@ -14,11 +14,14 @@ import torch
 from sempre.ipc.errors import ConfigError, ModelError
 from sempre.kernels.activation import Activation
 from sempre.kernels.moe import (
+    ExpertRows,
     ExpertScratch,
     ExpertShape,
     GatedExperts,
+    GroupedExperts,
     SigmoidScores,
     combine,
+    expert_parts,
     expert_scratch,
     route,
     scale_weights,
@@ -52,7 +55,18 @@ class Experts(Module):
         self.down_proj.rows_of_token = experts_per_row
 
     def allocate(self, scratch: Scratch) -> None:
-        self._activated = scratch.rows("activated", self.down_proj.in_features)
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if not self.are_grouped:
+            self._activated = scratch.rows("activated", down.in_features)
+            return
+        k = down.rows_of_token
+        self._gate_up_rows = scratch.rows("experts' gate_up", k * gate_up.out_features)
+        self._activated_rows = scratch.rows("experts' activated", k * down.in_features)
+
+    @property
+    def are_grouped(self) -> bool:
+        """Whether one call computes all, on a CPU; known once the linear layers are allocated."""
+        return self.gate_up_proj.group is not None and self.down_proj.group is not None
 
     @property
     def stacked(self) -> GatedExperts:
@@ -73,6 +87,21 @@ class Experts(Module):
         """For one row of hidden states, in all of its experts."""
         expert = self.gate_up_proj.multiplications + self.down_proj.multiplications
         return expert * self.down_proj.rows_of_token
+
+    def parts(self, x: torch.Tensor, experts: torch.Tensor, parts: torch.Tensor) -> None:
+        """Into parts [T, K, H]: for rows x [T, H] the branches of those of their `experts` [T, K] that this rank has;
+        on a CPU, where they are grouped."""
+        gate_up, down = self.gate_up_proj.group, self.down_proj.group
+        assert gate_up is not None
+        assert down is not None
+        assert self.gate_up_proj.activation is not None
+        count, pairs = x.shape[0], experts.numel()
+        rows = ExpertRows(
+            self._gate_up_rows.first(count).view(pairs, gate_up.out_features),
+            self._activated_rows.first(count).view(pairs, down.in_features),
+        )
+        grouped = GroupedExperts(gate_up, down, self.gate_up_proj.activation, self.own.start)
+        expert_parts(x, experts, grouped, rows, parts)
 
     def of(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """One expert's branch for rows [T, H] on a CPU."""
@@ -207,7 +236,7 @@ class SparseMLP(Module):
         """The same, with experts by these logits [T, E]."""
         out = self._out.first(x.shape[0])
         if self._scratch is None:
-            return self._one_by_one(x, logits, out)
+            return self._on_cpu(x, logits, out)
         return sparse_mlp(
             x,
             logits,
@@ -218,25 +247,31 @@ class SparseMLP(Module):
             scores=self._scores,
         )
 
-    def _one_by_one(self, x: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Expert by expert, on a CPU."""
+    def _on_cpu(self, x: torch.Tensor, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         (count, width), k = x.shape, self.sizes.experts_per_row
         experts, weights = route(logits, k, renormalize=self.renormalize, scores=self._scores)
         if self.factors is not None:
             scale_weights(weights, experts, self.factors)
-        parts = self._parts.first(count).view(count * k, width)
+        parts = self._parts.first(count).view(count, k, width)
+        if self.experts.are_grouped:
+            self.experts.parts(x, experts, parts)
+        else:
+            self._one_by_one(x, experts, parts.view(count * k, width))
+        if self._exchange is not None:
+            return self._combine_over_ranks(self._exchange, parts, experts, weights, out)
+        return combine(parts, weights, out)
+
+    def _one_by_one(self, x: torch.Tensor, experts: torch.Tensor, parts: torch.Tensor) -> None:
+        """Expert by expert, into parts [T K, H]: weights that are not all alike, of integers, or the control's."""
         # pairs are ordered by token; the sort is stable, so each expert's rows stay in that order
         places = experts.view(-1).argsort(stable=True)
-        tokens = places // k
+        tokens = places // experts.shape[1]
         start = 0
         for expert, num_rows in enumerate(torch.bincount(experts.view(-1), minlength=self.sizes.num_experts).tolist()):
             if num_rows and expert in self.experts.own:
                 own = slice(start, start + num_rows)
                 parts.index_copy_(0, places[own], self.experts.of(expert, x.index_select(0, tokens[own])))
             start += num_rows
-        if self._exchange is not None:
-            return self._combine_over_ranks(self._exchange, parts.view(count, k, width), experts, weights, out)
-        return combine(parts.view(count, k, width), weights, out)
 
     def _combine_over_ranks(
         self,
