@@ -80,7 +80,7 @@ class LoadedModel(ModelSetup):
         config = self.config
         size = slot_bytes(self.model.layer_states, self.weights.activations)
         uses_spare = config.enable_prefix_caching or config.speculative_config is not None
-        return StateNeeds(size, self.max_num_seqs, uses_spare)
+        return StateNeeds(size, self.max_num_seqs, uses_spare, is_draft=config.role == "draft")
 
     def make_grammar_compiler(self, *, step_wait_s: float | None = None) -> GrammarCompiler:
         """For the model's own tokenizer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from sempre.kernels.attention import KvCache, allocate_kv_cache
 from sempre.kernels.fp8 import FP8
 from sempre.kernels.states import LayerState
 from sempre.workers.models.config import LayerKv
-from sempre.workers.state_cache import CacheSizes, StateCache, StateNeeds
-from sempre.workers.tensor_source import CPU, tensor_bytes
+from sempre.workers.state_cache import CacheSizes, LayerTensors, StateCache, StateNeeds
+from sempre.workers.tensor_source import CPU
 
 # share of the free memory that the caches of all workers of a host may claim
 MEMORY_SHARE = 0.4
@@ -38,13 +37,14 @@ def available_sizes(
     block_size: int,
     max_model_len: int,
     draft_bytes_per_block: int = 0,
+    draft_state_bytes: int = 0,
 ) -> CacheSizes:
     """How many blocks, and slots of states, the worker can hold; raises ConfigError with the sums when not even one
     full sequence fits, or, where the config leaves `max_model_len` open, not even one block.
 
     `kv_cache_memory_bytes` decides; without it, room for as many sequences of `max_model_len` tokens as a step may
     have, within the worker's share of the free memory. `draft_bytes_per_block`: of these bytes, those for a draft
-    model's keys and values.
+    model's keys and values; `draft_state_bytes`: those of all its states.
     """
     per_sequence = -(-max_model_len // block_size)
     share = draft_share(bytes_per_block, draft_bytes_per_block)
@@ -63,6 +63,9 @@ def available_sizes(
         memory_bytes = int(MEMORY_SHARE * available_memory_bytes()) // config.world_size
         origin = f"{MEMORY_SHARE:.0%} of the free memory over {config.world_size} worker(s)"
         most_blocks = per_sequence * states.max_num_seqs
+    if draft_state_bytes:
+        origin += f" less {draft_state_bytes} bytes of the draft model's states"
+        memory_bytes = max(0, memory_bytes - draft_state_bytes)
     num_slots = states.num_slots(memory_bytes, origin)
     num_blocks = min(most_blocks, (memory_bytes - num_slots * states.slot_bytes) // bytes_per_block)
     slots = f" less {num_slots} slots of states of {states.slot_bytes} bytes" if num_slots else ""
@@ -99,7 +102,7 @@ def available_memory_bytes() -> int:
     return available
 
 
-class PagedKvCache:
+class PagedKvCache(LayerTensors):
     """One cache per layer, addressed by the same block ids. Memory is resident once a block is written."""
 
     layers: list[KvCache | LayerState]
@@ -117,33 +120,14 @@ class PagedKvCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._own = {
+        own = {
             index: allocate_kv_cache(num_blocks, layer.num_kv_heads, layer.head_dim, block_size, dtype, device)
             for index, layer in enumerate(layers)
             if layer.source is None and layer.num_kv_heads
         }
         self.states = states
-        kept: dict[int, KvCache | LayerState] = {**self._own, **({} if states is None else states.layers)}
+        kept: dict[int, KvCache | LayerState] = {**own, **({} if states is None else states.layers)}
         sources = [index if layer.source is None else layer.source for index, layer in enumerate(layers)]
         nothing = KvCache(*torch.empty(2, 0, device=device))
         self.layers = [kept.get(source, nothing) for source in sources]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(int(tensor.nbytes) for layer in self._own.values() for tensor in layer.tensors)
-
-    def clear(self, block_ids: Sequence[int]) -> None:
-        """Zero the blocks, as they were when allocated."""
-        for layer in self._own.values():
-            for block_id in block_ids:
-                for tensor in layer.tensors:
-                    tensor[block_id].zero_()
-
-    def digest(self, block_ids: Sequence[int]) -> str:
-        """SHA-256 over the blocks' keys and values, and their scales, in every layer, in the order given."""
-        digest = hashlib.sha256()
-        for layer in self._own.values():
-            for block_id in block_ids:
-                for tensor in layer.tensors:
-                    digest.update(tensor_bytes(tensor[block_id]))
-        return digest.hexdigest()
+        super().__init__(layer.tensors for layer in own.values())

@@ -30,11 +30,11 @@ def model_setup(config: WorkerConfig, backend: Backend) -> ModelSetup:
         )
     if spec.pooling is not None and config.enable_lora:
         raise ConfigError("enable_lora: a model that pools has no adapters. Leave it out.", parameter="enable_lora")
-    if is_draft and any(spec.layer_states):
+    if is_draft and any(spec.layer_states) and backend.placement.device.type != "cpu":
         raise ConfigError(
             f"speculative_config: the draft model {config.model_path} ({spec.architecture}) has layers that keep"
-            " states; expected one whose layers all have attention. Choose another draft model, or method ngram or"
-            " suffix.",
+            f" states; on {backend.placement.device.type} expected one whose layers all have attention. Choose another"
+            " draft model, or method ngram or suffix.",
             parameter="speculative_config",
             value=config.model_path,
         )

@@ -231,7 +231,8 @@ class Worker:
             return runner
         if self._draft_model is None:
             return None
-        return self._require_backend().make_runner(self._draft_model, CacheSizes(num_blocks))
+        sizes = CacheSizes(num_blocks, self._draft_model.states.num_own)
+        return self._require_backend().make_runner(self._draft_model, sizes)
 
     def _method(self, command: CallMethod) -> Callable[..., object]:
         method = self._methods.get(command.method)

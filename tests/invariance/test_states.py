@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from drafters import drafting_with
-from hybrid_checkpoint import hybrid_settings, write_hybrid_checkpoint
+from hybrid_checkpoint import SLOT_BYTES, hybrid_settings, write_hybrid_checkpoint
 from surfaces import facts, stream_all
 from workload import make_requests
 
@@ -141,13 +141,54 @@ def test_speculation_with_the_ordinary_matmul_fails(folder: Path, requests: list
         check(folder, "control", run(folder, requests, numerics="control", speculative_config=config)[0])
 
 
-@pytest.mark.parametrize("placement", ["colocated", "worker"])
-def test_a_draft_model(folder: Path, requests: list[RequestSpec], placement: str) -> None:
-    """A9: a draft model without states drafts for one with them."""
-    config = {"method": "draft_model", "model": "tiny-draft", "placement": placement, "adaptive": False}
-    found, counted = run(folder, requests, speculative_config=config)
+@pytest.mark.parametrize(
+    ("placement", "room"),
+    [
+        ("colocated", {}),
+        ("worker", {}),
+        pytest.param("colocated", {"max_num_seqs": 5, "max_num_batched_tokens": 33}, marks=pytest.mark.product),
+        pytest.param("worker", {"max_num_seqs": 5, "enable_prefix_caching": False}, marks=pytest.mark.product),
+    ],
+)
+@pytest.mark.parametrize("draft", ["tiny-draft", pytest.param("itself", marks=pytest.mark.product)])
+def test_a_draft_model(
+    folder: Path, requests: list[RequestSpec], placement: str, draft: str, room: dict[str, Any]
+) -> None:
+    """A9: a draft model without states drafts for one with them, and so does one with states: the model itself, whose
+    drafts are right, so that the draft model's states are those of the target."""
+    config = {
+        "method": "draft_model",
+        "model": str(folder) if draft == "itself" else draft,
+        "placement": placement,
+        "num_speculative_tokens": 4,
+        "adaptive": False,
+    }
+    found, counted = run(folder, requests, speculative_config=config, **room)
     check(folder, "invariant", found)
+    drafted, accepted = (counted[f"spec_decode_num_{kind}_tokens"][0] for kind in ("draft", "accepted"))
+    assert drafted > 0
+    # all but those past the end of a request
+    assert draft != "itself" or accepted > 0.9 * drafted
+
+
+@pytest.mark.parametrize("preempting", [False, pytest.param(True, marks=pytest.mark.product)])
+def test_a_draft_model_with_states_for_one_without(folder: Path, requests: list[RequestSpec], preempting: bool) -> None:
+    """A5, A9: its states take memory that is counted, and its drafts are seldom right."""
+    config = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 4, "adaptive": False}
+    room = {"kv_cache_memory_bytes": 1_000_000 + 24 * SLOT_BYTES} if preempting else {}
+    results = []
+    for changes in ({}, {"speculative_config": config, **room}):
+        settings: dict[str, Any] = {"load_format": "dummy", "num_threads": 1, "max_model_len": 384, "max_num_seqs": 12}
+        client = InprocClient.launch(engine_config("tiny", multiprocessing=False, **settings, **changes))
+        try:
+            results.append(generate(client, requests))
+            counted = metrics(client)
+        finally:
+            client.close()
+    comparison = compare_generations(*results)
+    assert comparison.equal, comparison.first_difference
     assert counted["spec_decode_num_draft_tokens"] > [0.0]
+    assert (counted["num_preemptions"] > [0.0]) == preempting
 
 
 def test_processes_and_replicas(folder: Path, requests: list[RequestSpec], numerics: str) -> None:
@@ -258,12 +299,12 @@ def test_unseeded_requests(folder: Path) -> None:
     assert [facts(one) for one in reversed(backwards)] == together
 
 
-def test_a_draft_model_with_states_is_refused_by_name(folder: Path) -> None:
-    config = {"method": "draft_model", "model": str(folder)}
-    with pytest.raises(Exception, match=r"draft model .*Qwen3_5ForCausalLM\) has layers that keep states"):
-        launch(folder, speculative_config=config).close()
-
-
 def test_slots_that_do_not_fit_are_refused_with_the_sums(folder: Path) -> None:
     with pytest.raises(Exception, match=r"max_num_seqs: 64 requests keep states of 58368 bytes each = 3735552 bytes"):
         launch(folder, max_num_seqs=64, kv_cache_memory_bytes=3_000_000).close()
+
+
+def test_states_of_a_draft_model_that_do_not_fit_are_refused_with_the_sums(folder: Path) -> None:
+    config = {"method": "draft_model", "model": str(folder)}
+    with pytest.raises(Exception, match=r"less 7471104 bytes of the draft model's states = 0 bytes"):
+        launch(folder, max_num_seqs=64, kv_cache_memory_bytes=5_000_000, speculative_config=config)

@@ -109,7 +109,7 @@ class CpuBackend:
         """None: attention on a CPU needs none."""
 
     def available_sizes(self, model: LoadedModel, draft: LoadedModel | None = None) -> CacheSizes:
-        draft_bytes = 0 if draft is None else draft.block_bytes
+        draft_bytes, draft_states = (0, 0) if draft is None else (draft.block_bytes, draft.states.own_bytes)
         return available_sizes(
             model.config,
             model.block_bytes + draft_bytes,
@@ -117,6 +117,7 @@ class CpuBackend:
             block_size=model.block_size,
             max_model_len=model.max_model_len,
             draft_bytes_per_block=draft_bytes,
+            draft_state_bytes=draft_states,
         )
 
     def make_runner(self, model: LoadedModel, sizes: CacheSizes) -> ModelRunner:

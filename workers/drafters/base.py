@@ -33,7 +33,8 @@ class DraftTask:
     num_unchanged: int
     """the runner knows this many of them, as admitted or as drafted by it"""
     num_computed: int
-    """keys and values of this many are in the cache; at least one fewer than are known"""
+    """keys and values of this many are in the cache; at least one fewer than are known. Where layers keep states, the
+    runner has those after this many tokens: all that it was told last time, or none"""
     block_ids: list[int]
     """all blocks, enough for every token but the last draft"""
     count: int

@@ -29,8 +29,10 @@ class _Sequence:
 
     new: NewRequest
     token_ids: list[int]
+    keeps_states: bool
+    """whether it can only go on after as many tokens as were known at its last drafts"""
     num_computed: int = 0
-    """keys and values of this many tokens are in the cache, drafts possibly among them"""
+    """keys and values, or states, of this many tokens are in the cache, drafts possibly among them"""
     drafted_at: int = 0
     drafts: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
@@ -52,14 +54,16 @@ class _Sequence:
             if draft != token_id:
                 break
             num_right += 1
-        self.num_computed = min(self.num_computed, num_right, len(self.token_ids) - 1)
+        resumable = min(num_right, len(self.token_ids) - 1)
+        if self.num_computed > resumable:
+            self.num_computed = 0 if self.keeps_states else resumable
         return num_right
 
     def take(self, drafts: list[int]) -> None:
         """Store drafts made after all known tokens."""
         self.drafted_at, self.drafts = len(self.token_ids), drafts
         if drafts:
-            self.num_computed = len(self.token_ids) + len(drafts) - 1
+            self.num_computed = len(self.token_ids) + (0 if self.keeps_states else len(drafts) - 1)
 
 
 class ModelDrafter:
@@ -72,11 +76,14 @@ class ModelDrafter:
         self._free_blocks = list(range(runner.cache.num_blocks - 1, -1, -1))
         self._sequences: dict[str, _Sequence] = {}  # least recently used first
         self._num_admitted = 0
+        self._keeps_states = runner.limits.num_state_slots > 0
 
     def add(self, new: NewRequest) -> None:
         """A request with all tokens known so far. Drafts are the draft model's own, without the request's adapter."""
         params = replace(new.params, logprobs=None, prompt_logprobs=None)
-        self._sequences[new.request_id] = _Sequence(replace(new, params=params, adapter=None), list(new.token_ids))
+        self._sequences[new.request_id] = _Sequence(
+            replace(new, params=params, adapter=None), list(new.token_ids), self._keeps_states
+        )
 
     def remove(self, request_ids: Sequence[str]) -> None:
         """Forget requests; unknown ones are ignored."""
@@ -161,11 +168,13 @@ class ModelDrafter:
         return sequence.is_admitted
 
     def _dismiss(self, sequence: _Sequence) -> None:
-        """Have the runner forget it; its keys and values stay."""
+        """Have the runner forget it; its keys and values stay, its states do not."""
         if sequence.is_admitted:
             self._runner.release(sequence.new.request_id)
             sequence.is_admitted = False
             self._num_admitted -= 1
+            if self._keeps_states:
+                sequence.num_computed = 0
 
     def _make_room(self, sequence: _Sequence, num_tokens: int, asked: dict[str, int]) -> bool:
         missing = -(-num_tokens // self._runner.cache.block_size) - len(sequence.block_ids)
