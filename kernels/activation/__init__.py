@@ -13,10 +13,19 @@ GPU the exponential is the hardware's, and tanh is a polynomial near 0 and deriv
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 
 from sempre.kernels.checks import check_rows
+from sempre.kernels.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from sempre.kernels.activation import cpu as _cpu
+    from sempre.kernels.activation import gpu as _gpu
+else:
+    _cpu = LazyModule(__name__, "cpu")
+    _gpu = LazyModule(__name__, "gpu")
 
 __all__ = ["Activation", "clamped_and_mul", "gate", "gelu_and_mul", "gelu_mul", "silu_and_mul", "soft_cap"]
 
@@ -47,12 +56,8 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     if not out.shape[0]:
         return out
     if not gate_up.is_cuda:
-        from sempre.kernels.activation import cpu
-
-        return cpu.silu_and_mul(gate_up, out)
-    from sempre.kernels.activation import gpu
-
-    return gpu.silu_and_mul(gate_up, out)
+        return _cpu.silu_and_mul(gate_up, out)
+    return _gpu.silu_and_mul(gate_up, out)
 
 
 def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -62,12 +67,8 @@ def gelu_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return out
     if not gate_up.is_cuda:
         _check_vectors("gelu_and_mul", out)
-        from sempre.kernels.activation import cpu
-
-        return cpu.gelu_and_mul(gate_up, out)
-    from sempre.kernels.activation import gpu
-
-    return gpu.gelu_and_mul(gate_up, out)
+        return _cpu.gelu_and_mul(gate_up, out)
+    return _gpu.gelu_and_mul(gate_up, out)
 
 
 def clamped_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -77,12 +78,8 @@ def clamped_and_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         return out
     if not gate_up.is_cuda:
         _check_vectors("clamped_and_mul", out)
-        from sempre.kernels.activation import cpu
-
-        return cpu.clamped_and_mul(gate_up, out)
-    from sempre.kernels.activation import gpu
-
-    return gpu.activate_and_mul(gate_up, out, Activation.CLAMPED)
+        return _cpu.clamped_and_mul(gate_up, out)
+    return _gpu.activate_and_mul(gate_up, out, Activation.CLAMPED)
 
 
 def gelu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -98,12 +95,8 @@ def gelu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.T
         return out
     if not gate.is_cuda:
         _check_vectors("gelu_mul", out)
-        from sempre.kernels.activation import cpu
-
-        return cpu.gelu_mul(gate, up, out)
-    from sempre.kernels.activation import gpu
-
-    return gpu.gelu_mul(gate, up, out)
+        return _cpu.gelu_mul(gate, up, out)
+    return _gpu.gelu_mul(gate, up, out)
 
 
 def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
@@ -114,12 +107,8 @@ def soft_cap(x: torch.Tensor, cap: float) -> torch.Tensor:
     if not x.shape[0]:
         return x
     if not x.is_cuda:
-        from sempre.kernels.activation import cpu
-
-        return cpu.soft_cap(x, cap)
-    from sempre.kernels.activation import gpu
-
-    return gpu.soft_cap(x, cap)
+        return _cpu.soft_cap(x, cap)
+    return _gpu.soft_cap(x, cap)
 
 
 def gate(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -132,12 +121,8 @@ def gate(x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
     if not x.is_cuda:
         if x.shape[1] % 16:
             raise ValueError(f"gate: expected a width that is a multiple of 16, found {x.shape[1]}")
-        from sempre.kernels.activation import cpu
-
-        return cpu.gate(x, gates)
-    from sempre.kernels.activation import gpu
-
-    return gpu.gate(x, gates)
+        return _cpu.gate(x, gates)
+    return _gpu.gate(x, gates)
 
 
 def _check_gated(operation: str, gate_up: torch.Tensor, out: torch.Tensor) -> None:

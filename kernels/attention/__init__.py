@@ -21,6 +21,8 @@ for bit.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sempre.kernels.attention.contract import (
@@ -34,6 +36,16 @@ from sempre.kernels.attention.contract import (
 from sempre.kernels.attention.shared_prefixes import SharedPrefixes
 from sempre.kernels.checks import check_rows
 from sempre.kernels.fp8 import FP8
+from sempre.kernels.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from sempre.kernels.attention import cpu as _cpu
+    from sempre.kernels.attention import gpu as _gpu
+    from sempre.kernels.attention import gpu_prefix as _gpu_prefix
+else:
+    _cpu = LazyModule(__name__, "cpu")
+    _gpu = LazyModule(__name__, "gpu")
+    _gpu_prefix = LazyModule(__name__, "gpu_prefix")
 
 __all__ = [
     "AttentionWorkspace",
@@ -68,14 +80,10 @@ def allocate_kv_cache(
     if head_dim % 16:
         raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
     if device.type == "cpu":
-        from sempre.kernels.attention import cpu
-
-        return cpu.allocate_kv_cache(num_blocks, num_kv_heads, head_dim, block_size, dtype)
+        return _cpu.allocate_kv_cache(num_blocks, num_kv_heads, head_dim, block_size, dtype)
     if dtype is FP8:
         raise ValueError(f"a KV cache of {dtype} is for CPUs only, got {device.type}")
-    from sempre.kernels.attention import gpu
-
-    return gpu.allocate_kv_cache(num_blocks, num_kv_heads, head_dim, block_size, dtype, device)
+    return _gpu.allocate_kv_cache(num_blocks, num_kv_heads, head_dim, block_size, dtype, device)
 
 
 def paged_attention(
@@ -102,17 +110,13 @@ def paged_attention(
     heads.check_rows("paged_attention", qkv, num_rows)
     scores.check_sinks("paged_attention", heads)
     if qkv.is_cuda:
-        from sempre.kernels.attention import gpu, gpu_prefix
-
-        if gpu_prefix.can_share(batch, heads, scores, workspace):
-            return gpu_prefix.paged_attention(qkv, cache, batch, heads, scores, out, workspace)
-        return gpu.paged_attention(qkv, cache, batch, heads, scores, out, workspace)
-    from sempre.kernels.attention import cpu
-
-    wrong = cpu.first_outside(batch, min(num_rows, out.shape[0]), cache.k.shape[0])
+        if _gpu_prefix.can_share(batch, heads, scores, workspace):
+            return _gpu_prefix.paged_attention(qkv, cache, batch, heads, scores, out, workspace)
+        return _gpu.paged_attention(qkv, cache, batch, heads, scores, out, workspace)
+    wrong = _cpu.first_outside(batch, min(num_rows, out.shape[0]), cache.k.shape[0])
     if wrong >= 0:
         raise IndexError(
             f"paged_attention: request {wrong} has rows, a context or blocks outside of qkv {tuple(qkv.shape)}, its"
             f" table of {batch.block_tables.shape[1]} blocks or the cache of {cache.k.shape[0]} blocks"
         )
-    return cpu.paged_attention(qkv, cache, batch, heads, scores, out)
+    return _cpu.paged_attention(qkv, cache, batch, heads, scores, out)

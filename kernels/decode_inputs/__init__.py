@@ -14,9 +14,16 @@ padding as above, with slot -1. Slots and contexts may be updated in place.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from sempre.kernels.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from sempre.kernels.decode_inputs import gpu as _gpu
+else:
+    _gpu = LazyModule(__name__, "gpu")
 
 
 class DecodeInputs(NamedTuple):
@@ -36,9 +43,7 @@ def decode_inputs(
 
     No slot may appear in two rows. All on one GPU, contiguous.
     """
-    from sempre.kernels.decode_inputs.gpu import decode_inputs as on_gpu
-
-    on_gpu(rows, last_tokens, tables, block_size, out)
+    _gpu.decode_inputs(rows, last_tokens, tables, block_size, out)
 
 
 class SampledDrafts(NamedTuple):
@@ -75,13 +80,9 @@ def next_draft_rows(
     out: DraftRows,
 ) -> None:
     """`slots`, `context_lens` int32 [R], `block_tables` int32 [R, W]. All on one GPU, contiguous."""
-    from sempre.kernels.decode_inputs.gpu import next_draft_rows as on_gpu
-
-    on_gpu(slots, context_lens, sampled, block_tables, block_size, out)
+    _gpu.next_draft_rows(slots, context_lens, sampled, block_tables, block_size, out)
 
 
 def record_tokens(slots: torch.Tensor, token_ids: torch.Tensor, last_tokens: torch.Tensor) -> None:
     """last_tokens[slots[r]] = token_ids[r] for each row r with a slot >= 0; int32 [R], int64 [R], int64 [S]."""
-    from sempre.kernels.decode_inputs.gpu import record_tokens as on_gpu
-
-    on_gpu(slots, token_ids, last_tokens)
+    _gpu.record_tokens(slots, token_ids, last_tokens)

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sempre.kernels.checks import check_index, check_rows
+from sempre.kernels.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from sempre.kernels.embedding import cpu as _cpu
+    from sempre.kernels.embedding import gpu as _gpu
+else:
+    _cpu = LazyModule(__name__, "cpu")
+    _gpu = LazyModule(__name__, "gpu")
 
 __all__ = ["embed"]
 
@@ -23,12 +33,8 @@ def embed(token_ids: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> to
     if not out.shape[0]:
         return out
     if not table.is_cuda:
-        from sempre.kernels.embedding import cpu
-
         low, high = (int(id) for id in torch.aminmax(token_ids))
         if low < 0 or high >= table.shape[0]:
             raise IndexError(f"embed: token ids {low}..{high} are outside a table of {table.shape[0]} rows")
-        return cpu.embed(token_ids, table, out)
-    from sempre.kernels.embedding import gpu
-
-    return gpu.embed(token_ids, table, out)
+        return _cpu.embed(token_ids, table, out)
+    return _gpu.embed(token_ids, table, out)

@@ -8,7 +8,16 @@ waits first looks again and again, then sleeps in the kernel until it is woken.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+from sempre.kernels.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from sempre.kernels.exchange import cpu as _cpu
+else:
+    _cpu = LazyModule(__name__, "cpu")
 
 __all__ = ["LINE", "await_change", "enter", "meet", "publish"]
 
@@ -17,9 +26,7 @@ LINE = 64
 
 def enter(lines: torch.Tensor, index: int) -> bool:
     """Take the line of process `index`; False if another process has taken it. `lines` int8 [processes * LINE]."""
-    from sempre.kernels.exchange import cpu
-
-    return cpu.enter(lines, index)
+    return _cpu.enter(lines, index)
 
 
 def meet(lines: torch.Tensor, index: int, number: int, *, spins: int, wait_s: float) -> int | None:
@@ -28,16 +35,12 @@ def meet(lines: torch.Tensor, index: int, number: int, *, spins: int, wait_s: fl
     `spins`: how often to look before sleeping. Returns None once all have come, or after about `wait_s` a process that
     has not.
     """
-    from sempre.kernels.exchange import cpu
-
-    return cpu.meet(lines, index, number, spins=spins, wait_s=wait_s)
+    return _cpu.meet(lines, index, number, spins=spins, wait_s=wait_s)
 
 
 def publish(line: torch.Tensor, number: int) -> None:
     """Write a number to this process's line, int8 [LINE], and wake those that wait for it."""
-    from sempre.kernels.exchange import cpu
-
-    cpu.publish(line, number)
+    _cpu.publish(line, number)
 
 
 def await_change(line: torch.Tensor, before: int, *, spins: int, wait_s: float) -> int:
@@ -45,6 +48,4 @@ def await_change(line: torch.Tensor, before: int, *, spins: int, wait_s: float) 
 
     `spins`: how often to look before sleeping. After about `wait_s` it may still have `before`; 0 does not sleep.
     """
-    from sempre.kernels.exchange import cpu
-
-    return cpu.await_change(line, before, spins=spins, wait_s=wait_s)
+    return _cpu.await_change(line, before, spins=spins, wait_s=wait_s)

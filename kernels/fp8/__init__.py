@@ -8,11 +8,19 @@ and a maximum does not depend on its order. So the result depends only on the ro
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from sempre.kernels.checks import check_rows
+from sempre.kernels.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from sempre.kernels.fp8 import cpu as _cpu
+    from sempre.kernels.fp8 import gpu as _gpu
+else:
+    _cpu = LazyModule(__name__, "cpu")
+    _gpu = LazyModule(__name__, "gpu")
 
 __all__ = ["FP8", "LARGEST", "SMALLEST_SCALE", "Fp8Scheme", "QuantizedWeight", "quantize_channels", "quantize_rows"]
 
@@ -62,9 +70,5 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not rows:
         return out, scale
     if not x.is_cuda:
-        from sempre.kernels.fp8 import cpu
-
-        return cpu.quantize_rows(x, out, scale)
-    from sempre.kernels.fp8 import gpu
-
-    return gpu.quantize_rows(x, out, scale)
+        return _cpu.quantize_rows(x, out, scale)
+    return _gpu.quantize_rows(x, out, scale)

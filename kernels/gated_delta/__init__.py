@@ -14,11 +14,21 @@ kernel is rounded to the dtype of activations.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sempre.kernels.checks import check_rows
 from sempre.kernels.gated_delta.contract import DeltaHeads, DeltaWeights
+from sempre.kernels.lazy_module import LazyModule
 from sempre.kernels.states import LayerState, StateBatch
+
+if TYPE_CHECKING:
+    from sempre.kernels.gated_delta import cpu as _cpu
+    from sempre.kernels.gated_delta import gpu as _gpu
+else:
+    _cpu = LazyModule(__name__, "cpu")
+    _gpu = LazyModule(__name__, "gpu")
 
 __all__ = ["DeltaHeads", "DeltaWeights", "gated_delta"]
 
@@ -47,11 +57,7 @@ def gated_delta(
     if not rows.shape[0]:
         return out
     if rows.is_cuda:
-        from sempre.kernels.gated_delta import gpu
-
-        return gpu.gated_delta(rows, ba, weights, state, batch, mixed, out)
-    from sempre.kernels.gated_delta import cpu
-
+        return _gpu.gated_delta(rows, ba, weights, state, batch, mixed, out)
     if int(batch.query_starts[-1]) > rows.shape[0]:
         raise IndexError(f"gated_delta: requests end at row {int(batch.query_starts[-1])} of {rows.shape[0]}")
     num_slots = state.recurrent.shape[0]
@@ -59,7 +65,7 @@ def gated_delta(
         low, high = (int(bound) for bound in slots.aminmax())
         if low < -1 or high >= num_slots:
             raise IndexError(f"gated_delta: {name} has slots from {low} to {high}, expected -1 to {num_slots - 1}")
-    return cpu.gated_delta(rows, ba, weights, state, batch, mixed, out)
+    return _cpu.gated_delta(rows, ba, weights, state, batch, mixed, out)
 
 
 def _check_shapes(

@@ -24,10 +24,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 
 from sempre.kernels.checks import check_rows
+from sempre.kernels.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from sempre.kernels.integers import cpu as _cpu
+else:
+    _cpu = LazyModule(__name__, "cpu")
 
 __all__ = [
     "BLOCK",
@@ -206,9 +213,7 @@ def _integer_linear(
         )
     if not x.shape[0]:
         return out
-    from sempre.kernels.integers import cpu
-
-    return cpu.integer_linear(x, w, bias, out)
+    return _cpu.integer_linear(x, w, bias, out)
 
 
 def sum_integer_partials(partials: torch.Tensor, w: IntegerWeight, out: torch.Tensor) -> torch.Tensor:

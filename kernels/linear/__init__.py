@@ -24,12 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from sempre.kernels.activation import Activation
 from sempre.kernels.checks import check_rows
 from sempre.kernels.fp8 import Fp8Scheme
+from sempre.kernels.lazy_module import LazyModule
 from sempre.kernels.linear.control import control_linear, control_pack, control_pack_fp8
 from sempre.kernels.linear.weights import (
     ControlLinearWeight,
@@ -38,6 +40,15 @@ from sempre.kernels.linear.weights import (
     GroupRows,
     WeightGroup,
 )
+
+if TYPE_CHECKING:
+    from sempre.kernels.linear import cpu as _cpu
+    from sempre.kernels.linear import cpu_groups as _cpu_groups
+    from sempre.kernels.linear import gpu as _gpu
+else:
+    _cpu = LazyModule(__name__, "cpu")
+    _cpu_groups = LazyModule(__name__, "cpu_groups")
+    _gpu = LazyModule(__name__, "gpu")
 
 __all__ = [
     "ControlLinearWeight",
@@ -71,9 +82,7 @@ def pack_linear(
     if weight.is_cuda:
         bias = bias.to(weight.dtype).contiguous() if bias is not None else None
         return GpuLinearWeight(weight.contiguous(), bias, leaves=leaves)
-    from sempre.kernels.linear import cpu
-
-    return cpu.pack_linear(weight, bias, leaves)
+    return _cpu.pack_linear(weight, bias, leaves)
 
 
 def pack_bfloat16_linear(
@@ -83,9 +92,7 @@ def pack_bfloat16_linear(
     if weight.is_cuda or weight.dtype is not torch.bfloat16:
         return pack_linear(weight, bias, leaves)
     _check_leaves("pack_bfloat16_linear", weight, leaves)
-    from sempre.kernels.linear import cpu
-
-    return cpu.pack_bfloat16_linear(weight, bias, leaves)
+    return _cpu.pack_bfloat16_linear(weight, bias, leaves)
 
 
 def pack_fp8_linear(
@@ -97,9 +104,7 @@ def pack_fp8_linear(
         return GpuLinearWeight(
             weight.contiguous(), bias, scale=scale.float().contiguous(), scheme=scheme, leaves=leaves
         )
-    from sempre.kernels.linear import cpu
-
-    return cpu.pack_fp8_linear(weight, scale, bias, scheme, leaves)
+    return _cpu.pack_fp8_linear(weight, scale, bias, scheme, leaves)
 
 
 def _check_leaves(operation: str, weight: torch.Tensor, leaves: int) -> None:
@@ -119,12 +124,8 @@ def linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, out: torch.Ten
     if not x.shape[0]:
         return out
     if not isinstance(w, GpuLinearWeight):
-        from sempre.kernels.linear import cpu
-
-        return cpu.linear(x, w, out)
-    from sempre.kernels.linear import gpu
-
-    return gpu.linear(x, w, out)
+        return _cpu.linear(x, w, out)
+    return _gpu.linear(x, w, out)
 
 
 def partial_linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
@@ -134,12 +135,8 @@ def partial_linear(x: torch.Tensor, w: CpuLinearWeight | GpuLinearWeight, out: t
     if not x.shape[0]:
         return out
     if isinstance(w, GpuLinearWeight):
-        from sempre.kernels.linear import gpu
-
-        return gpu.linear(x, replace(w, scale=None, bias=None), out)
-    from sempre.kernels.linear import cpu
-
-    return cpu.partial_linear(x, w, out)
+        return _gpu.linear(x, replace(w, scale=None, bias=None), out)
+    return _cpu.partial_linear(x, w, out)
 
 
 def sum_partials(partials: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) -> torch.Tensor:
@@ -153,9 +150,7 @@ def sum_partials(partials: torch.Tensor, w: CpuLinearWeight, out: torch.Tensor) 
         )
     if not out.shape[0]:
         return out
-    from sempre.kernels.linear import cpu
-
-    return cpu.sum_partials(partials, w, out)
+    return _cpu.sum_partials(partials, w, out)
 
 
 def group_weights(weights: Sequence[object]) -> WeightGroup | None:
@@ -163,9 +158,7 @@ def group_weights(weights: Sequence[object]) -> WeightGroup | None:
     is summed in one piece."""
     if not all(isinstance(w, CpuLinearWeight) for w in weights):
         return None
-    from sempre.kernels.linear import cpu_groups
-
-    return cpu_groups.group_weights(weights)
+    return _cpu_groups.group_weights(weights)
 
 
 def group_linear(x: torch.Tensor, group: WeightGroup, rows: GroupRows, out: torch.Tensor) -> torch.Tensor:
@@ -178,9 +171,7 @@ def group_linear(x: torch.Tensor, group: WeightGroup, rows: GroupRows, out: torc
             f"group_linear: x {tuple(x.shape)}, out {tuple(out.shape)} and starts of {len(rows.starts)} do not fit"
             f" {len(group.weights)} weights of {w.out_features} x {w.in_features}"
         )
-    from sempre.kernels.linear import cpu_groups
-
-    return cpu_groups.group_linear(x, group, rows, out)
+    return _cpu_groups.group_linear(x, group, rows, out)
 
 
 def gated_linear(
@@ -199,9 +190,7 @@ def gated_linear(
     _check("gated_linear", x, w, out, w.out_features // 2)
     if not x.shape[0]:
         return out
-    from sempre.kernels.linear import gpu
-
-    return gpu.gated_linear(x, w, gate_up, out, activation)
+    return _gpu.gated_linear(x, w, gate_up, out, activation)
 
 
 def _check(

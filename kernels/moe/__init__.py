@@ -11,10 +11,12 @@ tokens; on a GPU `sparse_mlp` runs without waiting for the host.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from sempre.kernels.checks import check_rows
+from sempre.kernels.lazy_module import LazyModule
 from sempre.kernels.moe.experts import (
     ExpertRows,
     ExpertScratch,
@@ -25,6 +27,15 @@ from sempre.kernels.moe.experts import (
     SigmoidScores,
     stack_like,
 )
+
+if TYPE_CHECKING:
+    from sempre.kernels.moe import cpu as _cpu
+    from sempre.kernels.moe import gpu as _gpu
+    from sempre.kernels.moe import gpu_scores as _gpu_scores
+else:
+    _cpu = LazyModule(__name__, "cpu")
+    _gpu = LazyModule(__name__, "gpu")
+    _gpu_scores = LazyModule(__name__, "gpu_scores")
 
 __all__ = [
     "ExpertRows",
@@ -61,9 +72,7 @@ def route(
     weights = torch.empty(experts.shape, dtype=torch.float32, device=logits.device)
     if not logits.shape[0]:
         return experts, weights
-    from sempre.kernels.moe import cpu
-
-    return cpu.route(logits, experts, weights, renormalize=renormalize, scores=scores)
+    return _cpu.route(logits, experts, weights, renormalize=renormalize, scores=scores)
 
 
 def scale_weights(weights: torch.Tensor, experts: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
@@ -82,12 +91,8 @@ def add_shared(out: torch.Tensor, shared: torch.Tensor, gate: torch.Tensor | Non
     if not out.shape[0]:
         return out
     if not out.is_cuda:
-        from sempre.kernels.moe import cpu
-
-        return cpu.add_shared(out, shared, gate)
-    from sempre.kernels.moe import gpu_scores
-
-    return gpu_scores.add_shared(out, shared, gate)
+        return _cpu.add_shared(out, shared, gate)
+    return _gpu_scores.add_shared(out, shared, gate)
 
 
 def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -101,12 +106,8 @@ def combine(parts: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> to
     if not out.shape[0]:
         return out
     if not parts.is_cuda:
-        from sempre.kernels.moe import cpu
-
-        return cpu.combine(parts, weights, out)
-    from sempre.kernels.moe import gpu
-
-    return gpu.combine(parts, weights, out)
+        return _cpu.combine(parts, weights, out)
+    return _gpu.combine(parts, weights, out)
 
 
 def expert_parts(
@@ -123,9 +124,7 @@ def expert_parts(
             f"expert_parts: x {tuple(x.shape)}, parts {tuple(parts.shape)} and scratch of {len(scratch.activated)} rows"
             f" do not fit experts {tuple(experts.shape)}"
         )
-    from sempre.kernels.moe import cpu
-
-    return cpu.expert_parts(x, experts, weights, scratch, parts)
+    return _cpu.expert_parts(x, experts, weights, scratch, parts)
 
 
 def sparse_mlp(
@@ -145,9 +144,7 @@ def sparse_mlp(
         raise ValueError(f"sparse_mlp: logits {tuple(logits.shape)} do not fit {experts.gate_up.num_experts} experts")
     if not x.shape[0]:
         return out
-    from sempre.kernels.moe import gpu
-
-    return gpu.sparse_mlp(x, logits, experts, scratch, out, renormalize=renormalize, scores=scores)
+    return _gpu.sparse_mlp(x, logits, experts, scratch, out, renormalize=renormalize, scores=scores)
 
 
 def expert_scratch(
@@ -160,6 +157,4 @@ def expert_scratch(
 
     ValueError for more experts, or more of them per row, than the kernels support.
     """
-    from sempre.kernels.moe import gpu
-
-    return gpu.expert_scratch(allocate, shape, max_rows, dtype)
+    return _gpu.expert_scratch(allocate, shape, max_rows, dtype)

@@ -7,9 +7,19 @@ on a GPU it is a tree over the row whose shape depends on the width alone, and r
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sempre.kernels.checks import check_rows
+from sempre.kernels.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from sempre.kernels.norms import cpu as _cpu
+    from sempre.kernels.norms import gpu as _gpu
+else:
+    _cpu = LazyModule(__name__, "cpu")
+    _gpu = LazyModule(__name__, "gpu")
 
 __all__ = ["add_rms_norm", "rms_norm", "rms_norm_of_parts"]
 
@@ -21,12 +31,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     if not x.shape[0]:
         return out
     if not x.is_cuda:
-        from sempre.kernels.norms import cpu
-
-        return cpu.rms_norm(x, weight, eps, out)
-    from sempre.kernels.norms import gpu
-
-    return gpu.rms_norm(x, weight, eps, out)
+        return _cpu.rms_norm(x, weight, eps, out)
+    return _gpu.rms_norm(x, weight, eps, out)
 
 
 def add_rms_norm(
@@ -41,12 +47,8 @@ def add_rms_norm(
     if not x.shape[0]:
         return out
     if not x.is_cuda:
-        from sempre.kernels.norms import cpu
-
-        return cpu.add_rms_norm(x, residual, weight, eps, out)
-    from sempre.kernels.norms import gpu
-
-    return gpu.add_rms_norm(x, residual, weight, eps, out)
+        return _cpu.add_rms_norm(x, residual, weight, eps, out)
+    return _gpu.add_rms_norm(x, residual, weight, eps, out)
 
 
 def rms_norm_of_parts(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor, eps: float) -> torch.Tensor:
@@ -59,12 +61,8 @@ def rms_norm_of_parts(rows: torch.Tensor, first: torch.Tensor, second: torch.Ten
     if not rows.shape[0]:
         return rows
     if not rows.is_cuda:
-        from sempre.kernels.norms import cpu
-
-        return cpu.rms_norm_of_parts(rows, first, second, eps)
-    from sempre.kernels.norms import gpu
-
-    return gpu.rms_norm_of_parts(rows, first, second, eps)
+        return _cpu.rms_norm_of_parts(rows, first, second, eps)
+    return _gpu.rms_norm_of_parts(rows, first, second, eps)
 
 
 def _check_shapes(operation: str, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:

@@ -15,11 +15,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 
 from sempre.kernels.checks import check_rows
+from sempre.kernels.lazy_module import LazyModule
 from sempre.kernels.packed.codes import CodeForm, Codes, Numbers, e2m1, unpaired
+
+if TYPE_CHECKING:
+    from sempre.kernels.packed import gpu as _gpu
+    from sempre.kernels.packed import packing as _packing
+else:
+    _gpu = LazyModule(__name__, "gpu")
+    _packing = LazyModule(__name__, "packing")
 
 __all__ = [
     "CodeForm",
@@ -120,9 +129,7 @@ def can_unpack(device: torch.device) -> bool:
 def pack_codes(matrices: Sequence[Codes], bias: torch.Tensor | None, dtype: torch.dtype) -> PackedWeight:
     """Matrices of one form and equal K, one after the other along their outputs, and `bias` [N]. ValueError where
     `can_pack` is False or exponents of MXFP4 exceed 128."""
-    from sempre.kernels.packed import packing
-
-    return packing.pack_codes(matrices, bias, dtype)
+    return _packing.pack_codes(matrices, bias, dtype)
 
 
 def packed_linear(x: torch.Tensor, w: PackedWeight, out: torch.Tensor) -> torch.Tensor:
@@ -138,13 +145,9 @@ def packed_linear(x: torch.Tensor, w: PackedWeight, out: torch.Tensor) -> torch.
         raise TypeError(f"packed_linear: x is {x.dtype}, the weight stands for {w.dtype}; they must be the same")
     if not x.shape[0]:
         return out
-    from sempre.kernels.packed import gpu
-
-    return gpu.linear(x, w, out)
+    return _gpu.linear(x, w, out)
 
 
 def widen(w: PackedWeight) -> torch.Tensor:
     """The matrix [N, K] that the weight stands for."""
-    from sempre.kernels.packed import gpu
-
-    return gpu.widen(w)
+    return _gpu.widen(w)

@@ -7,11 +7,19 @@ result is exact for one row, and the same on every device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from sempre.kernels.checks import check_index
+from sempre.kernels.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from sempre.kernels.pooling import cpu as _cpu
+    from sempre.kernels.pooling import gpu as _gpu
+else:
+    _cpu = LazyModule(__name__, "cpu")
+    _gpu = LazyModule(__name__, "gpu")
 
 __all__ = ["RowSpans", "add_rows"]
 
@@ -36,9 +44,5 @@ def add_rows(hidden: torch.Tensor, spans: RowSpans, sums: torch.Tensor) -> torch
             f"add_rows: sums {sums.dtype} {tuple(sums.shape)} do not fit contiguous rows {tuple(hidden.shape)}"
         )
     if not hidden.is_cuda:
-        from sempre.kernels.pooling import cpu
-
-        return cpu.add_rows(hidden, spans, sums)
-    from sempre.kernels.pooling import gpu
-
-    return gpu.add_rows(hidden, spans, sums)
+        return _cpu.add_rows(hidden, spans, sums)
+    return _gpu.add_rows(hidden, spans, sums)

@@ -13,13 +13,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from sempre.kernels.attention.contract import HeadLayout, HeadNorms, KvCache
 from sempre.kernels.checks import check_index, check_rows
+from sempre.kernels.lazy_module import LazyModule
+
+if TYPE_CHECKING:
+    from sempre.kernels.rope import cpu as _cpu
+    from sempre.kernels.rope import gpu as _gpu
+else:
+    _cpu = LazyModule(__name__, "cpu")
+    _gpu = LazyModule(__name__, "gpu")
 
 __all__ = ["RopeSpec", "cos_sin_table", "head_order", "rope_and_cache_write"]
 
@@ -50,20 +58,16 @@ def rope_and_cache_write(
     if not num_rows:
         return
     if qkv.is_cuda:
-        from sempre.kernels.rope import gpu
-
-        gpu.rope_and_cache_write(qkv, positions, table, slot_mapping, cache, heads, norms)
+        _gpu.rope_and_cache_write(qkv, positions, table, slot_mapping, cache, heads, norms)
         return
-    from sempre.kernels.rope import cpu
-
     num_slots = cache.k.shape[0] * cache.k.shape[3]
-    wrong = cpu.first_outside(positions, table.shape[0], slot_mapping, num_slots)
+    wrong = _cpu.first_outside(positions, table.shape[0], slot_mapping, num_slots)
     if wrong >= 0:
         raise IndexError(
             f"rope_and_cache_write: row {wrong} has position {int(positions[wrong])} of {table.shape[0]} and slot"
             f" {int(slot_mapping[wrong])} of {num_slots}"
         )
-    cpu.rope_and_cache_write(qkv, positions, table, slot_mapping, cache, heads, norms)
+    _cpu.rope_and_cache_write(qkv, positions, table, slot_mapping, cache, heads, norms)
 
 
 @dataclass(frozen=True)

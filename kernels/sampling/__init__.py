@@ -13,13 +13,19 @@ host: its sequence of launches, with the same bits, is in `gpu.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sempre.kernels.lazy_module import LazyModule
 from sempre.kernels.sampling.penalties import add_bias, allow_bits, allow_only, apply_penalties, forbid
+
+if TYPE_CHECKING:
+    from sempre.kernels.sampling import cpu as _cpu
+else:
+    _cpu = LazyModule(__name__, "cpu")
 
 __all__ = [
     "RAW_LOGPROBS",
@@ -123,9 +129,7 @@ def sample(logits: torch.Tensor, rows: SamplingRows, positions: npt.NDArray[np.i
 
     `positions` [M] are the indices, in their sequences, of the tokens that are sampled (0 <= position < 2**32).
     """
-    from sempre.kernels.sampling import cpu
-
-    return cpu.sample(_as_array(logits), rows, positions)
+    return _cpu.sample(_as_array(logits), rows, positions)
 
 
 def logprobs(
@@ -143,6 +147,4 @@ def logprobs(
     vocabulary = array.shape[1]
     if targets.size and not 0 <= targets.min() <= targets.max() < vocabulary:
         raise ValueError(f"targets: expected ids in [0, {vocabulary}), found {targets.min()} … {targets.max()}")
-    from sempre.kernels.sampling import cpu
-
-    return cpu.logprobs(array, rows, targets, vocabulary if num_best < 0 else min(num_best, vocabulary), reports)
+    return _cpu.logprobs(array, rows, targets, vocabulary if num_best < 0 else min(num_best, vocabulary), reports)

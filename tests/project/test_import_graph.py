@@ -54,6 +54,14 @@ def _imported(node: ast.AST, is_for_types: bool = False) -> Iterator[Imported]:
         yield from _imported(child, is_for_types)
 
 
+def _lazily_imported(package: str, tree: ast.AST) -> Iterator[Imported]:
+    """The modules of a package that stand there as a LazyModule."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "LazyModule":
+            assert ast.unparse(node.args[0]) == "__name__"
+            yield Imported(f"{package}.{ast.literal_eval(node.args[1])}", is_for_types=False)
+
+
 def _and_packages(name: str) -> Iterator[str]:
     """`name` and the packages around it, which run before it."""
     while name:
@@ -65,7 +73,9 @@ def _arrows(sources: Mapping[str, str], *, with_types: bool) -> dict[str, set[st
     """For each module all that it imports, except the packages that contain it: those are loaded already."""
     graph = {}
     for module, source in sources.items():
-        names = (i.name for i in _imported(ast.parse(source)) if with_types or not i.is_for_types)
+        tree = ast.parse(source)
+        imported = (*_imported(tree), *_lazily_imported(module, tree))
+        names = (i.name for i in imported if with_types or not i.is_for_types)
         graph[module] = {found for name in names for found in _and_packages(name) if found in sources}
         graph[module] -= set(_and_packages(module))
     return graph
@@ -104,11 +114,13 @@ def test_a_circle_is_noticed() -> None:
     inside = {"a": "import b", "b": "def f():\n    from a import x"}
     package = {"p": "from p.inner import x", "p.inner": "from q import y", "q": "import p.inner"}
     long = {"a": "import b.c", "b": "", "b.c": "if x:\n    from d import e", "d": "", "d.e": "", "f": ""}
+    lazy = {"p": "x = LazyModule(__name__, 'inner')", "p.inner": "import q", "q": "from p import y"}
     types = {"a": "import b", "b": "if TYPE_CHECKING:\n    from a import x"}
     assert _circle(_arrows(inside, with_types=False))
     assert _circle(_arrows(package, with_types=False))
     assert not _circle(_arrows(long, with_types=False))
     assert _circle(_arrows(long | {"d.e": "from a import y"}, with_types=False))
+    assert _circle(_arrows(lazy, with_types=False))
     assert not _circle(_arrows(types, with_types=False))
     assert _circle(_arrows(types, with_types=True))
 
