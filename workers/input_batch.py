@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import KeysView, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import AdapterSpec, ErrorInfo, NewRequest, PoolingSpec, ScheduledRequest
 from sempre.workers.models.pooling import Pooling
 from sempre.workers.sampling import GrammarCompiler, SamplingState
-from sempre.workers.steps import EMPTY, AnyArray, Int32, Int64, StepArrays, StepShape, row_places
+from sempre.workers.steps import AnyArray, Int32, Int64, SampledRows, StepArrays, StepShape, step_arrays
 
 
 @dataclass(eq=False)
@@ -47,22 +46,6 @@ class RequestState:
     adapter: AdapterSpec | None = None
     adapter_slot: int = -1
     """of its adapter in the current step; -1: without one"""
-
-
-class SampledRows(NamedTuple):
-    """Where a step samples; arrays [M], the rows of one request adjacent and ascending."""
-
-    requests: Int64
-    """index within the step"""
-    rows: Int64
-    positions: Int64
-    """positions of the sampled tokens in their sequences"""
-    offsets: Int64
-    """draft tokens between the request's last known one and the sampled one"""
-
-    def starts(self, num_requests: int) -> Int32:
-        """[R + 1]: the rows of request r of the step are entries [starts[r], starts[r + 1])."""
-        return np.searchsorted(self.requests, np.arange(num_requests + 1)).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -314,26 +297,12 @@ class InputBatch:
             token_ids[plan.first_rows[index] : ends[index]] = piece + plan.scheduled[index].draft_token_ids
         width = -(-int(plan.context.max()) // self._block_size)
         tables = np.ascontiguousarray(self._block_tables[slots, :width])
-        places = row_places(plan.computed, plan.num_tokens, tables, self._block_size)
-        return StepArrays(
-            token_ids=token_ids,
-            positions=places.positions,
-            slot_mapping=places.slot_mapping,
-            row_slots=slots[places.requests],
-            query_starts=places.query_starts,
-            context_lens=plan.context.astype(np.int32),
-            block_tables=tables,
-            slots=slots,
-            draft_ends=np.zeros(slots.size, np.int32),
-            state_reads=plan.state_reads if plan.has_states else EMPTY,
-            state_writes=plan.state_writes if plan.has_states else EMPTY,
-            sampled_rows=sampled.rows,
-            sampled_starts=sampled.starts(slots.size),
-            sampled_slots=slots[sampled.requests].astype(np.int32),
-            sampled_positions=sampled.positions,
-            draft_offsets=sampled.offsets.astype(np.int32),
-            row_adapters=np.repeat(plan.adapter_slots, plan.num_tokens) if plan.has_adapters else EMPTY,
-        )
+        arrays = step_arrays(slots, plan.computed, plan.num_tokens, tables, self._block_size, token_ids, sampled)
+        if plan.has_states:
+            arrays = arrays._replace(state_reads=plan.state_reads, state_writes=plan.state_writes)
+        if plan.has_adapters:
+            arrays = arrays._replace(row_adapters=np.repeat(plan.adapter_slots, plan.num_tokens))
+        return arrays
 
     def _take_slot(self) -> int:
         if not self._free_slots:

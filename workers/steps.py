@@ -190,6 +190,55 @@ def row_places(starts: Int64, counts: Int64, block_tables: Int32, block_size: in
     return RowPlaces(positions, blocks * block_size + positions % block_size, requests, query_starts)
 
 
+class SampledRows(NamedTuple):
+    """Where a step samples; arrays [M], the rows of one request adjacent and ascending."""
+
+    requests: Int64
+    """index within the step"""
+    rows: Int64
+    positions: Int64
+    """positions of the sampled tokens in their sequences"""
+    offsets: Int64
+    """draft tokens between the request's last known one and the sampled one"""
+
+    def starts(self, num_requests: int) -> Int32:
+        """[R + 1]: the rows of request r of the step are entries [starts[r], starts[r + 1])."""
+        return np.searchsorted(self.requests, np.arange(num_requests + 1)).astype(np.int32)
+
+
+def step_arrays(
+    slots: Int64,
+    starts: Int64,
+    counts: Int64,
+    block_tables: Int32,
+    block_size: int,
+    token_ids: Int64,
+    sampled: SampledRows,
+) -> StepArrays[AnyArray]:
+    """The arrays of a step that computes tokens [starts[r], starts[r] + counts[r]) of each request r, which `token_ids`
+    [T] has one request after the other; without states and adapters."""
+    places = row_places(starts, counts, block_tables, block_size)
+    return StepArrays(
+        query_starts=places.query_starts,
+        context_lens=(starts + counts).astype(np.int32),
+        block_tables=block_tables,
+        slots=slots,
+        draft_ends=np.zeros(slots.size, np.int32),
+        state_reads=EMPTY,
+        state_writes=EMPTY,
+        sampled_starts=sampled.starts(slots.size),
+        sampled_rows=sampled.rows,
+        sampled_slots=slots[sampled.requests].astype(np.int32),
+        sampled_positions=sampled.positions,
+        draft_offsets=sampled.offsets.astype(np.int32),
+        token_ids=token_ids,
+        positions=places.positions,
+        slot_mapping=places.slot_mapping,
+        row_slots=slots[places.requests],
+        row_adapters=EMPTY,
+    )
+
+
 @dataclass(frozen=True)
 class OutputRows:
     """The rows whose final hidden states are needed: S of a step's T, the last ones of each request, in order."""

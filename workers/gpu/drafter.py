@@ -25,16 +25,16 @@ from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.sampling import RowError, SamplingState
 from sempre.workers.step_validation import StepLimits
 from sempre.workers.steps import (
-    EMPTY,
     AnyArray,
     Int32,
+    SampledRows,
     StepArrays,
     StepInput,
     StepShape,
     array_sizes,
     padded,
     padding,
-    row_places,
+    step_arrays,
     step_input,
 )
 
@@ -285,31 +285,13 @@ class GpuDraftModelRunner:
 
     def _arrays(self, pieces: list[_Piece], context_len: int, *, samples: bool) -> StepArrays[AnyArray]:
         """`samples`: after the last row of each piece."""
-        count = len(pieces)
-        slots = np.asarray([piece.slot for piece in pieces], np.int64)
-        starts = np.asarray([piece.start for piece in pieces], np.int64)
-        ends = np.asarray([piece.end for piece in pieces], np.int64)
-        block_size = self.cache.block_size
-        tables = np.ascontiguousarray(self._tables[slots, : -(-context_len // block_size)])
-        places = row_places(starts, ends - starts, tables, block_size)
-        token_ids = [token for piece in pieces for token in piece.task.token_ids[piece.start : piece.end]]
-        num_sampled = count if samples else 0
-        return StepArrays(
-            query_starts=places.query_starts,
-            context_lens=ends.astype(np.int32),
-            block_tables=tables,
-            slots=slots,
-            draft_ends=np.zeros(count, np.int32),
-            state_reads=EMPTY,
-            state_writes=EMPTY,
-            sampled_starts=np.minimum(np.arange(count + 1, dtype=np.int32), num_sampled),
-            sampled_rows=places.query_starts[1 : num_sampled + 1].astype(np.int64) - 1,
-            sampled_slots=slots[:num_sampled].astype(np.int32),
-            sampled_positions=ends[:num_sampled],
-            draft_offsets=np.zeros(num_sampled, np.int32),
-            token_ids=np.asarray(token_ids, np.int64),
-            positions=places.positions,
-            slot_mapping=places.slot_mapping,
-            row_slots=slots[places.requests],
-            row_adapters=EMPTY,
+        slots, starts, ends = (
+            np.asarray(numbers, np.int64) for numbers in zip(*((p.slot, p.start, p.end) for p in pieces), strict=True)
         )
+        tables = np.ascontiguousarray(self._tables[slots, : -(-context_len // self.cache.block_size)])
+        token_ids = [token for piece in pieces for token in piece.task.token_ids[piece.start : piece.end]]
+        requests = np.arange(len(pieces) if samples else 0)
+        last_rows = np.cumsum(ends - starts)[requests] - 1
+        sampled = SampledRows(requests, last_rows, ends[requests], np.zeros_like(requests))
+        block_size = self.cache.block_size
+        return step_arrays(slots, starts, ends - starts, tables, block_size, np.asarray(token_ids, np.int64), sampled)
