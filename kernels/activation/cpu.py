@@ -119,7 +119,7 @@ def _silu_and_mul(gate_up: int, rows: int, width: int, out: int) -> None:
         silu_and_mul_row(gate, gate + width * 4, width, out + t * width * 4)
 
 
-@compiled(parallel=True)
+@compiled_twice
 def _gelu_mul(gate: int, gate_step: int, up: int, up_step: int, rows: int, width: int, out: int) -> None:
     """Steps are bytes between rows."""
     for t in prange(rows):
@@ -173,7 +173,8 @@ def gelu_mul(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> torch.T
     """See the facade; the rows of `gate` may lie apart too."""
     rows, width = out.shape
     steps = gate.stride(0) * 4, up.stride(0) * 4
-    _gelu_mul(gate.data_ptr(), steps[0], up.data_ptr(), steps[1], rows, width, out.data_ptr())
+    run = _gelu_mul.parallel if out.numel() >= PARALLEL_ELEMENTS else _gelu_mul.serial
+    run(gate.data_ptr(), steps[0], up.data_ptr(), steps[1], rows, width, out.data_ptr())
     return out
 
 
