@@ -53,13 +53,13 @@ def _drafter(model: LoadedModel) -> ModelDrafter:
 
 
 def test_sequences_that_stay(model: LoadedModel) -> None:
-    assert differences(_drafter(model), partial(_drafter, model), 30) == []
+    assert differences(_drafter(model), partial(_drafter, model), 12) == []
 
 
 def test_states_after_wrong_drafts_are_noticed(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: with one slot for both states, drafts differ."""
     monkeypatch.setattr(drafter._Progress, "_slot_after", lambda self, num_tokens: self.slots.known)
-    assert differences(_drafter(model), partial(_drafter, model), 30)
+    assert differences(_drafter(model), partial(_drafter, model), 12)
 
 
 def test_two_slots_for_each_sequence_and_no_others(model: LoadedModel) -> None:

@@ -193,6 +193,22 @@ ATTENTION_AND_LINEAR = (
         ("tests/workers/test_gpt_oss.py::test_every_code_and_scale_is_exact",),
     ),
     Fault(
+        "experts-compute-the-first-row",
+        "On a CPU every expert of a step computes the first row.",
+        "kernels/moe/cpu.py",
+        "tokens[places[g]] = t",
+        "tokens[places[g]] = 0",
+        ("tests/workers/test_moe.py::test_a_row_alone_has_its_bits",),
+    ),
+    Fault(
+        "panels-between-threads-are-lost",
+        "Of the weights of several rows, the last panel before another thread's first is computed by none.",
+        "kernels/linear/cpu_groups.py",
+        "min(num_panels, -((before - last) // cost))",
+        "min(num_panels, -((before - last) // cost) - 1)",
+        ("tests/kernels/test_group_linear.py::test_every_row_has_the_bits_of_its_own_weight",),
+    ),
+    Fault(
         "gates-not-taken-apart",
         "Outputs of gates that take turns with the others are taken for the first half.",
         "workers/layers/moe.py",

@@ -8,33 +8,43 @@ INPUT_BATCH = "workers/input_batch.py"
 TESTS = "tests/workers/test_input_batch.py"
 WORKER_TESTS = "tests/workers/test_worker.py"
 LONG_CONTEXTS = "tests/invariance/test_long_contexts.py"
+STEP_ARRAYS = "token_ids, sampled)\n        if plan.has_states:"
+
+
+def _with_positions(error: str) -> str:
+    """The arrays of a step, whose positions are too small by `error`."""
+    wrong = f"arrays._replace(positions=arrays.positions - {error})"
+    return f"token_ids, sampled)\n        arrays = {wrong}\n        if plan.has_states:"
+
 
 POSITIONS = (
     Fault(
         "rotation-off-at-chunks-of-512",
         "The first token of a chunk that begins at a multiple of 512 is rotated as the one before it.",
         INPUT_BATCH,
-        "            positions=places.positions,\n",
-        "            positions=places.positions"
-        " - np.isin(np.arange(ends[-1]), plan.first_rows[(plan.computed > 0) & (plan.computed % 512 == 0)]),\n",
+        STEP_ARRAYS,
+        _with_positions(
+            "np.isin(np.arange(ends[-1]), plan.first_rows[(plan.computed > 0) & (plan.computed % 512 == 0)])"
+        ),
         (f"{TESTS}::test_every_token_of_a_chunk_has_its_own_position_and_slot", f"{LONG_CONTEXTS}::test_chunks[512]"),
     ),
     Fault(
         "rope-off-after-512",
         "Beyond the first 512 positions the first token of every chunk is rotated as the one before it.",
         INPUT_BATCH,
-        "            positions=places.positions,\n",
-        "            positions=places.positions"
-        " - np.isin(np.arange(ends[-1]), plan.first_rows[plan.computed > 512]),\n",
+        STEP_ARRAYS,
+        _with_positions("np.isin(np.arange(ends[-1]), plan.first_rows[plan.computed > 512])"),
         (f"{TESTS}::test_every_token_of_a_chunk_has_its_own_position_and_slot", f"{LONG_CONTEXTS}::test_chunks[511]"),
     ),
     Fault(
         "rotation-off-after-preemption",
         "A request that has outputs and nothing in the cache, as after a preemption, is rotated one position off.",
         INPUT_BATCH,
-        "            positions=places.positions,\n",
-        "            positions=np.maximum(places.positions - np.repeat((plan.computed == 0) & np.asarray(["
-        "s.num_prompt_tokens < len(s.token_ids) for s in plan.states]), plan.num_tokens), 0),\n",
+        STEP_ARRAYS,
+        _with_positions(
+            "np.minimum(arrays.positions, np.repeat((plan.computed == 0) & np.asarray(["
+            "s.num_prompt_tokens < len(s.token_ids) for s in plan.states]), plan.num_tokens))"
+        ),
         (
             f"{TESTS}::test_a_request_that_is_computed_again_has_the_positions_it_had",
             f"{WORKER_TESTS}::test_resumed_request_continues_with_the_same_bits",
@@ -46,9 +56,11 @@ POSITIONS = (
         "outputs-rotated-off-after-preemption",
         "After a preemption the outputs of a request, but not its prompt, are rotated one position off.",
         INPUT_BATCH,
-        "            positions=places.positions,\n",
-        "            positions=places.positions - (np.repeat(plan.num_tokens > 1, plan.num_tokens)"
-        " & (places.positions >= np.repeat([s.num_prompt_tokens for s in plan.states], plan.num_tokens))),\n",
+        STEP_ARRAYS,
+        _with_positions(
+            "(np.repeat(plan.num_tokens > 1, plan.num_tokens)"
+            " & (arrays.positions >= np.repeat([s.num_prompt_tokens for s in plan.states], plan.num_tokens)))"
+        ),
         (
             f"{TESTS}::test_a_request_that_is_computed_again_has_the_positions_it_had",
             f"{LONG_CONTEXTS}::test_preemption_without_a_prefix_cache",
