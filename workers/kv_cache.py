@@ -128,6 +128,6 @@ class PagedKvCache(LayerTensors):
         self.states = states
         kept: dict[int, KvCache | LayerState] = {**own, **({} if states is None else states.layers)}
         sources = [index if layer.source is None else layer.source for index, layer in enumerate(layers)]
-        nothing = KvCache(*torch.empty(2, 0, device=device))
+        nothing = KvCache(*torch.empty(2, 0, dtype=torch.float32, device=device))
         self.layers = [kept.get(source, nothing) for source in sources]
         super().__init__(layer.tensors for layer in own.values())

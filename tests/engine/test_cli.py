@@ -233,8 +233,8 @@ def test_prompts_and_flags_may_be_mixed() -> None:
 
 
 def test_flags_that_help_leaves_out_are_not_suggested() -> None:
-    with pytest.raises(UsageError, match=r"unknown flag --kv-cache-dtipe. Did you mean --kv-cache-memory-bytes\?"):
-        parsed(["--kv-cache-dtipe", "auto"])
+    with pytest.raises(UsageError, match=r"unknown flag --kv-cache-metricz. Did you mean --kv-cache-dtype\?"):
+        parsed(["--kv-cache-metricz", "auto"])
 
 
 def test_flags_must_be_written_out() -> None:
