@@ -102,7 +102,7 @@ class PendingRequests:
                     if delta.prompt_logprobs is not None:
                         entry.num_prompt_logprobs += delta.prompt_logprobs.num_rows
             case _ if isinstance(event, Reply):
-                if isinstance(event, SleepReply):
+                if isinstance(event, SleepReply) and event.error is None:
                     self._asleep = event.tags
                 answered = self.call_of(event)
                 if answered is not None:

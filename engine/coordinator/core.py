@@ -225,7 +225,7 @@ class EngineCore:
             case SleepEngine() | WakeEngine():
                 return self._change_sleep(command)
             case GetSleepState(call_id=call_id):
-                return [SleepReply(call_id=call_id, tags=list(self._sleep.away))]
+                return [*self._sleep.state(call_id)]
             case GetMetrics(call_id=call_id):
                 values = self._metrics()
                 return [MetricsReply(call_id=call_id, values=values)]
@@ -303,9 +303,10 @@ class EngineCore:
         if self._startup.awaits(replica.ranks):
             return []
         replica.resume()
+        # before calls that have waited: they find what their workers had
+        updated = self._changed(self._sleep.resume(replica.ranks))
         self._calls.resume(replica.ranks)
-        updated = self._updated(self._weights.resume(replica.ranks))
-        updated += self._changed(self._sleep.resume(replica.ranks))
+        updated += self._updated(self._weights.resume(replica.ranks))
         pids = self._startup.pids
         return [*(WorkerStateChanged(rank=peer, state="ready", pid=pids[peer]) for peer in replica.ranks), *updated]
 
@@ -347,10 +348,11 @@ class EngineCore:
         """The end of falling asleep or of waking up, if it has ended."""
         if reply is None:
             return []
+        replies: list[ClientEvent] = [reply, *self._sleep.take_answers()]
         if self._sleep.is_pending:
-            return [reply]
+            return replies
         notices = [] if self._drafts is None else self._drafts.wake_up()
-        return [*notices_of(notices), reply, *self._add_held()]
+        return [*notices_of(notices), *replies, *self._add_held()]
 
     def _is_computing(self) -> bool:
         return any(replica.is_computing for replica in self._replicas)

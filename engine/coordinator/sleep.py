@@ -50,6 +50,19 @@ class SleepControl:
         self._awaited: dict[int, int] = {}
         """rank to the number of the call that it has not answered"""
         self._lost: set[int] = set()
+        self._questions: list[int] = []
+
+    def state(self, call_id: int) -> list[SleepReply]:
+        """The answer to a question for the state; none yet while that changes."""
+        if self.is_changing:
+            self._questions.append(call_id)
+            return []
+        return [SleepReply(call_id=call_id, tags=list(self.away))]
+
+    def take_answers(self) -> list[SleepReply]:
+        """A change has ended: the answers to what was asked meanwhile."""
+        questions, self._questions = self._questions, []
+        return [SleepReply(call_id=call_id, tags=list(self.away)) for call_id in questions]
 
     @property
     def is_pending(self) -> bool:

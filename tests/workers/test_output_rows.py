@@ -15,8 +15,8 @@ from sempre.workers.backend import LoadedModel
 from sempre.workers.cpu.backend import CpuBackend
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.module import Scratch, allocate
+from sempre.workers.model_loading import load_with_adapters, model_setup
 from sempre.workers.steps import OutputRows, StepInput
-from sempre.workers.worker import _load, _setup
 
 MAX_LEN, NUM_BLOCKS = 48, 8
 # rows of a prompt, of a chunk that ends inside its prompt, of a request that decodes, and of one with draft tokens
@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest, checkpoints: Callable[[str], Any]) -> 
     )
     backend = CpuBackend()
     backend.begin(config)
-    return _load(_setup(config, backend), backend)
+    return load_with_adapters(model_setup(config, backend), backend)
 
 
 def _step() -> StepInput:

@@ -73,11 +73,14 @@ def test_steps_are_held_until_the_engine_is_awake(control: SleepControl, ranks: 
     assert (control.is_pending, control.holds_steps) == (False, False)
     begin(control, ALL)
     assert (control.is_waiting, control.lets_finish, control.holds_steps) == (True, False, True)
+    assert control.state(3) == [], "it is changing"
     assert control.release() is None
     assert ranks.take_sent() == {rank: (RELEASE, ["kv_cache", "weights"]) for rank in range(2)}
     assert answer(control, ranks, 1) is None
     assert answer(control, ranks, 1) is None, "a reply counts once"
     assert answer(control, ranks, 0) == SleepReply(call_id=7, tags=ALL)
+    assert control.take_answers() == [SleepReply(call_id=3, tags=ALL)]
+    assert control.state(4) == [SleepReply(call_id=4, tags=ALL)]
     assert wake_up(control, ["weights"]) is None
     assert ranks.take_sent() == {rank: (RESTORE, ["weights"]) for rank in range(2)}
     assert [answer(control, ranks, rank) for rank in range(2)] == [None, SleepReply(call_id=8, tags=ALL[:2])]
