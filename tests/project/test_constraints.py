@@ -11,8 +11,6 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
-# what fills it decides bits
-EXTRAS = ("structured",)
 
 
 def pinned() -> dict[str, Version]:
@@ -24,8 +22,7 @@ def pinned() -> dict[str, Version]:
 def declared() -> list[Requirement]:
     config = ConfigParser(interpolation=None)
     config.read(ROOT / "setup.cfg", encoding="utf-8")
-    blocks = [config["options"]["install_requires"], *(config["options.extras_require"][extra] for extra in EXTRAS)]
-    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    lines = [line.strip() for line in config["options"]["install_requires"].splitlines()]
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
