@@ -184,6 +184,7 @@ def check_prompt_logprobs(requests: Sequence[PreparedRequest], vocab_size: int, 
     """Raise RequestError for prompts with more log-probabilities than a stream may hold."""
     num_held = 0
     for request in requests:
+        num_held += sum(map(len, request.params.prompt_logprob_token_ids or ()))
         most = request.params.prompt_logprobs
         if most is not None:
             num_held += (len(request.prompt_token_ids) - 1) * (vocab_size if most == -1 else 1 + most)

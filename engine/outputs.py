@@ -1,15 +1,18 @@
 """What a user gets back, with vLLM's field names plus `seed`, `fingerprint` and `error`.
 
-All of it works with `dataclasses.asdict` (or `to_dict`, which is the same), and the result with `json.dumps`.
+All of it works with `dataclasses.asdict` (or `to_dict`, which is the same), and the result with `json.dumps`; but the
+matrix `prompt_token_id_logprobs` is an array in the one, and lists in the other.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 
 from sempre.engine.adapters import LoRARequest
@@ -96,10 +99,23 @@ class RequestOutput:
     """The adapter of the request."""
     pooled: list[float] | None = None
     """Of a model that pools: what `embed`, `classify` and `score` are made of."""
+    prompt_token_id_logprobs: npt.NDArray[np.float32] | None = None
+    """Of `prompt_logprob_token_ids`, [scored prompt tokens, ids]; -inf where a row has no more ids."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RequestOutput):
+            return NotImplemented
+        names = [field.name for field in fields(self) if field.name != "prompt_token_id_logprobs"]
+        one, two = self.prompt_token_id_logprobs, other.prompt_token_id_logprobs
+        same = one is two if one is None or two is None else np.array_equal(one, two)
+        return same and all(getattr(self, name) == getattr(other, name) for name in names)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain dicts, lists, strings and numbers."""
-        return asdict(self)
+        values = asdict(self)
+        if self.prompt_token_id_logprobs is not None:
+            values["prompt_token_id_logprobs"] = self.prompt_token_id_logprobs.tolist()
+        return values
 
     def to_json(self) -> str:
         """Return everything as JSON on one line; a log-probability reads back to the same bits.

@@ -107,6 +107,19 @@ def token_ids(name: str, value: object) -> list[int]:
     return [int(item) for item in value]
 
 
+def token_id_rows(name: str, value: object) -> list[list[int]]:
+    """Return lists of ints, none of which is below -1, from such lists or an integer array of two dimensions."""
+    if getattr(getattr(value, "dtype", None), "kind", "") in ("i", "u"):
+        value = value.tolist()  # type: ignore[attr-defined]
+    if not isinstance(value, Sequence) or not all(isinstance(row, Sequence) for row in value) or not any(value):
+        raise refusal(name, value, f"must be a list of lists of token ids, and not empty, got {shown(value)}.")
+    rows = [token_ids(name, row) for row in value]
+    lowest = min(min(row, default=0) for row in rows)
+    if lowest < -1:
+        raise refusal(name, value, f"must contain token ids, or -1 for none, got {shown(lowest)}.")
+    return rows
+
+
 def logit_bias(value: object) -> dict[int, float]:
     """Return biases by token id, within ±100."""
     if not isinstance(value, Mapping):

@@ -19,6 +19,7 @@ from sempre.engine.parameter_checks import (
     refusal,
     shown,
     strings,
+    token_id_rows,
     token_ids,
     within_float32,
 )
@@ -39,8 +40,6 @@ MIN_TEMPERATURE = 0.01
 # passed on in the order of their declaration, which is the order here.
 NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "watermarking": (False,),
-    "prompt_logprob_token_ids": ([],),
-    "prompt_logprob_start": (0,),
     # added tokens are written by the tokenizer's decoder, which adds no such spaces
     "spaces_between_special_tokens": (True, False),
     "extra_args": ({},),
@@ -57,7 +56,6 @@ NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
 _INSTEAD = {
     "guided_decoding": "Use structured_outputs=StructuredOutputsParams(…).",
     "logits_processors": "Use logit_bias, allowed_token_ids or bad_words.",
-    "prompt_logprob_token_ids": "Use prompt_logprobs; -1 reports the whole vocabulary.",
 }
 
 
@@ -109,8 +107,13 @@ class SamplingParams:
     min_tokens: Annotated[int, doc("no stop before this many tokens")] = 0
     logprobs: Annotated[int | None, doc("report the k best and the sampled token's log-probability; -1 all")] = None
     prompt_logprobs: Annotated[int | None, doc("the same for every prompt token")] = None
-    prompt_logprob_token_ids: InitVar[Any] = None
-    prompt_logprob_start: InitVar[Any] = None
+    prompt_logprob_token_ids: Annotated[
+        list[list[int]] | None,
+        doc("one list per scored prompt token: ids whose log-probabilities to report in its place; -1 is none"),
+    ] = None
+    prompt_logprob_start: Annotated[
+        int | None, doc("prompt tokens before the first scored one, less one; none: 0, which scores the second token")
+    ] = None
     logprob_token_ids: Annotated[
         list[int] | None, doc("report the log-probabilities of these ids instead of the k best")
     ] = None
@@ -269,6 +272,7 @@ class SamplingParams:
                 "logprob_token_ids", listed, f"can hold at most {MAX_LOGPROB_TOKEN_IDS} ids, got {len(listed)}."
             )
         self.logprob_token_ids = listed or None
+        self._normalise_candidates()
         boolean("flat_logprobs", self.flat_logprobs)
         if self.stream_interval is not None:
             interval = integer("stream_interval", self.stream_interval)
@@ -281,6 +285,18 @@ class SamplingParams:
             raise refusal(
                 "output_kind", self.output_kind, f"must be a RequestOutputKind, got {shown(self.output_kind)}."
             ) from None
+
+    def _normalise_candidates(self) -> None:
+        if self.prompt_logprob_token_ids is not None:
+            self.prompt_logprob_token_ids = token_id_rows("prompt_logprob_token_ids", self.prompt_logprob_token_ids)
+        if self.prompt_logprob_start is None:
+            return
+        start = integer("prompt_logprob_start", self.prompt_logprob_start)
+        if start < 0:
+            raise refusal("prompt_logprob_start", start, f"must be non-negative, got {shown(start)}.")
+        if start and self.prompt_logprob_token_ids is None:
+            raise refusal("prompt_logprob_start", start, "requires prompt_logprob_token_ids.")
+        self.prompt_logprob_start = start if self.prompt_logprob_token_ids is not None else None
 
     def _normalise_stops(self) -> None:
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):

@@ -182,7 +182,7 @@ class InputBatch:
         if params.depends_on_output:
             grammar = self._grammars.start(params, token_ids, new.num_prompt_tokens)
         sampling = SamplingState(params, new.seed, token_ids, new.num_prompt_tokens, grammar)
-        reads_all = params.prompt_logprobs is not None
+        reads_all = params.first_scored_token is not None
         if new.pooling is not None:
             reads_all = self.pooling is not None and self.pooling.reads_all_rows
         state = RequestState(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol
 
 import zmq
+from msgspec.structs import astuple
 
 from sempre.ipc.channel import PeerChannel
 from sempre.ipc.error_info import describe, restore
@@ -118,7 +119,7 @@ def sendable(event: WorkerEvent, error: TypeError | MessageTooLarge) -> WorkerEv
 
 def _logprob_bytes(sampled: SampledTokens) -> int:
     rows = [rows for rows in (sampled.logprobs, sampled.prompt_logprobs) if rows is not None]
-    return sum(len(part.token_ids) + len(part.logprobs) + len(part.ranks) for part in rows)
+    return sum(len(packed) for part in rows for packed in astuple(part) if isinstance(packed, bytes))
 
 
 def _too_large(sampled: SampledTokens, error: MessageTooLarge) -> SampledTokens:

@@ -159,7 +159,7 @@ class ModelRunner(ABC):
         """Log-probabilities of prompt tokens; `hidden` [T, H] has all rows when any are requested."""
         assert self._prompt_logprobs is not None, "a model that pools has no log-probabilities"
         for index, (item, state) in enumerate(zip(plan.scheduled, plan.states, strict=True)):
-            if state.sampling.params.prompt_logprobs is not None:
+            if state.sampling.params.first_scored_token is not None:
                 first_row = int(plan.first_rows[index])
                 flight.prompt_results[item.request_id] = self._prompt_logprobs.score(item, state, first_row, hidden)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
+
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import MessageMalformed, RequestError
 from sempre.ipc.messages import ErrorInfo, ExecuteStep, NewRequest, ScheduledRequest
@@ -107,6 +109,10 @@ class StepValidation:
             expected, found = f"{new.num_prompt_tokens} to {limits.max_model_len} tokens", f"{length}"
         elif max(new.token_ids) >= limits.vocab_size:
             expected, found = f"ids less than vocab_size={limits.vocab_size}", f"{max(new.token_ids)}"
+        elif (unfit := _unfit_candidates(new, limits.vocab_size)) is not None:
+            message = f"prompt_candidates: expected {unfit[0]}, found {unfit[1]}."
+            error = RequestError(message, parameter="prompt_logprob_token_ids", request_id=new.request_id)
+            return describe(error, self._rank)
         elif (new.pooling is None) != (self._batch.pooling is None):
             task = "generates" if self._batch.pooling is None else "pools"
             message = f"pooling: the model {task}, and the request asks for the other."
@@ -121,6 +127,20 @@ class StepValidation:
         message = f"token_ids: expected {expected}, found {found}."
         error = RequestError(message, parameter="token_ids", value=found, request_id=new.request_id)
         return describe(error, self._rank)
+
+
+def _unfit_candidates(new: NewRequest, vocab_size: int) -> tuple[str, str] | None:
+    """What a request's candidates should be, and what they are; None if they fit its prompt and the vocabulary."""
+    given = new.params.prompt_candidates
+    if given is None:
+        return None
+    num_rows = max(new.num_prompt_tokens - 1 - given.start, 0)
+    expected, found = 4 * given.width * num_rows, len(given.token_ids)
+    if found != expected:
+        return f"{num_rows} rows of {given.width} ids, {expected} bytes", f"{found} bytes"
+    token_ids = np.frombuffer(given.token_ids, "<i4")
+    unfit = token_ids[(token_ids < -1) | (token_ids >= vocab_size)]
+    return (f"ids less than vocab_size={vocab_size}, or -1", f"{unfit[0]}") if unfit.size else None
 
 
 def _malformed(name: str, expected: str, found: str) -> MessageMalformed:

@@ -65,4 +65,5 @@ def joined(parts: Sequence[LogprobRows]) -> LogprobRows:
         logprobs=b"".join(part.logprobs for part in parts),
         ranks=b"".join(part.ranks for part in parts),
         listed_ranks=b"".join(part.listed_ranks for part in parts),
+        candidates=b"".join(part.candidates for part in parts),
     )

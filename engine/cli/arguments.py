@@ -31,8 +31,8 @@ _ALIASES = {
 _NESTED = "structured_outputs_config"
 _MODEL = "name (tiny, smollm2-135m), folder, or hub id"
 _NO_MODEL = "; the model `tiny` is always available: --model tiny"
-# the engine has a flag of the name `stream_interval`
-_NOT_FLAGS = ("output_kind", "stream_interval")
+# the engine has a flag of the name `stream_interval`; ids to score belong to one prompt
+_NOT_FLAGS = ("output_kind", "stream_interval", "prompt_logprob_token_ids", "prompt_logprob_start")
 
 
 def add_model_flag(parser: argparse.ArgumentParser) -> None:

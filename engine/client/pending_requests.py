@@ -150,4 +150,5 @@ def _estimated_bytes(spec: RequestSpec) -> int:
     params = spec.params
     num_ids = len(spec.prompt_token_ids) + len(spec.output_token_ids)
     num_ids += len(params.allowed_token_ids or []) + 3 * len(params.logit_bias)
-    return 256 + 5 * (num_ids + sum(map(len, params.bad_words_token_ids)))
+    packed = 0 if params.prompt_candidates is None else len(params.prompt_candidates.token_ids)
+    return 256 + packed + 5 * (num_ids + sum(map(len, params.bad_words_token_ids)))

@@ -27,7 +27,7 @@ def best_replica(replicas: Sequence[Replica], spec: RequestSpec) -> Replica:
         return replicas[0]
     keys: list[BlockKey] = []
     # log-probabilities of a prompt need all of it
-    reads_cache = spec.params.prompt_logprobs is None
+    reads_cache = spec.params.first_scored_token is None
     cached = [replica.num_cached_tokens(spec, keys) if reads_cache else 0 for replica in replicas]
     candidates = zip(replicas, cached, strict=True)
     return min(candidates, key=lambda pair: (not pair[0].has_workers, pair[0].load - pair[1], -pair[1]))[0]

@@ -11,7 +11,7 @@ from sempre.engine.pooling import PoolingParams
 from sempre.engine.sampling_params import SamplingParams
 from sempre.ipc.config import LogprobsMode
 from sempre.ipc.errors import RequestError, too_long, too_long_for_cache
-from sempre.ipc.messages import PoolingModel
+from sempre.ipc.messages import PoolingModel, PromptCandidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,28 @@ class RequestLimits:
                     parameter=name,
                     value=asked,
                 )
+        widest = max(map(len, params.prompt_logprob_token_ids or ()), default=0)
+        if widest > limit:
+            raise RequestError(
+                f"Requested {widest} token ids per row in prompt_logprob_token_ids, which is greater than max allowed: "
+                f"{limit}. Raise max_logprobs of the engine.",
+                parameter="prompt_logprob_token_ids",
+                value=widest,
+            )
+
+
+def check_candidates(given: PromptCandidates | None, num_prompt_tokens: int) -> None:
+    """Raise RequestError unless there is a row of candidates for each prompt token that is to be scored."""
+    if given is None:
+        return
+    expected = max(num_prompt_tokens - 1 - given.start, 0)
+    if given.num_rows != expected:
+        raise RequestError(
+            f"prompt_logprob_token_ids has {given.num_rows} rows, but a prompt of {num_prompt_tokens} tokens has "
+            f"{expected} scored rows (its length - 1 - prompt_logprob_start={given.start}).",
+            parameter="prompt_logprob_token_ids",
+            value=given.num_rows,
+        )
 
 
 def cut(token_ids: list[int], without_special: list[int], most: int, side: str | None) -> list[int]:

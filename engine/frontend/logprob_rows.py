@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import overload
 
+import numpy as np
+import numpy.typing as npt
+
 from sempre.engine.flat_logprobs import FlatLogprobs
 from sempre.engine.outputs import Logprob
 from sempre.engine.text.tokenizer import Tokenizer
@@ -122,6 +125,37 @@ class RowBuffer:
         taken, self._rows = self._rows, self._empty()
         self.num_entries = 0
         return taken
+
+
+class CandidateScores:
+    """The log-probabilities of a prompt's candidates, as they arrive."""
+
+    def __init__(self, candidates: Sequence[Sequence[int]]) -> None:
+        self._shape = len(candidates), max(map(len, candidates))
+        self._packed = bytearray()
+
+    @property
+    def num_entries(self) -> int:
+        """log-probabilities that have arrived and have not been taken"""
+        return len(self._packed) // 4
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_entries == self._shape[0] * self._shape[1]
+
+    def add(self, rows: LogprobRows) -> None:
+        """Add those of some prompt tokens."""
+        self._packed += rows.candidates
+
+    def matrix(self) -> npt.NDArray[np.float32] | None:
+        """All of them, [scored tokens, candidates]; None if some are missing."""
+        if not self.is_complete:
+            return None
+        return np.frombuffer(self._packed, "<f4").astype(np.float32).reshape(self._shape)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._packed = bytearray()
 
 
 def floats(field: str, data: bytes) -> list[float]:

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
+import numpy.typing as npt
+
 from sempre.engine.adapters import Adapter
 from sempre.engine.flat_logprobs import FlatLogprobs
-from sempre.engine.frontend.logprob_rows import PackedRows, RowBuffer, after_first
+from sempre.engine.frontend.logprob_rows import CandidateScores, PackedRows, RowBuffer, after_first
 from sempre.engine.frontend.request_builder import PreparedRequest
 from sempre.engine.frontend.sequence_state import NewText, SequenceState
 from sempre.engine.metrics import RequestSizes
@@ -74,12 +77,14 @@ class RequestState:
                 # a request for all reports the whole distribution
                 sequence.recording = Recording(OutputChain(), OutputChain() if params.logprobs == -1 else None)
         self.prompt_rows = None if params.prompt_logprobs is None else rows()
+        candidates = params.prompt_logprob_token_ids
+        self.candidate_scores = None if candidates is None else CandidateScores(candidates)
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self._num_running = len(self.sequences)
         self.fingerprint = fingerprint
         self._prompt_logprobs_taken = False
-        self.holds_rows = params.reports_logprobs or params.prompt_logprobs is not None
+        self.holds_rows = params.reports_logprobs or self._scores_prompt
         """log-probabilities may pile up"""
 
     @property
@@ -100,6 +105,7 @@ class RequestState:
     def num_held(self) -> int:
         """Log-probabilities that are held; in a stream of deltas, also the tokens."""
         num_held = 0 if self.prompt_rows is None else self.prompt_rows.num_entries
+        num_held += 0 if self.candidate_scores is None else self.candidate_scores.num_entries
         num_held += sum([sequence.num_logprobs for sequence in self.sequences])
         if self.gives_deltas:
             num_held += sum([sequence.num_new_tokens for sequence in self.sequences])
@@ -125,11 +131,12 @@ class RequestState:
             if not due or self._waits_for_prompt():
                 return None
         only_new = kind is RequestOutputKind.DELTA
+        prompt_logprobs, candidate_scores = self._take_prompt_logprobs(only_new=only_new)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.request.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
-            prompt_logprobs=self._take_prompt_logprobs(only_new=only_new),
+            prompt_logprobs=prompt_logprobs,
             outputs=[sequence.take(only_new=only_new) for sequence in due],
             finished=self.finished,
             metrics=self.metrics,
@@ -137,6 +144,7 @@ class RequestState:
             fingerprint=self.fingerprint,
             lora_request=None if self.request.adapter is None else self.request.adapter.request,
             pooled=self.sequences[0].pooled,
+            prompt_token_id_logprobs=candidate_scores,
         )
 
     def take_texts(self) -> list[NewText] | None:
@@ -151,19 +159,34 @@ class RequestState:
                 due.append(sequence)
         return [sequence.take_text() for sequence in due]
 
-    def _take_prompt_logprobs(self, *, only_new: bool) -> Sequence[dict[int, Logprob] | None] | None:
-        if self.prompt_rows is None or (only_new and self._prompt_logprobs_taken):
-            return None
+    @property
+    def _scores_prompt(self) -> bool:
+        return self.prompt_rows is not None or self.candidate_scores is not None
+
+    def _take_prompt_logprobs(
+        self, *, only_new: bool
+    ) -> tuple[Sequence[dict[int, Logprob] | None] | None, npt.NDArray[np.float32] | None]:
+        """Of the prompt's own tokens, and of its candidates."""
+        if not self._scores_prompt or (only_new and self._prompt_logprobs_taken):
+            return None, None
         self._prompt_logprobs_taken = True
-        rows = self.prompt_rows.take() if only_new else self.prompt_rows.everything()
-        return after_first(rows)
+        own, scores = None, None
+        if self.prompt_rows is not None:
+            own = after_first(self.prompt_rows.take() if only_new else self.prompt_rows.everything())
+        if self.candidate_scores is not None:
+            scores = self.candidate_scores.matrix()
+            if only_new:
+                self.candidate_scores.clear()
+        return own, scores
 
     def _waits_for_prompt(self) -> bool:
         """Whether the prompt's log-probabilities are still missing. The first sequence computes them; another one may
         have its first token earlier, from the prefix cache or on another replica."""
-        if self.prompt_rows is None or self._prompt_logprobs_taken or self.sequences[0].finish_reason is not None:
+        if self._prompt_logprobs_taken or self.sequences[0].finish_reason is not None:
             return False
-        return len(self.prompt_rows) < len(self.request.prompt_token_ids) - 1
+        if self.candidate_scores is not None and not self.candidate_scores.is_complete:
+            return True
+        return self.prompt_rows is not None and len(self.prompt_rows) < len(self.request.prompt_token_ids) - 1
 
 
 @dataclass(slots=True)
@@ -313,8 +336,11 @@ class OutputProcessor:
 
     def _apply(self, state: RequestState, sequence: SequenceState, delta: RequestOutputDelta) -> bool:
         # Siblings share one prompt: the first one's report counts for the request.
-        if delta.prompt_logprobs is not None and state.prompt_rows is not None and sequence.index == 0:
-            state.prompt_rows.add(delta.prompt_logprobs, delta.prompt_logprobs.num_rows)
+        if delta.prompt_logprobs is not None and sequence.index == 0:
+            if state.prompt_rows is not None:
+                state.prompt_rows.add(delta.prompt_logprobs, delta.prompt_logprobs.num_rows)
+            if state.candidate_scores is not None:
+                state.candidate_scores.add(delta.prompt_logprobs)
         if delta.num_cached_tokens and sequence.index == 0:
             state.num_cached_tokens = delta.num_cached_tokens
         if delta.time_in_queue is not None and state.metrics.time_in_queue is None:

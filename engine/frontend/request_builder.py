@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from sempre.engine.adapters import Adapter
-from sempre.engine.frontend.limits import RequestLimits, cut
+from sempre.engine.frontend.limits import RequestLimits, check_candidates, cut
 from sempre.engine.frontend.pooling import (
     NOT_SAMPLED,
     pooling_spec,
@@ -175,6 +175,7 @@ class RequestBuilder:
             parameters = self._parameters(params)
             token_ids = self._prompt_token_ids(text, given_ids, parameters.params)
             max_tokens = self.limits.max_tokens(parameters.params, len(token_ids))
+            check_candidates(parameters.spec.prompt_candidates, len(token_ids))
             self._check_rest(priority, cache_salt, request_id, params.n)
         shared = parameters.spec
         spec = shared if shared.max_tokens == max_tokens else replace(shared, max_tokens=max_tokens)
@@ -198,7 +199,7 @@ class RequestBuilder:
             seed = params.seed
         name = self._free_name(params.n) if request.request_id is None else request.request_id
         # Siblings share the prompt, so one sequence reports its log-probabilities.
-        sibling_spec = replace(spec, prompt_logprobs=None) if params.n > 1 else spec
+        sibling_spec = replace(spec, prompt_logprobs=None, prompt_candidates=None) if params.n > 1 else spec
         sequences = [
             RequestSpec(
                 request_id=name if params.n == 1 else f"{name}_{i}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -14,7 +16,7 @@ from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.structured_outputs import with_defaults
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import RequestError
-from sempre.ipc.messages import SamplingSpec
+from sempre.ipc.messages import PromptCandidates, SamplingSpec
 
 
 class SpecBuilder:
@@ -65,6 +67,7 @@ class SpecBuilder:
             prompt_logprobs=self._most(params.prompt_logprobs),
             grammar=self._grammar(params),
             logprob_token_ids=self.checked_ids("logprob_token_ids", listed or []),
+            prompt_candidates=self._candidates(params),
         )
 
     def checked_ids(self, parameter: str, token_ids: Sequence[Any]) -> list[int]:
@@ -91,6 +94,26 @@ class SpecBuilder:
     def with_reasoning(self, spec: SamplingSpec, params: SamplingParams, prompt: PromptReasoning) -> SamplingSpec:
         """Return `spec` adapted to an output that reasons before its answer, after this prompt."""
         return self._grammars.with_reasoning(spec, params, prompt)
+
+    def _candidates(self, params: SamplingParams) -> PromptCandidates | None:
+        """The candidates of the prompt, their rows filled up to the longest."""
+        rows = params.prompt_logprob_token_ids
+        if rows is None:
+            return None
+        name = "prompt_logprob_token_ids"
+        if len(rows) >= self._limits.max_model_len:
+            raise RequestError(
+                f"{name} has {len(rows)} rows, but a prompt has at most {self._limits.max_model_len - 1} scored rows "
+                "(max_model_len - 1).",
+                parameter=name,
+                value=len(rows),
+            )
+        width = max(map(len, rows))
+        self.checked_ids(name, [token_id for row in rows for token_id in row if token_id != -1])
+        packed = array("i", [token_id for row in rows for token_id in (*row, *[-1] * (width - len(row)))])
+        if sys.byteorder == "big":
+            packed.byteswap()
+        return PromptCandidates(start=params.prompt_logprob_start or 0, width=width, token_ids=packed.tobytes())
 
     def _most(self, count: int | None) -> int | None:
         return None if count is None else min(count, self._limits.vocab_size)

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from sempre.engine.arguments import engine_config
@@ -146,6 +147,11 @@ def _difference(a: Generation, b: Generation) -> tuple[int, str] | None:
         difference = _logprob_difference(a.prompt_logprobs, b.prompt_logprobs, position)
         if difference is not None:
             return 0, f"prompt position {position}: {difference}"
+    if a.candidate_bits != b.candidate_bits:
+        pairs = enumerate(zip_longest(a.candidate_bits, b.candidate_bits))
+        place, (one, two) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+        values = ["none" if bits is None else _text(bits) for bits in (one, two)]
+        return 0, f"log-probability {place} of the prompt's candidates: {values[0]} against {values[1]}"
     ends = [(run.finish_reason, run.stop_reason) for run in (a, b)]
     return None if ends[0] == ends[1] else (count, f"end {ends[0]} against {ends[1]}")
 

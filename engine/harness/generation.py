@@ -33,6 +33,8 @@ class Generation:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
+    candidate_bits: list[int] = field(default_factory=list)
+    """float32 patterns of the log-probabilities of the prompt's candidates"""
 
 
 @dataclass
@@ -138,6 +140,8 @@ def apply_delta(result: Generation, delta: RequestOutputDelta) -> None:
     result.token_ids += delta.token_ids
     result.logprobs += _positions(delta.logprobs)
     result.prompt_logprobs += _positions(delta.prompt_logprobs)
+    packed = b"" if delta.prompt_logprobs is None else delta.prompt_logprobs.candidates
+    result.candidate_bits += struct.unpack(f"<{len(packed) // 4}I", packed)
     result.finish_reason = delta.finish_reason
     result.stop_reason = delta.stop_reason
     result.num_cached_tokens += delta.num_cached_tokens

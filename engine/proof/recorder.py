@@ -58,6 +58,8 @@ _NOT_RECORDED = frozenset(
         "stream_interval",
         "logprobs",
         "prompt_logprobs",
+        "prompt_logprob_token_ids",
+        "prompt_logprob_start",
         "logprob_token_ids",
         "flat_logprobs",
         "truncate_prompt_tokens",

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from sempre.engine.outputs import RequestOutput
 from sempre.engine.proof.json_lines import JsonLine, line_error, read_json_lines
@@ -20,6 +22,8 @@ from sempre.engine.version import __version__
 from sempre.ipc.errors import ConfigError, RecordError
 
 SCHEMA = "sempre/outputs/v1"
+# fields whose numbers may be ones that JSON lacks
+_NUMBERS = frozenset({"logprob", "cumulative_logprob", "pooled", "prompt_token_id_logprobs"})
 
 
 def save_outputs(outputs: Sequence[RequestOutput], path: str | os.PathLike[str]) -> None:
@@ -93,9 +97,14 @@ def _output(path: Path, line: JsonLine) -> RequestOutput | RecordError:
     if line.error is not None:
         return line.error
     try:
-        return msgspec.convert(_numbers(line.value), RequestOutput, str_keys=True)
+        return msgspec.convert(_numbers(line.value), RequestOutput, str_keys=True, dec_hook=_matrix)
     except (msgspec.ValidationError, TypeError, ValueError, AttributeError) as error:
         return line_error(path, line.number, f"expected an output, found other fields: {error}")
+
+
+def _matrix(_type: type, value: Any) -> npt.NDArray[np.float32]:
+    """The only field that is no plain value."""
+    return np.array(value, np.float32)
 
 
 def _numbers(value: Any, name: str = "") -> Any:
@@ -104,6 +113,6 @@ def _numbers(value: Any, name: str = "") -> Any:
         return {key: _numbers(item, key) for key, item in value.items()}
     if isinstance(value, list):
         return [_numbers(item, name) for item in value]
-    if name in ("logprob", "cumulative_logprob", "pooled") and value in ("NaN", "Infinity", "-Infinity"):
+    if name in _NUMBERS and value in ("NaN", "Infinity", "-Infinity"):
         return float(value)
     return value

@@ -173,10 +173,18 @@ class PlannedStep:
         check_drafts(step, result)
 
     def _check_prompt_logprobs(self, index: int, sampled: SampledTokens) -> None:
-        expected = num_prompt_logprob_rows(self.scheduled[index], self.requests[index].num_prompt_tokens)
+        request, planned = self.requests[index], self.scheduled[index]
+        expected = num_prompt_logprob_rows(planned, request.num_prompt_tokens)
         found = num_rows(sampled.prompt_logprobs)
         if found != expected:
             raise self._refused(index, "prompt_logprobs", f"{expected} rows", f"{found} rows")
+        given = request.spec.params.prompt_candidates
+        if given is not None and sampled.prompt_logprobs is not None:
+            num_without = max(0, 1 + given.start - first_scored_token(planned))
+            expected = 4 * given.width * max(0, expected - num_without)
+            found = len(sampled.prompt_logprobs.candidates)
+            if found != expected:
+                raise self._refused(index, "prompt_logprobs.candidates", f"{expected} bytes", f"{found} bytes")
 
     def _refused(self, index: int, field: str, expected: str, found: str) -> ProtocolError:
         return ProtocolError(
@@ -206,10 +214,13 @@ def num_rows(rows: LogprobRows | None) -> int:
 
 def num_prompt_logprob_rows(planned: ScheduledRequest, num_prompt_tokens: int) -> int:
     """Number of rows that a worker reports for one planned chunk, see `ScheduledRequest`."""
-    start = planned.num_computed_tokens
-    first = max(start + 1, planned.prompt_logprobs_start)
-    last = min(start + planned.num_tokens, num_prompt_tokens - 1)
-    return max(0, last - first + 1)
+    last = min(planned.num_computed_tokens + planned.num_tokens, num_prompt_tokens - 1)
+    return max(0, last - first_scored_token(planned) + 1)
+
+
+def first_scored_token(planned: ScheduledRequest) -> int:
+    """The prompt token of the first of these rows."""
+    return max(planned.num_computed_tokens + 1, planned.prompt_logprobs_start)
 
 
 def first_rows(rows: LogprobRows | None, count: int) -> LogprobRows | None:

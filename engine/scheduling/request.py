@@ -135,9 +135,9 @@ class Request:
         self.cached_tokens_to_report = 0
         # the grammar's next tokens depend on the previous token, which must be known
         self.waits_for_tokens = params.depends_on_output
-        self.wants_prompt_logprobs = params.prompt_logprobs is not None
+        self.wants_prompt_logprobs = params.first_scored_token is not None
         self.num_prompt_logprobs_delivered = spec.num_prompt_logprobs_delivered
-        self.prompt_logprobs_start = 1 + spec.num_prompt_logprobs_delivered
+        self.prompt_logprobs_start = (params.first_scored_token or 1) + spec.num_prompt_logprobs_delivered
 
         self.attention_parity = limits.attention_parity
         self.speculation = speculation
@@ -238,10 +238,11 @@ class Request:
         self.num_tokens = len(self.token_ids)
         self.drafts_in_flight = []
         self.is_known_to_worker = False
-        self.prompt_logprobs_start = 1 + self.num_prompt_logprobs_delivered
+        first = self.spec.params.first_scored_token or 1
+        self.prompt_logprobs_start = first + self.num_prompt_logprobs_delivered
 
 
 def _is_plain(spec: RequestSpec) -> bool:
     """Whether, once the prompt is computed, a step without drafts is one token more and nothing else."""
     params = spec.params
-    return not params.depends_on_output and params.prompt_logprobs is None and spec.pooling is None
+    return not params.depends_on_output and params.first_scored_token is None and spec.pooling is None

@@ -15,7 +15,7 @@ from sempre.engine.server.body import read_model
 from sempre.engine.server.conversation import Conversation, open_conversation
 from sempre.engine.server.generation import DONE, Encoder, EventStream
 from sempre.engine.server.load import load_header
-from sempre.engine.server.logprobs import chat_logprobs, prompt_logprobs
+from sempre.engine.server.logprobs import base64_array, chat_logprobs, prompt_logprobs
 from sempre.engine.server.message_parser import PlainContent, message_of
 from sempre.engine.server.receipts import receipt_of
 from sempre.engine.server.requests import ChatCompletionRequest
@@ -95,6 +95,7 @@ class _Answer:
             body.prompt_token_ids = output.prompt_token_ids
         if self._request.prompt_logprobs is not None and output.prompt_logprobs is not None:
             body.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
+        body.prompt_token_id_logprobs = base64_array(output.prompt_token_id_logprobs)
         return body
 
     def first_events(self) -> list[bytes]:

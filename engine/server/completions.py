@@ -15,7 +15,7 @@ from sempre.engine.server.beams import beam_parameters
 from sempre.engine.server.body import read_model
 from sempre.engine.server.generation import DONE, Encoder, EventStream, Generation
 from sempre.engine.server.load import load_header
-from sempre.engine.server.logprobs import CompletionLogprobsWriter, IdNames, joined, prompt_logprobs
+from sempre.engine.server.logprobs import CompletionLogprobsWriter, IdNames, base64_array, joined, prompt_logprobs
 from sempre.engine.server.parameters import apply_server_defaults, blame_on, check_model, completion_parameters
 from sempre.engine.server.prompts import check_form, id_of, prompts_of
 from sempre.engine.server.receipts import asks_for_receipts, receipt_of
@@ -154,6 +154,7 @@ class _Answer:
             written.prompt_token_ids = output.prompt_token_ids if first else None
         if request.prompt_logprobs is not None and output.prompt_logprobs is not None:
             written.prompt_logprobs = prompt_logprobs(output.prompt_logprobs)
+        written.prompt_token_id_logprobs = base64_array(output.prompt_token_id_logprobs)
         if self._generation.gives_receipts:
             written.receipt = receipt_of(choice)
         return written

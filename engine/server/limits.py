@@ -27,6 +27,7 @@ MAX_COPIED_VALUES = 1 << 21
 # field → (maximum entries, maximum characters of all entries)
 _TEXTS = {"stop": (256, 16 * 1024), "bad_words": (128, 8 * 1024)}
 _ENTRIES = {"stop_token_ids": 1024, "logprob_token_ids": 1024, "logit_bias": 4096, "allowed_token_ids": 1 << 17}
+_ENTRIES |= {"prompt_logprob_token_ids": 1 << 15}
 _ENTRIES |= {"messages": 1 << 14, "input": 1 << 14, "documents": 1 << 14, "chat_template_kwargs": 1024}
 _BYTES = {
     "structured_outputs": MAX_FORM_BYTES,
@@ -63,8 +64,9 @@ def check_sizes(request: msgspec.Struct) -> None:
 
 def check_copies(params: SamplingParams, num_sequences: int) -> None:
     """Raise BadRequest for token rules that are too large for this many sequences."""
-    for name in ("allowed_token_ids", "logit_bias", "stop_token_ids"):
-        size = len(getattr(params, name) or ())
+    sizes = {name: len(getattr(params, name) or ()) for name in ("allowed_token_ids", "logit_bias", "stop_token_ids")}
+    sizes["prompt_logprob_token_ids"] = sum(map(len, params.prompt_logprob_token_ids or ()))
+    for name, size in sizes.items():
         if size * num_sequences > MAX_COPIED_VALUES:
             raise BadRequest(
                 f"{name} has {size} entries, and the request asks for {num_sequences} sequences (prompts times n); "

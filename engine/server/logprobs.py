@@ -6,8 +6,13 @@ probability 0 gets FLOOR.
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from sempre.engine.outputs import Logprob
 from sempre.engine.server.responses import (
@@ -126,6 +131,15 @@ def chat_logprobs(
 def prompt_logprobs(rows: Sequence[Row | None]) -> PromptLogprobs:
     """Return vLLM's format: per token an object of token id → entry, null for the first."""
     return [None if row is None else {str(token_id): _prompt_entry(row[token_id]) for token_id in row} for row in rows]
+
+
+def base64_array(values: npt.NDArray[np.float32] | None) -> str | None:
+    """Return vLLM's format for a matrix: NumPy's file format as base64."""
+    if values is None:
+        return None
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=False)
+    return base64.b64encode(file.getbuffer()).decode("ascii")
 
 
 def _prompt_entry(entry: Logprob) -> PromptLogprob:

@@ -44,6 +44,8 @@ _SAME_NAME = (
     "truncate_prompt_tokens",
     "truncation_side",
     "logprob_token_ids",
+    "prompt_logprob_token_ids",
+    "prompt_logprob_start",
     "stream_interval",
 )
 
@@ -124,8 +126,9 @@ def _common(request: GenerationRequest, config: ServerConfig) -> dict[str, Any]:
         raise BadRequest(f"stop can hold at most {MAX_STOP_STRINGS} strings, got {len(request.stop)}.", param="stop")
     if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options needs stream to be true.", param="stream_options")
-    if request.prompt_logprobs is not None and request.stream:
-        raise BadRequest("prompt_logprobs is not available when stream is true.", param="prompt_logprobs")
+    for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
+        if getattr(request, name) is not None and request.stream:
+            raise BadRequest(f"{name} is not available when stream is true.", param=name)
     if request.n > config.max_n:
         raise BadRequest(f"n must be at most {config.max_n} (--max-n), got {request.n}.", param="n")
     given = {name: getattr(request, name) for name in _SAME_NAME}

@@ -98,6 +98,11 @@ class GenerationRequest(Struct, kw_only=True):
     logprob_token_ids: Annotated[
         list[TokenId] | None, _doc("report the log-probabilities of these ids instead of the best")
     ] = None
+    prompt_logprob_token_ids: Annotated[
+        list[list[Annotated[int, Meta(ge=-1, lt=2**31)]]] | None,
+        _doc("one list per scored prompt token: ids whose log-probabilities to report; -1 is none"),
+    ] = None
+    prompt_logprob_start: Annotated[Count | None, _doc("0 scores the second prompt token first; default: 0")] = None
     stream_interval: Annotated[
         Annotated[int, Meta(ge=1)] | None, _doc("tokens per chunk, if more than the server's")
     ] = None

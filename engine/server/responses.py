@@ -102,6 +102,8 @@ class CompletionChoice(Struct):
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_id_logprobs: str | None = None
+    """an array [scored prompt tokens, ids] of float32 in NumPy's file format, as base64"""
     receipt: msgspec.Raw | UnsetType = UNSET
     """how to make this choice again, if the request asked for it"""
 
@@ -209,6 +211,8 @@ class ChatCompletionResponse(Struct):
     object: str = "chat.completion"
     service_tier: None = None
     prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_id_logprobs: str | None = None
+    """an array [scored prompt tokens, ids] of float32 in NumPy's file format, as base64"""
     prompt_token_ids: list[int] | None = None
     kv_transfer_params: None = None
     metrics: RequestTimes | UnsetType = UNSET

@@ -55,6 +55,7 @@ from sempre.ipc.messages.common import (
     Message,
     PoolingModel,
     PoolingSpec,
+    PromptCandidates,
     ReasoningSpec,
     Refused,
     RngDigests,

@@ -82,6 +82,21 @@ class ReasoningSpec(Data, frozen=True, kw_only=True):
     budget: NonNegative | None = None
 
 
+class PromptCandidates(Data, frozen=True, kw_only=True):
+    """Token ids to score in place of a prompt's tokens: `width` for each but the first 1 + `start` of them.
+
+    `token_ids`: int32 little-endian, row by row; -1 is no token, of probability 0.
+    """
+
+    start: NonNegative
+    width: Positive
+    token_ids: bytes
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids) // (4 * self.width)
+
+
 class SamplingSpec(Data, frozen=True, kw_only=True):
     """Sampling parameters as the worker needs them: validated, resolved, in token ids.
 
@@ -89,7 +104,7 @@ class SamplingSpec(Data, frozen=True, kw_only=True):
     `eos_token_ids` end it with reason None and are empty under `ignore_eos`. `logprobs` is None (off), k best, or -1
     for the whole vocabulary; the same for `prompt_logprobs`. `grammar`, in llguidance's format, constrains the output's
     text; one of `eos_token_ids` ends it, even before `min_tokens` where the text can only end. `logprob_token_ids` are
-    reported beside the `logprobs`.
+    reported beside the `logprobs`, `prompt_candidates` beside the prompt's own tokens.
     """
 
     max_tokens: Positive
@@ -111,6 +126,14 @@ class SamplingSpec(Data, frozen=True, kw_only=True):
     grammar: str | None = None
     reasoning: ReasoningSpec | None = None
     logprob_token_ids: list[TokenId] = []
+    prompt_candidates: PromptCandidates | None = None
+
+    @property
+    def first_scored_token(self) -> int | None:
+        """The first prompt token that is scored; None if none is."""
+        if self.prompt_logprobs is not None:
+            return 1  # nothing predicts the first one
+        return None if self.prompt_candidates is None else 1 + self.prompt_candidates.start
 
     @property
     def depends_on_output(self) -> bool:
@@ -160,7 +183,8 @@ class LogprobRows(Data, frozen=True, kw_only=True):
 
     Column 0 is the token that was sampled (or is in the prompt), columns 1…k the k best in descending order (value,
     then lowest id), the last L those of `logprob_token_ids`. `token_ids` int32, `logprobs` float32, `ranks` int32, the
-    1-based vocabulary rank of column 0 (one per row), `listed_ranks` int32 those of the last L columns. Packed bytes
+    1-based vocabulary rank of column 0 (one per row), `listed_ranks` int32 those of the last L columns. Of a prompt,
+    `candidates` are the log-probabilities of its PromptCandidates, for those of the rows that have any. Packed bytes
     keep the float32 bits and cost no float parsing.
     """
 
@@ -170,3 +194,4 @@ class LogprobRows(Data, frozen=True, kw_only=True):
     logprobs: bytes
     ranks: bytes
     listed_ranks: bytes = b""
+    candidates: bytes = b""

@@ -37,6 +37,7 @@ __all__ = [
     "allow_bits",
     "allow_only",
     "apply_penalties",
+    "candidate_logprobs",
     "forbid",
     "logprobs",
     "sample",
@@ -148,3 +149,20 @@ def logprobs(
     if targets.size and not 0 <= targets.min() <= targets.max() < vocabulary:
         raise ValueError(f"targets: expected ids in [0, {vocabulary}), found {targets.min()} … {targets.max()}")
     return _cpu.logprobs(array, rows, targets, vocabulary if num_best < 0 else min(num_best, vocabulary), reports)
+
+
+def candidate_logprobs(
+    logits: torch.Tensor, candidates: npt.NDArray[np.int32], reports: Reports = RAW_LOGPROBS
+) -> npt.NDArray[np.float32]:
+    """What `logprobs` says of candidates [M, K] in each row of logits [M, V], float32 [M, K]; -inf where the id is -1.
+
+    Raises ValueError when an id is outside the vocabulary, or the rows do not fit.
+    """
+    array = _as_array(logits)
+    num_rows, vocabulary = array.shape
+    if candidates.ndim != 2 or candidates.shape[0] != num_rows:
+        raise ValueError(f"candidates: expected {num_rows} rows of ids, found the shape {list(candidates.shape)}")
+    if candidates.size and not -1 <= candidates.min() <= candidates.max() < vocabulary:
+        lowest, highest = candidates.min(), candidates.max()
+        raise ValueError(f"candidates: expected ids in [-1, {vocabulary}), found {lowest} … {highest}")
+    return _cpu.candidate_logprobs(array, candidates, reports)

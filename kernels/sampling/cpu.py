@@ -62,9 +62,31 @@ def _fill_logprobs(
     out.token_ids[:, 0] = targets
     out.token_ids[:, 1:] = (best & np.uint64(0xFFFFFFFF)).astype(np.int32)
     out.valid[:] = np.isfinite(maximum)
+    out.logprobs[:] = _reported(logits[rows[:, None], out.token_ids], maximum, log_sum, reports)
+
+
+def candidate_logprobs(
+    logits: npt.NDArray[np.float32], candidates: npt.NDArray[np.int32], reports: Reports
+) -> npt.NDArray[np.float32]:
+    """See the facade; logits [M, V], candidates [M, K]."""
+    rows = np.arange(logits.shape[0])
+    maximum, log_sum = np.empty(rows.size, np.float32), np.empty(rows.size, np.float32)
+    ranks, best = np.empty(rows.size, np.int32), np.empty((rows.size, 0), np.uint64)
+    row_statistics(logits, rows, np.zeros_like(rows), maximum, log_sum, ranks, best)
+    values = _reported(logits[rows[:, None], np.maximum(candidates, 0)], maximum, log_sum, reports)
+    values[candidates < 0] = -np.inf
+    return values
+
+
+def _reported(
+    values: npt.NDArray[np.float32],
+    maximum: npt.NDArray[np.float32],
+    log_sum: npt.NDArray[np.float32],
+    reports: Reports,
+) -> npt.NDArray[np.float32]:
+    """What is reported of logits [R, k] in rows with these statistics [R]."""
     if reports.logits:
         # a zero has no sign, as in the order of tokens
-        out.logprobs[:] = logits[rows[:, None], out.token_ids] + np.float32(0)
-        return
+        return values + np.float32(0)
     with np.errstate(invalid="ignore"):  # rows that are not valid
-        out.logprobs[:] = (logits[rows[:, None], out.token_ids] - maximum[:, None]) - log_sum[:, None]
+        return (values - maximum[:, None]) - log_sum[:, None]

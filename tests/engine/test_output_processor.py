@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sempre.engine.frontend.frontend import raise_failure
 from sempre.engine.frontend.limits import RequestLimits
@@ -229,6 +231,25 @@ def test_prompt_log_probabilities_come_in_pieces(harness: Harness) -> None:
     assert found is not None
     assert found[0] is None
     assert [list(row) for row in found[1:] if row is not None] == [[6, 9], [7], [8, 9]]
+
+
+@pytest.mark.parametrize("kind", [DELTA, RequestOutputKind.CUMULATIVE])
+def test_the_matrix_of_candidates_is_told_once_it_is_complete(harness: Harness, kind: RequestOutputKind) -> None:
+    rows_of_ids = [[4], [4, 5]]
+    state = harness.add(
+        prompt=[5, 6, 7, 8], prompt_logprob_token_ids=rows_of_ids, prompt_logprob_start=1, output_kind=kind
+    )
+    part = replace(rows([(7, -0.1)], ranks=[1]), candidates=struct.pack("<2f", -1.0, -math.inf))
+    harness.feed([], prompt_logprobs=part)
+    assert state.take_output() is None
+    harness.feed([3], prompt_logprobs=replace(part, candidates=struct.pack("<2f", -2.0, -3.0)))
+    output = output_of(state)
+    assert output.prompt_logprobs is None
+    assert output.prompt_token_id_logprobs is not None
+    assert output.prompt_token_id_logprobs.tolist() == [[-1.0, -math.inf], [-2.0, -3.0]]
+    assert state.num_held == (0 if kind is DELTA else 4)
+    harness.feed([3])
+    assert (output_of(state).prompt_token_id_logprobs is None) is (kind is DELTA)
 
 
 @pytest.mark.parametrize("kind", [DELTA, RequestOutputKind.CUMULATIVE])

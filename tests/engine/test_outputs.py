@@ -6,9 +6,12 @@ import asyncio
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from sempre.engine import LLM, AsyncLLM, ConfigError, RequestError, RequestOutput, RequestOutputKind, SamplingParams
@@ -93,6 +96,58 @@ def test_listed_ids_are_as_in_the_whole_vocabulary(changes: dict[str, Any]) -> N
             assert all(row[token_id] == everything[token_id] for token_id in row)
     assert [set(row) for row in rows[1]] == [{token, 700, 3, 9} for token in only.token_ids]
     assert only.cumulative_logprob == whole.cumulative_logprob
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_candidates_of_a_prompt_are_as_in_the_whole_vocabulary(start: int) -> None:
+    """Rows of unequal lengths, one id in the prompt itself, beside the prompt's own log-probabilities and alone."""
+    with LLM("tiny", max_logprobs=-1, **SETTINGS) as engine:
+        whole = one(engine, prompt_logprobs=-1)
+        ids = whole.prompt_token_ids
+        rows = [[700, token, 3][: 3 - i % 3] for i, token in enumerate(ids[1 + start :])]
+        scored: dict[str, Any] = {"prompt_logprob_token_ids": rows, "prompt_logprob_start": start}
+        alone, beside, as_array = (
+            one(engine, **(scored | more))
+            for more in ({}, {"prompt_logprobs": 1}, {"n": 2, "prompt_logprob_token_ids": padded(rows)})
+        )
+    assert whole.prompt_logprobs is not None
+    expected = [
+        [row[token_id].logprob for token_id in listed] + [-math.inf] * (3 - len(listed))
+        for row, listed in zip(whole.prompt_logprobs[1 + start :], rows, strict=True)
+        if row is not None
+    ]
+    for output in (alone, beside, as_array):
+        found = output.prompt_token_id_logprobs
+        assert found is not None
+        assert (found.shape, found.dtype) == ((len(ids) - 1 - start, 3), np.float32)
+        assert found.tolist() == expected
+        assert output.to_dict()["prompt_token_id_logprobs"] == expected
+    assert alone.prompt_logprobs is None
+    assert beside.prompt_logprobs is not None
+    assert len(beside.prompt_logprobs) == len(ids)
+    assert alone.outputs[0] == whole.outputs[0] == as_array.outputs[0]
+    # outputs are compared with their matrices, and saved with them
+    assert alone != dataclasses.replace(alone, prompt_token_id_logprobs=None)
+    again = msgspec.convert(json.loads(alone.to_json())["prompt_token_id_logprobs"][0][:1], list[float])
+    assert again == expected[0][:1]
+
+
+def padded(rows: list[list[int]]) -> Any:
+    return np.array([row + [-1] * (3 - len(row)) for row in rows], np.int32)
+
+
+def test_candidates_that_do_not_fit_the_prompt(llm: LLM) -> None:
+    for rows, start, text in [
+        ([[3]], 0, "prompt_logprob_token_ids has 1 rows, but a prompt of 5 tokens has 4 scored rows"),
+        ([[3]], 9, "prompt_logprob_token_ids has 1 rows, but a prompt of 5 tokens has 0 scored rows"),
+        ([[3]] * 128, 0, "prompt_logprob_token_ids has 128 rows, but a prompt has at most 127 scored rows"),
+        ([[4096]] * 4, 0, "Token id 4096 is out of vocabulary: prompt_logprob_token_ids"),
+        ([[3] * 21] * 4, 0, "Requested 21 token ids per row in prompt_logprob_token_ids, which is greater than max"),
+    ]:
+        with pytest.raises(RequestError) as caught:
+            one(llm, [5, 6, 7, 8, 9], prompt_logprob_token_ids=rows, prompt_logprob_start=start)
+        assert str(caught.value).removeprefix("prompts[0]: ").startswith(text)
+        assert caught.value.parameter == "prompt_logprob_token_ids"
 
 
 def test_listed_ids_with_drafts() -> None:

@@ -76,6 +76,28 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"logprob_token_ids": list(range(129))},
         "logprob_token_ids can hold at most 128 ids, got 129.",
     ),
+    (
+        {"prompt_logprob_token_ids": [1, 2]},
+        "prompt_logprob_token_ids must be a list of lists of token ids, and not empty, got [1, 2].",
+    ),
+    (
+        {"prompt_logprob_token_ids": [[], []]},
+        "prompt_logprob_token_ids must be a list of lists of token ids, and not empty, got [[], []].",
+    ),
+    (
+        {"prompt_logprob_token_ids": np.zeros(3, np.int32)},
+        "prompt_logprob_token_ids must be a list of lists of token ids, and not empty, got [0, 0, 0].",
+    ),
+    ({"prompt_logprob_token_ids": [[1], [True]]}, "prompt_logprob_token_ids must contain only integers, got [True]."),
+    (
+        {"prompt_logprob_token_ids": [[1], [-2]]},
+        "prompt_logprob_token_ids must contain token ids, or -1 for none, got -2.",
+    ),
+    ({"prompt_logprob_start": 3}, "prompt_logprob_start requires prompt_logprob_token_ids."),
+    (
+        {"prompt_logprob_token_ids": [[1]], "prompt_logprob_start": -1},
+        "prompt_logprob_start must be non-negative, got -1.",
+    ),
     ({"thinking_token_budget": -2}, "thinking_token_budget must be non-negative, or -1, got -2."),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be at least 1, or -1, got 0."),
     ({"truncation_side": "middle"}, "truncation_side must be 'left' or 'right', got 'middle'."),
@@ -146,6 +168,8 @@ def test_defaults() -> None:
         "min_tokens": 0,
         "logprobs": None,
         "prompt_logprobs": None,
+        "prompt_logprob_token_ids": None,
+        "prompt_logprob_start": None,
         "logprob_token_ids": None,
         "flat_logprobs": False,
         "detokenize": True,
@@ -269,6 +293,8 @@ EVERYTHING: dict[str, Any] = {
     "allowed_token_ids": [1, 2],
     "bad_words": ["x"],
     "logprob_token_ids": [3],
+    "prompt_logprob_token_ids": [[3, 4], [5, -1]],
+    "prompt_logprob_start": 7,
     "structured_outputs": StructuredOutputsParams(regex="a"),
 }
 
@@ -299,6 +325,8 @@ def test_a_clone_shares_no_list() -> None:
     twin = params.clone()
     for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logprob_token_ids"):
         getattr(twin, name).append(getattr(twin, name)[0])
+    assert twin.prompt_logprob_token_ids is not None
+    twin.prompt_logprob_token_ids[0].append(6)
     assert isinstance(twin.logit_bias, dict)
     twin.logit_bias[6] = 2.0  # type: ignore[index]
     assert params == SamplingParams(**EVERYTHING)

@@ -19,7 +19,7 @@ from sempre.engine.seeding import (
     validate_seed,
 )
 from sempre.ipc.errors import ConfigError, SeedMismatch
-from sempre.ipc.messages import ReasoningSpec, RngDigests, SamplingSpec
+from sempre.ipc.messages import PromptCandidates, ReasoningSpec, RngDigests, SamplingSpec
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63, 2**64 - 1, np.int64(5), np.uint64(2**64 - 1)])
@@ -100,6 +100,7 @@ CHANGES: dict[str, tuple[object, bool]] = {
     "grammar": ("{}", True),
     "reasoning": (ReasoningSpec(start="<think>", end="</think>", end_token_ids=[3], grammar="{}"), True),
     "logprob_token_ids": ([4], False),
+    "prompt_candidates": (PromptCandidates(start=0, width=1, token_ids=b"\1\0\0\0"), False),
 }
 
 

@@ -41,6 +41,8 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "min_tokens": (2, False),
     "logprobs": (1, False),
     "prompt_logprobs": (1, False),
+    "prompt_logprob_token_ids": ([[4]], False),
+    "prompt_logprob_start": (0, False),
     "logprob_token_ids": ([4], False),
     "flat_logprobs": (True, False),
     "detokenize": (False, False),

@@ -62,7 +62,7 @@ def test_prefix_cache(requests: list[RequestSpec], numerics: str, check: Check) 
     for run in rounds:
         check(run)
     cached = [run_of.num_cached_tokens for run_of in rounds[2]]
-    whole = [(len(r.prompt_token_ids) - 1) // 16 * 16 for r in requests if r.params.prompt_logprobs is None]
+    whole = [(len(r.prompt_token_ids) - 1) // 16 * 16 for r in requests if r.params.first_scored_token is None]
     assert 0 < sum(cached) < sum(whole), "the cache should be warm, and partly evicted"
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from itertools import chain
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from server_process import ServerProcess
 
@@ -100,6 +103,27 @@ def test_tokens_that_are_listed_are_told_instead_of_the_best(server: ServerProce
     for unfit in ({"logprob_token_ids": [4096]}, {"logprob_token_ids": listed, "echo": True, "max_tokens": 0}):
         refused = complete(server, **unfit)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprob_token_ids")
+
+
+def test_candidates_of_a_prompt_are_scored(server: ServerProcess) -> None:
+    """As an array in NumPy's file format; each has the bits of the prompt's own log-probabilities."""
+    ids = complete(server).json()["choices"][0]["prompt_token_ids"]
+    own = complete(server, prompt_logprobs=0).json()["choices"][0]["prompt_logprobs"]
+    rows = [[token_id, -1] for token_id in ids[2:]]
+    for prompt in (PROMPT, [ids, ids]):
+        answer = complete(server, prompt=prompt, prompt_logprob_token_ids=rows, prompt_logprob_start=1).json()
+        for choice in answer["choices"]:
+            found = np.load(io.BytesIO(base64.b64decode(choice["prompt_token_id_logprobs"])))
+            assert (found.dtype, found.shape) == (np.float32, (len(ids) - 2, 2))
+            logprobs = [row[str(token_id)]["logprob"] for row, token_id in zip(own[2:], ids[2:], strict=True)]
+            assert found[:, 0].tolist() == np.array(logprobs, np.float32).tolist()
+            assert np.isneginf(found[:, 1]).all()
+    asked = chat(server).json()["prompt_token_ids"]
+    answer = chat(server, prompt_logprob_token_ids=[[3]], prompt_logprob_start=len(asked) - 2).json()
+    assert np.load(io.BytesIO(base64.b64decode(answer["prompt_token_id_logprobs"]))).shape == (1, 1)
+    for more in ({"stream": True}, {}, {"prompt_logprob_start": 2, "use_beam_search": True}):
+        refused = complete(server, prompt_logprob_token_ids=rows, **more)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt_logprob_token_ids"), more
 
 
 def test_four_stop_strings_and_no_more(server: ServerProcess) -> None:

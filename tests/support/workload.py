@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from sempre.engine.arguments import engine_config
 from sempre.engine.client.inproc import InprocClient
 from sempre.engine.harness import Generation, compare_generations, generate, make_request
-from sempre.ipc.messages import ReasoningSpec, RequestSpec
+from sempre.ipc.messages import PromptCandidates, ReasoningSpec, RequestSpec
 
 SETTINGS: dict[str, Any] = {"model": "tiny", "max_model_len": 512, "num_threads": 1}
 KV_BLOCK_BYTES = 2 * 6 * 2 * 64 * 16 * 2  # k and v, 6 layers, 2 heads, 64 dimensions, 16 tokens, bfloat16
@@ -34,6 +35,14 @@ def _reasoning() -> ReasoningSpec:
     return ReasoningSpec(start="<think>", end="</think>", end_token_ids=tag, begins_inside=True, budget=6)
 
 
+def _candidates(num_prompt_tokens: int, start: int, width: int) -> dict[str, PromptCandidates]:
+    """Ids to score for each token of the prompt after the first `start` + 1; some are none."""
+    count = (num_prompt_tokens - 1 - start) * width
+    token_ids = [-1 if i % 11 == 5 else (i * 7919) % 4000 for i in range(count)]
+    packed = struct.pack(f"<{count}i", *token_ids)
+    return {"prompt_candidates": PromptCandidates(start=start, width=width, token_ids=packed)}
+
+
 def make_requests() -> list[RequestSpec]:
     """Prompts of 1 to 300 tokens, some with a common beginning, under every kind of sampling."""
     shared = _prompt(1, 80)
@@ -42,8 +51,11 @@ def make_requests() -> list[RequestSpec]:
         (_prompt(3, 5), {"temperature": 1.0}),
         (_prompt(4, 17), {"temperature": 0.7, "top_p": 0.9}),
         (_prompt(5, 64), {"temperature": 1.3, "top_k": 40}),
-        (_prompt(6, 65), {"temperature": 1.0, "min_p": 0.05, "prompt_logprobs": 3}),
-        (_prompt(7, 130), {"temperature": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.4}),
+        (_prompt(6, 65), {"temperature": 1.0, "min_p": 0.05, "prompt_logprobs": 3} | _candidates(65, 20, width=2)),
+        (
+            _prompt(7, 130),
+            {"temperature": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.4} | _candidates(130, 50, width=3),
+        ),
         (_prompt(8, 300), {"temperature": 1.0, "presence_penalty": 0.7, "top_k": 100, "top_p": 0.95}),
         (shared + _prompt(9, 3), {"temperature": 0.0, "prompt_logprobs": 0}),
         (shared + _prompt(10, 20), {"temperature": 1.0}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from sempre.ipc.config import SpeculativeConfig
 from sempre.ipc.errors import MessageMalformed, ProtocolError
-from sempre.ipc.messages import CallMethod, DraftRequest, ExecuteStep, NewRequest, SamplingSpec, ScheduledRequest
+from sempre.ipc.messages import (
+    CallMethod,
+    DraftRequest,
+    ExecuteStep,
+    NewRequest,
+    PromptCandidates,
+    SamplingSpec,
+    ScheduledRequest,
+)
 from sempre.workers.worker import Worker
 
 GREEDY = SamplingSpec(max_tokens=4, temperature=0.0, logprobs=2)
@@ -71,6 +80,25 @@ def test_token_outside_the_vocabulary_fails_one_request_only(checkpoints: Any, s
     serving = serve(checkpoints("llama").folder)
     done = serving.run(prompt("bad", [5, 320], GREEDY), prompt("good", [5, 6], GREEDY))
     assert done["bad"].errors == ["token_ids: expected ids less than vocab_size=320, found 320."]
+    assert len(done["good"].token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "text"),
+    [
+        ([7], "expected 2 rows of 1 ids, 8 bytes, found 4 bytes."),
+        ([7, 320], "expected ids less than vocab_size=320, or -1, found 320."),
+        ([-2, 7], "expected ids less than vocab_size=320, or -1, found -2."),
+    ],
+)
+def test_unfit_candidates_fail_one_request_only(
+    token_ids: list[int], text: str, checkpoints: Any, serve: Any, prompt: Any
+) -> None:
+    serving = serve(checkpoints("llama").folder)
+    given = PromptCandidates(start=1, width=1, token_ids=struct.pack(f"<{len(token_ids)}i", *token_ids))
+    unfit = SamplingSpec(max_tokens=1, prompt_candidates=given)
+    done = serving.run(prompt("bad", [5, 6, 7, 8], unfit), prompt("good", [5, 6], GREEDY))
+    assert done["bad"].errors == [f"prompt_candidates: {text}"]
     assert len(done["good"].token_ids) == 4
 
 

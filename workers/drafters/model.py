@@ -80,7 +80,7 @@ class ModelDrafter:
 
     def add(self, new: NewRequest) -> None:
         """A request with all tokens known so far. Drafts are the draft model's own, without the request's adapter."""
-        params = replace(new.params, logprobs=None, prompt_logprobs=None)
+        params = replace(new.params, logprobs=None, prompt_logprobs=None, prompt_candidates=None)
         self._sequences[new.request_id] = _Sequence(
             replace(new, params=params, adapter=None), list(new.token_ids), self._keeps_states
         )

@@ -29,7 +29,15 @@ from sempre.kernels.sampling.gpu import MAX_BEST, TILES, DraftedRows, SamplingBu
 from sempre.kernels.sampling.gpu_noise import BAD_LOGITS, HEAD
 from sempre.workers.sampling.per_request_tensors import PerRequestTensors
 from sempre.workers.sampling.row_error import NoDistribution, RowError
-from sempre.workers.sampling.sampler import RowResult, check_valid, pack_logprobs, row_error, with_listed
+from sempre.workers.sampling.sampler import (
+    Candidates,
+    RowResult,
+    check_valid,
+    pack_logprobs,
+    packed_candidates,
+    row_error,
+    with_listed,
+)
 from sempre.workers.sampling.state import SamplingState
 
 # log-probabilities are compiled and captured for these numbers of best tokens only
@@ -278,6 +286,10 @@ class GpuSampler:
         for row in np.flatnonzero(head[:, 2] <= 0).tolist():
             raise NoDistribution(row)
         return _pack(head, self._buffers.best[:rows, :num_best].cpu().numpy())
+
+    def candidate_logprobs(self, logits: torch.Tensor, candidates: Candidates) -> bytes:
+        """Log-probabilities of candidates [M, K] in the rows of logits [M, V]; packed float32. Waits for the device."""
+        return packed_candidates(logits.float().cpu(), candidates, self._reports)
 
     def _write_grammar_masks(self, slots: Sequence[int]) -> dict[int, RowError]:
         """Returns errors by row; those rows must not sample."""

@@ -20,6 +20,7 @@ from sempre.workers.sampling.row_error import NoDistribution, RowError
 from sempre.workers.sampling.state import SamplingState
 
 Rows = npt.NDArray[np.int64]
+Candidates = npt.NDArray[np.int32]
 
 
 class RowResult(NamedTuple):
@@ -63,6 +64,12 @@ def with_listed(
         ranks=packed.ranks,
         listed_ranks=listed.ranks,
     )
+
+
+@np.errstate(all="ignore")
+def packed_candidates(logits: torch.Tensor, candidates: Candidates, reports: Reports) -> bytes:
+    """Log-probabilities of candidates [M, K] in the rows of logits [M, V], on the CPU; packed float32."""
+    return sampling.candidate_logprobs(logits, candidates, reports).astype("<f4", copy=False).tobytes()
 
 
 def check_valid(logprobs: Logprobs) -> None:
@@ -176,6 +183,10 @@ class Sampler:
         logprobs = sampling.logprobs(logits, rows, np.asarray(token_ids, np.int64), num_best, self._reports)
         check_valid(logprobs)
         return pack_logprobs(logprobs, slice(None))
+
+    def candidate_logprobs(self, logits: torch.Tensor, candidates: Candidates) -> bytes:
+        """Log-probabilities of candidates [M, K] in the rows of logits [M, V]; packed float32."""
+        return packed_candidates(logits, candidates, self._reports)
 
     def _rewrite(self, logits: torch.Tensor, positions: Sequence[int]) -> dict[int, RowError]:
         """Steps 2 to 7; the errors by row."""

@@ -47,6 +47,10 @@ def test_equal_runs() -> None:
             replace(RUN, prompt_logprobs=[ROW._replace(bits=(0, 0))]),
             "prompt position 0: logprob of token 5: -1.0 (0xbf800000) against 0.0 (0x00000000)",
         ),
+        (
+            replace(RUN, candidate_bits=[0xBF800000]),
+            "log-probability 0 of the prompt's candidates: none against -1.0 (0xbf800000)",
+        ),
         (replace(RUN, finish_reason="stop"), "end ('length', None) against ('stop', None)"),
     ],
 )

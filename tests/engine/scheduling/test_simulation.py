@@ -35,6 +35,7 @@ from sempre.ipc.messages import (
     ExecuteStep,
     LogprobRows,
     NewRequest,
+    PromptCandidates,
     RequestSpec,
     SampledTokens,
     SamplingSpec,
@@ -182,19 +183,25 @@ class ScriptedWorker:
 
     def prompt_logprobs(self, request: WorkerRequest, item: ScheduledRequest) -> LogprobRows | None:
         """Rows as `ScheduledRequest` says; `ranks` carries the positions, so that a test can see which ones came."""
-        if request.new.params.prompt_logprobs is None:
+        params = request.new.params
+        if params.first_scored_token is None:
             return None
         start = item.num_computed_tokens
         last = min(start + item.num_tokens, request.new.num_prompt_tokens - 1)
         positions = range(max(start + 1, item.prompt_logprobs_start), last + 1)
         packed = struct.pack(f"<{len(positions)}i", *positions)
-        return LogprobRows(num_rows=len(positions), width=1, token_ids=packed, logprobs=packed, ranks=packed)
+        with_candidates = [p for p in positions if params.prompt_candidates and p > params.prompt_candidates.start]
+        candidates = struct.pack(f"<{len(with_candidates)}i", *with_candidates)
+        return LogprobRows(
+            num_rows=len(positions), width=1, token_ids=packed, logprobs=packed, ranks=packed, candidates=candidates
+        )
 
 
 @dataclass
 class Outcome:
     token_ids: list[int] = field(default_factory=list)
     prompt_positions: list[int] = field(default_factory=list)
+    candidate_positions: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
@@ -267,8 +274,10 @@ def expected(spec: RequestSpec, setup: Setup) -> Outcome:
             outcome.finish_reason = "length"
         elif len(token_ids) > setup.num_blocks * setup.block_size:
             outcome.finish_reason = "error"
-    if spec.params.prompt_logprobs is not None:
-        outcome.prompt_positions = list(range(1, len(spec.prompt_token_ids)))
+    if (first := spec.params.first_scored_token) is not None:
+        outcome.prompt_positions = list(range(first, len(spec.prompt_token_ids)))
+    if (given := spec.params.prompt_candidates) is not None:
+        outcome.candidate_positions = list(range(1 + given.start, len(spec.prompt_token_ids)))
     return outcome
 
 
@@ -362,6 +371,7 @@ class Simulation:
                 if delta.prompt_logprobs is not None:
                     rows = delta.prompt_logprobs
                     outcome.prompt_positions += struct.unpack(f"<{rows.num_rows}i", rows.ranks)
+                    outcome.candidate_positions += struct.unpack(f"<{len(rows.candidates) // 4}i", rows.candidates)
 
     def check_held_back(self, step: ExecuteStep) -> None:
         """A request with a grammar is in no step before the token that an earlier one samples for it is back."""
@@ -399,6 +409,11 @@ pauses = st.tuples(st.integers(0, 30), st.integers(1, 20)).map(lambda pause: (pa
 SHARED_PREFIX = [1, 0, 2, 1, 3, 0, 1, 1, 2, 0, 3, 3, 1, 0, 2, 2, 1, 3, 0, 0]
 
 
+def candidates_from(start: int) -> PromptCandidates:
+    """Their ids do not concern the scheduler."""
+    return PromptCandidates(start=start, width=1, token_ids=b"")
+
+
 @st.composite
 def request_specs(draw: st.DrawFn, ordinal: int, longest_prompt: int) -> RequestSpec:
     shared = draw(st.integers(0, min(longest_prompt, len(SHARED_PREFIX))))
@@ -410,6 +425,7 @@ def request_specs(draw: st.DrawFn, ordinal: int, longest_prompt: int) -> Request
         eos_token_ids=draw(st.sampled_from([[], [4]])),
         stop_token_ids=draw(st.sampled_from([[], [], [5], [4]])),
         prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
+        prompt_candidates=draw(st.none() | st.integers(0, 6).map(candidates_from)),
         grammar=draw(st.sampled_from([None, None, "start: /.*/"])),
     )
     return RequestSpec(

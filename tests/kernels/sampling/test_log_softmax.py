@@ -7,7 +7,7 @@ import pytest
 import sampling_reference as reference
 import torch
 
-from sempre.kernels.sampling import Logprobs, logprobs
+from sempre.kernels.sampling import Logprobs, Reports, candidate_logprobs, logprobs
 from sempre.kernels.threads import get_num_threads, set_num_threads
 
 
@@ -99,3 +99,32 @@ def test_rows_without_a_distribution_are_marked() -> None:
 def test_a_target_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match=r"targets: expected ids in \[0, 10\), found 10"):
         logprobs(torch.zeros(1, 10), np.zeros(1, np.int64), np.array([10]), 0)
+
+
+@pytest.mark.parametrize("reports", [Reports(), Reports(logits=True)], ids=["logprobs", "logits"])
+def test_candidates_have_the_bits_of_the_whole_vocabulary(reports: Reports) -> None:
+    logits = _logits(40, 1500, 4.0)
+    logits[3, 7] = -torch.inf
+    candidates = np.random.default_rng(1).integers(-1, 1500, (40, 9), np.int32)
+    candidates[3, :2] = 7, -1
+    found = candidate_logprobs(logits, candidates, reports)
+    for row in range(40):
+        whole = logprobs(logits, np.array([row]), np.zeros(1, np.int64), -1, reports)
+        by_id = dict(zip(whole.token_ids[0, 1:].tolist(), whole.logprobs[0, 1:], strict=True)) | {
+            -1: np.float32(-np.inf)
+        }
+        expected = np.array([by_id[token_id] for token_id in candidates[row].tolist()], np.float32)
+        assert np.array_equal(found[row].view(np.uint32), expected.view(np.uint32))
+        lone = candidate_logprobs(logits[row : row + 1].clone(), candidates[row : row + 1], reports)
+        assert np.array_equal(lone[0].view(np.uint32), found[row].view(np.uint32))
+    assert found[3, :2].tolist() == [-np.inf, -np.inf]
+
+
+def test_candidates_that_do_not_fit_are_refused() -> None:
+    for unfit, text in [
+        (np.array([[10]], np.int32), r"candidates: expected ids in \[-1, 10\), found 10"),
+        (np.array([[-2]], np.int32), r"candidates: expected ids in \[-1, 10\), found -2"),
+        (np.array([[1], [1]], np.int32), r"candidates: expected 1 rows of ids, found the shape \[2, 1\]"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            candidate_logprobs(torch.zeros(1, 10), unfit)

@@ -162,6 +162,14 @@ POSITIONS = (
         ("tests/workers/test_output_rows.py::test_wanted_rows_have_the_bits_they_have_among_all",),
     ),
     Fault(
+        "candidates-of-the-next-prompt-token",
+        "The candidates for a prompt token are scored by what predicts the one after it.",
+        "workers/prompt_logprobs.py",
+        "candidates[first - 1 - given.start : high - 1 - given.start]",
+        "candidates[max(first - 2 - given.start, 0) : max(high - 2 - given.start, 1)]",
+        ("tests/engine/test_outputs.py::test_candidates_of_a_prompt_are_as_in_the_whole_vocabulary[0]",),
+    ),
+    Fault(
         "shared-keys-of-the-first-layer",
         "Layers without keys and values of their own read those of the first layer of their kind, not of the last.",
         "workers/models/gemma4_config.py",
