@@ -14,13 +14,7 @@ from sempre.engine.arguments import EngineKeywords, parse_arguments
 from sempre.engine.client import AsyncEngineClient, launch_async
 from sempre.engine.client.engine_process import ended_by
 from sempre.engine.frontend.beam_search import BeamSearches, BeamSearchParams
-from sempre.engine.frontend.frontend import (
-    Frontend,
-    call_results,
-    engine_metrics,
-    limits_of,
-    worker_call,
-)
+from sempre.engine.frontend.frontend import Frontend, call_results, engine_metrics, limits_of, worker_call
 from sempre.engine.frontend.output_processor import RequestState
 from sempre.engine.frontend.pacing import Pacer
 from sempre.engine.frontend.progress import StartupNotice, log_progress
@@ -92,10 +86,13 @@ class AsyncLLM(AsyncSleepLLM):
         await self._launch()
 
     async def _launch(self) -> None:
-        with StartupNotice(self._frontend.config.model) as notice:
-            self._client = await launch_async(self._frontend.config, notice.phase_ended)
+        self._client = await self._launch_client()
         self._frontend.connect(self._client.ready)
         self._reader = asyncio.create_task(self._read(self._client), name="sempre reader")
+
+    async def _launch_client(self) -> AsyncEngineClient:
+        with StartupNotice(self._frontend.config.model) as notice:
+            return await launch_async(self._frontend.config, notice.phase_ended)
 
     async def restart(self) -> None:
         """Replace an engine that has ended; request numbers continue. Raises the errors of `start`.

@@ -134,12 +134,17 @@ class Observations:
 
     def buckets(self) -> list[tuple[str, float]]:
         """Return (upper bound, observations up to it) in ascending order, as Prometheus writes them."""
-        total = 0
-        buckets = []
-        for bound, count in zip((*self._bounds, None), self._counts, strict=True):
-            total += count
-            buckets.append(("+Inf" if bound is None else str(float(bound)), float(total)))
-        return buckets
+        return cumulative(self._bounds, self._counts)
+
+
+def cumulative(bounds: Sequence[float], counts: Sequence[float]) -> list[tuple[str, float]]:
+    """Return (upper bound, observations up to it) for counts between the bounds."""
+    total = 0.0
+    buckets = []
+    for bound, count in zip((*bounds, None), counts, strict=True):
+        total += count
+        buckets.append(("+Inf" if bound is None else str(float(bound)), total))
+    return buckets
 
 
 class RequestSizes:

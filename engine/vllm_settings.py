@@ -247,7 +247,6 @@ VLLM_SERVER_SETTINGS: dict[str, tuple[object, ...]] = {
     "allowed_headers": (["*"],),
     "allowed_methods": (["*"],),
     "anthropic_disabled_thinking_effort": ("auto",),
-    "api_server_count": (None, 1),
     "cohere_format": ("cmd4",),
     "cohere_is_reasoning_model": (True, False),
     "data_parallel_supervisor_port": (9256,),
@@ -293,7 +292,6 @@ VLLM_SERVER_SETTINGS: dict[str, tuple[object, ...]] = {
 _TABLE = VLLM_KEYWORDS | VLLM_SERVER_SETTINGS
 
 _INSTEAD = {
-    "api_server_count": "One process serves the API; data_parallel_size adds replicas behind it.",
     "enable_log_requests": "It is a flag of `sempre serve`.",
     "exclude_tools_when_tool_choice_none": "Leave tools out of such requests.",
     "fingerprint_value": "The fingerprint is what outputs depend on, and cannot be given.",

@@ -79,12 +79,16 @@ def run(namespace: argparse.Namespace) -> int:
     from sempre.engine.server.api_keys import api_keys
     from sempre.engine.server.logs import set_up_logging
     from sempre.engine.server.run import serve
+    from sempre.engine.server.supervisor import Launch, supervise
 
     keys = api_keys(server)
     set_up_logging(server.log_format, debug=namespace.debug, uvicorn_level=server.uvicorn_log_level)
     if not keys and os.environ.get("VLLM_API_KEY"):
         logger.warning("VLLM_API_KEY is ignored, so requests need no key; set %sAPI_KEY", ENVIRONMENT_PREFIX)
-    serve(AsyncLLM(model, **engine), server)
+    if server.api_server_count == 1:
+        serve(AsyncLLM(model, **engine), server)
+    else:
+        supervise(Launch(model, engine, namespace.debug), server)
     return 0
 
 

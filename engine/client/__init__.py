@@ -4,6 +4,7 @@ interface.py         EngineClient, AsyncEngineClient
 process.py           over ZeroMQ to a coordinator process
 inproc.py            coordinator's core and worker in this process (multiprocessing off)
 asynchronous.py      the same two for asyncio
+attached.py          over ZeroMQ to the coordinator of another process of ours
 engine_process.py    start, monitoring and end of the coordinator process
 pending_requests.py  unanswered requests and calls, with which another coordinator can continue
 watch.py             silence of the coordinator, and whether the workers of a dead one are gone

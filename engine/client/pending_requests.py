@@ -10,10 +10,12 @@ from msgspec.structs import replace
 from sempre.ipc.messages import (
     AbortRequests,
     AddRequests,
+    AdmitClient,
     CallWorkers,
     CallWorkersReply,
     ClientCommand,
     ClientEvent,
+    DropClient,
     GetMetrics,
     GetSleepState,
     MetricsReply,
@@ -59,12 +61,13 @@ class _Entry:
 
 
 class PendingRequests:
-    """The unfinished requests with their tokens so far, and the calls without an answer."""
+    """The unfinished requests with their tokens so far, the calls without an answer, and further clients."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._calls: list[Call] = []
         self._asleep: list[SleepTag] = []
+        self._admitted: dict[int, None] = {}
 
     @property
     def num_unfinished(self) -> int:
@@ -86,6 +89,10 @@ class PendingRequests:
                         self._entries[request_id].is_paused = isinstance(command, PauseRequests)
             case _ if isinstance(command, Call):
                 self._calls.append(command)
+            case AdmitClient(pid=pid):
+                self._admitted[pid] = None
+            case DropClient(pid=pid):
+                self._admitted.pop(pid, None)
 
     def received(self, event: ClientEvent) -> None:
         """Record an event from the coordinator."""
@@ -124,6 +131,8 @@ class PendingRequests:
         if paused:
             yield PauseRequests(request_ids=paused)
         yield from self._calls
+        for pid in self._admitted:
+            yield AdmitClient(pid=pid)
 
 
 def frames(specs: Iterable[RequestSpec]) -> Iterator[list[RequestSpec]]:

@@ -279,12 +279,11 @@ class ProcessClientBase(Generic[Channel]):
 
     def _resume(self, ready: EngineReady) -> None:
         """The successor is ready: it continues the unfinished requests. Raises StartupError if it differs."""
-        for field in _ALIKE:
-            expected, found = getattr(self.ready, field), getattr(ready, field)
-            if expected != found:
-                text = f"the restarted engine differs in {field}: expected {expected}, found {found}"
-                self._error = CoordinatorDied(text, cause=text)
-                self._raise_if_ended()
+        try:
+            check_alike(self.ready, ready)
+        except CoordinatorDied as error:
+            self._error = error
+            raise
         self._take_ready(ready)
         self._outage = None
         for command in self._pending.commands():
@@ -324,6 +323,15 @@ class ProcessClientBase(Generic[Channel]):
     def _look_s(self) -> float:
         """The longest wait without `_look_after`."""
         return LOOK_S if self._gone_by is None else _GONE_POLL_S
+
+
+def check_alike(former: EngineReady, ready: EngineReady) -> None:
+    """Raise CoordinatorDied if a restarted engine differs from the former one."""
+    for field in _ALIKE:
+        expected, found = getattr(former, field), getattr(ready, field)
+        if expected != found:
+            text = f"the restarted engine differs in {field}: expected {expected}, found {found}"
+            raise CoordinatorDied(text, cause=text)
 
 
 class ProcessClient(ProcessClientBase[PeerChannel[ClientEvent]]):

@@ -18,8 +18,9 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from sempre.engine.coordinator.clients import Clients
 from sempre.engine.executor.local import LocalExecutor
-from sempre.ipc.channel import HubChannel, check_pid, check_version
+from sempre.ipc.channel import HubChannel, check_version
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import describe
@@ -32,10 +33,12 @@ from sempre.ipc.liveness import (
 )
 from sempre.ipc.log_lines import set_up_process_log
 from sempre.ipc.messages import (
+    AdmitClient,
     CallWorkersReply,
     ClientCommand,
     ClientEvent,
     ClientHello,
+    DropClient,
     EngineFailed,
     ErrorInfo,
     FramesRead,
@@ -65,7 +68,7 @@ class CoordinatorArguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
 
 
 class Coordinator:
-    """Serves one client with the workers of one executor."""
+    """Serves its owner, and the clients that this has let in, with the workers of one executor."""
 
     def __init__(
         self,
@@ -79,8 +82,7 @@ class Coordinator:
         from sempre.engine.coordinator.recovery import Recovery
 
         self._hub = hub
-        self._client_pid = client_pid
-        self._client: bytes | None = None
+        self._clients = Clients(client_pid)
         self._unsent: list[ClientEvent] = []
         self._stopping = False
         self._poller = zmq.Poller()
@@ -92,12 +94,13 @@ class Coordinator:
     def run(self) -> None:
         """Run until ShutdownEngine. Raises errors that end the engine, which `main` reports."""
         while not self._stopping:
-            deadline = None if self._is_client_behind() else self._core.next_deadline()
+            deadline = None if self._is_owner_behind() else self._core.next_deadline()
             self._poller.poll(wait_ms(deadline, time.monotonic()))
             try:
                 self._serve_client()
                 self._serve_workers()
-                if self._is_client_behind():
+                self._hold_back()
+                if self._is_owner_behind():
                     self._core.rest()
                 else:
                     self.tell(self._core.advance())
@@ -109,17 +112,39 @@ class Coordinator:
         self._core.close()
 
     def tell(self, events: Iterable[ClientEvent]) -> None:
-        """Send events to the client, or keep them until it has said hello."""
+        """Send each event to the client that it is for; those for the owner wait until it has said hello."""
         self._unsent += events
-        if self._client is not None:
-            for event in self._unsent:
-                self._send(self._client, event)
-            self._unsent.clear()
+        if self._clients.owner is None:
+            return
+        for event in self._unsent:
+            for client, part in self._clients.addressed(event):
+                self._tell_one(client, part)
+        self._unsent.clear()
 
-    def _is_client_behind(self) -> bool:
-        """Whether the client has left so much unread that no further step should be computed: it is stopped, or does
+    def _tell_one(self, client: bytes, event: ClientEvent) -> None:
+        try:
+            self._send(client, event)
+        except ProtocolError as gone:
+            if client == self._clients.owner:
+                raise
+            # the owner will drop it
+            logger.debug("%s", gone)
+
+    def _is_owner_behind(self) -> bool:
+        """Whether the owner has left so much unread that no further step should be computed: it is stopped, or does
         something else, and the outputs wait in this process or in its own."""
-        return self._client is not None and self._hub.unread_bytes(self._client) > MOST_UNREAD_BYTES
+        owner = self._clients.owner
+        return owner is not None and self._is_behind(owner)
+
+    def _is_behind(self, client: bytes) -> bool:
+        return self._hub.unread_bytes(client) > MOST_UNREAD_BYTES
+
+    def _hold_back(self) -> None:
+        """The requests of another client that is behind wait for it alone."""
+        for client in self._clients.others:
+            command = self._clients.hold(client) if self._is_behind(client) else self._clients.let_go(client)
+            if command is not None:
+                self.tell(self._core.handle_command(command))
 
     def _send(self, client: bytes, event: ClientEvent) -> None:
         try:
@@ -138,7 +163,7 @@ class Coordinator:
         """Tell the client why the engine ends; wait for a client that is still connecting."""
         self._unsent.append(EngineFailed(error=error))
         deadline = time.monotonic() + _HELLO_S
-        while self._client is None and time.monotonic() < deadline:
+        while self._clients.owner is None and time.monotonic() < deadline:
             self._hub.socket.poll(_POLL_MS)
             self._serve_client()
         try:
@@ -161,32 +186,42 @@ class Coordinator:
                 self._hub.refuse(identity, error)
 
     def _obey(self, identity: bytes, command: ClientCommand) -> None:
-        if identity != self._client:
+        if identity not in self._clients:
             self._welcome(identity, command)
             return
         match command:
             case Heartbeat():
-                self.tell([Heartbeat()])
+                self._tell_one(identity, Heartbeat())
             case FramesRead(sequence=sequence):
                 self._hub.has_read(identity, sequence)
-            case ShutdownEngine():
+            case ShutdownEngine() if identity == self._clients.owner:
                 self._stopping = True
+            case AdmitClient(pid=pid) if identity == self._clients.owner:
+                self._clients.admit(pid)
+            case DropClient(pid=pid) if identity == self._clients.owner:
+                self._drop(pid)
             case Refused(error=error):
                 # the client has raised the error to the user
                 logger.warning("the client refused a frame: %s", error.message)
             case _:
-                self.tell(self._core.handle_command(command))
+                self.tell(self._core.handle_command(self._clients.taken(identity, command)))
+
+    def _drop(self, pid: int) -> None:
+        identity, command = self._clients.drop(pid)
+        if identity is not None:
+            self._hub.forget(identity)
+            self._core.handle_command(command)
 
     def _welcome(self, identity: bytes, command: ClientCommand) -> None:
         if not isinstance(command, ClientHello):
             raise MessageMalformed(f"tag: expected ClientHello, found {type(command).__name__}", field="tag")
         check_version(command)
-        check_pid(command, self._client_pid)
-        if self._client is not None:
-            raise MessageMalformed("ClientHello: expected one client, found a second", field="tag")
+        self._clients.welcome(identity, command.pid)
         self._hub.accept(identity, counts_unread=True)
-        self._client = identity
-        self.tell([])
+        if identity == self._clients.owner:
+            self.tell([])
+        elif self._core.ready is not None:
+            self._tell_one(identity, self._core.ready)
 
 
 def wait_ms(deadline: float | None, now: float) -> int:

@@ -30,6 +30,7 @@ from sempre.engine.metrics import Metric, read_metrics
 from sempre.engine.near_names import near_name
 from sempre.engine.proof.recorder import Recorder
 from sempre.engine.sampling_params import SamplingParams
+from sempre.engine.seed_counts import Numbering
 from sempre.engine.structured_outputs import structured_outputs_defaults
 from sempre.engine.text.absent_tokenizer import AbsentTokenizer
 from sempre.engine.text.messages import ContentFormat
@@ -82,6 +83,9 @@ class Frontend:
     pooling: PoolingModel | None = None
     """What the model computes instead of generating; set by `connect`."""
 
+    numbering: Numbering | None = None
+    """What processes that share the engine have in common; set before `connect`."""
+
     def __init__(self, arguments: Arguments) -> None:
         """Load the tokenizer. Raises ModelError if it or generation_config.json is unusable, ConfigError for a
         missing chat template or an unusable key of receipts, RecordError for their folder."""
@@ -126,7 +130,11 @@ class Frontend:
             self.tokenizer, self.fingerprint_with, self._options.stream_interval, self.recorder
         )
         self.builder = RequestBuilder(
-            self.tokenizer, limits, self.processor.is_in_use, records_all=self.recorder.records_all
+            self.tokenizer,
+            limits,
+            self.processor.is_in_use,
+            records_all=self.recorder.records_all,
+            numbering=self.numbering,
         )
 
     def _take_fingerprint(self, parts: Mapping[str, str]) -> None:

@@ -26,7 +26,7 @@ from sempre.engine.parameter_checks import shown
 from sempre.engine.parsing.reasoning import PromptReasoning
 from sempre.engine.pooling import PoolingParams
 from sempre.engine.sampling_params import SamplingParams
-from sempre.engine.seed_counts import SeedCounts
+from sempre.engine.seed_counts import Numbering, SeedCounts
 from sempre.engine.seeding import child_seed, derive_request_seed, distribution_digest, reported_seed, request_digest
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import ConfigError, RequestError
@@ -93,15 +93,17 @@ class RequestBuilder:
         is_in_use: Callable[[str, int], bool] = lambda request_id, n: False,
         *,
         records_all: bool = False,
+        numbering: Numbering | None = None,
     ) -> None:
         """`is_in_use(id, n)`: whether an unfinished request has this id, or a sequence has one of its `n` ids.
-        `records_all`: outputs have receipts unless a call says otherwise."""
+        `records_all`: outputs have receipts unless a call says otherwise. `numbering` is shared with other processes.
+        """
         self.records_all = records_all
         self._tokenizer = tokenizer
         self.limits = limits
         self._specs = SpecBuilder(tokenizer, limits)
         self._is_in_use = is_in_use
-        self._seed_counts = SeedCounts()
+        self._prefix, self._seed_counts = numbering or Numbering("", SeedCounts())
         self._num_requests = 0
         self._num_sequences = 0
         # The parameters checked last: a list of prompts mostly shares one object. Every call checks them again, since
@@ -300,7 +302,7 @@ class RequestBuilder:
 
     def _free_name(self, n: int) -> str:
         """Return the request's number, changed if a user has chosen it as an id."""
-        name = str(self._num_requests)
+        name = f"{self._prefix}{self._num_requests}"
         while self._is_in_use(name, n):
             name += "+"
         return name

@@ -7,6 +7,7 @@ import time
 from collections import deque
 
 from sempre.engine.server.errors import BadRequest, Busy
+from sempre.engine.server.ledger import Ledger
 
 _MAX_RETRY_S = 60
 _RATE_SAMPLES = 64
@@ -22,13 +23,24 @@ class Admission:
     engine's, known once the engine is ready.
     """
 
-    def __init__(self, *, max_queued: int, max_running: int = 0) -> None:
+    def __init__(self, ledger: Ledger, *, max_queued: int, max_running: int = 0) -> None:
         self._max_queued = max_queued
         self.max_running = max_running
-        self.num_sequences = 0
-        self.num_rejected = 0
+        self._ledger = ledger
+        self._sequences = ledger.gauge(1)
+        self._rejected = ledger.counter(1)
         self.draining = False
         self._ends: deque[float] = deque(maxlen=_RATE_SAMPLES)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that all API processes hold."""
+        return int(self._sequences.total())
+
+    @property
+    def num_rejected(self) -> int:
+        """Requests that all API processes have refused with 503."""
+        return int(self._rejected.total())
 
     @property
     def capacity(self) -> int:
@@ -44,16 +56,19 @@ class Admission:
                 param="n",
             )
         if self.draining:
-            self.num_rejected += 1
+            self._rejected.own[0] += 1
             raise Busy("The server is shutting down and accepts no new requests.", 1)
-        if self.num_sequences + num_sequences > room:
-            self.num_rejected += 1
+        with self._ledger.alone():
+            has_room = self.num_sequences + num_sequences <= room
+            if has_room:
+                self._sequences.own[0] += num_sequences
+        if not has_room:
+            self._rejected.own[0] += 1
             raise Busy(
                 "The engine is currently busy and cannot accept new requests. Please try again later or on a "
                 "different instance.",
                 self.retry_after_s(num_sequences),
             )
-        self.num_sequences += num_sequences
 
     def _room(self, num_sequences: int) -> int:
         """Maximum sequences in the server including a new request of `num_sequences`."""
@@ -61,7 +76,7 @@ class Admission:
 
     def release(self, num_sequences: int) -> None:
         """Release admitted sequences."""
-        self.num_sequences -= num_sequences
+        self._sequences.own[0] -= num_sequences
         now = time.monotonic()
         self._ends.extend(now for _ in range(min(num_sequences, _RATE_SAMPLES)))
 

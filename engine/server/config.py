@@ -48,6 +48,9 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     host: Annotated[str, doc("address to listen on")] = "0.0.0.0"
     port: Annotated[int, Meta(ge=0, le=65535), doc("port to listen on; 0 takes a free one")] = 8000
+    api_server_count: Annotated[
+        Annotated[int, Meta(ge=1, le=64)], doc("processes that answer requests, in front of one engine")
+    ] = 1
     uds: Annotated[str | None, doc("Unix socket to listen on, instead of host and port")] = None
     served_model_name: Annotated[list[str], doc("names of the served model; the first one is reported")] = []
     lora_modules: Annotated[

@@ -32,7 +32,7 @@ async def load(service: Service, _request: Request) -> Response:
     generated = [one.value for one in engine if isinstance(one, Counter) and one.name == f"{PREFIX}generation_tokens"]
     return JSONResponse(
         {
-            "server_load": service.num_requests,
+            "server_load": service.num_requests_in_all,
             "num_sequences": admission.num_sequences,
             "capacity": admission.capacity,
             # null while the engine is unavailable

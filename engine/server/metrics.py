@@ -1,14 +1,16 @@
 """/metrics: the engine's counters and the server's own, with vLLM's names and our prefix.
 
-There is an observation for every streamed token, so they are kept in plain lists and converted to
-prometheus-client's families when read.
+There is an observation for every streamed token, so they are kept in plain arrays, one for each API process, and
+summed and converted to prometheus-client's families when read.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from msgspec.structs import replace
@@ -18,10 +20,11 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from sempre.engine.frontend.request_builder import PreparedRequest
-from sempre.engine.metrics import COUNT_BOUNDS, PREFIX, TOKEN_BOUNDS, Counter, Gauge, Metric, Observations
+from sempre.engine.metrics import COUNT_BOUNDS, PREFIX, TOKEN_BOUNDS, Counter, Gauge, Metric, cumulative
 from sempre.engine.metrics import Histogram as EngineHistogram
 from sempre.engine.outputs import RequestMetrics, RequestOutput
 from sempre.engine.server.clients import Client
+from sempre.engine.server.ledger import Ledger
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -36,38 +39,50 @@ _KINDS: dict[type[Metric], type[CounterMetricFamily | GaugeMetricFamily | Histog
 }
 
 
-class Histogram(Observations):
-    """Observations with their family's name and help."""
+class Histogram:
+    """Counts of values between `bounds`, and their sum, over all API processes."""
 
-    __slots__ = ("help_text", "name")
+    __slots__ = ("_bounds", "_cells", "_own", "help_text", "name")
 
-    def __init__(self, name: str, help_text: str, bounds: Sequence[float]) -> None:
-        super().__init__(bounds)
+    def __init__(self, ledger: Ledger, name: str, help_text: str, bounds: Sequence[float]) -> None:
         self.name = name
         self.help_text = help_text
+        self._bounds = bounds
+        # the last bucket has no upper bound, and the sum follows it
+        self._cells = ledger.counter(len(bounds) + 2)
+        self._own = self._cells.own
+
+    def observe(self, value: float) -> None:
+        self._own[bisect_left(self._bounds, value)] += 1
+        self._own[-1] += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return (upper bound, observations up to it) in ascending order, as Prometheus writes them."""
+        return cumulative(self._bounds, self._cells.totals()[:-1])
+
+    @property
+    def sum(self) -> float:
+        return self._cells.totals()[-1]
 
 
 class ServerMetrics:
     """Latencies and sizes of requests as clients see them."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, ledger: Ledger) -> None:
         self._model_name = model_name
-        self.first_token = Histogram("time_to_first_token_seconds", "From arrival to first token.", _FIRST_TOKEN_S)
-        self.inter_token = Histogram("inter_token_latency_seconds", "Between tokens of a sequence.", _TOKEN_S)
-        self.per_token = Histogram(
-            "request_time_per_output_token_seconds", "Mean time per token after the first.", _TOKEN_S
-        )
-        self.end_to_end = Histogram("e2e_request_latency_seconds", "From arrival to the last token.", _REQUEST_S)
-        self.queue = Histogram("request_queue_time_seconds", "From arrival to the first step.", _REQUEST_S)
-        self.prefill = Histogram("request_prefill_time_seconds", "From the first step to the first token.", _REQUEST_S)
-        self.decode = Histogram("request_decode_time_seconds", "From the first token to the last one.", _REQUEST_S)
-        self.inference = Histogram(
-            "request_inference_time_seconds", "From the first step to the last token.", _REQUEST_S
-        )
-        self.prompt_tokens = Histogram("request_prompt_tokens", "Tokens of a prompt.", TOKEN_BOUNDS)
-        self.output_tokens = Histogram("request_generation_tokens", "Tokens of an output.", TOKEN_BOUNDS)
-        self.params_n = Histogram("request_params_n", "`n` of a request.", COUNT_BOUNDS)
-        self.params_max_tokens = Histogram("request_params_max_tokens", "`max_tokens` of a request.", TOKEN_BOUNDS)
+        make = partial(Histogram, ledger)
+        self.first_token = make("time_to_first_token_seconds", "From arrival to first token.", _FIRST_TOKEN_S)
+        self.inter_token = make("inter_token_latency_seconds", "Between tokens of a sequence.", _TOKEN_S)
+        self.per_token = make("request_time_per_output_token_seconds", "Mean time per token after the first.", _TOKEN_S)
+        self.end_to_end = make("e2e_request_latency_seconds", "From arrival to the last token.", _REQUEST_S)
+        self.queue = make("request_queue_time_seconds", "From arrival to the first step.", _REQUEST_S)
+        self.prefill = make("request_prefill_time_seconds", "From the first step to the first token.", _REQUEST_S)
+        self.decode = make("request_decode_time_seconds", "From the first token to the last one.", _REQUEST_S)
+        self.inference = make("request_inference_time_seconds", "From the first step to the last token.", _REQUEST_S)
+        self.prompt_tokens = make("request_prompt_tokens", "Tokens of a prompt.", TOKEN_BOUNDS)
+        self.output_tokens = make("request_generation_tokens", "Tokens of an output.", TOKEN_BOUNDS)
+        self.params_n = make("request_params_n", "`n` of a request.", COUNT_BOUNDS)
+        self.params_max_tokens = make("request_params_max_tokens", "`max_tokens` of a request.", TOKEN_BOUNDS)
         self._histograms = [value for value in vars(self).values() if isinstance(value, Histogram)]
 
     def begin(self, requests: Sequence[PreparedRequest]) -> RequestRecord:

@@ -18,7 +18,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from ipaddress import ip_address
@@ -29,12 +29,11 @@ import uvicorn
 
 from sempre.engine.async_llm import AsyncLLM
 from sempre.engine.server.activity import log_activity
-from sempre.engine.server.api_keys import api_keys
 from sempre.engine.server.app import create_app
-from sempre.engine.server.clients import KeyRing
 from sempre.engine.server.config import ServerConfig
 from sempre.engine.server.connections import ConnectionGuard
 from sempre.engine.server.errors import Busy
+from sempre.engine.server.ledger import Place
 from sempre.engine.server.protocol import BoundedProtocol
 from sempre.engine.server.service import Service
 from sempre.ipc.errors import ConfigError, SempreError
@@ -65,12 +64,12 @@ class _HttpServer(uvicorn.Server):
 class Server:
     """One run of the server."""
 
-    def __init__(self, engine: AsyncLLM, config: ServerConfig, address: str) -> None:
+    def __init__(self, engine: AsyncLLM, config: ServerConfig, address: str, place: Place | None = None) -> None:
+        """`place`: which of several API processes this is. Raises ConfigError for unusable keys."""
         self._config = config
         self._address = address
         self._engine = engine
-        keys = KeyRing(api_keys(config), shares_prefix_cache=config.share_prefix_cache)
-        self._service = Service(engine, config, keys)
+        self._service = Service(engine, config, place)
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
 
@@ -154,6 +153,10 @@ class Server:
         await self._service.adapters.start()
         await self._service.offload.start()
         self._service.serve({**self._engine.ready.phase_seconds, "total": seconds})
+        self._tell_ready(seconds)
+        return True
+
+    def _tell_ready(self, seconds: float) -> None:
         ready = self._engine.ready
         logger.info("fingerprint %s, seed %d", self._engine.fingerprint, self._engine.config.seed)
         logger.info(
@@ -168,7 +171,6 @@ class Server:
         page = page_address(self._config, self._address)
         if page is not None:
             logger.info("the page is at %s", page)
-        return True
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -219,6 +221,14 @@ def serve(engine: AsyncLLM, config: ServerConfig) -> None:
     Raises ConfigError for an address in use or unusable TLS files, the errors of the engine's start, and
     EngineDeadError if the engine ends, unless `on_engine_death` is "restart".
     """
+    listen_and_run(config, lambda listening, where: Server(engine, config, where).run(listening))
+
+
+def listen_and_run(config: ServerConfig, run: Callable[[socket.socket, str], Coroutine[Any, Any, None]]) -> None:
+    """Bind the address and run `run` with the socket and the address in words.
+
+    Raises ConfigError for an address in use or unusable TLS files, and the errors of `run`.
+    """
     check_tls(config)
     listening = listen(config)
     kind = "https" if config.ssl_certfile is not None else "http"
@@ -230,18 +240,19 @@ def serve(engine: AsyncLLM, config: ServerConfig) -> None:
             where.rpartition(":")[2],
         )
 
-    sys.setswitchinterval(_SWITCH_S)
-
-    async def run() -> None:
-        await Server(engine, config, where).run(listening)
-
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(run())
+        run_in_loop(run(listening, where))
     finally:
         listening.close()
         if config.uds is not None:
             Path(config.uds).unlink(missing_ok=True)
+
+
+def run_in_loop(work: Coroutine[Any, Any, None]) -> None:
+    """Run in an event loop for a server. Raises the errors of `work`."""
+    sys.setswitchinterval(_SWITCH_S)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(work)
 
 
 def listen(config: ServerConfig) -> socket.socket:

@@ -16,10 +16,12 @@ from sempre.engine.pooling import PoolingParams
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.server.adapters import ServedAdapters, lora_modules
 from sempre.engine.server.admission import Admission
+from sempre.engine.server.api_keys import api_keys
 from sempre.engine.server.beams import BeamStream
 from sempre.engine.server.clients import Client, KeyRing
 from sempre.engine.server.config import ServerConfig, with_model_defaults
 from sempre.engine.server.errors import BadRequest, Busy
+from sempre.engine.server.ledger import Ledger, Place
 from sempre.engine.server.limits import MAX_VALUES, check_copies
 from sempre.engine.server.logprobs import TokenNames
 from sempre.engine.server.metrics import ServerMetrics
@@ -28,6 +30,8 @@ from sempre.engine.server.requests import GenerationRequest
 from sempre.ipc.errors import too_long, too_many_characters
 
 _STARTING_RETRY_S = 5
+# of the ledger: at most this many for the server itself, and for each key
+_COLUMNS, _COLUMNS_OF_KEY = 1024, 8
 # a tokenizer's normalisation may shorten a text before encoding
 _SLACK = 4
 
@@ -44,9 +48,12 @@ class _Admitted(NamedTuple):
 class Service:
     """The engine that the endpoints use. Created before the engine is ready: until then requests get 503."""
 
-    def __init__(self, engine: AsyncLLM, config: ServerConfig, keys: KeyRing) -> None:
+    def __init__(self, engine: AsyncLLM, config: ServerConfig, place: Place | None = None) -> None:
+        """`place`: which of several API processes this is. Raises ConfigError for unusable keys."""
         self.engine = engine
-        self.keys = keys
+        given = api_keys(config)
+        ledger = Ledger(place, _COLUMNS + _COLUMNS_OF_KEY * len(given))
+        self.keys = KeyRing(given, ledger, shares_prefix_cache=config.share_prefix_cache)
         template = engine.chat_template if config.tool_call_parser == "auto" else None
         self.config = with_model_defaults(config, Path(engine.config.model_path), template or "")
         self.created = int(time.time())
@@ -55,8 +62,9 @@ class Service:
         settings = engine.config
         self.model_names = config.served_model_name or [settings.model]
         self.adapters = ServedAdapters(engine, self.model_names, lora_modules(config.lora_modules))
-        self.admission = Admission(max_queued=config.max_num_queued_reqs)
-        self.metrics = ServerMetrics(self.model_names[0])
+        self.admission = Admission(ledger, max_queued=config.max_num_queued_reqs)
+        self.metrics = ServerMetrics(self.model_names[0], ledger)
+        self._requests = ledger.gauge(1)
         self.offload = Offload()
         self.token_names = TokenNames(engine.get_tokenizer())
         self._streams: dict[int, _Admitted] = {}
@@ -68,8 +76,17 @@ class Service:
 
     @property
     def num_requests(self) -> int:
-        """Number of running HTTP requests."""
+        """Number of HTTP requests that this process answers."""
         return len(self._streams)
+
+    @property
+    def num_requests_in_all(self) -> int:
+        """Number of HTTP requests that all API processes answer."""
+        return int(self._requests.total())
+
+    def _keep(self, stream: OutputStream | BeamStream, client: Client, num_sequences: int) -> None:
+        self._streams[id(stream)] = _Admitted(stream, client, num_sequences)
+        self._requests.own[0] = len(self._streams)
 
     def serve(self, startup_seconds: dict[str, float]) -> None:
         """The engine is ready: accept requests from now on."""
@@ -152,7 +169,7 @@ class Service:
         except BaseException:
             self._release(client, num_sequences)
             raise
-        self._streams[id(stream)] = _Admitted(stream, client, num_sequences)
+        self._keep(stream, client, num_sequences)
         return stream
 
     def open_pooled(
@@ -170,7 +187,7 @@ class Service:
         except BaseException:
             self._release(client, count)
             raise
-        self._streams[id(stream)] = _Admitted(stream, client, count)
+        self._keep(stream, client, count)
         return stream
 
     def client_of(self, stream: OutputStream | BeamStream) -> Client:
@@ -194,6 +211,7 @@ class Service:
         """Abort the unfinished requests of a stream, and release its admission."""
         admitted = self._streams.pop(id(stream), None)
         if admitted is not None:
+            self._requests.own[0] = len(self._streams)
             self._release(admitted.client, admitted.num_sequences)
             # A dead engine needs no abort.
             with suppress(Exception):

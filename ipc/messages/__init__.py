@@ -8,11 +8,13 @@ from sempre.ipc.config import WorkerConfig
 from sempre.ipc.messages.client import (
     AbortRequests,
     AddRequests,
+    AdmitClient,
     CallWorkers,
     CallWorkersReply,
     ClientCommand,
     ClientEvent,
     ClientHello,
+    DropClient,
     EngineFailed,
     EngineNotice,
     EngineReady,

@@ -149,6 +149,18 @@ class GetHealth(Message, frozen=True, kw_only=True):
     call_id: NonNegative
 
 
+class AdmitClient(Message, frozen=True, kw_only=True):
+    """A process that the owner of the engine has started may connect as a further client."""
+
+    pid: int
+
+
+class DropClient(Message, frozen=True, kw_only=True):
+    """A further client has ended: so do its requests."""
+
+    pid: int
+
+
 class ShutdownEngine(Message, frozen=True, kw_only=True):
     """End workers and coordinator; unfinished requests are dropped."""
 
@@ -168,6 +180,8 @@ ClientCommand = (
     | GetSleepState
     | GetMetrics
     | GetHealth
+    | AdmitClient
+    | DropClient
     | ShutdownEngine
     | Heartbeat
     | Refused

@@ -305,6 +305,15 @@ def test_short_flags_of_speculation(where: str, tmp_path: Path, capsys: pytest.C
         (("tiny", "--calculate-kv-scales"), "calculate_kv_scales=True is not supported by this engine"),
         (("tiny", "--no-enable-chunked-prefill"), "enable_chunked_prefill=False is not supported by this engine"),
         (("tiny", "--data-parallel-size", "0"), "data_parallel_size must be at least 1"),
+        (("tiny", "--api-server-count", "0"), "api_server_count"),
+        *(
+            (("tiny", "--api-server-count", "2", *flags), f"{name} cannot be used with api_server_count 2")
+            for name, flags in {
+                "on_engine_death": ("--on-engine-death", "restart"),
+                "enable_sleep_mode": ("--enable-sleep-mode",),
+                "multiprocessing": ("--no-multiprocessing",),
+            }.items()
+        ),
     ],
 )
 def test_refused_settings(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

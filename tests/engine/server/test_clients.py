@@ -11,6 +11,7 @@ from sempre.engine.server.api_keys import ApiKey, api_keys
 from sempre.engine.server.clients import Client, KeyRing
 from sempre.engine.server.config import server_config
 from sempre.engine.server.errors import BadRequest, RateLimited
+from sempre.engine.server.ledger import Ledger
 from sempre.ipc.errors import ConfigError
 
 
@@ -25,7 +26,7 @@ class Clock:
 
 
 def client(clock: Clock, **limits: int) -> Client:
-    return Client(ApiKey(secret="s", name="n", **limits), None, clock)
+    return Client(Ledger(), ApiKey(secret="s", name="n", **limits), None, clock)
 
 
 def test_requests_beyond_the_rate_are_refused_until_the_bucket_has_filled() -> None:
@@ -71,7 +72,7 @@ def test_tokens_are_paid_when_known_so_that_no_rate_is_exceeded_in_the_long_run(
 
 
 def test_a_key_leaves_a_part_of_the_places_to_the_others() -> None:
-    several = KeyRing([ApiKey(secret=name, name=name) for name in ("a", "b")])
+    several = KeyRing([ApiKey(secret=name, name=name) for name in ("a", "b")], Ledger())
     first, second = several.clients
     first.admit(12, 16, 7)
     with pytest.raises(RateLimited, match="12 sequences at a time") as refused:
@@ -82,7 +83,7 @@ def test_a_key_leaves_a_part_of_the_places_to_the_others() -> None:
         second.admit(13, 16, 7)
     first.release(1)
     first.admit(1, 16, 7)
-    [alone] = KeyRing([ApiKey(secret="a", name="a")]).clients
+    [alone] = KeyRing([ApiKey(secret="a", name="a")], Ledger()).clients
     alone.admit(16, 16, 7)
     limited = client(Clock(), max_sequences=2)
     limited.admit(2, 16, 7)
@@ -98,7 +99,7 @@ def test_prompts_of_several_keys_are_kept_apart_unless_they_share(
     num_keys: int, shares: bool, salts: list[str | None]
 ) -> None:
     keys = [ApiKey(secret=f"secret-{index}", name=f"n{index}") for index in range(num_keys)]
-    ring = KeyRing(keys, shares_prefix_cache=shares)
+    ring = KeyRing(keys, Ledger(), shares_prefix_cache=shares)
     prompts: list[dict[str, Any]] = [{"prompt": "p"}, {"prompt": "p", "cache_salt": "own"}]
     assert [p.get("cache_salt") for caller in ring.clients for p in caller.salted(prompts)] == salts
     assert ring.anybody.salted(prompts) == prompts

@@ -12,6 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from sempre.engine.server.api_keys import ApiKey
 from sempre.engine.server.clients import KeyRing
 from sempre.engine.server.config import server_config
+from sempre.engine.server.ledger import Ledger
 from sempre.engine.server.middleware import RequestGate
 
 JSON = {"content-type": "application/json"}
@@ -43,7 +44,7 @@ def call(
 
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": raw, "query_string": b""}
-    ring = KeyRing([ApiKey(secret=key, name=key) for key in keys])
+    ring = KeyRing([ApiKey(secret=key, name=key) for key in keys], Ledger())
     gate = RequestGate(_reached, ring, server_config({"enable_access_log": False, **settings}))
     asyncio.run(gate(scope, receive, send))
     body = json.loads(sent[1]["body"])

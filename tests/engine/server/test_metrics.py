@@ -7,6 +7,7 @@ import time
 from sempre.engine.metrics import Counter, Gauge, Metric
 from sempre.engine.metrics import Histogram as EngineHistogram
 from sempre.engine.outputs import CompletionOutput, RequestOutput
+from sempre.engine.server.ledger import Ledger
 from sempre.engine.server.metrics import Histogram, ServerMetrics
 
 
@@ -20,7 +21,7 @@ def num_observed(histogram: Histogram) -> float:
 
 
 def test_gaps_are_those_between_one_arrival_and_the_next() -> None:
-    metrics = ServerMetrics("m")
+    metrics = ServerMetrics("m", Ledger())
     record = metrics.begin([])
     began = time.monotonic()
     for _ in range(4):
@@ -40,7 +41,7 @@ def test_gaps_are_those_between_one_arrival_and_the_next() -> None:
 
 
 def test_buckets_hold_all_observations_up_to_their_bound() -> None:
-    histogram = Histogram("h", "help", (1, 2))
+    histogram = Histogram(Ledger(), "h", "help", (1, 2))
     for value in (0.5, 1, 1.5, 2, 7):
         histogram.observe(value)
     assert histogram.buckets() == [("1.0", 2.0), ("2.0", 4.0), ("+Inf", 5.0)]
@@ -56,7 +57,12 @@ def test_every_kind_is_shown_under_the_served_name_and_the_prefix() -> None:
         EngineHistogram(name="sempre:h", labels=labels, count=2, sum=7, buckets={"1.0": 1, "+Inf": 2}),
     ]
     caches = [{"engine": replica, "block_size": 16} for replica in range(2)]
-    lines = ServerMetrics("served").exposition(engine, caches, num_rejected=5, prefix="vllm").decode().splitlines()
+    lines = (
+        ServerMetrics("served", Ledger())
+        .exposition(engine, caches, num_rejected=5, prefix="vllm")
+        .decode()
+        .splitlines()
+    )
     assert set(lines) >= {
         'vllm:g{engine="0",model_name="served",reason="capacity"} 2.0',
         'vllm:g{engine="0",model_name="served",reason="deferred"} 3.0',
