@@ -8,7 +8,7 @@
     tool_calls.py    HermesParser, Llama3JsonParser; JSON schemas that enforce calls, and parsers for them
     tagged_calls.py  DeepSeekV3Parser, DeepSeekV31Parser, MistralParser: tags around a name and its JSON
     xml_calls.py     Qwen3CoderParser, SeedOssParser: an element per parameter
-    pythonic.py      PythonicParser: a list of calls in Python
+    pythonic.py      PythonicParser: a list of calls in Python; python_call.py: the arguments of one, into JSON
     detection.py     the format of tool calls that a chat template shows
     output_parser.py OutputParser: reasoning, then tool calls, of one output
 

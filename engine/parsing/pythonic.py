@@ -7,20 +7,19 @@ A call is passed on once it is complete: until then its arguments are no JSON.
 
 from __future__ import annotations
 
-import ast
-import json
 import re
-import warnings
 from enum import Enum, auto
-from typing import Any
+from keyword import iskeyword
 
-from sempre.engine.parsing.pieces import Arguments, Piece, well_formed
+from sempre.engine.parsing.pieces import Arguments, Piece
+from sempre.engine.parsing.python_call import PythonCallReader
 from sempre.engine.parsing.tool_calls import AroundCalls
 
 _START, _END = "<|python_start|>", "<|python_end|>"
-_NAME = re.compile(r"\s*[A-Za-z_][\w.]*\s*")
-_WORDS = {"true": True, "false": False, "null": None}
-_OPENING, _CLOSING = "([{", ")]}"
+_SPACE = re.compile(r"\s*")
+_NAME = re.compile(r"([A-Za-z_][\w.]*)\s*")
+# longer ones are none
+_LONGEST_NAME = 512
 
 
 class _At(Enum):
@@ -45,37 +44,41 @@ class PythonicParser(AroundCalls):
     def __init__(self) -> None:
         super().__init__()
         self._at = _At.BEGIN
-        # the text since the last call that is complete
-        self._held = ""
-        # where the call begins in it, and how far its characters are read
-        self._start = self._read = 0
-        self._depth = 0
-        self._quote = ""
-        self._is_escaped = False
+        # text that is content unless a call comes of it
+        self._read: list[str] = []
+        # what has not been read, from the position on
+        self._text = ""
+        self._position = 0
+        self._has_tag = False
+        self._name_of_call = ""
+        self._call = PythonCallReader()
 
     def feed(self, text: str) -> list[Piece]:
         if self._at is _At.CONTENT:
             self._say(text)
             return self._take()
-        self._held += text
+        self._text, self._position = self._text[self._position :] + text, 0
         while self._step():
             pass
         return self._take()
 
     def finish(self) -> list[Piece]:
-        rest, self._held = self._held, ""
-        self._say(rest)
+        self._give_up()
         return self._finish()
 
     def _step(self) -> bool:
         """Read some of the text; False if more is needed."""
+        if self._at not in (_At.CALL, _At.CONTENT):
+            self._skip_space()
+            if self._position == len(self._text):
+                return False
         match self._at:
             case _At.BEGIN:
                 return self._begin()
             case _At.NAME:
                 return self._name()
             case _At.CALL:
-                return self._call()
+                return self._arguments()
             case _At.BETWEEN:
                 return self._between()
             case _At.AFTER:
@@ -83,127 +86,86 @@ class PythonicParser(AroundCalls):
             case _At.CONTENT:
                 return False
 
+    def _skip_space(self) -> None:
+        space = _SPACE.match(self._text, self._position)
+        self._use(self._position if space is None else space.end())
+
+    def _use(self, end: int) -> None:
+        self._read.append(self._text[self._position : end])
+        self._position = end
+
     def _begin(self) -> bool:
-        begun = self._held.lstrip()
-        if begun.startswith(_START):
-            begun = begun[len(_START) :].lstrip()
-        elif _START.startswith(begun):
+        text, position = self._text, self._position
+        if text.startswith("[", position):
+            self._use(position + 1)
+            self._at = _At.NAME
+            return True
+        if not self._has_tag and text.startswith(_START, position):
+            self._use(position + len(_START))
+            self._has_tag = True
+            return True
+        if not self._has_tag and _START.startswith(text[position : position + len(_START)]):
             return False
-        if not begun:
-            return False
-        if not begun.startswith("["):
-            return self._give_up()
-        self._start = len(self._held) - len(begun) + 1
-        self._at = _At.NAME
-        return True
+        return self._give_up()
 
     def _name(self) -> bool:
-        rest = self._held[self._start :]
-        found = _NAME.match(rest)
-        end = 0 if found is None else found.end()
-        if end == len(rest) or not rest.strip():
-            return False
-        if found is None or rest[end] != "(":
+        text, found = self._text, _NAME.match(self._text, self._position)
+        if found is None or found.end() - self._position > _LONGEST_NAME:
             return self._give_up()
-        self._at, self._read, self._depth = _At.CALL, self._start + end, 0
+        if found.end() == len(text):
+            return False
+        name = found[1]
+        if text[found.end()] != "(" or not all(map(_is_name, name.split("."))):
+            return self._give_up()
+        self._use(found.end() + 1)
+        self._at, self._call, self._name_of_call = _At.CALL, PythonCallReader(), name
         return True
 
-    def _call(self) -> bool:
+    def _arguments(self) -> bool:
         """Read to the parenthesis that ends the call."""
-        while self._read < len(self._held):
-            character = self._held[self._read]
-            self._read += 1
-            if self._quote:
-                self._in_string(character)
-            elif character in "\"'":
-                self._quote = character
-            elif character in _OPENING:
-                self._depth += 1
-            elif character in _CLOSING:
-                self._depth -= 1
-                if not self._depth:
-                    return self._end_call()
-        return False
-
-    def _in_string(self, character: str) -> None:
-        if self._is_escaped:
-            self._is_escaped = False
-        elif character == "\\":
-            self._is_escaped = True
-        elif character == self._quote:
-            self._quote = ""
-
-    def _end_call(self) -> bool:
-        found = _parsed(self._held[self._start : self._read].strip())
-        if found is None:
+        call = self._call
+        self._use(call.feed(self._text, self._position))
+        if not (call.done or call.malformed):
+            return False
+        arguments = call.arguments if call.done else None
+        if arguments is None:
             return self._give_up()
-        name, arguments = found
-        self._start_call(name)
+        self._start_call(self._name_of_call)
         self._pieces.append(Arguments(self._num_calls - 1, arguments))
-        self._held, self._at = self._held[self._read :], _At.BETWEEN
+        self._read.clear()
+        self._at = _At.BETWEEN
         return True
 
     def _between(self) -> bool:
-        begun = self._held.lstrip()
-        if not begun:
-            return False
-        self._held = begun[1:]
-        if begun[0] == ",":
-            self._held, self._start, self._at = begun, 1, _At.NAME
+        mark = self._text[self._position]
+        self._read.clear()
+        if mark == ",":
+            self._use(self._position + 1)
+            self._at = _At.NAME
             return True
-        if begun[0] != "]":
-            self._held = begun
+        if mark != "]":
             return self._give_up()
+        self._position += 1
         self._at = _At.AFTER
         return True
 
     def _after(self) -> bool:
         """After the list, where a tag may end it."""
-        begun = self._held.lstrip()
-        if begun.startswith(_END):
-            self._held = begun[len(_END) :]
-        elif _END.startswith(begun):
+        text, position = self._text, self._position
+        if text.startswith(_END, position):
+            self._read.clear()
+            self._position += len(_END)
+        elif _END.startswith(text[position:]):
             return False
         return self._give_up()
 
     def _give_up(self) -> bool:
         """The rest is content."""
-        rest, self._held, self._at = self._held, "", _At.CONTENT
-        self._say(rest)
+        self._say("".join(self._read) + self._text[self._position :])
+        self._read.clear()
+        self._text, self._position, self._at = "", 0, _At.CONTENT
         return False
 
 
-def _parsed(text: str) -> tuple[str, str] | None:
-    """(name, arguments as JSON) of a call; None if it is none that JSON can hold."""
-    try:
-        with warnings.catch_warnings():
-            # of strings with unknown escapes, which are kept as they are
-            warnings.simplefilter("ignore")
-            call = ast.parse(text, mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            return None
-        arguments = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
-        if None in arguments:
-            return None
-        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-        return ast.unparse(call.func), well_formed(written)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return None
-
-
-def _value(node: ast.expr) -> Any:
-    """A literal, in which Python's and JSON's words for true, false and null may occur."""
-    match node:
-        case ast.Name(id=name) if name in _WORDS:
-            return _WORDS[name]
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_value(item) for item in items]
-        case ast.Dict(keys=keys, values=values):
-            if not all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in keys):
-                raise ValueError
-            return {ast.literal_eval(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
-        case _:
-            value = ast.literal_eval(node)
-            if not isinstance(value, str | int | float | None):
-                raise ValueError
-            return value
+def _is_name(part: str) -> bool:
+    return part.isidentifier() and not iskeyword(part)

@@ -30,6 +30,8 @@ from sempre.engine.server.tracing import RequestSpan
 # an event loop writes this many in a millisecond or two, and parses this many in ten
 _LONG_LOGPROBS = 1000
 _LONG_TOKENS = 1000
+# characters of one part of a stream: more come at once only where the reader is slow
+_LONG_TEXT = 8000
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -141,7 +143,9 @@ class Generation:
         rows: list[Sequence[Mapping[int, Logprob] | None] | None]
         rows = [choice.logprobs for output in outputs for choice in output.outputs]
         rows += [output.prompt_logprobs for output in outputs]
-        if sum(len(part) * len(part[-1] or ()) for part in rows if part) <= _LONG_LOGPROBS:
+        num_logprobs = sum(len(part) * len(part[-1] or ()) for part in rows if part)
+        num_characters = sum(len(choice.text) for output in outputs for choice in output.outputs)
+        if num_logprobs <= _LONG_LOGPROBS and num_characters <= _LONG_TEXT:
             return events()
         return await self._service.offload.written(events)
 

@@ -301,7 +301,10 @@ def test_short_flags_of_speculation(where: str, tmp_path: Path, capsys: pytest.C
         (("tiny", "--ssl-keyfile", "/nothing", "--ssl-certfile", "/nothing"), "ssl_keyfile /nothing cannot be read"),
         (("tiny", "--ssl-keyfile", __file__, "--ssl-certfile", __file__), "no certificate and its key"),
         (("tiny", "--config", "/nothing"), "/nothing"),
-        (("tiny", "--kv-cache-dtype", "fp4"), "--kv-cache-dtype: invalid choice: 'fp4' (choose from 'auto', 'fp8', 'fp8_e4m3')"),
+        (
+            ("tiny", "--kv-cache-dtype", "fp4"),
+            "--kv-cache-dtype: invalid choice: 'fp4' (choose from 'auto', 'fp8', 'fp8_e4m3')",
+        ),
         (("tiny", "--calculate-kv-scales"), "calculate_kv_scales=True is not supported by this engine"),
         (("tiny", "--no-enable-chunked-prefill"), "enable_chunked_prefill=False is not supported by this engine"),
         (("tiny", "--data-parallel-size", "0"), "data_parallel_size must be at least 1"),

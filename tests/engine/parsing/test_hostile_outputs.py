@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -108,6 +109,41 @@ def test_white_space_takes_no_more_time_than_other_text(name: str, begin: str, e
     """Time that grew with the square of its length, or the cube, would not end here."""
     message = parsed(name, begin + space * 100_000 + end, sizes=(10**9,))
     assert message.content or message.tool_calls
+
+
+_LONG_CALLS = {
+    "pythonic: integers": ("pythonic", "[f(a=[" + "1," * 64_000 + "])]"),
+    "pythonic: calls": ("pythonic", "[" + "f(), " * 26_000 + "f()]"),
+    "pythonic: escapes": ("pythonic", '[f(a="' + r"\n" * 64_000 + '")]'),
+    "pythonic: strings": ("pythonic", "[f(a=" + '"a" ' * 32_000 + ")]"),
+    "hermes": ("hermes", '<tool_call>{"name": "f", "arguments": {"a": [' + "1," * 64_000 + "1]}}</tool_call>"),
+    "llama3_json": ("llama3_json", '{"name": "f", "parameters": {}};' * 4_000),
+    "mistral": ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": "' + r"\n" * 64_000 + '"}]'),
+    "deepseek_v3": ("deepseek_v3", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n" + " `" * 64_000),
+    "deepseek_v31": ("deepseek_v31", "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>" * 2_500),
+    "qwen3_coder: values": ("qwen3_coder", "<tool_call><function=f>" + "<parameter=a>5</parameter>" * 5_000),
+    "qwen3_coder: text": ("qwen3_coder", "<tool_call><function=f>" + "<parameter=a" * 10_000),
+    "gemma4": ("gemma4", "<|tool_call>call:f{a:[" + "1," * 64_000 + "]}<tool_call|>"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=[] if name == "pythonic: integers" else pytest.mark.product) for name in _LONG_CALLS],
+)
+def test_no_part_of_a_long_call_takes_long(case: str) -> None:
+    """Of 128 KB, in the parts that a stream has, and in the largest that an event loop parses."""
+    name, text = _LONG_CALLS[case]
+    for size in (16, 8000):
+        parser: Parser = Gemma4Parser("", calls=True) if name == "gemma4" else TOOL_PARSERS[name]({"f": None})
+        slowest = 0.0
+        for start in range(0, len(text), size):
+            begun = time.thread_time()
+            parser.feed(text[start : start + size])
+            slowest = max(slowest, time.thread_time() - begun)
+        begun = time.thread_time()
+        parser.finish()
+        assert max(slowest, time.thread_time() - begun) < 0.1
 
 
 @pytest.mark.parametrize("tail", ["", "`", "``", "```", "````", "``` ", "\n```\n", " \n `", "` ``", "```\n x"])
