@@ -105,6 +105,7 @@ def test_recurrent_layers_generate_token_by_token(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.product
+@pytest.mark.timeout(1200)
 def test_500_receipts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     modules = tiny_modules(ATTENTION)
     adapters = [save_adapter(tmp_path / name, modules, rank=rank, size=0.3) for name, rank in (("a", 4), ("b", 8))]
