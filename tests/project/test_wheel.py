@@ -44,8 +44,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (*PACKAGES, ".typing"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored, symlinks=True)
     return tree
 
 
@@ -106,9 +107,71 @@ def test_the_source_archive_gives_the_same_wheel(tree: Path, tmp_path: Path) -> 
         assert {n for n in built.namelist() if ".dist-info/" not in n} == expected_files()
 
 
+def install_editable(tree: Path, prefix: Path) -> Path:
+    """Return the folder of libraries that the install has written to."""
+    pip("install", "--no-deps", "--no-build-isolation", "--ignore-installed", "--prefix", prefix, "-e", tree)
+    paths = sysconfig.get_paths(vars={"base": str(prefix), "platbase": str(prefix)})
+    return Path(paths["purelib"])
+
+
 def test_an_editable_install_finds_the_tree(tree: Path, tmp_path: Path) -> None:
-    pip("install", "--no-deps", "--no-build-isolation", "--ignore-installed", "--prefix", tmp_path, "-e", tree)
-    paths = sysconfig.get_paths(vars={"base": str(tmp_path), "platbase": str(tmp_path)})
-    site_packages = Path(paths["purelib"])
+    site_packages = install_editable(tree, tmp_path)
     assert os.listdir(site_packages)
-    assert probe(site_packages) == tree / ABOVE / "__init__.py"
+    assert probe(site_packages) == tree / ".typing/sempre/__init__.py"
+
+
+def install_wheel(tree: Path, prefix: Path) -> Path:
+    pip("install", "--no-deps", "--ignore-installed", "--prefix", prefix, build_wheel(tree, prefix))
+    return Path(sysconfig.get_paths(vars={"base": str(prefix), "platbase": str(prefix)})["purelib"])
+
+
+SCRIPT = """\
+import sempre
+from sempre import LLM, RequestOutput, SamplingParams
+
+params = SamplingParams(max_tokens=8, seed=1)
+
+
+def ids(llm: LLM) -> list[int]:
+    outputs: list[RequestOutput] = llm.generate(["a"], params)
+    return list(outputs[0].outputs[0].token_ids)
+
+
+version: str = sempre.__version__
+"""
+WRONG = (
+    SCRIPT
+    + """
+SamplingParams(max_tokns=8)
+LLM("tiny", max_num_seqs=4).generat("a")
+number: int = sempre.__version__
+"""
+)
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def python(tree: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """The interpreter of an environment with this install and the libraries of the one that runs the tests."""
+    folder = tmp_path_factory.mktemp(request.param)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
+    install = {"wheel": install_wheel, "editable": install_editable}[request.param]
+    libraries = [path for path in sys.path if path.endswith("-packages")]
+    (install(tree, folder) / "zz_libraries.pth").write_text("\n".join(libraries))
+    return folder / "bin" / "python"
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_type_checkers_see_the_install(python: Path, checker: str, tmp_path: Path) -> None:
+    pytest.importorskip(checker, reason=f"{checker} is not installed")
+    option = {"mypy": ["--strict", "--python-executable"], "pyright": ["--pythonpath"]}[checker]
+    found = []
+    for name, source in (("right.py", SCRIPT), ("wrong.py", WRONG)):
+        (tmp_path / name).write_text(source)
+        command = [sys.executable, "-m", checker, *option, str(python), name]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        found.append([line for line in done.stdout.splitlines() if "error" in line and name in line])
+        assert (done.returncode == 0) == (name == "right.py"), done.stdout + done.stderr
+    assert found[0] == []
+    for part in ("max_tokns", "generat", "int"):
+        assert any(part in line for line in found[1]), (part, found[1])
