@@ -67,7 +67,7 @@ def reference_results(folder: str, token_ids: Sequence[int]) -> dict[str, Refere
     for name, module in model.named_modules():
         module.register_forward_hook(note(name, module))
     with torch.no_grad():
-        logits = model(torch.tensor([list(token_ids)])).logits[0]
+        logits = model(torch.tensor([list(token_ids)], dtype=torch.int64, device="cpu")).logits[0]
     return {**found, _LOGITS: ReferenceModule(logits.to(torch.float32), is_leaf=True)}
 
 
