@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 from sempre.engine.adapters import LoRARequest
 from sempre.engine.metrics import dataclass_view
 from sempre.engine.proof.json_values import json_ready
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass_view
@@ -107,7 +109,7 @@ class RequestOutput:
             return NotImplemented
         names = [field.name for field in fields(self) if field.name != "prompt_token_id_logprobs"]
         one, two = self.prompt_token_id_logprobs, other.prompt_token_id_logprobs
-        same = one is two if one is None or two is None else np.array_equal(one, two)
+        same = one is two if one is None or two is None else (one.shape, one.tobytes()) == (two.shape, two.tobytes())
         return same and all(getattr(self, name) == getattr(other, name) for name in names)
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def whole_parser() -> CommandParser:
             for kind in KINDS:
                 add_workload_flags(groups[word].add_parser(kind, help=description))
         else:
+            if group == "debug" and group not in groups:
+                groups[group] = commands.add_parser(group, help="look into a running server").add_subparsers()
             command = groups.get(group, commands).add_parser(word, help=description)
             command_module(name).add_flags(command)
     return parser

@@ -8,16 +8,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from itertools import repeat
-from typing import overload
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, overload
 
 from sempre.engine.flat_logprobs import FlatLogprobs
 from sempre.engine.outputs import Logprob
 from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.errors import MessageMalformed
 from sempre.ipc.messages import LogprobRows
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 Row = dict[int, Logprob]
 
@@ -151,6 +152,8 @@ class CandidateScores:
         """All of them, [scored tokens, candidates]; None if some are missing."""
         if not self.is_complete:
             return None
+        import numpy as np  # which most programs that use an engine need not wait for
+
         return np.frombuffer(self._packed, "<f4").astype(np.float32).reshape(self._shape)
 
     def clear(self) -> None:

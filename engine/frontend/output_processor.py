@@ -6,9 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from sempre.engine.adapters import Adapter
 from sempre.engine.flat_logprobs import FlatLogprobs
@@ -26,6 +24,10 @@ from sempre.engine.text.tokenizer import Tokenizer
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import RecordError, RequestError
 from sempre.ipc.messages import ErrorInfo, RequestOutputDelta
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class RequestState:

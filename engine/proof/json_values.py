@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import numpy as np
-
 # beyond it a double no longer holds every integer; RFC 8785 wants larger ones as strings
 MAX_EXACT_INTEGER = 2**53 - 1
 
@@ -22,7 +20,7 @@ def json_ready(value: Any) -> Any:
         return {str(name): json_ready(item) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [json_ready(item) for item in value]
-    if isinstance(value, np.ndarray):
+    if hasattr(value, "tolist"):  # numpy's, which most programs that use an engine need not import
         return json_ready(value.tolist())
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: json_ready(getattr(value, field.name)) for field in fields(value)}

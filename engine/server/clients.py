@@ -117,9 +117,12 @@ class Client:
 
     def admit(self, num_sequences: int, capacity: int, retry_after_s: int) -> None:
         """Count the sequences of a request. Raises RateLimited if the key has too many for now, BadRequest if it would
-        alone. `capacity`: sequences that the server holds."""
+        alone. `capacity`: sequences that the server holds; a key that may have all of them is not asked here."""
         most = capacity - capacity // _SHARE_FOR_OTHERS if self.leaves_room else capacity
         most = min(most, self._max_sequences or most)
+        if most == capacity:
+            self._sequences.own[0] += num_sequences
+            return
         if num_sequences > most:
             raise BadRequest(
                 f"The request asks for {num_sequences} sequences (prompts times n), and this API key may have {most} "

@@ -112,6 +112,7 @@ def test_a_shell_completes_commands_flags_and_values(tmp_path: Path, capsys: pyt
     assert completed(script, "sempre", "serve", "--max-num-s") == ["--max-num-seqs"]
     assert {"--temperature", "--model", "--no-multiprocessing"} <= set(completed(script, "sempre", "generate", "--"))
     assert {"latency", "serve", "compare"} <= set(completed(script, "sempre", "bench", ""))
+    assert completed(script, "sempre", "debug", "r") == ["ranks"]
     assert "--request-rate" in completed(script, "sempre", "bench", "serve", "--r")
     assert completed(script, "sempre", "generate", "--dtype", "bf") == ["bfloat16"]
 

@@ -113,8 +113,9 @@ def test_prefix_cache(requests: list[RequestSpec], numerics: str, check: Callabl
             check(run)
     finally:
         client.close()
-    whole = [(len(r.prompt_token_ids) - 1) // 16 * 16 for r in requests if r.params.prompt_logprobs is None]
-    assert sum(each.num_cached_tokens for each in run) == sum(whole)
+    unscored = [request.params.first_scored_token is None for request in requests]
+    whole = [(len(r.prompt_token_ids) - 1) // 16 * 16 * cached for r, cached in zip(requests, unscored, strict=True)]
+    assert [each.num_cached_tokens for each in run] == whole
 
 
 def test_preemption(requests: list[RequestSpec], numerics: str, check: Callable[..., None]) -> None:

@@ -134,7 +134,8 @@ def test_prefix_cache(run: Run, requests: list[RequestSpec], check: Any) -> None
 def test_preemption(run: Run, requests: list[RequestSpec], check: Any, variant: tuple[str, str]) -> None:
     """A5: too few blocks for all, so running requests are evicted and recomputed."""
     block_bytes = FP8_KV_BLOCK_BYTES if variant[0] == KV_CACHE else KV_BLOCK_BYTES
-    check(run(requests, expect_preemption=True, kv_cache_memory_bytes=33 * block_bytes, max_num_seqs=12))
+    few = {"max_model_len": 336, "kv_cache_memory_bytes": 25 * block_bytes}
+    check(run(requests, expect_preemption=True, max_num_seqs=12, **few))
 
 
 def test_speculation(run: Run, requests: list[RequestSpec], check: Any) -> None:

@@ -64,7 +64,8 @@ def build_wheel(source: Path, folder: Path) -> Path:
 
 def probe(site_packages: Path) -> Path:
     """Where `sempre` comes from when only this folder is added to the libraries."""
-    libraries = [path for path in sys.path if Path(path).is_dir() and not Path(path).is_relative_to(ROOT / "tests")]
+    ours = (ROOT / "tests", ROOT / ".typing")
+    libraries = [path for path in sys.path if Path(path).is_dir() and not any(map(Path(path).is_relative_to, ours))]
     command = [sys.executable, "-I", "-S", "-c", PROBE, str(site_packages), *libraries]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=site_packages)
     assert done.returncode == 0, done.stderr

@@ -293,11 +293,3 @@ def test_the_self_test_notices_another_order_of_leaves(quantization: str | None,
         module.kernel = INVARIANT._replace(linear=swapped)
     with pytest.raises(InvarianceError, match=r"self-test: linear .*: \d leaves against each by itself: expected the"):
         require_equal(check_linears(model, facts.matrix_dtype, 64))
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_matrices_of_integers_are_refused(size: int, folder: Folder) -> None:
-    checkpoint = folder("llama")
-    with pytest.raises(ConfigError, match="for matrices of integers, found 'tree8'") as refused:
-        of(checkpoint, size, numerics_profile="tree8", quantization="int8")
-    assert refused.value.parameter == "quantization"
