@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    _Matrix = npt.NDArray[np.float32]
+else:
+    _Matrix = Any  # hints that are read at run time need no numpy
+
 
 @dataclass_view
 class Logprob(Struct, frozen=True, gc=False):
@@ -101,7 +105,7 @@ class RequestOutput:
     """The adapter of the request."""
     pooled: list[float] | None = None
     """Of a model that pools: what `embed`, `classify` and `score` are made of."""
-    prompt_token_id_logprobs: npt.NDArray[np.float32] | None = None
+    prompt_token_id_logprobs: _Matrix | None = None
     """Of `prompt_logprob_token_ids`, [scored prompt tokens, ids]; -inf where a row has no more ids."""
 
     def __eq__(self, other: object) -> bool:

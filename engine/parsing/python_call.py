@@ -32,11 +32,12 @@ _ESCAPE = re.compile(
 )
 _ESCAPED = dict(zip("\n\\'\"abfnrtv", ("", "\\", "'", '"', "\a", "\b", "\f", "\n", "\r", "\t", "\v"), strict=True))
 # up to the quotation mark that ends a string, a line break in it, or what the next text decides
+# a part of a body: all of it would take memory for each turn, and possessive groups are wrong before Python 3.11.5
 _BODIES = {
-    "'": re.compile(r"(?:[^\\'\r\n]++|\\.)*+", re.DOTALL),
-    '"': re.compile(r'(?:[^\\"\r\n]++|\\.)*+', re.DOTALL),
-    "'''": re.compile(r"(?:[^\\']++|\\.|'{1,2}(?=[^']))*+", re.DOTALL),
-    '"""': re.compile(r'(?:[^\\"]++|\\.|"{1,2}(?=[^"]))*+', re.DOTALL),
+    "'": re.compile(r"(?:[^\\'\r\n]+|\\.){1,512}", re.DOTALL),
+    '"': re.compile(r'(?:[^\\"\r\n]+|\\.){1,512}', re.DOTALL),
+    "'''": re.compile(r"(?:[^\\']+|\\.|'{1,2}(?=[^'])){1,512}", re.DOTALL),
+    '"""': re.compile(r'(?:[^\\"]+|\\.|"{1,2}(?=[^"])){1,512}', re.DOTALL),
 }
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
@@ -200,8 +201,9 @@ class PythonCallReader:
 
     def _read_string(self, text: str, position: int) -> int | None:
         """The end of what has been read of a string; None if more must come first."""
-        body = _BODIES[self._quote].match(text, position)
-        end = position if body is None else body.end()
+        end = position
+        while body := _BODIES[self._quote].match(text, end):
+            end = body.end()
         self._body.append(text[position:end])
         rest = text[end : end + len(self._quote)]
         if rest == self._quote:

@@ -97,14 +97,17 @@ def _output(path: Path, line: JsonLine) -> RequestOutput | RecordError:
     if line.error is not None:
         return line.error
     try:
-        return msgspec.convert(_numbers(line.value), RequestOutput, str_keys=True, dec_hook=_matrix)
+        output = msgspec.convert(_numbers(line.value), RequestOutput, str_keys=True)
+        if output.prompt_token_id_logprobs is not None:
+            output.prompt_token_id_logprobs = _matrix(output.prompt_token_id_logprobs)
+        return output
     except (msgspec.ValidationError, TypeError, ValueError, AttributeError) as error:
         return line_error(path, line.number, f"expected an output, found other fields: {error}")
 
 
-def _matrix(_type: type, value: Any) -> npt.NDArray[np.float32]:
+def _matrix(value: Any) -> npt.NDArray[np.float32]:
     """The only field that is no plain value."""
-    return np.array(value, np.float32)
+    return np.array(msgspec.convert(value, list[list[float]]), np.float32)
 
 
 def _numbers(value: Any, name: str = "") -> Any:
