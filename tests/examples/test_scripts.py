@@ -13,6 +13,8 @@ from server_process import ServerProcess
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 OF_A_SERVER = {"agent_loop.py", "replay_answer.py"}
+# run by tests/server/test_client_libraries.py
+OF_OTHER_ENVIRONMENTS = {"client_libraries.py"}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,6 @@ def test_a_loop_of_tool_calls_takes_the_same_steps(url: str) -> None:
 
 def test_every_script_is_run_and_described() -> None:
     scripts = {path.name for path in FOLDER.glob("*.py")}
-    assert scripts == OF_A_SERVER | {"structured_extraction.py", "batch_file.py"}
+    assert scripts == OF_A_SERVER | OF_OTHER_ENVIRONMENTS | {"structured_extraction.py", "batch_file.py"}
     described = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in described for name in scripts)

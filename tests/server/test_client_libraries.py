@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from server_process import ServerProcess
 
+from sempre.engine.models import resolve_model
+
 VARIABLE = "SEMPRE_CLIENT_ENVIRONMENTS"
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "client_libraries.py"
 PACKAGES = {"litellm": "litellm", "langchain": "langchain-openai", "instructor": "instructor"}
@@ -55,3 +57,31 @@ def test_seeds_streams_and_forms(library: str, server: ServerProcess, tmp_path: 
     assert found["harbour"] in ("Nantucket", "Plymouth")
     assert found["day"] in ("Monday", "Tuesday")
     assert verdicts == ["again: equal", "streamed: equal", "another seed: different", "departure again: equal"]
+
+
+@pytest.mark.product
+def test_a_load_test_with_guidellm(server: ServerProcess, tmp_path: Path) -> None:
+    """Every streamed answer under load is the one that the same request gets alone and not streamed."""
+    backend = {"kind": "openai_http", "target": server.url, "model": "tiny", "extras": {"body": {"seed": 7}}}
+    options = {
+        "backend": json.dumps(backend),
+        "profile": "kind=concurrent,streams=4",
+        "constraint": "kind=max_requests,count=12",
+        "tokenizer": f"kind=huggingface_auto,model={resolve_model('tiny').path}",
+        "data": "kind=synthetic_text,prompt_tokens=24,output_tokens=16",
+        "output": f"kind=json,path={tmp_path / 'out.json'}",
+    }
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    run([python_of("guidellm"), "-m", "guidellm", "run", *flags, "--disable-console"], tmp_path)
+    [benchmark] = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
+    found = benchmark["requests"]
+    assert (len(found["successful"]), found["errored"], found["incomplete"]) == (12, [], [])
+    for request in found["successful"]:
+        body = json.loads(request["request_args"])["body"]
+        alone = {name: value for name, value in body.items() if not name.startswith("stream")}
+        assert alone["seed"] == 7
+        answer = server.http.post("/v1/chat/completions", json=alone).json()
+        assert request["output"] == answer["choices"][0]["message"]["content"]
+        assert request["output_tokens"] == answer["usage"]["completion_tokens"] == 16
+        other = server.http.post("/v1/chat/completions", json=alone | {"seed": 8}).json()
+        assert request["output"] != other["choices"][0]["message"]["content"]
