@@ -110,9 +110,7 @@ class ModelRunner(ABC):
         result.
         """
         valid = self._validation.admit(step)
-        if self.adapters is not None:
-            states = [self._batch.get(item.request_id) for item in step.scheduled]
-            self.adapters.prepare([state for state in states if state.error is None], valid.errors)
+        self._prepare_adapters(step, valid.errors)
         self._update_requests(step, valid)
         healthy = step.scheduled
         if valid.errors:
@@ -121,6 +119,12 @@ class ModelRunner(ABC):
         if plan is not None:
             self._batch.expect(plan.slots[plan.samples])
         self._in_flight.append(self._start(step, plan, valid))
+
+    def _prepare_adapters(self, step: ExecuteStep, errors: dict[str, ErrorInfo]) -> None:
+        """Put the adapters of a step into slots; requests whose adapter cannot be loaded fail."""
+        if self.adapters is not None:
+            states = [self._batch.get(item.request_id) for item in step.scheduled]
+            self.adapters.prepare([state for state in states if state.error is None], errors)
 
     @abstractmethod
     def step_done(self) -> bool:

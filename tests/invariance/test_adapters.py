@@ -13,7 +13,7 @@ import pytest
 from adapters import ALL, ATTENTION, adapter_spec, save_adapter, tiny_modules
 from workload import KV_BLOCK_BYTES, SETTINGS, launch_inproc, make_requests, run_alone, run_inproc
 
-from sempre.engine.harness import Cluster, Generation, compare_generations, generate
+from sempre.engine.harness import Cluster, Generation, compare_generations, generate, outcomes
 from sempre.ipc.messages import AdapterSpec, GetMetrics, MetricsReply, RequestSpec
 
 ADAPTERS: dict[str, Any] = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16, "max_cpu_loras": 3}
@@ -41,9 +41,9 @@ def requests() -> list[RequestSpec]:
 
 
 @cache
-def alone(numerics: str) -> list[Generation]:
+def alone(numerics: str, profile: str = "single") -> list[Generation]:
     """Each request alone, in an engine that has served no other."""
-    client = launch_inproc(numerics=numerics, enable_prefix_caching=False, **ADAPTERS)
+    client = launch_inproc(numerics=numerics, numerics_profile=profile, enable_prefix_caching=False, **ADAPTERS)
     try:
         found = []
         for request in make_requests():
@@ -144,6 +144,33 @@ def cluster(numerics: str) -> Iterator[Cluster]:
 def test_processes_and_replicas(requests: list[RequestSpec], cluster: Cluster, check: Callable[..., None]) -> None:
     """A7, A8."""
     check(cluster.generate(requests))
+
+
+SHARED = [
+    {"pipeline_parallel_size": 2},
+    pytest.param({"tensor_parallel_size": 2}, marks=pytest.mark.product),
+    pytest.param({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, marks=pytest.mark.product),
+    pytest.param(
+        {"tensor_parallel_size": 2, "max_num_batched_tokens": 33, "max_num_seqs": 7}, marks=pytest.mark.product
+    ),
+]
+
+
+@pytest.mark.parametrize("layout", SHARED, ids=lambda each: " ".join(f"{name}={each[name]}" for name in each))
+def test_ranks_and_stages(layout: dict[str, int], requests: list[RequestSpec]) -> None:
+    """A10; one of the requests names files that have gone, which fails it alone."""
+    profile = "tree8" if "tensor_parallel_size" in layout else "single"
+    expected = alone("invariant", profile)
+    gone = msgspec.structs.replace(specs()[0], path="/nowhere", digest="0" * 64)
+    lost = msgspec.structs.replace(requests[0], request_id="lost", adapter=gone)
+    with Cluster(**{**SETTINGS, **ADAPTERS, **layout}) as cluster:
+        *found, failed = outcomes(cluster.client, [*requests, lost])
+    run = [outcome.result() for outcome in found]
+    comparison = compare_generations(expected, run)
+    assert comparison.equal, comparison.first_difference
+    assert "/nowhere" in str(failed.error)
+    if profile == "tree8":
+        assert not compare_generations(alone("invariant"), run).equal
 
 
 SPECULATIVE = [{"method": "ngram", "prompt_lookup_min": 1}, {"method": "draft_model", "model": "tiny-draft"}]

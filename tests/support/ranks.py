@@ -6,26 +6,31 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from worker_settings import worker_config
 
 from sempre.ipc.config import NumericsProfile
+from sempre.ipc.messages import AdapterSpec
 from sempre.kernels.attention import PagedBatch
 from sempre.kernels.states import StateBatch
+from sempre.workers.adapters.store import AdapterStore
 from sempre.workers.cpu.exchange import SharedMemoryExchange
 from sempre.workers.cpu.replica_file import ReplicaFile
+from sempre.workers.input_batch import RequestState
 from sempre.workers.kv_cache import PagedKvCache
 from sempre.workers.layers.linear_kernel import INVARIANT
+from sempre.workers.layers.lora import StepAdapters
 from sempre.workers.layers.module import Scratch, allocate
 from sempre.workers.loading import Loaded, load_model
 from sempre.workers.models.base import CausalLM
 from sempre.workers.models.registry import load_spec
 from sempre.workers.parallel import Parallel, parallel_of
 from sempre.workers.state_cache import StateCache
-from sempre.workers.steps import StepInput, row_places
+from sempre.workers.steps import StepInput, row_places, step_adapters
 
 Result = TypeVar("Result")
 
@@ -50,8 +55,10 @@ class Ranks:
         profile: NumericsProfile = "tree8",
         patience_s: float = 60.0,
         num_stages: int = 1,
+        adapter: AdapterSpec | None = None,
         **settings: Any,
     ) -> None:
+        """With an adapter, two of three tokens have it."""
         self.size = size
         self.num_stages = num_stages
         self._config = worker_config(folder, **settings)
@@ -63,6 +70,13 @@ class Ranks:
             self.loaded = on_all_ranks(size * num_stages, self._load)
         finally:
             os.close(self._descriptor)
+        self._has_adapter = adapter is not None
+        if adapter is not None:
+            for model, facts in self.loaded:
+                state, errors = SimpleNamespace(request_id="0", adapter=adapter), {}
+                AdapterStore(self._config, model, facts.activations).prepare([cast(RequestState, state)], errors)
+                assert not errors
+                assert state.adapter_slot == 0
         self.caches = [prepared(loaded) for loaded in self.loaded]
 
     def _load(self, rank: int) -> Loaded:
@@ -88,7 +102,9 @@ class Ranks:
         return on_all_ranks(self.size * self.num_stages, run)[-self.size :]
 
     def _piece(self, rank: int, token_ids: Sequence[int], start: int, end: int) -> torch.Tensor:
-        return logits_of(self.loaded[rank].model, self.caches[rank], token_ids, start, end)
+        slots = [0 if self._has_adapter and place % 3 else -1 for place in range(start, end)]
+        adapters = step_adapters(torch.tensor(slots, dtype=torch.int32), None) if self._has_adapter else None
+        return logits_of(self.loaded[rank].model, self.caches[rank], token_ids, start, end, adapters)
 
 
 def prepared(loaded: Loaded) -> PagedKvCache:
@@ -99,7 +115,14 @@ def prepared(loaded: Loaded) -> PagedKvCache:
     return PagedKvCache(model.kv_layers, MOST // BLOCK, BLOCK, facts.kv_dtype, CPU, states)
 
 
-def logits_of(model: CausalLM, cache: PagedKvCache, token_ids: Sequence[int], start: int, end: int) -> torch.Tensor:
+def logits_of(
+    model: CausalLM,
+    cache: PagedKvCache,
+    token_ids: Sequence[int],
+    start: int,
+    end: int,
+    adapters: StepAdapters | None = None,
+) -> torch.Tensor:
     """Those of tokens [start, end) of a sequence whose earlier ones are in the cache."""
     starts, counts = np.asarray([start], np.int64), np.asarray([end - start], np.int64)
     table = np.arange(MOST // BLOCK, dtype=np.int32)[None, :]
@@ -121,6 +144,7 @@ def logits_of(model: CausalLM, cache: PagedKvCache, token_ids: Sequence[int], st
             max_context_len=end,
         ),
         states=states,
+        adapters=adapters,
     )
     hidden = model.forward(step, cache.layers)
     if not model.parallel.stage.is_last:

@@ -17,7 +17,7 @@ from adapters import PREFIX, adapter_spec, save_adapter
 from safetensors.torch import load_file, save_file
 
 from sempre.ipc.adapter_files import CONFIG_FILE, WEIGHTS_FILE
-from sempre.ipc.errors import ConfigError, ModelError
+from sempre.ipc.errors import ModelError
 from sempre.ipc.messages import AdapterSpec, CallMethod, ExecuteStep, NewRequest, SamplingSpec
 
 GREEDY = SamplingSpec(max_tokens=6, temperature=0.0, logprobs=-1, prompt_logprobs=-1)
@@ -273,8 +273,6 @@ def test_a_worker_without_adapters_refuses_the_request(
     assert "expected none" in found["a"].errors[0]
     assert bits(found["b"])
     assert "enable_lora" in load(serving, spec).message
-    with pytest.raises(ConfigError, match="numerics_profile 'single'"):
-        serve(checkpoint.folder, numerics_profile="tree8", **SETTINGS)
 
 
 def test_more_adapters_than_slots_are_the_schedulers_fault(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import adapter_spec, save_adapter
 from family_names import NAMES
 from ranks import Ranks, on_all_ranks
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from sempre.ipc.errors import ConfigError, EngineUnhealthy, InvarianceError, StartupError
+from sempre.ipc.adapter_files import WEIGHTS_FILE
+from sempre.ipc.errors import ConfigError, EngineUnhealthy, InvarianceError, StartupError, TensorMismatch
+from sempre.ipc.messages import AdapterSpec
 from sempre.kernels.linear import CpuLinearWeight, linear
+from sempre.workers.adapters.peft import adaptable_linears, read_adapter
 from sempre.workers.cpu.exchange import SharedMemoryExchange
 from sempre.workers.layers.linear_kernel import INVARIANT
 from sempre.workers.layers.module import Build, parameters
@@ -133,6 +138,56 @@ def test_fp8_kv_cache(name: str, folder: Folder) -> None:
     expected = expected_of(checkpoint, kv_cache_dtype="fp8")
     check(of(checkpoint, 2, kv_cache_dtype="fp8"), expected)
     assert not torch.equal(expected, expected_of(checkpoint))
+
+
+def adapter_for(checkpoint: Path, folder: Path) -> AdapterSpec:
+    """An adapter of all modules that may have one."""
+    model = build_model(Build(INVARIANT, NotQuantized()), load_spec(checkpoint))
+    modules = {
+        part.module: (part.num_stored, linear.stored_inputs)
+        for path, linear in adaptable_linears(model)
+        for part in linear.adapter_parts(path)
+    }
+    return adapter_spec(save_adapter(folder, modules, rank=9))
+
+
+ADAPTED = ["qwen2", "qwen3-biases", "glm", "phi3", "gemma2", "gemma4", "qwen2-moe", "olmo2", "gpt-oss"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3.5", *(pytest.param(n, marks=pytest.mark.product) for n in ADAPTED)])
+def test_adapters(name: str, folder: Folder, tmp_path: Path) -> None:
+    """Every rank has A whole, and B's rows of its own outputs; inputs that ranks share are brought together."""
+    checkpoint = folder(name)
+    settings = {"adapter": adapter_for(checkpoint, tmp_path / "adapter"), "enable_lora": True}
+    expected = expected_of(checkpoint, **settings)
+    ranks = of(checkpoint, 2, **settings)
+    check(ranks, expected)
+    # as many rows at a time as the memory has room for
+    for exchange in ranks.exchanges:
+        exchange.most_rows = lambda width: 7  # type: ignore[method-assign]
+    check(ranks, expected)
+    assert not torch.equal(expected, expected_of(checkpoint))
+    if not name.startswith("gemma4"):
+        check(of(checkpoint, 1, num_stages=2, **settings), expected)
+        check(of(checkpoint, 2, num_stages=2, **settings), expected)
+
+
+def test_what_is_wrong_with_an_adapter_is_found_by_every_stage(folder: Folder, tmp_path: Path) -> None:
+    """Also in the tensors of another stage's layers."""
+    checkpoint = folder("llama")
+    spec = adapter_for(checkpoint, tmp_path / "adapter")
+    weights = Path(spec.path) / WEIGHTS_FILE
+    tensors = load_file(weights)
+    last = max(name for name in tensors if "layers.2." in name)
+    stages = of(checkpoint, 2, num_stages=2, enable_lora=True)
+    save_file({**tensors, last: tensors[last][:, :-1].contiguous()}, weights)
+    for model, _ in stages.loaded:
+        with pytest.raises(TensorMismatch, match=re.escape(repr(last))):
+            read_adapter(weights.parent, model, 16)
+    save_file({name: tensor for name, tensor in tensors.items() if name != last}, weights)
+    for model, _ in stages.loaded:
+        with pytest.raises(TensorMismatch, match="found nothing"):
+            read_adapter(weights.parent, model, 16)
 
 
 def test_sixteen_bit_weights(folder: Folder) -> None:

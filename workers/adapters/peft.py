@@ -44,6 +44,7 @@ class _Target(NamedTuple):
     """among the layer's parts"""
     part: AdapterPart
     in_features: int
+    """of the layer in the checkpoint"""
 
 
 def adaptable_linears(model: CausalLM) -> Iterator[tuple[str, Linear]]:
@@ -54,9 +55,9 @@ def adaptable_linears(model: CausalLM) -> Iterator[tuple[str, Linear]]:
 
 
 def read_adapter(folder: Path, model: CausalLM, max_rank: int) -> Adapter:
-    """Read an adapter for this model. Raises ModelError naming the file, the field or tensor, what is expected and
-    what is found: for unsupported kinds, a rank above `max_rank`, modules that the model does not have, missing or
-    surplus tensors, and wrong shapes or dtypes."""
+    """Read an adapter for this worker's part of the model. Raises ModelError naming the file, the field or
+    tensor, what is expected and what is found: for unsupported kinds, a rank above `max_rank`, modules that the
+    model does not have, missing or surplus tensors, and wrong shapes or dtypes."""
     config = read_config(folder)
     for field, rank in (("r", config.rank), *((f"rank_pattern.{k}", r) for k, r in config.rank_pattern.items())):
         if rank > max_rank:
@@ -74,9 +75,10 @@ class _Reader:
         self._source = source
         self._linears = dict(adaptable_linears(model))
         self._targets: dict[str, list[_Target]] = {}
-        for path, linear in self._linears.items():
+        # a worker says what is wrong with any part of the file, not with its own stage's alone
+        for path, linear in adaptable_linears(model.all_stages):
             for place, part in enumerate(linear.adapter_parts(path)):
-                target = _Target(path, place, part, linear.in_features)
+                target = _Target(path, place, part, linear.stored_inputs)
                 self._targets.setdefault(part.module, []).append(target)
         self._model = model
         self._stored: dict[str, dict[str, str]] = {}
@@ -95,6 +97,8 @@ class _Reader:
         for module in self._stored:
             a, b = self._matrices(module)
             for target in self._targets[module]:
+                if target.path not in self._linears:
+                    continue
                 own = b if target.part.rows is None else b.index_select(0, target.part.rows)
                 count = len(self._linears[target.path].parts)
                 parts.setdefault(target.path, [None] * count)[target.place] = AdapterWeight(a, own.contiguous())

@@ -28,18 +28,12 @@ class AdapterStore:
     def __init__(self, config: WorkerConfig, model: CausalLM, dtype: torch.dtype) -> None:
         """Give each linear layer slots; before the steps' memory is allocated. `dtype` is that of activations.
 
-        Raises ConfigError for the numerics profile tree8, whose leaves adapters do not have, and for stages.
+        Raises ConfigError for the numerics profile tree8 on a GPU, whose ranks do not pass inputs to each other.
         """
-        if config.profile != "single":
+        if config.profile != "single" and model.device.type != "cpu":
             raise ConfigError(
-                f"enable_lora: expected numerics_profile 'single' and tensor_parallel_size 1, found {config.profile!r}"
-                f" and {config.tensor_parallel_size}; adapters are not summed in leaves yet.",
-                parameter="enable_lora",
-            )
-        if config.pipeline_parallel_size > 1:
-            raise ConfigError(
-                f"enable_lora: expected pipeline_parallel_size 1, found {config.pipeline_parallel_size}; adapters are"
-                " not cut into stages yet.",
+                f"enable_lora: on {model.device.type} expected numerics_profile 'single' and tensor_parallel_size 1,"
+                f" found {config.profile!r} and {config.tensor_parallel_size}; ranks share adapters on CPUs only.",
                 parameter="enable_lora",
             )
         self._rank = config.rank
@@ -50,7 +44,7 @@ class AdapterStore:
         self._layers: dict[str, LoraSlots] = {}
         for path, linear in adaptable_linears(model):
             widths = tuple(linear.parts.values())
-            shape = LoraShape(linear.in_features, widths, config.num_adapter_slots, config.max_lora_rank)
+            shape = LoraShape(linear.stored_inputs, widths, config.num_adapter_slots, config.max_lora_rank)
             linear.adapters = self._layers[path] = make_slots(shape, dtype, model.device)
         # least recently used first
         self._loaded: OrderedDict[str, Adapter] = OrderedDict()

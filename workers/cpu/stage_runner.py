@@ -72,6 +72,8 @@ class CpuStageRunner(CpuModelRunner):
     def submit(self, step: ExecuteStep) -> None:
         # whether a request has failed is decided for each part, when what it depends on has been reported
         self._validation.admit(step)
+        # every stage reads the whole file, so that all of them find the same fault in it
+        self._prepare_adapters(step, {})
         staged = _StagedStep(step, {})
         self._in_flight.append(staged)
         for scheduled in parts_of(step.scheduled, self._stage.count):

@@ -17,11 +17,12 @@ from sempre.kernels.integers import (
     sum_integer_partials,
 )
 from sempre.kernels.linear import CpuLinearWeight, GpuLinearWeight, partial_linear, sum_partials
+from sempre.kernels.lora import AdapterRows, adapter_rows, add_adapters
 from sempre.kernels.packed import Codes
 from sempre.workers.layers.linear import Linear
 from sempre.workers.layers.linear_kernel import LinearKernel, LinearWeight
 from sempre.workers.layers.module import Build
-from sempre.workers.parallel import LEAF_UNIT, pieces
+from sempre.workers.parallel import LEAF_UNIT, Exchange, pieces
 
 
 class Unsummed(NamedTuple):
@@ -110,6 +111,23 @@ class RowParallelLinear(Linear):
             self._partial(x[rows], slots[self.parallel.rank])
             exchange.wait()
             self._sum(slots, out[rows])
+        adapters = self._adapter_rows(x)
+        return out if adapters is None else self._add_adapters(x, adapters, exchange, out)
+
+    def _add_adapters(
+        self, x: torch.Tensor, adapters: AdapterRows, exchange: Exchange, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Every rank gets all inputs: their product with an adapter's A is one chain, which is not cut into leaves."""
+        assert self.adapters is not None
+        assert x.dtype == out.dtype == torch.float32, "ranks that share memory are CPUs"
+        for rows in pieces(exchange, x.shape[0], self.in_features):
+            count = rows.stop - rows.start
+            slots = exchange.slots(count, self.in_features)
+            slots[self.parallel.rank] = x[rows]
+            exchange.wait()
+            whole = slots.transpose(0, 1).reshape(count, self.stored_inputs)
+            own = adapters if count == x.shape[0] else adapter_rows(adapters.slots[rows])
+            add_adapters(whole, out[rows], self.adapters, own, out[rows])
         return out
 
     def _partial(self, x: torch.Tensor, out: torch.Tensor) -> None:

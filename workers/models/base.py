@@ -9,6 +9,7 @@ In effect every operation works on one row at a time, so a row's bits depend onl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -178,6 +179,14 @@ class CausalLM(Module):
         for path, module in self.walk():
             if isinstance(module, Linear):
                 yield path, module
+
+    @property
+    def all_stages(self) -> CausalLM:
+        """This tree with what other stages have, which is not loaded."""
+        whole = copy(self)
+        whole.model = copy(self.model)
+        whole.elsewhere = whole.model.elsewhere = frozenset()
+        return whole
 
     @property
     def kv_layers(self) -> tuple[LayerKv, ...]:

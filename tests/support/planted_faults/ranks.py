@@ -48,6 +48,14 @@ RANKS = (
         (f"{LEAVES}::test_activations_have_a_scale_for_each_leaf",),
     ),
     Fault(
+        "inputs-of-adapters-in-another-order",
+        "An adapter's inputs that ranks share are brought together in another order than theirs.",
+        "workers/layers/row_parallel.py",
+        "whole = slots.transpose(0, 1)",
+        "whole = slots.flip(0).transpose(0, 1)",
+        (f"{MODELS}::test_adapters[llama]",),
+    ),
+    Fault(
         "a-meeting-is-left-early",
         "A rank waits only for those before it.",
         "kernels/exchange/cpu.py",
