@@ -171,7 +171,6 @@ def test_an_engine_without_adapters_refuses_them(requests: list[LoRARequest]) ->
         ({"max_loras": 2}, "max_loras=2 has no effect without enable_lora"),
         ({"enable_lora": True, "max_loras": 3, "max_cpu_loras": 2}, "max_cpu_loras=2 must be at least max_loras=3"),
         ({"enable_lora": True, "max_lora_rank": 1024}, "max_lora_rank"),
-        ({"enable_lora": True, "numerics_profile": "tree8"}, "numerics_profile 'single'"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], text: str) -> None:
