@@ -11,14 +11,7 @@ setup.cfg makes this file the package `sempre`: every public name of `sempre.eng
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-_HERE = Path(__file__).parent
-if _HERE.name == "namespace":
-    # in a checkout the packages are next to `engine`; an editable install finds all but `kernels`, which has no
-    # __init__.py
-    __path__.append(str(_HERE.parents[1]))
 
 if TYPE_CHECKING:
     from sempre.engine import *  # noqa: F403

@@ -25,10 +25,15 @@ export function visible(text) {
   return text === "" ? "∅" : text.replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 }
 
-// Three digits, as in 12.3 or 0.0123.
+// Three digits, as in 12.3, 3.00 or 0.0123.
 export function short(number) {
-  const rounded = Number(number.toPrecision(3));
-  return Math.abs(rounded) >= 1e-4 || rounded === 0 ? String(rounded) : rounded.toExponential();
+  const text = number.toPrecision(3);
+  const rounded = Number(text);
+  const size = Math.abs(rounded);
+  if (rounded === 0 || size >= 1000) {
+    return String(rounded);
+  }
+  return size >= 1e-4 ? text : rounded.toExponential(2);
 }
 
 export function percent(logprob) {

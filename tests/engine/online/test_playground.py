@@ -118,6 +118,9 @@ def test_text_of_a_model_is_never_markup(page: sync_api.Page) -> None:
     assert page.inner_text("#output") == page.inner_text("#fingerprint") == markup
     page.locator("#output .token").hover()
     assert page.locator("#details td").first.inner_text() == markup
+    # three digits are three, zeros as well
+    assert page.locator("#details td:last-child").all_inner_texts() == ["-0.100", "-3.00"]
+    assert page.locator("#details td:nth-child(2)").all_inner_texts() == ["90.5 %", "4.98 %"]
     assert page.locator("main img, main script, main b").count() == 0
     assert page.title() == "Sempre playground"
 
