@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from sempre.engine.near_names import near_name
+from sempre.engine.nodes import check_nodes
 from sempre.engine.setting_values import checked
 from sempre.engine.speculation.settings import speculative_config
 from sempre.engine.vllm_settings import VLLM_KEYWORDS, check_vllm_setting
@@ -95,6 +96,11 @@ class EngineKeywords(TypedDict, total=False):
     data_parallel_size: int
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    nnodes: int
+    node_rank: int
+    master_addr: str
+    master_port: int
+    node_key_file: str | None
     num_threads: int
     multiprocessing: bool
     scheduling_policy: SchedulingPolicy
@@ -368,6 +374,7 @@ def _check_together(config: EngineConfig) -> None:
         )
     _check_adapters(config)
     check_kv_events(config)
+    check_nodes(config)
     for name in ("data_parallel_size", "tensor_parallel_size", "pipeline_parallel_size"):
         value = getattr(config, name)
         if value > 1 and not config.multiprocessing:

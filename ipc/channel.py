@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType, UnionType
 from typing import Any, Generic, Self
 
@@ -18,9 +18,10 @@ import zmq
 from msgspec.structs import replace
 
 from sempre.ipc.codec import UNSEQUENCED, FrameDecoder, FrameEncoder, MessageT
+from sempre.ipc.curve import ClientKeys
 from sempre.ipc.error_info import describe
 from sempre.ipc.errors import FrameLost, MessageMalformed, ProtocolError, VersionMismatch
-from sempre.ipc.messages import PROTOCOL_VERSION, ClientHello, Message, Refused, WorkerHello
+from sempre.ipc.messages import PROTOCOL_VERSION, ClientHello, Message, NodeHello, Refused, WorkerHello
 
 logger = logging.getLogger(__name__)
 # otherwise two peers could refuse each other's refusals forever
@@ -29,6 +30,8 @@ _RECONNECT_MS = 10
 _TELL_BYTES = 1 << 20
 # characters of each text in a refusal
 _SHOWN = 2000
+
+SecureSocket = Callable[[zmq.Socket[Any]], None]
 
 
 class Link(Generic[MessageT]):
@@ -108,10 +111,21 @@ def configure(socket: zmq.Socket[Any], limit_bytes: int) -> None:
 class PeerBase(Generic[MessageT]):
     """The connecting end, whatever kind of socket it uses."""
 
-    def __init__(self, address: str, *, receives: UnionType, limit_bytes: int, socket: zmq.Socket[Any]) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        receives: UnionType,
+        limit_bytes: int,
+        socket: zmq.Socket[Any],
+        keys: ClientKeys | None = None,
+    ) -> None:
         self.address = address
         self.socket = socket
         configure(socket, limit_bytes)
+        if keys is not None:
+            keys.secure(socket)
+            socket.setsockopt(zmq.IPV6, "[" in address)
         self.refusals = Refusals(address)
         self._link: Link[MessageT] = Link(FrameEncoder(limit_bytes), FrameDecoder(receives, limit_bytes))
         self._read_bytes = 0
@@ -153,11 +167,12 @@ class PeerBase(Generic[MessageT]):
 
 
 class PeerChannel(PeerBase[MessageT]):
-    """The connecting end; `receives` is the union of the messages that may arrive."""
+    """The connecting end; `receives` is the union of the messages that may arrive, `keys` those of a link between
+    hosts."""
 
-    def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
+    def __init__(self, address: str, *, receives: UnionType, limit_bytes: int, keys: ClientKeys | None = None) -> None:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        super().__init__(address, receives=receives, limit_bytes=limit_bytes, socket=socket)
+        super().__init__(address, receives=receives, limit_bytes=limit_bytes, socket=socket, keys=keys)
 
     def receive(self, timeout_s: float | None = None) -> MessageT | None:
         """The next message; None when there is none within `timeout_s`. Raises ProtocolError for a refused frame."""
@@ -172,7 +187,10 @@ class PeerChannel(PeerBase[MessageT]):
 class HubChannel(Generic[MessageT]):
     """The binding end, with many peers; a peer is known by the routing id that ZeroMQ gave its connection."""
 
-    def __init__(self, address: str, *, receives: UnionType, limit_bytes: int) -> None:
+    def __init__(
+        self, address: str, *, receives: UnionType, limit_bytes: int, secure: SecureSocket | None = None
+    ) -> None:
+        """`secure` prepares the socket of a link between hosts."""
         self.address = address
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         configure(self.socket, limit_bytes)
@@ -182,10 +200,27 @@ class HubChannel(Generic[MessageT]):
         self._decoder: FrameDecoder[MessageT] = FrameDecoder(receives, limit_bytes)
         self._links: dict[bytes, Link[MessageT]] = {}
         try:
-            self.socket.bind(address)
+            if secure is None:
+                self.socket.bind(address)
+            else:
+                self.address = self.bind_also(address, secure)
+        except ProtocolError:
+            self.socket.close()
+            raise
         except zmq.ZMQError as error:
             self.socket.close()
             raise ProtocolError(f"cannot bind {address}: {error}") from error
+
+    def bind_also(self, address: str, secure: SecureSocket) -> str:
+        """Listen on another address, for peers on other hosts; return it with its port. Addresses of before stay as
+        they are. Raises ProtocolError."""
+        secure(self.socket)
+        self.socket.setsockopt(zmq.IPV6, "[" in address)
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError as error:
+            raise ProtocolError(f"cannot bind {address}: {error}") from error
+        return self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def accept(self, identity: bytes, *, counts_unread: bool = False) -> None:
         """Establish the link with a peer whose hello, its first frame, was valid; `counts_unread`: it tells what it has
@@ -284,7 +319,7 @@ def remaining_ms(deadline: float | None) -> int | None:
     return max(0, round((deadline - time.monotonic()) * 1000))
 
 
-def check_version(hello: ClientHello | WorkerHello) -> None:
+def check_version(hello: ClientHello | WorkerHello | NodeHello) -> None:
     """Raises VersionMismatch."""
     if hello.protocol_version != PROTOCOL_VERSION:
         name = type(hello).__name__

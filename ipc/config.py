@@ -32,6 +32,7 @@ PoolingKind = Literal["LAST", "MEAN", "CLS"]
 # what a message can carry
 _MOST = 2**63 - 1
 Count = Annotated[int, Meta(ge=1, le=_MOST)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
 NonNegative = Annotated[int, Meta(ge=0, le=_MOST)]
 Queued = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Size = Annotated[int, Meta(ge=1, le=_MOST, extra={"is_size": True})]
@@ -162,6 +163,15 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     pipeline_parallel_size: Annotated[
         Count, doc("stages of a replica, each with some of the layers, of tensor_parallel_size workers each")
     ] = 1
+    nnodes: Annotated[
+        Count, doc("hosts, each with an equal share of the workers; the others run `sempre serve --headless`")
+    ] = 1
+    node_rank: Annotated[NonNegative, doc("this host's number: 0 has the coordinator")] = 0
+    master_addr: Annotated[str, doc("address of host 0, by which the others reach it")] = "127.0.0.1"
+    master_port: Annotated[Port, doc("port of host 0 for the others")] = 29501
+    node_key_file: Annotated[
+        str | None, doc("file of mode 0600 with the secret that the hosts have in common; host 0 writes it if missing")
+    ] = None
     num_threads: Annotated[NonNegative, doc("compute threads of one worker; 0 divides the usable cores")] = 0
     multiprocessing: Annotated[bool, doc("coordinator and workers run in separate processes")] = True
     scheduling_policy: Annotated[SchedulingPolicy, doc("order of waiting requests")] = "fcfs"
@@ -231,6 +241,16 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.pipeline_parallel_size * self.tensor_parallel_size
 
     @property
+    def ranks_per_node(self) -> int:
+        """The workers of one host, without draft workers."""
+        return self.world_size // self.nnodes
+
+    def crosses_nodes(self, rank: int) -> bool:
+        """Whether the replica of a target's rank lies on several hosts."""
+        first = rank // self.replica_size * self.replica_size
+        return first // self.ranks_per_node != (first + self.replica_size - 1) // self.ranks_per_node
+
+    @property
     def weights_folder(self) -> str:
         """The folder of the weights in use."""
         return self.weights_path or self.model_path
@@ -283,6 +303,12 @@ class WorkerConfig(EngineConfig, frozen=True, kw_only=True, omit_defaults=True, 
     """a draft worker only drafts"""
     device_index: NonNegative = 0
     """of its GPU among the host's visible ones"""
+
+    @property
+    def stage_crosses_nodes(self) -> bool:
+        """Whether the ranks of its stage are on several hosts."""
+        first = self.rank // self.tensor_parallel_size * self.tensor_parallel_size
+        return first // self.ranks_per_node != (first + self.tensor_parallel_size - 1) // self.ranks_per_node
 
 
 def check_device_settings(config: EngineConfig, device: str) -> None:

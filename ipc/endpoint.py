@@ -19,6 +19,7 @@ class PrivateDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._owned: list[Path] = []
 
     @classmethod
     def create(cls) -> PrivateDirectory:
@@ -44,6 +45,12 @@ class PrivateDirectory:
     def log_path(self, process_name: str) -> Path:
         return self.path / f"{process_name}.log"
 
+    def own(self, file: Path) -> None:
+        """Delete it, too, which lies elsewhere."""
+        self._owned.append(file)
+
     def remove(self) -> None:
+        for file in self._owned:
+            file.unlink(missing_ok=True)
         # the other side may be removing it too
         shutil.rmtree(self.path, ignore_errors=True)

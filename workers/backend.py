@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from sempre.ipc.messages import WorkerConfig
+from sempre.ipc.rank_links import RankLinks
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.workers.adapters.store import AdapterStore
 from sempre.workers.device import DeviceSpeed
@@ -114,9 +115,9 @@ class Backend(Protocol):
     def begin(self, config: WorkerConfig) -> None:
         """Called before anything is loaded."""
 
-    def join(self, config: WorkerConfig, shared_memory: int) -> Parallel:
-        """Join the other ranks of the replica, with which the worker shares this file; after `begin`. Raises
-        ConfigError for ranks or stages that the device does not have."""
+    def join(self, config: WorkerConfig, shared_memory: int, links: RankLinks | None) -> Parallel:
+        """Join the other ranks of the replica, with which the worker shares this file, or has these links where some
+        are on other hosts; after `begin`. Raises ConfigError for ranks or stages that the device does not have."""
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         """Used where the config has none; after `begin`."""

@@ -53,6 +53,7 @@ from sempre.ipc.messages import (
     WorkerReady,
 )
 from sempre.ipc.process_facts import main_thread_stack, resident_bytes
+from sempre.workers.host_links import HostLinks
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,11 @@ class WorkerLoop:
         channel: PeerChannel[WorkerCommand],
         make_worker: Callable[[], WorkerProtocol],
         interval_s: float,
+        address: str = "",
     ) -> None:
+        """`address` is where ranks on other hosts reach the worker."""
         self._rank = rank
+        self._address = address
         self._channel = channel
         self._make_worker = make_worker
         self._interval_s = interval_s
@@ -154,14 +158,16 @@ class WorkerLoop:
     def run(self) -> int:
         """The exit code: 0 after ShutdownWorker, 1 after a failure reported to the coordinator."""
         versions = {name: importlib.metadata.version(name) for name in ("numpy", "torch")}
-        hello = WorkerHello(
-            protocol_version=PROTOCOL_VERSION,
-            rank=self._rank,
-            pid=os.getpid(),
-            versions=versions,
-            host=socket.gethostname(),
+        self._send(
+            WorkerHello(
+                protocol_version=PROTOCOL_VERSION,
+                rank=self._rank,
+                pid=os.getpid(),
+                versions=versions,
+                host=socket.gethostname(),
+                address=self._address,
+            )
         )
-        self._send(hello)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         try:
             # imports what a worker needs while the coordinator is still starting
@@ -282,8 +288,11 @@ class WorkerLoop:
                     self._socket_lock.release()
 
 
-def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None = None) -> NoReturn:
-    """Entry point of a worker process; the exit code is 0 after ShutdownWorker, else 1."""
+def main(
+    make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None = None, hosts: HostLinks | None = None
+) -> NoReturn:
+    """Entry point of a worker process; the exit code is 0 after ShutdownWorker, else 1. `hosts`: its links to other
+    hosts, if it has any."""
     options = parse_options(argv)
     die_with_parent_thread(options.parent_pid)
     faulthandler.enable()
@@ -295,10 +304,16 @@ def main(make_worker: Callable[[], WorkerProtocol], argv: Sequence[str] | None =
     watch_parent(options.parent_pid, lambda: None)
     watch_grandparent(options.client_pid, options.parent_pid)
     channel: PeerChannel[WorkerCommand] = PeerChannel(
-        options.connect, receives=WorkerCommand, limit_bytes=options.max_message_bytes
+        options.connect,
+        receives=WorkerCommand,
+        limit_bytes=options.max_message_bytes,
+        keys=None if hosts is None else hosts.hub_keys,
     )
+    address = "" if hosts is None else hosts.address
     with channel:
-        code = WorkerLoop(options.rank, channel, make_worker, options.heartbeat_interval_s).run()
+        code = WorkerLoop(options.rank, channel, make_worker, options.heartbeat_interval_s, address).run()
+    if hosts is not None:
+        hosts.close()
     zmq.Context.instance().term()
     logging.shutdown()
     # nothing is left to save; tearing down torch would only take time
@@ -313,6 +328,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="where it will be told to compute: auto, cpu or cuda")
     parser.add_argument("--device-index", type=int, default=0, help="of its GPU, if it has one")
     parser.add_argument("--shared-memory", type=int, help="file descriptor, if other ranks share its replica")
+    parser.add_argument("--keys-from-stdin", action="store_true", help="read keys for links to other hosts, as JSON")
+    parser.add_argument("--listen", default="", help="address of this host for ranks on others")
     parser.add_argument("--parent-pid", required=True, type=int, help="the coordinator, which must not be outlived")
     parser.add_argument("--client-pid", required=True, type=int, help="the user's process, which must not be either")
     parser.add_argument("--heartbeat-interval-s", type=float, default=0.5)

@@ -26,20 +26,29 @@ from sempre.workers.stages import ALL_LAYERS, Stage
 LEAF_UNIT = 16
 
 
+class WrittenRows(NamedTuple):
+    """Which rows of the first slot a rank has written, where ranks do not write a slot each."""
+
+    rows: torch.Tensor
+    """float32 [R, W], a view of the first slot"""
+    places: torch.Tensor
+    """int64, the indices of those written"""
+
+
 class Exchange(Protocol):
-    """Memory that the ranks of a replica share. Every rank calls the same in the same order."""
+    """Memory that the ranks of a stage share. Every rank calls the same in the same order."""
 
     def most_rows(self, width: int) -> int:
         """How many rows of `width` float32 one call of `slots` has room for."""
 
     def slots(self, rows: int, width: int) -> torch.Tensor:
-        """float32 [ranks, rows, width], to be written by each rank in its own part, or in agreed other parts.
+        """float32 [ranks, rows, width], to be written by each rank in its own part, or rows of the first part.
 
         What the last call gave may be read until the next `wait`.
         """
 
-    def wait(self) -> None:
-        """Until every rank has written to what `slots` gave."""
+    def wait(self, written: WrittenRows | None = None) -> None:
+        """Until every rank has written to what `slots` gave: its own part, or what each says."""
 
 
 # inputs, and where the results go

@@ -25,6 +25,7 @@ from sempre.ipc.messages import (
     StepResult,
     WorkerReady,
 )
+from sempre.ipc.rank_links import RankLinks
 from sempre.kernels.threads import get_num_threads
 from sempre.workers.adapters.store import adapter_methods
 from sempre.workers.backend import Backend, LoadedModel
@@ -63,10 +64,11 @@ class Worker:
         *,
         import_seconds: float = 0.0,
         shared_memory: int | None = None,
+        links: RankLinks | None = None,
     ) -> None:
         """`compiler` was started early, for a GPU. `import_seconds` is how long the imports took, for the report.
-        `shared_memory` is a file descriptor, given where other ranks share the replica."""
-        self._shared_memory = shared_memory
+        Where other ranks share the replica, `shared_memory` is a file descriptor, and `links` go to other hosts."""
+        self._shared_memory, self._links = shared_memory, links
         self._compiler = compiler
         self._import_seconds = import_seconds
         self._backend: Backend | None = None
@@ -108,7 +110,8 @@ class Worker:
         with timed(seconds, "start_device"):
             backend.begin(config)
         self._backend = backend
-        parallel = join_replica(config, backend, self._shared_memory)
+        links = self._links and self._links.connect(command.addresses)
+        parallel = join_replica(config, backend, self._shared_memory, links)
         setup = replace_fields(model_setup(config, backend), parallel=parallel)
         with backend.loading(setup) as compilation:
             with timed(seconds, "load_weights"):

@@ -24,6 +24,8 @@ _ALIASES = {
     "compilation_config": ("-cc",),
     "data_parallel_size": ("-dp",),
     "enable_expert_parallel": ("-ep",),
+    "nnodes": ("-n",),
+    "node_rank": ("-r",),
     "pipeline_parallel_size": ("-pp",),
     "speculative_config": ("-sc",),
     "tensor_parallel_size": ("-tp",),

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from sempre.engine.cli.config_file import named_places, read_config
 from sempre.engine.cli.parser import UsageError
 from sempre.engine.executor.threads import threads_beside_a_server
 from sempre.engine.near_names import near_name
+from sempre.engine.nodes import NODE_SETTINGS, nodes_of_environment
 from sempre.engine.server.config import SECRETS, ServerConfig, server_config
 from sempre.engine.setting_values import options, read_size
 from sempre.engine.vllm_settings import VLLM_KEYWORDS, VLLM_SERVER_SETTINGS, check_vllm_settings
@@ -60,6 +62,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     settings, places = _settings(namespace)
+    settings |= _nodes_of_launcher(settings)
     with named_places(places):
         check_vllm_settings(settings)
         server = server_config({name: value for name, value in settings.items() if name in _SERVER_SETTINGS})
@@ -68,12 +71,14 @@ def run(namespace: argparse.Namespace) -> int:
         if model is None:
             raise UsageError("no model given; the model `tiny` is always available: sempre serve tiny")
         # Nothing is started for settings that cannot work.
-        world_size = parse_arguments(model, engine).engine.world_size
+        config = parse_arguments(model, engine).engine
     if not engine.get("num_threads"):
-        engine["num_threads"] = threads_beside_a_server(world_size)
+        engine["num_threads"] = threads_beside_a_server(config.ranks_per_node)
     if namespace.print_config:
         _print_config(model, engine, server)
         return 0
+    if server.headless:
+        return _run_headless(parse_arguments(model, engine).engine, server)
 
     from sempre.engine.async_llm import AsyncLLM
     from sempre.engine.server.api_keys import api_keys
@@ -90,6 +95,46 @@ def run(namespace: argparse.Namespace) -> int:
     else:
         supervise(Launch(model, engine, namespace.debug), server)
     return 0
+
+
+class _Told(Exception):
+    """SIGTERM or SIGINT."""
+
+
+def _run_headless(config: EngineConfig, server: ServerConfig) -> int:
+    """Have workers of another host's engine here, until that ends or a signal comes."""
+    if config.node_rank == 0:
+        raise ConfigError(
+            "headless: host 0 has the engine and its server. Give the other hosts node_rank=1 and up.",
+            parameter="headless",
+            value=True,
+        )
+    from sempre.engine.executor.node_agent import NodeAgent
+    from sempre.engine.server.logs import set_up_logging
+
+    def end(number: int, frame: object) -> None:
+        raise _Told
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    set_up_logging(server.log_format, debug=False, uvicorn_level=server.uvicorn_log_level)
+    try:
+        NodeAgent(config).run()
+    except _Told:
+        logger.info("told to end")
+    return 0
+
+
+def _nodes_of_launcher(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what torchrun or a LeaderWorkerSet says of hosts, unless the settings do."""
+    if any(name in settings for name in NODE_SETTINGS):
+        return {}
+    found = nodes_of_environment(os.environ)
+    if found.settings.get("nnodes", 1) == 1:
+        return {}
+    shown = ", ".join(f"{name}={value}" for name, value in found.settings.items())
+    logger.warning("%s, as %s says", shown, found.source)
+    return {"headless": True, **found.settings} if found.settings["node_rank"] else found.settings
 
 
 class Settings(NamedTuple):

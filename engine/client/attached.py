@@ -14,9 +14,9 @@ import time
 
 from msgspec import Struct
 
-from sempre.engine.client.engine_process import client_event, ended_by
+from sempre.engine.client.engine_process import check_alike, client_event, ended_by
 from sempre.engine.client.pending_requests import PendingRequests
-from sempre.engine.client.process import LOOK_S, check_alike
+from sempre.engine.client.process import LOOK_S
 from sempre.ipc.async_channel import AsyncPeerChannel
 from sempre.ipc.codec import FrameEncoder
 from sempre.ipc.config import EngineConfig

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
 from sempre.engine.child_process import ChildProcess, child_environment
 from sempre.engine.coordinator.process import CoordinatorArguments
 from sempre.ipc.config import EngineConfig
+from sempre.ipc.curve import make_key_file
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import restore
-from sempre.ipc.errors import CoordinatorDied, EngineDeadError, ProtocolError, SempreError
-from sempre.ipc.messages import ClientEvent, EngineFailed, Heartbeat, Refused
+from sempre.ipc.errors import ConfigError, CoordinatorDied, EngineDeadError, ProtocolError, SempreError
+from sempre.ipc.messages import ClientEvent, EngineFailed, EngineReady, Heartbeat, Refused
 
 _GOODBYE_S = 5.0
+_ALIKE = (
+    "vocab_size",
+    "max_model_len",
+    "eos_token_ids",
+    "block_size",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "world_size",
+    "fingerprint",
+)
+"""What an engine that is started again has in common with the former one, of EngineReady."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,19 @@ class EngineProcess:
         self.directory.remove()
 
 
+def prepare_hosts(config: EngineConfig, directory: PrivateDirectory) -> None:
+    """Write the file of keys that the hosts of an engine have in common, if there is none; it is deleted with
+    `directory`. Raises ConfigError, also on a host that only has workers."""
+    if config.node_rank:
+        raise ConfigError(
+            f"node_rank={config.node_rank}: only host 0 has an engine to use. Run `sempre serve --headless` here.",
+            parameter="node_rank",
+            value=config.node_rank,
+        )
+    if config.nnodes > 1 and config.node_key_file is not None and make_key_file(Path(config.node_key_file)):
+        directory.own(Path(config.node_key_file))
+
+
 def client_event(event: ClientEvent) -> ClientEvent | None:
     """The event, or None if it is for the client itself. Raises the errors in EngineFailed and Refused."""
     match event:
@@ -100,3 +126,12 @@ def ended_by(error: BaseException) -> EngineDeadError:
         return error
     kind = "" if isinstance(error, SempreError) else f"{type(error).__name__}: "
     return CoordinatorDied(f"the engine has ended: {kind}{error}", cause=f"{kind}{error}")
+
+
+def check_alike(former: EngineReady, ready: EngineReady) -> None:
+    """Raise CoordinatorDied if a restarted engine differs from the former one."""
+    for field in _ALIKE:
+        expected, found = getattr(former, field), getattr(ready, field)
+        if expected != found:
+            text = f"the restarted engine differs in {field}: expected {expected}, found {found}"
+            raise CoordinatorDied(text, cause=text)

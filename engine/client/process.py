@@ -14,7 +14,14 @@ import zmq
 from msgspec.structs import replace
 
 from sempre.engine.child_process import RestartBudget
-from sempre.engine.client.engine_process import EngineProcess, ProcessOptions, client_event, ended_by
+from sempre.engine.client.engine_process import (
+    EngineProcess,
+    ProcessOptions,
+    check_alike,
+    client_event,
+    ended_by,
+    prepare_hosts,
+)
 from sempre.engine.client.interface import ProgressCallback
 from sempre.engine.client.interrupts import allowed
 from sempre.engine.client.pending_requests import PendingRequests
@@ -39,6 +46,7 @@ from sempre.ipc.messages import (
     ClientCommand,
     ClientEvent,
     ClientHello,
+    EngineNotice,
     EngineReady,
     FramesRead,
     Heartbeat,
@@ -61,16 +69,6 @@ _GONE_S = 10.0
 _GONE_POLL_S = 0.01
 # no further restart after these errors of a successor: the bits would not be the same
 _FINAL = (SeedMismatch, InvarianceError)
-_ALIKE = (
-    "vocab_size",
-    "max_model_len",
-    "eos_token_ids",
-    "block_size",
-    "max_num_batched_tokens",
-    "max_num_seqs",
-    "world_size",
-    "fingerprint",
-)
 
 Channel = TypeVar("Channel", bound=PeerBase[ClientEvent])
 
@@ -102,6 +100,7 @@ class ProcessClientBase(Generic[Channel]):
         self._connect = connect
         self._directory = options.directory or PrivateDirectory.create()
         try:
+            prepare_hosts(config, self._directory)
             process, channel = self._start()
         except BaseException:
             self._directory.remove()
@@ -212,7 +211,8 @@ class ProcessClientBase(Generic[Channel]):
             logger.warning("%s: %s; worker %d is being restarted", change.error.type, change.error.message, rank)
         else:
             logger.warning("worker %d (pid %d) is ready again", rank, pid)
-        self._link.workers.follow({rank: pid})
+        if rank < self._config.ranks_per_node:
+            self._link.workers.follow({rank: pid})
         pids = [*self.ready.worker_pids]
         pids[rank] = pid
         self.ready = replace(self.ready, worker_pids=pids)
@@ -295,7 +295,8 @@ class ProcessClientBase(Generic[Channel]):
         # a successor keeps the limits that were derived from memory at the first start
         self._config = replace(self._config, max_model_len=ready.max_model_len, max_num_seqs=ready.max_num_seqs)
         self._is_ready = True
-        self._link.workers.follow(dict(enumerate(ready.worker_pids)))
+        # those of other hosts end with their agents
+        self._link.workers.follow(dict(enumerate(ready.worker_pids[: self._config.ranks_per_node])))
 
     def _raise_if_ended(self) -> None:
         if self._error is not None:
@@ -309,6 +310,8 @@ class ProcessClientBase(Generic[Channel]):
                     on_progress(event)
             case EngineReady():
                 self._take_ready(event)
+            case EngineNotice(message=text):
+                logger.warning("%s", text)
             case None:
                 limit = f"{self._config.startup_timeout_s:g} s (startup_timeout_s)"
                 raise StartupError(f"the engine was not ready after {limit}")
@@ -323,15 +326,6 @@ class ProcessClientBase(Generic[Channel]):
     def _look_s(self) -> float:
         """The longest wait without `_look_after`."""
         return LOOK_S if self._gone_by is None else _GONE_POLL_S
-
-
-def check_alike(former: EngineReady, ready: EngineReady) -> None:
-    """Raise CoordinatorDied if a restarted engine differs from the former one."""
-    for field in _ALIKE:
-        expected, found = getattr(former, field), getattr(ready, field)
-        if expected != found:
-            text = f"the restarted engine differs in {field}: expected {expected}, found {found}"
-            raise CoordinatorDied(text, cause=text)
 
 
 class ProcessClient(ProcessClientBase[PeerChannel[ClientEvent]]):

@@ -40,6 +40,7 @@ from sempre.ipc.messages import (
     ClientHello,
     DropClient,
     EngineFailed,
+    EngineNotice,
     ErrorInfo,
     FramesRead,
     Heartbeat,
@@ -88,17 +89,20 @@ class Coordinator:
         self._poller = zmq.Poller()
         self._poller.register(hub.socket, zmq.POLLIN)
         executor.register(self._poller)
+        self._executor = executor
         self._core = EngineCore(config, executor)
         self._recovery = Recovery(config, self._core, executor)
 
     def run(self) -> None:
         """Run until ShutdownEngine. Raises errors that end the engine, which `main` reports."""
+        self._executor.begin()
         while not self._stopping:
             deadline = None if self._is_owner_behind() else self._core.next_deadline()
             self._poller.poll(wait_ms(deadline, time.monotonic()))
             try:
                 self._serve_client()
                 self._serve_workers()
+                self.tell(EngineNotice(message=text) for text in self._executor.take_notices())
                 self._hold_back()
                 if self._is_owner_behind():
                     self._core.rest()
@@ -277,14 +281,16 @@ def _serve(
     client_pid: int,
 ) -> int:
     coordinator = Coordinator(config, executor, hub, client_pid)
+    failure: ErrorInfo | None = None
     try:
         coordinator.run()
     except Exception as error:
         logger.exception("the engine failed")
         hub.socket.setsockopt(zmq.LINGER, _FLUSH_MS)
-        coordinator.fail(describe(error))
+        failure = describe(error)
+        coordinator.fail(failure)
         return 1
     finally:
         coordinator.close()
-        executor.shutdown()
+        executor.shutdown(failure)
     return 0

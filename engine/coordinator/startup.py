@@ -64,7 +64,7 @@ class StartUp:
         # a draft worker has a whole model
         self._replica_size = 1 if ranks.start in drafts else config.replica_size
         self._stage_size = 1 if ranks.start in drafts else config.tensor_parallel_size
-        self._num_threads = threads_per_worker(config.num_threads, executor.world_size)
+        self._num_threads = threads_per_worker(config.num_threads, config.ranks_per_node)
         self.pids: dict[int, int] = {}
         self._absent: set[int] = set()
         self._loaded: dict[int, ModelLoaded] = {}

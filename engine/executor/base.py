@@ -63,7 +63,15 @@ def draft_ranks(config: EngineConfig) -> range:
 def device_index(config: EngineConfig, rank: int) -> int:
     """The GPU of a worker; a draft worker shares that of the first rank of its replica."""
     drafts = draft_ranks(config)
-    return drafts.index(rank) * config.replica_size if rank in drafts else rank
+    target = drafts.index(rank) * config.replica_size if rank in drafts else rank
+    return target % config.ranks_per_node
+
+
+def node_of(config: EngineConfig, rank: int) -> int:
+    """The host of a worker; a draft worker is on that of the first rank of its replica."""
+    drafts = draft_ranks(config)
+    target = drafts.index(rank) * config.replica_size if rank in drafts else rank
+    return target // config.ranks_per_node
 
 
 def worker_name(config: EngineConfig, rank: int) -> str:
@@ -85,6 +93,7 @@ def worker_config(config: EngineConfig, rank: int, num_threads: int) -> WorkerCo
             "weights_path": None,
             "tensor_parallel_size": 1,
             "pipeline_parallel_size": 1,
+            "nnodes": 1,
             "numerics_profile": "single",
             "quantization": None,
             "gpu_memory_utilization": _DRAFT_SHARE,

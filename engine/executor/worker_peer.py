@@ -8,7 +8,7 @@ from collections import deque
 
 import msgspec
 
-from sempre.engine.child_process import ChildProcess
+from sempre.engine.executor.remote_process import RemoteProcess, WorkerProcess
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import MessageMalformed, SempreError, StartupError, WorkerDied
 from sempre.ipc.messages import (
@@ -53,7 +53,7 @@ class WorkerPeer:
         self,
         rank: int,
         name: str,
-        child: ChildProcess,
+        child: WorkerProcess,
         ready_by: float,
         *,
         role: WorkerRole = "target",
@@ -68,6 +68,8 @@ class WorkerPeer:
         self.num_restarts = num_restarts
         self.restart_cause = restart_cause
         self.identity: bytes | None = None
+        self.address = ""
+        """where ranks on other hosts reach it"""
         self.serving = False
         self.last_heard = time.monotonic()
         self._owed: deque[WorkerCommand] = deque()
@@ -156,7 +158,7 @@ class WorkerPeer:
             step_id=None if self._last_step is None else self._last_step.step_id,
             step_digest="" if self._last_step is None else step_digest(self._last_step),
             resident_bytes=self._heartbeat.resident_bytes,
-            process_state=process_state(self.child.pid),
+            process_state="" if isinstance(self.child, RemoteProcess) else process_state(self.child.pid),
             stack=self._heartbeat.stack if self._stacks_from is None else self.child.log_tail(self._stacks_from),
         )
 

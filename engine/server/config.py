@@ -51,6 +51,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     api_server_count: Annotated[
         Annotated[int, Meta(ge=1, le=64)], doc("processes that answer requests, in front of one engine")
     ] = 1
+    headless: Annotated[bool, doc("only workers, for the engine of host 0: on hosts 1 and up of nnodes")] = False
     uds: Annotated[str | None, doc("Unix socket to listen on, instead of host and port")] = None
     served_model_name: Annotated[list[str], doc("names of the served model; the first one is reported")] = []
     lora_modules: Annotated[

@@ -1,4 +1,5 @@
-"""The two protocols: user process ⇄ coordinator (`client`), coordinator ⇄ worker (`worker`), and what they share.
+"""The protocols: user process ⇄ coordinator (`client`), coordinator ⇄ worker (`worker`), coordinator ⇄ another host
+(`node`), and what they share.
 
 A message is a frozen, tagged, array-like struct; fields are only ever appended, with defaults. Any other change
 raises `PROTOCOL_VERSION`.
@@ -62,6 +63,17 @@ from sempre.ipc.messages.common import (
     Refused,
     RngDigests,
     SamplingSpec,
+)
+from sempre.ipc.messages.node import (
+    EndNode,
+    KillWorker,
+    NodeCommand,
+    NodeEvent,
+    NodeFacts,
+    NodeHello,
+    StartWorker,
+    WorkerExited,
+    WorkerStarted,
 )
 from sempre.ipc.messages.worker import (
     CallMethod,

@@ -27,9 +27,13 @@ from sempre.ipc.messages.common import (
 
 
 class LoadModel(Message, frozen=True, kw_only=True):
-    """First command: seed the global generators, load the model, run the self-test."""
+    """First command: seed the global generators, load the model, run the self-test.
+
+    `addresses`: of all ranks of its replica, where they are on several hosts.
+    """
 
     config: WorkerConfig
+    addresses: dict[int, str] = {}
 
 
 class StartServing(Message, frozen=True, kw_only=True):
@@ -127,13 +131,14 @@ WorkerCommand = LoadModel | StartServing | ExecuteStep | CallMethod | ShutdownWo
 
 
 class WorkerHello(Message, frozen=True, kw_only=True):
-    """First event of a worker."""
+    """First event of a worker; `address` is where ranks on other hosts reach it."""
 
     protocol_version: int
     rank: NonNegative
     pid: int
     versions: dict[str, str] = {}
     host: str = ""
+    address: str = ""
 
 
 class StepCosts(Data, frozen=True, kw_only=True):

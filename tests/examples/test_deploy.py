@@ -93,6 +93,28 @@ def test_pods_are_drained_and_started_with_known_flags(capsys: pytest.CaptureFix
     assert mounts == {volume["name"] for volume in pod["volumes"]}
 
 
+def test_pods_that_share_a_model_run_the_same_known_flags(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = yaml.safe_load((FOLDER / "kubernetes" / "leader-worker-set.yaml").read_text(encoding="utf-8"))
+    template = document["spec"]["leaderWorkerTemplate"]
+    assert "leaderTemplate" not in template
+    pod = template["workerTemplate"]["spec"]
+    [container] = pod["containers"]
+    monkeypatch.setenv("LWS_LEADER_ADDRESS", "sempre-0.sempre.default")
+    monkeypatch.setenv("LWS_GROUP_SIZE", str(template["size"]))
+    for index in range(template["size"]):
+        monkeypatch.setenv("LWS_WORKER_INDEX", str(index))
+        found = settings_of(container["args"], capsys)
+        expected = (2, index, "sempre-0.sempre.default", index > 0)
+        assert tuple(found[name] for name in ("nnodes", "node_rank", "master_addr", "headless")) == expected
+    [copy] = [each["command"] for each in pod["initContainers"]]
+    assert copy[:3] == ["install", "-m", "600"]
+    assert copy[-1] == found["node_key_file"]
+    mounts = {mount["name"] for each in (*pod["containers"], *pod["initContainers"]) for mount in each["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
 def test_labels_and_ports_of_the_cluster_fit() -> None:
     documents = deployment()
     labels = documents["Deployment"]["spec"]["template"]["metadata"]["labels"]

@@ -11,11 +11,13 @@ import msgspec
 import pytest
 
 from sempre.ipc import messages as m
+from sempre.ipc.curve import KeyPair, WorkerKeys
 
 DIGESTS = m.RngDigests(python_random="p", numpy_random="n", torch_cpu="t")
 ROWS = m.LogprobRows(num_rows=1, width=1, token_ids=b"\1\0\0\0", logprobs=b"\0\0\x80\xbf", ranks=b"\1\0\0\0")
 ERROR = m.ErrorInfo(type="T", message="m", rank=1, facts={"a": 1, "b": None})
 PARAMS = m.SamplingSpec(max_tokens=4, logit_bias={7: 0.5}, bad_words_token_ids=[[1, 2]])
+FACTS = m.NodeFacts(host="h", address="10.0.0.2", num_cores=8, versions={"torch": "2"}, clock_s=0.5)
 ADAPTER = m.AdapterSpec(name="a", path="/a", digest="0f")
 SPEC = m.RequestSpec(
     request_id="r",
@@ -109,6 +111,23 @@ EXAMPLES: list[m.Message] = [
     ),
     m.CallMethodReply(rank=0, call_id=1, result={"a": [1, 2.5, None, True]}),
     m.WorkerFailed(rank=0, error=ERROR),
+    m.NodeHello(protocol_version=1, pid=2, node_rank=1, nnodes=2, world_size=4, facts=FACTS, model_path="/m"),
+    m.StartWorker(
+        rank=2,
+        start=0,
+        name="worker 2",
+        device="cpu",
+        device_index=0,
+        num_threads=1,
+        heartbeat_interval_s=0.5,
+        max_message_bytes=65536,
+        hub_address="tcp://10.0.0.1:5",
+        keys=WorkerKeys(own=KeyPair(public="p", secret="s"), hub="h", peers={0: "q"}),
+    ),
+    m.KillWorker(rank=2, start=0),
+    m.EndNode(error=ERROR),
+    m.WorkerStarted(rank=2, start=0, pid=9),
+    m.WorkerExited(rank=2, start=0, exitcode=-9, ending="killed by SIGKILL", log_tail="l"),
 ]
 
 GOLDEN = {
@@ -162,8 +181,8 @@ GOLDEN = {
     """,
     "EngineFailed": "92ac456e67696e654661696c656495a154a16d01a082a16101a162c0",
     "LoadModel": """
-        92a94c6f61644d6f64656cde0004a56d6f64656ca16daa6d6f64656c5f70617468a22f6dac6d61785f6e756d5f73657173
-        04a472616e6b00
+        93a94c6f61644d6f64656cde0004a56d6f64656ca16daa6d6f64656c5f70617468a22f6dac6d61785f6e756d5f736571
+        7304a472616e6b0080
     """,
     "StartServing": "93ac537461727453657276696e670300",
     "ExecuteStep": """
@@ -173,7 +192,7 @@ GOLDEN = {
     """,
     "CallMethod": "95aa43616c6c4d6574686f6401a470696e679080",
     "ShutdownWorker": "91ae53687574646f776e576f726b6572",
-    "WorkerHello": "96ab576f726b657248656c6c6f01000281a5746f726368a132a0",
+    "WorkerHello": "97ab576f726b657248656c6c6f01000281a5746f726368a132a0a0",
     "ModelLoaded": """
         dc0015ab4d6f64656c4c6f616465640094a170a16ea174a00a14400394cb3fe0000000000000cb3fd0000000000000cb
         3fc0000000000000cb00000000000000009080800110cd0800c0cb0000000000000000cc800000c0c0
@@ -185,6 +204,18 @@ GOLDEN = {
     """,
     "CallMethodReply": "95af43616c6c4d6574686f645265706c79000181a1619401cb4004000000000000c0c3c0",
     "WorkerFailed": "93ac576f726b65724661696c65640095a154a16d01a082a16101a162c0",
+    "NodeHello": """
+        99a94e6f646548656c6c6f010201020495a168a831302e302e302e320881a5746f726368a132cb3fe0000000000000a2
+        2f6dc0
+    """,
+    "StartWorker": """
+        9cab5374617274576f726b65720200a8776f726b65722032a36370750001cb3fe0000000000000ce00010000b0746370
+        3a2f2f31302e302e302e313a359392a170a173a1688100a171c2
+    """,
+    "KillWorker": "93aa4b696c6c576f726b65720200",
+    "EndNode": "92a7456e644e6f646595a154a16d01a082a16101a162c0",
+    "WorkerStarted": "94ad576f726b657253746172746564020009",
+    "WorkerExited": "96ac576f726b65724578697465640200f7b16b696c6c6564206279205349474b494c4ca16c",
 }
 
 
@@ -197,7 +228,7 @@ def test_the_bytes_are_the_agreed_ones(message: m.Message) -> None:
 
 
 def test_every_message_has_an_example() -> None:
-    unions = (m.ClientCommand, m.ClientEvent, m.WorkerCommand, m.WorkerEvent)
+    unions = (m.ClientCommand, m.ClientEvent, m.WorkerCommand, m.WorkerEvent, m.NodeCommand, m.NodeEvent)
     assert {kind.__name__ for union in unions for kind in get_args(union)} == set(GOLDEN)
     assert {type(message).__name__ for message in EXAMPLES} == set(GOLDEN)
 

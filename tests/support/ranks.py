@@ -15,10 +15,12 @@ from worker_settings import worker_config
 
 from sempre.ipc.config import NumericsProfile
 from sempre.ipc.messages import AdapterSpec
+from sempre.ipc.rank_links import RankLinks
 from sempre.kernels.attention import PagedBatch
 from sempre.kernels.states import StateBatch
 from sempre.workers.adapters.store import AdapterStore
 from sempre.workers.cpu.exchange import SharedMemoryExchange
+from sempre.workers.cpu.linked_replica import LinkedReplica
 from sempre.workers.cpu.replica_file import ReplicaFile
 from sempre.workers.input_batch import RequestState
 from sempre.workers.kv_cache import PagedKvCache
@@ -56,10 +58,12 @@ class Ranks:
         patience_s: float = 60.0,
         num_stages: int = 1,
         adapter: AdapterSpec | None = None,
+        links: Sequence[RankLinks] = (),
         **settings: Any,
     ) -> None:
-        """With an adapter, two of three tokens have it."""
+        """With an adapter, two of three tokens have it. `links`: of each rank, which then share no memory."""
         self.size = size
+        self._links = links
         self.num_stages = num_stages
         self._config = worker_config(folder, **settings)
         self._profile = profile
@@ -84,6 +88,9 @@ class Ranks:
         return load_model(self._config, spec, INVARIANT, parallel=self._parallel(rank))
 
     def _parallel(self, rank: int) -> Parallel:
+        if self._links:
+            linked = LinkedReplica(self._links[rank], self.size, self.num_stages, rank, patience_s=self._patience_s)
+            return parallel_of(self._profile, rank % self.size, self.size, linked.exchange(), stage=linked.stage())
         file = ReplicaFile(self._descriptor, self.size, self.num_stages, rank, patience_s=self._patience_s)
         exchange, stage = file.exchange(), file.stage()
         if exchange is not None:

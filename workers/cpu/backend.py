@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from sempre.ipc.messages import WorkerConfig
+from sempre.ipc.rank_links import RankLinks
 from sempre.kernels.linear.cpu import ROW_BLOCK
 from sempre.kernels.threads import get_num_threads, set_num_threads, settle_threads
 from sempre.workers.backend import Compilation, LoadedModel, ModelSetup
 from sempre.workers.cpu.compilation import SamplingCompilation
 from sempre.workers.cpu.drafter import CpuDraftModelRunner
+from sempre.workers.cpu.linked_replica import LinkedReplica
 from sempre.workers.cpu.pooling_runner import CpuPoolingRunner
 from sempre.workers.cpu.replica_file import ReplicaFile
 from sempre.workers.cpu.runner import CpuModelRunner
@@ -74,21 +76,20 @@ class CpuBackend:
         # the next step is queued at the worker, which is never idle; drafts, though, depend on results
         self.max_steps_in_flight = 1 if config.max_draft_tokens else 2
 
-    def join(self, config: WorkerConfig, shared_memory: int) -> Parallel:
+    def join(self, config: WorkerConfig, shared_memory: int, links: RankLinks | None) -> Parallel:
         size, rank = config.tensor_parallel_size, config.rank % config.replica_size
-        file = ReplicaFile(
-            shared_memory,
-            size,
-            config.pipeline_parallel_size,
-            rank,
-            threads=get_num_threads(),
-            patience_s=max(config.startup_timeout_s, config.step_timeout_s),
+        stages, patience_s = config.pipeline_parallel_size, max(config.startup_timeout_s, config.step_timeout_s)
+        file: ReplicaFile | LinkedReplica = ReplicaFile(
+            shared_memory, size, stages, rank, threads=get_num_threads(), patience_s=patience_s
         )
+        exchange = file.exchange() if links is None or not config.stage_crosses_nodes else None
+        if links is not None:
+            file = LinkedReplica(links, size, stages, rank, first=config.rank - rank, patience_s=patience_s)
         stage = file.stage()
         if stage.count > 1:
             # stages are busy with parts of two steps at once, so the next one is sent without delay
             self.step_lead_s = 0.0
-        return parallel_of(config.profile, rank % size, size, file.exchange(), stage=stage)
+        return parallel_of(config.profile, rank % size, size, exchange or file.exchange(), stage=stage)
 
     def default_max_num_seqs(self, config: WorkerConfig, spec: ModelSpec) -> int:
         return _DEFAULT_MAX_NUM_SEQS

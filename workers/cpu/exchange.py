@@ -15,6 +15,7 @@ import torch
 from sempre.ipc.errors import EngineUnhealthy, StartupError
 from sempre.kernels.exchange import LINE, enter, meet
 from sempre.workers.cpu.shared_file import Place, spins_of
+from sempre.workers.parallel import WrittenRows
 
 # of one half: the widest row, the logits of 2**24 tokens, fits
 _HALF_BYTES = 64 << 20
@@ -65,7 +66,7 @@ class SharedMemoryExchange:
         half = self._halves[self._number % 2]
         return half[: self._size * rows * width].view(self._size, rows, width)
 
-    def wait(self) -> None:
+    def wait(self, written: WrittenRows | None = None) -> None:
         """Raises EngineUnhealthy, naming the rank that does not come."""
         self._number += 1
         missing = meet(self._lines, self._rank, self._number, spins=self._spins, wait_s=_WAIT_S)

@@ -12,6 +12,7 @@ import torch
 
 from sempre.ipc.errors import ConfigError
 from sempre.ipc.messages import WorkerConfig
+from sempre.ipc.rank_links import RankLinks
 from sempre.kernels.attention import AttentionWorkspace
 from sempre.kernels.attention.gpu import allocate_attention_workspace
 from sempre.kernels.fp8 import Fp8Scheme
@@ -84,7 +85,14 @@ class GpuBackend:
 
             configure()
 
-    def join(self, config: WorkerConfig, shared_memory: int) -> Parallel:
+    def join(self, config: WorkerConfig, shared_memory: int, links: RankLinks | None) -> Parallel:
+        if links is not None:
+            raise ConfigError(
+                f"nnodes: expected each replica of {config.replica_size} GPUs on one host, found"
+                f" {config.ranks_per_node} workers a host. Use data_parallel_size for several hosts with GPUs.",
+                parameter="nnodes",
+                value=config.nnodes,
+            )
         if config.pipeline_parallel_size > 1:
             raise ConfigError(
                 f"pipeline_parallel_size: expected 1 on a GPU, found {config.pipeline_parallel_size}. Use"

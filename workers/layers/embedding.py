@@ -8,7 +8,7 @@ import torch
 
 from sempre.kernels.embedding import embed
 from sempre.workers.layers.module import Build, Module, Scratch, Tensors
-from sempre.workers.parallel import pieces
+from sempre.workers.parallel import WrittenRows, pieces
 from sempre.workers.tensor_source import Parameter
 
 
@@ -57,6 +57,6 @@ class Embedding(Module):
             places = ((own >= 0) & (own < len(self.own))).nonzero().view(-1)
             found = torch.empty(len(places), self.width, dtype=out.dtype, device=out.device)
             shared.index_copy_(0, places, embed(own[places], self.weight, found))
-            self._exchange.wait()
+            self._exchange.wait(WrittenRows(shared, places))
             out[rows].copy_(shared)
         return out

@@ -30,7 +30,7 @@ from sempre.kernels.moe import (
 from sempre.workers.layers.expert_linear import ExpertLinear, StackedExpertLinear
 from sempre.workers.layers.linear import Linear, Use
 from sempre.workers.layers.module import Build, Module, RowBuffer, Scratch, Tensors
-from sempre.workers.parallel import Exchange, pieces
+from sempre.workers.parallel import Exchange, WrittenRows, pieces
 from sempre.workers.quantization.plain import NotQuantized
 from sempre.workers.tensor_source import Parameter
 
@@ -289,6 +289,6 @@ class SparseMLP(Module):
             chosen = experts[rows].reshape(-1)
             places = ((chosen >= own.start) & (chosen < own.stop)).nonzero().view(-1)
             shared.index_copy_(0, places, parts[rows].reshape(-1, width).index_select(0, places))
-            exchange.wait()
+            exchange.wait(WrittenRows(shared, places))
             combine(shared.view(-1, k, width), weights[rows], out[rows])
         return out
