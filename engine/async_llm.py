@@ -26,9 +26,9 @@ from sempre.engine.health import EngineHealth, answered_health, unhealthy
 from sempre.engine.metrics import Metric
 from sempre.engine.output_stream import OutputStream, StreamControl, check_prompt_logprobs
 from sempre.engine.outputs import BeamSearchOutput, RequestOutput
+from sempre.engine.restart_calls import AsyncRestartLLM
 from sempre.engine.sampling_params import SamplingParams
 from sempre.engine.shared_task import SharedTask
-from sempre.engine.sleep_calls import AsyncSleepLLM
 from sempre.engine.vllm_settings import refuse_values
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import again
@@ -54,7 +54,7 @@ from sempre.ipc.messages import (
 _MOST_EVENTS_AT_ONCE = 8
 
 
-class AsyncLLM(AsyncSleepLLM):
+class AsyncLLM(AsyncRestartLLM):
     """A model with its coordinator and workers, for one event loop.
 
         async with AsyncLLM("tiny") as engine:

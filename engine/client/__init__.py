@@ -7,6 +7,7 @@ asynchronous.py      the same two for asyncio
 attached.py          over ZeroMQ to the coordinator of another process of ours
 engine_process.py    start, monitoring and end of the coordinator process
 pending_requests.py  unanswered requests and calls, with which another coordinator can continue
+successor.py         the order in which a running engine is replaced
 watch.py             silence of the coordinator, and whether the workers of a dead one are gone
 """
 

@@ -17,11 +17,12 @@ from msgspec import Struct
 from sempre.engine.client.engine_process import check_alike, client_event, ended_by
 from sempre.engine.client.pending_requests import PendingRequests
 from sempre.engine.client.process import LOOK_S
+from sempre.engine.client.successor import RestartOrder
 from sempre.ipc.async_channel import AsyncPeerChannel
 from sempre.ipc.codec import FrameEncoder
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.error_info import again
-from sempre.ipc.errors import CoordinatorDied, EngineDeadError, ProtocolError, SempreError, StartupError
+from sempre.ipc.errors import ConfigError, CoordinatorDied, EngineDeadError, ProtocolError, SempreError, StartupError
 from sempre.ipc.messages import (
     PROTOCOL_VERSION,
     ClientCommand,
@@ -112,6 +113,10 @@ class AttachedClient:
             event = None if arrival is None else self._interpret(arrival)
             if event is not None:
                 return event
+
+    async def replace(self, order: RestartOrder) -> None:
+        """Raises ConfigError: the owner replaces the engine."""
+        raise ConfigError("the process that owns the engine replaces it, not one of its API processes.")
 
     def close(self) -> None:
         """Leave the engine, whose owner ends the requests; can be called twice."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from sempre.engine.client.successor import RestartOrder
 from sempre.ipc.messages import ClientCommand, ClientEvent, EngineReady, StartupProgress
 
 ProgressCallback = Callable[[StartupProgress], None]
@@ -41,6 +42,13 @@ class AsyncEngineClient(Protocol):
     def send(self, command: ClientCommand) -> None: ...
 
     async def receive(self) -> ClientEvent: ...
+
+    async def replace(self, order: RestartOrder) -> None:
+        """Replace the engine by a new one, with which unfinished requests continue; another task must receive.
+
+        Raises ConfigError where that is not possible, the errors of a start, and CoordinatorDied if the new engine
+        would give other bits. The former one then computes on, unless it had to end first: see `successor.py`.
+        """
 
     def close(self) -> None:
         """End the engine and all its processes, at once if it has failed; can be called twice."""

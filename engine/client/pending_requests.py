@@ -16,8 +16,10 @@ from sempre.ipc.messages import (
     ClientCommand,
     ClientEvent,
     DropClient,
+    GetHealth,
     GetMetrics,
     GetSleepState,
+    HealthReply,
     MetricsReply,
     OutputsReady,
     PauseRequests,
@@ -39,10 +41,13 @@ FRAME_BYTES = 1 << 20
 # the number of no call of a client
 _NO_CALL = (1 << 62) - 1
 
-Call = CallWorkers | GetMetrics | ResetPrefixCache | UpdateWeights | SleepEngine | WakeEngine | GetSleepState
-Reply = CallWorkersReply | MetricsReply | ResetPrefixCacheReply | UpdateWeightsReply | SleepReply
+Call = (
+    CallWorkers | GetHealth | GetMetrics | ResetPrefixCache | UpdateWeights | SleepEngine | WakeEngine | GetSleepState
+)
+Reply = CallWorkersReply | HealthReply | MetricsReply | ResetPrefixCacheReply | UpdateWeightsReply | SleepReply
 _ANSWERS: dict[type[Reply], tuple[type[Call], ...]] = {
     CallWorkersReply: (CallWorkers,),
+    HealthReply: (GetHealth,),
     MetricsReply: (GetMetrics,),
     ResetPrefixCacheReply: (ResetPrefixCache,),
     UpdateWeightsReply: (UpdateWeights,),

@@ -106,7 +106,7 @@ class ProcessClientBase(Generic[Channel]):
             self._directory.remove()
             raise
         self._link = _Link(process, channel, WorkerWatch())
-        self._finalizer: Callable[[], object] = weakref.finalize(self, _close, self._link)
+        self._finalizer = weakref.finalize(self, _close, self._link)
         self._pending = PendingRequests()
         self._budget = RestartBudget(config.max_restarts, config.restart_window_s)
         self._encoder = FrameEncoder(config.max_message_bytes)
@@ -250,8 +250,12 @@ class ProcessClientBase(Generic[Channel]):
             self._error = CoordinatorDied(text, exitcode=error.exitcode, cause=error.cause)
             return
         logger.warning("%s; it is being restarted; %d sequences wait", error, self._pending.num_unfinished)
+        self._retire(str(error).splitlines()[0])
+
+    def _retire(self, reason: str) -> None:
+        """End the engine's processes; a successor is started once they are gone."""
         self._is_ready = False
-        self._outage = str(error).splitlines()[0]
+        self._outage = reason
         self._link.channel.close()
         self._link.process.bury()
         self._gone_by = time.monotonic() + _GONE_S

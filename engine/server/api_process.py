@@ -77,6 +77,9 @@ class ApiServer(Server):
             super()._tell_ready(seconds)
         os.write(1, SERVING)
 
+    def _rolling_restart(self) -> None:
+        """The supervisor replaces the engine."""
+
     def _report_activity(self) -> asyncio.Task[None] | None:
         return super()._report_activity() if self._index == 0 else None
 

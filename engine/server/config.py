@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+from sempre.engine.client.successor import RestartOrder
 from sempre.engine.parsing import WHOLE_FORMATS
 from sempre.engine.parsing.detection import tool_format_of
 from sempre.engine.setting_values import checked
@@ -97,6 +98,12 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         EngineDeath,
         doc("when the engine has ended: exit with code 4, or restart it and answer 503 meanwhile"),
     ] = "exit"
+    restart_order: Annotated[
+        RestartOrder,
+        doc(
+            "how SIGUSR2 replaces the engine: start the new one first, or stop the old one first where memory is short"
+        ),
+    ] = "auto"
     keep_alive_timeout: Annotated[_Pause, doc("seconds that an idle connection stays open")] = 5.0
     header_timeout: Annotated[_Timeout, doc("seconds until the header of a request must be complete")] = 10.0
     body_timeout: Annotated[_Timeout, doc("seconds to receive a body, or for a stalled client to read on")] = 60.0

@@ -5,6 +5,7 @@ listening ── ready
           ── the engine ends ── exit code 4, or requests 503 until a new engine is ready (on_engine_death)
 SIGTERM or SIGINT ── draining: new requests 503, running ones have shutdown_timeout ── aborted ── engine ended
 a second signal ── abort and end at once
+SIGUSR2 ── the engine is replaced, and running requests continue
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from sempre.engine.server.connections import ConnectionGuard
 from sempre.engine.server.errors import Busy
 from sempre.engine.server.ledger import Place
 from sempre.engine.server.protocol import BoundedProtocol
+from sempre.engine.server.rolling_restart import RollingRestart
 from sempre.engine.server.service import Service
 from sempre.ipc.errors import ConfigError, SempreError
 from sempre.ipc.liveness import collect_garbage_rarely
@@ -72,6 +74,7 @@ class Server:
         self._service = Service(engine, config, place)
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._restart = self._rolling_restart()
 
     async def run(self, listening: socket.socket) -> None:
         """Serve until a signal. Raises the errors of the engine's start, and EngineDeadError if the engine ends."""
@@ -79,6 +82,8 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        if self._restart is not None:
+            self._restart.watch()
         http = _HttpServer(self._uvicorn_config())
         sockets = [listening, *(listening.dup() for _ in range(_MORE_ACCEPTS))]
         serving = asyncio.create_task(http.serve(sockets=sockets))
@@ -94,7 +99,12 @@ class Server:
                 reporting.cancel()
             await serving
             await self._service.offload.close()
+            if self._restart is not None:
+                await self._restart.close()
             self._engine.shutdown()
+
+    def _rolling_restart(self) -> RollingRestart | None:
+        return RollingRestart(self._engine.rolling_restart, self._config.restart_order)
 
     def _report_activity(self) -> asyncio.Task[None] | None:
         interval_s = self._config.log_stats_interval

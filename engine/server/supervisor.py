@@ -28,14 +28,16 @@ from sempre.engine.child_process import RestartBudget, child_environment
 from sempre.engine.client.asynchronous import AsyncProcessClient
 from sempre.engine.client.attached import Attach, EngineEnded, EngineLost, OwnerNews
 from sempre.engine.client.engine_process import ProcessOptions
+from sempre.engine.client.successor import RestartOrder
 from sempre.engine.frontend.progress import StartupNotice
 from sempre.engine.frontend.session import check_refused
 from sempre.engine.server.api_process import SERVING, ApiProcessArguments
 from sempre.engine.server.config import ServerConfig
+from sempre.engine.server.rolling_restart import RollingRestart
 from sempre.engine.server.run import listen_and_run
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.endpoint import PrivateDirectory
-from sempre.ipc.errors import ConfigError, ProtocolError, SempreError, StartupError
+from sempre.ipc.errors import ConfigError, EngineDeadError, ProtocolError, SempreError, StartupError
 from sempre.ipc.messages import AdmitClient, DropClient
 
 logger = logging.getLogger(__name__)
@@ -104,6 +106,7 @@ class Supervisor:
         self._budget = RestartBudget(self._engine.max_restarts, self._engine.restart_window_s)
         self._stop = asyncio.Event()
         self._stopping = False
+        self._restart = RollingRestart(self._replace_engine, config.restart_order)
         self._processes: list[_ApiProcess] = []
 
     async def run(self, listening: socket.socket) -> None:
@@ -112,6 +115,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        self._restart.watch()
         self._processes = [
             _ApiProcess(self._arguments(index, listening)) for index in range(self._config.api_server_count)
         ]
@@ -126,6 +130,7 @@ class Supervisor:
                 self._end_all(task.exception())
                 task.result()
         finally:
+            await self._restart.close()
             for task in (*working, stopping):
                 task.cancel()
             await asyncio.gather(*working, stopping, return_exceptions=True)
@@ -152,7 +157,7 @@ class Supervisor:
         self._client = client
         for process in self._processes:
             self._attach(process)
-        watching = asyncio.create_task(self._watch_outages(client))
+        watching = asyncio.create_task(self._tell_of_engine(client))
         try:
             while True:
                 try:
@@ -171,17 +176,21 @@ class Supervisor:
         if client.outage is None:
             process.tell(_attach_to(client))
 
-    async def _watch_outages(self, client: AsyncProcessClient) -> None:
-        """Tell the processes when the engine is being started again, and when it is ready again."""
-        known: str | None = None
+    async def _replace_engine(self, order: RestartOrder) -> None:
+        if self._client is None:
+            raise EngineDeadError("it has not started yet")
+        await self._client.replace(order)
+
+    async def _tell_of_engine(self, client: AsyncProcessClient) -> None:
+        """Tell the processes when the engine is being started again, and where it is ready again."""
+        known: OwnerNews = _attach_to(client)
         while True:
             await asyncio.sleep(_LOOK_S)
-            if client.outage == known:
-                continue
-            known = client.outage
-            news = _attach_to(client) if known is None else EngineLost(known)
-            for process in self._processes:
-                process.tell(news)
+            news = _attach_to(client) if client.outage is None else EngineLost(client.outage)
+            if news != known:
+                known = news
+                for process in self._processes:
+                    process.tell(news)
 
     async def _keep(self, process: _ApiProcess, listening: socket.socket) -> None:
         """Run a process and its successors until the server stops. Raises StartupError if they keep ending."""
