@@ -23,7 +23,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sempre.engine.child_process import ChildProcess
 from sempre.engine.client.watch import HeartbeatMonitor
-from sempre.engine.executor.node_facts import describe_node, own_hello
+from sempre.engine.executor.node_facts import describe_node, own_facts, own_hello
 from sempre.engine.executor.worker_starter import WorkerStarter
 from sempre.engine.nodes import endpoint, ip_address_of, own_address
 from sempre.ipc.channel import PeerChannel
@@ -141,7 +141,7 @@ class _Conversation:
         self._name = f"node {agent.config.node_rank}"
         self._host = address
         self._starter = starter
-        self._hello = own_hello(agent.config, own_address)
+        self._own_address = own_address
         self._channel: PeerChannel[NodeCommand] = PeerChannel(
             endpoint(address, agent.config.master_port),
             receives=NodeCommand,
@@ -161,7 +161,6 @@ class _Conversation:
 
     def run(self, deadline: float) -> bool:
         """Whether the link was lost, so that another one is to be made. Raises StartupError."""
-        self._channel.send(self._hello)
         try:
             while True:
                 self._poller.poll(min(_LOOK_MS, round(1000 * self._config.heartbeat_interval_s)))
@@ -192,6 +191,9 @@ class _Conversation:
             event = recv_monitor_message(self._monitor)["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._is_secure = True
+                if not self._is_accepted:
+                    # not before: its clock would be that of when it began to wait
+                    self._channel.send(own_hello(self._config, self._own_address))
             elif event in _BREAKS:
                 self._is_lost = self._is_accepted
                 if not self._is_secure:
@@ -201,7 +203,7 @@ class _Conversation:
         self._heartbeats.heard()
         if not self._is_accepted and not isinstance(command, Refused):
             self._is_accepted = True
-            logger.warning("%s", describe_node(self._config.node_rank, self._config, self._hello.facts))
+            logger.warning("%s", describe_node(self._config.node_rank, self._config, own_facts(self._own_address)))
         match command:
             case StartWorker():
                 self._start(command)

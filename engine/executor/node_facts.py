@@ -63,13 +63,18 @@ def check_node(hello: NodeHello, config: EngineConfig, head: NodeFacts) -> None:
             raise StartupError(text, cause=library)
 
 
-def describe_node(number: int, config: EngineConfig, facts: NodeFacts) -> str:
-    """One line for the user."""
+def clock_offset_s(facts: NodeFacts) -> float:
+    """By how much the clock of a host that has just sent these is ahead of this one's."""
+    return facts.clock_s - time.time()
+
+
+def describe_node(number: int, config: EngineConfig, facts: NodeFacts, offset_s: float | None = None) -> str:
+    """One line for the user; `offset_s`: what is known of its clock."""
     first = number * config.ranks_per_node
     last = first + config.ranks_per_node - 1
     ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
     versions = ", ".join(f"{name} {facts.versions[name]}" for name in ("python", "torch"))
-    clock = f", clock {facts.clock_s - time.time():+.2f} s" if number else ""
+    clock = "" if offset_s is None else f", clock {offset_s:+.2f} s"
     return (
         f"node {number} of {config.nnodes}: {facts.host} ({facts.address}), {ranks}, {facts.num_cores} cores,"
         f" {versions}{clock}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import zmq
 
 from sempre.engine.executor.base import draft_ranks, node_of
-from sempre.engine.executor.node_facts import check_node, describe_node, own_facts
+from sempre.engine.executor.node_facts import check_node, clock_offset_s, describe_node, own_facts
 from sempre.engine.executor.remote_process import RemoteProcess
 from sempre.engine.nodes import endpoint, ip_address_of
 from sempre.ipc.channel import HubChannel
@@ -191,7 +191,7 @@ class Nodes:
         self._channel.accept(identity)
         self._by_identity[identity] = node
         node.identity, node.hello, node.last_heard = identity, event, time.monotonic()
-        self.notices.append(describe_node(node.number, self._config, event.facts))
+        self.notices.append(describe_node(node.number, self._config, event.facts, clock_offset_s(event.facts)))
         queued, node.queued = node.queued, []
         self._tell(node, Heartbeat())
         for command in queued:
