@@ -101,6 +101,7 @@ def check_end(hosts: Hosts, cluster: Cluster) -> None:
     assert not hosts.key_file.exists()
 
 
+@pytest.mark.product
 def test_two_hosts_are_as_one(hosts: Hosts) -> None:
     """Each has one of the two ranks, whose sums travel between them."""
     cluster = hosts.together(tensor_parallel_size=2)
