@@ -6,8 +6,6 @@ two nodes follow from it. Workers get keys of their own for each start, over tha
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 import re
 import secrets
@@ -17,9 +15,9 @@ from typing import Any
 
 import zmq
 from msgspec import Struct
-from zmq.utils import z85
 
 from sempre.ipc.errors import ConfigError
+from sempre.ipc.key_pairs import KeyPair
 
 HEAD = "head"
 _SECRET_BYTES = 32
@@ -30,24 +28,6 @@ _MODE = 0o600
 def node_owner(number: int) -> str:
     """Host `number`, 1 or more, as an owner of keys."""
     return f"node {number}"
-
-
-class KeyPair(Struct, frozen=True, array_like=True):
-    """A public key and its secret one, in Z85."""
-
-    public: str
-    secret: str
-
-    @classmethod
-    def new(cls) -> KeyPair:
-        public, secret = zmq.curve_keypair()
-        return cls(public.decode(), secret.decode())
-
-    @classmethod
-    def derived(cls, secret: bytes, owner: str) -> KeyPair:
-        """That of `owner`, the same wherever the secret is known."""
-        own = z85.encode(hmac.digest(secret, owner.encode(), hashlib.sha256))
-        return cls(zmq.curve_public(own).decode(), own.decode())
 
 
 class ClientKeys(Struct, frozen=True, array_like=True):
@@ -62,16 +42,6 @@ class ClientKeys(Struct, frozen=True, array_like=True):
         socket.curve_publickey = self.own.public.encode()
         socket.curve_secretkey = self.own.secret.encode()
         socket.curve_serverkey = self.server.encode()
-
-
-class WorkerKeys(Struct, frozen=True, array_like=True):
-    """What a worker on one of several hosts is given at its start."""
-
-    own: KeyPair
-    hub: str = ""
-    """public key of the coordinator's hub; empty: it is reached on this host"""
-    peers: dict[int, str] = {}
-    """public keys of the replica's other ranks; empty: they are on this host"""
 
 
 class Gate:

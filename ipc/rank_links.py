@@ -15,8 +15,9 @@ from typing import Self
 import zmq
 
 from sempre.ipc.channel import configure, remaining_ms
-from sempre.ipc.curve import ClientKeys, Gate, WorkerKeys
+from sempre.ipc.curve import ClientKeys, Gate
 from sempre.ipc.errors import EngineUnhealthy, ProtocolError, StartupError
+from sempre.ipc.key_pairs import WorkerKeys
 
 _NUMBER = struct.Struct("<Q")
 _LIMIT_BYTES = 1 << 30

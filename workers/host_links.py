@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from sempre.ipc.curve import ClientKeys, Gate, WorkerKeys
+from sempre.ipc.curve import ClientKeys, Gate
+from sempre.ipc.key_pairs import WorkerKeys
 from sempre.ipc.rank_links import RankLinks
 
 

@@ -28,10 +28,11 @@ from sempre.engine.executor.worker_starter import WorkerStarter
 from sempre.engine.nodes import endpoint, ip_address_of, own_address
 from sempre.ipc.channel import PeerChannel
 from sempre.ipc.config import EngineConfig
-from sempre.ipc.curve import HEAD, ClientKeys, KeyPair, node_owner, read_key_file
+from sempre.ipc.curve import HEAD, ClientKeys, node_owner, read_key_file
 from sempre.ipc.endpoint import PrivateDirectory
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, SempreError, StartupError
+from sempre.ipc.key_pairs import KeyPair
 from sempre.ipc.messages import (
     EndNode,
     Heartbeat,

@@ -16,8 +16,9 @@ from sempre.engine.executor.remote_process import RemoteProcess
 from sempre.engine.nodes import endpoint, ip_address_of
 from sempre.ipc.channel import HubChannel
 from sempre.ipc.config import EngineConfig
-from sempre.ipc.curve import HEAD, Gate, KeyPair, WorkerKeys, node_owner, read_key_file
+from sempre.ipc.curve import HEAD, Gate, node_owner, read_key_file
 from sempre.ipc.errors import MessageMalformed, ProtocolError, StartupError
+from sempre.ipc.key_pairs import KeyPair, WorkerKeys
 from sempre.ipc.liveness import LONGEST_PAUSE_S
 from sempre.ipc.messages import (
     EndNode,

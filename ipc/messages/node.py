@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sempre.ipc.curve import WorkerKeys
+from sempre.ipc.key_pairs import WorkerKeys
 from sempre.ipc.messages.common import Data, ErrorInfo, Heartbeat, Message, NonNegative, Positive, Refused
 
 

@@ -11,8 +11,9 @@ import pytest
 import zmq
 from rank_links import keys_of, linked, shared_gate
 
-from sempre.ipc.curve import HEAD, ClientKeys, Gate, KeyPair, make_key_file, read_key_file
+from sempre.ipc.curve import HEAD, ClientKeys, Gate, make_key_file, read_key_file
 from sempre.ipc.errors import ConfigError, EngineUnhealthy, ProtocolError, StartupError
+from sempre.ipc.key_pairs import KeyPair
 from sempre.ipc.rank_links import RankLinks
 
 SHORT_S = 0.3

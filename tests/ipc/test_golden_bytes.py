@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from sempre.ipc import messages as m
-from sempre.ipc.curve import KeyPair, WorkerKeys
+from sempre.ipc.key_pairs import KeyPair, WorkerKeys
 
 DIGESTS = m.RngDigests(python_random="p", numpy_random="n", torch_cpu="t")
 ROWS = m.LogprobRows(num_rows=1, width=1, token_ids=b"\1\0\0\0", logprobs=b"\0\0\x80\xbf", ranks=b"\1\0\0\0")

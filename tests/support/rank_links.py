@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from sempre.ipc.curve import Gate, KeyPair, WorkerKeys
+from sempre.ipc.curve import Gate
+from sempre.ipc.key_pairs import KeyPair, WorkerKeys
 from sempre.ipc.rank_links import RankLinks
 
 
