@@ -9,7 +9,8 @@ from typing import NamedTuple
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.errors import ConfigError
 
-NODE_SETTINGS = ("nnodes", "node_rank", "master_addr", "master_port")
+NODE_SETTINGS = ("nnodes", "node_rank", "master_addr")
+"""which a launcher gives; a port given beside it is used"""
 
 
 def check_nodes(config: EngineConfig) -> None:

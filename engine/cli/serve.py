@@ -132,9 +132,10 @@ def _nodes_of_launcher(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = nodes_of_environment(os.environ)
     if found.settings.get("nnodes", 1) == 1:
         return {}
-    shown = ", ".join(f"{name}={value}" for name, value in found.settings.items())
+    own = {name: value for name, value in found.settings.items() if name not in settings}
+    shown = ", ".join(f"{name}={value}" for name, value in own.items())
     logger.warning("%s, as %s says", shown, found.source)
-    return {"headless": True, **found.settings} if found.settings["node_rank"] else found.settings
+    return {"headless": True, **own} if found.settings["node_rank"] else own
 
 
 class Settings(NamedTuple):

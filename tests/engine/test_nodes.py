@@ -99,6 +99,13 @@ def test_settings_go_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert _nodes_of_launcher({}) == {}
 
 
+def test_a_given_port_goes_with_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, str(value))
+    found = _nodes_of_launcher({"master_port": 7})
+    assert found == {"headless": True, "nnodes": 2, "node_rank": 1, "master_addr": "10.0.0.1"}
+
+
 def test_addresses() -> None:
     assert endpoint("10.0.0.1", 5) == "tcp://10.0.0.1:5"
     assert endpoint("::1", "*") == "tcp://[::1]:*"
