@@ -261,6 +261,46 @@ BODIES: dict[str, tuple[str, Callable[[], bytes]]] = {
             input=[{"type": "reasoning", "summary": [], "encrypted_content": "AAAA" * 1_700_000}], max_output_tokens=1
         ),
     ),
+    "responses: 128 tools": (
+        "/v1/responses",
+        lambda: encoded(
+            input="a",
+            max_output_tokens=1,
+            tools=[{"type": "function", "name": f"f{i}", "parameters": properties(300)} for i in range(128)],
+        ),
+    ),
+    "responses: 8,000 calls": (
+        "/v1/responses",
+        lambda: encoded(
+            input=[
+                {"type": "function_call", "call_id": "x", "name": "f", "arguments": '{"a":[1]}'},
+                {"type": "function_call_output", "call_id": "x", "output": "b"},
+            ]
+            * 8000,
+            max_output_tokens=1,
+        ),
+    ),
+    "count_tokens: 24,000 blocks": (
+        "/v1/messages/count_tokens",
+        lambda: encoded(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}] * 24_000}]),
+    ),
+    "count_tokens: a text of 7 MB": (
+        "/v1/messages/count_tokens", lambda: encoded(messages=[{"role": "user", "content": TEXT * 500_000}])
+    ),
+    "count_tokens: a system text of 130 KB": (
+        "/v1/messages/count_tokens", lambda: encoded(messages=[MESSAGE], system="x" * 130_000)
+    ),
+    "count_tokens: 128 tools": (
+        "/v1/messages/count_tokens",
+        lambda: encoded(
+            messages=[MESSAGE], tools=[{"name": f"f{i}", "input_schema": properties(300)} for i in range(128)]
+        ),
+    ),
+    "embeddings: 49,000 inputs": ("/v1/embeddings", lambda: encoded(input=["a"] * 49_000)),
+    "embeddings: 2,048 inputs of 3 KB": ("/v1/embeddings", lambda: encoded(input=[TEXT * 200] * 2048)),
+    "embeddings: 10⁶ ids": ("/v1/embeddings", lambda: encoded(input=[5] * 10**6)),
+    "rerank: 40,000 documents": ("/rerank", lambda: encoded(query="a", documents=["b"] * 40_000)),
+    "score: a query of 7 MB": ("/score", lambda: encoded(text_1=TEXT * 500_000, text_2=["b"] * 100)),
     "a body for an endpoint without": ("/health", lambda: b"x" * 8_000_000),
     "a schema of 100 properties": (COMPLETIONS, lambda: form(json=properties(100))),
     "a schema of 1,000 properties": (COMPLETIONS, lambda: form(json=properties(1000))),
