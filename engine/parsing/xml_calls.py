@@ -24,10 +24,10 @@ from sempre.engine.parsing.tool_calls import AroundCalls, Schema
 
 _WORDS = {"True": "true", "False": "false", "None": "null"}
 _FUNCTION = re.compile(r"\s*<function=([^<>]+)>")
-_PARAMETER = re.compile(r"<parameter=([^<>]+)>")
-_PARAMETER_END, _FUNCTION_END = "</parameter>", "</function>"
-# how much may be between two tags before they are none
+# how long a tag may be
 _LONGEST_TAG = 512
+_PARAMETER_BEGIN, _PARAMETER_END, _FUNCTION_END = "<parameter=", "</parameter>", "</function>"
+_PARAMETER = re.compile(rf"{_PARAMETER_BEGIN}([^<>]{{1,{_LONGEST_TAG}}})>")
 
 
 class _At(Enum):
@@ -120,6 +120,7 @@ class Qwen3CoderParser(AroundCalls):
             self._at, self._seen = _At.VALUE, 0
             return True
         if not ends:
+            self._text = self._cut_tag()
             return False
         self._argue("}" if self._num_parameters else "{}")
         place = min(ends)
@@ -127,6 +128,14 @@ class Qwen3CoderParser(AroundCalls):
         self._text = self._text[place + len(_FUNCTION_END if is_function else self.END) :]
         self._at = _At.ENDED if is_function else _At.CONTENT
         return True
+
+    def _cut_tag(self) -> str:
+        """The end of the text, if a tag that is looked for may begin there; none of them has another `<` in it."""
+        place = self._text.rfind("<")
+        end = self._text[place:] if place >= 0 else ""
+        is_cut = any(tag.startswith(end) for tag in (_PARAMETER_BEGIN, _FUNCTION_END, self.END))
+        is_named = end.startswith(_PARAMETER_BEGIN) and len(end) <= len(_PARAMETER_BEGIN) + _LONGEST_TAG
+        return end if is_cut or (is_named and ">" not in end) else ""
 
     def _value(self) -> bool:
         place = self._text.find(_PARAMETER_END, self._seen)

@@ -67,6 +67,22 @@ def test_nesting_without_end_is_read(name: str, text: str, value: str) -> None:
         assert message.content or message.tool_calls
 
 
+_PARTS = ["<parameter=", "<parameter=a", "</", "<", "a", "<parameter=<", "</func", "<parameter>"]
+
+
+@pytest.mark.parametrize("part", _PARTS)
+def test_what_is_between_parameters_is_not_kept(part: str) -> None:
+    """Else each part of an output would be looked at again with every later one."""
+    parser = TOOL_PARSERS["qwen3_coder"]({})
+    parser.feed("<tool_call><function=f>")
+    for _ in range(2000):
+        parser.feed(part)
+        assert len(vars(parser)["_text"]) <= 600
+    ends = "<parameter=b>1</parameter></function></tool_call>"
+    message = parsed("qwen3_coder", "<tool_call><function=f>" + part * 2000 + ends)
+    assert [call.arguments for call in message.tool_calls] == ['{"b": "1"}']
+
+
 _A_CALL = "<tool_call><function=f><parameter=a>5</parameter></function></tool_call>"
 
 
