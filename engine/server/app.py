@@ -20,9 +20,10 @@ from sempre.engine.server.body import read_plain
 from sempre.engine.server.chat import create_chat_completion
 from sempre.engine.server.clients import KeyRing
 from sempre.engine.server.completions import create_completion
+from sempre.engine.server.docs import DOCS_ROUTES
 from sempre.engine.server.errors import APIError, BadRequest, api_error
 from sempre.engine.server.load import load, metrics
-from sempre.engine.server.middleware import RequestGate, wrapped
+from sempre.engine.server.middleware import OPEN_PATHS, RequestGate, wrapped
 from sempre.engine.server.parameters import check_model
 from sempre.engine.server.playground import PLAYGROUND_ROUTES
 from sempre.engine.server.pooling import classify, create_embeddings, create_pooling, create_scores, rerank
@@ -38,14 +39,15 @@ Endpoint = Callable[[Service, Request], Awaitable[Response]]
 def create_app(service: Service, keys: KeyRing) -> ASGIApp:
     """Return the ASGI application of `service`."""
     config = service.config
-    description = msgspec.json.encode(openapi.description(config.root_path))
+    open_paths = OPEN_PATHS if keys else None
+    description = msgspec.json.encode(openapi.description(config.root_path, open_paths=open_paths))
 
     async def described(_request: Request) -> Response:
         return Response(description, media_type="application/json")
 
     routes = [_route(service, operation, _ENDPOINTS[operation.path]) for operation in openapi.OPERATIONS]
     app = Starlette(
-        routes=[*routes, Route("/openapi.json", described), *PLAYGROUND_ROUTES],
+        routes=[*routes, Route("/openapi.json", described), *DOCS_ROUTES, *PLAYGROUND_ROUTES],
         exception_handlers={HTTPException: _http_error},
     )
 

@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_FORM = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 # probes and scrapers have no key, nor does the page before its user has entered one
-OPEN_PATHS = frozenset({"/", "/health", "/ping", "/live", "/ready", "/metrics", "/version", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/live", "/ready", "/metrics", "/version", "/openapi.json", "/docs"})
 _SHOWN = 100
-OPEN_PREFIXES = ("/playground/",)
+OPEN_PREFIXES = ("/playground/", "/docs/")
 # POST without a body, so without its type; the check of pages has refused those of other sites
 BODILESS_PATHS = frozenset({"/sleep", "/wake_up", "/pause", "/resume"})
 

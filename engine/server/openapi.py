@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,16 +180,22 @@ OPERATIONS = (
 )
 
 
-def description(root_path: str) -> dict[str, Any]:
-    """Return the whole description; `root_path` is where a proxy serves this server."""
+def description(root_path: str = "", *, open_paths: Set[str] | None = None) -> dict[str, Any]:
+    """Return the whole description; `root_path` is where a proxy serves this server, `open_paths` are those that need
+    no API key; None: nothing does."""
     paths: dict[str, Any] = {}
     for operation in OPERATIONS:
         path = re.sub(r":\w+}", "}", operation.path)
-        paths.setdefault(path, {})[operation.method.lower()] = operation.schema()
+        paths.setdefault(path, {})[operation.method.lower()] = schema = operation.schema()
+        if open_paths is not None and path not in open_paths:
+            schema["security"] = [{"key": []}]
     found: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": "Sempre", "version": __version__}}
     if root_path:
         found["servers"] = [{"url": root_path}]
-    return {**found, "paths": paths, "components": {"schemas": _schemas()}}
+    components: dict[str, Any] = {"schemas": _schemas()}
+    if open_paths is not None:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return {**found, "paths": paths, "components": components}
 
 
 def _schemas() -> dict[str, Any]:

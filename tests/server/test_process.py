@@ -179,7 +179,12 @@ def test_keys_tls_body_limit_names_and_unknown_fields(tmp_path: Path) -> None:
             seen[origin] = answer.headers.get("access-control-allow-origin")
         assert seen == {"https://page.example": "https://page.example", "https://other.example": None}
         assert "vllm:num_requests_running" in server.http.get("/metrics").text
-        assert server.http.get("/openapi.json").json()["servers"] == [{"url": "/proxied"}]
+        described = server.http.get("/openapi.json").json()
+        assert described["servers"] == [{"url": "/proxied"}]
+        needing = {path for path, found in described["paths"].items() if any("security" in op for op in found.values())}
+        assert "/v1/completions" in needing
+        assert not needing & {"/health", "/metrics"}
+        assert described["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
         assert "Warning" not in server.log
 
 
