@@ -532,6 +532,19 @@ def test_stopped_while_its_drafts_are_verified_it_waits_for_the_result() -> None
     assert planned(replica.schedule()) == {"a": 9}
 
 
+@pytest.mark.parametrize(("salt", "drafts"), [("a", [104, 105, 106, 107]), ("b", []), (None, [])])
+def test_nothing_is_drafted_from_outputs_of_another_salt(salt: str | None, drafts: list[int]) -> None:
+    suffix = SpeculativeConfig(method="suffix", num_speculative_tokens=4, prompt_lookup_min=1, adaptive=False)
+    plan = SpeculationPlan(suffix, steps_ahead=False, costs=COSTS)
+    replica = Replica(speculation=plan, max_draft_tokens=8, enable_prefix_caching=False)
+    replica.add(spec("former", 3, cache_salt="a"))
+    assert replica.finish()["former"].finish_reason == "length"
+    replica.script["later"] = [103]
+    replica.add(spec("later", 5, ordinal=1, cache_salt=salt))
+    replica.step()
+    assert replica.schedule().scheduled[0].draft_token_ids == drafts
+
+
 @pytest.mark.parametrize("token_ids", [[5, 7, 6], [6, 6], [5, 6, 7, 8, 9]])
 def test_tokens_that_do_not_follow_the_drafts_are_refused(token_ids: list[int]) -> None:
     replica, step = drafting_replica([5, 6, 7], max_tokens=9)
