@@ -44,11 +44,6 @@ def check_nodes(config: EngineConfig) -> None:
         )
 
 
-def endpoint(address: str, port: int | str) -> str:
-    """The ZeroMQ address of an IP address and a port, or * for a free one."""
-    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
-
-
 def ip_address_of(name: str) -> str:
     """The IP address of a host's name. Raises ConfigError."""
     try:

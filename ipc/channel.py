@@ -108,6 +108,13 @@ def configure(socket: zmq.Socket[Any], limit_bytes: int) -> None:
     socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
 
 
+def listen(socket: zmq.Socket[Any], address: str) -> str:
+    """Bind to a TCP address, and return it with its port. Raises ZMQError."""
+    socket.setsockopt(zmq.IPV6, "[" in address)
+    socket.bind(address)
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
 class PeerBase(Generic[MessageT]):
     """The connecting end, whatever kind of socket it uses."""
 
@@ -215,12 +222,10 @@ class HubChannel(Generic[MessageT]):
         """Listen on another address, for peers on other hosts; return it with its port. Addresses of before stay as
         they are. Raises ProtocolError."""
         secure(self.socket)
-        self.socket.setsockopt(zmq.IPV6, "[" in address)
         try:
-            self.socket.bind(address)
+            return listen(self.socket, address)
         except zmq.ZMQError as error:
             raise ProtocolError(f"cannot bind {address}: {error}") from error
-        return self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def accept(self, identity: bytes, *, counts_unread: bool = False) -> None:
         """Establish the link with a peer whose hello, its first frame, was valid; `counts_unread`: it tells what it has

@@ -247,8 +247,12 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def crosses_nodes(self, rank: int) -> bool:
         """Whether the replica of a target's rank lies on several hosts."""
-        first = rank // self.replica_size * self.replica_size
-        return first // self.ranks_per_node != (first + self.replica_size - 1) // self.ranks_per_node
+        return self._spans_nodes(rank, self.replica_size)
+
+    def _spans_nodes(self, rank: int, size: int) -> bool:
+        """Whether the ranks with which this one forms a group of `size` lie on several hosts."""
+        first = rank // size * size
+        return first // self.ranks_per_node != (first + size - 1) // self.ranks_per_node
 
     @property
     def weights_folder(self) -> str:
@@ -307,8 +311,7 @@ class WorkerConfig(EngineConfig, frozen=True, kw_only=True, omit_defaults=True, 
     @property
     def stage_crosses_nodes(self) -> bool:
         """Whether the ranks of its stage are on several hosts."""
-        first = self.rank // self.tensor_parallel_size * self.tensor_parallel_size
-        return first // self.ranks_per_node != (first + self.tensor_parallel_size - 1) // self.ranks_per_node
+        return self._spans_nodes(self.rank, self.tensor_parallel_size)
 
 
 def check_device_settings(config: EngineConfig, device: str) -> None:

@@ -1,4 +1,4 @@
-"""The private directory that holds one engine's sockets and the logs of its processes."""
+"""Addresses: of other hosts, and the private directory that holds one engine's sockets and its processes' logs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from sempre.ipc.errors import StartupError
 # AF_UNIX paths are at most 107 bytes; this is the longest name in use, a proxy of the test harness
 _LONGEST_SOCKET_NAME = "/sempre-12345678/workers-proxy.sock"
 _AF_UNIX_LIMIT = 107
+
+
+def tcp_endpoint(address: str, port: int | str) -> str:
+    """The ZeroMQ address of an IP address and a port, or * for a free one."""
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
 
 class PrivateDirectory:

@@ -14,8 +14,9 @@ from typing import Self
 
 import zmq
 
-from sempre.ipc.channel import configure, remaining_ms
+from sempre.ipc.channel import configure, listen, remaining_ms
 from sempre.ipc.curve import ClientKeys, Gate
+from sempre.ipc.endpoint import tcp_endpoint
 from sempre.ipc.errors import EngineUnhealthy, ProtocolError, StartupError
 from sempre.ipc.key_pairs import WorkerKeys
 
@@ -42,14 +43,11 @@ class RankLinks:
         self._sent = dict.fromkeys(keys.peers, 0)
         self._received = dict.fromkeys(keys.peers, 0)
         self._waiting: dict[int, deque[list[bytes]]] = {peer: deque() for peer in keys.peers}
-        bracketed = f"[{host}]" if ":" in host else host
         try:
-            self._socket.setsockopt(zmq.IPV6, ":" in host)
-            self._socket.bind(f"tcp://{bracketed}:*")
+            self.address = listen(self._socket, tcp_endpoint(host, "*"))
         except zmq.ZMQError as error:
             self.close()
             raise ProtocolError(f"rank {rank}: cannot listen on {host}: {error}") from error
-        self.address: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def connect(self, addresses: Mapping[int, str]) -> Self:
         """To the other ranks. Raises StartupError unless each has one address."""

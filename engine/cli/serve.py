@@ -78,7 +78,7 @@ def run(namespace: argparse.Namespace) -> int:
         _print_config(model, engine, server)
         return 0
     if server.headless:
-        return _run_headless(parse_arguments(model, engine).engine, server)
+        return _run_headless(config, server)
 
     from sempre.engine.async_llm import AsyncLLM
     from sempre.engine.server.api_keys import api_keys

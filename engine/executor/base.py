@@ -62,16 +62,18 @@ def draft_ranks(config: EngineConfig) -> range:
 
 def device_index(config: EngineConfig, rank: int) -> int:
     """The GPU of a worker; a draft worker shares that of the first rank of its replica."""
-    drafts = draft_ranks(config)
-    target = drafts.index(rank) * config.replica_size if rank in drafts else rank
-    return target % config.ranks_per_node
+    return _target_rank(config, rank) % config.ranks_per_node
 
 
 def node_of(config: EngineConfig, rank: int) -> int:
     """The host of a worker; a draft worker is on that of the first rank of its replica."""
+    return _target_rank(config, rank) // config.ranks_per_node
+
+
+def _target_rank(config: EngineConfig, rank: int) -> int:
+    """The rank itself, or for a draft worker the first rank of its replica."""
     drafts = draft_ranks(config)
-    target = drafts.index(rank) * config.replica_size if rank in drafts else rank
-    return target // config.ranks_per_node
+    return drafts.index(rank) * config.replica_size if rank in drafts else rank
 
 
 def worker_name(config: EngineConfig, rank: int) -> str:

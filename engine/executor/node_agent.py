@@ -25,11 +25,11 @@ from sempre.engine.child_process import ChildProcess
 from sempre.engine.client.watch import HeartbeatMonitor
 from sempre.engine.executor.node_facts import describe_node, own_facts, own_hello
 from sempre.engine.executor.worker_starter import WorkerStarter
-from sempre.engine.nodes import endpoint, ip_address_of, own_address
+from sempre.engine.nodes import ip_address_of, own_address
 from sempre.ipc.channel import PeerChannel
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.curve import HEAD, ClientKeys, node_owner, read_key_file
-from sempre.ipc.endpoint import PrivateDirectory
+from sempre.ipc.endpoint import PrivateDirectory, tcp_endpoint
 from sempre.ipc.error_info import restore
 from sempre.ipc.errors import ConfigError, SempreError, StartupError
 from sempre.ipc.key_pairs import KeyPair
@@ -144,7 +144,7 @@ class _Conversation:
         self._starter = starter
         self._own_address = own_address
         self._channel: PeerChannel[NodeCommand] = PeerChannel(
-            endpoint(address, agent.config.master_port),
+            tcp_endpoint(address, agent.config.master_port),
             receives=NodeCommand,
             limit_bytes=agent.config.max_message_bytes,
             keys=keys,

@@ -13,10 +13,11 @@ import zmq
 from sempre.engine.executor.base import draft_ranks, node_of
 from sempre.engine.executor.node_facts import check_node, clock_offset_s, describe_node, own_facts
 from sempre.engine.executor.remote_process import RemoteProcess
-from sempre.engine.nodes import endpoint, ip_address_of
+from sempre.engine.nodes import ip_address_of
 from sempre.ipc.channel import HubChannel
 from sempre.ipc.config import EngineConfig
 from sempre.ipc.curve import HEAD, Gate, node_owner, read_key_file
+from sempre.ipc.endpoint import tcp_endpoint
 from sempre.ipc.errors import MessageMalformed, ProtocolError, StartupError
 from sempre.ipc.key_pairs import KeyPair, WorkerKeys
 from sempre.ipc.liveness import LONGEST_PAUSE_S
@@ -72,13 +73,13 @@ class Nodes:
             self._gate.allow(_NODES, KeyPair.derived(secret, node_owner(number)).public)
         try:
             self._channel: HubChannel[NodeEvent] = HubChannel(
-                endpoint(self.host, config.master_port),
+                tcp_endpoint(self.host, config.master_port),
                 receives=NodeEvent,
                 limit_bytes=config.max_message_bytes,
                 secure=partial(self._gate.secure, domain=_NODES, own=self._own),
             )
             secure = partial(self._gate.secure, domain=_WORKERS, own=self._own)
-            self.worker_address = hub.bind_also(endpoint(self.host, "*"), secure)
+            self.worker_address = hub.bind_also(tcp_endpoint(self.host, "*"), secure)
         except BaseException:
             self._gate.close()
             raise

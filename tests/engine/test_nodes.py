@@ -9,7 +9,8 @@ import pytest
 from sempre.engine.arguments import engine_config
 from sempre.engine.cli.serve import _nodes_of_launcher
 from sempre.engine.executor.base import device_index, draft_ranks, node_of, worker_config
-from sempre.engine.nodes import endpoint, nodes_of_environment, own_address
+from sempre.engine.nodes import nodes_of_environment, own_address
+from sempre.ipc.endpoint import tcp_endpoint
 from sempre.ipc.errors import ConfigError
 
 TWO: dict[str, Any] = {"nnodes": 2, "node_key_file": "/keys", "tensor_parallel_size": 2}
@@ -107,6 +108,6 @@ def test_a_given_port_goes_with_what_the_environment_says(monkeypatch: pytest.Mo
 
 
 def test_addresses() -> None:
-    assert endpoint("10.0.0.1", 5) == "tcp://10.0.0.1:5"
-    assert endpoint("::1", "*") == "tcp://[::1]:*"
+    assert tcp_endpoint("10.0.0.1", 5) == "tcp://10.0.0.1:5"
+    assert tcp_endpoint("::1", "*") == "tcp://[::1]:*"
     assert own_address("127.0.0.1") == "127.0.0.1"

@@ -9,14 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from moments import in_a_moment
 from workload import SETTINGS, check_alone, make_requests
 
 from sempre.engine.harness import COORDINATOR, Cluster
@@ -139,23 +138,10 @@ def test_layouts(layout: dict[str, int], profile: str, hosts: Hosts) -> None:
     check_end(hosts, cluster)
 
 
-class _in_a_moment:
-    """Run `action` from another thread while the body runs."""
-
-    def __init__(self, action: Callable[[], object]) -> None:
-        self._thread = threading.Thread(target=lambda: (time.sleep(0.4), action()))
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self._thread.join()
-
-
 @pytest.mark.product
 def test_a_rank_of_another_host_dies_in_the_middle(hosts: Hosts) -> None:
     cluster = hosts.together(tensor_parallel_size=2)
-    with _in_a_moment(lambda: cluster.kill(1)):
+    with in_a_moment(lambda: cluster.kill(1)):
         check_alone(cluster.generate(make_requests()), profile="tree8")
     check_alone(cluster.generate(make_requests()), profile="tree8")
     check_end(hosts, cluster)
@@ -174,7 +160,7 @@ def test_an_agent_dies_and_another_comes(hosts: Hosts) -> None:
         agent.end()
         hosts.agent(**layout)
 
-    with _in_a_moment(replace):
+    with in_a_moment(replace):
         check_alone(cluster.generate(make_requests()))
     assert not [pid for pid in workers if psutil.pid_exists(pid)]
     hosts.agents.remove(agent)
@@ -184,7 +170,7 @@ def test_an_agent_dies_and_another_comes(hosts: Hosts) -> None:
 @pytest.mark.product
 def test_the_coordinator_dies_and_is_restarted(hosts: Hosts) -> None:
     cluster = hosts.together(pipeline_parallel_size=2)
-    with _in_a_moment(lambda: cluster.kill(COORDINATOR)):
+    with in_a_moment(lambda: cluster.kill(COORDINATOR)):
         check_alone(cluster.generate(make_requests()))
     check_end(hosts, cluster)
 

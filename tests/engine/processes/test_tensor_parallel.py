@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
+from moments import in_a_moment
 from workload import KV_BLOCK_BYTES, SETTINGS, check_alone, make_requests, run_alone
 
 from sempre.engine.harness import Cluster, compare_generations
@@ -79,7 +78,7 @@ def test_a_rank_that_dies_in_the_middle(target: int, two_ranks: Start) -> None:
     cluster = two_ranks()
     former = cluster.worker_pids()
     digests = cluster.rng_digests()
-    with _in_a_moment(lambda: cluster.kill(target)):
+    with in_a_moment(lambda: cluster.kill(target)):
         check(cluster.generate(make_requests()))
     check(cluster.generate(make_requests()))
     assert not set(former) & set(_pids(cluster))
@@ -89,25 +88,12 @@ def test_a_rank_that_dies_in_the_middle(target: int, two_ranks: Start) -> None:
 @pytest.mark.product
 def test_a_rank_that_stalls_in_the_middle(two_ranks: Start) -> None:
     cluster = two_ranks(heartbeat_timeout_s=2.0)
-    with _in_a_moment(lambda: cluster.stop(0)):
+    with in_a_moment(lambda: cluster.stop(0)):
         check(cluster.generate(make_requests()))
 
 
 def _pids(cluster: Cluster) -> list[int]:
     return [worker.pid for worker in cluster.ranks()]
-
-
-class _in_a_moment:
-    """Run `action` from another thread while the body runs."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=lambda: (time.sleep(0.4), action()))
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self._thread.join()
 
 
 @pytest.mark.parametrize(
